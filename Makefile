@@ -1,0 +1,49 @@
+# Thin: each target is one command. PYTHON picks the interpreter that builds .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+CI ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: build run check test prove bench clean
+
+build: .venv/built
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv python3-dev gcc make"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	@command -v gcc >/dev/null || { echo "a C compiler is missing: apt-get install gcc python3-dev"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+		|| { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+
+.venv/requirements: pyproject.toml | .venv/bin/python
+	$(BIN)/python tools/requirements.py > .venv/requirements.txt
+	$(BIN)/pip install -q -r .venv/requirements.txt
+	@touch $@
+
+.venv/built: .venv/requirements setup.py $(wildcard relaymta/_speedups/*.py relaymta/_speedups/*.pyx relaymta/_speedups/*.pxd)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@ relaymta/_speedups/*.so
+
+run: build
+	@$(BIN)/python -m relaymta.cli.demo
+
+check: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: build
+	CI=$(CI) $(BIN)/python -m pytest
+
+prove: build
+	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -m "prove or not prove" --timeout 3600
+	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+
+bench: build
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv build relaymta/_speedups/*.so relaymta/_speedups/*.c *.egg-info

@@ -1,0 +1,21 @@
+"""The compiled kernels: small, hot, bytes in and events out. Reached through `proto` and `shm` only.
+
+Each `.py` kernel has a `.pxd` beside it that types it for Cython; the same source runs interpreted. Production is
+compiled: importing an interpreted kernel by accident (a missing or foreign .so) raises ImportError, unless
+RELAYMTA_INTERPRETED=1 asks for it (coverage, fuzzing, debugging).
+"""
+
+import importlib
+import os
+from importlib.machinery import ExtensionFileLoader
+
+INTERPRETED = os.environ.get("RELAYMTA_INTERPRETED") == "1"
+
+if not INTERPRETED:
+    for _name in ("smtp", "replies", "cells"):
+        _module = importlib.import_module(f"relaymta._speedups.{_name}")
+        if not isinstance(_module.__loader__, ExtensionFileLoader):
+            raise ImportError(
+                f"relaymta._speedups.{_name} is not compiled for this Python; run `make build` "
+                "(or set RELAYMTA_INTERPRETED=1 to run it interpreted, slowly)"
+            )

@@ -1,0 +1,27 @@
+from libc.string cimport memchr, memcpy
+
+
+cpdef inline Py_ssize_t find(const unsigned char *p, int byte, Py_ssize_t start, Py_ssize_t end) noexcept:
+    """Index of the first `byte` in p[start:end], or -1."""
+    cdef const unsigned char *hit
+    if start >= end:
+        return -1
+    hit = <const unsigned char *> memchr(p + start, byte, end - start)
+    return -1 if hit is NULL else hit - p
+
+
+cpdef inline bint high(const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
+    """Whether a byte of p[start:end] is above 127."""
+    cdef unsigned char seen = 0
+    cdef Py_ssize_t i
+    for i in range(start, end):
+        seen |= p[i]
+    return seen > 127
+
+
+cpdef inline Py_ssize_t copy(unsigned char *w, Py_ssize_t k, const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
+    """Copy p[start:end] to w[k:]; the new k."""
+    if end > start:
+        memcpy(w + k, p + start, end - start)
+        return k + end - start
+    return k

@@ -1,0 +1,82 @@
+"""Counters and limits in shared memory: 64-bit cells updated with C11 atomics (needs C, so it has no interpreted form).
+
+A `Cells` is a window of a buffer that several processes map. One cell is one int64; `add` and `sub` are relaxed,
+`compare_swap` is sequentially consistent.
+"""
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int64_t
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    static inline int64_t cell_add(int64_t *p, int64_t n) { return __atomic_add_fetch(p, n, __ATOMIC_RELAXED); }
+    static inline int64_t cell_get(int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void cell_set(int64_t *p, int64_t n) { __atomic_store_n(p, n, __ATOMIC_RELEASE); }
+    static inline int cell_cas(int64_t *p, int64_t was, int64_t now) {
+        return __atomic_compare_exchange_n(p, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    }
+    """
+    int64_t cell_add(int64_t *p, int64_t n) nogil
+    int64_t cell_get(int64_t *p) nogil
+    void cell_set(int64_t *p, int64_t n) nogil
+    bint cell_cas(int64_t *p, int64_t was, int64_t now) nogil
+
+
+cdef class Cells:
+    """`buffer[offset : offset + 8 * count]` as `count` signed 64-bit cells. IndexError outside of them."""
+
+    cdef Py_buffer view
+    cdef int64_t *base
+    cdef readonly Py_ssize_t count
+
+    def __cinit__(self, buffer, Py_ssize_t offset, Py_ssize_t count):
+        PyObject_GetBuffer(buffer, &self.view, PyBUF_WRITABLE)
+        if offset < 0 or offset % 8 or count < 0 or offset + 8 * count > self.view.len:
+            raise ValueError("cells lie outside of the buffer")
+        self.base = <int64_t *> (<char *> self.view.buf + offset)
+        self.count = count
+
+    def __dealloc__(self):
+        if self.base is not NULL:
+            PyBuffer_Release(&self.view)
+
+    cpdef int64_t add(self, Py_ssize_t index, int64_t n) except? -1:
+        """Add n to the cell; its new value."""
+        if index < 0 or index >= self.count:
+            raise IndexError(index)
+        return cell_add(self.base + index, n)
+
+    cpdef int64_t get(self, Py_ssize_t index) except? -1:
+        """The cell's value."""
+        if index < 0 or index >= self.count:
+            raise IndexError(index)
+        return cell_get(self.base + index)
+
+    cpdef int set(self, Py_ssize_t index, int64_t n) except -1:
+        """Store n in the cell."""
+        if index < 0 or index >= self.count:
+            raise IndexError(index)
+        cell_set(self.base + index, n)
+        return 0
+
+    cpdef bint compare_swap(self, Py_ssize_t index, int64_t was, int64_t now) except -1:
+        """Store `now` if the cell holds `was`; whether it did."""
+        if index < 0 or index >= self.count:
+            raise IndexError(index)
+        return cell_cas(self.base + index, was, now)
+
+    cpdef int64_t total(self, Py_ssize_t first, Py_ssize_t count) except? -1:
+        """The sum of `count` cells from `first` on."""
+        cdef Py_ssize_t i
+        cdef int64_t result = 0
+        if first < 0 or count < 0 or first + count > self.count:
+            raise IndexError(first)
+        for i in range(first, first + count):
+            result += cell_get(self.base + i)
+        return result
+
+    def values(self):
+        """All cells as a list."""
+        cdef Py_ssize_t i
+        return [cell_get(self.base + i) for i in range(self.count)]

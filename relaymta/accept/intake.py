@@ -1,0 +1,205 @@
+"""The one entry: what a client may do, and how a complete message becomes an envelope in the queue."""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relaymta.config import Config
+from relaymta.errors import StoreError, StoreFull
+from relaymta.log import Log
+from relaymta.metrics import Counters, index
+from relaymta.proto import reply
+from relaymta.proto.address import domain_of
+from relaymta.proto.envelope import DOTTED, EIGHT_BIT, SMTPUTF8, Body, Envelope
+from relaymta.proto.header import count_received, field_names, header_end, received_field, rfc5322_date
+from relaymta.proto.smtp_server import Limits, Transaction
+from relaymta.queue import Queue, format_id, wall_ms
+
+__all__ = ["Client", "Intake"]
+
+RECEIVED = index("relaymta_messages_received_total")
+OCTETS = index("relaymta_received_octets_total")
+RECIPIENTS = index("relaymta_recipients_received_total")
+REFUSED_CONTENT = index("relaymta_messages_refused_total", "content")
+REFUSED_STORE = index("relaymta_messages_refused_total", "store")
+REFUSED_FULL = index("relaymta_messages_refused_total", "full")
+RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What is known of a peer, and what it may do."""
+
+    address: str
+    trusted: bool
+    connections: int
+    limits: Limits
+
+
+@dataclass(slots=True)
+class _Networks:
+    """A set of networks."""
+
+    networks: list[_Network] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, texts: list[str]) -> "_Networks":
+        return cls([ipaddress.ip_network(text) for text in texts])
+
+    def __contains__(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+        return any(address in network for network in self.networks)
+
+
+class Intake:
+    """Rules and counters shared by a worker's connections."""
+
+    def __init__(self, config: Config, queue: Queue, counters: Counters, log: Log) -> None:
+        self.hostname = config.hostname
+        self.queue = queue
+        self.counters = counters
+        self.log = log
+        self.draining = False
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Take over a new configuration; sessions under way keep what they began with."""
+        self._config = config
+        self._domains = {domain.lower().rstrip(".") for domain in config.relay.domains}
+        self._trusted = _Networks.of(config.relay.networks)
+        self._normalized = _Networks.of(config.intake.normalize_networks)
+        self._long_lines = _Networks.of(config.intake.long_line_networks)
+        self._clients: dict[str, Client] = {}
+
+    def client(self, address: str) -> Client:
+        """The rules for a peer's address."""
+        known = self._clients.get(address)
+        if known is None:
+            if len(self._clients) > 10_000:
+                self._clients.clear()
+            known = self._clients[address] = self._rules(address)
+        return known
+
+    def _rules(self, address: str) -> Client:
+        config = self._config
+        parsed = ipaddress.ip_address(address)
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        trusted = parsed in self._trusted
+        most = config.limits.connections_per_client
+        limits = Limits(
+            message_size=config.limits.message_size,
+            recipients=config.intake.recipients,
+            errors=config.intake.errors,
+            normalize=parsed in self._normalized,
+            long_lines=parsed in self._long_lines or trusted,
+        )
+        return Client(str(parsed), trusted, max(most, 200) if trusted else most, limits)
+
+    def accept_sender(self, sender: str, size: int) -> bytes | None:
+        """At MAIL: is there room?"""
+        if self.queue.full or self.queue.writer.stalled:
+            self.counters.add(REFUSED_FULL, 1)
+            return reply.STORE_FULL
+        return None
+
+    def recipient_check(self, client: Client) -> Callable[[str, Transaction], bytes | None]:
+        """At RCPT: may this client send there?"""
+        if client.trusted:
+            return _anything
+
+        def check(address: str, transaction: Transaction) -> bytes | None:
+            if domain_of(address) in self._domains or address.lower() == "postmaster":
+                return None
+            self.counters.add(RECIPIENTS_REFUSED, 1)
+            self.log.event("rejected", client=client.address, helo="", sender=transaction.sender,
+                           recipients=[address], reply=reply.RELAY_DENIED.decode().strip())  # fmt: skip
+            return reply.RELAY_DENIED
+
+        return check
+
+    def prepend(self, ident: int, transaction: Transaction, client: Client, helo: str, extended: bool,
+                start: bytes, submission: bool) -> list[bytes] | bytes:  # fmt: skip
+        """The fields that go in front of a message whose text begins with `start`; or the reply that refuses it."""
+        header = start[: header_end(start)]
+        if count_received(header) > self._config.intake.hops:
+            self.counters.add(REFUSED_CONTENT, 1)
+            return reply.TOO_MANY_HOPS
+        now = wall_ms() // 1000
+        name = format_id(ident)
+        protocol = "SMTP" if not extended else "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
+        recipients = transaction.recipients
+        fields = received_field(
+            hostname=self.hostname,
+            helo=helo,
+            client=client.address,
+            protocol=protocol,
+            ident=name,
+            recipient=recipients[0] if len(recipients) == 1 else "",
+            seconds=now,
+        )
+        if submission:
+            names = field_names(header)
+            if b"message-id" not in names:
+                fields += f"Message-ID: <{name}@{self.hostname}>\r\n".encode()
+            if b"date" not in names:
+                fields += f"Date: {rfc5322_date(now)}\r\n".encode()
+        if not header or (header[:2] != b"\r\n" and b":" not in header.partition(b"\r\n")[0]):
+            fields += b"\r\n"  # there is no header: what we add must not swallow the text's first line
+        return [fields]
+
+    def admit(
+        self,
+        ident: int,
+        transaction: Transaction,
+        text: list[bytes] | Body,
+        size: int,
+        client: Client,
+        helo: str,
+        application: str,
+        done: Callable[[StoreError | None], None],
+    ) -> None:
+        """Put a complete message into the queue; `done(None)` once it is safe."""
+        flags = 0
+        if transaction.eight_bit:
+            flags |= EIGHT_BIT
+        if transaction.smtputf8:
+            flags |= SMTPUTF8
+        if transaction.dotted:
+            flags |= DOTTED
+        recipients = transaction.recipients
+        if any("@" not in address for address in recipients):
+            recipients = [a if "@" in a else f"{a}@{self.hostname}" for a in recipients]
+        queue = self.queue
+        envelope = Envelope(
+            sender=transaction.sender,
+            recipients=list(dict.fromkeys(recipients)),
+            size=size,
+            flags=flags,
+            arrived=wall_ms(),
+            deadline=queue.deadline(),
+            client=client.address,
+            helo=helo,
+            application=application,
+        )
+        queue.submit(ident, envelope, text, done)
+
+    def accepted(self, size: int, recipients: int) -> None:
+        """A message was acknowledged."""
+        add = self.counters.add
+        add(RECEIVED, 1)
+        add(OCTETS, size)
+        add(RECIPIENTS, recipients)
+
+    def failed(self, error: StoreError) -> bytes:
+        """The reply for a message that could not be made safe."""
+        if isinstance(error, StoreFull):
+            self.counters.add(REFUSED_FULL, 1)
+            return reply.STORE_FULL
+        self.counters.add(REFUSED_STORE, 1)
+        return reply.STORE_ERROR
+
+
+def _anything(address: str, transaction: Transaction) -> bytes | None:
+    return None

@@ -1,0 +1,385 @@
+"""Sockets and sessions: asyncio on one side, proto.smtp_server on the other, with back-pressure and deadlines.
+
+A message is held in memory up to 1 MB; what is longer streams into a file of its own, read no faster than the disk
+takes it. Nothing is read while a commit is awaited.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+from relaymta.accept.intake import Client, Intake
+from relaymta.config import Config, Listener
+from relaymta.errors import StoreError, StoreFull
+from relaymta.metrics import index
+from relaymta.proto import reply
+from relaymta.proto.envelope import Body
+from relaymta.proto.smtp_server import ServerSession, Transaction
+from relaymta.queue import format_id
+from relaymta.queue.segments import BigBody
+from relaymta.shm import Limits
+
+__all__ = ["Acceptor", "Connection"]
+
+ACCEPTED = index("relaymta_connections_total", "accepted")
+REFUSED = index("relaymta_connections_total", "refused")
+CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
+DRAIN_REPLY = reply.SHUTTING_DOWN
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection."""
+
+    __slots__ = (
+        "acceptor", "big", "client", "counted", "dot_at", "heard", "ident", "listener", "paused", "session", "size", "spilling",
+        "storing", "text_since", "transport",
+    )  # fmt: skip
+
+    def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
+        self.acceptor = acceptor
+        self.listener = listener
+        self.transport: asyncio.Transport | None = None
+        self.session: ServerSession | None = None
+        self.client: Client | None = None
+        self.counted = False
+        self.heard = 0.0  # when the peer was last heard (loop time)
+        self.text_since = 0.0  # when the text under way began
+        self.dot_at = 0.0
+        self.ident = 0
+        self.size = 0  # octets stored of the message under way, ours in front included
+        self.big: BigBody | None = None
+        self.spilling = False  # a thread is writing to `big`
+        self.storing = False
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        acceptor = self.acceptor
+        peer = transport.get_extra_info("peername")
+        address = peer[0].partition("%")[0] if peer else "127.0.0.1"
+        client = self.client = acceptor.intake.client(address)
+        refusal = acceptor.enter(client)
+        if refusal is not None:
+            acceptor.intake.counters.add(REFUSED, 1)
+            self._write(refusal)
+            transport.close()
+            return
+        self.counted = True
+        acceptor.intake.counters.add(ACCEPTED, 1)
+        acceptor.connections.add(self)
+        self.heard = acceptor.now()
+        intake = acceptor.intake
+        self.session = ServerSession(intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client))
+        self._write(self.session.greet())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self.acceptor.connections.discard(self)
+        if self.counted and self.client is not None:
+            self.acceptor.leave(self.client)
+            self.counted = False
+        if self.big is not None and not self.spilling and not self.storing:
+            self._discard_big()
+
+    def eof_received(self) -> bool:
+        return self.storing  # a client that half-closes behind the dot still gets its reply
+
+    def _write(self, data: bytes) -> None:
+        if self.transport is not None and data:
+            self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        session = self.session
+        if session is None:
+            return
+        self.heard = self.acceptor.time
+        if self.storing:
+            # Pipelined behind the dot: the session keeps it. Nothing more is read until the commit has returned.
+            session.parser.feed(data)
+            self._pause()
+            return
+        self._advance(session, session.receive(data))
+
+    def _advance(self, session: ServerSession, out: bytes) -> None:
+        """Behind the session's last move: write, store, spill, close."""
+        self._write(out)
+        if session.complete is not None:
+            self._store(session, session.complete)
+        elif session.taking_text and session.transaction is not None:
+            if not self.text_since:
+                self.text_since = self.heard
+            if self.big is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096:
+                self._spill(session, session.transaction)
+        elif self.text_since:
+            self.text_since = 0.0
+        if session.transaction is None and self.big is not None and not self.spilling:
+            self._discard_big()  # refused at its end
+        if session.closing and self.transport is not None:
+            self.transport.close()
+
+    def _pause(self) -> None:
+        if not self.paused and self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.paused = True
+
+    def _resume(self) -> None:
+        if self.paused and self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self.paused = False
+
+    # A message that fits into memory
+
+    def _store(self, session: ServerSession, transaction: Transaction) -> None:
+        self.storing = True
+        self.text_since = 0.0
+        self.dot_at = self.acceptor.now()
+        if self.big is not None:
+            if not self.spilling:
+                self._finish_big()
+            return  # else the thread's return goes on
+        intake = self.acceptor.intake
+        self.ident = intake.queue.ident()
+        text = transaction.take()
+        start = text[0] if text else b""
+        if len(text) > 1 and len(start) < 65536:
+            start = b"".join(text)[:65536] if len(text) < 64 else b"".join(text[:64])
+        front = intake.prepend(
+            self.ident, transaction, self.client_of(), session.helo, session.extended, start, self.listener.submission
+        )
+        if isinstance(front, bytes):
+            self._answer(front)
+            return
+        text[:0] = front
+        if transaction.chunked and transaction.tail != b"\r\n":
+            text.append(b"\r\n")  # BDAT text need not end in CRLF; what we send by DATA must
+        self.size = sum(map(len, text))
+        self._admit(session, transaction, text)
+
+    def client_of(self) -> Client:
+        """The peer's rules."""
+        assert self.client is not None
+        return self.client
+
+    def _admit(self, session: ServerSession, transaction: Transaction, text: list[bytes] | Body) -> None:
+        self.acceptor.intake.admit(
+            self.ident,
+            transaction,
+            text,
+            self.size,
+            self.client_of(),
+            session.helo,
+            self.listener.application,
+            self._stored,
+        )
+
+    def _stored(self, error: StoreError | None) -> None:
+        """The group commit has returned."""
+        intake = self.acceptor.intake
+        session = self.session
+        if error is not None:
+            self._discard_big()
+            self._answer(intake.failed(error))
+            return
+        self.big = None
+        transaction = session.complete if session is not None else None
+        intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
+        intake.counters.observe("relaymta_accept_seconds", self.acceptor.now() - self.dot_at)
+        self._answer(f"250 2.0.0 Ok: queued as {format_id(self.ident)}\r\n".encode())
+
+    def _answer(self, answer: bytes) -> None:
+        """Answer the final dot and go on."""
+        self.storing = False
+        session = self.session
+        if session is None or self.transport is None or self.transport.is_closing():
+            return
+        self._resume()
+        out = session.finish(answer)
+        if self.acceptor.intake.draining and session.complete is None:
+            session.closing = True
+            out += DRAIN_REPLY
+        self._advance(session, out)
+
+    # A message that streams to disk
+
+    def _spill(self, session: ServerSession, transaction: Transaction) -> None:
+        """Hand the text received so far to a thread, and read nothing until it is written."""
+        if self.spilling:
+            return
+        text = transaction.take()
+        if self.big is None:
+            intake = self.acceptor.intake
+            self.ident = intake.queue.ident()
+            start = b"".join(text)
+            front = intake.prepend(
+                self.ident, transaction, self.client_of(), session.helo, session.extended, start[:65536],
+                self.listener.submission,
+            )  # fmt: skip
+            if isinstance(front, bytes):
+                session.refuse(front)
+                return
+            text = [*front, start]
+        if text:
+            self._in_thread(self._write_big, text)
+
+    def _write_big(self, text: list[bytes]) -> None:
+        """On a thread."""
+        if self.big is None:
+            self.big = self.acceptor.intake.queue.big_body(self.ident)
+        self.big.write(text)
+
+    def _in_thread(self, function: Callable[[list[bytes]], None], text: list[bytes]) -> None:
+        self.spilling = True
+        self._pause()
+        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, function, text)
+        future.add_done_callback(self._spilled)
+
+    def _spilled(self, future: "asyncio.Future[None]") -> None:
+        self.spilling = False
+        session = self.session
+        error = future.exception()
+        if self.transport is None or self.transport.is_closing() or session is None:
+            self._discard_big()
+            return
+        self.heard = self.acceptor.time
+        if error is not None:
+            # The client is told at the end of its text; until then it is read and dropped.
+            self._discard_big()
+            failure = StoreFull(str(error)) if getattr(error, "errno", 0) in (28, 122) else StoreError(str(error))
+            answer = self.acceptor.intake.failed(failure)
+            if self.storing:
+                self._answer(answer)
+                return
+            session.refuse(answer)
+        if self.storing:
+            self._finish_big()
+            return
+        self._resume()
+        if session.transaction is not None and session.transaction.text and self.big is not None:
+            self._spill(session, session.transaction)
+        elif session.transaction is None:
+            self._discard_big()
+
+    def _finish_big(self) -> None:
+        session, big = self.session, self.big
+        assert session is not None and session.complete is not None and big is not None
+        transaction = session.complete
+        text = transaction.take()
+        if transaction.chunked and transaction.tail != b"\r\n":
+            text.append(b"\r\n")
+
+        def finish() -> Body:
+            big.write(text)
+            return big.finish()
+
+        def finished(future: "asyncio.Future[Body]") -> None:
+            error = future.exception()
+            if error is not None:
+                self._stored(StoreFull(str(error)) if getattr(error, "errno", 0) in (28, 122) else StoreError(str(error)))
+                return
+            self.size = big.length
+            self._admit(session, transaction, future.result())
+
+        self._pause()
+        self.acceptor.loop.run_in_executor(self.acceptor.threads, finish).add_done_callback(finished)
+
+    def _discard_big(self) -> None:
+        big, self.big = self.big, None
+        if big is not None:
+            self.acceptor.loop.run_in_executor(self.acceptor.threads, big.discard)
+
+    # Deadlines
+
+    def check(self, now: float) -> None:
+        """Close a peer that is silent or too slow. Called every CHECK_EVERY seconds."""
+        session, transport = self.session, self.transport
+        if session is None or transport is None or self.storing or self.spilling:
+            return
+        settings = self.acceptor.config.intake
+        quiet = now - self.heard
+        if session.taking_text:
+            taken = now - self.text_since if self.text_since else 0.0
+            received = session.transaction.size if session.transaction is not None else 0
+            if quiet > settings.data_timeout:
+                self._give_up(reply.TIMEOUT)
+            elif taken > 60 and received < taken * settings.data_rate:
+                self._give_up(reply.TOO_SLOW)
+        elif quiet > settings.command_timeout:
+            self._give_up(reply.TIMEOUT)
+
+    def _give_up(self, answer: bytes) -> None:
+        self._write(answer)
+        if self.session is not None:
+            self.session.closing = True
+        if self.transport is not None:
+            self.transport.close()
+        self._discard_big()
+
+    def drain(self) -> None:
+        """Shutting down: an idle session is told so now, one with a message under way behind its dot."""
+        session = self.session
+        if session is not None and not self.storing and not session.taking_text:
+            self._give_up(DRAIN_REPLY)
+
+
+class Acceptor:
+    """All listening sockets and connections of one worker."""
+
+    def __init__(self, config: Config, intake: Intake, limits: Limits, threads: object) -> None:
+        self.config = config
+        self.intake = intake
+        self.limits = limits
+        self.threads = threads  # type: ignore[var-annotated]
+        self.loop = asyncio.get_running_loop()
+        self.now = self.loop.time
+        self.time = self.now()
+        self.connections: set[Connection] = set()
+        self._servers: list[asyncio.Server] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._check()
+
+    async def listen(self, listening: socket.socket, listener: Listener) -> asyncio.Server:
+        """Accept on a bound socket."""
+        server = await self.loop.create_server(lambda: Connection(self, listener), sock=listening, backlog=1024)
+        self._servers.append(server)
+        return server
+
+    def enter(self, client: Client) -> bytes | None:
+        """Count a connection; the banner that refuses it, or None."""
+        if self.intake.draining:
+            return DRAIN_REPLY
+        if not self.limits.take("connections", self.config.limits.connections):
+            return reply.TOO_MANY_CONNECTIONS
+        if not self.limits.take("client " + client.address, client.connections):
+            self.limits.give("connections")
+            return reply.TOO_MANY_FROM_CLIENT
+        return None
+
+    def leave(self, client: Client) -> None:
+        """A counted connection ended."""
+        self.limits.give("connections")
+        self.limits.give("client " + client.address)
+
+    def _check(self) -> None:
+        self.time = now = self.now()
+        for connection in list(self.connections):
+            connection.check(now)
+        self._timer = self.loop.call_later(CHECK_EVERY, self._check)
+
+    def stop_listening(self) -> None:
+        """Take no new connections."""
+        self.intake.draining = True
+        for server in self._servers:
+            server.close()
+        for connection in list(self.connections):
+            connection.drain()
+
+    async def drained(self, seconds: float) -> None:
+        """Wait until every connection has ended, `seconds` at most; then cut the rest."""
+        until = self.now() + seconds
+        while self.connections and self.now() < until:
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()

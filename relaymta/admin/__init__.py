@@ -1,0 +1,1 @@
+"""The operator over HTTP: /metrics and /health."""

@@ -1,0 +1,22 @@
+"""The operator at a shell: `relaymta VERB`. Every reading verb has --json."""
+
+import click
+
+from relaymta import __version__
+from relaymta.cli import config, queue, serve
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="relaymta")
+def main() -> None:
+    """A relay MTA: takes mail by SMTP, makes it safe on disk before it says 250, and delivers it."""
+
+
+main.add_command(serve.serve)
+main.add_command(config.config)
+main.add_command(queue.status)
+main.add_command(queue.queue)
+main.add_command(queue.message)
+main.add_command(queue.reload)

@@ -1,0 +1,177 @@
+"""How our processes talk: length-prefixed msgpack over unix sockets, with descriptors riding along where needed.
+
+A request is `{"id", "op", "args"}`, its answer `{"id", "ok"}` or `{"id", "error"}`. A message without an id is a notice.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+__all__ = ["Channel", "Refused", "ask"]
+
+_LENGTH = struct.Struct(">I")
+LIMIT = 64 << 20
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class Refused(Exception):
+    """The other side answered with an error; str() is its sentence."""
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """A message with its length in front."""
+    body = _encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Channel:
+    """One end of a socket, on the loop. `handle(op, args, descriptors)` answers requests; `closed()` is called when the
+    other end is gone."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handle: Callable[[str, dict[str, Any], list[int]], Awaitable[Any]],
+        closed: Callable[[], None],
+    ) -> None:
+        self._socket = sock
+        sock.setblocking(False)
+        self._handle = handle
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._descriptors: list[int] = []
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._next = 0
+        self._out: list[tuple[bytes, list[int]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.open = True
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    async def ask(self, op: str, descriptors: list[int] | None = None, /, **args: Any) -> Any:
+        """Send a request and wait for its answer. Refused when it is an error, ConnectionError when the end is gone."""
+        if not self.open:
+            raise ConnectionError("the process is gone")
+        self._next += 1
+        future = self._waiting[self._next] = self._loop.create_future()
+        self._send({"id": self._next, "op": op, "args": args}, descriptors or [])
+        return await future
+
+    def tell(self, op: str, /, **args: Any) -> None:
+        """Send a notice; no answer."""
+        if self.open:
+            self._send({"op": op, "args": args}, [])
+
+    def _send(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        self._out.append((pack(message), descriptors))
+        if len(self._out) == 1:
+            self._writable()
+
+    def _writable(self) -> None:
+        while self._out:
+            data, descriptors = self._out[0]
+            try:
+                done = socket.send_fds(self._socket, [data], descriptors) if descriptors else self._socket.send(data)
+            except BlockingIOError:
+                self._loop.add_writer(self._socket.fileno(), self._writable)
+                return
+            except OSError:
+                self.close()
+                return
+            if done < len(data):
+                self._out[0] = (data[done:], [])
+            else:
+                self._out.pop(0)
+        self._loop.remove_writer(self._socket.fileno())
+
+    def _readable(self) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 18, 64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        self._descriptors += descriptors
+        if not data:
+            self.close()
+            return
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > LIMIT:
+                self.close()
+                return
+            if len(self._buffer) < 4 + length:
+                return
+            message = _decode(bytes(self._buffer[4 : 4 + length]))
+            del self._buffer[: 4 + length]
+            self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "op" in message:
+            descriptors, self._descriptors = self._descriptors, []
+            task = self._loop.create_task(self._answer(message, descriptors))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+        future = self._waiting.pop(message["id"], None)
+        if future is not None and not future.done():
+            if "error" in message:
+                future.set_exception(Refused(message["error"]))
+            else:
+                future.set_result(message.get("ok"))
+
+    async def _answer(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        ident = message.get("id")
+        try:
+            result = await self._handle(message["op"], message.get("args") or {}, descriptors)
+            answer = {"id": ident, "ok": result}
+        except Exception as error:
+            answer = {"id": ident, "error": str(error) or type(error).__name__}
+        if ident is not None and self.open:
+            self._send(answer, [])
+
+    def close(self) -> None:
+        """Close; whoever waits for an answer gets ConnectionError."""
+        if not self.open:
+            return
+        self.open = False
+        with contextlib.suppress(OSError, ValueError):
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionError("the process is gone"))
+        self._waiting.clear()
+        self._closed()
+
+
+def ask(path: Path, op: str, /, **args: Any) -> Any:
+    """One blocking request to a daemon's control socket. OSError when there is no daemon, Refused for its errors."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(60)
+        sock.connect(str(path))
+        sock.sendall(pack({"id": 1, "op": op, "args": args}))
+        head = _receive(sock, 4)
+        answer = _decode(_receive(sock, _LENGTH.unpack(head)[0]))
+    if "error" in answer:
+        raise Refused(answer["error"])
+    return answer.get("ok")
+
+
+def _receive(sock: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        piece = sock.recv(count - len(parts))
+        if not piece:
+            raise ConnectionError("the daemon closed the connection")
+        parts += piece
+    return bytes(parts)

@@ -1,0 +1,27 @@
+"""What can go wrong, by who has to act on it: the operator (ConfigError), the disk (StoreError), another process."""
+
+__all__ = ["ConfigError", "RelayError", "SpoolBusy", "StoreError", "StoreFull"]
+
+
+class RelayError(Exception):
+    """Every error of our own; str() is a sentence for a person."""
+
+
+class ConfigError(RelayError):
+    """A wrong configuration. `problems`: one `file:line: key: what` each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SpoolBusy(RelayError):
+    """Another process owns the shard."""
+
+
+class StoreError(RelayError):
+    """The spool could not make something durable: 451 4.3.0 to the client, nothing of the group is acknowledged."""
+
+
+class StoreFull(StoreError):
+    """No room: 452 4.3.1 to the client."""

@@ -1,0 +1,97 @@
+"""The log: one JSON object a line, one for each change of a message's state (docs/log.md has the schema).
+
+Records are handed to a thread through a bounded buffer, so that a stalled sink never delays mail: what does not fit is
+dropped and counted, and the count is logged when the sink takes records again.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+__all__ = ["EVENTS", "Log"]
+
+BUFFER = 50_000
+
+# Every event and the fields it has beside ts (seconds, UTC), v (schema version), event and worker.
+EVENTS: dict[str, tuple[str, ...]] = {
+    "started": ("pid", "listeners"),
+    "stopped": ("reason",),
+    "warning": ("text",),
+    "queued": ("id", "sender", "recipients", "size", "client", "helo", "application"),
+    "rejected": ("client", "helo", "sender", "recipients", "reply"),
+    "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
+    "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),
+    "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "notice", "attempt"),
+    "site": ("route", "state", "reason", "until"),
+    "store": ("state", "reason"),
+}
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Log:
+    """Writes records to `file` ("-": standard error). `worker`: which process says so, -1 the supervisor."""
+
+    def __init__(self, file: str, worker: int) -> None:
+        self._file = file
+        self._worker = worker
+        self._descriptor = self._open()
+        self._pending: list[dict[str, Any]] = []
+        self._wanted = threading.Event()
+        self._closing = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> int:
+        if self._file == "-":
+            return sys.stderr.fileno()
+        Path(self._file).parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Log one event. Never blocks, never raises."""
+        pending = self._pending
+        if len(pending) >= BUFFER:
+            self.dropped += 1
+            return
+        pending.append({"ts": time.time(), "v": 1, "event": name, "worker": self._worker, **fields})
+        if len(pending) == 1:
+            self._wanted.set()
+
+    def _write(self) -> None:
+        told = 0
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
+            batch, self._pending = self._pending, []
+            if self.dropped > told:
+                batch.append({"ts": time.time(), "v": 1, "event": "warning", "worker": self._worker,
+                              "text": f"{self.dropped - told} log records dropped: the log could not take them"})  # fmt: skip
+                told = self.dropped
+            text = b"".join(_encode(record) + b"\n" for record in batch)
+            try:
+                while text:
+                    text = text[os.write(self._descriptor, text) :]
+            except OSError:
+                self.dropped += len(batch)
+            if self._closing and not self._pending:
+                return
+
+    def reopen(self) -> None:
+        """Open the file again (after it was rotated)."""
+        if self._file != "-":
+            was, self._descriptor = self._descriptor, self._open()
+            os.close(was)
+
+    def close(self) -> None:
+        """Write what is pending; wait for the sink for two seconds at most."""
+        self._closing = True
+        self._wanted.set()
+        self._thread.join(2)

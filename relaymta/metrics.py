@@ -1,0 +1,144 @@
+"""Every metric, in one table: name, help, and the cells it has in a worker's block of shared counters.
+
+Counting is one atomic add on a cell. The supervisor's collector reads all blocks and exposes them by prometheus_client.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Protocol
+
+__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "Counters"]
+
+
+class Cells(Protocol):
+    """What counters are kept in (shm)."""
+
+    def add(self, index: int, n: int) -> int:
+        """Add n to a cell."""
+
+    def set(self, index: int, n: int) -> int:
+        """Store n in a cell."""
+
+    def get(self, index: int) -> int:
+        """A cell's value."""
+
+
+# name: (help, label name or "", label values)
+COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "relaymta_connections_total": ("Incoming connections", "result", ("accepted", "refused")),
+    "relaymta_messages_received_total": ("Messages acknowledged with 250", "", ("",)),
+    "relaymta_received_octets_total": ("Octets of acknowledged messages", "", ("",)),
+    "relaymta_recipients_received_total": ("Recipients of acknowledged messages", "", ("",)),
+    "relaymta_messages_refused_total": ("Messages refused at the end of their text", "reason", ("content", "store", "full")),
+    "relaymta_recipients_refused_total": ("Recipients refused at RCPT", "", ("",)),
+    "relaymta_recipients_total": ("Recipients by their attempt's result", "result", ("delivered", "deferred", "bounced", "expired")),
+    "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),
+    "relaymta_sessions_total": ("Outgoing connections", "result", ("opened", "failed")),
+    "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),
+    "relaymta_in_doubt_total": ("Attempts that ended between the last octet and its reply: possible duplicates", "", ("",)),
+    "relaymta_commits_total": ("Group commits", "", ("",)),
+    "relaymta_commit_operations_total": ("Operations that rode in group commits", "", ("",)),
+    "relaymta_syncs_total": ("fdatasync and fsync calls for bodies", "", ("",)),
+    "relaymta_notices_total": ("Failure notices (DSNs) queued", "", ("",)),
+    "relaymta_notices_dropped_total": ("Failures of mail without a sender: nobody to tell", "", ("",)),
+    "relaymta_watchdog_total": ("Deliveries cancelled because they made no progress", "", ("",)),
+    "relaymta_corrupt_bodies_total": ("Bodies that did not match their checksum", "", ("",)),
+    "relaymta_log_dropped_total": ("Log records dropped because the log could not take them", "", ("",)),
+}  # fmt: skip
+
+# name: (help, upper bounds in seconds or messages)
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "relaymta_accept_seconds": ("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
+    "relaymta_delivery_delay_seconds": ("From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)),
+    "relaymta_messages_per_session": ("Messages an outgoing connection carried", (1, 2, 5, 10, 50, 100, 500, 1000)),
+}
+
+# Gauges set by each worker once a second; the exposed value is the sum, or the greatest where `most` says so.
+GAUGES: dict[str, tuple[str, bool]] = {
+    "relaymta_queue_messages": ("Messages in the queue", False),
+    "relaymta_queue_octets": ("Octets of the messages in the queue", False),
+    "relaymta_queue_deferred": ("Placements in the queue that were tried before", False),
+    "relaymta_queue_held": ("Held messages", False),
+    "relaymta_oldest_overdue_seconds": ("How long the message most past its deadline is", True),
+    "relaymta_connections": ("Open incoming connections", False),
+    "relaymta_sessions": ("Open outgoing connections", False),
+    "relaymta_window": ("Messages in memory for delivery", False),
+    "relaymta_segment_octets": ("Octets of segment files", False),
+    "relaymta_segment_live_octets": ("Octets of live bodies in segments", False),
+    "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),
+    "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),
+    "relaymta_oldest_reader_seconds": ("Age of the oldest read transaction", True),
+}
+
+_index: dict[tuple[str, str], int] = {}
+for _name, (_, _, _values) in COUNTERS.items():
+    for _value in _values:
+        _index[_name, _value] = len(_index)
+_histogram: dict[str, int] = {}
+_next = len(_index)
+for _name, (_, _bounds) in HISTOGRAMS.items():
+    _histogram[_name] = _next
+    _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
+_gauge = {name: _next + position for position, name in enumerate(GAUGES)}
+CELLS = _next + len(GAUGES)
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES])
+
+
+def index(name: str, label: str = "") -> int:
+    """The cell of a counter; for use at import time, so that counting needs no look-up."""
+    return _index[name, label]
+
+
+class Counters:
+    """One worker's counters, on `cells`."""
+
+    __slots__ = ("add", "cells")
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+        self.add = cells.add
+
+    def observe(self, name: str, value: float) -> None:
+        """Count a value into a histogram."""
+        bounds = HISTOGRAMS[name][1]
+        base = _histogram[name]
+        self.add(base + bisect_left(bounds, value), 1)
+        self.add(base + len(bounds) + 1, int(value * 1000))
+
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self.cells.set(_gauge[name], int(value))
+
+
+def families(blocks: Iterable[Cells]) -> list[object]:
+    """All metrics of all workers as prometheus_client metric families."""
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
+
+    workers = list(blocks)
+
+    def total(cell: int) -> int:
+        return sum(worker.get(cell) for worker in workers)
+
+    found: list[object] = []
+    for name, (text, label, values) in COUNTERS.items():
+        counter = CounterMetricFamily(name, text, labels=[label] if label else [])
+        for value in values:
+            counter.add_metric([value] if label else [], total(_index[name, value]))
+        found.append(counter)
+    for name, (text, bounds) in HISTOGRAMS.items():
+        base = _histogram[name]
+        running, buckets = 0, []
+        for position, bound in enumerate([*map(str, bounds), "+Inf"]):
+            running += total(base + position)
+            buckets.append((bound, running))
+        histogram = HistogramMetricFamily(name, text)
+        histogram.add_metric([], buckets, sum_value=total(base + len(bounds) + 1) / 1000)
+        found.append(histogram)
+    for name, (text, most) in GAUGES.items():
+        readings = [worker.get(_gauge[name]) for worker in workers]
+        found.append(GaugeMetricFamily(name, text, value=(max(readings, default=0) if most else sum(readings))))
+    return found

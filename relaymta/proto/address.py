@@ -1,0 +1,139 @@
+"""Mail addresses in SMTP paths (RFC 5321 4.1.2, RFC 6531 3.3), domains and address literals."""
+
+import re
+from ipaddress import IPv6Address, ip_address
+
+__all__ = ["DomainError", "domain_of", "mail_argument", "normalize_domain", "parse_parameters", "rcpt_argument"]
+
+_ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_COMMON = _ATOM + rb"(?:\." + _ATOM + rb")*@" + _LABEL + rb"(?:\." + _LABEL + rb")*"
+# The common forms, in one match: nothing to unquote, nothing to strip.
+_MAIL = re.compile(rb"(?i:FROM):<(" + _COMMON + rb"|)>(?: +(.*))?\Z", re.S)
+_RCPT = re.compile(rb"(?i:TO):<(" + _COMMON + rb")>(?: +(.*))?\Z", re.S)
+
+_PREFIX = {b"FROM": re.compile(rb"(?i:FROM):[ \t]*(.*)\Z", re.S), b"TO": re.compile(rb"(?i:TO):[ \t]*(.*)\Z", re.S)}
+_ROUTE = re.compile(r"@[^:<>@\s,]+(?:,@[^:<>@\s,]+)*:")  # source route: accepted and ignored (RFC 5321 appendix C)
+_DOTTED = re.compile(r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+(?:\.[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+)*\Z")
+_QUOTED = re.compile(r'"(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*"\Z')
+_DOMAIN = re.compile(r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+(?:\.[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+)*\.?\Z")
+_KEYWORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([\x21-\x3c\x3e-\x7e\u0080-\U0010ffff]+))?\Z")
+
+
+class DomainError(ValueError):
+    """A domain that cannot be looked up."""
+
+
+def mail_argument(argument: bytes) -> tuple[str, str] | None:
+    """`FROM:<path> parameters` as (address, parameters); "" is the null sender. None: a syntax error."""
+    match = _MAIL.match(argument)
+    if match is not None and len(argument) < 320:
+        return match[1].decode(), (match[2] or b"").decode("utf-8", "surrogateescape")
+    return _general(argument, b"FROM")
+
+
+def rcpt_argument(argument: bytes) -> tuple[str, str] | None:
+    """`TO:<path> parameters` as (address, parameters); `<postmaster>` needs no domain. None: a syntax error."""
+    match = _RCPT.match(argument)
+    if match is not None and len(argument) < 320:
+        return match[1].decode(), (match[2] or b"").decode("utf-8", "surrogateescape")
+    found = _general(argument, b"TO")
+    return None if found is None or not found[0] else found
+
+
+def _general(argument: bytes, word: bytes) -> tuple[str, str] | None:
+    """The forms beyond the common one: quoted local parts, literals, source routes, UTF-8, missing brackets."""
+    match = _PREFIX[word].match(argument)
+    if match is None:
+        return None
+    try:
+        rest = match[1].decode()
+    except UnicodeDecodeError:
+        return None
+    if rest.startswith("<"):
+        end = _closing(rest)
+        if end < 0:
+            return None
+        path, parameters = rest[1:end], rest[end + 1 :]
+        if parameters and parameters[0] not in " \t":
+            return None
+    else:
+        path, _, parameters = rest.partition(" ")
+    path = _ROUTE.sub("", path, count=1) if path.startswith("@") else path
+    if path == "" and word == b"FROM" and rest.startswith("<"):
+        return "", parameters.strip(" \t")
+    if path.lower() == "postmaster" and word == b"TO":
+        return path, parameters.strip(" \t")
+    return (path, parameters.strip(" \t")) if _valid(path) else None
+
+
+def _closing(text: str) -> int:
+    """Where the `>` stands that closes a leading `<`, quoted strings skipped; -1 when there is none."""
+    quoted = False
+    i = 1
+    while i < len(text):
+        char = text[i]
+        if quoted and char == "\\":
+            i += 1
+        elif char == '"':
+            quoted = not quoted
+        elif char == ">" and not quoted:
+            return i
+        i += 1
+    return -1
+
+
+def _valid(address: str) -> bool:
+    local, at, domain = address.rpartition("@")
+    if not at or not 0 < len(local.encode()) <= 64 or len(domain.encode()) > 255:
+        return False
+    if not (_DOTTED.match(local) or _QUOTED.match(local)):
+        return False
+    if domain.startswith("["):
+        return literal_address(domain) is not None
+    return _DOMAIN.match(domain) is not None
+
+
+def literal_address(domain: str) -> str | None:
+    """The IP address in an address literal (`[192.0.2.1]`, `[IPv6:2001:db8::1]`); None when it is none."""
+    if not (domain.startswith("[") and domain.endswith("]")):
+        return None
+    inner = domain[1:-1]
+    try:
+        if inner.lower().startswith("ipv6:"):
+            return str(IPv6Address(inner[5:]))
+        found = ip_address(inner)
+    except ValueError:
+        return None
+    return str(found) if found.version == 4 else None
+
+
+def domain_of(address: str) -> str:
+    """The domain of an address, lower case, without a trailing dot; "" for the null sender and `postmaster`."""
+    return address.rpartition("@")[2].lower().rstrip(".") if "@" in address else ""
+
+
+def normalize_domain(domain: str) -> str:
+    """A domain as the DNS has it: lower case A-labels (IDNA 2008), no trailing dot. DomainError when it is none."""
+    domain = domain.rstrip(".").lower()
+    if domain.isascii():
+        if not domain or len(domain) > 253 or any(not 0 < len(label) < 64 for label in domain.split(".")):
+            raise DomainError(domain)
+        return domain
+    import idna
+
+    try:
+        return idna.encode(domain, uts46=True).decode("ascii")
+    except idna.IDNAError as error:
+        raise DomainError(domain) from error
+
+
+def parse_parameters(text: str) -> dict[str, str] | None:
+    """ESMTP parameters (RFC 5321 4.1.2) by upper-case keyword, "" for one without value; None: a syntax error."""
+    found: dict[str, str] = {}
+    for word in text.split():
+        match = _KEYWORD.match(word)
+        if match is None or match[1].upper() in found:
+            return None
+        found[match[1].upper()] = match[2] or ""
+    return found

@@ -1,0 +1,110 @@
+"""Envelope, recipient and outcome as data, and their stored form (msgpack arrays; fields are only ever appended).
+
+Times are milliseconds: `arrived` and attempt times by the wall clock (UTC), `deadline` and `due` by the queue's clock.
+"""
+
+from typing import Final
+
+import msgspec
+
+__all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "decode_envelope", "encode"]
+
+# Envelope.flags
+EIGHT_BIT: Final = 1
+SMTPUTF8: Final = 2
+DOTTED: Final = 4  # a line may begin with a dot: sending has to stuff
+HELD: Final = 8
+QUARANTINED: Final = 16
+NOTICE: Final = 32  # a DSN of our own
+
+# RecipientState.state
+PENDING: Final = 0
+DELIVERED: Final = 1
+FAILED: Final = 2
+
+# Attempt.kind: what an attempt's result means for the recipient.
+SUCCESS: Final = "success"
+TRANSIENT: Final = "transient"
+PERMANENT: Final = "permanent"
+
+ATTEMPTS_KEPT: Final = 8
+
+
+class QueueName(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which messages wait together: the same route, next-hop domain, application and class."""
+
+    route: str
+    domain: str
+    application: str = ""
+    priority: str = "normal"
+
+    def __str__(self) -> str:
+        parts = [self.route, self.domain, self.application, "" if self.priority == "normal" else self.priority]
+        while parts and not parts[-1]:
+            parts.pop()
+        return "/".join(parts)
+
+
+class Body(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a message's text lies: a frame in a segment, or (segment 0) a file of its own named by the id."""
+
+    segment: int
+    generation: int
+    offset: int
+    length: int
+
+
+class Placement(msgspec.Struct, array_like=True):
+    """A message's row in one queue: when it is due, attempts made, and which recipients (None: all)."""
+
+    queue: int
+    due: int
+    attempts: int = 0
+    indexes: list[int] | None = None
+
+
+class Envelope(msgspec.Struct, array_like=True):
+    """Everything about a message but its text and its recipients' histories."""
+
+    sender: str
+    recipients: list[str]
+    size: int
+    flags: int
+    arrived: int
+    deadline: int
+    client: str = ""
+    helo: str = ""
+    application: str = ""
+    priority: str = "normal"
+    body: Body | None = None
+    placements: list[Placement] = []
+
+
+class Attempt(msgspec.Struct, frozen=True, array_like=True):
+    """One try at one recipient: when, how far it came, against whom, and what was said. Never null."""
+
+    time: int
+    kind: str
+    phase: str
+    peer: str
+    code: int
+    enhanced: str
+    text: str
+
+    def __str__(self) -> str:
+        said = " ".join(part for part in (str(self.code) if self.code else "", self.enhanced, self.text) if part)
+        return f"{said} ({self.phase}{', ' + self.peer if self.peer else ''})"
+
+
+class RecipientState(msgspec.Struct, array_like=True):
+    """How far one recipient is; `attempts` are the last eight. There is no row before the first unfinished attempt."""
+
+    state: int = PENDING
+    attempts: list[Attempt] = []
+
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+decode_recipient = msgspec.msgpack.Decoder(RecipientState).decode
+decode_queue_name = msgspec.msgpack.Decoder(QueueName).decode

@@ -1,0 +1,52 @@
+"""Header blocks as bytes: found, counted and prepended to; a message is never parsed and rebuilt."""
+
+import re
+from email.utils import formatdate
+
+__all__ = ["count_received", "field_names", "header_end", "received_field"]
+
+_RECEIVED = re.compile(rb"^received:", re.I | re.M)
+_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
+_SAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
+
+# The date is the same for all messages of a second, and formatting it costs more than the rest of the field.
+_date: tuple[int, str] = (0, "")
+
+
+def header_end(text: bytes) -> int:
+    """Where the body begins in `text`: behind the empty line, or the whole length when there is none."""
+    if text.startswith(b"\r\n"):
+        return 2
+    end = text.find(b"\r\n\r\n")
+    return len(text) if end < 0 else end + 4
+
+
+def count_received(header: bytes) -> int:
+    """How many hops a header block names (RFC 5321 6.3)."""
+    return len(_RECEIVED.findall(header))
+
+
+def field_names(header: bytes) -> set[bytes]:
+    """The field names of a header block, lower case."""
+    return {match.lower() for match in _NAME.findall(header)}
+
+
+def rfc5322_date(seconds: int) -> str:
+    """A wall-clock second as RFC 5322 writes it, in UTC."""
+    global _date
+    known, text = _date
+    if known != seconds:
+        text = formatdate(seconds, localtime=False).replace("-0000", "+0000")
+        _date = (seconds, text)
+    return text
+
+
+def received_field(*, hostname: str, helo: str, client: str, protocol: str, ident: str, recipient: str, seconds: int) -> bytes:
+    """Our trace field (RFC 5321 4.4), CRLF included. `recipient` is named only when it is the only one."""
+    address = f"[IPv6:{client}]" if ":" in client else f"[{client}]"
+    shown = helo if not _SAFE.search(helo) else _SAFE.sub("?", helo)
+    target = f"\r\n\tfor <{recipient}>" if recipient else ""
+    return (
+        f"Received: from {shown or 'unknown'} ({address})\r\n\tby {hostname} (relaymta) with {protocol} id {ident}"
+        f"{target};\r\n\t{rfc5322_date(seconds)}\r\n"
+    ).encode()

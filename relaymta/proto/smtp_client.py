@@ -1,0 +1,330 @@
+"""The client side of an SMTP session behind EHLO (RFC 5321, 2920), without I/O.
+
+`begin(mail)` starts a transaction, `receive(data)` takes replies; both add to `out` what is to be written and to
+`finished` what has ended. With a PIPELINING peer an envelope (MAIL, every RCPT, DATA) is one write, and the next
+envelope goes out right behind the text of the one before: one round trip a message.
+
+    expect      on success                 otherwise
+    RSET        -                          (ignored)
+    MAIL        -                          the reply is every recipient's
+    RCPT        -                          the reply is that recipient's
+    DATA 354    text, expect FINAL         a lone dot when every recipient was refused, so that nothing is sent
+    FINAL       all accepted are sent      the reply is every accepted recipient's
+"""
+
+import re
+from collections import deque
+
+from relaymta._speedups.replies import Replies
+
+__all__ = ["ClientSession", "Features", "Mail", "Said", "classify", "features_of", "stuff"]
+
+RSET, MAIL, RCPT, DATA, FINAL = "rset", "mail", "rcpt", "data", "final"
+LINE_LIMIT = 4096
+LINES_LIMIT = 200
+
+_ENHANCED = re.compile(rb"([245]\.\d{1,3}\.\d{1,3})(?:\s+|\Z)")
+
+
+class Said:
+    """A reply as it concerns a recipient: code, enhanced code ("" when there is none), text, phase."""
+
+    __slots__ = ("code", "enhanced", "phase", "text")
+
+    def __init__(self, code: int, text: bytes, phase: str) -> None:
+        match = _ENHANCED.match(text)
+        self.code = code
+        self.enhanced = match[1].decode() if match is not None else ""
+        rest = text[match.end() :] if match is not None else text
+        if match is not None and b"\n" in rest:
+            rest = b" ".join(re.sub(_ENHANCED, b"", line, count=1) for line in rest.split(b"\n"))
+        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace")[:500]
+        self.phase = phase
+
+
+class Features:
+    """What a peer's EHLO offers."""
+
+    __slots__ = ("eight_bit", "pipelining", "size", "smtputf8")
+
+    def __init__(self, pipelining: bool, eight_bit: bool, smtputf8: bool, size: int | None) -> None:
+        self.pipelining = pipelining
+        self.eight_bit = eight_bit
+        self.smtputf8 = smtputf8
+        self.size = size  # None: no SIZE; 0: no limit
+
+
+def features_of(extensions: dict[str, str]) -> Features:
+    """Features from EHLO keywords (lower case) and their parameters."""
+    size = extensions.get("size")
+    digits = size.strip() if size is not None else ""
+    return Features(
+        "pipelining" in extensions,
+        "8bitmime" in extensions,
+        "smtputf8" in extensions,
+        None if size is None else int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0,
+    )
+
+
+def stuff(text: list[bytes]) -> list[bytes]:
+    """Text as DATA carries it: a dot in front of every line that begins with one (RFC 5321 4.5.2)."""
+    whole = b"".join(text)
+    stuffed = whole.replace(b"\r\n.", b"\r\n..")
+    return [b".", stuffed] if whole.startswith(b".") else [stuffed]
+
+
+class Mail:
+    """One message for one peer. `text`: its pieces, stuffed and ending in CRLF, or None when the glue streams it.
+
+    `said`: the reply that decides, by recipient index; recipients that were sent successfully are in `sent`.
+    """
+
+    __slots__ = (
+        "all_sent", "answer", "asked", "cargo", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender", "sent",
+        "size", "smtputf8", "text", "todo",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        cargo: object,
+        sender: str,
+        recipients: list[tuple[int, str]],
+        text: list[bytes] | None,
+        size: int,
+        eight_bit: bool,
+        smtputf8: bool,
+    ) -> None:
+        self.cargo = cargo
+        self.sender = sender
+        self.recipients = recipients
+        self.text = text
+        self.size = size
+        self.eight_bit = eight_bit
+        self.smtputf8 = smtputf8
+        self.todo = recipients  # not asked in a finished transaction yet
+        self.asked: list[tuple[int, str]] = []  # in the transaction under way
+        self.sent: list[int] = []  # accepted by RCPT in the transaction under way
+        self.refused_mail: Said | None = None
+        self.said: dict[int, Said] = {}
+        self.all_sent = False  # every recipient got through: the hot path builds no replies
+        self.answer = b""  # what the peer said to the final dot
+        self.reached = ""  # how far it came: "" before MAIL's reply, then the phase; "text" once the last octet is out
+
+
+class ClientSession:
+    """One connection. `recipients`: most of one transaction."""
+
+    __slots__ = (
+        "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "messages", "open_envelope", "out",
+        "recipients", "streaming",
+    )  # fmt: skip
+
+    def __init__(self, features: Features, recipients: int = 100) -> None:
+        self.features = features
+        self.recipients = recipients
+        self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
+        self._expected: deque[tuple[str, Mail | None, int]] = deque()
+        self.out: list[bytes] = []
+        self.finished: list[Mail] = []
+        self.streaming: Mail | None = None  # the glue is to write this mail's text, then call text_written()
+        self.closing = False  # the peer said 421, or something that is no reply
+        self.broken = b""
+        self.open_envelope = False  # the peer holds an envelope that no DATA has ended: RSET first
+        self.messages = 0
+        self.last_said: Said | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is awaited."""
+        return not self._expected
+
+    @property
+    def may_follow(self) -> bool:
+        """Another envelope may go out now, behind the text that was written."""
+        expected = self._expected
+        return not expected or (
+            self.features.pipelining and len(expected) == 1 and expected[0][0] is FINAL and self.streaming is None
+        )
+
+    @property
+    def awaiting(self) -> str:
+        """What reply is awaited, "" for none."""
+        return self._expected[0][0] if self._expected else ""
+
+    def under_way(self) -> list[Mail]:
+        """The mails begun and not finished, in order."""
+        found: list[Mail] = []
+        for _, mail, _ in self._expected:
+            if mail is not None and mail not in found:
+                found.append(mail)
+        if self.streaming is not None and self.streaming not in found:
+            found.append(self.streaming)
+        return found
+
+    def begin(self, mail: Mail) -> None:
+        """Start the transaction of `mail.todo`."""
+        asked = mail.asked = mail.todo[: self.recipients]
+        mail.todo = mail.todo[self.recipients :]
+        mail.sent = []
+        mail.refused_mail = None
+        mail.reached = ""
+        features = self.features
+        options = ""
+        if features.size is not None:
+            options = f" SIZE={mail.size}"
+        if mail.eight_bit and features.eight_bit:
+            options += " BODY=8BITMIME"
+        if mail.smtputf8 and features.smtputf8:
+            options += " SMTPUTF8"
+        lines = [f"MAIL FROM:<{mail.sender}>{options}\r\n"]
+        expected = self._expected
+        if self.open_envelope:
+            lines.insert(0, "RSET\r\n")
+            expected.append((RSET, None, 0))
+        self.open_envelope = True
+        expected.append((MAIL, mail, 0))
+        if features.pipelining:
+            for index, address in asked:
+                lines.append(f"RCPT TO:<{address}>\r\n")
+                expected.append((RCPT, mail, index))
+            lines.append("DATA\r\n")
+            expected.append((DATA, mail, 0))
+        self.out.append("".join(lines).encode())
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the peer."""
+        for code, text in self._replies.feed(data):
+            if self.closing:
+                return
+            if not self._expected or code == 0 or code == 421:
+                self._stop(code, text)
+                return
+            kind, mail, index = self._expected.popleft()
+            if mail is not None:
+                _STEPS[kind](self, mail, index, code, text)
+
+    def _stop(self, code: int, text: bytes) -> None:
+        """The peer closes (421), or speaks out of turn: nothing behind this can be trusted."""
+        self.closing = True
+        self.broken = text
+        if code:
+            self.last_said = Said(code, text, self.awaiting or "idle")
+
+    def _mail(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        mail.reached = MAIL
+        if not 200 <= code < 300:
+            mail.refused_mail = Said(code, text, MAIL)
+        if not self.features.pipelining:
+            if mail.refused_mail is not None:
+                self._end(mail)
+            else:
+                self._ask(mail, 0)
+
+    def _ask(self, mail: Mail, position: int) -> None:
+        """Without PIPELINING: the next RCPT, or DATA behind the last."""
+        if position < len(mail.asked):
+            index, address = mail.asked[position]
+            self.out.append(f"RCPT TO:<{address}>\r\n".encode())
+            self._expected.append((RCPT, mail, index))
+        elif mail.sent:
+            self.out.append(b"DATA\r\n")
+            self._expected.append((DATA, mail, 0))
+        else:
+            self._end(mail)
+
+    def _rcpt(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        mail.reached = RCPT
+        if 200 <= code < 300:
+            mail.sent.append(index)
+        elif mail.refused_mail is not None:
+            pass  # a consequence, not an answer of its own
+        elif code in (452, 552) and mail.sent and _too_many(text):
+            mail.todo = [*mail.todo, next(pair for pair in mail.asked if pair[0] == index)]
+        else:
+            mail.said[index] = Said(code, text, RCPT)
+        if not self.features.pipelining:
+            position = next(i for i, pair in enumerate(mail.asked) if pair[0] == index)
+            self._ask(mail, position + 1)
+
+    def _data(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        mail.reached = DATA
+        wanted = bool(mail.sent) and mail.refused_mail is None
+        if code == 354:
+            if not wanted:
+                # RFC 2920 3.1: every recipient was refused, and the peer wants text all the same.
+                self.out.append(b".\r\n")
+                mail.sent = []
+                self._expected.appendleft((FINAL, mail, -1))
+            elif mail.text is None:
+                self.streaming = mail
+            else:
+                self.out += mail.text
+                self.out.append(b".\r\n")
+                mail.reached = "text"
+                self.open_envelope = False
+                self._expected.appendleft((FINAL, mail, 0))
+            return
+        if wanted:
+            said = Said(code, text, DATA)
+            for recipient in mail.sent:
+                mail.said[recipient] = said
+            mail.sent = []
+        self._end(mail)
+
+    def text_written(self, whole: bool) -> None:
+        """The glue has written the streaming mail's text and its final dot."""
+        mail, self.streaming = self.streaming, None
+        if mail is not None and whole:
+            mail.reached = "text"
+            self.open_envelope = False
+            self._expected.appendleft((FINAL, mail, 0))
+
+    def _final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        mail.reached = FINAL
+        self.open_envelope = False
+        if index == 0:
+            self.messages += 1
+            if 200 <= code < 300:
+                mail.answer = text
+                if not mail.said and not mail.todo and len(mail.sent) == len(mail.recipients):
+                    mail.all_sent = True
+                    self.finished.append(mail)
+                    return
+            said = Said(code, text, FINAL)
+            for recipient in mail.sent:
+                mail.said[recipient] = said
+        self._end(mail)
+
+    def _end(self, mail: Mail) -> None:
+        """A transaction is over: on with the recipients left for another, or the mail is finished."""
+        if mail.refused_mail is not None:
+            for recipient, _ in mail.asked:
+                mail.said.setdefault(recipient, mail.refused_mail)
+            mail.todo = [pair for pair in mail.todo if pair not in mail.asked]
+            for recipient, _ in mail.todo:
+                mail.said[recipient] = mail.refused_mail
+            mail.todo = []
+        if mail.todo:
+            self.begin(mail)
+        else:
+            self.finished.append(mail)
+
+
+def _too_many(text: bytes) -> bool:
+    """Whether a 452 or 552 refuses the number of recipients, not this one (RFC 5321 4.5.3.1.10)."""
+    return b"4.5.3" in text or b"5.5.3" in text or b"too many" in text.lower()
+
+
+_STEPS = {
+    MAIL: ClientSession._mail,
+    RCPT: ClientSession._rcpt,
+    DATA: ClientSession._data,
+    FINAL: ClientSession._final,
+}
+
+
+def classify(said: Said) -> str:
+    """What a reply means for its recipient: "success", "transient" or "permanent"."""
+    if 200 <= said.code < 300:
+        return "success"
+    return "permanent" if 500 <= said.code < 600 else "transient"

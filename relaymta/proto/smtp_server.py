@@ -1,0 +1,410 @@
+"""The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531), without I/O.
+
+The glue feeds bytes to `receive()` and writes what it returns. When a message is complete, `complete` holds its
+Transaction and the session stands still until the glue has stored it and calls `finish(reply)`. `closing` says that
+the connection is to be closed behind what was returned. Text can be taken away early with `Transaction.take()`.
+
+    state       MAIL  RCPT  DATA  BDAT  text
+    greeted      ->    503   503   503
+    MAIL         503   ->    554   554         (`transaction` is set)
+    RCPT         503   ->    354   ->          (it has recipients)
+    text                                 END -> complete -> finish() -> greeted
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from relaymta._speedups.smtp import Parser
+from relaymta.proto import reply
+from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argument
+
+__all__ = ["Limits", "ServerSession", "Transaction"]
+
+# Event kinds and flags of _speedups.smtp (C integers there).
+COMMAND, BAD, TEXT, END = 0, 1, 2, 3
+BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE, DOTTED = 1, 2, 4, 8, 16, 32
+
+LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
+TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
+
+_BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer may do. Sizes in octets."""
+
+    message_size: int = 50 * 1024 * 1024
+    recipients: int = 1000
+    errors: int = 20
+    normalize: bool = False
+    long_lines: bool = False
+
+
+class Transaction:
+    """One message under way: envelope so far, text received and not taken yet."""
+
+    __slots__ = ("chunked", "dotted", "eight_bit", "recipients", "sender", "size", "smtputf8", "tail", "text")
+
+    def __init__(self, sender: str, smtputf8: bool) -> None:
+        self.sender = sender
+        self.smtputf8 = smtputf8
+        self.recipients: list[str] = []
+        self.text: list[bytes] = []
+        self.size = 0
+        self.eight_bit = False
+        self.dotted = False
+        self.chunked = False
+        self.tail = b""  # the last two octets of the text
+
+    def take(self) -> list[bytes]:
+        """The text received since the last call."""
+        text, self.text = self.text, []
+        return text
+
+
+class ServerSession:
+    """One SMTP session.
+
+    `hostname`: our name; `accept_recipient(address, transaction)`: None, or the reply that refuses it;
+    `accept_sender(address, announced size)` likewise.
+    """
+
+    __slots__ = (
+        "accept_recipient",
+        "accept_sender",
+        "closing",
+        "complete",
+        "discarding",
+        "errors",
+        "extended",
+        "helo",
+        "hostname",
+        "last_chunk",
+        "limits",
+        "parser",
+        "refusal",
+        "taking_text",
+        "transaction",
+    )
+
+    def __init__(
+        self,
+        hostname: str,
+        limits: Limits,
+        accept_sender: Callable[[str, int], bytes | None],
+        accept_recipient: Callable[[str, Transaction], bytes | None],
+    ) -> None:
+        self.hostname = hostname
+        self.limits = limits
+        self.accept_sender = accept_sender
+        self.accept_recipient = accept_recipient
+        self.parser = Parser(LINE_LIMIT, TEXT_LINE_LIMIT, limits.normalize)
+        self.helo = ""
+        self.extended = False
+        self.errors = 0
+        self.closing = False
+        self.transaction: Transaction | None = None
+        self.complete: Transaction | None = None
+        self.taking_text = False  # between 354 (or BDAT) and the end of the text
+        self.last_chunk = False
+        self.discarding = False
+        self.refusal = b""  # the reply to a BDAT that was refused before its octets came
+
+    def greet(self) -> bytes:
+        """The banner. Commands that are there already are a violation (RFC 5321 3.1)."""
+        self.parser.commands()
+        return f"220 {self.hostname} ESMTP relaymta\r\n".encode()
+
+    def receive(self, data: bytes) -> bytes:
+        """Take bytes from the peer; the bytes to write to it."""
+        if self.closing:
+            return b""
+        out: list[bytes] = []
+        events = self.parser.feed(data)
+        while True:
+            for event in events:
+                kind = event[0]
+                if kind == TEXT:
+                    self._text(event[1])  # type: ignore[misc, arg-type]
+                elif kind == COMMAND:
+                    out.append(_VERBS.get(event[1], _unknown)(self, event[2]))  # type: ignore[misc, call-overload]
+                elif kind == END:
+                    out.append(self._ended())
+                else:
+                    out.append(self._error(_BAD_LINES[event[1]]))  # type: ignore[misc, index]
+                if self.closing:
+                    return b"".join(out)
+            if not self.parser.runnable():
+                return b"".join(out) if len(out) != 1 else out[0]
+            events = self.parser.feed(b"")
+
+    def finish(self, answer: bytes) -> bytes:
+        """The complete message was stored or refused: say so, and go on with what has arrived meanwhile."""
+        self.complete = None
+        self.transaction = None
+        self.parser.commands()
+        if self.parser.waiting():
+            return answer + self.receive(b"")
+        return answer
+
+    def refuse(self, answer: bytes) -> None:
+        """Answer the message under way with `answer` at its end; its text is dropped from now on."""
+        self.refusal = answer
+        self.discarding = True
+        if self.transaction is not None:
+            self.transaction.text.clear()
+
+    def _error(self, answer: bytes) -> bytes:
+        self.errors += 1
+        if self.errors >= self.limits.errors:
+            self.closing = True
+            return answer + reply.TOO_MANY_ERRORS
+        return answer
+
+    def _text(self, data: bytes) -> None:
+        transaction = self.transaction
+        if transaction is None or self.discarding:
+            return
+        if transaction.size + len(data) > self.limits.message_size:
+            self.refuse(reply.TOO_BIG)
+            return
+        transaction.size += len(data)
+        transaction.text.append(data)
+        if transaction.chunked:
+            transaction.tail = (transaction.tail + data[-2:])[-2:]
+
+    def _ended(self) -> bytes:
+        """The text, or one chunk of it, is complete."""
+        transaction = self.transaction
+        if transaction is None or (transaction.chunked and not self.last_chunk):
+            return self._chunk_ended()
+        self.taking_text = False
+        answer = self._verdict(transaction)
+        self.discarding = False
+        self.refusal = b""
+        if answer is not None:
+            self.transaction = None
+            self.parser.commands()
+            return self._error(answer)
+        flags = self.parser.flags
+        transaction.eight_bit = bool(flags & EIGHT_BIT)
+        transaction.dotted = transaction.chunked or bool(flags & DOTTED)
+        self.complete = transaction
+        return b""
+
+    def _chunk_ended(self) -> bytes:
+        self.parser.commands()
+        if self.refusal and self.transaction is None:
+            answer, self.refusal, self.discarding = self.refusal, b"", False
+            self.taking_text = False
+            return self._error(answer)
+        return reply.RESET
+
+    def _verdict(self, transaction: Transaction) -> bytes | None:
+        """Why the text that just ended is refused, or None."""
+        flags = self.parser.flags
+        if self.refusal:
+            return self.refusal
+        if transaction.tail.endswith(b"\r"):
+            flags |= BARE_CR
+        mends = self.limits.normalize and not transaction.chunked
+        if flags & BARE_LF and not mends:
+            return reply.BARE_LF
+        if flags & BARE_CR and not mends:
+            return reply.BARE_CR
+        if flags & NUL and not self.limits.normalize:
+            return reply.NUL_IN_TEXT
+        if flags & LONG_LINE and not self.limits.long_lines:
+            return reply.LONG_LINE
+        return None
+
+    # One method a verb: checks first, then acts.
+
+    def _ehlo(self, argument: bytes) -> bytes:
+        helo = _hello_name(argument)
+        if helo is None:
+            return self._error(reply.BAD_HELLO)
+        self.helo, self.extended, self.transaction = helo, True, None
+        lines = [self.hostname, "PIPELINING", f"SIZE {self.limits.message_size}", "8BITMIME", "SMTPUTF8", "CHUNKING"]
+        return "".join(f"250-{line}\r\n" for line in lines).encode() + b"250 ENHANCEDSTATUSCODES\r\n"
+
+    def _helo(self, argument: bytes) -> bytes:
+        helo = _hello_name(argument)
+        if helo is None:
+            return self._error(reply.BAD_HELLO)
+        self.helo, self.extended, self.transaction = helo, False, None
+        return f"250 {self.hostname}\r\n".encode()
+
+    def _mail(self, argument: bytes) -> bytes:
+        if not self.helo:
+            return self._error(reply.NEED_HELLO)
+        if self.transaction is not None:
+            return self._error(reply.NESTED_MAIL)
+        found = mail_argument(argument)
+        if found is None:
+            return self._error(reply.BAD_SENDER)
+        sender, parameters = found
+        size, smtputf8 = 0, False
+        if parameters:
+            checked = _mail_parameters(parameters)
+            if isinstance(checked, bytes):
+                return self._error(checked)
+            size, smtputf8 = checked
+        if size > self.limits.message_size:
+            return self._error(reply.TOO_BIG)
+        if not smtputf8 and not sender.isascii():
+            return self._error(reply.NEEDS_SMTPUTF8)
+        refused = self.accept_sender(sender, size)
+        if refused is not None:
+            return self._error(refused) if refused.startswith(b"5") else refused
+        self.transaction = Transaction(sender, smtputf8)
+        return reply.SENDER_OK
+
+    def _rcpt(self, argument: bytes) -> bytes:
+        transaction = self.transaction
+        if transaction is None:
+            return self._error(reply.NEED_SENDER)
+        if transaction.chunked:
+            return self._error(reply.IN_CHUNKS)
+        found = rcpt_argument(argument)
+        if found is None:
+            return self._error(reply.BAD_RECIPIENT)
+        address, parameters = found
+        if parameters:
+            return self._error(reply.BAD_PARAMETER if parse_parameters(parameters) is None else reply.UNKNOWN_PARAMETER)
+        if not transaction.smtputf8 and not address.isascii():
+            return self._error(reply.NEEDS_SMTPUTF8)
+        if len(transaction.recipients) >= self.limits.recipients:
+            return reply.TOO_MANY_RECIPIENTS
+        refused = self.accept_recipient(address, transaction)
+        if refused is not None:
+            return self._error(refused) if refused.startswith(b"5") else refused
+        transaction.recipients.append(address)
+        return reply.RECIPIENT_OK
+
+    def _data(self, argument: bytes) -> bytes:
+        transaction = self.transaction
+        refused = None
+        if argument.strip():
+            refused = reply.BAD_ARGUMENT
+        elif transaction is None:
+            refused = reply.NEED_SENDER
+        elif transaction.chunked:
+            refused = reply.IN_CHUNKS
+        elif not transaction.recipients:
+            refused = reply.NEED_RECIPIENT
+        if refused is not None:
+            self.parser.commands()
+            return self._error(refused)
+        if self.parser.waiting():
+            self.closing = True
+            return reply.TALKING_EARLY
+        self.taking_text = True
+        self.parser.text()
+        return reply.GO_AHEAD
+
+    def _bdat(self, argument: bytes) -> bytes:
+        words = argument.upper().split()
+        if not words or not words[0].isdigit() or len(words[0]) > 15 or (len(words) > 1 and words[1:] != [b"LAST"]):
+            # How many octets follow is unknown, so what follows cannot be read.
+            self.closing = True
+            return reply.BAD_ARGUMENT
+        transaction = self.transaction
+        octets, self.last_chunk = int(words[0]), len(words) > 1
+        if transaction is None or not transaction.recipients:
+            self.transaction = None
+            self.refuse(reply.NEED_SENDER if transaction is None else reply.NEED_RECIPIENT)
+            self.taking_text = True
+            self.parser.chunk(octets, True)
+            return b""
+        first = not transaction.chunked
+        transaction.chunked = True
+        self.taking_text = True
+        self.parser.chunk(octets, first)
+        return b""
+
+    def _rset(self, argument: bytes) -> bytes:
+        if argument.strip():
+            return self._error(reply.BAD_ARGUMENT)
+        self._drop()
+        return reply.RESET
+
+    def _drop(self) -> None:
+        self.transaction = None
+        self.taking_text = self.discarding = False
+        self.refusal = b""
+
+    def _quit(self, argument: bytes) -> bytes:
+        self.closing = True
+        return reply.BYE
+
+    def _noop(self, argument: bytes) -> bytes:
+        return reply.NOOP
+
+    def _vrfy(self, argument: bytes) -> bytes:
+        return reply.VERIFY if argument.strip() else self._error(reply.BAD_ARGUMENT)
+
+    def _help(self, argument: bytes) -> bytes:
+        return reply.HELP
+
+    def _not_offered(self, argument: bytes) -> bytes:
+        self.parser.commands()
+        return self._error(reply.NOT_IMPLEMENTED)
+
+
+def _unknown(session: ServerSession, argument: bytes) -> bytes:
+    """A word that is no verb of ours. The parser holds behind words that are not of four letters."""
+    session.parser.commands()
+    if argument.split(b" ", 1)[0].upper() == b"STARTTLS":
+        return session._error(reply.NOT_IMPLEMENTED)
+    return session._error(reply.UNKNOWN_COMMAND)
+
+
+def _hello_name(argument: bytes) -> str | None:
+    """The client's name in EHLO/HELO; None when it is missing or unprintable."""
+    name = argument.strip()
+    if not name or len(name) > 255 or b" " in name:
+        return None
+    text = name.decode("utf-8", "replace")
+    return text if text.isprintable() else None
+
+
+def _mail_parameters(text: str) -> tuple[int, bool] | bytes:
+    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them."""
+    found = parse_parameters(text)
+    if found is None:
+        return reply.BAD_PARAMETER
+    size, smtputf8 = 0, False
+    for keyword, value in found.items():
+        if keyword == "SIZE" and value.isascii() and value.isdigit() and len(value) <= 20:
+            size = int(value)
+        elif keyword == "BODY" and value.upper() in ("7BIT", "8BITMIME"):
+            pass
+        elif keyword == "SMTPUTF8" and not value:
+            smtputf8 = True
+        elif keyword in ("SIZE", "BODY", "SMTPUTF8"):
+            return reply.BAD_PARAMETER
+        else:
+            return reply.UNKNOWN_PARAMETER
+    return size, smtputf8
+
+
+def _verb(word: bytes) -> int:
+    return int.from_bytes(word, "big")
+
+
+_VERBS: dict[int, Callable[[ServerSession, bytes], bytes]] = {
+    _verb(b"EHLO"): ServerSession._ehlo,
+    _verb(b"HELO"): ServerSession._helo,
+    _verb(b"MAIL"): ServerSession._mail,
+    _verb(b"RCPT"): ServerSession._rcpt,
+    _verb(b"DATA"): ServerSession._data,
+    _verb(b"BDAT"): ServerSession._bdat,
+    _verb(b"RSET"): ServerSession._rset,
+    _verb(b"NOOP"): ServerSession._noop,
+    _verb(b"VRFY"): ServerSession._vrfy,
+    _verb(b"HELP"): ServerSession._help,
+    _verb(b"QUIT"): ServerSession._quit,
+    _verb(b"AUTH"): ServerSession._not_offered,
+}

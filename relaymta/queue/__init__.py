@@ -1,0 +1,377 @@
+"""3. It is safe on disk: one shard of the queue. Nothing outside this package knows LMDB or segments.
+
+submit()  a message, answered when it is durable        finish()  what an attempt came to
+start()   entries are offered for delivery              task()    an operator's change, in the group commit
+"""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from relaymta.errors import SpoolBusy, StoreError
+from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, QueueName
+from relaymta.queue import inspect
+from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.entry import Entry, Outcome, Put
+from relaymta.queue.ident import IdSource, format_id, parse_id
+from relaymta.queue.schedule import Schedule, retry_delay
+from relaymta.queue.segments import BigBody, Segments, segment_size_for
+from relaymta.queue.store import SCHEMA, Change, Store
+from relaymta.queue.writer import Assign, Committed, Task, Writer
+
+__all__ = ["Entry", "Events", "Outcome", "Put", "Queue", "QueueSettings", "format_id", "parse_id", "wall_ms"]
+
+T = TypeVar("T")
+BALLAST = 4 << 20
+FLOOR_SHARE = 10  # per cent of the file system
+FLOOR_MOST = 2 << 30
+RESUMED_GRACE_MS = 86_400_000
+MAP_SHARE = 90  # per cent of LMDB's map
+TICK = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSettings:
+    """Times in milliseconds."""
+
+    hostname: str
+    max_age_ms: int = 5 * 86_400_000
+    first_retry_ms: int = 60_000
+    window: int = 10_000
+    window_bytes: int = 32 << 20
+
+
+class Events:
+    """What the queue tells whoever counts and logs; each method is called on the loop, after the commit."""
+
+    def queued(self, put: Put) -> None:
+        """A message is safe."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """An attempt's outcome is durable."""
+
+    def committed(self, group: Committed) -> None:
+        """A group was committed."""
+
+
+class Queue:
+    """One shard in `spool`. `assign(envelope)` names the queues of a message's recipients; `offer(entry)` takes an entry
+    to deliver. SpoolBusy when another process owns the shard."""
+
+    def __init__(
+        self,
+        spool: Path,
+        shard: int,
+        settings: QueueSettings,
+        assign: Assign,
+        offer: Callable[[Entry], None],
+        events: Events,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self.assign = assign
+        self._events = events
+        self.path = spool / f"shard-{shard}"
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        self.store = Store(self.path / "lmdb")
+        self.clock = QueueClock(self.store.meta(b"seen"))
+        self._ids = IdSource(shard, self.store.meta(b"highest"), self.clock.now)
+        bodies = self.path / "bodies"
+        bodies.mkdir(mode=0o700, exist_ok=True)
+        self.segments = Segments(bodies, segment_size_for(self.path))
+        self.segments.load(self.store.segments())
+        self._ballast = self.path / "ballast"
+        self._readers = ThreadPoolExecutor(2, "queue-reader")
+        self.writer = Writer(
+            self._loop,
+            self.store,
+            self.segments,
+            self.clock,
+            self._ids,
+            hostname=settings.hostname,
+            max_age_ms=settings.max_age_ms,
+            ballast=self._ballast,
+            assign=assign,
+            on_commit=self._committed,
+        )
+        self.schedule = Schedule(
+            self.store,
+            self.clock,
+            self._read,
+            offer,
+            window=settings.window,
+            window_bytes=settings.window_bytes,
+        )
+        self.full = False
+        self._ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Begin to commit and to offer. Returns when the shard is ready to take mail."""
+        self.writer.start()
+        await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
+        await self._loop.run_in_executor(self._readers, self._housekeep)
+        self._tick()
+
+    async def stop(self) -> None:
+        """Commit what is pending and close."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.schedule.paused = True
+        await self.writer.close()
+        await self._loop.run_in_executor(None, lambda: self._readers.shutdown(wait=True))
+        self.segments.close()
+        self.store.close()
+        os.close(self._lock)
+
+    # Taking mail
+
+    def ident(self) -> int:
+        """A new message id."""
+        return self._ids.next()
+
+    def deadline(self) -> int:
+        """When a message accepted now is given up."""
+        return self.clock.now() + self._settings.max_age_ms
+
+    @property
+    def big_limit(self) -> int:
+        """Octets above which a body has to be given as `BigBody`."""
+        return self.segments.big_limit
+
+    def big_body(self, ident: int) -> BigBody:
+        """A file for a large body (blocks: call it on a thread)."""
+        return BigBody(self.segments.big_path(ident), ident)
+
+    def submit(
+        self,
+        ident: int,
+        envelope: Envelope,
+        text: list[bytes] | Body,
+        done: Callable[[StoreError | None], None],
+    ) -> None:
+        """Make a message safe: `done(None)` when it is, `done(error)` when it cannot be."""
+        if isinstance(text, Body):
+            envelope.body = text
+            self.writer.submit(Put(ident, envelope, self.assign(envelope), None, done))
+        else:
+            self.writer.submit(Put(ident, envelope, self.assign(envelope), text, done))
+
+    # Outcomes
+
+    def finish(self, entry: Entry, results: dict[int, Attempt] | None, retry_after_ms: int = 0) -> None:
+        """An attempt is over. `results`: an Attempt for each recipient of the entry, None when all were delivered.
+
+        Transient ones are tried again after `retry_after_ms` (0: the schedule's own delay), or fail when the message's
+        deadline has passed. The entry stays in flight until this is durable.
+        """
+        if results is None:
+            self.writer.submit(Outcome(entry, success=True))
+            return
+        now = self.clock.now()
+        deadline = entry.envelope.deadline
+        expired = now >= deadline
+        failed: list[tuple[str, Attempt, bool]] = []
+        final: dict[int, Attempt] = {}
+        for index, attempt in results.items():
+            kept = attempt
+            if attempt.kind == PERMANENT:
+                failed.append((entry.envelope.recipients[index], attempt, False))
+            elif attempt.kind == TRANSIENT and expired:
+                kept = msgspec.structs.replace(attempt, kind=PERMANENT)
+                failed.append((entry.envelope.recipients[index], kept, True))
+            final[index] = kept
+        delay = retry_after_ms or retry_delay(entry.attempts + 1, self._settings.first_retry_ms)
+        retry_at = max(now + 1, min(now + delay, deadline))
+        outcome = Outcome(entry, success=False, results=final, retry_at=retry_at, failed=failed, expired=expired)
+        outcome.name = self._name_now(entry)
+        self.writer.submit(outcome)
+
+    def _name_now(self, entry: Entry) -> QueueName:
+        """The queue in which an entry's recipients wait from now on: routes may have changed."""
+        names = self.assign(entry.envelope)
+        first = entry.indexes[0] if entry.indexes else 0
+        for name, indexes in names:
+            if indexes is None or first in indexes:
+                return name
+        return entry.name
+
+    def put_back(self, entry: Entry) -> None:
+        """An entry was not tried: it is found again once its queue wakes."""
+        self.schedule.put_back(entry)
+
+    def park(self, queue: int, until: int) -> None:
+        """Let a queue sleep until a moment of the queue's clock (0: wake it now)."""
+
+        def run(change: Change) -> None:
+            change.park(queue, until)
+
+        self.writer.submit(Task(run, None))
+        self.schedule.wake_at(until or self.clock.now())
+
+    async def read_text(self, entry: Entry) -> list[bytes]:
+        """A body's pieces, verified, from memory or disk. StoreError when it is damaged or gone."""
+        if entry.text is not None:
+            return entry.text
+        body = entry.envelope.body
+        if body is None:
+            raise StoreError(f"message {format_id(entry.ident)} has no body")
+        return [await self._loop.run_in_executor(self._readers, self.segments.read, entry.ident, body)]
+
+    async def task(self, run: Callable[[Change], T]) -> T:
+        """An operator's change, durable when this returns."""
+        result = await self.writer.task(run)
+        self.schedule.wake()
+        return result
+
+    async def change_messages(self, verb: str, idents: list[int]) -> tuple[int, int]:
+        """Flush, hold, release or delete these messages (at most 1,000): (changed, left alone because in flight)."""
+        self.schedule.changing += 1
+        try:
+            flying = self.schedule.withdraw(set(idents))
+            wanted = [ident for ident in idents if ident not in flying]
+            age = self._settings.max_age_ms
+            changed = await self.writer.task(
+                lambda change: inspect.apply(verb, change, self.store, self.writer, self.clock, age, wanted)
+            )
+        finally:
+            self.schedule.changing -= 1
+            self.schedule.wake()
+        return changed, len(flying)
+
+    async def wake_queues(self) -> None:
+        """Let no queue sleep: what is due is tried now."""
+
+        def run(change: Change) -> None:
+            for row in list(self.store.queues(change.txn)):
+                if row.not_before:
+                    change.park(row.number, 0)
+
+        await self.writer.task(run)
+        self.schedule.wake()
+
+    async def read(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a reading function on a reader thread."""
+        return await self._loop.run_in_executor(self._readers, function, *args)
+
+    # Behind the commit
+
+    def _committed(self, group: Committed) -> None:
+        for put in group.puts:
+            if put.done is not None:
+                put.done(put.error)
+            if put.error is None:
+                self._events.queued(put)
+                self.schedule.add_fresh(_entries(put))
+        for outcome in group.outcomes:
+            self._events.ended(outcome)
+            self.schedule.remove(outcome.entry, outcome.retry_at)
+            if outcome.notice is not None:
+                self._events.queued(outcome.notice)
+                self.schedule.add_fresh(_entries(outcome.notice))
+        for task in group.tasks:
+            if task.future is not None and not task.future.done():
+                if task.error is not None:
+                    task.future.set_exception(task.error)
+                else:
+                    task.future.set_result(task.result)
+        self._events.committed(group)
+
+    # Time passes
+
+    def _tick(self) -> None:
+        self._ticks += 1
+        if not self.writer.stalled:
+            self.schedule.tick()
+        if self._ticks % 20 == 0:
+            self.schedule.reading(self._housekeep, self._expire)
+        self._timer = self._loop.call_later(TICK, self._tick)
+
+    def _read(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run `function` on a reader thread and `then(result)`, or `then(its exception)`, on the loop."""
+
+        def done(future: "asyncio.Future[Any]") -> None:
+            if not future.cancelled():
+                then(future.exception() or future.result())
+
+        try:
+            self._loop.run_in_executor(self._readers, function).add_done_callback(done)
+        except RuntimeError:  # shutting down
+            return
+
+    def _housekeep(self) -> list[tuple[Entry, dict[int, Attempt]]]:
+        """Reader thread, each second: room on the disk and in the map, and what is overdue."""
+        stats = os.statvfs(self.path)
+        total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
+        used, size = self.store.used()
+        floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
+        self.full = free < floor or used * 100 > size * MAP_SHARE
+        if not self._ballast.exists() and free > 2 * floor + BALLAST and total > 64 * BALLAST:
+            _write_ballast(self._ballast)
+        return self._overdue()
+
+    def _overdue(self) -> list[tuple[Entry, dict[int, Attempt]]]:
+        """Reader thread: entries of messages past their deadline, with the last attempt at each pending recipient.
+
+        After a stop or a jump of the clock of an hour or more, each message is first tried once: for a day it is an
+        attempt's outcome alone that gives it up.
+        """
+        now = self.clock.now()
+        if self.clock.resumed and now < self.clock.resumed + RESUMED_GRACE_MS:
+            return []
+        found: list[tuple[Entry, dict[int, Attempt]]] = []
+        with self.store.env.begin() as txn:
+            for deadline, ident in self.store.expiries(txn):
+                if deadline > now or len(found) >= 200:
+                    break
+                for entry in self.schedule.load(txn, ident):
+                    states = self.store.recipient_states(txn, ident)
+                    last = {i: s.attempts[-1] for i, s in states.items() if s.attempts}
+                    found.append((entry, last))
+        return found
+
+    def _expire(self, overdue: list[tuple[Entry, dict[int, Attempt]]]) -> None:
+        """Give up messages past their deadline, wherever they wait; what is in flight is left to its outcome."""
+        for loaded, last in overdue:
+            entry = self.schedule.seize(loaded)
+            if entry is None:
+                continue
+            never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", "never tried: its turn did not come in time")
+            results = {index: msgspec.structs.replace(last.get(index, never), kind=TRANSIENT) for index, _ in entry.recipients}
+            self.finish(entry, results)
+
+
+def _entries(put: Put) -> list[Entry]:
+    placements = put.envelope.placements
+    sole = len(placements) == 1
+    return [
+        Entry(put.ident, put.envelope, name, placement.queue, placement.due, 0, indexes, sole, put.text)
+        for placement, (name, indexes) in zip(placements, put.names, strict=True)
+    ]
+
+
+def _write_ballast(path: Path) -> None:
+    """Room to fall back on: released when deletes need it on a full disk."""
+    try:
+        path.write_bytes(b"\0" * BALLAST)
+    except OSError:
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> int:
+    """Own the shard for this process's life. SpoolBusy when another one does."""
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise SpoolBusy(f"{path} is in use by another relaymta") from None
+    return descriptor

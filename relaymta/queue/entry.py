@@ -1,0 +1,83 @@
+"""A message as it stands in memory: one entry for each of its placements that is in the window or in flight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
+
+__all__ = ["Entry", "Outcome", "Put"]
+
+
+class Entry:
+    """One message's recipients in one queue.
+
+    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory.
+    `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever meets it drops it.
+    """
+
+    __slots__ = (
+        "attempts", "cancelled", "due", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole", "text"
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        ident: int,
+        envelope: Envelope,
+        name: QueueName,
+        queue: int,
+        due: int,
+        attempts: int,
+        indexes: list[int] | None,
+        sole: bool,
+        text: list[bytes] | None = None,
+    ) -> None:
+        self.ident = ident
+        self.envelope = envelope
+        self.name = name
+        self.queue = queue
+        self.due = due
+        self.attempts = attempts
+        self.indexes = indexes
+        self.sole = sole
+        self.text = text
+        self.cancelled = False
+        self.flying = False
+        self.route: object = None  # what send/ has resolved for it
+
+    @property
+    def recipients(self) -> list[tuple[int, str]]:
+        """(index, address) of the recipients this entry is about."""
+        everyone = self.envelope.recipients
+        if self.indexes is None:
+            return list(enumerate(everyone))
+        return [(index, everyone[index]) for index in self.indexes]
+
+
+@dataclass(slots=True, eq=False)
+class Put:
+    """A message to make safe. `text`: its pieces, or `body` where a large one lies already. `done` is called on the
+    loop with None when it is safe, or with why it is not."""
+
+    ident: int
+    envelope: Envelope
+    names: list[tuple[QueueName, list[int] | None]]
+    text: list[bytes] | None
+    done: Callable[[StoreError | None], None] | None
+    error: StoreError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """What an attempt came to: a result for each recipient of the entry (`results`, by index, or `success` for all of
+    them), and when and in which queue the unfinished ones wait."""
+
+    entry: Entry
+    success: bool
+    results: dict[int, Attempt] = field(default_factory=dict)
+    retry_at: int = 0
+    name: QueueName | None = None
+    expired: bool = False
+    failed: list[tuple[str, Attempt, bool]] = field(default_factory=list)
+    notice: Put | None = None
+    moved: Body | None = None

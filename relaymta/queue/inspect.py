@@ -1,0 +1,170 @@
+"""Looking into a shard and changing what is in it, in slices: reads of at most 1,000 rows or 50 ms a transaction, resumed
+by key; changes of at most 1,000 rows inside a group commit. What is in flight is left to its outcome."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Envelope
+from relaymta.queue.clock import QueueClock
+from relaymta.queue.ident import format_id
+from relaymta.queue.schedule import Schedule
+from relaymta.queue.store import Change, Store
+from relaymta.queue.writer import Writer
+
+__all__ = ["VERBS", "Filter", "apply", "message", "page", "summary"]
+
+PAGE_ROWS = 1000
+PAGE_SECONDS = 0.05
+VERBS = ("flush", "hold", "release", "delete")
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which messages; all that is given must match. `queue`: as `str(QueueName)`; domains without @."""
+
+    ident: int = 0
+    queue: str = ""
+    sender: str = ""
+    recipient_domain: str = ""
+    held: bool = False
+
+    def matches(self, ident: int, envelope: Envelope, queues: dict[int, str]) -> bool:
+        """Whether a message is meant."""
+        if self.ident and ident != self.ident:
+            return False
+        if self.queue and self.queue not in (queues.get(p.queue, "") for p in envelope.placements):
+            return False
+        if self.sender and envelope.sender.lower() != self.sender.lower():
+            return False
+        if self.held and not envelope.flags & HELD:
+            return False
+        if self.recipient_domain:
+            wanted = "@" + self.recipient_domain.lower()
+            return any(address.lower().endswith(wanted) for address in envelope.recipients)
+        return True
+
+
+def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
+    """One row for each queue that holds mail."""
+    rows = []
+    now = clock.now()
+    with store.env.begin() as txn:
+        for row in store.queues(txn):
+            if row.messages:
+                rows.append(
+                    {
+                        "queue": str(row.name),
+                        "messages": row.messages,
+                        "bytes": row.bytes,
+                        "deferred": row.deferred,
+                        "held": row.held,
+                        "next": clock.wall(row.wake) / 1000 if row.wake > now else (0 if not row.wake else time.time()),
+                        "parked": row.not_before > now,
+                    }
+                )
+    return rows
+
+
+def page(store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int) -> dict[str, Any]:
+    """The next messages behind id `after`: `{"rows", "after"}`, `after` 0 when there are no more."""
+    rows: list[dict[str, Any]] = []
+    until = time.monotonic() + PAGE_SECONDS
+    with store.env.begin() as txn:
+        queues = {row.number: str(row.name) for row in store.queues(txn)}
+        start = chosen.ident - 1 if chosen.ident else after
+        for seen, (ident, envelope) in enumerate(store.idents(txn, start), 1):
+            if chosen.ident and ident != chosen.ident:
+                break
+            after = ident
+            if chosen.matches(ident, envelope, queues):
+                rows.append(_row(store, txn, clock, schedule, ident, envelope, queues))
+            if seen % 64 == 0 and (len(rows) >= PAGE_ROWS or time.monotonic() > until):
+                return {"rows": rows, "after": after}
+    return {"rows": rows, "after": 0}
+
+
+def _row(
+    store: Store, txn: Any, clock: QueueClock, schedule: Schedule | None, ident: int, envelope: Envelope, queues: dict[int, str]
+) -> dict[str, Any]:
+    states = store.recipient_states(txn, ident)
+    where = [(queues.get(p.queue, "?"), p) for p in envelope.placements]
+    flying = schedule is not None and any((entry := schedule.get(ident, p.queue)) is not None and entry.flying for _, p in where)
+    state = "quarantined" if envelope.flags & QUARANTINED else "held" if envelope.flags & HELD else "queued"
+    recipients = []
+    for index, address in enumerate(envelope.recipients):
+        known = states.get(index)
+        last = known.attempts[-1] if known is not None and known.attempts else None
+        recipients.append(
+            {
+                "address": address,
+                "state": ("pending", "delivered", "failed")[known.state] if known is not None else "pending",
+                "last": str(last) if last is not None else "",
+            }
+        )
+    return {
+        "id": format_id(ident),
+        "state": "in flight" if flying else state,
+        "sender": envelope.sender,
+        "recipients": recipients,
+        "size": envelope.size,
+        "arrived": envelope.arrived / 1000,
+        "client": envelope.client,
+        "application": envelope.application,
+        "queues": [name for name, _ in where],
+        "attempts": max((p.attempts for _, p in where), default=0),
+        "next": min((clock.wall(p.due) / 1000 for _, p in where), default=0) if state == "queued" else 0,
+        "expires": clock.wall(envelope.deadline) / 1000 if state == "queued" else 0,
+    }
+
+
+def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: int) -> dict[str, Any] | None:
+    """Everything about one message, its recipients' attempts included; None when it is not here."""
+    with store.env.begin() as txn:
+        envelope = store.envelope(txn, ident)
+        if envelope is None:
+            return None
+        queues = {p.queue: str(row.name) for p in envelope.placements if (row := store.queue(txn, p.queue)) is not None}
+        found = _row(store, txn, clock, schedule, ident, envelope, queues)
+        for index, state in store.recipient_states(txn, ident).items():
+            found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
+        found["helo"] = envelope.helo
+        return found
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "time": attempt.time / 1000,
+        "result": attempt.kind,
+        "phase": attempt.phase,
+        "peer": attempt.peer,
+        "reply": " ".join(part for part in (str(attempt.code or ""), attempt.enhanced, attempt.text) if part),
+    }
+
+
+def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:
+    """Writer thread, inside a group commit: `verb` on these messages, none of which is in memory; how many it changed."""
+    changed = 0
+    now = clock.now()
+    for ident in idents:
+        envelope = store.envelope(change.txn, ident)
+        if envelope is None:
+            continue
+        if verb == "delete":
+            change.finish_message(ident, envelope, histories=True)
+            writer.free_body(ident, envelope.body)
+        elif verb == "hold" and not envelope.flags & HELD:
+            change.hold(ident, envelope)
+        elif verb == "release" and envelope.flags & HELD:
+            change.release(ident, envelope, now, now + max_age_ms)
+        elif verb == "flush" and not envelope.flags & HELD:
+            for placement in envelope.placements:
+                if placement.due > now:
+                    change.unplace(ident, envelope, placement)
+                    placement.due = now
+                    change.place(ident, envelope, placement)
+            change.replace(ident, envelope)
+        else:
+            continue
+        changed += 1
+    return changed

@@ -1,0 +1,405 @@
+"""Message bodies: append-only segment files, synced for a whole group at once.
+
+A segment is filled with zeros once (by the `fill` thread, ahead of need) and from then on rewritten: fdatasync of blocks
+that exist costs a third less than of blocks that are new. Each body is a *frame*: magic, segment generation, message id,
+length and xxh3 checksum, then the text. A frame is trusted only when all of these agree, so bytes of a torn write or of
+an earlier use of the segment are never taken for a message.
+
+All methods but `read` belong to the writer thread. Appending is in two steps, as the group commit is: `append` and
+`sync` put the bytes on disk, then `rows` gives the segment rows that make them count; `settle` is called when the LMDB
+commit has returned, `forget` when it failed. Space is reused only by `settle`, so after the commit that freed it.
+
+A segment on which a write or sync failed is *sealed*: never written again, removed once it is empty. (Linux reports a
+writeback error once and then marks the pages clean: a second fdatasync would lie.)
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import Body
+
+__all__ = ["FRAME", "BigBody", "Corrupt", "Segments", "segment_size_for"]
+
+FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
+MAGIC = b"rmB1"
+MEGABYTE = 1 << 20
+IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
+BIG = MEGABYTE  # a longer body is a file of its own
+SPARES = 2
+
+HOT, COLD = 0, 1
+
+
+class Corrupt(StoreError):
+    """A frame is not what the queue says it is."""
+
+
+class SegmentRow(msgspec.Struct, array_like=True, gc=False):
+    """A segment as LMDB keeps it."""
+
+    generation: int
+    kind: int
+    live: int
+    live_bytes: int
+    position: int
+    sealed: bool = False
+
+
+class Segment:
+    """One open segment file."""
+
+    __slots__ = ("fd", "freed", "freed_bytes", "number", "row", "staged", "staged_bytes")
+
+    def __init__(self, number: int, fd: int, row: SegmentRow) -> None:
+        self.number = number
+        self.fd = fd
+        self.row = row
+        self.staged = self.staged_bytes = 0  # in the group under way
+        self.freed = self.freed_bytes = 0
+
+
+def segment_size_for(path: Path) -> int:
+    """Octets of one segment on the file system of `path`: a 4096th of it, 1 to 64 MB, a power of two."""
+    stats = os.statvfs(path)
+    share = stats.f_frsize * stats.f_blocks // 4096
+    size = MEGABYTE
+    while size * 2 <= share and size < 64 * MEGABYTE:
+        size *= 2
+    return size
+
+
+class Segments:
+    """The bodies of one shard, in `directory`."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._directory = directory
+        self.size = size
+        self.big_limit = min(BIG, size - FRAME.size)
+        self._big = directory / "big"
+        self._big.mkdir(mode=0o700, exist_ok=True)
+        self._dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._segments: dict[int, Segment] = {}
+        self._free: list[Segment] = []
+        self._active: list[Segment | None] = [None, None]
+        self._next = 1
+        self._plan: dict[int, tuple[int, list[bytes]]] = {}  # what write() is to write: segment -> offset, buffers
+        self._dirty: set[Segment] = set()  # written since the last sync
+        self._changed: set[Segment] = set()  # whose LMDB row is to be written
+        self._new_files = False
+        self._doomed: list[int] = []
+        self._spares: list[Path] = []
+        self._spare_wanted = threading.Event()
+        self._closing = False
+        self._filler = threading.Thread(target=self._fill, name="segment-fill", daemon=True)
+
+    def load(self, rows: dict[int, SegmentRow]) -> None:
+        """Take over the segments LMDB knows. Files it does not know were never committed and go."""
+        for number, row in rows.items():
+            fd = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
+            segment = self._segments[number] = Segment(number, fd, row)
+            if row.live == 0 and not row.sealed:
+                self._free.append(segment)
+        self._next = max(rows, default=0) + 1
+        for path in self._directory.glob("*.seg"):
+            if int(path.stem) not in self._segments:
+                path.unlink()
+        for path in self._directory.glob("*.new"):
+            path.unlink()
+        self._filler.start()
+
+    def close(self) -> None:
+        """Close every file."""
+        self._closing = True
+        self._spare_wanted.set()
+        self._filler.join()
+        for segment in self._segments.values():
+            os.close(segment.fd)
+        os.close(self._dir_fd)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:08d}.seg"
+
+    def big_path(self, ident: int) -> Path:
+        """The file of a body above 1 MB."""
+        return self._big / f"{ident:016x}"
+
+    # Writing: append -> sync -> rows -> settle | forget
+
+    def append(self, ident: int, buffers: Sequence[bytes], length: int, kind: int) -> Body:
+        """Plan a frame for write(); where it will lie."""
+        need = FRAME.size + length
+        segment = self._active[kind]
+        if segment is None or segment.row.position + need > self.size:
+            segment = self._open_segment(kind, need)
+        if len(buffers) == 1:
+            checksum = xxhash.xxh3_64_intdigest(buffers[0])
+        else:
+            digest = xxhash.xxh3_64()
+            for piece in buffers:
+                digest.update(piece)
+            checksum = digest.intdigest()
+        row = segment.row
+        planned = self._plan.get(segment.number)
+        if planned is None:
+            planned = self._plan[segment.number] = (row.position, [])
+        planned[1].append(FRAME.pack(MAGIC, row.generation, ident, length, checksum))
+        planned[1].extend(buffers)
+        body = Body(segment.number, row.generation, row.position, length)
+        row.position += need
+        segment.staged += 1
+        segment.staged_bytes += need
+        self._changed.add(segment)
+        return body
+
+    def write(self) -> None:
+        """Write what append() planned. OSError: the segment is sealed, no body of the group may be committed."""
+        plan, self._plan = self._plan, {}
+        for number, (offset, buffers) in plan.items():
+            segment = self._segments[number]
+            self._dirty.add(segment)
+            try:
+                for start in range(0, len(buffers), IOV_LIMIT):
+                    offset += _write_all(segment.fd, buffers[start : start + IOV_LIMIT], offset)
+            except OSError:
+                self._seal(segment)
+                raise
+
+    def sync(self) -> int:
+        """Make the group's bodies, and the names of new files, durable; how many syncs it took."""
+        syncs = 0
+        while self._dirty:
+            segment = self._dirty.pop()
+            try:
+                os.fdatasync(segment.fd)
+            except OSError:
+                self._seal(segment)
+                raise
+            syncs += 1
+        if self._new_files:
+            os.fsync(self._dir_fd)
+            self._new_files = False
+            syncs += 1
+        return syncs
+
+    def _seal(self, segment: Segment) -> None:
+        segment.row.sealed = True
+        self._changed.add(segment)
+        self._dirty.discard(segment)
+        for kind in (HOT, COLD):
+            if self._active[kind] is segment:
+                self._active[kind] = None
+
+    def release(self, body: Body) -> None:
+        """The message with this body ends in the group under way (not for bodies in files of their own)."""
+        segment = self._segments[body.segment]
+        segment.freed += 1
+        segment.freed_bytes += FRAME.size + body.length
+        self._changed.add(segment)
+
+    def rows(self) -> list[tuple[int, SegmentRow]]:
+        """The segment rows as they are once this group is committed."""
+        return [
+            (
+                s.number,
+                msgspec.structs.replace(
+                    s.row,
+                    live=s.row.live + s.staged - s.freed,
+                    live_bytes=s.row.live_bytes + s.staged_bytes - s.freed_bytes,
+                ),
+            )
+            for s in self._changed
+        ]
+
+    def settle(self) -> None:
+        """The commit has returned: counts hold, emptied segments may be used again."""
+        changed, self._changed = self._changed, set()
+        for segment in changed:
+            row = segment.row
+            row.live += segment.staged - segment.freed
+            row.live_bytes += segment.staged_bytes - segment.freed_bytes
+            segment.staged = segment.staged_bytes = segment.freed = segment.freed_bytes = 0
+            if row.live == 0 and segment not in self._active and segment not in self._free:
+                self._retire(segment)
+
+    def forget(self) -> None:
+        """The commit failed: what was staged is as if it had never been (the space is used up all the same)."""
+        self._plan = {}
+        for segment in self._changed:
+            segment.staged = segment.staged_bytes = segment.freed = segment.freed_bytes = 0
+        # They stay changed: positions and seals are written by the next group.
+
+    def _retire(self, segment: Segment) -> None:
+        """An emptied segment: kept for reuse, or removed when it is sealed or there are plenty."""
+        if segment.row.sealed or len(self._free) >= 8:
+            self._doomed.append(segment.number)
+        else:
+            self._free.append(segment)
+
+    def doomed(self) -> list[int]:
+        """Segments whose rows the next group deletes; `unlink` them behind its commit."""
+        return self._doomed
+
+    def unlink(self) -> None:
+        """Remove the files of the segments that `doomed` named; their rows are gone."""
+        for number in self._doomed:
+            segment = self._segments.pop(number)
+            os.close(segment.fd)
+            self._path(number).unlink(missing_ok=True)
+        self._doomed = []
+
+    def _open_segment(self, kind: int, need: int) -> Segment:
+        """The next segment to append to: an emptied one, a filled spare, or a new file."""
+        if need > self.size:
+            raise StoreError(f"a body of {need} octets does not fit into a segment of {self.size}")
+        was = self._active[kind]
+        self._active[kind] = None
+        if was is not None and was.row.live == 0 and was.staged == 0 and was not in self._free:
+            self._retire(was)
+        if self._free:
+            segment = self._free.pop()
+            segment.row.generation += 1
+            segment.row.position = 0
+            segment.row.kind = kind
+        else:
+            segment = self._create_segment(kind)
+        self._changed.add(segment)
+        self._active[kind] = segment
+        return segment
+
+    def _create_segment(self, kind: int) -> Segment:
+        number = self._next
+        self._next += 1
+        path = self._path(number)
+        if self._spares:
+            self._spares.pop().rename(path)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._spare_wanted.set()
+        self._new_files = True
+        segment = self._segments[number] = Segment(number, fd, SegmentRow(1, kind, 0, 0, 0))
+        return segment
+
+    def _fill(self) -> None:
+        """Thread: keep spare segments ready, written once with zeros. A full disk makes none."""
+        serial = 0
+        while not self._closing:
+            self._spare_wanted.wait()
+            self._spare_wanted.clear()
+            while len(self._spares) < SPARES and not self._closing:
+                stats = os.statvfs(self._directory)
+                if stats.f_bavail * stats.f_frsize < 8 * self.size:
+                    break
+                serial += 1
+                path = self._directory / f"{serial}.new"
+                try:
+                    self._write_zeros(path)
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    break
+                self._spares.append(path)
+
+    def _write_zeros(self, path: Path) -> None:
+        zeros = bytes(MEGABYTE)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for _ in range(self.size // MEGABYTE):
+                if self._closing:
+                    return
+                os.write(fd, zeros)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    # Reading, from any thread
+
+    def read(self, ident: int, body: Body) -> bytes:
+        """A body, verified. Corrupt when the frame is not what it should be (StoreError when it cannot be read)."""
+        try:
+            if body.segment:
+                segment = self._segments[body.segment]
+                raw = os.pread(segment.fd, FRAME.size + body.length, body.offset)
+            else:
+                raw = self.big_path(ident).read_bytes()
+        except (OSError, KeyError) as error:
+            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+        text = raw[FRAME.size :]
+        check_frame(raw[: FRAME.size], ident, body, len(text), xxhash.xxh3_64_intdigest(text))
+        return text
+
+    # What the operator and the tests see
+
+    def usage(self) -> tuple[int, int, int]:
+        """(files' octets, live octets, number of segments), bodies of their own file left out."""
+        live = sum(s.row.live_bytes for s in list(self._segments.values()))
+        return len(self._segments) * self.size, live, len(self._segments)
+
+
+def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
+    """Write `buffers` at `offset`, whole; how many octets they are. A short write is a disk that is nearly full."""
+    total = sum(map(len, buffers))
+    done = os.pwritev(fd, buffers, offset)
+    if done != total:
+        rest = memoryview(b"".join(buffers))
+        while done < total:
+            done += os.pwrite(fd, rest[done:], offset + done)
+    return total
+
+
+def check_frame(raw: bytes, ident: int, body: Body, length: int, checksum: int) -> None:
+    """Corrupt unless the frame header `raw` belongs to this message and matches its text's length and checksum."""
+    if len(raw) != FRAME.size:
+        raise Corrupt(f"the body of {ident:016x} is cut short")
+    magic, generation, owner, announced, expected = FRAME.unpack(raw)
+    if magic != MAGIC or generation != body.generation or owner != ident:
+        raise Corrupt(f"the body of {ident:016x} is not where the queue says it is")
+    if announced != length or expected != checksum:
+        raise Corrupt(f"the body of {ident:016x} does not match its checksum")
+
+
+class BigBody:
+    """A body above 1 MB on its way to a file of its own. Each method blocks: call it from a thread, one at a time."""
+
+    def __init__(self, path: Path, ident: int) -> None:
+        self.path = path
+        self.ident = ident
+        self.length = 0
+        self._digest = xxhash.xxh3_64()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.lseek(self._fd, FRAME.size, os.SEEK_SET)
+
+    def write(self, buffers: list[bytes]) -> None:
+        """Append `buffers`. OSError when the disk refuses."""
+        for piece in buffers:
+            self._digest.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            self.length += len(piece)
+
+    def finish(self) -> Body:
+        """Write the frame's head, sync the file and its directory; where it lies."""
+        os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, self._digest.intdigest()), 0)
+        os.fdatasync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return Body(0, 1, 0, self.length)
+
+    def discard(self) -> None:
+        """The message was refused or the client went away: remove the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.path.unlink(missing_ok=True)

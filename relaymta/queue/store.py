@@ -1,0 +1,406 @@
+"""One shard's LMDB environment: the tables, and the changes a group commit makes to them.
+
+    message    id                     Envelope (with its placements: where its due rows stand)
+    recipient  id, n                  RecipientState; no row before the first unfinished attempt
+    due        queue, time, id        one row per message and queue
+    wake       time, queue            one row per queue that holds a due row
+    expiry     deadline, id           every message that is not held
+    held       queue, id              every held or quarantined message
+    queue      "n" name | "q" number  the number | QueueRow
+    segment    number                 SegmentRow
+    meta       word                   schema, shard, last seen time, highest id
+
+Keys are big-endian, so that every question is a prefix scan. A `Change` is one write transaction under way; queue counts
+and wake times that it touches are gathered and written once, by `finish`.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import (
+    HELD,
+    QUARANTINED,
+    Envelope,
+    Placement,
+    QueueName,
+    RecipientState,
+    decode_envelope,
+    decode_queue_name,
+    decode_recipient,
+    encode,
+)
+from relaymta.queue.segments import SegmentRow
+
+__all__ = ["Change", "QueueRow", "Store"]
+
+SCHEMA = 1
+MAP_SIZE = 64 << 30  # sparse: costs address space only
+NEVER = (1 << 63) - 1
+
+_ID = struct.Struct(">Q")
+_RECIPIENT = struct.Struct(">QH")
+_DUE = struct.Struct(">IQQ")
+_WAKE = struct.Struct(">QI")
+_EXPIRY = struct.Struct(">QQ")
+_HELD = struct.Struct(">IQ")
+_NUMBER = struct.Struct(">I")
+
+_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta")
+
+_decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
+
+
+class QueueRow(msgspec.Struct, array_like=True):
+    """A queue as LMDB keeps it: its name, counts, and when it is looked at next (0: never, it has nothing due)."""
+
+    number: int
+    name: QueueName
+    messages: int = 0
+    bytes: int = 0
+    deferred: int = 0
+    held: int = 0
+    wake: int = 0
+    not_before: int = 0
+
+
+_decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
+
+
+class Store:
+    """The environment in `path`. Everything that writes belongs to the writer thread."""
+
+    def __init__(self, path: Path, map_size: int = MAP_SIZE) -> None:
+        self._path = path
+        self._map_size = map_size
+        self._queues: dict[QueueName, QueueRow] = {}
+        self._by_number: dict[int, QueueRow] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._path.mkdir(mode=0o700, exist_ok=True)
+        created = not (self._path / "data.mdb").exists()
+        self.env = lmdb.open(
+            str(self._path), map_size=self._map_size, max_dbs=16, max_readers=64, sync=True, metasync=True, mode=0o600
+        )
+        self.env.reader_check()
+        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode()) for name in _TABLES}
+        if created:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def reopen(self) -> None:
+        """Close and open again, after a failed commit: work goes on from the last one that returned."""
+        self.env.close()
+        self._queues.clear()
+        self._by_number.clear()
+        self._open()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    # Reading (any thread; the transaction is the caller's)
+
+    def meta(self, key: bytes) -> int:
+        """A number in meta; 0 when it is not there."""
+        with self.env.begin() as txn:
+            raw = txn.get(key, db=self.tables["meta"])
+        return int(raw) if raw else 0
+
+    def segments(self) -> dict[int, SegmentRow]:
+        """All segment rows."""
+        with self.env.begin() as txn:
+            return {_NUMBER.unpack(key)[0]: _decode_segment(value) for key, value in txn.cursor(db=self.tables["segment"])}
+
+    def envelope(self, txn: Any, ident: int) -> Envelope | None:
+        """A message's envelope."""
+        raw = txn.get(_ID.pack(ident), db=self.tables["message"])
+        return None if raw is None else decode_envelope(raw)
+
+    def recipient_states(self, txn: Any, ident: int) -> dict[int, RecipientState]:
+        """The recipients that have a history, by index."""
+        found = {}
+        cursor = txn.cursor(db=self.tables["recipient"])
+        prefix = _ID.pack(ident)
+        if cursor.set_range(prefix):
+            for key, value in cursor:
+                if key[:8] != prefix:
+                    break
+                found[_RECIPIENT.unpack(key)[1]] = decode_recipient(value)
+        return found
+
+    def queue(self, txn: Any, number: int) -> QueueRow | None:
+        """A queue's row as the transaction sees it."""
+        raw = txn.get(b"q" + _NUMBER.pack(number), db=self.tables["queue"])
+        return None if raw is None else _decode_queue(raw)
+
+    def queue_number(self, txn: Any, name: QueueName) -> int:
+        """A queue's number, 0 when there is no such queue."""
+        raw = txn.get(b"n" + encode(name), db=self.tables["queue"])
+        return 0 if raw is None else _NUMBER.unpack(raw)[0]
+
+    def queues(self, txn: Any, after: int = 0) -> Iterator[QueueRow]:
+        """All queues, by number, above `after`."""
+        cursor = txn.cursor(db=self.tables["queue"])
+        if cursor.set_range(b"q" + _NUMBER.pack(after + 1)):
+            for key, value in cursor:
+                if key[:1] != b"q":
+                    return
+                yield _decode_queue(value)
+
+    def wakes(self, txn: Any) -> Iterator[tuple[int, int]]:
+        """(time, queue number), the earliest first."""
+        for key, _ in txn.cursor(db=self.tables["wake"]):
+            yield _WAKE.unpack(key)
+
+    def due(self, txn: Any, queue: int) -> Iterator[tuple[int, int]]:
+        """(time, id) of a queue's messages, the earliest first."""
+        cursor = txn.cursor(db=self.tables["due"])
+        prefix = _NUMBER.pack(queue)
+        if cursor.set_range(prefix):
+            for key, _ in cursor:
+                if key[:4] != prefix:
+                    return
+                _, moment, ident = _DUE.unpack(key)
+                yield moment, ident
+
+    def held(self, txn: Any, queue: int) -> Iterator[int]:
+        """The ids of a queue's held messages."""
+        cursor = txn.cursor(db=self.tables["held"])
+        prefix = _NUMBER.pack(queue)
+        if cursor.set_range(prefix):
+            for key, _ in cursor:
+                if key[:4] != prefix:
+                    return
+                yield _HELD.unpack(key)[1]
+
+    def expiries(self, txn: Any) -> Iterator[tuple[int, int]]:
+        """(deadline, id) of all messages that are not held, the earliest first."""
+        for key, _ in txn.cursor(db=self.tables["expiry"]):
+            yield _EXPIRY.unpack(key)
+
+    def idents(self, txn: Any, after: int = 0) -> Iterator[tuple[int, Envelope]]:
+        """All messages by id, above `after`."""
+        cursor = txn.cursor(db=self.tables["message"])
+        if cursor.set_range(_ID.pack(after + 1)):
+            for key, value in cursor:
+                yield _ID.unpack(key)[0], decode_envelope(value)
+
+    def used(self) -> tuple[int, int]:
+        """(octets of the map in use up to the last page, the map's size)."""
+        info = self.env.info()
+        return (info["last_pgno"] + 1) * self.env.stat()["psize"], info["map_size"]
+
+    # Writing
+
+    def change(self) -> "Change":
+        """Begin a write transaction."""
+        return Change(self)
+
+    def row_for(self, txn: Any, name: QueueName) -> QueueRow:
+        """A queue's row, made when there is none (in the transaction under way)."""
+        row = self._queues.get(name)
+        if row is None:
+            number = self.queue_number(txn, name)
+            found = self.queue(txn, number) if number else None
+            row = found if found is not None else self._new_queue(txn, name)
+            self._queues[name] = self._by_number[row.number] = row
+        return row
+
+    def _new_queue(self, txn: Any, name: QueueName) -> QueueRow:
+        cursor = txn.cursor(db=self.tables["queue"])
+        last = 0
+        if (cursor.set_range(b"r") and cursor.prev()) or cursor.last():
+            key = cursor.key()
+            last = _NUMBER.unpack(key[1:])[0] if key[:1] == b"q" else 0
+        row = QueueRow(last + 1, name)
+        txn.put(b"n" + encode(name), _NUMBER.pack(row.number), db=self.tables["queue"])
+        txn.put(b"q" + _NUMBER.pack(row.number), encode(row), db=self.tables["queue"])
+        return row
+
+    def row_numbered(self, txn: Any, number: int) -> QueueRow:
+        """The row of a queue that exists."""
+        row = self._by_number.get(number)
+        if row is None:
+            row = self.queue(txn, number)
+            if row is None:
+                raise StoreError(f"queue number {number} has no row")
+            self._queues[row.name] = self._by_number[number] = row
+        return row
+
+    def forget(self, rows: "set[int]") -> None:
+        """The transaction that changed these queues failed: read them again when they are needed."""
+        for number in rows:
+            row = self._by_number.pop(number, None)
+            if row is not None:
+                self._queues.pop(row.name, None)
+
+
+class Change:
+    """One write transaction. Use it on one thread: methods, then `finish`, or `abort` after an exception."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tables = store.tables
+        self.txn = store.env.begin(write=True)
+        self._touched: set[int] = set()
+        self.highest = 0
+
+    def row(self, name: QueueName) -> QueueRow:
+        """The queue of this name."""
+        row = self._store.row_for(self.txn, name)
+        self._touched.add(row.number)
+        return row
+
+    def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
+        """A new message. `rows`: the queue of each of its placements."""
+        tables, put = self._tables, self.txn.put
+        put(_ID.pack(ident), encode(envelope), db=tables["message"])
+        for placement, row in zip(envelope.placements, rows, strict=True):
+            put(_DUE.pack(placement.queue, placement.due, ident), b"", db=tables["due"])
+            row.messages += 1
+            row.bytes += envelope.size
+            self._touched.add(row.number)
+        put(_EXPIRY.pack(envelope.deadline, ident), b"", db=tables["expiry"])
+        if ident > self.highest:
+            self.highest = ident
+
+    def replace(self, ident: int, envelope: Envelope) -> None:
+        """Write a message's envelope again."""
+        self.txn.put(_ID.pack(ident), encode(envelope), db=self._tables["message"])
+
+    def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> None:
+        """Remove a message from every table. `histories`: recipient rows may exist."""
+        tables, delete = self._tables, self.txn.delete
+        delete(_ID.pack(ident), db=tables["message"])
+        for placement in envelope.placements:
+            self.unplace(ident, envelope, placement)
+        if not envelope.flags & HELD:
+            delete(_EXPIRY.pack(envelope.deadline, ident), db=tables["expiry"])
+        if histories:
+            cursor = self.txn.cursor(db=tables["recipient"])
+            prefix = _ID.pack(ident)
+            while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+                cursor.delete()
+
+    def unplace(self, ident: int, envelope: Envelope, placement: Placement) -> None:
+        """Take a message out of one queue."""
+        row = self._store.row_numbered(self.txn, placement.queue)
+        row.messages -= 1
+        row.bytes -= envelope.size
+        if placement.attempts:
+            row.deferred -= 1
+        if envelope.flags & HELD:
+            row.held -= 1
+            self.txn.delete(_HELD.pack(placement.queue, ident), db=self._tables["held"])
+        else:
+            self.txn.delete(_DUE.pack(placement.queue, placement.due, ident), db=self._tables["due"])
+        self._touched.add(placement.queue)
+
+    def place(self, ident: int, envelope: Envelope, placement: Placement) -> None:
+        """Put a message into one queue. The envelope, with this placement, is written by the caller."""
+        row = self._store.row_numbered(self.txn, placement.queue)
+        row.messages += 1
+        row.bytes += envelope.size
+        if placement.attempts:
+            row.deferred += 1
+        if envelope.flags & HELD:
+            row.held += 1
+            self.txn.put(_HELD.pack(placement.queue, ident), b"", db=self._tables["held"])
+        else:
+            self.txn.put(_DUE.pack(placement.queue, placement.due, ident), b"", db=self._tables["due"])
+        self._touched.add(placement.queue)
+
+    def set_recipient(self, ident: int, index: int, state: RecipientState) -> None:
+        """Write one recipient's history."""
+        self.txn.put(_RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
+
+    def hold(self, ident: int, envelope: Envelope, flags: int = HELD) -> None:
+        """Stop a message's schedule and its deadline. `flags`: HELD, or HELD | QUARANTINED."""
+        if not envelope.flags & HELD:
+            placements = envelope.placements
+            for placement in placements:
+                self.unplace(ident, envelope, placement)
+            self.txn.delete(_EXPIRY.pack(envelope.deadline, ident), db=self._tables["expiry"])
+            envelope.flags |= flags
+            for placement in placements:
+                self.place(ident, envelope, placement)
+            self.replace(ident, envelope)
+
+    def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
+        """Put a held message back on its schedule: due now, with a new deadline."""
+        if envelope.flags & HELD:
+            for placement in envelope.placements:
+                self.unplace(ident, envelope, placement)
+            envelope.flags &= ~(HELD | QUARANTINED)
+            envelope.deadline = deadline
+            for placement in envelope.placements:
+                placement.due = now
+                self.place(ident, envelope, placement)
+            self.txn.put(_EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
+            self.replace(ident, envelope)
+
+    def park(self, number: int, not_before: int) -> None:
+        """Let a queue sleep until `not_before` (0: wake it), whatever is due in it."""
+        row = self._store.row_numbered(self.txn, number)
+        row.not_before = not_before
+        self._touched.add(number)
+
+    def segment(self, number: int, row: SegmentRow) -> None:
+        """Write a segment's row."""
+        self.txn.put(_NUMBER.pack(number), encode(row), db=self._tables["segment"])
+
+    def drop_segment(self, number: int) -> None:
+        """Delete a segment's row."""
+        self.txn.delete(_NUMBER.pack(number), db=self._tables["segment"])
+
+    def set_meta(self, key: bytes, value: int) -> None:
+        """Write a number in meta."""
+        self.txn.put(key, str(value).encode(), db=self._tables["meta"])
+
+    def finish(self, now: int) -> None:
+        """Write what was gathered, and commit. lmdb.Error: nothing of it happened (then call abort)."""
+        for number in self._touched:
+            self._settle_queue(number)
+        if self.highest:
+            self.set_meta(b"highest", self.highest)
+        self.set_meta(b"seen", now)
+        self.txn.commit()
+
+    def _settle_queue(self, number: int) -> None:
+        """Write a queue's row, and move its wake row to where its first due row says."""
+        row = self._store.row_numbered(self.txn, number)
+        cursor = self.txn.cursor(db=self._tables["due"])
+        prefix = _NUMBER.pack(number)
+        wake = 0
+        if cursor.set_range(prefix):
+            key = cursor.key()
+            if key[:4] == prefix:
+                wake = max(_DUE.unpack(key)[1], row.not_before, 1)
+        if wake != row.wake:
+            if row.wake:
+                self.txn.delete(_WAKE.pack(row.wake, number), db=self._tables["wake"])
+            if wake:
+                self.txn.put(_WAKE.pack(wake, number), b"", db=self._tables["wake"])
+            row.wake = wake
+        self.txn.put(b"q" + prefix, encode(row), db=self._tables["queue"])
+
+    def abort(self) -> None:
+        """Undo everything."""
+        self.txn.abort()
+        self._store.forget(self._touched)
+
+
+def decode_name(raw: bytes) -> QueueName:
+    """A queue's name from its key in the queue table."""
+    return decode_queue_name(raw[1:])

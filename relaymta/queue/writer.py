@@ -1,0 +1,424 @@
+"""The group commit: one thread that makes everything durable that has piled up, then posts the results back.
+
+A group is: bodies appended to segments and synced, then one LMDB transaction with everything else (new messages,
+outcomes with their DSNs, operators' changes). Nothing in it is acknowledged before both have returned. What arrives
+meanwhile rides in the next group; there is no timer.
+
+When it fails:
+  - bodies can't be written or synced: no new message of the group is accepted; outcomes are committed without them;
+  - the transaction fails: nothing of the group is accepted, the environment is opened again, outcomes are tried again
+    (in groups of ten when the map is full) until they are in. Meanwhile `stalled` is set and delivery pauses, because a
+    message that can't be deleted would be sent twice.
+"""
+
+import asyncio
+import errno
+import os
+import queue as queues
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+import msgspec
+
+from relaymta.errors import StoreError, StoreFull
+from relaymta.proto.dsn import failure_notice
+from relaymta.proto.envelope import (
+    ATTEMPTS_KEPT,
+    DELIVERED,
+    FAILED,
+    NOTICE,
+    PENDING,
+    PERMANENT,
+    SMTPUTF8,
+    SUCCESS,
+    Body,
+    Envelope,
+    Placement,
+    QueueName,
+    RecipientState,
+)
+from relaymta.proto.header import header_end
+from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.entry import Entry, Outcome, Put
+from relaymta.queue.ident import IdSource, format_id
+from relaymta.queue.segments import COLD, HOT, Segments
+from relaymta.queue.store import Change, Store
+
+__all__ = ["Committed", "Task", "Writer"]
+
+GROUP_LIMIT = 1000
+SMALL_GROUP = 10  # deletes at a full map: larger groups fail
+T = TypeVar("T")
+Assign = Callable[[Envelope], list[tuple[QueueName, list[int] | None]]]
+
+
+class Task:
+    """A change by an operator or the queue itself; `run(change)` on the writer thread, its result through `future`."""
+
+    __slots__ = ("error", "future", "result", "run")
+
+    def __init__(self, run: Callable[[Change], Any], future: "asyncio.Future[Any] | None") -> None:
+        self.run = run
+        self.future = future
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class Committed:
+    """What one group came to; handed to the loop."""
+
+    __slots__ = ("messages", "outcomes", "puts", "syncs", "tasks")
+
+    def __init__(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task]) -> None:
+        self.puts = puts
+        self.outcomes = outcomes
+        self.tasks = tasks
+        self.syncs = 0
+
+
+class Writer:
+    """Owns the store's write side. `submit` and `flush` are called on the loop; `on_commit(Committed)` is called there.
+
+    `assign(envelope)`: the queues of a notice's recipient. `hostname` names us in notices.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: Store,
+        segments: Segments,
+        clock: QueueClock,
+        ids: IdSource,
+        *,
+        hostname: str,
+        max_age_ms: int,
+        ballast: Path,
+        assign: Assign,
+        on_commit: Callable[[Committed], None],
+    ) -> None:
+        self._loop = loop
+        self._store = store
+        self._segments = segments
+        self._clock = clock
+        self._ids = ids
+        self._hostname = hostname
+        self._max_age_ms = max_age_ms
+        self._ballast = ballast
+        self._assign = assign
+        self._on_commit = on_commit
+        self._pending: list[Put | Outcome | Task] = []
+        self._busy = False
+        self._inbox: queues.SimpleQueue[list[Put | Outcome | Task] | None] = queues.SimpleQueue()
+        self.stalled = False
+        self.last_error = ""
+        self._unlink: list[int] = []
+        self._thread = threading.Thread(target=self._run, name="queue-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, operation: Put | Outcome | Task) -> None:
+        """Let an operation ride in the next group."""
+        self._pending.append(operation)
+        if not self._busy:
+            self._busy = True
+            # At the end of this loop iteration, so that all that this iteration reads rides together.
+            self._loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        if len(self._pending) <= GROUP_LIMIT:
+            batch, self._pending = self._pending, []
+        else:
+            batch, self._pending = self._pending[:GROUP_LIMIT], self._pending[GROUP_LIMIT:]
+        self._inbox.put(batch)
+
+    def _posted(self, committed: Committed) -> None:
+        self._on_commit(committed)
+        if self._pending:
+            self._hand_over()
+        else:
+            self._busy = False
+
+    async def task(self, run: Callable[[Change], T]) -> T:
+        """Run `run(change)` in a group and give its result once that is durable. StoreError when it cannot be."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self.submit(Task(run, future))
+        return await future
+
+    async def close(self) -> None:
+        """Commit what is pending, then end the thread."""
+        while self._busy and self._thread.is_alive():
+            await asyncio.sleep(0.01)
+        self._inbox.put(None)
+        await self._loop.run_in_executor(None, self._thread.join)
+
+    # The thread
+
+    def _run(self) -> None:
+        while (batch := self._inbox.get()) is not None:
+            committed = Committed([], [], [])
+            for operation in batch:
+                if type(operation) is Put:
+                    committed.puts.append(operation)
+                elif type(operation) is Outcome:
+                    committed.outcomes.append(operation)
+                else:
+                    committed.tasks.append(operation)  # type: ignore[arg-type]
+            self._commit(committed)
+            self._loop.call_soon_threadsafe(self._posted, committed)
+
+    def _commit(self, group: Committed) -> None:
+        puts = group.puts
+        for outcome in group.outcomes:
+            if not outcome.success:
+                self._plan(outcome)
+        error = self._write_bodies(group, puts)
+        if error is not None:
+            for put in puts:
+                put.error = error
+            puts = []
+            error = self._write_bodies(group, puts)
+        if error is None:
+            error = self._transact(puts, group.outcomes, group.tasks)
+            if error is None:
+                self.stalled = False
+                return
+        for put in puts:
+            put.error = error
+        for task in group.tasks:
+            task.error = error
+        self._insist(group)
+
+    def _insist(self, group: Committed) -> None:
+        """The store refuses outcomes: try until it takes them, in small groups, with what room can be made."""
+        left = group.outcomes
+        if not left:
+            return
+        self.stalled = True
+        while left:
+            part = left[:SMALL_GROUP]
+            for outcome in part:
+                outcome.moved = None  # no copies now: they take room
+            trial = Committed([], part, [])
+            error = self._write_bodies(trial, [])
+            if error is None:
+                error = self._transact([], part, [])
+            if error is None:
+                left = left[SMALL_GROUP:]
+            else:
+                self._ballast.unlink(missing_ok=True)
+                time.sleep(0.2)
+        self.stalled = False
+
+    def _write_bodies(self, group: Committed, puts: list[Put]) -> StoreError | None:
+        """Append and sync the bodies of `puts`, of notices and of moves to cold segments."""
+        segments = self._segments
+        try:
+            for put in puts:
+                if put.text is not None:
+                    envelope = put.envelope
+                    envelope.body = segments.append(put.ident, put.text, envelope.size, HOT)
+            for outcome in group.outcomes:
+                if outcome.notice is not None:
+                    notice = outcome.notice
+                    notice.envelope.body = segments.append(notice.ident, notice.text or [], notice.envelope.size, HOT)
+                if outcome.moved is not None:
+                    self._move(outcome)
+            segments.write()
+            group.syncs += segments.sync()
+        except (OSError, StoreError) as failure:
+            segments.forget()
+            return self._explain(failure)
+        return None
+
+    def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task]) -> StoreError | None:
+        """One LMDB transaction with everything."""
+        change = None
+        segments = self._segments
+        try:
+            change = self._store.change()
+            now = self._clock.now()
+            for put in puts:
+                self._put(change, put, now)
+            for outcome in outcomes:
+                self._finish(change, outcome, now)
+            for task in tasks:
+                self._run_task(change, task)
+            doomed = segments.doomed()
+            for number in doomed:
+                change.drop_segment(number)
+            for number, row in segments.rows():
+                change.segment(number, row)
+            change.finish(now)
+        except (lmdb.Error, StoreError, OSError) as failure:
+            self._unlink.clear()
+            segments.forget()
+            if change is not None:
+                change.abort()
+            self._reopen(failure)
+            return self._explain(failure)
+        segments.unlink()
+        segments.settle()
+        for ident in self._unlink:
+            segments.big_path(ident).unlink(missing_ok=True)
+        self._unlink.clear()
+        return None
+
+    def _reopen(self, failure: Exception) -> None:
+        """After a failed write of LMDB's, nothing short of opening it again is trusted."""
+        if isinstance(failure, lmdb.MapFullError):
+            return
+        while True:
+            try:
+                self._store.reopen()
+                return
+            except (lmdb.Error, OSError) as error:
+                self.last_error = str(error)
+                self.stalled = True
+                time.sleep(0.5)
+
+    def _explain(self, failure: Exception) -> StoreError:
+        self.last_error = str(failure)
+        full = isinstance(failure, lmdb.MapFullError | StoreFull) or (
+            getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or getattr(failure, "code", None) in (errno.ENOSPC, errno.EDQUOT)
+            or os.strerror(errno.ENOSPC) in str(failure)
+        )
+        return StoreFull(str(failure)) if full else StoreError(str(failure))
+
+    def _put(self, change: Change, put: Put, now: int) -> None:
+        envelope = put.envelope
+        rows = [change.row(name) for name, _ in put.names]
+        envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
+        change.put(put.ident, envelope, rows)
+
+    def _run_task(self, change: Change, task: Task) -> None:
+        try:
+            task.result = task.run(change)
+        except (lmdb.Error, OSError):
+            raise
+        except Exception as error:  # the caller's mistake is the caller's answer, not the group's failure
+            task.error = error
+
+    # Outcomes
+
+    def _plan(self, outcome: Outcome) -> None:
+        """Before the group is written: the notice an outcome causes, and the move of its body to a cold segment."""
+        entry = outcome.entry
+        envelope = entry.envelope
+        deferred = any(a.kind not in (SUCCESS, PERMANENT) for a in outcome.results.values())
+        body = envelope.body
+        if deferred and entry.attempts == 0 and entry.sole and body is not None and body.segment:
+            outcome.moved = body
+        if outcome.failed and envelope.sender and outcome.notice is None:
+            outcome.notice = self._notice(entry, outcome.failed)
+
+    def _text(self, entry: Entry) -> list[bytes]:
+        if entry.text is not None:
+            return entry.text
+        body = entry.envelope.body
+        if body is None:
+            raise StoreError(f"message {format_id(entry.ident)} has no body")
+        return [self._segments.read(entry.ident, body)]
+
+    def _move(self, outcome: Outcome) -> None:
+        """Stage a copy of a straggler's body in a cold segment, so that it does not hold its hot one."""
+        envelope = outcome.entry.envelope
+        outcome.moved = self._segments.append(outcome.entry.ident, self._text(outcome.entry), envelope.size, COLD)
+
+    def _notice(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put:
+        envelope = entry.envelope
+        try:
+            start = b"".join(self._text(entry))[: 128 * 1024]
+            header = start[: header_end(start)]
+        except StoreError:
+            header = b""
+        ident = self._ids.next()
+        text = failure_notice(
+            envelope,
+            failed,
+            header,
+            hostname=self._hostname,
+            ident=format_id(ident),
+            original_ident=format_id(entry.ident),
+            seconds=wall_ms() // 1000,
+        )
+        notice = Envelope(
+            sender="",
+            recipients=[envelope.sender],
+            size=len(text),
+            flags=NOTICE | (envelope.flags & SMTPUTF8),
+            arrived=wall_ms(),
+            deadline=self._clock.now() + self._max_age_ms,
+            application=envelope.application,
+        )
+        return Put(ident, notice, self._assign(notice), [text], None)
+
+    def _finish(self, change: Change, outcome: Outcome, now: int) -> None:
+        """Apply an outcome; its message goes when no recipient is left."""
+        entry = outcome.entry
+        if outcome.success and entry.sole:
+            change.finish_message(entry.ident, entry.envelope, histories=entry.attempts > 0)
+            self.free_body(entry.ident, entry.envelope.body)
+            return
+        envelope = entry.envelope if entry.sole else self._store.envelope(change.txn, entry.ident)
+        if envelope is None:
+            raise StoreError(f"message {format_id(entry.ident)} ended twice")
+        envelope = msgspec.structs.replace(envelope)  # the entry keeps what is true until the commit has returned
+        pending = self._record(change, outcome)
+        placement = next(p for p in envelope.placements if p.queue == entry.queue)
+        change.unplace(entry.ident, envelope, placement)
+        others = [p for p in envelope.placements if p is not placement]
+        if pending:
+            row = change.row(outcome.name or entry.name)
+            same = next((p for p in others if p.queue == row.number), None)
+            if same is not None:  # its recipients wait in that queue already: one row serves both
+                change.unplace(entry.ident, envelope, same)
+                others.remove(same)
+                pending = sorted({*pending, *(same.indexes or [])})
+            moved = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
+            others.append(moved)
+            change.place(entry.ident, envelope, moved)
+        envelope.placements = others
+        if not others:
+            change.finish_message(entry.ident, envelope, histories=True)
+            self.free_body(entry.ident, envelope.body)
+        else:
+            if outcome.moved is not None and envelope.body is not None and outcome.moved != envelope.body:
+                self._segments.release(envelope.body)
+                envelope.body = outcome.moved
+            change.replace(entry.ident, envelope)
+        if outcome.notice is not None:
+            self._put(change, outcome.notice, now)
+
+    def _record(self, change: Change, outcome: Outcome) -> list[int]:
+        """Write the recipients' histories; the indexes of those still pending."""
+        entry = outcome.entry
+        states = self._store.recipient_states(change.txn, entry.ident) if entry.attempts else {}
+        pending = []
+        for index, _ in entry.recipients:
+            state = states.get(index) or RecipientState()
+            attempt = outcome.results.get(index)
+            if attempt is not None:
+                state.attempts = [*state.attempts, attempt][-ATTEMPTS_KEPT:]
+                state.state = {SUCCESS: DELIVERED, PERMANENT: FAILED}.get(attempt.kind, PENDING)
+            elif outcome.success:
+                state.state = DELIVERED
+            change.set_recipient(entry.ident, index, state)
+            if state.state == PENDING:
+                pending.append(index)
+        return pending
+
+    def free_body(self, ident: int, body: Body | None) -> None:
+        """The message with this body ends in the group under way."""
+        if body is None:
+            return
+        if body.segment:
+            self._segments.release(body)
+        else:
+            self._unlink.append(ident)

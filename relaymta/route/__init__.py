@@ -1,0 +1,1 @@
+"""4. Where it goes: the route table, and MX resolution."""

@@ -1,0 +1,1 @@
+"""5. It leaves: sites with their pools, sessions over reused connections, outcomes."""

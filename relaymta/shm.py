@@ -1,0 +1,124 @@
+"""Memory that the supervisor and the workers share: counters for metrics, and limits that span workers.
+
+One file, mapped by all. Layout: a block of counters for each worker slot, then limit cells. A worker writes only its own
+block; the supervisor reads all without asking, and a crash loses nothing.
+"""
+
+import mmap
+import os
+
+import xxhash
+
+from relaymta._speedups.cells import Cells
+
+__all__ = ["Limits", "Shared"]
+
+SLOTS = 64  # worker slots
+COUNTERS = 256  # cells of one worker
+ROWS = 4096  # limits that are in use at the same time
+ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
+PROBES = 16
+
+
+class Shared:
+    """The mapping. `create()` in the supervisor; `Shared(fd)` where the descriptor was inherited."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        size = 8 * (SLOTS * COUNTERS + ROWS * ROW)
+        if os.fstat(descriptor).st_size < size:
+            os.ftruncate(descriptor, size)
+        self._map = mmap.mmap(descriptor, size)
+        self._rows = Cells(self._map, 8 * SLOTS * COUNTERS, ROWS * ROW)
+
+    @classmethod
+    def create(cls) -> "Shared":
+        """A new, zeroed mapping, not in any file system."""
+        return cls(os.memfd_create("relaymta", os.MFD_CLOEXEC))
+
+    def counters(self, slot: int) -> Cells:
+        """The counter cells of a worker slot."""
+        return Cells(self._map, 8 * slot * COUNTERS, COUNTERS)
+
+    def limits(self, slot: int, workers: int) -> "Limits":
+        """The limits as one of `workers` workers takes from them."""
+        return Limits(self._rows, slot, workers)
+
+    def clear_limits(self, slot: int) -> None:
+        """Give back what a dead worker held."""
+        for row in range(ROWS):
+            self._rows.set(row * ROW + 1 + slot, 0)
+
+
+class Limits:
+    """Counts that hold for the machine. A row has one cell for each worker, written by that worker alone: a taker adds
+    to its own cell, sums all, and backs out when the sum is over; so a limit is never exceeded. Rows of keys nobody
+    holds are taken over by others; when none is free, a worker keeps to its share of the limit."""
+
+    __slots__ = ("_cells", "_fallback", "_slot", "_workers", "overflows")
+
+    def __init__(self, cells: Cells, slot: int, workers: int) -> None:
+        self._cells = cells
+        self._slot = slot
+        self._workers = workers
+        self._fallback: dict[str, int] = {}
+        self.overflows = 0
+
+    def take(self, key: str, most: int) -> bool:
+        """Take one of the `most` units of `key`; False when all are taken."""
+        cells = self._cells
+        mark = _mark(key)
+        row = self._row(mark)
+        if row < 0:
+            self.overflows += 1
+            held = self._fallback.get(key, 0)
+            if held >= max(1, most // self._workers):
+                return False
+            self._fallback[key] = held + 1
+            return True
+        mine = row + 1 + self._slot
+        cells.add(mine, 1)
+        if cells.get(row) != mark:  # somebody took the idle row over just now
+            cells.add(mine, -1)
+            return self.take(key, most)
+        if cells.total(row + 1, SLOTS) > most:
+            cells.add(mine, -1)
+            return False
+        return True
+
+    def give(self, key: str) -> None:
+        """Give one unit back."""
+        held = self._fallback.get(key, 0)
+        if held:
+            self._fallback[key] = held - 1
+            if held == 1:
+                del self._fallback[key]
+            return
+        row = self._row(_mark(key))
+        if row >= 0:
+            self._cells.add(row + 1 + self._slot, -1)
+
+    def taken(self, key: str) -> int:
+        """How many units of `key` the machine holds."""
+        row = self._row(_mark(key))
+        return self._cells.total(row + 1, SLOTS) if row >= 0 else 0
+
+    def _row(self, mark: int) -> int:
+        """The first cell of the key's row, claimed when it has none; -1 when there is no room."""
+        cells = self._cells
+        idle = -1
+        for probe in range(PROBES):
+            row = (mark + probe) % ROWS * ROW
+            owner = cells.get(row)
+            if owner == mark:
+                return row
+            if idle < 0 and (owner == 0 or cells.total(row + 1, SLOTS) == 0):
+                idle = row
+        if idle >= 0 and cells.compare_swap(idle, cells.get(idle), mark):
+            return idle
+        return self._row(mark) if idle >= 0 else -1
+
+
+def _mark(key: str) -> int:
+    """A key's hash, the same in every process, never 0."""
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1 | 1

@@ -1,0 +1,447 @@
+"""The supervisor: binds the sockets, starts a worker for each slot, replaces those that die, reloads, drains, answers
+the CLI and serves /metrics. It touches no mail.
+
+Each listener has one SO_REUSEPORT socket for each slot, which stays open here when its worker dies: connections that
+arrive meanwhile wait in its backlog, and a living worker is lent the socket until the successor is ready.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import pwd
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from relaymta.config import Config, parse_hostport
+from relaymta.control import LIMIT, Channel, Refused, pack
+from relaymta.errors import ConfigError, RelayError, SpoolBusy
+from relaymta.log import Log
+from relaymta.queue import inspect
+from relaymta.queue.ident import parse_id, shard_of
+from relaymta.shm import SLOTS, Shared
+
+__all__ = ["serve"]
+
+START_SECONDS = 30.0
+BACKOFF_MOST = 10.0
+STOP_SECONDS = 45.0
+NEEDS_RESTART = ("user", "workers", "spool", "listener", "metrics", "control", "log", "hostname")
+
+
+class Slot:
+    """A place for a worker: its sockets, which outlive it, and the process that fills it now."""
+
+    def __init__(self, number: int, sockets: list[socket.socket], shards: list[int]) -> None:
+        self.number = number
+        self.sockets = sockets
+        self.shards = shards
+        self.process: asyncio.subprocess.Process | None = None
+        self.channel: Channel | None = None
+        self.ready = False
+        self.started = 0.0
+        self.backoff = 0.1
+        self.lender: Slot | None = None
+
+
+class Supervisor:
+    """All processes of one spool. `reload()` reads the configuration again."""
+
+    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
+        self.config = config
+        self._reload_config = reload
+        self.shared = Shared.create()
+        self.log = Log(config.log.file, -1)
+        self.stopping = asyncio.Event()
+        self.failure = ""
+        self.slots: list[Slot] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit status."""
+        config = self.config
+        spool = Path(config.spool)
+        self._prepare_spool(spool)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = min(workers, SLOTS)
+        sockets = [[_bind(listener.address) for listener in config.listener] for _ in range(workers)]
+        control = self._bind_control()
+        http = await self._serve_metrics()
+        self._drop_root()
+        for number, own in enumerate(sockets):
+            self.slots.append(Slot(number, own, [number]))
+        for orphan in _existing_shards(spool):
+            if orphan >= workers:
+                self.slots[orphan % workers].shards.append(orphan)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGUSR1, self.log.reopen)
+        results = await asyncio.gather(*(self._start(slot) for slot in self.slots), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                self.failure = str(result)
+                self.stopping.set()
+        if not self.failure:
+            addresses = [listener.address for listener in config.listener]
+            self.log.event("started", pid=os.getpid(), listeners=addresses)
+            notify("READY=1")
+        server = await asyncio.start_unix_server(self._cli, sock=control)
+        await self.stopping.wait()
+        notify("STOPPING=1")
+        server.close()
+        await self._stop_workers()
+        if http is not None:
+            await http.cleanup()
+        config.control_path.unlink(missing_ok=True)
+        self.log.event("stopped", reason=self.failure or "told to")
+        self.log.close()
+        return 75 if self.failure else 0
+
+    # Beginnings
+
+    def _prepare_spool(self, spool: Path) -> None:
+        try:
+            spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"spool: {spool}: {error.strerror}"]) from None
+        if self.config.user and os.geteuid() == 0:
+            entry = _user(self.config.user)
+            for path in [spool, *spool.rglob("*")]:
+                os.chown(path, entry.pw_uid, entry.pw_gid)
+        if not os.access(spool, os.W_OK):
+            raise ConfigError([f"spool: {spool} is not writable"])
+
+    def _drop_root(self) -> None:
+        if os.geteuid() != 0:
+            return
+        if not self.config.user:
+            self.log.event("warning", text="running as root: set `user` to run as somebody else")
+            return
+        entry = _user(self.config.user)
+        os.initgroups(self.config.user, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+
+    def _bind_control(self) -> socket.socket:
+        path = self.config.control_path
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    probe.connect(str(path))
+                    raise SpoolBusy(f"{path}: another relaymta answers here")
+                except ConnectionRefusedError:
+                    path.unlink()
+                finally:
+                    probe.close()
+            control.bind(str(path))
+        except OSError as error:
+            raise ConfigError([f"control.socket: {path}: {error.strerror or error}"]) from None
+        path.chmod(0o660)
+        if self.config.user and os.geteuid() == 0:
+            entry = _user(self.config.user)
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+        control.listen(16)
+        return control
+
+    async def _serve_metrics(self) -> Any:
+        if self.config.metrics.listen == "off":
+            return None
+        from relaymta.admin.http import serve_http
+
+        host, port = parse_hostport(self.config.metrics.listen)
+        try:
+            return await serve_http(host, port, lambda: [self.shared.counters(slot.number) for slot in self.slots], self._health)
+        except OSError as error:
+            raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {_reason(error)}"]) from None
+
+    def _health(self) -> str:
+        down = [slot.number for slot in self.slots if not slot.ready]
+        return f"workers not ready: {down}" if down else ""
+
+    # Workers
+
+    async def _start(self, slot: Slot) -> None:
+        """Start a slot's worker and wait until it is ready. RelayError when it cannot serve."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        slot.started = time.monotonic()
+        slot.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "relaymta.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        slot.channel = Channel(ours, _no_requests, lambda: None)
+        self._spawn(self._watch(slot, slot.process))
+        descriptors = [self.shared.descriptor, *(s.fileno() for s in slot.sockets)]
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await slot.channel.ask(
+                    "start", descriptors, config=self.config.model_dump_json(), slot=slot.number,
+                    workers=len(self.slots), shards=slot.shards,
+                )  # fmt: skip
+        except (Refused, ConnectionError, TimeoutError) as error:
+            raise RelayError(f"worker {slot.number} did not start: {error or 'no answer'}") from None
+        slot.ready = True
+
+    async def _watch(self, slot: Slot, process: asyncio.subprocess.Process) -> None:
+        """Replace a worker that dies."""
+        status = await process.wait()
+        was_ready, slot.ready = slot.ready, False
+        if slot.channel is not None:
+            slot.channel.close()
+        self.shared.clear_limits(slot.number)
+        if self.stopping.is_set():
+            return
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        self.log.event("warning", text=f"worker {slot.number} (pid {process.pid}) ended with {how}; starting another")
+        if not was_ready:
+            slot.backoff = min(slot.backoff * 2, BACKOFF_MOST)
+        elif time.monotonic() - slot.started > 10:
+            slot.backoff = 0.1
+        lender = await self._lend(slot)
+        while not self.stopping.is_set():
+            await asyncio.sleep(slot.backoff if not was_ready else 0)
+            try:
+                await self._start(slot)
+                break
+            except RelayError as error:
+                self.log.event("warning", text=str(error))
+                return  # _watch of the new process goes on
+        if lender is not None and lender.channel is not None:
+            with contextlib.suppress(ConnectionError, Refused):
+                await lender.channel.ask("give_back")
+
+    async def _lend(self, slot: Slot) -> Slot | None:
+        """Give a dead worker's sockets to a living one."""
+        for other in self.slots:
+            if other.ready and other.channel is not None:
+                with contextlib.suppress(ConnectionError, Refused):
+                    await other.channel.ask("borrow", [s.fileno() for s in slot.sockets])
+                    return other
+        return None
+
+    async def _stop_workers(self) -> None:
+        processes = [slot.process for slot in self.slots if slot.process is not None]
+        for slot in self.slots:
+            if slot.channel is not None:
+                slot.channel.tell("stop")
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.gather(*(process.wait() for process in processes))
+        except TimeoutError:
+            for process in processes:
+                if process.returncode is None:
+                    process.kill()
+
+    async def reload(self) -> str:
+        """Read the configuration again and hand it to the workers; what is wrong with it, or needs a restart."""
+        try:
+            fresh = self._reload_config()
+        except ConfigError as error:
+            self.log.event("warning", text=f"reload refused, the old configuration stays: {error}")
+            return f"refused, the old configuration stays:\n{error}"
+        changed = [key for key in NEEDS_RESTART if getattr(fresh, key) != getattr(self.config, key)]
+        fresh = fresh.model_copy(update={key: getattr(self.config, key) for key in changed})
+        self.config = fresh
+        text = fresh.model_dump_json()
+        for slot in self.slots:
+            if slot.ready and slot.channel is not None:
+                await slot.channel.ask("reload", config=text)
+        if changed:
+            self.log.event("warning", text=f"reloaded; these need a restart: {', '.join(changed)}")
+            return f"reloaded; these need a restart: {', '.join(changed)}"
+        return "reloaded"
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # The CLI
+
+    async def _cli(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One CLI's connection: requests, answered in order."""
+        import msgspec
+
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(4), "big")
+                if length > LIMIT:
+                    return
+                message = msgspec.msgpack.decode(await reader.readexactly(length))
+                try:
+                    handler = _COMMANDS.get(message["op"])
+                    if handler is None:
+                        raise RelayError(f"no such request: {message['op']}")
+                    answer = {"id": message["id"], "ok": await handler(self, **message["args"])}
+                except (RelayError, Refused, ConnectionError, ValueError, TypeError) as error:
+                    answer = {"id": message["id"], "error": str(error)}
+                writer.write(pack(answer))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def _ready(self) -> list[tuple[Slot, Channel]]:
+        return [(slot, slot.channel) for slot in self.slots if slot.ready and slot.channel is not None]
+
+    async def _status(self) -> dict[str, Any]:
+        rows = []
+        for slot in self.slots:
+            row = {"worker": slot.number, "ready": slot.ready}
+            if slot.ready and slot.channel is not None:
+                row |= await slot.channel.ask("status")
+            rows.append(row)
+        return {
+            "pid": os.getpid(),
+            "listeners": [listener.address for listener in self.config.listener],
+            "spool": self.config.spool,
+            "durability": "250 only after fdatasync of the text and a synced LMDB commit",
+            "metrics": self.config.metrics.listen,
+            "workers": rows,
+        }
+
+    async def _summary(self) -> list[dict[str, Any]]:
+        merged: dict[str, dict[str, Any]] = {}
+        for _, channel in self._ready():
+            for row in await channel.ask("summary"):
+                known = merged.setdefault(row["queue"], row)
+                if known is not row:
+                    for key in ("messages", "bytes", "deferred", "held"):
+                        known[key] += row[key]
+                    known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
+        return sorted(merged.values(), key=lambda row: -row["messages"])
+
+    async def _page(self, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
+        """A page of messages. `cursor`: [shard, id] as given by the last page, [] at first; [] back at the end."""
+        order = sorted((shard, slot) for slot, _ in self._ready() for shard in slot.shards)
+        shard, after = cursor or (order[0][0] if order else 0, 0)
+        for number, slot in order:
+            if number < shard or slot.channel is None:
+                continue
+            found = await slot.channel.ask("page", shard=number, after=after if number == shard else 0, chosen=chosen)
+            if found["after"]:
+                return {"rows": found["rows"], "cursor": [number, found["after"]], "shard": number}
+            following = [n for n, _ in order if n > number]
+            return {"rows": found["rows"], "cursor": [following[0], 0] if following else [], "shard": number}
+        return {"rows": [], "cursor": [], "shard": 0}
+
+    async def _change(self, verb: str, shard: int, idents: list[str]) -> Any:
+        if verb not in inspect.VERBS:
+            raise RelayError(f"no such verb: {verb}")
+        for slot, channel in self._ready():
+            if shard in slot.shards:
+                return await channel.ask("change", shard=shard, verb=verb, idents=idents)
+        raise RelayError(f"shard {shard} is not open")
+
+    async def _message(self, ident: str) -> Any:
+        return await self._first("message", ident)
+
+    async def _raw(self, ident: str) -> Any:
+        return await self._first("raw", ident)
+
+    async def _first(self, op: str, ident: str) -> Any:
+        home = shard_of(parse_id(ident))
+        for _, channel in sorted(self._ready(), key=lambda pair: home not in pair[0].shards):
+            found = await channel.ask(op, ident=ident)
+            if found is not None:
+                return found
+        return None
+
+
+_COMMANDS = {
+    "status": Supervisor._status,
+    "summary": Supervisor._summary,
+    "page": Supervisor._page,
+    "change": Supervisor._change,
+    "message": Supervisor._message,
+    "raw": Supervisor._raw,
+    "reload": Supervisor.reload,
+}
+
+
+async def _no_requests(op: str, args: dict[str, Any], descriptors: list[int]) -> None:
+    raise RelayError(f"workers ask nothing: {op}")
+
+
+def _bind(address: str) -> socket.socket:
+    """A listening SO_REUSEPORT socket. ConfigError when the address is busy or not ours."""
+    host, port = parse_hostport(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise ConfigError([f"listener.address: {address}: {_reason(error)}"]) from None
+    return sock
+
+
+def check_free(address: str) -> None:
+    """ConfigError when somebody listens there already (SO_REUSEPORT alone would share the port with them)."""
+    host, port = parse_hostport(address)
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError as error:
+        raise ConfigError([f"listener.address: {address}: {_reason(error)}"]) from None
+    finally:
+        probe.close()
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another program listens on this port; stop it, or choose another address"
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need root"
+    return error.strerror or str(error)
+
+
+def _existing_shards(spool: Path) -> list[int]:
+    found = [path.name.removeprefix("shard-") for path in spool.glob("shard-*")]
+    return sorted(int(text) for text in found if text.isdigit())
+
+
+def _user(name: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError([f"user: there is no user {name!r}"]) from None
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify), when it wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
+    supervisor = Supervisor(config, reload)
+    status = await supervisor.run()
+    return status, supervisor.failure
+
+
+def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
+    """Run the relay until it is told to stop: (exit status, what went wrong). ConfigError, SpoolBusy before it begins."""
+    for listener in config.listener:
+        check_free(listener.address)
+    return uvloop.run(_run(config, reload))

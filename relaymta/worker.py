@@ -1,0 +1,356 @@
+"""One worker process: it wires accept, queue, route and send on one uvloop, around the shards it owns.
+
+Started by the supervisor as `python -m relaymta.worker FD`; everything it needs comes over that socket first.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from relaymta.accept.intake import Intake
+from relaymta.accept.listener import Acceptor
+from relaymta.config import Config
+from relaymta.control import Channel
+from relaymta.dns import Resolver
+from relaymta.errors import RelayError
+from relaymta.log import Log
+from relaymta.metrics import Counters, index
+from relaymta.proto.envelope import SUCCESS, TRANSIENT
+from relaymta.queue import Committed, Events, Outcome, Put, Queue, QueueSettings, format_id, inspect, parse_id
+from relaymta.route.table import RouteTable
+from relaymta.send.dispatch import Dispatcher
+from relaymta.shm import Shared
+
+DELIVERED = index("relaymta_recipients_total", "delivered")
+DEFERRED = index("relaymta_recipients_total", "deferred")
+BOUNCED = index("relaymta_recipients_total", "bounced")
+EXPIRED = index("relaymta_recipients_total", "expired")
+DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
+COMMITS = index("relaymta_commits_total")
+OPERATIONS = index("relaymta_commit_operations_total")
+SYNCS = index("relaymta_syncs_total")
+NOTICES = index("relaymta_notices_total")
+NOTICES_DROPPED = index("relaymta_notices_dropped_total")
+
+DRAIN_SECONDS = 10.0
+TEXT_SECONDS = 30.0
+
+
+class Witness(Events):
+    """Counts and logs what the queue has made durable."""
+
+    def __init__(self, counters: Counters, log: Log) -> None:
+        self._add = counters.add
+        self._observe = counters.observe
+        self._log = log
+
+    def queued(self, put: Put) -> None:
+        envelope = put.envelope
+        self._log.event(
+            "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
+            client=envelope.client, helo=envelope.helo, application=envelope.application,
+        )  # fmt: skip
+
+    def ended(self, outcome: Outcome) -> None:
+        entry = outcome.entry
+        envelope = entry.envelope
+        peer, answer = entry.route if isinstance(entry.route, tuple) else ("", b"")
+        if outcome.success:
+            count = len(envelope.recipients) if entry.indexes is None else len(entry.indexes)
+            delay = time.time() - envelope.arrived / 1000
+            self._add(DELIVERED, count)
+            self._add(DELIVERED_OCTETS, envelope.size)
+            self._observe("relaymta_delivery_delay_seconds", delay)
+            self._log.event(
+                "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=str(entry.name),
+                peer=peer, reply=answer.decode("utf-8", "replace"), delay=round(delay, 3), attempt=entry.attempts + 1,
+            )  # fmt: skip
+            return
+        for position, attempt in outcome.results.items():
+            self._recipient_ended(outcome, position, attempt)
+        if outcome.notice is not None:
+            self._add(NOTICES, 1)
+        elif outcome.failed:
+            self._add(NOTICES_DROPPED, 1)
+
+    def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any) -> None:
+        entry = outcome.entry
+        common = {
+            "id": format_id(entry.ident), "route": str(entry.name), "peer": attempt.peer, "attempt": entry.attempts + 1,
+            "reply": " ".join(p for p in (str(attempt.code or ""), attempt.enhanced, attempt.text) if p),
+        }  # fmt: skip
+        address = entry.envelope.recipients[position]
+        if attempt.kind == SUCCESS:
+            self._add(DELIVERED, 1)
+            delay = time.time() - entry.envelope.arrived / 1000
+            self._log.event("delivered", recipients=[address], delay=round(delay, 3), **common)
+        elif attempt.kind == TRANSIENT:
+            self._add(DEFERRED, 1)
+            self._log.event("deferred", recipient=address, phase=attempt.phase, next=outcome.retry_at / 1000, **common)
+        else:
+            self._add(EXPIRED if outcome.expired else BOUNCED, 1)
+            notice = format_id(outcome.notice.ident) if outcome.notice is not None else ""
+            self._log.event("bounced", recipient=address, phase=attempt.phase, notice=notice, **common)
+
+    def committed(self, group: Committed) -> None:
+        self._add(COMMITS, 1)
+        self._add(OPERATIONS, len(group.puts) + len(group.outcomes) + len(group.tasks))
+        self._add(SYNCS, group.syncs)
+
+
+class Shard:
+    """A queue with its delivery."""
+
+    def __init__(self, worker: "Worker", number: int) -> None:
+        config = worker.config
+        self.dispatcher = Dispatcher(config, worker.routes, worker.limits, worker.counters, worker.log, worker.resolver)
+        settings = QueueSettings(
+            hostname=config.hostname,
+            max_age_ms=int(config.queue.max_age * 1000),
+            first_retry_ms=int(config.delivery.first_retry * 1000),
+            window=config.queue.window,
+            window_bytes=config.queue.window_bytes,
+        )
+        self.queue = Queue(
+            Path(config.spool), number, settings, worker.assign, self.dispatcher.offer, Witness(worker.counters, worker.log)
+        )
+        self.dispatcher.queue = self.queue
+
+
+class Worker:
+    """One worker. `slot`: its place among the workers; the first of `shards` takes new mail, the others only drain."""
+
+    def __init__(self, channel_socket: socket.socket) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.channel = Channel(channel_socket, self._request, self._orphaned)
+        self.stopping = asyncio.Event()
+        self.shards: dict[int, Shard] = {}
+        self.intake: Intake | None = None
+        self.acceptor: Acceptor | None = None
+        self._borrowed: list[asyncio.Server] = []
+
+    def assign(self, envelope: Any) -> Any:
+        """The route table as it is now."""
+        return self.routes.assign(envelope)
+
+    async def start(self, config: str, slot: int, workers: int, shards: list[int], descriptors: list[int]) -> None:
+        """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
+        self.config = Config.model_validate_json(config)
+        self.slot = slot
+        shared = Shared(descriptors[0])
+        self.counters = Counters(shared.counters(slot))
+        self.limits = shared.limits(slot, workers)
+        self.log = Log(self.config.log.file, slot)
+        self.routes = RouteTable(self.config)
+        self.resolver = Resolver()
+        for number in shards:
+            self.shards[number] = Shard(self, number)
+        for shard in self.shards.values():
+            await shard.queue.start()
+        taking = self.shards[shards[0]].queue
+        self.intake = Intake(self.config, taking, self.counters, self.log)
+        self.acceptor = Acceptor(self.config, self.intake, self.limits, ThreadPoolExecutor(4, "spill"))
+        for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
+            await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
+        self._gauges()
+
+    def _gauges(self) -> None:
+        """Once a second: what is counted by looking."""
+        for shard in self.shards.values():
+            shard.queue.schedule.reading(lambda q=shard.queue: _totals(q), self._set_gauges)  # type: ignore[misc]
+        gauge = self.counters.gauge
+        gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
+        gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
+        gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
+        gauge("relaymta_store_full", any(shard.queue.full for shard in self.shards.values()))
+        gauge("relaymta_store_stalled", any(shard.queue.writer.stalled for shard in self.shards.values()))
+        self._timer = self.loop.call_later(1.0, self._gauges)
+
+    def _set_gauges(self, totals: dict[str, float]) -> None:
+        for name, value in totals.items():
+            self.counters.gauge(name, value)
+
+    # Requests of the supervisor
+
+    async def _request(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
+        if op == "start":
+            try:
+                await self.start(descriptors=descriptors, **args)
+            except (RelayError, OSError) as error:
+                raise RelayError(str(error)) from None
+            return {"pid": os.getpid()}
+        return await _REQUESTS[op](self, descriptors, **args)
+
+    async def _stop(self, descriptors: list[int]) -> None:
+        self.stopping.set()
+
+    async def _reload(self, descriptors: list[int], config: str) -> None:
+        fresh = Config.model_validate_json(config)
+        self.config = fresh
+        self.routes = RouteTable(fresh)
+        if self.intake is not None and self.acceptor is not None:
+            self.intake.configure(fresh)
+            self.acceptor.config = fresh
+        for shard in self.shards.values():
+            shard.dispatcher.reconfigure(fresh, self.routes)
+            shard.queue.schedule.wake()
+
+    async def _borrow(self, descriptors: list[int]) -> None:
+        """Accept on a dead worker's sockets until its successor is ready."""
+        assert self.acceptor is not None
+        for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
+            self._borrowed.append(await self.acceptor.listen(socket.socket(fileno=descriptor), listener))
+
+    async def _give_back(self, descriptors: list[int]) -> None:
+        for server in self._borrowed:
+            server.close()
+        self._borrowed.clear()
+
+    async def _summary(self, descriptors: list[int]) -> list[Any]:
+        found: list[Any] = []
+        for shard in self.shards.values():
+            found += await shard.queue.read(inspect.summary, shard.queue.store, shard.queue.clock)
+        return found
+
+    async def _page(self, descriptors: list[int], shard: int, after: int, chosen: dict[str, Any]) -> Any:
+        queue = self.shards[shard].queue
+        found = inspect.Filter(**chosen)
+        return await queue.read(inspect.page, queue.store, queue.clock, queue.schedule, found, after)
+
+    async def _message(self, descriptors: list[int], ident: str) -> Any:
+        for shard in self.shards.values():
+            queue = shard.queue
+            found = await queue.read(inspect.message, queue.store, queue.clock, queue.schedule, parse_id(ident))
+            if found is not None:
+                return found
+        return None
+
+    async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
+        number = parse_id(ident)
+        for shard in self.shards.values():
+            queue = shard.queue
+
+            def read(queue: Queue = queue) -> bytes | None:
+                with queue.store.env.begin() as txn:
+                    envelope = queue.store.envelope(txn, number)
+                return None if envelope is None or envelope.body is None else queue.segments.read(number, envelope.body)
+
+            text = await queue.read(read)
+            if text is not None:
+                return text
+        return None
+
+    async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[str]) -> Any:
+        one = self.shards[shard]
+        result = await one.queue.change_messages(verb, [parse_id(text) for text in idents])
+        if verb == "flush":
+            one.dispatcher.flush()
+            await one.queue.wake_queues()
+        return result
+
+    async def _status(self, descriptors: list[int]) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "shards": list(self.shards),
+            "connections": len(self.acceptor.connections) if self.acceptor else 0,
+            "in flight": sum(shard.dispatcher.in_flight() for shard in self.shards.values()),
+            "full": any(shard.queue.full for shard in self.shards.values()),
+            "stalled": any(shard.queue.writer.stalled for shard in self.shards.values()),
+            "last store error": next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), ""),
+            "sites down": {
+                state.site.key: state.reason
+                for shard in self.shards.values()
+                for state in shard.dispatcher.sites.values()
+                if state.failures
+            },
+        }
+
+    # The end
+
+    def _orphaned(self) -> None:
+        """The supervisor is gone: finish what is past its dot, and exit."""
+        self.stopping.set()
+
+    async def run(self) -> None:
+        """Until told to stop, then drain."""
+        await self.stopping.wait()
+        if self.acceptor is None:
+            return
+        self.acceptor.stop_listening()
+        await asyncio.gather(
+            self.acceptor.drained(DRAIN_SECONDS),
+            *(shard.dispatcher.drain(DRAIN_SECONDS, TEXT_SECONDS) for shard in self.shards.values()),
+        )
+        self._timer.cancel()
+        for shard in self.shards.values():
+            await shard.queue.stop()
+        await self.resolver.close()
+        self.log.close()
+
+
+_REQUESTS = {
+    "stop": Worker._stop,
+    "reload": Worker._reload,
+    "borrow": Worker._borrow,
+    "give_back": Worker._give_back,
+    "summary": Worker._summary,
+    "page": Worker._page,
+    "message": Worker._message,
+    "raw": Worker._raw,
+    "change": Worker._change,
+    "status": Worker._status,
+}
+
+
+def _totals(queue: Queue) -> dict[str, float]:
+    """Reader thread: a shard's counts."""
+    messages = octets = deferred = held = 0
+    overdue = 0.0
+    with queue.store.env.begin() as txn:
+        for row in queue.store.queues(txn):
+            messages += row.messages
+            octets += row.bytes
+            deferred += row.deferred
+            held += row.held
+        first = next(queue.store.expiries(txn), None)
+    if first is not None:
+        overdue = max(0.0, (queue.clock.now() - first[0]) / 1000)
+    files, live, _ = queue.segments.usage()
+    return {
+        "relaymta_queue_messages": messages,
+        "relaymta_queue_octets": octets,
+        "relaymta_queue_deferred": deferred,
+        "relaymta_queue_held": held,
+        "relaymta_oldest_overdue_seconds": overdue,
+        "relaymta_segment_octets": files,
+        "relaymta_segment_live_octets": live,
+    }
+
+
+async def _main(descriptor: int) -> None:
+    worker = Worker(socket.socket(fileno=descriptor))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the terminal's signals are for the supervisor
+    loop.add_signal_handler(signal.SIGTERM, worker.stopping.set)
+    await worker.run()
+
+
+def main() -> None:
+    """`python -m relaymta.worker FD`."""
+    os.environ.pop("NOTIFY_SOCKET", None)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvloop.run(_main(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

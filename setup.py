@@ -1,0 +1,40 @@
+"""Build the compiled kernels; everything else about the project is in pyproject.toml.
+
+A kernel that does not compile fails the build: a relay that silently runs interpreted is a defect. The `.py` + `.pxd`
+kernels also run interpreted (for coverage and fuzzing) when RELAYMTA_INTERPRETED=1 is set at run time.
+"""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+KERNELS = {
+    "relaymta._speedups.smtp": "relaymta/_speedups/smtp.py",
+    "relaymta._speedups.replies": "relaymta/_speedups/replies.py",
+    "relaymta._speedups.cells": "relaymta/_speedups/cells.pyx",
+}
+SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RELAYMTA_SANITIZE") == "1" else []
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "annotation_typing": False,
+}
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                name,
+                [path],
+                extra_compile_args=["-O3", "-g0", "-Wall", "-Wsign-compare", *SANITIZE],
+                extra_link_args=SANITIZE,
+            )
+            for name, path in KERNELS.items()
+        ],
+        compiler_directives=DIRECTIVES,
+    )
+)

@@ -1,0 +1,29 @@
+"""Fixtures, and two refusals: to run against stale kernels, and (on CI) to skip what needs a server."""
+
+import os
+from pathlib import Path
+
+import pytest
+import uvloop
+from hypothesis import HealthCheck, settings
+
+import relaymta
+
+settings.register_profile("default", max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("prove", max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("prove" if os.environ.get("RELAYMTA_PROVE") == "1" else "default")
+
+PROVE = os.environ.get("RELAYMTA_PROVE") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = Path(relaymta.__file__).parent / "_speedups"
+    for built in folder.glob("*.so"):
+        for suffix in (".py", ".pyx", ".pxd"):
+            source = folder / (built.name.partition(".")[0] + suffix)
+            if source.exists() and source.stat().st_mtime > built.stat().st_mtime:
+                raise pytest.UsageError(f"{built.name} is older than {source.name}: run `make build`")
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:
+    return {"uvloop": uvloop.new_event_loop}

@@ -1,0 +1,166 @@
+"""The server session as dialogues: what is said, what is answered, in one piece and octet by octet."""
+
+import re
+
+import pytest
+
+from relaymta.proto import reply
+from relaymta.proto.smtp_server import Limits, ServerSession
+
+EHLO = b"EHLO client.example\r\n"
+ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
+
+
+def session(limits: Limits | None = None, refuse: str = "") -> ServerSession:
+    made = ServerSession(
+        "mx.example",
+        limits or Limits(),
+        lambda sender, size: None,
+        lambda address, transaction: reply.RELAY_DENIED if refuse and refuse in address else None,
+    )
+    assert made.greet() == b"220 mx.example ESMTP relaymta\r\n"
+    return made
+
+
+def talk(data: bytes, limits: Limits | None = None, refuse: str = "", step: int = 0, answer: bytes = b"250 2.0.0 queued\r\n"):
+    """(replies, texts taken, session) of a dialogue; every complete message is accepted at once."""
+    made = session(limits, refuse)
+    out, texts = b"", []
+    for start in range(0, len(data), step or len(data)):
+        out += made.receive(data[start : start + (step or len(data))])
+        while made.complete is not None:
+            texts.append(b"".join(made.complete.take()))
+            out += made.finish(answer)
+    return out, texts, made
+
+
+def codes(out: bytes) -> list[int]:
+    return [int(line[:3]) for line in out.split(b"\r\n") if line[3:4] == b" "]
+
+
+CASES = [
+    ("mail", EHLO + ENVELOPE + b"RSET\r\nQUIT\r\n", [250, 250, 250, 250, 221]),
+    ("helo", b"HELO x\r\nMAIL FROM:<>\r\nQUIT\r\n", [250, 250, 221]),
+    ("no hello", b"MAIL FROM:<a@b>\r\n", [503]),
+    ("no mail", EHLO + b"RCPT TO:<a@b>\r\n", [250, 503]),
+    ("nested", EHLO + b"MAIL FROM:<a@b>\r\nMAIL FROM:<a@b>\r\n", [250, 250, 503]),
+    ("no rcpt", EHLO + b"MAIL FROM:<a@b>\r\nDATA\r\n", [250, 250, 554]),
+    ("bad paths", EHLO + b"MAIL FROM:a b\r\nMAIL FROM:<a@b\r\nMAIL FROM:<@@>\r\nMAIL\r\n", [250, 501, 501, 501, 501]),
+    ("size over", EHLO + b"MAIL FROM:<a@b> SIZE=99999999999\r\n", [250, 552]),
+    ("size bad", EHLO + b"MAIL FROM:<a@b> SIZE=x\r\nMAIL FROM:<a@b> SIZE=-1\r\n", [250, 501, 501]),
+    ("parameter", EHLO + b"MAIL FROM:<a@b> WHAT=1\r\n", [250, 555]),
+    ("body", EHLO + b"MAIL FROM:<a@b> BODY=8BITMIME SIZE=10\r\n", [250, 250]),
+    ("utf8", EHLO + "MAIL FROM:<ü@b>\r\nMAIL FROM:<ü@b> SMTPUTF8\r\n".encode(), [250, 553, 250]),
+    ("source route", EHLO + b"MAIL FROM:<@x,@y:a@b>\r\nRCPT TO:<@z:c@d>\r\n", [250, 250, 250]),
+    ("quoted", EHLO + b'MAIL FROM:<"a b>"@c>\r\n', [250, 250]),
+    ("literal", EHLO + b"MAIL FROM:<a@[192.0.2.1]>\r\nRCPT TO:<b@[IPv6:::1]>\r\nRCPT TO:<b@[x]>\r\n", [250, 250, 250, 501]),
+    ("postmaster", EHLO + b"MAIL FROM:<>\r\nRCPT TO:<Postmaster>\r\n", [250, 250, 250]),
+    ("unknown", b"WHAT\r\nHELLOWORLD\r\n", [500, 500]),
+    ("starttls", b"STARTTLS\r\nAUTH PLAIN x\r\n", [502, 502]),
+    ("bare lf", b"NOOP\nNOOP\r\n", [500]),
+    ("others", b"NOOP\r\nVRFY x\r\nHELP\r\nnoop foo\r\n", [250, 252, 214, 250]),
+    ("text", EHLO + ENVELOPE + b"DATA\r\n", [250, 250, 250, 354]),
+    ("bad hello", b"EHLO\r\nEHLO a b\r\n", [501, 501]),
+    ("bdat", EHLO + ENVELOPE + b"BDAT 4\r\na\r\nbBDAT 2 LAST\r\n\r\nNOOP\r\n", [250, 250, 250, 250, 250, 250]),
+    ("bdat zero", EHLO + ENVELOPE + b"BDAT 3\r\na\r\nBDAT 0 LAST\r\nNOOP\r\n", [250, 250, 250, 250, 250, 250]),
+    ("bdat early", EHLO + b"BDAT 4 LAST\r\nNOOPNOOP\r\n", [250, 503, 250]),
+    ("bdat bad", EHLO + ENVELOPE + b"BDAT x\r\n", [250, 250, 250, 501]),
+    ("data in bdat", EHLO + ENVELOPE + b"BDAT 1\r\naDATA\r\n", [250, 250, 250, 250, 503]),
+]
+
+
+@pytest.mark.parametrize(("data", "expected"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_dialogues(data, expected, step):
+    out, _, _ = talk(data, step=step)
+    assert codes(out) == expected
+
+
+def send(text: bytes, limits: Limits | None = None, step: int = 0):
+    """Replies behind 354, and the texts, of one message by DATA."""
+    made = session(limits)
+    made.receive(EHLO + ENVELOPE)
+    assert made.receive(b"DATA\r\n").startswith(b"354")
+    out, texts = b"", []
+    for start in range(0, len(text), step or len(text)):
+        out += made.receive(text[start : start + (step or len(text))])
+        while made.complete is not None:
+            texts.append((b"".join(made.complete.take()), made.complete))
+            out += made.finish(b"250 2.0.0 queued\r\n")
+    return out, texts
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_text_is_taken_unstuffed_and_the_next_command_follows(step):
+    out, texts = send(b"Subject: x\r\n\r\n..dot\r\nend\r\n.\r\nNOOP\r\n", step=step)
+    assert codes(out) == [250, 250]
+    assert texts[0][0] == b"Subject: x\r\n\r\n.dot\r\nend\r\n"
+    assert texts[0][1].dotted
+
+
+# Published forms of SMTP smuggling, and their neighbours: none may end the text, all are refused.
+ENDINGS = [a + b"." + b for a in (b"\n", b"\r", b"\r\n", b"\r\r\n", b"\n\n", b"\r\n\x00") for b in (b"\n", b"\r", b"\r\n", b"\r\r\n", b"\n\r\n", b"\x00\r\n")]
+
+
+@pytest.mark.parametrize("ending", [e for e in ENDINGS if e != b"\r\n.\r\n"], ids=repr)
+@pytest.mark.parametrize("step", [0, 1])
+def test_smuggling_is_refused(ending, step):
+    inner = b"MAIL FROM:<evil@x>\r\nRCPT TO:<v@y>\r\nDATA\r\n"
+    out, texts = send(b"a: b\r\n\r\nx" + ending + inner + b"\r\n.\r\n", step=step)
+    assert len(texts) == 0
+    assert codes(out) == [550]
+
+
+def test_normalize_mends_instead():
+    out, texts = send(b"a: b\n\nx\n.\ny\r\n.\r\n", Limits(normalize=True))
+    assert codes(out) == [250]
+    assert texts[0][0] == b"a: b\r\n\r\nx\r\n.\r\ny\r\n"
+    assert texts[0][1].dotted, "the mended line begins with a dot: it has to be stuffed when it is sent"
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "code"),
+    [
+        (b"x" * 101 + b"\r\n.\r\n", Limits(message_size=100), 552),
+        (b"x" * 999 + b"\r\n.\r\n", Limits(), 550),
+        (b"x" * 999 + b"\r\n.\r\n", Limits(long_lines=True), 250),
+        (b"\0\r\n.\r\n", Limits(), 550),
+        (b"\0\r\n.\r\n", Limits(normalize=True), 250),
+        (b".\r\n", Limits(), 250),
+    ],
+)
+def test_limits_on_text(text, limits, code):
+    assert codes(send(text, limits)[0]) == [code]
+
+
+def test_data_that_does_not_wait_is_cut_off():
+    out, _, made = talk(EHLO + ENVELOPE + b"DATA\r\nSubject: early\r\n")
+    assert codes(out)[-1] == 554
+    assert made.closing
+
+
+def test_a_hundred_recipients_in_one_packet():
+    rcpts = b"".join(b"RCPT TO:<u%d@d.example>\r\n" % i for i in range(100))
+    out, _, made = talk(EHLO + b"MAIL FROM:<a@b>\r\n" + rcpts + b"DATA\r\n")
+    assert codes(out) == [250] * 102 + [354]
+
+
+def test_too_many_recipients_and_errors():
+    rcpts = b"".join(b"RCPT TO:<u%d@d.example>\r\n" % i for i in range(102))
+    out, _, _ = talk(EHLO + b"MAIL FROM:<a@b>\r\n" + rcpts, Limits(recipients=100))
+    assert codes(out)[-2:] == [452, 452]
+    assert b"4.5.3" in out
+    out, _, made = talk(b"BAD\r\n" * 30)
+    assert codes(out) == [500] * 20 + [421]
+    assert made.closing
+
+
+def test_refused_recipients_count_and_the_rest_is_taken():
+    out, texts, _ = talk(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<x@no>\r\nRCPT TO:<y@yes>\r\n", refuse="@no")
+    assert codes(out) == [250, 250, 550, 250]
+
+
+def test_every_reply_has_an_enhanced_code():
+    for name, value in vars(reply).items():
+        if isinstance(value, bytes) and name != "GO_AHEAD":
+            assert re.match(rb"([245])\d\d \1\.\d{1,3}\.\d{1,3} [^\r\n]+\r\n\Z", value), name

@@ -1,0 +1,43 @@
+"""SMTP input, done the slow and obvious way, from the RFC alone: the kernel has to agree with it."""
+
+
+def lines_of(data: bytes) -> tuple[list[bytes], bytes]:
+    """Complete lines without their CRLF, and what is left."""
+    *lines, rest = data.split(b"\r\n")
+    return lines, rest
+
+
+def unstuff(wire: bytes) -> tuple[bytes, bytes] | None:
+    """(message text, octets behind the final dot) of what follows 354, or None while the dot has not come."""
+    lines, _ = lines_of(wire)
+    text = b""
+    used = 0
+    for line in lines:
+        used += len(line) + 2
+        if line == b".":
+            return text, wire[used:]
+        text += (line[1:] if line.startswith(b".") else line) + b"\r\n"
+    return None
+
+
+def bare(text: bytes) -> tuple[bool, bool]:
+    """(a bare LF, a bare CR) in the text."""
+    without = text.replace(b"\r\n", b"")
+    return b"\n" in without, b"\r" in without
+
+
+def normalize(text: bytes) -> bytes:
+    """Bare CR and LF become CRLF, NUL a space."""
+    out = bytearray()
+    i = 0
+    while i < len(text):
+        if text[i : i + 2] == b"\r\n":
+            out += b"\r\n"
+            i += 2
+        elif text[i] in b"\r\n":
+            out += b"\r\n"
+            i += 1
+        else:
+            out.append(text[i] or 32)
+            i += 1
+    return bytes(out)

@@ -1,0 +1,19 @@
+"""Programs of others that tests need: missing, they skip a test on a user's machine and fail it on CI."""
+
+import os
+import shutil
+
+import pytest
+
+PACKAGES = {"smtp-source": "postfix", "smtp-sink": "postfix", "swaks": "swaks", "strace": "strace", "promtool": "prometheus"}
+
+
+def need(program: str) -> str:
+    """The program's path."""
+    found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if found is None:
+        reason = f"{program} is missing: apt-get install {PACKAGES.get(program, program)}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
