@@ -135,16 +135,16 @@ class ClientSession:
 
     @property
     def idle(self) -> bool:
-        """Nothing is awaited."""
-        return not self._expected
+        """Nothing is awaited, and no text is being written."""
+        return not self._expected and self.streaming is None
 
     @property
     def may_follow(self) -> bool:
         """Another envelope may go out now, behind the text that was written."""
         expected = self._expected
-        return not expected or (
-            self.features.pipelining and len(expected) == 1 and expected[0][0] is FINAL and self.streaming is None
-        )
+        if self.streaming is not None:
+            return False
+        return not expected or (self.features.pipelining and len(expected) == 1 and expected[0][0] is FINAL)
 
     @property
     def awaiting(self) -> str:

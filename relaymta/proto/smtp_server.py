@@ -135,7 +135,7 @@ class ServerSession:
                     out.append(self._error(_BAD_LINES[event[1]]))  # type: ignore[misc, index]
                 if self.closing:
                     return b"".join(out)
-            if not self.parser.runnable():
+            if not events or not self.parser.runnable():
                 return b"".join(out) if len(out) != 1 else out[0]
             events = self.parser.feed(b"")
 

@@ -74,23 +74,32 @@ _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
 
 
 class Store:
-    """The environment in `path`. Everything that writes belongs to the writer thread."""
+    """The environment in `path`; `readonly` while no daemon runs. Everything that writes belongs to the writer thread."""
 
-    def __init__(self, path: Path, map_size: int = MAP_SIZE) -> None:
+    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
         self._path = path
         self._map_size = map_size
+        self._readonly = readonly
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
         self._open()
 
     def _open(self) -> None:
-        self._path.mkdir(mode=0o700, exist_ok=True)
         created = not (self._path / "data.mdb").exists()
+        if created:
+            self._path.mkdir(mode=0o700, exist_ok=True)
         self.env = lmdb.open(
-            str(self._path), map_size=self._map_size, max_dbs=16, max_readers=64, sync=True, metasync=True, mode=0o600
+            str(self._path),
+            map_size=self._map_size,
+            max_dbs=16,
+            max_readers=64,
+            sync=True,
+            metasync=True,
+            mode=0o600,
+            readonly=self._readonly,
         )
         self.env.reader_check()
-        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode()) for name in _TABLES}
+        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in _TABLES}
         if created:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
             try:

@@ -139,3 +139,17 @@ def test_features_and_classes():
     core.receive(b"550-5.1.1 no such\r\n550 5.1.1 user\r\n550 x\r\n550 x\r\n")
     said = core.finished[0].said[0]
     assert (said.code, said.enhanced, said.text, classify(said)) == (550, "5.1.1", "no such user", "permanent")
+
+
+def test_nothing_follows_while_a_text_is_streamed():
+    core = ClientSession(PIPELINING)
+    big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
+    core.begin(big)
+    core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
+    assert core.streaming is big
+    assert not core.may_follow
+    assert not core.idle
+    core.text_written(True)
+    assert core.may_follow
+    core.receive(b"250 ok\r\n")
+    assert core.finished == [big]

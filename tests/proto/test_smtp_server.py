@@ -102,7 +102,7 @@ def test_text_is_taken_unstuffed_and_the_next_command_follows(step):
 ENDINGS = [a + b"." + b for a in (b"\n", b"\r", b"\r\n", b"\r\r\n", b"\n\n", b"\r\n\x00") for b in (b"\n", b"\r", b"\r\n", b"\r\r\n", b"\n\r\n", b"\x00\r\n")]
 
 
-@pytest.mark.parametrize("ending", [e for e in ENDINGS if e != b"\r\n.\r\n"], ids=repr)
+@pytest.mark.parametrize("ending", [e for e in ENDINGS if b"\r\n.\r\n" not in e], ids=repr)
 @pytest.mark.parametrize("step", [0, 1])
 def test_smuggling_is_refused(ending, step):
     inner = b"MAIL FROM:<evil@x>\r\nRCPT TO:<v@y>\r\nDATA\r\n"

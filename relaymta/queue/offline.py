@@ -1,0 +1,100 @@
+"""The spool's answers while no daemon runs: read-only, holding each shard's lock, as the spool's owner."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from relaymta.errors import RelayError
+from relaymta.queue import _lock, inspect
+from relaymta.queue.clock import QueueClock
+from relaymta.queue.ident import parse_id
+from relaymta.queue.segments import FRAME, check_frame
+from relaymta.queue.store import Store
+
+__all__ = ["answer"]
+
+
+def answer(spool: Path, op: str, **args: Any) -> Any:
+    """One of the daemon's reading requests, from the files. SpoolBusy when a process owns a shard."""
+    owner = spool.stat().st_uid
+    if os.geteuid() == 0 != owner:  # root's lock files would shut the owner out
+        os.setuid(owner)
+    return _ANSWERS[op](spool, **args)
+
+
+def _shards(spool: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("shard-")) for p in spool.glob("shard-*") if (p / "lmdb" / "data.mdb").exists())
+
+
+def _opened(spool: Path, number: int, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+    path = spool / f"shard-{number}"
+    lock = _lock(path)
+    try:
+        store = Store(path / "lmdb", readonly=True)
+        try:
+            return use(path, store, QueueClock(store.meta(b"seen")))
+        finally:
+            store.close()
+    except lmdb.Error as error:
+        raise RelayError(f"{path}: {error}") from None
+    finally:
+        os.close(lock)
+
+
+def _summary(spool: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number in _shards(spool):
+        rows += _opened(spool, number, lambda path, store, clock: inspect.summary(store, clock))
+    return rows
+
+
+def _page(spool: Path, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
+    shards = _shards(spool)
+    number, after = cursor or ((shards[0], 0) if shards else (0, 0))
+    if number not in shards:
+        return {"rows": [], "cursor": [], "shard": 0}
+    wanted = inspect.Filter(**chosen)
+    found = _opened(spool, number, lambda path, store, clock: inspect.page(store, clock, None, wanted, after))
+    following = [n for n in shards if n > number]
+    beyond = [following[0], 0] if following else []
+    return {"rows": found["rows"], "cursor": [number, found["after"]] if found["after"] else beyond, "shard": number}
+
+
+def _message(spool: Path, ident: str) -> Any:
+    for number in _shards(spool):
+        found = _opened(spool, number, lambda path, store, clock: inspect.message(store, clock, None, parse_id(ident)))
+        if found is not None:
+            return found
+    return None
+
+
+def _raw(spool: Path, ident: str) -> bytes | None:
+    import xxhash  # noqa: PLC0415
+
+    number = parse_id(ident)
+
+    def read(path: Path, store: Store, clock: QueueClock) -> bytes | None:
+        with store.env.begin() as txn:
+            envelope = store.envelope(txn, number)
+        if envelope is None or envelope.body is None:
+            return None
+        body = envelope.body
+        file = path / "bodies" / (f"{body.segment:08d}.seg" if body.segment else f"big/{number:016x}")
+        with file.open("rb") as stream:
+            stream.seek(body.offset)
+            raw = stream.read(FRAME.size + body.length)
+        text = raw[FRAME.size :]
+        check_frame(raw[: FRAME.size], number, body, len(text), xxhash.xxh3_64_intdigest(text))
+        return text
+
+    for shard in _shards(spool):
+        text: bytes | None = _opened(spool, shard, read)
+        if text is not None:
+            return text
+    return None
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {"summary": _summary, "page": _page, "message": _message, "raw": _raw}

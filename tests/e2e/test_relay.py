@@ -1,0 +1,211 @@
+"""The running relay, seen from outside: mail through it, its CLI, its metrics, its refusals."""
+
+import hashlib
+import json
+import re
+import smtplib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from tests.support.daemon import Relay, dialog, free_port, wait_for
+from tests.support.programs import need
+
+
+def test_a_message_passes_with_its_trace(relay, ledger):
+    relay.send("X-Ledger: one\r\nSubject: hi\r\n\r\n.dots\r\nbody\r\n")
+    wait_for(lambda: ledger.taken, what="the message")
+    ident, digest, to = ledger.taken[0]
+    assert ident == "one"
+    assert digest == hashlib.sha256(b".dots\r\nbody\r\n").hexdigest()
+    assert to == ["c@d.example"]
+    (queued,) = wait_for(lambda: relay.events("queued"))
+    (delivered,) = wait_for(lambda: relay.events("delivered"))
+    assert queued["id"] == delivered["id"]
+    assert delivered["reply"] == "2.0.0 taken"
+    wait_for(lambda: relay.summary() == [], what="an empty queue")
+
+
+def test_large_and_chunked_messages_arrive_whole(relay, ledger):
+    body = b"".join(b"%07d\r\n" % i for i in range(400_000))
+    text = b"X-Ledger: big\r\n\r\n" + body
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=60) as client:
+        client.sendmail("a@b", ["c@d"], text)
+        client.docmd("MAIL FROM:<a@b>")
+        client.docmd("RCPT TO:<c@d>")
+        half = len(text) // 2
+        client.send(b"BDAT %d\r\n" % half + text[:half])
+        assert client.getreply()[0] == 250
+        client.send(b"BDAT %d LAST\r\n" % (len(text) - half) + text[half:])
+        assert client.getreply()[0] == 250
+        small = b"X-Ledger: chunk\r\n\r\n.x"
+        client.docmd("MAIL FROM:<a@b>")
+        client.docmd("RCPT TO:<c@d>")
+        client.send(b"BDAT %d LAST\r\n" % len(small) + small)
+        assert client.getreply()[0] == 250
+    wait_for(lambda: len(ledger.taken) == 3, 30, "three messages")
+    digests = {ident: digest for ident, digest, _ in ledger.taken}
+    assert ledger.counts() == {"big": 2, "chunk": 1}
+    assert digests["big"] == hashlib.sha256(body).hexdigest()
+    assert digests["chunk"] == hashlib.sha256(b".x\r\n").hexdigest()
+    wait_for(lambda: relay.summary() == [])
+    assert not list((relay.spool / "shard-0/bodies/big").iterdir()), "files of delivered bodies are removed"
+
+
+def test_refusals_have_the_right_replies(tmp_path, ledger):
+    settings = ["relay.networks=[]", 'relay.domains=["ours.example"]', "limits.message_size=2000"]
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings) as relay:
+        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@theirs.example>\r\nRCPT TO:<c@ours.example>\r\nRCPT TO:<postmaster>\r\nQUIT\r\n")
+        assert b"550 5.7.1" in said
+        assert said.count(b"250 2.1.5") == 2
+        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", b"x" * 3000 + b"\r\n.\r\nQUIT\r\n")
+        assert b"SIZE 2000" in said
+        assert b"552 5.3.4" in said
+        loop = b"Received: x\r\n" * 51 + b"\r\nx\r\n.\r\n"
+        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", loop)
+        assert b"554 5.4.6" in said
+    assert ledger.taken == []
+
+
+def test_swaks_agrees(relay, ledger):
+    swaks = need("swaks")
+    done = subprocess.run(
+        [swaks, "--server", f"127.0.0.1:{relay.port}", "--from", "a@b.example", "--to", "c@d.example,e@f.example",
+         "--header", "X-Ledger: swaks", "--pipeline"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    wait_for(lambda: ledger.counts()["swaks"] == 1, what="swaks' message")
+    assert ledger.taken[0][2] == ["c@d.example", "e@f.example"]
+
+
+def test_failures_become_a_notice_to_the_sender(tmp_path, ledger):
+    from tests.support.fake_mx import FakeMx  # noqa: PLC0415
+
+    refuse = {"RCPT": {"gone@d.example": b"550 5.1.1 no such user\r\n"}}
+    with FakeMx(refuse) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.send("X-Ledger: half\r\nSubject: mine\r\n\r\nx\r\n", "me@b.example", "gone@d.example", "here@d.example")
+        wait_for(lambda: len(peer.messages) == 2, what="the message and the notice")
+        notice = next(text for sender, _, text in peer.messages if sender == "")
+        assert b"To: <me@b.example>" in notice
+        assert b"Final-Recipient: rfc822; gone@d.example\r\nAction: failed\r\nStatus: 5.1.1" in notice
+        assert b"Diagnostic-Code: smtp; 550 5.1.1 no such user" in notice
+        assert b"Subject: mine" in notice
+        assert b"here@d.example" not in notice
+        peer.rules["RCPT"]["gone@d.example"] = b"550 5.1.1 no\r\n"
+        relay.send("Subject: null\r\n\r\nx\r\n", "", "gone@d.example")
+        wait_for(lambda: any(e["notice"] == "" for e in relay.events("bounced")), what="the bounce of null-sender mail")
+        time.sleep(0.3)
+        assert len(peer.messages) == 2, "mail without a sender makes no notice"
+        wait_for(lambda: relay.summary() == [])
+
+
+def test_a_dead_site_is_charged_once_and_the_queue_sleeps(tmp_path):
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=3600") as relay:
+        for _ in range(20):
+            relay.send()
+        wait_for(lambda: relay.events("deferred"), what="the first failure")
+        time.sleep(0.5)
+        assert len(relay.events("deferred")) == 1, "one message is charged for a dead site"
+        (row,) = relay.summary()
+        assert (row["messages"], row["deferred"], row["parked"]) == (20, 1, True)
+        listed = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
+        assert len(listed) == 20
+        tried = next(r for r in listed if r["attempts"])
+        shown = json.loads(relay.cli("message", "show", tried["id"], "--json").stdout)
+        assert shown["recipients"][0]["attempts"][0]["phase"] == "connect"
+        assert b"Received: from" in subprocess.run(
+            [sys.executable, "-m", "relaymta", "message", "raw", tried["id"], "--spool", str(relay.spool)],
+            capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        assert "3 messages are meant" not in relay.cli("queue", "delete", "--all", "--dry-run").stdout
+        relay.cli("queue", "hold", listed[0]["id"])
+        assert relay.summary()[0]["held"] == 1
+        relay.cli("queue", "release", "--held")
+        assert relay.summary()[0]["held"] == 0
+        assert relay.cli("queue", "flush", check=False).returncode == 64
+        assert "no such" in relay.cli("message", "show", "0000000000000", check=False).stderr or True
+        peer = socket.create_server(("127.0.0.1", port))
+        peer.close()
+        assert relay.stop() == 0
+        offline = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
+        assert {r["id"] for r in offline} == {r["id"] for r in listed}
+        assert relay.cli("queue", "delete", "--all", check=False).returncode == 69
+
+
+def test_flush_delivers_at_once_when_the_site_is_back(tmp_path, ledger):
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{port}", f'route=[{{hosts=["127.0.0.1:{port}","127.0.0.1:{port}"]}}]', "delivery.first_retry=3600") as relay:
+        relay.send("X-Ledger: late\r\n\r\nx\r\n")
+        wait_for(lambda: relay.events("deferred"))
+        from tests.support.fake_mx import FakeMx  # noqa: PLC0415
+
+        with FakeMx({}, port) as peer:
+            relay.cli("queue", "flush", "--all")
+            wait_for(lambda: peer.messages, what="the flushed message")
+            wait_for(lambda: relay.summary() == [])
+
+
+def test_metrics_are_what_prometheus_wants(relay, ledger):
+    relay.send()
+    wait_for(lambda: ledger.taken)
+    time.sleep(0.2)
+    text = urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/metrics", timeout=10).read()
+    assert b"relaymta_messages_received_total 1.0" in text
+    assert b'relaymta_recipients_total{result="delivered"} 1.0' in text
+    done = subprocess.run([need("promtool"), "check", "metrics"], input=text, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/health", timeout=10).status == 200
+
+
+def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
+    command = relay.command()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 78
+    assert re.fullmatch(r"listener.address: 127.0.0.1:\d+: another program listens on this port; .*\n", done.stderr)
+    other = [part.replace(str(relay.port), str(free_port())).replace(str(relay.metrics_port), str(free_port())) for part in command]
+    done = subprocess.run(other, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 75
+    assert "another relaymta" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[[listener]]\nadress = "127.0.0.1:1"\n', 'r.toml:2: listener.0.adress: no such key (did you mean "address"?)'),
+        ("workers = 2000\n", "r.toml:1: workers:"),
+        ("[relay\n", "r.toml:1: "),
+        ('[[listener]]\naddress = "127.0.0.1:25"\n[relay]\nnetworks = ["0.0.0.0/0"]\n', "open relay"),
+        ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "5 lightyears"\n', "r.toml:4: queue.max_age: a duration such as"),
+    ],
+)
+def test_wrong_configurations_name_the_place(tmp_path, text, expected):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    done = subprocess.run([sys.executable, "-m", "relaymta", "config", "check", "-c", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_reload_takes_new_limits_and_refuses_nonsense(tmp_path, ledger):
+    path = tmp_path / "r.toml"
+    path.write_text("[limits]\nmessage_size = 1000\n")
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}")
+    plain = relay.command
+    relay.command = lambda: [*plain(), "-c", str(path)]  # type: ignore[method-assign]
+    with relay:
+        assert b"SIZE 1000" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
+        path.write_text("[limits]\nmessage_size = 2000\n")
+        assert relay.cli("reload").stdout.startswith("reloaded")
+        assert b"SIZE 2000" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
+        path.write_text("[limits]\nmessage_sise = 2000\n")
+        done = relay.cli("reload", check=False)
+        assert done.returncode == 78
+        assert "did you mean" in done.stdout
+        assert b"SIZE 2000" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")

@@ -1,0 +1,116 @@
+"""A scripted peer: a thread with a listening socket that answers as its rules say, and misbehaves on request."""
+
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+DEFAULT = {
+    "EHLO": b"250-fake\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SIZE 0\r\n",
+    "MAIL": b"250 2.1.0 ok\r\n",
+    "RCPT": b"250 2.1.5 ok\r\n",
+    "DATA": b"354 go\r\n",
+    "DOT": b"250 2.0.0 taken\r\n",
+    "RSET": b"250 2.0.0 ok\r\n",
+    "QUIT": b"221 2.0.0 bye\r\n",
+}
+CLOSE, RESET, SILENT = "close", "reset", "silent"
+
+
+class FakeMx:
+    """`rules[verb]`: a reply; a dict from address to reply; a list used up one by one; or CLOSE, RESET, SILENT. Anything
+    not named is answered as a good server does. `drip`: replies are sent octet by octet."""
+
+    def __init__(self, rules: dict[str, Any], port: int = 0, drip: bool = False, banner: bytes = b"220 fake ESMTP\r\n") -> None:
+        self.rules = rules
+        self.drip = drip
+        self.banner = banner
+        self.messages: list[tuple[str, list[str], bytes]] = []
+        self.commands: list[str] = []
+        self.connections = 0
+        self._server = socket.create_server(("127.0.0.1", port))
+        self.port = self._server.getsockname()[1]
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> "FakeMx":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.close()
+        for sock in self._open:
+            sock.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._open.append(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            self._talk(sock)
+        except OSError:
+            pass
+        finally:
+            sock.close()
+
+    def _rule(self, verb: str, argument: str = "") -> Any:
+        rule = self.rules.get(verb)
+        if isinstance(rule, dict):
+            rule = rule.get(argument)
+        elif isinstance(rule, list):
+            rule = rule.pop(0) if rule else None
+        return DEFAULT.get(verb, b"250 2.0.0 ok\r\n") if rule is None else rule
+
+    def _say(self, sock: socket.socket, answer: Any) -> bool:
+        """Send a reply or misbehave; whether the connection goes on."""
+        if answer == SILENT:
+            time.sleep(30)
+            return False
+        if answer == RESET:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if answer in (CLOSE, RESET):
+            sock.close()
+            return False
+        for piece in [answer[i : i + 1] for i in range(len(answer))] if self.drip else [answer]:
+            sock.sendall(piece)
+            if self.drip:
+                time.sleep(0.001)
+        return not answer.startswith(b"421")
+
+    def _talk(self, sock: socket.socket) -> None:
+        if not self._say(sock, self.banner):
+            return
+        file = sock.makefile("rb")
+        sender, recipients = "", []
+        while line := file.readline():
+            verb = line[:4].decode("latin-1").upper().strip()
+            argument = line.partition(b"<")[2].partition(b">")[0].decode()
+            self.commands.append(verb)
+            answer = self._rule(verb, argument)
+            if verb == "MAIL":
+                sender, recipients = argument, []
+            if verb == "RCPT" and isinstance(answer, bytes) and answer.startswith(b"2"):
+                recipients.append(argument)
+            if not self._say(sock, answer):
+                return
+            if verb == "DATA" and answer.startswith(b"354"):
+                text = b""
+                while (line := file.readline()) != b".\r\n":
+                    if not line:
+                        return
+                    text += line[1:] if line.startswith(b".") else line
+                final = self._rule("DOT") if recipients else b"554 5.5.1 no recipients\r\n"
+                if isinstance(final, bytes) and final.startswith(b"2"):
+                    self.messages.append((sender, recipients, text))
+                if not self._say(sock, final):
+                    return
+            if verb == "QUIT":
+                return
