@@ -25,7 +25,7 @@ DIRECTIVES = {
 }
 
 setup(
-    ext_modules=cythonize(
+    ext_modules=cythonize(  # type: ignore[no-untyped-call]
         [
             Extension(
                 name,

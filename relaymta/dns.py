@@ -2,6 +2,7 @@
 "could not be asked", which must never be taken for one of the others."""
 
 import asyncio
+from typing import Any
 
 import aiodns
 
@@ -36,6 +37,8 @@ class Resolver:
 
     async def addresses(self, host: str) -> list[str]:
         """A host's addresses, IPv6 first. NoSuchName and NoData when both types say so."""
+        v6: list[Any] | BaseException
+        v4: list[Any] | BaseException
         v6, v4 = await asyncio.gather(self._ask(host, "AAAA"), self._ask(host, "A"), return_exceptions=True)
         found: list[str] = []
         for answer in (v6, v4):
@@ -48,7 +51,7 @@ class Resolver:
                 raise answer
         raise v4 if isinstance(v4, NoSuchName) else NoData(host)
 
-    async def _ask(self, name: str, kind: str) -> list:  # type: ignore[type-arg]
+    async def _ask(self, name: str, kind: str) -> list[Any]:
         try:
             result = await self._resolver.query_dns(name, kind)
         except aiodns.error.DNSError as error:

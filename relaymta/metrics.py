@@ -31,7 +31,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_recipients_received_total": ("Recipients of acknowledged messages", "", ("",)),
     "relaymta_messages_refused_total": ("Messages refused at the end of their text", "reason", ("content", "store", "full")),
     "relaymta_recipients_refused_total": ("Recipients refused at RCPT", "", ("",)),
-    "relaymta_recipients_total": ("Recipients by their attempt's result", "result", ("delivered", "deferred", "bounced", "expired")),
+    "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),
     "relaymta_sessions_total": ("Outgoing connections", "result", ("opened", "failed")),
     "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),

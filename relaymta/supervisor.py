@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
-        loop.add_signal_handler(signal.SIGUSR1, self.log.reopen)
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         results = await asyncio.gather(*(self._start(slot) for slot in self.slots), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -243,6 +243,12 @@ class Supervisor:
                 if process.returncode is None:
                     process.kill()
 
+    def _reopen_logs(self) -> None:
+        """SIGUSR1: the log file was rotated."""
+        self.log.reopen()
+        for _, channel in self._ready():
+            channel.tell("reopen_log")
+
     async def reload(self) -> str:
         """Read the configuration again and hand it to the workers; what is wrong with it, or needs a restart."""
         try:
@@ -360,7 +366,7 @@ class Supervisor:
         return None
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "status": Supervisor._status,
     "summary": Supervisor._summary,
     "page": Supervisor._page,

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ class Worker:
         self.shards: dict[int, Shard] = {}
         self.intake: Intake | None = None
         self.acceptor: Acceptor | None = None
+        self._store_state = "ok"
         self._borrowed: list[asyncio.Server] = []
 
     def assign(self, envelope: Any) -> Any:
@@ -171,8 +173,15 @@ class Worker:
         gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
         gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
         gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
-        gauge("relaymta_store_full", any(shard.queue.full for shard in self.shards.values()))
-        gauge("relaymta_store_stalled", any(shard.queue.writer.stalled for shard in self.shards.values()))
+        full = any(shard.queue.full for shard in self.shards.values())
+        stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
+        gauge("relaymta_store_full", full)
+        gauge("relaymta_store_stalled", stalled)
+        state = "stalled" if stalled else "full" if full else "ok"
+        if state != self._store_state:
+            reason = next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), "")
+            self.log.event("store", state=state, reason="" if state == "ok" else reason or "below the floor of free space")
+            self._store_state = state
         self._timer = self.loop.call_later(1.0, self._gauges)
 
     def _set_gauges(self, totals: dict[str, float]) -> None:
@@ -203,6 +212,9 @@ class Worker:
         for shard in self.shards.values():
             shard.dispatcher.reconfigure(fresh, self.routes)
             shard.queue.schedule.wake()
+
+    async def _reopen_log(self, descriptors: list[int]) -> None:
+        self.log.reopen()
 
     async def _borrow(self, descriptors: list[int]) -> None:
         """Accept on a dead worker's sockets until its successor is ready."""
@@ -297,9 +309,10 @@ class Worker:
         self.log.close()
 
 
-_REQUESTS = {
+_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "stop": Worker._stop,
     "reload": Worker._reload,
+    "reopen_log": Worker._reopen_log,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
     "summary": Worker._summary,

@@ -7,6 +7,7 @@ takes it. Nothing is read while a commit is awaited.
 import asyncio
 import socket
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 from relaymta.accept.intake import Client, Intake
 from relaymta.config import Config, Listener
@@ -324,11 +325,11 @@ class Connection(asyncio.Protocol):
 class Acceptor:
     """All listening sockets and connections of one worker."""
 
-    def __init__(self, config: Config, intake: Intake, limits: Limits, threads: object) -> None:
+    def __init__(self, config: Config, intake: Intake, limits: Limits, threads: Executor) -> None:
         self.config = config
         self.intake = intake
         self.limits = limits
-        self.threads = threads  # type: ignore[var-annotated]
+        self.threads = threads
         self.loop = asyncio.get_running_loop()
         self.now = self.loop.time
         self.time = self.now()

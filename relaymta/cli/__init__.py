@@ -3,7 +3,7 @@
 import click
 
 from relaymta import __version__
-from relaymta.cli import config, queue, serve
+from relaymta.cli import config, queue, serve, sink
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ def main() -> None:
 
 
 main.add_command(serve.serve)
+main.add_command(sink.sink)
 main.add_command(config.config)
 main.add_command(queue.status)
 main.add_command(queue.queue)

@@ -4,6 +4,7 @@ With the daemon stopped, reading verbs read the spool themselves, holding its lo
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -313,7 +314,7 @@ def raw(read: Callable[..., Config], ident: str) -> None:
     text = _asked(_connect(read), "raw", ident=ident)
     if text is None:
         fail(1, f"no message {ident} in the queue")
-    click.get_binary_stream("stdout").write(text)
+    sys.stdout.buffer.write(text)
 
 
 @click.command()

@@ -250,10 +250,13 @@ class ClientSession:
         mail.reached = DATA
         wanted = bool(mail.sent) and mail.refused_mail is None
         if code == 354:
-            if not wanted:
+            if not wanted and mail.sent:
+                # It took recipients without a sender, and a lone dot would send them an empty message.
+                self._end(mail)
+                self._stop(0, b"354 to a transaction without a sender")
+            elif not wanted:
                 # RFC 2920 3.1: every recipient was refused, and the peer wants text all the same.
                 self.out.append(b".\r\n")
-                mail.sent = []
                 self._expected.appendleft((FINAL, mail, -1))
             elif mail.text is None:
                 self.streaming = mail

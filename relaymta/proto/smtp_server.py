@@ -128,7 +128,7 @@ class ServerSession:
                 if kind == TEXT:
                     self._text(event[1])  # type: ignore[misc, arg-type]
                 elif kind == COMMAND:
-                    out.append(_VERBS.get(event[1], _unknown)(self, event[2]))  # type: ignore[misc, call-overload]
+                    out.append(_VERBS.get(event[1], _unknown)(self, event[2]))  # type: ignore[misc, arg-type]
                 elif kind == END:
                     out.append(self._ended())
                 else:

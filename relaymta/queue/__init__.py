@@ -26,7 +26,7 @@ from relaymta.queue.segments import BigBody, Segments, segment_size_for
 from relaymta.queue.store import SCHEMA, Change, Store
 from relaymta.queue.writer import Assign, Committed, Task, Writer
 
-__all__ = ["Entry", "Events", "Outcome", "Put", "Queue", "QueueSettings", "format_id", "parse_id", "wall_ms"]
+__all__ = ["Committed", "Entry", "Events", "Outcome", "Put", "Queue", "QueueSettings", "format_id", "parse_id", "wall_ms"]
 
 T = TypeVar("T")
 BALLAST = 4 << 20
@@ -111,6 +111,8 @@ class Queue:
             window_bytes=settings.window_bytes,
         )
         self.full = False
+        self._floor = FLOOR_MOST
+        self._taken = 0  # octets since the last look at the disk
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -284,6 +286,10 @@ class Queue:
                 else:
                     task.future.set_result(task.result)
         self._events.committed(group)
+        self._taken += sum(put.envelope.size for put in group.puts)
+        if self._taken > self._floor // 4:  # between two looks at the disk
+            self._taken = 0
+            self.schedule.reading(self._housekeep, self._expire)
 
     # Time passes
 
@@ -312,7 +318,7 @@ class Queue:
         stats = os.statvfs(self.path)
         total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
         used, size = self.store.used()
-        floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
+        floor = self._floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.full = free < floor or used * 100 > size * MAP_SHARE
         if not self._ballast.exists() and free > 2 * floor + BALLAST and total > 64 * BALLAST:
             _write_ballast(self._ballast)

@@ -72,7 +72,7 @@ def _message(spool: Path, ident: str) -> Any:
 
 
 def _raw(spool: Path, ident: str) -> bytes | None:
-    import xxhash  # noqa: PLC0415
+    import xxhash
 
     number = parse_id(ident)
 

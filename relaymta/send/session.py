@@ -4,7 +4,7 @@ the pipelined client of proto.smtp_client, which stays on it for many messages."
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import aiosmtplib
 
@@ -182,7 +182,7 @@ async def connect(
     except Exception as error:
         client.close()
         raise _failure(phase, name, error) from None
-    transport, protocol = client.transport, client.protocol
+    transport, protocol = cast("asyncio.Transport | None", client.transport), client.protocol
     if transport is None or protocol is None or transport.is_closing():
         raise ConnectFailed("ehlo", "the peer closed the connection")
     if protocol._buffer or transport.get_write_buffer_size():
@@ -191,7 +191,7 @@ async def connect(
     session = make(ClientSession(features_of(client.esmtp_extensions), recipients), name)
     client.protocol = None
     client.transport = None
-    session.attach(transport)  # type: ignore[arg-type]
+    session.attach(transport)
     return session
 
 

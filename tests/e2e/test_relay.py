@@ -59,10 +59,16 @@ def test_large_and_chunked_messages_arrive_whole(relay, ledger):
 def test_refusals_have_the_right_replies(tmp_path, ledger):
     settings = ["relay.networks=[]", 'relay.domains=["ours.example"]', "limits.message_size=2000"]
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings) as relay:
-        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@theirs.example>\r\nRCPT TO:<c@ours.example>\r\nRCPT TO:<postmaster>\r\nQUIT\r\n")
+        said = dialog(
+            relay.port,
+            b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@theirs.example>\r\n"
+            b"RCPT TO:<c@ours.example>\r\nRCPT TO:<postmaster>\r\nQUIT\r\n",
+        )
         assert b"550 5.7.1" in said
         assert said.count(b"250 2.1.5") == 2
-        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", b"x" * 3000 + b"\r\n.\r\nQUIT\r\n")
+        said = dialog(
+            relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", b"x" * 3000 + b"\r\n.\r\nQUIT\r\n"
+        )
         assert b"SIZE 2000" in said
         assert b"552 5.3.4" in said
         loop = b"Received: x\r\n" * 51 + b"\r\nx\r\n.\r\n"
@@ -84,7 +90,7 @@ def test_swaks_agrees(relay, ledger):
 
 
 def test_failures_become_a_notice_to_the_sender(tmp_path, ledger):
-    from tests.support.fake_mx import FakeMx  # noqa: PLC0415
+    from tests.support.fake_mx import FakeMx
 
     refuse = {"RCPT": {"gone@d.example": b"550 5.1.1 no such user\r\n"}}
     with FakeMx(refuse) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
@@ -140,10 +146,12 @@ def test_a_dead_site_is_charged_once_and_the_queue_sleeps(tmp_path):
 
 def test_flush_delivers_at_once_when_the_site_is_back(tmp_path, ledger):
     port = free_port()
-    with Relay(tmp_path, f"127.0.0.1:{port}", f'route=[{{hosts=["127.0.0.1:{port}","127.0.0.1:{port}"]}}]', "delivery.first_retry=3600") as relay:
+    with Relay(
+        tmp_path, f"127.0.0.1:{port}", f'route=[{{hosts=["127.0.0.1:{port}","127.0.0.1:{port}"]}}]', "delivery.first_retry=3600"
+    ) as relay:
         relay.send("X-Ledger: late\r\n\r\nx\r\n")
         wait_for(lambda: relay.events("deferred"))
-        from tests.support.fake_mx import FakeMx  # noqa: PLC0415
+        from tests.support.fake_mx import FakeMx
 
         with FakeMx({}, port) as peer:
             relay.cli("queue", "flush", "--all")
@@ -168,7 +176,9 @@ def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
     assert re.fullmatch(r"listener.address: 127.0.0.1:\d+: another program listens on this port; .*\n", done.stderr)
-    other = [part.replace(str(relay.port), str(free_port())).replace(str(relay.metrics_port), str(free_port())) for part in command]
+    other = [
+        part.replace(str(relay.port), str(free_port())).replace(str(relay.metrics_port), str(free_port())) for part in command
+    ]
     done = subprocess.run(other, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 75
     assert "another relaymta" in done.stderr
@@ -187,7 +197,9 @@ def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
 def test_wrong_configurations_name_the_place(tmp_path, text, expected):
     path = tmp_path / "r.toml"
     path.write_text(text)
-    done = subprocess.run([sys.executable, "-m", "relaymta", "config", "check", "-c", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "relaymta", "config", "check", "-c", str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 78
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

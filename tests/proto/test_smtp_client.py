@@ -49,7 +49,12 @@ def test_a_warm_link_takes_one_round_trip_a_message(step):
 def test_without_pipelining_one_command_at_a_time():
     core = ClientSession(PLAIN)
     core.begin(mail("c@d", "e@f"))
-    for answer, expected in [(b"250 a\r\n", b"RCPT TO:<c@d>\r\n"), (b"550 no\r\n", b"RCPT TO:<e@f>\r\n"), (b"250 b\r\n", b"DATA\r\n"), (b"354 go\r\n", b"hi\r\n.\r\n")]:
+    for answer, expected in [
+        (b"250 a\r\n", b"RCPT TO:<c@d>\r\n"),
+        (b"550 no\r\n", b"RCPT TO:<e@f>\r\n"),
+        (b"250 b\r\n", b"DATA\r\n"),
+        (b"354 go\r\n", b"hi\r\n.\r\n"),
+    ]:
         written(core)
         core.receive(answer)
         assert written(core) == expected

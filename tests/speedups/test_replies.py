@@ -9,7 +9,20 @@ from relaymta._speedups.replies import Replies
 from tests.speedups.test_smtp import pieces
 
 REPLIES = st.lists(
-    st.sampled_from([b"250 ok\r\n", b"250-a\r\n", b"250\r\n", b"354 go\n", b"55", b"421 4.3.2 bye\r\n", b"\r\n", b"999 x\r\n", b"250-", b"550 "]),
+    st.sampled_from(
+        [
+            b"250 ok\r\n",
+            b"250-a\r\n",
+            b"250\r\n",
+            b"354 go\n",
+            b"55",
+            b"421 4.3.2 bye\r\n",
+            b"\r\n",
+            b"999 x\r\n",
+            b"250-",
+            b"550 ",
+        ]
+    ),
     max_size=15,
 ).map(b"".join)
 

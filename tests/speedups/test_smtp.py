@@ -2,6 +2,7 @@
 
 import importlib.util
 from importlib.machinery import SourceFileLoader
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +37,7 @@ CUTS = st.lists(st.integers(0, 600), max_size=8)
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(c for c in cuts if c < len(data)), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 def text_run(parser_class: type, wire: bytes, cuts: list[int], normalize: bool = False) -> tuple[bytes, bool, int, int, int]:
@@ -107,7 +108,9 @@ def test_normalized_text_has_no_bare_cr_or_lf(parser_class, wire, cuts):
 @pytest.mark.parametrize("parser_class", PARSERS)
 @given(
     data=st.lists(
-        st.sampled_from([b"EHLO x\r\n", b"mail FROM:<a@b>\r\n", b"DATA\r\n", b"NOOP\r", b"\n", b"\r\n", b"a" * 45, b"QUIT\r\n", b"\0\r\n"]),
+        st.sampled_from(
+            [b"EHLO x\r\n", b"mail FROM:<a@b>\r\n", b"DATA\r\n", b"NOOP\r", b"\n", b"\r\n", b"a" * 45, b"QUIT\r\n", b"\0\r\n"]
+        ),
         max_size=12,
     ).map(b"".join),
     cuts=CUTS,

@@ -62,9 +62,11 @@ class Relay:
     def start(self) -> "Relay":
         """Start and wait for the banner."""
         before = self.events("started")
-        self.process = subprocess.Popen(self.command(), start_new_session=True, stderr=(self.folder / "stderr").open("ab"))
+        process = self.process = subprocess.Popen(
+            self.command(), start_new_session=True, stderr=(self.folder / "stderr").open("ab")
+        )
         try:
-            wait_for(lambda: len(self.events("started")) > len(before) or self.process.poll() is not None, 30, "the relay to start")
+            wait_for(lambda: len(self.events("started")) > len(before) or process.poll() is not None, 30, "the relay to start")
         except AssertionError:
             self.kill()
             raise

@@ -89,7 +89,8 @@ class FakeMx:
         if not self._say(sock, self.banner):
             return
         file = sock.makefile("rb")
-        sender, recipients = "", []
+        sender, greeted = "", False
+        recipients: list[str] = []
         while line := file.readline():
             verb = line[:4].decode("latin-1").upper().strip()
             argument = line.partition(b"<")[2].partition(b">")[0].decode()
@@ -97,6 +98,9 @@ class FakeMx:
             answer = self._rule(verb, argument)
             if verb == "MAIL":
                 sender, recipients = argument, []
+                greeted = isinstance(answer, bytes) and answer.startswith(b"2")
+            if verb == "RCPT" and not greeted:
+                answer = b"503 5.5.1 MAIL first\r\n"
             if verb == "RCPT" and isinstance(answer, bytes) and answer.startswith(b"2"):
                 recipients.append(argument)
             if not self._say(sock, answer):

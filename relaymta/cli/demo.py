@@ -1,0 +1,103 @@
+"""`make run`: a relay and a sink on this machine, one message through them, and what to try next."""
+
+import contextlib
+import os
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RELAY_PORT, SINK_PORT, METRICS_PORT = 2525, 2526, 9125
+CONFIG = Path("config/demo.toml")
+SPOOL = Path("var/demo-spool")
+LOG = Path("var/demo.log")
+
+
+def main() -> int:
+    """Run until Ctrl-C; the exit status."""
+    for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics")):
+        if _busy(port):
+            print(
+                f"Port {port} on 127.0.0.1, which {what} needs, is in use. "
+                f"Stop what uses it (ss -ltnp 'sport = :{port}'), then try again."
+            )
+            return 1
+    SPOOL.mkdir(parents=True, exist_ok=True)
+    LOG.unlink(missing_ok=True)
+    program = [sys.executable, "-m", "relaymta"]
+    sink = subprocess.Popen([*program, "sink", "--listen", f"127.0.0.1:{SINK_PORT}"], start_new_session=True)
+    relay = subprocess.Popen([*program, "serve", "-c", str(CONFIG)], start_new_session=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if not _wait(RELAY_PORT, relay) or not _wait(SINK_PORT, sink):
+            print("The relay did not start; what it said stands above.")
+            return 1
+        _send()
+        _explain()
+        return relay.wait()
+    except KeyboardInterrupt:
+        print("\nStopping: what is under way is finished first ...")
+        return 0
+    finally:
+        for process in (relay, sink):
+            if process.poll() is None:
+                process.terminate()
+        for process in (relay, sink):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(50)
+        print("Stopped. The queue stays in", SPOOL)
+
+
+def _busy(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _wait(port: int, process: "subprocess.Popen[bytes]") -> bool:
+    for _ in range(300):
+        if process.poll() is not None:
+            return False
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+            if sock.recv(3) == b"220":
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def _send() -> None:
+    with smtplib.SMTP("127.0.0.1", RELAY_PORT, local_hostname="demo.invalid") as client:
+        client.sendmail("you@demo.invalid", ["friend@example.com"], "Subject: hello from relaymta\r\n\r\nIt works.\r\n")
+    for _ in range(100):
+        if LOG.exists() and '"delivered"' in LOG.read_text(encoding="utf-8"):
+            return
+        time.sleep(0.05)
+
+
+def _explain() -> None:
+    here = os.path.relpath(Path(sys.executable).parent / "relaymta")
+    print(f"""
+The relay runs: it took one message on 127.0.0.1:{RELAY_PORT}, made it safe in {SPOOL}, and delivered it to the sink
+(the line above that begins with "sink:"). What happened, one JSON object an event: {LOG}
+
+Try, in another terminal, in this folder:
+  {here} status -c {CONFIG}
+  {here} queue summary -c {CONFIG}
+  printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
+    --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
+  curl -s http://127.0.0.1:{METRICS_PORT}/metrics | grep ^relaymta_messages
+  tail -f {LOG}
+
+Ctrl-C ends it.
+""", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

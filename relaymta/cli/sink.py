@@ -1,0 +1,62 @@
+"""`relaymta sink`: a smart host that takes every message, shows it in a line, and forgets it. For trying things out."""
+
+import asyncio
+import sys
+
+import click
+
+from relaymta.config import parse_hostport
+from relaymta.proto import reply
+from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
+
+__all__ = ["Sink", "sink"]
+
+
+class Sink(asyncio.Protocol):
+    """One connection."""
+
+    count = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.session = ServerSession("sink.invalid", Limits(long_lines=True), lambda sender, size: None, lambda to, mail: None)
+        transport.write(self.session.greet())
+
+    def data_received(self, data: bytes) -> None:
+        """Take everything."""
+        out = self.session.receive(data)
+        while self.session.complete is not None:
+            self._show(self.session.complete)
+            out += self.session.finish(reply.format_reply(250, "2.0.0", f"Taken by the sink as number {Sink.count}"))
+        self.transport.write(out)
+        if self.session.closing:
+            self.transport.close()
+
+    def _show(self, mail: Transaction) -> None:
+        Sink.count += 1
+        text = b"".join(mail.take())
+        subject = next((line for line in text.split(b"\r\n") if line.lower().startswith(b"subject:")), b"(no subject)")
+        shown = subject.decode("utf-8", "replace")[:60]
+        print(f"sink: {Sink.count}: <{mail.sender}> -> <{', '.join(mail.recipients)}> {mail.size} octets, {shown}", flush=True)
+
+
+async def _run(host: str, port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Sink, host, port, backlog=500)
+    print(f"sink: taking mail on {host}:{port}", flush=True)
+    await server.serve_forever()
+
+
+@click.command()
+@click.option("--listen", default="127.0.0.1:2526", show_default=True, metavar="HOST:PORT", help="Where to take mail.")
+def sink(listen: str) -> None:
+    """Take every message, show it in a line, and forget it: a smart host for trying things out."""
+    host, port = parse_hostport(listen)
+    try:
+        asyncio.run(_run(host, port))
+    except KeyboardInterrupt:
+        pass
+    except OSError as error:
+        click.echo(f"{listen}: {error.strerror}", err=True)
+        sys.exit(78)

@@ -1,0 +1,255 @@
+"""What 250 promises, against the real thing: kill -9, strace, a full disk, failing syncs, a lying clock."""
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PROVE
+from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.programs import need
+from tests.support.source import Source
+
+KILLS = 30 if PROVE else 4
+
+
+def check_ledger(source: Source, ledger) -> int:
+    """Every acknowledged message arrived, whole; how many arrived more than once."""
+    counts = ledger.counts()
+    lost = [ident for ident in source.acknowledged if not counts[ident]]
+    assert not lost, f"{len(lost)} of {len(source.acknowledged)} acknowledged messages are lost: {lost[:5]}"
+    digests = {ident: digest for ident, digest, _ in ledger.taken}
+    wrong = [ident for ident, digest in source.acknowledged.items() if digests[ident] != digest]
+    assert not wrong, f"changed on the way: {wrong[:5]}"
+    return sum(1 for count in counts.values() if count > 1)
+
+
+def replaced(relay: Relay, victim: int) -> bool:
+    pids = relay.worker_pids()
+    return len(pids) == 2 and victim not in pids
+
+
+def drained(relay: Relay, seconds: float = 60) -> None:
+    wait_for(lambda: relay.summary() == [], seconds, "an empty queue")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, workers):
+    """Duplicates are only allowed for what was past its dot without a committed outcome when a kill came."""
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers).start()
+    source = Source(lambda: relay.port, 20)
+    in_doubt = 0
+
+    async def kills() -> None:
+        nonlocal in_doubt
+        for _ in range(KILLS):
+            await asyncio.sleep(random.uniform(0.3, 1.0))
+            relay.kill()
+            # What the sink took and the log does not call delivered was in doubt at this kill.
+            await asyncio.to_thread(relay.start)
+        await asyncio.sleep(0.5)
+
+    async def main() -> None:
+        task = asyncio.create_task(kills())
+        await source.run(task.done)
+        await task
+
+    try:
+        asyncio.run(main())
+        drained(relay)
+        assert len(source.acknowledged) > 100 * KILLS
+        duplicates = check_ledger(source, ledger)
+        # At each kill at most what rode on the 20 connections (one past its dot on each, and the group being committed).
+        assert duplicates <= KILLS * 20 * workers * 4, f"{duplicates} duplicates"
+        unknown = set(ledger.counts()) - source.offered
+        assert not unknown, f"messages nobody sent: {unknown}"
+    finally:
+        relay.kill()
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+        source = Source(lambda: relay.port, 10, reuse=False)
+
+        async def main() -> None:
+            async def kills() -> None:
+                for _ in range(2 * (KILLS // 4)):
+                    await asyncio.sleep(1)
+                    (victim, _) = await asyncio.to_thread(relay.worker_pids)
+                    os.kill(victim, signal.SIGKILL)
+                    await asyncio.to_thread(wait_for, partial(replaced, relay, victim))
+
+            task = asyncio.create_task(kills())
+            await source.run(task.done)
+            await task
+
+        asyncio.run(main())
+        drained(relay)
+        assert source.failed_connects == 0
+        check_ledger(source, ledger)
+
+
+def test_a_killed_supervisor_leaves_no_worker_behind(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        relay.send("X-Ledger: before\r\n\r\nx\r\n")
+        pids = relay.worker_pids()
+        assert relay.process is not None
+        relay.process.kill()
+        relay.process.wait()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20, "the workers to end")
+        relay.start()
+        relay.send("X-Ledger: after\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts() == {"before": 1, "after": 1})
+
+
+def test_sigterm_drains_and_nothing_is_sent_twice(tmp_path, ledger):
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}").start()
+    source = Source(lambda: relay.port, 10)
+    rounds = 0
+
+    async def main() -> None:
+        nonlocal rounds
+
+        async def stops() -> None:
+            nonlocal rounds
+            for _ in range(3):
+                await asyncio.sleep(0.5)
+                assert await asyncio.to_thread(relay.stop) == 0
+                await asyncio.to_thread(relay.start)
+                rounds += 1
+
+        task = asyncio.create_task(stops())
+        await source.run(task.done)
+        await task
+
+    try:
+        asyncio.run(main())
+        drained(relay)
+        assert rounds == 3
+        assert check_ledger(source, ledger) == 0, "an orderly stop makes no duplicates"
+    finally:
+        relay.kill()
+
+
+def test_strace_shows_both_syncs_before_every_250(tmp_path, ledger):
+    """In the order of the promise: the body's write, its fdatasync, LMDB's meta write, then "250 queued"."""
+    trace = tmp_path / "trace"
+    strace = need("strace")
+    wrap = (
+        strace,
+        "-f",
+        "-y",
+        "-s",
+        "60",
+        "-o",
+        str(trace),
+        "-e",
+        "trace=pwritev,pwritev2,pwrite64,fdatasync,fsync,write,writev,sendto,sendmsg",
+    )
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", wrap=wrap) as relay:
+        for number in range(5):
+            relay.send(f"X-Ledger: t{number}\r\n\r\nx\r\n")
+        wait_for(lambda: len(ledger.taken) == 5, 30)
+    lines = [line for line in trace.read_text().splitlines() if "unfinished" not in line or "fdatasync" in line]
+    state = "none"
+    acknowledged = 0
+    directory_synced = False
+    for line in lines:
+        if re.search(r"pwritev2?\(\d+<[^>]*\.seg>", line):
+            state = "written"
+        elif re.search(r"fsync\(\d+<[^>]*bodies>", line):
+            directory_synced = True
+        elif re.search(r"fdatasync\(\d+<[^>]*\.seg>", line) and state == "written":
+            state = "synced"
+        elif re.search(r"(pwrite64|pwritev2?|writev?)\(\d+<[^>]*data\.mdb>", line) and state in ("synced", "committing"):
+            state = "committing"
+        elif "queued as" in line and re.search(r"(write|sendto|sendmsg|writev)\(", line):
+            assert state == "committing", f"250 without both syncs: {line} in state {state}"
+            state = "none"
+            acknowledged += 1
+    assert acknowledged == 5
+    assert directory_synced, "the new segment's name was synced"
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev,pwritev2", "fsync"])
+def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
+    """The n-th such call of the worker fails with EIO: no 250 for what it covered, and the relay goes on alone."""
+    strace = need("strace")
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        relay.send("X-Ledger: warm\r\n\r\nx\r\n")
+        (pid,) = relay.worker_pids()
+        tracer = subprocess.Popen(
+            [strace, "-f", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=3+7", "-p", str(pid)],
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(0.5)
+        source = Source(lambda: relay.port, 5)
+
+        async def main() -> None:
+            started = time.monotonic()
+            await source.run(lambda: time.monotonic() - started > 3)
+
+        asyncio.run(main())
+        tracer.send_signal(signal.SIGTERM)
+        tracer.wait(10)
+        if call != "fsync":  # fsync is only called for a new file's name
+            assert source.refused > 0, "the fault reached the client as a refusal"
+        before = len(source.acknowledged)
+        source._stop = False
+
+        async def again() -> None:
+            started = time.monotonic()
+            await source.run(lambda: time.monotonic() - started > 1)
+
+        asyncio.run(again())
+        assert len(source.acknowledged) > before, "it recovered without a hand"
+        drained(relay)
+        check_ledger(source, ledger)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], check=True)
+    relay = Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=3600")
+    relay.spool = mount / "spool"
+    try:
+        relay.start()
+        source = Source(lambda: relay.port, 5, size=20_000)
+
+        async def fill() -> None:
+            started = time.monotonic()
+            await source.run(lambda: source.refused > 30 or time.monotonic() - started > 30)
+
+        asyncio.run(fill())
+        assert source.refused > 30, "the brim was reached"
+        assert len(source.acknowledged) > 100, "a 24 MB disk takes mail"
+        relay.stop()
+        filler = mount / "filler"  # somebody else fills what is left
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        relay.smarthost = f"127.0.0.1:{ledger.port}"
+        relay.start()
+        relay.cli("queue", "flush", "--all")
+        drained(relay)
+        check_ledger(source, ledger)
+        filler.unlink(missing_ok=True)
+        time.sleep(1.5)
+        relay.send("X-Ledger: again\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["again"] == 1, what="mail after the brim")
+    finally:
+        if relay.process is not None and relay.process.poll() is None:
+            relay.kill()
+        subprocess.run(["umount", "-l", str(mount)], check=False)

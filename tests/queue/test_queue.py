@@ -1,0 +1,324 @@
+"""One shard, without sockets: durability across reopening, schedule, deadlines, operators' verbs, segments."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from relaymta.errors import SpoolBusy, StoreError
+from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, QueueName
+from relaymta.queue import Entry, Events, Outcome, Queue, QueueSettings, inspect, wall_ms
+from relaymta.queue.clock import QueueClock
+from relaymta.queue.ident import IdSource, format_id, parse_id, shard_of
+from relaymta.queue.schedule import RETRY_STEPS, retry_delay
+from relaymta.queue.segments import Corrupt
+
+
+class Recorder(Events):
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.put: list = []
+
+    def queued(self, put) -> None:
+        self.put.append(put)
+
+    def ended(self, outcome) -> None:
+        self.outcomes.append(outcome)
+
+
+class Bench:
+    """A queue in a folder; `offered` collects what it wants delivered."""
+
+    def __init__(self, folder: Path, **settings) -> None:
+        self.folder = folder
+        self.settings = QueueSettings("relay.example", **settings)
+        self.offered: list[Entry] = []
+        self.events = Recorder()
+
+    async def __aenter__(self) -> "Bench":
+        self.queue = Queue(self.folder, 0, self.settings, assign, self.offered.append, self.events)
+        await self.queue.start()
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await self.queue.stop()
+
+    async def put(self, text: bytes = b"Subject: x\r\n\r\nbody\r\n", to=("c@d.example",), sender="a@b.example") -> int:
+        ident = self.queue.ident()
+        envelope = Envelope(sender, list(to), len(text), 0, wall_ms(), self.queue.deadline())
+        future = asyncio.get_running_loop().create_future()
+        self.queue.submit(ident, envelope, [text], future.set_result)
+        error = await future
+        if error is not None:
+            raise error
+        return ident
+
+    async def next(self, count: int = 1) -> list[Entry]:
+        await until(lambda: len(self.offered) >= count)
+        taken, self.offered[:] = self.offered[:count], self.offered[count:]
+        for entry in taken:
+            entry.flying = True
+        return taken
+
+    def summary(self) -> list[dict]:
+        return inspect.summary(self.queue.store, self.queue.clock)
+
+
+def assign(envelope: Envelope):
+    groups: dict[str, list[int]] = {}
+    for index, address in enumerate(envelope.recipients):
+        groups.setdefault(address.partition("@")[2], []).append(index)
+    return [(QueueName("mx", domain), indexes if len(groups) > 1 else None) for domain, indexes in groups.items()]
+
+
+async def until(condition, seconds: float = 5.0) -> None:
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited too long")
+
+
+def answer(kind: str, text: str = "said so") -> Attempt:
+    return Attempt(wall_ms(), kind, "rcpt", "mx.example", 550 if kind == PERMANENT else 451, "", text)
+
+
+async def test_what_is_put_is_there_after_reopening(tmp_path):
+    async with Bench(tmp_path) as bench:
+        idents = [await bench.put(b"Subject: %d\r\n\r\nx\r\n" % n) for n in range(20)]
+    async with Bench(tmp_path) as bench:
+        entries = await bench.next(20)
+        assert sorted(e.ident for e in entries) == idents
+        assert await bench.queue.read_text(entries[0]) == [b"Subject: 0\r\n\r\nx\r\n"]
+        for entry in entries:
+            bench.queue.finish(entry, None)
+        await until(lambda: len(bench.events.outcomes) == 20)
+        assert bench.summary() == []
+        with bench.queue.store.env.begin() as txn:
+            counts = {name: txn.stat(db)["entries"] for name, db in bench.queue.store.tables.items()}
+        assert [counts[name] for name in ("message", "recipient", "due", "wake", "expiry", "held")] == [0] * 6
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_a_deferred_message_comes_back_when_it_is_due_and_not_before(tmp_path):
+    async with Bench(tmp_path, first_retry_ms=300) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        start = bench.queue.clock.now()
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        (again,) = await bench.next()
+        waited = bench.queue.clock.now() - start
+        assert 300 <= waited < 1000
+        assert again.attempts == 1
+        assert again.envelope.body.segment != entry.envelope.body.segment, "a straggler moves to a cold segment"
+        assert await bench.queue.read_text(again) == [b"Subject: x\r\n\r\nbody\r\n"]
+        bench.queue.finish(again, None)
+        await until(lambda: bench.summary() == [])
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_mixed_results_leave_only_the_pending_recipient(tmp_path):
+    async with Bench(tmp_path, first_retry_ms=100) as bench:
+        await bench.put(to=("a@x", "b@x", "c@x"))
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer("success"), 1: answer(TRANSIENT), 2: answer(PERMANENT)})
+        notice, again = await bench.next(2)
+        assert notice.envelope.sender == ""
+        assert notice.envelope.recipients == ["a@b.example"]
+        assert b"<c@x>" in b"".join(notice.text)
+        assert again.recipients == [(1, "b@x")]
+
+
+async def test_recipients_in_several_queues_end_one_by_one(tmp_path):
+    async with Bench(tmp_path) as bench:
+        ident = await bench.put(to=("a@x", "b@y", "c@x"))
+        first, second = sorted(await bench.next(2), key=lambda e: e.name.domain)
+        assert [r for _, r in first.recipients] == ["a@x", "c@x"]
+        bench.queue.finish(first, None)
+        await until(lambda: len(bench.events.outcomes) == 1)
+        with bench.queue.store.env.begin() as txn:
+            assert bench.queue.store.envelope(txn, ident) is not None
+        bench.queue.finish(second, None)
+        await until(lambda: bench.summary() == [])
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_a_notice_and_the_end_of_its_recipients_are_one_transaction(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        await until(lambda: bench.events.outcomes)
+        assert [row["messages"] for row in bench.summary()] == [1], "the message is gone and its notice is there"
+        (notice,) = await bench.next()
+        bench.queue.finish(notice, {0: answer(PERMANENT)})
+        await until(lambda: bench.summary() == [])
+
+
+async def test_the_deadline_holds_wherever_a_message_waits(tmp_path):
+    async with Bench(tmp_path, max_age_ms=1500, first_retry_ms=3_600_000) as bench:
+        await bench.put(b"waiting in the window\r\n\r\n")
+        await bench.put(b"deferred\r\n\r\n")
+        entries = await bench.next(2)
+        entries[0].flying = False
+        bench.queue.finish(entries[1], {0: answer(TRANSIENT, "come back")})
+        await until(lambda: sum(o.expired for o in bench.events.outcomes) == 2, 6)
+        texts = [b"".join(p.text or []) for p in bench.events.put if p.envelope.sender == ""]
+        assert len(texts) == 2
+        assert sum(b"come back" in t for t in texts) == 1
+        assert all(b"Status: 4.4.7" in t for t in texts)
+        assert entries[0].cancelled, "whoever still has it drops it"
+
+
+async def test_held_messages_neither_move_nor_expire(tmp_path):
+    async with Bench(tmp_path, max_age_ms=500, first_retry_ms=50) as bench:
+        ident = await bench.put()
+        bench.offered.clear()
+        assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
+        await asyncio.sleep(1.5)
+        assert bench.offered == []
+        assert bench.events.outcomes == []
+        assert await bench.queue.change_messages("release", [ident]) == (1, 0)
+        (entry,) = await bench.next()
+        assert await bench.queue.change_messages("delete", [ident]) == (0, 1), "in flight: left to its outcome"
+        entry.flying = False
+        assert await bench.queue.change_messages("delete", [ident]) == (1, 0)
+        assert entry.cancelled
+        assert bench.summary() == []
+
+
+async def test_flush_makes_a_deferred_message_due(tmp_path):
+    async with Bench(tmp_path, first_retry_ms=3_600_000) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        await until(lambda: bench.events.outcomes)
+        await bench.queue.change_messages("flush", [ident])
+        (again,) = await bench.next()
+        assert again.ident == ident
+
+
+async def test_a_parked_queue_sleeps_and_wakes(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        entry.flying = False
+        bench.queue.put_back(entry)
+        bench.queue.park(entry.queue, bench.queue.clock.now() + 600)
+        await asyncio.sleep(0.3)
+        assert bench.offered == []
+        await bench.next()
+
+
+async def test_more_than_the_window_is_found_on_disk(tmp_path):
+    async with Bench(tmp_path, window=40) as bench:
+        idents = {await bench.put() for _ in range(200)}
+        seen = set()
+        while len(seen) < 200:
+            (entry,) = await bench.next()
+            assert entry.ident not in seen, "a row in flight is never picked twice"
+            seen.add(entry.ident)
+            assert len(bench.queue.schedule) <= 41
+            bench.queue.finish(entry, None)
+        assert seen == idents
+        await until(lambda: bench.summary() == [])
+
+
+async def test_a_shard_has_one_owner(tmp_path):
+    async with Bench(tmp_path) as bench:
+        with pytest.raises(SpoolBusy):
+            Queue(tmp_path, 0, bench.settings, assign, lambda e: None, Recorder())
+
+
+async def test_a_damaged_body_is_noticed(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.put(b"x" * 5000)
+        (entry,) = await bench.next()
+        entry.text = None
+        (segment,) = (tmp_path / "shard-0/bodies").glob("*.seg")
+        with segment.open("r+b") as file:
+            file.seek(entry.envelope.body.offset + 100)
+            file.write(b"y")
+        with pytest.raises(Corrupt):
+            await bench.queue.read_text(entry)
+
+
+async def test_space_is_reused_only_after_the_commit_that_freed_it(tmp_path):
+    async with Bench(tmp_path) as bench:
+        bench.queue.segments.size = 1 << 20
+        for _ in range(30):
+            await bench.put(b"z" * 200_000)
+            (entry,) = await bench.next()
+            bench.queue.finish(entry, None)
+            await until(lambda: len(bench.queue.schedule) == 0)
+        _, live, count = bench.queue.segments.usage()
+        assert live == 0
+        assert count <= 4
+
+
+async def test_a_failed_group_is_not_there_and_the_next_one_is(tmp_path, monkeypatch):
+    async with Bench(tmp_path) as bench:
+        import relaymta.queue.segments as segments
+
+        real = segments.os.fdatasync
+        monkeypatch.setattr(segments.os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "EIO")))
+        with pytest.raises(StoreError):
+            await bench.put()
+        monkeypatch.setattr(segments.os, "fdatasync", real)
+        sealed = [s for s in bench.queue.segments._segments.values() if s.row.sealed]
+        assert len(sealed) == 1, "a failed sync is never repeated on the same file"
+        ident = await bench.put()
+    async with Bench(tmp_path) as bench:
+        (entry,) = await bench.next()
+        assert entry.ident == ident
+
+
+def test_the_clock_never_goes_back(monkeypatch):
+    wall = wall_ms()
+    ahead = QueueClock(wall + 3_600_000)
+    assert ahead.now() >= wall + 3_600_000, "a wall clock set back an hour across a restart"
+    assert ahead.resumed == 0
+    late = QueueClock(wall - 10 * 86_400_000)
+    assert late.resumed >= wall, "ten days forward: what is overdue is tried once first"
+    clock = QueueClock(0)
+    before = clock.now()
+    monkeypatch.setattr("time.time_ns", lambda: 0)
+    assert clock.now() >= before, "a wall clock set back while we run"
+
+
+async def test_ten_days_forward_expire_nothing_untried(tmp_path):
+    async with Bench(tmp_path, max_age_ms=86_400_000, first_retry_ms=7_200_000) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        await until(lambda: bench.events.outcomes)
+        await bench.queue.task(lambda change: None)
+    async with Bench(tmp_path, max_age_ms=86_400_000) as bench:
+        bench.queue.clock._offset += 10 * 86_400_000
+        bench.queue.clock.resumed = bench.queue.clock.now()
+        await asyncio.sleep(1.5)
+        (entry,) = await bench.next()
+        assert entry.attempts == 1, "it is tried before it is given up"
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        await until(lambda: bench.events.outcomes)
+        assert bench.events.outcomes[0].expired
+
+
+def test_ids_are_never_reused_and_print_well():
+    source = IdSource(3, 0, lambda: 1_800_000_000_000)
+    idents = [source.next() for _ in range(10_000)]
+    assert len(set(idents)) == 10_000
+    assert idents == sorted(idents)
+    assert all(shard_of(i) == 3 for i in idents)
+    later = IdSource(3, idents[-1], lambda: 0)
+    assert later.next() > idents[-1], "a clock set back"
+    assert parse_id(format_id(idents[5]).lower()) == idents[5]
+    for wrong in ("", "x", "U" * 13, "Z" * 13):
+        with pytest.raises(ValueError):
+            parse_id(wrong)
+
+
+def test_the_retry_schedule():
+    for attempt, step in enumerate((*RETRY_STEPS, 60, 60), 1):
+        for _ in range(50):
+            assert step * 60_000 <= retry_delay(attempt, 60_000) <= step * 60_000 * 1.15

@@ -1,0 +1,134 @@
+"""Delivery against peers that misbehave: the running relay, a scripted MX, and what becomes of the mail."""
+
+import pytest
+
+from tests.support.daemon import Relay, wait_for
+from tests.support.fake_mx import CLOSE, RESET, FakeMx
+
+GOOD = b"250 2.0.0 taken\r\n"
+
+
+def relay_to(peer: FakeMx, folder, *settings: str) -> Relay:
+    return Relay(folder, f"127.0.0.1:{peer.port}", "delivery.first_retry=0.3", *settings)
+
+
+@pytest.mark.parametrize(
+    ("rules", "events"),
+    [
+        ({"DOT": [b"451 4.3.0 later\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"MAIL": [b"450 4.7.1 greylisted\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"RCPT": [b"450 4.2.1 busy\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"451 4.3.0 later\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DOT": [b"554 5.7.1 spam\r\n"]}, {"bounced": 1}),
+        ({"RCPT": [b"550 5.1.1 no\r\n"]}, {"bounced": 1}),
+        ({"EHLO": [b"421 4.3.2 not now\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"MAIL": [b"421 4.3.2 not now\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"421 4.3.2 not now\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DOT": [CLOSE]}, {"deferred": 1, "delivered": 1}),
+        ({"DOT": [RESET]}, {"deferred": 1, "delivered": 1}),
+        ({"MAIL": [RESET]}, {"deferred": 1, "delivered": 1}),
+        ({"EHLO": [RESET]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"nonsense\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"RCPT": [b"250\r\n"]}, {"delivered": 1}),
+        ({"MAIL": [b"250-a\r\n250-b\r\n250 c\r\n"]}, {"delivered": 1}),
+    ],
+    ids=repr,
+)
+def test_each_answer_has_its_consequence(tmp_path, rules, events):
+    with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send("Subject: x\r\n\r\nx\r\n", "")
+        wait_for(lambda: relay.summary() == [] and all(relay.events(name) for name in events), 15, str(events))
+        for name in ("deferred", "delivered", "bounced"):
+            assert len(relay.events(name)) == events.get(name, 0), (name, relay.events(name))
+        assert len(peer.messages) == events.get("delivered", 0)
+
+
+def test_replies_split_at_every_octet(tmp_path):
+    with FakeMx({}, drip=True) as peer, relay_to(peer, tmp_path) as relay:
+        for number in range(3):
+            relay.send(f"Subject: {number}\r\n\r\nx\r\n")
+        wait_for(lambda: len(peer.messages) == 3)
+
+
+def test_a_peer_without_pipelining_or_esmtp(tmp_path):
+    rules = {"EHLO": b"502 5.5.1 what?\r\n", "HELO": b"250 old\r\n"}
+    with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send("Subject: x\r\n\r\n.x\r\n", "a@b", "c@d", "e@f")
+        wait_for(lambda: peer.messages)
+        assert peer.messages[0][1] == ["c@d", "e@f"]
+        assert peer.messages[0][2].endswith(b"\r\n\r\n.x\r\n")
+
+
+def test_eight_bit_mail_for_a_seven_bit_peer_bounces(tmp_path):
+    with FakeMx({"EHLO": b"250-old\r\n250 PIPELINING\r\n"}) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send("Subject: x\r\n\r\nplain\r\n")
+        wait_for(lambda: len(peer.messages) == 1)
+        import smtplib
+
+        with smtplib.SMTP("127.0.0.1", relay.port) as client:
+            client.sendmail("a@b", ["c@d"], b"Subject: x\r\n\r\n\xc3\xbc\r\n")
+        (bounce,) = wait_for(lambda: relay.events("bounced"))
+        assert bounce["reply"].startswith("5.6.3")
+        wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
+        assert not any(b"\xc3" in text for _, _, text in peer.messages)
+
+
+def test_connections_are_reused(tmp_path):
+    with FakeMx({}) as peer, relay_to(peer, tmp_path) as relay:
+        for _ in range(20):
+            relay.send()
+        wait_for(lambda: len(peer.messages) == 20)
+        assert peer.connections <= 3
+        assert peer.commands.count("RSET") == 0
+
+
+def test_a_reused_connection_that_dies_before_mails_reply_costs_no_attempt(tmp_path):
+    with FakeMx({"MAIL": [None, CLOSE]}) as peer:
+        peer.rules["MAIL"] = [b"250 ok\r\n", CLOSE]
+        with relay_to(peer, tmp_path) as relay:
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 1)
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 2)
+            wait_for(lambda: len(relay.events("delivered")) == 2)
+            assert relay.events("deferred") == []
+            assert relay.events("delivered")[1]["attempt"] == 1
+
+
+def test_what_was_in_doubt_is_said_and_counted(tmp_path):
+    with FakeMx({"DOT": [CLOSE]}) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send()
+        (deferred,) = wait_for(lambda: relay.events("deferred"))
+        assert deferred["phase"] == "final"
+        assert "in doubt" in deferred["reply"]
+
+
+def test_the_next_smart_host_is_tried_when_one_is_dead(tmp_path):
+    from tests.support.daemon import free_port
+
+    with FakeMx({}) as peer:
+        hosts = f'route=[{{name="two",hosts=["127.0.0.1:{free_port()}","127.0.0.1:{peer.port}"]}}]'
+        with Relay(tmp_path, None, hosts) as relay:
+            relay.send()
+            wait_for(lambda: peer.messages)
+            assert relay.events("deferred") == []
+
+
+def test_many_recipients_ride_in_few_transactions(tmp_path):
+    with FakeMx({}) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b", *[f"u{n}@d.example" for n in range(250)])
+        wait_for(lambda: relay.summary() == [] and relay.events("delivered"))
+        assert [len(to) for _, to, _ in peer.messages] == [100, 100, 50]
+
+
+def test_two_transient_answers_respect_the_schedule(tmp_path):
+    """No attempt earlier than the schedule says."""
+    rules = {"RCPT": [b"450 4.2.0 a\r\n", b"450 4.2.0 b\r\n"]}
+    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=1") as relay:
+        relay.send()
+        wait_for(lambda: relay.events("delivered"), 20)
+        first, second = relay.events("deferred")
+        done = relay.events("delivered")[0]
+        assert second["ts"] - first["ts"] >= 1
+        assert done["ts"] - second["ts"] >= 2
+        assert done["attempt"] == 3
