@@ -31,6 +31,15 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "store": ("state", "reason"),
 }
 
+
+def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
+    """The struct of an event: faster to make and to encode than a dictionary, and a wrong field is an error."""
+    head: list[Any] = [("ts", float), ("worker", int)]
+    tail: list[Any] = [(field, Any) for field in fields]
+    return msgspec.defstruct(name, head + tail, tag_field="event", tag=name, gc=False)
+
+
+_RECORDS = {name: _record(name, fields) for name, fields in EVENTS.items()}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -41,7 +50,7 @@ class Log:
         self._file = file
         self._worker = worker
         self._descriptor = self._open()
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[msgspec.Struct] = []
         self._wanted = threading.Event()
         self._closing = False
         self.dropped = 0
@@ -60,7 +69,7 @@ class Log:
         if len(pending) >= BUFFER:
             self.dropped += 1
             return
-        pending.append({"ts": time.time(), "v": 1, "event": name, "worker": self._worker, **fields})
+        pending.append(_RECORDS[name](time.time(), self._worker, **fields))
         if len(pending) == 1:
             self._wanted.set()
 
@@ -72,8 +81,8 @@ class Log:
             time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
             batch, self._pending = self._pending, []
             if self.dropped > told:
-                batch.append({"ts": time.time(), "v": 1, "event": "warning", "worker": self._worker,
-                              "text": f"{self.dropped - told} log records dropped: the log could not take them"})  # fmt: skip
+                lost = f"{self.dropped - told} log records dropped: the log could not take them"
+                batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
                 told = self.dropped
             text = b"".join(_encode(record) + b"\n" for record in batch)
             try:

@@ -4,7 +4,7 @@ Counting is one atomic add on a cell. The supervisor's collector reads all block
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 __all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "Counters"]
@@ -100,10 +100,18 @@ class Counters:
 
     def observe(self, name: str, value: float) -> None:
         """Count a value into a histogram."""
-        bounds = HISTOGRAMS[name][1]
-        base = _histogram[name]
-        self.add(base + bisect_left(bounds, value), 1)
-        self.add(base + len(bounds) + 1, int(value * 1000))
+        self.histogram(name)(value)
+
+    def histogram(self, name: str) -> Callable[[float], None]:
+        """`observe` of one histogram, with its look-ups done once: for hot paths."""
+        bounds, base, add = HISTOGRAMS[name][1], _histogram[name], self.add
+        total = base + len(bounds) + 1
+
+        def observe(value: float) -> None:
+            add(base + bisect_left(bounds, value), 1)
+            add(total, int(value * 1000))
+
+        return observe
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""

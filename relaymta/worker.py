@@ -51,7 +51,7 @@ class Witness(Events):
 
     def __init__(self, counters: Counters, log: Log) -> None:
         self._add = counters.add
-        self._observe = counters.observe
+        self._delay = counters.histogram("relaymta_delivery_delay_seconds")
         self._log = log
 
     def queued(self, put: Put) -> None:
@@ -70,9 +70,9 @@ class Witness(Events):
             delay = time.time() - envelope.arrived / 1000
             self._add(DELIVERED, count)
             self._add(DELIVERED_OCTETS, envelope.size)
-            self._observe("relaymta_delivery_delay_seconds", delay)
+            self._delay(delay)
             self._log.event(
-                "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=str(entry.name),
+                "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=entry.name.label,
                 peer=peer, reply=answer.decode("utf-8", "replace"), delay=round(delay, 3), attempt=entry.attempts + 1,
             )  # fmt: skip
             return
@@ -86,7 +86,7 @@ class Witness(Events):
     def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any) -> None:
         entry = outcome.entry
         common = {
-            "id": format_id(entry.ident), "route": str(entry.name), "peer": attempt.peer, "attempt": entry.attempts + 1,
+            "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
             "reply": " ".join(p for p in (str(attempt.code or ""), attempt.enhanced, attempt.text) if p),
         }  # fmt: skip
         address = entry.envelope.recipients[position]
@@ -360,6 +360,9 @@ async def _main(descriptor: int) -> None:
 
 def main() -> None:
     """`python -m relaymta.worker FD`."""
+    # The writer thread wakes often and holds the interpreter briefly. With the default of 5 ms it loses the race for it
+    # to the loop many times over for each group; measured: 10 % less CPU per message.
+    sys.setswitchinterval(0.0001)
     os.environ.pop("NOTIFY_SOCKET", None)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(_main(int(sys.argv[1])))

@@ -59,6 +59,7 @@ class Intake:
         self.hostname = config.hostname
         self.queue = queue
         self.counters = counters
+        self.accept_seconds = counters.histogram("relaymta_accept_seconds")
         self.log = log
         self.draining = False
         self.configure(config)
@@ -169,12 +170,12 @@ class Intake:
         if transaction.dotted:
             flags |= DOTTED
         recipients = transaction.recipients
-        if any("@" not in address for address in recipients):
-            recipients = [a if "@" in a else f"{a}@{self.hostname}" for a in recipients]
+        if len(recipients) > 1 or "@" not in recipients[0]:
+            recipients = list(dict.fromkeys(a if "@" in a else f"{a}@{self.hostname}" for a in recipients))
         queue = self.queue
         envelope = Envelope(
             sender=transaction.sender,
-            recipients=list(dict.fromkeys(recipients)),
+            recipients=recipients,
             size=size,
             flags=flags,
             arrived=wall_ms(),

@@ -184,7 +184,7 @@ class Connection(asyncio.Protocol):
         self.big = None
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
-        intake.counters.observe("relaymta_accept_seconds", self.acceptor.now() - self.dot_at)
+        intake.accept_seconds(self.acceptor.now() - self.dot_at)
         self._answer(f"250 2.0.0 Ok: queued as {format_id(self.ident)}\r\n".encode())
 
     def _answer(self, answer: bytes) -> None:

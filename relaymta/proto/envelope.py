@@ -3,6 +3,7 @@
 Times are milliseconds: `arrived` and attempt times by the wall clock (UTC), `deadline` and `due` by the queue's clock.
 """
 
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -39,10 +40,20 @@ class QueueName(msgspec.Struct, frozen=True, array_like=True, gc=False):
     priority: str = "normal"
 
     def __str__(self) -> str:
-        parts = [self.route, self.domain, self.application, "" if self.priority == "normal" else self.priority]
-        while parts and not parts[-1]:
-            parts.pop()
-        return "/".join(parts)
+        return _label(self)
+
+    @property
+    def label(self) -> str:
+        """As people and the log name the queue."""
+        return _label(self)
+
+
+@lru_cache(4096)
+def _label(name: QueueName) -> str:
+    parts = [name.route, name.domain, name.application, "" if name.priority == "normal" else name.priority]
+    while parts and not parts[-1]:
+        parts.pop()
+    return "/".join(parts)
 
 
 class Body(msgspec.Struct, frozen=True, array_like=True, gc=False):

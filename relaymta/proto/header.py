@@ -23,7 +23,7 @@ def header_end(text: bytes) -> int:
 
 def count_received(header: bytes) -> int:
     """How many hops a header block names (RFC 5321 6.3)."""
-    return len(_RECEIVED.findall(header))
+    return len(_RECEIVED.findall(header)) if header.count(b":") > 8 else header.lower().count(b"received:")
 
 
 def field_names(header: bytes) -> set[bytes]:

@@ -176,7 +176,7 @@ class Queue:
         deadline has passed. The entry stays in flight until this is durable.
         """
         if results is None:
-            self.writer.submit(Outcome(entry, success=True))
+            self.writer.submit(Outcome(entry))
             return
         now = self.clock.now()
         deadline = entry.envelope.deadline
@@ -193,9 +193,7 @@ class Queue:
             final[index] = kept
         delay = retry_after_ms or retry_delay(entry.attempts + 1, self._settings.first_retry_ms)
         retry_at = max(now + 1, min(now + delay, deadline))
-        outcome = Outcome(entry, success=False, results=final, retry_at=retry_at, failed=failed, expired=expired)
-        outcome.name = self._name_now(entry)
-        self.writer.submit(outcome)
+        self.writer.submit(Outcome(entry, final, retry_at, self._name_now(entry), failed, expired))
 
     def _name_now(self, entry: Entry) -> QueueName:
         """The queue in which an entry's recipients wait from now on: routes may have changed."""
@@ -357,6 +355,9 @@ class Queue:
 
 def _entries(put: Put) -> list[Entry]:
     placements = put.envelope.placements
+    if len(placements) == 1:
+        only, name = placements[0], put.names[0][0]
+        return [Entry(put.ident, put.envelope, name, only.queue, only.due, 0, None, True, put.text)]
     sole = len(placements) == 1
     return [
         Entry(put.ident, put.envelope, name, placement.queue, placement.due, 0, indexes, sole, put.text)

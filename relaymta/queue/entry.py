@@ -1,7 +1,7 @@
 """A message as it stands in memory: one entry for each of its placements that is in the window or in flight."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
@@ -49,6 +49,8 @@ class Entry:
     def recipients(self) -> list[tuple[int, str]]:
         """(index, address) of the recipients this entry is about."""
         everyone = self.envelope.recipients
+        if len(everyone) == 1:
+            return [(0, everyone[0])]
         if self.indexes is None:
             return list(enumerate(everyone))
         return [(index, everyone[index]) for index in self.indexes]
@@ -67,17 +69,27 @@ class Put:
     error: StoreError | None = None
 
 
-@dataclass(slots=True, eq=False)
 class Outcome:
     """What an attempt came to: a result for each recipient of the entry (`results`, by index, or `success` for all of
     them), and when and in which queue the unfinished ones wait."""
 
-    entry: Entry
-    success: bool
-    results: dict[int, Attempt] = field(default_factory=dict)
-    retry_at: int = 0
-    name: QueueName | None = None
-    expired: bool = False
-    failed: list[tuple[str, Attempt, bool]] = field(default_factory=list)
-    notice: Put | None = None
-    moved: Body | None = None
+    __slots__ = ("entry", "expired", "failed", "moved", "name", "notice", "results", "retry_at", "success")
+
+    def __init__(
+        self,
+        entry: Entry,
+        results: dict[int, Attempt] | None = None,
+        retry_at: int = 0,
+        name: QueueName | None = None,
+        failed: list[tuple[str, Attempt, bool]] | None = None,
+        expired: bool = False,
+    ) -> None:
+        self.entry = entry
+        self.success = results is None
+        self.results = results if results is not None else {}
+        self.retry_at = retry_at
+        self.name = name
+        self.failed = failed or []
+        self.expired = expired
+        self.notice: Put | None = None
+        self.moved: Body | None = None

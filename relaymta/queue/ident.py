@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 
 __all__ = ["IdSource", "format_id", "parse_id", "shard_of"]
 
@@ -13,6 +14,7 @@ SHARD_BITS = 8
 SEQUENCE_BITS = 12
 
 
+@lru_cache(16384)
 def format_id(ident: int) -> str:
     """An id as people see it."""
     return (

@@ -293,6 +293,11 @@ class Writer:
 
     def _put(self, change: Change, put: Put, now: int) -> None:
         envelope = put.envelope
+        if len(put.names) == 1:
+            row = change.row(put.names[0][0])
+            envelope.placements = [Placement(row.number, now)]
+            change.put(put.ident, envelope, [row])
+            return
         rows = [change.row(name) for name, _ in put.names]
         envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
         change.put(put.ident, envelope, rows)

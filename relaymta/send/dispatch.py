@@ -112,13 +112,14 @@ class Dispatcher:
         if self._queue().writer.stalled:
             return
         while state.idle and state.ready:
-            session = state.idle.pop()
-            if session.ended:
-                continue
-            mail = self._next(state, session)
-            if mail is None:
-                state.idle.append(session)
+            session = state.idle[-1]
+            mail = None if session.ended else self._next(state, session)
+            if mail is None and not session.ended:
                 break
+            state.idle.pop()
+            session.waiting = False
+            if mail is None:
+                continue
             session.send(mail)
         wanted = len(state.ready)
         most = 1 if state.failures else 50  # a site that was down is knocked at once
@@ -309,7 +310,7 @@ class Dispatcher:
             return
         core = session.core
         route = state.site.route
-        if core.messages + len(core.under_way()) >= route.messages_per_connection or self.draining:
+        if core.messages >= route.messages_per_connection or self.draining:
             if core.idle:
                 self._retire(session, state)
             return
@@ -319,7 +320,8 @@ class Dispatcher:
         if mail is not None:
             core.begin(mail)
             session._flush()
-        elif core.idle and session not in state.idle:
+        elif core.idle and not session.waiting:
+            session.waiting = True
             session.idle_since = self.loop.time()
             state.idle.append(session)
 

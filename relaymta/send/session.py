@@ -53,6 +53,7 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
+        self.waiting = False  # in its site's list of idle sessions
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over a transport that is past EHLO."""
