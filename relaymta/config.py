@@ -167,6 +167,7 @@ class Delivery(_Table):
     connect_timeout: Duration = Field(30, description="wait for a connection")
     idle: Duration = Field(5, description="close a connection that has nothing to send for so long")
     port: int = Field(25, ge=1, le=65535, description="port of MX hosts")
+    nameservers: list[str] = Field([], description="DNS servers as host[:port]; empty: the system's")
 
 
 class LimitsTable(_Table):

@@ -55,20 +55,20 @@ class Limits:
     to its own cell, sums all, and backs out when the sum is over; so a limit is never exceeded. Rows of keys nobody
     holds are taken over by others; when none is free, a worker keeps to its share of the limit."""
 
-    __slots__ = ("_cells", "_fallback", "_slot", "_workers", "overflows")
+    __slots__ = ("_cells", "_fallback", "_known", "_slot", "_workers", "overflows")
 
     def __init__(self, cells: Cells, slot: int, workers: int) -> None:
         self._cells = cells
         self._slot = slot
         self._workers = workers
         self._fallback: dict[str, int] = {}
+        self._known: dict[str, tuple[int, int]] = {}
         self.overflows = 0
 
     def take(self, key: str, most: int) -> bool:
         """Take one of the `most` units of `key`; False when all are taken."""
         cells = self._cells
-        mark = _mark(key)
-        row = self._row(mark)
+        mark, row = self._find(key)
         if row < 0:
             self.overflows += 1
             held = self._fallback.get(key, 0)
@@ -78,8 +78,9 @@ class Limits:
             return True
         mine = row + 1 + self._slot
         cells.add(mine, 1)
-        if cells.get(row) != mark:  # somebody took the idle row over just now
+        if cells.get(row) != mark:  # somebody took the idle row over
             cells.add(mine, -1)
+            self._known.pop(key, None)
             return self.take(key, most)
         if cells.total(row + 1, SLOTS) > most:
             cells.add(mine, -1)
@@ -94,14 +95,27 @@ class Limits:
             if held == 1:
                 del self._fallback[key]
             return
-        row = self._row(_mark(key))
+        _, row = self._find(key)  # ours still: a row in which somebody holds a unit is not taken over
         if row >= 0:
             self._cells.add(row + 1 + self._slot, -1)
 
     def taken(self, key: str) -> int:
         """How many units of `key` the machine holds."""
-        row = self._row(_mark(key))
+        _, row = self._find(key)
         return self._cells.total(row + 1, SLOTS) if row >= 0 else 0
+
+    def _find(self, key: str) -> tuple[int, int]:
+        """The key's hash and row. Where a row was is remembered; `take` looks whether it still is."""
+        known = self._known.get(key)
+        if known is None:
+            mark = _mark(key)
+            row = self._row(mark)
+            if row < 0:
+                return mark, row
+            if len(self._known) > 4 * ROWS:
+                self._known.clear()
+            known = self._known[key] = (mark, row)
+        return known
 
     def _row(self, mark: int) -> int:
         """The first cell of the key's row, claimed when it has none; -1 when there is no room."""

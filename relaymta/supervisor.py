@@ -33,6 +33,8 @@ __all__ = ["serve"]
 START_SECONDS = 30.0
 BACKOFF_MOST = 10.0
 STOP_SECONDS = 45.0
+# Texts of some 100 kB are the usual case: glibc would map and unmap each, and fault in every page of it anew.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}
 NEEDS_RESTART = ("user", "workers", "spool", "listener", "metrics", "control", "log", "hostname")
 
 
@@ -178,6 +180,7 @@ class Supervisor:
         slot.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "relaymta.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
+            env=MALLOC | os.environ,
         )  # fmt: skip
         theirs.close()
         slot.channel = Channel(ours, _no_requests, lambda: None)

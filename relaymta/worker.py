@@ -153,7 +153,7 @@ class Worker:
         self.limits = shared.limits(slot, workers)
         self.log = Log(self.config.log.file, slot)
         self.routes = RouteTable(self.config)
-        self.resolver = Resolver()
+        self.resolver = Resolver(self.config.delivery.nameservers)
         for number in shards:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():

@@ -290,7 +290,7 @@ class Parser:
         if out is None:
             if run >= pos:
                 return 0
-            body = p[run:pos]
+            body = data if run == 0 and pos == len(data) else p[run:pos]
         else:
             w = out
             k = copy(w, k, p, run, pos)

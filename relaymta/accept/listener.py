@@ -142,8 +142,8 @@ class Connection(asyncio.Protocol):
         self.ident = intake.queue.ident()
         text = transaction.take()
         start = text[0] if text else b""
-        if len(text) > 1 and len(start) < 65536:
-            start = b"".join(text)[:65536] if len(text) < 64 else b"".join(text[:64])
+        if len(text) > 1 and b"\r\n\r\n" not in start:
+            start = _beginning(text)
         front = intake.prepend(
             self.ident, transaction, self.client_of(), session.helo, session.extended, start, self.listener.submission
         )
@@ -384,3 +384,13 @@ class Acceptor:
                 connection.transport.abort()
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _beginning(text: list[bytes]) -> bytes:
+    """The first 64 kB of a text, which hold its header if it is a reasonable one."""
+    found = bytearray()
+    for piece in text:
+        found += piece[: 65536 - len(found)]
+        if len(found) == 65536:
+            break
+    return bytes(found)

@@ -29,7 +29,7 @@ from relaymta.queue.writer import Assign, Committed, Task, Writer
 __all__ = ["Committed", "Entry", "Events", "Outcome", "Put", "Queue", "QueueSettings", "format_id", "parse_id", "wall_ms"]
 
 T = TypeVar("T")
-BALLAST = 4 << 20
+BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
 FLOOR_SHARE = 10  # per cent of the file system
 FLOOR_MOST = 2 << 30
 RESUMED_GRACE_MS = 86_400_000
@@ -119,7 +119,8 @@ class Queue:
     async def start(self) -> None:
         """Begin to commit and to offer. Returns when the shard is ready to take mail."""
         self.writer.start()
-        await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
+        if not self.store.meta(b"schema"):  # a shard that is there starts on a full disk, too
+            await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._loop.run_in_executor(self._readers, self._housekeep)
         self._tick()
 
@@ -318,8 +319,9 @@ class Queue:
         used, size = self.store.used()
         floor = self._floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.full = free < floor or used * 100 > size * MAP_SHARE
-        if not self._ballast.exists() and free > 2 * floor + BALLAST and total > 64 * BALLAST:
-            _write_ballast(self._ballast)
+        ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
+        if not self._ballast.exists() and free > 2 * floor + ballast:
+            _write_ballast(self._ballast, ballast)
         return self._overdue()
 
     def _overdue(self) -> list[tuple[Entry, dict[int, Attempt]]]:
@@ -365,10 +367,10 @@ def _entries(put: Put) -> list[Entry]:
     ]
 
 
-def _write_ballast(path: Path) -> None:
+def _write_ballast(path: Path, size: int) -> None:
     """Room to fall back on: released when deletes need it on a full disk."""
     try:
-        path.write_bytes(b"\0" * BALLAST)
+        path.write_bytes(b"\0" * size)
     except OSError:
         path.unlink(missing_ok=True)
 

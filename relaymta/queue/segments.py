@@ -1,7 +1,8 @@
 """Message bodies: append-only segment files, synced for a whole group at once.
 
-A segment is filled with zeros once (by the `fill` thread, ahead of need) and from then on rewritten: fdatasync of blocks
-that exist costs a third less than of blocks that are new. Each body is a *frame*: magic, segment generation, message id,
+A segment grows once, by the bodies written to it, and from then on is rewritten: fdatasync of blocks that exist costs a
+third less than of blocks that are new. (Filling segments with zeros ahead of need was tried: with a growing backlog, which
+never rewrites one, it doubled what is written.) Each body is a *frame*: magic, segment generation, message id,
 length and xxh3 checksum, then the text. A frame is trusted only when all of these agree, so bytes of a torn write or of
 an earlier use of the segment are never taken for a message.
 
@@ -15,7 +16,6 @@ writeback error once and then marks the pages clean: a second fdatasync would li
 
 import os
 import struct
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +32,6 @@ MAGIC = b"rmB1"
 MEGABYTE = 1 << 20
 IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
 BIG = MEGABYTE  # a longer body is a file of its own
-SPARES = 2
 
 HOT, COLD = 0, 1
 
@@ -94,10 +93,6 @@ class Segments:
         self._changed: set[Segment] = set()  # whose LMDB row is to be written
         self._new_files = False
         self._doomed: list[int] = []
-        self._spares: list[Path] = []
-        self._spare_wanted = threading.Event()
-        self._closing = False
-        self._filler = threading.Thread(target=self._fill, name="segment-fill", daemon=True)
 
     def load(self, rows: dict[int, SegmentRow]) -> None:
         """Take over the segments LMDB knows. Files it does not know were never committed and go."""
@@ -110,15 +105,9 @@ class Segments:
         for path in self._directory.glob("*.seg"):
             if int(path.stem) not in self._segments:
                 path.unlink()
-        for path in self._directory.glob("*.new"):
-            path.unlink()
-        self._filler.start()
 
     def close(self) -> None:
         """Close every file."""
-        self._closing = True
-        self._spare_wanted.set()
-        self._filler.join()
         for segment in self._segments.values():
             os.close(segment.fd)
         os.close(self._dir_fd)
@@ -255,7 +244,7 @@ class Segments:
         self._doomed = []
 
     def _open_segment(self, kind: int, need: int) -> Segment:
-        """The next segment to append to: an emptied one, a filled spare, or a new file."""
+        """The next segment to append to: an emptied one, or a new file."""
         if need > self.size:
             raise StoreError(f"a body of {need} octets does not fit into a segment of {self.size}")
         was = self._active[kind]
@@ -277,46 +266,10 @@ class Segments:
         number = self._next
         self._next += 1
         path = self._path(number)
-        if self._spares:
-            self._spares.pop().rename(path)
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._spare_wanted.set()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._new_files = True
         segment = self._segments[number] = Segment(number, fd, SegmentRow(1, kind, 0, 0, 0))
         return segment
-
-    def _fill(self) -> None:
-        """Thread: keep spare segments ready, written once with zeros. A full disk makes none."""
-        serial = 0
-        while not self._closing:
-            self._spare_wanted.wait()
-            self._spare_wanted.clear()
-            while len(self._spares) < SPARES and not self._closing:
-                stats = os.statvfs(self._directory)
-                if stats.f_bavail * stats.f_frsize < 8 * self.size:
-                    break
-                serial += 1
-                path = self._directory / f"{serial}.new"
-                try:
-                    self._write_zeros(path)
-                except OSError:
-                    path.unlink(missing_ok=True)
-                    break
-                self._spares.append(path)
-
-    def _write_zeros(self, path: Path) -> None:
-        zeros = bytes(MEGABYTE)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            for _ in range(self.size // MEGABYTE):
-                if self._closing:
-                    return
-                os.write(fd, zeros)
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
 
     # Reading, from any thread
 
@@ -325,13 +278,14 @@ class Segments:
         try:
             if body.segment:
                 segment = self._segments[body.segment]
-                raw = os.pread(segment.fd, FRAME.size + body.length, body.offset)
+                head = os.pread(segment.fd, FRAME.size, body.offset)
+                text = os.pread(segment.fd, body.length, body.offset + FRAME.size)
             else:
-                raw = self.big_path(ident).read_bytes()
+                with self.big_path(ident).open("rb") as file:
+                    head, text = file.read(FRAME.size), file.read()
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
-        text = raw[FRAME.size :]
-        check_frame(raw[: FRAME.size], ident, body, len(text), xxhash.xxh3_64_intdigest(text))
+        check_frame(head, ident, body, len(text), xxhash.xxh3_64_intdigest(text))
         return text
 
     # What the operator and the tests see

@@ -14,7 +14,7 @@ __all__ = ["ConnectFailed", "Session", "connect"]
 
 # RFC 5321 4.5.3.2, seconds
 TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, "text": 180.0}
-EHLO_TIMEOUT = 300.0
+GATHER = 32768  # octets above which pieces are written as they are, not joined
 
 
 class ConnectFailed(Exception):
@@ -69,7 +69,12 @@ class Session(asyncio.Protocol):
         core = self.core
         out = core.out
         if out and self.transport is not None:
-            self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+            if len(out) == 1:
+                self.transport.write(out[0])
+            elif len(out) > 2 and sum(map(len, out)) > GATHER:
+                self.transport.writelines(out)
+            else:
+                self.transport.write(b"".join(out))
             out.clear()
         if core.streaming is not None and self._stream is None:
             self._stream = asyncio.get_running_loop().create_task(self._write_text(core.streaming))

@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 
-PACKAGES = {"smtp-source": "postfix", "smtp-sink": "postfix", "swaks": "swaks", "strace": "strace", "promtool": "prometheus"}
+PACKAGES = {
+    "unbound": "unbound",
+    "smtp-source": "postfix",
+    "smtp-sink": "postfix",
+    "swaks": "swaks",
+    "strace": "strace",
+    "promtool": "prometheus",
+}
 
 
 def need(program: str) -> str:

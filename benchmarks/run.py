@@ -1,0 +1,284 @@
+"""Speed of the relay beside its peers, in one run: `python -m benchmarks.run [--write FILE] [--messages N]`."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.daemon import free_port, wait_for
+
+TICKS = os.sysconf("SC_CLK_TCK")
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of smtp-source."""
+
+    name: str
+    messages: int
+    size: int = 4096
+    reuse: bool = True
+    recipients: int = 1
+
+    def command(self, port: int) -> list[str]:
+        flags = ["-d"] if self.reuse else []
+        return [
+            _program("smtp-source"), *flags, "-s", "50", "-m", str(self.messages), "-l", str(self.size),
+            "-r", str(self.recipients), "-f", "a@b.example", "-t", "c@d.example", f"127.0.0.1:{port}",
+        ]  # fmt: skip
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name, path=PATH)
+    if found is None:
+        sys.exit(f"{name} is missing: apt-get install postfix")
+    return found
+
+
+def cpu_seconds(root: int) -> float:
+    """User and system seconds of a process, its descendants, and its children that have ended."""
+    children: dict[int, list[int]] = {}
+    spent: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(path.parent.name)
+        children.setdefault(int(fields[1]), []).append(pid)
+        spent[pid] = sum(map(int, fields[11:15]))
+    total, todo = 0, [root]
+    while todo:
+        pid = todo.pop()
+        total += spent.get(pid, 0)
+        todo += children.get(pid, [])
+    return total / TICKS
+
+
+class Sink:
+    """smtp-sink, or relaymta's target of the moment."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        user = ["-u", "nobody"] if os.geteuid() == 0 else []
+        self.process = subprocess.Popen(
+            [_program("smtp-sink"), *user, "-c", f"127.0.0.1:{self.port}", "1000"], stdout=subprocess.DEVNULL
+        )
+        time.sleep(0.3)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+class Relaymta:
+    """The relay with its default configuration; `delivered()` counts recipients."""
+
+    name = "relaymta"
+
+    def __init__(self, folder: Path, sink: int, workers: int = 1) -> None:
+        self.port, self.metrics = free_port(), free_port()
+        command = [
+            sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--smarthost", f"127.0.0.1:{sink}",
+            "--spool", str(folder / "spool"), "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
+            "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command)
+        self.root = self.process.pid
+        wait_for(self._ready, 30, "the relay")
+
+    def _ready(self) -> bool:
+        try:
+            return (
+                self.counter("relaymta_build_info") > 0
+                and urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/health").status == 200
+            )
+        except OSError:
+            return False
+
+    def counter(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        text = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10).read().decode()
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+    def delivered(self) -> float:
+        return self.counter('relaymta_recipients_total{result="delivered"}')
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+
+class Postfix:
+    """A private Postfix instance with its defaults, relaying to the sink."""
+
+    name = "Postfix"
+
+    def __init__(self, folder: Path, sink: int) -> None:
+        self.port = free_port()
+        self.config = folder / "etc"
+        shutil.copytree("/etc/postfix", self.config, symlinks=True)
+        queue, data = folder / "queue", folder / "data"
+        queue.mkdir()
+        data.mkdir()
+        shutil.chown(data, "postfix")
+        for path in (folder, *folder.parents):
+            path.chmod(0o755) if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()) else None
+        self.log = folder / "maillog"
+        (self.config / "main.cf").write_text(
+            f"compatibility_level=3.6\nqueue_directory={queue}\ndata_directory={data}\nmynetworks=127.0.0.0/8\ninet_protocols=ipv4\n"
+            f"inet_interfaces=127.0.0.1\nmyhostname=postfix.example\nmydestination=\nrelayhost=[127.0.0.1]:{sink}\nalias_maps=\n"
+            f"smtp_tls_security_level=none\nsmtpd_tls_security_level=none\nmaillog_file={self.log}\nmaillog_file_prefixes={folder}\n"
+            "smtpd_peername_lookup=no\n"
+        )
+        lines = []
+        for line in (self.config / "master.cf").read_text().splitlines():
+            words = line.split()
+            if line[:1] not in ("", "#", " ", "\t") and len(words) > 7:
+                words[4] = "n"
+                if words[:2] == ["smtp", "inet"]:
+                    words[0] = str(self.port)
+                line = " ".join(words)
+            lines.append(line)
+        lines.append("postlog unix-dgram n - n - 1 postlogd")
+        (self.config / "master.cf").write_text("\n".join(lines) + "\n")
+        subprocess.run([_program("postfix"), "-c", str(self.config), "start"], check=True, capture_output=True)
+        self.root = int((queue / "pid/master.pid").read_text())
+        time.sleep(1)
+
+    def delivered(self) -> float:
+        return float(self.log.read_text().count("status=sent")) if self.log.exists() else 0.0
+
+    def close(self) -> None:
+        subprocess.run([_program("postfix"), "-c", str(self.config), "stop"], check=False, capture_output=True)
+
+
+def measure(relay: Relaymta | Postfix, load: Load) -> dict[str, float]:
+    """One load through a relay: rate of acceptance, CPU per message once all is delivered."""
+    before, start = cpu_seconds(relay.root), relay.delivered()
+    began = time.monotonic()
+    subprocess.run(load.command(relay.port), check=True, timeout=600)
+    accepted = time.monotonic() - began
+    expected = start + load.messages * load.recipients
+    wait_for(lambda: relay.delivered() >= expected, 300, f"{load.name} through {relay.name}")
+    ended = time.monotonic() - began
+    spent = cpu_seconds(relay.root) - before
+    return {"rate": load.messages / accepted, "end to end": load.messages / ended, "cpu_us": spent / load.messages * 1e6}
+
+
+def direct(load: Load) -> dict[str, float]:
+    """smtp-source straight to smtp-sink: what the two of them spend."""
+    sink = Sink()
+    try:
+        before = os.times()
+        sink_before = cpu_seconds(sink.process.pid)
+        began = time.monotonic()
+        subprocess.run(load.command(sink.port), check=True, timeout=600)
+        wall = time.monotonic() - began
+        after = os.times()
+        source = after.children_user + after.children_system - before.children_user - before.children_system
+        return {
+            "rate": load.messages / wall,
+            "cpu_us": (source + cpu_seconds(sink.process.pid) - sink_before) / load.messages * 1e6,
+        }
+    finally:
+        sink.close()
+
+
+def through(make: Callable[[Path, int], Relaymta | Postfix], load: Load) -> dict[str, float]:
+    """One load through a fresh relay."""
+    with tempfile.TemporaryDirectory() as folder:
+        sink = Sink()
+        try:
+            relay = make(Path(folder), sink.port)
+            try:
+                warm = Load("warm-up", min(1000, load.messages), load.size, load.reuse)
+                measure(relay, warm)
+                return measure(relay, load)
+            finally:
+                relay.close()
+        finally:
+            sink.close()
+
+
+def run(scale: float) -> list[dict[str, object]]:
+    """All loads."""
+    loads = [
+        Load("sessions reused, 4 kB", int(40_000 * scale)),
+        Load("one connection a message, 4 kB", int(20_000 * scale), reuse=False),
+        Load("200 kB", int(4_000 * scale), 200_000),
+        Load("50 recipients, 4 kB", int(4_000 * scale), recipients=50),
+    ]
+    rows: list[dict[str, object]] = []
+    for load in loads:
+        row: dict[str, object] = {
+            "load": load.name,
+            "messages": load.messages,
+            "direct": direct(load),
+            "relaymta": through(Relaymta, load),
+        }
+        if shutil.which("postfix", path=PATH) and os.geteuid() == 0:
+            few = Load(load.name, max(200, load.messages // 10), load.size, load.reuse, load.recipients)
+            row["Postfix"] = through(Postfix, few)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    two = Load("sessions reused, 4 kB, two workers", int(40_000 * scale))
+    rows.append({"load": two.name, "messages": two.messages, "relaymta": through(lambda f, s: Relaymta(f, s, 2), two)})
+    print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| load | relaymta msg/s | CPU us/msg | bare peers msg/s, CPU us | ratio | Postfix msg/s, CPU us | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["relaymta"]
+        peers = row.get("direct"), row.get("Postfix")
+        assert isinstance(ours, dict)
+        cells = [str(row["load"]), f"{ours['rate']:,.0f}", f"{ours['cpu_us']:,.0f}"]
+        for position, peer in enumerate(peers):
+            if isinstance(peer, dict):
+                ratio = ours["cpu_us"] / peer["cpu_us"] if position == 0 else peer["cpu_us"] / ours["cpu_us"]
+                cells += [
+                    f"{peer['rate']:,.0f}, {peer['cpu_us']:,.0f}",
+                    f"{ratio:.1f} x" if position == 0 else f"{ratio:.1f} x fewer",
+                ]
+            else:
+                cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", metavar="FILE", help="replace the table in this Markdown file")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of messages")
+    arguments = parser.parse_args()
+    text = table(run(arguments.scale))
+    facts = (
+        f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}."
+    )
+    print(text)
+    if arguments.write:
+        path = Path(arguments.write)
+        head = path.read_text().partition("<!-- table -->")[0] if path.exists() else "# Benchmarks\n\n"
+        tail = path.read_text().partition("<!-- end -->")[2] if path.exists() else "\n"
+        path.write_text(f"{head}<!-- table -->\n{facts}\n\n{text}<!-- end -->{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The house: import contracts, generated files, and names that documents promise."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relaymta import metrics
+from relaymta.cli import main
+from relaymta.config import describe, load
+from relaymta.log import EVENTS
+from tests.support.programs import need
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_contracts_hold():
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_kernel_is_built():
+    listed = set(re.findall(r'"relaymta/_speedups/(\w+)\.pyx?"', (ROOT / "setup.py").read_text()))
+    there = {
+        p.stem
+        for p in (ROOT / "relaymta/_speedups").iterdir()
+        if p.suffix in (".py", ".pyx") and p.stem not in ("__init__", "_mem")
+    }
+    assert listed == there
+
+
+def test_no_function_is_longer_than_a_screen():
+    long = []
+    for path in (ROOT / "relaymta").rglob("*.py"):
+        if "_speedups" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 60:
+                long.append(f"{path.name}:{node.name} {node.end_lineno - node.lineno}")
+    assert not long
+
+
+def test_the_reference_configuration_is_fresh(tmp_path):
+    path = ROOT / "config/relaymta.toml"
+    assert path.read_text() == describe(), "run: relaymta config describe > config/relaymta.toml"
+    filled = re.sub(r"^#(\w+ = .+)$", r"\1", path.read_text(), flags=re.M).replace("#[[", "[[")
+    filled = filled.replace("[[listener]]", '[[listener]]\naddress = "127.0.0.1:1"')
+    again = tmp_path / "all.toml"
+    again.write_text(filled)
+    load(again, {})
+
+
+def test_the_log_document_names_every_event_and_field():
+    text = (ROOT / "docs/log.md").read_text()
+    rows = {row[0]: set(re.findall(r"`(\w+)`", row[1])) for row in re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", text, re.M)}
+    assert set(rows) == set(EVENTS)
+    for event, fields in EVENTS.items():
+        assert set(fields) <= rows[event], event
+
+
+def used_metrics(text: str) -> set[str]:
+    found = set(re.findall(r"\brelaymta_[a-z_]+", text))
+    return {
+        re.sub(r"_(bucket|sum|count)$", "", name) if re.sub(r"_(bucket|sum|count)$", "", name) in metrics.HISTOGRAMS else name
+        for name in found
+    }
+
+
+def test_dashboard_and_alerts_use_metrics_that_exist():
+    board = (ROOT / "grafana/relaymta.json").read_text()
+    panels = json.loads(board)["panels"]
+    assert len(panels) >= 8
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    rules = (ROOT / "grafana/alerts.yml").read_text()
+    assert used_metrics(" ".join(expressions)) <= metrics.NAMES | {"relaymta_build_info"}
+    assert used_metrics(rules) - {"relaymta_alerts"} <= metrics.NAMES
+    places = [tuple(panel["gridPos"].values()) for panel in panels]
+    assert len(set(places)) == len(places)
+
+
+def test_promtool_accepts_the_alert_rules():
+    done = subprocess.run(
+        [need("promtool"), "check", "rules", ROOT / "grafana/alerts.yml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_features_name_tests_that_exist():
+    text = (ROOT / "docs/features.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 15
+    for path, function in named:
+        assert f"def {function}(" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_verb_has_help(name):
+    assert main.commands[name].help
+
+
+def test_documents_name_verbs_that_exist():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for group, verb in re.findall(r"relaymta (queue|message|config) ([a-z]+)", path.read_text()):
+            assert verb in main.commands[group].commands, f"{path.name}: relaymta {group} {verb}"
