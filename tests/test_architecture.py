@@ -48,7 +48,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
     path = ROOT / "config/relaymta.toml"
     assert path.read_text() == describe(), "run: relaymta config describe > config/relaymta.toml"
     filled = re.sub(r"^#(\w+ = .+)$", r"\1", path.read_text(), flags=re.M).replace("#[[", "[[")
-    filled = filled.replace("[[listener]]", '[[listener]]\naddress = "127.0.0.1:1"')
+    filled = re.sub(r"^\[\[listener\]\]$", '[[listener]]\naddress = "127.0.0.1:1"', filled, flags=re.M)
     again = tmp_path / "all.toml"
     again.write_text(filled)
     load(again, {})
