@@ -11,10 +11,11 @@ import xxhash
 
 from relaymta._speedups.cells import Cells
 
-__all__ = ["Limits", "Shared"]
+__all__ = ["Flying", "Limits", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 256  # cells of one worker
+FLYING = 512  # cells of one worker for ids of messages in flight; the first is the suspect tried alone
 ROWS = 4096  # limits that are in use at the same time
 ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
 PROBES = 16
@@ -25,7 +26,7 @@ class Shared:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        size = 8 * (SLOTS * COUNTERS + ROWS * ROW)
+        size = 8 * (SLOTS * COUNTERS + ROWS * ROW + SLOTS * FLYING)
         if os.fstat(descriptor).st_size < size:
             os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
@@ -44,10 +45,51 @@ class Shared:
         """The limits as one of `workers` workers takes from them."""
         return Limits(self._rows, slot, workers)
 
+    def flying(self, slot: int) -> "Flying":
+        """What a worker slot has in flight, as seen after its death too."""
+        return Flying(Cells(self._map, 8 * (SLOTS * COUNTERS + ROWS * ROW + slot * FLYING), FLYING))
+
     def clear_limits(self, slot: int) -> None:
         """Give back what a dead worker held."""
         for row in range(ROWS):
             self._rows.set(row * ROW + 1 + slot, 0)
+
+
+class Flying:
+    """The ids of messages that a worker is delivering, kept where a crash does not lose them: what was in flight at a
+    worker's death is suspect, and tried one at a time by its successor; the suspect that was alone in its turn when
+    the successor died, too, is the culprit. What does not fit into the cells is not noted."""
+
+    __slots__ = ("_cells", "_free", "_where")
+
+    def __init__(self, cells: Cells) -> None:
+        self._cells = cells
+        self._free = list(range(cells.count - 1, 0, -1))
+        self._where: dict[int, int] = {}
+
+    def add(self, ident: int) -> None:
+        """A delivery begins."""
+        if self._free and ident not in self._where:
+            cell = self._where[ident] = self._free.pop()
+            self._cells.set(cell, ident)
+
+    def remove(self, ident: int) -> None:
+        """A delivery's outcome is durable."""
+        cell = self._where.pop(ident, 0)
+        if cell:
+            self._cells.set(cell, 0)
+            self._free.append(cell)
+
+    def try_alone(self, ident: int) -> None:
+        """A suspect's turn begins (0: it survived)."""
+        self._cells.set(0, ident)
+
+    def take(self) -> tuple[list[int], int]:
+        """(suspects, culprit or 0) of a dead worker; its cells are cleared."""
+        culprit, *others = self._cells.values()
+        for cell in range(self._cells.count):
+            self._cells.set(cell, 0)
+        return [ident for ident in others if ident and ident != culprit], culprit
 
 
 class Limits:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import pwd
+import resource
 import signal
 import socket
 import sys
@@ -50,7 +51,8 @@ class Slot:
         self.ready = False
         self.started = 0.0
         self.backoff = 0.1
-        self.lender: Slot | None = None
+        self.suspects: list[int] = []  # messages in flight at the last worker's death
+        self.culprit = 0
 
 
 class Supervisor:
@@ -70,6 +72,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT; the exit status."""
         config = self.config
         spool = Path(config.spool)
+        _raise_descriptor_limit()
         self._prepare_spool(spool)
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
@@ -185,12 +188,14 @@ class Supervisor:
         theirs.close()
         slot.channel = Channel(ours, _no_requests, lambda: None)
         self._spawn(self._watch(slot, slot.process))
+        suspects, culprit = slot.suspects, slot.culprit
+        slot.suspects, slot.culprit = [], 0
         descriptors = [self.shared.descriptor, *(s.fileno() for s in slot.sockets)]
         try:
             async with asyncio.timeout(START_SECONDS):
                 await slot.channel.ask(
                     "start", descriptors, config=self.config.model_dump_json(), slot=slot.number,
-                    workers=len(self.slots), shards=slot.shards,
+                    workers=len(self.slots), shards=slot.shards, suspects=suspects, culprit=culprit,
                 )  # fmt: skip
         except (Refused, ConnectionError, TimeoutError) as error:
             raise RelayError(f"worker {slot.number} did not start: {error or 'no answer'}") from None
@@ -203,6 +208,7 @@ class Supervisor:
         if slot.channel is not None:
             slot.channel.close()
         self.shared.clear_limits(slot.number)
+        slot.suspects, slot.culprit = self.shared.flying(slot.number).take()
         if self.stopping.is_set():
             return
         how = f"signal {-status}" if status < 0 else f"status {status}"
@@ -421,6 +427,12 @@ def _reason(error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "ports below 1024 need root"
     return error.strerror or str(error)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as the system lets us have: one for each connection, and the spool's."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _existing_shards(spool: Path) -> list[int]:

@@ -26,7 +26,7 @@ from relaymta.errors import RelayError
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto.envelope import SUCCESS, TRANSIENT
-from relaymta.queue import Committed, Events, Outcome, Put, Queue, QueueSettings, format_id, inspect, parse_id
+from relaymta.queue import Committed, Entry, Events, Outcome, Put, Queue, QueueSettings, format_id, inspect, parse_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.shm import Shared
@@ -49,7 +49,8 @@ TEXT_SECONDS = 30.0
 class Witness(Events):
     """Counts and logs what the queue has made durable."""
 
-    def __init__(self, counters: Counters, log: Log) -> None:
+    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None]) -> None:
+        self._landed = landed
         self._add = counters.add
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
         self._log = log
@@ -63,6 +64,7 @@ class Witness(Events):
 
     def ended(self, outcome: Outcome) -> None:
         entry = outcome.entry
+        self._landed(entry)
         envelope = entry.envelope
         peer, answer = entry.route if isinstance(entry.route, tuple) else ("", b"")
         if outcome.success:
@@ -113,7 +115,9 @@ class Shard:
 
     def __init__(self, worker: "Worker", number: int) -> None:
         config = worker.config
-        self.dispatcher = Dispatcher(config, worker.routes, worker.limits, worker.counters, worker.log, worker.resolver)
+        self.dispatcher = Dispatcher(
+            config, worker.routes, worker.limits, worker.flying, worker.counters, worker.log, worker.resolver, worker.suspects
+        )
         settings = QueueSettings(
             hostname=config.hostname,
             max_age_ms=int(config.queue.max_age * 1000),
@@ -122,7 +126,12 @@ class Shard:
             window_bytes=config.queue.window_bytes,
         )
         self.queue = Queue(
-            Path(config.spool), number, settings, worker.assign, self.dispatcher.offer, Witness(worker.counters, worker.log)
+            Path(config.spool),
+            number,
+            settings,
+            worker.assign,
+            self.dispatcher.offer,
+            Witness(worker.counters, worker.log, self.dispatcher.landed),
         )
         self.dispatcher.queue = self.queue
 
@@ -144,20 +153,34 @@ class Worker:
         """The route table as it is now."""
         return self.routes.assign(envelope)
 
-    async def start(self, config: str, slot: int, workers: int, shards: list[int], descriptors: list[int]) -> None:
+    async def start(
+        self,
+        config: str,
+        slot: int,
+        workers: int,
+        shards: list[int],
+        suspects: list[int],
+        culprit: int,
+        descriptors: list[int],
+    ) -> None:
         """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
         self.config = Config.model_validate_json(config)
         self.slot = slot
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
         self.limits = shared.limits(slot, workers)
+        self.flying = shared.flying(slot)
+        self.suspects = set(suspects)
         self.log = Log(self.config.log.file, slot)
         self.routes = RouteTable(self.config)
         self.resolver = Resolver(self.config.delivery.nameservers)
         for number in shards:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():
-            await shard.queue.start()
+            await shard.queue.start(culprit)
+            if culprit and shard.queue.quarantined:
+                text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
+                self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
         self.intake = Intake(self.config, taking, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, self.limits, ThreadPoolExecutor(4, "spill"))

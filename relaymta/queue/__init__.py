@@ -111,14 +111,18 @@ class Queue:
             window_bytes=settings.window_bytes,
         )
         self.full = False
+        self.quarantined = False  # whether start() found its culprit here
         self._floor = FLOOR_MOST
         self._taken = 0  # octets since the last look at the disk
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    async def start(self) -> None:
-        """Begin to commit and to offer. Returns when the shard is ready to take mail."""
+    async def start(self, culprit: int = 0) -> None:
+        """Begin to commit and to offer. Returns when the shard is ready to take mail. `culprit`: the id of a message that
+        goes to quarantine first."""
         self.writer.start()
+        if culprit:
+            self.quarantined = await self.writer.task(lambda change: inspect.quarantine(change, self.store, culprit))
         if not self.store.meta(b"schema"):  # a shard that is there starts on a full disk, too
             await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._loop.run_in_executor(self._readers, self._housekeep)

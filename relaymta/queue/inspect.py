@@ -12,7 +12,7 @@ from relaymta.queue.schedule import Schedule
 from relaymta.queue.store import Change, Store
 from relaymta.queue.writer import Writer
 
-__all__ = ["VERBS", "Filter", "apply", "message", "page", "summary"]
+__all__ = ["VERBS", "Filter", "apply", "message", "page", "quarantine", "summary"]
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
@@ -168,3 +168,12 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
             continue
         changed += 1
     return changed
+
+
+def quarantine(change: Change, store: Store, ident: int) -> bool:
+    """Writer thread: hold a message that brings workers down; whether it is here."""
+    envelope = store.envelope(change.txn, ident)
+    if envelope is None:
+        return False
+    change.hold(ident, envelope, HELD | QUARANTINED)
+    return True

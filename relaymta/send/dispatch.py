@@ -34,7 +34,7 @@ from relaymta.queue.segments import FRAME, check_frame
 from relaymta.route.mx import NoRoute, Target, mx_targets
 from relaymta.route.table import RouteTable, Site
 from relaymta.send.session import ConnectFailed, Session, connect
-from relaymta.shm import Limits
+from relaymta.shm import Flying, Limits
 
 __all__ = ["Dispatcher"]
 
@@ -72,11 +72,24 @@ class Dispatcher:
     """All delivery of one worker. `offer` is the queue's way in."""
 
     def __init__(
-        self, config: Config, routes: RouteTable, limits: Limits, counters: Counters, log: Log, resolver: Resolver
+        self,
+        config: Config,
+        routes: RouteTable,
+        limits: Limits,
+        flying: Flying,
+        counters: Counters,
+        log: Log,
+        resolver: Resolver,
+        suspects: set[int],
     ) -> None:
+        """`suspects`: ids that were in flight when the worker before this one died; they are tried one at a time."""
         self.config = config
         self.routes = routes
         self.limits = limits
+        self.flying = flying
+        self._suspects = suspects
+        self._lineup: deque[Entry] = deque()  # suspects that wait for their turn
+        self._alone: Entry | None = None
         self.counters = counters
         self.log = log
         self.resolver = resolver
@@ -99,9 +112,37 @@ class Dispatcher:
             state = self.sites[site.key] = SiteState(site)
         if self.draining or state.down_until > self._queue().clock.now():
             self._queue().put_back(entry)
+            self.landed(entry)
+            return
+        if self._suspects and entry.ident in self._suspects:
+            self._line_up(entry)
             return
         state.ready.append(entry)
         self._pump(state)
+
+    def _line_up(self, entry: Entry) -> None:
+        """A suspect waits for its turn."""
+        self._lineup.append(entry)
+        if self._alone is None:
+            self._next_suspect()
+
+    def _next_suspect(self) -> None:
+        self._alone = None
+        while self._lineup and self._alone is None:
+            entry = self._lineup.popleft()
+            self._suspects.discard(entry.ident)
+            if not entry.cancelled:
+                self._alone = entry
+                self.flying.try_alone(entry.ident)
+                self.offer(entry)
+        if self._alone is None:
+            self.flying.try_alone(0)
+
+    def landed(self, entry: Entry) -> None:
+        """An entry's outcome is durable, or it went back untried."""
+        self.flying.remove(entry.ident)
+        if entry is self._alone:
+            self._next_suspect()
 
     def _queue(self) -> Queue:
         assert self.queue is not None
@@ -155,6 +196,7 @@ class Dispatcher:
                 return None
             ready.popleft()
             entry.flying = True
+            self.flying.add(entry.ident)
             refusal = _unfit(entry, session.core.features)
             if refusal is None:
                 return _mail(entry)
@@ -292,6 +334,7 @@ class Dispatcher:
             queues.add(entry.queue)
             if charged:
                 queue.put_back(entry)
+                self.landed(entry)
                 continue
             charged = True
             said = error.said if isinstance(error, ConnectFailed) else None
@@ -442,6 +485,8 @@ class Dispatcher:
     # Time passes
 
     def _check(self) -> None:
+        if self._alone is not None and self._alone.cancelled:
+            self._next_suspect()  # it was held, deleted or given up in its turn
         now = self.loop.time()
         clock = self._queue().clock.now() if self.queue is not None else 0
         for state in list(self.sites.values()):
@@ -470,6 +515,7 @@ class Dispatcher:
                 entry = state.ready.popleft()
                 if not entry.cancelled:
                     self._queue().put_back(entry)
+                    self.landed(entry)
             for session in list(state.idle):
                 self._retire(session, state)
         self.sites = {key: state for key, state in self.sites.items() if state.sessions or state.connecting}

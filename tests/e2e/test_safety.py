@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import PROVE
 from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.programs import need
 from tests.support.source import Source
 
@@ -252,3 +253,25 @@ def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
         subprocess.run(["umount", "-l", str(mount)], check=False)
+
+
+def test_a_message_in_flight_in_two_crashes_goes_to_quarantine(tmp_path):
+    """The worker is killed while the peer sits on one message's dot, and again when that message is tried alone."""
+    with FakeMx({"DOT": SILENT}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.send("Subject: poison\r\n\r\nx\r\n")
+        for _ in range(2):
+            wait_for(lambda: "DATA" in peer.commands, what="the message to be in flight")
+            peer.commands.clear()
+            (pid,) = relay.worker_pids()
+            os.kill(pid, signal.SIGKILL)
+            wait_for(partial(replaced_alone, relay, pid), what="another worker")
+        (row,) = relay.summary()
+        assert row["held"] == 1
+        listed = relay.cli("queue", "list", "--held").stdout
+        assert "quarantined" in listed
+        assert any("quarantine" in event["text"] for event in relay.events("warning"))
+
+
+def replaced_alone(relay: Relay, victim: int) -> bool:
+    pids = relay.worker_pids()
+    return len(pids) == 1 and victim not in pids
