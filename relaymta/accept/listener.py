@@ -5,6 +5,7 @@ takes it. Nothing is read while a commit is awaited.
 """
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -24,6 +25,7 @@ __all__ = ["Acceptor", "Connection"]
 
 ACCEPTED = index("relaymta_connections_total", "accepted")
 REFUSED = index("relaymta_connections_total", "refused")
+DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients never take the last ones
 CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
@@ -334,6 +336,8 @@ class Acceptor:
         self.now = self.loop.time
         self.time = self.now()
         self.connections: set[Connection] = set()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._check()
@@ -348,6 +352,8 @@ class Acceptor:
         """Count a connection; the banner that refuses it, or None."""
         if self.intake.draining:
             return DRAIN_REPLY
+        if len(self.connections) >= self._most:
+            return reply.NO_DESCRIPTORS
         if not self.limits.take("connections", self.config.limits.connections):
             return reply.TOO_MANY_CONNECTIONS
         if not self.limits.take("client " + client.address, client.connections):

@@ -46,6 +46,7 @@ class Relay:
         self.workers = workers
         self.wrap = wrap
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
 
     def command(self) -> list[str]:
         """The command line."""
@@ -63,7 +64,7 @@ class Relay:
         """Start and wait for the banner."""
         before = self.events("started")
         process = self.process = subprocess.Popen(
-            self.command(), start_new_session=True, stderr=(self.folder / "stderr").open("ab")
+            self.command(), start_new_session=True, env=os.environ | self.environment, stderr=(self.folder / "stderr").open("ab")
         )
         try:
             wait_for(lambda: len(self.events("started")) > len(before) or process.poll() is not None, 30, "the relay to start")

@@ -1,6 +1,8 @@
 """A scripted peer: a thread with a listening socket that answers as its rules say, and misbehaves on request."""
 
+import base64
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -22,7 +24,16 @@ class FakeMx:
     """`rules[verb]`: a reply; a dict from address to reply; a list used up one by one; or CLOSE, RESET, SILENT. Anything
     not named is answered as a good server does. `drip`: replies are sent octet by octet."""
 
-    def __init__(self, rules: dict[str, Any], port: int = 0, drip: bool = False, banner: bytes = b"220 fake ESMTP\r\n") -> None:
+    def __init__(
+        self,
+        rules: dict[str, Any],
+        port: int = 0,
+        drip: bool = False,
+        banner: bytes = b"220 fake ESMTP\r\n",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.tls = tls
+        self.credentials: list[bytes] = []
         self.rules = rules
         self.drip = drip
         self.banner = banner
@@ -95,6 +106,20 @@ class FakeMx:
             verb = line[:4].decode("latin-1").upper().strip()
             argument = line.partition(b"<")[2].partition(b">")[0].decode()
             self.commands.append(verb)
+            if verb == "EHLO" and self.tls is not None and "EHLO" not in self.rules:
+                secure = isinstance(sock, ssl.SSLSocket)
+                offer = b"250-AUTH PLAIN LOGIN\r\n" if secure else b"250-STARTTLS\r\n"
+                sock.sendall(b"250-fake\r\n" + offer + b"250-8BITMIME\r\n250 PIPELINING\r\n")
+                continue
+            if verb == "STAR" and self.tls is not None:
+                sock.sendall(b"220 2.0.0 go\r\n")
+                sock = self.tls.wrap_socket(sock, server_side=True)
+                file = sock.makefile("rb")
+                continue
+            if verb == "AUTH":
+                self.credentials.append(base64.b64decode(line.split()[2]))
+                sock.sendall(b"235 2.7.0 welcome\r\n")
+                continue
             answer = self._rule(verb, argument)
             if verb == "MAIL":
                 sender, recipients = argument, []

@@ -1,0 +1,57 @@
+"""What one client, or many, may take: time, connections, descriptors."""
+
+import socket
+import time
+
+from tests.support.daemon import Relay, dialog, wait_for
+from tests.support.programs import need
+
+
+def connect(port: int) -> tuple[socket.socket, bytes]:
+    sock = socket.create_connection(("127.0.0.1", port), 10)
+    sock.settimeout(10)
+    return sock, sock.recv(200)
+
+
+def test_silent_and_slow_clients_are_let_go(tmp_path, ledger):
+    settings = ["intake.command_timeout=1", "intake.data_timeout=1"]
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings) as relay:
+        sock, banner = connect(relay.port)
+        assert banner.startswith(b"220")
+        assert sock.recv(100).startswith(b"421 4.4.2")
+        assert sock.recv(100) == b""
+        sock, _ = connect(relay.port)
+        sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+        time.sleep(0.2)
+        sock.sendall(b"Subject: unfinished\r\n")
+        said = b""
+        while piece := sock.recv(1000):
+            said += piece
+        assert said.endswith(b"421 4.4.2 Timed out waiting for you; closing\r\n")
+        assert relay.summary() == []
+
+
+def test_connections_are_limited_for_each_client_and_for_all(tmp_path, ledger):
+    settings = ["relay.networks=[]", 'relay.domains=["d"]', "limits.connections_per_client=3"]
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings, workers=2) as relay:
+        held = [connect(relay.port) for _ in range(3)]
+        assert all(banner.startswith(b"220") for _, banner in held)
+        assert connect(relay.port)[1].startswith(b"421 4.7.0 Too many connections from your address")
+        held[0][0].close()
+        wait_for(lambda: connect(relay.port)[1].startswith(b"220"), what="a place to become free")
+
+
+def test_out_of_descriptors_is_said_and_the_relay_goes_on(tmp_path, ledger):
+    wrap = (need("prlimit"), "--nofile=300:300")
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", wrap=wrap) as relay:
+        banners = [connect(relay.port) for _ in range(200)]
+        refused = [banner for _, banner in banners if banner.startswith(b"421 4.3.2")]
+        assert 20 < len(refused) < 100
+        sock = next(sock for sock, banner in banners if banner.startswith(b"220"))
+        sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+        time.sleep(0.2)
+        sock.sendall(b"X-Ledger: tight\r\n\r\nx\r\n.\r\n")
+        wait_for(lambda: ledger.counts()["tight"] == 1)
+        for one, _ in banners:
+            one.close()
+        wait_for(lambda: dialog(relay.port, b"QUIT\r\n").startswith(b"220"))
