@@ -1,4 +1,4 @@
-"""10,000 idle connections: `python -m benchmarks.idle [--connections N]`: memory of each, and how mail of others passes meanwhile."""
+"""10,000 idle connections: `python -m benchmarks.idle [--connections N]`: memory of each, and how others' mail passes."""
 
 import argparse
 import json

@@ -87,13 +87,15 @@ class Relaymta:
 
     name = "relaymta"
 
-    def __init__(self, folder: Path, sink: int, workers: int = 1) -> None:
+    def __init__(self, folder: Path, sink: int, workers: int = 1, settings: tuple[str, ...] = ()) -> None:
         self.port, self.metrics = free_port(), free_port()
         command = [
             sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--smarthost", f"127.0.0.1:{sink}",
             "--spool", str(folder / "spool"), "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
             "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example",
         ]  # fmt: skip
+        for setting in settings:
+            command += ["--set", setting]
         self.process = subprocess.Popen(command)
         self.root = self.process.pid
         wait_for(self._ready, 30, "the relay")

@@ -218,6 +218,7 @@ class Worker:
             try:
                 await self.start(descriptors=descriptors, **args)
             except (RelayError, OSError) as error:
+                self.loop.call_later(0.1, self.stopping.set)  # say why, then end
                 raise RelayError(str(error)) from None
             return {"pid": os.getpid()}
         return await _REQUESTS[op](self, descriptors, **args)

@@ -271,10 +271,11 @@ class Queue:
 
     def _committed(self, group: Committed) -> None:
         for put in group.puts:
+            if put.error is None:
+                self._events.queued(put)
             if put.done is not None:
                 put.done(put.error)
             if put.error is None:
-                self._events.queued(put)
                 self.schedule.add_fresh(_entries(put))
         for outcome in group.outcomes:
             self._events.ended(outcome)

@@ -17,6 +17,7 @@ import os
 import queue as queues
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,11 +139,13 @@ class Writer:
         self._inbox.put(batch)
 
     def _posted(self, committed: Committed) -> None:
-        self._on_commit(committed)
-        if self._pending:
-            self._hand_over()
-        else:
-            self._busy = False
+        try:
+            self._on_commit(committed)
+        finally:  # whatever goes wrong there, commits go on
+            if self._pending:
+                self._hand_over()
+            else:
+                self._busy = False
 
     async def task(self, run: Callable[[Change], T]) -> T:
         """Run `run(change)` in a group and give its result once that is durable. StoreError when it cannot be."""
@@ -160,6 +163,13 @@ class Writer:
     # The thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # a defect of ours: without this thread nothing is safe, so end the process and start anew
+            traceback.print_exc()
+            os._exit(70)
+
+    def _serve(self) -> None:
         while (batch := self._inbox.get()) is not None:
             committed = Committed([], [], [])
             for operation in batch:

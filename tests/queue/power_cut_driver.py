@@ -1,0 +1,46 @@
+"""What test_power_cut.py traces: puts messages into a spool and says on standard output which are safe."""
+
+import asyncio
+import hashlib
+import os
+import random
+import sys
+from pathlib import Path
+
+from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
+from relaymta.queue import Events, Queue, QueueSettings, format_id, wall_ms
+
+
+async def main(spool: Path, groups: int) -> None:
+    """`groups` groups of messages; some are delivered, some deferred, the others wait."""
+    offered: list = []
+    settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
+    queue = Queue(spool, 0, settings, lambda envelope: [(QueueName("out", ""), None)], offered.append, Events())
+    queue.segments.size = 1 << 17  # so that segments change and are used again
+    await queue.start()
+    for _ in range(groups):
+        waiting = []
+        for _ in range(random.randint(1, 8)):
+            ident = queue.ident()
+            text = b"Subject: x\r\n\r\n" + random.randbytes(random.randint(10, 6000)) + b"\r\n"
+            future = asyncio.get_running_loop().create_future()
+            queue.submit(ident, Envelope("", ["c@d"], len(text), 0, wall_ms(), queue.deadline()), [text], future.set_result)
+            waiting.append((future, ident, text))
+        for future, ident, text in waiting:
+            assert await future is None
+            os.write(1, f"ACK {format_id(ident)} {hashlib.sha256(text).hexdigest()}\n".encode())
+        await asyncio.sleep(0)
+        for entry in offered:
+            kind = random.choice(["deliver", "deliver", "defer", "wait"])
+            if kind == "deliver":
+                os.write(1, f"END {format_id(entry.ident)}\n".encode())  # from here on it may be gone
+                queue.finish(entry, None)
+            elif kind == "defer":
+                queue.finish(entry, {0: Attempt(wall_ms(), TRANSIENT, "rcpt", "", 451, "", "later")})
+        offered.clear()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    random.seed(int(sys.argv[3]))
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
