@@ -93,6 +93,11 @@ class Log:
             if self._closing and not self._pending:
                 return
 
+    def give_to(self, uid: int, gid: int) -> None:
+        """Let another user own the file: the one we run as from now on."""
+        if self._file != "-":
+            os.fchown(self._descriptor, uid, gid)
+
     def reopen(self) -> None:
         """Open the file again (after it was rotated)."""
         if self._file != "-":

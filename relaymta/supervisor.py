@@ -132,6 +132,7 @@ class Supervisor:
             self.log.event("warning", text="running as root: set `user` to run as somebody else")
             return
         entry = _user(self.config.user)
+        self.log.give_to(entry.pw_uid, entry.pw_gid)
         os.initgroups(self.config.user, entry.pw_gid)
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
@@ -180,7 +181,7 @@ class Supervisor:
         """Start a slot's worker and wait until it is ready. RelayError when it cannot serve."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         slot.started = time.monotonic()
-        slot.process = await asyncio.create_subprocess_exec(
+        slot.process = await _execute(
             sys.executable, "-m", "relaymta.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=MALLOC | os.environ,
@@ -384,6 +385,14 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "raw": Supervisor._raw,
     "reload": Supervisor.reload,
 }
+
+
+async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
+    """Start a process. RelayError when the user we run as may not execute it."""
+    try:
+        return await asyncio.create_subprocess_exec(*command, **options)
+    except OSError as error:
+        raise RelayError(f"cannot start a worker: {command[0]}: {error.strerror} (may this user execute it?)") from None
 
 
 async def _no_requests(op: str, args: dict[str, Any], descriptors: list[int]) -> None:

@@ -47,10 +47,11 @@ class Relay:
         self.wrap = wrap
         self.process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
+        self.python = sys.executable
 
     def command(self) -> list[str]:
         """The command line."""
-        found = [*self.wrap, sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}"]
+        found = [*self.wrap, self.python, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}"]
         if self.smarthost is not None:
             found += ["--smarthost", self.smarthost]
         found += ["--spool", str(self.spool), "--workers", str(self.workers)]

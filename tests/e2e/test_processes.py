@@ -1,0 +1,110 @@
+"""Shards without a worker of their own, privileges, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+import relaymta
+from tests.support.daemon import Relay, free_port, wait_for
+
+
+def test_fewer_workers_drain_the_shards_of_the_others(tmp_path, ledger):
+    relay = Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=0.5", workers=3)
+    with relay:
+        for number in range(40):
+            relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
+        wait_for(lambda: sum(row["messages"] for row in relay.summary()) == 40)
+        shards = list(relay.spool.glob("shard-*"))
+        assert len(shards) == 3
+        assert relay.stop() == 0
+    relay.workers, relay.smarthost = 1, f"127.0.0.1:{ledger.port}"
+    with relay:
+        wait_for(lambda: len(ledger.counts()) == 40, 30, "the orphans' mail")
+        assert json.loads(relay.cli("status", "--json").stdout)["workers"][0]["shards"] == [0, 1, 2]
+        wait_for(lambda: relay.summary() == [])
+    assert set(ledger.counts().values()) == {1}
+
+
+def runs_as_nobody(python: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], user=65534, check=False).returncode == 0
+    except PermissionError:
+        return False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="dropping root needs root")
+def test_root_is_dropped(tmp_path, ledger):
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder != folder.parent:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    log = tmp_path / "log"
+    log.mkdir()
+    os.chown(log, 65534, 65534)
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", "user=nobody")
+    relay.log = log / "relay.log"
+    if not runs_as_nobody(sys.executable):
+        relay.python = "/usr/bin/python3"  # ours lies where nobody may not go
+        paths = [str(Path(relaymta.__file__).parent.parent), sysconfig.get_path("purelib")]
+        relay.environment = {"PYTHONPATH": ":".join(paths)}
+    with relay:
+        relay.send("X-Ledger: nobody\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["nobody"])
+        assert relay.process is not None
+        for pid in [relay.process.pid, *relay.worker_pids()]:
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "\nUid:\t65534\t65534\t65534\t65534\n" in status
+        assert all(path.stat().st_uid == 65534 for path in relay.spool.rglob("*"))
+
+
+def test_a_rotated_log_is_reopened_by_all(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        relay.send()
+        wait_for(lambda: relay.events("delivered"))
+        relay.log.rename(tmp_path / "relay.log.1")
+        assert relay.process is not None
+        relay.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        relay.send()
+        wait_for(lambda: relay.events("delivered"), what="events in the new file")
+
+
+def test_sighup_reloads(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        assert relay.process is not None
+        relay.process.send_signal(signal.SIGHUP)
+        relay.send()
+        wait_for(lambda: ledger.taken)
+        assert relay.process.poll() is None
+
+
+def test_systemd_is_told(tmp_path, ledger):
+    import socket
+
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        sock.settimeout(20)
+        relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}")
+        relay.environment = {"NOTIFY_SOCKET": str(path)}
+        with relay:
+            assert sock.recv(100) == b"READY=1"
+            relay.stop()
+            assert sock.recv(100) == b"STOPPING=1"
+
+
+def test_the_daemons_absence_gets_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "relaymta", "status", "--spool", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 69
+    assert "no daemon answers" in done.stderr
