@@ -126,6 +126,21 @@ class Route(_Table):
         return self.name or (self.hosts[0] if self.hosts else "mx")
 
 
+class PeerNetwork(_Table):
+    """What holds for clients of some networks, over the tables below. `[[network]]`, repeatable; the first match holds."""
+
+    networks: list[Network] = Field(description="the clients' networks")
+    application: str = Field(
+        "", description="name that routes, limits and log records use for their mail; wins over the listener's"
+    )
+    relay: bool | None = Field(None, description="whether they may send to anywhere")
+    normalize: bool | None = Field(None, description="whether their bare CR and LF become CRLF, and NUL a space")
+    long_lines: bool | None = Field(None, description="whether their lines may be longer than 998 octets")
+    message_size: Size | None = Field(None, description="octets of a message of theirs")
+    recipients: int | None = Field(None, ge=1, le=65535, description="recipients of one message of theirs")
+    connections: int | None = Field(None, ge=1, description="connections from one address of theirs")
+
+
 class Relay(_Table):
     """Who may relay, and where to. `[relay]`"""
 
@@ -207,6 +222,7 @@ class Config(_Table):
     spool: str = Field("/var/lib/relaymta", description="directory of the queue")
     listener: list[Listener] = Field([], description="sockets on which mail comes in")
     route: list[Route] = Field([], description="where mail goes; none: to the MX of each recipient's domain")
+    network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
     relay: Relay = Relay()
     intake: Intake = Intake()
     queue: QueueTable = QueueTable()
@@ -220,10 +236,11 @@ class Config(_Table):
     def _check(self) -> "Config":
         if not self.listener:
             raise ValueError("no [[listener]]: give one, or --listen HOST:PORT")
-        wide = [n for n in self.relay.networks if ipaddress.ip_network(n).prefixlen == 0]
+        trusted = [*self.relay.networks, *(n for peer in self.network if peer.relay for n in peer.networks)]
+        wide = [n for n in trusted if ipaddress.ip_network(n).prefixlen == 0]
         if wide and not self.relay.open_relay:
             raise ValueError(
-                f"relay.networks holds {wide[0]}: that is an open relay, which spammers find within hours. "
+                f"{wide[0]} may relay: that is an open relay, which spammers find within hours. "
                 "Name your networks, or set relay.open_relay = true if you mean it"
             )
         return self
@@ -350,7 +367,7 @@ def describe() -> str:
     for name, field in nested:
         model = _model_of(field.annotation)
         assert model is not None
-        repeated = name in ("listener", "route")
+        repeated = name in ("listener", "route", "network")
         lines += ["", f"# {(model.__doc__ or '').strip()}", f"#[[{name}]]" if repeated else f"[{name}]"]
         lines += _describe_fields(model, commented=repeated)
     return "\n".join(lines) + "\n"

@@ -49,6 +49,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
     assert path.read_text() == describe(), "run: relaymta config describe > config/relaymta.toml"
     filled = re.sub(r"^#(\w+ = .+)$", r"\1", path.read_text(), flags=re.M).replace("#[[", "[[")
     filled = re.sub(r"^\[\[listener\]\]$", '[[listener]]\naddress = "127.0.0.1:1"', filled, flags=re.M)
+    filled = filled.replace("\n[[network]]\n", '\n[[network]]\nnetworks = ["192.0.2.0/24"]\n')
     again = tmp_path / "all.toml"
     again.write_text(filled)
     load(again, {})

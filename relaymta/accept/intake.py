@@ -3,8 +3,9 @@
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from relaymta.config import Config
+from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
@@ -25,6 +26,8 @@ REFUSED_STORE = index("relaymta_messages_refused_total", "store")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
+_NOBODY = PeerNetwork(networks=[])
+T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -35,6 +38,7 @@ class Client:
     address: str
     trusted: bool
     connections: int
+    application: str
     limits: Limits
 
 
@@ -71,6 +75,7 @@ class Intake:
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)
+        self._peers = [(_Networks.of(peer.networks), peer) for peer in config.network]
         self._clients: dict[str, Client] = {}
 
     def client(self, address: str) -> Client:
@@ -87,16 +92,18 @@ class Intake:
         parsed = ipaddress.ip_address(address)
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
-        trusted = parsed in self._trusted
+        own = next((peer for networks, peer in self._peers if parsed in networks), _NOBODY)
+        trusted = _chosen(own.relay, parsed in self._trusted)
         most = config.limits.connections_per_client
         limits = Limits(
-            message_size=config.limits.message_size,
-            recipients=config.intake.recipients,
+            message_size=_chosen(own.message_size, config.limits.message_size),
+            recipients=_chosen(own.recipients, config.intake.recipients),
             errors=config.intake.errors,
-            normalize=parsed in self._normalized,
-            long_lines=parsed in self._long_lines or trusted,
+            normalize=_chosen(own.normalize, parsed in self._normalized),
+            long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
         )
-        return Client(str(parsed), trusted, max(most, 200) if trusted else most, limits)
+        connections = _chosen(own.connections, max(most, 200) if trusted else most)
+        return Client(str(parsed), trusted, connections, own.application, limits)
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
         """At MAIL: is there room?"""
@@ -200,6 +207,11 @@ class Intake:
             return reply.STORE_FULL
         self.counters.add(REFUSED_STORE, 1)
         return reply.STORE_ERROR
+
+
+def _chosen(own: T | None, general: T) -> T:
+    """A network's own value, or what holds for everybody."""
+    return general if own is None else own
 
 
 def _anything(address: str, transaction: Transaction) -> bytes | None:

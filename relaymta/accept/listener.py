@@ -171,7 +171,7 @@ class Connection(asyncio.Protocol):
             self.size,
             self.client_of(),
             session.helo,
-            self.listener.application,
+            self.client_of().application or self.listener.application,
             self._stored,
         )
 

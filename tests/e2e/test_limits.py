@@ -55,3 +55,23 @@ def test_out_of_descriptors_is_said_and_the_relay_goes_on(tmp_path, ledger):
         for one, _ in banners:
             one.close()
         wait_for(lambda: dialog(relay.port, b"QUIT\r\n").startswith(b"220"))
+
+
+def test_a_network_has_rules_of_its_own(tmp_path, ledger):
+    networks = 'network=[{networks=["127.0.0.2/32"], application="shop", message_size=1000, relay=false}]'
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", networks, 'relay.domains=["d"]') as relay:
+        said = b""
+        with socket.create_connection(("127.0.0.1", relay.port), 10, source_address=("127.0.0.2", 0)) as sock:
+            sock.settimeout(10)
+            sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@elsewhere>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+            while b"354" not in said:
+                said += sock.recv(1000)
+            sock.sendall(b"X-Ledger: shop\r\n\r\nx\r\n.\r\nQUIT\r\n")
+            while piece := sock.recv(1000):
+                said += piece
+        assert b"SIZE 1000" in said
+        assert b"550 5.7.1" in said
+        (queued,) = wait_for(lambda: relay.events("queued"))
+        assert queued["application"] == "shop"
+        assert wait_for(lambda: relay.events("delivered"))[0]["route"] == "smarthost//shop"
+        assert b"SIZE 52428800" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
