@@ -225,7 +225,8 @@ class ServerSession:
         helo = _hello_name(argument)
         if helo is None:
             return self._error(reply.BAD_HELLO)
-        self.helo, self.extended, self.transaction = helo, True, None
+        self.helo, self.extended = helo, True
+        self._drop()
         lines = [self.hostname, "PIPELINING", f"SIZE {self.limits.message_size}", "8BITMIME", "SMTPUTF8", "CHUNKING"]
         return "".join(f"250-{line}\r\n" for line in lines).encode() + b"250 ENHANCEDSTATUSCODES\r\n"
 
@@ -233,7 +234,8 @@ class ServerSession:
         helo = _hello_name(argument)
         if helo is None:
             return self._error(reply.BAD_HELLO)
-        self.helo, self.extended, self.transaction = helo, False, None
+        self.helo, self.extended = helo, False
+        self._drop()
         return f"250 {self.hostname}\r\n".encode()
 
     def _mail(self, argument: bytes) -> bytes:

@@ -35,6 +35,7 @@ FLOOR_MOST = 2 << 30
 RESUMED_GRACE_MS = 86_400_000
 MAP_SHARE = 90  # per cent of LMDB's map
 TICK = 0.05
+SWEEP_TICKS = 12_000  # ten minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +302,8 @@ class Queue:
         self._ticks += 1
         if not self.writer.stalled:
             self.schedule.tick()
+        if self._ticks % SWEEP_TICKS == 0:
+            self.writer.submit(Task(lambda change: change.sweep(), None))
         if self._ticks % 20 == 0:
             self.schedule.reading(self._housekeep, self._expire)
         self._timer = self._loop.call_later(TICK, self._tick)

@@ -365,6 +365,17 @@ class Change:
         row.not_before = not_before
         self._touched.add(number)
 
+    def sweep(self) -> int:
+        """Forget queues that hold nothing, so that memory does not grow with the domains ever written to; how many."""
+        empty = [row for row in self._store.queues(self.txn) if not self._store.row_numbered(self.txn, row.number).messages]
+        for row in empty:
+            self._settle_queue(row.number)
+            self.txn.delete(b"n" + encode(row.name), db=self._tables["queue"])
+            self.txn.delete(b"q" + _NUMBER.pack(row.number), db=self._tables["queue"])
+            self._touched.discard(row.number)
+        self._store.forget({row.number for row in empty})
+        return len(empty)
+
     def segment(self, number: int, row: SegmentRow) -> None:
         """Write a segment's row."""
         self.txn.put(_NUMBER.pack(number), encode(row), db=self._tables["segment"])

@@ -224,6 +224,24 @@ async def test_more_than_the_window_is_found_on_disk(tmp_path):
         await until(lambda: bench.summary() == [])
 
 
+async def test_empty_queues_are_forgotten(tmp_path):
+    async with Bench(tmp_path) as bench:
+        for number in range(20):
+            await bench.put(to=(f"a@d{number}.example",))
+        for entry in await bench.next(20):
+            if entry.name.domain != "d7.example":
+                bench.queue.finish(entry, None)
+        await until(lambda: len(bench.events.outcomes) == 19)
+        assert await bench.queue.task(lambda change: change.sweep()) == 19
+        assert [row["queue"] for row in bench.summary()] == ["mx/d7.example"]
+        assert len(bench.queue.store._queues) <= 1
+        await bench.put(to=("again@d3.example",))
+        assert sorted(row["queue"] for row in bench.summary()) == ["mx/d3.example", "mx/d7.example"]
+        with bench.queue.store.env.begin() as txn:
+            numbers = [row.number for row in bench.queue.store.queues(txn)]
+        assert len(set(numbers)) == 2
+
+
 async def test_a_shard_has_one_owner(tmp_path):
     async with Bench(tmp_path) as bench:
         with pytest.raises(SpoolBusy):

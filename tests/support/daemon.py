@@ -112,7 +112,8 @@ class Relay:
         """The log's events of this name."""
         if not self.log.exists():
             return []
-        rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
+        lines = self.log.read_bytes().decode("utf-8", "replace").splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}") and line.count("{") == 1]
         return [row for row in rows if row["event"] == name]
 
     def worker_pids(self) -> list[int]:
