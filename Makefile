@@ -41,6 +41,7 @@ test: build
 prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -m "prove or not prove" --timeout 3600
 	$(BIN)/python -m benchmarks.idle
+	$(BIN)/python -m benchmarks.large
 	$(BIN)/python -m benchmarks.backlog
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
 
