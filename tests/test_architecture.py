@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from relaymta import metrics
+from relaymta import metrics, shm
 from relaymta.cli import main
 from relaymta.config import describe, load
 from relaymta.log import EVENTS
@@ -31,6 +31,10 @@ def test_every_kernel_is_built():
         if p.suffix in (".py", ".pyx") and p.stem not in ("__init__", "_mem")
     }
     assert listed == there
+
+
+def test_all_metrics_fit_into_a_workers_cells():
+    assert metrics.CELLS <= shm.COUNTERS
 
 
 def test_no_function_is_longer_than_a_screen():

@@ -118,4 +118,3 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
 decode_recipient = msgspec.msgpack.Decoder(RecipientState).decode
-decode_queue_name = msgspec.msgpack.Decoder(QueueName).decode

@@ -77,10 +77,6 @@ class Schedule:
         """The entry of a message in a queue, when it is in memory."""
         return self._entries.get((ident, queue))
 
-    def in_memory(self) -> list[Entry]:
-        """Everything in the window or in flight."""
-        return list(self._entries.values())
-
     def add_fresh(self, entries: list[Entry]) -> None:
         """Messages that were just committed."""
         for entry in entries:

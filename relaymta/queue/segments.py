@@ -31,6 +31,7 @@ FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
 MAGIC = b"rmB1"
 MEGABYTE = 1 << 20
 IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
+SYNC_EVERY = 4 * MEGABYTE
 BIG = MEGABYTE  # a longer body is a file of its own
 
 HOT, COLD = 0, 1
@@ -325,6 +326,7 @@ class BigBody:
         self.path = path
         self.ident = ident
         self.length = 0
+        self._synced = 0
         self._digest = xxhash.xxh3_64()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.lseek(self._fd, FRAME.size, os.SEEK_SET)
@@ -337,6 +339,9 @@ class BigBody:
             while view:
                 view = view[os.write(self._fd, view) :]
             self.length += len(piece)
+        if self.length - self._synced > SYNC_EVERY:
+            os.fdatasync(self._fd)  # a little at a time, so that the last sync does not hold up the commits of others
+            self._synced = self.length
 
     def finish(self) -> Body:
         """Write the frame's head, sync the file and its directory; where it lies."""

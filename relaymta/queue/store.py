@@ -32,7 +32,6 @@ from relaymta.proto.envelope import (
     QueueName,
     RecipientState,
     decode_envelope,
-    decode_queue_name,
     decode_recipient,
     encode,
 )
@@ -42,7 +41,6 @@ __all__ = ["Change", "QueueRow", "Store"]
 
 SCHEMA = 1
 MAP_SIZE = 64 << 30  # sparse: costs address space only
-NEVER = (1 << 63) - 1
 
 _ID = struct.Struct(">Q")
 _RECIPIENT = struct.Struct(">QH")
@@ -419,8 +417,3 @@ class Change:
         """Undo everything."""
         self.txn.abort()
         self._store.forget(self._touched)
-
-
-def decode_name(raw: bytes) -> QueueName:
-    """A queue's name from its key in the queue table."""
-    return decode_queue_name(raw[1:])
