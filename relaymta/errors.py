@@ -1,6 +1,11 @@
 """What can go wrong, by who has to act on it: the operator (ConfigError), the disk (StoreError), another process."""
 
-__all__ = ["ConfigError", "RelayError", "SpoolBusy", "StoreError", "StoreFull"]
+import errno
+import os
+
+__all__ = ["ConfigError", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "store_error"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RelayError(Exception):
@@ -25,3 +30,13 @@ class StoreError(RelayError):
 
 class StoreFull(StoreError):
     """No room: 452 4.3.1 to the client."""
+
+
+def store_error(failure: BaseException) -> StoreError:
+    """What a failed write or sync means to the client: StoreFull where there is no room, else StoreError.
+
+    LMDB's errors carry the system's number as `code`, or only its sentence.
+    """
+    number = getattr(failure, "errno", None) or getattr(failure, "code", None)
+    full = isinstance(failure, StoreFull) or number in _FULL or os.strerror(errno.ENOSPC) in str(failure)
+    return StoreFull(str(failure)) if full else StoreError(str(failure))

@@ -67,7 +67,6 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_segment_live_octets": ("Octets of live bodies in segments", False),
     "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),
     "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),
-    "relaymta_oldest_reader_seconds": ("Age of the oldest read transaction", True),
 }
 
 _index: dict[tuple[str, str], int] = {}

@@ -40,6 +40,7 @@ COMMITS = index("relaymta_commits_total")
 OPERATIONS = index("relaymta_commit_operations_total")
 SYNCS = index("relaymta_syncs_total")
 NOTICES = index("relaymta_notices_total")
+LOG_DROPPED = index("relaymta_log_dropped_total")
 NOTICES_DROPPED = index("relaymta_notices_dropped_total")
 
 DRAIN_SECONDS = 10.0
@@ -147,6 +148,7 @@ class Worker:
         self.intake: Intake | None = None
         self.acceptor: Acceptor | None = None
         self._store_state = "ok"
+        self._log_dropped = 0
         self._borrowed: list[asyncio.Server] = []
 
     def assign(self, envelope: Any) -> Any:
@@ -200,6 +202,8 @@ class Worker:
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
         gauge("relaymta_store_full", full)
         gauge("relaymta_store_stalled", stalled)
+        self.counters.add(LOG_DROPPED, self.log.dropped - self._log_dropped)
+        self._log_dropped = self.log.dropped
         state = "stalled" if stalled else "full" if full else "ok"
         if state != self._store_state:
             reason = next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), "")

@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 
 from relaymta.accept.intake import Client, Intake
 from relaymta.config import Config, Listener
-from relaymta.errors import StoreError, StoreFull
+from relaymta.errors import StoreError, store_error
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
@@ -111,7 +111,8 @@ class Connection(asyncio.Protocol):
         elif session.taking_text and session.transaction is not None:
             if not self.text_since:
                 self.text_since = self.heard
-            if self.big is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096:
+            large = self.big is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096
+            if large and not session.discarding:  # a refused text is dropped as it comes, not stored
                 self._spill(session, session.transaction)
         elif self.text_since:
             self.text_since = 0.0
@@ -247,8 +248,7 @@ class Connection(asyncio.Protocol):
         if error is not None:
             # The client is told at the end of its text; until then it is read and dropped.
             self._discard_big()
-            failure = StoreFull(str(error)) if getattr(error, "errno", 0) in (28, 122) else StoreError(str(error))
-            answer = self.acceptor.intake.failed(failure)
+            answer = self.acceptor.intake.failed(store_error(error))
             if self.storing:
                 self._answer(answer)
                 return
@@ -277,7 +277,7 @@ class Connection(asyncio.Protocol):
         def finished(future: "asyncio.Future[Body]") -> None:
             error = future.exception()
             if error is not None:
-                self._stored(StoreFull(str(error)) if getattr(error, "errno", 0) in (28, 122) else StoreError(str(error)))
+                self._stored(store_error(error))
                 return
             self.size = big.length
             self._admit(session, transaction, future.result())

@@ -12,7 +12,6 @@ When it fails:
 """
 
 import asyncio
-import errno
 import os
 import queue as queues
 import threading
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 import lmdb
 import msgspec
 
-from relaymta.errors import StoreError, StoreFull
+from relaymta.errors import StoreError, StoreFull, store_error
 from relaymta.proto.dsn import failure_notice
 from relaymta.proto.envelope import (
     ATTEMPTS_KEPT,
@@ -294,12 +293,7 @@ class Writer:
 
     def _explain(self, failure: Exception) -> StoreError:
         self.last_error = str(failure)
-        full = isinstance(failure, lmdb.MapFullError | StoreFull) or (
-            getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            or getattr(failure, "code", None) in (errno.ENOSPC, errno.EDQUOT)
-            or os.strerror(errno.ENOSPC) in str(failure)
-        )
-        return StoreFull(str(failure)) if full else StoreError(str(failure))
+        return StoreFull(str(failure)) if isinstance(failure, lmdb.MapFullError) else store_error(failure)
 
     def _put(self, change: Change, put: Put, now: int) -> None:
         envelope = put.envelope

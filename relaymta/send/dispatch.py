@@ -578,5 +578,8 @@ def _mail(entry: Entry) -> Mail:
 def _password(site: Site) -> str:
     route = site.route
     if route.password_file:
-        return Path(route.password_file).read_text(encoding="utf-8").strip()
+        try:
+            return Path(route.password_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConnectFailed("auth", f"password_file {route.password_file}: {error}") from None
     return os.environ.get(route.password_env, "")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def check_ledger(source: Source, ledger) -> int:
     return sum(1 for count in counts.values() if count > 1)
 
 
+def load_while(source: Source, disturbance: Coroutine[object, object, None]) -> None:
+    """Send until the disturbance has run its course."""
+
+    async def main() -> None:
+        task = asyncio.create_task(disturbance)
+        await source.run(task.done)
+        await task
+
+    asyncio.run(main())
+
+
 def replaced(relay: Relay, victim: int) -> bool:
     pids = relay.worker_pids()
     return len(pids) == 2 and victim not in pids
@@ -57,13 +69,8 @@ def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, work
             await asyncio.to_thread(relay.start)
         await asyncio.sleep(0.5)
 
-    async def main() -> None:
-        task = asyncio.create_task(kills())
-        await source.run(task.done)
-        await task
-
     try:
-        asyncio.run(main())
+        load_while(source, kills())
         drained(relay)
         assert len(source.acknowledged) > 100 * KILLS
         duplicates = check_ledger(source, ledger)
@@ -84,19 +91,14 @@ def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
         source = Source(lambda: relay.port, 10, reuse=False)
 
-        async def main() -> None:
-            async def kills() -> None:
-                for _ in range(2 * (KILLS // 4)):
-                    await asyncio.sleep(1)
-                    (victim, _) = await asyncio.to_thread(relay.worker_pids)
-                    os.kill(victim, signal.SIGKILL)
-                    await asyncio.to_thread(wait_for, partial(replaced, relay, victim))
+        async def kills() -> None:
+            for _ in range(2 * (KILLS // 4)):
+                await asyncio.sleep(1)
+                (victim, _) = await asyncio.to_thread(relay.worker_pids)
+                os.kill(victim, signal.SIGKILL)
+                await asyncio.to_thread(wait_for, partial(replaced, relay, victim))
 
-            task = asyncio.create_task(kills())
-            await source.run(task.done)
-            await task
-
-        asyncio.run(main())
+        load_while(source, kills())
         drained(relay)
         assert source.failed_connects == 0
         check_ledger(source, ledger)
@@ -120,23 +122,16 @@ def test_sigterm_drains_and_nothing_is_sent_twice(tmp_path, ledger):
     source = Source(lambda: relay.port, 10)
     rounds = 0
 
-    async def main() -> None:
+    async def stops() -> None:
         nonlocal rounds
-
-        async def stops() -> None:
-            nonlocal rounds
-            for _ in range(3):
-                await asyncio.sleep(0.5)
-                assert await asyncio.to_thread(relay.stop) == 0
-                await asyncio.to_thread(relay.start)
-                rounds += 1
-
-        task = asyncio.create_task(stops())
-        await source.run(task.done)
-        await task
+        for _ in range(3):
+            await asyncio.sleep(0.5)
+            assert await asyncio.to_thread(relay.stop) == 0
+            await asyncio.to_thread(relay.start)
+            rounds += 1
 
     try:
-        asyncio.run(main())
+        load_while(source, stops())
         drained(relay)
         assert rounds == 3
         assert check_ledger(source, ledger) == 0, "an orderly stop makes no duplicates"

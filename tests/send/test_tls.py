@@ -66,3 +66,17 @@ def test_encrypt_never_sends_in_clear(tmp_path):
 def test_credentials_need_verified_tls(tmp_path):
     with FakeMx({}) as plain, pytest.raises(AssertionError, match="username needs tls"):
         relay_to(plain, tmp_path, "may", trusted=False, login=True).start()
+
+
+def test_an_unreadable_password_defers_with_its_reason_and_is_read_again(peer, tmp_path):
+    secret = tmp_path / "secret"
+    route = f'route=[{{hosts=["localhost:{peer.port}"], tls="verify", username="me", password_file="{secret}", connections=1}}]'
+    relay = Relay(tmp_path, None, route, "delivery.first_retry=0.5")
+    relay.environment = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+    with relay:
+        relay.send()
+        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+        assert "password_file" in deferred["reply"]
+        secret.write_text("late\n")
+        wait_for(lambda: peer.messages)
+        assert peer.credentials == [b"\0me\0late"]
