@@ -30,12 +30,13 @@ class Load:
     size: int = 4096
     reuse: bool = True
     recipients: int = 1
+    to: str = "c@d.example"
 
     def command(self, port: int) -> list[str]:
         flags = ["-d"] if self.reuse else []
         return [
             _program("smtp-source"), *flags, "-s", "50", "-m", str(self.messages), "-l", str(self.size),
-            "-r", str(self.recipients), "-f", "a@b.example", "-t", "c@d.example", f"127.0.0.1:{port}",
+            "-r", str(self.recipients), "-f", "a@b.example", "-t", self.to, f"127.0.0.1:{port}",
         ]  # fmt: skip
 
 
@@ -67,13 +68,13 @@ def cpu_seconds(root: int) -> float:
 
 
 class Sink:
-    """smtp-sink, or relaymta's target of the moment."""
+    """smtp-sink with `flags`."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, *flags: str, port: int = 0) -> None:
+        self.port = port or free_port()
         user = ["-u", "nobody"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
-            [_program("smtp-sink"), *user, "-c", f"127.0.0.1:{self.port}", "1000"], stdout=subprocess.DEVNULL
+            [_program("smtp-sink"), *user, *flags, "-c", f"127.0.0.1:{self.port}", "1000"], stdout=subprocess.DEVNULL
         )
         time.sleep(0.3)
 
@@ -87,12 +88,15 @@ class Relaymta:
 
     name = "relaymta"
 
-    def __init__(self, folder: Path, sink: int, workers: int = 1, settings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, sink: int, workers: int = 1, settings: tuple[str, ...] = (), flags: tuple[str, ...] = ()
+    ) -> None:
         self.port, self.metrics = free_port(), free_port()
+        self.spool = folder / "spool"
         command = [
             sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--smarthost", f"127.0.0.1:{sink}",
-            "--spool", str(folder / "spool"), "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
-            "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example",
+            "--spool", str(self.spool), "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
+            "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example", *flags,
         ]  # fmt: skip
         for setting in settings:
             command += ["--set", setting]
@@ -108,6 +112,11 @@ class Relaymta:
             )
         except OSError:
             return False
+
+    def cli(self, *arguments: str) -> str:
+        """What a command of the relay's CLI prints."""
+        command = [sys.executable, "-m", "relaymta", *arguments, "--spool", str(self.spool)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def counter(self, name: str) -> float:
         """The sum of a metric's samples."""

@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,19 @@ from relaymta.errors import RelayError
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto.envelope import SUCCESS, TRANSIENT
-from relaymta.queue import Committed, Entry, Events, Outcome, Put, Queue, QueueSettings, format_id, inspect, parse_id
+from relaymta.queue import (
+    Committed,
+    Entry,
+    Events,
+    Filter,
+    Outcome,
+    Put,
+    Queue,
+    QueueSettings,
+    Totals,
+    format_id,
+    parse_id,
+)  # fmt: skip
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
 from relaymta.shm import Shared
@@ -42,6 +55,16 @@ SYNCS = index("relaymta_syncs_total")
 NOTICES = index("relaymta_notices_total")
 LOG_DROPPED = index("relaymta_log_dropped_total")
 NOTICES_DROPPED = index("relaymta_notices_dropped_total")
+
+_TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], float]]] = [
+    ("relaymta_queue_messages", attrgetter("messages"), sum),
+    ("relaymta_queue_octets", attrgetter("octets"), sum),
+    ("relaymta_queue_deferred", attrgetter("deferred"), sum),
+    ("relaymta_queue_held", attrgetter("held"), sum),
+    ("relaymta_oldest_overdue_seconds", attrgetter("overdue"), max),
+    ("relaymta_segment_octets", attrgetter("segment_octets"), sum),
+    ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
+]
 
 DRAIN_SECONDS = 10.0
 TEXT_SECONDS = 30.0
@@ -135,6 +158,7 @@ class Shard:
             Witness(worker.counters, worker.log, self.dispatcher.landed),
         )
         self.dispatcher.queue = self.queue
+        self.totals: Totals | None = None
 
 
 class Worker:
@@ -193,7 +217,7 @@ class Worker:
     def _gauges(self) -> None:
         """Once a second: what is counted by looking."""
         for shard in self.shards.values():
-            shard.queue.schedule.reading(lambda q=shard.queue: _totals(q), self._set_gauges)  # type: ignore[misc]
+            shard.queue.watch_totals(lambda totals, shard=shard: self._set_gauges(shard, totals))  # type: ignore[misc]
         gauge = self.counters.gauge
         gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
         gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
@@ -211,9 +235,11 @@ class Worker:
             self._store_state = state
         self._timer = self.loop.call_later(1.0, self._gauges)
 
-    def _set_gauges(self, totals: dict[str, float]) -> None:
-        for name, value in totals.items():
-            self.counters.gauge(name, value)
+    def _set_gauges(self, shard: Shard, totals: Totals) -> None:
+        """Sums over this worker's shards, each as it was last counted."""
+        shard.totals = totals
+        for name, of, combine in _TOTALS:
+            self.counters.gauge(name, combine(of(one.totals) for one in self.shards.values() if one.totals is not None))
 
     # Requests of the supervisor
 
@@ -258,33 +284,22 @@ class Worker:
     async def _summary(self, descriptors: list[int]) -> list[Any]:
         found: list[Any] = []
         for shard in self.shards.values():
-            found += await shard.queue.read(inspect.summary, shard.queue.store, shard.queue.clock)
+            found += await shard.queue.summary()
         return found
 
     async def _page(self, descriptors: list[int], shard: int, after: int, chosen: dict[str, Any]) -> Any:
-        queue = self.shards[shard].queue
-        found = inspect.Filter(**chosen)
-        return await queue.read(inspect.page, queue.store, queue.clock, queue.schedule, found, after)
+        return await self.shards[shard].queue.page(Filter(**chosen), after)
 
     async def _message(self, descriptors: list[int], ident: str) -> Any:
         for shard in self.shards.values():
-            queue = shard.queue
-            found = await queue.read(inspect.message, queue.store, queue.clock, queue.schedule, parse_id(ident))
+            found = await shard.queue.message(parse_id(ident))
             if found is not None:
                 return found
         return None
 
     async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
-        number = parse_id(ident)
         for shard in self.shards.values():
-            queue = shard.queue
-
-            def read(queue: Queue = queue) -> bytes | None:
-                with queue.store.env.begin() as txn:
-                    envelope = queue.store.envelope(txn, number)
-                return None if envelope is None or envelope.body is None else queue.segments.read(number, envelope.body)
-
-            text = await queue.read(read)
+            text = await shard.queue.raw(parse_id(ident))
             if text is not None:
                 return text
         return None
@@ -350,31 +365,6 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "change": Worker._change,
     "status": Worker._status,
 }
-
-
-def _totals(queue: Queue) -> dict[str, float]:
-    """Reader thread: a shard's counts."""
-    messages = octets = deferred = held = 0
-    overdue = 0.0
-    with queue.store.env.begin() as txn:
-        for row in queue.store.queues(txn):
-            messages += row.messages
-            octets += row.bytes
-            deferred += row.deferred
-            held += row.held
-        first = next(queue.store.expiries(txn), None)
-    if first is not None:
-        overdue = max(0.0, (queue.clock.now() - first[0]) / 1000)
-    files, live, _ = queue.segments.usage()
-    return {
-        "relaymta_queue_messages": messages,
-        "relaymta_queue_octets": octets,
-        "relaymta_queue_deferred": deferred,
-        "relaymta_queue_held": held,
-        "relaymta_oldest_overdue_seconds": overdue,
-        "relaymta_segment_octets": files,
-        "relaymta_segment_live_octets": live,
-    }
 
 
 async def _main(descriptor: int) -> None:

@@ -17,8 +17,7 @@ from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
 from relaymta.proto.smtp_server import ServerSession, Transaction
-from relaymta.queue import format_id
-from relaymta.queue.segments import BigBody
+from relaymta.queue import BigBody, format_id
 from relaymta.shm import Limits
 
 __all__ = ["Acceptor", "Connection"]

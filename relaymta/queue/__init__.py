@@ -7,7 +7,7 @@ start()   entries are offered for delivery              task()    an operator's 
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,19 @@ from relaymta.errors import SpoolBusy, StoreError
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, QueueName
 from relaymta.queue import inspect
 from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.compact import Compactor
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.ident import IdSource, format_id, parse_id
+from relaymta.queue.inspect import Filter, Totals
 from relaymta.queue.schedule import Schedule, retry_delay
-from relaymta.queue.segments import BigBody, Segments, segment_size_for
+from relaymta.queue.segments import FRAME, BigBody, Segments, segment_size_for
 from relaymta.queue.store import SCHEMA, Change, Store
 from relaymta.queue.writer import Assign, Committed, Task, Writer
 
-__all__ = ["Committed", "Entry", "Events", "Outcome", "Put", "Queue", "QueueSettings", "format_id", "parse_id", "wall_ms"]
+__all__ = [
+    "BigBody", "Committed", "Entry", "Events", "Filter", "Outcome", "Put", "Queue", "QueueSettings", "Totals", "format_id",
+    "parse_id", "wall_ms",
+]  # fmt: skip
 
 T = TypeVar("T")
 BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
@@ -35,6 +40,7 @@ FLOOR_MOST = 2 << 30
 RESUMED_GRACE_MS = 86_400_000
 MAP_SHARE = 90  # per cent of LMDB's map
 TICK = 0.05
+STREAM_PIECE = 256 * 1024
 SWEEP_TICKS = 12_000  # ten minutes
 
 
@@ -111,6 +117,7 @@ class Queue:
             window=settings.window,
             window_bytes=settings.window_bytes,
         )
+        self.compactor = Compactor(self.store, self.segments, self.writer, self._read)
         self.full = False
         self.quarantined = False  # whether start() found its culprit here
         self._floor = FLOOR_MOST
@@ -223,14 +230,45 @@ class Queue:
         self.writer.submit(Task(run, None))
         self.schedule.wake_at(until or self.clock.now())
 
-    async def read_text(self, entry: Entry) -> list[bytes]:
-        """A body's pieces, verified, from memory or disk. StoreError when it is damaged or gone."""
-        if entry.text is not None:
-            return entry.text
-        body = entry.envelope.body
-        if body is None:
-            raise StoreError(f"message {format_id(entry.ident)} has no body")
-        return [await self._loop.run_in_executor(self._readers, self.segments.read, entry.ident, body)]
+    # Reading bodies
+
+    async def read_texts(self, entries: list[Entry]) -> list[list[bytes] | StoreError]:
+        """The texts of entries, verified, from memory or disk; StoreError in the place of one that is damaged or gone."""
+        found: list[list[bytes] | StoreError] = []
+        bodies = [entry.envelope.body for entry in entries]
+        texts = await self._loop.run_in_executor(self._readers, self._read_bodies, entries, bodies)
+        for entry, body, text in zip(entries, bodies, texts, strict=True):
+            if isinstance(text, StoreError) and entry.envelope.body != body:  # it moved meanwhile
+                found += await self.read_texts([entry])
+            else:
+                found.append(text)
+        return found
+
+    def _read_bodies(self, entries: list[Entry], bodies: list[Body | None]) -> list[list[bytes] | StoreError]:
+        found: list[list[bytes] | StoreError] = []
+        for entry, body in zip(entries, bodies, strict=True):
+            try:
+                if body is None:
+                    raise StoreError(f"message {format_id(entry.ident)} has no body")
+                found.append(entry.text if entry.text is not None else [self.segments.read(entry.ident, body)])
+            except StoreError as error:
+                found.append(error)
+        return found
+
+    async def stream_text(self, entry: Entry) -> AsyncIterator[bytes]:
+        """The text of a large message (its body is a file of its own), piece by piece, verified before the first one.
+        StoreError when it is damaged or gone."""
+        ident, body = entry.ident, entry.envelope.body
+        if body is None or body.segment:
+            raise StoreError(f"message {format_id(ident)} has no file of its own")
+        descriptor = await self.read(self.segments.open_big, ident, body)
+        try:
+            offset = FRAME.size
+            while piece := await self.read(os.pread, descriptor, STREAM_PIECE, offset):
+                offset += len(piece)
+                yield piece
+        finally:
+            os.close(descriptor)
 
     async def task(self, run: Callable[[Change], T]) -> T:
         """An operator's change, durable when this returns."""
@@ -264,9 +302,31 @@ class Queue:
         await self.writer.task(run)
         self.schedule.wake()
 
+    # Looking
+
     async def read(self, function: Callable[..., T], *args: Any) -> T:
         """Run a reading function on a reader thread."""
         return await self._loop.run_in_executor(self._readers, function, *args)
+
+    async def summary(self) -> list[dict[str, Any]]:
+        """One row for each queue that holds mail."""
+        return await self.read(inspect.summary, self.store, self.clock)
+
+    async def page(self, chosen: inspect.Filter, after: int) -> dict[str, Any]:
+        """The next messages behind id `after`."""
+        return await self.read(inspect.page, self.store, self.clock, self.schedule, chosen, after)
+
+    async def message(self, ident: int) -> dict[str, Any] | None:
+        """Everything about one message; None when it is not here."""
+        return await self.read(inspect.message, self.store, self.clock, self.schedule, ident)
+
+    async def raw(self, ident: int) -> bytes | None:
+        """A message's text, verified; None when it is not here. StoreError when it is damaged."""
+        return await self.read(inspect.raw, self.store, self.segments, ident)
+
+    def watch_totals(self, then: Callable[[inspect.Totals], None]) -> None:
+        """Count what is in the shard on a reader thread, then `then(totals)` on the loop."""
+        self.schedule.reading(lambda: inspect.totals(self.store, self.segments, self.clock), then)
 
     # Behind the commit
 
@@ -278,6 +338,10 @@ class Queue:
                 put.done(put.error)
             if put.error is None:
                 self.schedule.add_fresh(_entries(put))
+        for move in group.moves:
+            if move.body is not None and move.error is None:
+                self.schedule.moved(move.ident, move.queues, move.body)
+            move.done(move)
         for outcome in group.outcomes:
             self._events.ended(outcome)
             self.schedule.remove(outcome.entry, outcome.retry_at)
@@ -302,6 +366,7 @@ class Queue:
         self._ticks += 1
         if not self.writer.stalled:
             self.schedule.tick()
+            self.compactor.tick()
         if self._ticks % SWEEP_TICKS == 0:
             self.writer.submit(Task(lambda change: change.sweep(), None))
         if self._ticks % 20 == 0:

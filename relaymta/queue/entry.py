@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
 
-__all__ = ["Entry", "Outcome", "Put"]
+__all__ = ["Entry", "Move", "Outcome", "Put"]
 
 
 class Entry:
@@ -93,3 +93,20 @@ class Outcome:
         self.expired = expired
         self.notice: Put | None = None
         self.moved: Body | None = None
+
+
+class Move:
+    """A body copied from its segment (`was`, verified as `text`) to a cold one. `body`: where it lies once that is
+    committed, None when its message ended or moved first. `done(move)` is called on the loop; `last`: of its slice."""
+
+    __slots__ = ("body", "done", "error", "ident", "last", "queues", "text", "was")
+
+    def __init__(self, ident: int, was: Body, text: bytes, done: Callable[["Move"], None]) -> None:
+        self.ident = ident
+        self.was = was
+        self.text = text
+        self.done = done
+        self.body: Body | None = None
+        self.queues: list[int] = []  # in which the message waits
+        self.error: StoreError | None = None
+        self.last = False

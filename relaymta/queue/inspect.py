@@ -3,16 +3,18 @@ by key; changes of at most 1,000 rows inside a group commit. What is in flight i
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Envelope
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Body, Envelope
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import format_id
 from relaymta.queue.schedule import Schedule
+from relaymta.queue.segments import Segments
 from relaymta.queue.store import Change, Store
 from relaymta.queue.writer import Writer
 
-__all__ = ["VERBS", "Filter", "apply", "message", "page", "quarantine", "summary"]
+__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "quarantine", "raw", "summary", "totals"]
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
@@ -140,6 +142,50 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "peer": attempt.peer,
         "reply": " ".join(part for part in (str(attempt.code or ""), attempt.enhanced, attempt.text) if part),
     }
+
+
+def raw(store: Store, segments: Segments, ident: int) -> bytes | None:
+    """A message's text, verified; None when it is not here. StoreError when it is damaged."""
+    body: Body | None = None
+    while True:
+        with store.env.begin() as txn:
+            envelope = store.envelope(txn, ident)
+        if envelope is None or envelope.body is None:
+            return None
+        if envelope.body == body:
+            return segments.read(ident, body)
+        body = envelope.body
+        try:
+            return segments.read(ident, body)
+        except StoreError:
+            continue  # it may have moved, or ended: look again where it is
+
+
+class Totals(NamedTuple):
+    """A shard's counts; overdue: seconds since the deadline of the message most past it."""
+
+    messages: int
+    octets: int
+    deferred: int
+    held: int
+    overdue: float
+    segment_octets: int
+    segment_live: int
+
+
+def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
+    """Count what is in the shard."""
+    messages = octets = deferred = held = 0
+    with store.env.begin() as txn:
+        for row in store.queues(txn):
+            messages += row.messages
+            octets += row.bytes
+            deferred += row.deferred
+            held += row.held
+        first = next(store.expiries(txn), None)
+    overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
+    files, live, _ = segments.usage()
+    return Totals(messages, octets, deferred, held, overdue, files, live)
 
 
 def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from relaymta.proto.envelope import DELIVERED, FAILED, QueueName
+from relaymta.proto.envelope import DELIVERED, FAILED, Body, QueueName
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry
 from relaymta.queue.store import Store
@@ -63,6 +63,7 @@ class Schedule:
         self._scanning = False
         self._readings = 0
         self._left: set[tuple[int, int]] = set()  # entries that left while the disk is being read
+        self._moved: dict[int, Body] = {}  # bodies that moved while the disk is being read
         self._more = True
         self._next_at = 0
         self._last_scan = 0
@@ -111,6 +112,15 @@ class Schedule:
         if next_at:
             self.wake_at(next_at)
 
+    def moved(self, ident: int, queues: list[int], body: Body) -> None:
+        """A message's body lies elsewhere now."""
+        for queue in queues:
+            entry = self._entries.get((ident, queue))
+            if entry is not None:
+                entry.envelope.body = body
+        if self._readings:
+            self._moved[ident] = body
+
     def put_back(self, entry: Entry) -> None:
         """An entry leaves the window untried: its row on disk is found again once its queue wakes."""
         entry.cancelled = True
@@ -153,6 +163,7 @@ class Schedule:
             self._readings -= 1
             if not self._readings:
                 self._left.clear()
+                self._moved.clear()
 
         self._run(function, done)
 
@@ -167,6 +178,7 @@ class Schedule:
             return known
         if key in self._left:
             return None
+        self._relocated(entry)
         entry.due = -1
         entry.flying = True
         self._scanned += 1
@@ -203,10 +215,17 @@ class Schedule:
             key = (entry.ident, entry.queue)
             if key in self._left or key in self._entries:
                 continue
+            self._relocated(entry)
             self._scanned += 1
             entry.due = -1  # marks it as counted in the scanned half
             self._entries[key] = entry
             self._offer(entry)
+
+    def _relocated(self, entry: Entry) -> None:
+        """An entry read from disk: its body may have moved meanwhile."""
+        body = self._moved.get(entry.ident)
+        if body is not None:
+            entry.envelope.body = body
 
     # On a reader thread
 

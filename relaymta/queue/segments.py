@@ -6,7 +6,7 @@ never rewrites one, it doubled what is written.) Each body is a *frame*: magic, 
 length and xxh3 checksum, then the text. A frame is trusted only when all of these agree, so bytes of a torn write or of
 an earlier use of the segment are never taken for a message.
 
-All methods but `read` belong to the writer thread. Appending is in two steps, as the group commit is: `append` and
+All methods but those that read belong to the writer thread. Appending is in two steps, as the group commit is: `append` and
 `sync` put the bytes on disk, then `rows` gives the segment rows that make them count; `settle` is called when the LMDB
 commit has returned, `forget` when it failed. Space is reused only by `settle`, so after the commit that freed it.
 
@@ -25,7 +25,7 @@ import xxhash
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
-__all__ = ["FRAME", "BigBody", "Corrupt", "Segments", "segment_size_for"]
+__all__ = ["FRAME", "MAGIC", "BigBody", "Corrupt", "Segment", "Segments", "segment_size_for"]
 
 FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
 MAGIC = b"rmB1"
@@ -288,6 +288,35 @@ class Segments:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
         check_frame(head, ident, body, len(text), xxhash.xxh3_64_intdigest(text))
         return text
+
+    def open_big(self, ident: int, body: Body) -> int:
+        """A descriptor of a large body's file, which is read through and verified first (the text begins behind its
+        frame). Corrupt, or StoreError when it cannot be read."""
+        try:
+            descriptor = os.open(self.big_path(ident), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+        try:
+            digest, offset = xxhash.xxh3_64(), FRAME.size
+            while piece := os.pread(descriptor, MEGABYTE, offset):
+                digest.update(piece)
+                offset += len(piece)
+            check_frame(os.pread(descriptor, FRAME.size, 0), ident, body, offset - FRAME.size, digest.intdigest())
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+        except Corrupt:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def movable(self, segment: Segment) -> bool:
+        """Whether bodies may be moved out of a segment: it holds some, and nothing is appended to it."""
+        return segment.row.live > 0 and segment not in self._active and self._segments.get(segment.number) is segment
+
+    def closed(self) -> list[Segment]:
+        """The segments that hold bodies and are not appended to."""
+        return [segment for segment in list(self._segments.values()) if self.movable(segment)]
 
     # What the operator and the tests see
 

@@ -43,7 +43,7 @@ from relaymta.proto.envelope import (
 )
 from relaymta.proto.header import header_end
 from relaymta.queue.clock import QueueClock, wall_ms
-from relaymta.queue.entry import Entry, Outcome, Put
+from relaymta.queue.entry import Entry, Move, Outcome, Put
 from relaymta.queue.ident import IdSource, format_id
 from relaymta.queue.segments import COLD, HOT, Segments
 from relaymta.queue.store import Change, Store
@@ -71,13 +71,22 @@ class Task:
 class Committed:
     """What one group came to; handed to the loop."""
 
-    __slots__ = ("messages", "outcomes", "puts", "syncs", "tasks")
+    __slots__ = ("moves", "outcomes", "puts", "syncs", "tasks")
 
-    def __init__(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task]) -> None:
-        self.puts = puts
+    def __init__(self, outcomes: list[Outcome]) -> None:
+        self.puts: list[Put] = []
         self.outcomes = outcomes
-        self.tasks = tasks
+        self.tasks: list[Task] = []
+        self.moves: list[Move] = []
         self.syncs = 0
+
+
+Operation = Put | Outcome | Task | Move
+
+
+def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> None:
+    for operation in operations:
+        operation.error = error
 
 
 class Writer:
@@ -110,9 +119,9 @@ class Writer:
         self._ballast = ballast
         self._assign = assign
         self._on_commit = on_commit
-        self._pending: list[Put | Outcome | Task] = []
+        self._pending: list[Operation] = []
         self._busy = False
-        self._inbox: queues.SimpleQueue[list[Put | Outcome | Task] | None] = queues.SimpleQueue()
+        self._inbox: queues.SimpleQueue[list[Operation] | None] = queues.SimpleQueue()
         self.stalled = False
         self.last_error = ""
         self._unlink: list[int] = []
@@ -122,7 +131,7 @@ class Writer:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, operation: Put | Outcome | Task) -> None:
+    def submit(self, operation: Operation) -> None:
         """Let an operation ride in the next group."""
         self._pending.append(operation)
         if not self._busy:
@@ -170,14 +179,16 @@ class Writer:
 
     def _serve(self) -> None:
         while (batch := self._inbox.get()) is not None:
-            committed = Committed([], [], [])
+            committed = Committed([])
             for operation in batch:
                 if type(operation) is Put:
                     committed.puts.append(operation)
                 elif type(operation) is Outcome:
                     committed.outcomes.append(operation)
+                elif type(operation) is Task:
+                    committed.tasks.append(operation)
                 else:
-                    committed.tasks.append(operation)  # type: ignore[arg-type]
+                    committed.moves.append(operation)  # type: ignore[arg-type]
             self._commit(committed)
             self._loop.call_soon_threadsafe(self._posted, committed)
 
@@ -186,21 +197,18 @@ class Writer:
         for outcome in group.outcomes:
             if not outcome.success:
                 self._plan(outcome)
-        error = self._write_bodies(group, puts)
+        moves = group.moves
+        error = self._write_bodies(group, puts, moves)
         if error is not None:
-            for put in puts:
-                put.error = error
-            puts = []
-            error = self._write_bodies(group, puts)
+            _refuse([*puts, *moves], error)
+            puts, moves = [], []
+            error = self._write_bodies(group, puts, moves)
         if error is None:
-            error = self._transact(puts, group.outcomes, group.tasks)
+            error = self._transact(puts, group.outcomes, group.tasks, moves)
             if error is None:
                 self.stalled = False
                 return
-        for put in puts:
-            put.error = error
-        for task in group.tasks:
-            task.error = error
+        _refuse([*puts, *moves, *group.tasks], error)
         self._insist(group)
 
     def _insist(self, group: Committed) -> None:
@@ -213,10 +221,9 @@ class Writer:
             part = left[:SMALL_GROUP]
             for outcome in part:
                 outcome.moved = None  # no copies now: they take room
-            trial = Committed([], part, [])
-            error = self._write_bodies(trial, [])
+            error = self._write_bodies(Committed(part), [], [])
             if error is None:
-                error = self._transact([], part, [])
+                error = self._transact([], part, [], [])
             if error is None:
                 left = left[SMALL_GROUP:]
             else:
@@ -224,7 +231,7 @@ class Writer:
                 time.sleep(0.2)
         self.stalled = False
 
-    def _write_bodies(self, group: Committed, puts: list[Put]) -> StoreError | None:
+    def _write_bodies(self, group: Committed, puts: list[Put], moves: list[Move]) -> StoreError | None:
         """Append and sync the bodies of `puts`, of notices and of moves to cold segments."""
         segments = self._segments
         try:
@@ -238,6 +245,8 @@ class Writer:
                     notice.envelope.body = segments.append(notice.ident, notice.text or [], notice.envelope.size, HOT)
                 if outcome.moved is not None:
                     self._move(outcome)
+            for move in moves:
+                move.body = segments.append(move.ident, [move.text], move.was.length, COLD)
             segments.write()
             group.syncs += segments.sync()
         except (OSError, StoreError) as failure:
@@ -245,7 +254,7 @@ class Writer:
             return self._explain(failure)
         return None
 
-    def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task]) -> StoreError | None:
+    def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """One LMDB transaction with everything."""
         change = None
         segments = self._segments
@@ -258,6 +267,8 @@ class Writer:
                 self._finish(change, outcome, now)
             for task in tasks:
                 self._run_task(change, task)
+            for move in moves:
+                self._relocate(change, move)
             doomed = segments.doomed()
             for number in doomed:
                 change.drop_segment(number)
@@ -305,6 +316,19 @@ class Writer:
         rows = [change.row(name) for name, _ in put.names]
         envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
         change.put(put.ident, envelope, rows)
+
+    def _relocate(self, change: Change, move: Move) -> None:
+        """Point a message at the copy of its body; where it ended or moved meanwhile, the copy is dropped."""
+        envelope = self._store.envelope(change.txn, move.ident)
+        assert move.body is not None
+        if envelope is None or envelope.body != move.was:
+            self._segments.release(move.body)
+            move.body = None
+            return
+        self._segments.release(move.was)
+        envelope.body = move.body
+        change.replace(move.ident, envelope)
+        move.queues = [placement.queue for placement in envelope.placements]
 
     def _run_task(self, change: Change, task: Task) -> None:
         try:

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
-import xxhash
-
 from relaymta.config import Config, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.errors import StoreError
@@ -30,7 +28,6 @@ from relaymta.proto.envelope import (
 from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said, classify, stuff
 from relaymta.queue import Entry, Queue, format_id, wall_ms
 from relaymta.queue.schedule import retry_delay
-from relaymta.queue.segments import FRAME, check_frame
 from relaymta.route.mx import NoRoute, Target, mx_targets
 from relaymta.route.table import RouteTable, Site
 from relaymta.send.session import ConnectFailed, Session, connect
@@ -47,7 +44,6 @@ CORRUPT = index("relaymta_corrupt_bodies_total")
 
 CHECK_EVERY = 1.0
 LOAD_TOGETHER = 32  # bodies read from disk in one go
-STREAM_PIECE = 256 * 1024
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 
 
@@ -190,8 +186,7 @@ class Dispatcher:
             if entry.cancelled:
                 ready.popleft()
                 continue
-            body = entry.envelope.body
-            if entry.text is None and body is not None and body.segment:
+            if entry.text is None and not _is_large(entry):
                 self._load(state)
                 return None
             ready.popleft()
@@ -208,28 +203,16 @@ class Dispatcher:
         if state.loading:
             return
         state.loading = True
-        wanted = [e for e in list(state.ready)[:LOAD_TOGETHER] if e.text is None and not e.cancelled]
+        wanted = [e for e in list(state.ready)[:LOAD_TOGETHER] if e.text is None and not e.cancelled and not _is_large(e)]
         self._spawn(self._load_texts(state, wanted))
 
     async def _load_texts(self, state: SiteState, entries: list[Entry]) -> None:
-        segments = self._queue().segments
-
-        def read() -> list[bytes | StoreError]:
-            found: list[bytes | StoreError] = []
-            for entry in entries:
-                try:
-                    assert entry.envelope.body is not None
-                    found.append(segments.read(entry.ident, entry.envelope.body) if entry.envelope.body.segment else b"")
-                except StoreError as error:
-                    found.append(error)
-            return found
-
-        texts = await self._queue().read(read)
+        texts = await self._queue().read_texts(entries)
         for entry, text in zip(entries, texts, strict=True):
             if isinstance(text, StoreError):
                 self._unreadable(state, entry, text)
-            elif text:
-                entry.text = [text]
+            else:
+                entry.text = text
         state.loading = False
         self._pump(state)
 
@@ -451,36 +434,17 @@ class Dispatcher:
     # Large texts
 
     async def _pieces(self, mail: Mail) -> AsyncIterator[bytes]:
-        """A large body's text from its own file, verified first, stuffed."""
+        """A large body's text, stuffed."""
         entry = mail.cargo
-        assert isinstance(entry, Entry) and entry.envelope.body is not None
-        queue = self._queue()
-        path, body = queue.segments.big_path(entry.ident), entry.envelope.body
-
-        def verify() -> None:
-            with path.open("rb") as file:
-                head = file.read(FRAME.size)
-                digest, length = xxhash.xxh3_64(), 0
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
-                    length += len(piece)
-            check_frame(head, entry.ident, body, length, digest.intdigest())
-
-        await queue.read(verify)
-        descriptor = await queue.read(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            offset, before = FRAME.size, b"\r\n"
-            while True:
-                piece = await queue.read(os.pread, descriptor, STREAM_PIECE, offset)
-                if not piece:
-                    return
-                offset += len(piece)
-                if entry.envelope.flags & DOTTED:
-                    joined = (before + piece).replace(b"\r\n.", b"\r\n..")
-                    before, piece = (before + piece)[-2:], joined[len(before) :]
+        assert isinstance(entry, Entry)
+        before = b"\r\n"
+        async for piece in self._queue().stream_text(entry):
+            if entry.envelope.flags & DOTTED:
+                joined = (before + piece).replace(b"\r\n.", b"\r\n..")
+                before = (before + piece)[-2:]
+                yield joined[2:]
+            else:
                 yield piece
-        finally:
-            os.close(descriptor)
 
     # Time passes
 
@@ -543,6 +507,12 @@ class Dispatcher:
         self._timer.cancel()
         for task in list(self._tasks):
             task.cancel()
+
+
+def _is_large(entry: Entry) -> bool:
+    """Whether the text is streamed from a file of its own."""
+    body = entry.envelope.body
+    return body is not None and not body.segment
 
 
 def _unfit(entry: Entry, features: Features) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
-from relaymta.queue import Events, Queue, QueueSettings, format_id, wall_ms
+from relaymta.queue import Events, Queue, QueueSettings, compact, format_id, wall_ms
 
 
 async def main(spool: Path, groups: int) -> None:
@@ -17,6 +17,16 @@ async def main(spool: Path, groups: int) -> None:
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
     queue = Queue(spool, 0, settings, lambda envelope: [(QueueName("out", ""), None)], offered.append, Events())
     queue.segments.size = 1 << 17  # so that segments change and are used again
+    compact.SPARE = 0  # and bodies move
+    moves = 0
+    relocate = queue.schedule.moved
+
+    def moved(*arguments) -> None:
+        nonlocal moves
+        moves += 1
+        relocate(*arguments)
+
+    queue.schedule.moved = moved  # type: ignore[method-assign]
     await queue.start()
     for _ in range(groups):
         waiting = []
@@ -38,6 +48,8 @@ async def main(spool: Path, groups: int) -> None:
             elif kind == "defer":
                 queue.finish(entry, {0: Attempt(wall_ms(), TRANSIENT, "rcpt", "", 451, "", "later")})
         offered.clear()
+        queue.compactor.tick()
+    os.write(1, f"MOVED {moves}\n".encode())
     os._exit(0)
 
 

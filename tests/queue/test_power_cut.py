@@ -105,6 +105,7 @@ class Image:
     unnamed: set[str] = field(default_factory=set)  # created, its directory not synced yet
     removed: set[str] = field(default_factory=set)
     acknowledged: dict[str, str] = field(default_factory=dict)
+    moved: int = 0  # bodies that compaction moved
 
     def play(self, call: Call) -> None:
         if call.name == "create":
@@ -131,8 +132,10 @@ class Image:
                 word, ident, *rest = line.split()
                 if word == "ACK":
                     self.acknowledged[ident] = rest[0]
-                else:
+                elif word == "END":
                     self.acknowledged.pop(ident, None)
+                else:
+                    self.moved = int(ident)
 
     def write_out(self, root: Path, target: Path, rng: random.Random) -> None:
         """The image as a power cut now would leave it."""
@@ -204,3 +207,4 @@ def test_every_image_holds_every_acknowledged_message(tmp_path):
             assert not missing, f"cut at call {position} ({call.name} {call.path}): {len(missing)} messages are lost"
             checked += len(image.acknowledged)
     assert checked > 500
+    assert image.moved > 100

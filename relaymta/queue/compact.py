@@ -1,0 +1,117 @@
+"""Compaction: the bodies that hold a nearly empty segment move to a cold one, so that the disk used stays within twice
+the live octets and a few segments, in whatever order messages leave.
+
+One slice at a time: a reader thread walks the emptiest segment's frames and keeps those that LMDB still points at; the
+copies ride in a group commit like any other write. Whoever reads a body while it moves finds the frame gone or foreign
+(its checksum, id and generation tell), and looks again where the queue says it is now.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import xxhash
+
+from relaymta.proto.envelope import Body
+from relaymta.queue.entry import Move
+from relaymta.queue.segments import FRAME, MAGIC, Segment, Segments
+from relaymta.queue.store import Store
+from relaymta.queue.writer import Writer
+
+__all__ = ["Compactor"]
+
+SPARE = 12  # segments beyond twice the live octets before anything is moved (the design's bound is 16)
+SLICE_BYTES = 1 << 20
+SLICE_FRAMES = 128
+PAUSE_TICKS = 200  # after the disk refused a copy
+
+Read = Callable[[Callable[[], Any], Callable[[Any], None]], None]
+
+
+class Compactor:
+    """Looks after one shard's segments; `tick` is called on the loop. `read(function, then)` runs on a reader thread."""
+
+    def __init__(self, store: Store, segments: Segments, writer: Writer, read: Read) -> None:
+        self._store = store
+        self._segments = segments
+        self._writer = writer
+        self._read = read
+        self._busy = False
+        self._pause = 0
+        self._victim: Segment | None = None
+        self._position = 0
+        self._given_up: set[tuple[int, int]] = set()  # (segment, generation) in which the walk came upon no frame
+
+    def tick(self) -> None:
+        """Move one slice when the disk used is over the bound."""
+        if self._pause:
+            self._pause -= 1
+        if self._busy or self._pause or self._writer.stalled:
+            return
+        victim = self._victim
+        if victim is None or not self._segments.movable(victim):
+            victim = self._victim = self._choose()
+            self._position = 0
+        if victim is not None:
+            self._busy = True
+            generation, start = victim.row.generation, self._position
+            self._read(lambda: self._slice(victim, generation, start), self._sliced)
+
+    def _choose(self) -> Segment | None:
+        """The emptiest segment, when the disk used is over the bound."""
+        octets, live, _ = self._segments.usage()
+        if octets <= 2 * live + SPARE * self._segments.size:
+            return None
+        known = [s for s in self._segments.closed() if (s.number, s.row.generation) not in self._given_up]
+        return min(known, key=lambda s: s.row.live_bytes, default=None)
+
+    # On a reader thread
+
+    def _slice(self, victim: Segment, generation: int, start: int) -> tuple[list[Move], int]:
+        """Live messages of `victim` from `start` on, and where the next slice begins (0: the walk is over)."""
+        found: list[Move] = []
+        taken, position, end = 0, start, victim.row.position
+        with self._store.env.begin() as txn:
+            while position < end and taken < SLICE_BYTES and len(found) < SLICE_FRAMES:
+                head = os.pread(victim.fd, FRAME.size, position)
+                if len(head) < FRAME.size:
+                    return found, 0
+                magic, frame_generation, ident, length, checksum = FRAME.unpack(head)
+                if magic != MAGIC or frame_generation != generation:
+                    return found, 0
+                body = Body(victim.number, generation, position, length)
+                position += FRAME.size + length
+                envelope = self._store.envelope(txn, ident)
+                if envelope is None or envelope.body != body:
+                    continue
+                text = os.pread(victim.fd, length, body.offset + FRAME.size)
+                taken += length
+                if len(text) == length and xxhash.xxh3_64_intdigest(text) == checksum:
+                    found.append(Move(ident, body, text, self._moved))
+        return found, position if position < end else 0
+
+    # Back on the loop
+
+    def _sliced(self, result: Any) -> None:
+        self._busy = False
+        if isinstance(result, Exception):  # the disk refused to be read
+            self._pause = PAUSE_TICKS
+            return
+        moves, self._position = result
+        victim = self._victim
+        if not self._position and victim is not None:
+            # What the walk leaves behind is damaged or torn: it stays until its messages end.
+            self._given_up.add((victim.number, victim.row.generation))
+            self._given_up &= {(s.number, s.row.generation) for s in self._segments.closed()}
+            self._victim = None
+        if moves:
+            self._busy = True
+            moves[-1].last = True
+        for move in moves:
+            self._writer.submit(move)
+
+    def _moved(self, move: Move) -> None:
+        if move.error is not None:
+            self._pause = PAUSE_TICKS
+        if move.last:
+            self._busy = False
