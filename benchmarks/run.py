@@ -84,7 +84,8 @@ class Sink:
 
 
 class Relaymta:
-    """The relay with its default configuration; `delivered()` counts recipients."""
+    """The relay with its default configuration and the smart host at port `sink` (0: `flags` say where mail goes);
+    `delivered()` counts recipients."""
 
     name = "relaymta"
 
@@ -94,9 +95,10 @@ class Relaymta:
         self.port, self.metrics = free_port(), free_port()
         self.spool = folder / "spool"
         command = [
-            sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--smarthost", f"127.0.0.1:{sink}",
-            "--spool", str(self.spool), "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
+            sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--spool", str(self.spool),
+            "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
             "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example", *flags,
+            *(["--smarthost", f"127.0.0.1:{sink}"] if sink else []),
         ]  # fmt: skip
         for setting in settings:
             command += ["--set", setting]
@@ -223,6 +225,19 @@ def through(make: Callable[[Path, int], Relaymta | Postfix], load: Load) -> dict
             sink.close()
 
 
+def accept_only(load: Load) -> dict[str, float]:
+    """One load into a relay whose smart host is down: everything stays in the queue."""
+    with tempfile.TemporaryDirectory() as folder:
+        relay = Relaymta(Path(folder), free_port())
+        try:
+            before, began = cpu_seconds(relay.root), time.monotonic()
+            subprocess.run(load.command(relay.port), check=True, timeout=600)
+            wall = time.monotonic() - began
+            return {"rate": load.messages / wall, "cpu_us": (cpu_seconds(relay.root) - before) / load.messages * 1e6}
+        finally:
+            relay.close()
+
+
 def run(scale: float) -> list[dict[str, object]]:
     """All loads."""
     loads = [
@@ -246,6 +261,9 @@ def run(scale: float) -> list[dict[str, object]]:
         print(json.dumps(row), flush=True)
     two = Load("sessions reused, 4 kB, two workers", int(40_000 * scale))
     rows.append({"load": two.name, "messages": two.messages, "relaymta": through(lambda f, s: Relaymta(f, s, 2), two)})
+    print(json.dumps(rows[-1]), flush=True)
+    only = Load("accepted only, sessions reused, 4 kB", int(40_000 * scale))
+    rows.append({"load": only.name, "messages": only.messages, "relaymta": accept_only(only)})
     print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -274,12 +292,21 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ledger_table(seconds: float) -> str:
+    """The ledger run as Markdown."""
+    command = [sys.executable, "-m", "benchmarks.ledger", "--seconds", str(seconds)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(json.dumps(found), flush=True)
+    shown = {name: f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" for name, value in found.items()}
+    return f"| ledger: {' | '.join(shown)} |\n|{'---|' * len(shown)}\n| {' | '.join(shown.values())} |\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", metavar="FILE", help="replace the table in this Markdown file")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of messages")
     arguments = parser.parse_args()
-    text = table(run(arguments.scale))
+    text = table(run(arguments.scale)) + "\n" + ledger_table(20 * arguments.scale)
     facts = (
         f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}."
     )

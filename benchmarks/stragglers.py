@@ -22,6 +22,10 @@ CONFIG = """
 name = "stubborn"
 recipient_domain = ["stubborn.example"]
 hosts = ["127.0.0.1:{stubborn}"]
+
+[[route]]
+name = "others"
+hosts = ["127.0.0.1:{sink}"]
 """
 
 
@@ -32,8 +36,8 @@ def run(messages: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "relay.toml"
-        config.write_text(CONFIG.format(stubborn=stubborn.port))
-        relay = Relaymta(folder, sink.port, flags=("--config", str(config)))
+        config.write_text(CONFIG.format(stubborn=stubborn.port, sink=sink.port))
+        relay = Relaymta(folder, 0, flags=("--config", str(config)))
         size = segment_size_for(folder)
         fresh = measure(relay, Load("fresh", 20_000))["cpu_us"]
         over: list[float] = []

@@ -5,7 +5,10 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
+
+import uvloop
 
 _LEDGER = re.compile(rb"^X-Ledger: (\S+)", re.M)
 
@@ -74,9 +77,13 @@ async def serve(port: int, note: Callable[[str, str, list[str]], None]) -> async
 
 async def _main(port: int, ledger: str) -> None:
     with open(ledger, "a", buffering=1) as file:  # noqa: ASYNC230
-        server = await serve(port, lambda ident, digest, to: print(json.dumps([ident, digest, to]), file=file) and None)
+
+        def note(ident: str, digest: str, to: list[str]) -> None:
+            print(json.dumps([ident, digest, to, time.monotonic()]), file=file)
+
+        server = await serve(port, note)
         await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1]), sys.argv[2]))
+    uvloop.run(_main(int(sys.argv[1]), sys.argv[2]))

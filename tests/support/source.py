@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Callable
 
 
@@ -17,6 +18,8 @@ class Source:
         self.size = size
         self.reuse = reuse
         self.acknowledged: dict[str, str] = {}
+        self.acknowledged_at: dict[str, float] = {}  # time.monotonic(), as `sent_at`
+        self.sent_at: dict[str, float] = {}
         self.offered: set[str] = set()
         self.refused = 0
         self.failed_connects = 0
@@ -69,8 +72,10 @@ class Source:
                 await asyncio.sleep(0.02)
                 continue
             self.offered.add(ident)
+            self.sent_at[ident] = time.monotonic()
             writer.write(b"X-Ledger: %s\r\n\r\n%s.\r\n" % (ident.encode(), body))
             if await self._reply(reader) == 250:
+                self.acknowledged_at[ident] = time.monotonic()
                 self.acknowledged[ident] = hashlib.sha256(body).hexdigest()
             else:
                 self.refused += 1
