@@ -4,7 +4,9 @@ BIN := .venv/bin
 CI ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: build run check test prove bench clean
+FUZZ_SECONDS ?= 600
+
+.PHONY: build run check test prove fuzz bench clean
 
 build: .venv/built
 
@@ -40,10 +42,16 @@ test: build
 
 prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -m "prove or not prove" --timeout 3600
+	$(MAKE) fuzz
 	$(BIN)/python -m benchmarks.idle
 	$(BIN)/python -m benchmarks.large
 	$(BIN)/python -m benchmarks.backlog
+	$(BIN)/python -m benchmarks.stragglers
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+
+fuzz: build
+	$(BIN)/pip install -q "atheris>=3"
+	for target in smtp replies session; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
 
 bench: build
 	$(BIN)/python -m benchmarks.run

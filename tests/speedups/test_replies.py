@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relaymta._speedups.replies import Replies
-from tests.speedups.test_smtp import pieces
+from tests.speedups.test_smtp import interpreted_twin, pieces
+
+PARSERS = [pytest.param(Replies, id="compiled"), pytest.param(interpreted_twin("replies").Replies, id="interpreted")]
 
 REPLIES = st.lists(
     st.sampled_from(
@@ -42,17 +45,19 @@ def oracle(data: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
+@pytest.mark.parametrize("parser_class", PARSERS)
 @given(data=REPLIES, cuts=st.lists(st.integers(0, 100), max_size=6))
-def test_replies_equal_the_oracle_in_any_split(data, cuts):
-    replies = Replies(4096, 100)
+def test_replies_equal_the_oracle_in_any_split(parser_class, data, cuts):
+    replies = parser_class(4096, 100)
     found = [reply for piece in pieces(data, cuts) for reply in replies.feed(piece)]
     assert found == oracle(data)
 
 
-def test_endless_lines_and_replies_end_the_session():
-    replies = Replies(100, 10)
+@pytest.mark.parametrize("parser_class", PARSERS)
+def test_endless_lines_and_replies_end_the_session(parser_class):
+    replies = parser_class(100, 10)
     assert replies.feed(b"250 " + b"x" * 200)[0][0] == 0
     assert replies.broken
-    many = Replies(100, 10)
+    many = parser_class(100, 10)
     assert many.feed(b"250-x\r\n" * 11)[-1][0] == 0
     assert many.feed(b"250 ok\r\n") == []

@@ -18,16 +18,17 @@ COMMAND, BAD, TEXT, END = 0, 1, 2, 3
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE, DOTTED = 1, 2, 4, 8, 16, 32
 
 
-def interpreted_twin() -> ModuleType:
-    path = Path(speedups.__file__).parent / "smtp.py"
-    loader = SourceFileLoader("smtp_interpreted", str(path))
+def interpreted_twin(name: str) -> ModuleType:
+    """A kernel's source, run by the interpreter."""
+    path = Path(speedups.__file__).parent / f"{name}.py"
+    loader = SourceFileLoader(f"{name}_interpreted", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 
 
-PARSERS = [pytest.param(compiled.Parser, id="compiled"), pytest.param(interpreted_twin().Parser, id="interpreted")]
+PARSERS = [pytest.param(compiled.Parser, id="compiled"), pytest.param(interpreted_twin("smtp").Parser, id="interpreted")]
 WIRE = st.lists(
     st.sampled_from([b"\r", b"\n", b"\r\n", b".", b"..", b"a", b"\0", b"\xe9", b"\r\n.\r\n", b"\r\n..", b"x" * 30, b"\n.\r\n"]),
     max_size=40,
