@@ -22,7 +22,8 @@ CLOSE, RESET, SILENT = "close", "reset", "silent"
 
 class FakeMx:
     """`rules[verb]`: a reply; a dict from address to reply; a list used up one by one; or CLOSE, RESET, SILENT. Anything
-    not named is answered as a good server does. `drip`: replies are sent octet by octet."""
+    not named is answered as a good server does. `drip`: replies are sent octet by octet. `slow`: seconds before
+    the banner."""
 
     def __init__(
         self,
@@ -31,7 +32,9 @@ class FakeMx:
         drip: bool = False,
         banner: bytes = b"220 fake ESMTP\r\n",
         tls: ssl.SSLContext | None = None,
+        slow: float = 0,
     ) -> None:
+        self.slow = slow
         self.tls = tls
         self.credentials: list[bytes] = []
         self.rules = rules
@@ -65,6 +68,7 @@ class FakeMx:
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
+        time.sleep(self.slow)
         try:
             self._talk(sock)
         except OSError:

@@ -12,6 +12,7 @@ PACKAGES = {
     "swaks": "swaks",
     "strace": "strace",
     "promtool": "prometheus",
+    "gcc": "gcc",
 }
 
 
