@@ -73,8 +73,10 @@ TEXT_SECONDS = 30.0
 class Witness(Events):
     """Counts and logs what the queue has made durable."""
 
-    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None]) -> None:
+    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], wall: Callable[[int], int]) -> None:
+        """`wall`: the wall clock's time (ms) at a moment of the queue's clock."""
         self._landed = landed
+        self._wall = wall
         self._add = counters.add
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
         self._log = log
@@ -122,7 +124,9 @@ class Witness(Events):
             self._log.event("delivered", recipients=[address], delay=round(delay, 3), **common)
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
-            self._log.event("deferred", recipient=address, phase=attempt.phase, next=outcome.retry_at / 1000, **common)
+            self._log.event(
+                "deferred", recipient=address, phase=attempt.phase, next=self._wall(outcome.retry_at) / 1000, **common
+            )
         else:
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             notice = format_id(outcome.notice.ident) if outcome.notice is not None else ""
@@ -155,7 +159,7 @@ class Shard:
             settings,
             worker.assign,
             self.dispatcher.offer,
-            Witness(worker.counters, worker.log, self.dispatcher.landed),
+            Witness(worker.counters, worker.log, self.dispatcher.landed, lambda moment: self.queue.clock.wall(moment)),
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None

@@ -121,18 +121,26 @@ class Intake:
             if domain_of(address) in self._domains or address.lower() == "postmaster":
                 return None
             self.counters.add(RECIPIENTS_REFUSED, 1)
-            self.log.event("rejected", client=client.address, helo="", sender=transaction.sender,
-                           recipients=[address], reply=reply.RELAY_DENIED.decode().strip())  # fmt: skip
+            self._rejected(client, "", transaction.sender, [address], reply.RELAY_DENIED)
             return reply.RELAY_DENIED
 
         return check
+
+    def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
+        """A message was refused at the end of its text."""
+        if answer.startswith(b"5"):  # else failed() has counted it
+            self.counters.add(REFUSED_CONTENT, 1)
+        self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
+
+    def _rejected(self, client: Client, helo: str, sender: str, recipients: list[str], answer: bytes) -> None:
+        said = answer.decode("utf-8", "replace").strip()
+        self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=said)
 
     def prepend(self, ident: int, transaction: Transaction, client: Client, helo: str, extended: bool,
                 start: bytes, submission: bool) -> list[bytes] | bytes:  # fmt: skip
         """The fields that go in front of a message whose text begins with `start`; or the reply that refuses it."""
         header = start[: header_end(start)]
         if count_received(header) > self._config.intake.hops:
-            self.counters.add(REFUSED_CONTENT, 1)
             return reply.TOO_MANY_HOPS
         now = wall_ms() // 1000
         name = format_id(ident)

@@ -71,7 +71,9 @@ class Connection(asyncio.Protocol):
         acceptor.connections.add(self)
         self.heard = acceptor.now()
         intake = acceptor.intake
-        self.session = ServerSession(intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client))
+        self.session = ServerSession(
+            intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client), self._refused
+        )
         self._write(self.session.greet())
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -174,6 +176,10 @@ class Connection(asyncio.Protocol):
             self.client_of().application or self.listener.application,
             self._stored,
         )
+
+    def _refused(self, transaction: Transaction, answer: bytes) -> None:
+        helo = self.session.helo if self.session is not None else ""
+        self.acceptor.intake.refused(transaction, self.client_of(), helo, answer)
 
     def _stored(self, error: StoreError | None) -> None:
         """The group commit has returned."""

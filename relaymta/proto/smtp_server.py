@@ -67,7 +67,8 @@ class ServerSession:
     """One SMTP session.
 
     `hostname`: our name; `accept_recipient(address, transaction)`: None, or the reply that refuses it;
-    `accept_sender(address, announced size)` likewise.
+    `accept_sender(address, announced size)` likewise. `refused(transaction, reply)` is told of a message that was
+    refused at or behind the end of its text.
     """
 
     __slots__ = (
@@ -84,6 +85,7 @@ class ServerSession:
         "limits",
         "parser",
         "refusal",
+        "refused",
         "taking_text",
         "transaction",
     )
@@ -94,11 +96,13 @@ class ServerSession:
         limits: Limits,
         accept_sender: Callable[[str, int], bytes | None],
         accept_recipient: Callable[[str, Transaction], bytes | None],
+        refused: Callable[[Transaction, bytes], None] = lambda transaction, answer: None,
     ) -> None:
         self.hostname = hostname
         self.limits = limits
         self.accept_sender = accept_sender
         self.accept_recipient = accept_recipient
+        self.refused = refused
         self.parser = Parser(LINE_LIMIT, TEXT_LINE_LIMIT, limits.normalize)
         self.helo = ""
         self.extended = False
@@ -141,6 +145,8 @@ class ServerSession:
 
     def finish(self, answer: bytes) -> bytes:
         """The complete message was stored or refused: say so, and go on with what has arrived meanwhile."""
+        if not answer.startswith(b"2") and self.complete is not None:
+            self.refused(self.complete, answer)
         self.complete = None
         self.transaction = None
         self.parser.commands()
@@ -184,6 +190,7 @@ class ServerSession:
         self.discarding = False
         self.refusal = b""
         if answer is not None:
+            self.refused(transaction, answer)
             self.transaction = None
             self.parser.commands()
             return self._error(answer)

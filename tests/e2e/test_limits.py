@@ -75,3 +75,16 @@ def test_a_network_has_rules_of_its_own(tmp_path, ledger):
         assert queued["application"] == "shop"
         assert wait_for(lambda: relay.events("delivered"))[0]["route"] == "smarthost//shop"
         assert b"SIZE 52428800" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
+
+
+def test_what_is_refused_at_its_end_is_counted_and_logged(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "limits.message_size=10000") as relay:
+        open_mail = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
+        said = dialog(relay.port, b"EHLO x\r\n" + open_mail, b"bare\nfeed\r\n.\r\n", open_mail, b"y" * 70 + b"\r\n", b"z" * 10000,
+                      b"\r\n.\r\n", open_mail, b"Received: x\r\n" * 101 + b"\r\n.\r\n", b"QUIT\r\n")  # fmt: skip
+        refused = [line for line in said.split(b"\r\n") if line[:2] in (b"55", b"54")]
+        assert len(refused) == 3
+        events = wait_for(lambda: len(found := relay.events("rejected")) == 3 and found)
+        assert [event["reply"].encode() for event in events] == refused
+        assert all(event["sender"] == "a@b" and event["recipients"] == ["c@d"] and event["helo"] == "x" for event in events)
+        assert relay.metric('relaymta_messages_refused_total{reason="content"}') == 3

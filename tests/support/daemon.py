@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,11 @@ class Relay:
         lines = self.log.read_bytes().decode("utf-8", "replace").splitlines()
         rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}") and line.count("{") == 1]
         return [row for row in rows if row["event"] == name]
+
+    def metric(self, sample: str) -> float:
+        """The value of one sample of /metrics, such as `name{label="x"}`."""
+        text = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
+        return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[0] == sample)
 
     def worker_pids(self) -> list[int]:
         """The workers' process ids."""
