@@ -35,6 +35,13 @@ def check_ledger(source: Source, ledger) -> int:
     return sum(1 for count in counts.values() if count > 1)
 
 
+def check_outcomes(relay: Relay) -> None:
+    """ "delivered" is logged once its outcome is committed: after that nothing may send the message again."""
+    committed = Counter(event["id"] for event in relay.events("delivered"))
+    again = [ident for ident, count in committed.items() if count > 1]
+    assert not again, f"sent again after their outcome was committed: {again}"
+
+
 def load_while(source: Source, disturbance: Coroutine[object, object, None]) -> None:
     """Send until the disturbance has run its course."""
 
@@ -48,7 +55,7 @@ def load_while(source: Source, disturbance: Coroutine[object, object, None]) -> 
 
 def replaced(relay: Relay, victim: int) -> bool:
     pids = relay.worker_pids()
-    return len(pids) == 2 and victim not in pids
+    return len(pids) == relay.workers and victim not in pids
 
 
 def drained(relay: Relay, seconds: float = 60) -> None:
@@ -76,32 +83,62 @@ def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, work
         duplicates = check_ledger(source, ledger)
         # At each kill at most what rode on the 20 connections (one past its dot on each, and the group being committed).
         assert duplicates <= KILLS * 20 * workers * 4, f"{duplicates} duplicates"
-        # "delivered" is logged once its outcome is committed: after that nothing may send the message again.
-        committed = Counter(event["id"] for event in relay.events("delivered"))
-        again = [ident for ident, count in committed.items() if count > 1]
-        assert not again, f"sent again after their outcome was committed: {again}"
+        check_outcomes(relay)
         unknown = set(ledger.counts()) - source.offered
         assert not unknown, f"messages nobody sent: {unknown}"
     finally:
         relay.kill()
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger):
-    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2) as relay:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger, workers):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers) as relay:
         source = Source(lambda: relay.port, 10, reuse=False)
 
         async def kills() -> None:
-            for _ in range(2 * (KILLS // 4)):
-                await asyncio.sleep(1)
-                (victim, _) = await asyncio.to_thread(relay.worker_pids)
+            for _ in range(max(2, KILLS // 2)):
+                await asyncio.sleep(random.uniform(0.5, 1.5))
+                victim = random.choice(await asyncio.to_thread(relay.worker_pids))
                 os.kill(victim, signal.SIGKILL)
                 await asyncio.to_thread(wait_for, partial(replaced, relay, victim))
 
         load_while(source, kills())
         drained(relay)
         assert source.failed_connects == 0
-        check_ledger(source, ledger)
+        assert check_ledger(source, ledger) <= KILLS * 10 * 4
+        check_outcomes(relay)
+        if workers == 2:  # its sockets went to the living one; a loaded machine gets a little more than the second promised
+            assert source.slowest_banner < (1 if PROVE else 3)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_supervisor_loses_nothing(tmp_path, ledger):
+    """Its workers finish what is past the dot, give the spool back, and the next start takes it over."""
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2).start()
+    source = Source(lambda: relay.port, 10)
+
+    async def kills() -> None:
+        for _ in range(max(2, KILLS // 3)):
+            await asyncio.sleep(random.uniform(0.5, 1.0))
+            pids = await asyncio.to_thread(relay.worker_pids)
+            assert relay.process is not None
+            relay.process.kill()
+            relay.process.wait()
+            await asyncio.to_thread(wait_for, lambda: not any(alive(pid) for pid in pids), 30, "the workers to end")  # noqa: B023
+            await asyncio.to_thread(relay.start)
+
+    try:
+        load_while(source, kills())
+        drained(relay)
+        assert check_ledger(source, ledger) == 0, "orphaned workers drain: they make no duplicates"
+        check_outcomes(relay)
+    finally:
+        relay.kill()
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def test_a_killed_supervisor_leaves_no_worker_behind(tmp_path, ledger):

@@ -23,6 +23,7 @@ class Source:
         self.offered: set[str] = set()
         self.refused = 0
         self.failed_connects = 0
+        self.slowest_banner = 0.0  # seconds from connect to 220
         self._serial = 0
         self._stop = False
         self._connections = connections
@@ -37,6 +38,7 @@ class Source:
 
     async def _client(self) -> None:
         while not self._stop:
+            began = time.monotonic()
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port())
             except OSError:
@@ -45,14 +47,15 @@ class Source:
                 continue
             try:
                 async with asyncio.timeout(60):
-                    await self._session(reader, writer)
+                    await self._session(reader, writer, began)
             except (OSError, asyncio.IncompleteReadError, TimeoutError, EOFError):
                 await asyncio.sleep(0.01)
             finally:
                 writer.close()
 
-    async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, began: float) -> None:
         await self._reply(reader)
+        self.slowest_banner = max(self.slowest_banner, time.monotonic() - began)
         writer.write(b"EHLO source\r\n")
         await self._reply(reader)
         while not self._stop:
