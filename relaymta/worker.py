@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from relaymta.accept.intake import Intake
-from relaymta.accept.listener import Acceptor
+from relaymta.accept.listener import Acceptor, Listening
 from relaymta.config import Config
 from relaymta.control import Channel
 from relaymta.dns import Resolver
@@ -177,7 +177,7 @@ class Worker:
         self.acceptor: Acceptor | None = None
         self._store_state = "ok"
         self._log_dropped = 0
-        self._borrowed: list[asyncio.Server] = []
+        self._borrowed: list[Listening] = []
 
     def assign(self, envelope: Any) -> Any:
         """The route table as it is now."""
@@ -229,6 +229,8 @@ class Worker:
         full = any(shard.queue.full for shard in self.shards.values())
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
         gauge("relaymta_store_full", full)
+        gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)
+        gauge("relaymta_stressed", self.acceptor is not None and self.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
         self.counters.add(LOG_DROPPED, self.log.dropped - self._log_dropped)
         self._log_dropped = self.log.dropped
@@ -281,8 +283,9 @@ class Worker:
             self._borrowed.append(await self.acceptor.listen(socket.socket(fileno=descriptor), listener))
 
     async def _give_back(self, descriptors: list[int]) -> None:
-        for server in self._borrowed:
-            server.close()
+        assert self.acceptor is not None
+        for door in self._borrowed:
+            self.acceptor.close(door)
         self._borrowed.clear()
 
     async def _summary(self, descriptors: list[int]) -> list[Any]:

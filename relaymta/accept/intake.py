@@ -106,8 +106,8 @@ class Intake:
         return Client(str(parsed), trusted, connections, own.application, limits)
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
-        """At MAIL: is there room?"""
-        if self.queue.full or self.queue.writer.stalled:
+        """At MAIL: is there room for a message of `size` octets (0: not announced)?"""
+        if self.queue.full or self.queue.writer.stalled or size > self.queue.room:
             self.counters.add(REFUSED_FULL, 1)
             return reply.STORE_FULL
         return None

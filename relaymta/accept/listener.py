@@ -26,6 +26,10 @@ ACCEPTED = index("relaymta_connections_total", "accepted")
 REFUSED = index("relaymta_connections_total", "refused")
 DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients never take the last ones
 CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
+RATE_GRACE = 60.0  # seconds until a text's rate is looked at
+STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
+STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
+BACKLOG = 1024
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
 
@@ -303,15 +307,16 @@ class Connection(asyncio.Protocol):
         if session is None or transport is None or self.storing or self.spilling:
             return
         settings = self.acceptor.config.intake
+        patience = STRESS_PATIENCE if self.acceptor.stressed else 1.0
         quiet = now - self.heard
         if session.taking_text:
             taken = now - self.text_since if self.text_since else 0.0
             received = session.transaction.size if session.transaction is not None else 0
-            if quiet > settings.data_timeout:
+            if quiet > settings.data_timeout * patience:
                 self._give_up(reply.TIMEOUT)
-            elif taken > 60 and received < taken * settings.data_rate:
+            elif taken > RATE_GRACE * patience and received < taken * settings.data_rate:
                 self._give_up(reply.TOO_SLOW)
-        elif quiet > settings.command_timeout:
+        elif quiet > settings.command_timeout * patience:
             self._give_up(reply.TIMEOUT)
 
     def _give_up(self, answer: bytes) -> None:
@@ -329,6 +334,34 @@ class Connection(asyncio.Protocol):
             self._give_up(DRAIN_REPLY)
 
 
+class Listening:
+    """A bound socket, on which connections are taken or, while paused, wait in its backlog."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: Callable[[], Connection]) -> None:
+        self._loop = loop
+        self._socket = sock
+        self._make = make
+        self._server: asyncio.Server | None = None
+        self._closed = False
+
+    async def resume(self) -> None:
+        """Take connections."""
+        if self._server is None and not self._closed:
+            self._server = await self._loop.create_server(self._make, sock=self._socket.dup(), backlog=BACKLOG)
+
+    def pause(self) -> None:
+        """Let connections wait."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def close(self) -> None:
+        """Give the socket up."""
+        self._closed = True
+        self.pause()
+        self._socket.close()
+
+
 class Acceptor:
     """All listening sockets and connections of one worker."""
 
@@ -343,22 +376,32 @@ class Acceptor:
         self.connections: set[Connection] = set()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
-        self._servers: list[asyncio.Server] = []
+        self._doors: list[Listening] = []
+        self._resuming: asyncio.Task[None] | None = None
+        self.paused = False  # out of descriptors: connections wait until others have ended
+        self.stressed = False
         self._timer: asyncio.TimerHandle | None = None
         self._check()
 
-    async def listen(self, listening: socket.socket, listener: Listener) -> asyncio.Server:
-        """Accept on a bound socket."""
-        server = await self.loop.create_server(lambda: Connection(self, listener), sock=listening, backlog=1024)
-        self._servers.append(server)
-        return server
+    async def listen(self, listening: socket.socket, listener: Listener) -> Listening:
+        """Accept on a bound socket, which is ours from now on."""
+        door = Listening(self.loop, listening, lambda: Connection(self, listener))
+        if not self.paused:
+            await door.resume()
+        self._doors.append(door)
+        return door
+
+    def close(self, door: Listening) -> None:
+        """Accept there no more."""
+        self._doors.remove(door)
+        door.close()
 
     def enter(self, client: Client) -> bytes | None:
         """Count a connection; the banner that refuses it, or None."""
         if self.intake.draining:
             return DRAIN_REPLY
-        if len(self.connections) >= self._most:
-            return reply.NO_DESCRIPTORS
+        if len(self.connections) + 1 >= self._most:
+            self._pause()
         if not self.limits.take("connections", self.config.limits.connections):
             return reply.TOO_MANY_CONNECTIONS
         if not self.limits.take("client " + client.address, client.connections):
@@ -370,9 +413,27 @@ class Acceptor:
         """A counted connection ended."""
         self.limits.give("connections")
         self.limits.give("client " + client.address)
+        if self.paused and len(self.connections) <= self._most - self._most // 20 - 1 and self._resuming is None:
+            self._resuming = self.loop.create_task(self._resume())
+
+    def _pause(self) -> None:
+        """The descriptors that are left are for the spool and for delivery."""
+        self.paused = True
+        for door in self._doors:
+            door.pause()
+
+    async def _resume(self) -> None:
+        self.paused = False
+        self._resuming = None
+        for door in self._doors:
+            if not self.paused:
+                await door.resume()
 
     def _check(self) -> None:
         self.time = now = self.now()
+        most = self.config.limits.connections
+        taken = self.limits.taken("connections")
+        self.stressed = taken * 100 >= most * STRESS_SHARE or len(self.connections) * 100 >= self._most * STRESS_SHARE
         for connection in list(self.connections):
             connection.check(now)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
@@ -380,8 +441,8 @@ class Acceptor:
     def stop_listening(self) -> None:
         """Take no new connections."""
         self.intake.draining = True
-        for server in self._servers:
-            server.close()
+        for door in self._doors:
+            door.close()
         for connection in list(self.connections):
             connection.drain()
 

@@ -119,6 +119,7 @@ class Queue:
         )
         self.compactor = Compactor(self.store, self.segments, self.writer, self._read)
         self.full = False
+        self.room = 1 << 62  # octets until `full`, as of the last look
         self.quarantined = False  # whether start() found its culprit here
         self._floor = FLOOR_MOST
         self._taken = 0  # octets since the last look at the disk
@@ -391,6 +392,7 @@ class Queue:
         total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
         used, size = self.store.used()
         floor = self._floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
+        self.room = max(0, free - floor)
         self.full = free < floor or used * 100 > size * MAP_SHARE
         ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
         if not self._ballast.exists() and free > 2 * floor + ballast:

@@ -41,20 +41,45 @@ def test_connections_are_limited_for_each_client_and_for_all(tmp_path, ledger):
         wait_for(lambda: connect(relay.port)[1].startswith(b"220"), what="a place to become free")
 
 
-def test_out_of_descriptors_is_said_and_the_relay_goes_on(tmp_path, ledger):
+def test_out_of_descriptors_connections_wait_and_the_relay_goes_on(tmp_path, ledger):
     wrap = (need("prlimit"), "--nofile=300:300")
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", wrap=wrap) as relay:
-        banners = [connect(relay.port) for _ in range(200)]
-        refused = [banner for _, banner in banners if banner.startswith(b"421 4.3.2")]
-        assert 20 < len(refused) < 100
-        sock = next(sock for sock, banner in banners if banner.startswith(b"220"))
-        sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+        served, waiting = [], []
+        for _ in range(200):
+            sock = socket.create_connection(("127.0.0.1", relay.port), 10)
+            sock.settimeout(0.3 if waiting else 2)
+            try:
+                assert sock.recv(200).startswith(b"220")
+                served.append(sock)
+            except TimeoutError:
+                waiting.append(sock)
+                if len(waiting) == 5:
+                    break
+        assert len(waiting) == 5 and 100 < len(served) < 200
+        wait_for(lambda: relay.metric("relaymta_listeners_paused") == 1)
+        served[0].sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
         time.sleep(0.2)
-        sock.sendall(b"X-Ledger: tight\r\n\r\nx\r\n.\r\n")
+        served[0].sendall(b"X-Ledger: tight\r\n\r\nx\r\n.\r\n")
         wait_for(lambda: ledger.counts()["tight"] == 1)
-        for one, _ in banners:
-            one.close()
-        wait_for(lambda: dialog(relay.port, b"QUIT\r\n").startswith(b"220"))
+        for sock in served[: len(served) // 2]:
+            sock.close()
+        for sock in waiting:
+            sock.settimeout(10)
+            assert sock.recv(200).startswith(b"220")
+        wait_for(lambda: relay.metric("relaymta_listeners_paused") == 0)
+
+
+def test_under_stress_silent_clients_are_let_go_sooner(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "limits.connections=10", "intake.command_timeout=20") as relay:
+        few = [connect(relay.port)[0] for _ in range(4)]
+        time.sleep(4)
+        many = [connect(relay.port)[0] for _ in range(4)]
+        began = time.monotonic()
+        for sock in few:
+            sock.settimeout(15)
+            assert sock.recv(100).startswith(b"421 4.4.2")
+        assert time.monotonic() - began < 12, "they have been quiet for a fifth of the timeout"
+        assert all(sock.fileno() > 0 for sock in many)
 
 
 def test_a_network_has_rules_of_its_own(tmp_path, ledger):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROVE
-from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.daemon import Relay, dialog, free_port, wait_for
 from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.programs import need
 from tests.support.source import Source
@@ -261,6 +261,8 @@ def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
     relay.spool = mount / "spool"
     try:
         relay.start()
+        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b> SIZE=30000000\r\nMAIL FROM:<a@b> SIZE=1000\r\nQUIT\r\n")
+        assert b"\r\n452 4.3.1" in said and b"\r\n250 2.1.0" in said, "what would not fit is refused before it is sent"
         source = Source(lambda: relay.port, 5, size=20_000)
 
         async def fill() -> None:

@@ -1,5 +1,5 @@
 """`python -m tests.fuzz TARGET SECONDS [libFuzzer's flags]`: fuzz one target with atheris, coverage-guided by the interpreted
-kernels. What it finds is written to crash-* here; new inputs go to build/corpus, not into the tree."""
+kernels. What it finds is written to crash-* here; new inputs go to build/corpus; the tree holds a choice of them."""
 
 import sys
 from pathlib import Path
