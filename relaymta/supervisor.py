@@ -7,7 +7,6 @@ arrive meanwhile wait in its backlog, and a living worker is lent the socket unt
 
 import asyncio
 import contextlib
-import errno
 import os
 import pwd
 import resource
@@ -28,6 +27,7 @@ from relaymta.log import Log
 from relaymta.queue import inspect
 from relaymta.queue.ident import parse_id, shard_of
 from relaymta.shm import SLOTS, Shared
+from relaymta.sockets import bound, notify, reason
 
 __all__ = ["serve"]
 
@@ -76,7 +76,7 @@ class Supervisor:
         self._prepare_spool(spool)
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
-        sockets = [[_bind(listener.address) for listener in config.listener] for _ in range(workers)]
+        sockets = bound(config.listener, workers)
         control = self._bind_control()
         http = await self._serve_metrics()
         self._drop_root()
@@ -169,7 +169,7 @@ class Supervisor:
         try:
             return await serve_http(host, port, lambda: [self.shared.counters(slot.number) for slot in self.slots], self._health)
         except OSError as error:
-            raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {_reason(error)}"]) from None
+            raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
 
     def _health(self) -> str:
         down = [slot.number for slot in self.slots if not slot.ready]
@@ -399,45 +399,6 @@ async def _no_requests(op: str, args: dict[str, Any], descriptors: list[int]) ->
     raise RelayError(f"workers ask nothing: {op}")
 
 
-def _bind(address: str) -> socket.socket:
-    """A listening SO_REUSEPORT socket. ConfigError when the address is busy or not ours."""
-    host, port = parse_hostport(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise ConfigError([f"listener.address: {address}: {_reason(error)}"]) from None
-    return sock
-
-
-def check_free(address: str) -> None:
-    """ConfigError when somebody listens there already (SO_REUSEPORT alone would share the port with them)."""
-    host, port = parse_hostport(address)
-    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-    except OSError as error:
-        raise ConfigError([f"listener.address: {address}: {_reason(error)}"]) from None
-    finally:
-        probe.close()
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "another program listens on this port; stop it, or choose another address"
-    if error.errno == errno.EACCES:
-        return "ports below 1024 need root"
-    return error.strerror or str(error)
-
-
 def _raise_descriptor_limit() -> None:
     """As many descriptors as the system lets us have: one for each connection, and the spool's."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -456,14 +417,6 @@ def _user(name: str) -> pwd.struct_passwd:
         raise ConfigError([f"user: there is no user {name!r}"]) from None
 
 
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify), when it wants to know."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-
-
 async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
     supervisor = Supervisor(config, reload)
     status = await supervisor.run()
@@ -472,6 +425,4 @@ async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
 
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
     """Run the relay until it is told to stop: (exit status, what went wrong). ConfigError, SpoolBusy before it begins."""
-    for listener in config.listener:
-        check_free(listener.address)
     return uvloop.run(_run(config, reload))

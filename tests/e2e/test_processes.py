@@ -99,6 +99,37 @@ def test_systemd_is_told(tmp_path, ledger):
             assert sock.recv(100) == b"STOPPING=1"
 
 
+AS_SYSTEMD = """
+import os, socket, sys
+sock = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+assert sock.fileno() == 3
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sockets_are_taken_from_systemd(tmp_path, ledger, workers):
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers)
+    relay.wrap = (sys.executable, "-c", AS_SYSTEMD, str(relay.port))
+    with relay:
+        for number in range(10):
+            relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
+        wait_for(lambda: len(ledger.counts()) == 10)
+        os.kill(relay.worker_pids()[0], signal.SIGKILL)
+        relay.send("X-Ledger: after\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["after"] == 1)
+
+
+def test_a_socket_of_systemds_that_is_no_listeners_is_said(tmp_path):
+    relay = Relay(tmp_path, "127.0.0.1:1")
+    relay.wrap = (sys.executable, "-c", AS_SYSTEMD, str(free_port()))
+    done = subprocess.run(relay.command(), capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 78
+    assert "systemd passes a socket on 127.0.0.1:" in done.stderr
+
+
 def test_the_daemons_absence_gets_a_sentence(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "relaymta", "status", "--spool", str(tmp_path / "none")],

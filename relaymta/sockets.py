@@ -1,0 +1,107 @@
+"""Listening sockets: bound here, or taken over from systemd (sd_listen_fds); and telling systemd how we are (sd_notify)."""
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+
+from relaymta.config import Listener, parse_hostport
+from relaymta.errors import ConfigError
+
+__all__ = ["bound", "check_free", "notify", "reason"]
+
+FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
+BACKLOG = 1024
+
+
+def bound(listeners: list[Listener], slots: int) -> list[list[socket.socket]]:
+    """For each worker slot its own socket for each listener. A socket of systemd's with a listener's address is taken over
+    and shared by the slots (several of the same address, ReusePort=yes, are dealt out); the others are bound with
+    SO_REUSEPORT. ConfigError when an address is busy, not ours, or passed by systemd and nobody's."""
+    inherited = _inherited()
+    rows: list[list[socket.socket]] = [[] for _ in range(slots)]
+    for listener in listeners:
+        address = _normal(*parse_hostport(listener.address))
+        passed = inherited.pop(address, [])
+        if not passed:
+            check_free(listener.address)
+        for number, row in enumerate(rows):
+            row.append(passed[number % len(passed)].dup() if passed else _bind(listener.address))
+        for sock in passed:
+            sock.close()
+    if inherited:
+        names = ", ".join(f"{host}:{port}" for host, port in inherited)
+        raise ConfigError([f"listener.address: systemd passes a socket on {names}, which no [[listener]] has as its address"])
+    return rows
+
+
+def _inherited() -> dict[tuple[str, int], list[socket.socket]]:
+    """The TCP sockets that systemd passed to this process, by address."""
+    found: dict[tuple[str, int], list[socket.socket]] = {}
+    count, owner = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if owner != str(os.getpid()) or not count.isdigit():
+        return found
+    for descriptor in range(FIRST_INHERITED, FIRST_INHERITED + int(count)):
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError([f"listener.address: descriptor {descriptor} of systemd's is no listening TCP socket"])
+        host, port, *_ = sock.getsockname()
+        found.setdefault(_normal(host, port), []).append(sock)
+    return found
+
+
+def _normal(host: str, port: int) -> tuple[str, int]:
+    with contextlib.suppress(ValueError):
+        host = ipaddress.ip_address(host.partition("%")[0]).compressed
+    return host, port
+
+
+def _bind(address: str) -> socket.socket:
+    """A listening SO_REUSEPORT socket. ConfigError when the address is busy or not ours."""
+    host, port = parse_hostport(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
+    return sock
+
+
+def check_free(address: str) -> None:
+    """ConfigError when somebody listens there already (SO_REUSEPORT alone would share the port with them)."""
+    host, port = parse_hostport(address)
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError as error:
+        raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
+    finally:
+        probe.close()
+
+
+def reason(error: OSError) -> str:
+    """Why an address cannot be had, as an operator would say it."""
+    if error.errno == errno.EADDRINUSE:
+        return "another program listens on this port; stop it, or choose another address"
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need root"
+    return error.strerror or str(error)
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify), when it wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
