@@ -180,6 +180,12 @@ class Delivery(_Table):
     )
     connections: int = Field(500, ge=1, description="outgoing connections of the whole machine")
     connect_timeout: Duration = Field(30, description="wait for a connection")
+    patience: float = Field(
+        1,
+        ge=0.01,
+        le=10,
+        description="times RFC 5321's timeouts to wait for a peer (MAIL, RCPT 300 s, DATA 120, text 180, final dot 600)",
+    )
     idle: Duration = Field(5, description="close a connection that has nothing to send for so long")
     port: int = Field(25, ge=1, le=65535, description="port of MX hosts")
     nameservers: list[str] = Field([], description="DNS servers as host[:port]; empty: the system's")

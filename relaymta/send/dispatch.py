@@ -283,7 +283,7 @@ class Dispatcher:
         )
 
     def _make(self, core: ClientSession, peer: str) -> Session:
-        session = Session(core, peer, self.loop.time, self._idle, self._finished, self._lost)
+        session = Session(core, peer, self.loop.time, self._idle, self._finished, self._lost, self.config.delivery.patience)
         session.read_pieces = self._pieces
         return session
 
@@ -457,6 +457,7 @@ class Dispatcher:
             for session in list(state.sessions):
                 if session.deadline and now > session.deadline:
                     self.counters.add(WATCHDOG, 1)
+                    self._say_stuck(session)
                     session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
                 elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in state.idle:
                     self._retire(session, state)
@@ -465,6 +466,13 @@ class Dispatcher:
             elif not state.sessions and not state.connecting and state.down_until <= clock and not state.failures:
                 self.sites.pop(state.site.key, None)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
+
+    def _say_stuck(self, session: Session) -> None:
+        """The watchdog lets a delivery go: which, against whom, and where it stood."""
+        names = [format_id(mail.cargo.ident) for mail in session.core.under_way() if isinstance(mail.cargo, Entry)]
+        waits = f"the reply to {session.core.awaiting}" if session.core.awaiting else "its text to be taken"
+        stack = "".join(f"; {line}" for line in session.stack())
+        self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stood still waiting for {waits}{stack}")
 
     def flush(self) -> None:
         """Forget that sites are down: an operator wants another try now."""

@@ -38,7 +38,9 @@ class Session(asyncio.Protocol):
         idle: Callable[["Session"], None],
         finished: Callable[["Session", Mail], None],
         lost: Callable[["Session", str], None],
+        patience: float = 1.0,
     ) -> None:
+        """`patience`: times RFC 5321's timeouts."""
         self.core = core
         self.peer = peer
         self.transport: asyncio.Transport | None = None
@@ -48,6 +50,7 @@ class Session(asyncio.Protocol):
         self._idle = idle
         self._finished = finished
         self._lost = lost
+        self._patience = patience
         self._writable = asyncio.Event()
         self._writable.set()
         self._stream: asyncio.Task[None] | None = None
@@ -78,10 +81,8 @@ class Session(asyncio.Protocol):
             out.clear()
         if core.streaming is not None and self._stream is None:
             self._stream = asyncio.get_running_loop().create_task(self._write_text(core.streaming))
-        awaiting = core.awaiting
-        self.deadline = (
-            self._now() + TIMEOUTS["text" if core.streaming is not None else awaiting] if awaiting or core.streaming else 0.0
-        )
+        awaiting = "text" if core.streaming is not None else core.awaiting
+        self.deadline = self._now() + TIMEOUTS[awaiting] * self._patience if awaiting else 0.0
 
     def data_received(self, data: bytes) -> None:
         core = self.core
@@ -127,6 +128,11 @@ class Session(asyncio.Protocol):
             self.transport.abort()
         self._lost(self, reason)
 
+    def stack(self) -> list[str]:
+        """Where the task that writes a large text stands, `file:line function` from the outside in; empty without one."""
+        frames = self._stream.get_stack() if self._stream is not None else []
+        return [f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}" for frame in frames]
+
     def quit(self) -> None:
         """Say QUIT and close; nothing may be under way."""
         if self.ended:
@@ -145,7 +151,7 @@ class Session(asyncio.Protocol):
                 await self._writable.wait()
                 if self.ended or self.transport is None:
                     return
-                self.deadline = self._now() + TIMEOUTS["text"]
+                self.deadline = self._now() + TIMEOUTS["text"] * self._patience
                 self.transport.write(piece)
             if self.transport is not None:
                 self.transport.write(b".\r\n")

@@ -1,9 +1,12 @@
 """Delivery against peers that misbehave: the running relay, a scripted MX, and what becomes of the mail."""
 
+import socket
+import threading
+
 import pytest
 
 from tests.support.daemon import Relay, wait_for
-from tests.support.fake_mx import CLOSE, RESET, FakeMx
+from tests.support.fake_mx import CLOSE, RESET, SILENT, FakeMx
 
 GOOD = b"250 2.0.0 taken\r\n"
 
@@ -132,3 +135,45 @@ def test_two_transient_answers_respect_the_schedule(tmp_path):
         assert second["ts"] - first["ts"] >= 1
         assert done["ts"] - second["ts"] >= 2
         assert done["attempt"] == 3
+
+
+@pytest.mark.parametrize("verb", ["EHLO", "MAIL", "RCPT", "DATA", "DOT"])
+def test_silence_ends_an_attempt(tmp_path, verb):
+    """RFC 5321 4.5.3.2's timeouts, a hundredth of them."""
+    with (
+        FakeMx({verb: [SILENT]}) as peer,
+        relay_to(peer, tmp_path, "delivery.patience=0.01", "delivery.connect_timeout=2") as relay,
+    ):
+        relay.send()
+        (deferred,) = wait_for(lambda: relay.events("deferred"), 20)
+        assert deferred["phase"] == {"DOT": "final"}.get(verb, verb.lower())
+        assert ("in doubt" in deferred["reply"]) == (verb == "DOT")
+        wait_for(lambda: relay.events("delivered"), what="the next attempt")
+        if verb != "EHLO":
+            assert relay.metric("relaymta_watchdog_total") == 1
+            assert any("stood still waiting for" in event["text"] for event in relay.events("warning"))
+
+
+def test_a_peer_that_stops_reading_is_let_go_and_the_log_says_where_it_stood(tmp_path):
+    server = socket.create_server(("127.0.0.1", 0))
+    end = threading.Event()
+
+    def stuck() -> None:
+        sock, _ = server.accept()
+        sock.sendall(b"220 stuck\r\n")
+        sock.recv(100)
+        sock.sendall(b"250-stuck\r\n250 PIPELINING\r\n")
+        sock.recv(1000)
+        sock.sendall(b"250 ok\r\n250 ok\r\n354 go\r\n")
+        end.wait(30)
+        sock.close()
+
+    threading.Thread(target=stuck, daemon=True).start()
+    settings = ("delivery.patience=0.01", "delivery.first_retry=60")
+    with server, Relay(tmp_path, f"127.0.0.1:{server.getsockname()[1]}", *settings) as relay:
+        relay.send("Subject: large\r\n\r\n" + ("y" * 70 + "\r\n") * 400_000)
+        (deferred,) = wait_for(lambda: relay.events("deferred"), 20)
+        assert "in doubt" not in deferred["reply"]
+        texts = [event["text"] for event in relay.events("warning")]
+        assert any("waiting for its text to be taken" in text and "_write_text" in text for text in texts), texts
+    end.set()
