@@ -44,6 +44,7 @@ CORRUPT = index("relaymta_corrupt_bodies_total")
 
 CHECK_EVERY = 1.0
 LOAD_TOGETHER = 32  # bodies read from disk in one go
+ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 
 
@@ -195,7 +196,7 @@ class Dispatcher:
             refusal = _unfit(entry, session.core.features)
             if refusal is None:
                 return _mail(entry)
-            self._charge(entry, PERMANENT, "mail", session.peer, 0, *refusal)
+            self._spawn(self._try_elsewhere(state, entry, session.peer, refusal))
         return None
 
     def _load(self, state: SiteState) -> None:
@@ -243,9 +244,14 @@ class Dispatcher:
                 self._site_failed(state, error)
             return
         state.connecting -= 1
+        if self._adopt(state, session):
+            self._idle(session)
+
+    def _adopt(self, state: SiteState, session: Session) -> bool:
+        """Take a fresh connection into the pool; whether it still lives."""
         if session.ended:
             self._give_room(state)
-            return
+            return False
         if state.failures:
             self.log.event("site", route=state.site.key, state="up", reason="", until=0)
         state.failures = 0
@@ -253,19 +259,62 @@ class Dispatcher:
         self.counters.add(OPENED, 1)
         state.sessions.add(session)
         self._owner[session] = state
-        self._idle(session)
+        return True
+
+    async def _try_elsewhere(self, state: SiteState, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
+        """The peer `unfit` cannot take a message (no SMTPUTF8, 8BITMIME, too small): another host of its site may. When
+        none can it fails for good, when one could not be asked it is tried again later."""
+        failure: ConnectFailed | None = None
+        asked = {unfit}
+        for target, port in await self._targets(state.site):
+            if target.host in asked:
+                continue
+            asked.add(target.host)
+            try:
+                session = await self._connect_with_room(state, target, port)
+            except ConnectFailed as error:
+                failure = error
+                continue
+            fits = _unfit(entry, session.core.features) is None
+            if self._adopt(state, session):
+                if fits:
+                    session.send(_mail(entry))
+                    return
+                self._idle(session)
+        if failure is None:
+            self._charge(entry, PERMANENT, "mail", unfit, 0, *refusal)
+        else:
+            self._charge(entry, TRANSIENT, failure.phase, "", 0, "4.4.1", str(failure))
+
+    async def _connect_with_room(self, state: SiteState, target: Target, port: int) -> Session:
+        """A connection to one host of a site, as soon as the limits allow it."""
+        until = self.loop.time() + ROOM_SECONDS
+        while not self._room(state):
+            if self.loop.time() > until:
+                raise ConnectFailed("connect", f"{target.host}: no free connection to this site")
+            await asyncio.sleep(0.1)
+        try:
+            return await self._connect_host(state.site, target, port)
+        except BaseException:
+            self._give_room(state)
+            raise
 
     async def _connect(self, site: Site) -> Session:
         failure: ConnectFailed | None = None
         for target, port in await self._targets(site):
-            for tls in [site.tls, "off"] if site.tls == "may" else [site.tls]:
-                try:
-                    return await self._connect_to(site, target, port, tls)
-                except ConnectFailed as error:
-                    failure = error
-                    if error.phase != "starttls":  # a failed handshake is tried again in clear where TLS is optional
-                        break
+            try:
+                return await self._connect_host(site, target, port)
+            except ConnectFailed as error:
+                failure = error
         raise failure or ConnectFailed("connect", "no host to connect to")
+
+    async def _connect_host(self, site: Site, target: Target, port: int) -> Session:
+        try:
+            return await self._connect_to(site, target, port, site.tls)
+        except ConnectFailed as error:
+            if site.tls != "may" or error.phase != "starttls":
+                raise
+        return await self._connect_to(site, target, port, "off")  # a failed handshake, where TLS is optional
 
     async def _connect_to(self, site: Site, target: Target, port: int, tls: str) -> Session:
         route = site.route

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relaymta.errors import SpoolBusy, StoreError
-from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, QueueName
+from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, QueueName, decode_envelope
 from relaymta.queue import Entry, Events, Outcome, Queue, QueueSettings, inspect, wall_ms
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import IdSource, format_id, parse_id, shard_of
@@ -98,6 +98,22 @@ async def test_what_is_put_is_there_after_reopening(tmp_path):
             counts = {name: txn.stat(db)["entries"] for name, db in bench.queue.store.tables.items()}
         assert [counts[name] for name in ("message", "recipient", "due", "wake", "expiry", "held")] == [0] * 6
         assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_a_start_reads_a_window_and_not_the_queue(tmp_path, monkeypatch):
+    async with Bench(tmp_path, window=100) as bench:
+        await asyncio.gather(*(bench.put() for _ in range(3000)))
+    decoded = 0
+
+    def counting(raw: bytes) -> Envelope:
+        nonlocal decoded
+        decoded += 1
+        return decode_envelope(raw)
+
+    monkeypatch.setattr("relaymta.queue.store.decode_envelope", counting)
+    async with Bench(tmp_path, window=100) as bench:
+        await bench.next(50)
+        assert 50 <= decoded <= 200
 
 
 async def test_a_deferred_message_comes_back_when_it_is_due_and_not_before(tmp_path):

@@ -1,11 +1,12 @@
 """Delivery against peers that misbehave: the running relay, a scripted MX, and what becomes of the mail."""
 
+import smtplib
 import socket
 import threading
 
 import pytest
 
-from tests.support.daemon import Relay, wait_for
+from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import CLOSE, RESET, SILENT, FakeMx
 
 GOOD = b"250 2.0.0 taken\r\n"
@@ -66,14 +67,51 @@ def test_eight_bit_mail_for_a_seven_bit_peer_bounces(tmp_path):
     with FakeMx({"EHLO": b"250-old\r\n250 PIPELINING\r\n"}) as peer, relay_to(peer, tmp_path) as relay:
         relay.send("Subject: x\r\n\r\nplain\r\n")
         wait_for(lambda: len(peer.messages) == 1)
-        import smtplib
-
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.sendmail("a@b", ["c@d"], b"Subject: x\r\n\r\n\xc3\xbc\r\n")
         (bounce,) = wait_for(lambda: relay.events("bounced"))
         assert bounce["reply"].startswith("5.6.3")
         wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
         assert not any(b"\xc3" in text for _, _, text in peer.messages)
+
+
+def two_hosts(folder, *ports: int) -> Relay:
+    hosts = ",".join(f'"127.0.0.{number}:{port}"' for number, port in enumerate(ports, 1))
+    return Relay(folder, None, f'route=[{{name="two",hosts=[{hosts}]}}]', "delivery.first_retry=0.3", "delivery.idle=1")
+
+
+def send_utf8(relay: Relay) -> None:
+    with smtplib.SMTP("127.0.0.1", relay.port) as client:
+        client.sendmail("jürgen@b.example", ["c@d.example"], b"Subject: x\r\n\r\n\xc3\xbc\r\n", ["SMTPUTF8"])
+
+
+PLAIN = {"EHLO": b"250-old\r\n250 PIPELINING\r\n"}
+UTF8 = {"EHLO": b"250-new\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n"}
+
+
+def test_what_one_host_cannot_take_another_may(tmp_path):
+    with FakeMx(PLAIN) as old, FakeMx(UTF8, host="127.0.0.2") as new, two_hosts(tmp_path, old.port, new.port) as relay:
+        send_utf8(relay)
+        wait_for(lambda: new.messages)
+        relay.send()
+        wait_for(lambda: len(old.messages) + len(new.messages) == 2)
+        assert not relay.events("bounced") and not relay.events("deferred")
+        assert new.messages[0][0] == "jürgen@b.example"
+
+
+def test_what_no_host_can_take_bounces(tmp_path):
+    with FakeMx(PLAIN) as old, FakeMx(PLAIN, host="127.0.0.2") as other, two_hosts(tmp_path, old.port, other.port) as relay:
+        send_utf8(relay)
+        assert wait_for(lambda: relay.events("bounced"))[0]["reply"].startswith("5.6.7")
+        assert old.connections and other.connections
+        assert not relay.events("deferred")
+
+
+def test_what_a_host_could_not_be_asked_for_waits(tmp_path):
+    with FakeMx(PLAIN) as old, two_hosts(tmp_path, old.port, free_port()) as relay:
+        send_utf8(relay)
+        assert wait_for(lambda: relay.events("deferred"))[0]["phase"] == "connect"
+        assert not relay.events("bounced")
 
 
 def test_connections_are_reused(tmp_path):
@@ -107,8 +145,6 @@ def test_what_was_in_doubt_is_said_and_counted(tmp_path):
 
 
 def test_the_next_smart_host_is_tried_when_one_is_dead(tmp_path):
-    from tests.support.daemon import free_port
-
     with FakeMx({}) as peer:
         hosts = f'route=[{{name="two",hosts=["127.0.0.1:{free_port()}","127.0.0.1:{peer.port}"]}}]'
         with Relay(tmp_path, None, hosts) as relay:

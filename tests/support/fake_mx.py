@@ -33,6 +33,7 @@ class FakeMx:
         banner: bytes = b"220 fake ESMTP\r\n",
         tls: ssl.SSLContext | None = None,
         slow: float = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.slow = slow
         self.tls = tls
@@ -43,7 +44,7 @@ class FakeMx:
         self.messages: list[tuple[str, list[str], bytes]] = []
         self.commands: list[str] = []
         self.connections = 0
-        self._server = socket.create_server(("127.0.0.1", port))
+        self._server = socket.create_server((host, port))
         self.port = self._server.getsockname()[1]
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
