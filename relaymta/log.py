@@ -54,6 +54,7 @@ class Log:
         self._wanted = threading.Event()
         self._closing = False
         self.dropped = 0
+        self.muted = False  # drop everything: the disk is needed for mail
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -66,7 +67,7 @@ class Log:
     def event(self, name: str, **fields: Any) -> None:
         """Log one event. Never blocks, never raises."""
         pending = self._pending
-        if len(pending) >= BUFFER:
+        if self.muted or len(pending) >= BUFFER:
             self.dropped += 1
             return
         pending.append(_RECORDS[name](time.time(), self._worker, **fields))
@@ -92,6 +93,10 @@ class Log:
                 self.dropped += len(batch)
             if self._closing and not self._pending:
                 return
+
+    def shares_disk_with(self, path: Path) -> bool:
+        """Whether the log is a file on the file system of `path`."""
+        return self._file != "-" and os.fstat(self._descriptor).st_dev == path.stat().st_dev
 
     def give_to(self, uid: int, gid: int) -> None:
         """Let another user own the file: the one we run as from now on."""

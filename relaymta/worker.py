@@ -232,6 +232,8 @@ class Worker:
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)
         gauge("relaymta_stressed", self.acceptor is not None and self.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
+        brim = any(shard.queue.brim for shard in self.shards.values())
+        self.log.muted = brim and self.log.shares_disk_with(Path(self.config.spool))
         self.counters.add(LOG_DROPPED, self.log.dropped - self._log_dropped)
         self._log_dropped = self.log.dropped
         state = "stalled" if stalled else "full" if full else "ok"

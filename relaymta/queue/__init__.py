@@ -120,6 +120,8 @@ class Queue:
         self.compactor = Compactor(self.store, self.segments, self.writer, self._read)
         self.full = False
         self.room = 1 << 62  # octets until `full`, as of the last look
+        self.pressure = 0.0  # 0: room enough; up to 1 as the room shrinks from one floor to nothing
+        self.brim = False  # half of the floor is used up, too: whoever can spare writing does
         self.quarantined = False  # whether start() found its culprit here
         self._floor = FLOOR_MOST
         self._taken = 0  # octets since the last look at the disk
@@ -393,6 +395,8 @@ class Queue:
         used, size = self.store.used()
         floor = self._floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.room = max(0, free - floor)
+        self.pressure = 1 - min(self.room, floor) / floor if floor else 0.0
+        self.brim = free < floor // 2
         self.full = free < floor or used * 100 > size * MAP_SHARE
         ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
         if not self._ballast.exists() and free > 2 * floor + ballast:

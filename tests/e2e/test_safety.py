@@ -253,6 +253,52 @@ def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_as_the_disk_fills_mail_slows_down_then_is_refused_then_the_log_stops(tmp_path, ledger):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(mount)], check=True)  # its floor is 6 MB
+    dead = f'{{recipient_domain=["dead.example"],hosts=["127.0.0.1:{free_port()}"]}}'
+    routes = f'route=[{dead},{{hosts=["127.0.0.1:{ledger.port}"]}}]'
+    relay = Relay(tmp_path, None, routes, "delivery.first_retry=0.02")
+    relay.spool, relay.log = mount / "spool", mount / "relay.log"
+    filler = mount / "filler"
+
+    def leave(free: int) -> None:
+        filler.unlink(missing_ok=True)
+        stats = os.statvfs(mount)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, stats.f_bavail * stats.f_frsize - free)
+        time.sleep(1.5)  # the relay looks once a second
+
+    def accept_seconds() -> float:
+        began = time.monotonic()
+        relay.send()
+        return time.monotonic() - began
+
+    try:
+        relay.start()
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@dead.example")  # there is always something to log
+        leave(20 << 20)
+        assert accept_seconds() < 0.5
+        leave(8 << 20)
+        assert accept_seconds() > 0.5, "two thirds of the way to the floor"
+        leave(5 << 20)
+        assert b"\r\n452 4.3.1" in dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nQUIT\r\n")
+        leave(2 << 20)
+        size = relay.log.stat().st_size
+        wait_for(lambda: relay.metric("relaymta_log_dropped_total") > 0)  # the attempts at the dead host
+        assert relay.log.stat().st_size == size
+        filler.unlink()
+        wait_for(lambda: relay.metric("relaymta_store_full") == 0)
+        assert accept_seconds() < 0.5
+        wait_for(lambda: len(ledger.taken) == 3)
+        wait_for(lambda: any("log records dropped" in event["text"] for event in relay.events("warning")))
+    finally:
+        relay.kill()
+        subprocess.run(["umount", str(mount)], check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
     mount = tmp_path / "small"
     mount.mkdir()
