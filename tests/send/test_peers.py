@@ -136,6 +136,17 @@ def test_a_reused_connection_that_dies_before_mails_reply_costs_no_attempt(tmp_p
             assert relay.events("delivered")[1]["attempt"] == 1
 
 
+def test_connections_are_limited_for_the_whole_machine(tmp_path):
+    """Two workers, three connections at most, while forty messages wait."""
+    with FakeMx({}, slow=0.2) as peer:
+        settings = ("delivery.connections=3", "delivery.idle=0.5")
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings, workers=2) as relay:
+            for _ in range(40):
+                relay.send()
+            wait_for(lambda: len(peer.messages) == 40)
+        assert 2 <= peer.most_open <= 3
+
+
 def test_what_was_in_doubt_is_said_and_counted(tmp_path):
     with FakeMx({"DOT": [CLOSE]}) as peer, relay_to(peer, tmp_path) as relay:
         relay.send()

@@ -43,7 +43,8 @@ class FakeMx:
         self.banner = banner
         self.messages: list[tuple[str, list[str], bytes]] = []
         self.commands: list[str] = []
-        self.connections = 0
+        self.connections = self.now_open = self.most_open = 0
+        self._count = threading.Lock()
         self._server = socket.create_server((host, port))
         self.port = self._server.getsockname()[1]
         self._open: list[socket.socket] = []
@@ -69,12 +70,17 @@ class FakeMx:
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        time.sleep(self.slow)
+        with self._count:
+            self.now_open += 1
+            self.most_open = max(self.most_open, self.now_open)
         try:
+            time.sleep(self.slow)
             self._talk(sock)
         except OSError:
             pass
         finally:
+            with self._count:
+                self.now_open -= 1
             sock.close()
 
     def _rule(self, verb: str, argument: str = "") -> Any:
