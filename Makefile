@@ -43,11 +43,10 @@ test: build
 prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -m "prove or not prove" --timeout 3600
 	$(MAKE) fuzz
-	$(BIN)/python -m benchmarks.idle
-	$(BIN)/python -m benchmarks.large
-	$(BIN)/python -m benchmarks.backlog
-	$(BIN)/python -m benchmarks.stragglers
-	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+	mkdir -p build/bench
+	for which in idle large backlog stragglers; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done
+	$(BIN)/python -m benchmarks.run --json build/bench/run.json
+	$(BIN)/python -m benchmarks.report build/bench docs/benchmarks.md
 
 fuzz: build
 	$(BIN)/pip install -q "atheris>=3"

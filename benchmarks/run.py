@@ -1,9 +1,8 @@
-"""Speed of the relay beside its peers, in one run: `python -m benchmarks.run [--write FILE] [--messages N]`."""
+"""Speed of the relay beside its peers, in one run: `python -m benchmarks.run [--json FILE] [--scale X]`."""
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -268,54 +267,25 @@ def run(scale: float) -> list[dict[str, object]]:
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| load | relaymta msg/s | CPU us/msg | bare peers msg/s, CPU us | ratio | Postfix msg/s, CPU us | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ours = row["relaymta"]
-        peers = row.get("direct"), row.get("Postfix")
-        assert isinstance(ours, dict)
-        cells = [str(row["load"]), f"{ours['rate']:,.0f}", f"{ours['cpu_us']:,.0f}"]
-        for position, peer in enumerate(peers):
-            if isinstance(peer, dict):
-                ratio = ours["cpu_us"] / peer["cpu_us"] if position == 0 else peer["cpu_us"] / ours["cpu_us"]
-                cells += [
-                    f"{peer['rate']:,.0f}, {peer['cpu_us']:,.0f}",
-                    f"{ratio:.1f} x" if position == 0 else f"{ratio:.1f} x fewer",
-                ]
-            else:
-                cells += ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def ledger_table(seconds: float) -> str:
-    """The ledger run as Markdown."""
+def ledger(seconds: float) -> dict[str, float]:
+    """The ledger run."""
     command = [sys.executable, "-m", "benchmarks.ledger", "--seconds", str(seconds)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(json.dumps(found), flush=True)
-    shown = {name: f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" for name, value in found.items()}
-    return f"| ledger: {' | '.join(shown)} |\n|{'---|' * len(shown)}\n| {' | '.join(shown.values())} |\n"
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", metavar="FILE", help="replace the table in this Markdown file")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured to this file")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of messages")
     arguments = parser.parse_args()
-    text = table(run(arguments.scale)) + "\n" + ledger_table(20 * arguments.scale)
-    facts = (
-        f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}."
-    )
-    print(text)
-    if arguments.write:
-        path = Path(arguments.write)
-        head = path.read_text().partition("<!-- table -->")[0] if path.exists() else "# Benchmarks\n\n"
-        tail = path.read_text().partition("<!-- end -->")[2] if path.exists() else "\n"
-        path.write_text(f"{head}<!-- table -->\n{facts}\n\n{text}<!-- end -->{tail}")
+    found = {"rows": run(arguments.scale), "ledger": ledger(20 * arguments.scale)}
+    from benchmarks.report import tables
+
+    print(tables(found))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
+
+FOLDER holds run.json, idle.json, large.json, backlog.json and stragglers.json; what is missing there is said to be.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["tables"]
+
+Found = dict[str, Any]
+
+
+def row_of(found: Found, load: str) -> Found:
+    return next(row for row in found["run"]["rows"] if row["load"] == load)
+
+
+def beside(found: Found, load: str, peer: str) -> float:
+    """CPU of the relay per message over a peer's."""
+    row = row_of(found, load)
+    return float(row["relaymta"]["cpu_us"] / row[peer]["cpu_us"])
+
+
+def cpu(found: Found, load: str) -> float:
+    return float(row_of(found, load)["relaymta"]["cpu_us"])
+
+
+def ratio(which: str, upper: str, lower: str) -> Callable[[Found], float]:
+    return lambda found: found[which][upper] / found[which][lower]
+
+
+def value(which: str, name: str) -> Callable[[Found], float]:
+    return lambda found: float(found[which][name])
+
+
+REUSED, EACH, LARGE = "sessions reused, 4 kB", "one connection a message, 4 kB", "200 kB"
+TWO = "sessions reused, 4 kB, two workers"
+
+# What is aimed at; how it is measured; at most (-) or at least (+); the aim; how it is shown.
+AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
+    ("Sessions reused: CPU beside smtp-source plus smtp-sink", lambda f: beside(f, REUSED, "direct"), "-", 1.6, "{:.2f} x"),
+    ("... Postfix's CPU beside it", lambda f: 1 / beside(f, REUSED, "Postfix"), "+", 16, "{:.1f} x"),
+    ("... messages a second", lambda f: row_of(f, REUSED)["relaymta"]["rate"], "+", 6000, "{:,.0f}"),
+    ("One connection a message: CPU", lambda f: cpu(f, EACH), "-", 250, "{:.0f} us"),
+    ("... Postfix's CPU beside it", lambda f: 1 / beside(f, EACH, "Postfix"), "+", 11, "{:.1f} x"),
+    ("200 kB: CPU", lambda f: cpu(f, LARGE), "-", 550, "{:.0f} us"),
+    (
+        "50 MB bodies: share of the lower of dd and smtp-sink",
+        lambda f: f["large"]["relaymta MB/s"] / min(f["large"]["dd MB/s"], f["large"]["smtp-sink MB/s"]),
+        "+", 0.6, "{:.2f}",
+    ),
+    ("200 such clients at a time: memory", value("large", "200 clients, RssAnon MB"), "-", 256, "{:.0f} MB"),
+    ("Small mail beside 20 of them: p99 of acceptance", value("large", "small mail's p99 beside 20, ms"), "-", 100, "{:.0f} ms"),
+    ("1,000,000 queued: start to the first 220", value("backlog", "start full s"), "-", 2, "{:.1f} s"),
+    ("... `queue summary`", value("backlog", "summary s"), "-", 1, "{:.1f} s"),
+    ("... memory over an empty worker's", value("backlog", "worker RssAnon over an empty one's, MB"), "-", 100, "{:.0f} MB"),
+    ("... the file grown by listing all", value("backlog", "map grown by listing, MB"), "-", 0, "{:.0f} MB"),
+    ("... CPU afterwards beside a fresh spool's", ratio("backlog", "cpu after us", "cpu before us"), "-", 1.1, "{:.2f} x"),
+    (
+        "2,000,000 messages, 1 % of them deferred: CPU beside a fresh spool's",
+        ratio("stragglers", "cpu us", "cpu of a fresh spool, us"), "-", 1.15, "{:.2f} x",
+    ),
+    (
+        "... most segments beyond twice the live octets",
+        value("stragglers", "most segments beyond twice the live octets (bound: 16)"), "-", 16, "{:.0f}",
+    ),
+    ("10,000 idle connections: memory of each", value("idle", "kB each"), "-", 8, "{:.1f} kB"),
+    ("... p99 of others' acceptance", value("idle", "p99 ms"), "-", 50, "{:.1f} ms"),
+    ("Two workers: CPU beside one's", lambda f: cpu(f, TWO) / cpu(f, REUSED), "-", 1.1, "{:.2f} x"),
+    ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
+    ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
+]  # fmt: skip
+
+
+def aims(found: Found) -> str:
+    """What the relay is meant to show, and what was measured, as Markdown."""
+    lines = ["| | aim | measured | |", "|---|---|---|---|"]
+    for text, measured, sign, aim, shape in AIMS:
+        bound = f"{'at most' if sign == '-' else 'at least'} {shape.format(aim)}"
+        try:
+            seen = measured(found)
+        except (KeyError, StopIteration):
+            lines.append(f"| {text} | {bound} | not measured in this run | |")
+            continue
+        missed = seen > aim if sign == "-" else seen < aim
+        factor = (seen / aim if sign == "-" else aim / seen) if missed and aim and seen else 1.0
+        lines.append(f"| {text} | {bound} | {shape.format(seen)} | {f'**missed by {factor:.2f} x**' if missed else 'met'} |")
+    return "\n".join(lines) + "\n"
+
+
+def loads(rows: list[Found]) -> str:
+    """The loads, beside the bare peers and Postfix, as Markdown."""
+    lines = [
+        "| load | relaymta msg/s | CPU us/msg | bare peers msg/s, CPU us | ratio | Postfix msg/s, CPU us | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["relaymta"]
+        peers = row.get("direct"), row.get("Postfix")
+        cells = [str(row["load"]), f"{ours['rate']:,.0f}", f"{ours['cpu_us']:,.0f}"]
+        for position, peer in enumerate(peers):
+            if isinstance(peer, dict):
+                ratio = ours["cpu_us"] / peer["cpu_us"] if position == 0 else peer["cpu_us"] / ours["cpu_us"]
+                cells += [
+                    f"{peer['rate']:,.0f}, {peer['cpu_us']:,.0f}",
+                    f"{ratio:.1f} x" if position == 0 else f"{ratio:.1f} x fewer",
+                ]
+            else:
+                cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(run: Found) -> str:
+    """What benchmarks.run measured, as Markdown."""
+    shown = {
+        name: f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" for name, value in run["ledger"].items()
+    }
+    return f"{loads(run['rows'])}\n| ledger: {' | '.join(shown)} |\n|{'---|' * len(shown)}\n| {' | '.join(shown.values())} |\n"
+
+
+def main() -> None:
+    folder, path = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    facts = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%F')}."
+    head, rest = path.read_text().split("<!-- measured -->")
+    tail = rest.split("<!-- end -->")[1]
+    measured = f"{facts}\n\n{tables(found['run'])}\n{aims(found)}"
+    path.write_text(f"{head}<!-- measured -->\n{measured}<!-- end -->{tail}")
+
+
+if __name__ == "__main__":
+    main()
