@@ -66,6 +66,8 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
     ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
 ]
 
+COUNT_SECONDS = 60.0  # a count that has not come back is not waited for any longer
+COUNT_SHARE = 50  # counting takes a fiftieth of the time at most
 DRAIN_SECONDS = 10.0
 TEXT_SECONDS = 30.0
 
@@ -163,6 +165,7 @@ class Shard:
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
+        self.count_at = 0.0
 
 
 class Worker:
@@ -220,8 +223,11 @@ class Worker:
 
     def _gauges(self) -> None:
         """Once a second: what is counted by looking."""
+        now = self.loop.time()
         for shard in self.shards.values():
-            shard.queue.watch_totals(lambda totals, shard=shard: self._set_gauges(shard, totals))  # type: ignore[misc]
+            if now >= shard.count_at:
+                shard.count_at = now + COUNT_SECONDS
+                shard.queue.watch_totals(lambda totals, shard=shard: self._set_gauges(shard, totals, now))  # type: ignore[misc]
         gauge = self.counters.gauge
         gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
         gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
@@ -243,9 +249,11 @@ class Worker:
             self._store_state = state
         self._timer = self.loop.call_later(1.0, self._gauges)
 
-    def _set_gauges(self, shard: Shard, totals: Totals) -> None:
-        """Sums over this worker's shards, each as it was last counted."""
+    def _set_gauges(self, shard: Shard, totals: Totals, began: float) -> None:
+        """Sums over this worker's shards, each as it was last counted. With very many queues counting takes a while, and is
+        done less often."""
         shard.totals = totals
+        shard.count_at = began + max(1.0, COUNT_SHARE * (self.loop.time() - began))
         for name, of, combine in _TOTALS:
             self.counters.gauge(name, combine(of(one.totals) for one in self.shards.values() if one.totals is not None))
 

@@ -45,6 +45,7 @@ CORRUPT = index("relaymta_corrupt_bodies_total")
 CHECK_EVERY = 1.0
 LOAD_TOGETHER = 32  # bodies read from disk in one go
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
+FORGET_MS = 3 * 3_600_000  # after this long without a try a site that was down is a new one
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 
 
@@ -264,9 +265,14 @@ class Dispatcher:
     async def _try_elsewhere(self, state: SiteState, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
         """The peer `unfit` cannot take a message (no SMTPUTF8, 8BITMIME, too small): another host of its site may. When
         none can it fails for good, when one could not be asked it is tried again later."""
-        failure: ConnectFailed | None = None
+        failure: ConnectFailed | NoRoute | None = None
         asked = {unfit}
-        for target, port in await self._targets(state.site):
+        targets: list[tuple[Target, int]] = []
+        try:
+            targets = await self._targets(state.site)
+        except NoRoute as error:  # the names were there a moment ago
+            failure = error
+        for target, port in targets:
             if target.host in asked:
                 continue
             asked.add(target.host)
@@ -284,7 +290,8 @@ class Dispatcher:
         if failure is None:
             self._charge(entry, PERMANENT, "mail", unfit, 0, *refusal)
         else:
-            self._charge(entry, TRANSIENT, failure.phase, "", 0, "4.4.1", str(failure))
+            phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
+            self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", str(failure))
 
     async def _connect_with_room(self, state: SiteState, target: Target, port: int) -> Session:
         """A connection to one host of a site, as soon as the limits allow it."""
@@ -512,8 +519,10 @@ class Dispatcher:
                     self._retire(session, state)
             if state.ready:
                 self._pump(state)
-            elif not state.sessions and not state.connecting and state.down_until <= clock and not state.failures:
-                self.sites.pop(state.site.key, None)
+            elif not state.sessions and not state.connecting:
+                kept = FORGET_MS if state.failures else 0  # so that a site's back-off goes on where it was
+                if state.down_until + kept <= clock:
+                    self.sites.pop(state.site.key, None)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
     def _say_stuck(self, session: Session) -> None:
