@@ -65,6 +65,7 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_window": ("Messages in memory for delivery", False),
     "relaymta_segment_octets": ("Octets of segment files", False),
     "relaymta_segment_live_octets": ("Octets of live bodies in segments", False),
+    "relaymta_limit_overflows": ("Times a limit's table was full and a worker kept to its share of the limit", False),
     "relaymta_listeners_paused": ("1 where a worker is out of descriptors and lets connections wait", True),
     "relaymta_stressed": ("1 where 80 % of the connections are taken and clients are waited for a tenth of the time", True),
     "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),

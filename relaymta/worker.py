@@ -234,6 +234,7 @@ class Worker:
         gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
         full = any(shard.queue.full for shard in self.shards.values())
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
+        gauge("relaymta_limit_overflows", self.limits.overflows)
         gauge("relaymta_store_full", full)
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)
         gauge("relaymta_stressed", self.acceptor is not None and self.acceptor.stressed)
