@@ -161,6 +161,9 @@ class Intake(_Table):
     recipients: int = Field(1000, ge=100, le=65535, description="recipients of one message (RFC 5321 4.5.3.1.8)")
     command_timeout: Duration = Field(300, description="wait for a command")
     data_timeout: Duration = Field(180, description="wait for the next block of a message")
+    flow_delay: Duration = Field(
+        0.02, description="hold each 250 back for so long while texts come in faster than they leave; 0: never"
+    )
     data_rate: int = Field(500, ge=0, description="octets a second that a message must come in with at least")
 
 

@@ -30,7 +30,6 @@ RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 BACKLOG = 1024
-SLOWEST = 1.0  # seconds a 250 is held back just before the disk is full
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
 
@@ -199,9 +198,9 @@ class Connection(asyncio.Protocol):
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
         answer = f"250 2.0.0 Ok: queued as {format_id(self.ident)}\r\n".encode()
-        pressure = intake.queue.pressure
-        if pressure:  # the disk fills up: each client gets slower, before all are refused
-            self.acceptor.loop.call_later(pressure * SLOWEST, self._answer, answer)
+        delay = intake.queue.delay(self.acceptor.config.intake.flow_delay)
+        if delay:
+            self.acceptor.loop.call_later(delay, self._answer, answer)
         else:
             self._answer(answer)
 

@@ -40,6 +40,7 @@ FLOOR_MOST = 2 << 30
 RESUMED_GRACE_MS = 86_400_000
 MAP_SHARE = 90  # per cent of LMDB's map
 TICK = 0.05
+SLOWEST = 1.0  # seconds a 250 is held back just before the disk is full
 STREAM_PIECE = 256 * 1024
 SWEEP_TICKS = 12_000  # ten minutes
 
@@ -168,6 +169,10 @@ class Queue:
     def big_body(self, ident: int) -> BigBody:
         """A file for a large body (blocks: call it on a thread)."""
         return BigBody(self.segments.big_path(ident), ident)
+
+    def delay(self, flow: float) -> float:
+        """Seconds to hold a 250 back: `flow` while texts come in faster than they leave, up to SLOWEST as the disk fills."""
+        return max(self.pressure * SLOWEST, flow if self.schedule.crowded else 0.0)
 
     def submit(
         self,

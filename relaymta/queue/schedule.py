@@ -74,6 +74,11 @@ class Schedule:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether the texts of fresh mail take more than half of their room in memory."""
+        return 2 * self._fresh_bytes > self._window_bytes
+
     def get(self, ident: int, queue: int) -> Entry | None:
         """The entry of a message in a queue, when it is in memory."""
         return self._entries.get((ident, queue))

@@ -100,6 +100,18 @@ async def test_what_is_put_is_there_after_reopening(tmp_path):
         assert bench.queue.segments.usage()[1] == 0
 
 
+async def test_250_is_held_back_while_texts_pile_up_in_memory(tmp_path):
+    async with Bench(tmp_path, window_bytes=100_000) as bench:
+        delays = []
+        for _ in range(12):
+            await bench.put(b"x" * 10_000)
+            delays.append(bench.queue.delay(0.05))
+        assert delays == [0] * 5 + [0.05] * 7
+        for entry in await bench.next(12):
+            bench.queue.finish(entry, None)
+        await until(lambda: bench.queue.delay(0.05) == 0)
+
+
 async def test_a_start_reads_a_window_and_not_the_queue(tmp_path, monkeypatch):
     async with Bench(tmp_path, window=100) as bench:
         await asyncio.gather(*(bench.put() for _ in range(3000)))
