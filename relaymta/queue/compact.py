@@ -24,6 +24,7 @@ SPARE = 12  # segments beyond twice the live octets before anything is moved (th
 SLICE_BYTES = 1 << 20
 SLICE_FRAMES = 128
 PAUSE_TICKS = 200  # after the disk refused a copy
+IDLE_TICKS = 10  # between two looks while there is nothing to move
 
 Read = Callable[[Callable[[], Any], Callable[[Any], None]], None]
 
@@ -52,7 +53,9 @@ class Compactor:
         if victim is None or not self._segments.movable(victim):
             victim = self._victim = self._choose()
             self._position = 0
-        if victim is not None:
+        if victim is None:
+            self._pause = IDLE_TICKS
+        else:
             self._busy = True
             generation, start = victim.row.generation, self._position
             self._read(lambda: self._slice(victim, generation, start), self._sliced)
@@ -113,5 +116,6 @@ class Compactor:
     def _moved(self, move: Move) -> None:
         if move.error is not None:
             self._pause = PAUSE_TICKS
+            self._given_up.clear()  # it was the disk, not the segment
         if move.last:
             self._busy = False
