@@ -5,8 +5,11 @@ takes it. Nothing is read while a commit is awaited.
 """
 
 import asyncio
+import fcntl
 import resource
 import socket
+import termios
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Executor
 
@@ -64,7 +67,7 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         address = peer[0].partition("%")[0] if peer else "127.0.0.1"
         client = self.client = acceptor.intake.client(address)
-        refusal = acceptor.enter(client)
+        refusal = reply.TALKING_EARLY if _talks_early(transport) else acceptor.enter(client)
         if refusal is not None:
             acceptor.intake.counters.add(REFUSED, 1)
             self._write(refusal)
@@ -461,6 +464,16 @@ class Acceptor:
                 connection.transport.abort()
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _talks_early(transport: asyncio.BaseTransport) -> bool:
+    """Whether a client's octets are there before our banner (RFC 5321 4.3.1: it waits for it)."""
+    waiting = array("i", [0])
+    try:
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, waiting)
+    except OSError:  # it is gone already
+        return False
+    return waiting[0] > 0
 
 
 def _beginning(text: list[bytes]) -> bytes:

@@ -88,6 +88,7 @@ def test_a_network_has_rules_of_its_own(tmp_path, ledger):
         said = b""
         with socket.create_connection(("127.0.0.1", relay.port), 10, source_address=("127.0.0.2", 0)) as sock:
             sock.settimeout(10)
+            sock.recv(200)
             sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@elsewhere>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
             while b"354" not in said:
                 said += sock.recv(1000)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
 import smtplib
 import socket
 import subprocess
@@ -221,3 +223,38 @@ def test_reload_takes_new_limits_and_refuses_nonsense(tmp_path, ledger):
         assert done.returncode == 78
         assert "did you mean" in done.stdout
         assert b"SIZE 2000" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
+
+
+def test_who_talks_before_the_banner_is_cut_off(relay):
+    worker = relay.worker_pids()[0]
+    os.kill(worker, signal.SIGSTOP)  # so that the octets are there first
+    try:
+        with socket.create_connection(("127.0.0.1", relay.port), 10) as sock:
+            sock.settimeout(10)
+            sock.sendall(b"EHLO early\r\n")
+            time.sleep(0.1)
+            os.kill(worker, signal.SIGCONT)
+            assert sock.recv(200).startswith(b"554 5.5.1")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    relay.send()
+
+
+def test_a_listing_that_stands_still_does_not_make_the_file_grow(tmp_path, ledger):
+    """Its reader hangs (Ctrl-Z, or a pager): no transaction stays open behind it."""
+    dead = f'{{recipient_domain=["dead.example"],hosts=["127.0.0.1:{free_port()}"]}}'
+    route = f'route=[{dead},{{hosts=["127.0.0.1:{ledger.port}"]}}]'
+    with Relay(tmp_path, None, route) as relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
+        for _ in range(3000):
+            client.sendmail("a@b.example", ["c@dead.example"], "Subject: x\r\n\r\nx\r\n")
+        command = [sys.executable, "-m", "relaymta", "queue", "list", "--json", "--spool", str(relay.spool)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as listing:
+            assert listing.stdout is not None
+            listing.stdout.readline()
+            file = relay.spool / "shard-0/lmdb/data.mdb"
+            before = file.stat().st_size
+            for _ in range(2000):  # a commit each
+                client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+            assert file.stat().st_size - before < 2 << 20
+            assert listing.poll() is None, "it was to stand still"
+            listing.kill()
