@@ -16,7 +16,7 @@ from relaymta.queue.ident import format_id
 ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
 
 
-@pytest.mark.parametrize("kind", ["plain", "dotted"])
+@pytest.mark.parametrize("kind", ["plain", "dotted", "bdat"])
 @pytest.mark.parametrize("size", [4_096, 204_800])
 def test_parser(benchmark, size, kind):
     line = (b"." if kind == "dotted" else b"x") + b"y" * 76 + b"\r\n"
@@ -26,7 +26,10 @@ def test_parser(benchmark, size, kind):
     def message() -> None:
         parser.commands()
         parser.feed(ENVELOPE)
-        parser.text()
+        if kind == "bdat":
+            parser.chunk(len(text), True)
+        else:
+            parser.text()
         for start in range(0, len(text), 65536):
             parser.feed(text[start : start + 65536])
 
