@@ -68,6 +68,7 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_limit_overflows": ("Times a limit's table was full and a worker kept to its share of the limit", False),
     "relaymta_listeners_paused": ("1 where a worker is out of descriptors and lets connections wait", True),
     "relaymta_stressed": ("1 where 80 % of the connections are taken and clients are waited for a tenth of the time", True),
+    "relaymta_store_slow": ("1 where the disk is nearly too full to take mail and 250 is held back", True),
     "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),
     "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),
 }

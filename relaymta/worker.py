@@ -68,6 +68,7 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
 
 COUNT_SECONDS = 60.0  # a count that has not come back is not waited for any longer
 COUNT_SHARE = 50  # counting takes a fiftieth of the time at most
+_STORE_REASONS = {"slow": "free space is near its floor", "full": "free space is below its floor"}
 DRAIN_SECONDS = 10.0
 TEXT_SECONDS = 30.0
 
@@ -233,8 +234,10 @@ class Worker:
         gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
         gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
         full = any(shard.queue.full for shard in self.shards.values())
+        slow = any(shard.queue.pressure for shard in self.shards.values())
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
         gauge("relaymta_limit_overflows", self.limits.overflows)
+        gauge("relaymta_store_slow", slow)
         gauge("relaymta_store_full", full)
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)
         gauge("relaymta_stressed", self.acceptor is not None and self.acceptor.stressed)
@@ -243,10 +246,10 @@ class Worker:
         self.log.muted = brim and self.log.shares_disk_with(Path(self.config.spool))
         self.counters.add(LOG_DROPPED, self.log.dropped - self._log_dropped)
         self._log_dropped = self.log.dropped
-        state = "stalled" if stalled else "full" if full else "ok"
+        state = "stalled" if stalled else "full" if full else "slow" if slow else "ok"
         if state != self._store_state:
             reason = next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), "")
-            self.log.event("store", state=state, reason="" if state == "ok" else reason or "below the floor of free space")
+            self.log.event("store", state=state, reason="" if state == "ok" else reason or _STORE_REASONS.get(state, ""))
             self._store_state = state
         self._timer = self.loop.call_later(1.0, self._gauges)
 

@@ -40,6 +40,7 @@ FLOOR_MOST = 2 << 30
 RESUMED_GRACE_MS = 86_400_000
 MAP_SHARE = 90  # per cent of LMDB's map
 TICK = 0.05
+SLOW_SHARE = 4
 SLOWEST = 1.0  # seconds a 250 is held back just before the disk is full
 STREAM_PIECE = 256 * 1024
 SWEEP_TICKS = 12_000  # ten minutes
@@ -121,7 +122,7 @@ class Queue:
         self.compactor = Compactor(self.store, self.segments, self.writer, self._read)
         self.full = False
         self.room = 1 << 62  # octets until `full`, as of the last look
-        self.pressure = 0.0  # 0: room enough; up to 1 as the room shrinks from one floor to nothing
+        self.pressure = 0.0  # 0: room enough; up to 1 as the last quarter of a floor of room is used up
         self.brim = False  # half of the floor is used up, too: whoever can spare writing does
         self.quarantined = False  # whether start() found its culprit here
         self._floor = FLOOR_MOST
@@ -400,7 +401,8 @@ class Queue:
         used, size = self.store.used()
         floor = self._floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.room = max(0, free - floor)
-        self.pressure = 1 - min(self.room, floor) / floor if floor else 0.0
+        slow = floor // SLOW_SHARE
+        self.pressure = 1 - min(self.room, slow) / slow if slow else 0.0
         self.brim = free < floor // 2
         self.full = free < floor or used * 100 > size * MAP_SHARE
         ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
