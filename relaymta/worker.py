@@ -163,6 +163,7 @@ class Shard:
             worker.assign,
             self.dispatcher.offer,
             Witness(worker.counters, worker.log, self.dispatcher.landed, lambda moment: self.queue.clock.wall(moment)),
+            self.dispatcher.awake,
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None

@@ -7,7 +7,7 @@ start()   entries are offered for delivery              task()    an operator's 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from relaymta.queue import inspect
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.compact import Compactor
 from relaymta.queue.entry import Entry, Outcome, Put
+from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.ident import IdSource, format_id, parse_id
 from relaymta.queue.inspect import Filter, Totals
 from relaymta.queue.schedule import Schedule, retry_delay
@@ -44,6 +45,7 @@ SLOW_SHARE = 4
 SLOWEST = 1.0  # seconds a 250 is held back just before the disk is full
 STREAM_PIECE = 256 * 1024
 SWEEP_TICKS = 12_000  # ten minutes
+UNFOLD_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class Events:
 
 class Queue:
     """One shard in `spool`. `assign(envelope)` names the queues of a message's recipients; `offer(entry)` takes an entry
-    to deliver. SpoolBusy when another process owns the shard."""
+    to deliver; `awake(name)`: whether a queue's mail would be delivered at once. SpoolBusy when another process owns the
+    shard."""
 
     def __init__(
         self,
@@ -82,11 +85,16 @@ class Queue:
         assign: Assign,
         offer: Callable[[Entry], None],
         events: Events,
+        awake: Callable[[QueueName], bool] = lambda name: True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
         self.assign = assign
         self._events = events
+        self._awake = awake
+        self._promised = 0  # messages on their way to the disk that are to be in the window
+        self._unfolding: set[int] = set()  # what the task that was asked for will unfold
+        self._unfold_asked = False
         self.path = spool / f"shard-{shard}"
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(self.path)
@@ -136,16 +144,25 @@ class Queue:
         self.writer.start()
         if culprit:
             self.quarantined = await self.writer.task(lambda change: inspect.quarantine(change, self.store, culprit))
-        if not self.store.meta(b"schema"):  # a shard that is there starts on a full disk, too
+        if self.store.meta(b"schema") != SCHEMA:  # a shard that is there starts on a full disk, too
             await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._loop.run_in_executor(self._readers, self._housekeep)
+        if not self.schedule.add_fresh(await self.read(self._left_behind)):
+            self._unfold(self.store.fresh.came_by(self.clock.now()))
         self._tick()
+
+    def _left_behind(self) -> list[Entry]:
+        """Reader thread: what was being delivered when the process before this one ended."""
+        with self.store.env.begin() as txn:
+            return [entry for ident, _ in self.store.fresh.live() for entry in self.schedule.load(txn, ident)]
 
     async def stop(self) -> None:
         """Commit what is pending and close."""
         if self._timer is not None:
             self._timer.cancel()
         self.schedule.paused = True
+        if len(self.store.fresh):
+            self._unfold(self.store.fresh.came_by(self.clock.now()))
         await self.writer.close()
         await self._loop.run_in_executor(None, lambda: self._readers.shutdown(wait=True))
         self.segments.close()
@@ -183,11 +200,23 @@ class Queue:
         done: Callable[[StoreError | None], None],
     ) -> None:
         """Make a message safe: `done(None)` when it is, `done(error)` when it cannot be."""
+        names = self.assign(envelope)
+        fresh = len(names) == 1 and self._folds(envelope, names[0][0])
+        self._promised += fresh
         if isinstance(text, Body):
             envelope.body = text
-            self.writer.submit(Put(ident, envelope, self.assign(envelope), None, done))
+            self.writer.submit(Put(ident, envelope, names, None, done, fresh))
         else:
-            self.writer.submit(Put(ident, envelope, self.assign(envelope), text, done))
+            self.writer.submit(Put(ident, envelope, names, text, done, fresh))
+
+    def _folds(self, envelope: Envelope, name: QueueName) -> bool:
+        """Whether a message will be tried at once, so that it need not have rows of its own."""
+        return (
+            self._awake(name)
+            and self.schedule.room(self._promised)
+            and len(envelope.recipients) <= MOST_RECIPIENTS
+            and self._settings.max_age_ms > 2 * UNFOLD_MS  # a folded message has no row in the index of deadlines
+        )
 
     # Outcomes
 
@@ -229,6 +258,23 @@ class Queue:
     def put_back(self, entry: Entry) -> None:
         """An entry was not tried: it is found again once its queue wakes."""
         self.schedule.put_back(entry)
+        if self.store.fresh.get(entry.ident) is not None:
+            self._unfold([entry.ident])
+
+    def _unfold(self, idents: Iterable[int]) -> None:
+        """Let fresh messages have rows of their own, so that scans find them."""
+        self._unfolding.update(idents)
+        if not self._unfold_asked:
+            self._unfold_asked = True
+            self.writer.submit(Task(self._unfold_now, self._unfolded))
+
+    def _unfold_now(self, change: Change) -> None:
+        idents, self._unfolding = self._unfolding, set()
+        self._unfold_asked = False
+        change.unfold(*idents)
+
+    def _unfolded(self, task: Task) -> None:
+        self.schedule.wake()
 
     def park(self, queue: int, until: int) -> None:
         """Let a queue sleep until a moment of the queue's clock (0: wake it now)."""
@@ -236,7 +282,7 @@ class Queue:
         def run(change: Change) -> None:
             change.park(queue, until)
 
-        self.writer.submit(Task(run, None))
+        self.writer.submit(Task(run))
         self.schedule.wake_at(until or self.clock.now())
 
     # Reading bodies
@@ -341,12 +387,13 @@ class Queue:
 
     def _committed(self, group: Committed) -> None:
         for put in group.puts:
+            self._promised -= put.fresh
             if put.error is None:
                 self._events.queued(put)
             if put.done is not None:
                 put.done(put.error)
-            if put.error is None:
-                self.schedule.add_fresh(_entries(put))
+            if put.error is None and not self.schedule.add_fresh(_entries(put)) and put.fresh:
+                self._unfold([put.ident])
         for move in group.moves:
             if move.body is not None and move.error is None:
                 self.schedule.moved(move.ident, move.queues, move.body)
@@ -358,11 +405,8 @@ class Queue:
                 self._events.queued(outcome.notice)
                 self.schedule.add_fresh(_entries(outcome.notice))
         for task in group.tasks:
-            if task.future is not None and not task.future.done():
-                if task.error is not None:
-                    task.future.set_exception(task.error)
-                else:
-                    task.future.set_result(task.result)
+            if task.done is not None:
+                task.done(task)
         self._events.committed(group)
         self._taken += sum(put.envelope.size for put in group.puts)
         if self._taken > self._floor // 4:  # between two looks at the disk
@@ -377,9 +421,12 @@ class Queue:
             self.schedule.tick()
             self.compactor.tick()
         if self._ticks % SWEEP_TICKS == 0:
-            self.writer.submit(Task(lambda change: change.sweep(), None))
+            self.writer.submit(Task(lambda change: change.sweep()))
         if self._ticks % 20 == 0:
             self.schedule.reading(self._housekeep, self._expire)
+            late = self.clock.now() - UNFOLD_MS
+            if 0 < self.store.fresh.oldest() <= late:
+                self._unfold(self.store.fresh.came_by(late))
         self._timer = self._loop.call_later(TICK, self._tick)
 
     def _read(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:

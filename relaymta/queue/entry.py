@@ -59,13 +59,14 @@ class Entry:
 @dataclass(slots=True, eq=False)
 class Put:
     """A message to make safe. `text`: its pieces, or `body` where a large one lies already. `done` is called on the
-    loop with None when it is safe, or with why it is not."""
+    loop with None when it is safe, or with why it is not. `fresh`: it is delivered at once, so it shares a row."""
 
     ident: int
     envelope: Envelope
     names: list[tuple[QueueName, list[int] | None]]
     text: list[bytes] | None
     done: Callable[[StoreError | None], None] | None
+    fresh: bool = False
     error: StoreError | None = None
 
 

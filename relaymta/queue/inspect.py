@@ -51,8 +51,14 @@ def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
     """One row for each queue that holds mail."""
     rows = []
     now = clock.now()
+    folded = _folded(store)
     with store.env.begin() as txn:
         for row in store.queues(txn):
+            messages, octets = folded.get(row.number, (0, 0))
+            row.messages += messages
+            row.bytes += octets
+            if messages and not row.wake:
+                row.wake = now
             if row.messages:
                 rows.append(
                     {
@@ -68,14 +74,25 @@ def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
     return rows
 
 
+def _folded(store: Store) -> dict[int, tuple[int, int]]:
+    """(messages, octets) by queue of what is folded."""
+    found: dict[int, tuple[int, int]] = {}
+    for _, envelope in store.fresh.live():
+        for placement in envelope.placements:
+            messages, octets = found.get(placement.queue, (0, 0))
+            found[placement.queue] = (messages + 1, octets + envelope.size)
+    return found
+
+
 def page(store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int) -> dict[str, Any]:
     """The next messages behind id `after`: `{"rows", "after"}`, `after` 0 when there are no more."""
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + PAGE_SECONDS
+    fresh = store.fresh.live()
     with store.env.begin() as txn:
         queues = {row.number: str(row.name) for row in store.queues(txn)}
         start = chosen.ident - 1 if chosen.ident else after
-        for seen, (ident, envelope) in enumerate(store.idents(txn, start), 1):
+        for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
             if chosen.ident and ident != chosen.ident:
                 break
             after = ident
@@ -175,7 +192,8 @@ class Totals(NamedTuple):
 
 def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
     """Count what is in the shard."""
-    messages = octets = deferred = held = 0
+    fresh = store.fresh.live()
+    messages, octets, deferred, held = len(fresh), sum(envelope.size for _, envelope in fresh), 0, 0
     with store.env.begin() as txn:
         for row in store.queues(txn):
             messages += row.messages
@@ -193,6 +211,7 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
     changed = 0
     now = clock.now()
     for ident in idents:
+        change.unfold(ident)
         envelope = store.envelope(change.txn, ident)
         if envelope is None:
             continue
@@ -218,6 +237,7 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
 
 def quarantine(change: Change, store: Store, ident: int) -> bool:
     """Writer thread: hold a message that brings workers down; whether it is here."""
+    change.unfold(ident)
     envelope = store.envelope(change.txn, ident)
     if envelope is None:
         return False

@@ -83,14 +83,19 @@ class Schedule:
         """The entry of a message in a queue, when it is in memory."""
         return self._entries.get((ident, queue))
 
-    def add_fresh(self, entries: list[Entry]) -> None:
-        """Messages that were just committed."""
+    def room(self, promised: int) -> bool:
+        """Whether a message that is committed next will be in the window, when `promised` others are before it."""
+        return self._fresh + promised < self._half and not self.paused
+
+    def add_fresh(self, entries: list[Entry]) -> bool:
+        """Messages that were just committed; whether all of them are in the window."""
+        whole = True
         for entry in entries:
             key = (entry.ident, entry.queue)
             if key in self._entries:
                 continue
             if self._fresh >= self._half or self.paused:
-                self._more = True
+                self._more, whole = True, False
                 continue
             size = entry.envelope.size
             if self._fresh_bytes + size > self._window_bytes:
@@ -100,6 +105,7 @@ class Schedule:
             self._fresh += 1
             self._entries[key] = entry
             self._offer(entry)
+        return whole
 
     def remove(self, entry: Entry, next_at: int = 0) -> None:
         """An entry left: its outcome is committed, or it goes back unattempted. `next_at`: when it is due again."""
@@ -218,7 +224,10 @@ class Schedule:
             self.wake_at(scanned.next_at)
         for entry in scanned.entries:
             key = (entry.ident, entry.queue)
-            if key in self._left or key in self._entries:
+            if key in self._left:
+                self._more = True  # it may have come back meanwhile: looked at again once no older reading is under way
+                continue
+            if key in self._entries:
                 continue
             self._relocated(entry)
             self._scanned += 1

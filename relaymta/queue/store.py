@@ -6,6 +6,7 @@
     wake       time, queue            one row per queue that holds a due row
     expiry     deadline, id           every message that is not held
     held       queue, id              every held or quarantined message
+    fresh, ended                      mail that is delivered at once has none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
     meta       word                   schema, shard, last seen time, highest id
@@ -17,6 +18,8 @@ and wake times that it touches are gathered and written once, by `finish`.
 import os
 import struct
 from collections.abc import Iterator
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,12 @@ from relaymta.proto.envelope import (
     decode_recipient,
     encode,
 )
+from relaymta.queue.fresh import Fresh
 from relaymta.queue.segments import SegmentRow
 
 __all__ = ["Change", "QueueRow", "Store"]
 
-SCHEMA = 1
+SCHEMA = 2
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 
 _ID = struct.Struct(">Q")
@@ -50,7 +54,7 @@ _EXPIRY = struct.Struct(">QQ")
 _HELD = struct.Struct(">IQ")
 _NUMBER = struct.Struct(">I")
 
-_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta")
+_TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended")
 
 _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
@@ -98,6 +102,11 @@ class Store:
         )
         self.env.reader_check()
         self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in _TABLES}
+        if self.meta(b"schema") > SCHEMA:
+            raise StoreError(f"{self._path} was written by a newer relaymta (schema {self.meta(b'schema')}, not {SCHEMA})")
+        self.fresh = Fresh(self.tables["fresh"], self.tables["ended"])
+        with self.env.begin() as txn:
+            self.fresh.load(txn, self.meta(b"seen"))
         if created:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -132,7 +141,7 @@ class Store:
     def envelope(self, txn: Any, ident: int) -> Envelope | None:
         """A message's envelope."""
         raw = txn.get(_ID.pack(ident), db=self.tables["message"])
-        return None if raw is None else decode_envelope(raw)
+        return self.fresh.get(ident) if raw is None else decode_envelope(raw)
 
     def recipient_states(self, txn: Any, ident: int) -> dict[int, RecipientState]:
         """The recipients that have a history, by index."""
@@ -196,8 +205,17 @@ class Store:
         for key, _ in txn.cursor(db=self.tables["expiry"]):
             yield _EXPIRY.unpack(key)
 
-    def idents(self, txn: Any, after: int = 0) -> Iterator[tuple[int, Envelope]]:
-        """All messages by id, above `after`."""
+    def idents(self, txn: Any, after: int, fresh: list[tuple[int, Envelope]]) -> Iterator[tuple[int, Envelope]]:
+        """All messages by id, above `after`. `fresh`: the folded ones, as `fresh.live()` told before `txn` began (so that
+        what is unfolded meanwhile is missed in neither form)."""
+        folded = (pair for pair in fresh if pair[0] > after)
+        last = after
+        for ident, envelope in merge(self._rows(txn, after), folded, key=itemgetter(0)):
+            if ident != last:
+                yield ident, envelope
+            last = ident
+
+    def _rows(self, txn: Any, after: int) -> Iterator[tuple[int, Envelope]]:
         cursor = txn.cursor(db=self.tables["message"])
         if cursor.set_range(_ID.pack(after + 1)):
             for key, value in cursor:
@@ -261,13 +279,31 @@ class Change:
         self._tables = store.tables
         self.txn = store.env.begin(write=True)
         self._touched: set[int] = set()
+        self._named: set[int] = set()  # queues whose rows may have been made here
+        self._fresh = store.fresh
         self.highest = 0
 
     def row(self, name: QueueName) -> QueueRow:
         """The queue of this name."""
         row = self._store.row_for(self.txn, name)
-        self._touched.add(row.number)
+        self._named.add(row.number)
         return row
+
+    def fold(self, members: list[tuple[int, Envelope]], now: int) -> None:
+        """New messages that are about to be delivered: one row for all of them."""
+        self._fresh.add(members, now)
+        self.highest = max(self.highest, members[-1][0])
+
+    def end_folded(self, ident: int) -> bool:
+        """A folded message ends; False when it has rows of its own."""
+        return self._fresh.end(ident) is not None
+
+    def unfold(self, *idents: int) -> None:
+        """Give folded messages rows of their own; nothing happens to others."""
+        for ident in idents:
+            envelope = self._fresh.end(ident)
+            if envelope is not None:
+                self.put(ident, envelope, [self._store.row_numbered(self.txn, p.queue) for p in envelope.placements])
 
     def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
         """A new message. `rows`: the queue of each of its placements."""
@@ -365,6 +401,7 @@ class Change:
 
     def sweep(self) -> int:
         """Forget queues that hold nothing, so that memory does not grow with the domains ever written to; how many."""
+        self.unfold(*(ident for ident, _ in self._fresh.live()))
         empty = [row for row in self._store.queues(self.txn) if not self._store.row_numbered(self.txn, row.number).messages]
         for row in empty:
             self._settle_queue(row.number)
@@ -393,7 +430,9 @@ class Change:
         if self.highest:
             self.set_meta(b"highest", self.highest)
         self.set_meta(b"seen", now)
+        self._fresh.write(self.txn)
         self.txn.commit()
+        self._fresh.settle()
 
     def _settle_queue(self, number: int) -> None:
         """Write a queue's row, and move its wake row to where its first due row says."""
@@ -416,4 +455,5 @@ class Change:
     def abort(self) -> None:
         """Undo everything."""
         self.txn.abort()
-        self._store.forget(self._touched)
+        self._fresh.forget()
+        self._store.forget(self._touched | self._named)

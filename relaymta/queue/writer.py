@@ -57,13 +57,13 @@ Assign = Callable[[Envelope], list[tuple[QueueName, list[int] | None]]]
 
 
 class Task:
-    """A change by an operator or the queue itself; `run(change)` on the writer thread, its result through `future`."""
+    """A change by an operator or the queue itself; `run(change)` on the writer thread, then `done(task)` on the loop."""
 
-    __slots__ = ("error", "future", "result", "run")
+    __slots__ = ("done", "error", "result", "run")
 
-    def __init__(self, run: Callable[[Change], Any], future: "asyncio.Future[Any] | None") -> None:
+    def __init__(self, run: Callable[[Change], Any], done: "Callable[[Task], None] | None" = None) -> None:
         self.run = run
-        self.future = future
+        self.done = done
         self.result: Any = None
         self.error: Exception | None = None
 
@@ -158,7 +158,15 @@ class Writer:
     async def task(self, run: Callable[[Change], T]) -> T:
         """Run `run(change)` in a group and give its result once that is durable. StoreError when it cannot be."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self.submit(Task(run, future))
+
+        def done(task: Task) -> None:
+            if not future.done():
+                if task.error is not None:
+                    future.set_exception(task.error)
+                else:
+                    future.set_result(task.result)
+
+        self.submit(Task(run, done))
         return await future
 
     async def close(self) -> None:
@@ -261,8 +269,10 @@ class Writer:
         try:
             change = self._store.change()
             now = self._clock.now()
+            self._fold(change, [put for put in puts if put.fresh], now)
             for put in puts:
-                self._put(change, put, now)
+                if not put.fresh:
+                    self._put(change, put, now)
             for outcome in outcomes:
                 self._finish(change, outcome, now)
             for task in tasks:
@@ -306,6 +316,13 @@ class Writer:
         self.last_error = str(failure)
         return StoreFull(str(failure)) if isinstance(failure, lmdb.MapFullError) else store_error(failure)
 
+    def _fold(self, change: Change, puts: list[Put], now: int) -> None:
+        """Messages that are about to be delivered."""
+        for put in puts:
+            put.envelope.placements = [Placement(change.row(put.names[0][0]).number, now)]
+        if puts:
+            change.fold([(put.ident, put.envelope) for put in puts], now)
+
     def _put(self, change: Change, put: Put, now: int) -> None:
         envelope = put.envelope
         if len(put.names) == 1:
@@ -319,6 +336,7 @@ class Writer:
 
     def _relocate(self, change: Change, move: Move) -> None:
         """Point a message at the copy of its body; where it ended or moved meanwhile, the copy is dropped."""
+        change.unfold(move.ident)
         envelope = self._store.envelope(change.txn, move.ident)
         assert move.body is not None
         if envelope is None or envelope.body != move.was:
@@ -396,9 +414,11 @@ class Writer:
         """Apply an outcome; its message goes when no recipient is left."""
         entry = outcome.entry
         if outcome.success and entry.sole:
-            change.finish_message(entry.ident, entry.envelope, histories=entry.attempts > 0)
+            if not change.end_folded(entry.ident):
+                change.finish_message(entry.ident, entry.envelope, histories=entry.attempts > 0)
             self.free_body(entry.ident, entry.envelope.body)
             return
+        change.unfold(entry.ident)
         envelope = entry.envelope if entry.sole else self._store.envelope(change.txn, entry.ident)
         if envelope is None:
             raise StoreError(f"message {format_id(entry.ident)} ended twice")

@@ -24,6 +24,7 @@ from relaymta.proto.envelope import (
     SUCCESS,
     TRANSIENT,
     Attempt,
+    QueueName,
 )
 from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said, classify, stuff
 from relaymta.queue import Entry, Queue, format_id, wall_ms
@@ -117,6 +118,11 @@ class Dispatcher:
             return
         state.ready.append(entry)
         self._pump(state)
+
+    def awake(self, name: QueueName) -> bool:
+        """Whether mail of a queue would be tried at once."""
+        state = self.sites.get(self.routes.site(name).key)
+        return not self.draining and (state is None or state.down_until <= self._queue().clock.now())
 
     def _line_up(self, entry: Entry) -> None:
         """A suspect waits for its turn."""

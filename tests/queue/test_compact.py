@@ -169,7 +169,7 @@ async def test_a_damaged_frame_does_not_move_and_does_not_stop_the_others(tmp_pa
         texts = await fill(bench, 600)
         bodies = {}
         with bench.queue.store.env.begin() as txn:
-            for ident, envelope in bench.queue.store.idents(txn):
+            for ident, envelope in bench.queue.store.idents(txn, 0, bench.queue.store.fresh.live()):
                 bodies[ident] = envelope.body
         first = min(body.segment for body in bodies.values())
         keep = [ident for ident in sorted(texts) if bodies[ident].segment == first][10:14]

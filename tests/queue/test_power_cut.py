@@ -173,7 +173,7 @@ async def held_by(spool: Path) -> dict[str, str]:
     await queue.start()
     found = {}
     with queue.store.env.begin() as txn:
-        for ident, envelope in queue.store.idents(txn):
+        for ident, envelope in queue.store.idents(txn, 0, queue.store.fresh.live()):
             found[format_id(ident)] = hashlib.sha256(queue.segments.read(ident, envelope.body)).hexdigest()
     await queue.stop()
     return found
