@@ -30,7 +30,7 @@ TEXT = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"
 async def fill(spool: Path, messages: int, spread: float) -> None:
     """Put messages into shard 0 as if each had been deferred once."""
     name = QueueName("smarthost", "")
-    queue = Queue(spool, 0, QueueSettings("bench"), lambda envelope: [(name, None)], lambda entry: None, Events())
+    queue = Queue(spool, 0, QueueSettings("bench"), lambda envelope, attempts: [(name, None)], lambda entry: None, Events())
     await queue.start()
     queue.schedule.paused = True
 

@@ -64,7 +64,7 @@ def test_commit_group(benchmark, tmp_path: Path, group):
             entry.flying = True
             queue.finish(entry, None)
 
-        queue = Queue(tmp_path, 0, QueueSettings("bench"), lambda envelope: [(QueueName("bench", ""), None)], offer, Quiet())
+        queue = Queue(tmp_path, 0, QueueSettings("bench"), lambda *_: [(QueueName("bench", ""), None)], offer, Quiet())
         await queue.start()
         return queue
 

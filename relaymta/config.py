@@ -5,10 +5,12 @@ the error messages come from it. A problem reads `file:line: key: what (did you 
 """
 
 import difflib
+import inspect
 import ipaddress
 import re
 import socket
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +18,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from relaymta.errors import ConfigError
 
-__all__ = ["Config", "Listener", "Route", "load", "parse_hostport"]
+__all__ = ["Config", "Listener", "Route", "load", "parse_duration", "parse_hostport"]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -33,12 +36,26 @@ def _duration(value: object) -> object:
     return value
 
 
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as "90s", "10m", "5d". ValueError with what is expected."""
+    return float(_duration(text))  # type: ignore[arg-type]
+
+
 def _size(value: object) -> object:
     if isinstance(value, str):
         match = _SIZE.match(value.strip())
         if match is None:
             raise ValueError('a size such as "50MB"')
         return int(float(match[1]) * _OCTETS[match[2]])
+    return value
+
+
+def _rate(value: object) -> object:
+    if isinstance(value, str):
+        match = _RATE.match(value.strip())
+        if match is None:
+            raise ValueError('a rate such as "20/s", "500/m", "10000/h"')
+        return float(match[1]) / _SECONDS[match[2]]
     return value
 
 
@@ -65,7 +82,7 @@ def _address(value: object) -> object:
 
 
 def _host(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.startswith("unix:/"):
         parse_hostport(value, 25)
     return value
 
@@ -78,6 +95,7 @@ def _network(value: object) -> object:
 
 Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 Address = Annotated[str, BeforeValidator(_address)]
 Host = Annotated[str, BeforeValidator(_host)]
 Network = Annotated[str, BeforeValidator(_network)]
@@ -85,7 +103,7 @@ LOOPBACK = ["127.0.0.0/8", "::1/128"]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
 class Listener(_Table):
@@ -93,22 +111,60 @@ class Listener(_Table):
 
     address: Address = Field(description="host:port to listen on")
     application: str = Field("", description="name that routes, limits and log records use for mail taken here")
+    priority: Literal["express", "normal", "bulk"] = Field("normal", description="class of mail taken here: which goes first")
     submission: bool = Field(False, description="add Date and Message-ID where they are missing (RFC 6409 8)")
 
 
+class OAuth(_Table):
+    """Tokens for a smart host that wants OAuth 2 (Microsoft 365, Gmail). `[route.oauth]`"""
+
+    token_url: str = Field(description="the token endpoint")
+    client_id: str = Field(description="the client's id")
+    client_secret_file: str = Field("", description="file that holds the client's secret")
+    refresh_token_file: str = Field("", description="file that holds a refresh token; empty: grant client_credentials")
+    scope: str = Field("", description='for example "https://outlook.office365.com/.default"')
+
+
 class Route(_Table):
-    """Where mail goes. `[[route]]`, repeatable; the first that matches is taken."""
+    """Where mail goes. `[[route]]`, repeatable; the first that matches is taken. All that is given must match."""
 
     name: str = Field("", description="shown in logs, metrics and `queue summary`; default: the first host")
     application: list[str] = Field([], description="matches mail of these applications; empty: any")
-    sender_domain: list[str] = Field([], description="matches these sender domains; empty: any")
+    sender: list[str] = Field([], description='matches these sender addresses, "" the null sender; empty: any')
+    sender_domain: list[str] = Field([], description='matches these sender domains, ".example" and below; empty: any')
+    recipient: list[str] = Field([], description="matches these recipient addresses; empty: any")
     recipient_domain: list[str] = Field([], description='matches these recipient domains, ".example" and below; empty: any')
-    hosts: list[Host] = Field([], description="smart hosts as host[:port], the next is tried when one cannot be reached; "
-                              "empty: the recipient domain's MX")  # fmt: skip
-    tls: Literal["may", "encrypt", "verify"] = Field("may", description="TLS to these hosts; verify: with a valid certificate")
+    mx: list[str] = Field(
+        [], description='matches domains with an MX host of these names, ".example" and below; goes with application and '
+        "recipient_domain only; empty: any",
+    )  # fmt: skip
+    min_size: Size = Field(0, description="matches messages of at least so many octets")
+    max_size: Size = Field(0, description="matches messages of at most so many octets; 0: any")
+    min_attempts: int = Field(0, ge=0, description="matches messages that were tried so many times before: a fallback")
+    hosts: list[Host] = Field(
+        [], description="smart hosts as host[:port] or, for LMTP, unix:/path; empty: the recipient domain's MX"
+    )
+    mode: Literal["failover", "balance"] = Field(
+        "failover", description="failover: the next host is tried when one cannot be reached; balance: all share the load"
+    )
+    weights: list[int] = Field([], description="shares of the hosts when balanced, in their order; empty: equal")
+    protocol: Literal["smtp", "lmtp"] = Field("smtp", description="what the hosts speak")
+    tls: Literal["off", "may", "encrypt", "verify"] = Field(
+        "may", description="TLS to these hosts; encrypt: with any certificate; verify: with a valid one"
+    )
+    auth: Literal["auto", "plain", "login", "cram-md5", "scram-sha-256", "xoauth2", "oauthbearer"] = Field(
+        "auto", description="how to log in; auto: the strongest that the host offers, xoauth2 where there is an oauth table"
+    )
     username: str = Field("", description="AUTH user name; needs tls = verify")
     password_file: str = Field("", description="file that holds the password")
     password_env: str = Field("", description="environment variable that holds the password")
+    oauth: OAuth | None = Field(None, description="tokens instead of a password")
+    sources: list[str] = Field([], description="names of the [[source]] addresses to send from; empty: the system's choice")
+    ip: Literal["6 4", "4 6", "4", "6"] = Field("6 4", description="address families to use, the preferred one first")
+    rewrite_sender: str = Field(
+        "", description='envelope sender to use there: an address, or "@domain" to replace the domain; the null sender stays'
+    )
+    chunking: bool = Field(True, description="send by BDAT to hosts that offer CHUNKING")
     connections: int = Field(20, ge=1, le=1000, description="connections to this site at the same time, of the whole machine")
     messages_per_connection: int = Field(1000, ge=1, description="messages after which a connection is closed")
 
@@ -116,14 +172,97 @@ class Route(_Table):
     def _check(self) -> "Route":
         if self.username and self.tls != "verify":
             raise ValueError('username needs tls = "verify": credentials go over verified TLS only')
-        if self.username and not (self.password_file or self.password_env):
-            raise ValueError("username needs password_file or password_env")
+        if self.username and not (self.password_file or self.password_env or self.oauth):
+            raise ValueError("username needs password_file, password_env or oauth")
+        if self.oauth and not self.username:
+            raise ValueError("oauth needs username: whose mailbox the token opens")
+        if self.auth in ("xoauth2", "oauthbearer") and not self.oauth:
+            raise ValueError(f"auth = {self.auth!r} needs an oauth table")
+        if self.weights and len(self.weights) != len(self.hosts):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.hosts)} hosts")
+        if self.weights and (min(self.weights) < 0 or not any(self.weights)):
+            raise ValueError("weights: none may be negative, and not all 0")
+        others = (self.sender, self.sender_domain, self.recipient, self.min_size, self.max_size, self.min_attempts)
+        if self.mx and any(others):
+            raise ValueError("mx goes with application and recipient_domain only: MX hosts are known per domain, not per message")
+        if self.protocol == "lmtp" and not self.hosts:
+            raise ValueError('protocol = "lmtp" needs hosts')
+        if any(host.startswith("unix:") for host in self.hosts) and self.protocol != "lmtp":
+            raise ValueError('unix: hosts need protocol = "lmtp"')
+        if "@" not in self.rewrite_sender and self.rewrite_sender:
+            raise ValueError(f'rewrite_sender: {self.rewrite_sender!r} is neither an address nor "@domain"')
         return self
 
     @property
     def label(self) -> str:
         """The route's name, or what stands for it."""
         return self.name or (self.hosts[0] if self.hosts else "mx")
+
+
+class SiteTable(_Table):
+    """Limits of the sites whose hosts match. `[[site]]`, repeatable; of each limit the first match that gives it holds, then
+    the route's own, then that of the provider profiles that come with relaymta."""
+
+    name: str = Field("", description="sites that match share these limits as one, under this name; empty: each has its own")
+    hosts: list[str] = Field(description='matches sites with an MX or smart host of these names, ".example" and below')
+    connections: int | None = Field(None, ge=1, le=1000, description="connections at the same time, of the whole machine")
+    messages_per_connection: int | None = Field(None, ge=1, description="messages after which a connection is closed")
+    rate: Rate | None = Field(None, description='messages, such as "500/m", of the whole machine')
+    connection_rate: Rate | None = Field(None, description='new connections, such as "2/s", of the whole machine')
+
+
+class Rule(_Table):
+    """What a reply of a host means, over what its code says. `[[rule]]`, repeatable; the first that matches, then those that
+    come with the provider profiles."""
+
+    match: str = Field(description="regular expression on `code enhanced-code text`")
+    hosts: list[str] = Field([], description='only replies of these hosts, ".example" and below; empty: of any')
+    action: Literal["retry", "suspend", "slow", "bounce", "defer"] = Field(
+        description="retry: this message again after `for`; suspend: nothing to the site (or from the tenant) for so long; "
+        "slow: half the rate and connections for so long; bounce, defer: take the reply for a permanent or transient one"
+    )
+    duration: Duration = Field(600, alias="for", description="how long")
+    scope: Literal["site", "tenant"] = Field("site", description="suspend for all, or for the application whose mail it was")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rule":
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match: {error}") from None
+        return self
+
+
+class Source(_Table):
+    """An address of this machine to send from. `[[source]]`, repeatable; routes name the ones they use."""
+
+    name: str = Field(description="as routes, logs and `site` name it")
+    address: str = Field(description="the IP address")
+    hostname: str = Field("", description="our name in EHLO from there; empty: hostname")
+    weight: int = Field(1, ge=1, le=1000, description="its share of the mail")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        try:
+            ipaddress.ip_address(self.address)
+        except ValueError:
+            raise ValueError(f"address: {self.address!r} is no IP address") from None
+        return self
+
+
+class Staging(_Table):
+    """A test system's mail that must not reach real people. `[staging]`"""
+
+    redirect: str = Field("", description="send everything there, with a header that names the real recipients; empty: off")
+    allow: list[str] = Field([], description='recipients that get their mail all the same: addresses, or "@domain"')
+
+    @model_validator(mode="after")
+    def _check(self) -> "Staging":
+        if self.redirect and "@" not in self.redirect:
+            raise ValueError(f"redirect: {self.redirect!r} is no address")
+        if self.allow and not self.redirect:
+            raise ValueError("allow needs redirect: without it there is no staging")
+        return self
 
 
 class PeerNetwork(_Table):
@@ -133,6 +272,7 @@ class PeerNetwork(_Table):
     application: str = Field(
         "", description="name that routes, limits and log records use for their mail; wins over the listener's"
     )
+    priority: Literal["express", "normal", "bulk"] | None = Field(None, description="class of their mail: which goes first")
     relay: bool | None = Field(None, description="whether they may send to anywhere")
     normalize: bool | None = Field(None, description="whether their bare CR and LF become CRLF, and NUL a space")
     long_lines: bool | None = Field(None, description="whether their lines may be longer than 998 octets")
@@ -218,6 +358,10 @@ class Log(_Table):
     """The log: one JSON object a line. `[log]`"""
 
     file: str = Field("-", description='path, "-" for standard error')
+    history: Size = Field(
+        256 << 20,
+        description="octets, for all workers together, of what happened to messages that `message history` shows; 0: off",
+    )
 
 
 class Config(_Table):
@@ -231,7 +375,15 @@ class Config(_Table):
     spool: str = Field("/var/lib/relaymta", description="directory of the queue")
     listener: list[Listener] = Field([], description="sockets on which mail comes in")
     route: list[Route] = Field([], description="where mail goes; none: to the MX of each recipient's domain")
+    route_map: str = Field(
+        "", description="file of `PATTERN ROUTE` lines that wins over the routes' own conditions; PATTERN: an address, a domain, "
+        ".domain (and below) or /regular expression/ on the address",
+    )  # fmt: skip
+    source: list[Source] = Field([], description="addresses to send from")
+    site: list[SiteTable] = Field([], description="limits of sites")
+    rule: list[Rule] = Field([], description="what replies mean")
     network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
+    staging: Staging = Staging()
     relay: Relay = Relay()
     intake: Intake = Intake()
     queue: QueueTable = QueueTable()
@@ -253,6 +405,23 @@ class Config(_Table):
                 "Name your networks, or set relay.open_relay = true if you mean it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Config":
+        known = {source.name for source in self.source}
+        for number, route in enumerate(self.route):
+            missing = [name for name in route.sources if name not in known]
+            if missing:
+                raise ValueError(f"route.{number}.sources: there is no [[source]] {missing[0]!r}{near(missing[0], known)}")
+        labels = [route.label for route in self.route]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two routes are called {twice!r}: give one of them another name")
+        return self
+
+    def to_json(self) -> str:
+        """The configuration for another process: what was given and nothing else, so that it can tell (see shaping)."""
+        return self.model_dump_json(exclude_unset=True, by_alias=True)
 
     @property
     def control_path(self) -> Path:
@@ -279,6 +448,8 @@ def _positions(text: str) -> dict[tuple[str | int, ...], int]:
             if head[1] == "[[":
                 parts = (*parts, counts.get(name, 0))
                 counts[name] = counts.get(name, 0) + 1
+            elif parts[0] in counts:  # [route.oauth]: it belongs to the last [[route]]
+                parts = (parts[0], counts[str(parts[0])] - 1, *parts[1:])
             table = parts
             found.setdefault(table, number)
             continue
@@ -354,10 +525,14 @@ def _did_you_mean(location: tuple[str | int, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
         if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = getattr(annotation, "__args__", (annotation,))[0]
-    near = difflib.get_close_matches(str(location[-1]), list(model.model_fields), 1, 0.6)
-    return f' (did you mean "{near[0]}"?)' if near else ""
+            model = _model_of(model.model_fields[part].annotation)
+    return near(str(location[-1]), model.model_fields)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """` (did you mean "..."?)`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f' (did you mean "{found[0]}"?)' if found else ""
 
 
 def parse_value(text: str) -> Any:
@@ -371,15 +546,28 @@ def parse_value(text: str) -> Any:
 def describe() -> str:
     """The reference configuration file: every key with its sentence and default, as comments."""
     lines = ["# relaymta: every key, with its default. Lines without a value show keys that have none.", ""]
-    nested = [(name, field) for name, field in Config.model_fields.items() if _model_of(field.annotation) is not None]
-    lines += _describe_fields(Config, skip={name for name, _ in nested})
-    for name, field in nested:
-        model = _model_of(field.annotation)
-        assert model is not None
-        repeated = name in ("listener", "route", "network")
-        lines += ["", f"# {(model.__doc__ or '').strip()}", f"#[[{name}]]" if repeated else f"[{name}]"]
-        lines += _describe_fields(model, commented=repeated)
+    lines += _describe_fields(Config)
+    for name, model in _tables_of(Config):
+        repeated = _is_list(Config.model_fields[name].annotation)
+        lines += ["", *_comment(model), f"#[[{name}]]" if repeated else f"[{name}]"]
+        lines += _describe_fields(model)
+        for inner, below in _tables_of(model):
+            lines += ["", *_comment(below), f"#[{name}.{inner}]", *_describe_fields(below)]
     return "\n".join(lines) + "\n"
+
+
+def _comment(model: type[BaseModel]) -> list[str]:
+    return [f"# {line}" for line in inspect.cleandoc(model.__doc__ or "").splitlines()]
+
+
+def _is_list(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is list
+
+
+def _tables_of(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    """The keys of a table that are tables themselves."""
+    found = [(name, _model_of(field.annotation)) for name, field in model.model_fields.items()]
+    return [(name, below) for name, below in found if below is not None]
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -387,13 +575,13 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
-def _describe_fields(model: type[BaseModel], skip: set[str] | None = None, commented: bool = True) -> list[str]:
+def _describe_fields(model: type[BaseModel]) -> list[str]:
+    """The keys of a table that are no tables."""
     lines = []
     for name, field in model.model_fields.items():
-        if name in (skip or set()):
-            continue
-        default = None if field.is_required() or field.default_factory is not None else field.default
-        lines += [f"# {field.description}", f"#{name} = {_toml(default)}"]
+        if _model_of(field.annotation) is None:
+            default = None if field.is_required() or field.default_factory is not None else field.default
+            lines += [f"# {field.description}", f"#{field.alias or name} = {_toml(default)}"]
     return lines
 
 

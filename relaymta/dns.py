@@ -1,15 +1,28 @@
-"""DNS by aiodns (c-ares). Answers are kept by c-ares for their TTL; failures are told apart: no such name, no data, and
-"could not be asked", which must never be taken for one of the others."""
+"""DNS by aiodns (c-ares), with a cache of our own: answers for their TTL, "no such name" and "no data" for a minute, failures
+for some seconds, and questions that are asked while one of the same is under way wait for its answer.
+
+Failures are told apart: no such name, no data, and "could not be asked", which must never be taken for one of the others.
+"""
 
 import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiodns
 
-__all__ = ["DnsFailure", "NoData", "NoSuchName", "Resolver"]
+__all__ = ["DnsFailure", "NoData", "NoSuchName", "Records", "Resolver"]
 
 NO_DATA = 1
 NO_NAME = 4
+# c-ares gives no SOA with a negative answer (RFC 2308), so its TTL is not known.
+NEGATIVE_SECONDS = 60.0
+FAILURE_SECONDS = 5.0
+LEAST_SECONDS = 1.0  # a TTL of 0 still serves all who ask in the same moment
+MOST_SECONDS = 3600.0
+KEPT = 50_000  # answers
+ALIASES = 8  # CNAMEs followed one after the other
 
 
 class DnsFailure(Exception):
@@ -24,51 +37,128 @@ class NoData(Exception):
     """The name exists, without records of this type."""
 
 
+@dataclass(frozen=True, slots=True)
+class Records:
+    """An answer: its values, or the exception that is raised for it; `until`: the moment (of `now`) it is good for."""
+
+    values: list[Any]
+    error: DnsFailure | NoSuchName | NoData | None
+    until: float
+
+
 class Resolver:
-    """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Make it inside the loop."""
+    """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Make it inside the loop.
 
-    def __init__(self, nameservers: list[str] | None = None) -> None:
+    `count(what)` is told of each "query" that goes out and each "hit" of the cache. `now()`: seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        nameservers: list[str] | None = None,
+        count: Callable[[str], None] = lambda what: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._resolver = aiodns.DNSResolver(nameservers=nameservers or None, timeout=5.0, tries=2)
+        self._count = count
+        self.now = now
+        self._known: dict[tuple[str, str], Records] = {}
+        self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
 
-    async def mx(self, domain: str) -> list[tuple[int, str]]:
-        """(preference, exchange) of a domain's MX records, as they came; "" is the null MX (RFC 7505)."""
-        answer = await self._ask(domain, "MX")
-        return [(r.data.priority, _text(r.data.exchange)) for r in answer]
+    async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
+        """((preference, exchange) of a domain's MX records, as they came; "" is the null MX (RFC 7505)), and until when
+        they hold."""
+        found = await self._ask(domain, "MX")
+        return found.values, found.until
 
-    async def addresses(self, host: str) -> list[str]:
-        """A host's addresses, IPv6 first. NoSuchName and NoData when both types say so."""
-        v6: list[Any] | BaseException
-        v4: list[Any] | BaseException
-        v6, v4 = await asyncio.gather(self._ask(host, "AAAA"), self._ask(host, "A"), return_exceptions=True)
-        found: list[str] = []
-        for answer in (v6, v4):
-            if isinstance(answer, list):
-                found += [_text(record.data.addr) for record in answer]
+    async def addresses(self, host: str, families: str = "64") -> list[str]:
+        """A host's addresses, in the order of `families` ("64": IPv6 first; "4": IPv4 only). NoSuchName and NoData when
+        all types asked for say so."""
+        answers = await asyncio.gather(*(self._lookup(host, "AAAA" if f == "6" else "A") for f in families))
+        found = [address for answer in answers for address in answer.values]
         if found:
             return found
-        for answer in (v4, v6):
-            if isinstance(answer, DnsFailure):
-                raise answer
-        raise v4 if isinstance(v4, NoSuchName) else NoData(host)
+        errors = [answer.error for answer in answers]
+        for error in errors:
+            if isinstance(error, DnsFailure):
+                raise _again(error)
+        raise NoSuchName(host) if any(isinstance(error, NoSuchName) for error in errors) else NoData(host)
 
-    async def _ask(self, name: str, kind: str) -> list[Any]:
+    async def _ask(self, name: str, kind: str) -> Records:
+        found = await self._lookup(name, kind)
+        if found.error is not None:
+            raise _again(found.error)
+        return found
+
+    async def _lookup(self, name: str, kind: str, aliases: int = ALIASES) -> Records:
+        """From the cache, from a question under way, or from the DNS. `aliases`: so many CNAMEs are followed."""
+        key = (name, kind)
+        known = self._known.get(key)
+        if known is not None and known.until > self.now():
+            self._count("hit")
+            return known
+        task = self._asking.get(key)
+        if task is None:
+            self._count("query")
+            task = self._asking[key] = asyncio.get_running_loop().create_task(self._query(name, kind, aliases))
+            task.add_done_callback(lambda _: self._asking.pop(key, None))
+        else:
+            self._count("hit")
+        return await asyncio.shield(task)
+
+    async def _query(self, name: str, kind: str, aliases: int) -> Records:
+        ttl: float = FAILURE_SECONDS
+        error: DnsFailure | NoSuchName | NoData | None = None
+        values: list[Any] = []
         try:
             result = await self._resolver.query_dns(name, kind)
-        except aiodns.error.DNSError as error:
-            code = error.args[0] if error.args else 0
-            if code == NO_NAME:
-                raise NoSuchName(name) from None
-            if code == NO_DATA:
-                raise NoData(name) from None
-            raise DnsFailure(f"{name} {kind}: {error.args[1] if len(error.args) > 1 else error}") from None
-        wanted = [r for r in result.answer if type(r.data).__name__.upper().startswith(kind + "RECORD")]
-        if not wanted:
-            raise NoData(name)
-        return wanted
+            # Behind an alias the answer is a chain of CNAMEs with what was asked for, if it is there, at its end; a server
+            # that does not know the end leaves it to us (RFC 1034 3.6.2).
+            values = [_value(kind, record.data) for record in result.answer if _is_a(kind, record)]
+            chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
+            ttl = min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS)
+            if not values and chain and aliases:
+                end = await self._lookup(chain[-1], kind, aliases - 1)
+                return self._keep(name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
+            if not values:
+                error, ttl = NoData(name), NEGATIVE_SECONDS
+        except aiodns.error.DNSError as failure:
+            code = failure.args[0] if failure.args else 0
+            if code in (NO_NAME, NO_DATA):
+                error, ttl = NoSuchName(name) if code == NO_NAME else NoData(name), NEGATIVE_SECONDS
+            else:
+                error = DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}")
+        return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
+
+    def _keep(self, name: str, kind: str, records: Records) -> Records:
+        if len(self._known) >= KEPT:
+            self._forget_some()
+        self._known[name, kind] = records
+        return records
+
+    def _forget_some(self) -> None:
+        """Make room: what is over, and the oldest tenth of the rest."""
+        now = self.now()
+        kept = [(key, records) for key, records in self._known.items() if records.until > now]
+        self._known = dict(kept[max(0, len(kept) - KEPT * 9 // 10) :])
 
     async def close(self) -> None:
         """End c-ares' thread."""
         await self._resolver.close()
+
+
+def _again(error: Exception) -> Exception:
+    """A kept error, anew: one that is raised again and again would drag its tracebacks along."""
+    return type(error)(*error.args)
+
+
+def _is_a(kind: str, record: Any) -> bool:
+    return type(record.data).__name__.upper().startswith(kind + "RECORD")
+
+
+def _value(kind: str, data: Any) -> Any:
+    if kind == "MX":
+        return data.priority, _text(data.exchange)
+    return _text(data.cname if kind == "CNAME" else data.addr)
 
 
 def _text(value: str | bytes) -> str:

@@ -4,6 +4,7 @@ Records are handed to a thread through a bounded buffer, so that a stalled sink 
 dropped and counted, and the count is logged when the sink takes records again.
 """
 
+import mmap
 import os
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["EVENTS", "Log"]
+__all__ = ["EVENTS", "History", "Log", "find_history"]
 
 BUFFER = 50_000
 
@@ -28,6 +29,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),
     "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "notice", "attempt"),
     "site": ("route", "state", "reason", "until"),
+    "shaping": ("site", "tenant", "action", "by", "reply", "until"),
     "store": ("state", "reason"),
 }
 
@@ -39,16 +41,71 @@ def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
     return msgspec.defstruct(name, head + tail, tag_field="event", tag=name, gc=False)
 
 
+# Events about one message, which its history is made of.
+_OF_MESSAGES = frozenset(name for name, fields in EVENTS.items() if "id" in fields)
+
 _RECORDS = {name: _record(name, fields) for name, fields in EVENTS.items()}
+_KEPT = frozenset(_RECORDS[name] for name in _OF_MESSAGES)
 _encode = msgspec.json.Encoder().encode
 
 
-class Log:
-    """Writes records to `file` ("-": standard error). `worker`: which process says so, -1 the supervisor."""
+class History:
+    """What happened to messages, kept in `folder` beside the log: files that are written in turn, `octets` in all at most.
+    Belongs to the log's thread."""
 
-    def __init__(self, file: str, worker: int) -> None:
+    FILES = 8
+
+    def __init__(self, folder: Path, worker: int, octets: int) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._worker = worker
+        self._most = max(4096, octets // self.FILES)
+        numbers = [int(path.suffixes[0][1:]) for path in folder.glob(f"{worker}.*.jsonl")]
+        self._number = max(numbers, default=0)
+        self._descriptor = self._open()
+        self._size = os.fstat(self._descriptor).st_size
+
+    def _open(self) -> int:
+        path = self._folder / f"{self._worker}.{self._number}.jsonl"
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def write(self, text: bytes) -> None:
+        """Append whole lines; begin another file, and drop the oldest, when this one is full. OSError when the disk refuses."""
+        if self._size + len(text) > self._most and self._size:
+            os.close(self._descriptor)
+            self._number += 1
+            self._descriptor, self._size = self._open(), 0
+            for path in self._folder.glob(f"{self._worker}.*.jsonl"):
+                if int(path.suffixes[0][1:]) <= self._number - self.FILES:
+                    path.unlink(missing_ok=True)
+        self._size += os.write(self._descriptor, text)
+
+
+def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
+    """All events about a message that `folder` still has, in the order in which they happened. `ident`: as people see it."""
+    wanted = f'"id":"{ident}"'.encode()
+    found: list[dict[str, Any]] = []
+    for path in folder.glob("*.jsonl"):
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+                position = text.find(wanted)
+                while position >= 0:
+                    start, end = text.rfind(b"\n", 0, position) + 1, text.find(b"\n", position)
+                    found.append(msgspec.json.decode(text[start : end if end >= 0 else len(text)]))
+                    position = text.find(wanted, position + 1)
+        except (OSError, ValueError, msgspec.DecodeError):  # dropped or empty, or its last line is being written
+            continue
+    return sorted(found, key=lambda event: float(event["ts"]))
+
+
+class Log:
+    """Writes records to `file` ("-": standard error). `worker`: which process says so, -1 the supervisor. `history`: where
+    what happened to messages is kept as well."""
+
+    def __init__(self, file: str, worker: int, history: History | None = None) -> None:
         self._file = file
         self._worker = worker
+        self._history = history
         self._descriptor = self._open()
         self._pending: list[msgspec.Struct] = []
         self._wanted = threading.Event()
@@ -85,8 +142,12 @@ class Log:
                 lost = f"{self.dropped - told} log records dropped: the log could not take them"
                 batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
                 told = self.dropped
-            text = b"".join(_encode(record) + b"\n" for record in batch)
+            lines = [_encode(record) + b"\n" for record in batch]
+            text = b"".join(lines)
             try:
+                if self._history is not None:
+                    kept = (line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT)
+                    self._history.write(b"".join(kept))
                 while text:
                     text = text[os.write(self._descriptor, text) :]
             except OSError:

@@ -35,6 +35,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),
     "relaymta_sessions_total": ("Outgoing connections", "result", ("opened", "failed")),
     "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),
+    "relaymta_dns_lookups_total": ("DNS look-ups: asked, or answered from the cache", "result", ("query", "hit")),
     "relaymta_in_doubt_total": ("Attempts that ended between the last octet and its reply: possible duplicates", "", ("",)),
     "relaymta_commits_total": ("Group commits", "", ("",)),
     "relaymta_commit_operations_total": ("Operations that rode in group commits", "", ("",)),

@@ -1,17 +1,19 @@
-"""Memory that the supervisor and the workers share: counters for metrics, and limits that span workers.
+"""Memory that the supervisor and the workers share: counters for metrics, and limits and rates that span workers.
 
-One file, mapped by all. Layout: a block of counters for each worker slot, then limit cells. A worker writes only its own
-block; the supervisor reads all without asking, and a crash loses nothing.
+One file, mapped by all. Layout: a block of counters for each worker slot, then limit cells, then what is in flight, then
+rates. A worker writes only its own cells, but for rates, which all move by compare-and-swap; the supervisor reads all
+without asking, and a crash loses nothing.
 """
 
 import mmap
 import os
+import time
 
 import xxhash
 
 from relaymta._speedups.cells import Cells
 
-__all__ = ["Flying", "Limits", "Shared"]
+__all__ = ["Flying", "Limits", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 256  # cells of one worker
@@ -19,6 +21,12 @@ FLYING = 512  # cells of one worker for ids of messages in flight; the first is 
 ROWS = 4096  # limits that are in use at the same time
 ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
 PROBES = 16
+RATE_ROWS = 4096  # rates that are in use at the same time; a row: the key's hash, and when it is free again
+RATE_IDLE_US = 60_000_000  # a rate that was not taken from for so long may give its row to another
+
+_FLYING_AT = SLOTS * COUNTERS + ROWS * ROW
+_RATES_AT = _FLYING_AT + SLOTS * FLYING
+_CELLS = _RATES_AT + 2 * RATE_ROWS
 
 
 class Shared:
@@ -26,7 +34,7 @@ class Shared:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        size = 8 * (SLOTS * COUNTERS + ROWS * ROW + SLOTS * FLYING)
+        size = 8 * _CELLS
         if os.fstat(descriptor).st_size < size:
             os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
@@ -47,7 +55,11 @@ class Shared:
 
     def flying(self, slot: int) -> "Flying":
         """What a worker slot has in flight, as seen after its death too."""
-        return Flying(Cells(self._map, 8 * (SLOTS * COUNTERS + ROWS * ROW + slot * FLYING), FLYING))
+        return Flying(Cells(self._map, 8 * (_FLYING_AT + slot * FLYING), FLYING))
+
+    def rates(self, workers: int) -> "Rates":
+        """The rates as one of `workers` workers takes from them."""
+        return Rates(Cells(self._map, 8 * _RATES_AT, 2 * RATE_ROWS), workers)
 
     def clear_limits(self, slot: int) -> None:
         """Give back what a dead worker held."""
@@ -141,6 +153,23 @@ class Limits:
         if row >= 0:
             self._cells.add(row + 1 + self._slot, -1)
 
+    def wait(self, key: str, rank: int) -> None:
+        """Say that this worker waits for a unit of `key`, with mail of class `rank` (1 and up; 0: it does not wait)."""
+        mark, row = self._find("wait " + key)
+        if row >= 0:
+            self._cells.set(row + 1 + self._slot, rank)
+            if rank and self._cells.get(row) != mark:  # somebody took the idle row over
+                self._cells.set(row + 1 + self._slot, 0)
+                self._known.pop("wait " + key, None)
+
+    def waiting(self, key: str) -> int:
+        """The highest class with which another worker waits for a unit of `key`; 0 when none does."""
+        mark, row = self._find("wait " + key)
+        if row < 0 or self._cells.get(row) != mark:
+            self._known.pop("wait " + key, None)
+            return 0
+        return self._cells.highest(row + 1, SLOTS, row + 1 + self._slot)
+
     def taken(self, key: str) -> int:
         """How many units of `key` the machine holds."""
         _, row = self._find(key)
@@ -173,6 +202,62 @@ class Limits:
         if idle >= 0 and cells.compare_swap(idle, cells.get(idle), mark):
             return idle
         return self._row(mark) if idle >= 0 else -1
+
+
+class Rates:
+    """Rates that hold for the machine: for each key the moment (microseconds of CLOCK_BOOTTIME) at which it is free again,
+    moved on by compare-and-swap (GCRA). When no row is to be had a worker keeps to its share of the rate."""
+
+    __slots__ = ("_cells", "_own", "overflows", "workers")
+
+    def __init__(self, cells: Cells, workers: int) -> None:
+        self._cells = cells
+        self.workers = workers
+        self._own: dict[str, int] = {}
+        self.overflows = 0
+
+    def take(self, key: str, per_second: float, burst: int = 1) -> float:
+        """Take one unit of `per_second`, of which up to `burst` may come at once: 0.0, or the seconds until there is one."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        interval = max(1, int(1_000_000 / per_second))
+        row = self._row(_mark(key), now)
+        if row < 0:
+            self.overflows += 1
+            if len(self._own) > RATE_ROWS:
+                self._own.clear()
+            free, wait = _next_free(self._own.get(key, 0), now, interval * self.workers, burst)
+            if not wait:
+                self._own[key] = free
+            return wait / 1_000_000
+        while True:
+            was = self._cells.get(row + 1)
+            free, wait = _next_free(was, now, interval, burst)
+            if wait:
+                return wait / 1_000_000
+            if self._cells.compare_swap(row + 1, was, free):
+                return 0.0
+
+    def _row(self, mark: int, now: int) -> int:
+        """The key's row, claimed when it has none; -1 when there is no room."""
+        cells = self._cells
+        idle = -1
+        for probe in range(PROBES):
+            row = (mark + probe) % RATE_ROWS * 2
+            owner = cells.get(row)
+            if owner == mark:
+                return row
+            if idle < 0 and (owner == 0 or cells.get(row + 1) < now - RATE_IDLE_US):
+                idle = row
+        if idle < 0:
+            return -1
+        return idle if cells.compare_swap(idle, cells.get(idle), mark) else self._row(mark, now)
+
+
+def _next_free(free: int, now: int, interval: int, burst: int) -> tuple[int, int]:
+    """(When a rate is free again once a unit is taken, how long to wait until one can be: 0 for not at all), microseconds."""
+    start = max(free, now)
+    wait = start - now - (burst - 1) * interval
+    return start + interval, max(0, wait)
 
 
 def _mark(key: str) -> int:

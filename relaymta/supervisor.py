@@ -18,14 +18,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from relaymta.config import Config, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
-from relaymta.errors import ConfigError, RelayError, SpoolBusy
-from relaymta.log import Log
+from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
+from relaymta.log import Log, find_history
+from relaymta.node import DEAD, SUSPENDED, Fact, Facts, Store, fact_row
 from relaymta.queue import inspect
-from relaymta.queue.ident import parse_id, shard_of
+from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, notify, reason
 
@@ -67,6 +69,9 @@ class Supervisor:
         self.failure = ""
         self.slots: list[Slot] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.facts = Facts()
+        self._unwritten: tuple[list[Fact], list[Fact]] = ([], [])  # learned, forgotten
+        self._writing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit status."""
@@ -80,6 +85,7 @@ class Supervisor:
         control = self._bind_control()
         http = await self._serve_metrics()
         self._drop_root()
+        self._open_node(spool / "node")
         for number, own in enumerate(sockets):
             self.slots.append(Slot(number, own, [number]))
         for orphan in _existing_shards(spool):
@@ -104,6 +110,9 @@ class Supervisor:
         notify("STOPPING=1")
         server.close()
         await self._stop_workers()
+        if self._writing is not None:
+            await self._writing
+        self.store.close()
         if http is not None:
             await http.cleanup()
         config.control_path.unlink(missing_ok=True)
@@ -124,6 +133,10 @@ class Supervisor:
                 os.chown(path, entry.pw_uid, entry.pw_gid)
         if not os.access(spool, os.W_OK):
             raise ConfigError([f"spool: {spool} is not writable"])
+
+    def _open_node(self, path: Path) -> None:
+        self.store = Store(path)
+        self.facts = Facts(self.store.load())
 
     def _drop_root(self) -> None:
         if os.geteuid() != 0:
@@ -187,7 +200,7 @@ class Supervisor:
             env=MALLOC | os.environ,
         )  # fmt: skip
         theirs.close()
-        slot.channel = Channel(ours, _no_requests, lambda: None)
+        slot.channel = Channel(ours, self._from_worker, lambda: None)
         self._spawn(self._watch(slot, slot.process))
         suspects, culprit = slot.suspects, slot.culprit
         slot.suspects, slot.culprit = [], 0
@@ -195,8 +208,9 @@ class Supervisor:
         try:
             async with asyncio.timeout(START_SECONDS):
                 await slot.channel.ask(
-                    "start", descriptors, config=self.config.model_dump_json(), slot=slot.number,
+                    "start", descriptors, config=self.config.to_json(), slot=slot.number,
                     workers=len(self.slots), shards=slot.shards, suspects=suspects, culprit=culprit,
+                    facts=[msgspec.to_builtins(fact) for fact in self.facts],
                 )  # fmt: skip
         except (Refused, ConnectionError, TimeoutError) as error:
             raise RelayError(f"worker {slot.number} did not start: {error or 'no answer'}") from None
@@ -253,6 +267,44 @@ class Supervisor:
                 if process.returncode is None:
                     process.kill()
 
+    # What the machine knows
+
+    async def _from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> None:
+        """A worker tells a fact."""
+        if op != "fact":
+            raise RelayError(f"workers ask nothing: {op}")
+        fact = None if args["fact"] is None else msgspec.convert(args["fact"], Fact)
+        self._know(fact, tuple(args["key"]))
+
+    def _know(self, fact: Fact | None, key: tuple[str, str, str]) -> bool:
+        """Keep a fact, or (None) forget the one with this key, and tell all workers; whether anything changed."""
+        if fact is None:
+            forgotten = self.facts.forget(*key)
+            if forgotten is None:
+                return False
+            self._unwritten[1].append(forgotten)
+        else:
+            self.facts.learn(fact)
+            self._unwritten[0].append(fact)
+        for slot in self.slots:
+            if slot.channel is not None:
+                slot.channel.tell("fact", fact=None if fact is None else msgspec.to_builtins(fact), key=list(key))
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write_facts())
+        return True
+
+    async def _write_facts(self) -> None:
+        """Make facts durable, all that have piled up at a time. What the disk refuses is known as long as we run."""
+        try:
+            while self._unwritten[0] or self._unwritten[1]:
+                (learned, forgotten), self._unwritten = self._unwritten, ([], [])
+                forgotten += self.facts.sweep()
+                await asyncio.to_thread(self.store.write, learned, forgotten)
+        except StoreError as error:
+            self.log.event("warning", text=f"node: {error}: what was learned about sites is lost at the next restart")
+        finally:
+            self._writing = None
+
     def _reopen_logs(self) -> None:
         """SIGUSR1: the log file was rotated."""
         self.log.reopen()
@@ -269,7 +321,7 @@ class Supervisor:
         changed = [key for key in NEEDS_RESTART if getattr(fresh, key) != getattr(self.config, key)]
         fresh = fresh.model_copy(update={key: getattr(self.config, key) for key in changed})
         self.config = fresh
-        text = fresh.model_dump_json()
+        text = fresh.to_json()
         for slot in self.slots:
             if slot.ready and slot.channel is not None:
                 await slot.channel.ask("reload", config=text)
@@ -287,8 +339,6 @@ class Supervisor:
 
     async def _cli(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One CLI's connection: requests, answered in order."""
-        import msgspec
-
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(4), "big")
@@ -367,6 +417,39 @@ class Supervisor:
     async def _raw(self, ident: str) -> Any:
         return await self._first("raw", ident)
 
+    async def _explain(self, ident: str) -> Any:
+        return await self._first("explain", ident)
+
+    async def _history(self, ident: str) -> Any:
+        return await asyncio.to_thread(find_history, Path(self.config.spool) / "history", format_id(parse_id(ident)))
+
+    async def _sites(self) -> list[dict[str, Any]]:
+        """The sites of all workers, one row for each."""
+        merged: dict[str, dict[str, Any]] = {}
+        for _, channel in self._ready():
+            for row in await channel.ask("sites"):
+                known = merged.setdefault(row["pool"], row)
+                if known is not row:
+                    for key in ("waiting", "in flight", "connections", "opening", "rate", "sessions"):
+                        known[key] += row[key]
+                    for key in ("state", "reason", "until"):
+                        known[key] = row[key] if row["state"] == "down" else known[key]
+        return sorted(merged.values(), key=lambda row: (-row["waiting"], row["pool"]))
+
+    async def _facts(self) -> list[dict[str, Any]]:
+        return [fact_row(fact, self.facts) for fact in sorted(self.facts, key=lambda fact: fact.key)]
+
+    async def _suspend(self, site: str, about: str, seconds: float, reason: str) -> None:
+        now = time.time_ns() // 1_000_000
+        fact = Fact(SUSPENDED, site, about, now, now + int(seconds * 1000), "operator", reason)
+        self.log.event("shaping", site=site, tenant=about, action=SUSPENDED, by="operator", reply=reason, until=fact.until)
+        self._know(fact, fact.key)
+
+    async def _clear(self, kind: str, site: str, about: str, resume: bool) -> int:
+        """Forget facts; how many. `resume`: all that keep mail from a site."""
+        kinds = [SUSPENDED, DEAD] if resume else [kind]
+        return sum(self._know(None, (one, site, about)) for one in kinds)
+
     async def _first(self, op: str, ident: str) -> Any:
         home = shard_of(parse_id(ident))
         for _, channel in sorted(self._ready(), key=lambda pair: home not in pair[0].shards):
@@ -383,6 +466,12 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "change": Supervisor._change,
     "message": Supervisor._message,
     "raw": Supervisor._raw,
+    "explain": Supervisor._explain,
+    "history": Supervisor._history,
+    "sites": Supervisor._sites,
+    "facts": Supervisor._facts,
+    "suspend": Supervisor._suspend,
+    "clear": Supervisor._clear,
     "reload": Supervisor.reload,
 }
 
@@ -393,10 +482,6 @@ async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(*command, **options)
     except OSError as error:
         raise RelayError(f"cannot start a worker: {command[0]}: {error.strerror} (may this user execute it?)") from None
-
-
-async def _no_requests(op: str, args: dict[str, Any], descriptors: list[int]) -> None:
-    raise RelayError(f"workers ask nothing: {op}")
 
 
 def _raise_descriptor_limit() -> None:

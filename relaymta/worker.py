@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from relaymta.accept.intake import Intake
@@ -24,8 +25,9 @@ from relaymta.config import Config
 from relaymta.control import Channel
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
-from relaymta.log import Log
+from relaymta.log import History, Log
 from relaymta.metrics import Counters, index
+from relaymta.node import Fact, Facts
 from relaymta.proto.envelope import SUCCESS, TRANSIENT
 from relaymta.queue import (
     Committed,
@@ -42,6 +44,7 @@ from relaymta.queue import (
 )  # fmt: skip
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
+from relaymta.send.explain import explain, site_rows
 from relaymta.shm import Shared
 
 DELIVERED = index("relaymta_recipients_total", "delivered")
@@ -53,6 +56,8 @@ COMMITS = index("relaymta_commits_total")
 OPERATIONS = index("relaymta_commit_operations_total")
 SYNCS = index("relaymta_syncs_total")
 NOTICES = index("relaymta_notices_total")
+DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
+DNS_HITS = index("relaymta_dns_lookups_total", "hit")
 LOG_DROPPED = index("relaymta_log_dropped_total")
 NOTICES_DROPPED = index("relaymta_notices_dropped_total")
 
@@ -147,8 +152,9 @@ class Shard:
     def __init__(self, worker: "Worker", number: int) -> None:
         config = worker.config
         self.dispatcher = Dispatcher(
-            config, worker.routes, worker.limits, worker.flying, worker.counters, worker.log, worker.resolver, worker.suspects
-        )
+            config, worker.routes, worker.limits, worker.rates, worker.flying, worker.counters, worker.log, worker.resolver,
+            worker.suspects, worker.facts, worker.tell_fact,
+        )  # fmt: skip
         settings = QueueSettings(
             hostname=config.hostname,
             max_age_ms=int(config.queue.max_age * 1000),
@@ -184,9 +190,9 @@ class Worker:
         self._log_dropped = 0
         self._borrowed: list[Listening] = []
 
-    def assign(self, envelope: Any) -> Any:
+    def assign(self, envelope: Any, attempts: int) -> Any:
         """The route table as it is now."""
-        return self.routes.assign(envelope)
+        return self.routes.assign(envelope, attempts)
 
     async def start(
         self,
@@ -196,6 +202,7 @@ class Worker:
         shards: list[int],
         suspects: list[int],
         culprit: int,
+        facts: list[Any],
         descriptors: list[int],
     ) -> None:
         """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
@@ -204,11 +211,15 @@ class Worker:
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
         self.limits = shared.limits(slot, workers)
+        self.rates = shared.rates(workers)
+        self.facts = Facts(msgspec.convert(facts, list[Fact]))
         self.flying = shared.flying(slot)
         self.suspects = set(suspects)
-        self.log = Log(self.config.log.file, slot)
+        kept = self.config.log.history // workers
+        history = History(Path(self.config.spool) / "history", slot, kept) if kept else None
+        self.log = Log(self.config.log.file, slot, history)
         self.routes = RouteTable(self.config)
-        self.resolver = Resolver(self.config.delivery.nameservers)
+        self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         for number in shards:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():
@@ -223,6 +234,23 @@ class Worker:
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
         self._gauges()
 
+    def _count_dns(self, what: str) -> None:
+        self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
+
+    def tell_fact(self, fact: Fact | None, key: tuple[str, str, str]) -> None:
+        """Make a fact known to the machine (None: `key` holds no longer): the supervisor keeps it and tells all workers."""
+        self.channel.tell("fact", fact=None if fact is None else msgspec.to_builtins(fact), key=list(key))
+
+    async def _fact(self, descriptors: list[int], fact: dict[str, Any] | None, key: list[str]) -> None:
+        kind, site, about = key
+        learned = None if fact is None else msgspec.convert(fact, Fact)
+        if learned is None:
+            self.facts.forget(kind, site, about)
+        else:
+            self.facts.learn(learned)
+        for shard in self.shards.values():
+            shard.dispatcher.decisions.changed(learned, (kind, site, about))
+
     def _gauges(self) -> None:
         """Once a second: what is counted by looking."""
         now = self.loop.time()
@@ -232,7 +260,7 @@ class Worker:
                 shard.queue.watch_totals(lambda totals, shard=shard: self._set_gauges(shard, totals, now))  # type: ignore[misc]
         gauge = self.counters.gauge
         gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
-        gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.sites.values()))
+        gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.pools.values()))
         gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
         full = any(shard.queue.full for shard in self.shards.values())
         slow = any(shard.queue.pressure for shard in self.shards.values())
@@ -319,6 +347,16 @@ class Worker:
                 return found
         return None
 
+    async def _explain(self, descriptors: list[int], ident: str) -> Any:
+        for shard in self.shards.values():
+            found = await explain(shard.dispatcher, parse_id(ident))
+            if found is not None:
+                return found
+        return None
+
+    async def _sites(self, descriptors: list[int]) -> list[Any]:
+        return [row for shard in self.shards.values() for row in site_rows(shard.dispatcher)]
+
     async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
         for shard in self.shards.values():
             text = await shard.queue.raw(parse_id(ident))
@@ -344,10 +382,10 @@ class Worker:
             "stalled": any(shard.queue.writer.stalled for shard in self.shards.values()),
             "last store error": next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), ""),
             "sites down": {
-                state.site.key: state.reason
+                pool.key: pool.reason
                 for shard in self.shards.values()
-                for state in shard.dispatcher.sites.values()
-                if state.failures
+                for pool in shard.dispatcher.pools.values()
+                if pool.failures
             },
         }
 
@@ -378,12 +416,15 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "stop": Worker._stop,
     "reload": Worker._reload,
     "reopen_log": Worker._reopen_log,
+    "fact": Worker._fact,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
     "summary": Worker._summary,
     "page": Worker._page,
     "message": Worker._message,
     "raw": Worker._raw,
+    "explain": Worker._explain,
+    "sites": Worker._sites,
     "change": Worker._change,
     "status": Worker._status,
 }

@@ -4,9 +4,10 @@ import pytest
 
 from relaymta.config import Config
 from relaymta.dns import DnsFailure, NoData, NoSuchName
-from relaymta.proto.envelope import Envelope
-from relaymta.route.mx import NoRoute, mx_targets
-from relaymta.route.table import RouteTable
+from relaymta.proto.envelope import Envelope, QueueName
+from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up, targets
+from relaymta.route.sites import Sites
+from relaymta.route.table import Asked, RouteTable
 
 
 class Dictionary:
@@ -21,15 +22,19 @@ class Dictionary:
             raise found
         return found
 
-    async def mx(self, domain: str):
-        return self._get(domain, "MX")
+    def now(self) -> float:
+        return 0.0
 
-    async def addresses(self, host: str):
+    async def mx(self, domain: str):
+        return self._get(domain, "MX"), 300.0
+
+    async def addresses(self, host: str, families: str):
         return self._get(host, "A")
 
 
 async def hosts(answers: dict, domain: str = "d.example", ourselves: frozenset = frozenset()) -> list[str]:
-    return [t.host for t in await mx_targets(Dictionary(answers), domain, set(ourselves))]
+    resolver = Dictionary(answers)
+    return [t.host for t in await targets(resolver, await mx_hosts(resolver, domain, set(ourselves)), "64")]
 
 
 async def test_order_and_shuffle():
@@ -84,9 +89,98 @@ def test_the_first_route_that_matches_is_taken():
     assert names(mail("x@y", sender="me@boss.example")) == [("from", None)]
     assert names(mail("x@a.corp.example", "y@one.example")) == [("to", None)]
     assert names(mail("x@one.example", "y@other.example", "z@OTHER.example")) == [("to", [0]), ("mx/other.example", [1, 2])]
-    assert routes.site(routes.assign(mail("x@y.example"))[0][0]).key == "mx/y.example"
 
 
 def test_idna_domains_are_looked_up_as_a_labels():
     (pair,) = table().assign(mail("x@bücher.example"))
     assert pair[0].domain == "xn--bcher-kva.example"
+
+
+@pytest.mark.parametrize(
+    ("condition", "matching", "other"),
+    [
+        ({"sender": ["Joe@B.example"]}, mail("x@y", sender="joe@b.example"), mail("x@y", sender="jim@b.example")),
+        ({"sender": [""]}, mail("x@y", sender=""), mail("x@y")),
+        ({"sender_domain": [".b.example"]}, mail("x@y", sender="a@sub.b.example"), mail("x@y", sender="a@xb.example")),
+        ({"recipient": ["X@y"]}, mail("x@Y"), mail("z@y")),
+        ({"recipient_domain": [".y"]}, mail("x@a.y"), mail("x@ay")),
+        ({"application": ["shop"]}, mail("x@y", application="shop"), mail("x@y")),
+        ({"min_size": 2}, Envelope("a@b", ["x@y"], 2, 0, 0, 0), mail("x@y")),
+        ({"max_size": 1}, mail("x@y"), Envelope("a@b", ["x@y"], 2, 0, 0, 0)),
+    ],
+    ids=repr,
+)
+def test_each_condition_decides(condition, matching, other):
+    routes = table({"name": "special", "hosts": ["h"], **condition})
+    assert routes.choose(matching, matching.recipients[0]).label == "special"
+    assert routes.choose(other, other.recipients[0]).label == "mx"
+    (key,) = condition
+    asked = Asked.of(other, other.recipients[0], 0)
+    assert [(v.route.label, v.matches, v.reason) for v in routes.trace(asked, None)] == [
+        ("special", False, key),
+        ("mx", True, ""),
+    ]
+
+
+def test_attempts_decide():
+    routes = table({"name": "fallback", "hosts": ["h"], "min_attempts": 2})
+    assert [routes.choose(mail("x@y"), "x@y", attempts).label for attempts in (0, 1, 2, 3)] == [
+        "mx",
+        "mx",
+        "fallback",
+        "fallback",
+    ]
+
+
+def test_a_route_by_mx_takes_over_where_it_comes_first():
+    routes = table(
+        {"name": "google", "mx": [".google.com"], "application": ["shop"], "hosts": ["h"]},
+        {"name": "rest"},
+        {"name": "late", "mx": ["x"]},
+    )
+    shop, other = QueueName("rest", "d.example", "shop"), QueueName("rest", "d.example")
+    assert routes.choose(mail("x@d.example", application="shop"), "x@d.example").label == "rest"
+    assert routes.by_mx(shop, ["aspmx.l.google.com"]).label == "google"
+    assert routes.by_mx(shop, ["x"]).label == "rest"
+    assert routes.by_mx(other, ["aspmx.l.google.com"]).label == "rest"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "name"),
+    [
+        ([(10, "mx.one.example")], "mx.one.example"),
+        ([(10, "alt1.mx.example"), (20, "alt2.mx.example")], "(alt1|alt2).mx.example"),
+        ([(10, "b.x"), (10, "a.x"), (20, "c.y")], "(a.x|b.x|c.y)"),
+        ([(10, "mx.example"), (20, "b.mx.example")], "(mx|b.mx).example"),
+    ],
+)
+def test_sites_have_names_that_say_which_hosts_they_are(hosts, name):
+    assert roll_up(Hosts(tuple(sorted(hosts)), 0.0)) == name
+
+
+async def test_domains_with_the_same_hosts_are_one_site_and_are_asked_for_once():
+    class Counting(Dictionary):
+        asked = 0
+
+        async def mx(self, domain: str):
+            self.asked += 1
+            return await super().mx(domain)
+
+    records = {(f"d{n}.example", "MX"): [(10, "MX1.pool.example"), (20, "mx2.pool.example")] for n in range(5)}
+    resolver = Counting(records)
+    sites = Sites(table(), resolver, set(), resolver.now)
+    names = [QueueName("mx", f"d{n}.example") for n in range(5)]
+    assert sites.known(names[0]) is None
+    assert {(await sites.find(name)).key for name in names} == {"mx/(mx1|mx2).pool.example"}
+    assert all(sites.known(name) is not None for name in names)
+    assert resolver.asked == 5
+
+
+async def test_address_families():
+    class Both:
+        async def addresses(self, host: str, families: str):
+            return [{"6": "2001:db8::1", "4": "192.0.2.1"}[family] for family in families]
+
+    hosts = Hosts(((10, "mx.example"),), 0.0)
+    assert [t.address for t in await targets(Both(), hosts, "46")] == ["192.0.2.1", "2001:db8::1"]
+    assert [t.address for t in await targets(Both(), hosts, "4")] == ["192.0.2.1"]

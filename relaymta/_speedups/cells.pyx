@@ -76,6 +76,19 @@ cdef class Cells:
             result += cell_get(self.base + i)
         return result
 
+    cpdef int64_t highest(self, Py_ssize_t first, Py_ssize_t count, Py_ssize_t but) except? -1:
+        """The greatest of `count` cells from `first` on and of 0, the cell `but` left out."""
+        cdef Py_ssize_t i
+        cdef int64_t one, result = 0
+        if first < 0 or count < 0 or first + count > self.count:
+            raise IndexError(first)
+        for i in range(first, first + count):
+            if i != but:
+                one = cell_get(self.base + i)
+                if one > result:
+                    result = one
+        return result
+
     def values(self):
         """All cells as a list."""
         cdef Py_ssize_t i

@@ -15,6 +15,7 @@ from relaymta.proto.envelope import DOTTED, EIGHT_BIT, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import count_received, field_names, header_end, received_field, rfc5322_date
 from relaymta.proto.smtp_server import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
+from relaymta.route.staging import Redirection
 
 __all__ = ["Client", "Intake"]
 
@@ -39,6 +40,7 @@ class Client:
     trusted: bool
     connections: int
     application: str
+    priority: str  # "" where the listener decides
     limits: Limits
 
 
@@ -75,6 +77,7 @@ class Intake:
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)
+        self._staging = Redirection(config.staging.redirect, config.staging.allow) if config.staging.redirect else None
         self._peers = [(_Networks.of(peer.networks), peer) for peer in config.network]
         self._clients: dict[str, Client] = {}
 
@@ -103,7 +106,7 @@ class Intake:
             long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
         )
         connections = _chosen(own.connections, max(most, 200) if trusted else most)
-        return Client(str(parsed), trusted, connections, own.application, limits)
+        return Client(str(parsed), trusted, connections, own.application, own.priority or "", limits)
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
         """At MAIL: is there room for a message of `size` octets (0: not announced)?"""
@@ -161,6 +164,8 @@ class Intake:
                 fields += f"Message-ID: <{name}@{self.hostname}>\r\n".encode()
             if b"date" not in names:
                 fields += f"Date: {rfc5322_date(now)}\r\n".encode()
+        if self._staging is not None:
+            fields = self._staging.banner(recipients) + fields
         if not header or (header[:2] != b"\r\n" and b":" not in header.partition(b"\r\n")[0]):
             fields += b"\r\n"  # there is no header: what we add must not swallow the text's first line
         return [fields]
@@ -174,6 +179,7 @@ class Intake:
         client: Client,
         helo: str,
         application: str,
+        priority: str,
         done: Callable[[StoreError | None], None],
     ) -> None:
         """Put a complete message into the queue; `done(None)` once it is safe."""
@@ -187,6 +193,8 @@ class Intake:
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else f"{a}@{self.hostname}" for a in recipients))
+        if self._staging is not None:
+            recipients = self._staging.recipients(recipients)
         queue = self.queue
         envelope = Envelope(
             sender=transaction.sender,
@@ -198,6 +206,7 @@ class Intake:
             client=client.address,
             helo=helo,
             application=application,
+            priority=priority,
         )
         queue.submit(ident, envelope, text, done)
 

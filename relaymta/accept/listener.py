@@ -181,6 +181,7 @@ class Connection(asyncio.Protocol):
             self.client_of(),
             session.helo,
             self.client_of().application or self.listener.application,
+            self.client_of().priority or self.listener.priority,
             self._stored,
         )
 

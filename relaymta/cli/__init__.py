@@ -3,7 +3,7 @@
 import click
 
 from relaymta import __version__
-from relaymta.cli import config, queue, serve, sink
+from relaymta.cli import config, message, queue, route, serve, sink, site
 
 __all__ = ["main"]
 
@@ -19,5 +19,8 @@ main.add_command(sink.sink)
 main.add_command(config.config)
 main.add_command(queue.status)
 main.add_command(queue.queue)
-main.add_command(queue.message)
+main.add_command(message.message)
+main.add_command(route.route)
+main.add_command(site.site)
+main.add_command(site.shaping)
 main.add_command(queue.reload)

@@ -1,114 +1,19 @@
-"""`relaymta status|queue|message|reload`: look into the running daemon and change its queue.
+"""`relaymta status|queue|reload`: look into the running daemon and change its queue.
 
 With the daemon stopped, reading verbs read the spool themselves, holding its lock.
 """
 
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
 
-from relaymta import control
+from relaymta.cli.peer import Daemon, Offline, as_json, asked, connect, size, table, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
-from relaymta.errors import ConfigError, RelayError
 
-__all__ = ["message", "queue", "reload", "status"]
-
-
-class Offline:
-    """The spool's answers while no daemon runs: the same requests, read-only."""
-
-    def __init__(self, config: Config) -> None:
-        self._spool = Path(config.spool)
-
-    def ask(self, op: str, **args: Any) -> Any:
-        """Answer a reading request; RelayError for any other."""
-        from relaymta.queue.offline import answer
-
-        if op not in ("summary", "page", "message", "raw"):
-            raise RelayError("the daemon is not running (start it with `relaymta serve`)")
-        return answer(self._spool, op, **args)
-
-
-class Daemon:
-    """The running daemon's answers."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def ask(self, op: str, **args: Any) -> Any:
-        """One request. RelayError with the daemon's sentence."""
-        try:
-            return control.ask(self._path, op, **args)
-        except control.Refused as error:
-            raise RelayError(str(error)) from None
-
-
-def _connect(read: Callable[..., Config]) -> Daemon | Offline:
-    """The daemon of this configuration, or its spool."""
-    try:
-        config = read({"listener": [{"address": "127.0.0.1:2525"}]})
-    except ConfigError as error:
-        fail(78, str(error))
-    try:
-        control.ask(config.control_path, "status")
-    except (FileNotFoundError, ConnectionRefusedError):
-        if not Path(config.spool).is_dir():
-            fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
-        return Offline(config)
-    except (OSError, control.Refused) as error:
-        fail(69, f"{config.control_path}: {error}")
-    return Daemon(config.control_path)
-
-
-def _asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
-    try:
-        return peer.ask(op, **args)
-    except RelayError as error:
-        fail(69, str(error))
-    except OSError as error:
-        fail(69, f"the daemon does not answer: {error}")
-
-
-def _when(seconds: float) -> str:
-    """A moment for people: a short distance, or the time."""
-    if not seconds:
-        return "-"
-    ahead = seconds - time.time()
-    if abs(ahead) < 1:
-        return "now"
-    if 0 < ahead < 7200:
-        return f"in {int(ahead // 60)}m{int(ahead % 60):02d}s"
-    if -7200 < ahead < 0:
-        return f"{int(-ahead // 60)}m{int(-ahead % 60):02d}s ago"
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _size(octets: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if octets < 1000:
-            return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
-        octets /= 1000
-    return f"{octets:.1f} TB"
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
+__all__ = ["queue", "reload", "status"]
 
 
 @click.command()
@@ -116,8 +21,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (
 @configured
 def status(read: Callable[..., Config], as_json: bool) -> None:
     """What the daemon is doing."""
-    peer = _connect(read)
-    found = _asked(peer, "status")
+    peer = connect(read)
+    found = asked(peer, "status")
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -128,7 +33,7 @@ def status(read: Callable[..., Config], as_json: bool) -> None:
          str(w.get("in flight", "")), "full" if w.get("full") else "stalled" if w.get("stalled") else "ok"]
         for w in found["workers"]
     ]  # fmt: skip
-    _table("", ["worker", "state", "pid", "connections", "in flight", "store"], rows)
+    table("", ["worker", "state", "pid", "connections", "in flight", "store"], rows)
     for worker in found["workers"]:
         for site, reason in worker.get("sites down", {}).items():
             click.echo(f"{site} is down: {reason}")
@@ -144,15 +49,15 @@ def queue() -> None:
 @configured
 def summary(read: Callable[..., Config], as_json: bool) -> None:
     """One line for each queue that holds mail."""
-    rows = _asked(_connect(read), "summary")
+    rows = asked(connect(read), "summary")
     if as_json:
         click.echo(json.dumps(rows))
         return
     if not rows:
         click.echo("the queue is empty")
         return
-    _table("", ["queue", "messages", "size", "deferred", "held", "next"], [
-        [r["queue"], str(r["messages"]), _size(r["bytes"]), str(r["deferred"]), str(r["held"]), _when(r["next"])] for r in rows
+    table("", ["queue", "messages", "size", "deferred", "held", "next"], [
+        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), when(r["next"])] for r in rows
     ])  # fmt: skip
 
 
@@ -170,7 +75,7 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
 def _pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     cursor: list[int] = []
     while True:
-        page = _asked(peer, "page", cursor=cursor, chosen=chosen)
+        page = asked(peer, "page", cursor=cursor, chosen=chosen)
         yield page["shard"], page["rows"]
         cursor = page["cursor"]
         if not cursor:
@@ -193,7 +98,7 @@ def _chosen(queue_name: str, sender: str, domain: str, held: bool, ident: str = 
 @configured
 def list_messages(read: Callable[..., Config], as_json: bool, queue_name: str, sender: str, domain: str, held: bool) -> None:
     """The messages, oldest first. --json: one object a line, for any number of them."""
-    peer = _connect(read)
+    peer = connect(read)
     chosen = _chosen(queue_name, sender, domain, held)
     count = 0
     for _, rows in _pages(peer, chosen):
@@ -212,7 +117,7 @@ def _line(row: dict[str, Any]) -> str:
     more = f" +{len(waiting) - 1}" if len(waiting) > 1 else ""
     last = f"\n{'':15}{waiting[0]['last']}" if waiting[0]["last"] else ""
     return (
-        f"{row['id']}  {_size(row['size']):>9}  {_when(row['arrived']):>12}  {row['state']:<9}  next {_when(row['next']):<12}"
+        f"{row['id']}  {size(row['size']):>9}  {when(row['arrived']):>12}  {row['state']:<9}  next {when(row['next']):<12}"
         f"  <{row['sender']}> -> <{waiting[0]['address']}>{more}{last}"
     )
 
@@ -223,14 +128,14 @@ def _line(row: dict[str, Any]) -> str:
 @configured
 def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
     """One queue, by the name that `queue summary` shows."""
-    rows = [row for row in _asked(_connect(read), "summary") if row["queue"] == name]
+    rows = [row for row in asked(connect(read), "summary") if row["queue"] == name]
     if not rows:
         fail(1, f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
     if as_json:
         click.echo(json.dumps(rows[0]))
         return
     for key, value in rows[0].items():
-        click.echo(f"{key:>9}: {_when(value) if key == 'next' else _size(value) if key == 'bytes' else value}")
+        click.echo(f"{key:>9}: {when(value) if key == 'next' else size(value) if key == 'bytes' else value}")
 
 
 def _verb(verb: str, sentence: str) -> click.Command:
@@ -250,7 +155,7 @@ def _verb(verb: str, sentence: str) -> click.Command:
                 64,
                 f"which messages? Give ids, a filter (--queue, --from, --domain, --held), or --all: relaymta queue {verb} --help",
             )
-        peer = _connect(read)
+        peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
         matched = changed = flying = 0
@@ -259,7 +164,7 @@ def _verb(verb: str, sentence: str) -> click.Command:
                 matched += len(rows)
                 idents = [row["id"] for row in rows]
                 for start in range(0, 0 if dry_run else len(idents), 1000):
-                    one, two = _asked(peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000])
+                    one, two = asked(peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000])
                     changed += one
                     flying += two
         if as_json:
@@ -279,50 +184,12 @@ _verb("release", "Put held messages back on their schedule, due now, with a new 
 _verb("delete", "Delete these messages. The sender is not told.")
 
 
-@click.group()
-def message() -> None:
-    """Look at one message."""
-
-
-@message.command(name="show")
-@click.argument("ident", metavar="ID")
-@as_json
-@configured
-def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None:
-    """Envelope, schedule and every recipient's last attempts."""
-    found = _asked(_connect(read), "message", ident=ident)
-    if found is None:
-        fail(1, f"no message {ident} in the queue (delivered, bounced or never here; the log knows)")
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    click.echo(f"{found['id']}  {found['state']}  {_size(found['size'])}  from <{found['sender']}>")
-    click.echo(f"arrived {_when(found['arrived'])} from {found['client']} ({found['helo']}); queue {', '.join(found['queues'])}")
-    click.echo(f"attempts {found['attempts']}, next {_when(found['next'])}, expires {_when(found['expires'])}")
-    for recipient in found["recipients"]:
-        click.echo(f"  <{recipient['address']}>: {recipient['state']}")
-        for attempt in recipient.get("attempts", []):
-            peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            click.echo(f"    {_when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
-
-
-@message.command()
-@click.argument("ident", metavar="ID")
-@configured
-def raw(read: Callable[..., Config], ident: str) -> None:
-    """The message's text as it will be sent."""
-    text = _asked(_connect(read), "raw", ident=ident)
-    if text is None:
-        fail(1, f"no message {ident} in the queue")
-    sys.stdout.buffer.write(text)
-
-
 @click.command()
 @configured
 def reload(read: Callable[..., Config]) -> None:
     """Let the daemon read its configuration again."""
-    peer = _connect(read)
-    answer = _asked(peer, "reload")
+    peer = connect(read)
+    answer = asked(peer, "reload")
     click.echo(answer)
     if not answer.startswith("reloaded"):
         raise SystemExit(78)

@@ -30,6 +30,9 @@ PERMANENT: Final = "permanent"
 
 ATTEMPTS_KEPT: Final = 8
 
+# Priority classes, the first goes first.
+CLASSES: Final = {"express": 0, "normal": 1, "bulk": 2}
+
 
 class QueueName(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Which messages wait together: the same route, next-hop domain, application and class."""

@@ -10,6 +10,9 @@ envelope goes out right behind the text of the one before: one round trip a mess
     RCPT        -                          the reply is that recipient's
     DATA 354    text, expect FINAL         a lone dot when every recipient was refused, so that nothing is sent
     FINAL       all accepted are sent      the reply is every accepted recipient's
+
+To a peer that has CHUNKING (RFC 3030) the text goes as one `BDAT n LAST` behind the envelope, without waiting; FINAL is its
+reply. With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
 """
 
 import re
@@ -45,13 +48,14 @@ class Said:
 class Features:
     """What a peer's EHLO offers."""
 
-    __slots__ = ("eight_bit", "pipelining", "size", "smtputf8")
+    __slots__ = ("chunking", "eight_bit", "pipelining", "size", "smtputf8")
 
-    def __init__(self, pipelining: bool, eight_bit: bool, smtputf8: bool, size: int | None) -> None:
+    def __init__(self, pipelining: bool, eight_bit: bool, smtputf8: bool, size: int | None, chunking: bool = False) -> None:
         self.pipelining = pipelining
         self.eight_bit = eight_bit
         self.smtputf8 = smtputf8
         self.size = size  # None: no SIZE; 0: no limit
+        self.chunking = chunking and pipelining
 
 
 def features_of(extensions: dict[str, str]) -> Features:
@@ -63,6 +67,7 @@ def features_of(extensions: dict[str, str]) -> Features:
         "8bitmime" in extensions,
         "smtputf8" in extensions,
         None if size is None else int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0,
+        "chunking" in extensions,
     )
 
 
@@ -74,14 +79,15 @@ def stuff(text: list[bytes]) -> list[bytes]:
 
 
 class Mail:
-    """One message for one peer. `text`: its pieces, stuffed and ending in CRLF, or None when the glue streams it.
+    """One message for one peer. `text`: its pieces, ending in CRLF, or None when the glue streams it; `dotted`: a line may
+    begin with a dot.
 
     `said`: the reply that decides, by recipient index; recipients that were sent successfully are in `sent`.
     """
 
     __slots__ = (
-        "all_sent", "answer", "asked", "cargo", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender", "sent",
-        "size", "smtputf8", "text", "todo",
+        "all_sent", "answer", "asked", "cargo", "dotted", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender",
+        "sent", "size", "smtputf8", "text", "text_out", "todo", "unanswered",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +99,7 @@ class Mail:
         size: int,
         eight_bit: bool,
         smtputf8: bool,
+        dotted: bool = False,
     ) -> None:
         self.cargo = cargo
         self.sender = sender
@@ -101,6 +108,8 @@ class Mail:
         self.size = size
         self.eight_bit = eight_bit
         self.smtputf8 = smtputf8
+        self.dotted = dotted
+        self.unanswered = 0  # recipients whose FINAL an LMTP peer still owes
         self.todo = recipients  # not asked in a finished transaction yet
         self.asked: list[tuple[int, str]] = []  # in the transaction under way
         self.sent: list[int] = []  # accepted by RCPT in the transaction under way
@@ -108,19 +117,21 @@ class Mail:
         self.said: dict[int, Said] = {}
         self.all_sent = False  # every recipient got through: the hot path builds no replies
         self.answer = b""  # what the peer said to the final dot
-        self.reached = ""  # how far it came: "" before MAIL's reply, then the phase; "text" once the last octet is out
+        self.reached = ""  # how far it came: "" before MAIL's reply, then the phase of the last reply
+        self.text_out = False  # the last octet is out and its reply has not come: in doubt
 
 
 class ClientSession:
-    """One connection. `recipients`: most of one transaction."""
+    """One connection. `recipients`: most of one transaction; `lmtp`: the peer speaks LMTP."""
 
     __slots__ = (
-        "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "messages", "open_envelope", "out",
-        "recipients", "streaming",
+        "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages", "open_envelope",
+        "out", "recipients", "streaming",
     )  # fmt: skip
 
-    def __init__(self, features: Features, recipients: int = 100) -> None:
+    def __init__(self, features: Features, recipients: int = 100, lmtp: bool = False) -> None:
         self.features = features
+        self.lmtp = lmtp
         self.recipients = recipients
         self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
         self._expected: deque[tuple[str, Mail | None, int]] = deque()
@@ -168,6 +179,7 @@ class ClientSession:
         mail.sent = []
         mail.refused_mail = None
         mail.reached = ""
+        mail.text_out = False
         features = self.features
         options = ""
         if features.size is not None:
@@ -187,6 +199,13 @@ class ClientSession:
             for index, address in asked:
                 lines.append(f"RCPT TO:<{address}>\r\n")
                 expected.append((RCPT, mail, index))
+            if features.chunking and mail.text is not None:
+                lines.append(f"BDAT {sum(map(len, mail.text))} LAST\r\n")
+                self.out.append("".join(lines).encode())
+                self.out += mail.text
+                mail.text_out = True
+                expected.append((FINAL, mail, 0))
+                return
             lines.append("DATA\r\n")
             expected.append((DATA, mail, 0))
         self.out.append("".join(lines).encode())
@@ -257,15 +276,17 @@ class ClientSession:
             elif not wanted:
                 # RFC 2920 3.1: every recipient was refused, and the peer wants text all the same.
                 self.out.append(b".\r\n")
-                self._expected.appendleft((FINAL, mail, -1))
+                if self.lmtp:  # which owes a reply to each accepted recipient: to none
+                    self.open_envelope = False
+                    self._end(mail)
+                else:
+                    self._expected.appendleft((FINAL, mail, -1))
             elif mail.text is None:
                 self.streaming = mail
             else:
-                self.out += mail.text
+                self.out += stuff(mail.text) if mail.dotted else mail.text
                 self.out.append(b".\r\n")
-                mail.reached = "text"
-                self.open_envelope = False
-                self._expected.appendleft((FINAL, mail, 0))
+                self._text_out(mail)
             return
         if wanted:
             said = Said(code, text, DATA)
@@ -278,14 +299,28 @@ class ClientSession:
         """The glue has written the streaming mail's text and its final dot."""
         mail, self.streaming = self.streaming, None
         if mail is not None and whole:
-            mail.reached = "text"
-            self.open_envelope = False
+            self._text_out(mail)
+
+    def _text_out(self, mail: Mail) -> None:
+        """The text and its dot are out: now one reply is owed, or with LMTP one for each recipient."""
+        mail.text_out = True
+        self.open_envelope = False
+        if self.lmtp:
+            mail.unanswered = len(mail.sent)
+            self._expected.extendleft((FINAL, mail, index) for index in reversed(mail.sent))
+        else:
             self._expected.appendleft((FINAL, mail, 0))
 
     def _final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        if self.lmtp:
+            self._recipient_final(mail, index, code, text)
+            return
         mail.reached = FINAL
+        mail.text_out = False
         self.open_envelope = False
-        if index == 0:
+        if index == 0 and not mail.sent:
+            pass  # BDAT behind an envelope of which nothing was accepted: its reply says nothing new
+        elif index == 0:
             self.messages += 1
             if 200 <= code < 300:
                 mail.answer = text
@@ -297,6 +332,18 @@ class ClientSession:
             for recipient in mail.sent:
                 mail.said[recipient] = said
         self._end(mail)
+
+    def _recipient_final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        """LMTP: what became of one recipient."""
+        mail.unanswered -= 1
+        mail.said[index] = Said(code, text, FINAL)
+        if 200 <= code < 300:
+            mail.answer = text
+        if not mail.unanswered:
+            mail.reached = FINAL
+            mail.text_out = False
+            self.messages += 1
+            self._end(mail)
 
     def _end(self, mail: Mail) -> None:
         """A transaction is over: on with the recipients left for another, or the mail is finished."""

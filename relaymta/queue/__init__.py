@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from relaymta.errors import SpoolBusy, StoreError
-from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, QueueName
+from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, Placement, QueueName
 from relaymta.queue import inspect
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.compact import Compactor
@@ -73,9 +73,9 @@ class Events:
 
 
 class Queue:
-    """One shard in `spool`. `assign(envelope)` names the queues of a message's recipients; `offer(entry)` takes an entry
-    to deliver; `awake(name)`: whether a queue's mail would be delivered at once. SpoolBusy when another process owns the
-    shard."""
+    """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients when it was tried so
+    often; `offer(entry)` takes an entry to deliver; `awake(name)`: whether a queue's mail would be delivered at once.
+    SpoolBusy when another process owns the shard."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class Queue:
         done: Callable[[StoreError | None], None],
     ) -> None:
         """Make a message safe: `done(None)` when it is, `done(error)` when it cannot be."""
-        names = self.assign(envelope)
+        names = self.assign(envelope, 0)
         fresh = len(names) == 1 and self._folds(envelope, names[0][0])
         self._promised += fresh
         if isinstance(text, Body):
@@ -248,7 +248,7 @@ class Queue:
 
     def _name_now(self, entry: Entry) -> QueueName:
         """The queue in which an entry's recipients wait from now on: routes may have changed."""
-        names = self.assign(entry.envelope)
+        names = self.assign(entry.envelope, entry.attempts + 1)
         first = entry.indexes[0] if entry.indexes else 0
         for name, indexes in names:
             if indexes is None or first in indexes:
@@ -260,6 +260,15 @@ class Queue:
         self.schedule.put_back(entry)
         if self.store.fresh.get(entry.ident) is not None:
             self._unfold([entry.ident])
+
+    def skip(self, queue: int) -> None:
+        """Enough of a queue is in memory: offer no more of it that is read from disk."""
+        self.schedule.skip.add(queue)
+
+    def skip_no_longer(self, queues: Iterable[int]) -> None:
+        """There is room for more of these queues."""
+        self.schedule.skip.difference_update(queues)
+        self.schedule.wake()
 
     def _unfold(self, idents: Iterable[int]) -> None:
         """Let fresh messages have rows of their own, so that scans find them."""
@@ -374,6 +383,10 @@ class Queue:
     async def message(self, ident: int) -> dict[str, Any] | None:
         """Everything about one message; None when it is not here."""
         return await self.read(inspect.message, self.store, self.clock, self.schedule, ident)
+
+    async def places(self, ident: int) -> list[tuple[QueueName, Placement]]:
+        """The queues in which a message waits, and how."""
+        return await self.read(inspect.places, self.store, ident)
 
     async def raw(self, ident: int) -> bytes | None:
         """A message's text, verified; None when it is not here. StoreError when it is damaged."""

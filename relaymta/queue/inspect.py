@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Body, Envelope
+from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Body, Envelope, Placement, QueueName
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import format_id
 from relaymta.queue.schedule import Schedule
@@ -14,7 +14,7 @@ from relaymta.queue.segments import Segments
 from relaymta.queue.store import Change, Store
 from relaymta.queue.writer import Writer
 
-__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "quarantine", "raw", "summary", "totals"]
+__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "places", "quarantine", "raw", "summary", "totals"]
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
@@ -149,6 +149,16 @@ def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: i
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
         found["helo"] = envelope.helo
         return found
+
+
+def places(store: Store, ident: int) -> list[tuple[QueueName, Placement]]:
+    """The queues in which a message waits."""
+    with store.env.begin() as txn:
+        envelope = store.envelope(txn, ident)
+        if envelope is None:
+            return []
+        rows = [(store.queue(txn, placement.queue), placement) for placement in envelope.placements]
+        return [(row.name, placement) for row, placement in rows if row is not None]
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import lmdb
 
 from relaymta.errors import RelayError
+from relaymta.log import find_history
 from relaymta.queue import _lock, inspect
 from relaymta.queue.clock import QueueClock
-from relaymta.queue.ident import parse_id
+from relaymta.queue.ident import format_id, parse_id
 from relaymta.queue.segments import FRAME, check_frame
 from relaymta.queue.store import Store
 
@@ -97,4 +98,14 @@ def _raw(spool: Path, ident: str) -> bytes | None:
     return None
 
 
-_ANSWERS: dict[str, Callable[..., Any]] = {"summary": _summary, "page": _page, "message": _message, "raw": _raw}
+def _history(spool: Path, ident: str) -> list[dict[str, Any]]:
+    return find_history(spool / "history", format_id(parse_id(ident)))
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "summary": _summary,
+    "page": _page,
+    "message": _message,
+    "raw": _raw,
+    "history": _history,
+}

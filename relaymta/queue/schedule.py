@@ -68,6 +68,7 @@ class Schedule:
         self._next_at = 0
         self._last_scan = 0
         self.paused = False
+        self.skip: set[int] = set()  # queues of which enough is in memory: not scanned
         self.changing = 0  # operators' changes under way: nothing is scanned meanwhile
         self.last_error = ""
 
@@ -253,7 +254,8 @@ class Schedule:
                 if moment > now or len(awake) >= 2000:
                     found.next_at = moment
                     break
-                awake.append(queue)
+                if queue not in self.skip:
+                    awake.append(queue)
             share = max(1, room // max(1, len(awake)))
             for queue in awake:
                 if len(found.entries) >= room:

@@ -53,7 +53,7 @@ __all__ = ["Committed", "Task", "Writer"]
 GROUP_LIMIT = 1000
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
 T = TypeVar("T")
-Assign = Callable[[Envelope], list[tuple[QueueName, list[int] | None]]]
+Assign = Callable[[Envelope, int], list[tuple[QueueName, list[int] | None]]]
 
 
 class Task:
@@ -92,7 +92,7 @@ def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> 
 class Writer:
     """Owns the store's write side. `submit` and `flush` are called on the loop; `on_commit(Committed)` is called there.
 
-    `assign(envelope)`: the queues of a notice's recipient. `hostname` names us in notices.
+    `assign(envelope, attempts)`: the queues of a notice's recipient. `hostname` names us in notices.
     """
 
     def __init__(
@@ -408,7 +408,7 @@ class Writer:
             deadline=self._clock.now() + self._max_age_ms,
             application=envelope.application,
         )
-        return Put(ident, notice, self._assign(notice), [text], None)
+        return Put(ident, notice, self._assign(notice, 0), [text], None)
 
     def _finish(self, change: Change, outcome: Outcome, now: int) -> None:
         """Apply an outcome; its message goes when no recipient is left."""

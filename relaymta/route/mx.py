@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 
-__all__ = ["NoRoute", "Target", "mx_targets"]
+__all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
 
 ADDRESSES_LIMIT = 10  # tried in one attempt; Postfix: smtp_mx_address_limit 5
+LITERAL_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,20 @@ class Target:
 
     host: str
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """A domain's mail hosts: (preference, name) in order, equals by name. `until`: the moment (of the resolver's clock)
+    up to which they hold."""
+
+    pairs: tuple[tuple[int, str], ...]
+    until: float
+
+    @property
+    def names(self) -> list[str]:
+        """The hosts' names, in order."""
+        return [host for _, host in self.pairs]
 
 
 class NoRoute(Exception):
@@ -29,60 +44,82 @@ class NoRoute(Exception):
         self.enhanced = enhanced
 
 
-async def mx_targets(resolver: Resolver, domain: str, ourselves: set[str]) -> list[Target]:
-    """The addresses to try for a domain, in order. NoRoute when there is none. `ourselves`: our own host names."""
-    literal = literal_address(domain)
-    if literal is not None:
-        return [Target(domain, literal)]
+async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Hosts:
+    """The hosts of a domain. NoRoute when there is none. `ourselves`: our own host names, lower case."""
+    if literal_address(domain) is not None:
+        return Hosts(((0, domain),), LITERAL_SECONDS)
     try:
         name = normalize_domain(domain)
     except DomainError:
         raise NoRoute(True, "5.1.2", f"{domain!r} is no domain name") from None
     try:
-        records = await resolver.mx(name)
+        records, until = await resolver.mx(name)
     except NoSuchName:
         raise NoRoute(True, "5.1.2", f"{name} does not exist (NXDOMAIN)") from None
     except NoData:
-        records = [(0, name)]  # the implicit MX: the domain's own address
+        records, until = [(0, name)], 0.0  # the implicit MX: the domain's own address
     except DnsFailure as error:
         raise NoRoute(False, "4.4.3", f"DNS failed: {error}") from None
-    hosts = _order(records, name, ourselves)
-    return await _resolve(resolver, hosts, name)
+    return Hosts(_order(records, name, ourselves), until)
 
 
-def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> list[str]:
+def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tuple[tuple[int, str], ...]:
     if len(records) == 1 and records[0][1] == "":
         raise NoRoute(True, "5.1.10", f"{name} takes no mail (null MX, RFC 7505)")
-    shuffled = [record for record in records if record[1]]
-    random.shuffle(shuffled)
-    shuffled.sort(key=lambda record: record[0])
-    limit = min((preference for preference, host in shuffled if host.lower() in ourselves), default=None)
-    kept = [host for preference, host in shuffled if limit is None or preference < limit]
+    pairs = sorted({(preference, host.lower()) for preference, host in records if host})
+    limit = min((preference for preference, host in pairs if host in ourselves), default=None)
+    kept = tuple(pair for pair in pairs if limit is None or pair[0] < limit)
     if not kept:
         raise NoRoute(True, "5.4.6", f"the MX of {name} is this host: mail for it would loop")
     return kept
 
 
-async def _resolve(resolver: Resolver, hosts: list[str], name: str) -> list[Target]:
-    targets: list[Target] = []
+def roll_up(hosts: Hosts) -> str:
+    """The name of the site that these hosts are, the same for all domains that have them in this order:
+    `(alt1|alt2).mx.example`."""
+    names = hosts.names
+    if len(names) == 1:
+        return names[0]
+    labels = [name.split(".") for name in names]
+    common = 0
+    while all(len(parts) > common + 1 for parts in labels) and len({parts[-1 - common] for parts in labels}) == 1:
+        common += 1
+    shared = ".".join(labels[0][len(labels[0]) - common :])
+    heads = "|".join(".".join(parts[: len(parts) - common]) for parts in labels)
+    return f"({heads}).{shared}" if shared else f"({heads})"
+
+
+async def targets(resolver: Resolver, hosts: Hosts, families: str) -> list[Target]:
+    """The addresses to try, in order; hosts of equal preference shuffled. NoRoute when there is none. `families`: as in
+    Resolver.addresses."""
+    shuffled = list(hosts.pairs)
+    random.shuffle(shuffled)
+    shuffled.sort(key=lambda pair: pair[0])
+    found: list[Target] = []
     failure: DnsFailure | None = None
-    for host in hosts:
+    for _, host in shuffled:
         try:
-            ipaddress.ip_address(host)
-            addresses = [host]
-        except ValueError:
-            try:
-                addresses = await resolver.addresses(host)
-            except (NoSuchName, NoData):
-                continue
-            except DnsFailure as error:
-                failure = error
-                continue
-        targets += [Target(host, address) for address in addresses]
-        if len(targets) >= ADDRESSES_LIMIT:
+            found += [Target(host, address) for address in await _addresses(resolver, host, families)]
+        except (NoSuchName, NoData):
+            continue
+        except DnsFailure as error:
+            failure = error
+            continue
+        if len(found) >= ADDRESSES_LIMIT:
             break
-    if targets:
-        return targets[:ADDRESSES_LIMIT]
+    if found:
+        return found[:ADDRESSES_LIMIT]
     if failure is not None:
         raise NoRoute(False, "4.4.3", f"DNS failed: {failure}")
-    raise NoRoute(True, "5.4.4", f"{name} has no mail host with an address")
+    raise NoRoute(True, "5.4.4", f"{', '.join(hosts.names)}: no mail host with an address")
+
+
+async def _addresses(resolver: Resolver, host: str, families: str) -> list[str]:
+    literal = literal_address(host)
+    if literal is not None:
+        return [literal]
+    try:
+        ipaddress.ip_address(host)
+        return [host]
+    except ValueError:
+        return await resolver.addresses(host, families)

@@ -1,61 +1,123 @@
-"""The route table: the first route that matches a recipient is taken; it names the queue the message waits in."""
+"""The route table: the first route that matches a recipient is taken; it names the queue the message waits in.
 
+Conditions on the MX are known only once the domain's hosts are: such a route takes a queue over when its site is looked
+up (`by_mx`), so it may look only at what a queue knows: application and recipient domain.
+"""
+
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
-from relaymta.config import Config, Route
+from relaymta.config import Config, Route, near
+from relaymta.errors import ConfigError
 from relaymta.proto.address import DomainError, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 
-__all__ = ["RouteTable", "Site", "site_of"]
+__all__ = ["Asked", "RouteTable", "Verdict", "domain_matches"]
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Where a queue's messages go: the hosts to try in order (empty: MX of `domain`), and how."""
+class Asked:
+    """What a route's conditions look at. Addresses and domains in lower case; `size` in octets."""
 
-    key: str
+    application: str
+    sender: str
+    recipient: str
+    size: int = 0
+    attempts: int = 0
+
+    @classmethod
+    def of(cls, envelope: Envelope, recipient: str, attempts: int) -> "Asked":
+        """What is asked for one recipient of a message that was tried `attempts` times."""
+        return cls(envelope.application, envelope.sender.lower(), recipient.lower(), envelope.size, attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One route held against a message: whether it matches, and the condition that says no or "" (for people)."""
+
     route: Route
-    domain: str
-    tls: Literal["may", "encrypt", "verify"]
+    matches: bool
+    reason: str
+
+
+Condition = Callable[[Asked], bool]
+
+
+def _conditions(route: Route) -> list[tuple[str, Condition]]:
+    """The conditions of a route that a message alone decides, each with its key."""
+    senders, recipients = {a.lower() for a in route.sender}, {a.lower() for a in route.recipient}
+    applications = set(route.application)
+    table: list[tuple[str, bool, Condition]] = [
+        ("application", bool(applications), lambda asked: asked.application in applications),
+        ("sender", bool(senders), lambda asked: asked.sender in senders),
+        ("sender_domain", bool(route.sender_domain), lambda asked: domain_matches(domain_of(asked.sender), route.sender_domain)),
+        ("recipient", bool(recipients), lambda asked: asked.recipient in recipients),
+        (
+            "recipient_domain",
+            bool(route.recipient_domain),
+            lambda asked: domain_matches(domain_of(asked.recipient), route.recipient_domain),
+        ),
+        ("min_size", route.min_size > 0, lambda asked: asked.size >= route.min_size),
+        ("max_size", route.max_size > 0, lambda asked: asked.size <= route.max_size),
+        ("min_attempts", route.min_attempts > 0, lambda asked: asked.attempts >= route.min_attempts),
+    ]
+    return [(key, condition) for key, given, condition in table if given]
 
 
 class RouteTable:
-    """Immutable; a reload makes a new one."""
+    """Immutable; a reload makes a new one. ConfigError when the route map cannot be read."""
 
     def __init__(self, config: Config) -> None:
         self.routes = [*config.route]
+        self._rules = [(route, _conditions(route)) for route in self.routes]
         if not any(_catches_all(route) for route in self.routes):
-            self.routes.append(Route(name="mx"))
+            everything = Route(name="mx" if not any(route.label == "mx" for route in self.routes) else "mx-of-domain")
+            self.routes.append(everything)
+            self._rules.append((everything, []))
         self._by_label = {route.label: route for route in reversed(self.routes)}
-        self._only = self.routes[0] if _catches_all(self.routes[0]) else None
-        self._sites: dict[tuple[str, str], Site] = {}
+        self._map = _RouteMap(Path(config.route_map), self._by_label) if config.route_map else None
+        self._only = self.routes[0] if _catches_all(self.routes[0]) and self._map is None else None
+        self._by_mx = [route for route in self.routes if route.mx]
 
-    def choose(self, envelope: Envelope, recipient: str) -> Route:
-        """The route of one recipient."""
+    def choose(self, envelope: Envelope, recipient: str, attempts: int = 0) -> Route:
+        """The route of one recipient of a message that was tried `attempts` times before."""
         if self._only is not None:
             return self._only
-        domain = domain_of(recipient)
-        sender = domain_of(envelope.sender)
-        for route in self.routes:
-            if route.application and envelope.application not in route.application:
-                continue
-            if route.sender_domain and not _matches(sender, route.sender_domain):
-                continue
-            if route.recipient_domain and not _matches(domain, route.recipient_domain):
-                continue
-            return route
+        asked = Asked.of(envelope, recipient, attempts)
+        mapped = self._map.find(asked.recipient) if self._map is not None else None
+        if mapped is not None:
+            return mapped
+        for route, conditions in self._rules:
+            if not route.mx and all(condition(asked) for _, condition in conditions):
+                return route
         raise AssertionError("the last route catches all")
 
-    def assign(self, envelope: Envelope) -> list[tuple[QueueName, list[int] | None]]:
-        """The queues of a message: name, and which recipients (None: all). At least one."""
+    def trace(self, asked: Asked, mx: list[str] | None) -> list[Verdict]:
+        """Every route tried in turn up to the one that is taken. `mx`: the hosts of the recipient's domain, when known."""
+        mapped = self._map.find(asked.recipient) if self._map is not None else None
+        if mapped is not None:
+            return [Verdict(mapped, True, "route_map")]
+        found = []
+        for route, conditions in self._rules:
+            failed = next((key for key, condition in conditions if not condition(asked)), "")
+            if not failed and route.mx and (mx is None or not mx_matches(mx, route.mx)):
+                failed = "mx"
+            found.append(Verdict(route, not failed, failed))
+            if not failed:
+                break
+        return found
+
+    def assign(self, envelope: Envelope, attempts: int = 0) -> list[tuple[QueueName, list[int] | None]]:
+        """The queues of a message that was tried `attempts` times: name, and which recipients (None: all). At least one."""
         recipients = envelope.recipients
         if len(recipients) == 1 or (self._only is not None and self._only.hosts):
-            route = self._only or self.choose(envelope, recipients[0])
+            route = self._only or self.choose(envelope, recipients[0], attempts)
             return [(self._name(envelope, route, recipients[0]), None)]
         groups: dict[QueueName, list[int]] = {}
         for index, recipient in enumerate(recipients):
-            name = self._name(envelope, self.choose(envelope, recipient), recipient)
+            name = self._name(envelope, self.choose(envelope, recipient, attempts), recipient)
             groups.setdefault(name, []).append(index)
         if len(groups) == 1:
             return [(next(iter(groups)), None)]
@@ -70,25 +132,75 @@ class RouteTable:
                 pass  # the attempt says so
         return QueueName(route.label, domain, envelope.application, envelope.priority)
 
-    def site(self, name: QueueName) -> Site:
-        """Where a queue's messages go. A queue of a route that is no more is routed by the table as it is now."""
-        found = self._sites.get((name.route, name.domain))
+    def route_of(self, name: QueueName) -> Route:
+        """The route of a queue. One of a route that is no more is routed by the table as it is now."""
+        return self._by_label.get(name.route) or self.routes[-1]
+
+    def by_mx(self, name: QueueName, hosts: list[str]) -> Route:
+        """The route of a queue whose domain has these MX hosts: an earlier one whose `mx` matches, or its own."""
+        own = self.route_of(name)
+        for route in self._by_mx:
+            if (
+                self.routes.index(route) < self.routes.index(own)
+                and (not route.application or name.application in route.application)
+                and (not route.recipient_domain or domain_matches(name.domain, route.recipient_domain))
+                and mx_matches(hosts, route.mx)
+            ):
+                return route
+        return own
+
+
+class _RouteMap:
+    """`PATTERN ROUTE` lines, the most exact pattern first: address, domain, .domain from the longest, expressions in order."""
+
+    def __init__(self, path: Path, routes: dict[str, Route]) -> None:
+        self._exact: dict[str, Route] = {}
+        self._expressions: list[tuple[re.Pattern[str], Route]] = []
+        problems = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"route_map: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"]) from None
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            if len(words) != 2:
+                problems.append(f"{path}:{number}: expected PATTERN ROUTE")
+            elif words[1] not in routes:
+                problems.append(f"{path}:{number}: there is no route {words[1]!r}{near(words[1], routes)}")
+            elif words[0].startswith("/"):
+                try:
+                    self._expressions.append((re.compile(words[0].strip("/"), re.I), routes[words[1]]))
+                except re.error as error:
+                    problems.append(f"{path}:{number}: {words[0]}: {error}")
+            else:
+                self._exact[words[0].lower()] = routes[words[1]]
+        if problems:
+            raise ConfigError(problems)
+
+    def find(self, recipient: str) -> Route | None:
+        """The route of an address (lower case), None when no line is about it."""
+        domain = domain_of(recipient)
+        found = self._exact.get(recipient) or self._exact.get(domain)
+        rest = domain
+        while found is None and rest:
+            found = self._exact.get("." + rest)
+            rest = rest.partition(".")[2]
         if found is None:
-            route = self._by_label.get(name.route) or self.routes[-1]
-            found = self._sites[name.route, name.domain] = site_of(route, name.domain)
-            if len(self._sites) > 100_000:
-                self._sites.clear()
+            found = next((route for expression, route in self._expressions if expression.search(recipient)), None)
         return found
 
 
-def site_of(route: Route, domain: str) -> Site:
-    """The site of a route, for a domain when it goes by MX."""
-    return Site(route.label if route.hosts else f"{route.label}/{domain}", route, domain, route.tls)
-
-
 def _catches_all(route: Route) -> bool:
-    return not (route.application or route.sender_domain or route.recipient_domain)
+    return not route.mx and not _conditions(route)
 
 
-def _matches(domain: str, patterns: list[str]) -> bool:
-    return any(domain == p.lower() or (p.startswith(".") and domain.endswith(p.lower())) for p in patterns)
+def domain_matches(domain: str, patterns: list[str]) -> bool:
+    """Whether a domain (lower case) is one of `patterns`, or below one that begins with a dot."""
+    return any(domain == p.lower().lstrip(".") or (p.startswith(".") and domain.endswith(p.lower())) for p in patterns)
+
+
+def mx_matches(hosts: list[str], patterns: list[str]) -> bool:
+    """Whether one of a domain's MX hosts is meant."""
+    return any(domain_matches(host.lower(), patterns) for host in hosts)

@@ -6,16 +6,14 @@ reached, one message is charged with the attempt, the others go back untried and
 """
 
 import asyncio
-import os
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine
-from pathlib import Path
 
-from relaymta.config import Config, parse_hostport
+from relaymta.config import Config
 from relaymta.dns import Resolver
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
+from relaymta.node import Facts
 from relaymta.proto.envelope import (
     DOTTED,
     EIGHT_BIT,
@@ -26,13 +24,21 @@ from relaymta.proto.envelope import (
     Attempt,
     QueueName,
 )
-from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said, classify, stuff
+from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said
 from relaymta.queue import Entry, Queue, format_id, wall_ms
 from relaymta.queue.schedule import retry_delay
-from relaymta.route.mx import NoRoute, Target, mx_targets
-from relaymta.route.table import RouteTable, Site
-from relaymta.send.session import ConnectFailed, Session, connect
-from relaymta.shm import Flying, Limits
+from relaymta.route.mx import NoRoute
+from relaymta.route.shaping import Shaping
+from relaymta.route.sites import Site, Sites
+from relaymta.route.staging import Redirection
+from relaymta.route.table import RouteTable
+from relaymta.send.connect import ConnectFailed, Peer
+from relaymta.send.decisions import Decisions, Tell
+from relaymta.send.opener import Opener, Sources
+from relaymta.send.outcome import judge
+from relaymta.send.pool import Pool
+from relaymta.send.session import Session
+from relaymta.shm import Flying, Limits, Rates
 
 __all__ = ["Dispatcher"]
 
@@ -46,25 +52,13 @@ CORRUPT = index("relaymta_corrupt_bodies_total")
 CHECK_EVERY = 1.0
 LOAD_TOGETHER = 32  # bodies read from disk in one go
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
+ROOM_EVERY = 0.05  # between two looks whether another worker has let go of a connection
 FORGET_MS = 3 * 3_600_000  # after this long without a try a site that was down is a new one
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
-
-
-class SiteState:
-    """One site: what waits for it, and its connections."""
-
-    __slots__ = ("connecting", "down_until", "failures", "idle", "loading", "ready", "reason", "sessions", "site")
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self.ready: deque[Entry] = deque()
-        self.idle: list[Session] = []
-        self.sessions: set[Session] = set()
-        self.connecting = 0
-        self.loading = False
-        self.failures = 0
-        self.down_until = 0  # queue clock
-        self.reason = ""
+LOOKUPS = 200  # domains whose hosts are looked up at the same time
+YIELD_SECONDS = 0.15  # a place that was given up is left to others
+CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
+TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class
 
 
 class Dispatcher:
@@ -75,65 +69,128 @@ class Dispatcher:
         config: Config,
         routes: RouteTable,
         limits: Limits,
+        rates: Rates,
         flying: Flying,
         counters: Counters,
         log: Log,
         resolver: Resolver,
         suspects: set[int],
+        facts: Facts,
+        tell: Tell,
     ) -> None:
-        """`suspects`: ids that were in flight when the worker before this one died; they are tried one at a time."""
-        self.config = config
-        self.routes = routes
+        """`suspects`: ids that were in flight when the worker before this one died; they are tried one at a time.
+        `facts`: what the machine knows; `tell(fact, key)` makes a fact known to it (None: `key` holds no longer)."""
         self.limits = limits
+        self.rates = rates
         self.flying = flying
         self._suspects = suspects
-        self._lineup: deque[Entry] = deque()  # suspects that wait for their turn
+        self._lineup: list[Entry] = []  # suspects that wait for their turn
         self._alone: Entry | None = None
         self.counters = counters
         self.log = log
         self.resolver = resolver
         self.queue: Queue | None = None
         self.loop = asyncio.get_running_loop()
-        self.sites: dict[str, SiteState] = {}
+        self.pools: dict[str, Pool] = {}
         self.draining = False
-        self._owner: dict[Session, SiteState] = {}
+        self._owner: dict[Session, Pool] = {}
         self._lost_before: dict[int, int] = {}  # message id -> reused connections lost under it
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asking: dict[tuple[str, str, str], list[Entry]] = {}  # whose site is being looked up
+        self._nowhere: dict[tuple[str, str], tuple[int, int]] = {}  # domain: failed look-ups, until (queue clock)
+        self._parked: dict[int, int] = {}  # queue: until when we let it sleep (queue clock)
+        self._lookups = asyncio.Semaphore(LOOKUPS)
+        self.opener = Opener(config, resolver, log, self._make)
+        self.decisions = Decisions(
+            facts, tell, log, self.pools, self.loop.time, lambda: self._queue().clock.now(), self._send_back, self._wake
+        )
+        self._configure(config, routes)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
+
+    def _configure(self, config: Config, routes: RouteTable) -> None:
+        self.config = config
+        self.routes = routes
+        self.shaping = Shaping(config)
+        self.sites = Sites(routes, self.resolver, {config.hostname.lower()}, self.resolver.now)
+        self.sources = Sources(config, self.log)
+        self._staging = Redirection(config.staging.redirect, config.staging.allow) if config.staging.redirect else None
+        self.opener.reconfigure(config)
 
     # In
 
-    def offer(self, entry: Entry) -> None:
-        """Take an entry to deliver."""
-        site = self.routes.site(entry.name)
-        state = self.sites.get(site.key)
-        if state is None:
-            state = self.sites[site.key] = SiteState(site)
-        if self.draining or state.down_until > self._queue().clock.now():
-            self._queue().put_back(entry)
-            self.landed(entry)
-            return
-        if self._suspects and entry.ident in self._suspects:
-            self._line_up(entry)
-            return
-        state.ready.append(entry)
-        self._pump(state)
-
     def awake(self, name: QueueName) -> bool:
         """Whether mail of a queue would be tried at once."""
-        state = self.sites.get(self.routes.site(name).key)
-        return not self.draining and (state is None or state.down_until <= self._queue().clock.now())
+        site = self.sites.known(name)
+        if self.draining or site is None or site.route.sources:
+            return not self.draining
+        pool = self.pools.get(site.key)
+        if pool is not None and (pool.down_until > self._queue().clock.now() or len(pool.ready) >= CROWDED):
+            return False
+        return self.decisions.facts.suspension(self.shaping.shape(site).key, name.application) is None
 
-    def _line_up(self, entry: Entry) -> None:
-        """A suspect waits for its turn."""
-        self._lineup.append(entry)
-        if self._alone is None:
-            self._next_suspect()
+    def offer(self, entry: Entry) -> None:
+        """Take an entry to deliver."""
+        if self.draining:
+            self._return(entry)
+        elif self._suspects and entry.ident in self._suspects:
+            self._lineup.append(entry)
+            if self._alone is None:
+                self._next_suspect()
+        else:
+            site = self.sites.known(entry.name)
+            if site is not None:
+                self._arrive(site, entry)
+            else:
+                self._look_up(entry)
+
+    def _arrive(self, site: Site, entry: Entry) -> None:
+        """An entry whose site is known."""
+        if self._staging is not None and not all(self._staging.allows(address) for _, address in entry.recipients):
+            # It was queued before staging was switched on: it stays.
+            self._charge(entry, TRANSIENT, "route", "", 0, "4.7.1", "staging: not sent to real recipients (staging.redirect)")
+            return
+        pool = self._pool(site, entry)
+        until = self.decisions.asleep(pool, entry.name.application)
+        if until:
+            self._return(entry)
+            self._park(entry.queue, until)
+        elif len(pool.ready) >= CROWDED and entry.name.priority != "express":
+            # One slow site does not fill the window that all sites share.
+            pool.skipped.add(entry.queue)
+            self._queue().skip(entry.queue)
+            self._return(entry)
+        else:
+            pool.ready.push(entry)
+            self._pump(pool)
+
+    def _pool(self, site: Site, entry: Entry) -> Pool:
+        source = None
+        if site.route.sources:
+            source = self.sources.choose(site.route, f"{entry.envelope.sender}\0{entry.name.domain}")
+        key = f"{site.key} from {source.name}" if source is not None else site.key
+        pool = self.pools.get(key)
+        if pool is None:
+            pool = self.pools[key] = Pool(site, source, self.shaping.shape(site))
+            self.decisions.recall(pool)
+        return pool
+
+    def _return(self, entry: Entry) -> None:
+        """An entry goes back to the queue untried."""
+        self._queue().put_back(entry)
+        self.landed(entry)
+
+    def _park(self, queue: int, until: int) -> None:
+        """Let a queue sleep."""
+        if self._parked.get(queue, 0) < until:
+            if len(self._parked) > 50_000:
+                self._parked.clear()
+            self._parked[queue] = until
+            self._queue().park(queue, until)
 
     def _next_suspect(self) -> None:
         self._alone = None
         while self._lineup and self._alone is None:
-            entry = self._lineup.popleft()
+            entry = self._lineup.pop(0)
             self._suspects.discard(entry.ident)
             if not entry.cancelled:
                 self._alone = entry
@@ -152,84 +209,210 @@ class Dispatcher:
         assert self.queue is not None
         return self.queue
 
-    def _pump(self, state: SiteState) -> None:
+    # Which site
+
+    def _look_up(self, entry: Entry) -> None:
+        """An entry waits until its domain's hosts are known; one question for all of its queue."""
+        name = entry.name
+        _, until = self.nowhere(name)
+        if until > self._queue().clock.now():
+            self._return(entry)
+            self._park(entry.queue, until)
+            return
+        key = (name.route, name.domain, name.application)
+        waiting = self._asking.get(key)
+        if waiting is not None:
+            waiting.append(entry)
+            return
+        self._asking[key] = [entry]
+        self._spawn(self._find(key, name))
+
+    def nowhere(self, name: QueueName) -> tuple[int, int]:
+        """(How often a domain could not be looked up in a row, until when it is left alone by the queue's clock)."""
+        return self._nowhere.get((name.route, name.domain), (0, 0))
+
+    async def _find(self, key: tuple[str, str, str], name: QueueName) -> None:
+        try:
+            async with self._lookups:
+                site = await self.sites.find(name)
+        except NoRoute as error:
+            self._no_site(name, [e for e in self._asking.pop(key) if not e.cancelled], error)
+            return
+        if self._nowhere:
+            self._nowhere.pop((name.route, name.domain), None)
+        for entry in self._asking.pop(key):
+            if not entry.cancelled:
+                self._arrive(site, entry)
+
+    def _no_site(self, name: QueueName, entries: list[Entry], error: NoRoute) -> None:
+        """A domain has no host, for good or for now."""
+        if error.permanent:
+            for entry in entries:
+                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, str(error))
+            return
+        failures, _ = self.nowhere(name)
+        pause = self._pause(failures + 1)
+        until = self._queue().clock.now() + pause
+        self._nowhere[name.route, name.domain] = (failures + 1, until)
+        self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, str(error), pause)
+
+    def _pause(self, failures: int) -> int:
+        return retry_delay(failures, int(self.config.delivery.first_retry * 1000))
+
+    def _charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, text: str, pause: int) -> None:
+        """Where nothing can be delivered one message is charged with the attempt; the others keep their place, their queues
+        sleep."""
+        for number, entry in enumerate(entries):
+            if number == 0:
+                self._charge(entry, TRANSIENT, phase, "", said.code, enhanced, text, pause)
+            else:
+                self._return(entry)
+            self._park(entry.queue, until)
+
+    # Entries meet sessions
+
+    def _pump(self, pool: Pool) -> None:
         """Give ready entries to idle sessions, and open connections for the others."""
         if self._queue().writer.stalled:
             return
-        while state.idle and state.ready:
-            session = state.idle[-1]
-            mail = None if session.ended else self._next(state, session)
+        if pool.skipped and len(pool.ready) < CROWDED // 2:
+            self._uncrowd(pool)
+        while pool.idle and len(pool.ready):
+            session = pool.idle[-1]
+            mail = None if session.ended else self._next(pool, session)
             if mail is None and not session.ended:
                 break
-            state.idle.pop()
+            pool.idle.pop()
             session.waiting = False
-            if mail is None:
-                continue
-            session.send(mail)
-        wanted = len(state.ready)
-        most = 1 if state.failures else 50  # a site that was down is knocked at once
-        while state.connecting < min(wanted, most) and self._room(state):
-            state.connecting += 1
-            self._spawn(self._open(state))
+            if mail is not None:
+                session.send(mail)
+        self._open_more(pool)
 
-    def _room(self, state: SiteState) -> bool:
-        if len(state.sessions) + state.connecting >= state.site.route.connections:
+    def _uncrowd(self, pool: Pool) -> None:
+        skipped, pool.skipped = pool.skipped, set()
+        self._queue().skip_no_longer(skipped)
+
+    def _open_more(self, pool: Pool) -> None:
+        wanted = len(pool.ready)
+        if not wanted:
+            self._wait_for_room(pool, 0)
+            return
+        if self._paced(pool):
+            return
+        most = 1 if pool.failures else 50  # a site that was down is knocked at once
+        while pool.connecting < min(wanted, most):
+            if not self._room(pool):
+                if not pool.sessions and not pool.connecting:
+                    self._wait_for_room(pool, pool.ready.highest())
+                return
+            self._wait_for_room(pool, 0)
+            pool.connecting += 1
+            self._spawn(self._open(pool))
+
+    def _wait_for_room(self, pool: Pool, rank: int) -> None:
+        """Tell the other workers that we would like a connection to this site, and look again soon."""
+        if rank != pool.waiting:
+            pool.waiting = rank
+            self.limits.wait("site " + pool.shape.key, rank)
+        if rank:
+            self._pump_in(pool, ROOM_EVERY)
+
+    def _pump_in(self, pool: Pool, seconds: float) -> None:
+        now = self.loop.time()
+        if pool.pumping_at <= now or pool.pumping_at > now + seconds:
+            pool.pumping_at = now + seconds
+            self.loop.call_later(seconds, self._pump_again, pool, pool.pumping_at)
+
+    def _pump_again(self, pool: Pool, moment: float) -> None:
+        if pool.pumping_at == moment:
+            pool.pumping_at = 0.0
+            if not self.draining:
+                self._pump(pool)
+
+    def _room(self, pool: Pool) -> bool:
+        now = self.loop.time()
+        if len(pool.sessions) + pool.connecting >= pool.most_connections(now) or now < pool.yielded_at + YIELD_SECONDS:
             return False
         if not self.limits.take("out", self.config.delivery.connections):
             return False
-        if not self.limits.take("site " + state.site.key, state.site.route.connections):
+        shape = pool.shape
+        if not self.limits.take("site " + shape.key, int(shape.connections.value)):
             self.limits.give("out")
+            return False
+        rate = shape.connection_rate.value
+        wait = self.rates.take("connect " + shape.key, rate) if rate else 0.0
+        if wait:
+            self._give_room(pool)
+            self._pump_in(pool, wait)
             return False
         return True
 
-    def _give_room(self, state: SiteState) -> None:
+    def _give_room(self, pool: Pool) -> None:
         self.limits.give("out")
-        self.limits.give("site " + state.site.key)
+        self.limits.give("site " + pool.shape.key)
 
-    def _next(self, state: SiteState, session: Session) -> Mail | None:
-        """The next entry as a Mail for this session, or None while there is none (or its text is still being read)."""
-        ready = state.ready
-        while ready:
-            entry = ready[0]
-            if entry.cancelled:
-                ready.popleft()
-                continue
+    def _paced(self, pool: Pool) -> bool:
+        """Whether a rate lets no message begin now; it is looked at again when one may. Takes nothing."""
+        return pool.pumping_at > self.loop.time() and not pool.waiting
+
+    def _take_rate(self, pool: Pool) -> bool:
+        """Whether a message may begin now."""
+        pause = pool.resume_at - self.loop.time()
+        if pause > 0:  # it has just said that it was too much
+            self._pump_in(pool, pause)
+            return False
+        rate = pool.shape.rate.value
+        wait = self.rates.take("rate " + pool.shape.key, rate) if rate else 0.0
+        pace = 0.0 if wait else pool.pace_now(self.loop.time())
+        if pace:
+            wait = self.rates.take("pace " + pool.shape.key, pace)
+        if wait:
+            self._pump_in(pool, wait)
+        return not wait
+
+    def _next(self, pool: Pool, session: Session) -> Mail | None:
+        """The next entry as a Mail for this session, or None while there is none (or its text is still being read, or a
+        rate has no room)."""
+        ready = pool.ready
+        while (entry := ready.head()) is not None:
             if entry.text is None and not _is_large(entry):
-                self._load(state)
+                self._load(pool)
                 return None
-            ready.popleft()
+            if (pool.learned or pool.shape.rate.value or pool.slow_until) and not self._take_rate(pool):
+                return None
+            ready.pop()
             entry.flying = True
             self.flying.add(entry.ident)
             refusal = _unfit(entry, session.core.features)
             if refusal is None:
-                return _mail(entry)
-            self._spawn(self._try_elsewhere(state, entry, session.peer, refusal))
+                pool.began(self.loop.time())
+                return _mail(entry, pool.site.route.rewrite_sender)
+            self._spawn(self._try_elsewhere(pool, entry, session.peer, refusal))
         return None
 
-    def _load(self, state: SiteState) -> None:
+    def _load(self, pool: Pool) -> None:
         """Read the texts of the first entries that wait, together, on a reader thread."""
-        if state.loading:
+        if pool.loading:
             return
-        state.loading = True
-        wanted = [e for e in list(state.ready)[:LOAD_TOGETHER] if e.text is None and not e.cancelled and not _is_large(e)]
-        self._spawn(self._load_texts(state, wanted))
+        pool.loading = True
+        wanted = [e for e in pool.ready.first(LOAD_TOGETHER) if e.text is None and not _is_large(e)]
+        self._spawn(self._load_texts(pool, wanted))
 
-    async def _load_texts(self, state: SiteState, entries: list[Entry]) -> None:
+    async def _load_texts(self, pool: Pool, entries: list[Entry]) -> None:
         texts = await self._queue().read_texts(entries)
         for entry, text in zip(entries, texts, strict=True):
             if isinstance(text, StoreError):
-                self._unreadable(state, entry, text)
+                self._unreadable(pool, entry, text)
             else:
                 entry.text = text
-        state.loading = False
-        self._pump(state)
+        pool.loading = False
+        self._pump(pool)
 
-    def _unreadable(self, state: SiteState, entry: Entry, error: StoreError) -> None:
+    def _unreadable(self, pool: Pool, entry: Entry, error: StoreError) -> None:
         """A body that cannot be read is never sent; it is tried again later, and said loudly."""
         self.counters.add(CORRUPT, 1)
         self.log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
-        if entry in state.ready and not entry.cancelled:
-            state.ready.remove(entry)
+        if not entry.cancelled and pool.ready.remove(entry):
             self._charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", str(error))
 
     # Connections
@@ -239,58 +422,62 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _open(self, state: SiteState) -> None:
+    async def _open(self, pool: Pool) -> None:
         """Open one connection to a site; its hosts are tried in order."""
         try:
-            session = await self._connect(state.site)
+            session = await self.opener.open(pool.site, pool.source)
         except (ConnectFailed, NoRoute) as error:
-            state.connecting -= 1
-            self._give_room(state)
+            pool.connecting -= 1
+            self._give_room(pool)
             self.counters.add(FAILED, 1)
-            if not state.sessions:
-                self._site_failed(state, error)
+            said = error.said if isinstance(error, ConnectFailed) else None
+            if said is not None and said.code == 421:
+                self.decisions.learned(pool, pool.refused_connection(said, self.loop.time()))
+            if not pool.sessions:
+                self._site_failed(pool, error)
             return
-        state.connecting -= 1
-        if self._adopt(state, session):
+        pool.connecting -= 1
+        if self._adopt(pool, session):
             self._idle(session)
 
-    def _adopt(self, state: SiteState, session: Session) -> bool:
+    def _adopt(self, pool: Pool, session: Session) -> bool:
         """Take a fresh connection into the pool; whether it still lives."""
         if session.ended:
-            self._give_room(state)
+            self._give_room(pool)
             return False
-        if state.failures:
-            self.log.event("site", route=state.site.key, state="up", reason="", until=0)
-        state.failures = 0
-        state.reason = ""
+        if pool.failures:
+            self.decisions.alive(pool)
+        pool.failures = 0
+        pool.reason = ""
+        pool.served = 0
         self.counters.add(OPENED, 1)
-        state.sessions.add(session)
-        self._owner[session] = state
+        pool.sessions.add(session)
+        self._owner[session] = pool
         return True
 
-    async def _try_elsewhere(self, state: SiteState, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
+    async def _try_elsewhere(self, pool: Pool, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
         """The peer `unfit` cannot take a message (no SMTPUTF8, 8BITMIME, too small): another host of its site may. When
         none can it fails for good, when one could not be asked it is tried again later."""
         failure: ConnectFailed | NoRoute | None = None
         asked = {unfit}
-        targets: list[tuple[Target, int]] = []
+        peers: list[Peer] = []
         try:
-            targets = await self._targets(state.site)
+            peers = await self.opener.peers(pool.site)
         except NoRoute as error:  # the names were there a moment ago
             failure = error
-        for target, port in targets:
-            if target.host in asked:
+        for peer in peers:
+            if peer.name in asked:
                 continue
-            asked.add(target.host)
+            asked.add(peer.name)
             try:
-                session = await self._connect_with_room(state, target, port)
+                session = await self._connect_with_room(pool, peer)
             except ConnectFailed as error:
                 failure = error
                 continue
             fits = _unfit(entry, session.core.features) is None
-            if self._adopt(state, session):
+            if self._adopt(pool, session):
                 if fits:
-                    session.send(_mail(entry))
+                    session.send(_mail(entry, pool.site.route.rewrite_sender))
                     return
                 self._idle(session)
         if failure is None:
@@ -299,119 +486,80 @@ class Dispatcher:
             phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
             self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", str(failure))
 
-    async def _connect_with_room(self, state: SiteState, target: Target, port: int) -> Session:
+    async def _connect_with_room(self, pool: Pool, peer: Peer) -> Session:
         """A connection to one host of a site, as soon as the limits allow it."""
         until = self.loop.time() + ROOM_SECONDS
-        while not self._room(state):
+        while not self._room(pool):
             if self.loop.time() > until:
-                raise ConnectFailed("connect", f"{target.host}: no free connection to this site")
+                raise ConnectFailed("connect", f"{peer.name}: no free connection to this site")
             await asyncio.sleep(0.1)
         try:
-            return await self._connect_host(state.site, target, port)
+            return await self.opener.to(pool.site, peer, pool.source)
         except BaseException:
-            self._give_room(state)
+            self._give_room(pool)
             raise
-
-    async def _connect(self, site: Site) -> Session:
-        failure: ConnectFailed | None = None
-        for target, port in await self._targets(site):
-            try:
-                return await self._connect_host(site, target, port)
-            except ConnectFailed as error:
-                failure = error
-        raise failure or ConnectFailed("connect", "no host to connect to")
-
-    async def _connect_host(self, site: Site, target: Target, port: int) -> Session:
-        try:
-            return await self._connect_to(site, target, port, site.tls)
-        except ConnectFailed as error:
-            if site.tls != "may" or error.phase != "starttls":
-                raise
-        return await self._connect_to(site, target, port, "off")  # a failed handshake, where TLS is optional
-
-    async def _connect_to(self, site: Site, target: Target, port: int, tls: str) -> Session:
-        route = site.route
-        return await connect(
-            target.address,
-            port,
-            target.host,
-            hostname=self.config.hostname,
-            timeout=self.config.delivery.connect_timeout,
-            tls=tls,
-            username=route.username if tls == "verify" else "",
-            password=_password(site) if route.username else "",
-            make=self._make,
-            recipients=100,
-        )
 
     def _make(self, core: ClientSession, peer: str) -> Session:
         session = Session(core, peer, self.loop.time, self._idle, self._finished, self._lost, self.config.delivery.patience)
         session.read_pieces = self._pieces
         return session
 
-    async def _targets(self, site: Site) -> list[tuple[Target, int]]:
-        if site.route.hosts:
-            pairs = [parse_hostport(text, 25) for text in site.route.hosts]
-            return [(Target(host, host), port) for host, port in pairs]
-        targets = await mx_targets(self.resolver, site.domain, {self.config.hostname.lower()})
-        return [(target, self.config.delivery.port) for target in targets]
-
-    def _site_failed(self, state: SiteState, error: ConnectFailed | NoRoute) -> None:
+    def _site_failed(self, pool: Pool, error: ConnectFailed | NoRoute) -> None:
         """No host of the site can be used: charge one message, let the queues sleep."""
-        queue = self._queue()
+        entries = pool.ready.take_all()
         if isinstance(error, NoRoute) and error.permanent:
-            while state.ready:
-                entry = state.ready.popleft()
-                if not entry.cancelled:
-                    self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, str(error))
+            for entry in entries:
+                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, str(error))
             return
-        state.failures += 1
-        pause = retry_delay(state.failures, int(self.config.delivery.first_retry * 1000))
-        state.down_until = queue.clock.now() + pause
-        state.reason = str(error)
-        self.log.event("site", route=state.site.key, state="down", reason=str(error), until=queue.clock.wall(state.down_until))
-        charged = False
-        queues: set[int] = set()
-        while state.ready:
-            entry = state.ready.popleft()
-            if entry.cancelled:
-                continue
-            queues.add(entry.queue)
-            if charged:
-                queue.put_back(entry)
-                self.landed(entry)
-                continue
-            charged = True
-            said = error.said if isinstance(error, ConnectFailed) else None
-            phase = error.phase if isinstance(error, ConnectFailed) else "route"
-            code, enhanced = (said.code, said.enhanced) if said is not None else (0, getattr(error, "enhanced", "4.4.1"))
-            self._charge(entry, TRANSIENT, phase, "", code, enhanced, said.text if said is not None else str(error), pause)
-        for number in queues:
-            queue.park(number, state.down_until)
+        pause = self._pause(pool.failures + 1)
+        until = self._queue().clock.now() + pause
+        pool.down(pool.failures + 1, until, str(error))
+        said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")
+        self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
+        phase = error.phase if isinstance(error, ConnectFailed) else "route"
+        enhanced = said.enhanced if said.code else getattr(error, "enhanced", "4.4.1")
+        self._charge_one(entries, until, phase, said, enhanced, said.text, pause)
 
     # Sessions speak
 
     def _idle(self, session: Session) -> None:
         """A session can take a message: directly, or (text written, reply awaited) one more behind it."""
-        state = self._owner.get(session)
-        if state is None:
+        pool = self._owner.get(session)
+        if pool is None:
             return
         core = session.core
-        route = state.site.route
-        if core.messages >= route.messages_per_connection or self.draining:
+        if not session.leaving and core.messages >= pool.most_messages(self.loop.time()):
+            session.leaving = True
+        if session.leaving or self.draining or self._yields(pool, session):
             if core.idle:
-                self._retire(session, state)
+                self._retire(session, pool)
+                self._pump(pool)
             return
-        if not core.idle and state.idle:
+        if not core.idle and pool.idle:
             return  # others are free
-        mail = None if self._queue().writer.stalled else self._next(state, session)
+        mail = None if self._queue().writer.stalled else self._next(pool, session)
         if mail is not None:
             core.begin(mail)
             session._flush()
         elif core.idle and not session.waiting:
             session.waiting = True
             session.idle_since = self.loop.time()
-            state.idle.append(session)
+            pool.idle.append(session)
+
+    def _yields(self, pool: Pool, session: Session) -> bool:
+        """Whether another worker shall have this connection's place: it waits with mail of a higher class, or of the same
+        and we have had our turn. Then the place is left free for a moment."""
+        pool.served += 1
+        if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
+            return False
+        rank, own = self.limits.waiting("site " + pool.shape.key), pool.ready.highest()
+        if rank > own or (rank and rank == own and pool.served >= TURN):
+            pool.served = 0
+            pool.yielded_at = self.loop.time()
+            session.leaving = True
+        elif pool.served >= TURN:
+            pool.served = 0 if not rank else TURN
+        return session.leaving
 
     def _finished(self, session: Session, mail: Mail) -> None:
         entry = mail.cargo
@@ -421,59 +569,72 @@ class Dispatcher:
             self._lost_before.pop(entry.ident, None)
         queue = self._queue()
         entry.route = (session.peer, mail.answer)
+        pool = self._owner.get(session)
         if mail.all_sent:
+            if pool is not None:
+                pool.went_well(self.loop.time())
             queue.finish(entry, None)
             return
-        now = wall_ms()
-        results = {}
-        for recipient, _ in mail.recipients:
-            said = mail.said.get(recipient) or Said(250, mail.answer, "final")
-            results[recipient] = Attempt(now, classify(said), said.phase, session.peer, said.code, said.enhanced, said.text)
-        queue.finish(entry, None if all(a.kind == SUCCESS for a in results.values()) else results)
+        judged = judge(mail, session.peer, lambda _: Said(250, mail.answer, "final"), self.shaping.rule)
+        self.decisions.rules(pool, entry.name.application, judged.rules)
+        good = all(a.kind == SUCCESS for a in judged.results.values())
+        queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
 
     def _lost(self, session: Session, reason: str) -> None:
         """A connection ended, expected or not; what was under way on it is settled."""
-        state = self._owner.pop(session, None)
-        if state is None:
+        pool = self._owner.pop(session, None)
+        if pool is None:
             return
-        state.sessions.discard(session)
-        if session in state.idle:
-            state.idle.remove(session)
-        self._give_room(state)
+        pool.sessions.discard(session)
+        if session in pool.idle:
+            pool.idle.remove(session)
+        self._give_room(pool)
         core = session.core
         self.counters.observe("relaymta_messages_per_session", core.messages)
+        said = core.last_said
+        if said is not None and said.code == 421 and core.under_way():
+            self.decisions.learned(pool, pool.refused_message(said, session, self.loop.time(), self.rates.workers))
         for mail in core.under_way():
-            self._settle_lost(state, session, mail, reason)
-        self._pump(state)
+            self._settle_lost(pool, session, mail, reason)
+        self._pump(pool)
 
-    def _settle_lost(self, state: SiteState, session: Session, mail: Mail, reason: str) -> None:
+    def _settle_lost(self, pool: Pool, session: Session, mail: Mail, reason: str) -> None:
         entry = mail.cargo
         assert isinstance(entry, Entry)
         core = session.core
         lost = self._lost_before.get(entry.ident, 0)
         said = core.last_said
+        if mail.text_out:
+            self.counters.add(IN_DOUBT, 1)
+            reason += " (in doubt: the message was sent, its reply did not come)"
         if mail.reached == "" and (said is None or said.code != 421 or core.messages) and core.messages and lost < FREE_RETRIES:
             # A reused connection that died before MAIL's reply: as if it had never been there.
             self._lost_before[entry.ident] = lost + 1
             entry.flying = False
-            state.ready.appendleft(entry)
+            pool.ready.push(entry, first=True)
             return
         self._lost_before.pop(entry.ident, None)
-        if mail.reached == "text":
-            self.counters.add(IN_DOUBT, 1)
-            reason += " (in doubt: the message was sent, its reply did not come)"
-        now = wall_ms()
         phase = core.awaiting or mail.reached or "mail"
-        results = {}
-        for recipient, _ in mail.recipients:
-            own = mail.said.get(recipient)
-            use = own if own is not None else said
-            if use is not None:
-                results[recipient] = Attempt(now, classify(use), use.phase, session.peer, use.code, use.enhanced, use.text)
-            else:
-                results[recipient] = Attempt(now, TRANSIENT, phase, session.peer, 0, "4.4.2", reason)
+        never = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason)
+        judged = judge(mail, session.peer, lambda _: said or never, self.shaping.rule)
+        self.decisions.rules(pool, entry.name.application, judged.rules)
         entry.route = (session.peer, b"")
-        self._queue().finish(entry, results)
+        self._queue().finish(entry, judged.results, judged.retry_after_ms)
+
+    def _send_back(self, pool: Pool, until: int, tenant: str | None) -> None:
+        """What waits in a pool (of one tenant, or all) goes back to queues that sleep."""
+        for entry in pool.ready.take_all():
+            if tenant is None or entry.name.application == tenant:
+                self._return(entry)
+                self._park(entry.queue, until)
+            else:
+                pool.ready.push(entry)
+
+    def _wake(self) -> None:
+        """Queues that were put to sleep, by us or by the process before us, may go on; those that may not are put to sleep
+        again when their mail is offered."""
+        self._parked.clear()
+        self._spawn(self._queue().wake_queues())
 
     def _charge(
         self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, text: str, retry_after: int = 0
@@ -483,14 +644,14 @@ class Dispatcher:
         attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, text)
         self._queue().finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
 
-    def _retire(self, session: Session, state: SiteState) -> None:
+    def _retire(self, session: Session, pool: Pool) -> None:
         """Close an idle session."""
-        if session in state.idle:
-            state.idle.remove(session)
+        if session in pool.idle:
+            pool.idle.remove(session)
         session.quit()
         if self._owner.pop(session, None) is not None:
-            state.sessions.discard(session)
-            self._give_room(state)
+            pool.sessions.discard(session)
+            self._give_room(pool)
             self.counters.observe("relaymta_messages_per_session", session.core.messages)
 
     # Large texts
@@ -515,20 +676,23 @@ class Dispatcher:
             self._next_suspect()  # it was held, deleted or given up in its turn
         now = self.loop.time()
         clock = self._queue().clock.now() if self.queue is not None else 0
-        for state in list(self.sites.values()):
-            for session in list(state.sessions):
+        for pool in list(self.pools.values()):
+            for session in list(pool.sessions):
                 if session.deadline and now > session.deadline:
                     self.counters.add(WATCHDOG, 1)
                     self._say_stuck(session)
+                    pool.timed_out()
                     session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
-                elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in state.idle:
-                    self._retire(session, state)
-            if state.ready:
-                self._pump(state)
-            elif not state.sessions and not state.connecting:
-                kept = FORGET_MS if state.failures else 0  # so that a site's back-off goes on where it was
-                if state.down_until + kept <= clock:
-                    self.sites.pop(state.site.key, None)
+                elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
+                    self._retire(session, pool)
+            if len(pool.ready):
+                self._pump(pool)
+            elif not pool.sessions and not pool.connecting:
+                kept = FORGET_MS if pool.failures or pool.learned else 0  # so that what was learned goes on where it was
+                if pool.down_until + kept <= clock:
+                    self._wait_for_room(pool, 0)
+                    self._uncrowd(pool)
+                    self.pools.pop(pool.key, None)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
     def _say_stuck(self, session: Session) -> None:
@@ -540,43 +704,47 @@ class Dispatcher:
 
     def flush(self) -> None:
         """Forget that sites are down: an operator wants another try now."""
-        for state in self.sites.values():
-            state.down_until = 0
+        self._nowhere.clear()
+        self._parked.clear()
+        for pool in self.pools.values():
+            pool.down_until = 0
 
     def reconfigure(self, config: Config, routes: RouteTable) -> None:
         """New routes: what waits in memory goes back and is routed anew."""
-        self.config, self.routes = config, routes
-        for state in self.sites.values():
-            while state.ready:
-                entry = state.ready.popleft()
-                if not entry.cancelled:
-                    self._queue().put_back(entry)
-                    self.landed(entry)
-            for session in list(state.idle):
-                self._retire(session, state)
-        self.sites = {key: state for key, state in self.sites.items() if state.sessions or state.connecting}
+        self._configure(config, routes)
+        for pool in self.pools.values():
+            self._uncrowd(pool)
+            for entry in pool.ready.take_all():
+                self._return(entry)
+            for session in list(pool.idle):
+                self._retire(session, pool)
+            pool.shape = self.shaping.shape(pool.site)
+        for key in [key for key, pool in self.pools.items() if not pool.sessions and not pool.connecting]:
+            del self.pools[key]
+        self._wake()
 
     def in_flight(self) -> int:
         """Messages under way."""
-        return sum(len(s.core.under_way()) for state in self.sites.values() for s in state.sessions)
+        return sum(len(s.core.under_way()) for pool in self.pools.values() for s in pool.sessions)
 
     async def drain(self, seconds: float, text_seconds: float) -> None:
         """Start nothing new; wait `seconds` for what is under way, `text_seconds` for what is past its final dot."""
         self.draining = True
         start = self.loop.time()
-        for state in self.sites.values():
-            for session in list(state.idle):
-                self._retire(session, state)
+        for pool in self.pools.values():
+            for session in list(pool.idle):
+                self._retire(session, pool)
         while self.in_flight():
             spent = self.loop.time() - start
-            sent = any(m.reached == "text" for st in self.sites.values() for s in st.sessions for m in s.core.under_way())
+            sent = any(m.text_out for pool in self.pools.values() for s in pool.sessions for m in s.core.under_way())
             if spent > text_seconds or (spent > seconds and not sent):
                 break
             await asyncio.sleep(0.02)
-        for state in self.sites.values():
-            for session in list(state.sessions):
+        for pool in self.pools.values():
+            for session in list(pool.sessions):
                 session.fail("shutting down")
         self._timer.cancel()
+        self.opener.close()
         for task in list(self._tasks):
             task.cancel()
 
@@ -601,27 +769,20 @@ def _unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
     return None
 
 
-def _mail(entry: Entry) -> Mail:
+def _mail(entry: Entry, rewrite: str) -> Mail:
+    """A message for a peer. `rewrite`: the sender to use there, an address or "@domain"; "" to leave it as it is."""
     envelope = entry.envelope
-    text = entry.text
-    if text is not None and envelope.flags & DOTTED:
-        text = stuff(text)
+    sender = envelope.sender
+    if rewrite and sender:
+        sender = sender.rpartition("@")[0] + rewrite if rewrite.startswith("@") else rewrite
+    flags = envelope.flags
     return Mail(
         entry,
-        envelope.sender,
+        sender,
         entry.recipients,
-        text,
+        entry.text,
         envelope.size,
-        bool(envelope.flags & EIGHT_BIT),
-        bool(envelope.flags & SMTPUTF8),
+        bool(flags & EIGHT_BIT),
+        bool(flags & SMTPUTF8),
+        bool(flags & DOTTED),
     )
-
-
-def _password(site: Site) -> str:
-    route = site.route
-    if route.password_file:
-        try:
-            return Path(route.password_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConnectFailed("auth", f"password_file {route.password_file}: {error}") from None
-    return os.environ.get(route.password_env, "")

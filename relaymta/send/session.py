@@ -1,29 +1,17 @@
-"""One outgoing connection: aiosmtplib connects, greets, starts TLS and authenticates; then its transport is handed to
-the pipelined client of proto.smtp_client, which stays on it for many messages."""
+"""One outgoing connection behind EHLO: asyncio on one side, the pipelined client of proto.smtp_client, which stays on it
+for many messages, on the other."""
 
 import asyncio
-import ssl
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import aiosmtplib
+from relaymta.proto.smtp_client import ClientSession, Mail
 
-from relaymta.proto.smtp_client import ClientSession, Mail, Said, features_of
-
-__all__ = ["ConnectFailed", "Session", "connect"]
+__all__ = ["Session"]
 
 # RFC 5321 4.5.3.2, seconds
 TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, "text": 180.0}
 GATHER = 32768  # octets above which pieces are written as they are, not joined
-
-
-class ConnectFailed(Exception):
-    """No usable session. `phase` and `said` tell how far it came; `permanent` when the peer said 5xx."""
-
-    def __init__(self, phase: str, text: str, said: Said | None = None) -> None:
-        super().__init__(text)
-        self.phase = phase
-        self.said = said
 
 
 class Session(asyncio.Protocol):
@@ -56,6 +44,7 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
+        self.leaving = False  # takes no more messages: it is closed once nothing is under way
         self.waiting = False  # in its site's list of idle sessions
 
     def attach(self, transport: asyncio.Transport) -> None:
@@ -163,66 +152,3 @@ class Session(asyncio.Protocol):
         self._stream = None
         self.core.text_written(whole)
         self._flush()
-
-
-async def connect(
-    host: str,
-    port: int,
-    name: str,
-    *,
-    hostname: str,
-    timeout: float,
-    tls: str,
-    username: str,
-    password: str,
-    make: Callable[[ClientSession, str], Session],
-    recipients: int,
-) -> Session:
-    """A session past EHLO, STARTTLS and AUTH. `host`: what to connect to; `name`: the peer's name in TLS and the log."""
-    client = aiosmtplib.SMTP(hostname=host, port=port, timeout=timeout, local_hostname=hostname, use_tls=False, start_tls=False)
-    phase = "connect"
-    try:
-        await client.connect()
-        phase = "ehlo"
-        await client._ehlo_or_helo_if_needed()
-        if tls != "off" and (tls != "may" or client.supports_extension("starttls")):
-            phase = "starttls"
-            await _start_tls(client, name, tls)
-        if username:
-            phase = "auth"
-            await client.login(username, password)
-    except Exception as error:
-        client.close()
-        raise _failure(phase, name, error) from None
-    transport, protocol = cast("asyncio.Transport | None", client.transport), client.protocol
-    if transport is None or protocol is None or transport.is_closing():
-        raise ConnectFailed("ehlo", "the peer closed the connection")
-    if protocol._buffer or transport.get_write_buffer_size():
-        client.close()
-        raise ConnectFailed("ehlo", "the peer speaks out of turn")
-    session = make(ClientSession(features_of(client.esmtp_extensions), recipients), name)
-    client.protocol = None
-    client.transport = None
-    session.attach(transport)
-    return session
-
-
-async def _start_tls(client: aiosmtplib.SMTP, name: str, tls: str) -> None:
-    context = ssl.create_default_context()
-    if tls != "verify":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if not client.supports_extension("starttls"):
-        raise ConnectFailed("starttls", "the peer offers no STARTTLS, and the route asks for TLS")
-    await client.starttls(server_hostname=name, tls_context=context, validate_certs=tls == "verify")
-    await client._ehlo_or_helo_if_needed()
-
-
-def _failure(phase: str, name: str, error: Exception) -> ConnectFailed:
-    if isinstance(error, ConnectFailed):
-        return error
-    if isinstance(error, aiosmtplib.SMTPResponseException):
-        said = Said(error.code, str(error.message).encode(), phase)
-        return ConnectFailed(phase, f"{error.code} {error.message}", said)
-    text = str(error) or type(error).__name__
-    return ConnectFailed(phase, f"{name}: {text}")

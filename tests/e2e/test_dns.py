@@ -1,45 +1,34 @@
 """Mail to the MX of its domain, by a real unbound on loopback."""
 
-import subprocess
-import time
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx
-from tests.support.programs import need
+from tests.support.resolver import nameserver_with
 
-ZONE = """
-  local-zone: "test." static
-  local-data: "two.test. MX 20 backup.test."
-  local-data: "two.test. MX 10 dead.test."
-  local-data: "dead.test. A 127.0.0.77"
-  local-data: "backup.test. A 127.0.0.1"
-  local-data: "plain.test. A 127.0.0.1"
-  local-data: "null.test. MX 0 ."
-  local-data: "alias.test. CNAME two.test."
-  local-data: "ours.test. MX 10 relay.example."
-"""
+ZONE = [
+    "two.test. MX 20 backup.test.",
+    "two.test. MX 10 dead.test.",
+    "dead.test. A 127.0.0.77",
+    "backup.test. A 127.0.0.1",
+    "plain.test. A 127.0.0.1",
+    "null.test. MX 0 .",
+    "alias.test. CNAME two.test.",
+    "ours.test. MX 10 relay.example.",
+    *(f"shared{n}.test. MX 10 mx{m}.pool.test." for n in range(30) for m in (1, 2)),
+    "mx1.pool.test. A 127.0.0.1",
+    "mx2.pool.test. A 127.0.0.1",
+]
 
 
 @pytest.fixture
 def nameserver(tmp_path: Path) -> Iterator[str]:
-    unbound = need("unbound")
-    port = free_port()
-    config = tmp_path / "unbound.conf"
-    config.write_text(
-        f'server:\n  interface: 127.0.0.1@{port}\n  do-daemonize: no\n  chroot: ""\n  username: ""\n  pidfile: ""\n'
-        f'  use-syslog: no\n  access-control: 127.0.0.0/8 allow\n  directory: "{tmp_path}"\n{ZONE}\n'
-        'forward-zone:\n  name: "."\n  forward-addr: 127.0.0.1@1\n'
-    )
-    process = subprocess.Popen([unbound, "-c", str(config)], stderr=(tmp_path / "unbound.err").open("wb"))
-    time.sleep(0.5)
-    assert process.poll() is None, (tmp_path / "unbound.err").read_text()
-    yield f"127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with nameserver_with(tmp_path, ZONE) as address:
+        yield address
 
 
 def test_mail_finds_its_mx(tmp_path, nameserver):
@@ -59,3 +48,56 @@ def test_mail_finds_its_mx(tmp_path, nameserver):
             (deferred,) = wait_for(lambda: relay.events("deferred"), 40)
             assert "4.4.3" in deferred["reply"], "SERVFAIL defers"
             wait_for(lambda: [row["queue"] for row in relay.summary()] == ["mx/servfail.example"])
+
+
+def test_domains_with_the_same_mx_are_one_site(tmp_path, nameserver):
+    """Thirty domains, two connections, and hardly more questions than domains."""
+    with FakeMx({}, slow=0.1) as peer:
+        settings = [
+            f'delivery.nameservers=["{nameserver}"]',
+            f"delivery.port={peer.port}",
+            'site=[{hosts=[".pool.test"],connections=2}]',
+        ]
+        with Relay(tmp_path, None, *settings) as relay:
+            for number in range(30):
+                relay.send("Subject: x\r\n\r\nx\r\n", "a@b", f"x@shared{number}.test")
+            (row,) = wait_for(lambda: [json.loads(line) for line in relay.cli("site", "list", "--json").stdout.splitlines()])
+            assert row["pool"] == "mx/(mx1|mx2).pool.test"
+            assert row["limits"]["connections"] == {"value": 2, "origin": "[[site]] .pool.test"}
+            wait_for(lambda: len(peer.messages) == 30)
+            assert peer.most_open <= 2
+            assert relay.metric('relaymta_dns_lookups_total{result="query"}') <= 30 + 4
+
+
+def test_the_cname_of_a_domain_is_followed(tmp_path, nameserver):
+    with FakeMx({}) as peer:
+        settings = [f'delivery.nameservers=["{nameserver}"]', f"delivery.port={peer.port}", "delivery.connect_timeout=2"]
+        with Relay(tmp_path, None, *settings) as relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b", "x@alias.test")
+            wait_for(lambda: peer.messages)
+
+
+def test_route_test_says_where_mail_would_go(tmp_path, nameserver):
+    flags = [
+        "--set",
+        f'delivery.nameservers=["{nameserver}"]',
+        "--set",
+        'route=[{name="shop",application=["shop"],hosts=["h:587"]}]',
+    ]
+    relay = Relay(tmp_path, None)
+    text = relay.cli("route", "test", "--to", "x@two.test", *flags).stdout
+    assert "route shop             no: application" in text
+    assert "dead.test  127.0.0.77" in text
+    assert "site  mx/(dead|backup).test" in text
+    found = json.loads(relay.cli("route", "test", "--to", "x@two.test", "--as", "shop", "--json", *flags).stdout)
+    assert (found["routes"], found["site"]) == ([{"route": "shop", "matches": True, "by": ""}], "shop")
+    assert "5.1.10" in relay.cli("route", "test", "--to", "x@null.test", *flags).stdout
+    assert relay.cli("route", "test", "--to", "nobody", *flags, check=False).returncode == 64
+
+
+def test_a_route_by_mx_takes_the_domains_of_its_hosts(tmp_path, nameserver):
+    with FakeMx({}) as peer:
+        routes = f'route=[{{name="pool",mx=[".pool.test"],hosts=["127.0.0.1:{peer.port}"]}}]'
+        with Relay(tmp_path, None, f'delivery.nameservers=["{nameserver}"]', routes, "delivery.connect_timeout=2") as relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b", "x@shared1.test")
+            wait_for(lambda: peer.messages)

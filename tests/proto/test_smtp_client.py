@@ -128,8 +128,73 @@ def test_how_far_it_came_is_known():
     assert one.reached == ""
     core.receive(b"250 m\r\n")
     assert one.reached == "mail"
+    assert not one.text_out
     core.receive(b"250 r\r\n354 go\r\n")
-    assert one.reached == "text"
+    assert one.text_out
+    core.receive(b"250 taken\r\n")
+    assert (one.reached, one.text_out) == ("final", False)
+
+
+CHUNKING = Features(True, True, False, 0, True)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    ("answers", "codes"),
+    [
+        (b"250 m\r\n250 r\r\n250 r\r\n250 taken\r\n", {0: 250, 1: 250}),
+        (b"250 m\r\n250 r\r\n550 no\r\n250 taken\r\n", {0: 250, 1: 550}),
+        (b"250 m\r\n550 no\r\n551 no\r\n554 none valid\r\n", {0: 550, 1: 551}),
+        (b"450 m\r\n503 x\r\n503 x\r\n503 x\r\n", {0: 450, 1: 450}),
+        (b"250 m\r\n250 r\r\n250 r\r\n552 too big\r\n", {0: 552, 1: 552}),
+    ],
+)
+def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
+    core = ClientSession(CHUNKING)
+    one = mail("c@d", "e@f", text=b".dot\r\n")
+    core.begin(one)
+    assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\n"
+    assert one.text_out, "a connection that is lost from now on leaves it in doubt"
+    for start in range(0, len(answers), step or len(answers)):
+        core.receive(answers[start : start + (step or len(answers))])
+    assert core.finished == [one]
+    assert results(one) == codes
+    assert core.idle
+    assert not one.text_out
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    ("answers", "codes", "dot"),
+    [
+        (b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n250 two\r\n", {0: 250, 1: 250}, b"..dot\r\n.\r\n"),
+        (b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n452 full\r\n", {0: 250, 1: 452}, b"..dot\r\n.\r\n"),
+        (b"250 m\r\n550 no\r\n250 r\r\n354 go\r\n250 two\r\n", {0: 550, 1: 250}, b"..dot\r\n.\r\n"),
+        (b"250 m\r\n550 no\r\n551 no\r\n503 none\r\n", {0: 550, 1: 551}, b""),
+        (b"250 m\r\n550 no\r\n551 no\r\n354 go\r\n", {0: 550, 1: 551}, b".\r\n"),
+    ],
+)
+def test_lmtp_has_a_reply_for_each_recipient(answers, codes, dot, step):
+    core = ClientSession(PIPELINING, lmtp=True)
+    one = mail("c@d", "e@f", text=b".dot\r\n")
+    one.dotted = True
+    core.begin(one)
+    written(core)
+    for start in range(0, len(answers), step or len(answers)):
+        core.receive(answers[start : start + (step or len(answers))])
+    assert core.finished == [one]
+    assert results(one) == codes
+    assert written(core) == dot
+    assert core.idle
+
+
+def test_what_lmtp_has_answered_is_not_in_doubt():
+    core = ClientSession(PIPELINING, lmtp=True)
+    one = mail("c@d", "e@f")
+    core.begin(one)
+    core.receive(b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n")
+    assert one.text_out and core.under_way() == [one]
+    assert one.said[0].code == 250 and 1 not in one.said
 
 
 def test_stuffing():

@@ -15,7 +15,7 @@ async def main(spool: Path, groups: int) -> None:
     """`groups` groups of messages; some are delivered, some deferred, the others wait."""
     offered: list = []
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
-    queue = Queue(spool, 0, settings, lambda envelope: [(QueueName("out", ""), None)], offered.append, Events())
+    queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], offered.append, Events())
     queue.segments.size = 1 << 17  # so that segments change and are used again
     compact.SPARE = 0  # and bodies move
     moves = 0

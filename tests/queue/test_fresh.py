@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import TRANSIENT
 from relaymta.queue import Queue, inspect
-from relaymta.queue.fresh import GROUP_MOST
 from tests.queue.test_queue import Bench, answer, until
 
 
@@ -47,7 +46,7 @@ async def test_the_ended_are_not_there_after_a_crash_and_the_others_are(tmp_path
     spool, copy = tmp_path / "spool", tmp_path / "copy"
     async with Bench(spool) as bench:
         idents = [await bench.put() for _ in range(3)]
-        idents += await asyncio.gather(*(bench.put() for _ in range(2 * GROUP_MOST + 1)))
+        idents += await asyncio.gather(*(bench.put() for _ in range(201)))
         entries = await bench.next(len(idents))
         for entry in entries[::2]:
             bench.queue.finish(entry, None)

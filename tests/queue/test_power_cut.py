@@ -168,7 +168,7 @@ def apply(content: bytearray, offset: int, data: bytes) -> None:
 
 async def held_by(spool: Path) -> dict[str, str]:
     """Hash by id of every message a spool holds, read as the relay reads them."""
-    queue = Queue(spool, 0, QueueSettings("relay.example"), lambda e: [(QueueName("out", ""), None)], lambda e: None, Events())
+    queue = Queue(spool, 0, QueueSettings("relay.example"), lambda *_: [(QueueName("out", ""), None)], lambda e: None, Events())
     queue.schedule.paused = True
     await queue.start()
     found = {}

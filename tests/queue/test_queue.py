@@ -64,7 +64,7 @@ class Bench:
         return inspect.summary(self.queue.store, self.queue.clock)
 
 
-def assign(envelope: Envelope):
+def assign(envelope: Envelope, attempts: int):
     groups: dict[str, list[int]] = {}
     for index, address in enumerate(envelope.recipients):
         groups.setdefault(address.partition("@")[2], []).append(index)

@@ -20,7 +20,7 @@ def relay_to(peer: FakeMx, folder, *settings: str) -> Relay:
     ("rules", "events"),
     [
         ({"DOT": [b"451 4.3.0 later\r\n"]}, {"deferred": 1, "delivered": 1}),
-        ({"MAIL": [b"450 4.7.1 greylisted\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"MAIL": [b"450 4.7.1 not yet\r\n"]}, {"deferred": 1, "delivered": 1}),
         ({"RCPT": [b"450 4.2.1 busy\r\n"]}, {"deferred": 1, "delivered": 1}),
         ({"DATA": [b"451 4.3.0 later\r\n"]}, {"deferred": 1, "delivered": 1}),
         ({"DOT": [b"554 5.7.1 spam\r\n"]}, {"bounced": 1}),

@@ -6,6 +6,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 DEFAULT = {
@@ -34,7 +35,15 @@ class FakeMx:
         tls: ssl.SSLContext | None = None,
         slow: float = 0,
         host: str = "127.0.0.1",
+        path: str = "",
+        lmtp: bool = False,
+        auth: tuple[bytes, Callable[[bytes], bytes]] | None = None,
     ) -> None:
+        """`path`: a unix socket; `lmtp`: it speaks LMTP; `auth`: the one mechanism it offers, and its answer to each line."""
+        self.lmtp = lmtp
+        self.auth = auth
+        self.clients: list[str] = []
+        self.greetings: list[str] = []
         self.slow = slow
         self.tls = tls
         self.credentials: list[bytes] = []
@@ -45,8 +54,14 @@ class FakeMx:
         self.commands: list[str] = []
         self.connections = self.now_open = self.most_open = 0
         self._count = threading.Lock()
-        self._server = socket.create_server((host, port))
-        self.port = self._server.getsockname()[1]
+        if path:
+            self._server = socket.socket(socket.AF_UNIX)
+            self._server.bind(path)
+            self._server.listen()
+            self.port = 0
+        else:
+            self._server = socket.create_server((host, port))
+            self.port = self._server.getsockname()[1]
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,12 +76,14 @@ class FakeMx:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._server.accept()
+                sock, address = self._server.accept()
             except OSError:
                 return
             self.connections += 1
             self._open.append(sock)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if address:
+                self.clients.append(address[0])
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -117,9 +134,15 @@ class FakeMx:
             verb = line[:4].decode("latin-1").upper().strip()
             argument = line.partition(b"<")[2].partition(b">")[0].decode()
             self.commands.append(verb)
+            if verb in ("EHLO", "LHLO"):
+                self.greetings.append(line.split()[1].decode())
+            if verb == "LHLO" and self.lmtp:
+                sock.sendall(DEFAULT["EHLO"])
+                continue
             if verb == "EHLO" and self.tls is not None and "EHLO" not in self.rules:
                 secure = isinstance(sock, ssl.SSLSocket)
-                offer = b"250-AUTH PLAIN LOGIN\r\n" if secure else b"250-STARTTLS\r\n"
+                offer = b"250-AUTH PLAIN LOGIN\r\n" if self.auth is None else b"250-AUTH " + self.auth[0] + b"\r\n"
+                offer = offer if secure else b"250-STARTTLS\r\n"
                 sock.sendall(b"250-fake\r\n" + offer + b"250-8BITMIME\r\n250 PIPELINING\r\n")
                 continue
             if verb == "STAR" and self.tls is not None:
@@ -127,9 +150,21 @@ class FakeMx:
                 sock = self.tls.wrap_socket(sock, server_side=True)
                 file = sock.makefile("rb")
                 continue
+            if verb == "AUTH" and self.auth is not None:
+                while (answer := self.auth[1](line)).startswith(b"334"):
+                    sock.sendall(answer)
+                    line = file.readline()
+                sock.sendall(answer)
+                continue
             if verb == "AUTH":
                 self.credentials.append(base64.b64decode(line.split()[2]))
                 sock.sendall(b"235 2.7.0 welcome\r\n")
+                continue
+            if verb == "BDAT":
+                text = file.read(int(line.split()[1]))
+                if recipients:
+                    self.messages.append((sender, recipients, text))
+                sock.sendall(self._rule("DOT") if recipients else b"503 5.5.1 no recipients\r\n")
                 continue
             answer = self._rule(verb, argument)
             if verb == "MAIL":
@@ -147,6 +182,11 @@ class FakeMx:
                     if not line:
                         return
                     text += line[1:] if line.startswith(b".") else line
+                if self.lmtp:
+                    self.messages.append((sender, recipients, text))
+                    for _ in recipients:
+                        sock.sendall(self._rule("DOT"))
+                    continue
                 final = self._rule("DOT") if recipients else b"554 5.5.1 no recipients\r\n"
                 if isinstance(final, bytes) and final.startswith(b"2"):
                     self.messages.append((sender, recipients, text))

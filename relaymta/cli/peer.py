@@ -1,0 +1,105 @@
+"""Who answers a verb: the running daemon, or with the daemon stopped the spool; and how answers are shown to people."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relaymta import control
+from relaymta.cli.serve import fail
+from relaymta.config import Config
+from relaymta.errors import ConfigError, RelayError
+
+__all__ = ["Daemon", "Offline", "as_json", "asked", "connect", "size", "table", "when"]
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
+
+
+class Offline:
+    """The spool's answers while no daemon runs: the same requests, read-only."""
+
+    def __init__(self, config: Config) -> None:
+        self._spool = Path(config.spool)
+
+    def ask(self, op: str, **args: Any) -> Any:
+        """Answer a reading request; RelayError for any other."""
+        from relaymta.queue.offline import answer
+
+        if op not in ("summary", "page", "message", "raw", "history"):
+            raise RelayError("the daemon is not running (start it with `relaymta serve`)")
+        return answer(self._spool, op, **args)
+
+
+class Daemon:
+    """The running daemon's answers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def ask(self, op: str, **args: Any) -> Any:
+        """One request. RelayError with the daemon's sentence."""
+        try:
+            return control.ask(self._path, op, **args)
+        except control.Refused as error:
+            raise RelayError(str(error)) from None
+
+
+def connect(read: Callable[..., Config]) -> Daemon | Offline:
+    """The daemon of this configuration, or its spool."""
+    try:
+        config = read({"listener": [{"address": "127.0.0.1:2525"}]})
+    except ConfigError as error:
+        fail(78, str(error))
+    try:
+        control.ask(config.control_path, "status")
+    except (FileNotFoundError, ConnectionRefusedError):
+        if not Path(config.spool).is_dir():
+            fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
+        return Offline(config)
+    except (OSError, control.Refused) as error:
+        fail(69, f"{config.control_path}: {error}")
+    return Daemon(config.control_path)
+
+
+def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
+    try:
+        return peer.ask(op, **args)
+    except RelayError as error:
+        fail(69, str(error))
+    except OSError as error:
+        fail(69, f"the daemon does not answer: {error}")
+
+
+def when(seconds: float) -> str:
+    """A moment for people: a short distance, or the time."""
+    if not seconds:
+        return "-"
+    ahead = seconds - time.time()
+    if abs(ahead) < 1:
+        return "now"
+    if 0 < ahead < 7200:
+        return f"in {int(ahead // 60)}m{int(ahead % 60):02d}s"
+    if -7200 < ahead < 0:
+        return f"{int(-ahead // 60)}m{int(-ahead % 60):02d}s ago"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def size(octets: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if octets < 1000:
+            return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
+        octets /= 1000
+    return f"{octets:.1f} TB"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,95 @@
+"""`relaymta route test`: where would this mail go, and why."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from relaymta.cli.peer import as_json
+from relaymta.cli.serve import configured, fail, loaded
+from relaymta.config import Config
+from relaymta.errors import ConfigError
+
+__all__ = ["route"]
+
+
+@click.group()
+def route() -> None:
+    """Where mail goes."""
+
+
+@route.command()
+@click.option("--from", "sender", default="", metavar="ADDRESS", help="The envelope sender; default: the null sender.")
+@click.option("--to", "recipient", required=True, metavar="ADDRESS", help="The recipient.")
+@click.option("--as", "application", default="", metavar="APP", help="The application whose mail it is.")
+@click.option("--size", default=0, help="The message's octets.")
+@click.option("--attempts", default=0, help="How often it was tried before.")
+@as_json
+@configured
+def test(
+    read: Callable[..., Config], sender: str, recipient: str, application: str, size: int, attempts: int, as_json: bool
+) -> None:
+    """Each route tried, the hosts, the site, and the limits that would hold. Asks the DNS, sends nothing, needs no daemon."""
+    if "@" not in recipient:
+        fail(64, f"--to {recipient}: expected an address")
+    config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})
+    try:
+        found = asyncio.run(_test(config, sender, recipient, application, size, attempts))
+    except ConfigError as error:
+        fail(78, str(error))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"<{recipient}>" + (f" of {application}" if application else "") + (f" from <{sender}>" if sender else ""))
+    for row in found["routes"]:
+        click.echo(f"  route {row['route']:<16} {'yes' if row['matches'] else 'no: ' + row['by']}")
+    if found["error"]:
+        click.echo(f"  {found['error']}")
+        return
+    for host in found["hosts"]:
+        preference = f"{host['preference']:>3} " if host["preference"] is not None else ""
+        click.echo(f"  host  {preference}{host['name']}  {' '.join(host['addresses'])}")
+    click.echo(f"  site  {found['site']}, counted as {found['counted as']}")
+    for name, limit in found["limits"].items():
+        click.echo(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
+
+
+async def _test(config: Config, sender: str, recipient: str, application: str, size: int, attempts: int) -> dict[str, Any]:
+    from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+    from relaymta.proto.envelope import Envelope
+    from relaymta.route.mx import NoRoute
+    from relaymta.route.shaping import LIMITS, Shaping
+    from relaymta.route.sites import Sites
+    from relaymta.route.table import Asked, RouteTable
+
+    routes = RouteTable(config)
+    resolver = Resolver(config.delivery.nameservers)
+    sites = Sites(routes, resolver, {config.hostname.lower()}, resolver.now)
+    envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
+    ((name, _),) = routes.assign(envelope, attempts)
+    found: dict[str, Any] = {"routes": [], "error": "", "hosts": [], "site": "", "counted as": "", "limits": {}}
+    mx: list[str] | None = None
+    try:
+        site = await sites.find(name)
+        mx = site.names if site.hosts is not None else None
+        for preference, host in site.hosts.pairs if site.hosts is not None else [(None, host) for host in site.route.hosts]:
+            addresses: list[str] = []
+            if site.hosts is not None:
+                try:
+                    addresses = await resolver.addresses(host, site.route.ip.replace(" ", ""))
+                except (DnsFailure, NoData, NoSuchName) as error:
+                    addresses = [f"({type(error).__name__})"]
+            found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
+        shape = Shaping(config).shape(site)
+        limits = {limit: getattr(shape, limit) for limit in LIMITS}
+        found |= {"site": site.key, "counted as": shape.key}
+        found["limits"] = {n: {"value": limit.value, "origin": limit.origin} for n, limit in limits.items() if limit.value}
+    except NoRoute as error:
+        found["error"] = f"{'bounces' if error.permanent else 'waits'}: {error.enhanced} {error}"
+    finally:
+        await resolver.close()
+    asked = Asked.of(envelope, recipient, attempts)
+    found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
+    return found

@@ -1,0 +1,212 @@
+"""`relaymta site` and `relaymta shaping`: the sites mail goes to, their limits, and what was decided about them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from relaymta.cli.peer import as_json, asked, connect, table, when
+from relaymta.cli.serve import configured, fail
+from relaymta.config import Config, parse_duration
+
+__all__ = ["shaping", "site"]
+
+
+@click.group()
+def site() -> None:
+    """The sites mail goes to."""
+
+
+@site.command(name="list")
+@as_json
+@configured
+def list_sites(read: Callable[..., Config], as_json: bool) -> None:
+    """One line for each site that has mail or connections now."""
+    rows = asked(connect(read), "sites")
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    if not rows:
+        click.echo("no site has mail or connections now")
+        return
+    lines = [
+        [
+            row["pool"], row["state"], str(row["waiting"]), str(row["in flight"]),
+            f"{row['connections']} of {row['limits']['connections']['value']:g}", f"{row['rate']:.0f}/s", row["reason"][:60],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    table("", ["site", "state", "waiting", "in flight", "connections", "rate", "reason"], lines)
+
+
+def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of the sites, facts about them) by this name."""
+    peer = connect(read)
+    rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
+    names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
+    facts = [fact for fact in asked(peer, "facts") if fact["site"] in names]
+    if not rows and not facts:
+        fail(1, f"no site {name!r} has mail or connections, and nothing was decided about it (`relaymta site list`)")
+    return rows, facts
+
+
+@site.command()
+@click.argument("name")
+@as_json
+@configured
+def show(read: Callable[..., Config], name: str, as_json: bool) -> None:
+    """One site: its hosts, connections and their phase, limits in force and where each comes from."""
+    rows, facts = _rows_of(read, name)
+    if as_json:
+        click.echo(json.dumps({"sites": rows, "facts": facts}))
+        return
+    for row in rows:
+        click.echo(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
+        click.echo(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
+        for host, reason in row["hosts down"].items():
+            click.echo(f"  {host} is down: {reason}")
+        click.echo(
+            f"  {row['waiting']} wait, {row['in flight']} in flight, {row['connections']} connections, {row['rate']:.0f}/s"
+        )
+        for session in row["sessions"]:
+            click.echo(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
+        _show_limits(row)
+    _show_facts(facts)
+
+
+def _show_limits(row: dict[str, Any]) -> None:
+    click.echo(f"  limits (counted as {row['site']}):")
+    for name, limit in row["limits"].items():
+        click.echo(f"    {name:<24} {limit['value']:g}  ({limit['origin']})" if limit["value"] else f"    {name:<24} none")
+
+
+@site.command()
+@click.argument("name")
+@as_json
+@configured
+def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
+    """The limits of one site that are in force now, and where each comes from."""
+    rows, _ = _rows_of(read, name)
+    if as_json:
+        click.echo(json.dumps({row["pool"]: row["limits"] for row in rows}))
+        return
+    for row in rows:
+        click.echo(row["pool"])
+        _show_limits(row)
+
+
+@site.command()
+@click.argument("name")
+@click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
+@click.option("--app", "application", default="", help="Only mail of this application.")
+@click.option("--reason", default="told to", help="Shown wherever somebody asks why.")
+@configured
+def suspend(read: Callable[..., Config], name: str, duration: str, application: str, reason: str) -> None:
+    """Send nothing to a site (by the name its limits are counted as) for a while. Survives a restart."""
+    try:
+        seconds = parse_duration(duration)
+    except ValueError as error:
+        fail(64, f"--for {duration}: expected {error}")
+    asked(connect(read), "suspend", site=name, about=application, seconds=seconds, reason=reason)
+    whose = f"mail of {application} " if application else "mail "
+    click.echo(f"{whose}to {name} is suspended for {duration} (`relaymta site resume {name}` ends it)")
+
+
+@site.command()
+@click.argument("name")
+@click.option("--app", "application", default="", help="The suspension of this application's mail.")
+@configured
+def resume(read: Callable[..., Config], name: str, application: str) -> None:
+    """Send to a suspended or dead site again, now."""
+    count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
+    if not count:
+        fail(1, f"{name} is not suspended (`relaymta shaping active` lists what is)")
+    click.echo(f"{name} goes on")
+
+
+@click.group()
+def shaping() -> None:
+    """What was decided about sites: by operators, by rules about replies, and learned."""
+
+
+@shaping.command()
+@as_json
+@configured
+def active(read: Callable[..., Config], as_json: bool) -> None:
+    """Every suspension, slow-down, dead site and learned limit that holds now."""
+    facts = asked(connect(read), "facts")
+    if as_json:
+        for fact in facts:
+            click.echo(json.dumps(fact))
+    elif not facts:
+        click.echo("nothing is suspended, slowed down, dead or learned")
+    else:
+        _show_facts(facts)
+
+
+def _show_facts(facts: list[dict[str, Any]]) -> None:
+    for fact in facts:
+        about = f" ({fact['about']})" if fact["about"] else ""
+        reply = f"; after: {fact['reply']}" if fact["reply"] and fact["reply"] != fact["reason"] else ""
+        click.echo(f"{fact['site']}{about} {fact['kind']} until {when(fact['until'])} by {fact['by']}: {fact['reason']}{reply}")
+
+
+@shaping.command()
+@click.argument("name", required=False, default="")
+@click.option("--all", "everything", is_flag=True, help="About every site.")
+@click.option("--kind", type=click.Choice(["suspended", "slow", "dead", "learned"]), help="Only decisions of this kind.")
+@click.option("--dry-run", is_flag=True, help="Only say how many decisions are meant.")
+@configured
+def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | None, dry_run: bool) -> None:
+    """Forget what was decided about a site (or all): the next reply teaches it anew."""
+    if not name and not everything:
+        fail(64, "which site? Give its name, or --all")
+    peer = connect(read)
+    facts = [f for f in asked(peer, "facts") if (everything or f["site"] == name) and kind in (None, f["kind"])]
+    if dry_run:
+        click.echo(f"{len(facts)} decisions are meant; nothing was changed")
+        return
+    for fact in facts:
+        asked(peer, "clear", kind=fact["kind"], site=fact["site"], about=fact["about"], resume=False)
+    click.echo(f"{len(facts)} decisions forgotten")
+
+
+@shaping.command()
+@click.argument("name")
+@as_json
+@configured
+def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
+    """The evidence: the reply behind each decision about a site, when it came, and until when the decision holds."""
+    _, facts = _rows_of(read, name)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    if not facts:
+        click.echo(f"nothing was decided about {name}")
+    for fact in facts:
+        about = f" {fact['about']}" if fact["about"] else ""
+        click.echo(f"{fact['kind']}{about}: {fact['reason']} (by {fact['by']})")
+        click.echo(f"  since {when(fact['since'])}, until {when(fact['until'])}; the reply: {fact['reply'] or '-'}")
+
+
+@shaping.command()
+@as_json
+def profiles(as_json: bool) -> None:
+    """The provider profiles that come with this version of relaymta."""
+    from relaymta.route.shaping import profiles as shipped
+
+    found = shipped()
+    if as_json:
+        click.echo(json.dumps({"version": found.version, "sites": [s.model_dump(exclude_none=True) for s in found.sites],
+                               "rules": [r.model_dump(by_alias=True) for r in found.rules]}))  # fmt: skip
+        return
+    click.echo(f"provider profiles of {found.version}")
+    for one in found.sites:
+        limits = [f"{k} {v:g}" for k, v in one.model_dump(exclude_none=True).items() if k not in ("name", "hosts")]
+        click.echo(f"  {one.name}: {', '.join(one.hosts)}: {', '.join(limits)}")
+    for rule in found.rules:
+        click.echo(
+            f"  {rule.action} {rule.duration:g} s on {rule.match}" + (f" from {', '.join(rule.hosts)}" if rule.hosts else "")
+        )

@@ -1,0 +1,118 @@
+"""What a site may be asked for, and what its replies mean: what the configuration's `[[site]]` and `[[rule]]` tables say, then
+what the route says, then the provider profiles that come with relaymta. Each limit says where it comes from."""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+from relaymta.config import Config, Rule, SiteTable
+from relaymta.route.sites import Site
+from relaymta.route.table import domain_matches
+
+__all__ = ["Limit", "Shape", "Shaping", "check", "profiles"]
+
+LIMITS = ("connections", "messages_per_connection", "rate", "connection_rate")
+
+
+class Limit(NamedTuple):
+    """A limit and where it was set, for people. Rates are per second; 0 is none."""
+
+    value: float
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The limits of one site. `key`: the name under which the machine counts them, shared by all sites of a provider."""
+
+    key: str
+    connections: Limit
+    messages_per_connection: Limit
+    rate: Limit
+    connection_rate: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """The provider profiles that come with relaymta."""
+
+    version: str
+    sites: list[SiteTable]
+    rules: list[Rule]
+
+
+@cache
+def profiles() -> Profiles:
+    """The shipped profiles."""
+    data = tomllib.loads(resources.files("relaymta.route").joinpath("providers.toml").read_text(encoding="utf-8"))
+    sites = [SiteTable.model_validate(site) for site in data["site"]]
+    return Profiles(data["version"], sites, [Rule.model_validate(rule) for rule in data["rule"]])
+
+
+class Shaping:
+    """The limits and rules of a configuration."""
+
+    def __init__(self, config: Config) -> None:
+        shipped = profiles()
+        self._own = [(f"[[site]] {s.name or ', '.join(s.hosts)}", s) for s in config.site]
+        self._shipped = [(f"provider profile {s.name} ({shipped.version})", s) for s in shipped.sites]
+        self._rules = [(re.compile(rule.match, re.I | re.S), rule) for rule in [*config.rule, *shipped.rules]]
+        self._shapes: dict[Site, Shape] = {}
+
+    def shape(self, site: Site) -> Shape:
+        """A site's limits."""
+        found = self._shapes.get(site)
+        if found is None:
+            if len(self._shapes) > 10_000:
+                self._shapes.clear()
+            found = self._shapes[site] = self._find(site)
+        return found
+
+    def _find(self, site: Site) -> Shape:
+        names = [_host(name.lower()) for name in site.names]
+
+        def matching(tables: list[tuple[str, SiteTable]]) -> list[tuple[str, SiteTable]]:
+            return [pair for pair in tables if any(domain_matches(name, pair[1].hosts) for name in names)]
+
+        own, shipped = matching(self._own), matching(self._shipped)
+        route = site.route
+        chosen = [(f"route {route.label}", route)] if route.model_fields_set else []
+        limits = {}
+        for limit in LIMITS:
+            given = [(o, v) for o, table in own if (v := getattr(table, limit)) is not None]
+            given += [(o, getattr(table, limit)) for o, table in chosen if limit in table.model_fields_set]
+            given += [(o, v) for o, table in shipped if (v := getattr(table, limit)) is not None]
+            given.append(("default", getattr(route, limit, 0)))
+            limits[limit] = Limit(given[0][1], given[0][0])
+        name = next((table.name for _, table in own + shipped if table.name), "")
+        return Shape(name or site.key, **limits)
+
+    def rule(self, host: str, reply: str) -> Rule | None:
+        """The first rule about a reply (`code enhanced-code text`) of a host."""
+        for expression, rule in self._rules:
+            if (not rule.hosts or domain_matches(host.lower(), rule.hosts)) and expression.search(reply):
+                return rule
+        return None
+
+
+def _host(text: str) -> str:
+    """The name in `host[:port]`."""
+    return text if text.count(":") != 1 else text.partition(":")[0]
+
+
+def check(config: Config) -> list[str]:
+    """What in the limits can never be reached or cannot be right, as sentences for `config check`."""
+    found = []
+    for site in config.site:
+        what = site.name or ", ".join(site.hosts)
+        if site.connection_rate and site.messages_per_connection and site.rate:
+            ceiling = site.connection_rate * site.messages_per_connection
+            if ceiling < site.rate:
+                found.append(
+                    f"site {what}: rate {site.rate:g}/s is never reached: {site.connection_rate:g} connections/s of "
+                    f"{site.messages_per_connection} messages carry {ceiling:g}/s"
+                )
+    return found

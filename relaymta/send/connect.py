@@ -1,0 +1,160 @@
+"""From an address to a session: aiosmtplib connects, greets, starts TLS and authenticates; then its transport is handed over."""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import aiosmtplib
+from aiosmtplib.errors import SMTPHeloError
+
+from relaymta.config import Route, Source
+from relaymta.proto.smtp_client import ClientSession, Said, features_of
+from relaymta.send.login import log_in
+from relaymta.send.oauth import Tokens
+from relaymta.send.session import Session
+
+__all__ = ["ConnectFailed", "Peer", "Via", "connect"]
+
+IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
+
+
+class ConnectFailed(Exception):
+    """No usable session. `phase` and `said` tell how far it came; `permanent` when the peer said 5xx."""
+
+    def __init__(self, phase: str, text: str, said: Said | None = None) -> None:
+        super().__init__(text)
+        self.phase = phase
+        self.said = said
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What to connect to: an address and port, or (`path`) a unix socket. `name`: the peer's in TLS and the log."""
+
+    name: str
+    address: str
+    port: int
+    path: str = ""
+
+    @property
+    def label(self) -> str:
+        """What people know it by."""
+        return f"unix:{self.path}" if self.path else f"{self.name}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Via:
+    """How to connect: the route's protocol and credentials, our name, the source address, seconds to wait for each step,
+    and TLS: off | may | encrypt | verify."""
+
+    route: Route
+    hostname: str
+    timeout: float
+    tls: str
+    source: Source | None = None
+
+
+class _Client(aiosmtplib.SMTP):
+    """aiosmtplib, speaking LMTP where that is wanted (RFC 2033 4.1: LHLO, and no other greeting)."""
+
+    greeting = b"EHLO"
+
+    async def ehlo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
+        assert self.local_hostname is not None
+        response = await self.execute_command(self.greeting, self.local_hostname.encode("ascii"))
+        if response.code != 250:
+            raise SMTPHeloError(response.code, response.message)
+        self.last_ehlo_response = response
+        return response
+
+    async def helo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
+        if self.greeting == b"LHLO":
+            raise SMTPHeloError(500, "the peer does not speak LMTP")
+        return await super().helo()
+
+
+async def connect(
+    peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int
+) -> Session:
+    """A session past EHLO, STARTTLS and AUTH. ConnectFailed when it does not come that far."""
+    client = _client(peer, via)
+    phase = "connect"
+    try:
+        await client.connect()
+        phase = "ehlo"
+        await client._ehlo_or_helo_if_needed()
+        if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
+            phase = "starttls"
+            await _start_tls(client, peer.name, via.tls)
+        if via.route.username and via.tls == "verify":
+            phase = "auth"
+            await log_in(client, via.route, tokens)
+    except Exception as error:
+        client.close()
+        raise _failure(phase, peer.name, error) from None
+    return _handed_over(client, peer, via, make, recipients)
+
+
+def _client(peer: Peer, via: Via) -> _Client:
+    source = (via.source.address, 0) if via.source is not None else None
+    name = via.source.hostname if via.source is not None and via.source.hostname else via.hostname
+    if peer.path:
+        client = _Client(socket_path=peer.path, timeout=via.timeout, local_hostname=name, use_tls=False, start_tls=False)
+    else:
+        implicit = peer.port == IMPLICIT_TLS_PORT and via.tls in ("encrypt", "verify")
+        client = _Client(
+            hostname=peer.address, port=peer.port, timeout=via.timeout, local_hostname=name, source_address=source,
+            use_tls=implicit, start_tls=False, tls_context=_context(via.tls) if implicit else None,
+        )  # fmt: skip
+    if via.route.protocol == "lmtp":
+        client.greeting = b"LHLO"
+    return client
+
+
+def _handed_over(
+    client: _Client, peer: Peer, via: Via, make: Callable[[ClientSession, str], Session], recipients: int
+) -> Session:
+    """aiosmtplib's transport, with the pipelined client on it."""
+    transport, protocol = cast("asyncio.Transport | None", client.transport), client.protocol
+    if transport is None or protocol is None or transport.is_closing():
+        raise ConnectFailed("ehlo", "the peer closed the connection")
+    if protocol._buffer or transport.get_write_buffer_size():
+        client.close()
+        raise ConnectFailed("ehlo", "the peer speaks out of turn")
+    features = features_of(client.esmtp_extensions)
+    lmtp = via.route.protocol == "lmtp"
+    features.chunking = features.chunking and via.route.chunking and not lmtp
+    session = make(ClientSession(features, recipients, lmtp), peer.name)
+    client.protocol = None
+    client.transport = None
+    session.attach(transport)
+    return session
+
+
+@cache
+def _context(tls: str) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if tls != "verify":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def _start_tls(client: _Client, name: str, tls: str) -> None:
+    if not client.supports_extension("starttls"):
+        raise ConnectFailed("starttls", "the peer offers no STARTTLS, and the route asks for TLS")
+    await client.starttls(server_hostname=name, tls_context=_context(tls), validate_certs=tls == "verify")
+    await client._ehlo_or_helo_if_needed()
+
+
+def _failure(phase: str, name: str, error: Exception) -> ConnectFailed:
+    if isinstance(error, ConnectFailed):
+        return error
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        said = Said(error.code, str(error.message).encode(), phase)
+        return ConnectFailed(phase, f"{error.code} {error.message}", said)
+    text = str(error) or type(error).__name__
+    return ConnectFailed(phase, f"{name}: {text}")

@@ -1,0 +1,155 @@
+"""Why is it still here, and when will it go? What one worker knows about a waiting message, and about its sites."""
+
+import time
+from typing import Any
+
+from relaymta.proto.envelope import QueueName
+from relaymta.queue import Entry, wall_ms
+from relaymta.route.table import Asked
+from relaymta.send.dispatch import Dispatcher
+from relaymta.send.pool import Pool
+
+__all__ = ["explain", "site_rows"]
+
+EXACT = 1000  # up to this position in line
+
+
+def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
+    """One row for each site that a worker sends to or has mail for."""
+    now = dispatcher.loop.time()
+    return [_site_row(dispatcher, pool, now) for pool in dispatcher.pools.values()]
+
+
+async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
+    """All about a message of a worker's shard: as `inspect.message`, with `waits`: for each of its queues the routes that were
+    tried, the site, the last attempts, and what it waits for. None when it is not here."""
+    queue = dispatcher.queue
+    assert queue is not None
+    found = await queue.message(ident)
+    if found is None:
+        return None
+    found["waits"] = []
+    for name, placement in await queue.places(ident):
+        indexes = range(len(found["recipients"])) if placement.indexes is None else placement.indexes
+        pending = [found["recipients"][i] for i in indexes if found["recipients"][i]["state"] == "pending"]
+        site = dispatcher.sites.known(name)
+        found["waits"].append(
+            {
+                "queue": str(name),
+                "recipients": [recipient["address"] for recipient in pending],
+                "routes": _chosen_by(dispatcher, found, name, pending[0]["address"]) if pending else [],
+                "site": site.key if site is not None else "",
+                "attempts": pending[0].get("attempts", []) if pending else [],
+                "wait": _waits_for(dispatcher, found, name, placement.due, queue.schedule.get(ident, placement.queue)),
+            }
+        )
+    return found
+
+
+def _site_row(dispatcher: Dispatcher, pool: Pool, now: float) -> dict[str, Any]:
+    return {
+        "pool": pool.key,
+        "site": pool.shape.key,
+        "hosts": pool.site.names,
+        "source": pool.source.name if pool.source is not None else "",
+        "state": "down" if pool.failures else "up",
+        "reason": pool.reason,
+        "until": _wall(dispatcher, pool.down_until) if pool.failures else 0,
+        "waiting": len(pool.ready),
+        "in flight": sum(len(session.core.under_way()) for session in pool.sessions),
+        "connections": len(pool.sessions),
+        "opening": pool.connecting,
+        "window": round(pool.window, 1),
+        "rate": pool.rate(now),
+        "limits": {name: {"value": limit.value, "origin": limit.origin} for name, limit in pool.binding(now)},
+        "hosts down": dispatcher.opener.down(pool.site.route),
+        "sessions": [
+            {
+                "peer": s.peer,
+                "awaits": s.core.awaiting or ("text" if s.core.streaming else "nothing"),
+                "messages": s.core.messages,
+            }
+            for s in pool.sessions
+        ],
+    }
+
+
+def _wall(dispatcher: Dispatcher, moment: int) -> float:
+    assert dispatcher.queue is not None
+    return dispatcher.queue.clock.wall(moment) / 1000
+
+
+def _waits_for(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, due: int, entry: Entry | None) -> dict[str, Any]:
+    """Why a message in the queue `name` has not gone, as `{"why", "until", "released by", "position", "limit"}`: what it waits
+    for, until when at the latest (seconds UTC, 0: not known), what would let it go, how many go before it (-1: not known),
+    and which limit holds it. `row`: as `inspect.message` makes it; `due`: the queue's time; `entry`: when it is in memory."""
+    assert dispatcher.queue is not None
+    clock = dispatcher.queue.clock.now()
+    if row["state"] in ("held", "quarantined"):
+        return _answer(f"it is {row['state']}", 0, "`relaymta queue release`")
+    site = dispatcher.sites.known(name)
+    pool = next((p for p in dispatcher.pools.values() if site is not None and p.site.key == site.key), None)
+    if entry is not None and entry.flying:
+        return _flying(pool, entry)
+    if due > clock:
+        return _answer("its schedule: the next attempt is not due", _wall(dispatcher, due), "`relaymta queue flush`")
+    failures, until = dispatcher.nowhere(name)
+    if until > clock:
+        return _answer(
+            f"the DNS: {name.domain} could not be looked up {failures} times", _wall(dispatcher, until), "a working DNS"
+        )
+    fact = None
+    if site is not None:
+        fact = dispatcher.decisions.facts.suspension(dispatcher.shaping.shape(site).key, name.application)
+    if fact is not None:
+        until_wall = time.time() + dispatcher.decisions.facts.left(fact) / 1000
+        return _answer(f"{fact.site or fact.about} is suspended by {fact.by}: {fact.reason}{_quoted(fact.reply)}", until_wall,
+                       "`relaymta site resume`")  # fmt: skip
+    if pool is None:
+        return _answer("its turn: it is read from disk when there is room in memory", 0, "")
+    if pool.down_until > clock:
+        return _answer(f"the site is down: {pool.reason}", _wall(dispatcher, pool.down_until), "`relaymta queue flush`")
+    return _in_line(dispatcher, pool, entry)
+
+
+def _flying(pool: Pool | None, entry: Entry) -> dict[str, Any]:
+    for session in pool.sessions if pool is not None else ():
+        if any(mail.cargo is entry for mail in session.core.under_way()):
+            awaits = session.core.awaiting or "its text to be taken"
+            return _answer(f"it is being delivered to {session.peer}, which owes a reply to {awaits}", 0, "")
+    return _answer("it is being delivered, or its outcome is being written", 0, "")
+
+
+def _in_line(dispatcher: Dispatcher, pool: Pool, entry: Entry | None) -> dict[str, Any]:
+    """It could go but for others, and for the site's limits."""
+    now = dispatcher.loop.time()
+    position = pool.ready.position(entry, EXACT) if entry is not None else -1
+    limits = dict(pool.binding(now))
+    name = "rate" if pool.pumping_at > now and limits["rate"].value else "connections"
+    limit = limits[name]
+    rate = limits["rate"].value or pool.rate(now)
+    until = wall_ms() / 1000 + position / rate if position >= 0 and rate else 0
+    elsewhere = " (other workers have them)" if name == "connections" and not pool.sessions else ""
+    found = _answer(
+        f"its turn at the site{elsewhere}", until, f"a higher limit: {name} is {limit.value:g}, set by {limit.origin}"
+    )
+    return found | {"position": position, "limit": {"name": name, "value": limit.value, "origin": limit.origin}}
+
+
+def _quoted(reply: str) -> str:
+    return f" (after {reply!r})" if reply else ""
+
+
+def _answer(why: str, until: float, released_by: str) -> dict[str, Any]:
+    return {"why": why, "until": until, "released by": released_by, "position": -1, "limit": None}
+
+
+def _chosen_by(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, recipient: str) -> list[dict[str, Any]]:
+    """The routes that were tried for a recipient, and what said no or yes."""
+    site = dispatcher.sites.known(name)
+    mx = site.names if site is not None and site.hosts is not None else None
+    asked = Asked(row["application"], row["sender"].lower(), recipient.lower(), row["size"], row["attempts"])
+    return [
+        {"route": verdict.route.label, "matches": verdict.matches, "by": verdict.reason}
+        for verdict in dispatcher.routes.trace(asked, mx)
+    ]

@@ -1,0 +1,104 @@
+"""AUTH towards smart hosts: PLAIN, LOGIN, CRAM-MD5 (aiosmtplib), SCRAM-SHA-256 (scramp), XOAUTH2 and OAUTHBEARER.
+
+Only called over verified TLS; the configuration sees to it.
+"""
+
+import base64
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiosmtplib
+import scramp
+
+from relaymta.config import Route
+from relaymta.send.oauth import Tokens
+
+__all__ = ["LoginFailed", "log_in"]
+
+# What `auth = "auto"` takes first.
+_STRONGEST = ("SCRAM-SHA-256", "PLAIN", "LOGIN", "CRAM-MD5")
+
+
+class LoginFailed(Exception):
+    """There is nothing to log in with: no password, no mechanism in common. str() is the reason."""
+
+
+async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:
+    """Authenticate as the route says. LoginFailed, TokenError, or aiosmtplib's exceptions with what the host said."""
+    offered = client.esmtp_extensions.get("auth", "").upper().replace("=", " ").split()
+    wanted = route.auth.upper() if route.auth != "auto" else "XOAUTH2" if route.oauth else ""
+    mechanism = wanted or next((name for name in _STRONGEST if name in offered), "")
+    if mechanism not in offered:
+        raise LoginFailed(f"the host offers AUTH {' '.join(offered) or 'not at all'}, not {mechanism or ', '.join(_STRONGEST)}")
+    if route.oauth is None:
+        await _MECHANISMS[mechanism](client, route.username, _password(route))
+        return
+    try:
+        await _bearer(client, mechanism, route.username, token := await tokens.get(route.oauth))
+    except aiosmtplib.SMTPAuthenticationError:
+        tokens.refused(route.oauth, token)  # revoked before its time: once more with a new one
+        await _bearer(client, mechanism, route.username, await tokens.get(route.oauth))
+
+
+def _password(route: Route) -> str:
+    if not route.password_file:
+        return os.environ.get(route.password_env, "")
+    try:
+        return Path(route.password_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoginFailed(f"password_file {route.password_file}: {error}") from None
+
+
+async def _plain(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+    await client.auth_plain(username, password)
+
+
+async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+    await client.auth_login(username, password)
+
+
+async def _cram_md5(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+    await client.auth_crammd5(username, password)
+
+
+async def _scram(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+    """RFC 5802, 7677; without channel binding."""
+    scram = scramp.ScramClient(["SCRAM-SHA-256"], username, password)
+    first = await _say(client, b"AUTH", b"SCRAM-SHA-256", base64.b64encode(scram.get_client_first().encode()))
+    try:
+        scram.set_server_first(base64.b64decode(first.message).decode())
+        final = await _say(client, base64.b64encode(scram.get_client_final().encode()))
+        # RFC 4954 4: the server's proof comes with 334 and is answered by an empty line, or rides on 235.
+        scram.set_server_final(base64.b64decode(final.message.split(" ")[-1]).decode())
+    except (scramp.ScramException, ValueError) as error:
+        raise LoginFailed(f"SCRAM-SHA-256: the host does not prove that it knows the password: {error}") from None
+    if final.code == 334:
+        await _say(client, b"", last=True)
+
+
+async def _say(client: aiosmtplib.SMTP, *words: bytes, last: bool = False) -> aiosmtplib.SMTPResponse:
+    response = await client.execute_command(*words)
+    if response.code not in ((235,) if last else (334, 235)):
+        raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+    return response
+
+
+async def _bearer(client: aiosmtplib.SMTP, mechanism: str, username: str, token: str) -> None:
+    """XOAUTH2 (Google, Microsoft) or OAUTHBEARER (RFC 7628). A 334 carries the reason of a refusal, which comes next."""
+    text = f"user={username}\1auth=Bearer {token}\1\1"
+    if mechanism == "OAUTHBEARER":
+        text = f"n,a={username},\1auth=Bearer {token}\1\1"
+    response = await client.execute_command(b"AUTH", mechanism.encode(), base64.b64encode(text.encode()))
+    if response.code == 334:
+        response = await client.execute_command(b"AQ==" if mechanism == "OAUTHBEARER" else b"")
+    if response.code != 235:
+        raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
+
+
+_MECHANISMS: dict[str, Callable[[aiosmtplib.SMTP, str, str], Awaitable[None]]] = {
+    "PLAIN": _plain,
+    "LOGIN": _login,
+    "CRAM-MD5": _cram_md5,
+    "SCRAM-SHA-256": _scram,
+}

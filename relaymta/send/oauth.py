@@ -1,0 +1,109 @@
+"""OAuth 2 tokens for smart hosts (RFC 6749 4.4 and 6): fetched when first needed, kept until shortly before they expire, and
+refreshed once for all who wait for one."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from relaymta.config import OAuth
+
+__all__ = ["TokenError", "Tokens"]
+
+EARLY_SECONDS = 60.0  # a token that expires sooner is not used any more
+LONGEST_SECONDS = 3600.0
+DEFAULT_SECONDS = 300.0  # where the endpoint does not say (RFC 6749 5.1 only recommends expires_in)
+RETRY_SECONDS = 10.0  # a dead endpoint is asked again after so long
+TIMEOUT = 20.0
+
+
+class TokenError(Exception):
+    """No token is to be had now; str() is the reason."""
+
+
+@dataclass(slots=True)
+class _Token:
+    text: str
+    until: float
+
+
+class Tokens:
+    """The tokens of one worker. `now()`: seconds that only go forward."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._tokens: dict[OAuth, _Token] = {}
+        self._failed: dict[OAuth, tuple[float, str]] = {}
+        self._asking: dict[OAuth, asyncio.Task[str]] = {}
+        self._rotated: dict[OAuth, str] = {}  # refresh tokens that an endpoint gave in exchange
+        self.fetched = 0
+
+    async def get(self, settings: OAuth) -> str:
+        """An access token. TokenError when there is none to be had."""
+        token = self._tokens.get(settings)
+        if token is not None and token.until > self._now():
+            return token.text
+        again, reason = self._failed.get(settings, (0.0, ""))
+        if again > self._now():
+            raise TokenError(reason)
+        task = self._asking.get(settings)
+        if task is None:
+            task = self._asking[settings] = asyncio.get_running_loop().create_task(self._fetch(settings))
+            task.add_done_callback(lambda _: self._asking.pop(settings, None))
+        return await asyncio.shield(task)
+
+    def refused(self, settings: OAuth, text: str) -> None:
+        """A host did not take this token: the next `get` fetches another."""
+        token = self._tokens.get(settings)
+        if token is not None and token.text == text:
+            del self._tokens[settings]
+
+    async def _fetch(self, settings: OAuth) -> str:
+        try:
+            answer = await self._ask(settings)
+            text, seconds = answer["access_token"], float(str(answer.get("expires_in") or DEFAULT_SECONDS))
+            if not isinstance(text, str) or not text:
+                raise ValueError("access_token is no text")
+        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError, TokenError) as error:
+            what = str(error) or type(error).__name__
+            reason = f"token endpoint {settings.token_url}: {'no ' if isinstance(error, KeyError) else ''}{what}"
+            self._failed[settings] = (self._now() + RETRY_SECONDS, reason)
+            raise TokenError(reason) from None
+        self.fetched += 1
+        self._failed.pop(settings, None)
+        rotated = answer.get("refresh_token")
+        if isinstance(rotated, str) and rotated:
+            self._rotated[settings] = rotated
+        kept = min(seconds, LONGEST_SECONDS)
+        self._tokens[settings] = _Token(text, self._now() + max(kept - EARLY_SECONDS, kept / 2))
+        return text
+
+    async def _ask(self, settings: OAuth) -> dict[str, object]:
+        form = {"client_id": settings.client_id, "grant_type": "client_credentials"}
+        if settings.client_secret_file:
+            form["client_secret"] = await asyncio.to_thread(_secret, settings.client_secret_file)
+        if settings.refresh_token_file:
+            form["grant_type"] = "refresh_token"
+            rotated = self._rotated.get(settings)
+            form["refresh_token"] = rotated if rotated else await asyncio.to_thread(_secret, settings.refresh_token_file)
+        if settings.scope:
+            form["scope"] = settings.scope
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
+            client.post(settings.token_url, data=form, allow_redirects=False) as response,
+        ):
+            answer = await response.json(content_type=None)
+            if response.status != 200 or not isinstance(answer, dict):
+                said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
+                raise TokenError(f"{response.status} {said or response.reason}")
+            return answer
+
+
+def _secret(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None

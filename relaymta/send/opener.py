@@ -1,0 +1,215 @@
+"""Opening connections: which of a site's hosts, from which of our addresses, and what is known of hosts that are down."""
+
+import asyncio
+import errno
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xxhash
+
+from relaymta.config import Config, Route, Source, parse_hostport
+from relaymta.dns import Resolver
+from relaymta.log import Log
+from relaymta.proto.smtp_client import ClientSession
+from relaymta.route.mx import targets
+from relaymta.route.sites import Site
+from relaymta.send.connect import ConnectFailed, Peer, Via, connect
+from relaymta.send.oauth import Tokens
+from relaymta.send.session import Session
+
+__all__ = ["Opener", "Sources"]
+
+DOWN_LEAST, DOWN_MOST = 5.0, 120.0  # seconds a smart host that could not be reached is left alone
+PROBE_TIMEOUT = 10.0
+RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host takes that many)
+PLUMBED_SECONDS = 30.0  # between two looks whether an address is ours
+
+
+@dataclass(slots=True)
+class _Health:
+    """A smart host that could not be reached."""
+
+    failures: int
+    until: float
+    reason: str
+
+
+class Sources:
+    """Our own addresses to send from, by name."""
+
+    def __init__(self, config: Config, log: Log, now: Callable[[], float] = time.monotonic) -> None:
+        self._sources = {source.name: source for source in config.source}
+        self._log = log
+        self._now = now
+        self._plumbed: dict[str, tuple[bool, float]] = {}
+
+    def choose(self, route: Route, key: str) -> Source | None:
+        """The address for mail with this key (its sender and recipient domain): the same as long as it is ours, shared by
+        weight, and when the pool changes most keys keep theirs (rendezvous hashing). None: the system's choice."""
+        if not route.sources:
+            return None
+        usable = [self._sources[name] for name in route.sources if self.plumbed(self._sources[name])]
+        if not usable:
+            return self._sources[route.sources[0]]  # the attempt says what is wrong
+        if len(usable) == 1:
+            return usable[0]
+        return max(usable, key=lambda source: _score(source, key))
+
+    def plumbed(self, source: Source) -> bool:
+        """Whether an address can be sent from now; a change is logged."""
+        was, until = self._plumbed.get(source.name, (True, 0.0))
+        if until > self._now():
+            return was
+        ours = _is_ours(source.address)
+        if ours != was:
+            text = "is ours again" if ours else "is not an address of this machine: mail goes from the others of its pool"
+            self._log.event("warning", text=f"source {source.name} ({source.address}) {text}")
+        self._plumbed[source.name] = (ours, self._now() + PLUMBED_SECONDS)
+        return ours
+
+
+def _score(source: Source, key: str) -> float:
+    """Weighted rendezvous hashing: the share of keys for which a source has the highest score is as its weight."""
+    hashed: float = (xxhash.xxh3_64_intdigest(f"{source.name}\0{key}".encode()) + 1) / 2.0**64
+    return float(hashed ** (1.0 / source.weight))
+
+
+def _is_ours(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((address, 0))
+    except OSError as error:
+        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    return True
+
+
+class Opener:
+    """Connects to the hosts of sites. `make(core, peer)` makes the session."""
+
+    def __init__(self, config: Config, resolver: Resolver, log: Log, make: Callable[[ClientSession, str], Session]) -> None:
+        self._config = config
+        self._resolver = resolver
+        self._log = log
+        self._make = make
+        self._tokens = Tokens()
+        self._down: dict[str, _Health] = {}
+        self._probing: set[asyncio.Task[None]] = set()
+        self._now = asyncio.get_running_loop().time
+
+    def reconfigure(self, config: Config) -> None:
+        """Take over a new configuration."""
+        self._config = config
+
+    async def open(self, site: Site, source: Source | None) -> Session:
+        """A session with the first host of a site that can be reached. ConnectFailed or NoRoute when there is none."""
+        failure: ConnectFailed | None = None
+        for peer in await self.peers(site):
+            try:
+                return await self.to(site, peer, source)
+            except ConnectFailed as error:
+                failure = error
+        raise failure or ConnectFailed("connect", "no host to connect to")
+
+    async def peers(self, site: Site) -> list[Peer]:
+        """What to try, in order. NoRoute when the site's hosts have no address."""
+        route = site.route
+        if site.hosts is None:
+            return [_smart_host(text) for text in self._order(route)]
+        port = self._config.delivery.port
+        found = await targets(self._resolver, site.hosts, route.ip.replace(" ", ""))
+        return [Peer(target.host, target.address, port) for target in found]
+
+    def _order(self, route: Route) -> list[str]:
+        """A route's smart hosts: those that are up first, as listed or shuffled by weight."""
+        hosts = list(route.hosts)
+        if route.mode == "balance":
+            weights = dict(zip(hosts, route.weights or [1] * len(hosts), strict=True))
+            hosts = [host for host in hosts if weights[host]]
+            hosts.sort(key=lambda host: random.random() ** (1.0 / weights[host]), reverse=True)
+        down = self.down(route)
+        return sorted(hosts, key=lambda host: host in down)
+
+    async def to(self, site: Site, peer: Peer, source: Source | None) -> Session:
+        """A session with one host. ConnectFailed when it cannot be had."""
+        tls = site.route.tls
+        name = peer.label
+        try:
+            session = await self._once(site, peer, tls, source)
+        except ConnectFailed as error:
+            if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
+                return await self._once(site, peer, "off", source)
+            if site.hosts is None and error.phase == "connect" and error.said is None:
+                self._failed(site, peer, name, error)
+            raise
+        if self._down and self._down.pop(name, None) is not None:
+            self._log.event("warning", text=f"smart host {name} can be reached again")
+        return session
+
+    async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None) -> Session:
+        via = Via(site.route, self._config.hostname, self._config.delivery.connect_timeout, tls, source)
+        return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+
+    # The health of smart hosts
+
+    def _failed(self, site: Site, peer: Peer, name: str, error: ConnectFailed) -> None:
+        """Let the host alone for a while, then see in the background whether it is back: no message pays for the look."""
+        known = self._down.get(name)
+        failures = known.failures + 1 if known is not None else 1
+        pause = min(DOWN_MOST, DOWN_LEAST * 2 ** min(failures - 1, 10))
+        self._down[name] = _Health(failures, self._now() + pause, str(error))
+        if known is None and len(site.route.hosts) > 1:
+            self._log.event("warning", text=f"smart host {name} is down, others of route {site.route.label} are used: {error}")
+            task = asyncio.get_running_loop().create_task(self._probe(peer, name))
+            self._probing.add(task)
+            task.add_done_callback(self._probing.discard)
+
+    async def _probe(self, peer: Peer, name: str) -> None:
+        while (health := self._down.get(name)) is not None:
+            await asyncio.sleep(max(1.0, health.until - self._now()))
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT):
+                    if await _greets(peer):
+                        self._down.pop(name, None)
+                        self._log.event("warning", text=f"smart host {name} can be reached again")
+                        return
+            except (OSError, TimeoutError):
+                pass
+            health.failures += 1
+            health.until = self._now() + min(DOWN_MOST, DOWN_LEAST * 2 ** min(health.failures - 1, 10))
+
+    def down(self, route: Route) -> dict[str, str]:
+        """The smart hosts of a route that are down, and why."""
+        if not self._down:
+            return {}
+        found = {host: self._down.get(_smart_host(host).label) for host in route.hosts}
+        return {host: health.reason for host, health in found.items() if health is not None and health.until > self._now()}
+
+    def close(self) -> None:
+        """End what is under way."""
+        for task in self._probing:
+            task.cancel()
+
+
+def _smart_host(text: str) -> Peer:
+    if text.startswith("unix:"):
+        return Peer(text, "", 0, text.removeprefix("unix:"))
+    host, port = parse_hostport(text, 25)
+    return Peer(host, host, port)
+
+
+async def _greets(peer: Peer) -> bool:
+    """Whether a host says 220 (RFC 5321 3.1)."""
+    if peer.path:
+        reader, writer = await asyncio.open_unix_connection(peer.path)
+    else:
+        reader, writer = await asyncio.open_connection(peer.address, peer.port)
+    try:
+        good = (await reader.readline()).startswith(b"220")
+        writer.write(b"QUIT\r\n")
+        return good
+    finally:
+        writer.close()

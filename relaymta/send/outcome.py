@@ -1,0 +1,51 @@
+"""What an attempt came to, as data: replies become Attempts, seen through the rules about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relaymta.config import Rule
+from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt
+from relaymta.proto.smtp_client import Mail, Said, classify
+from relaymta.queue import wall_ms
+from relaymta.send.pool import reply_text
+
+__all__ = ["Judged", "judge"]
+
+
+@dataclass(slots=True)
+class Judged:
+    """`results`: an Attempt for each recipient, by index. `retry_after_ms`: when the rules ask for a delay of their own, 0
+    otherwise. `rules`: those that ask for more than that, each with the reply it is about."""
+
+    results: dict[int, Attempt] = field(default_factory=dict)
+    retry_after_ms: int = 0
+    rules: list[tuple[Rule, str]] = field(default_factory=list)
+
+
+def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_of: Callable[[str, str], Rule | None]) -> Judged:
+    """The outcome of a mail's attempt at `peer`. `default(index)`: what holds for a recipient without a reply of its own."""
+    judged = Judged()
+    now = wall_ms()
+    for recipient, _ in mail.recipients:
+        found = mail.said.get(recipient) or default(recipient)
+        if isinstance(found, Attempt):
+            judged.results[recipient] = found
+            continue
+        kind = classify(found)
+        if kind != "success":
+            kind = _by_rule(judged, kind, rule_of(peer, reply_text(found)), found)
+        judged.results[recipient] = Attempt(now, kind, found.phase, peer, found.code, found.enhanced, found.text)
+    return judged
+
+
+def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
+    """What a reply is taken for; the rule's other wishes are noted."""
+    if rule is None:
+        return kind
+    if rule.action == "bounce":
+        return PERMANENT
+    if rule.action in ("retry", "suspend"):
+        judged.retry_after_ms = max(judged.retry_after_ms, int(rule.duration * 1000))
+    if rule.action in ("suspend", "slow"):
+        judged.rules.append((rule, reply_text(said)))
+    return TRANSIENT if rule.action in ("defer", "retry", "suspend") else kind

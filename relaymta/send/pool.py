@@ -1,0 +1,199 @@
+"""One site, sent to from one address: what waits for it, its connections, and how much of both it takes at present.
+
+`window` is the number of connections that the site has shown to take (of this worker's): one more for each round of
+messages that went well, half when it says 421 or times out. `learned` are limits that its replies taught. Both only tighten
+the limits of `shape`.
+"""
+
+from relaymta.config import Source
+from relaymta.proto.smtp_client import Said
+from relaymta.route.shaping import Limit, Shape
+from relaymta.route.sites import Site
+from relaymta.send.ready import Ready
+from relaymta.send.session import Session
+
+__all__ = ["Learned", "Pool"]
+
+WINDOW_START = 5.0
+PACE_LEAST = 0.05  # messages a second
+PACE_AFTER = 0.9  # of the rate at which it was refused
+PACE_AGAIN = 0.95  # of the pace, when that was refused too
+PACE_QUIET = 10.0  # seconds without a refusal until the pace rises a little
+PACE_STEP = 1.01
+HOLD_SECONDS = 600.0  # how long a learned number of connections or messages stands before one more is tried
+RATE_WINDOW = 1.0
+
+
+class Learned:
+    """A limit that replies taught: its value, the reply, and until when (loop time) it stands."""
+
+    __slots__ = ("reply", "until", "value")
+
+    def __init__(self, value: float, reply: str, until: float) -> None:
+        self.value = value
+        self.reply = reply
+        self.until = until
+
+
+class Pool:
+    """A site's state in one worker. Times are the loop's but for `down_until`, which is the queue's clock."""
+
+    __slots__ = (
+        "connecting", "down_until", "ended_after", "failures", "idle", "learned", "loading", "pumping_at", "ready",
+        "reason", "refused_at", "resume_at", "sent", "served", "sessions", "shape", "site", "skipped",
+        "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "waiting", "window", "yielded_at",
+    )  # fmt: skip
+
+    def __init__(self, site: Site, source: Source | None, shape: Shape) -> None:
+        self.site = site
+        self.source = source
+        self.shape = shape
+        self.ready = Ready()
+        self.idle: list[Session] = []
+        self.sessions: set[Session] = set()
+        self.skipped: set[int] = set()  # queues of which no more is read, because so much waits already
+        self.connecting = 0
+        self.loading = False
+        self.failures = 0
+        self.down_until = 0
+        self.reason = ""
+        self.window = min(WINDOW_START, shape.connections.value)
+        self.learned: dict[str, Learned] = {}
+        self.refused_at = 0.0
+        self.resume_at = 0.0  # nothing is sent before, so that its count of the last second can run out
+        self.ended_after = 0  # messages after which the site ended a connection last
+        self.sent: list[float] = []  # when messages began, the last second's and a few more
+        self.served = 0  # messages since this worker took its turn, while another waits
+        self.pumping_at = 0.0  # when it is looked at again because of a rate
+        self.slow_until = 0.0  # slowed down by a rule until then: pace, connections, and why
+        self.slow_pace = self.slow_window = 0.0
+        self.slow_reply = ""
+        self.yielded_at = -1.0  # when a connection's place was left to another worker
+        self.waiting = 0  # the class with which it waits for a connection, as the others see it
+
+    @property
+    def key(self) -> str:
+        """Its name: the site's, and the source's where there is one."""
+        return f"{self.site.key} from {self.source.name}" if self.source is not None else self.site.key
+
+    def most_connections(self, now: float) -> int:
+        """How many connections this worker may have now."""
+        learned = self.learned.get("connections")
+        if learned is not None and learned.until < now:
+            learned.value, learned.until = learned.value + 1, now + HOLD_SECONDS
+        most = min(self.shape.connections.value, self.window)
+        if self.slow_until > now:
+            most = min(most, self.slow_window)
+        return max(1, int(min(most, learned.value) if learned is not None else most))
+
+    def pace_now(self, now: float) -> float:
+        """Messages a second that replies and rules allow; 0: any."""
+        if self.slow_until and self.slow_until <= now:
+            self.slow_until = 0.0
+        learned = self.learned.get("rate")
+        if learned is not None and learned.until <= now:
+            del self.learned["rate"]
+            learned = None
+        if learned is None:
+            return self.slow_pace if self.slow_until else 0.0
+        return min(learned.value, self.slow_pace) if self.slow_until else learned.value
+
+    def slow_down(self, factor: float, reply: str, now: float, until: float) -> None:
+        """A rule asks for less: `factor` of what went out in the last second, and of the connections."""
+        if self.slow_until > now:
+            self.slow_until = max(self.slow_until, until)
+            return
+        self.slow_pace = max(PACE_LEAST, self.rate(now) * factor)
+        self.slow_window = max(1.0, len(self.sessions) * factor)
+        self.slow_until, self.slow_reply = until, reply
+
+    def rate(self, now: float) -> float:
+        """Messages that began in the last second."""
+        return len([moment for moment in self.sent if moment > now - RATE_WINDOW]) / RATE_WINDOW
+
+    def most_messages(self, now: float) -> int:
+        """After how many messages a connection is closed."""
+        learned = self.learned.get("messages_per_connection")
+        if learned is not None and learned.until < now:
+            del self.learned["messages_per_connection"]
+            learned = None
+        most = self.shape.messages_per_connection.value
+        return int(min(most, learned.value) if learned is not None else most)
+
+    def binding(self, now: float) -> list[tuple[str, Limit]]:
+        """(name, limit) of all limits in force, learned ones in the place of those that they tighten."""
+        shape = self.shape
+        found = [
+            ("connections", shape.connections),
+            ("messages_per_connection", shape.messages_per_connection),
+            ("rate", shape.rate),
+            ("connection_rate", shape.connection_rate),
+        ]
+        for position, (name, limit) in enumerate(found):
+            learned = self.learned.get(name)
+            if learned is not None and (not limit.value or learned.value < limit.value):
+                found[position] = (name, Limit(round(learned.value, 3), f"learned from {learned.reply!r}"))
+        if self.slow_until > now:
+            found[2] = ("rate", Limit(round(self.slow_pace, 3), f"slowed by a rule after {self.slow_reply!r}"))
+        if self.window < found[0][1].value:
+            found[0] = ("connections", Limit(float(int(self.window)), "what the site has shown to take so far"))
+        return found
+
+    def down(self, failures: int, until: int, reason: str) -> None:
+        """None of its hosts can be reached: it is left alone until a moment of the queue's clock."""
+        self.failures, self.down_until, self.reason = failures, until, reason
+
+    # What happened. What a limit was learned from is returned, so that others can be told.
+
+    def began(self, now: float) -> None:
+        """A message begins."""
+        self.sent.append(now)
+        if len(self.sent) > 4000 or (len(self.sent) > 64 and self.sent[len(self.sent) // 2] < now - RATE_WINDOW):
+            self.sent = [moment for moment in self.sent if moment > now - RATE_WINDOW]
+
+    def went_well(self, now: float) -> None:
+        """A message was taken."""
+        if self.window < self.shape.connections.value:
+            self.window = min(self.shape.connections.value, self.window + 1 / self.window)
+        learned = self.learned.get("rate")
+        if learned is not None and now - self.refused_at > PACE_QUIET:
+            self.refused_at = now
+            learned.value *= PACE_STEP
+
+    def refused_connection(self, said: Said, now: float) -> str:
+        """The site did not want one more connection; "connections" when that teaches how many it wants."""
+        self.window = max(1.0, self.window / 2)
+        if not self.sessions:
+            return ""
+        self.learn("connections", float(len(self.sessions)), reply_text(said), now + HOLD_SECONDS)
+        return "connections"
+
+    def refused_message(self, said: Said, session: Session, now: float, workers: int) -> str:
+        """The site said 421 instead of taking a message: it takes so many over one connection, or so many a second. Which of
+        the limits was learned, "" for none."""
+        carried, before = session.core.messages, self.ended_after
+        self.ended_after = carried
+        if carried > 1 and carried == before:
+            self.learn("messages_per_connection", float(carried), reply_text(said), now + HOLD_SECONDS)
+            return "messages_per_connection"
+        learned = self.learned.get("rate")
+        if learned is not None and now - self.refused_at < RATE_WINDOW:
+            return ""  # one burst, one lesson
+        self.refused_at = now
+        self.resume_at = now + RATE_WINDOW
+        pace = learned.value * PACE_AGAIN if learned is not None else self.rate(now) * workers * PACE_AFTER
+        self.learn("rate", max(PACE_LEAST, pace), reply_text(said), now + HOLD_SECONDS)
+        return "rate"
+
+    def learn(self, limit: str, value: float, reply: str, until: float) -> None:
+        """A limit is known from now on."""
+        self.learned[limit] = Learned(value, reply, until)
+
+    def timed_out(self) -> None:
+        """A connection stood still."""
+        self.window = max(1.0, self.window / 2)
+
+
+def reply_text(said: Said) -> str:
+    """A reply as people read it."""
+    return " ".join(part for part in (str(said.code) if said.code else "", said.enhanced, said.text) if part)

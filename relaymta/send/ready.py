@@ -1,0 +1,203 @@
+"""What waits for a site, in the order in which it goes: by class, fair between tenants, fair between their queues.
+
+A higher class goes first, but of every TURNS messages one belongs to whoever else waits, so that nobody starves. Within
+a class the tenants (applications) take turns, and within a tenant its queues.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from relaymta.proto.envelope import CLASSES
+from relaymta.queue import Entry
+
+__all__ = ["Ready"]
+
+TURNS = 10
+
+
+class _Tenant:
+    """One tenant's queues in one class, each a line of entries."""
+
+    __slots__ = ("lines", "order")
+
+    def __init__(self) -> None:
+        self.lines: dict[int, deque[Entry]] = {}
+        self.order: deque[int] = deque()  # the queues that have a line, the next one first
+
+
+class _Class:
+    """One class: tenants that take turns."""
+
+    __slots__ = ("order", "tenants")
+
+    def __init__(self) -> None:
+        self.tenants: dict[str, _Tenant] = {}
+        self.order: deque[str] = deque()
+
+    def push(self, entry: Entry, first: bool) -> None:
+        name = entry.name.application
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = _Tenant()
+            self.order.appendleft(name) if first else self.order.append(name)
+        line = tenant.lines.get(entry.queue)
+        if line is None:
+            line = tenant.lines[entry.queue] = deque()
+            tenant.order.appendleft(entry.queue) if first else tenant.order.append(entry.queue)
+        line.appendleft(entry) if first else line.append(entry)
+
+    def head(self) -> Entry:
+        tenant = self.tenants[self.order[0]]
+        return tenant.lines[tenant.order[0]][0]
+
+    def pop(self) -> Entry:
+        """Take the head; its queue and its tenant go to the end of their lines."""
+        name, tenant = self.order[0], self.tenants[self.order[0]]
+        number = tenant.order[0]
+        entry = tenant.lines[number].popleft()
+        tenant.order.rotate(-1)
+        self.order.rotate(-1)
+        self._tidy(name, tenant, number)
+        return entry
+
+    def remove(self, entry: Entry) -> bool:
+        """Take one entry out; whether it was there."""
+        name = entry.name.application
+        tenant = self.tenants.get(name)
+        line = tenant.lines.get(entry.queue) if tenant is not None else None
+        if tenant is None or line is None or entry not in line:
+            return False
+        line.remove(entry)
+        self._tidy(name, tenant, entry.queue)
+        return True
+
+    def copy(self) -> "_Class":
+        """Another one with the same entries in the same order."""
+        other = _Class()
+        other.order = self.order.copy()
+        for name, tenant in self.tenants.items():
+            other.tenants[name] = made = _Tenant()
+            made.order = tenant.order.copy()
+            made.lines = {number: line.copy() for number, line in tenant.lines.items()}
+        return other
+
+    def _tidy(self, name: str, tenant: _Tenant, number: int) -> None:
+        """Forget a line, and a tenant, in which nothing waits any more."""
+        if not tenant.lines[number]:
+            del tenant.lines[number]
+            tenant.order.remove(number)
+        if not tenant.order:
+            del self.tenants[name]
+            self.order.remove(name)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for tenant in self.tenants.values():
+            for line in tenant.lines.values():
+                yield from line
+
+
+class Ready:
+    """The entries that wait for one site. Those that were cancelled meanwhile are dropped by `head`."""
+
+    __slots__ = ("_classes", "_count", "_picked", "_turn")
+
+    def __init__(self) -> None:
+        self._classes: list[_Class | None] = [None] * len(CLASSES)
+        self._count = 0
+        self._turn = 0
+        self._picked: _Class | None = None  # whose head `head` has shown
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries, in no particular order."""
+        for one in self._classes:
+            if one is not None:
+                yield from one
+
+    def push(self, entry: Entry, first: bool = False) -> None:
+        """Add an entry; `first`: in front of all of its tenant's."""
+        rank = CLASSES.get(entry.name.priority, CLASSES["normal"])
+        one = self._classes[rank]
+        if one is None:
+            one = self._classes[rank] = _Class()
+        one.push(entry, first)
+        self._count += 1
+        self._picked = None
+
+    def highest(self) -> int:
+        """The highest class that waits, counted from 1; 0 when nothing does."""
+        for rank, one in enumerate(self._classes):
+            if one is not None and one.order:
+                return len(CLASSES) - rank
+        return 0
+
+    def head(self) -> Entry | None:
+        """The entry that goes next; None when nothing waits. The same one until `pop` or `push`."""
+        while self._count:
+            picked = self._picked
+            if picked is None:
+                picked = self._picked = self._choose()
+            entry = picked.head()
+            if not entry.cancelled:
+                return entry
+            self._take(picked)
+        return None
+
+    def pop(self) -> Entry:
+        """Take the entry that `head` has shown."""
+        picked = self._picked
+        assert picked is not None
+        self._turn = (self._turn + 1) % TURNS
+        return self._take(picked)
+
+    def _take(self, one: _Class) -> Entry:
+        self._picked = None
+        self._count -= 1
+        return one.pop()
+
+    def _choose(self) -> _Class:
+        waiting = [one for one in self._classes if one is not None and one.order]
+        return waiting[1] if self._turn == TURNS - 1 and len(waiting) > 1 else waiting[0]
+
+    def remove(self, entry: Entry) -> bool:
+        """Take one entry out, wherever it waits; whether it was there."""
+        for one in self._classes:
+            if one is not None and one.remove(entry):
+                self._count -= 1
+                self._picked = None
+                return True
+        return False
+
+    def position(self, entry: Entry, most: int) -> int:
+        """How many entries go before this one, as things stand: exact up to `most`, `most` for more; -1 when it does not
+        wait here. Found by playing the turns through on a copy."""
+        if entry not in self:
+            return -1
+        other = Ready()
+        other._classes = [None if one is None else one.copy() for one in self._classes]
+        other._count, other._turn = self._count, self._turn
+        for ahead in range(most):
+            if other.head() is entry:
+                return ahead
+            other.pop()
+        return most
+
+    def take_all(self) -> list[Entry]:
+        """Empty it; what was in it and not cancelled, in order."""
+        found = []
+        while self.head() is not None:
+            found.append(self.pop())
+        return found
+
+    def first(self, count: int) -> list[Entry]:
+        """Up to `count` of the entries that go soon (about)."""
+        found = []
+        for entry in self:
+            if not entry.cancelled:
+                found.append(entry)
+                if len(found) == count:
+                    break
+        head = self.head()
+        return found if head is None or head in found else [head, *found[: count - 1]]

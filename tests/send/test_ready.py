@@ -1,0 +1,94 @@
+"""The order in which entries go to a site."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relaymta.proto.envelope import CLASSES, Envelope, QueueName
+from relaymta.queue import Entry
+from relaymta.send.ready import TURNS, Ready
+
+
+def entry(ident: int, application: str = "", priority: str = "normal", queue: int = 1) -> Entry:
+    return Entry(
+        ident, Envelope("a@b", ["c@d"], 1, 0, 0, 0), QueueName("mx", "d", application, priority), queue, 0, 0, None, True
+    )
+
+
+def order(ready: Ready, count: int = 1000) -> list[Entry]:
+    found = []
+    while len(found) < count and ready.head() is not None:
+        found.append(ready.pop())
+    return found
+
+
+def test_a_small_tenant_waits_for_one_message_of_a_large_one():
+    ready = Ready()
+    for number in range(1000):
+        ready.push(entry(number, "large"))
+    order(ready, 3)
+    for number in range(10):
+        ready.push(entry(5000 + number, "small"))
+    applications = [e.name.application for e in order(ready, 21)]
+    assert applications.count("small") == 10
+    assert "largelarge" not in "".join(applications[1:20])
+
+
+def test_a_higher_class_goes_first_and_starves_nobody():
+    ready = Ready()
+    for number in range(100):
+        ready.push(entry(number, priority="bulk"))
+        ready.push(entry(100 + number, priority="express"))
+    first = [e.name.priority for e in order(ready, 5 * TURNS)]
+    assert first[0] == "express"
+    assert Counter(first) == {"express": 5 * (TURNS - 1), "bulk": 5}
+
+
+def test_the_head_is_the_same_until_it_is_taken():
+    ready = Ready()
+    ready.push(entry(1))
+    ready.push(entry(2, priority="express"))
+    assert ready.head() is ready.head()
+    assert ready.head() is ready.pop()
+    assert ready.highest() == len(CLASSES) - CLASSES["normal"]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.sampled_from(list(CLASSES)), st.sampled_from("xyz"), st.integers(1, 3), st.booleans()),
+        st.tuples(st.sampled_from(["pop", "cancel", "remove"]), st.integers(0, 20)),
+    )
+)
+
+
+@given(STEPS)
+def test_whatever_is_pushed_comes_out_once_unless_it_was_taken_back(steps):
+    ready, waiting, number = Ready(), [], 0
+    for step in steps:
+        if step[0] == "push":
+            number += 1
+            one = entry(number, step[2], step[1], step[3])
+            ready.push(one, step[4])
+            waiting.append(one)
+        elif step[0] == "pop":
+            head = ready.head()
+            assert (head is None) == (not waiting)
+            if head is not None:
+                assert ready.pop() is head
+                waiting.remove(head)
+        elif waiting:
+            one = waiting.pop(step[1] % len(waiting))
+            if step[0] == "cancel":
+                one.cancelled = True
+            else:
+                assert ready.remove(one)
+                assert not ready.remove(one)
+        assert sorted(e.ident for e in ready if not e.cancelled) == sorted(e.ident for e in waiting)
+        assert set(ready.first(3)) <= set(waiting)
+    places = {e: ready.position(e, 1000) for e in waiting}
+    assert ready.position(entry(0), 1000) == -1
+    assert [places[e] for e in order(ready, len(waiting) // 2)] == list(range(len(waiting) // 2)), "positions are exact"
+    waiting = sorted((e for e in waiting if places[e] >= len(waiting) // 2), key=lambda e: e.ident)
+    assert sorted(e.ident for e in ready.take_all()) == sorted(e.ident for e in waiting)
+    assert len(ready) == 0

@@ -1,0 +1,221 @@
+"""Limits, rules about replies and what is learned from them: the running relay, and peers with limits of their own."""
+
+import json
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from relaymta.config import Config
+from relaymta.route.shaping import Shaping, check, profiles
+from relaymta.route.sites import Site
+from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.fake_mx import FakeMx
+
+
+def config(**tables) -> Config:
+    return Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], **tables})
+
+
+def test_of_each_limit_the_first_that_is_given_holds_and_says_where_it_comes_from():
+    made = config(
+        site=[{"hosts": [".google.com"], "rate": "500/m"}],
+        route=[{"name": "relay", "hosts": ["smtp-relay.google.com:587"], "connections": 3}, {"name": "out", "hosts": ["h"]}],
+    )
+    made = Config.model_validate_json(made.to_json())
+    shape = Shaping(made).shape(Site("relay", made.route[0], None))
+    assert (shape.key, shape.connections.value, shape.connections.origin) == ("google", 3, "route relay")
+    assert shape.rate.value == pytest.approx(500 / 60) and shape.rate.origin == "[[site]] .google.com"
+    assert shape.messages_per_connection.origin.startswith("provider profile google (20")
+    other = Shaping(made).shape(Site("out", made.route[1], None))
+    assert (other.key, other.rate.value, other.connections.origin) == ("out", 0, "default")
+
+
+def test_rules_of_the_configuration_win_over_the_profiles():
+    rules = [{"match": "greylist", "action": "bounce"}]
+    shaping = Shaping(config(rule=rules))
+    assert shaping.rule("mx.example", "450 4.7.1 Greylisted, come back").action == "bounce"
+    assert Shaping(config()).rule("mx.example", "450 4.7.1 Greylisted, come back").duration == 300
+    assert Shaping(config()).rule("mx.example", "452 4.2.2 mailbox full").duration == 4 * 3600
+    assert Shaping(config()).rule("mx.example", "550 5.1.1 no such user") is None
+    google = Shaping(config()).rule("alt1.gmail-smtp-in.l.google.com", "421 4.7.28 Gmail has detected an unusual rate of mail")
+    assert google.action == "slow"
+    assert profiles().version
+
+
+def test_limits_that_can_never_be_reached_are_named():
+    assert check(config(site=[{"hosts": ["h"], "rate": "10/s", "connection_rate": "1/s", "messages_per_connection": 5}]))
+    assert not check(config(site=[{"hosts": ["h"], "rate": "4/s", "connection_rate": "1/s", "messages_per_connection": 5}]))
+
+
+def sites(relay: Relay) -> list[dict]:
+    return [json.loads(line) for line in relay.cli("site", "list", "--json").stdout.splitlines()]
+
+
+def facts(relay: Relay) -> list[dict]:
+    return [json.loads(line) for line in relay.cli("shaping", "active", "--json").stdout.splitlines()]
+
+
+def test_a_rate_is_kept_by_two_workers_together(tmp_path):
+    with FakeMx({}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", 'site=[{hosts=["127.0.0.1"],rate="20/s"}]', workers=2) as relay:
+            for _ in range(60):
+                relay.send()
+            began = time.monotonic()
+            seen = len(peer.messages)
+            time.sleep(1.5)
+            rate = (len(peer.messages) - seen) / (time.monotonic() - began)
+            assert 15 <= rate <= 23
+            (ident,) = [e["id"] for e in relay.events("queued")][-1:]
+            if len(peer.messages) < 60:
+                text = relay.cli("message", "explain", ident).stdout
+                assert "waits for its turn" in text and "rate is 20, set by [[site]] 127.0.0.1" in text
+            wait_for(lambda: len(peer.messages) == 60)
+
+
+def test_a_rule_suspends_a_site_until_it_is_resumed_and_the_reply_is_the_evidence(tmp_path):
+    rules = 'rule=[{match="go away",action="suspend",for="1h"}]'
+    with FakeMx({"MAIL": [b"451 4.7.0 go away for now\r\n"]}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", rules, workers=2) as relay:
+            relay.send()
+            wait_for(lambda: facts(relay))
+            for _ in range(4):
+                relay.send()
+            time.sleep(0.5)
+            assert peer.messages == []
+            why = relay.cli("shaping", "why", "smarthost").stdout
+            assert "451 4.7.0 go away for now" in why and "rule go away" in why
+            ident = relay.events("queued")[-1]["id"]
+            assert "suspended by rule go away" in relay.cli("message", "explain", ident).stdout
+            relay.kill()
+            relay.start()
+            time.sleep(1)
+            assert peer.messages == [], "it survives a restart"
+            relay.cli("site", "resume", "smarthost")
+            wait_for(lambda: len(peer.messages) == 4)
+            assert facts(relay) == []
+
+
+def test_an_operator_suspends_one_application(tmp_path):
+    with FakeMx({}) as peer:
+        listeners = 'network=[{networks=["127.0.0.9/32"],application="bulk",relay=true}]'
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", listeners) as relay:
+            said = relay.cli("site", "suspend", "smarthost", "--app", "bulk", "--for", "10m", "--reason", "complaints")
+            assert "suspended for 10m" in said.stdout
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 1)
+            relay.send_from("127.0.0.9")
+            ident = wait_for(lambda: [e["id"] for e in relay.events("queued") if e["application"] == "bulk"])[0]
+            time.sleep(0.5)
+            assert len(peer.messages) == 1
+            assert "suspended by operator: complaints" in relay.cli("message", "explain", ident).stdout
+            assert relay.cli("site", "resume", "smarthost", check=False).returncode == 1
+            relay.cli("site", "resume", "smarthost", "--app", "bulk")
+            wait_for(lambda: len(peer.messages) == 2)
+
+
+def test_a_dead_site_is_knocked_at_once_a_period_by_all_workers_and_across_a_restart(tmp_path):
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=30", workers=2) as relay:
+        for _ in range(10):
+            relay.send()
+        wait_for(lambda: any(fact["kind"] == "dead" for fact in facts(relay)))
+        time.sleep(0.5)
+        failed = relay.metric('relaymta_sessions_total{result="failed"}')
+        assert failed <= 2, "each worker at most once, before it heard of the other"
+        relay.kill()
+        with FakeMx({}, port) as peer:
+            relay.start()
+            relay.send()
+            time.sleep(1)
+            assert peer.connections == 0
+            relay.cli("queue", "flush", "--all")
+            wait_for(lambda: len(peer.messages) == 11, 30)
+            wait_for(lambda: facts(relay) == [])
+
+
+class Provider(FakeMx):
+    """A peer with limits that nobody configured: `most` connections, `each` messages on one, `rate` messages a second."""
+
+    def __init__(self, most: int, each: int, rate: int) -> None:
+        super().__init__({})
+        self.most, self.each, self.rate = most, each, rate
+        self.refused = 0
+        self._taken: list[float] = []
+        self._carried: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def _talk(self, sock) -> None:
+        self._carried[threading.get_ident()] = 0
+        if self.now_open > self.most:
+            self.refused += 1
+            sock.sendall(b"421 4.7.0 too many connections from you\r\n")
+            return
+        super()._talk(sock)
+
+    def _rule(self, verb, argument=""):
+        if verb != "MAIL":
+            return super()._rule(verb, argument)
+        with self._lock:
+            me, now = threading.get_ident(), time.monotonic()
+            self._carried[me] = self._carried.get(me, 0) + 1
+            self._taken = [moment for moment in self._taken if moment > now - 1]
+            if self._carried[me] > self.each or len(self._taken) >= self.rate:
+                self.refused += 1
+                return b"421 4.7.0 too much from you\r\n"
+            self._taken.append(now)
+        return super()._rule(verb, argument)
+
+
+def test_limits_that_nobody_configured_are_learned(tmp_path):
+    with Provider(4, 20, 25) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=1") as relay:
+            for _ in range(600):
+                relay.send()
+            wait_for(lambda: any(fact["kind"] == "learned" for fact in facts(relay)))
+            time.sleep(6)
+            before, refused, began = len(peer.messages), peer.refused, time.monotonic()
+            time.sleep(6)
+            rate = (len(peer.messages) - before) / (time.monotonic() - began)
+            assert rate > 0.7 * 25, f"{rate:.1f} of 25 messages a second"
+            assert peer.refused - refused <= 0.1 * (len(peer.messages) - before)
+            why = relay.cli("shaping", "why", "smarthost").stdout
+            assert "421 4.7.0 too" in why
+
+
+def test_a_priority_message_passes_a_backlog_and_the_backlog_goes_on(tmp_path):
+    settings = ('network=[{networks=["127.0.0.9/32"],priority="express",relay=true}]', 'site=[{hosts=["127.0.0.1"],rate="10/s"}]')
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
+        for _ in range(60):
+            relay.send("Subject: slow\r\n\r\nx\r\n")
+        relay.send_from("127.0.0.9", "Subject: express\r\n\r\nx\r\n")
+        wait_for(lambda: any(b"Subject: express" in text for _, _, text in list(peer.messages)), 5)
+        assert len(peer.messages) < 50
+
+
+def test_one_connection_for_two_workers_is_shared(tmp_path):
+    """Neither worker's mail waits for all of the other's."""
+    with FakeMx({}) as peer:
+        settings = ('site=[{hosts=["127.0.0.1"],connections=1}]', "delivery.idle=30")
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings, workers=2) as relay:
+            peer.rules["DOT"] = Slow(0.01)
+            for _ in range(200):
+                relay.send()
+            wait_for(lambda: len(peer.messages) == 200, 60)
+            assert peer.most_open == 1
+            workers = {event["worker"] for event in relay.events("delivered")}
+            assert workers == {0, 1}
+            order = [event["worker"] for event in sorted(relay.events("delivered"), key=lambda e: e["ts"])]
+            assert sum(a != b for a, b in pairwise(order)) >= 3
+
+
+class Slow(dict):
+    """A rule that takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def get(self, key, default=None):
+        time.sleep(self.seconds)
+        return default

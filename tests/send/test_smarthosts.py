@@ -1,0 +1,369 @@
+"""Smart hosts: balance and health, logins and tokens, LMTP, BDAT, source addresses, rewriting, staging."""
+
+import base64
+import hashlib
+import hmac
+import json
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import pytest
+import scramp
+import trustme
+
+from relaymta.config import Config
+from relaymta.log import Log
+from relaymta.send.opener import Sources
+from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.fake_mx import FakeMx
+
+TEXT = "Subject: x\r\n\r\n.dot\r\n"
+
+
+def test_balanced_hosts_share_the_load_by_weight(tmp_path):
+    with FakeMx({}) as one, FakeMx({}) as two:
+        hosts = f'hosts=["127.0.0.1:{one.port}","127.0.0.1:{two.port}"]'
+        route = f'route=[{{name="two",{hosts},mode="balance",weights=[3,1],messages_per_connection=1}}]'
+        with Relay(tmp_path, None, route) as relay:
+            for _ in range(80):
+                relay.send()
+            wait_for(lambda: len(one.messages) + len(two.messages) == 80)
+        assert len(one.messages) > len(two.messages) > 3
+
+
+def test_a_smart_host_that_was_down_is_used_again_without_a_message_paying_for_it(tmp_path):
+    port = free_port()
+    with FakeMx({}) as backup:
+        route = f'route=[{{name="two",hosts=["127.0.0.1:{port}","127.0.0.1:{backup.port}"],messages_per_connection=1}}]'
+        with Relay(tmp_path, None, route) as relay:
+            relay.send()
+            wait_for(lambda: len(backup.messages) == 1)
+            assert any("is down" in event["text"] for event in relay.events("warning"))
+            assert f"127.0.0.1:{port}" in relay.cli("site", "show", "two").stdout
+            with FakeMx({}, port) as first:
+                wait_for(lambda: any("can be reached again" in event["text"] for event in relay.events("warning")), 20)
+                relay.send()
+                wait_for(lambda: first.messages)
+            assert relay.events("deferred") == []
+
+
+def test_bdat_towards_a_peer_that_has_chunking(tmp_path):
+    rules = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 8BITMIME\r\n"}
+    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        for _ in range(5):
+            relay.send(TEXT)
+        wait_for(lambda: len(peer.messages) == 5)
+        assert peer.commands.count("BDAT") == 5 and "DATA" not in peer.commands
+        assert all(text.endswith(b"\r\n\r\n.dot\r\n") for _, _, text in peer.messages)
+
+
+def test_lmtp_over_a_unix_socket_with_a_reply_for_each_recipient(tmp_path):
+    path = tmp_path / "lmtp"
+    rules = {"DOT": [b"250 2.1.5 one\r\n", b"550 5.2.2 two is full\r\n", b"450 4.2.1 three is busy\r\n"]}
+    with FakeMx(rules, path=str(path), lmtp=True) as peer:
+        route = f'route=[{{name="boxes",hosts=["unix:{path}"],protocol="lmtp"}}]'
+        with Relay(tmp_path, None, route, "delivery.first_retry=0.5") as relay:
+            relay.send(TEXT, "", "one@d", "two@d", "three@d")
+            wait_for(lambda: len(relay.events("delivered")) == 2)
+            assert [event["recipient"] for event in relay.events("bounced")] == ["two@d"]
+            assert [event["recipient"] for event in relay.events("deferred")] == ["three@d"]
+            assert [to for _, to, _ in peer.messages] == [["one@d", "two@d", "three@d"], ["three@d"]]
+            assert peer.commands[0] == "LHLO" and "EHLO" not in peer.commands
+
+
+def test_the_sender_is_rewritten_for_a_route_but_not_the_null_sender(tmp_path):
+    with FakeMx({}) as peer:
+        route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],rewrite_sender="@bounce.example"}}]'
+        with Relay(tmp_path, None, route) as relay:
+            relay.send(TEXT, "joe@corp.example")
+            relay.send(TEXT, "")
+            wait_for(lambda: len(peer.messages) == 2)
+            assert sorted(sender for sender, _, _ in peer.messages) == ["", "joe@bounce.example"]
+
+
+def test_staging_mail_reaches_nobody_else(tmp_path):
+    with FakeMx({}) as peer:
+        settings = ('staging.redirect="qa@test.example"', 'staging.allow=["@ours.example"]')
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
+            relay.send(
+                "X-Staging: off\r\nSubject: x\r\n\r\nx\r\n", "a@b", "ceo@real.example", "cto@real.example", "me@ours.example"
+            )
+            wait_for(lambda: peer.messages)
+            ((_, reached, text),) = peer.messages
+            assert reached == ["qa@test.example", "me@ours.example"]
+            assert b"X-Staging-Recipients: <ceo@real.example>,\r\n\t<cto@real.example>\r\n" in text
+
+
+def test_what_was_queued_before_staging_does_not_leak(tmp_path):
+    """Mail that waits for real people when staging is switched on stays where it is."""
+    port = free_port()
+    relay = Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=0.3")
+    with relay:
+        relay.send(TEXT, "a@b", "ceo@real.example")
+        wait_for(lambda: relay.events("deferred"))
+        relay.stop()
+        relay.settings += ('staging.redirect="qa@test.example"',)
+        with FakeMx({}, port) as peer:
+            relay.start()
+            relay.send(TEXT, "a@b", "cto@real.example")
+            wait_for(lambda: peer.messages)
+            wait_for(lambda: any("staging" in event["reply"] for event in relay.events("deferred")))
+            assert [to for _, to, _ in peer.messages] == [["qa@test.example"]]
+
+
+def test_an_attempt_based_fallback_takes_over(tmp_path):
+    with FakeMx({"RCPT": {"c@d.example": b"450 4.7.1 not from you\r\n"}}) as direct, FakeMx({}) as fallback:
+        routes = (
+            f'route=[{{name="fallback",min_attempts=1,hosts=["127.0.0.1:{fallback.port}"]}},'
+            f'{{name="direct",hosts=["127.0.0.1:{direct.port}"]}}]'
+        )
+        with Relay(tmp_path, None, routes, "delivery.first_retry=0.3") as relay:
+            relay.send(TEXT)
+            wait_for(lambda: fallback.messages and relay.events("delivered"))
+            assert [event["route"] for event in relay.events("deferred") + relay.events("delivered")] == ["direct", "fallback"]
+
+
+def test_a_route_map_wins_and_its_mistakes_have_lines(tmp_path):
+    table = tmp_path / "map"
+    with FakeMx({}) as one, FakeMx({}) as two:
+        routes = f'route=[{{name="one",hosts=["127.0.0.1:{one.port}"]}},{{name="two",hosts=["127.0.0.1:{two.port}"]}}]'
+        table.write_text("# who goes where\nvip@d.example two\n.sub.example two\n/^sales-/ two\n")
+        with Relay(tmp_path, None, routes, f"route_map={table}") as relay:
+            for to in ("vip@d.example", "x@a.sub.example", "sales-1@e.example", "x@d.example"):
+                relay.send(TEXT, "a@b", to)
+            wait_for(lambda: len(two.messages) == 3 and len(one.messages) == 1)
+            assert one.messages[0][1] == ["x@d.example"]
+        table.write_text("x@y three\nlonely\n/(/ one\n")
+        with pytest.raises(AssertionError, match=r"map:1: there is no route 'three'(.|\n)*map:2: expected(.|\n)*map:3: /\(/"):
+            Relay(tmp_path, None, routes, f"route_map={table}").start()
+
+
+# Source addresses
+
+
+class Quiet(Log):
+    def __init__(self) -> None:
+        pass
+
+    def event(self, name: str, **fields: object) -> None:
+        pass
+
+
+def with_sources(*routes: list[str]) -> Config:
+    table = [{"name": name, "address": "127.0.0.1", "weight": 2 if name == "c" else 1} for name in "abcd"]
+    named = [{"name": str(number), "sources": names} for number, names in enumerate(routes)]
+    return Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "source": table, "route": named})
+
+
+def test_sources_share_by_weight_and_keep_their_mail_when_the_pool_changes():
+    config = with_sources(list("abc"), list("abcd"))
+    sources = Sources(config, Quiet())
+    small, large = config.route
+    keys = [f"s{n}@b\0d{n}.example" for n in range(4000)]
+    before = [sources.choose(small, key).name for key in keys]
+    assert before == [sources.choose(small, key).name for key in keys], "the same source at each attempt"
+    assert 0.45 < Counter(before)["c"] / 4000 < 0.55
+    after = [sources.choose(large, key).name for key in keys]
+    moved = {now for was, now in zip(before, after, strict=True) if was != now}
+    assert moved == {"d"}, "only what the new one takes moves"
+    assert 0.15 < Counter(after)["d"] / 4000 < 0.25
+
+
+def test_mail_leaves_from_its_source_with_its_name_and_a_missing_address_is_skipped(tmp_path):
+    with FakeMx({}) as peer:
+        table = 'source=[{name="a",address="127.0.0.5",hostname="a.example"},{name="gone",address="192.0.2.9"}]'
+        route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],sources=["a","gone"]}}]'
+        with Relay(tmp_path, None, table, route) as relay:
+            for number in range(10):
+                relay.send(TEXT, f"s{number}@b")
+            wait_for(lambda: len(peer.messages) == 10)
+            assert set(peer.clients) == {"127.0.0.5"}
+            assert set(peer.greetings) == {"a.example"}
+            assert any("gone (192.0.2.9)" in event["text"] for event in relay.events("warning"))
+            assert "out from a" in relay.cli("site", "list").stdout or relay.events("delivered")
+
+
+# Logging in
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> trustme.CA:
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "ca.pem")
+    return made
+
+
+def context(authority: trustme.CA) -> ssl.SSLContext:
+    found = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(found)
+    return found
+
+
+def logged_in(folder: Path, port: int, keys: str, *settings: str) -> Relay:
+    route = f'route=[{{name="out",hosts=["localhost:{port}"],tls="verify",username="me",{keys}}}]'
+    made = Relay(folder, None, route, "delivery.first_retry=0.5", *settings)
+    made.environment = {"RELAY_PASSWORD": "pässword", "SSL_CERT_FILE": str(folder / "ca.pem")}
+    return made
+
+
+def challenge_response(mechanism: str):
+    """The server's side of a mechanism: `answer(line) -> reply` until it says 235, and what it found."""
+    found: dict[str, object] = {}
+    factory = scramp.ScramMechanism("SCRAM-SHA-256")
+    info = factory.make_auth_info("pässword", iteration_count=4096)
+    server = factory.make_server(lambda user: info)
+    steps = iter(range(9))
+
+    def answer(line: bytes) -> bytes:
+        step = next(steps)
+        words = line.split()
+        if mechanism == "CRAM-MD5":
+            if step == 0:
+                return b"334 " + base64.b64encode(b"<1@fake>") + b"\r\n"
+            expected = hmac.new("pässword".encode(), b"<1@fake>", hashlib.md5).hexdigest()
+            found["right"] = base64.b64decode(line) == b"me " + expected.encode()
+        elif mechanism == "LOGIN":
+            if step < 2 and len(words) < 3 and step == 0:
+                return b"334 VXNlcm5hbWU6\r\n"
+            found.setdefault("said", []).append(base64.b64decode(words[-1]))  # type: ignore[attr-defined]
+            if len(found["said"]) < 2:  # type: ignore[arg-type]
+                return b"334 UGFzc3dvcmQ6\r\n"
+            found["right"] = found["said"] == [b"me", "pässword".encode()]
+        else:
+            if step == 0:
+                server.set_client_first(base64.b64decode(words[2]).decode())
+                return b"334 " + base64.b64encode(server.get_server_first().encode()) + b"\r\n"
+            if step == 1:
+                server.set_client_final(base64.b64decode(line).decode())
+                return b"334 " + base64.b64encode(server.get_server_final().encode()) + b"\r\n"
+            found["right"] = line == b"\r\n"
+        return b"235 2.7.0 welcome\r\n"
+
+    return answer, found
+
+
+@pytest.mark.parametrize("mechanism", ["CRAM-MD5", "LOGIN", "SCRAM-SHA-256"])
+def test_each_mechanism_logs_in(tmp_path, authority, mechanism):
+    answer, found = challenge_response(mechanism)
+    with FakeMx({}, tls=context(authority), auth=(mechanism.encode(), answer)) as peer:
+        with logged_in(tmp_path, peer.port, f'password_env="RELAY_PASSWORD",auth="{mechanism.lower()}"') as relay:
+            relay.send()
+            wait_for(lambda: peer.messages)
+    assert found["right"]
+
+
+def test_a_mechanism_that_is_not_offered_defers_and_says_which_are(tmp_path, authority):
+    with (
+        FakeMx({}, tls=context(authority)) as peer,
+        logged_in(tmp_path, peer.port, 'password_env="RELAY_PASSWORD",auth="scram-sha-256"') as relay,
+    ):
+        relay.send()
+        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+        assert deferred["phase"] == "auth" and "offers AUTH PLAIN LOGIN" in deferred["reply"]
+
+
+class TokenEndpoint:
+    """An OAuth 2 token endpoint: tokens t1, t2, ... that hold for `seconds`."""
+
+    def __init__(self, seconds: int = 3600) -> None:
+        self.asked: list[dict[str, list[str]]] = []
+        self.status = 200
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                endpoint.asked.append(parse_qs(self.rfile.read(int(self.headers["content-length"])).decode()))
+                time.sleep(0.2)
+                answer = {"access_token": f"t{len(endpoint.asked)}", "token_type": "Bearer", "expires_in": seconds}
+                body = json.dumps(answer if endpoint.status == 200 else {"error": "invalid_grant"}).encode()
+                self.send_response(endpoint.status)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/token"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[TokenEndpoint]:
+    made = TokenEndpoint()
+    yield made
+    made.server.shutdown()
+
+
+def oauth(endpoint: TokenEndpoint, folder: Path, auth: str = "auto") -> str:
+    (folder / "refresh").write_text("r1\n")
+    keys = f'token_url="{endpoint.url}",client_id="app",refresh_token_file="{folder}/refresh",scope="smtp"'
+    return f'auth="{auth}",oauth={{{keys}}}'
+
+
+@pytest.mark.parametrize("auth", ["xoauth2", "oauthbearer"])
+def test_a_token_is_fetched_once_for_all_who_wait_and_again_when_it_is_refused(tmp_path, authority, endpoint, auth):
+    seen: list[bytes] = []
+    good = [b"Bearer t1"]
+
+    def answer(line: bytes) -> bytes:
+        words = line.split()
+        if len(words) < 3:
+            return b"535 5.7.8 bad token\r\n"
+        seen.append(base64.b64decode(words[2]))
+        return b"235 2.7.0 welcome\r\n" if good[0] in seen[-1] else b"334 eyJzdGF0dXMiOiI0MDEifQ==\r\n"
+
+    with FakeMx({}, tls=context(authority), auth=(auth.upper().encode(), answer)) as peer:
+        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path, auth), "delivery.idle=0.2") as relay:
+            for _ in range(10):
+                relay.send()
+            wait_for(lambda: len(peer.messages) == 10)
+            assert len(endpoint.asked) == 1
+            assert endpoint.asked[0]["grant_type"] == ["refresh_token"] and endpoint.asked[0]["refresh_token"] == ["r1"]
+            start = b"user=me\1" if auth == "xoauth2" else b"n,a=me,\1"
+            assert all(said == start + b"auth=Bearer t1\1\1" for said in seen)
+            good[0] = b"Bearer t2"  # revoked before its time
+            wait_for(lambda: peer.now_open == 0)
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 11)
+            assert len(endpoint.asked) == 2 and relay.events("deferred") == []
+
+
+def test_a_token_that_expires_in_mid_queue_is_refreshed_once(tmp_path, authority):
+    endpoint = TokenEndpoint(seconds=4)  # so that it is renewed after two
+    answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
+    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer), slow=0.05) as peer:
+        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path) + ",messages_per_connection=1") as relay:
+            began = time.monotonic()
+            for _ in range(30):
+                relay.send()
+                time.sleep(0.1)
+            wait_for(lambda: len(peer.messages) == 30)
+            assert 2 <= len(endpoint.asked) <= 1 + (time.monotonic() - began) / 2
+            assert relay.events("deferred") == []
+    endpoint.server.shutdown()
+
+
+def test_a_dead_token_endpoint_defers_with_its_reason(tmp_path, authority, endpoint):
+    endpoint.status = 400
+    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", lambda line: b"235 ok\r\n")) as peer:
+        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path), "delivery.first_retry=30") as relay:
+            relay.send()
+            (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+            assert deferred["phase"] == "auth" and "token endpoint" in deferred["reply"] and "invalid_grant" in deferred["reply"]
+            (ident,) = [event["id"] for event in relay.events("queued")]
+            assert "token endpoint" in relay.cli("message", "explain", ident).stdout
+
+
+def test_credentials_never_leave_over_an_unverified_connection():
+    with pytest.raises(ValueError, match="oauth needs username"):
+        Config.model_validate(
+            {"listener": [{"address": "127.0.0.1:1"}], "route": [{"hosts": ["h"], "oauth": {"token_url": "x", "client_id": "y"}}]}
+        )

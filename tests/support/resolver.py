@@ -1,0 +1,32 @@
+"""A real unbound on loopback with a zone of one's own."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.daemon import free_port
+from tests.support.programs import need
+
+
+@contextmanager
+def nameserver_with(folder: Path, records: list[str]) -> Iterator[str]:
+    """unbound with these records below `test.`; its `host:port`. What is not there does not exist; other names SERVFAIL."""
+    unbound = need("unbound")
+    port = free_port()
+    config = folder / "unbound.conf"
+    data = "\n".join(f'  local-data: "{record}"' for record in records)
+    config.write_text(
+        f'server:\n  interface: 127.0.0.1@{port}\n  do-daemonize: no\n  chroot: ""\n  username: ""\n  pidfile: ""\n'
+        f'  use-syslog: no\n  access-control: 127.0.0.0/8 allow\n  directory: "{folder}"\n  local-zone: "test." static\n{data}\n'
+        'forward-zone:\n  name: "."\n  forward-addr: 127.0.0.1@1\n'
+    )
+    process = subprocess.Popen([unbound, "-c", str(config)], stderr=(folder / "unbound.err").open("wb"))
+    try:
+        time.sleep(0.5)
+        assert process.poll() is None, (folder / "unbound.err").read_text()
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,70 @@
+"""Limits and rates that processes share."""
+
+import multiprocessing
+import os
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relaymta.shm import RATE_ROWS, Rates, Shared
+
+
+def test_a_rate_holds_for_all_processes():
+    """Three processes take as fast as they can for a second: one of 200/s gives 200, and the burst."""
+    shared = Shared.create()
+
+    def take(descriptor: int, result) -> None:
+        rates = Shared(descriptor).rates(3)
+        until, count = time.monotonic() + 1, 0
+        while time.monotonic() < until:
+            if not rates.take("key", 200, 5):
+                count += 1
+        result.put(count)
+
+    context = multiprocessing.get_context("fork")
+    result = context.Queue()
+    os.set_inheritable(shared.descriptor, True)
+    processes = [context.Process(target=take, args=(shared.descriptor, result)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    counts = [result.get(timeout=20) for _ in processes]
+    for process in processes:
+        process.join()
+    assert 190 <= sum(counts) <= 230
+
+
+@given(st.floats(0.1, 1000), st.integers(1, 5))
+def test_the_wait_is_exact(per_second, burst):
+    rates = Shared.create().rates(1)
+    for _ in range(burst):
+        assert rates.take("k", per_second, burst) == 0
+    wait = rates.take("k", per_second, burst)
+    assert 0 < wait <= 1 / per_second
+    assert rates.take("other", per_second) == 0
+
+
+def test_without_a_free_row_each_worker_keeps_to_its_share():
+    shared = Shared.create()
+    rates = shared.rates(2)
+    for number in range(3 * RATE_ROWS):
+        rates.take(f"k{number}", 1)
+    assert rates.overflows > 0
+    crowded: Rates = rates
+    key = next(f"k{n}" for n in range(3 * RATE_ROWS) if crowded._own.get(f"k{n}"))
+    wait = crowded.take(key, 1)
+    assert 1 < wait <= 2, "half the rate"
+
+
+def test_others_that_wait_are_seen_and_forgotten_at_their_death():
+    shared = Shared.create()
+    first, second = shared.limits(0, 2), shared.limits(1, 2)
+    assert first.waiting("site") == 0
+    second.wait("site", 2)
+    assert first.waiting("site") == 2
+    assert second.waiting("site") == 0, "one's own wait does not count"
+    shared.clear_limits(1)
+    assert first.waiting("site") == 0
+    second.wait("site", 3)
+    second.wait("site", 0)
+    assert first.waiting("site") == 0
