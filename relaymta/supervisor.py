@@ -403,12 +403,12 @@ class Supervisor:
             return {"rows": found["rows"], "cursor": [following[0], 0] if following else [], "shard": number}
         return {"rows": [], "cursor": [], "shard": 0}
 
-    async def _change(self, verb: str, shard: int, idents: list[str]) -> Any:
+    async def _change(self, verb: str, shard: int, idents: list[str], word: str = "") -> Any:
         if verb not in inspect.VERBS:
             raise RelayError(f"no such verb: {verb}")
         for slot, channel in self._ready():
             if shard in slot.shards:
-                return await channel.ask("change", shard=shard, verb=verb, idents=idents)
+                return await channel.ask("change", shard=shard, verb=verb, idents=idents, word=word)
         raise RelayError(f"shard {shard} is not open")
 
     async def _message(self, ident: str) -> Any:

@@ -21,7 +21,7 @@ import uvloop
 
 from relaymta.accept.intake import Intake
 from relaymta.accept.listener import Acceptor, Listening
-from relaymta.config import Config
+from relaymta.config import Config, near
 from relaymta.control import Channel
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
@@ -364,9 +364,11 @@ class Worker:
                 return text
         return None
 
-    async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[str]) -> Any:
+    async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[str], word: str) -> Any:
         one = self.shards[shard]
-        result = await one.queue.change_messages(verb, [parse_id(text) for text in idents])
+        if verb == "reroute" and word not in self.routes.labels:
+            raise RelayError(f"there is no route {word!r}{near(word, self.routes.labels)}")
+        result = await one.queue.change_messages(verb, [parse_id(text) for text in idents], word)
         if verb == "flush":
             one.dispatcher.flush()
             await one.queue.wake_queues()

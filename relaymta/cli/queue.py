@@ -138,8 +138,16 @@ def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
         click.echo(f"{key:>9}: {when(value) if key == 'next' else size(value) if key == 'bytes' else value}")
 
 
-def _verb(verb: str, sentence: str) -> click.Command:
+def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
+    """A verb that changes messages. `more`: options of its own; one of them sets `word`."""
+
+    def own(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in more:
+            function = option(function)
+        return function
+
     @queue.command(name=verb, help=sentence)
+    @own
     @click.argument("ids", nargs=-1)
     @click.option("--all", "everything", is_flag=True, help="Every message.")
     @click.option("--dry-run", is_flag=True, help="Only say how many messages are meant.")
@@ -148,7 +156,7 @@ def _verb(verb: str, sentence: str) -> click.Command:
     @configured
     def command(
         read: Callable[..., Config], ids: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool,
-        queue_name: str, sender: str, domain: str, held: bool,
+        queue_name: str, sender: str, domain: str, held: bool, word: str = "",
     ) -> None:  # fmt: skip
         if not (ids or everything or queue_name or sender or domain or held):
             fail(
@@ -164,7 +172,7 @@ def _verb(verb: str, sentence: str) -> click.Command:
                 matched += len(rows)
                 idents = [row["id"] for row in rows]
                 for start in range(0, 0 if dry_run else len(idents), 1000):
-                    one, two = asked(peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000])
+                    one, two = asked(peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000], word=word)
                     changed += one
                     flying += two
         if as_json:
@@ -182,6 +190,16 @@ _verb("flush", "Try these messages now.")
 _verb("hold", "Keep these messages until they are released: not tried, not expired.")
 _verb("release", "Put held messages back on their schedule, due now, with a new deadline.")
 _verb("delete", "Delete these messages. The sender is not told.")
+_verb(
+    "bounce",
+    "Give these messages up; each sender is told, with the reason.",
+    click.option("--reason", "word", default="returned by the operator", help="What the notice says."),
+)
+_verb(
+    "reroute",
+    "Send these messages by another route from now on, whatever the route table says; due now.",
+    click.option("--to", "word", required=True, metavar="ROUTE", help="The route's name."),
+)
 
 
 @click.command()

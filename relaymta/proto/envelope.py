@@ -92,6 +92,7 @@ class Envelope(msgspec.Struct, array_like=True):
     priority: str = "normal"
     body: Body | None = None
     placements: list[Placement] = []
+    route: str = ""  # the route that an operator chose for it; "": as the table says
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):

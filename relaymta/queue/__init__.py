@@ -340,20 +340,51 @@ class Queue:
         self.schedule.wake()
         return result
 
-    async def change_messages(self, verb: str, idents: list[int]) -> tuple[int, int]:
-        """Flush, hold, release or delete these messages (at most 1,000): (changed, left alone because in flight)."""
+    async def change_messages(self, verb: str, idents: list[int], word: str = "") -> tuple[int, int]:
+        """Flush, hold, release, delete, bounce (`word`: the reason) or reroute (`word`: the route) these messages, at most
+        1,000: (changed, left alone because in flight)."""
+        if verb == "bounce":
+            return await self._bounce(idents, word)
         self.schedule.changing += 1
         try:
             flying = self.schedule.withdraw(set(idents))
             wanted = [ident for ident in idents if ident not in flying]
             age = self._settings.max_age_ms
-            changed = await self.writer.task(
-                lambda change: inspect.apply(verb, change, self.store, self.writer, self.clock, age, wanted)
-            )
+
+            def run(change: Change) -> int:
+                if verb == "reroute":
+                    return inspect.reroute(change, self.store, self.clock, self.assign, wanted, word)
+                return inspect.apply(verb, change, self.store, self.writer, self.clock, age, wanted)
+
+            changed = await self.writer.task(run)
         finally:
             self.schedule.changing -= 1
             self.schedule.wake()
         return changed, len(flying)
+
+    async def _bounce(self, idents: list[int], reason: str) -> tuple[int, int]:
+        """Give messages up, with a notice to each sender."""
+
+        def load() -> list[Entry]:
+            with self.store.env.begin() as txn:
+                return [entry for ident in idents for entry in self.schedule.load(txn, ident)]
+
+        bounced, left = set(), set()
+        self.schedule.changing += 1  # nothing of it is offered meanwhile
+        try:
+            await self.change_messages("release", idents)  # a held one has no schedule to end
+            for entry in await self.read(load):
+                seized = self.schedule.seize(entry)
+                if seized is None:
+                    left.add(entry.ident)
+                    continue
+                attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
+                self.finish(seized, dict.fromkeys((index for index, _ in seized.recipients), attempt))
+                bounced.add(entry.ident)
+            await self.writer.task(lambda change: None)  # behind their outcomes
+        finally:
+            self.schedule.changing -= 1
+        return len(bounced), len(left)
 
     async def wake_queues(self) -> None:
         """Let no queue sleep: what is due is tried now."""

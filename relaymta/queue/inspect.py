@@ -12,13 +12,13 @@ from relaymta.queue.ident import format_id
 from relaymta.queue.schedule import Schedule
 from relaymta.queue.segments import Segments
 from relaymta.queue.store import Change, Store
-from relaymta.queue.writer import Writer
+from relaymta.queue.writer import Assign, Writer
 
-__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "places", "quarantine", "raw", "summary", "totals"]
+__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "places", "quarantine", "raw", "reroute", "summary", "totals"]
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
-VERBS = ("flush", "hold", "release", "delete")
+VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +214,33 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
     overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
     files, live, _ = segments.usage()
     return Totals(messages, octets, deferred, held, overdue, files, live)
+
+
+def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, idents: list[int], route: str) -> int:
+    """Writer thread, inside a group commit: these messages, none of which is in memory, go by `route` from now on, and are
+    due now; how many it changed. Their texts stay where they are."""
+    changed, now = 0, clock.now()
+    for ident in idents:
+        change.unfold(ident)
+        envelope = store.envelope(change.txn, ident)
+        if envelope is None:
+            continue
+        places = list(envelope.placements)
+        for placement in places:
+            change.unplace(ident, envelope, placement)
+        attempts = max(placement.attempts for placement in places)
+        pending = sorted({i for p in places for i in (range(len(envelope.recipients)) if p.indexes is None else p.indexes)})
+        envelope.route = route
+        envelope.placements = []
+        for name, indexes in assign(envelope, attempts):
+            own = pending if indexes is None else [index for index in indexes if index in pending]
+            if own:
+                placement = Placement(change.row(name).number, now, attempts, own)
+                envelope.placements.append(placement)
+                change.place(ident, envelope, placement)
+        change.replace(ident, envelope)
+        changed += 1
+    return changed
 
 
 def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:

@@ -83,6 +83,8 @@ class RouteTable:
 
     def choose(self, envelope: Envelope, recipient: str, attempts: int = 0) -> Route:
         """The route of one recipient of a message that was tried `attempts` times before."""
+        if envelope.route and envelope.route in self._by_label:
+            return self._by_label[envelope.route]
         if self._only is not None:
             return self._only
         asked = Asked.of(envelope, recipient, attempts)
@@ -112,8 +114,9 @@ class RouteTable:
     def assign(self, envelope: Envelope, attempts: int = 0) -> list[tuple[QueueName, list[int] | None]]:
         """The queues of a message that was tried `attempts` times: name, and which recipients (None: all). At least one."""
         recipients = envelope.recipients
-        if len(recipients) == 1 or (self._only is not None and self._only.hosts):
-            route = self._only or self.choose(envelope, recipients[0], attempts)
+        only = None if envelope.route else self._only
+        if len(recipients) == 1 or (only is not None and only.hosts):
+            route = only or self.choose(envelope, recipients[0], attempts)
             return [(self._name(envelope, route, recipients[0]), None)]
         groups: dict[QueueName, list[int]] = {}
         for index, recipient in enumerate(recipients):
@@ -135,6 +138,11 @@ class RouteTable:
     def route_of(self, name: QueueName) -> Route:
         """The route of a queue. One of a route that is no more is routed by the table as it is now."""
         return self._by_label.get(name.route) or self.routes[-1]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of all routes."""
+        return list(self._by_label)
 
     def by_mx(self, name: QueueName, hosts: list[str]) -> Route:
         """The route of a queue whose domain has these MX hosts: an earlier one whose `mx` matches, or its own."""

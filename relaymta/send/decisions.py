@@ -84,6 +84,13 @@ class Decisions:
         self._log.event("site", route=pool.key, state="up", reason="", until=0)
         self._tell(None, (DEAD, pool.key, ""))
 
+    def forget_dead(self) -> None:
+        """Every site may be tried again now."""
+        for fact in self.facts:
+            if fact.kind == DEAD:
+                self.facts.forget(*fact.key)
+                self._tell(None, fact.key)
+
     def learned(self, pool: Pool, limit: str) -> None:
         """A reply taught a limit ("": it did not)."""
         if limit:

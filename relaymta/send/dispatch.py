@@ -708,6 +708,7 @@ class Dispatcher:
         self._parked.clear()
         for pool in self.pools.values():
             pool.down_until = 0
+        self.decisions.forget_dead()
 
     def reconfigure(self, config: Config, routes: RouteTable) -> None:
         """New routes: what waits in memory goes back and is routed anew."""
