@@ -124,9 +124,9 @@ class Dispatcher:
         if self.draining or site is None or site.route.sources:
             return not self.draining
         pool = self.pools.get(site.key)
-        if pool is not None and (pool.down_until > self._queue().clock.now() or len(pool.ready) >= CROWDED):
-            return False
-        return self.decisions.facts.suspension(self.shaping.shape(site).key, name.application) is None
+        if pool is None:
+            return self.decisions.facts.suspension(self.shaping.shape(site).key, name.application) is None
+        return len(pool.ready) < CROWDED and not self.decisions.asleep(pool, name.application)
 
     def offer(self, entry: Entry) -> None:
         """Take an entry to deliver."""
@@ -159,9 +159,23 @@ class Dispatcher:
             pool.skipped.add(entry.queue)
             self._queue().skip(entry.queue)
             self._return(entry)
+        elif pool.idle and not len(pool.ready) and entry.text is not None and not pool.paced:
+            self._give(pool, pool.idle[-1], entry)
         else:
             pool.ready.push(entry)
             self._pump(pool)
+
+    def _give(self, pool: Pool, session: Session, entry: Entry) -> None:
+        """An entry meets an idle session, and nobody is before it."""
+        if session.ended or self._queue().writer.stalled:
+            pool.ready.push(entry)
+            self._pump(pool)
+            return
+        mail = self._fly(pool, session, entry)
+        if mail is not None:
+            pool.idle.pop()
+            session.waiting = False
+            session.send(mail)
 
     def _pool(self, site: Site, entry: Entry) -> Pool:
         source = None
@@ -378,16 +392,23 @@ class Dispatcher:
             if entry.text is None and not _is_large(entry):
                 self._load(pool)
                 return None
-            if (pool.learned or pool.shape.rate.value or pool.slow_until) and not self._take_rate(pool):
+            if pool.paced and not self._take_rate(pool):
                 return None
             ready.pop()
-            entry.flying = True
-            self.flying.add(entry.ident)
-            refusal = _unfit(entry, session.core.features)
-            if refusal is None:
-                pool.began(self.loop.time())
-                return _mail(entry, pool.site.route.rewrite_sender)
-            self._spawn(self._try_elsewhere(pool, entry, session.peer, refusal))
+            mail = self._fly(pool, session, entry)
+            if mail is not None:
+                return mail
+        return None
+
+    def _fly(self, pool: Pool, session: Session, entry: Entry) -> Mail | None:
+        """An entry is in flight from now on: its Mail for this session, or None when this peer cannot take it."""
+        entry.flying = True
+        self.flying.add(entry.ident)
+        refusal = _unfit(entry, session.core.features)
+        if refusal is None:
+            pool.began(self.loop.time())
+            return _mail(entry, pool.site.route.rewrite_sender)
+        self._spawn(self._try_elsewhere(pool, entry, session.peer, refusal))
         return None
 
     def _load(self, pool: Pool) -> None:

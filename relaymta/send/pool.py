@@ -39,9 +39,9 @@ class Pool:
     """A site's state in one worker. Times are the loop's but for `down_until`, which is the queue's clock."""
 
     __slots__ = (
-        "connecting", "down_until", "ended_after", "failures", "idle", "learned", "loading", "pumping_at", "ready",
-        "reason", "refused_at", "resume_at", "sent", "served", "sessions", "shape", "site", "skipped",
-        "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "waiting", "window", "yielded_at",
+        "before", "connecting", "down_until", "ended_after", "failures", "idle", "learned", "loading", "pumping_at", "ready",
+        "reason", "refused_at", "resume_at", "second", "served", "sessions", "shape", "site", "skipped",
+        "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "this", "waiting", "window", "yielded_at",
     )  # fmt: skip
 
     def __init__(self, site: Site, source: Source | None, shape: Shape) -> None:
@@ -62,7 +62,8 @@ class Pool:
         self.refused_at = 0.0
         self.resume_at = 0.0  # nothing is sent before, so that its count of the last second can run out
         self.ended_after = 0  # messages after which the site ended a connection last
-        self.sent: list[float] = []  # when messages began, the last second's and a few more
+        self.second = 0  # messages that began in this second of the loop's time, and in the one before
+        self.this = self.before = 0
         self.served = 0  # messages since this worker took its turn, while another waits
         self.pumping_at = 0.0  # when it is looked at again because of a rate
         self.slow_until = 0.0  # slowed down by a rule until then: pace, connections, and why
@@ -75,6 +76,11 @@ class Pool:
     def key(self) -> str:
         """Its name: the site's, and the source's where there is one."""
         return f"{self.site.key} from {self.source.name}" if self.source is not None else self.site.key
+
+    @property
+    def paced(self) -> bool:
+        """Whether a rate may have to be looked at."""
+        return bool(self.learned or self.slow_until or self.shape.rate.value)
 
     def most_connections(self, now: float) -> int:
         """How many connections this worker may have now."""
@@ -108,8 +114,12 @@ class Pool:
         self.slow_until, self.slow_reply = until, reply
 
     def rate(self, now: float) -> float:
-        """Messages that began in the last second."""
-        return len([moment for moment in self.sent if moment > now - RATE_WINDOW]) / RATE_WINDOW
+        """Messages that began in the last second: those of this second, and of the one before what is still within."""
+        second = int(now)
+        if second - self.second > 1:
+            return 0.0
+        before, this = (self.before, self.this) if second == self.second else (self.this, 0)
+        return before * (1 - (now - second)) + this
 
     def most_messages(self, now: float) -> int:
         """After how many messages a connection is closed."""
@@ -147,9 +157,11 @@ class Pool:
 
     def began(self, now: float) -> None:
         """A message begins."""
-        self.sent.append(now)
-        if len(self.sent) > 4000 or (len(self.sent) > 64 and self.sent[len(self.sent) // 2] < now - RATE_WINDOW):
-            self.sent = [moment for moment in self.sent if moment > now - RATE_WINDOW]
+        second = int(now)
+        if second != self.second:
+            self.before = self.this if second == self.second + 1 else 0
+            self.second, self.this = second, 0
+        self.this += 1
 
     def went_well(self, now: float) -> None:
         """A message was taken."""
