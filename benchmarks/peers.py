@@ -75,13 +75,22 @@ class Peer(asyncio.Protocol):
         delay = self.seen.options.get("delay", 0.2 if self.seen.kind == "slow" else 0)
         if delay:
             self.when = max(self.when, self.loop.time()) + delay
-            self.loop.call_at(self.when, self.transport.write, text)
+            self.loop.call_at(self.when, self.write, text)
         else:
+            self.transport.write(text)
+
+    def write(self, text: bytes) -> None:
+        if not self.transport.is_closing():
             self.transport.write(text)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         while not self.transport.is_closing():
+            if self.in_data and self.buffer.startswith(b".\r\n"):  # a lone dot: no recipient was accepted
+                del self.buffer[:3]
+                self.in_data = False
+                self.say(b"554 5.5.1 no valid recipients\r\n")
+                continue
             end = self.buffer.find(b"\r\n.\r\n" if self.in_data else b"\r\n")
             if end < 0:
                 return

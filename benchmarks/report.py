@@ -1,6 +1,6 @@
 """docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json and stragglers.json; what is missing there is said to be.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json and sites.json; what is missing there is said to be.
 """
 
 import json
@@ -39,6 +39,18 @@ def value(which: str, name: str) -> Callable[[Found], float]:
     return lambda found: float(found[which][name])
 
 
+def many(run: int) -> Callable[[Found], float]:
+    return lambda found: found["sites"]["many"][run]["cpu us"] / found["sites"]["many"][run]["cpu us, one smart host"]
+
+
+def most(name: str) -> Callable[[Found], float]:
+    return lambda found: max(row[name] for row in found["sites"]["many"])
+
+
+def part(which: str, name: str) -> Callable[[Found], float]:
+    return lambda found: float(found["sites"][which][name])
+
+
 REUSED, EACH, LARGE = "sessions reused, 4 kB", "one connection a message, 4 kB", "200 kB"
 TWO = "sessions reused, 4 kB, two workers"
 
@@ -73,6 +85,19 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ("10,000 idle connections: memory of each", value("idle", "kB each"), "-", 8, "{:.1f} kB"),
     ("... p99 of others' acceptance", value("idle", "p99 ms"), "-", 50, "{:.1f} ms"),
     ("Two workers: CPU beside one's", lambda f: cpu(f, TWO) / cpu(f, REUSED), "-", 1.1, "{:.2f} x"),
+    ("10,000 domains on 200 sites: CPU beside one smart host's", many(0), "-", 1.5, "{:.2f} x"),
+    ("... the same with two workers", many(1), "-", 1.5, "{:.2f} x"),
+    ("... DNS queries per domain", most("DNS queries per domain"), "-", 2.2, "{:.2f}"),
+    ("... most connections to one site (limit 5)", most("most connections to a site (limit 5)"), "-", 5, "{:.0f}"),
+    (
+        "Healthy sites beside a dead, a flaky, a slow and a greylisting one: rate",
+        lambda f: f["sites"]["trouble"]["rate of the healthy with trouble"]
+        / f["sites"]["trouble"]["rate of the healthy without trouble"],
+        "+", 0.9, "{:.2f} x",
+    ),
+    ("Limits nobody configured: share of what is permitted", part("provider", "share of the permitted rate"), "+", 0.9, "{:.2f}"),
+    ("... refused attempts", part("provider", "refused share"), "-", 0.01, "{:.4f}"),
+    ("`explain` with 1,000,000 queued, inside the daemon: slowest of 200", part("explain", "most ms"), "-", 20, "{:.1f} ms"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
 ]  # fmt: skip

@@ -62,7 +62,7 @@ class Resolver:
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
-        self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
+        self._asking: dict[tuple[str, str], asyncio.Future[Records]] = {}
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """((preference, exchange) of a domain's MX records, as they came; "" is the null MX (RFC 7505)), and until when
@@ -96,14 +96,19 @@ class Resolver:
         if known is not None and known.until > self.now():
             self._count("hit")
             return known
-        task = self._asking.get(key)
-        if task is None:
-            self._count("query")
-            task = self._asking[key] = asyncio.get_running_loop().create_task(self._query(name, kind, aliases))
-            task.add_done_callback(lambda _: self._asking.pop(key, None))
-        else:
+        asked = self._asking.get(key)
+        if asked is not None:
             self._count("hit")
-        return await asyncio.shield(task)
+            return await asyncio.shield(asked)
+        self._count("query")
+        answer = self._asking[key] = asyncio.get_running_loop().create_future()
+        try:
+            records = await self._query(name, kind, aliases)
+            answer.set_result(records)
+        finally:
+            del self._asking[key]
+            answer.cancel()  # nothing where there is an answer; else whoever waits is cancelled with us
+        return records
 
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
         ttl: float = FAILURE_SECONDS

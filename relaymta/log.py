@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Log:
         self._worker = worker
         self._history = history
         self._descriptor = self._open()
-        self._pending: list[msgspec.Struct] = []
+        self._pending: deque[msgspec.Struct] = deque()  # one thread appends, the other takes from the front
         self._wanted = threading.Event()
         self._closing = False
         self.dropped = 0
@@ -137,7 +138,7 @@ class Log:
             self._wanted.wait()
             self._wanted.clear()
             time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
-            batch, self._pending = self._pending, []
+            batch = [self._pending.popleft() for _ in range(len(self._pending))]
             if self.dropped > told:
                 lost = f"{self.dropped - told} log records dropped: the log could not take them"
                 batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))

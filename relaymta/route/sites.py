@@ -52,6 +52,11 @@ class Sites:
         found = self._known.get((name.route, name.domain, name.application))
         return found[0] if found is not None and found[1] > self._now() else None
 
+    def last(self, name: QueueName) -> Site | None:
+        """A queue's site as it was last known, for people who ask."""
+        found = self._known.get((name.route, name.domain, name.application))
+        return self.known(name) or (found[0] if found is not None else None)
+
     async def find(self, name: QueueName) -> Site:
         """A queue's site. NoRoute when its domain has no host."""
         route = self._routes.route_of(name)

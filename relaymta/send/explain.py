@@ -32,7 +32,7 @@ async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
     for name, placement in await queue.places(ident):
         indexes = range(len(found["recipients"])) if placement.indexes is None else placement.indexes
         pending = [found["recipients"][i] for i in indexes if found["recipients"][i]["state"] == "pending"]
-        site = dispatcher.sites.known(name)
+        site = dispatcher.sites.last(name)
         found["waits"].append(
             {
                 "queue": str(name),
@@ -87,7 +87,7 @@ def _waits_for(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, due
     clock = dispatcher.queue.clock.now()
     if row["state"] in ("held", "quarantined"):
         return _answer(f"it is {row['state']}", 0, "`relaymta queue release`")
-    site = dispatcher.sites.known(name)
+    site = dispatcher.sites.last(name)
     pool = next((p for p in dispatcher.pools.values() if site is not None and p.site.key == site.key), None)
     if entry is not None and entry.flying:
         return _flying(pool, entry)
@@ -146,7 +146,7 @@ def _answer(why: str, until: float, released_by: str) -> dict[str, Any]:
 
 def _chosen_by(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, recipient: str) -> list[dict[str, Any]]:
     """The routes that were tried for a recipient, and what said no or yes."""
-    site = dispatcher.sites.known(name)
+    site = dispatcher.sites.last(name)
     mx = site.names if site is not None and site.hosts is not None else None
     asked = Asked(row["application"], row["sender"].lower(), recipient.lower(), row["size"], row["attempts"])
     return [
