@@ -89,8 +89,8 @@ class Resolver:
             raise _again(found.error)
         return found
 
-    async def _lookup(self, name: str, kind: str, aliases: int = ALIASES) -> Records:
-        """From the cache, from a question under way, or from the DNS. `aliases`: so many CNAMEs are followed."""
+    async def _lookup(self, name: str, kind: str) -> Records:
+        """From the cache, from a question under way, or from the DNS."""
         key = (name, kind)
         known = self._known.get(key)
         if known is not None and known.until > self.now():
@@ -103,7 +103,7 @@ class Resolver:
         self._count("query")
         answer = self._asking[key] = asyncio.get_running_loop().create_future()
         try:
-            records = await self._query(name, kind, aliases)
+            records = await self._query(name, kind, ALIASES)
             answer.set_result(records)
         finally:
             del self._asking[key]
@@ -111,6 +111,7 @@ class Resolver:
         return records
 
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
+        """Ask, and keep the answer. `aliases`: so many CNAMEs are followed."""
         ttl: float = FAILURE_SECONDS
         error: DnsFailure | NoSuchName | NoData | None = None
         values: list[Any] = []
@@ -122,7 +123,8 @@ class Resolver:
             chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
             ttl = min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS)
             if not values and chain and aliases:
-                end = await self._lookup(chain[-1], kind, aliases - 1)
+                # Asked here and not shared: in a loop of aliases we would wait for ourselves.
+                end = await self._query(chain[-1], kind, aliases - 1)
                 return self._keep(name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
             if not values:
                 error, ttl = NoData(name), NEGATIVE_SECONDS

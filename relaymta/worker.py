@@ -265,7 +265,7 @@ class Worker:
         full = any(shard.queue.full for shard in self.shards.values())
         slow = any(shard.queue.pressure for shard in self.shards.values())
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
-        gauge("relaymta_limit_overflows", self.limits.overflows)
+        gauge("relaymta_limit_overflows", self.limits.overflows + self.rates.overflows)
         gauge("relaymta_store_slow", slow)
         gauge("relaymta_store_full", full)
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)

@@ -6,6 +6,7 @@ import click
 
 from relaymta.cli.serve import configured, loaded
 from relaymta.config import Config, describe
+from relaymta.route.shaping import check as unreachable
 
 __all__ = ["config"]
 
@@ -19,7 +20,8 @@ def config() -> None:
 @configured
 def check(read: Callable[..., Config]) -> None:
     """Name every problem (exit status 78), or say that there is none."""
-    loaded(read)
+    for sentence in unreachable(loaded(read)):
+        click.echo(f"note: {sentence}")
     click.echo("the configuration is fine")
 
 

@@ -10,6 +10,7 @@ import click
 
 from relaymta.config import Config, load, parse_value
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
+from relaymta.route.table import RouteTable
 
 __all__ = ["configured", "serve"]
 
@@ -43,7 +44,9 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
             path = Path(CONFIG_PATH)
 
         def read(extra: dict[str, Any] | None = None) -> Config:
-            return load(path, overrides | (extra or {}))
+            config = load(path, overrides | (extra or {}))
+            RouteTable(config)  # its route map can be read, and names routes that exist
+            return config
 
         return function(read=read, **others)
 

@@ -57,6 +57,7 @@ FORGET_MS = 3 * 3_600_000  # after this long without a try a site that was down 
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 LOOKUPS = 200  # domains whose hosts are looked up at the same time
 YIELD_SECONDS = 0.15  # a place that was given up is left to others
+KEPT_DOWN = 50_000  # domains and queues that are remembered to be left alone
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
 TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class
 
@@ -196,7 +197,7 @@ class Dispatcher:
     def _park(self, queue: int, until: int) -> None:
         """Let a queue sleep."""
         if self._parked.get(queue, 0) < until:
-            if len(self._parked) > 50_000:
+            if len(self._parked) >= KEPT_DOWN:
                 self._parked.clear()
             self._parked[queue] = until
             self._queue().park(queue, until)
@@ -267,6 +268,8 @@ class Dispatcher:
         failures, _ = self.nowhere(name)
         pause = self._pause(failures + 1)
         until = self._queue().clock.now() + pause
+        if len(self._nowhere) >= KEPT_DOWN:
+            self._nowhere.clear()
         self._nowhere[name.route, name.domain] = (failures + 1, until)
         self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, str(error), pause)
 

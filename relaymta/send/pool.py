@@ -19,9 +19,12 @@ PACE_LEAST = 0.05  # messages a second
 PACE_AFTER = 0.9  # of the rate at which it was refused
 PACE_AGAIN = 0.95  # of the pace, when that was refused too
 PACE_QUIET = 10.0  # seconds without a refusal until the pace rises a little
-PACE_STEP = 1.01
+PACE_STEP = 0.01  # more, after the first of these seconds; twice that after the second, and so on
+PACE_STEPS = 10
+PACE_RATE = 2.0  # messages a second: what is refused below that is not refused for its rate
 HOLD_SECONDS = 600.0  # how long a learned number of connections or messages stands before one more is tried
 RATE_WINDOW = 1.0
+ENDED_TIMES = 3  # connections that were ended after the same number of messages, until that is taken for a limit
 
 
 class Learned:
@@ -39,9 +42,9 @@ class Pool:
     """A site's state in one worker. Times are the loop's but for `down_until`, which is the queue's clock."""
 
     __slots__ = (
-        "before", "connecting", "down_until", "ended_after", "failures", "idle", "learned", "loading", "pumping_at", "ready",
-        "reason", "refused_at", "resume_at", "second", "served", "sessions", "shape", "site", "skipped",
-        "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "this", "waiting", "window", "yielded_at",
+        "before", "connecting", "down_until", "ended_after", "ended_at", "ended_times", "failures", "idle", "learned", "loading",
+        "pumping_at", "quiet", "ready", "reason", "refused_at", "resume_at", "second", "served", "sessions", "shape", "site",
+        "skipped", "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "this", "waiting", "window", "yielded_at",
     )  # fmt: skip
 
     def __init__(self, site: Site, source: Source | None, shape: Shape) -> None:
@@ -59,9 +62,12 @@ class Pool:
         self.reason = ""
         self.window = min(WINDOW_START, shape.connections.value)
         self.learned: dict[str, Learned] = {}
-        self.refused_at = 0.0
+        self.refused_at = 0.0  # when the rate was refused last, or rose
+        self.quiet = 0  # times it rose since
         self.resume_at = 0.0  # nothing is sent before, so that its count of the last second can run out
-        self.ended_after = 0  # messages after which the site ended a connection last
+        self.ended_after = 0  # messages after which the site ended a connection last, when, and how often in a row
+        self.ended_at = 0.0
+        self.ended_times = 0
         self.second = 0  # messages that began in this second of the loop's time, and in the one before
         self.this = self.before = 0
         self.served = 0  # messages since this worker took its turn, while another waits
@@ -170,30 +176,38 @@ class Pool:
         learned = self.learned.get("rate")
         if learned is not None and now - self.refused_at > PACE_QUIET:
             self.refused_at = now
-            learned.value *= PACE_STEP
+            self.quiet += 1
+            learned.value *= 1 + PACE_STEP * min(self.quiet, PACE_STEPS)
 
     def refused_connection(self, said: Said, now: float) -> str:
         """The site did not want one more connection; "connections" when that teaches how many it wants."""
         self.window = max(1.0, self.window / 2)
+        open_now = len(self.sessions) + self.connecting
         if not self.sessions:
             return ""
-        self.learn("connections", float(len(self.sessions)), reply_text(said), now + HOLD_SECONDS)
+        self.learn("connections", float(open_now), reply_text(said), now + HOLD_SECONDS)
         return "connections"
 
     def refused_message(self, said: Said, session: Session, now: float, workers: int) -> str:
         """The site said 421 instead of taking a message: it takes so many over one connection, or so many a second. Which of
         the limits was learned, "" for none."""
-        carried, before = session.core.messages, self.ended_after
-        self.ended_after = carried
-        if carried > 1 and carried == before:
+        carried = session.core.messages
+        if now - self.ended_at > RATE_WINDOW:  # those of one moment say the same once
+            self.ended_times = self.ended_times + 1 if carried == self.ended_after else 1
+            self.ended_after, self.ended_at = carried, now
+        if carried > 1 and carried == self.ended_after and self.ended_times >= ENDED_TIMES:
             self.learn("messages_per_connection", float(carried), reply_text(said), now + HOLD_SECONDS)
             return "messages_per_connection"
         learned = self.learned.get("rate")
         if learned is not None and now - self.refused_at < RATE_WINDOW:
             return ""  # one burst, one lesson
+        peak = max(self.rate(now), self.this, self.before) * workers
+        if learned is None and peak < PACE_RATE:
+            return ""
         self.refused_at = now
         self.resume_at = now + RATE_WINDOW
-        pace = learned.value * PACE_AGAIN if learned is not None else self.rate(now) * workers * PACE_AFTER
+        self.quiet = 0
+        pace = learned.value * PACE_AGAIN if learned is not None else peak * PACE_AFTER
         self.learn("rate", max(PACE_LEAST, pace), reply_text(said), now + HOLD_SECONDS)
         return "rate"
 

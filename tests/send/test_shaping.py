@@ -49,8 +49,15 @@ def test_limits_that_can_never_be_reached_are_named():
     assert not check(config(site=[{"hosts": ["h"], "rate": "4/s", "connection_rate": "1/s", "messages_per_connection": 5}]))
 
 
-def sites(relay: Relay) -> list[dict]:
-    return [json.loads(line) for line in relay.cli("site", "list", "--json").stdout.splitlines()]
+def test_config_check_names_them_and_reads_the_route_map(tmp_path):
+    relay = Relay(tmp_path, None)
+    table = 'site=[{hosts=["h"],rate="10/s",connection_rate="1/s",messages_per_connection=5}]'
+    flags = ["--set", 'listener=[{address="127.0.0.1:1"}]', "--set", table]
+    said = relay.cli("config", "check", *flags)
+    assert "rate 10/s is never reached" in said.stdout and "is fine" in said.stdout
+    (tmp_path / "map").write_text("x@y nowhere\n")
+    wrong = relay.cli("config", "check", *flags, "--set", f"route_map={tmp_path}/map", check=False)
+    assert wrong.returncode == 78 and "map:1: there is no route 'nowhere'" in wrong.stderr
 
 
 def facts(relay: Relay) -> list[dict]:
