@@ -709,6 +709,8 @@ class Dispatcher:
                     session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
                 elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
                     self._retire(session, pool)
+            if pool.skipped and len(pool.ready) < CROWDED // 2:
+                self._uncrowd(pool)  # however it emptied
             if len(pool.ready):
                 self._pump(pool)
             elif not pool.sessions and not pool.connecting:

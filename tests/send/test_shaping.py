@@ -1,6 +1,7 @@
 """Limits, rules about replies and what is learned from them: the running relay, and peers with limits of their own."""
 
 import json
+import smtplib
 import threading
 import time
 from itertools import pairwise
@@ -199,6 +200,19 @@ def test_a_priority_message_passes_a_backlog_and_the_backlog_goes_on(tmp_path):
         relay.send_from("127.0.0.9", "Subject: express\r\n\r\nx\r\n")
         wait_for(lambda: any(b"Subject: express" in text for _, _, text in list(peer.messages)), 5)
         assert len(peer.messages) < 50
+
+
+def test_more_mail_than_one_site_may_hold_in_memory_goes_on_after_the_site_was_down(tmp_path):
+    """So much waits that the rest is left on disk; then the site dies and comes back."""
+    with FakeMx({}, slow=4) as slow:
+        with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5") as relay:
+            with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as client:
+                for _ in range(2300):
+                    client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+            assert slow.messages == []
+            slow.__exit__()
+            with FakeMx({}, slow.port) as peer:
+                wait_for(lambda: len(peer.messages) == 2300, 60)
 
 
 def test_one_connection_for_two_workers_is_shared(tmp_path):

@@ -1,6 +1,7 @@
 """A scripted peer: a thread with a listening socket that answers as its rules say, and misbehaves on request."""
 
 import base64
+import contextlib
 import socket
 import ssl
 import struct
@@ -69,6 +70,8 @@ class FakeMx:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # so that accept() returns and the port is free
         self._server.close()
         for sock in self._open:
             sock.close()
