@@ -125,7 +125,7 @@ def _in_line(dispatcher: Dispatcher, pool: Pool, entry: Entry | None) -> dict[st
     now = dispatcher.loop.time()
     position = pool.ready.position(entry, EXACT) if entry is not None else -1
     limits = dict(pool.binding(now))
-    name = "rate" if pool.pumping_at > now and limits["rate"].value else "connections"
+    name = "rate" if limits["rate"].value and (pool.idle or pool.pumping_at > now) else "connections"
     limit = limits[name]
     rate = limits["rate"].value or pool.rate(now)
     until = wall_ms() / 1000 + position / rate if position >= 0 and rate else 0
