@@ -15,10 +15,9 @@ import msgspec
 
 from relaymta.errors import StoreError, store_error
 
-__all__ = ["DEAD", "KINDS", "LEARNED", "SLOW", "SUSPENDED", "Fact", "Facts", "Store", "fact_row"]
+__all__ = ["DEAD", "LEARNED", "SLOW", "SUSPENDED", "Fact", "Facts", "Store", "fact_row"]
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
-KINDS = (SUSPENDED, DEAD, SLOW, LEARNED)
 MOST = 50_000  # facts; beyond it those that end first go
 _MAP_SIZE = 1 << 30
 

@@ -38,14 +38,14 @@ def test_explain_of_a_dead_site_and_of_a_delivery_under_way(tmp_path):
         with Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
             relay.send()
             wait_for(lambda: "DATA" in peer.commands)
-            (ident,) = [event["id"] for event in relay.events("queued")]
+            (ident,) = wait_for(lambda: [event["id"] for event in relay.events("queued")])
             wait = wait_for(lambda: explained(relay, ident)["waits"][0]["wait"])
             assert wait["why"] == "it is being delivered to 127.0.0.1, which owes a reply to final"
     with Relay(tmp_path, f"127.0.0.1:{free_port()}") as relay:
         for _ in range(3):
             relay.send()
         wait_for(lambda: relay.events("site"))
-        ident = relay.events("queued")[-1]["id"]
+        ident = wait_for(lambda: [event["id"] for event in relay.events("queued")][2:])[0]
         wait = wait_for(lambda: explained(relay, ident)["waits"][0]["wait"])
         assert wait["why"].startswith(("the site is down: ", "its schedule"))
 

@@ -90,7 +90,7 @@ def test_a_rule_suspends_a_site_until_it_is_resumed_and_the_reply_is_the_evidenc
             assert peer.messages == []
             why = relay.cli("shaping", "why", "smarthost").stdout
             assert "451 4.7.0 go away for now" in why and "rule go away" in why
-            ident = relay.events("queued")[-1]["id"]
+            ident = wait_for(lambda: [event["id"] for event in relay.events("queued")][4:])[0]
             assert "suspended by rule go away" in relay.cli("message", "explain", ident).stdout
             relay.kill()
             relay.start()
@@ -127,7 +127,10 @@ def test_a_dead_site_is_knocked_at_once_a_period_by_all_workers_and_across_a_res
         wait_for(lambda: any(fact["kind"] == "dead" for fact in facts(relay)))
         time.sleep(0.5)
         failed = relay.metric('relaymta_sessions_total{result="failed"}')
-        assert failed <= 2, "each worker at most once, before it heard of the other"
+        for _ in range(5):
+            relay.send()
+        time.sleep(0.5)
+        assert relay.metric('relaymta_sessions_total{result="failed"}') == failed, "it is left alone, by both workers"
         relay.kill()
         with FakeMx({}, port) as peer:
             relay.start()
@@ -135,7 +138,7 @@ def test_a_dead_site_is_knocked_at_once_a_period_by_all_workers_and_across_a_res
             time.sleep(1)
             assert peer.connections == 0
             relay.cli("queue", "flush", "--all")
-            wait_for(lambda: len(peer.messages) == 11, 30)
+            wait_for(lambda: len(peer.messages) == 16, 30)
             wait_for(lambda: facts(relay) == [])
 
 
@@ -199,8 +202,8 @@ def test_a_priority_message_passes_a_backlog_and_the_backlog_goes_on(tmp_path):
 
 def test_more_mail_than_one_site_may_hold_in_memory_goes_on_after_the_site_was_down(tmp_path):
     """So much waits that the rest is left on disk; then the site dies and comes back."""
-    with FakeMx({}, slow=4) as slow:
-        with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5") as relay:
+    with FakeMx({}, slow=3600) as slow:
+        with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5", "delivery.connect_timeout=300") as relay:
             with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as client:
                 for _ in range(2300):
                     client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
@@ -220,8 +223,8 @@ def test_one_connection_for_two_workers_is_shared(tmp_path):
                 relay.send()
             wait_for(lambda: len(peer.messages) == 200, 60)
             assert peer.most_open == 1
-            workers = {event["worker"] for event in relay.events("delivered")}
-            assert workers == {0, 1}
+            wait_for(lambda: len(relay.events("delivered")) == 200)
+            assert {event["worker"] for event in relay.events("delivered")} == {0, 1}
             order = [event["worker"] for event in sorted(relay.events("delivered"), key=lambda e: e["ts"])]
             assert sum(a != b for a, b in pairwise(order)) >= 3
 
