@@ -19,8 +19,8 @@ __all__ = ["MOST_RECIPIENTS", "Fresh"]
 
 MOST_RECIPIENTS = 10  # of a message that is folded: rows stay small
 # Octets of one row. LMDB keeps up to about 2,000 within a page; what is longer takes pages of its own, side by side, and in a
-# file that once held a large queue those are long sought for (measured after 1,000,000 messages: all mail cost 1.35 to 1.4 x
-# as much CPU as before with long rows, 1.13 to 1.2 x with short ones).
+# file that once held a large queue those are long sought for (after 1,000,000 messages all mail cost 1.35 to 1.4 x as much CPU
+# as before with long rows, 1.13 to 1.2 x with short ones; two runs of each, on a machine with other work).
 ROW_OCTETS = 1900
 
 _decode = msgspec.msgpack.Decoder(list[tuple[int, Envelope]]).decode
