@@ -36,7 +36,7 @@ from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.decisions import Decisions, Tell
 from relaymta.send.opener import Opener, Sources
 from relaymta.send.outcome import judge
-from relaymta.send.pool import Pool
+from relaymta.send.pool import Pool, pool_key
 from relaymta.send.session import Session
 from relaymta.shm import Flying, Limits, Rates
 
@@ -182,7 +182,7 @@ class Dispatcher:
         source = None
         if site.route.sources:
             source = self.sources.choose(site.route, f"{entry.envelope.sender}\0{entry.name.domain}")
-        key = f"{site.key} from {source.name}" if source is not None else site.key
+        key = pool_key(site, source)
         pool = self.pools.get(key)
         if pool is None:
             pool = self.pools[key] = Pool(site, source, self.shaping.shape(site))

@@ -159,8 +159,7 @@ class Opener:
         """Let the host alone for a while, then see in the background whether it is back: no message pays for the look."""
         known = self._down.get(name)
         failures = known.failures + 1 if known is not None else 1
-        pause = min(DOWN_MOST, DOWN_LEAST * 2 ** min(failures - 1, 10))
-        self._down[name] = _Health(failures, self._now() + pause, str(error))
+        self._down[name] = _Health(failures, self._now() + _pause(failures), str(error))
         if known is None and len(site.route.hosts) > 1:
             self._log.event("warning", text=f"smart host {name} is down, others of route {site.route.label} are used: {error}")
             task = asyncio.get_running_loop().create_task(self._probe(peer, name))
@@ -179,7 +178,7 @@ class Opener:
             except (OSError, TimeoutError):
                 pass
             health.failures += 1
-            health.until = self._now() + min(DOWN_MOST, DOWN_LEAST * 2 ** min(health.failures - 1, 10))
+            health.until = self._now() + _pause(health.failures)
 
     def down(self, route: Route) -> dict[str, str]:
         """The smart hosts of a route that are down, and why."""
@@ -192,6 +191,11 @@ class Opener:
         """End what is under way."""
         for task in self._probing:
             task.cancel()
+
+
+def _pause(failures: int) -> float:
+    """Seconds that a smart host is left alone after so many failures in a row."""
+    return min(DOWN_MOST, DOWN_LEAST * float(1 << min(failures - 1, 10)))
 
 
 def _smart_host(text: str) -> Peer:

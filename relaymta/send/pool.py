@@ -12,7 +12,7 @@ from relaymta.route.sites import Site
 from relaymta.send.ready import Ready
 from relaymta.send.session import Session
 
-__all__ = ["Learned", "Pool"]
+__all__ = ["Learned", "Pool", "pool_key", "reply_text"]
 
 WINDOW_START = 5.0
 PACE_LEAST = 0.05  # messages a second
@@ -81,7 +81,7 @@ class Pool:
     @property
     def key(self) -> str:
         """Its name: the site's, and the source's where there is one."""
-        return f"{self.site.key} from {self.source.name}" if self.source is not None else self.site.key
+        return pool_key(self.site, self.source)
 
     @property
     def paced(self) -> bool:
@@ -218,6 +218,11 @@ class Pool:
     def timed_out(self) -> None:
         """A connection stood still."""
         self.window = max(1.0, self.window / 2)
+
+
+def pool_key(site: Site, source: Source | None) -> str:
+    """The name of a site's pool for mail from a source."""
+    return f"{site.key} from {source.name}" if source is not None else site.key
 
 
 def reply_text(said: Said) -> str:
