@@ -26,11 +26,12 @@ from tests.support.daemon import wait_for
 
 TEXT = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"
 
+BACKLOG = QueueName("smarthost", "")
 
-async def fill(spool: Path, messages: int, spread: float) -> None:
-    """Put messages into shard 0 as if each had been deferred once."""
-    name = QueueName("smarthost", "")
-    queue = Queue(spool, 0, QueueSettings("bench"), lambda envelope, attempts: [(name, None)], lambda entry: None, Events())
+
+async def fill(spool: Path, messages: int, spread: float, shard: int = 0, name: QueueName = BACKLOG) -> None:
+    """Put messages into a shard as if each had been deferred once."""
+    queue = Queue(spool, shard, QueueSettings("bench"), lambda envelope, attempts: [(name, None)], lambda entry: None, Events())
     await queue.start()
     queue.schedule.paused = True
 
@@ -39,7 +40,8 @@ async def fill(spool: Path, messages: int, spread: float) -> None:
         now = queue.clock.now()
         for _ in range(1000):
             ident = queue.ident()
-            envelope = Envelope("a@b.example", ["c@d.example"], len(TEXT), 0, wall_ms(), queue.deadline(), "127.0.0.1", "x")
+            envelope = Envelope("a@b.example", ["c@d.example"], len(TEXT), 0, wall_ms(), queue.deadline(), "127.0.0.1", "x",
+                                name.application, name.priority)  # fmt: skip
             envelope.body = queue.segments.append(ident, [TEXT], len(TEXT), COLD)
             envelope.placements = [Placement(row.number, now + 15_000 + int(random.random() * spread * 1000), 1)]
             change.put(ident, envelope, [row])

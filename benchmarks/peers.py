@@ -3,6 +3,7 @@
     open      takes everything                           limited   per address: `connections` at most, `rate` messages a second,
     grey      refuses each sender-recipient pair once               `messages` on one connection, else 421
     flaky     421 to every third connection              slow      one connection, `delay` seconds for each reply
+    order     takes everything, and remembers when each transaction began
 
 On SIGTERM it prints what it saw as one JSON object: messages, connections, the most of them at a time by address, refusals.
 """
@@ -28,13 +29,14 @@ class Seen:
         self.most: Counter[str] = Counter()
         self.recent: dict[str, deque[float]] = defaultdict(deque)
         self.pairs: set[tuple[bytes, bytes]] = set()
+        self.order: list[tuple[float, str]] = []  # kind `order`: when a transaction began, and its sender
         self.marks: list[tuple[float, int, int]] = []  # each second: time, messages, refused
 
     def report(self) -> dict[str, object]:
         """For the benchmark."""
         most = max(self.most.values(), default=0)
         return {"messages": self.messages, "connections": self.connections, "most open": most, "refused": self.refused,
-                "marks": self.marks}  # fmt: skip
+                "marks": self.marks, "order": self.order}  # fmt: skip
 
 
 class Peer(asyncio.Protocol):
@@ -112,6 +114,8 @@ class Peer(asyncio.Protocol):
             self.say(b"250-peer\r\n250-PIPELINING\r\n250 8BITMIME\r\n")
         elif verb == b"MAIL":
             self.sender = line
+            if seen.kind == "order":
+                seen.order.append((time.monotonic(), line.decode()))
             if self.too_much():
                 seen.refused += 1
                 self.say(b"421 4.7.0 too much from you\r\n")

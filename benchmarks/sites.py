@@ -8,12 +8,17 @@ explain   `message explain` with a large queue, inside the daemon
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
+import smtplib
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -79,17 +84,45 @@ def drain(relay: Relaymta, expected: float, seconds: float = 600) -> None:
     wait_for(lambda: relay.delivered() >= expected, seconds, "all mail to be delivered")
 
 
-def measured(relay: Relaymta, recipients: list[str]) -> dict[str, float]:
+def measured(relay: Relaymta, recipients: list[str], kills: int = 0) -> dict[str, float]:
     """CPU per message and rate."""
     spent, start, began = cpu_seconds(relay.root), relay.delivered(), time.monotonic()
-    send(relay.port, recipients)
-    drain(relay, start + len(recipients))
+    if kills:
+        send_killing(relay, recipients, kills)
+        wait_for(lambda: relay.counter("relaymta_queue_messages") == 0, 300, "the queue to be empty")
+        time.sleep(2)
+    else:
+        send(relay.port, recipients)
+        drain(relay, start + len(recipients))
     elapsed = time.monotonic() - began
     return {"cpu_us": (cpu_seconds(relay.root) - spent) / len(recipients) * 1e6, "rate": len(recipients) / elapsed}
 
 
-def many(messages: int, workers: int) -> dict[str, Any]:
-    """Many domains on few sites, beside one smart host."""
+def send_killing(relay: Relaymta, recipients: list[str], kills: int) -> None:
+    """As `send`, but half-way through each of `kills` parts a worker is killed; what it had not acknowledged is sent again."""
+    acknowledged: set[int] = set()
+    waiting = list(range(len(recipients)))
+
+    def client(numbers: list[int]) -> None:
+        for number in numbers:
+            while number not in acknowledged:
+                with contextlib.suppress(OSError, smtplib.SMTPException), smtplib.SMTP("127.0.0.1", relay.port) as smtp:
+                    smtp.sendmail("a@b.example", [recipients[number]], "Subject: x\r\n\r\n" + "x" * 4000)
+                    acknowledged.add(number)
+
+    threads = [threading.Thread(target=client, args=(waiting[n::CLIENTS],)) for n in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for kill in range(kills):
+        wait_for(lambda kill=kill: len(acknowledged) > (kill + 0.5) * len(recipients) / kills, 300)  # type: ignore[misc]
+        children = subprocess.run(["pgrep", "-P", str(relay.root)], capture_output=True, text=True, check=True).stdout.split()
+        os.kill(int(random.choice(children)), signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+
+
+def many(messages: int, workers: int, kills: int = 0) -> dict[str, Any]:
+    """Many domains on few sites, beside one smart host. `kills`: so many times a worker dies meanwhile."""
     domains = messages // 2
     recipients = [f"x@d{n % domains}.test" for n in range(messages)]
     random.shuffle(recipients)
@@ -112,7 +145,7 @@ def many(messages: int, workers: int) -> dict[str, Any]:
                 'site=[{hosts=[".test"],connections=5}]',
             )
             relay = Relaymta(folder / "many", 0, workers, settings)
-            found = measured(relay, recipients)
+            found = measured(relay, recipients, kills)
             opened = relay.counter('relaymta_sessions_total{result="opened"}')
             queries = relay.counter('relaymta_dns_lookups_total{result="query"}')
             relay.close()
@@ -120,7 +153,7 @@ def many(messages: int, workers: int) -> dict[str, Any]:
     return {
         "messages": messages, "domains": domains, "sites": SITES, "workers": workers, "cpu us": found["cpu_us"],
         "cpu us, one smart host": one["cpu_us"], "rate": found["rate"], "rate, one smart host": one["rate"],
-        "connections": opened, "DNS queries per domain": queries / domains,
+        "kills": kills, "arrived": seen["messages"], "connections": opened, "DNS queries per domain": queries / domains,
         "most connections to a site (limit 5)": seen["most open"],
     }  # fmt: skip
 
@@ -210,7 +243,10 @@ def main() -> None:
     parser.add_argument("--only", choices=["many", "trouble", "provider", "explain"])
     options = parser.parse_args()
     parts = {
-        "many": lambda: [many(options.messages, workers) for workers in (1, 2)],
+        "many": lambda: [
+            *(many(options.messages, workers) for workers in (1, 2)),
+            many(options.messages // 4, 2, kills=5),
+        ],
         "trouble": lambda: trouble(options.messages),
         "provider": lambda: provider(options.learn),
         "explain": lambda: explain(options.queued),

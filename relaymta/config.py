@@ -125,6 +125,17 @@ class OAuth(_Table):
     scope: str = Field("", description='for example "https://outlook.office365.com/.default"')
 
 
+def header_condition(text: str) -> tuple[bytes, re.Pattern[str]]:
+    """A route's `header` condition: the field's name in lower case, and the expression. ValueError when it is none."""
+    name, colon, expression = text.partition(":")
+    if not colon or not re.fullmatch(r"[!-9;-~]+", name):
+        raise ValueError(f'header: {text!r} is not "Name: regular expression"')
+    try:
+        return name.lower().encode(), re.compile(expression.strip(), re.I | re.S)
+    except re.error as error:
+        raise ValueError(f"header: {text!r}: {error}") from None
+
+
 class Route(_Table):
     """Where mail goes. `[[route]]`, repeatable; the first that matches is taken. All that is given must match."""
 
@@ -138,11 +149,18 @@ class Route(_Table):
         [], description='matches domains with an MX host of these names, ".example" and below; goes with application and '
         "recipient_domain only; empty: any",
     )  # fmt: skip
+    header: list[str] = Field(
+        [], description='matches messages with such header fields, each a "Name: regular expression" on its value, looked at '
+        "when the message is taken in; empty: any",
+    )  # fmt: skip
     min_size: Size = Field(0, description="matches messages of at least so many octets")
     max_size: Size = Field(0, description="matches messages of at most so many octets; 0: any")
     min_attempts: int = Field(0, ge=0, description="matches messages that were tried so many times before: a fallback")
     hosts: list[Host] = Field(
         [], description="smart hosts as host[:port] or, for LMTP, unix:/path; empty: the recipient domain's MX"
+    )
+    lookup: str = Field(
+        "", description="URL that is asked where a domain's mail goes: `?domain=D&application=A`; see docs/delivery.md"
     )
     mode: Literal["failover", "balance"] = Field(
         "failover", description="failover: the next host is tried when one cannot be reached; balance: all share the load"
@@ -182,7 +200,15 @@ class Route(_Table):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.hosts)} hosts")
         if self.weights and (min(self.weights) < 0 or not any(self.weights)):
             raise ValueError("weights: none may be negative, and not all 0")
-        others = (self.sender, self.sender_domain, self.recipient, self.min_size, self.max_size, self.min_attempts)
+        others = (
+            self.sender, self.sender_domain, self.recipient, self.header, self.min_size, self.max_size, self.min_attempts,
+        )  # fmt: skip
+        for condition in self.header:
+            header_condition(condition)
+        if self.lookup and self.hosts:
+            raise ValueError("lookup and hosts: the look-up says which hosts")
+        if self.lookup and not re.match(r"https?://[^/]", self.lookup):
+            raise ValueError(f"lookup: {self.lookup!r} is no http:// or https:// URL")
         if self.mx and any(others):
             raise ValueError("mx goes with application and recipient_domain only: MX hosts are known per domain, not per message")
         if self.protocol == "lmtp" and not self.hosts:
@@ -279,6 +305,13 @@ class PeerNetwork(_Table):
     message_size: Size | None = Field(None, description="octets of a message of theirs")
     recipients: int | None = Field(None, ge=1, le=65535, description="recipients of one message of theirs")
     connections: int | None = Field(None, ge=1, description="connections from one address of theirs")
+
+
+class Application(_Table):
+    """What holds for the mail of one application. `[[application]]`, repeatable."""
+
+    name: str = Field(description="as listeners and networks name it")
+    weight: int = Field(1, ge=1, le=100, description="its share where applications wait for the same site: messages in a turn")
 
 
 class Relay(_Table):
@@ -382,6 +415,7 @@ class Config(_Table):
     source: list[Source] = Field([], description="addresses to send from")
     site: list[SiteTable] = Field([], description="limits of sites")
     rule: list[Rule] = Field([], description="what replies mean")
+    application: list[Application] = Field([], description="what holds for the mail of single applications")
     network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
     staging: Staging = Staging()
     relay: Relay = Relay()

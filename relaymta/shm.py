@@ -153,17 +153,17 @@ class Limits:
         if row >= 0:
             self._cells.add(row + 1 + self._slot, -1)
 
-    def wait(self, key: str, rank: int) -> None:
-        """Say that this worker waits for a unit of `key`, with mail of class `rank` (1 and up; 0: it does not wait)."""
+    def wait(self, key: str, claim: int) -> None:
+        """Say that this worker waits for a unit of `key`, and with what claim to it (1 and up; 0: it does not wait)."""
         mark, row = self._find("wait " + key)
         if row >= 0:
-            self._cells.set(row + 1 + self._slot, rank)
-            if rank and self._cells.get(row) != mark:  # somebody took the idle row over
+            self._cells.set(row + 1 + self._slot, claim)
+            if claim and self._cells.get(row) != mark:  # somebody took the idle row over
                 self._cells.set(row + 1 + self._slot, 0)
                 self._known.pop("wait " + key, None)
 
     def waiting(self, key: str) -> int:
-        """The highest class with which another worker waits for a unit of `key`; 0 when none does."""
+        """The highest claim with which another worker waits for a unit of `key`; 0 when none does."""
         mark, row = self._find("wait " + key)
         if row < 0 or self._cells.get(row) != mark:
             self._known.pop("wait " + key, None)

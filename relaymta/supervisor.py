@@ -25,9 +25,10 @@ from relaymta.config import Config, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
 from relaymta.log import Log, find_history
-from relaymta.node import DEAD, SUSPENDED, Fact, Facts, Store, fact_row
+from relaymta.node import BOUNCE, DEAD, HOLD, SUSPENDED, TOKEN, Fact, Facts, Store, fact_row, keep_profiles
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
+from relaymta.route.shaping import shipped_text
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, notify, reason
 
@@ -137,6 +138,11 @@ class Supervisor:
     def _open_node(self, path: Path) -> None:
         self.store = Store(path)
         self.facts = Facts(self.store.load())
+        try:
+            if keep_profiles(path, shipped_text()):
+                self.log.event("warning", text="the provider profiles have changed: `relaymta shaping diff` shows how")
+        except OSError as error:  # a full disk, for one: the relay does not need them there
+            self.log.event("warning", text=f"{path}: {error.strerror}: the provider profiles in use are not remembered")
 
     def _drop_root(self) -> None:
         if os.geteuid() != 0:
@@ -389,6 +395,16 @@ class Supervisor:
                     known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
         return sorted(merged.values(), key=lambda row: -row["messages"])
 
+    async def _shape(self) -> list[dict[str, Any]]:
+        merged: dict[str, dict[str, Any]] = {}
+        for _, channel in self._ready():
+            for row in await channel.ask("shape"):
+                known = merged.setdefault(row["queue"], row)
+                if known is not row:
+                    known["messages"] += row["messages"]
+                    known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
+        return sorted(merged.values(), key=lambda row: -row["messages"])
+
     async def _page(self, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
         """A page of messages. `cursor`: [shard, id] as given by the last page, [] at first; [] back at the end."""
         order = sorted((shard, slot) for slot, _ in self._ready() for shard in slot.shards)
@@ -410,6 +426,10 @@ class Supervisor:
             if shard in slot.shards:
                 return await channel.ask("change", shard=shard, verb=verb, idents=idents, word=word)
         raise RelayError(f"shard {shard} is not open")
+
+    async def _throttled(self, queues: dict[str, int]) -> list[float]:
+        """Of so many messages in these queues, all due: how many a site's limits keep, and until when (seconds UTC)."""
+        return max([await channel.ask("throttled", queues=queues) for _, channel in self._ready()], default=[0, 0.0])
 
     async def _message(self, ident: str) -> Any:
         return await self._first("message", ident)
@@ -437,12 +457,26 @@ class Supervisor:
         return sorted(merged.values(), key=lambda row: (-row["waiting"], row["pool"]))
 
     async def _facts(self) -> list[dict[str, Any]]:
-        return [fact_row(fact, self.facts) for fact in sorted(self.facts, key=lambda fact: fact.key)]
+        shown = sorted((fact for fact in self.facts if fact.kind != TOKEN), key=lambda fact: fact.key)
+        return [fact_row(fact, self.facts) for fact in shown]
 
     async def _suspend(self, site: str, about: str, seconds: float, reason: str) -> None:
         now = time.time_ns() // 1_000_000
         fact = Fact(SUSPENDED, site, about, now, now + int(seconds * 1000), "operator", reason)
-        self.log.event("shaping", site=site, tenant=about, action=SUSPENDED, by="operator", reply=reason, until=fact.until)
+        self._ordered(fact, about)
+
+    async def _order(self, kind: str, about: str, seconds: float, reason: str) -> None:
+        """A standing order about mail (`field=value` words)."""
+        if kind not in (HOLD, BOUNCE):
+            raise RelayError(f"no such order: {kind}")
+        now = time.time_ns() // 1_000_000
+        self._ordered(Fact(kind, about, "", now, now + int(seconds * 1000), "operator", reason), "")
+
+    def _ordered(self, fact: Fact, tenant: str) -> None:
+        """An operator decided something."""
+        self.log.event(
+            "shaping", site=fact.site, tenant=tenant, action=fact.kind, by=fact.by, reply=fact.reason, until=fact.until
+        )
         self._know(fact, fact.key)
 
     async def _clear(self, kind: str, site: str, about: str, resume: bool) -> int:
@@ -462,8 +496,10 @@ class Supervisor:
 _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "status": Supervisor._status,
     "summary": Supervisor._summary,
+    "shape": Supervisor._shape,
     "page": Supervisor._page,
     "change": Supervisor._change,
+    "throttled": Supervisor._throttled,
     "message": Supervisor._message,
     "raw": Supervisor._raw,
     "explain": Supervisor._explain,
@@ -471,6 +507,7 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "sites": Supervisor._sites,
     "facts": Supervisor._facts,
     "suspend": Supervisor._suspend,
+    "order": Supervisor._order,
     "clear": Supervisor._clear,
     "reload": Supervisor.reload,
 }

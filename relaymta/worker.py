@@ -44,7 +44,7 @@ from relaymta.queue import (
 )  # fmt: skip
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
-from relaymta.send.explain import explain, site_rows
+from relaymta.send.explain import explain, goes_to, site_rows, throttled
 from relaymta.shm import Shared
 
 DELIVERED = index("relaymta_recipients_total", "delivered")
@@ -123,7 +123,7 @@ class Witness(Events):
         entry = outcome.entry
         common = {
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
-            "reply": " ".join(p for p in (str(attempt.code or ""), attempt.enhanced, attempt.text) if p),
+            "reply": attempt.whole,
         }  # fmt: skip
         address = entry.envelope.recipients[position]
         if attempt.kind == SUCCESS:
@@ -228,7 +228,7 @@ class Worker:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
-        self.intake = Intake(self.config, taking, self.counters, self.log)
+        self.intake = Intake(self.config, self.routes, taking, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, self.limits, ThreadPoolExecutor(4, "spill"))
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
@@ -249,7 +249,7 @@ class Worker:
         else:
             self.facts.learn(learned)
         for shard in self.shards.values():
-            shard.dispatcher.decisions.changed(learned, (kind, site, about))
+            shard.dispatcher.fact_changed(learned, (kind, site, about))
 
     def _gauges(self) -> None:
         """Once a second: what is counted by looking."""
@@ -260,7 +260,7 @@ class Worker:
                 shard.queue.watch_totals(lambda totals, shard=shard: self._set_gauges(shard, totals, now))  # type: ignore[misc]
         gauge = self.counters.gauge
         gauge("relaymta_connections", len(self.acceptor.connections) if self.acceptor else 0)
-        gauge("relaymta_sessions", sum(len(s.sessions) for d in self.shards.values() for s in d.dispatcher.pools.values()))
+        gauge("relaymta_sessions", sum(shard.dispatcher.connections for shard in self.shards.values()))
         gauge("relaymta_window", sum(len(shard.queue.schedule) for shard in self.shards.values()))
         full = any(shard.queue.full for shard in self.shards.values())
         slow = any(shard.queue.pressure for shard in self.shards.values())
@@ -310,7 +310,7 @@ class Worker:
         self.config = fresh
         self.routes = RouteTable(fresh)
         if self.intake is not None and self.acceptor is not None:
-            self.intake.configure(fresh)
+            self.intake.configure(fresh, self.routes)
             self.acceptor.config = fresh
         for shard in self.shards.values():
             shard.dispatcher.reconfigure(fresh, self.routes)
@@ -338,7 +338,11 @@ class Worker:
         return found
 
     async def _page(self, descriptors: list[int], shard: int, after: int, chosen: dict[str, Any]) -> Any:
-        return await self.shards[shard].queue.page(Filter(**chosen), after)
+        one = self.shards[shard]
+        return await one.queue.page(Filter(**chosen), after, lambda name, site: goes_to(one.dispatcher, name, site))
+
+    async def _shape(self, descriptors: list[int]) -> list[Any]:
+        return [row for shard in self.shards.values() for row in await shard.queue.shape()]
 
     async def _message(self, descriptors: list[int], ident: str) -> Any:
         for shard in self.shards.values():
@@ -373,6 +377,13 @@ class Worker:
             one.dispatcher.flush()
             await one.queue.wake_queues()
         return result
+
+    async def _throttled(self, descriptors: list[int], queues: dict[str, int]) -> Any:
+        found = [(0, 0.0)]
+        for shard in self.shards.values():
+            names = {name: queues[str(name)] for name in await shard.queue.names() if str(name) in queues}
+            found.append(throttled(shard.dispatcher, names))
+        return max(found)
 
     async def _status(self, descriptors: list[int]) -> dict[str, Any]:
         return {
@@ -422,12 +433,14 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
     "summary": Worker._summary,
+    "shape": Worker._shape,
     "page": Worker._page,
     "message": Worker._message,
     "raw": Worker._raw,
     "explain": Worker._explain,
     "sites": Worker._sites,
     "change": Worker._change,
+    "throttled": Worker._throttled,
     "status": Worker._status,
 }
 

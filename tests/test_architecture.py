@@ -54,6 +54,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
     filled = re.sub(r"^#(\w+ = .+)$", r"\1", path.read_text(), flags=re.M).replace("#[[", "[[")
     filled = re.sub(r"^\[\[listener\]\]$", '[[listener]]\naddress = "127.0.0.1:1"', filled, flags=re.M)
     needed = {
+        "[[application]]": 'name = "shop"',
         "[[network]]": 'networks = ["192.0.2.0/24"]',
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',
         "[[site]]": 'hosts = [".example"]',

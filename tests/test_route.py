@@ -184,3 +184,33 @@ async def test_address_families():
     hosts = Hosts(((10, "mx.example"),), 0.0)
     assert [t.address for t in await targets(Both(), hosts, "46")] == ["192.0.2.1", "2001:db8::1"]
     assert [t.address for t in await targets(Both(), hosts, "4")] == ["192.0.2.1"]
+
+
+def test_header_conditions_are_looked_at_when_a_message_is_taken_in():
+    routes = table(
+        {"name": "campaign", "header": ["X-Class: ^bulk", "List-Unsubscribe: ."], "hosts": ["h1"]},
+        {"name": "rest", "hosts": ["h2"]},
+    )
+    header = b"Subject: x\r\nx-class:\r\n  Bulk mail\r\nList-Unsubscribe: <https://x.example/>\r\n\r\n"
+    envelope = mail("c@d.example")
+    assert routes.looks_at_headers and not table({"hosts": ["h"]}).looks_at_headers
+    envelope.headers = routes.headers_met(header)
+    assert routes.choose(envelope, "c@d.example").name == "campaign"
+    envelope.headers = routes.headers_met(b"Subject: bulk\r\nX-Class: not bulk\r\nList-Unsubscribe: <x>\r\n\r\n")
+    assert routes.choose(envelope, "c@d.example").name == "rest"
+    assert [v.reason for v in routes.trace(Asked.of(envelope, "c@d.example", 0), None)] == ["header", ""]
+    for wrong in ("X-Class", "X Class: x", "X: ("):
+        with pytest.raises(ValueError, match="header"):
+            table({"header": [wrong], "hosts": ["h"]})
+
+
+def test_differences_of_provider_profiles():
+    from relaymta.route.shaping import differences, profiles, read_profiles, shipped_text
+
+    text = shipped_text().replace("messages_per_connection = 100", "messages_per_connection = 99", 1)
+    text = text.replace('name = "google"', 'name = "google"\nrate = "5/s"', 1)
+    found = differences(read_profiles(text), profiles())
+    assert found == ["site google: messages_per_connection 99 -> 100", "site google: rate 5 -> none"]
+    assert differences(profiles(), profiles()) == []
+    gone = differences(read_profiles(shipped_text().replace("match = '^421 4\\.7", "match = '^421 9\\.7", 1)), profiles())
+    assert [line.partition(":")[0] for line in gone] == ["rule gone", "rule new"]

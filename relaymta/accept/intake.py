@@ -16,6 +16,7 @@ from relaymta.proto.header import count_received, field_names, header_end, recei
 from relaymta.proto.smtp_server import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
+from relaymta.route.table import RouteTable
 
 __all__ = ["Client", "Intake"]
 
@@ -61,18 +62,19 @@ class _Networks:
 class Intake:
     """Rules and counters shared by a worker's connections."""
 
-    def __init__(self, config: Config, queue: Queue, counters: Counters, log: Log) -> None:
+    def __init__(self, config: Config, routes: RouteTable, queue: Queue, counters: Counters, log: Log) -> None:
         self.hostname = config.hostname
         self.queue = queue
         self.counters = counters
         self.accept_seconds = counters.histogram("relaymta_accept_seconds")
         self.log = log
         self.draining = False
-        self.configure(config)
+        self.configure(config, routes)
 
-    def configure(self, config: Config) -> None:
+    def configure(self, config: Config, routes: RouteTable) -> None:
         """Take over a new configuration; sessions under way keep what they began with."""
         self._config = config
+        self._routes = routes
         self._domains = {domain.lower().rstrip(".") for domain in config.relay.domains}
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
@@ -143,6 +145,8 @@ class Intake:
                 start: bytes, submission: bool) -> list[bytes] | bytes:  # fmt: skip
         """The fields that go in front of a message whose text begins with `start`; or the reply that refuses it."""
         header = start[: header_end(start)]
+        if self._routes.looks_at_headers:
+            transaction.headers = self._routes.headers_met(header)
         if count_received(header) > self._config.intake.hops:
             return reply.TOO_MANY_HOPS
         now = wall_ms() // 1000
@@ -207,6 +211,7 @@ class Intake:
             helo=helo,
             application=application,
             priority=priority,
+            headers=transaction.headers,
         )
         queue.submit(ident, envelope, text, done)
 

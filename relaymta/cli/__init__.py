@@ -3,7 +3,7 @@
 import click
 
 from relaymta import __version__
-from relaymta.cli import config, message, queue, route, serve, sink, site
+from relaymta.cli import config, message, queue, route, serve, sink, site, standing
 
 __all__ = ["main"]
 
@@ -23,4 +23,5 @@ main.add_command(message.message)
 main.add_command(route.route)
 main.add_command(site.site)
 main.add_command(site.shaping)
+main.add_command(standing.standing)
 main.add_command(queue.reload)

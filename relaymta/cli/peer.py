@@ -28,7 +28,7 @@ class Offline:
         """Answer a reading request; RelayError for any other."""
         from relaymta.queue.offline import answer
 
-        if op not in ("summary", "page", "message", "raw", "history"):
+        if op not in ("summary", "shape", "page", "message", "raw", "history"):
             raise RelayError("the daemon is not running (start it with `relaymta serve`)")
         return answer(self._spool, op, **args)
 

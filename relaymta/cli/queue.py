@@ -4,6 +4,7 @@ With the daemon stopped, reading verbs read the spool themselves, holding its lo
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from relaymta.cli.peer import Daemon, Offline, as_json, asked, connect, size, ta
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
 
-__all__ = ["queue", "reload", "status"]
+__all__ = ["change", "pages", "queue", "reload", "status"]
 
 
 @click.command()
@@ -63,16 +64,25 @@ def summary(read: Callable[..., Config], as_json: bool) -> None:
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--queue", "queue_name", default="", metavar="NAME", help="In this queue, as `queue summary` names it."),
+        click.option("--queue", default="", metavar="NAME", help="In this queue, as `queue summary` names it."),
+        click.option("--route", default="", metavar="NAME", help="Going by this route."),
+        click.option(
+            "--site", default="", metavar="NAME", help="Going to this site, as `site list` names it, or one of its hosts."
+        ),
+        click.option("--app", "application", default="", metavar="APP", help="Of this application."),
         click.option("--from", "sender", default="", metavar="ADDRESS", help="From this sender."),
-        click.option("--domain", default="", metavar="DOMAIN", help="With a recipient in this domain."),
+        click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="With a recipient in this domain."),
         click.option("--held", is_flag=True, help="Held messages only."),
     ):
         function = option(function)
     return function
 
 
-def _pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+FILTERS = "--queue, --route, --site, --app, --from, --domain, --held"
+
+
+def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """All messages that are meant, page by page: (shard, rows)."""
     cursor: list[int] = []
     while True:
         page = asked(peer, "page", cursor=cursor, chosen=chosen)
@@ -82,26 +92,24 @@ def _pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int
             return
 
 
-def _chosen(queue_name: str, sender: str, domain: str, held: bool, ident: str = "") -> dict[str, Any]:
+def _number(ident: str) -> int:
     from relaymta.queue.ident import parse_id
 
     try:
-        number = parse_id(ident) if ident else 0
+        return parse_id(ident)
     except ValueError as error:
         fail(64, str(error))
-    return {"queue": queue_name, "sender": sender, "recipient_domain": domain, "held": held, "ident": number}
 
 
 @queue.command(name="list")
 @_filters
 @as_json
 @configured
-def list_messages(read: Callable[..., Config], as_json: bool, queue_name: str, sender: str, domain: str, held: bool) -> None:
+def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> None:
     """The messages, oldest first. --json: one object a line, for any number of them."""
     peer = connect(read)
-    chosen = _chosen(queue_name, sender, domain, held)
     count = 0
-    for _, rows in _pages(peer, chosen):
+    for _, rows in pages(peer, chosen):
         count += len(rows)
         for row in rows:
             if as_json:
@@ -120,6 +128,33 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['id']}  {size(row['size']):>9}  {when(row['arrived']):>12}  {row['state']:<9}  next {when(row['next']):<12}"
         f"  <{row['sender']}> -> <{waiting[0]['address']}>{more}{last}"
     )
+
+
+@queue.command()
+@click.option("--all", "everything", is_flag=True, help="Every queue, not only the 30 with the most mail.")
+@as_json
+@configured
+def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
+    """How old the mail in each queue is: messages by age in minutes."""
+    from relaymta.queue.ages import COLUMNS
+
+    rows = asked(connect(read), "shape")
+    if as_json:
+        click.echo(json.dumps({"minutes": COLUMNS, "queues": rows}))
+        return
+    if not rows:
+        click.echo("the queue is empty")
+        return
+    total = {
+        "queue": "TOTAL",
+        "messages": sum(r["messages"] for r in rows),
+        "ages": map(sum, zip(*(r["ages"] for r in rows), strict=True)),
+    }
+    shown = rows if everything else rows[:30]
+    columns = ["queue", "messages", *(f"{minutes}m" for minutes in COLUMNS), "older"]
+    table("", columns, [[r["queue"], str(r["messages"]), *(str(n) if n else "-" for n in r["ages"])] for r in [total, *shown]])
+    if len(rows) > len(shown):
+        click.echo(f"and {len(rows) - len(shown)} more queues (--all)")
 
 
 @queue.command(name="show")
@@ -155,35 +190,55 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     @as_json
     @configured
     def command(
-        read: Callable[..., Config], ids: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool,
-        queue_name: str, sender: str, domain: str, held: bool, word: str = "",
+        read: Callable[..., Config], ids: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, word: str = "",
+        **chosen: Any,
     ) -> None:  # fmt: skip
-        if not (ids or everything or queue_name or sender or domain or held):
-            fail(
-                64,
-                f"which messages? Give ids, a filter (--queue, --from, --domain, --held), or --all: relaymta queue {verb} --help",
-            )
+        if not (ids or everything or any(chosen.values())):
+            fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue {verb} --help")
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
-        matched = changed = flying = 0
-        for chosen in [_chosen(queue_name, sender, domain, held, ident) for ident in ids or ("",)]:
-            for shard, rows in _pages(peer, chosen):
-                matched += len(rows)
-                idents = [row["id"] for row in rows]
-                for start in range(0, 0 if dry_run else len(idents), 1000):
-                    one, two = asked(peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000], word=word)
-                    changed += one
-                    flying += two
+        found = change(peer, verb, [chosen | {"ident": _number(ident)} for ident in ids] or [chosen], dry_run, word)
         if as_json:
-            click.echo(json.dumps({"matched": matched, "changed": changed, "in_flight": flying, "dry_run": dry_run}))
-        elif dry_run:
-            click.echo(f"{verb}: {matched} messages are meant; nothing was changed")
+            click.echo(json.dumps(found))
         else:
-            text = f"; {flying} in flight were left to their outcome" if flying else ""
-            click.echo(f"{verb}: {changed} of {matched} messages changed{text}")
+            click.echo(f"{verb}: {_told(found)}")
 
     return command
+
+
+def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "") -> dict[str, Any]:
+    """`verb` on all messages that one of `filters` means: how many were matched, changed, and left because in flight. For
+    flush also how many of them their sites' limits keep (`throttled`), and `until` when (seconds UTC)."""
+    found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
+    queues: Counter[str] = Counter()
+    for chosen in filters:
+        for shard, rows in pages(peer, chosen):
+            found["matched"] += len(rows)
+            queues.update(name for row in rows for name in row["queues"])
+            idents = [row["id"] for row in rows]
+            for start in range(0, 0 if dry_run else len(idents), 1000):
+                changed, flying = asked(
+                    peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000], word=word
+                )  # fmt: skip
+                found["changed"] += changed
+                found["in_flight"] += flying
+    if verb == "flush":
+        found["throttled"], found["until"] = asked(peer, "throttled", queues=queues)
+    return found
+
+
+def _told(found: dict[str, Any]) -> str:
+    """What a verb came to, for people."""
+    if found["dry_run"]:
+        text = f"{found['matched']} messages are meant; nothing was changed"
+    else:
+        text = f"{found['changed']} of {found['matched']} messages changed"
+        text += f"; {found['in_flight']} in flight were left to their outcome" if found["in_flight"] else ""
+    if found.get("throttled"):
+        eligible = max(0, found["matched"] - found["throttled"])
+        text += f"; {eligible} may go at once, {found['throttled']} are throttled by their sites until {when(found['until'])}"
+    return text
 
 
 _verb("flush", "Try these messages now.")

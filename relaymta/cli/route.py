@@ -11,6 +11,7 @@ from relaymta.cli.peer import as_json
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config
 from relaymta.errors import ConfigError
+from relaymta.proto.envelope import Envelope
 
 __all__ = ["route"]
 
@@ -26,17 +27,22 @@ def route() -> None:
 @click.option("--as", "application", default="", metavar="APP", help="The application whose mail it is.")
 @click.option("--size", default=0, help="The message's octets.")
 @click.option("--attempts", default=0, help="How often it was tried before.")
+@click.option(
+    "--header", "headers", multiple=True, metavar="FIELD", help='A header field of it, such as "X-Class: bulk"; repeatable.'
+)
 @as_json
 @configured
 def test(
-    read: Callable[..., Config], sender: str, recipient: str, application: str, size: int, attempts: int, as_json: bool
-) -> None:
+    read: Callable[..., Config], sender: str, recipient: str, application: str, size: int, attempts: int,
+    headers: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
     """Each route tried, the hosts, the site, and the limits that would hold. Asks the DNS, sends nothing, needs no daemon."""
     if "@" not in recipient:
         fail(64, f"--to {recipient}: expected an address")
     config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})
     try:
-        found = asyncio.run(_test(config, sender, recipient, application, size, attempts))
+        envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
+        found = asyncio.run(_test(config, envelope, headers, attempts))
     except ConfigError as error:
         fail(78, str(error))
     if as_json:
@@ -56,9 +62,8 @@ def test(
         click.echo(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
 
 
-async def _test(config: Config, sender: str, recipient: str, application: str, size: int, attempts: int) -> dict[str, Any]:
+async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-    from relaymta.proto.envelope import Envelope
     from relaymta.route.mx import NoRoute
     from relaymta.route.shaping import LIMITS, Shaping
     from relaymta.route.sites import Sites
@@ -67,7 +72,7 @@ async def _test(config: Config, sender: str, recipient: str, application: str, s
     routes = RouteTable(config)
     resolver = Resolver(config.delivery.nameservers)
     sites = Sites(routes, resolver, {config.hostname.lower()}, resolver.now)
-    envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
+    envelope.headers = routes.headers_met("\r\n".join(headers).encode())
     ((name, _),) = routes.assign(envelope, attempts)
     found: dict[str, Any] = {"routes": [], "error": "", "hosts": [], "site": "", "counted as": "", "limits": {}}
     mx: list[str] | None = None
@@ -90,6 +95,6 @@ async def _test(config: Config, sender: str, recipient: str, application: str, s
         found["error"] = f"{'bounces' if error.permanent else 'waits'}: {error.enhanced} {error}"
     finally:
         await resolver.close()
-    asked = Asked.of(envelope, recipient, attempts)
+    asked = Asked.of(envelope, envelope.recipients[0], attempts)
     found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
     return found

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from relaymta.cli.peer import as_json, asked, connect, table, when
-from relaymta.cli.serve import configured, fail
+from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config, parse_duration
+from relaymta.node import PROFILES, PROFILES_BEFORE
 
 __all__ = ["shaping", "site"]
+
+KINDS = ["suspended", "slow", "dead", "learned"]
 
 
 @click.group()
@@ -136,7 +140,7 @@ def shaping() -> None:
 @configured
 def active(read: Callable[..., Config], as_json: bool) -> None:
     """Every suspension, slow-down, dead site and learned limit that holds now."""
-    facts = asked(connect(read), "facts")
+    facts = [fact for fact in asked(connect(read), "facts") if fact["kind"] in KINDS]
     if as_json:
         for fact in facts:
             click.echo(json.dumps(fact))
@@ -156,7 +160,7 @@ def _show_facts(facts: list[dict[str, Any]]) -> None:
 @shaping.command()
 @click.argument("name", required=False, default="")
 @click.option("--all", "everything", is_flag=True, help="About every site.")
-@click.option("--kind", type=click.Choice(["suspended", "slow", "dead", "learned"]), help="Only decisions of this kind.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only decisions of this kind.")
 @click.option("--dry-run", is_flag=True, help="Only say how many decisions are meant.")
 @configured
 def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | None, dry_run: bool) -> None:
@@ -164,7 +168,8 @@ def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | 
     if not name and not everything:
         fail(64, "which site? Give its name, or --all")
     peer = connect(read)
-    facts = [f for f in asked(peer, "facts") if (everything or f["site"] == name) and kind in (None, f["kind"])]
+    kinds = [kind] if kind else KINDS
+    facts = [f for f in asked(peer, "facts") if (everything or f["site"] == name) and f["kind"] in kinds]
     if dry_run:
         click.echo(f"{len(facts)} decisions are meant; nothing was changed")
         return
@@ -189,6 +194,29 @@ def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
         about = f" {fact['about']}" if fact["about"] else ""
         click.echo(f"{fact['kind']}{about}: {fact['reason']} (by {fact['by']})")
         click.echo(f"  since {when(fact['since'])}, until {when(fact['until'])}; the reply: {fact['reply'] or '-'}")
+
+
+@shaping.command()
+@as_json
+@configured
+def diff(read: Callable[..., Config], as_json: bool) -> None:
+    """What the provider profiles of this version say that those of the version before did not."""
+    from relaymta.route.shaping import differences, read_profiles
+    from relaymta.route.shaping import profiles as shipped
+
+    spool = Path(loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]}).spool)
+    used = [path for path in (spool / "node" / name for name in (PROFILES, PROFILES_BEFORE)) if path.exists()]
+    now = shipped()
+    earlier = [kept for path in used if (kept := read_profiles(path.read_text(encoding="utf-8"))) != now]
+    changes = differences(earlier[0], now) if earlier else []
+    if as_json:
+        click.echo(json.dumps({"before": earlier[0].version if earlier else "", "now": now.version, "changes": changes}))
+    elif not earlier:
+        click.echo(f"no other profiles than those of {now.version} were ever used in {spool}")
+    else:
+        click.echo(f"provider profiles of {earlier[0].version} -> {now.version}")
+        for line in changes:
+            click.echo(f"  {line}")
 
 
 @shaping.command()

@@ -15,15 +15,22 @@ import msgspec
 
 from relaymta.errors import StoreError, store_error
 
-__all__ = ["DEAD", "LEARNED", "SLOW", "SUSPENDED", "Fact", "Facts", "Store", "fact_row"]
+__all__ = [
+    "BOUNCE", "DEAD", "HOLD", "LEARNED", "PROFILES", "PROFILES_BEFORE", "SLOW", "SUSPENDED", "TOKEN", "Fact", "Facts", "Store",
+    "fact_row", "keep_profiles",
+]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
+HOLD, BOUNCE = "hold", "bounce"  # standing orders
+TOKEN = "token"  # a refresh token that an endpoint gave in exchange: a secret, shown to nobody
+PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # as used here, and before the last change
 MOST = 50_000  # facts; beyond it those that end first go
 _MAP_SIZE = 1 << 30
 
 
 class Fact(msgspec.Struct, frozen=True):
-    """One decision. `site`: the name under which the machine counts the site's limits, or (dead) its pool's; `about`: the one
+    """One decision. `site`: the name under which the machine counts the site's limits, or (dead) its pool's, or (hold, bounce)
+    the mail that is meant, as `field=value` words, or (token) the hash of what it stands for; `about`: the one
     application whose mail is meant ("": all), or (learned) the limit; `by`: "operator", "rule ..." or "automatic"; `reply`:
     what caused it; `value`: how often (dead), by what factor (slow), or the limit (learned)."""
 
@@ -117,6 +124,18 @@ def fact_row(fact: Fact, facts: Facts) -> dict[str, Any]:
         "reply": fact.reply,
         "value": fact.value,
     }
+
+
+def keep_profiles(path: Path, text: str) -> bool:
+    """Remember in `path` which provider profiles are in use, and those before; whether others were. Blocks."""
+    used = path / PROFILES
+    known = used.read_text(encoding="utf-8") if used.exists() else None
+    if known == text:
+        return False
+    if known is not None:
+        used.replace(path / PROFILES_BEFORE)
+    used.write_text(text, encoding="utf-8")
+    return known is not None
 
 
 class Store:

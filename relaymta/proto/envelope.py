@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "decode_envelope", "encode"]
+__all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "decode_envelope", "encode", "reply_text"]
 
 # Envelope.flags
 EIGHT_BIT: Final = 1
@@ -17,6 +17,7 @@ DOTTED: Final = 4  # a line may begin with a dot: sending has to stuff
 HELD: Final = 8
 QUARANTINED: Final = 16
 NOTICE: Final = 32  # a DSN of our own
+ORDERED: Final = 64  # held by a standing order, until that ends
 
 # RecipientState.state
 PENDING: Final = 0
@@ -93,6 +94,12 @@ class Envelope(msgspec.Struct, array_like=True):
     body: Body | None = None
     placements: list[Placement] = []
     route: str = ""  # the route that an operator chose for it; "": as the table says
+    headers: list[str] = []  # the `header` conditions of routes that its header fields meet
+
+
+def reply_text(code: int, enhanced: str, text: str) -> str:
+    """A reply as people read it; what is missing (0, "") is left out."""
+    return " ".join(part for part in (str(code) if code else "", enhanced, text) if part)
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
@@ -106,9 +113,13 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     enhanced: str
     text: str
 
+    @property
+    def whole(self) -> str:
+        """The reply, as people read it."""
+        return reply_text(self.code, self.enhanced, self.text)
+
     def __str__(self) -> str:
-        said = " ".join(part for part in (str(self.code) if self.code else "", self.enhanced, self.text) if part)
-        return f"{said} ({self.phase}{', ' + self.peer if self.peer else ''})"
+        return f"{self.whole} ({self.phase}{', ' + self.peer if self.peer else ''})"
 
 
 class RecipientState(msgspec.Struct, array_like=True):

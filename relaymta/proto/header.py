@@ -3,7 +3,7 @@
 import re
 from email.utils import formatdate
 
-__all__ = ["count_received", "field_names", "header_end", "received_field"]
+__all__ = ["count_received", "field_names", "fields", "header_end", "received_field"]
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
@@ -29,6 +29,18 @@ def count_received(header: bytes) -> int:
 def field_names(header: bytes) -> set[bytes]:
     """The field names of a header block, lower case."""
     return {match.lower() for match in _NAME.findall(header)}
+
+
+def fields(header: bytes) -> list[tuple[bytes, str]]:
+    """The fields of a header block: name in lower case, and value unfolded (RFC 5322 2.2.3); octets that are no UTF-8
+    replaced, encoded words as they stand."""
+    found: list[tuple[bytes, str]] = []
+    for line in re.split(rb"\r\n(?![ \t])", header):
+        name, colon, value = line.partition(b":")
+        if colon:
+            text = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
+            found.append((name.strip().lower(), text))
+    return found
 
 
 def rfc5322_date(seconds: int) -> str:

@@ -19,6 +19,7 @@ import re
 from collections import deque
 
 from relaymta._speedups.replies import Replies
+from relaymta.proto.envelope import reply_text
 
 __all__ = ["ClientSession", "Features", "Mail", "Said", "classify", "features_of", "stuff"]
 
@@ -43,6 +44,11 @@ class Said:
             rest = b" ".join(re.sub(_ENHANCED, b"", line, count=1) for line in rest.split(b"\n"))
         self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace")[:500]
         self.phase = phase
+
+    @property
+    def whole(self) -> str:
+        """The reply, as people read it."""
+        return reply_text(self.code, self.enhanced, self.text)
 
 
 class Features:

@@ -44,7 +44,7 @@ class Limits:
 class Transaction:
     """One message under way: envelope so far, text received and not taken yet."""
 
-    __slots__ = ("chunked", "dotted", "eight_bit", "recipients", "sender", "size", "smtputf8", "tail", "text")
+    __slots__ = ("chunked", "dotted", "eight_bit", "headers", "recipients", "sender", "size", "smtputf8", "tail", "text")
 
     def __init__(self, sender: str, smtputf8: bool) -> None:
         self.sender = sender
@@ -56,6 +56,7 @@ class Transaction:
         self.dotted = False
         self.chunked = False
         self.tail = b""  # the last two octets of the text
+        self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def take(self) -> list[bytes]:
         """The text received since the last call."""

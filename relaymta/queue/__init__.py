@@ -341,8 +341,8 @@ class Queue:
         return result
 
     async def change_messages(self, verb: str, idents: list[int], word: str = "") -> tuple[int, int]:
-        """Flush, hold, release, delete, bounce (`word`: the reason) or reroute (`word`: the route) these messages, at most
-        1,000: (changed, left alone because in flight)."""
+        """Flush, hold, order (hold until no standing order does), release, delete, bounce (`word`: the reason) or reroute
+        (`word`: the route) these messages, at most 1,000: (changed, left alone because in flight)."""
         if verb == "bounce":
             return await self._bounce(idents, word)
         self.schedule.changing += 1
@@ -407,9 +407,28 @@ class Queue:
         """One row for each queue that holds mail."""
         return await self.read(inspect.summary, self.store, self.clock)
 
-    async def page(self, chosen: inspect.Filter, after: int) -> dict[str, Any]:
-        """The next messages behind id `after`."""
-        return await self.read(inspect.page, self.store, self.clock, self.schedule, chosen, after)
+    async def page(self, chosen: inspect.Filter, after: int, at_site: Callable[[QueueName, str], bool]) -> dict[str, Any]:
+        """The next messages behind id `after`. `at_site(name, site)`: whether a queue's mail goes to a site."""
+        return await self.read(inspect.page, self.store, self.clock, self.schedule, chosen, after, at_site)
+
+    async def shape(self) -> list[dict[str, Any]]:
+        """How old the mail in each queue is."""
+        return await self.read(inspect.shape, self.store)
+
+    async def names(self) -> list[QueueName]:
+        """All queues."""
+        return await self.read(inspect.names, self.store)
+
+    async def release_ordered(self, still: Callable[[Envelope, list[QueueName]], bool]) -> int:
+        """Release the messages that a standing order holds and none holds `still`; how many."""
+        after, released = (0, 0), 0
+        while True:
+            found, after = await self.read(inspect.ordered, self.store, after)
+            idents = [ident for ident, envelope, names in found if not still(envelope, names)]
+            if idents:
+                released += (await self.change_messages("release", idents))[0]
+            if after == (0, 0):
+                return released
 
     async def message(self, ident: int) -> dict[str, Any] | None:
         """Everything about one message; None when it is not here."""
@@ -537,9 +556,8 @@ def _entries(put: Put) -> list[Entry]:
     if len(placements) == 1:
         only, name = placements[0], put.names[0][0]
         return [Entry(put.ident, put.envelope, name, only.queue, only.due, 0, None, True, put.text)]
-    sole = len(placements) == 1
     return [
-        Entry(put.ident, put.envelope, name, placement.queue, placement.due, 0, indexes, sole, put.text)
+        Entry(put.ident, put.envelope, name, placement.queue, placement.due, 0, indexes, False, put.text)
         for placement, (name, indexes) in zip(placements, put.names, strict=True)
     ]
 

@@ -2,40 +2,56 @@
 by key; changes of at most 1,000 rows inside a group commit. What is in flight is left to its outcome."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Body, Envelope, Placement, QueueName
-from relaymta.queue.clock import QueueClock
+from relaymta.proto.envelope import HELD, ORDERED, QUARANTINED, Attempt, Body, Envelope, Placement, QueueName
+from relaymta.queue.ages import add, columns
+from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ident import format_id
 from relaymta.queue.schedule import Schedule
 from relaymta.queue.segments import Segments
 from relaymta.queue.store import Change, Store
 from relaymta.queue.writer import Assign, Writer
 
-__all__ = ["VERBS", "Filter", "Totals", "apply", "message", "page", "places", "quarantine", "raw", "reroute", "summary", "totals"]
+__all__ = [
+    "VERBS", "Filter", "Totals", "apply", "message", "names", "ordered", "page", "places", "quarantine", "raw", "reroute",
+    "shape", "summary", "totals",
+]  # fmt: skip
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
-VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute")
+VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "order")  # order: hold, as a standing order does
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which messages; all that is given must match. `queue`: as `str(QueueName)`; domains without @."""
+    """Which messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: whatever `at_site` of a page takes
+    for its name; domains without @."""
 
     ident: int = 0
     queue: str = ""
+    route: str = ""
+    application: str = ""
+    site: str = ""
     sender: str = ""
     recipient_domain: str = ""
     held: bool = False
 
-    def matches(self, ident: int, envelope: Envelope, queues: dict[int, str]) -> bool:
-        """Whether a message is meant."""
+    @property
+    def by_queue(self) -> bool:
+        """Whether it depends on the queue in which a message waits."""
+        return bool(self.queue or self.route or self.application or self.site)
+
+    def waits_in(self, name: QueueName) -> bool:
+        """Whether a queue's mail may be meant."""
+        return self.queue in ("", str(name)) and self.route in ("", name.route) and self.application in ("", name.application)
+
+    def matches(self, ident: int, envelope: Envelope) -> bool:
+        """Whether a message is meant, if its queue is."""
         if self.ident and ident != self.ident:
-            return False
-        if self.queue and self.queue not in (queues.get(p.queue, "") for p in envelope.placements):
             return False
         if self.sender and envelope.sender.lower() != self.sender.lower():
             return False
@@ -84,19 +100,32 @@ def _folded(store: Store) -> dict[int, tuple[int, int]]:
     return found
 
 
-def page(store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int) -> dict[str, Any]:
-    """The next messages behind id `after`: `{"rows", "after"}`, `after` 0 when there are no more."""
+def page(
+    store: Store,
+    clock: QueueClock,
+    schedule: Schedule | None,
+    chosen: Filter,
+    after: int,
+    at_site: Callable[[QueueName, str], bool] = lambda name, site: False,
+) -> dict[str, Any]:
+    """The next messages behind id `after`: `{"rows", "after"}`, `after` 0 when there are no more. `at_site(name, site)`:
+    whether a queue's mail goes to a site."""
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + PAGE_SECONDS
     fresh = store.fresh.live()
     with store.env.begin() as txn:
-        queues = {row.number: str(row.name) for row in store.queues(txn)}
+        known = {row.number: row.name for row in store.queues(txn)}
+        queues = {number: str(name) for number, name in known.items()}
+        meant = None
+        if chosen.by_queue:
+            meant = {n for n, name in known.items() if chosen.waits_in(name) and (not chosen.site or at_site(name, chosen.site))}
         start = chosen.ident - 1 if chosen.ident else after
         for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
             if chosen.ident and ident != chosen.ident:
                 break
             after = ident
-            if chosen.matches(ident, envelope, queues):
+            in_one = meant is None or any(placement.queue in meant for placement in envelope.placements)
+            if in_one and chosen.matches(ident, envelope):
                 rows.append(_row(store, txn, clock, schedule, ident, envelope, queues))
             if seen % 64 == 0 and (len(rows) >= PAGE_ROWS or time.monotonic() > until):
                 return {"rows": rows, "after": after}
@@ -148,6 +177,7 @@ def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: i
         for index, state in store.recipient_states(txn, ident).items():
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
         found["helo"] = envelope.helo
+        found["headers"] = envelope.headers
         return found
 
 
@@ -161,13 +191,59 @@ def places(store: Store, ident: int) -> list[tuple[QueueName, Placement]]:
         return [(row.name, placement) for row, placement in rows if row is not None]
 
 
+def names(store: Store) -> list[QueueName]:
+    """All queues."""
+    with store.env.begin() as txn:
+        return [row.name for row in store.queues(txn)]
+
+
+def shape(store: Store) -> list[dict[str, Any]]:
+    """How old the mail in each queue is: `{"queue", "messages", "ages"}`, ages as `ages.columns` makes them. Reads one row for
+    each queue, whatever waits in it."""
+    now = wall_ms()
+    fresh: dict[int, list[int]] = {}
+    for _, envelope in store.fresh.live():
+        for placement in envelope.placements:
+            fresh.setdefault(placement.queue, []).append(envelope.arrived)
+    rows = []
+    with store.env.begin() as txn:
+        for row in store.queues(txn):
+            came = fresh.get(row.number, [])
+            for moment in came:
+                add(row.ages, moment)
+            messages = row.messages + len(came)
+            if messages:
+                rows.append({"queue": str(row.name), "messages": messages, "ages": columns(row.ages, now, messages)})
+    return rows
+
+
+def ordered(
+    store: Store, after: tuple[int, int], most: int = PAGE_ROWS
+) -> tuple[list[tuple[int, Envelope, list[QueueName]]], tuple[int, int]]:
+    """Messages that a standing order holds, with the queues in which they wait: the next of them behind (queue, id) `after`,
+    and where to go on ((0, 0): there are no more)."""
+    found: list[tuple[int, Envelope, list[QueueName]]] = []
+    first, behind = after
+    with store.env.begin() as txn:
+        for row in store.queues(txn, max(0, first - 1)):
+            for ident in store.held(txn, row.number, behind if row.number == first else 0) if row.held else ():
+                envelope = store.envelope(txn, ident)
+                if envelope is not None and envelope.flags & ORDERED:
+                    numbers = [placement.queue for placement in envelope.placements]
+                    waits_in = [one.name for number in numbers if (one := store.queue(txn, number)) is not None]
+                    found.append((ident, envelope, waits_in))
+                if len(found) >= most:
+                    return found, (row.number, ident)
+    return found, (0, 0)
+
+
 def _attempt(attempt: Attempt) -> dict[str, Any]:
     return {
         "time": attempt.time / 1000,
         "result": attempt.kind,
         "phase": attempt.phase,
         "peer": attempt.peer,
-        "reply": " ".join(part for part in (str(attempt.code or ""), attempt.enhanced, attempt.text) if part),
+        "reply": attempt.whole,
     }
 
 
@@ -255,8 +331,11 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
         if verb == "delete":
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)
-        elif verb == "hold" and not envelope.flags & HELD:
-            change.hold(ident, envelope)
+        elif verb in ("hold", "order") and not envelope.flags & HELD:
+            change.hold(ident, envelope, HELD | (ORDERED if verb == "order" else 0))
+        elif verb == "hold" and envelope.flags & ORDERED:  # held by an order, and now for good
+            envelope.flags &= ~ORDERED
+            change.replace(ident, envelope)
         elif verb == "release" and envelope.flags & HELD:
             change.release(ident, envelope, now, now + max_age_ms)
         elif verb == "flush" and not envelope.flags & HELD:

@@ -52,6 +52,13 @@ def _summary(spool: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _shape(spool: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number in _shards(spool):
+        rows += _opened(spool, number, lambda path, store, clock: inspect.shape(store))
+    return rows
+
+
 def _page(spool: Path, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
     shards = _shards(spool)
     number, after = cursor or ((shards[0], 0) if shards else (0, 0))
@@ -104,6 +111,7 @@ def _history(spool: Path, ident: str) -> list[dict[str, Any]]:
 
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "summary": _summary,
+    "shape": _shape,
     "page": _page,
     "message": _message,
     "raw": _raw,

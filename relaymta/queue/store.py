@@ -29,6 +29,7 @@ import msgspec
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     HELD,
+    ORDERED,
     QUARANTINED,
     Envelope,
     Placement,
@@ -38,6 +39,7 @@ from relaymta.proto.envelope import (
     decode_recipient,
     encode,
 )
+from relaymta.queue.ages import add, remove
 from relaymta.queue.fresh import Fresh
 from relaymta.queue.segments import SegmentRow
 
@@ -70,6 +72,7 @@ class QueueRow(msgspec.Struct, array_like=True):
     held: int = 0
     wake: int = 0
     not_before: int = 0
+    ages: list[list[int]] = []
 
 
 _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
@@ -190,11 +193,11 @@ class Store:
                 _, moment, ident = _DUE.unpack(key)
                 yield moment, ident
 
-    def held(self, txn: Any, queue: int) -> Iterator[int]:
-        """The ids of a queue's held messages."""
+    def held(self, txn: Any, queue: int, after: int = 0) -> Iterator[int]:
+        """The ids of a queue's held messages, above `after`."""
         cursor = txn.cursor(db=self.tables["held"])
         prefix = _NUMBER.pack(queue)
-        if cursor.set_range(prefix):
+        if cursor.set_range(_HELD.pack(queue, after + 1)):
             for key, _ in cursor:
                 if key[:4] != prefix:
                     return
@@ -313,6 +316,7 @@ class Change:
             put(_DUE.pack(placement.queue, placement.due, ident), b"", db=tables["due"])
             row.messages += 1
             row.bytes += envelope.size
+            add(row.ages, envelope.arrived)
             self._touched.add(row.number)
         put(_EXPIRY.pack(envelope.deadline, ident), b"", db=tables["expiry"])
         if ident > self.highest:
@@ -341,6 +345,7 @@ class Change:
         row = self._store.row_numbered(self.txn, placement.queue)
         row.messages -= 1
         row.bytes -= envelope.size
+        remove(row.ages, envelope.arrived)
         if placement.attempts:
             row.deferred -= 1
         if envelope.flags & HELD:
@@ -355,6 +360,7 @@ class Change:
         row = self._store.row_numbered(self.txn, placement.queue)
         row.messages += 1
         row.bytes += envelope.size
+        add(row.ages, envelope.arrived)
         if placement.attempts:
             row.deferred += 1
         if envelope.flags & HELD:
@@ -369,7 +375,7 @@ class Change:
         self.txn.put(_RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
 
     def hold(self, ident: int, envelope: Envelope, flags: int = HELD) -> None:
-        """Stop a message's schedule and its deadline. `flags`: HELD, or HELD | QUARANTINED."""
+        """Stop a message's schedule and its deadline. `flags`: HELD, and QUARANTINED or ORDERED."""
         if not envelope.flags & HELD:
             placements = envelope.placements
             for placement in placements:
@@ -385,7 +391,7 @@ class Change:
         if envelope.flags & HELD:
             for placement in envelope.placements:
                 self.unplace(ident, envelope, placement)
-            envelope.flags &= ~(HELD | QUARANTINED)
+            envelope.flags &= ~(HELD | QUARANTINED | ORDERED)
             envelope.deadline = deadline
             for placement in envelope.placements:
                 placement.due = now

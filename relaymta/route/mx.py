@@ -47,7 +47,7 @@ class NoRoute(Exception):
 async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Hosts:
     """The hosts of a domain. NoRoute when there is none. `ourselves`: our own host names, lower case."""
     if literal_address(domain) is not None:
-        return Hosts(((0, domain),), LITERAL_SECONDS)
+        return Hosts(((0, domain),), resolver.now() + LITERAL_SECONDS)
     try:
         name = normalize_domain(domain)
     except DomainError:

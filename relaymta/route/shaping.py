@@ -12,7 +12,7 @@ from relaymta.config import Config, Rule, SiteTable
 from relaymta.route.sites import Site
 from relaymta.route.table import domain_matches
 
-__all__ = ["Limit", "Shape", "Shaping", "check", "profiles"]
+__all__ = ["Limit", "Profiles", "Shape", "Shaping", "check", "differences", "profiles", "read_profiles", "shipped_text"]
 
 LIMITS = ("connections", "messages_per_connection", "rate", "connection_rate")
 
@@ -44,12 +44,53 @@ class Profiles:
     rules: list[Rule]
 
 
+def shipped_text() -> str:
+    """The file of profiles that comes with this version."""
+    return resources.files("relaymta.route").joinpath("providers.toml").read_text(encoding="utf-8")
+
+
+def read_profiles(text: str) -> Profiles:
+    """The profiles of a file's text."""
+    data = tomllib.loads(text)
+    sites = [SiteTable.model_validate(site) for site in data["site"]]
+    return Profiles(data["version"], sites, [Rule.model_validate(rule) for rule in data["rule"]])
+
+
 @cache
 def profiles() -> Profiles:
     """The shipped profiles."""
-    data = tomllib.loads(resources.files("relaymta.route").joinpath("providers.toml").read_text(encoding="utf-8"))
-    sites = [SiteTable.model_validate(site) for site in data["site"]]
-    return Profiles(data["version"], sites, [Rule.model_validate(rule) for rule in data["rule"]])
+    return read_profiles(shipped_text())
+
+
+def differences(before: Profiles, after: Profiles) -> list[str]:
+    """What changed between two versions of the profiles, as sentences."""
+    found = []
+    old, new = ({site.name: site.model_dump(exclude_none=True) for site in p.sites} for p in (before, after))
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            found.append(f"site {name}: gone")
+        elif name not in old:
+            found.append(f"site {name}: new: " + ", ".join(f"{k} {_value(v)}" for k, v in new[name].items() if k != "name"))
+        else:
+            keys = sorted(old[name].keys() | new[name].keys())
+            found += [
+                f"site {name}: {key} {_value(old[name].get(key))} -> {_value(new[name].get(key))}"
+                for key in keys
+                if old[name].get(key) != new[name].get(key)
+            ]
+    found += [f"rule gone: {_rule(rule)}" for rule in before.rules if rule not in after.rules]
+    found += [f"rule new: {_rule(rule)}" for rule in after.rules if rule not in before.rules]
+    return found
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rule(rule: Rule) -> str:
+    return f"{rule.action} {rule.duration:g} s on {rule.match}" + (f" from {', '.join(rule.hosts)}" if rule.hosts else "")
 
 
 class Shaping:

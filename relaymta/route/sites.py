@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from relaymta.config import Route
 from relaymta.dns import Resolver
 from relaymta.proto.envelope import QueueName
-from relaymta.route.mx import Hosts, mx_hosts, roll_up
+from relaymta.route.lookup import LookupFailed, ask
+from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
 from relaymta.route.table import RouteTable
 
 __all__ = ["Site", "Sites"]
@@ -40,6 +41,7 @@ class Sites:
         self._now = now
         self._known: dict[tuple[str, str, str], tuple[Site, float]] = {}
         self._fixed: dict[str, Site] = {}
+        self._given: dict[tuple[str, tuple[str, ...]], Route] = {}  # routes to the hosts that a look-up named
 
     def known(self, name: QueueName) -> Site | None:
         """A queue's site where no question has to be asked."""
@@ -59,13 +61,39 @@ class Sites:
 
     async def find(self, name: QueueName) -> Site:
         """A queue's site. NoRoute when its domain has no host."""
-        route = self._routes.route_of(name)
+        own, until = self._routes.route_of(name), float("inf")
+        route = own
+        if own.lookup:
+            route, until = await self._looked_up(own, name)
         if route.hosts:
-            return Site(route.label, route, None)
-        hosts = await mx_hosts(self._resolver, name.domain, self._ourselves)
-        route = self._routes.by_mx(name, hosts.names)
-        site = Site(route.label, route, None) if route.hosts else Site(f"{route.label}/{roll_up(hosts)}", route, hosts)
+            site = Site(route.label, route, None)
+            if until == float("inf"):
+                return site
+        else:
+            hosts = await mx_hosts(self._resolver, name.domain, self._ourselves)
+            if route is own:
+                route = self._routes.by_mx(name, hosts.names)
+            site = Site(route.label, route, None) if route.hosts else Site(f"{route.label}/{roll_up(hosts)}", route, hosts)
+            until = min(until, hosts.until)
         if len(self._known) >= KEPT:
             self._known.clear()
-        self._known[name.route, name.domain, name.application] = (site, max(hosts.until, self._now() + LEAST_SECONDS))
+        self._known[name.route, name.domain, name.application] = (site, max(until, self._now() + LEAST_SECONDS))
         return site
+
+    async def _looked_up(self, route: Route, name: QueueName) -> tuple[Route, float]:
+        """The route that another program names for a queue, and until when. NoRoute while it does not answer."""
+        try:
+            found = await ask(route.lookup, name.domain, name.application)
+            named = self._routes.named(found.route) if found.route else route
+            if named is None:
+                raise LookupFailed(f"there is no route {found.route!r}")
+        except LookupFailed as error:
+            raise NoRoute(False, "4.4.3", f"look-up of {name.domain} at {route.lookup}: {error}") from None
+        if found.hosts:
+            named = self._given.setdefault((route.label, found.hosts), _with_hosts(route, found.hosts))
+        return named, self._now() + found.seconds
+
+
+def _with_hosts(route: Route, hosts: tuple[str, ...]) -> Route:
+    """A route to these smart hosts, and with a name of its own: it is another site."""
+    return route.model_copy(update={"name": f"{route.label}/{','.join(hosts)}", "hosts": list(hosts), "lookup": ""})

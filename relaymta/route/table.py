@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from relaymta.config import Config, Route, near
+from relaymta.config import Config, Route, header_condition, near
 from relaymta.errors import ConfigError
 from relaymta.proto.address import DomainError, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
+from relaymta.proto.header import fields
 
 __all__ = ["Asked", "RouteTable", "Verdict", "domain_matches"]
 
@@ -26,11 +27,13 @@ class Asked:
     recipient: str
     size: int = 0
     attempts: int = 0
+    headers: tuple[str, ...] = ()  # the conditions on header fields that it meets
 
     @classmethod
     def of(cls, envelope: Envelope, recipient: str, attempts: int) -> "Asked":
         """What is asked for one recipient of a message that was tried `attempts` times."""
-        return cls(envelope.application, envelope.sender.lower(), recipient.lower(), envelope.size, attempts)
+        sender, met = envelope.sender.lower(), tuple(envelope.headers)
+        return cls(envelope.application, sender, recipient.lower(), envelope.size, attempts, met)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def _conditions(route: Route) -> list[tuple[str, Condition]]:
             bool(route.recipient_domain),
             lambda asked: domain_matches(domain_of(asked.recipient), route.recipient_domain),
         ),
+        ("header", bool(route.header), lambda asked: all(condition in asked.headers for condition in route.header)),
         ("min_size", route.min_size > 0, lambda asked: asked.size >= route.min_size),
         ("max_size", route.max_size > 0, lambda asked: asked.size <= route.max_size),
         ("min_attempts", route.min_attempts > 0, lambda asked: asked.attempts >= route.min_attempts),
@@ -80,6 +84,7 @@ class RouteTable:
         self._map = _RouteMap(Path(config.route_map), self._by_label) if config.route_map else None
         self._only = self.routes[0] if _catches_all(self.routes[0]) and self._map is None else None
         self._by_mx = [route for route in self.routes if route.mx]
+        self._headers = [(text, *header_condition(text)) for route in self.routes for text in route.header]
 
     def choose(self, envelope: Envelope, recipient: str, attempts: int = 0) -> Route:
         """The route of one recipient of a message that was tried `attempts` times before."""
@@ -95,6 +100,20 @@ class RouteTable:
             if not route.mx and all(condition(asked) for _, condition in conditions):
                 return route
         raise AssertionError("the last route catches all")
+
+    @property
+    def looks_at_headers(self) -> bool:
+        """Whether `headers_met` can be anything."""
+        return bool(self._headers)
+
+    def headers_met(self, header: bytes) -> list[str]:
+        """The `header` conditions of the routes that a message meets: those of which a field's value matches."""
+        values = fields(header)
+        return [
+            text
+            for text, name, expression in self._headers
+            if any(known == name and expression.search(value) for known, value in values)
+        ]
 
     def trace(self, asked: Asked, mx: list[str] | None) -> list[Verdict]:
         """Every route tried in turn up to the one that is taken. `mx`: the hosts of the recipient's domain, when known."""
@@ -143,6 +162,10 @@ class RouteTable:
     def labels(self) -> list[str]:
         """The names of all routes."""
         return list(self._by_label)
+
+    def named(self, label: str) -> Route | None:
+        """The route of this name."""
+        return self._by_label.get(label)
 
     def by_mx(self, name: QueueName, hosts: list[str]) -> Route:
         """The route of a queue whose domain has these MX hosts: an earlier one whose `mx` matches, or its own."""

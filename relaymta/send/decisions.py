@@ -9,7 +9,7 @@ from relaymta.node import DEAD, LEARNED, SLOW, SUSPENDED, Fact, Facts
 from relaymta.proto.smtp_client import Said
 from relaymta.queue import wall_ms
 from relaymta.route.shaping import LIMITS
-from relaymta.send.pool import Pool, reply_text
+from relaymta.send.pool import Pool
 
 __all__ = ["Decisions", "Tell"]
 
@@ -77,7 +77,7 @@ class Decisions:
         """No host of a site could be reached."""
         self._log.event("site", route=pool.key, state="down", reason=reason, until=until_wall)
         now = wall_ms()
-        self._make(Fact(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply_text(said), float(pool.failures)))
+        self._make(Fact(DEAD, pool.key, "", now, until_wall, "automatic", reason, said.whole, float(pool.failures)))
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached."""

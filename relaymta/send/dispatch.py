@@ -6,6 +6,7 @@ reached, one message is charged with the attempt, the others go back untried and
 """
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Coroutine
 
 from relaymta.config import Config
@@ -13,7 +14,7 @@ from relaymta.dns import Resolver
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.node import Facts
+from relaymta.node import BOUNCE, HOLD, TOKEN, Fact, Facts
 from relaymta.proto.envelope import (
     DOTTED,
     EIGHT_BIT,
@@ -34,10 +35,13 @@ from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.decisions import Decisions, Tell
+from relaymta.send.oauth import Tokens
 from relaymta.send.opener import Opener, Sources
 from relaymta.send.outcome import judge
 from relaymta.send.pool import Pool, pool_key
+from relaymta.send.room import Room
 from relaymta.send.session import Session
+from relaymta.send.standing import Orders
 from relaymta.shm import Flying, Limits, Rates
 
 __all__ = ["Dispatcher"]
@@ -52,14 +56,12 @@ CORRUPT = index("relaymta_corrupt_bodies_total")
 CHECK_EVERY = 1.0
 LOAD_TOGETHER = 32  # bodies read from disk in one go
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
-ROOM_EVERY = 0.05  # between two looks whether another worker has let go of a connection
 FORGET_MS = 3 * 3_600_000  # after this long without a try a site that was down is a new one
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 LOOKUPS = 200  # domains whose hosts are looked up at the same time
-YIELD_SECONDS = 0.15  # a place that was given up is left to others
 KEPT_DOWN = 50_000  # domains and queues that are remembered to be left alone
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
-TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class
+TOKEN_KEPT_MS = 400 * 86_400_000  # a refresh token that was not used for so long is worth nothing anywhere
 
 
 class Dispatcher:
@@ -81,8 +83,7 @@ class Dispatcher:
     ) -> None:
         """`suspects`: ids that were in flight when the worker before this one died; they are tried one at a time.
         `facts`: what the machine knows; `tell(fact, key)` makes a fact known to it (None: `key` holds no longer)."""
-        self.limits = limits
-        self.rates = rates
+        self.room = Room(limits, rates, config.delivery.connections, self._pump_in, asyncio.get_running_loop().time)
         self.flying = flying
         self._suspects = suspects
         self._lineup: list[Entry] = []  # suspects that wait for their turn
@@ -101,10 +102,12 @@ class Dispatcher:
         self._nowhere: dict[tuple[str, str], tuple[int, int]] = {}  # domain: failed look-ups, until (queue clock)
         self._parked: dict[int, int] = {}  # queue: until when we let it sleep (queue clock)
         self._lookups = asyncio.Semaphore(LOOKUPS)
-        self.opener = Opener(config, resolver, log, self._make)
+        self.opener = Opener(config, resolver, log, Tokens(self._kept_token, self._keep_token), self._make)
+        self._facts, self._tell = facts, tell
         self.decisions = Decisions(
             facts, tell, log, self.pools, self.loop.time, lambda: self._queue().clock.now(), self._send_back, self._wake
         )
+        self.orders = Orders(facts, self._queue, self._return, self._give_up, self._spawn)
         self._configure(config, routes)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
@@ -115,7 +118,9 @@ class Dispatcher:
         self.sites = Sites(routes, self.resolver, {config.hostname.lower()}, self.resolver.now)
         self.sources = Sources(config, self.log)
         self._staging = Redirection(config.staging.redirect, config.staging.allow) if config.staging.redirect else None
+        self._weights = {application.name: application.weight for application in config.application}
         self.opener.reconfigure(config)
+        self.room.connections = config.delivery.connections
 
     # In
 
@@ -137,7 +142,7 @@ class Dispatcher:
             self._lineup.append(entry)
             if self._alone is None:
                 self._next_suspect()
-        else:
+        elif not self.orders or not self.orders.obeyed(entry):
             site = self.sites.known(entry.name)
             if site is not None:
                 self._arrive(site, entry)
@@ -185,7 +190,7 @@ class Dispatcher:
         key = pool_key(site, source)
         pool = self.pools.get(key)
         if pool is None:
-            pool = self.pools[key] = Pool(site, source, self.shaping.shape(site))
+            pool = self.pools[key] = Pool(site, source, self.shaping.shape(site), self._weights)
             self.decisions.recall(pool)
         return pool
 
@@ -250,8 +255,9 @@ class Dispatcher:
         try:
             async with self._lookups:
                 site = await self.sites.find(name)
-        except NoRoute as error:
-            self._no_site(name, [e for e in self._asking.pop(key) if not e.cancelled], error)
+        except Exception as error:
+            failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", self._unexpected(error))
+            self._no_site(name, [e for e in self._asking.pop(key) if not e.cancelled], failure)
             return
         if self._nowhere:
             self._nowhere.pop((name.route, name.domain), None)
@@ -312,27 +318,19 @@ class Dispatcher:
     def _open_more(self, pool: Pool) -> None:
         wanted = len(pool.ready)
         if not wanted:
-            self._wait_for_room(pool, 0)
+            self.room.wait_no_longer(pool)
             return
-        if self._paced(pool):
-            return
+        if pool.pumping_at > self.loop.time() and not pool.waiting:
+            return  # a rate lets no message begin now
         most = 1 if pool.failures else 50  # a site that was down is knocked at once
         while pool.connecting < min(wanted, most):
-            if not self._room(pool):
+            if not self.room.take(pool):
                 if not pool.sessions and not pool.connecting:
-                    self._wait_for_room(pool, pool.ready.highest())
+                    self.room.wait(pool)
                 return
-            self._wait_for_room(pool, 0)
+            self.room.wait_no_longer(pool)
             pool.connecting += 1
             self._spawn(self._open(pool))
-
-    def _wait_for_room(self, pool: Pool, rank: int) -> None:
-        """Tell the other workers that we would like a connection to this site, and look again soon."""
-        if rank != pool.waiting:
-            pool.waiting = rank
-            self.limits.wait("site " + pool.shape.key, rank)
-        if rank:
-            self._pump_in(pool, ROOM_EVERY)
 
     def _pump_in(self, pool: Pool, seconds: float) -> None:
         now = self.loop.time()
@@ -346,47 +344,6 @@ class Dispatcher:
             if not self.draining:
                 self._pump(pool)
 
-    def _room(self, pool: Pool) -> bool:
-        now = self.loop.time()
-        if len(pool.sessions) + pool.connecting >= pool.most_connections(now) or now < pool.yielded_at + YIELD_SECONDS:
-            return False
-        if not self.limits.take("out", self.config.delivery.connections):
-            return False
-        shape = pool.shape
-        if not self.limits.take("site " + shape.key, int(shape.connections.value)):
-            self.limits.give("out")
-            return False
-        rate = shape.connection_rate.value
-        wait = self.rates.take("connect " + shape.key, rate) if rate else 0.0
-        if wait:
-            self._give_room(pool)
-            self._pump_in(pool, wait)
-            return False
-        return True
-
-    def _give_room(self, pool: Pool) -> None:
-        self.limits.give("out")
-        self.limits.give("site " + pool.shape.key)
-
-    def _paced(self, pool: Pool) -> bool:
-        """Whether a rate lets no message begin now; it is looked at again when one may. Takes nothing."""
-        return pool.pumping_at > self.loop.time() and not pool.waiting
-
-    def _take_rate(self, pool: Pool) -> bool:
-        """Whether a message may begin now."""
-        pause = pool.resume_at - self.loop.time()
-        if pause > 0:  # it has just said that it was too much
-            self._pump_in(pool, pause)
-            return False
-        rate = pool.shape.rate.value
-        wait = self.rates.take("rate " + pool.shape.key, rate) if rate else 0.0
-        pace = 0.0 if wait else pool.pace_now(self.loop.time())
-        if pace:
-            wait = self.rates.take("pace " + pool.shape.key, pace)
-        if wait:
-            self._pump_in(pool, wait)
-        return not wait
-
     def _next(self, pool: Pool, session: Session) -> Mail | None:
         """The next entry as a Mail for this session, or None while there is none (or its text is still being read, or a
         rate has no room)."""
@@ -395,7 +352,7 @@ class Dispatcher:
             if entry.text is None and not _is_large(entry):
                 self._load(pool)
                 return None
-            if pool.paced and not self._take_rate(pool):
+            if pool.paced and not self.room.take_message(pool):
                 return None
             ready.pop()
             mail = self._fly(pool, session, entry)
@@ -450,24 +407,32 @@ class Dispatcher:
         """Open one connection to a site; its hosts are tried in order."""
         try:
             session = await self.opener.open(pool.site, pool.source)
-        except (ConnectFailed, NoRoute) as error:
+        except Exception as error:
+            failure = error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", self._unexpected(error))
             pool.connecting -= 1
-            self._give_room(pool)
+            self.room.give(pool)
             self.counters.add(FAILED, 1)
-            said = error.said if isinstance(error, ConnectFailed) else None
+            said = failure.said if isinstance(failure, ConnectFailed) else None
             if said is not None and said.code == 421:
                 self.decisions.learned(pool, pool.refused_connection(said, self.loop.time()))
             if not pool.sessions:
-                self._site_failed(pool, error)
+                self._site_failed(pool, failure)
             return
         pool.connecting -= 1
         if self._adopt(pool, session):
             self._idle(session)
 
+    def _unexpected(self, error: Exception) -> str:
+        """A mistake of ours must not strand mail: it waits, as for any other failure, and the log says where it happened."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"internal error: {type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+        self.log.event("warning", text=text)
+        return text
+
     def _adopt(self, pool: Pool, session: Session) -> bool:
         """Take a fresh connection into the pool; whether it still lives."""
         if session.ended:
-            self._give_room(pool)
+            self.room.give(pool)
             return False
         if pool.failures:
             self.decisions.alive(pool)
@@ -475,6 +440,7 @@ class Dispatcher:
         pool.reason = ""
         pool.served = 0
         self.counters.add(OPENED, 1)
+        session.leaving = self.pools.get(pool.key) is not pool  # a reload has made another one of it
         pool.sessions.add(session)
         self._owner[session] = pool
         return True
@@ -513,14 +479,14 @@ class Dispatcher:
     async def _connect_with_room(self, pool: Pool, peer: Peer) -> Session:
         """A connection to one host of a site, as soon as the limits allow it."""
         until = self.loop.time() + ROOM_SECONDS
-        while not self._room(pool):
+        while not self.room.take(pool):
             if self.loop.time() > until:
                 raise ConnectFailed("connect", f"{peer.name}: no free connection to this site")
             await asyncio.sleep(0.1)
         try:
             return await self.opener.to(pool.site, peer, pool.source)
         except BaseException:
-            self._give_room(pool)
+            self.room.give(pool)
             raise
 
     def _make(self, core: ClientSession, peer: str) -> Session:
@@ -554,7 +520,7 @@ class Dispatcher:
         core = session.core
         if not session.leaving and core.messages >= pool.most_messages(self.loop.time()):
             session.leaving = True
-        if session.leaving or self.draining or self._yields(pool, session):
+        if session.leaving or self.draining or self.room.yields(pool, session):
             if core.idle:
                 self._retire(session, pool)
                 self._pump(pool)
@@ -569,21 +535,6 @@ class Dispatcher:
             session.waiting = True
             session.idle_since = self.loop.time()
             pool.idle.append(session)
-
-    def _yields(self, pool: Pool, session: Session) -> bool:
-        """Whether another worker shall have this connection's place: it waits with mail of a higher class, or of the same
-        and we have had our turn. Then the place is left free for a moment."""
-        pool.served += 1
-        if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
-            return False
-        rank, own = self.limits.waiting("site " + pool.shape.key), pool.ready.highest()
-        if rank > own or (rank and rank == own and pool.served >= TURN):
-            pool.served = 0
-            pool.yielded_at = self.loop.time()
-            session.leaving = True
-        elif pool.served >= TURN:
-            pool.served = 0 if not rank else TURN
-        return session.leaving
 
     def _finished(self, session: Session, mail: Mail) -> None:
         entry = mail.cargo
@@ -612,12 +563,12 @@ class Dispatcher:
         pool.sessions.discard(session)
         if session in pool.idle:
             pool.idle.remove(session)
-        self._give_room(pool)
+        self.room.give(pool)
         core = session.core
         self.counters.observe("relaymta_messages_per_session", core.messages)
         said = core.last_said
         if said is not None and said.code == 421 and core.under_way():
-            self.decisions.learned(pool, pool.refused_message(said, session, self.loop.time(), self.rates.workers))
+            self.decisions.learned(pool, pool.refused_message(said, session, self.loop.time(), self.room.workers))
         for mail in core.under_way():
             self._settle_lost(pool, session, mail, reason)
         self._pump(pool)
@@ -635,7 +586,10 @@ class Dispatcher:
             # A reused connection that died before MAIL's reply: as if it had never been there.
             self._lost_before[entry.ident] = lost + 1
             entry.flying = False
-            pool.ready.push(entry, first=True)
+            if self.pools.get(pool.key) is pool:
+                pool.ready.push(entry, first=True)
+            else:  # a reload has made another one of it
+                self.offer(entry)
             return
         self._lost_before.pop(entry.ident, None)
         phase = core.awaiting or mail.reached or "mail"
@@ -644,6 +598,16 @@ class Dispatcher:
         self.decisions.rules(pool, entry.name.application, judged.rules)
         entry.route = (session.peer, b"")
         self._queue().finish(entry, judged.results, judged.retry_after_ms)
+
+    def _kept_token(self, name: str) -> str:
+        fact = self._facts.get(TOKEN, name)
+        return fact.reply if fact is not None else ""
+
+    def _keep_token(self, name: str, token: str) -> None:
+        now = wall_ms()
+        fact = Fact(TOKEN, name, "", now, now + TOKEN_KEPT_MS, "automatic", "", token)
+        self._facts.learn(fact)
+        self._tell(fact, fact.key)
 
     def _send_back(self, pool: Pool, until: int, tenant: str | None) -> None:
         """What waits in a pool (of one tenant, or all) goes back to queues that sleep."""
@@ -660,6 +624,21 @@ class Dispatcher:
         self._parked.clear()
         self._spawn(self._queue().wake_queues())
 
+    def _give_up(self, entry: Entry, reason: str) -> None:
+        """A standing order is that mail like this comes back to its sender."""
+        self._charge(entry, PERMANENT, "queue", "", 0, "5.7.1", reason)
+
+    def fact_changed(self, fact: Fact | None, key: tuple[str, str, str]) -> None:
+        """The machine has learned a fact, or (None) forgotten the one with this key."""
+        if key[0] not in (HOLD, BOUNCE):
+            self.decisions.changed(fact, key)
+            return
+        self.orders.refresh()
+        for pool in self.pools.values():
+            for entry in pool.ready.take_all():
+                if not self.orders.obeyed(entry):
+                    pool.ready.push(entry)
+
     def _charge(
         self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, text: str, retry_after: int = 0
     ) -> None:
@@ -675,7 +654,7 @@ class Dispatcher:
         session.quit()
         if self._owner.pop(session, None) is not None:
             pool.sessions.discard(session)
-            self._give_room(pool)
+            self.room.give(pool)
             self.counters.observe("relaymta_messages_per_session", session.core.messages)
 
     # Large texts
@@ -698,17 +677,18 @@ class Dispatcher:
     def _check(self) -> None:
         if self._alone is not None and self._alone.cancelled:
             self._next_suspect()  # it was held, deleted or given up in its turn
+        self.orders.tick()
         now = self.loop.time()
         clock = self._queue().clock.now() if self.queue is not None else 0
+        for session, pool in list(self._owner.items()):
+            if session.deadline and now > session.deadline:
+                self.counters.add(WATCHDOG, 1)
+                self._say_stuck(session)
+                pool.timed_out()
+                session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
+            elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
+                self._retire(session, pool)
         for pool in list(self.pools.values()):
-            for session in list(pool.sessions):
-                if session.deadline and now > session.deadline:
-                    self.counters.add(WATCHDOG, 1)
-                    self._say_stuck(session)
-                    pool.timed_out()
-                    session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
-                elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
-                    self._retire(session, pool)
             if pool.skipped and len(pool.ready) < CROWDED // 2:
                 self._uncrowd(pool)  # however it emptied
             if len(pool.ready):
@@ -716,7 +696,7 @@ class Dispatcher:
             elif not pool.sessions and not pool.connecting:
                 kept = FORGET_MS if pool.failures or pool.learned else 0  # so that what was learned goes on where it was
                 if pool.down_until + kept <= clock:
-                    self._wait_for_room(pool, 0)
+                    self.room.wait_no_longer(pool)
                     self._uncrowd(pool)
                     self.pools.pop(pool.key, None)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
@@ -745,14 +725,21 @@ class Dispatcher:
                 self._return(entry)
             for session in list(pool.idle):
                 self._retire(session, pool)
-            pool.shape = self.shaping.shape(pool.site)
-        for key in [key for key, pool in self.pools.items() if not pool.sessions and not pool.connecting]:
-            del self.pools[key]
+            self.room.wait_no_longer(pool)
+        # What is under way ends in its old pool, under the name its limits were counted as; new mail makes new pools.
+        self.pools.clear()
+        for session in self._owner:
+            session.leaving = True
         self._wake()
+
+    @property
+    def connections(self) -> int:
+        """Connections to peers."""
+        return len(self._owner)
 
     def in_flight(self) -> int:
         """Messages under way."""
-        return sum(len(s.core.under_way()) for pool in self.pools.values() for s in pool.sessions)
+        return sum(len(session.core.under_way()) for session in self._owner)
 
     async def drain(self, seconds: float, text_seconds: float) -> None:
         """Start nothing new; wait `seconds` for what is under way, `text_seconds` for what is past its final dot."""
@@ -763,17 +750,17 @@ class Dispatcher:
                 self._retire(session, pool)
         while self.in_flight():
             spent = self.loop.time() - start
-            sent = any(m.text_out for pool in self.pools.values() for s in pool.sessions for m in s.core.under_way())
+            sent = any(mail.text_out for session in self._owner for mail in session.core.under_way())
             if spent > text_seconds or (spent > seconds and not sent):
                 break
             await asyncio.sleep(0.02)
-        for pool in self.pools.values():
-            for session in list(pool.sessions):
-                session.fail("shutting down")
+        for session in list(self._owner):
+            session.fail("shutting down")
         self._timer.cancel()
         self.opener.close()
         for task in list(self._tasks):
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def _is_large(entry: Entry) -> bool:

@@ -3,13 +3,14 @@
 import time
 from typing import Any
 
+from relaymta.node import HOLD
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import Entry, wall_ms
 from relaymta.route.table import Asked
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.pool import Pool
 
-__all__ = ["explain", "site_rows"]
+__all__ = ["explain", "goes_to", "site_rows", "throttled"]
 
 EXACT = 1000  # up to this position in line
 
@@ -86,7 +87,7 @@ def _waits_for(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, due
     assert dispatcher.queue is not None
     clock = dispatcher.queue.clock.now()
     if row["state"] in ("held", "quarantined"):
-        return _answer(f"it is {row['state']}", 0, "`relaymta queue release`")
+        return _held(dispatcher, row, name)
     site = dispatcher.sites.last(name)
     pool = next((p for p in dispatcher.pools.values() if site is not None and p.site.key == site.key), None)
     if entry is not None and entry.flying:
@@ -110,6 +111,47 @@ def _waits_for(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, due
     if pool.down_until > clock:
         return _answer(f"the site is down: {pool.reason}", _wall(dispatcher, pool.down_until), "`relaymta queue flush`")
     return _in_line(dispatcher, pool, entry)
+
+
+def _held(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName) -> dict[str, Any]:
+    order = None
+    if row["state"] == "held":
+        order = dispatcher.orders.find(name, row["sender"], [recipient["address"] for recipient in row["recipients"]])
+    if order is None or order.kind != HOLD:
+        return _answer(f"it is {row['state']}", 0, "`relaymta queue release`")
+    until = time.time() + dispatcher.decisions.facts.left(order) / 1000
+    return _answer(f"a standing order: hold {order.site}: {order.reason}", until, "`relaymta standing remove`")
+
+
+def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int, float]:
+    """Of so many messages in these queues, all due: how many may not go at once because their site is suspended or has a rate,
+    and until when the last of them waits (seconds UTC)."""
+    count, last, now = 0, 0.0, time.time()
+    behind: dict[str, tuple[Pool, int]] = {}  # by pool with a rate: messages
+    for name, messages in names.items():
+        site = dispatcher.sites.last(name)
+        if site is None:
+            continue
+        fact = dispatcher.decisions.facts.suspension(dispatcher.shaping.shape(site).key, name.application)
+        if fact is not None:
+            count += messages
+            last = max(last, now + dispatcher.decisions.facts.left(fact) / 1000)
+            continue
+        for pool in dispatcher.pools.values():
+            if pool.site.key == site.key:
+                behind[pool.key] = (pool, behind.get(pool.key, (pool, 0))[1] + messages)
+    for pool, messages in behind.values():
+        rate = dict(pool.binding(dispatcher.loop.time()))["rate"].value
+        if rate and messages > rate:
+            count += messages - int(rate)
+            last = max(last, now + messages / rate)
+    return count, last
+
+
+def goes_to(dispatcher: Dispatcher, name: QueueName, site: str) -> bool:
+    """Whether a queue's mail goes to a site, by its name, the name its limits are counted as, or a host's."""
+    last = dispatcher.sites.last(name)
+    return last is not None and site in (last.key, dispatcher.shaping.shape(last).key, *last.names)
 
 
 def _flying(pool: Pool | None, entry: Entry) -> dict[str, Any]:
@@ -148,7 +190,9 @@ def _chosen_by(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, rec
     """The routes that were tried for a recipient, and what said no or yes."""
     site = dispatcher.sites.last(name)
     mx = site.names if site is not None and site.hosts is not None else None
-    asked = Asked(row["application"], row["sender"].lower(), recipient.lower(), row["size"], row["attempts"])
+    asked = Asked(
+        row["application"], row["sender"].lower(), recipient.lower(), row["size"], row["attempts"], tuple(row["headers"])
+    )
     return [
         {"route": verdict.route.label, "matches": verdict.matches, "by": verdict.reason}
         for verdict in dispatcher.routes.trace(asked, mx)

@@ -2,6 +2,7 @@
 refreshed once for all who wait for one."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +32,18 @@ class _Token:
 
 
 class Tokens:
-    """The tokens of one worker. `now()`: seconds that only go forward."""
+    """The tokens of one worker. `kept(name)`: the refresh token that was exchanged for another one, "" when none was;
+    `keep(name, token)` remembers one, for all workers and across a restart. `now()`: seconds that only go forward."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, kept: Callable[[str], str], keep: Callable[[str, str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._kept = kept
+        self._keep = keep
         self._now = now
         self._tokens: dict[OAuth, _Token] = {}
         self._failed: dict[OAuth, tuple[float, str]] = {}
         self._asking: dict[OAuth, asyncio.Task[str]] = {}
-        self._rotated: dict[OAuth, str] = {}  # refresh tokens that an endpoint gave in exchange
         self.fetched = 0
 
     async def get(self, settings: OAuth) -> str:
@@ -74,21 +79,19 @@ class Tokens:
             raise TokenError(reason) from None
         self.fetched += 1
         self._failed.pop(settings, None)
-        rotated = answer.get("refresh_token")
-        if isinstance(rotated, str) and rotated:
-            self._rotated[settings] = rotated
         kept = min(seconds, LONGEST_SECONDS)
         self._tokens[settings] = _Token(text, self._now() + max(kept - EARLY_SECONDS, kept / 2))
         return text
 
     async def _ask(self, settings: OAuth) -> dict[str, object]:
-        form = {"client_id": settings.client_id, "grant_type": "client_credentials"}
+        name, form = "", {"client_id": settings.client_id, "grant_type": "client_credentials"}
         if settings.client_secret_file:
             form["client_secret"] = await asyncio.to_thread(_secret, settings.client_secret_file)
         if settings.refresh_token_file:
             form["grant_type"] = "refresh_token"
-            rotated = self._rotated.get(settings)
-            form["refresh_token"] = rotated if rotated else await asyncio.to_thread(_secret, settings.refresh_token_file)
+            given = await asyncio.to_thread(_secret, settings.refresh_token_file)
+            name = _name(settings, given)
+            form["refresh_token"] = self._kept(name) or given
         if settings.scope:
             form["scope"] = settings.scope
         async with (
@@ -99,7 +102,15 @@ class Tokens:
             if response.status != 200 or not isinstance(answer, dict):
                 said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
                 raise TokenError(f"{response.status} {said or response.reason}")
-            return answer
+        rotated = answer.get("refresh_token")
+        if name and isinstance(rotated, str) and rotated not in ("", form["refresh_token"]):
+            self._keep(name, rotated)
+        return answer
+
+
+def _name(settings: OAuth, given: str) -> str:
+    """What a refresh token from a file is called: another one in the file has another name, so that it is used."""
+    return hashlib.sha256("\0".join((settings.token_url, settings.client_id, given)).encode()).hexdigest()[:32]
 
 
 def _secret(path: str) -> str:

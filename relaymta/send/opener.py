@@ -88,14 +88,21 @@ def _is_ours(address: str) -> bool:
 
 
 class Opener:
-    """Connects to the hosts of sites. `make(core, peer)` makes the session."""
+    """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that want OAuth 2."""
 
-    def __init__(self, config: Config, resolver: Resolver, log: Log, make: Callable[[ClientSession, str], Session]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        resolver: Resolver,
+        log: Log,
+        tokens: Tokens,
+        make: Callable[[ClientSession, str], Session],
+    ) -> None:
         self._config = config
         self._resolver = resolver
         self._log = log
         self._make = make
-        self._tokens = Tokens()
+        self._tokens = tokens
         self._down: dict[str, _Health] = {}
         self._probing: set[asyncio.Task[None]] = set()
         self._now = asyncio.get_running_loop().time

@@ -7,7 +7,6 @@ from relaymta.config import Rule
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt
 from relaymta.proto.smtp_client import Mail, Said, classify
 from relaymta.queue import wall_ms
-from relaymta.send.pool import reply_text
 
 __all__ = ["Judged", "judge"]
 
@@ -33,7 +32,7 @@ def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_
             continue
         kind = classify(found)
         if kind != "success":
-            kind = _by_rule(judged, kind, rule_of(peer, reply_text(found)), found)
+            kind = _by_rule(judged, kind, rule_of(peer, found.whole), found)
         judged.results[recipient] = Attempt(now, kind, found.phase, peer, found.code, found.enhanced, found.text)
     return judged
 
@@ -47,5 +46,5 @@ def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
     if rule.action in ("retry", "suspend"):
         judged.retry_after_ms = max(judged.retry_after_ms, int(rule.duration * 1000))
     if rule.action in ("suspend", "slow"):
-        judged.rules.append((rule, reply_text(said)))
+        judged.rules.append((rule, said.whole))
     return TRANSIENT if rule.action in ("defer", "retry", "suspend") else kind

@@ -5,6 +5,8 @@ messages that went well, half when it says 421 or times out. `learned` are limit
 the limits of `shape`.
 """
 
+from collections.abc import Mapping
+
 from relaymta.config import Source
 from relaymta.proto.smtp_client import Said
 from relaymta.route.shaping import Limit, Shape
@@ -12,7 +14,7 @@ from relaymta.route.sites import Site
 from relaymta.send.ready import Ready
 from relaymta.send.session import Session
 
-__all__ = ["Learned", "Pool", "pool_key", "reply_text"]
+__all__ = ["Learned", "Pool", "pool_key"]
 
 WINDOW_START = 5.0
 PACE_LEAST = 0.05  # messages a second
@@ -47,11 +49,12 @@ class Pool:
         "skipped", "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "this", "waiting", "window", "yielded_at",
     )  # fmt: skip
 
-    def __init__(self, site: Site, source: Source | None, shape: Shape) -> None:
+    def __init__(self, site: Site, source: Source | None, shape: Shape, weights: Mapping[str, int]) -> None:
+        """`weights`: how many messages an application's turn is."""
         self.site = site
         self.source = source
         self.shape = shape
-        self.ready = Ready()
+        self.ready = Ready(weights)
         self.idle: list[Session] = []
         self.sessions: set[Session] = set()
         self.skipped: set[int] = set()  # queues of which no more is read, because so much waits already
@@ -76,7 +79,7 @@ class Pool:
         self.slow_pace = self.slow_window = 0.0
         self.slow_reply = ""
         self.yielded_at = -1.0  # when a connection's place was left to another worker
-        self.waiting = 0  # the class with which it waits for a connection, as the others see it
+        self.waiting = 0  # with what it waits for a connection, as the others see it
 
     @property
     def key(self) -> str:
@@ -185,7 +188,7 @@ class Pool:
         open_now = len(self.sessions) + self.connecting
         if not self.sessions:
             return ""
-        self.learn("connections", float(open_now), reply_text(said), now + HOLD_SECONDS)
+        self.learn("connections", float(open_now), said.whole, now + HOLD_SECONDS)
         return "connections"
 
     def refused_message(self, said: Said, session: Session, now: float, workers: int) -> str:
@@ -196,7 +199,7 @@ class Pool:
             self.ended_times = self.ended_times + 1 if carried == self.ended_after else 1
             self.ended_after, self.ended_at = carried, now
         if carried > 1 and carried == self.ended_after and self.ended_times >= ENDED_TIMES:
-            self.learn("messages_per_connection", float(carried), reply_text(said), now + HOLD_SECONDS)
+            self.learn("messages_per_connection", float(carried), said.whole, now + HOLD_SECONDS)
             return "messages_per_connection"
         learned = self.learned.get("rate")
         if learned is not None and now - self.refused_at < RATE_WINDOW:
@@ -208,7 +211,7 @@ class Pool:
         self.resume_at = now + RATE_WINDOW
         self.quiet = 0
         pace = learned.value * PACE_AGAIN if learned is not None else peak * PACE_AFTER
-        self.learn("rate", max(PACE_LEAST, pace), reply_text(said), now + HOLD_SECONDS)
+        self.learn("rate", max(PACE_LEAST, pace), said.whole, now + HOLD_SECONDS)
         return "rate"
 
     def learn(self, limit: str, value: float, reply: str, until: float) -> None:
@@ -223,8 +226,3 @@ class Pool:
 def pool_key(site: Site, source: Source | None) -> str:
     """The name of a site's pool for mail from a source."""
     return f"{site.key} from {source.name}" if source is not None else site.key
-
-
-def reply_text(said: Said) -> str:
-    """A reply as people read it."""
-    return " ".join(part for part in (str(said.code) if said.code else "", said.enhanced, said.text) if part)

@@ -1,11 +1,11 @@
 """What waits for a site, in the order in which it goes: by class, fair between tenants, fair between their queues.
 
 A higher class goes first, but of every TURNS messages one belongs to whoever else waits, so that nobody starves. Within
-a class the tenants (applications) take turns, and within a tenant its queues.
+a class the tenants (applications) take turns, each as many messages as its weight, and within a tenant its queues.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from relaymta.proto.envelope import CLASSES
 from relaymta.queue import Entry
@@ -18,19 +18,21 @@ TURNS = 10
 class _Tenant:
     """One tenant's queues in one class, each a line of entries."""
 
-    __slots__ = ("lines", "order")
+    __slots__ = ("lines", "order", "turn")
 
     def __init__(self) -> None:
         self.lines: dict[int, deque[Entry]] = {}
         self.order: deque[int] = deque()  # the queues that have a line, the next one first
+        self.turn = 0  # messages that went in its present turn
 
 
 class _Class:
     """One class: tenants that take turns."""
 
-    __slots__ = ("order", "tenants")
+    __slots__ = ("order", "tenants", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Mapping[str, int]) -> None:
+        self.weights = weights
         self.tenants: dict[str, _Tenant] = {}
         self.order: deque[str] = deque()
 
@@ -51,12 +53,15 @@ class _Class:
         return tenant.lines[tenant.order[0]][0]
 
     def pop(self) -> Entry:
-        """Take the head; its queue and its tenant go to the end of their lines."""
+        """Take the head; its queue goes to the end of its line, and its tenant when it has had its turn."""
         name, tenant = self.order[0], self.tenants[self.order[0]]
         number = tenant.order[0]
         entry = tenant.lines[number].popleft()
         tenant.order.rotate(-1)
-        self.order.rotate(-1)
+        tenant.turn += 1
+        if tenant.turn >= self.weights.get(name, 1):
+            tenant.turn = 0
+            self.order.rotate(-1)
         self._tidy(name, tenant, number)
         return entry
 
@@ -73,11 +78,11 @@ class _Class:
 
     def copy(self) -> "_Class":
         """Another one with the same entries in the same order."""
-        other = _Class()
+        other = _Class(self.weights)
         other.order = self.order.copy()
         for name, tenant in self.tenants.items():
             other.tenants[name] = made = _Tenant()
-            made.order = tenant.order.copy()
+            made.order, made.turn = tenant.order.copy(), tenant.turn
             made.lines = {number: line.copy() for number, line in tenant.lines.items()}
         return other
 
@@ -97,11 +102,13 @@ class _Class:
 
 
 class Ready:
-    """The entries that wait for one site. Those that were cancelled meanwhile are dropped by `head`."""
+    """The entries that wait for one site. Those that were cancelled meanwhile are dropped by `head`. `weights`: how many
+    messages a tenant's turn is, where it is not one."""
 
-    __slots__ = ("_classes", "_count", "_picked", "_turn")
+    __slots__ = ("_classes", "_count", "_picked", "_turn", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Mapping[str, int] | None = None) -> None:
+        self.weights: Mapping[str, int] = weights or {}
         self._classes: list[_Class | None] = [None] * len(CLASSES)
         self._count = 0
         self._turn = 0
@@ -121,7 +128,7 @@ class Ready:
         rank = CLASSES.get(entry.name.priority, CLASSES["normal"])
         one = self._classes[rank]
         if one is None:
-            one = self._classes[rank] = _Class()
+            one = self._classes[rank] = _Class(self.weights)
         one.push(entry, first)
         self._count += 1
         self._picked = None
@@ -132,6 +139,15 @@ class Ready:
             if one is not None and one.order:
                 return len(CLASSES) - rank
         return 0
+
+    def next_tenant(self) -> str:
+        """Whose turn it is in the highest class that waits; "" when nothing does."""
+        return next((one.order[0] for one in self._classes if one is not None and one.order), "")
+
+    def has(self, rank: int, tenants: Callable[[str], bool]) -> bool:
+        """Whether mail of a class (counted as `highest` does) waits of a tenant that is one of `tenants`."""
+        one = self._classes[len(CLASSES) - rank]
+        return one is not None and any(tenants(name) for name in one.order)
 
     def head(self) -> Entry | None:
         """The entry that goes next; None when nothing waits. The same one until `pop` or `push`."""
@@ -175,7 +191,7 @@ class Ready:
         wait here. Found by playing the turns through on a copy."""
         if entry not in self:
             return -1
-        other = Ready()
+        other = Ready(self.weights)
         other._classes = [None if one is None else one.copy() for one in self._classes]
         other._count, other._turn = self._count, self._turn
         for ahead in range(most):

@@ -1,6 +1,7 @@
 """What operators do to queued mail, beyond holding and deleting it."""
 
 import json
+import time
 
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -41,3 +42,86 @@ def test_bounced_by_hand_the_sender_is_told_why(tmp_path):
                 sender == "" and to == ["a@b"] and b"the campaign was stopped" in text for sender, to, text in peer.messages
             )
             wait_for(lambda: relay.summary() == [])
+
+
+def test_standing_orders_hold_and_bounce_what_waits_and_what_comes(tmp_path):
+    networks = 'network=[{networks=["127.0.0.9/32"],application="news"}]'
+    with FakeMx({"RCPT": {"slow@d": b"450 4.2.1 later\r\n"}}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", networks, workers=2) as relay:
+            relay.send_from("127.0.0.9", to=("slow@d",))
+            wait_for(lambda: relay.events("deferred"))
+            assert "1 messages that wait now would be held" in relay.cli("standing", "hold", "--app", "news", "--dry-run").stdout
+            assert "1 messages that waited were held" in relay.cli("standing", "hold", "--app", "news", "--for", "1h").stdout
+            for _ in range(5):
+                relay.send_from("127.0.0.9")
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 1)
+            wait_for(lambda: sum(row["held"] for row in relay.summary()) == 6)
+            held = json.loads(relay.cli("queue", "list", "--held", "--json").stdout.splitlines()[-1])
+            explained = json.loads(relay.cli("message", "explain", held["id"], "--json").stdout)
+            assert "standing order: hold application=news" in explained["waits"][0]["wait"]["why"]
+            assert relay.cli("shaping", "active").stdout.startswith("nothing is suspended")
+            relay.stop()
+            relay.start()  # orders outlive a restart
+            relay.send_from("127.0.0.9")
+            wait_for(lambda: sum(row["held"] for row in relay.summary()) == 7)
+            relay.cli("queue", "hold", held["id"])  # by hand, and so for longer than the order stands
+            assert relay.cli("standing", "remove", "hold", "application=other", check=False).returncode == 1
+            relay.cli("standing", "remove", "hold", "application=news")
+            wait_for(lambda: len(peer.messages) == 6)
+            assert sum(row["held"] for row in relay.summary()) == 1
+
+            relay.cli("standing", "bounce", "--domain", "d.example", "--for", "30m", "--reason", "the list was stolen")
+            relay.send()
+            wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
+            assert b"the list was stolen" in peer.messages[-1][2]
+            orders = json.loads(relay.cli("standing", "list", "--json").stdout)
+            assert [(order["kind"], order["about"]) for order in orders] == [("bounce", "recipient_domain=d.example")]
+
+
+def test_a_hold_order_that_ends_lets_its_mail_go(tmp_path):
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.cli("standing", "hold", "--from", "a@b.example", "--for", "3s")
+        relay.send()
+        wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
+        wait_for(lambda: len(peer.messages) == 1)
+        assert relay.cli("standing", "list").stdout == "no order stands\n"
+
+
+def test_flush_says_how_many_are_throttled_and_filters_know_routes_sites_and_applications(tmp_path):
+    networks = 'network=[{networks=["127.0.0.9/32"],application="news"}]'
+    with FakeMx({"RCPT": {"c@d.example": b"450 4.2.1 later\r\n"}}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", networks) as relay:
+            for _ in range(3):
+                relay.send()
+                relay.send_from("127.0.0.9")
+            wait_for(lambda: len(relay.events("deferred")) == 6)
+            label = "smarthost"
+            for filters, count in (
+                (("--app", "news"), 3), (("--route", label), 6), (("--site", label), 6), (("--site", label, "--app", "news"), 3),
+                (("--site", f"127.0.0.1:{peer.port}"), 6), (("--site", "127.0.0.1"), 0), (("--route", "mx"), 0),
+            ):  # fmt: skip
+                assert changed(relay, "flush", *filters, "--dry-run")["matched"] == count, filters
+            relay.cli("site", "suspend", label, "--app", "news", "--for", "30m")
+            found = changed(relay, "flush", "--all")
+            assert (found["matched"], found["throttled"]) == (6, 3)
+            assert 1700 < found["until"] - time.time() < 1810
+            said = relay.cli("queue", "flush", "--all").stdout
+            assert "3 may go at once, 3 are throttled by their sites until in 29m" in said
+            shape = json.loads(relay.cli("queue", "shape", "--json").stdout)
+            assert sum(sum(row["ages"]) for row in shape["queues"]) == 6
+            assert "TOTAL" in relay.cli("queue", "shape").stdout
+            relay.stop()
+            assert json.loads(relay.cli("queue", "shape", "--json").stdout)["queues"][0]["ages"][0] == 3
+
+
+def test_changed_provider_profiles_are_told_and_shown(tmp_path):
+    with FakeMx({}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+            assert "no other profiles" in relay.cli("shaping", "diff").stdout
+            relay.stop()
+            used = relay.spool / "node" / "providers.toml"
+            used.write_text(used.read_text().replace("messages_per_connection = 100", "messages_per_connection = 7", 1))
+            relay.start()
+            wait_for(lambda: any("shaping diff" in event["text"] for event in relay.events("warning")))
+            assert "site google: messages_per_connection 7 -> 100" in relay.cli("shaping", "diff").stdout

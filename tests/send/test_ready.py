@@ -92,3 +92,14 @@ def test_whatever_is_pushed_comes_out_once_unless_it_was_taken_back(steps):
     waiting = sorted((e for e in waiting if places[e] >= len(waiting) // 2), key=lambda e: e.ident)
     assert sorted(e.ident for e in ready.take_all()) == sorted(e.ident for e in waiting)
     assert len(ready) == 0
+
+
+def test_a_tenant_of_more_weight_has_more_messages_in_its_turn():
+    ready = Ready({"paid": 3})
+    for number in range(60):
+        ready.push(entry(number, "paid"))
+        ready.push(entry(100 + number, "free"))
+    assert "".join(e.name.application[0] for e in order(ready, 12)) in ("pppf" * 3, "fppp" * 3)
+    one = next(e for e in ready if e.ident == 150)
+    ahead = ready.position(one, 1000)
+    assert list(order(ready)).index(one) == ahead, "positions know of weights"

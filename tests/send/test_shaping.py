@@ -5,6 +5,7 @@ import smtplib
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -238,3 +239,31 @@ class Slow(dict):
     def get(self, key, default=None):
         time.sleep(self.seconds)
         return default
+
+
+def test_a_reload_that_counts_a_site_by_another_name_does_not_lose_count(tmp_path):
+    config = tmp_path / "relay.toml"
+    site = '[[site]]\nname = "{}"\nhosts = ["127.0.0.1"]\nconnections = 1\n'
+    config.write_text(site.format("one"))
+    with FakeMx({}, slow=0.1) as peer:
+        relay = Relay(tmp_path, f"127.0.0.1:{peer.port}", workers=2)
+        relay.environment["RELAYMTA_CONFIG"] = str(config)
+        with relay:
+            _counted(config, site, peer, relay)
+
+
+def _counted(config: Path, site: str, peer: FakeMx, relay: Relay) -> None:
+    for name in ("two", "three", "four"):
+        before = len(peer.messages)
+        for _ in range(8):
+            relay.send()
+        wait_for(lambda before=before: len(peer.messages) > before)
+        config.write_text(site.format(name))  # while messages are under way
+        assert "reloaded" in relay.cli("reload").stdout
+    wait_for(lambda: len(peer.messages) == 24)
+    wait_for(lambda: peer.now_open <= 1)
+    peer.most_open = 0
+    for _ in range(8):
+        relay.send()
+    wait_for(lambda: len(peer.messages) == 32)
+    assert peer.most_open <= 1

@@ -155,6 +155,66 @@ class Quiet(Log):
         pass
 
 
+class Directory(BaseHTTPRequestHandler):
+    """Says where domains go: `answers` by domain, each (status, object, Cache-Control)."""
+
+    def do_GET(self) -> None:
+        query = parse_qs(self.path.partition("?")[2])
+        self.server.asked.append((query["domain"][0], query.get("application", [""])[0]))  # type: ignore[attr-defined]
+        status, found, control = self.server.answers.get(query["domain"][0], (404, {}, ""))  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Cache-Control", control)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+    def log_message(self, *args: object) -> None:
+        """Be quiet."""
+
+
+def test_another_program_says_where_a_domains_mail_goes(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Directory)
+    server.asked, server.answers = [], {}  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/route"
+    with FakeMx({}) as one, FakeMx({}) as two:
+        server.answers = {  # type: ignore[attr-defined]
+            "one.example": (200, {"hosts": [f"127.0.0.1:{one.port}"]}, "max-age=300"),
+            "two.example": (200, {"route": "two"}, "max-age=300"),
+            "wrong.example": (200, {"hosts": []}, ""),
+            "down.example": (503, {}, ""),
+        }
+        routes = f'route=[{{name="asked",lookup="{url}"}},{{name="two",hosts=["127.0.0.1:{two.port}"]}}]'
+        with Relay(tmp_path, None, routes, "delivery.first_retry=1") as relay:
+            for domain in ("one", "two", "one", "two"):
+                relay.send(TEXT, "a@b.example", f"x@{domain}.example")
+                wait_for(lambda: one.messages or two.messages)
+            wait_for(lambda: (len(one.messages), len(two.messages)) == (2, 2))
+            assert sorted(server.asked) == [("one.example", ""), ("two.example", "")], "asked once, remembered"  # type: ignore[attr-defined]
+            relay.send(TEXT, "a@b.example", "x@wrong.example", "y@down.example")
+            wait_for(lambda: len(relay.events("deferred")) >= 2)
+            replies = " ".join(event["reply"] for event in relay.events("deferred"))
+            assert f"4.4.3 look-up of wrong.example at {url}: from 1 to 20 hosts" in replies and "503" in replies
+            server.answers["down.example"] = server.answers["one.example"]  # type: ignore[attr-defined]
+            wait_for(lambda: len(one.messages) == 3)
+    server.shutdown()
+
+
+def test_a_header_field_chooses_the_route(tmp_path):
+    with FakeMx({}) as bulk, FakeMx({}) as rest:
+        routes = (
+            f'route=[{{name="bulk",header=["X-Class: ^bulk$"],hosts=["127.0.0.1:{bulk.port}"]}},'
+            f'{{name="rest",hosts=["127.0.0.1:{rest.port}"]}}]'
+        )
+        with Relay(tmp_path, None, routes) as relay:
+            relay.send("Subject: x\r\nX-Class: bulk\r\n\r\nX-Class: bulk\r\n")
+            relay.send("Subject: x\r\n\r\nX-Class: bulk\r\n")
+            large = "Subject: x\r\nX-Class: bulk\r\n\r\n" + ("x" * 70 + "\r\n") * 30_000
+            relay.send(large)
+            wait_for(lambda: (len(bulk.messages), len(rest.messages)) == (2, 1))
+            tried = ("route", "test", "--to", "c@d", "--set", routes, "--header", "X-Class: bulk")
+            assert "route bulk             yes" in relay.cli(*tried).stdout
+
+
 def with_sources(*routes: list[str]) -> Config:
     table = [{"name": name, "address": "127.0.0.1", "weight": 2 if name == "c" else 1} for name in "abcd"]
     named = [{"name": str(number), "sources": names} for number, names in enumerate(routes)]
@@ -270,7 +330,7 @@ def test_a_mechanism_that_is_not_offered_defers_and_says_which_are(tmp_path, aut
 class TokenEndpoint:
     """An OAuth 2 token endpoint: tokens t1, t2, ... that hold for `seconds`."""
 
-    def __init__(self, seconds: int = 3600) -> None:
+    def __init__(self, seconds: int = 3600, rotates: bool = False) -> None:
         self.asked: list[dict[str, list[str]]] = []
         self.status = 200
         endpoint = self
@@ -280,6 +340,8 @@ class TokenEndpoint:
                 endpoint.asked.append(parse_qs(self.rfile.read(int(self.headers["content-length"])).decode()))
                 time.sleep(0.2)
                 answer = {"access_token": f"t{len(endpoint.asked)}", "token_type": "Bearer", "expires_in": seconds}
+                if rotates:
+                    answer["refresh_token"] = f"r{len(endpoint.asked) + 1}"
                 body = json.dumps(answer if endpoint.status == 200 else {"error": "invalid_grant"}).encode()
                 self.send_response(endpoint.status)
                 self.send_header("content-type", "application/json")
@@ -333,6 +395,25 @@ def test_a_token_is_fetched_once_for_all_who_wait_and_again_when_it_is_refused(t
             relay.send()
             wait_for(lambda: len(peer.messages) == 11)
             assert len(endpoint.asked) == 2 and relay.events("deferred") == []
+
+
+def test_an_exchanged_refresh_token_is_kept_across_a_restart_until_the_file_has_another(tmp_path, authority):
+    endpoint = TokenEndpoint(rotates=True)
+    answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
+    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer)) as peer:
+        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path)) as relay:
+            relay.send()
+            wait_for(lambda: len(peer.messages) == 1)
+            for wanted, text in (("r2", "r1"), ("r3", "r1"), ("other", "other")):
+                relay.stop()
+                (tmp_path / "refresh").write_text(text)
+                relay.start()
+                before = len(peer.messages)
+                relay.send()
+                wait_for(lambda before=before: len(peer.messages) > before)
+                assert endpoint.asked[-1]["refresh_token"] == [wanted]
+            assert "r2" not in relay.cli("shaping", "active", "--json").stdout
+    endpoint.server.shutdown()
 
 
 def test_a_token_that_expires_in_mid_queue_is_refreshed_once(tmp_path, authority):

@@ -132,10 +132,12 @@ class Relay:
         with smtplib.SMTP("127.0.0.1", self.port, timeout=30) as client:
             client.sendmail(sender, list(to) or ["c@d.example"], text)
 
-    def send_from(self, address: str, text: str = "Subject: hello\r\n\r\nhello\r\n") -> None:
+    def send_from(
+        self, address: str, text: str = "Subject: hello\r\n\r\nhello\r\n", to: tuple[str, ...] = ("c@d.example",)
+    ) -> None:
         """One message from another address of this machine."""
         with smtplib.SMTP("127.0.0.1", self.port, timeout=30, source_address=(address, 0)) as client:
-            client.sendmail("a@b.example", ["c@d.example"], text)
+            client.sendmail("a@b.example", list(to), text)
 
 
 def dialog(port: int, *parts: bytes, pause: float = 0.05) -> bytes:

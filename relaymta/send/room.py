@@ -1,0 +1,112 @@
+"""What the machine's limits allow a site's pool: connections, their rate, messages a second; and whose turn a connection is."""
+
+from collections.abc import Callable
+
+import xxhash
+
+from relaymta.send.pool import Pool
+from relaymta.send.session import Session
+from relaymta.shm import Limits, Rates
+
+__all__ = ["Room"]
+
+LOOK_SECONDS = 0.05  # between two looks whether another worker has let go of a connection
+YIELD_SECONDS = 0.15  # a place that was given up is left to others
+TENANT_MARKS = 1 << 16
+STRANGER_SECONDS = 0.5  # between two times that a connection goes to another worker for a tenant's sake
+TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class
+
+
+class Room:
+    """One worker's part in the limits. `connections`: of the whole machine, to all sites. `later(pool, seconds)` has the pool
+    looked at again; `now()`: seconds that only go forward."""
+
+    def __init__(
+        self, limits: Limits, rates: Rates, connections: int, later: Callable[[Pool, float], None], now: Callable[[], float]
+    ) -> None:
+        self._limits = limits
+        self._rates = rates
+        self.connections = connections
+        self._later = later
+        self._now = now
+
+    @property
+    def workers(self) -> int:
+        """Among how many the rates are shared."""
+        return self._rates.workers
+
+    def take(self, pool: Pool) -> bool:
+        """Take the place of one more connection; False when there is none now."""
+        now = self._now()
+        if len(pool.sessions) + pool.connecting >= pool.most_connections(now) or now < pool.yielded_at + YIELD_SECONDS:
+            return False
+        if not self._limits.take("out", self.connections):
+            return False
+        shape = pool.shape
+        if not self._limits.take("site " + shape.key, int(shape.connections.value)):
+            self._limits.give("out")
+            return False
+        rate = shape.connection_rate.value
+        wait = self._rates.take("connect " + shape.key, rate) if rate else 0.0
+        if wait:
+            self.give(pool)
+            self._later(pool, wait)
+            return False
+        return True
+
+    def give(self, pool: Pool) -> None:
+        """A connection has ended."""
+        self._limits.give("out")
+        self._limits.give("site " + pool.shape.key)
+
+    def wait(self, pool: Pool) -> None:
+        """Tell the other workers that the pool would like a connection, and look again soon."""
+        self._claim(pool, pool.ready.highest() * TENANT_MARKS + _mark(pool.ready.next_tenant()))
+        self._later(pool, LOOK_SECONDS)
+
+    def wait_no_longer(self, pool: Pool) -> None:
+        """The pool has what it needs."""
+        self._claim(pool, 0)
+
+    def _claim(self, pool: Pool, claim: int) -> None:
+        """`claim`, as the other workers see it: the class first, then whose turn it is."""
+        if claim != pool.waiting:
+            pool.waiting = claim
+            self._limits.wait("site " + pool.shape.key, claim)
+
+    def take_message(self, pool: Pool) -> bool:
+        """Whether a message may begin now, by the rates; when not, the pool is looked at again when one may."""
+        pause = pool.resume_at - self._now()
+        if pause > 0:  # it has just said that it was too much
+            self._later(pool, pause)
+            return False
+        rate = pool.shape.rate.value
+        wait = self._rates.take("rate " + pool.shape.key, rate) if rate else 0.0
+        pace = 0.0 if wait else pool.pace_now(self._now())
+        if pace:
+            wait = self._rates.take("pace " + pool.shape.key, pace)
+        if wait:
+            self._later(pool, wait)
+        return not wait
+
+    def yields(self, pool: Pool, session: Session) -> bool:
+        """Whether another worker shall have this connection's place: it waits with mail of a higher class; or of the same, and
+        we have had our turn, or it is a tenant's of whom we have none. Then the place is left free for a moment."""
+        pool.served += 1
+        if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
+            return False
+        claim, own, now = self._limits.waiting("site " + pool.shape.key), pool.ready.highest(), self._now()
+        rank, tenant = divmod(claim, TENANT_MARKS)
+        as_high = rank > 0 and rank == own
+        stranger = as_high and now - pool.yielded_at > STRANGER_SECONDS and not pool.ready.has(rank, lambda n: _mark(n) == tenant)
+        if rank > own or stranger or (as_high and pool.served >= TURN):
+            pool.served = 0
+            pool.yielded_at = now
+            session.leaving = True
+        elif pool.served >= TURN:
+            pool.served = 0 if not rank else TURN
+        return session.leaving
+
+
+def _mark(tenant: str) -> int:
+    return xxhash.xxh32_intdigest(tenant.encode()) % TENANT_MARKS
