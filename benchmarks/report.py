@@ -1,6 +1,7 @@
 """docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json and sites.json; what is missing there is said to be.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json and crowd.json; what is missing there is
+said to be.
 """
 
 import json
@@ -84,7 +85,23 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ),
     ("10,000 idle connections: memory of each", value("idle", "kB each"), "-", 8, "{:.1f} kB"),
     ("... p99 of others' acceptance", value("idle", "p99 ms"), "-", 50, "{:.1f} ms"),
-    ("Two workers: CPU beside one's", lambda f: cpu(f, TWO) / cpu(f, REUSED), "-", 1.1, "{:.2f} x"),
+    ("Two workers: CPU beside one's", lambda f: beside(f, TWO, "one worker"), "-", 1.1, "{:.2f} x"),
+    (
+        "1,000,000 queued for one connection: an express message begins after, p99",
+        lambda f: f["crowd"]["priority"]["express begins after, p99 s"],
+        "-", 1, "{:.2f} s",
+    ),
+    (
+        "... messages of a first tenant before each of a second's",
+        lambda f: max(f["crowd"]["priority"]["of the first tenant before each of the second's"]),
+        "-", 1, "{:.0f}",
+    ),
+    (
+        "... deleted in bulk: what that adds to the p99 of acceptance",
+        lambda f: f["crowd"]["delete"]["accept while deleting ms"]["p99"] - f["crowd"]["delete"]["accept before ms"]["p99"],
+        "-", 20, "{:.1f} ms",
+    ),
+    ("... asked ten times a second why: delivery slower by", lambda f: f["crowd"]["explain"]["slower by"], "-", 0.02, "{:.3f}"),
     ("10,000 domains on 200 sites: CPU beside one smart host's", many(0), "-", 1.5, "{:.2f} x"),
     ("... the same with two workers", many(1), "-", 1.5, "{:.2f} x"),
     ("... DNS queries per domain", most("DNS queries per domain"), "-", 2.2, "{:.2f}"),

@@ -13,11 +13,13 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.daemon import free_port, wait_for
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,32 @@ def accept_only(load: Load) -> dict[str, float]:
             relay.close()
 
 
-def run(scale: float) -> list[dict[str, object]]:
+def beside(load: Load) -> dict[str, Any]:
+    """One load through the bare peers, the relay and Postfix, one after the other."""
+    row: dict[str, Any] = {"load": load.name, "messages": load.messages}
+    row |= {"direct": direct(load), "relaymta": through(Relaymta, load)}
+    if shutil.which("postfix", path=PATH) and os.geteuid() == 0:
+        few = Load(load.name, max(200, load.messages // 10), load.size, load.reuse, load.recipients)
+        row["Postfix"] = through(Postfix, few)
+    return row
+
+
+def workers_beside(load: Load) -> dict[str, Any]:
+    """One load through one worker and through two."""
+    row: dict[str, Any] = {"load": load.name, "messages": load.messages, "one worker": through(Relaymta, load)}
+    return row | {"relaymta": through(lambda f, s: Relaymta(f, s, 2), load)}
+
+
+def middle(trial: Callable[[], dict[str, Any]], peer: str) -> dict[str, Any]:
+    """The middle one of TRIALS trials, by the relay's CPU beside a peer's: a machine that is shared is slow at times."""
+    rows = [trial() for _ in range(TRIALS)]
+    ratios = [row["relaymta"]["cpu_us"] / row[peer]["cpu_us"] for row in rows]
+    found = rows[ratios.index(sorted(ratios)[TRIALS // 2])] | {"CPU ratio of each trial": ratios}
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def run(scale: float) -> list[dict[str, Any]]:
     """All loads."""
     loads = [
         Load("sessions reused, 4 kB", int(40_000 * scale)),
@@ -245,22 +272,9 @@ def run(scale: float) -> list[dict[str, object]]:
         Load("200 kB", int(4_000 * scale), 200_000),
         Load("50 recipients, 4 kB", int(4_000 * scale), recipients=50),
     ]
-    rows: list[dict[str, object]] = []
-    for load in loads:
-        row: dict[str, object] = {
-            "load": load.name,
-            "messages": load.messages,
-            "direct": direct(load),
-            "relaymta": through(Relaymta, load),
-        }
-        if shutil.which("postfix", path=PATH) and os.geteuid() == 0:
-            few = Load(load.name, max(200, load.messages // 10), load.size, load.reuse, load.recipients)
-            row["Postfix"] = through(Postfix, few)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    rows = [middle(lambda load=load: beside(load), "direct") for load in loads]  # type: ignore[misc]
     two = Load("sessions reused, 4 kB, two workers", int(40_000 * scale))
-    rows.append({"load": two.name, "messages": two.messages, "relaymta": through(lambda f, s: Relaymta(f, s, 2), two)})
-    print(json.dumps(rows[-1]), flush=True)
+    rows.append(middle(lambda: workers_beside(two), "one worker"))
     only = Load("accepted only, sessions reused, 4 kB", int(40_000 * scale))
     rows.append({"load": only.name, "messages": only.messages, "relaymta": accept_only(only)})
     print(json.dumps(rows[-1]), flush=True)
