@@ -2,7 +2,10 @@
 
 A group is: bodies appended to segments and synced, then one LMDB transaction with everything else (new messages,
 outcomes with their DSNs, operators' changes). Nothing in it is acknowledged before both have returned. What arrives
-meanwhile rides in the next group; there is no timer.
+meanwhile rides in the next group. Whoever comes alone never waits: a message that finds no group under way is committed at
+once. But a group costs as much as several messages, so
+  - behind a group, when some but not many have piled up, a moment is waited for more;
+  - outcomes, for which nobody waits, stay for a few milliseconds for a message to ride with.
 
 When it fails:
   - bodies can't be written or synced: no new message of the group is accepted; outcomes are committed without them;
@@ -51,6 +54,11 @@ from relaymta.queue.store import Change, Store
 __all__ = ["Committed", "Task", "Writer"]
 
 GROUP_LIMIT = 1000
+# Pairs of runs side by side, 50 clients with 4 kB: 178 us of CPU a message without, 162 with the gathering (5,600 and 6,000
+# messages a second); 200 kB: 609 and 565 us with the outcomes' waiting alone, 540 with both.
+GATHER_LEAST, GATHER_MOST = 4, 64
+GATHER_SECONDS = 0.001
+OUTCOMES_SECONDS = 0.003
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
 T = TypeVar("T")
 Assign = Callable[[Envelope, int], list[tuple[QueueName, list[int] | None]]]
@@ -120,7 +128,9 @@ class Writer:
         self._assign = assign
         self._on_commit = on_commit
         self._pending: list[Operation] = []
-        self._busy = False
+        self._awaited = 0  # of them: no outcomes, so somebody waits for them
+        self._busy = False  # a group is under way, or about to be
+        self._timer: asyncio.TimerHandle | None = None  # at which outcomes have waited long enough
         self._inbox: queues.SimpleQueue[list[Operation] | None] = queues.SimpleQueue()
         self.stalled = False
         self.last_error = ""
@@ -134,26 +144,47 @@ class Writer:
     def submit(self, operation: Operation) -> None:
         """Let an operation ride in the next group."""
         self._pending.append(operation)
-        if not self._busy:
+        awaited = type(operation) is not Outcome
+        self._awaited += awaited
+        if self._busy:
+            return
+        if awaited:
             self._busy = True
             # At the end of this loop iteration, so that all that this iteration reads rides together.
             self._loop.call_soon(self._hand_over)
+        else:
+            self._wait_for_company()
+
+    def _wait_for_company(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(OUTCOMES_SECONDS, self._waited)
+
+    def _waited(self) -> None:
+        self._timer = None
+        if self._pending and not self._busy:
+            self._busy = True
+            self._hand_over()
 
     def _hand_over(self) -> None:
         if len(self._pending) <= GROUP_LIMIT:
-            batch, self._pending = self._pending, []
+            batch, self._pending, self._awaited = self._pending, [], 0
         else:
             batch, self._pending = self._pending[:GROUP_LIMIT], self._pending[GROUP_LIMIT:]
+            self._awaited = sum(type(operation) is not Outcome for operation in self._pending)
         self._inbox.put(batch)
 
     def _posted(self, committed: Committed) -> None:
         try:
             self._on_commit(committed)
         finally:  # whatever goes wrong there, commits go on
-            if self._pending:
-                self._hand_over()
-            else:
+            if not self._awaited:
                 self._busy = False
+                if self._pending:
+                    self._wait_for_company()
+            elif GATHER_LEAST <= len(self._pending) < GATHER_MOST:
+                self._loop.call_later(GATHER_SECONDS, self._hand_over)
+            else:
+                self._hand_over()
 
     async def task(self, run: Callable[[Change], T]) -> T:
         """Run `run(change)` in a group and give its result once that is durable. StoreError when it cannot be."""
@@ -171,7 +202,7 @@ class Writer:
 
     async def close(self) -> None:
         """Commit what is pending, then end the thread."""
-        while self._busy and self._thread.is_alive():
+        while (self._busy or self._pending) and self._thread.is_alive():
             await asyncio.sleep(0.01)
         self._inbox.put(None)
         await self._loop.run_in_executor(None, self._thread.join)
