@@ -439,6 +439,7 @@ class Dispatcher:
         pool.failures = 0
         pool.reason = ""
         pool.served = 0
+        self.room.arrived(pool)
         self.counters.add(OPENED, 1)
         session.leaving = self.pools.get(pool.key) is not pool  # a reload has made another one of it
         pool.sessions.add(session)

@@ -46,7 +46,8 @@ class Pool:
     __slots__ = (
         "before", "connecting", "down_until", "ended_after", "ended_at", "ended_times", "failures", "idle", "learned", "loading",
         "pumping_at", "quiet", "ready", "reason", "refused_at", "resume_at", "second", "served", "sessions", "shape", "site",
-        "skipped", "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "this", "waiting", "window", "yielded_at",
+        "skipped", "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "stranger_at", "this", "waiting",
+        "window", "yielded_at",
     )  # fmt: skip
 
     def __init__(self, site: Site, source: Source | None, shape: Shape, weights: Mapping[str, int]) -> None:
@@ -79,6 +80,7 @@ class Pool:
         self.slow_pace = self.slow_window = 0.0
         self.slow_reply = ""
         self.yielded_at = -1.0  # when a connection's place was left to another worker
+        self.stranger_at = 0.0  # until then none is left for the sake of a tenant of whom we have no mail
         self.waiting = 0  # with what it waits for a connection, as the others see it
 
     @property

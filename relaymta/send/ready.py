@@ -140,14 +140,18 @@ class Ready:
                 return len(CLASSES) - rank
         return 0
 
-    def next_tenant(self) -> str:
-        """Whose turn it is in the highest class that waits; "" when nothing does."""
-        return next((one.order[0] for one in self._classes if one is not None and one.order), "")
+    def tenants(self) -> list[str]:
+        """Whose mail waits in the highest class that waits, the next one first."""
+        return next((list(one.order) for one in self._classes if one is not None and one.order), [])
 
-    def has(self, rank: int, tenants: Callable[[str], bool]) -> bool:
-        """Whether mail of a class (counted as `highest` does) waits of a tenant that is one of `tenants`."""
-        one = self._classes[len(CLASSES) - rank]
-        return one is not None and any(tenants(name) for name in one.order)
+    def prefer(self, wanted: Callable[[str], bool]) -> None:
+        """In the highest class that waits, the next turn is that of a tenant who is `wanted`, if there is one."""
+        one = next((one for one in self._classes if one is not None and one.order), None)
+        name = next((name for name in one.order if wanted(name)), None) if one is not None else None
+        if one is not None and name is not None:
+            one.order.remove(name)
+            one.order.appendleft(name)
+            self._picked = None
 
     def head(self) -> Entry | None:
         """The entry that goes next; None when nothing waits. The same one until `pop` or `push`."""

@@ -12,9 +12,11 @@ __all__ = ["Room"]
 
 LOOK_SECONDS = 0.05  # between two looks whether another worker has let go of a connection
 YIELD_SECONDS = 0.15  # a place that was given up is left to others
-TENANT_MARKS = 1 << 16
-STRANGER_SECONDS = 0.5  # between two times that a connection goes to another worker for a tenant's sake
-TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class
+TENANT_BITS = 48
+TENANTS = 100  # looked at, at most
+STRANGER_SECONDS = 0.2  # between two times that a connection goes to another worker for a tenant's sake
+TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class and the same tenants
+LONG_TURN = 100  # with any mail of the same class
 
 
 class Room:
@@ -61,15 +63,26 @@ class Room:
 
     def wait(self, pool: Pool) -> None:
         """Tell the other workers that the pool would like a connection, and look again soon."""
-        self._claim(pool, pool.ready.highest() * TENANT_MARKS + _mark(pool.ready.next_tenant()))
+        self._claim(pool, pool.ready.highest() << TENANT_BITS | _marks(pool))
         self._later(pool, LOOK_SECONDS)
+
+    def arrived(self, pool: Pool) -> None:
+        """The pool has a new connection. Where another worker waits for one, those go first whom it has no mail of."""
+        self.wait_no_longer(pool)
+        theirs = self._others(pool)[1]
+        if theirs:
+            pool.ready.prefer(lambda name: not _mark(name) & theirs)
+
+    def _others(self, pool: Pool) -> tuple[int, int]:
+        """The highest class with which another worker waits for a connection (0: none does), and the marks of its tenants."""
+        return divmod(self._limits.waiting("site " + pool.shape.key), 1 << TENANT_BITS)
 
     def wait_no_longer(self, pool: Pool) -> None:
         """The pool has what it needs."""
         self._claim(pool, 0)
 
     def _claim(self, pool: Pool, claim: int) -> None:
-        """`claim`, as the other workers see it: the class first, then whose turn it is."""
+        """`claim`, as the other workers see it: the class, then the marks of the tenants whose mail waits."""
         if claim != pool.waiting:
             pool.waiting = claim
             self._limits.wait("site " + pool.shape.key, claim)
@@ -91,22 +104,35 @@ class Room:
 
     def yields(self, pool: Pool, session: Session) -> bool:
         """Whether another worker shall have this connection's place: it waits with mail of a higher class; or of the same, and
-        we have had our turn, or it is a tenant's of whom we have none. Then the place is left free for a moment."""
+        of a tenant of whom we have none, or we have had our turn. Then the place is left free for a moment."""
         pool.served += 1
         if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
             return False
-        claim, own, now = self._limits.waiting("site " + pool.shape.key), pool.ready.highest(), self._now()
-        rank, tenant = divmod(claim, TENANT_MARKS)
-        as_high = rank > 0 and rank == own
-        stranger = as_high and now - pool.yielded_at > STRANGER_SECONDS and not pool.ready.has(rank, lambda n: _mark(n) == tenant)
-        if rank > own or stranger or (as_high and pool.served >= TURN):
+        (rank, theirs), own = self._others(pool), pool.ready.highest()
+        if rank and (rank > own or (rank == own and self._turn_is_over(pool, theirs))):
             pool.served = 0
-            pool.yielded_at = now
+            pool.yielded_at = self._now()
             session.leaving = True
-        elif pool.served >= TURN:
-            pool.served = 0 if not rank else TURN
+        elif not rank and pool.served >= TURN:
+            pool.served = 0
         return session.leaving
+
+    def _turn_is_over(self, pool: Pool, theirs: int) -> bool:
+        """Whether mail of the same class and of tenants with these marks goes before ours."""
+        ours, now = _marks(pool), self._now()
+        if theirs & ~ours and now > pool.stranger_at:
+            pool.stranger_at = now + STRANGER_SECONDS
+            return True
+        return pool.served >= (LONG_TURN if ours & ~theirs else TURN)
+
+
+def _marks(pool: Pool) -> int:
+    """The tenants that have mail of the highest class, as bits: two may share one."""
+    marks = 0
+    for name in pool.ready.tenants()[:TENANTS]:
+        marks |= _mark(name)
+    return marks
 
 
 def _mark(tenant: str) -> int:
-    return xxhash.xxh32_intdigest(tenant.encode()) % TENANT_MARKS
+    return 1 << xxhash.xxh32_intdigest(tenant.encode()) % TENANT_BITS
