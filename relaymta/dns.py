@@ -6,11 +6,13 @@ Failures are told apart: no such name, no data, and "could not be asked", which 
 
 import asyncio
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import aiodns
+import pycares
 
 __all__ = ["DnsFailure", "NoData", "NoSuchName", "Records", "Resolver"]
 
@@ -46,6 +48,26 @@ class Records:
     until: float
 
 
+class _OnLoop(aiodns.DNSResolver):
+    """c-ares on our loop instead of in a thread of its own, as aiodns itself does where there can be no thread: each answer
+    would have to win the interpreter from the loop (117 us of CPU a question against 45; delivery to 10,000 domains: 389 us a
+    message against 265). c-ares' watch over resolv.conf goes with the thread: `Resolver.reload` reads it again."""
+
+    def _make_channel(self, **options: Any) -> tuple[bool, pycares.Channel]:
+        weak = weakref.WeakMethod(self._sock_state_cb)
+
+        def changed(descriptor: int, readable: bool, writable: bool) -> None:
+            callback = weak()
+            if callback is not None:
+                callback(descriptor, readable, writable)
+
+        return False, pycares.Channel(sock_state_cb=changed, timeout=self._timeout, **options)
+
+    def reread(self) -> None:
+        """Read resolv.conf again."""
+        self._channel.reinit()
+
+
 class Resolver:
     """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Make it inside the loop.
 
@@ -58,7 +80,8 @@ class Resolver:
         count: Callable[[str], None] = lambda what: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._resolver = aiodns.DNSResolver(nameservers=nameservers or None, timeout=5.0, tries=2)
+        self._own = bool(nameservers)
+        self._resolver = _OnLoop(nameservers=nameservers or None, timeout=5.0, tries=2)
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
@@ -148,8 +171,13 @@ class Resolver:
         kept = [(key, records) for key, records in self._known.items() if records.until > now]
         self._known = dict(kept[max(0, len(kept) - KEPT * 9 // 10) :])
 
+    def reload(self) -> None:
+        """The system's nameservers may be others now."""
+        if not self._own:
+            self._resolver.reread()
+
     async def close(self) -> None:
-        """End c-ares' thread."""
+        """End what is being asked, and close c-ares."""
         await self._resolver.close()
 
 

@@ -309,6 +309,7 @@ class Worker:
         fresh = Config.model_validate_json(config)
         self.config = fresh
         self.routes = RouteTable(fresh)
+        self.resolver.reload()
         if self.intake is not None and self.acceptor is not None:
             self.intake.configure(fresh, self.routes)
             self.acceptor.config = fresh

@@ -113,11 +113,14 @@ def domain_of(address: str) -> str:
     return address.rpartition("@")[2].lower().rstrip(".") if "@" in address else ""
 
 
+_LABELS = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\Z")
+
+
 def normalize_domain(domain: str) -> str:
     """A domain as the DNS has it: lower case A-labels (IDNA 2008), no trailing dot. DomainError when it is none."""
     domain = domain.rstrip(".").lower()
     if domain.isascii():
-        if not domain or len(domain) > 253 or any(not 0 < len(label) < 64 for label in domain.split(".")):
+        if len(domain) > 253 or not _LABELS.match(domain):
             raise DomainError(domain)
         return domain
     import idna

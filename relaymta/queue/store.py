@@ -87,6 +87,7 @@ class Store:
         self._readonly = readonly
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
+        self._last_number = 0  # given to a queue; 0: not known
         self._open()
 
     def _open(self) -> None:
@@ -246,15 +247,20 @@ class Store:
         return row
 
     def _new_queue(self, txn: Any, name: QueueName) -> QueueRow:
-        cursor = txn.cursor(db=self.tables["queue"])
-        last = 0
-        if (cursor.set_range(b"r") and cursor.prev()) or cursor.last():
-            key = cursor.key()
-            last = _NUMBER.unpack(key[1:])[0] if key[:1] == b"q" else 0
-        row = QueueRow(last + 1, name)
+        if not self._last_number:
+            self._last_number = self._highest_number(txn)
+        self._last_number += 1
+        row = QueueRow(self._last_number, name)
         txn.put(b"n" + encode(name), _NUMBER.pack(row.number), db=self.tables["queue"])
         txn.put(b"q" + _NUMBER.pack(row.number), encode(row), db=self.tables["queue"])
         return row
+
+    def _highest_number(self, txn: Any) -> int:
+        cursor = txn.cursor(db=self.tables["queue"])
+        if (cursor.set_range(b"r") and cursor.prev()) or cursor.last():
+            key = cursor.key()
+            return int(_NUMBER.unpack(key[1:])[0]) if key[:1] == b"q" else 0
+        return 0
 
     def row_numbered(self, txn: Any, number: int) -> QueueRow:
         """The row of a queue that exists."""
@@ -267,7 +273,8 @@ class Store:
         return row
 
     def forget(self, rows: "set[int]") -> None:
-        """The transaction that changed these queues failed: read them again when they are needed."""
+        """The transaction that changed these queues failed, or they are gone: read them again when they are needed."""
+        self._last_number = 0
         for number in rows:
             row = self._by_number.pop(number, None)
             if row is not None:
