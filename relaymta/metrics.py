@@ -5,9 +5,9 @@ Counting is one atomic add on a cell. The supervisor's collector reads all block
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "Counters"]
+__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "families", "site_families"]
 
 
 class Cells(Protocol):
@@ -74,6 +74,15 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),
 }
 
+# Gauges of the SITES_SHOWN busiest sites, labelled with the site: help, and the key in a row of `site list --json`.
+SITE_GAUGES: dict[str, tuple[str, str]] = {
+    "relaymta_site_waiting": ("Messages in memory that wait for a site", "waiting"),
+    "relaymta_site_connections": ("Open connections to a site", "connections"),
+    "relaymta_site_window": ("Connections that a site has shown to take so far", "window"),
+    "relaymta_site_rate": ("Messages a second that begin", "rate"),
+}
+SITES_SHOWN = 50
+
 _index: dict[tuple[str, str], int] = {}
 for _name, (_, _, _values) in COUNTERS.items():
     for _value in _values:
@@ -85,7 +94,7 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
     _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
-NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES])
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES])
 
 
 def index(name: str, label: str = "") -> int:
@@ -120,6 +129,19 @@ class Counters:
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""
         self.cells.set(_gauge[name], int(value))
+
+
+def site_families(rows: list[dict[str, Any]]) -> list[object]:
+    """The metrics of single sites, from rows of `site list --json`."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    found: list[object] = []
+    for name, (text, key) in SITE_GAUGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=["site"])
+        for row in rows:
+            gauge.add_metric([row["pool"]], row[key])
+        found.append(gauge)
+    return found
 
 
 def families(blocks: Iterable[Cells]) -> list[object]:

@@ -25,10 +25,12 @@ from relaymta.config import Config, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
 from relaymta.log import Log, find_history
+from relaymta.metrics import SITES_SHOWN
 from relaymta.node import BOUNCE, DEAD, HOLD, SUSPENDED, TOKEN, Fact, Facts, Store, fact_row, keep_profiles
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
+from relaymta.send.standing import filter_of
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, notify, reason
 
@@ -186,7 +188,13 @@ class Supervisor:
 
         host, port = parse_hostport(self.config.metrics.listen)
         try:
-            return await serve_http(host, port, lambda: [self.shared.counters(slot.number) for slot in self.slots], self._health)
+            return await serve_http(
+                host,
+                port,
+                lambda: [self.shared.counters(slot.number) for slot in self.slots],
+                lambda: self._sites(SITES_SHOWN),
+                self._health,
+            )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
 
@@ -443,18 +451,19 @@ class Supervisor:
     async def _history(self, ident: str) -> Any:
         return await asyncio.to_thread(find_history, Path(self.config.spool) / "history", format_id(parse_id(ident)))
 
-    async def _sites(self) -> list[dict[str, Any]]:
-        """The sites of all workers, one row for each."""
+    async def _sites(self, most: int = 0) -> list[dict[str, Any]]:
+        """The sites of all workers, one row for each; the `most` busiest (0: all)."""
         merged: dict[str, dict[str, Any]] = {}
         for _, channel in self._ready():
-            for row in await channel.ask("sites"):
+            for row in await channel.ask("sites", most=most):
                 known = merged.setdefault(row["pool"], row)
                 if known is not row:
-                    for key in ("waiting", "in flight", "connections", "opening", "rate", "sessions"):
+                    for key in ("waiting", "in flight", "connections", "opening", "window", "rate", "sessions"):
                         known[key] += row[key]
                     for key in ("state", "reason", "until"):
                         known[key] = row[key] if row["state"] == "down" else known[key]
-        return sorted(merged.values(), key=lambda row: (-row["waiting"], row["pool"]))
+        rows = sorted(merged.values(), key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
+        return rows[:most] if most else rows
 
     async def _facts(self) -> list[dict[str, Any]]:
         shown = sorted((fact for fact in self.facts if fact.kind != TOKEN), key=lambda fact: fact.key)
@@ -469,6 +478,7 @@ class Supervisor:
         """A standing order about mail (`field=value` words)."""
         if kind not in (HOLD, BOUNCE):
             raise RelayError(f"no such order: {kind}")
+        filter_of(about)
         now = time.time_ns() // 1_000_000
         self._ordered(Fact(kind, about, "", now, now + int(seconds * 1000), "operator", reason), "")
 

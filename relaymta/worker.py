@@ -359,8 +359,8 @@ class Worker:
                 return found
         return None
 
-    async def _sites(self, descriptors: list[int]) -> list[Any]:
-        return [row for shard in self.shards.values() for row in site_rows(shard.dispatcher)]
+    async def _sites(self, descriptors: list[int], most: int = 0) -> list[Any]:
+        return [row for shard in self.shards.values() for row in site_rows(shard.dispatcher, most)]
 
     async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
         for shard in self.shards.values():

@@ -1,6 +1,8 @@
 """HTTP for machines: /metrics (Prometheus) and /health, on one address, by aiohttp."""
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -8,9 +10,13 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from relaymta import __version__
-from relaymta.metrics import Cells, families
+from relaymta.control import Refused
+from relaymta.metrics import Cells, families, site_families
 
 __all__ = ["serve_http"]
+
+SITES_SECONDS = 2.0  # waited for the workers' answers
+SITES_EVERY = 5.0  # asked at most; between two times the same is shown
 
 
 class _Collector:
@@ -18,18 +24,37 @@ class _Collector:
 
     def __init__(self, blocks: Callable[[], Iterable[Cells]]) -> None:
         self._blocks = blocks
+        self.sites: list[dict[str, Any]] = []
+        self.sites_until = 0.0
 
     def collect(self) -> Iterable[object]:
         yield InfoMetricFamily("relaymta_build", "The running program", value={"version": __version__})
         yield from families(self._blocks())
+        yield from site_families(self.sites)
 
 
-async def serve_http(host: str, port: int, blocks: Callable[[], Iterable[Cells]], healthy: Callable[[], str]) -> web.AppRunner:
-    """Serve on host:port until `cleanup()` of what is returned. `healthy()`: "" or what is wrong. OSError when busy."""
+async def serve_http(
+    host: str,
+    port: int,
+    blocks: Callable[[], Iterable[Cells]],
+    sites: Callable[[], Awaitable[list[dict[str, Any]]]],
+    healthy: Callable[[], str],
+) -> web.AppRunner:
+    """Serve on host:port until `cleanup()` of what is returned. `sites()`: rows of the busiest sites. `healthy()`: "" or what
+    is wrong. OSError when busy."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(blocks))  # type: ignore[arg-type]
+    collector = _Collector(blocks)
+    registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:
+        now = asyncio.get_running_loop().time()
+        if now > collector.sites_until:
+            collector.sites_until = now + SITES_EVERY
+            try:
+                async with asyncio.timeout(SITES_SECONDS):
+                    collector.sites = await sites()
+            except (TimeoutError, ConnectionError, Refused):  # a worker that does not answer must not hide the counters
+                collector.sites = []
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 

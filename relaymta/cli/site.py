@@ -102,32 +102,36 @@ def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
 
 
 @site.command()
-@click.argument("name")
+@click.argument("name", default="")
 @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
 @click.option("--app", "application", default="", help="Only mail of this application.")
 @click.option("--reason", default="told to", help="Shown wherever somebody asks why.")
 @configured
 def suspend(read: Callable[..., Config], name: str, duration: str, application: str, reason: str) -> None:
-    """Send nothing to a site (by the name its limits are counted as) for a while. Survives a restart."""
+    """Send nothing to a site (by the name its limits are counted as) for a while; without NAME nothing of --app to any. It
+    survives a restart."""
+    if not name and not application:
+        fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     try:
         seconds = parse_duration(duration)
     except ValueError as error:
         fail(64, f"--for {duration}: expected {error}")
     asked(connect(read), "suspend", site=name, about=application, seconds=seconds, reason=reason)
     whose = f"mail of {application} " if application else "mail "
-    click.echo(f"{whose}to {name} is suspended for {duration} (`relaymta site resume {name}` ends it)")
+    again = " ".join(filter(None, ("relaymta site resume", name, f"--app {application}" if application else "")))
+    click.echo(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
 
 
 @site.command()
-@click.argument("name")
+@click.argument("name", default="")
 @click.option("--app", "application", default="", help="The suspension of this application's mail.")
 @configured
 def resume(read: Callable[..., Config], name: str, application: str) -> None:
     """Send to a suspended or dead site again, now."""
     count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
     if not count:
-        fail(1, f"{name} is not suspended (`relaymta shaping active` lists what is)")
-    click.echo(f"{name} goes on")
+        fail(1, f"{name or application} is not suspended (`relaymta shaping active` lists what is)")
+    click.echo(f"{name or application} goes on")
 
 
 @click.group()

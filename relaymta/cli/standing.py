@@ -15,8 +15,8 @@ from relaymta.config import Config, parse_duration
 
 __all__ = ["standing"]
 
-WORDS = {"hold": ("held", "hold"), "bounce": ("returned to its sender", "bounce")}
-VERBS = {"hold": "order", "bounce": "bounce"}  # what is done with mail that waits already
+# What becomes of mail, and the verb for what waits already: its turn comes at once, and with it the order.
+ORDERS = {"hold": ("held", "order"), "bounce": ("returned to its sender", "flush")}
 
 
 @click.group()
@@ -65,16 +65,16 @@ def _give(kind: str, sentence: str, reason: str) -> None:
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
-        done, name = WORDS[kind]
+        done, verb = ORDERS[kind]
         if dry_run:
             count = sum(len(rows) for _, rows in pages(peer, given))
             click.echo(f"{count} messages that wait now would be {done}, and whatever comes; nothing was changed")
             return
         asked(peer, "order", kind=kind, about=about, seconds=seconds, reason=reason)
-        found = change(peer, VERBS[kind], [given], dry_run, reason)
+        found = change(peer, verb, [given], dry_run)
         ends = when(time.time() + seconds)
         click.echo(f"mail with {about} is {done}, ends {ends}; {found['changed']} messages that waited were {done}")
-        click.echo(f'`relaymta standing remove {name} "{about}"` ends it')
+        click.echo(f'`relaymta standing remove {kind} "{about}"` ends it')
 
 
 _give("hold", "Hold mail: not tried, not expired, until the order ends; then it goes.", "told to")
@@ -86,7 +86,7 @@ _give("bounce", "Return mail to its senders.", "returned by the operator")
 @configured
 def list_orders(read: Callable[..., Config], as_json: bool) -> None:
     """The orders that stand."""
-    orders = [fact for fact in asked(connect(read), "facts") if fact["kind"] in WORDS]
+    orders = [fact for fact in asked(connect(read), "facts") if fact["kind"] in ORDERS]
     if as_json:
         click.echo(json.dumps([_order(fact) for fact in orders]))
         return
@@ -101,7 +101,7 @@ def _order(fact: dict[str, Any]) -> dict[str, Any]:
 
 
 @standing.command()
-@click.argument("kind", type=click.Choice(list(WORDS)))
+@click.argument("kind", type=click.Choice(list(ORDERS)))
 @click.argument("about")
 @configured
 def remove(read: Callable[..., Config], kind: str, about: str) -> None:

@@ -223,7 +223,8 @@ class Queue:
     # Outcomes
 
     def finish(self, entry: Entry, results: dict[int, Attempt] | None, retry_after_ms: int = 0) -> None:
-        """An attempt is over. `results`: an Attempt for each recipient of the entry, None when all were delivered.
+        """An attempt is over. `results`: an Attempt for each recipient of the entry (one that is not there was not tried, and
+        waits as after a transient one), None when all were delivered.
 
         Transient ones are tried again after `retry_after_ms` (0: the schedule's own delay), or fail when the message's
         deadline has passed. The entry stays in flight until this is durable.

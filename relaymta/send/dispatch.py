@@ -296,7 +296,7 @@ class Dispatcher:
 
     def _pump(self, pool: Pool) -> None:
         """Give ready entries to idle sessions, and open connections for the others."""
-        if self._queue().writer.stalled:
+        if self.draining or self._queue().writer.stalled:
             return
         if pool.skipped and len(pool.ready) < CROWDED // 2:
             self._uncrowd(pool)
@@ -625,9 +625,11 @@ class Dispatcher:
         self._parked.clear()
         self._spawn(self._queue().wake_queues())
 
-    def _give_up(self, entry: Entry, reason: str) -> None:
-        """A standing order is that mail like this comes back to its sender."""
-        self._charge(entry, PERMANENT, "queue", "", 0, "5.7.1", reason)
+    def _give_up(self, entry: Entry, indexes: list[int], reason: str) -> None:
+        """A standing order is that mail to these recipients comes back to its sender; the others are due at once."""
+        entry.flying = True
+        attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
+        self._queue().finish(entry, dict.fromkeys(indexes, attempt), 1)
 
     def fact_changed(self, fact: Fact | None, key: tuple[str, str, str]) -> None:
         """The machine has learned a fact, or (None) forgotten the one with this key."""

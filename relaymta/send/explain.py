@@ -1,6 +1,8 @@
 """Why is it still here, and when will it go? What one worker knows about a waiting message, and about its sites."""
 
 import time
+from collections.abc import Iterable
+from heapq import nlargest
 from typing import Any
 
 from relaymta.node import HOLD
@@ -15,10 +17,13 @@ __all__ = ["explain", "goes_to", "site_rows", "throttled"]
 EXACT = 1000  # up to this position in line
 
 
-def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
-    """One row for each site that a worker sends to or has mail for."""
+def site_rows(dispatcher: Dispatcher, most: int = 0) -> list[dict[str, Any]]:
+    """One row for each site that a worker sends to or has mail for; the `most` busiest (0: all)."""
     now = dispatcher.loop.time()
-    return [_site_row(dispatcher, pool, now) for pool in dispatcher.pools.values()]
+    pools: Iterable[Pool] = dispatcher.pools.values()
+    if most:
+        pools = nlargest(most, pools, key=lambda pool: (len(pool.ready), len(pool.sessions)))
+    return [_site_row(dispatcher, pool, now) for pool in pools]
 
 
 async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:

@@ -14,20 +14,22 @@ TOGETHER = 1000
 
 
 def filter_of(text: str) -> Filter:
-    """Which mail an order is about, from its name: `field=value` words, as `Filter` calls the fields."""
+    """Which mail an order is about, from its name: `field=value` words, as `Filter` calls the fields. ValueError, TypeError when
+    it is none."""
     return Filter(**dict(word.split("=", 1) for word in text.split(" ")))  # type: ignore[arg-type]
 
 
 class Orders:
     """The standing orders, as one worker's delivery obeys them. `queue()` is its queue; `put_back(entry)` gives an entry back
-    untried, `give_up(entry, reason)` fails it for good, `spawn(coroutine)` runs something in the background."""
+    untried, `give_up(entry, indexes, reason)` fails these of its recipients for good, `spawn(coroutine)` runs something in
+    the background."""
 
     def __init__(
         self,
         facts: Facts,
         queue: Callable[[], Queue],
         put_back: Callable[[Entry], None],
-        give_up: Callable[[Entry, str], None],
+        give_up: Callable[[Entry, list[int], str], None],
         spawn: Callable[[Coroutine[object, object, None]], None],
     ) -> None:
         self._facts = facts
@@ -54,11 +56,14 @@ class Orders:
 
     def obeyed(self, entry: Entry) -> bool:
         """Whether an order took an entry out of delivery."""
-        order = self.find(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
+        name, sender, recipients = entry.name, entry.envelope.sender, entry.recipients
+        order = self.find(name, sender, [address for _, address in recipients])
         if order is None:
             return False
-        if order.kind == BOUNCE:
-            self._give_up(entry, order.reason)
+        if order.kind == BOUNCE:  # those that it is about, and nobody else
+            chosen = filter_of(order.site)
+            meant = [index for index, address in recipients if _is_about(chosen, name, sender, [address])]
+            self._give_up(entry, meant, order.reason)
             return True
         self._put_back(entry)
         self._to_hold.append(entry.ident)

@@ -75,6 +75,11 @@ def test_standing_orders_hold_and_bounce_what_waits_and_what_comes(tmp_path):
             relay.send()
             wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
             assert b"the list was stolen" in peer.messages[-1][2]
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "one@d.example", "two@e.example", "three@D.example")
+            wait_for(lambda: any(to == ["two@e.example"] for _, to, _ in peer.messages))
+            wait_for(lambda: sum(sender == "" for sender, _, _ in peer.messages) == 2)
+            notice = [text for sender, _, text in peer.messages if sender == ""][-1]
+            assert b"one@d.example" in notice and b"three@D.example" in notice and b"two@e.example" not in notice
             orders = json.loads(relay.cli("standing", "list", "--json").stdout)
             assert [(order["kind"], order["about"]) for order in orders] == [("bounce", "recipient_domain=d.example")]
 
@@ -113,6 +118,23 @@ def test_flush_says_how_many_are_throttled_and_filters_know_routes_sites_and_app
             assert "TOTAL" in relay.cli("queue", "shape").stdout
             relay.stop()
             assert json.loads(relay.cli("queue", "shape", "--json").stdout)["queues"][0]["ages"][0] == 3
+
+
+def test_an_applications_mail_to_all_sites_is_suspended_and_resumed(tmp_path):
+    networks = 'network=[{networks=["127.0.0.9/32"],application="news"}]'
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", networks) as relay:
+        assert relay.cli("site", "suspend", check=False).returncode == 64
+        assert (
+            "mail of news to all sites" in relay.cli("site", "suspend", "--app", "news", "--reason", "too many complaints").stdout
+        )
+        relay.send_from("127.0.0.9")
+        relay.send()
+        wait_for(lambda: len(peer.messages) == 1)
+        (waiting,) = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
+        assert waiting["application"] == "news"
+        assert "too many complaints" in relay.cli("message", "explain", waiting["id"]).stdout
+        relay.cli("site", "resume", "--app", "news")
+        wait_for(lambda: len(peer.messages) == 2)
 
 
 def test_changed_provider_profiles_are_told_and_shown(tmp_path):

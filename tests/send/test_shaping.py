@@ -267,3 +267,12 @@ def _counted(config: Path, site: str, peer: FakeMx, relay: Relay) -> None:
         relay.send()
     wait_for(lambda: len(peer.messages) == 32)
     assert peer.most_open <= 1
+
+
+def test_metrics_show_the_busiest_sites(tmp_path):
+    with FakeMx({}, slow=0.05) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        for _ in range(20):
+            relay.send()
+        wait_for(lambda: peer.messages)
+        assert relay.metric('relaymta_site_connections{site="smarthost"}') >= 1
+        assert relay.metric('relaymta_site_window{site="smarthost"}') >= 5
