@@ -77,7 +77,9 @@ def priority(messages: int, rounds: int = 100) -> dict[str, Any]:
     waits = sorted(began[sender] - at for sender, at in express.items())
     return {
         "queued": messages, "left": left, "most connections": seen["most open"], "express": len(waits),
-        "express begins after, p50 s": waits[len(waits) // 2], "express begins after, p99 s": waits[int(len(waits) * 0.99)], "express begins after, most s": waits[-1],
+        "express begins after, p50 s": waits[len(waits) // 2],
+        "express begins after, p99 s": waits[int(len(waits) * 0.99)],
+        "express begins after, most s": waits[-1],
         "of the first tenant before each of the second's": sorted(between(order, second)),
     }  # fmt: skip
 
