@@ -228,6 +228,7 @@ def diff(read: Callable[..., Config], as_json: bool) -> None:
 def profiles(as_json: bool) -> None:
     """The provider profiles that come with this version of relaymta."""
     from relaymta.route.shaping import profiles as shipped
+    from relaymta.route.shaping import rule_text
 
     found = shipped()
     if as_json:
@@ -239,6 +240,4 @@ def profiles(as_json: bool) -> None:
         limits = [f"{k} {v:g}" for k, v in one.model_dump(exclude_none=True).items() if k not in ("name", "hosts")]
         click.echo(f"  {one.name}: {', '.join(one.hosts)}: {', '.join(limits)}")
     for rule in found.rules:
-        click.echo(
-            f"  {rule.action} {rule.duration:g} s on {rule.match}" + (f" from {', '.join(rule.hosts)}" if rule.hosts else "")
-        )
+        click.echo(f"  {rule_text(rule)}")

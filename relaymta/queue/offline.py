@@ -45,18 +45,17 @@ def _opened(spool: Path, number: int, use: Callable[[Path, Store, QueueClock], A
         os.close(lock)
 
 
+def _rows(spool: Path, use: Callable[[Path, Store, QueueClock], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all shards, one after the other."""
+    return [row for number in _shards(spool) for row in _opened(spool, number, use)]
+
+
 def _summary(spool: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number in _shards(spool):
-        rows += _opened(spool, number, lambda path, store, clock: inspect.summary(store, clock))
-    return rows
+    return _rows(spool, lambda path, store, clock: inspect.summary(store, clock))
 
 
 def _shape(spool: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number in _shards(spool):
-        rows += _opened(spool, number, lambda path, store, clock: inspect.shape(store))
-    return rows
+    return _rows(spool, lambda path, store, clock: inspect.shape(store))
 
 
 def _page(spool: Path, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,18 @@ from relaymta.config import Config, Rule, SiteTable
 from relaymta.route.sites import Site
 from relaymta.route.table import domain_matches
 
-__all__ = ["Limit", "Profiles", "Shape", "Shaping", "check", "differences", "profiles", "read_profiles", "shipped_text"]
+__all__ = [
+    "Limit",
+    "Profiles",
+    "Shape",
+    "Shaping",
+    "check",
+    "differences",
+    "profiles",
+    "read_profiles",
+    "rule_text",
+    "shipped_text",
+]
 
 LIMITS = ("connections", "messages_per_connection", "rate", "connection_rate")
 
@@ -78,8 +89,8 @@ def differences(before: Profiles, after: Profiles) -> list[str]:
                 for key in keys
                 if old[name].get(key) != new[name].get(key)
             ]
-    found += [f"rule gone: {_rule(rule)}" for rule in before.rules if rule not in after.rules]
-    found += [f"rule new: {_rule(rule)}" for rule in after.rules if rule not in before.rules]
+    found += [f"rule gone: {rule_text(rule)}" for rule in before.rules if rule not in after.rules]
+    found += [f"rule new: {rule_text(rule)}" for rule in after.rules if rule not in before.rules]
     return found
 
 
@@ -89,7 +100,8 @@ def _value(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rule(rule: Rule) -> str:
+def rule_text(rule: Rule) -> str:
+    """A rule, as people read it."""
     return f"{rule.action} {rule.duration:g} s on {rule.match}" + (f" from {', '.join(rule.hosts)}" if rule.hosts else "")
 
 
