@@ -4,6 +4,8 @@ priority  bulk mail of one tenant on two workers, for a site that takes one conn
           and how many messages of the first tenant go before each of a second tenant's ten
 explain   how much slower delivery is while somebody asks `message explain` ten times a second
 delete    how long accepting a message takes while the million are deleted, and before
+list      how long `queue list --json` takes, on two workers, while nothing is delivered and while 100 messages a second are
+reroute   how long `queue reroute` takes, on two workers, from a host that is down to another
 """
 
 import argparse
@@ -25,6 +27,7 @@ from benchmarks.run import Relaymta
 from benchmarks.sites import Peer
 from relaymta import control
 from relaymta.proto.envelope import QueueName
+from relaymta.queue.ident import format_id
 from tests.support.daemon import free_port
 
 TEXT = "Subject: x\r\n\r\n" + "x" * 4000
@@ -110,8 +113,8 @@ def explain(messages: int, seconds: float = 2.0) -> dict[str, Any]:
         asking = False
         while relay.counter("relaymta_queue_messages") > messages / 4:
             asking = not asking
-            page = control.ask(relay.spool / "control.sock", "page", cursor=[0, 0], chosen={})
-            idents = [row["id"] for row in page["rows"]]
+            page = control.ask(relay.spool / "control.sock", "page", shard=0, after=0, chosen={})
+            idents = [format_id(ident) for ident in page["ids"]]
             start, began, asked = relay.delivered(), time.monotonic(), 0
             while time.monotonic() < began + seconds:
                 if asking:
@@ -137,14 +140,55 @@ def delete(messages: int) -> dict[str, Any]:
         relay = Relaymta(folder, peer.port, 1)
         time.sleep(3)
         before = accepting(relay, lambda: time.sleep(20))
-        command = [sys.executable, "-m", "relaymta", "queue", "delete", "--app", "first", "--spool", str(relay.spool)]
         began = time.monotonic()
-        during = accepting(relay, lambda: subprocess.run(command, check=True, capture_output=True))
+        during = accepting(relay, lambda: command(relay, "queue", "delete", "--app", "first"))
         took = time.monotonic() - began
         left = sum(row["messages"] for row in control.ask(relay.spool / "control.sock", "summary"))
         relay.close()
         peer.close()
     return {"deleted": messages, "left": left, "s": took, "accept before ms": before, "accept while deleting ms": during}
+
+
+def command(relay: Relaymta, *words: str) -> tuple[float, bytes]:
+    """A command of the CLI: seconds, and what it said."""
+    began = time.monotonic()
+    line = [sys.executable, "-m", "relaymta", *words, "--spool", str(relay.spool)]
+    said = subprocess.run(line, check=True, capture_output=True).stdout
+    return time.monotonic() - began, said
+
+
+def listing(messages: int) -> dict[str, Any]:
+    """`queue list --json`, alone and beside mail that comes and goes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spooled(folder, messages, 2, 3600.0, 1)
+        peer = Peer("open")
+        relay = Relaymta(folder, peer.port, 2)
+        time.sleep(3)
+        seconds, said = command(relay, "queue", "list", "--json")
+        before = accepting(relay, lambda: time.sleep(seconds))
+        during = accepting(relay, lambda: command(relay, "queue", "list", "--json"))
+        relay.close()
+        peer.close()
+    return {"listed": said.count(b"\n"), "s": seconds, "accept before ms": before, "accept while listing ms": during}
+
+
+def reroute(messages: int) -> dict[str, Any]:
+    """A million messages for a host that is down go by another one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spooled(folder, messages, 2, 3600.0, 1)
+        peer = Peer("open")
+        routes = f'route=[{{name="dead",hosts=["127.0.0.1:1"]}},{{name="other",hosts=["127.0.0.1:{peer.port}"]}}]'
+        relay = Relaymta(folder, 0, 2, (routes,))
+        time.sleep(3)
+        seconds, said = command(relay, "queue", "reroute", "--app", "first", "--to", "other", "--json")
+        start, began = relay.delivered(), time.monotonic()
+        time.sleep(10)
+        rate = (relay.delivered() - start) / (time.monotonic() - began)
+        relay.close()
+        peer.close()
+    return json.loads(said) | {"s": seconds, "delivered a second behind it": rate}
 
 
 def accepting(relay: Relaymta, work: Any) -> dict[str, float]:
@@ -179,9 +223,9 @@ def accepting(relay: Relaymta, work: Any) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--only", choices=["priority", "explain", "delete"])
+    parser.add_argument("--only", choices=["priority", "explain", "delete", "list", "reroute"])
     options = parser.parse_args()
-    parts = {"priority": priority, "explain": explain, "delete": delete}
+    parts = {"priority": priority, "explain": explain, "delete": delete, "list": listing, "reroute": reroute}
     print(json.dumps({n: part(options.messages) for n, part in parts.items() if options.only in (None, n)}, indent=1))
 
 

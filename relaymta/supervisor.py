@@ -413,27 +413,30 @@ class Supervisor:
                     known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
         return sorted(merged.values(), key=lambda row: -row["messages"])
 
-    async def _page(self, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
-        """A page of messages. `cursor`: [shard, id] as given by the last page, [] at first; [] back at the end."""
-        order = sorted((shard, slot) for slot, _ in self._ready() for shard in slot.shards)
-        shard, after = cursor or (order[0][0] if order else 0, 0)
-        for number, slot in order:
-            if number < shard or slot.channel is None:
-                continue
-            found = await slot.channel.ask("page", shard=number, after=after if number == shard else 0, chosen=chosen)
-            if found["after"]:
-                return {"rows": found["rows"], "cursor": [number, found["after"]], "shard": number}
-            following = [n for n, _ in order if n > number]
-            return {"rows": found["rows"], "cursor": [following[0], 0] if following else [], "shard": number}
-        return {"rows": [], "cursor": [], "shard": 0}
+    async def _shards(self) -> list[int]:
+        """The shards that are open."""
+        return sorted(shard for slot, _ in self._ready() for shard in slot.shards)
 
-    async def _change(self, verb: str, shard: int, idents: list[str], word: str = "") -> Any:
+    async def _page(self, shard: int, after: int, chosen: dict[str, Any]) -> Any:
+        """The next messages of a shard behind the id `after`, as `listing.page` gives them."""
+        return await self._owner(shard).ask("page", shard=shard, after=after, chosen=chosen)
+
+    async def _change(self, verb: str, shard: int, idents: list[int], word: str = "") -> Any:
         if verb not in inspect.VERBS:
             raise RelayError(f"no such verb: {verb}")
+        return await self._owner(shard).ask("change", shard=shard, verb=verb, idents=idents, word=word)
+
+    def _owner(self, shard: int) -> Channel:
         for slot, channel in self._ready():
             if shard in slot.shards:
-                return await channel.ask("change", shard=shard, verb=verb, idents=idents, word=word)
+                return channel
         raise RelayError(f"shard {shard} is not open")
+
+    async def _move(self, chosen: dict[str, Any], word: str, dry_run: bool) -> list[int] | None:
+        """All mail of whole queues goes by the route `word`: [messages, in flight]; None when `chosen` means no whole queues, or
+        the route has no hosts of its own."""
+        found = [await channel.ask("move", chosen=chosen, word=word, dry_run=dry_run) for _, channel in self._ready()]
+        return None if None in found else [sum(part) for part in zip(*found, strict=True)] or [0, 0]
 
     async def _throttled(self, queues: dict[str, int]) -> list[float]:
         """Of so many messages in these queues, all due: how many a site's limits keep, and until when (seconds UTC)."""
@@ -507,7 +510,9 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "status": Supervisor._status,
     "summary": Supervisor._summary,
     "shape": Supervisor._shape,
+    "shards": Supervisor._shards,
     "page": Supervisor._page,
+    "move": Supervisor._move,
     "change": Supervisor._change,
     "throttled": Supervisor._throttled,
     "message": Supervisor._message,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -340,7 +341,25 @@ class Worker:
 
     async def _page(self, descriptors: list[int], shard: int, after: int, chosen: dict[str, Any]) -> Any:
         one = self.shards[shard]
-        return await one.queue.page(Filter(**chosen), after, lambda name, site: goes_to(one.dispatcher, name, site))
+        return await one.queue.page(Filter(**chosen), after, partial(goes_to, one.dispatcher))
+
+    async def _move(self, descriptors: list[int], chosen: dict[str, Any], word: str, dry_run: bool) -> Any:
+        """All mail of whole queues goes by the route `word`: (messages, in flight); None when that cannot be said of queues."""
+        wanted, route = Filter(**chosen), self.routes.named(word)
+        if route is None:
+            raise self._no_route(word)
+        if not (wanted.whole_queues and route.hosts):  # without hosts of its own it needs each recipient's domain
+            return None
+        messages, flying = 0, 0
+        for shard in self.shards.values():
+            one, at_site = shard.dispatcher, partial(goes_to, shard.dispatcher)
+            found = await shard.queue.move_queues(wanted, at_site, partial(self.routes.by_route, route), dry_run)
+            one.forget_parked()
+            messages, flying = messages + found[0], flying + found[1]
+        return messages, flying
+
+    def _no_route(self, word: str) -> RelayError:
+        return RelayError(f"there is no route {word!r}{near(word, self.routes.labels)}")
 
     async def _shape(self, descriptors: list[int]) -> list[Any]:
         return [row for shard in self.shards.values() for row in await shard.queue.shape()]
@@ -369,11 +388,11 @@ class Worker:
                 return text
         return None
 
-    async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[str], word: str) -> Any:
+    async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[int], word: str) -> Any:
         one = self.shards[shard]
         if verb == "reroute" and word not in self.routes.labels:
-            raise RelayError(f"there is no route {word!r}{near(word, self.routes.labels)}")
-        result = await one.queue.change_messages(verb, [parse_id(text) for text in idents], word)
+            raise self._no_route(word)
+        result = await one.queue.change_messages(verb, idents, word)
         if verb == "flush":
             one.dispatcher.flush()
             await one.queue.wake_queues()
@@ -436,6 +455,7 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "summary": Worker._summary,
     "shape": Worker._shape,
     "page": Worker._page,
+    "move": Worker._move,
     "message": Worker._message,
     "raw": Worker._raw,
     "explain": Worker._explain,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -13,8 +13,9 @@ from relaymta.cli.serve import fail
 from relaymta.config import Config
 from relaymta.errors import ConfigError, RelayError
 
-__all__ = ["Daemon", "Offline", "as_json", "asked", "connect", "size", "table", "when"]
+__all__ = ["Daemon", "Offline", "answered", "as_json", "asked", "connect", "size", "table", "when"]
 
+T = TypeVar("T")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
 
 
@@ -28,7 +29,7 @@ class Offline:
         """Answer a reading request; RelayError for any other."""
         from relaymta.queue.offline import answer
 
-        if op not in ("summary", "shape", "page", "message", "raw", "history"):
+        if op not in ("summary", "shape", "shards", "page", "message", "raw", "history"):
             raise RelayError("the daemon is not running (start it with `relaymta serve`)")
         return answer(self._spool, op, **args)
 
@@ -65,8 +66,14 @@ def connect(read: Callable[..., Config]) -> Daemon | Offline:
 
 
 def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
+    """An answer; without one the command ends with the reason."""
+    return answered(lambda: peer.ask(op, **args))
+
+
+def answered(ask: Callable[[], T]) -> T:
+    """As `asked`, for a question that was put elsewhere."""
     try:
-        return peer.ask(op, **args)
+        return ask()
     except RelayError as error:
         fail(69, str(error))
     except OSError as error:

@@ -4,13 +4,16 @@ With the daemon stopped, reading verbs read the spool themselves, holding its lo
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from heapq import merge
 from typing import Any
 
 import click
 
-from relaymta.cli.peer import Daemon, Offline, as_json, asked, connect, size, table, when
+from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, size, table, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
 
@@ -81,15 +84,37 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
 FILTERS = "--queue, --route, --site, --app, --from, --domain, --held"
 
 
-def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """All messages that are meant, page by page: (shard, rows)."""
-    cursor: list[int] = []
-    while True:
-        page = asked(peer, "page", cursor=cursor, chosen=chosen)
-        yield page["shard"], page["rows"]
-        cursor = page["cursor"]
-        if not cursor:
-            return
+def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
+    """All messages that are meant, page by page: shard, ids, and each as a line of JSON. While one page is looked at the next
+    one is asked for."""
+    for shard in asked(peer, "shards"):
+        yield from _pages_of(peer, shard, chosen)
+
+
+def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
+    with ThreadPoolExecutor(1) as ahead:
+
+        def ask(after: int) -> Future[dict[str, Any]]:
+            return ahead.submit(peer.ask, "page", shard=shard, after=after, chosen=chosen)
+
+        page = ask(0)
+        while True:
+            found = answered(page.result)
+            if found["after"]:
+                page = ask(found["after"])
+            yield shard, found["ids"], found["lines"].splitlines()
+            if not found["after"]:
+                return
+
+
+def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
+    """All messages that are meant, the oldest first, whatever their shard: id and line of JSON."""
+
+    def one(shard: int) -> Iterator[tuple[int, bytes]]:
+        for _, idents, lines in _pages_of(peer, shard, chosen):
+            yield from zip(idents, lines, strict=True)
+
+    return merge(*(one(shard) for shard in asked(peer, "shards")))
 
 
 def _number(ident: str) -> int:
@@ -107,16 +132,18 @@ def _number(ident: str) -> int:
 @configured
 def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> None:
     """The messages, oldest first. --json: one object a line, for any number of them."""
-    peer = connect(read)
-    count = 0
-    for _, rows in pages(peer, chosen):
-        count += len(rows)
-        for row in rows:
-            if as_json:
-                click.echo(json.dumps(row))
-            else:
-                click.echo(_line(row))
-    if not count and not as_json:
+    found = _in_order(connect(read), chosen)
+    if as_json:
+        out = sys.stdout.buffer
+        for _, line in found:
+            out.write(line + b"\n")
+        out.flush()
+        return
+    empty = True
+    for _, line in found:
+        click.echo(_line(json.loads(line)))
+        empty = False
+    if empty:
         click.echo("no such messages" if any(chosen.values()) else "the queue is empty")
 
 
@@ -213,14 +240,18 @@ def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool
     found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
     queues: Counter[str] = Counter()
     for chosen in filters:
-        for shard, rows in pages(peer, chosen):
-            found["matched"] += len(rows)
-            queues.update(name for row in rows for name in row["queues"])
-            idents = [row["id"] for row in rows]
-            for start in range(0, 0 if dry_run else len(idents), 1000):
-                changed, flying = asked(
-                    peer, "change", verb=verb, shard=shard, idents=idents[start : start + 1000], word=word
-                )  # fmt: skip
+        moved = asked(peer, "move", chosen=chosen, word=word, dry_run=dry_run) if verb == "reroute" else None
+        if moved is not None:  # whole queues: not message by message
+            found["matched"] += moved[0]
+            found["changed"] += 0 if dry_run else moved[0] - moved[1]
+            found["in_flight"] += moved[1]
+            continue
+        for shard, idents, lines in pages(peer, chosen):
+            found["matched"] += len(idents)
+            if verb == "flush":
+                queues.update(name for line in lines for name in json.loads(line)["queues"])
+            if idents and not dry_run:
+                changed, flying = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word)
                 found["changed"] += changed
                 found["in_flight"] += flying
     if verb == "flush":

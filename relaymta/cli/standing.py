@@ -67,7 +67,7 @@ def _give(kind: str, sentence: str, reason: str) -> None:
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
         done, verb = ORDERS[kind]
         if dry_run:
-            count = sum(len(rows) for _, rows in pages(peer, given))
+            count = sum(len(idents) for _, idents, _ in pages(peer, given))
             click.echo(f"{count} messages that wait now would be {done}, and whatever comes; nothing was changed")
             return
         asked(peer, "order", kind=kind, about=about, seconds=seconds, reason=reason)

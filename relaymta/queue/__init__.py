@@ -18,7 +18,7 @@ import msgspec
 
 from relaymta.errors import SpoolBusy, StoreError
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, Placement, QueueName
-from relaymta.queue import inspect
+from relaymta.queue import inspect, listing
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.compact import Compactor
 from relaymta.queue.entry import Entry, Outcome, Put
@@ -367,6 +367,29 @@ class Queue:
             self.schedule.wake()
         return changed, len(flying)
 
+    async def move_queues(
+        self, chosen: Filter, at_site: Callable[[QueueName, str], bool], rename: Callable[[QueueName], QueueName], dry_run: bool
+    ) -> tuple[int, int]:
+        """Send all mail of the queues that `chosen` means (`whole_queues`) by the route that `rename` names, due now, however
+        much it is: (messages, of them left to their outcome because in flight). `dry_run`: only count."""
+        rows = await self.read(inspect.chosen_queues, self.store, chosen, at_site)
+        numbers = {row.number for row in rows}
+        folded = [ident for ident, envelope in self.store.fresh.live() if any(p.queue in numbers for p in envelope.placements)]
+        if dry_run or not rows:
+            return sum(row.messages for row in rows) + len(folded), 0
+        self.schedule.changing += 1
+        try:
+            flying = self.schedule.withdraw_queues(numbers, rename(rows[0].name).route)
+
+            def run(change: Change) -> int:
+                change.unfold(*folded)
+                return inspect.move(change, rows, rename)
+
+            return await self.writer.task(run), flying
+        finally:
+            self.schedule.changing -= 1
+            self.schedule.wake()
+
     async def _bounce(self, idents: list[int], reason: str) -> tuple[int, int]:
         """Give messages up, with a notice to each sender."""
 
@@ -412,9 +435,11 @@ class Queue:
         """One row for each queue that holds mail."""
         return await self.read(inspect.summary, self.store, self.clock)
 
-    async def page(self, chosen: inspect.Filter, after: int, at_site: Callable[[QueueName, str], bool]) -> dict[str, Any]:
-        """The next messages behind id `after`. `at_site(name, site)`: whether a queue's mail goes to a site."""
-        return await self.read(inspect.page, self.store, self.clock, self.schedule, chosen, after, at_site)
+    async def page(self, chosen: Filter, after: int, at_site: Callable[[QueueName, str], bool]) -> dict[str, Any]:
+        """The next messages behind id `after`, as `listing.page` gives them. `at_site(name, site)`: whether a queue's mail goes
+        to a site."""
+        rows = await self.read(inspect.chosen_queues, self.store, chosen, at_site) if chosen.by_queue else None
+        return await self.read(listing.page, self.store, self.clock, self.schedule, chosen, after, rows)
 
     async def shape(self) -> list[dict[str, Any]]:
         """How old the mail in each queue is."""
@@ -437,11 +462,11 @@ class Queue:
 
     async def message(self, ident: int) -> dict[str, Any] | None:
         """Everything about one message; None when it is not here."""
-        return await self.read(inspect.message, self.store, self.clock, self.schedule, ident)
+        return await self.read(listing.message, self.store, self.clock, self.schedule, ident)
 
     async def places(self, ident: int) -> list[tuple[QueueName, Placement]]:
         """The queues in which a message waits, and how."""
-        return await self.read(inspect.places, self.store, ident)
+        return await self.read(inspect.places, self.store, self.clock, ident)
 
     async def raw(self, ident: int) -> bytes | None:
         """A message's text, verified; None when it is not here. StoreError when it is damaged."""
@@ -469,6 +494,8 @@ class Queue:
         for outcome in group.outcomes:
             self._events.ended(outcome)
             self.schedule.remove(outcome.entry, outcome.retry_at)
+            if not outcome.entry.sole:
+                self.schedule.wake()  # other recipients may have come to wait in this queue meanwhile
             if outcome.notice is not None:
                 self._events.queued(outcome.notice)
                 self.schedule.add_fresh(_entries(outcome.notice))

@@ -1,5 +1,5 @@
-"""Looking into a shard and changing what is in it, in slices: reads of at most 1,000 rows or 50 ms a transaction, resumed
-by key; changes of at most 1,000 rows inside a group commit. What is in flight is left to its outcome."""
+"""Looking into a shard's queues and changing what is in them: reads are short transactions, resumed by key; changes are at
+most 1,000 rows inside a group commit. What is in flight is left to its outcome."""
 
 import time
 from collections.abc import Callable
@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, ORDERED, QUARANTINED, Attempt, Body, Envelope, Placement, QueueName
+from relaymta.proto.envelope import HELD, ORDERED, QUARANTINED, Body, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
 from relaymta.queue.clock import QueueClock, wall_ms
-from relaymta.queue.ident import format_id
-from relaymta.queue.schedule import Schedule
 from relaymta.queue.segments import Segments
-from relaymta.queue.store import Change, Store
+from relaymta.queue.store import Change, QueueRow, Store
 from relaymta.queue.writer import Assign, Writer
 
 __all__ = [
-    "VERBS", "Filter", "Totals", "apply", "message", "names", "ordered", "page", "places", "quarantine", "raw", "reroute",
-    "shape", "summary", "totals",
+    "VERBS", "Filter", "Totals", "apply", "chosen_queues", "names", "ordered", "places", "quarantine", "raw", "reroute", "shape",
+    "summary", "totals",
 ]  # fmt: skip
 
-PAGE_ROWS = 1000
-PAGE_SECONDS = 0.05
+ORDERED_TOGETHER = 1000
 VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "order")  # order: hold, as a standing order does
 
 
@@ -39,6 +36,11 @@ class Filter:
     sender: str = ""
     recipient_domain: str = ""
     held: bool = False
+
+    @property
+    def whole_queues(self) -> bool:
+        """Whether it depends on nothing else, so that all mail of a queue is meant or none."""
+        return not (self.ident or self.sender or self.recipient_domain or self.held)
 
     @property
     def by_queue(self) -> bool:
@@ -100,95 +102,27 @@ def _folded(store: Store) -> dict[int, tuple[int, int]]:
     return found
 
 
-def page(
-    store: Store,
-    clock: QueueClock,
-    schedule: Schedule | None,
-    chosen: Filter,
-    after: int,
-    at_site: Callable[[QueueName, str], bool] = lambda name, site: False,
-) -> dict[str, Any]:
-    """The next messages behind id `after`: `{"rows", "after"}`, `after` 0 when there are no more. `at_site(name, site)`:
-    whether a queue's mail goes to a site."""
-    rows: list[dict[str, Any]] = []
-    until = time.monotonic() + PAGE_SECONDS
-    fresh = store.fresh.live()
-    with store.env.begin() as txn:
-        known = {row.number: row.name for row in store.queues(txn)}
-        queues = {number: str(name) for number, name in known.items()}
-        meant = None
-        if chosen.by_queue:
-            meant = {n for n, name in known.items() if chosen.waits_in(name) and (not chosen.site or at_site(name, chosen.site))}
-        start = chosen.ident - 1 if chosen.ident else after
-        for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
-            if chosen.ident and ident != chosen.ident:
-                break
-            after = ident
-            in_one = meant is None or any(placement.queue in meant for placement in envelope.placements)
-            if in_one and chosen.matches(ident, envelope):
-                rows.append(_row(store, txn, clock, schedule, ident, envelope, queues))
-            if seen % 64 == 0 and (len(rows) >= PAGE_ROWS or time.monotonic() > until):
-                return {"rows": rows, "after": after}
-    return {"rows": rows, "after": 0}
-
-
-def _row(
-    store: Store, txn: Any, clock: QueueClock, schedule: Schedule | None, ident: int, envelope: Envelope, queues: dict[int, str]
-) -> dict[str, Any]:
-    states = store.recipient_states(txn, ident)
-    where = [(queues.get(p.queue, "?"), p) for p in envelope.placements]
-    flying = schedule is not None and any((entry := schedule.get(ident, p.queue)) is not None and entry.flying for _, p in where)
-    state = "quarantined" if envelope.flags & QUARANTINED else "held" if envelope.flags & HELD else "queued"
-    recipients = []
-    for index, address in enumerate(envelope.recipients):
-        known = states.get(index)
-        last = known.attempts[-1] if known is not None and known.attempts else None
-        recipients.append(
-            {
-                "address": address,
-                "state": ("pending", "delivered", "failed")[known.state] if known is not None else "pending",
-                "last": str(last) if last is not None else "",
-            }
-        )
-    return {
-        "id": format_id(ident),
-        "state": "in flight" if flying else state,
-        "sender": envelope.sender,
-        "recipients": recipients,
-        "size": envelope.size,
-        "arrived": envelope.arrived / 1000,
-        "client": envelope.client,
-        "application": envelope.application,
-        "queues": [name for name, _ in where],
-        "attempts": max((p.attempts for _, p in where), default=0),
-        "next": min((clock.wall(p.due) / 1000 for _, p in where), default=0) if state == "queued" else 0,
-        "expires": clock.wall(envelope.deadline) / 1000 if state == "queued" else 0,
-    }
-
-
-def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: int) -> dict[str, Any] | None:
-    """Everything about one message, its recipients' attempts included; None when it is not here."""
-    with store.env.begin() as txn:
-        envelope = store.envelope(txn, ident)
-        if envelope is None:
-            return None
-        queues = {p.queue: str(row.name) for p in envelope.placements if (row := store.queue(txn, p.queue)) is not None}
-        found = _row(store, txn, clock, schedule, ident, envelope, queues)
-        for index, state in store.recipient_states(txn, ident).items():
-            found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
-        found["helo"] = envelope.helo
-        found["headers"] = envelope.headers
-        return found
-
-
-def places(store: Store, ident: int) -> list[tuple[QueueName, Placement]]:
-    """The queues in which a message waits."""
+def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName, Placement]]:
+    """The queues in which a message waits; `due` as it holds there."""
     with store.env.begin() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:
             return []
-        rows = [(store.queue(txn, placement.queue), placement) for placement in envelope.placements]
-        return [(row.name, placement) for row, placement in rows if row is not None]
+        found = []
+        for placement in envelope.placements:
+            row = store.queue(txn, placement.queue)
+            if row is not None:
+                placement.due = min(placement.due, clock.now()) if row.moved else placement.due
+                found.append((row.name, placement))
+        return found
+
+
+def chosen_queues(store: Store, chosen: Filter, at_site: Callable[[QueueName, str], bool]) -> list[QueueRow]:
+    """The queues that a filter means. `at_site(name, site)`: whether a queue's mail goes to a site."""
+    with store.env.begin() as txn:
+        return [
+            row for row in store.queues(txn) if chosen.waits_in(row.name) and (not chosen.site or at_site(row.name, chosen.site))
+        ]
 
 
 def names(store: Store) -> list[QueueName]:
@@ -218,7 +152,7 @@ def shape(store: Store) -> list[dict[str, Any]]:
 
 
 def ordered(
-    store: Store, after: tuple[int, int], most: int = PAGE_ROWS
+    store: Store, after: tuple[int, int], most: int = ORDERED_TOGETHER
 ) -> tuple[list[tuple[int, Envelope, list[QueueName]]], tuple[int, int]]:
     """Messages that a standing order holds, with the queues in which they wait: the next of them behind (queue, id) `after`,
     and where to go on ((0, 0): there are no more)."""
@@ -235,16 +169,6 @@ def ordered(
                 if len(found) >= most:
                     return found, (row.number, ident)
     return found, (0, 0)
-
-
-def _attempt(attempt: Attempt) -> dict[str, Any]:
-    return {
-        "time": attempt.time / 1000,
-        "result": attempt.kind,
-        "phase": attempt.phase,
-        "peer": attempt.peer,
-        "reply": attempt.whole,
-    }
 
 
 def raw(store: Store, segments: Segments, ident: int) -> bytes | None:
@@ -317,6 +241,12 @@ def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, ide
         change.replace(ident, envelope)
         changed += 1
     return changed
+
+
+def move(change: Change, rows: list[QueueRow], rename: Callable[[QueueName], QueueName]) -> int:
+    """Writer thread, inside a group commit: all messages of these queues, none of which is in memory, go by the route that
+    `rename` names and are due now; how many. Only the queues are touched, not their messages."""
+    return sum(change.move(row.number, rename(row.name)) for row in rows)
 
 
 def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:

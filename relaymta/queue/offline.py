@@ -9,7 +9,7 @@ import lmdb
 
 from relaymta.errors import RelayError
 from relaymta.log import find_history
-from relaymta.queue import _lock, inspect
+from relaymta.queue import _lock, inspect, listing
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import format_id, parse_id
 from relaymta.queue.segments import FRAME, check_frame
@@ -58,21 +58,19 @@ def _shape(spool: Path) -> list[dict[str, Any]]:
     return _rows(spool, lambda path, store, clock: inspect.shape(store))
 
 
-def _page(spool: Path, cursor: list[int], chosen: dict[str, Any]) -> dict[str, Any]:
-    shards = _shards(spool)
-    number, after = cursor or ((shards[0], 0) if shards else (0, 0))
-    if number not in shards:
-        return {"rows": [], "cursor": [], "shard": 0}
+def _page(spool: Path, shard: int, after: int, chosen: dict[str, Any]) -> Any:
     wanted = inspect.Filter(**chosen)
-    found = _opened(spool, number, lambda path, store, clock: inspect.page(store, clock, None, wanted, after))
-    following = [n for n in shards if n > number]
-    beyond = [following[0], 0] if following else []
-    return {"rows": found["rows"], "cursor": [number, found["after"]] if found["after"] else beyond, "shard": number}
+
+    def read(path: Path, store: Store, clock: QueueClock) -> dict[str, Any]:
+        rows = inspect.chosen_queues(store, wanted, lambda name, site: False) if wanted.by_queue else None
+        return listing.page(store, clock, None, wanted, after, rows)
+
+    return _opened(spool, shard, read)
 
 
 def _message(spool: Path, ident: str) -> Any:
     for number in _shards(spool):
-        found = _opened(spool, number, lambda path, store, clock: inspect.message(store, clock, None, parse_id(ident)))
+        found = _opened(spool, number, lambda path, store, clock: listing.message(store, clock, None, parse_id(ident)))
         if found is not None:
             return found
     return None
@@ -111,6 +109,7 @@ def _history(spool: Path, ident: str) -> list[dict[str, Any]]:
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "summary": _summary,
     "shape": _shape,
+    "shards": _shards,
     "page": _page,
     "message": _message,
     "raw": _raw,

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from relaymta.proto.envelope import DELIVERED, FAILED, Body, QueueName
+from relaymta.proto.envelope import DELIVERED, FAILED, Body
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry
-from relaymta.queue.store import Store
+from relaymta.queue.store import QueueRow, Store
 
 __all__ = ["RETRY_STEPS", "Schedule", "retry_delay"]
 
@@ -199,13 +199,25 @@ class Schedule:
 
     def withdraw(self, idents: set[int]) -> set[int]:
         """Take these messages out of the window; those that are in flight, and stay. Scans must be paused."""
-        flying = set()
-        for entry in [e for e in self._entries.values() if e.ident in idents]:
-            if entry.flying or entry.cancelled:
-                flying.add(entry.ident)
-        for entry in [e for e in self._entries.values() if e.ident in idents and e.ident not in flying]:
-            self.put_back(entry)
+        meant = [entry for entry in self._entries.values() if entry.ident in idents]
+        flying = {entry.ident for entry in meant if entry.flying or entry.cancelled}
+        for entry in meant:
+            if entry.ident not in flying:
+                self.put_back(entry)
         return flying
+
+    def withdraw_queues(self, queues: set[int], route: str) -> int:
+        """Take the messages of these queues out of the window; how many are in flight, and stay: they go by `route` should they
+        have to wait. Scans must be paused."""
+        meant = [entry for entry in self._entries.values() if entry.queue in queues]
+        flying = [entry for entry in meant if entry.flying or entry.cancelled]
+        for entry in flying:
+            entry.envelope.route = route
+        for entry in meant:
+            if not (entry.flying or entry.cancelled):
+                self.put_back(entry)
+        self.skip -= queues
+        return len(flying)
 
     def load(self, txn: Any, ident: int) -> list[Entry]:
         """Reader thread: a message's entries, one for each of its placements."""
@@ -213,7 +225,7 @@ class Schedule:
         found = []
         for placement in envelope.placements if envelope is not None else []:
             row = self._store.queue(txn, placement.queue)
-            entry = None if row is None else self._entry(txn, placement.queue, row.name, ident)
+            entry = None if row is None else self._entry(txn, row, ident)
             if entry is not None:
                 found.append(entry)
         return found
@@ -271,7 +283,7 @@ class Schedule:
             return
         taken = 0
         for moment, ident in store.due(txn, queue):
-            if moment > now:
+            if moment > now and not row.moved:
                 if not found.next_at or moment < found.next_at:
                     found.next_at = moment
                 return
@@ -280,21 +292,25 @@ class Schedule:
             if taken >= share:
                 found.more = True
                 return
-            entry = self._entry(txn, queue, row.name, ident)
+            entry = self._entry(txn, row, ident)
             if entry is not None:
                 found.entries.append(entry)
                 taken += 1
 
-    def _entry(self, txn: Any, queue: int, name: QueueName, ident: int) -> Entry | None:
+    def _entry(self, txn: Any, row: QueueRow, ident: int) -> Entry | None:
         envelope = self._store.envelope(txn, ident)
         if envelope is None:
             return None
-        placement = next((p for p in envelope.placements if p.queue == queue), None)
+        placement = next((p for p in envelope.placements if p.queue == row.number), None)
         if placement is None:
             return None
+        if row.moved:
+            envelope.route = row.name.route  # and with the message's next outcome it stands in its row
         indexes = placement.indexes
         if placement.attempts:
             states = self._store.recipient_states(txn, ident)
             everyone = range(len(envelope.recipients)) if indexes is None else indexes
             indexes = [i for i in everyone if i not in states or states[i].state not in (DELIVERED, FAILED)]
-        return Entry(ident, envelope, name, queue, placement.due, placement.attempts, indexes, len(envelope.placements) == 1)
+        return Entry(
+            ident, envelope, row.name, row.number, placement.due, placement.attempts, indexes, len(envelope.placements) == 1
+        )

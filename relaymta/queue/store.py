@@ -43,7 +43,7 @@ from relaymta.queue.ages import add, remove
 from relaymta.queue.fresh import Fresh
 from relaymta.queue.segments import SegmentRow
 
-__all__ = ["Change", "QueueRow", "Store"]
+__all__ = ["Change", "Histories", "QueueRow", "Store"]
 
 SCHEMA = 2
 MAP_SIZE = 64 << 30  # sparse: costs address space only
@@ -73,6 +73,7 @@ class QueueRow(msgspec.Struct, array_like=True):
     wake: int = 0
     not_before: int = 0
     ages: list[list[int]] = []
+    moved: bool = False  # to another route, by an operator: all that is in it is due, and nothing is added
 
 
 _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
@@ -149,15 +150,11 @@ class Store:
 
     def recipient_states(self, txn: Any, ident: int) -> dict[int, RecipientState]:
         """The recipients that have a history, by index."""
-        found = {}
-        cursor = txn.cursor(db=self.tables["recipient"])
-        prefix = _ID.pack(ident)
-        if cursor.set_range(prefix):
-            for key, value in cursor:
-                if key[:8] != prefix:
-                    break
-                found[_RECIPIENT.unpack(key)[1]] = decode_recipient(value)
-        return found
+        return Histories(txn.cursor(db=self.tables["recipient"])).of(ident)
+
+    def histories(self, txn: Any) -> "Histories":
+        """What `recipient_states` tells, for many messages."""
+        return Histories(txn.cursor(db=self.tables["recipient"]))
 
     def queue(self, txn: Any, number: int) -> QueueRow | None:
         """A queue's row as the transaction sees it."""
@@ -269,7 +266,9 @@ class Store:
             row = self.queue(txn, number)
             if row is None:
                 raise StoreError(f"queue number {number} has no row")
-            self._queues[row.name] = self._by_number[number] = row
+            self._by_number[number] = row
+            if not row.moved:
+                self._queues[row.name] = row
         return row
 
     def forget(self, rows: "set[int]") -> None:
@@ -277,8 +276,41 @@ class Store:
         self._last_number = 0
         for number in rows:
             row = self._by_number.pop(number, None)
-            if row is not None:
-                self._queues.pop(row.name, None)
+            if row is not None and self._queues.get(row.name) is row:
+                del self._queues[row.name]
+
+    def rename(self, txn: Any, row: QueueRow, name: QueueName) -> None:
+        """A queue is called `name` from now on, and no new mail finds it (in the transaction under way, which writes its row)."""
+        if not row.moved:
+            txn.delete(b"n" + encode(row.name), db=self.tables["queue"])
+            self._queues.pop(row.name, None)
+        row.name = name
+        row.moved = True
+
+
+class Histories:
+    """The recipients' histories of messages, cheapest when asked for in the order of their ids: one that has none costs a
+    comparison then."""
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+        self._next = bytes(8)  # the first eight octets of the key where the cursor stands
+        self._asked = bytes(8)
+
+    def of(self, ident: int) -> dict[int, RecipientState]:
+        """The recipients that have a history, by index."""
+        found: dict[int, RecipientState] = {}
+        prefix, cursor = _ID.pack(ident), self._cursor
+        if self._next < prefix or prefix <= self._asked:
+            self._next = cursor.key()[:8] if cursor.set_range(prefix) else b"\xff" * 8
+        while self._next == prefix and cursor.key()[:8] == prefix:
+            found[_RECIPIENT.unpack(cursor.key())[1]] = decode_recipient(cursor.value())
+            if not cursor.next():
+                break
+        if found:
+            self._next = cursor.key()[:8] or b"\xff" * 8
+        self._asked = prefix
+        return found
 
 
 class Change:
@@ -406,6 +438,17 @@ class Change:
             self.txn.put(_EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
             self.replace(ident, envelope)
 
+    def move(self, number: int, name: QueueName) -> int:
+        """Send all of a queue another way: it is called `name`, and due, from now on. How many messages that are; 0 when there
+        is no such queue (any more)."""
+        if self._store.queue(self.txn, number) is None:
+            return 0
+        row = self._store.row_numbered(self.txn, number)
+        self._store.rename(self.txn, row, name)
+        row.not_before = 0
+        self._touched.add(number)
+        return row.messages
+
     def park(self, number: int, not_before: int) -> None:
         """Let a queue sleep until `not_before` (0: wake it), whatever is due in it."""
         row = self._store.row_numbered(self.txn, number)
@@ -418,7 +461,8 @@ class Change:
         empty = [row for row in self._store.queues(self.txn) if not self._store.row_numbered(self.txn, row.number).messages]
         for row in empty:
             self._settle_queue(row.number)
-            self.txn.delete(b"n" + encode(row.name), db=self._tables["queue"])
+            if not row.moved:
+                self.txn.delete(b"n" + encode(row.name), db=self._tables["queue"])
             self.txn.delete(b"q" + _NUMBER.pack(row.number), db=self._tables["queue"])
             self._touched.discard(row.number)
         self._store.forget({row.number for row in empty})
@@ -456,7 +500,7 @@ class Change:
         if cursor.set_range(prefix):
             key = cursor.key()
             if key[:4] == prefix:
-                wake = max(_DUE.unpack(key)[1], row.not_before, 1)
+                wake = max(0 if row.moved else _DUE.unpack(key)[1], row.not_before, 1)
         if wake != row.wake:
             if row.wake:
                 self.txn.delete(_WAKE.pack(row.wake, number), db=self._tables["wake"])

@@ -454,20 +454,18 @@ class Writer:
         if envelope is None:
             raise StoreError(f"message {format_id(entry.ident)} ended twice")
         envelope = msgspec.structs.replace(envelope)  # the entry keeps what is true until the commit has returned
+        envelope.route = envelope.route or entry.envelope.route
         pending = self._record(change, outcome)
         placement = next(p for p in envelope.placements if p.queue == entry.queue)
         change.unplace(entry.ident, envelope, placement)
         others = [p for p in envelope.placements if p is not placement]
+        joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
+        if joined:  # while these were in flight, others of the message came to wait in their queue
+            self._wait(change, entry.ident, envelope, others, Placement(placement.queue, placement.due, placement.attempts, joined))
         if pending:
             row = change.row(outcome.name or entry.name)
-            same = next((p for p in others if p.queue == row.number), None)
-            if same is not None:  # its recipients wait in that queue already: one row serves both
-                change.unplace(entry.ident, envelope, same)
-                others.remove(same)
-                pending = sorted({*pending, *(same.indexes or [])})
-            moved = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
-            others.append(moved)
-            change.place(entry.ident, envelope, moved)
+            again = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
+            self._wait(change, entry.ident, envelope, others, again)
         envelope.placements = others
         if not others:
             change.finish_message(entry.ident, envelope, histories=True)
@@ -479,6 +477,18 @@ class Writer:
             change.replace(entry.ident, envelope)
         if outcome.notice is not None:
             self._put(change, outcome.notice, now)
+
+    def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
+        """Let recipients wait in a queue. Where some of their message wait there already one row serves both, due when the later
+        of them are."""
+        same = next((place for place in places if place.queue == new.queue), None)
+        if same is not None:
+            change.unplace(ident, envelope, same)
+            places.remove(same)
+            new.indexes = sorted({*(new.indexes or []), *(same.indexes or [])})
+            new.due = max(new.due, same.due)
+        places.append(new)
+        change.place(ident, envelope, new)
 
     def _record(self, change: Change, outcome: Outcome) -> list[int]:
         """Write the recipients' histories; the indexes of those still pending."""

@@ -154,6 +154,10 @@ class RouteTable:
                 pass  # the attempt says so
         return QueueName(route.label, domain, envelope.application, envelope.priority)
 
+    def by_route(self, route: Route, name: QueueName) -> QueueName:
+        """The queue in which mail of the queue `name` waits when it goes by `route`, which has hosts of its own."""
+        return QueueName(route.label, "", name.application, name.priority)
+
     def route_of(self, name: QueueName) -> Route:
         """The route of a queue. One of a route that is no more is routed by the table as it is now."""
         return self._by_label.get(name.route) or self.routes[-1]

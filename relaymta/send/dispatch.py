@@ -711,6 +711,10 @@ class Dispatcher:
         stack = "".join(f"; {line}" for line in session.stack())
         self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stood still waiting for {waits}{stack}")
 
+    def forget_parked(self) -> None:
+        """Queues that we let sleep may have been woken by others."""
+        self._parked.clear()
+
     def flush(self) -> None:
         """Forget that sites are down: an operator wants another try now."""
         self._nowhere.clear()

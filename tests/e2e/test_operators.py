@@ -27,6 +27,31 @@ def test_mail_for_a_dead_smart_host_goes_by_another_route(tmp_path):
             wait_for(lambda: relay.summary() == [])
 
 
+def test_whole_queues_move_to_another_smart_host_and_stay_there(tmp_path):
+    with FakeMx({"RCPT": {"slow@d": b"450 4.2.1 later\r\n"}}) as other:
+        routes = f'route=[{{name="dead",hosts=["127.0.0.1:{free_port()}"]}},{{name="other",hosts=["127.0.0.1:{other.port}"]}}]'
+        with Relay(tmp_path, None, routes, "delivery.first_retry=1", workers=2) as relay:
+            for number in range(20):
+                relay.send(f"Subject: {number}\r\n\r\nx\r\n", "a@b", "slow@d" if number == 7 else "c@d")
+            wait_for(lambda: relay.events("deferred"))
+            held = relay.events("queued")[3]["id"]
+            relay.cli("queue", "hold", held)
+            assert changed(relay, "reroute", "--queue", "dead", "--to", "other", "--dry-run")["matched"] == 20
+            assert changed(relay, "reroute", "--queue", "dead", "--to", "other")["matched"] == 20
+            wait_for(lambda: len(other.messages) == 18)
+            assert {row["queue"]: (row["messages"], row["held"]) for row in relay.summary()} == {"other": (2, 1)}
+            found = json.loads(relay.cli("message", "explain", held, "--json").stdout)
+            assert [wait["queue"] for wait in found["waits"]] == ["other"]
+            # What waits again waits for the new route, over a kill -9, too.
+            relay.kill()
+            relay.start()
+            relay.cli("queue", "release", held)
+            wait_for(lambda: len(other.messages) == 19)
+            tried = other.commands.count("RCPT")
+            wait_for(lambda: other.commands.count("RCPT") > tried)
+            assert [row["queue"] for row in relay.summary()] == ["other"]
+
+
 def test_bounced_by_hand_the_sender_is_told_why(tmp_path):
     with FakeMx({"RCPT": {"c@d": b"450 4.2.1 later\r\n"}}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=60") as relay:

@@ -9,20 +9,18 @@ from hypothesis import strategies as st
 
 import relaymta.queue
 from relaymta.proto.envelope import PERMANENT, TRANSIENT
-from relaymta.queue import Entry, wall_ms
+from relaymta.queue import Entry, Filter, wall_ms
 from relaymta.queue.clock import QueueClock
 from tests.conftest import PROVE
-from tests.queue.test_queue import Bench, answer, until
+from tests.queue.test_queue import Bench, answer, move, until
 
 AGE, FIRST = 3_600_000, 60_000
 
-VERBS = ["deliver", "defer", "fail", "put back", "hold", "release", "sleep", "crash"]
+VERBS = ["deliver", "defer", "fail", "put back", "hold", "release", "sleep", "move", "crash"]
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 3)),
-        st.tuples(
-            st.sampled_from(["deliver", "defer", "fail", "put back", "hold", "release", "sleep", "crash"]), st.integers(0, 9)
-        ),
+        st.tuples(st.sampled_from(VERBS), st.integers(0, 9)),
         st.tuples(st.just("pass"), st.sampled_from([1_000, 59_000, 61_000, 300_000, 1_200_000])),
     ),
     max_size=30,
@@ -37,6 +35,7 @@ class World:
         self.due: dict[int, int] = {}
         self.deadline: dict[int, int] = {}
         self.held: set[int] = set()
+        self.moved: set[int] = set()  # by an operator to another route
         self.waiting: dict[int, Entry] = {}
         self.seen = 0
 
@@ -52,6 +51,7 @@ class World:
             for entry in self.bench.offered:
                 assert self.now >= self.due.get(entry.ident, 0), "an attempt before its time"
                 assert entry.ident not in self.held, "held mail is offered"
+                assert (entry.name.route == "away") == (entry.ident in self.moved), "the wrong route"
                 self.waiting[entry.ident] = entry
             self.bench.offered.clear()
             for outcome in self.bench.events.outcomes[self.seen :]:
@@ -100,6 +100,10 @@ class World:
             entry = self.waiting.pop(ready[which % len(ready)])
             queue.put_back(entry)
             queue.park(entry.queue, self.now + 120_000)
+        elif what == "move":
+            await move(self.bench, Filter())
+            self.moved = set(self.deadline)
+            self.due = {}
         elif what == "put back" and ready:
             queue.put_back(self.waiting.pop(ready[which % len(ready)]))
         elif what in ("deliver", "defer", "fail") and ready:
