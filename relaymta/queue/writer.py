@@ -461,7 +461,8 @@ class Writer:
         others = [p for p in envelope.placements if p is not placement]
         joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
         if joined:  # while these were in flight, others of the message came to wait in their queue
-            self._wait(change, entry.ident, envelope, others, Placement(placement.queue, placement.due, placement.attempts, joined))
+            left = Placement(placement.queue, placement.due, placement.attempts, joined)
+            self._wait(change, entry.ident, envelope, others, left)
         if pending:
             row = change.row(outcome.name or entry.name)
             again = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
