@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Channel", "Refused", "ask"]
+__all__ = ["Channel", "Refused", "ask", "begin"]
 
 _LENGTH = struct.Struct(">I")
 LIMIT = 64 << 20
@@ -156,15 +156,29 @@ class Channel:
 
 def ask(path: Path, op: str, /, **args: Any) -> Any:
     """One blocking request to a daemon's control socket. OSError when there is no daemon, Refused for its errors."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    return begin(path, op, **args)()
+
+
+def begin(path: Path, op: str, /, **args: Any) -> Callable[[], Any]:
+    """As `ask`, in two steps: the daemon works on its answer until the function that this returns is called for it, once."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         sock.settimeout(60)
         sock.connect(str(path))
         sock.sendall(pack({"id": 1, "op": op, "args": args}))
-        head = _receive(sock, 4)
-        answer = _decode(_receive(sock, _LENGTH.unpack(head)[0]))
-    if "error" in answer:
-        raise Refused(answer["error"])
-    return answer.get("ok")
+    except BaseException:
+        sock.close()
+        raise
+
+    def finish() -> Any:
+        with sock:
+            head = _receive(sock, 4)
+            answer = _decode(_receive(sock, _LENGTH.unpack(head)[0]))
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return answer.get("ok")
+
+    return finish
 
 
 def _receive(sock: socket.socket, count: int) -> bytes:

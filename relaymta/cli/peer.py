@@ -33,6 +33,10 @@ class Offline:
             raise RelayError("the daemon is not running (start it with `relaymta serve`)")
         return answer(self._spool, op, **args)
 
+    def begin(self, op: str, **args: Any) -> Callable[[], Any]:
+        """As `ask`, once the function that this returns is called."""
+        return lambda: self.ask(op, **args)
+
 
 class Daemon:
     """The running daemon's answers."""
@@ -42,10 +46,19 @@ class Daemon:
 
     def ask(self, op: str, **args: Any) -> Any:
         """One request. RelayError with the daemon's sentence."""
-        try:
-            return control.ask(self._path, op, **args)
-        except control.Refused as error:
-            raise RelayError(str(error)) from None
+        return self.begin(op, **args)()
+
+    def begin(self, op: str, **args: Any) -> Callable[[], Any]:
+        """As `ask`; the daemon works on it until the function that this returns is called."""
+        finish = control.begin(self._path, op, **args)
+
+        def result() -> Any:
+            try:
+                return finish()
+            except control.Refused as error:
+                raise RelayError(str(error)) from None
+
+        return result
 
 
 def connect(read: Callable[..., Config]) -> Daemon | Offline:

@@ -5,10 +5,11 @@ With the daemon stopped, reading verbs read the spool themselves, holding its lo
 
 import json
 import sys
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from heapq import merge
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import click
@@ -92,29 +93,36 @@ def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int,
 
 
 def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
-    with ThreadPoolExecutor(1) as ahead:
+    def ask(after: int) -> Callable[[], dict[str, Any]]:
+        return answered(lambda: peer.begin("page", shard=shard, after=after, chosen=chosen))
 
-        def ask(after: int) -> Future[dict[str, Any]]:
-            return ahead.submit(peer.ask, "page", shard=shard, after=after, chosen=chosen)
-
-        page = ask(0)
-        while True:
-            found = answered(page.result)
-            if found["after"]:
-                page = ask(found["after"])
-            yield shard, found["ids"], found["lines"].splitlines()
-            if not found["after"]:
-                return
+    page = ask(0)
+    while True:
+        found = answered(page)
+        if found["after"]:
+            page = ask(found["after"])
+        yield shard, found["ids"], found["lines"].splitlines()
+        if not found["after"]:
+            return
 
 
-def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
-    """All messages that are meant, the oldest first, whatever their shard: id and line of JSON."""
-
-    def one(shard: int) -> Iterator[tuple[int, bytes]]:
-        for _, idents, lines in _pages_of(peer, shard, chosen):
-            yield from zip(idents, lines, strict=True)
-
-    return merge(*(one(shard) for shard in asked(peer, "shards")))
+def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[bytes]]:
+    """All messages that are meant, the oldest first, whatever their shard, as lines of JSON, many at a time."""
+    sources = [_pages_of(peer, shard, chosen) for shard in asked(peer, "shards")]
+    waiting: list[list[tuple[int, bytes]]] = [[] for _ in sources]  # of each shard, what was not given yet
+    while sources:
+        for number in reversed(range(len(sources))):
+            while not waiting[number] and number < len(sources):
+                page = next(sources[number], None)
+                if page is None:
+                    del sources[number], waiting[number]
+                    break
+                waiting[number] = list(zip(page[1], page[2], strict=True))
+        if sources:
+            known = min(part[-1][0] for part in waiting)  # up to here nothing older can come
+            counts = [bisect(part, known, key=itemgetter(0)) for part in waiting]
+            yield [line for _, line in sorted(chain(*(part[:count] for part, count in zip(waiting, counts, strict=True))))]
+            waiting = [part[count:] for part, count in zip(waiting, counts, strict=True)]
 
 
 def _number(ident: str) -> int:
@@ -132,17 +140,16 @@ def _number(ident: str) -> int:
 @configured
 def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> None:
     """The messages, oldest first. --json: one object a line, for any number of them."""
-    found = _in_order(connect(read), chosen)
-    if as_json:
-        out = sys.stdout.buffer
-        for _, line in found:
-            out.write(line + b"\n")
-        out.flush()
-        return
     empty = True
-    for _, line in found:
-        click.echo(_line(json.loads(line)))
+    for lines in _in_order(connect(read), chosen):
+        if as_json:
+            sys.stdout.buffer.write(b"\n".join([*lines, b""]))
+            continue
+        for line in lines:
+            click.echo(_line(json.loads(line)))
         empty = False
+    if as_json:
+        return
     if empty:
         click.echo("no such messages" if any(chosen.values()) else "the queue is empty")
 
