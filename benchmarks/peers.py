@@ -4,6 +4,7 @@
     grey      refuses each sender-recipient pair once               `messages` on one connection, else 421
     flaky     421 to every third connection              slow      one connection, `delay` seconds for each reply
     order     takes everything, and remembers when each transaction began
+with chunking=1 it has CHUNKING, as most of the large ones have.
 
 On SIGTERM it prints what it saw as one JSON object: messages, connections, the most of them at a time by address, refusals.
 """
@@ -46,6 +47,7 @@ class Peer(asyncio.Protocol):
         self.seen = seen
         self.buffer = bytearray()
         self.in_data = False
+        self.chunk = 0  # octets of a BDAT chunk that are still to come
         self.carried = 0
         self.sender = b""
         self.loop = asyncio.get_running_loop()
@@ -88,6 +90,14 @@ class Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         while not self.transport.is_closing():
+            if self.chunk:
+                taken = min(self.chunk, len(self.buffer))
+                del self.buffer[:taken]
+                self.chunk -= taken
+                if self.chunk:
+                    return
+                self.taken()
+                continue
             if self.in_data and self.buffer.startswith(b".\r\n"):  # a lone dot: no recipient was accepted
                 del self.buffer[:3]
                 self.in_data = False
@@ -99,19 +109,24 @@ class Peer(asyncio.Protocol):
             if self.in_data:
                 del self.buffer[: end + 5]
                 self.in_data = False
-                self.seen.messages += 1
-                self.carried += 1
-                self.say(b"250 2.0.0 taken\r\n")
+                self.taken()
                 continue
             line = bytes(self.buffer[:end])
             del self.buffer[: end + 2]
             self.command(line[:4].upper(), line)
 
+    def taken(self) -> None:
+        """A message is whole."""
+        self.seen.messages += 1
+        self.carried += 1
+        self.say(b"250 2.0.0 taken\r\n")
+
     def command(self, verb: bytes, line: bytes) -> None:
         """One command."""
         seen = self.seen
         if verb == b"EHLO":
-            self.say(b"250-peer\r\n250-PIPELINING\r\n250 8BITMIME\r\n")
+            chunking = b"250-CHUNKING\r\n" if seen.options.get("chunking") else b""
+            self.say(b"250-peer\r\n" + chunking + b"250-PIPELINING\r\n250 8BITMIME\r\n")
         elif verb == b"MAIL":
             self.sender = line
             if seen.kind == "order":
@@ -126,6 +141,8 @@ class Peer(asyncio.Protocol):
             seen.pairs.add((self.sender, line))
             seen.refused += 1
             self.say(b"450 4.7.1 come back later\r\n")
+        elif verb == b"BDAT":
+            self.chunk = int(line.split()[1])  # always the last
         elif verb == b"DATA":
             self.in_data = True
             self.say(b"354 go\r\n")

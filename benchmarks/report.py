@@ -102,6 +102,8 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
         lambda f: f["crowd"]["delete"]["accept while deleting ms"]["p99"] - f["crowd"]["delete"]["accept before ms"]["p99"],
         "-", 20, "{:.1f} ms",
     ),
+    ("... `queue list --json` of all of them, two workers", lambda f: f["crowd"]["list"]["s"], "-", 10, "{:.1f} s"),
+    ("... `queue reroute` of all of them to another smart host", lambda f: f["crowd"]["reroute"]["s"], "-", 10, "{:.1f} s"),
     ("... asked ten times a second why: delivery slower by", lambda f: f["crowd"]["explain"]["slower by"], "-", 0.02, "{:.3f}"),
     ("10,000 domains on 200 sites: CPU beside one smart host's", many(0), "-", 1.5, "{:.2f} x"),
     ("... the same with two workers", many(1), "-", 1.5, "{:.2f} x"),

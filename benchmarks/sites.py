@@ -122,8 +122,9 @@ def send_killing(relay: Relaymta, recipients: list[str], kills: int) -> None:
         thread.join()
 
 
-def many(messages: int, workers: int, kills: int = 0) -> dict[str, Any]:
-    """Many domains on few sites, beside one smart host. `kills`: so many times a worker dies meanwhile."""
+def many(messages: int, workers: int, kills: int = 0, chunking: int = 0) -> dict[str, Any]:
+    """Many domains on few sites, beside one smart host. `kills`: so many times a worker dies meanwhile; `chunking`: 1 for peers
+    that have it."""
     domains = messages // 2
     recipients = [f"x@d{n % domains}.test" for n in range(messages)]
     random.shuffle(recipients)
@@ -133,12 +134,12 @@ def many(messages: int, workers: int, kills: int = 0) -> dict[str, Any]:
         folder = Path(name)
         (folder / "one").mkdir()
         (folder / "many").mkdir()
-        peer = Peer("open")
+        peer = Peer("open", chunking=chunking)
         relay = Relaymta(folder / "one", peer.port, workers)
         one = measured(relay, recipients)
         relay.close()
         peer.close()
-        peer = Peer("open")
+        peer = Peer("open", chunking=chunking)
         with nameserver_with(folder, records) as nameserver:
             settings = (
                 f'delivery.nameservers=["{nameserver}"]',
@@ -154,14 +155,15 @@ def many(messages: int, workers: int, kills: int = 0) -> dict[str, Any]:
     return {
         "messages": messages, "domains": domains, "sites": SITES, "workers": workers, "cpu us": found["cpu_us"],
         "cpu us, one smart host": one["cpu_us"], "rate": found["rate"], "rate, one smart host": one["rate"],
-        "kills": kills, "arrived": seen["messages"], "connections": opened, "DNS queries per domain": queries / domains,
+        "kills": kills, "chunking": chunking,
+        "arrived": seen["messages"], "connections": opened, "DNS queries per domain": queries / domains,
         "most connections to a site (limit 5)": seen["most open"],
     }  # fmt: skip
 
 
-def middle(messages: int, workers: int) -> dict[str, Any]:
+def middle(messages: int, workers: int, chunking: int = 0) -> dict[str, Any]:
     """The middle one of TRIALS runs, by the CPU beside one smart host's."""
-    rows = sorted((many(messages, workers) for _ in range(TRIALS)), key=beside_one)
+    rows = sorted((many(messages, workers, chunking=chunking) for _ in range(TRIALS)), key=beside_one)
     return rows[TRIALS // 2] | {"CPU ratio of each trial": [beside_one(row) for row in rows]}
 
 
@@ -258,6 +260,7 @@ def main() -> None:
         "many": lambda: [
             *(middle(options.messages, workers) for workers in (1, 2)),
             many(options.messages // 4, 2, kills=5),
+            many(options.messages, 1, chunking=1),
         ],
         "trouble": lambda: trouble(options.messages),
         "provider": lambda: provider(options.learn),

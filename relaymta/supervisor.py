@@ -43,6 +43,8 @@ STOP_SECONDS = 45.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}
 NEEDS_RESTART = ("user", "workers", "spool", "listener", "metrics", "control", "log", "hostname")
 
+_Join = Callable[[dict[str, Any], dict[str, Any]], None]
+
 
 class Slot:
     """A place for a worker: its sockets, which outlive it, and the process that fills it now."""
@@ -392,26 +394,31 @@ class Supervisor:
             "workers": rows,
         }
 
-    async def _summary(self) -> list[dict[str, Any]]:
+    async def _merged(self, op: str, name: str, counts: tuple[str, ...], join: _Join, **args: Any) -> list[dict[str, Any]]:
+        """The rows that all workers answer `op` with, one for each value of `name`: `counts` are added up, `join(known, row)`
+        does the rest."""
         merged: dict[str, dict[str, Any]] = {}
         for _, channel in self._ready():
-            for row in await channel.ask("summary"):
-                known = merged.setdefault(row["queue"], row)
+            for row in await channel.ask(op, **args):
+                known = merged.setdefault(row[name], row)
                 if known is not row:
-                    for key in ("messages", "bytes", "deferred", "held"):
+                    for key in counts:
                         known[key] += row[key]
-                    known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
-        return sorted(merged.values(), key=lambda row: -row["messages"])
+                    join(known, row)
+        return list(merged.values())
+
+    async def _summary(self) -> list[dict[str, Any]]:
+        def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+            known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
+
+        rows = await self._merged("summary", "queue", ("messages", "bytes", "deferred", "held"), join)
+        return sorted(rows, key=lambda row: -row["messages"])
 
     async def _shape(self) -> list[dict[str, Any]]:
-        merged: dict[str, dict[str, Any]] = {}
-        for _, channel in self._ready():
-            for row in await channel.ask("shape"):
-                known = merged.setdefault(row["queue"], row)
-                if known is not row:
-                    known["messages"] += row["messages"]
-                    known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
-        return sorted(merged.values(), key=lambda row: -row["messages"])
+        def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+            known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
+
+        return sorted(await self._merged("shape", "queue", ("messages",), join), key=lambda row: -row["messages"])
 
     async def _shards(self) -> list[int]:
         """The shards that are open."""
@@ -456,16 +463,14 @@ class Supervisor:
 
     async def _sites(self, most: int = 0) -> list[dict[str, Any]]:
         """The sites of all workers, one row for each; the `most` busiest (0: all)."""
-        merged: dict[str, dict[str, Any]] = {}
-        for _, channel in self._ready():
-            for row in await channel.ask("sites", most=most):
-                known = merged.setdefault(row["pool"], row)
-                if known is not row:
-                    for key in ("waiting", "in flight", "connections", "opening", "window", "rate", "sessions"):
-                        known[key] += row[key]
-                    for key in ("state", "reason", "until"):
-                        known[key] = row[key] if row["state"] == "down" else known[key]
-        rows = sorted(merged.values(), key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
+
+        def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+            if row["state"] == "down":
+                known |= {key: row[key] for key in ("state", "reason", "until")}
+
+        counts = ("waiting", "in flight", "connections", "opening", "window", "rate", "sessions")
+        rows = await self._merged("sites", "pool", counts, join, most=most)
+        rows.sort(key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
         return rows[:most] if most else rows
 
     async def _facts(self) -> list[dict[str, Any]]:
