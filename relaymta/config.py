@@ -11,18 +11,20 @@ import re
 import socket
 import tomllib
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from relaymta.errors import ConfigError
 
-__all__ = ["Config", "Listener", "Route", "load", "parse_duration", "parse_hostport"]
+__all__ = ["Account", "Certificate", "Config", "Listener", "Route", "load", "load_accounts", "parse_duration", "parse_hostport"]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
+_HASH = re.compile(r"SCRAM-SHA-256\$\d{4,8}:[A-Za-z0-9+/=]+\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=\Z|\$argon2id\$\S+\Z")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -99,6 +101,7 @@ Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 Address = Annotated[str, BeforeValidator(_address)]
 Host = Annotated[str, BeforeValidator(_host)]
 Network = Annotated[str, BeforeValidator(_network)]
+M = TypeVar("M", bound=BaseModel)
 LOOPBACK = ["127.0.0.0/8", "::1/128"]
 
 
@@ -113,6 +116,49 @@ class Listener(_Table):
     application: str = Field("", description="name that routes, limits and log records use for mail taken here")
     priority: Literal["express", "normal", "bulk"] = Field("normal", description="class of mail taken here: which goes first")
     submission: bool = Field(False, description="add Date and Message-ID where they are missing (RFC 6409 8)")
+    tls: Literal["off", "may", "require", "implicit"] = Field(
+        "may", description="may: STARTTLS where there is a certificate; require: no mail before it; implicit: TLS from the first "
+        "octet (port 465)",
+    )  # fmt: skip
+    auth: Literal["off", "may", "require"] = Field(
+        "off", description="AUTH, once TLS is on; may: for clients that are to send to anywhere; require: no mail without it"
+    )
+    auth_in_clear: bool = Field(False, description="AUTH without TLS; only on a loopback address")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Listener":
+        host = parse_hostport(self.address)[0]
+        if self.auth_in_clear and not (host == "localhost" or _is_loopback(host)):
+            raise ValueError(f"auth_in_clear: {self.address} is no loopback address: passwords would be read on the way")
+        if self.auth != "off" and self.tls == "off" and not self.auth_in_clear:
+            raise ValueError("auth needs tls, or auth_in_clear on a loopback address: nobody could log in")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Certificate(_Table):
+    """A certificate for TLS with clients. `[[certificate]]`, repeatable; the one for the name that a client asks for is used,
+    else the first. Files are read again when they change."""
+
+    chain: str = Field(description="PEM file: the certificate, then those that lead to its authority")
+    key: str = Field("", description="PEM file of its key; empty: in the same file")
+
+
+class AccountsTable(_Table):
+    """Who may log in. `[accounts]`"""
+
+    file: str = Field("", description="file of accounts, as `relaymta user` and `relaymta app` write it")
+    failures: int = Field(
+        10, ge=1, description="failed logins, of one address (IPv6: /64) or one account, until more are refused"
+    )
+    failures_forgotten: Duration = Field(60, description="after so long one of them is forgotten")
+    remember: Duration = Field(60, description="for so long a right password is not computed again; 0: never")
 
 
 class OAuth(_Table):
@@ -417,6 +463,8 @@ class Config(_Table):
     rule: list[Rule] = Field([], description="what replies mean")
     application: list[Application] = Field([], description="what holds for the mail of single applications")
     network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
+    certificate: list[Certificate] = Field([], description="certificates for TLS with clients")
+    accounts: AccountsTable = AccountsTable()
     staging: Staging = Staging()
     relay: Relay = Relay()
     intake: Intake = Intake()
@@ -441,6 +489,17 @@ class Config(_Table):
         return self
 
     @model_validator(mode="after")
+    def _check_door(self) -> "Config":
+        for number, listener in enumerate(self.listener):
+            if listener.tls in ("require", "implicit") and not self.certificate:
+                raise ValueError(f"listener.{number}.tls: {listener.tls!r} needs a [[certificate]]")
+            if listener.auth != "off" and not (self.certificate or listener.auth_in_clear):
+                raise ValueError(f"listener.{number}.auth: needs a [[certificate]]: nobody logs in without TLS")
+            if listener.auth != "off" and not self.accounts.file:
+                raise ValueError(f"listener.{number}.auth: needs accounts.file: nobody could log in")
+        return self
+
+    @model_validator(mode="after")
     def _check_names(self) -> "Config":
         known = {source.name for source in self.source}
         for number, route in enumerate(self.route):
@@ -461,6 +520,55 @@ class Config(_Table):
     def control_path(self) -> Path:
         """Where the control socket is."""
         return Path(self.control.socket) if self.control.socket else Path(self.spool) / "control.sock"
+
+
+class Secret(_Table):
+    """One password or key that opens an account."""
+
+    hash: str = Field(description="SCRAM-SHA-256$ITERATIONS:SALT$STORED-KEY:SERVER-KEY, or $argon2id$...")
+    expires: datetime | None = Field(None, description="until when it does; none: for good")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Secret":
+        if not _HASH.match(self.hash):
+            raise ValueError("hash: neither SCRAM-SHA-256$... nor $argon2id$...; `relaymta user add` makes one")
+        if self.expires is not None and self.expires.tzinfo is None:
+            raise ValueError('expires: give the offset, too, such as "Z" for UTC')
+        return self
+
+
+class Account(_Table):
+    """Somebody who may log in: a person, or an application with its key. `[[account]]` in the file of accounts"""
+
+    name: str = Field(description="the user name")
+    secrets: list[Secret] = Field([], description="passwords and keys, each of which opens it; none: nobody can log in")
+    application: str = Field("", description="name that routes, limits and log records use for its mail; empty: the listener's")
+    priority: Literal["express", "normal", "bulk"] | None = Field(None, description="class of its mail")
+    senders: list[str] = Field(
+        [], description='addresses it may send as, in the envelope and in From: "a@example.com", "@example.com" for a domain, '
+        '"@.example.com" for those below; empty: any',
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> "Account":
+        wrong = next((sender for sender in self.senders if "@" not in sender), None)
+        if wrong is not None:
+            raise ValueError(f'senders: {wrong!r} is neither an address nor "@domain"')
+        return self
+
+
+class AccountsFile(_Table):
+    """The file of accounts."""
+
+    account: list[Account] = Field([], description="who may log in")
+
+    @model_validator(mode="after")
+    def _check(self) -> "AccountsFile":
+        names = [account.name for account in self.account]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two accounts are called {twice!r}")
+        return self
 
 
 # Reading the file
@@ -497,25 +605,37 @@ def _positions(text: str) -> dict[tuple[str | int, ...], int]:
 def load(path: Path | None, overrides: dict[str, Any]) -> Config:
     """The configuration of a file (None: none) with `overrides` (dotted key -> value, or "listener"/"route" -> tables)
     laid over it. ConfigError names every problem."""
-    data: dict[str, Any] = {}
-    text = ""
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-            data = tomllib.loads(text)
-        except OSError as error:
-            raise ConfigError([f"{path}: {error.strerror}"]) from None
-        except UnicodeDecodeError:
-            raise ConfigError([f"{path}: not UTF-8"]) from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError([_syntax_problem(path, str(error))]) from None
+    text, data = _read(path) if path is not None else ("", {})
     for key, value in overrides.items():
         _lay_over(data, key, value)
+    return _validated(Config, path, text, data, overrides)
+
+
+def load_accounts(path: Path) -> list[Account]:
+    """The accounts of a file. ConfigError names every problem."""
+    text, data = _read(path)
+    return _validated(AccountsFile, path, text, data, {}).account
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """A TOML file's text, and what is in it."""
     try:
-        return Config.model_validate(data)
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: not UTF-8"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([_syntax_problem(path, str(error))]) from None
+
+
+def _validated(model: type[M], path: Path | None, text: str, data: dict[str, Any], overrides: dict[str, Any]) -> M:
+    try:
+        return model.model_validate(data)
     except ValidationError as error:
         positions = _positions(text)
-        raise ConfigError([_problem(path, positions, overrides, entry) for entry in error.errors()]) from None
+        raise ConfigError([_problem(model, path, positions, overrides, entry) for entry in error.errors()]) from None
 
 
 def _syntax_problem(path: Path, text: str) -> str:
@@ -535,11 +655,13 @@ def _lay_over(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def _problem(path: Path | None, positions: dict[tuple[str | int, ...], int], overrides: dict[str, Any], entry: Any) -> str:
+def _problem(
+    model: type[BaseModel], path: Path | None, positions: dict[tuple[str | int, ...], int], overrides: dict[str, Any], entry: Any
+) -> str:
     location: tuple[str | int, ...] = tuple(part for part in entry["loc"] if part != "constrained-str")
     what = re.sub(r"^Value error, ", "", entry["msg"])
     if entry["type"] == "extra_forbidden":
-        what = "no such key" + _did_you_mean(location)
+        what = "no such key" + _did_you_mean(model, location)
     elif entry["type"] == "missing":
         what = "is missing"
     elif "input" in entry and isinstance(entry["input"], str | int | float | bool):
@@ -555,8 +677,8 @@ def _problem(path: Path | None, positions: dict[tuple[str | int, ...], int], ove
     return f"{where}{dotted}: {what}" if dotted else f"{where}{what}"
 
 
-def _did_you_mean(location: tuple[str | int, ...]) -> str:
-    model: Any = Config
+def _did_you_mean(root: type[BaseModel], location: tuple[str | int, ...]) -> str:
+    model: Any = root
     for part in location[:-1]:
         if isinstance(part, str):
             model = _model_of(model.model_fields[part].annotation)

@@ -25,6 +25,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopped": ("reason",),
     "warning": ("text",),
     "queued": ("id", "sender", "recipients", "size", "client", "helo", "application"),
+    "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),

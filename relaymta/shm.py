@@ -237,6 +237,13 @@ class Rates:
             if self._cells.compare_swap(row + 1, was, free):
                 return 0.0
 
+    def wait(self, key: str, per_second: float, burst: int = 1) -> float:
+        """As `take`, but only look: the seconds until there is one, 0.0 for now."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        row = self._row(_mark(key), now)
+        free = self._own.get(key, 0) if row < 0 else self._cells.get(row + 1)
+        return _next_free(free, now, max(1, int(1_000_000 / per_second)), burst)[1] / 1_000_000
+
     def _row(self, mark: int, now: int) -> int:
         """The key's row, claimed when it has none; -1 when there is no room."""
         cells = self._cells

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from relaymta.accept import door
 from relaymta.config import Config, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
@@ -90,6 +91,7 @@ class Supervisor:
         control = self._bind_control()
         http = await self._serve_metrics()
         self._drop_root()
+        door.check(self.config)
         self._open_node(spool / "node")
         for number, own in enumerate(sockets):
             self.slots.append(Slot(number, own, [number]))
@@ -331,6 +333,7 @@ class Supervisor:
         """Read the configuration again and hand it to the workers; what is wrong with it, or needs a restart."""
         try:
             fresh = self._reload_config()
+            door.check(fresh)
         except ConfigError as error:
             self.log.event("warning", text=f"reload refused, the old configuration stays: {error}")
             return f"refused, the old configuration stays:\n{error}"

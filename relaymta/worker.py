@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from relaymta.accept.door import Door
 from relaymta.accept.intake import Intake
 from relaymta.accept.listener import Acceptor, Listening
 from relaymta.config import Config, near
@@ -230,7 +231,8 @@ class Worker:
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
         self.intake = Intake(self.config, self.routes, taking, self.counters, self.log)
-        self.acceptor = Acceptor(self.config, self.intake, self.limits, ThreadPoolExecutor(4, "spill"))
+        door = Door(self.config, self.rates, self.counters, self.log)
+        self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
         self._gauges()
@@ -314,6 +316,7 @@ class Worker:
         if self.intake is not None and self.acceptor is not None:
             self.intake.configure(fresh, self.routes)
             self.acceptor.config = fresh
+            self.acceptor.door.configure(fresh)
         for shard in self.shards.values():
             shard.dispatcher.reconfigure(fresh, self.routes)
             shard.queue.schedule.wake()

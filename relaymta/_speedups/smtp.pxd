@@ -17,6 +17,7 @@ cdef class Parser:
     cdef readonly bint normalize
     cdef bytes rest
     cdef readonly int mode
+    cdef bint raw
     cdef bint skipping
     cdef int place
     cdef Py_ssize_t column
@@ -25,6 +26,7 @@ cdef class Parser:
     cdef readonly int flags
 
     cpdef commands(self)
+    cpdef line(self)
     cpdef text(self)
     cpdef chunk(self, Py_ssize_t octets, bint first)
     cpdef Py_ssize_t waiting(self)

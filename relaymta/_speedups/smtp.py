@@ -7,9 +7,9 @@ In text mode `(TEXT, data)`, unstuffed, and `(END,)` at <CRLF>.<CRLF>; in chunk 
 
 Only <CRLF> ends a line. A bare CR or LF never ends anything: it is noted in `flags`, and with `normalize` passed on as
 <CRLF>. The parser *holds* (parses nothing, keeps what arrives) after a verb behind which the next bytes may not be
-commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)`, and until `start()` is called on a new
-parser; the session then calls `commands()`, `text()` or `chunk(n)` and feeds b"" to go on. So events depend on the
-bytes and on those calls, never on how the bytes were cut into segments.
+commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)`, and until it is told to begin; the session
+then calls `commands()`, `line()`, `text()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
+those calls, never on how the bytes were cut into segments.
 
 Memory: at most `line_limit` octets of an unfinished command, plus what is fed while it holds.
 """
@@ -60,6 +60,7 @@ class Parser:
         self.normalize = normalize
         self.rest = b""
         self.mode = HOLDING
+        self.raw = False
         self.skipping = False
         self.place = START
         self.column = 0
@@ -70,6 +71,12 @@ class Parser:
     def commands(self):  # type: ignore[no-untyped-def]
         """Go on with commands."""
         self.mode = COMMANDS
+        self.raw = False
+
+    def line(self):  # type: ignore[no-untyped-def]
+        """One line that is no command follows (an answer in AUTH): `(COMMAND, 0, line)` as it is, and the parser holds."""
+        self.mode = COMMANDS
+        self.raw = True
 
     def text(self):  # type: ignore[no-untyped-def]
         """A new message's text follows (after 354). Zeroes size and flags."""
@@ -135,6 +142,8 @@ class Parser:
                 break
             i += 1
         end = i - 1
+        if self.raw:
+            self.mode = HOLDING
         if self.skipping or i + 1 - pos > self.line_limit:
             self.skipping = False
             events.append((BAD, 1, b""))
@@ -144,6 +153,9 @@ class Parser:
             return i + 1
         if find(p, 0, pos, end) >= 0:
             events.append((BAD, 3, b""))
+            return i + 1
+        if self.raw:
+            events.append((COMMAND, 0, p[pos:end]))
             return i + 1
         if end - pos >= 4 and (end - pos == 4 or p[pos + 4] == ord(" ")):
             verb = ((p[pos] & 0xDF) << 24) | ((p[pos + 1] & 0xDF) << 16) | ((p[pos + 2] & 0xDF) << 8) | (p[pos + 3] & 0xDF)

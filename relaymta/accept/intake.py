@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from relaymta.accept.logins import Identity
 from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull
 from relaymta.log import Log
@@ -12,8 +13,8 @@ from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import DOTTED, EIGHT_BIT, SMTPUTF8, Body, Envelope
-from relaymta.proto.header import count_received, field_names, header_end, received_field, rfc5322_date
-from relaymta.proto.smtp_server import Limits, Transaction
+from relaymta.proto.header import authors, count_received, field_names, header_end, received_field, rfc5322_date
+from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
@@ -117,10 +118,22 @@ class Intake:
             return reply.STORE_FULL
         return None
 
+    def sender_check(self, identity: Identity) -> Callable[[str, int], bytes | None]:
+        """At MAIL, of somebody who has logged in: may they send as this sender?"""
+        if not identity.senders:
+            return self.accept_sender
+
+        def check(sender: str, size: int) -> bytes | None:
+            if sender and not identity.may_send_as(sender):
+                return reply.format_reply(550, "5.7.1", f"{identity.name} may not send as <{sender}> (senders of its account)")
+            return self.accept_sender(sender, size)
+
+        return check
+
     def recipient_check(self, client: Client) -> Callable[[str, Transaction], bytes | None]:
         """At RCPT: may this client send there?"""
         if client.trusted:
-            return _anything
+            return self.anything
 
         def check(address: str, transaction: Transaction) -> bytes | None:
             if domain_of(address) in self._domains or address.lower() == "postmaster":
@@ -130,6 +143,9 @@ class Intake:
             return reply.RELAY_DENIED
 
         return check
+
+    def anything(self, address: str, transaction: Transaction) -> None:
+        """At RCPT, of somebody who may send to anywhere."""
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
         """A message was refused at the end of its text."""
@@ -141,21 +157,27 @@ class Intake:
         said = answer.decode("utf-8", "replace").strip()
         self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=said)
 
-    def prepend(self, ident: int, transaction: Transaction, client: Client, helo: str, extended: bool,
-                start: bytes, submission: bool) -> list[bytes] | bytes:  # fmt: skip
+    def prepend(self, ident: int, transaction: Transaction, client: Client, session: ServerSession,
+                start: bytes, submission: bool, identity: Identity | None) -> list[bytes] | bytes:  # fmt: skip
         """The fields that go in front of a message whose text begins with `start`; or the reply that refuses it."""
         header = start[: header_end(start)]
+        if identity is not None and identity.senders:
+            stranger = next((author for author in authors(header) if not identity.may_send_as(author)), None)
+            if stranger is not None:
+                return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger}> (senders of its account)")
         if self._routes.looks_at_headers:
             transaction.headers = self._routes.headers_met(header)
         if count_received(header) > self._config.intake.hops:
             return reply.TOO_MANY_HOPS
         now = wall_ms() // 1000
         name = format_id(ident)
-        protocol = "SMTP" if not extended else "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
+        protocol = "SMTP" if not session.extended else "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
+        if session.extended:  # RFC 3848, 6531 4.3
+            protocol += ("S" if session.secure else "") + ("A" if session.user else "")
         recipients = transaction.recipients
         fields = received_field(
             hostname=self.hostname,
-            helo=helo,
+            helo=session.helo,
             client=client.address,
             protocol=protocol,
             ident=name,
@@ -234,7 +256,3 @@ class Intake:
 def _chosen(own: T | None, general: T) -> T:
     """A network's own value, or what holds for everybody."""
     return general if own is None else own
-
-
-def _anything(address: str, transaction: Transaction) -> bytes | None:
-    return None

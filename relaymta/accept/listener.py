@@ -8,23 +8,29 @@ import asyncio
 import fcntl
 import resource
 import socket
+import ssl
 import termios
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
+from typing import Any
 
+from relaymta.accept.door import Door
 from relaymta.accept.intake import Client, Intake
+from relaymta.accept.logins import Identity
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
+from relaymta.proto.sasl import Claim
 from relaymta.proto.smtp_server import ServerSession, Transaction
 from relaymta.queue import BigBody, format_id
 from relaymta.shm import Limits
 
 __all__ = ["Acceptor", "Connection"]
 
+FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
 REFUSED = index("relaymta_connections_total", "refused")
 DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients never take the last ones
@@ -33,6 +39,10 @@ RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 BACKLOG = 1024
+# For the handshake, and for the client's part of the end of TLS.
+_PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+ACCEPT_TOGETHER = 64  # sockets accepted in one turn of the loop
+WRONG_SECONDS = 1.0  # from a wrong login to its reply, whatever was wrong with it
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
 
@@ -40,8 +50,8 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "big", "client", "counted", "dot_at", "heard", "ident", "listener", "paused", "session", "size", "spilling",
-        "storing", "text_since", "transport",
+        "acceptor", "big", "checking", "client", "counted", "dot_at", "heard", "ident", "identity", "listener", "paused",
+        "session", "size", "spilling", "storing", "text_since", "transport",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -59,27 +69,44 @@ class Connection(asyncio.Protocol):
         self.big: BigBody | None = None
         self.spilling = False  # a thread is writing to `big`
         self.storing = False
+        self.checking = False  # a login is being checked
         self.paused = False
+        self.identity: Identity | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        acceptor = self.acceptor
+        if self.counted:  # and the handshake is done
+            self._secured()
+            return
         peer = transport.get_extra_info("peername")
-        address = peer[0].partition("%")[0] if peer else "127.0.0.1"
-        client = self.client = acceptor.intake.client(address)
-        refusal = reply.TALKING_EARLY if _talks_early(transport) else acceptor.enter(client)
+        refusal = self.enter(peer[0] if peer else "127.0.0.1", reply.TALKING_EARLY if _talks_early(transport) else None)
         if refusal is not None:
-            acceptor.intake.counters.add(REFUSED, 1)
             self._write(refusal)
             transport.close()
             return
+        self._greet(False)
+
+    def enter(self, address: str, refusal: bytes | None = None) -> bytes | None:
+        """A client at the door: count it, or the reply that refuses it."""
+        acceptor = self.acceptor
+        client = self.client = acceptor.intake.client(address.partition("%")[0])
+        if refusal is None:
+            refusal = acceptor.enter(client)
+        if refusal is not None:
+            acceptor.intake.counters.add(REFUSED, 1)
+            return refusal
         self.counted = True
         acceptor.intake.counters.add(ACCEPTED, 1)
         acceptor.connections.add(self)
         self.heard = acceptor.now()
-        intake = acceptor.intake
+        return None
+
+    def _greet(self, secure: bool) -> None:
+        """Begin the session."""
+        intake, client = self.acceptor.intake, self.client_of()
+        offers = self.acceptor.door.offers(self.listener)
         self.session = ServerSession(
-            intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client), self._refused
+            intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client), self._refused, offers, secure
         )
         self._write(self.session.greet())
 
@@ -104,8 +131,8 @@ class Connection(asyncio.Protocol):
         if session is None:
             return
         self.heard = self.acceptor.time
-        if self.storing:
-            # Pipelined behind the dot: the session keeps it. Nothing more is read until the commit has returned.
+        if self.storing or self.checking:
+            # Pipelined behind the dot or AUTH: the session keeps it. Nothing more is read until it goes on.
             session.parser.feed(data)
             self._pause()
             return
@@ -116,6 +143,11 @@ class Connection(asyncio.Protocol):
         self._write(out)
         if session.complete is not None:
             self._store(session, session.complete)
+        elif session.claim is not None:
+            self.checking = True
+            self.acceptor.spawn(self._check_login(session, session.claim))
+        elif session.starting_tls:
+            self._start_tls()
         elif session.taking_text and session.transaction is not None:
             if not self.text_since:
                 self.text_since = self.heard
@@ -139,6 +171,68 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
             self.paused = False
 
+    # TLS and logins
+
+    def _start_tls(self) -> None:
+        """Shake hands behind STARTTLS. Nothing is read until that has begun: nothing in the clear is taken for a command."""
+        assert self.transport is not None
+        self._pause()
+        loop, transport = self.acceptor.loop, self.transport
+
+        def begin(context: ssl.SSLContext) -> Awaitable[Any]:
+            return loop.start_tls(transport, self, context, server_side=True, **_PATIENCE)
+
+        self.acceptor.spawn(self._shake_hands(begin))
+
+    async def begin_tls(self, sock: socket.socket) -> None:
+        """Shake hands before anything else."""
+        loop = self.acceptor.loop
+        await self._shake_hands(lambda context: loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE))
+        if self.session is None:
+            sock.close()
+
+    async def _shake_hands(self, begin: Callable[[ssl.SSLContext], Awaitable[Any]]) -> None:
+        context = self.acceptor.door.certificates.context
+        try:
+            if context is None:
+                raise ConnectionError("there is no usable certificate")
+            found = await begin(context)
+        except OSError:  # SSLError; a peer that is gone or too slow
+            self.acceptor.intake.counters.add(FAILED, 1)
+            self.connection_lost(None)
+            return
+        if self.session is not None and self.session.starting_tls:
+            self.transport, self.paused = found, False
+            self._secured()
+
+    def _secured(self) -> None:
+        """TLS is on."""
+        assert self.transport is not None
+        resumed = self.transport.get_extra_info("ssl_object").session_reused
+        self.acceptor.intake.counters.add(RESUMED if resumed else FULL, 1)
+        self.heard = self.acceptor.now()
+        if self.session is None:
+            self._greet(True)
+        else:
+            self.session.tls_started()
+
+    async def _check_login(self, session: ServerSession, claim: Claim) -> None:
+        began = self.acceptor.now()
+        identity, answer = await self.acceptor.door.logins.check(claim, self.client_of().address)
+        if answer.startswith(b"535"):
+            await asyncio.sleep(began + WRONG_SECONDS - self.acceptor.now())
+        self.checking = False
+        if self.transport is None or self.transport.is_closing():
+            return
+        intake = self.acceptor.intake
+        if identity is not None:
+            self.identity = identity
+            session.accept_sender = intake.sender_check(identity)
+            session.accept_recipient = intake.anything
+        self.heard = self.acceptor.now()
+        self._resume()
+        self._advance(session, session.checked(identity.name if identity is not None else "", answer))
+
     # A message that fits into memory
 
     def _store(self, session: ServerSession, transaction: Transaction) -> None:
@@ -155,9 +249,7 @@ class Connection(asyncio.Protocol):
         start = text[0] if text else b""
         if len(text) > 1 and b"\r\n\r\n" not in start:
             start = _beginning(text)
-        front = intake.prepend(
-            self.ident, transaction, self.client_of(), session.helo, session.extended, start, self.listener.submission
-        )
+        front = intake.prepend(self.ident, transaction, self.client_of(), session, start, self.listener.submission, self.identity)
         if isinstance(front, bytes):
             self._answer(front)
             return
@@ -173,15 +265,16 @@ class Connection(asyncio.Protocol):
         return self.client
 
     def _admit(self, session: ServerSession, transaction: Transaction, text: list[bytes] | Body) -> None:
+        client, identity = self.client_of(), self.identity
         self.acceptor.intake.admit(
             self.ident,
             transaction,
             text,
             self.size,
-            self.client_of(),
+            client,
             session.helo,
-            self.client_of().application or self.listener.application,
-            self.client_of().priority or self.listener.priority,
+            (identity.application if identity is not None else "") or client.application or self.listener.application,
+            (identity.priority if identity is not None else "") or client.priority or self.listener.priority,
             self._stored,
         )
 
@@ -233,9 +326,8 @@ class Connection(asyncio.Protocol):
             self.ident = intake.queue.ident()
             start = b"".join(text)
             front = intake.prepend(
-                self.ident, transaction, self.client_of(), session.helo, session.extended, start[:65536],
-                self.listener.submission,
-            )  # fmt: skip
+                self.ident, transaction, self.client_of(), session, start[:65536], self.listener.submission, self.identity
+            )
             if isinstance(front, bytes):
                 session.refuse(front)
                 return
@@ -313,7 +405,7 @@ class Connection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """Close a peer that is silent or too slow. Called every CHECK_EVERY seconds."""
         session, transport = self.session, self.transport
-        if session is None or transport is None or self.storing or self.spilling:
+        if session is None or transport is None or self.storing or self.checking or self.spilling or session.starting_tls:
             return
         settings = self.acceptor.config.intake
         patience = STRESS_PATIENCE if self.acceptor.stressed else 1.0
@@ -339,7 +431,7 @@ class Connection(asyncio.Protocol):
     def drain(self) -> None:
         """Shutting down: an idle session is told so now, one with a message under way behind its dot."""
         session = self.session
-        if session is not None and not self.storing and not session.taking_text:
+        if session is not None and not (self.storing or self.checking or session.taking_text or session.starting_tls):
             self._give_up(DRAIN_REPLY)
 
 
@@ -371,11 +463,51 @@ class Listening:
         self._socket.close()
 
 
+class TlsListening(Listening):
+    """One on which TLS comes first. Sockets are accepted here, so that a client is counted, or refused, before the handshake is
+    paid for."""
+
+    def __init__(self, acceptor: "Acceptor", sock: socket.socket, make: Callable[[], Connection]) -> None:
+        super().__init__(acceptor.loop, sock, make)
+        self._acceptor = acceptor
+        self._listening: socket.socket | None = None
+
+    async def resume(self) -> None:
+        if self._listening is None and not self._closed:
+            self._listening = self._socket.dup()
+            self._listening.setblocking(False)
+            self._listening.listen(BACKLOG)
+            self._loop.add_reader(self._listening.fileno(), self._accept)
+
+    def pause(self) -> None:
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening.fileno())
+            self._listening.close()
+            self._listening = None
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPT_TOGETHER):
+            if self._listening is None:
+                return
+            try:
+                sock, peer = self._listening.accept()
+            except OSError:  # nobody waits any more, or has gone again
+                return
+            connection = self._make()
+            if connection.enter(peer[0]) is not None:
+                sock.close()  # who expects TLS would not understand a reply
+                continue
+            sock.setblocking(False)
+            self._acceptor.spawn(connection.begin_tls(sock))
+
+
 class Acceptor:
     """All listening sockets and connections of one worker."""
 
-    def __init__(self, config: Config, intake: Intake, limits: Limits, threads: Executor) -> None:
+    def __init__(self, config: Config, intake: Intake, door: Door, limits: Limits, threads: Executor) -> None:
         self.config = config
+        self.door = door
+        self._tasks: set[asyncio.Task[None]] = set()
         self.intake = intake
         self.limits = limits
         self.threads = threads
@@ -392,9 +524,20 @@ class Acceptor:
         self._timer: asyncio.TimerHandle | None = None
         self._check()
 
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Run a connection's part that waits for something."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def listen(self, listening: socket.socket, listener: Listener) -> Listening:
         """Accept on a bound socket, which is ours from now on."""
-        door = Listening(self.loop, listening, lambda: Connection(self, listener))
+
+        def make() -> Connection:
+            return Connection(self, listener)
+
+        implicit = listener.tls == "implicit"
+        door = TlsListening(self, listening, make) if implicit else Listening(self.loop, listening, make)
         if not self.paused:
             await door.resume()
         self._doors.append(door)
@@ -445,6 +588,7 @@ class Acceptor:
         self.stressed = taken * 100 >= most * STRESS_SHARE or len(self.connections) * 100 >= self._most * STRESS_SHARE
         for connection in list(self.connections):
             connection.check(now)
+        self.door.refresh(self.loop, self.threads)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
     def stop_listening(self) -> None:

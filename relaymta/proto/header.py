@@ -1,9 +1,9 @@
 """Header blocks as bytes: found, counted and prepended to; a message is never parsed and rebuilt."""
 
 import re
-from email.utils import formatdate
+from email.utils import formatdate, getaddresses
 
-__all__ = ["count_received", "field_names", "fields", "header_end", "received_field"]
+__all__ = ["authors", "count_received", "field_names", "fields", "header_end", "received_field"]
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
@@ -41,6 +41,12 @@ def fields(header: bytes) -> list[tuple[bytes, str]]:
             text = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
             found.append((name.strip().lower(), text))
     return found
+
+
+def authors(header: bytes) -> list[str]:
+    """The addresses in From: and Sender: of a header block (RFC 5322 3.6.2)."""
+    found = [value for name, value in fields(header) if name in (b"from", b"sender")]
+    return [address for _, address in getaddresses(found) if address]
 
 
 def rfc5322_date(seconds: int) -> str:

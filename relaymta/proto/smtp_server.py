@@ -1,8 +1,11 @@
-"""The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531), without I/O.
+"""The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531, 3207, 4954), without I/O.
 
 The glue feeds bytes to `receive()` and writes what it returns. When a message is complete, `complete` holds its
 Transaction and the session stands still until the glue has stored it and calls `finish(reply)`. `closing` says that
 the connection is to be closed behind what was returned. Text can be taken away early with `Transaction.take()`.
+
+Two more things make it stand still: behind `starting_tls` nothing more is to be read before the glue has shaken hands and
+calls `tls_started()`; a `claim` is somebody's login, which the glue checks and answers with `checked()`.
 
     state       MAIL  RCPT  DATA  BDAT  text
     greeted      ->    503   503   503
@@ -11,21 +14,25 @@ the connection is to be closed behind what was returned. Text can be taken away 
     text                                 END -> complete -> finish() -> greeted
 """
 
+import binascii
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from relaymta._speedups.smtp import Parser
-from relaymta.proto import reply
+from relaymta.proto import reply, sasl
 from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argument
 
-__all__ = ["Limits", "ServerSession", "Transaction"]
+__all__ = ["Limits", "Offers", "ServerSession", "Transaction"]
 
 # Event kinds and flags of _speedups.smtp (C integers there).
 COMMAND, BAD, TEXT, END = 0, 1, 2, 3
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE, DOTTED = 1, 2, 4, 8, 16, 32
 
 LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
+LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
 TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
+WRONG_LOGINS = 3  # in one session
 
 _BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
 
@@ -39,6 +46,23 @@ class Limits:
     errors: int = 20
     normalize: bool = False
     long_lines: bool = False
+
+
+def _nobody(user: str) -> sasl.Keys:
+    raise KeyError(user)
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """What a session offers beside mail, and what it demands before it takes any. `mechanisms`: of AUTH, which is offered
+    over TLS, and without when `clear`; `keys`: for SCRAM, see `sasl.begin`."""
+
+    starttls: bool = False
+    tls_needed: bool = False
+    mechanisms: tuple[str, ...] = ()
+    clear: bool = False
+    login_needed: bool = False
+    keys: Callable[[str], sasl.Keys] = _nobody
 
 
 class Transaction:
@@ -69,12 +93,14 @@ class ServerSession:
 
     `hostname`: our name; `accept_recipient(address, transaction)`: None, or the reply that refuses it;
     `accept_sender(address, announced size)` likewise. `refused(transaction, reply)` is told of a message that was
-    refused at or behind the end of its text.
+    refused at or behind the end of its text. `secure`: TLS is on; `user`: who has logged in, "" for nobody.
     """
 
     __slots__ = (
+        "_exchange",
         "accept_recipient",
         "accept_sender",
+        "claim",
         "closing",
         "complete",
         "discarding",
@@ -84,11 +110,16 @@ class ServerSession:
         "hostname",
         "last_chunk",
         "limits",
+        "offers",
         "parser",
         "refusal",
         "refused",
+        "secure",
+        "starting_tls",
         "taking_text",
         "transaction",
+        "user",
+        "wrong_logins",
     )
 
     def __init__(
@@ -98,13 +129,22 @@ class ServerSession:
         accept_sender: Callable[[str, int], bytes | None],
         accept_recipient: Callable[[str, Transaction], bytes | None],
         refused: Callable[[Transaction, bytes], None] = lambda transaction, answer: None,
+        offers: Offers = Offers(),
+        secure: bool = False,
     ) -> None:
         self.hostname = hostname
         self.limits = limits
         self.accept_sender = accept_sender
         self.accept_recipient = accept_recipient
         self.refused = refused
-        self.parser = Parser(LINE_LIMIT, TEXT_LINE_LIMIT, limits.normalize)
+        self.offers = offers
+        self.secure = secure
+        self.user = ""
+        self.starting_tls = False
+        self.claim: sasl.Claim | None = None
+        self._exchange: sasl.Exchange | None = None
+        self.wrong_logins = 0
+        self.parser = self._parser()
         self.helo = ""
         self.extended = False
         self.errors = 0
@@ -115,6 +155,10 @@ class ServerSession:
         self.last_chunk = False
         self.discarding = False
         self.refusal = b""  # the reply to a BDAT that was refused before its octets came
+
+    def _parser(self) -> Parser:
+        limit = LOGIN_LINE_LIMIT if self.offers.mechanisms else LINE_LIMIT
+        return Parser(limit, TEXT_LINE_LIMIT, self.limits.normalize)
 
     def greet(self) -> bytes:
         """The banner. Commands that are there already are a violation (RFC 5321 3.1)."""
@@ -137,7 +181,7 @@ class ServerSession:
                 elif kind == END:
                     out.append(self._ended())
                 else:
-                    out.append(self._error(_BAD_LINES[event[1]]))  # type: ignore[misc, index]
+                    out.append(self._bad_line(_BAD_LINES[event[1]]))  # type: ignore[misc, index]
                 if self.closing:
                     return b"".join(out)
             if not events or not self.parser.runnable():
@@ -161,6 +205,48 @@ class ServerSession:
         self.discarding = True
         if self.transaction is not None:
             self.transaction.text.clear()
+
+    def tls_started(self) -> None:
+        """The handshake is done: all that was said before is forgotten (RFC 3207 4.2)."""
+        self.secure, self.starting_tls = True, False
+        self.helo, self.extended, self.user = "", False, ""
+        self._drop()
+        self.parser = self._parser()
+        self.parser.commands()
+
+    def checked(self, user: str, answer: bytes) -> bytes:
+        """The claim was checked: `user` has logged in ("": nobody has, and `answer` says why). What to write; what has arrived
+        meanwhile goes on."""
+        claim, self.claim = self.claim, None
+        if user:
+            self.user = user
+        elif answer.startswith(b"5"):
+            self.wrong_logins += 1
+            if isinstance(claim, sasl.Token):  # RFC 7628 3.2.3: the client answers the reason, and then hears 535
+                self._exchange = _token_refused()
+                next(self._exchange)
+                self.parser.line()
+                return b"334 " + b64encode(b'{"status":"invalid_token","schemes":"bearer"}') + b"\r\n" + self._waiting()
+            answer = self._wrong_login(answer)
+            if self.closing:
+                return answer
+        self.parser.commands()
+        return answer + self._waiting()
+
+    def _wrong_login(self, answer: bytes) -> bytes:
+        if self.wrong_logins < WRONG_LOGINS:
+            return self._error(answer)
+        self.closing = True
+        return answer + reply.TOO_MANY_WRONG
+
+    def _waiting(self) -> bytes:
+        return self.receive(b"") if self.parser.waiting() else b""
+
+    def _bad_line(self, answer: bytes) -> bytes:
+        if self._exchange is not None:
+            self._exchange = None
+            self.parser.commands()
+        return self._error(answer)
 
     def _error(self, answer: bytes) -> bytes:
         self.errors += 1
@@ -236,6 +322,11 @@ class ServerSession:
         self.helo, self.extended = helo, True
         self._drop()
         lines = [self.hostname, "PIPELINING", f"SIZE {self.limits.message_size}", "8BITMIME", "SMTPUTF8", "CHUNKING"]
+        offers = self.offers
+        if offers.starttls and not self.secure:
+            lines.append("STARTTLS")
+        if offers.mechanisms and not self.user and (self.secure or offers.clear):
+            lines.append("AUTH " + " ".join(offers.mechanisms))
         return "".join(f"250-{line}\r\n" for line in lines).encode() + b"250 ENHANCEDSTATUSCODES\r\n"
 
     def _helo(self, argument: bytes) -> bytes:
@@ -251,13 +342,17 @@ class ServerSession:
             return self._error(reply.NEED_HELLO)
         if self.transaction is not None:
             return self._error(reply.NESTED_MAIL)
+        if self.offers.tls_needed and not self.secure:
+            return self._error(reply.NEED_TLS if self.offers.starttls else reply.TLS_UNAVAILABLE)
+        if self.offers.login_needed and not self.user:
+            return self._error(reply.NEED_LOGIN)
         found = mail_argument(argument)
         if found is None:
             return self._error(reply.BAD_SENDER)
         sender, parameters = found
         size, smtputf8 = 0, False
         if parameters:
-            checked = _mail_parameters(parameters)
+            checked = _mail_parameters(parameters, bool(self.offers.mechanisms))
             if isinstance(checked, bytes):
                 return self._error(checked)
             size, smtputf8 = checked
@@ -358,16 +453,92 @@ class ServerSession:
     def _help(self, argument: bytes) -> bytes:
         return reply.HELP
 
-    def _not_offered(self, argument: bytes) -> bytes:
+    def _starttls(self, argument: bytes) -> bytes:
+        refused = None
+        if not self.offers.starttls:
+            refused = reply.NOT_IMPLEMENTED
+        elif argument:
+            refused = reply.BAD_ARGUMENT
+        elif self.secure:
+            refused = reply.HAS_TLS
+        if refused is not None:
+            self.parser.commands()
+            return self._error(refused)
+        if self.parser.waiting():  # in the clear, and meant to be taken as if it had come by TLS
+            self.closing = True
+            return reply.TALKING_EARLY
+        self.starting_tls = True
+        return reply.START_TLS
+
+    def _auth(self, argument: bytes) -> bytes:
+        words = argument.split()
+        refused = None
+        if not self.offers.mechanisms:
+            refused = reply.NOT_IMPLEMENTED
+        elif not self.helo:
+            refused = reply.NEED_HELLO
+        elif not (self.secure or self.offers.clear):
+            refused = reply.TLS_FOR_LOGIN
+        elif self.user:
+            refused = reply.LOGGED_IN_ALREADY
+        elif self.transaction is not None:
+            refused = reply.NOT_IN_TRANSACTION
+        elif not 1 <= len(words) <= 2:
+            refused = reply.BAD_ARGUMENT
+        elif words[0].upper().decode("ascii", "replace") not in self.offers.mechanisms:
+            refused = reply.NO_SUCH_MECHANISM
+        if refused is not None:
+            self.parser.commands()
+            return self._error(refused)
+        self._exchange, challenge = sasl.begin(words[0].upper().decode(), self.offers.keys)
+        if len(words) == 2:
+            return self._responded(b"" if words[1] == b"=" else words[1])
+        return self._challenge(challenge or b"")
+
+    def _challenge(self, challenge: bytes) -> bytes:
+        self.parser.line()
+        return b"334 " + b64encode(challenge) + b"\r\n"
+
+    def _responded(self, line: bytes) -> bytes:
+        """The client's part of an exchange, in base64."""
+        exchange = self._exchange
+        assert exchange is not None
+        refused = reply.LOGIN_CANCELLED
+        if line != b"*":
+            try:
+                return self._challenge(exchange.send(b64decode(line, validate=True)))
+            except StopIteration as end:
+                self._exchange = None
+                self.claim = end.value
+                return b""
+            except binascii.Error:
+                refused = reply.NOT_BASE64
+            except sasl.Malformed:
+                refused = reply.BAD_RESPONSE
+            except _TokenRefused:
+                refused = reply.WRONG_CREDENTIALS
+        self._exchange = None
         self.parser.commands()
-        return self._error(reply.NOT_IMPLEMENTED)
+        return self._wrong_login(refused) if refused is reply.WRONG_CREDENTIALS else self._error(refused)
+
+
+class _TokenRefused(Exception):
+    """The client has heard why its token is refused."""
+
+
+def _token_refused() -> sasl.Exchange:
+    yield b""
+    raise _TokenRefused
 
 
 def _unknown(session: ServerSession, argument: bytes) -> bytes:
-    """A word that is no verb of ours. The parser holds behind words that are not of four letters."""
+    """A line that is no verb of ours, or part of an exchange. The parser holds behind words that are not of four letters."""
+    if session._exchange is not None:
+        return session._responded(argument.strip())
+    word, _, rest = argument.partition(b" ")
+    if word.upper() == b"STARTTLS":
+        return session._starttls(rest.strip())
     session.parser.commands()
-    if argument.split(b" ", 1)[0].upper() == b"STARTTLS":
-        return session._error(reply.NOT_IMPLEMENTED)
     return session._error(reply.UNKNOWN_COMMAND)
 
 
@@ -380,8 +551,8 @@ def _hello_name(argument: bytes) -> str | None:
     return text if text.isprintable() else None
 
 
-def _mail_parameters(text: str) -> tuple[int, bool] | bytes:
-    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them."""
+def _mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:
+    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them. `auth`: AUTH is an extension here."""
     found = parse_parameters(text)
     if found is None:
         return reply.BAD_PARAMETER
@@ -393,6 +564,8 @@ def _mail_parameters(text: str) -> tuple[int, bool] | bytes:
             pass
         elif keyword == "SMTPUTF8" and not value:
             smtputf8 = True
+        elif keyword == "AUTH" and auth and value:
+            pass  # who is said to have sent it (RFC 4954 5): nobody is believed
         elif keyword in ("SIZE", "BODY", "SMTPUTF8"):
             return reply.BAD_PARAMETER
         else:
@@ -416,5 +589,5 @@ _VERBS: dict[int, Callable[[ServerSession, bytes], bytes]] = {
     _verb(b"VRFY"): ServerSession._vrfy,
     _verb(b"HELP"): ServerSession._help,
     _verb(b"QUIT"): ServerSession._quit,
-    _verb(b"AUTH"): ServerSession._not_offered,
+    _verb(b"AUTH"): ServerSession._auth,
 }

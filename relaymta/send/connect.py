@@ -18,6 +18,7 @@ from relaymta.send.session import Session
 
 __all__ = ["ConnectFailed", "Peer", "Via", "connect"]
 
+SESSIONS_KEPT = 10_000  # hosts
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
 
 
@@ -126,6 +127,9 @@ def _handed_over(
         raise ConnectFailed("ehlo", "the peer speaks out of turn")
     features = features_of(client.esmtp_extensions)
     lmtp = via.route.protocol == "lmtp"
+    connection = transport.get_extra_info("ssl_object")
+    if connection is not None and isinstance(connection.context, _Resuming):
+        connection.context.remember(connection)
     features.chunking = features.chunking and via.route.chunking and not lmtp
     session = make(ClientSession(features, recipients, lmtp), peer.name)
     client.protocol = None
@@ -134,9 +138,32 @@ def _handed_over(
     return session
 
 
+class _Resuming(ssl.SSLContext):
+    """A client's context that goes on with the session that a host gave it the last time, which saves both the most of a
+    handshake. (uvloop never asks for that: it calls `wrap_bio` without a session.) What was verified then is not again."""
+
+    sessions: dict[str, ssl.SSLSession]
+
+    def wrap_bio(
+        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, server_side: bool = False,
+        server_hostname: str | bytes | None = None, session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:  # fmt: skip
+        known = self.sessions.get(str(server_hostname))
+        return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session or known)
+
+    def remember(self, connection: ssl.SSLObject) -> None:
+        """Behind the first data of a connection: with TLS 1.3 a session comes after the handshake."""
+        if connection.session is not None and connection.server_hostname:
+            if len(self.sessions) >= SESSIONS_KEPT:
+                self.sessions.clear()
+            self.sessions[connection.server_hostname] = connection.session
+
+
 @cache
-def _context(tls: str) -> ssl.SSLContext:
-    context = ssl.create_default_context()
+def _context(tls: str) -> _Resuming:
+    context = _Resuming(ssl.PROTOCOL_TLS_CLIENT)
+    context.sessions = {}
+    context.load_default_certs()
     if tls != "verify":
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

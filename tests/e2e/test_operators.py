@@ -34,8 +34,8 @@ def test_whole_queues_move_to_another_smart_host_and_stay_there(tmp_path):
             for number in range(20):
                 relay.send(f"Subject: {number}\r\n\r\nx\r\n", "a@b", "slow@d" if number == 7 else "c@d")
             wait_for(lambda: relay.events("deferred"))
-            held = relay.events("queued")[3]["id"]
-            relay.cli("queue", "hold", held)
+            held = next(event["id"] for event in relay.events("queued") if event["recipients"] == ["c@d"])
+            wait_for(lambda: changed(relay, "hold", held)["changed"])  # unless it is in flight
             assert changed(relay, "reroute", "--queue", "dead", "--to", "other", "--dry-run")["matched"] == 20
             assert changed(relay, "reroute", "--queue", "dead", "--to", "other")["matched"] == 20
             wait_for(lambda: len(other.messages) == 18)

@@ -23,7 +23,7 @@ def peer(tmp_path: Path) -> Iterator[FakeMx]:
 
 def relay_to(peer: FakeMx, folder: Path, tls: str, trusted: bool, login: bool = False) -> Relay:
     account = ', username="me", password_env="RELAY_PASSWORD"' if login else ""
-    route = f'route=[{{name="out", hosts=["localhost:{peer.port}"], tls="{tls}"{account}}}]'
+    route = f'route=[{{name="out", hosts=["localhost:{peer.port}"], tls="{tls}", messages_per_connection=1{account}}}]'
     made = Relay(folder, None, route, "delivery.first_retry=0.5")
     made.environment = {"RELAY_PASSWORD": "secret"}
     if trusted:
@@ -80,3 +80,12 @@ def test_an_unreadable_password_defers_with_its_reason_and_is_read_again(peer, t
         secret.write_text("late\n")
         wait_for(lambda: peer.messages)
         assert peer.credentials == [b"\0me\0late"]
+
+
+@pytest.mark.parametrize("tls", ["may", "verify"])
+def test_a_session_of_tls_is_resumed_at_the_next_connection(peer, tmp_path, tls):
+    with relay_to(peer, tmp_path, tls, trusted=True) as relay:
+        for number in range(3):
+            relay.send()
+            wait_for(lambda number=number: len(peer.messages) > number)
+        assert peer.resumed == [False, True, True]

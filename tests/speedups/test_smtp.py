@@ -162,6 +162,28 @@ def test_data_holds_the_parser(parser_class):
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
+@given(data=WIRE, cuts=CUTS)
+@example(data=b"dGVz\r\nQUIT\r\n", cuts=[2])
+@example(data=b"\r\nQUIT\r\n", cuts=[])
+def test_a_raw_line_is_passed_as_it_is_and_holds(parser_class, data, cuts):
+    parser = parser_class(40, 998, False)
+    parser.line()
+    events = [event for piece in pieces(data, cuts) for event in parser.feed(piece)]
+    lines, _ = oracle.lines_of(data)
+    if not lines:
+        assert events == []
+        return
+    (event,) = events
+    if len(lines[0]) + 2 > 40 or any(octet in lines[0] for octet in b"\r\n\0"):
+        assert event[0] == BAD
+    else:
+        assert event == (COMMAND, 0, lines[0])
+    assert parser.mode == 0
+    parser.commands()
+    assert parser.feed(b"NOOP\r\n") or parser.mode == 1  # what is behind it are commands again
+
+
+@pytest.mark.parametrize("parser_class", PARSERS)
 def test_an_endless_command_takes_no_memory(parser_class):
     parser = parser_class(512, 998, False)
     parser.commands()

@@ -53,6 +53,7 @@ class FakeMx:
         self.banner = banner
         self.messages: list[tuple[str, list[str], bytes]] = []
         self.commands: list[str] = []
+        self.resumed: list[bool] = []  # of each connection with TLS
         self.connections = self.now_open = self.most_open = 0
         self._count = threading.Lock()
         if path:
@@ -151,6 +152,7 @@ class FakeMx:
             if verb == "STAR" and self.tls is not None:
                 sock.sendall(b"220 2.0.0 go\r\n")
                 sock = self.tls.wrap_socket(sock, server_side=True)
+                self.resumed.append(bool(sock.session_reused))  # type: ignore[attr-defined]
                 file = sock.makefile("rb")
                 continue
             if verb == "AUTH" and self.auth is not None:

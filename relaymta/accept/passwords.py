@@ -1,0 +1,101 @@
+"""Passwords against what is kept of them: argon2id, or the keys of SCRAM-SHA-256; computed on one thread beside the loop."""
+
+import asyncio
+import base64
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from hmac import compare_digest
+
+import argon2
+import scramp
+
+from relaymta.proto.sasl import Keys
+
+__all__ = ["PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id", "matches", "scram", "scram_keys"]
+
+# OWASP's least for argon2id: 19 MiB, two passes, one lane.
+_ARGON2 = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+_SCRAM = scramp.ScramMechanism("SCRAM-SHA-256")
+PEOPLE_ITERATIONS = 100_000  # of SCRAM with a password that can be guessed: 20 ms, as argon2id
+NICE = 10
+MOST_WAITING = 500
+
+
+class Busy(Exception):
+    """Too many passwords wait to be checked."""
+
+
+def argon2id(password: str) -> str:
+    """What to keep of a person's password."""
+    return _ARGON2.hash(password)
+
+
+def scram(password: str, iterations: int = 4096) -> str:
+    """What to keep of a password so that SCRAM works with it. With few iterations only for keys that nobody can guess."""
+    salt, stored, server, count = _SCRAM.make_auth_info(password, iteration_count=iterations, salt=os.urandom(16))
+    return f"SCRAM-SHA-256${count}:{_b64(salt)}${_b64(stored)}:{_b64(server)}"
+
+
+def _b64(octets: bytes) -> str:
+    return base64.b64encode(octets).decode()
+
+
+def scram_keys(kept: str) -> Keys | None:
+    """What is kept of a password as SCRAM's keys; None when it is not of that form."""
+    head, _, rest = kept.partition("$")
+    if head != "SCRAM-SHA-256":
+        return None
+    start, _, keys = rest.partition("$")
+    iterations, _, salt = start.partition(":")
+    stored, _, server = keys.partition(":")
+    return Keys(base64.b64decode(salt), base64.b64decode(stored), base64.b64decode(server), int(iterations))
+
+
+def matches(kept: str, password: str) -> bool:
+    """Whether this is the password (a thread: some 20 ms for argon2id, 1 for SCRAM)."""
+    keys = scram_keys(kept)
+    try:
+        if keys is None:
+            return _ARGON2.verify(kept, password)
+        found = _SCRAM.make_auth_info(password, iteration_count=keys.iterations, salt=keys.salt)
+    except (argon2.exceptions.Argon2Error, argon2.exceptions.InvalidHashError, scramp.ScramException, ValueError):
+        return False
+    return compare_digest(found[1], keys.stored_key)
+
+
+class Checker:
+    """One thread of low priority, so that guessing passwords costs the mail nothing. Whoever has failed less goes first."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._inbox: queue.PriorityQueue[tuple[int, int, Callable[[], bool], asyncio.Future[bool]]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        threading.Thread(target=self._run, name="passwords", daemon=True).start()
+
+    async def run(self, check: Callable[[], bool], failures: int) -> bool:
+        """`check()` on the thread, behind those with fewer `failures`. Busy when too many wait."""
+        if self._inbox.qsize() >= MOST_WAITING:
+            raise Busy
+        future: asyncio.Future[bool] = self._loop.create_future()
+        self._inbox.put((failures, next(self._numbers), check, future))
+        return await future
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while True:
+            _, _, check, future = self._inbox.get()
+            if future.cancelled():  # the client is gone
+                continue
+            try:
+                good = check()
+            except Exception:  # whatever was wrong with it, it was not right
+                good = False
+            self._loop.call_soon_threadsafe(_tell, future, good)
+
+
+def _tell(future: "asyncio.Future[bool]", good: bool) -> None:
+    if not future.done():
+        future.set_result(good)

@@ -1,0 +1,139 @@
+"""The server side of SASL in SMTP (RFC 4422, 4954), without I/O: each mechanism is a generator that yields challenges, is sent
+the client's responses, and returns a claim for somebody to check.
+
+PLAIN (RFC 4616), LOGIN (draft-murchison-sasl-login), SCRAM-SHA-256 (RFC 5802, 7677), OAUTHBEARER (RFC 7628), XOAUTH2 (Google).
+"""
+
+from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+import scramp
+
+__all__ = ["MECHANISMS", "Claim", "Exchange", "Keys", "Malformed", "Password", "Proof", "Token", "begin"]
+
+
+class Keys(NamedTuple):
+    """What SCRAM-SHA-256 knows of a password (RFC 5802 3)."""
+
+    salt: bytes
+    stored_key: bytes
+    server_key: bytes
+    iterations: int
+
+
+class Password(NamedTuple):
+    """A user says that this is their password."""
+
+    user: str
+    password: str
+
+
+class Token(NamedTuple):
+    """A bearer token, of a user where one is named."""
+
+    user: str
+    token: str
+
+
+class Proof(NamedTuple):
+    """SCRAM came to an end: whether the client has proved that it knows the password."""
+
+    user: str
+    good: bool
+
+
+Claim = Password | Token | Proof
+Exchange = Generator[bytes, bytes, Claim]
+
+
+class Malformed(Exception):
+    """A response that is none of its mechanism; str() says why."""
+
+
+def begin(mechanism: str, keys: Callable[[str], Keys]) -> tuple[Exchange, bytes | None]:
+    """Start an exchange; None, or the challenge with which it begins when there is no initial response (else the client speaks
+    first). `keys(user)`: for SCRAM; keys that nobody can match for an unknown user. KeyError: there is no such mechanism."""
+    exchange = MECHANISMS[mechanism](keys)
+    first = next(exchange)
+    return exchange, first or None
+
+
+def _text(octets: bytes) -> str:
+    try:
+        return octets.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Malformed("not UTF-8") from None
+
+
+def _plain(keys: Callable[[str], Keys]) -> Exchange:
+    parts = _text((yield b"")).split("\0")
+    if len(parts) != 3 or not parts[1] or not parts[2]:
+        raise Malformed("expected authorization identity, user and password")
+    if parts[0] not in ("", parts[1]):
+        raise Malformed("nobody may act for another here")
+    return Password(parts[1], parts[2])
+
+
+def _login(keys: Callable[[str], Keys]) -> Exchange:
+    user = _text((yield b"Username:"))
+    password = _text((yield b"Password:"))
+    if not user or not password:
+        raise Malformed("expected user and password")
+    return Password(user, password)
+
+
+def _scram(keys: Callable[[str], Keys]) -> Exchange:
+    names: list[str] = []
+
+    def known(name: str) -> Keys:
+        names.append(name)
+        return keys(name)
+
+    server = scramp.ScramMechanism("SCRAM-SHA-256").make_server(known)
+    try:
+        server.set_client_first(_text((yield b"")))
+        response = _text((yield server.get_server_first().encode()))
+    except scramp.ScramException as error:
+        raise Malformed(str(error)) from None
+    try:
+        server.set_client_final(response)
+    except scramp.ScramException:
+        return Proof(names[0], False)
+    if (yield server.get_server_final().encode()):
+        raise Malformed("expected an empty response to the server's proof")
+    return Proof(names[0], True)
+
+
+def _oauthbearer(keys: Callable[[str], Keys]) -> Exchange:
+    """RFC 7628 3.1: `n,a=USER,^Ahost=...^Aauth=Bearer TOKEN^A^A`."""
+    header, _, rest = _text((yield b"")).partition("\1")
+    flag, _, authzid = header.partition(",")
+    if flag not in ("n", "y") or not authzid.endswith(",") or (authzid != "," and not authzid.startswith("a=")):
+        raise Malformed("expected a GS2 header")
+    user = authzid[2:-1].replace("=2C", ",").replace("=3D", "=")
+    return Token(user, _bearer(rest))
+
+
+def _xoauth2(keys: Callable[[str], Keys]) -> Exchange:
+    """`user=USER^Aauth=Bearer TOKEN^A^A`."""
+    head, _, rest = _text((yield b"")).partition("\1")
+    if not head.startswith("user="):
+        raise Malformed("expected user=")
+    return Token(head[5:], _bearer(rest))
+
+
+def _bearer(text: str) -> str:
+    fields = dict(part.partition("=")[::2] for part in text.split("\1"))
+    scheme, _, token = fields.get("auth", "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip() or not text.endswith("\1\1"):
+        raise Malformed("expected auth=Bearer and a token")
+    return token.strip()
+
+
+MECHANISMS: dict[str, Callable[[Callable[[str], Keys]], Exchange]] = {
+    "PLAIN": _plain,
+    "LOGIN": _login,
+    "SCRAM-SHA-256": _scram,
+    "OAUTHBEARER": _oauthbearer,
+    "XOAUTH2": _xoauth2,
+}

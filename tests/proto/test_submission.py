@@ -1,0 +1,151 @@
+"""STARTTLS and AUTH as dialogues, without sockets: the same for every split of what the client says."""
+
+import base64
+
+import pytest
+import scramp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relaymta.accept.passwords import argon2id, matches, scram, scram_keys
+from relaymta.proto import reply
+from relaymta.proto.sasl import MECHANISMS, Password, Proof, Token
+from relaymta.proto.smtp_server import Limits, Offers, ServerSession
+
+EHLO = b"EHLO client.example\r\n"
+KEPT = scram("pencil")
+
+
+def keys(user: str):
+    found = scram_keys(KEPT)
+    assert found is not None
+    return found
+
+
+ALL = Offers(starttls=True, mechanisms=tuple(MECHANISMS), clear=True, keys=keys)
+
+
+def session(offers: Offers = ALL) -> ServerSession:
+    made = ServerSession("mx.example", Limits(), lambda sender, size: None, lambda to, mail: None, offers=offers)
+    made.greet()
+    return made
+
+
+def codes(out: bytes) -> list[int]:
+    return [int(line[:3]) for line in out.split(b"\r\n") if line[3:4] == b" "]
+
+
+def b64(text: str) -> bytes:
+    return base64.b64encode(text.encode())
+
+
+def talk(data: bytes, cuts: list[int], right: tuple = (Password("user", "pencil"), Token("user", "ticket"))):
+    """(what the server said, the claims, the session): claims are answered, TLS begins and nothing more is read."""
+    made = session()
+    out, claims, start = b"", [], 0
+    for cut in [*sorted({c for c in cuts if 0 < c < len(data)}), len(data)]:
+        piece, start = data[start:cut], cut
+        if made.starting_tls or made.closing:
+            break
+        out += made.receive(piece)
+        while made.claim is not None:
+            claims.append(made.claim)
+            good = made.claim in right or (isinstance(made.claim, Proof) and made.claim.good)
+            out += made.checked("user" if good else "", reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS)
+    return out, claims, made
+
+
+BEARER = "user=user\1auth=Bearer ticket\1\1"
+DIALOGUES = [
+    ("plain at once", b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n", [235]),
+    ("plain, asked for", b"auth plain\r\n" + b64("\0user\0pencil") + b"\r\n", [334, 235]),
+    ("plain as oneself", b"AUTH PLAIN " + b64("user\0user\0pencil") + b"\r\n", [235]),
+    ("plain for another", b"AUTH PLAIN " + b64("root\0user\0pencil") + b"\r\n", [501]),
+    ("plain, wrong", b"AUTH PLAIN " + b64("\0user\0pen") + b"\r\n", [535]),
+    ("plain, two parts", b"AUTH PLAIN " + b64("\0user") + b"\r\n", [501]),
+    ("login", b"AUTH LOGIN\r\n" + b64("user") + b"\r\n" + b64("pencil") + b"\r\n", [334, 334, 235]),
+    ("login with a name", b"AUTH LOGIN " + b64("user") + b"\r\n" + b64("pencil") + b"\r\n", [334, 235]),
+    ("cancelled", b"AUTH LOGIN\r\n*\r\nNOOP\r\n", [334, 501, 250]),
+    ("no base64", b"AUTH LOGIN\r\nRSET!\r\nNOOP\r\n", [334, 501, 250]),
+    ("verbs are no verbs there", b"AUTH LOGIN\r\nRSET\r\nQUIT\r\nNOOP\r\n", [334, 334, 535, 250]),
+    ("no such mechanism", b"AUTH CRAM-MD5\r\nNOOP\r\n", [504, 250]),
+    ("no mechanism", b"AUTH\r\nNOOP\r\n", [501, 250]),
+    ("bearer", b"AUTH XOAUTH2 " + b64(BEARER) + b"\r\n", [235]),
+    ("oauthbearer", b"AUTH OAUTHBEARER " + b64("n,a=user,\1host=x\1auth=Bearer ticket\1\1") + b"\r\n", [235]),
+    ("oauthbearer, no header", b"AUTH OAUTHBEARER " + b64("auth=Bearer ticket\1\1") + b"\r\n", [501]),
+    ("refused bearer", b"AUTH XOAUTH2 " + b64(BEARER.replace("ticket", "x")) + b"\r\nAQ==\r\nNOOP\r\n", [334, 535, 250]),
+    ("twice", b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\nAUTH LOGIN\r\nNOOP\r\n", [235, 503, 250]),
+    ("in a transaction", b"MAIL FROM:<a@b>\r\nAUTH LOGIN\r\nNOOP\r\n", [250, 503, 250]),
+    ("pipelined behind", b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\nMAIL FROM:<a@b> AUTH=<>\r\nNOOP\r\n", [235, 250, 250]),
+    ("three times wrong", 4 * (b"AUTH PLAIN " + b64("\0user\0x") + b"\r\n"), [535, 535, 535, 421]),
+    ("too long", b"AUTH PLAIN " + b"A" * 12300 + b"\r\nNOOP\r\n", [500, 250]),
+    ("starttls twice", b"STARTTLS now\r\nNOOP\r\n", [501, 250]),
+]
+
+
+@pytest.mark.parametrize(("said", "expected"), [case[1:] for case in DIALOGUES], ids=[case[0] for case in DIALOGUES])
+def test_a_dialogue_is_the_same_in_any_split(said, expected):
+    whole = talk(EHLO + said, [])
+    assert codes(whole[0]) == [250, *expected]
+    one_by_one = talk(EHLO + said, list(range(1, len(EHLO + said)))) if len(said) < 1000 else whole
+    assert one_by_one[:2] == whole[:2]
+    assert whole[2].user == ("user" if 235 in expected else "")
+
+
+@pytest.mark.parametrize("password", ["pencil", "pen"])
+def test_scram_proves_that_both_know_the_password(password):
+    made, client = session(), scramp.ScramClient(["SCRAM-SHA-256"], "user", password)
+    made.receive(EHLO)
+    out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
+    client.set_server_first(base64.b64decode(out[4:]).decode())
+    out = made.receive(b64(client.get_client_final()) + b"\r\n")
+    if password == "pencil":
+        client.set_server_final(base64.b64decode(out[4:]).decode())  # raises where the server has not proved it
+        assert made.receive(b"\r\n") == b""
+    assert made.claim == Proof("user", password == "pencil")
+
+
+@given(
+    behind=st.lists(
+        st.sampled_from([b"MAIL FROM:<a@b>\r\n", b"EHLO evil\r\n", b"AUTH PLAIN eA==\r\n", b"QUIT\r\n", b"\r\n", b"x"])
+    ),
+    cuts=st.lists(st.integers(0, 200)),
+)
+def test_nothing_in_the_clear_is_executed_behind_starttls(behind, cuts):
+    data = EHLO + b"STARTTLS\r\n" + b"".join(behind)
+    out, claims, made = talk(data, cuts)
+    assert codes(out) in ([250, 220], [250, 554]) and claims == [] and made.transaction is None
+    assert made.helo == "client.example"
+    if made.starting_tls:
+        made.tls_started()
+        assert made.helo == "" and not made.parser.waiting()
+        assert codes(made.receive(b"MAIL FROM:<a@b>\r\n")) == [503]
+        assert b"STARTTLS" not in made.receive(EHLO) and made.secure
+
+
+def test_what_is_offered_depends_on_tls_and_login():
+    made = session(Offers(starttls=True, mechanisms=("PLAIN",), tls_needed=True, login_needed=True, keys=keys))
+    assert b"STARTTLS" in (out := made.receive(EHLO)) and b"AUTH" not in out
+    assert codes(made.receive(b"AUTH PLAIN AA==\r\nMAIL FROM:<a@b>\r\n")) == [538, 530]
+    made.receive(b"STARTTLS\r\n")
+    made.tls_started()
+    assert b"250-AUTH PLAIN\r\n" in made.receive(EHLO)
+    assert made.receive(b"MAIL FROM:<a@b>\r\n") == reply.NEED_LOGIN
+    made.receive(b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n")
+    made.checked("user", reply.LOGGED_IN)
+    assert b"AUTH" not in made.receive(EHLO)
+    assert codes(made.receive(b"MAIL FROM:<a@b>\r\n")) == [250]
+
+
+def test_without_a_certificate_tls_is_for_later():
+    made = session(Offers(starttls=False, tls_needed=True))
+    made.receive(EHLO)
+    assert made.receive(b"MAIL FROM:<a@b>\r\n") == reply.TLS_UNAVAILABLE
+
+
+@pytest.mark.parametrize("make", [argon2id, scram])
+def test_a_password_matches_what_was_kept_of_it_and_no_other_does(make):
+    kept = make("päss")
+    assert matches(kept, "päss")
+    assert not matches(kept, "pass") and not matches(kept, "") and not matches("nonsense", "päss")
+    assert kept != make("päss")  # salted
