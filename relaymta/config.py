@@ -150,15 +150,52 @@ class Certificate(_Table):
     key: str = Field("", description="PEM file of its key; empty: in the same file")
 
 
+class TokensTable(_Table):
+    """Bearer tokens that clients log in with (OAUTHBEARER, XOAUTH2). `[accounts.tokens]`"""
+
+    issuer: str = Field("", description="who issues them: their `iss`; needed with jwks")
+    audience: str = Field("", description="for whom they have to be: their `aud`; empty: not looked at")
+    jwks: str = Field("", description="URL of the issuer's keys: tokens are JWTs")
+    introspection: str = Field("", description="URL that is asked about each token instead (RFC 7662)")
+    client_id: str = Field("", description="our name there")
+    client_secret_file: str = Field("", description="file that holds our secret there")
+    user_claim: str = Field("email", description="the claim that is the user's name")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokensTable":
+        for url in (self.jwks, self.introspection):
+            if url and not re.match(r"https?://[^/]", url):
+                raise ValueError(f"{url!r} is no http:// or https:// URL")
+        if bool(self.jwks) == bool(self.introspection):
+            raise ValueError("give jwks or introspection")
+        if self.jwks and not self.issuer:
+            raise ValueError("jwks needs issuer: others may use the same keys")
+        return self
+
+
 class AccountsTable(_Table):
     """Who may log in. `[accounts]`"""
 
     file: str = Field("", description="file of accounts, as `relaymta user` and `relaymta app` write it")
+    dovecot: str = Field("", description="a Dovecot auth service's socket for clients: it knows the passwords of all others")
+    url: str = Field("", description="URL that is asked about the passwords of all others; see docs/submission.md")
+    tokens: TokensTable | None = Field(None, description="bearer tokens")
     failures: int = Field(
         10, ge=1, description="failed logins, of one address (IPv6: /64) or one account, until more are refused"
     )
     failures_forgotten: Duration = Field(60, description="after so long one of them is forgotten")
     remember: Duration = Field(60, description="for so long a right password is not computed again; 0: never")
+
+    @model_validator(mode="after")
+    def _check(self) -> "AccountsTable":
+        if self.url and not re.match(r"https?://[^/]", self.url):
+            raise ValueError(f"url: {self.url!r} is no http:// or https:// URL")
+        if self.url and self.dovecot:
+            raise ValueError("url and dovecot: give one of them")
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.file or self.dovecot or self.url or self.tokens)
 
 
 class OAuth(_Table):
@@ -495,8 +532,8 @@ class Config(_Table):
                 raise ValueError(f"listener.{number}.tls: {listener.tls!r} needs a [[certificate]]")
             if listener.auth != "off" and not (self.certificate or listener.auth_in_clear):
                 raise ValueError(f"listener.{number}.auth: needs a [[certificate]]: nobody logs in without TLS")
-            if listener.auth != "off" and not self.accounts.file:
-                raise ValueError(f"listener.{number}.auth: needs accounts.file: nobody could log in")
+            if listener.auth != "off" and not self.accounts:
+                raise ValueError(f"listener.{number}.auth: needs accounts.file, or another kind of accounts: nobody could log in")
         return self
 
     @model_validator(mode="after")

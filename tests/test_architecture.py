@@ -60,9 +60,11 @@ def test_the_reference_configuration_is_fresh(tmp_path):
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',
         "[[site]]": 'hosts = [".example"]',
         "[[rule]]": 'match = "x"\naction = "slow"',
+        "[accounts.tokens]": 'introspection = "https://a.example/introspect"',
         "[route.oauth]": 'token_url = "https://a.example/token"\nclient_id = "x"',
     }
-    filled = filled.replace("#[route.oauth]", "[route.oauth]")
+    filled = filled.replace("#[route.oauth]", "[route.oauth]").replace("#[accounts.tokens]", "[accounts.tokens]")
+    filled = re.sub(r'^(introspection|dovecot|url|jwks) = ""$', r'#\1 = ""', filled, flags=re.M)
     listeners, routes = filled.split("\n[[route]]\n")
     filled = f"{listeners}\n[[route]]\n" + routes.replace('tls = "may"', 'tls = "verify"')
     filled = filled.replace('username = ""', 'username = "me"')

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from relaymta.accept.logins import Identity
+from relaymta.accept.identity import Identity
 from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull
 from relaymta.log import Log

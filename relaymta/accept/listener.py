@@ -16,8 +16,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 from relaymta.accept.door import Door
+from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client, Intake
-from relaymta.accept.logins import Identity
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.metrics import index

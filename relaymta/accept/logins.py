@@ -12,18 +12,20 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
+from relaymta.accept.dovecot import Dovecot
+from relaymta.accept.identity import Identity, Unavailable
 from relaymta.accept.passwords import Busy, Checker, argon2id, matches, scram_keys
+from relaymta.accept.web import Bearer, Passwords
 from relaymta.config import Account, Config, load_accounts
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.sasl import Claim, Keys, Password, Proof, Token
+from relaymta.proto.sasl import Claim, Keys, Password, Proof
 from relaymta.shm import Rates
 from relaymta.watch import Watched
 
-__all__ = ["Identity", "Logins", "check"]
+__all__ = ["Logins", "check"]
 
 GOOD = index("relaymta_logins_total", "good")
 WRONG = index("relaymta_logins_total", "wrong")
@@ -31,23 +33,6 @@ LIMITED = index("relaymta_logins_total", "limited")
 UNAVAILABLE = index("relaymta_logins_total", "unavailable")
 
 REMEMBERED = 10_000
-
-
-class Identity(NamedTuple):
-    """Somebody who has logged in, and what holds for their mail ("" where the listener or network decides)."""
-
-    name: str
-    application: str
-    priority: str
-    senders: tuple[str, ...]
-
-    def may_send_as(self, address: str) -> bool:
-        """Whether an address is one of `senders`."""
-        lower = address.lower()
-        domain = lower.rpartition("@")[2]
-        return not self.senders or any(
-            lower == own or own == "@" + domain or (own.startswith("@.") and domain.endswith(own[1:])) for own in self.senders
-        )
 
 
 def check(config: Config) -> None:
@@ -60,21 +45,29 @@ class Logins:
     """The accounts of one worker."""
 
     def __init__(self, config: Config, rates: Rates, counters: Counters, log: Log) -> None:
-        self._settings = config.accounts
-        path = self._settings.file
+        settings = self._settings = config.accounts
+        path = settings.file
         self.watched = Watched([path] if path else [], lambda: {a.name: a for a in load_accounts(Path(path))} if path else {})
+        self._others = Dovecot(settings.dovecot) if settings.dovecot else Passwords(settings.url) if settings.url else None
+        self._bearer = Bearer(settings.tokens) if settings.tokens is not None else None
         self._rates, self._counters, self._log = rates, counters, log
         self._checker = Checker()
         self._secret = os.urandom(32)  # for what must be the same each time, and unknown to everybody
         self._nobody = argon2id(self._secret.hex())
-        self._known: dict[bytes, tuple[float, str]] = {}  # digest of a password that was right: until when (monotonic), its hash
+        self._known: dict[bytes, tuple[float, str, Identity]] = {}  # digest of a right password: until when (monotonic), its hash
+        self._unavailable = 0.0  # when that was told the last time (monotonic)
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
         """What AUTH offers."""
+        found: list[str] = []
         if any(scram_keys(secret.hash) for account in self._accounts.values() for secret in account.secrets):
-            return ("SCRAM-SHA-256", "PLAIN", "LOGIN")
-        return ("PLAIN", "LOGIN")
+            found.append("SCRAM-SHA-256")
+        if self._settings.file or self._others is not None:
+            found += ["PLAIN", "LOGIN"]
+        if self._bearer is not None:
+            found += ["OAUTHBEARER", "XOAUTH2"]
+        return tuple(found)
 
     @property
     def _accounts(self) -> dict[str, Account]:
@@ -110,40 +103,75 @@ class Logins:
         failed_here = self._rates.wait(f"login from {where}", rate) > 0
         if here or (failed_here and self._rates.wait(f"login as {who}", rate, burst)):
             return self._said(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
-        if isinstance(claim, Token) or self.watched.value is None:
-            return self._said(None, claim, address, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
         try:
-            good = claim.good if isinstance(claim, Proof) else await self._right(claim, failed_here)
-        except Busy:
+            found = await self._identify(claim, address, failed_here)
+        except (Busy, Unavailable) as error:
+            self._tell(str(error))
             return self._said(None, claim, address, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
-        account = self._accounts.get(who)
-        if not good or account is None:
+        if found is None:
             self._rates.take(f"login from {where}", rate, burst)
             self._rates.take(f"login as {who}", rate, burst)
             return self._said(None, claim, address, reply.WRONG_CREDENTIALS, WRONG)
-        found = Identity(account.name, account.application, account.priority or "", tuple(s.lower() for s in account.senders))
         return self._said(found, claim, address, reply.LOGGED_IN, GOOD)
 
-    async def _right(self, claim: Password, failed_here: bool) -> bool:
+    async def _identify(self, claim: Claim, address: str, failed_here: bool) -> Identity | None:
+        """Who that is, None for nobody. Busy or Unavailable when it cannot be said."""
+        if self.watched.value is None:
+            raise Unavailable(self.watched.problem)
+        if isinstance(claim, Proof):
+            return self._as_kept(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
+        if isinstance(claim, Password):
+            return await self._by_password(claim, address, failed_here)
+        if self._bearer is None:
+            return None
+        user = await self._bearer.user(claim.token)
+        return self._as_kept(Identity(user)) if user and claim.user in ("", user) else None
+
+    async def _by_password(self, claim: Password, address: str, failed_here: bool) -> Identity | None:
         hashes = self._hashes(claim.user)
         digest = hashlib.blake2b(f"{claim.user}\0{claim.password}".encode(), key=self._secret, digest_size=32).digest()
-        until, kept = self._known.get(digest, (0.0, ""))
-        if until > time.monotonic() and kept in hashes:
-            return True
+        until, kept, found = self._known.get(digest, (0.0, "", None))
+        if found is not None and until > time.monotonic() and (kept in hashes or not (kept or hashes)):
+            return self._as_kept(found)
+        if hashes or self._others is None:
+            kept = await self._computed(hashes, claim.password, failed_here)
+            found = Identity(claim.user) if kept else None
+        else:
+            kept = ""
+            found = await self._others.password(claim.user, claim.password, address)
+        if found is None:
+            return None
+        if self._settings.remember:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[digest] = (time.monotonic() + self._settings.remember, kept, found)
+        return self._as_kept(found)
+
+    async def _computed(self, hashes: list[str], password: str, failed_here: bool) -> str:
+        """Which of these a password matches, "" for none; of an unknown user as costly as of a known one."""
         found = ""
 
         def compute() -> bool:
             nonlocal found
-            found = next((kept for kept in hashes or [self._nobody] if matches(kept, claim.password)), "")
+            found = next((kept for kept in hashes or [self._nobody] if matches(kept, password)), "")
             return bool(found and hashes)
 
-        if not await self._checker.run(compute, int(failed_here)):
-            return False
-        if self._settings.remember:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            self._known[digest] = (time.monotonic() + self._settings.remember, found)
-        return True
+        return found if await self._checker.run(compute, int(failed_here)) else ""
+
+    def _as_kept(self, found: Identity) -> Identity:
+        """With what the file of accounts says of somebody, whoever knew the password."""
+        account = self._accounts.get(found.name)
+        if account is None:
+            return found
+        senders = tuple(sender.lower() for sender in account.senders) or found.senders
+        return Identity(found.name, account.application or found.application, account.priority or found.priority, senders)
+
+    def _tell(self, reason: str) -> None:
+        """At most once a minute: why nobody can log in."""
+        now = time.monotonic()
+        if now - self._unavailable > 60:
+            self._unavailable = now
+            self._log.event("warning", text=f"logins are put off (454): {reason or 'too many passwords wait to be checked'}")
 
     def _said(
         self, found: Identity | None, claim: Claim, address: str, answer: bytes, counter: int

@@ -152,7 +152,7 @@ class FakeMx:
             if verb == "STAR" and self.tls is not None:
                 sock.sendall(b"220 2.0.0 go\r\n")
                 sock = self.tls.wrap_socket(sock, server_side=True)
-                self.resumed.append(bool(sock.session_reused))  # type: ignore[attr-defined]
+                self.resumed.append(bool(sock.session_reused))
                 file = sock.makefile("rb")
                 continue
             if verb == "AUTH" and self.auth is not None:

@@ -13,6 +13,7 @@ PACKAGES = {
     "strace": "strace",
     "promtool": "prometheus",
     "gcc": "gcc",
+    "dovecot": "dovecot-core",
 }
 
 

@@ -1,0 +1,140 @@
+"""Logins that another program knows, by HTTP: passwords, and bearer tokens (JWT by a JWKS, RFC 7519 and 7517; or introspection,
+RFC 7662)."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import KeySet
+
+from relaymta.accept.identity import Identity, Unavailable
+from relaymta.config import TokensTable
+
+__all__ = ["Bearer", "Passwords"]
+
+TIMEOUT = 10.0
+LARGEST = 1 << 20  # octets of an answer
+KEYS_KEPT = 3600.0  # seconds until the issuer's keys are asked for again
+KEYS_AGAIN = 30.0  # ... where a token has an unknown one
+ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA", "Ed25519"]  # never "none", never a shared key
+
+
+async def _asked(method: str, url: str, **options: Any) -> tuple[int, bytes]:
+    """Status and body of an answer. Unavailable when there is none."""
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
+            client.request(method, url, allow_redirects=False, **options) as response,
+        ):
+            return response.status, await response.content.read(LARGEST)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise Unavailable(f"{url}: {error or type(error).__name__}") from None
+
+
+class Passwords:
+    """`POST url` with {"user", "password", "client"} is answered by 200 and {"application", "priority", "senders"}, all of which
+    may be missing; or by 401 or 403."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def password(self, user: str, password: str, address: str) -> Identity | None:
+        """Who that is; None for a wrong password. Unavailable when that is not to be had."""
+        status, text = await _asked("POST", self._url, json={"user": user, "password": password, "client": address})
+        if status in (401, 403):
+            return None
+        if status != 200:
+            raise Unavailable(f"{self._url}: status {status}")
+        try:
+            found = json.loads(text or b"{}")
+            senders = found.get("senders", [])
+            if not all(isinstance(sender, str) and "@" in sender for sender in senders):
+                raise ValueError("senders are addresses, or @domain")
+            application, priority = found.get("application", ""), found.get("priority", "")
+            if not isinstance(application, str) or priority not in ("", "express", "normal", "bulk"):
+                raise ValueError("application is a string, priority one of express, normal, bulk")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise Unavailable(f"{self._url}: {error}") from None
+        return Identity(user, application, priority, tuple(sender.lower() for sender in senders))
+
+
+class Bearer:
+    """Tokens of one issuer."""
+
+    def __init__(self, settings: TokensTable) -> None:
+        self._settings = settings
+        self._keys: KeySet | None = None
+        self._asked_at = 0.0
+        self._asking = asyncio.Lock()
+
+    async def user(self, token: str) -> str:
+        """Whose token it is, "" when it is nobody's (any more). Unavailable when that is not to be had."""
+        claims = await (self._introspected(token) if self._settings.introspection else self._verified(token))
+        user = claims.get(self._settings.user_claim, "") if claims else ""
+        return user if isinstance(user, str) else ""
+
+    async def _verified(self, token: str) -> dict[str, Any] | None:
+        keys = await self._key_set(KEYS_KEPT)
+        try:
+            return self._claims(token, keys)
+        except ValueError:  # no key of that name: there may be a new one
+            try:
+                return self._claims(token, await self._key_set(KEYS_AGAIN))
+            except (JoseError, ValueError):
+                return None
+        except JoseError:
+            return None
+
+    def _claims(self, token: str, keys: KeySet) -> dict[str, Any]:
+        found = jwt.decode(token, keys, algorithms=ALGORITHMS)
+        wanted: dict[str, Any] = {"exp": {"essential": True}, "iss": {"essential": True, "value": self._settings.issuer}}
+        if self._settings.audience:
+            wanted["aud"] = {"essential": True, "value": self._settings.audience}
+        jwt.JWTClaimsRegistry(leeway=30, **wanted).validate(found.claims)
+        return found.claims
+
+    async def _key_set(self, kept: float) -> KeySet:
+        async with self._asking:
+            now = time.monotonic()
+            if self._keys is None or now - self._asked_at > kept:
+                try:
+                    status, text = await _asked("GET", self._settings.jwks)
+                    if status != 200:
+                        raise Unavailable(f"{self._settings.jwks}: status {status}")
+                    self._keys, self._asked_at = KeySet.import_key_set(json.loads(text)), now
+                except (JoseError, ValueError, KeyError, TypeError) as error:
+                    raise Unavailable(f"{self._settings.jwks}: no JWKS: {error}") from None
+                except Unavailable:
+                    if self._keys is None:
+                        raise
+            return self._keys
+
+    async def _introspected(self, token: str) -> dict[str, Any] | None:
+        settings = self._settings
+        secret = await asyncio.to_thread(_secret, settings.client_secret_file) if settings.client_secret_file else ""
+        auth = aiohttp.BasicAuth(settings.client_id, secret) if settings.client_id else None
+        status, text = await _asked("POST", settings.introspection, data={"token": token}, auth=auth)
+        if status != 200:
+            raise Unavailable(f"{settings.introspection}: status {status}")
+        try:
+            found = json.loads(text)
+        except ValueError:
+            raise Unavailable(f"{settings.introspection}: the answer is no JSON") from None
+        if not isinstance(found, dict) or found.get("active") is not True:
+            return None
+        audience = found.get("aud")
+        if settings.audience and settings.audience not in (audience if isinstance(audience, list) else [audience]):
+            return None
+        return found if not settings.issuer or found.get("iss", settings.issuer) == settings.issuer else None
+
+
+def _secret(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unavailable(f"client_secret_file: {path}: {error}") from None
