@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 from joserfc import jwt
-from joserfc.errors import JoseError
+from joserfc.errors import InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet
 
 from relaymta.accept.identity import Identity, Unavailable
@@ -79,16 +79,15 @@ class Bearer:
         return user if isinstance(user, str) else ""
 
     async def _verified(self, token: str) -> dict[str, Any] | None:
-        keys = await self._key_set(KEYS_KEPT)
-        try:
-            return self._claims(token, keys)
-        except ValueError:  # no key of that name: there may be a new one
+        for kept in (KEYS_KEPT, KEYS_AGAIN):
+            keys = await self._key_set(kept)
             try:
-                return self._claims(token, await self._key_set(KEYS_AGAIN))
+                return self._claims(token, keys)
+            except InvalidKeyIdError:  # there may be a new one
+                continue
             except (JoseError, ValueError):
                 return None
-        except JoseError:
-            return None
+        return None
 
     def _claims(self, token: str, keys: KeySet) -> dict[str, Any]:
         found = jwt.decode(token, keys, algorithms=ALGORITHMS)
