@@ -19,10 +19,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from relaymta.errors import ConfigError
 
-__all__ = ["Account", "Certificate", "Config", "Listener", "Route", "load", "load_accounts", "parse_duration", "parse_hostport"]
+__all__ = [
+    "Account", "Certificate", "Config", "Dkim", "Listener", "Route", "load", "load_accounts", "parse_duration", "parse_hostport",
+    "parse_quota",
+]  # fmt: skip
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
+_QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _HASH = re.compile(r"SCRAM-SHA-256\$\d{4,8}:[A-Za-z0-9+/=]+\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=\Z|\$argon2id\$\S+\Z")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
@@ -89,6 +93,20 @@ def _host(value: object) -> object:
     return value
 
 
+def parse_quota(text: str) -> tuple[int, float]:
+    """`COUNT/UNIT` as the count and seconds. ValueError when it is none."""
+    match = _QUOTA.match(text.strip())
+    if match is None or not int(match[1]):
+        raise ValueError(f'{text!r} is no quota such as "60/m" or "10000/d"')
+    return int(match[1]), float(_SECONDS[match[2]])
+
+
+def _quota(value: object) -> object:
+    if isinstance(value, str) and value:
+        parse_quota(value)
+    return value
+
+
 def _network(value: object) -> object:
     if isinstance(value, str):
         return str(ipaddress.ip_network(value))
@@ -98,6 +116,7 @@ def _network(value: object) -> object:
 Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
+Quota = Annotated[str, BeforeValidator(_quota)]
 Address = Annotated[str, BeforeValidator(_address)]
 Host = Annotated[str, BeforeValidator(_host)]
 Network = Annotated[str, BeforeValidator(_network)]
@@ -122,6 +141,9 @@ class Listener(_Table):
     )  # fmt: skip
     auth: Literal["off", "may", "require"] = Field(
         "off", description="AUTH, once TLS is on; may: for clients that are to send to anywhere; require: no mail without it"
+    )
+    proxy: list[Network] = Field(
+        [], description="load balancers that begin every connection with a PROXY header (1 or 2); nobody else may connect then"
     )
     auth_in_clear: bool = Field(False, description="AUTH without TLS; only on a loopback address")
 
@@ -148,6 +170,25 @@ class Certificate(_Table):
 
     chain: str = Field(description="PEM file: the certificate, then those that lead to its authority")
     key: str = Field("", description="PEM file of its key; empty: in the same file")
+
+
+class Dkim(_Table):
+    """A key that signs mail of clients that may relay. `[[dkim]]`, repeatable; each that matches signs. Files are read again when
+    they change."""
+
+    domain: str = Field(description="the domain that signs: d=")
+    selector: str = Field(description="under which its DNS record is: s=")
+    key: str = Field(description="PEM file of the private key, RSA or Ed25519 (`relaymta dkim keygen`)")
+    authors: list[str] = Field(
+        [], description='domains in From: whose mail it signs, ".example" for those below, "*" for all; empty: its own'
+    )
+    application: list[str] = Field([], description="applications whose mail it signs; empty: any")
+    canonicalization: Literal["relaxed/relaxed", "relaxed/simple", "simple/relaxed", "simple/simple"] = Field(
+        "relaxed/relaxed", description="what may change on the way: header/body"
+    )
+    signed: list[str] = Field([], description="names of header fields to sign beside the usual ones")
+    oversigned: list[str] = Field([], description="names of fields that nobody may add; empty: From, To, Subject, Date and such")
+    expires: Duration = Field(0, description="for so long a signature is good; 0: for good")
 
 
 class TokensTable(_Table):
@@ -388,6 +429,10 @@ class PeerNetwork(_Table):
     message_size: Size | None = Field(None, description="octets of a message of theirs")
     recipients: int | None = Field(None, ge=1, le=65535, description="recipients of one message of theirs")
     connections: int | None = Field(None, ge=1, description="connections from one address of theirs")
+    connection_rate: Quota | None = Field(None, description='new connections from one address of theirs, such as "60/m"')
+    message_rate: Quota | None = Field(None, description="messages from one address of theirs")
+    recipient_rate: Quota | None = Field(None, description="recipients from one address of theirs")
+    xclient: bool = Field(False, description="whether they may say for whom they speak (XCLIENT)")
 
 
 class Application(_Table):
@@ -402,6 +447,9 @@ class Relay(_Table):
 
     networks: list[Network] = Field(LOOPBACK, description="clients that may send to anywhere")
     domains: list[str] = Field([], description="recipient domains that anybody may send to")
+    recipients: str = Field(
+        "", description='file of their recipients, "a@example.com" or "@example.com" a line; others are refused; empty: nobody is'
+    )
     open_relay: bool = Field(False, description="start even though the networks above are the whole Internet")
 
 
@@ -414,6 +462,7 @@ class Intake(_Table):
     long_line_networks: list[Network] = Field(LOOPBACK, description="clients whose lines may be longer than 998 octets")
     hops: int = Field(50, ge=1, description="Received: fields at which a message is a loop")
     errors: int = Field(20, ge=1, description="wrong commands until a connection is closed")
+    tarpit: Duration = Field(1, description="wait before each reply to a client that has said more than three wrong commands")
     recipients: int = Field(1000, ge=100, le=65535, description="recipients of one message (RFC 5321 4.5.3.1.8)")
     command_timeout: Duration = Field(300, description="wait for a command")
     data_timeout: Duration = Field(180, description="wait for the next block of a message")
@@ -455,7 +504,12 @@ class LimitsTable(_Table):
 
     message_size: Size = Field(50 << 20, description="octets of a message")
     connections: int = Field(20_000, ge=1, description="incoming connections of the whole machine")
-    connections_per_client: int = Field(50, ge=1, description="from one address; relay networks: at least 200")
+    connections_per_client: int = Field(
+        50, ge=1, description="from one address (IPv6: one /64, as in all that counts by address); relay networks: at least 200"
+    )
+    connection_rate: Quota = Field("", description='new connections from one address, such as "60/m"; empty: any')
+    message_rate: Quota = Field("", description="messages from one address; empty: any")
+    recipient_rate: Quota = Field("", description="recipients from one address; empty: any")
 
 
 class Metrics(_Table):
@@ -501,6 +555,7 @@ class Config(_Table):
     application: list[Application] = Field([], description="what holds for the mail of single applications")
     network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
     certificate: list[Certificate] = Field([], description="certificates for TLS with clients")
+    dkim: list[Dkim] = Field([], description="keys that sign mail")
     accounts: AccountsTable = AccountsTable()
     staging: Staging = Staging()
     relay: Relay = Relay()
@@ -585,6 +640,12 @@ class Account(_Table):
         [], description='addresses it may send as, in the envelope and in From: "a@example.com", "@example.com" for a domain, '
         '"@.example.com" for those below; empty: any',
     )  # fmt: skip
+
+    messages: Quota = Field("", description='how many it may send, such as "60/m" or "10000/d"; empty: any')
+    recipients: Quota = Field("", description="how many recipients they may have")
+    octets: Quota = Field("", description="how large they may be together")
+    over: Literal["reject", "hold"] = Field("reject", description="what happens to more: 452, or held until released")
+    connections: int = Field(0, ge=0, description="how many connections may be logged in at the same time; 0: any")
 
     @model_validator(mode="after")
     def _check(self) -> "Account":

@@ -93,6 +93,10 @@ class Resolver:
         found = await self._ask(domain, "MX")
         return found.values, found.until
 
+    async def txt(self, name: str) -> list[str]:
+        """A name's TXT records, the strings of each put together; octets that are no UTF-8 replaced."""
+        return (await self._ask(name, "TXT")).values
+
     async def addresses(self, host: str, families: str = "64") -> list[str]:
         """A host's addresses, in the order of `families` ("64": IPv6 first; "4": IPv4 only). NoSuchName and NoData when
         all types asked for say so."""
@@ -193,6 +197,8 @@ def _is_a(kind: str, record: Any) -> bool:
 def _value(kind: str, data: Any) -> Any:
     if kind == "MX":
         return data.priority, _text(data.exchange)
+    if kind == "TXT":
+        return data.data.decode("utf-8", "replace")
     return _text(data.cname if kind == "CNAME" else data.addr)
 
 

@@ -28,6 +28,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_connections_total": ("Incoming connections", "result", ("accepted", "refused")),
     "relaymta_tls_handshakes_total": ("TLS handshakes with clients", "result", ("full", "resumed", "failed")),
     "relaymta_logins_total": ("Logins of clients", "result", ("good", "wrong", "limited", "unavailable")),
+    "relaymta_dkim_signatures_total": ("DKIM signatures made", "", ("",)),
+    "relaymta_quota_exceeded_total": (
+        "Times a quota was used up: an account's (rejected or held), or a client's rate", "result", ("rejected", "held", "client")
+    ),
     "relaymta_messages_received_total": ("Messages acknowledged with 250", "", ("",)),
     "relaymta_received_octets_total": ("Octets of acknowledged messages", "", ("",)),
     "relaymta_recipients_received_total": ("Recipients of acknowledged messages", "", ("",)),
@@ -72,6 +76,7 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_listeners_paused": ("1 where a worker is out of descriptors and lets connections wait", True),
     "relaymta_stressed": ("1 where 80 % of the connections are taken and clients are waited for a tenth of the time", True),
     "relaymta_tls_certificate_errors": ("Certificates whose files cannot be used as they are now", True),
+    "relaymta_dkim_key_errors": ("DKIM keys whose files cannot be used as they are now", True),
     "relaymta_accounts_file_errors": ("1 where the file of accounts cannot be used as it is now", True),
     "relaymta_store_slow": ("1 where the disk is nearly too full to take mail and 250 is held back", True),
     "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),

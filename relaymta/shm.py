@@ -216,22 +216,22 @@ class Rates:
         self._own: dict[str, int] = {}
         self.overflows = 0
 
-    def take(self, key: str, per_second: float, burst: int = 1) -> float:
-        """Take one unit of `per_second`, of which up to `burst` may come at once: 0.0, or the seconds until there is one."""
+    def take(self, key: str, per_second: float, burst: int = 1, units: int = 1) -> float:
+        """Take units of `per_second`, of which up to `burst` may come at once: 0.0, or the seconds until there are so many."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
-        interval = max(1, int(1_000_000 / per_second))
+        interval = 1_000_000 / per_second
         row = self._row(_mark(key), now)
         if row < 0:
             self.overflows += 1
             if len(self._own) > RATE_ROWS:
                 self._own.clear()
-            free, wait = _next_free(self._own.get(key, 0), now, interval * self.workers, burst)
+            free, wait = _next_free(self._own.get(key, 0), now, interval * self.workers, burst, units)
             if not wait:
                 self._own[key] = free
             return wait / 1_000_000
         while True:
             was = self._cells.get(row + 1)
-            free, wait = _next_free(was, now, interval, burst)
+            free, wait = _next_free(was, now, interval, burst, units)
             if wait:
                 return wait / 1_000_000
             if self._cells.compare_swap(row + 1, was, free):
@@ -242,7 +242,14 @@ class Rates:
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         row = self._row(_mark(key), now)
         free = self._own.get(key, 0) if row < 0 else self._cells.get(row + 1)
-        return _next_free(free, now, max(1, int(1_000_000 / per_second)), burst)[1] / 1_000_000
+        return _next_free(free, now, 1_000_000 / per_second, burst)[1] / 1_000_000
+
+    def used(self, key: str, per_second: float) -> float:
+        """How many units of `key` were taken and are not there again."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        row = self._row(_mark(key), now)
+        free = self._own.get(key, 0) if row < 0 else self._cells.get(row + 1)
+        return max(0, free - now) * per_second / 1_000_000
 
     def _row(self, mark: int, now: int) -> int:
         """The key's row, claimed when it has none; -1 when there is no room."""
@@ -260,11 +267,12 @@ class Rates:
         return idle if cells.compare_swap(idle, cells.get(idle), mark) else self._row(mark, now)
 
 
-def _next_free(free: int, now: int, interval: int, burst: int) -> tuple[int, int]:
-    """(When a rate is free again once a unit is taken, how long to wait until one can be: 0 for not at all), microseconds."""
+def _next_free(free: int, now: int, interval: float, burst: int, units: int = 1) -> tuple[int, int]:
+    """(When a rate is free again once `units` are taken, how long to wait until they can be: 0 for not at all), microseconds.
+    More units than `burst` can be taken once nothing is in use."""
     start = max(free, now)
-    wait = start - now - (burst - 1) * interval
-    return start + interval, max(0, wait)
+    wait = start - now - int(max(0, burst - units) * interval)
+    return start + max(1, int(units * interval)), max(0, wait)
 
 
 def _mark(key: str) -> int:

@@ -22,7 +22,8 @@ import msgspec
 import uvloop
 
 from relaymta.accept import door
-from relaymta.config import Config, parse_hostport
+from relaymta.accept.quota import key_of
+from relaymta.config import Config, parse_hostport, parse_quota
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
 from relaymta.log import Log, find_history
@@ -505,6 +506,15 @@ class Supervisor:
         kinds = [SUSPENDED, DEAD] if resume else [kind]
         return sum(self._know(None, (one, site, about)) for one in kinds)
 
+    async def _usage(self, quotas: list[tuple[str, str, str]]) -> list[float]:
+        """How much is used of quotas of accounts: (account, kind, quota) each."""
+        rates = self.shared.rates(len(self.slots))
+        found = []
+        for name, kind, quota in quotas:
+            count, seconds = parse_quota(quota)
+            found.append(rates.used(key_of(name, kind), count / seconds))
+        return found
+
     async def _first(self, op: str, ident: str) -> Any:
         home = shard_of(parse_id(ident))
         for _, channel in sorted(self._ready(), key=lambda pair: home not in pair[0].shards):
@@ -532,6 +542,7 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "suspend": Supervisor._suspend,
     "order": Supervisor._order,
     "clear": Supervisor._clear,
+    "usage": Supervisor._usage,
     "reload": Supervisor.reload,
 }
 

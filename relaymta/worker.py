@@ -23,6 +23,7 @@ import uvloop
 from relaymta.accept.door import Door
 from relaymta.accept.intake import Intake
 from relaymta.accept.listener import Acceptor, Listening
+from relaymta.accept.quota import Quotas
 from relaymta.config import Config, near
 from relaymta.control import Channel
 from relaymta.dns import Resolver
@@ -230,8 +231,9 @@ class Worker:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
-        self.intake = Intake(self.config, self.routes, taking, self.counters, self.log)
         door = Door(self.config, self.rates, self.counters, self.log)
+        quotas = Quotas(self.rates, self.counters)
+        self.intake = Intake(self.config, self.routes, taking, door, quotas, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)

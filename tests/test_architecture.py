@@ -56,6 +56,7 @@ def test_the_reference_configuration_is_fresh(tmp_path):
     needed = {
         "[[application]]": 'name = "shop"',
         "[[certificate]]": 'chain = "/etc/relaymta/mail.pem"',
+        "[[dkim]]": 'domain = "shop.example"\nselector = "s1"\nkey = "/etc/relaymta/s1.pem"',
         "[[network]]": 'networks = ["192.0.2.0/24"]',
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',
         "[[site]]": 'hosts = [".example"]',

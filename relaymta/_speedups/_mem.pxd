@@ -25,3 +25,16 @@ cpdef inline Py_ssize_t copy(unsigned char *w, Py_ssize_t k, const unsigned char
         memcpy(w + k, p + start, end - start)
         return k + end - start
     return k
+
+
+cpdef inline bint clean(const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
+    """Whether p[start:end] has no TAB, no two spaces side by side, and none at its end."""
+    cdef unsigned char bad = 0
+    cdef unsigned char space = 32
+    cdef unsigned char tab = 9
+    cdef Py_ssize_t i
+    if start >= end:
+        return True
+    for i in range(start, end - 1):
+        bad |= (p[i] == tab) | ((p[i] == space) & (p[i + 1] == space))
+    return not (bad or p[end - 1] == space or p[end - 1] == tab)

@@ -1,6 +1,6 @@
 """What the kernels' memory primitives (`_mem.pxd`) do, for interpreted runs. Never compiled itself."""
 
-__all__ = ["copy", "find", "high"]
+__all__ = ["clean", "copy", "find", "high"]
 
 
 def find(p: bytes, byte: int, start: int, end: int) -> int:
@@ -19,3 +19,9 @@ def copy(w: bytearray, k: int, p: bytes, start: int, end: int) -> int:
         return k
     w[k : k + end - start] = p[start:end]
     return k + end - start
+
+
+def clean(p: bytes, start: int, end: int) -> bool:
+    """Whether p[start:end] has no TAB, no two spaces side by side, and none at its end."""
+    part = p[start:end]
+    return b"\t" not in part and b"  " not in part and not part.endswith(b" ")

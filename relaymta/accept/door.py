@@ -1,7 +1,9 @@
 """What a client finds at the door: TLS and AUTH, as the listener says and the files of certificates and accounts are now."""
 
+import re
+from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from relaymta.accept import logins, tls
@@ -9,18 +11,24 @@ from relaymta.accept.logins import Logins
 from relaymta.accept.tls import Certificates
 from relaymta.config import Config, Listener
 from relaymta.errors import ConfigError
+from relaymta.filter import signing
+from relaymta.filter.signing import Signer
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.proto.smtp_server import Offers
+from relaymta.queue import wall_ms
 from relaymta.shm import Rates
+from relaymta.watch import Watched
 
 __all__ = ["Door", "check"]
+
+_PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
 
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, as the user who asks can read them."""
     problems: list[str] = []
-    for one in (tls.check, logins.check):
+    for one in (tls.check, logins.check, signing.check, _check_recipients):
         try:
             one(config)
         except ConfigError as error:
@@ -35,37 +43,49 @@ class Door:
     def __init__(self, config: Config, rates: Rates, counters: Counters, log: Log) -> None:
         self._rates, self._counters, self._log = rates, counters, log
         self._refreshing = False
+        self.signer = Signer(config, counters, lambda: wall_ms() // 1000)
         self.configure(config)
 
     def configure(self, config: Config) -> None:
         """Take over a configuration (blocks while its files are read)."""
         self.certificates = Certificates(config)
+        self.signer.configure(config)
         self.logins = Logins(config, self._rates, self._counters, self._log)
+        path = config.relay.recipients
+        self._recipients = Watched([path] if path else [], lambda: _recipients(path))
         self._told: set[str] = set()
         self._refresh()
         self._tell()
 
-    def offers(self, listener: Listener) -> Offers:
-        """What a session on a listener begins with."""
+    def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
+        """What a session on a listener begins with. `assume`: what XCLIENT does, None where the client may not."""
         return Offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
             mechanisms=self.logins.mechanisms if listener.auth != "off" else (),
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
+            assume=assume,
             keys=self.logins.keys,
         )
 
     def refresh(self, loop: Any, threads: Executor) -> None:
         """Look, on a thread, whether files have changed."""
-        if not self._refreshing and (self.certificates or self.logins.watched):
+        if not self._refreshing:
             self._refreshing = True
-            future = loop.run_in_executor(threads, self._refresh)
-            future.add_done_callback(partial(self._refreshed))
+            loop.run_in_executor(threads, self._refresh).add_done_callback(self._refreshed)
 
     def _refresh(self) -> None:
         self.certificates.refresh()
         self.logins.watched.refresh()
+        self._recipients.refresh()
+        for key in self.signer.watched:
+            key.refresh()
+
+    def knows(self, address: str, domain: str) -> bool:
+        """Whether an address (lower case) of a domain of ours is there."""
+        known = self._recipients.value
+        return known is None or address in known or "@" + domain in known
 
     def _refreshed(self, future: Any) -> None:
         self._refreshing = False
@@ -74,11 +94,36 @@ class Door:
 
     def _tell(self) -> None:
         """Say once what is wrong, and count it."""
-        problems = set(filter(None, [*self.certificates.problems, self.logins.watched.problem]))
+        keys = [key.problem for key in self.signer.watched if key.problem]
+        problems = set(filter(None, [*self.certificates.problems, *keys, self.logins.watched.problem, self._recipients.problem]))
         for problem in problems - self._told:
             self._log.event("warning", text=f"{problem}; what was read before stays in use")
         for problem in self._told - problems:
             self._log.event("warning", text=f"mended: {problem}")
         self._told = problems
         self._counters.gauge("relaymta_tls_certificate_errors", len(self.certificates.problems))
+        self._counters.gauge("relaymta_dkim_key_errors", len(keys))
         self._counters.gauge("relaymta_accounts_file_errors", bool(self.logins.watched.problem))
+
+
+def _check_recipients(config: Config) -> None:
+    if config.relay.recipients:
+        _recipients(config.relay.recipients)
+
+
+def _recipients(path: str) -> frozenset[str] | None:
+    """The addresses and "@domain"s of a file, in lower case; None for no file. ConfigError names every line that is neither."""
+    if not path:
+        return None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"relay.recipients: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"]) from None
+    words = [(number, line.strip().lower()) for number, line in enumerate(lines, 1)]
+    found = [(number, word) for number, word in words if word and not word.startswith("#")]
+    wrong = [
+        f"{path}:{number}: {word!r} is neither an address nor @domain" for number, word in found if not _PLAUSIBLE.match(word)
+    ]
+    if wrong:
+        raise ConfigError(wrong[:20])
+    return frozenset(word for _, word in found)

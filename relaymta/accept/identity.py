@@ -1,8 +1,9 @@
-"""Who has logged in."""
+"""Who somebody is: by their login, or by the network they come from."""
 
+import ipaddress
 from typing import NamedTuple
 
-__all__ = ["Identity", "Unavailable"]
+__all__ = ["Identity", "Unavailable", "group_of"]
 
 
 class Unavailable(Exception):
@@ -16,6 +17,9 @@ class Identity(NamedTuple):
     application: str = ""
     priority: str = ""
     senders: tuple[str, ...] = ()
+    quotas: dict[str, str] = {}  # noqa: RUF012 (of a tuple, never changed)
+    hold: bool = False  # what is over a quota
+    connections: int = 0  # logged in at the same time; 0: any
 
     def may_send_as(self, address: str) -> bool:
         """Whether an address is one of `senders`."""
@@ -24,3 +28,11 @@ class Identity(NamedTuple):
         return not self.senders or any(
             lower == own or own == "@" + domain or (own.startswith("@.") and domain.endswith(own[1:])) for own in self.senders
         )
+
+
+def group_of(address: str) -> str:
+    """What counts as one client: an IPv4 address, or an IPv6 /64, all of which one host may have."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from relaymta.accept.identity import Identity
+from relaymta.accept.door import Door
+from relaymta.accept.identity import Identity, group_of
+from relaymta.accept.quota import Quotas
 from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
-from relaymta.proto.envelope import DOTTED, EIGHT_BIT, SMTPUTF8, Body, Envelope
+from relaymta.proto.envelope import DOTTED, EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import authors, count_received, field_names, header_end, received_field, rfc5322_date
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
@@ -39,11 +41,16 @@ class Client:
     """What is known of a peer, and what it may do."""
 
     address: str
+    group: str  # what counts together with it
     trusted: bool
     connections: int
     application: str
     priority: str  # "" where the listener decides
     limits: Limits
+    xclient: bool
+    connection_rate: str
+    message_rate: str
+    recipient_rate: str
 
 
 @dataclass(slots=True)
@@ -63,7 +70,11 @@ class _Networks:
 class Intake:
     """Rules and counters shared by a worker's connections."""
 
-    def __init__(self, config: Config, routes: RouteTable, queue: Queue, counters: Counters, log: Log) -> None:
+    def __init__(
+        self, config: Config, routes: RouteTable, queue: Queue, door: Door, quotas: Quotas, counters: Counters, log: Log
+    ) -> None:
+        self._door = door
+        self.quotas = quotas
         self.hostname = config.hostname
         self.queue = queue
         self.counters = counters
@@ -109,7 +120,20 @@ class Intake:
             long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
         )
         connections = _chosen(own.connections, max(most, 200) if trusted else most)
-        return Client(str(parsed), trusted, connections, own.application, own.priority or "", limits)
+        general = config.limits
+        return Client(
+            str(parsed),
+            group_of(str(parsed)),
+            trusted,
+            connections,
+            own.application,
+            own.priority or "",
+            limits,
+            own.xclient,
+            _chosen(own.connection_rate, general.connection_rate),
+            _chosen(own.message_rate, general.message_rate),
+            _chosen(own.recipient_rate, general.recipient_rate),
+        )
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
         """At MAIL: is there room for a message of `size` octets (0: not announced)?"""
@@ -130,22 +154,45 @@ class Intake:
 
         return check
 
-    def recipient_check(self, client: Client) -> Callable[[str, Transaction], bytes | None]:
-        """At RCPT: may this client send there?"""
-        if client.trusted:
-            return self.anything
+    def recipient_check(self, client: Client, identity: Identity | None) -> Callable[[str, Transaction], bytes | None]:
+        """At RCPT: may this client, or who has logged in, send there, and so much?"""
+        limited = bool(client.message_rate or client.recipient_rate or (identity is not None and identity.quotas))
+        free = client.trusted or identity is not None
+        if free and not limited:
+            return _anything
 
         def check(address: str, transaction: Transaction) -> bytes | None:
-            if domain_of(address) in self._domains or address.lower() == "postmaster":
-                return None
-            self.counters.add(RECIPIENTS_REFUSED, 1)
-            self._rejected(client, "", transaction.sender, [address], reply.RELAY_DENIED)
-            return reply.RELAY_DENIED
+            refused = None if free else self._refusal(address)
+            if refused is not None:
+                self.counters.add(RECIPIENTS_REFUSED, 1)
+                self._rejected(client, "", transaction.sender, [address], refused)
+            elif limited:
+                refused = self._spend(client, identity, transaction)
+            return refused
 
         return check
 
-    def anything(self, address: str, transaction: Transaction) -> None:
-        """At RCPT, of somebody who may send to anywhere."""
+    def _refusal(self, address: str) -> bytes | None:
+        """Why a stranger may not send there, or None."""
+        domain = domain_of(address)
+        if address.lower() == "postmaster":
+            return None
+        if domain not in self._domains:
+            return reply.RELAY_DENIED
+        return None if self._door.knows(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
+
+    def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
+        """Take a recipient, with the first one the message, from what somebody may send. The reply that refuses more."""
+        first = not transaction.recipients
+        for kind, quota in (("message_rate", client.message_rate if first else ""), ("recipient_rate", client.recipient_rate)):
+            refused = self.quotas.client(client.group, kind, quota) if quota else None
+            if refused is not None:
+                return refused
+        for kind in ("messages", "recipients") if first else ("recipients",):
+            refused = self.quotas.account(identity, kind, 1, transaction) if identity is not None else None
+            if refused is not None:
+                return refused
+        return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
         """A message was refused at the end of its text."""
@@ -209,7 +256,7 @@ class Intake:
         done: Callable[[StoreError | None], None],
     ) -> None:
         """Put a complete message into the queue; `done(None)` once it is safe."""
-        flags = 0
+        flags = HELD if transaction.held else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
         if transaction.smtputf8:
@@ -237,6 +284,11 @@ class Intake:
         )
         queue.submit(ident, envelope, text, done)
 
+    def unsigned(self, error: Exception) -> None:
+        """A message could not be signed."""
+        self.counters.add(REFUSED_STORE, 1)
+        self.log.event("warning", text=f"a message could not be signed, and was put off: {error}")
+
     def accepted(self, size: int, recipients: int) -> None:
         """A message was acknowledged."""
         add = self.counters.add
@@ -251,6 +303,10 @@ class Intake:
             return reply.STORE_FULL
         self.counters.add(REFUSED_STORE, 1)
         return reply.STORE_ERROR
+
+
+def _anything(address: str, transaction: Transaction) -> bytes | None:
+    return None
 
 
 def _chosen(own: T | None, general: T) -> T:

@@ -5,7 +5,9 @@ takes it. Nothing is read while a commit is awaited.
 """
 
 import asyncio
+import contextlib
 import fcntl
+import ipaddress
 import resource
 import socket
 import ssl
@@ -18,8 +20,10 @@ from typing import Any
 from relaymta.accept.door import Door
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client, Intake
+from relaymta.accept.listening import Guarded, Listening, proxied
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError, store_error
+from relaymta.filter.signing import Big
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
@@ -28,7 +32,7 @@ from relaymta.proto.smtp_server import ServerSession, Transaction
 from relaymta.queue import BigBody, format_id
 from relaymta.shm import Limits
 
-__all__ = ["Acceptor", "Connection"]
+__all__ = ["Acceptor", "Connection", "Listening"]
 
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
@@ -38,10 +42,9 @@ CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
 RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
-BACKLOG = 1024
 # For the handshake, and for the client's part of the end of TLS.
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
-ACCEPT_TOGETHER = 64  # sockets accepted in one turn of the loop
+PATIENT_ERRORS = 3  # wrong commands until each costs time
 WRONG_SECONDS = 1.0  # from a wrong login to its reply, whatever was wrong with it
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
@@ -50,8 +53,9 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "big", "checking", "client", "counted", "dot_at", "heard", "ident", "identity", "listener", "paused",
-        "session", "size", "spilling", "storing", "text_since", "transport",
+        "acceptor", "big", "checking", "client", "counted", "dot_at", "front", "heard", "ident", "identity", "late",
+        "listener", "paused", "seat", "session", "signatures", "size", "spilling", "storing", "text_since", "transport",
+        "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -67,24 +71,30 @@ class Connection(asyncio.Protocol):
         self.ident = 0
         self.size = 0  # octets stored of the message under way, ours in front included
         self.big: BigBody | None = None
+        self.signatures: Big | None = None  # those of `big`
+        self.front = 0  # octets of ours in front of `big` that are still to be written
         self.spilling = False  # a thread is writing to `big`
         self.storing = False
-        self.checking = False  # a login is being checked
+        self.checking = False  # a login is being checked, or a reply held back
+        self.late: bytes | None = None  # what comes while a reply is held back
         self.paused = False
         self.identity: Identity | None = None
+        self.seat = ""  # the limit of an account's connections that this one counts in
+        self.wrong = 0  # the session's errors when its client was last made to wait
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        if self.counted:  # and the handshake is done
+        if not self.counted:
+            peer = transport.get_extra_info("peername")
+            refusal = self.enter(peer[0] if peer else "127.0.0.1", reply.TALKING_EARLY if _talks_early(transport) else None)
+            if refusal is not None:
+                self._write(refusal)
+                transport.close()
+                return
+        if transport.get_extra_info("ssl_object") is None:
+            self._greet(False)
+        else:
             self._secured()
-            return
-        peer = transport.get_extra_info("peername")
-        refusal = self.enter(peer[0] if peer else "127.0.0.1", reply.TALKING_EARLY if _talks_early(transport) else None)
-        if refusal is not None:
-            self._write(refusal)
-            transport.close()
-            return
-        self._greet(False)
 
     def enter(self, address: str, refusal: bytes | None = None) -> bytes | None:
         """A client at the door: count it, or the reply that refuses it."""
@@ -104,11 +114,50 @@ class Connection(asyncio.Protocol):
     def _greet(self, secure: bool) -> None:
         """Begin the session."""
         intake, client = self.acceptor.intake, self.client_of()
-        offers = self.acceptor.door.offers(self.listener)
+        offers = self.acceptor.door.offers(self.listener, self._assume if client.xclient else None)
         self.session = ServerSession(
-            intake.hostname, client.limits, intake.accept_sender, intake.recipient_check(client), self._refused, offers, secure
+            intake.hostname,
+            client.limits,
+            intake.accept_sender,
+            intake.recipient_check(client, None),
+            self._refused,
+            offers,
+            secure,
         )
         self._write(self.session.greet())
+
+    def _assume(self, attributes: dict[str, str]) -> bytes | None:
+        """XCLIENT: from now on this is another client. The reply that refuses it, or None."""
+        session, acceptor = self.session, self.acceptor
+        assert session is not None
+        address = attributes.get("ADDR", "")
+        if address.upper().startswith("IPV6:"):
+            address = address[5:]
+        try:
+            address = str(ipaddress.ip_address(address)) if address else self.client_of().address
+        except ValueError:
+            return reply.BAD_ARGUMENT
+        before = self.client_of()
+        client = acceptor.intake.client(address)
+        acceptor.leave(before)
+        self.counted = False
+        refusal = acceptor.enter(client)
+        if refusal is not None:
+            session.closing = True
+            return refusal
+        self.counted, self.client = True, client
+        login = attributes.get("LOGIN", "")
+        self.identity = acceptor.door.logins.as_kept(Identity(login)) if login else None
+        session.user = login
+        session.limits = client.limits
+        self._permit(session)
+        return None
+
+    def _permit(self, session: ServerSession) -> None:
+        """What this client, or who has logged in, may do."""
+        intake, identity = self.acceptor.intake, self.identity
+        session.accept_sender = intake.sender_check(identity) if identity is not None else intake.accept_sender
+        session.accept_recipient = intake.recipient_check(self.client_of(), identity)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -116,6 +165,9 @@ class Connection(asyncio.Protocol):
         if self.counted and self.client is not None:
             self.acceptor.leave(self.client)
             self.counted = False
+        if self.seat:
+            self.acceptor.limits.give(self.seat)
+            self.seat = ""
         if self.big is not None and not self.spilling and not self.storing:
             self._discard_big()
 
@@ -133,10 +185,34 @@ class Connection(asyncio.Protocol):
         self.heard = self.acceptor.time
         if self.storing or self.checking:
             # Pipelined behind the dot or AUTH: the session keeps it. Nothing more is read until it goes on.
-            session.parser.feed(data)
+            if self.late is not None:
+                self.late += data
+            else:
+                session.parser.feed(data)
             self._pause()
             return
-        self._advance(session, session.receive(data))
+        out = session.receive(data)
+        if session.errors > self.wrong and session.errors > PATIENT_ERRORS and not self.client_of().trusted:
+            self._slow_down(session, out)
+        else:
+            self._advance(session, out)
+
+    def _slow_down(self, session: ServerSession, out: bytes) -> None:
+        """Who makes mistake after mistake waits for each reply, and is not heard meanwhile."""
+        self.wrong = session.errors
+        self.checking, self.late = True, b""
+        self._pause()
+
+        def answer() -> None:
+            late, self.checking, self.late = self.late or b"", False, None
+            if self.transport is not None and not self.transport.is_closing():
+                self.heard = self.acceptor.now()
+                self._resume()
+                self._advance(session, out)
+                if late:
+                    self.data_received(late)
+
+        self.acceptor.loop.call_later(self.acceptor.config.intake.tarpit, answer)
 
     def _advance(self, session: ServerSession, out: bytes) -> None:
         """Behind the session's last move: write, store, spill, close."""
@@ -184,10 +260,27 @@ class Connection(asyncio.Protocol):
 
         self.acceptor.spawn(self._shake_hands(begin))
 
-    async def begin_tls(self, sock: socket.socket) -> None:
-        """Shake hands before anything else."""
-        loop = self.acceptor.loop
-        await self._shake_hands(lambda context: loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE))
+    async def begin(self, sock: socket.socket, peer: str) -> None:
+        """A socket on which a PROXY header comes first, or TLS, or both."""
+        loop, refusal = self.acceptor.loop, None
+        try:
+            address = await proxied(sock, peer, self.listener.proxy) if self.listener.proxy else peer
+            refusal = self.enter(address)
+            if refusal is not None:
+                raise ConnectionRefusedError
+            if self.listener.tls == "implicit":
+                await self._shake_hands(
+                    lambda context: loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE)
+                )
+            else:
+                await loop.connect_accepted_socket(lambda: self, sock)
+        except OSError:
+            if refusal is not None and self.listener.tls != "implicit":  # who expects TLS would not understand it
+                with contextlib.suppress(OSError):
+                    sock.send(refusal)
+            elif refusal is None:
+                self.acceptor.intake.counters.add(REFUSED, 1)
+            self.connection_lost(None)
         if self.session is None:
             sock.close()
 
@@ -224,11 +317,16 @@ class Connection(asyncio.Protocol):
         self.checking = False
         if self.transport is None or self.transport.is_closing():
             return
-        intake = self.acceptor.intake
+        if identity is not None and identity.connections:
+            seat = f"logged in as {identity.name}"
+            if self.acceptor.limits.take(seat, identity.connections):
+                self.seat = seat
+            else:
+                text = f"Too many connections of {identity.name} (limit connections {identity.connections}); try again later"
+                identity, answer = None, reply.format_reply(454, "4.7.0", text)
         if identity is not None:
             self.identity = identity
-            session.accept_sender = intake.sender_check(identity)
-            session.accept_recipient = intake.anything
+            self._permit(session)
         self.heard = self.acceptor.now()
         self._resume()
         self._advance(session, session.checked(identity.name if identity is not None else "", answer))
@@ -253,9 +351,35 @@ class Connection(asyncio.Protocol):
         if isinstance(front, bytes):
             self._answer(front)
             return
-        text[:0] = front
         if transaction.chunked and transaction.tail != b"\r\n":
             text.append(b"\r\n")  # BDAT text need not end in CRLF; what we send by DATA must
+        if self._signs():
+            self.acceptor.door.signer.sign(
+                front[0], text, self._application(), lambda found: self._signed(session, transaction, front, text, found)
+            )
+            return
+        text[:0] = front
+        self.size = sum(map(len, text))
+        self._admit(session, transaction, text)
+
+    def _signs(self) -> bool:
+        """Whether mail of this client is signed where there is a key for it: that of strangers is not ours."""
+        return bool(self.acceptor.door.signer) and (self.identity is not None or self.client_of().trusted)
+
+    def _application(self) -> str:
+        """Whose mail it is."""
+        own = self.identity.application if self.identity is not None else ""
+        return own or self.client_of().application or self.listener.application
+
+    def _signed(
+        self, session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes], found: bytes | Exception
+    ) -> None:
+        """The signatures are there, or cannot be: then the message is not sent without."""
+        if isinstance(found, Exception):
+            self.acceptor.intake.unsigned(found)
+            self._answer(reply.NOT_SIGNED)
+            return
+        text[:0] = [found, *front] if found else front
         self.size = sum(map(len, text))
         self._admit(session, transaction, text)
 
@@ -266,6 +390,12 @@ class Connection(asyncio.Protocol):
 
     def _admit(self, session: ServerSession, transaction: Transaction, text: list[bytes] | Body) -> None:
         client, identity = self.client_of(), self.identity
+        if identity is not None and "octets" in identity.quotas:
+            refused = self.acceptor.intake.quotas.account(identity, "octets", self.size, transaction)
+            if refused is not None:
+                self._discard_big()
+                self._answer(refused)
+                return
         self.acceptor.intake.admit(
             self.ident,
             transaction,
@@ -273,7 +403,7 @@ class Connection(asyncio.Protocol):
             self.size,
             client,
             session.helo,
-            (identity.application if identity is not None else "") or client.application or self.listener.application,
+            self._application(),
             (identity.priority if identity is not None else "") or client.priority or self.listener.priority,
             self._stored,
         )
@@ -331,7 +461,10 @@ class Connection(asyncio.Protocol):
             if isinstance(front, bytes):
                 session.refuse(front)
                 return
-            text = [*front, start]
+            if self._signs():
+                self.signatures = self.acceptor.door.signer.big(front[0], start[:65536], self._application())
+            text = [*([self.signatures.room] if self.signatures is not None else []), *front, start]
+            self.front = sum(map(len, text)) - len(start)
         if text:
             self._in_thread(self._write_big, text)
 
@@ -340,6 +473,15 @@ class Connection(asyncio.Protocol):
         if self.big is None:
             self.big = self.acceptor.intake.queue.big_body(self.ident)
         self.big.write(text)
+        if self.signatures is not None:
+            self._hash(self.signatures, text)
+
+    def _hash(self, signatures: Big, text: list[bytes]) -> None:
+        """On a thread: what the client sent, without what is ours in front of it."""
+        for piece in text:
+            ours = min(self.front, len(piece))
+            self.front -= ours
+            signatures.feed(piece[ours:] if ours else piece)
 
     def _in_thread(self, function: Callable[[list[bytes]], None], text: list[bytes]) -> None:
         self.spilling = True
@@ -380,8 +522,13 @@ class Connection(asyncio.Protocol):
         if transaction.chunked and transaction.tail != b"\r\n":
             text.append(b"\r\n")
 
+        signatures, self.signatures = self.signatures, None
+
         def finish() -> Body:
             big.write(text)
+            if signatures is not None:
+                self._hash(signatures, text)
+                big.patch(0, signatures.finish())
             return big.finish()
 
         def finished(future: "asyncio.Future[Body]") -> None:
@@ -396,7 +543,7 @@ class Connection(asyncio.Protocol):
         self.acceptor.loop.run_in_executor(self.acceptor.threads, finish).add_done_callback(finished)
 
     def _discard_big(self) -> None:
-        big, self.big = self.big, None
+        big, self.big, self.signatures = self.big, None, None
         if big is not None:
             self.acceptor.loop.run_in_executor(self.acceptor.threads, big.discard)
 
@@ -435,72 +582,6 @@ class Connection(asyncio.Protocol):
             self._give_up(DRAIN_REPLY)
 
 
-class Listening:
-    """A bound socket, on which connections are taken or, while paused, wait in its backlog."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: Callable[[], Connection]) -> None:
-        self._loop = loop
-        self._socket = sock
-        self._make = make
-        self._server: asyncio.Server | None = None
-        self._closed = False
-
-    async def resume(self) -> None:
-        """Take connections."""
-        if self._server is None and not self._closed:
-            self._server = await self._loop.create_server(self._make, sock=self._socket.dup(), backlog=BACKLOG)
-
-    def pause(self) -> None:
-        """Let connections wait."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    def close(self) -> None:
-        """Give the socket up."""
-        self._closed = True
-        self.pause()
-        self._socket.close()
-
-
-class TlsListening(Listening):
-    """One on which TLS comes first. Sockets are accepted here, so that a client is counted, or refused, before the handshake is
-    paid for."""
-
-    def __init__(self, acceptor: "Acceptor", sock: socket.socket, make: Callable[[], Connection]) -> None:
-        super().__init__(acceptor.loop, sock, make)
-        self._acceptor = acceptor
-        self._listening: socket.socket | None = None
-
-    async def resume(self) -> None:
-        if self._listening is None and not self._closed:
-            self._listening = self._socket.dup()
-            self._listening.setblocking(False)
-            self._listening.listen(BACKLOG)
-            self._loop.add_reader(self._listening.fileno(), self._accept)
-
-    def pause(self) -> None:
-        if self._listening is not None:
-            self._loop.remove_reader(self._listening.fileno())
-            self._listening.close()
-            self._listening = None
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_TOGETHER):
-            if self._listening is None:
-                return
-            try:
-                sock, peer = self._listening.accept()
-            except OSError:  # nobody waits any more, or has gone again
-                return
-            connection = self._make()
-            if connection.enter(peer[0]) is not None:
-                sock.close()  # who expects TLS would not understand a reply
-                continue
-            sock.setblocking(False)
-            self._acceptor.spawn(connection.begin_tls(sock))
-
-
 class Acceptor:
     """All listening sockets and connections of one worker."""
 
@@ -536,12 +617,15 @@ class Acceptor:
         def make() -> Connection:
             return Connection(self, listener)
 
-        implicit = listener.tls == "implicit"
-        door = TlsListening(self, listening, make) if implicit else Listening(self.loop, listening, make)
+        guarded = listener.tls == "implicit" or listener.proxy
+        door = Guarded(self.loop, listening, make, self._begin) if guarded else Listening(self.loop, listening, make)
         if not self.paused:
             await door.resume()
         self._doors.append(door)
         return door
+
+    def _begin(self, connection: Connection, sock: socket.socket, peer: str) -> None:
+        self.spawn(connection.begin(sock, peer))
 
     def close(self, door: Listening) -> None:
         """Accept there no more."""
@@ -556,15 +640,20 @@ class Acceptor:
             self._pause()
         if not self.limits.take("connections", self.config.limits.connections):
             return reply.TOO_MANY_CONNECTIONS
-        if not self.limits.take("client " + client.address, client.connections):
+        if not self.limits.take("client " + client.group, client.connections):
             self.limits.give("connections")
             return reply.TOO_MANY_FROM_CLIENT
+        if client.connection_rate:
+            refused = self.intake.quotas.client(client.group, "connection_rate", client.connection_rate)
+            if refused is not None:
+                self.leave(client)
+                return refused
         return None
 
     def leave(self, client: Client) -> None:
         """A counted connection ended."""
         self.limits.give("connections")
-        self.limits.give("client " + client.address)
+        self.limits.give("client " + client.group)
         if self.paused and len(self.connections) <= self._most - self._most // 20 - 1 and self._resuming is None:
             self._resuming = self.loop.create_task(self._resume())
 

@@ -7,15 +7,15 @@ Nothing but the log tells an unknown user from a wrong password.
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from relaymta.accept.dovecot import Dovecot
-from relaymta.accept.identity import Identity, Unavailable
+from relaymta.accept.identity import Identity, Unavailable, group_of
 from relaymta.accept.passwords import Busy, Checker, argon2id, matches, scram_keys
+from relaymta.accept.quota import KINDS
 from relaymta.accept.web import Bearer, Passwords
 from relaymta.config import Account, Config, load_accounts
 from relaymta.log import Log
@@ -97,7 +97,7 @@ class Logins:
 
     async def check(self, claim: Claim, address: str) -> tuple[Identity | None, bytes]:
         """Who a client at `address` is, and the reply to its AUTH."""
-        where, who = _prefix(address), claim.user
+        where, who = group_of(address), claim.user
         burst, rate = self._settings.failures, 1 / max(0.001, self._settings.failures_forgotten)
         here = self._rates.wait(f"login from {where}", rate, burst)
         failed_here = self._rates.wait(f"login from {where}", rate) > 0
@@ -119,20 +119,20 @@ class Logins:
         if self.watched.value is None:
             raise Unavailable(self.watched.problem)
         if isinstance(claim, Proof):
-            return self._as_kept(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
+            return self.as_kept(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
         if isinstance(claim, Password):
             return await self._by_password(claim, address, failed_here)
         if self._bearer is None:
             return None
         user = await self._bearer.user(claim.token)
-        return self._as_kept(Identity(user)) if user and claim.user in ("", user) else None
+        return self.as_kept(Identity(user)) if user and claim.user in ("", user) else None
 
     async def _by_password(self, claim: Password, address: str, failed_here: bool) -> Identity | None:
         hashes = self._hashes(claim.user)
         digest = hashlib.blake2b(f"{claim.user}\0{claim.password}".encode(), key=self._secret, digest_size=32).digest()
         until, kept, found = self._known.get(digest, (0.0, "", None))
         if found is not None and until > time.monotonic() and (kept in hashes or not (kept or hashes)):
-            return self._as_kept(found)
+            return self.as_kept(found)
         if hashes or self._others is None:
             kept = await self._computed(hashes, claim.password, failed_here)
             found = Identity(claim.user) if kept else None
@@ -145,7 +145,7 @@ class Logins:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             self._known[digest] = (time.monotonic() + self._settings.remember, kept, found)
-        return self._as_kept(found)
+        return self.as_kept(found)
 
     async def _computed(self, hashes: list[str], password: str, failed_here: bool) -> str:
         """Which of these a password matches, "" for none; of an unknown user as costly as of a known one."""
@@ -158,13 +158,20 @@ class Logins:
 
         return found if await self._checker.run(compute, int(failed_here)) else ""
 
-    def _as_kept(self, found: Identity) -> Identity:
+    def as_kept(self, found: Identity) -> Identity:
         """With what the file of accounts says of somebody, whoever knew the password."""
         account = self._accounts.get(found.name)
         if account is None:
             return found
-        senders = tuple(sender.lower() for sender in account.senders) or found.senders
-        return Identity(found.name, account.application or found.application, account.priority or found.priority, senders)
+        return Identity(
+            found.name,
+            account.application or found.application,
+            account.priority or found.priority,
+            tuple(sender.lower() for sender in account.senders) or found.senders,
+            {kind: quota for kind in KINDS if (quota := getattr(account, kind))},
+            account.over == "hold",
+            account.connections,
+        )
 
     def _tell(self, reason: str) -> None:
         """At most once a minute: why nobody can log in."""
@@ -180,11 +187,3 @@ class Logins:
         said = answer.decode().strip()
         self._log.event("login", client=address, user=claim.user, good=found is not None, reply=said)
         return found, answer
-
-
-def _prefix(address: str) -> str:
-    """Whose failures count together."""
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return address

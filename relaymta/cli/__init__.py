@@ -3,7 +3,7 @@
 import click
 
 from relaymta import __version__
-from relaymta.cli import account, config, message, queue, route, serve, sink, site, standing
+from relaymta.cli import account, config, dkim, message, queue, route, serve, sink, site, standing
 
 __all__ = ["main"]
 
@@ -26,4 +26,5 @@ main.add_command(site.shaping)
 main.add_command(standing.standing)
 main.add_command(account.user)
 main.add_command(account.app)
+main.add_command(dkim.dkim)
 main.add_command(queue.reload)

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from relaymta.cli.peer import as_json, table
+from relaymta.cli.peer import as_json, asked, connect, table
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
 
-__all__ = ["app", "user"]
+__all__ = ["DEMO", "app", "give_to", "replace_file", "user"]
 
 DEMO = {"listener": [{"address": "127.0.0.1:2525"}]}
 KEY_OCTETS = 20  # of an application's key: nobody guesses 160 bits, however fast a guess is
@@ -87,33 +87,46 @@ class _File:
         return start, next(following, len(self.lines))
 
     def write(self) -> None:
-        """Replace the file at once, readable as before (a new one: by its owner alone)."""
-        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            before = self.path.stat() if self.path.exists() else None
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write("\n".join(self.lines).strip("\n") + "\n")
-                file.flush()
-                os.fsync(descriptor)
-                self._hand_over(descriptor, before)
-            load_accounts(fresh)  # what cannot be read is not put there
-            fresh.replace(self.path)
-        except (OSError, ConfigError) as error:
-            fresh.unlink(missing_ok=True)
-            fail(74, f"{self.path}: {getattr(error, 'strerror', None) or error}")
+        """Put the lines into the file."""
+        replace_file(self.path, "\n".join(self.lines).strip("\n") + "\n", self._user, load_accounts)
 
-    def _hand_over(self, descriptor: int, before: os.stat_result | None) -> None:
-        """Who may read the file: as before, or whom the relay runs as."""
-        if before is not None:
-            os.fchmod(descriptor, before.st_mode & 0o777)
-        if os.geteuid() == 0 and before is not None:
-            os.fchown(descriptor, before.st_uid, before.st_gid)
-        elif os.geteuid() == 0 and self._user:
-            try:
-                os.fchown(descriptor, pwd.getpwnam(self._user).pw_uid, -1)
-            except KeyError:
-                fail(78, f"user: there is no user {self._user!r}")
+
+def replace_file(path: Path, text: str, user: str = "", check: Callable[[Path], object] = lambda path: None) -> None:
+    """Replace a file at once, readable as before; a new one by its owner alone, `user` where root makes it. `check` looks at it
+    before it is put there; ConfigError, as OSError, ends the program."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        before = path.stat() if path.exists() else None
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+            _hand_over(descriptor, before, user)
+        check(fresh)
+        fresh.replace(path)
+    except (OSError, ConfigError) as error:
+        fresh.unlink(missing_ok=True)
+        fail(74, f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _hand_over(descriptor: int, before: os.stat_result | None, user: str) -> None:
+    """Who may read a file: as before, or whom the relay runs as."""
+    if before is not None:
+        os.fchmod(descriptor, before.st_mode & 0o777)
+    if os.geteuid() == 0 and before is not None:
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    elif os.geteuid() == 0 and user:
+        give_to(descriptor, user)
+
+
+def give_to(descriptor: int, user: str) -> None:
+    """Root gives a file to whom the relay runs as."""
+    if user and os.geteuid() == 0:
+        try:
+            os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
+        except KeyError:
+            fail(78, f"user: there is no user {user!r}")
 
 
 def _toml(value: Any) -> str:
@@ -242,7 +255,8 @@ def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> 
     file.add(name, scram(key), application=name, senders=list(senders))
     click.echo(f"user:   {name}\nsecret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    hostname = loaded(read, DEMO).hostname
+    config = loaded(read, DEMO)
+    hostname = config.hostname
     for domain in domains:
         click.echo(f'DNS:    {domain}. TXT "v=spf1 a:{hostname} -all"  (or add a:{hostname} to the record that is there)')
 
@@ -276,6 +290,30 @@ def expire(read: Callable[..., Config], name: str) -> None:
     file.get(name)
     file.set_secrets(name, [])
     click.echo(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
+
+
+@app.command()
+@as_json
+@configured
+def usage(read: Callable[..., Config], as_json: bool) -> None:
+    """How much of their quotas accounts have used. A quota comes back little by little."""
+    from relaymta.accept.quota import KINDS
+
+    quotas = [
+        (account.name, kind, quota) for account in _File(read).accounts for kind in KINDS if (quota := getattr(account, kind))
+    ]
+    used = asked(connect(read), "usage", quotas=quotas)
+    rows = [
+        {"name": name, "what": kind, "quota": quota, "used": round(spent)}
+        for (name, kind, quota), spent in zip(quotas, used, strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    if not rows:
+        click.echo("no account has a quota")
+        return
+    table("", ["name", "what", "quota", "used"], [[r["name"], r["what"], r["quota"], str(r["used"])] for r in rows])
 
 
 @app.command(name="list")

@@ -12,8 +12,9 @@ from relaymta.config import Config, load, parse_value
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.route.table import RouteTable
 
-__all__ = ["configured", "serve"]
+__all__ = ["config_path", "configured", "serve"]
 
+_FILE = "relaymta.config_path"
 CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 
 
@@ -42,6 +43,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
             overrides["spool"] = spool
         if path is None and Path(CONFIG_PATH).exists():
             path = Path(CONFIG_PATH)
+        click.get_current_context().meta[_FILE] = path
 
         def read(extra: dict[str, Any] | None = None) -> Config:
             config = load(path, overrides | (extra or {}))
@@ -51,6 +53,12 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(read=read, **others)
 
     return wrapper
+
+
+def config_path() -> Path | None:
+    """The configuration file of the command under way; None when it has none."""
+    found: Path | None = click.get_current_context().meta[_FILE]
+    return found
 
 
 def loaded(read: Callable[..., Config], extra: dict[str, Any] | None = None) -> Config:

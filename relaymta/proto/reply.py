@@ -43,6 +43,7 @@ NEEDS_SMTPUTF8 = format_reply(553, "5.6.7", "Non-ASCII address without SMTPUTF8"
 TOO_BIG = format_reply(552, "5.3.4", "Message larger than this server takes")
 TOO_MANY_RECIPIENTS = format_reply(452, "4.5.3", "Too many recipients; send the rest in another message")
 RELAY_DENIED = format_reply(550, "5.7.1", "Relaying denied")
+NO_SUCH_RECIPIENT = format_reply(550, "5.1.1", "No such recipient here")
 TALKING_EARLY = format_reply(554, "5.5.1", "Commands sent before they may be (RFC 2920); closing")
 TOO_MANY_ERRORS = format_reply(421, "4.7.0", "Too many errors; closing")
 
@@ -70,6 +71,7 @@ TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mai
 
 STORE_ERROR = format_reply(451, "4.3.0", "The message could not be stored; try again later")
 STORE_FULL = format_reply(452, "4.3.1", "Out of space; try again later")
+NOT_SIGNED = format_reply(451, "4.7.5", "The message could not be signed; try again later")
 TIMEOUT = format_reply(421, "4.4.2", "Timed out waiting for you; closing")
 TOO_SLOW = format_reply(421, "4.4.2", "Data comes too slowly; closing")
 SHUTTING_DOWN = format_reply(421, "4.3.2", "Shutting down; try again in a moment")

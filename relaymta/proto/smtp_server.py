@@ -15,6 +15,7 @@ calls `tls_started()`; a `claim` is somebody's login, which the glue checks and 
 """
 
 import binascii
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
 TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
 WRONG_LOGINS = 3  # in one session
 
+_XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
+_XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 _BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
 
 
@@ -62,13 +65,14 @@ class Offers:
     mechanisms: tuple[str, ...] = ()
     clear: bool = False
     login_needed: bool = False
+    assume: Callable[[dict[str, str]], bytes | None] | None = None  # XCLIENT: be another client; the reply that refuses it
     keys: Callable[[str], sasl.Keys] = _nobody
 
 
 class Transaction:
     """One message under way: envelope so far, text received and not taken yet."""
 
-    __slots__ = ("chunked", "dotted", "eight_bit", "headers", "recipients", "sender", "size", "smtputf8", "tail", "text")
+    __slots__ = ("chunked", "dotted", "eight_bit", "headers", "held", "recipients", "sender", "size", "smtputf8", "tail", "text")
 
     def __init__(self, sender: str, smtputf8: bool) -> None:
         self.sender = sender
@@ -80,6 +84,7 @@ class Transaction:
         self.dotted = False
         self.chunked = False
         self.tail = b""  # the last two octets of the text
+        self.held = False  # once it is in the queue, until it is released
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def take(self) -> list[bytes]:
@@ -325,6 +330,8 @@ class ServerSession:
         offers = self.offers
         if offers.starttls and not self.secure:
             lines.append("STARTTLS")
+        if offers.assume is not None:
+            lines.append("XCLIENT " + " ".join(_XCLIENT))
         if offers.mechanisms and not self.user and (self.secure or offers.clear):
             lines.append("AUTH " + " ".join(offers.mechanisms))
         return "".join(f"250-{line}\r\n" for line in lines).encode() + b"250 ENHANCEDSTATUSCODES\r\n"
@@ -470,6 +477,25 @@ class ServerSession:
         self.starting_tls = True
         return reply.START_TLS
 
+    def _xclient(self, argument: bytes) -> bytes:
+        """https://www.postfix.org/XCLIENT_README.html"""
+        refused = None
+        attributes = _attributes(argument)
+        assert self.offers.assume is not None
+        if self.transaction is not None:
+            refused = reply.NOT_IN_TRANSACTION
+        elif attributes is None:
+            refused = reply.BAD_ARGUMENT
+        else:
+            refused = self.offers.assume(attributes)
+        if refused is not None or attributes is None:
+            self.parser.commands()
+            return self._error(refused or reply.BAD_ARGUMENT)
+        self.helo = attributes.get("HELO", "")
+        self.extended = attributes.get("PROTO", "ESMTP") == "ESMTP" and bool(self.helo)
+        self.errors = 0
+        return self.greet()
+
     def _auth(self, argument: bytes) -> bytes:
         words = argument.split()
         refused = None
@@ -538,6 +564,8 @@ def _unknown(session: ServerSession, argument: bytes) -> bytes:
     word, _, rest = argument.partition(b" ")
     if word.upper() == b"STARTTLS":
         return session._starttls(rest.strip())
+    if word.upper() == b"XCLIENT" and session.offers.assume is not None:
+        return session._xclient(rest.strip())
     session.parser.commands()
     return session._error(reply.UNKNOWN_COMMAND)
 
@@ -549,6 +577,21 @@ def _hello_name(argument: bytes) -> str | None:
         return None
     text = name.decode("utf-8", "replace")
     return text if text.isprintable() else None
+
+
+def _attributes(argument: bytes) -> dict[str, str] | None:
+    """XCLIENT's attributes, those that are not known (yet) left out; None for a malformed one."""
+    found = {}
+    for word in argument.split():
+        name, equals, value = word.decode("utf-8", "replace").partition("=")
+        if not equals or name.upper() not in _XCLIENT:
+            return None
+        if value.upper() not in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
+            text = _XTEXT.sub(lambda match: chr(int(match[1], 16)), value)
+            if not text.isprintable():
+                return None
+            found[name.upper()] = text
+    return found if argument else None
 
 
 def _mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from relaymta.errors import SpoolBusy, StoreError
-from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Body, Envelope, Placement, QueueName
+from relaymta.proto.envelope import HELD, PERMANENT, TRANSIENT, Attempt, Body, Envelope, Placement, QueueName
 from relaymta.queue import inspect, listing
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.compact import Compactor
@@ -214,7 +214,8 @@ class Queue:
     def _folds(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it need not have rows of its own."""
         return (
-            self._awake(name)
+            not envelope.flags & HELD
+            and self._awake(name)
             and self.schedule.room(self._promised)
             and len(envelope.recipients) <= MOST_RECIPIENTS
             and self._settings.max_age_ms > 2 * UNFOLD_MS  # a folded message has no row in the index of deadlines
@@ -485,6 +486,8 @@ class Queue:
                 self._events.queued(put)
             if put.done is not None:
                 put.done(put.error)
+            if put.envelope.flags & HELD:
+                continue
             if put.error is None and not self.schedule.add_fresh(_entries(put)) and put.fresh:
                 self._unfold([put.ident])
         for move in group.moves:

@@ -357,6 +357,7 @@ class BigBody:
         self.length = 0
         self._synced = 0
         self._digest = xxhash.xxh3_64()
+        self._patched = False
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.lseek(self._fd, FRAME.size, os.SEEK_SET)
 
@@ -372,8 +373,23 @@ class BigBody:
             os.fdatasync(self._fd)  # a little at a time, so that the last sync does not hold up the commits of others
             self._synced = self.length
 
+    def patch(self, offset: int, data: bytes) -> None:
+        """Write over octets of the body that were written before."""
+        os.pwrite(self._fd, data, FRAME.size + offset)
+        self._patched = True
+
+    def _hash_again(self) -> None:
+        """What was patched stands in front of all the rest."""
+        self._digest.reset()
+        offset = FRAME.size
+        while piece := os.pread(self._fd, 1 << 20, offset):
+            self._digest.update(piece)
+            offset += len(piece)
+
     def finish(self) -> Body:
         """Write the frame's head, sync the file and its directory; where it lies."""
+        if self._patched:
+            self._hash_again()
         os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, self._digest.intdigest()), 0)
         os.fdatasync(self._fd)
         os.close(self._fd)

@@ -33,6 +33,7 @@ from relaymta.proto.envelope import (
     ATTEMPTS_KEPT,
     DELIVERED,
     FAILED,
+    HELD,
     NOTICE,
     PENDING,
     PERMANENT,
@@ -356,6 +357,11 @@ class Writer:
 
     def _put(self, change: Change, put: Put, now: int) -> None:
         envelope = put.envelope
+        if envelope.flags & HELD:  # on arrival: the rows of a held message are made from those of another
+            envelope.flags &= ~HELD
+            self._put(change, put, now)
+            change.hold(put.ident, envelope)
+            return
         if len(put.names) == 1:
             row = change.row(put.names[0][0])
             envelope.placements = [Placement(row.number, now)]

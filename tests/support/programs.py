@@ -14,6 +14,8 @@ PACKAGES = {
     "promtool": "prometheus",
     "gcc": "gcc",
     "dovecot": "dovecot-core",
+    "haproxy": "haproxy",
+    "opendkim": "opendkim",
 }
 
 

@@ -16,7 +16,8 @@ def nameserver_with(folder: Path, records: list[str]) -> Iterator[str]:
     unbound = need("unbound")
     port = free_port()
     config = folder / "unbound.conf"
-    data = "\n".join(f'  local-data: "{record}"' for record in records)
+    quoted = [f"'{record}'" if '"' in record else f'"{record}"' for record in records]
+    data = "\n".join(f"  local-data: {record}" for record in quoted)
     config.write_text(
         f'server:\n  interface: 127.0.0.1@{port}\n  do-daemonize: no\n  chroot: ""\n  username: ""\n  pidfile: ""\n'
         f'  use-syslog: no\n  access-control: 127.0.0.0/8 allow\n  directory: "{folder}"\n  local-zone: "test." static\n{data}\n'

@@ -1,0 +1,226 @@
+"""Signed mail, as dkimpy and opendkim see it."""
+
+import json
+import re
+import smtplib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import dkim
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+from relaymta.config import Dkim
+from relaymta.errors import ConfigError
+from relaymta.filter.signing import load_key, record
+from relaymta.proto.dkim import BodyHash, author_domain, signed, split_fields
+from relaymta.proto.header import header_end
+from tests.support.daemon import Relay, wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.programs import need
+from tests.support.resolver import nameserver_with
+
+MESSAGE = (
+    b"From: Ann <ann@Shop.test>\r\nTo: bob@far.test,\r\n\tcat@far.test\r\nSubject: many   spaces \r\n"
+    b"Date: Wed, 25 Nov 2026 22:00:00 +0000\r\nReceived: from x by y; z\r\nReceived: from u by v; w\r\n"
+    b"X-Other: not signed\r\n\r\nHello \t there  \r\n\r\n. a dot\r\n \r\nend\r\n\r\n\r\n"
+)
+PAIRS = ["relaxed/relaxed", "relaxed/simple", "simple/relaxed", "simple/simple"]
+
+
+def write_key(path: Path, kind: str, bits: int = 2048) -> Path:
+    private = rsa.generate_private_key(65537, bits) if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
+    form = serialization.PrivateFormat.PKCS8
+    path.write_bytes(private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return path
+
+
+def keys(folder: Path, **others: object) -> list[Dkim]:
+    return [
+        Dkim(domain="shop.test", selector=kind, key=str(write_key(folder / f"{kind}.pem", kind)), **others)
+        for kind in ("rsa", "ed25519")
+    ]
+
+
+def verified(message: bytes, settings: list[Dkim]) -> list[bool]:
+    """What dkimpy says of each signature, the first one first."""
+    records = {f"{one.selector}._domainkey.{one.domain}.".encode(): record(load_key(one)).encode() for one in settings}
+    count = len(re.findall(rb"(?mi)^dkim-signature:", message))
+    return [
+        dkim.DKIM(message).verify(idx=number, dnsfunc=lambda name, timeout=5: records.get(name, b"")) for number in range(count)
+    ]
+
+
+def sign(message: bytes, settings: list[Dkim]) -> bytes:
+    """Signed without a relay."""
+    fields, body = split_fields(message[: header_end(message)]), message[header_end(message) :]
+    out = b""
+    for one in settings:
+        key = load_key(one)
+        body_hash = BodyHash(key.signature.relaxed_body)
+        body_hash.feed(body)
+        own, data = key.signature.unsigned(fields, body_hash.finish(), 1_795_000_000)
+        out += signed(own, key.sign(data))
+    return out + message
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_dkimpy_accepts_both_algorithms_and_all_forms(tmp_path, pair):
+    settings = keys(tmp_path, canonicalization=pair)
+    message = sign(MESSAGE, settings)
+    assert verified(message, settings) == [True, True]
+    spoiled = [
+        message.replace(b"end\r\n", b"end!\r\n"), message.replace(b"Ann <ann@", b"Eve <ann@"),
+        message.replace(b"X-Other", b"From: eve@evil.test\r\nX-Other"),  # and nobody can add a From,
+        message.replace(b"X-Other", b"Reply-To: eve@evil.test\r\nX-Other"),  # or what was not there
+    ]  # fmt: skip
+    for changed in spoiled:
+        try:
+            assert verified(changed, settings) == [False, False]
+        except dkim.ValidationError as error:
+            assert "body hash mismatch" in str(error)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_opendkim_accepts_both_algorithms_and_all_forms(tmp_path, pair):
+    program = need("opendkim")
+    settings = keys(tmp_path, canonicalization=pair)
+    (tmp_path / "public").write_text(
+        "".join(f"{one.selector}._domainkey.{one.domain} {record(load_key(one))}\n" for one in settings)
+    )
+    (tmp_path / "conf").write_text(f"Mode v\nTestPublicKeys {tmp_path}/public\nSyslog no\n")
+    for number, one in enumerate(settings):  # it tells of the first signature only
+        path = tmp_path / f"message{number}"
+        for message, expected in ((sign(MESSAGE, [one]), True), (sign(MESSAGE, [one]).replace(b"end", b"END"), False)):
+            path.write_bytes(message)
+            command = [program, "-x", str(tmp_path / "conf"), "-t", str(path), "-vv"]
+            found = subprocess.run(command, capture_output=True, text=True)
+            assert ("verification (s=" in found.stdout and ") succeeded" in found.stdout) is expected, found.stdout
+
+
+@pytest.fixture
+def peer() -> Iterator[FakeMx]:
+    with FakeMx({}) as made:
+        yield made
+
+
+def toml(settings: list[Dkim]) -> str:
+    rows = []
+    for one in settings:
+        keys = one.model_dump(exclude_defaults=True)
+        rows.append(", ".join(f"{key}={json.dumps(value)}" for key, value in keys.items()))
+    return "dkim=[" + ", ".join("{" + row + "}" for row in rows) + "]"
+
+
+def test_mail_through_the_relay_is_signed_by_its_authors_and_the_applications_keys(peer, tmp_path):
+    own = keys(tmp_path)
+    everybody = Dkim(domain="esp.test", selector="s", key=own[0].key, authors=["*"], application=["news"])
+    below = Dkim(domain="corp.test", selector="s", key=own[1].key, authors=[".corp.test"])
+    settings = [*own, everybody, below]
+    networks = 'network=[{networks=["127.0.0.2/32"],application="news"},{networks=["127.0.0.3/32"],relay=false}]'
+    more = (toml(settings), networks, 'relay.domains=["far.test"]')
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
+        for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
+            relay.send_from(source, MESSAGE.decode(), ("bob@far.test",))
+            wait_for(lambda source=source: len(peer.messages) == int(source[-1]))
+        relay.send_from("127.0.0.1", "From: x@a.corp.test\r\n\r\nx\r\n", ("bob@far.test",))
+        wait_for(lambda: len(peer.messages) == 4)
+        texts = [text for _, _, text in peer.messages]
+        assert [verified(text, settings) for text in texts] == [[True, True], [True] * 3, [], [True]]
+        assert b"Received: from" in texts[0].partition(b"bh=")[2]  # the signatures stand in front
+        assert relay.metric("relaymta_dkim_signatures_total") == 6
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_message_that_goes_to_a_file_is_signed_as_well(peer, tmp_path, chunked):
+    settings = keys(tmp_path)
+    body = b"".join(b"line %d of many  \r\n" % number for number in range(80_000))
+    text = MESSAGE + body
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
+        with smtplib.SMTP("127.0.0.1", relay.port) as client:
+            client.ehlo()
+            client.mail("ann@shop.test")
+            client.rcpt("bob@far.test")
+            if chunked:
+                for start in range(0, len(text), 300_001):
+                    piece = text[start : start + 300_001]
+                    last = " LAST" if start + 300_001 >= len(text) else ""
+                    client.sock.sendall(f"BDAT {len(piece)}{last}\r\n".encode() + piece)
+                    assert client.getreply()[0] == 250
+            else:
+                assert client.data(text)[0] == 250
+        ((_, _, found),) = wait_for(lambda: peer.messages)
+        assert found.endswith(text) and verified(found, settings) == [True, True]
+
+
+def test_a_broken_key_changes_nothing(peer, tmp_path):
+    settings = keys(tmp_path)[:1]
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
+        kept = Path(settings[0].key).read_text()
+        Path(settings[0].key).write_text("broken")
+        wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 1)
+        relay.send(MESSAGE.decode())
+        wait_for(lambda: peer.messages)
+        Path(settings[0].key).write_text(kept)
+        assert verified(peer.messages[0][2], settings) == [True]
+        wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 0)
+
+
+def test_wrong_keys_are_named(tmp_path):
+    (tmp_path / "no.pem").write_text("nonsense")
+    write_key(tmp_path / "small.pem", "rsa", 1024).write_bytes((tmp_path / "small.pem").read_bytes())
+    for name, expected in (("none.pem", "No such file"), ("no.pem", "no private key in PEM form")):
+        with pytest.raises(ConfigError, match=expected):
+            load_key(Dkim(domain="d.test", selector="s", key=str(tmp_path / name)))
+    assert load_key(Dkim(domain="d.test", selector="s", key=str(tmp_path / "small.pem"))).octets == 128
+
+
+@pytest.mark.parametrize(
+    ("field", "domain"),
+    [
+        (b"From: a@B.example", "b.example"), (b'from: "x@y" <a@b.example>', "b.example"),
+        (b"From: (c@d) a@b.example (c@d)", "b.example"),
+        (b"From:\r\n\tAnn\r\n <a@b.example>", "b.example"), (b"From: nobody", ""), (b"Subject: a@b", ""),
+        ("From: ä@dömain.example".encode(), "dömain.example"), (b"From: a@b.example, c@d.example", "b.example"),
+    ],
+)  # fmt: skip
+def test_whose_domain_signs(field, domain):
+    assert author_domain([field]) == domain
+
+
+def test_keys_are_made_checked_and_replaced(tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text('[[listener]]\naddress = "127.0.0.1:1"\n')
+    relay = Relay(tmp_path, None)
+
+    def run(*words: str, nameserver: str = "127.0.0.1:1") -> tuple[int, str]:
+        found = relay.cli(
+            "dkim", *words, "--config", str(config), "--set", f'delivery.nameservers=["{nameserver}"]', check=False
+        )  # fmt: skip
+        return found.returncode, found.stdout + found.stderr
+
+    status, said = run("keygen", "shop.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))
+    assert status == 0 and (tmp_path / "one.pem").stat().st_mode & 0o777 == 0o600
+    line, _, table = said.partition("\n")
+    config.write_text(config.read_text() + table + "\n# a remark\n[limits]\nconnections = 9\n")
+    assert run("keygen", "x.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))[0] == 73  # never over another
+    status, said = run("check")
+    assert status == 1 and "the DNS does not say" in " ".join(said.split())
+
+    with nameserver_with(tmp_path, []) as nameserver:
+        assert "no record" in run("check", nameserver=nameserver)[1]
+        status, said = run("rotate", "shop.test", "--selector", "two", "--out", str(tmp_path / "two.pem"), nameserver=nameserver)
+        assert status == 1 and "the old key goes on: no record" in said
+        second = said.splitlines()[0]
+    records = [line, second]
+    with nameserver_with(tmp_path, records) as nameserver:
+        assert run("check", nameserver=nameserver)[0] == 0
+        status, said = run("rotate", "shop.test", "--selector", "two", "--out", str(tmp_path / "two.pem"), nameserver=nameserver)
+        assert status == 0 and "remove one._domainkey.shop.test" in said
+        text = config.read_text()
+        assert 'selector = "two"' in text and "two.pem" in text and "one.pem" not in text and "# a remark" in text
+        assert run("check", nameserver=nameserver)[0] == 0
+    with nameserver_with(tmp_path, [records[0].replace("one.", "two.")]) as nameserver:
+        assert "the record is another key's" in run("check", "--json", nameserver=nameserver)[1]
