@@ -462,6 +462,9 @@ class Intake(_Table):
     long_line_networks: list[Network] = Field(LOOPBACK, description="clients whose lines may be longer than 998 octets")
     hops: int = Field(50, ge=1, description="Received: fields at which a message is a loop")
     errors: int = Field(20, ge=1, description="wrong commands until a connection is closed")
+    shed_lag: Duration = Field(
+        0.1, description="new clients get 421 while the event loop is late by more than that, three times in 5 s; 0: never"
+    )
     tarpit: Duration = Field(1, description="wait before each reply to a client that has said more than three wrong commands")
     recipients: int = Field(1000, ge=100, le=65535, description="recipients of one message (RFC 5321 4.5.3.1.8)")
     command_timeout: Duration = Field(300, description="wait for a command")
@@ -504,6 +507,10 @@ class LimitsTable(_Table):
 
     message_size: Size = Field(50 << 20, description="octets of a message")
     connections: int = Field(20_000, ge=1, description="incoming connections of the whole machine")
+    memory: Size = Field(
+        0, description="memory of all workers together: from 80 % on texts are not kept in it, from 95 % on mail is put off; "
+        "0: the cgroup's limit, if there is one",
+    )  # fmt: skip
     connections_per_client: int = Field(
         50, ge=1, description="from one address (IPv6: one /64, as in all that counts by address); relay networks: at least 200"
     )

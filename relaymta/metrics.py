@@ -78,6 +78,8 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_tls_certificate_errors": ("Certificates whose files cannot be used as they are now", True),
     "relaymta_dkim_key_errors": ("DKIM keys whose files cannot be used as they are now", True),
     "relaymta_accounts_file_errors": ("1 where the file of accounts cannot be used as it is now", True),
+    "relaymta_memory_pressure": ("1 where texts are not kept in memory, 2 where mail is put off for want of it", True),
+    "relaymta_shedding": ("1 where the event loop is late and new clients are sent away", True),
     "relaymta_store_slow": ("1 where the disk is nearly too full to take mail and 250 is held back", True),
     "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),
     "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from relaymta import memory
 from relaymta.accept.door import Door
 from relaymta.accept.intake import Intake
 from relaymta.accept.listener import Acceptor, Listening
@@ -191,6 +192,7 @@ class Worker:
         self.acceptor: Acceptor | None = None
         self._store_state = "ok"
         self._log_dropped = 0
+        self._memory_level = 0
         self._borrowed: list[Listening] = []
 
     def assign(self, envelope: Any, attempts: int) -> Any:
@@ -211,6 +213,7 @@ class Worker:
         """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
         self.config = Config.model_validate_json(config)
         self.slot = slot
+        self.workers = workers
         shared = Shared(descriptors[0])
         self.counters = Counters(shared.counters(slot))
         self.limits = shared.limits(slot, workers)
@@ -276,6 +279,7 @@ class Worker:
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)
         gauge("relaymta_stressed", self.acceptor is not None and self.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
+        self._watch_memory()
         brim = any(shard.queue.brim for shard in self.shards.values())
         self.log.muted = brim and self.log.shares_disk_with(Path(self.config.spool))
         self.counters.add(LOG_DROPPED, self.log.dropped - self._log_dropped)
@@ -286,6 +290,21 @@ class Worker:
             self.log.event("store", state=state, reason="" if state == "ok" else reason or _STORE_REASONS.get(state, ""))
             self._store_state = state
         self._timer = self.loop.call_later(1.0, self._gauges)
+
+    def _watch_memory(self) -> None:
+        """As memory runs out: first keep no texts in it, then take no more mail."""
+        used = memory.share(self.config.limits.memory, self.workers)
+        level = 2 if used >= memory.REFUSE else 1 if used >= memory.TIGHT else 0
+        self.counters.gauge("relaymta_memory_pressure", level)
+        self.counters.gauge("relaymta_shedding", self.acceptor is not None and self.acceptor.shedding)
+        if self.intake is not None:
+            self.intake.out_of_memory = level == 2
+        if level != self._memory_level:
+            self._memory_level = level
+            for shard in self.shards.values():
+                shard.queue.schedule.keep_texts(level == 0)
+            text = ("enough again", "tight: texts are not kept in it", "used up: mail is put off")[level]
+            self.log.event("warning", text=f"memory is {text} ({used:.0%} of the limit)")
 
     def _set_gauges(self, shard: Shard, totals: Totals, began: float) -> None:
         """Sums over this worker's shards, each as it was last counted. With very many queues counting takes a while, and is

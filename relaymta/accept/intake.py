@@ -1,6 +1,7 @@
 """The one entry: what a client may do, and how a complete message becomes an envelope in the queue."""
 
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -31,6 +32,8 @@ REFUSED_STORE = index("relaymta_messages_refused_total", "store")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
+# A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
+_ROUTED = re.compile("[%!@]")
 _NOBODY = PeerNetwork(networks=[])
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -81,6 +84,7 @@ class Intake:
         self.accept_seconds = counters.histogram("relaymta_accept_seconds")
         self.log = log
         self.draining = False
+        self.out_of_memory = False
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -137,6 +141,9 @@ class Intake:
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
         """At MAIL: is there room for a message of `size` octets (0: not announced)?"""
+        if self.out_of_memory:
+            self.counters.add(REFUSED_FULL, 1)
+            return reply.OUT_OF_MEMORY
         if self.queue.full or self.queue.writer.stalled or size > self.queue.room:
             self.counters.add(REFUSED_FULL, 1)
             return reply.STORE_FULL
@@ -177,7 +184,7 @@ class Intake:
         domain = domain_of(address)
         if address.lower() == "postmaster":
             return None
-        if domain not in self._domains:
+        if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
             return reply.RELAY_DENIED
         return None if self._door.knows(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
 

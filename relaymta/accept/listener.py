@@ -13,6 +13,7 @@ import socket
 import ssl
 import termios
 from array import array
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any
@@ -44,6 +45,7 @@ STRESS_SHARE = 80  # per cent of the connections or descriptors from which on th
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 # For the handshake, and for the client's part of the end of TLS.
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+BEAT, BEATS, LATE_BEATS = 0.05, 100, 3  # seconds between two looks at the loop's lag; those that count; too many
 PATIENT_ERRORS = 3  # wrong commands until each costs time
 WRONG_SECONDS = 1.0  # from a wrong login to its reply, whatever was wrong with it
 DRAIN_REPLY = reply.SHUTTING_DOWN
@@ -603,6 +605,10 @@ class Acceptor:
         self.paused = False  # out of descriptors: connections wait until others have ended
         self.stressed = False
         self._timer: asyncio.TimerHandle | None = None
+        self.shedding = False  # the loop is late too often: who is here already goes first
+        self._late: deque[bool] = deque(maxlen=BEATS)
+        self._beat_at = self.time
+        self._beat_timer = self.loop.call_later(BEAT, self._beat)
         self._check()
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
@@ -636,6 +642,8 @@ class Acceptor:
         """Count a connection; the banner that refuses it, or None."""
         if self.intake.draining:
             return DRAIN_REPLY
+        if self.shedding:
+            return reply.OVERLOADED
         if len(self.connections) + 1 >= self._most:
             self._pause()
         if not self.limits.take("connections", self.config.limits.connections):
@@ -680,6 +688,14 @@ class Acceptor:
         self.door.refresh(self.loop, self.threads)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
+    def _beat(self) -> None:
+        """How late the loop comes to what it has to do at a moment."""
+        now, most = self.now(), self.config.intake.shed_lag
+        self._late.append(bool(most) and now - self._beat_at - BEAT > most)
+        self.shedding = sum(self._late) >= LATE_BEATS
+        self._beat_at = now
+        self._beat_timer = self.loop.call_later(BEAT, self._beat)
+
     def stop_listening(self) -> None:
         """Take no new connections."""
         self.intake.draining = True
@@ -696,6 +712,7 @@ class Acceptor:
         for connection in list(self.connections):
             if connection.transport is not None:
                 connection.transport.abort()
+        self._beat_timer.cancel()
         if self._timer is not None:
             self._timer.cancel()
 

@@ -75,5 +75,7 @@ NOT_SIGNED = format_reply(451, "4.7.5", "The message could not be signed; try ag
 TIMEOUT = format_reply(421, "4.4.2", "Timed out waiting for you; closing")
 TOO_SLOW = format_reply(421, "4.4.2", "Data comes too slowly; closing")
 SHUTTING_DOWN = format_reply(421, "4.3.2", "Shutting down; try again in a moment")
+OVERLOADED = format_reply(421, "4.3.2", "Overloaded; try again in a moment")
+OUT_OF_MEMORY = format_reply(452, "4.3.1", "Out of memory; try again later")
 TOO_MANY_CONNECTIONS = format_reply(421, "4.7.0", "Too many connections; try again later")
 TOO_MANY_FROM_CLIENT = format_reply(421, "4.7.0", "Too many connections from your address; try again later")

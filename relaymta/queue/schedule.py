@@ -59,6 +59,7 @@ class Schedule:
         self._entries: dict[tuple[int, int], Entry] = {}
         self._fresh = 0
         self._fresh_bytes = 0
+        self._keeps_texts = True
         self._scanned = 0
         self._scanning = False
         self._readings = 0
@@ -99,7 +100,7 @@ class Schedule:
                 self._more, whole = True, False
                 continue
             size = entry.envelope.size
-            if self._fresh_bytes + size > self._window_bytes:
+            if self._fresh_bytes + size > self._window_bytes or not self._keeps_texts:
                 entry.text = None
             if entry.text is not None:
                 self._fresh_bytes += size
@@ -107,6 +108,16 @@ class Schedule:
             self._entries[key] = entry
             self._offer(entry)
         return whole
+
+    def keep_texts(self, keep: bool) -> None:
+        """Whether texts of fresh mail stay in memory; with False those that are there go, but for what is in flight."""
+        self._keeps_texts = keep
+        if keep:
+            return
+        for entry in self._entries.values():
+            if entry.text is not None and not entry.flying and entry.attempts == 0 and entry.due >= 0:
+                self._fresh_bytes -= entry.envelope.size
+                entry.text = None
 
     def remove(self, entry: Entry, next_at: int = 0) -> None:
         """An entry left: its outcome is committed, or it goes back unattempted. `next_at`: when it is due again."""
