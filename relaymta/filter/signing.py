@@ -24,6 +24,8 @@ __all__ = ["Big", "Key", "Signer", "check", "load_key", "record"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
 BITS_LEAST = 1024
+TOGETHER = 32  # messages that are signed and go on to the commit together: a group costs as much as several of them,
+GATHER_SECONDS = 0.004  # so behind a batch, where some wait, others are waited for
 PLACE = "A" * 43 + "="  # for a hash that is not known yet
 Private = rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 
@@ -102,6 +104,7 @@ class Signer:
         self._loop = asyncio.get_running_loop()
         self._pending: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
         self._inbox: queue.SimpleQueue[list[tuple[Callable[[], Any], Callable[[Any], None]]]] = queue.SimpleQueue()
+        self._busy = False  # the thread is at work, or about to be
         self._thread: threading.Thread | None = None
         self.configure(config)
 
@@ -139,27 +142,34 @@ class Signer:
     def run(self, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """`done(job())` with `job` run on the thread; with the exception when it raises."""
         self._pending.append((job, done))
-        if len(self._pending) == 1:
+        if not self._busy:
+            self._busy = True
             self._loop.call_soon(self._hand_over)  # what this turn of the loop has goes together
 
     def _hand_over(self) -> None:
-        pending, self._pending = self._pending, []
+        pending, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
         self._inbox.put(pending)
+
+    def _done(self, results: list[tuple[Callable[[Any], None], Any]]) -> None:
+        for done, result in results:
+            done(result)
+        waiting = len(self._pending)
+        if not waiting:
+            self._busy = False
+        elif 1 < waiting < TOGETHER:
+            self._loop.call_later(GATHER_SECONDS, self._hand_over)
+        else:
+            self._hand_over()
 
     def _run(self) -> None:
         while True:
-            batch = self._inbox.get()
             results: list[tuple[Callable[[Any], None], Any]] = []
-            for job, done in batch:
+            for job, done in self._inbox.get():
                 try:
                     results.append((done, job()))
                 except Exception as error:
                     results.append((done, error))
-                if len(results) == 8 or len(results) == len(batch):
-                    self._loop.call_soon_threadsafe(_tell, results)
-                    results = []
-            if results:
-                self._loop.call_soon_threadsafe(_tell, results)
+            self._loop.call_soon_threadsafe(self._done, results)
 
     def _signed(self, front: bytes, text: list[bytes], application: str) -> bytes:
         whole = text[0] if len(text) == 1 else b"".join(text)
@@ -188,11 +198,6 @@ class Signer:
         fields = split_fields(front + start[:end])
         keys = self.keys_for(fields, application)
         return Big(fields, keys, end, self._now(), self._counters) if keys else None
-
-
-def _tell(results: list[tuple[Callable[[Any], None], Any]]) -> None:
-    for done, result in results:
-        done(result)
 
 
 class Big:

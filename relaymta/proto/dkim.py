@@ -7,7 +7,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from relaymta._speedups.dkim import Body, header
 
@@ -25,6 +24,7 @@ OVERSIGNED = (
     "from", "to", "subject", "date", "reply-to", "mime-version", "content-type", "content-transfer-encoding",
 )  # fmt: skip
 
+LISTS_KEPT = 200
 _FOLDED = re.compile(rb"\r\n(?![ \t])")
 _NO_ADDRESS = re.compile(rb'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)', re.S)  # quoted strings and comments
 _BRACKETED = re.compile(rb"<[^<>]*@([^<>@\s]+)\s*>")
@@ -36,15 +36,17 @@ def split_fields(block: bytes) -> list[bytes]:
     return [field for field in _FOLDED.split(block) if field]
 
 
-def name_of(field: bytes) -> str:
+def name_of(field: bytes) -> bytes:
     """A field's name in lower case."""
-    return field.partition(b":")[0].rstrip(b" \t").lower().decode("latin-1")
+    colon = field.find(b":")
+    name = field[:colon].lower() if colon >= 0 else field.lower()
+    return name.rstrip(b" \t") if name[-1:] in (b" ", b"\t") else name
 
 
 def author_domain(fields: Iterable[bytes]) -> str:
     """The domain of the first address in From:, in lower case; "" when there is none."""
     for field in fields:
-        if name_of(field) == "from":
+        if name_of(field) == b"from":
             value = field.partition(b":")[2]
             if b'"' in value or b"(" in value:
                 value = _NO_ADDRESS.sub(b"", value)
@@ -70,38 +72,52 @@ class BodyHash:
         return base64.b64encode(self._hash.digest()).decode()
 
 
-class Signature(NamedTuple):
-    """What one signature says, but for its hashes. `algorithm`: rsa-sha256 or ed25519-sha256; `signed`, `oversigned`: names in
-    lower case; `expires`: seconds until x=, 0 for none."""
+class Signature:
+    """What the signatures of one key say, but for their hashes. `algorithm`: rsa-sha256 or ed25519-sha256; `signed`,
+    `oversigned`: names in lower case; `expires`: seconds until x=, 0 for none."""
 
-    domain: str
-    selector: str
-    algorithm: str
-    relaxed_header: bool = True
-    relaxed_body: bool = True
-    signed: Sequence[str] = SIGNED
-    oversigned: Sequence[str] = OVERSIGNED
-    expires: int = 0
+    def __init__(
+        self,
+        domain: str,
+        selector: str,
+        algorithm: str,
+        relaxed_header: bool = True,
+        relaxed_body: bool = True,
+        signed: Sequence[str] = SIGNED,
+        oversigned: Sequence[str] = OVERSIGNED,
+        expires: int = 0,
+    ) -> None:
+        self.relaxed_header = relaxed_header
+        self.relaxed_body = relaxed_body
+        self._signed = frozenset(name.encode() for name in signed)
+        self._oversigned = tuple(name.encode() for name in oversigned)
+        self._expires = expires
+        form = f"{'relaxed' if relaxed_header else 'simple'}/{'relaxed' if relaxed_body else 'simple'}"
+        self._start = f"DKIM-Signature: v=1; a={algorithm}; c={form}; d={domain};\r\n\ts={selector}; t="
+        self._lists: dict[tuple[bytes, ...], str] = {}  # h= by the names that a message has: most have the same
 
     def unsigned(self, fields: list[bytes], body_hash: str, seconds: int) -> tuple[bytes, bytes]:
         """(the DKIM-Signature field with an empty b=, without CRLF; the octets to sign) of a message at a wall-clock second."""
-        by_name: dict[str, list[bytes]] = {}
-        for field in fields:
-            by_name.setdefault(name_of(field), []).append(field)
-        names: list[str] = []
         chosen: list[bytes] = []
-        for name in self.signed:
-            found = by_name.get(name, ())
-            chosen += reversed(found)  # 5.4.2: the last one first
-            names += [name] * (len(found) + (name in self.oversigned))
-        form = f"{'relaxed' if self.relaxed_header else 'simple'}/{'relaxed' if self.relaxed_body else 'simple'}"
-        end = f" x={seconds + self.expires};" if self.expires else ""
-        own = (
-            f"DKIM-Signature: v=1; a={self.algorithm}; c={form}; d={self.domain};\r\n\ts={self.selector}; t={seconds};{end}\r\n"
-            f"\th={_folded_names(names)};\r\n\tbh={body_hash};\r\n\tb="
-        ).encode()
-        canonical = [header(field) if self.relaxed_header else field for field in [*chosen, own]]
-        return own, b"\r\n".join(canonical)
+        names: list[bytes] = []
+        wanted = self._signed
+        for field in reversed(fields):  # 5.4.2: of several of a name the last one first
+            name = name_of(field)
+            if name in wanted:
+                chosen.append(field)
+                names.append(name)
+        end = f" x={seconds + self._expires};" if self._expires else ""
+        own = f"{self._start}{seconds};{end}\r\n\th={self._names(tuple(names))};\r\n\tbh={body_hash};\r\n\tb=".encode()
+        chosen.append(own)
+        return own, b"\r\n".join(map(header, chosen) if self.relaxed_header else chosen)
+
+    def _names(self, names: tuple[bytes, ...]) -> str:
+        found = self._lists.get(names)
+        if found is None:
+            if len(self._lists) >= LISTS_KEPT:
+                self._lists.clear()
+            found = self._lists[names] = _folded([name.decode("latin-1") for name in (*names, *self._oversigned)])
+        return found
 
 
 def signed(own: bytes, signature: bytes) -> bytes:
@@ -110,7 +126,7 @@ def signed(own: bytes, signature: bytes) -> bytes:
     return own + b"\r\n\t ".join(text[i : i + 72] for i in range(0, len(text), 72)) + b"\r\n"
 
 
-def _folded_names(names: list[str]) -> str:
+def _folded(names: list[str]) -> str:
     lines, line = [], ""
     for name in names:
         if len(line) + len(name) > 70:
