@@ -1,6 +1,6 @@
 """docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json and crowd.json; what is missing there is
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and door.json; what is missing there is
 said to be.
 """
 
@@ -119,6 +119,38 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ("Limits nobody configured: share of what is permitted", part("provider", "share of the permitted rate"), "+", 0.9, "{:.2f}"),
     ("... refused attempts", part("provider", "refused share"), "-", 0.01, "{:.4f}"),
     ("`explain` with 1,000,000 queued, inside the daemon: slowest of 200", part("explain", "most ms"), "-", 20, "{:.1f} ms"),
+    (
+        "Signed (RSA-2048, 4 kB): CPU more than unsigned, in bare signatures",
+        lambda f: f["door"]["signed"]["more, in bare signatures"], "-", 1.15, "{:.2f} x",
+    ),
+    (
+        "... in bare signatures made beside such a load",
+        lambda f: f["door"]["signed"]["more, in bare ones beside a load"], "-", 1.15, "{:.2f} x",
+    ),
+    (
+        "... canonicalizing and hashing",
+        lambda f: f["door"]["signed"]["canonicalizing and hashing 4 kB us"], "-", 15, "{:.1f} us",
+    ),
+    (
+        "... signing one message: dkimpy's CPU beside it",
+        lambda f: f["door"]["signed"]["one message by dkimpy us"] / f["door"]["signed"]["one message us"], "+", 20, "{:.0f} x",
+    ),
+    (
+        "Canonicalizing 10 MB of spaces, 1,000,000 empty lines, 100,000 fields: an octet beside ordinary ones",
+        lambda f: max(f["door"]["hostile"][name] for name in (
+            "10 MB of spaces in one line", "1,000,000 empty lines", "100,000 fields beside 1,000")),
+        "-", 2, "{:.2f} x",
+    ),
+    ("STARTTLS, one connection a message, resumed: share of Postfix's CPU", lambda f: f["door"]["tls"]["share of Postfix's"],
+     "-", 0.5, "{:.2f}"),
+    (
+        "Guessing from 50 addresses: p99 of acceptance rises by",
+        lambda f: f["door"]["attack"]["accept while attacked ms"]["p99"] - f["door"]["attack"]["accept before ms"]["p99"],
+        "-", 20, "{:.1f} ms",
+    ),
+    ("... memory by", lambda f: f["door"]["attack"]["memory more MB"], "-", 200, "{:.0f} MB"),
+    ("... who has the right password logs in after", lambda f: max(f["door"]["attack"]["right passwords logged in after s"]),
+     "-", 1, "{:.2f} s"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
 ]  # fmt: skip

@@ -91,12 +91,20 @@ class Relaymta:
     name = "relaymta"
 
     def __init__(
-        self, folder: Path, sink: int, workers: int = 1, settings: tuple[str, ...] = (), flags: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        sink: int,
+        workers: int = 1,
+        settings: tuple[str, ...] = (),
+        flags: tuple[str, ...] = (),
+        listener: str = "",
     ) -> None:
+        """`listener`: keys of its listener, as TOML."""
         self.port, self.metrics = free_port(), free_port()
         self.spool = folder / "spool"
         command = [
-            sys.executable, "-m", "relaymta", "serve", "--listen", f"127.0.0.1:{self.port}", "--spool", str(self.spool),
+            sys.executable, "-m", "relaymta", "serve", "--spool", str(self.spool),
+            "--set", f'listener=[{{address="127.0.0.1:{self.port}"{listener}}}]',
             "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
             "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example", *flags,
             *(["--smarthost", f"127.0.0.1:{sink}"] if sink else []),

@@ -225,6 +225,7 @@ class AccountsTable(_Table):
         10, ge=1, description="failed logins, of one address (IPv6: /64) or one account, until more are refused"
     )
     failures_forgotten: Duration = Field(60, description="after so long one of them is forgotten")
+    answer_after: Duration = Field(1, description="from a wrong login to its reply, whatever was wrong with it")
     remember: Duration = Field(60, description="for so long a right password is not computed again; 0: never")
 
     @model_validator(mode="after")

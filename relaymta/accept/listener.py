@@ -47,7 +47,6 @@ STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
 BEAT, BEATS, LATE_BEATS = 0.05, 100, 3  # seconds between two looks at the loop's lag; those that count; too many
 PATIENT_ERRORS = 3  # wrong commands until each costs time
-WRONG_SECONDS = 1.0  # from a wrong login to its reply, whatever was wrong with it
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
 
@@ -315,7 +314,7 @@ class Connection(asyncio.Protocol):
         began = self.acceptor.now()
         identity, answer = await self.acceptor.door.logins.check(claim, self.client_of().address)
         if answer.startswith(b"535"):
-            await asyncio.sleep(began + WRONG_SECONDS - self.acceptor.now())
+            await asyncio.sleep(began + self.acceptor.config.accounts.answer_after - self.acceptor.now())
         self.checking = False
         if self.transport is None or self.transport.is_closing():
             return

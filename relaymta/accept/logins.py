@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Logins:
         self._secret = os.urandom(32)  # for what must be the same each time, and unknown to everybody
         self._nobody = argon2id(self._secret.hex())
         self._known: dict[bytes, tuple[float, str, Identity]] = {}  # digest of a right password: until when (monotonic), its hash
+        self._waiting: Counter[str] = Counter()  # passwords that are computed or wait for it, by client
         self._unavailable = 0.0  # when that was told the last time (monotonic)
 
     @property
@@ -104,7 +106,7 @@ class Logins:
         if here or (failed_here and self._rates.wait(f"login as {who}", rate, burst)):
             return self._said(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
         try:
-            found = await self._identify(claim, address, failed_here)
+            found = await self._identify(claim, address, int(failed_here))
         except (Busy, Unavailable) as error:
             self._tell(str(error))
             return self._said(None, claim, address, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
@@ -114,27 +116,27 @@ class Logins:
             return self._said(None, claim, address, reply.WRONG_CREDENTIALS, WRONG)
         return self._said(found, claim, address, reply.LOGGED_IN, GOOD)
 
-    async def _identify(self, claim: Claim, address: str, failed_here: bool) -> Identity | None:
+    async def _identify(self, claim: Claim, address: str, failures: int) -> Identity | None:
         """Who that is, None for nobody. Busy or Unavailable when it cannot be said."""
         if self.watched.value is None:
             raise Unavailable(self.watched.problem)
         if isinstance(claim, Proof):
             return self.as_kept(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
         if isinstance(claim, Password):
-            return await self._by_password(claim, address, failed_here)
+            return await self._by_password(claim, address, failures)
         if self._bearer is None:
             return None
         user = await self._bearer.user(claim.token)
         return self.as_kept(Identity(user)) if user and claim.user in ("", user) else None
 
-    async def _by_password(self, claim: Password, address: str, failed_here: bool) -> Identity | None:
+    async def _by_password(self, claim: Password, address: str, failures: int) -> Identity | None:
         hashes = self._hashes(claim.user)
         digest = hashlib.blake2b(f"{claim.user}\0{claim.password}".encode(), key=self._secret, digest_size=32).digest()
         until, kept, found = self._known.get(digest, (0.0, "", None))
         if found is not None and until > time.monotonic() and (kept in hashes or not (kept or hashes)):
             return self.as_kept(found)
         if hashes or self._others is None:
-            kept = await self._computed(hashes, claim.password, failed_here)
+            kept = await self._computed(hashes, claim.password, group_of(address), failures)
             found = Identity(claim.user) if kept else None
         else:
             kept = ""
@@ -147,7 +149,7 @@ class Logins:
             self._known[digest] = (time.monotonic() + self._settings.remember, kept, found)
         return self.as_kept(found)
 
-    async def _computed(self, hashes: list[str], password: str, failed_here: bool) -> str:
+    async def _computed(self, hashes: list[str], password: str, where: str, failures: int) -> str:
         """Which of these a password matches, "" for none; of an unknown user as costly as of a known one."""
         found = ""
 
@@ -156,7 +158,13 @@ class Logins:
             found = next((kept for kept in hashes or [self._nobody] if matches(kept, password)), "")
             return bool(found and hashes)
 
-        return found if await self._checker.run(compute, int(failed_here)) else ""
+        self._waiting[where] += 1
+        try:  # whoever has failed, or asks many times at once, comes behind those who have not
+            return found if await self._checker.run(compute, failures + self._waiting[where] - 1) else ""
+        finally:
+            self._waiting[where] -= 1
+            if not self._waiting[where]:
+                del self._waiting[where]
 
     def as_kept(self, found: Identity) -> Identity:
         """With what the file of accounts says of somebody, whoever knew the password."""

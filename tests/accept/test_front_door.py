@@ -49,6 +49,7 @@ auth = "may"
 chain = "{folder}/relay.example.pem"
 [accounts]
 file = "{folder}/accounts.toml"
+answer_after = 0.1
 """
         )
         self.account("user", "add", "ann", "--password", SECRET, "--scram")

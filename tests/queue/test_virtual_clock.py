@@ -128,7 +128,7 @@ class World:
 
 @given(STEPS)
 @settings(
-    max_examples=200 if PROVE else 10,
+    max_examples=200 if PROVE else 5,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

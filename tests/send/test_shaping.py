@@ -179,11 +179,11 @@ class Provider(FakeMx):
 def test_limits_that_nobody_configured_are_learned(tmp_path):
     with Provider(4, 20, 25) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=1") as relay:
-            for _ in range(300):
+            for _ in range(200):
                 relay.send()
-            wait_for(lambda: len(peer.messages) >= 100, 40)
+            wait_for(lambda: len(peer.messages) >= 80, 40)
             refused = peer.refused
-            wait_for(lambda: len(peer.messages) == 300, 60)
+            wait_for(lambda: len(peer.messages) == 200, 60)
             assert peer.refused - refused <= 20, "it goes on being refused"
             learned = {fact["about"]: fact["value"] for fact in facts(relay) if fact["kind"] == "learned"}
             assert learned and learned.get("rate", 1) <= 25 and learned.get("connections", 1) <= 4
