@@ -1,7 +1,7 @@
 """docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and door.json; what is missing there is
-said to be.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and door.json; what is missing
+there is said to be.
 """
 
 import json

@@ -34,6 +34,7 @@ LIMITED = index("relaymta_logins_total", "limited")
 UNAVAILABLE = index("relaymta_logins_total", "unavailable")
 
 REMEMBERED = 10_000
+AT_ONCE = 3  # passwords of one address that are computed or wait for it
 
 
 def check(config: Config) -> None:
@@ -103,7 +104,8 @@ class Logins:
         burst, rate = self._settings.failures, 1 / max(0.001, self._settings.failures_forgotten)
         here = self._rates.wait(f"login from {where}", rate, burst)
         failed_here = self._rates.wait(f"login from {where}", rate) > 0
-        if here or (failed_here and self._rates.wait(f"login as {who}", rate, burst)):
+        many = self._waiting.get(where, 0) >= AT_ONCE
+        if here or many or (failed_here and self._rates.wait(f"login as {who}", rate, burst)):
             return self._said(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
         try:
             found = await self._identify(claim, address, int(failed_here))
@@ -186,7 +188,7 @@ class Logins:
         now = time.monotonic()
         if now - self._unavailable > 60:
             self._unavailable = now
-            self._log.event("warning", text=f"logins are put off (454): {reason or 'too many passwords wait to be checked'}")
+            self._log.event("warning", text=f"logins are put off (454): {reason}")
 
     def _said(
         self, found: Identity | None, claim: Claim, address: str, answer: bytes, counter: int

@@ -25,7 +25,7 @@ MOST_WAITING = 500
 
 
 class Busy(Exception):
-    """Too many passwords wait to be checked."""
+    """Too many passwords wait to be checked; str() says whose."""
 
 
 def argon2id(password: str) -> str:
@@ -76,9 +76,10 @@ class Checker:
         threading.Thread(target=self._run, name="passwords", daemon=True).start()
 
     async def run(self, check: Callable[[], bool], failures: int) -> bool:
-        """`check()` on the thread, behind those with fewer `failures`. Busy when too many wait."""
-        if self._inbox.qsize() >= MOST_WAITING:
-            raise Busy
+        """`check()` on the thread, behind those with fewer `failures`. Busy when too many wait: half of the room is for those
+        without."""
+        if self._inbox.qsize() >= MOST_WAITING * (1 if failures else 2):
+            raise Busy("too many passwords wait to be checked")
         future: asyncio.Future[bool] = self._loop.create_future()
         self._inbox.put((failures, next(self._numbers), check, future))
         return await future
