@@ -50,6 +50,7 @@ chain = "{folder}/relay.example.pem"
 [accounts]
 file = "{folder}/accounts.toml"
 answer_after = 0.1
+failures = 1000
 """
         )
         self.account("user", "add", "ann", "--password", SECRET, "--scram")
