@@ -191,6 +191,15 @@ class Dkim(_Table):
     expires: Duration = Field(0, description="for so long a signature is good; 0: for good")
 
 
+class Verify(_Table):
+    """Whether mail of clients that may not relay is what it says: SPF, DKIM, DMARC, told in Authentication-Results. `[verify]`"""
+
+    results: bool = Field(False, description="look, and say what was found in front of the message")
+    dmarc: Literal["tell", "enforce"] = Field(
+        "tell", description="enforce: refuse what fails where the author's domain says p=reject, hold where it says quarantine"
+    )
+
+
 class TokensTable(_Table):
     """Bearer tokens that clients log in with (OAUTHBEARER, XOAUTH2). `[accounts.tokens]`"""
 
@@ -564,6 +573,7 @@ class Config(_Table):
     network: list[PeerNetwork] = Field([], description="what holds for clients of some networks")
     certificate: list[Certificate] = Field([], description="certificates for TLS with clients")
     dkim: list[Dkim] = Field([], description="keys that sign mail")
+    verify: Verify = Verify()
     accounts: AccountsTable = AccountsTable()
     staging: Staging = Staging()
     relay: Relay = Relay()

@@ -97,6 +97,10 @@ class Resolver:
         """A name's TXT records, the strings of each put together; octets that are no UTF-8 replaced."""
         return (await self._ask(name, "TXT")).values
 
+    async def values(self, name: str, kind: str) -> list[Any]:
+        """A name's records of one type (A, AAAA, MX, PTR, TXT), as this module's other questions give them."""
+        return (await self._ask(name, kind)).values
+
     async def addresses(self, host: str, families: str = "64") -> list[str]:
         """A host's addresses, in the order of `families` ("64": IPv6 first; "4": IPv4 only). NoSuchName and NoData when
         all types asked for say so."""
@@ -197,6 +201,8 @@ def _is_a(kind: str, record: Any) -> bool:
 def _value(kind: str, data: Any) -> Any:
     if kind == "MX":
         return data.priority, _text(data.exchange)
+    if kind == "PTR":
+        return _text(data.dname)
     if kind == "TXT":
         return data.data.decode("utf-8", "replace")
     return _text(data.cname if kind == "CNAME" else data.addr)

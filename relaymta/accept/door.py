@@ -10,9 +10,11 @@ from relaymta.accept import logins, tls
 from relaymta.accept.logins import Logins
 from relaymta.accept.tls import Certificates
 from relaymta.config import Config, Listener
+from relaymta.dns import Resolver
 from relaymta.errors import ConfigError
 from relaymta.filter import signing
 from relaymta.filter.signing import Signer
+from relaymta.filter.verify import Verifier
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.proto.smtp_server import Offers
@@ -40,7 +42,8 @@ def check(config: Config) -> None:
 class Door:
     """The certificates and accounts of one worker. A file that breaks changes nothing: what was read before stays in use."""
 
-    def __init__(self, config: Config, rates: Rates, counters: Counters, log: Log) -> None:
+    def __init__(self, config: Config, rates: Rates, resolver: Resolver, counters: Counters, log: Log) -> None:
+        self._resolver = resolver
         self._rates, self._counters, self._log = rates, counters, log
         self._refreshing = False
         self.signer = Signer(config, counters, lambda: wall_ms() // 1000)
@@ -50,6 +53,8 @@ class Door:
         """Take over a configuration (blocks while its files are read)."""
         self.certificates = Certificates(config)
         self.signer.configure(config)
+        now = lambda: wall_ms() // 1000  # noqa: E731
+        self.verifier = Verifier(config.verify, config.hostname, self._resolver, self.signer.run, now)
         self.logins = Logins(config, self._rates, self._counters, self._log)
         path = config.relay.recipients
         self._recipients = Watched([path] if path else [], lambda: _recipients(path))

@@ -296,6 +296,11 @@ class Intake:
         self.counters.add(REFUSED_STORE, 1)
         self.log.event("warning", text=f"a message could not be signed, and was put off: {error}")
 
+    def unverified(self, error: Exception) -> None:
+        """A stranger's message could not be looked at."""
+        self.counters.add(REFUSED_STORE, 1)
+        self.log.event("warning", text=f"a message could not be verified, and was put off: {type(error).__name__}: {error}")
+
     def accepted(self, size: int, recipients: int) -> None:
         """A message was acknowledged."""
         add = self.counters.add

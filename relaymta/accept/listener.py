@@ -25,9 +25,11 @@ from relaymta.accept.listening import Guarded, Listening, proxied
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.filter.signing import Big
+from relaymta.filter.verify import without_forged
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
+from relaymta.proto.header import header_end
 from relaymta.proto.sasl import Claim
 from relaymta.proto.smtp_server import ServerSession, Transaction
 from relaymta.queue import BigBody, format_id
@@ -359,13 +361,41 @@ class Connection(asyncio.Protocol):
                 front[0], text, self._application(), lambda found: self._signed(session, transaction, front, text, found)
             )
             return
+        if self.acceptor.door.verifier.settings.results and not self._own():
+            self.acceptor.spawn(self._verify(session, transaction, front, text))
+            return
         text[:0] = front
         self.size = sum(map(len, text))
         self._admit(session, transaction, text)
 
+    async def _verify(self, session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes]) -> None:
+        """A stranger's message: what it says of itself is looked at, and told in front of it."""
+        verifier, client = self.acceptor.door.verifier, self.client_of()
+        whole = b"".join(text)
+        end = header_end(whole)
+        message = without_forged(whole[:end], self.acceptor.intake.hostname) + whole[end:]
+        try:
+            verdict = await verifier.check(client.address, session.helo, transaction.sender, message)
+        except Exception as error:  # a mistake of ours loses nobody's mail
+            self.acceptor.intake.unverified(error)
+            self._answer(reply.NOT_VERIFIED)
+            return
+        if verifier.settings.dmarc == "enforce" and verdict.dmarc.result == "fail":
+            if verdict.dmarc.policy == "reject":
+                self._answer(reply.DMARC_REJECT)
+                return
+            transaction.held = transaction.held or verdict.dmarc.policy == "quarantine"
+        found = [verdict.field, *front, message]
+        self.size = sum(map(len, found))
+        self._admit(session, transaction, found)
+
+    def _own(self) -> bool:
+        """Whether it is mail of somebody who may relay, or has logged in."""
+        return self.identity is not None or self.client_of().trusted
+
     def _signs(self) -> bool:
         """Whether mail of this client is signed where there is a key for it: that of strangers is not ours."""
-        return bool(self.acceptor.door.signer) and (self.identity is not None or self.client_of().trusted)
+        return bool(self.acceptor.door.signer) and self._own()
 
     def _application(self) -> str:
         """Whose mail it is."""
@@ -456,6 +486,11 @@ class Connection(asyncio.Protocol):
             intake = self.acceptor.intake
             self.ident = intake.queue.ident()
             start = b"".join(text)
+            if (
+                self.acceptor.door.verifier.settings.results and not self._own()
+            ):  # too long to be verified, but nobody is believed
+                end = header_end(start)
+                start = without_forged(start[:end], intake.hostname) + start[end:]
             front = intake.prepend(
                 self.ident, transaction, self.client_of(), session, start[:65536], self.listener.submission, self.identity
             )

@@ -1,1 +1,1 @@
-"""2. What is done to a message on its way in: it is signed here, once, before it is made safe."""
+"""2. Is it wanted: our own mail is signed here, once, before it is made safe; that of strangers is held to what it says it is."""

@@ -113,9 +113,6 @@ class Signer:
         self.watched = [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
         for one in self.watched:
             one.refresh()
-        if self.watched and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="signer", daemon=True)
-            self._thread.start()
 
     def __bool__(self) -> bool:
         return bool(self.watched)
@@ -141,6 +138,9 @@ class Signer:
 
     def run(self, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """`done(job())` with `job` run on the thread; with the exception when it raises."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="signer", daemon=True)
+            self._thread.start()
         self._pending.append((job, done))
         if not self._busy:
             self._busy = True

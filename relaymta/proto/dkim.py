@@ -10,7 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from relaymta._speedups.dkim import Body, header
 
-__all__ = ["OVERSIGNED", "SIGNED", "BodyHash", "Signature", "author_domain", "split_fields"]
+__all__ = [
+    "OVERSIGNED", "SIGNED", "BodyHash", "Signature", "author_domain", "canonical_body", "canonical_field", "name_of",
+    "signed", "split_fields",
+]  # fmt: skip
 
 # What is signed where it is there (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
 SIGNED = (
@@ -53,6 +56,17 @@ def author_domain(fields: Iterable[bytes]) -> str:
             match = _BRACKETED.search(value) or _BARE.search(value)
             return match[1].decode("utf-8", "replace").lower().rstrip(".") if match is not None else ""
     return ""
+
+
+def canonical_field(field: bytes) -> bytes:
+    """A field in relaxed form (3.4.2), without CRLF."""
+    return header(field)
+
+
+def canonical_body(body: bytes, relaxed: bool) -> bytes:
+    """A whole body's canonical form (3.4.3, 3.4.4)."""
+    one = Body(relaxed)
+    return one.feed(body) + one.finish()
 
 
 class BodyHash:

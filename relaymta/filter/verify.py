@@ -1,0 +1,120 @@
+"""What is known of mail from strangers: SPF, DKIM and DMARC, told in one Authentication-Results field (RFC 8601), in the place of
+any that claims to be ours."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from relaymta.config import Verify
+from relaymta.dns import Resolver
+from relaymta.filter import dmarc, spf
+from relaymta.filter.dmarc import Dmarc
+from relaymta.filter.signatures import Verified, keys_of, signatures_of, verify
+from relaymta.filter.spf import Spf
+from relaymta.proto.dkim import author_domain, name_of, split_fields
+from relaymta.proto.header import header_end
+
+__all__ = ["Verdict", "Verifier", "without_forged"]
+
+SECONDS = 20.0  # for all questions to the DNS about one message
+
+_ID = re.compile(rb"\s*(?:\((?:[^()\\]|\\.)*\)\s*)*\"?([^\s;\"(]+)", re.S)
+_UNSAFE = re.compile(r"[^\w.@+-]")
+
+
+class Verdict(NamedTuple):
+    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says."""
+
+    field: bytes
+    dmarc: Dmarc
+
+
+class Verifier:
+    """One worker's. `run(job, done)`: `done(job())` with `job` on a thread; `now()`: the wall clock, seconds."""
+
+    def __init__(
+        self,
+        settings: Verify,
+        hostname: str,
+        resolver: Resolver,
+        run: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        now: Callable[[], int],
+    ) -> None:
+        self.settings = settings
+        self._hostname = hostname
+        self._resolver = resolver
+        self._run = run
+        self._now = now
+
+    async def check(self, address: str, helo: str, sender: str, message: bytes) -> Verdict:
+        """All about a message of a client at `address`."""
+        try:
+            async with asyncio.timeout(SECONDS):
+                return await self._check(address, helo, sender, message)
+        except TimeoutError:
+            nothing = Dmarc("temperror", "none", "")
+            return Verdict(
+                _field(self._hostname, Spf("temperror", sender.rpartition("@")[2] or helo, ""), sender, [], nothing), nothing
+            )
+
+    async def _check(self, address: str, helo: str, sender: str, message: bytes) -> Verdict:
+        signatures = signatures_of(message)
+        author = author_domain(split_fields(message[: header_end(message)]))
+        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, signatures))
+        found: list[Verified] = []
+        if signatures:
+            future: asyncio.Future[list[Verified]] = asyncio.get_running_loop().create_future()
+            self._run(lambda: verify(message, signatures, keys, self._now()), lambda result: _settle(future, result))
+            found = await future
+        signed = [(one.domain, one.result) for one in found]
+        policy = (
+            await dmarc.check(self._resolver, author, (sent.domain, sent.result), signed) if author else Dmarc("none", "none", "")
+        )
+        return Verdict(_field(self._hostname, sent, sender, found, policy), policy)
+
+
+def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], policy: Dmarc) -> bytes:
+    """RFC 8601 2.2, each result on a line of its own."""
+    who = f"smtp.mailfrom={_safe(sender)}" if sender else f"smtp.helo={_safe(sent.domain)}"
+    lines = [f"spf={sent.result} {who}"]
+    for one in found:
+        reason = f' reason="{_UNSAFE.sub(" ", one.reason)}"' if one.reason else ""
+        key = f"header.d={_safe(one.domain)} header.s={_safe(one.selector)} header.a={_safe(one.algorithm)}"
+        lines.append(f"dkim={one.result}{reason} {key}")
+    if not found:
+        lines.append("dkim=none")
+    lines.append(
+        f"dmarc={policy.result} header.from={_safe(policy.domain)}"
+        + (f" policy.dmarc={policy.policy}" if policy.result == "fail" else "")
+    )
+    return f"Authentication-Results: {hostname};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
+
+
+def _safe(text: str) -> str:
+    """A value as a token: what a stranger said breaks out of nothing."""
+    return _UNSAFE.sub("?", text) or "none"
+
+
+def without_forged(block: bytes, hostname: str) -> bytes:
+    """A header block without Authentication-Results fields that claim to be ours (RFC 8601 5)."""
+    if b"uthentication-" not in block and b"authentication-results" not in block.lower():
+        return block
+    fields = re.split(rb"(?<=\r\n)(?![ \t])", block)
+    return b"".join(field for field in fields if not _ours(field, hostname))
+
+
+def _ours(field: bytes, hostname: str) -> bool:
+    if name_of(field) != b"authentication-results":
+        return False
+    match = _ID.match(field.partition(b":")[2])
+    return match is None or match[1].decode("utf-8", "replace").lower().rstrip(".") == hostname.lower().rstrip(".")

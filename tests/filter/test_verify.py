@@ -1,0 +1,225 @@
+"""Mail of strangers: the SPF suite of RFC 7208, signatures of others, DMARC, and Authentication-Results as it arrives."""
+
+import os
+import smtplib
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dkim
+import pytest
+import yaml
+
+from relaymta.config import Dkim
+from relaymta.dns import DnsFailure, NoData, NoSuchName
+from relaymta.filter import spf
+from relaymta.filter.dmarc import organizational
+from relaymta.filter.signatures import Verified, signatures_of, verify
+from relaymta.filter.signing import load_key, record
+from relaymta.filter.verify import without_forged
+from tests.filter.test_signing import MESSAGE, PAIRS, keys, sign, write_key
+from tests.support.daemon import Relay, wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.resolver import nameserver_with
+
+PYSPF = "pyspf==2.0.14"
+
+
+class Zone:
+    """A resolver that knows the records of one scenario."""
+
+    def __init__(self, data: dict) -> None:
+        self.data = {name.lower(): rows for name, rows in data.items()}
+
+    async def values(self, name: str, kind: str) -> list:
+        labels = [label for label in name.split(".") if label]
+        if any(len(label) > 63 for label in labels):
+            raise DnsFailure("a label is too long")
+        name = ".".join(labels)
+        for _ in range(12):  # aliases, followed as a resolver does
+            rows = self.data.get(name.lower())
+            if rows is None:
+                raise DnsFailure("timeout") if name.startswith("error.") else NoSuchName(name)
+            found = []
+            for row in rows:
+                if row == "TIMEOUT":
+                    if not found:
+                        raise DnsFailure("timeout")
+                    break
+                ((type_, value),) = row.items()
+                if type_ == kind and value == "TIMEOUT":
+                    raise DnsFailure("timeout")
+                if (type_ == kind and value != "NONE") or (
+                    type_ == "SPF" and kind == "TXT" and not any("TXT" in other for other in rows if isinstance(other, dict))
+                ):
+                    found.append(_value(kind, value))
+            alias = next((row["CNAME"] for row in rows if isinstance(row, dict) and "CNAME" in row), None)
+            if found or alias is None:
+                if not found:
+                    raise NoData(name)
+                return found
+            name = alias.rstrip(".")
+        raise NoData(name)  # as our resolver says of a loop of aliases
+
+
+def _has_txt(rows: list) -> bool:
+    return any(isinstance(row, dict) and "TXT" in row for row in rows)
+
+
+def _value(kind: str, value) -> object:
+    if kind == "MX":
+        return value[0], value[1].rstrip(".")
+    if kind == "TXT":
+        return value if isinstance(value, str) else "".join(value)
+    return str(value).rstrip(".")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> list[dict]:
+    """The test suite of RFC 7208, out of pyspf's source distribution."""
+    folder = tmp_path_factory.mktemp("pyspf")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder), PYSPF]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    archives = list(folder.glob("pyspf-*.tar.gz"))
+    if not archives:
+        reason = f"pyspf's source distribution is not to be had: {done.stderr.strip()[-200:]}"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    with tarfile.open(archives[0]) as archive:
+        member = next(name for name in archive.getnames() if name.endswith("/rfc7208-tests.yml"))
+        file = archive.extractfile(member)
+        assert file is not None
+        return list(yaml.safe_load_all(file.read().decode()))
+
+
+async def test_the_suite_of_rfc_7208(suite):
+    wrong, count = [], 0
+    for scenario in suite:
+        for name, case in scenario["tests"].items():
+            zone = Zone(scenario["zonedata"])
+            found = await spf.check(zone, case["host"], case["mailfrom"] or "", case["helo"])  # type: ignore[arg-type]
+            expected = case["result"] if isinstance(case["result"], list) else [case["result"]]
+            count += 1
+            if found.result not in expected:
+                wrong.append((name, case.get("spec"), expected, found))
+    assert wrong == [] and count > 190
+
+
+def verified(message: bytes, settings: list[Dkim], **changes: str) -> list[Verified]:
+    records: dict = {f"{one.selector}._domainkey.{one.domain}": record(load_key(one)) for one in settings}
+    return verify(message, signatures_of(message), records | changes, 1_795_000_100)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_good_signatures_pass_and_spoiled_ones_fail(tmp_path, pair):
+    settings = keys(tmp_path, canonicalization=pair)
+    message = sign(MESSAGE, settings)
+    assert [one.result for one in verified(message, settings)] == ["pass", "pass"]
+    assert [one.result for one in verified(message.replace(b"end", b"END"), settings)] == ["fail", "fail"]
+    assert [one.result for one in verified(message.replace(b"Ann", b"Eve"), settings)] == ["fail", "fail"]
+
+
+def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
+    settings = keys(tmp_path)[:1]
+    message, key = sign(MESSAGE, settings), record(load_key(settings[0]))
+    name = "rsa._domainkey.shop.test"
+    cases = {
+        "": "permerror", key.replace("v=DKIM1", "v=DKIM2"): "permerror", key + "; h=sha1": "permerror",
+        key + "; h=sha1:sha256": "pass", key.replace("k=rsa", "k=ed25519"): "permerror", "v=DKIM1; p=": "permerror",
+        key + "; s=tlsrpt": "permerror", key + "; s=email": "pass", key + "; t=s": "pass", key[:60]: "permerror",
+        "nonsense": "permerror",
+    }  # fmt: skip
+    assert {text: verified(message, settings, **{name: text})[0].result for text in cases} == cases
+    found = verify(message, signatures_of(message), {name: DnsFailure("no answer")}, 1_795_000_100)
+    assert found[0].result == "temperror"
+    small = Dkim(domain="shop.test", selector="rsa", key=str(write_key(tmp_path / "small.pem", "rsa", 1024)))
+    assert verified(sign(MESSAGE, [small]), [small])[0].result == "pass"
+    short = Dkim(domain="shop.test", selector="rsa", key=settings[0].key, expires="1s")
+    assert verified(sign(MESSAGE, [short]), [short])[0].result == "fail"
+    sha1 = message.replace(b"a=rsa-sha256", b"a=rsa-sha1")
+    assert verified(sha1, settings)[0].result == "policy"
+    partial = dkim.sign(MESSAGE, b"rsa", b"shop.test", Path(settings[0].key).read_bytes(), length=True) + MESSAGE
+    assert verified(partial, settings)[0].result == "pass"
+    assert verified(partial + b"and more\r\n", settings)[0].result == "policy"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b" first line\r\n", b"", b"DKIM-Signature:\r\n", b"DKIM-Signature: v=1; a=rsa-sha256; b=!; bh=x; d=d; h=from; s=s\r\n",
+     b"DKIM-Signature: " + b"x=" * 5000 + b"\r\n", b"no colon\r\n", b"DKIM-Signature: v=1;;; = ;\r\n", b"\xff:\r\n"],
+)  # fmt: skip
+def test_hostile_messages_are_told_and_harm_nobody(header):
+    message = header + b"From: a@b.test\r\n\r\n" + b" " * 200_000 + b"\r\n"
+    began = time.monotonic()
+    found = verify(message, signatures_of(message), {"s._domainkey.d": "v=DKIM1; p=eA=="}, 0)
+    assert all(one.result == "permerror" for one in found) and time.monotonic() - began < 5
+
+
+def test_who_registered_a_domain():
+    assert [organizational(d) for d in ("a.b.example.co.uk", "example.com", "a.example.com", "com")] == [
+        "example.co.uk", "example.com", "example.com", "com",
+    ]  # fmt: skip
+
+
+def test_results_that_claim_to_be_ours_are_removed_and_no_others():
+    block = (
+        b"Authentication-Results: relay.example; dkim=pass\r\nFrom: a@b\r\n"
+        b'authentication-results:\r\n\t(x) "RELAY.example" 1;\r\n spf=pass\r\n'
+        b"Authentication-Results: other.example; dkim=pass\r\nSubject: Authentication-Results: relay.example\r\n\r\n"
+    )
+    assert without_forged(block, "relay.example") == (
+        b"From: a@b\r\nAuthentication-Results: other.example; dkim=pass\r\nSubject: Authentication-Results: relay.example\r\n\r\n"
+    )
+
+
+@pytest.fixture
+def peer() -> Iterator[FakeMx]:
+    with FakeMx({}) as made:
+        yield made
+
+
+def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
+    settings = keys(tmp_path)
+    records = [f'{one.selector}._domainkey.{one.domain}. TXT "{_halves(record(load_key(one)))}"' for one in settings]
+    records += [
+        'shop.test. TXT "v=spf1 ip4:127.0.0.4 -all"', '_dmarc.shop.test. TXT "v=DMARC1; p=reject"',
+        '_dmarc.bank.test. TXT "v=DMARC1; p=quarantine"', 'bank.test. TXT "v=spf1 -all"', 'quiet.test. A 127.0.0.1',
+    ]  # fmt: skip
+    with nameserver_with(tmp_path, records) as nameserver:
+        more = ('relay.networks=["127.0.0.9/32"]', 'relay.domains=["ours.test"]', f'delivery.nameservers=["{nameserver}"]',
+                "verify.results=true", 'verify.dmarc="enforce"', "intake.tarpit=0")  # fmt: skip
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
+
+            def send(source: str, sender: str, message: bytes) -> int:
+                with smtplib.SMTP("127.0.0.1", relay.port, "client.test", source_address=(source, 0)) as client:
+                    try:
+                        client.sendmail(sender, ["bob@ours.test"], message)
+                    except smtplib.SMTPDataError as error:
+                        return error.smtp_code
+                return 250
+
+            forged = b"Authentication-Results: relay.example; dkim=pass header.d=bank.test\r\n"
+            assert send("127.0.0.4", "ann@shop.test", forged + sign(MESSAGE, settings)) == 250
+            ((_, _, text),) = wait_for(lambda: peer.messages)
+            field = text.split(b"\r\nReceived:")[0].decode()
+            assert field.startswith("Authentication-Results: relay.example;\r\n\tspf=pass smtp.mailfrom=ann@shop.test;")
+            assert field.count("dkim=pass header.d=shop.test") == 2 and field.endswith("dmarc=pass header.from=shop.test")
+            assert text.lower().count(b"authentication-results:") == 1
+            # Neither SPF nor a signature of theirs: the domain says what becomes of it.
+            assert send("127.0.0.5", "eve@shop.test", MESSAGE) == 550
+            assert send("127.0.0.5", "eve@evil.test", b"From: a@bank.test\r\n\r\nx\r\n") == 250
+            wait_for(lambda: [row["held"] for row in relay.summary()] == [1])
+            assert send("127.0.0.5", "eve@quiet.test", b"From: a@quiet.test\r\n\r\nx\r\n") == 250
+            wait_for(lambda: len(peer.messages) == 2)
+            field = peer.messages[1][2].split(b"\r\nReceived:")[0].decode()
+            assert "spf=none smtp.mailfrom=eve@quiet.test" in field and "dkim=none" in field and "dmarc=none" in field
+            assert send("127.0.0.9", "eve@shop.test", MESSAGE) == 250  # ours: believed
+            wait_for(lambda: len(peer.messages) == 3)
+            assert b"Authentication-Results" not in peer.messages[2][2]
+
+
+def _halves(text: str) -> str:
+    """A long record as strings of a zone file."""
+    return '" "'.join(text[i : i + 200] for i in range(0, len(text), 200))
