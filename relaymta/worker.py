@@ -174,6 +174,7 @@ class Shard:
             self.dispatcher.offer,
             Witness(worker.counters, worker.log, self.dispatcher.landed, lambda moment: self.queue.clock.wall(moment)),
             self.dispatcher.awake,
+            worker.sign_notice,
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
@@ -194,6 +195,10 @@ class Worker:
         self._log_dropped = 0
         self._memory_level = 0
         self._borrowed: list[Listening] = []
+
+    def sign_notice(self, text: bytes) -> bytes:
+        """Writer threads: the signatures of a failure notice."""
+        return self.acceptor.door.signer.signatures(text) if self.acceptor is not None else b""
 
     def assign(self, envelope: Any, attempts: int) -> Any:
         """The route table as it is now."""

@@ -3,7 +3,7 @@
 import click
 
 from relaymta import __version__
-from relaymta.cli import account, config, dkim, message, queue, route, serve, sink, site, standing
+from relaymta.cli import account, config, dkim, doctor, message, queue, route, serve, sink, site, standing
 
 __all__ = ["main"]
 
@@ -27,4 +27,5 @@ main.add_command(standing.standing)
 main.add_command(account.user)
 main.add_command(account.app)
 main.add_command(dkim.dkim)
+main.add_command(doctor.doctor)
 main.add_command(queue.reload)

@@ -18,7 +18,7 @@ from relaymta.cli.serve import config_path, configured, fail, loaded
 from relaymta.config import Config, Dkim, parse_duration
 from relaymta.errors import ConfigError
 
-__all__ = ["dkim"]
+__all__ = ["checked", "dkim"]
 
 STRING = 255  # octets of one string of a TXT record
 
@@ -104,7 +104,7 @@ def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, k
 async def _published(config: Config, settings: Dkim, seconds: float) -> str:
     until = time.monotonic() + seconds
     while True:
-        (row,) = await _checked(config.model_copy(update={"dkim": [settings]}))
+        (row,) = await checked(config.model_copy(update={"dkim": [settings]}))
         if row["state"] == "ok" or time.monotonic() > until:
             return row["state"]
         await asyncio.sleep(min(10.0, max(0.1, until - time.monotonic())))
@@ -132,7 +132,7 @@ def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
 def check_keys(read: Callable[..., Config], as_json: bool) -> None:
     """Whether the DNS has each key's record, and it is this key's. Exit status 1 when one is missing or another's."""
     config = loaded(read, DEMO)
-    rows = asyncio.run(_checked(config))
+    rows = asyncio.run(checked(config))
     if as_json:
         click.echo(json.dumps(rows))
     elif rows:
@@ -143,7 +143,8 @@ def check_keys(read: Callable[..., Config], as_json: bool) -> None:
         raise SystemExit(1)
 
 
-async def _checked(config: Config) -> list[dict[str, str]]:
+async def checked(config: Config) -> list[dict[str, str]]:
+    """What the DNS has of each key: `record` (its name), `key` (the file), `state` (ok, or what is wrong)."""
     from relaymta.dns import Resolver
 
     resolver = Resolver(config.delivery.nameservers, lambda what: None)

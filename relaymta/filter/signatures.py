@@ -17,7 +17,7 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 from relaymta.proto.dkim import canonical_body, canonical_field, name_of, split_fields
 from relaymta.proto.header import header_end
 
-__all__ = ["Verified", "keys_of", "signatures_of", "verify"]
+__all__ = ["Verified", "arc", "keys_of", "signatures_of", "verify"]
 
 MOST = 5  # signatures that are looked at; more make nothing better
 BITS_LEAST = 1024
@@ -82,10 +82,13 @@ dkim.canonicalization.ALGORITHMS.update({b"relaxed": _Relaxed, b"simple": _Simpl
 dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
 
 
-def signatures_of(message: bytes) -> list[Tags]:
-    """The tags of a message's signatures, the first MOST; {} for one that has none to speak of."""
+def signatures_of(message: bytes, names: tuple[bytes, ...] = (b"dkim-signature",)) -> list[Tags]:
+    """The tags of a message's signatures (fields of these names), the first MOST; {} for one that has none to speak of."""
     fields = split_fields(message[: header_end(message)])
-    return [_tags(field.partition(b":")[2]) for field in fields if name_of(field) == b"dkim-signature"][:MOST]
+    return [_tags(field.partition(b":")[2]) for field in fields if name_of(field) in names][:MOST]
+
+
+ARC_FIELDS = (b"arc-seal", b"arc-message-signature")  # RFC 8617 4.1; those of the last hop stand first
 
 
 def _tags(value: bytes) -> Tags:
@@ -127,6 +130,25 @@ def verify(message: bytes, signatures: list[Tags], keys: dict[str, str | DnsFail
         result, reason = _refusal(tags, key, now) or _checked(message, number, tags, str(key))
         found.append(Verified(result, tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), reason))
     return found
+
+
+def arc(message: bytes, signatures: list[Tags], keys: dict[str, str | DnsFailure]) -> str:
+    """Thread: what a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror. `signatures`: of ARC_FIELDS."""
+    if not signatures:
+        return "none"
+    if any(isinstance(key, DnsFailure) for key in keys.values()):
+        return "temperror"
+    if any(tags.get("a", "rsa-sha256") != "rsa-sha256" for tags in signatures):
+        return "fail"
+
+    def look_up(name: bytes, timeout: int = 5) -> bytes:
+        return str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
+
+    try:
+        found, _, _ = dkim.arc_verify(message, dnsfunc=look_up, minkey=BITS_LEAST)
+    except (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError, AttributeError):
+        return "fail"
+    return {b"pass": "pass", b"none": "none"}.get(found, "fail")
 
 
 def _refusal(tags: Tags, key: str | DnsFailure, now: int) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from relaymta.config import Verify
 from relaymta.dns import Resolver
 from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import Dmarc
-from relaymta.filter.signatures import Verified, keys_of, signatures_of, verify
+from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, keys_of, signatures_of, verify
 from relaymta.filter.spf import Spf
 from relaymta.proto.dkim import author_domain, name_of, split_fields
 from relaymta.proto.header import header_end
@@ -53,25 +53,27 @@ class Verifier:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, message)
         except TimeoutError:
-            nothing = Dmarc("temperror", "none", "")
-            return Verdict(
-                _field(self._hostname, Spf("temperror", sender.rpartition("@")[2] or helo, ""), sender, [], nothing), nothing
-            )
+            nothing, unknown = Dmarc("temperror", "none", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
+            return Verdict(_field(self._hostname, unknown, sender, [], "temperror", nothing), nothing)
 
     async def _check(self, address: str, helo: str, sender: str, message: bytes) -> Verdict:
-        signatures = signatures_of(message)
+        signatures, chain = signatures_of(message), signatures_of(message, ARC_FIELDS)
         author = author_domain(split_fields(message[: header_end(message)]))
-        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, signatures))
+        sent, keys = await asyncio.gather(
+            spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, [*signatures, *chain])
+        )  # fmt: skip
         found: list[Verified] = []
-        if signatures:
-            future: asyncio.Future[list[Verified]] = asyncio.get_running_loop().create_future()
-            self._run(lambda: verify(message, signatures, keys, self._now()), lambda result: _settle(future, result))
-            found = await future
-        signed = [(one.domain, one.result) for one in found]
-        policy = (
-            await dmarc.check(self._resolver, author, (sent.domain, sent.result), signed) if author else Dmarc("none", "none", "")
-        )
-        return Verdict(_field(self._hostname, sent, sender, found, policy), policy)
+        sealed = "none"
+        if signatures or chain:
+            future: asyncio.Future[tuple[list[Verified], str]] = asyncio.get_running_loop().create_future()
+            job = lambda: (verify(message, signatures, keys, self._now()), arc(message, chain, keys))  # noqa: E731
+            self._run(job, lambda result: _settle(future, result))
+            found, sealed = await future
+        policy = Dmarc("none", "none", "")
+        if author:
+            signed = [(one.domain, one.result) for one in found]
+            policy = await dmarc.check(self._resolver, author, (sent.domain, sent.result), signed)
+        return Verdict(_field(self._hostname, sent, sender, found, sealed, policy), policy)
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
@@ -83,7 +85,7 @@ def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
         future.set_result(result)
 
 
-def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], policy: Dmarc) -> bytes:
+def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> bytes:
     """RFC 8601 2.2, each result on a line of its own."""
     who = f"smtp.mailfrom={_safe(sender)}" if sender else f"smtp.helo={_safe(sent.domain)}"
     lines = [f"spf={sent.result} {who}"]
@@ -93,10 +95,10 @@ def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], policy:
         lines.append(f"dkim={one.result}{reason} {key}")
     if not found:
         lines.append("dkim=none")
-    lines.append(
-        f"dmarc={policy.result} header.from={_safe(policy.domain)}"
-        + (f" policy.dmarc={policy.policy}" if policy.result == "fail" else "")
-    )
+    if sealed != "none":
+        lines.append(f"arc={sealed}")
+    wanted = f" policy.dmarc={policy.policy}" if policy.result == "fail" else ""
+    lines.append(f"dmarc={policy.result} header.from={_safe(policy.domain)}{wanted}")
     return f"Authentication-Results: {hostname};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
 
 

@@ -76,7 +76,8 @@ class Events:
 
 class Queue:
     """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients when it was tried so
-    often; `offer(entry)` takes an entry to deliver; `awake(name)`: whether a queue's mail would be delivered at once.
+    often; `offer(entry)` takes an entry to deliver; `awake(name)`: whether a queue's mail would be delivered at once;
+    `sign(text)`: fields for the front of a notice, on the writer's thread.
     SpoolBusy when another process owns the shard."""
 
     def __init__(
@@ -88,6 +89,7 @@ class Queue:
         offer: Callable[[Entry], None],
         events: Events,
         awake: Callable[[QueueName], bool] = lambda name: True,
+        sign: Callable[[bytes], bytes] = lambda text: b"",
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -120,6 +122,7 @@ class Queue:
             ballast=self._ballast,
             assign=assign,
             on_commit=self._committed,
+            sign=sign,
         )
         self.schedule = Schedule(
             self.store,

@@ -101,7 +101,8 @@ def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> 
 class Writer:
     """Owns the store's write side. `submit` and `flush` are called on the loop; `on_commit(Committed)` is called there.
 
-    `assign(envelope, attempts)`: the queues of a notice's recipient. `hostname` names us in notices.
+    `assign(envelope, attempts)`: the queues of a notice's recipient. `hostname` names us in notices. `sign(text)`: fields that
+    go in front of a notice.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Writer:
         ballast: Path,
         assign: Assign,
         on_commit: Callable[[Committed], None],
+        sign: Callable[[bytes], bytes] = lambda text: b"",
     ) -> None:
         self._loop = loop
         self._store = store
@@ -128,6 +130,7 @@ class Writer:
         self._ballast = ballast
         self._assign = assign
         self._on_commit = on_commit
+        self._sign = sign
         self._pending: list[Operation] = []
         self._awaited = 0  # of them: no outcomes, so somebody waits for them
         self._busy = False  # a group is under way, or about to be
@@ -436,6 +439,7 @@ class Writer:
             original_ident=format_id(entry.ident),
             seconds=wall_ms() // 1000,
         )
+        text = self._sign(text) + text
         notice = Envelope(
             sender="",
             recipients=[envelope.sender],

@@ -133,6 +133,15 @@ def test_mail_through_the_relay_is_signed_by_its_authors_and_the_applications_ke
         assert relay.metric("relaymta_dkim_signatures_total") == 6
 
 
+def test_a_failure_notice_is_signed_by_our_own_key(tmp_path):
+    with FakeMx({"RCPT": {"nobody@far.test": b"550 5.1.1 no such user\r\n"}}) as peer:
+        own = Dkim(domain="relay.example", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")))
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml([own])) as relay:
+            relay.send(MESSAGE.decode(), "ann@shop.test", "nobody@far.test")
+            ((sender, to, text),) = wait_for(lambda: peer.messages)
+            assert (sender, to) == ("", ["ann@shop.test"]) and verified(text, [own]) == [True]
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_message_that_goes_to_a_file_is_signed_as_well(peer, tmp_path, chunked):
     settings = keys(tmp_path)
@@ -166,6 +175,29 @@ def test_a_broken_key_changes_nothing(peer, tmp_path):
         Path(settings[0].key).write_text(kept)
         assert verified(peer.messages[0][2], settings) == [True]
         wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 0)
+
+
+def test_the_doctor_says_whether_mail_from_here_would_be_believed(tmp_path):
+    own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
+    records = [
+        f's._domainkey.shop.test. TXT "{record(load_key(own))}"', 'shop.test. TXT "v=spf1 ip4:11.0.0.1 -all"',
+        '_dmarc.shop.test. TXT "v=DMARC1; p=reject"', '_dmarc.bare.test. TXT "v=DMARC1; p=reject"', "mail.test. A 11.0.0.1",
+    ]  # fmt: skip
+    with nameserver_with(tmp_path, records) as nameserver:
+        relay = Relay(tmp_path, None)
+
+        def found(domain: str, address: str) -> tuple[int, dict[str, str]]:
+            done = relay.cli(
+                "doctor", "domain", domain, "--address", address, "--json", "--set", f'delivery.nameservers=["{nameserver}"]',
+                "--set", toml([own]), "--set", "hostname=mail.test", check=False,
+            )  # fmt: skip
+            return done.returncode, {row["check"].split(" ")[0]: row["state"] for row in json.loads(done.stdout)}
+
+        assert found("shop.test", "11.0.0.1") == (1, {"PTR": "wrong", "SPF": "ok", "DKIM": "ok", "DMARC": "ok"})
+        assert found("shop.test", "11.0.0.2") == (1, {"PTR": "wrong", "SPF": "wrong", "DKIM": "ok", "DMARC": "ok"})
+        bare = {"address": "warning", "SPF": "warning", "DKIM": "warning", "DMARC": "wrong"}
+        assert found("bare.test", "10.0.0.1") == (1, bare)
+        assert found("none.test", "10.0.0.1")[0] == 0
 
 
 def test_wrong_keys_are_named(tmp_path):

@@ -12,12 +12,13 @@ from pathlib import Path
 import dkim
 import pytest
 import yaml
+from cryptography.hazmat.primitives import serialization
 
 from relaymta.config import Dkim
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.filter import spf
 from relaymta.filter.dmarc import organizational
-from relaymta.filter.signatures import Verified, signatures_of, verify
+from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, signatures_of, verify
 from relaymta.filter.signing import load_key, record
 from relaymta.filter.verify import without_forged
 from tests.filter.test_signing import MESSAGE, PAIRS, keys, sign, write_key
@@ -139,7 +140,7 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
     assert verified(sign(MESSAGE, [short]), [short])[0].result == "fail"
     sha1 = message.replace(b"a=rsa-sha256", b"a=rsa-sha1")
     assert verified(sha1, settings)[0].result == "policy"
-    partial = dkim.sign(MESSAGE, b"rsa", b"shop.test", Path(settings[0].key).read_bytes(), length=True) + MESSAGE
+    partial = dkim.sign(MESSAGE, b"rsa", b"shop.test", _pkcs1(Path(settings[0].key).read_bytes()), length=True) + MESSAGE
     assert verified(partial, settings)[0].result == "pass"
     assert verified(partial + b"and more\r\n", settings)[0].result == "policy"
 
@@ -154,6 +155,33 @@ def test_hostile_messages_are_told_and_harm_nobody(header):
     began = time.monotonic()
     found = verify(message, signatures_of(message), {"s._domainkey.d": "v=DKIM1; p=eA=="}, 0)
     assert all(one.result == "permerror" for one in found) and time.monotonic() - began < 5
+
+
+def test_a_chain_of_arc_sets_is_followed(tmp_path):
+    pytest.importorskip("authres")
+    settings = keys(tmp_path)[0]
+    pem = Path(settings.key).read_bytes()
+    records = {"rsa._domainkey.shop.test": record(load_key(settings))}
+    message = b"Authentication-Results: relay.example; spf=pass smtp.mailfrom=a@b.test\r\n" + MESSAGE
+    pem = _pkcs1(pem)
+    once = b"".join(dkim.arc_sign(message, b"rsa", b"shop.test", pem, b"relay.example")) + message
+    twice = b"Authentication-Results: relay.example; arc=pass\r\n" + once
+    twice = b"".join(dkim.arc_sign(twice, b"rsa", b"shop.test", pem, b"relay.example")) + twice
+
+    def result(text: bytes) -> str:
+        return arc(text, signatures_of(text, ARC_FIELDS), records)
+
+    assert [result(text) for text in (MESSAGE, once, twice)] == ["none", "pass", "pass"]
+    assert result(once.replace(b"end\r\n", b"END\r\n")) == "fail"
+    assert result(once.replace(b"cv=none", b"cv=pass")) == "fail"
+    assert arc(once, signatures_of(once, ARC_FIELDS), {"rsa._domainkey.shop.test": DnsFailure("no answer")}) == "temperror"
+
+
+def _pkcs1(pem: bytes) -> bytes:
+    """A key as dkimpy reads it."""
+    private = serialization.load_pem_private_key(pem, None)
+    form = serialization.PrivateFormat.TraditionalOpenSSL
+    return private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
 def test_who_registered_a_domain():

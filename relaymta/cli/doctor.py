@@ -1,0 +1,135 @@
+"""`relaymta doctor`: would a domain's mail from here be believed elsewhere?"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from relaymta.cli.account import DEMO
+from relaymta.cli.dkim import checked
+from relaymta.cli.peer import as_json, table
+from relaymta.cli.serve import configured, fail, loaded
+from relaymta.config import Config
+
+if TYPE_CHECKING:
+    from relaymta.dns import Resolver
+
+__all__ = ["doctor"]
+
+Row = tuple[str, str, str]  # what was looked at, ok | warning | wrong, what was found
+
+
+@click.group()
+def doctor() -> None:
+    """Look at what others will see of us."""
+
+
+@doctor.command()
+@click.argument("name", metavar="DOMAIN")
+@click.option(
+    "--address", "addresses", multiple=True, metavar="IP",
+    help="Sent from there; repeatable. Default: the [[source]]s, else the address this machine uses.",
+)  # fmt: skip
+@as_json
+@configured
+def domain(read: Callable[..., Config], name: str, addresses: tuple[str, ...], as_json: bool) -> None:
+    """Whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether our name and addresses fit. Exit status 1
+    when something is wrong."""
+    config = loaded(read, DEMO)
+    try:
+        chosen = [str(ipaddress.ip_address(text)) for text in addresses]
+    except ValueError as error:
+        fail(64, f"--address: {error}")
+    rows = asyncio.run(_looked_at(config, name.lower().rstrip("."), chosen or _sources(config)))
+    if as_json:
+        click.echo(json.dumps([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows]))
+    else:
+        table("", ["check", "state", "found"], [list(row) for row in rows])
+    if any(state == "wrong" for _, state, _ in rows):
+        raise SystemExit(1)
+
+
+def _sources(config: Config) -> list[str]:
+    if config.source:
+        return [source.address for source in config.source]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would
+        return [str(sock.getsockname()[0])]
+    return []
+
+
+async def _looked_at(config: Config, name: str, addresses: list[str]) -> list[Row]:
+    from relaymta.dns import Resolver
+
+    resolver = Resolver(config.delivery.nameservers)
+    try:
+        names = {source.address: source.hostname or config.hostname for source in config.source}
+        rows: list[Row] = []
+        aligned = False
+        for address in addresses:
+            hostname = names.get(address, config.hostname)
+            rows += await _reverse(resolver, address, hostname)
+            row, good = await _spf(resolver, address, name, hostname)
+            rows.append(row)
+            aligned = aligned or good
+        if not addresses:
+            rows.append(("address", "wrong", "which address mail would leave from is not known: give --address"))
+        keys = await checked(config.model_copy(update={"dkim": [one for one in config.dkim if one.domain == name]}))
+        rows += [(f"DKIM {row['record']}", "ok" if row["state"] == "ok" else "wrong", row["state"]) for row in keys]
+        if not keys:
+            rows.append(("DKIM", "warning", f"no [[dkim]] of {name}: its mail is not signed (`relaymta dkim keygen`)"))
+        signed = any(row["state"] == "ok" for row in keys)
+        return [*rows, await _dmarc(resolver, name, aligned or signed)]
+    finally:
+        await resolver.close()
+
+
+async def _reverse(resolver: "Resolver", address: str, hostname: str) -> list[Row]:
+    """Our address has a name, the name has that address, and it is the one we say."""
+    from relaymta.dns import DnsFailure, NoData, NoSuchName
+
+    parsed = ipaddress.ip_address(address)
+    if parsed.is_private:
+        return [(f"address {address}", "warning", "a private address: others see another one (give it with --address)")]
+    try:
+        pointers = await resolver.values(parsed.reverse_pointer, "PTR")
+    except (NoData, NoSuchName, DnsFailure):
+        pointers = []
+    if not pointers:
+        return [(f"PTR of {address}", "wrong", "no name: many refuse mail from such addresses")]
+    confirmed = []
+    for pointer in pointers:
+        with contextlib.suppress(NoData, NoSuchName, DnsFailure):
+            if address in await resolver.addresses(pointer):
+                confirmed.append(pointer.lower())
+    if not confirmed:
+        return [(f"PTR of {address}", "wrong", f"{', '.join(pointers)}, which has not this address")]
+    fits = hostname.lower() in confirmed
+    said = ", ".join(confirmed) if fits else f"{', '.join(confirmed)}, but EHLO says {hostname}"
+    return [(f"PTR of {address}", "ok" if fits else "warning", said)]
+
+
+async def _spf(resolver: "Resolver", address: str, name: str, hostname: str) -> tuple[Row, bool]:
+    from relaymta.filter import spf
+
+    found = await spf.check(resolver, address, f"postmaster@{name}", hostname)
+    state = {"pass": "ok", "none": "warning"}.get(found.result, "wrong")
+    what = f"SPF of {name} for {address}"
+    said = f"no record; publish v=spf1 ip4:{address} -all" if found.result == "none" else f"{found.result} {found.reason}".strip()
+    return (what, state, said), found.result == "pass"
+
+
+async def _dmarc(resolver: "Resolver", name: str, passes: bool) -> Row:
+    from relaymta.filter import dmarc
+
+    found = await dmarc.check(resolver, name, (name, "pass" if passes else "fail"), [])
+    if found.result == "none":
+        return f"DMARC of {name}", "warning", 'no record; begin with "v=DMARC1; p=none"'
+    if found.result == "pass":
+        return f"DMARC of {name}", "ok", "mail from here passes"
+    return f"DMARC of {name}", "wrong", f"{found.result}: mail from here is up to p={found.policy}"
