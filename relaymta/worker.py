@@ -21,9 +21,10 @@ import msgspec
 import uvloop
 
 from relaymta import memory
+from relaymta.accept.acceptor import Acceptor
 from relaymta.accept.door import Door
 from relaymta.accept.intake import Intake
-from relaymta.accept.listener import Acceptor, Listening
+from relaymta.accept.listening import Listening
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, near
 from relaymta.control import Channel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from relaymta.proto.proxy import LONGEST, BadHeader, Header, parse
 
 if TYPE_CHECKING:
-    from relaymta.accept.listener import Connection
+    from relaymta.accept.connection import Connection
 
 __all__ = ["Guarded", "Listening", "proxied"]
 
