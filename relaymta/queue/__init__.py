@@ -124,14 +124,8 @@ class Queue:
             on_commit=self._committed,
             sign=sign,
         )
-        self.schedule = Schedule(
-            self.store,
-            self.clock,
-            self._read,
-            offer,
-            window=settings.window,
-            window_bytes=settings.window_bytes,
-        )
+        window = {"window": settings.window, "window_bytes": settings.window_bytes}
+        self.schedule = Schedule(self.store, self.clock, self._read, offer, **window)
         self.compactor = Compactor(self.store, self.segments, self.writer, self._read)
         self.full = False
         self.room = 1 << 62  # octets until `full`, as of the last look
