@@ -21,12 +21,14 @@ FLYING = 512  # cells of one worker for ids of messages in flight; the first is 
 ROWS = 4096  # limits that are in use at the same time
 ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
 PROBES = 16
-RATE_ROWS = 4096  # rates that are in use at the same time; a row: the key's hash, and when it is free again
+RATE_ROWS = (
+    4096  # rates that are in use at the same time, in each of two tables; a row: the key's hash, and when it is free again
+)
 RATE_IDLE_US = 60_000_000  # a rate that was not taken from for so long may give its row to another
 
 _FLYING_AT = SLOTS * COUNTERS + ROWS * ROW
 _RATES_AT = _FLYING_AT + SLOTS * FLYING
-_CELLS = _RATES_AT + 2 * RATE_ROWS
+_CELLS = _RATES_AT + 2 * 2 * RATE_ROWS
 
 
 class Shared:
@@ -58,8 +60,12 @@ class Shared:
         return Flying(Cells(self._map, 8 * (_FLYING_AT + slot * FLYING), FLYING))
 
     def rates(self, workers: int) -> "Rates":
-        """The rates as one of `workers` workers takes from them."""
+        """The rates of delivery as one of `workers` workers takes from them."""
         return Rates(Cells(self._map, 8 * _RATES_AT, 2 * RATE_ROWS), workers)
+
+    def client_rates(self, workers: int) -> "Rates":
+        """The rates and quotas of clients, in a table of their own: strangers may have as many addresses as they like."""
+        return Rates(Cells(self._map, 8 * (_RATES_AT + 2 * RATE_ROWS), 2 * RATE_ROWS), workers)
 
     def clear_limits(self, slot: int) -> None:
         """Give back what a dead worker held."""
@@ -240,16 +246,21 @@ class Rates:
     def wait(self, key: str, per_second: float, burst: int = 1) -> float:
         """As `take`, but only look: the seconds until there is one, 0.0 for now."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
-        row = self._row(_mark(key), now)
-        free = self._own.get(key, 0) if row < 0 else self._cells.get(row + 1)
-        return _next_free(free, now, 1_000_000 / per_second, burst)[1] / 1_000_000
+        return _next_free(self._free(key), now, 1_000_000 / per_second, burst)[1] / 1_000_000
 
     def used(self, key: str, per_second: float) -> float:
         """How many units of `key` were taken and are not there again."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
-        row = self._row(_mark(key), now)
-        free = self._own.get(key, 0) if row < 0 else self._cells.get(row + 1)
-        return max(0, free - now) * per_second / 1_000_000
+        return max(0, self._free(key) - now) * per_second / 1_000_000
+
+    def _free(self, key: str) -> int:
+        """When a key's rate is free again. Claims no row: who only looks takes nobody's place."""
+        mark = _mark(key)
+        for probe in range(PROBES):
+            row = (mark + probe) % RATE_ROWS * 2
+            if self._cells.get(row) == mark:
+                return self._cells.get(row + 1)
+        return self._own.get(key, 0)
 
     def _row(self, mark: int, now: int) -> int:
         """The key's row, claimed when it has none; -1 when there is no room."""

@@ -21,14 +21,12 @@ from typing import Any
 import msgspec
 import uvloop
 
-from relaymta.accept import door
-from relaymta.accept.quota import key_of
 from relaymta.config import Config, parse_hostport, parse_quota
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
 from relaymta.log import Log, find_history
 from relaymta.metrics import SITES_SHOWN
-from relaymta.node import BOUNCE, DEAD, HOLD, SUSPENDED, TOKEN, Fact, Facts, Store, fact_row, keep_profiles
+from relaymta.node import BOUNCE, DEAD, HOLD, SUSPENDED, TOKEN, Fact, Facts, Store, fact_row, keep_profiles, keep_secret
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
@@ -92,7 +90,7 @@ class Supervisor:
         control = self._bind_control()
         http = await self._serve_metrics()
         self._drop_root()
-        door.check(self.config)
+        _check_files(self.config)
         self._open_node(spool / "node")
         for number, own in enumerate(sockets):
             self.slots.append(Slot(number, own, [number]))
@@ -135,6 +133,7 @@ class Supervisor:
             spool.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError([f"spool: {spool}: {error.strerror}"]) from None
+        keep_secret(spool)
         if self.config.user and os.geteuid() == 0:
             entry = _user(self.config.user)
             for path in [spool, *spool.rglob("*")]:
@@ -334,7 +333,7 @@ class Supervisor:
         """Read the configuration again and hand it to the workers; what is wrong with it, or needs a restart."""
         try:
             fresh = self._reload_config()
-            door.check(fresh)
+            _check_files(fresh)
         except ConfigError as error:
             self.log.event("warning", text=f"reload refused, the old configuration stays: {error}")
             return f"refused, the old configuration stays:\n{error}"
@@ -508,7 +507,9 @@ class Supervisor:
 
     async def _usage(self, quotas: list[tuple[str, str, str]]) -> list[float]:
         """How much is used of quotas of accounts: (account, kind, quota) each."""
-        rates = self.shared.rates(len(self.slots))
+        from relaymta.accept.quota import key_of
+
+        rates = self.shared.client_rates(len(self.slots))
         found = []
         for name, kind, quota in quotas:
             count, seconds = parse_quota(quota)
@@ -545,6 +546,14 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "usage": Supervisor._usage,
     "reload": Supervisor.reload,
 }
+
+
+def _check_files(config: Config) -> None:
+    """ConfigError with what is wrong with certificates, keys and accounts, as whom we run as now can read them."""
+    if config.certificate or config.accounts or config.dkim or config.relay.recipients:
+        from relaymta.accept import door  # and what it needs: cryptography, argon2
+
+        door.check(config)
 
 
 async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:

@@ -224,6 +224,7 @@ class Worker:
         self.counters = Counters(shared.counters(slot))
         self.limits = shared.limits(slot, workers)
         self.rates = shared.rates(workers)
+        self.client_rates = shared.client_rates(workers)
         self.facts = Facts(msgspec.convert(facts, list[Fact]))
         self.flying = shared.flying(slot)
         self.suspects = set(suspects)
@@ -231,6 +232,8 @@ class Worker:
         history = History(Path(self.config.spool) / "history", slot, kept) if kept else None
         self.log = Log(self.config.log.file, slot, history)
         self.routes = RouteTable(self.config)
+        if any(route.lookup or route.oauth for route in self.config.route):
+            import aiohttp  # noqa: F401 (now, and not while mail waits)
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         for number in shards:
             self.shards[number] = Shard(self, number)
@@ -240,8 +243,8 @@ class Worker:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
-        door = Door(self.config, self.rates, self.resolver, self.counters, self.log)
-        quotas = Quotas(self.rates, self.counters)
+        door = Door(self.config, self.client_rates, self.resolver, self.counters, self.log)
+        quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, door, quotas, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
@@ -279,7 +282,7 @@ class Worker:
         full = any(shard.queue.full for shard in self.shards.values())
         slow = any(shard.queue.pressure for shard in self.shards.values())
         stalled = any(shard.queue.writer.stalled for shard in self.shards.values())
-        gauge("relaymta_limit_overflows", self.limits.overflows + self.rates.overflows)
+        gauge("relaymta_limit_overflows", self.limits.overflows + self.rates.overflows + self.client_rates.overflows)
         gauge("relaymta_store_slow", slow)
         gauge("relaymta_store_full", full)
         gauge("relaymta_listeners_paused", self.acceptor is not None and self.acceptor.paused)

@@ -21,9 +21,9 @@ from relaymta.accept.listening import proxied
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.filter.signing import Big
-from relaymta.filter.verify import without_forged
 from relaymta.metrics import index
 from relaymta.proto import reply
+from relaymta.proto.authres import without_forged
 from relaymta.proto.envelope import Body
 from relaymta.proto.header import header_end
 from relaymta.proto.sasl import Claim
@@ -32,6 +32,7 @@ from relaymta.queue import BigBody, format_id
 
 if TYPE_CHECKING:
     from relaymta.accept.acceptor import Acceptor
+    from relaymta.filter.verify import Verifier
 
 __all__ = ["DRAIN_REPLY", "Connection"]
 
@@ -359,16 +360,19 @@ class Connection(asyncio.Protocol):
                 front[0], text, self._application(), lambda found: self._signed(session, transaction, front, text, found)
             )
             return
-        if self.acceptor.door.verifier.settings.results and not self._own():
-            self.acceptor.spawn(self._verify(session, transaction, front, text))
+        verifier = self.acceptor.door.verifier
+        if verifier is not None and not self._own():
+            self.acceptor.spawn(self._verify(verifier, session, transaction, front, text))
             return
         text[:0] = front
         self.size = sum(map(len, text))
         self._admit(session, transaction, text)
 
-    async def _verify(self, session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes]) -> None:
+    async def _verify(
+        self, verifier: "Verifier", session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes]
+    ) -> None:
         """A stranger's message: what it says of itself is looked at, and told in front of it."""
-        verifier, client = self.acceptor.door.verifier, self.client_of()
+        client = self.client_of()
         whole = b"".join(text)
         end = header_end(whole)
         message = without_forged(whole[:end], self.acceptor.intake.hostname) + whole[end:]
@@ -484,9 +488,8 @@ class Connection(asyncio.Protocol):
             intake = self.acceptor.intake
             self.ident = intake.queue.ident()
             start = b"".join(text)
-            if (
-                self.acceptor.door.verifier.settings.results and not self._own()
-            ):  # too long to be verified, but nobody is believed
+            if self.acceptor.door.verifier is not None and not self._own():
+                # It is too long to be verified, but nobody is believed.
                 end = header_end(start)
                 start = without_forged(start[:end], intake.hostname) + start[end:]
             front = intake.prepend(

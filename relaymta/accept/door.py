@@ -4,23 +4,26 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relaymta.accept import logins, tls
 from relaymta.accept.logins import Logins
+from relaymta.accept.passwords import Checker
 from relaymta.accept.tls import Certificates
 from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError
 from relaymta.filter import signing
 from relaymta.filter.signing import Signer
-from relaymta.filter.verify import Verifier
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
 from relaymta.shm import Rates
 from relaymta.watch import Watched
+
+if TYPE_CHECKING:
+    from relaymta.filter.verify import Verifier
 
 __all__ = ["Door", "check"]
 
@@ -46,6 +49,7 @@ class Door:
         self._resolver = resolver
         self._rates, self._counters, self._log = rates, counters, log
         self._refreshing = False
+        self._checker = Checker()
         self.signer = Signer(config, counters, lambda: wall_ms() // 1000)
         self.configure(config)
 
@@ -53,14 +57,18 @@ class Door:
         """Take over a configuration (blocks while its files are read)."""
         self.certificates = Certificates(config)
         self.signer.configure(config)
-        now = lambda: wall_ms() // 1000  # noqa: E731
-        self.verifier = Verifier(config.verify, config.hostname, self._resolver, self.signer.run, now)
-        self.logins = Logins(config, self._rates, self._counters, self._log)
+        self.verifier = self._verifier(config) if config.verify.results else None
+        self.logins = Logins(config, self._checker, self._rates, self._counters, self._log)
         path = config.relay.recipients
         self._recipients = Watched([path] if path else [], lambda: _recipients(path))
         self._told: set[str] = set()
         self._refresh()
         self._tell()
+
+    def _verifier(self, config: Config) -> "Verifier":
+        from relaymta.filter.verify import Verifier  # and the libraries that it needs, where it is wanted
+
+        return Verifier(config.verify, config.hostname, self._resolver, self.signer.run, lambda: wall_ms() // 1000)
 
     def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
         """What a session on a listener begins with. `assume`: what XCLIENT does, None where the client may not."""

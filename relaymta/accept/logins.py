@@ -7,17 +7,17 @@ Nothing but the log tells an unknown user from a wrong password.
 
 import hashlib
 import hmac
-import os
 import time
+import zlib
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.accept.dovecot import Dovecot
 from relaymta.accept.identity import Identity, Unavailable, group_of
 from relaymta.accept.passwords import Busy, Checker, argon2id, matches, scram_keys
 from relaymta.accept.quota import KINDS
-from relaymta.accept.web import Bearer, Passwords
 from relaymta.config import Account, Config, load_accounts
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
@@ -25,6 +25,9 @@ from relaymta.proto import reply
 from relaymta.proto.sasl import Claim, Keys, Password, Proof
 from relaymta.shm import Rates
 from relaymta.watch import Watched
+
+if TYPE_CHECKING:
+    from relaymta.accept.web import Bearer, Passwords
 
 __all__ = ["Logins", "check"]
 
@@ -34,6 +37,7 @@ LIMITED = index("relaymta_logins_total", "limited")
 UNAVAILABLE = index("relaymta_logins_total", "unavailable")
 
 REMEMBERED = 10_000
+STRANGERS = 64
 AT_ONCE = 3  # passwords of one address that are computed or wait for it
 
 
@@ -43,18 +47,38 @@ def check(config: Config) -> None:
         load_accounts(Path(config.accounts.file))
 
 
-class Logins:
-    """The accounts of one worker."""
+class _Book(NamedTuple):
+    """A file of accounts: by name; whether SCRAM works for any; the iterations that a stranger is told of."""
 
-    def __init__(self, config: Config, rates: Rates, counters: Counters, log: Log) -> None:
+    accounts: dict[str, Account]
+    scram: bool
+    iterations: int
+
+
+def _read(path: str) -> _Book:
+    accounts = {account.name: account for account in load_accounts(Path(path))} if path else {}
+    kept = (scram_keys(secret.hash) for account in accounts.values() for secret in account.secrets)
+    first = next((keys for keys in kept if keys is not None), None)
+    return _Book(accounts, first is not None, first.iterations if first is not None else 4096)
+
+
+class Logins:
+    """The accounts of one worker. `checker`: computes passwords."""
+
+    def __init__(self, config: Config, checker: Checker, rates: Rates, counters: Counters, log: Log) -> None:
         settings = self._settings = config.accounts
         path = settings.file
-        self.watched = Watched([path] if path else [], lambda: {a.name: a for a in load_accounts(Path(path))} if path else {})
-        self._others = Dovecot(settings.dovecot) if settings.dovecot else Passwords(settings.url) if settings.url else None
-        self._bearer = Bearer(settings.tokens) if settings.tokens is not None else None
+        self.watched = Watched([path] if path else [], lambda: _read(path))
+        self._others: Dovecot | Passwords | None = Dovecot(settings.dovecot) if settings.dovecot else None
+        self._bearer: Bearer | None = None
+        if settings.url or settings.tokens is not None:
+            from relaymta.accept import web  # and the libraries that it needs, where it is wanted
+
+            self._others = web.Passwords(settings.url) if settings.url else self._others
+            self._bearer = web.Bearer(settings.tokens) if settings.tokens is not None else None
         self._rates, self._counters, self._log = rates, counters, log
-        self._checker = Checker()
-        self._secret = os.urandom(32)  # for what must be the same each time, and unknown to everybody
+        self._checker = checker
+        self._secret = (Path(config.spool) / "secret").read_bytes()
         self._nobody = argon2id(self._secret.hex())
         self._known: dict[bytes, tuple[float, str, Identity]] = {}  # digest of a right password: until when (monotonic), its hash
         self._waiting: Counter[str] = Counter()  # passwords that are computed or wait for it, by client
@@ -64,7 +88,7 @@ class Logins:
     def mechanisms(self) -> tuple[str, ...]:
         """What AUTH offers."""
         found: list[str] = []
-        if any(scram_keys(secret.hash) for account in self._accounts.values() for secret in account.secrets):
+        if self._book.scram:
             found.append("SCRAM-SHA-256")
         if self._settings.file or self._others is not None:
             found += ["PLAIN", "LOGIN"]
@@ -73,8 +97,8 @@ class Logins:
         return tuple(found)
 
     @property
-    def _accounts(self) -> dict[str, Account]:
-        return self.watched.value or {}
+    def _book(self) -> _Book:
+        return self.watched.value or _Book({}, False, 4096)
 
     def keys(self, user: str) -> Keys:
         """For SCRAM. Of an unknown user the same each time, and as if they were somebody's."""
@@ -83,16 +107,11 @@ class Logins:
             if found is not None:
                 return found
         salt, stored, server = (hmac.digest(self._secret, f"{n} {user}".encode(), "sha256") for n in range(3))
-        return Keys(salt[:16], stored, server, self._iterations())
-
-    def _iterations(self) -> int:
-        """As those have who are known."""
-        hashes = (secret.hash for account in self._accounts.values() for secret in account.secrets)
-        return next((keys.iterations for kept in hashes if (keys := scram_keys(kept)) is not None), 4096)
+        return Keys(salt[:16], stored, server, self._book.iterations)
 
     def _hashes(self, user: str) -> list[str]:
         """What opens an account now."""
-        account = self._accounts.get(user)
+        account = self._book.accounts.get(user)
         if account is None:
             return []
         now = datetime.now(UTC)
@@ -100,7 +119,9 @@ class Logins:
 
     async def check(self, claim: Claim, address: str) -> tuple[Identity | None, bytes]:
         """Who a client at `address` is, and the reply to its AUTH."""
-        where, who = group_of(address), claim.user
+        where = group_of(address)
+        # Names that are nobody's share some rates, so that guessing them fills no table.
+        who = claim.user if claim.user in self._book.accounts else f"nobody {zlib.crc32(claim.user.encode()) % STRANGERS}"
         burst, rate = self._settings.failures, 1 / max(0.001, self._settings.failures_forgotten)
         here = self._rates.wait(f"login from {where}", rate, burst)
         failed_here = self._rates.wait(f"login from {where}", rate) > 0
@@ -170,7 +191,7 @@ class Logins:
 
     def as_kept(self, found: Identity) -> Identity:
         """With what the file of accounts says of somebody, whoever knew the password."""
-        account = self._accounts.get(found.name)
+        account = self._book.accounts.get(found.name)
         if account is None:
             return found
         return Identity(

@@ -12,14 +12,13 @@ from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import Dmarc
 from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, keys_of, signatures_of, verify
 from relaymta.filter.spf import Spf
-from relaymta.proto.dkim import author_domain, name_of, split_fields
+from relaymta.proto.dkim import author_domain, split_fields
 from relaymta.proto.header import header_end
 
-__all__ = ["Verdict", "Verifier", "without_forged"]
+__all__ = ["Verdict", "Verifier"]
 
 SECONDS = 20.0  # for all questions to the DNS about one message
 
-_ID = re.compile(rb"\s*(?:\((?:[^()\\]|\\.)*\)\s*)*\"?([^\s;\"(]+)", re.S)
 _UNSAFE = re.compile(r"[^\w.@+-]")
 
 
@@ -105,18 +104,3 @@ def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed:
 def _safe(text: str) -> str:
     """A value as a token: what a stranger said breaks out of nothing."""
     return _UNSAFE.sub("?", text) or "none"
-
-
-def without_forged(block: bytes, hostname: str) -> bytes:
-    """A header block without Authentication-Results fields that claim to be ours (RFC 8601 5)."""
-    if b"uthentication-" not in block and b"authentication-results" not in block.lower():
-        return block
-    fields = re.split(rb"(?<=\r\n)(?![ \t])", block)
-    return b"".join(field for field in fields if not _ours(field, hostname))
-
-
-def _ours(field: bytes, hostname: str) -> bool:
-    if name_of(field) != b"authentication-results":
-        return False
-    match = _ID.match(field.partition(b":")[2])
-    return match is None or match[1].decode("utf-8", "replace").lower().rstrip(".") == hostname.lower().rstrip(".")

@@ -5,6 +5,7 @@ by telling the supervisor, and acts on what it has been told (`Facts`). Times ar
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from relaymta.errors import StoreError, store_error
 
 __all__ = [
     "BOUNCE", "DEAD", "HOLD", "LEARNED", "PROFILES", "PROFILES_BEFORE", "SLOW", "SUSPENDED", "TOKEN", "Fact", "Facts", "Store",
-    "fact_row", "keep_profiles",
+    "fact_row", "keep_profiles", "keep_secret",
 ]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
@@ -181,3 +182,11 @@ def _key(fact: Fact) -> bytes:
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Fact).decode
+
+
+def keep_secret(spool: Path) -> None:
+    """Make the secret of a spool, if there is none: by it all workers tell strangers the same of users who do not exist."""
+    path = spool / "secret"
+    if not path.exists():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.urandom(32))

@@ -8,8 +8,6 @@ import json
 import re
 from dataclasses import dataclass
 
-import aiohttp
-
 from relaymta.config import parse_hostport
 
 __all__ = ["Answer", "LookupFailed", "ask"]
@@ -38,6 +36,8 @@ class Answer:
 
 async def ask(url: str, domain: str, application: str) -> Answer:
     """Ask. LookupFailed when there is no good answer."""
+    import aiohttp  # the worker has it already where a route has a look-up: it takes a tenth of a second
+
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,

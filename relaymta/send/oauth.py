@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
-
 from relaymta.config import OAuth
 
 __all__ = ["TokenError", "Tokens"]
@@ -67,6 +65,8 @@ class Tokens:
             del self._tokens[settings]
 
     async def _fetch(self, settings: OAuth) -> str:
+        import aiohttp  # the worker has it already where a route has tokens: it takes a tenth of a second
+
         try:
             answer = await self._ask(settings)
             text, seconds = answer["access_token"], float(str(answer.get("expires_in") or DEFAULT_SECONDS))
@@ -84,6 +84,8 @@ class Tokens:
         return text
 
     async def _ask(self, settings: OAuth) -> dict[str, object]:
+        import aiohttp
+
         name, form = "", {"client_id": settings.client_id, "grant_type": "client_credentials"}
         if settings.client_secret_file:
             form["client_secret"] = await asyncio.to_thread(_secret, settings.client_secret_file)

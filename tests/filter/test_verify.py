@@ -20,7 +20,7 @@ from relaymta.filter import spf
 from relaymta.filter.dmarc import organizational
 from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, signatures_of, verify
 from relaymta.filter.signing import load_key, record
-from relaymta.filter.verify import without_forged
+from relaymta.proto.authres import without_forged
 from tests.filter.test_signing import MESSAGE, PAIRS, keys, sign, write_key
 from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx

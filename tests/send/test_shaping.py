@@ -205,9 +205,17 @@ def test_more_mail_than_one_site_may_hold_in_memory_goes_on_after_the_site_was_d
     """So much waits that the rest is left on disk; then the site dies and comes back."""
     with FakeMx({}, slow=3600) as slow:
         with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5", "delivery.connect_timeout=300") as relay:
-            with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as client:
-                for _ in range(2300):
-                    client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+
+            def part() -> None:
+                with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as client:
+                    for _ in range(230):
+                        client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+
+            threads = [threading.Thread(target=part) for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
             assert slow.messages == []
             slow.__exit__()
             with FakeMx({}, slow.port) as peer:
