@@ -5,7 +5,7 @@ import os
 import pwd
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -255,10 +255,24 @@ def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> 
     file.add(name, scram(key), application=name, senders=list(senders))
     click.echo(f"user:   {name}\nsecret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    config = loaded(read, DEMO)
-    hostname = config.hostname
+    for line in _records(loaded(read, DEMO), domains):
+        click.echo(f"DNS:    {line}")
+
+
+def _records(config: Config, domains: list[str]) -> Iterator[str]:
+    """What the DNS should say of domains whose mail leaves from here."""
+    from relaymta.filter.signing import load_key, record, zone_line
+
     for domain in domains:
-        click.echo(f'DNS:    {domain}. TXT "v=spf1 a:{hostname} -all"  (or add a:{hostname} to the record that is there)')
+        yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to the record that is there)'
+        keys = [one for one in config.dkim if one.domain == domain]
+        for one in keys:
+            try:
+                yield zone_line(f"{one.selector}._domainkey.{domain}", record(load_key(one)))
+            except ConfigError as error:
+                yield f"... and a key that cannot be read: {error}"
+        if not keys:
+            yield f"... and a key that signs: relaymta dkim keygen {domain} --selector s1 --out FILE"
 
 
 @app.command()

@@ -20,18 +20,10 @@ from relaymta.errors import ConfigError
 
 __all__ = ["checked", "dkim"]
 
-STRING = 255  # octets of one string of a TXT record
-
 
 @click.group()
 def dkim() -> None:
     """Keys that sign mail."""
-
-
-def _zone_line(name: str, text: str) -> str:
-    """A TXT record as a zone file has it."""
-    strings = [text[i : i + STRING] for i in range(0, len(text), STRING)]
-    return f"{name}. TXT " + " ".join(f'"{part}"' for part in strings)
 
 
 @dkim.command()
@@ -66,9 +58,9 @@ def _make(path: Path, kind: str, user: str) -> None:
 
 
 def _show_record(settings: Dkim) -> None:
-    from relaymta.filter.signing import load_key, record
+    from relaymta.filter.signing import load_key, record, zone_line
 
-    click.echo(_zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
+    click.echo(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
 
 
 @dkim.command()

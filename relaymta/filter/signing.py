@@ -20,10 +20,11 @@ from relaymta.proto.dkim import OVERSIGNED, SIGNED, BodyHash, Signature, author_
 from relaymta.proto.header import header_end
 from relaymta.watch import Watched
 
-__all__ = ["Big", "Key", "Signer", "check", "load_key", "record"]
+__all__ = ["Big", "Key", "Signer", "check", "load_key", "record", "zone_line"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
 BITS_LEAST = 1024
+STRING = 255  # octets of one string of a TXT record
 TOGETHER = 32  # messages that are signed and go on to the commit together: a group costs as much as several of them,
 GATHER_SECONDS = 0.004  # so behind a batch, where some wait, others are waited for
 PLACE = "A" * 43 + "="  # for a hash that is not known yet
@@ -92,6 +93,12 @@ def record(key: Key) -> str:
         return f"v=DKIM1; k=ed25519; p={base64.b64encode(raw).decode()}"
     raw = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return f"v=DKIM1; k=rsa; p={base64.b64encode(raw).decode()}"
+
+
+def zone_line(name: str, text: str) -> str:
+    """A TXT record as a zone file has it."""
+    strings = [text[i : i + STRING] for i in range(0, len(text), STRING)]
+    return f"{name}. TXT " + " ".join(f'"{part}"' for part in strings)
 
 
 class Signer:

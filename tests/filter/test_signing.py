@@ -237,6 +237,9 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
     assert status == 0 and (tmp_path / "one.pem").stat().st_mode & 0o777 == 0o600
     line, _, table = said.partition("\n")
     config.write_text(config.read_text() + table + "\n# a remark\n[limits]\nconnections = 9\n")
+    create = ("app", "create", "shop", "--sender", "@shop.test", "--config", str(config))
+    made = relay.cli(*create, "--set", f"accounts.file={tmp_path}/accounts.toml").stdout
+    assert 'shop.test. TXT "v=spf1 a:' in made and line in made  # the record of its key
     assert run("keygen", "x.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))[0] == 73  # never over another
     status, said = run("check")
     assert status == 1 and "the DNS does not say" in " ".join(said.split())
