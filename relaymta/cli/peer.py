@@ -122,4 +122,4 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
