@@ -21,19 +21,17 @@ class Watched(Generic[T]):
         self._load = load
         self._stamp: Stamp = ()
 
-    def refresh(self) -> bool:
-        """Load again what has changed, or was wrong the last time; whether `value` or `problem` is another one now."""
+    def refresh(self) -> None:
+        """Load again what has changed, or was wrong the last time."""
         stamp = tuple(_stamp(path) for path in self._paths)
         if stamp == self._stamp and not self.problem:
-            return False
-        before, self._stamp = self.problem, stamp
+            return
+        self._stamp = stamp
         try:
             self.value = self._load()
             self.problem = ""
         except Exception as error:  # whatever is in the file: it is somebody else's
             self.problem = str(error) or type(error).__name__
-            return self.problem != before
-        return True
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:

@@ -37,18 +37,15 @@ class Certificates:
         """For a new handshake; None when there is no usable certificate."""
         return next((one.value.context for one in self._watched if one.value is not None), None)
 
-    def __bool__(self) -> bool:
-        return bool(self._watched)
-
     @property
     def problems(self) -> list[str]:
         """Of the files that cannot be used as they are now."""
         return [one.problem for one in self._watched if one.problem]
 
-    def refresh(self) -> bool:
-        """Thread: read what has changed; whether anything is different now."""
-        changed = [one.refresh() for one in self._watched]
-        return any(changed)
+    def refresh(self) -> None:
+        """Thread: read what has changed."""
+        for one in self._watched:
+            one.refresh()
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
         """The first certificate that is for this name, else the first of all."""

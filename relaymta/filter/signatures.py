@@ -21,6 +21,7 @@ __all__ = ["Verified", "arc", "keys_of", "signatures_of", "verify"]
 
 MOST = 5  # signatures that are looked at; more make nothing better
 BITS_LEAST = 1024
+ARC_FIELDS = (b"arc-seal", b"arc-message-signature")  # RFC 8617 4.1; those of the last hop stand first
 
 _TAG = re.compile(rb"\s*([A-Za-z][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z", re.S)
 
@@ -86,9 +87,6 @@ def signatures_of(message: bytes, names: tuple[bytes, ...] = (b"dkim-signature",
     """The tags of a message's signatures (fields of these names), the first MOST; {} for one that has none to speak of."""
     fields = split_fields(message[: header_end(message)])
     return [_tags(field.partition(b":")[2]) for field in fields if name_of(field) in names][:MOST]
-
-
-ARC_FIELDS = (b"arc-seal", b"arc-message-signature")  # RFC 8617 4.1; those of the last hop stand first
 
 
 def _tags(value: bytes) -> Tags:
