@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Channel", "Refused", "ask", "begin"]
+__all__ = ["Channel", "Refused", "ask", "begin", "serve"]
 
 _LENGTH = struct.Struct(">I")
 LIMIT = 64 << 20
@@ -179,6 +179,18 @@ def begin(path: Path, op: str, /, **args: Any) -> Callable[[], Any]:
         return answer.get("ok")
 
     return finish
+
+
+def serve(sock: socket.socket, handle: Callable[[str, dict[str, Any]], Any]) -> None:
+    """Blocking: answer requests, one by one, until the other end is gone."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            message = _decode(_receive(sock, _LENGTH.unpack(_receive(sock, 4))[0]))
+            try:
+                answer = {"ok": handle(message["op"], message["args"])}
+            except Exception as error:
+                answer = {"error": str(error) or type(error).__name__}
+            sock.sendall(pack({"id": message["id"]} | answer))
 
 
 def _receive(sock: socket.socket, count: int) -> bytes:

@@ -472,6 +472,7 @@ class Worker:
             *(shard.dispatcher.drain(DRAIN_SECONDS, TEXT_SECONDS) for shard in self.shards.values()),
         )
         self._timer.cancel()
+        self.acceptor.door.signer.end()
         for shard in self.shards.values():
             await shard.queue.stop()
         await self.resolver.close()

@@ -20,7 +20,7 @@ from relaymta.accept.intake import Client
 from relaymta.accept.listening import proxied
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
-from relaymta.filter.signing import Big
+from relaymta.filter.signing import Draft
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.authres import without_forged
@@ -32,7 +32,7 @@ from relaymta.queue import BigBody, format_id
 
 if TYPE_CHECKING:
     from relaymta.accept.acceptor import Acceptor
-    from relaymta.filter.verify import Verifier
+    from relaymta.filter.verify import Look, Verifier
 
 __all__ = ["DRAIN_REPLY", "Connection"]
 
@@ -43,6 +43,7 @@ RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 # For the handshake, and for the client's part of the end of TLS.
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+FRONT = 65536  # octets that have room in front of a large text for what is only known at its end
 PATIENT_ERRORS = 3  # wrong commands until each costs time
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
@@ -51,9 +52,8 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "big", "checking", "client", "counted", "dot_at", "front", "heard", "ident", "identity", "late",
-        "listener", "paused", "seat", "session", "signatures", "size", "spilling", "storing", "text_since", "transport",
-        "wrong",
+        "acceptor", "big", "checking", "client", "counted", "dot_at", "draft", "front", "heard", "ident", "identity", "late",
+        "listener", "look", "paused", "seat", "session", "size", "spilling", "storing", "text_since", "transport", "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -69,8 +69,9 @@ class Connection(asyncio.Protocol):
         self.ident = 0
         self.size = 0  # octets stored of the message under way, ours in front included
         self.big: BigBody | None = None
-        self.signatures: Big | None = None  # those of `big`
-        self.front = 0  # octets of ours in front of `big` that are still to be written
+        self.draft: Draft | None = None  # `big`, where it is to be signed
+        self.look: Look | None = None  # `big`, where it is to be verified
+        self.front: list[bytes] = []  # what goes in front of `big` at its end
         self.spilling = False  # a thread is writing to `big`
         self.storing = False
         self.checking = False  # a login is being checked, or a reply held back
@@ -371,25 +372,34 @@ class Connection(asyncio.Protocol):
     async def _verify(
         self, verifier: "Verifier", session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes]
     ) -> None:
-        """A stranger's message: what it says of itself is looked at, and told in front of it."""
-        client = self.client_of()
+        """A stranger's message that is in memory."""
         whole = b"".join(text)
         end = header_end(whole)
-        message = without_forged(whole[:end], self.acceptor.intake.hostname) + whole[end:]
+        header, body = without_forged(whole[:end], self.acceptor.intake.hostname), whole[end:]
+        field = await self._looked_at(verifier, session, transaction, verifier.look(header), body)
+        if field is not None:
+            found = [field, *front, header, body]
+            self.size = sum(map(len, found))
+            self._admit(session, transaction, found)
+
+    async def _looked_at(
+        self, verifier: "Verifier", session: ServerSession, transaction: Transaction, look: "Look", body: bytes
+    ) -> bytes | None:
+        """A stranger's message: what it says of itself is looked at. The field that tells what was found; None when it was
+        refused, and that answered."""
         try:
-            verdict = await verifier.check(client.address, session.helo, transaction.sender, message)
+            verdict = await verifier.check(self.client_of().address, session.helo, transaction.sender, look, body)
         except Exception as error:  # a mistake of ours loses nobody's mail
             self.acceptor.intake.unverified(error)
             self._answer(reply.NOT_VERIFIED)
-            return
-        if verifier.settings.dmarc == "enforce" and verdict.dmarc.result == "fail":
-            if verdict.dmarc.policy == "reject":
-                self._answer(reply.DMARC_REJECT)
-                return
-            transaction.held = transaction.held or verdict.dmarc.policy == "quarantine"
-        found = [verdict.field, *front, message]
-        self.size = sum(map(len, found))
-        self._admit(session, transaction, found)
+            return None
+        if verifier.settings.dmarc == "enforce":
+            wanted = verdict.dmarc
+            if wanted.policy == "reject" or (wanted.policy == "quarantine" and wanted.result == "temperror"):
+                self._answer(reply.NOT_VERIFIED if wanted.result == "temperror" else reply.DMARC_REJECT)
+                return None
+            transaction.held = transaction.held or wanted.policy == "quarantine"
+        return verdict.field
 
     def _own(self) -> bool:
         """Whether it is mail of somebody who may relay, or has logged in."""
@@ -453,7 +463,7 @@ class Connection(asyncio.Protocol):
             self._discard_big()
             self._answer(intake.failed(error))
             return
-        self.big = None
+        self.big, self.draft, self.look, self.front = None, None, None, []
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
@@ -485,40 +495,49 @@ class Connection(asyncio.Protocol):
             return
         text = transaction.take()
         if self.big is None:
-            intake = self.acceptor.intake
-            self.ident = intake.queue.ident()
-            start = b"".join(text)
-            if self.acceptor.door.verifier is not None and not self._own():
-                # It is too long to be verified, but nobody is believed.
-                end = header_end(start)
-                start = without_forged(start[:end], intake.hostname) + start[end:]
-            front = intake.prepend(
-                self.ident, transaction, self.client_of(), session, start[:65536], self.listener.submission, self.identity
-            )
-            if isinstance(front, bytes):
-                session.refuse(front)
+            self.ident = self.acceptor.intake.queue.ident()
+            found = self._opened(session, transaction, b"".join(text))
+            if isinstance(found, bytes):
+                session.refuse(found)
                 return
-            if self._signs():
-                self.signatures = self.acceptor.door.signer.big(front[0], start[:65536], self._application())
-            text = [*([self.signatures.room] if self.signatures is not None else []), *front, start]
-            self.front = sum(map(len, text)) - len(start)
+            text = found
         if text:
             self._in_thread(self._write_big, text)
 
+    def _opened(self, session: ServerSession, transaction: Transaction, start: bytes) -> list[bytes] | bytes:
+        """What is written first of a text that begins with `start`; or the reply that refuses it."""
+        intake, door = self.acceptor.intake, self.acceptor.door
+        end = header_end(start)
+        verifier = door.verifier if not self._own() else None
+        if verifier is not None:
+            if end == len(start):  # nobody's header is a megabyte; nobody hides behind one
+                return reply.HEADER_TOO_LONG
+            header = without_forged(start[:end], intake.hostname)
+            self.look, start = verifier.look(header), header + start[end:]
+            end = len(header)
+        front = intake.prepend(
+            self.ident, transaction, self.client_of(), session, start[:65536], self.listener.submission, self.identity
+        )
+        if isinstance(front, bytes):
+            return front
+        if self._signs() and end < len(start):
+            self.draft = door.signer.draft(front[0], start, self._application())
+        if self.draft is None and self.look is None:
+            return [*front, start]
+        self.front = front
+        if self.look is not None:
+            self.look.body.skip(end)
+        return [start]
+
     def _write_big(self, text: list[bytes]) -> None:
         """On a thread."""
+        seen = self.draft or self.look
         if self.big is None:
-            self.big = self.acceptor.intake.queue.big_body(self.ident)
+            self.big = self.acceptor.intake.queue.big_body(self.ident, FRONT if seen is not None else 0)
         self.big.write(text)
-        if self.signatures is not None:
-            self._hash(self.signatures, text)
-
-    def _hash(self, signatures: Big, text: list[bytes]) -> None:
-        """On a thread: what the client sent, without what is ours in front of it."""
-        for piece in text:
-            ours = min(self.front, len(piece))
-            self.front -= ours
-            signatures.feed(piece[ours:] if ours else piece)
+        if seen is not None:
+            for piece in text:
+                seen.body.feed(piece)
 
     def _in_thread(self, function: Callable[[list[bytes]], None], text: list[bytes]) -> None:
         self.spilling = True
@@ -559,14 +578,41 @@ class Connection(asyncio.Protocol):
         if transaction.chunked and transaction.tail != b"\r\n":
             text.append(b"\r\n")
 
-        signatures, self.signatures = self.signatures, None
+        self._pause()
+        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self._write_big, text)
+        future.add_done_callback(lambda future: self._passed_by(session, transaction, future.exception()))
 
-        def finish() -> Body:
-            big.write(text)
-            if signatures is not None:
-                self._hash(signatures, text)
-                big.patch(0, signatures.finish())
-            return big.finish()
+    def _passed_by(self, session: ServerSession, transaction: Transaction, error: BaseException | None) -> None:
+        """All of a large text is written: now it is known what stands in front of it."""
+        draft, look, verifier = self.draft, self.look, self.acceptor.door.verifier
+        if error is not None:
+            self._stored(store_error(error))
+        elif draft is not None:
+            self.acceptor.door.signer.finish(draft, lambda found: self._big_signed(session, transaction, found))
+        elif look is not None and verifier is not None:
+            self.acceptor.spawn(self._verify_big(verifier, session, transaction, look))
+        else:
+            self._close_big(session, transaction, b"")
+
+    def _big_signed(self, session: ServerSession, transaction: Transaction, found: bytes | Exception) -> None:
+        if isinstance(found, Exception):
+            self.acceptor.intake.unsigned(found)
+            self._discard_big()
+            self._answer(reply.NOT_SIGNED)
+        else:
+            self._close_big(session, transaction, found)
+
+    async def _verify_big(self, verifier: "Verifier", session: ServerSession, transaction: Transaction, look: "Look") -> None:
+        field = await self._looked_at(verifier, session, transaction, look, b"")
+        if field is None:
+            self._discard_big()
+        else:
+            self._close_big(session, transaction, field)
+
+    def _close_big(self, session: ServerSession, transaction: Transaction, fields: bytes) -> None:
+        big = self.big
+        assert big is not None
+        front = [fields, *self.front]
 
         def finished(future: "asyncio.Future[Body]") -> None:
             error = future.exception()
@@ -576,11 +622,10 @@ class Connection(asyncio.Protocol):
             self.size = big.length
             self._admit(session, transaction, future.result())
 
-        self._pause()
-        self.acceptor.loop.run_in_executor(self.acceptor.threads, finish).add_done_callback(finished)
+        self.acceptor.loop.run_in_executor(self.acceptor.threads, big.finish, front).add_done_callback(finished)
 
     def _discard_big(self) -> None:
-        big, self.big, self.signatures = self.big, None, None
+        big, self.big, self.draft, self.look, self.front = self.big, None, None, None, []
         if big is not None:
             self.acceptor.loop.run_in_executor(self.acceptor.threads, big.discard)
 

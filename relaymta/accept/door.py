@@ -13,7 +13,7 @@ from relaymta.accept.tls import Certificates
 from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError
-from relaymta.filter import signing
+from relaymta.filter import keys
 from relaymta.filter.signing import Signer
 from relaymta.log import Log
 from relaymta.metrics import Counters
@@ -33,7 +33,7 @@ _PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, as the user who asks can read them."""
     problems: list[str] = []
-    for one in (tls.check, logins.check, signing.check, _check_recipients):
+    for one in (tls.check, logins.check, keys.check, _check_recipients):
         try:
             one(config)
         except ConfigError as error:
@@ -50,7 +50,7 @@ class Door:
         self._rates, self._counters, self._log = rates, counters, log
         self._refreshing = False
         self._checker = Checker()
-        self.signer = Signer(config, counters, lambda: wall_ms() // 1000)
+        self.signer = Signer(config, counters, log, lambda: wall_ms() // 1000)
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -68,7 +68,7 @@ class Door:
     def _verifier(self, config: Config) -> "Verifier":
         from relaymta.filter.verify import Verifier  # and the libraries that it needs, where it is wanted
 
-        return Verifier(config.verify, config.hostname, self._resolver, self.signer.run, lambda: wall_ms() // 1000)
+        return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000)
 
     def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
         """What a session on a listener begins with. `assume`: what XCLIENT does, None where the client may not."""
@@ -107,15 +107,16 @@ class Door:
 
     def _tell(self) -> None:
         """Say once what is wrong, and count it."""
-        keys = [key.problem for key in self.signer.watched if key.problem]
-        problems = set(filter(None, [*self.certificates.problems, *keys, self.logins.watched.problem, self._recipients.problem]))
+        unusable = [key.problem for key in self.signer.watched if key.problem]
+        read = [self.logins.watched.problem, self._recipients.problem]
+        problems = set(filter(None, [*self.certificates.problems, *unusable, *read]))
         for problem in problems - self._told:
             self._log.event("warning", text=f"{problem}; what was read before stays in use")
         for problem in self._told - problems:
             self._log.event("warning", text=f"mended: {problem}")
         self._told = problems
         self._counters.gauge("relaymta_tls_certificate_errors", len(self.certificates.problems))
-        self._counters.gauge("relaymta_dkim_key_errors", len(keys))
+        self._counters.gauge("relaymta_dkim_key_errors", len(unusable))
         self._counters.gauge("relaymta_accounts_file_errors", bool(self.logins.watched.problem))
 
 

@@ -261,7 +261,7 @@ def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> 
 
 def _records(config: Config, domains: list[str]) -> Iterator[str]:
     """What the DNS should say of domains whose mail leaves from here."""
-    from relaymta.filter.signing import load_key, record, zone_line
+    from relaymta.filter.keys import load_key, record, zone_line
 
     for domain in domains:
         yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to the record that is there)'

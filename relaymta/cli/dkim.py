@@ -58,7 +58,7 @@ def _make(path: Path, kind: str, user: str) -> None:
 
 
 def _show_record(settings: Dkim) -> None:
-    from relaymta.filter.signing import load_key, record, zone_line
+    from relaymta.filter.keys import load_key, record, zone_line
 
     click.echo(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
 
@@ -148,7 +148,7 @@ async def checked(config: Config) -> list[dict[str, str]]:
 
 async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-    from relaymta.filter.signing import load_key, record
+    from relaymta.filter.keys import load_key, record
 
     assert isinstance(resolver, Resolver)
     name = f"{settings.selector}._domainkey.{settings.domain}"

@@ -127,7 +127,7 @@ async def _spf(resolver: "Resolver", address: str, name: str, hostname: str) -> 
 async def _dmarc(resolver: "Resolver", name: str, passes: bool) -> Row:
     from relaymta.filter import dmarc
 
-    found = await dmarc.check(resolver, name, (name, "pass" if passes else "fail"), [])
+    found = await dmarc.check(resolver, [name], (name, "pass" if passes else "fail"), [])
     if found.result == "none":
         return f"DMARC of {name}", "warning", 'no record; begin with "v=DMARC1; p=none"'
     if found.result == "pass":

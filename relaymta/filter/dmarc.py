@@ -1,6 +1,9 @@
 """DMARC (RFC 7489): what the domain in From: wants done with mail that it did not authenticate. Policy logic by `dmarc`,
 organizational domains by the public suffix list."""
 
+import asyncio
+import random
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -11,10 +14,16 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 
 __all__ = ["Dmarc", "check", "organizational"]
 
+MOST = 5  # authors from different domains; more are nobody's mail
+_POLICIES = ("none", "quarantine", "reject")
+_WANTED = {dmarc.PolicyQuarantineError: "quarantine", dmarc.PolicyRejectError: "reject"}
+_RECORD = re.compile(r"v\s*=\s*DMARC1\s*(;|\Z)")
+_RESULTS = ("pass", "none", "permerror", "temperror", "fail")
+
 
 class Dmarc(NamedTuple):
-    """`result`: none, pass, fail, temperror or permerror (RFC 8601 2.7); `policy`: none, quarantine or reject, which holds for a
-    message that fails."""
+    """`result`: none, pass, fail, temperror or permerror (RFC 8601 2.7); `policy`: none, quarantine or reject, what is wanted
+    done with this message (where the result is temperror: if it fails once all can be asked); `domain`: whose policy that is."""
 
     result: str
     policy: str
@@ -32,29 +41,51 @@ def organizational(domain: str) -> str:
     return found or domain
 
 
-async def check(resolver: Resolver, author: str, spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
-    """`author`: the domain in From:; `spf`: (domain, result); `signatures`: (domain, result) of each."""
-    organization = organizational(author)
+class _Organizations:
+    """What the library asks for an authenticated domain's organizational one."""
+
+    @staticmethod
+    def get_public_suffix(domain: str) -> str:
+        return organizational(domain)
+
+
+async def check(resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
+    """`authors`: the domains in From:; `spf`: (domain, result); `signatures`: (domain, result) of each. Of several authors the
+    one that fares worst counts (RFC 7489 6.6.1): none can hide behind another."""
+    if len(authors) > MOST:
+        return Dmarc("permerror", "reject", authors[0])
+    found = await asyncio.gather(*(_check(resolver, author, spf, signatures) for author in authors))
+    return max(found, key=_severity, default=Dmarc("none", "none", ""))
+
+
+def _severity(one: Dmarc) -> tuple[int, int]:
+    return _POLICIES.index(one.policy), _RESULTS.index(one.result)
+
+
+async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
+    above = ""  # the organization, where the record is its, and not the author's own
     try:
         record = await _record(resolver, author)
-        if record is None and organization != author:
-            record = await _record(resolver, organization)
+        if record is None and organizational(author) != author:
+            above = organizational(author)
+            record = await _record(resolver, above)
     except DnsFailure:
         return Dmarc("temperror", "none", author)
     if record is None:
         return Dmarc("none", "none", author)
-    results: list[dmarc.AuthResult] = [dmarc.SPFAuthResult(spf[0], dmarc.SPFResult(spf[1]))]
-    for domain, found in signatures:
-        results.append(dmarc.DKIMAuthResult(domain, dmarc.DKIMResult("pass" if found == "pass" else "fail")))
+    results: list[dmarc.AuthResult] = []  # what did not pass says nothing, and may be no domain at all
+    if spf[0] and spf[1] == "pass":
+        results.append(dmarc.SPFAuthResult(spf[0], dmarc.SPFResult.PASS))
+    results += [dmarc.DKIMAuthResult(domain, dmarc.DKIMResult.PASS) for domain, found in signatures if domain and found == "pass"]
     try:
-        policy = dmarc.DMARCPolicy(record, author, organization, publicsuffix=_suffixes(), strict=False)
+        policy = dmarc.DMARCPolicy(record, author, above or None, publicsuffix=_Organizations, strict=False)
         policy.verify(auth_results=results)
-    except dmarc.PolicyRejectError:
-        return Dmarc("fail", "reject", author)
-    except dmarc.PolicyQuarantineError:
-        return Dmarc("fail", "quarantine", author)
-    except dmarc.PolicyError:
-        return Dmarc("fail", "none", author)
+    except dmarc.PolicyError as failure:
+        wanted = _POLICIES.index(_WANTED.get(type(failure), "none"))
+        if random.random() * 100 >= policy.policy.pct:  # so many of the others are let off with less (6.6.4; t=y: all)
+            wanted = max(0, wanted - 1)
+        unknown = "temperror" in (spf[1], *(found for _, found in signatures))
+        return Dmarc("temperror" if unknown else "fail", _POLICIES[wanted], author)
     except (dmarc.Error, ValueError):
         return Dmarc("permerror", "none", author)
     return Dmarc("pass", "none", author)
@@ -63,7 +94,7 @@ async def check(resolver: Resolver, author: str, spf: tuple[str, str], signature
 async def _record(resolver: Resolver, domain: str) -> str | None:
     """The one DMARC record of a domain (6.6.3); None when there is none, or more than one."""
     try:
-        found = [text for text in await resolver.txt(f"_dmarc.{domain}") if text.startswith("v=DMARC1")]
-    except (NoData, NoSuchName):
+        found = [text for text in await resolver.txt(f"_dmarc.{domain}") if _RECORD.match(text)]
+    except (NoData, NoSuchName, ValueError):  # the last one for what is no domain
         return None
     return found[0] if len(found) == 1 else None

@@ -1,6 +1,7 @@
 """DKIM signatures of others (RFC 6376 6), verified by dkimpy with our canonicalizer and OpenSSL in the place of its own, and
 strict where it is not: no rsa-sha1 (RFC 8301), keys for what they say (h=, k=, s=), no l= that leaves octets unsigned."""
 
+import asyncio
 import base64
 import binascii
 import re
@@ -14,16 +15,34 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.proto.dkim import canonical_body, canonical_field, name_of, split_fields
-from relaymta.proto.header import header_end
+from relaymta.proto.dkim import author_domains, canonical_field, name_of, split_fields
 
-__all__ = ["Verified", "arc", "keys_of", "signatures_of", "verify"]
+__all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
 MOST = 5  # signatures that are looked at; more make nothing better
+SETS = 10  # of a chain of ARC; RFC 8617 4.2.1 allows 50, nobody's mail has a tenth of them
 BITS_LEAST = 1024
-ARC_FIELDS = (b"arc-seal", b"arc-message-signature")  # RFC 8617 4.1; those of the last hop stand first
 
 _TAG = re.compile(rb"\s*([A-Za-z][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z", re.S)
+
+Tags = dict[str, str]
+Keys = dict[str, str | DnsFailure]  # by name; "" where there is none
+Bodies = dict[bool, tuple[str, int]]  # for a relaxed body or not: its hash, and how many octets it covers
+
+
+class Claims(NamedTuple):
+    """What a message's header says of who has signed it. `signatures`: the tags of each, the first MOST; `chain`: those of its
+    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:."""
+
+    header: bytes
+    signatures: list[Tags]
+    chain: list[Tags]
+    authors: list[str]
+
+    def forms(self) -> set[bool]:
+        """The forms of the body that its signatures have hashed."""
+        found = {_relaxed(tags, "simple/simple") for tags in self.signatures}
+        return found | {_relaxed(tags, "relaxed/relaxed") for tags in self.chain if "bh" in tags}
 
 
 class Verified(NamedTuple):
@@ -36,13 +55,10 @@ class Verified(NamedTuple):
     reason: str
 
 
-Tags = dict[str, str]
-
-
 class _Relaxed:
     """In dkimpy's place: linear on hostile input."""
 
-    name = b"relaxed"
+    name = b"our relaxed"
 
     @staticmethod
     def canonicalize_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -52,21 +68,13 @@ class _Relaxed:
             found.append((own, rest + b"\r\n"))
         return found
 
-    @staticmethod
-    def canonicalize_body(body: bytes) -> bytes:
-        return canonical_body(body, True)
-
 
 class _Simple:
-    name = b"simple"
+    name = b"our simple"
 
     @staticmethod
     def canonicalize_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         return headers
-
-    @staticmethod
-    def canonicalize_body(body: bytes) -> bytes:
-        return canonical_body(body, False)
 
 
 def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bool:
@@ -79,14 +87,60 @@ def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bo
     return True
 
 
-dkim.canonicalization.ALGORITHMS.update({b"relaxed": _Relaxed, b"simple": _Simple})
+# By names of our own: who else uses dkimpy in this process has its own canonicalizer.
+_FORMS = {b"relaxed": b"our relaxed", b"simple": b"our simple"}
+dkim.canonicalization.ALGORITHMS.update({b"our relaxed": _Relaxed, b"our simple": _Simple})
 dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
 
 
-def signatures_of(message: bytes, names: tuple[bytes, ...] = (b"dkim-signature",)) -> list[Tags]:
-    """The tags of a message's signatures (fields of these names), the first MOST; {} for one that has none to speak of."""
-    fields = split_fields(message[: header_end(message)])
-    return [_tags(field.partition(b":")[2]) for field in fields if name_of(field) in names][:MOST]
+# What dkimpy says of hostile input.
+_HOSTILE = (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError, AttributeError)
+
+
+class _Header:
+    """In front of a class of dkimpy's: it is given a header alone, and what was found out about the body."""
+
+    bodies: Bodies
+
+    def verify_sig_process(self, sig: dict[bytes, bytes], *others: Any) -> Any:
+        if b"bh" in sig:
+            tags = {name.decode("latin-1"): value.decode("latin-1") for name, value in sig.items()}
+            found, octets = self.bodies[_relaxed(tags, "simple/simple")]
+            if "".join(tags["bh"].split()) != found:
+                raise dkim.ValidationError("body hash mismatch")
+            if "l" in tags and tags["l"].strip() != str(octets):
+                raise dkim.ValidationError("l= leaves octets unsigned")
+            sig = {name: value for name, value in sig.items() if name != b"bh"}
+        head, _, body = sig.get(b"c", b"simple").partition(b"/")
+        if head not in _FORMS or body not in (b"", *_FORMS):
+            raise dkim.MessageFormatError("invalid c= value")
+        sig = sig | {b"c": _FORMS[head]}
+        return super().verify_sig_process(sig, *others)  # type: ignore[misc]
+
+
+class _Dkim(_Header, dkim.DKIM):  # type: ignore[misc]
+    pass
+
+
+class _Arc(_Header, dkim.ARC):  # type: ignore[misc]
+    pass
+
+
+def claims(header: bytes) -> Claims:
+    """What a header block says."""
+    fields = split_fields(header)
+    found: dict[bytes, list[Tags]] = {b"dkim-signature": [], b"arc-seal": [], b"arc-message-signature": []}
+    for field in fields:
+        rows = found.get(name_of(field))
+        if rows is not None:
+            rows.append(_tags(field.partition(b":")[2]))
+    signatures, seals, messages = found.values()
+    return Claims(header, signatures[:MOST], [*seals[: SETS + 1], *messages[: SETS + 1]], author_domains(fields))
+
+
+def _relaxed(tags: Tags, default: str) -> bool:
+    """Whether a signature is of the relaxed body (RFC 6376 3.5, c=)."""
+    return tags.get("c", default).partition("/")[2].strip() == "relaxed"
 
 
 def _tags(value: bytes) -> Tags:
@@ -104,52 +158,62 @@ def _name(tags: Tags) -> str:
     return f"{tags.get('s', '')}._domainkey.{tags.get('d', '')}".lower()
 
 
-async def keys_of(resolver: Resolver, signatures: list[Tags]) -> dict[str, str | DnsFailure]:
-    """The key records of signatures, by name; "" where there is none."""
-    found: dict[str, str | DnsFailure] = {}
-    for tags in signatures:
-        name = _name(tags)
-        if name in found or not tags.get("d") or not tags.get("s"):
-            continue
+async def keys_of(resolver: Resolver, said: Claims) -> Keys:
+    """The key records of all that has been signed."""
+
+    async def one(name: str) -> str | DnsFailure:
         try:
-            found[name] = (await resolver.txt(name))[0]
+            return (await resolver.txt(name))[0]
         except (NoData, NoSuchName, IndexError, ValueError):
-            found[name] = ""
+            return ""
         except DnsFailure as error:
-            found[name] = error
-    return found
+            return error
+
+    names = {_name(tags) for tags in [*said.signatures, *said.chain] if tags.get("d") and tags.get("s")}
+    return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
 
-def verify(message: bytes, signatures: list[Tags], keys: dict[str, str | DnsFailure], now: int) -> list[Verified]:
+def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
     """Thread: what comes of each signature, with the keys that the DNS had. `now`: the wall clock, seconds."""
     found = []
-    for number, tags in enumerate(signatures):
+    message: _Dkim | None = None
+    for number, tags in enumerate(said.signatures):
         key = keys.get(_name(tags), "")
-        result, reason = _refusal(tags, key, now) or _checked(message, number, tags, str(key))
-        found.append(Verified(result, tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), reason))
+        outcome = _refusal(tags, bodies, key, now)
+        if outcome is None:
+            try:
+                if message is None:
+                    message = _Dkim(said.header, minkey=BITS_LEAST)
+                    message.bodies = bodies
+                outcome = _checked(message, number, str(key))
+            except dkim.DKIMException as error:  # no header at all
+                outcome = "permerror", str(error)
+        found.append(Verified(outcome[0], tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), outcome[1]))
     return found
 
 
-def arc(message: bytes, signatures: list[Tags], keys: dict[str, str | DnsFailure]) -> str:
-    """Thread: what a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror. `signatures`: of ARC_FIELDS."""
-    if not signatures:
+def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
+    """Thread: what a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
+    if not said.chain:
         return "none"
-    if any(isinstance(key, DnsFailure) for key in keys.values()):
-        return "temperror"
-    if any(tags.get("a", "rsa-sha256") != "rsa-sha256" for tags in signatures):
+    if len(said.chain) > 2 * SETS or any(tags.get("a", "rsa-sha256") != "rsa-sha256" for tags in said.chain):
         return "fail"
+    if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in said.chain):
+        return "temperror"
 
     def look_up(name: bytes, timeout: int = 5) -> bytes:
         return str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
 
     try:
-        found, _, _ = dkim.arc_verify(message, dnsfunc=look_up, minkey=BITS_LEAST)
-    except (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError, AttributeError):
+        chain = _Arc(said.header, minkey=BITS_LEAST)
+        chain.bodies = bodies
+        found, _, _ = chain.verify(dnsfunc=look_up)
+    except _HOSTILE:
         return "fail"
     return {b"pass": "pass", b"none": "none"}.get(found, "fail")
 
 
-def _refusal(tags: Tags, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
+def _refusal(tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
     """Why a signature is not looked at: (result, reason)."""
     missing = [name for name in ("v", "a", "b", "bh", "d", "h", "s") if not tags.get(name)]
     if missing:
@@ -172,7 +236,11 @@ def _refusal(tags: Tags, key: str | DnsFailure, now: int) -> tuple[str, str] | N
         ("s" in record.get("t", "").split(":") and _identity(tags) != tags["d"].lower(), "the key is not for subdomains"),
     ]
     found = next((("permerror", reason) for wrong, reason in tests if wrong), None)
-    return found if found is not None or _usable(record) else ("permerror", "the key is malformed, or too short")
+    if found is None and not _usable(record):
+        found = "permerror", "the key is malformed, or too short"
+    if found is None and "l" in tags and tags["l"] != str(bodies[_relaxed(tags, "simple/simple")][1]):
+        found = "policy", "l= leaves octets unsigned"
+    return found
 
 
 def _usable(record: Tags) -> bool:
@@ -191,20 +259,16 @@ def _identity(tags: Tags) -> str:
     return tags.get("i", "").rpartition("@")[2].lower() or tags["d"].lower()
 
 
-def _checked(message: bytes, number: int, tags: Tags, key: str) -> tuple[str, str]:
+def _checked(message: _Dkim, number: int, key: str) -> tuple[str, str]:
     """By dkimpy."""
-    if "l" in tags:
-        whole = canonical_body(message[header_end(message) :], tags.get("c", "").endswith("/relaxed"))
-        if not tags["l"].isdigit() or int(tags["l"]) < len(whole):
-            return "policy", "l= leaves octets unsigned"
     look_up: Callable[..., bytes] = lambda name, timeout=5: key.encode()  # noqa: E731
     try:
-        if dkim.DKIM(message, minkey=BITS_LEAST).verify(idx=number, dnsfunc=look_up):
+        if message.verify(idx=number, dnsfunc=look_up):
             return "pass", ""
     except dkim.ValidationError as error:
         return "fail", str(error).partition(":")[0]
     except dkim.KeyFormatError as error:
         return "permerror", str(error)
-    except (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError) as error:
+    except _HOSTILE as error:
         return "permerror", f"{type(error).__name__}: {error}"
     return "fail", "the signature does not verify"

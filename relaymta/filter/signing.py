@@ -1,118 +1,170 @@
-"""DKIM: which keys sign a message, and the signing, on a thread beside the loop (OpenSSL gives the interpreter up meanwhile)."""
+"""DKIM: which keys sign a message, and its signatures, made in batches by a process beside the worker (signatory.py)."""
 
 import asyncio
-import base64
+import contextlib
 import hashlib
-import queue
-import threading
+import socket
+import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
-
-from relaymta.config import Config, Dkim
-from relaymta.errors import ConfigError
+from relaymta.config import Config
+from relaymta.control import Channel, Refused
+from relaymta.filter.keys import Key, load_key
+from relaymta.filter.signatory import sign_hash
+from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.dkim import OVERSIGNED, SIGNED, BodyHash, Signature, author_domain, signed, split_fields
+from relaymta.proto.dkim import BodyHashes, author_domains, signed, split_fields
 from relaymta.proto.header import header_end
 from relaymta.watch import Watched
 
-__all__ = ["Big", "Key", "Signer", "check", "load_key", "record", "zone_line"]
+__all__ = ["Draft", "Signer"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
-BITS_LEAST = 1024
-STRING = 255  # octets of one string of a TXT record
 TOGETHER = 32  # messages that are signed and go on to the commit together: a group costs as much as several of them,
 GATHER_SECONDS = 0.004  # so behind a batch, where some wait, others are waited for
-PLACE = "A" * 43 + "="  # for a hash that is not known yet
-Private = rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+AT_ONCE = 65536  # octets that are hashed on the loop; more would hold it up
+ANSWER_SECONDS = 5.0  # a batch takes some hundredths of one
+RESTART_SECONDS = 1.0
 
 
-class Key(NamedTuple):
-    """A key in use, and what its signatures say."""
+class Unsigned(NamedTuple):
+    """A signature to be made. `own`: its field as far as b=; `hashed`: the SHA-256 that is signed."""
 
-    settings: Dkim
-    private: Private
-    signature: Signature
-
-    def sign(self, data: bytes) -> bytes:
-        """RFC 6376 3.3.2, RFC 8463 3."""
-        if isinstance(self.private, rsa.RSAPrivateKey):
-            return self.private.sign(data, padding.PKCS1v15(), hashes.SHA256())
-        return self.private.sign(hashlib.sha256(data).digest())
-
-    @property
-    def octets(self) -> int:
-        """Of a signature."""
-        return self.private.key_size // 8 if isinstance(self.private, rsa.RSAPrivateKey) else 64
+    key: Key
+    own: bytes
+    hashed: bytes
 
 
-def check(config: Config) -> None:
-    """ConfigError with everything that is wrong with the keys' files, as the user who asks can read them."""
-    problems: list[str] = []
-    for settings in config.dkim:
+class Signatory:
+    """The process that makes a worker's signatures. While there is none, or it does not answer, a thread makes them."""
+
+    def __init__(self, counters: Counters, log: Log) -> None:
+        self._counters = counters
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, "signer")
+        self._pending: list[tuple[list[Unsigned], Callable[[bytes | Exception], None]]] = []
+        self._work: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._channel: Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._known: set[int] = set()  # keys that the process has
+        self.wanted = False
+
+    def begin(self) -> None:
+        """Start it; from now on it is there, or comes back."""
+        self.wanted = True
+        if self._channel is None and self._starting is None:
+            self._starting = self._loop.create_task(self._start())
+
+    def end(self) -> None:
+        """It is not needed any more."""
+        self.wanted = False
+        if self._channel is not None:
+            self._channel.close()
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = (sys.executable, "-m", "relaymta.filter.signatory", str(theirs.fileno()))
         try:
-            load_key(settings)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+            self._process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+            )
+            self._known = set()
+            self._channel = Channel(ours, _nothing, self._gone)
+        except OSError as error:
+            self._gone(error.strerror or "")
+        finally:
+            theirs.close()
+            self._starting = None
+
+    def _gone(self, why: str = "") -> None:
+        self._channel = None
+        if self.wanted:
+            self._log.event("warning", text=f"the process that signs is gone; a thread signs until it is back {why}".rstrip())
+            self._loop.call_later(RESTART_SECONDS, lambda: self.begin() if self.wanted else None)
+
+    def submit(self, wanted: list[Unsigned], done: Callable[[bytes | Exception], None]) -> None:
+        """Make the signatures of a message: `done(its fields)`, or an Exception."""
+        self._pending.append((wanted, done))
+        if self._work is None:  # it begins in the next turn of the loop: what this one has goes together
+            self._work = self._loop.create_task(self._batches())
+
+    async def _batches(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
+            made = iter(await self._made([one for wanted, _ in batch for one in wanted]))
+            for wanted, done in batch:
+                fields = _joined([(one, next(made)) for one in wanted])
+                if isinstance(fields, bytes):
+                    self._counters.add(SIGNED_MESSAGES, len(wanted))
+                done(fields)
+            if 1 < len(self._pending) < TOGETHER:
+                await asyncio.sleep(GATHER_SECONDS)
+        self._work = None
+
+    async def _made(self, wanted: list[Unsigned]) -> "list[bytes] | list[bytes | Exception]":
+        channel = self._channel
+        if channel is not None:
+            keys = {one.key.number: one.key for one in wanted if one.key.number not in self._known}
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    found: list[bytes] = await channel.ask(
+                        "sign",
+                        keys=[(number, key.der) for number, key in keys.items()],
+                        wanted=[(one.key.number, one.hashed) for one in wanted],
+                    )
+                self._known.update(keys)
+                return found
+            except TimeoutError:
+                self._kill()
+            except (Refused, ConnectionError):  # the thread says which of them cannot be made
+                pass
+        return await self._loop.run_in_executor(self._thread, _by_hand, wanted)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
 
-def load_key(settings: Dkim) -> Key:
-    """Read a key's file. ConfigError says what is wrong with it."""
-    try:
-        private = serialization.load_pem_private_key(Path(settings.key).read_bytes(), None)
-    except OSError as error:
-        raise ConfigError([f"dkim.key: {settings.key}: {error.strerror}"]) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError([f"dkim.key: {settings.key}: no private key in PEM form without a pass phrase"]) from None
-    if not isinstance(private, Private):
-        raise ConfigError([f"dkim.key: {settings.key}: neither RSA nor Ed25519"])
-    if isinstance(private, rsa.RSAPrivateKey) and private.key_size < BITS_LEAST:
-        raise ConfigError([f"dkim.key: {settings.key}: {private.key_size} bits are too few (RFC 8301 3.2)"])
-    algorithm = "rsa-sha256" if isinstance(private, rsa.RSAPrivateKey) else "ed25519-sha256"
-    head, _, body = settings.canonicalization.partition("/")
-    more = tuple(name.lower() for name in settings.signed)
-    over = tuple(name.lower() for name in settings.oversigned)
-    signature = Signature(
-        settings.domain.lower(), settings.selector.lower(), algorithm, head == "relaxed", body == "relaxed",
-        (*SIGNED, *(name for name in more if name not in SIGNED)), over or OVERSIGNED, int(settings.expires),
-    )  # fmt: skip
-    return Key(settings, private, signature)
+async def _nothing(op: str, args: object, descriptors: list[int]) -> None:
+    """The process asks for nothing."""
 
 
-def record(key: Key) -> str:
-    """The TXT record of a key's public half (RFC 6376 3.6.1, RFC 8463 4)."""
-    public = key.private.public_key()
-    if isinstance(public, ed25519.Ed25519PublicKey):
-        raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-        return f"v=DKIM1; k=ed25519; p={base64.b64encode(raw).decode()}"
-    raw = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return f"v=DKIM1; k=rsa; p={base64.b64encode(raw).decode()}"
+def _by_hand(wanted: list[Unsigned]) -> list[bytes | Exception]:
+    """Thread."""
+    found: list[bytes | Exception] = []
+    for one in wanted:
+        try:
+            found.append(sign_hash(one.key.private, one.hashed))
+        except Exception as error:  # whatever OpenSSL has against it
+            found.append(error)
+    return found
 
 
-def zone_line(name: str, text: str) -> str:
-    """A TXT record as a zone file has it."""
-    strings = [text[i : i + STRING] for i in range(0, len(text), STRING)]
-    return f"{name}. TXT " + " ".join(f'"{part}"' for part in strings)
+def _joined(made: list[tuple[Unsigned, bytes | Exception]]) -> bytes | Exception:
+    """The fields of a message, or what is wrong with one of them."""
+    out = []
+    for one, signature in made:
+        if isinstance(signature, Exception):
+            return signature
+        out.append(signed(one.own, signature))
+    return b"".join(out)
 
 
 class Signer:
-    """The keys of one worker, and the thread that signs with them."""
+    """The keys of one worker, and who signs with them."""
 
-    def __init__(self, config: Config, counters: Counters, now: Callable[[], int]) -> None:
+    def __init__(self, config: Config, counters: Counters, log: Log, now: Callable[[], int]) -> None:
         """`now()`: the wall clock, seconds."""
         self._counters = counters
         self._now = now
         self._loop = asyncio.get_running_loop()
-        self._pending: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
-        self._inbox: queue.SimpleQueue[list[tuple[Callable[[], Any], Callable[[Any], None]]]] = queue.SimpleQueue()
-        self._busy = False  # the thread is at work, or about to be
-        self._thread: threading.Thread | None = None
+        self._hashing = ThreadPoolExecutor(1, "hashing")
+        self._signatory = Signatory(counters, log)
         self.configure(config)
 
     def configure(self, config: Config) -> None:
@@ -120,13 +172,21 @@ class Signer:
         self.watched = [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
         for one in self.watched:
             one.refresh()
+        if self.watched:
+            self._signatory.begin()
+        else:
+            self._signatory.end()
+
+    def end(self) -> None:
+        """There is nothing more to sign."""
+        self._signatory.end()
 
     def __bool__(self) -> bool:
         return bool(self.watched)
 
-    def keys_for(self, fields: list[bytes], application: str) -> list[Key]:
+    def _keys_for(self, fields: list[bytes], application: str) -> list[Key]:
         """The keys that sign a message with these header fields."""
-        author = author_domain(fields)
+        author = next(iter(author_domains(fields)), "")
         found = []
         for one in self.watched:
             key = one.value
@@ -141,106 +201,70 @@ class Signer:
 
     def sign(self, front: bytes, text: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
         """Sign a message of `front` (fields of ours) and `text`: `done(fields to put in front of it)`, or an Exception."""
-        self.run(lambda: self._signed(front, text, application), done)
+        if sum(map(len, text)) > AT_ONCE:
+            future = self._loop.run_in_executor(self._hashing, self._drafted, front, text, application)
+            future.add_done_callback(lambda future: self._submit(future.result, done))
+        else:
+            self._submit(lambda: self._drafted(front, text, application), done)
+
+    def draft(self, front: bytes, start: bytes, application: str) -> "Draft | None":
+        """For a message that goes to a file as it comes: its header is in `start`. None when no key signs it."""
+        end = header_end(start)
+        fields = split_fields(front + start[:end])
+        keys = self._keys_for(fields, application)
+        return Draft(fields, keys, end, self._now()) if keys else None
+
+    def finish(self, draft: "Draft", done: Callable[[bytes | Exception], None]) -> None:
+        """Sign a message that has gone by: as `sign`."""
+        self._submit(draft.unsigned, done)
+
+    def _submit(self, find: Callable[[], list[Unsigned]], done: Callable[[bytes | Exception], None]) -> None:
+        try:
+            wanted = find()
+        except Exception as error:  # a mistake of ours: the message is put off, and not sent without
+            done(error)
+            return
+        if wanted:
+            self._signatory.submit(wanted, done)
+        else:
+            done(b"")
 
     def signatures(self, text: bytes) -> bytes:
         """Any thread: the signatures of a message of our own; none where its key fails: nobody waits for it in vain."""
+        if not self.watched:
+            return b""
         try:
-            return self._signed(b"", [text], "") if self.watched else b""
+            made = [signed(one.own, sign_hash(one.key.private, one.hashed)) for one in self._drafted(b"", [text], "")]
         except Exception:  # whatever OpenSSL has against it
             return b""
+        self._counters.add(SIGNED_MESSAGES, len(made))
+        return b"".join(made)
 
-    def run(self, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """`done(job())` with `job` run on the thread; with the exception when it raises."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="signer", daemon=True)
-            self._thread.start()
-        self._pending.append((job, done))
-        if not self._busy:
-            self._busy = True
-            self._loop.call_soon(self._hand_over)  # what this turn of the loop has goes together
-
-    def _hand_over(self) -> None:
-        pending, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
-        self._inbox.put(pending)
-
-    def _done(self, results: list[tuple[Callable[[Any], None], Any]]) -> None:
-        for done, result in results:
-            done(result)
-        waiting = len(self._pending)
-        if not waiting:
-            self._busy = False
-        elif 1 < waiting < TOGETHER:
-            self._loop.call_later(GATHER_SECONDS, self._hand_over)
-        else:
-            self._hand_over()
-
-    def _run(self) -> None:
-        while True:
-            results: list[tuple[Callable[[Any], None], Any]] = []
-            for job, done in self._inbox.get():
-                try:
-                    results.append((done, job()))
-                except Exception as error:
-                    results.append((done, error))
-            self._loop.call_soon_threadsafe(self._done, results)
-
-    def _signed(self, front: bytes, text: list[bytes], application: str) -> bytes:
+    def _drafted(self, front: bytes, text: list[bytes], application: str) -> list[Unsigned]:
         whole = text[0] if len(text) == 1 else b"".join(text)
-        end = header_end(whole)
-        fields = split_fields(front + whole[:end])
-        keys = self.keys_for(fields, application)
-        body = whole[end:]
-        hashed: dict[bool, str] = {}
-        out = []
-        for key in keys:
-            relaxed = key.signature.relaxed_body
-            if relaxed not in hashed:  # one for all signatures that see the body alike
-                one = BodyHash(relaxed)
-                one.feed(body)
-                hashed[relaxed] = one.finish()
-            own, data = key.signature.unsigned(fields, hashed[relaxed], self._now())
-            out.append(signed(own, key.sign(data)))
-        self._counters.add(SIGNED_MESSAGES, len(out))
-        return b"".join(out)
-
-    def big(self, front: bytes, start: bytes, application: str) -> "Big | None":
-        """For a message that goes to a file as it comes: its header is in `start`. None when no key signs it."""
-        end = header_end(start)
-        if end == len(start):  # a header of more than 64 kB is nobody's mail
-            return None
-        fields = split_fields(front + start[:end])
-        keys = self.keys_for(fields, application)
-        return Big(fields, keys, end, self._now(), self._counters) if keys else None
+        draft = self.draft(front, whole, application)
+        if draft is None:
+            return []
+        draft.body.feed(whole)
+        return draft.unsigned()
 
 
-class Big:
-    """The signatures of a message that is longer than memory has room for: room for them is left in front of it, and filled once
-    its body has gone by. Thread: `feed` all of the text in turn, then `finish`."""
+class Draft:
+    """A message to be signed. `body` is fed all of its text, header first; then its signatures are `unsigned()`."""
 
-    def __init__(self, fields: list[bytes], keys: list[Key], skip: int, seconds: int, counters: Counters) -> None:
-        self._fields, self._keys, self._skip, self._seconds, self._counters = fields, keys, skip, seconds, counters
-        self._hashes = {relaxed: BodyHash(relaxed) for relaxed in {key.signature.relaxed_body for key in keys}}
-        self.room = self._written(dict.fromkeys(self._hashes, PLACE), lambda key, data: bytes(key.octets))
+    def __init__(self, fields: list[bytes], keys: list[Key], skip: int, seconds: int) -> None:
+        """`skip`: how long its header is; `seconds`: when it is signed, the wall clock."""
+        self._fields, self._keys, self._seconds = fields, keys, seconds
+        # One hash for all signatures that see the body alike.
+        self.body = BodyHashes({key.signature.relaxed_body for key in keys})
+        self.body.skip(skip)
 
-    def feed(self, data: bytes) -> None:
-        """Take the next octets of the message, of its header first."""
-        skipped = min(self._skip, len(data))
-        self._skip -= skipped
-        if skipped < len(data):
-            for one in self._hashes.values():
-                one.feed(data[skipped:])
-
-    def finish(self) -> bytes:
-        """The signatures, as long as `room`."""
-        found = self._written({relaxed: one.finish() for relaxed, one in self._hashes.items()}, Key.sign)
-        self._counters.add(SIGNED_MESSAGES, len(self._keys))
-        assert len(found) == len(self.room)
-        return found
-
-    def _written(self, hashed: dict[bool, str], sign: Callable[[Key, bytes], bytes]) -> bytes:
-        out = []
+    def unsigned(self) -> list[Unsigned]:
+        """What is to be signed. Once."""
+        hashes = self.body.finish()
+        found = []
         for key in self._keys:
-            own, data = key.signature.unsigned(self._fields, hashed[key.signature.relaxed_body], self._seconds)
-            out.append(signed(own, sign(key, data)))
-        return b"".join(out)
+            body_hash, _ = hashes[key.signature.relaxed_body]
+            own, data = key.signature.unsigned(self._fields, body_hash, self._seconds)
+            found.append(Unsigned(key, own, hashlib.sha256(data).digest()))
+        return found

@@ -4,22 +4,30 @@ any that claims to be ours."""
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from relaymta.config import Verify
 from relaymta.dns import Resolver
 from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import Dmarc
-from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, keys_of, signatures_of, verify
+from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.filter.spf import Spf
-from relaymta.proto.dkim import author_domain, split_fields
-from relaymta.proto.header import header_end
+from relaymta.proto.dkim import BodyHashes
 
-__all__ = ["Verdict", "Verifier"]
+__all__ = ["Look", "Verdict", "Verifier"]
 
 SECONDS = 20.0  # for all questions to the DNS about one message
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
+
+
+class Look:
+    """A message that is looked at: what its header says. `body` is fed the text behind it."""
+
+    def __init__(self, header: bytes) -> None:
+        self.claims = claims(header)
+        self.body = BodyHashes(self.claims.forms())
 
 
 class Verdict(NamedTuple):
@@ -30,58 +38,46 @@ class Verdict(NamedTuple):
 
 
 class Verifier:
-    """One worker's. `run(job, done)`: `done(job())` with `job` on a thread; `now()`: the wall clock, seconds."""
+    """One worker's. `now()`: the wall clock, seconds."""
 
-    def __init__(
-        self,
-        settings: Verify,
-        hostname: str,
-        resolver: Resolver,
-        run: Callable[[Callable[[], Any], Callable[[Any], None]], None],
-        now: Callable[[], int],
-    ) -> None:
+    def __init__(self, settings: Verify, hostname: str, resolver: Resolver, now: Callable[[], int]) -> None:
         self.settings = settings
         self._hostname = hostname
         self._resolver = resolver
-        self._run = run
+        self._thread = ThreadPoolExecutor(1, "verifier")
         self._now = now
 
-    async def check(self, address: str, helo: str, sender: str, message: bytes) -> Verdict:
-        """All about a message of a client at `address`."""
+    def look(self, header: bytes) -> Look:
+        """Begin with a message."""
+        return Look(header)
+
+    async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
+        """All about a message of a client at `address`. `rest`: of its body, what was not fed yet."""
         try:
             async with asyncio.timeout(SECONDS):
-                return await self._check(address, helo, sender, message)
+                return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
             nothing, unknown = Dmarc("temperror", "none", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
             return Verdict(_field(self._hostname, unknown, sender, [], "temperror", nothing), nothing)
 
-    async def _check(self, address: str, helo: str, sender: str, message: bytes) -> Verdict:
-        signatures, chain = signatures_of(message), signatures_of(message, ARC_FIELDS)
-        author = author_domain(split_fields(message[: header_end(message)]))
-        sent, keys = await asyncio.gather(
-            spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, [*signatures, *chain])
-        )  # fmt: skip
+    async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
+        said = look.claims
+        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, said))
         found: list[Verified] = []
         sealed = "none"
-        if signatures or chain:
-            future: asyncio.Future[tuple[list[Verified], str]] = asyncio.get_running_loop().create_future()
-            job = lambda: (verify(message, signatures, keys, self._now()), arc(message, chain, keys))  # noqa: E731
-            self._run(job, lambda result: _settle(future, result))
-            found, sealed = await future
-        policy = Dmarc("none", "none", "")
-        if author:
-            signed = [(one.domain, one.result) for one in found]
-            policy = await dmarc.check(self._resolver, author, (sent.domain, sent.result), signed)
+        if said.signatures or said.chain:
+            loop = asyncio.get_running_loop()
+            found, sealed = await loop.run_in_executor(self._thread, _verified, look, rest, keys, self._now())
+        signed = [(one.domain, one.result) for one in found]
+        policy = await dmarc.check(self._resolver, said.authors, (sent.domain, sent.result), signed)
         return Verdict(_field(self._hostname, sent, sender, found, sealed, policy), policy)
 
 
-def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:
+    """Thread."""
+    look.body.feed(rest)
+    bodies = look.body.finish()
+    return verify(look.claims, bodies, keys, now), arc(look.claims, bodies, keys)
 
 
 def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> bytes:
@@ -96,7 +92,7 @@ def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed:
         lines.append("dkim=none")
     if sealed != "none":
         lines.append(f"arc={sealed}")
-    wanted = f" policy.dmarc={policy.policy}" if policy.result == "fail" else ""
+    wanted = f" policy.dmarc={policy.policy}" if policy.result in ("fail", "permerror") else ""
     lines.append(f"dmarc={policy.result} header.from={_safe(policy.domain)}{wanted}")
     return f"Authentication-Results: {hostname};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
 

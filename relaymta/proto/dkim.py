@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from relaymta._speedups.dkim import Body, header
 
 __all__ = [
-    "OVERSIGNED", "SIGNED", "BodyHash", "Signature", "author_domain", "canonical_body", "canonical_field", "name_of",
-    "signed", "split_fields",
+    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "author_domains", "canonical_body", "canonical_field",
+    "name_of", "signed", "split_fields",
 ]  # fmt: skip
 
 # What is signed where it is there (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
@@ -46,16 +46,19 @@ def name_of(field: bytes) -> bytes:
     return name.rstrip(b" \t") if name[-1:] in (b" ", b"\t") else name
 
 
-def author_domain(fields: Iterable[bytes]) -> str:
-    """The domain of the first address in From:, in lower case; "" when there is none."""
+def author_domains(fields: Iterable[bytes]) -> list[str]:
+    """The domains of the addresses in From:, in lower case, each once, as they stand; more than one From: is read as one."""
+    found: dict[str, None] = {}
     for field in fields:
         if name_of(field) == b"from":
             value = field.partition(b":")[2]
             if b'"' in value or b"(" in value:
                 value = _NO_ADDRESS.sub(b"", value)
-            match = _BRACKETED.search(value) or _BARE.search(value)
-            return match[1].decode("utf-8", "replace").lower().rstrip(".") if match is not None else ""
-    return ""
+            for part in value.split(b","):
+                match = _BRACKETED.search(part) or _BARE.search(part)
+                if match is not None:
+                    found[match[1].decode("utf-8", "replace").lower().rstrip(".")] = None
+    return list(found)
 
 
 def canonical_field(field: bytes) -> bytes:
@@ -70,20 +73,50 @@ def canonical_body(body: bytes, relaxed: bool) -> bytes:
 
 
 class BodyHash:
-    """SHA-256 of a body's canonical form, piece by piece."""
+    """SHA-256 of a body's canonical form, piece by piece. `octets`: how long that form is."""
 
     def __init__(self, relaxed: bool) -> None:
         self._body = Body(relaxed)
         self._hash = hashlib.sha256()
+        self.octets = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next octets of the body."""
-        self._hash.update(self._body.feed(data))
+        self._add(self._body.feed(data))
 
     def finish(self) -> str:
-        """The hash as bh= has it."""
-        self._hash.update(self._body.finish())
+        """The hash as bh= has it. Once."""
+        self._add(self._body.finish())
         return base64.b64encode(self._hash.digest()).decode()
+
+    def _add(self, canonical: bytes) -> None:
+        self._hash.update(canonical)
+        self.octets += len(canonical)
+
+
+class BodyHashes:
+    """The hashes of one body, in each of `forms` (relaxed or not), piece by piece."""
+
+    def __init__(self, forms: Iterable[bool]) -> None:
+        self._hashes = {relaxed: BodyHash(relaxed) for relaxed in forms}
+        self._skip = 0
+
+    def skip(self, octets: int) -> None:
+        """The next `octets` are no part of the body."""
+        self._skip += octets
+
+    def feed(self, data: bytes) -> None:
+        """Take the next octets."""
+        if self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
+        for one in self._hashes.values():
+            one.feed(data)
+
+    def finish(self) -> dict[bool, tuple[str, int]]:
+        """For each form the hash as bh= has it, and how many octets that are. Once."""
+        return {relaxed: (one.finish(), one.octets) for relaxed, one in self._hashes.items()}
 
 
 class Signature:

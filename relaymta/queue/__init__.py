@@ -183,9 +183,9 @@ class Queue:
         """Octets above which a body has to be given as `BigBody`."""
         return self.segments.big_limit
 
-    def big_body(self, ident: int) -> BigBody:
-        """A file for a large body (blocks: call it on a thread)."""
-        return BigBody(self.segments.big_path(ident), ident)
+    def big_body(self, ident: int, room: int = 0) -> BigBody:
+        """A file for a large body, with `room` octets left in front of it (blocks: call it on a thread)."""
+        return BigBody(self.segments.big_path(ident), ident, room)
 
     def delay(self, flow: float) -> float:
         """Seconds to hold a 250 back: `flow` while texts come in faster than they leave, up to SLOWEST as the disk fills."""
@@ -328,7 +328,7 @@ class Queue:
             raise StoreError(f"message {format_id(ident)} has no file of its own")
         descriptor = await self.read(self.segments.open_big, ident, body)
         try:
-            offset = FRAME.size
+            offset = body.offset + FRAME.size
             while piece := await self.read(os.pread, descriptor, STREAM_PIECE, offset):
                 offset += len(piece)
                 yield piece

@@ -283,6 +283,7 @@ class Segments:
                 text = os.pread(segment.fd, body.length, body.offset + FRAME.size)
             else:
                 with self.big_path(ident).open("rb") as file:
+                    file.seek(body.offset)
                     head, text = file.read(FRAME.size), file.read()
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
@@ -291,17 +292,14 @@ class Segments:
 
     def open_big(self, ident: int, body: Body) -> int:
         """A descriptor of a large body's file, which is read through and verified first (the text begins behind its
-        frame). Corrupt, or StoreError when it cannot be read."""
+        frame, at the body's offset). Corrupt, or StoreError when it cannot be read."""
         try:
             descriptor = os.open(self.big_path(ident), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
         try:
-            digest, offset = xxhash.xxh3_64(), FRAME.size
-            while piece := os.pread(descriptor, MEGABYTE, offset):
-                digest.update(piece)
-                offset += len(piece)
-            check_frame(os.pread(descriptor, FRAME.size, 0), ident, body, offset - FRAME.size, digest.intdigest())
+            digest, length = _digest(descriptor, body.offset + FRAME.size)
+            check_frame(os.pread(descriptor, FRAME.size, body.offset), ident, body, length, digest)
         except OSError as error:
             os.close(descriptor)
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
@@ -324,6 +322,15 @@ class Segments:
         """(files' octets, live octets, number of segments), bodies of their own file left out."""
         live = sum(s.row.live_bytes for s in list(self._segments.values()))
         return len(self._segments) * self.size, live, len(self._segments)
+
+
+def _digest(descriptor: int, offset: int) -> tuple[int, int]:
+    """The checksum of all that stands behind `offset`, and how long it is."""
+    digest, length = xxhash.xxh3_64(), 0
+    while piece := os.pread(descriptor, MEGABYTE, offset + length):
+        digest.update(piece)
+        length += len(piece)
+    return digest.intdigest(), length
 
 
 def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
@@ -351,15 +358,16 @@ def check_frame(raw: bytes, ident: int, body: Body, length: int, checksum: int) 
 class BigBody:
     """A body above 1 MB on its way to a file of its own. Each method blocks: call it from a thread, one at a time."""
 
-    def __init__(self, path: Path, ident: int) -> None:
+    def __init__(self, path: Path, ident: int, room: int = 0) -> None:
+        """`room`: octets that are left in front of the body, for what `finish` puts there."""
         self.path = path
         self.ident = ident
         self.length = 0
+        self._room = room
         self._synced = 0
         self._digest = xxhash.xxh3_64()
-        self._patched = False
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.lseek(self._fd, FRAME.size, os.SEEK_SET)
+        os.lseek(self._fd, room + FRAME.size, os.SEEK_SET)
 
     def write(self, buffers: list[bytes]) -> None:
         """Append `buffers`. OSError when the disk refuses."""
@@ -373,24 +381,17 @@ class BigBody:
             os.fdatasync(self._fd)  # a little at a time, so that the last sync does not hold up the commits of others
             self._synced = self.length
 
-    def patch(self, offset: int, data: bytes) -> None:
-        """Write over octets of the body that were written before."""
-        os.pwrite(self._fd, data, FRAME.size + offset)
-        self._patched = True
-
-    def _hash_again(self) -> None:
-        """What was patched stands in front of all the rest."""
-        self._digest.reset()
-        offset = FRAME.size
-        while piece := os.pread(self._fd, 1 << 20, offset):
-            self._digest.update(piece)
-            offset += len(piece)
-
-    def finish(self) -> Body:
-        """Write the frame's head, sync the file and its directory; where it lies."""
-        if self._patched:
-            self._hash_again()
-        os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, self._digest.intdigest()), 0)
+    def finish(self, front: list[bytes]) -> Body:
+        """Put `front` in front of it, sync the file and its directory; where the body lies. StoreError when there is not so much
+        room."""
+        first = b"".join(front)
+        offset = self._room - len(first)
+        if offset < 0:
+            raise StoreError(f"{len(first)} octets do not fit in front of the body of {self.ident:016x}")
+        os.pwrite(self._fd, first, offset + FRAME.size)
+        self.length += len(first)
+        checksum = self._digest.intdigest() if not first else _digest(self._fd, offset + FRAME.size)[0]
+        os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, checksum), offset)
         os.fdatasync(self._fd)
         os.close(self._fd)
         self._fd = -1
@@ -399,7 +400,7 @@ class BigBody:
             os.fsync(directory)
         finally:
             os.close(directory)
-        return Body(0, 1, 0, self.length)
+        return Body(0, 1, offset, self.length)
 
     def discard(self) -> None:
         """The message was refused or the client went away: remove the file."""

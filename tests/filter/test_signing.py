@@ -1,7 +1,9 @@
 """Signed mail, as dkimpy and opendkim see it."""
 
 import json
+import os
 import re
+import signal
 import smtplib
 import subprocess
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from relaymta.config import Dkim
 from relaymta.errors import ConfigError
-from relaymta.filter.signing import load_key, record
-from relaymta.proto.dkim import BodyHash, author_domain, signed, split_fields
+from relaymta.filter.keys import load_key, record
+from relaymta.filter.signatory import sign_hash
+from relaymta.filter.signing import Draft
+from relaymta.proto.dkim import author_domains, signed, split_fields
 from relaymta.proto.header import header_end
 from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx
@@ -55,15 +59,10 @@ def verified(message: bytes, settings: list[Dkim]) -> list[bool]:
 
 def sign(message: bytes, settings: list[Dkim]) -> bytes:
     """Signed without a relay."""
-    fields, body = split_fields(message[: header_end(message)]), message[header_end(message) :]
-    out = b""
-    for one in settings:
-        key = load_key(one)
-        body_hash = BodyHash(key.signature.relaxed_body)
-        body_hash.feed(body)
-        own, data = key.signature.unsigned(fields, body_hash.finish(), 1_795_000_000)
-        out += signed(own, key.sign(data))
-    return out + message
+    end = header_end(message)
+    draft = Draft(split_fields(message[:end]), [load_key(one) for one in settings], end, 1_795_000_000)
+    draft.body.feed(message)
+    return b"".join(signed(one.own, sign_hash(one.key.private, one.hashed)) for one in draft.unsigned()) + message
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -177,6 +176,36 @@ def test_a_broken_key_changes_nothing(peer, tmp_path):
         wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 0)
 
 
+def test_without_the_process_that_signs_a_thread_does(peer, tmp_path):
+    settings = keys(tmp_path)
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
+        (worker,) = relay.worker_pids()
+        first = wait_for(lambda: children(worker))
+        for number, fault in ((1, signal.SIGKILL), (2, signal.SIGSTOP)):
+            os.kill(first[0], fault)
+            relay.send(MESSAGE.decode())  # while there is none; behind it, once it was waited for long enough
+            wait_for(lambda number=number: len(peer.messages) == number)
+            first = wait_for(lambda first=first: [pid for pid in children(worker) if pid not in first], 30)
+            assert verified(peer.messages[-1][2], settings) == [True, True]
+        relay.send(MESSAGE.decode())
+        wait_for(lambda: len(peer.messages) == 3)
+        assert verified(peer.messages[-1][2], settings) == [True, True] and children(worker) == first
+        assert [event["text"] for event in relay.events("warning") if "process that signs is gone" in event["text"]]
+        assert relay.stop() == 0
+        wait_for(lambda: not running(first[0]))
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def test_the_doctor_says_whether_mail_from_here_would_be_believed(tmp_path):
     own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
     records = [
@@ -206,20 +235,22 @@ def test_wrong_keys_are_named(tmp_path):
     for name, expected in (("none.pem", "No such file"), ("no.pem", "no private key in PEM form")):
         with pytest.raises(ConfigError, match=expected):
             load_key(Dkim(domain="d.test", selector="s", key=str(tmp_path / name)))
-    assert load_key(Dkim(domain="d.test", selector="s", key=str(tmp_path / "small.pem"))).octets == 128
+    assert load_key(Dkim(domain="d.test", selector="s", key=str(tmp_path / "small.pem"))).private.key_size == 1024
 
 
 @pytest.mark.parametrize(
-    ("field", "domain"),
+    ("field", "domains"),
     [
-        (b"From: a@B.example", "b.example"), (b'from: "x@y" <a@b.example>', "b.example"),
-        (b"From: (c@d) a@b.example (c@d)", "b.example"),
-        (b"From:\r\n\tAnn\r\n <a@b.example>", "b.example"), (b"From: nobody", ""), (b"Subject: a@b", ""),
-        ("From: ä@dömain.example".encode(), "dömain.example"), (b"From: a@b.example, c@d.example", "b.example"),
+        (b"From: a@B.example", ["b.example"]), (b'from: "x@y, z" <a@b.example>', ["b.example"]),
+        (b"From: (c@d) a@b.example (c@d)", ["b.example"]),
+        (b"From:\r\n\tAnn\r\n <a@b.example>", ["b.example"]), (b"From: nobody", []), (b"Subject: a@b", []),
+        ("From: ä@dömain.example".encode(), ["dömain.example"]), (b"From: x@y <a@b.example>", ["b.example"]),
+        (b"From: a@b.example, <c@D.example>,c@d.example", ["b.example", "d.example"]),
+        (b"From: us: a@b.example, c@d.example;", ["b.example", "d.example"]),
     ],
 )  # fmt: skip
-def test_whose_domain_signs(field, domain):
-    assert author_domain([field]) == domain
+def test_whose_domains_are_in_from(field, domains):
+    assert author_domains([field]) == domains
 
 
 def test_keys_are_made_checked_and_replaced(tmp_path):

@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives import serialization
 
 from relaymta.config import Dkim
 from relaymta.dns import DnsFailure, NoData, NoSuchName
-from relaymta.filter import spf
+from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import organizational
-from relaymta.filter.signatures import ARC_FIELDS, Verified, arc, signatures_of, verify
-from relaymta.filter.signing import load_key, record
+from relaymta.filter.keys import load_key, record
+from relaymta.filter.signatures import Keys, Verified, arc, claims, verify
 from relaymta.proto.authres import without_forged
+from relaymta.proto.dkim import BodyHashes
+from relaymta.proto.header import header_end
 from tests.filter.test_signing import MESSAGE, PAIRS, keys, sign, write_key
 from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx
@@ -107,9 +109,19 @@ async def test_the_suite_of_rfc_7208(suite):
     assert wrong == [] and count > 190
 
 
+def told(message: bytes, keys: Keys) -> tuple[list[Verified], str]:
+    """What comes of a message's signatures, and of its ARC sets."""
+    end = header_end(message)
+    said = claims(message[:end])
+    hashes = BodyHashes(said.forms())
+    hashes.feed(message[end:])
+    bodies = hashes.finish()
+    return verify(said, bodies, keys, 1_795_000_100), arc(said, bodies, keys)
+
+
 def verified(message: bytes, settings: list[Dkim], **changes: str) -> list[Verified]:
     records: dict = {f"{one.selector}._domainkey.{one.domain}": record(load_key(one)) for one in settings}
-    return verify(message, signatures_of(message), records | changes, 1_795_000_100)
+    return told(message, records | changes)[0]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -132,7 +144,7 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
         "nonsense": "permerror",
     }  # fmt: skip
     assert {text: verified(message, settings, **{name: text})[0].result for text in cases} == cases
-    found = verify(message, signatures_of(message), {name: DnsFailure("no answer")}, 1_795_000_100)
+    found, _ = told(message, {name: DnsFailure("no answer")})
     assert found[0].result == "temperror"
     small = Dkim(domain="shop.test", selector="rsa", key=str(write_key(tmp_path / "small.pem", "rsa", 1024)))
     assert verified(sign(MESSAGE, [small]), [small])[0].result == "pass"
@@ -153,7 +165,7 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
 def test_hostile_messages_are_told_and_harm_nobody(header):
     message = header + b"From: a@b.test\r\n\r\n" + b" " * 200_000 + b"\r\n"
     began = time.monotonic()
-    found = verify(message, signatures_of(message), {"s._domainkey.d": "v=DKIM1; p=eA=="}, 0)
+    found, _ = told(message, {"s._domainkey.d": "v=DKIM1; p=eA=="})
     assert all(one.result == "permerror" for one in found) and time.monotonic() - began < 5
 
 
@@ -165,16 +177,20 @@ def test_a_chain_of_arc_sets_is_followed(tmp_path):
     message = b"Authentication-Results: relay.example; spf=pass smtp.mailfrom=a@b.test\r\n" + MESSAGE
     pem = _pkcs1(pem)
     once = b"".join(dkim.arc_sign(message, b"rsa", b"shop.test", pem, b"relay.example")) + message
-    twice = b"Authentication-Results: relay.example; arc=pass\r\n" + once
-    twice = b"".join(dkim.arc_sign(twice, b"rsa", b"shop.test", pem, b"relay.example")) + twice
 
     def result(text: bytes) -> str:
-        return arc(text, signatures_of(text, ARC_FIELDS), records)
+        return told(text, records)[1]
 
-    assert [result(text) for text in (MESSAGE, once, twice)] == ["none", "pass", "pass"]
+    again = once.replace(b"Authentication-Results: relay.example; spf=pass smtp.mailfrom=a@b.test\r\nFrom", b"From")
+    for _ in range(5):  # as many hops as mail has
+        seen = b"Authentication-Results: relay.example; arc=pass\r\n" + again
+        again = b"".join(dkim.arc_sign(seen, b"rsa", b"shop.test", pem, b"relay.example")) + again
+    assert [result(text) for text in (MESSAGE, once, again)] == ["none", "pass", "pass"]
     assert result(once.replace(b"end\r\n", b"END\r\n")) == "fail"
     assert result(once.replace(b"cv=none", b"cv=pass")) == "fail"
-    assert arc(once, signatures_of(once, ARC_FIELDS), {"rsa._domainkey.shop.test": DnsFailure("no answer")}) == "temperror"
+    assert told(once, {"rsa._domainkey.shop.test": DnsFailure("no answer")})[1] == "temperror"
+    other = b"DKIM-Signature: v=1; a=rsa-sha256; d=far.test; s=x; h=from; bh=x; b=x\r\n" + once
+    assert told(other, records | {"x._domainkey.far.test": DnsFailure("no answer")})[1] == "pass"
 
 
 def _pkcs1(pem: bytes) -> bytes:
@@ -245,6 +261,97 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             assert send("127.0.0.9", "eve@shop.test", MESSAGE) == 250  # ours: believed
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
+
+
+def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
+    settings = keys(tmp_path)
+    large = MESSAGE + b"".join(b"line %d of many  \r\n" % number for number in range(80_000))
+    records = [f'{one.selector}._domainkey.{one.domain}. TXT "{_halves(record(load_key(one)))}"' for one in settings]
+    records += ['shop.test. TXT "v=spf1 -all"', '_dmarc.shop.test. TXT "v=DMARC1; p=reject"']
+    with nameserver_with(tmp_path, records) as nameserver:
+        more = ('relay.networks=["127.0.0.9/32"]', 'relay.domains=["ours.test"]', f'delivery.nameservers=["{nameserver}"]',
+                "verify.results=true", 'verify.dmarc="enforce"')  # fmt: skip
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
+
+            def send(message: bytes) -> tuple[int, bytes]:
+                with smtplib.SMTP("127.0.0.1", relay.port, "client.test", source_address=("127.0.0.4", 0)) as client:
+                    client.ehlo()
+                    client.mail("ann@shop.test")
+                    client.rcpt("bob@ours.test")
+                    return client.data(message)
+
+            forged = b"Authentication-Results: relay.example; dkim=pass header.d=bank.test\r\n"
+            assert send(forged + sign(large, settings))[0] == 250
+            ((_, _, text),) = wait_for(lambda: peer.messages)
+            field = text.split(b"\r\nReceived:")[0].decode()
+            assert field.count("dkim=pass header.d=shop.test") == 2 and field.endswith("dmarc=pass header.from=shop.test")
+            assert text.count(b"Authentication-Results:") == 1 and text.endswith(sign(large, settings))
+            assert send(large)[0] == 550  # nobody's signature: refused, as a short one is
+            assert send(sign(large, settings).replace(b"line 79999 ", b"line 80000 "))[0] == 550
+            # Nor does it help to hide From: behind a megabyte of header, or another author.
+            assert send(b"X-Long: " + b"x" * 900 + b"\r\n" + (b" " + b"x" * 900 + b"\r\n") * 1300 + large)[0] == 554
+            assert send(b"From: eve@quiet.test\r\n" + large)[0] == 550
+            assert not list((relay.spool / "shard-0" / "bodies" / "big").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("authors", "expected"),
+    [(["good.test"], "pass none"), (["good.test", "bank.test"], "fail reject"), (["bank.test", "good.test"], "fail reject"),
+     ([], "none none"), ([f"d{number}.test" for number in range(6)], "permerror reject")],
+)  # fmt: skip
+async def test_no_author_hides_behind_another(authors, expected):
+    class Records:
+        async def txt(self, name: str) -> list[str]:
+            if name == "_dmarc.bank.test":
+                return ["v=DMARC1; p=reject"]
+            if name == "_dmarc.good.test":
+                return ["v=DMARC1; p=none"]
+            raise NoData(name)
+
+    found = await dmarc.check(Records(), authors, ("good.test", "pass"), [])  # type: ignore[arg-type]
+    assert f"{found.result} {found.policy}" == expected
+
+
+@pytest.mark.parametrize(
+    ("tags", "author", "sender", "signature", "expected"),
+    [("", "a.shop.co.uk", "b.shop.co.uk", "", "pass"), ("aspf=s", "a.shop.co.uk", "shop.co.uk", "", "fail"),
+     ("", "shop.co.uk", "evil.co.uk", "", "fail"), ("", "shop.co.uk", "evil.test", "mail.shop.co.uk", "pass"),
+     ("adkim=s", "shop.co.uk", "evil.test", "mail.shop.co.uk", "fail"),
+     ("adkim=s", "shop.co.uk", "evil.test", "shop.co.uk", "pass")],
+)  # fmt: skip
+async def test_who_is_aligned_with_the_author(tags, author, sender, signature, expected):
+    class Records:
+        async def txt(self, name: str) -> list[str]:
+            if name == "_dmarc.shop.co.uk":
+                return [f"v=DMARC1; p=reject; {tags}"]
+            raise NoData(name)
+
+    signatures = [(signature, "pass"), ("shop.co.uk.evil.test", "pass"), ("", "permerror")] if signature else []
+    found = await dmarc.check(Records(), [author], (sender, "pass"), signatures)  # type: ignore[arg-type]
+    assert found.result == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "author", "policy"),
+    [("p=reject; sp=none", "bank.test", "reject"), ("p=reject; sp=none", "a.bank.test", "none"),
+     ("p=none; sp=quarantine", "a.bank.test", "quarantine"), ("p=reject", "a.bank.test", "reject"),
+     ("p=reject; pct=0", "bank.test", "quarantine"), ("p=quarantine; pct=0", "bank.test", "none"),
+     ("p=reject; t=y", "bank.test", "quarantine"), ("p=reject; pct=100", "bank.test", "reject"),
+     ("sp=reject", "bank.test", "none"), ("p=reject; aspf=x; rua=?; unknown", "bank.test", "none"),
+     ("p=reject; aspf=x; rua=?; unknown=1", "bank.test", "reject")],
+)  # fmt: skip
+async def test_what_the_authors_domain_wants(record, author, policy):
+    class Records:
+        async def txt(self, name: str) -> list[str]:
+            if name == "_dmarc.bank.test":
+                return ["v=spf1 -all", f"v = DMARC1; {record}"]
+            raise NoSuchName(name)
+
+    found = await dmarc.check(Records(), [author], ("evil.test", "pass"), [])  # type: ignore[arg-type]
+    assert found.policy == policy
+    signatures = [("bank.test", "temperror")]  # that may be good: it is not refused for good
+    found = await dmarc.check(Records(), [author], ("evil.test", "pass"), signatures)  # type: ignore[arg-type]
+    assert found.policy == policy and found.result in ("temperror", "permerror")
 
 
 def _halves(text: str) -> str:
