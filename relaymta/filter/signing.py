@@ -22,8 +22,7 @@ from relaymta.watch import Watched
 __all__ = ["Draft", "Signer"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
-TOGETHER = 32  # messages that are signed and go on to the commit together: a group costs as much as several of them,
-GATHER_SECONDS = 0.004  # so behind a batch, where some wait, others are waited for
+TOGETHER = 32  # messages whose signatures are made together
 AT_ONCE = 65536  # octets that are hashed on the loop; more would hold it up
 ANSWER_SECONDS = 5.0  # a batch takes some hundredths of one
 RESTART_SECONDS = 1.0
@@ -101,8 +100,6 @@ class Signatory:
                 if isinstance(fields, bytes):
                     self._counters.add(SIGNED_MESSAGES, len(wanted))
                 done(fields)
-            if 1 < len(self._pending) < TOGETHER:
-                await asyncio.sleep(GATHER_SECONDS)
         self._work = None
 
     async def _made(self, wanted: list[Unsigned]) -> "list[bytes] | list[bytes | Exception]":
