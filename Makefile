@@ -38,7 +38,7 @@ check: build
 	$(BIN)/lint-imports
 
 test: build
-	CI=$(CI) $(BIN)/python -m pytest
+	CI=$(CI) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 prove: build
 	RELAYMTA_PROVE=1 $(BIN)/python -m pytest -m "prove or not prove" --timeout 3600

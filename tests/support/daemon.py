@@ -1,7 +1,10 @@
 """Real relays for tests: started as a user starts them, killed as a power cut kills them."""
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import smtplib
 import socket
@@ -14,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 
+# Below the ports that the system gives to outgoing connections; those who test side by side have their own.
+_first = 10_000 + 10_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20_000
+_ports = itertools.cycle(random.sample(range(_first, _first + 10_000), 10_000))
+
+
 def free_port() -> int:
     """A TCP port nobody uses right now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    for port in _ports:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it") -> Any:
