@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 # Below the ports that the system gives to outgoing connections; those who test side by side have their own.
 _first = 10_000 + 10_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20_000
 _ports = itertools.cycle(random.sample(range(_first, _first + 10_000), 10_000))
