@@ -12,6 +12,7 @@ import socket
 import tomllib
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -87,12 +88,24 @@ def _address(value: object) -> object:
     return value
 
 
+def notes(config: "Config") -> list[str]:
+    """What is allowed and hardly meant, as sentences."""
+    found = []
+    if config.relay.domains and not config.relay.recipients:
+        found.append(
+            "relay.domains without relay.recipients: backscatter risk (mail for anybody there is taken, and bounces to forged "
+            "senders when the next host does not know them)"
+        )
+    return found
+
+
 def _host(value: object) -> object:
     if isinstance(value, str) and not value.startswith("unix:/"):
         parse_hostport(value, 25)
     return value
 
 
+@cache
 def parse_quota(text: str) -> tuple[int, float]:
     """`COUNT/UNIT` as the count and seconds. ValueError when it is none."""
     match = _QUOTA.match(text.strip())

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "families", "site_families"]
+__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "families", "row_families"]
 
 
 class Cells(Protocol):
@@ -93,6 +93,8 @@ SITE_GAUGES: dict[str, tuple[str, str]] = {
     "relaymta_site_rate": ("Messages a second that begin", "rate"),
 }
 SITES_SHOWN = 50
+QUOTA_GAUGE = "relaymta_quota_used_ratio"
+ACCOUNTS_SHOWN = 50
 
 _index: dict[tuple[str, str], int] = {}
 for _name, (_, _, _values) in COUNTERS.items():
@@ -105,7 +107,7 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
     _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
-NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES])
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE])
 
 
 def index(name: str, label: str = "") -> int:
@@ -142,16 +144,22 @@ class Counters:
         self.cells.set(_gauge[name], int(value))
 
 
-def site_families(rows: list[dict[str, Any]]) -> list[object]:
-    """The metrics of single sites, from rows of `site list --json`."""
+def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:
+    """The metrics of single sites and accounts, from rows of `site list --json` and of `app usage --json`."""
     from prometheus_client.core import GaugeMetricFamily
 
     found: list[object] = []
     for name, (text, key) in SITE_GAUGES.items():
         gauge = GaugeMetricFamily(name, text, labels=["site"])
-        for row in rows:
+        for row in sites:
             gauge.add_metric([row["pool"]], row[key])
         found.append(gauge)
+    gauge = GaugeMetricFamily(
+        QUOTA_GAUGE, "Share that is used of an account's quota (those with most)", labels=["account", "what"]
+    )
+    for row in sorted(quotas, key=lambda row: -row["share"])[:ACCOUNTS_SHOWN]:
+        gauge.add_metric([row["name"], row["what"]], row["share"])
+    found.append(gauge)
     return found
 
 

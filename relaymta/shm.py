@@ -8,6 +8,7 @@ without asking, and a crash loses nothing.
 import mmap
 import os
 import time
+from collections.abc import Iterable
 
 import xxhash
 
@@ -247,6 +248,20 @@ class Rates:
         """As `take`, but only look: the seconds until there is one, 0.0 for now."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         return _next_free(self._free(key), now, 1_000_000 / per_second, burst)[1] / 1_000_000
+
+    def rows(self) -> list[tuple[int, int]]:
+        """The rates that are not free for a while yet: key's hash, and microseconds until they are."""
+        now, cells = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000, self._cells
+        found = [(cells.get(row), cells.get(row + 1) - now) for row in range(0, 2 * RATE_ROWS, 2)]
+        return [(mark, left) for mark, left in found if mark and left > RATE_IDLE_US]
+
+    def restore(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Begin with rates as `rows()` had them."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        for mark, left in rows:
+            row = self._row(mark, now)
+            if row >= 0:
+                self._cells.set(row + 1, now + left)
 
     def used(self, key: str, per_second: float) -> float:
         """How many units of `key` were taken and are not there again."""

@@ -21,12 +21,26 @@ from typing import Any
 import msgspec
 import uvloop
 
-from relaymta.config import Config, parse_hostport, parse_quota
+from relaymta.config import Config, notes, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
 from relaymta.log import Log, find_history
 from relaymta.metrics import SITES_SHOWN
-from relaymta.node import BOUNCE, DEAD, HOLD, SUSPENDED, TOKEN, Fact, Facts, Store, fact_row, keep_profiles, keep_secret
+from relaymta.node import (
+    BOUNCE,
+    DEAD,
+    HOLD,
+    SUSPENDED,
+    TOKEN,
+    Fact,
+    Facts,
+    Store,
+    fact_row,
+    keep_profiles,
+    keep_rates,
+    keep_secret,
+    kept_rates,
+)  # fmt: skip
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
@@ -38,6 +52,7 @@ __all__ = ["serve"]
 
 START_SECONDS = 30.0
 BACKOFF_MOST = 10.0
+RATES_SECONDS = 60.0  # how much of quotas is forgotten when everything is killed
 STOP_SECONDS = 45.0
 # Texts of some 100 kB are the usual case: glibc would map and unmap each, and fault in every page of it anew.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}
@@ -92,6 +107,8 @@ class Supervisor:
         self._drop_root()
         _check_files(self.config)
         self._open_node(spool / "node")
+        self.shared.client_rates(workers).restore(kept_rates(spool / "node"))
+        self._note(config)
         for number, own in enumerate(sockets):
             self.slots.append(Slot(number, own, [number]))
         for orphan in _existing_shards(spool):
@@ -111,11 +128,14 @@ class Supervisor:
             addresses = [listener.address for listener in config.listener]
             self.log.event("started", pid=os.getpid(), listeners=addresses)
             notify("READY=1")
+        keeping = loop.create_task(self._keep_rates_going())
         server = await asyncio.start_unix_server(self._cli, sock=control)
         await self.stopping.wait()
         notify("STOPPING=1")
         server.close()
         await self._stop_workers()
+        keeping.cancel()
+        self._keep_rates()
         if self._writing is not None:
             await self._writing
         self.store.close()
@@ -149,6 +169,22 @@ class Supervisor:
                 self.log.event("warning", text="the provider profiles have changed: `relaymta shaping diff` shows how")
         except OSError as error:  # a full disk, for one: the relay does not need them there
             self.log.event("warning", text=f"{path}: {error.strerror}: the provider profiles in use are not remembered")
+
+    def _note(self, config: Config) -> None:
+        for sentence in notes(config):
+            self.log.event("warning", text=sentence)
+
+    async def _keep_rates_going(self) -> None:
+        while True:
+            await asyncio.sleep(RATES_SECONDS)
+            await asyncio.to_thread(self._keep_rates)
+
+    def _keep_rates(self) -> None:
+        """Quotas go on where they were, and who guesses passwords is known, after a restart."""
+        try:
+            keep_rates(Path(self.config.spool) / "node", self.shared.client_rates(len(self.slots)).rows())
+        except OSError as error:
+            self.log.event("warning", text=f"node: {error.strerror}: what is used of quotas is not remembered")
 
     def _drop_root(self) -> None:
         if os.geteuid() != 0:
@@ -197,6 +233,7 @@ class Supervisor:
                 port,
                 lambda: [self.shared.counters(slot.number) for slot in self.slots],
                 lambda: self._sites(SITES_SHOWN),
+                self._usage,
                 self._health,
             )
         except OSError as error:
@@ -340,6 +377,7 @@ class Supervisor:
         changed = [key for key in NEEDS_RESTART if getattr(fresh, key) != getattr(self.config, key)]
         fresh = fresh.model_copy(update={key: getattr(self.config, key) for key in changed})
         self.config = fresh
+        self._note(fresh)
         text = fresh.to_json()
         for slot in self.slots:
             if slot.ready and slot.channel is not None:
@@ -505,16 +543,12 @@ class Supervisor:
         kinds = [SUSPENDED, DEAD] if resume else [kind]
         return sum(self._know(None, (one, site, about)) for one in kinds)
 
-    async def _usage(self, quotas: list[tuple[str, str, str]]) -> list[float]:
-        """How much is used of quotas of accounts: (account, kind, quota) each."""
-        from relaymta.accept.quota import key_of
-
-        rates = self.shared.client_rates(len(self.slots))
-        found = []
-        for name, kind, quota in quotas:
-            count, seconds = parse_quota(quota)
-            found.append(rates.used(key_of(name, kind), count / seconds))
-        return found
+    async def _usage(self) -> list[dict[str, Any]]:
+        """What is used of the quotas of accounts. They are the machine's: any worker knows."""
+        for _, channel in self._ready():
+            found: list[dict[str, Any]] = await channel.ask("usage")
+            return found
+        raise RelayError("no worker is ready")
 
     async def _first(self, op: str, ident: str) -> Any:
         home = shard_of(parse_id(ident))

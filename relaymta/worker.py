@@ -414,6 +414,11 @@ class Worker:
     async def _sites(self, descriptors: list[int], most: int = 0) -> list[Any]:
         return [row for shard in self.shards.values() for row in site_rows(shard.dispatcher, most)]
 
+    async def _usage(self, descriptors: list[int]) -> list[Any]:
+        if self.acceptor is None or self.intake is None:
+            return []
+        return self.intake.quotas.usage(self.acceptor.door.logins.accounts)
+
     async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
         for shard in self.shards.values():
             text = await shard.queue.raw(parse_id(ident))
@@ -494,6 +499,7 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "raw": Worker._raw,
     "explain": Worker._explain,
     "sites": Worker._sites,
+    "usage": Worker._usage,
     "change": Worker._change,
     "throttled": Worker._throttled,
     "status": Worker._status,

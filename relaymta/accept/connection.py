@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from relaymta.accept.identity import Identity
-from relaymta.accept.intake import Client
+from relaymta.accept.intake import HEADER_SEEN, Client
 from relaymta.accept.listening import proxied
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
@@ -516,7 +516,7 @@ class Connection(asyncio.Protocol):
             self.look, start = verifier.look(header), header + start[end:]
             end = len(header)
         front = intake.prepend(
-            self.ident, transaction, self.client_of(), session, start[:65536], self.listener.submission, self.identity
+            self.ident, transaction, self.client_of(), session, start[:HEADER_SEEN], self.listener.submission, self.identity
         )
         if isinstance(front, bytes):
             return front
@@ -675,10 +675,10 @@ def _talks_early(transport: asyncio.BaseTransport) -> bool:
 
 
 def _beginning(text: list[bytes]) -> bytes:
-    """The first 64 kB of a text, which hold its header if it is a reasonable one."""
+    """The first octets of a text, which hold its header if it is a reasonable one."""
     found = bytearray()
     for piece in text:
-        found += piece[: 65536 - len(found)]
-        if len(found) == 65536:
+        found += piece[: HEADER_SEEN - len(found)]
+        if len(found) == HEADER_SEEN:
             break
     return bytes(found)

@@ -1,9 +1,13 @@
 """Who somebody is: by their login, or by the network they come from."""
 
 import ipaddress
+import re
 from typing import NamedTuple
 
 __all__ = ["Identity", "Unavailable", "group_of"]
+
+
+_NOT_LOCAL = re.compile(r"[@\s]")
 
 
 class Unavailable(Exception):
@@ -22,10 +26,14 @@ class Identity(NamedTuple):
     connections: int = 0  # logged in at the same time; 0: any
 
     def may_send_as(self, address: str) -> bool:
-        """Whether an address is one of `senders`."""
+        """Whether an address is one of `senders`; what is none, is not."""
+        if not self.senders:
+            return True
         lower = address.lower()
-        domain = lower.rpartition("@")[2]
-        return not self.senders or any(
+        local, _, domain = lower.rpartition("@")
+        if not local or (_NOT_LOCAL.search(local) and not (local[0] == local[-1] == '"')):
+            return False
+        return any(
             lower == own or own == "@" + domain or (own.startswith("@.") and domain.endswith(own[1:])) for own in self.senders
         )
 

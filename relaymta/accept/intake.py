@@ -22,7 +22,7 @@ from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["Client", "Intake"]
+__all__ = ["HEADER_SEEN", "Client", "Intake"]
 
 RECEIVED = index("relaymta_messages_received_total")
 OCTETS = index("relaymta_received_octets_total")
@@ -31,6 +31,8 @@ REFUSED_CONTENT = index("relaymta_messages_refused_total", "content")
 REFUSED_STORE = index("relaymta_messages_refused_total", "store")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
+
+HEADER_SEEN = 65536  # octets of a text that are looked at for its header
 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
@@ -213,9 +215,12 @@ class Intake:
 
     def prepend(self, ident: int, transaction: Transaction, client: Client, session: ServerSession,
                 start: bytes, submission: bool, identity: Identity | None) -> list[bytes] | bytes:  # fmt: skip
-        """The fields that go in front of a message whose text begins with `start`; or the reply that refuses it."""
+        """The fields that go in front of a message whose text begins with `start` (HEADER_SEEN octets suffice); or the reply that
+        refuses it."""
         header = start[: header_end(start)]
         if identity is not None and identity.senders:
+            if len(header) == len(start) >= HEADER_SEEN:  # what is behind it was not seen
+                return reply.HEADER_TOO_LONG
             stranger = next((author for author in authors(header) if not identity.may_send_as(author)), None)
             if stranger is not None:
                 return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger}> (senders of its account)")

@@ -97,6 +97,11 @@ class Logins:
         return tuple(found)
 
     @property
+    def accounts(self) -> list[Account]:
+        """Those of the file."""
+        return list(self._book.accounts.values())
+
+    @property
     def _book(self) -> _Book:
         return self.watched.value or _Book({}, False, 4096)
 

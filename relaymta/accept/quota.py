@@ -1,16 +1,19 @@
 """How much somebody may send: rates by client address, quotas by account, for all workers together.
 
-A quota of N in a time is N at once, and then as they come back: one every N-th of that time. It begins anew when the relay does.
+A quota of N in a time is N at once, and then as they come back: one every N-th of that time.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from relaymta.accept.identity import Identity
-from relaymta.config import parse_quota
+from relaymta.config import Account, parse_quota
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.smtp_server import Transaction
 from relaymta.shm import Rates
 
-__all__ = ["KINDS", "Quotas", "key_of"]
+__all__ = ["KINDS", "Quotas"]
 
 KINDS = ("messages", "recipients", "octets")
 REJECTED = index("relaymta_quota_exceeded_total", "rejected")
@@ -18,7 +21,7 @@ HELD = index("relaymta_quota_exceeded_total", "held")
 CLIENTS = index("relaymta_quota_exceeded_total", "client")
 
 
-def key_of(name: str, kind: str) -> str:
+def _key(name: str, kind: str) -> str:
     """The rate that an account's quota is kept as."""
     return f"account {name} {kind}"
 
@@ -44,7 +47,7 @@ class Quotas:
     def account(self, identity: Identity, kind: str, units: int, transaction: Transaction) -> bytes | None:
         """Take from an account's quota. The reply that refuses more, or None: it may go, or (`held`) wait to be released."""
         quota = identity.quotas.get(kind, "")
-        wait = self._take(key_of(identity.name, kind), quota, units) if quota else 0.0
+        wait = self._take(_key(identity.name, kind), quota, units) if quota else 0.0
         if not wait:
             return None
         if identity.hold:
@@ -55,6 +58,18 @@ class Quotas:
         self._counters.add(REJECTED, 1)
         text = f"The quota of {identity.name} is used up ({kind} {quota}); try again in {wait:.0f} s"
         return reply.format_reply(452, "4.7.1", text)
+
+    def usage(self, accounts: Iterable[Account]) -> list[dict[str, Any]]:
+        """What is used of the quotas of accounts, a row for each."""
+        found = []
+        for account in accounts:
+            for kind in KINDS:
+                quota = getattr(account, kind)
+                if quota:
+                    count, seconds = parse_quota(quota)
+                    used = self._rates.used(_key(account.name, kind), count / seconds)
+                    found.append({"name": account.name, "what": kind, "quota": quota, "used": round(used), "share": used / count})
+        return found
 
     def _take(self, key: str, quota: str, units: int) -> float:
         count, seconds = parse_quota(quota)

@@ -21,6 +21,7 @@ TIMEOUT = 10.0
 LARGEST = 1 << 20  # octets of an answer
 KEYS_KEPT = 3600.0  # seconds until the issuer's keys are asked for again
 KEYS_AGAIN = 30.0  # ... where a token has an unknown one
+KEYS_RETRY = 5.0  # ... where they were not to be had
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA", "Ed25519"]  # never "none", never a shared key
 
 
@@ -70,6 +71,8 @@ class Bearer:
         self._settings = settings
         self._keys: KeySet | None = None
         self._asked_at = 0.0
+        self._failed_at = -KEYS_RETRY
+        self._problem = ""
         self._asking = asyncio.Lock()
 
     async def user(self, token: str) -> str:
@@ -98,20 +101,32 @@ class Bearer:
         return found.claims
 
     async def _key_set(self, kept: float) -> KeySet:
+        """The issuer's keys, `kept` seconds old at most, or as they were where it does not answer. Who asks for them in vain is
+        not asked again for a while: nobody else waits for that."""
+        if self._keys is not None and time.monotonic() - self._asked_at <= kept:
+            return self._keys
         async with self._asking:
             now = time.monotonic()
             if self._keys is None or now - self._asked_at > kept:
-                try:
-                    status, text = await _asked("GET", self._settings.jwks)
-                    if status != 200:
-                        raise Unavailable(f"{self._settings.jwks}: status {status}")
-                    self._keys, self._asked_at = KeySet.import_key_set(json.loads(text)), now
-                except (JoseError, ValueError, KeyError, TypeError) as error:
-                    raise Unavailable(f"{self._settings.jwks}: no JWKS: {error}") from None
-                except Unavailable:
-                    if self._keys is None:
-                        raise
+                if now - self._failed_at > KEYS_RETRY:
+                    await self._ask_for_keys()
+                if self._keys is None:
+                    raise Unavailable(self._problem)
             return self._keys
+
+    async def _ask_for_keys(self) -> None:
+        try:
+            status, text = await _asked("GET", self._settings.jwks)
+            if status != 200:
+                raise Unavailable(f"{self._settings.jwks}: status {status}")
+            self._keys, self._asked_at = KeySet.import_key_set(json.loads(text)), time.monotonic()
+        except (JoseError, ValueError, KeyError, TypeError) as error:
+            self._problem = f"{self._settings.jwks}: no JWKS: {error}"
+        except Unavailable as error:
+            self._problem = str(error)
+        else:
+            return
+        self._failed_at = time.monotonic()
 
     async def _introspected(self, token: str) -> dict[str, Any] | None:
         settings = self._settings

@@ -11,12 +11,24 @@ from prometheus_client.exposition import choose_encoder
 
 from relaymta import __version__
 from relaymta.control import Refused
-from relaymta.metrics import Cells, families, site_families
+from relaymta.errors import RelayError
+from relaymta.metrics import Cells, families, row_families
 
 __all__ = ["serve_http"]
 
-SITES_SECONDS = 2.0  # waited for the workers' answers
-SITES_EVERY = 5.0  # asked at most; between two times the same is shown
+ROWS_SECONDS = 2.0  # waited for the workers' answers
+ROWS_EVERY = 5.0  # asked at most; between two times the same is shown
+
+
+Rows = list[dict[str, Any]]
+
+
+async def _rows(asked: Awaitable[Rows]) -> Rows:
+    try:
+        async with asyncio.timeout(ROWS_SECONDS):
+            return await asked
+    except (TimeoutError, ConnectionError, RelayError, Refused):  # a worker that does not answer must not hide the counters
+        return []
 
 
 class _Collector:
@@ -24,37 +36,35 @@ class _Collector:
 
     def __init__(self, blocks: Callable[[], Iterable[Cells]]) -> None:
         self._blocks = blocks
-        self.sites: list[dict[str, Any]] = []
-        self.sites_until = 0.0
+        self.sites: Rows = []
+        self.quotas: Rows = []
+        self.until = 0.0
 
     def collect(self) -> Iterable[object]:
         yield InfoMetricFamily("relaymta_build", "The running program", value={"version": __version__})
         yield from families(self._blocks())
-        yield from site_families(self.sites)
+        yield from row_families(self.sites, self.quotas)
 
 
 async def serve_http(
     host: str,
     port: int,
     blocks: Callable[[], Iterable[Cells]],
-    sites: Callable[[], Awaitable[list[dict[str, Any]]]],
+    sites: Callable[[], Awaitable[Rows]],
+    quotas: Callable[[], Awaitable[Rows]],
     healthy: Callable[[], str],
 ) -> web.AppRunner:
-    """Serve on host:port until `cleanup()` of what is returned. `sites()`: rows of the busiest sites. `healthy()`: "" or what
-    is wrong. OSError when busy."""
+    """Serve on host:port until `cleanup()` of what is returned. `sites()`: rows of the busiest sites; `quotas()`: of accounts'
+    quotas. `healthy()`: "" or what is wrong. OSError when busy."""
     registry = CollectorRegistry(auto_describe=False)
     collector = _Collector(blocks)
     registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:
         now = asyncio.get_running_loop().time()
-        if now > collector.sites_until:
-            collector.sites_until = now + SITES_EVERY
-            try:
-                async with asyncio.timeout(SITES_SECONDS):
-                    collector.sites = await sites()
-            except (TimeoutError, ConnectionError, Refused):  # a worker that does not answer must not hide the counters
-                collector.sites = []
+        if now > collector.until:
+            collector.until = now + ROWS_EVERY
+            collector.sites, collector.quotas = await asyncio.gather(_rows(sites()), _rows(quotas()))
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 

@@ -311,16 +311,7 @@ def expire(read: Callable[..., Config], name: str) -> None:
 @configured
 def usage(read: Callable[..., Config], as_json: bool) -> None:
     """How much of their quotas accounts have used. A quota comes back little by little."""
-    from relaymta.accept.quota import KINDS
-
-    quotas = [
-        (account.name, kind, quota) for account in _File(read).accounts for kind in KINDS if (quota := getattr(account, kind))
-    ]
-    used = asked(connect(read), "usage", quotas=quotas)
-    rows = [
-        {"name": name, "what": kind, "quota": quota, "used": round(spent)}
-        for (name, kind, quota), spent in zip(quotas, used, strict=True)
-    ]
+    rows = asked(connect(read), "usage")
     if as_json:
         click.echo(json.dumps(rows))
         return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import click
 
 from relaymta.cli.serve import configured, fail, loaded
-from relaymta.config import Config, describe
+from relaymta.config import Config, describe, notes
 from relaymta.errors import ConfigError
 
 __all__ = ["config"]
@@ -31,7 +31,7 @@ def check(read: Callable[..., Config]) -> None:
         door.check(config)
     except ConfigError as error:
         fail(78, str(error))
-    for sentence in shaping.check(config):
+    for sentence in [*notes(config), *shaping.check(config)]:
         click.echo(f"note: {sentence}")
     click.echo("the configuration is fine")
 

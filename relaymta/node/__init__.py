@@ -18,12 +18,13 @@ from relaymta.errors import StoreError, store_error
 
 __all__ = [
     "BOUNCE", "DEAD", "HOLD", "LEARNED", "PROFILES", "PROFILES_BEFORE", "SLOW", "SUSPENDED", "TOKEN", "Fact", "Facts", "Store",
-    "fact_row", "keep_profiles", "keep_secret",
+    "fact_row", "keep_profiles", "keep_rates", "keep_secret", "kept_rates",
 ]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
 HOLD, BOUNCE = "hold", "bounce"  # standing orders
 TOKEN = "token"  # a refresh token that an endpoint gave in exchange: a secret, shown to nobody
+RATES = "rates"
 PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # as used here, and before the last change
 MOST = 50_000  # facts; beyond it those that end first go
 _MAP_SIZE = 1 << 30
@@ -137,6 +138,23 @@ def keep_profiles(path: Path, text: str) -> bool:
         used.replace(path / PROFILES_BEFORE)
     used.write_text(text, encoding="utf-8")
     return known is not None
+
+
+def keep_rates(path: Path, rows: list[tuple[int, int]]) -> None:
+    """Remember in `path` the rates of clients and accounts as they are now (shm.Rates.rows). Blocks; OSError."""
+    file = path / RATES
+    file.with_suffix(".new").write_bytes(_encode((_wall(), rows)))
+    file.with_suffix(".new").replace(file)
+
+
+def kept_rates(path: Path) -> list[tuple[int, int]]:
+    """What was remembered, less the time that has passed since: none where the clock went back. Blocks."""
+    try:
+        kept, rows = msgspec.msgpack.decode((path / RATES).read_bytes(), type=tuple[int, list[tuple[int, int]]])
+    except (OSError, msgspec.DecodeError):  # there is none, or a power cut has left half of it: they begin anew
+        return []
+    passed = max(0, _wall() - kept) * 1000
+    return [(mark, left - passed) for mark, left in rows if left > passed]
 
 
 class Store:

@@ -44,9 +44,14 @@ def fields(header: bytes) -> list[tuple[bytes, str]]:
 
 
 def authors(header: bytes) -> list[str]:
-    """The addresses in From: and Sender: of a header block (RFC 5322 3.6.2)."""
-    found = [value for name, value in fields(header) if name in (b"from", b"sender")]
-    return [address for _, address in getaddresses(found) if address]
+    """The addresses in From: and Sender: of a header block (RFC 5322 3.6.2). What is in such a field and is no address is given
+    as it stands, so that it is nobody's."""
+    found = []
+    for name, value in fields(header):
+        if name in (b"from", b"sender"):
+            addresses = [address for _, address in getaddresses([value]) if address]
+            found += [value if address.startswith("@") else address for address in addresses or [value]]
+    return found
 
 
 def rfc5322_date(seconds: int) -> str:

@@ -77,7 +77,7 @@ def _plain(keys: Callable[[str], Keys]) -> Exchange:
 def _login(keys: Callable[[str], Keys]) -> Exchange:
     user = _text((yield b"Username:"))
     password = _text((yield b"Password:"))
-    if not user or not password:
+    if not user or not password or "\0" in user + password:
         raise Malformed("expected user and password")
     return Password(user, password)
 

@@ -16,6 +16,7 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
+from relaymta.accept.identity import Unavailable
 from relaymta.accept.web import KEYS_AGAIN, KEYS_KEPT, Bearer
 from relaymta.config import TokensTable
 from tests.accept.test_front_door import SECRET, Door
@@ -218,6 +219,22 @@ def test_a_dead_issuer_puts_logins_off(tmp_path):
     with Door(tmp_path, "127.0.0.1:1", tokens) as door:
         assert bearer(door, "XOAUTH2", "cat@shop.example", issuer.token()) == 454
         assert plain(door, "ann", SECRET) == 235
+
+
+async def test_a_broken_issuer_is_not_asked_again_and_again():
+    issuer = Issuer()
+    broken = Web(lambda path, body: (500, {}))
+    bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=broken.url))
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="status 500"):
+            await bearer.user(issuer.token())
+    assert len(broken.asked) == 1
+    bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=issuer.web.url))
+    assert await bearer.user(issuer.token()) == "cat@shop.example"
+    bearer._settings = TokensTable(issuer="https://issuer.example", jwks=broken.url)
+    bearer._asked_at -= KEYS_KEPT + 1
+    assert [await bearer.user(issuer.token()) for _ in range(3)] == ["cat@shop.example"] * 3
+    assert len(broken.asked) == 2
 
 
 def test_a_token_is_a_login_when_the_issuer_says_that_it_is_active(tmp_path):

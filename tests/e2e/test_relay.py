@@ -207,6 +207,13 @@ def test_wrong_configurations_name_the_place(tmp_path, text, expected):
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_hardly_meant_is_said(tmp_path, ledger):
+    more = ("config", "check", "--set", 'listener=[{address="127.0.0.1:1"}]', "--set", 'relay.domains=["ours.example"]')
+    assert "backscatter risk" in Relay(tmp_path, None).cli(*more).stdout
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}", 'relay.domains=["ours.example"]') as relay:
+        assert any("backscatter risk" in event["text"] for event in relay.events("warning"))
+
+
 def test_reload_takes_new_limits_and_refuses_nonsense(tmp_path, ledger):
     path = tmp_path / "r.toml"
     path.write_text("[limits]\nmessage_size = 1000\n")
