@@ -186,8 +186,8 @@ def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]
                     message = _Dkim(said.header, minkey=BITS_LEAST)
                     message.bodies = bodies
                 outcome = _checked(message, number, str(key))
-            except dkim.DKIMException as error:  # no header at all
-                outcome = "permerror", str(error)
+            except _HOSTILE as error:  # no header at all
+                outcome = "permerror", f"{type(error).__name__}: {error}"
         found.append(Verified(outcome[0], tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), outcome[1]))
     return found
 

@@ -6,8 +6,11 @@ from pathlib import Path
 from types import FunctionType
 
 import atheris
+import dkim
 
-from relaymta.proto import smtp_server
+from relaymta.filter import signatures
+from relaymta.proto import authres, proxy, sasl, smtp_server
+from relaymta.proto import header as header_fields
 from tests.fuzz import targets
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -26,6 +29,10 @@ def main() -> None:
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
     assert len(interpreted) == 2
     instrument(*interpreted, smtp_server.ServerSession)
+    for module in (authres, header_fields, proxy, sasl, signatures, dkim):
+        for member in list(vars(module).values()):
+            if isinstance(member, FunctionType) and member.__module__ == module.__name__:
+                atheris.instrument_func(member)
     found = Path("build/corpus") / name
     found.mkdir(parents=True, exist_ok=True)
 

@@ -6,10 +6,19 @@ An input is: one octet of options, one for the number of cuts, the cuts (two oct
 
 from collections.abc import Callable
 
-from relaymta.proto.smtp_server import Limits, ServerSession
+from relaymta.filter.signatures import arc, claims, verify
+from relaymta.proto import reply
+from relaymta.proto.authres import without_forged
+from relaymta.proto.header import authors
+from relaymta.proto.proxy import LONGEST, BadHeader, parse
+from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
+from relaymta.proto.smtp_server import Limits, Offers, ServerSession
 from tests.speedups import oracle, test_replies, test_smtp
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, DOTTED, NUL
 
+OFFERS = Offers(mechanisms=("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"), clear=True)
+KEYS = Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
+KEY = "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="  # RFC 8463 A.2
 PARSERS = [parameter.values[0] for parameter in test_smtp.PARSERS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
 
@@ -76,20 +85,26 @@ def replies(data: bytes) -> None:
 
 
 def session(data: bytes) -> None:
-    """A whole server session: the same replies for every split, and every message taken with text as the limits allow."""
+    """A whole server session, in which clients may log in: the same replies for every split, and every message taken with text as
+    the limits allow."""
     options, cuts, wire = taken_apart(data)
     limits = Limits(message_size=2000, recipients=5, errors=6, normalize=bool(options & 1), long_lines=bool(options & 2))
     assert _session_run(limits, wire, cuts) == _session_run(limits, wire, [])
 
 
 def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
-    one = ServerSession("relay.example", limits, lambda sender, size: None, lambda address, transaction: None)
+    one = ServerSession("relay.example", limits, lambda sender, size: None, lambda address, transaction: None, offers=OFFERS)
     one.greet()
     out, mails = [], []
     for piece in test_smtp.pieces(wire, cuts):
         out.append(one.receive(piece))
-        while one.complete is not None:
+        while one.complete is not None or one.claim is not None:
+            if one.claim is not None:
+                good = one.claim == Password("user", "pencil")
+                out.append(one.checked("user" if good else "", reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS))
+                continue
             mail = one.complete
+            assert mail is not None
             text = b"".join(mail.take())
             assert len(text) <= limits.message_size and 0 < len(mail.recipients) <= limits.recipients
             assert oracle.bare(text) == (False, False) and b"\0" not in text
@@ -102,4 +117,49 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
     return said, mails
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"smtp": smtp, "replies": replies, "session": session}
+def sasl(data: bytes) -> None:
+    """The mechanisms of AUTH: the first octet chooses one, the lines behind it are the client's responses."""
+    exchange, _ = begin(sorted(MECHANISMS)[data[0] % len(MECHANISMS)], lambda user: KEYS)
+    try:
+        for response in data[1:].split(b"\n"):
+            assert isinstance(exchange.send(response), bytes)
+    except StopIteration as done:
+        assert isinstance(done.value, Claim) and "\0" not in done.value.user
+        assert not (isinstance(done.value, Proof) and done.value.good)
+    except Malformed as error:
+        assert str(error)
+
+
+def header(data: bytes) -> None:
+    """What a stranger's header says: of its signatures, by dkimpy behind ours, of its authors, and what claims to be ours."""
+    block = data.replace(b"\n", b"\r\n")
+    said = claims(block)
+    bodies = dict.fromkeys(said.forms(), ("47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=", 0))
+    keys = dict.fromkeys(("s._domainkey.d", "._domainkey.", "s._domainkey.d.test"), KEY)
+    assert all(one.result != "pass" for one in verify(said, bodies, keys, 1_795_000_000))
+    assert arc(said, bodies, keys) in ("none", "fail")
+    assert b"relay.example" not in without_forged(block, "relay.example").lower() or b"relay.example" in block.lower()
+    assert all(isinstance(one, str) for one in [*authors(block), *said.authors])
+
+
+def proxy(data: bytes) -> None:
+    """A load balancer's header: the same in every split."""
+    try:
+        found = parse(data)
+    except BadHeader as error:
+        assert str(error)
+        return
+    if found is None:
+        assert len(data) < LONGEST
+        return
+    assert parse(data[: found.length]) == found and all(parse(data[:end]) is None for end in range(found.length))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "smtp": smtp,
+    "replies": replies,
+    "session": session,
+    "sasl": sasl,
+    "header": header,
+    "proxy": proxy,
+}
