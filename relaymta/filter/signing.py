@@ -73,6 +73,8 @@ class Signatory:
             )
             self._known = set()
             self._channel = Channel(ours, _nothing, self._gone)
+            if not self.wanted:  # any more
+                self._channel.close()
         except OSError as error:
             self._gone(error.strerror or "")
         finally:
@@ -94,12 +96,18 @@ class Signatory:
     async def _batches(self) -> None:
         while self._pending:
             batch, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
-            made = iter(await self._made([one for wanted, _ in batch for one in wanted]))
+            everything = [one for wanted, _ in batch for one in wanted]
+            found: list[bytes] | list[bytes | Exception]
+            try:
+                found = await self._made(everything)
+            except Exception as error:  # a mistake of ours stops nobody else's mail
+                found = [error] * len(everything)
+            made = iter(found)
             for wanted, done in batch:
                 fields = _joined([(one, next(made)) for one in wanted])
                 if isinstance(fields, bytes):
                     self._counters.add(SIGNED_MESSAGES, len(wanted))
-                done(fields)
+                self._loop.call_soon(done, fields)
         self._work = None
 
     async def _made(self, wanted: list[Unsigned]) -> "list[bytes] | list[bytes | Exception]":
