@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import HEADER_SEEN, Client
+from relaymta.accept.large import Large
 from relaymta.accept.listening import proxied
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
-from relaymta.filter.signing import Draft
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.authres import without_forged
@@ -28,7 +28,7 @@ from relaymta.proto.envelope import Body
 from relaymta.proto.header import header_end
 from relaymta.proto.sasl import Claim
 from relaymta.proto.smtp_server import ServerSession, Transaction
-from relaymta.queue import BigBody, format_id
+from relaymta.queue import format_id
 
 if TYPE_CHECKING:
     from relaymta.accept.acceptor import Acceptor
@@ -43,7 +43,6 @@ RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 # For the handshake, and for the client's part of the end of TLS.
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
-FRONT = 65536  # octets that have room in front of a large text for what is only known at its end
 PATIENT_ERRORS = 3  # wrong commands until each costs time
 DRAIN_REPLY = reply.SHUTTING_DOWN
 
@@ -52,8 +51,8 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "big", "checking", "client", "counted", "dot_at", "draft", "front", "heard", "ident", "identity", "late",
-        "listener", "look", "paused", "seat", "session", "size", "spilling", "storing", "text_since", "transport", "wrong",
+        "acceptor", "checking", "client", "counted", "dot_at", "heard", "ident", "identity", "large", "late", "listener",
+        "paused", "seat", "session", "size", "spilling", "storing", "text_since", "transport", "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -68,11 +67,8 @@ class Connection(asyncio.Protocol):
         self.dot_at = 0.0
         self.ident = 0
         self.size = 0  # octets stored of the message under way, ours in front included
-        self.big: BigBody | None = None
-        self.draft: Draft | None = None  # `big`, where it is to be signed
-        self.look: Look | None = None  # `big`, where it is to be verified
-        self.front: list[bytes] = []  # what goes in front of `big` at its end
-        self.spilling = False  # a thread is writing to `big`
+        self.large: Large | None = None
+        self.spilling = False  # a thread is writing to `large`
         self.storing = False
         self.checking = False  # a login is being checked, or a reply held back
         self.late: bytes | None = None  # what comes while a reply is held back
@@ -167,8 +163,8 @@ class Connection(asyncio.Protocol):
         if self.seat:
             self.acceptor.limits.give(self.seat)
             self.seat = ""
-        if self.big is not None and not self.spilling and not self.storing:
-            self._discard_big()
+        if self.large is not None and not self.spilling and not self.storing:
+            self._discard_large()
 
     def eof_received(self) -> bool:
         return self.storing  # a client that half-closes behind the dot still gets its reply
@@ -226,13 +222,13 @@ class Connection(asyncio.Protocol):
         elif session.taking_text and session.transaction is not None:
             if not self.text_since:
                 self.text_since = self.heard
-            large = self.big is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096
+            large = self.large is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096
             if large and not session.discarding:  # a refused text is dropped as it comes, not stored
                 self._spill(session, session.transaction)
         elif self.text_since:
             self.text_since = 0.0
-        if session.transaction is None and self.big is not None and not self.spilling:
-            self._discard_big()  # refused at its end
+        if session.transaction is None and self.large is not None and not self.spilling:
+            self._discard_large()  # refused at its end
         if session.closing and self.transport is not None:
             self.transport.close()
 
@@ -340,9 +336,9 @@ class Connection(asyncio.Protocol):
         self.storing = True
         self.text_since = 0.0
         self.dot_at = self.acceptor.now()
-        if self.big is not None:
+        if self.large is not None:
             if not self.spilling:
-                self._finish_big()
+                self._finish_large()
             return  # else the thread's return goes on
         intake = self.acceptor.intake
         self.ident = intake.queue.ident()
@@ -436,7 +432,7 @@ class Connection(asyncio.Protocol):
         if identity is not None and "octets" in identity.quotas:
             refused = self.acceptor.intake.quotas.account(identity, "octets", self.size, transaction)
             if refused is not None:
-                self._discard_big()
+                self._discard_large()
                 self._answer(refused)
                 return
         self.acceptor.intake.admit(
@@ -460,10 +456,10 @@ class Connection(asyncio.Protocol):
         intake = self.acceptor.intake
         session = self.session
         if error is not None:
-            self._discard_big()
+            self._discard_large()
             self._answer(intake.failed(error))
             return
-        self.big, self.draft, self.look, self.front = None, None, None, []
+        self.large = None
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
@@ -494,50 +490,36 @@ class Connection(asyncio.Protocol):
         if self.spilling:
             return
         text = transaction.take()
-        if self.big is None:
+        if self.large is None:
             self.ident = self.acceptor.intake.queue.ident()
             found = self._opened(session, transaction, b"".join(text))
             if isinstance(found, bytes):
                 session.refuse(found)
                 return
-            text = found
+            self.large, text = found
         if text:
-            self._in_thread(self._write_big, text)
+            self._in_thread(self.large.write, text)
 
-    def _opened(self, session: ServerSession, transaction: Transaction, start: bytes) -> list[bytes] | bytes:
-        """What is written first of a text that begins with `start`; or the reply that refuses it."""
+    def _opened(self, session: ServerSession, transaction: Transaction, start: bytes) -> tuple[Large, list[bytes]] | bytes:
+        """A large message whose text begins with `start`, and that text; or the reply that refuses it."""
         intake, door = self.acceptor.intake, self.acceptor.door
-        end = header_end(start)
+        ident, end = self.ident, header_end(start)
+        draft, look = None, None
         verifier = door.verifier if not self._own() else None
         if verifier is not None:
             if end == len(start):  # nobody's header is a megabyte; nobody hides behind one
                 return reply.HEADER_TOO_LONG
             header = without_forged(start[:end], intake.hostname)
-            self.look, start = verifier.look(header), header + start[end:]
-            end = len(header)
+            look, start = verifier.look(header), header + start[end:]
+            look.body.skip(len(header))
         front = intake.prepend(
-            self.ident, transaction, self.client_of(), session, start[:HEADER_SEEN], self.listener.submission, self.identity
+            ident, transaction, self.client_of(), session, start[:HEADER_SEEN], self.listener.submission, self.identity
         )
         if isinstance(front, bytes):
             return front
         if self._signs() and end < len(start):
-            self.draft = door.signer.draft(front[0], start, self._application())
-        if self.draft is None and self.look is None:
-            return [*front, start]
-        self.front = front
-        if self.look is not None:
-            self.look.body.skip(end)
-        return [start]
-
-    def _write_big(self, text: list[bytes]) -> None:
-        """On a thread."""
-        seen = self.draft or self.look
-        if self.big is None:
-            self.big = self.acceptor.intake.queue.big_body(self.ident, FRONT if seen is not None else 0)
-        self.big.write(text)
-        if seen is not None:
-            for piece in text:
-                seen.body.feed(piece)
+            draft = door.signer.draft(front[0], start, self._application())
+        return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
 
     def _in_thread(self, function: Callable[[list[bytes]], None], text: list[bytes]) -> None:
         self.spilling = True
@@ -550,84 +532,83 @@ class Connection(asyncio.Protocol):
         session = self.session
         error = future.exception()
         if self.transport is None or self.transport.is_closing() or session is None:
-            self._discard_big()
+            self._discard_large()
             return
         self.heard = self.acceptor.time
         if error is not None:
             # The client is told at the end of its text; until then it is read and dropped.
-            self._discard_big()
+            self._discard_large()
             answer = self.acceptor.intake.failed(store_error(error))
             if self.storing:
                 self._answer(answer)
                 return
             session.refuse(answer)
         if self.storing:
-            self._finish_big()
+            self._finish_large()
             return
         self._resume()
-        if session.transaction is not None and session.transaction.text and self.big is not None:
+        if session.transaction is not None and session.transaction.text and self.large is not None:
             self._spill(session, session.transaction)
         elif session.transaction is None:
-            self._discard_big()
+            self._discard_large()
 
-    def _finish_big(self) -> None:
-        session, big = self.session, self.big
-        assert session is not None and session.complete is not None and big is not None
+    def _finish_large(self) -> None:
+        session, large = self.session, self.large
+        assert session is not None and session.complete is not None and large is not None
         transaction = session.complete
         text = transaction.take()
         if transaction.chunked and transaction.tail != b"\r\n":
             text.append(b"\r\n")
-
         self._pause()
-        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self._write_big, text)
-        future.add_done_callback(lambda future: self._passed_by(session, transaction, future.exception()))
+        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, large.write, text)
+        future.add_done_callback(lambda future: self._passed_by(session, transaction, large, future.exception()))
 
-    def _passed_by(self, session: ServerSession, transaction: Transaction, error: BaseException | None) -> None:
-        """All of a large text is written: now it is known what stands in front of it."""
-        draft, look, verifier = self.draft, self.look, self.acceptor.door.verifier
+    def _passed_by(self, session: ServerSession, transaction: Transaction, large: Large, error: BaseException | None) -> None:
+        """All of a large text is written: now it can be known what stands in front of it."""
+        verifier = self.acceptor.door.verifier
+
+        def signed(found: bytes | Exception) -> None:
+            if isinstance(found, Exception):
+                self.acceptor.intake.unsigned(found)
+                self._discard_large()
+                self._answer(reply.NOT_SIGNED)
+            else:
+                self._close_large(session, transaction, large, found)
+
         if error is not None:
             self._stored(store_error(error))
-        elif draft is not None:
-            self.acceptor.door.signer.finish(draft, lambda found: self._big_signed(session, transaction, found))
-        elif look is not None and verifier is not None:
-            self.acceptor.spawn(self._verify_big(verifier, session, transaction, look))
+        elif large.draft is not None:
+            self.acceptor.door.signer.finish(large.draft, signed)
+        elif large.look is not None and verifier is not None:
+            self.acceptor.spawn(self._verify_large(verifier, session, transaction, large, large.look))
         else:
-            self._close_big(session, transaction, b"")
+            self._close_large(session, transaction, large, b"")
 
-    def _big_signed(self, session: ServerSession, transaction: Transaction, found: bytes | Exception) -> None:
-        if isinstance(found, Exception):
-            self.acceptor.intake.unsigned(found)
-            self._discard_big()
-            self._answer(reply.NOT_SIGNED)
-        else:
-            self._close_big(session, transaction, found)
-
-    async def _verify_big(self, verifier: "Verifier", session: ServerSession, transaction: Transaction, look: "Look") -> None:
+    async def _verify_large(
+        self, verifier: "Verifier", session: ServerSession, transaction: Transaction, large: Large, look: "Look"
+    ) -> None:
         field = await self._looked_at(verifier, session, transaction, look, b"")
         if field is None:
-            self._discard_big()
+            self._discard_large()
         else:
-            self._close_big(session, transaction, field)
+            self._close_large(session, transaction, large, field)
 
-    def _close_big(self, session: ServerSession, transaction: Transaction, fields: bytes) -> None:
-        big = self.big
-        assert big is not None
-        front = [fields, *self.front]
-
+    def _close_large(self, session: ServerSession, transaction: Transaction, large: Large, fields: bytes) -> None:
         def finished(future: "asyncio.Future[Body]") -> None:
             error = future.exception()
             if error is not None:
                 self._stored(store_error(error))
                 return
-            self.size = big.length
-            self._admit(session, transaction, future.result())
+            body = future.result()
+            self.size = body.length
+            self._admit(session, transaction, body)
 
-        self.acceptor.loop.run_in_executor(self.acceptor.threads, big.finish, front).add_done_callback(finished)
+        self.acceptor.loop.run_in_executor(self.acceptor.threads, large.finish, fields).add_done_callback(finished)
 
-    def _discard_big(self) -> None:
-        big, self.big, self.draft, self.look, self.front = self.big, None, None, None, []
-        if big is not None:
-            self.acceptor.loop.run_in_executor(self.acceptor.threads, big.discard)
+    def _discard_large(self) -> None:
+        large, self.large = self.large, None
+        if large is not None:
+            self.acceptor.loop.run_in_executor(self.acceptor.threads, large.discard)
 
     # Deadlines
 
@@ -655,7 +636,7 @@ class Connection(asyncio.Protocol):
             self.session.closing = True
         if self.transport is not None:
             self.transport.close()
-        self._discard_big()
+        self._discard_large()
 
     def drain(self) -> None:
         """Shutting down: an idle session is told so now, one with a message under way behind its dot."""

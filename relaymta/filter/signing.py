@@ -97,12 +97,10 @@ class Signatory:
         while self._pending:
             batch, self._pending = self._pending[:TOGETHER], self._pending[TOGETHER:]
             everything = [one for wanted, _ in batch for one in wanted]
-            found: list[bytes] | list[bytes | Exception]
             try:
-                found = await self._made(everything)
+                made = iter(await self._made(everything))
             except Exception as error:  # a mistake of ours stops nobody else's mail
-                found = [error] * len(everything)
-            made = iter(found)
+                made = iter([error] * len(everything))
             for wanted, done in batch:
                 fields = _joined([(one, next(made)) for one in wanted])
                 if isinstance(fields, bytes):
@@ -110,13 +108,13 @@ class Signatory:
                 self._loop.call_soon(done, fields)
         self._work = None
 
-    async def _made(self, wanted: list[Unsigned]) -> "list[bytes] | list[bytes | Exception]":
+    async def _made(self, wanted: list[Unsigned]) -> list[bytes | Exception]:
         channel = self._channel
         if channel is not None:
             keys = {one.key.number: one.key for one in wanted if one.key.number not in self._known}
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    found: list[bytes] = await channel.ask(
+                    found: list[bytes | Exception] = await channel.ask(
                         "sign",
                         keys=[(number, key.der) for number, key in keys.items()],
                         wanted=[(one.key.number, one.hashed) for one in wanted],
