@@ -58,15 +58,19 @@ def begin(mechanism: str, keys: Callable[[str], Keys]) -> tuple[Exchange, bytes 
     return exchange, first or None
 
 
-def _text(octets: bytes) -> str:
+def _text(octets: bytes, nul: bool = False) -> str:
+    """A response; `nul`: there may be NULs in it."""
     try:
-        return octets.decode("utf-8")
+        found = octets.decode("utf-8")
     except UnicodeDecodeError:
         raise Malformed("not UTF-8") from None
+    if "\0" in found and not nul:
+        raise Malformed("NUL in a response")
+    return found
 
 
 def _plain(keys: Callable[[str], Keys]) -> Exchange:
-    parts = _text((yield b"")).split("\0")
+    parts = _text((yield b""), nul=True).split("\0")
     if len(parts) != 3 or not parts[1] or not parts[2]:
         raise Malformed("expected authorization identity, user and password")
     if parts[0] not in ("", parts[1]):
@@ -77,7 +81,7 @@ def _plain(keys: Callable[[str], Keys]) -> Exchange:
 def _login(keys: Callable[[str], Keys]) -> Exchange:
     user = _text((yield b"Username:"))
     password = _text((yield b"Password:"))
-    if not user or not password or "\0" in user + password:
+    if not user or not password:
         raise Malformed("expected user and password")
     return Password(user, password)
 
