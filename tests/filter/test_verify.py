@@ -133,6 +133,31 @@ def test_good_signatures_pass_and_spoiled_ones_fail(tmp_path, pair):
     assert [one.result for one in verified(message.replace(b"Ann", b"Eve"), settings)] == ["fail", "fail"]
 
 
+def test_the_example_of_rfc_8463_passes():
+    message = b"""DKIM-Signature: v=1; a=ed25519-sha256; c=relaxed/relaxed;
+ d=football.example.com; i=@football.example.com;
+ q=dns/txt; s=brisbane; t=1528637909; h=from : to :
+ subject : date : message-id : from : subject : date;
+ bh=2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=;
+ b=/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11Bus
+ Fa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw==
+From: Joe SixPack <joe@football.example.com>
+To: Suzie Q <suzie@shopping.example.net>
+Subject: Is dinner ready?
+Date: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)
+Message-ID: <20030712040037.46341.5F8J@football.example.com>
+
+Hi.
+
+We lost the game.  Are you hungry yet?
+
+Joe.
+""".replace(b"\n", b"\r\n")
+    key = {"brisbane._domainkey.football.example.com": "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="}
+    assert [one.result for one in told(message, key)[0]] == ["pass"]
+    assert [one.result for one in told(message.replace(b"dinner", b"supper"), key)[0]] == ["fail"]
+
+
 def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
     settings = keys(tmp_path)[:1]
     message, key = sign(MESSAGE, settings), record(load_key(settings[0]))
