@@ -25,7 +25,7 @@ build: .venv/built
 	@touch $@
 
 .venv/built: .venv/requirements setup.py $(wildcard relaymta/_speedups/*.py relaymta/_speedups/*.pyx relaymta/_speedups/*.pxd)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@ relaymta/_speedups/*.so
 
 run: build

@@ -24,7 +24,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "started": ("pid", "listeners"),
     "stopped": ("reason",),
     "warning": ("text",),
-    "queued": ("id", "sender", "recipients", "size", "client", "helo", "application"),
+    "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application"),
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),

@@ -98,7 +98,7 @@ class Witness(Events):
         envelope = put.envelope
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
-            client=envelope.client, helo=envelope.helo, application=envelope.application,
+            client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:

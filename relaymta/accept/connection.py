@@ -442,6 +442,7 @@ class Connection(asyncio.Protocol):
             self.size,
             client,
             session.helo,
+            identity.name if identity is not None else "",
             self._application(),
             (identity.priority if identity is not None else "") or client.priority or self.listener.priority,
             self._stored,

@@ -263,11 +263,12 @@ class Intake:
         size: int,
         client: Client,
         helo: str,
+        user: str,
         application: str,
         priority: str,
         done: Callable[[StoreError | None], None],
     ) -> None:
-        """Put a complete message into the queue; `done(None)` once it is safe."""
+        """Put a complete message into the queue; `user`: who had logged in; `done(None)` once it is safe."""
         flags = HELD if transaction.held else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -293,6 +294,7 @@ class Intake:
             application=application,
             priority=priority,
             headers=transaction.headers,
+            user=user,
         )
         queue.submit(ident, envelope, text, done)
 

@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -182,6 +183,23 @@ def _told(secret: Secret) -> str:
     return _kind(secret) + (f" until {secret.expires:%Y-%m-%d %H:%M:%S%z}" if secret.expires else "")
 
 
+def _asked_for() -> str:
+    """A password: typed twice, or the first line of an input that is no terminal."""
+    if sys.stdin.isatty():
+        typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+        return typed
+    return sys.stdin.readline().rstrip("\r\n") or fail(64, "no password: give it as the first line of the input")
+
+
+def _with_password(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verb that sets a password."""
+    kept = click.option(
+        "--scram", "with_scram", is_flag=True, help="Keep it so that SCRAM-SHA-256 works, instead of as argon2id."
+    )
+    text = "Without it it is asked for, or, where the input is no terminal, its first line (others see what stands here)."
+    return click.option("--password", default=_asked_for, help=text)(kept(function))
+
+
 @click.group()
 def user() -> None:
     """People who log in to send mail."""
@@ -189,8 +207,7 @@ def user() -> None:
 
 @user.command(name="add")
 @click.argument("name")
-@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Asked for when it is not given.")
-@click.option("--scram", "with_scram", is_flag=True, help="Keep it so that SCRAM-SHA-256 works, instead of as argon2id.")
+@_with_password
 @_senders
 @configured
 def add_user(read: Callable[..., Config], name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
@@ -208,8 +225,7 @@ def _kept(password: str, with_scram: bool) -> str:
 
 @user.command()
 @click.argument("name")
-@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Asked for when it is not given.")
-@click.option("--scram", "with_scram", is_flag=True, help="Keep it so that SCRAM-SHA-256 works, instead of as argon2id.")
+@_with_password
 @configured
 def password(read: Callable[..., Config], name: str, password: str, with_scram: bool) -> None:
     """Give somebody another password; the old one ends."""

@@ -32,7 +32,8 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
         click.echo(json.dumps(found))
         return
     click.echo(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
-    click.echo(f"arrived {when(found['arrived'])} from {found['client']} ({found['helo']}); queue {', '.join(found['queues'])}")
+    client = f"{found['client']} ({found['helo']}){_by(found)}"
+    click.echo(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
     click.echo(f"attempts {found['attempts']}, next {when(found['next'])}, expires {when(found['expires'])}")
     for recipient in found["recipients"]:
         click.echo(f"  <{recipient['address']}>: {recipient['state']}")
@@ -74,8 +75,12 @@ def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
         _show_explanation(found)
 
 
+def _by(found: dict[str, Any]) -> str:
+    return f", logged in as {found['user']}" if found["user"] else ""
+
+
 def _show_explanation(found: dict[str, Any]) -> None:
-    sender = f"accepted {when(found['arrived'])} from {found['client']} ({found['helo']})"
+    sender = f"accepted {when(found['arrived'])} from {found['client']} ({found['helo']}){_by(found)}"
     application = f", application {found['application']}" if found["application"] else ""
     click.echo(f"{found['id']}  {found['state']}  {size(found['size'])}  <{found['sender']}>; {sender}{application}")
     for place in found["waits"]:

@@ -75,6 +75,7 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--app", "application", default="", metavar="APP", help="Of this application."),
         click.option("--from", "sender", default="", metavar="ADDRESS", help="From this sender."),
+        click.option("--user", default="", metavar="NAME", help="Of whom had logged in as this."),
         click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="With a recipient in this domain."),
         click.option("--held", is_flag=True, help="Held messages only."),
     ):

@@ -95,6 +95,7 @@ class Envelope(msgspec.Struct, array_like=True):
     placements: list[Placement] = []
     route: str = ""  # the route that an operator chose for it; "": as the table says
     headers: list[str] = []  # the `header` conditions of routes that its header fields meet
+    user: str = ""  # who had logged in
 
 
 def reply_text(code: int, enhanced: str, text: str) -> str:

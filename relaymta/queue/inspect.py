@@ -34,13 +34,14 @@ class Filter:
     application: str = ""
     site: str = ""
     sender: str = ""
+    user: str = ""
     recipient_domain: str = ""
     held: bool = False
 
     @property
     def whole_queues(self) -> bool:
         """Whether it depends on nothing else, so that all mail of a queue is meant or none."""
-        return not (self.ident or self.sender or self.recipient_domain or self.held)
+        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
 
     @property
     def by_queue(self) -> bool:
@@ -56,6 +57,8 @@ class Filter:
         if self.ident and ident != self.ident:
             return False
         if self.sender and envelope.sender.lower() != self.sender.lower():
+            return False
+        if self.user and envelope.user != self.user:
             return False
         if self.held and not envelope.flags & HELD:
             return False

@@ -154,7 +154,7 @@ def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: i
         found: dict[str, Any] = msgspec.to_builtins(_Reader(store, txn, clock, schedule).row(ident, envelope))
         for index, state in store.recipient_states(txn, ident).items():
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
-        found["helo"] = envelope.helo
+        found["helo"], found["user"] = envelope.helo, envelope.user
         found["headers"] = envelope.headers
         return found
 

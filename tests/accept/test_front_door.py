@@ -6,6 +6,7 @@ import os
 import smtplib
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,11 @@ failures = 1000
 """
         )
         self.account("user", "add", "ann", "--password", SECRET, "--scram")
+
+    def add_user(self, typed: str) -> int:
+        """`relaymta user add bob` with this as its input: the exit status."""
+        command = [self.python, "-m", "relaymta", "user", "add", "bob", "--config", str(self.config)]
+        return subprocess.run(command, input=typed, text=True, capture_output=True).returncode
 
     def certify(self, folder: Path, *names: str) -> None:
         """Write a certificate and its key into one file."""
@@ -248,6 +254,27 @@ def test_a_session_is_resumed(door):
                 session = tls.session
                 assert tls.session_reused is resumed
     assert door.metric('relaymta_tls_handshakes_total{result="resumed"}') == 1
+
+
+def test_who_sent_a_message_is_known(tmp_path):
+    with Door(tmp_path, "127.0.0.1:1") as door:
+        assert [door.add_user("builder\n"), door.add_user("again\n"), door.add_user("")] == [0, 1, 64]
+        wait_for(lambda: _try(lambda: _logged_in(door, "bob", "builder")))
+        for name, password in (("bob", "builder"), ("ann", SECRET)):
+            with _logged_in(door, name, password) as client:
+                client.sendmail("x@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+        events = wait_for(lambda: len(found := door.events("queued")) == 2 and found)
+        assert [event["user"] for event in events] == ["bob", "ann"]
+        assert "logged in as bob" in door.cli("message", "show", events[0]["id"]).stdout
+        door.cli("queue", "hold", "--user", "bob")  # whose password was stolen
+        (held,) = [json.loads(line) for line in door.cli("queue", "list", "--held", "--json").stdout.splitlines()]
+        assert held["id"] == events[0]["id"]
+
+
+def _logged_in(door: Door, name: str, password: str) -> smtplib.SMTP:
+    client = door.client()
+    client.login(name, password)
+    return client
 
 
 def test_an_application_sends_only_as_itself(door, peer):
