@@ -35,7 +35,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_messages_received_total": ("Messages acknowledged with 250", "", ("",)),
     "relaymta_received_octets_total": ("Octets of acknowledged messages", "", ("",)),
     "relaymta_recipients_received_total": ("Recipients of acknowledged messages", "", ("",)),
-    "relaymta_messages_refused_total": ("Messages refused at the end of their text", "reason", ("content", "store", "full")),
+    "relaymta_messages_refused_total": (
+        "Messages refused at the end of their text (filter: put off, since they could not be signed or verified)", "reason",
+        ("content", "store", "full", "filter"),
+    ),
     "relaymta_recipients_refused_total": ("Recipients refused at RCPT", "", ("",)),
     "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),

@@ -392,7 +392,9 @@ class Connection(asyncio.Protocol):
         if verifier.settings.dmarc == "enforce":
             wanted = verdict.dmarc
             if wanted.policy == "reject" or (wanted.policy == "quarantine" and wanted.result == "temperror"):
-                self._answer(reply.NOT_VERIFIED if wanted.result == "temperror" else reply.DMARC_REJECT)
+                if wanted.result == "temperror":
+                    self.acceptor.intake.unjudged()
+                self._answer(reply.DNS_SILENT if wanted.result == "temperror" else reply.DMARC_REJECT)
                 return None
             transaction.held = transaction.held or wanted.policy == "quarantine"
         return verdict.field

@@ -29,6 +29,7 @@ OCTETS = index("relaymta_received_octets_total")
 RECIPIENTS = index("relaymta_recipients_received_total")
 REFUSED_CONTENT = index("relaymta_messages_refused_total", "content")
 REFUSED_STORE = index("relaymta_messages_refused_total", "store")
+REFUSED_FILTER = index("relaymta_messages_refused_total", "filter")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
@@ -300,13 +301,17 @@ class Intake:
 
     def unsigned(self, error: Exception) -> None:
         """A message could not be signed."""
-        self.counters.add(REFUSED_STORE, 1)
+        self.counters.add(REFUSED_FILTER, 1)
         self.log.event("warning", text=f"a message could not be signed, and was put off: {error}")
 
     def unverified(self, error: Exception) -> None:
         """A stranger's message could not be looked at."""
-        self.counters.add(REFUSED_STORE, 1)
+        self.counters.add(REFUSED_FILTER, 1)
         self.log.event("warning", text=f"a message could not be verified, and was put off: {type(error).__name__}: {error}")
+
+    def unjudged(self) -> None:
+        """The DNS did not say what is to become of a stranger's message."""
+        self.counters.add(REFUSED_FILTER, 1)
 
     def accepted(self, size: int, recipients: int) -> None:
         """A message was acknowledged."""

@@ -23,7 +23,7 @@ _RESULTS = ("pass", "none", "permerror", "temperror", "fail")
 
 class Dmarc(NamedTuple):
     """`result`: none, pass, fail, temperror or permerror (RFC 8601 2.7); `policy`: none, quarantine or reject, what is wanted
-    done with this message (where the result is temperror: if it fails once all can be asked); `domain`: whose policy that is."""
+    done with this message (where the result is temperror: at worst, once all can be asked); `domain`: whose policy that is."""
 
     result: str
     policy: str
@@ -70,7 +70,7 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
             above = organizational(author)
             record = await _record(resolver, above)
     except DnsFailure:
-        return Dmarc("temperror", "none", author)
+        return Dmarc("temperror", "reject", author)
     if record is None:
         return Dmarc("none", "none", author)
     results: list[dmarc.AuthResult] = []  # what did not pass says nothing, and may be no domain at all

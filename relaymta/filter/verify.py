@@ -57,7 +57,7 @@ class Verifier:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
-            nothing, unknown = Dmarc("temperror", "none", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
+            nothing, unknown = Dmarc("temperror", "reject", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
             return Verdict(_field(self._hostname, unknown, sender, [], "temperror", nothing), nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:

@@ -73,6 +73,7 @@ TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mai
 STORE_ERROR = format_reply(451, "4.3.0", "The message could not be stored; try again later")
 STORE_FULL = format_reply(452, "4.3.1", "Out of space; try again later")
 NOT_VERIFIED = format_reply(451, "4.7.5", "The message could not be verified; try again later")
+DNS_SILENT = format_reply(451, "4.4.3", "The DNS does not say now whether this message is genuine; try again later")
 NOT_SIGNED = format_reply(451, "4.7.5", "The message could not be signed; try again later")
 DMARC_REJECT = format_reply(550, "5.7.1", "Refused by the policy of the author's domain (DMARC, RFC 7489)")
 TIMEOUT = format_reply(421, "4.4.2", "Timed out waiting for you; closing")

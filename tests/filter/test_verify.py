@@ -320,6 +320,30 @@ def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
             assert not list((relay.spool / "shard-0" / "bodies" / "big").iterdir())
 
 
+def test_a_dead_dns_puts_off_what_is_to_be_judged_and_nothing_else(peer, tmp_path):
+    networks = 'relay.networks=["127.0.0.9/32"]'
+    more = (networks, 'relay.domains=["ours.test"]', 'delivery.nameservers=["127.0.0.1:1"]', "verify.results=true")
+
+    def send(relay: Relay, source: str) -> int:
+        with smtplib.SMTP("127.0.0.1", relay.port, "client.test", source_address=(source, 0)) as client:
+            client.ehlo()
+            client.mail("ann@shop.test")
+            client.rcpt("bob@ours.test")
+            return client.data(MESSAGE)[0]
+
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more, 'verify.dmarc="enforce"') as relay:
+        assert [send(relay, "127.0.0.4"), send(relay, "127.0.0.9")] == [451, 250]
+        assert relay.metric('relaymta_messages_refused_total{reason="filter"}') == 1
+        (event,) = wait_for(lambda: relay.events("rejected"))
+        assert event["reply"].startswith("451 4.4.3 The DNS does not say")
+        assert relay.stop() == 0
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
+        assert send(relay, "127.0.0.4") == 250  # nothing depends on it
+        wait_for(lambda: len(peer.messages) == 2)
+        told = peer.messages[1][2].split(b"\r\nReceived:")[0]
+        assert b"spf=temperror" in told and b"dmarc=temperror" in told
+
+
 @pytest.mark.parametrize(
     ("authors", "expected"),
     [(["good.test"], "pass none"), (["good.test", "bank.test"], "fail reject"), (["bank.test", "good.test"], "fail reject"),
