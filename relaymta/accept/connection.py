@@ -371,6 +371,9 @@ class Connection(asyncio.Protocol):
         """A stranger's message that is in memory."""
         whole = b"".join(text)
         end = header_end(whole)
+        if end > HEADER_SEEN:
+            self._answer(reply.HEADER_TOO_LONG)
+            return
         header, body = without_forged(whole[:end], self.acceptor.intake.hostname), whole[end:]
         field = await self._looked_at(verifier, session, transaction, verifier.look(header), body)
         if field is not None:
@@ -510,7 +513,7 @@ class Connection(asyncio.Protocol):
         draft, look = None, None
         verifier = door.verifier if not self._own() else None
         if verifier is not None:
-            if end == len(start):  # nobody's header is a megabyte; nobody hides behind one
+            if end > HEADER_SEEN:  # nobody's is; nobody hides behind one
                 return reply.HEADER_TOO_LONG
             header = without_forged(start[:end], intake.hostname)
             look, start = verifier.look(header), header + start[end:]

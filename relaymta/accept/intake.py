@@ -33,7 +33,7 @@ REFUSED_FILTER = index("relaymta_messages_refused_total", "filter")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
-HEADER_SEEN = 65536  # octets of a text that are looked at for its header
+HEADER_SEEN = 131072  # octets of a text that are looked at for its header
 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")

@@ -23,7 +23,12 @@ MOST = 5  # signatures that are looked at; more make nothing better
 SETS = 10  # of a chain of ARC; RFC 8617 4.2.1 allows 50, nobody's mail has a tenth of them
 BITS_LEAST = 1024
 
-_TAG = re.compile(rb"\s*([A-Za-z][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z", re.S)
+# What follows has limits since its cost is the product: dkimpy looks for each name of h= through all fields.
+FIELDS = 500  # of a header; nobody's mail has half as many
+NAMES = 200  # in h=
+OCTETS = 4096  # of a signature's field
+
+_NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_]*")
 
 Tags = dict[str, str]
 Keys = dict[str, str | DnsFailure]  # by name; "" where there is none
@@ -34,7 +39,7 @@ class Claims(NamedTuple):
     """What a message's header says of who has signed it. `signatures`: the tags of each, the first MOST; `chain`: those of its
     ARC sets; {} for one that has none to speak of. `authors`: the domains in From:."""
 
-    header: bytes
+    fields: list[tuple[bytes, bytes]]  # name and value, as they stand
     signatures: list[Tags]
     chain: list[Tags]
     authors: list[str]
@@ -98,9 +103,12 @@ _HOSTILE = (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError
 
 
 class _Header:
-    """In front of a class of dkimpy's: it is given a header alone, and what was found out about the body."""
+    """In front of a class of dkimpy's: it is given a header that we have taken apart, and what was found out about the body."""
 
-    bodies: Bodies
+    def __init__(self, fields: list[tuple[bytes, bytes]], bodies: Bodies) -> None:
+        super().__init__(minkey=BITS_LEAST)  # type: ignore[call-arg]
+        self.headers, self.body = fields, b""
+        self.bodies = bodies
 
     def verify_sig_process(self, sig: dict[bytes, bytes], *others: Any) -> Any:
         if b"bh" in sig:
@@ -135,7 +143,13 @@ def claims(header: bytes) -> Claims:
         if rows is not None:
             rows.append(_tags(field.partition(b":")[2]))
     signatures, seals, messages = found.values()
-    return Claims(header, signatures[:MOST], [*seals[: SETS + 1], *messages[: SETS + 1]], author_domains(fields))
+    pairs = [field.partition(b":") for field in fields]
+    return Claims(
+        [(name, value + b"\r\n") for name, colon, value in pairs if colon],
+        signatures[:MOST],
+        [*seals[: SETS + 1], *messages[: SETS + 1]],
+        author_domains(fields),
+    )
 
 
 def _relaxed(tags: Tags, default: str) -> bool:
@@ -145,10 +159,11 @@ def _relaxed(tags: Tags, default: str) -> bool:
 
 def _tags(value: bytes) -> Tags:
     found = {}
-    for part in value.split(b";"):
-        match = _TAG.match(part)
-        if match is not None:
-            found[match[1].decode()] = b"".join(match[2].split()).decode("utf-8", "replace")
+    for part in value.split(b";") if len(value) <= OCTETS else []:
+        name, equals, content = part.partition(b"=")
+        name = name.strip()
+        if equals and _NAME.fullmatch(name):
+            found[name.decode()] = b"".join(content.split()).decode("utf-8", "replace")
         elif part.strip():
             return {}
     return found
@@ -176,18 +191,10 @@ async def keys_of(resolver: Resolver, said: Claims) -> Keys:
 def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
     """Thread: what comes of each signature, with the keys that the DNS had. `now`: the wall clock, seconds."""
     found = []
-    message: _Dkim | None = None
+    message = _Dkim(said.fields, bodies)
     for number, tags in enumerate(said.signatures):
         key = keys.get(_name(tags), "")
-        outcome = _refusal(tags, bodies, key, now)
-        if outcome is None:
-            try:
-                if message is None:
-                    message = _Dkim(said.header, minkey=BITS_LEAST)
-                    message.bodies = bodies
-                outcome = _checked(message, number, str(key))
-            except _HOSTILE as error:  # no header at all
-                outcome = "permerror", f"{type(error).__name__}: {error}"
+        outcome = _refusal(said, tags, bodies, key, now) or _checked(message, number, str(key))
         found.append(Verified(outcome[0], tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), outcome[1]))
     return found
 
@@ -196,7 +203,7 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
     """Thread: what a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
     if not said.chain:
         return "none"
-    if len(said.chain) > 2 * SETS or any(tags.get("a", "rsa-sha256") != "rsa-sha256" for tags in said.chain):
+    if len(said.chain) > 2 * SETS or len(said.fields) > FIELDS or any(map(_hostile, said.chain)):
         return "fail"
     if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in said.chain):
         return "temperror"
@@ -205,15 +212,18 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
         return str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
 
     try:
-        chain = _Arc(said.header, minkey=BITS_LEAST)
-        chain.bodies = bodies
-        found, _, _ = chain.verify(dnsfunc=look_up)
+        found, _, _ = _Arc(said.fields, bodies).verify(dnsfunc=look_up)
     except _HOSTILE:
         return "fail"
     return {b"pass": "pass", b"none": "none"}.get(found, "fail")
 
 
-def _refusal(tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
+def _hostile(tags: Tags) -> bool:
+    """Whether a signature of ARC is none that anybody makes."""
+    return tags.get("a") != "rsa-sha256" or tags.get("h", "").count(":") >= NAMES
+
+
+def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
     """Why a signature is not looked at: (result, reason)."""
     missing = [name for name in ("v", "a", "b", "bh", "d", "h", "s") if not tags.get(name)]
     if missing:
@@ -222,6 +232,8 @@ def _refusal(tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tup
         return "policy", f"{tags['a']} is not accepted"
     if "from" not in tags["h"].lower().split(":"):
         return "permerror", "From: is not signed"
+    if len(said.fields) > FIELDS or tags["h"].count(":") >= NAMES:
+        return "policy", "too many fields"
     if "x" in tags and tags["x"].isdigit() and int(tags["x"]) < now:
         return "fail", "the signature has expired"
     if isinstance(key, DnsFailure):

@@ -11,6 +11,7 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 __all__ = ["Spf", "check"]
 
 QUESTIONS = 40  # pyspf itself stops at ten mechanisms that ask (4.6.4); this is for what it does not count
+OCTETS = 10_240  # of all records of a policy: nobody's are half as long, and each is read anew for each question (11.1)
 
 _Answers = list[tuple[tuple[str, str], Any]]
 
@@ -32,17 +33,18 @@ class _Unknown(BaseException):
 
 async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf:
     """Whether a client at `address` may send as `sender` (with the null sender: as postmaster of `helo`, 2.4)."""
-    known: dict[tuple[str, str], _Answers | spf.TempError] = {}
+    known: dict[tuple[str, str], _Answers | Exception] = {}
 
     def look_up(name: Any, kind: str, *_: Any) -> _Answers:
         found = known.get((str(name), kind))
         if found is None:
             raise _Unknown(str(name), kind)
-        if isinstance(found, spf.TempError):
+        if isinstance(found, Exception):
             raise found
         return found
 
     domain = (sender.rpartition("@")[2] or helo).lower()
+    octets = 0
     for _ in range(QUESTIONS):
         spf.DNSLookup = look_up  # set and used within one turn of the loop
         try:
@@ -50,12 +52,27 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
             return Spf("none" if result == "invalid" else str(result), domain, str(reason))
         except _Unknown as unknown:
             known[unknown.question] = await _asked(resolver, *unknown.question)
+            octets += sum(len(text) for _, (text, *_) in _policies(known[unknown.question]))
+            if octets > OCTETS:
+                return Spf("permerror", domain, f"a policy of more than {OCTETS} octets")
         except Exception as error:  # pyspf on hostile records: theirs, not ours
             return Spf("permerror", domain, f"{type(error).__name__}: {error}")
     return Spf("permerror", domain, "too many DNS look-ups")
 
 
-async def _asked(resolver: Resolver, name: str, kind: str) -> "_Answers | spf.TempError":
+def _policies(found: _Answers | Exception) -> _Answers:
+    """Those of an answer's texts that are SPF's."""
+    if isinstance(found, Exception):
+        return []
+    return [(key, value) for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
+
+
+def _unanswered(error: Exception) -> Exception:
+    found: Exception = spf.TempError(f"DNS {error}")
+    return found
+
+
+async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Exception:
     """An answer as pyspf wants it."""
     if kind not in ("A", "AAAA", "MX", "PTR", "TXT"):
         return []
@@ -64,9 +81,9 @@ async def _asked(resolver: Resolver, name: str, kind: str) -> "_Answers | spf.Te
     except (NoData, NoSuchName):
         return []
     except DnsFailure as error:
-        return spf.TempError(f"DNS {error}")
+        return _unanswered(error)
     except ValueError as error:  # no name at all
-        return spf.TempError(f"DNS {error}")
+        return _unanswered(error)
     if kind == "TXT":
         values = [(text.encode("utf-8"),) for text in values]
     elif kind in ("A", "AAAA"):

@@ -49,9 +49,16 @@ def authors(header: bytes) -> list[str]:
     found = []
     for name, value in fields(header):
         if name in (b"from", b"sender"):
-            addresses = [address for _, address in getaddresses([value]) if address]
+            addresses = _addresses(value)
             found += [value if address.startswith("@") else address for address in addresses or [value]]
     return found
+
+
+def _addresses(value: str) -> list[str]:
+    try:
+        return [address for _, address in getaddresses([value]) if address]
+    except RecursionError:  # comments within comments within ...
+        return []
 
 
 def rfc5322_date(seconds: int) -> str:

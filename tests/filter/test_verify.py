@@ -185,7 +185,8 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
 @pytest.mark.parametrize(
     "header",
     [b" first line\r\n", b"", b"DKIM-Signature:\r\n", b"DKIM-Signature: v=1; a=rsa-sha256; b=!; bh=x; d=d; h=from; s=s\r\n",
-     b"DKIM-Signature: " + b"x=" * 5000 + b"\r\n", b"no colon\r\n", b"DKIM-Signature: v=1;;; = ;\r\n", b"\xff:\r\n"],
+     b"DKIM-Signature: " + b"x=" * 5000 + b"\r\n", b"no colon\r\n", b"DKIM-Signature: v=1;;; = ;\r\n", b"\xff:\r\n",
+     b"DKIM-Signature: v=a" + b" " * 100_000 + b"b\r\n", b"DKIM-Signature: v=a" + b"\r\n " * 30_000 + b"b\r\n"],
 )  # fmt: skip
 def test_hostile_messages_are_told_and_harm_nobody(header, tmp_path):
     signed = b"DKIM-Signature: v=1; a=rsa-sha256; b=AA; bh=x; d=d; h=from; s=s\r\n"
@@ -193,6 +194,27 @@ def test_hostile_messages_are_told_and_harm_nobody(header, tmp_path):
     began = time.monotonic()
     found, _ = told(message, {"s._domainkey.d": record(load_key(keys(tmp_path)[0]))})
     assert all(one.result in ("permerror", "fail") for one in found) and time.monotonic() - began < 5
+
+
+def test_what_would_take_long_to_look_at_is_not(tmp_path):
+    settings = keys(tmp_path)[:1]
+    names = b":".join(b"x%d" % number for number in range(300))
+    assert verified(sign(MESSAGE, settings).replace(b"h=", b"h=" + names + b":"), settings)[0].result == "policy"
+    many = b"".join(b"X%d: y\r\n" % number for number in range(600))
+    assert verified(many + sign(MESSAGE, settings), settings)[0].result == "policy"
+
+
+async def test_a_policy_of_spf_has_a_length():
+    """Each of its records would be read again for each of the questions."""
+    asked = []
+
+    class Long:
+        async def values(self, name: str, kind: str) -> list[str]:
+            asked.append(name)
+            return [f"v=spf1 {'ip4:192.0.2.1 ' * 200} include:i{len(asked)}.test -all"]
+
+    found = await spf.check(Long(), "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
+    assert found.result == "permerror" and "octets" in found.reason and len(asked) == 4
 
 
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
@@ -314,7 +336,7 @@ def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
             assert text.count(b"Authentication-Results:") == 1 and text.endswith(sign(large, settings))
             assert send(large)[0] == 550  # nobody's signature: refused, as a short one is
             assert send(sign(large, settings).replace(b"line 79999 ", b"line 80000 "))[0] == 550
-            # Nor does it help to hide From: behind a megabyte of header, or another author.
+            # Nor does it help to hide From: behind a long header, or another author.
             assert send(b"X-Long: " + b"x" * 900 + b"\r\n" + (b" " + b"x" * 900 + b"\r\n") * 1300 + large)[0] == 554
             assert send(b"From: eve@quiet.test\r\n" + large)[0] == 550
             assert not list((relay.spool / "shard-0" / "bodies" / "big").iterdir())
