@@ -2,8 +2,9 @@
 
 import errno
 import os
+from collections.abc import Callable, Iterable
 
-__all__ = ["ConfigError", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "store_error"]
+__all__ = ["ConfigError", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "check_all", "store_error"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -18,6 +19,18 @@ class ConfigError(RelayError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Make all these checks; ConfigError with everything that they find."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 class SpoolBusy(RelayError):

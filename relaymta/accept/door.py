@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from relaymta.accept.passwords import Checker
 from relaymta.accept.tls import Certificates
 from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
-from relaymta.errors import ConfigError
+from relaymta.errors import ConfigError, check_all
 from relaymta.filter import keys
 from relaymta.filter.signing import Signer
 from relaymta.log import Log
@@ -32,14 +33,7 @@ _PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, as the user who asks can read them."""
-    problems: list[str] = []
-    for one in (tls.check, logins.check, keys.check, _check_recipients):
-        try:
-            one(config)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    check_all(partial(one, config) for one in (tls.check, logins.check, keys.check, _check_recipients))
 
 
 class Door:

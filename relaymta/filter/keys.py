@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from relaymta.config import Config, Dkim
-from relaymta.errors import ConfigError
+from relaymta.errors import ConfigError, check_all
 from relaymta.filter.signatory import Private
 from relaymta.proto.dkim import OVERSIGNED, SIGNED, Signature
 
@@ -39,14 +40,7 @@ class Key(NamedTuple):
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the keys' files, as the user who asks can read them."""
-    problems: list[str] = []
-    for settings in config.dkim:
-        try:
-            load_key(settings)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    check_all(partial(load_key, settings) for settings in config.dkim)
 
 
 def load_key(settings: Dkim) -> Key:
