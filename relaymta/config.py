@@ -620,6 +620,8 @@ class Config(_Table):
                 raise ValueError(f"listener.{number}.auth: needs a [[certificate]]: nobody logs in without TLS")
             if listener.auth != "off" and not self.accounts:
                 raise ValueError(f"listener.{number}.auth: needs accounts.file, or another kind of accounts: nobody could log in")
+        if self.verify.dmarc == "enforce" and not self.verify.results:
+            raise ValueError("verify.dmarc: 'enforce' needs verify.results = true: nothing is looked at without")
         return self
 
     @model_validator(mode="after")

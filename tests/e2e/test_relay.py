@@ -193,6 +193,11 @@ def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
         ("workers = 2000\n", "r.toml:1: workers:"),
         ("[relay\n", "r.toml:1: "),
         ('[[listener]]\naddress = "127.0.0.1:25"\n[relay]\nnetworks = ["0.0.0.0/0"]\n', "open relay"),
+        (
+            '[[listener]]\naddress = "127.0.0.1:25"\ntls = "require"\n',
+            "r.toml: listener.0.tls: 'require' needs a [[certificate]]",
+        ),
+        ('[[listener]]\naddress = "127.0.0.1:25"\n[verify]\ndmarc = "enforce"\n', "'enforce' needs verify.results = true"),
         ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "5 lightyears"\n', "r.toml:4: queue.max_age: a duration such as"),
     ],
 )
