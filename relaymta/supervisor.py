@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from relaymta.accept.tickets import OCTETS as TICKET_OCTETS
 from relaymta.config import Config, notes, parse_hostport
 from relaymta.control import LIMIT, Channel, Refused, pack
 from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
@@ -52,6 +53,7 @@ __all__ = ["serve"]
 
 START_SECONDS = 30.0
 BACKOFF_MOST = 10.0
+TICKETS_SECONDS = 12 * 3600.0  # a client resumes its TLS session for so long
 RATES_SECONDS = 60.0  # how much of quotas is forgotten when everything is killed
 STOP_SECONDS = 45.0
 # Texts of some 100 kB are the usual case: glibc would map and unmap each, and fault in every page of it anew.
@@ -90,6 +92,7 @@ class Supervisor:
         self.slots: list[Slot] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self.facts = Facts()
+        self._tickets = os.urandom(TICKET_OCTETS)
         self._unwritten: tuple[list[Fact], list[Fact]] = ([], [])  # learned, forgotten
         self._writing: asyncio.Task[None] | None = None
 
@@ -128,13 +131,14 @@ class Supervisor:
             addresses = [listener.address for listener in config.listener]
             self.log.event("started", pid=os.getpid(), listeners=addresses)
             notify("READY=1")
-        keeping = loop.create_task(self._keep_rates_going())
+        going = [loop.create_task(one) for one in (self._keep_rates_going(), self._renew_tickets_going())]
         server = await asyncio.start_unix_server(self._cli, sock=control)
         await self.stopping.wait()
         notify("STOPPING=1")
         server.close()
         await self._stop_workers()
-        keeping.cancel()
+        for task in going:
+            task.cancel()
         self._keep_rates()
         if self._writing is not None:
             await self._writing
@@ -178,6 +182,13 @@ class Supervisor:
         while True:
             await asyncio.sleep(RATES_SECONDS)
             await asyncio.to_thread(self._keep_rates)
+
+    async def _renew_tickets_going(self) -> None:
+        while True:
+            await asyncio.sleep(TICKETS_SECONDS)
+            self._tickets = os.urandom(TICKET_OCTETS)
+            for _, channel in self._ready():
+                channel.tell("tickets", keys=self._tickets)
 
     def _keep_rates(self) -> None:
         """Quotas go on where they were, and who guesses passwords is known, after a restart."""
@@ -265,7 +276,7 @@ class Supervisor:
                 await slot.channel.ask(
                     "start", descriptors, config=self.config.to_json(), slot=slot.number,
                     workers=len(self.slots), shards=slot.shards, suspects=suspects, culprit=culprit,
-                    facts=[msgspec.to_builtins(fact) for fact in self.facts],
+                    facts=[msgspec.to_builtins(fact) for fact in self.facts], tickets=self._tickets,
                 )  # fmt: skip
         except (Refused, ConnectionError, TimeoutError) as error:
             raise RelayError(f"worker {slot.number} did not start: {error or 'no answer'}") from None

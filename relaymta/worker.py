@@ -214,6 +214,7 @@ class Worker:
         suspects: list[int],
         culprit: int,
         facts: list[Any],
+        tickets: bytes,
         descriptors: list[int],
     ) -> None:
         """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
@@ -243,7 +244,7 @@ class Worker:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
-        door = Door(self.config, self.client_rates, self.resolver, self.counters, self.log)
+        door = Door(self.config, self.client_rates, self.resolver, self.counters, self.log, tickets)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, door, quotas, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))
@@ -350,6 +351,10 @@ class Worker:
         for shard in self.shards.values():
             shard.dispatcher.reconfigure(fresh, self.routes)
             shard.queue.schedule.wake()
+
+    async def _renew_tickets(self, descriptors: list[int], keys: bytes) -> None:
+        if self.acceptor is not None:
+            self.acceptor.door.renew_tickets(keys)
 
     async def _reopen_log(self, descriptors: list[int]) -> None:
         self.log.reopen()
@@ -488,6 +493,7 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "stop": Worker._stop,
     "reload": Worker._reload,
     "reopen_log": Worker._reopen_log,
+    "tickets": Worker._renew_tickets,
     "fact": Worker._fact,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,

@@ -39,7 +39,9 @@ def check(config: Config) -> None:
 class Door:
     """The certificates and accounts of one worker. A file that breaks changes nothing: what was read before stays in use."""
 
-    def __init__(self, config: Config, rates: Rates, resolver: Resolver, counters: Counters, log: Log) -> None:
+    def __init__(self, config: Config, rates: Rates, resolver: Resolver, counters: Counters, log: Log, tickets: bytes) -> None:
+        """`tickets`: keys of TLS session tickets (tickets.OCTETS)."""
+        self._tickets = tickets
         self._resolver = resolver
         self._rates, self._counters, self._log = rates, counters, log
         self._refreshing = False
@@ -49,7 +51,7 @@ class Door:
 
     def configure(self, config: Config) -> None:
         """Take over a configuration (blocks while its files are read)."""
-        self.certificates = Certificates(config)
+        self.certificates = Certificates(config, self._tickets)
         self.signer.configure(config)
         self.verifier = self._verifier(config) if config.verify.results else None
         self.logins = Logins(config, self._checker, self._rates, self._counters, self._log)
@@ -58,6 +60,11 @@ class Door:
         self._told: set[str] = set()
         self._refresh()
         self._tell()
+
+    def renew_tickets(self, keys: bytes) -> None:
+        """Clients resume with other keys from now on: what was taken down before is safe from whoever learns these."""
+        self._tickets = keys
+        self.certificates.renew_tickets(keys)
 
     def _verifier(self, config: Config) -> "Verifier":
         from relaymta.filter.verify import Verifier  # and the libraries that it needs, where it is wanted

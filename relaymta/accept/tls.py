@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from relaymta.accept import tickets
 from relaymta.config import Certificate, Config
 from relaymta.errors import ConfigError
 from relaymta.watch import Watched
@@ -24,13 +25,28 @@ class _Loaded(NamedTuple):
 
 
 class Certificates:
-    """All certificates of a configuration, each of which stays in use until its files are whole again when they break."""
+    """All certificates of a configuration, each of which stays in use until its files are whole again when they break. `keys`:
+    of the tickets that clients resume their sessions by, b"" for the library's own."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, keys: bytes = b"") -> None:
+        self._tickets = keys
         self._watched = [
-            Watched([c.chain, c.key or c.chain], lambda c=c: _load(c, self._choose))  # type: ignore[misc]
+            Watched([c.chain, c.key or c.chain], lambda c=c: self._loaded(c))  # type: ignore[misc]
             for c in config.certificate
         ]
+
+    def _loaded(self, certificate: Certificate) -> _Loaded:
+        found = _load(certificate, self._choose)
+        if self._tickets:
+            tickets.share(found.context, self._tickets)
+        return found
+
+    def renew_tickets(self, keys: bytes) -> None:
+        """Other keys, from now on."""
+        self._tickets = keys
+        for one in self._watched:
+            if one.value is not None:
+                tickets.share(one.value.context, keys)
 
     @property
     def context(self) -> ssl.SSLContext | None:

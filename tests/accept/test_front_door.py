@@ -1,8 +1,10 @@
 """Submission as clients see it: TLS, certificates, AUTH, and who may send as whom."""
 
 import base64
+import contextlib
 import json
 import os
+import signal
 import smtplib
 import socket
 import ssl
@@ -15,6 +17,7 @@ import pytest
 import scramp
 import trustme
 
+from relaymta.accept.tickets import OCTETS, share
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
@@ -254,6 +257,58 @@ def test_a_session_is_resumed(door):
                 session = tls.session
                 assert tls.session_reused is resumed
     assert door.metric('relaymta_tls_handshakes_total{result="resumed"}') == 1
+
+
+def test_a_session_is_resumed_whichever_worker_it_comes_to(tmp_path):
+    with Door(tmp_path, "127.0.0.1:1", workers=2) as door:
+        context, session = door.context(), None
+        for number in range(12):
+            with socket.create_connection(("127.0.0.1", door.implicit)) as sock:
+                with context.wrap_socket(sock, server_hostname="relay.example", session=session) as tls:
+                    tls.recv(100)
+                    assert tls.session_reused is (number > 0)
+                    session = tls.session
+            if number == 8:  # nor does it matter that there is another certificate, and another worker
+                door.certify(tmp_path, "relay.example")
+                os.kill(door.worker_pids()[0], signal.SIGKILL)
+                wait_for(lambda: len(door.events("started")) >= 1 and len(door.worker_pids()) == 2)
+                time.sleep(2.5)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_other_keys_take_no_old_tickets(tmp_path, version):
+    authority = trustme.CA()
+    found = authority.issue_cert("relay.example")
+    contexts = []
+    for _ in range(2):
+        contexts.append(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        found.configure_cert(contexts[-1])
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.maximum_version = version
+    authority.configure_trust(client)
+
+    def resumed(server: ssl.SSLContext, session: ssl.SSLSession | None) -> tuple[bool, ssl.SSLSession]:
+        into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        one = server.wrap_bio(into, out, server_side=True)
+        other = client.wrap_bio(out, into, server_hostname="relay.example", session=session)
+        for step in (
+            other.do_handshake,
+            one.do_handshake,
+            other.do_handshake,
+            one.do_handshake,
+            lambda: one.write(b"x"),
+            other.read,
+        ):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                step()
+        return other.session_reused, other.session
+
+    keys = os.urandom(OCTETS)
+    assert share(contexts[0], keys) and share(contexts[1], keys)
+    first, session = resumed(contexts[0], None)
+    assert not first and resumed(contexts[1], session)[0]
+    assert share(contexts[1], os.urandom(OCTETS))
+    assert not resumed(contexts[1], session)[0]
 
 
 def test_who_sent_a_message_is_known(tmp_path):
