@@ -29,6 +29,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_tls_handshakes_total": ("TLS handshakes with clients", "result", ("full", "resumed", "failed")),
     "relaymta_logins_total": ("Logins of clients", "result", ("good", "wrong", "limited", "unavailable")),
     "relaymta_dkim_signatures_total": ("DKIM signatures made", "", ("",)),
+    "relaymta_dmarc_total": (
+        "Messages of strangers that were looked at, by what DMARC says", "result",
+        ("pass", "none", "fail", "permerror", "temperror"),
+    ),
     "relaymta_quota_exceeded_total": (
         "Times a quota was used up: an account's (rejected or held), or a client's rate", "result", ("rejected", "held", "client")
     ),

@@ -392,8 +392,9 @@ class Connection(asyncio.Protocol):
             self.acceptor.intake.unverified(error)
             self._answer(reply.NOT_VERIFIED)
             return None
+        wanted = verdict.dmarc
+        self.acceptor.intake.judged(wanted.result)
         if verifier.settings.dmarc == "enforce":
-            wanted = verdict.dmarc
             if wanted.policy == "reject" or (wanted.policy == "quarantine" and wanted.result == "temperror"):
                 if wanted.result == "temperror":
                     self.acceptor.intake.unjudged()

@@ -33,6 +33,8 @@ REFUSED_FILTER = index("relaymta_messages_refused_total", "filter")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
+DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", "fail", "permerror", "temperror")}
+
 HEADER_SEEN = 131072  # octets of a text that are looked at for its header
 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
@@ -308,6 +310,10 @@ class Intake:
         """A stranger's message could not be looked at."""
         self.counters.add(REFUSED_FILTER, 1)
         self.log.event("warning", text=f"a message could not be verified, and was put off: {type(error).__name__}: {error}")
+
+    def judged(self, result: str) -> None:
+        """What DMARC says of a stranger's message."""
+        self.counters.add(DMARC[result], 1)
 
     def unjudged(self) -> None:
         """The DNS did not say what is to become of a stranger's message."""

@@ -309,6 +309,8 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             assert send("127.0.0.9", "eve@shop.test", MESSAGE) == 250  # ours: believed
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
+            counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
+            assert counts == [1, 2, 1]
 
 
 def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
