@@ -19,7 +19,7 @@ def test_history_is_bounded_by_octets(tmp_path):
 def test_only_what_happens_to_messages_is_kept_and_in_order(tmp_path):
     log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
     log.event("warning", text="not about a message")
-    log.event("queued", id="ONE", sender="a", recipients=["b"], size=1, client="", helo="", application="")
+    log.event("queued", id="ONE", sender="a", recipients=["b"], size=1, client="", helo="", user="", application="")
     log.event("delivered", id="ONE", recipients=["b"], route="r", peer="p", reply="ok", delay=0.1, attempt=1)
     log.close()
     assert [event["event"] for event in find_history(tmp_path / "history", "ONE")] == ["queued", "delivered"]
