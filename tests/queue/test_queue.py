@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -448,3 +449,29 @@ async def test_a_recipient_that_joins_a_queue_in_which_its_message_is_in_flight_
         assert (str(rest.name), rest.recipients) == ("mx/d", [(1, "y@e")])
         bench.queue.finish(rest, None)
         await until(lambda: bench.summary() == [])
+
+
+@pytest.mark.parametrize("room", [0, 4096])
+async def test_what_is_only_known_at_its_end_stands_in_front_of_a_large_body(tmp_path, room):
+    async with Bench(tmp_path) as bench:
+        segments = bench.queue.segments
+        ident = bench.queue.ident()
+        big = bench.queue.big_body(ident, room)
+        big.write([b"Subject: x\r\n", b"\r\n"])
+        big.write([b"body\r\n" * 300_000])
+        body = big.finish([b"A: 1\r\n", b"B: 2\r\n"] if room else [b""])
+        expected = (b"A: 1\r\nB: 2\r\n" if room else b"") + b"Subject: x\r\n\r\n" + b"body\r\n" * 300_000
+        assert segments.read(ident, body) == expected and body.length == len(expected) == big.length
+        os.close(segments.open_big(ident, body))
+        path = segments.big_path(ident)
+        whole = bytearray(path.read_bytes())
+        whole[body.offset + 40] ^= 1  # in what was put in front
+        path.write_bytes(whole)
+        for read in (segments.read, segments.open_big):
+            with pytest.raises(Corrupt):
+                read(ident, body)
+        other = bench.queue.big_body(bench.queue.ident(), room)
+        other.write([b"x"])
+        with pytest.raises(StoreError, match="do not fit"):
+            other.finish([bytes(room + 1)])
+        other.discard()
