@@ -48,18 +48,16 @@ def check(config: Config) -> None:
 
 
 class _Book(NamedTuple):
-    """A file of accounts: by name; whether SCRAM works for any; the iterations that a stranger is told of."""
+    """A file of accounts: by name; and the iterations of each key of SCRAM, of which a stranger is told as often as they are."""
 
     accounts: dict[str, Account]
-    scram: bool
-    iterations: int
+    iterations: list[int]
 
 
 def _read(path: str) -> _Book:
     accounts = {account.name: account for account in load_accounts(Path(path))} if path else {}
-    kept = (scram_keys(secret.hash) for account in accounts.values() for secret in account.secrets)
-    first = next((keys for keys in kept if keys is not None), None)
-    return _Book(accounts, first is not None, first.iterations if first is not None else 4096)
+    kept = [scram_keys(secret.hash) for account in accounts.values() for secret in account.secrets]
+    return _Book(accounts, [keys.iterations for keys in kept if keys is not None])
 
 
 class Logins:
@@ -88,7 +86,7 @@ class Logins:
     def mechanisms(self) -> tuple[str, ...]:
         """What AUTH offers."""
         found: list[str] = []
-        if self._book.scram:
+        if self._book.iterations:
             found.append("SCRAM-SHA-256")
         if self._settings.file or self._others is not None:
             found += ["PLAIN", "LOGIN"]
@@ -103,7 +101,7 @@ class Logins:
 
     @property
     def _book(self) -> _Book:
-        return self.watched.value or _Book({}, False, 4096)
+        return self.watched.value or _Book({}, [])
 
     def keys(self, user: str) -> Keys:
         """For SCRAM. Of an unknown user the same each time, and as if they were somebody's."""
@@ -112,7 +110,8 @@ class Logins:
             if found is not None:
                 return found
         salt, stored, server = (hmac.digest(self._secret, f"{n} {user}".encode(), "sha256") for n in range(3))
-        return Keys(salt[:16], stored, server, self._book.iterations)
+        likely = self._book.iterations or [4096]
+        return Keys(salt[:16], stored, server, likely[int.from_bytes(salt[16:20], "big") % len(likely)])
 
     def _hashes(self, user: str) -> list[str]:
         """What opens an account now."""

@@ -311,6 +311,25 @@ def test_other_keys_take_no_old_tickets(tmp_path, version):
     assert not resumed(contexts[1], session)[0]
 
 
+def test_what_scram_tells_of_nobody_is_told_of_somebody_too(door):
+    """Neither salts nor iterations say who has an account."""
+    door.account("app", "create", "shop")
+
+    def told(user: str) -> tuple[str, str]:
+        with door.client() as client:
+            first = base64.b64encode(f"n,,n={user},r=abc".encode()).decode()
+            code, text = client.docmd(f"AUTH SCRAM-SHA-256 {first}")
+            assert code == 334 and client.docmd("*")[0] == 501
+            fields = dict(part.split("=", 1) for part in base64.b64decode(text).decode().split(","))
+            return fields["s"], fields["i"]
+
+    wait_for(lambda: told("shop")[1] == "4096")
+    assert told("ann")[1] == "100000"
+    found = {user: told(user) for user in (f"nobody{number}" for number in range(12))}
+    assert {iterations for _, iterations in found.values()} == {"4096", "100000"}
+    assert len({salt for salt, _ in found.values()}) == 12 and told("nobody3") == found["nobody3"]
+
+
 def test_who_sent_a_message_is_known(tmp_path):
     with Door(tmp_path, "127.0.0.1:1") as door:
         assert [door.add_user("builder\n"), door.add_user("again\n"), door.add_user("")] == [0, 1, 64]
