@@ -49,6 +49,12 @@ class Claims(NamedTuple):
         found = {_relaxed(tags, "simple/simple") for tags in self.signatures}
         return found | {_relaxed(tags, "relaxed/relaxed") for tags in self.chain if "bh" in tags}
 
+    def effort(self) -> int:
+        """How much work it is to verify all, in steps of some tenths of a microsecond: each name in h= is looked for in all
+        fields."""
+        signed = [*self.signatures, *self.chain]
+        return 500 * len(signed) + len(self.fields) * sum(tags.get("h", "").count(":") + 1 for tags in signed)
+
 
 class Verified(NamedTuple):
     """What came of one signature: pass, fail, neutral, policy, permerror or temperror (RFC 8601 2.7.1)."""
@@ -189,7 +195,7 @@ async def keys_of(resolver: Resolver, said: Claims) -> Keys:
 
 
 def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
-    """Thread: what comes of each signature, with the keys that the DNS had. `now`: the wall clock, seconds."""
+    """What comes of each signature, with the keys that the DNS had. `now`: the wall clock, seconds."""
     found = []
     message = _Dkim(said.fields, bodies)
     for number, tags in enumerate(said.signatures):
@@ -200,7 +206,7 @@ def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]
 
 
 def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
-    """Thread: what a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
+    """What a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
     if not said.chain:
         return "none"
     if len(said.chain) > 2 * SETS or len(said.fields) > FIELDS or any(map(_hostile, said.chain)):
