@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import dkim
@@ -22,6 +23,7 @@ __all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 MOST = 5  # signatures that are looked at; more make nothing better
 SETS = 10  # of a chain of ARC; RFC 8617 4.2.1 allows 50, nobody's mail has a tenth of them
 BITS_LEAST = 1024
+KEYS_KEPT = 1000  # that were read
 
 # What follows has limits since its cost is the product: dkimpy looks for each name of h= through all fields.
 FIELDS = 500  # of a header; nobody's mail has half as many
@@ -88,11 +90,17 @@ class _Simple:
         return headers
 
 
+@lru_cache(KEYS_KEPT)
+def _public(exponent: int, modulus: int) -> rsa.RSAPublicKey:
+    return rsa.RSAPublicNumbers(exponent, modulus).public_key()
+
+
 def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bool:
     """In the place of dkimpy's arithmetic."""
-    key = rsa.RSAPublicNumbers(public_key["publicExponent"], public_key["modulus"]).public_key()
     try:
-        key.verify(signature, hashed.digest(), padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
+        _public(public_key["publicExponent"], public_key["modulus"]).verify(
+            signature, hashed.digest(), padding.PKCS1v15(), utils.Prehashed(hashes.SHA256())
+        )
     except InvalidSignature:
         return False
     return True
@@ -102,6 +110,7 @@ def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bo
 _FORMS = {b"relaxed": b"our relaxed", b"simple": b"our simple"}
 dkim.canonicalization.ALGORITHMS.update({b"our relaxed": _Relaxed, b"our simple": _Simple})
 dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
+dkim.evaluate_pk = lru_cache(KEYS_KEPT)(dkim.evaluate_pk)  # the same few records again and again
 
 
 # What dkimpy says of hostile input.
@@ -263,9 +272,14 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
 
 def _usable(record: Tags) -> bool:
     """Whether p= is a key that somebody could have signed with (RFC 8301 3.2: RSA of 1024 bits at least)."""
+    return "p" in record and _is_key(record.get("k", "rsa"), record["p"])
+
+
+@lru_cache(KEYS_KEPT)
+def _is_key(kind: str, text: str) -> bool:
     try:
-        octets = base64.b64decode(record["p"], validate=True)
-        if record.get("k", "rsa") == "ed25519":
+        octets = base64.b64decode(text, validate=True)
+        if kind == "ed25519":
             return len(octets) == 32
         key = serialization.load_der_public_key(octets)
     except (ValueError, TypeError, UnsupportedAlgorithm):
