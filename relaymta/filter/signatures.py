@@ -22,7 +22,8 @@ __all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
 MOST = 5  # signatures that are looked at; more make nothing better
 SETS = 10  # of a chain of ARC; RFC 8617 4.2.1 allows 50, nobody's mail has a tenth of them
-BITS_LEAST = 1024
+BITS_LEAST, BITS_MOST = 1024, 4096  # RFC 8301 3.2
+EXPONENT_MOST = 1 << 32  # everybody's is 65537; a long one takes as long as signing
 KEYS_KEPT = 1000  # that were read
 
 # What follows has limits since its cost is the product: dkimpy looks for each name of h= through all fields.
@@ -224,7 +225,8 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
         return "temperror"
 
     def look_up(name: bytes, timeout: int = 5) -> bytes:
-        return str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
+        key = str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
+        return key if _usable(_tags(key)) else b""
 
     try:
         found, _, _ = _Arc(said.fields, bodies).verify(dnsfunc=look_up)
@@ -264,14 +266,14 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
     ]
     found = next((("permerror", reason) for wrong, reason in tests if wrong), None)
     if found is None and not _usable(record):
-        found = "permerror", "the key is malformed, or too short"
+        found = "permerror", "the key is malformed, too short or too long"
     if found is None and "l" in tags and tags["l"] != str(bodies[_relaxed(tags, "simple/simple")][1]):
         found = "policy", "l= leaves octets unsigned"
     return found
 
 
 def _usable(record: Tags) -> bool:
-    """Whether p= is a key that somebody could have signed with (RFC 8301 3.2: RSA of 1024 bits at least)."""
+    """Whether p= is a key that somebody could have signed with, and that can be used quickly."""
     return "p" in record and _is_key(record.get("k", "rsa"), record["p"])
 
 
@@ -284,7 +286,9 @@ def _is_key(kind: str, text: str) -> bool:
         key = serialization.load_der_public_key(octets)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return False
-    return isinstance(key, rsa.RSAPublicKey) and key.key_size >= BITS_LEAST
+    if not isinstance(key, rsa.RSAPublicKey):
+        return False
+    return BITS_LEAST <= key.key_size <= BITS_MOST and key.public_numbers().e < EXPONENT_MOST
 
 
 def _identity(tags: Tags) -> str:

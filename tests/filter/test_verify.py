@@ -1,5 +1,6 @@
 """Mail of strangers: the SPF suite of RFC 7208, signatures of others, DMARC, and Authentication-Results as it arrives."""
 
+import base64
 import os
 import smtplib
 import subprocess
@@ -13,6 +14,7 @@ import dkim
 import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from relaymta.config import Dkim
 from relaymta.dns import DnsFailure, NoData, NoSuchName
@@ -175,6 +177,11 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
     assert verified(sign(MESSAGE, [small]), [small])[0].result == "pass"
     short = Dkim(domain="shop.test", selector="rsa", key=settings[0].key, expires="1s")
     assert verified(sign(MESSAGE, [short]), [short])[0].result == "fail"
+    for number, (bits, exponent) in enumerate(((512, 65537), (8192, 65537), (2048, (1 << 40) + 15))):
+        numbers = rsa.RSAPublicNumbers(exponent, (1 << (bits - 1)) + 1)  # nobody's; they are not even tried
+        der = numbers.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        odd = f"v=DKIM1; p={base64.b64encode(der).decode()}"
+        assert verified(message, settings, **{name: odd})[0].result == "permerror", number
     sha1 = message.replace(b"a=rsa-sha256", b"a=rsa-sha1")
     assert verified(sha1, settings)[0].result == "policy"
     partial = dkim.sign(MESSAGE, b"rsa", b"shop.test", _pkcs1(Path(settings[0].key).read_bytes()), length=True) + MESSAGE
