@@ -11,7 +11,9 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 __all__ = ["Spf", "check"]
 
 QUESTIONS = 40  # pyspf itself stops at ten mechanisms that ask (4.6.4); this is for what it does not count
-OCTETS = 10_240  # of all records of a policy: nobody's are half as long, and each is read anew for each question (11.1)
+# Of all records of a policy, which are read anew for each question (11.1); nobody's have half of that.
+OCTETS = 10_240
+MACROS = 50
 
 _Answers = list[tuple[tuple[str, str], Any]]
 
@@ -44,7 +46,7 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
         return found
 
     domain = (sender.rpartition("@")[2] or helo).lower()
-    octets = 0
+    octets, macros = 0, 0
     for _ in range(QUESTIONS):
         spf.DNSLookup = look_up  # set and used within one turn of the loop
         try:
@@ -52,19 +54,20 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
             return Spf("none" if result == "invalid" else str(result), domain, str(reason))
         except _Unknown as unknown:
             known[unknown.question] = await _asked(resolver, *unknown.question)
-            octets += sum(len(text) for _, (text, *_) in _policies(known[unknown.question]))
-            if octets > OCTETS:
-                return Spf("permerror", domain, f"a policy of more than {OCTETS} octets")
+            for text in _policies(known[unknown.question]):
+                octets, macros = octets + len(text), macros + text.count(b"%{")
+            if octets > OCTETS or macros > MACROS:
+                return Spf("permerror", domain, f"a policy of more than {OCTETS} octets or {MACROS} macros")
         except Exception as error:  # pyspf on hostile records: theirs, not ours
             return Spf("permerror", domain, f"{type(error).__name__}: {error}")
     return Spf("permerror", domain, "too many DNS look-ups")
 
 
-def _policies(found: _Answers | Exception) -> _Answers:
+def _policies(found: _Answers | Exception) -> list[bytes]:
     """Those of an answer's texts that are SPF's."""
     if isinstance(found, Exception):
         return []
-    return [(key, value) for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
+    return [value[0] for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
 
 
 def _unanswered(error: Exception) -> Exception:

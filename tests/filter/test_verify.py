@@ -223,6 +223,13 @@ async def test_a_policy_of_spf_has_a_length():
     found = await spf.check(Long(), "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
     assert found.result == "permerror" and "octets" in found.reason and len(asked) == 4
 
+    class Twisted:
+        async def values(self, name: str, kind: str) -> list[str]:
+            return [f"v=spf1 exists:{'%{l99r-}' * 60}.b.test -all"]
+
+    found = await spf.check(Twisted(), "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
+    assert found.result == "permerror" and "macros" in found.reason
+
 
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
     pytest.importorskip("authres")
