@@ -55,9 +55,8 @@ def author_domains(fields: Iterable[bytes]) -> list[str]:
             if b'"' in value or b"(" in value:
                 value = _NO_ADDRESS.sub(b"", value)
             for part in value.split(b","):
-                match = _BRACKETED.search(part) or _BARE.search(part)
-                if match is not None:
-                    found[match[1].decode("utf-8", "replace").lower().rstrip(".")] = None
+                for domain in _BRACKETED.findall(part) or _BARE.findall(part):
+                    found[domain.decode("utf-8", "replace").lower().rstrip(".")] = None
     return list(found)
 
 

@@ -247,6 +247,9 @@ def test_wrong_keys_are_named(tmp_path):
         ("From: ä@dömain.example".encode(), ["dömain.example"]), (b"From: x@y <a@b.example>", ["b.example"]),
         (b"From: a@b.example, <c@D.example>,c@d.example", ["b.example", "d.example"]),
         (b"From: us: a@b.example, c@d.example;", ["b.example", "d.example"]),
+        (b"From: <@x.example,@y.example:a@b.example>", ["x.example", "y.example", "b.example"]),
+        (b"From: <@x.example:a@b.example> c@d.example <e@f.example>", ["b.example", "f.example"]),
+        (b"From: a@b.example c@d.example", ["b.example", "d.example"]), (b'From: "x <a@b.example>', ["b.example"]),
     ],
 )  # fmt: skip
 def test_whose_domains_are_in_from(field, domains):
