@@ -392,15 +392,12 @@ class Connection(asyncio.Protocol):
             self.acceptor.intake.unverified(error)
             self._answer(reply.NOT_VERIFIED)
             return None
-        wanted = verdict.dmarc
-        self.acceptor.intake.judged(wanted.result)
-        if verifier.settings.dmarc == "enforce":
-            if wanted.policy == "reject" or (wanted.policy == "quarantine" and wanted.result == "temperror"):
-                if wanted.result == "temperror":
-                    self.acceptor.intake.unjudged()
-                self._answer(reply.DNS_SILENT if wanted.result == "temperror" else reply.DMARC_REJECT)
-                return None
-            transaction.held = transaction.held or wanted.policy == "quarantine"
+        refusal = verdict.refusal
+        self.acceptor.intake.judged(verdict.dmarc.result, refusal)
+        if refusal is not None:
+            self._answer(refusal)
+            return None
+        transaction.held = transaction.held or verdict.held
         return verdict.field
 
     def _own(self) -> bool:

@@ -311,13 +311,11 @@ class Intake:
         self.counters.add(REFUSED_FILTER, 1)
         self.log.event("warning", text=f"a message could not be verified, and was put off: {type(error).__name__}: {error}")
 
-    def judged(self, result: str) -> None:
-        """What DMARC says of a stranger's message."""
+    def judged(self, result: str, refusal: bytes | None) -> None:
+        """What DMARC says of a stranger's message, and the reply that refuses it or puts it off."""
         self.counters.add(DMARC[result], 1)
-
-    def unjudged(self) -> None:
-        """The DNS did not say what is to become of a stranger's message."""
-        self.counters.add(REFUSED_FILTER, 1)
+        if refusal is not None and refusal.startswith(b"4"):
+            self.counters.add(REFUSED_FILTER, 1)
 
     def accepted(self, size: int, recipients: int) -> None:
         """A message was acknowledged."""

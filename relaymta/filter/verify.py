@@ -13,6 +13,7 @@ from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import Dmarc
 from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.filter.spf import Spf
+from relaymta.proto import reply
 from relaymta.proto.dkim import BodyHashes
 
 __all__ = ["Look", "Verdict", "Verifier"]
@@ -33,17 +34,32 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says."""
+    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: what becomes of the message for it."""
 
     field: bytes
     dmarc: Dmarc
+    enforced: bool
+
+    @property
+    def refusal(self) -> bytes | None:
+        """The reply that refuses the message, or puts it off while the DNS does not say what is to become of it."""
+        if not self.enforced or self.dmarc.policy == "none":
+            return None
+        if self.dmarc.result == "temperror":
+            return reply.DNS_SILENT
+        return reply.DMARC_REJECT if self.dmarc.policy == "reject" else None
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits until somebody releases it."""
+        return self.enforced and self.dmarc.policy == "quarantine"
 
 
 class Verifier:
     """One worker's. `now()`: the wall clock, seconds."""
 
     def __init__(self, settings: Verify, hostname: str, resolver: Resolver, now: Callable[[], int]) -> None:
-        self.settings = settings
+        self._settings = settings
         self._hostname = hostname
         self._resolver = resolver
         self._thread = ThreadPoolExecutor(1, "verifier")
@@ -60,7 +76,7 @@ class Verifier:
                 return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
             nothing, unknown = Dmarc("temperror", "reject", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
-            return Verdict(_field(self._hostname, unknown, sender, [], "temperror", nothing), nothing)
+            return self._verdict(unknown, sender, [], "temperror", nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
         said = look.claims
@@ -75,7 +91,11 @@ class Verifier:
                 found, sealed = await loop.run_in_executor(self._thread, _verified, look, rest, keys, self._now())
         signed = [(one.domain, one.result) for one in found]
         policy = await dmarc.check(self._resolver, said.authors, (sent.domain, sent.result), signed)
-        return Verdict(_field(self._hostname, sent, sender, found, sealed, policy), policy)
+        return self._verdict(sent, sender, found, sealed, policy)
+
+    def _verdict(self, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> Verdict:
+        field = _field(self._hostname, sent, sender, found, sealed, policy)
+        return Verdict(field, policy, self._settings.dmarc == "enforce")
 
 
 def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:
