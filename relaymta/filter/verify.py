@@ -34,7 +34,7 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: what becomes of the message for it."""
+    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: whether that is done."""
 
     field: bytes
     dmarc: Dmarc
