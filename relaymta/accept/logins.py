@@ -48,16 +48,19 @@ def check(config: Config) -> None:
 
 
 class _Book(NamedTuple):
-    """A file of accounts: by name; and the iterations of each key of SCRAM, of which a stranger is told as often as they are."""
+    """A file of accounts: by name; the iterations of each key of SCRAM, of which a stranger is told as often as they are; and
+    whether SCRAM works for all."""
 
     accounts: dict[str, Account]
     iterations: list[int]
+    scram: bool
 
 
 def _read(path: str) -> _Book:
     accounts = {account.name: account for account in load_accounts(Path(path))} if path else {}
     kept = [scram_keys(secret.hash) for account in accounts.values() for secret in account.secrets]
-    return _Book(accounts, [keys.iterations for keys in kept if keys is not None])
+    iterations = [keys.iterations for keys in kept if keys is not None]
+    return _Book(accounts, iterations, bool(kept) and len(iterations) == len(kept))
 
 
 class Logins:
@@ -86,7 +89,8 @@ class Logins:
     def mechanisms(self) -> tuple[str, ...]:
         """What AUTH offers."""
         found: list[str] = []
-        if self._book.iterations:
+        # Clients take the first one that they know: where it works for some only, the others could not log in.
+        if self._book.scram and self._others is None:
             found.append("SCRAM-SHA-256")
         if self._settings.file or self._others is not None:
             found += ["PLAIN", "LOGIN"]
@@ -101,7 +105,7 @@ class Logins:
 
     @property
     def _book(self) -> _Book:
-        return self.watched.value or _Book({}, [])
+        return self.watched.value or _Book({}, [], False)
 
     def keys(self, user: str) -> Keys:
         """For SCRAM. Of an unknown user the same each time, and as if they were somebody's."""

@@ -215,6 +215,13 @@ def add_user(read: Callable[..., Config], name: str, password: str, with_scram: 
     file = _File(read)
     file.add(name, _kept(password, with_scram), senders=list(senders))
     click.echo(f"{name} may log in")
+    _note_scram(file, with_scram)
+
+
+def _note_scram(file: _File, with_scram: bool) -> None:
+    """Say that SCRAM is not offered any more, where it was."""
+    if not with_scram and any(_kind(secret) == "SCRAM-SHA-256" for account in file.accounts for secret in account.secrets):
+        click.echo("note: SCRAM-SHA-256 is offered only while all passwords are kept for it; this one is not (--scram)", err=True)
 
 
 def _kept(password: str, with_scram: bool) -> str:
@@ -233,6 +240,7 @@ def password(read: Callable[..., Config], name: str, password: str, with_scram: 
     file.get(name)
     file.set_secrets(name, [(_kept(password, with_scram), None)])
     click.echo(f"{name} has a new password")
+    _note_scram(file, with_scram)
 
 
 @user.command(name="remove")

@@ -311,6 +311,17 @@ def test_other_keys_take_no_old_tickets(tmp_path, version):
     assert not resumed(contexts[1], session)[0]
 
 
+def test_scram_is_offered_while_it_works_for_all(door):
+    def offered() -> bool:
+        with door.client() as client:
+            return "SCRAM-SHA-256" in client.esmtp_features["auth"]
+
+    assert offered() and door.add_user("builder\n") == 0  # kept as argon2id
+    wait_for(lambda: not offered())
+    door.account("user", "password", "bob", "--password", "builder", "--scram")
+    wait_for(offered)
+
+
 def test_what_scram_tells_of_nobody_is_told_of_somebody_too(door):
     """Neither salts nor iterations say who has an account."""
     door.account("app", "create", "shop")
