@@ -22,9 +22,8 @@ FLYING = 512  # cells of one worker for ids of messages in flight; the first is 
 ROWS = 4096  # limits that are in use at the same time
 ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
 PROBES = 16
-RATE_ROWS = (
-    4096  # rates that are in use at the same time, in each of two tables; a row: the key's hash, and when it is free again
-)
+# Rates that are in use at the same time, in each of two tables; a row: the key's hash, and when it is free again.
+RATE_ROWS = 4096
 RATE_IDLE_US = 60_000_000  # a rate that was not taken from for so long may give its row to another
 
 _FLYING_AT = SLOTS * COUNTERS + ROWS * ROW

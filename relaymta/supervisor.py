@@ -41,7 +41,7 @@ from relaymta.node import (
     keep_rates,
     keep_secret,
     kept_rates,
-)  # fmt: skip
+)
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
@@ -556,10 +556,11 @@ class Supervisor:
 
     async def _usage(self) -> list[dict[str, Any]]:
         """What is used of the quotas of accounts. They are the machine's: any worker knows."""
-        for _, channel in self._ready():
-            found: list[dict[str, Any]] = await channel.ask("usage")
-            return found
-        raise RelayError("no worker is ready")
+        channel = next((channel for _, channel in self._ready()), None)
+        if channel is None:
+            raise RelayError("no worker is ready")
+        found: list[dict[str, Any]] = await channel.ask("usage")
+        return found
 
     async def _first(self, op: str, ident: str) -> Any:
         home = shard_of(parse_id(ident))

@@ -16,16 +16,15 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from relaymta.accept.identity import Identity
-from relaymta.accept.intake import HEADER_SEEN, Client
+from relaymta.accept.intake import Client
 from relaymta.accept.large import Large
 from relaymta.accept.listening import proxied
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.metrics import index
 from relaymta.proto import reply
-from relaymta.proto.authres import without_forged
 from relaymta.proto.envelope import Body
-from relaymta.proto.header import header_end
+from relaymta.proto.header import HEADER_SEEN, header_end
 from relaymta.proto.sasl import Claim
 from relaymta.proto.smtp_server import ServerSession, Transaction
 from relaymta.queue import format_id
@@ -370,14 +369,14 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """A stranger's message that is in memory."""
         whole = b"".join(text)
-        end = header_end(whole)
-        if end > HEADER_SEEN:
+        look = verifier.look(whole)
+        if look is None:
             self._answer(reply.HEADER_TOO_LONG)
             return
-        header, body = without_forged(whole[:end], self.acceptor.intake.hostname), whole[end:]
-        field = await self._looked_at(verifier, session, transaction, verifier.look(header), body)
+        body = whole[look.end :]
+        field = await self._looked_at(verifier, session, transaction, look, body)
         if field is not None:
-            found = [field, *front, header, body]
+            found = [field, *front, look.header, body]
             self.size = sum(map(len, found))
             self._admit(session, transaction, found)
 
@@ -502,34 +501,29 @@ class Connection(asyncio.Protocol):
                 return
             self.large, text = found
         if text:
-            self._in_thread(self.large.write, text)
+            self.spilling = True
+            self._pause()
+            future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self.large.write, text)
+            future.add_done_callback(self._spilled)
 
     def _opened(self, session: ServerSession, transaction: Transaction, start: bytes) -> tuple[Large, list[bytes]] | bytes:
         """A large message whose text begins with `start`, and that text; or the reply that refuses it."""
         intake, door = self.acceptor.intake, self.acceptor.door
-        ident, end = self.ident, header_end(start)
-        draft, look = None, None
-        verifier = door.verifier if not self._own() else None
-        if verifier is not None:
-            if end > HEADER_SEEN:  # nobody's is; nobody hides behind one
+        ident, draft, look = self.ident, None, None
+        if door.verifier is not None and not self._own():
+            look = door.verifier.look(start)
+            if look is None:
                 return reply.HEADER_TOO_LONG
-            header = without_forged(start[:end], intake.hostname)
-            look, start = verifier.look(header), header + start[end:]
-            look.body.skip(len(header))
+            start = look.header + start[look.end :]
+            look.body.skip(len(look.header))
         front = intake.prepend(
             ident, transaction, self.client_of(), session, start[:HEADER_SEEN], self.listener.submission, self.identity
         )
         if isinstance(front, bytes):
             return front
-        if self._signs() and end < len(start):
+        if self._signs() and header_end(start) < len(start):
             draft = door.signer.draft(front[0], start, self._application())
         return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
-
-    def _in_thread(self, function: Callable[[list[bytes]], None], text: list[bytes]) -> None:
-        self.spilling = True
-        self._pause()
-        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, function, text)
-        future.add_done_callback(self._spilled)
 
     def _spilled(self, future: "asyncio.Future[None]") -> None:
         self.spilling = False

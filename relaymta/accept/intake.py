@@ -16,13 +16,13 @@ from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import DOTTED, EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
-from relaymta.proto.header import authors, count_received, field_names, header_end, received_field, rfc5322_date
+from relaymta.proto.header import HEADER_SEEN, authors, count_received, field_names, header_end, received_field, rfc5322_date
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["HEADER_SEEN", "Client", "Intake"]
+__all__ = ["Client", "Intake"]
 
 RECEIVED = index("relaymta_messages_received_total")
 OCTETS = index("relaymta_received_octets_total")
@@ -34,8 +34,6 @@ REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
 DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", "fail", "permerror", "temperror")}
-
-HEADER_SEEN = 131072  # octets of a text that are looked at for its header
 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")

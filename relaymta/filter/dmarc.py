@@ -66,8 +66,8 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
     above = ""  # the organization, where the record is its, and not the author's own
     try:
         record = await _record(resolver, author)
-        if record is None and organizational(author) != author:
-            above = organizational(author)
+        if record is None and (organization := organizational(author)) != author:
+            above = organization
             record = await _record(resolver, above)
     except DnsFailure:
         return Dmarc("temperror", "reject", author)

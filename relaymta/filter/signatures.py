@@ -56,7 +56,7 @@ class Claims(NamedTuple):
         """How much work it is to verify all, in steps of some tenths of a microsecond: each name in h= is looked for in all
         fields."""
         signed = [*self.signatures, *self.chain]
-        return 500 * len(signed) + len(self.fields) * sum(tags.get("h", "").count(":") + 1 for tags in signed)
+        return 500 * len(signed) + len(self.fields) * sum(map(_names, signed))
 
 
 class Verified(NamedTuple):
@@ -185,6 +185,11 @@ def _tags(value: bytes) -> Tags:
     return found
 
 
+def _names(tags: Tags) -> int:
+    """How many names there are in h=."""
+    return tags.get("h", "").count(":") + 1
+
+
 def _name(tags: Tags) -> str:
     return f"{tags.get('s', '')}._domainkey.{tags.get('d', '')}".lower()
 
@@ -219,7 +224,7 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
     """What a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
     if not said.chain:
         return "none"
-    if len(said.chain) > 2 * SETS or len(said.fields) > FIELDS or any(map(_hostile, said.chain)):
+    if len(said.chain) > 2 * SETS or len(said.fields) > FIELDS or any(map(_unlikely, said.chain)):
         return "fail"
     if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in said.chain):
         return "temperror"
@@ -235,9 +240,9 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
     return {b"pass": "pass", b"none": "none"}.get(found, "fail")
 
 
-def _hostile(tags: Tags) -> bool:
+def _unlikely(tags: Tags) -> bool:
     """Whether a signature of ARC is none that anybody makes."""
-    return tags.get("a") != "rsa-sha256" or tags.get("h", "").count(":") >= NAMES
+    return tags.get("a") != "rsa-sha256" or _names(tags) > NAMES
 
 
 def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
@@ -249,7 +254,7 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
         return "policy", f"{tags['a']} is not accepted"
     if "from" not in tags["h"].lower().split(":"):
         return "permerror", "From: is not signed"
-    if len(said.fields) > FIELDS or tags["h"].count(":") >= NAMES:
+    if len(said.fields) > FIELDS or _names(tags) > NAMES:
         return "policy", "too many fields"
     if "x" in tags and tags["x"].isdigit() and int(tags["x"]) < now:
         return "fail", "the signature has expired"

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ def _by_hand(wanted: list[Unsigned]) -> list[bytes | Exception]:
     return found
 
 
-def _joined(made: list[tuple[Unsigned, bytes | Exception]]) -> bytes | Exception:
+def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Exception:
     """The fields of a message, or what is wrong with one of them."""
     out = []
     for one, signature in made:
@@ -237,11 +237,14 @@ class Signer:
         if not self.watched:
             return b""
         try:
-            made = [signed(one.own, sign_hash(one.key.private, one.hashed)) for one in self._drafted(b"", [text], "")]
-        except Exception:  # whatever OpenSSL has against it
+            wanted = self._drafted(b"", [text], "")
+        except Exception:  # a mistake of ours
             return b""
-        self._counters.add(SIGNED_MESSAGES, len(made))
-        return b"".join(made)
+        fields = _joined(zip(wanted, _by_hand(wanted), strict=True))
+        if isinstance(fields, Exception):
+            return b""
+        self._counters.add(SIGNED_MESSAGES, len(wanted))
+        return fields
 
     def _drafted(self, front: bytes, text: list[bytes], application: str) -> list[Unsigned]:
         whole = text[0] if len(text) == 1 else b"".join(text)

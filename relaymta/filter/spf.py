@@ -70,11 +70,6 @@ def _policies(found: _Answers | Exception) -> list[bytes]:
     return [value[0] for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
 
 
-def _unanswered(error: Exception) -> Exception:
-    found: Exception = spf.TempError(f"DNS {error}")
-    return found
-
-
 async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Exception:
     """An answer as pyspf wants it."""
     if kind not in ("A", "AAAA", "MX", "PTR", "TXT"):
@@ -83,10 +78,9 @@ async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Excepti
         values = await resolver.values(name, kind)
     except (NoData, NoSuchName):
         return []
-    except DnsFailure as error:
-        return _unanswered(error)
-    except ValueError as error:  # no name at all
-        return _unanswered(error)
+    except (DnsFailure, ValueError) as error:  # the last one for what is no name at all
+        unanswered: Exception = spf.TempError(f"DNS {error}")
+        return unanswered
     if kind == "TXT":
         values = [(text.encode("utf-8"),) for text in values]
     elif kind in ("A", "AAAA"):

@@ -14,7 +14,9 @@ from relaymta.filter.dmarc import Dmarc
 from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.filter.spf import Spf
 from relaymta.proto import reply
+from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
+from relaymta.proto.header import HEADER_SEEN, header_end
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
@@ -26,9 +28,11 @@ _UNSAFE = re.compile(r"[^\w.@+-]")
 
 
 class Look:
-    """A message that is looked at: what its header says. `body` is fed the text behind it."""
+    """A message that is looked at. `end`: where its header ends in its text; `header`: that, without results that claim to be
+    ours; `claims`: what it says; `body` is fed the text behind it."""
 
-    def __init__(self, header: bytes) -> None:
+    def __init__(self, header: bytes, end: int) -> None:
+        self.header, self.end = header, end
         self.claims = claims(header)
         self.body = BodyHashes(self.claims.forms())
 
@@ -65,9 +69,11 @@ class Verifier:
         self._thread = ThreadPoolExecutor(1, "verifier")
         self._now = now
 
-    def look(self, header: bytes) -> Look:
-        """Begin with a message."""
-        return Look(header)
+    def look(self, start: bytes) -> Look | None:
+        """Begin with a message whose text begins with `start`; None when its header is too long: nobody's is, and nobody hides
+        behind one."""
+        end = header_end(start)
+        return Look(without_forged(start[:end], self._hostname), end) if end <= HEADER_SEEN else None
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
         """All about a message of a client at `address`. `rest`: of its body, what was not fed yet."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from relaymta._speedups.dkim import Body, header
 
 __all__ = [
-    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "author_domains", "canonical_body", "canonical_field",
-    "name_of", "signed", "split_fields",
+    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "author_domains", "canonical_field", "name_of",
+    "signed", "split_fields",
 ]  # fmt: skip
 
 # What is signed where it is there (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
@@ -63,12 +63,6 @@ def author_domains(fields: Iterable[bytes]) -> list[str]:
 def canonical_field(field: bytes) -> bytes:
     """A field in relaxed form (3.4.2), without CRLF."""
     return header(field)
-
-
-def canonical_body(body: bytes, relaxed: bool) -> bytes:
-    """A whole body's canonical form (3.4.3, 3.4.4)."""
-    one = Body(relaxed)
-    return one.feed(body) + one.finish()
 
 
 class BodyHash:

@@ -3,7 +3,9 @@
 import re
 from email.utils import formatdate, getaddresses
 
-__all__ = ["authors", "count_received", "field_names", "fields", "header_end", "received_field"]
+__all__ = ["HEADER_SEEN", "authors", "count_received", "field_names", "fields", "header_end", "received_field"]
+
+HEADER_SEEN = 131072  # octets of a text that are looked at for its header
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
