@@ -145,6 +145,13 @@ class Witness(Events):
             notice = format_id(outcome.notice.ident) if outcome.notice is not None else ""
             self._log.event("bounced", recipient=address, phase=attempt.phase, notice=notice, **common)
 
+    def refused(self, entry: Entry, why: str) -> None:
+        self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")
+        self._landed(entry)
+
+    def failed(self, what: str) -> None:
+        self._log.event("warning", text=f"a change of the queue was undone: internal error: {what}")
+
     def committed(self, group: Committed) -> None:
         self._add(COMMITS, 1)
         self._add(OPERATIONS, len(group.puts) + len(group.outcomes) + len(group.tasks))

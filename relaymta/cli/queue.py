@@ -87,8 +87,8 @@ FILTERS = "--queue, --route, --site, --app, --from, --domain, --held"
 
 
 def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
-    """All messages that are meant, page by page: shard, ids, and each as a line of JSON. While one page is looked at the next
-    one is asked for."""
+    """All messages that are meant and that are here now, page by page: shard, ids, and each as a line of JSON. While one page is
+    looked at the next one is asked for. What comes in meanwhile (such as the DSNs of those that are bounced) is not meant."""
     for shard in asked(peer, "shards"):
         yield from _pages_of(peer, shard, chosen)
 
@@ -101,6 +101,7 @@ def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Ite
     while True:
         found = answered(page)
         if found["after"]:
+            chosen = chosen | {"until": found["until"]}
             page = ask(found["after"])
         yield shard, found["ids"], found["lines"].splitlines()
         if not found["after"]:

@@ -7,9 +7,9 @@ start()   entries are offered for delivery              task()    an operator's 
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from relaymta.queue.ident import IdSource, format_id, parse_id
 from relaymta.queue.inspect import Filter, Totals
 from relaymta.queue.schedule import Schedule, retry_delay
 from relaymta.queue.segments import FRAME, BigBody, Segments, segment_size_for
-from relaymta.queue.store import SCHEMA, Change, Store
+from relaymta.queue.store import SCHEMA, Change, QueueRow, Store
 from relaymta.queue.writer import Assign, Committed, Task, Writer
 
 __all__ = [
@@ -73,6 +73,12 @@ class Events:
     def committed(self, group: Committed) -> None:
         """A group was committed."""
 
+    def refused(self, entry: Entry, why: str) -> None:
+        """An outcome of `entry` was not made durable, because it contradicts what is: a mistake of ours."""
+
+    def failed(self, what: str) -> None:
+        """A change of the queue was undone because of a mistake of ours."""
+
 
 class Queue:
     """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients when it was tried so
@@ -97,8 +103,9 @@ class Queue:
         self._events = events
         self._awake = awake
         self._promised = 0  # messages on their way to the disk that are to be in the window
-        self._unfolding: set[int] = set()  # what the task that was asked for will unfold
-        self._unfold_asked = False
+        self._unfolding: set[int] = set()  # what is asked of the writer at the end of this loop iteration
+        self._operators = asyncio.Lock()  # operators' changes follow one another
+        self._changes: set[asyncio.Task[Any]] = set()  # of them, those under way
         self.path = spool / f"shard-{shard}"
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(self.path)
@@ -160,8 +167,10 @@ class Queue:
         if self._timer is not None:
             self._timer.cancel()
         self.schedule.paused = True
+        await asyncio.gather(*self._changes, return_exceptions=True)
         if len(self.store.fresh):
             self._unfold(self.store.fresh.came_by(self.clock.now()))
+        self._ask_unfold()
         await self.writer.close()
         await self._loop.run_in_executor(None, lambda: self._readers.shutdown(wait=True))
         self.segments.close()
@@ -225,8 +234,13 @@ class Queue:
         waits as after a transient one), None when all were delivered.
 
         Transient ones are tried again after `retry_after_ms` (0: the schedule's own delay), or fail when the message's
-        deadline has passed. The entry stays in flight until this is durable.
+        deadline has passed. The entry stays in flight until this is durable. An entry ends once: a second outcome, or one of an
+        entry that was put back, is refused, and `Events.refused` is told.
         """
+        if entry.ending or self.schedule.get(entry.ident, entry.queue) is not entry:
+            self._events.refused(entry, "it is ending already" if entry.ending else "it is not in flight")
+            return
+        entry.ending = True
         if results is None:
             self.writer.submit(Outcome(entry))
             return
@@ -273,15 +287,14 @@ class Queue:
 
     def _unfold(self, idents: Iterable[int]) -> None:
         """Let fresh messages have rows of their own, so that scans find them."""
+        if not self._unfolding:
+            self._loop.call_soon(self._ask_unfold)
         self._unfolding.update(idents)
-        if not self._unfold_asked:
-            self._unfold_asked = True
-            self.writer.submit(Task(self._unfold_now, self._unfolded))
 
-    def _unfold_now(self, change: Change) -> None:
-        idents, self._unfolding = self._unfolding, set()
-        self._unfold_asked = False
-        change.unfold(*idents)
+    def _ask_unfold(self) -> None:
+        if self._unfolding:
+            idents, self._unfolding = self._unfolding, set()
+            self.writer.submit(Task(lambda change: change.unfold(*idents), self._unfolded))
 
     def _unfolded(self, task: Task) -> None:
         self.schedule.wake()
@@ -342,75 +355,99 @@ class Queue:
         return result
 
     async def change_messages(self, verb: str, idents: list[int], word: str = "") -> tuple[int, int]:
-        """Flush, hold, order (hold until no standing order does), release, delete, bounce (`word`: the reason) or reroute
-        (`word`: the route) these messages, at most 1,000: (changed, left alone because in flight)."""
-        if verb == "bounce":
-            return await self._bounce(idents, word)
-        self.schedule.changing += 1
+        """Flush, hold, order (hold until no standing order does), release, release ordered (unless held for good meanwhile),
+        delete, bounce (`word`: the reason) or reroute (`word`: the route) these messages, at most 1,000: (changed, left alone
+        because in flight). Who asks may be cancelled: the change goes on."""
+        return await self._by_operator(lambda: self._change(verb, idents, word))
+
+    async def _by_operator(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """One operator's change after the other, each to its end. Nothing is scanned meanwhile."""
+
+        async def run() -> T:
+            async with self._operators:
+                self.schedule.changing += 1
+                try:
+                    return await change()
+                finally:
+                    self.schedule.changing -= 1
+                    self.schedule.wake()
+
+        task = self._loop.create_task(run())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _change(self, verb: str, idents: list[int], word: str) -> tuple[int, int]:
+        claimed = self.schedule.claim(idents)
         try:
-            flying = self.schedule.withdraw(set(idents))
-            wanted = [ident for ident in idents if ident not in flying]
-            age = self._settings.max_age_ms
-
-            def run(some: list[int], change: Change) -> int:
-                if verb == "reroute":
-                    return inspect.reroute(change, self.store, self.clock, self.assign, some, word)
-                return inspect.apply(verb, change, self.store, self.writer, self.clock, age, some)
-
-            changed = 0
-            for start in range(0, len(wanted), TOGETHER):
-                changed += await self.writer.task(partial(run, wanted[start : start + TOGETHER]))
+            wanted = [ident for ident in dict.fromkeys(idents) if ident in claimed]
+            parts = [wanted[start : start + TOGETHER] for start in range(0, len(wanted), TOGETHER)]
+            if verb == "bounce":
+                changed = sum([await self._bounce(part, word) for part in parts])
+            else:
+                changed = sum([await self.writer.task(partial(self._apply, verb, part, word)) for part in parts])
         finally:
-            self.schedule.changing -= 1
-            self.schedule.wake()
-        return changed, len(flying)
+            self.schedule.release_claim(claimed)
+        return changed, len(set(idents)) - len(claimed)
+
+    def _apply(self, verb: str, idents: list[int], word: str, change: Change) -> int:
+        if verb == "reroute":
+            return inspect.reroute(change, self.store, self.clock, self.assign, idents, word)
+        return inspect.apply(verb, change, self.store, self.writer, self.clock, self._settings.max_age_ms, idents)
 
     async def move_queues(
         self, chosen: Filter, at_site: Callable[[QueueName, str], bool], rename: Callable[[QueueName], QueueName], dry_run: bool
     ) -> tuple[int, int]:
         """Send all mail of the queues that `chosen` means (`whole_queues`) by the route that `rename` names, due now, however
         much it is: (messages, of them left to their outcome because in flight). `dry_run`: only count."""
-        rows = await self.read(inspect.chosen_queues, self.store, chosen, at_site)
-        numbers = {row.number for row in rows}
-        folded = [ident for ident, envelope in self.store.fresh.live() if any(p.queue in numbers for p in envelope.placements)]
-        if dry_run or not rows:
+        if dry_run:
+            rows, folded = await self.read(self._chosen, chosen, at_site)
             return sum(row.messages for row in rows) + len(folded), 0
-        self.schedule.changing += 1
+        return await self._by_operator(lambda: self._move_queues(chosen, at_site, rename))
+
+    def _chosen(self, chosen: Filter, at_site: Callable[[QueueName, str], bool]) -> tuple[list[QueueRow], list[int]]:
+        """Reader thread: the queues that are meant, and the folded messages in them."""
+        rows = inspect.chosen_queues(self.store, chosen, at_site)
+        numbers = {row.number for row in rows}
+        return rows, [i for i, envelope in self.store.fresh.live() if any(p.queue in numbers for p in envelope.placements)]
+
+    async def _move_queues(
+        self, chosen: Filter, at_site: Callable[[QueueName, str], bool], rename: Callable[[QueueName], QueueName]
+    ) -> tuple[int, int]:
+        rows, folded = await self.read(self._chosen, chosen, at_site)
+        if not rows:
+            return 0, 0
+        numbers = {row.number for row in rows}
+        flying = self.schedule.withdraw_queues(numbers, rename(rows[0].name).route)
+
+        def run(change: Change) -> int:
+            change.unfold(*folded)
+            return inspect.move(change, rows, rename)
+
         try:
-            flying = self.schedule.withdraw_queues(numbers, rename(rows[0].name).route)
-
-            def run(change: Change) -> int:
-                change.unfold(*folded)
-                return inspect.move(change, rows, rename)
-
             return await self.writer.task(run), flying
         finally:
-            self.schedule.changing -= 1
-            self.schedule.wake()
+            self.schedule.queues_changed(numbers)
 
-    async def _bounce(self, idents: list[int], reason: str) -> tuple[int, int]:
-        """Give messages up, with a notice to each sender."""
+    async def _bounce(self, idents: list[int], reason: str) -> int:
+        """Give up messages that this change has claimed, with a notice to each sender; how many."""
 
         def load() -> list[Entry]:
+            fresh = dict(self.store.fresh.live())  # before the transaction: what is unfolded meanwhile is missed in neither form
             with self.store.env.begin() as txn:
-                return [entry for ident in idents for entry in self.schedule.load(txn, ident)]
+                return [entry for ident in idents for entry in self.schedule.load(txn, ident, fresh)]
 
-        bounced, left = set(), set()
-        self.schedule.changing += 1  # nothing of it is offered meanwhile
+        mark = self.schedule.begin_reading()
         try:
-            await self.change_messages("release", idents)  # a held one has no schedule to end
-            for entry in await self.read(load):
-                seized = self.schedule.seize(entry)
-                if seized is None:
-                    left.add(entry.ident)
-                    continue
-                attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
-                self.finish(seized, dict.fromkeys((index for index, _ in seized.recipients), attempt))
-                bounced.add(entry.ident)
-            await self.writer.task(lambda change: None)  # behind their outcomes
+            entries = await self.read(load)
+            attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
+            for entry in entries:
+                self.schedule.adopt(entry)
+                self.finish(entry, dict.fromkeys((index for index, _ in entry.recipients), attempt))
         finally:
-            self.schedule.changing -= 1
-        return len(bounced), len(left)
+            self.schedule.end_reading(mark)
+        await self.writer.task(lambda change: None)  # behind their outcomes
+        return len({entry.ident for entry in entries})
 
     async def wake_queues(self) -> None:
         """Let no queue sleep: what is due is tried now."""
@@ -435,7 +472,9 @@ class Queue:
 
     async def page(self, chosen: Filter, after: int, at_site: Callable[[QueueName, str], bool]) -> dict[str, Any]:
         """The next messages behind id `after`, as `listing.page` gives them. `at_site(name, site)`: whether a queue's mail goes
-        to a site."""
+        to a site. Without `chosen.until` the messages that are here now are meant, and not what comes in (or is made) while page
+        after page is looked at: the answer's "until" is to be given with the next ones."""
+        chosen = chosen if chosen.until else replace(chosen, until=self._ids.next())
         rows = await self.read(inspect.chosen_queues, self.store, chosen, at_site) if chosen.by_queue else None
         return await self.read(listing.page, self.store, self.clock, self.schedule, chosen, after, rows)
 
@@ -454,7 +493,7 @@ class Queue:
             found, after = await self.read(inspect.ordered, self.store, after)
             idents = [ident for ident, envelope, names in found if not still(envelope, names)]
             if idents:
-                released += (await self.change_messages("release", idents))[0]
+                released += (await self.change_messages("release ordered", idents))[0]
             if after == (0, 0):
                 return released
 
@@ -472,7 +511,7 @@ class Queue:
 
     def watch_totals(self, then: Callable[[inspect.Totals], None]) -> None:
         """Count what is in the shard on a reader thread, then `then(totals)` on the loop."""
-        self.schedule.reading(lambda: inspect.totals(self.store, self.segments, self.clock), then)
+        self.schedule.reading(lambda: inspect.totals(self.store, self.segments, self.clock), lambda totals, mark: then(totals))
 
     # Behind the commit
 
@@ -492,6 +531,11 @@ class Queue:
                 self.schedule.moved(move.ident, move.queues, move.body)
             move.done(move)
         for outcome in group.outcomes:
+            if outcome.refused:
+                self._events.refused(outcome.entry, outcome.refused)
+                if outcome.gone:  # else it stays as if in flight: nobody tries again what cannot be recorded
+                    self.schedule.remove(outcome.entry)
+                continue
             self._events.ended(outcome)
             self.schedule.remove(outcome.entry, outcome.retry_at)
             if not outcome.entry.sole:
@@ -500,6 +544,8 @@ class Queue:
                 self._events.queued(outcome.notice)
                 self.schedule.add_fresh(_entries(outcome.notice))
         for task in group.tasks:
+            if task.mistake:
+                self._events.failed(f"{type(task.error).__name__}: {task.error} ({task.mistake})")
             if task.done is not None:
                 task.done(task)
         self._events.committed(group)
@@ -572,10 +618,10 @@ class Queue:
                     found.append((entry, last))
         return found
 
-    def _expire(self, overdue: list[tuple[Entry, dict[int, Attempt]]]) -> None:
-        """Give up messages past their deadline, wherever they wait; what is in flight is left to its outcome."""
+    def _expire(self, overdue: list[tuple[Entry, dict[int, Attempt]]], mark: int) -> None:
+        """Give up messages past their deadline, wherever they wait; what is in flight or claimed is left to its outcome."""
         for loaded, last in overdue:
-            entry = self.schedule.seize(loaded)
+            entry = self.schedule.seize(loaded, mark)
             if entry is None:
                 continue
             never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", "never tried: its turn did not come in time")

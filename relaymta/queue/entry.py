@@ -13,11 +13,13 @@ class Entry:
     """One message's recipients in one queue.
 
     `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory.
-    `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever meets it drops it.
+    `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever meets it drops it. `ending`: its
+    outcome was handed to the writer, and there is no second one.
     """
 
     __slots__ = (
-        "attempts", "cancelled", "due", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole", "text"
+        "attempts", "cancelled", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole",
+        "text",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +45,7 @@ class Entry:
         self.text = text
         self.cancelled = False
         self.flying = False
+        self.ending = False
         self.route: object = None  # what send/ has resolved for it
 
     @property
@@ -72,9 +75,10 @@ class Put:
 
 class Outcome:
     """What an attempt came to: a result for each recipient of the entry (`results`, by index, or `success` for all of
-    them), and when and in which queue the unfinished ones wait."""
+    them), and when and in which queue the unfinished ones wait. `refused`: why it was not made durable ("": it was); then
+    `gone` tells whether what it was about had ended before."""
 
-    __slots__ = ("entry", "expired", "failed", "moved", "name", "notice", "results", "retry_at", "success")
+    __slots__ = ("entry", "expired", "failed", "gone", "moved", "name", "notice", "refused", "results", "retry_at", "success")
 
     def __init__(
         self,
@@ -94,6 +98,8 @@ class Outcome:
         self.expired = expired
         self.notice: Put | None = None
         self.moved: Body | None = None
+        self.refused = ""
+        self.gone = False
 
 
 class Move:

@@ -41,7 +41,7 @@ class Group:
 class Fresh:
     """The two tables, and what they say in memory. `get`, `live`, `oldest` and `came_by` may be called from any thread and tell
     what is committed; everything else belongs to the writer thread, inside a transaction: `add` and `end`, then `write`,
-    and `settle` when the commit has returned or `forget` when it failed."""
+    and `settle` when the commit has returned or `forget` when it failed (`end_only` when a part of it is undone)."""
 
     def __init__(self, fresh: Any, ended: Any) -> None:
         """The tables' handles."""
@@ -89,6 +89,19 @@ class Fresh:
         return [ident for ident, (group, _) in self._where.copy().items() if group.born <= born]
 
     # In a transaction
+
+    def queues(self) -> set[int]:
+        """The numbers of the queues in which folded messages wait, those that this transaction adds included."""
+        groups = [*self._groups.values(), *(group for group, _ in self._added)]
+        return {placement.queue for group in groups for _, envelope in group.members for placement in envelope.placements}
+
+    def ending(self) -> dict[Group, int]:
+        """What this transaction has ended so far, for `end_only`."""
+        return self._ending.copy()
+
+    def end_only(self, ending: dict[Group, int]) -> None:
+        """Nothing ends in this transaction but what `ending` told before."""
+        self._ending = ending
 
     def add(self, members: list[tuple[int, Envelope]], now: int) -> None:
         """Fold new messages, as many into a row as it holds."""

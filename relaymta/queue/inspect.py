@@ -26,7 +26,7 @@ VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "order")  # 
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: whatever `at_site` of a page takes
-    for its name; domains without @."""
+    for its name; domains without @; `until`: the highest id (0: any)."""
 
     ident: int = 0
     queue: str = ""
@@ -37,6 +37,7 @@ class Filter:
     user: str = ""
     recipient_domain: str = ""
     held: bool = False
+    until: int = 0
 
     @property
     def whole_queues(self) -> bool:
@@ -269,7 +270,7 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
         elif verb == "hold" and envelope.flags & ORDERED:  # held by an order, and now for good
             envelope.flags &= ~ORDERED
             change.replace(ident, envelope)
-        elif verb == "release" and envelope.flags & HELD:
+        elif (verb == "release" and envelope.flags & HELD) or (verb == "release ordered" and envelope.flags & ORDERED):
             change.release(ident, envelope, now, now + max_age_ms)
         elif verb == "flush" and not envelope.flags & HELD:
             for placement in envelope.placements:

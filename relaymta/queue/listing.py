@@ -116,19 +116,20 @@ class _Reader:
 def page(
     store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int, queues: list[QueueRow] | None
 ) -> dict[str, Any]:
-    """The next messages behind id `after`: `{"lines", "ids", "after"}`, a line of JSON for each (see `Row`), `after` 0 when
-    there are no more. `queues`: those in which they wait (None: any)."""
+    """The next messages behind id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
+    when there are no more. `queues`: those in which they wait (None: any)."""
     lines: list[bytes] = []
     idents: list[int] = []
     until = time.monotonic() + PAGE_SECONDS
     fresh = store.fresh.live()
     meant = None if queues is None else {row.number for row in queues}
-    everything = chosen == Filter()
+    everything = chosen == Filter(until=chosen.until)
+    last = chosen.until or 1 << 64
     with store.env.begin() as txn:
         reader = _Reader(store, txn, clock, schedule)
         start = chosen.ident - 1 if chosen.ident else after
         for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
-            if chosen.ident and ident != chosen.ident:
+            if ident > last or (chosen.ident and ident != chosen.ident):
                 break
             after = ident
             if everything or (
@@ -137,8 +138,8 @@ def page(
                 lines.append(_encode(reader.row(ident, envelope)))
                 idents.append(ident)
             if seen % LOOKED_AT == 0 and (len(lines) >= PAGE_ROWS or time.monotonic() > until):
-                return {"lines": _joined(lines), "ids": idents, "after": after}
-    return {"lines": _joined(lines), "ids": idents, "after": 0}
+                return {"lines": _joined(lines), "ids": idents, "after": after, "until": chosen.until}
+    return {"lines": _joined(lines), "ids": idents, "after": 0, "until": chosen.until}
 
 
 def _joined(lines: list[bytes]) -> bytes:

@@ -1,16 +1,20 @@
 """What is tried next: a bounded window in memory over the due index on disk.
 
 Fresh messages enter the window with their text as they are committed; what does not fit stays on disk only and is found
-by the scan, as retries are. Fresh mail and scanned mail share the window half and half. A row that is in the window or
-in flight has an entry in `_entries` and is never picked twice; a scan that began before an entry left is told so.
+by the scan, as retries are. Fresh mail and scanned mail share the window half and half.
+
+Who may end a message: whoever has its entry in `_entries`, once; or an operator's change that has *claimed* it, which it can
+only while no part of it is in flight or ending. A row that is in the window or in flight is never picked twice, what is
+claimed is not picked at all, and a read of the disk that began before an entry left, or before a change was committed, is
+told so: what it found of that is not believed.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from relaymta.proto.envelope import DELIVERED, FAILED, Body
+from relaymta.proto.envelope import DELIVERED, FAILED, Body, Envelope
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry
 from relaymta.queue.store import QueueRow, Store
@@ -20,6 +24,7 @@ __all__ = ["RETRY_STEPS", "Schedule", "retry_delay"]
 RETRY_STEPS = (1, 2, 5, 10, 20, 40, 60)  # times the first delay: 1m 2m 5m 10m 20m 40m 1h 1h ...
 JITTER = 0.15
 SCAN_GAP_MS = 50  # between two scans at least
+KEPT_LEFT = 10_000
 
 
 def retry_delay(attempts: int, first_ms: int) -> int:
@@ -62,8 +67,12 @@ class Schedule:
         self._keeps_texts = True
         self._scanned = 0
         self._scanning = False
-        self._readings = 0
-        self._left: set[tuple[int, int]] = set()  # entries that left while the disk is being read
+        self._claimed: set[int] = set()  # messages that an operator's change is about
+        # Reads of the disk that are under way, each the value of `_changes` when it began; and what has left or was changed
+        # meanwhile: (id, queue) an entry, (id, 0) a whole message, (0, queue) a whole queue -> the value of `_changes` then.
+        self._readings: list[int] = []
+        self._changes = 0
+        self._left: dict[tuple[int, int], int] = {}
         self._moved: dict[int, Body] = {}  # bodies that moved while the disk is being read
         self._more = True
         self._next_at = 0
@@ -96,7 +105,7 @@ class Schedule:
             key = (entry.ident, entry.queue)
             if key in self._entries:
                 continue
-            if self._fresh >= self._half or self.paused:
+            if self._fresh >= self._half or self.paused or entry.ident in self._claimed:
                 self._more, whole = True, False
                 continue
             size = entry.envelope.size
@@ -122,8 +131,9 @@ class Schedule:
     def remove(self, entry: Entry, next_at: int = 0) -> None:
         """An entry left: its outcome is committed, or it goes back unattempted. `next_at`: when it is due again."""
         key = (entry.ident, entry.queue)
-        if self._entries.pop(key, None) is None:
+        if self._entries.get(key) is not entry:
             return
+        del self._entries[key]
         if entry.attempts == 0 and entry.text is not None:
             self._fresh_bytes -= entry.envelope.size
         if entry.due < 0:
@@ -131,7 +141,7 @@ class Schedule:
         else:
             self._fresh -= 1
         if self._readings:
-            self._left.add(key)
+            self._note(key)
         if next_at:
             self.wake_at(next_at)
 
@@ -145,7 +155,10 @@ class Schedule:
             self._moved[ident] = body
 
     def put_back(self, entry: Entry) -> None:
-        """An entry leaves the window untried: its row on disk is found again once its queue wakes."""
+        """An entry leaves the window untried: its row on disk is found again once its queue wakes. One that was cancelled is
+        somebody else's already."""
+        if entry.cancelled:
+            return
         entry.cancelled = True
         self.remove(entry)
         self._more = True
@@ -172,26 +185,52 @@ class Schedule:
         room = self._half - self._scanned
         self.reading(lambda: self._scan(now, room), self._found)
 
-    def reading(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Run `function` on a reader thread, then `then(result)` here; what leaves meanwhile is remembered, so that a
-        row read before its message ended is not taken for a message that is still there."""
-        self._readings += 1
+    def reading(self, function: Callable[[], Any], then: Callable[[Any, int], None]) -> None:
+        """Run `function` on a reader thread, then `then(result, mark)` here. `mark` tells `seize` when it began, so that a
+        row read before its message ended or was changed is not taken for what is there."""
+        mark = self.begin_reading()
 
         def done(result: Any) -> None:
-            if isinstance(result, Exception):  # the disk refused: look again at the next tick
-                self._scanning, self._more = False, True
-                self.last_error = str(result)
-            else:
-                then(result)
-            self._readings -= 1
-            if not self._readings:
-                self._left.clear()
-                self._moved.clear()
+            try:
+                if isinstance(result, Exception):  # the disk refused: look again at the next tick
+                    self._scanning, self._more = False, True
+                    self.last_error = str(result)
+                else:
+                    then(result, mark)
+            finally:
+                self.end_reading(mark)
 
         self._run(function, done)
 
-    def seize(self, entry: Entry) -> Entry | None:
-        """Take an entry that was read from disk out of everybody's hands, to end it. None when it is in flight or gone."""
+    def begin_reading(self) -> int:
+        """A read of the disk begins; its mark, for `seize` and `end_reading`."""
+        self._readings.append(self._changes)
+        return self._changes
+
+    def end_reading(self, mark: int) -> None:
+        """What was read has been looked at."""
+        self._readings.remove(mark)
+        if not self._readings:
+            self._left.clear()
+            self._moved.clear()
+        elif len(self._left) > KEPT_LEFT:  # reads follow each other without a gap: keep what the oldest needs
+            oldest = min(self._readings)
+            self._left = {key: when for key, when in self._left.items() if when > oldest}
+
+    def _note(self, key: tuple[int, int]) -> None:
+        self._changes += 1
+        self._left[key] = self._changes
+
+    def _outdated(self, entry: Entry, mark: int) -> bool:
+        """Whether a row that was read since `mark` may be no longer what it was."""
+        left, ident, queue = self._left, entry.ident, entry.queue
+        return bool(left) and (
+            left.get((ident, queue), 0) > mark or left.get((ident, 0), 0) > mark or left.get((0, queue), 0) > mark
+        )
+
+    def seize(self, entry: Entry, mark: int) -> Entry | None:
+        """Take an entry that was read from disk since `mark` out of everybody's hands, to end it. None when it is in flight,
+        claimed, or gone."""
         key = (entry.ident, entry.queue)
         known = self._entries.get(key)
         if known is not None:
@@ -199,27 +238,49 @@ class Schedule:
                 return None
             known.cancelled = True  # whoever has it waiting drops it; it stays here until its outcome is committed
             return known
-        if key in self._left:
+        if entry.ident in self._claimed or self._outdated(entry, mark):
             return None
+        self.adopt(entry)
+        return entry
+
+    def adopt(self, entry: Entry) -> None:
+        """An entry that was read from disk, and that nobody else has, is about to end."""
         self._relocated(entry)
         entry.due = -1
         entry.flying = True
         self._scanned += 1
-        self._entries[key] = entry
-        return entry
+        self._entries[entry.ident, entry.queue] = entry
 
-    def withdraw(self, idents: set[int]) -> set[int]:
-        """Take these messages out of the window; those that are in flight, and stay. Scans must be paused."""
-        meant = [entry for entry in self._entries.values() if entry.ident in idents]
-        flying = {entry.ident for entry in meant if entry.flying or entry.cancelled}
+    def claim(self, idents: Iterable[int]) -> set[int]:
+        """An operator's change of these messages begins: they leave the window, and until `release_claim` nobody else gets
+        them. Those that it may have: not what is in flight, ending, or claimed."""
+        wanted = set(idents) - self._claimed
+        meant = [entry for entry in self._entries.values() if entry.ident in wanted]
+        claimed = wanted - {entry.ident for entry in meant if entry.flying or entry.cancelled}
         for entry in meant:
-            if entry.ident not in flying:
+            if entry.ident in claimed:
                 self.put_back(entry)
-        return flying
+        self._claimed |= claimed
+        return claimed
+
+    def release_claim(self, claimed: set[int]) -> None:
+        """The change is committed, or did not happen; what was read before is not believed any more."""
+        self._claimed -= claimed
+        self._more = True
+        if self._readings:
+            for ident in claimed:
+                self._note((ident, 0))
+
+    def queues_changed(self, queues: Iterable[int]) -> None:
+        """An operator's change of whole queues is committed, or did not happen."""
+        self._more = True
+        if self._readings:
+            for queue in queues:
+                self._note((0, queue))
 
     def withdraw_queues(self, queues: set[int], route: str) -> int:
         """Take the messages of these queues out of the window; how many are in flight, and stay: they go by `route` should they
-        have to wait. Scans must be paused."""
+        have to wait. Scans must be paused, and `queues_changed` follows."""
         meant = [entry for entry in self._entries.values() if entry.queue in queues]
         flying = [entry for entry in meant if entry.flying or entry.cancelled]
         for entry in flying:
@@ -230,28 +291,32 @@ class Schedule:
         self.skip -= queues
         return len(flying)
 
-    def load(self, txn: Any, ident: int) -> list[Entry]:
-        """Reader thread: a message's entries, one for each of its placements."""
-        envelope = self._store.envelope(txn, ident)
+    def load(self, txn: Any, ident: int, fresh: Mapping[int, Envelope] = {}) -> list[Entry]:
+        """Reader thread: a message's entries, one for each of its placements. `fresh`: the folded ones, as `fresh.live()` told
+        before `txn` began."""
+        envelope = self._store.envelope(txn, ident) or fresh.get(ident)
         found = []
         for placement in envelope.placements if envelope is not None else []:
             row = self._store.queue(txn, placement.queue)
-            entry = None if row is None else self._entry(txn, row, ident)
+            entry = None if row is None else self._entry(txn, row, ident, envelope)
             if entry is not None:
                 found.append(entry)
         return found
 
-    def _found(self, scanned: Scanned) -> None:
+    def _found(self, scanned: Scanned, mark: int) -> None:
         self._scanning = False
         self._more = self._more or scanned.more
         if scanned.next_at:
             self.wake_at(scanned.next_at)
+        if self.changing:  # an operator's change began meanwhile: what was read may be what it is about
+            self._more = True
+            return
         for entry in scanned.entries:
             key = (entry.ident, entry.queue)
-            if key in self._left:
-                self._more = True  # it may have come back meanwhile: looked at again once no older reading is under way
-                continue
             if key in self._entries:
+                continue
+            if self._outdated(entry, mark):
+                self._more = True  # it may be there all the same: the next scan tells
                 continue
             self._relocated(entry)
             self._scanned += 1
@@ -303,13 +368,12 @@ class Schedule:
             if taken >= share:
                 found.more = True
                 return
-            entry = self._entry(txn, row, ident)
+            entry = self._entry(txn, row, ident, self._store.envelope(txn, ident))
             if entry is not None:
                 found.entries.append(entry)
                 taken += 1
 
-    def _entry(self, txn: Any, row: QueueRow, ident: int) -> Entry | None:
-        envelope = self._store.envelope(txn, ident)
+    def _entry(self, txn: Any, row: QueueRow, ident: int, envelope: Envelope | None) -> Entry | None:
         if envelope is None:
             return None
         placement = next((p for p in envelope.placements if p.queue == row.number), None)

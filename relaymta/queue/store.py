@@ -9,7 +9,7 @@
     fresh, ended                      mail that is delivered at once has none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
-    meta       word                   schema, shard, last seen time, highest id
+    meta       word                   schema, shard, last seen time, highest id, highest queue number ("queues")
 
 Keys are big-endian, so that every question is a prefix scan. A `Change` is one write transaction under way; queue counts
 and wake times that it touches are gathered and written once, by `finish`.
@@ -88,7 +88,8 @@ class Store:
         self._readonly = readonly
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
-        self._last_number = 0  # given to a queue; 0: not known
+        self._last_number = 0  # the highest ever given to a queue, in a failed transaction too; 0: not known yet
+        self._kept_number = 0  # of it, what meta says
         self._open()
 
     def _open(self) -> None:
@@ -245,8 +246,9 @@ class Store:
 
     def _new_queue(self, txn: Any, name: QueueName) -> QueueRow:
         if not self._last_number:
-            self._last_number = self._highest_number(txn)
-        self._last_number += 1
+            kept = txn.get(b"queues", db=self.tables["meta"])
+            self._last_number = max(int(kept) if kept else 0, self._highest_number(txn))
+        self._last_number += 1  # never used again: entries, parked queues and moves name a queue by its number
         row = QueueRow(self._last_number, name)
         txn.put(b"n" + encode(name), _NUMBER.pack(row.number), db=self.tables["queue"])
         txn.put(b"q" + _NUMBER.pack(row.number), encode(row), db=self.tables["queue"])
@@ -273,11 +275,20 @@ class Store:
 
     def forget(self, rows: "set[int]") -> None:
         """The transaction that changed these queues failed, or they are gone: read them again when they are needed."""
-        self._last_number = 0
         for number in rows:
             row = self._by_number.pop(number, None)
             if row is not None and self._queues.get(row.name) is row:
                 del self._queues[row.name]
+
+    def keep_number(self, txn: Any) -> int:
+        """Write the highest queue number, when it is another than the last commit's; it (in the transaction under way)."""
+        if self._last_number != self._kept_number:
+            txn.put(b"queues", str(self._last_number).encode(), db=self.tables["meta"])
+        return self._last_number
+
+    def number_kept(self, number: int) -> None:
+        """The transaction that wrote it has returned."""
+        self._kept_number = number
 
     def rename(self, txn: Any, row: QueueRow, name: QueueName) -> None:
         """A queue is called `name` from now on, and no new mail finds it (in the transaction under way, which writes its row)."""
@@ -320,8 +331,11 @@ class Change:
         self._store = store
         self._tables = store.tables
         self.txn = store.env.begin(write=True)
-        self._touched: set[int] = set()
+        self._touched: set[int] = set()  # queues whose rows are to be written
         self._named: set[int] = set()  # queues whose rows may have been made here
+        self._written: set[int] = set()  # queues whose rows were written before a part
+        self._whole: Any = None  # the transaction, while `txn` is a part of it
+        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` goes back to
         self._fresh = store.fresh
         self.highest = 0
 
@@ -343,9 +357,13 @@ class Change:
     def unfold(self, *idents: int) -> None:
         """Give folded messages rows of their own; nothing happens to others."""
         for ident in idents:
-            envelope = self._fresh.end(ident)
-            if envelope is not None:
-                self.put(ident, envelope, [self._store.row_numbered(self.txn, p.queue) for p in envelope.placements])
+            envelope = self._fresh.get(ident)
+            if envelope is None:
+                continue
+            # Found before the folded form ends: a message is never in neither form.
+            rows = [self._store.row_numbered(self.txn, placement.queue) for placement in envelope.placements]
+            if self._fresh.end(ident) is not None:
+                self.put(ident, envelope, rows)
 
     def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
         """A new message. `rows`: the queue of each of its placements."""
@@ -365,10 +383,12 @@ class Change:
         """Write a message's envelope again."""
         self.txn.put(_ID.pack(ident), encode(envelope), db=self._tables["message"])
 
-    def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> None:
-        """Remove a message from every table. `histories`: recipient rows may exist."""
+    def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> bool:
+        """Remove a message from every table. `histories`: recipient rows may exist. False, and nothing is done, when it has
+        ended before."""
         tables, delete = self._tables, self.txn.delete
-        delete(_ID.pack(ident), db=tables["message"])
+        if not delete(_ID.pack(ident), db=tables["message"]):
+            return False
         for placement in envelope.placements:
             self.unplace(ident, envelope, placement)
         if not envelope.flags & HELD:
@@ -378,6 +398,7 @@ class Change:
             prefix = _ID.pack(ident)
             while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
                 cursor.delete()
+        return True
 
     def unplace(self, ident: int, envelope: Envelope, placement: Placement) -> None:
         """Take a message out of one queue."""
@@ -450,15 +471,24 @@ class Change:
         return row.messages
 
     def park(self, number: int, not_before: int) -> None:
-        """Let a queue sleep until `not_before` (0: wake it), whatever is due in it."""
+        """Let a queue sleep until `not_before` (0: wake it), whatever is due in it; nothing happens where it was swept."""
+        if self._store.queue(self.txn, number) is None:
+            return
         row = self._store.row_numbered(self.txn, number)
         row.not_before = not_before
         self._touched.add(number)
 
     def sweep(self) -> int:
-        """Forget queues that hold nothing, so that memory does not grow with the domains ever written to; how many."""
-        self.unfold(*(ident for ident, _ in self._fresh.live()))
-        empty = [row for row in self._store.queues(self.txn) if not self._store.row_numbered(self.txn, row.number).messages]
+        """Forget queues that hold nothing, so that memory does not grow with the domains ever written to; how many.
+
+        Folded mail counts in no row, so the queues it waits in are asked for: of what is committed and of what this very
+        transaction takes in."""
+        waiting = self._fresh.queues()
+        empty = [
+            row
+            for row in self._store.queues(self.txn)
+            if row.number not in waiting and not self._store.row_numbered(self.txn, row.number).messages
+        ]
         for row in empty:
             self._settle_queue(row.number)
             if not row.moved:
@@ -487,9 +517,36 @@ class Change:
         if self.highest:
             self.set_meta(b"highest", self.highest)
         self.set_meta(b"seen", now)
+        number = self._store.keep_number(self.txn)
         self._fresh.write(self.txn)
         self.txn.commit()
         self._fresh.settle()
+        self._store.number_kept(number)
+
+    # A part: all of it happens, or nothing
+
+    def begin_part(self) -> None:
+        """What follows, up to `keep_part` or `undo_part`, is a transaction within this one."""
+        for number in self._touched:
+            self._settle_queue(number)  # so that what is undone can be read again as it was
+        self._written |= self._touched | self._named
+        self._touched, self._named = set(), set()
+        self._before = self._fresh.ending(), self.highest
+        self._whole, self.txn = self.txn, self._store.env.begin(write=True, parent=self.txn)
+
+    def keep_part(self) -> None:
+        """The part holds, if the whole does."""
+        self.txn.commit()
+        self.txn, self._whole = self._whole, None
+
+    def undo_part(self) -> None:
+        """The part is as if it had never been."""
+        self.txn.abort()
+        self.txn, self._whole = self._whole, None
+        self._store.forget(self._touched | self._named)
+        self._touched, self._named = set(), set()
+        ending, self.highest = self._before
+        self._fresh.end_only(ending)
 
     def _settle_queue(self, number: int) -> None:
         """Write a queue's row, and move its wake row to where its first due row says."""
@@ -511,6 +568,9 @@ class Change:
 
     def abort(self) -> None:
         """Undo everything."""
+        if self._whole is not None:
+            self.txn.abort()
+            self.txn = self._whole
         self.txn.abort()
         self._fresh.forget()
-        self._store.forget(self._touched | self._named)
+        self._store.forget(self._touched | self._named | self._written)

@@ -11,7 +11,9 @@ When it fails:
   - bodies can't be written or synced: no new message of the group is accepted; outcomes are committed without them;
   - the transaction fails: nothing of the group is accepted, the environment is opened again, outcomes are tried again
     (in groups of ten when the map is full) until they are in. Meanwhile `stalled` is set and delivery pauses, because a
-    message that can't be deleted would be sent twice.
+    message that can't be deleted would be sent twice;
+  - a task raises: it is undone as a whole, and the rest of the group goes on;
+  - an outcome contradicts what the store holds (its message has ended): it alone is refused, and said so.
 """
 
 import asyncio
@@ -49,7 +51,7 @@ from relaymta.proto.header import header_end
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.entry import Entry, Move, Outcome, Put
 from relaymta.queue.ident import IdSource, format_id
-from relaymta.queue.segments import COLD, HOT, Segments
+from relaymta.queue.segments import COLD, HOT, BigBody, Segments
 from relaymta.queue.store import Change, Store
 
 __all__ = ["Committed", "Task", "Writer"]
@@ -66,15 +68,17 @@ Assign = Callable[[Envelope, int], list[tuple[QueueName, list[int] | None]]]
 
 
 class Task:
-    """A change by an operator or the queue itself; `run(change)` on the writer thread, then `done(task)` on the loop."""
+    """A change by an operator or the queue itself: `run(change)` on the writer thread, all of it or nothing, then `done(task)` on
+    the loop. `error`: why nothing of it happened; `mistake`: where, when it was not the disk's doing."""
 
-    __slots__ = ("done", "error", "result", "run")
+    __slots__ = ("done", "error", "mistake", "result", "run")
 
     def __init__(self, run: Callable[[Change], Any], done: "Callable[[Task], None] | None" = None) -> None:
         self.run = run
         self.done = done
         self.result: Any = None
         self.error: Exception | None = None
+        self.mistake = ""
 
 
 class Committed:
@@ -138,7 +142,8 @@ class Writer:
         self._inbox: queues.SimpleQueue[list[Operation] | None] = queues.SimpleQueue()
         self.stalled = False
         self.last_error = ""
-        self._unlink: list[int] = []
+        self._freed: list[tuple[int, Body]] = []  # bodies whose messages end in the group under way
+        self._contradicted = False  # the last transaction failed by what an outcome or move said, not by the disk
         self._thread = threading.Thread(target=self._run, name="queue-writer", daemon=True)
 
     def start(self) -> None:
@@ -260,18 +265,25 @@ class Writer:
         if not left:
             return
         self.stalled = True
+        most = SMALL_GROUP
         while left:
-            part = left[:SMALL_GROUP]
+            part = left[:most]
             for outcome in part:
                 outcome.moved = None  # no copies now: they take room
+            self._contradicted = False
             error = self._write_bodies(Committed(part), [], [])
             if error is None:
                 error = self._transact([], part, [], [])
             if error is None:
-                left = left[SMALL_GROUP:]
-            else:
+                left, most = left[len(part) :], SMALL_GROUP
+            elif not self._contradicted:
                 self._ballast.unlink(missing_ok=True)
                 time.sleep(0.2)
+            elif len(part) > 1:
+                most = 1  # one of them can never be recorded: find it
+            else:
+                part[0].refused = str(error)
+                left, most = left[1:], SMALL_GROUP
         self.stalled = False
 
     def _write_bodies(self, group: Committed, puts: list[Put], moves: list[Move]) -> StoreError | None:
@@ -284,8 +296,7 @@ class Writer:
                     envelope.body = segments.append(put.ident, put.text, envelope.size, HOT)
             for outcome in group.outcomes:
                 if outcome.notice is not None:
-                    notice = outcome.notice
-                    notice.envelope.body = segments.append(notice.ident, notice.text or [], notice.envelope.size, HOT)
+                    self._place_notice(outcome.notice)
                 if outcome.moved is not None:
                     self._move(outcome)
             for move in moves:
@@ -296,6 +307,22 @@ class Writer:
             segments.forget()
             return self._explain(failure)
         return None
+
+    def _place_notice(self, notice: Put) -> None:
+        """A notice about very many recipients is a large body as any other."""
+        segments, text, size = self._segments, notice.text or [], notice.envelope.size
+        if size <= segments.big_limit:
+            notice.envelope.body = segments.append(notice.ident, text, size, HOT)
+            return
+        path = segments.big_path(notice.ident)
+        path.unlink(missing_ok=True)  # of a group that failed
+        file = BigBody(path, notice.ident)
+        try:
+            file.write(text)
+            notice.envelope.body = file.finish([])
+        except BaseException:
+            file.discard()
+            raise
 
     def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """One LMDB transaction with everything."""
@@ -314,6 +341,9 @@ class Writer:
                 self._run_task(change, task)
             for move in moves:
                 self._relocate(change, move)
+            for _, body in self._freed:
+                if body.segment:
+                    segments.release(body)
             doomed = segments.doomed()
             for number in doomed:
                 change.drop_segment(number)
@@ -321,17 +351,19 @@ class Writer:
                 change.segment(number, row)
             change.finish(now)
         except (lmdb.Error, StoreError, OSError) as failure:
-            self._unlink.clear()
+            self._freed.clear()
             segments.forget()
             if change is not None:
                 change.abort()
+            self._contradicted = isinstance(failure, StoreError)
             self._reopen(failure)
             return self._explain(failure)
         segments.unlink()
         segments.settle()
-        for ident in self._unlink:
-            segments.big_path(ident).unlink(missing_ok=True)
-        self._unlink.clear()
+        for ident, body in self._freed:
+            if not body.segment:
+                segments.big_path(ident).unlink(missing_ok=True)
+        self._freed.clear()
         return None
 
     def _reopen(self, failure: Exception) -> None:
@@ -389,12 +421,19 @@ class Writer:
         move.queues = [placement.queue for placement in envelope.placements]
 
     def _run_task(self, change: Change, task: Task) -> None:
+        freed = len(self._freed)
+        change.begin_part()
         try:
             task.result = task.run(change)
         except (lmdb.Error, OSError):
             raise
         except Exception as error:  # the caller's mistake is the caller's answer, not the group's failure
-            task.error = error
+            change.undo_part()
+            del self._freed[freed:]
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            task.error, task.mistake = error, f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+        else:
+            change.keep_part()
 
     # Outcomes
 
@@ -407,7 +446,7 @@ class Writer:
         if deferred and entry.attempts == 0 and entry.sole and body is not None and body.segment:
             outcome.moved = body
         if outcome.failed and envelope.sender and outcome.notice is None:
-            outcome.notice = self._notice(entry, outcome.failed)
+            outcome.notice = self._any_notice(entry, outcome.failed)
 
     def _text(self, entry: Entry) -> list[bytes]:
         if entry.text is not None:
@@ -418,17 +457,36 @@ class Writer:
         return [self._segments.read(entry.ident, body)]
 
     def _move(self, outcome: Outcome) -> None:
-        """Stage a copy of a straggler's body in a cold segment, so that it does not hold its hot one."""
+        """Stage a copy of a straggler's body in a cold segment, so that it does not hold its hot one. One that cannot be read
+        stays where it is: that is no reason to refuse the others of the group."""
         envelope = outcome.entry.envelope
-        outcome.moved = self._segments.append(outcome.entry.ident, self._text(outcome.entry), envelope.size, COLD)
-
-    def _notice(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put:
-        envelope = entry.envelope
         try:
-            start = b"".join(self._text(entry))[: 128 * 1024]
-            header = start[: header_end(start)]
+            text = self._text(outcome.entry)
         except StoreError:
-            header = b""
+            outcome.moved = None
+            return
+        outcome.moved = self._segments.append(outcome.entry.ident, text, envelope.size, COLD)
+
+    def _any_notice(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put | None:
+        """The notice, or where what others wrote makes us stumble a plain one: a mistake of ours there must not end the thread,
+        again and again, with all mail behind it."""
+        for plain in (False, True):
+            try:
+                return self._notice(entry, failed, plain)
+            except Exception:
+                traceback.print_exc()
+        return None  # the event `bounced` says that there is none
+
+    def _notice(self, entry: Entry, failed: list[tuple[str, Any, bool]], plain: bool) -> Put:
+        """`plain`: without the original header and our signatures."""
+        envelope = entry.envelope
+        header = b""
+        if not plain:
+            try:
+                start = b"".join(self._text(entry))[: 128 * 1024]
+                header = start[: header_end(start)]
+            except StoreError:
+                pass
         ident = self._ids.next()
         text = failure_notice(
             envelope,
@@ -439,7 +497,7 @@ class Writer:
             original_ident=format_id(entry.ident),
             seconds=wall_ms() // 1000,
         )
-        text = self._sign(text) + text
+        text = text if plain else self._sign(text) + text
         notice = Envelope(
             sender="",
             recipients=[envelope.sender],
@@ -455,18 +513,20 @@ class Writer:
         """Apply an outcome; its message goes when no recipient is left."""
         entry = outcome.entry
         if outcome.success and entry.sole:
-            if not change.end_folded(entry.ident):
-                change.finish_message(entry.ident, entry.envelope, histories=entry.attempts > 0)
-            self.free_body(entry.ident, entry.envelope.body)
+            if change.end_folded(entry.ident) or change.finish_message(entry.ident, entry.envelope, entry.attempts > 0):
+                self.free_body(entry.ident, entry.envelope.body)
+            else:
+                self._ended_before(outcome)
             return
         change.unfold(entry.ident)
-        envelope = entry.envelope if entry.sole else self._store.envelope(change.txn, entry.ident)
-        if envelope is None:
-            raise StoreError(f"message {format_id(entry.ident)} ended twice")
-        envelope = msgspec.structs.replace(envelope)  # the entry keeps what is true until the commit has returned
+        envelope = self._store.envelope(change.txn, entry.ident)
+        placement = None if envelope is None else next((p for p in envelope.placements if p.queue == entry.queue), None)
+        if envelope is None or placement is None:
+            self._ended_before(outcome)
+            return
+        envelope = msgspec.structs.replace(envelope)
         envelope.route = envelope.route or entry.envelope.route
         pending = self._record(change, outcome)
-        placement = next(p for p in envelope.placements if p.queue == entry.queue)
         change.unplace(entry.ident, envelope, placement)
         others = [p for p in envelope.placements if p is not placement]
         joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
@@ -488,6 +548,16 @@ class Writer:
             change.replace(entry.ident, envelope)
         if outcome.notice is not None:
             self._put(change, outcome.notice, now)
+
+    def _ended_before(self, outcome: Outcome) -> None:
+        """Nobody ends a message twice: the second outcome changes nothing, and what it was to put on disk is given back."""
+        outcome.refused, outcome.gone = "it had ended before", True
+        if outcome.notice is not None:
+            self.free_body(outcome.notice.ident, outcome.notice.envelope.body)
+            outcome.notice = None
+        if outcome.moved is not None:
+            self.free_body(outcome.entry.ident, outcome.moved)
+            outcome.moved = None
 
     def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
         """Let recipients wait in a queue. Where some of their message wait there already one row serves both, due when the later
@@ -521,9 +591,5 @@ class Writer:
 
     def free_body(self, ident: int, body: Body | None) -> None:
         """The message with this body ends in the group under way."""
-        if body is None:
-            return
-        if body.segment:
-            self._segments.release(body)
-        else:
-            self._unlink.append(ident)
+        if body is not None:
+            self._freed.append((ident, body))

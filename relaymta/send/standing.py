@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 
 from relaymta.node import BOUNCE, HOLD, Fact, Facts
 from relaymta.proto.address import domain_of
-from relaymta.proto.envelope import Envelope, QueueName
+from relaymta.proto.envelope import NOTICE, Envelope, QueueName
 from relaymta.queue import Entry, Filter, Queue
 
 __all__ = ["Orders", "filter_of"]
@@ -60,6 +60,8 @@ class Orders:
         order = self.find(name, sender, [address for _, address in recipients])
         if order is None:
             return False
+        if order.kind == BOUNCE and entry.envelope.flags & NOTICE:
+            return False  # or the failure notices that an order makes would be given up by it, and nobody told
         if order.kind == BOUNCE:  # those that it is about, and nobody else
             chosen = filter_of(order.site)
             meant = [index for index, address in recipients if _is_about(chosen, name, sender, [address])]
@@ -74,16 +76,22 @@ class Orders:
     async def _hold(self) -> None:
         while self._to_hold:
             idents = self._to_hold[:TOGETHER]
+            holds = self._standing()
             await self._queue().change_messages("order", idents)
             del self._to_hold[: len(idents)]
+            if holds - self._standing():  # it ended while this was committed, and the look for what it held was before
+                await self._release()
 
     def tick(self) -> None:
         """Each second: orders that have ended let go of their mail."""
         self.refresh()
-        holds = {fact.site for fact, _ in self._orders if fact.kind == HOLD}
+        holds = self._standing()
         if self._holds is None or self._holds - holds:
             self._spawn(self._release())
         self._holds = holds
+
+    def _standing(self) -> set[str]:
+        return {fact.site for fact, _ in self._orders if fact.kind == HOLD}
 
     async def _release(self) -> None:
         await self._queue().release_ordered(self._held_still)

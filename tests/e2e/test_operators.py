@@ -1,7 +1,9 @@
 """What operators do to queued mail, beyond holding and deleting it."""
 
 import json
+import smtplib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -105,6 +107,9 @@ def test_standing_orders_hold_and_bounce_what_waits_and_what_comes(tmp_path):
             wait_for(lambda: sum(sender == "" for sender, _, _ in peer.messages) == 2)
             notice = [text for sender, _, text in peer.messages if sender == ""][-1]
             assert b"one@d.example" in notice and b"three@D.example" in notice and b"two@e.example" not in notice
+            # Its own notices are not meant, though they go to that domain: somebody is told.
+            relay.send("Subject: x\r\n\r\nx\r\n", "boss@d.example", "one@d.example")
+            wait_for(lambda: any(to == ["boss@d.example"] for _, to, _ in peer.messages))
             orders = json.loads(relay.cli("standing", "list", "--json").stdout)
             assert [(order["kind"], order["about"]) for order in orders] == [("bounce", "recipient_domain=d.example")]
 
@@ -172,3 +177,24 @@ def test_changed_provider_profiles_are_told_and_shown(tmp_path):
             relay.start()
             wait_for(lambda: any("shaping diff" in event["text"] for event in relay.events("warning")))
             assert "site google: messages_per_connection 7 -> 100" in relay.cli("shaping", "diff").stdout
+
+
+def test_all_mail_is_bounced_and_every_sender_is_told(tmp_path):
+    """More than two pages: the failure notices that the first one makes are not meant by the next."""
+    count = 2400
+    with FakeMx({"RCPT": {"later@d": b"450 4.2.1 later\r\n"}}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=600") as relay:
+
+            def send(first: int) -> None:
+                with smtplib.SMTP("127.0.0.1", relay.port) as client:
+                    for number in range(first, count, 24):
+                        client.sendmail(f"s{number}@b", ["later@d"], "Subject: x\r\n\r\nx\r\n")
+
+            with ThreadPoolExecutor(24) as clients:
+                list(clients.map(send, range(24)))
+            wait_for(lambda: len(relay.events("deferred")) == count, 60)
+            found = changed(relay, "bounce", "--all", "--reason", "the campaign was stopped")
+            assert (found["matched"], found["changed"]) == (count, count)
+            wait_for(lambda: len(peer.messages) == count, 60)
+            assert sorted(to[0] for sender, to, _ in peer.messages) == sorted(f"s{number}@b" for number in range(count))
+            wait_for(lambda: relay.summary() == [])

@@ -1,0 +1,541 @@
+"""Every acknowledged message has one state and one end: through sweeps, tasks that fail half-way, operators' verbs over many
+pages, slow reads of the disk, and outcomes that contradict what is there."""
+
+import asyncio
+import threading
+
+import pytest
+
+from relaymta.cli.queue import pages
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import HELD, NOTICE, PERMANENT, TRANSIENT, Envelope
+from relaymta.queue import Entry, Filter, Outcome, listing, wall_ms, writer
+from relaymta.queue.segments import FRAME
+from relaymta.queue.store import Change
+from relaymta.queue.writer import Task
+from tests.queue.test_queue import Bench, Recorder, answer, until
+
+TEXT = b"Subject: x\r\n\r\nbody\r\n"
+
+
+class Witness(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusals: list[tuple[int, str]] = []
+        self.failures: list[str] = []
+
+    def refused(self, entry, why) -> None:
+        self.refusals.append((entry.ident, why))
+
+    def failed(self, what) -> None:
+        self.failures.append(what)
+
+
+class Watched(Bench):
+    """A bench that sees what is refused and undone."""
+
+    def __init__(self, folder, **settings) -> None:
+        super().__init__(folder, **settings)
+        self.events: Witness = Witness()
+
+    def submit(self, to: str = "c@d.example", sender: str = "a@b.example") -> tuple[int, "asyncio.Future"]:
+        """A message that rides in the next group; its id, and what its client is told."""
+        ident, done = self.queue.ident(), asyncio.get_running_loop().create_future()
+        envelope = Envelope(sender, [to], len(TEXT), 0, wall_ms(), self.queue.deadline())
+        self.queue.submit(ident, envelope, [TEXT], done.set_result)
+        return ident, done
+
+    def dump(self) -> dict[str, list[tuple[bytes, bytes]]]:
+        """All that LMDB holds, but for the time and the numbers that were given to queues."""
+        tables = self.queue.store.tables
+        with self.queue.store.env.begin() as txn:
+            found = {name: list(txn.cursor(db=table)) for name, table in tables.items()}
+        found["meta"] = [(key, value) for key, value in found["meta"] if key not in (b"seen", b"queues")]
+        found["segment"] = []  # append positions may move on
+        return found
+
+    async def settled(self) -> None:
+        """Nothing is under way in the writer."""
+        await self.queue.writer.task(lambda change: None)
+
+
+# Sweeps and the numbers of queues
+
+
+async def test_a_sweep_leaves_the_queue_of_mail_that_comes_in_the_same_group(tmp_path):
+    async with Watched(tmp_path, first_retry_ms=50) as bench:
+        ident, done = bench.submit("a@x.example")
+        bench.queue.writer.submit(Task(lambda change: change.sweep()))
+        assert await done is None
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})  # it gets rows of its own now
+        (again,) = await bench.next()
+        assert (again.ident, again.name.domain, again.attempts) == (ident, "x.example", 1)
+        other, done = bench.submit("b@y.example")
+        assert await asyncio.wait_for(done, 5) is None
+        assert not bench.queue.writer.stalled
+        bench.queue.finish(again, None)
+    async with Watched(tmp_path) as bench:
+        (entry,) = await bench.next()
+        assert (entry.ident, entry.name.domain) == (other, "y.example")
+
+
+async def test_mail_that_was_swept_with_its_group_is_there_after_a_restart(tmp_path):
+    async with Watched(tmp_path) as bench:
+        ident, done = bench.submit("a@x.example")
+        bench.queue.writer.submit(Task(lambda change: change.sweep()))
+        assert await done is None
+    async with Watched(tmp_path) as bench:
+        (entry,) = await bench.next()
+        assert (entry.ident, entry.name.domain) == (ident, "x.example")
+        assert await bench.queue.message(ident) is not None
+
+
+async def test_numbers_of_queues_are_never_used_again(tmp_path, monkeypatch):
+    seen: list[int] = []
+
+    async def use(bench: Bench, domain: str) -> None:
+        await bench.put(to=(f"a@{domain}",))
+        (entry,) = await bench.next()
+        assert entry.queue not in seen
+        seen.append(entry.queue)
+        bench.queue.finish(entry, None)
+        await until(lambda: len(bench.queue.schedule) == 0)
+        await bench.queue.task(lambda change: change.sweep())
+
+    async with Watched(tmp_path) as bench:
+        await use(bench, "one.example")
+        await use(bench, "two.example")
+    async with Watched(tmp_path) as bench:
+        await use(bench, "three.example")
+        commit = Change.finish
+
+        def fails(change, now):
+            raise StoreError("the disk says no")
+
+        monkeypatch.setattr(Change, "finish", fails)
+        with pytest.raises(StoreError):
+            await bench.put(to=("a@four.example",))
+        monkeypatch.setattr(Change, "finish", commit)
+        await use(bench, "five.example")
+        assert seen == sorted(seen)
+
+
+async def test_what_is_unfolded_finds_its_queue_before_its_folded_form_ends(tmp_path):
+    """Were a queue's row gone all the same, its mail stays where it stands."""
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        store = bench.queue.store
+
+        def lose(change: Change) -> None:
+            change.txn.delete(b"q" + entry.queue.to_bytes(4, "big"), db=store.tables["queue"])
+            store.forget({entry.queue})
+
+        await bench.queue.task(lose)
+        with pytest.raises(StoreError, match="has no row"):
+            await bench.queue.task(lambda change: change.unfold(ident))
+        assert store.fresh.get(ident) is not None
+        assert bench.events.failures
+
+
+# Tasks
+
+
+def delete_half(bench: Watched, ident: int, change: Change) -> None:
+    change.unfold(ident)
+    envelope = bench.queue.store.envelope(change.txn, ident)
+    change.finish_message(ident, envelope, histories=True)
+    bench.queue.writer.free_body(ident, envelope.body)
+
+
+def unplace_half(bench: Watched, ident: int, change: Change) -> None:
+    change.unfold(ident)
+    envelope = bench.queue.store.envelope(change.txn, ident)
+    change.unplace(ident, envelope, envelope.placements[0])
+
+
+def hold_half(bench: Watched, ident: int, change: Change) -> None:
+    change.unfold(ident)
+    change.hold(ident, bench.queue.store.envelope(change.txn, ident))
+
+
+def move_half(bench: Watched, ident: int, change: Change) -> None:
+    (row, *_) = list(bench.queue.store.queues(change.txn))
+    change.move(row.number, row.name.__class__("away", ""))
+
+
+def sweep_half(bench: Watched, ident: int, change: Change) -> None:
+    change.row(bench.offered[0].name.__class__("new", "queue.example"))
+    change.sweep()
+
+
+@pytest.mark.parametrize("half", [delete_half, unplace_half, hold_half, move_half, sweep_half])
+@pytest.mark.parametrize("folded", [True, False])
+async def test_a_task_that_fails_half_way_is_undone_and_said(tmp_path, half, folded):
+    async with Watched(tmp_path, window=20_000) as bench:
+        ident = await bench.put()
+        await until(lambda: len(bench.offered) == 1)
+        if not folded:
+            await bench.queue.task(lambda change: change.unfold(ident))
+        await bench.settled()
+        before, live = bench.dump(), bench.queue.segments.usage()[1]
+
+        def run(change: Change) -> None:
+            half(bench, ident, change)
+            raise ValueError("the route table says no")
+
+        with pytest.raises(ValueError, match="says no"):
+            await bench.queue.task(run)
+        await bench.settled()
+        assert bench.dump() == before
+        assert bench.queue.segments.usage()[1] == live
+        assert ["ValueError: the route table says no" in text for text in bench.events.failures] == [True]
+        # And what rides in its group is as if it had not been there.
+        other, done = bench.submit("z@other.example")
+        failed = asyncio.ensure_future(bench.queue.task(run))
+        assert await done is None
+        with pytest.raises(ValueError):
+            await failed
+        for entry in await bench.next(2):
+            bench.queue.finish(entry, None)
+        await until(lambda: bench.summary() == [] and len(bench.events.outcomes) == 2)
+        assert {outcome.entry.ident for outcome in bench.events.outcomes} == {ident, other}
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_a_failed_task_that_nobody_waits_for_is_said(tmp_path):
+    async with Watched(tmp_path) as bench:
+        bench.queue.writer.submit(Task(lambda change: 1 // 0))
+        await bench.settled()
+        assert "ZeroDivisionError" in bench.events.failures[0]
+
+
+# Bulk verbs
+
+
+async def bulk(bench: Bench, verb: str, chosen: Filter = Filter()) -> int:  # noqa: B008
+    """As the CLI does it: a page, a change, the next page."""
+    after, changed = 0, 0
+    while True:
+        page = await bench.queue.page(chosen, after, lambda name, site: True)
+        if page["ids"]:
+            changed += (await bench.queue.change_messages(verb, page["ids"], "go away"))[0]
+        after = page["after"]
+        chosen = Filter(until=page["until"])
+        if not after:
+            return changed
+
+
+async def test_bounce_never_touches_the_notices_it_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "PAGE_ROWS", 3)
+    monkeypatch.setattr(listing, "LOOKED_AT", 1)
+    async with Watched(tmp_path, window=2) as bench:
+        idents = [await bench.put(sender=f"s{n}@b.example") for n in range(20)]
+        for entry in bench.offered:
+            bench.queue.put_back(entry)
+        assert await bulk(bench, "bounce") == 20
+        notices = [put for put in bench.events.put if put.envelope.flags & NOTICE]
+        assert sorted(put.envelope.recipients[0] for put in notices) == sorted(f"s{n}@b.example" for n in range(20))
+        assert {outcome.entry.ident for outcome in bench.events.outcomes} == set(idents)
+        page = await bench.queue.page(Filter(), 0, lambda name, site: True)
+        assert len(page["ids"]) == 3, "the notices wait"
+
+
+async def test_a_verb_stops_at_what_was_there_when_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "PAGE_ROWS", 3)
+    monkeypatch.setattr(listing, "LOOKED_AT", 1)
+    async with Watched(tmp_path, window=2) as bench:
+        idents = [await bench.put() for _ in range(7)]
+        first = await bench.queue.page(Filter(), 0, lambda name, site: True)
+        later = await bench.put()
+        found, after = list(first["ids"]), first["after"]
+        while after:
+            page = await bench.queue.page(Filter(until=first["until"]), after, lambda name, site: True)
+            found, after = found + page["ids"], page["after"]
+        assert found == idents and later not in found
+
+
+def test_the_cli_asks_for_what_was_there_at_the_first_page():
+    asked = []
+
+    class Peer:
+        def ask(self, op, **args):
+            return [7]
+
+        def begin(self, op, **args):
+            asked.append(args["chosen"].get("until"))
+            after = 0 if len(asked) == 3 else len(asked)
+            return lambda: {"ids": [len(asked)], "lines": b"{}\n", "after": after, "until": 99}
+
+    assert len(list(pages(Peer(), {"sender": "a@b.example"}))) == 3
+    assert asked == [None, 99, 99]
+
+
+# One claim on a message at a time
+
+
+def slowly(bench: Bench, name: str, monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """A reading function of the schedule that has read, and waits: (has read, go on)."""
+    read, go = threading.Event(), threading.Event()
+    real = getattr(bench.queue.schedule, name)
+
+    def slow(*args):
+        found = real(*args)
+        read.set()
+        assert go.wait(10)
+        return found
+
+    monkeypatch.setattr(bench.queue.schedule, name, slow)
+    return read, go
+
+
+@pytest.mark.parametrize("verb", ["delete", "hold", "bounce", "reroute"])
+@pytest.mark.parametrize("when", ["during", "after"])
+async def test_a_scan_that_read_a_message_before_it_was_changed_does_not_offer_it(tmp_path, monkeypatch, verb, when):
+    async with Watched(tmp_path, window=2) as bench:
+        await bench.put()
+        waiting = await bench.put()  # one in memory, this one on disk only
+        read, go = slowly(bench, "_scan", monkeypatch)
+        bench.queue.schedule.wake()
+        await until(read.is_set)
+        change = asyncio.ensure_future(bench.queue.change_messages(verb, [waiting], "away"))
+        if when == "after":
+            assert await change == (1, 0)
+        go.set()
+        assert await change == (1, 0)
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        wrong = [e for e in bench.offered if e.ident == waiting and not (verb == "reroute" and e.name.route == "away")]
+        assert wrong == []
+        assert bench.events.refusals == []
+
+
+async def test_mail_that_is_delivered_while_a_bounce_reads_is_not_returned(tmp_path, monkeypatch):
+    async with Watched(tmp_path) as bench:
+        ident, other = await bench.put(), await bench.put()
+        entries = {entry.ident: entry for entry in await bench.next(2)}
+        entries[other].flying = False
+        read, go = slowly(bench, "load", monkeypatch)
+        bounce = asyncio.ensure_future(bench.queue.change_messages("bounce", [ident, other], "go away"))
+        await until(read.is_set)
+        bench.queue.finish(entries[ident], None)
+        await until(lambda: len(bench.events.outcomes) == 1)
+        go.set()
+        assert await bounce == (1, 1)
+        await until(lambda: len(bench.events.outcomes) == 2)
+        assert [outcome.entry.ident for outcome in bench.events.outcomes] == [ident, other]
+        assert sum(put.envelope.sender == "" for put in bench.events.put) == 1
+        assert [row["messages"] for row in bench.summary()] == [1], "the notice"
+        assert bench.events.refusals == []
+
+
+async def test_two_operators_at_once_end_a_message_once(tmp_path):
+    async with Watched(tmp_path, window=2) as bench:
+        idents = [await bench.put() for _ in range(12)]
+        verbs = ["bounce", "delete", "bounce", "delete"]
+        found = await asyncio.gather(*(bench.queue.change_messages(verb, idents, "x") for verb in verbs))
+        assert sum(changed for changed, _ in found) == 12
+        await bench.settled()
+        notices = [put for put in bench.events.put if put.envelope.flags & NOTICE]
+        assert len(notices) == len(bench.events.outcomes) == found[0][0]
+        assert bench.events.refusals == []
+
+
+async def test_what_expires_while_an_operator_changes_it_ends_once(tmp_path):
+    async with Watched(tmp_path, window=2, max_age_ms=1) as bench:
+        for _ in range(3):
+            await bench.put(sender="")
+        page = await bench.queue.page(Filter(), 0, lambda name, site: True)
+        await asyncio.gather(*(bench.queue.change_messages("delete", page["ids"]) for _ in range(2)))
+        await until(lambda: bench.summary() == [], 10)
+        await bench.settled()
+        assert bench.events.refusals == []
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_whoever_asks_for_a_change_may_be_cancelled_and_it_goes_on(tmp_path, monkeypatch):
+    async with Watched(tmp_path, window=2) as bench:
+        await bench.put()
+        waiting = await bench.put()
+        read, go = slowly(bench, "load", monkeypatch)
+        bounce = asyncio.ensure_future(bench.queue.change_messages("bounce", [waiting], "go away"))
+        await until(read.is_set)
+        bounce.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await bounce
+        assert waiting in bench.queue.schedule._claimed
+        go.set()
+        await until(lambda: [o.entry.ident for o in bench.events.outcomes] == [waiting])
+        assert await bench.queue.change_messages("delete", [waiting]) == (0, 0)
+        assert not bench.queue.schedule._claimed and not bench.queue.schedule.changing
+
+
+async def test_mail_that_is_committed_while_it_is_claimed_is_not_offered(tmp_path):
+    """An operator may name a message whose commit its client was not told of yet."""
+    async with Watched(tmp_path) as bench:
+        for delay in range(6):
+            ident, done = bench.submit()
+            for _ in range(delay):
+                await asyncio.sleep(0)
+            changed, flying = await bench.queue.change_messages("delete", [ident])
+            assert await done is None
+            await asyncio.sleep(0.02)
+            offered = [entry for entry in bench.offered if entry.ident == ident and not entry.cancelled]
+            assert len(offered) + changed == 1 and flying == 0
+            bench.offered.clear()
+        assert bench.events.refusals == []
+
+
+async def test_a_held_message_is_bounced_as_it_is(tmp_path):
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put(to=("a@x.example", "b@y.example"))
+        assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
+        assert await bench.queue.change_messages("bounce", [ident], "go away") == (1, 0)
+        await until(lambda: len(bench.events.outcomes) == 2)
+        assert await bench.queue.message(ident) is None
+        assert [(row["queue"], row["held"]) for row in bench.summary()] == [("mx/b.example", 0)]
+
+
+# Ending twice
+
+
+async def test_a_second_end_is_refused(tmp_path):
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, None)
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        await until(lambda: len(bench.events.outcomes) == 1)
+        bench.queue.finish(entry, None)
+        assert bench.events.refusals == [(ident, "it is ending already")] * 2
+        await bench.settled()
+        assert bench.events.outcomes[0].success and bench.summary() == []
+        assert bench.queue.segments.usage()[1] == 0
+
+
+async def test_what_was_put_back_is_not_ended_by_who_had_it(tmp_path):
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        entry.flying = False
+        assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
+        bench.queue.finish(entry, None)
+        assert bench.events.refusals == [(ident, "it is not in flight")]
+        assert (await bench.queue.message(ident))["state"] == "held"
+
+
+@pytest.mark.parametrize("kind", ["delivered", "deferred", "failed"])
+@pytest.mark.parametrize("sole", [True, False])
+async def test_an_outcome_of_what_has_ended_changes_no_count(tmp_path, kind, sole):
+    """Whatever the loop believes: the writer ends nothing twice, gives nothing free twice, and goes on."""
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put(to=("c@d.example",) if sole else ("c@d.example", "e@f.example"))
+        keeper = await bench.put(b"Subject: keep\r\n\r\nme\r\n")
+        entries = [e for e in await bench.next(2 if sole else 3) if e.ident == ident]
+
+        def outcome(entry: Entry) -> Outcome:
+            if kind == "delivered":
+                return Outcome(entry)
+            attempt = answer(TRANSIENT if kind == "deferred" else PERMANENT)
+            failed = [(entry.recipients[0][1], attempt, False)] if kind == "failed" else []
+            return Outcome(entry, {i: attempt for i, _ in entry.recipients}, bench.queue.clock.now() + 60_000, entry.name, failed)
+
+        for entry in entries:
+            bench.queue.writer.submit(Outcome(entry))
+        await bench.settled()
+        for entry in entries:
+            bench.queue.writer.submit(outcome(entry))
+        await bench.settled()
+        assert bench.events.refusals == [(ident, "it had ended before")] * len(entries)
+        assert [(row["messages"], row["deferred"]) for row in bench.summary()] == [(1, 0)]
+        assert await bench.queue.raw(keeper) == b"Subject: keep\r\n\r\nme\r\n"
+        assert bench.queue.segments.usage()[1] == FRAME.size + 21, "what the keeper takes"
+        assert not any(put.envelope.flags & NOTICE for put in bench.events.put)
+
+
+async def test_an_outcome_that_can_never_be_recorded_does_not_stop_the_others(tmp_path):
+    async with Watched(tmp_path, first_retry_ms=60_000) as bench:
+        idents = [await bench.put(to=(f"a@{name}.example",)) for name in ("one", "two", "three")]
+        entries = await bench.next(3)
+        await bench.queue.task(lambda change: change.unfold(*idents))
+        store = bench.queue.store
+
+        def lose(change: Change) -> None:
+            change.txn.delete(b"q" + entries[1].queue.to_bytes(4, "big"), db=store.tables["queue"])
+            store.forget({entries[1].queue})
+
+        await bench.queue.task(lose)
+        for entry in entries:
+            bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        await until(lambda: len(bench.events.outcomes) == 2)
+        await bench.put()
+        assert not bench.queue.writer.stalled
+        ((ident, why),) = bench.events.refusals
+        assert ident == idents[1] and "has no row" in why
+        assert bench.queue.schedule.get(ident, entries[1].queue) is entries[1], "it is not tried again by this process"
+
+
+# Notices
+
+
+async def test_a_notice_larger_than_a_segment_is_a_file_of_its_own(tmp_path):
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.segments.big_limit = 200
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        (notice,) = await bench.next()
+        assert notice.envelope.body.segment == 0
+        assert b"Undelivered mail" in await bench.queue.raw(notice.ident)
+        notice.text = None
+        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.stream_text(notice)])
+        bench.queue.finish(notice, None)
+        await until(lambda: bench.summary() == [])
+        await until(lambda: list((tmp_path / "shard-0/bodies/big").iterdir()) == [])
+
+
+async def test_what_makes_us_stumble_over_a_header_does_not_end_the_thread(tmp_path, monkeypatch, capfd):
+    real = writer.failure_notice
+
+    def stumbles(envelope, failed, header, **rest):
+        if header:
+            raise ValueError("what a header")
+        return real(envelope, failed, header, **rest)
+
+    monkeypatch.setattr(writer, "failure_notice", stumbles)
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        (notice,) = await bench.next()
+        assert b"said so" in await bench.queue.raw(notice.ident)
+    assert "what a header" in capfd.readouterr().err
+
+
+async def test_a_straggler_that_cannot_be_read_is_no_reason_to_refuse_others(tmp_path):
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        body = entry.envelope.body
+        with (tmp_path / f"shard-0/bodies/{body.segment:08d}.seg").open("r+b") as file:
+            file.seek(body.offset + 45)
+            file.write(b"\0")
+        entry.text = None
+        bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        _, done = bench.submit()
+        assert await done is None
+        await until(lambda: len(bench.events.outcomes) == 1)
+        assert (await bench.queue.message(ident))["attempts"] == 1
+
+
+async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
+    async with Watched(tmp_path) as bench:
+        idents = [await bench.put() for _ in range(2)]
+        await bench.queue.change_messages("order", idents)
+        await bench.queue.change_messages("hold", idents[:1])  # for good, between the look and the change
+        assert await bench.queue.change_messages("release ordered", idents) == (1, 0)
+        states = [(await bench.queue.message(ident))["state"] for ident in idents]
+        assert states[0] == "held" and states[1] != "held"
+        with bench.queue.store.env.begin() as txn:
+            assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
