@@ -98,12 +98,13 @@ class Relaymta:
         settings: tuple[str, ...] = (),
         flags: tuple[str, ...] = (),
         listener: str = "",
+        python: str = sys.executable,
     ) -> None:
-        """`listener`: keys of its listener, as TOML."""
+        """`listener`: keys of its listener, as TOML. `python`: the interpreter with which this, or another, build runs."""
         self.port, self.metrics = free_port(), free_port()
         self.spool = folder / "spool"
         command = [
-            sys.executable, "-m", "relaymta", "serve", "--spool", str(self.spool),
+            python, "-P", "-m", "relaymta", "serve", "--spool", str(self.spool),
             "--set", f'listener=[{{address="127.0.0.1:{self.port}"{listener}}}]',
             "--workers", str(workers), "--set", f"metrics.listen=127.0.0.1:{self.metrics}",
             "--set", f"log.file={folder / 'relay.log'}", "--set", "hostname=relay.example", *flags,
@@ -111,7 +112,7 @@ class Relaymta:
         ]  # fmt: skip
         for setting in settings:
             command += ["--set", setting]
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen(command, cwd=folder)  # nothing is imported from here
         self.root = self.process.pid
         wait_for(self._ready, 30, "the relay")
 
