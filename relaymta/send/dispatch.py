@@ -16,7 +16,6 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.node import BOUNCE, HOLD, TOKEN, Fact, Facts
 from relaymta.proto.envelope import (
-    DOTTED,
     EIGHT_BIT,
     PERMANENT,
     SMTPUTF8,
@@ -551,7 +550,7 @@ class Dispatcher:
                 pool.went_well(self.loop.time())
             queue.finish(entry, None)
             return
-        judged = judge(mail, session.peer, lambda _: Said(250, mail.answer, "final"), self.shaping.rule)
+        judged = judge(mail, session.peer, lambda _: Said(0, b"no reply was seen", "final"), self.shaping.rule)
         self.decisions.rules(pool, entry.name.application, judged.rules)
         good = all(a.kind == SUCCESS for a in judged.results.values())
         queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
@@ -663,17 +662,11 @@ class Dispatcher:
     # Large texts
 
     async def _pieces(self, mail: Mail) -> AsyncIterator[bytes]:
-        """A large body's text, stuffed."""
+        """A large body's text."""
         entry = mail.cargo
         assert isinstance(entry, Entry)
-        before = b"\r\n"
         async for piece in self._queue().stream_text(entry):
-            if entry.envelope.flags & DOTTED:
-                joined = (before + piece).replace(b"\r\n.", b"\r\n..")
-                before = (before + piece)[-2:]
-                yield joined[2:]
-            else:
-                yield piece
+            yield piece
 
     # Time passes
 
@@ -805,5 +798,4 @@ def _mail(entry: Entry, rewrite: str) -> Mail:
         envelope.size,
         bool(flags & EIGHT_BIT),
         bool(flags & SMTPUTF8),
-        bool(flags & DOTTED),
     )

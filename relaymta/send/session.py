@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from relaymta.proto.smtp_client import ClientSession, Mail
+from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
 
 __all__ = ["Session"]
 
@@ -75,7 +75,7 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         core = self.core
-        core.receive(data)
+        core.receive(data, self.transport.get_write_buffer_size() if self.transport is not None else 0)
         if core.finished:
             done, core.finished = core.finished, []
             for mail in done:
@@ -83,7 +83,7 @@ class Session(asyncio.Protocol):
         if self.ended:
             return
         if core.closing:
-            self.fail("the peer closes: " + core.broken[:200].decode("utf-8", "replace"))
+            self.fail(core.broken[:300].decode("utf-8", "replace"))
             return
         if core.may_follow:
             self._idle(self)
@@ -134,16 +134,16 @@ class Session(asyncio.Protocol):
     async def _write_text(self, mail: Mail) -> None:
         """Write a large text from disk, no faster than the peer takes it."""
         assert self.read_pieces is not None
-        whole = False
+        whole, stuffer = False, Stuffer()
         try:
             async for piece in self.read_pieces(mail):
                 await self._writable.wait()
                 if self.ended or self.transport is None:
                     return
                 self.deadline = self._now() + TIMEOUTS["text"] * self._patience
-                self.transport.write(piece)
+                self.transport.write(stuffer.feed(piece))
             if self.transport is not None:
-                self.transport.write(b".\r\n")
+                self.transport.write(stuffer.end())
                 whole = True
         except Exception as error:  # the body is damaged or unreadable: cut the connection, so that no dot ends it
             self._stream = None
