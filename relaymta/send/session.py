@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from relaymta.errors import redacted
 from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
 
 __all__ = ["Session"]
@@ -44,6 +45,7 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
+        self.cause = ""  # why it was lost, where that is more than its peer and senders may read
         self.leaving = False  # takes no more messages: it is closed once nothing is under way
         self.waiting = False  # in its site's list of idle sessions
 
@@ -104,13 +106,15 @@ class Session(asyncio.Protocol):
         self._writable.set()
         if not self.ended:
             self.ended = True
-            self._lost(self, f"connection lost: {exc}" if exc else "the peer closed the connection")
+            self.cause = redacted(f"connection lost: {exc}") if exc else ""
+            self._lost(self, "connection lost" if exc else "the peer closed the connection")
 
-    def fail(self, reason: str) -> None:
-        """Give the connection up."""
+    def fail(self, reason: str, cause: str = "") -> None:
+        """Give the connection up; `cause` is what else operators may read."""
         if self.ended:
             return
         self.ended = True
+        self.cause = redacted(cause)
         if self._stream is not None:
             self._stream.cancel()
         if self.transport is not None:
@@ -147,7 +151,7 @@ class Session(asyncio.Protocol):
                 whole = True
         except Exception as error:  # the body is damaged or unreadable: cut the connection, so that no dot ends it
             self._stream = None
-            self.fail(f"reading the message failed: {error}")
+            self.fail("reading the message failed", f"reading the message failed: {error}")
             return
         self._stream = None
         self.core.text_written(whole)
