@@ -15,7 +15,7 @@ LONGEST = 1000  # characters of a cause that are kept
 # What is hidden of a cause: userinfo and query of a URL, tokens, and values whose names say that they are secret.
 _SECRETS = (
     (re.compile(r"""://[^\s?#"'<>]*@"""), "://***@"),
-    (re.compile(r"""(://[^\s?#"'<>]*)[?#][^\s"'<>]*"""), r"\1?***"),
+    (re.compile(r"""(://[^\s?#"'<>]*)[?#](?:[^\s"'<>]*([:,;.)])(?=\s|\Z)|[^\s"'<>]*)"""), r"\1?***\2"),
     (re.compile(r"""\b(bearer|authorization:\s*\w+)\s+[^\s"',;]{6,}""", re.I), r"\1 ***"),
     (re.compile(r"\beyJ[\w-]{6,}\.[\w.-]+"), "***"),
     (

@@ -16,7 +16,9 @@ refused says `proto/sequence.py`; all else, a reply that nothing asked for, and 
 are out of turn: the connection ends, and what was under way is tried again.
 
 To a peer that has CHUNKING (RFC 3030) the text goes as one `BDAT n LAST` behind the envelope, without waiting; FINAL is its
-reply. With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
+reply. No 354 shows then that both sides speak of the same command, so a RSET goes behind the text, and FINAL counts only with a
+2xx to that: where the peer has said one thing too many it is that reply which is the one to BDAT. (RSET would be needed anyway:
+a BDAT that is refused ends no envelope.) With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
 """
 
 import re
@@ -171,8 +173,10 @@ class ClientSession:
         if not expected:
             return True
         kind, mail, _ = expected[0]
+        if not self.features.pipelining or mail is not expected[-1][1] or (kind is not FINAL and kind is not RSET):
+            return False
         # One with recipients left goes on with them itself: its next envelope must not come behind another one's DATA.
-        return self.features.pipelining and len(expected) == 1 and kind is FINAL and mail is not None and not mail.todo
+        return mail is not None and not mail.todo and (len(expected) == 1 or not self.lmtp)
 
     @property
     def awaiting(self) -> str:
@@ -223,8 +227,11 @@ class ClientSession:
                 self._behind = len(envelope) + octets
                 self.out.append(envelope)
                 self.out += mail.text
+                self.out.append(b"RSET\r\n")
                 mail.text_out = True
+                self.open_envelope = False
                 expected.append((FINAL, mail, 0))
+                expected.append((RSET, mail, 0))
                 return
             lines.append("DATA\r\n")
             expected.append((DATA, mail, 0))
@@ -249,7 +256,7 @@ class ClientSession:
             if code not in GOES_ON[kind] and verdict(kind, code) == OUT_OF_TURN:
                 self._stop(code, text)
                 return
-            if unsent and kind is FINAL and code < 400 and unsent > (self._behind + SLACK if len(expected) > 1 else 0):
+            if unsent and kind is FINAL and code < 400 and unsent > self._behind_text():
                 self._stop(code, text)  # it takes a text that it does not have
                 return
             expected.popleft()
@@ -257,11 +264,18 @@ class ClientSession:
                 _STEPS[kind](self, mail, index, code, text)
 
     def _cut_surplus(self, replies: list[tuple[int, bytes]]) -> None:
-        """With BDAT no 354 tells that both sides speak of the same command. Where more replies are there than commands nobody can
-        say which one is too many, but that the first is for a text whose envelope was answered before."""
+        """With BDAT nobody can say which one is too many where more replies are there than commands, but that it is none for a
+        text whose envelope was answered before."""
         if replies[-1][0] not in (0, 421) or len(replies) > len(self._expected) + 1:
-            first = 1 if self.awaiting is FINAL else 0
+            first = next((i for i, (kind, _, _) in enumerate(self._expected) if kind not in (FINAL, RSET)), len(self._expected))
             replies[first:] = [(0, b"more replies than commands: " + replies[-1][1])]
+
+    def _behind_text(self) -> int:
+        """How many octets at most are to be written behind the text whose FINAL is the next."""
+        expected = self._expected
+        if len(expected) == 1:
+            return 0
+        return SLACK + (self._behind if expected[-1][1] is not expected[0][1] else 0)
 
     def _stop(self, code: int, text: bytes) -> None:
         """The peer closes (421), or speaks out of turn: nothing behind this can be trusted, nor what was said to an envelope
@@ -279,6 +293,8 @@ class ClientSession:
         elif awaiting and (awaiting is not FINAL or self.features.chunking):
             mail = self._expected[0][1]
             if mail is not None:
+                mail.text_out = mail.text_out or awaiting is RSET
+                mail.all_sent = False
                 for index, _ in mail.asked:
                     mail.said.pop(index, None)
 
@@ -372,10 +388,11 @@ class ClientSession:
         if self.lmtp:
             self._recipient_final(mail, index, code, text)
             return
+        chunked = bool(self._expected) and self._expected[0][1] is mail  # its RSET is behind it
         mail.reached = FINAL
         mail.text_out = False
-        if not self._expected:  # otherwise the envelope behind it is open; a refused BDAT leaves its own (RFC 3030 2)
-            self.open_envelope = self.features.chunking and code >= 400
+        if not self._expected:  # otherwise the envelope behind it is open
+            self.open_envelope = False
         if index == 0 and not mail.sent:
             pass  # BDAT behind an envelope of which nothing was accepted: its reply says nothing new
         elif index == 0:
@@ -384,12 +401,22 @@ class ClientSession:
                 mail.answer = text
                 if not mail.said and not mail.todo and len(mail.sent) == len(mail.recipients):
                     mail.all_sent = True
-                    self.finished.append(mail)
-                    return
+                    if not chunked:
+                        self.finished.append(mail)
+                        return
             said = Said(code, text, FINAL)
             for recipient in mail.sent:
                 mail.said[recipient] = said
-        self._end(mail)
+        if not chunked:
+            self._end(mail)
+
+    def _confirmed(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        """The RSET behind BDAT was answered as well: what was said to BDAT was said to BDAT."""
+        if mail.all_sent:
+            mail.said.clear()
+            self.finished.append(mail)
+        else:
+            self._end(mail)
 
     def _recipient_final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         """LMTP: what became of one recipient."""
@@ -424,6 +451,7 @@ def _too_many(text: bytes) -> bool:
 
 
 _STEPS = {
+    RSET: ClientSession._confirmed,
     MAIL: ClientSession._mail,
     RCPT: ClientSession._rcpt,
     DATA: ClientSession._data,

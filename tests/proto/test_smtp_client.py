@@ -162,10 +162,11 @@ def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
     core = ClientSession(CHUNKING)
     one = mail("c@d", "e@f", text=b".dot\r\n")
     core.begin(one)
-    assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\n"
+    assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\nRSET\r\n"
     assert one.text_out, "a connection that is lost from now on leaves it in doubt"
-    for start in range(0, len(answers), step or len(answers)):
-        core.receive(answers[start : start + (step or len(answers))])
+    in_turn(core, answers, step)
+    assert not core.finished, "not before the RSET behind it is answered"
+    in_turn(core, b"250 2.0.0 reset\r\n", step)
     assert core.finished == [one]
     assert results(one) == codes
     assert core.idle
@@ -281,7 +282,7 @@ def conversation(features: Features, lmtp: bool, step: str, line: bytes, whole: 
             verb = command[:4].decode()
             if verb == "BDAT":
                 had, accepted = True, step != "dot" or line.startswith(b"2")
-                answers.append(line if step == "dot" else b"250 2.0.0 taken\r\n")
+                answers += [line if step == "dot" else b"250 2.0.0 taken\r\n", b"250 2.0.0 reset\r\n"]
                 break
             good = b"354 go\r\n" if verb == "DATA" else b"250 2.0.0 ok\r\n"
             answers.append(line if verb == step else good)
@@ -328,7 +329,7 @@ def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step
         (PIPELINING, b"250 m\r\n250 r\r\n250 too much\r\n354 go\r\n"),
         (PLAIN, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),
         (PLAIN, b"250 m\r\n250 r\r\n"),
-        (Features(True, True, False, 0, True), b"250 m\r\n250 r\r\n250 too much\r\n452 4.3.1 full\r\n"),
+        (Features(True, True, False, 0, True), b"250 m\r\n250 r\r\n250 too much\r\n452 4.3.1 full\r\n250 reset\r\n"),
     ],
 )
 def test_replies_ahead_of_their_time_count_for_nothing(features, replies):
@@ -402,7 +403,7 @@ def test_nothing_follows_a_message_whose_other_recipients_are_still_to_be_asked(
     written(core)
     in_turn(core, b"250 m\r\n250 r\r\n" + (b"" if features.chunking else b"354 go\r\n"))
     assert core.awaiting == "final" and not core.may_follow
-    again = in_turn(core, b"250 taken\r\n")
+    again = in_turn(core, b"250 taken\r\n" + (b"250 reset\r\n" if features.chunking else b""))
     assert again.startswith(b"MAIL FROM:<a@b>") and b"RCPT TO:<e@f>" in again
     in_turn(core, b"250 m\r\n250 r\r\n" + (b"" if features.chunking else b"354 go\r\n"))
     assert core.may_follow
@@ -422,10 +423,42 @@ def test_an_envelope_that_was_refused_behind_another_text_is_reset():
     assert written(core).startswith(b"RSET\r\nMAIL FROM")
 
 
-def test_a_refused_bdat_is_reset():
+@pytest.mark.parametrize("real", [b"250 2.0.0 taken\r\n", b"452 4.3.1 full\r\n", b"554 5.7.1 spam\r\n"])
+@pytest.mark.parametrize("surplus", [0, 1], ids=["behind MAIL", "behind RCPT"])
+def test_one_reply_too_many_is_not_taken_for_that_to_bdat(real, surplus):
     core = ClientSession(CHUNKING)
-    core.begin(mail())
+    one = mail()
+    core.begin(one)
     written(core)
-    in_turn(core, b"250 m\r\n250 r\r\n452 4.3.1 full\r\n")
-    core.begin(mail())
-    assert written(core).startswith(b"RSET\r\nMAIL FROM")
+    replies = [b"250 m\r\n", b"250 r\r\n", real, b"250 reset\r\n"]
+    replies.insert(surplus, b"250 too much\r\n")
+    for line in replies:
+        core.receive(line)
+    assert core.closing
+    if real.startswith(b"250"):
+        assert core.finished == [one] and one.all_sent, "whichever reply it was, it said yes"
+    else:
+        assert core.under_way() == [one] and not one.said and one.text_out, "in doubt"
+
+
+def test_what_was_taken_by_bdat_stays_taken_when_the_connection_ends():
+    core = ClientSession(CHUNKING)
+    one = mail()
+    core.begin(one)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n250 taken\r\n421 4.3.2 enough\r\n")
+    assert core.closing and core.under_way() == [one]
+    assert results(one) == {0: 250} and 0 in one.said and not one.text_out
+
+
+def test_an_envelope_follows_a_bdat_that_is_not_answered_yet():
+    core = ClientSession(CHUNKING)
+    first, second = mail(), mail("e@f")
+    core.begin(first)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n")
+    assert core.may_follow
+    core.begin(second)
+    assert written(core).startswith(b"MAIL FROM") and not core.may_follow
+    in_turn(core, b"552 5.3.4 big\r\n250 reset\r\n250 m\r\n250 r\r\n250 taken\r\n250 reset\r\n")
+    assert core.finished == [first, second] and results(first) == {0: 552} and second.all_sent and core.idle
