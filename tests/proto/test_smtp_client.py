@@ -330,6 +330,7 @@ def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step
         (PLAIN, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),
         (PLAIN, b"250 m\r\n250 r\r\n"),
         (Features(True, True, False, 0, True), b"250 m\r\n250 r\r\n250 too much\r\n452 4.3.1 full\r\n250 reset\r\n"),
+        (Features(True, True, False, 0, True), b"250 m\r\n250 x\r\n250 x\r\n250 r\r\n452 4.3.1 full\r\n250 reset\r\n"),
     ],
 )
 def test_replies_ahead_of_their_time_count_for_nothing(features, replies):

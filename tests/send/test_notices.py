@@ -67,7 +67,9 @@ NASTY = ["\r\n.\r\nQUIT\r\n", "a\rb", "a\nb", "a\0b", "\n.\n", "\r.\r", "\u2028x
 @pytest.mark.parametrize("utf8", [False, True])
 def test_no_line_of_a_notice_holds_what_ends_a_line(nasty, where, utf8):
     given = {name: nasty if name == where else "x" for name in ("recipient", "reply", "phase", "peer", "enhanced", "inside")}
-    attempt = Attempt(0, "permanent", given["phase"], given["peer"], 550, given["enhanced"], given["reply"], given["inside"])
+    attempt = Attempt(
+        0, "permanent", given["phase"], given["peer"], 550, given["enhanced"], given["reply"], "kept inside " + given["inside"]
+    )
     envelope = Envelope(nasty if where == "sender" else "a@b", [], 1, 0, 0, 0)
     address = given["recipient"] + ("@ü" if utf8 else "@d")
     header = b"Subject: " + (nasty.encode() if where == "header" else b"x") + b"\r\n"
@@ -76,7 +78,7 @@ def test_no_line_of_a_notice_holds_what_ends_a_line(nasty, where, utf8):
     )
     lines = text.split(b"\r\n")
     assert all(not re.search(rb"[\r\n\0]", line) and len(line) <= 998 for line in lines)
-    assert lines[-1] == b"" and not any(b"inside" in line for line in lines)
+    assert lines[-1] == b"" and not any(b"kept inside" in line for line in lines)
     assert oracle.unstuff(b"".join(stuff([text]))) == (text, b""), "and the receiver sees it as it is"
     report = email.message_from_bytes(text, policy=policy.default)
     assert report.get_content_type() == "multipart/report" and len(list(report.iter_parts())) == 3
@@ -179,7 +181,7 @@ class Refuses(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(400)
         self.end_headers()
-        self.wfile.write(b'{"error_description": "you sent ' + sent + b'"}')
+        self.wfile.write(b'{"error_description": "you sent ' + sent.replace(b"=", b" ") + b'"}')
 
     def log_message(self, *args: object) -> None:
         """Be quiet."""
@@ -194,11 +196,11 @@ def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
     with pytest.raises(TokenError) as failure:
         asyncio.run(Tokens(lambda name: "", lambda name, token: None).get(settings))
     server.shutdown()
-    assert "you sent client_id=me" in str(failure.value) and failure.value.public == "no access to the next host is to be had now"
+    assert "you sent client_id me" in str(failure.value) and failure.value.public == "no access to the next host is to be had now"
     assert "hunter2" not in str(failure.value) and "qu3ry" not in str(failure.value)
 
 
-SECRETS = ("hunter2", "qu3ry", "s3cr3t", "hush", "Traceback", ".py:", "/secret", "[Errno", "passwords/")
+SECRETS = ("://", "hunter2", "qu3ry", "s3cr3t", "hush", "Traceback", ".py:", "/secret", "[Errno", "passwords/")
 
 
 @pytest.mark.parametrize(

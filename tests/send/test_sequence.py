@@ -212,6 +212,18 @@ def test_helo_follows_only_on_a_peer_that_does_not_know_ehlo(code):
     asyncio.run(main())
 
 
+def test_a_reply_too_many_behind_ehlo_is_not_that_to_starttls():
+    async def main() -> None:
+        peer = Scripted("pipelining", {"EHLO": b"250-peer\r\n250 STARTTLS\r\n220 go\r\n"})
+        async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            with pytest.raises(ConnectFailed, match="out of turn") as failure:
+                await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
+            assert failure.value.phase == "ehlo" and "STAR" not in peer.commands
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "scram-sha-256"])
 @pytest.mark.parametrize("line", [*LINES.values(), b"220 hello\r\n", b"250 2.0.0 ok\r\n", b"503 5.5.1 again\r\n", b"334 \r\n"])
 def test_only_235_is_a_login(mechanism, line, monkeypatch):
