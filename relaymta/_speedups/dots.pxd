@@ -15,3 +15,7 @@ cdef class Stuffer:
     cpdef bytes feed(self, bytes data)
 
     cpdef bytes end(self)
+
+
+@cython.locals(stuffer=Stuffer, out=list, piece=bytes)
+cpdef list stuff(list text)

@@ -49,3 +49,12 @@ class Stuffer:
     def end(self):  # type: ignore[no-untyped-def]
         """The line with the dot that ends the text, which ends in CRLF before it."""
         return b".\r\n" if self.last == LF and self.before == CR else b"\r\n.\r\n"
+
+
+def stuff(text):  # type: ignore[no-untyped-def]
+    """A text in pieces as DATA carries it, with the dot that ends it. Everything that is written behind DATA comes from here, or
+    piece by piece from a Stuffer: whatever the text is, nothing in it ends it early."""
+    stuffer = Stuffer()
+    out = [stuffer.feed(piece) for piece in text]
+    out.append(stuffer.end())
+    return out

@@ -24,7 +24,7 @@ a BDAT that is refused ends no envelope.) With LMTP (RFC 2033) there is one FINA
 import re
 from collections import deque
 
-from relaymta._speedups.dots import Stuffer
+from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
 from relaymta.proto.envelope import reply_text
 from relaymta.proto.sequence import GOES_ON, OUT_OF_TURN, verdict
@@ -84,15 +84,6 @@ def features_of(extensions: dict[str, str]) -> Features:
         None if size is None else int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0,
         "chunking" in extensions,
     )
-
-
-def stuff(text: list[bytes]) -> list[bytes]:
-    """A text as DATA carries it (RFC 5321 4.5.2), with the dot that ends it. Everything that is written behind DATA comes from
-    here, or piece by piece from the same Stuffer: whatever the text is, nothing in it ends it early."""
-    stuffer = Stuffer()
-    stuffed = [stuffer.feed(piece) for piece in text]
-    stuffed.append(stuffer.end())
-    return stuffed
 
 
 class Mail:
@@ -168,15 +159,13 @@ class ClientSession:
     def may_follow(self) -> bool:
         """Another envelope may go out now, behind the text that was written."""
         expected = self._expected
-        if self.streaming is not None:
-            return False
         if not expected:
-            return True
+            return self.streaming is None
         kind, mail, _ = expected[0]
-        if not self.features.pipelining or mail is not expected[-1][1] or (kind is not FINAL and kind is not RSET):
+        if (kind is not FINAL and kind is not RSET) or not self.features.pipelining or mail is None:
             return False
         # One with recipients left goes on with them itself: its next envelope must not come behind another one's DATA.
-        return mail is not None and not mail.todo and (len(expected) == 1 or not self.lmtp)
+        return not mail.todo and (len(expected) == 1 or (mail is expected[-1][1] and not self.lmtp))
 
     @property
     def awaiting(self) -> str:
