@@ -4,6 +4,7 @@ Each option has its type, bounds, default and sentence here, and nowhere else: `
 the error messages come from it. A problem reads `file:line: key: what (did you mean ...)`.
 """
 
+import contextlib
 import difflib
 import inspect
 import ipaddress
@@ -15,6 +16,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -271,6 +273,21 @@ class OAuth(_Table):
     refresh_token_file: str = Field("", description="file that holds a refresh token; empty: grant client_credentials")
     scope: str = Field("", description='for example "https://outlook.office365.com/.default"')
 
+    @model_validator(mode="after")
+    def _check(self) -> "OAuth":
+        if not kept_secret(self.token_url):
+            raise ValueError("token_url: secrets go over https://, or http:// to this machine")
+        return self
+
+
+def kept_secret(url: str) -> bool:
+    """Whether what is sent to a URL, and what it answers, stay between it and us: by TLS, or because it is this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    with contextlib.suppress(ValueError):
+        return parts.scheme == "https" or (parts.scheme == "http" and ipaddress.ip_address(host).is_loopback)
+    return parts.scheme == "http" and host == "localhost"
+
 
 def header_condition(text: str) -> tuple[bytes, re.Pattern[str]]:
     """A route's `header` condition: the field's name in lower case, and the expression. ValueError when it is none."""
@@ -309,6 +326,9 @@ class Route(_Table):
     lookup: str = Field(
         "", description="URL that is asked where a domain's mail goes: `?domain=D&application=A`; see docs/delivery.md"
     )
+    lookup_hosts: list[str] = Field(
+        [], description='hosts that the look-up may name, ".example" and below; empty: any, but not where there is a username'
+    )
     mode: Literal["failover", "balance"] = Field(
         "failover", description="failover: the next host is tried when one cannot be reached; balance: all share the load"
     )
@@ -339,6 +359,8 @@ class Route(_Table):
             raise ValueError('username needs tls = "verify": credentials go over verified TLS only')
         if self.username and not (self.password_file or self.password_env or self.oauth):
             raise ValueError("username needs password_file, password_env or oauth")
+        if self.username and not (self.hosts or self.lookup):
+            raise ValueError("username needs hosts: credentials go to no others")
         if self.oauth and not self.username:
             raise ValueError("oauth needs username: whose mailbox the token opens")
         if self.auth in ("xoauth2", "oauthbearer") and not self.oauth:
@@ -355,7 +377,11 @@ class Route(_Table):
         if self.lookup and self.hosts:
             raise ValueError("lookup and hosts: the look-up says which hosts")
         if self.lookup and not re.match(r"https?://[^/]", self.lookup):
-            raise ValueError(f"lookup: {self.lookup!r} is no http:// or https:// URL")
+            raise ValueError("lookup: this is no http:// or https:// URL")
+        if self.lookup and self.username and not (self.lookup_hosts and kept_secret(self.lookup)):
+            raise ValueError(
+                "username and lookup: needs an https:// or loopback URL, and lookup_hosts: credentials go to no other hosts"
+            )
         if self.mx and any(others):
             raise ValueError("mx goes with application and recipient_domain only: MX hosts are known per domain, not per message")
         if self.protocol == "lmtp" and not self.hosts:

@@ -128,7 +128,7 @@ class Witness(Events):
         entry = outcome.entry
         common = {
             "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
-            "reply": attempt.whole,
+            "reply": attempt.cause,
         }  # fmt: skip
         address = entry.envelope.recipients[position]
         if attempt.kind == SUCCESS:

@@ -38,3 +38,23 @@ cpdef inline bint clean(const unsigned char *p, Py_ssize_t start, Py_ssize_t end
     for i in range(start, end - 1):
         bad |= (p[i] == tab) | ((p[i] == space) & (p[i + 1] == space))
     return not (bad or p[end - 1] == space or p[end - 1] == tab)
+
+
+cpdef inline Py_ssize_t dot(const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
+    """Index of the first "." in p[start:end] that stands behind a CR or LF, or -1; `start` is at least 1."""
+    cdef unsigned char full = 46
+    cdef unsigned char cr = 13
+    cdef unsigned char lf = 10
+    cdef unsigned char hit
+    cdef Py_ssize_t i, stop
+    while start < end:
+        stop = end if end - start < 128 else start + 128
+        hit = 0
+        for i in range(start, stop):
+            hit |= (p[i] == full) & ((p[i - 1] == lf) | (p[i - 1] == cr))
+        if hit:
+            for i in range(start, stop):
+                if p[i] == full and (p[i - 1] == lf or p[i - 1] == cr):
+                    return i
+        start = stop
+    return -1

@@ -1,6 +1,10 @@
 """What the kernels' memory primitives (`_mem.pxd`) do, for interpreted runs. Never compiled itself."""
 
-__all__ = ["clean", "copy", "find", "high"]
+import re
+
+__all__ = ["clean", "copy", "dot", "find", "high"]
+
+_DOT = re.compile(rb"(?<=[\r\n])\.")
 
 
 def find(p: bytes, byte: int, start: int, end: int) -> int:
@@ -25,3 +29,9 @@ def clean(p: bytes, start: int, end: int) -> bool:
     """Whether p[start:end] has no TAB, no two spaces side by side, and none at its end."""
     part = p[start:end]
     return b"\t" not in part and b"  " not in part and not part.endswith(b" ")
+
+
+def dot(p: bytes, start: int, end: int) -> int:
+    """Index of the first "." in p[start:end] that stands behind a CR or LF, or -1; `start` is at least 1."""
+    found = _DOT.search(p, start, end)
+    return -1 if found is None else found.start()

@@ -20,7 +20,7 @@ from relaymta.accept.intake import Client
 from relaymta.accept.large import Large
 from relaymta.accept.listening import proxied
 from relaymta.config import Listener
-from relaymta.errors import StoreError, store_error
+from relaymta.errors import StoreError, redacted, store_error
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
@@ -308,7 +308,8 @@ class Connection(asyncio.Protocol):
         try:
             identity, answer = await self.acceptor.door.logins.check(claim, self.client_of().address)
         except Exception as error:  # a mistake of ours must not leave the client waiting for good
-            self.acceptor.intake.log.event("warning", text=f"a login could not be checked: {type(error).__name__}: {error}")
+            text = redacted(f"a login could not be checked: {type(error).__name__}: {error}")
+            self.acceptor.intake.log.event("warning", text=text)
             identity, answer = None, reply.LOGIN_UNAVAILABLE
         if answer.startswith(b"535"):
             await asyncio.sleep(began + self.acceptor.config.accounts.answer_after - self.acceptor.now())

@@ -19,6 +19,7 @@ from relaymta.accept.identity import Identity, Unavailable, group_of
 from relaymta.accept.passwords import Busy, Checker, argon2id, matches, scram_keys
 from relaymta.accept.quota import KINDS
 from relaymta.config import Account, Config, load_accounts
+from relaymta.errors import redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
@@ -217,7 +218,7 @@ class Logins:
         now = time.monotonic()
         if now - self._unavailable > 60:
             self._unavailable = now
-            self._log.event("warning", text=f"logins are put off (454): {reason}")
+            self._log.event("warning", text=f"logins are put off (454): {redacted(reason)}")
 
     def _said(
         self, found: Identity | None, claim: Claim, address: str, answer: bytes, counter: int

@@ -1,5 +1,10 @@
-"""Failure notices (RFC 3464, RFC 6522): what the sender is told when recipients are given up."""
+"""Failure notices (RFC 3464, RFC 6522): what the sender is told when recipients are given up.
 
+The reader is an outsider: of an attempt it says what the peer said, or our `Attempt.text`, never the cause inside. And what it is
+made of comes from outsiders: no line of it holds a control character, so that each stays one line.
+"""
+
+import re
 from collections.abc import Sequence
 
 from relaymta.proto.envelope import Attempt, Envelope
@@ -8,6 +13,9 @@ from relaymta.proto.header import rfc5322_date
 __all__ = ["failure_notice"]
 
 HEADER_LIMIT = 64 * 1024  # of the original header that is returned
+LINE_LIMIT = 900  # octets of a line of ours (RFC 5322 2.1.1: 998)
+
+_CONTROL = re.compile(rb"[\0\r\n]")
 
 
 def failure_notice(
@@ -26,6 +34,8 @@ def failure_notice(
     (RFC 3834), so that no robot answers it. `seconds`: wall clock, UTC.
     """
     boundary = f"=_{ident}"
+    while boundary.encode() in original_header:
+        boundary += "_"
     utf8 = not all(address.isascii() for address, _, _ in failed) or not envelope.sender.isascii()
     head = [
         f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
@@ -47,7 +57,9 @@ def failure_notice(
         "",
     ]
     for address, attempt, expired in failed:
-        head.append(f"<{address}>: {'not delivered in time; the last attempt said: ' if expired else ''}{attempt}")
+        late = "not delivered in time; the last attempt said: " if expired else ""
+        where = ", ".join(word for word in (attempt.phase, _remote(attempt)) if word)
+        head.append(f"<{address}>: {late}{attempt.whole} ({where})")
     status = [
         "",
         f"--{boundary}",
@@ -60,7 +72,7 @@ def failure_notice(
     for address, attempt, expired in failed:
         status += _recipient_fields(address, attempt, expired)
     closing = ["", f"--{boundary}", "Content-Type: text/rfc822-headers", "", ""]
-    text = "\r\n".join(_shorten(line) for line in [*head, *status, *closing]).encode("utf-8", "replace")
+    text = b"\r\n".join(_line(line, utf8) for line in [*head, *status, *closing])
     return text + _returned_header(original_header) + f"\r\n--{boundary}--\r\n".encode()
 
 
@@ -73,8 +85,8 @@ def _recipient_fields(address: str, attempt: Attempt, expired: bool) -> list[str
         "Action: failed",
         f"Status: {'4.4.7' if expired else '5' + enhanced[1:]}",
     ]
-    if attempt.peer:
-        lines.append(f"Remote-MTA: dns; {attempt.peer}")
+    if _remote(attempt):
+        lines.append(f"Remote-MTA: dns; {_remote(attempt)}")
     if attempt.code:
         said = f"{attempt.code} {attempt.enhanced} {attempt.text}".replace("  ", " ")
         lines.append(f"Diagnostic-Code: smtp; {said}")
@@ -84,16 +96,23 @@ def _recipient_fields(address: str, attempt: Attempt, expired: bool) -> list[str
     return lines
 
 
-def _shorten(line: str) -> str:
+def _remote(attempt: Attempt) -> str:
+    """The peer's name, "" for a socket of this machine: its path is nobody's business."""
+    return "" if attempt.peer.startswith("unix:") else attempt.peer
+
+
+def _line(line: str, utf8: bool) -> bytes:
     """One line of ours, cut where a peer's text would make it too long, without control characters of the peer's."""
     if line.startswith("Content-Type"):
-        return line
-    clean = "".join(c if c.isprintable() or c == "\t" else " " for c in line)
-    return clean if len(clean) <= 900 else clean[:900] + "..."
+        return line.encode()
+    clean = "".join(c if c == "\t" or (c.isprintable() and (utf8 or c.isascii())) else " " for c in line)
+    octets = clean.encode("utf-8", "replace")
+    return octets if len(octets) <= LINE_LIMIT else octets[:LINE_LIMIT].decode("utf-8", "ignore").encode() + b"..."
 
 
 def _returned_header(header: bytes) -> bytes:
-    """The original header as it may stand in our notice: whole lines, at most HEADER_LIMIT octets, no long lines."""
+    """The original header as it may stand in our notice: whole lines, at most HEADER_LIMIT octets, no long lines, and nothing
+    that somebody may take for the end of one."""
     lines = header[:HEADER_LIMIT].split(b"\r\n")
     if len(header) > HEADER_LIMIT:
         lines.pop()
@@ -101,5 +120,5 @@ def _returned_header(header: bytes) -> bytes:
     for line in lines:
         if not line:
             break
-        kept.append(line[:998].replace(b"\0", b" "))
+        kept.append(_CONTROL.sub(b" ", line[:998]))
     return b"".join(line + b"\r\n" for line in kept)

@@ -13,7 +13,7 @@ __all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientSt
 # Envelope.flags
 EIGHT_BIT: Final = 1
 SMTPUTF8: Final = 2
-DOTTED: Final = 4  # a line may begin with a dot: sending has to stuff
+DOTTED: Final = 4  # as it came a line may begin with a dot; sending does not rely on it
 HELD: Final = 8
 QUARANTINED: Final = 16
 NOTICE: Final = 32  # a DSN of our own
@@ -104,7 +104,8 @@ def reply_text(code: int, enhanced: str, text: str) -> str:
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
-    """One try at one recipient: when, how far it came, against whom, and what was said. Never null."""
+    """One try at one recipient: when, how far it came, against whom, and what was said: `text`, which the sender may read, and
+    `inside`, the cause, where operators may read more. Never null."""
 
     time: int
     kind: str
@@ -113,14 +114,20 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     code: int
     enhanced: str
     text: str
+    inside: str = ""
 
     @property
     def whole(self) -> str:
-        """The reply, as people read it."""
+        """The reply, as the sender may read it."""
         return reply_text(self.code, self.enhanced, self.text)
 
+    @property
+    def cause(self) -> str:
+        """The reply or its cause, as operators read it."""
+        return reply_text(self.code, self.enhanced, self.inside or self.text)
+
     def __str__(self) -> str:
-        return f"{self.whole} ({self.phase}{', ' + self.peer if self.peer else ''})"
+        return f"{self.cause} ({self.phase}{', ' + self.peer if self.peer else ''})"
 
 
 class RecipientState(msgspec.Struct, array_like=True):

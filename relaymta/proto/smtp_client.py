@@ -4,28 +4,37 @@
 `finished` what has ended. With a PIPELINING peer an envelope (MAIL, every RCPT, DATA) is one write, and the next
 envelope goes out right behind the text of the one before: one round trip a message.
 
-    expect      on success                 otherwise
-    RSET        -                          (ignored)
+    expect      on success                 refused
+    RSET        -                          (out of turn)
     MAIL        -                          the reply is every recipient's
     RCPT        -                          the reply is that recipient's
-    DATA 354    text, expect FINAL         a lone dot when every recipient was refused, so that nothing is sent
+    DATA 354    text, expect FINAL         the reply is every accepted recipient's
     FINAL       all accepted are sent      the reply is every accepted recipient's
 
+Behind a 354 though every recipient was refused goes a lone dot, so that nothing is sent. What counts as success and what as
+refused says `proto/sequence.py`; all else, a reply that nothing asked for, and one that is there before its command was written
+are out of turn: the connection ends, and what was under way is tried again.
+
 To a peer that has CHUNKING (RFC 3030) the text goes as one `BDAT n LAST` behind the envelope, without waiting; FINAL is its
-reply. With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
+reply. No 354 shows then that both sides speak of the same command, so a RSET goes behind the text, and FINAL counts only with a
+2xx to that: where the peer has said one thing too many it is that reply which is the one to BDAT. (RSET would be needed anyway:
+a BDAT that is refused ends no envelope.) With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
 """
 
 import re
 from collections import deque
 
+from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
 from relaymta.proto.envelope import reply_text
+from relaymta.proto.sequence import GOES_ON, OUT_OF_TURN, verdict
 
-__all__ = ["ClientSession", "Features", "Mail", "Said", "classify", "features_of", "stuff"]
+__all__ = ["ClientSession", "Features", "Mail", "Said", "Stuffer", "classify", "features_of", "stuff"]
 
 RSET, MAIL, RCPT, DATA, FINAL = "rset", "mail", "rcpt", "data", "final"
 LINE_LIMIT = 4096
 LINES_LIMIT = 200
+SLACK = 1024  # octets by which what is not written yet may be more than it was (TLS)
 
 _ENHANCED = re.compile(rb"([245]\.\d{1,3}\.\d{1,3})(?:\s+|\Z)")
 
@@ -77,22 +86,14 @@ def features_of(extensions: dict[str, str]) -> Features:
     )
 
 
-def stuff(text: list[bytes]) -> list[bytes]:
-    """Text as DATA carries it: a dot in front of every line that begins with one (RFC 5321 4.5.2)."""
-    whole = b"".join(text)
-    stuffed = whole.replace(b"\r\n.", b"\r\n..")
-    return [b".", stuffed] if whole.startswith(b".") else [stuffed]
-
-
 class Mail:
-    """One message for one peer. `text`: its pieces, ending in CRLF, or None when the glue streams it; `dotted`: a line may
-    begin with a dot.
+    """One message for one peer. `text`: its pieces, not stuffed, or None when the glue streams it.
 
     `said`: the reply that decides, by recipient index; recipients that were sent successfully are in `sent`.
     """
 
     __slots__ = (
-        "all_sent", "answer", "asked", "cargo", "dotted", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender",
+        "all_sent", "answer", "asked", "cargo", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender",
         "sent", "size", "smtputf8", "text", "text_out", "todo", "unanswered",
     )  # fmt: skip
 
@@ -105,7 +106,6 @@ class Mail:
         size: int,
         eight_bit: bool,
         smtputf8: bool,
-        dotted: bool = False,
     ) -> None:
         self.cargo = cargo
         self.sender = sender
@@ -114,7 +114,6 @@ class Mail:
         self.size = size
         self.eight_bit = eight_bit
         self.smtputf8 = smtputf8
-        self.dotted = dotted
         self.unanswered = 0  # recipients whose FINAL an LMTP peer still owes
         self.todo = recipients  # not asked in a finished transaction yet
         self.asked: list[tuple[int, str]] = []  # in the transaction under way
@@ -131,8 +130,8 @@ class ClientSession:
     """One connection. `recipients`: most of one transaction; `lmtp`: the peer speaks LMTP."""
 
     __slots__ = (
-        "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages", "open_envelope",
-        "out", "recipients", "streaming",
+        "_behind", "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages",
+        "open_envelope", "out", "recipients", "streaming",
     )  # fmt: skip
 
     def __init__(self, features: Features, recipients: int = 100, lmtp: bool = False) -> None:
@@ -141,14 +140,15 @@ class ClientSession:
         self.recipients = recipients
         self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
         self._expected: deque[tuple[str, Mail | None, int]] = deque()
+        self._behind = 0  # octets of the envelope (and BDAT text) begun last
         self.out: list[bytes] = []
         self.finished: list[Mail] = []
         self.streaming: Mail | None = None  # the glue is to write this mail's text, then call text_written()
-        self.closing = False  # the peer said 421, or something that is no reply
+        self.closing = False  # the peer said 421, or something out of turn
         self.broken = b""
         self.open_envelope = False  # the peer holds an envelope that no DATA has ended: RSET first
         self.messages = 0
-        self.last_said: Said | None = None
+        self.last_said: Said | None = None  # its 421
 
     @property
     def idle(self) -> bool:
@@ -159,9 +159,13 @@ class ClientSession:
     def may_follow(self) -> bool:
         """Another envelope may go out now, behind the text that was written."""
         expected = self._expected
-        if self.streaming is not None:
+        if not expected:
+            return self.streaming is None
+        kind, mail, _ = expected[0]
+        if (kind is not FINAL and kind is not RSET) or not self.features.pipelining or mail is None:
             return False
-        return not expected or (self.features.pipelining and len(expected) == 1 and expected[0][0] is FINAL)
+        # One with recipients left goes on with them itself: its next envelope must not come behind another one's DATA.
+        return not mail.todo and (len(expected) == 1 or (mail is expected[-1][1] and not self.lmtp))
 
     @property
     def awaiting(self) -> str:
@@ -206,38 +210,91 @@ class ClientSession:
                 lines.append(f"RCPT TO:<{address}>\r\n")
                 expected.append((RCPT, mail, index))
             if features.chunking and mail.text is not None:
-                lines.append(f"BDAT {sum(map(len, mail.text))} LAST\r\n")
-                self.out.append("".join(lines).encode())
+                octets = sum(map(len, mail.text))
+                lines.append(f"BDAT {octets} LAST\r\n")
+                envelope = "".join(lines).encode()
+                self._behind = len(envelope) + octets
+                self.out.append(envelope)
                 self.out += mail.text
+                self.out.append(b"RSET\r\n")
                 mail.text_out = True
+                self.open_envelope = False
                 expected.append((FINAL, mail, 0))
+                expected.append((RSET, mail, 0))
                 return
             lines.append("DATA\r\n")
             expected.append((DATA, mail, 0))
-        self.out.append("".join(lines).encode())
+        envelope = "".join(lines).encode()
+        self._behind = len(envelope)
+        self.out.append(envelope)
 
-    def receive(self, data: bytes) -> None:
-        """Take bytes from the peer."""
-        for code, text in self._replies.feed(data):
+    def receive(self, data: bytes, unsent: int = 0) -> None:
+        """Take bytes from the peer. `out` was written before, but for `unsent` octets that the peer cannot have yet."""
+        expected = self._expected
+        replies = self._replies.feed(data)
+        if self.features.chunking and len(replies) > len(expected):
+            self._cut_surplus(replies)
+        for code, text in replies:
             if self.closing:
                 return
-            if not self._expected or code == 0 or code == 421:
+            # `out` is filled by a reply before this one: then this one is there before its command is.
+            if not expected or self.out or code == 421:
                 self._stop(code, text)
                 return
-            kind, mail, index = self._expected.popleft()
+            kind, mail, index = expected[0]
+            if code not in GOES_ON[kind] and verdict(kind, code) == OUT_OF_TURN:
+                self._stop(code, text)
+                return
+            if unsent and kind is FINAL and code < 400 and unsent > self._behind_text():
+                self._stop(code, text)  # it takes a text that it does not have
+                return
+            expected.popleft()
             if mail is not None:
                 _STEPS[kind](self, mail, index, code, text)
 
+    def _cut_surplus(self, replies: list[tuple[int, bytes]]) -> None:
+        """With BDAT nobody can say which one is too many where more replies are there than commands, but that it is none for a
+        text whose envelope was answered before."""
+        if replies[-1][0] not in (0, 421) or len(replies) > len(self._expected) + 1:
+            first = next((i for i, (kind, _, _) in enumerate(self._expected) if kind not in (FINAL, RSET)), len(self._expected))
+            replies[first:] = [(0, b"more replies than commands: " + replies[-1][1])]
+
+    def _behind_text(self) -> int:
+        """How many octets at most are to be written behind the text whose FINAL is the next."""
+        expected = self._expected
+        if len(expected) == 1:
+            return 0
+        return SLACK + (self._behind if expected[-1][1] is not expected[0][1] else 0)
+
     def _stop(self, code: int, text: bytes) -> None:
-        """The peer closes (421), or speaks out of turn: nothing behind this can be trusted."""
+        """The peer closes (421), or speaks out of turn: nothing behind this can be trusted, nor what was said to an envelope
+        that no 354 has shown to be the one it was said to."""
         self.closing = True
-        self.broken = text
-        if code:
+        if code == 421:
+            self.broken = b"the peer closes: " + text
             self.last_said = Said(code, text, self.awaiting or "idle")
+            return
+        awaiting = self.awaiting
+        wanted = b"nothing was owed" if not awaiting else b"the reply to " + awaiting.upper().encode() + b" was owed"
+        self.broken = b"the peer speaks out of turn: " + wanted + b", it said: " + (b"%d " % code if code else b"") + text
+        if self.streaming is not None and 400 <= code < 600:
+            self._refuse_early(self.streaming, Said(code, text, FINAL))
+        elif awaiting and (awaiting is not FINAL or self.features.chunking):
+            mail = self._expected[0][1]
+            if mail is not None:
+                mail.text_out = mail.text_out or awaiting is RSET
+                mail.all_sent = False
+                for index, _ in mail.asked:
+                    mail.said.pop(index, None)
+
+    def _refuse_early(self, mail: Mail, said: Said) -> None:
+        """A peer that refuses a text before it has all of it does not want the rest either."""
+        for recipient in mail.sent:
+            mail.said[recipient] = said
 
     def _mail(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         mail.reached = MAIL
-        if not 200 <= code < 300:
+        if code >= 400:
             mail.refused_mail = Said(code, text, MAIL)
         if not self.features.pipelining:
             if mail.refused_mail is not None:
@@ -259,7 +316,7 @@ class ClientSession:
 
     def _rcpt(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         mail.reached = RCPT
-        if 200 <= code < 300:
+        if code < 400:
             mail.sent.append(index)
         elif mail.refused_mail is not None:
             pass  # a consequence, not an answer of its own
@@ -281,17 +338,16 @@ class ClientSession:
                 self._stop(0, b"354 to a transaction without a sender")
             elif not wanted:
                 # RFC 2920 3.1: every recipient was refused, and the peer wants text all the same.
-                self.out.append(b".\r\n")
-                if self.lmtp:  # which owes a reply to each accepted recipient: to none
-                    self.open_envelope = False
+                if self.lmtp:  # how many replies would it owe to a dot? (RFC 2033 4.2: it had to say 503)
                     self._end(mail)
+                    self._stop(0, b"354 to a transaction without recipients")
                 else:
+                    self.out += stuff([])
                     self._expected.appendleft((FINAL, mail, -1))
             elif mail.text is None:
                 self.streaming = mail
             else:
-                self.out += stuff(mail.text) if mail.dotted else mail.text
-                self.out.append(b".\r\n")
+                self.out += stuff(mail.text)
                 self._text_out(mail)
             return
         if wanted:
@@ -321,29 +377,41 @@ class ClientSession:
         if self.lmtp:
             self._recipient_final(mail, index, code, text)
             return
+        chunked = bool(self._expected) and self._expected[0][1] is mail  # its RSET is behind it
         mail.reached = FINAL
         mail.text_out = False
-        self.open_envelope = False
+        if not self._expected:  # otherwise the envelope behind it is open
+            self.open_envelope = False
         if index == 0 and not mail.sent:
             pass  # BDAT behind an envelope of which nothing was accepted: its reply says nothing new
         elif index == 0:
             self.messages += 1
-            if 200 <= code < 300:
+            if code < 400:
                 mail.answer = text
                 if not mail.said and not mail.todo and len(mail.sent) == len(mail.recipients):
                     mail.all_sent = True
-                    self.finished.append(mail)
-                    return
+                    if not chunked:
+                        self.finished.append(mail)
+                        return
             said = Said(code, text, FINAL)
             for recipient in mail.sent:
                 mail.said[recipient] = said
-        self._end(mail)
+        if not chunked:
+            self._end(mail)
+
+    def _confirmed(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        """The RSET behind BDAT was answered as well: what was said to BDAT was said to BDAT."""
+        if mail.all_sent:
+            mail.said.clear()
+            self.finished.append(mail)
+        else:
+            self._end(mail)
 
     def _recipient_final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         """LMTP: what became of one recipient."""
         mail.unanswered -= 1
         mail.said[index] = Said(code, text, FINAL)
-        if 200 <= code < 300:
+        if code < 400:
             mail.answer = text
         if not mail.unanswered:
             mail.reached = FINAL
@@ -372,6 +440,7 @@ def _too_many(text: bytes) -> bool:
 
 
 _STEPS = {
+    RSET: ClientSession._confirmed,
     MAIL: ClientSession._mail,
     RCPT: ClientSession._rcpt,
     DATA: ClientSession._data,

@@ -166,5 +166,5 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "result": attempt.kind,
         "phase": attempt.phase,
         "peer": attempt.peer,
-        "reply": attempt.whole,
+        "reply": attempt.cause,
     }

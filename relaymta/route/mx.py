@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.errors import Failure
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 
 __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
@@ -35,11 +36,11 @@ class Hosts:
         return [host for _, host in self.pairs]
 
 
-class NoRoute(Exception):
+class NoRoute(Failure):
     """A domain has nowhere to send to. `permanent`: it is final; `enhanced`: the code that says so."""
 
-    def __init__(self, permanent: bool, enhanced: str, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, permanent: bool, enhanced: str, public: str, inside: str = "") -> None:
+        super().__init__(public, inside)
         self.permanent = permanent
         self.enhanced = enhanced
 

@@ -4,12 +4,12 @@ one site: they share its connections and its limits."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from relaymta.config import Route
+from relaymta.config import Route, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
-from relaymta.route.table import RouteTable
+from relaymta.route.table import RouteTable, domain_matches
 
 __all__ = ["Site", "Sites"]
 
@@ -69,6 +69,8 @@ class Sites:
             site = Site(route.label, route, None)
             if until == float("inf"):
                 return site
+        elif route.username:
+            raise NoRoute(False, "4.4.3", f"where mail for {name.domain} goes is not known now", "the look-up names no host")
         else:
             hosts = await mx_hosts(self._resolver, name.domain, self._ourselves)
             if route is own:
@@ -87,11 +89,23 @@ class Sites:
             named = self._routes.named(found.route) if found.route else route
             if named is None:
                 raise LookupFailed(f"there is no route {found.route!r}")
+            _allow(route, found.hosts)
         except LookupFailed as error:
-            raise NoRoute(False, "4.4.3", f"look-up of {name.domain} at {route.lookup}: {error}") from None
+            cause = f"look-up of {name.domain} at {route.lookup}: {error}"
+            raise NoRoute(False, "4.4.3", f"where mail for {name.domain} goes is not known now", cause) from None
         if found.hosts:
             named = self._given.setdefault((route.label, found.hosts), _with_hosts(route, found.hosts))
         return named, self._now() + found.seconds
+
+
+def _allow(route: Route, hosts: tuple[str, ...]) -> None:
+    """LookupFailed where a look-up names a host that the route does not let it name: credentials would go there."""
+    if not (route.lookup_hosts or route.username):
+        return
+    for host in hosts:
+        name = parse_hostport(host, 25)[0].lower().rstrip(".")
+        if not domain_matches(name, route.lookup_hosts):
+            raise LookupFailed(f"{name} is not one of lookup_hosts")
 
 
 def _with_hosts(route: Route, hosts: tuple[str, ...]) -> Route:

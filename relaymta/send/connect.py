@@ -1,6 +1,8 @@
 """From an address to a session: aiosmtplib connects, greets, starts TLS and authenticates; then its transport is handed over."""
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
+from relaymta.errors import Failure
+from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
@@ -22,13 +26,17 @@ SESSIONS_KEPT = 10_000  # hosts
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
 
 
-class ConnectFailed(Exception):
-    """No usable session. `phase` and `said` tell how far it came; `permanent` when the peer said 5xx."""
+class ConnectFailed(Failure):
+    """No usable session. `phase` tells how far it came, `said` what the peer said to that. A reply is public, but for one to a
+    login, which concerns only who runs the relay."""
 
-    def __init__(self, phase: str, text: str, said: Said | None = None) -> None:
-        super().__init__(text)
+    def __init__(self, phase: str, public: str, inside: str = "", said: Said | None = None) -> None:
+        super().__init__(public, inside)
         self.phase = phase
         self.said = said
+
+    def __str__(self) -> str:
+        return self.inside or (self.said.whole if self.said is not None else self.public)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +94,38 @@ async def connect(
     try:
         await client.connect()
         phase = "ehlo"
-        await client._ehlo_or_helo_if_needed()
+        await _greet(client)
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
             await _start_tls(client, peer.name, via.tls)
         if via.route.username and via.tls == "verify":
             phase = "auth"
             await log_in(client, via.route, tokens)
+            _in_turn(client, phase)
     except Exception as error:
         client.close()
-        raise _failure(phase, peer.name, error) from None
+        raise _failure(phase, peer, error) from None
     return _handed_over(client, peer, via, make, recipients)
+
+
+async def _greet(client: _Client) -> None:
+    """EHLO, or LHLO; HELO only to a peer that does not know EHLO: another refusal is one for now (RFC 5321 4.1.4), and what HELO
+    leaves (no 8BITMIME) would have mail returned for good."""
+    _in_turn(client, "connect")
+    try:
+        await client.ehlo()
+    except SMTPHeloError as error:
+        if error.code not in HELO_AFTER or not client.is_connected:
+            raise
+        _in_turn(client, "ehlo")
+        await client.helo()
+    _in_turn(client, "ehlo")
+
+
+def _in_turn(client: _Client, phase: str) -> None:
+    """ConnectFailed where the peer has said more than was asked: it would be taken for the reply to the next command."""
+    if client.protocol is not None and client.protocol._buffer:
+        raise ConnectFailed(phase, "the peer speaks out of turn")
 
 
 def _client(peer: Peer, via: Via) -> _Client:
@@ -174,14 +203,40 @@ async def _start_tls(client: _Client, name: str, tls: str) -> None:
     if not client.supports_extension("starttls"):
         raise ConnectFailed("starttls", "the peer offers no STARTTLS, and the route asks for TLS")
     await client.starttls(server_hostname=name, tls_context=_context(tls), validate_certs=tls == "verify")
-    await client._ehlo_or_helo_if_needed()
+    await _greet(client)
 
 
-def _failure(phase: str, name: str, error: Exception) -> ConnectFailed:
+def _failure(phase: str, peer: Peer, error: Exception) -> ConnectFailed:
     if isinstance(error, ConnectFailed):
         return error
-    if isinstance(error, aiosmtplib.SMTPResponseException):
-        said = Said(error.code, str(error.message).encode(), phase)
-        return ConnectFailed(phase, f"{error.code} {error.message}", said)
-    text = str(error) or type(error).__name__
-    return ConnectFailed(phase, f"{name}: {text}")
+    name = "a local socket" if peer.path else peer.name
+    if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
+        said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
+        if phase == "auth":
+            return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}", said)
+        return ConnectFailed(phase, said.text, said=said)
+    cause = f"{peer.name}: {str(error) or type(error).__name__}"
+    public = error.public if isinstance(error, Failure) else _plainly(error)
+    return ConnectFailed(phase, f"{name}: {public}", cause)
+
+
+def _plainly(error: BaseException | None) -> str:
+    """What went wrong in the words of the system, without addresses, paths and places in the source."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return "its certificate could not be verified"
+        if isinstance(error, ssl.SSLError):
+            return "TLS failed"
+        if isinstance(error, TimeoutError):
+            return "timed out"
+        if isinstance(error, socket.gaierror):
+            return "its name could not be looked up"
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno)
+        if isinstance(error, aiosmtplib.SMTPResponseException):
+            return "what it said is no reply"
+        cause = error.__cause__ or error.__context__
+        if cause is None and isinstance(error, aiosmtplib.SMTPServerDisconnected):
+            return "the connection was closed"
+        error = cause
+    return "no usable connection"

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Coroutine
 
 from relaymta.config import Config
 from relaymta.dns import Resolver
-from relaymta.errors import StoreError
+from relaymta.errors import Failure, StoreError, redacted, told
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.node import BOUNCE, HOLD, TOKEN, Fact, Facts
 from relaymta.proto.envelope import (
-    DOTTED,
     EIGHT_BIT,
     PERMANENT,
     SMTPUTF8,
@@ -256,7 +255,7 @@ class Dispatcher:
             async with self._lookups:
                 site = await self.sites.find(name)
         except Exception as error:
-            failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", self._unexpected(error))
+            failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", *self._unexpected(error))
             self._no_site(name, [e for e in self._asking.pop(key) if not e.cancelled], failure)
             return
         if self._nowhere:
@@ -269,7 +268,7 @@ class Dispatcher:
         """A domain has no host, for good or for now."""
         if error.permanent:
             for entry in entries:
-                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, str(error))
+                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
         failures, _ = self.nowhere(name)
         pause = self._pause(failures + 1)
@@ -277,17 +276,19 @@ class Dispatcher:
         if len(self._nowhere) >= KEPT_DOWN:
             self._nowhere.clear()
         self._nowhere[name.route, name.domain] = (failures + 1, until)
-        self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, str(error), pause)
+        self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, error, pause)
 
     def _pause(self, failures: int) -> int:
         return retry_delay(failures, int(self.config.delivery.first_retry * 1000))
 
-    def _charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, text: str, pause: int) -> None:
+    def _charge_one(
+        self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure, pause: int
+    ) -> None:
         """Where nothing can be delivered one message is charged with the attempt; the others keep their place, their queues
         sleep."""
         for number, entry in enumerate(entries):
             if number == 0:
-                self._charge(entry, TRANSIENT, phase, "", said.code, enhanced, text, pause)
+                self._charge(entry, TRANSIENT, phase, "", said.code, enhanced, why, pause)
             else:
                 self._return(entry)
             self._park(entry.queue, until)
@@ -394,7 +395,7 @@ class Dispatcher:
         self.counters.add(CORRUPT, 1)
         self.log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
         if not entry.cancelled and pool.ready.remove(entry):
-            self._charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", str(error))
+            self._charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", Failure("the message could not be read", str(error)))
 
     # Connections
 
@@ -408,7 +409,7 @@ class Dispatcher:
         try:
             session = await self.opener.open(pool.site, pool.source)
         except Exception as error:
-            failure = error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", self._unexpected(error))
+            failure = error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", *self._unexpected(error))
             pool.connecting -= 1
             self.room.give(pool)
             self.counters.add(FAILED, 1)
@@ -422,12 +423,12 @@ class Dispatcher:
         if self._adopt(pool, session):
             self._idle(session)
 
-    def _unexpected(self, error: Exception) -> str:
+    def _unexpected(self, error: Exception) -> tuple[str, str]:
         """A mistake of ours must not strand mail: it waits, as for any other failure, and the log says where it happened."""
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"internal error: {type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})"
-        self.log.event("warning", text=text)
-        return text
+        self.log.event("warning", text=redacted(text))
+        return "internal error", text
 
     def _adopt(self, pool: Pool, session: Session) -> bool:
         """Take a fresh connection into the pool; whether it still lives."""
@@ -475,7 +476,7 @@ class Dispatcher:
             self._charge(entry, PERMANENT, "mail", unfit, 0, *refusal)
         else:
             phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
-            self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", str(failure))
+            self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", failure)
 
     async def _connect_with_room(self, pool: Pool, peer: Peer) -> Session:
         """A connection to one host of a site, as soon as the limits allow it."""
@@ -500,7 +501,7 @@ class Dispatcher:
         entries = pool.ready.take_all()
         if isinstance(error, NoRoute) and error.permanent:
             for entry in entries:
-                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, str(error))
+                self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
         pause = self._pause(pool.failures + 1)
         until = self._queue().clock.now() + pause
@@ -509,7 +510,7 @@ class Dispatcher:
         self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
         phase = error.phase if isinstance(error, ConnectFailed) else "route"
         enhanced = said.enhanced if said.code else getattr(error, "enhanced", "4.4.1")
-        self._charge_one(entries, until, phase, said, enhanced, said.text, pause)
+        self._charge_one(entries, until, phase, said, enhanced, error, pause)
 
     # Sessions speak
 
@@ -551,7 +552,7 @@ class Dispatcher:
                 pool.went_well(self.loop.time())
             queue.finish(entry, None)
             return
-        judged = judge(mail, session.peer, lambda _: Said(250, mail.answer, "final"), self.shaping.rule)
+        judged = judge(mail, session.peer, lambda _: Said(0, b"no reply was seen", "final"), self.shaping.rule)
         self.decisions.rules(pool, entry.name.application, judged.rules)
         good = all(a.kind == SUCCESS for a in judged.results.values())
         queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
@@ -580,9 +581,10 @@ class Dispatcher:
         core = session.core
         lost = self._lost_before.get(entry.ident, 0)
         said = core.last_said
+        doubt = ""
         if mail.text_out:
             self.counters.add(IN_DOUBT, 1)
-            reason += " (in doubt: the message was sent, its reply did not come)"
+            doubt = " (in doubt: the message was sent, its reply did not come)"
         if mail.reached == "" and (said is None or said.code != 421 or core.messages) and core.messages and lost < FREE_RETRIES:
             # A reused connection that died before MAIL's reply: as if it had never been there.
             self._lost_before[entry.ident] = lost + 1
@@ -594,7 +596,8 @@ class Dispatcher:
             return
         self._lost_before.pop(entry.ident, None)
         phase = core.awaiting or mail.reached or "mail"
-        never = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason)
+        inside = session.cause and session.cause + doubt
+        never = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
         judged = judge(mail, session.peer, lambda _: said or never, self.shaping.rule)
         self.decisions.rules(pool, entry.name.application, judged.rules)
         entry.route = (session.peer, b"")
@@ -643,11 +646,11 @@ class Dispatcher:
                     pool.ready.push(entry)
 
     def _charge(
-        self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, text: str, retry_after: int = 0
+        self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, why: str | Failure, retry_after: int = 0
     ) -> None:
         """An attempt that reached no transaction, for all recipients of an entry."""
         entry.flying = True
-        attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, text)
+        attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why))
         self._queue().finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
 
     def _retire(self, session: Session, pool: Pool) -> None:
@@ -663,17 +666,11 @@ class Dispatcher:
     # Large texts
 
     async def _pieces(self, mail: Mail) -> AsyncIterator[bytes]:
-        """A large body's text, stuffed."""
+        """A large body's text."""
         entry = mail.cargo
         assert isinstance(entry, Entry)
-        before = b"\r\n"
         async for piece in self._queue().stream_text(entry):
-            if entry.envelope.flags & DOTTED:
-                joined = (before + piece).replace(b"\r\n.", b"\r\n..")
-                before = (before + piece)[-2:]
-                yield joined[2:]
-            else:
-                yield piece
+            yield piece
 
     # Time passes
 
@@ -805,5 +802,4 @@ def _mail(entry: Entry, rewrite: str) -> Mail:
         envelope.size,
         bool(flags & EIGHT_BIT),
         bool(flags & SMTPUTF8),
-        bool(flags & DOTTED),
     )

@@ -12,6 +12,7 @@ import aiosmtplib
 import scramp
 
 from relaymta.config import Route
+from relaymta.errors import Failure
 from relaymta.send.oauth import Tokens
 
 __all__ = ["LoginFailed", "log_in"]
@@ -20,8 +21,12 @@ __all__ = ["LoginFailed", "log_in"]
 _STRONGEST = ("SCRAM-SHA-256", "PLAIN", "LOGIN", "CRAM-MD5")
 
 
-class LoginFailed(Exception):
-    """There is nothing to log in with: no password, no mechanism in common. str() is the reason."""
+class LoginFailed(Failure):
+    """There is nothing to log in with: no password, no mechanism in common. str() is the reason, which concerns only who runs
+    the relay."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("logging in to the next host failed", reason)
 
 
 async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:

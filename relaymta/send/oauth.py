@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relaymta.config import OAuth
+from relaymta.errors import Failure
 
 __all__ = ["TokenError", "Tokens"]
 
@@ -19,8 +20,11 @@ RETRY_SECONDS = 10.0  # a dead endpoint is asked again after so long
 TIMEOUT = 20.0
 
 
-class TokenError(Exception):
-    """No token is to be had now; str() is the reason."""
+class TokenError(Failure):
+    """No token is to be had now; str() is the reason, which concerns only who runs the relay."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("no access to the next host is to be had now", reason)
 
 
 @dataclass(slots=True)
@@ -103,7 +107,7 @@ class Tokens:
             answer = await response.json(content_type=None)
             if response.status != 200 or not isinstance(answer, dict):
                 said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
-                raise TokenError(f"{response.status} {said or response.reason}")
+                raise TokenError(_without(form, f"{response.status} {said or response.reason}"))
         rotated = answer.get("refresh_token")
         if name and isinstance(rotated, str) and rotated not in ("", form["refresh_token"]):
             self._keep(name, rotated)
@@ -113,6 +117,14 @@ class Tokens:
 def _name(settings: OAuth, given: str) -> str:
     """What a refresh token from a file is called: another one in the file has another name, so that it is used."""
     return hashlib.sha256("\0".join((settings.token_url, settings.client_id, given)).encode()).hexdigest()[:32]
+
+
+def _without(form: dict[str, str], text: str) -> str:
+    """An endpoint's answer, which may quote what it was sent."""
+    for name in ("client_secret", "refresh_token"):
+        if form.get(name):
+            text = text.replace(form[name], "***")
+    return text
 
 
 def _secret(path: str) -> str:

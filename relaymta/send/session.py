@@ -5,7 +5,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from relaymta.proto.smtp_client import ClientSession, Mail
+from relaymta.errors import redacted
+from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
 
 __all__ = ["Session"]
 
@@ -44,6 +45,7 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
+        self.cause = ""  # why it was lost, where that is more than its peer and senders may read
         self.leaving = False  # takes no more messages: it is closed once nothing is under way
         self.waiting = False  # in its site's list of idle sessions
 
@@ -75,7 +77,7 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         core = self.core
-        core.receive(data)
+        core.receive(data, self.transport.get_write_buffer_size() if self.transport is not None else 0)
         if core.finished:
             done, core.finished = core.finished, []
             for mail in done:
@@ -83,7 +85,7 @@ class Session(asyncio.Protocol):
         if self.ended:
             return
         if core.closing:
-            self.fail("the peer closes: " + core.broken[:200].decode("utf-8", "replace"))
+            self.fail(core.broken[:300].decode("utf-8", "replace"))
             return
         if core.may_follow:
             self._idle(self)
@@ -104,13 +106,15 @@ class Session(asyncio.Protocol):
         self._writable.set()
         if not self.ended:
             self.ended = True
-            self._lost(self, f"connection lost: {exc}" if exc else "the peer closed the connection")
+            self.cause = redacted(f"connection lost: {exc}") if exc else ""
+            self._lost(self, "connection lost" if exc else "the peer closed the connection")
 
-    def fail(self, reason: str) -> None:
-        """Give the connection up."""
+    def fail(self, reason: str, cause: str = "") -> None:
+        """Give the connection up; `cause` is what else operators may read."""
         if self.ended:
             return
         self.ended = True
+        self.cause = redacted(cause)
         if self._stream is not None:
             self._stream.cancel()
         if self.transport is not None:
@@ -134,20 +138,20 @@ class Session(asyncio.Protocol):
     async def _write_text(self, mail: Mail) -> None:
         """Write a large text from disk, no faster than the peer takes it."""
         assert self.read_pieces is not None
-        whole = False
+        whole, stuffer = False, Stuffer()
         try:
             async for piece in self.read_pieces(mail):
                 await self._writable.wait()
                 if self.ended or self.transport is None:
                     return
                 self.deadline = self._now() + TIMEOUTS["text"] * self._patience
-                self.transport.write(piece)
+                self.transport.write(stuffer.feed(piece))
             if self.transport is not None:
-                self.transport.write(b".\r\n")
+                self.transport.write(stuffer.end())
                 whole = True
         except Exception as error:  # the body is damaged or unreadable: cut the connection, so that no dot ends it
             self._stream = None
-            self.fail(f"reading the message failed: {error}")
+            self.fail("reading the message failed", f"reading the message failed: {error}")
             return
         self._stream = None
         self.core.text_written(whole)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from relaymta.proto.sequence import CLOSES, GO_ON, GOES_ON, HELO_AFTER, OUT_OF_TURN, REFUSED, verdict
 from relaymta.proto.smtp_client import ClientSession, Features, Mail, classify, features_of, stuff
 
 PIPELINING = Features(True, True, False, 0)
@@ -15,6 +16,15 @@ def mail(*recipients: str, text: bytes = b"hi\r\n") -> Mail:
 def written(core: ClientSession) -> bytes:
     out = b"".join(core.out)
     core.out.clear()
+    return out
+
+
+def in_turn(core: ClientSession, answers: bytes, step: int = 0) -> bytes:
+    """Give a session these replies line by line, or octet by octet, and write at once what it has to say: that is returned."""
+    out = b""
+    for piece in [answers[i : i + 1] for i in range(len(answers))] if step else answers.splitlines(keepends=True):
+        core.receive(piece)
+        out += written(core)
     return out
 
 
@@ -34,12 +44,9 @@ def test_a_warm_link_takes_one_round_trip_a_message(step):
     core.begin(second)
     assert written(core).startswith(b"MAIL FROM")
     assert not core.may_follow
-    answer = b"250 2.0.0 taken\r\n250 ok\r\n250 ok\r\n354 go\r\n"
-    for start in range(0, len(answer), step or len(answer)):
-        core.receive(answer[start : start + (step or len(answer))])
+    assert in_turn(core, b"250 2.0.0 taken\r\n250 ok\r\n250 ok\r\n354 go\r\n", step) == b"hi\r\n.\r\n"
     assert core.finished == [first]
     assert first.all_sent
-    assert written(core) == b"hi\r\n.\r\n"
     core.receive(b"250 taken\r\n")
     assert second.all_sent
     assert core.idle
@@ -78,8 +85,7 @@ def test_each_recipient_gets_its_own_answer(answers, expected, sent):
     core = ClientSession(PIPELINING)
     core.begin(mail("a@x", "b@x", "c@x"))
     written(core)
-    core.receive(answers)
-    assert written(core) == sent
+    assert in_turn(core, answers) == sent
     (done,) = core.finished
     assert results(done) == expected
     core.begin(mail())
@@ -95,7 +101,7 @@ def test_too_many_recipients_go_in_another_transaction():
     core.receive(b"250 ok\r\n")
     assert core.finished == []
     assert b"RCPT TO:<b@x>\r\nRCPT TO:<c@x>" in written(core)
-    core.receive(b"250 m\r\n250 r\r\n550 r\r\n354 go\r\n250 ok\r\n")
+    in_turn(core, b"250 m\r\n250 r\r\n550 r\r\n354 go\r\n250 ok\r\n")
     assert results(core.finished[0]) == {0: 250, 1: 250, 2: 550}
 
 
@@ -103,9 +109,8 @@ def test_many_recipients_are_split_by_the_limit():
     core = ClientSession(PIPELINING, recipients=2)
     core.begin(mail("a@x", "b@x", "c@x"))
     assert written(core).count(b"RCPT") == 2
-    core.receive(b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 ok\r\n")
-    assert written(core).count(b"RCPT") == 1
-    core.receive(b"250 m\r\n250 r\r\n354 go\r\n250 ok\r\n")
+    assert in_turn(core, b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 ok\r\n").count(b"RCPT") == 1
+    in_turn(core, b"250 m\r\n250 r\r\n354 go\r\n250 ok\r\n")
     assert results(core.finished[0]) == {0: 250, 1: 250, 2: 250}
 
 
@@ -116,6 +121,7 @@ def test_a_peer_that_closes_or_talks_out_of_turn_ends_the_session(noise):
         core.receive(noise)
     else:
         core.begin(mail())
+        written(core)
         core.receive(noise)
         assert core.under_way()
     assert core.closing
@@ -125,12 +131,14 @@ def test_how_far_it_came_is_known():
     core = ClientSession(PIPELINING)
     one = mail()
     core.begin(one)
+    written(core)
     assert one.reached == ""
     core.receive(b"250 m\r\n")
     assert one.reached == "mail"
     assert not one.text_out
     core.receive(b"250 r\r\n354 go\r\n")
     assert one.text_out
+    assert written(core) == b"hi\r\n.\r\n"
     core.receive(b"250 taken\r\n")
     assert (one.reached, one.text_out) == ("final", False)
 
@@ -146,6 +154,7 @@ CHUNKING = Features(True, True, False, 0, True)
         (b"250 m\r\n250 r\r\n550 no\r\n250 taken\r\n", {0: 250, 1: 550}),
         (b"250 m\r\n550 no\r\n551 no\r\n554 none valid\r\n", {0: 550, 1: 551}),
         (b"450 m\r\n503 x\r\n503 x\r\n503 x\r\n", {0: 450, 1: 450}),
+        (b"250 m\r\n550 no\r\n551 no\r\n250 taken?\r\n", {0: 550, 1: 551}),
         (b"250 m\r\n250 r\r\n250 r\r\n552 too big\r\n", {0: 552, 1: 552}),
     ],
 )
@@ -153,10 +162,11 @@ def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
     core = ClientSession(CHUNKING)
     one = mail("c@d", "e@f", text=b".dot\r\n")
     core.begin(one)
-    assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\n"
+    assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\nRSET\r\n"
     assert one.text_out, "a connection that is lost from now on leaves it in doubt"
-    for start in range(0, len(answers), step or len(answers)):
-        core.receive(answers[start : start + (step or len(answers))])
+    in_turn(core, answers, step)
+    assert not core.finished, "not before the RSET behind it is answered"
+    in_turn(core, b"250 2.0.0 reset\r\n", step)
     assert core.finished == [one]
     assert results(one) == codes
     assert core.idle
@@ -171,34 +181,34 @@ def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
         (b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n452 full\r\n", {0: 250, 1: 452}, b"..dot\r\n.\r\n"),
         (b"250 m\r\n550 no\r\n250 r\r\n354 go\r\n250 two\r\n", {0: 550, 1: 250}, b"..dot\r\n.\r\n"),
         (b"250 m\r\n550 no\r\n551 no\r\n503 none\r\n", {0: 550, 1: 551}, b""),
-        (b"250 m\r\n550 no\r\n551 no\r\n354 go\r\n", {0: 550, 1: 551}, b".\r\n"),
+        (b"250 m\r\n550 no\r\n551 no\r\n354 go\r\n", {0: 550, 1: 551}, b""),  # and the connection ends
     ],
 )
 def test_lmtp_has_a_reply_for_each_recipient(answers, codes, dot, step):
     core = ClientSession(PIPELINING, lmtp=True)
     one = mail("c@d", "e@f", text=b".dot\r\n")
-    one.dotted = True
     core.begin(one)
     written(core)
-    for start in range(0, len(answers), step or len(answers)):
-        core.receive(answers[start : start + (step or len(answers))])
+    assert in_turn(core, answers, step) == dot
     assert core.finished == [one]
     assert results(one) == codes
-    assert written(core) == dot
     assert core.idle
+    assert core.closing == (b"551" in answers and b"354" in answers)
 
 
 def test_what_lmtp_has_answered_is_not_in_doubt():
     core = ClientSession(PIPELINING, lmtp=True)
     one = mail("c@d", "e@f")
     core.begin(one)
-    core.receive(b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n")
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n")
     assert one.text_out and core.under_way() == [one]
     assert one.said[0].code == 250 and 1 not in one.said
 
 
 def test_stuffing():
-    assert b"".join(stuff([b".a\r\n", b".\r", b"\n..b\r\nc.\r\n"])) == b"..a\r\n..\r\n...b\r\nc.\r\n"
+    assert b"".join(stuff([b".a\r\n", b".\r", b"\n..b\r\nc.\r\n"])) == b"..a\r\n..\r\n...b\r\nc.\r\n.\r\n"
+    assert b"".join(stuff([b"no end of line"])) == b"no end of line\r\n.\r\n"
 
 
 def test_features_and_classes():
@@ -206,6 +216,7 @@ def test_features_and_classes():
     assert (found.size, found.pipelining, found.eight_bit, found.smtputf8) == (1000, True, True, False)
     core = ClientSession(PIPELINING)
     core.begin(mail())
+    written(core)
     core.receive(b"550-5.1.1 no such\r\n550 5.1.1 user\r\n550 x\r\n550 x\r\n")
     said = core.finished[0].said[0]
     assert (said.code, said.enhanced, said.text, classify(said)) == (550, "5.1.1", "no such user", "permanent")
@@ -215,6 +226,7 @@ def test_nothing_follows_while_a_text_is_streamed():
     core = ClientSession(PIPELINING)
     big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
     core.begin(big)
+    written(core)
     core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
     assert core.streaming is big
     assert not core.may_follow
@@ -223,3 +235,231 @@ def test_nothing_follows_while_a_text_is_streamed():
     assert core.may_follow
     core.receive(b"250 ok\r\n")
     assert core.finished == [big]
+
+
+@pytest.mark.parametrize("phase", GOES_ON)
+def test_every_phase_has_an_answer_for_every_code(phase):
+    """RFC 5321 4.3.2, one by one."""
+    assert verdict(phase, 421) == CLOSES
+    assert verdict(phase, 0) == OUT_OF_TURN, "something that is no reply"
+    expected = {
+        "banner": {220}, "ehlo": {250}, "helo": {250}, "starttls": {220}, "auth": {235, 334}, "data": {354},
+        "rset": set(range(200, 300)), "mail": set(range(200, 300)), "rcpt": set(range(200, 300)), "final": set(range(200, 300)),
+        "quit": set(range(200, 600)),
+    }[phase]  # fmt: skip
+    for code in set(range(100, 600)) - {421}:
+        otherwise = REFUSED if code >= 400 and phase != "rset" else OUT_OF_TURN
+        assert verdict(phase, code) == (GO_ON if code in expected else otherwise), code
+    assert {500, 502, 504, 550} == HELO_AFTER
+
+
+LINES = {
+    "1xx": b"150 wait\r\n", "2xx": b"299 fine\r\n", "3xx": b"399 more\r\n", "354": b"354 go\r\n", "334": b"334 go\r\n",
+    "220": b"220 hello\r\n", "garbage": b"hello?\r\n", "empty": b"\r\n", "binary": b"\x16\x03\x01\0\n",
+    "two": b"250 a\r\n250 b\r\n",
+    "two codes": b"250-a\r\n550 b\r\n", "4xx": b"450 4.2.0 no\r\n", "421": b"421 4.3.2 bye\r\n", "5xx": b"550 5.1.1 no\r\n",
+}  # fmt: skip
+PEERS = {"pipelining": PIPELINING, "one by one": PLAIN, "chunking": Features(True, True, False, 0, True)}
+
+
+def conversation(features: Features, lmtp: bool, step: str, line: bytes, whole: bool) -> tuple[ClientSession, Mail, bool, bool]:
+    """A message for two to a peer that takes everything, but answers the command `step` by `line`. Whether the peer had the text,
+    and whether it said 2xx to all of it. `whole`: its replies to what was written together come together."""
+    core = ClientSession(features, lmtp=lmtp)
+    one = mail("c@d", "e@f", text=b"Subject: x\r\n\r\n.x\r\n")
+    core.open_envelope = step == "RSET"
+    core.begin(one)
+    had = accepted = in_text = False
+    while core.out and not core.closing and not core.finished:
+        answers = []
+        for command in written(core).splitlines(keepends=True):
+            if in_text:
+                if command == b".\r\n":
+                    in_text, had = False, True
+                    answers += [line if step == "dot" else b"250 2.0.0 taken\r\n"] * (2 if lmtp else 1)
+                    accepted = step != "dot" or line.startswith(b"2")
+                continue
+            verb = command[:4].decode()
+            if verb == "BDAT":
+                had, accepted = True, step != "dot" or line.startswith(b"2")
+                answers += [line if step == "dot" else b"250 2.0.0 taken\r\n", b"250 2.0.0 reset\r\n"]
+                break
+            good = b"354 go\r\n" if verb == "DATA" else b"250 2.0.0 ok\r\n"
+            answers.append(line if verb == step else good)
+            in_text = verb == "DATA" and answers[-1].startswith(b"354")
+            if verb == step == "RCPT":
+                step = ""  # the first one only
+        for piece in [b"".join(answers)] if whole else answers:
+            core.receive(piece)
+    return core, one, had, accepted
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["together", "one by one"])
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("step", ["RSET", "MAIL", "RCPT", "DATA", "dot"])
+@pytest.mark.parametrize(("peer", "lmtp"), [*((name, False) for name in PEERS), ("pipelining", True)])
+def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step, name, whole):
+    """Every command answered by every class of reply: a recipient is delivered only when the peer had the text and said 2xx."""
+    if step == "DATA" and peer == "chunking":
+        return
+    core, one, had, accepted = conversation(PEERS[peer], lmtp, step, LINES[name], whole)
+    done = core.finished == [one]
+    assert done or core.closing, "there is an end"
+    for index, _ in one.recipients:
+        said = one.said.get(index)
+        delivered = done and (one.all_sent or (said is not None and classify(said) == "success"))
+        assert not delivered or (had and accepted)
+        assert not done or one.all_sent or said is not None, "each recipient has an answer of its own"
+        if said is not None and classify(said) == "permanent":
+            assert name == "5xx" and step in ("MAIL", "RCPT", "DATA", "dot"), "nobody else said so"
+    if step == "dot" and name in ("2xx", "220"):
+        assert had and accepted and done, "it is not sent twice"
+    if step == "dot" and had and not done:
+        assert one.text_out, "in doubt"
+    if name in ("2xx", "two", "220") and step in ("MAIL", "RCPT", "RSET") and not core.closing:
+        assert done and all(index not in one.said or one.said[index].code == 250 for index, _ in one.recipients)
+    if core.last_said is not None:
+        assert core.last_said.code == 421, "no other reply stands for a message that it was not the reply to"
+
+
+@pytest.mark.parametrize(
+    ("features", "replies"),
+    [
+        (PIPELINING, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),  # to a text that is not written yet
+        (PIPELINING, b"250 m\r\n250 r\r\n250 too much\r\n354 go\r\n"),
+        (PLAIN, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),
+        (PLAIN, b"250 m\r\n250 r\r\n"),
+        (Features(True, True, False, 0, True), b"250 m\r\n250 r\r\n250 too much\r\n452 4.3.1 full\r\n250 reset\r\n"),
+        (Features(True, True, False, 0, True), b"250 m\r\n250 x\r\n250 x\r\n250 r\r\n452 4.3.1 full\r\n250 reset\r\n"),
+    ],
+)
+def test_replies_ahead_of_their_time_count_for_nothing(features, replies):
+    core = ClientSession(features)
+    one = mail()
+    core.begin(one)
+    written(core)
+    core.receive(replies)
+    assert core.closing and not core.finished and core.under_way() == [one]
+    assert not one.said and core.last_said is None
+
+
+@pytest.mark.parametrize("said", [b"250 taken\r\n", b"354 go\r\n", b"220 x\r\n"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_text_that_the_peer_cannot_have_yet_is_not_taken(said, behind):
+    core = ClientSession(PIPELINING)
+    one = mail(text=b"x" * 80_000 + b"\r\n")
+    core.begin(one)
+    written(core)
+    core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
+    if behind:
+        core.begin(mail())
+    written(core)
+    core.receive(said, unsent=5_000)
+    assert core.closing and one in core.under_way() and not one.said
+    assert one.text_out, "in doubt"
+
+
+def test_an_envelope_that_is_not_written_yet_is_no_reason_to_doubt_the_text_before_it():
+    core = ClientSession(PIPELINING)
+    one = mail()
+    core.begin(one)
+    written(core)
+    core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
+    core.begin(mail("x@" + "y" * 200))
+    written(core)
+    core.receive(b"250 taken\r\n", unsent=300)
+    assert core.finished == [one] and one.all_sent
+
+
+@pytest.mark.parametrize(("said", "codes"), [(b"250 taken\r\n", {}), (b"354 go\r\n", {}), (b"552 5.3.4 big\r\n", {0: 552})])
+def test_a_reply_in_the_midst_of_a_streamed_text(said, codes):
+    """Only a refusal may come early: whatever follows, this text is not taken."""
+    core = ClientSession(PIPELINING)
+    big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
+    core.begin(big)
+    written(core)
+    core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
+    core.receive(said)
+    assert core.closing and core.under_way() == [big] and not core.finished
+    assert {index: reply.code for index, reply in big.said.items()} == codes
+
+
+def test_what_was_said_to_recipients_is_not_believed_where_replies_are_out_of_step():
+    """One reply too many behind MAIL: the 550 is for the first recipient, and would be taken for the second's."""
+    core = ClientSession(PIPELINING)
+    one = mail("c@d", "e@f")
+    core.begin(one)
+    written(core)
+    for line in (b"250 m\r\n", b"250 m again\r\n", b"550 no\r\n", b"250 r\r\n", b"354 go\r\n"):
+        core.receive(line)
+    assert core.closing and not one.said and written(core) == b""
+
+
+@pytest.mark.parametrize("features", [PIPELINING, Features(True, True, False, 0, True)], ids=["data", "bdat"])
+def test_nothing_follows_a_message_whose_other_recipients_are_still_to_be_asked(features):
+    """Its next envelope would come behind the other one's DATA, as a part of that one's text."""
+    core = ClientSession(features, recipients=1)
+    first = mail("c@d", "e@f")
+    core.begin(first)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n" + (b"" if features.chunking else b"354 go\r\n"))
+    assert core.awaiting == "final" and not core.may_follow
+    again = in_turn(core, b"250 taken\r\n" + (b"250 reset\r\n" if features.chunking else b""))
+    assert again.startswith(b"MAIL FROM:<a@b>") and b"RCPT TO:<e@f>" in again
+    in_turn(core, b"250 m\r\n250 r\r\n" + (b"" if features.chunking else b"354 go\r\n"))
+    assert core.may_follow
+
+
+def test_an_envelope_that_was_refused_behind_another_text_is_reset():
+    """Otherwise the one behind it is nested: 503, and returned for good."""
+    core = ClientSession(PIPELINING)
+    core.begin(mail())
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n354 go\r\n")
+    core.begin(mail("e@f"))
+    written(core)
+    in_turn(core, b"250 taken\r\n250 m\r\n550 no\r\n554 no valid recipients\r\n")
+    assert [done.all_sent for done in core.finished] == [True, False] and core.idle
+    core.begin(mail())
+    assert written(core).startswith(b"RSET\r\nMAIL FROM")
+
+
+@pytest.mark.parametrize("real", [b"250 2.0.0 taken\r\n", b"452 4.3.1 full\r\n", b"554 5.7.1 spam\r\n"])
+@pytest.mark.parametrize("surplus", [0, 1], ids=["behind MAIL", "behind RCPT"])
+def test_one_reply_too_many_is_not_taken_for_that_to_bdat(real, surplus):
+    core = ClientSession(CHUNKING)
+    one = mail()
+    core.begin(one)
+    written(core)
+    replies = [b"250 m\r\n", b"250 r\r\n", real, b"250 reset\r\n"]
+    replies.insert(surplus, b"250 too much\r\n")
+    for line in replies:
+        core.receive(line)
+    assert core.closing
+    if real.startswith(b"250"):
+        assert core.finished == [one] and one.all_sent, "whichever reply it was, it said yes"
+    else:
+        assert core.under_way() == [one] and not one.said and one.text_out, "in doubt"
+
+
+def test_what_was_taken_by_bdat_stays_taken_when_the_connection_ends():
+    core = ClientSession(CHUNKING)
+    one = mail()
+    core.begin(one)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n250 taken\r\n421 4.3.2 enough\r\n")
+    assert core.closing and core.under_way() == [one]
+    assert results(one) == {0: 250} and 0 in one.said and not one.text_out
+
+
+def test_an_envelope_follows_a_bdat_that_is_not_answered_yet():
+    core = ClientSession(CHUNKING)
+    first, second = mail(), mail("e@f")
+    core.begin(first)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n")
+    assert core.may_follow
+    core.begin(second)
+    assert written(core).startswith(b"MAIL FROM") and not core.may_follow
+    in_turn(core, b"552 5.3.4 big\r\n250 reset\r\n250 m\r\n250 r\r\n250 taken\r\n250 reset\r\n")
+    assert core.finished == [first, second] and results(first) == {0: 552} and second.all_sent and core.idle

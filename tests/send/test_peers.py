@@ -33,6 +33,12 @@ def relay_to(peer: FakeMx, folder, *settings: str) -> Relay:
         ({"MAIL": [RESET]}, {"deferred": 1, "delivered": 1}),
         ({"EHLO": [RESET]}, {"deferred": 1, "delivered": 1}),
         ({"DATA": [b"nonsense\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"250 2.0.0 taken\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"399 go\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"250 2.0.0 taken\r\n354 go\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"DATA": [b"354 go\r\n250 2.0.0 taken\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"RCPT": [b"250 ok\r\n250 ok\r\n"]}, {"deferred": 1, "delivered": 1}),
+        ({"EHLO": [b"451 4.3.0 later\r\n"]}, {"deferred": 1, "delivered": 1}),
         ({"RCPT": [b"250\r\n"]}, {"delivered": 1}),
         ({"MAIL": [b"250-a\r\n250-b\r\n250 c\r\n"]}, {"delivered": 1}),
     ],
@@ -73,6 +79,24 @@ def test_eight_bit_mail_for_a_seven_bit_peer_bounces(tmp_path):
         assert bounce["reply"].startswith("5.6.3")
         wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
         assert not any(b"\xc3" in text for _, _, text in peer.messages)
+
+
+def test_eight_bit_mail_waits_for_a_peer_that_refuses_ehlo_for_now(tmp_path):
+    """HELO would leave it without 8BITMIME, and the mail would come back for good."""
+    with FakeMx({"EHLO": [b"451 4.3.0 later\r\n"], "HELO": b"250 old\r\n"}) as peer, relay_to(peer, tmp_path) as relay:
+        with smtplib.SMTP("127.0.0.1", relay.port) as client:
+            client.sendmail("a@b", ["c@d"], b"Subject: x\r\n\r\n\xc3\xbc\r\n")
+        wait_for(lambda: relay.events("delivered"))
+        assert len(relay.events("deferred")) == 1 and not relay.events("bounced")
+        assert "HELO" not in peer.commands
+
+
+def test_a_bdat_that_is_taken_is_taken_when_the_connection_ends_behind_it(tmp_path):
+    rules = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250 CHUNKING\r\n", "RSET": [b"421 4.3.2 enough\r\n"]}
+    with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
+        relay.send()
+        wait_for(lambda: relay.events("delivered") and relay.summary() == [])
+        assert len(peer.messages) == 1 and not relay.events("deferred")
 
 
 def two_hosts(folder, *ports: int) -> Relay:

@@ -1,5 +1,6 @@
 """Smart hosts: balance and health, logins and tokens, LMTP, BDAT, source addresses, rewriting, staging."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -19,6 +20,11 @@ import trustme
 
 from relaymta.config import Config
 from relaymta.log import Log
+from relaymta.proto.envelope import QueueName
+from relaymta.route.lookup import Answer
+from relaymta.route.mx import NoRoute
+from relaymta.route.sites import Sites
+from relaymta.route.table import RouteTable
 from relaymta.send.opener import Sources
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -442,8 +448,65 @@ def test_a_dead_token_endpoint_defers_with_its_reason(tmp_path, authority, endpo
             assert "token endpoint" in relay.cli("message", "explain", ident).stdout
 
 
-def test_credentials_never_leave_over_an_unverified_connection():
-    with pytest.raises(ValueError, match="oauth needs username"):
-        Config.model_validate(
-            {"listener": [{"address": "127.0.0.1:1"}], "route": [{"hosts": ["h"], "oauth": {"token_url": "x", "client_id": "y"}}]}
-        )
+LOGIN = {"tls": "verify", "username": "me", "password_env": "X"}
+TOKENS = {"client_id": "y"}
+
+
+@pytest.mark.parametrize(
+    ("route", "problem"),
+    [
+        ({"hosts": ["h"], "oauth": TOKENS | {"token_url": "https://x.example/t"}}, "oauth needs username"),
+        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "token_url: secrets go over https"),
+        (
+            {"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1@x.example/t"}},
+            "token_url: secrets go over",
+        ),
+        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
+        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),
+        (LOGIN, "username needs hosts"),  # the MX of every domain would get them
+        ({"lookup": "https://x.example/r", **LOGIN}, "needs an https:// or loopback URL, and lookup_hosts"),
+        ({"lookup": "http://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://localhost.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://127.0.0.1.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://[::1]:80/r", "lookup_hosts": [".x.example"], **LOGIN}, ""),
+        ({"lookup": "https://x.example/r", "lookup_hosts": ["h"], **LOGIN}, ""),
+        ({"lookup": "http://x.example/r"}, ""),
+    ],
+)
+def test_credentials_never_leave_but_protected_and_to_listed_hosts(route, problem):
+    config = {"listener": [{"address": "127.0.0.1:1"}], "route": [route]}
+    if problem:
+        with pytest.raises(ValueError, match=problem):
+            Config.model_validate(config)
+    else:
+        Config.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes"),
+    [
+        ({"hosts": ["mx.x.example:587"]}, True),
+        ({"hosts": ["MX.X.example."]}, True),
+        ({"hosts": ["x.example.evil.example"]}, False),
+        ({"hosts": ["mx.x.example", "evil.example"]}, False),
+        ({"hosts": ["127.0.0.1:25"]}, False),
+        ({}, False),  # 404: not to the MX either
+    ],
+)
+def test_a_look_up_names_no_host_that_credentials_may_not_go_to(answer, goes, monkeypatch):
+    asked = Answer(tuple(answer.get("hosts", ())), "", 60.0)
+
+    async def ask(url: str, domain: str, application: str) -> Answer:
+        return asked
+
+    monkeypatch.setattr("relaymta.route.sites.ask", ask)
+    route = {"name": "r", "lookup": "https://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}
+    config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "route": [route]})
+    sites = Sites(RouteTable(config), None, set(), lambda: 0.0)  # type: ignore[arg-type]
+    name = QueueName("r", "d.example")
+    if goes:
+        assert asyncio.run(sites.find(name)).names == list(asked.hosts)
+        return
+    with pytest.raises(NoRoute) as failure:
+        asyncio.run(sites.find(name))
+    assert not failure.value.permanent and "d.example" in failure.value.public and "x.example/r" not in failure.value.public

@@ -1,0 +1,238 @@
+"""Failure notices: one message whatever the returned one was, and nothing in it that only concerns who runs the relay."""
+
+import asyncio
+import email
+import re
+import smtplib
+import socket
+import ssl
+import threading
+from email import policy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from aiosmtplib import SMTPAuthenticationError, SMTPConnectTimeoutError, SMTPHeloError, SMTPResponseException
+from aiosmtplib.errors import SMTPConnectResponseError
+
+from relaymta.config import OAuth
+from relaymta.errors import Failure, redacted, told
+from relaymta.proto.dsn import failure_notice
+from relaymta.proto.envelope import Attempt, Envelope, RecipientState, decode_recipient, encode
+from relaymta.proto.smtp_client import stuff
+from relaymta.send.connect import Peer, _failure
+from relaymta.send.login import LoginFailed
+from relaymta.send.oauth import TokenError, Tokens
+from tests.speedups import oracle
+from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.fake_mx import FakeMx
+
+EVIL = "Subject: x\r\n.\r\nMAIL FROM:<ceo@bank.example>\r\nRCPT TO:<victim@d.example>\r\nDATA\r\nSubject: forged\r\n"
+CHUNKING = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250 CHUNKING\r\n"}
+
+
+def send_raw(relay: Relay, header: str, body: str = "x\r\n", sender: str = "a@b.example") -> None:
+    with smtplib.SMTP("127.0.0.1", relay.port) as client:
+        client.sendmail(sender, ["nobody@d.example"], (header + "\r\n" + body).encode())
+
+
+@pytest.mark.parametrize("rules", [{}, CHUNKING], ids=["DATA", "BDAT"])
+@pytest.mark.parametrize("size", [1, 1_500_000], ids=["in memory", "streamed"])
+def test_a_dot_in_the_returned_header_ends_nothing(tmp_path, rules, size):
+    """Two messages of a stranger's made our next hop execute what stood behind the dot."""
+    rules = rules | {"RCPT": {"nobody@d.example": b"550 5.1.1 no\r\n"}}
+    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        send_raw(relay, EVIL, "x\r\n" * (size // 3))
+        ((sender, to, text),) = wait_for(lambda: peer.messages)
+        assert (sender, to) == ("", ["a@b.example"])
+        assert EVIL.encode() in text, "as it was"
+        relay.send("Subject: the next\r\n\r\n.\r\n..\r\n", "a@b.example", "c@d.example")
+        wait_for(lambda: len(peer.messages) == 2 and relay.summary() == [])
+        assert [to for _, to, _ in peer.messages] == [["a@b.example"], ["c@d.example"]], "nobody else got anything"
+        assert peer.messages[1][2].endswith(b"\r\n\r\n.\r\n..\r\n")
+
+
+def test_a_large_text_with_dots_at_the_borders_of_its_pieces_comes_as_it_was(tmp_path):
+    body = "".join("." * (n % 5) + "y" * (n % 97) + "\r\n" for n in range(60_000))
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        send_raw(relay, "Subject: large\r\n", body)
+        wait_for(lambda: peer.messages)
+        assert peer.messages[0][2].endswith(b"Subject: large\r\n\r\n" + body.encode())
+
+
+NASTY = ["\r\n.\r\nQUIT\r\n", "a\rb", "a\nb", "a\0b", "\n.\n", "\r.\r", "\u2028x\x85y\x0bz", "ü" * 600, "x" * 3000]
+
+
+@pytest.mark.parametrize("nasty", NASTY, ids=repr)
+@pytest.mark.parametrize("where", ["header", "recipient", "reply", "phase", "peer", "enhanced", "sender", "inside"])
+@pytest.mark.parametrize("utf8", [False, True])
+def test_no_line_of_a_notice_holds_what_ends_a_line(nasty, where, utf8):
+    given = {name: nasty if name == where else "x" for name in ("recipient", "reply", "phase", "peer", "enhanced", "inside")}
+    attempt = Attempt(
+        0, "permanent", given["phase"], given["peer"], 550, given["enhanced"], given["reply"], "kept inside " + given["inside"]
+    )
+    envelope = Envelope(nasty if where == "sender" else "a@b", [], 1, 0, 0, 0)
+    address = given["recipient"] + ("@ü" if utf8 else "@d")
+    header = b"Subject: " + (nasty.encode() if where == "header" else b"x") + b"\r\n"
+    text = failure_notice(
+        envelope, [(address, attempt, False)], header, hostname="relay.example", ident="I", original_ident="O", seconds=0
+    )
+    lines = text.split(b"\r\n")
+    assert all(not re.search(rb"[\r\n\0]", line) and len(line) <= 998 for line in lines)
+    assert lines[-1] == b"" and not any(b"kept inside" in line for line in lines)
+    assert oracle.unstuff(b"".join(stuff([text]))) == (text, b""), "and the receiver sees it as it is"
+    report = email.message_from_bytes(text, policy=policy.default)
+    assert report.get_content_type() == "multipart/report" and len(list(report.iter_parts())) == 3
+    assert report["To"] is not None and report["Auto-Submitted"] == "auto-replied"
+
+
+def test_the_returned_header_cannot_end_its_part():
+    attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.1.1", "no")
+    text = failure_notice(
+        Envelope("a@b", [], 1, 0, 0, 0), [("c@d", attempt, False)], b"Subject: x\r\n--=_I\r\nContent-Type: text/html\r\n",
+        hostname="relay.example", ident="I", original_ident="O", seconds=0,
+    )  # fmt: skip
+    assert len(list(email.message_from_bytes(text, policy=policy.default).iter_parts())) == 3
+
+
+# Two texts
+
+
+def test_an_attempt_is_read_both_ways():
+    """By a relay that does not know the cause, and from a spool that has none."""
+    now = encode(RecipientState(0, [Attempt(1, "transient", "auth", "mx", 0, "4.4.1", "logging in failed", "password_file /x")]))
+    state = decode_recipient(now)
+    assert (state.attempts[0].whole, state.attempts[0].cause) == ("4.4.1 logging in failed", "4.4.1 password_file /x")
+    old = encode([0, [[1, "transient", "rcpt", "mx", 450, "4.2.0", "busy"]]])
+    assert decode_recipient(old).attempts[0].cause == "450 4.2.0 busy"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("token endpoint https://id.example/token?key=abc&x=1: 401", "token endpoint https://id.example/token?***: 401"),
+        ("look-up at http://user:pa%2Fss@10.0.0.1:80/r: refused", "look-up at http://***@10.0.0.1:80/r: refused"),
+        ("https://a:b@c@d.example/x#frag end", "https://***@d.example/x?*** end"),
+        ('{"access_token": "abc.def", "x": 1}', '{"access_token": "***", "x": 1}'),
+        ("client_secret=hunter2&grant_type=x", "client_secret=***&grant_type=x"),
+        ("password = hunter2", "password = ***"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
+        ("refused Bearer abcdef123", "refused Bearer ***"),
+        ("the token eyJhbGciOiJub25lIn0.eyJhIjoxfQ.c2ln is old", "the token *** is old"),
+        ("the host offers AUTH PLAIN LOGIN, not SCRAM-SHA-256", "the host offers AUTH PLAIN LOGIN, not SCRAM-SHA-256"),
+        ("password_file /etc/x: No such file", "password_file /etc/x: No such file"),
+    ],
+)
+def test_secrets_are_hidden_from_operators_too(text, shown):
+    assert redacted(text) == shown
+    assert str(Failure("public", text)) == shown
+
+
+def test_hiding_secrets_takes_linear_time():
+    for text in ("://" * 100_000, "://@" * 100_000, "eyJ" * 100_000, "password=" * 100_000):
+        assert len(redacted(text)) <= 2000
+
+
+def test_only_a_failure_is_public():
+    assert told("ours") == ("ours", "")
+    assert told(Failure("public", "cause")) == ("public", "cause")
+    assert told(KeyError("/etc/secret"))[0] == "internal error"
+
+
+HOST = Peer("mail.example", "192.0.2.1", 587)
+SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
+
+
+@pytest.mark.parametrize(
+    ("peer", "phase", "error", "public", "cause"),
+    [
+        (HOST, "auth", TokenError("token endpoint https://x.example/t?k=hunter2: 401"), "mail.example: no access", "/t?***: 401"),
+        (HOST, "auth", LoginFailed("password_file /etc/secret: gone"), "mail.example: logging in", "/etc/secret"),
+        (HOST, "auth", SMTPAuthenticationError(535, "5.7.8 no: password=hunter2"), "mail.example: logging in", "535 5.7.8 no"),
+        (HOST, "connect", SMTPConnectResponseError(554, "5.7.1 you are listed"), "you are listed", "554 5.7.1 you are listed"),
+        (HOST, "ehlo", SMTPHeloError(451, "caf\udce9"), "caf\ufffd", "451 caf"),
+        (HOST, "connect", ConnectionRefusedError(111, "Connect failed ('192.0.2.1', 587)"), "mail.example: Connection", "587"),
+        (HOST, "connect", OSError("Multiple exceptions: [Errno 111] ('192.0.2.1', 1)"), "mail.example: no usable", "192.0.2.1"),
+        (HOST, "connect", SMTPConnectTimeoutError("Timed out: 192.0.2.1 on port 587"), "mail.example: timed out", "587"),
+        (HOST, "starttls", ssl.SSLCertVerificationError("CN=secret (_ssl.c:1006)"), "mail.example: its certificate", "_ssl.c"),
+        (HOST, "connect", socket.gaierror(-2, "Name or service not known"), "mail.example: its name", "Name or service"),
+        (HOST, "ehlo", SMTPResponseException(-1, "Malformed SMTP response line: x"), "mail.example: what it said", "Malformed"),
+        (SOCKET, "connect", FileNotFoundError(2, "gone", "/run/secret/lmtp"), "a local socket: No such file", "/run/secret"),
+        (HOST, "ehlo", KeyError("/root/x.py"), "mail.example: no usable connection", "/root/x.py"),
+    ],
+)  # fmt: skip
+def test_each_failure_to_connect_has_a_text_for_outsiders(peer, phase, error, public, cause):
+    failure = _failure(phase, peer, error)
+    assert failure.public.startswith(public) and cause in str(failure)
+    assert "hunter2" not in str(failure) + failure.public
+    for secret in ("/", "192.0.2.1", "_ssl", "[Errno", "password"):
+        assert secret not in failure.public
+    assert (failure.said is not None) == (isinstance(error, SMTPResponseException) and error.code > 0)
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A look-up or token endpoint that quotes what it was sent."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(400)
+        self.end_headers()
+        self.wfile.write(b'{"error_description": "you sent ' + sent.replace(b"=", b" ") + b'"}')
+
+    def log_message(self, *args: object) -> None:
+        """Be quiet."""
+
+
+def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
+    (tmp_path / "secret").write_text("hunter2")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/t?qu3ry=1"
+    settings = OAuth(token_url=url, client_id="me", client_secret_file=str(tmp_path / "secret"))
+    with pytest.raises(TokenError) as failure:
+        asyncio.run(Tokens(lambda name: "", lambda name, token: None).get(settings))
+    server.shutdown()
+    assert "you sent client_id me" in str(failure.value) and failure.value.public == "no access to the next host is to be had now"
+    assert "hunter2" not in str(failure.value) and "qu3ry" not in str(failure.value)
+
+
+SECRETS = ("://", "hunter2", "qu3ry", "s3cr3t", "hush", "Traceback", ".py:", "/secret", "[Errno", "passwords/")
+
+
+@pytest.mark.parametrize(
+    ("route", "cause"),
+    [
+        (
+            'lookup="http://hush:hunter2@127.0.0.1:{http}/r?qu3ry=1"',
+            "look-up of d.example at http://***@127.0.0.1:{http}/r?***: 503",
+        ),
+        ('hosts=["127.0.0.1:{closed}"]', "127.0.0.1: "),
+        ('hosts=["unix:{folder}/secret/lmtp"],protocol="lmtp"', "/secret/lmtp"),
+    ],
+    ids=["look-up", "connect", "socket"],
+)
+def test_a_notice_tells_no_secrets(tmp_path, route, cause):
+    """Mail that expires: the last attempt is what its sender reads."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    values = {"http": str(server.server_port), "closed": str(free_port()), "folder": str(tmp_path)}
+    for name, value in values.items():
+        route, cause = route.replace(f"{{{name}}}", value), cause.replace(f"{{{name}}}", value)
+    with FakeMx({}) as back:
+        routes = f'route=[{{name="back",sender=[""],hosts=["127.0.0.1:{back.port}"]}},{{name="out",{route}}}]'
+        with Relay(tmp_path, None, routes, "delivery.first_retry=0.3", "queue.max_age=1") as relay:
+            send_raw(relay, "Subject: x\r\n")
+            ident = wait_for(lambda: relay.events("deferred"))[0]["id"]
+            explained = relay.cli("message", "explain", ident, check=False).stdout
+            ((_, _, text),) = wait_for(lambda: back.messages, 30)
+            reply = wait_for(lambda: relay.events("bounced"))[0]["reply"]
+            assert cause in reply, "whoever runs the relay reads why"
+            for secret in SECRETS:
+                assert secret.encode() not in text.partition(b"Content-Type: text/rfc822-headers")[0], (secret, text.decode())
+            for secret in ("hunter2", "qu3ry", "hush"):
+                assert secret not in relay.log.read_text() + explained
+    server.shutdown()

@@ -1,0 +1,268 @@
+"""Every reply of every phase, over real sockets: a peer that answers each command with each class of reply, at the right time and
+out of turn. What counts as delivered the peer has and took; nothing comes twice but what was in doubt."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from aiosmtplib import SMTPException
+
+from relaymta.config import Route
+from relaymta.proto.sequence import HELO_AFTER
+from relaymta.proto.smtp_client import ClientSession, Mail, classify
+from relaymta.send.connect import ConnectFailed, Peer, Via, _client, _greet, connect
+from relaymta.send.login import LoginFailed, log_in
+from relaymta.send.oauth import Tokens
+from relaymta.send.session import Session
+
+GOOD = {
+    "banner": b"220 peer\r\n", "HELO": b"250 peer\r\n", "MAIL": b"250 2.1.0 ok\r\n", "RCPT": b"250 2.1.5 ok\r\n",
+    "DATA": b"354 go\r\n", "dot": b"250 2.0.0 taken\r\n", "RSET": b"250 2.0.0 ok\r\n", "QUIT": b"221 2.0.0 bye\r\n",
+}  # fmt: skip
+EHLO = {
+    "pipelining": b"250-peer\r\n250-PIPELINING\r\n250 8BITMIME\r\n",
+    "one by one": b"250-peer\r\n250 8BITMIME\r\n",
+    "chunking": b"250-peer\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 CHUNKING\r\n",
+}
+LINES = {
+    "1xx": b"150 wait\r\n",
+    "another 2xx": b"251 2.0.0 fine\r\n",
+    "3xx": b"399 more\r\n",
+    "354": b"354 go\r\n",
+    "4xx": b"450 4.2.0 no\r\n",
+    "421": b"421 4.3.2 bye\r\n",
+    "5xx": b"550 5.1.1 no\r\n",
+    "garbage": b"hello?\r\n",
+    "nothing": b"\r\n",
+}
+TEXT = b"\r\n\r\n.\r\n..x\r\n.QUIT\r\n"
+
+
+class Scripted:
+    """A peer. `script[verb]`: what it says to the first command of that kind; everything else is answered as a good server does.
+    `taken` counts the whole texts for somebody, by subject, that it said 2xx to."""
+
+    def __init__(self, kind: str, script: dict[str, bytes]) -> None:
+        self.ehlo = EHLO[kind]
+        self.script = script
+        self.taken: Counter[bytes] = Counter()
+        self.somebody = False  # there is a recipient
+        self.texts: list[bytes] = []
+        self.commands: list[str] = []
+
+    def answer(self, verb: str) -> bytes:
+        self.commands.append(verb)
+        return self.script.pop(verb, self.ehlo if verb == "EHLO" else GOOD[verb])
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._talk(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(self.answer("banner"))
+        while line := await reader.readline():
+            verb = line.decode("latin-1")[:4].upper()
+            if verb == "BDAT":
+                self._text(writer, await reader.readexactly(int(line.split()[1])))
+                continue
+            said = self.answer(verb)
+            writer.write(said)
+            self.somebody = not said.startswith((b"4", b"5")) if verb == "RCPT" else self.somebody and verb != "MAIL"
+            if said.startswith(b"421") or verb == "QUIT":
+                return
+            if verb == "DATA" and b"354" in said:
+                text = b""
+                while (line := await reader.readuntil(b"\r\n")) != b".\r\n":
+                    text += line.removeprefix(b".")
+                self._text(writer, text)
+
+    def _text(self, writer: asyncio.StreamWriter, text: bytes) -> None:
+        said = self.answer("dot")
+        subject = text.partition(b"\r\n")[0]
+        self.texts.append(text)
+        if said.startswith(b"2") and self.somebody:
+            self.taken[subject] += 1
+        writer.write(said)
+
+
+class Sender:
+    """Sends its mails over one connection after another until each is delivered or refused for good, as the dispatcher does."""
+
+    def __init__(self, count: int) -> None:
+        self.left = [self.mail(number) for number in range(count)]
+        self.delivered: list[bytes] = []
+        self.refused: list[bytes] = []
+        self.doubts: set[bytes] = set()
+        self.again: list[Mail] = []
+        self.over = asyncio.Event()
+
+    @staticmethod
+    def mail(number: int) -> Mail:
+        text = b"Subject: %d" % number + TEXT
+        return Mail(text.partition(b"\r\n")[0], "a@b", [(0, "c@d")], [text], len(text), False, False)
+
+    async def send(self, port: int) -> None:
+        self.over.clear()
+        try:
+            session = await connect(Peer("127.0.0.1", "127.0.0.1", port), VIA, TOKENS, self.make, 100)
+        except ConnectFailed:
+            return
+        self.idle(session)
+        async with asyncio.timeout(5):
+            await self.over.wait()
+
+    def make(self, core: ClientSession, peer: str) -> Session:
+        return Session(core, peer, asyncio.get_running_loop().time, self.idle, self.finished, self.lost)
+
+    def idle(self, session: Session) -> None:
+        if self.left:
+            session.send(self.left.pop(0))
+        elif session.core.idle:
+            session.quit()
+            self.over.set()
+
+    def finished(self, session: Session, mail: Mail) -> None:
+        said = mail.said.get(0)
+        result = "success" if mail.all_sent else classify(said) if said is not None else "nothing"
+        assert result != "nothing"
+        self.settle(mail, result)
+
+    def lost(self, session: Session, reason: str) -> None:
+        assert session.core.last_said is None or session.core.last_said.code == 421
+        for mail in session.core.under_way():
+            if mail.text_out:
+                self.doubts.add(mail.cargo)
+            self.settle(mail, classify(mail.said[0]) if 0 in mail.said else "transient")
+        self.over.set()
+
+    def settle(self, mail: Mail, result: str) -> None:
+        if result == "transient":
+            self.again.append(self.mail(int(mail.cargo.split()[1])))
+        else:
+            (self.delivered if result == "success" else self.refused).append(mail.cargo)
+
+
+VIA = Via(Route(), "relay.example", 5.0, "off")
+TOKENS = Tokens(lambda name: "", lambda name, token: None)
+
+
+def run(kind: str, script: dict[str, bytes], count: int) -> tuple[Scripted, Sender]:
+    async def main() -> tuple[Scripted, Sender]:
+        peer, sender = Scripted(kind, script), Sender(count)
+        server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+        async with server:
+            for _ in range(5):
+                await sender.send(server.sockets[0].getsockname()[1])
+                sender.left, sender.again = sender.left + sender.again, []
+                if not sender.left:
+                    break
+        return peer, sender
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("verb", ["banner", "EHLO", "MAIL", "RCPT", "DATA", "dot", "RSET", "QUIT"])
+@pytest.mark.parametrize("kind", EHLO)
+@pytest.mark.parametrize("extra", ["instead", "before", "behind"])
+def test_never_lost_and_never_doubled_without_cause(kind, verb, line, extra):
+    """`instead` of the right reply, or one more `before` or `behind` it, while three messages are on their way."""
+    count = 3
+    good = EHLO[kind] if verb == "EHLO" else GOOD[verb]
+    said = {"instead": LINES[line], "before": LINES[line] + good, "behind": good + LINES[line]}[extra]
+    peer, sender = run(kind, {verb: said}, count)
+    subjects = {b"Subject: %d" % number for number in range(count)}
+    assert not sender.left and sorted(sender.delivered + sender.refused) == sorted(subjects), "each has its end, once"
+    for subject in sender.delivered:
+        assert peer.taken[subject], "the peer has it, and took it"
+        assert subject + TEXT in peer.texts
+    for subject in subjects:
+        assert peer.taken[subject] <= 1 or subject in sender.doubts, "not twice"
+    if sender.refused:
+        assert LINES[line].startswith(b"5") or (line, extra) == ("354", "before"), "nobody said so"
+        assert len(sender.refused) == 1, "and not to the others"
+    assert all(text == b"" or (text.endswith(TEXT) and text.count(b"Subject: ") == 1) for text in peer.texts), "no other text"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [200, 220, 221, 250, 251, 299, 334, 354, 399, *range(420, 430), 450, 451, 452, *range(499, 506), *range(549, 556), 571],
+)
+def test_helo_follows_only_on_a_peer_that_does_not_know_ehlo(code):
+    """RFC 5321 4.1.4: with HELO there is no 8BITMIME, and 8-bit mail comes back for good."""
+
+    async def main() -> None:
+        peer = Scripted("pipelining", {"EHLO": b"%d what\r\n" % code})
+        async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            try:
+                session = await connect(Peer("127.0.0.1", "127.0.0.1", port), VIA, TOKENS, Sender(0).make, 100)
+            except ConnectFailed as error:
+                assert (error.phase, error.said.code) == ("ehlo", code)
+                assert code != 250 and code not in HELO_AFTER
+            else:
+                session.quit()
+                assert code == 250 or code in HELO_AFTER
+                assert ("HELO" in peer.commands) == (code != 250)
+
+    asyncio.run(main())
+
+
+def test_a_reply_too_many_behind_ehlo_is_not_that_to_starttls():
+    async def main() -> None:
+        peer = Scripted("pipelining", {"EHLO": b"250-peer\r\n250 STARTTLS\r\n220 go\r\n"})
+        async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            with pytest.raises(ConnectFailed, match="out of turn") as failure:
+                await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
+            assert failure.value.phase == "ehlo" and "STAR" not in peer.commands
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "scram-sha-256"])
+@pytest.mark.parametrize("line", [*LINES.values(), b"220 hello\r\n", b"250 2.0.0 ok\r\n", b"503 5.5.1 again\r\n", b"334 \r\n"])
+def test_only_235_is_a_login(mechanism, line, monkeypatch):
+    monkeypatch.setenv("RELAY_PASSWORD", "secret")
+
+    class Offers(Scripted):
+        def answer(self, verb: str) -> bytes:
+            self.commands.append(verb)
+            return {"banner": GOOD["banner"], "EHLO": b"250-peer\r\n250 AUTH " + mechanism.upper().encode() + b"\r\n"}.get(
+                verb, line
+            )
+
+    async def main() -> None:
+        peer = Offers("pipelining", {})
+        route = Route(hosts=["127.0.0.1"], tls="verify", username="me", password_env="RELAY_PASSWORD", auth=mechanism)
+        async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            client = _client(host, Via(route, "relay.example", 5.0, "off"))
+            await client.connect()
+            await _greet(client)
+            with pytest.raises((LoginFailed, SMTPException)):
+                await log_in(client, route, TOKENS)
+            client.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("line", [line for line in LINES.values() if not line.startswith(b"220")])
+def test_only_220_starts_tls(line):
+    """And where TLS has to be there is no other way."""
+
+    async def main() -> None:
+        peer = Scripted("pipelining", {"STAR": line})
+        peer.ehlo = b"250-peer\r\n250 STARTTLS\r\n"
+        async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            with pytest.raises(ConnectFailed) as failure:
+                await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
+            assert failure.value.phase == "starttls"
+            assert "MAIL" not in peer.commands
+
+    asyncio.run(main())
