@@ -22,7 +22,8 @@ from relaymta.send.session import Session
 __all__ = ["Opener", "Sources"]
 
 PROBE_EVERY = 4.0  # seconds between two looks at a smart host that is down
-PROBE_TIMEOUT = 5.0
+PROBE_TIMEOUT = 5.0  # for the first look; twice that for the next, and so on: a host that is slow is not down
+PROBE_LONGEST = 3600.0  # then the next message sees
 RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host takes that many)
 PLUMBED_SECONDS = 30.0  # between two looks whether an address is ours
 
@@ -141,7 +142,8 @@ class Opener:
         except ConnectFailed as error:
             if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
                 return await self._once(site, peer, "off", source, timeout)
-            if site.hosts is None and error.phase == "connect" and error.said is None:
+            # A look (`timeout`) is impatient: that it has seen nothing says little.
+            if site.hosts is None and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
             raise
         if self._down and self._down.pop(name, None) is not None:
@@ -167,15 +169,19 @@ class Opener:
             task.add_done_callback(self._probing.discard)
 
     async def _probe(self, peer: Peer, name: str, tls: str) -> None:
+        patience, began = PROBE_TIMEOUT, time.monotonic()
         while name in self._down:
             await asyncio.sleep(PROBE_EVERY)
             try:
-                async with asyncio.timeout(PROBE_TIMEOUT):
+                async with asyncio.timeout(patience):
                     greets = await _greets(peer, tls)
             except Exception:  # whatever it did, it did not greet
-                continue
+                greets = False
             if greets and self._down.pop(name, None) is not None:
                 self._log.event("warning", text=f"smart host {name} can be reached again")
+            elif time.monotonic() - began > PROBE_LONGEST:
+                self._down.pop(name, None)
+            patience = min(2 * patience, self._config.delivery.connect_timeout)
 
     def down(self, route: Route) -> dict[str, str]:
         """The smart hosts of a route that are down, and why."""
@@ -204,7 +210,8 @@ async def _greets(peer: Peer, tls: str) -> bool:
     else:
         reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=implicit_tls(peer, tls))
     try:
-        good = (await reader.readline()).startswith(b"220")
+        line = await reader.readline()
+        good = line.startswith(b"220") and line.endswith(b"\n")
         writer.write(b"QUIT\r\n")
         return good
     finally:

@@ -1,5 +1,6 @@
 """What an outage costs: one failure, however many connections fail in it, and only the time until it is seen to be over."""
 
+import asyncio
 import json
 import socket
 import ssl
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 import trustme
 
+from relaymta.config import Config
+from relaymta.log import Log
+from relaymta.send.connect import Peer
+from relaymta.send.opener import Opener
 from tests.conftest import PROVE
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -226,3 +231,46 @@ def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, co
             relay.send()
             time.sleep(6)
             assert peer.commands.count("AUTH") == 1
+
+
+BANNERS = [
+    # what a smart host says first, and whether it greets (RFC 5321 3.1)
+    (b"220 here\r\n", True),
+    (b"220-here\r\n220 I am\r\n", True),
+    (b"421 4.3.2 not now\r\n", False),
+    (b"554 5.3.2 no\r\n", False),
+    (b"220", False),
+    (b"", False),
+    (b"x" * 200_000, False),
+]
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize(("banner", "greets"), BANNERS)
+async def test_a_smart_host_is_back_when_it_greets(monkeypatch, context, banner, greets, implicit):
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(banner)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context if implicit else None)
+    port = server.sockets[0].getsockname()[1]
+    if implicit:
+        monkeypatch.setattr("relaymta.send.connect.IMPLICIT_TLS_PORT", port)
+    monkeypatch.setattr("relaymta.send.opener.PROBE_EVERY", 0.01)
+    config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}]})
+    opener = Opener(config, Any, Quiet(), Any, Any)  # type: ignore[arg-type]
+    opener._down["h"] = "refused"
+    probe = asyncio.ensure_future(opener._probe(Peer("localhost", "127.0.0.1", port), "h", "encrypt"))
+    await asyncio.wait([probe], timeout=5 if greets else 0.3)
+    assert probe.done() == greets
+    assert opener._down == ({} if greets else {"h": "refused"})
+    probe.cancel()
+    server.close()
+
+
+class Quiet(Log):
+    def __init__(self) -> None:
+        pass
+
+    def event(self, event: str, **fields: Any) -> None:
+        pass
