@@ -16,7 +16,7 @@ from relaymta.dns import Resolver
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.node import BOUNCE, DEAD, HOLD, TOKEN, Fact, Facts
+from relaymta.node import BOUNCE, HOLD, TOKEN, Fact, Facts
 from relaymta.proto.envelope import (
     DOTTED,
     EIGHT_BIT,
@@ -855,10 +855,9 @@ class Dispatcher:
         self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stood still waiting for {waits}{stack}")
 
     def look_back(self) -> None:
-        """What slept because of sites that were down when the process before this one ended is offered again: it is put to
-        sleep here, and goes when they are up."""
-        if any(fact.kind == DEAD for fact in self._facts):
-            self._wake()
+        """What slept when the process before this one ended is offered again: it is put to sleep here where that is still right.
+        (A site may have been found up meanwhile, and nobody told us.)"""
+        self._wake()
 
     def forget_parked(self) -> None:
         """Queues that we let sleep may have been woken by others."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import ssl
 import struct
@@ -212,6 +214,48 @@ def test_what_the_host_itself_put_off_keeps_its_schedule(tmp_path):
             assert [to for _, to, _ in peer.messages] == [["now@d.example"]]
             (row,) = relay.summary()
             assert (row["messages"], row["parked"]) == (1, False)
+
+
+@pytest.mark.parametrize("what", ["all", "a worker"])
+def test_what_slept_when_a_process_died_goes_when_the_site_is_up(tmp_path, what):
+    """No new mail says that there is a site."""
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{port}", f"delivery.first_retry={HOUR}", workers=2) as relay:
+        for _ in range(8):
+            relay.send()
+        wait_for(lambda: "smarthost" in relay.cli("shaping", "active").stdout)
+        wait_for(lambda: relay.summary()[0]["parked"])
+        time.sleep(0.3)
+        if what == "all":
+            relay.kill()
+            relay.start()
+        else:
+            os.kill(relay.worker_pids()[0], signal.SIGKILL)
+        with FakeMx({}, port) as peer:
+            wait_for(lambda: len(peer.messages) == 8, what="all mail")
+
+
+def test_a_suspended_site_is_not_looked_at(tmp_path):
+    with Relay(tmp_path, f"127.0.0.1:{(port := free_port())}", f"delivery.first_retry={HOUR}") as relay:
+        relay.send()
+        wait_for(lambda: relay.events("deferred"))
+        relay.cli("site", "suspend", "smarthost", "--for", "1h", "--reason", "told to")
+        with FakeMx({}, port) as peer:
+            time.sleep(5)
+            assert peer.connections == 0
+            relay.cli("site", "resume", "smarthost")
+            wait_for(lambda: peer.messages)
+
+
+def test_two_workers_look_as_often_as_one(tmp_path):
+    port = free_port()
+    with Relay(tmp_path, f"127.0.0.1:{port}", f"delivery.first_retry={HOUR}", workers=2) as relay:
+        for _ in range(8):
+            relay.send()
+        wait_for(lambda: "smarthost" in relay.cli("shaping", "active").stdout)
+        with Broken(busy, port) as peer:
+            time.sleep(8)
+            assert 1 <= peer.connections <= 5, "every two seconds"
 
 
 def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, context):
