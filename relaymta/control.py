@@ -60,9 +60,13 @@ class Channel:
         if not self.open:
             raise ConnectionError("the process is gone")
         self._next += 1
-        future = self._waiting[self._next] = self._loop.create_future()
-        self._send({"id": self._next, "op": op, "args": args}, descriptors or [])
-        return await future
+        ident = self._next
+        future = self._waiting[ident] = self._loop.create_future()
+        try:
+            self._send({"id": ident, "op": op, "args": args}, descriptors or [])
+            return await future
+        finally:
+            self._waiting.pop(ident, None)  # who asked may have run out of time
 
     def tell(self, op: str, /, **args: Any) -> None:
         """Send a notice; no answer."""

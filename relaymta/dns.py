@@ -85,7 +85,7 @@ class Resolver:
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
-        self._asking: dict[tuple[str, str], asyncio.Future[Records]] = {}
+        self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """((preference, exchange) of a domain's MX records, as they came; "" is the null MX (RFC 7505)), and until when
@@ -128,18 +128,20 @@ class Resolver:
             self._count("hit")
             return known
         asked = self._asking.get(key)
-        if asked is not None:
-            self._count("hit")
-            return await asyncio.shield(asked)
-        self._count("query")
-        answer = self._asking[key] = asyncio.get_running_loop().create_future()
+        self._count("query" if asked is None else "hit")
+        if asked is None:
+            # A task of its own: it belongs to all who come to wait for it, so that one of them who is cancelled, or has run out
+            # of time, ends nobody's waiting but their own.
+            asked = self._asking[key] = asyncio.get_running_loop().create_task(self._question(name, kind))
+            asked.add_done_callback(lambda _: self._asking.pop(key, None))
+        return await asyncio.shield(asked)
+
+    async def _question(self, name: str, kind: str) -> Records:
+        """Ask; whatever happens to the question, those who wait for it get an answer."""
         try:
-            records = await self._query(name, kind, ALIASES)
-            answer.set_result(records)
-        finally:
-            del self._asking[key]
-            answer.cancel()  # nothing where there is an answer; else whoever waits is cancelled with us
-        return records
+            return await self._query(name, kind, ALIASES)
+        except asyncio.CancelledError:  # `close`, and nobody else
+            return Records([], DnsFailure(f"{name} {kind}: the resolver is closed"), 0.0)
 
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
         """Ask, and keep the answer. `aliases`: so many CNAMEs are followed."""
@@ -165,6 +167,9 @@ class Resolver:
                 error, ttl = NoSuchName(name) if code == NO_NAME else NoData(name), NEGATIVE_SECONDS
             else:
                 error = DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}")
+        except Exception as failure:  # a name that is none, or an answer that is no text: both come from outside
+            values, error = [], DnsFailure(f"{name!r} {kind}: {type(failure).__name__}: {failure}")
+            ttl = FAILURE_SECONDS
         return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
 
     def _keep(self, name: str, kind: str, records: Records) -> Records:
@@ -185,7 +190,11 @@ class Resolver:
             self._resolver.reread()
 
     async def close(self) -> None:
-        """End what is being asked, and close c-ares."""
+        """End what is being asked (with DnsFailure for those who wait), and close c-ares."""
+        asked = list(self._asking.values())
+        for question in asked:
+            question.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
         await self._resolver.close()
 
 

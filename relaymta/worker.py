@@ -86,10 +86,10 @@ TEXT_SECONDS = 30.0
 class Witness(Events):
     """Counts and logs what the queue has made durable."""
 
-    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], wall: Callable[[int], int]) -> None:
-        """`wall`: the wall clock's time (ms) at a moment of the queue's clock."""
+    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], next_try: Callable[[Outcome], int]) -> None:
+        """`next_try`: when what is left of an outcome is tried again (ms of the wall clock)."""
         self._landed = landed
-        self._wall = wall
+        self._next_try = next_try
         self._add = counters.add
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
         self._log = log
@@ -137,9 +137,7 @@ class Witness(Events):
             self._log.event("delivered", recipients=[address], delay=round(delay, 3), **common)
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
-            self._log.event(
-                "deferred", recipient=address, phase=attempt.phase, next=self._wall(outcome.retry_at) / 1000, **common
-            )
+            self._log.event("deferred", recipient=address, phase=attempt.phase, next=self._next_try(outcome) / 1000, **common)
         else:
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             notice = format_id(outcome.notice.ident) if outcome.notice is not None else ""
@@ -180,13 +178,18 @@ class Shard:
             settings,
             worker.assign,
             self.dispatcher.offer,
-            Witness(worker.counters, worker.log, self.dispatcher.landed, lambda moment: self.queue.clock.wall(moment)),
+            Witness(worker.counters, worker.log, self.dispatcher.landed, self._next_try),
             self.dispatcher.awake,
             worker.sign_notice,
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
         self.count_at = 0.0
+
+    def _next_try(self, outcome: Outcome) -> int:
+        """Its own schedule's time, or later, when its queue sleeps."""
+        asleep = self.dispatcher.sleeps_until(outcome.entry.queue) if outcome.name == outcome.entry.name else 0
+        return self.queue.clock.wall(max(outcome.retry_at, asleep))
 
 
 class Worker:
@@ -247,6 +250,7 @@ class Worker:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():
             await shard.queue.start(culprit)
+            shard.dispatcher.look_back()
             if culprit and shard.queue.quarantined:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
@@ -277,7 +281,8 @@ class Worker:
             shard.dispatcher.fact_changed(learned, (kind, site, about))
 
     def _gauges(self) -> None:
-        """Once a second: what is counted by looking."""
+        """Once a second, whatever becomes of it: what is counted by looking."""
+        self._timer = self.loop.call_later(1.0, self._gauges)
         now = self.loop.time()
         for shard in self.shards.values():
             if now >= shard.count_at:
@@ -306,7 +311,6 @@ class Worker:
             reason = next((s.queue.writer.last_error for s in self.shards.values() if s.queue.writer.last_error), "")
             self.log.event("store", state=state, reason="" if state == "ok" else reason or _STORE_REASONS.get(state, ""))
             self._store_state = state
-        self._timer = self.loop.call_later(1.0, self._gauges)
 
     def _watch_memory(self) -> None:
         """As memory runs out: first keep no texts in it, then take no more mail."""

@@ -91,3 +91,62 @@ async def test_the_cache_is_bounded(asked, monkeypatch):
         with pytest.raises(NoSuchName):
             await asked.resolver.mx(f"n{number}.test")
     assert len(asked.resolver._known) <= 20
+
+
+# Those who wait for the same answer
+
+
+class SlowNameserver(asyncio.DatagramProtocol):
+    """Answers one question, when `answer` is called: `name` has one MX, mx.test."""
+
+    def __init__(self) -> None:
+        self.questions: list[tuple[bytes, tuple[str, int]]] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
+        self.questions.append((data, address))
+
+    def answer(self) -> None:
+        data, address = self.questions[0]
+        end = data.index(b"\0", 12) + 5
+        record = b"\xc0\x0c\0\x0f\0\x01\0\0\x01\x2c\0\x0b\0\x0a\x02mx\x04test\0"
+        self.transport.sendto(data[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0" + data[12:end] + record, address)
+
+
+async def test_an_asker_who_runs_out_of_time_ends_nobody_elses_waiting():
+    server = SlowNameserver()
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, ("127.0.0.1", 0))
+    resolver = Resolver([f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"])
+    first = asyncio.ensure_future(asyncio.wait_for(resolver.values("slow.test", "MX"), 0.2))
+    others = [asyncio.ensure_future(resolver.mx("slow.test")) for _ in range(3)]
+    with pytest.raises(TimeoutError):
+        await first
+    others[0].cancel()
+    await asyncio.sleep(0)
+    server.answer()
+    found = await asyncio.gather(*others, return_exceptions=True)
+    assert isinstance(found[0], asyncio.CancelledError)
+    assert [values for values, _ in found[1:]] == [[(10, "mx.test")]] * 2
+    assert resolver._asking == {}
+    await resolver.close()
+    transport.close()
+
+
+async def test_when_the_resolver_is_closed_those_who_wait_get_an_answer():
+    server = SlowNameserver()
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, ("127.0.0.1", 0))
+    resolver = Resolver([f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"])
+    asked = [asyncio.ensure_future(resolver.mx("slow.test")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await resolver.close()
+    assert [type(error) for error in await asyncio.gather(*asked, return_exceptions=True)] == [DnsFailure] * 3
+    transport.close()
+
+
+@pytest.mark.parametrize("name", ["\udcff.test", "a..b", "x" * 70 + ".test", "a\nb.test"])
+async def test_what_is_no_name_is_a_failure_for_all_who_ask(asked, name):
+    found = await asyncio.gather(*(asked.resolver.mx(name) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in found] == [DnsFailure] * 3
+    assert asked.resolver._asking == {}

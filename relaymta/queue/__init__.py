@@ -449,12 +449,13 @@ class Queue:
         await self.writer.task(lambda change: None)  # behind their outcomes
         return len({entry.ident for entry in entries})
 
-    async def wake_queues(self) -> None:
-        """Let no queue sleep: what is due is tried now."""
+    async def wake_queues(self, numbers: Iterable[int] | None = None) -> None:
+        """Let no queue (or none of these) sleep: what is due is tried now."""
 
         def run(change: Change) -> None:
-            for row in list(self.store.queues(change.txn)):
-                if row.not_before:
+            rows = self.store.queues(change.txn) if numbers is None else map(partial(self.store.queue, change.txn), numbers)
+            for row in list(rows):
+                if row is not None and (row.not_before or numbers is not None):  # one that was named may be gone
                     change.park(row.number, 0)
 
         await self.writer.task(run)

@@ -20,7 +20,7 @@ from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
 
-__all__ = ["ConnectFailed", "Peer", "Via", "connect"]
+__all__ = ["ConnectFailed", "Peer", "Via", "connect", "implicit_tls"]
 
 SESSIONS_KEPT = 10_000  # hosts
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
@@ -66,6 +66,11 @@ class Via:
     source: Source | None = None
 
 
+def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
+    """The context for a peer that speaks TLS from the first octet; None for others."""
+    return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls in ("encrypt", "verify") else None
+
+
 class _Client(aiosmtplib.SMTP):
     """aiosmtplib, speaking LMTP where that is wanted (RFC 2033 4.1: LHLO, and no other greeting)."""
 
@@ -102,10 +107,12 @@ async def connect(
             phase = "auth"
             await log_in(client, via.route, tokens)
             _in_turn(client, phase)
-    except Exception as error:
+        return _handed_over(client, peer, via, make, recipients)
+    except BaseException as error:
         client.close()
-        raise _failure(phase, peer, error) from None
-    return _handed_over(client, peer, via, make, recipients)
+        if isinstance(error, Exception):
+            raise _failure(phase, peer, error) from None
+        raise
 
 
 async def _greet(client: _Client) -> None:
@@ -134,10 +141,10 @@ def _client(peer: Peer, via: Via) -> _Client:
     if peer.path:
         client = _Client(socket_path=peer.path, timeout=via.timeout, local_hostname=name, use_tls=False, start_tls=False)
     else:
-        implicit = peer.port == IMPLICIT_TLS_PORT and via.tls in ("encrypt", "verify")
+        implicit = implicit_tls(peer, via.tls)
         client = _Client(
             hostname=peer.address, port=peer.port, timeout=via.timeout, local_hostname=name, source_address=source,
-            use_tls=implicit, start_tls=False, tls_context=_context(via.tls) if implicit else None,
+            use_tls=implicit is not None, start_tls=False, tls_context=implicit,
         )  # fmt: skip
     if via.route.protocol == "lmtp":
         client.greeting = b"LHLO"

@@ -1,6 +1,7 @@
 """What is decided about sites: by operators, by rules about replies, by sites being down, and learned. Decisions are facts of
 the machine (node/); this applies those that it knows to one worker's pools, and makes known those that are made here."""
 
+import re
 from collections.abc import Callable
 
 from relaymta.config import Rule
@@ -13,6 +14,9 @@ from relaymta.send.pool import Pool
 
 __all__ = ["Decisions", "Tell"]
 
+ECHO_MS = 1000  # what we have told comes back to us, and says nothing new
+_REFUSED = re.compile(r"5\d\d[ -]")  # a reply that is final: the site is there, and has nothing to come back from
+
 Tell = Callable[[Fact | None, tuple[str, str, str]], None]
 
 
@@ -20,7 +24,8 @@ class Decisions:
     """The decisions that concern one worker's pools. Moments are the queue's clock (ms, `clock`) or the loop's (s, `now`).
 
     `tell(fact, key)` makes a fact known to the machine (None: `key` holds no longer). `send_back(pool, until, tenant)` takes
-    waiting mail (of one tenant, or all) out of a pool until then; `wake()` lets queues go on that were put to sleep.
+    waiting mail (of one tenant, or all) out of a pool until then; `wake()` lets queues go on that were put to sleep, `rise(pool)`
+    those that sleep because of this pool's site.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class Decisions:
         clock: Callable[[], int],
         send_back: Callable[[Pool, int, str | None], None],
         wake: Callable[[], None],
+        rise: Callable[[Pool], None],
     ) -> None:
         self.facts = facts
         self._tell = tell
@@ -42,6 +48,7 @@ class Decisions:
         self._clock = clock
         self._send_back = send_back
         self._wake = wake
+        self._rise = rise
 
     def asleep(self, pool: Pool, tenant: str) -> int:
         """Until when nothing of a tenant goes to a pool; 0 when it may."""
@@ -57,7 +64,7 @@ class Decisions:
         """A new pool begins with what the machine knows about its site."""
         dead = self.facts.get(DEAD, pool.key)
         if dead is not None:  # another worker, or the one before this, found it down
-            pool.down(int(dead.value), self._end(dead), dead.reason)
+            pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply))
         for kind, about in ((SLOW, ""), *((LEARNED, limit) for limit in LIMITS)):
             fact = self.facts.get(kind, pool.shape.key, about)
             if fact is not None:
@@ -82,6 +89,7 @@ class Decisions:
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached."""
         self._log.event("site", route=pool.key, state="up", reason="", until=0)
+        self.facts.forget(DEAD, pool.key, "")
         self._tell(None, (DEAD, pool.key, ""))
 
     def forget_dead(self) -> None:
@@ -144,9 +152,12 @@ class Decisions:
                     pool.learned.pop(about, None)
 
     def _dead_elsewhere(self, pool: Pool, fact: Fact | None) -> None:
-        if fact is None and pool.failures and not pool.sessions:
-            pool.down_until = 0
-            self._wake()
-        elif fact is not None and not pool.sessions and self._end(fact) > pool.down_until:
-            pool.down(int(fact.value), self._end(fact), fact.reason)
+        """Another worker found a site down, or (None) up; or an operator says that it is to be tried."""
+        if pool.sessions:
+            return  # we know better
+        if fact is None:
+            pool.up(self._now())
+            self._rise(pool)
+        elif self._end(fact) > pool.down_until + ECHO_MS:
+            pool.down(int(fact.value), self._end(fact), fact.reason, self._now(), not _REFUSED.match(fact.reply))
             self._send_back(pool, pool.down_until, None)

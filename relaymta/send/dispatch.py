@@ -2,12 +2,14 @@
 
 A site has a ready list and a pool. An entry goes to an idle session; when there is none and the limits allow, a
 connection is opened; otherwise it follows behind the text of a message under way. Where no host of a site can be
-reached, one message is charged with the attempt, the others go back untried and their queues sleep.
+reached, one message is charged with the attempt, the others go back untried and their queues sleep; all of them are due, so
+that they go as soon as a look in the background finds the site up. (What a failure of a site is: pool.py.)
 """
 
 import asyncio
 import traceback
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 
 from relaymta.config import Config
 from relaymta.dns import Resolver
@@ -39,7 +41,7 @@ from relaymta.send.opener import Opener, Sources
 from relaymta.send.outcome import judge
 from relaymta.send.pool import Pool, pool_key
 from relaymta.send.room import Room
-from relaymta.send.session import Session
+from relaymta.send.session import TIMEOUTS, Session
 from relaymta.send.standing import Orders
 from relaymta.shm import Flying, Limits, Rates
 
@@ -60,6 +62,8 @@ FREE_RETRIES = 3  # times a message may lose a reused connection before it costs
 LOOKUPS = 200  # domains whose hosts are looked up at the same time
 KEPT_DOWN = 50_000  # domains and queues that are remembered to be left alone
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
+AT_ONCE_MS = 1
+LOOKS = 50  # sites that are looked at in the background at the same time
 TOKEN_KEPT_MS = 400 * 86_400_000  # a refresh token that was not used for so long is worth nothing anywhere
 
 
@@ -98,13 +102,14 @@ class Dispatcher:
         self._lost_before: dict[int, int] = {}  # message id -> reused connections lost under it
         self._tasks: set[asyncio.Task[None]] = set()
         self._asking: dict[tuple[str, str, str], list[Entry]] = {}  # whose site is being looked up
-        self._nowhere: dict[tuple[str, str], tuple[int, int]] = {}  # domain: failed look-ups, until (queue clock)
+        self._nowhere: dict[tuple[str, str], _Nowhere] = {}  # by route and domain
         self._parked: dict[int, int] = {}  # queue: until when we let it sleep (queue clock)
         self._lookups = asyncio.Semaphore(LOOKUPS)
+        self._looks = 0  # at sites that are down, under way
         self.opener = Opener(config, resolver, log, Tokens(self._kept_token, self._keep_token), self._make)
         self._facts, self._tell = facts, tell
         self.decisions = Decisions(
-            facts, tell, log, self.pools, self.loop.time, lambda: self._queue().clock.now(), self._send_back, self._wake
+            facts, tell, log, self.pools, self.loop.time, self._clock, self._send_back, self._wake, self._rise
         )
         self.orders = Orders(facts, self._queue, self._return, self._give_up, self._spawn)
         self._configure(config, routes)
@@ -158,7 +163,7 @@ class Dispatcher:
         until = self.decisions.asleep(pool, entry.name.application)
         if until:
             self._return(entry)
-            self._park(entry.queue, until)
+            self._sleep(pool, entry.queue, until)
         elif len(pool.ready) >= CROWDED and entry.name.priority != "express":
             # One slow site does not fill the window that all sites share.
             pool.skipped.add(entry.queue)
@@ -206,6 +211,33 @@ class Dispatcher:
             self._parked[queue] = until
             self._queue().park(queue, until)
 
+    def _sleep(self, pool: Pool, queue: int, until: int) -> None:
+        """Let a queue sleep because of a site."""
+        if pool.failures:
+            pool.sleeping.add(queue)
+        self._park(queue, until)
+
+    def _rise(self, pool: Pool) -> None:
+        """What sleeps because of a site goes on: it is up, or worth another try."""
+        if pool.sleeping:
+            self._spawn(self._wake_some(pool, pool.sleeping))
+            pool.sleeping = set()
+
+    async def _wake_some(self, pool: Pool, queues: set[int]) -> None:
+        done = False
+        try:
+            for queue in queues:
+                self._parked.pop(queue, None)
+            await self._queue().wake_queues(queues)
+            done = True
+        finally:
+            if not done:
+                pool.sleeping |= queues  # the next tick tries again
+
+    def sleeps_until(self, queue: int) -> int:
+        """Until when we let a queue sleep (queue clock); 0 when we do not."""
+        return self._parked.get(queue, 0)
+
     def _next_suspect(self) -> None:
         self._alone = None
         while self._lineup and self._alone is None:
@@ -224,6 +256,9 @@ class Dispatcher:
         if entry is self._alone:
             self._next_suspect()
 
+    def _clock(self) -> int:
+        return self._queue().clock.now()
+
     def _queue(self) -> Queue:
         assert self.queue is not None
         return self.queue
@@ -234,7 +269,7 @@ class Dispatcher:
         """An entry waits until its domain's hosts are known; one question for all of its queue."""
         name = entry.name
         _, until = self.nowhere(name)
-        if until > self._queue().clock.now():
+        if until > self._clock():
             self._return(entry)
             self._park(entry.queue, until)
             return
@@ -244,54 +279,65 @@ class Dispatcher:
             waiting.append(entry)
             return
         self._asking[key] = [entry]
-        self._spawn(self._find(key, name))
+        self._spawn(self._find(key, name, self.loop.time()))
 
     def nowhere(self, name: QueueName) -> tuple[int, int]:
         """(How often a domain could not be looked up in a row, until when it is left alone by the queue's clock)."""
-        return self._nowhere.get((name.route, name.domain), (0, 0))
+        known = self._nowhere.get((name.route, name.domain))
+        return (0, 0) if known is None else (known.failures, known.until)
 
-    async def _find(self, key: tuple[str, str, str], name: QueueName) -> None:
+    async def _find(self, key: tuple[str, str, str], name: QueueName, began: float) -> None:
+        site: Site | None = None
+        failure: NoRoute | None = None
         try:
             async with self._lookups:
                 site = await self.sites.find(name)
         except Exception as error:
             failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", *self._unexpected(error))
-            self._no_site(name, [e for e in self._asking.pop(key) if not e.cancelled], failure)
-            return
-        if self._nowhere:
-            self._nowhere.pop((name.route, name.domain), None)
-        for entry in self._asking.pop(key):
-            if not entry.cancelled:
+        finally:
+            entries = [entry for entry in self._asking.pop(key) if not entry.cancelled]
+            if site is None and failure is None:  # we are cancelled
+                for entry in entries:
+                    self._return(entry)
+        if failure is not None:
+            self._no_site(name, entries, failure, began)
+        elif site is not None:
+            if self._nowhere:
+                self._nowhere.pop((name.route, name.domain), None)
+            for entry in entries:
                 self._arrive(site, entry)
 
-    def _no_site(self, name: QueueName, entries: list[Entry], error: NoRoute) -> None:
-        """A domain has no host, for good or for now."""
+    def _no_site(self, name: QueueName, entries: list[Entry], error: NoRoute, began: float) -> None:
+        """A domain has no host, for good or for now. As with sites (pool.py), look-ups that are under way when one of them
+        fails, for other tenants or classes, are one failure."""
         if error.permanent:
             for entry in entries:
                 self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
-        failures, _ = self.nowhere(name)
-        pause = self._pause(failures + 1)
-        until = self._queue().clock.now() + pause
+        known = self._nowhere.get((name.route, name.domain))
+        if known is not None and began <= known.known_at:
+            for entry in entries:
+                self._look_up(entry)
+            return
+        failures = known.failures + 1 if known is not None else 1
+        until = self._clock() + self._pause(failures)
         if len(self._nowhere) >= KEPT_DOWN:
             self._nowhere.clear()
-        self._nowhere[name.route, name.domain] = (failures + 1, until)
-        self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, error, pause)
+        self._nowhere[name.route, name.domain] = _Nowhere(failures, until, self.loop.time())
+        self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, error)
 
     def _pause(self, failures: int) -> int:
         return retry_delay(failures, int(self.config.delivery.first_retry * 1000))
 
-    def _charge_one(
-        self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure, pause: int
-    ) -> None:
-        """Where nothing can be delivered one message is charged with the attempt; the others keep their place, their queues
-        sleep."""
+    def _charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure) -> None:
+        """Where nothing can be delivered one message is charged with the attempt; the others keep their place. Their queues
+        sleep, and nothing else keeps them: the one that was charged is due like the others, and goes when its queue wakes."""
         for number, entry in enumerate(entries):
+            self._park(entry.queue, until)
             if number == 0:
-                self._charge(entry, TRANSIENT, phase, "", said.code, enhanced, why, pause)
+                self._charge(entry, TRANSIENT, phase, "", said.code, enhanced, why, AT_ONCE_MS)
             else:
                 self._return(entry)
-            self._park(entry.queue, until)
 
     # Entries meet sessions
 
@@ -321,6 +367,9 @@ class Dispatcher:
         if not wanted:
             self.room.wait_no_longer(pool)
             return
+        if pool.failures and pool.down_until > self._clock():
+            self._send_back(pool, pool.down_until, None)  # what came back from connections that were lost
+            return
         if pool.pumping_at > self.loop.time() and not pool.waiting:
             return  # a rate lets no message begin now
         most = 1 if pool.failures else 50  # a site that was down is knocked at once
@@ -330,8 +379,8 @@ class Dispatcher:
                     self.room.wait(pool)
                 return
             self.room.wait_no_longer(pool)
-            pool.connecting += 1
-            self._spawn(self._open(pool))
+            self._count_in(pool)
+            self._spawn(self._open(pool, self.loop.time()))
 
     def _pump_in(self, pool: Pool, seconds: float) -> None:
         now = self.loop.time()
@@ -381,13 +430,15 @@ class Dispatcher:
         self._spawn(self._load_texts(pool, wanted))
 
     async def _load_texts(self, pool: Pool, entries: list[Entry]) -> None:
-        texts = await self._queue().read_texts(entries)
+        try:
+            texts = await self._queue().read_texts(entries)
+        finally:
+            pool.loading = False
         for entry, text in zip(entries, texts, strict=True):
             if isinstance(text, StoreError):
                 self._unreadable(pool, entry, text)
             else:
                 entry.text = text
-        pool.loading = False
         self._pump(pool)
 
     def _unreadable(self, pool: Pool, entry: Entry, error: StoreError) -> None:
@@ -402,26 +453,91 @@ class Dispatcher:
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
 
-    async def _open(self, pool: Pool) -> None:
-        """Open one connection to a site; its hosts are tried in order."""
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, StoreError):
+            self.log.event("warning", text=f"store: {error}")
+        elif isinstance(error, Exception):
+            self._unexpected(error)
+
+    async def _open(self, pool: Pool, began: float) -> None:
+        """Open one connection to a site, as was decided at `began`; its hosts are tried in order."""
         try:
-            session = await self.opener.open(pool.site, pool.source)
+            session = await self._connect(pool)
         except Exception as error:
-            failure = error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", *self._unexpected(error))
-            pool.connecting -= 1
-            self.room.give(pool)
             self.counters.add(FAILED, 1)
-            said = failure.said if isinstance(failure, ConnectFailed) else None
-            if said is not None and said.code == 421:
-                self.decisions.learned(pool, pool.refused_connection(said, self.loop.time()))
-            if not pool.sessions:
-                self._site_failed(pool, failure)
-            return
-        pool.connecting -= 1
-        if self._adopt(pool, session):
-            self._idle(session)
+            self._not_opened(pool, self._failure(error), began)
+        else:
+            if self._adopt(pool, session):
+                self._idle(session)
+
+    async def _connect(self, pool: Pool, timeout: float = 0.0) -> Session:
+        """A connection for which there is room, and a place in `pool.connecting`: both are given back when there is none."""
+        session = None
+        try:
+            session = await self.opener.open(pool.site, pool.source, timeout)
+            return session
+        finally:
+            pool.connecting -= 1
+            if session is None:
+                self.room.give(pool)
+
+    def _failure(self, error: Exception) -> ConnectFailed | NoRoute:
+        return error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", *self._unexpected(error))
+
+    def _not_opened(self, pool: Pool, failure: ConnectFailed | NoRoute, began: float) -> None:
+        """An attempt to connect, decided on at `began`, came to nothing."""
+        said = failure.said if isinstance(failure, ConnectFailed) else None
+        if said is not None and said.code == 421:
+            self.decisions.learned(pool, pool.refused_connection(said, began, self.loop.time()))
+        if not pool.sessions and pool.is_news(began):
+            self._site_failed(pool, failure)
+        elif not pool.sessions:
+            self._pump(pool)
+
+    async def _look(self, pool: Pool) -> None:
+        """See whether a site that is down can be used again. It is looked at with a connection such as its mail would have, so
+        that whatever kept the mail away is found out; but nothing is charged for one that fails."""
+        try:
+            session = await self._connect(pool, pool.look_timeout)
+        except Exception as error:
+            pool.look_at = self.loop.time() + pool.look_pause(self.loop.time())
+            if not _may_come_back(self._failure(error)):
+                pool.look_at = float("inf")
+            self._pump(pool)  # its time may have come meanwhile
+        else:
+            if self._adopt(pool, session):
+                self._idle(session)
+        finally:
+            pool.looking = False
+            self._looks -= 1
+
+    def _look_around(self, now: float, clock: int) -> None:
+        """Begin to look at the sites whose turn it is: that are down with mail asleep, or let us wait for a connection."""
+        turn = [
+            pool for pool in self.pools.values()
+            if (pool.connecting or pool.failures) and not pool.looking and pool.look_at <= now
+            and (pool.is_silent(now) if pool.connecting else pool.sleeping and pool.down_until > clock)
+        ]  # fmt: skip
+        for pool in sorted(turn, key=lambda pool: pool.look_at):
+            if self._looks >= LOOKS:
+                break
+            if self.decisions.facts.suspension(pool.shape.key, "") is not None:
+                continue
+            # Beyond the window: it may be full of attempts that stand still.
+            if self.room.may_look(pool, pool.look_pause(now)) and self.room.take(pool, beyond=1):
+                self._looks += 1
+                pool.looking = True
+                self._count_in(pool)
+                self._spawn(self._look(pool))
+
+    def _count_in(self, pool: Pool) -> None:
+        if not pool.connecting:
+            pool.opening_since = self.loop.time()
+        pool.connecting += 1
 
     def _unexpected(self, error: Exception) -> tuple[str, str]:
         """A mistake of ours must not strand mail: it waits, as for any other failure, and the log says where it happened."""
@@ -437,8 +553,8 @@ class Dispatcher:
             return False
         if pool.failures:
             self.decisions.alive(pool)
-        pool.failures = 0
-        pool.reason = ""
+        pool.up(self.loop.time())
+        self._rise(pool)
         pool.served = 0
         self.room.arrived(pool)
         self.counters.add(OPENED, 1)
@@ -450,6 +566,28 @@ class Dispatcher:
     async def _try_elsewhere(self, pool: Pool, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
         """The peer `unfit` cannot take a message (no SMTPUTF8, 8BITMIME, too small): another host of its site may. When
         none can it fails for good, when one could not be asked it is tried again later."""
+        failure: ConnectFailed | NoRoute | None
+        try:
+            session, failure = await self._one_that_takes(pool, entry, unfit)
+        except Exception as error:
+            session, failure = None, self._failure(error)
+        except BaseException:
+            entry.flying = False
+            self._return(entry)
+            raise
+        if session is not None:
+            session.send(_mail(entry, pool.site.route.rewrite_sender))
+        elif failure is None:
+            self._charge(entry, PERMANENT, "mail", unfit, 0, *refusal)
+        else:
+            phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
+            self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", failure)
+
+    async def _one_that_takes(
+        self, pool: Pool, entry: Entry, unfit: str
+    ) -> tuple[Session | None, ConnectFailed | NoRoute | None]:
+        """A connection to a host of a site, other than `unfit`, that can take a message; None when there is none, and why one
+        could not be asked."""
         failure: ConnectFailed | NoRoute | None = None
         asked = {unfit}
         peers: list[Peer] = []
@@ -466,17 +604,13 @@ class Dispatcher:
             except ConnectFailed as error:
                 failure = error
                 continue
-            fits = _unfit(entry, session.core.features) is None
-            if self._adopt(pool, session):
-                if fits:
-                    session.send(_mail(entry, pool.site.route.rewrite_sender))
-                    return
+            if not self._adopt(pool, session):
+                failure = ConnectFailed("ehlo", f"{peer.name}: the peer closed the connection")
+            elif _unfit(entry, session.core.features) is None:
+                return session, None
+            else:
                 self._idle(session)
-        if failure is None:
-            self._charge(entry, PERMANENT, "mail", unfit, 0, *refusal)
-        else:
-            phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
-            self._charge(entry, TRANSIENT, phase, "", 0, "4.4.1", failure)
+        return None, failure
 
     async def _connect_with_room(self, pool: Pool, peer: Peer) -> Session:
         """A connection to one host of a site, as soon as the limits allow it."""
@@ -503,14 +637,14 @@ class Dispatcher:
             for entry in entries:
                 self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
-        pause = self._pause(pool.failures + 1)
-        until = self._queue().clock.now() + pause
-        pool.down(pool.failures + 1, until, str(error))
+        until = self._clock() + self._pause(pool.failures + 1)
+        pool.down(pool.failures + 1, until, str(error), self.loop.time(), _may_come_back(error))
         said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")
         self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
         phase = error.phase if isinstance(error, ConnectFailed) else "route"
         enhanced = said.enhanced if said.code else getattr(error, "enhanced", "4.4.1")
-        self._charge_one(entries, until, phase, said, enhanced, error, pause)
+        pool.sleeping.update(entry.queue for entry in entries)
+        self._charge_one(entries, until, phase, said, enhanced, error)
 
     # Sessions speak
 
@@ -618,9 +752,11 @@ class Dispatcher:
         for entry in pool.ready.take_all():
             if tenant is None or entry.name.application == tenant:
                 self._return(entry)
-                self._park(entry.queue, until)
+                self._sleep(pool, entry.queue, until)
             else:
                 pool.ready.push(entry)
+        if not len(pool.ready):
+            self.room.wait_no_longer(pool)
 
     def _wake(self) -> None:
         """Queues that were put to sleep, by us or by the process before us, may go on; those that may not are put to sleep
@@ -675,20 +811,26 @@ class Dispatcher:
     # Time passes
 
     def _check(self) -> None:
+        """Each second, whatever becomes of it."""
+        self._timer = self.loop.call_later(CHECK_EVERY, self._check)
         if self._alone is not None and self._alone.cancelled:
             self._next_suspect()  # it was held, deleted or given up in its turn
         self.orders.tick()
         now = self.loop.time()
-        clock = self._queue().clock.now() if self.queue is not None else 0
+        clock = self._clock() if self.queue is not None else 0
         for session, pool in list(self._owner.items()):
             if session.deadline and now > session.deadline:
                 self.counters.add(WATCHDOG, 1)
                 self._say_stuck(session)
-                pool.timed_out()
+                pool.timed_out(session.deadline - TIMEOUTS[session.core.awaiting or "text"] * self.config.delivery.patience, now)
                 session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
             elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
                 self._retire(session, pool)
+        if not self.draining and self.queue is not None:
+            self._look_around(now, clock)
         for pool in list(self.pools.values()):
+            if pool.sleeping and pool.down_until <= clock:
+                self._rise(pool)
             if pool.skipped and len(pool.ready) < CROWDED // 2:
                 self._uncrowd(pool)  # however it emptied
             if len(pool.ready):
@@ -699,7 +841,6 @@ class Dispatcher:
                     self.room.wait_no_longer(pool)
                     self._uncrowd(pool)
                     self.pools.pop(pool.key, None)
-        self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
     def _say_stuck(self, session: Session) -> None:
         """The watchdog lets a delivery go: which, against whom, and where it stood."""
@@ -707,6 +848,11 @@ class Dispatcher:
         waits = f"the reply to {session.core.awaiting}" if session.core.awaiting else "its text to be taken"
         stack = "".join(f"; {line}" for line in session.stack())
         self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stood still waiting for {waits}{stack}")
+
+    def look_back(self) -> None:
+        """What slept when the process before this one ended is offered again: it is put to sleep here where that is still right.
+        (A site may have been found up meanwhile, and nobody told us.)"""
+        self._wake()
 
     def forget_parked(self) -> None:
         """Queues that we let sleep may have been woken by others."""
@@ -718,6 +864,7 @@ class Dispatcher:
         self._parked.clear()
         for pool in self.pools.values():
             pool.down_until = 0
+            self._rise(pool)
         self.decisions.forget_dead()
 
     def reconfigure(self, config: Config, routes: RouteTable) -> None:
@@ -765,6 +912,23 @@ class Dispatcher:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nowhere:
+    """A domain that could not be looked up: how often in a row, until when it is left alone (queue clock), and as of when we know
+    (loop time)."""
+
+    failures: int
+    until: int
+    known_at: float
+
+
+def _may_come_back(error: ConnectFailed | NoRoute) -> bool:
+    """Whether a site that cannot be used may be usable again at any moment. One that refuses us for good, or our login, is there:
+    asking again and again makes nothing better, and locks accounts."""
+    said = error.said if isinstance(error, ConnectFailed) else None
+    return said is None or not (said.code >= 500 or said.phase == "auth")
 
 
 def _is_large(entry: Entry) -> bool:

@@ -6,7 +6,6 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import xxhash
 
@@ -16,25 +15,17 @@ from relaymta.log import Log
 from relaymta.proto.smtp_client import ClientSession
 from relaymta.route.mx import targets
 from relaymta.route.sites import Site
-from relaymta.send.connect import ConnectFailed, Peer, Via, connect
+from relaymta.send.connect import ConnectFailed, Peer, Via, connect, implicit_tls
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
 
 __all__ = ["Opener", "Sources"]
 
-DOWN_LEAST, DOWN_MOST = 5.0, 120.0  # seconds a smart host that could not be reached is left alone
-PROBE_TIMEOUT = 10.0
+PROBE_EVERY = 4.0  # seconds between two looks at a smart host that is down
+PROBE_TIMEOUT = 5.0  # for the first look; twice that for the next, and so on: a host that is slow is not down
+PROBE_LONGEST = 3600.0  # then the next message sees
 RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host takes that many)
 PLUMBED_SECONDS = 30.0  # between two looks whether an address is ours
-
-
-@dataclass(slots=True)
-class _Health:
-    """A smart host that could not be reached."""
-
-    failures: int
-    until: float
-    reason: str
 
 
 class Sources:
@@ -103,20 +94,22 @@ class Opener:
         self._log = log
         self._make = make
         self._tokens = tokens
-        self._down: dict[str, _Health] = {}
+        self._down: dict[str, str] = {}  # smart hosts that could not be reached since they last were, and why
         self._probing: set[asyncio.Task[None]] = set()
-        self._now = asyncio.get_running_loop().time
 
     def reconfigure(self, config: Config) -> None:
-        """Take over a new configuration."""
+        """Take over a new configuration; who is down is found out anew."""
         self._config = config
+        self._down.clear()
+        self.close()
 
-    async def open(self, site: Site, source: Source | None) -> Session:
-        """A session with the first host of a site that can be reached. ConnectFailed or NoRoute when there is none."""
+    async def open(self, site: Site, source: Source | None, timeout: float = 0.0) -> Session:
+        """A session with the first host of a site that can be reached. ConnectFailed or NoRoute when there is none. `timeout`:
+        seconds to wait for each step at most (0: as configured)."""
         failure: ConnectFailed | None = None
         for peer in await self.peers(site):
             try:
-                return await self.to(site, peer, source)
+                return await self.to(site, peer, source, timeout)
             except ConnectFailed as error:
                 failure = error
         raise failure or ConnectFailed("connect", "no host to connect to")
@@ -140,69 +133,67 @@ class Opener:
         down = self.down(route)
         return sorted(hosts, key=lambda host: host in down)
 
-    async def to(self, site: Site, peer: Peer, source: Source | None) -> Session:
-        """A session with one host. ConnectFailed when it cannot be had."""
+    async def to(self, site: Site, peer: Peer, source: Source | None, timeout: float = 0.0) -> Session:
+        """A session with one host. ConnectFailed when it cannot be had. `timeout`: as for `open`."""
         tls = site.route.tls
         name = peer.label
         try:
-            session = await self._once(site, peer, tls, source)
+            session = await self._once(site, peer, tls, source, timeout)
         except ConnectFailed as error:
             if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
-                return await self._once(site, peer, "off", source)
-            if site.hosts is None and error.phase == "connect" and error.said is None:
+                return await self._once(site, peer, "off", source, timeout)
+            # A look (`timeout`) is impatient: that it has seen nothing says little.
+            if site.hosts is None and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
             raise
         if self._down and self._down.pop(name, None) is not None:
             self._log.event("warning", text=f"smart host {name} can be reached again")
         return session
 
-    async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None) -> Session:
-        via = Via(site.route, self._config.hostname, self._config.delivery.connect_timeout, tls, source)
+    async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None, timeout: float) -> Session:
+        longest = self._config.delivery.connect_timeout
+        via = Via(site.route, self._config.hostname, min(timeout or longest, longest), tls, source)
         return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
 
     # The health of smart hosts
 
     def _failed(self, site: Site, peer: Peer, name: str, error: ConnectFailed) -> None:
-        """Let the host alone for a while, then see in the background whether it is back: no message pays for the look."""
-        known = self._down.get(name)
-        failures = known.failures + 1 if known is not None else 1
-        self._down[name] = _Health(failures, self._now() + _pause(failures), str(error))
-        if known is None and len(site.route.hosts) > 1:
+        """The others go first until the host is back; that is seen in the background: no message pays for the look. However many
+        connections to it fail, it is down once."""
+        known = name in self._down
+        self._down[name] = str(error)
+        if not known and len(site.route.hosts) > 1:
             self._log.event("warning", text=f"smart host {name} is down, others of route {site.route.label} are used: {error}")
-            task = asyncio.get_running_loop().create_task(self._probe(peer, name))
+            task = asyncio.get_running_loop().create_task(self._probe(peer, name, site.route.tls))
             self._probing.add(task)
             task.add_done_callback(self._probing.discard)
 
-    async def _probe(self, peer: Peer, name: str) -> None:
-        while (health := self._down.get(name)) is not None:
-            await asyncio.sleep(max(1.0, health.until - self._now()))
+    async def _probe(self, peer: Peer, name: str, tls: str) -> None:
+        patience, began = PROBE_TIMEOUT, time.monotonic()
+        while name in self._down:
+            await asyncio.sleep(PROBE_EVERY)
             try:
-                async with asyncio.timeout(PROBE_TIMEOUT):
-                    if await _greets(peer):
-                        self._down.pop(name, None)
-                        self._log.event("warning", text=f"smart host {name} can be reached again")
-                        return
-            except (OSError, TimeoutError):
-                pass
-            health.failures += 1
-            health.until = self._now() + _pause(health.failures)
+                async with asyncio.timeout(patience):
+                    greets = await _greets(peer, tls)
+            except Exception:  # whatever it did, it did not greet
+                greets = False
+            if greets and self._down.pop(name, None) is not None:
+                self._log.event("warning", text=f"smart host {name} can be reached again")
+            elif time.monotonic() - began > PROBE_LONGEST:
+                self._down.pop(name, None)
+            patience = min(2 * patience, self._config.delivery.connect_timeout)
 
     def down(self, route: Route) -> dict[str, str]:
         """The smart hosts of a route that are down, and why."""
         if not self._down:
             return {}
         found = {host: self._down.get(_smart_host(host).label) for host in route.hosts}
-        return {host: health.reason for host, health in found.items() if health is not None and health.until > self._now()}
+        return {host: reason for host, reason in found.items() if reason is not None}
 
     def close(self) -> None:
         """End what is under way."""
         for task in self._probing:
             task.cancel()
-
-
-def _pause(failures: int) -> float:
-    """Seconds that a smart host is left alone after so many failures in a row."""
-    return min(DOWN_MOST, DOWN_LEAST * float(1 << min(failures - 1, 10)))
 
 
 def _smart_host(text: str) -> Peer:
@@ -212,14 +203,15 @@ def _smart_host(text: str) -> Peer:
     return Peer(host, host, port)
 
 
-async def _greets(peer: Peer) -> bool:
+async def _greets(peer: Peer, tls: str) -> bool:
     """Whether a host says 220 (RFC 5321 3.1)."""
     if peer.path:
         reader, writer = await asyncio.open_unix_connection(peer.path)
     else:
-        reader, writer = await asyncio.open_connection(peer.address, peer.port)
+        reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=implicit_tls(peer, tls))
     try:
-        good = (await reader.readline()).startswith(b"220")
+        line = await reader.readline()
+        good = line.startswith(b"220") and line.endswith(b"\n")
         writer.write(b"QUIT\r\n")
         return good
     finally:

@@ -3,6 +3,12 @@
 `window` is the number of connections that the site has shown to take (of this worker's): one more for each round of
 messages that went well, half when it says 421 or times out. `learned` are limits that its replies taught. Both only tighten
 the limits of `shape`.
+
+A *failed wave* is what an outage costs, and is defined here (`is_news`). What is known of a site, up or down, is known as of a
+moment: when this worker was told so, by an attempt of its own to connect or by another worker. An attempt that began before
+that moment and fails tells nothing new. So all attempts that are under way when the first of them fails are one wave: one
+failure, one step of the schedule, one message charged; whatever their number, however long each takes to fail, in whichever
+worker. And one that began before the site was found up again is no failure at all. The window is halved once a wave, too.
 """
 
 from collections.abc import Mapping
@@ -17,6 +23,12 @@ from relaymta.send.session import Session
 __all__ = ["Learned", "Pool", "pool_key"]
 
 WINDOW_START = 5.0
+# A site that is down is looked at in the background, seconds: first after LOOK_LEAST; then after LOOK_SHARE of the time that it
+# has been down, up to the most; each step of a look may take so long. Smart hosts are ours, and few; MX hosts are other people's.
+LOOK_LEAST, LOOK_SHARE = 2.0, 0.1
+LOOK_MOST_OURS, LOOK_MOST_THEIRS = 4.0, 30.0
+LOOK_TIMEOUT_OURS, LOOK_TIMEOUT_THEIRS = 5.0, 10.0
+SILENT_OURS, SILENT_THEIRS = 2.0, 10.0  # a connection that takes so long may stand still where a new one does not
 PACE_LEAST = 0.05  # messages a second
 PACE_AFTER = 0.9  # of the rate at which it was refused
 PACE_AGAIN = 0.95  # of the pace, when that was refused too
@@ -44,10 +56,10 @@ class Pool:
     """A site's state in one worker. Times are the loop's but for `down_until`, which is the queue's clock."""
 
     __slots__ = (
-        "before", "connecting", "down_until", "ended_after", "ended_at", "ended_times", "failures", "idle", "learned", "loading",
-        "pumping_at", "quiet", "ready", "reason", "refused_at", "resume_at", "second", "served", "sessions", "shape", "site",
-        "skipped", "slow_pace", "slow_reply", "slow_until", "slow_window", "source", "stranger_at", "this", "waiting",
-        "window", "yielded_at",
+        "before", "connecting", "down_since", "down_until", "ended_after", "ended_at", "ended_times", "failures", "halved_at",
+        "idle", "known_at", "learned", "loading", "look_at", "looking", "opening_since", "pumping_at", "quiet", "ready", "reason",
+        "refused_at", "resume_at", "second", "served", "sessions", "shape", "site", "skipped", "sleeping", "slow_pace",
+        "slow_reply", "slow_until", "slow_window", "source", "stranger_at", "this", "waiting", "window", "yielded_at",
     )  # fmt: skip
 
     def __init__(self, site: Site, source: Source | None, shape: Shape, weights: Mapping[str, int]) -> None:
@@ -61,9 +73,16 @@ class Pool:
         self.skipped: set[int] = set()  # queues of which no more is read, because so much waits already
         self.connecting = 0
         self.loading = False
-        self.failures = 0
+        self.opening_since = 0.0  # since when attempts to connect are under way without a break
+        self.failures = 0  # failed waves in a row
+        self.known_at = -1.0  # as of when we know whether it is up or down
+        self.down_since = 0.0
         self.down_until = 0
         self.reason = ""
+        self.sleeping: set[int] = set()  # queues that sleep because it is down
+        self.look_at = 0.0  # when it is looked at next, while it is down
+        self.looking = False
+        self.halved_at = -1.0  # when the window was halved last
         self.window = min(WINDOW_START, shape.connections.value)
         self.learned: dict[str, Learned] = {}
         self.refused_at = 0.0  # when the rate was refused last, or rose
@@ -160,9 +179,47 @@ class Pool:
             found[0] = ("connections", Limit(float(int(self.window)), "what the site has shown to take so far"))
         return found
 
-    def down(self, failures: int, until: int, reason: str) -> None:
-        """None of its hosts can be reached: it is left alone until a moment of the queue's clock."""
+    # Up and down
+
+    def is_news(self, began: float) -> bool:
+        """Whether an attempt to connect that began then and failed tells more than is known: that it is of a new wave."""
+        return began > self.known_at
+
+    def down(self, failures: int, until: int, reason: str, now: float, looked_at: bool = True) -> None:
+        """None of its hosts can be used: it is left alone until a moment of the queue's clock, and (`looked_at`) looked at in
+        the background meanwhile."""
+        if not self.failures:
+            self.down_since = now
         self.failures, self.down_until, self.reason = failures, until, reason
+        self.known_at = now
+        self.look_at = now + self.look_pause(now) if looked_at else float("inf")
+
+    def up(self, now: float) -> None:
+        """One of its hosts can be used."""
+        self.failures, self.down_until, self.reason = 0, 0, ""
+        self.known_at = now
+
+    def look_pause(self, now: float) -> float:
+        """Seconds until it is looked at again."""
+        most = LOOK_MOST_OURS if self.site.hosts is None else LOOK_MOST_THEIRS
+        since = self.down_since if self.failures else self.opening_since
+        return min(most, max(LOOK_LEAST, (now - since) * LOOK_SHARE))
+
+    @property
+    def look_timeout(self) -> float:
+        """Seconds that each step of a look may take: the next one comes soon."""
+        return LOOK_TIMEOUT_OURS if self.site.hosts is None else LOOK_TIMEOUT_THEIRS
+
+    def is_silent(self, now: float) -> bool:
+        """Whether attempts to connect are under way for so long that it is better to see whether another one gets through."""
+        silence = SILENT_OURS if self.site.hosts is None else SILENT_THEIRS
+        return bool(self.connecting and not self.sessions and now - self.opening_since > silence)
+
+    def _halve(self, began: float, now: float) -> None:
+        """Fewer connections, once for all that was under way when it last became fewer."""
+        if began > self.halved_at:
+            self.halved_at = now
+            self.window = max(1.0, self.window / 2)
 
     # What happened. What a limit was learned from is returned, so that others can be told.
 
@@ -184,9 +241,9 @@ class Pool:
             self.quiet += 1
             learned.value *= 1 + PACE_STEP * min(self.quiet, PACE_STEPS)
 
-    def refused_connection(self, said: Said, now: float) -> str:
-        """The site did not want one more connection; "connections" when that teaches how many it wants."""
-        self.window = max(1.0, self.window / 2)
+    def refused_connection(self, said: Said, began: float, now: float) -> str:
+        """The site did not want one more connection, asked for at `began`; "connections" when that teaches how many it wants."""
+        self._halve(began, now)
         open_now = len(self.sessions) + self.connecting
         if not self.sessions:
             return ""
@@ -220,9 +277,9 @@ class Pool:
         """A limit is known from now on."""
         self.learned[limit] = Learned(value, reply, until)
 
-    def timed_out(self) -> None:
-        """A connection stood still."""
-        self.window = max(1.0, self.window / 2)
+    def timed_out(self, since: float, now: float) -> None:
+        """A connection stood still since then."""
+        self._halve(since, now)
 
 
 def pool_key(site: Site, source: Source | None) -> str:

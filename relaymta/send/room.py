@@ -37,10 +37,12 @@ class Room:
         """Among how many the rates are shared."""
         return self._rates.workers
 
-    def take(self, pool: Pool) -> bool:
-        """Take the place of one more connection; False when there is none now."""
+    def take(self, pool: Pool, beyond: int = 0) -> bool:
+        """Take the place of one more connection; False when there is none now. `beyond`: so many more than the site has shown to
+        take (never more than its limit)."""
         now = self._now()
-        if len(pool.sessions) + pool.connecting >= pool.most_connections(now) or now < pool.yielded_at + YIELD_SECONDS:
+        most = pool.most_connections(now) + beyond
+        if len(pool.sessions) + pool.connecting >= most or now < pool.yielded_at + YIELD_SECONDS:
             return False
         if not self._limits.take("out", self.connections):
             return False
@@ -55,6 +57,10 @@ class Room:
             self._later(pool, wait)
             return False
         return True
+
+    def may_look(self, pool: Pool, pause: float) -> bool:
+        """Whether it is this worker that looks at a site that is down: one does, once in `pause` seconds."""
+        return not self._rates.take("look " + pool.key, 1 / pause)
 
     def give(self, pool: Pool) -> None:
         """A connection has ended."""

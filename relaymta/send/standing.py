@@ -39,6 +39,7 @@ class Orders:
         self._spawn = spawn
         self._orders: list[tuple[Fact, Filter]] = []
         self._to_hold: list[int] = []
+        self._holding = False
         self._holds: set[str] | None = None  # the hold orders when it was last looked what is to be released
         self.refresh()
 
@@ -69,18 +70,22 @@ class Orders:
             return True
         self._put_back(entry)
         self._to_hold.append(entry.ident)
-        if len(self._to_hold) == 1:
+        if not self._holding:
+            self._holding = True
             self._spawn(self._hold())
         return True
 
     async def _hold(self) -> None:
-        while self._to_hold:
-            idents = self._to_hold[:TOGETHER]
-            holds = self._standing()
-            await self._queue().change_messages("order", idents)
-            del self._to_hold[: len(idents)]
-            if holds - self._standing():  # it ended while this was committed, and the look for what it held was before
-                await self._release()
+        try:
+            while self._to_hold:
+                idents = self._to_hold[:TOGETHER]
+                del self._to_hold[:TOGETHER]  # where this fails they are offered again, and come here again
+                holds = self._standing()
+                await self._queue().change_messages("order", idents)
+                if holds - self._standing():  # it ended while this was committed, and the look for what it held was before
+                    await self._release()
+        finally:
+            self._holding = False
 
     def tick(self) -> None:
         """Each second: orders that have ended let go of their mail."""
@@ -94,7 +99,13 @@ class Orders:
         return {fact.site for fact, _ in self._orders if fact.kind == HOLD}
 
     async def _release(self) -> None:
-        await self._queue().release_ordered(self._held_still)
+        released = False
+        try:
+            await self._queue().release_ordered(self._held_still)
+            released = True
+        finally:
+            if not released:
+                self._holds = None  # the next tick tries again
 
     def _held_still(self, envelope: Envelope, names: list[QueueName]) -> bool:
         orders = [self.find(name, envelope.sender, envelope.recipients) for name in names]

@@ -75,6 +75,8 @@ class FakeMx:
             self._server.shutdown(socket.SHUT_RDWR)  # so that accept() returns and the port is free
         self._server.close()
         for sock in self._open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # a file made of it holds it open
             sock.close()
 
     def _accept(self) -> None:
