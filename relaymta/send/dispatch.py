@@ -62,7 +62,7 @@ FREE_RETRIES = 3  # times a message may lose a reused connection before it costs
 LOOKUPS = 200  # domains whose hosts are looked up at the same time
 KEPT_DOWN = 50_000  # domains and queues that are remembered to be left alone
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
-AT_ONCE_MS = 1
+AT_ONCE_MS = 1  # as a delay: what keeps a message then is that its queue sleeps
 LOOKS = 50  # sites that are looked at in the background at the same time
 TOKEN_KEPT_MS = 400 * 86_400_000  # a refresh token that was not used for so long is worth nothing anywhere
 

@@ -235,6 +235,22 @@ def test_what_slept_when_a_process_died_goes_when_the_site_is_up(tmp_path, what)
             wait_for(lambda: len(peer.messages) == 8, what="all mail")
 
 
+def test_connections_that_stand_still_are_not_waited_for_alone(tmp_path):
+    """What was accepted before the host was restarted is never answered; what comes now is."""
+
+    class Stuck(FakeMx):
+        def _talk(self, sock: socket.socket) -> None:
+            if self.connections <= 5:
+                time.sleep(3600)
+            super()._talk(sock)
+
+    with Stuck({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.connect_timeout=300") as relay:
+        for _ in range(MESSAGES):
+            relay.send()
+        wait_for(lambda: len(peer.messages) == MESSAGES)
+        assert relay.events("deferred") == []
+
+
 def test_a_suspended_site_is_not_looked_at(tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{(port := free_port())}", f"delivery.first_retry={HOUR}") as relay:
         relay.send()
