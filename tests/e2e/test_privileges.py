@@ -288,6 +288,7 @@ def test_what_is_left_of_root_is_an_error(monkeypatch):
 
 # The control socket's place
 
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a socket", "fifo"])
 def test_what_is_no_socket_in_the_control_sockets_place_stays_and_is_named(tmp_path, kind):
     path, other = tmp_path / "control.sock", tmp_path / "other"
