@@ -386,3 +386,22 @@ def test_a_pythonpath_of_the_supervisors_does_not_come_first_in_its_workers(tmp_
         relay.send("X-Ledger: one\r\n\r\nx\r\n")
         wait_for(lambda: ledger.counts()["one"])
     assert not mark.exists()
+
+
+@root_only
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "fifo"])
+def test_root_appends_to_nothing_that_others_put_into_their_folder(tmp_path, kind):
+    others, victim = tmp_path / "others", secret_of_root(tmp_path)
+    others.mkdir()
+    os.chown(others, NOBODY, NOBODY)
+    path = others / "log"
+    if kind == "symbolic link":
+        path.symlink_to(victim)
+    elif kind == "hard link":
+        os.link(victim, path)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(OSError):
+        os.close(privileges.append_to(path, 0o640))
+    os.close(privileges.append_to(others / "fresh", 0o640))
+    assert untouched(victim)
