@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -36,9 +35,7 @@ def test_a_rotated_log_is_reopened_by_all(tmp_path, ledger):
         relay.log.rename(tmp_path / "relay.log.1")
         assert relay.process is not None
         relay.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.3)
-        relay.send()
-        wait_for(lambda: relay.events("delivered"), what="events in the new file")
+        wait_for(lambda: relay.send() or relay.events("delivered"), what="events in the new file")
 
 
 def test_sighup_reloads(tmp_path, ledger):

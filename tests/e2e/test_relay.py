@@ -164,7 +164,7 @@ def test_flush_delivers_at_once_when_the_site_is_back(tmp_path, ledger):
 def test_metrics_are_what_prometheus_wants(relay, ledger):
     relay.send()
     wait_for(lambda: ledger.taken)
-    time.sleep(0.2)
+    wait_for(lambda: relay.metric('relaymta_recipients_total{result="delivered"}') == 1)
     text = urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/metrics", timeout=10).read()
     assert b"relaymta_messages_received_total 1.0" in text
     assert b'relaymta_recipients_total{result="delivered"} 1.0' in text
