@@ -6,6 +6,7 @@ A request is `{"id", "op", "args"}`, its answer `{"id", "ok"}` or `{"id", "error
 import asyncio
 import contextlib
 import os
+import site
 import socket
 import struct
 import sys
@@ -27,9 +28,10 @@ def program(module: str, *arguments: str) -> list[str]:
     """The command that runs `main()` of a module of ours in a process of its own. It is isolated (python -I): neither the folder
     it is started in nor a PYTHON* variable says what is imported, only the interpreter's own folders; behind them come those in
     which this process has found what it runs."""
-    own = tuple(os.path.join(prefix, "") for prefix in (sys.prefix, sys.base_prefix))
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [path for path in dict.fromkeys((*sys.path, package)) if os.path.isabs(path) and not path.startswith(own)]
+    own = {os.path.dirname(sys.executable), *site.getsitepackages()}
+    library, package = os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = [path for path in dict.fromkeys((*sys.path, package)) if os.path.isabs(path) and path not in own]
+    paths = [path for path in found if not path.startswith(library) and not path.endswith(".zip")]
     boot = f"import sys; sys.path += {paths!r}; from {module} import main; main()"
     return [sys.executable, "-I", "-c", boot, *arguments]
 

@@ -165,7 +165,7 @@ class Supervisor:
         spool, control = Path(self.config.spool), self.config.control_path
         if privileges.roots_alone(spool, user):
             _make_folder(spool)
-            privileges.give(spool, user)
+            _give_spool(spool, user)
         _give_log(self.config.log.file, user)
         return control_socket(control, user) if privileges.roots_alone(control.parent, user) else None
 
@@ -610,6 +610,13 @@ def _make_folder(spool: Path) -> None:
         spool.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"spool: {spool}: {error.strerror}"]) from None
+
+
+def _give_spool(spool: Path, user: struct_passwd) -> None:
+    try:
+        privileges.give(spool, user)
+    except OSError as error:
+        raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
 
 
 def _give_log(file: str, user: struct_passwd) -> None:

@@ -377,7 +377,7 @@ def test_a_message_in_flight_in_two_crashes_goes_to_quarantine(tmp_path):
         assert row["held"] == 1
         listed = relay.cli("queue", "list", "--held").stdout
         assert "quarantined" in listed
-        assert any("quarantine" in event["text"] for event in relay.events("warning"))
+        wait_for(lambda: any("quarantine" in event["text"] for event in relay.events("warning")))
 
 
 def replaced_alone(relay: Relay, victim: int) -> bool:
