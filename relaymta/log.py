@@ -55,11 +55,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _line(record: msgspec.Struct) -> bytes:
-    """A record as JSON. Octets of an address that are no UTF-8 are shown as the replacement character: they end nothing here."""
-    try:
-        return _encode(record) + b"\n"
-    except UnicodeEncodeError:
-        return _encode(_sound(msgspec.to_builtins(record))) + b"\n"
+    """A record as JSON, whatever is in it: octets that are no UTF-8 do not end the log."""
+    return _encode(_sound(msgspec.to_builtins(record))) + b"\n"
 
 
 def _sound(value: Any) -> Any:
@@ -164,7 +161,10 @@ class Log:
                 lost = f"{self.dropped - told} log records dropped: the log could not take them"
                 batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
                 told = self.dropped
-            lines = [_line(record) for record in batch]
+            try:
+                lines = [_encode(record) + b"\n" for record in batch]
+            except UnicodeEncodeError:
+                lines = [_line(record) for record in batch]
             text = printable_json(b"".join(lines))
             try:
                 if self._history is not None:

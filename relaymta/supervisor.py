@@ -419,7 +419,10 @@ class Supervisor:
         for slot in self.slots:
             row = {"worker": slot.number, "ready": slot.ready}
             if slot.ready and slot.channel is not None:
-                row |= await slot.channel.ask("status")
+                try:
+                    row |= await slot.channel.ask("status")
+                except ConnectionError:  # it has just died; another is on its way
+                    row["ready"] = False
             rows.append(row)
         return {
             "pid": os.getpid(),
