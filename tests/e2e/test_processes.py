@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from relaymta import control
 from tests.support.daemon import Relay, free_port, wait_for
 
 
@@ -36,6 +38,17 @@ def test_a_rotated_log_is_reopened_by_all(tmp_path, ledger):
         assert relay.process is not None
         relay.process.send_signal(signal.SIGUSR1)
         wait_for(lambda: relay.send() or relay.events("delivered"), what="events in the new file")
+
+
+def test_status_answers_while_a_worker_dies(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        (pid,) = relay.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        answer = control.begin(relay.spool / "control.sock", "status")
+        time.sleep(0.3)  # the worker is asked meanwhile, and will not answer
+        os.kill(pid, signal.SIGKILL)
+        assert [row["ready"] for row in answer()["workers"]] == [False]
+        wait_for(lambda: relay.worker_pids() not in ([], [pid]))
 
 
 def test_sighup_reloads(tmp_path, ledger):
