@@ -29,7 +29,7 @@ build: .venv/built
 	@touch $@ relaymta/_speedups/*.so
 
 run: build
-	@$(BIN)/python -m relaymta.cli.demo
+	@$(BIN)/python -I -m relaymta.cli.demo
 
 check: build
 	$(BIN)/ruff check .

@@ -1,24 +1,39 @@
-"""How our processes talk: length-prefixed msgpack over unix sockets, with descriptors riding along where needed.
+"""How our processes are started and talk: length-prefixed msgpack over unix sockets, with descriptors riding along where needed.
 
 A request is `{"id", "op", "args"}`, its answer `{"id", "ok"}` or `{"id", "error"}`. A message without an id is a notice.
 """
 
 import asyncio
 import contextlib
+import os
+import site
 import socket
 import struct
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-__all__ = ["Channel", "Refused", "ask", "begin", "serve"]
+__all__ = ["Channel", "Refused", "ask", "begin", "program", "serve"]
 
 _LENGTH = struct.Struct(">I")
 LIMIT = 64 << 20
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
+
+
+def program(module: str, *arguments: str) -> list[str]:
+    """The command that runs `main()` of a module of ours in a process of its own. It is isolated (python -I): neither the folder
+    it is started in nor a PYTHON* variable says what is imported, only the interpreter's own folders; behind them come those in
+    which this process has found what it runs."""
+    own = {os.path.dirname(sys.executable), *site.getsitepackages()}
+    library, package = os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = [path for path in dict.fromkeys((*sys.path, package)) if os.path.isabs(path) and path not in own]
+    paths = [path for path in found if not path.startswith(library) and not path.endswith(".zip")]
+    boot = f"import sys; sys.path += {paths!r}; from {module} import main; main()"
+    return [sys.executable, "-I", "-c", boot, *arguments]
 
 
 class Refused(Exception):

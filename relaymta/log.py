@@ -15,6 +15,9 @@ from typing import Any
 
 import msgspec
 
+from relaymta.privileges import append_to
+from relaymta.proto.printable import printable_json
+
 __all__ = ["EVENTS", "History", "Log", "find_history"]
 
 BUFFER = 50_000
@@ -51,6 +54,20 @@ _KEPT = frozenset(_RECORDS[name] for name in _OF_MESSAGES)
 _encode = msgspec.json.Encoder().encode
 
 
+def _line(record: msgspec.Struct) -> bytes:
+    """A record as JSON, whatever is in it: octets that are no UTF-8 do not end the log."""
+    return _encode(_sound(msgspec.to_builtins(record))) + b"\n"
+
+
+def _sound(value: Any) -> Any:
+    """The same without halves of surrogate pairs, which cannot be written."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {key: _sound(part) for key, part in value.items()}
+    return [_sound(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 class History:
     """What happened to messages, kept in `folder` beside the log: files that are written in turn, `octets` in all at most.
     Belongs to the log's thread."""
@@ -69,7 +86,7 @@ class History:
 
     def _open(self) -> int:
         path = self._folder / f"{self._worker}.{self._number}.jsonl"
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return append_to(path, 0o600)
 
     def write(self, text: bytes) -> None:
         """Append whole lines; begin another file, and drop the oldest, when this one is full. OSError when the disk refuses."""
@@ -121,7 +138,7 @@ class Log:
         if self._file == "-":
             return sys.stderr.fileno()
         Path(self._file).parent.mkdir(parents=True, exist_ok=True)
-        return os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        return append_to(Path(self._file), 0o640)
 
     def event(self, name: str, **fields: Any) -> None:
         """Log one event. Never blocks, never raises."""
@@ -144,12 +161,15 @@ class Log:
                 lost = f"{self.dropped - told} log records dropped: the log could not take them"
                 batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
                 told = self.dropped
-            lines = [_encode(record) + b"\n" for record in batch]
-            text = b"".join(lines)
+            try:
+                lines = [_encode(record) + b"\n" for record in batch]
+            except UnicodeEncodeError:
+                lines = [_line(record) for record in batch]
+            text = printable_json(b"".join(lines))
             try:
                 if self._history is not None:
                     kept = (line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT)
-                    self._history.write(b"".join(kept))
+                    self._history.write(printable_json(b"".join(kept)))
                 while text:
                     text = text[os.write(self._descriptor, text) :]
             except OSError:
@@ -161,15 +181,15 @@ class Log:
         """Whether the log is a file on the file system of `path`."""
         return self._file != "-" and os.fstat(self._descriptor).st_dev == path.stat().st_dev
 
-    def give_to(self, uid: int, gid: int) -> None:
-        """Let another user own the file: the one we run as from now on."""
-        if self._file != "-":
-            os.fchown(self._descriptor, uid, gid)
-
     def reopen(self) -> None:
-        """Open the file again (after it was rotated)."""
-        if self._file != "-":
+        """Open the file again (after it was rotated). What cannot be opened leaves the old file in use, and a warning there."""
+        if self._file == "-":
+            return
+        try:
             was, self._descriptor = self._descriptor, self._open()
+        except OSError as error:
+            self.event("warning", text=f"log.file: {self._file}: {error.strerror or error}: the old file stays in use")
+        else:
             os.close(was)
 
     def close(self) -> None:

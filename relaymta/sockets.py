@@ -5,14 +5,18 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
+from pathlib import Path
+from pwd import struct_passwd
 
 from relaymta.config import Listener, parse_hostport
-from relaymta.errors import ConfigError
+from relaymta.errors import ConfigError, SpoolBusy
 
-__all__ = ["bound", "check_free", "notify", "reason"]
+__all__ = ["bound", "check_free", "control_socket", "notify", "reason", "remove_socket"]
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
+PROBE_SECONDS = 10.0
 
 
 def bound(listeners: list[Listener], slots: int) -> list[list[socket.socket]]:
@@ -88,6 +92,59 @@ def check_free(address: str) -> None:
         raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
     finally:
         probe.close()
+
+
+def control_socket(path: Path, user: struct_passwd | None = None) -> socket.socket:
+    """The listening socket that the CLI speaks to, for its owner (`user`, where root makes it in a folder of its own) and group.
+    One that is left over, and on which nobody answers, is removed. ConfigError names whatever else is there; SpoolBusy."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _clear_way(path)
+        before = os.umask(0o117)
+        try:
+            control.bind(str(path))
+        finally:
+            os.umask(before)
+        if user is not None:
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        control.listen(16)
+    except OSError as error:
+        control.close()
+        raise ConfigError([f"control.socket: {path}: {error.strerror or error}"]) from None
+    except BaseException:
+        control.close()
+        raise
+    return control
+
+
+def _clear_way(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise ConfigError(
+            [f"control.socket: {path} is there and is no socket: it is left alone; move it, or choose another path"]
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(PROBE_SECONDS)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except (TimeoutError, BlockingIOError):  # somebody has it, and is behind
+            pass
+    raise SpoolBusy(f"{path}: another relaymta answers here")
+
+
+def remove_socket(control: socket.socket, path: Path) -> None:
+    """Remove a control socket at the end, if it is still there and a socket; what may not be removed (in a folder of root's) is
+    left to the next start."""
+    control.close()
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
 
 
 def reason(error: OSError) -> str:

@@ -8,23 +8,23 @@ arrive meanwhile wait in its backlog, and a living worker is lent the socket unt
 import asyncio
 import contextlib
 import os
-import pwd
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from pwd import struct_passwd
 from typing import Any
 
 import msgspec
 import uvloop
 
+from relaymta import privileges
 from relaymta.accept.tickets import OCTETS as TICKET_OCTETS
 from relaymta.config import Config, notes, parse_hostport
-from relaymta.control import LIMIT, Channel, Refused, pack
-from relaymta.errors import ConfigError, RelayError, SpoolBusy, StoreError
+from relaymta.control import LIMIT, Channel, Refused, pack, program
+from relaymta.errors import ConfigError, RelayError, StoreError
 from relaymta.log import Log, find_history
 from relaymta.metrics import SITES_SHOWN
 from relaymta.node import (
@@ -47,7 +47,7 @@ from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
 from relaymta.send.standing import filter_of
 from relaymta.shm import SLOTS, Shared
-from relaymta.sockets import bound, notify, reason
+from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
 
 __all__ = ["serve"]
 
@@ -86,7 +86,6 @@ class Supervisor:
         self.config = config
         self._reload_config = reload
         self.shared = Shared.create()
-        self.log = Log(config.log.file, -1)
         self.stopping = asyncio.Event()
         self.failure = ""
         self.slots: list[Slot] = []
@@ -101,13 +100,18 @@ class Supervisor:
         config = self.config
         spool = Path(config.spool)
         _raise_descriptor_limit()
-        self._prepare_spool(spool)
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
+        control = self._prepare_as_root()
         sockets = bound(config.listener, workers)
-        control = self._bind_control()
         http = await self._serve_metrics()
         self._drop_root()
+        self._prepare_spool(spool)
+        control = control or control_socket(config.control_path)
+        self.log = _opened_log(config)
+        if os.geteuid() == 0:
+            others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
+            self.log.event("warning", text=f"running as root: set `user` to run as somebody else{others}")
         _check_files(self.config)
         self._open_node(spool / "node")
         self.shared.client_rates(workers).restore(kept_rates(spool / "node"))
@@ -145,25 +149,36 @@ class Supervisor:
         self.store.close()
         if http is not None:
             await http.cleanup()
-        config.control_path.unlink(missing_ok=True)
+        remove_socket(control, config.control_path)
         self.log.event("stopped", reason=self.failure or "told to")
         self.log.close()
         return 75 if self.failure else 0
 
     # Beginnings
 
+    def _prepare_as_root(self) -> socket.socket | None:
+        """What only root can do for `user`: give it the spool and the log file, where they are in root's hands alone; the control
+        socket, if it belongs into a folder that is."""
+        if os.geteuid() != 0 or not self.config.user:
+            return None
+        user = privileges.account(self.config.user)
+        spool, control = Path(self.config.spool), self.config.control_path
+        if privileges.roots_alone(spool, user):
+            _make_folder(spool)
+            _give_spool(spool, user)
+        _give_log(self.config.log.file, user)
+        return control_socket(control, user) if privileges.roots_alone(control.parent, user) else None
+
     def _prepare_spool(self, spool: Path) -> None:
+        _make_folder(spool)
+        if not os.access(spool, os.W_OK | os.X_OK):
+            user = self.config.user
+            hint = f": `chown -hR {user} {spool}`, if that is what you want" if user else ""
+            raise ConfigError([f"spool: {spool} is not writable{hint}"])
         try:
-            spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+            keep_secret(spool)
         except OSError as error:
-            raise ConfigError([f"spool: {spool}: {error.strerror}"]) from None
-        keep_secret(spool)
-        if self.config.user and os.geteuid() == 0:
-            entry = _user(self.config.user)
-            for path in [spool, *spool.rglob("*")]:
-                os.chown(path, entry.pw_uid, entry.pw_gid)
-        if not os.access(spool, os.W_OK):
-            raise ConfigError([f"spool: {spool} is not writable"])
+            raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
 
     def _open_node(self, path: Path) -> None:
         self.store = Store(path)
@@ -198,39 +213,8 @@ class Supervisor:
             self.log.event("warning", text=f"node: {error.strerror}: what is used of quotas is not remembered")
 
     def _drop_root(self) -> None:
-        if os.geteuid() != 0:
-            return
-        if not self.config.user:
-            self.log.event("warning", text="running as root: set `user` to run as somebody else")
-            return
-        entry = _user(self.config.user)
-        self.log.give_to(entry.pw_uid, entry.pw_gid)
-        os.initgroups(self.config.user, entry.pw_gid)
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
-
-    def _bind_control(self) -> socket.socket:
-        path = self.config.control_path
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                try:
-                    probe.connect(str(path))
-                    raise SpoolBusy(f"{path}: another relaymta answers here")
-                except ConnectionRefusedError:
-                    path.unlink()
-                finally:
-                    probe.close()
-            control.bind(str(path))
-        except OSError as error:
-            raise ConfigError([f"control.socket: {path}: {error.strerror or error}"]) from None
-        path.chmod(0o660)
-        if self.config.user and os.geteuid() == 0:
-            entry = _user(self.config.user)
-            os.chown(path, entry.pw_uid, entry.pw_gid)
-        control.listen(16)
-        return control
+        if os.geteuid() == 0 and self.config.user:
+            privileges.become(privileges.account(self.config.user))
 
     async def _serve_metrics(self) -> Any:
         if self.config.metrics.listen == "off":
@@ -261,7 +245,7 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         slot.started = time.monotonic()
         slot.process = await _execute(
-            sys.executable, "-m", "relaymta.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()],
+            *program("relaymta.worker", str(theirs.fileno())), pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=MALLOC | os.environ,
         )  # fmt: skip
@@ -435,7 +419,10 @@ class Supervisor:
         for slot in self.slots:
             row = {"worker": slot.number, "ready": slot.ready}
             if slot.ready and slot.channel is not None:
-                row |= await slot.channel.ask("status")
+                try:
+                    row |= await slot.channel.ask("status")
+                except ConnectionError:  # it has just died; another is on its way
+                    row["ready"] = False
             rows.append(row)
         return {
             "pid": os.getpid(),
@@ -621,11 +608,44 @@ def _existing_shards(spool: Path) -> list[int]:
     return sorted(int(text) for text in found if text.isdigit())
 
 
-def _user(name: str) -> pwd.struct_passwd:
+def _make_folder(spool: Path) -> None:
     try:
-        return pwd.getpwnam(name)
-    except KeyError:
-        raise ConfigError([f"user: there is no user {name!r}"]) from None
+        spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"spool: {spool}: {error.strerror}"]) from None
+
+
+def _give_spool(spool: Path, user: struct_passwd) -> None:
+    try:
+        privileges.give(spool, user)
+    except OSError as error:
+        raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
+
+
+def _give_log(file: str, user: struct_passwd) -> None:
+    """Make the log file, and give it to whom we will run as; not in a folder that they can write themselves."""
+    path = Path(file)
+    if file == "-" or not privileges.roots_alone(path.parent, user):
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            return
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            if os.fstat(descriptor).st_nlink == 1:
+                os.fchown(descriptor, user.pw_uid, user.pw_gid)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ConfigError([f"log.file: {file}: {error.strerror or error}"]) from None
+
+
+def _opened_log(config: Config) -> Log:
+    try:
+        return Log(config.log.file, -1)
+    except OSError as error:
+        raise ConfigError([f"log.file: {config.log.file}: {error.strerror or error}"]) from None
 
 
 async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """One worker process: it wires accept, queue, route and send on one uvloop, around the shards it owns.
 
-Started by the supervisor as `python -m relaymta.worker FD`; everything it needs comes over that socket first.
+The supervisor starts `main()` with a socket's descriptor as its argument; everything it needs comes over that socket first.
 """
 
 import asyncio
@@ -533,14 +533,10 @@ async def _main(descriptor: int) -> None:
 
 
 def main() -> None:
-    """`python -m relaymta.worker FD`."""
+    """Until told to stop. The argument is the descriptor of the socket to the supervisor."""
     # The writer thread wakes often and holds the interpreter briefly. With the default of 5 ms it loses the race for it
     # to the loop many times over for each group; measured: 10 % less CPU per message.
     sys.setswitchinterval(0.0001)
     os.environ.pop("NOTIFY_SOCKET", None)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(_main(int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,15 @@
 """`relaymta config`: check, show and describe the configuration."""
 
 import os
-import pwd
 from collections.abc import Callable
 
 import click
 
+from relaymta.cli.console import say, say_json_lines
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config, describe, notes
 from relaymta.errors import ConfigError
+from relaymta.privileges import account, become
 
 __all__ = ["config"]
 
@@ -32,30 +33,27 @@ def check(read: Callable[..., Config]) -> None:
     except ConfigError as error:
         fail(78, str(error))
     for sentence in [*notes(config), *shaping.check(config)]:
-        click.echo(f"note: {sentence}")
-    click.echo("the configuration is fine")
+        say(f"note: {sentence}")
+    say("the configuration is fine")
 
 
 def _as_user(config: Config) -> None:
     """Read keys and accounts as the relay will."""
     if config.user and os.geteuid() == 0:
         try:
-            entry = pwd.getpwnam(config.user)
-        except KeyError:
-            fail(78, f"user: there is no user {config.user!r}")
-        os.initgroups(config.user, entry.pw_gid)
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
+            become(account(config.user))
+        except ConfigError as error:
+            fail(78, str(error))
 
 
 @config.command()
 @configured
 def show(read: Callable[..., Config]) -> None:
     """The effective configuration, defaults included, as JSON."""
-    click.echo(loaded(read).model_dump_json(indent=2))
+    say_json_lines(loaded(read).model_dump_json(indent=2).encode() + b"\n")
 
 
 @config.command(name="describe")
 def describe_keys() -> None:
     """Every key with its sentence and default: the reference configuration file."""
-    click.echo(describe(), nl=False)
+    say(*describe().removesuffix("\n").split("\n"))

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from relaymta.cli.console import say
+from relaymta.control import program
+
 RELAY_PORT, SINK_PORT, METRICS_PORT = 2525, 2526, 9125
 CONFIG = Path("config/demo.toml")
 SPOOL = Path("var/demo-spool")
@@ -20,26 +23,25 @@ def main() -> int:
     """Run until Ctrl-C; the exit status."""
     for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics")):
         if _busy(port):
-            print(
+            say(
                 f"Port {port} on 127.0.0.1, which {what} needs, is in use. "
                 f"Stop what uses it (ss -ltnp 'sport = :{port}'), then try again."
             )
             return 1
     SPOOL.mkdir(parents=True, exist_ok=True)
     LOG.unlink(missing_ok=True)
-    program = [sys.executable, "-m", "relaymta"]
-    sink = subprocess.Popen([*program, "sink", "--listen", f"127.0.0.1:{SINK_PORT}"], start_new_session=True)
-    relay = subprocess.Popen([*program, "serve", "-c", str(CONFIG)], start_new_session=True)
+    sink = subprocess.Popen([*program("relaymta.cli"), "sink", "--listen", f"127.0.0.1:{SINK_PORT}"], start_new_session=True)
+    relay = subprocess.Popen([*program("relaymta.cli"), "serve", "-c", str(CONFIG)], start_new_session=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not _wait(RELAY_PORT, relay) or not _wait(SINK_PORT, sink):
-            print("The relay did not start; what it said stands above.")
+            say("The relay did not start; what it said stands above.")
             return 1
         _send()
         _explain()
         return relay.wait()
     except KeyboardInterrupt:
-        print("\nStopping: what is under way is finished first ...")
+        say("", "Stopping: what is under way is finished first ...")
         return 0
     finally:
         for process in (relay, sink):
@@ -48,7 +50,7 @@ def main() -> int:
         for process in (relay, sink):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(50)
-        print("Stopped. The queue stays in", SPOOL)
+        say(f"Stopped. The queue stays in {SPOOL}")
 
 
 def _busy(port: int) -> bool:
@@ -83,7 +85,7 @@ def _send() -> None:
 
 def _explain() -> None:
     here = os.path.relpath(Path(sys.executable).parent / "relaymta")
-    print(f"""
+    say(*f"""
 The relay runs: it took one message on 127.0.0.1:{RELAY_PORT}, made it safe in {SPOOL}, and delivered it to the sink
 (the line above that begins with "sink:"). What happened, one JSON object an event: {LOG}
 
@@ -96,7 +98,7 @@ Try, in another terminal, in this folder:
   tail -f {LOG}
 
 Ctrl-C ends it.
-""", flush=True)  # fmt: skip
+""".split("\n"))  # fmt: skip
 
 
 if __name__ == "__main__":

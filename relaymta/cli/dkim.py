@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from relaymta.cli.account import DEMO, give_to, replace_file
-from relaymta.cli.peer import as_json, table
+from relaymta.cli.console import say, say_json, table
+from relaymta.cli.peer import as_json
 from relaymta.cli.serve import config_path, configured, fail, loaded
 from relaymta.config import Config, Dkim, parse_duration
 from relaymta.errors import ConfigError
@@ -37,7 +38,7 @@ def keygen(read: Callable[..., Config], domain: str, selector: str, kind: str, o
     settings = Dkim(domain=domain, selector=selector, key=str(out))
     _make(out, kind, loaded(read, DEMO).user)
     _show_record(settings)
-    click.echo(f'\n[[dkim]]\ndomain = "{domain}"\nselector = "{selector}"\nkey = "{out}"')
+    say("", "[[dkim]]", f'domain = "{domain}"', f'selector = "{selector}"', f'key = "{out}"')
 
 
 def _make(path: Path, kind: str, user: str) -> None:
@@ -60,7 +61,7 @@ def _make(path: Path, kind: str, user: str) -> None:
 def _show_record(settings: Dkim) -> None:
     from relaymta.filter.keys import load_key, record, zone_line
 
-    click.echo(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
+    say(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
 
 
 @dkim.command()
@@ -89,8 +90,8 @@ def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, k
     if state != "ok":
         fail(1, f"the old key goes on: {state}; call this again once the record is there (or use --wait)")
     _put_in_place(file, olds[0], fresh)
-    click.echo(f"{file}: {domain} has {selector} now: `relaymta reload`")
-    click.echo(f"remove {olds[0].selector}._domainkey.{domain} from the DNS in a week, when all that it signed has arrived")
+    say(f"{file}: {domain} has {selector} now: `relaymta reload`")
+    say(f"remove {olds[0].selector}._domainkey.{domain} from the DNS in a week, when all that it signed has arrived")
 
 
 async def _published(config: Config, settings: Dkim, seconds: float) -> str:
@@ -126,11 +127,11 @@ def check_keys(read: Callable[..., Config], as_json: bool) -> None:
     config = loaded(read, DEMO)
     rows = asyncio.run(checked(config))
     if as_json:
-        click.echo(json.dumps(rows))
+        say_json(rows)
     elif rows:
         table("", ["record", "key", "state"], [[row["record"], row["key"], row["state"]] for row in rows])
     else:
-        click.echo("there is no [[dkim]]")
+        say("there is no [[dkim]]")
     if any(row["state"] != "ok" for row in rows):
         raise SystemExit(1)
 

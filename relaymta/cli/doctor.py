@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ipaddress
-import json
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from relaymta.cli.account import DEMO
+from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
-from relaymta.cli.peer import as_json, table
+from relaymta.cli.peer import as_json
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config
 
@@ -47,7 +47,7 @@ def domain(read: Callable[..., Config], name: str, addresses: tuple[str, ...], a
         fail(64, f"--address: {error}")
     rows = asyncio.run(_looked_at(config, name.lower().rstrip("."), chosen or _sources(config)))
     if as_json:
-        click.echo(json.dumps([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows]))
+        say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
     else:
         table("", ["check", "state", "found"], [list(row) for row in rows])
     if any(state == "wrong" for _, state, _ in rows):

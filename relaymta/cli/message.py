@@ -1,12 +1,11 @@
 """`relaymta message`: one message: what it is, why it is still here, what happened to it."""
 
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from relaymta.cli.console import say, say_json, say_text
 from relaymta.cli.peer import as_json, asked, connect, size, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
@@ -29,28 +28,28 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
     if found is None:
         fail(1, f"no message {ident} in the queue (delivered, bounced or never here; the log knows)")
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
         return
-    click.echo(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
+    say(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
     client = f"{found['client']} ({found['helo']}){_by(found)}"
-    click.echo(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
-    click.echo(f"attempts {found['attempts']}, next {when(found['next'])}, expires {when(found['expires'])}")
+    say(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
+    say(f"attempts {found['attempts']}, next {when(found['next'])}, expires {when(found['expires'])}")
     for recipient in found["recipients"]:
-        click.echo(f"  <{recipient['address']}>: {recipient['state']}")
+        say(f"  <{recipient['address']}>: {recipient['state']}")
         for attempt in recipient.get("attempts", []):
             peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            click.echo(f"    {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
+            say(f"    {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
 
 
 @message.command()
 @click.argument("ident", metavar="ID")
 @configured
 def raw(read: Callable[..., Config], ident: str) -> None:
-    """The message's text as it will be sent."""
+    """The message's text as it will be sent: every octet to a file or pipe; on a terminal what is not printable is escaped."""
     text = asked(connect(read), "raw", ident=ident)
     if text is None:
         fail(1, f"no message {ident} in the queue")
-    sys.stdout.buffer.write(text)
+    say_text(text)
 
 
 @message.command()
@@ -67,9 +66,9 @@ def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
             fail(1, f"no message {ident} in the queue, and nothing about it in the history")
         found = {"id": ident, "state": "gone", "history": events}
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
     elif found["state"] == "gone":
-        click.echo(f"{ident} is not in the queue any more:")
+        say(f"{ident} is not in the queue any more:")
         _show_history(found["history"])
     else:
         _show_explanation(found)
@@ -82,22 +81,22 @@ def _by(found: dict[str, Any]) -> str:
 def _show_explanation(found: dict[str, Any]) -> None:
     sender = f"accepted {when(found['arrived'])} from {found['client']} ({found['helo']}){_by(found)}"
     application = f", application {found['application']}" if found["application"] else ""
-    click.echo(f"{found['id']}  {found['state']}  {size(found['size'])}  <{found['sender']}>; {sender}{application}")
+    say(f"{found['id']}  {found['state']}  {size(found['size'])}  <{found['sender']}>; {sender}{application}")
     for place in found["waits"]:
         wait = place["wait"]
-        click.echo(f"queue {place['queue']}: {', '.join(place['recipients'])}")
+        say(f"queue {place['queue']}: {', '.join(place['recipients'])}")
         tried = [f"{r['route']} {'yes' if r['matches'] else 'no: ' + r['by']}" for r in place["routes"]]
-        click.echo(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
+        say(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
         for attempt in place["attempts"]:
             peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            click.echo(f"  {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
-        click.echo(f"  waits for {wait['why']}" + (f", until {when(wait['until'])}" if wait["until"] else ""))
+            say(f"  {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
+        say(f"  waits for {wait['why']}" + (f", until {when(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
-            click.echo(f"  {wait['position']}{more} messages go before it")
+            say(f"  {wait['position']}{more} messages go before it")
         if wait["released by"]:
-            click.echo(f"  would be released by {wait['released by']}")
-    click.echo(f"given up {when(found['expires'])}" if found["expires"] else "not given up while it is held")
+            say(f"  would be released by {wait['released by']}")
+    say(f"given up {when(found['expires'])}" if found["expires"] else "not given up while it is held")
 
 
 @message.command()
@@ -111,7 +110,7 @@ def history(read: Callable[..., Config], ident: str, as_json: bool) -> None:
         fail(1, f"nothing about {ident} in the history")
     if as_json:
         for event in events:
-            click.echo(json.dumps(event))
+            say_json(event)
     else:
         _show_history(events)
 
@@ -123,4 +122,4 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         said = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        click.echo(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{said}")
+        say(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{said}")

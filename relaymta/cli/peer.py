@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from relaymta import control
+from relaymta.cli.console import table
 from relaymta.cli.serve import fail
 from relaymta.config import Config
 from relaymta.errors import ConfigError, RelayError
@@ -113,13 +114,3 @@ def size(octets: float) -> str:
             return f"{octets:.0f} {unit}" if unit == "B" else f"{octets:.1f} {unit}"
         octets /= 1000
     return f"{octets:.1f} TB"
-
-
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, markup=False).print(table)

@@ -4,7 +4,6 @@ With the daemon stopped, reading verbs read the spool themselves, holding its lo
 """
 
 import json
-import sys
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +13,8 @@ from typing import Any
 
 import click
 
-from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, size, table, when
+from relaymta.cli.console import say, say_json, say_json_lines, table
+from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, size, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
 
@@ -29,10 +29,10 @@ def status(read: Callable[..., Config], as_json: bool) -> None:
     peer = connect(read)
     found = asked(peer, "status")
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
         return
-    click.echo(f"relaymta, pid {found['pid']}, listening on {', '.join(found['listeners'])}")
-    click.echo(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
+    say(f"relaymta, pid {found['pid']}, listening on {', '.join(found['listeners'])}")
+    say(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
     rows = [
         [str(w["worker"]), "ready" if w["ready"] else "starting", str(w.get("pid", "")), str(w.get("connections", "")),
          str(w.get("in flight", "")), "full" if w.get("full") else "stalled" if w.get("stalled") else "ok"]
@@ -41,7 +41,7 @@ def status(read: Callable[..., Config], as_json: bool) -> None:
     table("", ["worker", "state", "pid", "connections", "in flight", "store"], rows)
     for worker in found["workers"]:
         for site, reason in worker.get("sites down", {}).items():
-            click.echo(f"{site} is down: {reason}")
+            say(f"{site} is down: {reason}")
 
 
 @click.group()
@@ -56,10 +56,10 @@ def summary(read: Callable[..., Config], as_json: bool) -> None:
     """One line for each queue that holds mail."""
     rows = asked(connect(read), "summary")
     if as_json:
-        click.echo(json.dumps(rows))
+        say_json(rows)
         return
     if not rows:
-        click.echo("the queue is empty")
+        say("the queue is empty")
         return
     table("", ["queue", "messages", "size", "deferred", "held", "next"], [
         [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), when(r["next"])] for r in rows
@@ -145,25 +145,25 @@ def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> 
     empty = True
     for lines in _in_order(connect(read), chosen):
         if as_json:
-            sys.stdout.buffer.write(b"\n".join([*lines, b""]))
+            say_json_lines(b"\n".join([*lines, b""]))
             continue
-        for line in lines:
-            click.echo(_line(json.loads(line)))
+        say(*chain.from_iterable(_shown(json.loads(line)) for line in lines))
         empty = False
     if as_json:
         return
     if empty:
-        click.echo("no such messages" if any(chosen.values()) else "the queue is empty")
+        say("no such messages" if any(chosen.values()) else "the queue is empty")
 
 
-def _line(row: dict[str, Any]) -> str:
+def _shown(row: dict[str, Any]) -> list[str]:
     waiting = [r for r in row["recipients"] if r["state"] == "pending"] or row["recipients"]
     more = f" +{len(waiting) - 1}" if len(waiting) > 1 else ""
-    last = f"\n{'':15}{waiting[0]['last']}" if waiting[0]["last"] else ""
-    return (
+    last = [f"{'':15}{waiting[0]['last']}"] if waiting[0]["last"] else []
+    line = (
         f"{row['id']}  {size(row['size']):>9}  {when(row['arrived']):>12}  {row['state']:<9}  next {when(row['next']):<12}"
-        f"  <{row['sender']}> -> <{waiting[0]['address']}>{more}{last}"
+        f"  <{row['sender']}> -> <{waiting[0]['address']}>{more}"
     )
+    return [line, *last]
 
 
 @queue.command()
@@ -176,10 +176,10 @@ def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
 
     rows = asked(connect(read), "shape")
     if as_json:
-        click.echo(json.dumps({"minutes": COLUMNS, "queues": rows}))
+        say_json({"minutes": COLUMNS, "queues": rows})
         return
     if not rows:
-        click.echo("the queue is empty")
+        say("the queue is empty")
         return
     total = {
         "queue": "TOTAL",
@@ -190,7 +190,7 @@ def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
     columns = ["queue", "messages", *(f"{minutes}m" for minutes in COLUMNS), "older"]
     table("", columns, [[r["queue"], str(r["messages"]), *(str(n) if n else "-" for n in r["ages"])] for r in [total, *shown]])
     if len(rows) > len(shown):
-        click.echo(f"and {len(rows) - len(shown)} more queues (--all)")
+        say(f"and {len(rows) - len(shown)} more queues (--all)")
 
 
 @queue.command(name="show")
@@ -203,10 +203,10 @@ def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
     if not rows:
         fail(1, f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
     if as_json:
-        click.echo(json.dumps(rows[0]))
+        say_json(rows[0])
         return
     for key, value in rows[0].items():
-        click.echo(f"{key:>9}: {when(value) if key == 'next' else size(value) if key == 'bytes' else value}")
+        say(f"{key:>9}: {when(value) if key == 'next' else size(value) if key == 'bytes' else value}")
 
 
 def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
@@ -236,9 +236,9 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
         found = change(peer, verb, [chosen | {"ident": _number(ident)} for ident in ids] or [chosen], dry_run, word)
         if as_json:
-            click.echo(json.dumps(found))
+            say_json(found)
         else:
-            click.echo(f"{verb}: {_told(found)}")
+            say(f"{verb}: {_told(found)}")
 
     return command
 
@@ -303,6 +303,6 @@ def reload(read: Callable[..., Config]) -> None:
     """Let the daemon read its configuration again."""
     peer = connect(read)
     answer = asked(peer, "reload")
-    click.echo(answer)
+    say(*answer.split("\n"))
     if not answer.startswith("reloaded"):
         raise SystemExit(78)

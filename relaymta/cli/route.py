@@ -1,12 +1,12 @@
 """`relaymta route test`: where would this mail go, and why."""
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from relaymta.cli.console import say, say_json
 from relaymta.cli.peer import as_json
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config
@@ -46,20 +46,20 @@ def test(
     except ConfigError as error:
         fail(78, str(error))
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
         return
-    click.echo(f"<{recipient}>" + (f" of {application}" if application else "") + (f" from <{sender}>" if sender else ""))
+    say(f"<{recipient}>" + (f" of {application}" if application else "") + (f" from <{sender}>" if sender else ""))
     for row in found["routes"]:
-        click.echo(f"  route {row['route']:<16} {'yes' if row['matches'] else 'no: ' + row['by']}")
+        say(f"  route {row['route']:<16} {'yes' if row['matches'] else 'no: ' + row['by']}")
     if found["error"]:
-        click.echo(f"  {found['error']}")
+        say(f"  {found['error']}")
         return
     for host in found["hosts"]:
         preference = f"{host['preference']:>3} " if host["preference"] is not None else ""
-        click.echo(f"  host  {preference}{host['name']}  {' '.join(host['addresses'])}")
-    click.echo(f"  site  {found['site']}, counted as {found['counted as']}")
+        say(f"  host  {preference}{host['name']}  {' '.join(host['addresses'])}")
+    say(f"  site  {found['site']}, counted as {found['counted as']}")
     for name, limit in found["limits"].items():
-        click.echo(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
+        say(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
 
 
 async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:

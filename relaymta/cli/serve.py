@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
+from relaymta.cli.console import say
 from relaymta.config import Config, load, parse_value
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.route.table import RouteTable
@@ -19,8 +20,8 @@ CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 
 
 def fail(status: int, text: str) -> NoReturn:
-    """End with a sentence on standard error."""
-    click.echo(text, err=True)
+    """End with a sentence, or several lines of them, on standard error."""
+    say(*text.split("\n"), err=True)
     sys.exit(status)
 
 

@@ -5,6 +5,7 @@ import sys
 
 import click
 
+from relaymta.cli.console import say
 from relaymta.config import parse_hostport
 from relaymta.proto import reply
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
@@ -39,12 +40,12 @@ class Sink(asyncio.Protocol):
         text = b"".join(mail.take())
         subject = next((line for line in text.split(b"\r\n") if line.lower().startswith(b"subject:")), b"(no subject)")
         shown = subject.decode("utf-8", "replace")[:60]
-        print(f"sink: {Sink.count}: <{mail.sender}> -> <{', '.join(mail.recipients)}> {mail.size} octets, {shown}", flush=True)
+        say(f"sink: {Sink.count}: <{mail.sender}> -> <{', '.join(mail.recipients)}> {mail.size} octets, {shown}")
 
 
 async def _run(host: str, port: int) -> None:
     server = await asyncio.get_running_loop().create_server(Sink, host, port, backlog=500)
-    print(f"sink: taking mail on {host}:{port}", flush=True)
+    say(f"sink: taking mail on {host}:{port}")
     await server.serve_forever()
 
 
@@ -58,5 +59,5 @@ def sink(listen: str) -> None:
     except KeyboardInterrupt:
         pass
     except OSError as error:
-        click.echo(f"{listen}: {error.strerror}", err=True)
+        say(f"{listen}: {error.strerror}", err=True)
         sys.exit(78)

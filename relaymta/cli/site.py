@@ -1,13 +1,13 @@
 """`relaymta site` and `relaymta shaping`: the sites mail goes to, their limits, and what was decided about them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from relaymta.cli.peer import as_json, asked, connect, table, when
+from relaymta.cli.console import say, say_json, table
+from relaymta.cli.peer import as_json, asked, connect, when
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config, parse_duration
 from relaymta.node import PROFILES, PROFILES_BEFORE
@@ -30,10 +30,10 @@ def list_sites(read: Callable[..., Config], as_json: bool) -> None:
     rows = asked(connect(read), "sites")
     if as_json:
         for row in rows:
-            click.echo(json.dumps(row))
+            say_json(row)
         return
     if not rows:
-        click.echo("no site has mail or connections now")
+        say("no site has mail or connections now")
         return
     lines = [
         [
@@ -64,26 +64,24 @@ def show(read: Callable[..., Config], name: str, as_json: bool) -> None:
     """One site: its hosts, connections and their phase, limits in force and where each comes from."""
     rows, facts = _rows_of(read, name)
     if as_json:
-        click.echo(json.dumps({"sites": rows, "facts": facts}))
+        say_json({"sites": rows, "facts": facts})
         return
     for row in rows:
-        click.echo(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
-        click.echo(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
+        say(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
+        say(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
         for host, reason in row["hosts down"].items():
-            click.echo(f"  {host} is down: {reason}")
-        click.echo(
-            f"  {row['waiting']} wait, {row['in flight']} in flight, {row['connections']} connections, {row['rate']:.0f}/s"
-        )
+            say(f"  {host} is down: {reason}")
+        say(f"  {row['waiting']} wait, {row['in flight']} in flight, {row['connections']} connections, {row['rate']:.0f}/s")
         for session in row["sessions"]:
-            click.echo(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
+            say(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
         _show_limits(row)
     _show_facts(facts)
 
 
 def _show_limits(row: dict[str, Any]) -> None:
-    click.echo(f"  limits (counted as {row['site']}):")
+    say(f"  limits (counted as {row['site']}):")
     for name, limit in row["limits"].items():
-        click.echo(f"    {name:<24} {limit['value']:g}  ({limit['origin']})" if limit["value"] else f"    {name:<24} none")
+        say(f"    {name:<24} {limit['value']:g}  ({limit['origin']})" if limit["value"] else f"    {name:<24} none")
 
 
 @site.command()
@@ -94,10 +92,10 @@ def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
     """The limits of one site that are in force now, and where each comes from."""
     rows, _ = _rows_of(read, name)
     if as_json:
-        click.echo(json.dumps({row["pool"]: row["limits"] for row in rows}))
+        say_json({row["pool"]: row["limits"] for row in rows})
         return
     for row in rows:
-        click.echo(row["pool"])
+        say(row["pool"])
         _show_limits(row)
 
 
@@ -119,7 +117,7 @@ def suspend(read: Callable[..., Config], name: str, duration: str, application: 
     asked(connect(read), "suspend", site=name, about=application, seconds=seconds, reason=reason)
     whose = f"mail of {application} " if application else "mail "
     again = " ".join(filter(None, ("relaymta site resume", name, f"--app {application}" if application else "")))
-    click.echo(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
+    say(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
 
 
 @site.command()
@@ -131,7 +129,7 @@ def resume(read: Callable[..., Config], name: str, application: str) -> None:
     count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
     if not count:
         fail(1, f"{name or application} is not suspended (`relaymta shaping active` lists what is)")
-    click.echo(f"{name or application} goes on")
+    say(f"{name or application} goes on")
 
 
 @click.group()
@@ -147,9 +145,9 @@ def active(read: Callable[..., Config], as_json: bool) -> None:
     facts = [fact for fact in asked(connect(read), "facts") if fact["kind"] in KINDS]
     if as_json:
         for fact in facts:
-            click.echo(json.dumps(fact))
+            say_json(fact)
     elif not facts:
-        click.echo("nothing is suspended, slowed down, dead or learned")
+        say("nothing is suspended, slowed down, dead or learned")
     else:
         _show_facts(facts)
 
@@ -158,7 +156,7 @@ def _show_facts(facts: list[dict[str, Any]]) -> None:
     for fact in facts:
         about = f" ({fact['about']})" if fact["about"] else ""
         reply = f"; after: {fact['reply']}" if fact["reply"] and fact["reply"] != fact["reason"] else ""
-        click.echo(f"{fact['site']}{about} {fact['kind']} until {when(fact['until'])} by {fact['by']}: {fact['reason']}{reply}")
+        say(f"{fact['site']}{about} {fact['kind']} until {when(fact['until'])} by {fact['by']}: {fact['reason']}{reply}")
 
 
 @shaping.command()
@@ -175,11 +173,11 @@ def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | 
     kinds = [kind] if kind else KINDS
     facts = [f for f in asked(peer, "facts") if (everything or f["site"] == name) and f["kind"] in kinds]
     if dry_run:
-        click.echo(f"{len(facts)} decisions are meant; nothing was changed")
+        say(f"{len(facts)} decisions are meant; nothing was changed")
         return
     for fact in facts:
         asked(peer, "clear", kind=fact["kind"], site=fact["site"], about=fact["about"], resume=False)
-    click.echo(f"{len(facts)} decisions forgotten")
+    say(f"{len(facts)} decisions forgotten")
 
 
 @shaping.command()
@@ -190,14 +188,14 @@ def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
     """The evidence: the reply behind each decision about a site, when it came, and until when the decision holds."""
     _, facts = _rows_of(read, name)
     if as_json:
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return
     if not facts:
-        click.echo(f"nothing was decided about {name}")
+        say(f"nothing was decided about {name}")
     for fact in facts:
         about = f" {fact['about']}" if fact["about"] else ""
-        click.echo(f"{fact['kind']}{about}: {fact['reason']} (by {fact['by']})")
-        click.echo(f"  since {when(fact['since'])}, until {when(fact['until'])}; the reply: {fact['reply'] or '-'}")
+        say(f"{fact['kind']}{about}: {fact['reason']} (by {fact['by']})")
+        say(f"  since {when(fact['since'])}, until {when(fact['until'])}; the reply: {fact['reply'] or '-'}")
 
 
 @shaping.command()
@@ -214,13 +212,13 @@ def diff(read: Callable[..., Config], as_json: bool) -> None:
     earlier = [kept for path in used if (kept := read_profiles(path.read_text(encoding="utf-8"))) != now]
     changes = differences(earlier[0], now) if earlier else []
     if as_json:
-        click.echo(json.dumps({"before": earlier[0].version if earlier else "", "now": now.version, "changes": changes}))
+        say_json({"before": earlier[0].version if earlier else "", "now": now.version, "changes": changes})
     elif not earlier:
-        click.echo(f"no other profiles than those of {now.version} were ever used in {spool}")
+        say(f"no other profiles than those of {now.version} were ever used in {spool}")
     else:
-        click.echo(f"provider profiles of {earlier[0].version} -> {now.version}")
+        say(f"provider profiles of {earlier[0].version} -> {now.version}")
         for line in changes:
-            click.echo(f"  {line}")
+            say(f"  {line}")
 
 
 @shaping.command()
@@ -232,12 +230,12 @@ def profiles(as_json: bool) -> None:
 
     found = shipped()
     if as_json:
-        click.echo(json.dumps({"version": found.version, "sites": [s.model_dump(exclude_none=True) for s in found.sites],
-                               "rules": [r.model_dump(by_alias=True) for r in found.rules]}))  # fmt: skip
+        say_json({"version": found.version, "sites": [s.model_dump(exclude_none=True) for s in found.sites],
+                  "rules": [r.model_dump(by_alias=True) for r in found.rules]})  # fmt: skip
         return
-    click.echo(f"provider profiles of {found.version}")
+    say(f"provider profiles of {found.version}")
     for one in found.sites:
         limits = [f"{k} {v:g}" for k, v in one.model_dump(exclude_none=True).items() if k not in ("name", "hosts")]
-        click.echo(f"  {one.name}: {', '.join(one.hosts)}: {', '.join(limits)}")
+        say(f"  {one.name}: {', '.join(one.hosts)}: {', '.join(limits)}")
     for rule in found.rules:
-        click.echo(f"  {rule_text(rule)}")
+        say(f"  {rule_text(rule)}")

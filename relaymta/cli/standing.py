@@ -1,6 +1,5 @@
 """`relaymta standing`: orders about mail that hold for a while, for what waits and for what is still to come."""
 
-import json
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -8,6 +7,7 @@ from typing import Any
 
 import click
 
+from relaymta.cli.console import say, say_json
 from relaymta.cli.peer import Offline, as_json, asked, connect, when
 from relaymta.cli.queue import change, pages
 from relaymta.cli.serve import configured, fail
@@ -68,13 +68,13 @@ def _give(kind: str, sentence: str, reason: str) -> None:
         done, verb = ORDERS[kind]
         if dry_run:
             count = sum(len(idents) for _, idents, _ in pages(peer, given))
-            click.echo(f"{count} messages that wait now would be {done}, and whatever comes; nothing was changed")
+            say(f"{count} messages that wait now would be {done}, and whatever comes; nothing was changed")
             return
         asked(peer, "order", kind=kind, about=about, seconds=seconds, reason=reason)
         found = change(peer, verb, [given], dry_run)
         ends = when(time.time() + seconds)
-        click.echo(f"mail with {about} is {done}, ends {ends}; {found['changed']} messages that waited were {done}")
-        click.echo(f'`relaymta standing remove {kind} "{about}"` ends it')
+        say(f"mail with {about} is {done}, ends {ends}; {found['changed']} messages that waited were {done}")
+        say(f'`relaymta standing remove {kind} "{about}"` ends it')
 
 
 _give("hold", "Hold mail: not tried, not expired, until the order ends; then it goes.", "told to")
@@ -88,12 +88,12 @@ def list_orders(read: Callable[..., Config], as_json: bool) -> None:
     """The orders that stand."""
     orders = [fact for fact in asked(connect(read), "facts") if fact["kind"] in ORDERS]
     if as_json:
-        click.echo(json.dumps([_order(fact) for fact in orders]))
+        say_json([_order(fact) for fact in orders])
         return
     for fact in orders:
-        click.echo(f"{fact['kind']} {fact['site']}, since {when(fact['since'])}, ends {when(fact['until'])}: {fact['reason']}")
+        say(f"{fact['kind']} {fact['site']}, since {when(fact['since'])}, ends {when(fact['until'])}: {fact['reason']}")
     if not orders:
-        click.echo("no order stands")
+        say("no order stands")
 
 
 def _order(fact: dict[str, Any]) -> dict[str, Any]:
@@ -108,4 +108,4 @@ def remove(read: Callable[..., Config], kind: str, about: str) -> None:
     """End an order, by its kind and the mail that it is about, as `standing list` shows them. What it held goes."""
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
         fail(1, f"no order to {kind} {about} stands (`relaymta standing list`)")
-    click.echo(f"the order to {kind} {about} has ended")
+    say(f"the order to {kind} {about} has ended")

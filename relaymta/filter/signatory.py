@@ -1,4 +1,4 @@
-"""The process that makes a worker's signatures: `python -m relaymta.filter.signatory FD`, started by signing.py.
+"""The process that makes a worker's signatures: `main()` with a socket's descriptor as its argument, started by signing.py.
 
 A signature takes longer than all else that is done for a message. On a thread of the worker each costs a third more, since the
 thread has to win the interpreter back from the loop behind each; here nobody else wants it.
@@ -46,7 +46,3 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])), _Answers())
-
-
-if __name__ == "__main__":
-    main()

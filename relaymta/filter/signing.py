@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import hashlib
 import socket
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from relaymta.config import Config
-from relaymta.control import Channel, Refused
+from relaymta.control import Channel, Refused, program
 from relaymta.filter.keys import Key, load_key
 from relaymta.filter.signatory import sign_hash
 from relaymta.log import Log
@@ -66,7 +65,7 @@ class Signatory:
 
     async def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        command = (sys.executable, "-m", "relaymta.filter.signatory", str(theirs.fileno()))
+        command = program("relaymta.filter.signatory", str(theirs.fileno()))
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL

@@ -136,15 +136,22 @@ def keep_profiles(path: Path, text: str) -> bool:
         return False
     if known is not None:
         used.replace(path / PROFILES_BEFORE)
-    used.write_text(text, encoding="utf-8")
+    _put(used, text.encode())
     return known is not None
 
 
 def keep_rates(path: Path, rows: list[tuple[int, int]]) -> None:
     """Remember in `path` the rates of clients and accounts as they are now (shm.Rates.rows). Blocks; OSError."""
-    file = path / RATES
-    file.with_suffix(".new").write_bytes(_encode((_wall(), rows)))
-    file.with_suffix(".new").replace(file)
+    _put(path / RATES, _encode((_wall(), rows)))
+
+
+def _put(file: Path, octets: bytes) -> None:
+    """Put a file in the place of another, at once; what is there is replaced, were it a link, and not followed."""
+    fresh = file.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as opened:
+        opened.write(octets)
+    fresh.replace(file)
 
 
 def kept_rates(path: Path) -> list[tuple[int, int]]:

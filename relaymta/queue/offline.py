@@ -9,6 +9,7 @@ import lmdb
 
 from relaymta.errors import RelayError
 from relaymta.log import find_history
+from relaymta.privileges import become, owner_of
 from relaymta.queue import _lock, inspect, listing
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import format_id, parse_id
@@ -20,9 +21,9 @@ __all__ = ["answer"]
 
 def answer(spool: Path, op: str, **args: Any) -> Any:
     """One of the daemon's reading requests, from the files. SpoolBusy when a process owns a shard."""
-    owner = spool.stat().st_uid
-    if os.geteuid() == 0 != owner:  # root's lock files would shut the owner out
-        os.setuid(owner)
+    owner = owner_of(spool)
+    if os.geteuid() == 0 != owner.pw_uid:  # root's lock files would shut the owner out
+        become(owner)
     return _ANSWERS[op](spool, **args)
 
 

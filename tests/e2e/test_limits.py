@@ -3,13 +3,13 @@
 import socket
 import time
 
-from tests.support.daemon import Relay, dialog, wait_for
+from tests.support.daemon import Relay, dialog, heard, wait_for
 from tests.support.programs import need
 
 
 def connect(port: int) -> tuple[socket.socket, bytes]:
     sock = socket.create_connection(("127.0.0.1", port), 10)
-    sock.settimeout(10)
+    sock.settimeout(60)
     return sock, sock.recv(200)
 
 
@@ -22,9 +22,8 @@ def test_silent_and_slow_clients_are_let_go(tmp_path, ledger):
         assert sock.recv(100) == b""
         sock, _ = connect(relay.port)
         sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-        time.sleep(0.2)
+        said = heard(sock, b"354")
         sock.sendall(b"Subject: unfinished\r\n")
-        said = b""
         while piece := sock.recv(1000):
             said += piece
         assert said.endswith(b"421 4.4.2 Timed out waiting for you; closing\r\n")
@@ -47,38 +46,46 @@ def test_out_of_descriptors_connections_wait_and_the_relay_goes_on(tmp_path, led
         served, waiting = [], []
         for _ in range(200):
             sock = socket.create_connection(("127.0.0.1", relay.port), 10)
-            sock.settimeout(0.3 if waiting else 2)
-            try:
-                assert sock.recv(200).startswith(b"220")
-                served.append(sock)
-            except TimeoutError:
-                waiting.append(sock)
-                if len(waiting) == 5:
-                    break
+            (served if greeted(relay, sock) else waiting).append(sock)
+            if len(waiting) == 5:
+                break
         assert len(waiting) == 5 and 100 < len(served) < 200
         wait_for(lambda: relay.metric("relaymta_listeners_paused") == 1)
+        served[0].settimeout(60)
         served[0].sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-        time.sleep(0.2)
+        heard(served[0], b"354")
         served[0].sendall(b"X-Ledger: tight\r\n\r\nx\r\n.\r\n")
         wait_for(lambda: ledger.counts()["tight"] == 1)
         for sock in served[: len(served) // 2]:
             sock.close()
         for sock in waiting:
-            sock.settimeout(10)
+            sock.settimeout(60)
             assert sock.recv(200).startswith(b"220")
         wait_for(lambda: relay.metric("relaymta_listeners_paused") == 0)
 
 
+def greeted(relay: Relay, sock: socket.socket) -> bool:
+    """Whether a connection is served, or has to wait since listening has paused."""
+    sock.settimeout(0.3)
+    while True:
+        try:
+            assert sock.recv(200).startswith(b"220")
+            return True
+        except TimeoutError:
+            if relay.metric("relaymta_listeners_paused") == 1:
+                return False
+
+
 def test_under_stress_silent_clients_are_let_go_sooner(tmp_path, ledger):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "limits.connections=10", "intake.command_timeout=20") as relay:
+        began = time.monotonic()
         few = [connect(relay.port)[0] for _ in range(4)]
         time.sleep(4)
         many = [connect(relay.port)[0] for _ in range(4)]
-        began = time.monotonic()
         for sock in few:
-            sock.settimeout(15)
+            sock.settimeout(60)
             assert sock.recv(100).startswith(b"421 4.4.2")
-        assert time.monotonic() - began < 12, "they have been quiet for a fifth of the timeout"
+        assert time.monotonic() - began < 20, "the timeout itself: they have been quiet for a fifth of it"
         assert all(sock.fileno() > 0 for sock in many)
 
 

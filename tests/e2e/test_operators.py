@@ -41,7 +41,7 @@ def test_whole_queues_move_to_another_smart_host_and_stay_there(tmp_path):
             assert changed(relay, "reroute", "--queue", "dead", "--to", "other", "--dry-run")["matched"] == 20
             assert changed(relay, "reroute", "--queue", "dead", "--to", "other")["matched"] == 20
             wait_for(lambda: len(other.messages) == 18)
-            assert {row["queue"]: (row["messages"], row["held"]) for row in relay.summary()} == {"other": (2, 1)}
+            wait_for(lambda: {row["queue"]: (row["messages"], row["held"]) for row in relay.summary()} == {"other": (2, 1)})
             found = json.loads(relay.cli("message", "explain", held, "--json").stdout)
             assert [wait["queue"] for wait in found["waits"]] == ["other"]
             # What waits again waits for the new route, over a kill -9, too.

@@ -51,7 +51,7 @@ async def test_the_ended_are_not_there_after_a_crash_and_the_others_are(tmp_path
         for entry in entries[::2]:
             bench.queue.finish(entry, None)
         await until(lambda: len(bench.events.outcomes) == len(entries[::2]))
-        shutil.copytree(spool, copy)
+        await bench.copied(copy)
     left = sorted(entry.ident for entry in entries[1::2])
     async with Bench(copy) as bench:
         assert listed(bench.queue) == left
@@ -151,7 +151,7 @@ async def test_any_order_of_steps_leaves_what_a_model_says(tmp_path_factory, ste
                 model[some] = "held"
         elif step == "crash":
             number += 1
-            shutil.copytree(spool, folder / str(number))
+            await bench.copied(folder / str(number))
             await bench.__aexit__()
             spool = folder / str(number)
             taken.clear()

@@ -1,13 +1,25 @@
 """A real unbound on loopback with a zone of one's own."""
 
+import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.daemon import free_port
+from tests.support.daemon import free_port, wait_for
 from tests.support.programs import need
+
+
+def _answers(port: int) -> bool:
+    """Whether a nameserver answers at a port (the root's NS, id 7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.2)
+        try:
+            sock.connect(("127.0.0.1", port))
+            sock.send(b"\0\7\1\0\0\1\0\0\0\0\0\0\4test\0\0\2\0\1")
+            return sock.recv(512)[:2] == b"\0\7"
+        except OSError:
+            return False
 
 
 @contextmanager
@@ -25,7 +37,7 @@ def nameserver_with(folder: Path, records: list[str]) -> Iterator[str]:
     )
     process = subprocess.Popen([unbound, "-c", str(config)], stderr=(folder / "unbound.err").open("wb"))
     try:
-        time.sleep(0.5)
+        wait_for(lambda: process.poll() is not None or _answers(port), what="unbound")
         assert process.poll() is None, (folder / "unbound.err").read_text()
         yield f"127.0.0.1:{port}"
     finally:

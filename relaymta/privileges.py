@@ -1,0 +1,149 @@
+"""What root may touch, and how it stops being root.
+
+The relay binds its ports as root and serves as `user`. Whatever lies in a folder that somebody else can write may be a link to
+a file of root's; so root makes and gives away only what is in folders where nobody else could have put anything, and all the
+rest is done once root is dropped.
+"""
+
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from relaymta.errors import ConfigError
+
+__all__ = ["account", "append_to", "become", "give", "owner_of", "roots_alone"]
+
+_LINKS = 40  # as many symbolic links as the kernel follows
+_ACL = "system.posix_acl_access"
+
+
+def account(name: str) -> pwd.struct_passwd:
+    """A user of this machine. ConfigError when there is none of this name."""
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError([f"user: there is no user {name!r}"]) from None
+
+
+def owner_of(path: Path) -> pwd.struct_passwd:
+    """Whom a file belongs to; a user without a name has the file's group and no other."""
+    found = path.stat()
+    try:
+        return pwd.getpwuid(found.st_uid)
+    except KeyError:
+        return pwd.struct_passwd(("", "", found.st_uid, found.st_gid, "", "", ""))
+
+
+def become(user: pwd.struct_passwd) -> None:
+    """Root becomes another user for good, its groups first. ConfigError when anything of root is left."""
+    groups = os.getgrouplist(user.pw_name, user.pw_gid) if user.pw_name else [user.pw_gid]
+    os.setgroups(groups)
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    left = os.getresuid() != (user.pw_uid,) * 3 or os.getresgid() != (user.pw_gid,) * 3 or set(os.getgroups()) != set(groups)
+    if not left and user.pw_uid != 0:
+        try:
+            os.setuid(0)
+            left = True
+        except PermissionError:
+            pass
+    if left:
+        raise ConfigError([f"user: root could not become {user.pw_name or user.pw_uid} for good"])
+
+
+def roots_alone(folder: Path, user: pwd.struct_passwd | None = None) -> bool:
+    """Whether nobody but root decides what `folder` is and what is in it: neither everybody nor `user` can write to it, or
+    replace a part of its path. What is not there yet counts as what it would be made in."""
+    groups = set(os.getgrouplist(user.pw_name, user.pw_gid)) if user is not None else set()
+    last = None
+    for path, found in _steps(Path(os.path.abspath(folder))):
+        if found is None or found.st_uid != 0:
+            return False
+        if stat.S_ISDIR(found.st_mode):
+            last = _others_write(path, found.st_mode, found.st_gid in groups)
+            if last and not found.st_mode & stat.S_ISVTX:  # sticky: what is root's there stays what it is
+                return False
+    return not last
+
+
+def _others_write(path: Path, mode: int, member: bool) -> bool:
+    listed = mode & stat.S_IWGRP and _ACL in os.listxattr(path)  # then these bits say what named users may do at most
+    return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and member) or listed)
+
+
+def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
+    """Every folder and link on the way to `path`, from / on; those behind links, too. (path, None) ends it: too many links."""
+    links = 0
+    here, rest = Path("/"), list(path.parts[1:])
+    yield here, here.lstat()
+    while rest:
+        part = rest.pop(0)
+        if part == "..":
+            here = here.parent
+            continue
+        try:
+            found = (here / part).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        yield here / part, found
+        if not stat.S_ISLNK(found.st_mode):
+            here /= part
+            continue
+        links += 1
+        if links > _LINKS:
+            yield here, None
+            return
+        target = Path(os.readlink(here / part))
+        here = Path("/") if target.is_absolute() else here
+        rest = [*(target.parts[1:] if target.is_absolute() else target.parts), *rest]
+
+
+def give(folder: Path, user: pwd.struct_passwd) -> None:
+    """Root gives a folder that is its alone (`roots_alone`) to a user, with what is root's in it; each folder behind what is in
+    it, so that all that time nobody else can reach into it. Symbolic links are left alone, as is what they lead to. ConfigError
+    names a file that has another name elsewhere, or is neither root's nor the user's."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _give(descriptor, folder, user)
+    finally:
+        os.close(descriptor)
+
+
+def _give(descriptor: int, folder: Path, user: pwd.struct_passwd) -> None:
+    with os.scandir(descriptor) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        path, found = folder / name, os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+        if found.st_uid == user.pw_uid or stat.S_ISLNK(found.st_mode):
+            continue
+        if found.st_uid != 0:
+            raise ConfigError([f"spool: {path} belongs neither to root nor to {user.pw_name}"])
+        if stat.S_ISDIR(found.st_mode):
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                if _others_write(path, found.st_mode, member=True):
+                    raise ConfigError([f"spool: {path} can be written by others than root: what is in it is not given away"])
+                _give(inner, path, user)
+            finally:
+                os.close(inner)
+        elif found.st_nlink > 1:
+            raise ConfigError([f"spool: {path} is root's and has another name elsewhere (a hard link): it is not given away"])
+        else:
+            os.chown(name, user.pw_uid, user.pw_gid, dir_fd=descriptor, follow_symlinks=False)
+    os.fchown(descriptor, user.pw_uid, user.pw_gid)
+
+
+def append_to(path: Path, mode: int) -> int:
+    """Open a file to write at its end, made with `mode` when it is not there; the descriptor. For root, in a folder that is not
+    root's alone, it is a plain file without another name, and no link. OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    if os.geteuid() != 0 or roots_alone(path.parent):
+        return os.open(path, flags, mode)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(0, "no plain file, or one with another name, in a folder that others can write: root does not write there")
+    return descriptor

@@ -1,0 +1,39 @@
+"""What came from outside, shown to people: nothing in it moves a cursor, hides or reorders text, or begins a line.
+
+Whatever Unicode does not call printable is written as an escape: control characters (C0, DEL, C1), what sets directions or joins
+(bidi overrides, zero-width characters), line and paragraph separators, every blank but the space, halves of surrogate pairs.
+"""
+
+import re
+
+__all__ = ["printable", "printable_json"]
+
+_PLAIN = re.compile(r"[\x20-\x7e]*\Z")
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def printable(text: str) -> str:
+    """A text as one line, its characters that are not printable as Python writes them: \\n, \\x1b, \\u202e. Linear."""
+    if _PLAIN.match(text):
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    number = ord(char)
+    return _SHORT.get(char) or (
+        f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    )
+
+
+def printable_json(text: bytes) -> bytes:
+    """Lines of JSON that mean the same, with escapes for what is not printable in their strings (UTF-8). Linear."""
+    if text.isascii() and b"\x7f" not in text:  # JSON escapes the other control characters itself
+        return text
+    decoded = text.decode("utf-8", "replace")
+    return "".join(char if char.isprintable() or char == "\n" else _escaped_json(char) for char in decoded).encode()
+
+
+def _escaped_json(char: str) -> str:
+    units = char.encode("utf-16-be")
+    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))

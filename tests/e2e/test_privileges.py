@@ -1,0 +1,407 @@
+"""What root touches on its way to `user`, and where our processes import from."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import relaymta
+from relaymta import privileges
+from relaymta.errors import ConfigError
+from relaymta.queue import offline
+from relaymta.sockets import control_socket, remove_socket
+from tests.support.daemon import Relay, free_port, wait_for
+
+NOBODY = 65534
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="dropping root needs root")
+
+
+def runs_as_nobody(python: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], user=NOBODY, check=False).returncode == 0
+    except PermissionError:
+        return False
+
+
+def relay_of_nobody(folder: Path, port: int, *settings: str) -> Relay:
+    """A relay that root starts and nobody runs, its log in a folder of nobody's."""
+    for one in [folder, *folder.parents]:
+        if one != one.parent:
+            one.chmod(one.stat().st_mode | 0o055)
+    log = folder / "log"
+    log.mkdir()
+    os.chown(log, NOBODY, NOBODY)
+    relay = Relay(folder, f"127.0.0.1:{port}", "user=nobody", *settings)
+    relay.log = log / "relay.log"
+    if not runs_as_nobody(sys.executable):
+        relay.python = "/usr/bin/python3"  # ours lies where nobody may not go
+        paths = [str(Path(relaymta.__file__).parent.parent), sysconfig.get_path("purelib")]
+        relay.environment = {"PYTHONPATH": ":".join(paths)}
+    return relay
+
+
+def refused(relay: Relay) -> str:
+    """What a start says that ends with 78."""
+    command = relay.command()
+    done = subprocess.run(command, env=os.environ | relay.environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78, (done.returncode, done.stderr)
+    return done.stderr
+
+
+def secret_of_root(folder: Path) -> Path:
+    victim = folder / "roots"
+    victim.write_text("root's alone")
+    victim.chmod(0o600)
+    return victim
+
+
+def untouched(victim: Path) -> bool:
+    found = victim.stat()
+    return (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), victim.read_text()) == (0, 0, 0o600, "root's alone")
+
+
+@root_only
+def test_root_is_dropped_with_its_groups(tmp_path, ledger):
+    relay = relay_of_nobody(tmp_path, ledger.port)
+    with relay:
+        relay.send("X-Ledger: nobody\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["nobody"])
+        assert relay.process is not None
+        for pid in [relay.process.pid, *relay.worker_pids()]:
+            status = Path(f"/proc/{pid}/status").read_text()
+            for what in ("Uid", "Gid"):
+                assert f"\n{what}:\t65534\t65534\t65534\t65534\n" in status
+            assert "\nGroups:\t65534 \n" in status
+        assert all(path.stat().st_uid == NOBODY for path in relay.spool.rglob("*"))
+    relay.kill()
+    with relay:  # the spool is nobody's now
+        relay.send("X-Ledger: again\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["again"])
+
+
+@root_only
+def test_links_in_the_spool_give_nothing_of_roots_away(tmp_path, ledger):
+    relay = relay_of_nobody(tmp_path, ledger.port)
+    victim = secret_of_root(tmp_path)
+    folder = tmp_path / "roots-folder"
+    folder.mkdir()
+    for path in (relay.spool, relay.spool / "node"):
+        path.mkdir()
+        os.chown(path, NOBODY, NOBODY)
+        (path / "link").symlink_to(victim)
+        (path / "folder").symlink_to(folder)
+    (relay.spool / "node/rates.new").symlink_to(victim)
+    (relay.spool / "node/providers.new").symlink_to(victim)
+    os.link(victim, relay.spool / "hard")
+    with relay:
+        relay.send("X-Ledger: one\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["one"])
+        assert relay.stop() == 0
+    assert untouched(victim) and folder.stat().st_uid == 0
+
+
+@root_only
+def test_a_hard_link_in_a_spool_of_roots_is_named(tmp_path):
+    relay = relay_of_nobody(tmp_path, free_port())
+    victim = secret_of_root(tmp_path)
+    relay.spool.mkdir(mode=0o700)
+    os.link(victim, relay.spool / "hard")
+    assert f"{relay.spool}/hard" in refused(relay)
+    assert untouched(victim)
+
+
+@root_only
+def test_a_spool_that_others_could_have_put_there_is_not_given_away(tmp_path):
+    """Its name is a link of nobody's to a folder of root's."""
+    relay = relay_of_nobody(tmp_path, free_port())
+    folder, home = tmp_path / "roots-folder", tmp_path / "home"
+    folder.mkdir(mode=0o700)
+    (folder / "file").touch()
+    home.mkdir()
+    os.chown(home, NOBODY, NOBODY)
+    (home / "spool").symlink_to(folder)
+    relay.spool = home / "spool"
+    assert f"spool: {relay.spool} is not writable" in refused(relay)
+    assert folder.stat().st_uid == 0 and (folder / "file").stat().st_uid == 0
+
+
+@root_only
+@pytest.mark.parametrize("how", ["symbolic", "hard"])
+def test_a_link_in_place_of_the_log_gives_nothing_of_roots_away(tmp_path, how):
+    relay = relay_of_nobody(tmp_path, free_port())
+    victim = secret_of_root(tmp_path)
+    relay.log.symlink_to(victim) if how == "symbolic" else os.link(victim, relay.log)
+    assert f"log.file: {relay.log}" in refused(relay)
+    assert untouched(victim)
+
+
+@root_only
+def test_a_log_in_roots_folder_is_made_for_whom_we_run_as(tmp_path, ledger):
+    relay = relay_of_nobody(tmp_path, ledger.port)
+    relay.log = tmp_path / "var/relay.log"
+    with relay:
+        relay.send()
+        wait_for(lambda: relay.events("delivered"))
+    assert relay.log.stat().st_uid == NOBODY and relay.log.parent.stat().st_uid == 0
+    with relay:
+        relay.send()
+
+
+@root_only
+def test_a_log_that_cannot_be_opened_again_goes_on_in_the_old_file(tmp_path, ledger):
+    relay = relay_of_nobody(tmp_path, ledger.port)
+    relay.log = tmp_path / "var/relay.log"
+    with relay:
+        old = tmp_path / "var/relay.log.1"
+        relay.log.rename(old)
+        relay.log = old
+        assert relay.process is not None
+        relay.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: sum("stays in use" in row["text"] for row in relay.events("warning")) == 2)
+        relay.send()
+        wait_for(lambda: relay.events("delivered"))
+
+
+@root_only
+def test_the_control_socket_may_lie_in_a_folder_of_roots(tmp_path, ledger):
+    run = tmp_path / "run"
+    run.mkdir()
+    path = run / "relaymta.sock"
+    relay = relay_of_nobody(tmp_path, ledger.port, f"control.socket={path}")
+    for _ in range(2):  # the second time it is left over
+        with relay:
+            found = path.lstat()
+            assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o660)
+            assert relay.stop() == 0
+
+
+# What root's hands alone are
+
+FOLDERS = [  # (folders with owner and mode, whether the last is root's alone)
+    ([("a", 0, 0o755)], True),
+    ([("a", 0, 0o700), ("b", 0, 0o755)], True),
+    ([("a", NOBODY, 0o755)], False),
+    ([("a", NOBODY, 0o755), ("b", 0, 0o755)], False),
+    ([("a", 0, 0o777)], False),
+    ([("a", 0, 0o777), ("b", 0, 0o755)], False),
+    ([("a", 0, 0o1777)], False),
+    ([("a", 0, 0o1777), ("b", 0, 0o755)], True),
+    ([("a", 0, 0o1777), ("missing", 0, 0)], False),
+    ([("a", 0, 0o755), ("missing", 0, 0)], True),
+    ([("a", NOBODY, 0o755), ("missing", 0, 0)], False),
+    ([("group", 0, 0o775)], False),  # its group is the user's
+]
+
+
+@root_only
+@pytest.mark.parametrize(("folders", "alone"), FOLDERS)
+def test_what_is_roots_alone(tmp_path, folders, alone):
+    path = tmp_path
+    for name, owner, mode in folders:
+        path /= name
+        if name != "missing":
+            path.mkdir()
+            os.chown(path, owner, NOBODY if name == "group" else 0)
+            path.chmod(mode)
+    assert privileges.roots_alone(path, privileges.account("nobody")) is alone
+
+
+@root_only
+@pytest.mark.parametrize(("owner", "target", "alone"), [(0, "roots", True), (NOBODY, "roots", False), (0, "others", False)])
+def test_a_link_is_roots_alone_when_it_and_its_target_are(tmp_path, owner, target, alone):
+    for name, who in (("roots", 0), ("others", NOBODY)):
+        (tmp_path / name).mkdir()
+        os.chown(tmp_path / name, who, who)
+    (tmp_path / "link").symlink_to(target)
+    os.chown(tmp_path / "link", owner, owner, follow_symlinks=False)
+    assert privileges.roots_alone(tmp_path / "link") is alone
+
+
+@root_only
+def test_links_that_lead_nowhere_are_nobodys(tmp_path):
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    assert not privileges.roots_alone(tmp_path / "one")
+
+
+def in_a_child(work) -> dict[str, object]:
+    """What `work()` returns in a process of its own."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.write(writer, json.dumps(work()).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        told = file.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    found: dict[str, object] = json.loads(told)
+    return found
+
+
+def ids() -> dict[str, object]:
+    return {"user": os.getresuid(), "group": os.getresgid(), "groups": os.getgroups()}
+
+
+@root_only
+@pytest.mark.parametrize("uid", [NOBODY, 54_321], ids=["nobody", "without a name"])
+def test_the_spool_is_read_as_its_owner_with_no_group_of_roots(tmp_path, uid):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, uid, NOBODY)
+    for path in [tmp_path, *tmp_path.parents][:-1]:
+        path.chmod(path.stat().st_mode | 0o055)
+
+    def read() -> dict[str, object]:
+        os.setgroups([0, 4, 27])
+        offline.answer(spool, "shards")
+        return ids()
+
+    found = in_a_child(read)
+    assert found == {"user": [uid] * 3, "group": [NOBODY] * 3, "groups": [NOBODY]}
+
+
+@root_only
+def test_what_is_left_of_root_is_an_error(monkeypatch):
+    monkeypatch.setattr(os, "setresuid", lambda *ids: None)
+
+    def work() -> str:
+        try:
+            privileges.become(privileges.account("nobody"))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert "could not become nobody" in str(in_a_child(work))
+
+
+# The control socket's place
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a socket", "fifo"])
+def test_what_is_no_socket_in_the_control_sockets_place_stays_and_is_named(tmp_path, kind):
+    path, other = tmp_path / "control.sock", tmp_path / "other"
+    if kind == "file":
+        path.write_text("dear")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link to a file":
+        other.write_text("dear")
+        path.symlink_to(other)
+    else:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(other))
+        path.symlink_to(other)
+    before = path.lstat()
+    with pytest.raises(ConfigError, match=str(path)):
+        control_socket(path)
+    assert path.lstat().st_ino == before.st_ino
+    if other.exists() and kind == "link to a file":
+        assert other.read_text() == "dear"
+
+
+def test_a_socket_that_nobody_answers_on_is_removed_and_no_other(tmp_path):
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    first = control_socket(path)
+    with pytest.raises(Exception, match="another relaymta answers here"):
+        control_socket(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    remove_socket(first, path)
+    assert not path.exists()
+    again = control_socket(path)
+    path.unlink()
+    path.write_text("somebody else's")
+    remove_socket(again, path)
+    assert path.exists()
+
+
+def test_a_file_named_by_control_socket_survives_serve(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("dear")
+    relay = Relay(tmp_path, f"127.0.0.1:{free_port()}", f"control.socket={path}")
+    assert f"control.socket: {path}" in refused(relay)
+    assert path.read_text() == "dear"
+
+
+# Where our processes import from
+
+EVIL = """
+import os, pathlib
+pathlib.Path({mark!r}).open("a").write(__name__ + "\\n")
+raise ImportError("from the folder we were started in")
+"""
+MODULES = ["uvloop", "spf", "dkim", "lmdb", "msgspec", "aiosmtplib", "cryptography", "asyncio", "socket", "click", "pydantic"]
+
+
+@pytest.mark.parametrize("start", ["script", "module"])
+def test_nothing_is_imported_from_the_folder_we_are_started_in(tmp_path, ledger, start, monkeypatch):
+    """The supervisor, its workers, the process that signs, and the verbs of the command line."""
+    here, mark = tmp_path / "here", tmp_path / "mark"
+    here.mkdir()
+    for name in MODULES if start == "script" else [name for name in MODULES if name not in sys.stdlib_module_names]:
+        (here / f"{name}.py").write_text(EVIL.format(mark=str(mark)))
+    key = tmp_path / "key.pem"
+    script = [str(Path(sys.executable).parent / "relaymta")] if start == "script" else [sys.executable, "-m", "relaymta"]
+    monkeypatch.chdir(here)
+    made = ["dkim", "keygen", "b.example", "--selector", "s", "--type", "ed25519", "--out", str(key)]
+    subprocess.run([*script, *made, "--spool", str(tmp_path / "spool")], check=True, capture_output=True)
+    signing = f'dkim=[{{domain="b.example", selector="s", key="{key}"}}]'
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", signing)
+    command = relay.command()
+    relay.command = lambda: [*script, *command[3:]]  # type: ignore[method-assign]
+    with relay:
+        relay.send("X-Ledger: one\r\nFrom: a@b.example\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["one"])
+        subprocess.run([*script, "queue", "summary", "--spool", str(relay.spool)], check=True, capture_output=True)
+        (worker,) = relay.worker_pids()
+        children = wait_for(lambda: Path(f"/proc/{worker}/task/{worker}/children").read_text().split())
+        for pid in (str(worker), *children):
+            assert b"-I" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    assert not mark.exists(), mark.read_text()
+
+
+def test_a_pythonpath_of_the_supervisors_does_not_come_first_in_its_workers(tmp_path, ledger):
+    """It is searched last, so that a relay that was installed there is found."""
+    evil, mark = tmp_path / "evil", tmp_path / "mark"
+    evil.mkdir()
+    (evil / "aiosmtplib.py").write_text(EVIL.format(mark=str(mark)))
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}")
+    relay.environment = {"PYTHONPATH": str(evil)}
+    with relay:
+        relay.send("X-Ledger: one\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["one"])
+    assert not mark.exists()
+
+
+@root_only
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "fifo"])
+def test_root_appends_to_nothing_that_others_put_into_their_folder(tmp_path, kind):
+    others, victim = tmp_path / "others", secret_of_root(tmp_path)
+    others.mkdir()
+    os.chown(others, NOBODY, NOBODY)
+    path = others / "log"
+    if kind == "symbolic link":
+        path.symlink_to(victim)
+    elif kind == "hard link":
+        os.link(victim, path)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(OSError):
+        os.close(privileges.append_to(path, 0o640))
+    os.close(privileges.append_to(others / "fresh", 0o640))
+    assert untouched(victim)

@@ -1,0 +1,178 @@
+"""What came from outside is shown escaped, by every verb and in every line of the log."""
+
+import ast
+import asyncio
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relaymta.cli import console, main, sink
+from relaymta.log import History, Log, find_history
+from relaymta.proto.printable import printable, printable_json
+from tests.support.daemon import Relay, dialog, wait_for
+from tests.support.fake_mx import FakeMx
+
+CLI = Path(console.__file__).parent
+OTHERS = {"account.py", "console.py"}
+
+SHOWN = [  # (text, as it is shown, what it would do)
+    ("plain text, <a@b.example>: 100% [red]", "plain text, <a@b.example>: 100% [red]", "nothing"),
+    ("Grüße, 你好, привет", "Grüße, 你好, привет", "nothing"),
+    ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07", "ECMA-48 8.3.39 ED, xterm's OSC 0"),
+    ("\x9b2J\x85\x90q\x9c", r"\x9b2J\x85\x90q\x9c", "the same by C1 (ECMA-48 5.3)"),
+    ("one\ntwo\rthree\tfour", r"one\ntwo\rthree\tfour", "a line of its own, over the line, over the columns"),
+    ("a\x00b\x08c\x7fd", r"a\x00b\x08c\x7fd", "NUL, backspace, DEL"),
+    ("\u202egpj.exe\u2066x\u2069", r"\u202egpj.exe\u2066x\u2069", "bidi (UAX 9)"),
+    ("a\u2028b\u2029c", r"a\u2028b\u2029c", "lines for some programs"),
+    ("a\u200bb\u200dc\ufeffd\u00ade", r"a\u200bb\u200dc\ufeffd\xade", "nothing to see"),
+    ("a\u00a0b\u3000c", r"a\xa0b\u3000c", "blanks that are none"),
+    ("\udc9b\U000e0041", r"\udc9b\U000e0041", "half of a pair; a tag character"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown", "does"), SHOWN)
+def test_what_is_not_printable_is_escaped(text, shown, does, capsys):
+    assert printable(text) == shown
+    console.say(text)
+    console.say("two", "lines", err=True)
+    console.table("", ["column"], [[text]])
+    told = capsys.readouterr()
+    assert told.out.startswith(shown + "\n") and told.err == "two\nlines\n"
+    assert shown in told.out.partition("\n")[2].replace("\n", " "), "in the table"
+
+
+def test_markup_and_emoji_in_a_table_are_text(capsys):
+    console.table("", ["column"], [["[red]x[/red] :smile: [link=http://evil.example]y[/link]"]])
+    assert "[red]x[/red] :smile: [link=http://evil.example]y[/link]" in capsys.readouterr().out
+
+
+@given(st.text())
+def test_json_means_the_same_and_is_printable(text):
+    text = text.encode("utf-8", "replace").decode()
+    for made in (json.dumps({"x": text}), json.dumps({"x": text}, ensure_ascii=False)):
+        shown = printable_json(made.encode()).decode()
+        assert json.loads(shown) == {"x": text}
+        assert shown.isprintable()
+
+
+def test_a_terminal_that_has_no_such_characters_gets_escapes(monkeypatch):
+    octets = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(octets, encoding="ascii"))
+    console.say("Grüße")
+    assert octets.getvalue() == rb"Gr\xfc\xdfe" + b"\n"
+
+
+def test_verbs_write_through_the_console_alone():
+    """click.echo, print and sys.stdout would show what a peer said as it is."""
+    found = []
+    for path in CLI.glob("*.py"):
+        if path.name in OTHERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+            if name in ("print", "click.echo", "click.secho", "sys.stdout", "sys.stderr"):
+                found.append(f"{path.name}:{node.lineno}: {name}")
+    assert not found
+
+
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+REPLY = "450 4.2.1 \x1b]0;title\x07 \x9b2J \u202e [red]x :smile: \x08\x7f"
+
+
+def test_lines_of_the_log_are_printable_and_survive_what_is_no_text(tmp_path):
+    log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
+    common = {"recipients": ["b"], "route": "r", "peer": "p", "delay": 0.1, "attempt": 1}
+    log.event("delivered", id="ONE", reply=REPLY, **common)
+    log.event("delivered", id="ONE", reply="\udcff half of a pair", **common)
+    log.event("delivered", id="ONE", reply="after it", **common)
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert not CONTROL.search(text)
+    assert [json.loads(line)["reply"] for line in text.splitlines()] == [REPLY, "? half of a pair", "after it"]
+    assert [event["reply"] for event in find_history(tmp_path / "history", "ONE")] == [REPLY, "? half of a pair", "after it"]
+
+
+def run(*words: str) -> str:
+    """What a verb writes."""
+    done = CliRunner().invoke(main, list(words))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def on_a_terminal(*command: str) -> str:
+    """What a command writes to a terminal."""
+    leader, follower = pty.openpty()
+    done = subprocess.run(command, stdout=follower, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=60, check=False)
+    os.close(follower)
+    told = b""
+    while True:
+        try:
+            told += (piece := os.read(leader, 65536))
+        except OSError:
+            break
+        if not piece:
+            break
+    os.close(leader)
+    assert done.returncode == 0
+    return told.decode().replace("\r\n", "\n")
+
+
+def test_no_verb_lets_a_peer_act_on_the_terminal(tmp_path):
+    """A smart host's replies, and a message's text."""
+    text = "Subject: \x1b[31mred\u202e\r\n\r\n\x1b]0;title\x07\tx\r\n"
+    with FakeMx({"RCPT": REPLY.encode() + b"\r\n"}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=300") as relay:
+            relay.send(text.encode(), "a@b", "c@d")
+            (deferred,) = wait_for(lambda: relay.events("deferred"))
+            ident, own = deferred["id"], ("--spool", str(relay.spool))
+            relay.cli("site", "suspend", "", "--app", "news", "--reason", "because \x1b[31m\u202e\nfact")
+            verbs = [["queue", "list"], ["queue", "summary"], ["message", "show", ident], ["message", "explain", ident],
+                     ["message", "history", ident], ["site", "list"], ["shaping", "active"], ["status"]]  # fmt: skip
+            for verb in verbs:
+                said = run(*verb, *own)
+                assert not CONTROL.search(said) and "\nfact" not in said, verb
+                if verb[0] in ("message", "queue") and verb[1] != "summary":
+                    assert r"\x1b]0;title\x07 \x9b2J \u202e [red]x :smile: \x08\x7f" in said, verb
+                as_json = run(*verb, *own, "--json")
+                assert not CONTROL.search(as_json), verb
+                for line in as_json.splitlines():
+                    json.loads(line)
+            program = [sys.executable, "-m", "relaymta"]
+            shown = on_a_terminal(*program, "message", "raw", ident, *own)
+            assert not CONTROL.search(shown) and r"Subject: \x1b[31mred\u202e" + "\n\n" + r"\x1b]0;title\x07\tx" + "\n" in shown
+            raw = subprocess.run([*program, "message", "raw", ident, *own], capture_output=True, check=True).stdout
+            assert raw.endswith(text.encode()), "octet for octet into a pipe"
+            assert not CONTROL.search(relay.log.read_text())
+            relay.stop()
+            for verb in verbs[:3]:  # the spool's own answers
+                assert not CONTROL.search(run(*verb, *own)), verb
+
+
+def test_what_is_no_utf8_in_a_command_does_not_stop_the_log(tmp_path):
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        dialog(relay.port, b"EHLO \xff\xfe.example\r\nMAIL FROM:<\xff@b> X=\xff\r\nRCPT TO:<c@d>\r\nAUTH PLAIN \xff\r\nQUIT\r\n")
+        relay.send()
+        wait_for(lambda: relay.events("delivered"))
+
+
+class Nowhere(asyncio.Transport):
+    def write(self, data: bytes) -> None: ...
+
+
+def test_the_sink_shows_subjects_escaped(capsys):
+    one = sink.Sink()
+    one.connection_made(Nowhere())
+    one.data_received(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+    one.data_received("Subject: \x1b[31m\u202e\r\n\r\nx\r\n.\r\n".encode())
+    said = capsys.readouterr().out
+    assert r"Subject: \x1b[31m\u202e" in said and not CONTROL.search(said)
