@@ -23,7 +23,8 @@ from relaymta.shm import Limits
 __all__ = ["Acceptor"]
 
 DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients never take the last ones
-ARRIVING_SHARE = 2  # one connection of so many, or one descriptor, may be somebody's with whom SMTP has not begun
+ARRIVING_SHARE = 2  # one connection of so many, or one descriptor, may be somebody's with whom SMTP has not begun,
+ARRIVING = 400  # and so many in all: a handshake that stands still holds 0.1 MB
 ARRIVAL_SECONDS = 35.0  # from accept to SMTP: for a PROXY header (5), and for the handshake (30)
 CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
 STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
@@ -90,9 +91,9 @@ class Acceptor:
         if not connection.arrive(sock, peer):
             sock.close()
             return
-        most = min(self._most, self.config.limits.connections // self.limits.workers) // ARRIVING_SHARE
-        if len(self.arriving) >= max(1, most):  # who waits longest is the likeliest to wait for nothing
-            self.arriving.pop(next(iter(self.arriving))).cancel()
+        share = min(self._most, self.config.limits.connections // self.limits.workers) // ARRIVING_SHARE
+        if len(self.arriving) >= max(1, min(share, ARRIVING)):  # who waits longest is the likeliest to wait for nothing
+            self._turn_out(next(iter(self.arriving)))
         task = self.arriving[connection] = self.loop.create_task(connection.begin(sock, peer))
 
         def over(task: asyncio.Task[None]) -> None:
@@ -100,6 +101,11 @@ class Acceptor:
             connection.begun(sock)
 
         task.add_done_callback(over)
+
+    def _turn_out(self, connection: Connection) -> None:
+        """End what comes before SMTP; its place is free at once."""
+        if self.arriving.pop(connection).cancel() and connection.session is None:
+            connection.give_back()
 
     def close(self, door: Listening) -> None:
         """Accept there no more."""
@@ -165,9 +171,8 @@ class Acceptor:
         for connection in list(self.connections):
             connection.check(now)
         patience = ARRIVAL_SECONDS * (STRESS_PATIENCE if self.stressed else 1)
-        for connection, task in list(self.arriving.items()):
-            if now - connection.arrived > patience:
-                task.cancel()
+        for connection in [one for one in self.arriving if now - one.arrived > patience]:
+            self._turn_out(connection)
         self._let_in()  # what was out of descriptors may have no connection of ours whose end would say so
         self.door.refresh(self.loop, self.threads)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
@@ -185,8 +190,8 @@ class Acceptor:
         self.intake.draining = True
         for door in self._doors:
             door.close()
-        for task in list(self.arriving.values()):
-            task.cancel()
+        for connection in list(self.arriving):
+            self._turn_out(connection)
         for connection in list(self.connections):
             connection.drain()
 

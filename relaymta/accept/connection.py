@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client
 from relaymta.accept.large import Large
-from relaymta.accept.listening import Announcement, among, named, waiting
+from relaymta.accept.listening import Announcement, among, named, readable, waiting
 from relaymta.config import Listener
 from relaymta.errors import StoreError, store_error
 from relaymta.metrics import index
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
     def _turned_away(self) -> None:
         self.acceptor.intake.counters.add(REFUSED, 1)
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         """What it holds of the limits. The only place: whoever sees its end first does it, and who comes later finds nothing."""
         self.acceptor.connections.discard(self)
         if self.counted and self.client is not None:
@@ -181,7 +181,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self._give_back()
+        self.give_back()
         if self.large is not None and not self.spilling and not self.storing:
             self._discard_large()
 
@@ -298,7 +298,7 @@ class Connection(asyncio.Protocol):
     def _announced(self, sock: socket.socket, address: str, peer: str) -> bool:
         """The load balancer at `peer` has said for whom it connects ("": nobody knows): whether they may come in."""
         self.announcement = None
-        self._give_back()
+        self.give_back()
         early = reply.TALKING_EARLY if self.listener.tls != "implicit" and waiting(sock) else None
         intake = self.acceptor.intake
         client = intake.client(address) if address else intake.nobody(peer.partition("%")[0])
@@ -323,6 +323,8 @@ class Connection(asyncio.Protocol):
             if not self._announced(sock, address, peer):
                 return
         if self.listener.tls == "implicit":
+            if not waiting(sock):  # who says nothing costs no more than its socket
+                await readable(sock)
 
             async def accept(context: ssl.SSLContext) -> asyncio.Transport:
                 return (await loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE))[0]
@@ -337,7 +339,7 @@ class Connection(asyncio.Protocol):
         if self.session is None and (self.transport is None or not self.transport.is_closing()):
             if self.transport is not None:
                 self.transport.abort()
-            self._give_back()
+            self.give_back()
             sock.close()
 
     async def _shake_hands(self, begin: Callable[[ssl.SSLContext], Awaitable[Any]]) -> None:

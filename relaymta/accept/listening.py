@@ -15,10 +15,10 @@ from relaymta.proto.proxy import LONGEST, BadHeader, Header, parse
 if TYPE_CHECKING:
     from relaymta.accept.connection import Connection
 
-__all__ = ["SCARCE", "Announcement", "Guarded", "Listening", "among", "named", "waiting"]
+__all__ = ["SCARCE", "Announcement", "Guarded", "Listening", "among", "named", "readable", "waiting"]
 
 BACKLOG = 1024
-ACCEPT_TOGETHER = 64  # sockets accepted in one turn of the loop
+ACCEPT_TOGETHER = 16  # sockets accepted in one turn of the loop, each of which may be the first part of a handshake
 PROXY_SECONDS = 5.0  # waited for a load balancer's header
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # there will be descriptors again when others have ended
 
@@ -187,13 +187,14 @@ class Announcement:
         """The header, once it is whole. OSError: it is none, or does not come for PROXY_SECONDS."""
         async with asyncio.timeout(PROXY_SECONDS):
             while True:
-                await _readable(self._socket)
+                await readable(self._socket)
                 found = self.look()
                 if found is not None:
                     return found
 
 
-async def _readable(sock: socket.socket) -> None:
+async def readable(sock: socket.socket) -> None:
+    """Wait until something has come on a socket, or its end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     loop.add_reader(sock.fileno(), _tell, future)
