@@ -1,8 +1,9 @@
 """All listening sockets and connections of one worker: who may come in, and for how long they may be silent.
 
 Who changes a count: `enter` takes a connection's two units (the machine's, its client's) and `leave` gives them back, both for
-connection.py alone, which knows by `counted` whether it holds them and gives them back in one place. `arriving` is changed by
-`_arrived`, and by the end of the task in it; `paused` by `_pause` and `_resume`.
+connection.py alone, which knows by `counted` whether it holds them. `connections` goes with that. Into `arriving` comes who has
+arrived, and out goes who is turned out or whose task has ended. `paused` is changed by `_pause`, and by `_resume`, which runs
+once at a time.
 """
 
 import asyncio

@@ -58,7 +58,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.session: ServerSession | None = None
         self.client: Client | None = None
-        self.counted = False  # in the limits, as `client`
+        self.counted = False  # in the limits, as `client`: `_enter` and `_assume` take, `give_back` alone gives back for good
         self.announcement: Announcement | None = None  # a PROXY header that is still to come
         self.arrived = 0.0  # when it was accepted (loop time), where something comes before SMTP
         self.early = False  # it has talked before the banner
@@ -75,14 +75,14 @@ class Connection(asyncio.Protocol):
         self.late: bytes | None = None  # what comes while a reply is held back
         self.paused = False
         self.identity: Identity | None = None
-        self.seat = ""  # the limit of an account's connections that this one counts in
+        self.seat = ""  # the limit of an account's connections that this one counts in: `give_back` ends that, too
         self.wrong = 0  # the session's errors when its client was last made to wait
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         if self.client is None:
             peer = transport.get_extra_info("peername")
-            if not peer:  # it is gone already: nobody knows who it was
+            if not isinstance(peer, tuple):  # it is gone already, or has no address: nobody knows who it was
                 self._turned_away()
                 transport.abort()  # type: ignore[attr-defined]
                 return
@@ -369,7 +369,6 @@ class Connection(asyncio.Protocol):
         if self.session is not None:
             self.session.tls_started()
         elif self.early:
-            self._turned_away()
             self._write(reply.TALKING_EARLY)
             self.transport.close()
         else:
