@@ -183,3 +183,12 @@ def test_what_opens_the_relay_is_refused_whoever_reads_it(tmp_path):
                 assert done.returncode == 78 and f"{path}:{what}" in done.stderr
         path.write_text(good)
         assert relay.cli("reload").stdout.startswith("reloaded")
+
+
+@pytest.mark.parametrize(
+    ("url", "named"), [("http://routes.example/", True), ("http://127.0.0.1/", False), ("https://a.example/", False)]
+)
+def test_a_look_up_that_others_can_answer_is_named(tmp_path, url, named):
+    path = tmp_path / "r.toml"
+    path.write_text(f'{START}[[route]]\nlookup = "{url}"\n')
+    assert any(sentence.startswith("route.0.lookup: ") for sentence in notes(load(path, {}))) is named
