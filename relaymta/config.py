@@ -98,6 +98,12 @@ def notes(config: "Config") -> list[str]:
             "relay.domains without relay.recipients: backscatter risk (mail for anybody there is taken, and bounces to forged "
             "senders when the next host does not know them)"
         )
+    found += [f"{_dotted(place)}: {what}" for place, what in _open_to_all(config)]
+    for number, route in enumerate(config.route):
+        if _in_clear(route.lookup):
+            found.append(
+                f"route.{number}.lookup: {route.lookup}: whoever is on the way there can say where mail goes; use https://"
+            )
     return found
 
 
@@ -124,7 +130,14 @@ def _quota(value: object) -> object:
 
 def _network(value: object) -> object:
     if isinstance(value, str):
-        return str(ipaddress.ip_network(value))
+        network = ipaddress.ip_network(value)
+        if isinstance(network, ipaddress.IPv6Network):
+            if network.network_address.scope_id is not None:
+                raise ValueError("a network without a scope: addresses of clients are looked at without theirs")
+            mapped = network.network_address.ipv4_mapped
+            if mapped is not None and network.prefixlen >= 96:  # what an IPv4 client is taken for (RFC 4291 2.5.5.2)
+                return str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
+        return str(network)
     return value
 
 
@@ -137,6 +150,99 @@ Host = Annotated[str, BeforeValidator(_host)]
 Network = Annotated[str, BeforeValidator(_network)]
 M = TypeVar("M", bound=BaseModel)
 LOOPBACK = ["127.0.0.0/8", "::1/128"]
+
+
+# What no host on the Internet has (IANA's registries of special-purpose addresses), and where they all are in IPv6.
+_SPECIAL = [
+    ipaddress.IPv4Network(text)
+    for text in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
+        "198.18.0.0/15", "224.0.0.0/3",
+    )
+]  # fmt: skip
+_GLOBAL = [ipaddress.IPv6Network("2000::/3")]
+# IPv4 hosts as IPv6 sees them, and behind how many bits: NAT64 (RFC 6052), 6to4 (RFC 3056).
+_EMBEDDED = [(ipaddress.IPv6Network("64:ff9b::/96"), 96), (ipaddress.IPv6Network("2002::/16"), 16)]
+EVERYWHERE_SHARE = 16  # nobody's own networks are a sixteenth of the Internet
+_Network = TypeVar("_Network", ipaddress.IPv4Network, ipaddress.IPv6Network)
+
+
+def _common(some: list[_Network], others: list[_Network]) -> int:
+    """How many addresses are in both of two lists, each without overlaps."""
+    return sum(min(one.num_addresses, other.num_addresses) for one in some for other in others if one.overlaps(other))
+
+
+def everywhere(networks: list[str]) -> bool:
+    """Whether networks add up to much of the Internet (an EVERYWHERE_SHARE of IPv4's or IPv6's addresses), so that anybody, or
+    whoever rents a host in the right place, is in them."""
+    all_of = [ipaddress.ip_network(text) for text in networks]
+    fourth = [network for network in all_of if isinstance(network, ipaddress.IPv4Network)]
+    sixth = [network for network in all_of if isinstance(network, ipaddress.IPv6Network)]
+    for network in sixth:
+        for prefix, bits in _EMBEDDED:
+            if network.overlaps(prefix):
+                length = min(32, max(0, network.prefixlen - bits))
+                inner = int(network.network_address) >> (96 - bits) & 0xFFFFFFFF if network.prefixlen >= bits else 0
+                fourth.append(ipaddress.IPv4Network((inner, length), strict=False))
+    fourth, sixth = list(ipaddress.collapse_addresses(fourth)), list(ipaddress.collapse_addresses(sixth))
+    public = sum(network.num_addresses for network in fourth) - _common(fourth, _SPECIAL)
+    return public >= 2**32 // EVERYWHERE_SHARE or _common(sixth, _GLOBAL) >= 2**125 // EVERYWHERE_SHARE
+
+
+Place = tuple[str | int, ...]
+
+
+class _Problems(ValueError):
+    """What is wrong with several keys: the place of each, and what."""
+
+    def __init__(self, found: list[tuple[Place, str]]) -> None:
+        super().__init__("; ".join(f"{_dotted(place)}: {what}" for place, what in found))
+        self.found = found
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+def _in_clear(url: str) -> bool:
+    """Whether what goes to a URL can be read, and the answer changed, on the way to another machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # it is none
+        return True
+    return parts.scheme == "http" and parts.hostname != "localhost" and not _is_loopback(parts.hostname or "")
+
+
+def _open_to_all(config: "Config") -> list[tuple[Place, str]]:
+    """What lets anybody relay: the place of each, and what it is. Networks of several places are looked at together."""
+    peers = [(("network", number, "networks"), peer) for number, peer in enumerate(config.network)]
+    relaying: list[tuple[Place, list[str]]] = [(("relay", "networks"), config.relay.networks)]
+    relaying += [(place, peer.networks) for place, peer in peers if peer.relay]
+    speaking: list[tuple[Place, list[str]]] = [(place, peer.networks) for place, peer in peers if peer.xclient]
+    found = []
+    for parts, what in (
+        (relaying, "may relay: that is an open relay, which spammers find within hours"),
+        (speaking, "may say by XCLIENT who they are: that is an open relay for whoever says that they are you"),
+    ):
+        networks = _first(parts, len(parts))
+        if everywhere(networks):
+            place = next(place for number, (place, _) in enumerate(parts, 1) if everywhere(_first(parts, number)))
+            found.append((place, f"{_named(networks)} {what}"))
+    for number, listener in enumerate(config.listener):
+        if everywhere(listener.proxy):
+            what = "may say by PROXY who they are: that is an open relay for whoever says that they are you"
+            found.append((("listener", number, "proxy"), f"{_named(listener.proxy)} {what}"))
+    return found
+
+
+def _first(parts: list[tuple[Place, list[str]]], count: int) -> list[str]:
+    return [text for _, more in parts[:count] for text in more]
+
+
+def _named(networks: list[str]) -> str:
+    """Networks as a sentence names them, the widest first."""
+    first = sorted(networks, key=lambda text: ipaddress.ip_network(text).prefixlen)
+    return ", ".join(first[:3]) + (" ..." if len(first) > 3 else "")
 
 
 class _Table(BaseModel):
@@ -499,7 +605,9 @@ class Relay(_Table):
     recipients: str = Field(
         "", description='file of their recipients, "a@example.com" or "@example.com" a line; others are refused; empty: nobody is'
     )
-    open_relay: bool = Field(False, description="start even though the networks above are the whole Internet")
+    open_relay: bool = Field(
+        False, description="start even though much of the Internet may relay, or say by PROXY or XCLIENT who it is"
+    )
 
 
 class Intake(_Table):
@@ -628,13 +736,25 @@ class Config(_Table):
     def _check(self) -> "Config":
         if not self.listener:
             raise ValueError("no [[listener]]: give one, or --listen HOST:PORT")
-        trusted = [*self.relay.networks, *(n for peer in self.network if peer.relay for n in peer.networks)]
-        wide = [n for n in trusted if ipaddress.ip_network(n).prefixlen == 0]
-        if wide and not self.relay.open_relay:
-            raise ValueError(
-                f"{wide[0]} may relay: that is an open relay, which spammers find within hours. "
-                "Name your networks, or set relay.open_relay = true if you mean it"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_open(self) -> "Config":
+        meant = ". Name your networks, or set relay.open_relay = true if you mean it"
+        found = [] if self.relay.open_relay else [(place, what + meant) for place, what in _open_to_all(self)]
+        asked: list[tuple[Place, str, str]] = [(("accounts", "url"), self.accounts.url, "passwords")]
+        if self.accounts.tokens is not None:
+            tokens = self.accounts.tokens
+            asked += [(("accounts", "tokens", "jwks"), tokens.jwks, "keys that make anybody's token good")]
+            asked += [(("accounts", "tokens", "introspection"), tokens.introspection, "tokens and our secret")]
+        for number, route in enumerate(self.route):
+            if route.oauth is not None:
+                asked.append((("route", number, "oauth", "token_url"), route.oauth.token_url, "our secret and tokens"))
+        for place, url, what in asked:
+            if _in_clear(url):
+                found.append((place, f"{what} would go over plain http to another host; use https://, or a loopback address"))
+        if found:
+            raise _Problems(found)
         return self
 
     @model_validator(mode="after")
@@ -792,7 +912,16 @@ def _validated(model: type[M], path: Path | None, text: str, data: dict[str, Any
         return model.model_validate(data)
     except ValidationError as error:
         positions = _positions(text)
-        raise ConfigError([_problem(model, path, positions, overrides, entry) for entry in error.errors()]) from None
+        entries = [single for entry in error.errors() for single in _singly(entry)]
+        raise ConfigError([_problem(model, path, positions, overrides, entry) for entry in entries]) from None
+
+
+def _singly(entry: Any) -> list[Any]:
+    """An error of pydantic's; where it is about several keys, one for each of them."""
+    problems = entry.get("ctx", {}).get("error")
+    if not isinstance(problems, _Problems):
+        return [entry]
+    return [{"type": "value_error", "loc": (*entry["loc"], *place), "msg": what} for place, what in problems.found]
 
 
 def _syntax_problem(path: Path, text: str) -> str:

@@ -125,6 +125,11 @@ class Limits:
         self._known: dict[str, tuple[int, int]] = {}
         self.overflows = 0
 
+    @property
+    def workers(self) -> int:
+        """How many workers share them."""
+        return self._workers
+
     def take(self, key: str, most: int) -> bool:
         """Take one of the `most` units of `key`; False when all are taken."""
         cells = self._cells

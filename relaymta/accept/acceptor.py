@@ -1,4 +1,10 @@
-"""All listening sockets and connections of one worker: who may come in, and for how long they may be silent."""
+"""All listening sockets and connections of one worker: who may come in, and for how long they may be silent.
+
+Who changes a count: `enter` takes a connection's two units (the machine's, its client's) and `leave` gives them back, both for
+connection.py alone, which knows by `counted` whether it holds them. `connections` goes with that. Into `arriving` comes who has
+arrived, and out goes who is turned out or whose task has ended. `paused` is changed by `_pause`, and by `_resume`, which runs
+once at a time.
+"""
 
 import asyncio
 import resource
@@ -7,10 +13,10 @@ from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import Executor
 
-from relaymta.accept.connection import DRAIN_REPLY, Connection
+from relaymta.accept.connection import DRAIN_REPLY, STRESS_PATIENCE, Connection
 from relaymta.accept.door import Door
 from relaymta.accept.intake import Client, Intake
-from relaymta.accept.listening import Guarded, Listening
+from relaymta.accept.listening import SCARCE, Guarded, Listening
 from relaymta.config import Config, Listener
 from relaymta.proto import reply
 from relaymta.shm import Limits
@@ -18,6 +24,9 @@ from relaymta.shm import Limits
 __all__ = ["Acceptor"]
 
 DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients never take the last ones
+ARRIVING_SHARE = 2  # one connection of so many, or one descriptor, may be somebody's with whom SMTP has not begun,
+ARRIVING = 400  # and so many in all: a handshake that stands still holds 0.1 MB
+ARRIVAL_SECONDS = 35.0  # from accept to SMTP: for a PROXY header (5), and for the handshake (30)
 CHECK_EVERY = 2.0  # seconds between two looks at all deadlines
 STRESS_SHARE = 80  # per cent of the connections or descriptors from which on there is stress
 BEAT, BEATS, LATE_BEATS = 0.05, 100, 3  # seconds between two looks at the loop's lag; those that count; too many
@@ -37,6 +46,7 @@ class Acceptor:
         self.now = self.loop.time
         self.time = self.now()
         self.connections: set[Connection] = set()
+        self.arriving: dict[Connection, asyncio.Task[None]] = {}  # before SMTP: a PROXY header, or TLS; who came first is first
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
         self._doors: list[Listening] = []
@@ -63,22 +73,49 @@ class Acceptor:
             return Connection(self, listener)
 
         guarded = listener.tls == "implicit" or listener.proxy
-        door = Guarded(self.loop, listening, make, self._begin) if guarded else Listening(self.loop, listening, make)
-        if not self.paused:
-            await door.resume()
+        door = (
+            Guarded(self.loop, listening, make, self._arrived, self._pause) if guarded else Listening(self.loop, listening, make)
+        )
         self._doors.append(door)
+        try:
+            if not self.paused:
+                await door.resume()
+        except OSError as error:
+            if error.errno not in SCARCE:
+                raise
+            self._pause()
         return door
 
-    def _begin(self, connection: Connection, sock: socket.socket, peer: str) -> None:
-        self.spawn(connection.begin(sock, peer))
+    def _arrived(self, connection: Connection, sock: socket.socket, peer: str) -> None:
+        """A socket on which something comes before SMTP. It is counted now, and whatever becomes of its task, that it has ended
+        gives back what is not a session's."""
+        if not connection.arrive(sock, peer):
+            sock.close()
+            return
+        share = min(self._most, self.config.limits.connections // self.limits.workers) // ARRIVING_SHARE
+        if len(self.arriving) >= max(1, min(share, ARRIVING)):  # who waits longest is the likeliest to wait for nothing
+            self._turn_out(next(iter(self.arriving)))
+        task = self.arriving[connection] = self.loop.create_task(connection.begin(sock, peer))
+
+        def over(task: asyncio.Task[None]) -> None:
+            self.arriving.pop(connection, None)
+            connection.begun(sock)
+
+        task.add_done_callback(over)
+
+    def _turn_out(self, connection: Connection) -> None:
+        """End what comes before SMTP; its place is free at once."""
+        if self.arriving.pop(connection).cancel() and connection.session is None:
+            connection.give_back()
 
     def close(self, door: Listening) -> None:
         """Accept there no more."""
         self._doors.remove(door)
         door.close()
 
-    def enter(self, client: Client) -> bytes | None:
-        """Count a connection; the banner that refuses it, or None."""
+    def enter(self, client: Client, speaks: bool = True) -> bytes | None:
+        """Count a connection; the banner that refuses it, or None. `speaks`: it is the client itself, not yet a load balancer who
+        will say for whom it is, and whose rate is not one client's."""
         if self.intake.draining:
             return DRAIN_REPLY
         if self.shedding:
@@ -90,7 +127,7 @@ class Acceptor:
         if not self.limits.take("client " + client.group, client.connections):
             self.limits.give("connections")
             return reply.TOO_MANY_FROM_CLIENT
-        if client.connection_rate:
+        if client.connection_rate and speaks:
             refused = self.intake.quotas.client(client.group, "connection_rate", client.connection_rate)
             if refused is not None:
                 self.leave(client)
@@ -101,8 +138,7 @@ class Acceptor:
         """A counted connection ended."""
         self.limits.give("connections")
         self.limits.give("client " + client.group)
-        if self.paused and len(self.connections) <= self._most - self._most // 20 - 1 and self._resuming is None:
-            self._resuming = self.loop.create_task(self._resume())
+        self._let_in()
 
     def _pause(self) -> None:
         """The descriptors that are left are for the spool and for delivery."""
@@ -110,12 +146,23 @@ class Acceptor:
         for door in self._doors:
             door.pause()
 
+    def _let_in(self) -> None:
+        """Accept again, where that is paused and there is room. May be called at any time: it is under way once at most."""
+        room = len(self.connections) < self._most - self._most // 20
+        if self.paused and room and self._resuming is None and not self.intake.draining:
+            self._resuming = self.loop.create_task(self._resume())
+
     async def _resume(self) -> None:
-        self.paused = False
-        self._resuming = None
-        for door in self._doors:
-            if not self.paused:
+        try:
+            self.paused = False
+            for door in list(self._doors):
+                if self.paused:  # again: who has paused it has seen to the doors that were open
+                    return
                 await door.resume()
+        except OSError:  # out of descriptors still: `_check` tries again
+            self._pause()
+        finally:
+            self._resuming = None
 
     def _check(self) -> None:
         self.time = now = self.now()
@@ -124,6 +171,10 @@ class Acceptor:
         self.stressed = taken * 100 >= most * STRESS_SHARE or len(self.connections) * 100 >= self._most * STRESS_SHARE
         for connection in list(self.connections):
             connection.check(now)
+        patience = ARRIVAL_SECONDS * (STRESS_PATIENCE if self.stressed else 1)
+        for connection in [one for one in self.arriving if now - one.arrived > patience]:
+            self._turn_out(connection)
+        self._let_in()  # what was out of descriptors may have no connection of ours whose end would say so
         self.door.refresh(self.loop, self.threads)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
@@ -140,6 +191,8 @@ class Acceptor:
         self.intake.draining = True
         for door in self._doors:
             door.close()
+        for connection in list(self.arriving):
+            self._turn_out(connection)
         for connection in list(self.connections):
             connection.drain()
 

@@ -6,19 +6,16 @@ takes it. Nothing is read while a commit is awaited, or a login, a signature or 
 
 import asyncio
 import contextlib
-import fcntl
 import ipaddress
 import socket
 import ssl
-import termios
-from array import array
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client
 from relaymta.accept.large import Large
-from relaymta.accept.listening import proxied
+from relaymta.accept.listening import Announcement, among, named, readable, waiting
 from relaymta.config import Listener
 from relaymta.errors import StoreError, redacted, store_error
 from relaymta.metrics import index
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
     from relaymta.accept.acceptor import Acceptor
     from relaymta.filter.verify import Look, Verifier
 
-__all__ = ["DRAIN_REPLY", "Connection"]
+__all__ = ["DRAIN_REPLY", "STRESS_PATIENCE", "Connection"]
 
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
@@ -50,8 +47,9 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "checking", "client", "counted", "dot_at", "heard", "ident", "identity", "large", "late", "listener",
-        "paused", "seat", "session", "size", "spilling", "storing", "text_since", "transport", "wrong",
+        "acceptor", "announcement", "arrived", "checking", "client", "counted", "dot_at", "early", "ended", "heard", "ident",
+        "identity", "large", "late", "listener", "paused", "seat", "session", "size", "spilling", "storing", "text_since",
+        "transport", "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -60,7 +58,11 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.session: ServerSession | None = None
         self.client: Client | None = None
-        self.counted = False
+        self.counted = False  # in the limits, as `client`: `_enter` and `_assume` take, `give_back` alone gives back for good
+        self.announcement: Announcement | None = None  # a PROXY header that is still to come
+        self.arrived = 0.0  # when it was accepted (loop time), where something comes before SMTP
+        self.early = False  # it has talked before the banner
+        self.ended = False  # the client will say no more
         self.heard = 0.0  # when the peer was last heard (loop time)
         self.text_since = 0.0  # when the text under way began
         self.dot_at = 0.0
@@ -73,37 +75,61 @@ class Connection(asyncio.Protocol):
         self.late: bytes | None = None  # what comes while a reply is held back
         self.paused = False
         self.identity: Identity | None = None
-        self.seat = ""  # the limit of an account's connections that this one counts in
+        self.seat = ""  # the limit of an account's connections that this one counts in: `give_back` ends that, too
         self.wrong = 0  # the session's errors when its client was last made to wait
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        if not self.counted:
+        if self.client is None:
             peer = transport.get_extra_info("peername")
-            refusal = self.enter(peer[0] if peer else "127.0.0.1", reply.TALKING_EARLY if _talks_early(transport) else None)
+            if not isinstance(peer, tuple):  # it is gone already, or has no address: nobody knows who it was
+                self._turned_away()
+                transport.abort()  # type: ignore[attr-defined]
+                return
+            early = waiting(transport.get_extra_info("socket"))
+            refusal = self.enter(peer[0], reply.TALKING_EARLY if early else None)
             if refusal is not None:
                 self._write(refusal)
                 transport.close()
                 return
+        elif not self.counted:  # `begin` was ended meanwhile
+            transport.abort()  # type: ignore[attr-defined]
+            return
         if transport.get_extra_info("ssl_object") is None:
             self._greet(False)
-        else:
-            self._secured()
 
     def enter(self, address: str, refusal: bytes | None = None) -> bytes | None:
         """A client at the door: count it, or the reply that refuses it."""
+        client = self.acceptor.intake.client(address.partition("%")[0])
+        return self._enter(client, refusal)
+
+    def _enter(self, client: Client, refusal: bytes | None, speaks: bool = True) -> bytes | None:
         acceptor = self.acceptor
-        client = self.client = acceptor.intake.client(address.partition("%")[0])
+        self.client = client
         if refusal is None:
-            refusal = acceptor.enter(client)
+            refusal = acceptor.enter(client, speaks)
         if refusal is not None:
-            acceptor.intake.counters.add(REFUSED, 1)
+            self._turned_away()
             return refusal
         self.counted = True
-        acceptor.intake.counters.add(ACCEPTED, 1)
+        if speaks:
+            acceptor.intake.counters.add(ACCEPTED, 1)
         acceptor.connections.add(self)
         self.heard = acceptor.now()
         return None
+
+    def _turned_away(self) -> None:
+        self.acceptor.intake.counters.add(REFUSED, 1)
+
+    def give_back(self) -> None:
+        """What it holds of the limits. The only place: whoever sees its end first does it, and who comes later finds nothing."""
+        self.acceptor.connections.discard(self)
+        if self.counted and self.client is not None:
+            self.counted = False
+            self.acceptor.leave(self.client)
+        if self.seat:
+            self.acceptor.limits.give(self.seat)
+            self.seat = ""
 
     def _greet(self, secure: bool) -> None:
         """Begin the session."""
@@ -155,17 +181,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self.acceptor.connections.discard(self)
-        if self.counted and self.client is not None:
-            self.acceptor.leave(self.client)
-            self.counted = False
-        if self.seat:
-            self.acceptor.limits.give(self.seat)
-            self.seat = ""
+        self.give_back()
         if self.large is not None and not self.spilling and not self.storing:
             self._discard_large()
 
     def eof_received(self) -> bool:
+        self.ended = True
         return self.storing  # a client that half-closes behind the dot still gets its reply
 
     def _write(self, data: bytes) -> None:
@@ -175,6 +196,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         session = self.session
         if session is None:
+            self.early = True
             return
         self.heard = self.acceptor.time
         if self.storing or self.checking:
@@ -254,41 +276,87 @@ class Connection(asyncio.Protocol):
 
         self.acceptor.spawn(self._shake_hands(begin))
 
-    async def begin(self, sock: socket.socket, peer: str) -> None:
-        """A socket on which a PROXY header comes first, or TLS, or both."""
-        loop, refusal = self.acceptor.loop, None
+    def arrive(self, sock: socket.socket, peer: str) -> bool:
+        """A socket on which a PROXY header comes first, or TLS, or both: count it, as the client's where it is known who that is,
+        else as the load balancer's; False where it is turned away."""
+        self.arrived = self.acceptor.now()
         try:
-            address = await proxied(sock, peer, self.listener.proxy) if self.listener.proxy else peer
-            refusal = self.enter(address)
-            if refusal is not None:
-                raise ConnectionRefusedError
-            if self.listener.tls == "implicit":
-                await self._shake_hands(
-                    lambda context: loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE)
-                )
-            else:
-                await loop.connect_accepted_socket(lambda: self, sock)
+            if not self.listener.proxy:
+                return self.enter(peer) is None
+            if not among(peer, self.listener.proxy):
+                raise ConnectionRefusedError(f"{peer} is no load balancer (listener.proxy)")
+            self.announcement = Announcement(sock, peer)
+            header = self.announcement.look()
+            if header is None:
+                balancer = self.acceptor.intake.client(peer.partition("%")[0])
+                return self._let_in(sock, self._enter(balancer, None, speaks=False))
         except OSError:
-            if refusal is not None and self.listener.tls != "implicit":  # who expects TLS would not understand it
-                with contextlib.suppress(OSError):
-                    sock.send(refusal)
-            elif refusal is None:
-                self.acceptor.intake.counters.add(REFUSED, 1)
-            self.connection_lost(None)
-        if self.session is None:
+            self._turned_away()
+            return False
+        return self._announced(sock, named(header, peer), peer)
+
+    def _announced(self, sock: socket.socket, address: str, peer: str) -> bool:
+        """The load balancer at `peer` has said for whom it connects ("": nobody knows): whether they may come in."""
+        self.announcement = None
+        self.give_back()
+        early = reply.TALKING_EARLY if self.listener.tls != "implicit" and waiting(sock) else None
+        intake = self.acceptor.intake
+        client = intake.client(address) if address else intake.nobody(peer.partition("%")[0])
+        return self._let_in(sock, self._enter(client, early))
+
+    def _let_in(self, sock: socket.socket, refusal: bytes | None) -> bool:
+        """Whether nothing refuses a client; else it is told."""
+        if refusal is not None and self.listener.tls != "implicit":  # who expects TLS would not understand it
+            with contextlib.suppress(OSError):
+                sock.send(refusal)
+        return refusal is None
+
+    async def begin(self, sock: socket.socket, peer: str) -> None:
+        """What comes before SMTP on a socket that has arrived. Where no session comes of it, `begun` clears up."""
+        loop = self.acceptor.loop
+        if self.announcement is not None:
+            try:
+                address = named(await self.announcement.whole(), peer)
+            except OSError:
+                self._turned_away()
+                return
+            if not self._announced(sock, address, peer):
+                return
+        if self.listener.tls == "implicit":
+            if not waiting(sock):  # who says nothing costs no more than its socket
+                await readable(sock)
+
+            async def accept(context: ssl.SSLContext) -> asyncio.Transport:
+                return (await loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE))[0]
+
+            await self._shake_hands(accept)
+        else:
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(lambda: self, sock)
+
+    def begun(self, sock: socket.socket) -> None:
+        """`begin` has ended, was cancelled, or never ran: without a session, or one that is being closed, nothing stays of it."""
+        if self.session is None and (self.transport is None or not self.transport.is_closing()):
+            if self.transport is not None:
+                self.transport.abort()
+            self.give_back()
             sock.close()
 
     async def _shake_hands(self, begin: Callable[[ssl.SSLContext], Awaitable[Any]]) -> None:
-        context = self.acceptor.door.certificates.context
+        context, before = self.acceptor.door.certificates.context, self.transport
         try:
             if context is None:
                 raise ConnectionError("there is no usable certificate")
             found = await begin(context)
-        except OSError:  # SSLError; a peer that is gone or too slow
+            if self.session is None:  # what came with the end of the handshake, before our banner, is read in the next turn
+                await asyncio.sleep(0)
+        except Exception:  # SSLError; a peer that is gone or too slow; whatever it was, nobody else ends this connection
             self.acceptor.intake.counters.add(FAILED, 1)
             self.connection_lost(None)
+            if before is not None:
+                before.abort()
             return
-        if self.session is not None and self.session.starting_tls:
+        if self.counted:  # it is still there
             self.transport, self.paused = found, False
             self._secured()
 
@@ -298,10 +366,13 @@ class Connection(asyncio.Protocol):
         resumed = self.transport.get_extra_info("ssl_object").session_reused
         self.acceptor.intake.counters.add(RESUMED if resumed else FULL, 1)
         self.heard = self.acceptor.now()
-        if self.session is None:
-            self._greet(True)
-        else:
+        if self.session is not None:
             self.session.tls_started()
+        elif self.early:
+            self._write(reply.TALKING_EARLY)
+            self.transport.close()
+        else:
+            self._greet(True)
 
     async def _check_login(self, session: ServerSession, claim: Claim) -> None:
         began = self.acceptor.now()
@@ -486,6 +557,8 @@ class Connection(asyncio.Protocol):
             session.closing = True
             out += DRAIN_REPLY
         self._advance(session, out)
+        if self.ended and not self.storing and self.transport is not None:
+            self.transport.close()  # else nobody would see its end
 
     # A message that streams to disk
 
@@ -642,16 +715,6 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session is not None and not (self.storing or self.checking or session.taking_text or session.starting_tls):
             self._give_up(DRAIN_REPLY)
-
-
-def _talks_early(transport: asyncio.BaseTransport) -> bool:
-    """Whether a client's octets are there before our banner (RFC 5321 4.3.1: it waits for it)."""
-    waiting = array("i", [0])
-    try:
-        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, waiting)
-    except OSError:  # it is gone already
-        return False
-    return waiting[0] > 0
 
 
 def _beginning(text: list[bytes]) -> bytes:

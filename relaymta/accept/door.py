@@ -18,6 +18,7 @@ from relaymta.filter import keys
 from relaymta.filter.signing import Signer
 from relaymta.log import Log
 from relaymta.metrics import Counters
+from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
 from relaymta.shm import Rates
@@ -47,10 +48,15 @@ class Door:
         self._refreshing = False
         self._checker = Checker()
         self.signer = Signer(config, counters, log, lambda: wall_ms() // 1000)
-        self.configure(config)
+        self._take_over(config)
 
     def configure(self, config: Config) -> None:
-        """Take over a configuration (blocks while its files are read)."""
+        """Take over another configuration (blocks while its files are read)."""
+        replaced = self.logins
+        self._take_over(config)
+        replaced.close()
+
+    def _take_over(self, config: Config) -> None:
         self.certificates = Certificates(config, self._tickets)
         self.signer.configure(config)
         self.verifier = self._verifier(config) if config.verify.results else None
@@ -80,8 +86,12 @@ class Door:
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
             assume=assume,
-            keys=self.logins.keys,
+            keys=self.keys,
         )
+
+    def keys(self, user: str) -> Keys:
+        """For SCRAM, of the accounts as they are when they are asked for: a session may be older than these."""
+        return self.logins.keys(user)
 
     def refresh(self, loop: Any, threads: Executor) -> None:
         """Look, on a thread, whether files have changed."""

@@ -27,11 +27,31 @@ class Dovecot:
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
+        self._asking = 0  # who waits for an answer, or for the connection
+        self._closed = False
         self._again = 0.0  # not tried before (loop time)
         self._reason = ""
 
     async def password(self, user: str, password: str, address: str) -> Identity | None:
         """Who that is; None for a wrong password. Unavailable when Dovecot does not say."""
+        self._asking += 1
+        try:
+            return await self._password(user, password, address)
+        finally:
+            self._asking -= 1
+            self._hang_up()
+
+    def close(self) -> None:
+        """It is not needed any more: hang up when the last who asks has an answer."""
+        self._closed = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._closed and not self._asking and self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    async def _password(self, user: str, password: str, address: str) -> Identity | None:
         try:
             async with asyncio.timeout(TIMEOUT):
                 writer = await self._connected()
@@ -62,8 +82,12 @@ class Dovecot:
                 raise Unavailable(self._reason)
             try:
                 reader, writer = await asyncio.open_unix_connection(self._path, limit=LINE_LIMIT)
-                writer.write(f"VERSION\t1\t1\nCPID\t{os.getpid()}\n".encode())
-                await self._greeted(reader)
+                try:
+                    writer.write(f"VERSION\t1\t1\nCPID\t{os.getpid()}\n".encode())
+                    await self._greeted(reader)
+                except BaseException:  # cancelled, too: nobody else knows of it
+                    writer.close()
+                    raise
             except (OSError, ValueError) as error:
                 self._again, self._reason = loop.time() + RETRY_SECONDS, f"{self._path}: {error}"
                 raise Unavailable(self._reason) from None
@@ -92,7 +116,8 @@ class Dovecot:
                     future.set_result([kind, *fields])
         except (OSError, ValueError):
             pass
-        self._writer = None
+        if self._writer is writer:
+            self._writer = None
         writer.close()
         for future in self._waiting.values():
             if not future.done():

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from relaymta.accept.door import Door
@@ -110,6 +110,12 @@ class Intake:
                 self._clients.clear()
             known = self._clients[address] = self._rules(address)
         return known
+
+    def nobody(self, peer: str) -> Client:
+        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, and with no rights of its."""
+        found = self.client(peer)
+        limits = replace(found.limits, normalize=False, long_lines=False)
+        return replace(found, trusted=False, xclient=False, application="", priority="", limits=limits)
 
     def _rules(self, address: str) -> Client:
         config = self._config

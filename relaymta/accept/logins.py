@@ -86,6 +86,11 @@ class Logins:
         self._waiting: Counter[str] = Counter()  # passwords that are computed or wait for it, by client
         self._unavailable = 0.0  # when that was told the last time (monotonic)
 
+    def close(self) -> None:
+        """Others take their place: what they have open is closed when who is being checked has an answer."""
+        if isinstance(self._others, Dovecot):
+            self._others.close()
+
     @property
     def mechanisms(self) -> tuple[str, ...]:
         """What AUTH offers."""

@@ -12,7 +12,8 @@ __all__ = ["LONGEST", "BadHeader", "Header", "parse"]
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 LONGEST = 16 + 2048  # octets of a header that we wait for; version 1 has 107 at most
 _V1_LONGEST = 107
-_FAMILIES = {0x11: (4, 12), 0x21: (16, 36)}  # TCP over IPv4 and IPv6: octets of an address, and of both ends
+# Octets of an address, and of both ends: TCP over IPv4 and IPv6; what the balancer does not know, and unix sockets, name nobody.
+_FAMILIES = {0x11: (4, 12), 0x21: (16, 36), 0x00: (0, 0), 0x31: (0, 216)}
 
 
 class BadHeader(ValueError):
@@ -20,7 +21,8 @@ class BadHeader(ValueError):
 
 
 class Header(NamedTuple):
-    """`length`: octets of the header; `address`: the client's, "" where the balancer speaks for itself (LOCAL, UNKNOWN)."""
+    """`length`: octets of the header; `address`: the client's, "" where it names none: the balancer speaks for itself (LOCAL), or
+    does not know (UNKNOWN, AF_UNSPEC) or has a client without an address (AF_UNIX)."""
 
     length: int
     address: str
@@ -47,10 +49,10 @@ def _first(line: bytes, length: int) -> Header:
     if len(words) != 6 or words[1] not in ("TCP4", "TCP6") or not all(word.isdigit() and int(word) < 65536 for word in words[4:]):
         raise BadHeader("a malformed PROXY header")
     try:
-        ends = [ipaddress.ip_address(word) for word in words[2:4]]
+        ends = [ipaddress.ip_address(word) for word in words[2:4] if "%" not in word]  # a scope is of another machine
     except ValueError:
         raise BadHeader("a PROXY header without addresses") from None
-    if any(end.version != int(words[1][3]) for end in ends):
+    if len(ends) != 2 or any(end.version != int(words[1][3]) for end in ends):
         raise BadHeader("addresses of another family than the PROXY header's")
     return Header(length, str(ends[0]))
 
@@ -66,7 +68,7 @@ def _second(data: bytes) -> Header | None:
         return None
     if command & 15 == 0:  # LOCAL: a health check
         return Header(length, "")
-    octets, both = _FAMILIES.get(family, (0, 0))
-    if not octets or size < both:
+    octets, both = _FAMILIES.get(family, (0, LONGEST))
+    if size < both:
         raise BadHeader("a PROXY header that is not about TCP")
-    return Header(length, str(ipaddress.ip_address(data[16 : 16 + octets])))
+    return Header(length, str(ipaddress.ip_address(data[16 : 16 + octets])) if octets else "")

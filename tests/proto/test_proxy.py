@@ -47,6 +47,8 @@ def test_only_a_header_is_taken_for_one(data):
         b"EHLO me\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8 1\r\n", b"PROXY TCP4 ::1 ::1 1 2\r\n", b"PROXY TCP6 x y 1 2\r\n",
         b"PROXY TCP4 1.2.3.4 5.6.7.8 1 65536\r\n", b"PROXY " + b"x" * 101,
         b"\r\n\r\n\x00\r\nQUIT\n\x31\x11\x00\x0c" + bytes(12), b"\r\n\r\n\x00\r\nQUIT\n\x21\x12\x00\x0c" + bytes(12),
+        b"PROXY TCP6 fe80::1%eth0 ::1 1 25\r\n", b"PROXY TCP6 ::1 fe80::1%25 1 25\r\n",
+        b"\r\n\r\n\x00\r\nQUIT\n\x21\x31\x00\x0c" + bytes(12), b"\r\n\r\n\x00\r\nQUIT\n\x21\x41\x00\x0c" + bytes(12),
         b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x02" + bytes(2), b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\xff\xff",
     ],
 )  # fmt: skip
@@ -59,3 +61,5 @@ def test_a_balancer_that_speaks_for_itself_names_nobody():
     assert parse(b"PROXY UNKNOWN\r\n220") == Header(15, "")
     assert parse(b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n") == Header(35, "")
     assert parse(b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00") == Header(16, "")
+    assert parse(b"\r\n\r\n\x00\r\nQUIT\n\x21\x00\x00\x03abc220") == Header(19, "")  # AF_UNSPEC
+    assert parse(b"\r\n\r\n\x00\r\nQUIT\n\x21\x31\x00\xd8" + bytes(216)) == Header(232, "")  # AF_UNIX

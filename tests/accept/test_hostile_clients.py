@@ -1,0 +1,649 @@
+"""Clients that come and say nothing, too early, or for nobody; who they are taken for, what they take, and that it comes back."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trustme
+
+from relaymta.accept import acceptor
+from relaymta.accept.acceptor import Acceptor
+from relaymta.accept.connection import Connection
+from relaymta.accept.listening import Guarded, Listening, named
+from relaymta.config import Config, Listener
+from relaymta.proto.proxy import Header
+from relaymta.shm import Shared
+from tests.support.daemon import Relay, free_port, wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.programs import need
+
+TEXT = "Subject: x\r\n\r\nx\r\n"
+V2 = b"\r\n\r\n\x00\r\nQUIT\n"
+
+
+class Guard(Relay):
+    """A relay with a plain listener, one behind a load balancer at 127.0.0.1, one with TLS from the start, and one with both."""
+
+    def __init__(self, folder: Path, smarthost: str, *settings: str, wrap: tuple[str, ...] = ()) -> None:
+        self.proxied, self.implicit, self.both = free_port(), free_port(), free_port()
+        self.authority = trustme.CA()
+        made = self.authority.issue_cert("relay.example")
+        pem = b"".join(blob.bytes() for blob in made.cert_chain_pems) + made.private_key_pem.bytes()
+        (folder / "relay.example.pem").write_bytes(pem)
+        super().__init__(folder, smarthost, *settings, wrap=wrap)
+
+    def command(self) -> list[str]:
+        found = super().command()
+        at = found.index("--listen")
+        listeners = ", ".join(
+            f'{{address="127.0.0.1:{port}"{more}}}'
+            for port, more in (
+                (self.port, ""),
+                (self.proxied, ', proxy=["127.0.0.1/32"]'),
+                (self.implicit, ', tls="implicit"'),
+                (self.both, ', tls="implicit", proxy=["127.0.0.1/32"]'),
+            )
+        )
+        certificate = f'certificate=[{{chain="{self.folder}/relay.example.pem"}}]'
+        return [*found[:at], "--set", f"listener=[{listeners}]", "--set", certificate, *found[at + 2 :]]
+
+    def context(self) -> ssl.SSLContext:
+        found = ssl.create_default_context()
+        self.authority.configure_trust(found)
+        return found
+
+    def descriptors(self) -> int:
+        (pid,) = self.worker_pids()
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """So that what a client does has all happened when it is looked at."""
+        (pid,) = self.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+            time.sleep(0.1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def peer() -> Iterator[FakeMx]:
+    with FakeMx({}) as made:
+        yield made
+
+
+def reach(port: int, source: str = "127.0.0.1") -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), 10, source_address=(source, 0))
+    sock.settimeout(10)
+    return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """Close it with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def heard(sock: socket.socket) -> bytes:
+    """What comes next, b"" for the end."""
+    try:
+        return sock.recv(1000)
+    except ConnectionError:
+        return b""
+
+
+# Who somebody is
+
+
+@pytest.mark.parametrize(
+    ("said", "peer", "client"),
+    [
+        ("192.0.2.1", "10.0.0.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "10.0.0.1", "192.0.2.1"),  # RFC 4291 2.5.5.2
+        ("2001:db8::1", "10.0.0.1", "2001:db8::1"),
+        ("", "10.0.0.1", ""),  # LOCAL, UNKNOWN
+        ("0.0.0.0", "10.0.0.1", ""),
+        ("::", "10.0.0.1", ""),
+        ("::ffff:0.0.0.0", "10.0.0.1", ""),
+        ("224.0.0.1", "10.0.0.1", ""),
+        ("ff02::1", "10.0.0.1", ""),
+        ("255.255.255.255", "10.0.0.1", ""),
+        ("127.0.0.1", "127.0.0.2", "127.0.0.1"),
+        ("127.0.0.1", "::1", "127.0.0.1"),
+        ("127.0.0.1", "::ffff:127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "10.0.0.1", ""),  # of the balancer's machine
+        ("::ffff:127.0.0.1", "10.0.0.1", ""),
+        ("::1", "fe80::1%eth0", ""),
+    ],
+)
+def test_a_load_balancer_names_somebody_or_nobody(said, peer, client):
+    assert named(Header(10, said), peer) == client
+
+
+def second(command: int, family: int, body: bytes) -> bytes:
+    return V2 + struct.pack(">BBH", 0x20 | command, family, len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("header", "replies"),
+    [
+        (b"PROXY TCP4 127.0.0.1 127.0.0.1 1 25\r\n", [220, 250, 250, 250]),
+        (b"PROXY TCP6 ::ffff:127.0.0.1 ::1 1 25\r\n", [220, 250, 250, 250]),
+        (b"PROXY UNKNOWN\r\n", [220, 250, 250, 550]),
+        (b"PROXY UNKNOWN 127.0.0.1 127.0.0.1 1 25\r\n", [220, 250, 250, 550]),
+        (b"PROXY TCP4 0.0.0.0 127.0.0.1 1 25\r\n", [220, 250, 250, 550]),
+        (second(1, 0x11, bytes([127, 0, 0, 1, 127, 0, 0, 1, 0, 1, 0, 25])), [220, 250, 250, 250]),
+        (second(0, 0x00, b""), [220, 250, 250, 550]),  # LOCAL: a health check
+        (second(0, 0x11, bytes([127, 0, 0, 1, 127, 0, 0, 1, 0, 1, 0, 25])), [220, 250, 250, 550]),
+        (second(1, 0x00, b""), [220, 250, 250, 550]),  # AF_UNSPEC
+        (second(1, 0x31, bytes(216)), [220, 250, 250, 550]),  # AF_UNIX
+        (second(1, 0x31, bytes(100)), []),
+        (second(1, 0x12, bytes(12)), []),  # UDP
+        (b"PROXY TCP6 fe80::1%lo ::1 1 25\r\n", []),
+    ],
+)
+def test_whose_address_is_not_known_has_no_rights(guard, header, replies):
+    """The balancer's own address may relay, and so may not who is behind it."""
+    with reach(guard.proxied) as sock:
+        sock.sendall(header)
+        said = []
+        for command in (b"EHLO me\r\n", b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n", b""):
+            reply = heard(sock)
+            if not reply:
+                break
+            said.append(int(reply[:3]))
+            if command:
+                sock.sendall(command)
+        assert said == replies
+
+
+@pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
+def test_behind_haproxy_a_unix_socket_and_a_health_check_are_nobody(guard, tmp_path, version):
+    """The one has no address, the other is haproxy's own; and who talks early does so through haproxy, too."""
+    program, port = need("haproxy"), free_port()
+    (tmp_path / "haproxy.cfg").write_text(
+        "defaults\n mode tcp\n timeout connect 5s\n timeout client 30s\n timeout server 30s\n timeout check 5s\n"
+        f"listen smtp\n bind 127.0.0.1:{port}\n bind unix@{tmp_path}/sock\n option smtpchk EHLO checker.example\n"
+        f" server relay 127.0.0.1:{guard.proxied} check inter 200ms fall 1 rise 1 {version}\n"
+    )
+    before = guard.metric('relaymta_connections_total{result="accepted"}')
+    balancer = subprocess.Popen([program, "-f", str(tmp_path / "haproxy.cfg")], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (tmp_path / "sock").exists())
+        wait_for(lambda: guard.metric('relaymta_connections_total{result="accepted"}') > before + 2, what="health checks")
+        for family, address, expected in (
+            (socket.AF_INET, ("127.0.0.1", port), b"250"),
+            (socket.AF_UNIX, f"{tmp_path}/sock", b"550"),
+        ):
+            with socket.socket(family) as sock:
+                sock.settimeout(10)
+                sock.connect(address)
+                for command in (b"EHLO me\r\n", b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n"):
+                    assert heard(sock)[:1] == b"2"
+                    sock.sendall(command)
+                assert heard(sock).startswith(expected)
+        with guard.standing_still():
+            sock = reach(port)
+            sock.sendall(b"EHLO early\r\n")
+        with sock:
+            assert heard(sock)[:3] in (b"554", b"")  # haproxy may pass our reset on first
+    finally:
+        balancer.terminate()
+        balancer.wait()
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory) -> Iterator[Guard]:
+    with Guard(tmp_path_factory.mktemp("guard"), "127.0.0.1:1") as made:
+        yield made
+
+
+def test_who_is_gone_before_we_looked_is_nobody(peer, tmp_path):
+    """All of a dialog is there, its first octet urgent, and then a reset: there is no address to be had any more."""
+    words = b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nBDAT 14 LAST\r\nSubject: x\r\n\r\n"
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.1/32"]') as relay:
+        with relay.standing_still():
+            for _ in range(3):
+                sock = reach(relay.port, "127.0.0.2")
+                sock.send(words[:1], socket.MSG_OOB)
+                sock.sendall(words[1:])
+                time.sleep(0.05)
+                reset(sock)
+        wait_for(lambda: relay.metric('relaymta_connections_total{result="refused"}') == 3)
+        assert relay.metric('relaymta_connections_total{result="accepted"}') == 0
+        assert not relay.events("queued")
+        relay.send_from("127.0.0.1")
+        wait_for(lambda: len(peer.messages) == 1)
+
+
+# Who talks too early
+
+
+@pytest.mark.parametrize("words", [(b"EHLO x\r\n", b""), (b"", b"E"), (b"EHLO ", b"x"), (b"\x80", b"\xff")])
+@pytest.mark.parametrize("listener", ["plain", "proxied"])
+def test_who_talks_before_the_banner_is_cut_off(guard, listener, words):
+    with guard.standing_still():
+        sock = reach(guard.port if listener == "plain" else guard.proxied)
+        if listener == "proxied":
+            sock.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 1 25\r\n")
+        sock.sendall(words[0])
+        if words[1]:
+            sock.send(words[1], socket.MSG_OOB)
+    with sock:
+        assert heard(sock).startswith(b"554 5.5.1")
+        assert heard(sock) == b""
+
+
+def test_who_talks_with_the_end_of_its_handshake_is_cut_off(guard):
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = guard.context().wrap_bio(incoming, outgoing, server_hostname="relay.example")
+    with reach(guard.implicit) as sock:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        tls.write(b"EHLO early\r\n")
+        sock.sendall(outgoing.read())  # in one segment: no time to see a banner
+        said = b""
+        while not said:
+            incoming.write(sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                said = tls.read(1000)
+        assert said.startswith(b"554 5.5.1")
+
+
+def test_urgent_data_is_data(guard):
+    """What a filter in front of us sees in the stream is what we see."""
+    with reach(guard.port) as sock:
+        assert heard(sock).startswith(b"220")
+        sock.sendall(b"NO")
+        sock.send(b"O", socket.MSG_OOB)
+        sock.sendall(b"P\r\n")
+        assert heard(sock).startswith(b"250")
+
+
+# What they take
+
+
+def silent(relay: Guard, port: int, count: int, source: str) -> list[socket.socket]:
+    """Connections that say nothing, as many as are let in."""
+    found = []
+    for _ in range(count):
+        sock = socket.socket()
+        sock.bind((source, 0))
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(("127.0.0.1", port))
+        found.append(sock)
+    return found
+
+
+def ends(socks: list[socket.socket]) -> None:
+    """In every way there is."""
+    for number, sock in enumerate(socks):
+        with contextlib.suppress(OSError):
+            way = number % 5
+            if way == 1:
+                sock.send(b"PROXY TCP4 192.0.2.1 ")
+            elif way == 2:
+                sock.send(b"\x16\x03\x01\x02\x00\x01\x00garbage\r\n")
+            elif way == 3:
+                sock.shutdown(socket.SHUT_WR)
+            elif way == 4:
+                sock.send(b"EHLO x\r\n")
+        if number % 2:
+            reset(sock)
+        else:
+            sock.close()
+
+
+def test_whoever_says_nothing_takes_nobodys_place(peer, tmp_path):
+    """180 sockets in the PROXY header and 1,000 in the handshake, with 256 descriptors: others are served, also where that needs
+    files of the spool; and all is given back."""
+    settings = ("limits.connections=100", "limits.connections_per_client=20", 'relay.networks=["127.0.0.9/32"]')
+    limit = ("prlimit", "--nofile=256:256")
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}", *settings, wrap=limit) as relay:
+        relay.send_from("127.0.0.9")
+        before = relay.descriptors()
+        for _ in range(2):
+            ours = silent(relay, relay.proxied, 180, "127.0.0.1")
+            for number in range(50):
+                ours += silent(relay, relay.implicit, 20, f"127.0.1.{number}")
+            ours += silent(relay, relay.both, 50, "127.0.0.1")
+            wait_for(lambda: relay.metric("relaymta_connections") > 20)
+            relay.send_from("127.0.0.9")
+            relay.send_from("127.0.0.9", "Subject: large\r\n\r\n" + ("x" * 70 + "\r\n") * 30_000)
+            assert relay.metric("relaymta_connections") <= 60
+            assert relay.descriptors() < before + 80
+            ends(ours)
+            wait_for(lambda: relay.metric("relaymta_connections") == 0, 60)
+        wait_for(lambda: len(peer.messages) == 5)
+        wait_for(lambda: relay.descriptors() <= before + 2, 60)
+        served = []
+        for number in range(5):  # every unit is there again: 100 in all, 20 of each
+            served += [reach(relay.port, f"127.0.2.{number}") for _ in range(20)]
+            assert all(heard(sock).startswith(b"220") for sock in served[-20:])
+            with reach(relay.port, f"127.0.2.{number}") as sock:
+                assert heard(sock).startswith(b"421")
+        with reach(relay.port, "127.0.3.1") as sock:
+            assert b"Too many connections" in heard(sock)
+        for sock in served:
+            sock.close()
+
+
+def test_every_end_of_a_beginning_gives_back_once(peer, tmp_path):
+    settings = ("limits.connections_per_client=1", 'relay.networks=["192.0.2.0/24"]')
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
+        before = relay.descriptors()
+        proxy = b"PROXY TCP4 127.0.0.5 127.0.0.1 1 25\r\n"
+        hello = b"\x16\x03\x01"
+        for port, said in (
+            (relay.proxied, b""), (relay.proxied, b"PROXY "), (relay.proxied, proxy), (relay.proxied, b"nonsense\r\n"),
+            (relay.proxied, proxy + b"EHLO x\r\n"), (relay.proxied, V2), (relay.both, b""), (relay.both, proxy),
+            (relay.both, proxy + hello), (relay.both, proxy + b"nonsense\r\n"), (relay.implicit, b""), (relay.implicit, hello),
+            (relay.implicit, b"nonsense\r\n"), (relay.port, b"STARTTLS\r\n"), (relay.port, b"EHLO x\r\nSTARTTLS\r\n"),
+        ):  # fmt: skip
+            for end in ("close", "reset", "half", "both"):
+                sock = reach(port)
+                if port == relay.port:
+                    assert heard(sock).startswith(b"220")
+                sock.sendall(said)
+                time.sleep(0.02)
+                with contextlib.suppress(OSError):  # it may be closed already
+                    if end in ("half", "both"):
+                        sock.shutdown(socket.SHUT_WR if end == "half" else socket.SHUT_RDWR)
+                        time.sleep(0.02)
+                reset(sock) if end == "reset" else sock.close()
+                for source in ("127.0.0.1", "127.0.0.5"):  # one of each may come in
+                    wait_for(lambda source=source: admitted(relay.port, source), 10, f"a place after {said!r}, {end}")
+        wait_for(lambda: relay.metric("relaymta_connections") == 0)
+        wait_for(lambda: relay.descriptors() <= before + 2)
+
+
+def admitted(port: int, source: str) -> bool:
+    with reach(port, source) as sock:
+        sock.sendall(b"")
+        return heard(sock).startswith(b"220")
+
+
+def test_a_header_and_a_handshake_have_a_deadline(guard):
+    began = time.monotonic()
+    with reach(guard.proxied) as first, reach(guard.proxied) as dripping:
+        for octet in b"PROXY TCP":
+            time.sleep(0.3)
+            dripping.sendall(bytes([octet]))
+        assert heard(first) == heard(dripping) == b""
+        assert time.monotonic() - began > 4
+    wait_for(lambda: guard.metric("relaymta_connections") == 0)
+
+
+def test_a_drain_does_not_wait_for_who_says_nothing(peer, tmp_path):
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        ours = [reach(port) for port in (relay.proxied, relay.implicit, relay.both) for _ in range(5)]
+        wait_for(lambda: relay.metric("relaymta_connections") == 15)
+        assert relay.stop() == 0
+        assert [heard(sock) for sock in ours] == [b""] * 15
+
+
+def test_a_client_that_ends_its_side_behind_the_dot_is_answered_and_let_go(peer, tmp_path):
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay, reach(relay.port) as sock:
+        heard(sock)
+        sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+        wait_for(lambda: b"354" in heard(sock))
+        with relay.standing_still():
+            sock.sendall(b"Subject: x\r\n\r\nx\r\n.\r\n")
+            sock.shutdown(socket.SHUT_WR)
+        assert heard(sock).startswith(b"250")
+        assert heard(sock) == b""
+        wait_for(lambda: relay.metric("relaymta_connections") == 0)
+
+
+# One state of a listener, one owner
+
+
+class Slow:
+    """A loop whose servers take a while to be made."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.made: list[asyncio.Server] = []
+        self.fails = 0
+
+    async def create_server(self, *arguments, **options) -> asyncio.Server:
+        await asyncio.sleep(0.01)
+        if self.fails:
+            self.fails -= 1
+            raise OSError(24, "Too many open files")
+        self.made.append(await self._loop.create_server(*arguments, **options))
+        return self.made[-1]
+
+    def serving(self) -> int:
+        return sum(server.is_serving() for server in self.made)
+
+
+@pytest.mark.parametrize(
+    ("orders", "serving"),
+    [
+        (["resume", "resume"], 1),
+        (["resume", "pause"], 0),
+        (["resume", "pause", "resume"], 1),
+        (["resume", "close"], 0),
+        (["resume", "pause", "resume", "pause"], 0),
+        (["resume", "resume", "wait", "pause", "resume", "resume"], 1),
+        (["close", "resume"], 0),
+    ],
+)
+async def test_orders_that_overlap_leave_a_listener_as_the_last_one_says(orders, serving):
+    loop, tasks = Slow(), []
+    sock = socket.create_server(("127.0.0.1", 0))
+    door = Listening(loop, sock, asyncio.Protocol)  # type: ignore[arg-type]
+    for order in orders:
+        if order == "resume":
+            tasks.append(asyncio.create_task(door.resume()))
+            await asyncio.sleep(0)
+        elif order == "wait":
+            await asyncio.gather(*tasks)
+        else:
+            getattr(door, order)()
+    await asyncio.gather(*tasks)
+    assert loop.serving() == serving
+    door.close()
+    assert loop.serving() == 0
+
+
+async def test_a_listener_without_descriptors_says_so_once_and_waits():
+    told, arrived = [], []
+    loop, sock = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
+    reset(clients.pop())
+
+    def scarce() -> None:
+        told.append(loop.time())
+        door.pause()
+
+    door = Guarded(loop, sock, lambda: None, lambda connection, sock, peer: arrived.append(sock), scarce)  # type: ignore[arg-type, return-value]
+    await door.resume()
+    with no_descriptors():
+        await asyncio.sleep(0.2)
+    assert len(told) == 1 and arrived == []
+    await door.resume()
+    await asyncio.sleep(0.1)
+    assert len(arrived) >= 2
+    door.close()
+    for one in (*arrived, *clients):
+        one.close()
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """None is left of those that this process may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest one
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# The counts themselves
+
+
+class Hall:
+    """An acceptor with nobody behind it, its limits, and listeners on sockets of its own."""
+
+    def __init__(self, *settings: Listener, connections: int = 100, each: int = 50) -> None:
+        limits = {"connections": connections, "connections_per_client": each}
+        config = Config.model_validate({"listener": [listener.model_dump() for listener in settings], "limits": limits})
+        self.counted: Counter[int] = Counter()
+        intake = SimpleNamespace(
+            client=lambda address: SimpleNamespace(group=address, connections=each, connection_rate="", xclient=False),
+            counters=SimpleNamespace(add=lambda cell, count: self.counted.update({cell: count})),
+            draining=False,
+        )
+        door = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None))
+        self.limits = Shared.create().limits(0, 1)
+        self.acceptor = Acceptor(config, intake, door, self.limits, None)  # type: ignore[arg-type]
+        self.config = config
+        self.addresses: list[tuple[str, int]] = []
+
+    async def listen(self) -> None:
+        for listener in self.config.listener:
+            sock = socket.create_server(("127.0.0.1", 0))
+            self.addresses.append(sock.getsockname())
+            await self.acceptor.listen(sock, listener)
+
+    def taken(self) -> tuple[int, int, int, int]:
+        """Units of the machine, of the client; connections, and those before SMTP."""
+        units = (self.limits.taken("connections"), self.limits.taken("client 127.0.0.1"))
+        return (*units, len(self.acceptor.connections), len(self.acceptor.arriving))
+
+    async def end(self) -> None:
+        self.acceptor.stop_listening()
+        await self.acceptor.drained(5)
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0.01)
+
+
+BALANCED = Listener(address="127.0.0.1:1", proxy=["127.0.0.0/8"])
+
+
+async def test_who_waits_longest_makes_room_and_all_count_from_accept_on():
+    hall = Hall(BALANCED, connections=20, each=15)
+    await hall.listen()
+    first = [socket.create_connection(hall.addresses[0]) for _ in range(8)]
+    await turns()
+    assert hall.taken() == (8, 8, 8, 8)
+    more = [socket.create_connection(hall.addresses[0]) for _ in range(5)]
+    await turns()
+    assert hall.taken() == (10, 10, 10, 10)
+    gone = []
+    for sock in (*first, *more):
+        sock.settimeout(0.05)
+        try:
+            gone.append(sock.recv(10) == b"")
+        except TimeoutError:
+            gone.append(False)
+    assert gone == [True] * 3 + [False] * 10
+    await hall.end()
+    assert hall.taken() == (0, 0, 0, 0)
+    for sock in (*first, *more):
+        sock.close()
+
+
+async def test_a_beginning_that_is_cancelled_before_it_ran_gives_back():
+    hall = Hall(BALANCED)
+    await hall.listen()
+    client = socket.create_connection(hall.addresses[0])
+    await turns()
+    assert hall.taken() == (1, 1, 1, 1)
+    pair = socket.socketpair()
+    pair[0].setblocking(False)
+    hall.acceptor._arrived(Connection(hall.acceptor, BALANCED), pair[0], "127.0.0.1")
+    assert hall.taken() == (2, 2, 2, 2)
+    hall.acceptor.close(hall.acceptor._doors[0])  # who has come in by it stays
+    assert hall.taken() == (2, 2, 2, 2)
+    for task in hall.acceptor.arriving.values():  # one of them has not run yet
+        task.cancel()
+    await turns()
+    assert hall.taken() == (0, 0, 0, 0) and pair[0].fileno() == -1
+    client.close()
+    pair[1].close()
+    await hall.end()
+
+
+async def test_under_stress_patience_ends_sooner(monkeypatch):
+    monkeypatch.setattr(acceptor, "ARRIVAL_SECONDS", 0.5)
+    hall = Hall(BALANCED, connections=10)
+    await hall.listen()
+    clients = [socket.create_connection(hall.addresses[0]) for _ in range(5)]
+    await turns()
+    hall.acceptor._check()
+    assert hall.taken()[3] == 5
+    for _ in range(4):
+        hall.limits.take("connections", 10)
+    await asyncio.sleep(0.1)
+    hall.acceptor._check()
+    await turns()
+    assert hall.taken()[1:] == (0, 0, 0)
+    for client in clients:
+        client.close()
+    await hall.end()
+
+
+async def test_out_of_descriptors_is_one_pause_and_one_resume():
+    hall = Hall(Listener(address="127.0.0.1:1"), BALANCED)
+    await hall.listen()
+    one = hall.acceptor
+    resumed: list[int] = []
+    for door in one._doors:
+        plain = door.resume
+
+        async def resume(plain=plain) -> None:
+            await plain()
+            await asyncio.sleep(0.01)
+            resumed.append(1)
+
+        door.resume = resume  # type: ignore[method-assign]
+    one._pause()
+    for _ in range(5):  # each end of a connection, and each look, asks for it
+        one._let_in()
+    await turns()
+    assert len(resumed) == 2 and not one.paused
+    one._pause()
+    one._let_in()
+    await asyncio.sleep(0)
+    one._pause()  # while that is under way
+    await turns()
+    assert one.paused and all(door._server is None for door in one._doors)
+    with no_descriptors():
+        one._let_in()
+        await turns()
+        assert one.paused
+    one._check()  # nobody of ours has ended; there are descriptors again all the same
+    await turns()
+    assert not one.paused
+    for address in hall.addresses:
+        socket.create_connection(address).close()
+    await hall.end()
