@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 from joserfc import jwt
 from joserfc.errors import InvalidKeyIdError, InvalidKeyTypeError
-from joserfc.jwk import JWKRegistry, Key, KeySet, OctKey
+from joserfc.jwk import JWKRegistry, Key, KeySet
 
 from relaymta.accept.identity import Identity, Unavailable, possible
 from relaymta.config import TokensTable
@@ -180,9 +180,9 @@ def _key_set(url: str, text: bytes) -> KeySet:
 
 
 def _key(one: Any) -> Key:
-    key = JWKRegistry.import_key(one)
-    if isinstance(key, OctKey):
+    if one["kty"] == "oct":
         raise InvalidKeyTypeError("a shared key")
+    key = JWKRegistry.import_key(one)
     _ = key.public_key  # its numbers make a key
     key.ensure_kid()
     return key
