@@ -82,7 +82,9 @@ class Dovecot:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        (folder / "users").write_text("bob:{PLAIN}builder::::::\nill:{SHA256}none::::::\n")
+        (folder / "users").write_text("bob:{PLAIN}builder::::::\n")
+        (folder / "ill").write_text("#!/bin/sh\nexit 111\n")
+        (folder / "ill").chmod(0o755)
         (folder / "dovecot.conf").write_text(
             f"""base_dir = {folder}/run
 state_dir = {folder}/state
@@ -95,6 +97,11 @@ default_login_user = root
 passdb {{
   driver = passwd-file
   args = {folder}/users
+}}
+passdb {{
+  driver = checkpassword
+  args = {folder}/ill
+  username_filter = ill
 }}
 userdb {{
   driver = static
@@ -151,7 +158,9 @@ def test_a_real_dovecot_is_not_disturbed_and_says_who_somebody_is(dovecot, tmp_p
     with Door(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as door:
         asking = threading.Thread(target=plain, args=(door, "bob", "wrong"))  # held back by it for seconds
         asking.start()
-        assert plain(door, "bob", "x" * 7000) == 535  # it closes the connection behind lines of more than 8192 octets
+        with door.client() as client:  # behind a line of more than 16384 octets it closes the connection
+            assert client.docmd("AUTH", f"LOGIN {base64.b64encode(b'u' * 8000).decode()}")[0] == 334
+            assert client.docmd(base64.b64encode(b"x" * 8000).decode())[0] == 535
         assert plain(door, "BOB", "builder") == 235
         asking.join()
         wait_for(lambda: any((event["user"], event["good"]) == ("bob", True) for event in door.events("login")))
