@@ -233,6 +233,16 @@ async def test_another_way_to_say_a_name_is_the_same_account(tmp_path, name):
     assert await house.login("ann", "right", "198.51.100.1") == 454  # under attack, and from where somebody has failed
 
 
+@pytest.mark.parametrize("name", ["ANN", "ann ", " Ann", "\uff21\uff2e\uff2e"])
+async def test_guesses_by_another_spelling_are_guesses_of_the_same_account(tmp_path, name):
+    """Before the back end has said a word about it, too."""
+    house = House(tmp_path, right)
+    for n in range(3):
+        await house.login(name, "wrong", f"198.51.100.{n}")
+    assert await house.login("ann", "right", "198.51.100.1") == 454
+    assert await house.login("ann", "right", "198.51.100.99") == 235
+
+
 async def test_a_back_end_that_overlooks_case_makes_nobody_a_second_account(tmp_path):
     house = House(tmp_path, right, '[[account]]\nname = "ann"\nmessages = "5/m"\n')
     for name in ("ANN", "ann "):
@@ -245,6 +255,7 @@ async def test_an_account_whose_keys_have_expired_is_not_for_a_back_end(tmp_path
     kept = EXPIRED.format(argon2id("right"))
     house = House(tmp_path, right, f'[[account]]\nname = "ann"\nsecrets = [{kept}]\n', remember=60)
     assert [await house.login(name, "right"), await house.login("bob", "right")] == [535, 235]
+    assert (name in {user for user, _, _ in house.back_end.asked}) == (name != "ann")  # which it may call somebody else
 
 
 async def test_an_account_whose_keys_have_expired_is_for_no_token_either(tmp_path):
