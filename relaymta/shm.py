@@ -178,8 +178,11 @@ class Limits:
 
     def taken(self, key: str) -> int:
         """How many units of `key` the machine holds."""
-        _, row = self._find(key)
-        return self._cells.total(row + 1, SLOTS) if row >= 0 else 0
+        mark, row = self._find(key)
+        if row >= 0 and self._cells.get(row) != mark:  # somebody took the idle row over
+            self._known.pop(key, None)
+            mark, row = self._find(key)
+        return (self._cells.total(row + 1, SLOTS) if row >= 0 else 0) + self._fallback.get(key, 0)
 
     def _find(self, key: str) -> tuple[int, int]:
         """The key's hash and row. Where a row was is remembered; `take` looks whether it still is."""
