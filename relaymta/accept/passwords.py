@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import os
 import queue
@@ -98,7 +99,8 @@ class Checker:
                 good = check()
             except Exception:  # whatever was wrong with it, it was not right
                 good = False
-            self._loop.call_soon_threadsafe(_tell, future, good)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_tell, future, good)
 
 
 def _tell(future: "asyncio.Future[bool]", good: bool) -> None:
