@@ -352,7 +352,9 @@ class AccountsTable(_Table):
     url: str = Field("", description="URL that is asked about the passwords of all others; see docs/submission.md")
     tokens: TokensTable | None = Field(None, description="bearer tokens")
     failures: int = Field(
-        10, ge=1, description="failed logins, of one address (IPv6: /64) or one account, until more are refused"
+        10,
+        ge=1,
+        description="failed logins, of one address (IPv6: /64; 8 times as many of a /48) or one account, until more are refused",
     )
     failures_forgotten: Duration = Field(60, description="after so long one of them is forgotten")
     answer_after: Duration = Field(1, description="from a wrong login to its reply, whatever was wrong with it")

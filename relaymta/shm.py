@@ -183,8 +183,11 @@ class Limits:
 
     def taken(self, key: str) -> int:
         """How many units of `key` the machine holds."""
-        _, row = self._find(key)
-        return self._cells.total(row + 1, SLOTS) if row >= 0 else 0
+        mark, row = self._find(key)
+        if row >= 0 and self._cells.get(row) != mark:  # somebody took the idle row over
+            self._known.pop(key, None)
+            mark, row = self._find(key)
+        return (self._cells.total(row + 1, SLOTS) if row >= 0 else 0) + self._fallback.get(key, 0)
 
     def _find(self, key: str) -> tuple[int, int]:
         """The key's hash and row. Where a row was is remembered; `take` looks whether it still is."""
@@ -248,6 +251,20 @@ class Rates:
             if self._cells.compare_swap(row + 1, was, free):
                 return 0.0
 
+    def give(self, key: str, per_second: float, units: int = 1) -> None:
+        """Put units back that were taken of `per_second`, as far as they are not there again already."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        back = max(1, int(units * 1_000_000 / per_second))
+        row = self._known_row(_mark(key))
+        if row < 0:
+            free = self._own.get(key, 0)
+            if free > now:
+                self._own[key] = free - back * self.workers
+            return
+        while (was := self._cells.get(row + 1)) > now:  # so nobody takes the row over meanwhile
+            if self._cells.compare_swap(row + 1, was, was - back):
+                return
+
     def wait(self, key: str, per_second: float, burst: int = 1) -> float:
         """As `take`, but only look: the seconds until there is one, 0.0 for now."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
@@ -274,12 +291,16 @@ class Rates:
 
     def _free(self, key: str) -> int:
         """When a key's rate is free again. Claims no row: who only looks takes nobody's place."""
-        mark = _mark(key)
+        row = self._known_row(_mark(key))
+        return self._cells.get(row + 1) if row >= 0 else self._own.get(key, 0)
+
+    def _known_row(self, mark: int) -> int:
+        """The key's row; -1 when it has none."""
         for probe in range(PROBES):
             row = (mark + probe) % RATE_ROWS * 2
             if self._cells.get(row) == mark:
-                return self._cells.get(row + 1)
-        return self._own.get(key, 0)
+                return row
+        return -1
 
     def _row(self, mark: int, now: int) -> int:
         """The key's row, claimed when it has none; -1 when there is no room."""

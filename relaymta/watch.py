@@ -19,7 +19,7 @@ class Watched(Generic[T]):
         self.problem = ""
         self._paths = paths
         self._load = load
-        self._stamp: Stamp = ()
+        self._stamp: Stamp | None = None  # not looked at before: without any file, too, there is something to make
 
     def refresh(self) -> None:
         """Load again what has changed, or was wrong the last time."""

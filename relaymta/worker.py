@@ -255,7 +255,7 @@ class Worker:
                 text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
                 self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
         taking = self.shards[shards[0]].queue
-        door = Door(self.config, self.client_rates, self.resolver, self.counters, self.log, tickets)
+        door = Door(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, door, quotas, self.counters, self.log)
         self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))

@@ -69,6 +69,34 @@ def test_the_wait_is_exact(per_second, burst):
         assert rates.take("k", per_second, burst) == 0
 
 
+@given(st.integers(1, 5), st.integers(1, 4))
+def test_what_is_given_back_was_never_taken(burst, back):
+    rates = Shared.create().rates(1)
+    for _ in range(burst):
+        assert rates.take("k", 0.001, burst) == 0
+    assert rates.take("k", 0.001, burst) > 0
+    for _ in range(back):
+        rates.give("k", 0.001)
+    for _ in range(min(back, burst)):
+        assert rates.take("k", 0.001, burst) == 0
+    assert rates.take("k", 0.001, burst) > 0, "what was not in use is not given"
+    rates.give("never taken", 0.001)
+    assert rates.take("never taken", 0.001) == 0 < rates.take("never taken", 0.001)
+
+
+def test_what_others_hold_in_a_row_that_was_ours_is_not_ours():
+    shared = Shared.create()
+    ours, theirs = shared.limits(0, 2), shared.limits(1, 2)
+    assert ours.take("k", 1)
+    ours.give("k")
+    _, row = ours._known["k"]
+    theirs._known["other"] = (12345, row)
+    theirs._cells.set(row, 12345)  # as one whose key falls upon an idle row
+    assert theirs.take("other", 9) and theirs.taken("other") == 1
+    assert ours.taken("k") == 0
+    assert ours.take("k", 1) and (ours.taken("k"), theirs.taken("other")) == (1, 1)
+
+
 def test_without_a_free_row_each_worker_keeps_to_its_share(monkeypatch):
     Clock(monkeypatch)
     shared = Shared.create()

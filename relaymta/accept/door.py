@@ -21,7 +21,7 @@ from relaymta.metrics import Counters
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
-from relaymta.shm import Rates
+from relaymta.shm import Limits, Rates
 from relaymta.watch import Watched
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ def check(config: Config) -> None:
 class Door:
     """The certificates and accounts of one worker. A file that breaks changes nothing: what was read before stays in use."""
 
-    def __init__(self, config: Config, rates: Rates, resolver: Resolver, counters: Counters, log: Log, tickets: bytes) -> None:
+    def __init__(
+        self, config: Config, rates: Rates, limits: Limits, resolver: Resolver, counters: Counters, log: Log, tickets: bytes
+    ) -> None:
         """`tickets`: keys of TLS session tickets (tickets.OCTETS)."""
         self._tickets = tickets
         self._resolver = resolver
-        self._rates, self._counters, self._log = rates, counters, log
+        self._rates, self._limits, self._counters, self._log = rates, limits, counters, log
         self._refreshing = False
         self._checker = Checker()
         self.signer = Signer(config, counters, log, lambda: wall_ms() // 1000)
@@ -60,7 +62,7 @@ class Door:
         self.certificates = Certificates(config, self._tickets)
         self.signer.configure(config)
         self.verifier = self._verifier(config) if config.verify.results else None
-        self.logins = Logins(config, self._checker, self._rates, self._counters, self._log)
+        self.logins = Logins(config, self._checker, self._rates, self._limits, self._counters, self._log)
         path = config.relay.recipients
         self._recipients = Watched([path] if path else [], lambda: _recipients(path))
         self._told: set[str] = set()

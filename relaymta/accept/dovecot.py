@@ -7,14 +7,21 @@ import asyncio
 import base64
 import itertools
 import os
+import re
 
 from relaymta.accept.identity import Identity, Unavailable
 
 __all__ = ["Dovecot"]
 
 TIMEOUT = 30.0  # Dovecot itself holds a refusal back for seconds
+GREETING = 5.0  # seconds until it has said who it is
 RETRY_SECONDS = 1.0
-LINE_LIMIT = 8192
+LINE_LIMIT = 65536  # of its lines
+LONGEST = 8192  # of ours: behind a longer one (16384 with 2.3) it closes the connection, and with it what others have asked
+NAMES_KEPT = 10_000
+
+_ESCAPED = re.compile("\x01(.)", re.DOTALL)
+_ESCAPES = {"0": "\0", "1": "\x01", "t": "\t", "r": "\r", "n": "\n"}
 
 
 class Dovecot:
@@ -31,6 +38,7 @@ class Dovecot:
         self._closed = False
         self._again = 0.0  # not tried before (loop time)
         self._reason = ""
+        self.names: dict[str, str] = {}  # what it calls whom, where that is not what they said
 
     async def password(self, user: str, password: str, address: str) -> Identity | None:
         """Who that is; None for a wrong password. Unavailable when Dovecot does not say."""
@@ -52,24 +60,37 @@ class Dovecot:
             self._writer = None
 
     async def _password(self, user: str, password: str, address: str) -> Identity | None:
+        response = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+        question = f"PLAIN\tservice=smtp\tsecured\trip={address}\tresp={response}\n"
+        if len(question) > LONGEST - 32:
+            return None
         try:
             async with asyncio.timeout(TIMEOUT):
                 writer = await self._connected()
                 number = next(self._numbers)
                 future = self._waiting[number] = asyncio.get_running_loop().create_future()
-                response = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
-                line = f"AUTH\t{number}\tPLAIN\tservice=smtp\tsecured\trip={address}\tresp={response}\n"
-                writer.write(line.encode())
+                writer.write(f"AUTH\t{number}\t{question}".encode())
                 try:
                     kind, *fields = await future
                 finally:
                     self._waiting.pop(number, None)
         except TimeoutError:
             raise Unavailable(f"{self._path}: no answer from Dovecot for {TIMEOUT:.0f} s") from None
-        said = dict(field.partition("=")[::2] for field in fields)
-        if kind == "OK":
-            return Identity(said.get("user", user))
-        if "temp" in said:
+        said = {key: _unescaped(value) for key, _, value in (field.partition("=") for field in fields)}
+        return self._judged(kind, said, user)
+
+    def _judged(self, kind: str, said: dict[str, str], user: str) -> Identity | None:
+        """What an answer means."""
+        name = said.get("user") or user
+        if name != user:
+            if len(self.names) >= NAMES_KEPT:
+                self.names.clear()
+            self.names[user] = name
+        if kind == "OK":  # nologin: the right password, and no login all the same, but where Dovecot's own would be a proxy
+            return Identity(name) if "nologin" not in said or "proxy" in said else None
+        if kind != "FAIL":
+            raise Unavailable(f"{self._path}: Dovecot answers {kind}")
+        if "temp" in said or said.get("code") == "temp_fail":
             raise Unavailable(f"{self._path}: Dovecot: {said.get('reason', 'temporary failure')}")
         return None
 
@@ -80,16 +101,19 @@ class Dovecot:
             loop = asyncio.get_running_loop()
             if loop.time() < self._again:
                 raise Unavailable(self._reason)
+            writer = None
             try:
-                reader, writer = await asyncio.open_unix_connection(self._path, limit=LINE_LIMIT)
-                try:
+                async with asyncio.timeout(GREETING):
+                    reader, writer = await asyncio.open_unix_connection(self._path, limit=LINE_LIMIT)
                     writer.write(f"VERSION\t1\t1\nCPID\t{os.getpid()}\n".encode())
                     await self._greeted(reader)
-                except BaseException:  # cancelled, too: nobody else knows of it
+            except BaseException as error:
+                if writer is not None:
                     writer.close()
+                if not isinstance(error, OSError | ValueError):  # whoever asked is gone; the next one connects
                     raise
-            except (OSError, ValueError) as error:
-                self._again, self._reason = loop.time() + RETRY_SECONDS, f"{self._path}: {error}"
+                why = "no greeting from Dovecot" if isinstance(error, TimeoutError) else str(error)
+                self._again, self._reason = loop.time() + RETRY_SECONDS, f"{self._path}: {why}"
                 raise Unavailable(self._reason) from None
             self._writer = writer
             self._reader = loop.create_task(self._read(reader, writer))
@@ -97,23 +121,27 @@ class Dovecot:
 
     async def _greeted(self, reader: asyncio.StreamReader) -> None:
         """Its side of the greeting, up to DONE. ValueError when that is none."""
+        known = False
         while True:
-            words = (await reader.readline()).decode("utf-8", "replace").rstrip("\n").split("\t")
+            line = await reader.readline()
+            words = line.decode("utf-8", "replace").rstrip("\n").split("\t")
             if words[0] == "DONE":
                 return
-            if words[0] not in ("VERSION", "MECH", "SPID", "CUID", "COOKIE", "MECHS"):
+            if (not known and words[0] != "VERSION") or not line.endswith(b"\n"):  # later versions of 1 may say more behind it
                 raise ValueError("this is no Dovecot auth socket for clients")
+            known = True
             if words[0] == "VERSION" and words[1:2] != ["1"]:
                 raise ValueError(f"Dovecot speaks version {'.'.join(words[1:])} of the protocol, not 1")
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers, until the connection ends."""
         try:
-            while line := await reader.readline():
-                kind, number, *fields = line.decode("utf-8", "replace").rstrip("\n").split("\t")
-                future = self._waiting.get(int(number))
-                if future is not None and not future.done() and kind in ("OK", "FAIL"):
-                    future.set_result([kind, *fields])
+            while (line := await reader.readline()).endswith(b"\n"):  # else it ends in the middle, and says who knows what
+                kind, *fields = line.decode("utf-8", "replace").rstrip("\n").split("\t")
+                number = int(fields[0]) if fields and fields[0].isdecimal() and len(fields[0]) < 20 else 0
+                future = self._waiting.get(number)
+                if future is not None and not future.done() and kind in ("OK", "FAIL", "CONT"):  # anything else is none of ours
+                    future.set_result([kind, *fields[1:]])
         except (OSError, ValueError):
             pass
         if self._writer is writer:
@@ -122,3 +150,7 @@ class Dovecot:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(Unavailable(f"{self._path}: Dovecot closed the connection"))
+
+
+def _unescaped(value: str) -> str:
+    return _ESCAPED.sub(lambda found: _ESCAPES.get(found[1], found[1]), value)

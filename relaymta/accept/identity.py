@@ -2,12 +2,14 @@
 
 import ipaddress
 import re
+import unicodedata
 from typing import NamedTuple
 
-__all__ = ["Identity", "Unavailable", "group_of"]
+__all__ = ["Identity", "Unavailable", "folded", "group_of", "possible", "wider_group_of"]
 
 
 _NOT_LOCAL = re.compile(r"[@\s]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Unavailable(Exception):
@@ -44,3 +46,19 @@ def group_of(address: str) -> str:
     if isinstance(parsed, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((parsed, 64), strict=False))
     return address
+
+
+def wider_group_of(address: str) -> str:
+    """What may be one client all the same: an IPv6 /48, which a site is given; "" for IPv4."""
+    parsed = ipaddress.ip_address(address)
+    return str(ipaddress.ip_network((parsed, 48), strict=False)) if isinstance(parsed, ipaddress.IPv6Address) else ""
+
+
+def possible(name: str) -> bool:
+    """Whether that can be somebody's name: there is one, and it has no control characters, which logs and replies would show."""
+    return bool(name) and not _CONTROL.search(name)
+
+
+def folded(name: str) -> str:
+    """A user's name without what a back end may overlook: case, width and blanks around it."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()

@@ -1,30 +1,30 @@
 """Who may log in: accounts, and how often somebody may guess.
 
-Limits are looked at before anything is computed. A failure counts for the address (IPv6: the /64) and for the account; an
-address that has not failed is heard even where its account is under attack, so that nobody can be locked out by others.
-Nothing but the log tells an unknown user from a wrong password.
+Limits (guesses.py) are looked at before anything is computed or asked. Who has secrets in the file of accounts is known by those
+and by nobody else; of all others a back end is asked, and they are who it says they are. Nothing but the log tells an unknown
+user from a wrong password.
 """
 
 import hashlib
 import hmac
+import math
 import time
-import zlib
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.accept.dovecot import Dovecot
-from relaymta.accept.identity import Identity, Unavailable, group_of
+from relaymta.accept.guesses import Guess, Guesses
+from relaymta.accept.identity import Identity, Unavailable, folded, possible
 from relaymta.accept.passwords import Busy, Checker, argon2id, matches, scram_keys
 from relaymta.accept.quota import KINDS
-from relaymta.config import Account, Config, load_accounts
+from relaymta.config import Account, Config, Secret, load_accounts
 from relaymta.errors import redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.sasl import Claim, Keys, Password, Proof
-from relaymta.shm import Rates
+from relaymta.shm import Limits, Rates
 from relaymta.watch import Watched
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ LIMITED = index("relaymta_logins_total", "limited")
 UNAVAILABLE = index("relaymta_logins_total", "unavailable")
 
 REMEMBERED = 10_000
-STRANGERS = 64
 AT_ONCE = 3  # passwords of one address that are computed or wait for it
+ASKED_AT_ONCE = 100  # ... that a back end is asked about
 
 
 def check(config: Config) -> None:
@@ -49,25 +49,43 @@ def check(config: Config) -> None:
 
 
 class _Book(NamedTuple):
-    """A file of accounts: by name; the iterations of each key of SCRAM, of which a stranger is told as often as they are; and
-    whether SCRAM works for all."""
+    """A file of accounts: by name, and by folded name where that is only one's; the iterations of each key of SCRAM, of which a
+    stranger is told as often as they are; and from when on (seconds since 1970) SCRAM works for all."""
 
     accounts: dict[str, Account]
+    alike: dict[str, Account | None]
     iterations: list[int]
-    scram: bool
+    scram_from: float
 
 
 def _read(path: str) -> _Book:
     accounts = {account.name: account for account in load_accounts(Path(path))} if path else {}
+    alike: dict[str, Account | None] = {}
+    for account in accounts.values():
+        name = folded(account.name)
+        alike[name] = None if name in alike else account
     kept = [scram_keys(secret.hash) for account in accounts.values() for secret in account.secrets]
     iterations = [keys.iterations for keys in kept if keys is not None]
-    return _Book(accounts, iterations, bool(kept) and len(iterations) == len(kept))
+    scram_from = max(map(_scram_from, accounts.values()), default=math.inf) if iterations else math.inf
+    return _Book(accounts, alike, iterations, scram_from)
+
+
+def _scram_from(account: Account) -> float:
+    """When SCRAM works with whatever opens an account then. Its server names one salt, before the client has proved anything: so
+    no other secret may be valid but those that have the same one (`relaymta app rotate` keeps it)."""
+    until: dict[tuple[bytes, int] | None, float] = {}
+    for secret in account.secrets:
+        keys = scram_keys(secret.hash)
+        salt = (keys.salt, keys.iterations) if keys is not None else None
+        until[salt] = max(until.get(salt, 0.0), secret.expires.timestamp() if secret.expires is not None else math.inf)
+    without = until.pop(None, 0.0)
+    return max([without, *sorted(until.values())[:-1]])
 
 
 class Logins:
     """The accounts of one worker. `checker`: computes passwords."""
 
-    def __init__(self, config: Config, checker: Checker, rates: Rates, counters: Counters, log: Log) -> None:
+    def __init__(self, config: Config, checker: Checker, rates: Rates, limits: Limits, counters: Counters, log: Log) -> None:
         settings = self._settings = config.accounts
         path = settings.file
         self.watched = Watched([path] if path else [], lambda: _read(path))
@@ -78,12 +96,12 @@ class Logins:
 
             self._others = web.Passwords(settings.url) if settings.url else self._others
             self._bearer = web.Bearer(settings.tokens) if settings.tokens is not None else None
-        self._rates, self._counters, self._log = rates, counters, log
+        self._counters, self._log = counters, log
         self._checker = checker
         self._secret = (Path(config.spool) / "secret").read_bytes()
+        self._guesses = Guesses(settings, self._secret, rates, limits)
         self._nobody = argon2id(self._secret.hex())
         self._known: dict[bytes, tuple[float, str, Identity]] = {}  # digest of a right password: until when (monotonic), its hash
-        self._waiting: Counter[str] = Counter()  # passwords that are computed or wait for it, by client
         self._unavailable = 0.0  # when that was told the last time (monotonic)
 
     def close(self) -> None:
@@ -96,7 +114,7 @@ class Logins:
         """What AUTH offers."""
         found: list[str] = []
         # Clients take the first one that they know: where it works for some only, the others could not log in.
-        if self._book.scram and self._others is None:
+        if self._book.scram_from <= time.time() and self._others is None:
             found.append("SCRAM-SHA-256")
         if self._settings.file or self._others is not None:
             found += ["PLAIN", "LOGIN"]
@@ -111,14 +129,15 @@ class Logins:
 
     @property
     def _book(self) -> _Book:
-        return self.watched.value or _Book({}, [], False)
+        return self.watched.value or _Book({}, {}, [], math.inf)
 
     def keys(self, user: str) -> Keys:
         """For SCRAM. Of an unknown user the same each time, and as if they were somebody's."""
-        for kept in self._hashes(user):
-            found = scram_keys(kept)
-            if found is not None:
-                return found
+        found = [keys for keys in map(scram_keys, self._hashes(user)) if keys is not None]
+        if found:
+            first = found[0]
+            alike = (one for one in found[1:] if (one.salt, one.iterations) == (first.salt, first.iterations))
+            return first._replace(others=tuple((one.stored_key, one.server_key) for one in alike))
         salt, stored, server = (hmac.digest(self._secret, f"{n} {user}".encode(), "sha256") for n in range(3))
         likely = self._book.iterations or [4096]
         return Keys(salt[:16], stored, server, likely[int.from_bytes(salt[16:20], "big") % len(likely)])
@@ -126,67 +145,78 @@ class Logins:
     def _hashes(self, user: str) -> list[str]:
         """What opens an account now."""
         account = self._book.accounts.get(user)
-        if account is None:
-            return []
-        now = datetime.now(UTC)
-        return [secret.hash for secret in account.secrets if secret.expires is None or secret.expires > now]
+        return [secret.hash for secret in account.secrets if not _expired(secret)] if account is not None else []
 
     async def check(self, claim: Claim, address: str) -> tuple[Identity | None, bytes]:
         """Who a client at `address` is, and the reply to its AUTH."""
-        where = group_of(address)
-        # Names that are nobody's share some rates, so that guessing them fills no table.
-        who = claim.user if claim.user in self._book.accounts else f"nobody {zlib.crc32(claim.user.encode()) % STRANGERS}"
-        burst, rate = self._settings.failures, 1 / max(0.001, self._settings.failures_forgotten)
-        here = self._rates.wait(f"login from {where}", rate, burst)
-        failed_here = self._rates.wait(f"login from {where}", rate) > 0
-        many = self._waiting.get(where, 0) >= AT_ONCE
-        if here or many or (failed_here and self._rates.wait(f"login as {who}", rate, burst)):
-            return self._said(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
+        asked = not isinstance(claim, Password) or self._asks(claim.user)
         try:
-            found = await self._identify(claim, address, int(failed_here))
+            guess = await self._guesses.begin(self._called(claim.user), address, ASKED_AT_ONCE if asked else AT_ONCE)
+            if guess is None:
+                return self._said(None, claim, address, reply.TOO_MANY_LOGINS, LIMITED)
+            wrong = False
+            try:
+                found = await self._identify(claim, address, guess)
+                wrong = found is None
+            finally:  # what could not be checked, or has nobody who waits for it, was no guess
+                guess.end(wrong, self._called(claim.user))
         except (Busy, Unavailable) as error:
             self._tell(str(error))
             return self._said(None, claim, address, reply.LOGIN_UNAVAILABLE, UNAVAILABLE)
         if found is None:
-            self._rates.take(f"login from {where}", rate, burst)
-            self._rates.take(f"login as {who}", rate, burst)
             return self._said(None, claim, address, reply.WRONG_CREDENTIALS, WRONG)
         return self._said(found, claim, address, reply.LOGGED_IN, GOOD)
 
-    async def _identify(self, claim: Claim, address: str, failures: int) -> Identity | None:
+    def _asks(self, user: str) -> bool:
+        """Whether a back end knows somebody's password: not of an account that has secrets in the file, expired ones too."""
+        account = self._book.accounts.get(user)
+        return self._others is not None and not (account is not None and account.secrets)
+
+    def _called(self, user: str) -> str:
+        """What the back end calls somebody, as far as that was heard."""
+        return self._others.names.get(user, user) if self._others is not None else user
+
+    async def _identify(self, claim: Claim, address: str, guess: Guess) -> Identity | None:
         """Who that is, None for nobody. Busy or Unavailable when it cannot be said."""
         if self.watched.value is None:
             raise Unavailable(self.watched.problem)
         if isinstance(claim, Proof):
             return self.as_kept(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
         if isinstance(claim, Password):
-            return await self._by_password(claim, address, failures)
+            return await self._by_password(claim, address, guess)
         if self._bearer is None:
             return None
         user = await self._bearer.user(claim.token)
-        return self.as_kept(Identity(user)) if user and claim.user in ("", user) else None
-
-    async def _by_password(self, claim: Password, address: str, failures: int) -> Identity | None:
-        hashes = self._hashes(claim.user)
-        digest = hashlib.blake2b(f"{claim.user}\0{claim.password}".encode(), key=self._secret, digest_size=32).digest()
-        until, kept, found = self._known.get(digest, (0.0, "", None))
-        if found is not None and until > time.monotonic() and (kept in hashes or not (kept or hashes)):
-            return self.as_kept(found)
-        if hashes or self._others is None:
-            kept = await self._computed(hashes, claim.password, group_of(address), failures)
-            found = Identity(claim.user) if kept else None
-        else:
-            kept = ""
-            found = await self._others.password(claim.user, claim.password, address)
-        if found is None:
+        found = self._known_as(Identity(user)) if user and claim.user in ("", user) else None
+        account = self._book.accounts.get(found.name) if found is not None else None
+        if account is not None and account.secrets and all(map(_expired, account.secrets)):
             return None
-        if self._settings.remember:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            self._known[digest] = (time.monotonic() + self._settings.remember, kept, found)
-        return self.as_kept(found)
+        return self.as_kept(found) if found is not None else None
 
-    async def _computed(self, hashes: list[str], password: str, where: str, failures: int) -> str:
+    async def _by_password(self, claim: Password, address: str, guess: Guess) -> Identity | None:
+        asks, hashes = self._asks(claim.user), self._hashes(claim.user)
+        # A back end may say no to the same password from elsewhere.
+        said = f"{claim.user}\0{claim.password}\0{address if asks else ''}"
+        digest = hashlib.blake2b(said.encode(), key=self._secret, digest_size=32).digest()
+        until, kept, found = self._known.get(digest, (0.0, "", None))
+        if found is None or until <= time.monotonic() or not (kept in hashes or (asks and not kept)):
+            if asks and self._others is not None:
+                kept, found = "", await self._others.password(claim.user, claim.password, address)
+            else:
+                kept = await self._computed(hashes, claim.password, guess)
+                found = Identity(claim.user) if kept else None
+            if found is not None and self._settings.remember:
+                if len(self._known) >= REMEMBERED:
+                    self._known.clear()
+                self._known[digest] = (time.monotonic() + self._settings.remember, kept, found)
+        if asks and found is not None:
+            found = self._known_as(found)
+            account = self._book.accounts.get(found.name) if found is not None else None
+            if account is not None and account.secrets:
+                return None
+        return self.as_kept(found) if found is not None else None
+
+    async def _computed(self, hashes: list[str], password: str, guess: Guess) -> str:
         """Which of these a password matches, "" for none; of an unknown user as costly as of a known one."""
         found = ""
 
@@ -195,13 +225,18 @@ class Logins:
             found = next((kept for kept in hashes or [self._nobody] if matches(kept, password)), "")
             return bool(found and hashes)
 
-        self._waiting[where] += 1
-        try:  # whoever has failed, or asks many times at once, comes behind those who have not
-            return found if await self._checker.run(compute, failures + self._waiting[where] - 1) else ""
-        finally:
-            self._waiting[where] -= 1
-            if not self._waiting[where]:
-                del self._waiting[where]
+        # Whoever has failed, or asks many times at once, comes behind those who have not.
+        behind = int(guess.failed) + max(0, self._guesses.under_way(guess) - 1)
+        return found if await self._checker.run(compute, behind) else ""
+
+    def _known_as(self, found: Identity) -> Identity | None:
+        """Somebody whom a back end named, by the name of their account in the file; None where that name can be nobody's."""
+        if not possible(found.name):
+            return None
+        if found.name in self._book.accounts:
+            return found
+        account = self._book.alike.get(folded(found.name))
+        return found._replace(name=account.name) if account is not None else found
 
     def as_kept(self, found: Identity) -> Identity:
         """With what the file of accounts says of somebody, whoever knew the password."""
@@ -230,5 +265,10 @@ class Logins:
     ) -> tuple[Identity | None, bytes]:
         self._counters.add(counter, 1)
         said = answer.decode().strip()
-        self._log.event("login", client=address, user=claim.user, good=found is not None, reply=said)
+        user = found.name if found is not None else claim.user
+        self._log.event("login", client=address, user=user, good=found is not None, reply=said)
         return found, answer
+
+
+def _expired(secret: Secret) -> bool:
+    return secret.expires is not None and secret.expires <= datetime.now(UTC)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import os
 import queue
@@ -33,9 +34,13 @@ def argon2id(password: str) -> str:
     return _ARGON2.hash(password)
 
 
-def scram(password: str, iterations: int = 4096) -> str:
-    """What to keep of a password so that SCRAM works with it. With few iterations only for keys that nobody can guess."""
-    salt, stored, server, count = _SCRAM.make_auth_info(password, iteration_count=iterations, salt=os.urandom(16))
+def scram(password: str, iterations: int = 4096, salt: bytes = b"") -> str:
+    """What to keep of a password so that SCRAM works with it. With few iterations only for keys that nobody can guess. `salt`: of
+    another that is to work beside it, for SCRAM's server names one (RFC 5802 5.1). ValueError: it cannot be (RFC 4013)."""
+    try:
+        salt, stored, server, count = _SCRAM.make_auth_info(password, iteration_count=iterations, salt=salt or os.urandom(16))
+    except scramp.ScramException as error:
+        raise ValueError(str(error)) from None
     return f"SCRAM-SHA-256${count}:{_b64(salt)}${_b64(stored)}:{_b64(server)}"
 
 
@@ -94,7 +99,8 @@ class Checker:
                 good = check()
             except Exception:  # whatever was wrong with it, it was not right
                 good = False
-            self._loop.call_soon_threadsafe(_tell, future, good)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_tell, future, good)
 
 
 def _tell(future: "asyncio.Future[bool]", good: bool) -> None:

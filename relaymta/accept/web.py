@@ -2,6 +2,7 @@
 RFC 7662)."""
 
 import asyncio
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import aiohttp
 from joserfc import jwt
-from joserfc.errors import InvalidKeyIdError, JoseError
-from joserfc.jwk import KeySet
+from joserfc.errors import InvalidKeyIdError, InvalidKeyTypeError
+from joserfc.jwk import JWKRegistry, Key, KeySet
 
-from relaymta.accept.identity import Identity, Unavailable
+from relaymta.accept.identity import Identity, Unavailable, possible
 from relaymta.config import TokensTable
 
 __all__ = ["Bearer", "Passwords"]
 
 TIMEOUT = 10.0
 LARGEST = 1 << 20  # octets of an answer
+PLAIN = {"Accept-Encoding": "identity"}  # what we ask for is small: nothing is unpacked
+NAMES_KEPT = 10_000
 KEYS_KEPT = 3600.0  # seconds until the issuer's keys are asked for again
 KEYS_AGAIN = 30.0  # ... where a token has an unknown one
 KEYS_RETRY = 5.0  # ... where they were not to be had
@@ -26,23 +29,40 @@ ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA", "Ed
 
 
 async def _asked(method: str, url: str, **options: Any) -> tuple[int, bytes]:
-    """Status and body of an answer. Unavailable when there is none."""
+    """Status and body of a whole answer, in however many pieces it came. Unavailable when there is none."""
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT), headers=PLAIN) as client,
             client.request(method, url, allow_redirects=False, **options) as response,
         ):
-            return response.status, await response.content.read(LARGEST)
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise Unavailable(f"{url}: {error or type(error).__name__}") from None
+            found = bytearray()
+            async for piece in response.content.iter_any():
+                found += piece
+                if len(found) > LARGEST:
+                    raise Unavailable(f"{url}: the answer is longer than {LARGEST} octets")
+            return response.status, bytes(found)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: no HTTP, or no URL
+        raise Unavailable(f"{url}: {str(error) or type(error).__name__}") from None
+
+
+def _object(url: str, text: bytes) -> dict[str, Any]:
+    """The JSON object of an answer. Unavailable when it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Unavailable(f"{url}: the answer is no JSON object")
+    return found
 
 
 class Passwords:
-    """`POST url` with {"user", "password", "client"} is answered by 200 and {"application", "priority", "senders"}, all of which
-    may be missing; or by 401 or 403."""
+    """`POST url` with {"user", "password", "client"} is answered by 200 and {"user", "application", "priority", "senders"}, all
+    of which may be missing; or by 401 or 403."""
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self.names: dict[str, str] = {}  # what it calls whom, where that is not what they said
 
     async def password(self, user: str, password: str, address: str) -> Identity | None:
         """Who that is; None for a wrong password. Unavailable when that is not to be had."""
@@ -51,17 +71,20 @@ class Passwords:
             return None
         if status != 200:
             raise Unavailable(f"{self._url}: status {status}")
-        try:
-            found = json.loads(text or b"{}")
-            senders = found.get("senders", [])
-            if not all(isinstance(sender, str) and "@" in sender for sender in senders):
-                raise ValueError("senders are addresses, or @domain")
-            application, priority = found.get("application", ""), found.get("priority", "")
-            if not isinstance(application, str) or priority not in ("", "express", "normal", "bulk"):
-                raise ValueError("application is a string, priority one of express, normal, bulk")
-        except (ValueError, AttributeError, TypeError) as error:
-            raise Unavailable(f"{self._url}: {error}") from None
-        return Identity(user, application, priority, tuple(sender.lower() for sender in senders))
+        found = _object(self._url, text or b"{}")
+        name, application, priority = found.get("user", user), found.get("application", ""), found.get("priority", "")
+        senders = found.get("senders", [])
+        if not isinstance(name, str) or not name:
+            raise Unavailable(f"{self._url}: user is a name")
+        if not isinstance(senders, list) or not all(isinstance(sender, str) and "@" in sender for sender in senders):
+            raise Unavailable(f"{self._url}: senders are addresses, or @domain")
+        if not isinstance(application, str) or priority not in ("", "express", "normal", "bulk"):
+            raise Unavailable(f"{self._url}: application is a string, priority one of express, normal, bulk")
+        if name != user:
+            if len(self.names) >= NAMES_KEPT:
+                self.names.clear()
+            self.names[user] = name
+        return Identity(name, application, priority, tuple(sender.lower() for sender in senders))
 
 
 class Bearer:
@@ -77,9 +100,12 @@ class Bearer:
 
     async def user(self, token: str) -> str:
         """Whose token it is, "" when it is nobody's (any more). Unavailable when that is not to be had."""
-        claims = await (self._introspected(token) if self._settings.introspection else self._verified(token))
-        user = claims.get(self._settings.user_claim, "") if claims else ""
-        return user if isinstance(user, str) else ""
+        settings = self._settings
+        claims = await (self._introspected(token) if settings.introspection else self._verified(token)) or {}
+        user = claims.get(settings.user_claim, "")
+        if settings.user_claim == "email" and claims.get("email_verified", True) not in (True, "true"):
+            return ""  # anybody may have said that it is theirs (OpenID Connect Core 5.7)
+        return user if isinstance(user, str) and possible(user) else ""
 
     async def _verified(self, token: str) -> dict[str, Any] | None:
         for kept in (KEYS_KEPT, KEYS_AGAIN):
@@ -88,7 +114,7 @@ class Bearer:
                 return self._claims(token, keys)
             except InvalidKeyIdError:  # there may be a new one
                 continue
-            except (JoseError, ValueError):
+            except Exception:  # whatever a stranger writes into a token, and whatever the library makes of that: it is no login
                 return None
         return None
 
@@ -119,9 +145,7 @@ class Bearer:
             status, text = await _asked("GET", self._settings.jwks)
             if status != 200:
                 raise Unavailable(f"{self._settings.jwks}: status {status}")
-            self._keys, self._asked_at = KeySet.import_key_set(json.loads(text)), time.monotonic()
-        except (JoseError, ValueError, KeyError, TypeError) as error:
-            self._problem = f"{self._settings.jwks}: no JWKS: {error}"
+            self._keys, self._asked_at = _key_set(self._settings.jwks, text), time.monotonic()
         except Unavailable as error:
             self._problem = str(error)
         else:
@@ -135,16 +159,33 @@ class Bearer:
         status, text = await _asked("POST", settings.introspection, data={"token": token}, auth=auth)
         if status != 200:
             raise Unavailable(f"{settings.introspection}: status {status}")
-        try:
-            found = json.loads(text)
-        except ValueError:
-            raise Unavailable(f"{settings.introspection}: the answer is no JSON") from None
-        if not isinstance(found, dict) or found.get("active") is not True:
+        found = _object(settings.introspection, text)
+        if found.get("active") is not True:
             return None
         audience = found.get("aud")
         if settings.audience and settings.audience not in (audience if isinstance(audience, list) else [audience]):
             return None
         return found if not settings.issuer or found.get("iss", settings.issuer) == settings.issuer else None
+
+
+def _key_set(url: str, text: bytes) -> KeySet:
+    """The keys of a JWKS that can be used: the others are for others (RFC 7517 5). Unavailable when there are none."""
+    found, listed = [], _object(url, text).get("keys")
+    for one in listed if isinstance(listed, list) else ():
+        with contextlib.suppress(Exception):  # an unknown curve, a missing member, no object at all
+            found.append(_key(one))
+    if not found:
+        raise Unavailable(f"{url}: no JWKS, or none of its keys can be used")
+    return KeySet(found)
+
+
+def _key(one: Any) -> Key:
+    if one["kty"] == "oct":
+        raise InvalidKeyTypeError("a shared key")
+    key = JWKRegistry.import_key(one)
+    _ = key.public_key  # its numbers make a key
+    key.ensure_kid()
+    return key
 
 
 def _secret(path: str) -> str:

@@ -1,11 +1,15 @@
 """`relaymta user` and `relaymta app`: the file of accounts. The running daemon reads it again within seconds."""
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
 import pwd
 import re
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,16 +26,25 @@ __all__ = ["DEMO", "app", "give_to", "replace_file", "user"]
 
 DEMO = {"listener": [{"address": "127.0.0.1:2525"}]}
 KEY_OCTETS = 20  # of an application's key: nobody guesses 160 bits, however fast a guess is
-_HEAD = re.compile(r"\[\[?\s*account\s*\]\]?\s*(#.*)?$")
-_SECRETS = re.compile(r"secrets\s*=\s*\[.*\]\s*(#.*)?$")
+_NAME = r"""\s*(?:account|"account"|'account')\s*"""
+_KEY_OF_SECRETS = r"""\s*(?:secrets|"secrets"|'secrets')\s*"""
+_HEAD = re.compile(rf"\s*\[\[{_NAME}\]\]")
+_TABLE = re.compile(r"\s*\[")
+_BELOW = re.compile(rf"\s*\[\[?{_NAME}\.")
+_SECRETS = re.compile(rf"{_KEY_OF_SECRETS}=")
+_SECRETS_TABLE = re.compile(rf"\s*\[\[{_NAME}\.{_KEY_OF_SECRETS}\]\]")
+# What brackets and ends of lines mean nothing in: strings of four kinds, and comments.
+_STRING = re.compile(r'''"""(?:[^\\]|\\.)*?"{3,5}|"(?:[^"\\\n]|\\.)*"|#[^\n]*|''' + r"""'''.*?'{3,5}|'[^'\n]*'""", re.DOTALL)
+_STRUCTURE = re.compile(r"[\[\]{}\n]")
 
 
 class _File:
-    """The file of accounts, edited by the line, so that everything else in it stays as it is."""
+    """The file of accounts, edited by the line, so that everything else in it stays as it is. What was written is read again
+    before it is put there: other accounts than were meant are never."""
 
     def __init__(self, read: Callable[..., Config]) -> None:
         config = loaded(read, DEMO)
-        path, self._user = config.accounts.file, config.user
+        path, self.user = config.accounts.file, config.user
         if not path:
             fail(78, "accounts.file is not set: it says where accounts are kept")
         self.path = Path(path)
@@ -40,7 +53,7 @@ class _File:
         if self.path.exists():
             try:
                 self.accounts = load_accounts(self.path)
-                self.lines = self.path.read_text(encoding="utf-8").splitlines()
+                self.lines = self.path.read_text(encoding="utf-8").split("\n")
             except ConfigError as error:
                 fail(78, str(error))
 
@@ -51,74 +64,151 @@ class _File:
             fail(1, f"no account is called {name!r}{near(name, [account.name for account in self.accounts])}")
         return found
 
-    def add(self, name: str, secret: str, **keys: Any) -> None:
+    def add(self, account: Account) -> None:
         """A new account at the end."""
-        if any(account.name == name for account in self.accounts):
-            fail(1, f"there is an account called {name!r} already")
+        if any(other.name == account.name for other in self.accounts):
+            fail(1, f"there is an account called {account.name!r} already")
+        while self.lines and not self.lines[-1].strip():
+            self.lines.pop()
         self.lines += ["", "[[account]]"] if self.lines else ["[[account]]"]
-        self.lines += [f"name = {_toml(name)}", f"secrets = [{_secret(secret, None)}]"]
-        self.lines += [f"{key} = {_toml(value)}" for key, value in keys.items() if value]
-        self.write()
+        self.lines += [f"name = {_toml(account.name)}", _secrets(account)]
+        self.lines += [f"{key} = {_toml(value)}" for key in ("application", "senders") if (value := getattr(account, key))]
+        self.write([*self.accounts, account])
 
     def remove(self, name: str) -> None:
         """Without this account."""
         start, end = self._block(name)
         del self.lines[start:end]
-        self.write()
+        self.write([account for account in self.accounts if account.name != name])
 
-    def set_secrets(self, name: str, kept: list[tuple[str, datetime | None]]) -> None:
+    def set_secrets(self, name: str, kept: list[Secret]) -> None:
         """What opens an account from now on."""
         start, end = self._block(name)
-        line = f"secrets = [{', '.join(_secret(*one) for one in kept)}]"
-        place = next((n for n in range(start, end) if _SECRETS.match(self.lines[n])), None)
-        if place is None and any(self.lines[n].lstrip().startswith("secrets") for n in range(start, end)):
-            fail(1, f"{self.path}: the secrets of {name!r} are not on one line: edit them by hand")
-        if place is None:
-            self.lines.insert(start + 1, line)
-        else:
-            self.lines[place] = line
-        self.write()
+        account = self.get(name).model_copy(update={"secrets": kept})
+        for first, behind in reversed(self._secret_lines(start, end)):
+            del self.lines[first:behind]
+        self.lines.insert(start + 1, _secrets(account))
+        self.write([account if other.name == name else other for other in self.accounts])
 
     def _block(self, name: str) -> tuple[int, int]:
-        """The lines of an account: from its [[account]] to the next table."""
+        """The lines of an account: from its [[account]] to what stands in front of the next table that is not its own."""
         number = next(n for n, account in enumerate(self.accounts) if account.name == name)
-        heads = [n for n, line in enumerate(self.lines) if _HEAD.match(line.strip())]
+        tops = _tops(self.lines)
+        heads = [n for n in tops if _HEAD.match(self.lines[n])]
+        if len(heads) != len(self.accounts):
+            fail(1, f"{self.path}: not every account has an [[account]] of its own: edit it by hand")
         start = heads[number]
-        following = (n for n in range(start + 1, len(self.lines)) if self.lines[n].startswith("["))
-        return start, next(following, len(self.lines))
+        end = next((n for n in tops if n > start and _TABLE.match(self.lines[n]) and not _BELOW.match(self.lines[n])), None)
+        return start, self._without_comments(start, len(self.lines) if end is None else end, tops)
 
-    def write(self) -> None:
-        """Put the lines into the file."""
-        replace_file(self.path, "\n".join(self.lines).strip("\n") + "\n", self._user, load_accounts)
+    def _secret_lines(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where an account's secrets stand: a key, whose value may have several lines, or tables of their own."""
+        tops = [*(n for n in _tops(self.lines) if start < n < end), end]
+        found = [(n, behind) for n, behind in itertools.pairwise(tops) if _SECRETS.match(self.lines[n])]
+        tables = [*(n for n in tops[:-1] if _TABLE.match(self.lines[n])), end]
+        below = [(n, behind) for n, behind in itertools.pairwise(tables) if _SECRETS_TABLE.match(self.lines[n])]
+        return found[:1] if not below else [(n, self._without_comments(n, behind, tops)) for n, behind in below]
+
+    def _without_comments(self, start: int, end: int, tops: list[int]) -> int:
+        """The end of a table but for blank lines and comments behind it, which belong to what follows."""
+        whole = set(tops)
+        while end - 1 > start and end - 1 in whole and self.lines[end - 1].lstrip()[:1] in ("", "#"):
+            end -= 1
+        return end
+
+    def write(self, meant: list[Account]) -> None:
+        """Put the lines into the file, if they are these accounts."""
+
+        def check(fresh: Path) -> None:
+            if load_accounts(fresh) != meant:
+                raise ConfigError(["what would have been written is not what was meant: edit it by hand"])
+
+        replace_file(self.path, "\n".join(self.lines).strip("\n") + "\n", self.user, check)
+
+
+@contextlib.contextmanager
+def _edited(read: Callable[..., Config], new: bool = False) -> Iterator[_File]:
+    """The file of accounts, while nobody else edits it. `new`: it is made where it is missing."""
+    file = _File(read)
+    with _locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
+        yield _File(read)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, user: str) -> Iterator[None]:
+    """Hold a file's lock (flock), as it is now: who had it before may have put another in its place. A missing one is made."""
+    while True:
+        try:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                give_to(descriptor, user)
+            except FileExistsError:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            fail(74, f"{path}: {error.strerror}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _tops(lines: list[str]) -> list[int]:
+    """Of a TOML file's lines those that do not begin within a value."""
+    text = "\n".join(lines)
+    inside = [(found.start(), found.end()) for found in _STRING.finditer(text)]
+    depth, at, number, found = 0, 0, 0, [0]
+    for start, end in [*inside, (len(text), len(text))]:
+        for char in _STRUCTURE.findall(text[at:start]):
+            if char == "\n":
+                number += 1
+                if not depth:
+                    found.append(number)
+            else:
+                depth += 1 if char in "[{" else -1
+        number += text.count("\n", start, end)
+        at = end
+    return found
 
 
 def replace_file(path: Path, text: str, user: str = "", check: Callable[[Path], object] = lambda path: None) -> None:
-    """Replace a file at once, readable as before; a new one by its owner alone, `user` where root makes it. `check` looks at it
-    before it is put there; ConfigError, as OSError, ends the program."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file (the one that a symbolic link names) at once, owned and readable as before; a new one by its owner alone,
+    `user` where root makes it. `check` looks at it before it is put there; ConfigError, as OSError, ends the program."""
+    fresh = None
     try:
+        path = path.resolve()
         before = path.stat() if path.exists() else None
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        fresh = Path(name)
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(descriptor)
             _hand_over(descriptor, before, user)
+            os.fsync(descriptor)
         check(fresh)
         fresh.replace(path)
-    except (OSError, ConfigError) as error:
-        fresh.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, UnicodeEncodeError, ConfigError) as error:
+        if fresh is not None:
+            fresh.unlink(missing_ok=True)
         fail(74, f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _hand_over(descriptor: int, before: os.stat_result | None, user: str) -> None:
     """Who may read a file: as before, or whom the relay runs as."""
-    if before is not None:
-        os.fchmod(descriptor, before.st_mode & 0o777)
-    if os.geteuid() == 0 and before is not None:
-        os.fchown(descriptor, before.st_uid, before.st_gid)
-    elif os.geteuid() == 0 and user:
+    if before is None:
         give_to(descriptor, user)
+        return
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
+        os.fchown(descriptor, before.st_uid, before.st_gid)  # PermissionError: the relay might not read it any more
+    os.fchmod(descriptor, before.st_mode & 0o7777)
 
 
 def give_to(descriptor: int, user: str) -> None:
@@ -131,17 +221,28 @@ def give_to(descriptor: int, user: str) -> None:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # strings and lists of strings are written alike
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # strings and lists of strings are written alike
 
 
-def _secret(kept: str, expires: datetime | None) -> str:
-    until = f", expires = {expires.astimezone(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')}" if expires is not None else ""
-    return f"{{ hash = {_toml(kept)}{until} }}"
+def _secrets(account: Account) -> str:
+    """The line of an account's secrets."""
+    found = []
+    for secret in account.secrets:
+        until = f", expires = {secret.expires.astimezone(UTC).isoformat().replace('+00:00', 'Z')}" if secret.expires else ""
+        found.append(f"{{ hash = {_toml(secret.hash)}{until} }}")
+    return f"secrets = [{', '.join(found)}]"
 
 
-def _alive(account: Account) -> list[tuple[str, datetime | None]]:
-    now = datetime.now(UTC)
-    return [(secret.hash, secret.expires) for secret in account.secrets if secret.expires is None or secret.expires > now]
+def _until(secret: Secret, until: datetime) -> Secret:
+    """A secret that ends then, or where it ends before, as it does."""
+    return Secret(hash=secret.hash, expires=min(secret.expires or until, until))
+
+
+def _named(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """A name for a new account: one that can be told from others where it is shown, and typed by who logs in."""
+    if not name.isprintable() or name != name.strip() or not name:
+        raise click.BadParameter(f"{name!r} is no name: only characters that can be seen, no blanks around them")
+    return name
 
 
 def _key() -> str:
@@ -206,14 +307,15 @@ def user() -> None:
 
 
 @user.command(name="add")
-@click.argument("name")
+@click.argument("name", callback=_named)
 @_with_password
 @_senders
 @configured
 def add_user(read: Callable[..., Config], name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
     """Let somebody log in."""
-    file = _File(read)
-    file.add(name, _kept(password, with_scram), senders=list(senders))
+    account = Account(name=name, secrets=[_kept(password, with_scram)], senders=_checked_senders(senders))
+    with _edited(read, new=True) as file:
+        file.add(account)
     click.echo(f"{name} may log in")
     _note_scram(file, with_scram)
 
@@ -224,10 +326,22 @@ def _note_scram(file: _File, with_scram: bool) -> None:
         click.echo("note: SCRAM-SHA-256 is offered only while all passwords are kept for it; this one is not (--scram)", err=True)
 
 
-def _kept(password: str, with_scram: bool) -> str:
+def _kept(password: str, with_scram: bool) -> Secret:
     from relaymta.accept.passwords import PEOPLE_ITERATIONS, argon2id, scram
 
-    return scram(password, PEOPLE_ITERATIONS) if with_scram else argon2id(password)
+    if not password:
+        fail(64, "no password: an empty one is none")
+    try:
+        return Secret(hash=scram(password, PEOPLE_ITERATIONS) if with_scram else argon2id(password))
+    except ValueError as error:
+        fail(64, f"this password cannot be kept: {error}")
+
+
+def _checked_senders(senders: tuple[str, ...]) -> list[str]:
+    wrong = next((sender for sender in senders if "@" not in sender), None)
+    if wrong is not None:
+        fail(64, f'--sender {wrong}: neither an address nor "@domain"')
+    return list(senders)
 
 
 @user.command()
@@ -236,9 +350,10 @@ def _kept(password: str, with_scram: bool) -> str:
 @configured
 def password(read: Callable[..., Config], name: str, password: str, with_scram: bool) -> None:
     """Give somebody another password; the old one ends."""
-    file = _File(read)
-    file.get(name)
-    file.set_secrets(name, [(_kept(password, with_scram), None)])
+    secret = _kept(password, with_scram)
+    with _edited(read) as file:
+        file.get(name)
+        file.set_secrets(name, [secret])
     click.echo(f"{name} has a new password")
     _note_scram(file, with_scram)
 
@@ -248,9 +363,9 @@ def password(read: Callable[..., Config], name: str, password: str, with_scram: 
 @configured
 def remove_user(read: Callable[..., Config], name: str) -> None:
     """Let somebody log in no longer."""
-    file = _File(read)
-    file.get(name)
-    file.remove(name)
+    with _edited(read) as file:
+        file.get(name)
+        file.remove(name)
     click.echo(f"{name} is removed")
 
 
@@ -268,15 +383,17 @@ def app() -> None:
 
 
 @app.command()
-@click.argument("name")
+@click.argument("name", callback=_named)
 @_senders
 @configured
 def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> None:
     """Make an application and its key, which is shown once."""
     from relaymta.accept.passwords import scram
 
-    file, key = _File(read), _key()
-    file.add(name, scram(key), application=name, senders=list(senders))
+    key = _key()
+    account = Account(name=name, secrets=[Secret(hash=scram(key))], application=name, senders=_checked_senders(senders))
+    with _edited(read, new=True) as file:
+        file.add(account)
     click.echo(f"user:   {name}\nsecret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
     for line in _records(loaded(read, DEMO), domains):
@@ -305,15 +422,23 @@ def _records(config: Config, domains: list[str]) -> Iterator[str]:
 @configured
 def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
     """Give an application another key, which is shown once; those it has end after --overlap."""
-    from relaymta.accept.passwords import scram
+    from relaymta.accept.passwords import scram, scram_keys
 
     try:
         until = datetime.now(UTC) + timedelta(seconds=parse_duration(overlap))
     except ValueError as error:
         fail(64, f"--overlap {overlap}: expected {error}")
-    file, key = _File(read), _key()
-    before = [(kept, min(expires or until, until)) for kept, expires in _alive(file.get(name))]
-    file.set_secrets(name, [(scram(key), None), *before])
+    key = _key()
+    with _edited(read) as file:
+        now = datetime.now(UTC)
+        before = [_until(one, until) for one in file.get(name).secrets if one.expires is None or one.expires > now]
+        # With the salt of the one before: the server of SCRAM names one before it can know which key the client has.
+        beside = next(filter(None, (scram_keys(one.hash) for one in before)), None)
+        try:
+            hashed = scram(key, beside.iterations, beside.salt) if beside is not None else scram(key)
+        except ValueError:  # a salt or a count of another program that none is made with any more
+            hashed = scram(key)
+        file.set_secrets(name, [Secret(hash=hashed), *before])
     click.echo(f"user:   {name}\nsecret: {key}")
     if before:
         click.echo(f"the key before this one works until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
@@ -324,9 +449,13 @@ def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
 @configured
 def expire(read: Callable[..., Config], name: str) -> None:
     """Let no key of an application work any longer."""
-    file = _File(read)
-    file.get(name)
-    file.set_secrets(name, [])
+    now = datetime.now(UTC)
+    with _edited(read) as file:
+        account = file.get(name)
+        if not account.secrets:
+            fail(1, f"{name} has no key here that could end")
+        # They stay, at their end: without any it would be for a back end to say who opens the account.
+        file.set_secrets(name, [_until(secret, now) for secret in account.secrets])
     click.echo(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
 
 

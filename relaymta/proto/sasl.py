@@ -4,6 +4,7 @@ the client's responses, and returns a claim for somebody to check.
 PLAIN (RFC 4616), LOGIN (draft-murchison-sasl-login), SCRAM-SHA-256 (RFC 5802, 7677), OAUTHBEARER (RFC 7628), XOAUTH2 (Google).
 """
 
+import secrets
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
@@ -13,12 +14,14 @@ __all__ = ["MECHANISMS", "Claim", "Exchange", "Keys", "Malformed", "Password", "
 
 
 class Keys(NamedTuple):
-    """What SCRAM-SHA-256 knows of a password (RFC 5802 3)."""
+    """What SCRAM-SHA-256 knows of a password (RFC 5802 3), and of others with the same salt and iterations that open the account,
+    too: their StoredKey and ServerKey. The server names its salt before it can know which of them the client has."""
 
     salt: bytes
     stored_key: bytes
     server_key: bytes
     iterations: int
+    others: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Password(NamedTuple):
@@ -36,10 +39,12 @@ class Token(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """SCRAM came to an end: whether the client has proved that it knows the password."""
+    """SCRAM's client has said all: whether that proves that it knows the password. `final`: the server's proof, with which the
+    client hears that it does: not before somebody has said that this user may try (RFC 4954 4: behind a 334)."""
 
     user: str
     good: bool
+    final: bytes = b""
 
 
 Claim = Password | Token | Proof
@@ -87,25 +92,33 @@ def _login(keys: Callable[[str], Keys]) -> Exchange:
 
 
 def _scram(keys: Callable[[str], Keys]) -> Exchange:
-    names: list[str] = []
+    mechanism, nonce = scramp.ScramMechanism("SCRAM-SHA-256"), secrets.token_hex(16)
+    known: list[tuple[str, Keys]] = []
 
-    def known(name: str) -> Keys:
-        names.append(name)
-        return keys(name)
+    def first_keys(name: str) -> tuple[bytes, bytes, bytes, int]:
+        known.append((name, found := keys(name)))
+        return found[:4]
 
-    server = scramp.ScramMechanism("SCRAM-SHA-256").make_server(known)
+    servers = [mechanism.make_server(first_keys, s_nonce=nonce)]
     try:
-        server.set_client_first(_text((yield b"")))
-        response = _text((yield server.get_server_first().encode()))
+        first = _text((yield b""))
+        servers[0].set_client_first(first)
+        (user, found), said = known[0], servers[0].get_server_first()
+        for stored, server in found.others:  # each would have said the same
+            keys_of_it = (found.salt, stored, server, found.iterations)
+            servers.append(mechanism.make_server(lambda name, keys_of_it=keys_of_it: keys_of_it, s_nonce=nonce))
+            servers[-1].set_client_first(first)
+            servers[-1].get_server_first()
+        response = _text((yield said.encode()))
     except scramp.ScramException as error:
         raise Malformed(str(error)) from None
-    try:
-        server.set_client_final(response)
-    except scramp.ScramException:
-        return Proof(names[0], False)
-    if (yield server.get_server_final().encode()):
-        raise Malformed("expected an empty response to the server's proof")
-    return Proof(names[0], True)
+    for one in servers:
+        try:
+            one.set_client_final(response)
+        except scramp.ScramException:
+            continue
+        return Proof(user, True, one.get_server_final().encode())
+    return Proof(user, False)
 
 
 def _oauthbearer(keys: Callable[[str], Keys]) -> Exchange:

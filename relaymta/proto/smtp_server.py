@@ -225,6 +225,10 @@ class ServerSession:
         claim, self.claim = self.claim, None
         if user:
             self.user = user
+            if isinstance(claim, sasl.Proof) and claim.final:  # RFC 4954 4: the server's proof, an empty response, and then 235
+                self._exchange = _proved()
+                next(self._exchange)
+                return self._challenge(claim.final) + self._waiting()
         elif answer.startswith(b"5"):
             self.wrong_logins += 1
             if isinstance(claim, sasl.Token):  # RFC 7628 3.2.3: the client answers the reason, and then hears 535
@@ -250,6 +254,7 @@ class ServerSession:
     def _bad_line(self, answer: bytes) -> bytes:
         if self._exchange is not None:
             self._exchange = None
+            self.closing = bool(self.user)
             self.parser.commands()
         return self._error(answer)
 
@@ -543,6 +548,12 @@ class ServerSession:
                 refused = reply.BAD_RESPONSE
             except _TokenRefused:
                 refused = reply.WRONG_CREDENTIALS
+            except _ProofTaken:
+                self._exchange = None
+                self.parser.commands()
+                return reply.LOGGED_IN
+        if self.user:  # it does not take our proof: this is no session of its
+            self.closing = True
         self._exchange = None
         self.parser.commands()
         return self._wrong_login(refused) if refused is reply.WRONG_CREDENTIALS else self._error(refused)
@@ -555,6 +566,16 @@ class _TokenRefused(Exception):
 def _token_refused() -> sasl.Exchange:
     yield b""
     raise _TokenRefused
+
+
+class _ProofTaken(Exception):
+    """The client has taken the server's proof."""
+
+
+def _proved() -> sasl.Exchange:
+    if (yield b""):
+        raise sasl.Malformed("expected an empty response to the server's proof")
+    raise _ProofTaken
 
 
 def _unknown(session: ServerSession, argument: bytes) -> bytes:

@@ -1,23 +1,30 @@
 """Accounts that others keep: a real Dovecot, a program asked by HTTP, tokens by JWKS and by introspection."""
 
+import asyncio
 import base64
+import contextlib
+import functools
 import http.server
 import json
 import os
+import re
 import signal
 import smtplib
+import socket
+import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
-from relaymta.accept.identity import Unavailable
-from relaymta.accept.web import KEYS_AGAIN, KEYS_KEPT, Bearer
+from relaymta.accept import web
+from relaymta.accept.identity import Identity, Unavailable
+from relaymta.accept.web import KEYS_AGAIN, KEYS_KEPT, LARGEST, Bearer, Passwords
 from relaymta.config import TokensTable
 from tests.accept.test_front_door import SECRET, Door
 from tests.support.daemon import wait_for
@@ -46,7 +53,7 @@ class Web:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -76,6 +83,8 @@ class Dovecot:
         self.folder = folder
         folder.mkdir()
         (folder / "users").write_text("bob:{PLAIN}builder::::::\n")
+        (folder / "ill").write_text("#!/bin/sh\nexit 111\n")
+        (folder / "ill").chmod(0o755)
         (folder / "dovecot.conf").write_text(
             f"""base_dir = {folder}/run
 state_dir = {folder}/state
@@ -88,6 +97,11 @@ default_login_user = root
 passdb {{
   driver = passwd-file
   args = {folder}/users
+}}
+passdb {{
+  driver = checkpassword
+  args = {folder}/ill
+  username_filter = ill
 }}
 userdb {{
   driver = static
@@ -140,6 +154,135 @@ def test_dovecot_knows_the_passwords_of_others(dovecot, tmp_path):
         wait_for(lambda: plain(door, "bob", "builder") == 235)
 
 
+def test_a_real_dovecot_is_not_disturbed_and_says_who_somebody_is(dovecot, tmp_path):
+    with Door(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as door:
+        asking = threading.Thread(target=plain, args=(door, "bob", "wrong"))  # held back by it for seconds
+        asking.start()
+        with door.client() as client:  # behind a line of more than 16384 octets it closes the connection
+            assert client.docmd("AUTH", f"LOGIN {base64.b64encode(b'u' * 8000).decode()}")[0] == 334
+            assert client.docmd(base64.b64encode(b"x" * 8000).decode())[0] == 535
+        assert plain(door, "BOB", "builder") == 235
+        asking.join()
+        wait_for(lambda: any((event["user"], event["good"]) == ("bob", True) for event in door.events("login")))
+        assert not any("put off" in event["text"] for event in door.events("warning"))
+        assert plain(door, "ill", "builder") == 454  # its temporary failure
+
+
+@pytest.mark.parametrize("kind", ["dovecot", "url", "tokens"])
+def test_accounts_may_be_kept_only_by_others(tmp_path, kind, request):
+    if kind == "dovecot":
+        setting = f"accounts.dovecot={request.getfixturevalue('dovecot').socket}"
+    elif kind == "url":
+        setting = f"accounts.url={Web(lambda path, body: (200, {})).url}"
+    else:
+        issuer = Web(lambda path, body: (200, {"active": True, "email": "bob"}))
+        setting = f'accounts.tokens={{introspection="{issuer.url}"}}'
+    with Door(tmp_path, "127.0.0.1:1", 'accounts.file=""', setting) as door:
+        if kind == "tokens":
+            assert bearer(door, "XOAUTH2", "bob", "ticket") == 235
+        else:
+            assert plain(door, "bob", "builder") == 235
+        with door.client() as client:
+            assert "SCRAM-SHA-256" not in client.esmtp_features["auth"]
+
+
+class Raw:
+    """Answers each request with these octets, piece by piece, and then closes, or (`reset`) resets."""
+
+    def __init__(self, pieces: list[bytes], reset: bool = False) -> None:
+        self.pieces = pieces
+        self.reset = reset
+        self.asked = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        await reader.readexactly(int(length[1]) if length else 0)
+        with contextlib.suppress(ConnectionError):
+            for piece in self.pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        if self.reset:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def raw(pieces: list[bytes], reset: bool = False) -> AsyncIterator[tuple[Raw, str]]:
+    made = Raw(pieces, reset)
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    try:
+        yield made, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/login"
+    finally:
+        server.close()
+
+
+def http_answer(body: bytes, status: str = "200 OK", kind: str = "application/json", length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n".encode() + body
+
+
+BODY = b'{"application": "crm", "senders": ["@Crm.example"]}'
+CRM = Identity("ann", "crm", "", ("@crm.example",))
+WHOLE = http_answer(BODY)
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+HUGE = b'{"application": "' + b"x" * LARGEST + b'"}'
+HTTP_ANSWERS = [
+    ("in one piece", [WHOLE], CRM),
+    ("in two", [WHOLE[:-20], WHOLE[-20:]], CRM),
+    ("octet by octet", [WHOLE[n : n + 1] for n in range(len(WHOLE))], CRM),
+    ("chunked", [CHUNKED, b"5\r\n" + BODY[:5] + b"\r\n", b"%x\r\n" % len(BODY[5:]) + BODY[5:] + b"\r\n", b"0\r\n\r\n"], CRM),
+    ("chunked, without its end", [CHUNKED, b"%x\r\n" % len(BODY) + BODY + b"\r\n"], Unavailable),
+    ("up to its end", [b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:9], BODY[9:]], CRM),
+    ("shorter than it said", [http_answer(BODY[:-1], length=len(BODY))], Unavailable),
+    ("large, in pieces", [http_answer(BODY + b" " * 500_000)], CRM),
+    ("too large", [http_answer(HUGE)], Unavailable),
+    ("too large, without a length", [b"HTTP/1.1 200 OK\r\n\r\n" + HUGE], Unavailable),
+    ("another type", [http_answer(BODY, kind="text/plain")], CRM),
+    ("a page", [http_answer(b"<html>login</html>", kind="text/html")], Unavailable),
+    ("nothing, which is all right", [http_answer(b"")], Identity("ann")),
+    ("another name", [http_answer(b'{"user": "ann@corp.example"}')], Identity("ann@corp.example")),
+    ("a name that is none", [http_answer(b'{"user": ["ann"]}')], Unavailable),
+    ("a list", [http_answer(b"[]")], Unavailable),
+    ("null", [http_answer(b"null")], Unavailable),
+    ("deep", [http_answer(b"[" * 100_000)], Unavailable),
+    ("no UTF-8", [http_answer(b'{"application": "\xff"}')], Unavailable),
+    ("senders that are none", [http_answer(b'{"senders": "a@b"}')], Unavailable),
+    ("a priority that is none", [http_answer(b'{"priority": []}')], Unavailable),
+    ("no", [http_answer(b"", "401 Unauthorized")], None),
+    ("no, with much to say", [http_answer(b"x" * 10_000, "403 Forbidden")], None),
+    ("elsewhere", [b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n"], Unavailable),
+    ("no content", [b"HTTP/1.1 204 No Content\r\n\r\n"], Unavailable),
+    ("ill", [http_answer(b"{}", "500 Internal Server Error")], Unavailable),
+    ("too many", [http_answer(b"{}", "429 Too Many Requests")], Unavailable),
+    ("no HTTP", [b"220 mail.example ESMTP\r\n"], Unavailable),
+    ("nothing at all", [], Unavailable),
+]
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [row[1:] for row in HTTP_ANSWERS], ids=[row[0] for row in HTTP_ANSWERS])
+async def test_what_a_program_may_answer(pieces, expected):
+    async with raw(pieces) as (server, url):
+        if expected is Unavailable:
+            with pytest.raises(Unavailable):
+                await Passwords(url).password("ann", "pw", "192.0.2.1")
+        else:
+            assert await Passwords(url).password("ann", "pw", "192.0.2.1") == expected
+        assert server.asked == 1  # it is not followed elsewhere
+
+
+async def test_a_program_that_resets_or_is_silent_says_nothing(monkeypatch):
+    async with raw([WHOLE[:-5]], reset=True) as (_, url):
+        with pytest.raises(Unavailable):
+            await Passwords(url).password("ann", "pw", "192.0.2.1")
+    monkeypatch.setattr(web, "TIMEOUT", 0.2)
+    async with raw([WHOLE[:-5]] + [b""] * 1000) as (_, url):
+        with pytest.raises(Unavailable, match="TimeoutError"):
+            await Passwords(url).password("ann", "pw", "192.0.2.1")
+
+
 def test_a_program_is_asked_by_http_and_says_who_may_send_what(tmp_path):
     def answer(path: str, body: bytes) -> tuple[int, object]:
         asked = json.loads(body)
@@ -148,8 +291,8 @@ def test_a_program_is_asked_by_http_and_says_who_may_send_what(tmp_path):
             return 500, {}
         return (200, {"application": "crm", "senders": ["@Crm.example"]}) if asked["password"] == "good" else (403, {})
 
-    web = Web(answer)
-    with Door(tmp_path, "127.0.0.1:1", f"accounts.url={web.url}") as door:
+    program = Web(answer)
+    with Door(tmp_path, "127.0.0.1:1", f"accounts.url={program.url}") as door:
         assert [plain(door, "crm", "bad"), plain(door, "ill", "good"), plain(door, "ann", SECRET)] == [535, 454, 235]
         for _ in range(2):
             with door.client() as client:
@@ -158,16 +301,21 @@ def test_a_program_is_asked_by_http_and_says_who_may_send_what(tmp_path):
                 client.sendmail("x@crm.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
         (event, _) = wait_for(lambda: len(found := door.events("queued")) == 2 and found)
         assert event["application"] == "crm"
-        assert len(web.asked) == 3  # the second time it was remembered
-        web.close()
+        assert len(program.asked) == 3  # the second time it was remembered
+        program.close()
         assert plain(door, "crm", "bad") == 454
+
+
+@functools.cache
+def _first_key() -> RSAKey:
+    return RSAKey.generate_key(2048, {"kid": "one"})
 
 
 class Issuer:
     """Signs tokens, and serves its keys."""
 
     def __init__(self) -> None:
-        self.keys = [RSAKey.generate_key(2048, {"kid": "one"})]
+        self.keys = [_first_key()]
         self.web = Web(lambda path, body: (200, {"keys": [key.as_dict(private=False) for key in self.keys]}))
 
     def token(self, key: int = -1, **claims: object) -> str:
@@ -196,6 +344,112 @@ def test_a_token_is_a_login_when_its_issuer_signed_it(tmp_path, mechanism):
 def _unsigned(token: str) -> str:
     head = base64.urlsafe_b64encode(b'{"alg":"none"}').decode().rstrip("=")
     return f"{head}.{token.split('.')[1]}."
+
+
+NOW = int(time.time())
+CLAIMS = [
+    ({}, "cat@shop.example"),
+    ({"email_verified": True}, "cat@shop.example"),
+    ({"email_verified": "true"}, "cat@shop.example"),
+    ({"email_verified": False}, ""),
+    ({"email_verified": "false"}, ""),
+    ({"email_verified": None}, ""),
+    ({"email_verified": 0}, ""),
+    ({"email": "cat\r\n250 ok"}, ""),
+    ({"email": ["cat@shop.example"]}, ""),
+    ({"aud": ["x", "relay"]}, "cat@shop.example"),
+    ({"aud": {"relay": 1}}, ""),
+    ({"nbf": NOW + 1000}, ""),
+    ({"exp": str(NOW + 1000)}, ""),
+    ({"exp": True}, ""),
+]
+
+
+@pytest.mark.parametrize(("claims", "user"), CLAIMS, ids=[str(row[0]) for row in CLAIMS])
+async def test_who_a_token_is_for(claims, user):
+    issuer = Issuer()
+    bearer = Bearer(TokensTable(issuer="https://issuer.example", audience="relay", jwks=issuer.web.url))
+    assert await bearer.user(issuer.token(**claims)) == user
+    issuer.web.close()
+    said = {"active": True, "email": "cat@shop.example", "aud": "relay"} | claims
+    introspection = Web(lambda path, body: (200, said))
+    bearer = Bearer(TokensTable(audience="relay", introspection=introspection.url))
+    if not {"exp", "nbf"} & set(claims):  # whether it holds is its word
+        assert await bearer.user("ticket") == user
+    introspection.close()
+
+
+def _part(found: object) -> str:
+    octets = found if isinstance(found, bytes) else json.dumps(found).encode()
+    return base64.urlsafe_b64encode(octets).rstrip(b"=").decode()
+
+
+HEADERS = [
+    {"crit": 5}, {"crit": ["b64"], "b64": False}, {"crit": [["x"]]}, {"crit": None}, {"crit": {"alg": 1}},
+    {"kid": 5}, {"kid": ["one"]}, {"kid": {}}, {"alg": 5}, {"alg": ["RS256"]}, {"alg": "HS256"}, {"alg": "none"},
+    {"alg": "ES256"}, {"b64": 1}, {"jwk": 5}, {"x5c": 5},
+    b'{"alg":"RS256","kid":"one","crit":' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"alg":' + b"9" * 5000 + b"}", b'{"alg":"\xff"}',
+    b"[" * 5000, b"null", b"[1]", b'"x"', b"5", b"",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: str(header)[:40])
+async def test_a_token_that_nobody_can_read_is_nobodys(header):
+    issuer = Issuer()
+    bearer = Bearer(TokensTable(issuer="https://issuer.example", audience="relay", jwks=issuer.web.url))
+    _, claims, signature = issuer.token().split(".")
+    head = _part({"alg": "RS256", "kid": "one"} | header if isinstance(header, dict) else header)
+    for token in (
+        f"{head}.{claims}.{signature}",
+        f"{head}.{_part(b'[' * 5000)}.{signature}",
+        f"{head}..",
+        head,
+        f"{head}.a.b.c.d",
+    ):
+        assert await bearer.user(token) == ""
+    issuer.web.close()
+
+
+UNUSABLE = [
+    {"kty": "EC", "crv": "P-999", "x": "AAAA", "y": "AAAA", "kid": "q"},
+    {"kty": "OKP", "crv": "Ed999", "x": "AAAA", "kid": "q"},
+    {"kty": "EC", "crv": "P-256", "x": "AAAA", "y": "AAAA", "kid": "q"},  # not on it
+    {"kty": "ML-DSA", "kid": "q"},
+    {"kty": "RSA", "n": "x", "e": "AQAB"},
+    {"kty": "RSA", "kid": "q"},
+    {"kty": "oct", "k": "AAAA", "kid": "q"},
+    {"kty": 5},
+    {},
+    "key",
+    None,
+    5,
+]
+
+
+@pytest.mark.parametrize("key", UNUSABLE, ids=str)
+async def test_one_key_that_cannot_be_used_is_no_matter(key):
+    issuer = Issuer()
+    good = issuer.keys[0].as_dict(private=False)
+    for keys in ([key, good], [good, key], [key]):
+        served = Web(lambda path, body, keys=keys: (200, {"keys": keys}))
+        bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=served.url))
+        if good in keys:
+            assert await bearer.user(issuer.token()) == "cat@shop.example"
+        else:
+            with pytest.raises(Unavailable, match="no JWKS"):
+                await bearer.user(issuer.token())
+        served.close()
+    issuer.web.close()
+
+
+async def test_who_is_gone_while_keys_are_asked_for_stops_nobody():
+    issuer = Issuer()
+    bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=issuer.web.url))
+    asking = [asyncio.create_task(bearer.user(issuer.token())) for _ in range(3)]
+    await asyncio.sleep(0)
+    asking[0].cancel()  # it was the one that asks
+    assert (await asyncio.gather(*asking, return_exceptions=True))[1:] == ["cat@shop.example"] * 2
+    issuer.web.close()
 
 
 async def test_a_new_key_of_the_issuer_is_found_and_known_ones_outlive_it():
@@ -241,16 +495,16 @@ def test_a_token_is_a_login_when_the_issuer_says_that_it_is_active(tmp_path):
     def answer(path: str, body: bytes) -> tuple[int, object]:
         return 200, {"active": body == b"token=good", "email": "cat@shop.example", "aud": ["relay"]}
 
-    web = Web(answer)
+    program = Web(answer)
     (tmp_path / "secret").write_text("s3cret\n")
     tokens = (
-        f'accounts.tokens={{introspection="{web.url}", audience="relay", client_id="relay", '
+        f'accounts.tokens={{introspection="{program.url}", audience="relay", client_id="relay", '
         f'client_secret_file="{tmp_path}/secret"}}'
     )
     with Door(tmp_path, "127.0.0.1:1", tokens) as door:
         assert bearer(door, "OAUTHBEARER", "cat@shop.example", "good") == 235
         assert bearer(door, "XOAUTH2", "cat@shop.example", "bad") == 535
-        assert base64.b64decode(web.asked[0][2].split()[1]) == b"relay:s3cret"
+        assert base64.b64decode(program.asked[0][2].split()[1]) == b"relay:s3cret"
         with pytest.raises(smtplib.SMTPAuthenticationError):
             with door.client() as client:
                 client.login("cat@shop.example", "good")  # a token is no password

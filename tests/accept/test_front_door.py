@@ -411,6 +411,11 @@ def test_keys_are_rotated_with_an_overlap_and_ended(door):
 
     wait_for(lambda: opens(second))
     assert opens(first)
+    for key in (first, second):
+        with door.client() as client:
+            assert scram(client, "shop", key) == 235
+    with door.client() as client:
+        assert scram(client, "shop", "neither") == 535
     rows = json.loads(door.account("app", "list", "--json"))
     shop = next(row for row in rows if row["name"] == "shop")
     assert [bool(secret["expires"]) for secret in shop["secrets"]] == [False, True]

@@ -98,11 +98,46 @@ def test_scram_proves_that_both_know_the_password(password):
     made.receive(EHLO)
     out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
     client.set_server_first(base64.b64decode(out[4:]).decode())
-    out = made.receive(b64(client.get_client_final()) + b"\r\n")
+    assert made.receive(b64(client.get_client_final()) + b"\r\n") == b""  # nothing tells which it was until that is checked
+    claim = made.claim
+    assert isinstance(claim, Proof) and claim[:2] == ("user", password == "pencil")
     if password == "pencil":
+        out = made.checked("user", reply.LOGGED_IN)
         client.set_server_final(base64.b64decode(out[4:]).decode())  # raises where the server has not proved it
-        assert made.receive(b"\r\n") == b""
-    assert made.claim == Proof("user", password == "pencil")
+        assert made.receive(b"\r\nNOOP\r\n") == reply.LOGGED_IN + reply.NOOP and made.user == "user"
+    else:
+        assert codes(made.checked("", reply.WRONG_CREDENTIALS)) == [535] and made.user == ""
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_scram_takes_each_key_of_those_that_share_a_salt(number):
+    """And proves with the server's part of the same one."""
+    first = scram_keys(scram("old"))
+    assert first is not None
+    others = [scram_keys(scram(password, first.iterations, first.salt)) for password in ("new", "newest")]
+    shared = first._replace(others=tuple((one.stored_key, one.server_key) for one in others if one is not None))
+    made = session(Offers(mechanisms=("SCRAM-SHA-256",), clear=True, keys=lambda user: shared))
+    client = scramp.ScramClient(["SCRAM-SHA-256"], "user", ("old", "new", "newest")[number])
+    made.receive(EHLO)
+    out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
+    client.set_server_first(base64.b64decode(out[4:]).decode())
+    made.receive(b64(client.get_client_final()) + b"\r\n")
+    assert isinstance(made.claim, Proof) and made.claim.good
+    client.set_server_final(base64.b64decode(made.checked("user", reply.LOGGED_IN)[4:]).decode())
+    assert made.receive(b"\r\n") == reply.LOGGED_IN
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [(b"*\r\n", 501), (b"eA==\r\n", 501), (b"!\r\n", 501), (b"A" * 12300 + b"\r\n", 500)], ids=repr
+)
+def test_who_does_not_take_the_servers_proof_is_let_go(said, code):
+    made, client = session(), scramp.ScramClient(["SCRAM-SHA-256"], "user", "pencil")
+    made.receive(EHLO)
+    out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
+    client.set_server_first(base64.b64decode(out[4:]).decode())
+    made.receive(b64(client.get_client_final()) + b"\r\n")
+    made.checked("user", reply.LOGGED_IN)
+    assert codes(made.receive(said + b"MAIL FROM:<a@b>\r\n")) == [code] and made.closing
 
 
 @given(

@@ -1,0 +1,188 @@
+"""Dovecot's auth protocol as a peer speaks it that does what it likes."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from relaymta.accept import dovecot
+from relaymta.accept.dovecot import Dovecot
+from relaymta.accept.identity import Identity, Unavailable
+
+GREETING = b"VERSION\t1\t2\nMECH\tPLAIN\tplaintext\nSPID\t1\nCUID\t1\nCOOKIE\tabc\nDONE\n"
+Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Peer:
+    """A socket of an auth service: `answer(number, writer)` for each question."""
+
+    def __init__(self, answer: Answer, greeting: bytes = GREETING) -> None:
+        self.answer = answer
+        self.greeting = greeting
+        self.connections = 0
+        self.open = 0
+        self.asked: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.open += 1
+        writer.write(self.greeting)
+        with contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                if line.startswith(b"AUTH\t"):
+                    self.asked.append(line)
+                    await self.answer(line.split(b"\t")[1], writer)
+        self.open -= 1
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def peer(folder: Path, answer: Answer, greeting: bytes = GREETING) -> AsyncIterator[tuple[Peer, Dovecot]]:
+    made = Peer(answer, greeting)
+    server = await asyncio.start_unix_server(made.serve, str(folder / "auth"))
+    try:
+        yield made, Dovecot(str(folder / "auth"))
+    finally:
+        server.close()
+
+
+ANN = Identity("ann")
+ANSWERS = [
+    ("yes", b"OK\t%s\tuser=ann\n", ANN),
+    ("yes, without a name", b"OK\t%s\n", ANN),
+    ("yes, by another name", b"OK\t%s\tuser=ann@corp.example\n", Identity("ann@corp.example")),
+    ("yes, with a tab in a field", b"OK\t%s\tuser=a\x01tb\tx=\x01n\n", Identity("a\tb")),
+    ("yes, with more", b"OK\t%s\tuser=ann\tuid=5\tx\t\t=\n", ANN),
+    ("yes, a long line", b"OK\t%s\tuser=ann\tx=" + b"y" * 20_000 + b"\n", ANN),
+    ("yes, but nobody may log in", b"OK\t%s\tuser=ann\tnologin\treason=closed\n", None),
+    ("yes, a proxy would go on elsewhere", b"OK\t%s\tuser=ann\tproxy\tnologin\thost=x\n", ANN),
+    ("no", b"FAIL\t%s\tuser=ann\n", None),
+    ("no, disabled", b"FAIL\t%s\tuser=ann\tcode=user_disabled\n", None),
+    ("not now (2.2)", b"FAIL\t%s\tuser=ann\ttemp\n", Unavailable),
+    ("not now (2.3)", b"FAIL\t%s\tuser=ann\tcode=temp_fail\treason=busy\n", Unavailable),
+    ("more is wanted", b"CONT\t%s\tQUJD\n", Unavailable),
+    ("unknown lines in front", b"NEWS\nPING\tx\n\n\t\nOK\nOK\tx\nOK\t99999999999999999999999\tuser=eve\nOK\t%s\tuser=ann\n", ANN),
+    ("somebody else's in front", b"OK\t777\tuser=eve\nFAIL\t%s\tuser=ann\n", None),
+    ("no UTF-8", b"FAIL\t%s\tuser=\xff\xfe\n", None),
+    ("twice, the first counts", b"FAIL\t%s\tuser=ann\nOK\t%s\tuser=ann\n", None),
+]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS])
+async def test_an_answer_means_the_same_in_however_many_pieces(tmp_path, answer, expected, pieces):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        text = answer.replace(b"%s", number)
+        size = max(1, len(text) // pieces)
+        for start in range(0, len(text), size):
+            writer.write(text[start : start + size])
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    async with peer(tmp_path, say) as (service, ours):
+        for _ in range(2):  # nor does it harm who asks next
+            if expected is Unavailable:
+                with pytest.raises(Unavailable):
+                    await ours.password("ann", "x", "192.0.2.1")
+            else:
+                assert await ours.password("ann", "x", "192.0.2.1") == expected
+        assert service.connections == 1 and not ours._waiting
+
+
+async def test_what_ends_in_the_middle_says_nothing(tmp_path):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK\t%s\tuser=an" % number)
+        writer.close()
+
+    async with peer(tmp_path, say) as (_, ours):
+        with pytest.raises(Unavailable, match="closed the connection"):
+            await ours.password("ann", "x", "192.0.2.1")
+
+
+async def test_many_ask_at_once_and_each_hears_its_own(tmp_path):
+    held: list[tuple[bytes, asyncio.StreamWriter]] = []
+
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        held.append((number, writer))
+        if len(held) == 50:
+            for one, to in reversed(held):
+                to.write(b"OK\t%s\tuser=user %s\n" % (one, one))
+
+    async with peer(tmp_path, say) as (service, ours):
+        found = await asyncio.gather(*(ours.password(str(n), "x", "192.0.2.1") for n in range(1, 51)))
+        assert [identity.name for identity in found if identity] == [f"user {n}" for n in range(1, 51)]
+        assert service.connections == 1
+
+
+async def test_a_service_that_starts_again_is_found_again(tmp_path):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK\t%s\n" % number)
+        if number == b"2":
+            writer.close()
+
+    async with peer(tmp_path, say) as (service, ours):
+        assert [await ours.password("ann", "x", "192.0.2.1") for _ in range(2)] == [ANN, ANN]
+        await asyncio.sleep(0.05)
+        assert await ours.password("ann", "x", "192.0.2.1") == ANN
+        assert service.connections == 2
+
+
+async def test_who_is_gone_leaves_nothing_and_disturbs_nobody(tmp_path):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        async def later() -> None:
+            await asyncio.sleep(0.05)
+            writer.write(b"OK\t%s\tuser=user%s\n" % (number, number))
+
+        going.append(asyncio.create_task(later()))
+
+    going: list[asyncio.Task[None]] = []
+    async with peer(tmp_path, say) as (_, ours):
+        asking = [asyncio.create_task(ours.password("x", "x", "192.0.2.1")) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        asking[0].cancel()  # who made the connection, too
+        asking[2].cancel()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert [one for one in found if isinstance(one, Identity)] == [Identity("user2"), Identity("user4")]
+        assert not ours._waiting
+
+
+async def test_who_is_gone_while_connecting_leaves_no_connection(tmp_path):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK\t%s\n" % number)
+
+    async with peer(tmp_path, say, greeting=b"VERSION\t1\t2\n") as (service, ours):
+        asking = [asyncio.create_task(ours.password("ann", "x", "192.0.2.1")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        service.greeting = GREETING
+        asking[0].cancel()
+        assert await asking[1] == ANN
+        await asyncio.sleep(0.05)
+        assert (service.connections, service.open) == (2, 1)
+
+
+@pytest.mark.parametrize("greeting", [b"* OK this is IMAP\n", b"VERSION\t2\t0\nDONE\n", b"x" * 100_000, b"VERSION\t1\t2\n"])
+async def test_what_does_not_greet_as_dovecot_does_is_left(tmp_path, monkeypatch, greeting):
+    monkeypatch.setattr(dovecot, "GREETING", 0.2)
+
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK\t%s\n" % number)
+
+    async with peer(tmp_path, say, greeting) as (service, ours):
+        for _ in range(2):  # the second hears the same at once
+            with pytest.raises(Unavailable) as error:
+                await ours.password("ann", "x", "192.0.2.1")
+            assert str(error.value).rpartition(": ")[2]
+        await asyncio.sleep(0.05)
+        assert (service.connections, service.open, service.asked) == (1, 0, [])
+
+
+async def test_a_password_too_long_for_dovecot_is_nobodys(tmp_path):
+    async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK\t%s\n" % number)
+
+    async with peer(tmp_path, say) as (service, ours):
+        assert await ours.password("ann", "x" * 7000, "192.0.2.1") is None
+        assert await ours.password("ann", "x" * 5000, "192.0.2.1") == ANN
+        assert len(service.asked) == 1
