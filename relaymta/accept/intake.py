@@ -24,6 +24,7 @@ from relaymta.route.table import RouteTable
 
 __all__ = ["Client", "Intake"]
 
+CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
 OCTETS = index("relaymta_received_octets_total")
 RECIPIENTS = index("relaymta_recipients_received_total")
@@ -38,6 +39,7 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NOBODY = PeerNetwork(networks=[])
+UNKNOWN = "0.0.0.0"  # for a client whose address is not known: nobody has this one
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -111,20 +113,25 @@ class Intake:
             known = self._clients[address] = self._rules(address)
         return known
 
+    def stranger(self) -> Client:
+        """The rules for a client of whom nothing is known, not even the address: no network's."""
+        return self.client(UNKNOWN)
+
     def _rules(self, address: str) -> Client:
         config = self._config
         parsed = ipaddress.ip_address(address)
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
-        own = next((peer for networks, peer in self._peers if parsed in networks), _NOBODY)
-        trusted = _chosen(own.relay, parsed in self._trusted)
+        known = str(parsed) != UNKNOWN
+        own = next((peer for networks, peer in self._peers if known and parsed in networks), _NOBODY)
+        trusted = known and _chosen(own.relay, parsed in self._trusted)
         most = config.limits.connections_per_client
         limits = Limits(
             message_size=_chosen(own.message_size, config.limits.message_size),
             recipients=_chosen(own.recipients, config.intake.recipients),
             errors=config.intake.errors,
-            normalize=_chosen(own.normalize, parsed in self._normalized),
-            long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
+            normalize=_chosen(own.normalize, known and parsed in self._normalized),
+            long_lines=_chosen(own.long_lines, (known and parsed in self._long_lines) or trusted),
         )
         connections = _chosen(own.connections, max(most, 200) if trusted else most)
         general = config.limits
@@ -194,14 +201,20 @@ class Intake:
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
         """Take a recipient, with the first one the message, from what somebody may send. The reply that refuses more."""
         first = not transaction.recipients
-        for kind, quota in (("message_rate", client.message_rate if first else ""), ("recipient_rate", client.recipient_rate)):
-            refused = self.quotas.client(client.group, kind, quota) if quota else None
-            if refused is not None:
-                return refused
-        for kind in ("messages", "recipients") if first else ("recipients",):
-            refused = self.quotas.account(identity, kind, 1, transaction) if identity is not None else None
-            if refused is not None:
-                return refused
+        rates = [("recipient_rate", client.recipient_rate)] if client.recipient_rate else []
+        if first and client.message_rate:
+            rates.insert(0, ("message_rate", client.message_rate))
+        kinds = () if identity is None else ("messages", "recipients") if first else ("recipients",)
+        for taking in (False, True):  # all of them or none: a recipient that is refused costs nothing
+            for kind, quota in rates:
+                refused = self.quotas.client(client.group, kind, quota, taking)
+                if refused is not None:
+                    return refused
+            for kind in kinds:
+                assert identity is not None
+                refused = self.quotas.account(identity, kind, 1, transaction, taking)
+                if refused is not None:
+                    return refused
         return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
@@ -209,6 +222,11 @@ class Intake:
         if answer.startswith(b"5"):  # else failed() has counted it
             self.counters.add(REFUSED_CONTENT, 1)
         self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
+
+    def foreign(self, client: Client, helo: str) -> None:
+        """A client that speaks another protocol was turned away."""
+        self.counters.add(CONNECTIONS_REFUSED, 1)
+        self._rejected(client, helo, "", [], reply.NOT_SMTP)
 
     def _rejected(self, client: Client, helo: str, sender: str, recipients: list[str], answer: bytes) -> None:
         said = answer.decode("utf-8", "replace").strip()
