@@ -14,6 +14,7 @@ import ssl
 import termios
 from array import array
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from relaymta.accept.identity import Identity
@@ -43,6 +44,7 @@ RATE_GRACE = 60.0  # seconds until a text's rate is looked at
 STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 # For the handshake, and for the client's part of the end of TLS.
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+UNKNOWN = "0.0.0.0"  # for a client whose address is not known: the proxy's would be believed (SPF)
 PATIENT_ERRORS = 3  # wrong commands until each costs time
 DRAIN_REPLY = reply.SHUTTING_DOWN
 OWED, OWED_LOW = 16384, 4096  # octets of replies above which a client is not heard, and below which it is again
@@ -61,8 +63,8 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "assumed", "client", "closed_at", "counted", "dot_at", "ended", "heard", "ident", "identity", "large",
-        "listener", "paused", "seat", "session", "size", "text_since", "transport", "waits", "wrong",
+        "acceptor", "client", "closed_at", "counted", "dot_at", "ended", "heard", "ident", "identity", "large", "listener",
+        "paused", "proxy", "seat", "session", "size", "text_since", "transport", "waits", "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -82,7 +84,7 @@ class Connection(asyncio.Protocol):
         self.paused = False
         self.ended = False  # the client says no more
         self.closed_at = 0.0  # when it was first seen that the connection is being closed (loop time)
-        self.assumed = False  # `client` is who XCLIENT has said
+        self.proxy: Client | None = None  # who has said by XCLIENT that this is `client`
         self.identity: Identity | None = None
         self.seat = ""  # the limit of an account's connections that this one counts in
         self.wrong = 0  # the session's errors when its client was last made to wait
@@ -96,7 +98,6 @@ class Connection(asyncio.Protocol):
                 self._write(refusal)
                 transport.close()
                 return
-        self._bound()
         if transport.get_extra_info("ssl_object") is None:
             self._greet(False)
         else:
@@ -118,16 +119,16 @@ class Connection(asyncio.Protocol):
         return None
 
     def _bound(self) -> None:
-        """What is owed to this client, and what TLS holds of it."""
+        """Limits on what is owed to this client, and on what TLS holds of it."""
         transport = self.transport
-        assert transport is not None
-        if not transport.is_closing():
+        if transport is not None and not transport.is_closing():
             transport.set_write_buffer_limits(OWED, OWED_LOW)
             if transport.get_extra_info("ssl_object") is not None:
                 transport.set_read_buffer_limits(DECRYPTED)  # type: ignore[attr-defined]
 
     def _greet(self, secure: bool) -> None:
         """Begin the session."""
+        self._bound()
         intake, client = self.acceptor.intake, self.client_of()
         offers = self.acceptor.door.offers(self.listener, self._assume if client.xclient else None)
         self.session = ServerSession(
@@ -143,9 +144,10 @@ class Connection(asyncio.Protocol):
         self._write(self.session.greet())
 
     def _assume(self, attributes: dict[str, str]) -> bytes | None:
-        """XCLIENT: from now on this is another client; one whose address is not known, unless an earlier one has said it, may no
-        more than anybody. The reply that refuses it, or None."""
+        """XCLIENT: from now on this is another client; one whose address is not said, now or before, may what anybody may. The
+        reply that refuses it, or None."""
         session, acceptor, before = self.session, self.acceptor, self.client_of()
+        proxy = self.proxy or before
         assert session is not None
         address = attributes.get("ADDR", "")
         if address.upper().startswith("IPV6:"):
@@ -154,16 +156,16 @@ class Connection(asyncio.Protocol):
         try:
             if address:
                 client = acceptor.intake.client(str(ipaddress.ip_address(address.partition("%")[0])))
-            elif "ADDR" in attributes or not self.assumed:
-                client = acceptor.intake.stranger()
+            elif "ADDR" in attributes or self.proxy is None:
+                client = replace(acceptor.intake.nobody(proxy.address), address=UNKNOWN)
         except ValueError:
             return reply.BAD_ARGUMENT
         refusal = self._change(client) if client is not before else None
-        if refusal is None and ("LOGIN" in attributes or client is not before or not self.assumed):
+        if refusal is None and ("LOGIN" in attributes or client is not before):
             login = attributes.get("LOGIN", "")
             refusal = self._become(acceptor.door.logins.as_kept(Identity(login)) if login else None)
             session.user = login if refusal is None else ""
-        self.assumed = True
+        self.proxy = proxy
         if refusal is not None:
             session.closing = True
             return refusal
@@ -379,8 +381,6 @@ class Connection(asyncio.Protocol):
             return
         if self.session is not None and self.session.starting_tls:
             self.transport, self.paused = found, False
-            self.waits, self.session.stopped = 0, False  # what was owed in the clear is written in front of the handshake
-            self._bound()
             self._secured()
 
     def _secured(self) -> None:
@@ -392,9 +392,15 @@ class Connection(asyncio.Protocol):
         if self.session is None:
             self._greet(True)
         else:
-            self.session.tls_started()
-            self._become(None)
-            self._permit(self.session)
+            self._start_over(self.session)
+
+    def _start_over(self, session: ServerSession) -> None:
+        """TLS is on behind STARTTLS: nothing that was said in the clear holds, not even who it was."""
+        self.waits, session.stopped = 0, False  # what was owed is written in front of the handshake
+        self._bound()
+        session.tls_started()
+        self._become(None)
+        self._permit(session)
 
     async def _check_login(self, session: ServerSession, claim: Claim) -> None:
         began = self.acceptor.now()

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from relaymta.accept.door import Door
@@ -39,7 +39,6 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NOBODY = PeerNetwork(networks=[])
-UNKNOWN = "0.0.0.0"  # for a client whose address is not known: nobody has this one
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -113,25 +112,26 @@ class Intake:
             known = self._clients[address] = self._rules(address)
         return known
 
-    def stranger(self) -> Client:
-        """The rules for a client of whom nothing is known, not even the address: no network's."""
-        return self.client(UNKNOWN)
+    def nobody(self, peer: str) -> Client:
+        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, and with no rights of its."""
+        found = self.client(peer)
+        limits = replace(found.limits, normalize=False, long_lines=False)
+        return replace(found, trusted=False, xclient=False, application="", priority="", limits=limits)
 
     def _rules(self, address: str) -> Client:
         config = self._config
         parsed = ipaddress.ip_address(address)
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
-        known = str(parsed) != UNKNOWN
-        own = next((peer for networks, peer in self._peers if known and parsed in networks), _NOBODY)
-        trusted = known and _chosen(own.relay, parsed in self._trusted)
+        own = next((peer for networks, peer in self._peers if parsed in networks), _NOBODY)
+        trusted = _chosen(own.relay, parsed in self._trusted)
         most = config.limits.connections_per_client
         limits = Limits(
             message_size=_chosen(own.message_size, config.limits.message_size),
             recipients=_chosen(own.recipients, config.intake.recipients),
             errors=config.intake.errors,
-            normalize=_chosen(own.normalize, known and parsed in self._normalized),
-            long_lines=_chosen(own.long_lines, (known and parsed in self._long_lines) or trusted),
+            normalize=_chosen(own.normalize, parsed in self._normalized),
+            long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
         )
         connections = _chosen(own.connections, max(most, 200) if trusted else most)
         general = config.limits

@@ -44,9 +44,7 @@ class Quotas:
             421 if kind == "connection_rate" else 452, "4.7.0" if kind == "connection_rate" else "4.7.1", text
         )
 
-    def account(
-        self, identity: Identity, kind: str, units: int, transaction: Transaction, taking: bool = True
-    ) -> bytes | None:
+    def account(self, identity: Identity, kind: str, units: int, transaction: Transaction, taking: bool = True) -> bytes | None:
         """Take from an account's quota (or only look for one unit, unless `taking`). The reply that refuses more, or None: it may
         go, or (`held`) wait to be released."""
         quota = identity.quotas.get(kind, "")

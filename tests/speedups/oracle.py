@@ -8,8 +8,8 @@ def lines_of(data: bytes) -> tuple[list[bytes], bytes]:
 
 
 def commands_of(data: bytes, limit: int) -> list[bytes]:
-    """The lines that a parser tells of: all complete ones, up to the first that is another protocol's (which ends it, and whose first
-    octet may be all that has come of it). `limit`: octets of a line with its CRLF."""
+    """The lines that a parser tells of: all complete ones, up to the first of another protocol (which ends it, and of which one
+    octet may be all that has come). `limit`: octets of a line with its CRLF."""
     lines, rest = lines_of(data)
     found = []
     for line in lines:

@@ -113,8 +113,20 @@ def test_normalized_text_has_no_bare_cr_or_lf(parser_class, wire, cuts):
 @given(
     data=st.lists(
         st.sampled_from(
-            [b"EHLO x\r\n", b"mail FROM:<a@b>\r\n", b"DATA\r\n", b"NOOP\r", b"\n", b"\r\n", b"a" * 45, b"QUIT\r\n", b"\0\r\n"]
-            + [b"NOOP x HTTP/1.1\r\n", b"a HTTP/1.1", b"\x16\x03"]
+            [
+                b"EHLO x\r\n",
+                b"mail FROM:<a@b>\r\n",
+                b"DATA\r\n",
+                b"NOOP\r",
+                b"\n",
+                b"\r\n",
+                b"a" * 45,
+                b"QUIT\r\n",
+                b"\0\r\n",
+                b"NOOP x HTTP/1.1\r\n",
+                b"a HTTP/1.1",
+                b"\x16\x03",
+            ]
         ),
         max_size=12,
     ).map(b"".join),

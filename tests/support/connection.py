@@ -38,8 +38,9 @@ class Cells:
         self.cells[index] += n
         return self.cells[index]
 
-    def set(self, index: int, n: int) -> None:
+    def set(self, index: int, n: int) -> int:
         self.cells[index] = n
+        return n
 
     def get(self, index: int) -> int:
         return self.cells[index]
