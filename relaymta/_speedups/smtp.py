@@ -26,7 +26,7 @@ END = 3
 
 FOREIGN = 4  # why a line is BAD: 1 too long, 2 a bare CR or LF, 3 NUL, 4 another protocol
 
-BATCH = 256  # events of one call
+BATCH = 64  # events of one call
 SHOWN = 32  # octets that are told of a line that is BAD
 
 HOLDING = 0

@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
         if self.session is not None:
             self.session.stopped = False
         self.heard = self.acceptor.now()
-        self.acceptor.loop.call_soon(self._unblocked)  # others have their turn first
+        self.acceptor.turns.wait(self._unblocked)
 
     def _unblocked(self) -> None:
         if self.session is not None and not self.session.stopped:
@@ -293,11 +293,14 @@ class Connection(asyncio.Protocol):
         if session.behind and not self.waits & BEHIND:
             self.waits |= BEHIND
             self._pause()
-            self.acceptor.loop.call_soon(self._go_on, BEHIND)
+            self.acceptor.turns.wait(self._caught_up)
         if session.closing or (self.ended and not self.waits):
             if session.foreign:
                 self.acceptor.intake.foreign(self.client_of(), session.helo)
             self._close()
+
+    def _caught_up(self) -> None:
+        self._go_on(BEHIND)
 
     def _go_on(self, reason: int) -> None:
         """This is waited for no more: if nothing else is, on with what has come meanwhile, and with what comes."""

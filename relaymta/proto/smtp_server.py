@@ -39,7 +39,7 @@ LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix:
 LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
 TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
 WRONG_LOGINS = 3  # in one session
-ENOUGH = 256  # replies of one call
+ENOUGH = 64  # replies of one call
 PIECES = 1024  # of a text in memory, until they become one: each costs more than it may hold
 
 _XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")

@@ -13,6 +13,7 @@ from relaymta.accept.connection import Connection
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client, Intake
 from relaymta.accept.quota import Quotas
+from relaymta.accept.turns import Turns
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError
 from relaymta.metrics import CELLS, Counters
@@ -177,6 +178,7 @@ class Machine:
         self.stored: list[tuple[Envelope, bytes]] = []
         self.files: list[File] = []
         self.limits = Limits()
+        self.turns = Turns(self.loop)  # type: ignore[arg-type]
         self.events: list[dict[str, Any]] = []
         self.connections: set[Connection] = set()
         self.threads = None
