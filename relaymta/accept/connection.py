@@ -57,6 +57,7 @@ CHECKING = 2  # a login, or the time for which a reply is held back
 SPILLING = 4  # a thread that writes to `large`
 BLOCKED = 8  # the client to read
 BEHIND = 16  # its turn: there is more to be parsed than others should wait for
+SHAKING = 32  # TLS
 
 
 class Connection(asyncio.Protocol):
@@ -340,6 +341,7 @@ class Connection(asyncio.Protocol):
     def _start_tls(self) -> None:
         """Shake hands behind STARTTLS. Nothing is read until that has begun: nothing in the clear is taken for a command."""
         assert self.transport is not None
+        self.waits |= SHAKING
         self._pause()
         loop, transport = self.acceptor.loop, self.transport
 

@@ -8,7 +8,7 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """One of those who wait is served in each turn of the loop, however many they are: who writes little waits for one at most."""
+    """One of those who wait is served in each turn of the loop, however many they are: others wait for one at most."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

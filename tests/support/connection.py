@@ -92,6 +92,7 @@ class Loop:
         self.turns.append(run)
 
     async def start_tls(self, transport: "Transport", protocol: Connection, context: object, **patience: object) -> "Transport":
+        assert transport.paused, "what comes now is of the handshake"
         return Transport(self, protocol, secure=True)
 
     def step(self) -> bool:
