@@ -2,7 +2,8 @@ cimport cython
 
 from relaymta._speedups._mem cimport copy, find, high
 
-cdef int COMMAND, BAD, TEXT, END
+cdef int COMMAND, BAD, TEXT, END, FOREIGN
+cdef Py_ssize_t BATCH, SHOWN
 cdef int HOLDING, COMMANDS, TEXTUAL, CHUNK
 cdef int START, DOT, DOT_CR, MIDDLE, AFTER_CR
 cdef int BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE, DOTTED
@@ -14,8 +15,10 @@ cdef unsigned int DATA, BDAT, AUTH
 cdef class Parser:
     cdef readonly Py_ssize_t line_limit
     cdef readonly Py_ssize_t text_line_limit
-    cdef readonly bint normalize
+    cdef public bint normalize
     cdef bytes rest
+    cdef Py_ssize_t at
+    cdef bytes start
     cdef readonly int mode
     cdef bint raw
     cdef bint skipping
@@ -31,11 +34,13 @@ cdef class Parser:
     cpdef chunk(self, Py_ssize_t octets, bint first)
     cpdef Py_ssize_t waiting(self)
     cpdef bint runnable(self)
+    cpdef keep(self, bytes data)
 
     @cython.locals(events=list, pos=Py_ssize_t, n=Py_ssize_t, before=Py_ssize_t)
     cpdef list feed(self, bytes data)
 
-    @cython.locals(p="const unsigned char *", i=Py_ssize_t, end=Py_ssize_t, verb="unsigned int")
+    @cython.locals(p="const unsigned char *", i=Py_ssize_t, end=Py_ssize_t, verb="unsigned int",
+                   letter="unsigned char")
     cdef Py_ssize_t _command(self, bytes data, Py_ssize_t pos, Py_ssize_t n, list events) except -1
 
     @cython.locals(p="const unsigned char *")

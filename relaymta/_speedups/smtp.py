@@ -1,17 +1,19 @@
 """SMTP server input (RFC 5321 2.3.8, 4.1.1, 4.5.2; RFC 3030): bytes in, events out.
 
 Events are tuples. In command mode `(COMMAND, verb, argument)`: verb is a four-letter word as an upper-cased big-endian
-integer (0 for any other word, then argument is the whole line), `(BAD, reason, b"")` for a line that is no command.
+integer (0 for any other word, then argument is the whole line), `(BAD, reason, its first octets)` for a line that is no
+command, `(BAD, FOREIGN, ...)` for one of another protocol: it begins with an octet that begins no word (which is told as soon as
+that octet is there), or ends as a request of HTTP.
 In text mode `(TEXT, data)`, unstuffed, and `(END,)` at <CRLF>.<CRLF>; in chunk mode `(TEXT, data)` as sent, and
 `(END,)` after the announced number of octets.
 
 Only <CRLF> ends a line. A bare CR or LF never ends anything: it is noted in `flags`, and with `normalize` passed on as
 <CRLF>. The parser *holds* (parses nothing, keeps what arrives) after a verb behind which the next bytes may not be
-commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)`, and until it is told to begin; the session
-then calls `commands()`, `line()`, `text()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
-those calls, never on how the bytes were cut into segments.
+commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)` and FOREIGN, and until it is told to begin; the
+session then calls `commands()`, `line()`, `text()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
+those calls, never on how the bytes were cut into segments. One call gives BATCH events at most, and feed(b"") the next ones.
 
-Memory: at most `line_limit` octets of an unfinished command, plus what is fed while it holds.
+Memory: at most `line_limit` octets of an unfinished command, plus what is fed or kept while it holds.
 """
 
 from relaymta._speedups._mem import copy, find, high
@@ -21,6 +23,11 @@ COMMAND = 0
 BAD = 1
 TEXT = 2
 END = 3
+
+FOREIGN = 4  # why a line is BAD: 1 too long, 2 a bare CR or LF, 3 NUL, 4 another protocol
+
+BATCH = 64  # events of one call
+SHOWN = 32  # octets that are told of a line that is BAD
 
 HOLDING = 0
 COMMANDS = 1
@@ -59,6 +66,8 @@ class Parser:
         self.text_line_limit = text_line_limit
         self.normalize = normalize
         self.rest = b""
+        self.at = 0
+        self.start = b""
         self.mode = HOLDING
         self.raw = False
         self.skipping = False
@@ -98,21 +107,31 @@ class Parser:
 
     def waiting(self):  # type: ignore[no-untyped-def]
         """Octets that have arrived and are not parsed."""
-        return len(self.rest)
+        return len(self.rest) - self.at
 
     def runnable(self):  # type: ignore[no-untyped-def]
         """Whether feed(b"") could give events."""
-        return self.mode != HOLDING and (len(self.rest) > 0 or (self.mode == CHUNK and self.left == 0))
+        return self.mode != HOLDING and (len(self.rest) > self.at or (self.mode == CHUNK and self.left == 0))
+
+    def keep(self, data):  # type: ignore[no-untyped-def]
+        """Keep `data` for later."""
+        self.rest = self.rest[self.at :] + data
+        self.at = 0
 
     def feed(self, data):  # type: ignore[no-untyped-def]
         """Parse what is kept and `data`; the list of events."""
         events = []  # type: ignore[var-annotated]
-        if self.rest:
-            data = self.rest + data
-            self.rest = b""
         pos = 0
+        if self.rest:
+            if data:
+                data = self.rest[self.at :] + data
+            else:
+                data = self.rest
+                pos = self.at
+            self.rest = b""
+            self.at = 0
         n = len(data)
-        while self.mode != HOLDING:
+        while self.mode != HOLDING and len(events) < BATCH:
             if self.mode == COMMANDS:
                 before = pos
                 pos = self._command(data, pos, n, events)
@@ -127,13 +146,24 @@ class Parser:
                     break
                 pos = self._chunk(data, pos, n, events)
         if pos < n:
-            self.rest = data[pos:]
+            # What is parsed is cut off once it is the larger part: small steps through much move each octet once or twice.
+            if pos >= n - pos:
+                self.rest = data[pos:]
+            else:
+                self.rest = data
+                self.at = pos
         return events
 
     def _command(self, data, pos, n, events):  # type: ignore[no-untyped-def]
         """Parse one command line at `pos`; the position behind it, or `pos` when it is unfinished."""
         p = data
         i = pos
+        if not self.raw and not self.skipping and pos < n:
+            letter = p[pos] | 0x20
+            if (letter < 97 or letter > 122) and p[pos] != CR and p[pos] != LF:
+                self.mode = HOLDING
+                events.append((BAD, FOREIGN, b""))
+                return pos + 1
         while True:
             i = find(p, LF, i, n)
             if i < 0:
@@ -145,17 +175,21 @@ class Parser:
         if self.raw:
             self.mode = HOLDING
         if self.skipping or i + 1 - pos > self.line_limit:
+            events.append((BAD, 1, self.start if self.skipping else p[pos : min(end, pos + SHOWN)]))
             self.skipping = False
-            events.append((BAD, 1, b""))
             return i + 1
         if find(p, LF, pos, end) >= 0 or find(p, CR, pos, end) >= 0:
-            events.append((BAD, 2, b""))
+            events.append((BAD, 2, p[pos : min(end, pos + SHOWN)]))
             return i + 1
         if find(p, 0, pos, end) >= 0:
-            events.append((BAD, 3, b""))
+            events.append((BAD, 3, p[pos : min(end, pos + SHOWN)]))
             return i + 1
         if self.raw:
             events.append((COMMAND, 0, p[pos:end]))
+            return i + 1
+        if end - pos > 9 and p[end - 2] == ord(".") and p[end - 4] == ord("/") and p[end - 9 : end - 3] == b" HTTP/":
+            self.mode = HOLDING
+            events.append((BAD, FOREIGN, p[pos : min(end, pos + SHOWN)]))
             return i + 1
         if end - pos >= 4 and (end - pos == 4 or p[pos + 4] == ord(" ")):
             verb = ((p[pos] & 0xDF) << 24) | ((p[pos + 1] & 0xDF) << 16) | ((p[pos + 2] & 0xDF) << 8) | (p[pos + 3] & 0xDF)
@@ -172,7 +206,9 @@ class Parser:
         p = data
         if not self.skipping and n - pos <= self.line_limit:
             return pos
-        self.skipping = True
+        if not self.skipping:
+            self.skipping = True
+            self.start = p[pos : min(n, pos + SHOWN)]
         return n - 1 if n > pos and p[n - 1] == CR else n
 
     def _text(self, data, pos, n, events):  # type: ignore[no-untyped-def]

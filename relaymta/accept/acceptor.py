@@ -17,6 +17,7 @@ from relaymta.accept.connection import DRAIN_REPLY, STRESS_PATIENCE, Connection
 from relaymta.accept.door import Door
 from relaymta.accept.intake import Client, Intake
 from relaymta.accept.listening import SCARCE, Guarded, Listening
+from relaymta.accept.turns import Turns
 from relaymta.config import Config, Listener
 from relaymta.proto import reply
 from relaymta.shm import Limits
@@ -43,6 +44,7 @@ class Acceptor:
         self.limits = limits
         self.threads = threads
         self.loop = asyncio.get_running_loop()
+        self.turns = Turns(self.loop)
         self.now = self.loop.time
         self.time = self.now()
         self.connections: set[Connection] = set()

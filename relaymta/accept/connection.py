@@ -1,7 +1,8 @@
 """One client's connection: asyncio on one side, proto.smtp_server on the other, with back-pressure and deadlines.
 
 A message is held in memory up to 1 MB; what is longer streams into a file of its own, read no faster than the disk
-takes it. Nothing is read while a commit is awaited, or a login, a signature or a handshake.
+takes it. Nothing is read or parsed while something is waited for (`waits`): a commit, a login, the disk, or a client that does
+not read what it is told.
 """
 
 import asyncio
@@ -41,15 +42,26 @@ STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
 _PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
 PATIENT_ERRORS = 3  # wrong commands until each costs time
 DRAIN_REPLY = reply.SHUTTING_DOWN
+OWED, OWED_LOW = 16384, 4096  # octets of replies above which a client is not heard, and below which it is again
+DECRYPTED = 65536  # octets that TLS holds of a client that is not heard
+LINGER = 5.0  # seconds for a client to take what is left for it, once its connection is closed
+
+# What `waits` for:
+STORING = 1  # the message behind its final dot
+CHECKING = 2  # a login, or the time for which a reply is held back
+SPILLING = 4  # a thread that writes to `large`
+BLOCKED = 8  # the client to read
+BEHIND = 16  # its turn: there is more to be parsed than others should wait for
+SHAKING = 32  # TLS
 
 
 class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "announcement", "arrived", "checking", "client", "counted", "dot_at", "early", "ended", "heard", "ident",
-        "identity", "large", "late", "listener", "paused", "seat", "session", "size", "spilling", "storing", "text_since",
-        "transport", "wrong",
+        "acceptor", "announcement", "arrived", "client", "closed_at", "counted", "dot_at", "early", "ended", "heard", "ident",
+        "identity", "large", "listener", "paused", "proxy", "seat", "session", "size", "text_since", "transport", "waits",
+        "wrong",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -69,11 +81,10 @@ class Connection(asyncio.Protocol):
         self.ident = 0
         self.size = 0  # octets stored of the message under way, ours in front included
         self.large: Large | None = None
-        self.spilling = False  # a thread is writing to `large`
-        self.storing = False
-        self.checking = False  # a login is being checked, or a reply held back
-        self.late: bytes | None = None  # what comes while a reply is held back
+        self.waits = 0
         self.paused = False
+        self.closed_at = 0.0  # when it was first seen that the connection is being closed (loop time)
+        self.proxy: Client | None = None  # who has said by XCLIENT that this is `client`
         self.identity: Identity | None = None
         self.seat = ""  # the limit of an account's connections that this one counts in: `give_back` ends that, too
         self.wrong = 0  # the session's errors when its client was last made to wait
@@ -127,12 +138,19 @@ class Connection(asyncio.Protocol):
         if self.counted and self.client is not None:
             self.counted = False
             self.acceptor.leave(self.client)
-        if self.seat:
-            self.acceptor.limits.give(self.seat)
-            self.seat = ""
+        self._stand_up()
+
+    def _bound(self) -> None:
+        """Limits on what is owed to this client, and on what TLS holds of it."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.set_write_buffer_limits(OWED, OWED_LOW)
+            if transport.get_extra_info("ssl_object") is not None:
+                transport.set_read_buffer_limits(DECRYPTED)  # type: ignore[attr-defined]
 
     def _greet(self, secure: bool) -> None:
         """Begin the session."""
+        self._bound()
         intake, client = self.acceptor.intake, self.client_of()
         offers = self.acceptor.door.offers(self.listener, self._assume if client.xclient else None)
         self.session = ServerSession(
@@ -143,35 +161,68 @@ class Connection(asyncio.Protocol):
             self._refused,
             offers,
             secure,
+            self._ended,
         )
         self._write(self.session.greet())
 
     def _assume(self, attributes: dict[str, str]) -> bytes | None:
-        """XCLIENT: from now on this is another client. The reply that refuses it, or None."""
-        session, acceptor = self.session, self.acceptor
+        """XCLIENT: from now on this is another client; one whose address is not said, now or before, may what anybody may. The
+        reply that refuses it, or None."""
+        session, acceptor, before = self.session, self.acceptor, self.client_of()
+        proxy = self.proxy or before
         assert session is not None
         address = attributes.get("ADDR", "")
         if address.upper().startswith("IPV6:"):
             address = address[5:]
+        client = before
         try:
-            address = str(ipaddress.ip_address(address)) if address else self.client_of().address
+            if address:
+                client = acceptor.intake.client(str(ipaddress.ip_address(address.partition("%")[0])))
+            elif "ADDR" in attributes or self.proxy is None:
+                client = acceptor.intake.nobody(proxy.address)
         except ValueError:
             return reply.BAD_ARGUMENT
-        before = self.client_of()
-        client = acceptor.intake.client(address)
-        acceptor.leave(before)
-        self.counted = False
-        refusal = acceptor.enter(client)
+        refusal = self._change(client) if client is not before else None
+        if refusal is None and ("LOGIN" in attributes or client is not before):
+            login = attributes.get("LOGIN", "")
+            refusal = self._become(acceptor.door.logins.as_kept(Identity(login)) if login else None)
+            session.user = login if refusal is None else ""
+        self.proxy = proxy
         if refusal is not None:
             session.closing = True
             return refusal
-        self.counted, self.client = True, client
-        login = attributes.get("LOGIN", "")
-        self.identity = acceptor.door.logins.as_kept(Identity(login)) if login else None
-        session.user = login
-        session.limits = client.limits
+        session.limit(client.limits)
         self._permit(session)
+        self.wrong = 0
         return None
+
+    def _change(self, client: Client) -> bytes | None:
+        """Count this connection as another client's. The reply that refuses it, or None."""
+        self.acceptor.leave(self.client_of())
+        refusal = self.acceptor.enter(client)
+        self.counted = refusal is None
+        if refusal is None:
+            self.client = client
+        return refusal
+
+    def _become(self, identity: Identity | None) -> bytes | None:
+        """From now on this is somebody who has logged in, or nobody. The reply that refuses it, which leaves nobody: as many are
+        logged in as may be."""
+        self._stand_up()
+        self.identity = None
+        if identity is not None and identity.connections:
+            seat = f"logged in as {identity.name}"
+            if not self.acceptor.limits.take(seat, identity.connections):
+                text = f"Too many connections of {identity.name} (limit connections {identity.connections}); try again later"
+                return reply.format_reply(454, "4.7.0", text)
+            self.seat = seat
+        self.identity = identity
+        return None
+
+    def _stand_up(self) -> None:
+        if self.seat:
+            self.acceptor.limits.give(self.seat)
+            self.seat = ""
 
     def _permit(self, session: ServerSession) -> None:
         """What this client, or who has logged in, may do."""
@@ -182,12 +233,30 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self.give_back()
-        if self.large is not None and not self.spilling and not self.storing:
+        if not self.waits & (STORING | SPILLING):  # else what is waited for goes on with it
             self._discard_large()
 
     def eof_received(self) -> bool:
         self.ended = True
-        return self.storing  # a client that half-closes behind the dot still gets its reply
+        return self.waits != 0  # a client that half-closes behind the dot still gets its reply
+
+    def pause_writing(self) -> None:
+        """The client does not read what it is told."""
+        self.waits |= BLOCKED
+        if self.session is not None:
+            self.session.stopped = True
+        self._pause()
+
+    def resume_writing(self) -> None:
+        """It has read nearly all of it."""
+        if self.session is not None:
+            self.session.stopped = False
+        self.heard = self.acceptor.now()
+        self.acceptor.turns.wait(self._unblocked)
+
+    def _unblocked(self) -> None:
+        if self.session is not None and not self.session.stopped:
+            self._go_on(BLOCKED)
 
     def _write(self, data: bytes) -> None:
         if self.transport is not None and data:
@@ -199,12 +268,8 @@ class Connection(asyncio.Protocol):
             self.early = True
             return
         self.heard = self.acceptor.time
-        if self.storing or self.checking:
-            # Pipelined behind the dot or AUTH: the session keeps it. Nothing more is read until it goes on.
-            if self.late is not None:
-                self.late += data
-            else:
-                session.parser.feed(data)
+        if self.waits:
+            session.parser.keep(data)
             self._pause()
             return
         out = session.receive(data)
@@ -216,17 +281,15 @@ class Connection(asyncio.Protocol):
     def _slow_down(self, session: ServerSession, out: bytes) -> None:
         """Who makes mistake after mistake waits for each reply, and is not heard meanwhile."""
         self.wrong = session.errors
-        self.checking, self.late = True, b""
+        self.waits |= CHECKING
         self._pause()
 
         def answer() -> None:
-            late, self.checking, self.late = self.late or b"", False, None
-            if self.transport is not None and not self.transport.is_closing():
+            self.waits &= ~CHECKING
+            if not self._gone():
                 self.heard = self.acceptor.now()
-                self._resume()
                 self._advance(session, out)
-                if late:
-                    self.data_received(late)
+                self._go_on(0)
 
         self.acceptor.loop.call_later(self.acceptor.config.intake.tarpit, answer)
 
@@ -236,7 +299,7 @@ class Connection(asyncio.Protocol):
         if session.complete is not None:
             self._store(session, session.complete)
         elif session.claim is not None:
-            self.checking = True
+            self.waits |= CHECKING
             self.acceptor.spawn(self._check_login(session, session.claim))
         elif session.starting_tls:
             self._start_tls()
@@ -246,12 +309,40 @@ class Connection(asyncio.Protocol):
             large = self.large is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096
             if large and not session.discarding:  # a refused text is dropped as it comes, not stored
                 self._spill(session, session.transaction)
-        elif self.text_since:
-            self.text_since = 0.0
-        if session.transaction is None and self.large is not None and not self.spilling:
-            self._discard_large()  # refused at its end
-        if session.closing and self.transport is not None:
+        if session.behind and not self.waits & BEHIND:
+            self.waits |= BEHIND
+            self._pause()
+            self.acceptor.turns.wait(self._caught_up)
+        if session.closing or (self.ended and not self.waits):
+            if session.foreign:
+                self.acceptor.intake.foreign(self.client_of(), session.helo)
+            self._close()
+
+    def _caught_up(self) -> None:
+        self._go_on(BEHIND)
+
+    def _go_on(self, reason: int) -> None:
+        """This is waited for no more: if nothing else is, on with what has come meanwhile, and with what comes."""
+        self.waits &= ~reason
+        session = self.session
+        if session is not None and not self.waits and not self._gone():
+            self._advance(session, session.receive(b""))
+            self._resume()
+
+    def _gone(self) -> bool:
+        """Whether the connection is closed, or being closed."""
+        return self.transport is None or self.transport.is_closing()
+
+    def _close(self) -> None:
+        """Close it behind what is written; `check` ends one whose client does not take that."""
+        if self.transport is not None:
             self.transport.close()
+
+    def _ended(self) -> None:
+        """A transaction ended, and all that is its own ends with it."""
+        self.text_since = 0.0
+        if self.large is not None:
+            self._discard_large()
 
     def _pause(self) -> None:
         if not self.paused and self.transport is not None and not self.transport.is_closing():
@@ -259,7 +350,7 @@ class Connection(asyncio.Protocol):
             self.paused = True
 
     def _resume(self) -> None:
-        if self.paused and self.transport is not None and not self.transport.is_closing():
+        if self.paused and not self.waits and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
             self.paused = False
 
@@ -268,6 +359,7 @@ class Connection(asyncio.Protocol):
     def _start_tls(self) -> None:
         """Shake hands behind STARTTLS. Nothing is read until that has begun: nothing in the clear is taken for a command."""
         assert self.transport is not None
+        self.waits |= SHAKING
         self._pause()
         loop, transport = self.acceptor.loop, self.transport
 
@@ -367,12 +459,20 @@ class Connection(asyncio.Protocol):
         self.acceptor.intake.counters.add(RESUMED if resumed else FULL, 1)
         self.heard = self.acceptor.now()
         if self.session is not None:
-            self.session.tls_started()
+            self._start_over(self.session)
         elif self.early:
             self._write(reply.TALKING_EARLY)
             self.transport.close()
         else:
             self._greet(True)
+
+    def _start_over(self, session: ServerSession) -> None:
+        """TLS is on behind STARTTLS: nothing that was said in the clear holds, not even who it was."""
+        self.waits, session.stopped = 0, False  # what was owed is written in front of the handshake
+        self._bound()
+        session.tls_started()
+        self._become(None)
+        self._permit(session)
 
     async def _check_login(self, session: ServerSession, claim: Claim) -> None:
         began = self.acceptor.now()
@@ -384,33 +484,25 @@ class Connection(asyncio.Protocol):
             identity, answer = None, reply.LOGIN_UNAVAILABLE
         if answer.startswith(b"535"):
             await asyncio.sleep(began + self.acceptor.config.accounts.answer_after - self.acceptor.now())
-        self.checking = False
-        if self.transport is None or self.transport.is_closing():
+        self.waits &= ~CHECKING
+        if self._gone():
             return
-        if identity is not None and identity.connections:
-            seat = f"logged in as {identity.name}"
-            if self.acceptor.limits.take(seat, identity.connections):
-                self.seat = seat
-            else:
-                text = f"Too many connections of {identity.name} (limit connections {identity.connections}); try again later"
-                identity, answer = None, reply.format_reply(454, "4.7.0", text)
         if identity is not None:
-            self.identity = identity
+            answer = self._become(identity) or answer
             self._permit(session)
         self.heard = self.acceptor.now()
+        self._advance(session, session.checked(self.identity.name if self.identity is not None else "", answer))
         self._resume()
-        self._advance(session, session.checked(identity.name if identity is not None else "", answer))
 
     # A message that fits into memory
 
     def _store(self, session: ServerSession, transaction: Transaction) -> None:
-        self.storing = True
+        self.waits |= STORING
         self.text_since = 0.0
         self.dot_at = self.acceptor.now()
         if self.large is not None:
-            if not self.spilling:
-                self._finish_large()
-            return  # else the thread's return goes on
+            self._finish_large()
+            return
         intake = self.acceptor.intake
         self.ident = intake.queue.ident()
         text = transaction.take()
@@ -419,7 +511,7 @@ class Connection(asyncio.Protocol):
             start = _beginning(text)
         front = intake.prepend(self.ident, transaction, self.client_of(), session, start, self.listener.submission, self.identity)
         if isinstance(front, bytes):
-            self._answer(front)
+            self._turn_down(front)
             return
         if transaction.chunked and transaction.tail != b"\r\n":
             text.append(b"\r\n")  # BDAT text need not end in CRLF; what we send by DATA must
@@ -490,7 +582,7 @@ class Connection(asyncio.Protocol):
         """The signatures are there, or cannot be: then the message is not sent without."""
         if isinstance(found, Exception):
             self.acceptor.intake.unsigned(found)
-            self._answer(reply.NOT_SIGNED)
+            self._turn_down(reply.NOT_SIGNED)
             return
         text[:0] = [found, *front] if found else front
         self.size = sum(map(len, text))
@@ -506,8 +598,7 @@ class Connection(asyncio.Protocol):
         if identity is not None and "octets" in identity.quotas:
             refused = self.acceptor.intake.quotas.account(identity, "octets", self.size, transaction)
             if refused is not None:
-                self._discard_large()
-                self._answer(refused)
+                self._turn_down(refused)
                 return
         self.acceptor.intake.admit(
             self.ident,
@@ -531,10 +622,9 @@ class Connection(asyncio.Protocol):
         intake = self.acceptor.intake
         session = self.session
         if error is not None:
-            self._discard_large()
-            self._answer(intake.failed(error))
+            self._turn_down(intake.failed(error))
             return
-        self.large = None
+        self.large = None  # it is the queue's
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
@@ -547,25 +637,26 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, answer: bytes) -> None:
         """Answer the final dot and go on."""
-        self.storing = False
+        self.waits &= ~STORING
         session = self.session
-        if session is None or self.transport is None or self.transport.is_closing():
+        if session is None or self._gone():
+            self._discard_large()
             return
-        self._resume()
         out = session.finish(answer)
         if self.acceptor.intake.draining and session.complete is None:
             session.closing = True
             out += DRAIN_REPLY
         self._advance(session, out)
-        if self.ended and not self.storing and self.transport is not None:
-            self.transport.close()  # else nobody would see its end
+        self._resume()
+
+    def _turn_down(self, answer: bytes) -> None:
+        """Refuse the complete message, in a turn of its own: there may be hundreds of them in one segment."""
+        self.acceptor.loop.call_soon(self._answer, answer)
 
     # A message that streams to disk
 
     def _spill(self, session: ServerSession, transaction: Transaction) -> None:
         """Hand the text received so far to a thread, and read nothing until it is written."""
-        if self.spilling:
-            return
         text = transaction.take()
         if self.large is None:
             self.ident = self.acceptor.intake.queue.ident()
@@ -575,7 +666,7 @@ class Connection(asyncio.Protocol):
                 return
             self.large, text = found
         if text:
-            self.spilling = True
+            self.waits |= SPILLING
             self._pause()
             future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self.large.write, text)
             future.add_done_callback(self._spilled)
@@ -600,29 +691,17 @@ class Connection(asyncio.Protocol):
         return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
 
     def _spilled(self, future: "asyncio.Future[None]") -> None:
-        self.spilling = False
-        session = self.session
-        error = future.exception()
-        if self.transport is None or self.transport.is_closing() or session is None:
+        session, error = self.session, future.exception()
+        if session is None or self._gone():
+            self.waits &= ~SPILLING
             self._discard_large()
             return
         self.heard = self.acceptor.time
         if error is not None:
             # The client is told at the end of its text; until then it is read and dropped.
             self._discard_large()
-            answer = self.acceptor.intake.failed(store_error(error))
-            if self.storing:
-                self._answer(answer)
-                return
-            session.refuse(answer)
-        if self.storing:
-            self._finish_large()
-            return
-        self._resume()
-        if session.transaction is not None and session.transaction.text and self.large is not None:
-            self._spill(session, session.transaction)
-        elif session.transaction is None:
-            self._discard_large()
+            session.refuse(self.acceptor.intake.failed(store_error(error)))
+        self._go_on(SPILLING)
 
     def _finish_large(self) -> None:
         session, large = self.session, self.large
@@ -642,8 +721,7 @@ class Connection(asyncio.Protocol):
         def signed(found: bytes | Exception) -> None:
             if isinstance(found, Exception):
                 self.acceptor.intake.unsigned(found)
-                self._discard_large()
-                self._answer(reply.NOT_SIGNED)
+                self._turn_down(reply.NOT_SIGNED)
             else:
                 self._close_large(session, transaction, large, found)
 
@@ -660,9 +738,7 @@ class Connection(asyncio.Protocol):
         self, verifier: "Verifier", session: ServerSession, transaction: Transaction, large: Large, look: "Look"
     ) -> None:
         field = await self._looked_at(verifier, session, transaction, look, b"")
-        if field is None:
-            self._discard_large()
-        else:
+        if field is not None:
             self._close_large(session, transaction, large, field)
 
     def _close_large(self, session: ServerSession, transaction: Transaction, large: Large, fields: bytes) -> None:
@@ -685,14 +761,23 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def check(self, now: float) -> None:
-        """Close a peer that is silent or too slow. Called every CHECK_EVERY seconds."""
+        """Close a peer that is silent or too slow, and end one that does not read. Called every CHECK_EVERY seconds."""
         session, transport = self.session, self.transport
-        if session is None or transport is None or self.storing or self.checking or self.spilling or session.starting_tls:
+        if transport is not None and transport.is_closing():
+            if not self.closed_at:
+                self.closed_at = now
+            elif now - self.closed_at > LINGER:
+                transport.abort()
+            return
+        if session is None or transport is None or self.waits & (STORING | CHECKING | SPILLING) or session.starting_tls:
             return
         settings = self.acceptor.config.intake
         patience = STRESS_PATIENCE if self.acceptor.stressed else 1.0
         quiet = now - self.heard
-        if session.taking_text:
+        if self.waits & BLOCKED:
+            if quiet > settings.command_timeout * patience:
+                transport.abort()
+        elif session.taking_text:
             taken = now - self.text_since if self.text_since else 0.0
             received = session.transaction.size if session.transaction is not None else 0
             if quiet > settings.data_timeout * patience:
@@ -706,14 +791,13 @@ class Connection(asyncio.Protocol):
         self._write(answer)
         if self.session is not None:
             self.session.closing = True
-        if self.transport is not None:
-            self.transport.close()
+        self._close()
         self._discard_large()
 
     def drain(self) -> None:
         """Shutting down: an idle session is told so now, one with a message under way behind its dot."""
         session = self.session
-        if session is not None and not (self.storing or self.checking or session.taking_text or session.starting_tls):
+        if session is not None and not (self.waits & (STORING | CHECKING) or session.taking_text or session.starting_tls):
             self._give_up(DRAIN_REPLY)
 
 

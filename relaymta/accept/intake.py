@@ -24,6 +24,7 @@ from relaymta.route.table import RouteTable
 
 __all__ = ["Client", "Intake"]
 
+CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
 OCTETS = index("relaymta_received_octets_total")
 RECIPIENTS = index("relaymta_recipients_received_total")
@@ -38,6 +39,7 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 # A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NOBODY = PeerNetwork(networks=[])
+UNKNOWN = "0.0.0.0"  # the address of a client of whom none is known
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -112,10 +114,11 @@ class Intake:
         return known
 
     def nobody(self, peer: str) -> Client:
-        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, and with no rights of its."""
+        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, and with no rights of its; nor is
+        its address, which SPF would believe."""
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False)
-        return replace(found, trusted=False, xclient=False, application="", priority="", limits=limits)
+        return replace(found, address=UNKNOWN, trusted=False, xclient=False, application="", priority="", limits=limits)
 
     def _rules(self, address: str) -> Client:
         config = self._config
@@ -200,14 +203,20 @@ class Intake:
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
         """Take a recipient, with the first one the message, from what somebody may send. The reply that refuses more."""
         first = not transaction.recipients
-        for kind, quota in (("message_rate", client.message_rate if first else ""), ("recipient_rate", client.recipient_rate)):
-            refused = self.quotas.client(client.group, kind, quota) if quota else None
-            if refused is not None:
-                return refused
-        for kind in ("messages", "recipients") if first else ("recipients",):
-            refused = self.quotas.account(identity, kind, 1, transaction) if identity is not None else None
-            if refused is not None:
-                return refused
+        rates = [("recipient_rate", client.recipient_rate)] if client.recipient_rate else []
+        if first and client.message_rate:
+            rates.insert(0, ("message_rate", client.message_rate))
+        kinds = () if identity is None else ("messages", "recipients") if first else ("recipients",)
+        for taking in (False, True):  # all of them or none: a recipient that is refused costs nothing
+            for kind, quota in rates:
+                refused = self.quotas.client(client.group, kind, quota, taking)
+                if refused is not None:
+                    return refused
+            for kind in kinds:
+                assert identity is not None
+                refused = self.quotas.account(identity, kind, 1, transaction, taking)
+                if refused is not None:
+                    return refused
         return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
@@ -215,6 +224,11 @@ class Intake:
         if answer.startswith(b"5"):  # else failed() has counted it
             self.counters.add(REFUSED_CONTENT, 1)
         self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
+
+    def foreign(self, client: Client, helo: str) -> None:
+        """A client that speaks another protocol was turned away."""
+        self.counters.add(CONNECTIONS_REFUSED, 1)
+        self._rejected(client, helo, "", [], reply.NOT_SMTP)
 
     def _rejected(self, client: Client, helo: str, sender: str, recipients: list[str], answer: bytes) -> None:
         said = answer.decode("utf-8", "replace").strip()

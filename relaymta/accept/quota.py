@@ -33,9 +33,9 @@ class Quotas:
         self._rates = rates
         self._counters = counters
 
-    def client(self, group: str, kind: str, quota: str) -> bytes | None:
-        """Take one of a client's rate; the reply that refuses it, or None."""
-        wait = self._take(f"client {group} {kind}", quota, 1)
+    def client(self, group: str, kind: str, quota: str, taking: bool = True) -> bytes | None:
+        """Take one of a client's rate (or only look, unless `taking`); the reply that refuses it, or None."""
+        wait = self._take(f"client {group} {kind}", quota, 1, taking)
         if not wait:
             return None
         self._counters.add(CLIENTS, 1)
@@ -44,10 +44,11 @@ class Quotas:
             421 if kind == "connection_rate" else 452, "4.7.0" if kind == "connection_rate" else "4.7.1", text
         )
 
-    def account(self, identity: Identity, kind: str, units: int, transaction: Transaction) -> bytes | None:
-        """Take from an account's quota. The reply that refuses more, or None: it may go, or (`held`) wait to be released."""
+    def account(self, identity: Identity, kind: str, units: int, transaction: Transaction, taking: bool = True) -> bytes | None:
+        """Take from an account's quota (or only look for one unit, unless `taking`). The reply that refuses more, or None: it may
+        go, or (`held`) wait to be released."""
         quota = identity.quotas.get(kind, "")
-        wait = self._take(_key(identity.name, kind), quota, units) if quota else 0.0
+        wait = self._take(_key(identity.name, kind), quota, units, taking) if quota else 0.0
         if not wait:
             return None
         if identity.hold:
@@ -71,6 +72,8 @@ class Quotas:
                     found.append({"name": account.name, "what": kind, "quota": quota, "used": round(used), "share": used / count})
         return found
 
-    def _take(self, key: str, quota: str, units: int) -> float:
+    def _take(self, key: str, quota: str, units: int, taking: bool) -> float:
         count, seconds = parse_quota(quota)
+        if not taking:
+            return self._rates.wait(key, count / seconds, count)
         return self._rates.take(key, count / seconds, count, units)

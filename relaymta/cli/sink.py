@@ -28,7 +28,10 @@ class Sink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take everything."""
         out = self.session.receive(data)
-        while self.session.complete is not None:
+        while self.session.complete is not None or self.session.behind:
+            if self.session.complete is None:
+                out += self.session.receive(b"")
+                continue
             self._show(self.session.complete)
             out += self.session.finish(reply.format_reply(250, "2.0.0", f"Taken by the sink as number {Sink.count}"))
         self.transport.write(out)

@@ -45,6 +45,7 @@ TOO_MANY_RECIPIENTS = format_reply(452, "4.5.3", "Too many recipients; send the 
 RELAY_DENIED = format_reply(550, "5.7.1", "Relaying denied")
 NO_SUCH_RECIPIENT = format_reply(550, "5.1.1", "No such recipient here")
 TALKING_EARLY = format_reply(554, "5.5.1", "Commands sent before they may be (RFC 2920); closing")
+NOT_SMTP = format_reply(421, "4.7.0", "This is an SMTP server, and that was no SMTP; closing")
 TOO_MANY_ERRORS = format_reply(421, "4.7.0", "Too many errors; closing")
 
 NEED_TLS = format_reply(530, "5.7.0", "Issue STARTTLS first")

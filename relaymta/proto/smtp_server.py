@@ -2,7 +2,12 @@
 
 The glue feeds bytes to `receive()` and writes what it returns. When a message is complete, `complete` holds its
 Transaction and the session stands still until the glue has stored it and calls `finish(reply)`. `closing` says that
-the connection is to be closed behind what was returned. Text can be taken away early with `Transaction.take()`.
+the connection is to be closed behind what was returned (`foreign`: since the client speaks another protocol). Text can be
+taken away early with `Transaction.take()`. Every end of a transaction is told to `ended()` before anything behind it is
+looked at: what the glue holds of it is to go then.
+
+Work for one call is bounded: `behind` says that there is more, which `receive(b"")` goes on with. While the glue has set
+`stopped` (the client does not read what it is told) nothing is parsed, and what comes is kept.
 
 Two more things make it stand still: behind `starting_tls` nothing more is to be read before the glue has shaken hands and
 calls `tls_started()`; a `claim` is somebody's login, which the glue checks and answers with `checked()`.
@@ -34,10 +39,20 @@ LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix:
 LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
 TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
 WRONG_LOGINS = 3  # in one session
+ENOUGH = 64  # replies of one call
+PIECES = 1024  # of a text in memory, until they become one: each costs more than it may hold
 
 _XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
 _XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 _BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
+_FOREIGN = 4
+# How lines of other protocols begin: a request of HTTP, WebDAV or HTTP/2, a field of a header, the banner of SSH, the header of a
+# load balancer that is none here (listener.proxy).
+_OTHERS = re.compile(
+    rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI|COPY|MOVE|LOCK|UNLOCK|MKCOL|PROPFIND|PROPPATCH|REPORT|SEARCH"
+    rb"|PROXY)(?![!-~])|[!-9;-~]+:|SSH-",
+    re.I,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +113,23 @@ class ServerSession:
 
     `hostname`: our name; `accept_recipient(address, transaction)`: None, or the reply that refuses it;
     `accept_sender(address, announced size)` likewise. `refused(transaction, reply)` is told of a message that was
-    refused at or behind the end of its text. `secure`: TLS is on; `user`: who has logged in, "" for nobody.
+    refused at or behind the end of its text, `ended()` of every transaction's end. `secure`: TLS is on; `user`: who has logged
+    in, "" for nobody.
     """
 
     __slots__ = (
         "_exchange",
         "accept_recipient",
         "accept_sender",
+        "behind",
         "claim",
         "closing",
         "complete",
         "discarding",
+        "ended",
         "errors",
         "extended",
+        "foreign",
         "helo",
         "hostname",
         "last_chunk",
@@ -121,6 +140,7 @@ class ServerSession:
         "refused",
         "secure",
         "starting_tls",
+        "stopped",
         "taking_text",
         "transaction",
         "user",
@@ -136,12 +156,14 @@ class ServerSession:
         refused: Callable[[Transaction, bytes], None] = lambda transaction, answer: None,
         offers: Offers = Offers(),
         secure: bool = False,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.hostname = hostname
         self.limits = limits
         self.accept_sender = accept_sender
         self.accept_recipient = accept_recipient
         self.refused = refused
+        self.ended = ended
         self.offers = offers
         self.secure = secure
         self.user = ""
@@ -154,6 +176,9 @@ class ServerSession:
         self.extended = False
         self.errors = 0
         self.closing = False
+        self.foreign = False
+        self.behind = False
+        self.stopped = False
         self.transaction: Transaction | None = None
         self.complete: Transaction | None = None
         self.taking_text = False  # between 354 (or BDAT) and the end of the text
@@ -174,6 +199,10 @@ class ServerSession:
         """Take bytes from the peer; the bytes to write to it."""
         if self.closing:
             return b""
+        if self.stopped:
+            self.parser.keep(data)
+            return b""
+        self.behind = False
         out: list[bytes] = []
         events = self.parser.feed(data)
         while True:
@@ -186,11 +215,14 @@ class ServerSession:
                 elif kind == END:
                     out.append(self._ended())
                 else:
-                    out.append(self._bad_line(_BAD_LINES[event[1]]))  # type: ignore[misc, index]
+                    out.append(self._bad_line(event[1], event[2]))  # type: ignore[misc, arg-type]
                 if self.closing:
                     return b"".join(out)
             if not events or not self.parser.runnable():
                 return b"".join(out) if len(out) != 1 else out[0]
+            if len(out) >= ENOUGH:
+                self.behind = True
+                return b"".join(out)
             events = self.parser.feed(b"")
 
     def finish(self, answer: bytes) -> bytes:
@@ -198,11 +230,16 @@ class ServerSession:
         if not answer.startswith(b"2") and self.complete is not None:
             self.refused(self.complete, answer)
         self.complete = None
-        self.transaction = None
+        self._drop()
         self.parser.commands()
         if self.parser.waiting():
             return answer + self.receive(b"")
         return answer
+
+    def limit(self, limits: Limits) -> None:
+        """From now on these hold: the client is another one."""
+        self.limits = limits
+        self.parser.normalize = limits.normalize
 
     def refuse(self, answer: bytes) -> None:
         """Answer the message under way with `answer` at its end; its text is dropped from now on."""
@@ -251,12 +288,19 @@ class ServerSession:
     def _waiting(self) -> bytes:
         return self.receive(b"") if self.parser.waiting() else b""
 
-    def _bad_line(self, answer: bytes) -> bytes:
+    def _bad_line(self, why: int, start: bytes) -> bytes:
         if self._exchange is not None:
             self._exchange = None
             self.closing = bool(self.user)
             self.parser.commands()
-        return self._error(answer)
+        elif why == _FOREIGN or _OTHERS.match(start):
+            return self._turn_away()
+        return self._error(_BAD_LINES[why])
+
+    def _turn_away(self) -> bytes:
+        """The client speaks another protocol: whoever makes it do so must not get as far as what looks like ours."""
+        self.closing = self.foreign = True
+        return reply.NOT_SMTP
 
     def _error(self, answer: bytes) -> bytes:
         self.errors += 1
@@ -274,6 +318,8 @@ class ServerSession:
             return
         transaction.size += len(data)
         transaction.text.append(data)
+        if len(transaction.text) > PIECES:
+            transaction.text = [b"".join(transaction.text)]
         if transaction.chunked:
             transaction.tail = (transaction.tail + data[-2:])[-2:]
 
@@ -288,9 +334,9 @@ class ServerSession:
         self.refusal = b""
         if answer is not None:
             self.refused(transaction, answer)
-            self.transaction = None
+            self._drop()
             self.parser.commands()
-            return self._error(answer)
+            return self._error(answer) if answer.startswith(b"5") else answer
         flags = self.parser.flags
         transaction.eight_bit = bool(flags & EIGHT_BIT)
         transaction.dotted = transaction.chunked or bool(flags & DOTTED)
@@ -300,8 +346,8 @@ class ServerSession:
     def _chunk_ended(self) -> bytes:
         self.parser.commands()
         if self.refusal and self.transaction is None:
-            answer, self.refusal, self.discarding = self.refusal, b"", False
-            self.taking_text = False
+            answer = self.refusal
+            self._drop()
             return self._error(answer)
         return reply.RESET
 
@@ -312,12 +358,13 @@ class ServerSession:
             return self.refusal
         if transaction.tail.endswith(b"\r"):
             flags |= BARE_CR
-        mends = self.limits.normalize and not transaction.chunked
+        normalize = self.parser.normalize  # as what is judged here was treated
+        mends = normalize and not transaction.chunked
         if flags & BARE_LF and not mends:
             return reply.BARE_LF
         if flags & BARE_CR and not mends:
             return reply.BARE_CR
-        if flags & NUL and not self.limits.normalize:
+        if flags & NUL and not normalize:
             return reply.NUL_IN_TEXT
         if flags & LONG_LINE and not self.limits.long_lines:
             return reply.LONG_LINE
@@ -430,7 +477,7 @@ class ServerSession:
         transaction = self.transaction
         octets, self.last_chunk = int(words[0]), len(words) > 1
         if transaction is None or not transaction.recipients:
-            self.transaction = None
+            self._drop()
             self.refuse(reply.NEED_SENDER if transaction is None else reply.NEED_RECIPIENT)
             self.taking_text = True
             self.parser.chunk(octets, True)
@@ -448,9 +495,12 @@ class ServerSession:
         return reply.RESET
 
     def _drop(self) -> None:
-        self.transaction = None
-        self.taking_text = self.discarding = False
+        """The transaction under way, if there is one, ends here: nothing of it is there for the next."""
+        self.taking_text = self.discarding = self.last_chunk = False
         self.refusal = b""
+        if self.transaction is not None:
+            self.transaction = None
+            self.ended()
 
     def _quit(self, argument: bytes) -> bytes:
         self.closing = True
@@ -479,6 +529,7 @@ class ServerSession:
         if self.parser.waiting():  # in the clear, and meant to be taken as if it had come by TLS
             self.closing = True
             return reply.TALKING_EARLY
+        self._drop()
         self.starting_tls = True
         return reply.START_TLS
 
@@ -497,8 +548,8 @@ class ServerSession:
             self.parser.commands()
             return self._error(refused or reply.BAD_ARGUMENT)
         self.helo = attributes.get("HELO", "")
-        self.extended = attributes.get("PROTO", "ESMTP") == "ESMTP" and bool(self.helo)
-        self.errors = 0
+        self.extended = attributes.get("PROTO", "") in ("", "ESMTP") and bool(self.helo)
+        self.errors = self.wrong_logins = 0
         return self.greet()
 
     def _auth(self, argument: bytes) -> bytes:
@@ -579,7 +630,12 @@ def _proved() -> sasl.Exchange:
 
 
 def _unknown(session: ServerSession, argument: bytes) -> bytes:
-    """A line that is no verb of ours, or part of an exchange. The parser holds behind words that are not of four letters."""
+    """A word of four letters that is no verb of ours."""
+    return session._error(reply.UNKNOWN_COMMAND)
+
+
+def _other(session: ServerSession, argument: bytes) -> bytes:
+    """A word that is not of four letters, or a client's part of an exchange: the parser holds behind it."""
     if session._exchange is not None:
         return session._responded(argument.strip())
     word, _, rest = argument.partition(b" ")
@@ -588,7 +644,14 @@ def _unknown(session: ServerSession, argument: bytes) -> bytes:
     if word.upper() == b"XCLIENT" and session.offers.assume is not None:
         return session._xclient(rest.strip())
     session.parser.commands()
+    if _OTHERS.match(argument):
+        return session._turn_away()
     return session._error(reply.UNKNOWN_COMMAND)
+
+
+def _alien(session: ServerSession, argument: bytes) -> bytes:
+    """A word of four letters that is another protocol's."""
+    return session._turn_away()
 
 
 def _hello_name(argument: bytes) -> str | None:
@@ -601,17 +664,17 @@ def _hello_name(argument: bytes) -> str | None:
 
 
 def _attributes(argument: bytes) -> dict[str, str] | None:
-    """XCLIENT's attributes, those that are not known (yet) left out; None for a malformed one."""
+    """XCLIENT's attributes, "" for those that are not known (yet); None for a malformed one."""
     found = {}
     for word in argument.split():
         name, equals, value = word.decode("utf-8", "replace").partition("=")
         if not equals or name.upper() not in _XCLIENT:
             return None
-        if value.upper() not in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
-            text = _XTEXT.sub(lambda match: chr(int(match[1], 16)), value)
-            if not text.isprintable():
-                return None
-            found[name.upper()] = text
+        known = value.upper() not in ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
+        text = _XTEXT.sub(lambda match: chr(int(match[1], 16)), value) if known else ""
+        if not text.isprintable():
+            return None
+        found[name.upper()] = text
     return found if argument else None
 
 
@@ -654,4 +717,6 @@ _VERBS: dict[int, Callable[[ServerSession, bytes], bytes]] = {
     _verb(b"HELP"): ServerSession._help,
     _verb(b"QUIT"): ServerSession._quit,
     _verb(b"AUTH"): ServerSession._auth,
+    0: _other,
+    **{_verb(word): _alien for word in (b"HEAD", b"POST", b"COPY", b"MOVE", b"LOCK")},
 }

@@ -64,7 +64,8 @@ def test_nobody_is_believed_who_they_say_they_are(relay):
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.ehlo("192.0.2.1")
             client.putcmd(claim)
-            client.getreply()
+            if client.getreply()[0] == 421:  # it is not even heard any more
+                continue
             client.docmd("MAIL", "FROM:<a@ours.example>")
             assert refused(client, "x@far.example"), claim
 

@@ -1,11 +1,12 @@
 """The server session as dialogues: what is said, what is answered, in one piece and octet by octet."""
 
 import re
+import time
 
 import pytest
 
 from relaymta.proto import reply
-from relaymta.proto.smtp_server import Limits, ServerSession
+from relaymta.proto.smtp_server import ENOUGH, PIECES, Limits, Offers, ServerSession
 
 EHLO = b"EHLO client.example\r\n"
 ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
@@ -28,9 +29,12 @@ def talk(data: bytes, limits: Limits | None = None, refuse: str = "", step: int 
     out, texts = b"", []
     for start in range(0, len(data), step or len(data)):
         out += made.receive(data[start : start + (step or len(data))])
-        while made.complete is not None:
-            texts.append(b"".join(made.complete.take()))
-            out += made.finish(answer)
+        while made.complete is not None or made.behind:
+            if made.complete is not None:
+                texts.append(b"".join(made.complete.take()))
+                out += made.finish(answer)
+            else:
+                out += made.receive(b"")
     return out, texts, made
 
 
@@ -168,3 +172,115 @@ def test_every_reply_has_an_enhanced_code():
     for name, value in vars(reply).items():
         if isinstance(value, bytes) and name != "GO_AHEAD":
             assert re.match(rb"([245])\d\d \1\.\d{1,3}\.\d{1,3} [^\r\n]+\r\n\Z", value), name
+
+
+SMTP = EHLO + ENVELOPE + b"BDAT 2 LAST\r\nhi"
+FOREIGN = [
+    # Cross-protocol requests: a browser's form (the "form protocol attack", 2001), fetch(), an internal service's client.
+    *(word + b" / HTTP/1.1\r\nHost: mx.example:25\r\nContent-Length: 90\r\n\r\n" for word in (
+        b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"PATCH", b"DELETE", b"TRACE", b"PROPFIND", b"LOCK", b"ANYTHING", b"post"
+    )),
+    *(word + b" / HTTP/1.0\r\n\r\n" for word in (b"EHLO", b"HELO", b"MAIL", b"NOOP", b"HELP", b"RSET", b"QUUX")),
+    b"CONNECT mx.example:25 HTTP/1.1\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /\r\n",  # HTTP/0.9
+    b"POST / HTTP/1.1\nHost: mx.example\n\n",  # bare LF: all of it is one line, with the first of ours
+    b"POST /" + b"x" * 3000 + b" HTTP/1.1\r\n",  # longer than a command may be
+    b"POST /" + b"x" * 20000 + b" HTTP/1.1\r\n",
+    b"POST /\0 HTTP/1.1\r\n",
+    # Postfix: smtpd_forbidden_commands = CONNECT GET POST regexp:{{/^[^A-Z]/ Bogus}}
+    b"Host: mx.example\r\n", b"Content-Type: text/plain\r\n", b"X-A:b\r\n", b"Subject: a text for which nobody waits\r\n",
+    b" EHLO client.example\r\n", b"{\"json\": 1}\r\n", b"<html>\r\n", b"*1\r\n$4\r\nPING\r\n", b"\xef\xbb\xbfEHLO x\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the beginning of a ClientHello, which no CRLF follows
+    b"\x03\x00\x00\x13\x0e\xe0", b"SSH-2.0-OpenSSH_9.2\r\n",
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 25\r\n", b"\r\n\r\n\x00\r\nQUIT\n\x21\x11",  # from a balancer that is none here
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [b"", EHLO, EHLO + ENVELOPE, b"WRONG\r\n"], ids=["first", "greeted", "in mail", "wrong"])
+@pytest.mark.parametrize("data", FOREIGN, ids=lambda data: repr(data[:20]))
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_another_protocol_ends_the_session_before_anything_behind_it(before, data, step):
+    out, texts, made = talk(before + data + SMTP, step=step)
+    assert made.closing and made.foreign and not texts
+    assert out.endswith(reply.NOT_SMTP) and out.count(b"421 ") == 1
+    assert set(codes(out)[before.count(b"\r\n") :]) <= {421, 500}  # 500: an empty line in front
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\r\nNOOP\r\n", [500, 250]),
+        (b"GETS\r\nPOSTED\r\nPUTT x\r\nNOOP\r\n", [500, 500, 500, 250]),
+        (b"NOOP GET / HTTP/xyz\r\nNOOP GET/HTTP/1.1\r\n", [250, 250]),
+        (b"EHLO http.example\r\nMAIL FROM:<get@http.example> BODY=8BITMIME\r\n", [250, 250]),
+        (b"NOOP\nHost: x\r\nNOOP\r\n", [500, 250]),
+        (b"x" * 3000 + b": y\r\nNOOP\r\n", [500, 250]),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_only_looks_like_another_protocol_is_heard(data, expected, step):
+    out, _, made = talk(data, step=step)
+    assert codes(out) == expected and not made.closing
+
+
+def test_an_unknown_word_in_front_hides_no_other():
+    out, _, made = talk(EHLO + b"WHAT STARTTLS\r\nWHAT XCLIENT ADDR=192.0.2.1\r\nNOOP\r\n")
+    assert codes(out) == [250, 500, 500, 250] and not made.starting_tls
+
+
+def test_work_for_one_call_is_bounded_and_nothing_is_done_while_stopped():
+    made = session()
+    wire = b"NOOP\r\n" * 10_000
+    out = [made.receive(wire)]
+    while made.behind:
+        assert out[-1].count(b"\r\n") <= 2 * ENOUGH
+        made.stopped = True
+        assert made.receive(b"NOOP\r\n") == b"" and len(out) < 1000
+        made.stopped = False
+        out.append(made.receive(b""))
+    assert b"".join(out).count(b"250 2.0.0 Ok\r\n") == 10_000 + len(out) - 1 and len(out) > 10
+
+
+def _seconds(count: int) -> float:
+    """Of so many empty chunks in one segment."""
+    made = session()
+    made.receive(EHLO + ENVELOPE)
+    began = time.perf_counter()
+    made.receive(b"BDAT 0\r\n" * count)
+    while made.behind:
+        made.receive(b"")
+    assert made.parser.waiting() == 0
+    return time.perf_counter() - began
+
+
+def test_many_small_steps_through_one_segment_cost_no_more_each():
+    few, many = (min(_seconds(count) / count for _ in range(5)) for count in (4_000, 256_000))
+    assert many < 8 * few  # copied at each step: 100 times
+
+
+def test_a_text_in_many_small_pieces_is_kept_as_few():
+    made = session()
+    made.receive(EHLO + ENVELOPE)
+    for _ in range(5_000):
+        made.receive(b"BDAT 1\r\nx")
+    assert made.transaction is not None and len(made.transaction.text) <= PIECES
+    assert b"".join(made.transaction.take()) == b"x" * 5_000
+
+
+@pytest.mark.parametrize(
+    "end", [b"RSET\r\n", EHLO, b"HELO x\r\n", b"BDAT 0 LAST\r\n", b"STARTTLS\r\n"], ids=lambda end: end[:4].decode()
+)
+def test_every_end_of_a_transaction_is_told_before_what_is_behind_it(end):
+    told = []
+    made = ServerSession(
+        "mx.example", Limits(message_size=5), lambda sender, size: told.append(sender), lambda address, transaction: None,
+        ended=lambda: told.append("ended"), offers=Offers(starttls=True),
+    )  # fmt: skip
+    made.greet()
+    made.receive(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 9\r\n" + b"x" * 9 + end)
+    if end == b"STARTTLS\r\n":
+        made.tls_started()
+        made.receive(EHLO)
+    made.receive(b"MAIL FROM:<e@f>\r\n")
+    assert told == ["a@b", "ended", "e@f"]

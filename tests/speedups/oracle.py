@@ -7,6 +7,23 @@ def lines_of(data: bytes) -> tuple[list[bytes], bytes]:
     return lines, rest
 
 
+def commands_of(data: bytes, limit: int) -> list[bytes]:
+    """The lines that a parser tells of: all complete ones, up to the first of another protocol (which ends it, and of which one
+    octet may be all that has come). `limit`: octets of a line with its CRLF."""
+    lines, rest = lines_of(data)
+    found = []
+    for line in lines:
+        found.append(line)
+        request = line[-9:-3] == b" HTTP/" and line[-2:-1] == b"." and len(line) > 9 and len(line) + 2 <= limit
+        if _alien(line) or (request and not any(octet in line for octet in b"\r\n\0")):
+            return found
+    return [*found, rest] if _alien(rest) else found
+
+
+def _alien(line: bytes) -> bool:
+    return line[:1] not in (b"", b"\r", b"\n") and not line[:1].isalpha()
+
+
 def unstuff(wire: bytes) -> tuple[bytes, bytes] | None:
     """(message text, octets behind the final dot) of what follows 354, or None while the dot has not come."""
     lines, _ = lines_of(wire)

@@ -1,0 +1,268 @@
+"""One connection, turn by turn: what a client may hold, who it is, and that nothing of it stays."""
+
+import base64
+from random import Random
+from typing import Any
+
+import pytest
+
+from relaymta.accept.connection import LINGER, OWED, Connection
+from relaymta.accept.identity import Identity
+from relaymta.metrics import index
+from relaymta.proto import reply
+from relaymta.proto.smtp_server import Transaction
+from tests.accept.test_transactions import connected, idle
+from tests.support.connection import Machine, Transport
+
+EHLO = b"EHLO client.example\r\n"
+LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0ann\0secret") + b"\r\n"
+CLIENT = "client 127.0.0.1"
+PROXY = {"networks": ["127.0.0.1/32"], "xclient": True}
+
+
+def machine(**settings: Any) -> Machine:
+    return Machine(Random(1), **{"intake": {"errors": 100_000, "tarpit": 0}} | settings)
+
+
+def say(made: Connection, data: bytes) -> list[str]:
+    """Write, wait, and take the replies' last lines."""
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    before = len(transport.said)
+    made.data_received(data)
+    idle(made)
+    said = transport.said[before:]
+    if isinstance(made.transport, Transport) and made.transport is not transport:
+        said += made.transport.said
+    return [line for line in said.decode().split("\r\n") if line[3:4] == " "]
+
+
+FLOODS = {
+    "EHLO": (b"EHLO x\r\n" * 32_000, 32_000, b"250 ENHANCEDSTATUSCODES\r\n"),
+    "NOOP": (b"NOOP\r\n" * 40_000, 40_000, b"250 2.0.0 Ok\r\n"),
+    "RCPT": (b"MAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@b>\r\n" * 15_000, 15_000, b"550 5.7.1 "),
+    "BDAT": (b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n" + b"BDAT 0\r\n" * 32_000, 32_000, b"250 2.0.0 Ok\r\n"),
+    "mail": (b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 2 LAST\r\nhi" * 4_000, 4_000, b"queued as"),
+    "loop": (
+        (b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 780 LAST\r\n" + b"Received: x\r\n" * 60) * 400, 400, b"554 5.4.6"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_client_that_does_not_read_is_owed_little_and_gets_all_once_it_does(name):
+    wire, count, answer = FLOODS[name]
+    of = machine()
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    made.data_received(EHLO)
+    idle(made)
+    transport.reads = False
+    made.data_received(wire[: len(wire) // 2])
+    while of.loop.turns or of.loop.threads or of.loop.timers:
+        of.loop.step()
+    assert transport.paused and transport.most_owed < 4 * OWED
+    made.data_received(wire[len(wire) // 2 :])  # was there already
+    assert transport.most_owed < 4 * OWED and made.session is not None
+    transport.reads = True
+    transport.read()
+    idle(made)
+    assert transport.said.count(answer) == count + (name in ("EHLO",)) and not transport.paused
+    assert transport.most_owed < 4 * OWED and made.session.parser.waiting() == 0
+
+
+def test_others_have_their_turn_while_one_client_writes_as_much_as_it_can():
+    of = machine()
+    flooding, other = connected(of), connected(of)
+    flooding.data_received(EHLO + b"NOOP\r\n" * 40_000)
+    other.data_received(EHLO)
+    assert isinstance(flooding.transport, Transport) and isinstance(other.transport, Transport)
+    assert flooding.transport.said.count(b"250 2.0.0 Ok") <= 200 and b"250 ENHANCEDSTATUSCODES" in other.transport.said
+
+
+def test_hundreds_of_refused_messages_in_one_segment_are_not_answered_within_each_other():
+    made = connected(machine())
+    assert isinstance(made.transport, Transport)
+    made.transport.limits = (1 << 30, 1 << 30)  # as where each reply leaves at once
+    made.data_received(EHLO + FLOODS["loop"][0])
+    idle(made)
+    assert made.transport.said.count(b"554 5.4.6") == 400
+
+
+@pytest.mark.parametrize("way", ["blocked", "closed", "timed out"])
+def test_who_does_not_read_is_ended(way):
+    of = machine()
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    idle(made)
+    transport.reads = False
+    made.data_received(EHLO * (1000 if way == "blocked" else 1) + (b"QUIT\r\n" if way == "closed" else b""))
+    while of.loop.turns:
+        of.loop.step()
+    patience = of.config.intake.command_timeout
+    if way != "closed":
+        made.check(of.loop.now + patience - 1)
+        assert not transport.is_closing()
+        made.check(of.loop.now + patience + 1)
+    if way != "blocked":
+        later = of.loop.now + patience + 1
+        made.check(later)
+        made.check(later + LINGER - 1)
+        assert not of.loop.turns
+        made.check(later + LINGER + 1)
+    while of.loop.turns:
+        of.loop.step()
+    assert transport.closed and transport.owed and not any(of.limits.counts.values())
+
+
+@pytest.mark.parametrize("behind", [b"", b"NOOP\r\n" * 2000], ids=["idle", "behind"])
+def test_who_says_no_more_hears_its_replies_and_is_gone(behind):
+    of = machine()
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    say(made, EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nDATA\r\n")
+    made.data_received(b"Subject: x\r\n\r\nx\r\n.\r\n" + behind)
+    assert made.eof_received()
+    idle(made)
+    assert b"queued as" in transport.said and transport.said.count(b"250 2.0.0 Ok\r\n") == behind.count(b"NOOP")
+    assert transport.closed and not any(of.limits.counts.values())
+
+
+def test_a_request_of_http_is_told_in_the_log_and_counted():
+    of = machine()
+    made = connected(of)
+    assert say(made, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n" + EHLO + b"MAIL FROM:<a@b>\r\n") == [
+        "220 relay.example ESMTP relaymta", reply.NOT_SMTP.decode().strip(),
+    ][1:]  # fmt: skip
+    assert [event["reply"] for event in of.events] == [reply.NOT_SMTP.decode().strip()]
+    assert of.cells.get(index("relaymta_connections_total", "refused")) == 1 and made.transport is None
+
+
+MAIL = b"MAIL FROM:<a@b>\r\nRCPT TO:<x@far.example>\r\n"
+TRUSTED = {"domains": ["d.example"], "networks": ["127.0.0.0/8", "192.0.2.0/24"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "address", "relays"),
+    [
+        ([b"ADDR=192.0.2.7"], "192.0.2.7", True),
+        ([b"ADDR=198.51.100.7"], "198.51.100.7", False),
+        ([b"ADDR=[UNAVAILABLE]"], "0.0.0.0", False),
+        ([b"ADDR=[TEMPUNAVAIL]"], "0.0.0.0", False),
+        ([b"ADDR="], "0.0.0.0", False),
+        ([b"NAME=host.example"], "0.0.0.0", False),
+        ([b"PROTO=SMTP HELO=x"], "0.0.0.0", False),
+        ([b"ADDR=192.0.2.7", b"HELO=x"], "192.0.2.7", True),  # one list in two commands, as Postfix sends it
+        ([b"ADDR=192.0.2.7", b"ADDR=[UNAVAILABLE]"], "0.0.0.0", False),
+        ([b"NAME=x", b"ADDR=192.0.2.7"], "192.0.2.7", True),
+        ([b"ADDR=[UNAVAILABLE]", b"LOGIN=ann"], "0.0.0.0", True),
+        ([b"LOGIN=ann", b"LOGIN=[UNAVAILABLE]"], "0.0.0.0", False),
+        ([b"LOGIN=ann", b"ADDR=198.51.100.7"], "198.51.100.7", False),
+        ([b"ADDR=198.51.100.7", b"LOGIN=ann", b"HELO=x"], "198.51.100.7", True),
+        ([b"ADDR=IPV6:fe80::1%eth0"], "fe80::1", False),
+        ([b"ADDR=IPV6:::ffff:192.0.2.7"], "192.0.2.7", True),
+    ],
+)
+def test_a_proxys_rights_are_not_its_clients(words, address, relays):
+    of = machine(network=[PROXY], relay=TRUSTED)
+    made = connected(of)
+    assert say(made, EHLO + MAIL)[-1].startswith("250")  # the proxy itself may
+    say(made, b"RSET\r\n")
+    for word in words:
+        assert say(made, b"XCLIENT " + word + b"\r\n") == ["220 relay.example ESMTP relaymta"]
+    assert say(made, EHLO + MAIL)[-1][:3] == ("250" if relays else "550")
+    say(made, b"RSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 2 LAST\r\nhi")
+    ((envelope, text),) = of.stored
+    assert envelope.client == address
+    assert (f"[IPv6:{address}]" if ":" in address else f"[{address}]").encode() in text
+    say(made, b"QUIT\r\n")
+    assert not any(of.limits.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("normalized", "assumed", "code"),
+    [("192.0.2.7", "192.0.2.7", "250"), ("127.0.0.1", "192.0.2.7", "550"), ("192.0.2.7", "", "550")],
+)
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assumed, code, tls):
+    of = machine(network=[PROXY], intake={"normalize_networks": [normalized + "/32"], "errors": 1000})
+    made = connected(of)
+    say(made, EHLO)
+    say(made, b"XCLIENT ADDR=%s\r\n" % (assumed.encode() or b"[UNAVAILABLE]"))
+    if tls:
+        say(made, EHLO + b"STARTTLS\r\n")
+    say(made, EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nDATA\r\n")
+    assert say(made, b"Subject: x\r\n\r\nline\n.\nMAIL FROM:<evil@x>\r\n.\r\n")[-1][:3] == code
+    assert not of.stored or b"\r\nline\r\n.\r\nMAIL" in of.stored[0][1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "user", "seats"),
+    [
+        ([LOGIN], "ann", 1),
+        ([LOGIN, b"STARTTLS\r\n"], "", 0),
+        ([LOGIN, b"STARTTLS\r\n", EHLO + LOGIN], "ann", 1),
+        ([LOGIN, b"XCLIENT ADDR=192.0.2.7\r\n"], "", 0),
+        ([LOGIN, b"XCLIENT ADDR=192.0.2.7\r\n", EHLO + LOGIN], "ann", 1),
+        ([LOGIN, b"XCLIENT ADDR=[UNAVAILABLE]\r\n", EHLO + LOGIN, b"STARTTLS\r\n", EHLO + LOGIN], "ann", 1),
+        ([LOGIN, b"XCLIENT LOGIN=bob\r\n"], "bob", 0),
+        ([b"STARTTLS\r\n", EHLO + LOGIN, b"XCLIENT HELO=x\r\n"], "", 0),
+    ],
+)
+def test_who_somebody_is_ends_with_what_it_was_said_in(steps, user, seats):
+    of = machine(network=[PROXY])
+    of.logs_in = Identity("ann", connections=2, senders=("ann@s.example",))
+    made = connected(of)
+    say(made, EHLO)
+    for step in steps:
+        assert say(made, step)[-1][:3] in ("220", "235", "250")
+    assert made.session is not None
+    assert (made.session.user, made.identity.name if made.identity else "") == (user, user)
+    assert of.limits.counts["logged in as ann"] == seats
+    # The rights are those of the same one: only who has logged in relays from here, and ann only as herself.
+    replies = say(made, EHLO + b"MAIL FROM:<ann@s.example>\r\nRCPT TO:<x@far.example>\r\nRSET\r\nMAIL FROM:<z@s.example>\r\n")
+    assert [line[:3] for line in replies[1:]] == ["250", "250" if user else "550", "250", "550" if user == "ann" else "250"]
+    say(made, b"QUIT\r\n")
+    assert not any(of.limits.counts.values())
+
+
+def test_an_account_has_as_many_seats_as_it_may():
+    of = machine(network=[PROXY])
+    of.logs_in = Identity("ann", connections=1)
+    first, second = connected(of), connected(of)
+    assert say(first, EHLO + LOGIN)[-1].startswith("235")
+    assert say(second, EHLO + LOGIN)[-1] == "454 4.7.0 Too many connections of ann (limit connections 1); try again later"
+    assert second.session is not None and (second.session.user, second.identity) == ("", None)
+    say(first, b"STARTTLS\r\n")
+    assert say(second, LOGIN)[-1].startswith("235")
+
+
+@pytest.mark.parametrize(
+    ("quotas", "rates", "expected"),  # of an account, of its client; what is used of them
+    [
+        ({"messages": "9/h", "recipients": "3/h"}, {}, {"account ann messages": 1, "account ann recipients": 3}),
+        ({}, {"message_rate": "9/h", "recipient_rate": "3/h"}, {f"{CLIENT} message_rate": 1, f"{CLIENT} recipient_rate": 3}),
+        ({"recipients": "3/h"}, {"recipient_rate": "9/h"}, {f"{CLIENT} recipient_rate": 3, "account ann recipients": 3}),
+    ],
+)  # fmt: skip
+def test_a_recipient_that_is_refused_costs_nothing(quotas, rates, expected):
+    of = machine(limits=rates)
+    of.logs_in = Identity("ann", quotas=quotas)
+    made = connected(of)
+    replies = say(made, EHLO + LOGIN)
+    replies = say(made, b"MAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 8)
+    assert [line[:3] for line in replies] == ["250"] * 4 + ["452"] * 5
+    say(made, b"RSET\r\nMAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 4)  # nor a message without any
+    assert of.limits.used == expected
+
+
+def test_what_is_over_a_quota_and_may_wait_is_held_all_the_same():
+    of = machine()
+    identity = Identity("ann", quotas={"recipients": "1/h"}, hold=True)
+    transaction = Transaction("a@b", False)
+    check = of.intake.recipient_check(of.intake.client("127.0.0.1"), identity)
+    for held in (False, True, True):
+        assert check("a@d.example", transaction) is None and transaction.held == held

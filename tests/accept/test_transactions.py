@@ -1,0 +1,225 @@
+"""What is stored is what was sent in that transaction, however its octets were cut, whatever came before and behind it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from random import Random
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from relaymta.accept.connection import Connection
+from relaymta.config import Listener
+from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, Machine, Transport
+
+SIZES = (40, BIG, 3 * BIG)
+HUGE = 20 * BIG
+EHLO = b"EHLO client.example\r\n"
+# What spoils a text, and what spoils it only if there is something that looks at it.
+SPOILED = {
+    "": b"", "bare LF": b"x\ny", "bare CR": b"x\ry", "NUL": b"\0", "long line": b"x" * 1100, "loop": b"Received: x\r\n" * 60,
+    "disk": DISK_FAILS, "commit": COMMIT_FAILS, "refused": REFUSED + b": x", "huge": b"",
+}  # fmt: skip
+ENDS = ("", "RSET", "EHLO", "HELO", "STARTTLS", "XCLIENT", "MAIL")
+
+
+@dataclass
+class Mail:
+    """A transaction. `how`: DATA (-1), or BDAT in so many chunks (0: only an envelope); `end`: what ends it in the middle instead
+    ("": it comes to its own end)."""
+
+    how: int = -1
+    size: int = 40
+    spoiled: str = ""
+    end: str = ""
+    number: int = 0
+    protocol: bytes = b"ESMTP"
+
+    def text(self) -> bytes:
+        line = b"line of mail %d\r\n" % self.number
+        spoil = SPOILED[self.spoiled]
+        header = b"Subject: %d\r\n" % self.number + (spoil + b"\r\n" if spoil.startswith((b"X-", b"Received")) else b"")
+        body = line * ((HUGE if self.spoiled == "huge" else self.size) // len(line) + 1)
+        return header + b"\r\n" + body + (spoil if not spoil.startswith((b"X-", b"Received")) else b"") + b"..\r\n.x\r\n"
+
+    def taken(self, looks: bool) -> bool:
+        """Whether it is to be stored."""
+        harmless = self.spoiled in ("", "disk", *(() if looks else ("refused",)))
+        return harmless and self.how != 0 and not (self.end and self.how > 0)
+
+
+@dataclass
+class Script:
+    """What the client writes: flights, of which each waits for the replies to those before."""
+
+    mails: list[Mail] = field(default_factory=list)
+
+    def flights(self) -> Iterator[bytes]:
+        octets, protocol = EHLO, b"ESMTP"
+        for number, mail in enumerate(self.mails, 1):
+            mail.number, mail.protocol = number, protocol
+            octets += b"MAIL FROM:<%d@s.example>\r\nRCPT TO:<%d@d.example>\r\n" % (number, number)
+            text = mail.text()
+            if mail.how < 0:
+                yield octets + b"DATA\r\n"
+                octets = re.sub(rb"(?m)^\.", b"..", text) + b".\r\n"
+            elif mail.how > 0:
+                step = len(text) // mail.how + 1
+                pieces = [text[at : at + step] for at in range(0, len(text), step)]
+                last = len(pieces) - 1
+                for at, piece in enumerate(pieces):
+                    octets += b"BDAT %d%s\r\n" % (len(piece), b" LAST" if at == last and not mail.end else b"") + piece
+            octets += {"": b"", "MAIL": b"MAIL FROM:<late@s.example>\r\nRSET\r\n", "RSET": b"RSET\r\n"}.get(mail.end, b"")
+            if mail.end == "STARTTLS" and not protocol.endswith(b"S"):
+                yield octets + b"STARTTLS\r\n"
+                octets, protocol = EHLO, b"ESMTPS"
+            elif mail.end == "XCLIENT":
+                yield octets + b"RSET\r\nXCLIENT ADDR=192.0.2.%d\r\n" % number
+                octets = EHLO
+            elif mail.end in ("EHLO", "HELO", "STARTTLS"):
+                octets += (b"HELO" if mail.end == "HELO" else b"EHLO") + EHLO[4:]
+            elif mail.how == 0 and not mail.end:
+                octets += b"RSET\r\n"
+        yield octets + b"QUIT\r\n"
+
+
+MAILS = st.builds(
+    Mail,
+    how=st.sampled_from((-1, -1, 0, 1, 1, 2, 5)),
+    size=st.sampled_from(SIZES),
+    spoiled=st.sampled_from(("", "", "", *SPOILED)),
+    end=st.sampled_from(("", "", "", *ENDS)),
+)
+LARGE_THEN_SMALL = [Mail(size=3 * BIG, spoiled="long line"), Mail()]
+
+
+def connected(machine: Machine) -> Connection:
+    made = Connection(machine, Listener(address="127.0.0.1:25"))  # type: ignore[arg-type]
+    made.enter("127.0.0.1")
+    made.connection_made(Transport(machine.loop, made))  # type: ignore[arg-type]
+    return made
+
+
+def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: int = -1, cuts: int = 4) -> Connection:
+    """Write the flights in pieces, with turns of the loop between them. `stop_at`: the flight within which the client is gone."""
+    made = connected(machine)
+    loop = machine.loop
+    for number, flight in enumerate(flights):
+        if number == stop_at:
+            flight = flight[: random.randrange(len(flight))]
+        edges = sorted({0, len(flight), *(random.randrange(len(flight) + 1) for _ in range(random.randrange(cuts)))})
+        for start, end in pairwise(edges):
+            transport = made.transport
+            if transport is None:
+                break
+            assert isinstance(transport, Transport)
+            transport.reads = random.random() < 0.7  # or it reads a little later
+            # Once reading is paused, a piece that was there already may still come: TLS has it decrypted.
+            late = random.random() < 0.3
+            while transport.paused and not late and made.transport is transport:
+                assert loop.step() or transport.owed, "a client that is not heard waits for nothing"
+                if not loop.turns and not loop.threads and not loop.timers:
+                    transport.read()
+            if made.transport is transport and not transport.closing:
+                made.data_received(flight[start:end])
+            for _ in range(random.randrange(6)):
+                loop.step()
+        if number == stop_at and made.transport is not None:
+            made.connection_lost(None) if random.random() < 0.5 else made.transport.close()
+            break
+        idle(made)
+    idle(made)
+    return made
+
+
+def idle(made: Connection) -> None:
+    """Until nothing is left to be done, and the client has read all."""
+    while True:
+        if made.acceptor.loop.step():  # type: ignore[attr-defined]
+            continue
+        transport = made.transport
+        if not isinstance(transport, Transport) or not transport.owed:
+            return
+        transport.reads = True
+        transport.read()
+
+
+def checked(machine: Machine, made: Connection, script: Script, whole: bool, looks: bool) -> None:
+    """Nothing but what was sent is stored, and nothing is left of any of it."""
+    taken = {mail.number: mail for mail in script.mails if mail.taken(looks)}
+    found = [int(envelope.sender.partition("@")[0]) for envelope, _ in machine.stored]
+    assert len(set(found)) == len(found) and set(found) <= set(taken)
+    if whole:  # a text that comes at once needs no file, whatever its length is: then a disk that fails does not matter
+        assert [number for number in found if taken[number].spoiled != "disk"] == [
+            number for number, mail in taken.items() if mail.spoiled != "disk"
+        ]
+    for number, (envelope, text) in zip(found, machine.stored, strict=True):
+        assert envelope.recipients == [f"{number}@d.example"] and envelope.size == len(text)
+        mail = taken[number]
+        assert text.endswith(mail.text())
+        front = text[: -len(mail.text())]
+        assert b"line of mail" not in front and b"Subject" not in front and front.count(b"Received: from") == 1
+        signed = re.search(rb"X-Signed: (\d+)", front)
+        assert signed is None or int(signed[1]) == len(mail.text())
+        assert b" with %s id" % mail.protocol in front or b" with SMTP id" in front
+    assert made.large is None and all(file.kept != file.discarded for file in machine.files)
+    assert made.transport is None and not any(machine.limits.counts.values()) and not machine.connections
+
+
+SETTINGS = {
+    "limits": {"message_size": HUGE - 100},
+    "network": [{"networks": ["127.0.0.1/32"], "xclient": True, "long_lines": False}],
+    "intake": {"errors": 1000, "long_line_networks": []},
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(mails=st.lists(MAILS, min_size=1, max_size=6), seed=st.integers(0, 1 << 32), way=st.sampled_from(("", "signs", "looks")))
+@example(mails=LARGE_THEN_SMALL, seed=0, way="")
+@example(mails=LARGE_THEN_SMALL, seed=0, way="looks")
+@example(mails=[Mail(size=3 * BIG, spoiled="refused"), Mail(how=1, size=3 * BIG)], seed=0, way="looks")
+@example(mails=[Mail(how=2, size=3 * BIG, end="STARTTLS"), Mail(how=1)], seed=0, way="signs")
+@example(mails=[Mail(how=2, size=3 * BIG, end="RSET"), Mail(how=1)], seed=1, way="")
+@example(mails=[Mail(how=2, size=3 * BIG, end="EHLO"), Mail(how=1)], seed=1, way="")
+@example(mails=[Mail(size=3 * BIG, spoiled="disk"), Mail(size=3 * BIG)], seed=1, way="signs")
+@example(mails=[Mail(size=3 * BIG, spoiled="commit"), Mail(how=2, size=3 * BIG)], seed=1, way="signs")
+def test_a_transaction_holds_what_was_sent_in_it_and_leaves_nothing(mails, seed, way):
+    random = Random(seed)
+    relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if way == "signs" else []}
+    machine = Machine(random, way == "signs", way == "looks", relay=relay, **SETTINGS)
+    script = Script(mails)
+    stop = random.randrange(4 * len(mails)) if random.random() < 0.3 else -1
+    made = play(machine, script.flights(), random, stop)
+    checked(machine, made, script, stop < 0 or stop >= len(list(script.flights())), way == "looks")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    mail=st.builds(
+        Mail, how=st.sampled_from((-1, 1, 3)), size=st.just(3 * BIG), spoiled=st.sampled_from(tuple(SPOILED)), end=st.just("")
+    ),
+    cut=st.floats(0.5, 1),
+    turns=st.integers(0, 12),
+    seed=st.integers(0, 1 << 32),
+    way=st.sampled_from(("", "signs", "looks")),
+    closes=st.booleans(),
+)
+def test_whenever_a_client_goes_nothing_is_left_of_it(mail, cut, turns, seed, way, closes):
+    random = Random(seed)
+    relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if way == "signs" else []}
+    machine = Machine(random, way == "signs", way == "looks", relay=relay, **SETTINGS)
+    script = Script([mail])
+    made = connected(machine)
+    *before, text = script.flights()
+    for flight in before:
+        made.data_received(flight)
+        idle(made)
+    for piece in (text[: int(len(text) * cut) // 2], text[int(len(text) * cut) // 2 : int(len(text) * cut)]):
+        made.data_received(piece)
+        for _ in range(turns):
+            machine.loop.step()
+    if made.transport is not None:
+        made.transport.close() if closes else made.connection_lost(None)
+    idle(made)
+    checked(machine, made, script, False, way == "looks")

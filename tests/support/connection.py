@@ -1,0 +1,363 @@
+"""A Connection of accept/ without a socket, a disk or a clock: every turn of its loop is taken by the test, in any order that a
+real loop and its threads could take."""
+
+import errno
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+from relaymta.accept.connection import Connection
+from relaymta.accept.identity import Identity
+from relaymta.accept.intake import Client, Intake
+from relaymta.accept.quota import Quotas
+from relaymta.accept.turns import Turns
+from relaymta.config import Config, Listener
+from relaymta.errors import StoreError
+from relaymta.metrics import CELLS, Counters
+from relaymta.proto import reply
+from relaymta.proto.envelope import Body, Envelope
+from relaymta.proto.header import header_end
+from relaymta.proto.smtp_server import Offers
+from relaymta.route.table import RouteTable
+
+BIG = 6000  # octets of text above which it goes to a file, and a bit more: connection.py leaves room for our fields
+DISK_FAILS = b"X-Disk-Fails"  # in a text: its file cannot be written
+COMMIT_FAILS = b"X-Commit-Fails"
+REFUSED = b"X-Refused"  # by what is known of a stranger
+
+
+class Cells:
+    """Counters of one process."""
+
+    def __init__(self) -> None:
+        self.cells = [0] * CELLS
+
+    def add(self, index: int, n: int) -> int:
+        self.cells[index] += n
+        return self.cells[index]
+
+    def set(self, index: int, n: int) -> int:
+        self.cells[index] = n
+        return n
+
+    def get(self, index: int) -> int:
+        return self.cells[index]
+
+
+class Loop:
+    """Turns (in order), threads (each when the test wants it) and timers (once nothing else is left)."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.now = 1000.0
+        self.turns: deque[Callable[[], object]] = deque()
+        self.threads: deque[Callable[[], object]] = deque()
+        self.timers: deque[Callable[[], object]] = deque()
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, call: Callable[..., object], *arguments: object) -> None:
+        self.turns.append(lambda: call(*arguments))
+
+    def call_later(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
+        self.timers.append(lambda: call(*arguments))
+
+    def run_in_executor(self, threads: object, call: Callable[..., Any], *arguments: object) -> "Future[Any]":
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                found = call(*arguments)
+            except Exception as error:
+                failure = error
+                self.turns.append(lambda: future.set_exception(failure))
+            else:
+                self.turns.append(lambda: future.set_result(found))
+
+        self.threads.append(run)
+        return future
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        def run() -> None:
+            try:
+                coroutine.send(None)
+            except StopIteration:
+                return
+            raise AssertionError("waits for something that is not of this loop")
+
+        self.turns.append(run)
+
+    async def start_tls(self, transport: "Transport", protocol: Connection, context: object, **patience: object) -> "Transport":
+        assert transport.paused, "what comes now is of the handshake"
+        return Transport(self, protocol, secure=True)
+
+    def step(self) -> bool:
+        """One thing that is to be done; False when there is nothing."""
+        self.threads.rotate(self.random.randrange(3))  # there are several
+        ready = [queue for queue in (self.turns, self.threads) if queue]
+        if not ready and not self.timers:
+            return False
+        (self.random.choice(ready) if ready else self.timers).popleft()()
+        return True
+
+
+class Transport:
+    """`reads`: whether the client takes what it is told."""
+
+    def __init__(self, loop: Loop, protocol: Connection, secure: bool = False) -> None:
+        self.loop, self.protocol, self.secure = loop, protocol, secure
+        self.said = b""
+        self.owed = self.most_owed = 0
+        self.reads = True
+        self.paused = self.blocked = self.closing = self.closed = False
+        self.limits = (1 << 30, 1 << 30)
+
+    def get_extra_info(self, name: str) -> object:
+        return SimpleNamespace(session_reused=False) if self.secure and name == "ssl_object" else None
+
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
+        self.limits = (high, low)
+
+    def set_read_buffer_limits(self, high: int) -> None:
+        assert self.secure
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: bytes) -> None:
+        self.said += data
+        self.owed += len(data)
+        self.most_owed = max(self.owed, self.most_owed)
+        if self.owed > self.limits[0] and not self.blocked:
+            self.blocked = True
+            self.protocol.pause_writing()
+        if self.reads:
+            self.loop.call_soon(self.read)
+
+    def read(self) -> None:
+        """The client reads all of it."""
+        self.owed = 0
+        if self.blocked:
+            self.blocked = False
+            self.protocol.resume_writing()
+        if self.closing:
+            self._lost()
+
+    def close(self) -> None:
+        self.closing = True
+        if not self.owed:
+            self.loop.call_soon(self._lost)
+
+    def abort(self) -> None:
+        self.closing = True
+        self.loop.call_soon(self._lost)
+
+    def _lost(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.protocol.connection_lost(None)
+
+
+class Machine:
+    """What the connections of one worker share. `signs`, `looks`: whether mail is signed, or strangers' mail looked at."""
+
+    def __init__(self, random: Random, signs: bool = False, looks: bool = False, **settings: Any) -> None:
+        self.loop = Loop(random)
+        found: dict[str, Any] = {"hostname": "relay.example", "relay": {"domains": ["d.example"], "networks": []}}
+        found["listener"] = [{"address": "127.0.0.1:25"}]
+        self.config = Config.model_validate(found | settings)
+        self.stored: list[tuple[Envelope, bytes]] = []
+        self.files: list[File] = []
+        self.limits = Limits()
+        self.turns = Turns(self.loop)  # type: ignore[arg-type]
+        self.events: list[dict[str, Any]] = []
+        self.connections: set[Connection] = set()
+        self.threads = None
+        self.stressed = False
+        self.tls = False
+        self.logs_in: Identity | None = None
+        self.signer: Any = self if signs else None
+        self.verifier = self if looks else None
+        self.certificates = SimpleNamespace(context=object())
+        self.logins = SimpleNamespace(check=self.login, as_kept=lambda identity: identity)
+        self.door: Any = self
+        self.cells = Cells()
+        self.big_limit, self.room, self.full, self.last = BIG, 1 << 40, False, 0
+        self.writer = SimpleNamespace(stalled=False)
+        counters, log = Counters(self.cells), SimpleNamespace(event=lambda name, **fields: self.events.append(fields))
+        self.quotas = Quotas(self, counters)  # type: ignore[arg-type]
+        routes = RouteTable(self.config)
+        self.intake = Intake(self.config, routes, self, self, self.quotas, counters, log)  # type: ignore[arg-type]
+
+    # As an Acceptor.
+
+    @property
+    def time(self) -> float:
+        return self.loop.now
+
+    def now(self) -> float:
+        return self.loop.now
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.loop.spawn(coroutine)
+
+    def enter(self, client: Client) -> bytes | None:
+        self.limits.take("connections", 1000)
+        self.limits.take("client " + client.group, 1000)
+        return None
+
+    def leave(self, client: Client) -> None:
+        self.limits.give("connections")
+        self.limits.give("client " + client.group)
+
+    # As the door.
+
+    def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
+        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, assume=assume)
+
+    async def login(self, claim: object, address: str) -> tuple[Identity | None, bytes]:
+        return self.logs_in, reply.LOGGED_IN if self.logs_in is not None else reply.WRONG_CREDENTIALS
+
+    def knows(self, address: str, domain: str) -> bool:
+        return True
+
+    # As what signs, and what looks at strangers' mail: the digest is the text, so that it can be compared.
+
+    def __bool__(self) -> bool:
+        return True
+
+    def sign(self, front: bytes, text: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
+        self.loop.call_soon(done, b"X-Signed: %d\r\n" % sum(map(len, text)))
+
+    def draft(self, front: bytes, start: bytes, application: str) -> "Seen":
+        return Seen(0)
+
+    def finish(self, draft: "Seen", done: Callable[[bytes | Exception], None]) -> None:
+        self.loop.call_soon(done, b"X-Signed: %d\r\n" % len(draft.octets))
+
+    def look(self, text: bytes) -> "Look":
+        return Look(text[: header_end(text)])
+
+    async def check(self, address: str, helo: str, sender: str, look: "Look", body: bytes) -> SimpleNamespace:
+        assert REFUSED not in look.body.octets
+        octets = len(look.header) + len(look.body.octets or body)
+        refusal = reply.DMARC_REJECT if REFUSED in look.header else None
+        dmarc = SimpleNamespace(result="none")
+        return SimpleNamespace(refusal=refusal, dmarc=dmarc, held=False, field=b"X-Signed: %d\r\n" % octets)
+
+    # As the queue.
+
+    def ident(self) -> int:
+        self.last += 1
+        return self.last
+
+    def delay(self, flow: float) -> float:
+        return 0.0
+
+    def deadline(self) -> int:
+        return 0
+
+    def big_body(self, ident: int, room: int = 0) -> "File":
+        self.files.append(File(len(self.files)))
+        return self.files[-1]
+
+    def submit(self, ident: int, envelope: Envelope, text: list[bytes] | Body, done: Callable[[Any], None]) -> None:
+        file = None if isinstance(text, list) else self.files[text.segment]
+        whole = b"".join(text) if isinstance(text, list) else self.files[text.segment].front + self.files[text.segment].text
+
+        def commit() -> None:
+            if COMMIT_FAILS in whole:
+                done(StoreError("it cannot"))
+            else:
+                self.stored.append((envelope, whole))
+                if file is not None:
+                    file.kept = True
+                done(None)
+
+        self.loop.threads.append(lambda: self.loop.call_soon(commit))
+
+    # As rates.
+
+    def take(self, key: str, per_second: float, burst: int, units: int = 1) -> float:
+        if self.limits.used[key] + units > burst:
+            return 60.0
+        self.limits.used[key] += units
+        return 0.0
+
+    def wait(self, key: str, per_second: float, burst: int) -> float:
+        return 60.0 if self.limits.used[key] >= burst else 0.0
+
+
+class Limits:
+    """Counts that hold for the machine."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
+
+    def take(self, key: str, most: int) -> bool:
+        if self.counts[key] >= most:
+            return False
+        self.counts[key] += 1
+        return True
+
+    def give(self, key: str) -> None:
+        assert self.counts[key] > 0, key
+        self.counts[key] -= 1
+
+
+class Seen:
+    """A text that went by."""
+
+    def __init__(self, skipped: int) -> None:
+        self.octets, self.skipped = b"", skipped
+        self.body = self
+
+    def skip(self, octets: int) -> None:
+        self.skipped = octets
+
+    def feed(self, piece: bytes) -> None:
+        skipped = min(self.skipped, len(piece))
+        self.skipped -= skipped
+        self.octets += piece[skipped:]
+
+
+class Look:
+    """What is known of a stranger's message."""
+
+    def __init__(self, header: bytes) -> None:
+        self.header, self.end = header, len(header)
+        self.body = Seen(0)
+
+
+class File:
+    """A large body."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.text, self.front = number, b"", b""
+        self.discarded = self.finished = self.kept = False
+
+    def write(self, buffers: list[bytes]) -> None:
+        assert not self.discarded and not self.finished
+        whole = b"".join(buffers)
+        if DISK_FAILS in whole:
+            raise OSError(errno.EIO, "it cannot")
+        self.text += whole
+
+    def finish(self, front: list[bytes]) -> Body:
+        assert not self.discarded and not self.finished
+        self.finished, self.front = True, b"".join(front)
+        return Body(self.number, 1, 0, len(self.front) + len(self.text))
+
+    def discard(self) -> None:
+        self.discarded = True
