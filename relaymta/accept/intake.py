@@ -114,8 +114,8 @@ class Intake:
         return known
 
     def nobody(self, peer: str) -> Client:
-        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, and with no rights of its; nor is
-        its address, which SPF would believe."""
+        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, with no rights of its, nor
+        with its address, which SPF would believe."""
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False)
         return replace(found, address=UNKNOWN, trusted=False, xclient=False, application="", priority="", limits=limits)
