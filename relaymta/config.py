@@ -4,7 +4,6 @@ Each option has its type, bounds, default and sentence here, and nowhere else: `
 the error messages come from it. A problem reads `file:line: key: what (did you mean ...)`.
 """
 
-import contextlib
 import difflib
 import inspect
 import ipaddress
@@ -381,21 +380,6 @@ class OAuth(_Table):
     refresh_token_file: str = Field("", description="file that holds a refresh token; empty: grant client_credentials")
     scope: str = Field("", description='for example "https://outlook.office365.com/.default"')
 
-    @model_validator(mode="after")
-    def _check(self) -> "OAuth":
-        if not kept_secret(self.token_url):
-            raise ValueError("token_url: secrets go over https://, or http:// to this machine")
-        return self
-
-
-def kept_secret(url: str) -> bool:
-    """Whether what is sent to a URL, and what it answers, stay between it and us: by TLS, or because it is this machine."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    with contextlib.suppress(ValueError):
-        return parts.scheme == "https" or (parts.scheme == "http" and ipaddress.ip_address(host).is_loopback)
-    return parts.scheme == "http" and host == "localhost"
-
 
 def header_condition(text: str) -> tuple[bytes, re.Pattern[str]]:
     """A route's `header` condition: the field's name in lower case, and the expression. ValueError when it is none."""
@@ -486,7 +470,7 @@ class Route(_Table):
             raise ValueError("lookup and hosts: the look-up says which hosts")
         if self.lookup and not re.match(r"https?://[^/]", self.lookup):
             raise ValueError("lookup: this is no http:// or https:// URL")
-        if self.lookup and self.username and not (self.lookup_hosts and kept_secret(self.lookup)):
+        if self.lookup and self.username and (not self.lookup_hosts or _in_clear(self.lookup)):
             raise ValueError(
                 "username and lookup: needs an https:// or loopback URL, and lookup_hosts: credentials go to no other hosts"
             )

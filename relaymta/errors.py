@@ -38,7 +38,7 @@ class Failure(RelayError):
     that where it says more than `public`, "" otherwise."""
 
     def __init__(self, public: str, inside: str = "") -> None:
-        self.public = redacted(public)
+        self.public = public
         self.inside = redacted(inside)
         super().__init__(self.inside or self.public)
 

@@ -13,7 +13,7 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
-from relaymta.errors import Failure
+from relaymta.errors import Failure, redacted
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
 from relaymta.send.login import log_in
@@ -220,6 +220,7 @@ def _failure(phase: str, peer: Peer, error: Exception) -> ConnectFailed:
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
         said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
         if phase == "auth":
+            said.text = redacted(said.text)  # it may quote what it was sent
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}", said)
         return ConnectFailed(phase, said.text, said=said)
     cause = f"{peer.name}: {str(error) or type(error).__name__}"

@@ -125,6 +125,7 @@ def test_an_attempt_is_read_both_ways():
 def test_secrets_are_hidden_from_operators_too(text, shown):
     assert redacted(text) == shown
     assert str(Failure("public", text)) == shown
+    assert Failure(text).public == text, "what we or a peer say in public may have a link"
 
 
 def test_hiding_secrets_takes_linear_time():
@@ -148,7 +149,7 @@ SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
         (HOST, "auth", TokenError("token endpoint https://x.example/t?k=hunter2: 401"), "mail.example: no access", "/t?***: 401"),
         (HOST, "auth", LoginFailed("password_file /etc/secret: gone"), "mail.example: logging in", "/etc/secret"),
         (HOST, "auth", SMTPAuthenticationError(535, "5.7.8 no: password=hunter2"), "mail.example: logging in", "535 5.7.8 no"),
-        (HOST, "connect", SMTPConnectResponseError(554, "5.7.1 you are listed"), "you are listed", "554 5.7.1 you are listed"),
+        (HOST, "connect", SMTPConnectResponseError(554, "5.7.1 see bl.example:?p=1"), "see bl.example:?p=1", "554 5.7.1 see bl"),
         (HOST, "ehlo", SMTPHeloError(451, "caf\udce9"), "caf\ufffd", "451 caf"),
         (HOST, "connect", ConnectionRefusedError(111, "Connect failed ('192.0.2.1', 587)"), "mail.example: Connection", "587"),
         (HOST, "connect", OSError("Multiple exceptions: [Errno 111] ('192.0.2.1', 1)"), "mail.example: no usable", "192.0.2.1"),
@@ -163,7 +164,7 @@ SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
 def test_each_failure_to_connect_has_a_text_for_outsiders(peer, phase, error, public, cause):
     failure = _failure(phase, peer, error)
     assert failure.public.startswith(public) and cause in str(failure)
-    assert "hunter2" not in str(failure) + failure.public
+    assert "hunter2" not in str(failure) + failure.public + (failure.said.whole if failure.said is not None else "")
     for secret in ("/", "192.0.2.1", "_ssl", "[Errno", "password"):
         assert secret not in failure.public
     assert (failure.said is not None) == (isinstance(error, SMTPResponseException) and error.code > 0)

@@ -224,6 +224,29 @@ def test_a_reply_too_many_behind_ehlo_is_not_that_to_starttls():
     asyncio.run(main())
 
 
+def test_a_cancelled_one_leaves_no_connection_behind():
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"220 peer\r\n")
+            await reader.read(100)
+            task.cancel()
+            await reader.read(100)
+            gone.set()
+            writer.close()
+
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            task = asyncio.ensure_future(connect(host, VIA, TOKENS, Sender(0).make, 100))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with asyncio.timeout(10):
+                await gone.wait()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "scram-sha-256"])
 @pytest.mark.parametrize("line", [*LINES.values(), b"220 hello\r\n", b"250 2.0.0 ok\r\n", b"503 5.5.1 again\r\n", b"334 \r\n"])
 def test_only_235_is_a_login(mechanism, line, monkeypatch):

@@ -461,10 +461,10 @@ TOKENS = {"client_id": "y"}
     ("route", "problem"),
     [
         ({"hosts": ["h"], "oauth": TOKENS | {"token_url": "https://x.example/t"}}, "oauth needs username"),
-        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "token_url: secrets go over https"),
+        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "would go over plain http"),
         (
             {"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1@x.example/t"}},
-            "token_url: secrets go over",
+            "would go over plain http",
         ),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),

@@ -211,7 +211,7 @@ class Machine:
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.loop.spawn(coroutine)
 
-    def enter(self, client: Client) -> bytes | None:
+    def enter(self, client: Client, speaks: bool = True) -> bytes | None:
         self.limits.take("connections", 1000)
         self.limits.take("client " + client.group, 1000)
         return None
