@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.proto.dkim import author_domains, canonical_field, name_of, split_fields
+from relaymta.proto.dkim import canonical_field, name_of, split_fields
+from relaymta.proto.mailbox import Malformed, authors, domains
 
 __all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
@@ -40,12 +41,13 @@ Bodies = dict[bool, tuple[str, int]]  # for a relaxed body or not: its hash, and
 
 class Claims(NamedTuple):
     """What a message's header says of who has signed it. `signatures`: the tags of each, the first MOST; `chain`: those of its
-    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:."""
+    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:, none where that is `malformed`."""
 
     fields: list[tuple[bytes, bytes]]  # name and value, as they stand
     signatures: list[Tags]
     chain: list[Tags]
     authors: list[str]
+    malformed: bool
 
     def forms(self) -> set[bool]:
         """The forms of the body that its signatures have hashed."""
@@ -160,11 +162,16 @@ def claims(header: bytes) -> Claims:
             rows.append(_tags(field.partition(b":")[2]))
     signatures, seals, messages = found.values()
     pairs = [field.partition(b":") for field in fields]
+    try:
+        wrote, malformed = domains(authors(header, fields=fields)), False
+    except Malformed:
+        wrote, malformed = [], True
     return Claims(
         [(name, value + b"\r\n") for name, colon, value in pairs if colon],
         signatures[:MOST],
         [*seals[: SETS + 1], *messages[: SETS + 1]],
-        author_domains(fields),
+        wrote,
+        malformed,
     )
 
 

@@ -1,9 +1,9 @@
 """Header blocks as bytes: found, counted and prepended to; a message is never parsed and rebuilt."""
 
 import re
-from email.utils import formatdate, getaddresses
+from email.utils import formatdate
 
-__all__ = ["HEADER_SEEN", "authors", "count_received", "field_names", "fields", "header_end", "received_field"]
+__all__ = ["HEADER_SEEN", "count_received", "field_names", "fields", "header_end", "received_field"]
 
 HEADER_SEEN = 131072  # octets of a text that are looked at for its header
 
@@ -43,24 +43,6 @@ def fields(header: bytes) -> list[tuple[bytes, str]]:
             text = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
             found.append((name.strip().lower(), text))
     return found
-
-
-def authors(header: bytes) -> list[str]:
-    """The addresses in From: and Sender: of a header block (RFC 5322 3.6.2). What is in such a field and is no address is given
-    as it stands, so that it is nobody's."""
-    found = []
-    for name, value in fields(header):
-        if name in (b"from", b"sender"):
-            addresses = _addresses(value)
-            found += [value if address.startswith("@") else address for address in addresses or [value]]
-    return found
-
-
-def _addresses(value: str) -> list[str]:
-    try:
-        return [address for _, address in getaddresses([value]) if address]
-    except RecursionError:  # comments within comments within ...
-        return []
 
 
 def rfc5322_date(seconds: int) -> str:
