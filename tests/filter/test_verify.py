@@ -21,7 +21,7 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import organizational
 from relaymta.filter.keys import load_key, record
-from relaymta.filter.signatures import Keys, Verified, arc, claims, verify
+from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
 from relaymta.proto.header import header_end
@@ -279,6 +279,21 @@ def test_results_that_claim_to_be_ours_are_removed_and_no_others():
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "removed"),
+    [(b"relay.example; spf=pass", True), (b" RELAY.example.; x", True), (b"relay.example", True), (b"relay.example 1; x", True),
+     (b'"relay.example"; x', True), (b'"relay\\.example"; x', True), (b'"relay.example" 1 (x); x', True),
+     (b"(a (b) c) relay.example; x", True), (b"(\\)) relay.example; x", True), (b"relay.example(x); x", True),
+     (b"relay(x).example; x", True), (b"relay.example/1; x", True), (b"relay .example; x", True), (b"(relay.example; x", True),
+     (b"", True), (b";", True), (b"other.example (relay.example); x", False), (b"other.example; x", False),
+     (b'"other.example" 1; relay.example', False), (b"xrelay.example; x", False), (b"relay.example.com; x", False),
+     (b"none", False), (b"spf=pass (sender IP) smtp.mailfrom=relay.example; dkim=none", False)],
+)  # fmt: skip
+def test_who_a_field_of_results_claims_to_come_from(value, removed):
+    block = b"Subject: x\r\nAuthentication-Results:" + value + b"\r\nTo: y\r\n\r\n"
+    assert (without_forged(block, "relay.example") != block) is removed
+
+
 @pytest.fixture
 def peer() -> Iterator[FakeMx]:
     with FakeMx({}) as made:
@@ -316,6 +331,11 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             assert send("127.0.0.5", "eve@shop.test", MESSAGE) == 550
             assert send("127.0.0.5", "eve@evil.test", b"From: a@bank.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: [row["held"] for row in relay.summary()] == [1])
+            # However it is written, and where nobody can say what is written.
+            for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
+                                (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip
+                assert send("127.0.0.5", "eve@evil.test", b"Subject: x\r\nFrom: " + value + b"\r\n\r\nx\r\n") == code, value
+            wait_for(lambda: [event["reply"][:9] for event in relay.events("rejected")].count("550 5.6.0") == 3)
             assert send("127.0.0.5", "eve@quiet.test", b"From: a@quiet.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: len(peer.messages) == 2)
             field = peer.messages[1][2].split(b"\r\nReceived:")[0].decode()
@@ -324,7 +344,7 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
-            assert counts == [1, 2, 1]
+            assert counts == [1, 5, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
 
 
 def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
@@ -418,6 +438,45 @@ async def test_who_is_aligned_with_the_author(tags, author, sender, signature, e
     signatures = [(signature, "pass"), ("shop.co.uk.evil.test", "pass"), ("", "permerror")] if signature else []
     found = await dmarc.check(texts, [author], (sender, "pass"), signatures)  # type: ignore[arg-type]
     assert found.result == expected
+
+
+@pytest.mark.parametrize(
+    ("tags", "spf", "signatures", "expected"),
+    [("", ("evil.test", "temperror"), [], "fail"), ("", ("evil.test", "fail"), [("evil.test", "temperror")], "fail"),
+     ("", ("", "temperror"), [("", "temperror"), ("..", "temperror"), ("x" * 300, "temperror")], "fail"),
+     ("", ("evil.test", "pass"), [("bank.test.evil.test", "temperror"), ("evil.test", "pass")], "fail"),
+     ("", ("bank.test", "temperror"), [], "temperror"), ("", ("a.bank.test", "temperror"), [], "temperror"),
+     ("aspf=s", ("a.bank.test", "temperror"), [], "fail"), ("adkim=s", ("", ""), [("a.bank.test", "temperror")], "fail"),
+     ("adkim=s", ("", ""), [("a.bank.test", "temperror"), ("bank.test", "temperror")], "temperror"),
+     ("", ("evil.test", "fail"), [("evil.test", "temperror"), ("m.bank.test", "temperror")], "temperror"),
+     ("", ("bank.test", "pass"), [("bank.test", "temperror")], "pass")],
+)  # fmt: skip
+async def test_what_is_not_known_matters_where_it_could_help(tags, spf, signatures, expected):
+    """Else whoever signs with a domain whose DNS is silent is put off, and not refused."""
+    texts = Texts({"bank.test": [f"v=DMARC1; p=reject; {tags}"]})
+    found = await dmarc.check(texts, ["bank.test"], spf, signatures)  # type: ignore[arg-type]
+    assert (found.result, found.policy) == (expected, "none" if expected == "pass" else "reject")
+
+
+async def test_a_key_that_cannot_be_in_the_dns_is_none(tmp_path):
+    class Silent:
+        async def txt(self, name: str) -> list[str]:
+            raise DnsFailure(name)
+
+    message = sign(MESSAGE, keys(tmp_path)[:1])
+    cases = {b"s=rsa": "temperror", b"s=" + b"a" * 64: "permerror", b"s=a..b": "permerror", "s=ä".encode(): "permerror",
+             b"s=" + b"a." * 130 + b"a": "permerror", b"s=.": "permerror"}  # fmt: skip
+    for selector, expected in cases.items():
+        text = message.replace(b"s=rsa", selector)
+        end = header_end(text)
+        said = claims(text[:end])
+        hashes = BodyHashes(said.forms())
+        hashes.feed(text[end:])
+        bodies = hashes.finish()
+        found = await keys_of(Silent(), said)  # type: ignore[arg-type]
+        assert verify(said, bodies, found, 1_795_000_100)[0].result == expected, selector
+    # Nor does a silent DNS make good what cannot be good.
+    assert told(message.replace(b"end\r\n", b"END\r\n"), {"rsa._domainkey.shop.test": DnsFailure("x")})[0][0].result == "fail"
 
 
 @pytest.mark.parametrize(
