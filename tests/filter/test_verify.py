@@ -1,5 +1,6 @@
 """Mail of strangers: the SPF suite of RFC 7208, signatures of others, DMARC, and Authentication-Results as it arrives."""
 
+import asyncio
 import base64
 import os
 import smtplib
@@ -229,6 +230,72 @@ async def test_a_policy_of_spf_has_a_length():
 
     found = await spf.check(Twisted(), "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
     assert found.result == "permerror" and "macros" in found.reason
+
+
+class Many:
+    """A resolver with so many records of a kind; it never waits, as one that has all in its cache."""
+
+    def __init__(self, policy: str, **counts: int) -> None:
+        self.policy, self.counts = policy, counts
+        self.asked: list[str] = []
+
+    async def values(self, name: str, kind: str) -> list:
+        self.asked.append(f"{kind} {name}")
+        count = self.counts.get(kind, 0)
+        if kind == "TXT":
+            own = self.policy if name == "b.test" else f"v=spf1 {'ip4:10.0.0.1 ' * self.counts.get('terms', 0)}?all"
+            return [f"text {number}" for number in range(count)] + [own]
+        if kind == "MX":
+            return [(number, f"m{number}.test") for number in range(count)]
+        if kind == "PTR":
+            return [f"p{number}.test" for number in range(count)]
+        return [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count)] if kind == "A" else []
+
+
+HOSTS = " ".join(f"a:a{number}.test" for number in range(10))
+INCLUDES = " ".join(f"include:i{number}.test" for number in range(10))
+
+
+@pytest.mark.parametrize(
+    ("policy", "counts", "expected", "most"),
+    [
+        (f"v=spf1 {HOSTS} -all", {"A": 2000}, "permerror", 2), (f"v=spf1 {HOSTS} -all", {"A": 100}, "permerror", 7),
+        (f"v=spf1 {HOSTS} -all", {"A": 40}, "fail", 11), ("v=spf1 mx -all", {"MX": 5000, "A": 1}, "permerror", 2),
+        ("v=spf1 mx -all", {"MX": 10, "A": 5}, "fail", 12), ("v=spf1 ptr -all", {"PTR": 5000, "A": 2}, "fail", 12),
+        ("v=spf1 ptr:b.test -all", {"PTR": 10, "A": 2}, "fail", 12), ("v=spf1 -all", {"TXT": 5000}, "fail", 1),
+        ("v=spf1 exp=e.test -all", {"TXT": 5000}, "fail", 2),
+        ("v=spf1 " + " ".join(f"x{number}=y" for number in range(1200)) + " -all", {}, "permerror", 1),
+        ("v=spf1 " + "a " * 4000, {"A": 1}, "permerror", 1), (f"v=spf1 {INCLUDES} -all", {"terms": 60}, "fail", 11),
+        (f"v=spf1 {INCLUDES} -all", {"terms": 90}, "permerror", 10),
+    ],
+)  # fmt: skip
+async def test_a_policy_of_spf_costs_only_so_much(policy, counts, expected, most):
+    many = Many(policy, **counts)
+    found = await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
+    assert found.result == expected and len(many.asked) <= most, (found, many.asked)
+
+
+async def test_of_a_long_answer_only_so_much_is_read_again_and_again():
+    many = Many("v=spf1 -all", A=5000, MX=5000, PTR=5000, TXT=5000)
+    for kind, most in (("A", spf.ADDRESSES + 1), ("MX", 11), ("PTR", 10), ("TXT", 4)):
+        assert len(await spf._asked(many, "b.test", kind)) <= most  # type: ignore[arg-type,arg-type]
+
+
+async def test_a_long_policy_does_not_hold_up_the_loop():
+    """Where the resolver has all in its cache, nothing else would let others in."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    many = Many(f"v=spf1 {INCLUDES} -all", terms=60)
+    assert (await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")).result == "fail"  # type: ignore[arg-type]
+    task.cancel()
+    assert turns >= 5
 
 
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
