@@ -15,7 +15,7 @@ from relaymta.proto.dkim import name_of, split_fields
 
 __all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "domains"]
 
-LONGEST = 32_768  # octets of all fields of one message that are read here; nobody's are a tenth of that
+LONGEST = 16_384  # octets of all fields of one message that are read here; nobody's are a tenth of that
 MOST = 250  # domains in one field: each takes as long as a hundred octets
 AUTHORS: Collection[bytes] = (b"from",)
 
