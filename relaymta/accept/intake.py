@@ -16,7 +16,7 @@ from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import DOTTED, EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
-from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date
+from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date, too_long
 from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
@@ -226,7 +226,7 @@ class Intake:
                 return refused
         if self._routes.looks_at_headers:
             try:
-                transaction.headers = self._routes.headers_met(header)
+                transaction.headers = self._routes.headers_met(header[:HEADER_SEEN])
             except Malformed:
                 return reply.BAD_AUTHOR
         if count_received(header) > self._config.intake.hops:
@@ -335,7 +335,7 @@ class Intake:
 
 def _not_as_themselves(identity: Identity, header: bytes, seen: int) -> bytes | None:
     """The reply that refuses a header in which somebody writes as another, or may: of its text only `seen` octets are known."""
-    if len(header) > HEADER_SEEN or len(header) == seen >= HEADER_SEEN:  # what is behind it was not seen
+    if too_long(header) or len(header) == seen >= HEADER_SEEN:  # what is behind it was not seen
         return reply.HEADER_TOO_LONG
     try:
         found = [str(mailbox) for mailbox in authors(header, (b"from", b"sender"))]

@@ -17,7 +17,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.dkim import BodyHashes, signed, split_fields
-from relaymta.proto.header import HEADER_SEEN, header_end
+from relaymta.proto.header import header_end, too_long
 from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
 
@@ -220,11 +220,12 @@ class Signer:
         """For a message whose text begins with `start`, and goes to a file as it comes where that is not all. None when no key
         signs it; Unsignable when that cannot be known."""
         end = header_end(start)
-        if end > HEADER_SEEN:
+        header = start[:end]
+        if too_long(header):
             if any(one.value is not None and one.value.settings.signs_for(application) for one in self.watched):
                 raise Unsignable(reply.HEADER_TOO_LONG)
             return None
-        header = front + start[:end]
+        header = front + header
         fields = split_fields(header)
         keys = self._keys_for(header, fields, application)
         return Draft(fields, keys, end, self._now()) if keys else None

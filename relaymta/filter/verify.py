@@ -16,7 +16,7 @@ from relaymta.filter.spf import Spf
 from relaymta.proto import reply
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
-from relaymta.proto.header import HEADER_SEEN, header_end
+from relaymta.proto.header import header_end, too_long
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
@@ -80,7 +80,8 @@ class Verifier:
         """Begin with a message whose text begins with `start`; None when its header is too long: nobody's is, and nobody hides
         behind one."""
         end = header_end(start)
-        return Look(without_forged(start[:end], self._hostname), end) if end <= HEADER_SEEN else None
+        header = start[:end]
+        return None if too_long(header) else Look(without_forged(header, self._hostname), end)
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
         """All about a message of a client at `address`. `rest`: of its body, what was not fed yet."""

@@ -3,9 +3,10 @@
 import re
 from email.utils import formatdate
 
-__all__ = ["HEADER_SEEN", "count_received", "field_names", "fields", "header_end", "received_field"]
+__all__ = ["HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "header_end", "received_field", "too_long"]
 
 HEADER_SEEN = 131072  # octets of a text that are looked at for its header
+LINES_SEEN = 5000  # of one that is taken apart: nobody's has a tenth, and each costs as much as a hundred octets
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
@@ -21,6 +22,11 @@ def header_end(text: bytes) -> int:
         return 2
     end = text.find(b"\r\n\r\n")
     return len(text) if end < 0 else end + 4
+
+
+def too_long(header: bytes) -> bool:
+    """Whether a header block is longer than anybody's, and would take too long to be taken apart."""
+    return len(header) > HEADER_SEEN or header.count(b"\n") > LINES_SEEN
 
 
 def count_received(header: bytes) -> int:

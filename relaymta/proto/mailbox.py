@@ -283,6 +283,8 @@ def _local(words: list[_Token]) -> str:
     local = "".join(word.text for word in words)
     if "=?" in local:
         raise Malformed("an encoded word in an address (RFC 2047 5)")
+    if any(one > "\x7f" and one.lower() < "\x80" for one in local):
+        raise Malformed("a local part with characters that are others in lower case")
     if not local.isprintable():  # nor are what stands for octets that are no UTF-8
         raise Malformed("a local part with characters that nobody sees")
     if _DOT_ATOM.match(local):

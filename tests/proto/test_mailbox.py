@@ -225,6 +225,8 @@ ROWS: list[tuple[str | bytes, list[str] | None, str]] = [
     (b"(J\xf6rg) ann@shop.test", ["ann@shop.test"], "a name in Latin-1"),
     (b"j\xf6rg@shop.test", REFUSED, "not UTF-8"),
     (b"ann@sh\xf6p.test", REFUSED, "not UTF-8"),
+    ("\u212aim@shop.test", REFUSED, "the sign of Kelvin: kim in lower case"),
+    ("ann@shop.\u212aim", ["ann@shop.kim"], "UTS 46"),
     ("ann\u200b@shop.test", REFUSED, "what nobody sees"),
     ("ann\u00a0@shop.test", REFUSED, "no blank, and looks like one"),
     ("ann@shop\u00a0.test", REFUSED, "not in the DNS"),
