@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tests.support.parsers import PARSERS, Parser
 
 SHORT, LONG = 1024, 131_072
-BETWEEN = (4000, 10_000, 16_000)  # just below limits, where a call may take longer than at LONG
+BETWEEN = (4000, 10_000, 16_000, 20_000)  # just below limits, where a call may take longer than at LONG
 LEAST_SECONDS, REPEATS = 0.002, 5
 RATIO = 2.0
 
@@ -48,7 +48,8 @@ def cost(parser: Parser, what: str) -> Cost:
     """What one input costs."""
     short, long = parser.worst[what](SHORT), parser.worst[what](LONG)
     call = seconds(parser, long)
-    longest = max(call, *(seconds(parser, parser.worst[what](size)) for size in BETWEEN))
+    held = [parser.worst[what](size) for size in BETWEEN]
+    longest = max(seconds(parser, data) for data in [*held, long] if not parser.refused(data))
     return Cost(what, seconds(parser, short) / len(short) * 1e9, call / len(long) * 1e9, longest * 1e3)
 
 

@@ -21,13 +21,14 @@ __all__ = ["PARSERS", "Parser"]
 
 class Parser(NamedTuple):
     """`call` reads `worst[...](n)`, some n octets; `limit`: what it reads no further than, in words ("": nothing), and `most` in
-    octets (0: nothing)."""
+    octets (0: nothing); `refused`: what the relay does not give it."""
 
     name: str
     call: Callable[[bytes], object]
     worst: dict[str, Callable[[int], bytes]]
     limit: str = ""
     most: int = 0
+    refused: Callable[[bytes], bool] = lambda data: False
 
 
 def times(piece: bytes, front: bytes = b"", end: bytes = b"") -> Callable[[int], bytes]:
@@ -352,24 +353,23 @@ def _parameters(text: bytes) -> None:
 
 
 def _parsers() -> Iterable[Parser]:
-    whole = "nothing; who calls it gives it 128 kB"
+    whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "16 kB, 250 domains: refused", 16000)
     fields = {name: lambda n, make=make: b"From: " + make(n) + b"\r\n" for name, make in _ADDRESS_LISTS.items()}
-    yield Parser("proto.mailbox.authors", _authors, {**_BLOCKS, **fields}, "16 kB of all fields: refused", 16000)
+    yield Parser("proto.mailbox.authors", _authors, {**_BLOCKS, **fields}, "16 kB of all fields: refused", 16000, header.too_long)
     yield Parser("proto.header.header_end", header.header_end, _BLOCKS)
-    yield Parser("proto.header.count_received", header.count_received, _BLOCKS, whole)
-    yield Parser("proto.header.field_names", header.field_names, _BLOCKS, whole)
-    yield Parser("proto.header.fields", header.fields, _BLOCKS, whole)
-    yield Parser("proto.dkim.split_fields", dkim.split_fields, _BLOCKS, whole)
-    yield Parser("proto.dkim.canonical_field", dkim.canonical_field, _BLOCKS, whole)
+    yield Parser("proto.header.count_received", header.count_received, _BLOCKS)
+    yield Parser("proto.header.field_names", header.field_names, _BLOCKS)
+    yield Parser("proto.header.fields", header.fields, _BLOCKS, whole, refused=header.too_long)
+    yield Parser("proto.dkim.split_fields", dkim.split_fields, _BLOCKS, whole, refused=header.too_long)
+    yield Parser("proto.dkim.canonical_field", dkim.canonical_field, _BLOCKS, whole, refused=header.too_long)
     yield Parser("proto.dkim.BodyHash", _relaxed, _BODIES)
     sign: Callable[[bytes], object] = lambda block: _signature.unsigned(dkim.split_fields(block), "bh", 1)  # noqa: E731
-    yield Parser("proto.dkim.Signature", sign, _BLOCKS, whole)
+    yield Parser("proto.dkim.Signature", sign, _BLOCKS, whole, refused=header.too_long)
     forged: Callable[[bytes], object] = lambda block: authres.without_forged(block, "relay.test")  # noqa: E731
-    yield Parser("proto.authres.without_forged", forged, _RESULTS, whole)
-    yield Parser(
-        "filter.signatures", _verify, _SIGNATURES, "5 signatures, 10 ARC sets, 4096 octets and 200 names of each, 500 fields"
-    )
+    yield Parser("proto.authres.without_forged", forged, _RESULTS, whole, refused=header.too_long)
+    sets = "5 signatures, 10 ARC sets; 4096 octets and 200 names of each, in 500 fields"
+    yield Parser("filter.signatures", _verify, _SIGNATURES, sets, refused=header.too_long)
     yield Parser("filter.signatures (a key)", _key, _KEYS, "4096 octets, RSA of 4096 bits", 4000)
     yield Parser(
         "filter.spf (a policy)", _spf(), _POLICIES, "10,240 octets, 800 terms, 50 macros, 40 questions: permerror", 10000
