@@ -45,6 +45,7 @@ prove: build
 	$(MAKE) fuzz
 	mkdir -p build/bench
 	for which in idle large backlog stragglers sites crowd door; do $(BIN)/python -m benchmarks.$$which > build/bench/$$which.json || exit 1; done
+	$(BIN)/python -m benchmarks.hostile
 	$(BIN)/python -m benchmarks.run --json build/bench/run.json
 	$(BIN)/python -m benchmarks.report build/bench docs/benchmarks.md
 

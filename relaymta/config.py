@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from relaymta.errors import ConfigError
+from relaymta.proto.address import DomainError, normalize_domain
 
 __all__ = [
     "Account", "Certificate", "Config", "Dkim", "Listener", "Route", "load", "load_accounts", "parse_duration", "parse_hostport",
@@ -244,6 +254,15 @@ def _named(networks: list[str]) -> str:
     return ", ".join(first[:3]) + (" ..." if len(first) > 3 else "")
 
 
+def _spoken(name: str) -> str:
+    if not name.isprintable() or " " in name:
+        raise ValueError(f"{name!r} has white space or control characters in it")
+    return name
+
+
+Spoken = Annotated[str, AfterValidator(_spoken)]  # what goes into commands, replies and header fields as it is
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
@@ -309,6 +328,45 @@ class Dkim(_Table):
     signed: list[str] = Field([], description="names of header fields to sign beside the usual ones")
     oversigned: list[str] = Field([], description="names of fields that nobody may add; empty: From, To, Subject, Date and such")
     expires: Duration = Field(0, description="for so long a signature is good; 0: for good")
+
+    @field_validator("domain", "selector")
+    @classmethod
+    def _is_domain(cls, name: str) -> str:
+        return _in_dns(name)
+
+    @field_validator("authors")
+    @classmethod
+    def _are_domains(cls, names: list[str]) -> list[str]:
+        return [name if name == "*" else "." * name.startswith(".") + _in_dns(name.removeprefix(".")) for name in names]
+
+    @field_validator("signed", "oversigned")
+    @classmethod
+    def _are_fields(cls, names: list[str]) -> list[str]:
+        wrong = next((name for name in names if not re.fullmatch(r"[!-9;-~]+", name)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong!r} is no name of a header field")
+        return [name.lower() for name in names]
+
+    def signs_for(self, application: str) -> bool:
+        """Whether mail of an application is signed, whoever wrote it."""
+        return not self.application or application in self.application
+
+    def signs(self, author: str) -> bool:
+        """Whether mail of an author's domain, as the DNS has it, is signed; "": of nobody's."""
+        return any(
+            own in ("*", author) or (own.startswith(".") and author.endswith(own)) for own in self.authors or [self.domain]
+        )
+
+
+def _in_dns(name: str) -> str:
+    """A name as the DNS has it, in lower case: it goes into header fields as it is. ValueError when it is none."""
+    try:
+        found = normalize_domain(name)
+    except DomainError:
+        found = ""
+    if not re.fullmatch(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*", found):
+        raise ValueError(f"{name!r} is no name that the DNS could have")
+    return found
 
 
 class Verify(_Table):
@@ -406,8 +464,8 @@ class Route(_Table):
         "recipient_domain only; empty: any",
     )  # fmt: skip
     header: list[str] = Field(
-        [], description='matches messages with such header fields, each a "Name: regular expression" on its value, looked at '
-        "when the message is taken in; empty: any",
+        [], description='matches messages with such header fields, each a "Name: regular expression" on its value (of From: and '
+        "Sender: on each address), looked at when the message is taken in; empty: any",
     )  # fmt: skip
     min_size: Size = Field(0, description="matches messages of at least so many octets")
     max_size: Size = Field(0, description="matches messages of at most so many octets; 0: any")
@@ -529,7 +587,7 @@ class Source(_Table):
 
     name: str = Field(description="as routes, logs and `site` name it")
     address: str = Field(description="the IP address")
-    hostname: str = Field("", description="our name in EHLO from there; empty: hostname")
+    hostname: Spoken = Field("", description="our name in EHLO from there; empty: hostname")
     weight: int = Field(1, ge=1, le=1000, description="its share of the mail")
 
     @model_validator(mode="after")
@@ -687,7 +745,7 @@ class Log(_Table):
 class Config(_Table):
     """The whole configuration."""
 
-    hostname: str = Field(
+    hostname: Spoken = Field(
         default_factory=socket.getfqdn, description="our name in the banner, EHLO and Received (default: this host's)"
     )
     user: str = Field("", description="user to run as when started as root; empty: stay root, with a warning")

@@ -5,6 +5,7 @@ import pytest
 from relaymta.config import Config
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.proto.envelope import Envelope, QueueName
+from relaymta.proto.mailbox import Malformed
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up, targets
 from relaymta.route.sites import Sites
 from relaymta.route.table import Asked, RouteTable
@@ -202,6 +203,20 @@ def test_header_conditions_are_looked_at_when_a_message_is_taken_in():
     for wrong in ("X-Class", "X Class: x", "X: ("):
         with pytest.raises(ValueError, match="header"):
             table({"header": [wrong], "hosts": ["h"]})
+
+
+def test_a_condition_on_the_author_sees_addresses_as_they_are_meant():
+    routes = table({"name": "shop", "header": ["From: @shop\\.test$"], "hosts": ["h1"]}, {"name": "rest", "hosts": ["h2"]})
+    cases = {b"a@shop.test": True, b"a@ Shop . test (x@y)": True, b'"x@shop.test" <a@bank.test>': False,
+             b"a@bank.test (@shop.test": None, b"b@bank.test, a@shop.test": True, b"a@b.test (c@shop.test)": False}  # fmt: skip
+    for value, met in cases.items():
+        header = b"Subject: x\r\nFrom: " + value + b"\r\n\r\n"
+        if met is None:
+            with pytest.raises(Malformed):
+                routes.headers_met(header)
+        else:
+            assert bool(routes.headers_met(header)) is met, value
+    assert table({"header": ["Subject: ."], "hosts": ["h"]}).headers_met(b"From: <\r\nSubject: x\r\n\r\n") == ["Subject: ."]
 
 
 def test_differences_of_provider_profiles():

@@ -47,7 +47,8 @@ cdef class Parser:
     cdef Py_ssize_t _unfinished(self, bytes data, Py_ssize_t pos, Py_ssize_t n) except -1
 
     @cython.locals(p="const unsigned char *", w="unsigned char *", out=bytearray, first=Py_ssize_t, run=Py_ssize_t,
-                   k=Py_ssize_t, i=Py_ssize_t, c=Py_ssize_t, stop=Py_ssize_t, place=int, tail=Py_ssize_t)
+                   k=Py_ssize_t, i=Py_ssize_t, c=Py_ssize_t, stop=Py_ssize_t, place=int, tail=Py_ssize_t,
+                   lf=Py_ssize_t)
     cdef Py_ssize_t _text(self, bytes data, Py_ssize_t pos, Py_ssize_t n, list events) except -1
 
     cdef int _line(self, Py_ssize_t ending) except -1
@@ -57,5 +58,5 @@ cdef class Parser:
                     list events) except -1
 
     @cython.locals(p="const unsigned char *", end=Py_ssize_t, i=Py_ssize_t, j=Py_ssize_t, c=Py_ssize_t,
-                   stop=Py_ssize_t)
+                   stop=Py_ssize_t, lf=Py_ssize_t)
     cdef Py_ssize_t _chunk(self, bytes data, Py_ssize_t pos, Py_ssize_t n, list events) except -1

@@ -219,11 +219,14 @@ class Parser:
         k = 0
         out = None
         tail = -1  # where the text ends, once the final dot is seen
+        lf = -1  # the next LF, or n; looked for once, however many bare CRs there are in front of it
         while pos < n:
             place = self.place
             if place == MIDDLE:
-                i = find(p, LF, pos, n)
-                stop = n if i < 0 else i
+                if lf < pos:
+                    i = find(p, LF, pos, n)
+                    lf = n if i < 0 else i
+                stop = lf
                 self.column += stop - pos
                 # A CR is fine only right before that LF.
                 c = find(p, CR, pos, stop)
@@ -237,9 +240,10 @@ class Parser:
                     pos = stop
                     self.place = AFTER_CR
                     continue
-                if i < 0:
+                if stop == n:
                     pos = n
                     break
+                i = stop
                 # A bare LF.
                 self.flags |= BARE_LF
                 if self.normalize:
@@ -357,6 +361,7 @@ class Parser:
         end = n if n - pos < self.left else pos + self.left
         self.left -= end - pos
         i = pos
+        lf = -1  # as in _text
         while i < end:
             if self.place == AFTER_CR:
                 if p[i] == LF:
@@ -366,8 +371,10 @@ class Parser:
                     self.flags |= BARE_CR
                 self.place = MIDDLE
                 continue
-            j = find(p, LF, i, end)
-            stop = end if j < 0 else j
+            if lf < i:
+                j = find(p, LF, i, end)
+                lf = end if j < 0 else j
+            stop = lf
             c = find(p, CR, i, stop)
             if c >= 0:
                 self.column += c + 1 - i
@@ -375,10 +382,10 @@ class Parser:
                 self.place = AFTER_CR
                 continue
             self.column += stop - i
-            if j >= 0:
+            if stop < end:
                 self.flags |= BARE_LF
                 self.column += 1
-            i = stop if j < 0 else j + 1
+            i = stop if stop == end else stop + 1
         self._flush(data, pos, pos, end, None, 0, events)
         if self.left == 0:
             self.mode = HOLDING

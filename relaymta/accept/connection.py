@@ -19,10 +19,11 @@ from relaymta.accept.large import Large
 from relaymta.accept.listening import Announcement, among, named, readable, waiting
 from relaymta.config import Listener
 from relaymta.errors import StoreError, redacted, store_error
+from relaymta.filter.signing import Unsignable
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
-from relaymta.proto.header import HEADER_SEEN, header_end
+from relaymta.proto.header import HEADER_SEEN
 from relaymta.proto.sasl import Claim
 from relaymta.proto.smtp_server import ServerSession, Transaction
 from relaymta.queue import format_id
@@ -581,12 +582,18 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """The signatures are there, or cannot be: then the message is not sent without."""
         if isinstance(found, Exception):
-            self.acceptor.intake.unsigned(found)
-            self._turn_down(reply.NOT_SIGNED)
+            self._not_signed(found)
             return
         text[:0] = [found, *front] if found else front
         self.size = sum(map(len, text))
         self._admit(session, transaction, text)
+
+    def _not_signed(self, error: Exception) -> None:
+        if isinstance(error, Unsignable):
+            self._turn_down(error.reply)
+        else:
+            self.acceptor.intake.unsigned(error)
+            self._turn_down(reply.NOT_SIGNED)
 
     def client_of(self) -> Client:
         """The peer's rules."""
@@ -686,8 +693,11 @@ class Connection(asyncio.Protocol):
         )
         if isinstance(front, bytes):
             return front
-        if self._signs() and header_end(start) < len(start):
-            draft = door.signer.draft(front[0], start, self._application())
+        if self._signs():
+            try:
+                draft = door.signer.draft(front[0], start, self._application())
+            except Unsignable as error:
+                return error.reply
         return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
 
     def _spilled(self, future: "asyncio.Future[None]") -> None:
@@ -720,8 +730,7 @@ class Connection(asyncio.Protocol):
 
         def signed(found: bytes | Exception) -> None:
             if isinstance(found, Exception):
-                self.acceptor.intake.unsigned(found)
-                self._turn_down(reply.NOT_SIGNED)
+                self._not_signed(found)
             else:
                 self._close_large(session, transaction, large, found)
 

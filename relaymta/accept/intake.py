@@ -16,7 +16,8 @@ from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import DOTTED, EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
-from relaymta.proto.header import HEADER_SEEN, authors, count_received, field_names, header_end, received_field, rfc5322_date
+from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date, too_long
+from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
@@ -240,13 +241,14 @@ class Intake:
         refuses it."""
         header = start[: header_end(start)]
         if identity is not None and identity.senders:
-            if len(header) == len(start) >= HEADER_SEEN:  # what is behind it was not seen
-                return reply.HEADER_TOO_LONG
-            stranger = next((author for author in authors(header) if not identity.may_send_as(author)), None)
-            if stranger is not None:
-                return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger}> (senders of its account)")
+            refused = _not_as_themselves(identity, header, len(start))
+            if refused is not None:
+                return refused
         if self._routes.looks_at_headers:
-            transaction.headers = self._routes.headers_met(header)
+            try:
+                transaction.headers = self._routes.headers_met(header[:HEADER_SEEN])
+            except Malformed:
+                return reply.BAD_AUTHOR
         if count_received(header) > self._config.intake.hops:
             return reply.TOO_MANY_HOPS
         now = wall_ms() // 1000
@@ -349,6 +351,20 @@ class Intake:
             return reply.STORE_FULL
         self.counters.add(REFUSED_STORE, 1)
         return reply.STORE_ERROR
+
+
+def _not_as_themselves(identity: Identity, header: bytes, seen: int) -> bytes | None:
+    """The reply that refuses a header in which somebody writes as another, or may: of its text only `seen` octets are known."""
+    if too_long(header) or len(header) == seen >= HEADER_SEEN:  # what is behind it was not seen
+        return reply.HEADER_TOO_LONG
+    try:
+        found = [str(mailbox) for mailbox in authors(header, (b"from", b"sender"))]
+    except Malformed:
+        return reply.BAD_AUTHOR
+    stranger = next((author for author in found if not identity.may_send_as(author)), None)
+    if stranger is None:
+        return None
+    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger}> (senders of its account)")
 
 
 def _anything(address: str, transaction: Transaction) -> bytes | None:

@@ -35,10 +35,18 @@ def dkim() -> None:
 @configured
 def keygen(read: Callable[..., Config], domain: str, selector: str, kind: str, out: Path) -> None:
     """Make a key; say what to put into the DNS and into the configuration."""
-    settings = Dkim(domain=domain, selector=selector, key=str(out))
+    settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, DEMO).user)
     _show_record(settings)
-    say("", "[[dkim]]", f'domain = "{domain}"', f'selector = "{selector}"', f'key = "{out}"')
+    say("", "[[dkim]]", f'domain = "{settings.domain}"', f'selector = "{settings.selector}"', f'key = "{out}"')
+
+
+def _settings(values: dict[str, object]) -> Dkim:
+    """A [[dkim]] table of these values; the command ends where one is wrong."""
+    try:
+        return Dkim.model_validate(values)
+    except ValueError as error:
+        fail(64, str(error))
 
 
 def _make(path: Path, kind: str, user: str) -> None:
@@ -75,6 +83,8 @@ def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, k
     """Replace the key of a domain: make one, say its record, and once the DNS has that, put it into the configuration file in the
     old one's place. Call it again until it has; then `relaymta reload`, and keep the old record for a week."""
     config, file = loaded(read, DEMO), config_path()
+    wanted = _settings({"domain": domain, "selector": selector, "key": str(out)})
+    domain, selector = wanted.domain, wanted.selector
     olds = [one for one in config.dkim if one.domain == domain and one.selector != selector]
     if file is None or len(olds) != 1:
         fail(1, f"there must be a configuration file with one other [[dkim]] of {domain} (there are {len(olds)})")
@@ -110,7 +120,7 @@ def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
     for start, end in itertools.pairwise(heads):
         block = "".join(lines[start:end])
         found = tomllib.loads(block).get("dkim", [{}]) if lines[start].strip().startswith("[[dkim]]") else [{}]
-        if found[0].get("domain") == old.domain and found[0].get("selector") == old.selector:
+        if "key" in found[0] and (one := _settings(found[0])).domain == old.domain and one.selector == old.selector:
             for key, value in (("selector", new.selector), ("key", new.key)):
                 block = re.sub(rf"(?m)^(\s*{key}\s*=\s*).*$", lambda m, value=value: m[1] + json.dumps(value), block)  # type: ignore[misc]
             text = "".join([*lines[:start], block, *lines[end:]])

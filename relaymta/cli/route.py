@@ -64,6 +64,7 @@ def test(
 
 async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+    from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
     from relaymta.route.shaping import LIMITS, Shaping
     from relaymta.route.sites import Sites
@@ -72,7 +73,10 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     routes = RouteTable(config)
     resolver = Resolver(config.delivery.nameservers)
     sites = Sites(routes, resolver, {config.hostname.lower()}, resolver.now)
-    envelope.headers = routes.headers_met("\r\n".join(headers).encode())
+    try:
+        envelope.headers = routes.headers_met("\r\n".join(headers).encode())
+    except Malformed as error:
+        fail(64, f"--header: {error}")
     ((name, _),) = routes.assign(envelope, attempts)
     found: dict[str, Any] = {"routes": [], "error": "", "hosts": [], "site": "", "counted as": "", "limits": {}}
     mx: list[str] | None = None

@@ -4,7 +4,7 @@ organizational domains by the public suffix list."""
 import asyncio
 import random
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import dmarc
@@ -14,6 +14,8 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 
 __all__ = ["Dmarc", "check", "organizational"]
 
+OCTETS = 4096  # of a record; nobody's has a tenth of that
+DOMAINS_KEPT = 4096
 MOST = 5  # authors from different domains; more are nobody's mail
 _POLICIES = ("none", "quarantine", "reject")
 _WANTED = {dmarc.PolicyQuarantineError: "quarantine", dmarc.PolicyRejectError: "reject"}
@@ -35,6 +37,7 @@ def _suffixes() -> PublicSuffixList:
     return PublicSuffixList()
 
 
+@lru_cache(DOMAINS_KEPT)
 def organizational(domain: str) -> str:
     """The domain that somebody registered (3.2)."""
     found: str | None = _suffixes().privatesuffix(domain)
@@ -73,28 +76,44 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
         return Dmarc("temperror", "reject", author)
     if record is None:
         return Dmarc("none", "none", author)
-    results: list[dmarc.AuthResult] = []  # what did not pass says nothing, and may be no domain at all
-    if spf[0] and spf[1] == "pass":
-        results.append(dmarc.SPFAuthResult(spf[0], dmarc.SPFResult.PASS))
-    results += [dmarc.DKIMAuthResult(domain, dmarc.DKIMResult.PASS) for domain, found in signatures if domain and found == "pass"]
     try:
         policy = dmarc.DMARCPolicy(record, author, above or None, publicsuffix=_Organizations, strict=False)
-        policy.verify(auth_results=results)
+        policy.verify(auth_results=_passed(author, spf, signatures, "pass"))
     except dmarc.PolicyError as failure:
         wanted = _POLICIES.index(_WANTED.get(type(failure), "none"))
         if random.random() * 100 >= policy.policy.pct:  # so many of the others are let off with less (6.6.4; t=y: all)
             wanted = max(0, wanted - 1)
-        unknown = "temperror" in (spf[1], *(found for _, found in signatures))
-        return Dmarc("temperror" if unknown else "fail", _POLICIES[wanted], author)
+        unknown = _passed(author, spf, signatures, "temperror")
+        return Dmarc("temperror" if unknown and _would_pass(policy, unknown) else "fail", _POLICIES[wanted], author)
     except (dmarc.Error, ValueError):
         return Dmarc("permerror", "none", author)
     return Dmarc("pass", "none", author)
 
 
+def _passed(author: str, spf: tuple[str, str], signatures: list[tuple[str, str]], result: str) -> list[dmarc.AuthResult]:
+    """What had this result and could be aligned with the author, as if it had passed. What is another organization's says
+    nothing, and may be no domain at all."""
+    own = organizational(author)
+    found: list[dmarc.AuthResult] = []
+    if spf[1] == result and organizational(spf[0]) == own:
+        found.append(dmarc.SPFAuthResult(spf[0], dmarc.SPFResult.PASS))
+    aligned = [domain for domain, its in signatures if its == result and organizational(domain) == own]
+    return [*found, *(dmarc.DKIMAuthResult(domain, dmarc.DKIMResult.PASS) for domain in aligned)]
+
+
+def _would_pass(policy: dmarc.DMARCPolicy, results: list[dmarc.AuthResult]) -> bool:
+    """Whether these are aligned as the policy wants it."""
+    try:
+        policy.verify(auth_results=results)
+    except (dmarc.Error, ValueError):
+        return False
+    return True
+
+
 async def _record(resolver: Resolver, domain: str) -> str | None:
     """The one DMARC record of a domain (6.6.3); None when there is none, or more than one."""
     try:
-        found = [text for text in await resolver.txt(f"_dmarc.{domain}") if _RECORD.match(text)]
+        found = [text for text in await resolver.txt(f"_dmarc.{domain}") if len(text) <= OCTETS and _RECORD.match(text)]
     except (NoData, NoSuchName, ValueError):  # the last one for what is no domain
         return None
     return found[0] if len(found) == 1 else None

@@ -16,7 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.proto.dkim import author_domains, canonical_field, name_of, split_fields
+from relaymta.proto.address import DomainError, normalize_domain
+from relaymta.proto.dkim import canonical_field, name_of, split_fields
+from relaymta.proto.mailbox import Malformed, authors, domains
 
 __all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
@@ -29,7 +31,9 @@ KEYS_KEPT = 1000  # that were read
 # What follows has limits since its cost is the product: dkimpy looks for each name of h= through all fields.
 FIELDS = 500  # of a header; nobody's mail has half as many
 NAMES = 200  # in h=
-OCTETS = 4096  # of a signature's field
+OCTETS = 4096  # of a signature's field, or of a key's record
+# White space in a row within one: several of dkimpy's expressions take the square of it.
+_GAP = re.compile(rb"\s{80}")
 
 _NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_]*")
 
@@ -40,12 +44,13 @@ Bodies = dict[bool, tuple[str, int]]  # for a relaxed body or not: its hash, and
 
 class Claims(NamedTuple):
     """What a message's header says of who has signed it. `signatures`: the tags of each, the first MOST; `chain`: those of its
-    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:."""
+    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:, none where that is `malformed`."""
 
     fields: list[tuple[bytes, bytes]]  # name and value, as they stand
     signatures: list[Tags]
     chain: list[Tags]
     authors: list[str]
+    malformed: bool
 
     def forms(self) -> set[bool]:
         """The forms of the body that its signatures have hashed."""
@@ -111,6 +116,8 @@ def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bo
 _FORMS = {b"relaxed": b"our relaxed", b"simple": b"our simple"}
 dkim.canonicalization.ALGORITHMS.update({b"our relaxed": _Relaxed, b"our simple": _Simple})
 dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
+# Where b= is; with dkimpy's own the time grows with the cube of what is folded.
+dkim.RE_BTAG = re.compile(rb"([;\s]b\s*+=)(?:\s*+[a-zA-Z0-9+/=])*+(?:\r?\n\Z)?")
 dkim.evaluate_pk = lru_cache(KEYS_KEPT)(dkim.evaluate_pk)  # the same few records again and again
 
 
@@ -156,15 +163,20 @@ def claims(header: bytes) -> Claims:
     found: dict[bytes, list[Tags]] = {b"dkim-signature": [], b"arc-seal": [], b"arc-message-signature": []}
     for field in fields:
         rows = found.get(name_of(field))
-        if rows is not None:
+        if rows is not None and len(rows) <= SETS:
             rows.append(_tags(field.partition(b":")[2]))
     signatures, seals, messages = found.values()
     pairs = [field.partition(b":") for field in fields]
+    try:
+        wrote, malformed = domains(authors(header, fields=fields)), False
+    except Malformed:
+        wrote, malformed = [], True
     return Claims(
         [(name, value + b"\r\n") for name, colon, value in pairs if colon],
         signatures[:MOST],
-        [*seals[: SETS + 1], *messages[: SETS + 1]],
-        author_domains(fields),
+        [*seals, *messages],
+        wrote,
+        malformed,
     )
 
 
@@ -175,7 +187,9 @@ def _relaxed(tags: Tags, default: str) -> bool:
 
 def _tags(value: bytes) -> Tags:
     found = {}
-    for part in value.split(b";") if len(value) <= OCTETS else []:
+    if len(value) > OCTETS or _GAP.search(value):
+        return {}
+    for part in value.split(b";"):
         name, equals, content = part.partition(b"=")
         name = name.strip()
         if equals and _NAME.fullmatch(name):
@@ -198,6 +212,8 @@ async def keys_of(resolver: Resolver, said: Claims) -> Keys:
     """The key records of all that has been signed."""
 
     async def one(name: str) -> str | DnsFailure:
+        if not _in_dns(name):
+            return ""
         try:
             return (await resolver.txt(name))[0]
         except (NoData, NoSuchName, IndexError, ValueError):
@@ -207,6 +223,14 @@ async def keys_of(resolver: Resolver, said: Claims) -> Keys:
 
     names = {_name(tags) for tags in [*said.signatures, *said.chain] if tags.get("d") and tags.get("s")}
     return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+def _in_dns(name: str) -> bool:
+    """Whether the DNS could have a name; what it could not have, it cannot be too busy to say."""
+    try:
+        return normalize_domain(name) == name and all(name.split("."))
+    except DomainError:
+        return False
 
 
 def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
@@ -256,9 +280,11 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
         return "permerror", "From: is not signed"
     if len(said.fields) > FIELDS or _names(tags) > NAMES:
         return "policy", "too many fields"
-    if "x" in tags and tags["x"].isdigit() and int(tags["x"]) < now:
+    if "x" in tags and tags["x"].isascii() and tags["x"].isdigit() and int(tags["x"]) < now:
         return "fail", "the signature has expired"
     if isinstance(key, DnsFailure):
+        if tags["bh"] != bodies[_relaxed(tags, "simple/simple")][0]:
+            return "fail", "body hash mismatch"  # whatever the key may be
         return "temperror", "the DNS does not say the key"
     record = _tags(key.encode()) if key else {}
     tests: list[tuple[bool, str]] = [

@@ -14,17 +14,27 @@ from relaymta.filter.keys import Key, load_key
 from relaymta.filter.signatory import sign_hash
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.dkim import BodyHashes, author_domains, signed, split_fields
-from relaymta.proto.header import header_end
+from relaymta.proto import reply
+from relaymta.proto.dkim import BodyHashes, signed, split_fields
+from relaymta.proto.header import header_end, too_long
+from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
 
-__all__ = ["Draft", "Signer"]
+__all__ = ["Draft", "Signer", "Unsignable"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
 TOGETHER = 32  # messages whose signatures are made together
 AT_ONCE = 65536  # octets that are hashed on the loop; more would hold it up
 ANSWER_SECONDS = 5.0  # a batch takes some hundredths of one
 RESTART_SECONDS = 1.0
+
+
+class Unsignable(Exception):
+    """A message of which it cannot be known who signs it; `reply` refuses it."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(answer.decode().strip())
+        self.reply = answer
 
 
 class Unsigned(NamedTuple):
@@ -186,20 +196,16 @@ class Signer:
     def __bool__(self) -> bool:
         return bool(self.watched)
 
-    def _keys_for(self, fields: list[bytes], application: str) -> list[Key]:
-        """The keys that sign a message with these header fields."""
-        author = next(iter(author_domains(fields)), "")
-        found = []
-        for one in self.watched:
-            key = one.value
-            if key is None:
-                continue
-            settings = key.settings
-            authors = settings.authors or [settings.domain]
-            mine = "*" in authors or author in authors or any(a.startswith(".") and author.endswith(a) for a in authors)
-            if mine and (not settings.application or application in settings.application):
-                found.append(key)
-        return found
+    def _keys_for(self, header: bytes, fields: list[bytes], application: str) -> list[Key]:
+        """The keys that sign a message with this header, whose `fields` these are."""
+        keys = [key for one in self.watched if (key := one.value) is not None and key.settings.signs_for(application)]
+        if all("*" in key.settings.authors for key in keys):
+            return keys
+        try:
+            author = next(iter(domains(authors(header, fields=fields))), "")
+        except Malformed:
+            raise Unsignable(reply.BAD_AUTHOR) from None
+        return [key for key in keys if key.settings.signs(author)]
 
     def sign(self, front: bytes, text: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
         """Sign a message of `front` (fields of ours) and `text`: `done(fields to put in front of it)`, or an Exception."""
@@ -210,10 +216,17 @@ class Signer:
             self._submit(lambda: self._drafted(front, text, application), done)
 
     def draft(self, front: bytes, start: bytes, application: str) -> "Draft | None":
-        """For a message that goes to a file as it comes: its header is in `start`. None when no key signs it."""
+        """For a message whose text begins with `start`, and goes to a file as it comes where that is not all. None when no key
+        signs it; Unsignable when that cannot be known."""
         end = header_end(start)
-        fields = split_fields(front + start[:end])
-        keys = self._keys_for(fields, application)
+        header = start[:end]
+        if too_long(header):
+            if any(one.value is not None and one.value.settings.signs_for(application) for one in self.watched):
+                raise Unsignable(reply.HEADER_TOO_LONG)
+            return None
+        header = front + header
+        fields = split_fields(header)
+        keys = self._keys_for(header, fields, application)
         return Draft(fields, keys, end, self._now()) if keys else None
 
     def finish(self, draft: "Draft", done: Callable[[bytes | Exception], None]) -> None:

@@ -16,13 +16,16 @@ from relaymta.filter.spf import Spf
 from relaymta.proto import reply
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
-from relaymta.proto.header import HEADER_SEEN, header_end
+from relaymta.proto.header import header_end, too_long
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
 SECONDS = 20.0  # for all questions to the DNS about one message
 AT_ONCE = 65536  # octets that are hashed on the loop, and
 AT_ONCE_STEPS = 10_000  # what is done there to verify; more would hold it up
+
+# Of a message of which nobody can say who its authors are.
+UNREADABLE = Dmarc("permerror", "reject", "")
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
 
@@ -38,17 +41,21 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: whether that is done."""
+    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: whether that is done; `malformed`:
+    nobody can say who its authors are."""
 
     field: bytes
     dmarc: Dmarc
     enforced: bool
+    malformed: bool = False
 
     @property
     def refusal(self) -> bytes | None:
         """The reply that refuses the message, or puts it off while the DNS does not say what is to become of it."""
         if not self.enforced or self.dmarc.policy == "none":
             return None
+        if self.malformed:
+            return reply.BAD_AUTHOR
         if self.dmarc.result == "temperror":
             return reply.DNS_SILENT
         return reply.DMARC_REJECT if self.dmarc.policy == "reject" else None
@@ -73,7 +80,8 @@ class Verifier:
         """Begin with a message whose text begins with `start`; None when its header is too long: nobody's is, and nobody hides
         behind one."""
         end = header_end(start)
-        return Look(without_forged(start[:end], self._hostname), end) if end <= HEADER_SEEN else None
+        header = start[:end]
+        return None if too_long(header) else Look(without_forged(header, self._hostname), end)
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
         """All about a message of a client at `address`. `rest`: of its body, what was not fed yet."""
@@ -82,7 +90,7 @@ class Verifier:
                 return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
             nothing, unknown = Dmarc("temperror", "reject", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
-            return self._verdict(unknown, sender, [], "temperror", nothing)
+            return self._verdict(unknown, sender, [], "temperror", UNREADABLE if look.claims.malformed else nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
         said = look.claims
@@ -96,12 +104,15 @@ class Verifier:
                 loop = asyncio.get_running_loop()
                 found, sealed = await loop.run_in_executor(self._thread, _verified, look, rest, keys, self._now())
         signed = [(one.domain, one.result) for one in found]
-        policy = await dmarc.check(self._resolver, said.authors, (sent.domain, sent.result), signed)
+        if said.malformed:
+            policy = UNREADABLE
+        else:
+            policy = await dmarc.check(self._resolver, said.authors, (sent.domain, sent.result), signed)
         return self._verdict(sent, sender, found, sealed, policy)
 
     def _verdict(self, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> Verdict:
         field = _field(self._hostname, sent, sender, found, sealed, policy)
-        return Verdict(field, policy, self._settings.dmarc == "enforce")
+        return Verdict(field, policy, self._settings.dmarc == "enforce", policy is UNREADABLE)
 
 
 def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:

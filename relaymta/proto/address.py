@@ -123,6 +123,8 @@ def normalize_domain(domain: str) -> str:
         if len(domain) > 253 or not _LABELS.match(domain):
             raise DomainError(domain)
         return domain
+    if len(domain) > 253:  # A-labels are no shorter
+        raise DomainError(domain)
     import idna
 
     try:

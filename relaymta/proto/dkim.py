@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from relaymta._speedups.dkim import Body, header
 
 __all__ = [
-    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "author_domains", "canonical_field", "name_of",
-    "signed", "split_fields",
+    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "canonical_field", "name_of", "signed", "split_fields",
 ]  # fmt: skip
 
 # What is signed where it is there (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
@@ -29,9 +28,6 @@ OVERSIGNED = (
 
 LISTS_KEPT = 200
 _FOLDED = re.compile(rb"\r\n(?![ \t])")
-_NO_ADDRESS = re.compile(rb'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)', re.S)  # quoted strings and comments
-_BRACKETED = re.compile(rb"<[^<>]*@([^<>@\s]+)\s*>")
-_BARE = re.compile(rb"@([^\s<>@,;:]+)")
 
 
 def split_fields(block: bytes) -> list[bytes]:
@@ -44,20 +40,6 @@ def name_of(field: bytes) -> bytes:
     colon = field.find(b":")
     name = field[:colon].lower() if colon >= 0 else field.lower()
     return name.rstrip(b" \t") if name[-1:] in (b" ", b"\t") else name
-
-
-def author_domains(fields: Iterable[bytes]) -> list[str]:
-    """The domains of the addresses in From:, in lower case, each once, as they stand; more than one From: is read as one."""
-    found: dict[str, None] = {}
-    for field in fields:
-        if name_of(field) == b"from":
-            value = field.partition(b":")[2]
-            if b'"' in value or b"(" in value:
-                value = _NO_ADDRESS.sub(b"", value)
-            for part in value.split(b","):
-                for domain in _BRACKETED.findall(part) or _BARE.findall(part):
-                    found[domain.decode("utf-8", "replace").lower().rstrip(".")] = None
-    return list(found)
 
 
 def canonical_field(field: bytes) -> bytes:

@@ -1,11 +1,12 @@
 """Header blocks as bytes: found, counted and prepended to; a message is never parsed and rebuilt."""
 
 import re
-from email.utils import formatdate, getaddresses
+from email.utils import formatdate
 
-__all__ = ["HEADER_SEEN", "authors", "count_received", "field_names", "fields", "header_end", "received_field"]
+__all__ = ["HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "header_end", "received_field", "too_long"]
 
 HEADER_SEEN = 131072  # octets of a text that are looked at for its header
+LINES_SEEN = 5000  # of one that is taken apart: nobody's has a tenth, and each costs as much as a hundred octets
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
@@ -21,6 +22,11 @@ def header_end(text: bytes) -> int:
         return 2
     end = text.find(b"\r\n\r\n")
     return len(text) if end < 0 else end + 4
+
+
+def too_long(header: bytes) -> bool:
+    """Whether a header block is longer than anybody's, and would take too long to be taken apart."""
+    return len(header) > HEADER_SEEN or header.count(b"\n") > LINES_SEEN
 
 
 def count_received(header: bytes) -> int:
@@ -43,24 +49,6 @@ def fields(header: bytes) -> list[tuple[bytes, str]]:
             text = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
             found.append((name.strip().lower(), text))
     return found
-
-
-def authors(header: bytes) -> list[str]:
-    """The addresses in From: and Sender: of a header block (RFC 5322 3.6.2). What is in such a field and is no address is given
-    as it stands, so that it is nobody's."""
-    found = []
-    for name, value in fields(header):
-        if name in (b"from", b"sender"):
-            addresses = _addresses(value)
-            found += [value if address.startswith("@") else address for address in addresses or [value]]
-    return found
-
-
-def _addresses(value: str) -> list[str]:
-    try:
-        return [address for _, address in getaddresses([value]) if address]
-    except RecursionError:  # comments within comments within ...
-        return []
 
 
 def rfc5322_date(seconds: int) -> str:

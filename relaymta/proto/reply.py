@@ -68,6 +68,7 @@ BARE_LF = format_reply(550, "5.5.2", "Refused: bare LF in the message (RFC 5321 
 BARE_CR = format_reply(550, "5.5.2", "Refused: bare CR in the message (RFC 5321 2.3.8)")
 NUL_IN_TEXT = format_reply(550, "5.6.0", "Refused: NUL in the message")
 LONG_LINE = format_reply(550, "5.6.0", "Refused: a line of more than 998 octets (RFC 5322 2.1.1)")
+BAD_AUTHOR = format_reply(550, "5.6.0", "Refused: From: or Sender: is no list of addresses (RFC 5322 3.4)")
 HEADER_TOO_LONG = format_reply(554, "5.6.0", "The header is too long to be looked at")
 TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mail loop")
 

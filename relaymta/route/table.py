@@ -14,8 +14,11 @@ from relaymta.errors import ConfigError
 from relaymta.proto.address import DomainError, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
+from relaymta.proto.mailbox import authors
 
 __all__ = ["Asked", "RouteTable", "Verdict", "domain_matches"]
+
+_AUTHORS = {b"from", b"sender"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class RouteTable:
         self._only = self.routes[0] if _catches_all(self.routes[0]) and self._map is None else None
         self._by_mx = [route for route in self.routes if route.mx]
         self._headers = [(text, *header_condition(text)) for route in self.routes for text in route.header]
+        self._by_author = _AUTHORS & {name for _, name, _ in self._headers}
 
     def choose(self, envelope: Envelope, recipient: str, attempts: int = 0) -> Route:
         """The route of one recipient of a message that was tried `attempts` times before."""
@@ -107,8 +111,12 @@ class RouteTable:
         return bool(self._headers)
 
     def headers_met(self, header: bytes) -> list[str]:
-        """The `header` conditions of the routes that a message meets: those of which a field's value matches."""
+        """The `header` conditions of the routes that a message meets: those of which a field's value matches; of From: and
+        Sender: one of the addresses. Malformed where they are looked at and are none."""
         values = fields(header)
+        if self._by_author:  # of these it is the addresses that are looked at, as they are meant
+            values = [row for row in values if row[0] not in _AUTHORS]
+            values += [(name, str(one)) for name in self._by_author for one in authors(header, (name,))]
         return [
             text
             for text, name, expression in self._headers

@@ -384,6 +384,14 @@ def test_an_application_sends_only_as_itself(door, peer):
         with pytest.raises(smtplib.SMTPDataError) as refused:  # nor behind more of a header than is looked at
             client.sendmail("a@shop.example", ["x@far.example"], long)
         assert refused.value.smtp_code == 554
+        hidden = ["a@shop.example(<ceo@elsewhere.example>", "ceo@elsewhere.example@, a@shop.example", "...@:a@shop.example;",
+                  '"ceo@elsewhere.example" <a@shop.example', "=?utf-8?q?ceo=40bank.test=3E?=@shop.example", ""]  # fmt: skip
+        for value in hidden:  # from us, and not from others
+            for name in ("From", "from ", "Sender"):
+                text = f"Subject: x\r\n{name}: {value}\r\nFrom: a@shop.example\r\n\r\nx\r\n"
+                with pytest.raises(smtplib.SMTPDataError) as refused:
+                    client.sendmail("a@shop.example", ["x@far.example"], text.encode())
+                assert (refused.value.smtp_code, refused.value.smtp_error[:5]) == (550, b"5.6.0"), text
         client.sendmail("a@SHOP.example", ["x@far.example"], "From: boss@corp.example\r\n\r\nx\r\n")
         client.sendmail("", ["x@far.example"], "From: a@shop.example\r\n\r\nx\r\n")
     wait_for(lambda: len(peer.messages) == 2)

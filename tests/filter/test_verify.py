@@ -1,5 +1,6 @@
 """Mail of strangers: the SPF suite of RFC 7208, signatures of others, DMARC, and Authentication-Results as it arrives."""
 
+import asyncio
 import base64
 import os
 import smtplib
@@ -21,7 +22,7 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.filter import dmarc, spf
 from relaymta.filter.dmarc import organizational
 from relaymta.filter.keys import load_key, record
-from relaymta.filter.signatures import Keys, Verified, arc, claims, verify
+from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
 from relaymta.proto.header import header_end
@@ -247,6 +248,72 @@ async def test_a_policy_of_spf_has_a_length():
     assert found.result == "permerror" and "macros" in found.reason
 
 
+class Many:
+    """A resolver with so many records of a kind; it never waits, as one that has all in its cache."""
+
+    def __init__(self, policy: str, **counts: int) -> None:
+        self.policy, self.counts = policy, counts
+        self.asked: list[str] = []
+
+    async def values(self, name: str, kind: str) -> list:
+        self.asked.append(f"{kind} {name}")
+        count = self.counts.get(kind, 0)
+        if kind == "TXT":
+            own = self.policy if name == "b.test" else f"v=spf1 {'ip4:10.0.0.1 ' * self.counts.get('terms', 0)}?all"
+            return [f"text {number}" for number in range(count)] + [own]
+        if kind == "MX":
+            return [(number, f"m{number}.test") for number in range(count)]
+        if kind == "PTR":
+            return [f"p{number}.test" for number in range(count)]
+        return [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count)] if kind == "A" else []
+
+
+HOSTS = " ".join(f"a:a{number}.test" for number in range(10))
+INCLUDES = " ".join(f"include:i{number}.test" for number in range(10))
+
+
+@pytest.mark.parametrize(
+    ("policy", "counts", "expected", "most"),
+    [
+        (f"v=spf1 {HOSTS} -all", {"A": 2000}, "permerror", 2), (f"v=spf1 {HOSTS} -all", {"A": 100}, "permerror", 7),
+        (f"v=spf1 {HOSTS} -all", {"A": 40}, "fail", 11), ("v=spf1 mx -all", {"MX": 5000, "A": 1}, "permerror", 2),
+        ("v=spf1 mx -all", {"MX": 10, "A": 5}, "fail", 12), ("v=spf1 ptr -all", {"PTR": 5000, "A": 2}, "fail", 12),
+        ("v=spf1 ptr:b.test -all", {"PTR": 10, "A": 2}, "fail", 12), ("v=spf1 -all", {"TXT": 5000}, "fail", 1),
+        ("v=spf1 exp=e.test -all", {"TXT": 5000}, "fail", 2),
+        ("v=spf1 " + " ".join(f"x{number}=y" for number in range(1200)) + " -all", {}, "permerror", 1),
+        ("v=spf1 " + "a " * 4000, {"A": 1}, "permerror", 1), (f"v=spf1 {INCLUDES} -all", {"terms": 60}, "fail", 11),
+        (f"v=spf1 {INCLUDES} -all", {"terms": 90}, "permerror", 10),
+    ],
+)  # fmt: skip
+async def test_a_policy_of_spf_costs_only_so_much(policy, counts, expected, most):
+    many = Many(policy, **counts)
+    found = await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
+    assert found.result == expected and len(many.asked) <= most, (found, many.asked)
+
+
+async def test_of_a_long_answer_only_so_much_is_read_again_and_again():
+    many = Many("v=spf1 -all", A=5000, MX=5000, PTR=5000, TXT=5000)
+    for kind, most in (("A", spf.ADDRESSES + 1), ("MX", 11), ("PTR", 10), ("TXT", 4)):
+        assert len(await spf._asked(many, "b.test", kind)) <= most  # type: ignore[arg-type,arg-type]
+
+
+async def test_a_long_policy_does_not_hold_up_the_loop():
+    """Where the resolver has all in its cache, nothing else would let others in."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    many = Many(f"v=spf1 {INCLUDES} -all", terms=60)
+    assert (await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")).result == "fail"  # type: ignore[arg-type]
+    task.cancel()
+    assert turns >= 5
+
+
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
     pytest.importorskip("authres")
     settings = keys(tmp_path)[0]
@@ -295,6 +362,21 @@ def test_results_that_claim_to_be_ours_are_removed_and_no_others():
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "removed"),
+    [(b"relay.example; spf=pass", True), (b" RELAY.example.; x", True), (b"relay.example", True), (b"relay.example 1; x", True),
+     (b'"relay.example"; x', True), (b'"relay\\.example"; x', True), (b'"relay.example" 1 (x); x', True),
+     (b"(a (b) c) relay.example; x", True), (b"(\\)) relay.example; x", True), (b"relay.example(x); x", True),
+     (b"relay(x).example; x", True), (b"relay.example/1; x", True), (b"relay .example; x", True), (b"(relay.example; x", True),
+     (b"", True), (b";", True), (b"other.example (relay.example); x", False), (b"other.example; x", False),
+     (b'"other.example" 1; relay.example', False), (b"xrelay.example; x", False), (b"relay.example.com; x", False),
+     (b"none", False), (b"spf=pass (sender IP) smtp.mailfrom=relay.example; dkim=none", False)],
+)  # fmt: skip
+def test_who_a_field_of_results_claims_to_come_from(value, removed):
+    block = b"Subject: x\r\nAuthentication-Results:" + value + b"\r\nTo: y\r\n\r\n"
+    assert (without_forged(block, "relay.example") != block) is removed
+
+
 @pytest.fixture
 def peer() -> Iterator[FakeMx]:
     with FakeMx({}) as made:
@@ -332,6 +414,11 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             assert send("127.0.0.5", "eve@shop.test", MESSAGE) == 550
             assert send("127.0.0.5", "eve@evil.test", b"From: a@bank.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: [row["held"] for row in relay.summary()] == [1])
+            # However it is written, and where nobody can say what is written.
+            for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
+                                (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip
+                assert send("127.0.0.5", "eve@evil.test", b"Subject: x\r\nFrom: " + value + b"\r\n\r\nx\r\n") == code, value
+            wait_for(lambda: [event["reply"][:9] for event in relay.events("rejected")].count("550 5.6.0") == 3)
             assert send("127.0.0.5", "eve@quiet.test", b"From: a@quiet.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: len(peer.messages) == 2)
             field = peer.messages[1][2].split(b"\r\nReceived:")[0].decode()
@@ -340,7 +427,7 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
-            assert counts == [1, 2, 1]
+            assert counts == [1, 5, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
 
 
 def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
@@ -434,6 +521,45 @@ async def test_who_is_aligned_with_the_author(tags, author, sender, signature, e
     signatures = [(signature, "pass"), ("shop.co.uk.evil.test", "pass"), ("", "permerror")] if signature else []
     found = await dmarc.check(texts, [author], (sender, "pass"), signatures)  # type: ignore[arg-type]
     assert found.result == expected
+
+
+@pytest.mark.parametrize(
+    ("tags", "spf", "signatures", "expected"),
+    [("", ("evil.test", "temperror"), [], "fail"), ("", ("evil.test", "fail"), [("evil.test", "temperror")], "fail"),
+     ("", ("", "temperror"), [("", "temperror"), ("..", "temperror"), ("x" * 300, "temperror")], "fail"),
+     ("", ("evil.test", "pass"), [("bank.test.evil.test", "temperror"), ("evil.test", "pass")], "fail"),
+     ("", ("bank.test", "temperror"), [], "temperror"), ("", ("a.bank.test", "temperror"), [], "temperror"),
+     ("aspf=s", ("a.bank.test", "temperror"), [], "fail"), ("adkim=s", ("", ""), [("a.bank.test", "temperror")], "fail"),
+     ("adkim=s", ("", ""), [("a.bank.test", "temperror"), ("bank.test", "temperror")], "temperror"),
+     ("", ("evil.test", "fail"), [("evil.test", "temperror"), ("m.bank.test", "temperror")], "temperror"),
+     ("", ("bank.test", "pass"), [("bank.test", "temperror")], "pass")],
+)  # fmt: skip
+async def test_what_is_not_known_matters_where_it_could_help(tags, spf, signatures, expected):
+    """Else whoever signs with a domain whose DNS is silent is put off, and not refused."""
+    texts = Texts({"bank.test": [f"v=DMARC1; p=reject; {tags}"]})
+    found = await dmarc.check(texts, ["bank.test"], spf, signatures)  # type: ignore[arg-type]
+    assert (found.result, found.policy) == (expected, "none" if expected == "pass" else "reject")
+
+
+async def test_a_key_that_cannot_be_in_the_dns_is_none(tmp_path):
+    class Silent:
+        async def txt(self, name: str) -> list[str]:
+            raise DnsFailure(name)
+
+    message = sign(MESSAGE, keys(tmp_path)[:1])
+    cases = {b"s=rsa": "temperror", b"s=" + b"a" * 64: "permerror", b"s=a..b": "permerror", "s=ä".encode(): "permerror",
+             b"s=" + b"a." * 130 + b"a": "permerror", b"s=.": "permerror"}  # fmt: skip
+    for selector, expected in cases.items():
+        text = message.replace(b"s=rsa", selector)
+        end = header_end(text)
+        said = claims(text[:end])
+        hashes = BodyHashes(said.forms())
+        hashes.feed(text[end:])
+        bodies = hashes.finish()
+        found = await keys_of(Silent(), said)  # type: ignore[arg-type]
+        assert verify(said, bodies, found, 1_795_000_100)[0].result == expected, selector
+    # Nor does a silent DNS make good what cannot be good.
+    assert told(message.replace(b"end\r\n", b"END\r\n"), {"rsa._domainkey.shop.test": DnsFailure("x")})[0][0].result == "fail"
 
 
 @pytest.mark.parametrize(

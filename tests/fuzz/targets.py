@@ -7,9 +7,8 @@ An input is: one octet of options, one for the number of cuts, the cuts (two oct
 from collections.abc import Callable
 
 from relaymta.filter.signatures import arc, claims, verify
-from relaymta.proto import reply
+from relaymta.proto import mailbox, reply
 from relaymta.proto.authres import without_forged
-from relaymta.proto.header import authors
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
 from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
 from relaymta.proto.smtp_server import Limits, Offers, ServerSession
@@ -142,7 +141,10 @@ def header(data: bytes) -> None:
     assert all(one.result != "pass" for one in verify(said, bodies, keys, 1_795_000_000))
     assert arc(said, bodies, keys) in ("none", "fail")
     assert b"relay.example" not in without_forged(block, "relay.example").lower() or b"relay.example" in block.lower()
-    assert all(isinstance(one, str) for one in [*authors(block), *said.authors])
+    try:
+        assert said.malformed or all("@" in str(one) or not one.domain for one in mailbox.authors(block, (b"from", b"sender")))
+    except mailbox.Malformed as error:
+        assert str(error)
 
 
 def proxy(data: bytes) -> None:

@@ -9,6 +9,7 @@ PACKAGES = {
     "unbound": "unbound",
     "smtp-source": "postfix",
     "smtp-sink": "postfix",
+    "sendmail": "postfix",
     "swaks": "swaks",
     "strace": "strace",
     "promtool": "prometheus",

@@ -1,0 +1,301 @@
+"""Who wrote a message: the addresses in From: and Sender: (RFC 5322 3.4, with what 4.4 says is obsolete and has to be read:
+comments and blanks anywhere, routes, empty elements; UTF-8 by RFC 6532). The only code that reads them.
+
+Strict: a field is what the grammar says it is, or Malformed. Where programs are known to read the same octets differently (what
+looks like an encoded word and is none, an address on two lines), it is Malformed too: who judges by what is found here judges by
+every address that another program could show. Linear in the length of a field, whatever it holds.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from relaymta.proto.address import DomainError, literal_address, normalize_domain
+from relaymta.proto.dkim import name_of, split_fields
+
+__all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "domains"]
+
+LONGEST = 16_384  # octets of all fields of one message that are read here; nobody's are a tenth of that
+MOST = 250  # domains in one field: each takes as long as a hundred octets
+AUTHORS: Collection[bytes] = (b"from",)
+
+_ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-"
+_CONTROL = r"\x00-\x08\x0a-\x1f\x7f"  # a fold is a line feed here
+# RFC 2047 2, of what may stand in a phrase (5), and dots, which many let stand: who knows no encoded words sees words and dots.
+_ENCODED = r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[A-Za-z0-9!#$%&'*+/=^_`{|}~.-]*+\?="
+_TOKEN = re.compile(
+    rf"(?P<space>(?:\n?[ \t])++)|(?P<encoded>{_ENCODED})|(?P<atom>[{_ATEXT}]++)|(?P<special>[<>@,;:.])|(?P<comment>\()"
+    rf'|"(?P<quoted>(?:[^"\\{_CONTROL}]|\n[ \t]|\\[^{_CONTROL}])*+)"|(?P<literal>\[[!-Z^-~]*+\])'
+)
+_WITHIN_COMMENT = re.compile(rf"(?:[^()\\{_CONTROL}]|\\[^{_CONTROL}])*+([()])")
+_QUOTED_PAIR = re.compile(r"\\(.)", re.S)
+_DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+\Z")
+_WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # where it is none, but is often taken for one
+_LABEL = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff-]++\Z")
+
+# What most are, in one match: a display name or none, and one address, all of it ASCII, nothing that has to be unquoted.
+_SIMPLE_LOCAL = rb"[A-Za-z0-9!#$%&'*+/^_`{|}~-]++(?:\.[A-Za-z0-9!#$%&'*+/^_`{|}~-]++)*+"
+_SIMPLE_DOMAIN = rb"[A-Za-z0-9_-]{1,63}+(?:\.[A-Za-z0-9_-]{1,63}+)*+"
+_SIMPLE = re.compile(
+    rb"[ \t]*+(?:(?:[A-Za-z0-9 \t!#$%&'*+/^_`{|}~-]++|\"[ !#-<>@-\[\]-~]*+\"[ \t]*+)?"
+    rb"<(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb")>|(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb"))[ \t]*+\Z"
+)  # fmt: skip
+
+
+class _Token(NamedTuple):
+    """`kind`: "atom", "encoded" (word), "quoted", "literal", one of the specials, or "" at the end; `folded`: on another line."""
+
+    kind: str
+    text: str
+    folded: bool
+
+
+class Malformed(ValueError):
+    """A field that is no list of addresses; str() says why."""
+
+
+class Mailbox(NamedTuple):
+    """An address: its local part, quoted where it has to be and only there, and its domain as it is written, in lower case; ""
+    where it has none (`root`)."""
+
+    local: str
+    domain: str
+
+    def __str__(self) -> str:
+        return f"{self.local}@{self.domain}" if self.domain else self.local
+
+    @property
+    def host(self) -> str:
+        """The domain as the DNS has it: A-labels; "" for a literal, or where there is none."""
+        if not self.domain or self.domain.startswith("["):
+            return ""
+        return self.domain if self.domain.isascii() else normalize_domain(self.domain)
+
+
+def authors(block: bytes, names: Collection[bytes] = AUTHORS, fields: Iterable[bytes] | None = None) -> list[Mailbox]:
+    """The addresses in the fields of these `names` of a header block, in order; several fields of a name are read as one.
+    Malformed where one of them is, where the block has NULs or line ends other than CRLF in it (who splits it there sees other
+    fields), or where they are longer than LONGEST. `fields`: the block's, where they are known."""
+    if b"\0" in block or not block.count(b"\r\n") == block.count(b"\n") == block.count(b"\r"):
+        raise Malformed("a NUL or a bare CR or LF in the header")
+    found: list[Mailbox] = []
+    octets = 0
+    for field in split_fields(block) if fields is None else fields:
+        if name_of(field) in names:
+            _, colon, value = field.partition(b":")
+            octets += len(value)
+            if octets > LONGEST:
+                raise Malformed("it is too long")
+            if colon:
+                found += addresses(value)
+    return found
+
+
+def domains(mailboxes: Iterable[Mailbox]) -> list[str]:
+    """The domains of addresses as the DNS has them, each once, in order; what has none is left out."""
+    return list(dict.fromkeys(host for mailbox in mailboxes if (host := mailbox.host)))
+
+
+def addresses(value: bytes) -> list[Mailbox]:
+    """The addresses in a field's value, folded or not; none in an empty group (RFC 6854). Malformed when it is no list of
+    addresses."""
+    simple = _SIMPLE.match(value)
+    if simple is not None:
+        local, domain, bare, its = simple.groups()
+        domain = domain or its
+        if len(domain) <= 253:
+            return [Mailbox((local or bare).decode(), domain.decode().lower())]
+    if len(value) > LONGEST:
+        raise Malformed("it is too long")
+    return _List(value).read()
+
+
+class _List:
+    """One field's value, read once from the front."""
+
+    def __init__(self, value: bytes) -> None:
+        self._tokens = _tokens(value)
+        self._at = 0
+        self._domains = 0
+
+    def read(self) -> list[Mailbox]:
+        """address-list and obs-addr-list; within a group, mailbox-list and obs-mbox-list."""
+        found: list[Mailbox] = []
+        group, groups = False, 0
+        while True:
+            words = self._words()
+            kind = self._kind()
+            if kind == "<":
+                _check_phrase(words)
+                found.append(self._angle())
+            elif kind == "@":
+                found.append(self._with_domain(words))
+            elif kind == ":" and words and not group:
+                _check_phrase(words)
+                self._at += 1
+                group, groups = True, groups + 1
+                continue
+            elif words:
+                found.append(_without_domain(words))
+            if group and self._kind() == ";":
+                self._at += 1
+                group = False
+            kind = self._kind()
+            if not kind:
+                break
+            if kind != ",":
+                raise Malformed(f"unexpected {self._tokens[self._at].text!r}")
+            self._at += 1
+        if group:
+            raise Malformed("a group without an end")
+        if not found and not groups:
+            raise Malformed("no address")
+        return found
+
+    def _kind(self) -> str:
+        return self._tokens[self._at].kind
+
+    def _words(self) -> list[_Token]:
+        """Words and dots, as far as they go."""
+        start = self._at
+        while self._kind() in ("atom", "quoted", "encoded", "."):
+            self._at += 1
+        return self._tokens[start : self._at]
+
+    def _angle(self) -> Mailbox:
+        """angle-addr and obs-angle-addr, whose route says nothing any more (RFC 5322 4.4)."""
+        self._at += 1
+        if self._kind() == "@":
+            self._route()
+        words = self._words()
+        found = self._with_domain(words) if self._kind() == "@" else _without_domain(words)
+        if self._kind() != ">":
+            raise Malformed("<> around more or less than an address")
+        self._at += 1
+        return found
+
+    def _route(self) -> None:
+        """obs-route: `@one.example:`. One of several domains is nobody's: email.utils shows the second as an address."""
+        self._at += 1
+        self._domain()
+        if self._kind() != ":":
+            raise Malformed("a route of more than one domain, or without an end")
+        self._at += 1
+
+    def _with_domain(self, words: list[_Token]) -> Mailbox:
+        local = _local(words)
+        if self._tokens[self._at].folded:
+            raise Malformed("an address on two lines")
+        self._at += 1
+        return Mailbox(local, self._domain())
+
+    def _domain(self) -> str:
+        """domain, obs-domain or domain-literal, in lower case."""
+        kind, text, _ = self._tokens[self._at]
+        if kind == "literal":
+            self._at += 1
+            if literal_address(text) is None:
+                raise Malformed("no IP address in []")
+            return text.lower()
+        self._domains += 1
+        if self._domains > MOST:
+            raise Malformed("too many addresses")
+        labels: list[str] = []
+        while True:
+            kind, text, folded = self._tokens[self._at]
+            if folded and labels:
+                raise Malformed("a domain on two lines")
+            if kind != "atom" or not _LABEL.match(text):
+                raise Malformed("no domain behind @")
+            labels.append(text)
+            self._at += 1
+            if self._kind() != ".":
+                break
+            if self._tokens[self._at].folded:
+                raise Malformed("a domain on two lines")
+            self._at += 1
+        domain = ".".join(labels).lower()
+        try:
+            normalize_domain(domain)
+        except (DomainError, UnicodeError):
+            raise Malformed("a domain that is none") from None
+        return domain
+
+
+def _tokens(value: bytes) -> list[_Token]:
+    """The tokens of a value, white space and comments left out, and one more for its end."""
+    folds = value.count(b"\r\n")
+    if folds != value.count(b"\n"):
+        raise Malformed("a bare LF")
+    text = (value.replace(b"\r\n", b"\n") if folds else value).decode("utf-8", "surrogateescape")
+    found: list[_Token] = []
+    at, end, last = 0, len(text), 0
+    while at < end:
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise Malformed(f"unexpected {text[at]!a}")
+        at = match.end()
+        kind = match.lastgroup or ""
+        if kind == "comment":
+            at = _behind_comment(text, at)
+        elif kind != "space":
+            folded = folds > 0 and text.find("\n", last, at) >= 0
+            said = match[kind]
+            if kind == "quoted":
+                if "\n" in said and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
+                    raise Malformed("a quoted string on two lines")
+                said = _QUOTED_PAIR.sub(r"\1", said.replace("\n", ""))
+            found.append(_Token(said if kind == "special" else kind, said, folded))
+            last = at
+    found.append(_Token("", "", False))
+    return found
+
+
+def _behind_comment(text: str, at: int) -> int:
+    """Where a comment ends whose ( stands in front of `at`; there can be others within it."""
+    depth = 1
+    while depth:
+        match = _WITHIN_COMMENT.match(text, at)
+        if match is None:
+            raise Malformed("a comment without an end, or on two lines")
+        depth += 1 if match[1] == "(" else -1
+        at = match.end()
+    return at
+
+
+def _check_phrase(words: list[_Token]) -> None:
+    """A display name: phrase and obs-phrase."""
+    if words and words[0].kind == ".":
+        raise Malformed("a name that begins with a dot")
+    for kind, text, _ in words:
+        if "=?" in text:
+            rest = "" if kind == "encoded" else text if kind == "atom" else _WITHIN_QUOTES.sub("", text)
+            if "=?" in rest:
+                raise Malformed("an encoded word that is none (RFC 2047)")
+
+
+def _local(words: list[_Token]) -> str:
+    """local-part and obs-local-part: words with dots between them."""
+    if not words or len(words) % 2 == 0 or any((kind == ".") != bool(i % 2) for i, (kind, _, _) in enumerate(words)):
+        raise Malformed("no local part in front of @")
+    if any(word.folded for word in words[1:]):
+        raise Malformed("a local part on two lines")
+    local = "".join(word.text for word in words)
+    if "=?" in local:
+        raise Malformed("an encoded word in an address (RFC 2047 5)")
+    if any(one > "\x7f" and one.lower() < "\x80" for one in local):
+        raise Malformed("a local part with characters that are others in lower case")
+    if not local.isprintable():  # nor are what stands for octets that are no UTF-8
+        raise Malformed("a local part with characters that nobody sees")
+    if _DOT_ATOM.match(local):
+        return local
+    return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _without_domain(words: list[_Token]) -> Mailbox:
+    """`root`, which is no address in mail that is on its way, but in much that begins on this machine. Nothing that anybody could
+    take for more than a name."""
+    local = _local(words)
+    if any(word.kind == "quoted" for word in words) or "%" in local or "!" in local:
+        raise Malformed("an address without @")
+    return Mailbox(local, "")

@@ -1,0 +1,423 @@
+"""Every parser of ours that reads what strangers say, and the worst that can be said to it, of any length: what docs/security.md
+lists, `benchmarks/hostile.py` measures and `tests/test_linear.py` holds to linear time."""
+
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, NamedTuple
+
+from relaymta._speedups.replies import Replies
+from relaymta.accept.identity import Identity
+from relaymta.config import Config
+from relaymta.dns import NoData
+from relaymta.filter import dmarc, signatures, spf
+from relaymta.proto import address, authres, dkim, dsn, header, mailbox, proxy, sasl
+from relaymta.proto.envelope import Attempt, Envelope
+from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
+from relaymta.proto.smtp_server import Limits, Offers, ServerSession
+from relaymta.route.shaping import Shaping
+
+__all__ = ["PARSERS", "Parser"]
+
+
+class Parser(NamedTuple):
+    """`call` reads `worst[...](n)`, some n octets; `limit`: what it reads no further than, in words ("": nothing), and `most` in
+    octets (0: nothing); `refused`: what the relay does not give it."""
+
+    name: str
+    call: Callable[[bytes], object]
+    worst: dict[str, Callable[[int], bytes]]
+    limit: str = ""
+    most: int = 0
+    refused: Callable[[bytes], bool] = lambda data: False
+
+
+def times(piece: bytes, front: bytes = b"", end: bytes = b"") -> Callable[[int], bytes]:
+    """As many of a piece as make n octets."""
+    return lambda n: front + piece * (n // len(piece)) + end
+
+
+# From:, Sender: and other addresses
+
+_ADDRESS_LISTS = {
+    "quoted pairs": times(b"\\a", b'"'),
+    "a comment of quoted pairs": times(b"\\a", b"("),
+    "folded quoted pairs": times(b"\\a\r\n ", b'"'),
+    "comments within comments": times(b"("),
+    "closed comments": times(b"()", b"", b" a@b.test"),
+    "strings": times(b'""'),
+    "angles": times(b"<"),
+    "dots": times(b"a.", b"", b"a@b.test"),
+    "a long domain": times(b"a.", b"a@", b"test"),
+    "ats": times(b"@"),
+    "commas": times(b","),
+    "addresses": times(b"a@b.test,"),
+    "in UTF-8": times("ä@ö.test,".encode()),
+    "a route": times(b"@a,", b"<"),
+    "groups": times(b"a:;,"),
+    "encoded words": times(b"=?a?q?a?= "),
+    "beginnings of encoded words": times(b"=?"),
+    "white space": times(b" "),
+    "folds": times(b"\r\n "),
+    "half a literal": times(b"[", b"a@"),
+}
+
+
+def _addresses(value: bytes) -> None:
+    with contextlib.suppress(mailbox.Malformed):
+        mailbox.addresses(value)
+
+
+def _authors(block: bytes) -> None:
+    with contextlib.suppress(mailbox.Malformed):
+        mailbox.authors(block, (b"from", b"sender"))
+
+
+_PATHS = {
+    "an atom": times(b"a", b"FROM:<", b"@b.test>"),
+    "dots": times(b"a.", b"FROM:<", b"@b.test>"),
+    "hyphens": times(b"a-", b"FROM:<a@", b">"),
+    "labels": times(b"a.", b"FROM:<a@", b">"),
+    "quotes": times(b'"', b"FROM:<"),
+    "quoted pairs": times(b"\\a", b'FROM:<"', b'"@b.test>'),
+    "a route": times(b"@a,", b"FROM:<", b"@a:a@b.test>"),
+    "half a route": times(b"@a,", b"FROM:<"),
+    "blanks": times(b" ", b"FROM:"),
+    "blanks behind it": times(b" ", b"FROM:<a@b.test>", b"x"),
+    "without brackets": times(b"a@", b"FROM:"),
+}
+
+
+def _to(generators: dict[str, Callable[[int], bytes]]) -> dict[str, Callable[[int], bytes]]:
+    return {name: lambda n, make=make: b"TO:" + make(n)[5:] for name, make in generators.items()}  # type: ignore[misc]
+
+
+def _domain(text: bytes) -> None:
+    with contextlib.suppress(address.DomainError):
+        address.normalize_domain(text.decode("utf-8", "replace"))
+
+
+# Headers
+
+_BLOCKS = {
+    "short fields": times(b"a:\r\n"),
+    "one long field": times(b"x", b"a:"),
+    "folds": times(b"\r\n ", b"a:"),
+    "white space": times(b" ", b"a:", b"\r\n"),
+    "no colons": times(b"aaa\r\n"),
+    "colons": times(b":"),
+    "bare CRs": times(b"\r"),
+    "bare LFs": times(b"\n"),
+    "a long name": times(b"a"),
+    "white space in front of the colon": times(b" ", b"a", b":"),
+    "hops": times(b"Received:\r\n"),
+    "froms": times(b"From:\r\n"),
+    "authors": times(b"From:a@b.test\r\n"),
+}
+_RESULTS = {
+    **_BLOCKS,
+    "comments": times(b"()", b"Authentication-Results:", b"x"),
+    "comments within comments": times(b"(", b"Authentication-Results:"),
+    "quoted pairs": times(b"\\a", b"Authentication-Results:("),
+    "a string": times(b"\\a", b'Authentication-Results:"'),
+    "blanks": times(b" ", b"Authentication-Results:"),
+    "many": times(b"Authentication-Results:a\r\n"),
+    "blanks of many": times(b"Authentication-Results:   (a)  x\r\n"),
+}
+
+_SIGNED = b"v=1; a=rsa-sha256; d=d.test; s=s; h=from; bh=" + b"A" * 43 + b"=; b="
+_KEY = (  # RFC 6376 C.2
+    "v=DKIM1; p=MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDwIRP/UC3SBsEmGqZ9ZJW3/DkMoGeLnQg1fWn7/zYtIxN2SnFCjxOCKG9v3b4jYfcTNh5ijSs"
+    "q631uBItLa7od+v/RtdC2UzJ1lWT947qR+Rcac2gbto/NMqJ0fzfVjH4OuKhitdY9tf6mcwGjaNBcWToIMmPSPDdQPNUYckcQ2QIDAQAB"
+)
+_SIGNATURES = {
+    **_BLOCKS,
+    "signatures": times(b"DKIM-Signature:" + _SIGNED + b"AA==\r\n", b"From: a@d.test\r\n"),
+    "tags": times(b"a=;", b"DKIM-Signature:", b"\r\n"),
+    "blanks within b=": times(b" ", b"DKIM-Signature:" + _SIGNED + b"A", b"!\r\n"),
+    "folds within b=": times(b"\r\n ", b"DKIM-Signature:" + _SIGNED + b"A", b"!\r\n"),
+    "blanks within h=": times(b" ", b"DKIM-Signature:v=1; a=rsa-sha256; d=d.test; s=s; bh=A; b=A; h=from", b"x\r\n"),
+    "names": times(b"a:", b"DKIM-Signature:" + _SIGNED + b"AA==;h=from:", b"a\r\nFrom: a@d.test\r\n"),
+    "seals": times(b"ARC-Seal:i=1;" + _SIGNED + b"AA==; cv=none\r\n"),
+    "results of chains": times(b"ARC-Authentication-Results:i=1;i=1;" + b"i" * 50 + b"\r\n", b"ARC-Seal:i=1; a=rsa-sha256\r\n"),
+}
+
+
+def _verify(block: bytes) -> None:
+    """All that is done with a stranger's header but SPF and DMARC."""
+    said = signatures.claims(authres.without_forged(block, "relay.test"))
+    bodies = dict.fromkeys(said.forms(), ("A" * 43 + "=", 0))
+    keys: signatures.Keys = {"s._domainkey.d.test": _KEY}
+    signatures.verify(said, bodies, keys, 1_795_000_000)
+    signatures.arc(said, bodies, keys)
+
+
+# Answers of the DNS
+
+
+class _Answers:
+    """A resolver with one text for all names of a type."""
+
+    def __init__(self, **known: list[Any]) -> None:
+        self.known = known
+
+    async def values(self, name: str, kind: str) -> list[Any]:
+        found = self.known.get(kind)
+        if not found:
+            raise NoData(name)
+        return found
+
+    async def txt(self, name: str) -> list[str]:
+        return await self.values(name, "TXT")
+
+
+def _now(work: Coroutine[Any, Any, object]) -> None:
+    """Run what waits for nobody."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            work.send(None)
+
+
+def _spf(**others: Callable[[bytes], list[Any]]) -> Callable[[bytes], None]:
+    """By a policy, or by a short one of which the answers to its questions are long."""
+
+    def check(answer: bytes) -> None:
+        known = {kind: make(answer) for kind, make in others.items()}
+        known.setdefault("TXT", [answer.decode()])
+        _now(spf.check(_Answers(**known), "192.0.2.1", "a@b.test", "h.test"))  # type: ignore[arg-type]
+
+    return check
+
+
+def _hosts(answer: bytes) -> list[Any]:
+    return [f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}" for n in range(len(answer) // 16)]
+
+
+_POLICIES = {
+    "hosts": times(b"a ", b"v=spf1 "),
+    "networks": times(b"ip4:1.1.1.1 ", b"v=spf1 "),
+    "modifiers": lambda n: b"v=spf1 " + b" ".join(b"x%d=y" % k for k in range(n // 8)),
+    "macros": times(b"%{l}", b"v=spf1 exists:"),
+    "reversed macros": times(b"%{l99r-}", b"v=spf1 exists:", b".b.test"),
+    "digits": times(b"9", b"v=spf1 ip4:1.1.1.1/"),
+    "blanks": times(b" ", b"v=spf1"),
+    "colons": times(b":", b"v=spf1 a"),
+    "a long name": times(b"a.", b"v=spf1 a:", b"test"),
+}
+_RECORDS = {
+    "tags": times(b"a=b;", b"v=DMARC1;p=reject;"),
+    "blanks": times(b" ", b"v=DMARC1;p=reject;", b"x"),
+    "blanks in front": times(b" ", b"v", b"=DMARC1"),
+    "reports": times(b"mailto:a@b.test,", b"v=DMARC1;p=reject;rua="),
+}
+_KEYS = {
+    "tags": times(b"a=;", b"v=DKIM1;"),
+    "a key": times(b"A", b"v=DKIM1;p="),
+    "blanks": times(b" ", b"v=DKIM1;p=A", b"!"),
+}
+
+
+def _dmarc(record: bytes) -> None:
+    answers = _Answers(TXT=[record.decode()])
+    _now(dmarc._check(answers, "a.b.test", ("b.test", "fail"), [("b.test", "temperror")]))  # type: ignore[arg-type]
+
+
+def _key(record: bytes) -> None:
+    block = b"DKIM-Signature:" + _SIGNED + b"AA==\r\nFrom: a@d.test\r\n"
+    said = signatures.claims(block)
+    bodies = dict.fromkeys(said.forms(), ("A" * 43 + "=", 0))
+    signatures.verify(said, bodies, {"s._domainkey.d.test": record.decode()}, 1_795_000_000)
+
+
+# Sessions
+
+_EHLO = b"EHLO a.test\r\n"
+_ENVELOPE = _EHLO + b"MAIL FROM:<a@b.test>\r\nRCPT TO:<a@b.test>\r\n"
+_SESSIONS = {
+    "commands": times(b"NOOP\r\n", _EHLO),
+    "empty lines": times(b"\r\n"),
+    "line feeds": times(b"\n"),
+    "a line without an end": times(b"a"),
+    "recipients": times(b"RCPT TO:<a@b.test>\r\n", _ENVELOPE),
+    "senders": times(b"MAIL FROM:<a@b.test>\r\nRSET\r\n", _EHLO),
+    "parameters": times(b"MAIL FROM:<a@b.test>" + b" A=b" * 100 + b"\r\n", _EHLO),
+    "XCLIENT": times(b"XCLIENT NAME=" + b"+41" * 100 + b"\r\n", _EHLO),
+    "AUTH": times(b"AUTH PLAIN " + b"AAAA" * 50 + b"\r\n", _EHLO),
+    "text": times(b"x" * 60 + b"\r\n", _ENVELOPE + b"DATA\r\n"),
+    "dots": times(b"..\r\n", _ENVELOPE + b"DATA\r\n"),
+    "line feeds in the text": times(b"\n", _ENVELOPE + b"DATA\r\n"),
+    "carriage returns in the text": times(b"\r", _ENVELOPE + b"DATA\r\n"),
+    "a chunk": lambda n: _ENVELOPE + b"BDAT %d\r\n" % n + b"\r" * n,
+    "chunks": times(b"BDAT 1\r\nx", _ENVELOPE),
+}
+
+
+def _session(normalize: bool) -> Callable[[bytes], None]:
+    def talk(wire: bytes) -> None:
+        limits = Limits(message_size=1 << 30, recipients=1 << 20, errors=1 << 20, normalize=normalize, long_lines=True)
+        offers = Offers(mechanisms=("PLAIN",), clear=True, assume=lambda client: None)
+        one = ServerSession("relay.test", limits, lambda sender, size: None, lambda to, transaction: None, offers=offers)
+        one.greet()
+        start = wire.find(b"DATA\r\n") + 6  # nothing may follow that in the same piece
+        if start >= 6:
+            one.receive(wire[:start])
+        for at in range(start if start >= 6 else 0, len(wire), 65536):
+            one.receive(wire[at : at + 65536])
+
+    return talk
+
+
+def _sasl(mechanism: str) -> Callable[[bytes], None]:
+    keys = sasl.Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
+
+    def respond(response: bytes) -> None:
+        exchange, _ = sasl.begin(mechanism, lambda user: keys)
+        with contextlib.suppress(StopIteration, sasl.Malformed):
+            exchange.send(response)
+            exchange.send(response)
+
+    return respond
+
+
+_RESPONSES = {
+    "NULs": times(b"\0"),
+    "octets": times(b"x"),
+    "commas": times(b",", b"n"),
+    "names": times(b"=2C", b"n,a=", b",\1auth=Bearer x\1\1"),
+    "attributes": times(b"a=b\1", b"n,,\1", b"\1"),
+    "attributes of SCRAM": times(b"a=b,", b"n,,n=user,r=x,"),
+    "a token": times(b"x", b"user=a\1auth=Bearer ", b"\1\1"),
+}
+
+
+def _proxy(data: bytes) -> None:
+    with contextlib.suppress(proxy.BadHeader):
+        proxy.parse(data)
+
+
+# Replies of others
+
+_REPLIES = {
+    "lines": times(b"250-a\r\n"),
+    "replies": times(b"250 a\r\n"),
+    "line feeds": times(b"\n"),
+    "a line without an end": times(b"2"),
+    "codes": times(b"250-5.1.1 " + b"5.1.1 " * 20 + b"\r\n"),
+}
+
+
+def _replies(wire: bytes) -> None:
+    Replies(LINE_LIMIT, LINES_LIMIT).feed(wire)
+
+
+_shaping = Shaping(Config.model_validate({"listener": [{"address": "127.0.0.1:2525"}]}))
+_SAID = {
+    "words": times(b"too many "),
+    "digits": times(b"4.7.650 "),
+    "spaces": times(b" "),
+    "brackets": times(b"[TSS0"),
+    "unusual rates": times(b"unusual rat"),
+}
+
+
+def _rule(text: bytes) -> None:
+    for code in ("421 4.7.0 ", "451 4.7.500 ", "450 4.2.2 "):
+        _shaping.rule("mx.google.com", code + text.decode())
+
+
+def _notice(text: bytes) -> None:
+    envelope = Envelope("a@b.test", ["c@d.test"], 1, 0, 0, 0)
+    attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.1.1", text[:500].decode("utf-8", "replace"))
+    dsn.failure_notice(envelope, [("c@d.test", attempt, False)], text, hostname="h", ident="i", original_ident="o", seconds=0)
+
+
+def _relaxed(data: bytes) -> None:
+    body = dkim.BodyHash(True)
+    body.feed(data)
+    body.finish()
+
+
+_BODIES = {
+    "white space": times(b" "),
+    "empty lines": times(b"\r\n"),
+    "blank lines": times(b" \r\n"),
+    "bare CRs": times(b"\r"),
+    "bare LFs": times(b"\n"),
+    "text": times(b"ab  c\r\n"),
+}
+_signature = dkim.Signature("d.test", "s", "rsa-sha256")
+_someone = Identity("x", senders=("@b.test", "@.c.test"))
+
+
+def _parameters(text: bytes) -> None:
+    address.parse_parameters(text.decode("utf-8", "surrogateescape"))
+
+
+def _parsers() -> Iterable[Parser]:
+    whole = "128 kB, 5000 lines: refused"
+    yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "16 kB, 250 domains: refused", 16000)
+    fields = {name: lambda n, make=make: b"From: " + make(n) + b"\r\n" for name, make in _ADDRESS_LISTS.items()}
+    yield Parser("proto.mailbox.authors", _authors, {**_BLOCKS, **fields}, "16 kB of all fields: refused", 16000, header.too_long)
+    yield Parser("proto.header.header_end", header.header_end, _BLOCKS)
+    yield Parser("proto.header.count_received", header.count_received, _BLOCKS)
+    yield Parser("proto.header.field_names", header.field_names, _BLOCKS)
+    yield Parser("proto.header.fields", header.fields, _BLOCKS, whole, refused=header.too_long)
+    yield Parser("proto.dkim.split_fields", dkim.split_fields, _BLOCKS, whole, refused=header.too_long)
+    yield Parser("proto.dkim.canonical_field", dkim.canonical_field, _BLOCKS, whole, refused=header.too_long)
+    yield Parser("proto.dkim.BodyHash", _relaxed, _BODIES)
+    sign: Callable[[bytes], object] = lambda block: _signature.unsigned(dkim.split_fields(block), "bh", 1)  # noqa: E731
+    yield Parser("proto.dkim.Signature", sign, _BLOCKS, whole, refused=header.too_long)
+    forged: Callable[[bytes], object] = lambda block: authres.without_forged(block, "relay.test")  # noqa: E731
+    yield Parser("proto.authres.without_forged", forged, _RESULTS, whole, refused=header.too_long)
+    sets = "5 signatures, 10 ARC sets; 4096 octets and 200 names of each, in 500 fields"
+    yield Parser("filter.signatures", _verify, _SIGNATURES, sets, refused=header.too_long)
+    yield Parser("filter.signatures (a key)", _key, _KEYS, "4096 octets, RSA of 4096 bits", 4000)
+    yield Parser(
+        "filter.spf (a policy)", _spf(), _POLICIES, "10,240 octets, 800 terms, 50 macros, 40 questions: permerror", 10000
+    )
+    short = {"records": times(b"x")}
+    hosts: Callable[[bytes], list[Any]] = lambda answer: ["v=spf1 " + " ".join(f"a:{n}.test" for n in range(10))]  # noqa: E731
+    yield Parser("filter.spf (addresses)", _spf(TXT=hosts, A=_hosts), short, "500 in all: permerror")
+    mx: Callable[[bytes], list[Any]] = lambda answer: [(n, f"m{n}.test") for n in range(len(answer) // 16)]  # noqa: E731
+    yield Parser("filter.spf (MX)", _spf(TXT=lambda answer: ["v=spf1 mx -all"], MX=mx), short, "10: permerror")
+    names: Callable[[bytes], list[Any]] = lambda answer: [f"p{n}.test" for n in range(len(answer) // 16)]  # noqa: E731
+    yield Parser("filter.spf (PTR)", _spf(TXT=lambda answer: ["v=spf1 ptr -all"], PTR=names, A=_hosts), short, "the first 10")
+    texts: Callable[[bytes], list[Any]] = lambda answer: ["x"] * (len(answer) // 16) + ["v=spf1 -all"]  # noqa: E731
+    yield Parser("filter.spf (TXT)", _spf(TXT=texts), short, "2 policies and 2 others")
+    yield Parser("filter.dmarc", _dmarc, _RECORDS, "4096 octets: no record; 5 authors", 4000)
+    yield Parser("proto.address.mail_argument", address.mail_argument, _PATHS, "a line of 2048 octets", 2000)
+    yield Parser("proto.address.rcpt_argument", address.rcpt_argument, _to(_PATHS), "a line of 2048 octets", 2000)
+    words = {
+        "keywords": times(b"a=b "),
+        "one": times(b"a"),
+        "different ones": lambda n: b" ".join(b"a%d" % k for k in range(n // 7)),
+    }
+    yield Parser("proto.address.parse_parameters", _parameters, words, "a line of 2048 octets", 2000)
+    labels = {
+        "labels": times(b"a."),
+        "dots": times(b"."),
+        "hyphens": times(b"-"),
+        "in UTF-8": times("ä".encode()),
+        "one": times(b"a"),
+    }
+    yield Parser("proto.address.normalize_domain", _domain, labels, "253 octets", 240)
+    literal: Callable[[bytes], object] = lambda text: address.literal_address(text.decode())  # noqa: E731
+    yield Parser(
+        "proto.address.literal_address", literal, {"colons": times(b":", b"[IPv6:", b"]"), "digits": times(b"1", b"[", b"]")}
+    )
+    may: Callable[[bytes], object] = lambda text: _someone.may_send_as(text.decode())  # noqa: E731
+    yield Parser("accept.identity.may_send_as", may, {"ats": times(b"@"), "an atom": times(b"a", b"", b"@b.test")})
+    yield Parser("proto.smtp_server", _session(False), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
+    yield Parser("proto.smtp_server (normalizing)", _session(True), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
+    for mechanism in sorted(sasl.MECHANISMS):
+        yield Parser(f"proto.sasl {mechanism}", _sasl(mechanism), _RESPONSES, "12,288 octets in base64", 9000)
+    first = {"version 1": times(b"x", b"PROXY TCP4 "), "digits": times(b"1", b"PROXY TCP4 1.1.1.1 1.1.1.1 ", b" 1\r\n")}
+    yield Parser("proto.proxy.parse", _proxy, first, "2064 octets", 2000)
+    yield Parser("proto.smtp_client (replies)", _replies, _REPLIES, "a line of 4096 octets, 200 lines")
+    yield Parser(
+        "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
+    )
+    yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
+    yield Parser("proto.dsn.failure_notice", _notice, _BLOCKS, "64 kB of the header, 900 characters of a reply")
+
+
+PARSERS = list(_parsers())

@@ -1,0 +1,57 @@
+"""What strangers say is read in linear time, whatever it is: of each parser and each of the worst inputs the CPU time at four
+times the length, with a margin so wide that only another order of growth exceeds it."""
+
+import time
+
+import pytest
+
+from tests.support.parsers import PARSERS, Parser
+
+LONG, BRIEF, TIMES = 32_768, 4000, 4  # octets: of most, and of what is a part of more
+MARGIN = 2.25  # a square is at 4, what sorts at 1.2
+LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 4
+
+
+def least_seconds(parser: Parser, data: bytes) -> float:
+    """CPU time of a call; of several the least, each of so many calls that the clock sees them."""
+    count, best = 1, float("inf")
+    for _ in range(REPEATS):
+        while True:
+            began = time.thread_time()
+            for _ in range(count):
+                parser.call(data)
+            took = time.thread_time() - began
+            if took >= LEAST_SECONDS:
+                break
+            count *= 2
+        best = min(best, took / count)
+    return best
+
+
+def growth(parser: Parser, what: str, octets: int) -> float:
+    """How much more of the time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square."""
+    short, long = parser.worst[what](octets // TIMES), parser.worst[what](octets)
+    return (least_seconds(parser, long) / len(long)) / (least_seconds(parser, short) / len(short))
+
+
+@pytest.mark.parametrize(
+    ("parser", "what"), [pytest.param(one, what, id=f"{one.name}: {what}") for one in PARSERS for what in one.worst]
+)
+def test_time_grows_no_faster_than_the_input(parser, what):
+    for octets in sorted({BRIEF, min(LONG, parser.most or LONG)}):
+        found = [growth(parser, what, octets)]
+        while found[-1] > MARGIN and len(found) < TRIES:
+            found.append(growth(parser, what, octets))
+        assert min(found) <= MARGIN, octets
+
+
+def test_a_square_would_be_seen():
+    def square(data: bytes) -> int:
+        return sum(data.count(b"a", start) for start in range(0, len(data), 64))
+
+    assert growth(Parser("square", square, {"a": lambda n: b"a" * n}), "a", LONG) > MARGIN
+
+
+def test_all_of_them_are_listed(request):
+    page = (request.config.rootpath / "docs" / "security.md").read_text()
+    assert [one.name for one in PARSERS if f"`{one.name}`" not in page] == []
