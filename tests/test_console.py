@@ -23,7 +23,7 @@ from tests.support.daemon import Relay, dialog, wait_for
 from tests.support.fake_mx import FakeMx
 
 CLI = Path(console.__file__).parent
-OTHERS = {"account.py", "console.py"}
+OTHERS = {"console.py"}
 
 SHOWN = [  # (text, as it is shown, what it would do)
     ("plain text, <a@b.example>: 100% [red]", "plain text, <a@b.example>: 100% [red]", "nothing"),

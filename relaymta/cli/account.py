@@ -17,7 +17,8 @@ from typing import Any
 
 import click
 
-from relaymta.cli.peer import as_json, asked, connect, table
+from relaymta.cli.console import say, say_json, table
+from relaymta.cli.peer import as_json, asked, connect
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
@@ -262,7 +263,7 @@ def _senders(function: Callable[..., Any]) -> Callable[..., Any]:
 def _listing(read: Callable[..., Config], as_json: bool) -> None:
     accounts = _File(read).accounts
     if as_json:
-        click.echo(json.dumps([_row(account) for account in accounts]))
+        say_json([_row(account) for account in accounts])
         return
     shown = [
         [a.name, a.application, ", ".join(_told(secret) for secret in a.secrets) or "nothing", ", ".join(a.senders) or "any"]
@@ -316,14 +317,14 @@ def add_user(read: Callable[..., Config], name: str, password: str, with_scram: 
     account = Account(name=name, secrets=[_kept(password, with_scram)], senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
-    click.echo(f"{name} may log in")
+    say(f"{name} may log in")
     _note_scram(file, with_scram)
 
 
 def _note_scram(file: _File, with_scram: bool) -> None:
     """Say that SCRAM is not offered any more, where it was."""
     if not with_scram and any(_kind(secret) == "SCRAM-SHA-256" for account in file.accounts for secret in account.secrets):
-        click.echo("note: SCRAM-SHA-256 is offered only while all passwords are kept for it; this one is not (--scram)", err=True)
+        say("note: SCRAM-SHA-256 is offered only while all passwords are kept for it; this one is not (--scram)", err=True)
 
 
 def _kept(password: str, with_scram: bool) -> Secret:
@@ -354,7 +355,7 @@ def password(read: Callable[..., Config], name: str, password: str, with_scram: 
     with _edited(read) as file:
         file.get(name)
         file.set_secrets(name, [secret])
-    click.echo(f"{name} has a new password")
+    say(f"{name} has a new password")
     _note_scram(file, with_scram)
 
 
@@ -366,7 +367,7 @@ def remove_user(read: Callable[..., Config], name: str) -> None:
     with _edited(read) as file:
         file.get(name)
         file.remove(name)
-    click.echo(f"{name} is removed")
+    say(f"{name} is removed")
 
 
 @user.command(name="list")
@@ -394,10 +395,10 @@ def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> 
     account = Account(name=name, secrets=[Secret(hash=scram(key))], application=name, senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
-    click.echo(f"user:   {name}\nsecret: {key}")
+    say(f"user:   {name}", f"secret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
     for line in _records(loaded(read, DEMO), domains):
-        click.echo(f"DNS:    {line}")
+        say(f"DNS:    {line}")
 
 
 def _records(config: Config, domains: list[str]) -> Iterator[str]:
@@ -439,9 +440,9 @@ def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
         except ValueError:  # a salt or a count of another program that none is made with any more
             hashed = scram(key)
         file.set_secrets(name, [Secret(hash=hashed), *before])
-    click.echo(f"user:   {name}\nsecret: {key}")
+    say(f"user:   {name}", f"secret: {key}")
     if before:
-        click.echo(f"the key before this one works until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
+        say(f"the key before this one works until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
 
 
 @app.command()
@@ -456,7 +457,7 @@ def expire(read: Callable[..., Config], name: str) -> None:
             fail(1, f"{name} has no key here that could end")
         # They stay, at their end: without any it would be for a back end to say who opens the account.
         file.set_secrets(name, [_until(secret, now) for secret in account.secrets])
-    click.echo(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
+    say(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
 
 
 @app.command()
@@ -466,10 +467,10 @@ def usage(read: Callable[..., Config], as_json: bool) -> None:
     """How much of their quotas accounts have used. A quota comes back little by little."""
     rows = asked(connect(read), "usage")
     if as_json:
-        click.echo(json.dumps(rows))
+        say_json(rows)
         return
     if not rows:
-        click.echo("no account has a quota")
+        say("no account has a quota")
         return
     table("", ["name", "what", "quota", "used"], [[r["name"], r["what"], r["quota"], str(r["used"])] for r in rows])
 
