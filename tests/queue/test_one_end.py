@@ -348,7 +348,7 @@ async def test_what_expires_while_an_operator_changes_it_ends_once(tmp_path):
             await bench.put(sender="")
         page = await bench.queue.page(Filter(), 0, lambda name, site: True)
         await asyncio.gather(*(bench.queue.change_messages("delete", page["ids"]) for _ in range(2)))
-        await until(lambda: bench.summary() == [], 10)
+        await until(lambda: bench.summary() == [])
         await bench.settled()
         assert bench.events.refusals == []
         assert bench.queue.segments.usage()[1] == 0
