@@ -407,7 +407,7 @@ def _records(config: Config, domains: list[str]) -> Iterator[str]:
 
     for domain in domains:
         yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to the record that is there)'
-        keys = [one for one in config.dkim if one.domain == domain]
+        keys = [one for one in config.dkim if one.domain == domain.lower().rstrip(".")]
         for one in keys:
             try:
                 yield zone_line(f"{one.selector}._domainkey.{domain}", record(load_key(one)))
