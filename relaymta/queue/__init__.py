@@ -46,6 +46,7 @@ TOGETHER = 200  # messages that an operator changes in one group commit, so that
 SLOW_SHARE = 4
 SLOWEST = 1.0  # seconds a 250 is held back just before the disk is full
 STREAM_PIECE = 256 * 1024
+PARK_AGAIN = 1.0  # seconds until a queue that the disk did not let sleep is put to sleep again
 SWEEP_TICKS = 12_000  # ten minutes
 UNFOLD_MS = 5_000  # fresh mail that has not left after so long gets rows of its own
 
@@ -305,8 +306,12 @@ class Queue:
         def run(change: Change) -> None:
             change.park(queue, until)
 
-        self.writer.submit(Task(run))
-        self.schedule.wake_at(until or self.clock.now())
+        def done(task: Task) -> None:
+            if task.error is not None and not task.mistake:  # the disk refused: who asked believes that it sleeps
+                self._loop.call_later(PARK_AGAIN, self.park, queue, until)
+            self.schedule.wake_at(until or self.clock.now())
+
+        self.writer.submit(Task(run, done))
 
     # Reading bodies
 
@@ -339,7 +344,12 @@ class Queue:
         ident, body = entry.ident, entry.envelope.body
         if body is None or body.segment:
             raise StoreError(f"message {format_id(ident)} has no file of its own")
-        descriptor = await self.read(self.segments.open_big, ident, body)
+        opening = self._loop.run_in_executor(self._readers, self.segments.open_big, ident, body)
+        try:
+            descriptor = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread goes on, and opens it for nobody
+            opening.add_done_callback(_close_opened)
+            raise
         try:
             offset = body.offset + FRAME.size
             while piece := await self.read(os.pread, descriptor, STREAM_PIECE, offset):
@@ -558,6 +568,7 @@ class Queue:
     # Time passes
 
     def _tick(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._tick)  # whatever becomes of this one
         self._ticks += 1
         if not self.writer.stalled:
             self.schedule.tick()
@@ -569,7 +580,6 @@ class Queue:
             late = self.clock.now() - UNFOLD_MS
             if 0 < self.store.fresh.oldest() <= late:
                 self._unfold(self.store.fresh.came_by(late))
-        self._timer = self._loop.call_later(TICK, self._tick)
 
     def _read(self, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Run `function` on a reader thread and `then(result)`, or `then(its exception)`, on the loop."""
@@ -639,6 +649,11 @@ def _entries(put: Put) -> list[Entry]:
         Entry(put.ident, put.envelope, name, placement.queue, placement.due, 0, indexes, False, put.text)
         for placement, (name, indexes) in zip(placements, put.names, strict=True)
     ]
+
+
+def _close_opened(opening: "asyncio.Future[int]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
 
 
 def _write_ballast(path: Path, size: int) -> None:

@@ -183,18 +183,20 @@ class Schedule:
             return
         self._scanning, self._more, self._next_at, self._last_scan = True, False, 0, now
         room = self._half - self._scanned
-        self.reading(lambda: self._scan(now, room), self._found)
+        self.reading(lambda: self._scan(now, room), self._found, self._not_found)
 
-    def reading(self, function: Callable[[], Any], then: Callable[[Any, int], None]) -> None:
-        """Run `function` on a reader thread, then `then(result, mark)` here. `mark` tells `seize` when it began, so that a
-        row read before its message ended or was changed is not taken for what is there."""
+    def reading(
+        self, function: Callable[[], Any], then: Callable[[Any, int], None], refused: Callable[[], None] = lambda: None
+    ) -> None:
+        """Run `function` on a reader thread, then `then(result, mark)` here, or `refused()` when it raised. `mark` tells `seize`
+        when it began, so that a row read before its message ended or was changed is not taken for what is there."""
         mark = self.begin_reading()
 
         def done(result: Any) -> None:
             try:
-                if isinstance(result, Exception):  # the disk refused: look again at the next tick
-                    self._scanning, self._more = False, True
+                if isinstance(result, Exception):
                     self.last_error = str(result)
+                    refused()
                 else:
                     then(result, mark)
             finally:
@@ -302,6 +304,10 @@ class Schedule:
             if entry is not None:
                 found.append(entry)
         return found
+
+    def _not_found(self) -> None:
+        """The disk refused: look again at the next tick."""
+        self._scanning, self._more = False, True
 
     def _found(self, scanned: Scanned, mark: int) -> None:
         self._scanning = False

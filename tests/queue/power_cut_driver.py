@@ -11,8 +11,11 @@ from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
 from relaymta.queue import Events, Queue, QueueSettings, compact, format_id, wall_ms
 
 
+ENOUGH = 100  # bodies that moved
+
+
 async def main(spool: Path, groups: int) -> None:
-    """`groups` groups of messages; some are delivered, some deferred, the others wait."""
+    """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, the others wait."""
     offered: list = []
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
     queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], offered.append, Events())
@@ -28,7 +31,11 @@ async def main(spool: Path, groups: int) -> None:
 
     queue.schedule.moved = moved  # type: ignore[method-assign]
     await queue.start()
-    for _ in range(groups):
+    for number in range(20 * groups):
+        if number >= groups:
+            if moves > ENOUGH:
+                break
+            await asyncio.sleep(0.01)  # the thread that reads what is to move is behind
         waiting = []
         for _ in range(random.randint(1, 8)):
             ident = queue.ident()

@@ -2,6 +2,7 @@
 pages, slow reads of the disk, and outcomes that contradict what is there."""
 
 import asyncio
+import os
 import threading
 
 import pytest
@@ -380,6 +381,8 @@ async def test_mail_that_is_committed_while_it_is_claimed_is_not_offered(tmp_pat
                 await asyncio.sleep(0)
             changed, flying = await bench.queue.change_messages("delete", [ident])
             assert await done is None
+            if not changed:  # it was not known yet when the change was made
+                await until(lambda ident=ident: any(entry.ident == ident and not entry.cancelled for entry in bench.offered))
             await asyncio.sleep(0.02)
             offered = [entry for entry in bench.offered if entry.ident == ident and not entry.cancelled]
             assert len(offered) + changed == 1 and flying == 0
@@ -539,3 +542,76 @@ async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
         assert states[0] == "held" and states[1] != "held"
         with bench.queue.store.env.begin() as txn:
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
+
+
+# What is left behind
+
+
+async def test_a_file_that_is_opened_for_somebody_who_has_gone_is_closed(tmp_path, monkeypatch):
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.segments.big_limit = 200
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        (notice,) = await bench.next()
+        opened, go, real = threading.Event(), threading.Event(), bench.queue.segments.open_big
+        descriptors: list[int] = []
+
+        def slow(*args):
+            descriptors.append(real(*args))
+            opened.set()
+            assert go.wait(10)
+            return descriptors[0]
+
+        monkeypatch.setattr(bench.queue.segments, "open_big", slow)
+        reading = asyncio.ensure_future(anext(bench.queue.stream_text(notice)))
+        await until(opened.is_set)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        go.set()
+
+        def closed() -> bool:
+            try:
+                os.fstat(descriptors[0])
+            except OSError:
+                return True
+            return False
+
+        await until(closed)
+
+
+async def test_a_look_that_the_disk_refuses_begins_no_second_scan(tmp_path, monkeypatch):
+    async with Watched(tmp_path, window=2) as bench:
+        await bench.put()
+        await bench.put()
+        read, go = slowly(bench, "_scan", monkeypatch)
+        bench.queue.schedule.wake()
+        await until(read.is_set)
+
+        def refuses() -> None:
+            raise OSError(5, "EIO")
+
+        bench.queue.schedule.reading(refuses, lambda result, mark: None)
+        await until(lambda: "EIO" in bench.queue.schedule.last_error)
+        assert bench.queue.schedule._scanning
+        go.set()
+        await bench.next(2)
+
+
+async def test_a_queue_that_the_disk_did_not_let_sleep_sleeps_when_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("relaymta.queue.PARK_AGAIN", 0.01)
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        finish, refused = Change.finish, []
+
+        def fails(change, now):
+            refused.append(now)
+            if len(refused) < 3:
+                raise StoreError("the disk says no")
+            finish(change, now)
+
+        monkeypatch.setattr(Change, "finish", fails)
+        bench.queue.park(entry.queue, bench.queue.clock.now() + 60_000)
+        await until(lambda: [row["parked"] for row in bench.summary()] == [True])
