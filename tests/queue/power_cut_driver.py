@@ -10,12 +10,11 @@ from pathlib import Path
 from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
 from relaymta.queue import Events, Queue, QueueSettings, compact, format_id, wall_ms
 
-
 ENOUGH = 100  # bodies that moved
 
 
 async def main(spool: Path, groups: int) -> None:
-    """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, the others wait."""
+    """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, others wait."""
     offered: list = []
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
     queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], offered.append, Events())
