@@ -184,7 +184,7 @@ class Connection(asyncio.Protocol):
         except ValueError:
             return reply.BAD_ARGUMENT
         refusal = self._change(client) if client is not before else None
-        if refusal is None and ("LOGIN" in attributes or client is not before):
+        if refusal is None and (attributes.keys() & {"ADDR", "LOGIN"} or client is not before):
             login = attributes.get("LOGIN", "")
             refusal = self._become(acceptor.door.logins.as_kept(Identity(login)) if login else None)
             session.user = login if refusal is None else ""

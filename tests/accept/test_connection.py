@@ -161,6 +161,8 @@ TRUSTED = {"domains": ["d.example"], "networks": ["127.0.0.0/8", "192.0.2.0/24"]
         ([b"ADDR=[UNAVAILABLE]", b"LOGIN=ann"], "0.0.0.0", True),
         ([b"LOGIN=ann", b"LOGIN=[UNAVAILABLE]"], "0.0.0.0", False),
         ([b"LOGIN=ann", b"ADDR=198.51.100.7"], "198.51.100.7", False),
+        ([b"ADDR=198.51.100.7 LOGIN=ann", b"ADDR=198.51.100.7"], "198.51.100.7", False),  # the next client of the same address
+        ([b"ADDR=192.0.2.7 LOGIN=ann", b"ADDR=192.0.2.7 NAME=x"], "192.0.2.7", True),
         ([b"ADDR=198.51.100.7", b"LOGIN=ann", b"HELO=x"], "198.51.100.7", True),
         ([b"ADDR=IPV6:fe80::1%eth0"], "fe80::1", False),
         ([b"ADDR=IPV6:::ffff:192.0.2.7"], "192.0.2.7", True),
@@ -209,6 +211,7 @@ def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assume
         ([LOGIN, b"XCLIENT ADDR=192.0.2.7\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT ADDR=[UNAVAILABLE]\r\n", EHLO + LOGIN, b"STARTTLS\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT LOGIN=bob\r\n"], "bob", 0),
+        ([LOGIN, b"XCLIENT ADDR=127.0.0.1\r\n"], "", 0),  # the proxy's own
         ([b"STARTTLS\r\n", EHLO + LOGIN, b"XCLIENT HELO=x\r\n"], "", 0),
     ],
 )
