@@ -631,7 +631,9 @@ class Connection(asyncio.Protocol):
         if error is not None:
             self._turn_down(intake.failed(error))
             return
-        self.large = None  # it is the queue's
+        if self.large is not None:
+            self.large = None  # it is the queue's
+            self.acceptor.give_file()
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
@@ -668,6 +670,8 @@ class Connection(asyncio.Protocol):
         if self.large is None:
             self.ident = self.acceptor.intake.queue.ident()
             found = self._opened(session, transaction, b"".join(text))
+            if not isinstance(found, bytes) and not self.acceptor.take_file():
+                found = self.acceptor.intake.failed(StoreError("no descriptor is left for it"))
             if isinstance(found, bytes):
                 session.refuse(found)
                 return
@@ -765,7 +769,8 @@ class Connection(asyncio.Protocol):
     def _discard_large(self) -> None:
         large, self.large = self.large, None
         if large is not None:
-            self.acceptor.loop.run_in_executor(self.acceptor.threads, large.discard)
+            discarded = self.acceptor.loop.run_in_executor(self.acceptor.threads, large.discard)
+            discarded.add_done_callback(lambda future: self.acceptor.give_file())
 
     # Deadlines
 
