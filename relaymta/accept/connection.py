@@ -238,8 +238,10 @@ class Connection(asyncio.Protocol):
             self._discard_large()
 
     def eof_received(self) -> bool:
+        """A client that half-closes behind the dot still gets its reply, but by TLS, which has no half: whatever we say there, it
+        is closed, and asking for more is a line on stderr."""
         self.ended = True
-        return self.waits != 0  # a client that half-closes behind the dot still gets its reply
+        return self.waits != 0 and self.session is not None and not self.session.secure
 
     def pause_writing(self) -> None:
         """The client does not read what it is told."""

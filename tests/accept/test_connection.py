@@ -131,6 +131,16 @@ def test_who_says_no_more_hears_its_replies_and_is_gone(behind):
     assert transport.closed and not any(of.limits.counts.values())
 
 
+def test_tls_is_not_asked_for_half_a_connection():
+    """It would say so on stderr, as often as a client likes."""
+    of = machine()
+    made = connected(of)
+    say(made, EHLO + b"STARTTLS\r\n")
+    say(made, EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nDATA\r\n")
+    made.data_received(b"Subject: x\r\n\r\nx\r\n.\r\n")
+    assert made.waits and not made.eof_received()
+
+
 def test_a_request_of_http_is_told_in_the_log_and_counted():
     of = machine()
     made = connected(of)
