@@ -2,7 +2,8 @@
 
 Who changes a count: `enter` takes a connection's two units (the machine's, its client's) and `leave` gives them back, both for
 connection.py alone, which knows by `counted` whether it holds them. `connections` goes with that. Into `arriving` comes who has
-arrived, and out goes who is turned out or whose task has ended. `paused` is changed by `_pause`, and by `_resume`, which runs
+arrived, and out goes who is turned out or whose task has ended. `files` is changed by `take_file` and `give_file`, for
+connection.py, too, whose `large` each stands for. `paused` is changed by `_pause`, and by `_resume`, which runs
 once at a time.
 """
 
@@ -48,6 +49,7 @@ class Acceptor:
         self.now = self.loop.time
         self.time = self.now()
         self.connections: set[Connection] = set()
+        self.files = 0  # open for large texts of theirs: each is a descriptor as their sockets are
         self.arriving: dict[Connection, asyncio.Task[None]] = {}  # before SMTP: a PROXY header, or TLS; who came first is first
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
@@ -122,7 +124,7 @@ class Acceptor:
             return DRAIN_REPLY
         if self.shedding:
             return reply.OVERLOADED
-        if len(self.connections) + 1 >= self._most:
+        if self._held() + 1 >= self._most:
             self._pause()
         if not self.limits.take("connections", self.config.limits.connections):
             return reply.TOO_MANY_CONNECTIONS
@@ -142,6 +144,21 @@ class Acceptor:
         self.limits.give("client " + client.group)
         self._let_in()
 
+    def take_file(self) -> bool:
+        """Whether there is a descriptor for one more large text."""
+        room = self._held() < self._most
+        self.files += room
+        return room
+
+    def give_file(self) -> None:
+        """A large text is the queue's, or nobody's."""
+        self.files -= 1
+        self._let_in()
+
+    def _held(self) -> int:
+        """The descriptors that clients hold."""
+        return len(self.connections) + self.files
+
     def _pause(self) -> None:
         """The descriptors that are left are for the spool and for delivery."""
         self.paused = True
@@ -150,7 +167,7 @@ class Acceptor:
 
     def _let_in(self) -> None:
         """Accept again, where that is paused and there is room. May be called at any time: it is under way once at most."""
-        room = len(self.connections) < self._most - self._most // 20
+        room = self._held() < self._most - self._most // 20
         if self.paused and room and self._resuming is None and not self.intake.draining:
             self._resuming = self.loop.create_task(self._resume())
 
@@ -170,7 +187,7 @@ class Acceptor:
         self.time = now = self.now()
         most = self.config.limits.connections
         taken = self.limits.taken("connections")
-        self.stressed = taken * 100 >= most * STRESS_SHARE or len(self.connections) * 100 >= self._most * STRESS_SHARE
+        self.stressed = taken * 100 >= most * STRESS_SHARE or self._held() * 100 >= self._most * STRESS_SHARE
         for connection in list(self.connections):
             connection.check(now)
         patience = ARRIVAL_SECONDS * (STRESS_PATIENCE if self.stressed else 1)

@@ -184,7 +184,7 @@ class Connection(asyncio.Protocol):
         except ValueError:
             return reply.BAD_ARGUMENT
         refusal = self._change(client) if client is not before else None
-        if refusal is None and ("LOGIN" in attributes or client is not before):
+        if refusal is None and (attributes.keys() & {"ADDR", "LOGIN"} or client is not before):
             login = attributes.get("LOGIN", "")
             refusal = self._become(acceptor.door.logins.as_kept(Identity(login)) if login else None)
             session.user = login if refusal is None else ""
@@ -238,8 +238,10 @@ class Connection(asyncio.Protocol):
             self._discard_large()
 
     def eof_received(self) -> bool:
+        """A client that half-closes behind the dot still gets its reply, but by TLS, which has no half: whatever we say there, it
+        is closed, and asking for more is a line on stderr."""
         self.ended = True
-        return self.waits != 0  # a client that half-closes behind the dot still gets its reply
+        return self.waits != 0 and self.session is not None and not self.session.secure
 
     def pause_writing(self) -> None:
         """The client does not read what it is told."""
@@ -631,7 +633,9 @@ class Connection(asyncio.Protocol):
         if error is not None:
             self._turn_down(intake.failed(error))
             return
-        self.large = None  # it is the queue's
+        if self.large is not None:
+            self.large = None  # it is the queue's
+            self.acceptor.give_file()
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
         intake.accept_seconds(self.acceptor.now() - self.dot_at)
@@ -668,6 +672,8 @@ class Connection(asyncio.Protocol):
         if self.large is None:
             self.ident = self.acceptor.intake.queue.ident()
             found = self._opened(session, transaction, b"".join(text))
+            if not isinstance(found, bytes) and not self.acceptor.take_file():
+                found = self.acceptor.intake.failed(StoreError("no descriptor is left for it"))
             if isinstance(found, bytes):
                 session.refuse(found)
                 return
@@ -765,7 +771,8 @@ class Connection(asyncio.Protocol):
     def _discard_large(self) -> None:
         large, self.large = self.large, None
         if large is not None:
-            self.acceptor.loop.run_in_executor(self.acceptor.threads, large.discard)
+            discarded = self.acceptor.loop.run_in_executor(self.acceptor.threads, large.discard)
+            discarded.add_done_callback(lambda future: self.acceptor.give_file())
 
     # Deadlines
 

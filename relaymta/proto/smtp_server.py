@@ -274,8 +274,10 @@ class ServerSession:
                 self.parser.line()
                 return b"334 " + b64encode(b'{"status":"invalid_token","schemes":"bearer"}') + b"\r\n" + self._waiting()
             answer = self._wrong_login(answer)
-            if self.closing:
-                return answer
+        else:  # nor may what is put off be tried as often as somebody likes: each is a look at the limits and a line in the log
+            answer = self._error(answer)
+        if self.closing:
+            return answer
         self.parser.commands()
         return answer + self._waiting()
 

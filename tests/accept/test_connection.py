@@ -131,6 +131,16 @@ def test_who_says_no_more_hears_its_replies_and_is_gone(behind):
     assert transport.closed and not any(of.limits.counts.values())
 
 
+def test_tls_is_not_asked_for_half_a_connection():
+    """It would say so on stderr, as often as a client likes."""
+    of = machine()
+    made = connected(of)
+    say(made, EHLO + b"STARTTLS\r\n")
+    say(made, EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nDATA\r\n")
+    made.data_received(b"Subject: x\r\n\r\nx\r\n.\r\n")
+    assert made.waits and not made.eof_received()
+
+
 def test_a_request_of_http_is_told_in_the_log_and_counted():
     of = machine()
     made = connected(of)
@@ -161,6 +171,8 @@ TRUSTED = {"domains": ["d.example"], "networks": ["127.0.0.0/8", "192.0.2.0/24"]
         ([b"ADDR=[UNAVAILABLE]", b"LOGIN=ann"], "0.0.0.0", True),
         ([b"LOGIN=ann", b"LOGIN=[UNAVAILABLE]"], "0.0.0.0", False),
         ([b"LOGIN=ann", b"ADDR=198.51.100.7"], "198.51.100.7", False),
+        ([b"ADDR=198.51.100.7 LOGIN=ann", b"ADDR=198.51.100.7"], "198.51.100.7", False),  # the next client of the same address
+        ([b"ADDR=192.0.2.7 LOGIN=ann", b"ADDR=192.0.2.7 NAME=x"], "192.0.2.7", True),
         ([b"ADDR=198.51.100.7", b"LOGIN=ann", b"HELO=x"], "198.51.100.7", True),
         ([b"ADDR=IPV6:fe80::1%eth0"], "fe80::1", False),
         ([b"ADDR=IPV6:::ffff:192.0.2.7"], "192.0.2.7", True),
@@ -209,6 +221,7 @@ def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assume
         ([LOGIN, b"XCLIENT ADDR=192.0.2.7\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT ADDR=[UNAVAILABLE]\r\n", EHLO + LOGIN, b"STARTTLS\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT LOGIN=bob\r\n"], "bob", 0),
+        ([LOGIN, b"XCLIENT ADDR=127.0.0.1\r\n"], "", 0),  # the proxy's own
         ([b"STARTTLS\r\n", EHLO + LOGIN, b"XCLIENT HELO=x\r\n"], "", 0),
     ],
 )

@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import signal
+import smtplib
 import socket
 import ssl
 import struct
@@ -346,6 +347,29 @@ def test_whoever_says_nothing_takes_nobodys_place(peer, tmp_path):
             assert b"Too many connections" in heard(sock)
         for sock in served:
             sock.close()
+
+
+def test_large_texts_leave_the_spool_its_descriptors(peer, tmp_path):
+    """60 at once, with 128 descriptors of which 64 are for clients: a small message is taken meanwhile, and a large one later."""
+    large, limit = b"Subject: large\r\n\r\n" + b"never the whole of it\r\n" * 60_000, ("prlimit", "--nofile=128:128")
+    with Guard(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.1/32"]', wrap=limit) as relay:
+        before, ours = relay.descriptors(), []
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as other:
+            for _ in range(60):
+                ours.append(reach(relay.port))
+                assert heard(ours[-1]).startswith(b"220")
+            for sock in ours:
+                sock.sendall(b"EHLO me\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nBDAT %d\r\n" % (len(large) + 1))
+                sock.sendall(large)
+            refused = 'relaymta_messages_refused_total{reason="store"}'
+            wait_for(lambda: relay.metric(refused) + relay.descriptors() - before > 60)
+            other.sendmail("a@b.example", ["c@d.example"], TEXT)
+            assert relay.metric(refused) > 50
+        ends(ours)
+        wait_for(lambda: relay.metric("relaymta_connections") == 0, 60)
+        relay.send("Subject: large\r\n\r\n" + ("x" * 70 + "\r\n") * 30_000)
+        wait_for(lambda: len(peer.messages) == 2)
+        wait_for(lambda: relay.descriptors() <= before + 2, 60)
 
 
 def test_every_end_of_a_beginning_gives_back_once(peer, tmp_path):

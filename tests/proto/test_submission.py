@@ -55,6 +55,15 @@ def talk(data: bytes, cuts: list[int], right: tuple = (Password("user", "pencil"
     return out, claims, made
 
 
+def test_a_login_that_is_put_off_is_not_tried_for_ever():
+    made, line = session(), b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n"
+    out, tried = made.receive(EHLO + line * 100), 0
+    while made.claim is not None and not made.closing:
+        tried += 1
+        out = made.checked("", reply.TOO_MANY_LOGINS)
+    assert tried == made.limits.errors == 20 and codes(out) == [454, 421] and made.claim is None
+
+
 BEARER = "user=user\1auth=Bearer ticket\1\1"
 DIALOGUES = [
     ("plain at once", b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n", [235]),

@@ -178,6 +178,7 @@ class Machine:
         self.config = Config.model_validate(found | settings)
         self.stored: list[tuple[Envelope, bytes]] = []
         self.files: list[File] = []
+        self.most_files = 1000
         self.limits = Limits()
         self.turns = Turns(self.loop)  # type: ignore[arg-type]
         self.events: list[dict[str, Any]] = []
@@ -219,6 +220,12 @@ class Machine:
     def leave(self, client: Client) -> None:
         self.limits.give("connections")
         self.limits.give("client " + client.group)
+
+    def take_file(self) -> bool:
+        return self.limits.take("files", self.most_files)
+
+    def give_file(self) -> None:
+        self.limits.give("files")
 
     # As the door.
 
