@@ -719,8 +719,9 @@ class Dispatcher:
         if mail.text_out:
             self.counters.add(IN_DOUBT, 1)
             doubt = " (in doubt: the message was sent, its reply did not come)"
-        if mail.reached == "" and (said is None or said.code != 421 or core.messages) and core.messages and lost < FREE_RETRIES:
-            # A reused connection that died before MAIL's reply: as if it had never been there.
+        if mail.reached == "" and core.messages and not mail.said and lost < FREE_RETRIES:
+            # A reused connection that died before MAIL's reply: as if it had never been there. (Not where a transaction of this
+            # very message went before: who got it then must not get it again.)
             self._lost_before[entry.ident] = lost + 1
             entry.flying = False
             if self.pools.get(pool.key) is pool:
