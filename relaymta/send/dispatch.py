@@ -91,6 +91,7 @@ class Dispatcher:
         self._suspects = suspects
         self._lineup: list[Entry] = []  # suspects that wait for their turn
         self._alone: Entry | None = None
+        self._choosing = False  # whose turn it is
         self.counters = counters
         self.log = log
         self.resolver = resolver
@@ -239,14 +240,22 @@ class Dispatcher:
         return self._parked.get(queue, 0)
 
     def _next_suspect(self) -> None:
+        """The next suspect's turn. One that comes back at once ends its turn within `offer`: the loop goes on with the next, so
+        that hundreds of a site that is down are no recursion."""
         self._alone = None
-        while self._lineup and self._alone is None:
-            entry = self._lineup.pop(0)
-            self._suspects.discard(entry.ident)
-            if not entry.cancelled:
-                self._alone = entry
-                self.flying.try_alone(entry.ident)
-                self.offer(entry)
+        if self._choosing:
+            return
+        self._choosing = True
+        try:
+            while self._lineup and self._alone is None:
+                entry = self._lineup.pop(0)
+                self._suspects.discard(entry.ident)
+                if not entry.cancelled:
+                    self._alone = entry
+                    self.flying.try_alone(entry.ident)
+                    self.offer(entry)
+        finally:
+            self._choosing = False
         if self._alone is None:
             self.flying.try_alone(0)
 

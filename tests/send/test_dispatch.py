@@ -251,3 +251,19 @@ async def test_connections_that_stand_still_together_halve_the_window_once(made)
     assert pool.window == 8.0
     pool.timed_out(since=401.0, now=700.0)
     assert pool.window == 4.0
+
+
+async def test_many_suspects_of_a_site_that_is_down(made):
+    """What was in flight when a worker was killed: one is charged with the attempt, the others go back, however many they are."""
+    count = 500
+    made._suspects.update(range(1, count + 1))
+    entries = [entry(n, "smart.test") for n in range(1, count + 1)]
+    for one in entries:
+        made.offer(one)
+    assert made._alone is entries[0] and len(made._lineup) == count - 1
+    pool = next(iter(made.pools.values()))
+    made._site_failed(pool, ConnectFailed("connect", "refused"))
+    (first, _, _) = made.queue.finished[0]
+    made.landed(first)
+    assert made._alone is None and made._lineup == []
+    assert len(made.queue.returned) == count - 1
