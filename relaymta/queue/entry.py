@@ -13,12 +13,12 @@ class Entry:
     """One message's recipients in one queue.
 
     `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory.
-    `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever meets it drops it. `ending`: its
+    `sole`: the message is in no other queue. `counted`: its text counts in the window's octets. `cancelled`: was taken out of the window; whoever meets it drops it. `ending`: its
     outcome was handed to the writer, and there is no second one.
     """
 
     __slots__ = (
-        "attempts", "cancelled", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole",
+        "attempts", "cancelled", "counted", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole",
         "text",
     )  # fmt: skip
 
@@ -44,6 +44,7 @@ class Entry:
         self.sole = sole
         self.text = text
         self.cancelled = False
+        self.counted = False
         self.flying = False
         self.ending = False
         self.route: object = None  # what send/ has resolved for it

@@ -4,6 +4,7 @@ pages, slow reads of the disk, and outcomes that contradict what is there."""
 import asyncio
 import threading
 
+import lmdb
 import pytest
 
 from relaymta.cli.queue import pages
@@ -11,7 +12,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import HELD, NOTICE, PERMANENT, TRANSIENT, Envelope
 from relaymta.queue import Entry, Filter, Outcome, listing, wall_ms, writer
 from relaymta.queue.segments import FRAME
-from relaymta.queue.store import Change
+from relaymta.queue.store import MAP_SIZE, Change
 from relaymta.queue.writer import Task
 from tests.queue.test_queue import Bench, Recorder, answer, until
 
@@ -539,3 +540,56 @@ async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
         assert states[0] == "held" and states[1] != "held"
         with bench.queue.store.env.begin() as txn:
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
+
+
+@pytest.mark.parametrize("number", ["gone", "another's"])
+async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, number):
+    """A folded message is left, its queue's row is not, or its number was given to another queue."""
+    async with Watched(tmp_path / "before") as bench:
+        idents = [await bench.put(to=(f"a@{domain}.example",)) for domain in ("x", "y")]
+        await bench.copied(tmp_path / "after")
+    with lmdb.open(str(tmp_path / "after/shard-0/lmdb"), max_dbs=16, map_size=MAP_SIZE) as env:
+        queues, meta = env.open_db(b"queue"), env.open_db(b"meta")
+        with env.begin(write=True) as txn:
+            for key, value in list(txn.cursor(db=queues)):
+                if b"x.example" in key + value:
+                    txn.delete(key, db=queues)
+                if b"x.example" in value and number == "another's":
+                    txn.put(key, value.replace(b"x.example", b"z.example"), db=queues)
+            txn.delete(b"queues", db=meta)
+    async with Watched(tmp_path / "after") as bench:
+        entries = await bench.next(2)
+        assert sorted((entry.ident, entry.name.domain) for entry in entries) == [(idents[0], "x.example"), (idents[1], "y.example")]
+        for entry in entries:
+            bench.queue.finish(entry, None)
+        await bench.empty()
+        assert bench.events.failures == []
+
+
+async def test_no_history_outlives_its_message(tmp_path):
+    """The first recipient's is written while the other waits, untried, in another queue."""
+    async with Watched(tmp_path) as bench:
+        await bench.put(to=("a@x.example", "b@y.example"))
+        one, two = await bench.next(2)
+        bench.queue.finish(one, None)
+        await until(lambda: bench.events.outcomes)
+        bench.queue.put_back(two)
+        (again,) = await bench.next()
+        assert again.sole
+        bench.queue.finish(again, None)
+        await until(lambda: len(bench.events.outcomes) == 2)
+        assert (bench.dump()["recipient"], bench.dump()["message"]) == ([], [])
+
+
+async def test_texts_that_are_read_for_delivery_do_not_count_as_those_of_fresh_mail(tmp_path):
+    text = b"Subject: x\r\n\r\n" + b"y" * 5000
+    async with Watched(tmp_path, window_bytes=12_000) as bench:
+        for _ in range(3):
+            for _ in range(4):
+                await bench.put(text)
+            assert sum(entry.text is not None for entry in bench.offered) == 2
+            for entry in await bench.next(4):
+                entry.text = (await bench.queue.read_texts([entry]))[0]
+                bench.queue.finish(entry, None)
+            await bench.empty()
+            assert bench.queue.schedule._fresh_bytes == 0
