@@ -360,7 +360,12 @@ class Queue:
         ident, body = entry.ident, entry.envelope.body
         if body is None or body.segment:
             raise StoreError(f"message {format_id(ident)} has no file of its own")
-        descriptor = await self.read(self.segments.open_big, ident, body)
+        opening = self._loop.run_in_executor(self._readers, self.segments.open_big, ident, body)
+        try:
+            descriptor = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the peer is gone before the text was read through
+            opening.add_done_callback(_close)
+            raise
         try:
             offset = body.offset + FRAME.size
             while piece := await self.read(os.pread, descriptor, STREAM_PIECE, offset):
@@ -649,6 +654,12 @@ class Queue:
             never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", "never tried: its turn did not come in time")
             results = {index: msgspec.structs.replace(last.get(index, never), kind=TRANSIENT) for index, _ in entry.recipients}
             self.finish(entry, results)
+
+
+def _close(opened: "asyncio.Future[int]") -> None:
+    """Close what nobody waits for any more."""
+    if not opened.cancelled() and opened.exception() is None:
+        os.close(opened.result())
 
 
 def _entries(put: Put) -> list[Entry]:

@@ -2,6 +2,7 @@
 pages, slow reads of the disk, and outcomes that contradict what is there."""
 
 import asyncio
+import os
 import threading
 
 import lmdb
@@ -593,3 +594,30 @@ async def test_texts_that_are_read_for_delivery_do_not_count_as_those_of_fresh_m
                 bench.queue.finish(entry, None)
             await bench.empty()
             assert bench.queue.schedule._fresh_bytes == 0
+
+
+async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tmp_path, monkeypatch):
+    async with Watched(tmp_path) as bench:
+        queue, ident, done = bench.queue, bench.queue.ident(), asyncio.get_running_loop().create_future()
+        file = queue.big_body(ident)
+        file.write([b"x" * 2_000_000])
+        queue.submit(ident, Envelope("a@b", ["c@d"], 2_000_000, 0, wall_ms(), queue.deadline()), file.finish([]), done.set_result)
+        assert await done is None
+        (entry,) = await bench.next()
+        opened, going, open_big = threading.Event(), threading.Event(), queue.segments.open_big
+        descriptors: list[int] = []
+
+        def slowly(*what) -> int:
+            descriptors.append(open_big(*what))
+            opened.set()
+            going.wait()
+            return descriptors[0]
+
+        monkeypatch.setattr(queue.segments, "open_big", slowly)
+        reader = asyncio.ensure_future(anext(queue.stream_text(entry)))
+        await until(opened.is_set)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert reader.cancelled()
+        going.set()
+        await until(lambda: not os.path.exists(f"/proc/self/fd/{descriptors[0]}"))
