@@ -153,6 +153,7 @@ class Queue:
         if self.store.meta(b"schema") != SCHEMA:  # a shard that is there starts on a full disk, too
             await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._loop.run_in_executor(self._readers, self._housekeep)
+        await self.read(self._remove_orphans)
         astray = await self.read(self._astray)
         if astray:
             await self.writer.task(partial(self._rehouse, astray))
@@ -176,6 +177,15 @@ class Queue:
                 if any(row is None or not (row.moved or row.name in names) for row in rows):
                     found.append(ident)
         return found
+
+    def _remove_orphans(self) -> None:
+        """Reader thread, before mail comes in: large bodies that a process left when it was killed, while they came in or after
+        their message had ended."""
+        with self.store.env.begin() as txn:
+            for ident, path in self.segments.big_files():
+                envelope = self.store.envelope(txn, ident)
+                if envelope is None or envelope.body is None or envelope.body.segment:
+                    path.unlink(missing_ok=True)
 
     def _rehouse(self, idents: list[int], change: Change) -> None:
         for ident in idents:

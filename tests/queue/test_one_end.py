@@ -621,3 +621,25 @@ async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tm
         assert reader.cancelled()
         going.set()
         await until(lambda: not os.path.exists(f"/proc/self/fd/{descriptors[0]}"))
+
+
+async def test_large_bodies_without_a_message_go_when_the_next_process_starts(tmp_path):
+    """One came in when the process was killed, one had just ended; one is queued, and stays."""
+    async with Watched(tmp_path / "before") as bench:
+        queue, bodies = bench.queue, []
+        for _ in range(3):
+            file = queue.big_body(queue.ident())
+            file.write([b"x" * 2_000_000])
+            bodies.append(file)
+        done = asyncio.get_running_loop().create_future()
+        envelope = Envelope("a@b", ["c@d"], 2_000_000, 0, wall_ms(), queue.deadline())
+        queue.submit(bodies[0].ident, envelope, bodies[0].finish([]), done.set_result)
+        assert await done is None
+        bodies[1].finish([])
+        await bench.copied(tmp_path / "after")
+        bodies[2].discard()
+    assert len(list((tmp_path / "after/shard-0/bodies/big").iterdir())) == 3
+    async with Watched(tmp_path / "after") as bench:
+        assert [path.name for path in (tmp_path / "after/shard-0/bodies/big").iterdir()] == [f"{bodies[0].ident:016x}"]
+        (entry,) = await bench.next()
+        assert sum([len(piece) async for piece in bench.queue.stream_text(entry)]) == 2_000_000
