@@ -167,8 +167,8 @@ class Queue:
             return [entry for ident, _ in self.store.fresh.live() for entry in self.schedule.load(txn, ident)]
 
     def _astray(self) -> list[int]:
-        """Reader thread: folded messages whose queue is gone, or another's by now: earlier versions could sweep it while they were
-        in it, and use its number again."""
+        """Reader thread: folded messages whose queue is gone, or another's by now: earlier versions could sweep it while they
+        were in it, and use its number again."""
         found = []
         with self.store.env.begin() as txn:
             for ident, envelope in self.store.fresh.live():

@@ -12,14 +12,14 @@ __all__ = ["Entry", "Move", "Outcome", "Put"]
 class Entry:
     """One message's recipients in one queue.
 
-    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory.
-    `sole`: the message is in no other queue. `counted`: its text counts in the window's octets. `cancelled`: was taken out of the window; whoever meets it drops it. `ending`: its
-    outcome was handed to the writer, and there is no second one.
+    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory; `counted`:
+    they count as the window's. `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever
+    meets it drops it. `ending`: its outcome was handed to the writer, and there is no second one.
     """
 
     __slots__ = (
-        "attempts", "cancelled", "counted", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole",
-        "text",
+        "attempts", "cancelled", "counted", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route",
+        "sole", "text",
     )  # fmt: skip
 
     def __init__(

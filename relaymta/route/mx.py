@@ -12,7 +12,7 @@ __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
 
 ADDRESSES_LIMIT = 10  # tried in one attempt; Postfix: smtp_mx_address_limit 5
 HOSTS_LIMIT = 30  # of a domain, the most preferred; an answer has room for thousands, and they are in the name of a site
-FAILURES_LIMIT = 5  # hosts whose addresses cannot be asked for now, one after the other, each for as long as the DNS is waited for
+FAILURES_LIMIT = 5  # hosts that cannot be asked for now, one after the other, each for as long as the DNS is waited for
 LITERAL_SECONDS = 3600.0
 
 

@@ -111,6 +111,12 @@ class Decisions:
             reason = f"{limit} at most {value:g}"
             self._say(Fact(LEARNED, pool.shape.key, limit, now, until, "automatic", reason, lesson.reply, value))
 
+    def unlearned(self, pool: Pool, limit: str) -> None:
+        """What was learned has turned out to be none of this site's limits."""
+        pool.learned.pop(limit, None)
+        self.facts.forget(LEARNED, pool.shape.key, limit)
+        self._tell(None, (LEARNED, pool.shape.key, limit))
+
     def rules(self, pool: Pool | None, tenant: str, rules: list[tuple[Rule, str]]) -> None:
         """What rules about replies ask for beyond the message itself: suspend its site or tenant there, or slow down."""
         for rule, reply in rules if pool is not None else ():

@@ -648,6 +648,8 @@ class Dispatcher:
             return
         until = self._clock() + self._pause(pool.failures + 1)
         pool.down(pool.failures + 1, until, str(error), self.loop.time(), _may_come_back(error))
+        if isinstance(error, ConnectFailed) and error.said is None and pool.farewell(self.loop.time()):
+            self.decisions.unlearned(pool, "rate")
         said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")
         self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
         phase = error.phase if isinstance(error, ConnectFailed) else "route"

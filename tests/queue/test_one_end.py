@@ -560,7 +560,10 @@ async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, 
             txn.delete(b"queues", db=meta)
     async with Watched(tmp_path / "after") as bench:
         entries = await bench.next(2)
-        assert sorted((entry.ident, entry.name.domain) for entry in entries) == [(idents[0], "x.example"), (idents[1], "y.example")]
+        assert sorted((entry.ident, entry.name.domain) for entry in entries) == [
+            (idents[0], "x.example"),
+            (idents[1], "y.example"),
+        ]
         for entry in entries:
             bench.queue.finish(entry, None)
         await bench.empty()
