@@ -24,6 +24,7 @@ FAILURE_SECONDS = 5.0
 LEAST_SECONDS = 1.0  # a TTL of 0 still serves all who ask in the same moment
 MOST_SECONDS = 3600.0
 KEPT = 50_000  # answers
+KEPT_OCTETS = 64 << 20  # of all of them, about: one answer may have thousands of records
 ALIASES = 8  # CNAMEs followed one after the other
 
 
@@ -85,6 +86,7 @@ class Resolver:
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
+        self._octets = 0  # of what is known
         self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
@@ -173,16 +175,25 @@ class Resolver:
         return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
 
     def _keep(self, name: str, kind: str, records: Records) -> Records:
-        if len(self._known) >= KEPT:
-            self._forget_some()
+        was = self._known.pop((name, kind), None)
+        self._octets += _octets(records) - (_octets(was) if was is not None else 0)
         self._known[name, kind] = records
+        if len(self._known) >= KEPT or self._octets > KEPT_OCTETS:
+            self._forget_some()
         return records
 
     def _forget_some(self) -> None:
-        """Make room: what is over, and the oldest tenth of the rest."""
-        now = self.now()
-        kept = [(key, records) for key, records in self._known.items() if records.until > now]
-        self._known = dict(kept[max(0, len(kept) - KEPT * 9 // 10) :])
+        """Make room: what is over goes, and of the rest the oldest, until a tenth is free."""
+        now, octets = self.now(), 0
+        kept: list[tuple[tuple[str, str], Records]] = []
+        for key, records in reversed(self._known.items()):
+            if records.until > now:
+                octets += _octets(records)
+                if len(kept) >= KEPT * 9 // 10 or octets > KEPT_OCTETS * 9 // 10:
+                    break
+                kept.append((key, records))
+        self._known = dict(reversed(kept))
+        self._octets = sum(map(_octets, self._known.values()))
 
     def reload(self) -> None:
         """The system's nameservers may be others now."""
@@ -196,6 +207,11 @@ class Resolver:
             question.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
         await self._resolver.close()
+
+
+def _octets(records: Records) -> int:
+    """What an answer takes in memory, about."""
+    return 300 + sum(60 + len(value if isinstance(value, str) else value[1]) for value in records.values)
 
 
 def _again(error: Exception) -> Exception:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.dns import DnsFailure, NoData, NoSuchName, Records, Resolver, _octets
 from tests.support.resolver import nameserver_with
 
 ZONE = [
@@ -91,6 +91,18 @@ async def test_the_cache_is_bounded(asked, monkeypatch):
         with pytest.raises(NoSuchName):
             await asked.resolver.mx(f"n{number}.test")
     assert len(asked.resolver._known) <= 20
+
+
+async def test_the_cache_is_bounded_in_octets_too(asked, monkeypatch):
+    """Ten records are about 1,000 octets. The newest are there, and what was asked again counts once."""
+    monkeypatch.setattr("relaymta.dns.KEPT_OCTETS", 12_000)
+    for number in range(50):
+        asked.resolver._keep(f"n{number}.test", "A", Records(["192.0.2.1"] * 10, None, asked.time + 300))
+        asked.resolver._keep("often.test", "A", Records(["192.0.2.1"] * 10, None, asked.time + 300))
+    known = asked.resolver._known
+    assert 8 <= len(known) <= 12
+    assert ("often.test", "A") in known and ("n49.test", "A") in known
+    assert asked.resolver._octets == sum(map(_octets, known.values()))
 
 
 # Those who wait for the same answer

@@ -61,6 +61,26 @@ async def test_no_route(answers, permanent, enhanced):
     assert (caught.value.permanent, caught.value.enhanced) == (permanent, enhanced)
 
 
+@pytest.mark.parametrize(("count", "asked", "permanent"), [(1000, 30, True), (1000, 5, False), (3, 3, False), (29, 29, True)])
+async def test_an_answer_with_a_thousand_exchanges_is_bounded(count, asked, permanent):
+    """How many hosts one attempt asks for: none has an address, or none can be asked for."""
+    questions: list[str] = []
+
+    class Asked(Dictionary):
+        async def addresses(self, host: str, families: str):
+            questions.append(host)
+            raise NoData(host) if permanent else DnsFailure("timeout")
+
+    resolver = Asked({("d.example", "MX"): [(number, f"{number:04}.{'x' * 60}.example") for number in range(count)]})
+    found = await mx_hosts(resolver, "d.example", set())
+    assert found.names[:3] == [f"{number:04}.{'x' * 60}.example" for number in range(3)]
+    assert len(roll_up(found)) < 10_000
+    with pytest.raises(NoRoute) as caught:
+        await targets(resolver, found, "64")
+    assert (len(questions), caught.value.permanent) == (asked, permanent)
+    assert len(caught.value.public) < 10_000
+
+
 async def test_implicit_mx_literals_and_ourselves_as_backup():
     assert await hosts({("d.example", "MX"): NoData("x"), ("d.example", "A"): ["192.0.2.1"]}) == ["d.example"]
     assert await hosts({}, "[192.0.2.7]") == ["[192.0.2.7]"]

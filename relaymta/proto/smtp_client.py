@@ -382,8 +382,8 @@ class ClientSession:
         mail.text_out = False
         if not self._expected:  # otherwise the envelope behind it is open
             self.open_envelope = False
-        if index == 0 and not mail.sent:
-            pass  # BDAT behind an envelope of which nothing was accepted: its reply says nothing new
+        if index == 0 and (not mail.sent or mail.refused_mail is not None):
+            pass  # BDAT behind an envelope of which nothing was accepted, or without a sender: its reply says nothing new
         elif index == 0:
             self.messages += 1
             if code < 400:

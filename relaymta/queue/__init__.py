@@ -154,6 +154,10 @@ class Queue:
         if self.store.meta(b"schema") != SCHEMA:  # a shard that is there starts on a full disk, too
             await self.writer.task(lambda change: change.set_meta(b"schema", SCHEMA))
         await self._loop.run_in_executor(self._readers, self._housekeep)
+        await self.read(self._remove_orphans)
+        astray = await self.read(self._astray)
+        if astray:
+            await self.writer.task(partial(self._rehouse, astray))
         if not self.schedule.add_fresh(await self.read(self._left_behind)):
             self._unfold(self.store.fresh.came_by(self.clock.now()))
         self._tick()
@@ -162,6 +166,33 @@ class Queue:
         """Reader thread: what was being delivered when the process before this one ended."""
         with self.store.env.begin() as txn:
             return [entry for ident, _ in self.store.fresh.live() for entry in self.schedule.load(txn, ident)]
+
+    def _astray(self) -> list[int]:
+        """Reader thread: folded messages whose queue is gone, or another's by now: earlier versions could sweep it while they
+        were in it, and use its number again."""
+        found = []
+        with self.store.env.begin() as txn:
+            for ident, envelope in self.store.fresh.live():
+                names = [name for name, _ in self.assign(envelope, 0)]
+                rows = [self.store.queue(txn, placement.queue) for placement in envelope.placements]
+                if any(row is None or not (row.moved or row.name in names) for row in rows):
+                    found.append(ident)
+        return found
+
+    def _remove_orphans(self) -> None:
+        """Reader thread, before mail comes in: large bodies that a process left when it was killed, while they came in or after
+        their message had ended."""
+        with self.store.env.begin() as txn:
+            for ident, path in self.segments.big_files():
+                envelope = self.store.envelope(txn, ident)
+                if envelope is None or envelope.body is None or envelope.body.segment:
+                    path.unlink(missing_ok=True)
+
+    def _rehouse(self, idents: list[int], change: Change) -> None:
+        for ident in idents:
+            envelope = self.store.fresh.get(ident)
+            if envelope is not None:
+                change.rehouse(ident, self.assign(envelope, 0), self.clock.now())
 
     async def stop(self) -> None:
         """Commit what is pending and close."""

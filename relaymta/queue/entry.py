@@ -12,14 +12,14 @@ __all__ = ["Entry", "Move", "Outcome", "Put"]
 class Entry:
     """One message's recipients in one queue.
 
-    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory.
-    `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever meets it drops it. `ending`: its
-    outcome was handed to the writer, and there is no second one.
+    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory; `counted`:
+    they count as the window's. `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever
+    meets it drops it. `ending`: its outcome was handed to the writer, and there is no second one.
     """
 
     __slots__ = (
-        "attempts", "cancelled", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route", "sole",
-        "text",
+        "attempts", "cancelled", "counted", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route",
+        "sole", "text",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,7 @@ class Entry:
         self.sole = sole
         self.text = text
         self.cancelled = False
+        self.counted = False
         self.flying = False
         self.ending = False
         self.route: object = None  # what send/ has resolved for it

@@ -112,6 +112,7 @@ class Schedule:
             if self._fresh_bytes + size > self._window_bytes or not self._keeps_texts:
                 entry.text = None
             if entry.text is not None:
+                entry.counted = True
                 self._fresh_bytes += size
             self._fresh += 1
             self._entries[key] = entry
@@ -124,9 +125,9 @@ class Schedule:
         if keep:
             return
         for entry in self._entries.values():
-            if entry.text is not None and not entry.flying and entry.attempts == 0 and entry.due >= 0:
+            if entry.counted and not entry.flying:
                 self._fresh_bytes -= entry.envelope.size
-                entry.text = None
+                entry.counted, entry.text = False, None
 
     def remove(self, entry: Entry, next_at: int = 0) -> None:
         """An entry left: its outcome is committed, or it goes back unattempted. `next_at`: when it is due again."""
@@ -134,7 +135,8 @@ class Schedule:
         if self._entries.get(key) is not entry:
             return
         del self._entries[key]
-        if entry.attempts == 0 and entry.text is not None:
+        if entry.counted:  # not one whose text was read from disk for its delivery
+            entry.counted = False
             self._fresh_bytes -= entry.envelope.size
         if entry.due < 0:
             self._scanned -= 1

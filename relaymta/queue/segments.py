@@ -15,6 +15,7 @@ writeback error once and then marks the pages clean: a second fdatasync would li
 """
 
 import os
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ SYNC_EVERY = 4 * MEGABYTE
 BIG = MEGABYTE  # a longer body is a file of its own
 
 HOT, COLD = 0, 1
+
+_IDENT = re.compile("[0-9a-f]{16}")
 
 
 class Corrupt(StoreError):
@@ -119,6 +122,10 @@ class Segments:
     def big_path(self, ident: int) -> Path:
         """The file of a body above 1 MB."""
         return self._big / f"{ident:016x}"
+
+    def big_files(self) -> list[tuple[int, Path]]:
+        """The ids and files of all bodies above 1 MB, those that are being written included."""
+        return [(int(path.name, 16), path) for path in self._big.iterdir() if _IDENT.fullmatch(path.name)]
 
     # Writing: append -> sync -> rows -> settle | forget
 

@@ -513,7 +513,8 @@ class Writer:
         """Apply an outcome; its message goes when no recipient is left."""
         entry = outcome.entry
         if outcome.success and entry.sole:
-            if change.end_folded(entry.ident) or change.finish_message(entry.ident, entry.envelope, entry.attempts > 0):
+            histories = entry.attempts > 0 or entry.indexes is not None  # of others that waited elsewhere, too
+            if change.end_folded(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
                 self.free_body(entry.ident, entry.envelope.body)
             else:
                 self._ended_before(outcome)

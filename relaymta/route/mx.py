@@ -11,6 +11,8 @@ from relaymta.proto.address import DomainError, literal_address, normalize_domai
 __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
 
 ADDRESSES_LIMIT = 10  # tried in one attempt; Postfix: smtp_mx_address_limit 5
+HOSTS_LIMIT = 30  # of a domain, the most preferred; an answer has room for thousands, and they are in the name of a site
+FAILURES_LIMIT = 5  # hosts that cannot be asked for now, one after the other, each for as long as the DNS is waited for
 LITERAL_SECONDS = 3600.0
 
 
@@ -72,7 +74,7 @@ def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tu
     kept = tuple(pair for pair in pairs if limit is None or pair[0] < limit)
     if not kept:
         raise NoRoute(True, "5.4.6", f"the MX of {name} is this host: mail for it would loop")
-    return kept
+    return kept[:HOSTS_LIMIT]
 
 
 def roll_up(hosts: Hosts) -> str:
@@ -97,21 +99,20 @@ async def targets(resolver: Resolver, hosts: Hosts, families: str) -> list[Targe
     random.shuffle(shuffled)
     shuffled.sort(key=lambda pair: pair[0])
     found: list[Target] = []
-    failure: DnsFailure | None = None
+    failures: list[DnsFailure] = []
     for _, host in shuffled:
         try:
             found += [Target(host, address) for address in await _addresses(resolver, host, families)]
         except (NoSuchName, NoData):
             continue
         except DnsFailure as error:
-            failure = error
-            continue
-        if len(found) >= ADDRESSES_LIMIT:
+            failures.append(error)
+        if len(found) >= ADDRESSES_LIMIT or len(failures) >= FAILURES_LIMIT:
             break
     if found:
         return found[:ADDRESSES_LIMIT]
-    if failure is not None:
-        raise NoRoute(False, "4.4.3", f"DNS failed: {failure}")
+    if failures:
+        raise NoRoute(False, "4.4.3", f"DNS failed: {failures[-1]}")
     raise NoRoute(True, "5.4.4", f"{', '.join(hosts.names)}: no mail host with an address")
 
 

@@ -15,7 +15,9 @@ from relaymta.send.pool import Pool
 __all__ = ["Decisions", "Tell"]
 
 ECHO_MS = 1000  # what we have told comes back to us, and says nothing new
-_REFUSED = re.compile(r"5\d\d[ -]")  # a reply that is final: the site is there, and has nothing to come back from
+# A reply that is final, or one to a login: the site is there, and has nothing to come back from.
+_LOGIN = "login: "
+_REFUSED = re.compile(rf"5\d\d\b|{_LOGIN}")
 
 Tell = Callable[[Fact | None, tuple[str, str, str]], None]
 
@@ -84,7 +86,8 @@ class Decisions:
         """No host of a site could be reached."""
         self._log.event("site", route=pool.key, state="down", reason=reason, until=until_wall)
         now = wall_ms()
-        self._make(Fact(DEAD, pool.key, "", now, until_wall, "automatic", reason, said.whole, float(pool.failures)))
+        reply = _LOGIN + said.whole if said.phase == "auth" else said.whole
+        self._make(Fact(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, float(pool.failures)))
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached."""
@@ -107,6 +110,12 @@ class Decisions:
             value = round(lesson.value, 3)
             reason = f"{limit} at most {value:g}"
             self._say(Fact(LEARNED, pool.shape.key, limit, now, until, "automatic", reason, lesson.reply, value))
+
+    def unlearned(self, pool: Pool, limit: str) -> None:
+        """What was learned has turned out to be none of this site's limits."""
+        pool.learned.pop(limit, None)
+        self.facts.forget(LEARNED, pool.shape.key, limit)
+        self._tell(None, (LEARNED, pool.shape.key, limit))
 
     def rules(self, pool: Pool | None, tenant: str, rules: list[tuple[Rule, str]]) -> None:
         """What rules about replies ask for beyond the message itself: suspend its site or tenant there, or slow down."""

@@ -91,6 +91,7 @@ class Dispatcher:
         self._suspects = suspects
         self._lineup: list[Entry] = []  # suspects that wait for their turn
         self._alone: Entry | None = None
+        self._choosing = False  # whose turn it is
         self.counters = counters
         self.log = log
         self.resolver = resolver
@@ -239,14 +240,22 @@ class Dispatcher:
         return self._parked.get(queue, 0)
 
     def _next_suspect(self) -> None:
+        """The next suspect's turn. One that comes back at once ends its turn within `offer`: the loop goes on with the next, so
+        that hundreds of a site that is down are no recursion."""
         self._alone = None
-        while self._lineup and self._alone is None:
-            entry = self._lineup.pop(0)
-            self._suspects.discard(entry.ident)
-            if not entry.cancelled:
-                self._alone = entry
-                self.flying.try_alone(entry.ident)
-                self.offer(entry)
+        if self._choosing:
+            return
+        self._choosing = True
+        try:
+            while self._lineup and self._alone is None:
+                entry = self._lineup.pop(0)
+                self._suspects.discard(entry.ident)
+                if not entry.cancelled:
+                    self._alone = entry
+                    self.flying.try_alone(entry.ident)
+                    self.offer(entry)
+        finally:
+            self._choosing = False
         if self._alone is None:
             self.flying.try_alone(0)
 
@@ -639,6 +648,8 @@ class Dispatcher:
             return
         until = self._clock() + self._pause(pool.failures + 1)
         pool.down(pool.failures + 1, until, str(error), self.loop.time(), _may_come_back(error))
+        if isinstance(error, ConnectFailed) and error.said is None and pool.farewell(self.loop.time()):
+            self.decisions.unlearned(pool, "rate")
         said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")
         self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
         phase = error.phase if isinstance(error, ConnectFailed) else "route"
@@ -719,8 +730,9 @@ class Dispatcher:
         if mail.text_out:
             self.counters.add(IN_DOUBT, 1)
             doubt = " (in doubt: the message was sent, its reply did not come)"
-        if mail.reached == "" and (said is None or said.code != 421 or core.messages) and core.messages and lost < FREE_RETRIES:
-            # A reused connection that died before MAIL's reply: as if it had never been there.
+        if mail.reached == "" and core.messages and not mail.said and lost < FREE_RETRIES:
+            # A reused connection that died before MAIL's reply: as if it had never been there. (Not where a transaction of this
+            # very message went before: who got it then must not get it again.)
             self._lost_before[entry.ident] = lost + 1
             entry.flying = False
             if self.pools.get(pool.key) is pool:

@@ -38,6 +38,7 @@ PACE_STEPS = 10
 PACE_RATE = 2.0  # messages a second: what is refused below that is not refused for its rate
 HOLD_SECONDS = 600.0  # how long a learned number of connections or messages stands before one more is tried
 RATE_WINDOW = 1.0
+FAREWELL = 10.0  # seconds before a host is gone in which 421 says that it goes, and nothing about rates
 ENDED_TIMES = 3  # connections that were ended after the same number of messages, until that is taken for a limit
 
 
@@ -272,6 +273,11 @@ class Pool:
         pace = learned.value * PACE_AGAIN if learned is not None else peak * PACE_AFTER
         self.learn("rate", max(PACE_LEAST, pace), said.whole, now + HOLD_SECONDS)
         return "rate"
+
+    def farewell(self, now: float) -> bool:
+        """Whether the rate that was learned is what a host said that is gone since: it was going down."""
+        learned = self.learned.get("rate")
+        return learned is not None and now - (learned.until - HOLD_SECONDS) < FAREWELL
 
     def learn(self, limit: str, value: float, reply: str, until: float) -> None:
         """A limit is known from now on."""

@@ -463,3 +463,13 @@ def test_an_envelope_follows_a_bdat_that_is_not_answered_yet():
     assert written(core).startswith(b"MAIL FROM") and not core.may_follow
     in_turn(core, b"552 5.3.4 big\r\n250 reset\r\n250 m\r\n250 r\r\n250 taken\r\n250 reset\r\n")
     assert core.finished == [first, second] and results(first) == {0: 552} and second.all_sent and core.idle
+
+
+@pytest.mark.parametrize("refusal", ["451 4.3.0 later", "550 5.7.1 no"])
+def test_a_text_taken_without_a_sender_is_not_delivered(refusal):
+    """With CHUNKING the text goes out before MAIL's reply is there; a peer that takes it all the same had no sender."""
+    core, one = ClientSession(PEERS["chunking"]), mail()
+    core.begin(one)
+    written(core)
+    in_turn(core, refusal.encode() + b"\r\n250 r\r\n250 taken\r\n250 reset\r\n")
+    assert (core.finished, one.all_sent, results(one)) == ([one], False, {0: int(refusal[:3])})

@@ -5,6 +5,7 @@ import asyncio
 import os
 import threading
 
+import lmdb
 import pytest
 
 from relaymta.cli.queue import pages
@@ -12,7 +13,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import HELD, NOTICE, PERMANENT, TRANSIENT, Envelope
 from relaymta.queue import Entry, Filter, Outcome, listing, wall_ms, writer
 from relaymta.queue.segments import FRAME
-from relaymta.queue.store import Change
+from relaymta.queue.store import MAP_SIZE, Change
 from relaymta.queue.writer import Task
 from tests.queue.test_queue import Bench, Recorder, answer, until
 
@@ -544,41 +545,112 @@ async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
 
 
-# What is left behind
+@pytest.mark.parametrize("number", ["gone", "another's"])
+async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, number):
+    """A folded message is left, its queue's row is not, or its number was given to another queue."""
+    async with Watched(tmp_path / "before") as bench:
+        idents = [await bench.put(to=(f"a@{domain}.example",)) for domain in ("x", "y")]
+        await bench.copied(tmp_path / "after")
+    with lmdb.open(str(tmp_path / "after/shard-0/lmdb"), max_dbs=16, map_size=MAP_SIZE) as env:
+        queues, meta = env.open_db(b"queue"), env.open_db(b"meta")
+        with env.begin(write=True) as txn:
+            for key, value in list(txn.cursor(db=queues)):
+                if b"x.example" in key + value:
+                    txn.delete(key, db=queues)
+                if b"x.example" in value and number == "another's":
+                    txn.put(key, value.replace(b"x.example", b"z.example"), db=queues)
+            txn.delete(b"queues", db=meta)
+    async with Watched(tmp_path / "after") as bench:
+        entries = await bench.next(2)
+        assert sorted((entry.ident, entry.name.domain) for entry in entries) == [
+            (idents[0], "x.example"),
+            (idents[1], "y.example"),
+        ]
+        for entry in entries:
+            bench.queue.finish(entry, None)
+        await bench.empty()
+        assert bench.events.failures == []
 
 
-async def test_a_file_that_is_opened_for_somebody_who_has_gone_is_closed(tmp_path, monkeypatch):
+async def test_no_history_outlives_its_message(tmp_path):
+    """The first recipient's is written while the other waits, untried, in another queue."""
     async with Watched(tmp_path) as bench:
-        await bench.put()
+        await bench.put(to=("a@x.example", "b@y.example"))
+        one, two = await bench.next(2)
+        bench.queue.finish(one, None)
+        await until(lambda: bench.events.outcomes)
+        bench.queue.put_back(two)
+        (again,) = await bench.next()
+        assert again.sole
+        bench.queue.finish(again, None)
+        await until(lambda: len(bench.events.outcomes) == 2)
+        assert (bench.dump()["recipient"], bench.dump()["message"]) == ([], [])
+
+
+async def test_texts_that_are_read_for_delivery_do_not_count_as_those_of_fresh_mail(tmp_path):
+    text = b"Subject: x\r\n\r\n" + b"y" * 5000
+    async with Watched(tmp_path, window_bytes=12_000) as bench:
+        for _ in range(3):
+            for _ in range(4):
+                await bench.put(text)
+            assert sum(entry.text is not None for entry in bench.offered) == 2
+            for entry in await bench.next(4):
+                entry.text = (await bench.queue.read_texts([entry]))[0]
+                bench.queue.finish(entry, None)
+            await bench.empty()
+            assert bench.queue.schedule._fresh_bytes == 0
+
+
+async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tmp_path, monkeypatch):
+    async with Watched(tmp_path) as bench:
+        queue, ident, done = bench.queue, bench.queue.ident(), asyncio.get_running_loop().create_future()
+        file = queue.big_body(ident)
+        file.write([b"x" * 2_000_000])
+        queue.submit(ident, Envelope("a@b", ["c@d"], 2_000_000, 0, wall_ms(), queue.deadline()), file.finish([]), done.set_result)
+        assert await done is None
         (entry,) = await bench.next()
-        bench.queue.segments.big_limit = 200
-        bench.queue.finish(entry, {0: answer(PERMANENT)})
-        (notice,) = await bench.next()
-        opened, go, real = threading.Event(), threading.Event(), bench.queue.segments.open_big
+        opened, going, open_big = threading.Event(), threading.Event(), queue.segments.open_big
         descriptors: list[int] = []
 
-        def slow(*args):
-            descriptors.append(real(*args))
+        def slowly(*what) -> int:
+            descriptors.append(open_big(*what))
             opened.set()
-            assert go.wait(10)
+            going.wait()
             return descriptors[0]
 
-        monkeypatch.setattr(bench.queue.segments, "open_big", slow)
-        reading = asyncio.ensure_future(anext(bench.queue.stream_text(notice)))
+        monkeypatch.setattr(queue.segments, "open_big", slowly)
+        reader = asyncio.ensure_future(anext(queue.stream_text(entry)))
         await until(opened.is_set)
-        reading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
-        go.set()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert reader.cancelled()
+        going.set()
+        await until(lambda: not os.path.exists(f"/proc/self/fd/{descriptors[0]}"))
 
-        def closed() -> bool:
-            try:
-                os.fstat(descriptors[0])
-            except OSError:
-                return True
-            return False
 
-        await until(closed)
+async def test_large_bodies_without_a_message_go_when_the_next_process_starts(tmp_path):
+    """One came in when the process was killed, one had just ended; one is queued, and stays."""
+    async with Watched(tmp_path / "before") as bench:
+        queue, bodies = bench.queue, []
+        for _ in range(3):
+            file = queue.big_body(queue.ident())
+            file.write([b"x" * 2_000_000])
+            bodies.append(file)
+        done = asyncio.get_running_loop().create_future()
+        envelope = Envelope("a@b", ["c@d"], 2_000_000, 0, wall_ms(), queue.deadline())
+        queue.submit(bodies[0].ident, envelope, bodies[0].finish([]), done.set_result)
+        assert await done is None
+        bodies[1].finish([])
+        await bench.copied(tmp_path / "after")
+        bodies[2].discard()
+    assert len(list((tmp_path / "after/shard-0/bodies/big").iterdir())) == 3
+    async with Watched(tmp_path / "after") as bench:
+        assert [path.name for path in (tmp_path / "after/shard-0/bodies/big").iterdir()] == [f"{bodies[0].ident:016x}"]
+        (entry,) = await bench.next()
+        assert sum([len(piece) async for piece in bench.queue.stream_text(entry)]) == 2_000_000
+
+
+# What is left behind
 
 
 async def test_a_look_that_the_disk_refuses_begins_no_second_scan(tmp_path, monkeypatch):

@@ -11,14 +11,15 @@ from relaymta.config import Config
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters
-from relaymta.node import HOLD, Fact, Facts
+from relaymta.node import HOLD, LEARNED, Fact, Facts
 from relaymta.proto.envelope import Body, Envelope, QueueName
+from relaymta.proto.smtp_client import Said
 from relaymta.queue import Entry, wall_ms
 from relaymta.route.mx import NoRoute
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.dispatch import Dispatcher
-from relaymta.send.pool import Pool
+from relaymta.send.pool import HOLD_SECONDS, Pool
 from relaymta.shm import Shared
 
 
@@ -251,3 +252,35 @@ async def test_connections_that_stand_still_together_halve_the_window_once(made)
     assert pool.window == 8.0
     pool.timed_out(since=401.0, now=700.0)
     assert pool.window == 4.0
+
+
+async def test_many_suspects_of_a_site_that_is_down(made):
+    """What was in flight when a worker was killed: one is charged with the attempt, the others go back, however many they are."""
+    count = 500
+    made._suspects.update(range(1, count + 1))
+    entries = [entry(n, "smart.test") for n in range(1, count + 1)]
+    for one in entries:
+        made.offer(one)
+    assert made._alone is entries[0] and len(made._lineup) == count - 1
+    pool = next(iter(made.pools.values()))
+    made._site_failed(pool, ConnectFailed("connect", "refused"))
+    (first, _, _) = made.queue.finished[0]
+    made.landed(first)
+    assert made._alone is None and made._lineup == []
+    assert len(made.queue.returned) == count - 1
+
+
+@pytest.mark.parametrize(
+    ("said", "before", "kept"),
+    [(None, 1.0, False), (None, 60.0, True), (Said(421, b"4.7.0 too fast", "connect"), 1.0, True)],
+    ids=["a farewell", "long before", "it is there, and says no"],
+)
+async def test_what_a_host_says_while_it_goes_down_is_no_rate(made, said, before, kept):
+    """421 to a message teaches a rate; not where the host is gone some seconds later, or the mail of an outage would creep."""
+    made.offer(entry(1, "smart.test"))
+    pool = next(iter(made.pools.values()))
+    pool.learn("rate", 1.5, "421 4.3.2 shutting down", made.loop.time() - before + HOLD_SECONDS)
+    made.decisions.learned(pool, "rate")
+    made._site_failed(pool, ConnectFailed("connect", "refused", said=said))
+    assert ("rate" in pool.learned) == kept
+    assert (made.decisions.facts.get(LEARNED, pool.shape.key, "rate") is not None) == kept

@@ -274,21 +274,25 @@ def test_two_workers_look_as_often_as_one(tmp_path):
             assert 1 <= peer.connections <= 5, "every two seconds"
 
 
-def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, context):
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("refusal", [b"535 5.7.8 no\r\n", b"535\r\n", b"454 4.7.0 not now\r\n"])
+def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, context, refusal, workers):
     """Accounts are locked that way."""
     authority = trustme.CA()
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(server)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     (tmp_path / "password").write_text("wrong")
-    with FakeMx({}, tls=server, auth=(b"PLAIN", lambda line: b"535 5.7.8 no\r\n")) as peer:
+    with FakeMx({}, tls=server, auth=(b"PLAIN", lambda line: refusal)) as peer:
         login = f'tls="verify",username="me",password_file="{tmp_path / "password"}"'
-        relay = Relay(tmp_path, None, f'route=[{{hosts=["localhost:{peer.port}"],{login}}}]', f"delivery.first_retry={HOUR}")
+        route = f'route=[{{hosts=["localhost:{peer.port}"],{login}}}]'
+        relay = Relay(tmp_path, None, route, f"delivery.first_retry={HOUR}", workers=workers)
         relay.environment["SSL_CERT_FILE"] = str(tmp_path / "ca.pem")
         with relay:
             relay.send()
             wait_for(lambda: relay.events("deferred"))
-            relay.send()
+            for _ in range(8):
+                relay.send()
             time.sleep(6)
             assert peer.commands.count("AUTH") == 1
 

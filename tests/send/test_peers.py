@@ -160,6 +160,21 @@ def test_a_reused_connection_that_dies_before_mails_reply_costs_no_attempt(tmp_p
             assert relay.events("delivered")[1]["attempt"] == 1
 
 
+@pytest.mark.parametrize("end", [CLOSE, RESET, b"421 4.3.2 one message a connection\r\n"])
+def test_nobody_gets_a_message_twice_because_its_second_transaction_found_the_connection_gone(tmp_path, end):
+    """One recipient a transaction, one transaction a connection."""
+    rules = {
+        "MAIL": [b"250 ok\r\n", end, b"250 ok\r\n", end, b"250 ok\r\n"],
+        "RCPT": [b"250 ok\r\n", *[b"452 4.5.3 too many recipients\r\n"] * 2, b"250 ok\r\n", b"452 4.5.3 too many recipients\r\n"],
+    }
+    with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
+        recipients = ["one@d.example", "two@d.example", "three@d.example"]
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", *recipients)
+        wait_for(lambda: relay.summary() == [])
+        assert sorted(address for _, to, _ in peer.messages for address in to) == sorted(recipients)
+        wait_for(lambda: sorted(a for row in relay.events("delivered") for a in row["recipients"]) == sorted(recipients))
+
+
 def test_connections_are_limited_for_the_whole_machine(tmp_path):
     """Two workers, three connections at most, while forty messages wait."""
     with FakeMx({}, slow=0.2) as peer:
