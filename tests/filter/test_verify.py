@@ -314,6 +314,30 @@ async def test_a_long_policy_does_not_hold_up_the_loop():
     assert turns >= 5
 
 
+async def test_a_policy_of_many_questions_does_not_either():
+    """36 of them, and never more than 170 terms at once: nobody had a turn in between."""
+    most = 0
+
+    class Known(Many):
+        async def values(self, name: str, kind: str) -> list:
+            nonlocal most
+            most = max(most, len(self.asked) + 1)
+            return await super().values(name, kind)
+
+    async def others() -> None:
+        while True:
+            many.asked.clear()
+            await asyncio.sleep(0)
+
+    terms = " ".join(f"ip4:10.0.0.{number}" for number in range(160))
+    many = Known(f"v=spf1 {terms} mx:a.test mx:b.test mx:c.test -all", MX=9, A=1)
+    task = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    assert (await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")).result == "fail"  # type: ignore[arg-type]
+    task.cancel()
+    assert most <= 3
+
+
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
     pytest.importorskip("authres")
     settings = keys(tmp_path)[0]
