@@ -43,7 +43,14 @@ class _Unknown(BaseException):
 
 
 class _Query(spf.query):  # type: ignore[misc]
-    """With addresses as numbers: pyspf makes two networks of each, whenever it compares it."""
+    """With the domain behind the last @, where pyspf takes the first (a quoted local part may have some); and addresses as numbers:
+    pyspf makes two networks of each, whenever it compares it."""
+
+    def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
+        super().__init__(address, sender, helo, querytime=querytime)
+        if sender.count("@") > 1:
+            self.l, _, self.o = sender.rpartition("@")
+            self.d = self.o
 
     def cidrmatch(self, addresses: list[Any], prefix: int) -> bool:
         """`addresses`: numbers, or the text of ip4: or ip6:."""

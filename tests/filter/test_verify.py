@@ -314,6 +314,15 @@ async def test_a_long_policy_does_not_hold_up_the_loop():
     assert turns >= 5
 
 
+async def test_a_sender_is_judged_by_the_domain_behind_its_last_at():
+    """pyspf asked for evil.test"@b.test: a forged sender was nobody's, instead of refused by its domain."""
+    for sender in ('"x@evil.test"@b.test', '"@"@b.test', '"a@b"@b.test'):
+        many = Many("v=spf1 exists:%{l}.%{o}.x.test -all")
+        found = await spf.check(many, "192.0.2.9", sender, "evil.test")  # type: ignore[arg-type]
+        assert (found.result, found.domain, many.asked[0]) == ("fail", "b.test", "TXT b.test")
+        assert many.asked[1:] == [f"A {sender.rpartition('@')[0]}.b.test.x.test"]
+
+
 async def test_a_policy_of_many_questions_does_not_either():
     """36 of them, and never more than 170 terms at once: nobody had a turn in between."""
     most = 0
@@ -394,6 +403,7 @@ def test_results_that_claim_to_be_ours_are_removed_and_no_others():
      (b"relay(x).example; x", True), (b"relay.example/1; x", True), (b"relay .example; x", True), (b"(relay.example; x", True),
      (b"", True), (b";", True), (b"other.example (relay.example); x", False), (b"other.example; x", False),
      (b'"other.example" 1; relay.example', False), (b"xrelay.example; x", False), (b"relay.example.com; x", False),
+     (b"()" * 60 + b"other.example; x", True), (b"()" * 10 + b"other.example; x", False),
      (b"none", False), (b"spf=pass (sender IP) smtp.mailfrom=relay.example; dkim=none", False)],
 )  # fmt: skip
 def test_who_a_field_of_results_claims_to_come_from(value, removed):
