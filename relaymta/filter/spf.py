@@ -43,8 +43,8 @@ class _Unknown(BaseException):
 
 
 class _Query(spf.query):  # type: ignore[misc]
-    """With the domain behind the last @, where pyspf takes the first (a quoted local part may have some); and addresses as numbers:
-    pyspf makes two networks of each, whenever it compares it."""
+    """With the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; and with addresses
+    as numbers: pyspf makes two networks of each, whenever it compares it."""
 
     def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
         super().__init__(address, sender, helo, querytime=querytime)

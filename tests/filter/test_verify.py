@@ -452,6 +452,10 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
                                 (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip
                 assert send("127.0.0.5", "eve@evil.test", b"Subject: x\r\nFrom: " + value + b"\r\n\r\nx\r\n") == code, value
+            # Nor where the next host would write the envelope's sender into it.
+            for header in (b"Subject: x\r\n", b"From: eve\r\n", b"From: us:;\r\n", b""):
+                assert send("127.0.0.5", "eve@shop.test", header + b"\r\nx\r\n") == 550, header
+                assert send("127.0.0.5", '"@x.test"@shop.test', header + b"\r\nx\r\n") == 550, header
             wait_for(lambda: [event["reply"][:9] for event in relay.events("rejected")].count("550 5.6.0") == 3)
             assert send("127.0.0.5", "eve@quiet.test", b"From: a@quiet.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: len(peer.messages) == 2)
@@ -461,7 +465,7 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
-            assert counts == [1, 5, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
+            assert counts == [1, 13, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
 
 
 def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
