@@ -84,7 +84,9 @@ def authors(block: bytes, names: Collection[bytes] = AUTHORS, fields: Iterable[b
     octets = 0
     for field in split_fields(block) if fields is None else fields:
         if name_of(field) in names:
-            _, colon, value = field.partition(b":")
+            name, colon, value = field.partition(b":")
+            if name.rstrip(b" \t").lower() not in names:
+                raise Malformed("its name is on two lines, or has control characters around it")
             octets += EACH + len(value)
             if octets > LONGEST:
                 raise Malformed("it is too long")
@@ -254,7 +256,7 @@ def _tokens(value: bytes) -> list[_Token]:
             if kind == "quoted":
                 if "\n" in said and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
                     raise Malformed("a quoted string on two lines")
-                said = _QUOTED_PAIR.sub(r"\1", said.replace("\n", ""))
+                said = _QUOTED_PAIR.sub(r"\1", said)  # a fold stays: in a local part email.utils shows it otherwise
             found.append(_Token(said if kind == "special" else kind, said, folded))
             last = at
     found.append(_Token("", "", False))

@@ -190,6 +190,19 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
     assert verified(partial + b"and more\r\n", settings)[0].result == "policy"
 
 
+@pytest.mark.parametrize("name", [b"From:", b"from :"])
+def test_a_signature_says_nothing_of_a_from_that_was_added(name, tmp_path):
+    """Most sign it once: whoever has one such message could write another author of the same domain in front of it."""
+    settings = keys(tmp_path)[:1]
+    pem = _pkcs1(Path(settings[0].key).read_bytes())
+    once = dkim.sign(MESSAGE, b"rsa", b"shop.test", pem, include_headers=[b"from", b"subject"]) + MESSAGE
+    twice = dkim.sign(MESSAGE, b"rsa", b"shop.test", pem, include_headers=[b"from", b"from"]) + MESSAGE
+    added = name + b" ceo@shop.test\r\n"
+    assert [verified(text, settings)[0].result for text in (once, twice)] == ["pass", "pass"]
+    assert verified(added + once, settings)[0].result == "policy"
+    assert verified(added + twice, settings)[0].result == "fail"
+
+
 @pytest.mark.parametrize(
     "header",
     [b" first line\r\n", b"", b"DKIM-Signature:\r\n", b"DKIM-Signature: v=1; a=rsa-sha256; b=!; bh=x; d=d; h=from; s=s\r\n",
