@@ -20,7 +20,7 @@ __all__ = ["Guess", "Guesses"]
 
 WIDER = 8  # what one address (IPv6: /64) may, a /48 may so many times
 ANY = 1 << 30  # logins under way are counted here, not limited
-LOOK_AGAIN = 0.1  # seconds until who waits looks again: other workers do not say when a login ends
+LOOK_AGAIN, SELDOM = 0.1, 2.0  # seconds until who waits looks again, later and later: other workers do not say when a login ends
 PATIENCE = 30.0  # seconds somebody waits for their turn
 MOST_WAITING = 200  # of one address, in this worker
 
@@ -65,19 +65,20 @@ class Guesses:
 
     async def _in_turn(self, user: str, address: str, at_once: int) -> Guess | bool:
         loop, where = asyncio.get_running_loop(), group_of(address)
-        until = loop.time() + PATIENCE
+        until, again = loop.time() + PATIENCE, LOOK_AGAIN
         while (found := self._reserved(user, address, at_once)) is True:
             if len(self._waiting.get(where, ())) >= MOST_WAITING or loop.time() > until:
                 raise Busy(f"too many logins of {where} wait for their turn")
             queue, mine = self._waiting.setdefault(where, deque()), loop.create_future()
             queue.append(mine)
             try:
-                await asyncio.wait([mine], timeout=LOOK_AGAIN)
+                await asyncio.wait([mine], timeout=again)
             finally:
                 if mine in queue:
                     queue.remove(mine)
                 if not queue and self._waiting.get(where) is queue:
                     del self._waiting[where]
+            again = min(2 * again, SELDOM)  # there may be thousands who look
         return found
 
     def _reserved(self, user: str, address: str, at_once: int) -> Guess | bool:

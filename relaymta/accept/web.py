@@ -22,6 +22,7 @@ TIMEOUT = 10.0
 LARGEST = 1 << 20  # octets of an answer
 PLAIN = {"Accept-Encoding": "identity"}  # what we ask for is small: nothing is unpacked
 NAMES_KEPT = 10_000
+KEYS_MOST = 100  # of an issuer: each takes a tenth of a millisecond
 KEYS_KEPT = 3600.0  # seconds until the issuer's keys are asked for again
 KEYS_AGAIN = 30.0  # ... where a token has an unknown one
 KEYS_RETRY = 5.0  # ... where they were not to be had
@@ -171,7 +172,7 @@ class Bearer:
 def _key_set(url: str, text: bytes) -> KeySet:
     """The keys of a JWKS that can be used: the others are for others (RFC 7517 5). Unavailable when there are none."""
     found, listed = [], _object(url, text).get("keys")
-    for one in listed if isinstance(listed, list) else ():
+    for one in listed[:KEYS_MOST] if isinstance(listed, list) else ():
         with contextlib.suppress(Exception):  # an unknown curve, a missing member, no object at all
             found.append(_key(one))
     if not found:

@@ -23,7 +23,7 @@ from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
 
-__all__ = ["DEMO", "app", "give_to", "replace_file", "user"]
+__all__ = ["DEMO", "app", "give_to", "locked", "replace_file", "user"]
 
 DEMO = {"listener": [{"address": "127.0.0.1:2525"}]}
 KEY_OCTETS = 20  # of an application's key: nobody guesses 160 bits, however fast a guess is
@@ -131,12 +131,12 @@ class _File:
 def _edited(read: Callable[..., Config], new: bool = False) -> Iterator[_File]:
     """The file of accounts, while nobody else edits it. `new`: it is made where it is missing."""
     file = _File(read)
-    with _locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
+    with locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
         yield _File(read)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, user: str) -> Iterator[None]:
+def locked(path: Path, user: str) -> Iterator[None]:
     """Hold a file's lock (flock), as it is now: who had it before may have put another in its place. A missing one is made."""
     while True:
         try:

@@ -9,10 +9,11 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from relaymta.cli.account import DEMO, give_to, replace_file
+from relaymta.cli.account import DEMO, give_to, locked, replace_file
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.peer import as_json
 from relaymta.cli.serve import config_path, configured, fail, loaded
@@ -114,19 +115,43 @@ async def _published(config: Config, settings: Dkim, seconds: float) -> str:
 
 
 def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
-    """Write another selector and key into the lines of a [[dkim]] table."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    """Write another selector and key into the lines of a [[dkim]] table. What was written is read again before it is put there:
+    another configuration than was meant never is."""
+    with locked(file, ""):
+        text = file.read_text(encoding="utf-8")
+        meant = _tables(text)
+        tables = meant.get("dkim", [])
+        found = [one for one in tables if (had := _settings(one)).domain == old.domain and had.selector == old.selector]
+        for one in found:
+            one.update(selector=new.selector, key=new.key)
+
+        def check(fresh: Path) -> None:
+            if not found or _tables(fresh.read_text(encoding="utf-8")) != meant:
+                raise ConfigError([f"the table of {old.selector} is not where it was looked for: edit it by hand"])
+
+        replace_file(file, _with(text, old, new), check=check)
+
+
+def _tables(text: str) -> dict[str, Any]:
+    """A file's TOML; {} for what is none."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _with(text: str, old: Dkim, new: Dkim) -> str:
+    """A configuration file with the lines of a key replaced, as far as they are where they are looked for."""
+    lines = text.splitlines(keepends=True)
     heads = [n for n, line in enumerate(lines) if line.strip().startswith("[")] + [len(lines)]
     for start, end in itertools.pairwise(heads):
         block = "".join(lines[start:end])
-        found = tomllib.loads(block).get("dkim", [{}]) if lines[start].strip().startswith("[[dkim]]") else [{}]
+        found = _tables(block).get("dkim", [{}]) if lines[start].strip().startswith("[[dkim]]") else [{}]
         if "key" in found[0] and (one := _settings(found[0])).domain == old.domain and one.selector == old.selector:
             for key, value in (("selector", new.selector), ("key", new.key)):
                 block = re.sub(rf"(?m)^(\s*{key}\s*=\s*).*$", lambda m, value=value: m[1] + json.dumps(value), block)  # type: ignore[misc]
-            text = "".join([*lines[:start], block, *lines[end:]])
-            replace_file(file, text)
-            return
-    fail(1, f"{file}: the table of {old.selector} is not where it was looked for: edit it by hand")
+            return "".join([*lines[:start], block, *lines[end:]])
+    return text
 
 
 @dkim.command(name="check")

@@ -276,8 +276,11 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
         return "permerror", f"no {missing[0]}= in the signature"
     if tags["a"] not in ("rsa-sha256", "ed25519-sha256"):
         return "policy", f"{tags['a']} is not accepted"
-    if "from" not in tags["h"].lower().split(":"):
+    covered = tags["h"].lower().split(":").count("from")
+    if not covered:
         return "permerror", "From: is not signed"
+    if covered < sum(name_of(name) == b"from" for name, _ in said.fields):
+        return "policy", "a From: is not signed"  # somebody may have added it (RFC 6376 8.15)
     if len(said.fields) > FIELDS or _names(tags) > NAMES:
         return "policy", "too many fields"
     if "x" in tags and tags["x"].isascii() and tags["x"].isdigit() and int(tags["x"]) < now:

@@ -19,7 +19,7 @@ TERMS = 800
 MACROS = 50
 ADDRESSES = 500  # of all answers about hosts; nobody's have a fifth of that
 EFFORT = 8000  # terms and addresses read in all, again for each question: some 80 ms
-AT_ONCE = 200  # that many are read in one turn of the loop; more have one of their own each time
+AT_ONCE = 200  # that many are read in one turn of the loop
 NUMBERS_KEPT = 4096
 # Of one answer: with more MX records there is no result (4.6.4), more names of an address are not looked at (5.5).
 MOST = {"MX": 11, "PTR": 10}
@@ -43,7 +43,14 @@ class _Unknown(BaseException):
 
 
 class _Query(spf.query):  # type: ignore[misc]
-    """With addresses as numbers: pyspf makes two networks of each, whenever it compares it."""
+    """With the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; and with addresses
+    as numbers: pyspf makes two networks of each, whenever it compares it."""
+
+    def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
+        super().__init__(address, sender, helo, querytime=querytime)
+        if sender.count("@") > 1:
+            self.l, _, self.o = sender.rpartition("@")
+            self.d = self.o
 
     def cidrmatch(self, addresses: list[Any], prefix: int) -> bool:
         """`addresses`: numbers, or the text of ip4: or ip6:."""
@@ -75,7 +82,7 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
         return found
 
     domain = (sender.rpartition("@")[2] or helo).lower()
-    octets, terms, macros, addresses, effort = 0, 0, 0, 0, 0
+    octets, terms, macros, addresses, effort, at_once = 0, 0, 0, 0, 0, 0
     for _ in range(QUESTIONS):
         spf.DNSLookup = look_up  # set and used within one turn of the loop
         try:
@@ -93,7 +100,9 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
                 return Spf(
                     "permerror", domain, f"a policy of too many octets, terms, macros or addresses ({OCTETS} octets at most)"
                 )
-            if terms + addresses > AT_ONCE:
+            at_once += terms + addresses
+            if at_once > AT_ONCE:  # answers that are known already need no turn
+                at_once = 0
                 await asyncio.sleep(0)
         except Exception as error:  # pyspf on hostile records: theirs, not ours
             return Spf("permerror", domain, f"{type(error).__name__}: {error}")

@@ -14,6 +14,7 @@ from relaymta.filter.dmarc import Dmarc
 from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.filter.spf import Spf
 from relaymta.proto import reply
+from relaymta.proto.address import DomainError, domain_of, normalize_domain
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
 from relaymta.proto.header import header_end, too_long
@@ -107,12 +108,23 @@ class Verifier:
         if said.malformed:
             policy = UNREADABLE
         else:
-            policy = await dmarc.check(self._resolver, said.authors, (sent.domain, sent.result), signed)
+            # Where From: names no domain, or there is none, the next host may write the envelope's sender there, as Postfix does.
+            authors = said.authors or _host_of(sender)
+            policy = await dmarc.check(self._resolver, authors, (sent.domain, sent.result), signed)
         return self._verdict(sent, sender, found, sealed, policy)
 
     def _verdict(self, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> Verdict:
         field = _field(self._hostname, sent, sender, found, sealed, policy)
         return Verdict(field, policy, self._settings.dmarc == "enforce", policy is UNREADABLE)
+
+
+def _host_of(sender: str) -> list[str]:
+    """The domain of an envelope's sender, if it is one of the DNS."""
+    domain = domain_of(sender)
+    try:
+        return [normalize_domain(domain)] if domain and not domain.startswith("[") else []
+    except DomainError:
+        return []
 
 
 def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:

@@ -6,6 +6,7 @@ from relaymta.proto.dkim import name_of
 
 __all__ = ["without_forged"]
 
+BRACKETS = 50  # of comments in one place; each takes as long as a hundred octets
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
 _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
@@ -43,9 +44,9 @@ def _ours(field: bytes, hostname: str) -> bool:
 
 
 def _behind_blanks(value: bytes, at: int) -> int:
-    """Where white space and comments end that stand at `at`; a comment without an end ends nowhere."""
+    """Where white space and comments end that stand at `at`; a comment without an end, or more than anybody has, end nowhere."""
     depth = 0
-    while True:
+    for _ in range(BRACKETS):
         if depth == 0:
             match = _BLANK.match(value, at)
             assert match is not None
@@ -58,3 +59,4 @@ def _behind_blanks(value: bytes, at: int) -> int:
             return len(value)
         depth += 1 if match[1] == b"(" else -1
         at = match.end()
+    return len(value)

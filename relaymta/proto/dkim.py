@@ -28,6 +28,7 @@ OVERSIGNED = (
 
 LISTS_KEPT = 200
 _FOLDED = re.compile(rb"\r\n(?![ \t])")
+_AROUND = bytes(range(33))
 
 
 def split_fields(block: bytes) -> list[bytes]:
@@ -36,10 +37,10 @@ def split_fields(block: bytes) -> list[bytes]:
 
 
 def name_of(field: bytes) -> bytes:
-    """A field's name in lower case."""
+    """A field's name in lower case, without blanks, folds and control characters around it, which others overlook, too."""
     colon = field.find(b":")
     name = field[:colon].lower() if colon >= 0 else field.lower()
-    return name.rstrip(b" \t") if name[-1:] in (b" ", b"\t") else name
+    return name.strip(_AROUND) if name[-1:] <= b" " or name[:1] < b" " else name
 
 
 def canonical_field(field: bytes) -> bytes:

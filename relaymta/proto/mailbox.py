@@ -15,8 +15,10 @@ from relaymta.proto.dkim import name_of, split_fields
 
 __all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "domains"]
 
-LONGEST = 16_384  # octets of all fields of one message that are read here; nobody's are a tenth of that
+LONGEST = 8192  # octets of all fields of one message that are read here; nobody's are a tenth of that
 MOST = 250  # domains in one field: each takes as long as a hundred octets
+CONVERTED = 9  # one that is not ASCII counts as so many more
+EACH = 60  # octets that a field counts more than it has, and each that a domain counts as
 AUTHORS: Collection[bytes] = (b"from",)
 
 _ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-"
@@ -82,12 +84,17 @@ def authors(block: bytes, names: Collection[bytes] = AUTHORS, fields: Iterable[b
     octets = 0
     for field in split_fields(block) if fields is None else fields:
         if name_of(field) in names:
-            _, colon, value = field.partition(b":")
-            octets += len(value)
+            name, colon, value = field.partition(b":")
+            if name.rstrip(b" \t").lower() not in names:
+                raise Malformed("its name is on two lines, or has control characters around it")
+            octets += EACH + len(value)
             if octets > LONGEST:
                 raise Malformed("it is too long")
             if colon:
-                found += addresses(value)
+                its = addresses(value)
+                if not value.isascii():
+                    octets += EACH * CONVERTED * sum(not one.domain.isascii() for one in its)
+                found += its
     return found
 
 
@@ -197,9 +204,7 @@ class _List:
             if literal_address(text) is None:
                 raise Malformed("no IP address in []")
             return text.lower()
-        self._domains += 1
-        if self._domains > MOST:
-            raise Malformed("too many addresses")
+        self._count(1)
         labels: list[str] = []
         while True:
             kind, text, folded = self._tokens[self._at]
@@ -215,11 +220,18 @@ class _List:
                 raise Malformed("a domain on two lines")
             self._at += 1
         domain = ".".join(labels).lower()
+        if not domain.isascii():
+            self._count(CONVERTED)
         try:
             normalize_domain(domain)
         except (DomainError, UnicodeError):
             raise Malformed("a domain that is none") from None
         return domain
+
+    def _count(self, domains: int) -> None:
+        self._domains += domains
+        if self._domains > MOST:
+            raise Malformed("too many addresses")
 
 
 def _tokens(value: bytes) -> list[_Token]:
@@ -244,7 +256,7 @@ def _tokens(value: bytes) -> list[_Token]:
             if kind == "quoted":
                 if "\n" in said and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
                     raise Malformed("a quoted string on two lines")
-                said = _QUOTED_PAIR.sub(r"\1", said.replace("\n", ""))
+                said = _QUOTED_PAIR.sub(r"\1", said)  # a fold stays: in a local part email.utils shows it otherwise
             found.append(_Token(said if kind == "special" else kind, said, folded))
             last = at
     found.append(_Token("", "", False))

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from relaymta.accept.passwords import matches, scram, scram_keys
 from relaymta.cli import account as verbs
-from relaymta.config import Account, load_accounts
+from relaymta.cli.dkim import _put_in_place
+from relaymta.config import Account, Dkim, load_accounts
 
 A, B, C = (scram(password) for password in ("a", "b", "c"))
 Run = Callable[..., Result]
@@ -289,3 +291,33 @@ def test_what_ends_to_the_microsecond_still_does(tmp_path, run):
     (tmp_path / "accounts.toml").write_text(f'[[account]]\nname = "shop"\nsecrets = [{secret(A, more)}]\n')
     assert run("app", "rotate", "shop", "--overlap", "2h").exit_code == 0
     assert accounts(tmp_path)["shop"].secrets[1].expires == until
+
+
+DKIM = '[[dkim]]\ndomain = "b.example"\nselector = "s1"\nkey = "/k1"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        (f'hostname = "h.example"\n{DKIM}{DKIM.replace("b.example", "c.example")}', True),
+        (DKIM.replace("key", '"key"'), False),  # the new selector came without the new key
+        (DKIM.replace('"/k1"', '"""\n/k1"""'), False),  # no TOML was left
+        (DKIM.replace("[[dkim]]", "[[ dkim ]]"), False),
+        (f'[[route]]\nto = """\n{DKIM}"""\n{DKIM}', True),
+    ],
+)
+def test_a_key_of_dkim_is_put_in_place_or_the_configuration_stays_as_it_is(tmp_path, text, done):
+    file = tmp_path / "relaymta.toml"
+    file.write_text(text)
+    old = Dkim(domain="b.example", selector="s1", key="/k1")
+    fresh = old.model_copy(update={"selector": "s2", "key": "/k2"})
+    if done:
+        _put_in_place(file, old, fresh)
+        expected = tomllib.loads(text)
+        expected["dkim"][0].update(selector="s2", key="/k2")
+        assert tomllib.loads(file.read_text()) == expected
+    else:
+        with pytest.raises(SystemExit):
+            _put_in_place(file, old, fresh)
+        assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from relaymta.accept import guesses
 from relaymta.accept.guesses import WIDER, Guess, Guesses
 from relaymta.accept.identity import Identity, Unavailable
 from relaymta.accept.logins import Logins
@@ -155,6 +156,26 @@ async def test_what_could_not_be_checked_was_no_guess(tmp_path, how):
         (found,) = await asyncio.gather(going, return_exceptions=True)
         assert found == 454 if how == "unavailable" else isinstance(found, BaseException)
         assert house.left() == (0, 0)
+
+
+async def test_who_waits_long_looks_seldom(tmp_path, monkeypatch):
+    """Thousands of connections that waited looked ten times a second each, and left no time for others."""
+    house = House(tmp_path, right)
+    house.back_end.gate.clear()
+    first = [asyncio.create_task(house.login("ann", "right")) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    pauses: list[float] = []
+
+    async def wait(futures: list[Any], timeout: float) -> None:
+        pauses.append(timeout)
+        if len(pauses) == 10:
+            house.back_end.gate.set()
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(guesses, "asyncio", SimpleNamespace(**{**vars(asyncio), "wait": wait}))
+    assert await house.login("ann", "right") == 235
+    assert pauses[0] == guesses.LOOK_AGAIN and sum(pauses[:10]) > 10
+    assert await asyncio.gather(*first) == [235] * 3
 
 
 async def test_who_is_gone_while_waiting_for_a_turn_leaves_nothing(tmp_path):

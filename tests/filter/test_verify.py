@@ -190,6 +190,19 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
     assert verified(partial + b"and more\r\n", settings)[0].result == "policy"
 
 
+@pytest.mark.parametrize("name", [b"From:", b"from :"])
+def test_a_signature_says_nothing_of_a_from_that_was_added(name, tmp_path):
+    """Most sign it once: whoever has one such message could write another author of the same domain in front of it."""
+    settings = keys(tmp_path)[:1]
+    pem = _pkcs1(Path(settings[0].key).read_bytes())
+    once = dkim.sign(MESSAGE, b"rsa", b"shop.test", pem, include_headers=[b"from", b"subject"]) + MESSAGE
+    twice = dkim.sign(MESSAGE, b"rsa", b"shop.test", pem, include_headers=[b"from", b"from"]) + MESSAGE
+    added = name + b" ceo@shop.test\r\n"
+    assert [verified(text, settings)[0].result for text in (once, twice)] == ["pass", "pass"]
+    assert verified(added + once, settings)[0].result == "policy"
+    assert verified(added + twice, settings)[0].result == "fail"
+
+
 @pytest.mark.parametrize(
     "header",
     [b" first line\r\n", b"", b"DKIM-Signature:\r\n", b"DKIM-Signature: v=1; a=rsa-sha256; b=!; bh=x; d=d; h=from; s=s\r\n",
@@ -314,6 +327,39 @@ async def test_a_long_policy_does_not_hold_up_the_loop():
     assert turns >= 5
 
 
+async def test_a_sender_is_judged_by_the_domain_behind_its_last_at():
+    """pyspf asked for evil.test"@b.test: a forged sender was nobody's, instead of refused by its domain."""
+    for sender in ('"x@evil.test"@b.test', '"@"@b.test', '"a@b"@b.test'):
+        many = Many("v=spf1 exists:%{l}.%{o}.x.test -all")
+        found = await spf.check(many, "192.0.2.9", sender, "evil.test")  # type: ignore[arg-type]
+        assert (found.result, found.domain, many.asked[0]) == ("fail", "b.test", "TXT b.test")
+        assert many.asked[1:] == [f"A {sender.rpartition('@')[0]}.b.test.x.test"]
+
+
+async def test_a_policy_of_many_questions_does_not_either():
+    """36 of them, and never more than 170 terms at once: nobody had a turn in between."""
+    most = 0
+
+    class Known(Many):
+        async def values(self, name: str, kind: str) -> list:
+            nonlocal most
+            most = max(most, len(self.asked) + 1)
+            return await super().values(name, kind)
+
+    async def others() -> None:
+        while True:
+            many.asked.clear()
+            await asyncio.sleep(0)
+
+    terms = " ".join(f"ip4:10.0.0.{number}" for number in range(160))
+    many = Known(f"v=spf1 {terms} mx:a.test mx:b.test mx:c.test -all", MX=9, A=1)
+    task = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    assert (await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")).result == "fail"  # type: ignore[arg-type]
+    task.cancel()
+    assert most <= 3
+
+
 def test_a_chain_of_arc_sets_is_followed(tmp_path):
     pytest.importorskip("authres")
     settings = keys(tmp_path)[0]
@@ -370,6 +416,7 @@ def test_results_that_claim_to_be_ours_are_removed_and_no_others():
      (b"relay(x).example; x", True), (b"relay.example/1; x", True), (b"relay .example; x", True), (b"(relay.example; x", True),
      (b"", True), (b";", True), (b"other.example (relay.example); x", False), (b"other.example; x", False),
      (b'"other.example" 1; relay.example', False), (b"xrelay.example; x", False), (b"relay.example.com; x", False),
+     (b"()" * 60 + b"other.example; x", True), (b"()" * 10 + b"other.example; x", False),
      (b"none", False), (b"spf=pass (sender IP) smtp.mailfrom=relay.example; dkim=none", False)],
 )  # fmt: skip
 def test_who_a_field_of_results_claims_to_come_from(value, removed):
@@ -418,6 +465,10 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
                                 (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip
                 assert send("127.0.0.5", "eve@evil.test", b"Subject: x\r\nFrom: " + value + b"\r\n\r\nx\r\n") == code, value
+            # Nor where the next host would write the envelope's sender into it.
+            for header in (b"Subject: x\r\n", b"From: eve\r\n", b"From: us:;\r\n", b""):
+                assert send("127.0.0.5", "eve@shop.test", header + b"\r\nx\r\n") == 550, header
+                assert send("127.0.0.5", '"@x.test"@shop.test', header + b"\r\nx\r\n") == 550, header
             wait_for(lambda: [event["reply"][:9] for event in relay.events("rejected")].count("550 5.6.0") == 3)
             assert send("127.0.0.5", "eve@quiet.test", b"From: a@quiet.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: len(peer.messages) == 2)
@@ -427,7 +478,7 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
-            assert counts == [1, 5, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
+            assert counts == [1, 13, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
 
 
 def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):

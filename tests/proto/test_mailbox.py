@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relaymta.accept.identity import Identity
+from relaymta.proto import mailbox
 from relaymta.proto.mailbox import LONGEST, MOST, Malformed, addresses, authors, domains
 from tests.support.programs import need
 
@@ -122,6 +123,8 @@ ROWS: list[tuple[str | bytes, list[str] | None, str]] = [
     ("ann@(a\r\n b)shop.test", REFUSED, "email.utils shows ann@b"),
     ('"Ann\r\n Other" <ann@shop.test>', ["ann@shop.test"], "5322 2.2.3"),
     ('"Ann\r\n <ceo@bank.test>" <ann@shop.test>', REFUSED, "email.utils shows ceo@bank.test"),
+    ('"\r\n a\\"b"@shop.test', REFUSED, "email.utils shows another local part"),
+    ('"a\r\n b"@shop.test', REFUSED, "a local part on two lines"),
     ("ann@bank test", REFUSED, "no dot"),
     ("an n@shop.test", REFUSED, "no dot"),
     # Local parts
@@ -268,6 +271,19 @@ def test_a_field_has_a_length_and_a_number_of_addresses():
             addresses(value)
     with pytest.raises(Malformed):
         authors((b"From: (" + b"x" * 1000 + b") a@shop.test\r\n") * 40 + b"\r\n")
+    assert len(addresses(",".join("a@schön.test" for _ in range(MOST // 10)).encode())) == MOST // 10
+    with pytest.raises(Malformed):  # ten times as much work
+        addresses(",".join("a@schön.test" for _ in range(MOST // 10 + 1)).encode())
+
+
+@pytest.mark.parametrize("value", ["a@b", "a", "x:;", "a@ä", "a@ä.ö, a@ü", ",".join(["a@ä"] * 20)])
+def test_several_fields_are_no_way_around_that(monkeypatch, value):
+    """Short ones, whose domains have to be converted, held up the loop for 100 ms."""
+    converted: list[str] = []
+    monkeypatch.setattr(mailbox, "normalize_domain", lambda domain: converted.append(domain) or domain)
+    with pytest.raises(Malformed):
+        authors(f"From:{value}\r\n".encode() * 2000 + b"\r\n")
+    assert sum(10 if not domain.isascii() else 1 for domain in converted) <= 2 * MOST
 
 
 @pytest.mark.parametrize(
@@ -287,6 +303,8 @@ def test_a_field_has_a_length_and_a_number_of_addresses():
         (b"Subject: x\n\rFrom: ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),
         (b"From: a@shop.test\r\nSubject: \0\r\n\r\n", REFUSED),
         (b"From\0: ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),
+        (b"From\r\n : ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),  # who unfolds first shows it
+        (b"X: y\r\n\x0bFrom\x01: ceo@bank.test\r\n\r\n", REFUSED),  # who trims as JavaMail shows it
     ],
 )
 def test_who_wrote_a_message(block, expected):

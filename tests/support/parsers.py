@@ -61,6 +61,8 @@ _ADDRESS_LISTS = {
     "half a literal": times(b"[", b"a@"),
 }
 
+_FROMS = {"short fields in UTF-8": times("From:a@ä.ö\r\n".encode())}
+
 
 def _addresses(value: bytes) -> None:
     with contextlib.suppress(mailbox.Malformed):
@@ -354,9 +356,11 @@ def _parameters(text: bytes) -> None:
 
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
-    yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "16 kB, 250 domains: refused", 16000)
+    yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
     fields = {name: lambda n, make=make: b"From: " + make(n) + b"\r\n" for name, make in _ADDRESS_LISTS.items()}
-    yield Parser("proto.mailbox.authors", _authors, {**_BLOCKS, **fields}, "16 kB of all fields: refused", 16000, header.too_long)
+    yield Parser(
+        "proto.mailbox.authors", _authors, {**_BLOCKS, **_FROMS, **fields}, "8 kB of all fields: refused", 8000, header.too_long
+    )
     yield Parser("proto.header.header_end", header.header_end, _BLOCKS)
     yield Parser("proto.header.count_received", header.count_received, _BLOCKS)
     yield Parser("proto.header.field_names", header.field_names, _BLOCKS)
