@@ -43,6 +43,7 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _HASH = re.compile(r"SCRAM-SHA-256\$\d{4,8}:[A-Za-z0-9+/=]+\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=\Z|\$argon2id\$\S+\Z")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LONGEST = 36500 * 86400.0  # seconds of a duration: what is added to a moment stays one that can be kept and shown
 
 
 def _duration(value: object) -> object:
@@ -50,12 +51,14 @@ def _duration(value: object) -> object:
         match = _DURATION.match(value.strip())
         if match is None:
             raise ValueError('a duration such as "90s", "10m", "5d"')
-        return float(match[1]) * _SECONDS[match[2]]
+        value = float(match[1]) * _SECONDS[match[2]]
+    if isinstance(value, int | float) and value > _LONGEST:
+        raise ValueError('a duration of at most "36500d"')
     return value
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a duration such as "90s", "10m", "5d". ValueError with what is expected."""
+    """Seconds of a duration such as "90s", "10m", "5d", of a hundred years at most. ValueError with what is expected."""
     return float(_duration(text))  # type: ignore[arg-type]
 
 
