@@ -41,8 +41,12 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _HASH = re.compile(r"SCRAM-SHA-256\$\d{4,8}:[A-Za-z0-9+/=]+\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=\Z|\$argon2id\$\S+\Z")
+_UNION = re.compile(
+    r"constrained-str\Z|(function-before|literal)\["
+)  # pydantic's names for the kinds of value that a key may have
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LONGEST = 36500 * 86400.0  # seconds of a duration: what is added to a moment stays one that can be kept and shown
 
 
 def _duration(value: object) -> object:
@@ -50,12 +54,14 @@ def _duration(value: object) -> object:
         match = _DURATION.match(value.strip())
         if match is None:
             raise ValueError('a duration such as "90s", "10m", "5d"')
-        return float(match[1]) * _SECONDS[match[2]]
+        value = float(match[1]) * _SECONDS[match[2]]
+    if isinstance(value, int | float) and value > _LONGEST:
+        raise ValueError('a duration of at most "36500d"')
     return value
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a duration such as "90s", "10m", "5d". ValueError with what is expected."""
+    """Seconds of a duration such as "90s", "10m", "5d", of a hundred years at most. ValueError with what is expected."""
     return float(_duration(text))  # type: ignore[arg-type]
 
 
@@ -86,6 +92,8 @@ def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{text!r}: write an IPv6 address in brackets")
+    if any(char.isspace() for char in host):
+        raise ValueError(f"{text!r}: a blank in it")
     if not port and default_port is not None and host:
         return host, default_port
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -821,6 +829,10 @@ class Config(_Table):
             missing = [name for name in route.sources if name not in known]
             if missing:
                 raise ValueError(f"route.{number}.sources: there is no [[source]] {missing[0]!r}{near(missing[0], known)}")
+        addresses = [listener.address for listener in self.listener]
+        twice = next((address for address in addresses if addresses.count(address) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two listeners have the address {twice!r}")
         labels = [route.label for route in self.route]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
@@ -988,7 +1000,7 @@ def _lay_over(data: dict[str, Any], key: str, value: Any) -> None:
 def _problem(
     model: type[BaseModel], path: Path | None, positions: dict[tuple[str | int, ...], int], overrides: dict[str, Any], entry: Any
 ) -> str:
-    location: tuple[str | int, ...] = tuple(part for part in entry["loc"] if part != "constrained-str")
+    location: tuple[str | int, ...] = tuple(part for part in entry["loc"] if not _UNION.match(str(part)))
     what = re.sub(r"^Value error, ", "", entry["msg"])
     if entry["type"] == "extra_forbidden":
         what = "no such key" + _did_you_mean(model, location)

@@ -165,6 +165,19 @@ def test_what_is_no_utf8_in_a_command_does_not_stop_the_log(tmp_path):
         wait_for(lambda: relay.events("delivered"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sink", "--listen", "x"), "--listen 'x': expected host:port\n"),
+        (("sink", "--listen", "127.0.0.1:99999"), "--listen '127.0.0.1:99999': expected host:port\n"),
+        (("dkim", "keygen", "a b", "--selector", "s", "--out", "k"), "domain: 'a b' is no name that the DNS could have\n"),
+    ],
+)
+def test_wrong_words_are_named_in_a_sentence(words, said):
+    done = CliRunner().invoke(main, words)
+    assert (done.exit_code, done.stderr) == (64, said)
+
+
 class Nowhere(asyncio.Transport):
     def write(self, data: bytes) -> None: ...
 

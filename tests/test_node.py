@@ -1,5 +1,6 @@
 """Facts of the machine: they hold as long as they were to hold, whatever the wall clock does, and survive a restart."""
 
+import errno
 import time
 
 import pytest
@@ -72,3 +73,23 @@ def test_what_is_no_store_is_said(tmp_path):
     (tmp_path / "node").write_text("not a folder")
     with pytest.raises(StoreError, match="node"):
         Store(tmp_path / "node")
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_the_secret_is_made_once_and_is_never_empty(tmp_path, monkeypatch, left):
+    if left is not None:
+        (tmp_path / "secret").write_bytes(left)
+    with monkeypatch.context() as full:
+
+        def refuse(count: int) -> bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(node.os, "urandom", refuse)
+        with pytest.raises(OSError):
+            node.keep_secret(tmp_path)
+    node.keep_secret(tmp_path)
+    made = (tmp_path / "secret").read_bytes()
+    node.keep_secret(tmp_path)
+    assert (
+        len(made) == 32 and (tmp_path / "secret").read_bytes() == made and (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    )

@@ -47,7 +47,6 @@ BARE_CR = 2
 NUL = 4
 EIGHT_BIT = 8
 LONG_LINE = 16
-DOTTED = 32
 
 CR = 13
 LF = 10
@@ -247,7 +246,6 @@ class Parser:
                 # A bare LF.
                 self.flags |= BARE_LF
                 if self.normalize:
-                    self.flags |= DOTTED  # the next line may begin with a dot that was none before
                     if out is None:
                         out = bytearray(2 * (n - run) + 4)
                         w = out
@@ -265,7 +263,6 @@ class Parser:
                 else:
                     self.flags |= BARE_CR
                     if self.normalize:
-                        self.flags |= DOTTED
                         if out is None:
                             out = bytearray(2 * (n - run) + 4)
                             w = out
@@ -299,8 +296,6 @@ class Parser:
                     run = pos
                     self.place = DOT_CR
                 else:
-                    if p[pos] == ord("."):
-                        self.flags |= DOTTED
                     self.place = MIDDLE
             else:  # DOT_CR
                 if p[pos] == LF:

@@ -15,7 +15,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
-from relaymta.proto.envelope import DOTTED, EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date, too_long
 from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
@@ -297,8 +297,6 @@ class Intake:
             flags |= EIGHT_BIT
         if transaction.smtputf8:
             flags |= SMTPUTF8
-        if transaction.dotted:
-            flags |= DOTTED
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else f"{a}@{self.hostname}" for a in recipients))

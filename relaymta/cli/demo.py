@@ -32,7 +32,8 @@ def main() -> int:
     LOG.unlink(missing_ok=True)
     sink = subprocess.Popen([*program("relaymta.cli"), "sink", "--listen", f"127.0.0.1:{SINK_PORT}"], start_new_session=True)
     relay = subprocess.Popen([*program("relaymta.cli"), "serve", "-c", str(CONFIG)], start_new_session=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's `&` lets it be ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         if not _wait(RELAY_PORT, relay) or not _wait(SINK_PORT, sink):
             say("The relay did not start; what it said stands above.")

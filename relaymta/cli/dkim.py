@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from relaymta.cli.account import DEMO, give_to, locked, replace_file
 from relaymta.cli.console import say, say_json, table
@@ -46,8 +47,8 @@ def _settings(values: dict[str, object]) -> Dkim:
     """A [[dkim]] table of these values; the command ends where one is wrong."""
     try:
         return Dkim.model_validate(values)
-    except ValueError as error:
-        fail(64, str(error))
+    except ValidationError as error:
+        fail(64, "\n".join(f"{entry['loc'][0]}: {entry['msg'].removeprefix('Value error, ')}" for entry in error.errors()))
 
 
 def _make(path: Path, kind: str, user: str) -> None:

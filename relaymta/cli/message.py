@@ -6,11 +6,19 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, say_text
-from relaymta.cli.peer import as_json, asked, connect, size, when
+from relaymta.cli.peer import as_json, asked, connect, number_of, size, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
 
 __all__ = ["message"]
+
+
+def _ident(context: click.Context, parameter: click.Parameter, ident: str) -> str:
+    number_of(ident)
+    return ident
+
+
+_of = click.argument("ident", metavar="ID", callback=_ident)
 
 
 @click.group()
@@ -19,7 +27,7 @@ def message() -> None:
 
 
 @message.command(name="show")
-@click.argument("ident", metavar="ID")
+@_of
 @as_json
 @configured
 def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None:
@@ -42,7 +50,7 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
 
 
 @message.command()
-@click.argument("ident", metavar="ID")
+@_of
 @configured
 def raw(read: Callable[..., Config], ident: str) -> None:
     """The message's text as it will be sent: every octet to a file or pipe; on a terminal what is not printable is escaped."""
@@ -53,7 +61,7 @@ def raw(read: Callable[..., Config], ident: str) -> None:
 
 
 @message.command()
-@click.argument("ident", metavar="ID")
+@_of
 @as_json
 @configured
 def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
@@ -100,7 +108,7 @@ def _show_explanation(found: dict[str, Any]) -> None:
 
 
 @message.command()
-@click.argument("ident", metavar="ID")
+@_of
 @as_json
 @configured
 def history(read: Callable[..., Config], ident: str, as_json: bool) -> None:

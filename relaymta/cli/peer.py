@@ -14,7 +14,7 @@ from relaymta.cli.serve import fail
 from relaymta.config import Config
 from relaymta.errors import ConfigError, RelayError
 
-__all__ = ["Daemon", "Offline", "answered", "as_json", "asked", "connect", "size", "table", "when"]
+__all__ = ["Daemon", "Offline", "answered", "as_json", "asked", "connect", "number_of", "size", "table", "when"]
 
 T = TypeVar("T")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
@@ -92,6 +92,16 @@ def answered(ask: Callable[[], T]) -> T:
         fail(69, str(error))
     except OSError as error:
         fail(69, f"the daemon does not answer: {error}")
+
+
+def number_of(ident: str) -> int:
+    """The number of a message by its id as people see it; the command ends where it is none."""
+    from relaymta.queue.ident import parse_id
+
+    try:
+        return parse_id(ident)
+    except ValueError as error:
+        fail(64, str(error))
 
 
 def when(seconds: float) -> str:

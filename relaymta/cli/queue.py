@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, say_json_lines, table
-from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, size, when
+from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, number_of, size, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
 
@@ -83,7 +83,7 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-FILTERS = "--queue, --route, --site, --app, --from, --domain, --held"
+FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held"
 
 
 def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
@@ -125,15 +125,6 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
             counts = [bisect(part, known, key=itemgetter(0)) for part in waiting]
             yield [line for _, line in sorted(chain(*(part[:count] for part, count in zip(waiting, counts, strict=True))))]
             waiting = [part[count:] for part, count in zip(waiting, counts, strict=True)]
-
-
-def _number(ident: str) -> int:
-    from relaymta.queue.ident import parse_id
-
-    try:
-        return parse_id(ident)
-    except ValueError as error:
-        fail(64, str(error))
 
 
 @queue.command(name="list")
@@ -234,7 +225,9 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
-        found = change(peer, verb, [chosen | {"ident": _number(ident)} for ident in ids] or [chosen], dry_run, word)
+        found = change(
+            peer, verb, [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen], dry_run, word
+        )
         if as_json:
             say_json(found)
         else:

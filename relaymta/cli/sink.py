@@ -56,7 +56,11 @@ async def _run(host: str, port: int) -> None:
 @click.option("--listen", default="127.0.0.1:2526", show_default=True, metavar="HOST:PORT", help="Where to take mail.")
 def sink(listen: str) -> None:
     """Take every message, show it in a line, and forget it: a smart host for trying things out."""
-    host, port = parse_hostport(listen)
+    try:
+        host, port = parse_hostport(listen)
+    except ValueError as error:
+        say(f"--listen {error}", err=True)
+        sys.exit(64)
     try:
         asyncio.run(_run(host, port))
     except KeyboardInterrupt:

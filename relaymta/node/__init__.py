@@ -210,8 +210,8 @@ _decode = msgspec.msgpack.Decoder(Fact).decode
 
 
 def keep_secret(spool: Path) -> None:
-    """Make the secret of a spool, if there is none: by it all workers tell strangers the same of users who do not exist."""
+    """Make the secret of a spool, if there is none, or a full disk or a power cut left it empty: by it all workers tell strangers
+    the same of users who do not exist. OSError."""
     path = spool / "secret"
-    if not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(os.urandom(32))
+    if not path.exists() or not path.stat().st_size:
+        _put(path, os.urandom(32))

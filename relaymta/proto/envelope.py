@@ -13,8 +13,7 @@ __all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientSt
 # Envelope.flags
 EIGHT_BIT: Final = 1
 SMTPUTF8: Final = 2
-DOTTED: Final = 4  # as it came a line may begin with a dot; sending does not rely on it
-HELD: Final = 8
+HELD: Final = 8  # (4 is set in spools of older versions, and means nothing)
 QUARANTINED: Final = 16
 NOTICE: Final = 32  # a DSN of our own
 ORDERED: Final = 64  # held by a standing order, until that ends

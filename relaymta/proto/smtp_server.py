@@ -33,7 +33,7 @@ __all__ = ["Limits", "Offers", "ServerSession", "Transaction"]
 
 # Event kinds and flags of _speedups.smtp (C integers there).
 COMMAND, BAD, TEXT, END = 0, 1, 2, 3
-BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE, DOTTED = 1, 2, 4, 8, 16, 32
+BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
 
 LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
 LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
@@ -87,7 +87,7 @@ class Offers:
 class Transaction:
     """One message under way: envelope so far, text received and not taken yet."""
 
-    __slots__ = ("chunked", "dotted", "eight_bit", "headers", "held", "recipients", "sender", "size", "smtputf8", "tail", "text")
+    __slots__ = ("chunked", "eight_bit", "headers", "held", "recipients", "sender", "size", "smtputf8", "tail", "text")
 
     def __init__(self, sender: str, smtputf8: bool) -> None:
         self.sender = sender
@@ -96,7 +96,6 @@ class Transaction:
         self.text: list[bytes] = []
         self.size = 0
         self.eight_bit = False
-        self.dotted = False
         self.chunked = False
         self.tail = b""  # the last two octets of the text
         self.held = False  # once it is in the queue, until it is released
@@ -341,7 +340,6 @@ class ServerSession:
             return self._error(answer) if answer.startswith(b"5") else answer
         flags = self.parser.flags
         transaction.eight_bit = bool(flags & EIGHT_BIT)
-        transaction.dotted = transaction.chunked or bool(flags & DOTTED)
         self.complete = transaction
         return b""
 

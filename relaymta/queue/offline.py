@@ -46,17 +46,35 @@ def _opened(spool: Path, number: int, use: Callable[[Path, Store, QueueClock], A
         os.close(lock)
 
 
-def _rows(spool: Path, use: Callable[[Path, Store, QueueClock], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all shards, one after the other."""
-    return [row for number in _shards(spool) for row in _opened(spool, number, use)]
+def _rows(
+    spool: Path,
+    use: Callable[[Path, Store, QueueClock], list[dict[str, Any]]],
+    join: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """One row for each queue, that with the most mail first. `join(known, row)` adds what another shard has of it."""
+    merged: dict[str, dict[str, Any]] = {}
+    for number in _shards(spool):
+        for row in _opened(spool, number, use):
+            known = merged.setdefault(row["queue"], row)
+            if known is not row:
+                join(known, row)
+    return sorted(merged.values(), key=lambda row: -row["messages"])
 
 
 def _summary(spool: Path) -> list[dict[str, Any]]:
-    return _rows(spool, lambda path, store, clock: inspect.summary(store, clock))
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        known |= {key: known[key] + row[key] for key in ("messages", "bytes", "deferred", "held")}
+        known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
+
+    return _rows(spool, lambda path, store, clock: inspect.summary(store, clock), join)
 
 
 def _shape(spool: Path) -> list[dict[str, Any]]:
-    return _rows(spool, lambda path, store, clock: inspect.shape(store))
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        known["messages"] += row["messages"]
+        known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
+
+    return _rows(spool, lambda path, store, clock: inspect.shape(store), join)
 
 
 def _page(spool: Path, shard: int, after: int, chosen: dict[str, Any]) -> Any:

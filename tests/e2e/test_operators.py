@@ -179,6 +179,50 @@ def test_changed_provider_profiles_are_told_and_shown(tmp_path):
             assert "site google: messages_per_connection 7 -> 100" in relay.cli("shaping", "diff").stdout
 
 
+WRONG = [  # (verb, how it ends, what it says)
+    (("message", "show", "zz"), 64, "not a message id: 'zz'"),
+    (("message", "raw", ""), 64, "not a message id: ''"),
+    (("message", "explain", "1000000000000x"), 64, "not a message id"),
+    (("message", "history", "zz"), 64, "not a message id"),
+    (("queue", "delete", "zz"), 64, "not a message id"),
+    (("site", "suspend", "x", "--for", "999999999999d"), 64, 'at most "36500d"'),
+    (("standing", "hold", "--domain", "d", "--for", "99999999999d"), 64, 'at most "36500d"'),
+    (("site", "suspend", "x", "--for", "9" * 400), 64, 'at most "36500d"'),
+]
+
+
+def test_wrong_words_end_in_a_sentence_and_change_nothing(tmp_path):
+    def all_end_so(wrong: list) -> None:
+        for verb, status, said in wrong:
+            done = relay.cli(*verb, check=False)
+            assert (done.returncode, done.stdout) == (status, "") and said in done.stderr and "Traceback" not in done.stderr, verb
+
+    with Relay(tmp_path, f"127.0.0.1:{free_port()}", workers=1) as relay:
+        all_end_so(WRONG)
+        assert relay.cli("site", "suspend", "x", "--for", "36500d").returncode == 0  # a hundred years can be kept, and shown
+        assert "suspended until 21" in relay.cli("shaping", "active").stdout
+        relay.stop()
+        all_end_so([(verb, *rest) for verb, *rest in WRONG if verb[0] == "message"])
+        with relay:
+            assert "suspended until 21" in relay.cli("shaping", "active").stdout
+
+
+def test_a_queue_is_one_line_with_the_daemon_stopped_too(tmp_path):
+    with Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=600", workers=2) as relay:
+
+        def told() -> list:
+            rows = [json.loads(relay.cli("queue", verb, "--json").stdout) for verb in ("summary", "shape")]
+            return [[(row["queue"], row["messages"], row["bytes"]) for row in rows[0]], rows[1]["queues"]]
+
+        while len({ident[-4:] for event in relay.events("queued") if (ident := event["id"])}) < 2:  # of both workers
+            relay.send()
+        wait_for(lambda: relay.events("deferred"))
+        running = told()
+        assert len(running[0]) == len(running[1]) == 1
+        relay.stop()
+        assert told() == running
+
+
 def test_all_mail_is_bounced_and_every_sender_is_told(tmp_path):
     """More than two pages: the failure notices that the first one makes are not meant by the next."""
     count = 2400

@@ -199,6 +199,11 @@ def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
         ),
         ('[[listener]]\naddress = "127.0.0.1:25"\n[verify]\ndmarc = "enforce"\n', "'enforce' needs verify.results = true"),
         ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "5 lightyears"\n', "r.toml:4: queue.max_age: a duration such as"),
+        ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "999999999999d"\n', "r.toml:4: queue.max_age: a duration of at most"),
+        ('[[listener]]\naddress = "127.0.0.1:25"\n' * 2, "two listeners have the address '127.0.0.1:25'"),
+        ('[[route]]\nhosts = ["a b"]\n', "r.toml:2: route.0.hosts.0: 'a b': a blank in it"),
+        ('[metrics]\nlisten = "x"\n', "r.toml:2: metrics.listen: 'x': expected host:port"),
+        ('[[listener]]\naddress = "x"\n[queue]\nmax_age = inf\n', "r.toml:4: queue.max_age: a duration of at most"),
     ],
 )
 def test_wrong_configurations_name_the_place(tmp_path, text, expected):
