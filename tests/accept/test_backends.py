@@ -365,7 +365,7 @@ CLAIMS = [
 ]
 
 
-@pytest.mark.parametrize(("claims", "user"), CLAIMS, ids=[str(row[0]) for row in CLAIMS])
+@pytest.mark.parametrize(("claims", "user"), CLAIMS, ids=[f"{number} {''.join(row[0])}" for number, row in enumerate(CLAIMS)])
 async def test_who_a_token_is_for(claims, user):
     issuer = Issuer()
     bearer = Bearer(TokensTable(issuer="https://issuer.example", audience="relay", jwks=issuer.web.url))
