@@ -637,7 +637,7 @@ async def test_under_stress_patience_ends_sooner(monkeypatch):
 
 
 async def test_out_of_descriptors_is_one_pause_and_one_resume():
-    hall = Hall(Listener(address="127.0.0.1:1"), BALANCED)
+    hall = Hall(Listener(address="127.0.0.1:2"), BALANCED)
     await hall.listen()
     one = hall.acceptor
     resumed: list[int] = []

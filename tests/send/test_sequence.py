@@ -46,6 +46,7 @@ class Scripted:
         self.ehlo = EHLO[kind]
         self.script = script
         self.taken: Counter[bytes] = Counter()
+        self.sender = True  # MAIL was not refused: else nothing is for anybody, whatever is said to RCPT
         self.somebody = False  # there is a recipient
         self.texts: list[bytes] = []
         self.commands: list[str] = []
@@ -71,7 +72,10 @@ class Scripted:
                 continue
             said = self.answer(verb)
             writer.write(said)
-            self.somebody = not said.startswith((b"4", b"5")) if verb == "RCPT" else self.somebody and verb != "MAIL"
+            if verb == "MAIL":
+                self.sender, self.somebody = not said.startswith((b"4", b"5")), False
+            elif verb == "RCPT":
+                self.somebody = self.sender and not said.startswith((b"4", b"5"))
             if said.startswith(b"421") or verb == "QUIT":
                 return
             if verb == "DATA" and b"354" in said:
