@@ -170,7 +170,7 @@ class Resolver:
             else:
                 error = DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}")
         except Exception as failure:  # a name that is none, or an answer that is no text: both come from outside
-            values, error = [], DnsFailure(f"{name!r} {kind}: {type(failure).__name__}: {failure}")
+            values, error = [], DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
             ttl = FAILURE_SECONDS
         return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
 

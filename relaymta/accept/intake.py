@@ -362,7 +362,7 @@ def _not_as_themselves(identity: Identity, header: bytes, seen: int) -> bytes | 
     stranger = next((author for author in found if not identity.may_send_as(author)), None)
     if stranger is None:
         return None
-    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger}> (senders of its account)")
+    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger[:320]}> (senders of its account)")
 
 
 def _anything(address: str, transaction: Transaction) -> bytes | None:
