@@ -16,7 +16,7 @@ def banner(relay: Relay) -> bytes:
 
 
 def test_a_loop_that_is_late_sends_new_clients_away_and_serves_the_others(tmp_path):
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "intake.shed_lag=0.1") as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             (pid,) = relay.worker_pids()
 
