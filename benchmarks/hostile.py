@@ -30,18 +30,7 @@ class Cost(NamedTuple):
 
 def seconds(parser: Parser, data: bytes) -> float:
     """CPU time of a call, the least of several."""
-    count, best = 1, float("inf")
-    for _ in range(REPEATS):
-        while True:
-            began = time.process_time()
-            for _ in range(count):
-                parser.call(data)
-            took = time.process_time() - began
-            if took >= LEAST_SECONDS:
-                break
-            count *= 2
-        best = min(best, took / count)
-    return best
+    return parser.seconds(data, LEAST_SECONDS, REPEATS, time.process_time)
 
 
 def cost(parser: Parser, what: str) -> Cost:

@@ -14,18 +14,7 @@ LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 4
 
 def least_seconds(parser: Parser, data: bytes) -> float:
     """CPU time of a call; of several the least, each of so many calls that the clock sees them."""
-    count, best = 1, float("inf")
-    for _ in range(REPEATS):
-        while True:
-            began = time.thread_time()
-            for _ in range(count):
-                parser.call(data)
-            took = time.thread_time() - began
-            if took >= LEAST_SECONDS:
-                break
-            count *= 2
-        best = min(best, took / count)
-    return best
+    return parser.seconds(data, LEAST_SECONDS, REPEATS, time.thread_time)
 
 
 def growth(parser: Parser, what: str, octets: int) -> float:

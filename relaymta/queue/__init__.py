@@ -192,7 +192,7 @@ class Queue:
         for ident in idents:
             envelope = self.store.fresh.get(ident)
             if envelope is not None:
-                change.rehouse(ident, self.assign(envelope, 0), self.clock.now())
+                change.rehouse(ident, envelope, self.assign(envelope, 0), self.clock.now())
 
     async def stop(self) -> None:
         """Commit what is pending and close."""

@@ -365,13 +365,11 @@ class Change:
             if self._fresh.end(ident) is not None:
                 self.put(ident, envelope, rows)
 
-    def rehouse(self, ident: int, names: list[tuple[QueueName, list[int] | None]], now: int) -> None:
+    def rehouse(self, ident: int, envelope: Envelope, names: list[tuple[QueueName, list[int] | None]], now: int) -> None:
         """Give a folded message rows of its own, due now, in these queues instead of those in which it waited."""
-        envelope = self._fresh.get(ident)
-        if envelope is not None:
-            rows = [self.row(name) for name, _ in names]
-            placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, names, strict=True)]
-            self._fresh.end(ident)
+        rows = [self.row(name) for name, _ in names]
+        placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, names, strict=True)]
+        if self._fresh.end(ident) is not None:
             self.put(ident, msgspec.structs.replace(envelope, placements=placements), rows)
 
     def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:

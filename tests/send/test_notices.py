@@ -158,7 +158,7 @@ SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
         (HOST, "connect", socket.gaierror(-2, "Name or service not known"), "mail.example: its name", "Name or service"),
         (HOST, "ehlo", SMTPResponseException(-1, "Malformed SMTP response line: x"), "mail.example: what it said", "Malformed"),
         (SOCKET, "connect", FileNotFoundError(2, "gone", "/run/secret/lmtp"), "a local socket: No such file", "/run/secret"),
-        (HOST, "ehlo", KeyError("/root/x.py"), "mail.example: no usable connection", "/root/x.py"),
+        (HOST, "ehlo", KeyError("/opt/x.py"), "mail.example: no usable connection", "/opt/x.py"),
     ],
 )  # fmt: skip
 def test_each_failure_to_connect_has_a_text_for_outsiders(peer, phase, error, public, cause):
