@@ -1,7 +1,7 @@
 """Build the compiled kernels; everything else about the project is in pyproject.toml.
 
-A kernel that does not compile fails the build: a relay that silently runs interpreted is a defect. The `.py` + `.pxd`
-kernels also run interpreted (for coverage and fuzzing) when RELAYMTA_INTERPRETED=1 is set at run time.
+A kernel that does not compile fails the build, so that no relay runs interpreted unnoticed. With RELAYMTA_INTERPRETED=1 at run
+time the `.py` + `.pxd` kernels run interpreted (for coverage and fuzzing).
 """
 
 import os

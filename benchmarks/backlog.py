@@ -1,4 +1,4 @@
-"""A backlog leaves no trace: `python -m benchmarks.backlog [--messages N] [--spread SECONDS]`.
+"""A backlog has no lasting cost: `python -m benchmarks.backlog [--messages N] [--spread SECONDS]`.
 
 Loads N messages of 4 kB into a spool, next attempts spread at random, then measures with the running relay: time from start to
 the first banner, memory of the worker beside an empty one's, `queue summary`, `queue list --json` of everything; drains; and
@@ -24,7 +24,7 @@ from relaymta.queue.segments import COLD
 from relaymta.queue.store import Change
 from tests.support.daemon import wait_for
 
-TEXT = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"
+MESSAGE = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"
 
 BACKLOG = QueueName("smarthost", "")
 
@@ -40,9 +40,9 @@ async def fill(spool: Path, messages: int, spread: float, shard: int = 0, name: 
         now = queue.clock.now()
         for _ in range(1000):
             ident = queue.ident()
-            envelope = Envelope("a@b.example", ["c@d.example"], len(TEXT), 0, wall_ms(), queue.deadline(), "127.0.0.1", "x",
+            envelope = Envelope("a@b.example", ["c@d.example"], len(MESSAGE), 0, wall_ms(), queue.deadline(), "127.0.0.1", "x",
                                 name.application, name.priority)  # fmt: skip
-            envelope.body = queue.segments.append(ident, [TEXT], len(TEXT), COLD)
+            envelope.body = queue.segments.append(ident, [MESSAGE], len(MESSAGE), COLD)
             envelope.placements = [Placement(row.number, now + 15_000 + int(random.random() * spread * 1000), 1)]
             change.put(ident, envelope, [row])
             row.deferred += 1
@@ -97,7 +97,7 @@ def start_timed(folder: Path, sink: int) -> tuple[Relaymta, float]:
 
 
 def run(messages: int, spread: float) -> dict[str, object]:
-    """The whole course."""
+    """Fill, start, measure, drain, measure again."""
     found: dict[str, object] = {"messages": messages, "spread": spread}
     fresh = Load("fresh", 20_000)
     sink = Sink()

@@ -2,7 +2,7 @@
 
 priority  bulk mail of one tenant on two workers, for a site that takes one connection: how soon does an express message begin,
           and how many messages of the first tenant go before each of a second tenant's ten
-explain   how much slower delivery is while somebody asks `message explain` ten times a second
+explain   how much slower delivery is while `message explain` is called ten times a second
 delete    how long accepting a message takes while the million are deleted, and before
 list      how long `queue list --json` takes, on two workers, while nothing is delivered and while 100 messages a second are
 reroute   how long `queue reroute` takes, on two workers, from a host that is down to another
@@ -30,7 +30,7 @@ from relaymta.proto.envelope import QueueName
 from relaymta.queue.ident import format_id
 from tests.support.daemon import free_port
 
-TEXT = "Subject: x\r\n\r\n" + "x" * 4000
+MESSAGE = "Subject: x\r\n\r\n" + "x" * 4000
 SETTINGS = (
     'site=[{hosts=["127.0.0.1"],connections=1}]',
     'network=[{networks=["127.0.0.2/32"],application="alerts",priority="express"},'
@@ -50,7 +50,7 @@ def submit(port: int, source: str, senders: list[str]) -> dict[str, float]:
     taken = {}
     with smtplib.SMTP("127.0.0.1", port, source_address=(source, 0)) as client:
         for sender in senders:
-            client.sendmail(sender, ["c@d.example"], TEXT)
+            client.sendmail(sender, ["c@d.example"], MESSAGE)
             taken[sender] = time.monotonic()
     return taken
 
@@ -101,7 +101,7 @@ def between(order: list[tuple[float, str]], second: dict[str, float]) -> list[in
 
 
 def explain(messages: int, seconds: float = 2.0) -> dict[str, Any]:
-    """Delivery of a backlog, in slices with and without somebody who asks, in turn."""
+    """Delivery of a backlog, in slices with and without calls of `message explain`, alternately."""
     port = free_port()
     rates: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
@@ -150,7 +150,7 @@ def delete(messages: int) -> dict[str, Any]:
 
 
 def command(relay: Relaymta, *words: str) -> tuple[float, bytes]:
-    """A command of the CLI: seconds, and what it said."""
+    """A command of the CLI: seconds, and its output."""
     began = time.monotonic()
     line = [sys.executable, "-m", "relaymta", *words, "--spool", str(relay.spool)]
     said = subprocess.run(line, check=True, capture_output=True).stdout
@@ -158,7 +158,7 @@ def command(relay: Relaymta, *words: str) -> tuple[float, bytes]:
 
 
 def listing(messages: int) -> dict[str, Any]:
-    """`queue list --json`, alone and beside mail that comes and goes."""
+    """`queue list --json`, without and with other mail being accepted and delivered."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spooled(folder, messages, 2, 3600.0, 1)
@@ -174,7 +174,7 @@ def listing(messages: int) -> dict[str, Any]:
 
 
 def reroute(messages: int) -> dict[str, Any]:
-    """A million messages for a host that is down go by another one."""
+    """A million messages for a host that is down are rerouted to another one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spooled(folder, messages, 2, 3600.0, 1)
@@ -192,7 +192,7 @@ def reroute(messages: int) -> dict[str, Any]:
 
 
 def accepting(relay: Relaymta, work: Any) -> dict[str, float]:
-    """How long the dot waits for its 250 while `work()` runs: milliseconds."""
+    """Time from the final dot to its 250 while `work()` runs, milliseconds."""
     done = threading.Event()
     times: list[float] = []
 
@@ -204,7 +204,7 @@ def accepting(relay: Relaymta, work: Any) -> dict[str, float]:
                 smtp.rcpt("c@d.example")
                 smtp.docmd("DATA")
                 began = time.monotonic()
-                smtp.send((TEXT + "\r\n.\r\n").encode())
+                smtp.send((MESSAGE + "\r\n.\r\n").encode())
                 assert smtp.getreply()[0] == 250
                 times.append((time.monotonic() - began) * 1000)
                 time.sleep(0.01)

@@ -1,6 +1,6 @@
-"""What parsers of hostile input cost: of each in tests/support/parsers.py CPU time per octet at 1 kB and at 128 kB of that of
-its inputs that fares worst, and how long the longest call holds the loop. `python -m benchmarks.hostile [NAME]` prints the table
-of docs/security.md; exit status 1 when an octet costs more than twice as much at 128 kB.
+"""Cost of parsers on hostile input: for each in tests/support/parsers.py the CPU time per octet of its worst input, at 1 kB and
+at 128 kB, and the time of the longest call. `python -m benchmarks.hostile [NAME]` prints the table of docs/security.md; exit
+status 1 when an octet costs more than twice as much at 128 kB.
 """
 
 import sys
@@ -16,7 +16,7 @@ RATIO = 2.0
 
 
 class Cost(NamedTuple):
-    """Of one parser and the input that fares worst: nanoseconds an octet, and milliseconds of the longest call."""
+    """One parser with its worst input: nanoseconds per octet, and milliseconds of the longest call."""
 
     what: str
     short: float
@@ -34,7 +34,7 @@ def seconds(parser: Parser, data: bytes) -> float:
 
 
 def cost(parser: Parser, what: str) -> Cost:
-    """What one input costs."""
+    """The cost of one input."""
     short, long = parser.worst[what](SHORT), parser.worst[what](LONG)
     call = seconds(parser, long)
     held = [parser.worst[what](size) for size in BETWEEN]
@@ -43,7 +43,7 @@ def cost(parser: Parser, what: str) -> Cost:
 
 
 def costs(parser: Parser) -> list[Cost]:
-    """Of all of a parser's inputs; what seems too much is measured again, twice."""
+    """The cost of all inputs of a parser; a ratio that is too high is measured twice more."""
     found = []
     for what in parser.worst:
         one = cost(parser, what)
@@ -55,7 +55,7 @@ def costs(parser: Parser) -> list[Cost]:
 
 
 def main() -> int:
-    """The table, and whether all are linear."""
+    """Print the table; exit status 1 when a parser is not linear."""
     wrong = []
     print("| parser | reads no more than | worst input | ns an octet at 1 kB | at 128 kB | x | ms a call |")
     print("|---|---|---|---|---|---|---|")

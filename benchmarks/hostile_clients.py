@@ -1,7 +1,7 @@
-"""Clients that mean harm beside others: `python -m benchmarks.hostile_clients [--seconds N] [--json FILE]`.
+"""Hostile clients beside others: `python -m benchmarks.hostile_clients [--seconds N] [--json FILE]`.
 
-What they cost the worker in memory (at most 50 MB), how long others wait for their banner (p99 at most 100 ms), and whether
-every place they held is free when they are gone."""
+The worker's memory for them (at most 50 MB), the time until others get their banner (p99 at most 100 ms), and whether all their
+connections are released when they are gone."""
 
 import argparse
 import json
@@ -21,12 +21,12 @@ from tests.support.hostile import Crowd
 
 KINDS = {
     "do not read": 20, "do not read, by TLS": 10, "read an octet a second": 20, "half-close": 50, "reset": 20,
-    "stop in a text": 20, "speak HTTP": 10, "stop in the PROXY header": 180, "stop in the handshake": 1000,
+    "stop in message data": 20, "speak HTTP": 10, "stop in the PROXY header": 180, "stop in the handshake": 1000,
 }  # fmt: skip
 
 
 class Others:
-    """Who comes in every 20 ms meanwhile: seconds until each has its banner."""
+    """A client that connects every 20 ms: seconds until each banner."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -50,7 +50,7 @@ class Others:
 
 
 def run(seconds: int) -> dict[str, float]:
-    """Let them in, measure while each does its harm once a second, and see them go."""
+    """Connect them, measure while each acts once a second, and close them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sink = Sink()

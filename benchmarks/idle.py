@@ -1,4 +1,4 @@
-"""10,000 idle connections: `python -m benchmarks.idle [--connections N]`: memory of each, and how others' mail passes."""
+"""10,000 idle connections: `python -m benchmarks.idle [--connections N]`: memory of each, and latency of others' mail."""
 
 import argparse
 import json

@@ -1,7 +1,7 @@
 """Every message accounted for: `python -m benchmarks.ledger [--seconds N]`.
 
-A generator and a sink of our own, which share no code with the relay: each message has an id and a hash; the ledger says what was
-lost, altered or delivered twice, and how long acceptance (final dot to 250) and delivery (final dot to the sink's) took.
+A generator and a sink of our own, which share no code with the relay: each message has an id and a hash; the ledger shows
+what was lost, altered or delivered twice, and how long acceptance (final dot to 250) and delivery (final dot to the sink's) took.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run(seconds: float) -> dict[str, float]:
 
 
 def account(source: Source, records: list[tuple[str, str, list[str], float]]) -> dict[str, float]:
-    """What the two ledgers say of each other."""
+    """Compare the ledgers of the generator and the sink."""
     digests = {ident: digest for ident, digest, _, _ in records}
     counts = Counter(ident for ident, *_ in records)
     accepted = [acked - source.sent_at[ident] for ident, acked in source.acknowledged_at.items()]

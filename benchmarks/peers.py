@@ -1,10 +1,10 @@
-"""Sinks for the benchmarks with limits and manners of their own: `python -m benchmarks.peers PORT KIND [KEY=VALUE ...]`.
+"""Sinks for the benchmarks, with limits and delays: `python -m benchmarks.peers PORT KIND [KEY=VALUE ...]`.
 
-    open      takes everything                           limited   per address: `connections` at most, `rate` messages a second,
+    open      accepts everything                         limited   per address: `connections` at most, `rate` messages a second,
     grey      refuses each sender-recipient pair once               `messages` on one connection, else 421
     flaky     421 to every third connection              slow      one connection, `delay` seconds for each reply
-    order     takes everything, and remembers when each transaction began
-with chunking=1 it has CHUNKING, as most of the large ones have.
+    order     accepts everything, and records when each transaction began
+With chunking=1 it offers CHUNKING, as most large providers do.
 
 On SIGTERM it prints what it saw as one JSON object: messages, connections, the most of them at a time by address, refusals.
 """
@@ -20,7 +20,7 @@ import uvloop
 
 
 class Seen:
-    """What all connections of one sink have in common."""
+    """State shared by all connections of one sink."""
 
     def __init__(self, kind: str, options: dict[str, float]) -> None:
         self.kind = kind

@@ -1,7 +1,7 @@
-"""docs/benchmarks.md from what the benchmarks measured: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
+"""Writes the measured part of docs/benchmarks.md: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and door.json; what is missing
-there is said to be.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and endpoint.json, as
+the benchmarks print them. What is missing is reported as not measured.
 """
 
 import json
@@ -23,7 +23,7 @@ def row_of(found: Found, load: str) -> Found:
 
 
 def beside(found: Found, load: str, peer: str) -> float:
-    """CPU of the relay per message over a peer's."""
+    """CPU of the relay per message, divided by a peer's."""
     row = row_of(found, load)
     return float(row["relaymta"]["cpu_us"] / row[peer]["cpu_us"])
 
@@ -45,7 +45,7 @@ def many(run: int) -> Callable[[Found], float]:
 
 
 def most(name: str, killed: bool = False) -> Callable[[Found], float]:
-    """The greatest value of the runs over many domains, `killed`: of those in which workers died."""
+    """The greatest value in the runs with many domains; `killed`: in those in which workers were killed."""
     return lambda found: max(row[name] for row in found["sites"]["many"] if bool(row.get("kills")) == killed)
 
 
@@ -56,28 +56,28 @@ def part(which: str, name: str) -> Callable[[Found], float]:
 REUSED, EACH, LARGE = "sessions reused, 4 kB", "one connection a message, 4 kB", "200 kB"
 TWO = "sessions reused, 4 kB, two workers"
 
-# What is aimed at; how it is measured; at most (-) or at least (+); the aim; how it is shown.
+# Name; how it is read from the results; at most (-) or at least (+); the target; how it is shown.
 AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
-    ("Sessions reused: CPU beside smtp-source plus smtp-sink", lambda f: beside(f, REUSED, "direct"), "-", 1.6, "{:.2f} x"),
-    ("... Postfix's CPU beside it", lambda f: 1 / beside(f, REUSED, "Postfix"), "+", 16, "{:.1f} x"),
+    ("Sessions reused: CPU vs. smtp-source plus smtp-sink", lambda f: beside(f, REUSED, "direct"), "-", 1.6, "{:.2f} x"),
+    ("... Postfix's CPU vs. it", lambda f: 1 / beside(f, REUSED, "Postfix"), "+", 16, "{:.1f} x"),
     ("... messages a second", lambda f: row_of(f, REUSED)["relaymta"]["rate"], "+", 6000, "{:,.0f}"),
     ("One connection a message: CPU", lambda f: cpu(f, EACH), "-", 250, "{:.0f} us"),
-    ("... Postfix's CPU beside it", lambda f: 1 / beside(f, EACH, "Postfix"), "+", 11, "{:.1f} x"),
+    ("... Postfix's CPU vs. it", lambda f: 1 / beside(f, EACH, "Postfix"), "+", 11, "{:.1f} x"),
     ("200 kB: CPU", lambda f: cpu(f, LARGE), "-", 550, "{:.0f} us"),
     (
         "50 MB bodies: share of the lower of dd and smtp-sink",
         lambda f: f["large"]["relaymta MB/s"] / min(f["large"]["dd MB/s"], f["large"]["smtp-sink MB/s"]),
         "+", 0.6, "{:.2f}",
     ),
-    ("200 such clients at a time: memory", value("large", "200 clients, RssAnon MB"), "-", 256, "{:.0f} MB"),
-    ("Small mail beside 20 of them: p99 of acceptance", value("large", "small mail's p99 beside 20, ms"), "-", 100, "{:.0f} ms"),
+    ("200 such clients at the same time: memory", value("large", "200 clients, RssAnon MB"), "-", 256, "{:.0f} MB"),
+    ("Small mail during 20 of them: p99 of acceptance", value("large", "small mail's p99 beside 20, ms"), "-", 100, "{:.0f} ms"),
     ("1,000,000 queued: start to the first 220", value("backlog", "start full s"), "-", 2, "{:.1f} s"),
     ("... `queue summary`", value("backlog", "summary s"), "-", 1, "{:.1f} s"),
-    ("... memory over an empty worker's", value("backlog", "worker RssAnon over an empty one's, MB"), "-", 100, "{:.0f} MB"),
+    ("... memory above an empty worker's", value("backlog", "worker RssAnon over an empty one's, MB"), "-", 100, "{:.0f} MB"),
     ("... the file grown by listing all", value("backlog", "map grown by listing, MB"), "-", 0, "{:.0f} MB"),
-    ("... CPU afterwards beside a fresh spool's", ratio("backlog", "cpu after us", "cpu before us"), "-", 1.1, "{:.2f} x"),
+    ("... CPU afterwards vs. a fresh spool's", ratio("backlog", "cpu after us", "cpu before us"), "-", 1.1, "{:.2f} x"),
     (
-        "2,000,000 messages, 1 % of them deferred: CPU beside a fresh spool's",
+        "2,000,000 messages, 1 % of them deferred: CPU vs. a fresh spool's",
         ratio("stragglers", "cpu us", "cpu of a fresh spool, us"), "-", 1.15, "{:.2f} x",
     ),
     (
@@ -85,71 +85,72 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
         value("stragglers", "most segments beyond twice the live octets (bound: 16)"), "-", 16, "{:.0f}",
     ),
     ("10,000 idle connections: memory of each", value("idle", "kB each"), "-", 8, "{:.1f} kB"),
-    ("... p99 of others' acceptance", value("idle", "p99 ms"), "-", 50, "{:.1f} ms"),
-    ("Two workers: CPU beside one's", lambda f: beside(f, TWO, "one worker"), "-", 1.1, "{:.2f} x"),
+    ("... p99 of acceptance for other clients", value("idle", "p99 ms"), "-", 50, "{:.1f} ms"),
+    ("Two workers: CPU vs. one", lambda f: beside(f, TWO, "one worker"), "-", 1.1, "{:.2f} x"),
     (
-        "1,000,000 queued for one connection: an express message begins after, p99",
+        "1,000,000 queued for one connection: an express message starts after, p99",
         lambda f: f["crowd"]["priority"]["express begins after, p99 s"],
         "-", 1, "{:.2f} s",
     ),
     (
-        "... messages of a first tenant before each of a second's",
+        "... messages of one tenant before each message of another",
         lambda f: max(f["crowd"]["priority"]["of the first tenant before each of the second's"]),
         "-", 1, "{:.0f}",
     ),
     (
-        "... deleted in bulk: what that adds to the p99 of acceptance",
+        "... deleted in bulk: increase of the p99 of acceptance",
         lambda f: f["crowd"]["delete"]["accept while deleting ms"]["p99"] - f["crowd"]["delete"]["accept before ms"]["p99"],
         "-", 20, "{:.1f} ms",
     ),
     ("... `queue list --json` of all of them, two workers", lambda f: f["crowd"]["list"]["s"], "-", 10, "{:.1f} s"),
     ("... `queue reroute` of all of them to another smart host", lambda f: f["crowd"]["reroute"]["s"], "-", 10, "{:.1f} s"),
-    ("... asked ten times a second why: delivery slower by", lambda f: f["crowd"]["explain"]["slower by"], "-", 0.02, "{:.3f}"),
-    ("10,000 domains on 200 sites: CPU beside one smart host's", many(0), "-", 1.5, "{:.2f} x"),
+    ("... `explain` ten times a second: delivery slower by", lambda f: f["crowd"]["explain"]["slower by"], "-", 0.02, "{:.3f}"),
+    ("10,000 domains on 200 sites: CPU vs. one smart host", many(0), "-", 1.5, "{:.2f} x"),
     ("... the same with two workers", many(1), "-", 1.5, "{:.2f} x"),
     ("... DNS queries per domain", most("DNS queries per domain"), "-", 2.2, "{:.2f}"),
     ("... most connections to one site (limit 5)", most("most connections to a site (limit 5)"), "-", 5, "{:.0f}"),
     ("... while workers are killed", most("most connections to a site (limit 5)", True), "-", 5, "{:.0f}"),
     (
-        "Healthy sites beside a dead, a flaky, a slow and a greylisting one: rate",
+        "Healthy sites, with a dead, a flaky, a slow and a greylisting one: rate",
         lambda f: f["sites"]["trouble"]["rate of the healthy with trouble"]
         / f["sites"]["trouble"]["rate of the healthy without trouble"],
         "+", 0.9, "{:.2f} x",
     ),
-    ("Limits nobody configured: share of what is permitted", part("provider", "share of the permitted rate"), "+", 0.9, "{:.2f}"),
+    ("Limits not configured: share of the permitted rate", part("provider", "share of the permitted rate"), "+", 0.9, "{:.2f}"),
     ("... refused attempts", part("provider", "refused share"), "-", 0.01, "{:.4f}"),
     ("`explain` with 1,000,000 queued, inside the daemon: slowest of 200", part("explain", "most ms"), "-", 20, "{:.1f} ms"),
     (
-        "Signed (RSA-2048, 4 kB): CPU more than unsigned, in bare signatures",
-        lambda f: f["door"]["signed"]["more, in bare signatures"], "-", 1.15, "{:.2f} x",
+        "DKIM-signed (RSA-2048, 4 kB): extra CPU, in bare signatures",
+        lambda f: f["endpoint"]["signed"]["more, in bare signatures"], "-", 1.15, "{:.2f} x",
     ),
     (
-        "... in bare signatures made beside such a load",
-        lambda f: f["door"]["signed"]["more, in bare ones beside a load"], "-", 1.15, "{:.2f} x",
+        "... in bare signatures made during such a load",
+        lambda f: f["endpoint"]["signed"]["more, in bare ones beside a load"], "-", 1.15, "{:.2f} x",
     ),
     (
         "... canonicalizing and hashing",
-        lambda f: f["door"]["signed"]["canonicalizing and hashing 4 kB us"], "-", 15, "{:.1f} us",
+        lambda f: f["endpoint"]["signed"]["canonicalizing and hashing 4 kB us"], "-", 15, "{:.1f} us",
     ),
     (
-        "... signing one message: dkimpy's CPU beside it",
-        lambda f: f["door"]["signed"]["one message by dkimpy us"] / f["door"]["signed"]["one message us"], "+", 20, "{:.0f} x",
+        "... signing one message: dkimpy's CPU vs. it",
+        lambda f: f["endpoint"]["signed"]["one message by dkimpy us"] / f["endpoint"]["signed"]["one message us"],
+        "+", 20, "{:.0f} x",
     ),
     (
-        "Canonicalizing 10 MB of spaces, 1,000,000 empty lines, 100,000 fields: an octet beside ordinary ones",
-        lambda f: max(f["door"]["hostile"][name] for name in (
+        "Canonicalizing 10 MB of spaces, 1,000,000 empty lines, 100,000 fields: an octet vs. ordinary ones",
+        lambda f: max(f["endpoint"]["hostile"][name] for name in (
             "10 MB of spaces in one line", "1,000,000 empty lines", "100,000 fields beside 1,000")),
         "-", 2, "{:.2f} x",
     ),
-    ("STARTTLS, one connection a message, resumed: share of Postfix's CPU", lambda f: f["door"]["tls"]["share of Postfix's"],
+    ("STARTTLS, one connection a message, resumed: share of Postfix's CPU", lambda f: f["endpoint"]["tls"]["share of Postfix's"],
      "-", 0.5, "{:.2f}"),
     (
-        "Guessing from 50 addresses: p99 of acceptance rises by",
-        lambda f: f["door"]["attack"]["accept while attacked ms"]["p99"] - f["door"]["attack"]["accept before ms"]["p99"],
+        "Brute force from 50 addresses: increase of the p99 of acceptance",
+        lambda f: f["endpoint"]["attack"]["accept while attacked ms"]["p99"] - f["endpoint"]["attack"]["accept before ms"]["p99"],
         "-", 20, "{:.1f} ms",
     ),
-    ("... memory by", lambda f: f["door"]["attack"]["memory more MB"], "-", 200, "{:.0f} MB"),
-    ("... who has the right password logs in after", lambda f: max(f["door"]["attack"]["right passwords logged in after s"]),
+    ("... of memory", lambda f: f["endpoint"]["attack"]["memory more MB"], "-", 200, "{:.0f} MB"),
+    ("... the right password logs in after", lambda f: max(f["endpoint"]["attack"]["right passwords logged in after s"]),
      "-", 1, "{:.2f} s"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
@@ -157,8 +158,8 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
 
 
 def aims(found: Found) -> str:
-    """What the relay is meant to show, and what was measured, as Markdown."""
-    lines = ["| | aim | measured | |", "|---|---|---|---|"]
+    """Targets and what was measured, as a Markdown table."""
+    lines = ["| | target | measured | |", "|---|---|---|---|"]
     for text, measured, sign, aim, shape in AIMS:
         bound = f"{'at most' if sign == '-' else 'at least'} {shape.format(aim)}"
         try:
@@ -173,7 +174,7 @@ def aims(found: Found) -> str:
 
 
 def loads(rows: list[Found]) -> str:
-    """The loads, beside the bare peers and Postfix, as Markdown."""
+    """The loads of benchmarks.run, with the bare peers and Postfix, as a Markdown table."""
     lines = [
         "| load | relaymta msg/s | CPU us/msg | bare peers msg/s, CPU us | ratio | Postfix msg/s, CPU us | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -196,7 +197,7 @@ def loads(rows: list[Found]) -> str:
 
 
 def tables(run: Found) -> str:
-    """What benchmarks.run measured, as Markdown."""
+    """What benchmarks.run measured, as Markdown tables."""
     shown = {
         name: f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" for name, value in run["ledger"].items()
     }
@@ -206,10 +207,10 @@ def tables(run: Found) -> str:
 def main() -> None:
     folder, path = Path(sys.argv[1]), Path(sys.argv[2])
     found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    facts = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%F')}."
+    states = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%F')}."
     head, rest = path.read_text().split("<!-- measured -->")
     tail = rest.split("<!-- end -->")[1]
-    measured = f"{facts}\n\n{tables(found['run'])}\n{aims(found)}"
+    measured = f"{states}\n\n{tables(found['run'])}\n{aims(found)}"
     path.write_text(f"{head}<!-- measured -->\n{measured}<!-- end -->{tail}")
 
 

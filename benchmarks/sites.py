@@ -47,14 +47,14 @@ class Peer:
         time.sleep(0.7)
 
     def close(self) -> dict[str, Any]:
-        """What it saw."""
+        """Stop it; the counts that it printed."""
         self.process.terminate()
         return json.loads(self.process.communicate(timeout=20)[0])  # type: ignore[no-any-return]
 
 
 def send(port: int, recipients: list[str], size: int = 4096) -> None:
     """One message to each, over CLIENTS connections in turn, pipelined; each waits for its 250 before the next."""
-    text = b"Subject: x\r\n\r\n" + (b"x" * 78 + b"\r\n") * (size // 80)
+    message = b"Subject: x\r\n\r\n" + (b"x" * 78 + b"\r\n") * (size // 80)
     socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(CLIENTS)]
     files = [sock.makefile("rb") for sock in socks]
 
@@ -74,7 +74,7 @@ def send(port: int, recipients: list[str], size: int = 4096) -> None:
             socks[number].sendall(f"MAIL FROM:<a@b.example>\r\nRCPT TO:<{to}>\r\nDATA\r\n".encode())
         for number in range(len(part)):
             expect(number, 3)
-            socks[number].sendall(text + b".\r\n")
+            socks[number].sendall(message + b".\r\n")
         for number in range(len(part)):
             expect(number, 1)
     for sock in socks:
@@ -202,7 +202,7 @@ def trouble(messages: int) -> dict[str, Any]:
 
 
 def beside(relay: Relaymta, healthy: list[str], folder: Path) -> dict[str, float]:
-    """The rate at which healthy mail is delivered, told by the log."""
+    """The rate at which mail to healthy sites is delivered, by the log."""
     began = time.monotonic()
     send(relay.port, healthy)
     log = folder / "relay.log"
@@ -219,7 +219,7 @@ def provider(seconds: float) -> dict[str, Any]:
         began = time.monotonic()
         send(relay.port, ["x@y.example"] * int(rate * (seconds + 60)), 1000)
         time.sleep(max(0.0, began + seconds - time.monotonic()))
-        facts = control.ask(relay.spool / "control.sock", "facts")
+        states = control.ask(relay.spool / "control.sock", "site_states")
         relay.close()
         seen = peer.close()
     marks = [mark for mark in seen["marks"] if began + learning <= mark[0] <= began + seconds]
@@ -227,7 +227,7 @@ def provider(seconds: float) -> dict[str, Any]:
     messages, refused = marks[-1][1] - marks[0][1], marks[-1][2] - marks[0][2]
     return {
         "seconds": took, "learning": learning, "share of the permitted rate": messages / took / rate,
-        "refused share": refused / max(1, messages + refused), "evidence": [fact["reply"] for fact in facts],
+        "refused share": refused / max(1, messages + refused), "evidence": [state["reply"] for state in states],
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One per cent of the mail is deferred again and again while the rest flows: `python -m benchmarks.stragglers [--messages N]`.
 
-Stragglers hold their place on the disk among mail that comes and goes. Shown: the most the segments took beside twice their live
-octets, and the CPU per message beside that of a fresh spool. At the end the stubborn host gives in and everything is delivered.
+Deferred messages keep segments alive among mail that is delivered at once. Reported: the most disk space of the segments beside
+twice their live octets, and the CPU per message beside that of a fresh spool. At the end the stubborn host accepts everything.
 """
 
 import argparse
@@ -30,7 +30,7 @@ hosts = ["127.0.0.1:{sink}"]
 
 
 def run(messages: int) -> dict[str, object]:
-    """The whole course."""
+    """Send, measure, and drain."""
     found: dict[str, object] = {"messages": messages}
     sink, stubborn = Sink(), Sink("-r", "rcpt")
     with tempfile.TemporaryDirectory() as name:

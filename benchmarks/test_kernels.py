@@ -20,18 +20,18 @@ ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
 @pytest.mark.parametrize("size", [4_096, 204_800])
 def test_parser(benchmark, size, kind):
     line = (b"." if kind == "dotted" else b"x") + b"y" * 76 + b"\r\n"
-    text = line * (size // len(line)) + b".\r\n"
+    data = line * (size // len(line)) + b".\r\n"
     parser = Parser(2048, 998, False)
 
     def message() -> None:
         parser.commands()
         parser.feed(ENVELOPE)
         if kind == "bdat":
-            parser.chunk(len(text), True)
+            parser.chunk(len(data), True)
         else:
-            parser.text()
-        for start in range(0, len(text), 65536):
-            parser.feed(text[start : start + 65536])
+            parser.data()
+        for start in range(0, len(data), 65536):
+            parser.feed(data[start : start + 65536])
 
     benchmark(message)
 
@@ -61,7 +61,7 @@ def test_commit_group(benchmark, tmp_path: Path, group):
 
     async def open_queue() -> Queue:
         def offer(entry) -> None:
-            entry.flying = True
+            entry.in_flight = True
             queue.finish(entry, None)
 
         queue = Queue(tmp_path, 0, QueueSettings("bench"), lambda *_: [(QueueName("bench", ""), None)], offer, Quiet())
@@ -69,13 +69,13 @@ def test_commit_group(benchmark, tmp_path: Path, group):
         return queue
 
     queue = loop.run_until_complete(open_queue())
-    text = [b"Received: x\r\n", b"y" * 4083]
+    data = [b"Received: x\r\n", b"y" * 4083]
 
     async def one_group() -> None:
         ended.clear()
         for _ in range(group):
             envelope = Envelope("a@b", ["c@d"], 4096, 0, wall_ms(), queue.deadline())
-            queue.submit(queue.ident(), envelope, text, lambda error: None)
+            queue.submit(queue.ident(), envelope, data, lambda error: None)
         while len(ended) < group:
             await asyncio.sleep(0)
 

@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # the folder we were started in: nothing more is imported from there
+    del sys.path[0]  # the current folder: nothing is imported from there from now on
 
 from relaymta.cli import main
 

@@ -1,6 +1,8 @@
-"""How our processes are started and talk: length-prefixed msgpack over unix sockets, with descriptors riding along where needed.
+"""How our processes are started, and the protocol between them: length-prefixed msgpack over unix sockets, with descriptors
+passed along where needed (SCM_RIGHTS).
 
-A request is `{"id", "op", "args"}`, its answer `{"id", "ok"}` or `{"id", "error"}`. A message without an id is a notice.
+A request is `{"id", "op", "args"}`, its answer `{"id", "ok"}` or `{"id", "error"}`. A notification is a request without an id; it
+gets no answer.
 """
 
 import asyncio
@@ -25,9 +27,9 @@ _decode = msgspec.msgpack.Decoder().decode
 
 
 def program(module: str, *arguments: str) -> list[str]:
-    """The command that runs `main()` of a module of ours in a process of its own. It is isolated (python -I): neither the folder
-    it is started in nor a PYTHON* variable says what is imported, only the interpreter's own folders; behind them come those in
-    which this process has found what it runs."""
+    """The command that runs `main()` of a module of ours in a process of its own, isolated (python -I): neither the current
+    folder nor a PYTHON* variable decides what is imported. The search path is the interpreter's own folders, then those from
+    which this process has imported."""
     own = {os.path.dirname(sys.executable), *site.getsitepackages()}
     library, package = os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = [path for path in dict.fromkeys((*sys.path, package)) if os.path.isabs(path) and path not in own]
@@ -37,18 +39,18 @@ def program(module: str, *arguments: str) -> list[str]:
 
 
 class Refused(Exception):
-    """The other side answered with an error; str() is its sentence."""
+    """The other side answered with an error; str() is its text."""
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A message with its length in front."""
+    """A message as octets, with its length in front."""
     body = _encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 class Channel:
-    """One end of a socket, on the loop. `handle(op, args, descriptors)` answers requests; `closed()` is called when the
-    other end is gone."""
+    """One end of a socket between processes, on the event loop. `handle(op, args, descriptors)` answers the other end's requests;
+    `closed()` is called once when the channel closes."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Channel:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     async def ask(self, op: str, descriptors: list[int] | None = None, /, **args: Any) -> Any:
-        """Send a request and wait for its answer. Refused when it is an error, ConnectionError when the end is gone."""
+        """Send a request and wait for its answer. Refused when it is an error, ConnectionError when the channel closes first."""
         if not self.open:
             raise ConnectionError("the process is gone")
         self._next += 1
@@ -81,10 +83,10 @@ class Channel:
             self._send({"id": ident, "op": op, "args": args}, descriptors or [])
             return await future
         finally:
-            self._waiting.pop(ident, None)  # who asked may have run out of time
+            self._waiting.pop(ident, None)  # the caller may have been cancelled
 
-    def tell(self, op: str, /, **args: Any) -> None:
-        """Send a notice; no answer."""
+    def notify(self, op: str, /, **args: Any) -> None:
+        """Send a notification; there is no answer."""
         if self.open:
             self._send({"op": op, "args": args}, [])
 
@@ -158,7 +160,7 @@ class Channel:
             self._send(answer, [])
 
     def close(self) -> None:
-        """Close; whoever waits for an answer gets ConnectionError."""
+        """Close the channel. Callers that wait for an answer get ConnectionError."""
         if not self.open:
             return
         self.open = False
@@ -174,12 +176,12 @@ class Channel:
 
 
 def ask(path: Path, op: str, /, **args: Any) -> Any:
-    """One blocking request to a daemon's control socket. OSError when there is no daemon, Refused for its errors."""
+    """Send one request to the daemon's control socket and return the answer. Blocks; OSError when there is no daemon, Refused."""
     return begin(path, op, **args)()
 
 
 def begin(path: Path, op: str, /, **args: Any) -> Callable[[], Any]:
-    """As `ask`, in two steps: the daemon works on its answer until the function that this returns is called for it, once."""
+    """As `ask`, in two steps: the request is sent now, and the function returned, to be called once, waits for the answer."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(60)
@@ -201,7 +203,7 @@ def begin(path: Path, op: str, /, **args: Any) -> Callable[[], Any]:
 
 
 def serve(sock: socket.socket, handle: Callable[[str, dict[str, Any]], Any]) -> None:
-    """Blocking: answer requests, one by one, until the other end is gone."""
+    """Answer requests one after the other until the other end closes. Blocks."""
     with contextlib.suppress(ConnectionError):
         while True:
             message = _decode(_receive(sock, _LENGTH.unpack(_receive(sock, 4))[0]))

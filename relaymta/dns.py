@@ -1,7 +1,8 @@
-"""DNS by aiodns (c-ares), with a cache of our own: answers for their TTL, "no such name" and "no data" for a minute, failures
-for some seconds, and questions that are asked while one of the same is under way wait for its answer.
+"""DNS resolver: aiodns (c-ares) with a cache: answers for their TTL, NXDOMAIN and NODATA for a minute, failures for some seconds.
+Identical queries at the same time share one.
 
-Failures are told apart: no such name, no data, and "could not be asked", which must never be taken for one of the others.
+Three results without records are distinguished: NXDOMAIN, NODATA, and a failed query (SERVFAIL, timeout), which must never be
+taken for one of the other two.
 """
 
 import asyncio
@@ -21,15 +22,15 @@ NO_NAME = 4
 # c-ares gives no SOA with a negative answer (RFC 2308), so its TTL is not known.
 NEGATIVE_SECONDS = 60.0
 FAILURE_SECONDS = 5.0
-LEAST_SECONDS = 1.0  # a TTL of 0 still serves all who ask in the same moment
+LEAST_SECONDS = 1.0  # an answer with a TTL of 0 still serves simultaneous queries
 MOST_SECONDS = 3600.0
 KEPT = 50_000  # answers
-KEPT_OCTETS = 64 << 20  # of all of them, about: one answer may have thousands of records
-ALIASES = 8  # CNAMEs followed one after the other
+KEPT_OCTETS = 64 << 20  # of all answers, estimated: one may have thousands of records
+ALIASES = 8  # CNAMEs followed in a chain
 
 
 class DnsFailure(Exception):
-    """The DNS could not be asked, or gave no usable answer (SERVFAIL, timeout): try again later."""
+    """The query failed (SERVFAIL, timeout), or its answer is unusable: a temporary failure."""
 
 
 class NoSuchName(Exception):
@@ -37,12 +38,12 @@ class NoSuchName(Exception):
 
 
 class NoData(Exception):
-    """The name exists, without records of this type."""
+    """The name exists, without records of this type (NODATA)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """An answer: its values, or the exception that is raised for it; `until`: the moment (of `now`) it is good for."""
+    """A cached answer: its values, or the exception to raise for it; `until`: when it expires (`now`)."""
 
     values: list[Any]
     error: DnsFailure | NoSuchName | NoData | None
@@ -50,9 +51,9 @@ class Records:
 
 
 class _OnLoop(aiodns.DNSResolver):
-    """c-ares on our loop instead of in a thread of its own, as aiodns itself does where there can be no thread: each answer
-    would have to win the interpreter from the loop (117 us of CPU a question against 45; delivery to 10,000 domains: 389 us a
-    message against 265). c-ares' watch over resolv.conf goes with the thread: `Resolver.reload` reads it again."""
+    """c-ares on the event loop instead of in its own thread, as aiodns does where threads are not available: with a thread, each
+    answer must acquire the GIL (117 us of CPU a query instead of 45; delivery to 10,000 domains: 389 us a message instead of
+    265). Without the thread c-ares does not monitor resolv.conf: `Resolver.reload` reads it again."""
 
     def _make_channel(self, **options: Any) -> tuple[bool, pycares.Channel]:
         weak = weakref.WeakMethod(self._sock_state_cb)
@@ -70,9 +71,11 @@ class _OnLoop(aiodns.DNSResolver):
 
 
 class Resolver:
-    """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Make it inside the loop.
+    """One worker's resolver. `nameservers`: `host[:port]` each, empty for the system's. Construct it in a running event loop.
 
-    `count(what)` is told of each "query" that goes out and each "hit" of the cache. `now()`: seconds that only go forward.
+    `count(what)` is called for each "query" that is sent and each "hit" of the cache. `now()`: monotonic seconds.
+
+    All queries raise NoSuchName, NoData or DnsFailure when there is no record.
     """
 
     def __init__(
@@ -86,26 +89,26 @@ class Resolver:
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
-        self._octets = 0  # of what is known
+        self._octets = 0  # estimated size of the cached answers
         self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
-        """((preference, exchange) of a domain's MX records, as they came; "" is the null MX (RFC 7505)), and until when
-        they hold."""
+        """([(preference, exchange)] of a domain's MX records, unsorted; exchange "" is the null MX (RFC 7505), when they
+        expire)."""
         found = await self._ask(domain, "MX")
         return found.values, found.until
 
     async def txt(self, name: str) -> list[str]:
-        """A name's TXT records, the strings of each put together; octets that are no UTF-8 replaced."""
+        """A name's TXT records, the strings of each joined; octets that are not UTF-8 are replaced."""
         return (await self._ask(name, "TXT")).values
 
     async def values(self, name: str, kind: str) -> list[Any]:
-        """A name's records of one type (A, AAAA, MX, PTR, TXT), as this module's other questions give them."""
+        """A name's records of one type (A, AAAA, MX, PTR, TXT): MX as of `mx`, all others as strings."""
         return (await self._ask(name, kind)).values
 
     async def addresses(self, host: str, families: str = "64") -> list[str]:
-        """A host's addresses, in the order of `families` ("64": IPv6 first; "4": IPv4 only). NoSuchName and NoData when
-        all types asked for say so."""
+        """A host's addresses, in the order of `families` ("64": IPv6 first; "4": IPv4 only). NoSuchName and NoData only when no
+        query of the families failed."""
         answers = await asyncio.gather(*(self._lookup(host, "AAAA" if f == "6" else "A") for f in families))
         found = [address for answer in answers for address in answer.values]
         if found:
@@ -123,7 +126,7 @@ class Resolver:
         return found
 
     async def _lookup(self, name: str, kind: str) -> Records:
-        """From the cache, from a question under way, or from the DNS."""
+        """The answer from the cache, from an identical query under way, or from a new query."""
         key = (name, kind)
         known = self._known.get(key)
         if known is not None and known.until > self.now():
@@ -132,33 +135,33 @@ class Resolver:
         asked = self._asking.get(key)
         self._count("query" if asked is None else "hit")
         if asked is None:
-            # A task of its own: it belongs to all who come to wait for it, so that one of them who is cancelled, or has run out
-            # of time, ends nobody's waiting but their own.
+            # A task of its own, shielded: a caller that is cancelled or times out must not end the query of the other callers
+            # that wait for it.
             asked = self._asking[key] = asyncio.get_running_loop().create_task(self._question(name, kind))
             asked.add_done_callback(lambda _: self._asking.pop(key, None))
         return await asyncio.shield(asked)
 
     async def _question(self, name: str, kind: str) -> Records:
-        """Ask; whatever happens to the question, those who wait for it get an answer."""
+        """Send a query. Its callers get an answer even where the task is cancelled."""
         try:
             return await self._query(name, kind, ALIASES)
-        except asyncio.CancelledError:  # `close`, and nobody else
+        except asyncio.CancelledError:  # only by `close`
             return Records([], DnsFailure(f"{name} {kind}: the resolver is closed"), 0.0)
 
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
-        """Ask, and keep the answer. `aliases`: so many CNAMEs are followed."""
+        """Send a query, and cache the answer. `aliases`: the number of CNAMEs that are followed at most."""
         ttl: float = FAILURE_SECONDS
         error: DnsFailure | NoSuchName | NoData | None = None
         values: list[Any] = []
         try:
             result = await self._resolver.query_dns(name, kind)
-            # Behind an alias the answer is a chain of CNAMEs with what was asked for, if it is there, at its end; a server
-            # that does not know the end leaves it to us (RFC 1034 3.6.2).
+            # For an alias the answer is a chain of CNAMEs, followed by the records of the canonical name; where the server does
+            # not have these, the resolver must query for them (RFC 1034 3.6.2).
             values = [_value(kind, record.data) for record in result.answer if _is_a(kind, record)]
             chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
             ttl = min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS)
             if not values and chain and aliases:
-                # Asked here and not shared: in a loop of aliases we would wait for ourselves.
+                # Not a shared query: in a loop of aliases it would wait for itself.
                 end = await self._query(chain[-1], kind, aliases - 1)
                 return self._keep(name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
             if not values:
@@ -169,7 +172,7 @@ class Resolver:
                 error, ttl = NoSuchName(name) if code == NO_NAME else NoData(name), NEGATIVE_SECONDS
             else:
                 error = DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}")
-        except Exception as failure:  # a name that is none, or an answer that is no text: both come from outside
+        except Exception as failure:  # an invalid name, or an answer that cannot be decoded: both come from outside
             values, error = [], DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
             ttl = FAILURE_SECONDS
         return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
@@ -183,7 +186,7 @@ class Resolver:
         return records
 
     def _forget_some(self) -> None:
-        """Make room: what is over goes, and of the rest the oldest, until a tenth is free."""
+        """Evict expired answers, then the oldest, until a tenth of the cache is free."""
         now, octets = self.now(), 0
         kept: list[tuple[tuple[str, str], Records]] = []
         for key, records in reversed(self._known.items()):
@@ -196,12 +199,12 @@ class Resolver:
         self._octets = sum(map(_octets, self._known.values()))
 
     def reload(self) -> None:
-        """The system's nameservers may be others now."""
+        """Read the system's nameservers again, where none are configured."""
         if not self._own:
             self._resolver.reread()
 
     async def close(self) -> None:
-        """End what is being asked (with DnsFailure for those who wait), and close c-ares."""
+        """Cancel queries under way (their callers get DnsFailure), and close c-ares."""
         asked = list(self._asking.values())
         for question in asked:
             question.cancel()
@@ -210,12 +213,12 @@ class Resolver:
 
 
 def _octets(records: Records) -> int:
-    """What an answer takes in memory, about."""
+    """The estimated size of an answer in memory, octets."""
     return 300 + sum(60 + len(value if isinstance(value, str) else value[1]) for value in records.values)
 
 
 def _again(error: Exception) -> Exception:
-    """A kept error, anew: one that is raised again and again would drag its tracebacks along."""
+    """A copy of a cached exception: raising the same one again and again would accumulate its tracebacks."""
     return type(error)(*error.args)
 
 

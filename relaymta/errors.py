@@ -1,4 +1,5 @@
-"""What can go wrong, by who has to act on it: the operator (ConfigError), the disk (StoreError), another process."""
+"""The exceptions, by what has to be corrected: the configuration (ConfigError), the disk (StoreError), another process
+(SpoolBusy)."""
 
 import errno
 import os
@@ -12,7 +13,7 @@ __all__ = [
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST = 1000  # characters of a cause that are kept
 
-# What is hidden of a cause: userinfo and query of a URL, tokens, and values whose names say that they are secret.
+# What is removed from a cause: userinfo and query of a URL, tokens, and values whose names mean that they are secret.
 _SECRETS = (
     (re.compile(r"""://[^\s?#"'<>]*@"""), "://***@"),
     (re.compile(r"""(://[^\s?#"'<>]*)[?#](?:[^\s"'<>]*([:,;.)])(?=\s|\Z)|[^\s"'<>]*)"""), r"\1?***\2"),
@@ -29,13 +30,13 @@ _SECRETS = (
 
 
 class RelayError(Exception):
-    """Every error of our own; str() is a sentence for a person."""
+    """Base of our errors; str() is a message for operators."""
 
 
 class Failure(RelayError):
-    """Why something did not work, in two texts. `public`: what a peer or a sender may read, in a reply or in a DSN: no path, URL,
-    or error of the inside. str(): the cause, for the log, `explain` and whoever runs the relay, without secrets; `inside` is
-    that where it says more than `public`, "" otherwise."""
+    """A failure with two texts. `public`: for peers and senders, in replies and DSNs; it has no path, URL or internal error.
+    str(): the cause, for the log, `explain` and operators, without secrets. `inside`: the cause where it differs from `public`,
+    else ""."""
 
     def __init__(self, public: str, inside: str = "") -> None:
         self.public = public
@@ -44,7 +45,7 @@ class Failure(RelayError):
 
 
 def redacted(text: str) -> str:
-    """A text without what it would be wrong to show even to operators: passwords, tokens, userinfo and query of URLs."""
+    """A text, LONGEST characters at most, without passwords, tokens, and userinfo and query of URLs."""
     text = text[:LONGEST]
     for secret, instead in _SECRETS:
         text = secret.sub(instead, text)
@@ -52,8 +53,8 @@ def redacted(text: str) -> str:
 
 
 def told(why: str | Exception) -> tuple[str, str]:
-    """(What a peer or sender may read, what operators may read beyond that, "" for nothing) of a text of ours, which is public,
-    or of an error, which is not unless it is a Failure."""
+    """(public text, cause for operators where it differs, else "") of a text of ours, which is public, or of an exception, which
+    is "internal error" to the public unless it is a Failure."""
     if isinstance(why, str):
         return why, ""
     if isinstance(why, Failure):
@@ -62,7 +63,7 @@ def told(why: str | Exception) -> tuple[str, str]:
 
 
 class ConfigError(RelayError):
-    """A wrong configuration. `problems`: one `file:line: key: what` each."""
+    """An invalid configuration. `problems`: one `file:line: key: what` each."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -70,7 +71,7 @@ class ConfigError(RelayError):
 
 
 def check_all(checks: Iterable[Callable[[], object]]) -> None:
-    """Make all these checks; ConfigError with everything that they find."""
+    """Run all checks; ConfigError with all their problems."""
     problems: list[str] = []
     for check in checks:
         try:
@@ -86,17 +87,17 @@ class SpoolBusy(RelayError):
 
 
 class StoreError(RelayError):
-    """The spool could not make something durable: 451 4.3.0 to the client, nothing of the group is acknowledged."""
+    """The spool could not make a group of changes durable. None of its messages is acknowledged; their clients get 451 4.3.0."""
 
 
 class StoreFull(StoreError):
-    """No room: 452 4.3.1 to the client."""
+    """The disk or the LMDB map is full: clients get 452 4.3.1."""
 
 
 def store_error(failure: BaseException) -> StoreError:
-    """What a failed write or sync means to the client: StoreFull where there is no room, else StoreError.
+    """The error for a failed write, sync or commit: StoreFull when the disk is full, else StoreError.
 
-    LMDB's errors carry the system's number as `code`, or only its sentence.
+    An error of LMDB has the errno as `code`, or only its text.
     """
     number = getattr(failure, "errno", None) or getattr(failure, "code", None)
     full = isinstance(failure, StoreFull) or number in _FULL or os.strerror(errno.ENOSPC) in str(failure)

@@ -1,7 +1,7 @@
 """The log: one JSON object a line, one for each change of a message's state (docs/log.md has the schema).
 
-Records are handed to a thread through a bounded buffer, so that a stalled sink never delays mail: what does not fit is
-dropped and counted, and the count is logged when the sink takes records again.
+Records pass through a bounded buffer to a thread, so that a slow disk or pipe never delays mail: what does not fit is dropped and
+counted, and the count is logged once records can be written again.
 """
 
 import mmap
@@ -20,7 +20,7 @@ from relaymta.proto.printable import printable_json
 
 __all__ = ["EVENTS", "History", "Log", "find_history"]
 
-BUFFER = 50_000
+BUFFER = 50_000  # records
 
 # Every event and the fields it has beside ts (seconds, UTC), v (schema version), event and worker.
 EVENTS: dict[str, tuple[str, ...]] = {
@@ -32,21 +32,32 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),
-    "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "notice", "attempt"),
+    "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "dsn", "attempt"),
     "site": ("route", "state", "reason", "until"),
     "shaping": ("site", "tenant", "action", "by", "reply", "until"),
     "store": ("state", "reason"),
 }
 
+# Fields of an event that had another name in 0.1: old -> new. Both are written for one version.
+RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
+
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
-    """The struct of an event: faster to make and to encode than a dictionary, and a wrong field is an error."""
+    """The struct of an event. It is faster to create and encode than a dictionary, and an unknown field is an error."""
     head: list[Any] = [("ts", float), ("worker", int)]
     tail: list[Any] = [(field, Any) for field in fields]
-    return msgspec.defstruct(name, head + tail, tag_field="event", tag=name, gc=False)
+    renamed = RENAMED.get(name, {})
+    tail += [(old, Any, None) for old in renamed]
+
+    def fill(record: Any) -> None:
+        for old, new in renamed.items():
+            setattr(record, old, getattr(record, new))
+
+    namespace = {"__post_init__": fill} if renamed else {}
+    return msgspec.defstruct(name, head + tail, tag_field="event", tag=name, gc=False, namespace=namespace)
 
 
-# Events about one message, which its history is made of.
+# Events about one message: its history.
 _OF_MESSAGES = frozenset(name for name, fields in EVENTS.items() if "id" in fields)
 
 _RECORDS = {name: _record(name, fields) for name, fields in EVENTS.items()}
@@ -55,12 +66,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _line(record: msgspec.Struct) -> bytes:
-    """A record as JSON, whatever is in it: octets that are no UTF-8 do not end the log."""
+    """A record as a line of JSON, for one that has lone surrogates (octets that are not UTF-8) in it."""
     return _encode(_sound(msgspec.to_builtins(record))) + b"\n"
 
 
 def _sound(value: Any) -> Any:
-    """The same without halves of surrogate pairs, which cannot be written."""
+    """A value with lone surrogates, which cannot be encoded, replaced by "?"."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -69,8 +80,8 @@ def _sound(value: Any) -> Any:
 
 
 class History:
-    """What happened to messages, kept in `folder` beside the log: files that are written in turn, `octets` in all at most.
-    Belongs to the log's thread."""
+    """The events of messages, kept in `folder` in addition to the log: FILES files for each worker, `octets` in all at most, of
+    which the oldest is removed when a new one is begun. Used by the log's thread only."""
 
     FILES = 8
 
@@ -89,7 +100,7 @@ class History:
         return append_to(path, 0o600)
 
     def write(self, text: bytes) -> None:
-        """Append whole lines; begin another file, and drop the oldest, when this one is full. OSError when the disk refuses."""
+        """Append whole lines; when the file is full, begin another and remove the oldest. OSError."""
         if self._size + len(text) > self._most and self._size:
             os.close(self._descriptor)
             self._number += 1
@@ -101,7 +112,8 @@ class History:
 
 
 def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
-    """All events about a message that `folder` still has, in the order in which they happened. `ident`: as people see it."""
+    """All events about a message that `folder` still has, in the order of their times. `ident`: the message's id as text. Records
+    of the version before get the new names of fields, too."""
     wanted = f'"id":"{ident}"'.encode()
     found: list[dict[str, Any]] = []
     for path in folder.glob("*.jsonl"):
@@ -112,14 +124,18 @@ def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
                     start, end = text.rfind(b"\n", 0, position) + 1, text.find(b"\n", position)
                     found.append(msgspec.json.decode(text[start : end if end >= 0 else len(text)]))
                     position = text.find(wanted, position + 1)
-        except (OSError, ValueError, msgspec.DecodeError):  # dropped or empty, or its last line is being written
+        except (OSError, ValueError, msgspec.DecodeError):  # removed or empty, or its last line is being written
             continue
+    for event in found:
+        for old, new in RENAMED.get(event["event"], {}).items():
+            if old in event:
+                event.setdefault(new, event[old])
     return sorted(found, key=lambda event: float(event["ts"]))
 
 
 class Log:
-    """Writes records to `file` ("-": standard error). `worker`: which process says so, -1 the supervisor. `history`: where
-    what happened to messages is kept as well."""
+    """The log of one process. `file`: path, "-" for standard error. `worker`: the number of the process in each record, -1 for
+    the supervisor. `history`: gets the events of messages, too."""
 
     def __init__(self, file: str, worker: int, history: History | None = None) -> None:
         self._file = file
@@ -130,7 +146,7 @@ class Log:
         self._wanted = threading.Event()
         self._closing = False
         self.dropped = 0
-        self.muted = False  # drop everything: the disk is needed for mail
+        self.muted = False  # drop all records: the disk space is needed for mail
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -141,7 +157,8 @@ class Log:
         return append_to(Path(self._file), 0o640)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Log one event. Never blocks, never raises."""
+        """Log an event with the fields that EVENTS names; a wrong field is a TypeError. Never blocks; drops the record if the
+        buffer is full."""
         pending = self._pending
         if self.muted or len(pending) >= BUFFER:
             self.dropped += 1
@@ -151,16 +168,16 @@ class Log:
             self._wanted.set()
 
     def _write(self) -> None:
-        told = 0
+        reported = 0
         while True:
             self._wanted.wait()
             self._wanted.clear()
             time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
-            if self.dropped > told:
-                lost = f"{self.dropped - told} log records dropped: the log could not take them"
+            if self.dropped > reported:
+                lost = f"{self.dropped - reported} log records dropped: they could not be written"
                 batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
-                told = self.dropped
+                reported = self.dropped
             try:
                 lines = [_encode(record) + b"\n" for record in batch]
             except UnicodeEncodeError:
@@ -182,7 +199,7 @@ class Log:
         return self._file != "-" and os.fstat(self._descriptor).st_dev == path.stat().st_dev
 
     def reopen(self) -> None:
-        """Open the file again (after it was rotated). What cannot be opened leaves the old file in use, and a warning there."""
+        """Open the file again, after it was rotated. If that fails the old file stays in use, and a warning is logged there."""
         if self._file == "-":
             return
         try:
@@ -193,7 +210,7 @@ class Log:
             os.close(was)
 
     def close(self) -> None:
-        """Write what is pending; wait for the sink for two seconds at most."""
+        """Write pending records, for two seconds at most."""
         self._closing = True
         self._wanted.set()
         self._thread.join(2)

@@ -1,4 +1,4 @@
-"""How much of the memory that we may use is in use: of the cgroup's limit, or of one that was configured."""
+"""Memory use, as a share of `limits.memory` or of the cgroup's limit."""
 
 import os
 import resource
@@ -6,14 +6,14 @@ from pathlib import Path
 
 __all__ = ["REFUSE", "TIGHT", "share"]
 
-TIGHT = 0.8  # from here on texts are not kept in memory
-REFUSE = 0.95  # from here on no new mail is taken
+TIGHT = 0.8  # above this share no message data is kept in memory
+REFUSE = 0.95  # above this share new mail is temporarily rejected
 _PAGE = resource.getpagesize()
 
 
 def share(limit: int, workers: int) -> float:
-    """This process' part of the memory in use, over its part of `limit` octets for all; with no limit (0), the cgroup's memory
-    in use over the cgroup's limit. 0.0 when there is none."""
+    """The memory of this process as a share of its part of `limit` (octets of all `workers`). With no limit (0): the memory of
+    the cgroup as a share of its limit; 0.0 when it has none."""
     if limit:
         return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE * workers / limit
     try:
@@ -26,7 +26,7 @@ def share(limit: int, workers: int) -> float:
             return 0.0
         used = int((folder / "memory.current").read_text())
         for line in (folder / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):  # pages that the kernel drops when it wants room
+            if line.startswith("inactive_file "):  # page cache, which the kernel frees on demand
                 used -= int(line.split()[1])
         return used / int(most)
     except (OSError, ValueError):

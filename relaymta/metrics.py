@@ -1,6 +1,6 @@
-"""Every metric, in one table: name, help, and the cells it has in a worker's block of shared counters.
+"""All metrics, in tables: name, help, labels; and their cells in a worker's block of shared memory.
 
-Counting is one atomic add on a cell. The supervisor's collector reads all blocks and exposes them by prometheus_client.
+Counting is one atomic add on a cell. The supervisor reads the blocks of all workers and exposes their sums by prometheus_client.
 """
 
 from bisect import bisect_left
@@ -11,7 +11,7 @@ __all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Count
 
 
 class Cells(Protocol):
-    """What counters are kept in (shm)."""
+    """An array of integer cells in shared memory (shm)."""
 
     def add(self, index: int, n: int) -> int:
         """Add n to a cell."""
@@ -30,74 +30,84 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_logins_total": ("Logins of clients", "result", ("good", "wrong", "limited", "unavailable")),
     "relaymta_dkim_signatures_total": ("DKIM signatures made", "", ("",)),
     "relaymta_dmarc_total": (
-        "Messages of strangers that were looked at, by what DMARC says", "result",
+        "Messages of unauthenticated clients that were verified, by DMARC result", "result",
         ("pass", "none", "fail", "permerror", "temperror"),
     ),
     "relaymta_quota_exceeded_total": (
-        "Times a quota was used up: an account's (rejected or held), or a client's rate", "result", ("rejected", "held", "client")
+        "Times a quota was exceeded: an account's (rejected or held), or a client's rate", "result",
+        ("rejected", "held", "client"),
     ),
     "relaymta_messages_received_total": ("Messages acknowledged with 250", "", ("",)),
     "relaymta_received_octets_total": ("Octets of acknowledged messages", "", ("",)),
     "relaymta_recipients_received_total": ("Recipients of acknowledged messages", "", ("",)),
     "relaymta_messages_refused_total": (
-        "Messages refused at the end of their text (filter: put off, since they could not be signed or verified)", "reason",
+        "Messages rejected after their data (filter: temporarily, since they could not be signed or verified)", "reason",
         ("content", "store", "full", "filter"),
     ),
-    "relaymta_recipients_refused_total": ("Recipients refused at RCPT", "", ("",)),
+    "relaymta_recipients_refused_total": ("Recipients rejected at RCPT", "", ("",)),
     "relaymta_recipients_total": ("Recipients by result", "result", ("delivered", "deferred", "bounced", "expired")),
     "relaymta_delivered_octets_total": ("Octets delivered", "", ("",)),
     "relaymta_sessions_total": ("Outgoing connections", "result", ("opened", "failed")),
     "relaymta_transactions_total": ("Outgoing mail transactions", "", ("",)),
-    "relaymta_dns_lookups_total": ("DNS look-ups: asked, or answered from the cache", "result", ("query", "hit")),
+    "relaymta_dns_lookups_total": ("DNS look-ups: queries sent, or answers from the cache", "result", ("query", "hit")),
     "relaymta_in_doubt_total": ("Attempts that ended between the last octet and its reply: possible duplicates", "", ("",)),
     "relaymta_commits_total": ("Group commits", "", ("",)),
-    "relaymta_commit_operations_total": ("Operations that rode in group commits", "", ("",)),
+    "relaymta_commit_operations_total": ("Operations in group commits", "", ("",)),
     "relaymta_syncs_total": ("fdatasync and fsync calls for bodies", "", ("",)),
-    "relaymta_notices_total": ("Failure notices (DSNs) queued", "", ("",)),
-    "relaymta_notices_dropped_total": ("Failures of mail without a sender: nobody to tell", "", ("",)),
+    "relaymta_dsns_total": ("DSNs queued", "", ("",)),
+    "relaymta_dsns_dropped_total": ("Permanent failures without a DSN, since the message has the null sender", "", ("",)),
     "relaymta_watchdog_total": ("Deliveries cancelled because they made no progress", "", ("",)),
     "relaymta_corrupt_bodies_total": ("Bodies that did not match their checksum", "", ("",)),
-    "relaymta_log_dropped_total": ("Log records dropped because the log could not take them", "", ("",)),
+    "relaymta_log_dropped_total": ("Log records dropped because they could not be written", "", ("",)),
 }  # fmt: skip
+
+# Names of 0.1, exposed beside the new ones for one version: old -> new.
+RENAMED = {
+    "relaymta_notices_total": "relaymta_dsns_total",
+    "relaymta_notices_dropped_total": "relaymta_dsns_dropped_total",
+}
 
 # name: (help, upper bounds in seconds or messages)
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "relaymta_accept_seconds": ("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
     "relaymta_delivery_delay_seconds": ("From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)),
-    "relaymta_messages_per_session": ("Messages an outgoing connection carried", (1, 2, 5, 10, 50, 100, 500, 1000)),
+    "relaymta_messages_per_session": ("Messages sent over one outgoing connection", (1, 2, 5, 10, 50, 100, 500, 1000)),
 }
 
-# Gauges set by each worker once a second; the exposed value is the sum, or the greatest where `most` says so.
+# Gauges, set by each worker once a second: (help, whether the greatest value of all workers is exposed instead of their sum).
 GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_queue_messages": ("Messages in the queue", False),
     "relaymta_queue_octets": ("Octets of the messages in the queue", False),
-    "relaymta_queue_deferred": ("Placements in the queue that were tried before", False),
+    "relaymta_queue_deferred": ("Placements in the queue that are deferred: tried, to be tried again", False),
     "relaymta_queue_held": ("Held messages", False),
-    "relaymta_oldest_overdue_seconds": ("How long the message most past its deadline is", True),
+    "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
     "relaymta_connections": ("Open incoming connections", False),
     "relaymta_sessions": ("Open outgoing connections", False),
     "relaymta_window": ("Messages in memory for delivery", False),
     "relaymta_segment_octets": ("Octets of segment files", False),
     "relaymta_segment_live_octets": ("Octets of live bodies in segments", False),
-    "relaymta_limit_overflows": ("Times a limit's table was full and a worker kept to its share of the limit", False),
-    "relaymta_listeners_paused": ("1 where a worker is out of descriptors and lets connections wait", True),
-    "relaymta_stressed": ("1 where 80 % of the connections are taken and clients are waited for a tenth of the time", True),
-    "relaymta_tls_certificate_errors": ("Certificates whose files cannot be used as they are now", True),
-    "relaymta_dkim_key_errors": ("DKIM keys whose files cannot be used as they are now", True),
-    "relaymta_accounts_file_errors": ("1 where the file of accounts cannot be used as it is now", True),
-    "relaymta_memory_pressure": ("1 where texts are not kept in memory, 2 where mail is put off for want of it", True),
-    "relaymta_shedding": ("1 where the event loop is late and new clients are sent away", True),
-    "relaymta_store_slow": ("1 where the disk is nearly too full to take mail and 250 is held back", True),
-    "relaymta_store_full": ("1 where the disk or the map is too full to take mail", True),
-    "relaymta_store_stalled": ("1 where the store refuses deletes and delivery pauses", True),
+    "relaymta_limit_overflows": ("Times the table of a limit was full, and a worker used only its share of the limit", False),
+    "relaymta_listeners_paused": ("1 while a worker is out of descriptors and does not accept connections", True),
+    "relaymta_stressed": ("1 while 80 % of the connections are in use and timeouts for clients are a tenth", True),
+    "relaymta_tls_certificate_errors": ("Certificates whose current files cannot be used", True),
+    "relaymta_dkim_key_errors": ("DKIM keys whose current files cannot be used", True),
+    "relaymta_accounts_file_errors": ("1 while the current file of accounts cannot be used", True),
+    "relaymta_memory_pressure": (
+        "1 while no message data is kept in memory, 2 while mail is temporarily rejected",
+        True,
+    ),
+    "relaymta_shedding": ("1 while the event loop is late and new clients get 421 (load shedding)", True),
+    "relaymta_store_slow": ("1 while the disk is nearly full and 250 is delayed", True),
+    "relaymta_store_full": ("1 while the disk or the LMDB map is too full to accept mail", True),
+    "relaymta_store_stalled": ("1 while the store cannot commit deletes and delivery pauses", True),
 }
 
 # Gauges of the SITES_SHOWN busiest sites, labelled with the site: help, and the key in a row of `site list --json`.
 SITE_GAUGES: dict[str, tuple[str, str]] = {
     "relaymta_site_waiting": ("Messages in memory that wait for a site", "waiting"),
     "relaymta_site_connections": ("Open connections to a site", "connections"),
-    "relaymta_site_window": ("Connections that a site has shown to take so far", "window"),
-    "relaymta_site_rate": ("Messages a second that begin", "rate"),
+    "relaymta_site_window": ("Connections that a site has shown to accept so far", "window"),
+    "relaymta_site_rate": ("Transactions begun a second", "rate"),
 }
 SITES_SHOWN = 50
 QUOTA_GAUGE = "relaymta_quota_used_ratio"
@@ -118,12 +128,12 @@ NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE])
 
 
 def index(name: str, label: str = "") -> int:
-    """The cell of a counter; for use at import time, so that counting needs no look-up."""
+    """The cell of a counter; called at import time, so that counting needs no look-up."""
     return _index[name, label]
 
 
 class Counters:
-    """One worker's counters, on `cells`."""
+    """One worker's metrics, in `cells`."""
 
     __slots__ = ("add", "cells")
 
@@ -132,11 +142,11 @@ class Counters:
         self.add = cells.add
 
     def observe(self, name: str, value: float) -> None:
-        """Count a value into a histogram."""
+        """Add an observation (seconds, or messages) to a histogram."""
         self.histogram(name)(value)
 
     def histogram(self, name: str) -> Callable[[float], None]:
-        """`observe` of one histogram, with its look-ups done once: for hot paths."""
+        """`observe` for one histogram, with the look-ups done in advance: for hot paths."""
         bounds, base, add = HISTOGRAMS[name][1], _histogram[name], self.add
         total = base + len(bounds) + 1
 
@@ -147,12 +157,13 @@ class Counters:
         return observe
 
     def gauge(self, name: str, value: float) -> None:
-        """Set a gauge."""
+        """Set a gauge; the fraction is dropped."""
         self.cells.set(_gauge[name], int(value))
 
 
 def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:
-    """The metrics of single sites and accounts, from rows of `site list --json` and of `app usage --json`."""
+    """Metrics of single sites and accounts as prometheus_client metric families, from rows of `site list --json` and of
+    `app usage --json`."""
     from prometheus_client.core import GaugeMetricFamily
 
     found: list[object] = []
@@ -162,7 +173,7 @@ def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> l
             gauge.add_metric([row["pool"]], row[key])
         found.append(gauge)
     gauge = GaugeMetricFamily(
-        QUOTA_GAUGE, "Share that is used of an account's quota (those with most)", labels=["account", "what"]
+        QUOTA_GAUGE, "Used share of an account's quota (of the accounts that have used most)", labels=["account", "what"]
     )
     for row in sorted(quotas, key=lambda row: -row["share"])[:ACCOUNTS_SHOWN]:
         gauge.add_metric([row["name"], row["what"]], row["share"])
@@ -171,7 +182,7 @@ def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> l
 
 
 def families(blocks: Iterable[Cells]) -> list[object]:
-    """All metrics of all workers as prometheus_client metric families."""
+    """The metrics of all workers together as prometheus_client metric families. `blocks`: the cells of each."""
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -189,6 +200,8 @@ def families(blocks: Iterable[Cells]) -> list[object]:
         for value in values:
             counter.add_metric([value] if label else [], total(_index[name, value]))
         found.append(counter)
+    for old, name in RENAMED.items():
+        found.append(CounterMetricFamily(old, f"Deprecated: {name}", value=total(_index[name, ""])))
     for name, (text, bounds) in HISTOGRAMS.items():
         base = _histogram[name]
         running, buckets = 0, []

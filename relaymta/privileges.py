@@ -1,8 +1,8 @@
-"""What root may touch, and how it stops being root.
+"""What root may touch, and how root privileges are dropped.
 
-The relay binds its ports as root and serves as `user`. Whatever lies in a folder that somebody else can write may be a link to
-a file of root's; so root makes and gives away only what is in folders where nobody else could have put anything, and all the
-rest is done once root is dropped.
+The relay binds its ports as root and runs as `user`. A file in a folder that another user can write may be a link to a file of
+root's. So root creates and gives away only files in folders that no other user could have changed; all else is done after root
+privileges are dropped.
 """
 
 import os
@@ -15,12 +15,12 @@ from relaymta.errors import ConfigError
 
 __all__ = ["account", "append_to", "become", "give", "owner_of", "roots_alone"]
 
-_LINKS = 40  # as many symbolic links as the kernel follows
+_LINKS = 40  # symbolic links in a path, as the kernel's limit
 _ACL = "system.posix_acl_access"
 
 
 def account(name: str) -> pwd.struct_passwd:
-    """A user of this machine. ConfigError when there is none of this name."""
+    """The passwd entry of a user. ConfigError when there is no such user."""
     try:
         return pwd.getpwnam(name)
     except KeyError:
@@ -28,7 +28,7 @@ def account(name: str) -> pwd.struct_passwd:
 
 
 def owner_of(path: Path) -> pwd.struct_passwd:
-    """Whom a file belongs to; a user without a name has the file's group and no other."""
+    """The passwd entry of a file's owner; one without a name has the file's group, and no other group."""
     found = path.stat()
     try:
         return pwd.getpwuid(found.st_uid)
@@ -37,7 +37,7 @@ def owner_of(path: Path) -> pwd.struct_passwd:
 
 
 def become(user: pwd.struct_passwd) -> None:
-    """Root becomes another user for good, its groups first. ConfigError when anything of root is left."""
+    """Drop root privileges for good: groups, group, user. ConfigError when any of them is left."""
     groups = os.getgrouplist(user.pw_name, user.pw_gid) if user.pw_name else [user.pw_gid]
     os.setgroups(groups)
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
@@ -54,8 +54,9 @@ def become(user: pwd.struct_passwd) -> None:
 
 
 def roots_alone(folder: Path, user: pwd.struct_passwd | None = None) -> bool:
-    """Whether nobody but root decides what `folder` is and what is in it: neither everybody nor `user` can write to it, or
-    replace a part of its path. What is not there yet counts as what it would be made in."""
+    """Whether only root can change what `folder` is and what is in it: all parts of its path belong to root, and neither
+    everybody nor `user` can write to it or replace a part of its path. A missing folder counts as the folder it would be created
+    in."""
     groups = set(os.getgrouplist(user.pw_name, user.pw_gid)) if user is not None else set()
     last = None
     for path, found in _steps(Path(os.path.abspath(folder))):
@@ -63,18 +64,19 @@ def roots_alone(folder: Path, user: pwd.struct_passwd | None = None) -> bool:
             return False
         if stat.S_ISDIR(found.st_mode):
             last = _others_write(path, found.st_mode, found.st_gid in groups)
-            if last and not found.st_mode & stat.S_ISVTX:  # sticky: what is root's there stays what it is
+            if last and not found.st_mode & stat.S_ISVTX:  # sticky: others cannot replace what is root's
                 return False
     return not last
 
 
 def _others_write(path: Path, mode: int, member: bool) -> bool:
-    listed = mode & stat.S_IWGRP and _ACL in os.listxattr(path)  # then these bits say what named users may do at most
+    listed = mode & stat.S_IWGRP and _ACL in os.listxattr(path)  # then the group bits are the mask of named users' rights
     return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and member) or listed)
 
 
 def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
-    """Every folder and link on the way to `path`, from / on; those behind links, too. (path, None) ends it: too many links."""
+    """(path, lstat) of every folder and link on the way to `path`, from / on, with those that links lead through. It ends with
+    (path, None) at too many links."""
     links = 0
     here, rest = Path("/"), list(path.parts[1:])
     yield here, here.lstat()
@@ -101,9 +103,9 @@ def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
 
 
 def give(folder: Path, user: pwd.struct_passwd) -> None:
-    """Root gives a folder that is its alone (`roots_alone`) to a user, with what is root's in it; each folder behind what is in
-    it, so that all that time nobody else can reach into it. Symbolic links are left alone, as is what they lead to. ConfigError
-    names a file that has another name elsewhere, or is neither root's nor the user's."""
+    """Make `user` the owner of a folder that only root can change (`roots_alone`), and of all files of root's in it. The content
+    of a folder is changed before the folder, so that no other user can interfere meanwhile. Symbolic links and their targets are
+    not touched. ConfigError names a file that has other hard links, or belongs to a third user."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _give(descriptor, folder, user)
@@ -124,7 +126,7 @@ def _give(descriptor: int, folder: Path, user: pwd.struct_passwd) -> None:
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
             try:
                 if _others_write(path, found.st_mode, member=True):
-                    raise ConfigError([f"spool: {path} can be written by others than root: what is in it is not given away"])
+                    raise ConfigError([f"spool: {path} can be written by other users than root: its content is not given away"])
                 _give(inner, path, user)
             finally:
                 os.close(inner)
@@ -136,8 +138,8 @@ def _give(descriptor: int, folder: Path, user: pwd.struct_passwd) -> None:
 
 
 def append_to(path: Path, mode: int) -> int:
-    """Open a file to write at its end, made with `mode` when it is not there; the descriptor. For root, in a folder that is not
-    root's alone, it is a plain file without another name, and no link. OSError."""
+    """A descriptor to append to a file, which is created with `mode` if it is missing. OSError, also when root would open a link,
+    a file with other hard links, or no regular file in a folder that others can write."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     if os.geteuid() != 0 or roots_alone(path.parent):
         return os.open(path, flags, mode)
@@ -145,5 +147,7 @@ def append_to(path: Path, mode: int) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise OSError(0, "no plain file, or one with another name, in a folder that others can write: root does not write there")
+        raise OSError(
+            0, "not a regular file, or one with other hard links, in a folder that others can write: root does not write to it"
+        )
     return descriptor

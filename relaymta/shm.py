@@ -1,8 +1,8 @@
-"""Memory that the supervisor and the workers share: counters for metrics, and limits and rates that span workers.
+"""Memory shared by the supervisor and the workers: counters for metrics, limits and rates of all workers, messages in flight.
 
-One file, mapped by all. Layout: a block of counters for each worker slot, then limit cells, then what is in flight, then
-rates. A worker writes only its own cells, but for rates, which all move by compare-and-swap; the supervisor reads all
-without asking, and a crash loses nothing.
+One memfd, mapped by all processes. Layout: a block of counters for each worker slot, limits, ids in flight, rates. A worker
+writes only its own cells, except for rates, which all workers change by compare-and-swap. The supervisor reads all cells, also
+those of a worker that has died.
 """
 
 import mmap
@@ -14,25 +14,26 @@ import xxhash
 
 from relaymta._speedups.cells import Cells
 
-__all__ = ["Flying", "Limits", "Rates", "Shared"]
+__all__ = ["InFlight", "Limits", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 256  # cells of one worker
-FLYING = 512  # cells of one worker for ids of messages in flight; the first is the suspect tried alone
-ROWS = 4096  # limits that are in use at the same time
+IN_FLIGHT = 512  # cells of one worker for ids of messages in flight; the first is for the message that is probed
+ROWS = 4096  # limits in use at the same time
 ROW = SLOTS + 1  # a row: the key's hash, then one cell for each worker slot
 PROBES = 16
-# Rates that are in use at the same time, in each of two tables; a row: the key's hash, and when it is free again.
+# Rates in use at the same time, in each of two tables. A row: the key's hash, and when the rate is free again (us,
+# CLOCK_BOOTTIME).
 RATE_ROWS = 4096
-RATE_IDLE_US = 60_000_000  # a rate that was not taken from for so long may give its row to another
+RATE_IDLE_US = 60_000_000  # a rate that has been free for so long may lose its row to another key
 
-_FLYING_AT = SLOTS * COUNTERS + ROWS * ROW
-_RATES_AT = _FLYING_AT + SLOTS * FLYING
+_IN_FLIGHT_AT = SLOTS * COUNTERS + ROWS * ROW
+_RATES_AT = _IN_FLIGHT_AT + SLOTS * IN_FLIGHT
 _CELLS = _RATES_AT + 2 * 2 * RATE_ROWS
 
 
 class Shared:
-    """The mapping. `create()` in the supervisor; `Shared(fd)` where the descriptor was inherited."""
+    """The mapping. The supervisor calls `create()`; a worker calls `Shared(fd)` with the descriptor it has received."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -44,7 +45,7 @@ class Shared:
 
     @classmethod
     def create(cls) -> "Shared":
-        """A new, zeroed mapping, not in any file system."""
+        """A new, zeroed mapping."""
         return cls(os.memfd_create("relaymta", os.MFD_CLOEXEC))
 
     def counters(self, slot: int) -> Cells:
@@ -52,31 +53,31 @@ class Shared:
         return Cells(self._map, 8 * slot * COUNTERS, COUNTERS)
 
     def limits(self, slot: int, workers: int) -> "Limits":
-        """The limits as one of `workers` workers takes from them."""
+        """The limits, as seen by one of `workers` workers."""
         return Limits(self._rows, slot, workers)
 
-    def flying(self, slot: int) -> "Flying":
-        """What a worker slot has in flight, as seen after its death too."""
-        return Flying(Cells(self._map, 8 * (_FLYING_AT + slot * FLYING), FLYING))
+    def in_flight(self, slot: int) -> "InFlight":
+        """The messages that a slot's worker has, or had when it died, in flight."""
+        return InFlight(Cells(self._map, 8 * (_IN_FLIGHT_AT + slot * IN_FLIGHT), IN_FLIGHT))
 
     def rates(self, workers: int) -> "Rates":
-        """The rates of delivery as one of `workers` workers takes from them."""
+        """The rates of delivery, as seen by one of `workers` workers."""
         return Rates(Cells(self._map, 8 * _RATES_AT, 2 * RATE_ROWS), workers)
 
     def client_rates(self, workers: int) -> "Rates":
-        """The rates and quotas of clients, in a table of their own: strangers may have as many addresses as they like."""
+        """The rates and quotas of clients. They have a table of their own, since unauthenticated clients can use any number of
+        addresses."""
         return Rates(Cells(self._map, 8 * (_RATES_AT + 2 * RATE_ROWS), 2 * RATE_ROWS), workers)
 
     def clear_limits(self, slot: int) -> None:
-        """Give back what a dead worker held."""
+        """Release all units of limits that a dead worker held."""
         for row in range(ROWS):
             self._rows.set(row * ROW + 1 + slot, 0)
 
 
-class Flying:
-    """The ids of messages that a worker is delivering, kept where a crash does not lose them: what was in flight at a
-    worker's death is suspect, and tried one at a time by its successor; the suspect that was alone in its turn when
-    the successor died, too, is the culprit. What does not fit into the cells is not noted."""
+class InFlight:
+    """The ids of messages that a worker has in flight, which survive its death. Its successor probes them, one at a time. The
+    message that was probed when the successor died, too, is the culprit. Ids that do not fit into the cells are not recorded."""
 
     __slots__ = ("_cells", "_free", "_where")
 
@@ -98,12 +99,12 @@ class Flying:
             self._cells.set(cell, 0)
             self._free.append(cell)
 
-    def try_alone(self, ident: int) -> None:
-        """A suspect's turn begins (0: it survived)."""
+    def probe(self, ident: int) -> None:
+        """A message is probed from now on (0: none; the worker survived the last one)."""
         self._cells.set(0, ident)
 
     def take(self) -> tuple[list[int], int]:
-        """(suspects, culprit or 0) of a dead worker; its cells are cleared."""
+        """(ids to probe, culprit or 0) of a dead worker; its cells are cleared."""
         culprit, *others = self._cells.values()
         for cell in range(self._cells.count):
             self._cells.set(cell, 0)
@@ -111,9 +112,9 @@ class Flying:
 
 
 class Limits:
-    """Counts that hold for the machine. A row has one cell for each worker, written by that worker alone: a taker adds
-    to its own cell, sums all, and backs out when the sum is over; so a limit is never exceeded. Rows of keys nobody
-    holds are taken over by others; when none is free, a worker keeps to its share of the limit."""
+    """Limits that hold for all workers together. A row has one cell for each worker, which only that worker writes. To take a
+    unit it adds to its own cell, sums all cells, and undoes that if the sum exceeds the limit; so a limit is never exceeded. A
+    row whose cells are all 0 may be reused for another key. When no row is free, a worker uses only its share of the limit."""
 
     __slots__ = ("_cells", "_fallback", "_known", "_slot", "_workers", "overflows")
 
@@ -127,11 +128,11 @@ class Limits:
 
     @property
     def workers(self) -> int:
-        """How many workers share them."""
+        """The number of workers that share the limits."""
         return self._workers
 
     def take(self, key: str, most: int) -> bool:
-        """Take one of the `most` units of `key`; False when all are taken."""
+        """Take one of the `most` units of `key`; False when all are in use."""
         cells = self._cells
         mark, row = self._find(key)
         if row < 0:
@@ -143,7 +144,7 @@ class Limits:
             return True
         mine = row + 1 + self._slot
         cells.add(mine, 1)
-        if cells.get(row) != mark:  # somebody took the idle row over
+        if cells.get(row) != mark:  # another worker has reused the idle row
             cells.add(mine, -1)
             self._known.pop(key, None)
             return self.take(key, most)
@@ -160,21 +161,21 @@ class Limits:
             if held == 1:
                 del self._fallback[key]
             return
-        _, row = self._find(key)  # ours still: a row in which somebody holds a unit is not taken over
+        _, row = self._find(key)  # still the key's: a row in which a unit is held is not reused
         if row >= 0:
             self._cells.add(row + 1 + self._slot, -1)
 
     def wait(self, key: str, claim: int) -> None:
-        """Say that this worker waits for a unit of `key`, and with what claim to it (1 and up; 0: it does not wait)."""
+        """Record that this worker waits for a unit of `key`, with what priority (`claim`: 1 and up; 0: it does not wait)."""
         mark, row = self._find("wait " + key)
         if row >= 0:
             self._cells.set(row + 1 + self._slot, claim)
-            if claim and self._cells.get(row) != mark:  # somebody took the idle row over
+            if claim and self._cells.get(row) != mark:  # another worker has reused the idle row
                 self._cells.set(row + 1 + self._slot, 0)
                 self._known.pop("wait " + key, None)
 
     def waiting(self, key: str) -> int:
-        """The highest claim with which another worker waits for a unit of `key`; 0 when none does."""
+        """The highest claim of the other workers that wait for a unit of `key`; 0 when none waits."""
         mark, row = self._find("wait " + key)
         if row < 0 or self._cells.get(row) != mark:
             self._known.pop("wait " + key, None)
@@ -182,15 +183,15 @@ class Limits:
         return self._cells.highest(row + 1, SLOTS, row + 1 + self._slot)
 
     def taken(self, key: str) -> int:
-        """How many units of `key` the machine holds."""
+        """The number of units of `key` in use, by all workers."""
         mark, row = self._find(key)
-        if row >= 0 and self._cells.get(row) != mark:  # somebody took the idle row over
+        if row >= 0 and self._cells.get(row) != mark:  # another worker has reused the idle row
             self._known.pop(key, None)
             mark, row = self._find(key)
         return (self._cells.total(row + 1, SLOTS) if row >= 0 else 0) + self._fallback.get(key, 0)
 
     def _find(self, key: str) -> tuple[int, int]:
-        """The key's hash and row. Where a row was is remembered; `take` looks whether it still is."""
+        """The key's hash and row. Rows are cached; `take` checks that a row is still the key's."""
         known = self._known.get(key)
         if known is None:
             mark = _mark(key)
@@ -203,7 +204,7 @@ class Limits:
         return known
 
     def _row(self, mark: int) -> int:
-        """The first cell of the key's row, claimed when it has none; -1 when there is no room."""
+        """The first cell of the key's row; an idle one is claimed if it has none. -1 when none is free."""
         cells = self._cells
         idle = -1
         for probe in range(PROBES):
@@ -219,8 +220,8 @@ class Limits:
 
 
 class Rates:
-    """Rates that hold for the machine: for each key the moment (microseconds of CLOCK_BOOTTIME) at which it is free again,
-    moved on by compare-and-swap (GCRA). When no row is to be had a worker keeps to its share of the rate."""
+    """Rates that hold for all workers together (GCRA): for each key the time at which it is free again (microseconds of
+    CLOCK_BOOTTIME), changed by compare-and-swap. When no row is free, a worker uses only its share of the rate."""
 
     __slots__ = ("_cells", "_own", "overflows", "workers")
 
@@ -231,7 +232,8 @@ class Rates:
         self.overflows = 0
 
     def take(self, key: str, per_second: float, burst: int = 1, units: int = 1) -> float:
-        """Take units of `per_second`, of which up to `burst` may come at once: 0.0, or the seconds until there are so many."""
+        """Take units of a rate of `per_second`, of which up to `burst` may be taken at once. 0.0, or (nothing was taken) the
+        seconds until they are available."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         interval = 1_000_000 / per_second
         row = self._row(_mark(key), now)
@@ -252,7 +254,7 @@ class Rates:
                 return 0.0
 
     def give(self, key: str, per_second: float, units: int = 1) -> None:
-        """Put units back that were taken of `per_second`, as far as they are not there again already."""
+        """Return units that were taken at a rate of `per_second`, as far as they have not become available again meanwhile."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         back = max(1, int(units * 1_000_000 / per_second))
         row = self._known_row(_mark(key))
@@ -261,23 +263,23 @@ class Rates:
             if free > now:
                 self._own[key] = free - back * self.workers
             return
-        while (was := self._cells.get(row + 1)) > now:  # so nobody takes the row over meanwhile
+        while (was := self._cells.get(row + 1)) > now:  # so the row is not reused meanwhile
             if self._cells.compare_swap(row + 1, was, was - back):
                 return
 
     def wait(self, key: str, per_second: float, burst: int = 1) -> float:
-        """As `take`, but only look: the seconds until there is one, 0.0 for now."""
+        """The seconds until a unit is available, 0.0 if one is now. Takes nothing."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         return _next_free(self._free(key), now, 1_000_000 / per_second, burst)[1] / 1_000_000
 
     def rows(self) -> list[tuple[int, int]]:
-        """The rates that are not free for a while yet: key's hash, and microseconds until they are."""
+        """(hash of the key, microseconds until it is free) of the rates that are in use for longer than RATE_IDLE_US."""
         now, cells = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000, self._cells
         found = [(cells.get(row), cells.get(row + 1) - now) for row in range(0, 2 * RATE_ROWS, 2)]
         return [(mark, left) for mark, left in found if mark and left > RATE_IDLE_US]
 
     def restore(self, rows: Iterable[tuple[int, int]]) -> None:
-        """Begin with rates as `rows()` had them."""
+        """Set rates as `rows()` returned them."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         for mark, left in rows:
             row = self._row(mark, now)
@@ -285,12 +287,12 @@ class Rates:
                 self._cells.set(row + 1, now + left)
 
     def used(self, key: str, per_second: float) -> float:
-        """How many units of `key` were taken and are not there again."""
+        """The number of units of `key` that were taken and have not become available again."""
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         return max(0, self._free(key) - now) * per_second / 1_000_000
 
     def _free(self, key: str) -> int:
-        """When a key's rate is free again. Claims no row: who only looks takes nobody's place."""
+        """When a key's rate is free again (microseconds). Claims no row."""
         row = self._known_row(_mark(key))
         return self._cells.get(row + 1) if row >= 0 else self._own.get(key, 0)
 
@@ -303,7 +305,7 @@ class Rates:
         return -1
 
     def _row(self, mark: int, now: int) -> int:
-        """The key's row, claimed when it has none; -1 when there is no room."""
+        """The key's row; an idle one is claimed if it has none. -1 when none is free."""
         cells = self._cells
         idle = -1
         for probe in range(PROBES):
@@ -319,8 +321,8 @@ class Rates:
 
 
 def _next_free(free: int, now: int, interval: float, burst: int, units: int = 1) -> tuple[int, int]:
-    """(When a rate is free again once `units` are taken, how long to wait until they can be: 0 for not at all), microseconds.
-    More units than `burst` can be taken once nothing is in use."""
+    """(when the rate is free again once `units` are taken, how long to wait until they can be taken), in microseconds. More units
+    than `burst` can be taken when none is in use."""
     start = max(free, now)
     wait = start - now - int(max(0, burst - units) * interval)
     return start + max(1, int(units * interval)), max(0, wait)

@@ -1,4 +1,4 @@
-"""Listening sockets: bound here, or taken over from systemd (sd_listen_fds); and telling systemd how we are (sd_notify)."""
+"""Listening sockets, bound here or passed by systemd (sd_listen_fds(3)); the control socket; sd_notify(3)."""
 
 import contextlib
 import errno
@@ -20,9 +20,9 @@ PROBE_SECONDS = 10.0
 
 
 def bound(listeners: list[Listener], slots: int) -> list[list[socket.socket]]:
-    """For each worker slot its own socket for each listener. A socket of systemd's with a listener's address is taken over
-    and shared by the slots (several of the same address, ReusePort=yes, are dealt out); the others are bound with
-    SO_REUSEPORT. ConfigError when an address is busy, not ours, or passed by systemd and nobody's."""
+    """For each worker slot, one socket for each listener. A socket passed by systemd with a listener's address is used by all
+    slots (several with the same address, ReusePort=yes, are distributed); the others are bound with SO_REUSEPORT. ConfigError
+    when an address is in use, is not local, or was passed by systemd and belongs to no listener."""
     inherited = _inherited()
     rows: list[list[socket.socket]] = [[] for _ in range(slots)]
     for listener in listeners:
@@ -41,7 +41,7 @@ def bound(listeners: list[Listener], slots: int) -> list[list[socket.socket]]:
 
 
 def _inherited() -> dict[tuple[str, int], list[socket.socket]]:
-    """The TCP sockets that systemd passed to this process, by address."""
+    """The listening TCP sockets that systemd passed to this process, by address. ConfigError for other descriptors."""
     found: dict[tuple[str, int], list[socket.socket]] = {}
     count, owner = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -51,7 +51,7 @@ def _inherited() -> dict[tuple[str, int], list[socket.socket]]:
         os.set_inheritable(descriptor, False)
         sock = socket.socket(fileno=descriptor)
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError([f"listener.address: descriptor {descriptor} of systemd's is no listening TCP socket"])
+            raise ConfigError([f"listener.address: systemd's descriptor {descriptor} is not a listening TCP socket"])
         host, port, *_ = sock.getsockname()
         found.setdefault(_normal(host, port), []).append(sock)
     return found
@@ -64,7 +64,7 @@ def _normal(host: str, port: int) -> tuple[str, int]:
 
 
 def _bind(address: str) -> socket.socket:
-    """A listening SO_REUSEPORT socket. ConfigError when the address is busy or not ours."""
+    """A listening SO_REUSEPORT socket. ConfigError when the address is in use or not local."""
     host, port = parse_hostport(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -82,7 +82,7 @@ def _bind(address: str) -> socket.socket:
 
 
 def check_free(address: str) -> None:
-    """ConfigError when somebody listens there already (SO_REUSEPORT alone would share the port with them)."""
+    """ConfigError when another program listens on an address (SO_REUSEPORT alone would share the port with it)."""
     host, port = parse_hostport(address)
     probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -95,8 +95,8 @@ def check_free(address: str) -> None:
 
 
 def control_socket(path: Path, user: struct_passwd | None = None) -> socket.socket:
-    """The listening socket that the CLI speaks to, for its owner (`user`, where root makes it in a folder of its own) and group.
-    One that is left over, and on which nobody answers, is removed. ConfigError names whatever else is there; SpoolBusy."""
+    """The listening control socket at `path`, for its owner (`user`, if given) and group only. A socket left over there, on which
+    no process answers, is removed. SpoolBusy when one answers; ConfigError when something else is there."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear_way(path)
@@ -124,7 +124,7 @@ def _clear_way(path: Path) -> None:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise ConfigError(
-            [f"control.socket: {path} is there and is no socket: it is left alone; move it, or choose another path"]
+            [f"control.socket: {path} exists and is not a socket; it was left as it is: move it, or choose another path"]
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(PROBE_SECONDS)
@@ -133,13 +133,13 @@ def _clear_way(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-        except (TimeoutError, BlockingIOError):  # somebody has it, and is behind
+        except (TimeoutError, BlockingIOError):  # a process has it, and is slow
             pass
     raise SpoolBusy(f"{path}: another relaymta answers here")
 
 
 def remove_socket(control: socket.socket, path: Path) -> None:
-    """Remove a control socket at the end, if it is still there and a socket; what may not be removed (in a folder of root's) is
+    """Close and remove the control socket, if a socket is still at `path`. One that may not be removed (in a folder of root's) is
     left to the next start."""
     control.close()
     with contextlib.suppress(OSError):
@@ -148,7 +148,7 @@ def remove_socket(control: socket.socket, path: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Why an address cannot be had, as an operator would say it."""
+    """Why an address cannot be bound, for operators."""
     if error.errno == errno.EADDRINUSE:
         return "another program listens on this port; stop it, or choose another address"
     if error.errno == errno.EACCES:
@@ -157,7 +157,7 @@ def reason(error: OSError) -> str:
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify), when it wants to know."""
+    """Send a state to systemd (sd_notify), if it has asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

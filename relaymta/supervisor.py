@@ -1,8 +1,8 @@
-"""The supervisor: binds the sockets, starts a worker for each slot, replaces those that die, reloads, drains, answers
-the CLI and serves /metrics. It touches no mail.
+"""The supervisor: binds the sockets, starts a worker for each slot and replaces those that die, reloads, drains, answers the CLI
+and serves /metrics. It does not handle mail.
 
-Each listener has one SO_REUSEPORT socket for each slot, which stays open here when its worker dies: connections that
-arrive meanwhile wait in its backlog, and a living worker is lent the socket until the successor is ready.
+Each listener has one SO_REUSEPORT socket for each slot. The socket stays open in the supervisor when the slot's worker dies, so
+that new connections wait in its backlog; it is lent to another worker until the successor is ready.
 """
 
 import asyncio
@@ -33,19 +33,19 @@ from relaymta.node import (
     HOLD,
     SUSPENDED,
     TOKEN,
-    Fact,
-    Facts,
+    SiteState,
+    SiteStates,
     Store,
-    fact_row,
     keep_profiles,
     keep_rates,
     keep_secret,
     kept_rates,
+    site_state_row,
 )
 from relaymta.queue import inspect
 from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.route.shaping import shipped_text
-from relaymta.send.standing import filter_of
+from relaymta.send.policies import filter_of
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
 
@@ -53,10 +53,10 @@ __all__ = ["serve"]
 
 START_SECONDS = 30.0
 BACKOFF_MOST = 10.0
-TICKETS_SECONDS = 12 * 3600.0  # a client resumes its TLS session for so long
-RATES_SECONDS = 60.0  # how much of quotas is forgotten when everything is killed
+TICKETS_SECONDS = 12 * 3600.0  # lifetime of the keys of TLS session tickets
+RATES_SECONDS = 60.0  # interval of storing rates and quotas: a crash loses at most that much of their use
 STOP_SECONDS = 45.0
-# Texts of some 100 kB are the usual case: glibc would map and unmap each, and fault in every page of it anew.
+# Message data of some 100 kB is common: by default glibc would map and unmap memory for each message, and fault in every page.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "4"}
 NEEDS_RESTART = ("user", "workers", "spool", "listener", "metrics", "control", "log", "hostname")
 
@@ -64,7 +64,7 @@ _Join = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 class Slot:
-    """A place for a worker: its sockets, which outlive it, and the process that fills it now."""
+    """A worker's place: its number, sockets and shards, which outlive it, and its current process."""
 
     def __init__(self, number: int, sockets: list[socket.socket], shards: list[int]) -> None:
         self.number = number
@@ -75,12 +75,12 @@ class Slot:
         self.ready = False
         self.started = 0.0
         self.backoff = 0.1
-        self.suspects: list[int] = []  # messages in flight at the last worker's death
+        self.probed: list[int] = []  # messages in flight at the last worker's death
         self.culprit = 0
 
 
 class Supervisor:
-    """All processes of one spool. `reload()` reads the configuration again."""
+    """The processes of one spool. `reload`: reads the configuration again (ConfigError)."""
 
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
         self.config = config
@@ -90,13 +90,14 @@ class Supervisor:
         self.failure = ""
         self.slots: list[Slot] = []
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.facts = Facts()
+        self.states = SiteStates()
         self._tickets = os.urandom(TICKET_OCTETS)
-        self._unwritten: tuple[list[Fact], list[Fact]] = ([], [])  # learned, forgotten
+        self._unwritten: tuple[list[SiteState], list[SiteState]] = ([], [])  # learned, forgotten
         self._writing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit status."""
+        """Serve until SIGTERM or SIGINT; the exit status (`failure` says why it is not 0). ConfigError, SpoolBusy or StoreError
+        before any worker is started."""
         config = self.config
         spool = Path(config.spool)
         _raise_descriptor_limit()
@@ -111,7 +112,7 @@ class Supervisor:
         self.log = _opened_log(config)
         if os.geteuid() == 0:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
-            self.log.event("warning", text=f"running as root: set `user` to run as somebody else{others}")
+            self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
         _check_files(self.config)
         self._open_node(spool / "node")
         self.shared.client_rates(workers).restore(kept_rates(spool / "node"))
@@ -135,30 +136,30 @@ class Supervisor:
             addresses = [listener.address for listener in config.listener]
             self.log.event("started", pid=os.getpid(), listeners=addresses)
             notify("READY=1")
-        going = [loop.create_task(one) for one in (self._keep_rates_going(), self._renew_tickets_going())]
+        periodic = [loop.create_task(one) for one in (self._store_rates_periodically(), self._renew_tickets_periodically())]
         server = await asyncio.start_unix_server(self._cli, sock=control)
         await self.stopping.wait()
         notify("STOPPING=1")
         server.close()
         await self._stop_workers()
-        for task in going:
+        for task in periodic:
             task.cancel()
-        self._keep_rates()
+        self._store_rates()
         if self._writing is not None:
             await self._writing
         self.store.close()
         if http is not None:
             await http.cleanup()
         remove_socket(control, config.control_path)
-        self.log.event("stopped", reason=self.failure or "told to")
+        self.log.event("stopped", reason=self.failure or "signal")
         self.log.close()
         return 75 if self.failure else 0
 
-    # Beginnings
+    # Start
 
     def _prepare_as_root(self) -> socket.socket | None:
-        """What only root can do for `user`: give it the spool and the log file, where they are in root's hands alone; the control
-        socket, if it belongs into a folder that is."""
+        """Do what only root can do for `user`: make it the owner of the spool and of the log file, if only root can change their
+        folders; and create the control socket, if only root can change its folder."""
         if os.geteuid() != 0 or not self.config.user:
             return None
         user = privileges.account(self.config.user)
@@ -182,35 +183,35 @@ class Supervisor:
 
     def _open_node(self, path: Path) -> None:
         self.store = Store(path)
-        self.facts = Facts(self.store.load())
+        self.states = SiteStates(self.store.load())
         try:
             if keep_profiles(path, shipped_text()):
                 self.log.event("warning", text="the provider profiles have changed: `relaymta shaping diff` shows how")
-        except OSError as error:  # a full disk, for one: the relay does not need them there
-            self.log.event("warning", text=f"{path}: {error.strerror}: the provider profiles in use are not remembered")
+        except OSError as error:  # such as a full disk; the relay works without this record
+            self.log.event("warning", text=f"{path}: {error.strerror}: the provider profiles in use are not recorded")
 
     def _note(self, config: Config) -> None:
         for sentence in notes(config):
             self.log.event("warning", text=sentence)
 
-    async def _keep_rates_going(self) -> None:
+    async def _store_rates_periodically(self) -> None:
         while True:
             await asyncio.sleep(RATES_SECONDS)
-            await asyncio.to_thread(self._keep_rates)
+            await asyncio.to_thread(self._store_rates)
 
-    async def _renew_tickets_going(self) -> None:
+    async def _renew_tickets_periodically(self) -> None:
         while True:
             await asyncio.sleep(TICKETS_SECONDS)
             self._tickets = os.urandom(TICKET_OCTETS)
             for _, channel in self._ready():
-                channel.tell("tickets", keys=self._tickets)
+                channel.notify("tickets", keys=self._tickets)
 
-    def _keep_rates(self) -> None:
-        """Quotas go on where they were, and who guesses passwords is known, after a restart."""
+    def _store_rates(self) -> None:
+        """Store the use of quotas and the counts of failed login attempts, which continue after a restart. Blocks."""
         try:
             keep_rates(Path(self.config.spool) / "node", self.shared.client_rates(len(self.slots)).rows())
         except OSError as error:
-            self.log.event("warning", text=f"node: {error.strerror}: what is used of quotas is not remembered")
+            self.log.event("warning", text=f"node: {error.strerror}: the use of quotas is not stored")
 
     def _drop_root(self) -> None:
         if os.geteuid() == 0 and self.config.user:
@@ -241,7 +242,8 @@ class Supervisor:
     # Workers
 
     async def _start(self, slot: Slot) -> None:
-        """Start a slot's worker and wait until it is ready. RelayError when it cannot serve."""
+        """Start a slot's worker and wait until it is ready. RelayError when it cannot start, or is not ready after
+        START_SECONDS."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         slot.started = time.monotonic()
         slot.process = await _execute(
@@ -252,28 +254,28 @@ class Supervisor:
         theirs.close()
         slot.channel = Channel(ours, self._from_worker, lambda: None)
         self._spawn(self._watch(slot, slot.process))
-        suspects, culprit = slot.suspects, slot.culprit
-        slot.suspects, slot.culprit = [], 0
+        probed, culprit = slot.probed, slot.culprit
+        slot.probed, slot.culprit = [], 0
         descriptors = [self.shared.descriptor, *(s.fileno() for s in slot.sockets)]
         try:
             async with asyncio.timeout(START_SECONDS):
                 await slot.channel.ask(
                     "start", descriptors, config=self.config.to_json(), slot=slot.number,
-                    workers=len(self.slots), shards=slot.shards, suspects=suspects, culprit=culprit,
-                    facts=[msgspec.to_builtins(fact) for fact in self.facts], tickets=self._tickets,
+                    workers=len(self.slots), shards=slot.shards, probed=probed, culprit=culprit,
+                    states=[msgspec.to_builtins(state) for state in self.states], tickets=self._tickets,
                 )  # fmt: skip
         except (Refused, ConnectionError, TimeoutError) as error:
             raise RelayError(f"worker {slot.number} did not start: {error or 'no answer'}") from None
         slot.ready = True
 
     async def _watch(self, slot: Slot, process: asyncio.subprocess.Process) -> None:
-        """Replace a worker that dies."""
+        """Wait until a worker ends, and start its successor (unless the relay is stopping)."""
         status = await process.wait()
         was_ready, slot.ready = slot.ready, False
         if slot.channel is not None:
             slot.channel.close()
         self.shared.clear_limits(slot.number)
-        slot.suspects, slot.culprit = self.shared.flying(slot.number).take()
+        slot.probed, slot.culprit = self.shared.in_flight(slot.number).take()
         if self.stopping.is_set():
             return
         how = f"signal {-status}" if status < 0 else f"status {status}"
@@ -290,13 +292,13 @@ class Supervisor:
                 break
             except RelayError as error:
                 self.log.event("warning", text=str(error))
-                return  # _watch of the new process goes on
+                return  # _watch of the new process starts the next one
         if lender is not None and lender.channel is not None:
             with contextlib.suppress(ConnectionError, Refused):
                 await lender.channel.ask("give_back")
 
     async def _lend(self, slot: Slot) -> Slot | None:
-        """Give a dead worker's sockets to a living one."""
+        """Lend a dead worker's sockets to a ready one, which is returned; None when no worker is ready."""
         for other in self.slots:
             if other.ready and other.channel is not None:
                 with contextlib.suppress(ConnectionError, Refused):
@@ -308,7 +310,7 @@ class Supervisor:
         processes = [slot.process for slot in self.slots if slot.process is not None]
         for slot in self.slots:
             if slot.channel is not None:
-                slot.channel.tell("stop")
+                slot.channel.notify("stop")
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await asyncio.gather(*(process.wait() for process in processes))
@@ -317,38 +319,39 @@ class Supervisor:
                 if process.returncode is None:
                     process.kill()
 
-    # What the machine knows
+    # Site states
 
     async def _from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> None:
-        """A worker tells a fact."""
-        if op != "fact":
-            raise RelayError(f"workers ask nothing: {op}")
-        fact = None if args["fact"] is None else msgspec.convert(args["fact"], Fact)
-        self._know(fact, tuple(args["key"]))
+        """Handle a worker's notification: it has learned, or (state None) forgotten a site state."""
+        if op != "site_state":
+            raise RelayError(f"no such request of a worker: {op}")
+        state = None if args["state"] is None else msgspec.convert(args["state"], SiteState)
+        self._set_site_state(state, tuple(args["key"]))
 
-    def _know(self, fact: Fact | None, key: tuple[str, str, str]) -> bool:
-        """Keep a fact, or (None) forget the one with this key, and tell all workers; whether anything changed."""
-        if fact is None:
-            forgotten = self.facts.forget(*key)
+    def _set_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> bool:
+        """Add a state, or (None) remove the one with this key; send the change to all workers and have it stored. Whether
+        anything changed."""
+        if state is None:
+            forgotten = self.states.forget(*key)
             if forgotten is None:
                 return False
             self._unwritten[1].append(forgotten)
         else:
-            self.facts.learn(fact)
-            self._unwritten[0].append(fact)
+            self.states.learn(state)
+            self._unwritten[0].append(state)
         for slot in self.slots:
             if slot.channel is not None:
-                slot.channel.tell("fact", fact=None if fact is None else msgspec.to_builtins(fact), key=list(key))
+                slot.channel.notify("site_state", state=None if state is None else msgspec.to_builtins(state), key=list(key))
         if self._writing is None:
-            self._writing = asyncio.get_running_loop().create_task(self._write_facts())
+            self._writing = asyncio.get_running_loop().create_task(self._write_site_states())
         return True
 
-    async def _write_facts(self) -> None:
-        """Make facts durable, all that have piled up at a time. What the disk refuses is known as long as we run."""
+    async def _write_site_states(self) -> None:
+        """Store pending changes of states, all at a time. If the disk fails, they are in effect until the next restart."""
         try:
             while self._unwritten[0] or self._unwritten[1]:
                 (learned, forgotten), self._unwritten = self._unwritten, ([], [])
-                forgotten += self.facts.sweep()
+                forgotten += self.states.sweep()
                 await asyncio.to_thread(self.store.write, learned, forgotten)
         except StoreError as error:
             self.log.event("warning", text=f"node: {error}: what was learned about sites is lost at the next restart")
@@ -356,13 +359,14 @@ class Supervisor:
             self._writing = None
 
     def _reopen_logs(self) -> None:
-        """SIGUSR1: the log file was rotated."""
+        """SIGUSR1: open the log file again, in all processes, after it was rotated."""
         self.log.reopen()
         for _, channel in self._ready():
-            channel.tell("reopen_log")
+            channel.notify("reopen_log")
 
     async def reload(self) -> str:
-        """Read the configuration again and hand it to the workers; what is wrong with it, or needs a restart."""
+        """Read the configuration again and send it to the workers. The answer for operators: "reloaded", with the keys that need
+        a restart, or "refused" with the problems; then the old configuration stays in use."""
         try:
             fresh = self._reload_config()
             _check_files(fresh)
@@ -390,7 +394,7 @@ class Supervisor:
     # The CLI
 
     async def _cli(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One CLI's connection: requests, answered in order."""
+        """Serve one connection of the CLI: answer its requests in order."""
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(4), "big")
@@ -421,21 +425,21 @@ class Supervisor:
             if slot.ready and slot.channel is not None:
                 try:
                     row |= await slot.channel.ask("status")
-                except ConnectionError:  # it has just died; another is on its way
+                except ConnectionError:  # it has just died; its successor is being started
                     row["ready"] = False
             rows.append(row)
         return {
             "pid": os.getpid(),
             "listeners": [listener.address for listener in self.config.listener],
             "spool": self.config.spool,
-            "durability": "250 only after fdatasync of the text and a synced LMDB commit",
+            "durability": "250 only after fdatasync of the message data and a synced LMDB commit",
             "metrics": self.config.metrics.listen,
             "workers": rows,
         }
 
     async def _merged(self, op: str, name: str, counts: tuple[str, ...], join: _Join, **args: Any) -> list[dict[str, Any]]:
-        """The rows that all workers answer `op` with, one for each value of `name`: `counts` are added up, `join(known, row)`
-        does the rest."""
+        """All workers' rows for the request `op`, merged by the value of the column `name`: the columns `counts` are added up,
+        and `join(known, row)` merges the others."""
         merged: dict[str, dict[str, Any]] = {}
         for _, channel in self._ready():
             for row in await channel.ask(op, **args):
@@ -460,11 +464,11 @@ class Supervisor:
         return sorted(await self._merged("shape", "queue", ("messages",), join), key=lambda row: -row["messages"])
 
     async def _shards(self) -> list[int]:
-        """The shards that are open."""
+        """The numbers of the open shards."""
         return sorted(shard for slot, _ in self._ready() for shard in slot.shards)
 
     async def _page(self, shard: int, after: int, chosen: dict[str, Any]) -> Any:
-        """The next messages of a shard behind the id `after`, as `listing.page` gives them."""
+        """The next messages of a shard after the id `after` that match the filter `chosen`, as returned by `listing.page`."""
         return await self._owner(shard).ask("page", shard=shard, after=after, chosen=chosen)
 
     async def _change(self, verb: str, shard: int, idents: list[int], word: str = "") -> Any:
@@ -479,13 +483,14 @@ class Supervisor:
         raise RelayError(f"shard {shard} is not open")
 
     async def _move(self, chosen: dict[str, Any], word: str, dry_run: bool) -> list[int] | None:
-        """All mail of whole queues goes by the route `word`: [messages, in flight]; None when `chosen` means no whole queues, or
-        the route has no hosts of its own."""
+        """Move all messages of whole queues to the route `word`: [messages matched, those in flight]. None when the filter
+        `chosen` does not match whole queues, or the route has no hosts of its own."""
         found = [await channel.ask("move", chosen=chosen, word=word, dry_run=dry_run) for _, channel in self._ready()]
         return None if None in found else [sum(part) for part in zip(*found, strict=True)] or [0, 0]
 
     async def _throttled(self, queues: dict[str, int]) -> list[float]:
-        """Of so many messages in these queues, all due: how many a site's limits keep, and until when (seconds UTC)."""
+        """Of `queues` (name -> number of due messages): how many messages the limits of sites delay, and until when (seconds
+        UTC)."""
         return max([await channel.ask("throttled", queues=queues) for _, channel in self._ready()], default=[0, 0.0])
 
     async def _message(self, ident: str) -> Any:
@@ -501,7 +506,7 @@ class Supervisor:
         return await asyncio.to_thread(find_history, Path(self.config.spool) / "history", format_id(parse_id(ident)))
 
     async def _sites(self, most: int = 0) -> list[dict[str, Any]]:
-        """The sites of all workers, one row for each; the `most` busiest (0: all)."""
+        """One row for each site, of all workers together; the `most` busiest (0: all)."""
 
         def join(known: dict[str, Any], row: dict[str, Any]) -> None:
             if row["state"] == "down":
@@ -512,37 +517,37 @@ class Supervisor:
         rows.sort(key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
         return rows[:most] if most else rows
 
-    async def _facts(self) -> list[dict[str, Any]]:
-        shown = sorted((fact for fact in self.facts if fact.kind != TOKEN), key=lambda fact: fact.key)
-        return [fact_row(fact, self.facts) for fact in shown]
+    async def _site_states(self) -> list[dict[str, Any]]:
+        shown = sorted((state for state in self.states if state.kind != TOKEN), key=lambda state: state.key)
+        return [site_state_row(state, self.states) for state in shown]
 
     async def _suspend(self, site: str, about: str, seconds: float, reason: str) -> None:
         now = time.time_ns() // 1_000_000
-        fact = Fact(SUSPENDED, site, about, now, now + int(seconds * 1000), "operator", reason)
-        self._ordered(fact, about)
+        state = SiteState(SUSPENDED, site, about, now, now + int(seconds * 1000), "operator", reason)
+        self._decided(state, about)
 
-    async def _order(self, kind: str, about: str, seconds: float, reason: str) -> None:
-        """A standing order about mail (`field=value` words)."""
+    async def _policy(self, kind: str, about: str, seconds: float, reason: str) -> None:
+        """Set a hold or bounce policy (`kind`) about mail (`about`: `field=value` words) for some seconds."""
         if kind not in (HOLD, BOUNCE):
-            raise RelayError(f"no such order: {kind}")
+            raise RelayError(f"no such policy: {kind}")
         filter_of(about)
         now = time.time_ns() // 1_000_000
-        self._ordered(Fact(kind, about, "", now, now + int(seconds * 1000), "operator", reason), "")
+        self._decided(SiteState(kind, about, "", now, now + int(seconds * 1000), "operator", reason), "")
 
-    def _ordered(self, fact: Fact, tenant: str) -> None:
-        """An operator decided something."""
+    def _decided(self, state: SiteState, tenant: str) -> None:
+        """Log and set a state that an operator has decided."""
         self.log.event(
-            "shaping", site=fact.site, tenant=tenant, action=fact.kind, by=fact.by, reply=fact.reason, until=fact.until
+            "shaping", site=state.site, tenant=tenant, action=state.kind, by=state.by, reply=state.reason, until=state.until
         )
-        self._know(fact, fact.key)
+        self._set_site_state(state, state.key)
 
     async def _clear(self, kind: str, site: str, about: str, resume: bool) -> int:
-        """Forget facts; how many. `resume`: all that keep mail from a site."""
+        """Remove states; how many. `resume`: all kinds that keep mail from a site, instead of `kind`."""
         kinds = [SUSPENDED, DEAD] if resume else [kind]
-        return sum(self._know(None, (one, site, about)) for one in kinds)
+        return sum(self._set_site_state(None, (one, site, about)) for one in kinds)
 
     async def _usage(self) -> list[dict[str, Any]]:
-        """What is used of the quotas of accounts. They are the machine's: any worker knows."""
+        """The use of accounts' quotas. Quotas are shared by all workers, so one is asked."""
         channel = next((channel for _, channel in self._ready()), None)
         if channel is None:
             raise RelayError("no worker is ready")
@@ -572,9 +577,9 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
     "explain": Supervisor._explain,
     "history": Supervisor._history,
     "sites": Supervisor._sites,
-    "facts": Supervisor._facts,
+    "site_states": Supervisor._site_states,
     "suspend": Supervisor._suspend,
-    "order": Supervisor._order,
+    "policy": Supervisor._policy,
     "clear": Supervisor._clear,
     "usage": Supervisor._usage,
     "reload": Supervisor.reload,
@@ -582,15 +587,15 @@ _COMMANDS: dict[str, Callable[..., Awaitable[Any]]] = {
 
 
 def _check_files(config: Config) -> None:
-    """ConfigError with what is wrong with certificates, keys and accounts, as whom we run as now can read them."""
+    """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user."""
     if config.certificate or config.accounts or config.dkim or config.relay.recipients:
-        from relaymta.accept import door  # and what it needs: cryptography, argon2
+        from relaymta.accept import endpoint  # imports cryptography and argon2
 
-        door.check(config)
+        endpoint.check(config)
 
 
 async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
-    """Start a process. RelayError when the user we run as may not execute it."""
+    """Start a process. RelayError when it cannot be executed."""
     try:
         return await asyncio.create_subprocess_exec(*command, **options)
     except OSError as error:
@@ -598,7 +603,7 @@ async def _execute(*command: str, **options: Any) -> asyncio.subprocess.Process:
 
 
 def _raise_descriptor_limit() -> None:
-    """As many descriptors as the system lets us have: one for each connection, and the spool's."""
+    """Raise RLIMIT_NOFILE to its hard limit: each connection needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -623,7 +628,7 @@ def _give_spool(spool: Path, user: struct_passwd) -> None:
 
 
 def _give_log(file: str, user: struct_passwd) -> None:
-    """Make the log file, and give it to whom we will run as; not in a folder that they can write themselves."""
+    """Create the log file and make `user` its owner, if only root can change its folder."""
     path = Path(file)
     if file == "-" or not privileges.roots_alone(path.parent, user):
         return
@@ -655,5 +660,5 @@ async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
-    """Run the relay until it is told to stop: (exit status, what went wrong). ConfigError, SpoolBusy before it begins."""
+    """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready."""
     return uvloop.run(_run(config, reload))

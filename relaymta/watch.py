@@ -1,4 +1,4 @@
-"""Files that are read again when they change, while the relay runs; a wrong one changes nothing."""
+"""Files that are read again when they change, while the relay runs. An invalid file leaves the last valid content in use."""
 
 import os
 from collections.abc import Callable
@@ -11,18 +11,19 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class Watched(Generic[T]):
-    """What `load()` makes of some files. `value`: of the last time that it could (None: never yet); `problem`: why the files as
-    they are now are not in use, "" when they are. `refresh` belongs on a thread, one at a time; the rest may be read anywhere."""
+    """The result of `load()`, which reads the files `paths`. `value`: of its last success (None: there was none). `problem`: why
+    the current files are not in use, "" if they are. `refresh` is called on a thread, by one caller at a time; the attributes may
+    be read anywhere."""
 
     def __init__(self, paths: list[str], load: Callable[[], T]) -> None:
         self.value: T | None = None
         self.problem = ""
         self._paths = paths
         self._load = load
-        self._stamp: Stamp | None = None  # not looked at before: without any file, too, there is something to make
+        self._stamp: Stamp | None = None  # not loaded yet: `load` is called once even without files
 
     def refresh(self) -> None:
-        """Load again what has changed, or was wrong the last time."""
+        """Load the files again if they have changed, or could not be loaded the last time. Blocks."""
         stamp = tuple(_stamp(path) for path in self._paths)
         if stamp == self._stamp and not self.problem:
             return
@@ -30,7 +31,7 @@ class Watched(Generic[T]):
         try:
             self.value = self._load()
             self.problem = ""
-        except Exception as error:  # whatever is in the file: it is somebody else's
+        except Exception as error:  # any content of the files must not end the caller
             self.problem = str(error) or type(error).__name__
 
 

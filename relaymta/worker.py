@@ -1,6 +1,7 @@
-"""One worker process: it wires accept, queue, route and send on one uvloop, around the shards it owns.
+"""One worker process: connects accept, queue, route and send on one event loop, around the shards that the worker owns.
 
-The supervisor starts `main()` with a socket's descriptor as its argument; everything it needs comes over that socket first.
+The supervisor runs `main()` with the descriptor of a socket as its argument. The first request on that socket, `start`, brings
+the configuration and the other descriptors.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import uvloop
 
 from relaymta import memory
 from relaymta.accept.acceptor import Acceptor
-from relaymta.accept.door import Door
+from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
 from relaymta.accept.quota import Quotas
@@ -32,7 +33,7 @@ from relaymta.dns import Resolver
 from relaymta.errors import RelayError
 from relaymta.log import History, Log
 from relaymta.metrics import Counters, index
-from relaymta.node import Fact, Facts
+from relaymta.node import SiteState, SiteStates
 from relaymta.proto.envelope import SUCCESS, TRANSIENT
 from relaymta.queue import (
     Committed,
@@ -60,11 +61,11 @@ DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
 COMMITS = index("relaymta_commits_total")
 OPERATIONS = index("relaymta_commit_operations_total")
 SYNCS = index("relaymta_syncs_total")
-NOTICES = index("relaymta_notices_total")
+DSNS = index("relaymta_dsns_total")
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
 DNS_HITS = index("relaymta_dns_lookups_total", "hit")
 LOG_DROPPED = index("relaymta_log_dropped_total")
-NOTICES_DROPPED = index("relaymta_notices_dropped_total")
+DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], float]]] = [
     ("relaymta_queue_messages", attrgetter("messages"), sum),
@@ -76,18 +77,19 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
     ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
 ]
 
-COUNT_SECONDS = 60.0  # a count that has not come back is not waited for any longer
-COUNT_SHARE = 50  # counting takes a fiftieth of the time at most
+COUNT_SECONDS = 60.0  # after so long another count is started, even if the last one has not ended
+COUNT_SHARE = 50  # counting takes at most 1/50 of the time
 _STORE_REASONS = {"slow": "free space is near its floor", "full": "free space is below its floor"}
 DRAIN_SECONDS = 10.0
-TEXT_SECONDS = 30.0
+DATA_SECONDS = 30.0
 
 
 class Witness(Events):
-    """Counts and logs what the queue has made durable."""
+    """Counts and logs what the queue has committed."""
 
     def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], next_try: Callable[[Outcome], int]) -> None:
-        """`next_try`: when what is left of an outcome is tried again (ms of the wall clock)."""
+        """`landed(entry)`: called when an entry's outcome is committed or refused. `next_try(outcome)`: when its deferred
+        recipients are tried again (ms of the wall clock)."""
         self._landed = landed
         self._next_try = next_try
         self._add = counters.add
@@ -119,10 +121,10 @@ class Witness(Events):
             return
         for position, attempt in outcome.results.items():
             self._recipient_ended(outcome, position, attempt)
-        if outcome.notice is not None:
-            self._add(NOTICES, 1)
+        if outcome.dsn is not None:
+            self._add(DSNS, 1)
         elif outcome.failed:
-            self._add(NOTICES_DROPPED, 1)
+            self._add(DSNS_DROPPED, 1)
 
     def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any) -> None:
         entry = outcome.entry
@@ -140,8 +142,8 @@ class Witness(Events):
             self._log.event("deferred", recipient=address, phase=attempt.phase, next=self._next_try(outcome) / 1000, **common)
         else:
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
-            notice = format_id(outcome.notice.ident) if outcome.notice is not None else ""
-            self._log.event("bounced", recipient=address, phase=attempt.phase, notice=notice, **common)
+            dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
+            self._log.event("bounced", recipient=address, phase=attempt.phase, dsn=dsn, **common)
 
     def refused(self, entry: Entry, why: str) -> None:
         self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")
@@ -157,13 +159,13 @@ class Witness(Events):
 
 
 class Shard:
-    """A queue with its delivery."""
+    """One shard's queue and dispatcher."""
 
     def __init__(self, worker: "Worker", number: int) -> None:
         config = worker.config
         self.dispatcher = Dispatcher(
-            config, worker.routes, worker.limits, worker.rates, worker.flying, worker.counters, worker.log, worker.resolver,
-            worker.suspects, worker.facts, worker.tell_fact,
+            config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
+            worker.probed, worker.states, worker.send_site_state,
         )  # fmt: skip
         settings = QueueSettings(
             hostname=config.hostname,
@@ -180,20 +182,21 @@ class Shard:
             self.dispatcher.offer,
             Witness(worker.counters, worker.log, self.dispatcher.landed, self._next_try),
             self.dispatcher.awake,
-            worker.sign_notice,
+            worker.sign_dsn,
         )
         self.dispatcher.queue = self.queue
         self.totals: Totals | None = None
         self.count_at = 0.0
 
     def _next_try(self, outcome: Outcome) -> int:
-        """Its own schedule's time, or later, when its queue sleeps."""
+        """When an outcome's deferred recipients are tried again (ms of the wall clock): at its due time, or later if its queue
+        sleeps."""
         asleep = self.dispatcher.sleeps_until(outcome.entry.queue) if outcome.name == outcome.entry.name else 0
         return self.queue.clock.wall(max(outcome.retry_at, asleep))
 
 
 class Worker:
-    """One worker. `slot`: its place among the workers; the first of `shards` takes new mail, the others only drain."""
+    """One worker. The first of its `shards` gets new mail; the others (orphans) are only drained."""
 
     def __init__(self, channel_socket: socket.socket) -> None:
         self.loop = asyncio.get_running_loop()
@@ -207,12 +210,12 @@ class Worker:
         self._memory_level = 0
         self._borrowed: list[Listening] = []
 
-    def sign_notice(self, text: bytes) -> bytes:
-        """Writer threads: the signatures of a failure notice."""
-        return self.acceptor.door.signer.signatures(text) if self.acceptor is not None else b""
+    def sign_dsn(self, data: bytes) -> bytes:
+        """The DKIM-Signature fields for a DSN. Called by writer threads."""
+        return self.acceptor.endpoint.signer.signatures(data) if self.acceptor is not None else b""
 
     def assign(self, envelope: Any, attempts: int) -> Any:
-        """The route table as it is now."""
+        """The queues of a message, by the current route table."""
         return self.routes.assign(envelope, attempts)
 
     async def start(
@@ -221,13 +224,14 @@ class Worker:
         slot: int,
         workers: int,
         shards: list[int],
-        suspects: list[int],
+        probed: list[int],
         culprit: int,
-        facts: list[Any],
+        states: list[Any],
         tickets: bytes,
         descriptors: list[int],
     ) -> None:
-        """Open the shards, then the listening sockets (the first descriptor is the shared memory)."""
+        """Open the shards, then accept mail. `descriptors`: the shared memory, then the listening sockets. `probed`, `culprit`:
+        messages in flight when the last worker died (shm.InFlight). RelayError or OSError when the worker cannot serve."""
         self.config = Config.model_validate_json(config)
         self.slot = slot
         self.workers = workers
@@ -236,15 +240,15 @@ class Worker:
         self.limits = shared.limits(slot, workers)
         self.rates = shared.rates(workers)
         self.client_rates = shared.client_rates(workers)
-        self.facts = Facts(msgspec.convert(facts, list[Fact]))
-        self.flying = shared.flying(slot)
-        self.suspects = set(suspects)
+        self.states = SiteStates(msgspec.convert(states, list[SiteState]))
+        self.in_flight = shared.in_flight(slot)
+        self.probed = set(probed)
         kept = self.config.log.history // workers
         history = History(Path(self.config.spool) / "history", slot, kept) if kept else None
         self.log = Log(self.config.log.file, slot, history)
         self.routes = RouteTable(self.config)
         if any(route.lookup or route.oauth for route in self.config.route):
-            import aiohttp  # noqa: F401 (now, and not while mail waits)
+            import aiohttp  # noqa: F401 (at start, rather than while mail waits)
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         for number in shards:
             self.shards[number] = Shard(self, number)
@@ -252,13 +256,13 @@ class Worker:
             await shard.queue.start(culprit)
             shard.dispatcher.look_back()
             if culprit and shard.queue.quarantined:
-                text = f"message {format_id(culprit)} was alone in flight when a worker died again: it is in quarantine"
-                self.log.event("warning", text=text + " (`relaymta queue list --held`; release tries it once more)")
+                text = f"message {format_id(culprit)} was the only one in flight when a worker died again: it is quarantined"
+                self.log.event("warning", text=text + " (`relaymta queue list --held` shows it, `release` tries it once more)")
         taking = self.shards[shards[0]].queue
-        door = Door(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets)
+        endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets)
         quotas = Quotas(self.client_rates, self.counters)
-        self.intake = Intake(self.config, self.routes, taking, door, quotas, self.counters, self.log)
-        self.acceptor = Acceptor(self.config, self.intake, door, self.limits, ThreadPoolExecutor(4, "spill"))
+        self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
+        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"))
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
         self._gauges()
@@ -266,22 +270,23 @@ class Worker:
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
 
-    def tell_fact(self, fact: Fact | None, key: tuple[str, str, str]) -> None:
-        """Make a fact known to the machine (None: `key` holds no longer): the supervisor keeps it and tells all workers."""
-        self.channel.tell("fact", fact=None if fact is None else msgspec.to_builtins(fact), key=list(key))
+    def send_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
+        """Send a learned state (None: the one with `key` is forgotten) to the supervisor, which stores it and sends it to all
+        workers."""
+        self.channel.notify("site_state", state=None if state is None else msgspec.to_builtins(state), key=list(key))
 
-    async def _fact(self, descriptors: list[int], fact: dict[str, Any] | None, key: list[str]) -> None:
+    async def _site_state(self, descriptors: list[int], state: dict[str, Any] | None, key: list[str]) -> None:
         kind, site, about = key
-        learned = None if fact is None else msgspec.convert(fact, Fact)
+        learned = None if state is None else msgspec.convert(state, SiteState)
         if learned is None:
-            self.facts.forget(kind, site, about)
+            self.states.forget(kind, site, about)
         else:
-            self.facts.learn(learned)
+            self.states.learn(learned)
         for shard in self.shards.values():
-            shard.dispatcher.fact_changed(learned, (kind, site, about))
+            shard.dispatcher.site_state_changed(learned, (kind, site, about))
 
     def _gauges(self) -> None:
-        """Once a second, whatever becomes of it: what is counted by looking."""
+        """Set the gauges, and what follows from memory and disk; once a second, even if it fails."""
         self._timer = self.loop.call_later(1.0, self._gauges)
         now = self.loop.time()
         for shard in self.shards.values():
@@ -313,7 +318,7 @@ class Worker:
             self._store_state = state
 
     def _watch_memory(self) -> None:
-        """As memory runs out: first keep no texts in it, then take no more mail."""
+        """When memory is tight, keep no message data in it; when it is used up, reject new mail temporarily."""
         used = memory.share(self.config.limits.memory, self.workers)
         level = 2 if used >= memory.REFUSE else 1 if used >= memory.TIGHT else 0
         self.counters.gauge("relaymta_memory_pressure", level)
@@ -323,26 +328,26 @@ class Worker:
         if level != self._memory_level:
             self._memory_level = level
             for shard in self.shards.values():
-                shard.queue.schedule.keep_texts(level == 0)
-            text = ("enough again", "tight: texts are not kept in it", "used up: mail is put off")[level]
+                shard.queue.schedule.keep_data(level == 0)
+            text = ("sufficient again", "tight: message data is not kept in it", "used up: mail is temporarily rejected")[level]
             self.log.event("warning", text=f"memory is {text} ({used:.0%} of the limit)")
 
     def _set_gauges(self, shard: Shard, totals: Totals, began: float) -> None:
-        """Sums over this worker's shards, each as it was last counted. With very many queues counting takes a while, and is
-        done less often."""
+        """Set the gauges of totals, from the last counts of this worker's shards. The longer a count takes (with very many
+        queues), the later is the next one (COUNT_SECONDS, COUNT_SHARE)."""
         shard.totals = totals
         shard.count_at = began + max(1.0, COUNT_SHARE * (self.loop.time() - began))
         for name, of, combine in _TOTALS:
             self.counters.gauge(name, combine(of(one.totals) for one in self.shards.values() if one.totals is not None))
 
-    # Requests of the supervisor
+    # Requests from the supervisor
 
     async def _request(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
         if op == "start":
             try:
                 await self.start(descriptors=descriptors, **args)
             except (RelayError, OSError) as error:
-                self.loop.call_later(0.1, self.stopping.set)  # say why, then end
+                self.loop.call_later(0.1, self.stopping.set)  # after the answer was sent
                 raise RelayError(str(error)) from None
             return {"pid": os.getpid()}
         return await _REQUESTS[op](self, descriptors, **args)
@@ -358,28 +363,28 @@ class Worker:
         if self.intake is not None and self.acceptor is not None:
             self.intake.configure(fresh, self.routes)
             self.acceptor.config = fresh
-            self.acceptor.door.configure(fresh)
+            self.acceptor.endpoint.configure(fresh)
         for shard in self.shards.values():
             shard.dispatcher.reconfigure(fresh, self.routes)
             shard.queue.schedule.wake()
 
     async def _renew_tickets(self, descriptors: list[int], keys: bytes) -> None:
         if self.acceptor is not None:
-            self.acceptor.door.renew_tickets(keys)
+            self.acceptor.endpoint.renew_tickets(keys)
 
     async def _reopen_log(self, descriptors: list[int]) -> None:
         self.log.reopen()
 
     async def _borrow(self, descriptors: list[int]) -> None:
-        """Accept on a dead worker's sockets until its successor is ready."""
+        """Accept connections on a dead worker's sockets until its successor is ready."""
         assert self.acceptor is not None
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
             self._borrowed.append(await self.acceptor.listen(socket.socket(fileno=descriptor), listener))
 
     async def _give_back(self, descriptors: list[int]) -> None:
         assert self.acceptor is not None
-        for door in self._borrowed:
-            self.acceptor.close(door)
+        for endpoint in self._borrowed:
+            self.acceptor.close(endpoint)
         self._borrowed.clear()
 
     async def _summary(self, descriptors: list[int]) -> list[Any]:
@@ -393,19 +398,20 @@ class Worker:
         return await one.queue.page(Filter(**chosen), after, partial(goes_to, one.dispatcher))
 
     async def _move(self, descriptors: list[int], chosen: dict[str, Any], word: str, dry_run: bool) -> Any:
-        """All mail of whole queues goes by the route `word`: (messages, in flight); None when that cannot be said of queues."""
+        """Move all messages of whole queues to the route `word`: (messages matched, those in flight). None when the filter
+        `chosen` does not match whole queues, or the route has no hosts of its own. RelayError when there is no such route."""
         wanted, route = Filter(**chosen), self.routes.named(word)
         if route is None:
             raise self._no_route(word)
-        if not (wanted.whole_queues and route.hosts):  # without hosts of its own it needs each recipient's domain
+        if not (wanted.whole_queues and route.hosts):  # without hosts, the queue depends on the recipient's domain
             return None
-        messages, flying = 0, 0
+        messages, in_flight = 0, 0
         for shard in self.shards.values():
             one, at_site = shard.dispatcher, partial(goes_to, shard.dispatcher)
             found = await shard.queue.move_queues(wanted, at_site, partial(self.routes.by_route, route), dry_run)
             one.forget_parked()
-            messages, flying = messages + found[0], flying + found[1]
-        return messages, flying
+            messages, in_flight = messages + found[0], in_flight + found[1]
+        return messages, in_flight
 
     def _no_route(self, word: str) -> RelayError:
         return RelayError(f"there is no route {word!r}{near(word, self.routes.labels)}")
@@ -433,13 +439,13 @@ class Worker:
     async def _usage(self, descriptors: list[int]) -> list[Any]:
         if self.acceptor is None or self.intake is None:
             return []
-        return self.intake.quotas.usage(self.acceptor.door.logins.accounts)
+        return self.intake.quotas.usage(self.acceptor.endpoint.logins.accounts)
 
     async def _raw(self, descriptors: list[int], ident: str) -> bytes | None:
         for shard in self.shards.values():
-            text = await shard.queue.raw(parse_id(ident))
-            if text is not None:
-                return text
+            data: bytes | None = await shard.queue.raw(parse_id(ident))
+            if data is not None:
+                return data
         return None
 
     async def _change(self, descriptors: list[int], shard: int, verb: str, idents: list[int], word: str) -> Any:
@@ -476,24 +482,24 @@ class Worker:
             },
         }
 
-    # The end
+    # Stop
 
     def _orphaned(self) -> None:
-        """The supervisor is gone: finish what is past its dot, and exit."""
+        """The supervisor has died: drain, and exit."""
         self.stopping.set()
 
     async def run(self) -> None:
-        """Until told to stop, then drain."""
+        """Serve until `stopping` is set, then drain."""
         await self.stopping.wait()
         if self.acceptor is None:
             return
         self.acceptor.stop_listening()
         await asyncio.gather(
             self.acceptor.drained(DRAIN_SECONDS),
-            *(shard.dispatcher.drain(DRAIN_SECONDS, TEXT_SECONDS) for shard in self.shards.values()),
+            *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
         )
         self._timer.cancel()
-        self.acceptor.door.signer.end()
+        self.acceptor.endpoint.signer.end()
         for shard in self.shards.values():
             await shard.queue.stop()
         await self.resolver.close()
@@ -505,7 +511,7 @@ _REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "reload": Worker._reload,
     "reopen_log": Worker._reopen_log,
     "tickets": Worker._renew_tickets,
-    "fact": Worker._fact,
+    "site_state": Worker._site_state,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
     "summary": Worker._summary,
@@ -527,15 +533,15 @@ async def _main(descriptor: int) -> None:
     worker = Worker(socket.socket(fileno=descriptor))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the terminal's signals are for the supervisor
+        signal.signal(number, signal.SIG_IGN)  # the supervisor handles those that a terminal sends
     loop.add_signal_handler(signal.SIGTERM, worker.stopping.set)
     await worker.run()
 
 
 def main() -> None:
-    """Until told to stop. The argument is the descriptor of the socket to the supervisor."""
-    # The writer thread wakes often and holds the interpreter briefly. With the default of 5 ms it loses the race for it
-    # to the loop many times over for each group; measured: 10 % less CPU per message.
+    """Run one worker until it is stopped. Its argument: the descriptor of the socket to the supervisor."""
+    # The writer thread wakes often and needs the GIL briefly. With the default interval of 5 ms it waits for the event loop many
+    # times for each group. Measured: 10 % less CPU per message.
     sys.setswitchinterval(0.0001)
     os.environ.pop("NOTIFY_SOCKET", None)
     with contextlib.suppress(KeyboardInterrupt):

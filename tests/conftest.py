@@ -1,4 +1,4 @@
-"""Fixtures, and two refusals: to run against stale kernels, and (on CI) to skip what needs a server."""
+"""Profiles of hypothesis, the event loop, and a refusal to run against stale kernels."""
 
 import os
 from pathlib import Path

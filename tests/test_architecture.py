@@ -1,4 +1,4 @@
-"""The house: import contracts, generated files, and names that documents promise."""
+"""The structure of the project: import contracts, generated files, and names that documents use."""
 
 import ast
 import json

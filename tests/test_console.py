@@ -1,4 +1,4 @@
-"""What came from outside is shown escaped, by every verb and in every line of the log."""
+"""Text from outside is escaped, by every verb and in every line of the log."""
 
 import ast
 import asyncio
@@ -25,7 +25,7 @@ from tests.support.fake_mx import FakeMx
 CLI = Path(console.__file__).parent
 OTHERS = {"console.py"}
 
-SHOWN = [  # (text, as it is shown, what it would do)
+SHOWN = [  # (text, as it is shown, its effect on a terminal)
     ("plain text, <a@b.example>: 100% [red]", "plain text, <a@b.example>: 100% [red]", "nothing"),
     ("Grüße, 你好, привет", "Grüße, 你好, привет", "nothing"),
     ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07", "ECMA-48 8.3.39 ED, xterm's OSC 0"),
@@ -33,10 +33,10 @@ SHOWN = [  # (text, as it is shown, what it would do)
     ("one\ntwo\rthree\tfour", r"one\ntwo\rthree\tfour", "a line of its own, over the line, over the columns"),
     ("a\x00b\x08c\x7fd", r"a\x00b\x08c\x7fd", "NUL, backspace, DEL"),
     ("\u202egpj.exe\u2066x\u2069", r"\u202egpj.exe\u2066x\u2069", "bidi (UAX 9)"),
-    ("a\u2028b\u2029c", r"a\u2028b\u2029c", "lines for some programs"),
-    ("a\u200bb\u200dc\ufeffd\u00ade", r"a\u200bb\u200dc\ufeffd\xade", "nothing to see"),
-    ("a\u00a0b\u3000c", r"a\xa0b\u3000c", "blanks that are none"),
-    ("\udc9b\U000e0041", r"\udc9b\U000e0041", "half of a pair; a tag character"),
+    ("a\u2028b\u2029c", r"a\u2028b\u2029c", "line ends for some programs"),
+    ("a\u200bb\u200dc\ufeffd\u00ade", r"a\u200bb\u200dc\ufeffd\xade", "invisible"),
+    ("a\u00a0b\u3000c", r"a\xa0b\u3000c", "white space that looks like a space"),
+    ("\udc9b\U000e0041", r"\udc9b\U000e0041", "a lone surrogate; a tag character"),
 ]
 
 
@@ -46,9 +46,9 @@ def test_what_is_not_printable_is_escaped(text, shown, does, capsys):
     console.say(text)
     console.say("two", "lines", err=True)
     console.table("", ["column"], [[text]])
-    told = capsys.readouterr()
-    assert told.out.startswith(shown + "\n") and told.err == "two\nlines\n"
-    assert shown in told.out.partition("\n")[2].replace("\n", " "), "in the table"
+    written = capsys.readouterr()
+    assert written.out.startswith(shown + "\n") and written.err == "two\nlines\n"
+    assert shown in written.out.partition("\n")[2].replace("\n", " "), "in the table"
 
 
 def test_markup_and_emoji_in_a_table_are_text(capsys):
@@ -65,7 +65,7 @@ def test_json_means_the_same_and_is_printable(text):
         assert shown.isprintable()
 
 
-def test_a_terminal_that_has_no_such_characters_gets_escapes(monkeypatch):
+def test_characters_that_the_terminals_encoding_lacks_are_escaped(monkeypatch):
     octets = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(octets, encoding="ascii"))
     console.say("Grüße")
@@ -73,7 +73,7 @@ def test_a_terminal_that_has_no_such_characters_gets_escapes(monkeypatch):
 
 
 def test_verbs_write_through_the_console_alone():
-    """click.echo, print and sys.stdout would show what a peer said as it is."""
+    """click.echo, print and sys.stdout would write a peer's text unescaped."""
     found = []
     for path in CLI.glob("*.py"):
         if path.name in OTHERS:
@@ -89,60 +89,60 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 REPLY = "450 4.2.1 \x1b]0;title\x07 \x9b2J \u202e [red]x :smile: \x08\x7f"
 
 
-def test_lines_of_the_log_are_printable_and_survive_what_is_no_text(tmp_path):
+def test_lines_of_the_log_are_printable_and_survive_what_cannot_be_encoded(tmp_path):
     log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
     common = {"recipients": ["b"], "route": "r", "peer": "p", "delay": 0.1, "attempt": 1}
     log.event("delivered", id="ONE", reply=REPLY, **common)
-    log.event("delivered", id="ONE", reply="\udcff half of a pair", **common)
+    log.event("delivered", id="ONE", reply="\udcff a lone surrogate", **common)
     log.event("delivered", id="ONE", reply="after it", **common)
     log.close()
     text = (tmp_path / "log").read_text()
     assert not CONTROL.search(text)
-    assert [json.loads(line)["reply"] for line in text.splitlines()] == [REPLY, "? half of a pair", "after it"]
-    assert [event["reply"] for event in find_history(tmp_path / "history", "ONE")] == [REPLY, "? half of a pair", "after it"]
+    assert [json.loads(line)["reply"] for line in text.splitlines()] == [REPLY, "? a lone surrogate", "after it"]
+    assert [event["reply"] for event in find_history(tmp_path / "history", "ONE")] == [REPLY, "? a lone surrogate", "after it"]
 
 
 def run(*words: str) -> str:
-    """What a verb writes."""
+    """The output of a verb."""
     done = CliRunner().invoke(main, list(words))
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def on_a_terminal(*command: str) -> str:
-    """What a command writes to a terminal."""
+    """The output of a command to a terminal."""
     leader, follower = pty.openpty()
     done = subprocess.run(command, stdout=follower, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=60, check=False)
     os.close(follower)
-    told = b""
+    written = b""
     while True:
         try:
-            told += (piece := os.read(leader, 65536))
+            written += (piece := os.read(leader, 65536))
         except OSError:
             break
         if not piece:
             break
     os.close(leader)
     assert done.returncode == 0
-    return told.decode().replace("\r\n", "\n")
+    return written.decode().replace("\r\n", "\n")
 
 
 def test_no_verb_lets_a_peer_act_on_the_terminal(tmp_path):
-    """A smart host's replies, and a message's text."""
-    text = "Subject: \x1b[31mred\u202e\r\n\r\n\x1b]0;title\x07\tx\r\n"
+    """By a smart host's replies, and by message data."""
+    data = "Subject: \x1b[31mred\u202e\r\n\r\n\x1b]0;title\x07\tx\r\n"
     with FakeMx({"RCPT": REPLY.encode() + b"\r\n"}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=300") as relay:
-            relay.send(text.encode(), "a@b", "c@d")
+            relay.send(data.encode(), "a@b", "c@d")
             (deferred,) = wait_for(lambda: relay.events("deferred"))
             ident, own = deferred["id"], ("--spool", str(relay.spool))
-            relay.cli("site", "suspend", "", "--app", "news", "--reason", "because \x1b[31m\u202e\nfact")
+            relay.cli("site", "suspend", "", "--app", "news", "--reason", "because \x1b[31m\u202e\ninjected")
             verbs = [["queue", "list"], ["queue", "summary"], ["message", "show", ident], ["message", "explain", ident],
                      ["message", "history", ident], ["site", "list"], ["shaping", "active"], ["status"]]  # fmt: skip
             for verb in verbs:
-                said = run(*verb, *own)
-                assert not CONTROL.search(said) and "\nfact" not in said, verb
+                shown = run(*verb, *own)
+                assert not CONTROL.search(shown) and "\ninjected" not in shown, verb
                 if verb[0] in ("message", "queue") and verb[1] != "summary":
-                    assert r"\x1b]0;title\x07 \x9b2J \u202e [red]x :smile: \x08\x7f" in said, verb
+                    assert r"\x1b]0;title\x07 \x9b2J \u202e [red]x :smile: \x08\x7f" in shown, verb
                 as_json = run(*verb, *own, "--json")
                 assert not CONTROL.search(as_json), verb
                 for line in as_json.splitlines():
@@ -151,14 +151,14 @@ def test_no_verb_lets_a_peer_act_on_the_terminal(tmp_path):
             shown = on_a_terminal(*program, "message", "raw", ident, *own)
             assert not CONTROL.search(shown) and r"Subject: \x1b[31mred\u202e" + "\n\n" + r"\x1b]0;title\x07\tx" + "\n" in shown
             raw = subprocess.run([*program, "message", "raw", ident, *own], capture_output=True, check=True).stdout
-            assert raw.endswith(text.encode()), "octet for octet into a pipe"
+            assert raw.endswith(data.encode()), "unchanged into a pipe"
             assert not CONTROL.search(relay.log.read_text())
             relay.stop()
-            for verb in verbs[:3]:  # the spool's own answers
+            for verb in verbs[:3]:  # answered from the spool
                 assert not CONTROL.search(run(*verb, *own)), verb
 
 
-def test_what_is_no_utf8_in_a_command_does_not_stop_the_log(tmp_path):
+def test_octets_in_a_command_that_are_not_utf8_do_not_stop_the_log(tmp_path):
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         dialog(relay.port, b"EHLO \xff\xfe.example\r\nMAIL FROM:<\xff@b> X=\xff\r\nRCPT TO:<c@d>\r\nAUTH PLAIN \xff\r\nQUIT\r\n")
         relay.send()
@@ -166,16 +166,16 @@ def test_what_is_no_utf8_in_a_command_does_not_stop_the_log(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("sink", "--listen", "x"), "--listen 'x': expected host:port\n"),
         (("sink", "--listen", "127.0.0.1:99999"), "--listen '127.0.0.1:99999': expected host:port\n"),
-        (("dkim", "keygen", "a b", "--selector", "s", "--out", "k"), "domain: 'a b' is no name that the DNS could have\n"),
+        (("dkim", "keygen", "a b", "--selector", "s", "--out", "k"), "domain: 'a b' is not a valid domain name\n"),
     ],
 )
-def test_wrong_words_are_named_in_a_sentence(words, said):
+def test_an_invalid_argument_is_reported(words, message):
     done = CliRunner().invoke(main, words)
-    assert (done.exit_code, done.stderr) == (64, said)
+    assert (done.exit_code, done.stderr) == (64, message)
 
 
 class Nowhere(asyncio.Transport):
@@ -187,5 +187,5 @@ def test_the_sink_shows_subjects_escaped(capsys):
     one.connection_made(Nowhere())
     one.data_received(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
     one.data_received("Subject: \x1b[31m\u202e\r\n\r\nx\r\n.\r\n".encode())
-    said = capsys.readouterr().out
-    assert r"Subject: \x1b[31m\u202e" in said and not CONTROL.search(said)
+    shown = capsys.readouterr().out
+    assert r"Subject: \x1b[31m\u202e" in shown and not CONTROL.search(shown)

@@ -1,4 +1,4 @@
-"""The cache in front of the DNS, with a real unbound behind it and a clock of our own."""
+"""The resolver and its cache, with a real unbound as nameserver and a simulated clock."""
 
 import asyncio
 from collections import Counter
@@ -24,7 +24,7 @@ ZONE = [
 
 
 class Asked:
-    """A resolver, how often it asked, and its clock."""
+    """A resolver, its counts of queries and hits, and its clock."""
 
     def __init__(self, nameserver: str) -> None:
         self.time = 1000.0
@@ -40,13 +40,13 @@ async def asked(tmp_path: Path) -> AsyncIterator[Asked]:
         await made.resolver.close()
 
 
-async def test_those_who_ask_the_same_at_a_time_share_one_question(asked):
+async def test_identical_queries_at_the_same_time_share_one(asked):
     answers = await asyncio.gather(*(asked.resolver.mx("mail.test") for _ in range(50)))
     assert all(sorted(values) == [(5, "other.test"), (10, "mx.test")] for values, _ in answers)
     assert asked.counts == {"query": 1, "hit": 49}
 
 
-async def test_an_answer_is_kept_for_its_ttl(asked):
+async def test_an_answer_is_cached_for_its_ttl(asked):
     assert await asked.resolver.addresses("mx.test", "64") == ["::1", "127.0.0.1"]
     assert await asked.resolver.addresses("mx.test", "4") == ["127.0.0.1"]
     assert asked.counts["query"] == 2
@@ -61,7 +61,7 @@ async def test_an_answer_is_kept_for_its_ttl(asked):
 @pytest.mark.parametrize(
     ("name", "error", "kept"), [("nobody.test", NoSuchName, 60), ("mx.test", NoData, 60), ("mail.elsewhere", DnsFailure, 5)]
 )
-async def test_that_there_is_nothing_is_kept_too_and_failures_for_a_moment(asked, name, error, kept):
+async def test_negative_answers_are_cached_and_failures_for_some_seconds(asked, name, error, kept):
     for step in (0.0, kept - 1.0):
         asked.time += step
         with pytest.raises(error):
@@ -94,7 +94,7 @@ async def test_the_cache_is_bounded(asked, monkeypatch):
 
 
 async def test_the_cache_is_bounded_in_octets_too(asked, monkeypatch):
-    """Ten records are about 1,000 octets. The newest are there, and what was asked again counts once."""
+    """Ten records are about 1,000 octets. The newest answers are kept, and a repeated answer counts once."""
     monkeypatch.setattr("relaymta.dns.KEPT_OCTETS", 12_000)
     for number in range(50):
         asked.resolver._keep(f"n{number}.test", "A", Records(["192.0.2.1"] * 10, None, asked.time + 300))
@@ -105,29 +105,29 @@ async def test_the_cache_is_bounded_in_octets_too(asked, monkeypatch):
     assert asked.resolver._octets == sum(map(_octets, known.values()))
 
 
-# Those who wait for the same answer
+# Shared queries
 
 
 class SlowNameserver(asyncio.DatagramProtocol):
-    """Answers one question, when `answer` is called: `name` has one MX, mx.test."""
+    """Answers one query when `answer` is called: one MX, mx.test."""
 
     def __init__(self) -> None:
-        self.questions: list[tuple[bytes, tuple[str, int]]] = []
+        self.queries: list[tuple[bytes, tuple[str, int]]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
 
     def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
-        self.questions.append((data, address))
+        self.queries.append((data, address))
 
     def answer(self) -> None:
-        data, address = self.questions[0]
+        data, address = self.queries[0]
         end = data.index(b"\0", 12) + 5
         record = b"\xc0\x0c\0\x0f\0\x01\0\0\x01\x2c\0\x0b\0\x0a\x02mx\x04test\0"
         self.transport.sendto(data[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0" + data[12:end] + record, address)
 
 
-async def test_an_asker_who_runs_out_of_time_ends_nobody_elses_waiting():
+async def test_a_caller_that_times_out_does_not_end_the_query_of_others():
     server = SlowNameserver()
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, ("127.0.0.1", 0))
     resolver = Resolver([f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"])
@@ -146,7 +146,7 @@ async def test_an_asker_who_runs_out_of_time_ends_nobody_elses_waiting():
     transport.close()
 
 
-async def test_when_the_resolver_is_closed_those_who_wait_get_an_answer():
+async def test_closing_the_resolver_ends_queries_under_way_with_a_failure():
     server = SlowNameserver()
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, ("127.0.0.1", 0))
     resolver = Resolver([f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"])
@@ -158,7 +158,7 @@ async def test_when_the_resolver_is_closed_those_who_wait_get_an_answer():
 
 
 @pytest.mark.parametrize("name", ["\udcff.test", "a..b", "x" * 70 + ".test", "a\nb.test"])
-async def test_what_is_no_name_is_a_failure_for_all_who_ask(asked, name):
+async def test_an_invalid_name_is_a_failure_for_all_callers(asked, name):
     found = await asyncio.gather(*(asked.resolver.mx(name) for _ in range(3)), return_exceptions=True)
     assert [type(error) for error in found] == [DnsFailure] * 3
     assert asked.resolver._asking == {}

@@ -1,4 +1,4 @@
-"""What strangers say is read in linear time, whatever it is: of each parser and each of the worst inputs the CPU time at four
+"""Untrusted input is parsed in linear time, whatever it is: for each parser and each of its worst inputs, the CPU time at four
 times the length, with a margin so wide that only another order of growth exceeds it."""
 
 import time
@@ -13,12 +13,12 @@ LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 4
 
 
 def least_seconds(parser: Parser, data: bytes) -> float:
-    """CPU time of a call; of several the least, each of so many calls that the clock sees them."""
+    """CPU time of a call: the least of several measurements, each of as many calls as the clock resolves."""
     return parser.seconds(data, LEAST_SECONDS, REPEATS, time.thread_time)
 
 
 def growth(parser: Parser, what: str, octets: int) -> float:
-    """How much more of the time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square."""
+    """How much more time an octet takes at TIMES the length: 1 where it is linear, TIMES where it is square."""
     short, long = parser.worst[what](octets // TIMES), parser.worst[what](octets)
     return (least_seconds(parser, long) / len(long)) / (least_seconds(parser, short) / len(short))
 

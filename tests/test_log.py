@@ -1,4 +1,4 @@
-"""The history beside the log."""
+"""The history of messages, which is kept in addition to the log."""
 
 from relaymta.log import History, Log, find_history
 
@@ -16,7 +16,7 @@ def test_history_is_bounded_by_octets(tmp_path):
     assert find_history(tmp_path / "history", "ID05000")
 
 
-def test_only_what_happens_to_messages_is_kept_and_in_order(tmp_path):
+def test_only_events_of_messages_are_kept_in_order(tmp_path):
     log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
     log.event("warning", text="not about a message")
     log.event("queued", id="ONE", sender="a", recipients=["b"], size=1, client="", helo="", user="", application="")

@@ -1,4 +1,4 @@
-"""Facts of the machine: they hold as long as they were to hold, whatever the wall clock does, and survive a restart."""
+"""Site states hold for their duration, whatever the wall clock does, and survive a restart."""
 
 import errno
 import time
@@ -7,26 +7,26 @@ import pytest
 
 from relaymta import node
 from relaymta.errors import StoreError
-from relaymta.node import DEAD, SUSPENDED, Fact, Facts, Store
+from relaymta.node import DEAD, SUSPENDED, SiteState, SiteStates, Store
 
 
-def fact(site: str = "s", about: str = "", seconds: float = 60, since: float = 0, kind: str = SUSPENDED) -> Fact:
+def state(site: str = "s", about: str = "", seconds: float = 60, since: float = 0, kind: str = SUSPENDED) -> SiteState:
     now = int((time.time() + since) * 1000)
-    return Fact(kind, site, about, now, now + int(seconds * 1000), "operator", "told to")
+    return SiteState(kind, site, about, now, now + int(seconds * 1000), "operator", "maintenance")
 
 
 def test_a_suspension_is_for_a_site_a_tenant_or_a_tenant_at_a_site():
-    facts = Facts([fact("one"), fact("", "bulk"), fact("two", "shop")])
-    assert facts.suspension("one", "anybody") is not None
-    assert facts.suspension("three", "bulk") is not None
-    assert facts.suspension("two", "shop") is not None
-    assert facts.suspension("two", "other") is None
-    assert facts.suspension("three", "") is None
+    states = SiteStates([state("one"), state("", "bulk"), state("two", "shop")])
+    assert states.suspension("one", "anybody") is not None
+    assert states.suspension("three", "bulk") is not None
+    assert states.suspension("two", "shop") is not None
+    assert states.suspension("two", "other") is None
+    assert states.suspension("three", "") is None
 
 
 @pytest.fixture
 def passed(monkeypatch):
-    """The clocks stand still; the milliseconds that have passed by both."""
+    """Both clocks are frozen; the milliseconds by which they are ahead."""
     passed = [0]
     wall, boot = time.time_ns(), node._boot()
     monkeypatch.setattr(time, "time", lambda: wall / 1e9)
@@ -35,41 +35,41 @@ def passed(monkeypatch):
     return passed
 
 
-def test_facts_expire(passed):
-    facts = Facts([fact("past", since=-100), fact("short", seconds=0.05), fact("long")])
-    assert {one.site for one in facts} == {"short", "long"}
+def test_site_states_expire(passed):
+    states = SiteStates([state("past", since=-100), state("short", seconds=0.05), state("long")])
+    assert {one.site for one in states} == {"short", "long"}
     passed[0] = 51
-    assert {one.site for one in facts} == {"long"}
-    assert {one.site for one in facts.sweep()} == {"past", "short"}
-    assert 59_940 < facts.left(fact("long")) < 59_960
+    assert {one.site for one in states} == {"long"}
+    assert {one.site for one in states.sweep()} == {"past", "short"}
+    assert 59_940 < states.left(state("long")) < 59_960
 
 
-def test_a_fact_from_the_future_holds_no_longer_than_it_was_to(passed):
-    """The wall clock went back an hour across a restart."""
-    facts = Facts([fact("s", since=3600, seconds=60)])
-    assert facts.left(fact("s")) == 60_000
+def test_a_site_state_from_the_future_holds_for_its_own_duration(passed):
+    """The wall clock was set back an hour across a restart."""
+    states = SiteStates([state("s", since=3600, seconds=60)])
+    assert states.left(state("s")) == 60_000
 
 
-def test_facts_are_bounded_and_those_that_end_first_go(monkeypatch):
+def test_site_states_are_bounded_and_those_that_end_first_are_dropped(monkeypatch):
     monkeypatch.setattr(node, "MOST", 10)
-    facts = Facts()
+    states = SiteStates()
     for number in range(30):
-        facts.learn(fact(str(number), seconds=60 + number))
-    assert sorted(int(one.site) for one in facts) == list(range(20, 30))
+        states.learn(state(str(number), seconds=60 + number))
+    assert sorted(int(one.site) for one in states) == list(range(20, 30))
 
 
-def test_facts_survive_a_restart(tmp_path):
+def test_site_states_survive_a_restart(tmp_path):
     store = Store(tmp_path / "node")
     names = ["s", "x" * 600, "x" * 599 + "y"]
-    store.write([fact(name) for name in names] + [fact("gone", kind=DEAD)], [])
-    store.write([], [fact("gone", kind=DEAD)])
+    store.write([state(name) for name in names] + [state("gone", kind=DEAD)], [])
+    store.write([], [state("gone", kind=DEAD)])
     store.close()
     again = Store(tmp_path / "node")
     assert sorted(one.site for one in again.load()) == sorted(names)
     again.close()
 
 
-def test_what_is_no_store_is_said(tmp_path):
+def test_a_path_that_cannot_be_a_store_is_an_error(tmp_path):
     (tmp_path / "node").write_text("not a folder")
     with pytest.raises(StoreError, match="node"):
         Store(tmp_path / "node")

@@ -1,4 +1,4 @@
-"""Routes and MX resolution, with a resolver made of a dictionary."""
+"""Routes and MX resolution, with a resolver that answers from a dictionary."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from relaymta.route.table import Asked, RouteTable
 
 
 class Dictionary:
-    """A resolver: answers by (name, type); what is not there does not exist."""
+    """A resolver: answers by (name, type); NXDOMAIN for all others."""
 
     def __init__(self, answers: dict) -> None:
         self.answers = answers
@@ -63,7 +63,7 @@ async def test_no_route(answers, permanent, enhanced):
 
 @pytest.mark.parametrize(("count", "asked", "permanent"), [(1000, 30, True), (1000, 5, False), (3, 3, False), (29, 29, True)])
 async def test_an_answer_with_a_thousand_exchanges_is_bounded(count, asked, permanent):
-    """How many hosts one attempt asks for: none has an address, or none can be asked for."""
+    """The number of address lookups of one attempt when no host has an address, or all lookups fail."""
     questions: list[str] = []
 
     class Asked(Dictionary):
@@ -96,7 +96,7 @@ def mail(*recipients: str, sender: str = "a@b.example", application: str = "") -
     return Envelope(sender, list(recipients), 1, 0, 0, 0, application=application)
 
 
-def test_the_first_route_that_matches_is_taken():
+def test_the_first_route_that_matches_is_used():
     routes = table(
         {"name": "shop", "application": ["shop"], "hosts": ["h1"]},
         {"name": "from", "sender_domain": ["boss.example"], "hosts": ["h2"]},
@@ -175,11 +175,11 @@ def test_a_route_by_mx_takes_over_where_it_comes_first():
         ([(10, "mx.example"), (20, "b.mx.example")], "(mx|b.mx).example"),
     ],
 )
-def test_sites_have_names_that_say_which_hosts_they_are(hosts, name):
+def test_the_name_of_a_site_lists_its_hosts(hosts, name):
     assert roll_up(Hosts(tuple(sorted(hosts)), 0.0)) == name
 
 
-async def test_domains_with_the_same_hosts_are_one_site_and_are_asked_for_once():
+async def test_domains_with_the_same_hosts_are_one_site_and_are_looked_up_once():
     class Counting(Dictionary):
         asked = 0
 
@@ -207,7 +207,7 @@ async def test_address_families():
     assert [t.address for t in await targets(Both(), hosts, "4")] == ["192.0.2.1"]
 
 
-def test_header_conditions_are_looked_at_when_a_message_is_taken_in():
+def test_header_conditions_are_matched_when_a_message_is_accepted():
     routes = table(
         {"name": "campaign", "header": ["X-Class: ^bulk", "List-Unsubscribe: ."], "hosts": ["h1"]},
         {"name": "rest", "hosts": ["h2"]},
@@ -225,7 +225,7 @@ def test_header_conditions_are_looked_at_when_a_message_is_taken_in():
             table({"header": [wrong], "hosts": ["h"]})
 
 
-def test_a_condition_on_the_author_sees_addresses_as_they_are_meant():
+def test_a_condition_on_the_author_matches_parsed_addresses():
     routes = table({"name": "shop", "header": ["From: @shop\\.test$"], "hosts": ["h1"]}, {"name": "rest", "hosts": ["h2"]})
     cases = {b"a@shop.test": True, b"a@ Shop . test (x@y)": True, b'"x@shop.test" <a@bank.test>': False,
              b"a@bank.test (@shop.test": None, b"b@bank.test, a@shop.test": True, b"a@b.test (c@shop.test)": False}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Limits and rates that processes share."""
+"""Limits and rates shared by processes."""
 
 import multiprocessing
 import os
@@ -14,8 +14,8 @@ START = 1_000_000_000_000  # nanoseconds
 
 
 def test_a_rate_holds_for_all_processes():
-    """Three processes take as fast as they can for a second: one of 200/s gives 200, and the burst. The second passes as they
-    look at the clock: 20 us each time."""
+    """Three processes take as fast as they can for a second: a rate of 200/s gives 200 units, and the burst. The clock advances
+    by 20 us at each reading."""
     shared = Shared.create()
     context = multiprocessing.get_context("fork")
     clock = context.Value("q", START)
@@ -46,7 +46,7 @@ def test_a_rate_holds_for_all_processes():
 
 
 class Clock:
-    """CLOCK_BOOTTIME as the test says."""
+    """CLOCK_BOOTTIME, set by the test."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = START
@@ -70,7 +70,7 @@ def test_the_wait_is_exact(per_second, burst):
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
-def test_what_is_given_back_was_never_taken(burst, back):
+def test_units_that_are_given_back_can_be_taken_again(burst, back):
     rates = Shared.create().rates(1)
     for _ in range(burst):
         assert rates.take("k", 0.001, burst) == 0
@@ -79,25 +79,25 @@ def test_what_is_given_back_was_never_taken(burst, back):
         rates.give("k", 0.001)
     for _ in range(min(back, burst)):
         assert rates.take("k", 0.001, burst) == 0
-    assert rates.take("k", 0.001, burst) > 0, "what was not in use is not given"
+    assert rates.take("k", 0.001, burst) > 0, "units that were not in use are not given back"
     rates.give("never taken", 0.001)
     assert rates.take("never taken", 0.001) == 0 < rates.take("never taken", 0.001)
 
 
-def test_what_others_hold_in_a_row_that_was_ours_is_not_ours():
+def test_units_in_a_row_that_another_key_has_taken_over_do_not_count():
     shared = Shared.create()
     ours, theirs = shared.limits(0, 2), shared.limits(1, 2)
     assert ours.take("k", 1)
     ours.give("k")
     _, row = ours._known["k"]
     theirs._known["other"] = (12345, row)
-    theirs._cells.set(row, 12345)  # as one whose key falls upon an idle row
+    theirs._cells.set(row, 12345)  # as a worker whose key hashes to the idle row
     assert theirs.take("other", 9) and theirs.taken("other") == 1
     assert ours.taken("k") == 0
     assert ours.take("k", 1) and (ours.taken("k"), theirs.taken("other")) == (1, 1)
 
 
-def test_without_a_free_row_each_worker_keeps_to_its_share(monkeypatch):
+def test_without_a_free_row_each_worker_uses_its_share(monkeypatch):
     Clock(monkeypatch)
     shared = Shared.create()
     rates = shared.rates(2)
@@ -109,7 +109,7 @@ def test_without_a_free_row_each_worker_keeps_to_its_share(monkeypatch):
     assert crowded.take(key, 1) == 2, "half the rate"
 
 
-def test_others_that_wait_are_seen_and_forgotten_at_their_death():
+def test_waiting_workers_are_visible_until_they_die():
     shared = Shared.create()
     first, second = shared.limits(0, 2), shared.limits(1, 2)
     assert first.waiting("site") == 0

@@ -1,4 +1,4 @@
-"""Print everything pyproject.toml asks for (build, run, develop), for `pip install -r`."""
+"""Print all requirements of pyproject.toml (build, run, develop), for `pip install -r`."""
 
 import tomllib
 from pathlib import Path

@@ -41,7 +41,7 @@ cpdef inline bint clean(const unsigned char *p, Py_ssize_t start, Py_ssize_t end
 
 
 cpdef inline Py_ssize_t dot(const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
-    """Index of the first "." in p[start:end] that stands behind a CR or LF, or -1; `start` is at least 1."""
+    """Index of the first "." in p[start:end] that follows a CR or LF, or -1; `start` is at least 1."""
     cdef unsigned char full = 46
     cdef unsigned char cr = 13
     cdef unsigned char lf = 10

@@ -32,6 +32,6 @@ def clean(p: bytes, start: int, end: int) -> bool:
 
 
 def dot(p: bytes, start: int, end: int) -> int:
-    """Index of the first "." in p[start:end] that stands behind a CR or LF, or -1; `start` is at least 1."""
+    """Index of the first "." in p[start:end] that follows a CR or LF, or -1; `start` is at least 1."""
     found = _DOT.search(p, start, end)
     return -1 if found is None else found.start()

@@ -1,7 +1,7 @@
 """Counters and limits in shared memory: 64-bit cells updated with C11 atomics (needs C, so it has no interpreted form).
 
-A `Cells` is a window of a buffer that several processes map. One cell is one int64; `add` and `sub` are relaxed,
-`compare_swap` is sequentially consistent.
+A `Cells` is a window of a buffer that several processes map. One cell is one int64; `add` is relaxed, reads
+acquire, `set` releases, `compare_swap` is sequentially consistent.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -42,7 +42,7 @@ cdef class Cells:
             PyBuffer_Release(&self.view)
 
     cpdef int64_t add(self, Py_ssize_t index, int64_t n) except? -1:
-        """Add n to the cell; its new value."""
+        """Add n to the cell; returns its new value."""
         if index < 0 or index >= self.count:
             raise IndexError(index)
         return cell_add(self.base + index, n)
@@ -61,7 +61,7 @@ cdef class Cells:
         return 0
 
     cpdef bint compare_swap(self, Py_ssize_t index, int64_t was, int64_t now) except -1:
-        """Store `now` if the cell holds `was`; whether it did."""
+        """Store `now` if the cell holds `was`; returns whether it did."""
         if index < 0 or index >= self.count:
             raise IndexError(index)
         return cell_cas(self.base + index, was, now)

@@ -1,7 +1,7 @@
-"""Canonical forms for DKIM (RFC 6376 3.4): octets in, octets to be hashed out, whatever the pieces.
+"""Canonical forms for DKIM (RFC 6376 3.4): octets in, octets to be hashed out, independent of how the input is split.
 
-Linear in what comes in, whatever it is: runs of lines that are canonical as they stand are found whole and copied; only other
-lines are looked at octet by octet. A bare CR or LF ends no line. Empty lines are counted, not kept.
+Linear in the length of any input: runs of lines that are canonical already are found whole and copied; only other
+lines are processed octet by octet. A bare CR or LF ends no line. Empty lines are counted, not kept.
 """
 
 from relaymta._speedups._mem import clean, copy, find
@@ -13,26 +13,26 @@ TAB = 9
 
 
 class Body:
-    """A body's canonical form, `relaxed` (3.4.4) or simple (3.4.3)."""
+    """A body's canonical form, `relaxed` (RFC 6376 3.4.4) or simple (3.4.3)."""
 
     def __init__(self, relaxed):  # type: ignore[no-untyped-def]
         self.relaxed = relaxed
-        self.blanks = 0  # CRLFs that are written once something follows them
+        self.blanks = 0  # CRLFs that are written once other octets follow
         self.wsp = False
         self.cr = False
-        self.middle = False  # within a line that is looked at octet by octet
+        self.middle = False  # within a line that is processed octet by octet
         self.some = False  # anything was written
 
     def feed(self, data):  # type: ignore[no-untyped-def]
-        """What `data` adds to the canonical form."""
+        """The next part of the canonical form, after `data`; empty while it is undetermined."""
         p = data
         n = len(data)
         out = bytearray(n + 4)
         w = out
         k = 0
-        front = -1  # CRLFs in front of all that this call writes; -1: nothing was written yet
+        front = -1  # CRLFs in front of everything this call writes; -1: nothing was written yet
         pos = 0
-        run = -1  # p[run:stop] is canonical as it stands
+        run = -1  # p[run:stop] is canonical already
         stop = 0
         while pos < n:
             if not self.middle:
@@ -85,7 +85,7 @@ class Body:
                     w[k] = SP
                     k += 1
                     self.wsp = False
-                if self.cr:  # a bare one; what follows it is looked at again
+                if self.cr:  # a bare one; the octet behind it is processed again
                     w[k] = CR
                     k += 1
                     self.cr = False
@@ -102,7 +102,7 @@ class Body:
         return b"\r\n" * front + out if front else bytes(out)
 
     def _lines(self, out, k):  # type: ignore[no-untyped-def]
-        """Write the CRLFs that wait; the new k."""
+        """Write the pending CRLFs; the new k."""
         w = out
         while self.blanks:
             w[k] = CR
@@ -112,7 +112,7 @@ class Body:
         return k
 
     def finish(self):  # type: ignore[no-untyped-def]
-        """The end of the canonical form."""
+        """The rest of the canonical form; called once, at the end of the body."""
         if self.cr:
             self.cr = False
             rest = (b"\r\n" * self.blanks) + (b" " if self.wsp else b"") + b"\r\r\n"

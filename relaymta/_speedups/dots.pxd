@@ -18,4 +18,4 @@ cdef class Stuffer:
 
 
 @cython.locals(stuffer=Stuffer, out=list, piece=bytes)
-cpdef list stuff(list text)
+cpdef list stuff(list data)

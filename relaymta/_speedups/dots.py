@@ -1,7 +1,7 @@
-"""What DATA carries (RFC 5321 4.5.2): text in, stuffed text out, piece by piece.
+"""Dot-stuffing (RFC 5321 4.5.2): message data in, stuffed message data out, in pieces.
 
-A dot is doubled behind every octet that some receiver may take for the end of a line: LF, CR, and the beginning of the text. So
-<CRLF>.<CRLF> stands nowhere in what is written, nor does any form of it with a bare CR or LF, whatever the text is.
+A dot is doubled at the beginning of the message data and behind every octet that a receiver may take for the end of a line, LF or
+CR. So <CRLF>.<CRLF> occurs nowhere in the output, nor any variant with a bare CR or LF (SMTP smuggling), for any input.
 """
 
 from relaymta._speedups._mem import copy, dot
@@ -11,14 +11,14 @@ LF = 10
 
 
 class Stuffer:
-    """One text on its way out."""
+    """Dot-stuffing of one message. `feed()` its data in pieces, then write `end()`."""
 
     def __init__(self):  # type: ignore[no-untyped-def]
-        self.last = LF  # the octet before the next piece, and the one before that: a text begins as behind a CRLF
+        self.last = LF  # the octet before the next piece, and the one before that: message data begins as behind a CRLF
         self.before = CR
 
     def feed(self, data):  # type: ignore[no-untyped-def]
-        """A piece, stuffed; the same object where nothing had to be."""
+        """The next piece, stuffed; the same object if no dot had to be doubled."""
         p = data
         n = len(data)
         if n == 0:
@@ -29,7 +29,7 @@ class Stuffer:
         i = dot(p, 1, n)
         if i < 0:
             return b"." + data if first else data
-        out = bytearray(n + n // 2 + 2)  # a dot needs an octet before it that is none
+        out = bytearray(n + n // 2 + 2)  # an octet other than a dot precedes each dot that is doubled
         w = out
         k = 0
         run = 0
@@ -47,14 +47,14 @@ class Stuffer:
         return bytes(out)
 
     def end(self):  # type: ignore[no-untyped-def]
-        """The line with the dot that ends the text, which ends in CRLF before it."""
+        """The end of the message data: a line with a dot, and a CRLF before it if the data did not end in one."""
         return b".\r\n" if self.last == LF and self.before == CR else b"\r\n.\r\n"
 
 
-def stuff(text):  # type: ignore[no-untyped-def]
-    """A text in pieces as DATA carries it, with the dot that ends it. Everything that is written behind DATA comes from here, or
-    piece by piece from a Stuffer: whatever the text is, nothing in it ends it early."""
+def stuff(data):  # type: ignore[no-untyped-def]
+    """Message data in pieces, stuffed, with its end. Everything that is written after DATA comes from here, or in pieces from a
+    Stuffer: no message data can end itself early."""
     stuffer = Stuffer()
-    out = [stuffer.feed(piece) for piece in text]
+    out = [stuffer.feed(piece) for piece in data]
     out.append(stuffer.end())
     return out

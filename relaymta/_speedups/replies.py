@@ -1,8 +1,8 @@
 """SMTP client input (RFC 5321 4.2): bytes in, whole replies out.
 
-A reply is `(code, text)`: text holds the lines behind the codes, joined by LF. `(0, line)` is a line that is no reply,
-or a reply that is too long; the session must not go on behind it. A line ends at LF, with or without CR: what a server
-sends is read generously, it is never passed on.
+A reply is `(code, text)`: text holds the lines behind the codes, joined by LF. `(0, line)` is a line that is not a reply,
+or a reply that is too long; the session must not go on after it. A line ends at LF, with or without CR: this is lenient, since
+a reply is never passed on as message data.
 
 Memory: at most `line_limit` octets of an unfinished line plus `lines_limit` lines of an unfinished reply.
 """
@@ -54,7 +54,7 @@ class Replies:
         return replies
 
     def _line(self, data, pos, end, replies):  # type: ignore[no-untyped-def]
-        """Take one line without its end; False when it is no line of a reply."""
+        """Parse one line without its end; False when it is not a reply line."""
         p = data
         size = end - pos
         if size < 3 or size > self.line_limit:

@@ -2,19 +2,19 @@ cimport cython
 
 from relaymta._speedups._mem cimport copy, find, high
 
-cdef int COMMAND, BAD, TEXT, END, FOREIGN
+cdef int COMMAND, BAD, DATA, END, FOREIGN
 cdef Py_ssize_t BATCH, SHOWN
-cdef int HOLDING, COMMANDS, TEXTUAL, CHUNK
+cdef int HOLDING, COMMANDS, MESSAGE, CHUNK
 cdef int START, DOT, DOT_CR, MIDDLE, AFTER_CR
 cdef int BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE
 cdef int CR, LF
-cdef unsigned int DATA, BDAT, AUTH
+cdef unsigned int DATA_VERB, BDAT_VERB, AUTH_VERB
 
 
 @cython.final
 cdef class Parser:
     cdef readonly Py_ssize_t line_limit
-    cdef readonly Py_ssize_t text_line_limit
+    cdef readonly Py_ssize_t data_line_limit
     cdef public bint normalize
     cdef bytes rest
     cdef Py_ssize_t at
@@ -30,7 +30,7 @@ cdef class Parser:
 
     cpdef commands(self)
     cpdef line(self)
-    cpdef text(self)
+    cpdef data(self)
     cpdef chunk(self, Py_ssize_t octets, bint first)
     cpdef Py_ssize_t waiting(self)
     cpdef bint runnable(self)
@@ -49,7 +49,7 @@ cdef class Parser:
     @cython.locals(p="const unsigned char *", w="unsigned char *", out=bytearray, first=Py_ssize_t, run=Py_ssize_t,
                    k=Py_ssize_t, i=Py_ssize_t, c=Py_ssize_t, stop=Py_ssize_t, place=int, tail=Py_ssize_t,
                    lf=Py_ssize_t)
-    cdef Py_ssize_t _text(self, bytes data, Py_ssize_t pos, Py_ssize_t n, list events) except -1
+    cdef Py_ssize_t _data(self, bytes data, Py_ssize_t pos, Py_ssize_t n, list events) except -1
 
     cdef int _line(self, Py_ssize_t ending) except -1
 

@@ -2,15 +2,15 @@
 
 Events are tuples. In command mode `(COMMAND, verb, argument)`: verb is a four-letter word as an upper-cased big-endian
 integer (0 for any other word, then argument is the whole line), `(BAD, reason, its first octets)` for a line that is no
-command, `(BAD, FOREIGN, ...)` for one of another protocol: it begins with an octet that begins no word (which is told as soon as
+command, `(BAD, FOREIGN, ...)` for one of another protocol: it begins with an octet that begins no word (reported as soon as
 that octet is there), or ends as a request of HTTP.
-In text mode `(TEXT, data)`, unstuffed, and `(END,)` at <CRLF>.<CRLF>; in chunk mode `(TEXT, data)` as sent, and
+In data mode `(DATA, data)`, without dot-stuffing, and `(END,)` at <CRLF>.<CRLF>; in chunk mode `(DATA, data)` as sent, and
 `(END,)` after the announced number of octets.
 
 Only <CRLF> ends a line. A bare CR or LF never ends anything: it is noted in `flags`, and with `normalize` passed on as
 <CRLF>. The parser *holds* (parses nothing, keeps what arrives) after a verb behind which the next bytes may not be
-commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)` and FOREIGN, and until it is told to begin; the
-session then calls `commands()`, `line()`, `text()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
+commands (DATA, BDAT, AUTH, STARTTLS and every unknown word), after `(END,)` and FOREIGN, and at first; the
+session then calls `commands()`, `line()`, `data()` or `chunk(n)` and feeds b"" to go on. So events depend on the bytes and on
 those calls, never on how the bytes were cut into segments. One call gives BATCH events at most, and feed(b"") the next ones.
 
 Memory: at most `line_limit` octets of an unfinished command, plus what is fed or kept while it holds.
@@ -21,20 +21,20 @@ from relaymta._speedups._mem import copy, find, high
 # These become C integers in the compiled form and vanish from the module: proto.smtp_server keeps the public names.
 COMMAND = 0
 BAD = 1
-TEXT = 2
+DATA = 2
 END = 3
 
 FOREIGN = 4  # why a line is BAD: 1 too long, 2 a bare CR or LF, 3 NUL, 4 another protocol
 
 BATCH = 64  # events of one call
-SHOWN = 32  # octets that are told of a line that is BAD
+SHOWN = 32  # octets of a BAD line that are reported
 
 HOLDING = 0
 COMMANDS = 1
-TEXTUAL = 2
+MESSAGE = 2
 CHUNK = 3
 
-# Where in a line of text the next byte stands.
+# Position of the next octet within a line of message data.
 START = 0
 DOT = 1
 DOT_CR = 2
@@ -51,18 +51,18 @@ LONG_LINE = 16
 CR = 13
 LF = 10
 
-DATA = 0x44415441
-BDAT = 0x42444154
-AUTH = 0x41555448
+DATA_VERB = 0x44415441
+BDAT_VERB = 0x42444154
+AUTH_VERB = 0x41555448
 
 
 class Parser:
-    """One connection's input side. `line_limit`: octets of a command line with its CRLF; `text_line_limit`: octets of
-    a line of text without CRLF beyond which LONG_LINE is noted; `normalize`: bare CR and LF become CRLF, NUL a space."""
+    """One connection's input side. `line_limit`: octets of a command line with its CRLF; `data_line_limit`: octets of
+    a line of message data without CRLF beyond which LONG_LINE is noted; `normalize`: bare CR and LF become CRLF, NUL a space."""
 
-    def __init__(self, line_limit, text_line_limit, normalize):  # type: ignore[no-untyped-def]
+    def __init__(self, line_limit, data_line_limit, normalize):  # type: ignore[no-untyped-def]
         self.line_limit = line_limit
-        self.text_line_limit = text_line_limit
+        self.data_line_limit = data_line_limit
         self.normalize = normalize
         self.rest = b""
         self.at = 0
@@ -82,13 +82,13 @@ class Parser:
         self.raw = False
 
     def line(self):  # type: ignore[no-untyped-def]
-        """One line that is no command follows (an answer in AUTH): `(COMMAND, 0, line)` as it is, and the parser holds."""
+        """The next line is no command (a response in AUTH, RFC 4954): passed as `(COMMAND, 0, line)`, then the parser holds."""
         self.mode = COMMANDS
         self.raw = True
 
-    def text(self):  # type: ignore[no-untyped-def]
-        """A new message's text follows (after 354). Zeroes size and flags."""
-        self.mode = TEXTUAL
+    def data(self):  # type: ignore[no-untyped-def]
+        """A new message's data follows (after 354). Zeroes size and flags."""
+        self.mode = MESSAGE
         self.place = START
         self.column = 0
         self.size = 0
@@ -105,7 +105,7 @@ class Parser:
             self.flags = 0
 
     def waiting(self):  # type: ignore[no-untyped-def]
-        """Octets that have arrived and are not parsed."""
+        """The number of octets that have arrived and are not parsed yet."""
         return len(self.rest) - self.at
 
     def runnable(self):  # type: ignore[no-untyped-def]
@@ -113,7 +113,7 @@ class Parser:
         return self.mode != HOLDING and (len(self.rest) > self.at or (self.mode == CHUNK and self.left == 0))
 
     def keep(self, data):  # type: ignore[no-untyped-def]
-        """Keep `data` for later."""
+        """Keep `data` for a later feed()."""
         self.rest = self.rest[self.at :] + data
         self.at = 0
 
@@ -136,16 +136,16 @@ class Parser:
                 pos = self._command(data, pos, n, events)
                 if pos == before:
                     break
-            elif self.mode == TEXTUAL:
+            elif self.mode == MESSAGE:
                 if pos >= n:
                     break
-                pos = self._text(data, pos, n, events)
+                pos = self._data(data, pos, n, events)
             else:
                 if pos >= n and self.left > 0:
                     break
                 pos = self._chunk(data, pos, n, events)
         if pos < n:
-            # What is parsed is cut off once it is the larger part: small steps through much move each octet once or twice.
+            # The parsed part is cut off once it is the larger one: in many small steps each octet is copied once or twice.
             if pos >= n - pos:
                 self.rest = data[pos:]
             else:
@@ -192,7 +192,7 @@ class Parser:
             return i + 1
         if end - pos >= 4 and (end - pos == 4 or p[pos + 4] == ord(" ")):
             verb = ((p[pos] & 0xDF) << 24) | ((p[pos + 1] & 0xDF) << 16) | ((p[pos + 2] & 0xDF) << 8) | (p[pos + 3] & 0xDF)
-            if verb == DATA or verb == BDAT or verb == AUTH:
+            if verb == DATA_VERB or verb == BDAT_VERB or verb == AUTH_VERB:
                 self.mode = HOLDING
             events.append((COMMAND, verb, p[pos + 5 : end] if end - pos > 4 else b""))
         else:
@@ -210,15 +210,15 @@ class Parser:
             self.start = p[pos : min(n, pos + SHOWN)]
         return n - 1 if n > pos and p[n - 1] == CR else n
 
-    def _text(self, data, pos, n, events):  # type: ignore[no-untyped-def]
-        """Parse text from `pos` up to the end of the data or the final dot; the position behind it."""
+    def _data(self, data, pos, n, events):  # type: ignore[no-untyped-def]
+        """Parse message data from `pos` up to the end of the data or the final dot; the position behind it."""
         p = data
         first = pos  # where the region inspected for NUL and 8-bit starts
         run = pos  # start of the octets that pass unchanged and are not copied yet
         k = 0
         out = None
-        tail = -1  # where the text ends, once the final dot is seen
-        lf = -1  # the next LF, or n; looked for once, however many bare CRs there are in front of it
+        tail = -1  # where the message data ends, once the final dot is seen
+        lf = -1  # the next LF, or n; searched once, however many bare CRs there are in front of it
         while pos < n:
             place = self.place
             if place == MIDDLE:
@@ -227,7 +227,7 @@ class Parser:
                     lf = n if i < 0 else i
                 stop = lf
                 self.column += stop - pos
-                # A CR is fine only right before that LF.
+                # A CR is valid only right before that LF.
                 c = find(p, CR, pos, stop)
                 if c >= 0 and c + 1 < stop:
                     self.column -= stop - (c + 1)
@@ -291,7 +291,7 @@ class Parser:
                     self.place = MIDDLE
             elif place == DOT:
                 if p[pos] == CR:
-                    # Held back too: "." CR LF ends the text.
+                    # Held back too: "." CR LF ends the message data.
                     pos += 1
                     run = pos
                     self.place = DOT_CR
@@ -303,7 +303,7 @@ class Parser:
                     run = pos
                     pos += 1
                     break
-                # The CR was held back: it belongs to the text after all.
+                # The CR was held back: it is message data after all.
                 if out is None:
                     out = bytearray(2 * (n - run) + 4)
                     w = out
@@ -319,15 +319,15 @@ class Parser:
 
     def _line(self, ending):  # type: ignore[no-untyped-def]
         """A line ended; `ending` octets of its end are in `column`."""
-        if self.column - ending > self.text_line_limit:
+        if self.column - ending > self.data_line_limit:
             self.flags |= LONG_LINE
         self.column = 0
         return 0
 
     def _flush(self, data, first, run, pos, out, k, events):  # type: ignore[no-untyped-def]
-        """Emit out[:k] + data[run:pos] as one TEXT event, after noting what data[first:pos] holds."""
+        """Emit out[:k] + data[run:pos] as one DATA event, after noting what data[first:pos] holds."""
         p = data
-        if self.column - 1 > self.text_line_limit:
+        if self.column - 1 > self.data_line_limit:
             self.flags |= LONG_LINE
         if high(p, first, pos):
             self.flags |= EIGHT_BIT
@@ -347,7 +347,7 @@ class Parser:
         if nul and self.normalize:
             body = body.replace(b"\0", b" ")
         self.size += len(body)
-        events.append((TEXT, body))
+        events.append((DATA, body))
         return 0
 
     def _chunk(self, data, pos, n, events):  # type: ignore[no-untyped-def]
@@ -356,7 +356,7 @@ class Parser:
         end = n if n - pos < self.left else pos + self.left
         self.left -= end - pos
         i = pos
-        lf = -1  # as in _text
+        lf = -1  # as in _data
         while i < end:
             if self.place == AFTER_CR:
                 if p[i] == LF:

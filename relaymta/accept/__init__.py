@@ -1,1 +1,1 @@
-"""1. Mail comes in: sockets, sessions, and the one entry (`intake`) that makes a message safe before it is acknowledged."""
+"""1. Receiving mail: sockets, SMTP server sessions, and `intake`, the only way for a message into the queue."""

@@ -1,8 +1,8 @@
 """One client's connection: asyncio on one side, proto.smtp_server on the other, with back-pressure and deadlines.
 
-A message is held in memory up to 1 MB; what is longer streams into a file of its own, read no faster than the disk
-takes it. Nothing is read or parsed while something is waited for (`waits`): a commit, a login, the disk, or a client that does
-not read what it is told.
+Message data is kept in memory up to 1 MB; a large message is streamed into a file of its own, read no faster than the disk takes
+it. Nothing is read or parsed while the connection waits for something (`waits`): a commit, a login attempt, the disk, or a client
+that does not read its replies.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from relaymta.accept.identity import Identity
 from relaymta.accept.intake import Client
 from relaymta.accept.large import Large
-from relaymta.accept.listening import Announcement, among, named, readable, waiting
+from relaymta.accept.listening import ProxyHeaderReader, client_address, in_networks, readable, unread
 from relaymta.config import Listener
 from relaymta.errors import StoreError, redacted, store_error
 from relaymta.filter.signing import Unsignable
@@ -37,32 +37,52 @@ __all__ = ["DRAIN_REPLY", "STRESS_PATIENCE", "Connection"]
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
 REFUSED = index("relaymta_connections_total", "refused")
-RATE_GRACE = 60.0  # seconds until a text's rate is looked at
-STRESS_PATIENCE = 0.1  # share of the timeouts that is left under stress
-# For the handshake, and for the client's part of the end of TLS.
-_PATIENCE: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
-PATIENT_ERRORS = 3  # wrong commands until each costs time
+RATE_GRACE = 60.0  # seconds until the rate of message data is checked
+STRESS_PATIENCE = 0.1  # factor of the timeouts under stress
+# Seconds for the handshake, and for the client's close_notify.
+_TLS_TIMEOUTS: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+SOFT_ERRORS = 3  # errors above which each is delayed (tarpit)
 DRAIN_REPLY = reply.SHUTTING_DOWN
-OWED, OWED_LOW = 16384, 4096  # octets of replies above which a client is not heard, and below which it is again
-DECRYPTED = 65536  # octets that TLS holds of a client that is not heard
-LINGER = 5.0  # seconds for a client to take what is left for it, once its connection is closed
+UNSENT, UNSENT_LOW = 16384, 4096  # octets of unsent replies above which reading stops, and below which it resumes
+DECRYPTED = 65536  # octets that TLS buffers while reading is paused
+LINGER = 5.0  # seconds for a client to read the last replies, once its connection is being closed
 
-# What `waits` for:
-STORING = 1  # the message behind its final dot
-CHECKING = 2  # a login, or the time for which a reply is held back
-SPILLING = 4  # a thread that writes to `large`
-BLOCKED = 8  # the client to read
-BEHIND = 16  # its turn: there is more to be parsed than others should wait for
-SHAKING = 32  # TLS
+# Flags of `waits`:
+STORING = 1  # a complete message is signed, verified or committed
+CHECKING = 2  # a login attempt is checked, or a reply is delayed
+SPILLING = 4  # a thread writes to `large`
+BLOCKED = 8  # the client does not read its replies
+BEHIND = 16  # more input than is parsed in one turn: `turns` schedules the rest
+SHAKING = 32  # the TLS handshake after STARTTLS
 
 
 class Connection(asyncio.Protocol):
     """One client's connection."""
 
     __slots__ = (
-        "acceptor", "announcement", "arrived", "client", "closed_at", "counted", "dot_at", "early", "ended", "heard", "ident",
-        "identity", "large", "listener", "paused", "proxy", "seat", "session", "size", "text_since", "transport", "waits",
-        "wrong",
+        "acceptor",
+        "account_limit",
+        "active_at",
+        "arrived",
+        "client",
+        "closed_at",
+        "counted",
+        "data_since",
+        "dot_at",
+        "early",
+        "ended",
+        "errors_delayed",
+        "ident",
+        "identity",
+        "large",
+        "listener",
+        "paused",
+        "proxy",
+        "proxy_header",
+        "session",
+        "size",
+        "transport",
+        "waits",
     )  # fmt: skip
 
     def __init__(self, acceptor: "Acceptor", listener: Listener) -> None:
@@ -71,89 +91,90 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.session: ServerSession | None = None
         self.client: Client | None = None
-        self.counted = False  # in the limits, as `client`: `_enter` and `_assume` take, `give_back` alone gives back for good
-        self.announcement: Announcement | None = None  # a PROXY header that is still to come
-        self.arrived = 0.0  # when it was accepted (loop time), where something comes before SMTP
-        self.early = False  # it has talked before the banner
-        self.ended = False  # the client will say no more
-        self.heard = 0.0  # when the peer was last heard (loop time)
-        self.text_since = 0.0  # when the text under way began
-        self.dot_at = 0.0
+        self.counted = False  # in the limits, as `client`: `_enter` and `_change` take, only `release` gives back at the end
+        self.proxy_header: ProxyHeaderReader | None = None  # the reader of a PROXY header that is still incomplete
+        self.arrived = 0.0  # when it was accepted (loop time), if TLS or a PROXY header comes before SMTP
+        self.early = False  # the client sent data before the banner
+        self.ended = False  # the client has sent its EOF
+        self.active_at = 0.0  # when the client last sent, or was last made to wait (loop time): timeouts count from it
+        self.data_since = 0.0  # when the message data under way began (loop time); 0: none
+        self.dot_at = 0.0  # when the last message data was complete (loop time)
         self.ident = 0
-        self.size = 0  # octets stored of the message under way, ours in front included
+        self.size = 0  # octets of the message to be stored, the fields added here included
         self.large: Large | None = None
         self.waits = 0
         self.paused = False
-        self.closed_at = 0.0  # when it was first seen that the connection is being closed (loop time)
-        self.proxy: Client | None = None  # who has said by XCLIENT that this is `client`
+        self.closed_at = 0.0  # when `check` first found the connection being closed (loop time)
+        self.proxy: Client | None = None  # the proxy that named `client` by XCLIENT
         self.identity: Identity | None = None
-        self.seat = ""  # the limit of an account's connections that this one counts in: `give_back` ends that, too
-        self.wrong = 0  # the session's errors when its client was last made to wait
+        self.account_limit = ""  # the account's connection limit that counts it, or "": `release` gives that back, too
+        self.errors_delayed = 0  # the session's errors when a reply was last delayed for them
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         if self.client is None:
             peer = transport.get_extra_info("peername")
-            if not isinstance(peer, tuple):  # it is gone already, or has no address: nobody knows who it was
-                self._turned_away()
+            if not isinstance(peer, tuple):  # reset before its address could be read
+                self._count_refused()
                 transport.abort()  # type: ignore[attr-defined]
                 return
-            early = waiting(transport.get_extra_info("socket"))
+            early = unread(transport.get_extra_info("socket"))
             refusal = self.enter(peer[0], reply.TALKING_EARLY if early else None)
             if refusal is not None:
                 self._write(refusal)
                 transport.close()
                 return
-        elif not self.counted:  # `begin` was ended meanwhile
+        elif not self.counted:  # `begin` was cancelled meanwhile
             transport.abort()  # type: ignore[attr-defined]
             return
         if transport.get_extra_info("ssl_object") is None:
             self._greet(False)
 
     def enter(self, address: str, refusal: bytes | None = None) -> bytes | None:
-        """A client at the door: count it, or the reply that refuses it."""
+        """Count a new client by its address (`refusal`: a reply that rejects it anyway). The reply that rejects it, or None."""
         client = self.acceptor.intake.client(address.partition("%")[0])
         return self._enter(client, refusal)
 
-    def _enter(self, client: Client, refusal: bytes | None, speaks: bool = True) -> bytes | None:
+    def _enter(self, client: Client, refusal: bytes | None, is_client: bool = True) -> bytes | None:
         acceptor = self.acceptor
         self.client = client
         if refusal is None:
-            refusal = acceptor.enter(client, speaks)
+            refusal = acceptor.enter(client, is_client)
         if refusal is not None:
-            self._turned_away()
+            self._count_refused()
             return refusal
         self.counted = True
-        if speaks:
+        if is_client:
             acceptor.intake.counters.add(ACCEPTED, 1)
         acceptor.connections.add(self)
-        self.heard = acceptor.now()
+        self.active_at = acceptor.now()
         return None
 
-    def _turned_away(self) -> None:
+    def _count_refused(self) -> None:
         self.acceptor.intake.counters.add(REFUSED, 1)
 
-    def give_back(self) -> None:
-        """What it holds of the limits. The only place: whoever sees its end first does it, and who comes later finds nothing."""
+    def release(self) -> None:
+        """Give back all that the connection holds of the limits. Called wherever its end may be noticed first; further calls do
+        nothing."""
         self.acceptor.connections.discard(self)
         if self.counted and self.client is not None:
             self.counted = False
             self.acceptor.leave(self.client)
-        self._stand_up()
+        self._leave_account()
 
-    def _bound(self) -> None:
-        """Limits on what is owed to this client, and on what TLS holds of it."""
+    def _set_buffer_limits(self) -> None:
+        """Limit the unsent replies, and what TLS buffers while reading is paused."""
         transport = self.transport
         if transport is not None and not transport.is_closing():
-            transport.set_write_buffer_limits(OWED, OWED_LOW)
+            transport.set_write_buffer_limits(UNSENT, UNSENT_LOW)
             if transport.get_extra_info("ssl_object") is not None:
                 transport.set_read_buffer_limits(DECRYPTED)  # type: ignore[attr-defined]
 
     def _greet(self, secure: bool) -> None:
-        """Begin the session."""
-        self._bound()
+        """Begin the SMTP session and send the banner. `secure`: over TLS."""
+        self._set_buffer_limits()
         intake, client = self.acceptor.intake, self.client_of()
-        offers = self.acceptor.door.offers(self.listener, self._assume if client.xclient else None)
+        offers = self.acceptor.endpoint.offers(self.listener, self._assume if client.xclient else None)
         self.session = ServerSession(
             intake.hostname,
             client.limits,
@@ -167,8 +188,8 @@ class Connection(asyncio.Protocol):
         self._write(self.session.greet())
 
     def _assume(self, attributes: dict[str, str]) -> bytes | None:
-        """XCLIENT: from now on this is another client; one whose address is not said, now or before, may what anybody may. The
-        reply that refuses it, or None."""
+        """XCLIENT: from now on this is the client with these attributes. One whose address is unknown, now and before, has the
+        rights of an unauthenticated client. The reply that rejects it, or None."""
         session, acceptor, before = self.session, self.acceptor, self.client_of()
         proxy = self.proxy or before
         assert session is not None
@@ -180,25 +201,25 @@ class Connection(asyncio.Protocol):
             if address:
                 client = acceptor.intake.client(str(ipaddress.ip_address(address.partition("%")[0])))
             elif "ADDR" in attributes or self.proxy is None:
-                client = acceptor.intake.nobody(proxy.address)
+                client = acceptor.intake.unknown_client(proxy.address)
         except ValueError:
             return reply.BAD_ARGUMENT
         refusal = self._change(client) if client is not before else None
         if refusal is None and (attributes.keys() & {"ADDR", "LOGIN"} or client is not before):
             login = attributes.get("LOGIN", "")
-            refusal = self._become(acceptor.door.logins.as_kept(Identity(login)) if login else None)
+            refusal = self._set_identity(acceptor.endpoint.logins.with_account(Identity(login)) if login else None)
             session.user = login if refusal is None else ""
         self.proxy = proxy
         if refusal is not None:
             session.closing = True
             return refusal
         session.limit(client.limits)
-        self._permit(session)
-        self.wrong = 0
+        self._set_checks(session)
+        self.errors_delayed = 0
         return None
 
     def _change(self, client: Client) -> bytes | None:
-        """Count this connection as another client's. The reply that refuses it, or None."""
+        """Count this connection as another client's. The reply that rejects it, or None."""
         self.acceptor.leave(self.client_of())
         refusal = self.acceptor.enter(client)
         self.counted = refusal is None
@@ -206,55 +227,55 @@ class Connection(asyncio.Protocol):
             self.client = client
         return refusal
 
-    def _become(self, identity: Identity | None) -> bytes | None:
-        """From now on this is somebody who has logged in, or nobody. The reply that refuses it, which leaves nobody: as many are
-        logged in as may be."""
-        self._stand_up()
+    def _set_identity(self, identity: Identity | None) -> bytes | None:
+        """Set or clear (None) the authenticated user. The 454 when the account has too many connections, which leaves the client
+        unauthenticated; or None."""
+        self._leave_account()
         self.identity = None
         if identity is not None and identity.connections:
-            seat = f"logged in as {identity.name}"
-            if not self.acceptor.limits.take(seat, identity.connections):
+            limit = f"logged in as {identity.name}"
+            if not self.acceptor.limits.take(limit, identity.connections):
                 text = f"Too many connections of {identity.name} (limit connections {identity.connections}); try again later"
                 return reply.format_reply(454, "4.7.0", text)
-            self.seat = seat
+            self.account_limit = limit
         self.identity = identity
         return None
 
-    def _stand_up(self) -> None:
-        if self.seat:
-            self.acceptor.limits.give(self.seat)
-            self.seat = ""
+    def _leave_account(self) -> None:
+        if self.account_limit:
+            self.acceptor.limits.give(self.account_limit)
+            self.account_limit = ""
 
-    def _permit(self, session: ServerSession) -> None:
-        """What this client, or who has logged in, may do."""
+    def _set_checks(self, session: ServerSession) -> None:
+        """Set the session's checks at MAIL and RCPT to those of this client or authenticated user."""
         intake, identity = self.acceptor.intake, self.identity
         session.accept_sender = intake.sender_check(identity) if identity is not None else intake.accept_sender
         session.accept_recipient = intake.recipient_check(self.client_of(), identity)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self.give_back()
-        if not self.waits & (STORING | SPILLING):  # else what is waited for goes on with it
+        self.release()
+        if not self.waits & (STORING | SPILLING):  # otherwise the operation under way still uses it
             self._discard_large()
 
     def eof_received(self) -> bool:
-        """A client that half-closes behind the dot still gets its reply, but by TLS, which has no half: whatever we say there, it
-        is closed, and asking for more is a line on stderr."""
+        """A client that half-closes after the final dot still gets its reply, except over TLS: asyncio always closes that, and
+        logs a warning when asked to keep it open."""
         self.ended = True
         return self.waits != 0 and self.session is not None and not self.session.secure
 
     def pause_writing(self) -> None:
-        """The client does not read what it is told."""
+        """The transport holds more than UNSENT octets of replies: stop parsing and reading until the client has read them."""
         self.waits |= BLOCKED
         if self.session is not None:
             self.session.stopped = True
         self._pause()
 
     def resume_writing(self) -> None:
-        """It has read nearly all of it."""
+        """The client has read nearly all replies: go on in a turn of its own."""
         if self.session is not None:
             self.session.stopped = False
-        self.heard = self.acceptor.now()
+        self.active_at = self.acceptor.now()
         self.acceptor.turns.wait(self._unblocked)
 
     def _unblocked(self) -> None:
@@ -270,34 +291,35 @@ class Connection(asyncio.Protocol):
         if session is None:
             self.early = True
             return
-        self.heard = self.acceptor.time
+        self.active_at = self.acceptor.time
         if self.waits:
             session.parser.keep(data)
             self._pause()
             return
         out = session.receive(data)
-        if session.errors > self.wrong and session.errors > PATIENT_ERRORS and not self.client_of().trusted:
-            self._slow_down(session, out)
+        if session.errors > self.errors_delayed and session.errors > SOFT_ERRORS and not self.client_of().trusted:
+            self._tarpit(session, out)
         else:
             self._advance(session, out)
 
-    def _slow_down(self, session: ServerSession, out: bytes) -> None:
-        """Who makes mistake after mistake waits for each reply, and is not heard meanwhile."""
-        self.wrong = session.errors
+    def _tarpit(self, session: ServerSession, out: bytes) -> None:
+        """Delay the reply to a client that made many errors; nothing is read meanwhile."""
+        self.errors_delayed = session.errors
         self.waits |= CHECKING
         self._pause()
 
         def answer() -> None:
             self.waits &= ~CHECKING
             if not self._gone():
-                self.heard = self.acceptor.now()
+                self.active_at = self.acceptor.now()
                 self._advance(session, out)
                 self._go_on(0)
 
         self.acceptor.loop.call_later(self.acceptor.config.intake.tarpit, answer)
 
     def _advance(self, session: ServerSession, out: bytes) -> None:
-        """Behind the session's last move: write, store, spill, close."""
+        """After each step of the session: write `out`, then store, check a login, start TLS, spill or close as its state
+        requires."""
         self._write(out)
         if session.complete is not None:
             self._store(session, session.complete)
@@ -306,11 +328,11 @@ class Connection(asyncio.Protocol):
             self.acceptor.spawn(self._check_login(session, session.claim))
         elif session.starting_tls:
             self._start_tls()
-        elif session.taking_text and session.transaction is not None:
-            if not self.text_since:
-                self.text_since = self.heard
+        elif session.taking_data and session.transaction is not None:
+            if not self.data_since:
+                self.data_since = self.active_at
             large = self.large is not None or session.transaction.size > self.acceptor.intake.queue.big_limit - 4096
-            if large and not session.discarding:  # a refused text is dropped as it comes, not stored
+            if large and not session.discarding:  # the message data of a rejected message is discarded, not stored
                 self._spill(session, session.transaction)
         if session.behind and not self.waits & BEHIND:
             self.waits |= BEHIND
@@ -325,7 +347,7 @@ class Connection(asyncio.Protocol):
         self._go_on(BEHIND)
 
     def _go_on(self, reason: int) -> None:
-        """This is waited for no more: if nothing else is, on with what has come meanwhile, and with what comes."""
+        """Clear a flag of `waits`; if none is left, parse what came meanwhile and resume reading."""
         self.waits &= ~reason
         session = self.session
         if session is not None and not self.waits and not self._gone():
@@ -333,17 +355,17 @@ class Connection(asyncio.Protocol):
             self._resume()
 
     def _gone(self) -> bool:
-        """Whether the connection is closed, or being closed."""
+        """Whether the connection is closed or being closed."""
         return self.transport is None or self.transport.is_closing()
 
     def _close(self) -> None:
-        """Close it behind what is written; `check` ends one whose client does not take that."""
+        """Close the connection after what is written; `check` aborts it if the client does not read that."""
         if self.transport is not None:
             self.transport.close()
 
     def _ended(self) -> None:
-        """A transaction ended, and all that is its own ends with it."""
-        self.text_since = 0.0
+        """Called by the session when a transaction ends: discard its message data."""
+        self.data_since = 0.0
         if self.large is not None:
             self._discard_large()
 
@@ -360,69 +382,70 @@ class Connection(asyncio.Protocol):
     # TLS and logins
 
     def _start_tls(self) -> None:
-        """Shake hands behind STARTTLS. Nothing is read until that has begun: nothing in the clear is taken for a command."""
+        """Begin the handshake after STARTTLS. Reading is paused until then, so that nothing sent in the clear is taken for a
+        command (RFC 3207 4.2)."""
         assert self.transport is not None
         self.waits |= SHAKING
         self._pause()
         loop, transport = self.acceptor.loop, self.transport
 
         def begin(context: ssl.SSLContext) -> Awaitable[Any]:
-            return loop.start_tls(transport, self, context, server_side=True, **_PATIENCE)
+            return loop.start_tls(transport, self, context, server_side=True, **_TLS_TIMEOUTS)
 
         self.acceptor.spawn(self._shake_hands(begin))
 
     def arrive(self, sock: socket.socket, peer: str) -> bool:
-        """A socket on which a PROXY header comes first, or TLS, or both: count it, as the client's where it is known who that is,
-        else as the load balancer's; False where it is turned away."""
+        """A new socket on which a PROXY header, TLS or both come before SMTP: count it as the client's if that is known, else as
+        the load balancer's. False when it is rejected."""
         self.arrived = self.acceptor.now()
         try:
             if not self.listener.proxy:
                 return self.enter(peer) is None
-            if not among(peer, self.listener.proxy):
+            if not in_networks(peer, self.listener.proxy):
                 raise ConnectionRefusedError(f"{peer} is no load balancer (listener.proxy)")
-            self.announcement = Announcement(sock, peer)
-            header = self.announcement.look()
+            self.proxy_header = ProxyHeaderReader(sock, peer)
+            header = self.proxy_header.try_read()
             if header is None:
                 balancer = self.acceptor.intake.client(peer.partition("%")[0])
-                return self._let_in(sock, self._enter(balancer, None, speaks=False))
+                return self._entered(sock, self._enter(balancer, None, is_client=False))
         except OSError:
-            self._turned_away()
+            self._count_refused()
             return False
-        return self._announced(sock, named(header, peer), peer)
+        return self._proxied(sock, client_address(header, peer), peer)
 
-    def _announced(self, sock: socket.socket, address: str, peer: str) -> bool:
-        """The load balancer at `peer` has said for whom it connects ("": nobody knows): whether they may come in."""
-        self.announcement = None
-        self.give_back()
-        early = reply.TALKING_EARLY if self.listener.tls != "implicit" and waiting(sock) else None
+    def _proxied(self, sock: socket.socket, address: str, peer: str) -> bool:
+        """The load balancer at `peer` has named its client ("": unknown): count that instead. Whether it is admitted."""
+        self.proxy_header = None
+        self.release()
+        early = reply.TALKING_EARLY if self.listener.tls != "implicit" and unread(sock) else None
         intake = self.acceptor.intake
-        client = intake.client(address) if address else intake.nobody(peer.partition("%")[0])
-        return self._let_in(sock, self._enter(client, early))
+        client = intake.client(address) if address else intake.unknown_client(peer.partition("%")[0])
+        return self._entered(sock, self._enter(client, early))
 
-    def _let_in(self, sock: socket.socket, refusal: bytes | None) -> bool:
-        """Whether nothing refuses a client; else it is told."""
-        if refusal is not None and self.listener.tls != "implicit":  # who expects TLS would not understand it
+    def _entered(self, sock: socket.socket, refusal: bytes | None) -> bool:
+        """Whether a client is admitted (`refusal` is None); else send it the refusal."""
+        if refusal is not None and self.listener.tls != "implicit":  # a client that expects TLS could not read it
             with contextlib.suppress(OSError):
                 sock.send(refusal)
         return refusal is None
 
     async def begin(self, sock: socket.socket, peer: str) -> None:
-        """What comes before SMTP on a socket that has arrived. Where no session comes of it, `begun` clears up."""
+        """What comes before SMTP on a socket: the PROXY header, the TLS handshake. Runs as a task; `begun` cleans up after it."""
         loop = self.acceptor.loop
-        if self.announcement is not None:
+        if self.proxy_header is not None:
             try:
-                address = named(await self.announcement.whole(), peer)
+                address = client_address(await self.proxy_header.read(), peer)
             except OSError:
-                self._turned_away()
+                self._count_refused()
                 return
-            if not self._announced(sock, address, peer):
+            if not self._proxied(sock, address, peer):
                 return
         if self.listener.tls == "implicit":
-            if not waiting(sock):  # who says nothing costs no more than its socket
+            if not unread(sock):  # a silent client costs no more than its socket
                 await readable(sock)
 
             async def accept(context: ssl.SSLContext) -> asyncio.Transport:
-                return (await loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_PATIENCE))[0]
+                return (await loop.connect_accepted_socket(lambda: self, sock, ssl=context, **_TLS_TIMEOUTS))[0]
 
             await self._shake_hands(accept)
         else:
@@ -430,37 +453,38 @@ class Connection(asyncio.Protocol):
                 await loop.connect_accepted_socket(lambda: self, sock)
 
     def begun(self, sock: socket.socket) -> None:
-        """`begin` has ended, was cancelled, or never ran: without a session, or one that is being closed, nothing stays of it."""
+        """`begin` has ended, was cancelled or never ran: release everything, unless a session has begun or the transport is being
+        closed."""
         if self.session is None and (self.transport is None or not self.transport.is_closing()):
             if self.transport is not None:
                 self.transport.abort()
-            self.give_back()
+            self.release()
             sock.close()
 
     async def _shake_hands(self, begin: Callable[[ssl.SSLContext], Awaitable[Any]]) -> None:
-        context, before = self.acceptor.door.certificates.context, self.transport
+        context, before = self.acceptor.endpoint.certificates.context, self.transport
         try:
             if context is None:
                 raise ConnectionError("there is no usable certificate")
             found = await begin(context)
-            if self.session is None:  # what came with the end of the handshake, before our banner, is read in the next turn
+            if self.session is None:  # data that came with the end of the handshake, before the banner, is read in the next turn
                 await asyncio.sleep(0)
-        except Exception:  # SSLError; a peer that is gone or too slow; whatever it was, nobody else ends this connection
+        except Exception:  # SSLError, disconnect, timeout: after any error the connection is ended here
             self.acceptor.intake.counters.add(FAILED, 1)
             self.connection_lost(None)
             if before is not None:
                 before.abort()
             return
-        if self.counted:  # it is still there
+        if self.counted:  # the client has not disconnected meanwhile
             self.transport, self.paused = found, False
             self._secured()
 
     def _secured(self) -> None:
-        """TLS is on."""
+        """The TLS handshake is complete."""
         assert self.transport is not None
         resumed = self.transport.get_extra_info("ssl_object").session_reused
         self.acceptor.intake.counters.add(RESUMED if resumed else FULL, 1)
-        self.heard = self.acceptor.now()
+        self.active_at = self.acceptor.now()
         if self.session is not None:
             self._start_over(self.session)
         elif self.early:
@@ -470,19 +494,19 @@ class Connection(asyncio.Protocol):
             self._greet(True)
 
     def _start_over(self, session: ServerSession) -> None:
-        """TLS is on behind STARTTLS: nothing that was said in the clear holds, not even who it was."""
-        self.waits, session.stopped = 0, False  # what was owed is written in front of the handshake
-        self._bound()
+        """TLS is on after STARTTLS: discard all session state from before, authentication included (RFC 3207 4.2)."""
+        self.waits, session.stopped = 0, False  # replies were sent before the handshake began
+        self._set_buffer_limits()
         session.tls_started()
-        self._become(None)
-        self._permit(session)
+        self._set_identity(None)
+        self._set_checks(session)
 
     async def _check_login(self, session: ServerSession, claim: Claim) -> None:
         began = self.acceptor.now()
         try:
-            identity, answer = await self.acceptor.door.logins.check(claim, self.client_of().address)
-        except Exception as error:  # a mistake of ours must not leave the client waiting for good
-            text = redacted(f"a login could not be checked: {type(error).__name__}: {error}")
+            identity, answer = await self.acceptor.endpoint.logins.check(claim, self.client_of().address)
+        except Exception as error:  # after an internal error, too, the client gets a reply
+            text = redacted(f"a login attempt could not be checked: {type(error).__name__}: {error}")
             self.acceptor.intake.log.event("warning", text=text)
             identity, answer = None, reply.LOGIN_UNAVAILABLE
         if answer.startswith(b"535"):
@@ -491,9 +515,9 @@ class Connection(asyncio.Protocol):
         if self._gone():
             return
         if identity is not None:
-            answer = self._become(identity) or answer
-            self._permit(session)
-        self.heard = self.acceptor.now()
+            answer = self._set_identity(identity) or answer
+            self._set_checks(session)
+        self.active_at = self.acceptor.now()
         self._advance(session, session.checked(self.identity.name if self.identity is not None else "", answer))
         self._resume()
 
@@ -501,118 +525,119 @@ class Connection(asyncio.Protocol):
 
     def _store(self, session: ServerSession, transaction: Transaction) -> None:
         self.waits |= STORING
-        self.text_since = 0.0
+        self.data_since = 0.0
         self.dot_at = self.acceptor.now()
         if self.large is not None:
             self._finish_large()
             return
         intake = self.acceptor.intake
         self.ident = intake.queue.ident()
-        text = transaction.take()
-        start = text[0] if text else b""
-        if len(text) > 1 and b"\r\n\r\n" not in start:
-            start = _beginning(text)
+        data = transaction.take()
+        start = data[0] if data else b""
+        if len(data) > 1 and b"\r\n\r\n" not in start:
+            start = _start_of(data)
         front = intake.prepend(self.ident, transaction, self.client_of(), session, start, self.listener.submission, self.identity)
         if isinstance(front, bytes):
-            self._turn_down(front)
+            self._reject(front)
             return
         if transaction.chunked and transaction.tail != b"\r\n":
-            text.append(b"\r\n")  # BDAT text need not end in CRLF; what we send by DATA must
+            data.append(b"\r\n")  # BDAT message data need not end in CRLF; what is delivered by DATA must
         if self._signs():
-            self.acceptor.door.signer.sign(
-                front[0], text, self._application(), lambda found: self._signed(session, transaction, front, text, found)
+            self.acceptor.endpoint.signer.sign(
+                front[0], data, self._application(), lambda found: self._signed(session, transaction, front, data, found)
             )
             return
-        verifier = self.acceptor.door.verifier
-        if verifier is not None and not self._own():
-            self.acceptor.spawn(self._verify(verifier, session, transaction, front, text))
+        verifier = self.acceptor.endpoint.verifier
+        if verifier is not None and not self._may_relay():
+            self.acceptor.spawn(self._verify(verifier, session, transaction, front, data))
             return
-        text[:0] = front
-        self.size = sum(map(len, text))
-        self._admit(session, transaction, text)
+        data[:0] = front
+        self.size = sum(map(len, data))
+        self._admit(session, transaction, data)
 
     async def _verify(
-        self, verifier: "Verifier", session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes]
+        self, verifier: "Verifier", session: ServerSession, transaction: Transaction, front: list[bytes], data: list[bytes]
     ) -> None:
-        """A stranger's message that is in memory."""
-        whole = b"".join(text)
+        """Verify a message of an unauthenticated client that is in memory, then admit it."""
+        whole = b"".join(data)
         look = verifier.look(whole)
         if look is None:
             self._answer(reply.HEADER_TOO_LONG)
             return
         body = whole[look.end :]
-        field = await self._looked_at(verifier, session, transaction, look, body)
+        field = await self._verified_field(verifier, session, transaction, look, body)
         if field is not None:
             found = [field, *front, look.header, body]
             self.size = sum(map(len, found))
             self._admit(session, transaction, found)
 
-    async def _looked_at(
+    async def _verified_field(
         self, verifier: "Verifier", session: ServerSession, transaction: Transaction, look: "Look", body: bytes
     ) -> bytes | None:
-        """A stranger's message: what it says of itself is looked at. The field that tells what was found; None when it was
-        refused, and that answered."""
+        """Verify a message of an unauthenticated client (SPF, DKIM, DMARC). The header field with the results; None when it was
+        rejected, and that reply sent."""
         try:
             verdict = await verifier.check(self.client_of().address, session.helo, transaction.sender, look, body)
-        except Exception as error:  # a mistake of ours loses nobody's mail
-            self.acceptor.intake.unverified(error)
+        except Exception as error:  # after an internal error the client tries again
+            self.acceptor.intake.not_verified(error)
             self._answer(reply.NOT_VERIFIED)
             return None
         refusal = verdict.refusal
-        self.acceptor.intake.judged(verdict.dmarc.result, refusal)
+        self.acceptor.intake.count_dmarc(verdict.dmarc.result, refusal)
         if refusal is not None:
             self._answer(refusal)
             return None
         transaction.held = transaction.held or verdict.held
         return verdict.field
 
-    def _own(self) -> bool:
-        """Whether it is mail of somebody who may relay, or has logged in."""
+    def _may_relay(self) -> bool:
+        """Whether the client is authenticated or in a network that may relay."""
         return self.identity is not None or self.client_of().trusted
 
     def _signs(self) -> bool:
-        """Whether mail of this client is signed where there is a key for it: that of strangers is not ours."""
-        return bool(self.acceptor.door.signer) and self._own()
+        """Whether this client's mail is signed where there is a key for it."""
+        return bool(self.acceptor.endpoint.signer) and self._may_relay()
 
     def _application(self) -> str:
-        """Whose mail it is."""
+        """The application that the message belongs to, "" for none."""
         own = self.identity.application if self.identity is not None else ""
         return own or self.client_of().application or self.listener.application
 
     def _signed(
-        self, session: ServerSession, transaction: Transaction, front: list[bytes], text: list[bytes], found: bytes | Exception
+        self, session: ServerSession, transaction: Transaction, front: list[bytes], data: list[bytes], found: bytes | Exception
     ) -> None:
-        """The signatures are there, or cannot be: then the message is not sent without."""
+        """Called with the DKIM-Signature fields, or the reason why there are none: then the message is rejected, not sent
+        unsigned."""
         if isinstance(found, Exception):
             self._not_signed(found)
             return
-        text[:0] = [found, *front] if found else front
-        self.size = sum(map(len, text))
-        self._admit(session, transaction, text)
+        data[:0] = [found, *front] if found else front
+        self.size = sum(map(len, data))
+        self._admit(session, transaction, data)
 
     def _not_signed(self, error: Exception) -> None:
         if isinstance(error, Unsignable):
-            self._turn_down(error.reply)
+            self._reject(error.reply)
         else:
-            self.acceptor.intake.unsigned(error)
-            self._turn_down(reply.NOT_SIGNED)
+            self.acceptor.intake.not_signed(error)
+            self._reject(reply.NOT_SIGNED)
 
     def client_of(self) -> Client:
-        """The peer's rules."""
+        """The rules for this client."""
         assert self.client is not None
         return self.client
 
-    def _admit(self, session: ServerSession, transaction: Transaction, text: list[bytes] | Body) -> None:
+    def _admit(self, session: ServerSession, transaction: Transaction, data: list[bytes] | Body) -> None:
         client, identity = self.client_of(), self.identity
         if identity is not None and "octets" in identity.quotas:
             refused = self.acceptor.intake.quotas.account(identity, "octets", self.size, transaction)
             if refused is not None:
-                self._turn_down(refused)
+                self._reject(refused)
                 return
         self.acceptor.intake.admit(
             self.ident,
             transaction,
-            text,
+            data,
             self.size,
             client,
             session.helo,
@@ -627,14 +652,14 @@ class Connection(asyncio.Protocol):
         self.acceptor.intake.refused(transaction, self.client_of(), helo, answer)
 
     def _stored(self, error: StoreError | None) -> None:
-        """The group commit has returned."""
+        """Called by the queue: the group commit has returned, or the message could not be stored."""
         intake = self.acceptor.intake
         session = self.session
         if error is not None:
-            self._turn_down(intake.failed(error))
+            self._reject(intake.failed(error))
             return
         if self.large is not None:
-            self.large = None  # it is the queue's
+            self.large = None  # the queue owns the file now
             self.acceptor.give_file()
         transaction = session.complete if session is not None else None
         intake.accepted(self.size, len(transaction.recipients) if transaction is not None else 0)
@@ -647,7 +672,7 @@ class Connection(asyncio.Protocol):
             self._answer(answer)
 
     def _answer(self, answer: bytes) -> None:
-        """Answer the final dot and go on."""
+        """Send the reply to a complete message and go on."""
         self.waits &= ~STORING
         session = self.session
         if session is None or self._gone():
@@ -660,36 +685,37 @@ class Connection(asyncio.Protocol):
         self._advance(session, out)
         self._resume()
 
-    def _turn_down(self, answer: bytes) -> None:
-        """Refuse the complete message, in a turn of its own: there may be hundreds of them in one segment."""
+    def _reject(self, answer: bytes) -> None:
+        """Send a negative reply (4xx or 5xx) to the complete message, in a turn of its own: one segment may hold hundreds of
+        them, which would recurse."""
         self.acceptor.loop.call_soon(self._answer, answer)
 
     # A message that streams to disk
 
     def _spill(self, session: ServerSession, transaction: Transaction) -> None:
-        """Hand the text received so far to a thread, and read nothing until it is written."""
-        text = transaction.take()
+        """Pass the message data received so far to a thread, and read nothing until it is written."""
+        data = transaction.take()
         if self.large is None:
             self.ident = self.acceptor.intake.queue.ident()
-            found = self._opened(session, transaction, b"".join(text))
+            found = self._opened(session, transaction, b"".join(data))
             if not isinstance(found, bytes) and not self.acceptor.take_file():
-                found = self.acceptor.intake.failed(StoreError("no descriptor is left for it"))
+                found = self.acceptor.intake.failed(StoreError("no file descriptor is left for it"))
             if isinstance(found, bytes):
                 session.refuse(found)
                 return
-            self.large, text = found
-        if text:
+            self.large, data = found
+        if data:
             self.waits |= SPILLING
             self._pause()
-            future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self.large.write, text)
+            future = self.acceptor.loop.run_in_executor(self.acceptor.threads, self.large.write, data)
             future.add_done_callback(self._spilled)
 
     def _opened(self, session: ServerSession, transaction: Transaction, start: bytes) -> tuple[Large, list[bytes]] | bytes:
-        """A large message whose text begins with `start`, and that text; or the reply that refuses it."""
-        intake, door = self.acceptor.intake, self.acceptor.door
+        """A new large message whose message data begins with `start`, and that start; or the reply that rejects it."""
+        intake, endpoint = self.acceptor.intake, self.acceptor.endpoint
         ident, draft, look = self.ident, None, None
-        if door.verifier is not None and not self._own():
-            look = door.verifier.look(start)
+        if endpoint.verifier is not None and not self._may_relay():
+            look = endpoint.verifier.look(start)
             if look is None:
                 return reply.HEADER_TOO_LONG
             start = look.header + start[look.end :]
@@ -701,7 +727,7 @@ class Connection(asyncio.Protocol):
             return front
         if self._signs():
             try:
-                draft = door.signer.draft(front[0], start, self._application())
+                draft = endpoint.signer.draft(front[0], start, self._application())
             except Unsignable as error:
                 return error.reply
         return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
@@ -712,9 +738,9 @@ class Connection(asyncio.Protocol):
             self.waits &= ~SPILLING
             self._discard_large()
             return
-        self.heard = self.acceptor.time
+        self.active_at = self.acceptor.time
         if error is not None:
-            # The client is told at the end of its text; until then it is read and dropped.
+            # The reply is sent after the message data; until then that is read and discarded.
             self._discard_large()
             session.refuse(self.acceptor.intake.failed(store_error(error)))
         self._go_on(SPILLING)
@@ -723,16 +749,16 @@ class Connection(asyncio.Protocol):
         session, large = self.session, self.large
         assert session is not None and session.complete is not None and large is not None
         transaction = session.complete
-        text = transaction.take()
+        data = transaction.take()
         if transaction.chunked and transaction.tail != b"\r\n":
-            text.append(b"\r\n")
+            data.append(b"\r\n")
         self._pause()
-        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, large.write, text)
-        future.add_done_callback(lambda future: self._passed_by(session, transaction, large, future.exception()))
+        future = self.acceptor.loop.run_in_executor(self.acceptor.threads, large.write, data)
+        future.add_done_callback(lambda future: self._large_written(session, transaction, large, future.exception()))
 
-    def _passed_by(self, session: ServerSession, transaction: Transaction, large: Large, error: BaseException | None) -> None:
-        """All of a large text is written: now it can be known what stands in front of it."""
-        verifier = self.acceptor.door.verifier
+    def _large_written(self, session: ServerSession, transaction: Transaction, large: Large, error: BaseException | None) -> None:
+        """All message data of a large message is written: compute the fields that depend on it."""
+        verifier = self.acceptor.endpoint.verifier
 
         def signed(found: bytes | Exception) -> None:
             if isinstance(found, Exception):
@@ -743,7 +769,7 @@ class Connection(asyncio.Protocol):
         if error is not None:
             self._stored(store_error(error))
         elif large.draft is not None:
-            self.acceptor.door.signer.finish(large.draft, signed)
+            self.acceptor.endpoint.signer.finish(large.draft, signed)
         elif large.look is not None and verifier is not None:
             self.acceptor.spawn(self._verify_large(verifier, session, transaction, large, large.look))
         else:
@@ -752,7 +778,7 @@ class Connection(asyncio.Protocol):
     async def _verify_large(
         self, verifier: "Verifier", session: ServerSession, transaction: Transaction, large: Large, look: "Look"
     ) -> None:
-        field = await self._looked_at(verifier, session, transaction, look, b"")
+        field = await self._verified_field(verifier, session, transaction, look, b"")
         if field is not None:
             self._close_large(session, transaction, large, field)
 
@@ -777,7 +803,7 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def check(self, now: float) -> None:
-        """Close a peer that is silent or too slow, and end one that does not read. Called every CHECK_EVERY seconds."""
+        """Close a client that is silent or too slow, and abort one that does not read. Called every CHECK_EVERY seconds."""
         session, transport = self.session, self.transport
         if transport is not None and transport.is_closing():
             if not self.closed_at:
@@ -789,12 +815,12 @@ class Connection(asyncio.Protocol):
             return
         settings = self.acceptor.config.intake
         patience = STRESS_PATIENCE if self.acceptor.stressed else 1.0
-        quiet = now - self.heard
+        quiet = now - self.active_at
         if self.waits & BLOCKED:
             if quiet > settings.command_timeout * patience:
                 transport.abort()
-        elif session.taking_text:
-            taken = now - self.text_since if self.text_since else 0.0
+        elif session.taking_data:
+            taken = now - self.data_since if self.data_since else 0.0
             received = session.transaction.size if session.transaction is not None else 0
             if quiet > settings.data_timeout * patience:
                 self._give_up(reply.TIMEOUT)
@@ -811,16 +837,16 @@ class Connection(asyncio.Protocol):
         self._discard_large()
 
     def drain(self) -> None:
-        """Shutting down: an idle session is told so now, one with a message under way behind its dot."""
+        """Shutting down: close an idle session with a 421 now; one with a message under way gets it after its final dot."""
         session = self.session
-        if session is not None and not (self.waits & (STORING | CHECKING) or session.taking_text or session.starting_tls):
+        if session is not None and not (self.waits & (STORING | CHECKING) or session.taking_data or session.starting_tls):
             self._give_up(DRAIN_REPLY)
 
 
-def _beginning(text: list[bytes]) -> bytes:
-    """The first octets of a text, which hold its header if it is a reasonable one."""
+def _start_of(data: list[bytes]) -> bytes:
+    """The first HEADER_SEEN octets of message data."""
     found = bytearray()
-    for piece in text:
+    for piece in data:
         found += piece[: HEADER_SEEN - len(found)]
         if len(found) == HEADER_SEEN:
             break

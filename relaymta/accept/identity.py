@@ -1,4 +1,4 @@
-"""Who somebody is: by their login, or by the network they come from."""
+"""Identities: an authenticated user, and the address groups by which clients are counted."""
 
 import ipaddress
 import re
@@ -13,22 +13,22 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Unavailable(Exception):
-    """Nobody can say now who somebody is; str() is the reason."""
+    """An authentication back end gave no usable answer; str() is the reason."""
 
 
 class Identity(NamedTuple):
-    """Somebody who has logged in, and what holds for their mail ("" where the listener or network decides)."""
+    """An authenticated user, and what applies to their mail ("" where the listener or network decides)."""
 
     name: str
     application: str = ""
     priority: str = ""
     senders: tuple[str, ...] = ()
     quotas: dict[str, str] = {}  # noqa: RUF012 (of a tuple, never changed)
-    hold: bool = False  # what is over a quota
-    connections: int = 0  # logged in at the same time; 0: any
+    hold: bool = False  # hold messages above a quota instead of rejecting them
+    connections: int = 0  # connections at the same time; 0: no limit
 
     def may_send_as(self, address: str) -> bool:
-        """Whether an address is one of `senders`; what is none, is not."""
+        """Whether `senders` allows an address. A malformed address is not allowed."""
         if not self.senders:
             return True
         lower = address.lower()
@@ -41,7 +41,7 @@ class Identity(NamedTuple):
 
 
 def group_of(address: str) -> str:
-    """What counts as one client: an IPv4 address, or an IPv6 /64, all of which one host may have."""
+    """The group that counts as one client: an IPv4 address, or an IPv6 /64, which one host may have."""
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((parsed, 64), strict=False))
@@ -49,16 +49,16 @@ def group_of(address: str) -> str:
 
 
 def wider_group_of(address: str) -> str:
-    """What may be one client all the same: an IPv6 /48, which a site is given; "" for IPv4."""
+    """The wider group that may be one client: an IPv6 /48, the usual prefix of a site; "" for IPv4."""
     parsed = ipaddress.ip_address(address)
     return str(ipaddress.ip_network((parsed, 48), strict=False)) if isinstance(parsed, ipaddress.IPv6Address) else ""
 
 
 def possible(name: str) -> bool:
-    """Whether that can be somebody's name: there is one, and it has no control characters, which logs and replies would show."""
+    """Whether a user name is valid: not empty, and without control characters, which logs and replies would contain."""
     return bool(name) and not _CONTROL.search(name)
 
 
 def folded(name: str) -> str:
-    """A user's name without what a back end may overlook: case, width and blanks around it."""
+    """A user name normalized as a back end may do it: without regard to case, width and surrounding blanks."""
     return unicodedata.normalize("NFKC", name).casefold().strip()

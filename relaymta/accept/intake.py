@@ -1,4 +1,4 @@
-"""The one entry: what a client may do, and how a complete message becomes an envelope in the queue."""
+"""Rules for clients, and the only way for a message into the queue: `prepend` adds the fields, `admit` submits it."""
 
 import ipaddress
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from relaymta.accept.door import Door
+from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.identity import Identity, group_of
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, PeerNetwork
@@ -37,20 +37,20 @@ RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
 
 DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", "fail", "permerror", "temperror")}
 
-# A local part that a host behind us could take for a way to somewhere else: a%b, a!b, "a@b".
+# A local part that a later host could take for a source route: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
-_NOBODY = PeerNetwork(networks=[])
-UNKNOWN = "0.0.0.0"  # the address of a client of whom none is known
+_NO_OVERRIDES = PeerNetwork(networks=[])
+UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What is known of a peer, and what it may do."""
+    """A client, and what the rules for its address allow."""
 
     address: str
-    group: str  # what counts together with it
+    group: str  # by which its connections and rates are counted
     trusted: bool
     connections: int
     application: str
@@ -77,12 +77,12 @@ class _Networks:
 
 
 class Intake:
-    """Rules and counters shared by a worker's connections."""
+    """The rules and counters that the connections of a worker share."""
 
     def __init__(
-        self, config: Config, routes: RouteTable, queue: Queue, door: Door, quotas: Quotas, counters: Counters, log: Log
+        self, config: Config, routes: RouteTable, queue: Queue, endpoint: Endpoint, quotas: Quotas, counters: Counters, log: Log
     ) -> None:
-        self._door = door
+        self._endpoint = endpoint
         self.quotas = quotas
         self.hostname = config.hostname
         self.queue = queue
@@ -94,7 +94,7 @@ class Intake:
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
-        """Take over a new configuration; sessions under way keep what they began with."""
+        """Replace the configuration. Sessions under way keep the rules they began with."""
         self._config = config
         self._routes = routes
         self._domains = {domain.lower().rstrip(".") for domain in config.relay.domains}
@@ -106,7 +106,7 @@ class Intake:
         self._clients: dict[str, Client] = {}
 
     def client(self, address: str) -> Client:
-        """The rules for a peer's address."""
+        """The rules for a client's address."""
         known = self._clients.get(address)
         if known is None:
             if len(self._clients) > 10_000:
@@ -114,9 +114,9 @@ class Intake:
             known = self._clients[address] = self._rules(address)
         return known
 
-    def nobody(self, peer: str) -> Client:
-        """The rules for a client whose address cannot be known, behind a peer: counted as the peer, with no rights of its, nor
-        with its address, which SPF would believe."""
+    def unknown_client(self, peer: str) -> Client:
+        """The rules for a client whose address is unknown, behind the proxy `peer`: it is counted as the proxy, but has neither
+        its rights nor its address, which SPF would evaluate."""
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False)
         return replace(found, address=UNKNOWN, trusted=False, xclient=False, application="", priority="", limits=limits)
@@ -126,17 +126,17 @@ class Intake:
         parsed = ipaddress.ip_address(address)
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
-        own = next((peer for networks, peer in self._peers if parsed in networks), _NOBODY)
-        trusted = _chosen(own.relay, parsed in self._trusted)
+        own = next((peer for networks, peer in self._peers if parsed in networks), _NO_OVERRIDES)
+        trusted = _own_or_general(own.relay, parsed in self._trusted)
         most = config.limits.connections_per_client
         limits = Limits(
-            message_size=_chosen(own.message_size, config.limits.message_size),
-            recipients=_chosen(own.recipients, config.intake.recipients),
+            message_size=_own_or_general(own.message_size, config.limits.message_size),
+            recipients=_own_or_general(own.recipients, config.intake.recipients),
             errors=config.intake.errors,
-            normalize=_chosen(own.normalize, parsed in self._normalized),
-            long_lines=_chosen(own.long_lines, parsed in self._long_lines or trusted),
+            normalize=_own_or_general(own.normalize, parsed in self._normalized),
+            long_lines=_own_or_general(own.long_lines, parsed in self._long_lines or trusted),
         )
-        connections = _chosen(own.connections, max(most, 200) if trusted else most)
+        connections = _own_or_general(own.connections, max(most, 200) if trusted else most)
         general = config.limits
         return Client(
             str(parsed),
@@ -147,13 +147,13 @@ class Intake:
             own.priority or "",
             limits,
             own.xclient,
-            _chosen(own.connection_rate, general.connection_rate),
-            _chosen(own.message_rate, general.message_rate),
-            _chosen(own.recipient_rate, general.recipient_rate),
+            _own_or_general(own.connection_rate, general.connection_rate),
+            _own_or_general(own.message_rate, general.message_rate),
+            _own_or_general(own.recipient_rate, general.recipient_rate),
         )
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
-        """At MAIL: is there room for a message of `size` octets (0: not announced)?"""
+        """The check at MAIL: the 452 when there is no room for a message of `size` octets (0: not announced), or None."""
         if self.out_of_memory:
             self.counters.add(REFUSED_FULL, 1)
             return reply.OUT_OF_MEMORY
@@ -163,7 +163,8 @@ class Intake:
         return None
 
     def sender_check(self, identity: Identity) -> Callable[[str, int], bytes | None]:
-        """At MAIL, of somebody who has logged in: may they send as this sender?"""
+        """The check at MAIL for an authenticated user: the reply (550) when their account may not send as this sender, else
+        `accept_sender`."""
         if not identity.senders:
             return self.accept_sender
 
@@ -175,11 +176,11 @@ class Intake:
         return check
 
     def recipient_check(self, client: Client, identity: Identity | None) -> Callable[[str, Transaction], bytes | None]:
-        """At RCPT: may this client, or who has logged in, send there, and so much?"""
+        """The check at RCPT for a client or an authenticated user: relay rights, then rates and quotas."""
         limited = bool(client.message_rate or client.recipient_rate or (identity is not None and identity.quotas))
         free = client.trusted or identity is not None
         if free and not limited:
-            return _anything
+            return _accept_any
 
         def check(address: str, transaction: Transaction) -> bytes | None:
             refused = None if free else self._refusal(address)
@@ -193,22 +194,23 @@ class Intake:
         return check
 
     def _refusal(self, address: str) -> bytes | None:
-        """Why a stranger may not send there, or None."""
+        """The reply that rejects a recipient of an unauthenticated client, or None. Postmaster is accepted (RFC 5321 4.5.1)."""
         domain = domain_of(address)
         if address.lower() == "postmaster":
             return None
         if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
             return reply.RELAY_DENIED
-        return None if self._door.knows(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
+        return None if self._endpoint.recipient_exists(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
 
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
-        """Take a recipient, with the first one the message, from what somebody may send. The reply that refuses more."""
+        """Take the units of a recipient, and with the first one those of the message, from rates and quotas. The reply when one
+        is used up, or None."""
         first = not transaction.recipients
         rates = [("recipient_rate", client.recipient_rate)] if client.recipient_rate else []
         if first and client.message_rate:
             rates.insert(0, ("message_rate", client.message_rate))
         kinds = () if identity is None else ("messages", "recipients") if first else ("recipients",)
-        for taking in (False, True):  # all of them or none: a recipient that is refused costs nothing
+        for taking in (False, True):  # all units or none: a rejected recipient takes nothing
             for kind, quota in rates:
                 refused = self.quotas.client(client.group, kind, quota, taking)
                 if refused is not None:
@@ -221,27 +223,27 @@ class Intake:
         return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
-        """A message was refused at the end of its text."""
-        if answer.startswith(b"5"):  # else failed() has counted it
+        """Count and log a message that was rejected after its message data. `answer`: the reply, 4xx or 5xx."""
+        if answer.startswith(b"5"):  # 4xx was counted where it arose
             self.counters.add(REFUSED_CONTENT, 1)
         self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
 
     def foreign(self, client: Client, helo: str) -> None:
-        """A client that speaks another protocol was turned away."""
+        """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)
         self._rejected(client, helo, "", [], reply.NOT_SMTP)
 
     def _rejected(self, client: Client, helo: str, sender: str, recipients: list[str], answer: bytes) -> None:
-        said = answer.decode("utf-8", "replace").strip()
-        self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=said)
+        answered = answer.decode("utf-8", "replace").strip()
+        self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=answered)
 
     def prepend(self, ident: int, transaction: Transaction, client: Client, session: ServerSession,
                 start: bytes, submission: bool, identity: Identity | None) -> list[bytes] | bytes:  # fmt: skip
-        """The fields that go in front of a message whose text begins with `start` (HEADER_SEEN octets suffice); or the reply that
-        refuses it."""
+        """The fields to add before a message whose message data begins with `start` (HEADER_SEEN octets suffice); or the reply
+        that rejects it. Sets `transaction.headers`."""
         header = start[: header_end(start)]
         if identity is not None and identity.senders:
-            refused = _not_as_themselves(identity, header, len(start))
+            refused = _check_authors(identity, header, len(start))
             if refused is not None:
                 return refused
         if self._routes.looks_at_headers:
@@ -275,14 +277,14 @@ class Intake:
         if self._staging is not None:
             fields = self._staging.banner(recipients) + fields
         if not header or (header[:2] != b"\r\n" and b":" not in header.partition(b"\r\n")[0]):
-            fields += b"\r\n"  # there is no header: what we add must not swallow the text's first line
+            fields += b"\r\n"  # there is no header: the first line of the body must not become part of our fields
         return [fields]
 
     def admit(
         self,
         ident: int,
         transaction: Transaction,
-        text: list[bytes] | Body,
+        data: list[bytes] | Body,
         size: int,
         client: Client,
         helo: str,
@@ -291,7 +293,8 @@ class Intake:
         priority: str,
         done: Callable[[StoreError | None], None],
     ) -> None:
-        """Put a complete message into the queue; `user`: who had logged in; `done(None)` once it is safe."""
+        """Submit a complete message to the queue. `size`: octets, our fields included; `user`: the authenticated user or "";
+        `done(None)` is called once it is synced, `done(error)` if it could not be stored."""
         flags = HELD if transaction.held else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -317,33 +320,34 @@ class Intake:
             headers=transaction.headers,
             user=user,
         )
-        queue.submit(ident, envelope, text, done)
+        queue.submit(ident, envelope, data, done)
 
-    def unsigned(self, error: Exception) -> None:
-        """A message could not be signed."""
+    def not_signed(self, error: Exception) -> None:
+        """Count and log a message that could not be signed."""
         self.counters.add(REFUSED_FILTER, 1)
-        self.log.event("warning", text=f"a message could not be signed, and was put off: {error}")
+        self.log.event("warning", text=f"a message could not be signed and was temporarily rejected: {error}")
 
-    def unverified(self, error: Exception) -> None:
-        """A stranger's message could not be looked at."""
+    def not_verified(self, error: Exception) -> None:
+        """Count and log a message of an unauthenticated client that could not be verified (SPF, DKIM, DMARC)."""
         self.counters.add(REFUSED_FILTER, 1)
-        self.log.event("warning", text=f"a message could not be verified, and was put off: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        self.log.event("warning", text=f"a message could not be verified and was temporarily rejected: {reason}")
 
-    def judged(self, result: str, refusal: bytes | None) -> None:
-        """What DMARC says of a stranger's message, and the reply that refuses it or puts it off."""
+    def count_dmarc(self, result: str, refusal: bytes | None) -> None:
+        """Count the DMARC result of a message; `refusal`: the reply that rejects it, if any."""
         self.counters.add(DMARC[result], 1)
         if refusal is not None and refusal.startswith(b"4"):
             self.counters.add(REFUSED_FILTER, 1)
 
     def accepted(self, size: int, recipients: int) -> None:
-        """A message was acknowledged."""
+        """Count a message that was acknowledged."""
         add = self.counters.add
         add(RECEIVED, 1)
         add(OCTETS, size)
         add(RECIPIENTS, recipients)
 
     def failed(self, error: StoreError) -> bytes:
-        """The reply for a message that could not be made safe."""
+        """Count a message that could not be stored; the reply for it (452 or 451)."""
         if isinstance(error, StoreFull):
             self.counters.add(REFUSED_FULL, 1)
             return reply.STORE_FULL
@@ -351,24 +355,25 @@ class Intake:
         return reply.STORE_ERROR
 
 
-def _not_as_themselves(identity: Identity, header: bytes, seen: int) -> bytes | None:
-    """The reply that refuses a header in which somebody writes as another, or may: of its text only `seen` octets are known."""
-    if too_long(header) or len(header) == seen >= HEADER_SEEN:  # what is behind it was not seen
+def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None:
+    """The reply that rejects a header with an author (From, Sender) that the account may not use, or with one that cannot be
+    checked: only `seen` octets of the message data are known. None: all authors are allowed."""
+    if too_long(header) or len(header) == seen >= HEADER_SEEN:  # fields after the known part may name other authors
         return reply.HEADER_TOO_LONG
     try:
         found = [str(mailbox) for mailbox in authors(header, (b"from", b"sender"))]
     except Malformed:
         return reply.BAD_AUTHOR
-    stranger = next((author for author in found if not identity.may_send_as(author)), None)
-    if stranger is None:
+    foreign = next((author for author in found if not identity.may_send_as(author)), None)
+    if foreign is None:
         return None
-    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{stranger[:320]}> (senders of its account)")
+    return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> (senders of its account)")
 
 
-def _anything(address: str, transaction: Transaction) -> bytes | None:
+def _accept_any(address: str, transaction: Transaction) -> bytes | None:
     return None
 
 
-def _chosen(own: T | None, general: T) -> T:
-    """A network's own value, or what holds for everybody."""
+def _own_or_general(own: T | None, general: T) -> T:
+    """A network's own value, or the general one where it has none."""
     return general if own is None else own

@@ -1,4 +1,4 @@
-"""Bound sockets: those whose connections the loop accepts, and those where something comes before SMTP."""
+"""Listening sockets: those whose connections the event loop accepts, and those where TLS or a PROXY header comes before SMTP."""
 
 import asyncio
 import errno
@@ -15,25 +15,26 @@ from relaymta.proto.proxy import LONGEST, BadHeader, Header, parse
 if TYPE_CHECKING:
     from relaymta.accept.connection import Connection
 
-__all__ = ["SCARCE", "Announcement", "Guarded", "Listening", "among", "named", "readable", "waiting"]
+__all__ = ["SCARCE", "Guarded", "Listening", "ProxyHeaderReader", "client_address", "in_networks", "readable", "unread"]
 
 BACKLOG = 1024
-ACCEPT_TOGETHER = 16  # sockets accepted in one turn of the loop, each of which may be the first part of a handshake
-PROXY_SECONDS = 5.0  # waited for a load balancer's header
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # there will be descriptors again when others have ended
+ACCEPT_TOGETHER = 16  # sockets accepted in one turn of the loop: each may begin a TLS handshake
+PROXY_SECONDS = 5.0  # seconds for a load balancer's whole header
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # errors that end when descriptors or memory are free again
 
 
 class Listening:
-    """A bound socket, on which connections are taken or, while paused, wait in its backlog.
+    """A bound socket whose connections are accepted or, while it is paused, wait in its backlog.
 
-    `resume`, `pause` and `close` may be called at any time and in any order: what was wanted last holds. `resume` alone makes a
-    server, and one at a time, however many wait for it."""
+    `resume`, `pause` and `close` may be called at any time and in any order: the last call decides. Only `resume` creates the
+    server; a call while another is under way leaves that to it.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: "Callable[[], Connection]") -> None:
         self._loop = loop
         self._socket = sock
-        # TCP's urgent octet stays where it was sent, for all that are accepted here: else it would be in nobody's count of what
-        # has come, and missing in the text.
+        # Accepted sockets inherit this: TCP's urgent octet stays in the stream. Otherwise it would be missing in FIONREAD and in
+        # the message data.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._make = make
         self._server: asyncio.Server | None = None
@@ -42,7 +43,7 @@ class Listening:
         self._closed = False
 
     async def resume(self) -> None:
-        """Take connections, unless told otherwise meanwhile. OSError: there are no descriptors for that."""
+        """Accept connections, unless `pause` or `close` is called meanwhile. OSError: no descriptor is left."""
         self._wanted = not self._closed
         if self._resuming:
             return
@@ -52,7 +53,7 @@ class Listening:
                 server = await self._serving()
                 if self._wanted:
                     self._server = server
-                else:  # paused or closed while that was made
+                else:  # paused or closed meanwhile
                     server.close()
         finally:
             self._resuming = False
@@ -66,23 +67,23 @@ class Listening:
             raise
 
     def pause(self) -> None:
-        """Let connections wait."""
+        """Stop accepting; connections wait in the backlog."""
         self._wanted = False
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def close(self) -> None:
-        """Give the socket up."""
+        """Stop accepting and close the socket, for good."""
         self._closed = True
         self.pause()
         self._socket.close()
 
 
 class Guarded(Listening):
-    """One on which TLS or a PROXY header comes first. Sockets are accepted here, so that a client is known, and counted or
-    refused, before a handshake is paid for. `arrived(connection, socket, address of the peer)` goes on with each; `scarce()` is
-    told when there is no descriptor for the next."""
+    """A listening socket on which TLS or a PROXY header comes before SMTP. Sockets are accepted here, so that a client is
+    identified, and counted or rejected, before the cost of a handshake. `arrived(connection, socket, peer address)` is called for
+    each; `scarce()` when no descriptor is left for the next."""
 
     def __init__(
         self,
@@ -116,41 +117,41 @@ class Guarded(Listening):
                 return
             try:
                 sock, peer = self._listening.accept()
-            except BlockingIOError:  # nobody waits any more
+            except BlockingIOError:  # the backlog is empty
                 return
             except OSError as error:
-                if error.errno in SCARCE:  # it would be readable again at once, for nothing
+                if error.errno in SCARCE:  # the socket would stay readable: stop polling it
                     self._scarce()
                     return
-                continue  # this one has gone again
+                continue  # this client has disconnected
             sock.setblocking(False)
             self._arrived(self._make(), sock, peer[0])
 
 
-def among(peer: str, networks: list[str]) -> bool:
+def in_networks(peer: str, networks: list[str]) -> bool:
     """Whether an address, as the system gives it, is in one of some networks."""
     address = _plain(peer)
     return any(address in ipaddress.ip_network(network) for network in networks)
 
 
-def named(header: Header, peer: str) -> str:
-    """The client of whom the load balancer at `peer` speaks; "" where it cannot be known who that is: nobody is named, no host
-    can have the address, or it is a loopback address of the balancer's machine, which is not ours."""
+def client_address(header: Header, peer: str) -> str:
+    """The client address in a PROXY header from the load balancer at `peer`; "" where it is unknown: none is given (LOCAL,
+    UNKNOWN), no host can have it, or it is a loopback address of the load balancer's machine, not of ours."""
     if not header.address:
         return ""
     address = _plain(header.address)
-    nobody = address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255"
-    return "" if nobody or (address.is_loopback and not _plain(peer).is_loopback) else str(address)
+    invalid = address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255"
+    return "" if invalid or (address.is_loopback and not _plain(peer).is_loopback) else str(address)
 
 
 def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Without its scope; an IPv4 address that is written as one of IPv6 (RFC 4291 2.5.5.2) as what it is."""
+    """An address without its scope; an IPv4-mapped IPv6 address (RFC 4291 2.5.5.2) as IPv4."""
     found = ipaddress.ip_address(address.partition("%")[0])
     return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
 
 
-def waiting(sock: socket.socket) -> int:
-    """How many octets have come on a socket and were not read; 0 for one that is gone."""
+def unread(sock: socket.socket) -> int:
+    """The number of received octets of a socket that were not read yet; 0 for one that was reset."""
     found = array("i", [0])
     try:
         fcntl.ioctl(sock.fileno(), termios.FIONREAD, found)
@@ -159,51 +160,52 @@ def waiting(sock: socket.socket) -> int:
     return found[0]
 
 
-class Announcement:
-    """The PROXY header that a load balancer at `peer` begins a connection with, as it comes in."""
+class ProxyHeaderReader:
+    """Reads the PROXY header with which the load balancer at `peer` begins a connection."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
         self._peer = peer
-        self._taken = b""
+        self._received = b""
 
-    def look(self) -> Header | None:
-        """The header, taken from the socket, and nothing behind it; None while it is not whole. ConnectionError: it is none."""
+    def try_read(self) -> Header | None:
+        """The header, consumed from the socket without anything after it; None while it is incomplete. ConnectionError:
+        malformed, or the connection was closed."""
         try:
-            data = self._socket.recv(LONGEST - len(self._taken), socket.MSG_PEEK)
+            data = self._socket.recv(LONGEST - len(self._received), socket.MSG_PEEK)
         except BlockingIOError:
             return None
         if not data:
             raise ConnectionRefusedError(f"{self._peer}: it closed the connection")
         try:
-            found = parse(self._taken + data)
+            found = parse(self._received + data)
         except BadHeader as error:
             raise ConnectionRefusedError(f"{self._peer}: {error}") from None
-        # While it is not whole all of it is the header's: taken, so that the socket is readable again only when there is more.
-        self._taken += self._socket.recv(len(data) if found is None else found.length - len(self._taken))
+        # A partial header is consumed, so that the socket becomes readable again only when more arrives.
+        self._received += self._socket.recv(len(data) if found is None else found.length - len(self._received))
         return found
 
-    async def whole(self) -> Header:
-        """The header, once it is whole. OSError: it is none, or does not come for PROXY_SECONDS."""
+    async def read(self) -> Header:
+        """The header, once it is complete. OSError: it is malformed, or incomplete after PROXY_SECONDS."""
         async with asyncio.timeout(PROXY_SECONDS):
             while True:
                 await readable(self._socket)
-                found = self.look()
+                found = self.try_read()
                 if found is not None:
                     return found
 
 
 async def readable(sock: socket.socket) -> None:
-    """Wait until something has come on a socket, or its end."""
+    """Wait until a socket has data or has reached its end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock.fileno(), _tell, future)
+    loop.add_reader(sock.fileno(), _resolve, future)
     try:
         await future
     finally:
         loop.remove_reader(sock.fileno())
 
 
-def _tell(future: "asyncio.Future[None]") -> None:
+def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)

@@ -1,4 +1,5 @@
-"""Passwords against what is kept of them: argon2id, or the keys of SCRAM-SHA-256; computed on one thread beside the loop."""
+"""Stored passwords, as argon2id hashes or SCRAM-SHA-256 keys: creating and verifying them. Verification runs on one thread beside
+the loop."""
 
 import asyncio
 import base64
@@ -20,23 +21,24 @@ __all__ = ["PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id", "matches", "scram
 # OWASP's least for argon2id: 19 MiB, two passes, one lane.
 _ARGON2 = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 _SCRAM = scramp.ScramMechanism("SCRAM-SHA-256")
-PEOPLE_ITERATIONS = 100_000  # of SCRAM with a password that can be guessed: 20 ms, as argon2id
+PEOPLE_ITERATIONS = 100_000  # of SCRAM for a password that people choose: 20 ms of CPU to verify, like argon2id
 NICE = 10
 MOST_WAITING = 500
 
 
 class Busy(Exception):
-    """Too many passwords wait to be checked; str() says whose."""
+    """Too many passwords wait to be verified; str() is the reason."""
 
 
 def argon2id(password: str) -> str:
-    """What to keep of a person's password."""
+    """The argon2id hash to store for a person's password."""
     return _ARGON2.hash(password)
 
 
 def scram(password: str, iterations: int = 4096, salt: bytes = b"") -> str:
-    """What to keep of a password so that SCRAM works with it. With few iterations only for keys that nobody can guess. `salt`: of
-    another that is to work beside it, for SCRAM's server names one (RFC 5802 5.1). ValueError: it cannot be (RFC 4013)."""
+    """The SCRAM-SHA-256 keys to store for a password. Few iterations are for generated keys only, which brute force cannot find.
+    `salt`: that of another secret of the same account, since a SCRAM server announces one salt (RFC 5802 5.1). ValueError: the
+    password is not allowed (RFC 4013)."""
     try:
         salt, stored, server, count = _SCRAM.make_auth_info(password, iteration_count=iterations, salt=salt or os.urandom(16))
     except scramp.ScramException as error:
@@ -49,7 +51,7 @@ def _b64(octets: bytes) -> str:
 
 
 def scram_keys(kept: str) -> Keys | None:
-    """What is kept of a password as SCRAM's keys; None when it is not of that form."""
+    """The SCRAM keys of a stored secret; None when it is an argon2id hash."""
     head, _, rest = kept.partition("$")
     if head != "SCRAM-SHA-256":
         return None
@@ -60,7 +62,7 @@ def scram_keys(kept: str) -> Keys | None:
 
 
 def matches(kept: str, password: str) -> bool:
-    """Whether this is the password (a thread: some 20 ms for argon2id, 1 for SCRAM)."""
+    """Whether a password matches a stored secret. Called on a thread: it takes about 20 ms for argon2id, 1 ms for a SCRAM key."""
     keys = scram_keys(kept)
     try:
         if keys is None:
@@ -72,7 +74,8 @@ def matches(kept: str, password: str) -> bool:
 
 
 class Checker:
-    """One thread of low priority, so that guessing passwords costs the mail nothing. Whoever has failed less goes first."""
+    """One thread of low priority that verifies passwords, so that brute force takes no CPU from mail. Clients with fewer failed
+    attempts go first."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -81,8 +84,8 @@ class Checker:
         threading.Thread(target=self._run, name="passwords", daemon=True).start()
 
     async def run(self, check: Callable[[], bool], failures: int) -> bool:
-        """`check()` on the thread, behind those with fewer `failures`. Busy when too many wait: half of the room is for those
-        without."""
+        """The result of `check()`, computed on the thread behind all with fewer `failures`. Busy when too many wait; half of the
+        queue is reserved for those without failures."""
         if self._inbox.qsize() >= MOST_WAITING * (1 if failures else 2):
             raise Busy("too many passwords wait to be checked")
         future: asyncio.Future[bool] = self._loop.create_future()
@@ -93,16 +96,16 @@ class Checker:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             _, _, check, future = self._inbox.get()
-            if future.cancelled():  # the client is gone
+            if future.cancelled():  # the client has disconnected
                 continue
             try:
                 good = check()
-            except Exception:  # whatever was wrong with it, it was not right
+            except Exception:  # a check that fails is a wrong password
                 good = False
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(_tell, future, good)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
+                self._loop.call_soon_threadsafe(_resolve, future, good)
 
 
-def _tell(future: "asyncio.Future[bool]", good: bool) -> None:
+def _resolve(future: "asyncio.Future[bool]", good: bool) -> None:
     if not future.done():
         future.set_result(good)

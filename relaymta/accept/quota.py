@@ -1,6 +1,6 @@
-"""How much somebody may send: rates by client address, quotas by account, for all workers together.
+"""Rates by client address and quotas by account, shared by all workers.
 
-A quota of N in a time is N at once, and then as they come back: one every N-th of that time.
+A quota of N per period is a token bucket: a burst of N, refilled at N per period.
 """
 
 from collections.abc import Iterable
@@ -22,19 +22,20 @@ CLIENTS = index("relaymta_quota_exceeded_total", "client")
 
 
 def _key(name: str, kind: str) -> str:
-    """The rate that an account's quota is kept as."""
+    """The name of an account's quota in the shared rates."""
     return f"account {name} {kind}"
 
 
 class Quotas:
-    """What one worker takes from them."""
+    """One worker's access to the shared rates."""
 
     def __init__(self, rates: Rates, counters: Counters) -> None:
         self._rates = rates
         self._counters = counters
 
     def client(self, group: str, kind: str, quota: str, taking: bool = True) -> bytes | None:
-        """Take one of a client's rate (or only look, unless `taking`); the reply that refuses it, or None."""
+        """Take one unit of a client's rate (with `taking` false: only check). `kind`: connection_rate, message_rate or
+        recipient_rate. The 421 or 452 that rejects it for now, or None."""
         wait = self._take(f"client {group} {kind}", quota, 1, taking)
         if not wait:
             return None
@@ -45,8 +46,8 @@ class Quotas:
         )
 
     def account(self, identity: Identity, kind: str, units: int, transaction: Transaction, taking: bool = True) -> bytes | None:
-        """Take from an account's quota (or only look for one unit, unless `taking`). The reply that refuses more, or None: it may
-        go, or (`held`) wait to be released."""
+        """Take `units` of an account's quota (with `taking` false: check for one unit). The 452 when it is used up, or None;
+        where the account says `hold`, None with `transaction.held` set."""
         quota = identity.quotas.get(kind, "")
         wait = self._take(_key(identity.name, kind), quota, units, taking) if quota else 0.0
         if not wait:
@@ -61,7 +62,7 @@ class Quotas:
         return reply.format_reply(452, "4.7.1", text)
 
     def usage(self, accounts: Iterable[Account]) -> list[dict[str, Any]]:
-        """What is used of the quotas of accounts, a row for each."""
+        """The use of the quotas of accounts: one row for each quota."""
         found = []
         for account in accounts:
             for kind in KINDS:

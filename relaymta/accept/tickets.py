@@ -1,7 +1,7 @@
-"""The keys of TLS session tickets, the same for all workers, so that a client resumes its session whichever it comes to.
+"""TLS session ticket keys shared by all workers, so that a client can resume its session with any of them.
 
-OpenSSL can be given them (SSL_CTX_set_tlsext_ticket_keys), Python's ssl does not say how; so it is asked behind its back, where
-the two are built as we know them. Elsewhere each worker has keys of its own.
+OpenSSL has SSL_CTX_set_tlsext_ticket_keys, but Python's ssl does not expose it. So it is called by ctypes, on versions whose
+layout is known; elsewhere each worker has keys of its own.
 """
 
 import ctypes
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 __all__ = ["OCTETS", "share"]
 
-OCTETS = 80  # a name of 16, and two keys of 32
+OCTETS = 80  # a key name of 16, and two keys of 32
 _GET, _SET = 58, 59  # SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS
 
 _Functions = tuple[Callable[..., int], Callable[..., int]]
 
 
 def _openssl() -> _Functions | None:
-    """SSL_CTX_ctrl and SSL_CTX_get_options of the library that `ssl` uses."""
+    """SSL_CTX_ctrl and SSL_CTX_get_options of the library that `ssl` uses; None where they cannot be reached."""
     if sys.implementation.name != "cpython" or not (3, 11) <= sys.version_info < (3, 15):
         return None
     try:
@@ -37,11 +37,11 @@ _FUNCTIONS = _openssl()
 
 
 def share(context: ssl.SSLContext, keys: bytes) -> bool:
-    """Let a context make and take tickets with these keys (OCTETS of them); whether it does."""
+    """Make a context issue and accept tickets under these keys (OCTETS octets). False where that is not possible."""
     if _FUNCTIONS is None:
         return False
     control, options = _FUNCTIONS
-    # CPython's struct begins with the object's head, and then the SSL_CTX; that this is one is seen by what it knows.
+    # In CPython's PySSLContext the SSL_CTX pointer follows the object header; equal options confirm that this is it.
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
     if not pointer or options(pointer) != context.options & 0xFFFFFFFFFFFFFFFF:
         return False

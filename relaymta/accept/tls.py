@@ -1,4 +1,4 @@
-"""TLS towards clients: certificates, chosen by the name a client asks for (SNI), read again when their files change."""
+"""TLS for clients: certificates, selected by SNI (RFC 6066 3), and read again when their files change."""
 
 import ssl
 from collections.abc import Callable
@@ -18,15 +18,15 @@ Choose = Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]
 
 
 class _Loaded(NamedTuple):
-    """A certificate in use: its context, and the names it is for, "*.example" among them (lower case)."""
+    """A certificate in use: its context, and its DNS names in lower case, wildcards ("*.example") included."""
 
     context: ssl.SSLContext
     names: list[str]
 
 
 class Certificates:
-    """All certificates of a configuration, each of which stays in use until its files are whole again when they break. `keys`:
-    of the tickets that clients resume their sessions by, b"" for the library's own."""
+    """All certificates of a configuration. While the files of one are broken, the version read before stays in use. `keys`: the
+    session ticket keys (tickets.OCTETS), b"" for OpenSSL's own."""
 
     def __init__(self, config: Config, keys: bytes = b"") -> None:
         self._tickets = keys
@@ -42,7 +42,7 @@ class Certificates:
         return found
 
     def renew_tickets(self, keys: bytes) -> None:
-        """Other keys, from now on."""
+        """Replace the session ticket keys."""
         self._tickets = keys
         for one in self._watched:
             if one.value is not None:
@@ -50,24 +50,24 @@ class Certificates:
 
     @property
     def context(self) -> ssl.SSLContext | None:
-        """For a new handshake; None when there is no usable certificate."""
+        """The context for a new handshake; None when there is no usable certificate."""
         return next((one.value.context for one in self._watched if one.value is not None), None)
 
     @property
     def problems(self) -> list[str]:
-        """Of the files that cannot be used as they are now."""
+        """One message for each certificate whose files are unusable now."""
         return [one.problem for one in self._watched if one.problem]
 
     def refresh(self) -> None:
-        """Thread: read what has changed."""
+        """Read the files that have changed. Called on a thread."""
         for one in self._watched:
             one.refresh()
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
-        """The first certificate that is for this name, else the first of all."""
+        """SNI callback: select the first certificate that has this name, else the first of all."""
         if name:
-            asked = name.lower().rstrip(".")
-            wanted = {asked, "*." + asked.partition(".")[2]}
+            wanted_name = name.lower().rstrip(".")
+            wanted = {wanted_name, "*." + wanted_name.partition(".")[2]}
             for one in self._watched:
                 if one.value is not None and not wanted.isdisjoint(one.value.names):
                     connection.context = one.value.context
@@ -76,7 +76,7 @@ class Certificates:
 
 
 def check(config: Config) -> None:
-    """ConfigError with everything that is wrong with the certificates' files, as the user who asks can read them."""
+    """ConfigError with everything that is wrong with the certificates' files, read with the rights of the caller."""
     found = Certificates(config)
     found.refresh()
     if found.problems:
@@ -84,10 +84,10 @@ def check(config: Config) -> None:
 
 
 def _load(certificate: Certificate, choose: Choose) -> _Loaded:
-    """Read a certificate and its key. ConfigError says which file is wrong, and how."""
+    """Read a certificate and its key. ConfigError names the file and the reason."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.num_tickets = 1  # a client resumes with it, and gets the next one then
+    context.num_tickets = 1  # a client gets the next one when it resumes
     context.set_alpn_protocols(["smtp"])
     try:
         with open(certificate.chain, "rb") as file:
@@ -109,7 +109,7 @@ def _load(certificate: Certificate, choose: Choose) -> _Loaded:
 
 
 def _no_password() -> str:
-    raise ValueError("the key is encrypted; give it without a pass phrase, readable by nobody else")
+    raise ValueError("the key is encrypted; give it without a pass phrase, with access for its owner only")
 
 
 def _names(leaf: x509.Certificate) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whose turn it is among the clients that have written more than is parsed at once."""
+"""Fair scheduling among clients that sent more than is parsed in one turn of the loop."""
 
 import asyncio
 from collections import deque
@@ -8,14 +8,15 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """One of those who wait is served in each turn of the loop, however many they are: others wait for one at most."""
+    """Runs one waiting callback in each turn of the loop, in order. So other clients are delayed by one callback at most, however
+    many wait."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: deque[Callable[[], None]] = deque()
 
     def wait(self, go_on: Callable[[], None]) -> None:
-        """Call `go_on()` behind all who wait already."""
+        """Call `go_on()` after all that wait already."""
         self._waiting.append(go_on)
         if len(self._waiting) == 1:
             self._loop.call_soon(self._next)

@@ -1,1 +1,1 @@
-"""The operator over HTTP: /metrics and /health."""
+"""HTTP for monitoring: /metrics and /health."""

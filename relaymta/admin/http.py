@@ -1,4 +1,4 @@
-"""HTTP for machines: /metrics (Prometheus) and /health, on one address, by aiohttp."""
+"""The HTTP server for monitoring: /metrics (Prometheus) and /health, on one address, by aiohttp."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -16,8 +16,8 @@ from relaymta.metrics import Cells, families, row_families
 
 __all__ = ["serve_http"]
 
-ROWS_SECONDS = 2.0  # waited for the workers' answers
-ROWS_EVERY = 5.0  # asked at most; between two times the same is shown
+ROWS_SECONDS = 2.0  # to wait for the workers' answers
+ROWS_EVERY = 5.0  # seconds for which the rows of sites and quotas are cached
 
 
 Rows = list[dict[str, Any]]
@@ -27,12 +27,12 @@ async def _rows(asked: Awaitable[Rows]) -> Rows:
     try:
         async with asyncio.timeout(ROWS_SECONDS):
             return await asked
-    except (TimeoutError, ConnectionError, RelayError, Refused):  # a worker that does not answer must not hide the counters
+    except (TimeoutError, ConnectionError, RelayError, Refused):  # the counters are exposed even if a worker does not answer
         return []
 
 
 class _Collector:
-    """All metrics, read from shared memory when Prometheus asks."""
+    """Collects all metrics from shared memory at each scrape."""
 
     def __init__(self, blocks: Callable[[], Iterable[Cells]]) -> None:
         self._blocks = blocks
@@ -54,8 +54,9 @@ async def serve_http(
     quotas: Callable[[], Awaitable[Rows]],
     healthy: Callable[[], str],
 ) -> web.AppRunner:
-    """Serve on host:port until `cleanup()` of what is returned. `sites()`: rows of the busiest sites; `quotas()`: of accounts'
-    quotas. `healthy()`: "" or what is wrong. OSError when busy."""
+    """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
+    of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong. OSError when the address is in
+    use."""
     registry = CollectorRegistry(auto_describe=False)
     collector = _Collector(blocks)
     registry.register(collector)  # type: ignore[arg-type]

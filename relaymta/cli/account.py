@@ -1,4 +1,4 @@
-"""`relaymta user` and `relaymta app`: the file of accounts. The running daemon reads it again within seconds."""
+"""`relaymta user` and `relaymta app`: edit the file of accounts, which the running daemon reads again within seconds."""
 
 import contextlib
 import fcntl
@@ -26,7 +26,7 @@ from relaymta.errors import ConfigError
 __all__ = ["DEMO", "app", "give_to", "locked", "replace_file", "user"]
 
 DEMO = {"listener": [{"address": "127.0.0.1:2525"}]}
-KEY_OCTETS = 20  # of an application's key: nobody guesses 160 bits, however fast a guess is
+KEY_OCTETS = 20  # of an application's key: 160 bits resist brute force, whatever the hash
 _NAME = r"""\s*(?:account|"account"|'account')\s*"""
 _KEY_OF_SECRETS = r"""\s*(?:secrets|"secrets"|'secrets')\s*"""
 _HEAD = re.compile(rf"\s*\[\[{_NAME}\]\]")
@@ -34,20 +34,20 @@ _TABLE = re.compile(r"\s*\[")
 _BELOW = re.compile(rf"\s*\[\[?{_NAME}\.")
 _SECRETS = re.compile(rf"{_KEY_OF_SECRETS}=")
 _SECRETS_TABLE = re.compile(rf"\s*\[\[{_NAME}\.{_KEY_OF_SECRETS}\]\]")
-# What brackets and ends of lines mean nothing in: strings of four kinds, and comments.
+# Strings of four kinds, and comments: brackets and line ends in them have no meaning.
 _STRING = re.compile(r'''"""(?:[^\\]|\\.)*?"{3,5}|"(?:[^"\\\n]|\\.)*"|#[^\n]*|''' + r"""'''.*?'{3,5}|'[^'\n]*'""", re.DOTALL)
 _STRUCTURE = re.compile(r"[\[\]{}\n]")
 
 
 class _File:
-    """The file of accounts, edited by the line, so that everything else in it stays as it is. What was written is read again
-    before it is put there: other accounts than were meant are never."""
+    """The file of accounts, edited line by line, so that comments and layout are kept. The new text is parsed before it replaces
+    the file, so that no other accounts can change."""
 
     def __init__(self, read: Callable[..., Config]) -> None:
         config = loaded(read, DEMO)
         path, self.user = config.accounts.file, config.user
         if not path:
-            fail(78, "accounts.file is not set: it says where accounts are kept")
+            fail(78, "accounts.file is not set: it is the file with the accounts")
         self.path = Path(path)
         self.accounts: list[Account] = []
         self.lines: list[str] = []
@@ -59,16 +59,16 @@ class _File:
                 fail(78, str(error))
 
     def get(self, name: str) -> Account:
-        """The account of this name, or the end of the program."""
+        """The account with this name; ends the program if there is none."""
         found = next((account for account in self.accounts if account.name == name), None)
         if found is None:
-            fail(1, f"no account is called {name!r}{near(name, [account.name for account in self.accounts])}")
+            fail(1, f"there is no account {name!r}{near(name, [account.name for account in self.accounts])}")
         return found
 
     def add(self, account: Account) -> None:
-        """A new account at the end."""
+        """Append a new account."""
         if any(other.name == account.name for other in self.accounts):
-            fail(1, f"there is an account called {account.name!r} already")
+            fail(1, f"there is an account {account.name!r} already")
         while self.lines and not self.lines[-1].strip():
             self.lines.pop()
         self.lines += ["", "[[account]]"] if self.lines else ["[[account]]"]
@@ -77,13 +77,13 @@ class _File:
         self.write([*self.accounts, account])
 
     def remove(self, name: str) -> None:
-        """Without this account."""
+        """Remove an account."""
         start, end = self._block(name)
         del self.lines[start:end]
         self.write([account for account in self.accounts if account.name != name])
 
     def set_secrets(self, name: str, kept: list[Secret]) -> None:
-        """What opens an account from now on."""
+        """Replace the secrets of an account."""
         start, end = self._block(name)
         account = self.get(name).model_copy(update={"secrets": kept})
         for first, behind in reversed(self._secret_lines(start, end)):
@@ -92,7 +92,7 @@ class _File:
         self.write([account if other.name == name else other for other in self.accounts])
 
     def _block(self, name: str) -> tuple[int, int]:
-        """The lines of an account: from its [[account]] to what stands in front of the next table that is not its own."""
+        """The lines (start, end) of an account: from its [[account]] to the next table that is not below it."""
         number = next(n for n, account in enumerate(self.accounts) if account.name == name)
         tops = _tops(self.lines)
         heads = [n for n in tops if _HEAD.match(self.lines[n])]
@@ -103,7 +103,7 @@ class _File:
         return start, self._without_comments(start, len(self.lines) if end is None else end, tops)
 
     def _secret_lines(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Where an account's secrets stand: a key, whose value may have several lines, or tables of their own."""
+        """The lines (start, end) of an account's secrets: a key, whose value may have several lines, or tables."""
         tops = [*(n for n in _tops(self.lines) if start < n < end), end]
         found = [(n, behind) for n, behind in itertools.pairwise(tops) if _SECRETS.match(self.lines[n])]
         tables = [*(n for n in tops[:-1] if _TABLE.match(self.lines[n])), end]
@@ -111,25 +111,25 @@ class _File:
         return found[:1] if not below else [(n, self._without_comments(n, behind, tops)) for n, behind in below]
 
     def _without_comments(self, start: int, end: int, tops: list[int]) -> int:
-        """The end of a table but for blank lines and comments behind it, which belong to what follows."""
+        """The end of a table, without the blank lines and comments after it, which belong to the next one."""
         whole = set(tops)
         while end - 1 > start and end - 1 in whole and self.lines[end - 1].lstrip()[:1] in ("", "#"):
             end -= 1
         return end
 
     def write(self, meant: list[Account]) -> None:
-        """Put the lines into the file, if they are these accounts."""
+        """Write the lines to the file, if they mean exactly these accounts."""
 
         def check(fresh: Path) -> None:
             if load_accounts(fresh) != meant:
-                raise ConfigError(["what would have been written is not what was meant: edit it by hand"])
+                raise ConfigError(["the edited file would have other accounts than intended: edit it by hand"])
 
         replace_file(self.path, "\n".join(self.lines).strip("\n") + "\n", self.user, check)
 
 
 @contextlib.contextmanager
 def _edited(read: Callable[..., Config], new: bool = False) -> Iterator[_File]:
-    """The file of accounts, while nobody else edits it. `new`: it is made where it is missing."""
+    """The file of accounts, locked against other editors. `new`: it is created if it is missing."""
     file = _File(read)
     with locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
         yield _File(read)
@@ -137,7 +137,8 @@ def _edited(read: Callable[..., Config], new: bool = False) -> Iterator[_File]:
 
 @contextlib.contextmanager
 def locked(path: Path, user: str) -> Iterator[None]:
-    """Hold a file's lock (flock), as it is now: who had it before may have put another in its place. A missing one is made."""
+    """Hold the lock (flock) of the file that is at `path` now, which the last holder may have replaced. A missing file is
+    created."""
     while True:
         try:
             try:
@@ -159,7 +160,7 @@ def locked(path: Path, user: str) -> Iterator[None]:
 
 
 def _tops(lines: list[str]) -> list[int]:
-    """Of a TOML file's lines those that do not begin within a value."""
+    """The numbers of a TOML file's lines that do not begin within a value."""
     text = "\n".join(lines)
     inside = [(found.start(), found.end()) for found in _STRING.finditer(text)]
     depth, at, number, found = 0, 0, 0, [0]
@@ -177,8 +178,9 @@ def _tops(lines: list[str]) -> list[int]:
 
 
 def replace_file(path: Path, text: str, user: str = "", check: Callable[[Path], object] = lambda path: None) -> None:
-    """Replace a file (the one that a symbolic link names) at once, owned and readable as before; a new one by its owner alone,
-    `user` where root makes it. `check` looks at it before it is put there; ConfigError, as OSError, ends the program."""
+    """Replace a file (the target of a symbolic link) atomically, with owner and mode as before. A new file is readable by its
+    owner only, who is `user` if root creates it. `check(path)` is called with the new file before it is renamed; its ConfigError,
+    and OSError, end the program."""
     fresh = None
     try:
         path = path.resolve()
@@ -202,18 +204,18 @@ def replace_file(path: Path, text: str, user: str = "", check: Callable[[Path], 
 
 
 def _hand_over(descriptor: int, before: os.stat_result | None, user: str) -> None:
-    """Who may read a file: as before, or whom the relay runs as."""
+    """Set owner and mode of a new file: those of the file it replaces, or else the relay's user as its owner."""
     if before is None:
         give_to(descriptor, user)
         return
     made = os.fstat(descriptor)
     if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
-        os.fchown(descriptor, before.st_uid, before.st_gid)  # PermissionError: the relay might not read it any more
+        os.fchown(descriptor, before.st_uid, before.st_gid)  # PermissionError: else the relay might be unable to read it
     os.fchmod(descriptor, before.st_mode & 0o7777)
 
 
 def give_to(descriptor: int, user: str) -> None:
-    """Root gives a file to whom the relay runs as."""
+    """If root runs this, make the relay's user the owner of a file."""
     if user and os.geteuid() == 0:
         try:
             os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
@@ -222,7 +224,7 @@ def give_to(descriptor: int, user: str) -> None:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # strings and lists of strings are written alike
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # for strings and lists of strings, JSON is TOML
 
 
 def _secrets(account: Account) -> str:
@@ -235,19 +237,19 @@ def _secrets(account: Account) -> str:
 
 
 def _until(secret: Secret, until: datetime) -> Secret:
-    """A secret that ends then, or where it ends before, as it does."""
+    """A secret that expires at `until`, or earlier if it did."""
     return Secret(hash=secret.hash, expires=min(secret.expires or until, until))
 
 
 def _named(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    """A name for a new account: one that can be told from others where it is shown, and typed by who logs in."""
+    """Check the name of a new account: it has only printable characters and no white space around it."""
     if not name.isprintable() or name != name.strip() or not name:
-        raise click.BadParameter(f"{name!r} is no name: only characters that can be seen, no blanks around them")
+        raise click.BadParameter(f"{name!r} is not a valid name: use printable characters, with no white space around them")
     return name
 
 
 def _key() -> str:
-    """A new key for an application: 32 characters."""
+    """A random key for an application: 32 characters."""
     import base64
 
     return base64.b32encode(secrets.token_bytes(KEY_OCTETS)).decode().lower()
@@ -256,7 +258,7 @@ def _key() -> str:
 def _senders(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--sender", "senders", multiple=True, metavar="ADDRESS",
-        help="An address it may send as, or @domain, or @.domain for those below; repeatable. None: any.",
+        help="An address it may send as, or @domain, or @.domain for subdomains; repeatable. Default: any.",
     )(function)  # fmt: skip
 
 
@@ -266,10 +268,10 @@ def _listing(read: Callable[..., Config], as_json: bool) -> None:
         say_json([_row(account) for account in accounts])
         return
     shown = [
-        [a.name, a.application, ", ".join(_told(secret) for secret in a.secrets) or "nothing", ", ".join(a.senders) or "any"]
+        [a.name, a.application, ", ".join(_shown(secret) for secret in a.secrets) or "none", ", ".join(a.senders) or "any"]
         for a in accounts
     ]
-    table("", ["name", "application", "opened by", "sends as"], shown)
+    table("", ["name", "application", "secrets", "senders"], shown)
 
 
 def _row(account: Account) -> dict[str, Any]:
@@ -281,30 +283,28 @@ def _kind(secret: Secret) -> str:
     return secret.hash.lstrip("$").partition("$")[0]
 
 
-def _told(secret: Secret) -> str:
+def _shown(secret: Secret) -> str:
     return _kind(secret) + (f" until {secret.expires:%Y-%m-%d %H:%M:%S%z}" if secret.expires else "")
 
 
 def _asked_for() -> str:
-    """A password: typed twice, or the first line of an input that is no terminal."""
+    """The password: typed twice, or the first line of standard input if that is not a terminal."""
     if sys.stdin.isatty():
         typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=True)
         return typed
-    return sys.stdin.readline().rstrip("\r\n") or fail(64, "no password: give it as the first line of the input")
+    return sys.stdin.readline().rstrip("\r\n") or fail(64, "no password: give it as the first line of standard input")
 
 
 def _with_password(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a verb that sets a password."""
-    kept = click.option(
-        "--scram", "with_scram", is_flag=True, help="Keep it so that SCRAM-SHA-256 works, instead of as argon2id."
-    )
-    text = "Without it it is asked for, or, where the input is no terminal, its first line (others see what stands here)."
+    """Add the options of a verb that sets a password."""
+    kept = click.option("--scram", "with_scram", is_flag=True, help="Store it for SCRAM-SHA-256, instead of as argon2id.")
+    text = "Default: prompt, or the first line of standard input (other users can see command lines)."
     return click.option("--password", default=_asked_for, help=text)(kept(function))
 
 
 @click.group()
 def user() -> None:
-    """People who log in to send mail."""
+    """Manage people who log in to send mail."""
 
 
 @user.command(name="add")
@@ -313,7 +313,7 @@ def user() -> None:
 @_senders
 @configured
 def add_user(read: Callable[..., Config], name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
-    """Let somebody log in."""
+    """Add a user."""
     account = Account(name=name, secrets=[_kept(password, with_scram)], senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
@@ -322,20 +322,20 @@ def add_user(read: Callable[..., Config], name: str, password: str, with_scram: 
 
 
 def _note_scram(file: _File, with_scram: bool) -> None:
-    """Say that SCRAM is not offered any more, where it was."""
+    """Print a note if SCRAM is no longer offered because of this password."""
     if not with_scram and any(_kind(secret) == "SCRAM-SHA-256" for account in file.accounts for secret in account.secrets):
-        say("note: SCRAM-SHA-256 is offered only while all passwords are kept for it; this one is not (--scram)", err=True)
+        say("note: SCRAM-SHA-256 is offered only while all passwords are stored for it; this one is not (--scram)", err=True)
 
 
 def _kept(password: str, with_scram: bool) -> Secret:
     from relaymta.accept.passwords import PEOPLE_ITERATIONS, argon2id, scram
 
     if not password:
-        fail(64, "no password: an empty one is none")
+        fail(64, "the password is empty")
     try:
         return Secret(hash=scram(password, PEOPLE_ITERATIONS) if with_scram else argon2id(password))
     except ValueError as error:
-        fail(64, f"this password cannot be kept: {error}")
+        fail(64, f"this password cannot be stored: {error}")
 
 
 def _checked_senders(senders: tuple[str, ...]) -> list[str]:
@@ -350,7 +350,7 @@ def _checked_senders(senders: tuple[str, ...]) -> list[str]:
 @_with_password
 @configured
 def password(read: Callable[..., Config], name: str, password: str, with_scram: bool) -> None:
-    """Give somebody another password; the old one ends."""
+    """Change a user's password."""
     secret = _kept(password, with_scram)
     with _edited(read) as file:
         file.get(name)
@@ -363,7 +363,7 @@ def password(read: Callable[..., Config], name: str, password: str, with_scram: 
 @click.argument("name")
 @configured
 def remove_user(read: Callable[..., Config], name: str) -> None:
-    """Let somebody log in no longer."""
+    """Remove a user."""
     with _edited(read) as file:
         file.get(name)
         file.remove(name)
@@ -374,13 +374,13 @@ def remove_user(read: Callable[..., Config], name: str) -> None:
 @as_json
 @configured
 def list_users(read: Callable[..., Config], as_json: bool) -> None:
-    """All accounts."""
+    """List all accounts."""
     _listing(read, as_json)
 
 
 @click.group()
 def app() -> None:
-    """Applications that log in with a key to send mail."""
+    """Manage applications that log in with a key to send mail."""
 
 
 @app.command()
@@ -388,7 +388,7 @@ def app() -> None:
 @_senders
 @configured
 def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> None:
-    """Make an application and its key, which is shown once."""
+    """Create an application and its key, which is shown once."""
     from relaymta.accept.passwords import scram
 
     key = _key()
@@ -402,27 +402,27 @@ def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> 
 
 
 def _records(config: Config, domains: list[str]) -> Iterator[str]:
-    """What the DNS should say of domains whose mail leaves from here."""
+    """Lines with the DNS records (SPF, DKIM) for domains whose mail is sent from here."""
     from relaymta.filter.keys import load_key, record, zone_line
 
     for domain in domains:
-        yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to the record that is there)'
+        yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to an existing record)'
         keys = [one for one in config.dkim if one.domain == domain.lower().rstrip(".")]
         for one in keys:
             try:
                 yield zone_line(f"{one.selector}._domainkey.{domain}", record(load_key(one)))
             except ConfigError as error:
-                yield f"... and a key that cannot be read: {error}"
+                yield f"... and a DKIM key that cannot be read: {error}"
         if not keys:
-            yield f"... and a key that signs: relaymta dkim keygen {domain} --selector s1 --out FILE"
+            yield f"... and a DKIM key: relaymta dkim keygen {domain} --selector s1 --out FILE"
 
 
 @app.command()
 @click.argument("name")
-@click.option("--overlap", default="24h", metavar="DURATION", help="For so long the keys it has go on working.")
+@click.option("--overlap", default="24h", metavar="DURATION", help="Time for which the old keys stay valid.")
 @configured
 def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
-    """Give an application another key, which is shown once; those it has end after --overlap."""
+    """Give an application a new key, which is shown once; its old keys expire after --overlap."""
     from relaymta.accept.passwords import scram, scram_keys
 
     try:
@@ -433,29 +433,29 @@ def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
     with _edited(read) as file:
         now = datetime.now(UTC)
         before = [_until(one, until) for one in file.get(name).secrets if one.expires is None or one.expires > now]
-        # With the salt of the one before: the server of SCRAM names one before it can know which key the client has.
+        # With the salt of the old key: a SCRAM server sends one salt, before it can know which key the client has (RFC 5802 5).
         beside = next(filter(None, (scram_keys(one.hash) for one in before)), None)
         try:
             hashed = scram(key, beside.iterations, beside.salt) if beside is not None else scram(key)
-        except ValueError:  # a salt or a count of another program that none is made with any more
+        except ValueError:  # salt or iteration count come from another program and are not accepted here
             hashed = scram(key)
         file.set_secrets(name, [Secret(hash=hashed), *before])
     say(f"user:   {name}", f"secret: {key}")
     if before:
-        say(f"the key before this one works until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
+        say(f"the old key is valid until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
 
 
 @app.command()
 @click.argument("name")
 @configured
 def expire(read: Callable[..., Config], name: str) -> None:
-    """Let no key of an application work any longer."""
+    """Expire all keys of an application, now."""
     now = datetime.now(UTC)
     with _edited(read) as file:
         account = file.get(name)
         if not account.secrets:
-            fail(1, f"{name} has no key here that could end")
-        # They stay, at their end: without any it would be for a back end to say who opens the account.
+            fail(1, f"{name} has no key that could expire")
+        # Expired keys are kept: an account without any secret is checked by the authentication back end.
         file.set_secrets(name, [_until(secret, now) for secret in account.secrets])
     say(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
 
@@ -464,7 +464,7 @@ def expire(read: Callable[..., Config], name: str) -> None:
 @as_json
 @configured
 def usage(read: Callable[..., Config], as_json: bool) -> None:
-    """How much of their quotas accounts have used. A quota comes back little by little."""
+    """Show how much of their quotas accounts have used. Used quota becomes available again continuously."""
     rows = asked(connect(read), "usage")
     if as_json:
         say_json(rows)
@@ -479,5 +479,5 @@ def usage(read: Callable[..., Config], as_json: bool) -> None:
 @as_json
 @configured
 def list_apps(read: Callable[..., Config], as_json: bool) -> None:
-    """All accounts."""
+    """List all accounts."""
     _listing(read, as_json)

@@ -22,23 +22,23 @@ def config() -> None:
 @config.command()
 @configured
 def check(read: Callable[..., Config]) -> None:
-    """Name every problem (exit status 78), or say that there is none."""
-    from relaymta.accept import door
-    from relaymta.route import shaping  # and what they need: other verbs start in half the time without
+    """Check the configuration and report every problem (exit status 78). Warnings are printed as notes."""
+    from relaymta.accept import endpoint
+    from relaymta.route import shaping  # imported here: other verbs start in half the time
 
     config = loaded(read)
     _as_user(config)
     try:
-        door.check(config)
+        endpoint.check(config)
     except ConfigError as error:
         fail(78, str(error))
     for sentence in [*notes(config), *shaping.check(config)]:
         say(f"note: {sentence}")
-    say("the configuration is fine")
+    say("the configuration is valid")
 
 
 def _as_user(config: Config) -> None:
-    """Read keys and accounts as the relay will."""
+    """Become the user that the relay runs as, to read keys and accounts with its rights."""
     if config.user and os.geteuid() == 0:
         try:
             become(account(config.user))
@@ -49,11 +49,11 @@ def _as_user(config: Config) -> None:
 @config.command()
 @configured
 def show(read: Callable[..., Config]) -> None:
-    """The effective configuration, defaults included, as JSON."""
+    """Show the effective configuration, with defaults, as JSON."""
     say_json_lines(loaded(read).model_dump_json(indent=2).encode() + b"\n")
 
 
 @config.command(name="describe")
 def describe_keys() -> None:
-    """Every key with its sentence and default: the reference configuration file."""
+    """Write the reference configuration file: every key with its description and default."""
     say(*describe().removesuffix("\n").split("\n"))

@@ -1,4 +1,4 @@
-"""What every verb writes goes through here, so that nothing that came from outside can act on a terminal."""
+"""The output of all verbs. Unprintable characters are escaped, so that text from outside cannot control a terminal."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ from typing import Any, TextIO
 
 from relaymta.proto.printable import printable, printable_json
 
-__all__ = ["say", "say_json", "say_json_lines", "say_text", "table"]
+__all__ = ["say", "say_json", "say_json_lines", "say_message", "table"]
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Write each as one line; what is not printable in it is escaped, a line's end too."""
+    """Write each as one line, with unprintable characters (line ends, too) escaped."""
     stream = sys.stderr if err else sys.stdout
     _write(stream, "".join(printable(line) + "\n" for line in lines))
 
@@ -18,7 +18,7 @@ def say(*lines: str, err: bool = False) -> None:
 def _write(stream: TextIO, text: str) -> None:
     if not text.isascii():
         encoding = stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)  # what this terminal cannot show
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # characters that the terminal's encoding lacks
     stream.write(text)
     stream.flush()
 
@@ -29,19 +29,19 @@ def say_json(value: Any) -> None:
 
 
 def say_json_lines(text: bytes) -> None:
-    """Write lines of JSON as they are, but for what is not printable in them."""
+    """Write lines of JSON, with unprintable characters escaped."""
     sys.stdout.flush()
     sys.stdout.buffer.write(printable_json(text))
     sys.stdout.buffer.flush()
 
 
-def say_text(text: bytes) -> None:
-    """Write a message's text: to a file or pipe as it is, to a terminal as people can read it, line by line."""
+def say_message(data: bytes) -> None:
+    """Write message data: unchanged to a file or pipe; to a terminal line by line, with unprintable characters escaped."""
     if sys.stdout.isatty():
-        say(*text.decode("utf-8", "backslashreplace").removesuffix("\r\n").split("\r\n"))
+        say(*data.decode("utf-8", "backslashreplace").removesuffix("\r\n").split("\r\n"))
         return
     sys.stdout.flush()
-    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 

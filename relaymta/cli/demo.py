@@ -1,4 +1,4 @@
-"""`make run`: a relay and a sink on this machine, one message through them, and what to try next."""
+"""`make run`: starts a relay and a sink on loopback, sends a message through them, and suggests commands to try."""
 
 import contextlib
 import os
@@ -32,17 +32,17 @@ def main() -> int:
     LOG.unlink(missing_ok=True)
     sink = subprocess.Popen([*program("relaymta.cli"), "sink", "--listen", f"127.0.0.1:{SINK_PORT}"], start_new_session=True)
     relay = subprocess.Popen([*program("relaymta.cli"), "serve", "-c", str(CONFIG)], start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's `&` lets it be ignored
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's `&` makes it ignored
         signal.signal(number, signal.default_int_handler)
     try:
         if not _wait(RELAY_PORT, relay) or not _wait(SINK_PORT, sink):
-            say("The relay did not start; what it said stands above.")
+            say("The relay did not start; see its messages above.")
             return 1
         _send()
         _explain()
         return relay.wait()
     except KeyboardInterrupt:
-        say("", "Stopping: what is under way is finished first ...")
+        say("", "Stopping: messages under way are finished first ...")
         return 0
     finally:
         for process in (relay, sink):
@@ -87,8 +87,8 @@ def _send() -> None:
 def _explain() -> None:
     here = os.path.relpath(Path(sys.executable).parent / "relaymta")
     say(*f"""
-The relay runs: it took one message on 127.0.0.1:{RELAY_PORT}, made it safe in {SPOOL}, and delivered it to the sink
-(the line above that begins with "sink:"). What happened, one JSON object an event: {LOG}
+The relay is running. It accepted one message on 127.0.0.1:{RELAY_PORT}, stored it in {SPOOL}, and delivered it to the sink
+(the line above that begins with "sink:"). The log, one JSON object for each event: {LOG}
 
 Try, in another terminal, in this folder:
   {here} status -c {CONFIG}
@@ -98,7 +98,7 @@ Try, in another terminal, in this folder:
   curl -s http://127.0.0.1:{METRICS_PORT}/metrics | grep ^relaymta_messages
   tail -f {LOG}
 
-Ctrl-C ends it.
+Ctrl-C stops it.
 """.split("\n"))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`relaymta dkim`: keys that sign mail: made, published, checked against the DNS, replaced."""
+"""`relaymta dkim`: creates, checks and rotates the keys that sign mail."""
 
 import asyncio
 import itertools
@@ -26,17 +26,17 @@ __all__ = ["checked", "dkim"]
 
 @click.group()
 def dkim() -> None:
-    """Keys that sign mail."""
+    """Create, check and rotate DKIM keys."""
 
 
 @dkim.command()
 @click.argument("domain")
-@click.option("--selector", required=True, help="Under which its record will be: SELECTOR._domainkey.DOMAIN.")
+@click.option("--selector", required=True, help="Selector of its DNS record, SELECTOR._domainkey.DOMAIN.")
 @click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="rsa: 2048 bits.")
 @click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="File to write the private key to.")
 @configured
 def keygen(read: Callable[..., Config], domain: str, selector: str, kind: str, out: Path) -> None:
-    """Make a key; say what to put into the DNS and into the configuration."""
+    """Create a key; print the DNS record and the [[dkim]] table for it."""
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, DEMO).user)
     _show_record(settings)
@@ -44,7 +44,7 @@ def keygen(read: Callable[..., Config], domain: str, selector: str, kind: str, o
 
 
 def _settings(values: dict[str, object]) -> Dkim:
-    """A [[dkim]] table of these values; the command ends where one is wrong."""
+    """A [[dkim]] table of these values; ends the program (64) if one is invalid."""
     try:
         return Dkim.model_validate(values)
     except ValidationError as error:
@@ -52,7 +52,7 @@ def _settings(values: dict[str, object]) -> Dkim:
 
 
 def _make(path: Path, kind: str, user: str) -> None:
-    """Write a new private key, for the relay's user alone."""
+    """Create a private key in a new file that only the relay's user can read."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
@@ -77,19 +77,19 @@ def _show_record(settings: Dkim) -> None:
 @dkim.command()
 @click.argument("domain")
 @click.option("--selector", required=True, help="The new key's selector.")
-@click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="Its file; made when it is not there.")
-@click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="What to make.")
-@click.option("--wait", "patience", default="0s", metavar="DURATION", help="For so long, wait until the DNS has its record.")
+@click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="Its file; created if it is missing.")
+@click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Type of a key that is created.")
+@click.option("--wait", "patience", default="0s", metavar="DURATION", help="Time to wait for the DNS record.")
 @configured
 def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, kind: str, patience: str) -> None:
-    """Replace the key of a domain: make one, say its record, and once the DNS has that, put it into the configuration file in the
-    old one's place. Call it again until it has; then `relaymta reload`, and keep the old record for a week."""
+    """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the
+    configuration file. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a week."""
     config, file = loaded(read, DEMO), config_path()
     wanted = _settings({"domain": domain, "selector": selector, "key": str(out)})
     domain, selector = wanted.domain, wanted.selector
     olds = [one for one in config.dkim if one.domain == domain and one.selector != selector]
     if file is None or len(olds) != 1:
-        fail(1, f"there must be a configuration file with one other [[dkim]] of {domain} (there are {len(olds)})")
+        fail(1, f"there must be a configuration file with exactly one other [[dkim]] of {domain} (there are {len(olds)})")
     try:
         seconds = parse_duration(patience)
     except ValueError as error:
@@ -100,10 +100,10 @@ def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, k
     _show_record(fresh)
     state = asyncio.run(_published(config, fresh, seconds))
     if state != "ok":
-        fail(1, f"the old key goes on: {state}; call this again once the record is there (or use --wait)")
+        fail(1, f"the old key stays in use: {state}; repeat this once the record is published (or use --wait)")
     _put_in_place(file, olds[0], fresh)
-    say(f"{file}: {domain} has {selector} now: `relaymta reload`")
-    say(f"remove {olds[0].selector}._domainkey.{domain} from the DNS in a week, when all that it signed has arrived")
+    say(f"{file}: {domain} uses the selector {selector} now: run `relaymta reload`")
+    say(f"remove {olds[0].selector}._domainkey.{domain} from the DNS in a week, when all mail signed with it has been delivered")
 
 
 async def _published(config: Config, settings: Dkim, seconds: float) -> str:
@@ -116,8 +116,8 @@ async def _published(config: Config, settings: Dkim, seconds: float) -> str:
 
 
 def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
-    """Write another selector and key into the lines of a [[dkim]] table. What was written is read again before it is put there:
-    another configuration than was meant never is."""
+    """Replace selector and key in the lines of a [[dkim]] table. The new text is parsed before it replaces the file, so that
+    nothing but these two values can change."""
     with locked(file, ""):
         text = file.read_text(encoding="utf-8")
         meant = _tables(text)
@@ -128,13 +128,13 @@ def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
 
         def check(fresh: Path) -> None:
             if not found or _tables(fresh.read_text(encoding="utf-8")) != meant:
-                raise ConfigError([f"the table of {old.selector} is not where it was looked for: edit it by hand"])
+                raise ConfigError([f"the table of {old.selector} was not found: edit the file by hand"])
 
         replace_file(file, _with(text, old, new), check=check)
 
 
 def _tables(text: str) -> dict[str, Any]:
-    """A file's TOML; {} for what is none."""
+    """The parsed TOML; {} if it is invalid."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
@@ -142,7 +142,7 @@ def _tables(text: str) -> dict[str, Any]:
 
 
 def _with(text: str, old: Dkim, new: Dkim) -> str:
-    """A configuration file with the lines of a key replaced, as far as they are where they are looked for."""
+    """The text of a configuration file with a key's selector and key replaced; unchanged if its table is not found."""
     lines = text.splitlines(keepends=True)
     heads = [n for n, line in enumerate(lines) if line.strip().startswith("[")] + [len(lines)]
     for start, end in itertools.pairwise(heads):
@@ -159,7 +159,7 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
 @as_json
 @configured
 def check_keys(read: Callable[..., Config], as_json: bool) -> None:
-    """Whether the DNS has each key's record, and it is this key's. Exit status 1 when one is missing or another's."""
+    """Check that the DNS has the record of each key. Exit status 1 when one is missing or belongs to another key."""
     config = loaded(read, DEMO)
     rows = asyncio.run(checked(config))
     if as_json:
@@ -173,7 +173,7 @@ def check_keys(read: Callable[..., Config], as_json: bool) -> None:
 
 
 async def checked(config: Config) -> list[dict[str, str]]:
-    """What the DNS has of each key: `record` (its name), `key` (the file), `state` (ok, or what is wrong)."""
+    """The DNS record of each key: `record` (its name), `key` (the file), `state` ("ok", or what is wrong)."""
     from relaymta.dns import Resolver
 
     resolver = Resolver(config.delivery.nameservers, lambda what: None)
@@ -198,7 +198,7 @@ async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
     except (NoData, NoSuchName):
         return row | {"state": "no record"}
     except DnsFailure as error:
-        return row | {"state": f"the DNS does not say: {error}"}
+        return row | {"state": f"the DNS look-up failed: {error}"}
     published = [_public(text) for text in found]
     if "" in published:
         return row | {"state": "revoked: the record has an empty p="}
@@ -206,6 +206,6 @@ async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
 
 
 def _public(text: str) -> str:
-    """p= of a record."""
+    """The value of p= in a record."""
     tags = dict(part.strip().partition("=")[::2] for part in text.split(";"))
     return "".join(tags.get("p", "?").split())

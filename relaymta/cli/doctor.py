@@ -1,4 +1,4 @@
-"""`relaymta doctor`: would a domain's mail from here be believed elsewhere?"""
+"""`relaymta doctor`: whether a domain's mail from here would pass the checks of other servers."""
 
 import asyncio
 import contextlib
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor"]
 
-Row = tuple[str, str, str]  # what was looked at, ok | warning | wrong, what was found
+Row = tuple[str, str, str]  # what was checked, ok | warning | wrong, the result
 
 
 @click.group()
 def doctor() -> None:
-    """Look at what others will see of us."""
+    """Check what other servers see of this one."""
 
 
 @doctor.command()
 @click.argument("name", metavar="DOMAIN")
 @click.option(
     "--address", "addresses", multiple=True, metavar="IP",
-    help="Sent from there; repeatable. Default: the [[source]]s, else the address this machine uses.",
+    help="Address to send from; repeatable. Default: the [[source]] addresses, else the one that the system uses.",
 )  # fmt: skip
 @as_json
 @configured
 def domain(read: Callable[..., Config], name: str, addresses: tuple[str, ...], as_json: bool) -> None:
-    """Whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether our name and addresses fit. Exit status 1
-    when something is wrong."""
+    """Check whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether the names of our addresses match.
+    Exit status 1 when a check fails."""
     config = loaded(read, DEMO)
     try:
         chosen = [str(ipaddress.ip_address(text)) for text in addresses]
     except ValueError as error:
         fail(64, f"--address: {error}")
-    rows = asyncio.run(_looked_at(config, name.lower().rstrip("."), chosen or _sources(config)))
+    rows = asyncio.run(_checks(config, name.lower().rstrip("."), chosen or _sources(config)))
     if as_json:
         say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
     else:
@@ -58,12 +58,12 @@ def _sources(config: Config) -> list[str]:
     if config.source:
         return [source.address for source in config.source]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would
+        sock.connect(("192.0.2.1", 9))  # sends nothing: connect() only chooses the local address
         return [str(sock.getsockname()[0])]
     return []
 
 
-async def _looked_at(config: Config, name: str, addresses: list[str]) -> list[Row]:
+async def _checks(config: Config, name: str, addresses: list[str]) -> list[Row]:
     from relaymta.dns import Resolver
 
     resolver = Resolver(config.delivery.nameservers)
@@ -78,7 +78,7 @@ async def _looked_at(config: Config, name: str, addresses: list[str]) -> list[Ro
             rows.append(row)
             aligned = aligned or good
         if not addresses:
-            rows.append(("address", "wrong", "which address mail would leave from is not known: give --address"))
+            rows.append(("address", "wrong", "the address that mail would be sent from is unknown: give --address"))
         keys = await checked(config.model_copy(update={"dkim": [one for one in config.dkim if one.domain == name]}))
         rows += [(f"DKIM {row['record']}", "ok" if row["state"] == "ok" else "wrong", row["state"]) for row in keys]
         if not keys:
@@ -90,28 +90,28 @@ async def _looked_at(config: Config, name: str, addresses: list[str]) -> list[Ro
 
 
 async def _reverse(resolver: "Resolver", address: str, hostname: str) -> list[Row]:
-    """Our address has a name, the name has that address, and it is the one we say."""
+    """Checks that an address has a PTR record, whose name has that address and is the one that EHLO gives (RFC 1912 2.1)."""
     from relaymta.dns import DnsFailure, NoData, NoSuchName
 
     parsed = ipaddress.ip_address(address)
     if parsed.is_private:
-        return [(f"address {address}", "warning", "a private address: others see another one (give it with --address)")]
+        return [(f"address {address}", "warning", "a private address: other servers see another one (give it with --address)")]
     try:
         pointers = await resolver.values(parsed.reverse_pointer, "PTR")
     except (NoData, NoSuchName, DnsFailure):
         pointers = []
     if not pointers:
-        return [(f"PTR of {address}", "wrong", "no name: many refuse mail from such addresses")]
+        return [(f"PTR of {address}", "wrong", "no PTR record: many servers reject mail from such addresses")]
     confirmed = []
     for pointer in pointers:
         with contextlib.suppress(NoData, NoSuchName, DnsFailure):
             if address in await resolver.addresses(pointer):
                 confirmed.append(pointer.lower())
     if not confirmed:
-        return [(f"PTR of {address}", "wrong", f"{', '.join(pointers)}, which has not this address")]
+        return [(f"PTR of {address}", "wrong", f"{', '.join(pointers)}, which does not have this address")]
     fits = hostname.lower() in confirmed
-    said = ", ".join(confirmed) if fits else f"{', '.join(confirmed)}, but EHLO says {hostname}"
-    return [(f"PTR of {address}", "ok" if fits else "warning", said)]
+    result = ", ".join(confirmed) if fits else f"{', '.join(confirmed)}, but EHLO gives {hostname}"
+    return [(f"PTR of {address}", "ok" if fits else "warning", result)]
 
 
 async def _spf(resolver: "Resolver", address: str, name: str, hostname: str) -> tuple[Row, bool]:
@@ -120,8 +120,10 @@ async def _spf(resolver: "Resolver", address: str, name: str, hostname: str) -> 
     found = await spf.check(resolver, address, f"postmaster@{name}", hostname)
     state = {"pass": "ok", "none": "warning"}.get(found.result, "wrong")
     what = f"SPF of {name} for {address}"
-    said = f"no record; publish v=spf1 ip4:{address} -all" if found.result == "none" else f"{found.result} {found.reason}".strip()
-    return (what, state, said), found.result == "pass"
+    result = (
+        f"no record; publish v=spf1 ip4:{address} -all" if found.result == "none" else f"{found.result} {found.reason}".strip()
+    )
+    return (what, state, result), found.result == "pass"
 
 
 async def _dmarc(resolver: "Resolver", name: str, passes: bool) -> Row:
@@ -132,4 +134,4 @@ async def _dmarc(resolver: "Resolver", name: str, passes: bool) -> Row:
         return f"DMARC of {name}", "warning", 'no record; begin with "v=DMARC1; p=none"'
     if found.result == "pass":
         return f"DMARC of {name}", "ok", "mail from here passes"
-    return f"DMARC of {name}", "wrong", f"{found.result}: mail from here is up to p={found.policy}"
+    return f"DMARC of {name}", "wrong", f"{found.result}: the policy for mail from here is p={found.policy}"

@@ -1,11 +1,11 @@
-"""`relaymta message`: one message: what it is, why it is still here, what happened to it."""
+"""`relaymta message`: show one message, explain why it is in the queue, and its history."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, say_text
+from relaymta.cli.console import say, say_json, say_message
 from relaymta.cli.peer import as_json, asked, connect, number_of, size, when
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config
@@ -23,7 +23,7 @@ _of = click.argument("ident", metavar="ID", callback=_ident)
 
 @click.group()
 def message() -> None:
-    """Look at one message."""
+    """Inspect one message."""
 
 
 @message.command(name="show")
@@ -31,10 +31,10 @@ def message() -> None:
 @as_json
 @configured
 def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None:
-    """Envelope, schedule and every recipient's last attempts."""
+    """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
-        fail(1, f"no message {ident} in the queue (delivered, bounced or never here; the log knows)")
+        fail(1, f"no message {ident} in the queue (see `relaymta message history {ident}`)")
     if as_json:
         say_json(found)
         return
@@ -53,11 +53,12 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
 @_of
 @configured
 def raw(read: Callable[..., Config], ident: str) -> None:
-    """The message's text as it will be sent: every octet to a file or pipe; on a terminal what is not printable is escaped."""
-    text = asked(connect(read), "raw", ident=ident)
-    if text is None:
+    """Write the message data, as it will be sent: unchanged to a file or pipe; on a terminal, unprintable characters are
+    escaped."""
+    data = asked(connect(read), "raw", ident=ident)
+    if data is None:
         fail(1, f"no message {ident} in the queue")
-    say_text(text)
+    say_message(data)
 
 
 @message.command()
@@ -65,7 +66,8 @@ def raw(read: Callable[..., Config], ident: str) -> None:
 @as_json
 @configured
 def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
-    """Why is it still here, and when will it go? Route, attempts, what it waits for, which limit holds it."""
+    """Explain why a message is still in the queue: its route, attempts, what it waits for, which limit delays it, and until
+    when."""
     peer = connect(read)
     found = asked(peer, "explain", ident=ident)
     if found is None:
@@ -101,10 +103,10 @@ def _show_explanation(found: dict[str, Any]) -> None:
         say(f"  waits for {wait['why']}" + (f", until {when(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
-            say(f"  {wait['position']}{more} messages go before it")
+            say(f"  {wait['position']}{more} messages are ahead of it")
         if wait["released by"]:
             say(f"  would be released by {wait['released by']}")
-    say(f"given up {when(found['expires'])}" if found["expires"] else "not given up while it is held")
+    say(f"expires {when(found['expires'])}" if found["expires"] else "does not expire while it is held")
 
 
 @message.command()
@@ -112,7 +114,7 @@ def _show_explanation(found: dict[str, Any]) -> None:
 @as_json
 @configured
 def history(read: Callable[..., Config], ident: str, as_json: bool) -> None:
-    """What happened to a message, finished ones included (as far back as log.history reaches)."""
+    """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:
         fail(1, f"nothing about {ident} in the history")
@@ -127,7 +129,7 @@ def _show_history(events: list[dict[str, Any]]) -> None:
     for event in events:
         who = event.get("recipients") or [event.get("recipient", "")]
         more = f" +{len(who) - 1}" if len(who) > 1 else ""
-        said = f": {event['reply']}" if event.get("reply") else ""
+        reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        say(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{said}")
+        say(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{reply}")

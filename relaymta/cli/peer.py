@@ -1,4 +1,4 @@
-"""Who answers a verb: the running daemon, or with the daemon stopped the spool; and how answers are shown to people."""
+"""What answers a verb: the running daemon, or the spool when it is stopped; and the format of values in answers."""
 
 import time
 from collections.abc import Callable
@@ -21,13 +21,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (
 
 
 class Offline:
-    """The spool's answers while no daemon runs: the same requests, read-only."""
+    """Answers the daemon's reading requests from the spool, while no daemon runs."""
 
     def __init__(self, config: Config) -> None:
         self._spool = Path(config.spool)
 
     def ask(self, op: str, **args: Any) -> Any:
-        """Answer a reading request; RelayError for any other."""
+        """The answer to a reading request; RelayError for all others."""
         from relaymta.queue.offline import answer
 
         if op not in ("summary", "shape", "shards", "page", "message", "raw", "history"):
@@ -35,22 +35,22 @@ class Offline:
         return answer(self._spool, op, **args)
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
-        """As `ask`, once the function that this returns is called."""
+        """A function that answers the request, as `ask`."""
         return lambda: self.ask(op, **args)
 
 
 class Daemon:
-    """The running daemon's answers."""
+    """Sends requests to the running daemon."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def ask(self, op: str, **args: Any) -> Any:
-        """One request. RelayError with the daemon's sentence."""
+        """The answer to a request. RelayError with the daemon's error."""
         return self.begin(op, **args)()
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
-        """As `ask`; the daemon works on it until the function that this returns is called."""
+        """Send a request now; the function returned waits for its answer, as `ask`."""
         finish = control.begin(self._path, op, **args)
 
         def result() -> Any:
@@ -63,7 +63,7 @@ class Daemon:
 
 
 def connect(read: Callable[..., Config]) -> Daemon | Offline:
-    """The daemon of this configuration, or its spool."""
+    """The daemon of this configuration, or its spool when no daemon runs; ends the program when there is neither."""
     try:
         config = read({"listener": [{"address": "127.0.0.1:2525"}]})
     except ConfigError as error:
@@ -80,12 +80,12 @@ def connect(read: Callable[..., Config]) -> Daemon | Offline:
 
 
 def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
-    """An answer; without one the command ends with the reason."""
+    """The answer to a request; ends the program (69) with the error when there is none."""
     return answered(lambda: peer.ask(op, **args))
 
 
 def answered(ask: Callable[[], T]) -> T:
-    """As `asked`, for a question that was put elsewhere."""
+    """The result of `ask()`, with errors as in `asked`."""
     try:
         return ask()
     except RelayError as error:
@@ -95,7 +95,7 @@ def answered(ask: Callable[[], T]) -> T:
 
 
 def number_of(ident: str) -> int:
-    """The number of a message by its id as people see it; the command ends where it is none."""
+    """The number of a message's id; ends the program (64) if it is not an id."""
     from relaymta.queue.ident import parse_id
 
     try:
@@ -105,7 +105,7 @@ def number_of(ident: str) -> int:
 
 
 def when(seconds: float) -> str:
-    """A moment for people: a short distance, or the time."""
+    """A time (seconds UTC; 0: "-") relative to now where it is near, else absolute."""
     if not seconds:
         return "-"
     ahead = seconds - time.time()

@@ -1,6 +1,6 @@
-"""`relaymta status|queue|reload`: look into the running daemon and change its queue.
+"""`relaymta status|queue|reload`: inspect the running daemon and change its queue.
 
-With the daemon stopped, reading verbs read the spool themselves, holding its lock.
+When the daemon is stopped, reading verbs read the spool, holding its lock.
 """
 
 import json
@@ -25,7 +25,7 @@ __all__ = ["change", "pages", "queue", "reload", "status"]
 @as_json
 @configured
 def status(read: Callable[..., Config], as_json: bool) -> None:
-    """What the daemon is doing."""
+    """Show the state of the daemon and its workers."""
     peer = connect(read)
     found = asked(peer, "status")
     if as_json:
@@ -46,14 +46,14 @@ def status(read: Callable[..., Config], as_json: bool) -> None:
 
 @click.group()
 def queue() -> None:
-    """Look into the queue and change it."""
+    """List the messages in the queue, and change them."""
 
 
 @queue.command()
 @as_json
 @configured
 def summary(read: Callable[..., Config], as_json: bool) -> None:
-    """One line for each queue that holds mail."""
+    """Show one line for each queue that has messages."""
     rows = asked(connect(read), "summary")
     if as_json:
         say_json(rows)
@@ -69,13 +69,11 @@ def summary(read: Callable[..., Config], as_json: bool) -> None:
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--queue", default="", metavar="NAME", help="In this queue, as `queue summary` names it."),
-        click.option("--route", default="", metavar="NAME", help="Going by this route."),
-        click.option(
-            "--site", default="", metavar="NAME", help="Going to this site, as `site list` names it, or one of its hosts."
-        ),
+        click.option("--route", default="", metavar="NAME", help="With this route."),
+        click.option("--site", default="", metavar="NAME", help="For this site, as `site list` names it, or one of its hosts."),
         click.option("--app", "application", default="", metavar="APP", help="Of this application."),
         click.option("--from", "sender", default="", metavar="ADDRESS", help="From this sender."),
-        click.option("--user", default="", metavar="NAME", help="Of whom had logged in as this."),
+        click.option("--user", default="", metavar="NAME", help="Of the client that logged in as this user."),
         click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="With a recipient in this domain."),
         click.option("--held", is_flag=True, help="Held messages only."),
     ):
@@ -87,8 +85,9 @@ FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held"
 
 
 def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
-    """All messages that are meant and that are here now, page by page: shard, ids, and each as a line of JSON. While one page is
-    looked at the next one is asked for. What comes in meanwhile (such as the DSNs of those that are bounced) is not meant."""
+    """The messages that match a filter and are in the queue now, page by page: (shard, ids, each message as a line of JSON). The
+    next page is requested while one is processed. Mail that arrives meanwhile (such as DSNs for messages that are bounced) does
+    not match."""
     for shard in asked(peer, "shards"):
         yield from _pages_of(peer, shard, chosen)
 
@@ -109,9 +108,9 @@ def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Ite
 
 
 def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[bytes]]:
-    """All messages that are meant, the oldest first, whatever their shard, as lines of JSON, many at a time."""
+    """The messages of all shards that match a filter, the oldest first, as lines of JSON, many at a time."""
     sources = [_pages_of(peer, shard, chosen) for shard in asked(peer, "shards")]
-    waiting: list[list[tuple[int, bytes]]] = [[] for _ in sources]  # of each shard, what was not given yet
+    waiting: list[list[tuple[int, bytes]]] = [[] for _ in sources]  # of each shard: (id, line) not yet returned
     while sources:
         for number in reversed(range(len(sources))):
             while not waiting[number] and number < len(sources):
@@ -121,7 +120,7 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
                     break
                 waiting[number] = list(zip(page[1], page[2], strict=True))
         if sources:
-            known = min(part[-1][0] for part in waiting)  # up to here nothing older can come
+            known = min(part[-1][0] for part in waiting)  # no shard has an older one to come
             counts = [bisect(part, known, key=itemgetter(0)) for part in waiting]
             yield [line for _, line in sorted(chain(*(part[:count] for part, count in zip(waiting, counts, strict=True))))]
             waiting = [part[count:] for part, count in zip(waiting, counts, strict=True)]
@@ -132,7 +131,7 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
 @as_json
 @configured
 def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> None:
-    """The messages, oldest first. --json: one object a line, for any number of them."""
+    """List the messages, the oldest first. --json: one object a line."""
     empty = True
     for lines in _in_order(connect(read), chosen):
         if as_json:
@@ -162,7 +161,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
 @as_json
 @configured
 def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
-    """How old the mail in each queue is: messages by age in minutes."""
+    """Show the age of the mail in each queue: messages by age in minutes (as Postfix's qshape)."""
     from relaymta.queue.ages import COLUMNS
 
     rows = asked(connect(read), "shape")
@@ -189,7 +188,7 @@ def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
 @as_json
 @configured
 def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
-    """One queue, by the name that `queue summary` shows."""
+    """Show one queue, by its name in `queue summary`."""
     rows = [row for row in asked(connect(read), "summary") if row["queue"] == name]
     if not rows:
         fail(1, f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
@@ -201,7 +200,7 @@ def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
 
 
 def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
-    """A verb that changes messages. `more`: options of its own; one of them sets `word`."""
+    """Make a verb that changes messages. `more`: its own options, one of which sets `word`."""
 
     def own(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in more:
@@ -212,7 +211,7 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     @own
     @click.argument("ids", nargs=-1)
     @click.option("--all", "everything", is_flag=True, help="Every message.")
-    @click.option("--dry-run", is_flag=True, help="Only say how many messages are meant.")
+    @click.option("--dry-run", is_flag=True, help="Only count the messages that match.")
     @_filters
     @as_json
     @configured
@@ -231,14 +230,15 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         if as_json:
             say_json(found)
         else:
-            say(f"{verb}: {_told(found)}")
+            say(f"{verb}: {_result(found)}")
 
     return command
 
 
 def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "") -> dict[str, Any]:
-    """`verb` on all messages that one of `filters` means: how many were matched, changed, and left because in flight. For
-    flush also how many of them their sites' limits keep (`throttled`), and `until` when (seconds UTC)."""
+    """Apply `verb` to all messages that match one of `filters`. Returns how many were `matched`, `changed`, and skipped since
+    they are `in_flight`; for flush also how many the limits of their sites delay (`throttled`), and `until` when (seconds
+    UTC)."""
     found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
     queues: Counter[str] = Counter()
     for chosen in filters:
@@ -253,39 +253,39 @@ def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool
             if verb == "flush":
                 queues.update(name for line in lines for name in json.loads(line)["queues"])
             if idents and not dry_run:
-                changed, flying = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word)
+                changed, in_flight = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word)
                 found["changed"] += changed
-                found["in_flight"] += flying
+                found["in_flight"] += in_flight
     if verb == "flush":
         found["throttled"], found["until"] = asked(peer, "throttled", queues=queues)
     return found
 
 
-def _told(found: dict[str, Any]) -> str:
-    """What a verb came to, for people."""
+def _result(found: dict[str, Any]) -> str:
+    """The result of `change` as a sentence."""
     if found["dry_run"]:
-        text = f"{found['matched']} messages are meant; nothing was changed"
+        text = f"{found['matched']} messages match; nothing was changed"
     else:
         text = f"{found['changed']} of {found['matched']} messages changed"
-        text += f"; {found['in_flight']} in flight were left to their outcome" if found["in_flight"] else ""
+        text += f"; {found['in_flight']} in flight were not changed" if found["in_flight"] else ""
     if found.get("throttled"):
         eligible = max(0, found["matched"] - found["throttled"])
-        text += f"; {eligible} may go at once, {found['throttled']} are throttled by their sites until {when(found['until'])}"
+        text += f"; {eligible} are tried now, {found['throttled']} are throttled by their sites until {when(found['until'])}"
     return text
 
 
 _verb("flush", "Try these messages now.")
-_verb("hold", "Keep these messages until they are released: not tried, not expired.")
-_verb("release", "Put held messages back on their schedule, due now, with a new deadline.")
-_verb("delete", "Delete these messages. The sender is not told.")
+_verb("hold", "Hold these messages until they are released: no attempts, no expiry.")
+_verb("release", "Release held messages: they are due now, and their maximum age begins again.")
+_verb("delete", "Delete these messages. No DSN is sent.")
 _verb(
     "bounce",
-    "Give these messages up; each sender is told, with the reason.",
-    click.option("--reason", "word", default="returned by the operator", help="What the notice says."),
+    "Bounce these messages: each sender gets a DSN with the reason.",
+    click.option("--reason", "word", default="returned by the operator", help="The reason in the DSN."),
 )
 _verb(
     "reroute",
-    "Send these messages by another route from now on, whatever the route table says; due now.",
+    "Move these messages to another route, regardless of the route table; they are due now.",
     click.option("--to", "word", required=True, metavar="ROUTE", help="The route's name."),
 )
 
@@ -293,7 +293,7 @@ _verb(
 @click.command()
 @configured
 def reload(read: Callable[..., Config]) -> None:
-    """Let the daemon read its configuration again."""
+    """Make the daemon read its configuration again."""
     peer = connect(read)
     answer = asked(peer, "reload")
     say(*answer.split("\n"))

@@ -1,4 +1,4 @@
-"""`relaymta route test`: where would this mail go, and why."""
+"""`relaymta route test`: where a message would be sent, and why."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,17 +18,21 @@ __all__ = ["route"]
 
 @click.group()
 def route() -> None:
-    """Where mail goes."""
+    """Test the routes."""
 
 
 @route.command()
 @click.option("--from", "sender", default="", metavar="ADDRESS", help="The envelope sender; default: the null sender.")
 @click.option("--to", "recipient", required=True, metavar="ADDRESS", help="The recipient.")
-@click.option("--as", "application", default="", metavar="APP", help="The application whose mail it is.")
-@click.option("--size", default=0, help="The message's octets.")
-@click.option("--attempts", default=0, help="How often it was tried before.")
+@click.option("--as", "application", default="", metavar="APP", help="The application of the message.")
+@click.option("--size", default=0, help="The size of the message in octets.")
+@click.option("--attempts", default=0, help="The number of attempts before.")
 @click.option(
-    "--header", "headers", multiple=True, metavar="FIELD", help='A header field of it, such as "X-Class: bulk"; repeatable.'
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="FIELD",
+    help='A header field, such as "X-Class: bulk"; repeatable.',
 )
 @as_json
 @configured
@@ -36,7 +40,7 @@ def test(
     read: Callable[..., Config], sender: str, recipient: str, application: str, size: int, attempts: int,
     headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Each route tried, the hosts, the site, and the limits that would hold. Asks the DNS, sends nothing, needs no daemon."""
+    """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
     if "@" not in recipient:
         fail(64, f"--to {recipient}: expected an address")
     config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})

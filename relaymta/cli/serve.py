@@ -1,4 +1,4 @@
-"""`relaymta serve`: run the relay; and how every verb finds its configuration."""
+"""`relaymta serve`: runs the relay; and the options by which every verb finds its configuration."""
 
 import functools
 import sys
@@ -20,17 +20,18 @@ CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 
 
 def fail(status: int, text: str) -> NoReturn:
-    """End with a sentence, or several lines of them, on standard error."""
+    """End the program with a message of one or several lines on standard error."""
     say(*text.split("\n"), err=True)
     sys.exit(status)
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a verb --config, --set and --spool, and the function that loads what they say."""
+    """Add --config, --set and --spool to a verb, and pass it `read(extra)`, which loads the configuration that they mean
+    (ConfigError)."""
 
     @click.option("-c", "--config", "path", type=click.Path(path_type=Path), envvar="RELAYMTA_CONFIG",
                   help=f"Configuration file (default: {CONFIG_PATH} where it exists).")  # fmt: skip
-    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key; wins over the file. Repeatable.")
+    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key; overrides the file. Repeatable.")
     @click.option("--spool", metavar="DIR", help="Directory of the queue.")
     @functools.wraps(function)
     def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
@@ -48,7 +49,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
 
         def read(extra: dict[str, Any] | None = None) -> Config:
             config = load(path, overrides | (extra or {}))
-            RouteTable(config)  # its route map can be read, and names routes that exist
+            RouteTable(config)  # ConfigError when its route map cannot be read or names an unknown route
             return config
 
         return function(read=read, **others)
@@ -57,13 +58,13 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def config_path() -> Path | None:
-    """The configuration file of the command under way; None when it has none."""
+    """The configuration file of the current command; None when it has none."""
     found: Path | None = click.get_current_context().meta[_FILE]
     return found
 
 
 def loaded(read: Callable[..., Config], extra: dict[str, Any] | None = None) -> Config:
-    """The configuration, or the end of the program with every problem (exit status 78)."""
+    """The configuration; ends the program (78) with every problem when it is invalid."""
     try:
         return read(extra)
     except ConfigError as error:
@@ -71,12 +72,17 @@ def loaded(read: Callable[..., Config], extra: dict[str, Any] | None = None) -> 
 
 
 @click.command()
-@click.option("--listen", multiple=True, metavar="HOST:PORT", help="Take mail here. Repeatable.")
-@click.option("--smarthost", multiple=True, metavar="HOST[:PORT]", help="Send everything there; the next one when it is down.")
+@click.option("--listen", multiple=True, metavar="HOST:PORT", help="Accept mail on this address. Repeatable.")
+@click.option(
+    "--smarthost",
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="Send all mail there. Repeatable, for fallbacks.",
+)
 @click.option("--workers", type=int, help="Worker processes; 0: one for each core.")
 @configured
 def serve(read: Callable[..., Config], listen: tuple[str, ...], smarthost: tuple[str, ...], workers: int | None) -> None:
-    """Run the relay until SIGTERM (drains) or Ctrl-C; SIGHUP reloads the configuration.
+    """Run the relay until SIGTERM or Ctrl-C, then drain; SIGHUP reloads the configuration.
 
     Without a file: relaymta serve --listen 127.0.0.1:2525 --smarthost mail.example.net:587 --spool DIR
     """

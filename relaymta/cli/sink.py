@@ -1,4 +1,4 @@
-"""`relaymta sink`: a smart host that takes every message, shows it in a line, and forgets it. For trying things out."""
+"""`relaymta sink`: a smart host for tests that accepts every message, prints a line about it, and discards it."""
 
 import asyncio
 import sys
@@ -19,43 +19,43 @@ class Sink(asyncio.Protocol):
     count = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet."""
+        """Send the greeting."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.session = ServerSession("sink.invalid", Limits(long_lines=True), lambda sender, size: None, lambda to, mail: None)
         transport.write(self.session.greet())
 
     def data_received(self, data: bytes) -> None:
-        """Take everything."""
+        """Accept every message."""
         out = self.session.receive(data)
         while self.session.complete is not None or self.session.behind:
             if self.session.complete is None:
                 out += self.session.receive(b"")
                 continue
             self._show(self.session.complete)
-            out += self.session.finish(reply.format_reply(250, "2.0.0", f"Taken by the sink as number {Sink.count}"))
+            out += self.session.finish(reply.format_reply(250, "2.0.0", f"Accepted by the sink as number {Sink.count}"))
         self.transport.write(out)
         if self.session.closing:
             self.transport.close()
 
     def _show(self, mail: Transaction) -> None:
         Sink.count += 1
-        text = b"".join(mail.take())
-        subject = next((line for line in text.split(b"\r\n") if line.lower().startswith(b"subject:")), b"(no subject)")
+        data = b"".join(mail.take())
+        subject = next((line for line in data.split(b"\r\n") if line.lower().startswith(b"subject:")), b"(no subject)")
         shown = subject.decode("utf-8", "replace")[:60]
         say(f"sink: {Sink.count}: <{mail.sender}> -> <{', '.join(mail.recipients)}> {mail.size} octets, {shown}")
 
 
 async def _run(host: str, port: int) -> None:
     server = await asyncio.get_running_loop().create_server(Sink, host, port, backlog=500)
-    say(f"sink: taking mail on {host}:{port}")
+    say(f"sink: accepting mail on {host}:{port}")
     await server.serve_forever()
 
 
 @click.command()
-@click.option("--listen", default="127.0.0.1:2526", show_default=True, metavar="HOST:PORT", help="Where to take mail.")
+@click.option("--listen", default="127.0.0.1:2526", show_default=True, metavar="HOST:PORT", help="Address to accept mail on.")
 def sink(listen: str) -> None:
-    """Take every message, show it in a line, and forget it: a smart host for trying things out."""
+    """Run a smart host for tests: it accepts every message, prints a line about it, and discards it."""
     try:
         host, port = parse_hostport(listen)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`relaymta site` and `relaymta shaping`: the sites mail goes to, their limits, and what was decided about them."""
+"""`relaymta site` and `relaymta shaping`: the sites that mail is sent to, their limits, and decisions about them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ KINDS = ["suspended", "slow", "dead", "learned"]
 
 @click.group()
 def site() -> None:
-    """The sites mail goes to."""
+    """The sites that mail is sent to."""
 
 
 @site.command(name="list")
 @as_json
 @configured
 def list_sites(read: Callable[..., Config], as_json: bool) -> None:
-    """One line for each site that has mail or connections now."""
+    """List the sites that have mail or connections now, one a line."""
     rows = asked(connect(read), "sites")
     if as_json:
         for row in rows:
@@ -46,14 +46,14 @@ def list_sites(read: Callable[..., Config], as_json: bool) -> None:
 
 
 def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of the sites, facts about them) by this name."""
+    """(rows, states) of the sites with this name; ends the program when there are none."""
     peer = connect(read)
     rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
-    facts = [fact for fact in asked(peer, "facts") if fact["site"] in names]
-    if not rows and not facts:
-        fail(1, f"no site {name!r} has mail or connections, and nothing was decided about it (`relaymta site list`)")
-    return rows, facts
+    states = [state for state in asked(peer, "site_states") if state["site"] in names]
+    if not rows and not states:
+        fail(1, f"no site {name!r} has mail or connections, or a decision about it (`relaymta site list`)")
+    return rows, states
 
 
 @site.command()
@@ -61,10 +61,10 @@ def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any
 @as_json
 @configured
 def show(read: Callable[..., Config], name: str, as_json: bool) -> None:
-    """One site: its hosts, connections and their phase, limits in force and where each comes from."""
-    rows, facts = _rows_of(read, name)
+    """Show one site: its hosts, its connections and their state, its limits and where each comes from."""
+    rows, states = _rows_of(read, name)
     if as_json:
-        say_json({"sites": rows, "facts": facts})
+        say_json({"sites": rows, "states": states, "facts": states})
         return
     for row in rows:
         say(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
@@ -75,7 +75,7 @@ def show(read: Callable[..., Config], name: str, as_json: bool) -> None:
         for session in row["sessions"]:
             say(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
         _show_limits(row)
-    _show_facts(facts)
+    _show_states(states)
 
 
 def _show_limits(row: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def _show_limits(row: dict[str, Any]) -> None:
 @as_json
 @configured
 def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
-    """The limits of one site that are in force now, and where each comes from."""
+    """Show the limits of one site that are in effect now, and where each comes from."""
     rows, _ = _rows_of(read, name)
     if as_json:
         say_json({row["pool"]: row["limits"] for row in rows})
@@ -103,11 +103,11 @@ def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
 @click.argument("name", default="")
 @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
 @click.option("--app", "application", default="", help="Only mail of this application.")
-@click.option("--reason", default="told to", help="Shown wherever somebody asks why.")
+@click.option("--reason", default="suspended by the operator", help="The reason, shown by `explain` and `shaping active`.")
 @configured
 def suspend(read: Callable[..., Config], name: str, duration: str, application: str, reason: str) -> None:
-    """Send nothing to a site (by the name its limits are counted as) for a while; without NAME nothing of --app to any. It
-    survives a restart."""
+    """Send nothing to a site (by the name that its limits are counted by) for a time; without NAME, nothing of --app to any site.
+    This survives a restart."""
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     try:
@@ -122,62 +122,62 @@ def suspend(read: Callable[..., Config], name: str, duration: str, application: 
 
 @site.command()
 @click.argument("name", default="")
-@click.option("--app", "application", default="", help="The suspension of this application's mail.")
+@click.option("--app", "application", default="", help="End the suspension of this application's mail.")
 @configured
 def resume(read: Callable[..., Config], name: str, application: str) -> None:
-    """Send to a suspended or dead site again, now."""
+    """Resume sending to a suspended or dead site, now."""
     count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
     if not count:
         fail(1, f"{name or application} is not suspended (`relaymta shaping active` lists what is)")
-    say(f"{name or application} goes on")
+    say(f"{name or application} is resumed")
 
 
 @click.group()
 def shaping() -> None:
-    """What was decided about sites: by operators, by rules about replies, and learned."""
+    """Decisions about sites: by operators, by rules about replies, and learned from replies."""
 
 
 @shaping.command()
 @as_json
 @configured
 def active(read: Callable[..., Config], as_json: bool) -> None:
-    """Every suspension, slow-down, dead site and learned limit that holds now."""
-    facts = [fact for fact in asked(connect(read), "facts") if fact["kind"] in KINDS]
+    """List all suspensions, slow-downs, dead sites and learned limits in effect now."""
+    states = [state for state in asked(connect(read), "site_states") if state["kind"] in KINDS]
     if as_json:
-        for fact in facts:
-            say_json(fact)
-    elif not facts:
+        for state in states:
+            say_json(state)
+    elif not states:
         say("nothing is suspended, slowed down, dead or learned")
     else:
-        _show_facts(facts)
+        _show_states(states)
 
 
-def _show_facts(facts: list[dict[str, Any]]) -> None:
-    for fact in facts:
-        about = f" ({fact['about']})" if fact["about"] else ""
-        reply = f"; after: {fact['reply']}" if fact["reply"] and fact["reply"] != fact["reason"] else ""
-        say(f"{fact['site']}{about} {fact['kind']} until {when(fact['until'])} by {fact['by']}: {fact['reason']}{reply}")
+def _show_states(states: list[dict[str, Any]]) -> None:
+    for state in states:
+        about = f" ({state['about']})" if state["about"] else ""
+        reply = f"; after: {state['reply']}" if state["reply"] and state["reply"] != state["reason"] else ""
+        say(f"{state['site']}{about} {state['kind']} until {when(state['until'])} by {state['by']}: {state['reason']}{reply}")
 
 
 @shaping.command()
 @click.argument("name", required=False, default="")
-@click.option("--all", "everything", is_flag=True, help="About every site.")
+@click.option("--all", "everything", is_flag=True, help="Of all sites.")
 @click.option("--kind", type=click.Choice(KINDS), help="Only decisions of this kind.")
-@click.option("--dry-run", is_flag=True, help="Only say how many decisions are meant.")
+@click.option("--dry-run", is_flag=True, help="Only count the decisions that match.")
 @configured
 def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | None, dry_run: bool) -> None:
-    """Forget what was decided about a site (or all): the next reply teaches it anew."""
+    """Remove the decisions about a site (or all sites); new replies may lead to the same ones."""
     if not name and not everything:
         fail(64, "which site? Give its name, or --all")
     peer = connect(read)
     kinds = [kind] if kind else KINDS
-    facts = [f for f in asked(peer, "facts") if (everything or f["site"] == name) and f["kind"] in kinds]
+    states = [f for f in asked(peer, "site_states") if (everything or f["site"] == name) and f["kind"] in kinds]
     if dry_run:
-        say(f"{len(facts)} decisions are meant; nothing was changed")
+        say(f"{len(states)} decisions match; nothing was changed")
         return
-    for fact in facts:
-        asked(peer, "clear", kind=fact["kind"], site=fact["site"], about=fact["about"], resume=False)
-    say(f"{len(facts)} decisions forgotten")
+    for state in states:
+        asked(peer, "clear", kind=state["kind"], site=state["site"], about=state["about"], resume=False)
+    say(f"{len(states)} decisions were removed")
 
 
 @shaping.command()
@@ -185,24 +185,24 @@ def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | 
 @as_json
 @configured
 def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
-    """The evidence: the reply behind each decision about a site, when it came, and until when the decision holds."""
-    _, facts = _rows_of(read, name)
+    """Show the reply that caused each decision about a site, its time, and when the decision ends."""
+    _, states = _rows_of(read, name)
     if as_json:
-        say_json(facts)
+        say_json(states)
         return
-    if not facts:
-        say(f"nothing was decided about {name}")
-    for fact in facts:
-        about = f" {fact['about']}" if fact["about"] else ""
-        say(f"{fact['kind']}{about}: {fact['reason']} (by {fact['by']})")
-        say(f"  since {when(fact['since'])}, until {when(fact['until'])}; the reply: {fact['reply'] or '-'}")
+    if not states:
+        say(f"there is no decision about {name}")
+    for state in states:
+        about = f" {state['about']}" if state["about"] else ""
+        say(f"{state['kind']}{about}: {state['reason']} (by {state['by']})")
+        say(f"  since {when(state['since'])}, until {when(state['until'])}; the reply: {state['reply'] or '-'}")
 
 
 @shaping.command()
 @as_json
 @configured
 def diff(read: Callable[..., Config], as_json: bool) -> None:
-    """What the provider profiles of this version say that those of the version before did not."""
+    """Show what has changed in the provider profiles since the version used before."""
     from relaymta.route.shaping import differences, read_profiles
     from relaymta.route.shaping import profiles as shipped
 
@@ -214,7 +214,7 @@ def diff(read: Callable[..., Config], as_json: bool) -> None:
     if as_json:
         say_json({"before": earlier[0].version if earlier else "", "now": now.version, "changes": changes})
     elif not earlier:
-        say(f"no other profiles than those of {now.version} were ever used in {spool}")
+        say(f"no other profiles than those of {now.version} have been used in {spool}")
     else:
         say(f"provider profiles of {earlier[0].version} -> {now.version}")
         for line in changes:
@@ -224,7 +224,7 @@ def diff(read: Callable[..., Config], as_json: bool) -> None:
 @shaping.command()
 @as_json
 def profiles(as_json: bool) -> None:
-    """The provider profiles that come with this version of relaymta."""
+    """Show the provider profiles of this version of relaymta."""
     from relaymta.route.shaping import profiles as shipped
     from relaymta.route.shaping import rule_text
 

@@ -1,1 +1,1 @@
-"""2. Is it wanted: our own mail is signed here, once, before it is made safe; that of strangers is held to what it says it is."""
+"""2. Is it wanted: our own mail is signed with DKIM, once, before it is stored; that of unauthenticated clients is verified."""

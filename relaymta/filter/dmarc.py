@@ -1,4 +1,4 @@
-"""DMARC (RFC 7489): what the domain in From: wants done with mail that it did not authenticate. Policy logic by `dmarc`,
+"""DMARC (RFC 7489): the policy that the domain in From: publishes for mail that fails authentication. Evaluation by `dmarc`,
 organizational domains by the public suffix list."""
 
 import asyncio
@@ -14,9 +14,9 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 
 __all__ = ["Dmarc", "check", "organizational"]
 
-OCTETS = 4096  # of a record; nobody's has a tenth of that
+OCTETS = 4096  # of a record; real ones have less than a tenth of that
 DOMAINS_KEPT = 4096
-MOST = 5  # authors from different domains; more are nobody's mail
+MOST = 5  # domains in From:; real mail does not have more
 _POLICIES = ("none", "quarantine", "reject")
 _WANTED = {dmarc.PolicyQuarantineError: "quarantine", dmarc.PolicyRejectError: "reject"}
 _RECORD = re.compile(r"v\s*=\s*DMARC1\s*(;|\Z)")
@@ -24,8 +24,8 @@ _RESULTS = ("pass", "none", "permerror", "temperror", "fail")
 
 
 class Dmarc(NamedTuple):
-    """`result`: none, pass, fail, temperror or permerror (RFC 8601 2.7); `policy`: none, quarantine or reject, what is wanted
-    done with this message (where the result is temperror: at worst, once all can be asked); `domain`: whose policy that is."""
+    """`result`: none, pass, fail, temperror or permerror (RFC 8601 2.7); `policy`: none, quarantine or reject, as requested
+    for this message (with temperror: the strictest that could result); `domain`: the author's, whose policy was evaluated."""
 
     result: str
     policy: str
@@ -39,13 +39,13 @@ def _suffixes() -> PublicSuffixList:
 
 @lru_cache(DOMAINS_KEPT)
 def organizational(domain: str) -> str:
-    """The domain that somebody registered (3.2)."""
+    """The organizational domain of a domain (3.2)."""
     found: str | None = _suffixes().privatesuffix(domain)
     return found or domain
 
 
 class _Organizations:
-    """What the library asks for an authenticated domain's organizational one."""
+    """The library's interface for organizational domains."""
 
     @staticmethod
     def get_public_suffix(domain: str) -> str:
@@ -54,7 +54,7 @@ class _Organizations:
 
 async def check(resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
     """`authors`: the domains in From:; `spf`: (domain, result); `signatures`: (domain, result) of each. Of several authors the
-    one that fares worst counts (RFC 7489 6.6.1): none can hide behind another."""
+    strictest result counts (RFC 7489 6.6.1)."""
     if len(authors) > MOST:
         return Dmarc("permerror", "reject", authors[0])
     found = await asyncio.gather(*(_check(resolver, author, spf, signatures) for author in authors))
@@ -66,7 +66,7 @@ def _severity(one: Dmarc) -> tuple[int, int]:
 
 
 async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
-    above = ""  # the organization, where the record is its, and not the author's own
+    above = ""  # the organizational domain, if the record is that one's
     try:
         record = await _record(resolver, author)
         if record is None and (organization := organizational(author)) != author:
@@ -81,7 +81,7 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
         policy.verify(auth_results=_passed(author, spf, signatures, "pass"))
     except dmarc.PolicyError as failure:
         wanted = _POLICIES.index(_WANTED.get(type(failure), "none"))
-        if random.random() * 100 >= policy.policy.pct:  # so many of the others are let off with less (6.6.4; t=y: all)
+        if random.random() * 100 >= policy.policy.pct:  # the rest gets the next weaker policy (6.6.4; with t=y all)
             wanted = max(0, wanted - 1)
         unknown = _passed(author, spf, signatures, "temperror")
         return Dmarc("temperror" if unknown and _would_pass(policy, unknown) else "fail", _POLICIES[wanted], author)
@@ -91,18 +91,18 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
 
 
 def _passed(author: str, spf: tuple[str, str], signatures: list[tuple[str, str]], result: str) -> list[dmarc.AuthResult]:
-    """What had this result and could be aligned with the author, as if it had passed. What is another organization's says
-    nothing, and may be no domain at all."""
+    """The identifiers with this result that could be aligned with the author, as passed ones. Those of other organizations
+    cannot be aligned, and may be invalid domains."""
     own = organizational(author)
     found: list[dmarc.AuthResult] = []
     if spf[1] == result and organizational(spf[0]) == own:
         found.append(dmarc.SPFAuthResult(spf[0], dmarc.SPFResult.PASS))
-    aligned = [domain for domain, its in signatures if its == result and organizational(domain) == own]
+    aligned = [domain for domain, outcome in signatures if outcome == result and organizational(domain) == own]
     return [*found, *(dmarc.DKIMAuthResult(domain, dmarc.DKIMResult.PASS) for domain in aligned)]
 
 
 def _would_pass(policy: dmarc.DMARCPolicy, results: list[dmarc.AuthResult]) -> bool:
-    """Whether these are aligned as the policy wants it."""
+    """Whether these identifiers are aligned as the policy requires."""
     try:
         policy.verify(auth_results=results)
     except (dmarc.Error, ValueError):
@@ -114,6 +114,6 @@ async def _record(resolver: Resolver, domain: str) -> str | None:
     """The one DMARC record of a domain (6.6.3); None when there is none, or more than one."""
     try:
         found = [text for text in await resolver.txt(f"_dmarc.{domain}") if len(text) <= OCTETS and _RECORD.match(text)]
-    except (NoData, NoSuchName, ValueError):  # the last one for what is no domain
+    except (NoData, NoSuchName, ValueError):  # ValueError: an invalid domain
         return None
     return found[0] if len(found) == 1 else None

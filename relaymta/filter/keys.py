@@ -1,4 +1,4 @@
-"""Keys that sign mail (DKIM, RFC 6376): their files, and the records that publish them."""
+"""DKIM keys (RFC 6376): their files, and the TXT records that publish them."""
 
 import base64
 import itertools
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 
 class Key(NamedTuple):
-    """A key in use, and what its signatures say. `number`: no other key that this process has read has it."""
+    """A key in use, and the fields that it signs. `number`: unique among the keys that this process has read."""
 
     settings: Dkim
     private: Private
@@ -33,18 +33,18 @@ class Key(NamedTuple):
 
     @property
     def der(self) -> bytes:
-        """The private key, for another process of ours."""
+        """The private key in DER (PKCS #8), for the signing process."""
         form = serialization.PrivateFormat.PKCS8
         return self.private.private_bytes(serialization.Encoding.DER, form, serialization.NoEncryption())
 
 
 def check(config: Config) -> None:
-    """ConfigError with everything that is wrong with the keys' files, as the user who asks can read them."""
+    """Read every key file, as the calling user. Raises ConfigError with all errors."""
     check_all(partial(load_key, settings) for settings in config.dkim)
 
 
 def load_key(settings: Dkim) -> Key:
-    """Read a key's file. ConfigError says what is wrong with it."""
+    """Read a key file. Raises ConfigError with the error."""
     try:
         private = serialization.load_pem_private_key(Path(settings.key).read_bytes(), None)
     except OSError as error:
@@ -77,6 +77,6 @@ def record(key: Key) -> str:
 
 
 def zone_line(name: str, text: str) -> str:
-    """A TXT record as a zone file has it."""
+    """A TXT record in the syntax of a zone file (RFC 1035 5.1)."""
     strings = [text[i : i + STRING] for i in range(0, len(text), STRING)]
     return f"{name}. TXT " + " ".join(f'"{part}"' for part in strings)

@@ -1,7 +1,7 @@
 """The process that makes a worker's signatures: `main()` with a socket's descriptor as its argument, started by signing.py.
 
-A signature takes longer than all else that is done for a message. On a thread of the worker each costs a third more, since the
-thread has to win the interpreter back from the loop behind each; here nobody else wants it.
+A signature takes longer than everything else done for a message. On a thread of the worker each costs a third more, since the
+thread competes with the event loop for the interpreter lock.
 """
 
 import signal
@@ -30,7 +30,7 @@ def sign_hash(private: Private, hashed: bytes) -> bytes:
 
 
 class _Answers:
-    """Answers `sign`: `keys`, those that are new (number, DER); `wanted`, (number of a key, SHA-256) of each signature."""
+    """Handles `sign` requests: `keys`, the new ones (number, DER); `wanted`, (key number, SHA-256) of each signature."""
 
     def __init__(self) -> None:
         self._keys: dict[int, Any] = {}
@@ -42,7 +42,7 @@ class _Answers:
 
 
 def main() -> None:
-    """Until the worker is gone. Signals are for the worker: what it drains is signed."""
+    """Serve until the worker ends. Signals are ignored, so that a draining worker can still sign."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])), _Answers())

@@ -1,5 +1,5 @@
-"""DKIM signatures of others (RFC 6376 6), verified by dkimpy with our canonicalizer and OpenSSL in the place of its own, and
-strict where it is not: no rsa-sha1 (RFC 8301), keys for what they say (h=, k=, s=), no l= that leaves octets unsigned."""
+"""Verification of DKIM signatures (RFC 6376 6) by dkimpy, with our canonicalizer and OpenSSL in place of its own, and stricter:
+no rsa-sha1 (RFC 8301), keys only as their records allow (h=, k=, s=), no l= that leaves octets unsigned."""
 
 import asyncio
 import base64
@@ -22,50 +22,50 @@ from relaymta.proto.mailbox import Malformed, authors, domains
 
 __all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
-MOST = 5  # signatures that are looked at; more make nothing better
-SETS = 10  # of a chain of ARC; RFC 8617 4.2.1 allows 50, nobody's mail has a tenth of them
+MOST = 5  # signatures that are verified; further ones are ignored
+SETS = 10  # of an ARC chain; RFC 8617 4.2.1 allows 50, real mail has less than a tenth of them
 BITS_LEAST, BITS_MOST = 1024, 4096  # RFC 8301 3.2
-EXPONENT_MOST = 1 << 32  # everybody's is 65537; a long one takes as long as signing
-KEYS_KEPT = 1000  # that were read
+EXPONENT_MOST = 1 << 32  # it is 65537 in practice; a long one takes as long as signing
+KEYS_KEPT = 1000  # parsed ones
 
-# What follows has limits since its cost is the product: dkimpy looks for each name of h= through all fields.
-FIELDS = 500  # of a header; nobody's mail has half as many
+# Limits for what costs their product: dkimpy searches all fields for each name in h=.
+FIELDS = 500  # of a header; real mail has less than half as many
 NAMES = 200  # in h=
 OCTETS = 4096  # of a signature's field, or of a key's record
-# White space in a row within one: several of dkimpy's expressions take the square of it.
+# A run of white space in one of these: several of dkimpy's expressions are quadratic in it.
 _GAP = re.compile(rb"\s{80}")
 
 _NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_]*")
 
 Tags = dict[str, str]
-Keys = dict[str, str | DnsFailure]  # by name; "" where there is none
+Keys = dict[str, str | DnsFailure]  # by name; "" for none
 Bodies = dict[bool, tuple[str, int]]  # for a relaxed body or not: its hash, and how many octets it covers
 
 
 class Claims(NamedTuple):
-    """What a message's header says of who has signed it. `signatures`: the tags of each, the first MOST; `chain`: those of its
-    ARC sets; {} for one that has none to speak of. `authors`: the domains in From:, none where that is `malformed`."""
+    """The signatures and authors that a message's header claims. `signatures`: the tags of each, the first MOST; `chain`: those
+    of its ARC sets; {} for a malformed one. `authors`: the domains in From:, none where that is `malformed`."""
 
-    fields: list[tuple[bytes, bytes]]  # name and value, as they stand
+    fields: list[tuple[bytes, bytes]]  # name and value, as received
     signatures: list[Tags]
     chain: list[Tags]
     authors: list[str]
     malformed: bool
 
     def forms(self) -> set[bool]:
-        """The forms of the body that its signatures have hashed."""
+        """The canonical forms of the body that the signatures cover (True: relaxed)."""
         found = {_relaxed(tags, "simple/simple") for tags in self.signatures}
         return found | {_relaxed(tags, "relaxed/relaxed") for tags in self.chain if "bh" in tags}
 
     def effort(self) -> int:
-        """How much work it is to verify all, in steps of some tenths of a microsecond: each name in h= is looked for in all
+        """The cost of verifying all of them, in steps of some tenths of a microsecond: each name in h= is searched in all
         fields."""
         signed = [*self.signatures, *self.chain]
         return 500 * len(signed) + len(self.fields) * sum(map(_names, signed))
 
 
 class Verified(NamedTuple):
-    """What came of one signature: pass, fail, neutral, policy, permerror or temperror (RFC 8601 2.7.1)."""
+    """The result of one signature: pass, fail, neutral, policy, permerror or temperror (RFC 8601 2.7.1)."""
 
     result: str
     domain: str
@@ -75,7 +75,7 @@ class Verified(NamedTuple):
 
 
 class _Relaxed:
-    """In dkimpy's place: linear on hostile input."""
+    """Replaces dkimpy's own form: linear on hostile input."""
 
     name = b"our relaxed"
 
@@ -102,7 +102,7 @@ def _public(exponent: int, modulus: int) -> rsa.RSAPublicKey:
 
 
 def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bool:
-    """In the place of dkimpy's arithmetic."""
+    """Replaces dkimpy's own arithmetic."""
     try:
         _public(public_key["publicExponent"], public_key["modulus"]).verify(
             signature, hashed.digest(), padding.PKCS1v15(), utils.Prehashed(hashes.SHA256())
@@ -112,21 +112,21 @@ def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bo
     return True
 
 
-# By names of our own: who else uses dkimpy in this process has its own canonicalizer.
+# Under names of our own: other users of dkimpy in this process keep its canonicalizer.
 _FORMS = {b"relaxed": b"our relaxed", b"simple": b"our simple"}
 dkim.canonicalization.ALGORITHMS.update({b"our relaxed": _Relaxed, b"our simple": _Simple})
 dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
-# Where b= is; with dkimpy's own the time grows with the cube of what is folded.
+# Finds b=; dkimpy's own expression is cubic in the length of the folds.
 dkim.RE_BTAG = re.compile(rb"([;\s]b\s*+=)(?:\s*+[a-zA-Z0-9+/=])*+(?:\r?\n\Z)?")
-dkim.evaluate_pk = lru_cache(KEYS_KEPT)(dkim.evaluate_pk)  # the same few records again and again
+dkim.evaluate_pk = lru_cache(KEYS_KEPT)(dkim.evaluate_pk)  # the same few records recur
 
 
-# What dkimpy says of hostile input.
+# What dkimpy raises on hostile input.
 _HOSTILE = (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class _Header:
-    """In front of a class of dkimpy's: it is given a header that we have taken apart, and what was found out about the body."""
+    """A mix-in for dkimpy's classes: they get the header fields that we have parsed, and the hashes of the body."""
 
     def __init__(self, fields: list[tuple[bytes, bytes]], bodies: Bodies) -> None:
         super().__init__(minkey=BITS_LEAST)  # type: ignore[call-arg]
@@ -158,7 +158,7 @@ class _Arc(_Header, dkim.ARC):  # type: ignore[misc]
 
 
 def claims(header: bytes) -> Claims:
-    """What a header block says."""
+    """The claims of a header block."""
     fields = split_fields(header)
     found: dict[bytes, list[Tags]] = {b"dkim-signature": [], b"arc-seal": [], b"arc-message-signature": []}
     for field in fields:
@@ -168,20 +168,20 @@ def claims(header: bytes) -> Claims:
     signatures, seals, messages = found.values()
     pairs = [field.partition(b":") for field in fields]
     try:
-        wrote, malformed = domains(authors(header, fields=fields)), False
+        names, malformed = domains(authors(header, fields=fields)), False
     except Malformed:
-        wrote, malformed = [], True
+        names, malformed = [], True
     return Claims(
         [(name, value + b"\r\n") for name, colon, value in pairs if colon],
         signatures[:MOST],
         [*seals, *messages],
-        wrote,
+        names,
         malformed,
     )
 
 
 def _relaxed(tags: Tags, default: str) -> bool:
-    """Whether a signature is of the relaxed body (RFC 6376 3.5, c=)."""
+    """Whether a signature covers the relaxed form of the body (RFC 6376 3.5, c=)."""
     return tags.get("c", default).partition("/")[2].strip() == "relaxed"
 
 
@@ -200,7 +200,7 @@ def _tags(value: bytes) -> Tags:
 
 
 def _names(tags: Tags) -> int:
-    """How many names there are in h=."""
+    """The number of names in h=."""
     return tags.get("h", "").count(":") + 1
 
 
@@ -208,8 +208,8 @@ def _name(tags: Tags) -> str:
     return f"{tags.get('s', '')}._domainkey.{tags.get('d', '')}".lower()
 
 
-async def keys_of(resolver: Resolver, said: Claims) -> Keys:
-    """The key records of all that has been signed."""
+async def keys_of(resolver: Resolver, claimed: Claims) -> Keys:
+    """The key records of all signatures, from the DNS."""
 
     async def one(name: str) -> str | DnsFailure:
         if not _in_dns(name):
@@ -221,36 +221,36 @@ async def keys_of(resolver: Resolver, said: Claims) -> Keys:
         except DnsFailure as error:
             return error
 
-    names = {_name(tags) for tags in [*said.signatures, *said.chain] if tags.get("d") and tags.get("s")}
+    names = {_name(tags) for tags in [*claimed.signatures, *claimed.chain] if tags.get("d") and tags.get("s")}
     return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
 
 def _in_dns(name: str) -> bool:
-    """Whether the DNS could have a name; what it could not have, it cannot be too busy to say."""
+    """Whether a name is valid in the DNS; an invalid one has no record, and is no temporary failure."""
     try:
         return normalize_domain(name) == name and all(name.split("."))
     except DomainError:
         return False
 
 
-def verify(said: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
-    """What comes of each signature, with the keys that the DNS had. `now`: the wall clock, seconds."""
+def verify(claimed: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
+    """The result of each signature. `keys`: from keys_of(); `now`: the wall clock, seconds."""
     found = []
-    message = _Dkim(said.fields, bodies)
-    for number, tags in enumerate(said.signatures):
+    message = _Dkim(claimed.fields, bodies)
+    for number, tags in enumerate(claimed.signatures):
         key = keys.get(_name(tags), "")
-        outcome = _refusal(said, tags, bodies, key, now) or _checked(message, number, str(key))
+        outcome = _refusal(claimed, tags, bodies, key, now) or _checked(message, number, str(key))
         found.append(Verified(outcome[0], tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), outcome[1]))
     return found
 
 
-def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
-    """What a chain of ARC sets comes to: none, pass or fail (RFC 8617 5.2), or temperror."""
-    if not said.chain:
+def arc(claimed: Claims, bodies: Bodies, keys: Keys) -> str:
+    """The result of the ARC chain: none, pass or fail (RFC 8617 5.2), or temperror."""
+    if not claimed.chain:
         return "none"
-    if len(said.chain) > 2 * SETS or len(said.fields) > FIELDS or any(map(_unlikely, said.chain)):
+    if len(claimed.chain) > 2 * SETS or len(claimed.fields) > FIELDS or any(map(_unlikely, claimed.chain)):
         return "fail"
-    if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in said.chain):
+    if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in claimed.chain):
         return "temperror"
 
     def look_up(name: bytes, timeout: int = 5) -> bytes:
@@ -258,19 +258,19 @@ def arc(said: Claims, bodies: Bodies, keys: Keys) -> str:
         return key if _usable(_tags(key)) else b""
 
     try:
-        found, _, _ = _Arc(said.fields, bodies).verify(dnsfunc=look_up)
+        found, _, _ = _Arc(claimed.fields, bodies).verify(dnsfunc=look_up)
     except _HOSTILE:
         return "fail"
     return {b"pass": "pass", b"none": "none"}.get(found, "fail")
 
 
 def _unlikely(tags: Tags) -> bool:
-    """Whether a signature of ARC is none that anybody makes."""
+    """Whether an ARC signature is one that no implementation makes."""
     return tags.get("a") != "rsa-sha256" or _names(tags) > NAMES
 
 
-def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
-    """Why a signature is not looked at: (result, reason)."""
+def _refusal(claimed: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
+    """(result, reason) of a signature that is not verified; None: verify it."""
     missing = [name for name in ("v", "a", "b", "bh", "d", "h", "s") if not tags.get(name)]
     if missing:
         return "permerror", f"no {missing[0]}= in the signature"
@@ -279,16 +279,16 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
     covered = tags["h"].lower().split(":").count("from")
     if not covered:
         return "permerror", "From: is not signed"
-    if covered < sum(name_of(name) == b"from" for name, _ in said.fields):
-        return "policy", "a From: is not signed"  # somebody may have added it (RFC 6376 8.15)
-    if len(said.fields) > FIELDS or _names(tags) > NAMES:
+    if covered < sum(name_of(name) == b"from" for name, _ in claimed.fields):
+        return "policy", "a From: is not signed"  # it may have been added (RFC 6376 8.15)
+    if len(claimed.fields) > FIELDS or _names(tags) > NAMES:
         return "policy", "too many fields"
     if "x" in tags and tags["x"].isascii() and tags["x"].isdigit() and int(tags["x"]) < now:
         return "fail", "the signature has expired"
     if isinstance(key, DnsFailure):
         if tags["bh"] != bodies[_relaxed(tags, "simple/simple")][0]:
-            return "fail", "body hash mismatch"  # whatever the key may be
-        return "temperror", "the DNS does not say the key"
+            return "fail", "body hash mismatch"  # with any key
+        return "temperror", "temporary failure to look up the key"
     record = _tags(key.encode()) if key else {}
     tests: list[tuple[bool, str]] = [
         (not record or record.get("v", "DKIM1") != "DKIM1", "no key for the signature"),
@@ -307,7 +307,7 @@ def _refusal(said: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, no
 
 
 def _usable(record: Tags) -> bool:
-    """Whether p= is a key that somebody could have signed with, and that can be used quickly."""
+    """Whether p= is a valid key of an accepted size."""
     return "p" in record and _is_key(record.get("k", "rsa"), record["p"])
 
 
@@ -330,7 +330,7 @@ def _identity(tags: Tags) -> str:
 
 
 def _checked(message: _Dkim, number: int, key: str) -> tuple[str, str]:
-    """By dkimpy."""
+    """(result, reason) by dkimpy."""
     look_up: Callable[..., bytes] = lambda name, timeout=5: key.encode()  # noqa: E731
     try:
         if message.verify(idx=number, dnsfunc=look_up):

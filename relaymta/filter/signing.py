@@ -1,4 +1,4 @@
-"""DKIM: which keys sign a message, and its signatures, made in batches by a process beside the worker (signatory.py)."""
+"""DKIM: which keys sign a message, and its signatures, made in batches by a process of the worker's own (signatory.py)."""
 
 import asyncio
 import contextlib
@@ -23,14 +23,14 @@ from relaymta.watch import Watched
 __all__ = ["Draft", "Signer", "Unsignable"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
-TOGETHER = 32  # messages whose signatures are made together
-AT_ONCE = 65536  # octets that are hashed on the loop; more would hold it up
+TOGETHER = 32  # messages whose signatures are made in one batch
+AT_ONCE = 65536  # octets that are hashed on the event loop; more would block it
 ANSWER_SECONDS = 5.0  # a batch takes some hundredths of one
 RESTART_SECONDS = 1.0
 
 
 class Unsignable(Exception):
-    """A message of which it cannot be known who signs it; `reply` refuses it."""
+    """It cannot be determined which keys sign a message; `reply`: the reply that refuses it."""
 
     def __init__(self, answer: bytes) -> None:
         super().__init__(answer.decode().strip())
@@ -38,7 +38,7 @@ class Unsignable(Exception):
 
 
 class Unsigned(NamedTuple):
-    """A signature to be made. `own`: its field as far as b=; `hashed`: the SHA-256 that is signed."""
+    """A signature to be made. `own`: its field up to b=; `hashed`: the SHA-256 that is signed."""
 
     key: Key
     own: bytes
@@ -46,7 +46,7 @@ class Unsigned(NamedTuple):
 
 
 class Signatory:
-    """The process that makes a worker's signatures. While there is none, or it does not answer, a thread makes them."""
+    """A worker's signing process. While it is down or does not answer, a thread makes the signatures."""
 
     def __init__(self, counters: Counters, log: Log) -> None:
         self._counters = counters
@@ -62,13 +62,13 @@ class Signatory:
         self.wanted = False
 
     def begin(self) -> None:
-        """Start it; from now on it is there, or comes back."""
+        """Start the process, and restart it whenever it ends."""
         self.wanted = True
         if self._channel is None and self._starting is None:
             self._starting = self._loop.create_task(self._start())
 
     def end(self) -> None:
-        """It is not needed any more."""
+        """Stop the process."""
         self.wanted = False
         if self._channel is not None:
             self._channel.close()
@@ -93,13 +93,13 @@ class Signatory:
     def _gone(self, why: str = "") -> None:
         self._channel = None
         if self.wanted:
-            self._log.event("warning", text=f"the process that signs is gone; a thread signs until it is back {why}".rstrip())
+            self._log.event("warning", text=f"the signing process has ended; a thread signs until it is restarted {why}".rstrip())
             self._loop.call_later(RESTART_SECONDS, lambda: self.begin() if self.wanted else None)
 
     def submit(self, wanted: list[Unsigned], done: Callable[[bytes | Exception], None]) -> None:
-        """Make the signatures of a message: `done(its fields)`, or an Exception."""
+        """Make the signatures of a message; calls `done` with its DKIM-Signature fields, or with an Exception."""
         self._pending.append((wanted, done))
-        if self._work is None:  # it begins in the next turn of the loop: what this one has goes together
+        if self._work is None:  # starts in the next iteration of the event loop: this one's messages become one batch
             self._work = self._loop.create_task(self._batches())
 
     async def _batches(self) -> None:
@@ -108,7 +108,7 @@ class Signatory:
             everything = [one for wanted, _ in batch for one in wanted]
             try:
                 made = iter(await self._made(everything))
-            except Exception as error:  # a mistake of ours stops nobody else's mail
+            except Exception as error:  # a bug must not stop other messages
                 made = iter([error] * len(everything))
             for wanted, done in batch:
                 fields = _joined([(one, next(made)) for one in wanted])
@@ -132,7 +132,7 @@ class Signatory:
                 return found
             except TimeoutError:
                 self._kill()
-            except (Refused, ConnectionError):  # the thread says which of them cannot be made
+            except (Refused, ConnectionError):  # the thread finds which of them fail
                 pass
         return await self._loop.run_in_executor(self._thread, _by_hand, wanted)
 
@@ -143,22 +143,22 @@ class Signatory:
 
 
 async def _nothing(op: str, args: object, descriptors: list[int]) -> None:
-    """The process asks for nothing."""
+    """The signing process sends no requests."""
 
 
 def _by_hand(wanted: list[Unsigned]) -> list[bytes | Exception]:
-    """Thread."""
+    """The signatures, or the errors, in order. Runs on any thread."""
     found: list[bytes | Exception] = []
     for one in wanted:
         try:
             found.append(sign_hash(one.key.private, one.hashed))
-        except Exception as error:  # whatever OpenSSL has against it
+        except Exception as error:  # any error of OpenSSL
             found.append(error)
     return found
 
 
 def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Exception:
-    """The fields of a message, or what is wrong with one of them."""
+    """The fields of a message, or the first error."""
     out = []
     for one, signature in made:
         if isinstance(signature, Exception):
@@ -168,7 +168,7 @@ def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Excep
 
 
 class Signer:
-    """The keys of one worker, and who signs with them."""
+    """The DKIM keys of one worker, and which messages they sign."""
 
     def __init__(self, config: Config, counters: Counters, log: Log, now: Callable[[], int]) -> None:
         """`now()`: the wall clock, seconds."""
@@ -180,7 +180,7 @@ class Signer:
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Take over a configuration (blocks while keys are read)."""
+        """Apply a configuration (blocks while keys are read)."""
         self.watched = [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
         for one in self.watched:
             one.refresh()
@@ -190,14 +190,14 @@ class Signer:
             self._signatory.end()
 
     def end(self) -> None:
-        """There is nothing more to sign."""
+        """Stop the signing process."""
         self._signatory.end()
 
     def __bool__(self) -> bool:
         return bool(self.watched)
 
     def _keys_for(self, header: bytes, fields: list[bytes], application: str) -> list[Key]:
-        """The keys that sign a message with this header, whose `fields` these are."""
+        """The keys that sign a message with this header; `fields`: the header, split. Raises Unsignable."""
         keys = [key for one in self.watched if (key := one.value) is not None and key.settings.signs_for(application)]
         if all("*" in key.settings.authors for key in keys):
             return keys
@@ -207,17 +207,17 @@ class Signer:
             raise Unsignable(reply.BAD_AUTHOR) from None
         return [key for key in keys if key.settings.signs(author)]
 
-    def sign(self, front: bytes, text: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
-        """Sign a message of `front` (fields of ours) and `text`: `done(fields to put in front of it)`, or an Exception."""
-        if sum(map(len, text)) > AT_ONCE:
-            future = self._loop.run_in_executor(self._hashing, self._drafted, front, text, application)
+    def sign(self, front: bytes, data: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
+        """Sign a message of `front`, our own fields, and `data`: `done(its DKIM-Signature fields)`, or an Exception."""
+        if sum(map(len, data)) > AT_ONCE:
+            future = self._loop.run_in_executor(self._hashing, self._drafted, front, data, application)
             future.add_done_callback(lambda future: self._submit(future.result, done))
         else:
-            self._submit(lambda: self._drafted(front, text, application), done)
+            self._submit(lambda: self._drafted(front, data, application), done)
 
     def draft(self, front: bytes, start: bytes, application: str) -> "Draft | None":
-        """For a message whose text begins with `start`, and goes to a file as it comes where that is not all. None when no key
-        signs it; Unsignable when that cannot be known."""
+        """Begin to sign a message whose data begins with `start`, which has to contain its header; the rest may be streamed.
+        None when no key signs it; Unsignable when that cannot be determined."""
         end = header_end(start)
         header = start[:end]
         if too_long(header):
@@ -230,13 +230,13 @@ class Signer:
         return Draft(fields, keys, end, self._now()) if keys else None
 
     def finish(self, draft: "Draft", done: Callable[[bytes | Exception], None]) -> None:
-        """Sign a message that has gone by: as `sign`."""
+        """Sign a message whose draft was fed all of its data; `done` as in `sign`."""
         self._submit(draft.unsigned, done)
 
     def _submit(self, find: Callable[[], list[Unsigned]], done: Callable[[bytes | Exception], None]) -> None:
         try:
             wanted = find()
-        except Exception as error:  # a mistake of ours: the message is put off, and not sent without
+        except Exception as error:  # a bug: the message is temporarily rejected, not sent unsigned
             done(error)
             return
         if wanted:
@@ -244,13 +244,13 @@ class Signer:
         else:
             done(b"")
 
-    def signatures(self, text: bytes) -> bytes:
-        """Any thread: the signatures of a message of our own; none where its key fails: nobody waits for it in vain."""
+    def signatures(self, data: bytes) -> bytes:
+        """The DKIM-Signature fields of a DSN; b"" when signing fails: the DSN is sent all the same. Any thread."""
         if not self.watched:
             return b""
         try:
-            wanted = self._drafted(b"", [text], "")
-        except Exception:  # a mistake of ours
+            wanted = self._drafted(b"", [data], "")
+        except Exception:  # a bug
             return b""
         fields = _joined(zip(wanted, _by_hand(wanted), strict=True))
         if isinstance(fields, Exception):
@@ -258,8 +258,8 @@ class Signer:
         self._counters.add(SIGNED_MESSAGES, len(wanted))
         return fields
 
-    def _drafted(self, front: bytes, text: list[bytes], application: str) -> list[Unsigned]:
-        whole = text[0] if len(text) == 1 else b"".join(text)
+    def _drafted(self, front: bytes, data: list[bytes], application: str) -> list[Unsigned]:
+        whole = data[0] if len(data) == 1 else b"".join(data)
         draft = self.draft(front, whole, application)
         if draft is None:
             return []
@@ -268,17 +268,17 @@ class Signer:
 
 
 class Draft:
-    """A message to be signed. `body` is fed all of its text, header first; then its signatures are `unsigned()`."""
+    """A message to be signed. `body` is fed all of its data, header first; then `unsigned()` returns the signatures to make."""
 
     def __init__(self, fields: list[bytes], keys: list[Key], skip: int, seconds: int) -> None:
-        """`skip`: how long its header is; `seconds`: when it is signed, the wall clock."""
+        """`skip`: octets of its header; `seconds`: the wall clock, when it is signed."""
         self._fields, self._keys, self._seconds = fields, keys, seconds
-        # One hash for all signatures that see the body alike.
+        # One hash for each canonical form of the body.
         self.body = BodyHashes({key.signature.relaxed_body for key in keys})
         self.body.skip(skip)
 
     def unsigned(self) -> list[Unsigned]:
-        """What is to be signed. Once."""
+        """The signatures to be made. Called once."""
         hashes = self.body.finish()
         found = []
         for key in self._keys:

@@ -1,5 +1,5 @@
-"""SPF (RFC 7208) by pyspf, which asks the DNS synchronously: a question that was not asked before stops it, is asked on the loop,
-and then it is run again from the start, which is 68 us of CPU in all."""
+"""SPF (RFC 7208) by pyspf, which queries the DNS synchronously: a query without a known answer aborts it, is made on the event
+loop, and then pyspf is run again from the start: 68 us of CPU in all."""
 
 import asyncio
 import ipaddress
@@ -12,23 +12,23 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 
 __all__ = ["Spf", "check"]
 
-QUESTIONS = 40  # pyspf itself stops at ten mechanisms that ask (4.6.4); this is for what it does not count
-# Of all records of a policy, which are read anew for each question (11.1); nobody's have half of that.
+QUESTIONS = 40  # pyspf itself stops at ten mechanisms with a query (4.6.4); this limits what it does not count
+# Of all records of a policy, which are parsed again for each query (11.1); real ones have less than half of that.
 OCTETS = 10_240
 TERMS = 800
 MACROS = 50
-ADDRESSES = 500  # of all answers about hosts; nobody's have a fifth of that
-EFFORT = 8000  # terms and addresses read in all, again for each question: some 80 ms
-AT_ONCE = 200  # that many are read in one turn of the loop
+ADDRESSES = 500  # in all answers about hosts; real ones have less than a fifth of that
+EFFORT = 8000  # terms and addresses parsed in all, again for each query: some 80 ms
+AT_ONCE = 200  # terms and addresses parsed in one iteration of the event loop
 NUMBERS_KEPT = 4096
-# Of one answer: with more MX records there is no result (4.6.4), more names of an address are not looked at (5.5).
+# Of one answer: with more MX records there is no result (4.6.4), more names of an address are ignored (5.5).
 MOST = {"MX": 11, "PTR": 10}
 
 _Answers = list[tuple[tuple[str, str], Any]]
 
 
 class Spf(NamedTuple):
-    """`result`: none, neutral, pass, fail, softfail, temperror or permerror (2.6); `domain`: whose policy that is."""
+    """`result`: none, neutral, pass, fail, softfail, temperror or permerror (2.6); `domain`: the one whose policy it is."""
 
     result: str
     domain: str
@@ -36,15 +36,15 @@ class Spf(NamedTuple):
 
 
 class _Unknown(BaseException):
-    """A question whose answer is not known yet. Not an Exception: pyspf must not catch it."""
+    """A query whose answer is not known yet. Not an Exception: pyspf must not catch it."""
 
     def __init__(self, name: str, kind: str) -> None:
         self.question = (name, kind)
 
 
 class _Query(spf.query):  # type: ignore[misc]
-    """With the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; and with addresses
-    as numbers: pyspf makes two networks of each, whenever it compares it."""
+    """Takes the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; and compares
+    addresses as numbers, where pyspf makes two networks for each comparison."""
 
     def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
         super().__init__(address, sender, helo, querytime=querytime)
@@ -84,7 +84,7 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
     domain = (sender.rpartition("@")[2] or helo).lower()
     octets, terms, macros, addresses, effort, at_once = 0, 0, 0, 0, 0, 0
     for _ in range(QUESTIONS):
-        spf.DNSLookup = look_up  # set and used within one turn of the loop
+        spf.DNSLookup = look_up  # set and used within one iteration of the event loop
         try:
             result, _, reason = _Query(address, sender, helo, querytime=20).check()
             return Spf("none" if result == "invalid" else str(result), domain, str(reason))
@@ -101,41 +101,41 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
                     "permerror", domain, f"a policy of too many octets, terms, macros or addresses ({OCTETS} octets at most)"
                 )
             at_once += terms + addresses
-            if at_once > AT_ONCE:  # answers that are known already need no turn
+            if at_once > AT_ONCE:  # cached answers do not yield to the event loop
                 at_once = 0
                 await asyncio.sleep(0)
-        except Exception as error:  # pyspf on hostile records: theirs, not ours
+        except Exception as error:  # pyspf fails on hostile records
             return Spf("permerror", domain, f"{type(error).__name__}: {error}")
     return Spf("permerror", domain, "too many DNS look-ups")
 
 
 def _policies(found: _Answers | Exception) -> list[bytes]:
-    """Those of an answer's texts that are SPF's."""
+    """The SPF records in an answer."""
     if isinstance(found, Exception):
         return []
     return [value[0] for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
 
 
 async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Exception:
-    """An answer as pyspf wants it."""
+    """An answer in the form that pyspf expects."""
     if kind not in ("A", "AAAA", "MX", "PTR", "TXT"):
         return []
     try:
         values = await resolver.values(name, kind)
     except (NoData, NoSuchName):
         return []
-    except (DnsFailure, ValueError) as error:  # the last one for what is no name at all
+    except (DnsFailure, ValueError) as error:  # ValueError: an invalid name
         unanswered: Exception = spf.TempError(f"DNS {error}")
         return unanswered
     if kind == "TXT":
-        values = [(text.encode("utf-8"),) for text in _telling(values)]
+        values = [(text.encode("utf-8"),) for text in _relevant(values)]
     elif kind in ("A", "AAAA"):
         values = [int(ipaddress.ip_address(value)) for value in values[: ADDRESSES + 1]]
     return [((name, kind), value) for value in values[: MOST.get(kind)]]
 
 
-def _telling(texts: list[str]) -> list[str]:
-    """As many of a name's texts as say all: of policies, and of others, more than one is as good as any number (4.5, 6.2)."""
+def _relevant(texts: list[str]) -> list[str]:
+    """The texts that matter: two SPF records are as invalid as more (4.5), and of other texts two are as good as more (6.2)."""
     policies: list[str] = []
     others: list[str] = []
     for text in texts:

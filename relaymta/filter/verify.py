@@ -1,5 +1,5 @@
-"""What is known of mail from strangers: SPF, DKIM and DMARC, told in one Authentication-Results field (RFC 8601), in the place of
-any that claims to be ours."""
+"""SPF, DKIM, ARC and DMARC for mail of unauthenticated clients. The results are in one Authentication-Results field (RFC 8601),
+which replaces any with our own authserv-id."""
 
 import asyncio
 import re
@@ -21,19 +21,19 @@ from relaymta.proto.header import header_end, too_long
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
-SECONDS = 20.0  # for all questions to the DNS about one message
-AT_ONCE = 65536  # octets that are hashed on the loop, and
-AT_ONCE_STEPS = 10_000  # what is done there to verify; more would hold it up
+SECONDS = 20.0  # for all DNS queries about one message
+AT_ONCE = 65536  # octets that are hashed on the event loop, and
+AT_ONCE_STEPS = 10_000  # steps of verification done there (Claims.effort); more would block it
 
-# Of a message of which nobody can say who its authors are.
+# Of a message whose authors cannot be determined.
 UNREADABLE = Dmarc("permerror", "reject", "")
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
 
 
 class Look:
-    """A message that is looked at. `end`: where its header ends in its text; `header`: that, without results that claim to be
-    ours; `claims`: what it says; `body` is fed the text behind it."""
+    """A message to verify. `end`: where its header ends; `header`: its header without forged results;
+    `claims`: of the header; `body` is fed the data behind the header."""
 
     def __init__(self, header: bytes, end: int) -> None:
         self.header, self.end = header, end
@@ -42,8 +42,8 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included; `dmarc`: what DMARC says; `enforced`: whether that is done; `malformed`:
-    nobody can say who its authors are."""
+    """`field`: Authentication-Results, CRLF included; `dmarc`: its result; `enforced`: its policy is applied; `malformed`:
+    the authors cannot be determined."""
 
     field: bytes
     dmarc: Dmarc
@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
 
     @property
     def refusal(self) -> bytes | None:
-        """The reply that refuses the message, or puts it off while the DNS does not say what is to become of it."""
+        """The reply that refuses the message, or rejects it temporarily while the DNS does not answer; None: accept it."""
         if not self.enforced or self.dmarc.policy == "none":
             return None
         if self.malformed:
@@ -63,12 +63,12 @@ class Verdict(NamedTuple):
 
     @property
     def held(self) -> bool:
-        """Whether it waits until somebody releases it."""
+        """Whether the message is held until an operator releases it."""
         return self.enforced and self.dmarc.policy == "quarantine"
 
 
 class Verifier:
-    """One worker's. `now()`: the wall clock, seconds."""
+    """The verification of one worker. `now()`: the wall clock, seconds."""
 
     def __init__(self, settings: Verify, hostname: str, resolver: Resolver, now: Callable[[], int]) -> None:
         self._settings = settings
@@ -78,14 +78,14 @@ class Verifier:
         self._now = now
 
     def look(self, start: bytes) -> Look | None:
-        """Begin with a message whose text begins with `start`; None when its header is too long: nobody's is, and nobody hides
-        behind one."""
+        """Begin to verify a message whose data begins with `start`, which has to contain its header. None when that is too
+        long: the caller refuses the message."""
         end = header_end(start)
         header = start[:end]
         return None if too_long(header) else Look(without_forged(header, self._hostname), end)
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
-        """All about a message of a client at `address`. `rest`: of its body, what was not fed yet."""
+        """Verify a message of a client at `address`. `rest`: the part of its body that `look.body` was not fed yet."""
         try:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, look, rest)
@@ -94,22 +94,22 @@ class Verifier:
             return self._verdict(unknown, sender, [], "temperror", UNREADABLE if look.claims.malformed else nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
-        said = look.claims
-        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, said))
+        claimed = look.claims
+        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, claimed))
         found: list[Verified] = []
         sealed = "none"
-        if said.signatures or said.chain:
-            if said.effort() <= AT_ONCE_STEPS and len(rest) <= AT_ONCE:
+        if claimed.signatures or claimed.chain:
+            if claimed.effort() <= AT_ONCE_STEPS and len(rest) <= AT_ONCE:
                 found, sealed = _verified(look, rest, keys, self._now())
             else:
                 loop = asyncio.get_running_loop()
                 found, sealed = await loop.run_in_executor(self._thread, _verified, look, rest, keys, self._now())
         signed = [(one.domain, one.result) for one in found]
-        if said.malformed:
+        if claimed.malformed:
             policy = UNREADABLE
         else:
             # Where From: names no domain, or there is none, the next host may write the envelope's sender there, as Postfix does.
-            authors = said.authors or _host_of(sender)
+            authors = claimed.authors or _host_of(sender)
             policy = await dmarc.check(self._resolver, authors, (sent.domain, sent.result), signed)
         return self._verdict(sent, sender, found, sealed, policy)
 
@@ -119,7 +119,7 @@ class Verifier:
 
 
 def _host_of(sender: str) -> list[str]:
-    """The domain of an envelope's sender, if it is one of the DNS."""
+    """The domain of an envelope sender, if it is valid in the DNS."""
     domain = domain_of(sender)
     try:
         return [normalize_domain(domain)] if domain and not domain.startswith("[") else []
@@ -128,14 +128,14 @@ def _host_of(sender: str) -> list[str]:
 
 
 def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verified], str]:
-    """Of most mail this takes a quarter of a millisecond, and on a thread three times as much; of some it takes longer."""
+    """The results of signatures and ARC chain: a quarter of a millisecond for most mail, three times that on a thread."""
     look.body.feed(rest)
     bodies = look.body.finish()
     return verify(look.claims, bodies, keys, now), arc(look.claims, bodies, keys)
 
 
 def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> bytes:
-    """RFC 8601 2.2, each result on a line of its own."""
+    """The Authentication-Results field (RFC 8601 2.2), each result on a line of its own."""
     who = f"smtp.mailfrom={_safe(sender)}" if sender else f"smtp.helo={_safe(sent.domain)}"
     lines = [f"spf={sent.result} {who}"]
     for one in found:
@@ -152,5 +152,5 @@ def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed:
 
 
 def _safe(text: str) -> str:
-    """A value as a token: what a stranger said breaks out of nothing."""
+    """An untrusted value as a token, which cannot end its property."""
     return _UNSAFE.sub("?", text) or "none"

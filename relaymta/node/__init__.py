@@ -1,7 +1,9 @@
-"""Facts that hold for the whole machine and outlive a restart: suspended and dead sites, and limits that replies taught.
+"""What the machine keeps across restarts: site states (suspended and dead sites, learned limits), policies, refreshed tokens,
+rates of clients, the provider profiles in use.
 
-The supervisor keeps them (`Store`, a small LMDB environment in the spool) and tells every worker; a worker asks for a change
-by telling the supervisor, and acts on what it has been told (`Facts`). Times are wall-clock milliseconds (UTC).
+The supervisor owns the site states: it stores them (`Store`, a small LMDB environment in the spool) and sends every change to all
+workers. A worker sends a change that it wants to the supervisor, and uses its own copy (`SiteStates`). Times are milliseconds of
+the wall clock (UTC).
 """
 
 import hashlib
@@ -17,24 +19,40 @@ import msgspec
 from relaymta.errors import StoreError, store_error
 
 __all__ = [
-    "BOUNCE", "DEAD", "HOLD", "LEARNED", "PROFILES", "PROFILES_BEFORE", "SLOW", "SUSPENDED", "TOKEN", "Fact", "Facts", "Store",
-    "fact_row", "keep_profiles", "keep_rates", "keep_secret", "kept_rates",
+    "BOUNCE",
+    "DEAD",
+    "HOLD",
+    "LEARNED",
+    "PROFILES",
+    "PROFILES_BEFORE",
+    "SLOW",
+    "SUSPENDED",
+    "TOKEN",
+    "SiteState",
+    "SiteStates",
+    "Store",
+    "keep_profiles",
+    "keep_rates",
+    "keep_secret",
+    "kept_rates",
+    "site_state_row",
 ]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
-HOLD, BOUNCE = "hold", "bounce"  # standing orders
-TOKEN = "token"  # a refresh token that an endpoint gave in exchange: a secret, shown to nobody
+HOLD, BOUNCE = "hold", "bounce"  # policies
+TOKEN = "token"  # a refresh token that an OAuth endpoint has replaced ours by: a secret, never shown
 RATES = "rates"
-PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # as used here, and before the last change
-MOST = 50_000  # facts; beyond it those that end first go
+PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # in use, and in use before the last change
+MOST = 50_000  # states; beyond that, those that end first are dropped
 _MAP_SIZE = 1 << 30
 
 
-class Fact(msgspec.Struct, frozen=True):
-    """One decision. `site`: the name under which the machine counts the site's limits, or (dead) its pool's, or (hold, bounce)
-    the mail that is meant, as `field=value` words, or (token) the hash of what it stands for; `about`: the one
-    application whose mail is meant ("": all), or (learned) the limit; `by`: "operator", "rule ..." or "automatic"; `reply`:
-    what caused it; `value`: how often (dead), by what factor (slow), or the limit (learned)."""
+class SiteState(msgspec.Struct, frozen=True):
+    """One decision. `site`: the name that the site's limits are counted by; or (dead) the name of its pool; (hold, bounce) the
+    mail that the policy matches, as `field=value` words; (token) the hash of the settings that the token belongs to. `about`: the
+    application that it is limited to ("": all mail), or (learned) the name of the limit. `since`, `until`: ms of the wall clock.
+    `by`: "operator", "rule ..." or "automatic". `reply`: the reply that caused it (token: the token). `value`: failures (dead),
+    factor (slow) or limit (learned)."""
 
     kind: str
     site: str
@@ -48,7 +66,7 @@ class Fact(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What there can be one of."""
+        """The identity of a state: a new one replaces that with the same key."""
         return self.kind, self.site, self.about
 
 
@@ -60,76 +78,77 @@ def _boot() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-class Facts:
-    """What a process has been told. Expired facts are not there: a fact holds for the time that was left when it was
-    learned, whatever the wall clock does from then on; one that seems to come from the future (the clock went back across
-    a restart) holds for as long as it was to hold from its beginning."""
+class SiteStates:
+    """One process' copy of the states. Expired ones are left out. A state holds for the time that was left when it was learned,
+    measured by CLOCK_BOOTTIME: later changes of the wall clock do not matter. A state that begins in the future (the clock was
+    set back across a restart) holds for its whole duration."""
 
-    def __init__(self, facts: Iterable[Fact] = ()) -> None:
-        self._facts: dict[tuple[str, str, str], tuple[Fact, int]] = {}  # fact, end by CLOCK_BOOTTIME (ms)
-        for fact in facts:
-            self.learn(fact)
+    def __init__(self, states: Iterable[SiteState] = ()) -> None:
+        self._states: dict[tuple[str, str, str], tuple[SiteState, int]] = {}  # state, end by CLOCK_BOOTTIME (ms)
+        for state in states:
+            self.learn(state)
 
-    def __iter__(self) -> Iterator[Fact]:
+    def __iter__(self) -> Iterator[SiteState]:
         now = _boot()
-        return iter([fact for fact, end in self._facts.values() if end > now])
+        return iter([state for state, end in self._states.values() if end > now])
 
-    def get(self, kind: str, site: str, about: str = "") -> Fact | None:
-        """A fact that holds now."""
-        found = self._facts.get((kind, site, about))
+    def get(self, kind: str, site: str, about: str = "") -> SiteState | None:
+        """The state with this key, if it holds now."""
+        found = self._states.get((kind, site, about))
         return found[0] if found is not None and found[1] > _boot() else None
 
-    def left(self, fact: Fact) -> int:
-        """For how many more milliseconds a fact holds."""
-        found = self._facts.get(fact.key)
+    def left(self, state: SiteState) -> int:
+        """The milliseconds for which a state still holds."""
+        found = self._states.get(state.key)
         return max(0, found[1] - _boot()) if found is not None else 0
 
-    def suspension(self, site: str, tenant: str) -> Fact | None:
-        """Why mail of a tenant may not go to a site now."""
-        if not self._facts:
+    def suspension(self, site: str, tenant: str) -> SiteState | None:
+        """The suspension that keeps a tenant's mail from a site now, if there is one."""
+        if not self._states:
             return None
         found = self.get(SUSPENDED, site)
         if found is None and tenant:
             found = self.get(SUSPENDED, site, tenant) or self.get(SUSPENDED, "", tenant)
         return found
 
-    def learn(self, fact: Fact) -> None:
-        """A fact is so from now on, in the place of one with the same key."""
-        self._facts[fact.key] = (fact, _boot() + fact.until - max(_wall(), fact.since))
-        if len(self._facts) > MOST:
+    def learn(self, state: SiteState) -> None:
+        """Add a state, or replace the one with the same key."""
+        self._states[state.key] = (state, _boot() + state.until - max(_wall(), state.since))
+        if len(self._states) > MOST:
             self.sweep()
 
-    def forget(self, kind: str, site: str, about: str) -> Fact | None:
-        """A fact holds no longer; it, if it was there."""
-        found = self._facts.pop((kind, site, about), None)
+    def forget(self, kind: str, site: str, about: str) -> SiteState | None:
+        """Remove the state with this key; returns it, if there was one."""
+        found = self._states.pop((kind, site, about), None)
         return None if found is None else found[0]
 
-    def sweep(self) -> list[Fact]:
-        """Drop what has expired, and what is beyond MOST; what was dropped."""
+    def sweep(self) -> list[SiteState]:
+        """Remove expired states, and those beyond MOST; returns them."""
         now = _boot()
-        by_end = sorted(self._facts.values(), key=lambda pair: pair[1], reverse=True)
+        by_end = sorted(self._states.values(), key=lambda pair: pair[1], reverse=True)
         kept = [pair for pair in by_end[:MOST] if pair[1] > now]
-        self._facts = {pair[0].key: pair for pair in kept}
+        self._states = {pair[0].key: pair for pair in kept}
         return [pair[0] for pair in by_end[len(kept) :]]
 
 
-def fact_row(fact: Fact, facts: Facts) -> dict[str, Any]:
-    """A fact for people and programs; times in seconds UTC."""
+def site_state_row(state: SiteState, states: SiteStates) -> dict[str, Any]:
+    """A state as the command line shows it; times in seconds (UTC)."""
     return {
-        "kind": fact.kind,
-        "site": fact.site,
-        "about": fact.about,
-        "since": fact.since / 1000,
-        "until": (_wall() + facts.left(fact)) / 1000,
-        "by": fact.by,
-        "reason": fact.reason,
-        "reply": fact.reply,
-        "value": fact.value,
+        "kind": state.kind,
+        "site": state.site,
+        "about": state.about,
+        "since": state.since / 1000,
+        "until": (_wall() + states.left(state)) / 1000,
+        "by": state.by,
+        "reason": state.reason,
+        "reply": state.reply,
+        "value": state.value,
     }
 
 
 def keep_profiles(path: Path, text: str) -> bool:
-    """Remember in `path` which provider profiles are in use, and those before; whether others were. Blocks."""
+    """Store the provider profiles in use (`text`) in `path`, and those in use before; whether they have changed. Blocks;
+    OSError."""
     used = path / PROFILES
     known = used.read_text(encoding="utf-8") if used.exists() else None
     if known == text:
@@ -141,12 +160,12 @@ def keep_profiles(path: Path, text: str) -> bool:
 
 
 def keep_rates(path: Path, rows: list[tuple[int, int]]) -> None:
-    """Remember in `path` the rates of clients and accounts as they are now (shm.Rates.rows). Blocks; OSError."""
+    """Store the rates of clients and accounts (shm.Rates.rows) in `path`. Blocks; OSError."""
     _put(path / RATES, _encode((_wall(), rows)))
 
 
 def _put(file: Path, octets: bytes) -> None:
-    """Put a file in the place of another, at once; what is there is replaced, were it a link, and not followed."""
+    """Replace a file atomically. A link in its place is replaced, not followed."""
     fresh = file.with_suffix(".new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as opened:
@@ -155,18 +174,18 @@ def _put(file: Path, octets: bytes) -> None:
 
 
 def kept_rates(path: Path) -> list[tuple[int, int]]:
-    """What was remembered, less the time that has passed since: none where the clock went back. Blocks."""
+    """The rates stored by `keep_rates`, less the time that has passed since then (none if the clock was set back). Blocks."""
     try:
         kept, rows = msgspec.msgpack.decode((path / RATES).read_bytes(), type=tuple[int, list[tuple[int, int]]])
-    except (OSError, msgspec.DecodeError):  # there is none, or a power cut has left half of it: they begin anew
+    except (OSError, msgspec.DecodeError):  # no file, or half of one after a power cut: all rates are free
         return []
     passed = max(0, _wall() - kept) * 1000
     return [(mark, left - passed) for mark, left in rows if left > passed]
 
 
 class Store:
-    """The facts on disk, in `path`. Everything blocks (the supervisor calls it on a thread of its own), and raises StoreError
-    when the disk refuses."""
+    """The states on disk, in `path`. All methods block (the supervisor calls `write` on a thread) and raise StoreError when the
+    disk fails."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -175,43 +194,43 @@ class Store:
         except (lmdb.Error, OSError) as error:
             raise StoreError(f"{path}: {error}") from None
 
-    def load(self) -> list[Fact]:
-        """All facts."""
+    def load(self) -> list[SiteState]:
+        """All states."""
         try:
             with self._env.begin() as txn:
                 return [_decode(value) for _, value in txn.cursor()]
         except (lmdb.Error, msgspec.DecodeError) as error:
             raise StoreError(f"node: {error}") from None
 
-    def write(self, learned: list[Fact], forgotten: list[Fact]) -> None:
-        """Make changes durable."""
+    def write(self, learned: list[SiteState], forgotten: list[SiteState]) -> None:
+        """Commit changes, durably."""
         try:
             with self._env.begin(write=True) as txn:
-                for fact in forgotten:
-                    txn.delete(_key(fact))
-                for fact in learned:
-                    txn.put(_key(fact), _encode(fact))
+                for state in forgotten:
+                    txn.delete(_key(state))
+                for state in learned:
+                    txn.put(_key(state), _encode(state))
         except lmdb.Error as error:
             raise store_error(error) from None
 
     def close(self) -> None:
-        """Close the environment."""
+        """Close the LMDB environment."""
         self._env.close()
 
 
-def _key(fact: Fact) -> bytes:
-    """LMDB's keys are short: a long one is cut, with its hash behind."""
-    whole = "\0".join(fact.key).encode()
+def _key(state: SiteState) -> bytes:
+    """The key in LMDB, which has at most 511 octets: a long one is cut, and its hash appended."""
+    whole = "\0".join(state.key).encode()
     return whole if len(whole) < 400 else whole[:350] + hashlib.sha256(whole).digest()
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Fact).decode
+_decode = msgspec.msgpack.Decoder(SiteState).decode
 
 
 def keep_secret(spool: Path) -> None:
-    """Make the secret of a spool, if there is none, or a full disk or a power cut left it empty: by it all workers tell strangers
-    the same of users who do not exist. OSError."""
+    """Create the secret of a spool if it is missing, or was left empty by a full disk or a power cut. All workers derive from it
+    what SCRAM answers for unknown users, so that these cannot be told from known ones. OSError."""
     path = spool / "secret"
     if not path.exists() or not path.stat().st_size:
         _put(path, os.urandom(32))

@@ -1,1 +1,1 @@
-"""What the RFCs say: pure code, no I/O, no clock. Limits and times come in as arguments."""
+"""The protocols: pure code, no I/O, no clock. Limits and times are arguments."""

@@ -21,7 +21,7 @@ _KEYWORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([\x21-\x3c\x3e-\x7e\u0080
 
 
 class DomainError(ValueError):
-    """A domain that cannot be looked up."""
+    """An invalid domain name, which cannot be looked up in the DNS."""
 
 
 def mail_argument(argument: bytes) -> tuple[str, str] | None:
@@ -68,7 +68,7 @@ def _general(argument: bytes, word: bytes) -> tuple[str, str] | None:
 
 
 def _closing(text: str) -> int:
-    """Where the `>` stands that closes a leading `<`, quoted strings skipped; -1 when there is none."""
+    """The index of the `>` that closes a leading `<`, quoted strings skipped; -1 when there is none."""
     quoted = False
     i = 1
     while i < len(text):
@@ -95,7 +95,7 @@ def _valid(address: str) -> bool:
 
 
 def literal_address(domain: str) -> str | None:
-    """The IP address in an address literal (`[192.0.2.1]`, `[IPv6:2001:db8::1]`); None when it is none."""
+    """The IP address in an address literal (`[192.0.2.1]`, `[IPv6:2001:db8::1]`); None: not a literal (RFC 5321 4.1.3)."""
     if not (domain.startswith("[") and domain.endswith("]")):
         return None
     inner = domain[1:-1]
@@ -117,7 +117,7 @@ _LABELS = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\Z")
 
 
 def normalize_domain(domain: str) -> str:
-    """A domain as the DNS has it: lower case A-labels (IDNA 2008), no trailing dot. DomainError when it is none."""
+    """A domain in the form of the DNS: lower case A-labels (IDNA 2008), no trailing dot. DomainError for an invalid one."""
     domain = domain.rstrip(".").lower()
     if domain.isascii():
         if len(domain) > 253 or not _LABELS.match(domain):

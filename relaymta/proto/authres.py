@@ -1,4 +1,4 @@
-"""Authentication-Results of others (RFC 8601): which of them claim to be ours."""
+"""Authentication-Results fields in received mail (RFC 8601): those with our own authserv-id are forged, and removed."""
 
 import re
 
@@ -6,7 +6,7 @@ from relaymta.proto.dkim import name_of
 
 __all__ = ["without_forged"]
 
-BRACKETS = 50  # of comments in one place; each takes as long as a hundred octets
+BRACKETS = 50  # parentheses of comments in a row; each costs as much as a hundred octets
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
 _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
@@ -16,7 +16,7 @@ _VERSION = re.compile(rb"[0-9]*+")
 
 
 def without_forged(block: bytes, hostname: str) -> bytes:
-    """A header block without Authentication-Results fields that claim to be ours, or may be read so (RFC 8601 5)."""
+    """A header block without Authentication-Results whose authserv-id is `hostname`, or may be read as it (RFC 8601 5)."""
     if b"uthentication-" not in block and b"authentication-results" not in block.lower():
         return block
     fields = re.split(rb"(?<=\r\n)(?![ \t])", block)
@@ -24,7 +24,7 @@ def without_forged(block: bytes, hostname: str) -> bytes:
 
 
 def _ours(field: bytes, hostname: str) -> bool:
-    """Whether a field is Authentication-Results of this host, or nobody can say of which."""
+    """Whether a field is Authentication-Results whose authserv-id is `hostname`, or cannot be determined."""
     if name_of(field) != b"authentication-results":
         return False
     value = field.partition(b":")[2]
@@ -32,10 +32,10 @@ def _ours(field: bytes, hostname: str) -> bool:
     match = _QUOTED.match(value, at) or _TOKEN.match(value, at)
     if match is None:
         return True
-    if value[match.end() : match.end() + 1] == b"=":  # no identifier: `spf=pass ...`, as some have it
+    if value[match.end() : match.end() + 1] == b"=":  # no authserv-id: `spf=pass ...`, as some programs write
         return False
-    said = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
-    if said.decode("utf-8", "replace").strip().lower().rstrip(".") == hostname.lower().rstrip("."):
+    identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
+    if identifier.decode("utf-8", "replace").strip().lower().rstrip(".") == hostname.lower().rstrip("."):
         return True
     version = _VERSION.match(value, _behind_blanks(value, match.end()))
     assert version is not None
@@ -44,7 +44,7 @@ def _ours(field: bytes, hostname: str) -> bool:
 
 
 def _behind_blanks(value: bytes, at: int) -> int:
-    """Where white space and comments end that stand at `at`; a comment without an end, or more than anybody has, end nowhere."""
+    """The index behind white space and comments (RFC 5322 3.2.2) at `at`; the end of `value` if unterminated or too many."""
     depth = 0
     for _ in range(BRACKETS):
         if depth == 0:

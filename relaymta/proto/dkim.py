@@ -1,6 +1,6 @@
-"""DKIM signatures (RFC 6376, 8463) as text: what is hashed and what is written, without keys or clocks.
+"""DKIM signatures (RFC 6376, 8463): the octets that are hashed and the fields that are written, without keys or clocks.
 
-A message's header fields are octets as they stand on the wire, each without the CRLF of its end.
+Header fields are octets as they are on the wire, each without its final CRLF.
 """
 
 import base64
@@ -14,14 +14,14 @@ __all__ = [
     "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "canonical_field", "name_of", "signed", "split_fields",
 ]  # fmt: skip
 
-# What is signed where it is there (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
+# The fields that are signed if present (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
 SIGNED = (
     "from", "sender", "reply-to", "subject", "date", "message-id", "to", "cc", "mime-version", "content-type",
     "content-transfer-encoding", "content-description", "content-id", "resent-date", "resent-from", "resent-sender", "resent-to",
     "resent-cc", "resent-message-id", "in-reply-to", "references", "list-id", "list-help", "list-unsubscribe",
     "list-unsubscribe-post", "list-subscribe", "list-post", "list-owner", "list-archive",
 )  # fmt: skip
-# ... and once more than it is there, so that nobody can add one (5.4, 8.15).
+# ... and those that h= names once more than they are present, so that none can be added (5.4, 8.15).
 OVERSIGNED = (
     "from", "to", "subject", "date", "reply-to", "mime-version", "content-type", "content-transfer-encoding",
 )  # fmt: skip
@@ -32,24 +32,24 @@ _AROUND = bytes(range(33))
 
 
 def split_fields(block: bytes) -> list[bytes]:
-    """The fields of a header block, each without the CRLF of its end; the empty line behind them is none."""
+    """The fields of a header block, each without its final CRLF; the empty line that ends the block is not one."""
     return [field for field in _FOLDED.split(block) if field]
 
 
 def name_of(field: bytes) -> bytes:
-    """A field's name in lower case, without blanks, folds and control characters around it, which others overlook, too."""
+    """A field's name in lower case, without white space, folds and control characters around it, which other parsers ignore."""
     colon = field.find(b":")
     name = field[:colon].lower() if colon >= 0 else field.lower()
     return name.strip(_AROUND) if name[-1:] <= b" " or name[:1] < b" " else name
 
 
 def canonical_field(field: bytes) -> bytes:
-    """A field in relaxed form (3.4.2), without CRLF."""
+    """The relaxed canonical form of a field (RFC 6376 3.4.2), without CRLF."""
     return header(field)
 
 
 class BodyHash:
-    """SHA-256 of a body's canonical form, piece by piece. `octets`: how long that form is."""
+    """SHA-256 of a body's canonical form, fed in pieces. `octets`: the length of that form so far."""
 
     def __init__(self, relaxed: bool) -> None:
         self._body = Body(relaxed)
@@ -57,11 +57,11 @@ class BodyHash:
         self.octets = 0
 
     def feed(self, data: bytes) -> None:
-        """Take the next octets of the body."""
+        """Add the next octets of the body."""
         self._add(self._body.feed(data))
 
     def finish(self) -> str:
-        """The hash as bh= has it. Once."""
+        """The hash in base64, as in bh=. Called once."""
         self._add(self._body.finish())
         return base64.b64encode(self._hash.digest()).decode()
 
@@ -71,18 +71,18 @@ class BodyHash:
 
 
 class BodyHashes:
-    """The hashes of one body, in each of `forms` (relaxed or not), piece by piece."""
+    """The hashes of one body in each of `forms` (True: relaxed, False: simple), fed in pieces."""
 
     def __init__(self, forms: Iterable[bool]) -> None:
         self._hashes = {relaxed: BodyHash(relaxed) for relaxed in forms}
         self._skip = 0
 
     def skip(self, octets: int) -> None:
-        """The next `octets` are no part of the body."""
+        """Ignore the next `octets` octets: they are the header."""
         self._skip += octets
 
     def feed(self, data: bytes) -> None:
-        """Take the next octets."""
+        """Add the next octets of the message data."""
         if self._skip:
             skipped = min(self._skip, len(data))
             self._skip -= skipped
@@ -91,13 +91,13 @@ class BodyHashes:
             one.feed(data)
 
     def finish(self) -> dict[bool, tuple[str, int]]:
-        """For each form the hash as bh= has it, and how many octets that are. Once."""
+        """For each form the hash in base64, as in bh=, and the octets it covers. Called once."""
         return {relaxed: (one.finish(), one.octets) for relaxed, one in self._hashes.items()}
 
 
 class Signature:
-    """What the signatures of one key say, but for their hashes. `algorithm`: rsa-sha256 or ed25519-sha256; `signed`,
-    `oversigned`: names in lower case; `expires`: seconds until x=, 0 for none."""
+    """The DKIM-Signature fields of one key, but for hashes and times. `algorithm`: rsa-sha256 or ed25519-sha256; `signed`,
+    `oversigned`: names in lower case; `expires`: seconds from t= to x=, 0 for no x=."""
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ class Signature:
         self._expires = expires
         form = f"{'relaxed' if relaxed_header else 'simple'}/{'relaxed' if relaxed_body else 'simple'}"
         self._start = f"DKIM-Signature: v=1; a={algorithm}; c={form}; d={domain};\r\n\ts={selector}; t="
-        self._lists: dict[tuple[bytes, ...], str] = {}  # h= by the names that a message has: most have the same
+        self._lists: dict[tuple[bytes, ...], str] = {}  # h= by the field names of a message: most have the same
 
     def unsigned(self, fields: list[bytes], body_hash: str, seconds: int) -> tuple[bytes, bytes]:
-        """(the DKIM-Signature field with an empty b=, without CRLF; the octets to sign) of a message at a wall-clock second."""
+        """(DKIM-Signature with an empty b=, without CRLF; octets to sign) of a message's `fields` at a wall-clock second."""
         chosen: list[bytes] = []
         names: list[bytes] = []
         wanted = self._signed
@@ -144,9 +144,9 @@ class Signature:
 
 
 def signed(own: bytes, signature: bytes) -> bytes:
-    """The whole field, CRLF included."""
-    text = base64.b64encode(signature)
-    return own + b"\r\n\t ".join(text[i : i + 72] for i in range(0, len(text), 72)) + b"\r\n"
+    """The field `own`, which ends with an empty b=, with its signature in base64; CRLF included."""
+    encoded = base64.b64encode(signature)
+    return own + b"\r\n\t ".join(encoded[i : i + 72] for i in range(0, len(encoded), 72)) + b"\r\n"
 
 
 def _folded(names: list[str]) -> str:

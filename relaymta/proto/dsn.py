@@ -1,7 +1,7 @@
-"""Failure notices (RFC 3464, RFC 6522): what the sender is told when recipients are given up.
+"""DSNs about failed recipients: delivery status notifications (RFC 3464) in a multipart/report (RFC 6522).
 
-The reader is an outsider: of an attempt it says what the peer said, or our `Attempt.text`, never the cause inside. And what it is
-made of comes from outsiders: no line of it holds a control character, so that each stays one line.
+The sender is an outsider: a DSN quotes the peer's reply or `Attempt.text`, never `Attempt.inside`. Replies, addresses and the
+original header come from outsiders too: control characters are replaced in each line, so that none can start another line.
 """
 
 import re
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.header import rfc5322_date
 
-__all__ = ["failure_notice"]
+__all__ = ["failure_dsn"]
 
-HEADER_LIMIT = 64 * 1024  # of the original header that is returned
-LINE_LIMIT = 900  # octets of a line of ours (RFC 5322 2.1.1: 998)
+HEADER_LIMIT = 64 * 1024  # octets of the original header that are returned
+LINE_LIMIT = 900  # octets of a generated line (RFC 5322 2.1.1: at most 998)
 
 _CONTROL = re.compile(rb"[\0\r\n]")
 
 
-def failure_notice(
+def failure_dsn(
     envelope: Envelope,
     failed: Sequence[tuple[str, Attempt, bool]],
     original_header: bytes,
@@ -28,10 +28,10 @@ def failure_notice(
     original_ident: str,
     seconds: int,
 ) -> bytes:
-    """The notice about `failed` recipients (address, last attempt, whether it expired), as message text.
+    """The message data of a DSN about `failed` recipients (address, last attempt, whether the message expired).
 
-    It is addressed to the envelope's sender, carries the original header (not its body), and says Auto-Submitted
-    (RFC 3834), so that no robot answers it. `seconds`: wall clock, UTC.
+    It is addressed to the envelope's sender, returns the original header (not the body), and carries Auto-Submitted
+    (RFC 3834 5), so that no automatic responder answers it. `seconds`: its Date, wall clock, UTC.
     """
     boundary = f"=_{ident}"
     while boundary.encode() in original_header:
@@ -57,7 +57,7 @@ def failure_notice(
         "",
     ]
     for address, attempt, expired in failed:
-        late = "not delivered in time; the last attempt said: " if expired else ""
+        late = "message expired; last attempt: " if expired else ""
         where = ", ".join(word for word in (attempt.phase, _remote(attempt)) if word)
         head.append(f"<{address}>: {late}{attempt.whole} ({where})")
     status = [
@@ -72,11 +72,12 @@ def failure_notice(
     for address, attempt, expired in failed:
         status += _recipient_fields(address, attempt, expired)
     closing = ["", f"--{boundary}", "Content-Type: text/rfc822-headers", "", ""]
-    text = b"\r\n".join(_line(line, utf8) for line in [*head, *status, *closing])
-    return text + _returned_header(original_header) + f"\r\n--{boundary}--\r\n".encode()
+    data = b"\r\n".join(_line(line, utf8) for line in [*head, *status, *closing])
+    return data + _returned_header(original_header) + f"\r\n--{boundary}--\r\n".encode()
 
 
 def _recipient_fields(address: str, attempt: Attempt, expired: bool) -> list[str]:
+    """The per-recipient fields of RFC 3464 2.3, with the empty line before them."""
     kind = "rfc822" if address.isascii() else "utf-8"
     enhanced = attempt.enhanced or "5.0.0"
     lines = [
@@ -88,8 +89,8 @@ def _recipient_fields(address: str, attempt: Attempt, expired: bool) -> list[str
     if _remote(attempt):
         lines.append(f"Remote-MTA: dns; {_remote(attempt)}")
     if attempt.code:
-        said = f"{attempt.code} {attempt.enhanced} {attempt.text}".replace("  ", " ")
-        lines.append(f"Diagnostic-Code: smtp; {said}")
+        reply = f"{attempt.code} {attempt.enhanced} {attempt.text}".replace("  ", " ")
+        lines.append(f"Diagnostic-Code: smtp; {reply}")
     else:
         lines.append(f"Diagnostic-Code: X-relaymta; {attempt.text}")
     lines.append(f"Last-Attempt-Date: {rfc5322_date(attempt.time // 1000)}")
@@ -97,12 +98,12 @@ def _recipient_fields(address: str, attempt: Attempt, expired: bool) -> list[str
 
 
 def _remote(attempt: Attempt) -> str:
-    """The peer's name, "" for a socket of this machine: its path is nobody's business."""
+    """The peer's name; "" for a Unix socket, whose path is not shown to outsiders."""
     return "" if attempt.peer.startswith("unix:") else attempt.peer
 
 
 def _line(line: str, utf8: bool) -> bytes:
-    """One line of ours, cut where a peer's text would make it too long, without control characters of the peer's."""
+    """One generated line: control characters replaced by spaces, cut to LINE_LIMIT octets."""
     if line.startswith("Content-Type"):
         return line.encode()
     clean = "".join(c if c == "\t" or (c.isprintable() and (utf8 or c.isascii())) else " " for c in line)
@@ -111,8 +112,8 @@ def _line(line: str, utf8: bool) -> bytes:
 
 
 def _returned_header(header: bytes) -> bytes:
-    """The original header as it may stand in our notice: whole lines, at most HEADER_LIMIT octets, no long lines, and nothing
-    that somebody may take for the end of one."""
+    """The original header as a DSN returns it: whole lines of at most 998 octets, at most HEADER_LIMIT octets in all, without
+    NUL, bare CR and bare LF, which some software takes for the end of a line."""
     lines = header[:HEADER_LIMIT].split(b"\r\n")
     if len(header) > HEADER_LIMIT:
         lines.pop()

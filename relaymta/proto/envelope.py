@@ -1,4 +1,4 @@
-"""Envelope, recipient and outcome as data, and their stored form (msgpack arrays; fields are only ever appended).
+"""Envelopes, recipient states and attempts, and their stored form (msgpack arrays; fields are only ever appended).
 
 Times are milliseconds: `arrived` and attempt times by the wall clock (UTC), `deadline` and `due` by the queue's clock.
 """
@@ -13,29 +13,29 @@ __all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientSt
 # Envelope.flags
 EIGHT_BIT: Final = 1
 SMTPUTF8: Final = 2
-HELD: Final = 8  # (4 is set in spools of older versions, and means nothing)
+HELD: Final = 8  # (4 was set by older versions and is ignored)
 QUARANTINED: Final = 16
-NOTICE: Final = 32  # a DSN of our own
-ORDERED: Final = 64  # held by a standing order, until that ends
+DSN: Final = 32  # a DSN that relaymta generated
+POLICY_HELD: Final = 64  # held by a hold policy, until that ends
 
 # RecipientState.state
 PENDING: Final = 0
 DELIVERED: Final = 1
 FAILED: Final = 2
 
-# Attempt.kind: what an attempt's result means for the recipient.
+# Attempt.kind: the result of an attempt for the recipient.
 SUCCESS: Final = "success"
 TRANSIENT: Final = "transient"
 PERMANENT: Final = "permanent"
 
 ATTEMPTS_KEPT: Final = 8
 
-# Priority classes, the first goes first.
+# Priority classes; the lower number is delivered first.
 CLASSES: Final = {"express": 0, "normal": 1, "bulk": 2}
 
 
 class QueueName(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Which messages wait together: the same route, next-hop domain, application and class."""
+    """The name of a queue: mail of the same route, next-hop domain, application and class waits together."""
 
     route: str
     domain: str
@@ -47,7 +47,7 @@ class QueueName(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def label(self) -> str:
-        """As people and the log name the queue."""
+        """The queue's name in the log and on the command line; empty parts at the end are left out."""
         return _label(self)
 
 
@@ -60,7 +60,7 @@ def _label(name: QueueName) -> str:
 
 
 class Body(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where a message's text lies: a frame in a segment, or (segment 0) a file of its own named by the id."""
+    """Where message data lies on disk: in a frame of a segment, or (segment 0) in a file of its own named by the id."""
 
     segment: int
     generation: int
@@ -69,7 +69,7 @@ class Body(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Placement(msgspec.Struct, array_like=True):
-    """A message's row in one queue: when it is due, attempts made, and which recipients (None: all)."""
+    """A message's row in one queue: the queue's number, due time, attempts made, and indexes of the recipients (None: all)."""
 
     queue: int
     due: int
@@ -78,7 +78,7 @@ class Placement(msgspec.Struct, array_like=True):
 
 
 class Envelope(msgspec.Struct, array_like=True):
-    """Everything about a message but its text and its recipients' histories."""
+    """Everything about a message but its message data and its recipients' histories. `size`: octets of message data."""
 
     sender: str
     recipients: list[str]
@@ -92,19 +92,19 @@ class Envelope(msgspec.Struct, array_like=True):
     priority: str = "normal"
     body: Body | None = None
     placements: list[Placement] = []
-    route: str = ""  # the route that an operator chose for it; "": as the table says
-    headers: list[str] = []  # the `header` conditions of routes that its header fields meet
-    user: str = ""  # who had logged in
+    route: str = ""  # the route that an operator chose for it; "": by the route table
+    headers: list[str] = []  # the `header` conditions of routes that its header matches
+    user: str = ""  # the login it was submitted with; "": none
 
 
 def reply_text(code: int, enhanced: str, text: str) -> str:
-    """A reply as people read it; what is missing (0, "") is left out."""
+    """A reply in one line; missing parts (0, "") are left out."""
     return " ".join(part for part in (str(code) if code else "", enhanced, text) if part)
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
-    """One try at one recipient: when, how far it came, against whom, and what was said: `text`, which the sender may read, and
-    `inside`, the cause, where operators may read more. Never null."""
+    """One try for one recipient: when, the phase in which it ended, the peer, and its reply. `text` is for the sender to read;
+    `inside` is the cause that only operators read ("": the same). No field is None."""
 
     time: int
     kind: str
@@ -117,12 +117,12 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def whole(self) -> str:
-        """The reply, as the sender may read it."""
+        """The reply as the sender may read it."""
         return reply_text(self.code, self.enhanced, self.text)
 
     @property
     def cause(self) -> str:
-        """The reply or its cause, as operators read it."""
+        """The reply or its cause as operators read it."""
         return reply_text(self.code, self.enhanced, self.inside or self.text)
 
     def __str__(self) -> str:
@@ -130,7 +130,8 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RecipientState(msgspec.Struct, array_like=True):
-    """How far one recipient is; `attempts` are the last eight. There is no row before the first unfinished attempt."""
+    """The state of one recipient, and its last ATTEMPTS_KEPT attempts. It has no row before the first outcome that leaves its
+    message in the queue."""
 
     state: int = PENDING
     attempts: list[Attempt] = []

@@ -1,12 +1,12 @@
-"""Header blocks as bytes: found, counted and prepended to; a message is never parsed and rebuilt."""
+"""Header blocks as bytes: where they end, their fields, and our own trace field; a message is never parsed and rebuilt."""
 
 import re
 from email.utils import formatdate
 
 __all__ = ["HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "header_end", "received_field", "too_long"]
 
-HEADER_SEEN = 131072  # octets of a text that are looked at for its header
-LINES_SEEN = 5000  # of one that is taken apart: nobody's has a tenth, and each costs as much as a hundred octets
+HEADER_SEEN = 131072  # octets of message data within which its header must end
+LINES_SEEN = 5000  # lines of a header that is parsed: real ones have less than a tenth; each costs as much as a hundred octets
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
@@ -16,21 +16,21 @@ _SAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 _date: tuple[int, str] = (0, "")
 
 
-def header_end(text: bytes) -> int:
-    """Where the body begins in `text`: behind the empty line, or the whole length when there is none."""
-    if text.startswith(b"\r\n"):
+def header_end(data: bytes) -> int:
+    """The index of the body in message data: behind the first empty line (RFC 5322 2.1), or the whole length without one."""
+    if data.startswith(b"\r\n"):
         return 2
-    end = text.find(b"\r\n\r\n")
-    return len(text) if end < 0 else end + 4
+    end = data.find(b"\r\n\r\n")
+    return len(data) if end < 0 else end + 4
 
 
 def too_long(header: bytes) -> bool:
-    """Whether a header block is longer than anybody's, and would take too long to be taken apart."""
+    """Whether a header block is too long to be parsed: real ones are shorter, and it would cost too much time."""
     return len(header) > HEADER_SEEN or header.count(b"\n") > LINES_SEEN
 
 
 def count_received(header: bytes) -> int:
-    """How many hops a header block names (RFC 5321 6.3)."""
+    """The number of Received fields in a header block (loop detection, RFC 5321 6.3); in a short one, an upper bound."""
     return len(_RECEIVED.findall(header)) if header.count(b":") > 8 else header.lower().count(b"received:")
 
 
@@ -40,8 +40,8 @@ def field_names(header: bytes) -> set[bytes]:
 
 
 def fields(header: bytes) -> list[tuple[bytes, str]]:
-    """The fields of a header block: name in lower case, and value unfolded (RFC 5322 2.2.3); octets that are no UTF-8
-    replaced, encoded words as they stand."""
+    """The fields of a header block: name in lower case, and value unfolded (RFC 5322 2.2.3); octets that are not
+    UTF-8 are replaced, encoded words (RFC 2047) are not decoded."""
     found: list[tuple[bytes, str]] = []
     for line in re.split(rb"\r\n(?![ \t])", header):
         name, colon, value = line.partition(b":")
@@ -62,7 +62,7 @@ def rfc5322_date(seconds: int) -> str:
 
 
 def received_field(*, hostname: str, helo: str, client: str, protocol: str, ident: str, recipient: str, seconds: int) -> bytes:
-    """Our trace field (RFC 5321 4.4), CRLF included. `recipient` is named only when it is the only one."""
+    """The Received field that we add (RFC 5321 4.4), CRLF included. `recipient`: the only one, or ""."""
     address = f"[IPv6:{client}]" if ":" in client else f"[{client}]"
     shown = helo if not _SAFE.search(helo) else _SAFE.sub("?", helo)
     target = f"\r\n\tfor <{recipient}>" if recipient else ""

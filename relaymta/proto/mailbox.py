@@ -1,9 +1,9 @@
-"""Who wrote a message: the addresses in From: and Sender: (RFC 5322 3.4, with what 4.4 says is obsolete and has to be read:
-comments and blanks anywhere, routes, empty elements; UTF-8 by RFC 6532). The only code that reads them.
+"""The authors of a message: the addresses in From: and Sender: (RFC 5322 3.4, and 4.4, obsolete syntax that must be accepted:
+comments and white space anywhere, routes, empty elements; UTF-8 by RFC 6532). No other code parses these fields.
 
-Strict: a field is what the grammar says it is, or Malformed. Where programs are known to read the same octets differently (what
-looks like an encoded word and is none, an address on two lines), it is Malformed too: who judges by what is found here judges by
-every address that another program could show. Linear in the length of a field, whatever it holds.
+Strict: a field matches the grammar, or is Malformed. Where programs are known to parse the same octets differently (an invalid
+encoded word, an address on two lines), it is Malformed too: so a decision by the addresses found here covers every address that
+another program could show. Linear in the length of a field, whatever it contains.
 """
 
 import re
@@ -15,15 +15,15 @@ from relaymta.proto.dkim import name_of, split_fields
 
 __all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "domains"]
 
-LONGEST = 8192  # octets of all fields of one message that are read here; nobody's are a tenth of that
-MOST = 250  # domains in one field: each takes as long as a hundred octets
-CONVERTED = 9  # one that is not ASCII counts as so many more
-EACH = 60  # octets that a field counts more than it has, and each that a domain counts as
+LONGEST = 8192  # octets of these fields of one message; real ones have less than a tenth of that
+MOST = 250  # domains in one field: each costs as much as a hundred octets
+CONVERTED = 9  # how many more a domain counts as that is not ASCII
+EACH = 60  # octets added to the length of each field, and for each of CONVERTED
 AUTHORS: Collection[bytes] = (b"from",)
 
 _ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-"
-_CONTROL = r"\x00-\x08\x0a-\x1f\x7f"  # a fold is a line feed here
-# RFC 2047 2, of what may stand in a phrase (5), and dots, which many let stand: who knows no encoded words sees words and dots.
+_CONTROL = r"\x00-\x08\x0a-\x1f\x7f"  # the CRLF of a fold is a line feed here
+# RFC 2047 2, with what is allowed in a phrase (5) and dots, which many accept: without RFC 2047 these are words and dots.
 _ENCODED = r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[A-Za-z0-9!#$%&'*+/=^_`{|}~.-]*+\?="
 _TOKEN = re.compile(
     rf"(?P<space>(?:\n?[ \t])++)|(?P<encoded>{_ENCODED})|(?P<atom>[{_ATEXT}]++)|(?P<special>[<>@,;:.])|(?P<comment>\()"
@@ -32,10 +32,10 @@ _TOKEN = re.compile(
 _WITHIN_COMMENT = re.compile(rf"(?:[^()\\{_CONTROL}]|\\[^{_CONTROL}])*+([()])")
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
 _DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+\Z")
-_WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # where it is none, but is often taken for one
+_WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # not one within quotes, but often taken for one
 _LABEL = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff-]++\Z")
 
-# What most are, in one match: a display name or none, and one address, all of it ASCII, nothing that has to be unquoted.
+# The common form, in one match: a display name or none, and one address, all of it ASCII, nothing to unquote.
 _SIMPLE_LOCAL = rb"[A-Za-z0-9!#$%&'*+/^_`{|}~-]++(?:\.[A-Za-z0-9!#$%&'*+/^_`{|}~-]++)*+"
 _SIMPLE_DOMAIN = rb"[A-Za-z0-9_-]{1,63}+(?:\.[A-Za-z0-9_-]{1,63}+)*+"
 _SIMPLE = re.compile(
@@ -45,7 +45,7 @@ _SIMPLE = re.compile(
 
 
 class _Token(NamedTuple):
-    """`kind`: "atom", "encoded" (word), "quoted", "literal", one of the specials, or "" at the end; `folded`: on another line."""
+    """`kind`: "atom", "encoded" (word), "quoted", "literal", a special, or "" at the end; `folded`: behind a line break."""
 
     kind: str
     text: str
@@ -53,12 +53,12 @@ class _Token(NamedTuple):
 
 
 class Malformed(ValueError):
-    """A field that is no list of addresses; str() says why."""
+    """A field that is not an address list; str() is the reason."""
 
 
 class Mailbox(NamedTuple):
-    """An address: its local part, quoted where it has to be and only there, and its domain as it is written, in lower case; ""
-    where it has none (`root`)."""
+    """An address. `local`: its local part, quoted only if necessary; `domain`: as it is written, in lower case, "" for none
+    (`root`)."""
 
     local: str
     domain: str
@@ -68,16 +68,16 @@ class Mailbox(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The domain as the DNS has it: A-labels; "" for a literal, or where there is none."""
+        """The domain as A-labels, for the DNS; "" for an address literal, or without a domain."""
         if not self.domain or self.domain.startswith("["):
             return ""
         return self.domain if self.domain.isascii() else normalize_domain(self.domain)
 
 
 def authors(block: bytes, names: Collection[bytes] = AUTHORS, fields: Iterable[bytes] | None = None) -> list[Mailbox]:
-    """The addresses in the fields of these `names` of a header block, in order; several fields of a name are read as one.
-    Malformed where one of them is, where the block has NULs or line ends other than CRLF in it (who splits it there sees other
-    fields), or where they are longer than LONGEST. `fields`: the block's, where they are known."""
+    """The addresses in the fields with these `names` (lower case) of a header block, in order; several fields are read as one.
+    Malformed when one of them is, when the block has NULs or line ends other than CRLF (a parser that splits there sees other
+    fields), or when they are longer than LONGEST. `fields`: those of the block, if it is split already."""
     if b"\0" in block or not block.count(b"\r\n") == block.count(b"\n") == block.count(b"\r"):
         raise Malformed("a NUL or a bare CR or LF in the header")
     found: list[Mailbox] = []
@@ -86,39 +86,39 @@ def authors(block: bytes, names: Collection[bytes] = AUTHORS, fields: Iterable[b
         if name_of(field) in names:
             name, colon, value = field.partition(b":")
             if name.rstrip(b" \t").lower() not in names:
-                raise Malformed("its name is on two lines, or has control characters around it")
+                raise Malformed("a field name on two lines, or with control characters around it")
             octets += EACH + len(value)
             if octets > LONGEST:
-                raise Malformed("it is too long")
+                raise Malformed("too long")
             if colon:
-                its = addresses(value)
+                listed = addresses(value)
                 if not value.isascii():
-                    octets += EACH * CONVERTED * sum(not one.domain.isascii() for one in its)
-                found += its
+                    octets += EACH * CONVERTED * sum(not one.domain.isascii() for one in listed)
+                found += listed
     return found
 
 
 def domains(mailboxes: Iterable[Mailbox]) -> list[str]:
-    """The domains of addresses as the DNS has them, each once, in order; what has none is left out."""
+    """The domains of addresses as A-labels, each once, in order; addresses without one are left out."""
     return list(dict.fromkeys(host for mailbox in mailboxes if (host := mailbox.host)))
 
 
 def addresses(value: bytes) -> list[Mailbox]:
-    """The addresses in a field's value, folded or not; none in an empty group (RFC 6854). Malformed when it is no list of
-    addresses."""
+    """The addresses in a field's value, folded or not; none in an empty group (RFC 6854). Malformed when it is not an
+    address list."""
     simple = _SIMPLE.match(value)
     if simple is not None:
-        local, domain, bare, its = simple.groups()
-        domain = domain or its
+        local, domain, bare, bare_domain = simple.groups()
+        domain = domain or bare_domain
         if len(domain) <= 253:
             return [Mailbox((local or bare).decode(), domain.decode().lower())]
     if len(value) > LONGEST:
-        raise Malformed("it is too long")
+        raise Malformed("too long")
     return _List(value).read()
 
 
 class _List:
-    """One field's value, read once from the front."""
+    """The parser of one field's value: one pass over its tokens."""
 
     def __init__(self, value: bytes) -> None:
         self._tokens = _tokens(value)
@@ -154,7 +154,7 @@ class _List:
                 raise Malformed(f"unexpected {self._tokens[self._at].text!r}")
             self._at += 1
         if group:
-            raise Malformed("a group without an end")
+            raise Malformed("an unterminated group")
         if not found and not groups:
             raise Malformed("no address")
         return found
@@ -163,30 +163,30 @@ class _List:
         return self._tokens[self._at].kind
 
     def _words(self) -> list[_Token]:
-        """Words and dots, as far as they go."""
+        """The words and dots up to the next other token."""
         start = self._at
         while self._kind() in ("atom", "quoted", "encoded", "."):
             self._at += 1
         return self._tokens[start : self._at]
 
     def _angle(self) -> Mailbox:
-        """angle-addr and obs-angle-addr, whose route says nothing any more (RFC 5322 4.4)."""
+        """angle-addr and obs-angle-addr, whose route is ignored (RFC 5322 4.4)."""
         self._at += 1
         if self._kind() == "@":
             self._route()
         words = self._words()
         found = self._with_domain(words) if self._kind() == "@" else _without_domain(words)
         if self._kind() != ">":
-            raise Malformed("<> around more or less than an address")
+            raise Malformed("not exactly one address in <>")
         self._at += 1
         return found
 
     def _route(self) -> None:
-        """obs-route: `@one.example:`. One of several domains is nobody's: email.utils shows the second as an address."""
+        """obs-route: `@one.example:`. With several domains it is Malformed: email.utils shows the second as an address."""
         self._at += 1
         self._domain()
         if self._kind() != ":":
-            raise Malformed("a route of more than one domain, or without an end")
+            raise Malformed("a route of more than one domain, or unterminated")
         self._at += 1
 
     def _with_domain(self, words: list[_Token]) -> Mailbox:
@@ -225,7 +225,7 @@ class _List:
         try:
             normalize_domain(domain)
         except (DomainError, UnicodeError):
-            raise Malformed("a domain that is none") from None
+            raise Malformed("an invalid domain") from None
         return domain
 
     def _count(self, domains: int) -> None:
@@ -235,7 +235,7 @@ class _List:
 
 
 def _tokens(value: bytes) -> list[_Token]:
-    """The tokens of a value, white space and comments left out, and one more for its end."""
+    """The tokens of a value without white space and comments, and one for its end. Raises Malformed."""
     folds = value.count(b"\r\n")
     if folds != value.count(b"\n"):
         raise Malformed("a bare LF")
@@ -252,42 +252,42 @@ def _tokens(value: bytes) -> list[_Token]:
             at = _behind_comment(text, at)
         elif kind != "space":
             folded = folds > 0 and text.find("\n", last, at) >= 0
-            said = match[kind]
+            content = match[kind]
             if kind == "quoted":
-                if "\n" in said and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
+                if "\n" in content and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
                     raise Malformed("a quoted string on two lines")
-                said = _QUOTED_PAIR.sub(r"\1", said)  # a fold stays: in a local part email.utils shows it otherwise
-            found.append(_Token(said if kind == "special" else kind, said, folded))
+                content = _QUOTED_PAIR.sub(r"\1", content)  # a fold is kept: in a local part email.utils shows it otherwise
+            found.append(_Token(content if kind == "special" else kind, content, folded))
             last = at
     found.append(_Token("", "", False))
     return found
 
 
 def _behind_comment(text: str, at: int) -> int:
-    """Where a comment ends whose ( stands in front of `at`; there can be others within it."""
+    """The index behind a comment whose ( is in front of `at`; comments nest."""
     depth = 1
     while depth:
         match = _WITHIN_COMMENT.match(text, at)
         if match is None:
-            raise Malformed("a comment without an end, or on two lines")
+            raise Malformed("a comment that is unterminated, or on two lines")
         depth += 1 if match[1] == "(" else -1
         at = match.end()
     return at
 
 
 def _check_phrase(words: list[_Token]) -> None:
-    """A display name: phrase and obs-phrase."""
+    """Raise Malformed unless the words are a display name: phrase and obs-phrase."""
     if words and words[0].kind == ".":
-        raise Malformed("a name that begins with a dot")
+        raise Malformed("a display name that begins with a dot")
     for kind, text, _ in words:
         if "=?" in text:
             rest = "" if kind == "encoded" else text if kind == "atom" else _WITHIN_QUOTES.sub("", text)
             if "=?" in rest:
-                raise Malformed("an encoded word that is none (RFC 2047)")
+                raise Malformed("an invalid encoded word (RFC 2047)")
 
 
 def _local(words: list[_Token]) -> str:
-    """local-part and obs-local-part: words with dots between them."""
+    """The local part (local-part, obs-local-part): words with dots between them."""
     if not words or len(words) % 2 == 0 or any((kind == ".") != bool(i % 2) for i, (kind, _, _) in enumerate(words)):
         raise Malformed("no local part in front of @")
     if any(word.folded for word in words[1:]):
@@ -296,17 +296,17 @@ def _local(words: list[_Token]) -> str:
     if "=?" in local:
         raise Malformed("an encoded word in an address (RFC 2047 5)")
     if any(one > "\x7f" and one.lower() < "\x80" for one in local):
-        raise Malformed("a local part with characters that are others in lower case")
-    if not local.isprintable():  # nor are what stands for octets that are no UTF-8
-        raise Malformed("a local part with characters that nobody sees")
+        raise Malformed("a local part with characters whose lower case is ASCII")
+    if not local.isprintable():  # nor are the surrogates for octets that are not UTF-8
+        raise Malformed("a local part with characters that are not printable")
     if _DOT_ATOM.match(local):
         return local
     return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _without_domain(words: list[_Token]) -> Mailbox:
-    """`root`, which is no address in mail that is on its way, but in much that begins on this machine. Nothing that anybody could
-    take for more than a name."""
+    """`root`: invalid in transit, but frequent in mail that local programs submit. Malformed if it could be taken for more than
+    a local part."""
     local = _local(words)
     if any(word.kind == "quoted" for word in words) or "%" in local or "!" in local:
         raise Malformed("an address without @")

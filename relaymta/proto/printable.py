@@ -1,7 +1,7 @@
-"""What came from outside, shown to people: nothing in it moves a cursor, hides or reorders text, or begins a line.
+"""Untrusted strings made safe for a terminal: nothing in them moves the cursor, hides or reorders text, or begins a line.
 
-Whatever Unicode does not call printable is written as an escape: control characters (C0, DEL, C1), what sets directions or joins
-(bidi overrides, zero-width characters), line and paragraph separators, every blank but the space, halves of surrogate pairs.
+Characters that Unicode does not define as printable are escaped: control characters (C0, DEL, C1), those that set directions or
+join (bidi overrides, zero-width characters), line and paragraph separators, white space but the space, lone surrogates.
 """
 
 import re
@@ -13,7 +13,7 @@ _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def printable(text: str) -> str:
-    """A text as one line, its characters that are not printable as Python writes them: \\n, \\x1b, \\u202e. Linear."""
+    """The string as one line, with Python's escapes for characters that are not printable: \\n, \\x1b, \\u202e. Linear time."""
     if _PLAIN.match(text):
         return text
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
@@ -27,7 +27,7 @@ def _escaped(char: str) -> str:
 
 
 def printable_json(text: bytes) -> bytes:
-    """Lines of JSON that mean the same, with escapes for what is not printable in their strings (UTF-8). Linear."""
+    """Equivalent lines of JSON (UTF-8), with escapes for characters in strings that are not printable. Linear time."""
     if text.isascii() and b"\x7f" not in text:  # JSON escapes the other control characters itself
         return text
     decoded = text.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The PROXY protocol, versions 1 and 2: who the client of a load balancer is, in front of what it says.
+"""The PROXY protocol, versions 1 and 2: the header with which a load balancer names its client.
 
 https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt
 """
@@ -10,26 +10,26 @@ from typing import NamedTuple
 __all__ = ["LONGEST", "BadHeader", "Header", "parse"]
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
-LONGEST = 16 + 2048  # octets of a header that we wait for; version 1 has 107 at most
+LONGEST = 16 + 2048  # octets of a header that is accepted; version 1 has 107 at most
 _V1_LONGEST = 107
-# Octets of an address, and of both ends: TCP over IPv4 and IPv6; what the balancer does not know, and unix sockets, name nobody.
+# Octets of one address, and of the whole address block: TCP over IPv4 and IPv6; AF_UNSPEC and AF_UNIX, which give no address.
 _FAMILIES = {0x11: (4, 12), 0x21: (16, 36), 0x00: (0, 0), 0x31: (0, 216)}
 
 
 class BadHeader(ValueError):
-    """What a connection begins with is no header; str() says why."""
+    """A connection does not begin with a valid header; str() is the reason."""
 
 
 class Header(NamedTuple):
-    """`length`: octets of the header; `address`: the client's, "" where it names none: the balancer speaks for itself (LOCAL), or
-    does not know (UNKNOWN, AF_UNSPEC) or has a client without an address (AF_UNIX)."""
+    """`length`: octets of the header; `address`: the client's, "" without one: a connection of the balancer itself (LOCAL), an
+    unknown client (UNKNOWN, AF_UNSPEC) or one on a unix socket (AF_UNIX)."""
 
     length: int
     address: str
 
 
 def parse(data: bytes) -> Header | None:
-    """The header that `data` begins with; None while it is not whole. BadHeader when it is none."""
+    """The header at the beginning of `data`; None while it is incomplete. BadHeader when it is invalid."""
     if data[:12] == _SIGNATURE[: len(data[:12])]:
         return _second(data) if len(data) >= 16 else None
     if not b"PROXY ".startswith(data[:6]):
@@ -49,7 +49,7 @@ def _first(line: bytes, length: int) -> Header:
     if len(words) != 6 or words[1] not in ("TCP4", "TCP6") or not all(word.isdigit() and int(word) < 65536 for word in words[4:]):
         raise BadHeader("a malformed PROXY header")
     try:
-        ends = [ipaddress.ip_address(word) for word in words[2:4] if "%" not in word]  # a scope is of another machine
+        ends = [ipaddress.ip_address(word) for word in words[2:4] if "%" not in word]  # a scope id is of another host
     except ValueError:
         raise BadHeader("a PROXY header without addresses") from None
     if len(ends) != 2 or any(end.version != int(words[1][3]) for end in ends):

@@ -1,5 +1,5 @@
 """The server side of SASL in SMTP (RFC 4422, 4954), without I/O: each mechanism is a generator that yields challenges, is sent
-the client's responses, and returns a claim for somebody to check.
+the client's responses, and returns a claim, which the caller verifies.
 
 PLAIN (RFC 4616), LOGIN (draft-murchison-sasl-login), SCRAM-SHA-256 (RFC 5802, 7677), OAUTHBEARER (RFC 7628), XOAUTH2 (Google).
 """
@@ -14,8 +14,8 @@ __all__ = ["MECHANISMS", "Claim", "Exchange", "Keys", "Malformed", "Password", "
 
 
 class Keys(NamedTuple):
-    """What SCRAM-SHA-256 knows of a password (RFC 5802 3), and of others with the same salt and iterations that open the account,
-    too: their StoredKey and ServerKey. The server names its salt before it can know which of them the client has."""
+    """What is stored of a password for SCRAM-SHA-256 (RFC 5802 3). `others`: (StoredKey, ServerKey) of the account's other
+    passwords, with the same salt and iterations: the server sends the salt before it can determine which one the client has."""
 
     salt: bytes
     stored_key: bytes
@@ -25,22 +25,22 @@ class Keys(NamedTuple):
 
 
 class Password(NamedTuple):
-    """A user says that this is their password."""
+    """The user name and password that the client sent."""
 
     user: str
     password: str
 
 
 class Token(NamedTuple):
-    """A bearer token, of a user where one is named."""
+    """A bearer token; `user`: "" where the client names none."""
 
     user: str
     token: str
 
 
 class Proof(NamedTuple):
-    """SCRAM's client has said all: whether that proves that it knows the password. `final`: the server's proof, with which the
-    client hears that it does: not before somebody has said that this user may try (RFC 4954 4: behind a 334)."""
+    """The end of a SCRAM exchange. `good`: the client has proved that it has the password; `final`: the server-final-message,
+    which confirms this to the client: sent in a 334 (RFC 4954 4), only after the caller has accepted the login."""
 
     user: str
     good: bool
@@ -52,19 +52,19 @@ Exchange = Generator[bytes, bytes, Claim]
 
 
 class Malformed(Exception):
-    """A response that is none of its mechanism; str() says why."""
+    """A response that is invalid in its mechanism; str() is the reason."""
 
 
 def begin(mechanism: str, keys: Callable[[str], Keys]) -> tuple[Exchange, bytes | None]:
-    """Start an exchange; None, or the challenge with which it begins when there is no initial response (else the client speaks
-    first). `keys(user)`: for SCRAM; keys that nobody can match for an unknown user. KeyError: there is no such mechanism."""
+    """Start an exchange: (exchange, the challenge to send if there is no initial response, None for an empty one).
+    `keys(user)`: for SCRAM; for an unknown user, keys that no password matches. KeyError: an unknown mechanism."""
     exchange = MECHANISMS[mechanism](keys)
     first = next(exchange)
     return exchange, first or None
 
 
 def _text(octets: bytes, nul: bool = False) -> str:
-    """A response; `nul`: there may be NULs in it."""
+    """A response, decoded; `nul`: NULs are allowed. Raises Malformed."""
     try:
         found = octets.decode("utf-8")
     except UnicodeDecodeError:
@@ -79,7 +79,7 @@ def _plain(keys: Callable[[str], Keys]) -> Exchange:
     if len(parts) != 3 or not parts[1] or not parts[2]:
         raise Malformed("expected authorization identity, user and password")
     if parts[0] not in ("", parts[1]):
-        raise Malformed("nobody may act for another here")
+        raise Malformed("the authorization identity differs from the user")
     return Password(parts[1], parts[2])
 
 
@@ -103,13 +103,13 @@ def _scram(keys: Callable[[str], Keys]) -> Exchange:
     try:
         first = _text((yield b""))
         servers[0].set_client_first(first)
-        (user, found), said = known[0], servers[0].get_server_first()
-        for stored, server in found.others:  # each would have said the same
+        (user, found), server_first = known[0], servers[0].get_server_first()
+        for stored, server in found.others:  # the server-first-message is the same for each
             keys_of_it = (found.salt, stored, server, found.iterations)
             servers.append(mechanism.make_server(lambda name, keys_of_it=keys_of_it: keys_of_it, s_nonce=nonce))
             servers[-1].set_client_first(first)
             servers[-1].get_server_first()
-        response = _text((yield said.encode()))
+        response = _text((yield server_first.encode()))
     except scramp.ScramException as error:
         raise Malformed(str(error)) from None
     for one in servers:

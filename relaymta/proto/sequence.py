@@ -1,22 +1,22 @@
-"""Which reply may follow which command, as a client takes it (RFC 5321 4.3.2; RFC 2033, 3030, 3207 and 4954 for theirs).
+"""Which reply codes a client accepts to which command (RFC 5321 4.3.2; RFC 2033, 3030, 3207 and 4954 for theirs).
 
-A table, since every hole in it loses mail or doubles it: `verdict` has an answer for every phase and every code.
+A table, since a gap in it would lose or duplicate mail: `verdict` covers every phase and every code.
 
-    phase      goes on     refuses      anything else is out of turn: the two sides do not speak of the same command any more
+    phase      success     refusal      any other code is out of turn: commands and replies are out of step
     banner     220         4xx 5xx
-    ehlo       250         4xx 5xx      HELO is tried behind 500, 502, 504 and 550 only: the peer may not know EHLO
+    ehlo       250         4xx 5xx      HELO is tried after 500, 502, 504 and 550 only: the peer may not support EHLO
     helo       250         4xx 5xx
     starttls   220         4xx 5xx
-    auth       235 334     4xx 5xx      334 asks for more
-    rset       2xx         -            a peer that cannot forget an envelope would take the next one for a part of it
+    auth       235 334     4xx 5xx      334: the exchange continues
+    rset       2xx         -            a peer that keeps the old envelope would add the next one to it
     mail       2xx         4xx 5xx
     rcpt       2xx         4xx 5xx
-    data       354         4xx 5xx      no other code lets a text follow; 2xx accepts nothing
+    data       354         4xx 5xx      no other code is followed by message data; 2xx accepts nothing
     final      2xx         4xx 5xx      the reply to the final dot, to BDAT ... LAST, and with LMTP to each recipient
     quit       any         -            nothing depends on it
 
-421 closes the connection in every phase (RFC 5321 3.8). A 2xx that is not the one of the RFC counts by its first digit (4.2.1),
-but where no mail could have been transferred yet, and a wrong peer is better found out.
+421 closes the connection in every phase (RFC 5321 3.8). An unexpected 2xx counts by its first digit (4.2.1) in the phases of a
+transaction; before that no mail is at risk, and a peer that is no SMTP server is detected.
 """
 
 from typing import Final
@@ -48,8 +48,7 @@ HELO_AFTER: Final = frozenset({500, 502, 504, 550})
 
 
 def verdict(phase: str, code: int) -> str:
-    """What a reply with this code (0: no reply at all) means for the command of this phase: GO_ON, REFUSED, CLOSES or
-    OUT_OF_TURN."""
+    """What a reply code (0: not a valid reply) means for the command of this phase: GO_ON, REFUSED, CLOSES or OUT_OF_TURN."""
     if code == 421:
         return CLOSES
     if code in GOES_ON[phase]:

@@ -1,24 +1,24 @@
-"""The client side of an SMTP session behind EHLO (RFC 5321, 2920), without I/O.
+"""The client side of an SMTP session after EHLO (RFC 5321, 2920), without I/O.
 
-`begin(mail)` starts a transaction, `receive(data)` takes replies; both add to `out` what is to be written and to
-`finished` what has ended. With a PIPELINING peer an envelope (MAIL, every RCPT, DATA) is one write, and the next
-envelope goes out right behind the text of the one before: one round trip a message.
+`begin(mail)` starts a transaction, `receive(data)` takes replies; both append octets to be written to `out` and mails that
+are done to `finished`. With a PIPELINING peer an envelope (MAIL, every RCPT, DATA) is one write, and the next envelope is
+written right behind the message data of the one before: one round trip per message.
 
-    expect      on success                 refused
+    expected    on success                 refused
     RSET        -                          (out of turn)
-    MAIL        -                          the reply is every recipient's
-    RCPT        -                          the reply is that recipient's
-    DATA 354    text, expect FINAL         the reply is every accepted recipient's
-    FINAL       all accepted are sent      the reply is every accepted recipient's
+    MAIL        -                          the reply counts for every recipient
+    RCPT        -                          the reply counts for that recipient
+    DATA 354    message data, then FINAL   the reply counts for every accepted recipient
+    FINAL       accepted: delivered        the reply counts for every accepted recipient
 
-Behind a 354 though every recipient was refused goes a lone dot, so that nothing is sent. What counts as success and what as
-refused says `proto/sequence.py`; all else, a reply that nothing asked for, and one that is there before its command was written
-are out of turn: the connection ends, and what was under way is tried again.
+After a 354 though every recipient was refused, a lone dot is written, so that nothing is sent. `proto/sequence.py` defines which
+replies are success and refusal; any other, a reply to no command, and one that arrives before its command was written are out of
+turn: the connection is closed, and the mails under way are tried again.
 
-To a peer that has CHUNKING (RFC 3030) the text goes as one `BDAT n LAST` behind the envelope, without waiting; FINAL is its
-reply. No 354 shows then that both sides speak of the same command, so a RSET goes behind the text, and FINAL counts only with a
-2xx to that: where the peer has said one thing too many it is that reply which is the one to BDAT. (RSET would be needed anyway:
-a BDAT that is refused ends no envelope.) With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
+To a peer with CHUNKING (RFC 3030) the message data is written as one `BDAT n LAST` behind the envelope, without waiting; FINAL is
+its reply. Without a 354 nothing shows that commands and replies are in step, so RSET is written behind the data, and FINAL
+counts only with a 2xx to that: had the peer sent one reply too many, this one would be the reply to BDAT. (RSET is needed anyway:
+a refused BDAT does not end the transaction.) With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
 """
 
 import re
@@ -34,13 +34,13 @@ __all__ = ["ClientSession", "Features", "Mail", "Said", "Stuffer", "classify", "
 RSET, MAIL, RCPT, DATA, FINAL = "rset", "mail", "rcpt", "data", "final"
 LINE_LIMIT = 4096
 LINES_LIMIT = 200
-SLACK = 1024  # octets by which what is not written yet may be more than it was (TLS)
+SLACK = 1024  # octets by which TLS may enlarge what is not written yet
 
 _ENHANCED = re.compile(rb"([245]\.\d{1,3}\.\d{1,3})(?:\s+|\Z)")
 
 
 class Said:
-    """A reply as it concerns a recipient: code, enhanced code ("" when there is none), text, phase."""
+    """A reply as it applies to a recipient: code, enhanced code ("" when there is none), text, phase."""
 
     __slots__ = ("code", "enhanced", "phase", "text")
 
@@ -56,12 +56,12 @@ class Said:
 
     @property
     def whole(self) -> str:
-        """The reply, as people read it."""
+        """The reply as one line: code, enhanced code, text."""
         return reply_text(self.code, self.enhanced, self.text)
 
 
 class Features:
-    """What a peer's EHLO offers."""
+    """The extensions in a peer's reply to EHLO."""
 
     __slots__ = ("chunking", "eight_bit", "pipelining", "size", "smtputf8")
 
@@ -87,14 +87,30 @@ def features_of(extensions: dict[str, str]) -> Features:
 
 
 class Mail:
-    """One message for one peer. `text`: its pieces, not stuffed, or None when the glue streams it.
+    """One message for one peer. `data`: pieces of message data, not dot-stuffed, or None when the caller streams it; `size`:
+    its octets; `cargo`: the caller's own.
 
-    `said`: the reply that decides, by recipient index; recipients that were sent successfully are in `sent`.
+    `said`: the reply that decides, by recipient index; empty when `all_sent`.
     """
 
     __slots__ = (
-        "all_sent", "answer", "asked", "cargo", "eight_bit", "reached", "recipients", "refused_mail", "said", "sender",
-        "sent", "size", "smtputf8", "text", "text_out", "todo", "unanswered",
+        "all_sent",
+        "answer",
+        "asked",
+        "cargo",
+        "data",
+        "data_sent",
+        "eight_bit",
+        "reached",
+        "recipients",
+        "refused_mail",
+        "said",
+        "sender",
+        "sent",
+        "size",
+        "smtputf8",
+        "todo",
+        "unanswered",
     )  # fmt: skip
 
     def __init__(
@@ -102,7 +118,7 @@ class Mail:
         cargo: object,
         sender: str,
         recipients: list[tuple[int, str]],
-        text: list[bytes] | None,
+        data: list[bytes] | None,
         size: int,
         eight_bit: bool,
         smtputf8: bool,
@@ -110,24 +126,24 @@ class Mail:
         self.cargo = cargo
         self.sender = sender
         self.recipients = recipients
-        self.text = text
+        self.data = data
         self.size = size
         self.eight_bit = eight_bit
         self.smtputf8 = smtputf8
-        self.unanswered = 0  # recipients whose FINAL an LMTP peer still owes
-        self.todo = recipients  # not asked in a finished transaction yet
-        self.asked: list[tuple[int, str]] = []  # in the transaction under way
+        self.unanswered = 0  # recipients whose FINAL is awaited (LMTP)
+        self.todo = recipients  # recipients left for further transactions
+        self.asked: list[tuple[int, str]] = []  # recipients of the transaction under way
         self.sent: list[int] = []  # accepted by RCPT in the transaction under way
         self.refused_mail: Said | None = None
         self.said: dict[int, Said] = {}
-        self.all_sent = False  # every recipient got through: the hot path builds no replies
-        self.answer = b""  # what the peer said to the final dot
-        self.reached = ""  # how far it came: "" before MAIL's reply, then the phase of the last reply
-        self.text_out = False  # the last octet is out and its reply has not come: in doubt
+        self.all_sent = False  # every recipient was accepted: no replies are built on the hot path
+        self.answer = b""  # text of the reply to the final dot
+        self.reached = ""  # phase of the last reply, "" before the one to MAIL
+        self.data_sent = False  # the last octet is written and its reply awaited: in doubt
 
 
 class ClientSession:
-    """One connection. `recipients`: most of one transaction; `lmtp`: the peer speaks LMTP."""
+    """One connection. `recipients`: the maximum of one transaction; `lmtp`: the peer speaks LMTP."""
 
     __slots__ = (
         "_behind", "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages",
@@ -140,36 +156,36 @@ class ClientSession:
         self.recipients = recipients
         self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
         self._expected: deque[tuple[str, Mail | None, int]] = deque()
-        self._behind = 0  # octets of the envelope (and BDAT text) begun last
+        self._behind = 0  # octets of the envelope (and BDAT data) begun last
         self.out: list[bytes] = []
         self.finished: list[Mail] = []
-        self.streaming: Mail | None = None  # the glue is to write this mail's text, then call text_written()
-        self.closing = False  # the peer said 421, or something out of turn
+        self.streaming: Mail | None = None  # the caller writes this mail's message data, then calls data_written()
+        self.closing = False  # the peer replied 421, or out of turn
         self.broken = b""
-        self.open_envelope = False  # the peer holds an envelope that no DATA has ended: RSET first
+        self.open_envelope = False  # the peer has an envelope that no message data ended: RSET first
         self.messages = 0
-        self.last_said: Said | None = None  # its 421
+        self.last_said: Said | None = None  # the peer's 421
 
     @property
     def idle(self) -> bool:
-        """Nothing is awaited, and no text is being written."""
+        """No reply is awaited, and no message data is being streamed."""
         return not self._expected and self.streaming is None
 
     @property
     def may_follow(self) -> bool:
-        """Another envelope may go out now, behind the text that was written."""
+        """Another envelope may be written now, behind the message data of the one before."""
         expected = self._expected
         if not expected:
             return self.streaming is None
         kind, mail, _ = expected[0]
         if (kind is not FINAL and kind is not RSET) or not self.features.pipelining or mail is None:
             return False
-        # One with recipients left goes on with them itself: its next envelope must not come behind another one's DATA.
+        # A mail with recipients left begins their transaction itself: its envelope must not follow another mail's DATA.
         return not mail.todo and (len(expected) == 1 or (mail is expected[-1][1] and not self.lmtp))
 
     @property
     def awaiting(self) -> str:
-        """What reply is awaited, "" for none."""
+        """The phase of the reply that is awaited, "" for none."""
         return self._expected[0][0] if self._expected else ""
 
     def under_way(self) -> list[Mail]:
@@ -183,13 +199,13 @@ class ClientSession:
         return found
 
     def begin(self, mail: Mail) -> None:
-        """Start the transaction of `mail.todo`."""
+        """Start a transaction with the first `recipients` of `mail.todo`."""
         asked = mail.asked = mail.todo[: self.recipients]
         mail.todo = mail.todo[self.recipients :]
         mail.sent = []
         mail.refused_mail = None
         mail.reached = ""
-        mail.text_out = False
+        mail.data_sent = False
         features = self.features
         options = ""
         if features.size is not None:
@@ -209,15 +225,15 @@ class ClientSession:
             for index, address in asked:
                 lines.append(f"RCPT TO:<{address}>\r\n")
                 expected.append((RCPT, mail, index))
-            if features.chunking and mail.text is not None:
-                octets = sum(map(len, mail.text))
+            if features.chunking and mail.data is not None:
+                octets = sum(map(len, mail.data))
                 lines.append(f"BDAT {octets} LAST\r\n")
                 envelope = "".join(lines).encode()
                 self._behind = len(envelope) + octets
                 self.out.append(envelope)
-                self.out += mail.text
+                self.out += mail.data
                 self.out.append(b"RSET\r\n")
-                mail.text_out = True
+                mail.data_sent = True
                 self.open_envelope = False
                 expected.append((FINAL, mail, 0))
                 expected.append((RSET, mail, 0))
@@ -229,7 +245,7 @@ class ClientSession:
         self.out.append(envelope)
 
     def receive(self, data: bytes, unsent: int = 0) -> None:
-        """Take bytes from the peer. `out` was written before, but for `unsent` octets that the peer cannot have yet."""
+        """Take octets from the peer. `out` was written before, except for `unsent` octets that the peer cannot have yet."""
         expected = self._expected
         replies = self._replies.feed(data)
         if self.features.chunking and len(replies) > len(expected):
@@ -237,7 +253,7 @@ class ClientSession:
         for code, text in replies:
             if self.closing:
                 return
-            # `out` is filled by a reply before this one: then this one is there before its command is.
+            # A reply before this one has filled `out`: then this one arrived before its command was written.
             if not expected or self.out or code == 421:
                 self._stop(code, text)
                 return
@@ -245,50 +261,50 @@ class ClientSession:
             if code not in GOES_ON[kind] and verdict(kind, code) == OUT_OF_TURN:
                 self._stop(code, text)
                 return
-            if unsent and kind is FINAL and code < 400 and unsent > self._behind_text():
-                self._stop(code, text)  # it takes a text that it does not have
+            if unsent and kind is FINAL and code < 400 and unsent > self._behind_data():
+                self._stop(code, text)  # it accepts message data that it does not have
                 return
             expected.popleft()
             if mail is not None:
                 _STEPS[kind](self, mail, index, code, text)
 
     def _cut_surplus(self, replies: list[tuple[int, bytes]]) -> None:
-        """With BDAT nobody can say which one is too many where more replies are there than commands, but that it is none for a
-        text whose envelope was answered before."""
+        """With BDAT and more replies than commands it cannot be determined which one is surplus, only that the replies to message
+        data whose envelope was answered before are in step."""
         if replies[-1][0] not in (0, 421) or len(replies) > len(self._expected) + 1:
             first = next((i for i, (kind, _, _) in enumerate(self._expected) if kind not in (FINAL, RSET)), len(self._expected))
             replies[first:] = [(0, b"more replies than commands: " + replies[-1][1])]
 
-    def _behind_text(self) -> int:
-        """How many octets at most are to be written behind the text whose FINAL is the next."""
+    def _behind_data(self) -> int:
+        """The most octets still to be written behind the message data whose FINAL is next."""
         expected = self._expected
         if len(expected) == 1:
             return 0
         return SLACK + (self._behind if expected[-1][1] is not expected[0][1] else 0)
 
     def _stop(self, code: int, text: bytes) -> None:
-        """The peer closes (421), or speaks out of turn: nothing behind this can be trusted, nor what was said to an envelope
-        that no 354 has shown to be the one it was said to."""
+        """The peer closes (421), or replied out of turn: no later reply can be trusted, nor those to an envelope that no 354 has
+        shown to be in step."""
         self.closing = True
         if code == 421:
             self.broken = b"the peer closes: " + text
             self.last_said = Said(code, text, self.awaiting or "idle")
             return
         awaiting = self.awaiting
-        wanted = b"nothing was owed" if not awaiting else b"the reply to " + awaiting.upper().encode() + b" was owed"
-        self.broken = b"the peer speaks out of turn: " + wanted + b", it said: " + (b"%d " % code if code else b"") + text
+        wanted = b"no reply" if not awaiting else b"the reply to " + awaiting.upper().encode()
+        self.broken = b"the peer speaks out of turn: expected " + wanted + b", got: " + (b"%d " % code if code else b"") + text
         if self.streaming is not None and 400 <= code < 600:
             self._refuse_early(self.streaming, Said(code, text, FINAL))
         elif awaiting and (awaiting is not FINAL or self.features.chunking):
             mail = self._expected[0][1]
             if mail is not None:
-                mail.text_out = mail.text_out or awaiting is RSET
+                mail.data_sent = mail.data_sent or awaiting is RSET
                 mail.all_sent = False
                 for index, _ in mail.asked:
                     mail.said.pop(index, None)
 
     def _refuse_early(self, mail: Mail, said: Said) -> None:
-        """A peer that refuses a text before it has all of it does not want the rest either."""
+        """The peer refused the message data before its end: the rest is not sent."""
         for recipient in mail.sent:
             mail.said[recipient] = said
 
@@ -303,7 +319,7 @@ class ClientSession:
                 self._ask(mail, 0)
 
     def _ask(self, mail: Mail, position: int) -> None:
-        """Without PIPELINING: the next RCPT, or DATA behind the last."""
+        """Without PIPELINING: send the next RCPT, or DATA after the last."""
         if position < len(mail.asked):
             index, address = mail.asked[position]
             self.out.append(f"RCPT TO:<{address}>\r\n".encode())
@@ -319,7 +335,7 @@ class ClientSession:
         if code < 400:
             mail.sent.append(index)
         elif mail.refused_mail is not None:
-            pass  # a consequence, not an answer of its own
+            pass  # a consequence of the refused MAIL
         elif code in (452, 552) and mail.sent and _too_many(text):
             mail.todo = [*mail.todo, next(pair for pair in mail.asked if pair[0] == index)]
         else:
@@ -333,22 +349,22 @@ class ClientSession:
         wanted = bool(mail.sent) and mail.refused_mail is None
         if code == 354:
             if not wanted and mail.sent:
-                # It took recipients without a sender, and a lone dot would send them an empty message.
+                # It accepted recipients without a sender, and a lone dot would send them an empty message.
                 self._end(mail)
                 self._stop(0, b"354 to a transaction without a sender")
             elif not wanted:
-                # RFC 2920 3.1: every recipient was refused, and the peer wants text all the same.
-                if self.lmtp:  # how many replies would it owe to a dot? (RFC 2033 4.2: it had to say 503)
+                # RFC 2920 3.1: every recipient was refused, and the peer asks for message data all the same.
+                if self.lmtp:  # the number of replies to a dot is undefined (RFC 2033 4.2 requires 503)
                     self._end(mail)
                     self._stop(0, b"354 to a transaction without recipients")
                 else:
                     self.out += stuff([])
                     self._expected.appendleft((FINAL, mail, -1))
-            elif mail.text is None:
+            elif mail.data is None:
                 self.streaming = mail
             else:
-                self.out += stuff(mail.text)
-                self._text_out(mail)
+                self.out += stuff(mail.data)
+                self._data_sent(mail)
             return
         if wanted:
             said = Said(code, text, DATA)
@@ -357,15 +373,15 @@ class ClientSession:
             mail.sent = []
         self._end(mail)
 
-    def text_written(self, whole: bool) -> None:
-        """The glue has written the streaming mail's text and its final dot."""
+    def data_written(self, whole: bool) -> None:
+        """The caller has stopped streaming; `whole`: message data and final dot were written."""
         mail, self.streaming = self.streaming, None
         if mail is not None and whole:
-            self._text_out(mail)
+            self._data_sent(mail)
 
-    def _text_out(self, mail: Mail) -> None:
-        """The text and its dot are out: now one reply is owed, or with LMTP one for each recipient."""
-        mail.text_out = True
+    def _data_sent(self, mail: Mail) -> None:
+        """Message data and final dot were written: one reply is expected, with LMTP one for each recipient."""
+        mail.data_sent = True
         self.open_envelope = False
         if self.lmtp:
             mail.unanswered = len(mail.sent)
@@ -377,13 +393,13 @@ class ClientSession:
         if self.lmtp:
             self._recipient_final(mail, index, code, text)
             return
-        chunked = bool(self._expected) and self._expected[0][1] is mail  # its RSET is behind it
+        chunked = bool(self._expected) and self._expected[0][1] is mail  # sent by BDAT: the reply to its RSET is next
         mail.reached = FINAL
-        mail.text_out = False
+        mail.data_sent = False
         if not self._expected:  # otherwise the envelope behind it is open
             self.open_envelope = False
         if index == 0 and (not mail.sent or mail.refused_mail is not None):
-            pass  # BDAT behind an envelope of which nothing was accepted, or without a sender: its reply says nothing new
+            pass  # BDAT behind an envelope without accepted sender or recipients: its reply adds nothing
         elif index == 0:
             self.messages += 1
             if code < 400:
@@ -400,7 +416,7 @@ class ClientSession:
             self._end(mail)
 
     def _confirmed(self, mail: Mail, index: int, code: int, text: bytes) -> None:
-        """The RSET behind BDAT was answered as well: what was said to BDAT was said to BDAT."""
+        """The RSET behind BDAT was accepted, so replies are in step: the one before was the reply to BDAT."""
         if mail.all_sent:
             mail.said.clear()
             self.finished.append(mail)
@@ -408,19 +424,19 @@ class ClientSession:
             self._end(mail)
 
     def _recipient_final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
-        """LMTP: what became of one recipient."""
+        """LMTP: the reply for one recipient (RFC 2033 4.2)."""
         mail.unanswered -= 1
         mail.said[index] = Said(code, text, FINAL)
         if code < 400:
             mail.answer = text
         if not mail.unanswered:
             mail.reached = FINAL
-            mail.text_out = False
+            mail.data_sent = False
             self.messages += 1
             self._end(mail)
 
     def _end(self, mail: Mail) -> None:
-        """A transaction is over: on with the recipients left for another, or the mail is finished."""
+        """A transaction ended: start one with the recipients that are left, or the mail is finished."""
         if mail.refused_mail is not None:
             for recipient, _ in mail.asked:
                 mail.said.setdefault(recipient, mail.refused_mail)
@@ -449,7 +465,7 @@ _STEPS = {
 
 
 def classify(said: Said) -> str:
-    """What a reply means for its recipient: "success", "transient" or "permanent"."""
+    """The class of a reply for its recipient: "success", "transient" or "permanent"."""
     if 200 <= said.code < 300:
         return "success"
     return "permanent" if 500 <= said.code < 600 else "transient"

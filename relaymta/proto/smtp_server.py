@@ -1,22 +1,22 @@
 """The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531, 3207, 4954), without I/O.
 
-The glue feeds bytes to `receive()` and writes what it returns. When a message is complete, `complete` holds its
-Transaction and the session stands still until the glue has stored it and calls `finish(reply)`. `closing` says that
-the connection is to be closed behind what was returned (`foreign`: since the client speaks another protocol). Text can be
-taken away early with `Transaction.take()`. Every end of a transaction is told to `ended()` before anything behind it is
-looked at: what the glue holds of it is to go then.
+The caller passes octets to `receive()` and writes what it returns. When a message is complete, `complete` holds its
+Transaction, and the session pauses until the caller has stored it and calls `finish(reply)`. `closing`: the connection is to be
+closed after what was returned is written (`foreign`: because the client speaks another protocol). Message data can be taken
+early with `Transaction.take()`. `ended()` is called at every end of a transaction, before anything behind it is parsed: the
+caller then drops what it holds of it.
 
-Work for one call is bounded: `behind` says that there is more, which `receive(b"")` goes on with. While the glue has set
-`stopped` (the client does not read what it is told) nothing is parsed, and what comes is kept.
+The work of one call is bounded: `behind` is set when there is more, which `receive(b"")` continues. While the caller has set
+`stopped` (the client does not read its replies) nothing is parsed, and input is kept.
 
-Two more things make it stand still: behind `starting_tls` nothing more is to be read before the glue has shaken hands and
-calls `tls_started()`; a `claim` is somebody's login, which the glue checks and answers with `checked()`.
+The session pauses in two more states: after `starting_tls` nothing is to be read before the caller has done the handshake and
+calls `tls_started()`; a `claim` is a login, which the caller verifies and answers with `checked()`.
 
-    state       MAIL  RCPT  DATA  BDAT  text
+    state       MAIL  RCPT  DATA  BDAT  message data
     greeted      ->    503   503   503
     MAIL         503   ->    554   554         (`transaction` is set)
     RCPT         503   ->    354   ->          (it has recipients)
-    text                                 END -> complete -> finish() -> greeted
+    data                                 END -> complete -> finish() -> greeted
 """
 
 import binascii
@@ -32,22 +32,22 @@ from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argumen
 __all__ = ["Limits", "Offers", "ServerSession", "Transaction"]
 
 # Event kinds and flags of _speedups.smtp (C integers there).
-COMMAND, BAD, TEXT, END = 0, 1, 2, 3
+COMMAND, BAD, DATA, END = 0, 1, 2, 3
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
 
 LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
 LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
-TEXT_LINE_LIMIT = 998  # RFC 5322 2.1.1
+DATA_LINE_LIMIT = 998  # RFC 5322 2.1.1
 WRONG_LOGINS = 3  # in one session
 ENOUGH = 64  # replies of one call
-PIECES = 1024  # of a text in memory, until they become one: each costs more than it may hold
+PIECES = 1024  # of message data in memory, until they are joined: each costs more memory than it may hold
 
 _XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
 _XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 _BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
 _FOREIGN = 4
 # How lines of other protocols begin: a request of HTTP, WebDAV or HTTP/2, a field of a header, the banner of SSH, the header of a
-# load balancer that is none here (listener.proxy).
+# load balancer that is not configured (listener.proxy).
 _OTHERS = re.compile(
     rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI|COPY|MOVE|LOCK|UNLOCK|MKCOL|PROPFIND|PROPPATCH|REPORT|SEARCH"
     rb"|PROXY)(?![!-~])|[!-9;-~]+:|SSH-",
@@ -57,7 +57,7 @@ _OTHERS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may do. Sizes in octets."""
+    """The limits of one session. Sizes in octets."""
 
     message_size: int = 50 * 1024 * 1024
     recipients: int = 1000
@@ -72,7 +72,7 @@ def _nobody(user: str) -> sasl.Keys:
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """What a session offers beside mail, and what it demands before it takes any. `mechanisms`: of AUTH, which is offered
+    """The extensions that a session offers, and what it requires before MAIL. `mechanisms`: of AUTH, which is offered
     over TLS, and without when `clear`; `keys`: for SCRAM, see `sasl.begin`."""
 
     starttls: bool = False
@@ -80,40 +80,40 @@ class Offers:
     mechanisms: tuple[str, ...] = ()
     clear: bool = False
     login_needed: bool = False
-    assume: Callable[[dict[str, str]], bytes | None] | None = None  # XCLIENT: be another client; the reply that refuses it
+    assume: Callable[[dict[str, str]], bytes | None] | None = None  # XCLIENT: apply its attributes; a reply refuses them
     keys: Callable[[str], sasl.Keys] = _nobody
 
 
 class Transaction:
-    """One message under way: envelope so far, text received and not taken yet."""
+    """One message under way: its envelope so far, and message data received and not taken yet."""
 
-    __slots__ = ("chunked", "eight_bit", "headers", "held", "recipients", "sender", "size", "smtputf8", "tail", "text")
+    __slots__ = ("chunked", "data", "eight_bit", "headers", "held", "recipients", "sender", "size", "smtputf8", "tail")
 
     def __init__(self, sender: str, smtputf8: bool) -> None:
         self.sender = sender
         self.smtputf8 = smtputf8
         self.recipients: list[str] = []
-        self.text: list[bytes] = []
+        self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False
         self.chunked = False
-        self.tail = b""  # the last two octets of the text
-        self.held = False  # once it is in the queue, until it is released
+        self.tail = b""  # the last two octets of message data
+        self.held = False  # to be held in the queue until it is released
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def take(self) -> list[bytes]:
-        """The text received since the last call."""
-        text, self.text = self.text, []
-        return text
+        """The message data received since the last call."""
+        data, self.data = self.data, []
+        return data
 
 
 class ServerSession:
     """One SMTP session.
 
     `hostname`: our name; `accept_recipient(address, transaction)`: None, or the reply that refuses it;
-    `accept_sender(address, announced size)` likewise. `refused(transaction, reply)` is told of a message that was
-    refused at or behind the end of its text, `ended()` of every transaction's end. `secure`: TLS is on; `user`: who has logged
-    in, "" for nobody.
+    `accept_sender(address, announced size)` likewise. `refused(transaction, reply)` is called when a message is
+    refused at or after the end of its data, `ended()` at every transaction's end. `secure`: TLS is active; `user`: the
+    authenticated user, "" for none.
     """
 
     __slots__ = (
@@ -140,7 +140,7 @@ class ServerSession:
         "secure",
         "starting_tls",
         "stopped",
-        "taking_text",
+        "taking_data",
         "transaction",
         "user",
         "wrong_logins",
@@ -180,22 +180,22 @@ class ServerSession:
         self.stopped = False
         self.transaction: Transaction | None = None
         self.complete: Transaction | None = None
-        self.taking_text = False  # between 354 (or BDAT) and the end of the text
+        self.taking_data = False  # between 354 (or BDAT) and the end of message data
         self.last_chunk = False
         self.discarding = False
-        self.refusal = b""  # the reply to a BDAT that was refused before its octets came
+        self.refusal = b""  # the reply to a message or chunk that was refused before its end
 
     def _parser(self) -> Parser:
         limit = LOGIN_LINE_LIMIT if self.offers.mechanisms else LINE_LIMIT
-        return Parser(limit, TEXT_LINE_LIMIT, self.limits.normalize)
+        return Parser(limit, DATA_LINE_LIMIT, self.limits.normalize)
 
     def greet(self) -> bytes:
-        """The banner. Commands that are there already are a violation (RFC 5321 3.1)."""
+        """The 220 greeting, for which a client has to wait (RFC 5321 3.1); from now on commands are parsed."""
         self.parser.commands()
         return f"220 {self.hostname} ESMTP relaymta\r\n".encode()
 
     def receive(self, data: bytes) -> bytes:
-        """Take bytes from the peer; the bytes to write to it."""
+        """Take octets from the client; returns the octets to write."""
         if self.closing:
             return b""
         if self.stopped:
@@ -207,8 +207,8 @@ class ServerSession:
         while True:
             for event in events:
                 kind = event[0]
-                if kind == TEXT:
-                    self._text(event[1])  # type: ignore[misc, arg-type]
+                if kind == DATA:
+                    self._received(event[1])  # type: ignore[misc, arg-type]
                 elif kind == COMMAND:
                     out.append(_VERBS.get(event[1], _unknown)(self, event[2]))  # type: ignore[misc, arg-type]
                 elif kind == END:
@@ -225,7 +225,7 @@ class ServerSession:
             events = self.parser.feed(b"")
 
     def finish(self, answer: bytes) -> bytes:
-        """The complete message was stored or refused: say so, and go on with what has arrived meanwhile."""
+        """The complete message was stored or refused. Returns `answer` and the replies to what has arrived meanwhile."""
         if not answer.startswith(b"2") and self.complete is not None:
             self.refused(self.complete, answer)
         self.complete = None
@@ -236,19 +236,19 @@ class ServerSession:
         return answer
 
     def limit(self, limits: Limits) -> None:
-        """From now on these hold: the client is another one."""
+        """Apply other limits from now on, after XCLIENT or AUTH."""
         self.limits = limits
         self.parser.normalize = limits.normalize
 
     def refuse(self, answer: bytes) -> None:
-        """Answer the message under way with `answer` at its end; its text is dropped from now on."""
+        """Reply `answer` at the end of the message under way; its data is dropped from now on."""
         self.refusal = answer
         self.discarding = True
         if self.transaction is not None:
-            self.transaction.text.clear()
+            self.transaction.data.clear()
 
     def tls_started(self) -> None:
-        """The handshake is done: all that was said before is forgotten (RFC 3207 4.2)."""
+        """The TLS handshake is done: the session starts anew (RFC 3207 4.2)."""
         self.secure, self.starting_tls = True, False
         self.helo, self.extended, self.user = "", False, ""
         self._drop()
@@ -256,8 +256,8 @@ class ServerSession:
         self.parser.commands()
 
     def checked(self, user: str, answer: bytes) -> bytes:
-        """The claim was checked: `user` has logged in ("": nobody has, and `answer` says why). What to write; what has arrived
-        meanwhile goes on."""
+        """The claim was verified: `user` is authenticated ("": the login failed, with the reply `answer`). Returns what to write,
+        with the replies to what has arrived meanwhile."""
         claim, self.claim = self.claim, None
         if user:
             self.user = user
@@ -267,13 +267,13 @@ class ServerSession:
                 return self._challenge(claim.final) + self._waiting()
         elif answer.startswith(b"5"):
             self.wrong_logins += 1
-            if isinstance(claim, sasl.Token):  # RFC 7628 3.2.3: the client answers the reason, and then hears 535
+            if isinstance(claim, sasl.Token):  # RFC 7628 3.2.3: the client responds to the reason, and then gets 535
                 self._exchange = _token_refused()
                 next(self._exchange)
                 self.parser.line()
                 return b"334 " + b64encode(b'{"status":"invalid_token","schemes":"bearer"}') + b"\r\n" + self._waiting()
             answer = self._wrong_login(answer)
-        else:  # nor may what is put off be tried as often as somebody likes: each is a look at the limits and a line in the log
+        else:  # temporarily rejected attempts count as errors too: each costs a check of the limits and a line in the log
             answer = self._error(answer)
         if self.closing:
             return answer
@@ -295,11 +295,11 @@ class ServerSession:
             self.closing = bool(self.user)
             self.parser.commands()
         elif why == _FOREIGN or _OTHERS.match(start):
-            return self._turn_away()
+            return self._reject_protocol()
         return self._error(_BAD_LINES[why])
 
-    def _turn_away(self) -> bytes:
-        """The client speaks another protocol: whoever makes it do so must not get as far as what looks like ours."""
+    def _reject_protocol(self) -> bytes:
+        """The client speaks another protocol: close before SMTP commands within it are reached (cross-protocol attack)."""
         self.closing = self.foreign = True
         return reply.NOT_SMTP
 
@@ -310,7 +310,7 @@ class ServerSession:
             return answer + reply.TOO_MANY_ERRORS
         return answer
 
-    def _text(self, data: bytes) -> None:
+    def _received(self, data: bytes) -> None:
         transaction = self.transaction
         if transaction is None or self.discarding:
             return
@@ -318,18 +318,18 @@ class ServerSession:
             self.refuse(reply.TOO_BIG)
             return
         transaction.size += len(data)
-        transaction.text.append(data)
-        if len(transaction.text) > PIECES:
-            transaction.text = [b"".join(transaction.text)]
+        transaction.data.append(data)
+        if len(transaction.data) > PIECES:
+            transaction.data = [b"".join(transaction.data)]
         if transaction.chunked:
             transaction.tail = (transaction.tail + data[-2:])[-2:]
 
     def _ended(self) -> bytes:
-        """The text, or one chunk of it, is complete."""
+        """The message data, or one chunk of it, is complete."""
         transaction = self.transaction
         if transaction is None or (transaction.chunked and not self.last_chunk):
             return self._chunk_ended()
-        self.taking_text = False
+        self.taking_data = False
         answer = self._verdict(transaction)
         self.discarding = False
         self.refusal = b""
@@ -352,25 +352,25 @@ class ServerSession:
         return reply.RESET
 
     def _verdict(self, transaction: Transaction) -> bytes | None:
-        """Why the text that just ended is refused, or None."""
+        """The reply that refuses the message data that just ended, or None."""
         flags = self.parser.flags
         if self.refusal:
             return self.refusal
         if transaction.tail.endswith(b"\r"):
             flags |= BARE_CR
-        normalize = self.parser.normalize  # as what is judged here was treated
-        mends = normalize and not transaction.chunked
-        if flags & BARE_LF and not mends:
+        normalize = self.parser.normalize  # as it was while this data was parsed
+        repaired = normalize and not transaction.chunked
+        if flags & BARE_LF and not repaired:
             return reply.BARE_LF
-        if flags & BARE_CR and not mends:
+        if flags & BARE_CR and not repaired:
             return reply.BARE_CR
         if flags & NUL and not normalize:
-            return reply.NUL_IN_TEXT
+            return reply.NUL_IN_DATA
         if flags & LONG_LINE and not self.limits.long_lines:
             return reply.LONG_LINE
         return None
 
-    # One method a verb: checks first, then acts.
+    # One method per verb: checks first, then actions.
 
     def _ehlo(self, argument: bytes) -> bytes:
         helo = _hello_name(argument)
@@ -464,8 +464,8 @@ class ServerSession:
         if self.parser.waiting():
             self.closing = True
             return reply.TALKING_EARLY
-        self.taking_text = True
-        self.parser.text()
+        self.taking_data = True
+        self.parser.data()
         return reply.GO_AHEAD
 
     def _bdat(self, argument: bytes) -> bytes:
@@ -479,12 +479,12 @@ class ServerSession:
         if transaction is None or not transaction.recipients:
             self._drop()
             self.refuse(reply.NEED_SENDER if transaction is None else reply.NEED_RECIPIENT)
-            self.taking_text = True
+            self.taking_data = True
             self.parser.chunk(octets, True)
             return b""
         first = not transaction.chunked
         transaction.chunked = True
-        self.taking_text = True
+        self.taking_data = True
         self.parser.chunk(octets, first)
         return b""
 
@@ -495,8 +495,8 @@ class ServerSession:
         return reply.RESET
 
     def _drop(self) -> None:
-        """The transaction under way, if there is one, ends here: nothing of it is there for the next."""
-        self.taking_text = self.discarding = self.last_chunk = False
+        """End the transaction under way, if there is one: none of its state remains for the next."""
+        self.taking_data = self.discarding = self.last_chunk = False
         self.refusal = b""
         if self.transaction is not None:
             self.transaction = None
@@ -526,7 +526,7 @@ class ServerSession:
         if refused is not None:
             self.parser.commands()
             return self._error(refused)
-        if self.parser.waiting():  # in the clear, and meant to be taken as if it had come by TLS
+        if self.parser.waiting():  # command injection: sent in the clear, to be processed as if it came by TLS
             self.closing = True
             return reply.TALKING_EARLY
         self._drop()
@@ -582,7 +582,7 @@ class ServerSession:
         return b"334 " + b64encode(challenge) + b"\r\n"
 
     def _responded(self, line: bytes) -> bytes:
-        """The client's part of an exchange, in base64."""
+        """The client's response in an AUTH exchange, in base64 (RFC 4954 4)."""
         exchange = self._exchange
         assert exchange is not None
         refused = reply.LOGIN_CANCELLED
@@ -603,7 +603,7 @@ class ServerSession:
                 self._exchange = None
                 self.parser.commands()
                 return reply.LOGGED_IN
-        if self.user:  # it does not take our proof: this is no session of its
+        if self.user:  # the client rejects our proof: it must not go on as authenticated
             self.closing = True
         self._exchange = None
         self.parser.commands()
@@ -611,7 +611,7 @@ class ServerSession:
 
 
 class _TokenRefused(Exception):
-    """The client has heard why its token is refused."""
+    """The client has responded to the reason why its token is refused."""
 
 
 def _token_refused() -> sasl.Exchange:
@@ -620,7 +620,7 @@ def _token_refused() -> sasl.Exchange:
 
 
 class _ProofTaken(Exception):
-    """The client has taken the server's proof."""
+    """The client has accepted the server's proof."""
 
 
 def _proved() -> sasl.Exchange:
@@ -630,12 +630,12 @@ def _proved() -> sasl.Exchange:
 
 
 def _unknown(session: ServerSession, argument: bytes) -> bytes:
-    """A word of four letters that is no verb of ours."""
+    """An unknown verb of four letters."""
     return session._error(reply.UNKNOWN_COMMAND)
 
 
 def _other(session: ServerSession, argument: bytes) -> bytes:
-    """A word that is not of four letters, or a client's part of an exchange: the parser holds behind it."""
+    """A word that is not of four letters, or a response in an AUTH exchange: the parser holds after it."""
     if session._exchange is not None:
         return session._responded(argument.strip())
     word, _, rest = argument.partition(b" ")
@@ -645,13 +645,13 @@ def _other(session: ServerSession, argument: bytes) -> bytes:
         return session._xclient(rest.strip())
     session.parser.commands()
     if _OTHERS.match(argument):
-        return session._turn_away()
+        return session._reject_protocol()
     return session._error(reply.UNKNOWN_COMMAND)
 
 
 def _alien(session: ServerSession, argument: bytes) -> bytes:
-    """A word of four letters that is another protocol's."""
-    return session._turn_away()
+    """A word of four letters of another protocol."""
+    return session._reject_protocol()
 
 
 def _hello_name(argument: bytes) -> str | None:
@@ -664,7 +664,7 @@ def _hello_name(argument: bytes) -> str | None:
 
 
 def _attributes(argument: bytes) -> dict[str, str] | None:
-    """XCLIENT's attributes, "" for those that are not known (yet); None for a malformed one."""
+    """XCLIENT's attributes, "" for unavailable ones; None: a syntax error."""
     found = {}
     for word in argument.split():
         name, equals, value = word.decode("utf-8", "replace").partition("=")
@@ -679,7 +679,7 @@ def _attributes(argument: bytes) -> dict[str, str] | None:
 
 
 def _mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:
-    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them. `auth`: AUTH is an extension here."""
+    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them. `auth`: AUTH is offered."""
     found = parse_parameters(text)
     if found is None:
         return reply.BAD_PARAMETER
@@ -692,7 +692,7 @@ def _mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:
         elif keyword == "SMTPUTF8" and not value:
             smtputf8 = True
         elif keyword == "AUTH" and auth and value:
-            pass  # who is said to have sent it (RFC 4954 5): nobody is believed
+            pass  # the original submitter (RFC 4954 5): ignored, since clients are not trusted with it
         elif keyword in ("SIZE", "BODY", "SMTPUTF8"):
             return reply.BAD_PARAMETER
         else:

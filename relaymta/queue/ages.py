@@ -1,7 +1,7 @@
-"""How old the messages of a queue are, counted as they come and go, so that the whole queue need not be read to say so.
+"""The age distribution of a queue's messages, kept as they are added and removed, so that it is known without reading the queue.
 
-Messages are counted by when they arrived, in spans of five minutes. Of more than KEPT spans the two that look most alike
-from today (the smallest part of their age apart) become one: old mail is told by the day, new mail by the minute.
+Messages are counted by arrival time in spans of five minutes. When there are more than KEPT spans, the two adjacent ones that
+differ least in relation to their age are joined: the resolution is minutes for new mail and days for old mail.
 """
 
 __all__ = ["COLUMNS", "add", "columns", "remove"]
@@ -15,7 +15,7 @@ Ages = list[list[int]]
 
 
 def add(ages: Ages, arrived: int) -> None:
-    """A message that arrived then (wall clock, ms) is in the queue."""
+    """Count a message that `arrived` then (wall clock, ms)."""
     span = arrived // SPAN_MS
     position = len(ages)
     while position and ages[position - 1][0] > span:  # nearly always the last
@@ -29,6 +29,7 @@ def add(ages: Ages, arrived: int) -> None:
 
 
 def _join(ages: Ages) -> None:
+    """Join the two adjacent spans whose ages differ least, as a share of the older one's."""
     newest = ages[-1][1]
 
     def apart(position: int) -> float:
@@ -41,8 +42,7 @@ def _join(ages: Ages) -> None:
 
 
 def remove(ages: Ages, arrived: int) -> None:
-    """A message that arrived then is in the queue no longer. One that was never counted (it is older than the counting) is
-    nothing to it."""
+    """Remove a message that `arrived` then. One that was not counted (accepted by a version without these counts) is ignored."""
     span = arrived // SPAN_MS
     for position in range(len(ages) - 1, -1, -1):
         first, last, count = ages[position]
@@ -57,8 +57,8 @@ def remove(ages: Ages, arrived: int) -> None:
 
 
 def columns(ages: Ages, now: int, messages: int) -> list[int]:
-    """How many of a queue's messages are at most so many minutes old (COLUMNS), the last number: older, and those that were
-    never counted. `now`: wall clock, ms. A span counts where its middle is."""
+    """The number of a queue's messages by age: for each limit of COLUMNS those at most so many minutes old and above the limit
+    before, and last the older ones and those not counted. `now`: wall clock, ms. A span belongs where its middle is."""
     found = [0] * (len(COLUMNS) + 1)
     for first, last, count in ages:
         minutes = max(0.0, (now - (first + last + 1) * SPAN_MS / 2) / 60_000)

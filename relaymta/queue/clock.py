@@ -1,9 +1,8 @@
-"""The queue's clock: what schedules and deadlines are counted in.
+"""The queue's clock, by which due times and deadlines are measured.
 
-It starts at the later of the wall clock and the last time the shard has seen, and from there runs with CLOCK_BOOTTIME.
-So it never goes back, and a wall clock that is set while we run, to the past or the future, moves no retry and expires
-no message. A jump forward between two runs cannot be told from a long stop: `resumed` says from when on a message must
-have been tried once before it may expire.
+It starts at the later of the wall clock and the last committed time of the shard, and then follows CLOCK_BOOTTIME. So it never
+goes back, and setting the wall clock while a worker runs neither moves a retry nor expires a message. A clock that was set
+forward between two runs looks like a long stop: from `resumed` on, a message must be tried once before it may expire.
 """
 
 import time
@@ -14,7 +13,7 @@ LONG_STOP_MS = 3_600_000
 
 
 def wall_ms() -> int:
-    """The wall clock, milliseconds since 1970 UTC: only for what people read."""
+    """The wall clock, milliseconds since 1970 UTC: only for display, logs and `Date`."""
     return time.time_ns() // 1_000_000
 
 
@@ -23,7 +22,7 @@ def _boot_ms() -> int:
 
 
 class QueueClock:
-    """Milliseconds that only go forward. `last_seen`: the shard's last committed time, 0 for a new shard."""
+    """Milliseconds that never go back. `last_seen`: the shard's last committed time, 0 for a new shard."""
 
     def __init__(self, last_seen: int) -> None:
         wall = wall_ms()
@@ -36,5 +35,5 @@ class QueueClock:
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000 + self._offset
 
     def wall(self, moment: int) -> int:
-        """What the wall clock (as it stands now) will show at a moment of the queue's time."""
+        """The wall clock time (ms, by its present setting) of a time of the queue's clock."""
         return wall_ms() + moment - self.now()

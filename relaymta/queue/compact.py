@@ -1,9 +1,9 @@
-"""Compaction: the bodies that hold a nearly empty segment move to a cold one, so that the disk used stays within twice
-the live octets and a few segments, in whatever order messages leave.
+"""Compaction: bodies move from nearly empty segments to cold ones, so that the disk used stays within twice the live octets and
+a few segments, in whatever order messages leave.
 
-One slice at a time: a reader thread walks the emptiest segment's frames and keeps those that LMDB still points at; the
-copies ride in a group commit like any other write. Whoever reads a body while it moves finds the frame gone or foreign
-(its checksum, id and generation tell), and looks again where the queue says it is now.
+One slice at a time: a reader thread reads the frames of the emptiest segment and keeps those that LMDB still points at; the
+copies are written in a group commit like any other body. A reader of a body that moves meanwhile finds another frame or none
+(generation, id and checksum do not match), and reads it again from the place in its row.
 """
 
 import os
@@ -23,14 +23,14 @@ __all__ = ["Compactor"]
 SPARE = 12  # segments beyond twice the live octets before anything is moved (the design's bound is 16)
 SLICE_BYTES = 1 << 20
 SLICE_FRAMES = 128
-PAUSE_TICKS = 200  # after the disk refused a copy
-IDLE_TICKS = 10  # between two looks while there is nothing to move
+PAUSE_TICKS = 200  # after a disk error
+IDLE_TICKS = 10  # between two checks while there is nothing to move
 
 Read = Callable[[Callable[[], Any], Callable[[Any], None]], None]
 
 
 class Compactor:
-    """Looks after one shard's segments; `tick` is called on the loop. `read(function, then)` runs on a reader thread."""
+    """Compacts one shard's segments. `read(function, then)`: runs `function` on a reader thread, `then(result)` on the loop."""
 
     def __init__(self, store: Store, segments: Segments, writer: Writer, read: Read) -> None:
         self._store = store
@@ -41,10 +41,10 @@ class Compactor:
         self._pause = 0
         self._victim: Segment | None = None
         self._position = 0
-        self._given_up: set[tuple[int, int]] = set()  # (segment, generation) in which the walk came upon no frame
+        self._given_up: set[tuple[int, int]] = set()  # (segment, generation) that were read to the end
 
     def tick(self) -> None:
-        """Move one slice when the disk used is over the bound."""
+        """Move one slice when the disk used is over the bound. Called periodically on the loop."""
         if self._pause:
             self._pause -= 1
         if self._busy or self._pause or self._writer.stalled:
@@ -61,7 +61,7 @@ class Compactor:
             self._read(lambda: self._slice(victim, generation, start), self._sliced)
 
     def _choose(self) -> Segment | None:
-        """The emptiest segment, when the disk used is over the bound."""
+        """The segment with the fewest live octets, when the disk used is over the bound; else None."""
         octets, live, _ = self._segments.usage()
         if octets <= 2 * live + SPARE * self._segments.size:
             return None
@@ -71,7 +71,7 @@ class Compactor:
     # On a reader thread
 
     def _slice(self, victim: Segment, generation: int, start: int) -> tuple[list[Move], int]:
-        """Live messages of `victim` from `start` on, and where the next slice begins (0: the walk is over)."""
+        """Copies of the live bodies of `victim` from offset `start` on, and the offset of the next slice (0: none is left)."""
         found: list[Move] = []
         taken, position, end = 0, start, victim.row.position
         with self._store.env.begin() as txn:
@@ -87,23 +87,23 @@ class Compactor:
                 envelope = self._store.envelope(txn, ident)
                 if envelope is None or envelope.body != body:
                     continue
-                text = os.pread(victim.fd, length, body.offset + FRAME.size)
+                data = os.pread(victim.fd, length, body.offset + FRAME.size)
                 taken += length
-                if len(text) == length and xxhash.xxh3_64_intdigest(text) == checksum:
-                    found.append(Move(ident, body, text, self._moved))
+                if len(data) == length and xxhash.xxh3_64_intdigest(data) == checksum:
+                    found.append(Move(ident, body, data, self._moved))
         return found, position if position < end else 0
 
     # Back on the loop
 
     def _sliced(self, result: Any) -> None:
         self._busy = False
-        if isinstance(result, Exception):  # the disk refused to be read
+        if isinstance(result, Exception):  # a read error
             self._pause = PAUSE_TICKS
             return
         moves, self._position = result
         victim = self._victim
         if not self._position and victim is not None:
-            # What the walk leaves behind is damaged or torn: it stays until its messages end.
+            # What is still live here is damaged: it stays until its messages have left the queue.
             self._given_up.add((victim.number, victim.row.generation))
             self._given_up &= {(s.number, s.row.generation) for s in self._segments.closed()}
             self._victim = None

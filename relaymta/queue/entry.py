@@ -1,4 +1,4 @@
-"""A message as it stands in memory: one entry for each of its placements that is in the window or in flight."""
+"""A message in memory: an Entry for each of its placements in the window or in flight; and the operations of the writer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,27 @@ __all__ = ["Entry", "Move", "Outcome", "Put"]
 class Entry:
     """One message's recipients in one queue.
 
-    `indexes`: which of the envelope's recipients, None for all. `text`: the body's pieces while they are in memory; `counted`:
-    they count as the window's. `sole`: the message is in no other queue. `cancelled`: was taken out of the window; whoever
-    meets it drops it. `ending`: its outcome was handed to the writer, and there is no second one.
+    `indexes`: of the envelope's recipients, None for all. `data`: the pieces of the message data while they are in memory;
+    `counted`: they count against `window_bytes`. `sole`: the message is in no other queue. `in_flight`: given to a session.
+    `cancelled`: taken out of the window; whoever still holds it drops it. `ending`: its outcome was submitted to the writer;
+    a second one is refused.
     """
 
     __slots__ = (
-        "attempts", "cancelled", "counted", "due", "ending", "envelope", "flying", "ident", "indexes", "name", "queue", "route",
-        "sole", "text",
+        "attempts",
+        "cancelled",
+        "counted",
+        "data",
+        "due",
+        "ending",
+        "envelope",
+        "ident",
+        "in_flight",
+        "indexes",
+        "name",
+        "queue",
+        "route",
+        "sole",
     )  # fmt: skip
 
     def __init__(
@@ -32,7 +45,7 @@ class Entry:
         attempts: int,
         indexes: list[int] | None,
         sole: bool,
-        text: list[bytes] | None = None,
+        data: list[bytes] | None = None,
     ) -> None:
         self.ident = ident
         self.envelope = envelope
@@ -42,16 +55,16 @@ class Entry:
         self.attempts = attempts
         self.indexes = indexes
         self.sole = sole
-        self.text = text
+        self.data = data
         self.cancelled = False
         self.counted = False
-        self.flying = False
+        self.in_flight = False
         self.ending = False
-        self.route: object = None  # what send/ has resolved for it
+        self.route: object = None  # set and used by send/ only
 
     @property
     def recipients(self) -> list[tuple[int, str]]:
-        """(index, address) of the recipients this entry is about."""
+        """(index, address) of the recipients of this entry."""
         everyone = self.envelope.recipients
         if len(everyone) == 1:
             return [(0, everyone[0])]
@@ -62,24 +75,26 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Put:
-    """A message to make safe. `text`: its pieces, or `body` where a large one lies already. `done` is called on the
-    loop with None when it is safe, or with why it is not. `fresh`: it is delivered at once, so it shares a row."""
+    """A message to store. `data`: the message data in pieces; None when `envelope.body` names the file of a large message.
+    `names`: its queues, each with the recipients' indexes (None: all). `done` is called on the loop with None when it is durable,
+    or with the error. `fresh`: it is delivered at once, so it is inlined."""
 
     ident: int
     envelope: Envelope
     names: list[tuple[QueueName, list[int] | None]]
-    text: list[bytes] | None
+    data: list[bytes] | None
     done: Callable[[StoreError | None], None] | None
     fresh: bool = False
     error: StoreError | None = None
 
 
 class Outcome:
-    """What an attempt came to: a result for each recipient of the entry (`results`, by index, or `success` for all of
-    them), and when and in which queue the unfinished ones wait. `refused`: why it was not made durable ("": it was); then
-    `gone` tells whether what it was about had ended before."""
+    """The outcome of an attempt: a result for each recipient of the entry (`results`, by index, or `success` for all of
+    them), and when (`retry_at`, ms of the queue's clock) and in which queue (`name`) the deferred ones wait. `failed`: address,
+    last attempt and whether it expired, for the DSN. `refused`: why it was not recorded ("": it was); `gone`: because the
+    message had left the queue before."""
 
-    __slots__ = ("entry", "expired", "failed", "gone", "moved", "name", "notice", "refused", "results", "retry_at", "success")
+    __slots__ = ("dsn", "entry", "expired", "failed", "gone", "moved", "name", "refused", "results", "retry_at", "success")
 
     def __init__(
         self,
@@ -97,24 +112,24 @@ class Outcome:
         self.name = name
         self.failed = failed or []
         self.expired = expired
-        self.notice: Put | None = None
+        self.dsn: Put | None = None
         self.moved: Body | None = None
         self.refused = ""
         self.gone = False
 
 
 class Move:
-    """A body copied from its segment (`was`, verified as `text`) to a cold one. `body`: where it lies once that is
-    committed, None when its message ended or moved first. `done(move)` is called on the loop; `last`: of its slice."""
+    """A body to copy from `was` to a cold segment; `data`: its verified octets. `body`: where it lies once that is committed,
+    None when its message ended or its body moved first. `done(move)` is called on the loop; `last`: of its slice."""
 
-    __slots__ = ("body", "done", "error", "ident", "last", "queues", "text", "was")
+    __slots__ = ("body", "data", "done", "error", "ident", "last", "queues", "was")
 
-    def __init__(self, ident: int, was: Body, text: bytes, done: Callable[["Move"], None]) -> None:
+    def __init__(self, ident: int, was: Body, data: bytes, done: Callable[["Move"], None]) -> None:
         self.ident = ident
         self.was = was
-        self.text = text
+        self.data = data
         self.done = done
         self.body: Body | None = None
-        self.queues: list[int] = []  # in which the message waits
+        self.queues: list[int] = []  # numbers of the queues in which the message waits
         self.error: StoreError | None = None
         self.last = False

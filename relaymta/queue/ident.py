@@ -1,4 +1,4 @@
-"""Message ids: 64 bits, ordered by time, carrying the shard, never reused; printed as 13 Crockford base32 digits."""
+"""Message ids: 64 bits, ordered by time, with the shard's number, never used again; printed as 13 Crockford base32 digits."""
 
 import threading
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SEQUENCE_BITS = 12
 
 @lru_cache(16384)
 def format_id(ident: int) -> str:
-    """An id as people see it."""
+    """An id as it is printed."""
     return (
         _DIGITS[ident >> 60]
         + _PAIRS[(ident >> 50) & 1023]
@@ -29,7 +29,7 @@ def format_id(ident: int) -> str:
 
 
 def parse_id(text: str) -> int:
-    """The id that `text` prints (case, and I L O for 1 1 0, forgiven). ValueError when it is none."""
+    """The id that `text` prints (any case; I, L and O are read as 1, 1 and 0). ValueError when it is none."""
     ident = 0
     if len(text) != 13:
         raise ValueError(f"not a message id: {text!r} (13 characters, such as {format_id(1 << 60)})")
@@ -48,7 +48,7 @@ def shard_of(ident: int) -> int:
 
 
 class IdSource:
-    """Gives ids above `high_water` (the highest one committed). Safe to call from any thread."""
+    """Makes ids above `high_water` (the highest committed one), on any thread. `now()`: ms of the queue's clock."""
 
     def __init__(self, shard: int, high_water: int, now: Callable[[], int]) -> None:
         self._shard = shard << SEQUENCE_BITS

@@ -1,5 +1,5 @@
-"""Looking into a shard's queues and changing what is in them: reads are short transactions, resumed by key; changes are at
-most 1,000 rows inside a group commit. What is in flight is left to its outcome."""
+"""What operators read and change in a shard: reads are short transactions, resumed by key; changes are at most 1,000 messages
+inside a group commit. Messages in flight are not changed."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, ORDERED, QUARANTINED, Body, Envelope, Placement, QueueName
+from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Body, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.segments import Segments
@@ -15,18 +15,30 @@ from relaymta.queue.store import Change, QueueRow, Store
 from relaymta.queue.writer import Assign, Writer
 
 __all__ = [
-    "VERBS", "Filter", "Totals", "apply", "chosen_queues", "names", "ordered", "places", "quarantine", "raw", "reroute", "shape",
-    "summary", "totals",
+    "VERBS",
+    "Filter",
+    "Totals",
+    "apply",
+    "chosen_queues",
+    "names",
+    "places",
+    "policy_held",
+    "quarantine",
+    "raw",
+    "reroute",
+    "shape",
+    "summary",
+    "totals",
 ]  # fmt: skip
 
-ORDERED_TOGETHER = 1000
-VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "order")  # order: hold, as a standing order does
+POLICY_HELD_TOGETHER = 1000
+VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "policy")  # policy: hold, for a hold policy
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: whatever `at_site` of a page takes
-    for its name; domains without @; `until`: the highest id (0: any)."""
+    """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
+    accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
 
     ident: int = 0
     queue: str = ""
@@ -41,20 +53,20 @@ class Filter:
 
     @property
     def whole_queues(self) -> bool:
-        """Whether it depends on nothing else, so that all mail of a queue is meant or none."""
+        """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
         return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
 
     @property
     def by_queue(self) -> bool:
-        """Whether it depends on the queue in which a message waits."""
+        """Whether it depends on the queue in which a message waits (or also on that)."""
         return bool(self.queue or self.route or self.application or self.site)
 
     def waits_in(self, name: QueueName) -> bool:
-        """Whether a queue's mail may be meant."""
+        """Whether a queue's name matches (its site is not checked here)."""
         return self.queue in ("", str(name)) and self.route in ("", name.route) and self.application in ("", name.application)
 
     def matches(self, ident: int, envelope: Envelope) -> bool:
-        """Whether a message is meant, if its queue is."""
+        """Whether a message matches, provided that its queue does."""
         if self.ident and ident != self.ident:
             return False
         if self.sender and envelope.sender.lower() != self.sender.lower():
@@ -70,13 +82,13 @@ class Filter:
 
 
 def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
-    """One row for each queue that holds mail."""
+    """One row for each queue that holds mail. "next": when it is scanned next, seconds since 1970 UTC (0: nothing is due)."""
     rows = []
     now = clock.now()
-    folded = _folded(store)
+    inlined = _inlined(store)
     with store.env.begin() as txn:
         for row in store.queues(txn):
-            messages, octets = folded.get(row.number, (0, 0))
+            messages, octets = inlined.get(row.number, (0, 0))
             row.messages += messages
             row.bytes += octets
             if messages and not row.wake:
@@ -96,8 +108,8 @@ def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
     return rows
 
 
-def _folded(store: Store) -> dict[int, tuple[int, int]]:
-    """(messages, octets) by queue of what is folded."""
+def _inlined(store: Store) -> dict[int, tuple[int, int]]:
+    """(messages, octets) of inlined mail by queue number."""
     found: dict[int, tuple[int, int]] = {}
     for _, envelope in store.fresh.live():
         for placement in envelope.placements:
@@ -107,7 +119,7 @@ def _folded(store: Store) -> dict[int, tuple[int, int]]:
 
 
 def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName, Placement]]:
-    """The queues in which a message waits; `due` as it holds there."""
+    """The queues in which a message waits, each with its placement (`due`: now, where the whole queue was moved)."""
     with store.env.begin() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:
@@ -122,7 +134,7 @@ def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName,
 
 
 def chosen_queues(store: Store, chosen: Filter, at_site: Callable[[QueueName, str], bool]) -> list[QueueRow]:
-    """The queues that a filter means. `at_site(name, site)`: whether a queue's mail goes to a site."""
+    """The queues that match a filter. `at_site(name, site)`: whether a queue's mail is delivered to a site."""
     with store.env.begin() as txn:
         return [
             row for row in store.queues(txn) if chosen.waits_in(row.name) and (not chosen.site or at_site(row.name, chosen.site))
@@ -130,14 +142,14 @@ def chosen_queues(store: Store, chosen: Filter, at_site: Callable[[QueueName, st
 
 
 def names(store: Store) -> list[QueueName]:
-    """All queues."""
+    """The names of all queues."""
     with store.env.begin() as txn:
         return [row.name for row in store.queues(txn)]
 
 
 def shape(store: Store) -> list[dict[str, Any]]:
-    """How old the mail in each queue is: `{"queue", "messages", "ages"}`, ages as `ages.columns` makes them. Reads one row for
-    each queue, whatever waits in it."""
+    """The age of the mail in each queue: `{"queue", "messages", "ages"}`, ages as `ages.columns` makes them. Reads one row for
+    each queue, however much mail it holds."""
     now = wall_ms()
     fresh: dict[int, list[int]] = {}
     for _, envelope in store.fresh.live():
@@ -146,27 +158,27 @@ def shape(store: Store) -> list[dict[str, Any]]:
     rows = []
     with store.env.begin() as txn:
         for row in store.queues(txn):
-            came = fresh.get(row.number, [])
-            for moment in came:
-                add(row.ages, moment)
-            messages = row.messages + len(came)
+            arrivals = fresh.get(row.number, [])
+            for arrived in arrivals:
+                add(row.ages, arrived)
+            messages = row.messages + len(arrivals)
             if messages:
                 rows.append({"queue": str(row.name), "messages": messages, "ages": columns(row.ages, now, messages)})
     return rows
 
 
-def ordered(
-    store: Store, after: tuple[int, int], most: int = ORDERED_TOGETHER
+def policy_held(
+    store: Store, after: tuple[int, int], most: int = POLICY_HELD_TOGETHER
 ) -> tuple[list[tuple[int, Envelope, list[QueueName]]], tuple[int, int]]:
-    """Messages that a standing order holds, with the queues in which they wait: the next of them behind (queue, id) `after`,
-    and where to go on ((0, 0): there are no more)."""
+    """The next messages behind (queue, id) `after` that a hold policy holds, with their queues; and the `after` of the next call
+    ((0, 0): there are no more)."""
     found: list[tuple[int, Envelope, list[QueueName]]] = []
     first, behind = after
     with store.env.begin() as txn:
         for row in store.queues(txn, max(0, first - 1)):
             for ident in store.held(txn, row.number, behind if row.number == first else 0) if row.held else ():
                 envelope = store.envelope(txn, ident)
-                if envelope is not None and envelope.flags & ORDERED:
+                if envelope is not None and envelope.flags & POLICY_HELD:
                     numbers = [placement.queue for placement in envelope.placements]
                     waits_in = [one.name for number in numbers if (one := store.queue(txn, number)) is not None]
                     found.append((ident, envelope, waits_in))
@@ -176,7 +188,7 @@ def ordered(
 
 
 def raw(store: Store, segments: Segments, ident: int) -> bytes | None:
-    """A message's text, verified; None when it is not here. StoreError when it is damaged."""
+    """A message's data, verified; None when it is not in this shard. StoreError when it is damaged."""
     body: Body | None = None
     while True:
         with store.env.begin() as txn:
@@ -189,11 +201,11 @@ def raw(store: Store, segments: Segments, ident: int) -> bytes | None:
         try:
             return segments.read(ident, body)
         except StoreError:
-            continue  # it may have moved, or ended: look again where it is
+            continue  # it may have moved or ended meanwhile: read its row again
 
 
 class Totals(NamedTuple):
-    """A shard's counts; overdue: seconds since the deadline of the message most past it."""
+    """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed)."""
 
     messages: int
     octets: int
@@ -205,7 +217,7 @@ class Totals(NamedTuple):
 
 
 def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
-    """Count what is in the shard."""
+    """Count the messages and octets of a shard, from its queue rows and inlined mail."""
     fresh = store.fresh.live()
     messages, octets, deferred, held = len(fresh), sum(envelope.size for _, envelope in fresh), 0, 0
     with store.env.begin() as txn:
@@ -221,11 +233,11 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
 
 
 def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, idents: list[int], route: str) -> int:
-    """Writer thread, inside a group commit: these messages, none of which is in memory, go by `route` from now on, and are
-    due now; how many it changed. Their texts stay where they are."""
+    """Writer thread, inside a group commit: move these messages, none of which is in memory, to `route`, due now; how many it
+    changed. Their bodies stay where they are."""
     changed, now = 0, clock.now()
     for ident in idents:
-        change.unfold(ident)
+        change.materialize(ident)
         envelope = store.envelope(change.txn, ident)
         if envelope is None:
             continue
@@ -248,29 +260,29 @@ def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, ide
 
 
 def move(change: Change, rows: list[QueueRow], rename: Callable[[QueueName], QueueName]) -> int:
-    """Writer thread, inside a group commit: all messages of these queues, none of which is in memory, go by the route that
-    `rename` names and are due now; how many. Only the queues are touched, not their messages."""
+    """Writer thread, inside a group commit: move all messages of these queues, none of which is in memory, to the route that
+    `rename` names, due now; how many. Only the queues' rows are written, not those of their messages."""
     return sum(change.move(row.number, rename(row.name)) for row in rows)
 
 
 def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:
-    """Writer thread, inside a group commit: `verb` on these messages, none of which is in memory; how many it changed."""
+    """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed."""
     changed = 0
     now = clock.now()
     for ident in idents:
-        change.unfold(ident)
+        change.materialize(ident)
         envelope = store.envelope(change.txn, ident)
         if envelope is None:
             continue
         if verb == "delete":
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)
-        elif verb in ("hold", "order") and not envelope.flags & HELD:
-            change.hold(ident, envelope, HELD | (ORDERED if verb == "order" else 0))
-        elif verb == "hold" and envelope.flags & ORDERED:  # held by an order, and now for good
-            envelope.flags &= ~ORDERED
+        elif verb in ("hold", "policy") and not envelope.flags & HELD:
+            change.hold(ident, envelope, HELD | (POLICY_HELD if verb == "policy" else 0))
+        elif verb == "hold" and envelope.flags & POLICY_HELD:  # from now on held until it is released
+            envelope.flags &= ~POLICY_HELD
             change.replace(ident, envelope)
-        elif (verb == "release" and envelope.flags & HELD) or (verb == "release ordered" and envelope.flags & ORDERED):
+        elif (verb == "release" and envelope.flags & HELD) or (verb == "release policy" and envelope.flags & POLICY_HELD):
             change.release(ident, envelope, now, now + max_age_ms)
         elif verb == "flush" and not envelope.flags & HELD:
             for placement in envelope.placements:
@@ -286,8 +298,8 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
 
 
 def quarantine(change: Change, store: Store, ident: int) -> bool:
-    """Writer thread: hold a message that brings workers down; whether it is here."""
-    change.unfold(ident)
+    """Writer thread, inside a group commit: hold a message whose delivery ended a worker; False when it is not in this shard."""
+    change.materialize(ident)
     envelope = store.envelope(change.txn, ident)
     if envelope is None:
         return False

@@ -1,6 +1,6 @@
-"""The messages of a shard, one after the other: what `queue list` prints and from what operators' verbs choose.
+"""The messages of a shard by id: what `queue list` prints, and the ids that operators' verbs are applied to.
 
-A million of them are listed in seconds, so rows are written as lines of JSON here, once, and handed on as they are.
+A million messages are listed in seconds, so each row is encoded once, as a line of JSON, and passed on unchanged.
 """
 
 import time
@@ -19,13 +19,13 @@ __all__ = ["message", "page"]
 
 PAGE_ROWS = 1000
 PAGE_SECONDS = 0.05
-LOOKED_AT = 64  # messages between two looks at the clock
+CLOCK_EVERY = 64  # messages between two checks of the clock
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Recipient(msgspec.Struct):
-    """One recipient; `last`: what was said at the last attempt, "" when there was none."""
+    """One recipient; `last`: the result of its last attempt, "" when there was none."""
 
     address: str
     state: str = "pending"
@@ -50,19 +50,19 @@ class Row(msgspec.Struct):
 
 
 class _Reader:
-    """Makes rows, within one transaction."""
+    """Makes rows within one transaction."""
 
     def __init__(self, store: Store, txn: Any, clock: QueueClock, schedule: Schedule | None) -> None:
         self._store = store
         self._txn = txn
         self._now = clock.now()
-        self._behind = wall_ms() - self._now  # the queue's clock is behind the wall's
+        self._behind = wall_ms() - self._now  # how far the queue's clock is behind the wall clock
         self._schedule = schedule
         self._queues: dict[int, tuple[str, bool]] = {}
         self._histories = store.histories(txn)
 
     def _queue(self, number: int) -> tuple[str, bool]:
-        """A queue's name, and whether all in it is due."""
+        """A queue's name, and whether all mail in it is due."""
         found = self._queues.get(number)
         if found is None:
             row = self._store.queue(self._txn, number)
@@ -70,10 +70,10 @@ class _Reader:
         return found
 
     def row(self, ident: int, envelope: Envelope) -> Row:
-        """One message."""
+        """The row of one message."""
         flags, placements, behind = envelope.flags, envelope.placements, self._behind
         state = "quarantined" if flags & QUARANTINED else "held" if flags & HELD else "queued"
-        queues, attempts, due, flying = [], 0, 0, False
+        queues, attempts, due, in_flight = [], 0, 0, False
         for placement in placements:
             name, moved = self._queue(placement.queue)
             queues.append(name)
@@ -82,11 +82,11 @@ class _Reader:
             due = min(due, at) if due else at
             if self._schedule is not None:
                 entry = self._schedule.get(ident, placement.queue)
-                flying = flying or (entry is not None and entry.flying)
+                in_flight = in_flight or (entry is not None and entry.in_flight)
         scheduled = state == "queued"
         return Row(
             format_id(ident),
-            "in flight" if flying else state,
+            "in flight" if in_flight else state,
             envelope.sender,
             self._recipients(envelope, self._histories.of(ident)),
             envelope.size,
@@ -116,13 +116,13 @@ class _Reader:
 def page(
     store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int, queues: list[QueueRow] | None
 ) -> dict[str, Any]:
-    """The next messages behind id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
-    when there are no more. `queues`: those in which they wait (None: any)."""
+    """The next messages above id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
+    when there are no more. `queues`: only messages in these (None: in any)."""
     lines: list[bytes] = []
     idents: list[int] = []
     until = time.monotonic() + PAGE_SECONDS
     fresh = store.fresh.live()
-    meant = None if queues is None else {row.number for row in queues}
+    numbers = None if queues is None else {row.number for row in queues}
     everything = chosen == Filter(until=chosen.until)
     last = chosen.until or 1 << 64
     with store.env.begin() as txn:
@@ -133,11 +133,11 @@ def page(
                 break
             after = ident
             if everything or (
-                (meant is None or any(p.queue in meant for p in envelope.placements)) and chosen.matches(ident, envelope)
+                (numbers is None or any(p.queue in numbers for p in envelope.placements)) and chosen.matches(ident, envelope)
             ):
                 lines.append(_encode(reader.row(ident, envelope)))
                 idents.append(ident)
-            if seen % LOOKED_AT == 0 and (len(lines) >= PAGE_ROWS or time.monotonic() > until):
+            if seen % CLOCK_EVERY == 0 and (len(lines) >= PAGE_ROWS or time.monotonic() > until):
                 return {"lines": _joined(lines), "ids": idents, "after": after, "until": chosen.until}
     return {"lines": _joined(lines), "ids": idents, "after": 0, "until": chosen.until}
 
@@ -147,7 +147,7 @@ def _joined(lines: list[bytes]) -> bytes:
 
 
 def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: int) -> dict[str, Any] | None:
-    """Everything about one message, its recipients' attempts included; None when it is not here."""
+    """Everything about one message, as `Row` and its recipients' attempts; None when it is not in this shard."""
     with store.env.begin() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:

@@ -1,4 +1,4 @@
-"""The spool's answers while no daemon runs: read-only, holding each shard's lock, as the spool's owner."""
+"""Reading requests answered from the spool while no daemon runs: read-only, with each shard's lock held, as the spool's owner."""
 
 import os
 from collections.abc import Callable
@@ -20,9 +20,9 @@ __all__ = ["answer"]
 
 
 def answer(spool: Path, op: str, **args: Any) -> Any:
-    """One of the daemon's reading requests, from the files. SpoolBusy when a process owns a shard."""
+    """Answer a reading request `op` of the control socket from the files. SpoolBusy when a process owns a shard."""
     owner = owner_of(spool)
-    if os.geteuid() == 0 != owner.pw_uid:  # root's lock files would shut the owner out
+    if os.geteuid() == 0 != owner.pw_uid:  # the owner could not open lock files of root's
         become(owner)
     return _ANSWERS[op](spool, **args)
 
@@ -32,6 +32,7 @@ def _shards(spool: Path) -> list[int]:
 
 
 def _opened(spool: Path, number: int, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+    """`use(path, store, clock)` of one shard, opened and locked. RelayError when LMDB cannot read it."""
     path = spool / f"shard-{number}"
     lock = _lock(path)
     try:
@@ -51,7 +52,7 @@ def _rows(
     use: Callable[[Path, Store, QueueClock], list[dict[str, Any]]],
     join: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """One row for each queue, that with the most mail first. `join(known, row)` adds what another shard has of it."""
+    """One row for each queue, the one with the most mail first. `join(known, row)` adds the row of another shard to `known`."""
     merged: dict[str, dict[str, Any]] = {}
     for number in _shards(spool):
         for row in _opened(spool, number, use):
@@ -110,14 +111,14 @@ def _raw(spool: Path, ident: str) -> bytes | None:
         with file.open("rb") as stream:
             stream.seek(body.offset)
             raw = stream.read(FRAME.size + body.length)
-        text = raw[FRAME.size :]
-        check_frame(raw[: FRAME.size], number, body, len(text), xxhash.xxh3_64_intdigest(text))
-        return text
+        data = raw[FRAME.size :]
+        check_frame(raw[: FRAME.size], number, body, len(data), xxhash.xxh3_64_intdigest(data))
+        return data
 
     for shard in _shards(spool):
-        text: bytes | None = _opened(spool, shard, read)
-        if text is not None:
-            return text
+        data: bytes | None = _opened(spool, shard, read)
+        if data is not None:
+            return data
     return None
 
 

@@ -1,17 +1,17 @@
-"""Message bodies: append-only segment files, synced for a whole group at once.
+"""Message bodies: append-only segment files, synced once for a whole group.
 
-A segment grows once, by the bodies written to it, and from then on is rewritten: fdatasync of blocks that exist costs a
-third less than of blocks that are new. (Filling segments with zeros ahead of need was tried: with a growing backlog, which
-never rewrites one, it doubled what is written.) Each body is a *frame*: magic, segment generation, message id,
-length and xxh3 checksum, then the text. A frame is trusted only when all of these agree, so bytes of a torn write or of
-an earlier use of the segment are never taken for a message.
+A segment file grows while it is filled for the first time and is then reused by overwriting: fdatasync of existing blocks costs
+a third less than of new ones. (Filling segments with zeros ahead of need was tried: with a growing backlog, which reuses none,
+it doubled what is written.) Each body is a *frame*: magic, segment generation, message id, length and xxh3 checksum, then the
+message data. A frame is valid only when all of these match, so octets of a torn write or of an earlier use of the segment are
+never taken for a message.
 
-All methods but those that read belong to the writer thread. Appending is in two steps, as the group commit is: `append` and
-`sync` put the bytes on disk, then `rows` gives the segment rows that make them count; `settle` is called when the LMDB
-commit has returned, `forget` when it failed. Space is reused only by `settle`, so after the commit that freed it.
+All methods but those that read belong to the writer thread. Appending has two steps, as the group commit has: `append`, `write`
+and `sync` put the octets on disk, then `rows` returns the segment rows that LMDB commits; `settle` is called when that commit
+has returned, `forget` when it failed. Invariant: space is reused only after `settle`, so after the commit that freed it.
 
 A segment on which a write or sync failed is *sealed*: never written again, removed once it is empty. (Linux reports a
-writeback error once and then marks the pages clean: a second fdatasync would lie.)
+writeback error once and then marks the pages clean: a second fdatasync would report success.)
 """
 
 import os
@@ -33,7 +33,7 @@ MAGIC = b"rmB1"
 MEGABYTE = 1 << 20
 IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
 SYNC_EVERY = 4 * MEGABYTE
-BIG = MEGABYTE  # a longer body is a file of its own
+BIG = MEGABYTE  # octets; a larger body is a file of its own
 
 HOT, COLD = 0, 1
 
@@ -41,11 +41,11 @@ _IDENT = re.compile("[0-9a-f]{16}")
 
 
 class Corrupt(StoreError):
-    """A frame is not what the queue says it is."""
+    """A frame does not match the message's row: it is damaged, cut short, or another one."""
 
 
 class SegmentRow(msgspec.Struct, array_like=True, gc=False):
-    """A segment as LMDB keeps it."""
+    """A segment's row in LMDB: live bodies and their octets (frames included), and the offset at which appending goes on."""
 
     generation: int
     kind: int
@@ -56,7 +56,7 @@ class SegmentRow(msgspec.Struct, array_like=True, gc=False):
 
 
 class Segment:
-    """One open segment file."""
+    """One open segment file; `staged` and `freed`: bodies added and released in the group under way."""
 
     __slots__ = ("fd", "freed", "freed_bytes", "number", "row", "staged", "staged_bytes")
 
@@ -99,7 +99,7 @@ class Segments:
         self._doomed: list[int] = []
 
     def load(self, rows: dict[int, SegmentRow]) -> None:
-        """Take over the segments LMDB knows. Files it does not know were never committed and go."""
+        """Open the segments that have a row in LMDB. Files without a row were never committed and are removed."""
         for number, row in rows.items():
             fd = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
             segment = self._segments[number] = Segment(number, fd, row)
@@ -130,7 +130,8 @@ class Segments:
     # Writing: append -> sync -> rows -> settle | forget
 
     def append(self, ident: int, buffers: Sequence[bytes], length: int, kind: int) -> Body:
-        """Plan a frame for write(); where it will lie."""
+        """Stage a frame for `write`; where it will lie. `length`: octets of all `buffers`; `kind`: HOT or COLD. StoreError when
+        it does not fit into a segment, OSError when no new one could be created."""
         need = FRAME.size + length
         segment = self._active[kind]
         if segment is None or segment.row.position + need > self.size:
@@ -156,7 +157,7 @@ class Segments:
         return body
 
     def write(self) -> None:
-        """Write what append() planned. OSError: the segment is sealed, no body of the group may be committed."""
+        """Write what `append` staged. OSError: the segment is sealed, and no body of the group may be committed."""
         plan, self._plan = self._plan, {}
         for number, (offset, buffers) in plan.items():
             segment = self._segments[number]
@@ -169,7 +170,7 @@ class Segments:
                 raise
 
     def sync(self) -> int:
-        """Make the group's bodies, and the names of new files, durable; how many syncs it took."""
+        """Make the group's bodies, and the names of new files, durable; how many syncs it took. OSError: as of `write`."""
         syncs = 0
         while self._dirty:
             segment = self._dirty.pop()
@@ -186,6 +187,7 @@ class Segments:
         return syncs
 
     def _seal(self, segment: Segment) -> None:
+        """Never write to a segment again: a write or sync of it failed."""
         segment.row.sealed = True
         self._changed.add(segment)
         self._dirty.discard(segment)
@@ -194,14 +196,14 @@ class Segments:
                 self._active[kind] = None
 
     def release(self, body: Body) -> None:
-        """The message with this body ends in the group under way (not for bodies in files of their own)."""
+        """Free a body in the group under way (not one in a file of its own)."""
         segment = self._segments[body.segment]
         segment.freed += 1
         segment.freed_bytes += FRAME.size + body.length
         self._changed.add(segment)
 
     def rows(self) -> list[tuple[int, SegmentRow]]:
-        """The segment rows as they are once this group is committed."""
+        """(number, row) of the changed segments, as they are once this group is committed."""
         return [
             (
                 s.number,
@@ -215,7 +217,7 @@ class Segments:
         ]
 
     def settle(self) -> None:
-        """The commit has returned: counts hold, emptied segments may be used again."""
+        """The commit has returned: count what was staged and freed; emptied segments may be used again."""
         changed, self._changed = self._changed, set()
         for segment in changed:
             row = segment.row
@@ -226,21 +228,21 @@ class Segments:
                 self._retire(segment)
 
     def forget(self) -> None:
-        """The commit failed: what was staged is as if it had never been (the space is used up all the same)."""
+        """The commit failed: drop what was staged and freed (the space of staged bodies stays used)."""
         self._plan = {}
         for segment in self._changed:
             segment.staged = segment.staged_bytes = segment.freed = segment.freed_bytes = 0
-        # They stay changed: positions and seals are written by the next group.
+        # They stay in `_changed`: positions and seals are written by the next group.
 
     def _retire(self, segment: Segment) -> None:
-        """An emptied segment: kept for reuse, or removed when it is sealed or there are plenty."""
+        """Keep an emptied segment for reuse, or remove it when it is sealed or enough are free."""
         if segment.row.sealed or len(self._free) >= 8:
             self._doomed.append(segment.number)
         else:
             self._free.append(segment)
 
     def doomed(self) -> list[int]:
-        """Segments whose rows the next group deletes; `unlink` them behind its commit."""
+        """Segments whose rows this group deletes; call `unlink` after its commit."""
         return self._doomed
 
     def unlink(self) -> None:
@@ -252,7 +254,7 @@ class Segments:
         self._doomed = []
 
     def _open_segment(self, kind: int, need: int) -> Segment:
-        """The next segment to append to: an emptied one, or a new file."""
+        """Begin to append to another segment of this kind: an emptied one, or a new file."""
         if need > self.size:
             raise StoreError(f"a body of {need} octets does not fit into a segment of {self.size}")
         was = self._active[kind]
@@ -282,24 +284,24 @@ class Segments:
     # Reading, from any thread
 
     def read(self, ident: int, body: Body) -> bytes:
-        """A body, verified. Corrupt when the frame is not what it should be (StoreError when it cannot be read)."""
+        """A message's data, verified. Corrupt when the frame does not match, StoreError when it cannot be read."""
         try:
             if body.segment:
                 segment = self._segments[body.segment]
                 head = os.pread(segment.fd, FRAME.size, body.offset)
-                text = os.pread(segment.fd, body.length, body.offset + FRAME.size)
+                data = os.pread(segment.fd, body.length, body.offset + FRAME.size)
             else:
                 with self.big_path(ident).open("rb") as file:
                     file.seek(body.offset)
-                    head, text = file.read(FRAME.size), file.read()
+                    head, data = file.read(FRAME.size), file.read()
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
-        check_frame(head, ident, body, len(text), xxhash.xxh3_64_intdigest(text))
-        return text
+        check_frame(head, ident, body, len(data), xxhash.xxh3_64_intdigest(data))
+        return data
 
     def open_big(self, ident: int, body: Body) -> int:
-        """A descriptor of a large body's file, which is read through and verified first (the text begins behind its
-        frame, at the body's offset). Corrupt, or StoreError when it cannot be read."""
+        """A descriptor of a large body's file, which is read and verified first (message data begins at the body's offset +
+        FRAME.size). Corrupt when it does not match, StoreError when it cannot be read."""
         try:
             descriptor = os.open(self.big_path(ident), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -323,16 +325,16 @@ class Segments:
         """The segments that hold bodies and are not appended to."""
         return [segment for segment in list(self._segments.values()) if self.movable(segment)]
 
-    # What the operator and the tests see
+    # Totals
 
     def usage(self) -> tuple[int, int, int]:
-        """(files' octets, live octets, number of segments), bodies of their own file left out."""
+        """(octets of the files, live octets, number of segments), without large bodies."""
         live = sum(s.row.live_bytes for s in list(self._segments.values()))
         return len(self._segments) * self.size, live, len(self._segments)
 
 
 def _digest(descriptor: int, offset: int) -> tuple[int, int]:
-    """The checksum of all that stands behind `offset`, and how long it is."""
+    """The checksum of a file's octets from `offset` on, and how many they are."""
     digest, length = xxhash.xxh3_64(), 0
     while piece := os.pread(descriptor, MEGABYTE, offset + length):
         digest.update(piece)
@@ -341,7 +343,7 @@ def _digest(descriptor: int, offset: int) -> tuple[int, int]:
 
 
 def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
-    """Write `buffers` at `offset`, whole; how many octets they are. A short write is a disk that is nearly full."""
+    """Write all of `buffers` at `offset`; how many octets they are. (A write may be short when the disk is nearly full.)"""
     total = sum(map(len, buffers))
     done = os.pwritev(fd, buffers, offset)
     if done != total:
@@ -352,21 +354,21 @@ def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
 
 
 def check_frame(raw: bytes, ident: int, body: Body, length: int, checksum: int) -> None:
-    """Corrupt unless the frame header `raw` belongs to this message and matches its text's length and checksum."""
+    """Raise Corrupt unless the frame header `raw` belongs to this message and matches its data's length and checksum."""
     if len(raw) != FRAME.size:
         raise Corrupt(f"the body of {ident:016x} is cut short")
     magic, generation, owner, announced, expected = FRAME.unpack(raw)
     if magic != MAGIC or generation != body.generation or owner != ident:
-        raise Corrupt(f"the body of {ident:016x} is not where the queue says it is")
+        raise Corrupt(f"the body of {ident:016x} is not where its row says")
     if announced != length or expected != checksum:
         raise Corrupt(f"the body of {ident:016x} does not match its checksum")
 
 
 class BigBody:
-    """A body above 1 MB on its way to a file of its own. Each method blocks: call it from a thread, one at a time."""
+    """A large body that is streamed into a file of its own. Each method blocks: call it from a thread, one at a time."""
 
     def __init__(self, path: Path, ident: int, room: int = 0) -> None:
-        """`room`: octets that are left in front of the body, for what `finish` puts there."""
+        """`room`: octets reserved in front of the body for what `finish` prepends."""
         self.path = path
         self.ident = ident
         self.length = 0
@@ -377,7 +379,7 @@ class BigBody:
         os.lseek(self._fd, room + FRAME.size, os.SEEK_SET)
 
     def write(self, buffers: list[bytes]) -> None:
-        """Append `buffers`. OSError when the disk refuses."""
+        """Append `buffers`. OSError when they cannot be written."""
         for piece in buffers:
             self._digest.update(piece)
             view = memoryview(piece)
@@ -385,12 +387,12 @@ class BigBody:
                 view = view[os.write(self._fd, view) :]
             self.length += len(piece)
         if self.length - self._synced > SYNC_EVERY:
-            os.fdatasync(self._fd)  # a little at a time, so that the last sync does not hold up the commits of others
+            os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
             self._synced = self.length
 
     def finish(self, front: list[bytes]) -> Body:
-        """Put `front` in front of it, sync the file and its directory; where the body lies. StoreError when there is not so much
-        room."""
+        """Prepend `front`, sync the file and its directory; where the body lies. StoreError when `front` exceeds the room,
+        OSError when it cannot be written."""
         first = b"".join(front)
         offset = self._room - len(first)
         if offset < 0:
@@ -410,7 +412,7 @@ class BigBody:
         return Body(0, 1, offset, self.length)
 
     def discard(self) -> None:
-        """The message was refused or the client went away: remove the file."""
+        """Remove the file: the message was rejected, or its client disconnected."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,18 +1,18 @@
-"""One shard's LMDB environment: the tables, and the changes a group commit makes to them.
+"""One shard's LMDB environment: the tables, and the changes that a group commit makes to them.
 
-    message    id                     Envelope (with its placements: where its due rows stand)
-    recipient  id, n                  RecipientState; no row before the first unfinished attempt
-    due        queue, time, id        one row per message and queue
-    wake       time, queue            one row per queue that holds a due row
+    message    id                     Envelope (with its placements: the keys of its due rows)
+    recipient  id, n                  RecipientState; no row before the first outcome that leaves the message in the queue
+    due        queue, time, id        one row per message and queue, of messages that are not held
+    wake       time, queue            one row per queue that has a due row
     expiry     deadline, id           every message that is not held
     held       queue, id              every held or quarantined message
-    fresh, ended                      mail that is delivered at once has none of the rows above: see fresh.py
+    fresh, ended                      inlined messages, which have none of the rows above: see fresh.py
     queue      "n" name | "q" number  the number | QueueRow
     segment    number                 SegmentRow
-    meta       word                   schema, shard, last seen time, highest id, highest queue number ("queues")
+    meta       word                   schema, last committed time ("seen"), highest id, highest queue number ("queues")
 
-Keys are big-endian, so that every question is a prefix scan. A `Change` is one write transaction under way; queue counts
-and wake times that it touches are gathered and written once, by `finish`.
+Keys are big-endian, so that every query is a prefix scan. A `Change` is one write transaction under way; the counts and wake
+times of the queues that it touches are collected and written once, by `finish`.
 """
 
 import os
@@ -29,7 +29,7 @@ import msgspec
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     HELD,
-    ORDERED,
+    POLICY_HELD,
     QUARANTINED,
     Envelope,
     Placement,
@@ -62,7 +62,8 @@ _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
 
 class QueueRow(msgspec.Struct, array_like=True):
-    """A queue as LMDB keeps it: its name, counts, and when it is looked at next (0: never, it has nothing due)."""
+    """A queue's row in LMDB: its name and counts, `wake`: when it is scanned next (0: never, nothing is due), `not_before`: until
+    when it is parked. Times are ms of the queue's clock."""
 
     number: int
     name: QueueName
@@ -73,14 +74,14 @@ class QueueRow(msgspec.Struct, array_like=True):
     wake: int = 0
     not_before: int = 0
     ages: list[list[int]] = []
-    moved: bool = False  # to another route, by an operator: all that is in it is due, and nothing is added
+    moved: bool = False  # to another route, by an operator: all mail in it is due, and none is added
 
 
 _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
 
 
 class Store:
-    """The environment in `path`; `readonly` while no daemon runs. Everything that writes belongs to the writer thread."""
+    """The environment in `path`; `readonly`: while no daemon runs. All methods that write belong to the writer thread."""
 
     def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
         self._path = path
@@ -88,8 +89,8 @@ class Store:
         self._readonly = readonly
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
-        self._last_number = 0  # the highest ever given to a queue, in a failed transaction too; 0: not known yet
-        self._kept_number = 0  # of it, what meta says
+        self._last_number = 0  # the highest number ever given to a queue, failed transactions included; 0: not read yet
+        self._kept_number = 0  # the one that is committed in meta
         self._open()
 
     def _open(self) -> None:
@@ -121,7 +122,7 @@ class Store:
                 os.close(descriptor)
 
     def reopen(self) -> None:
-        """Close and open again, after a failed commit: work goes on from the last one that returned."""
+        """Close and open again after a failed commit: the state is that of the last commit that returned."""
         self.env.close()
         self._queues.clear()
         self._by_number.clear()
@@ -134,18 +135,18 @@ class Store:
     # Reading (any thread; the transaction is the caller's)
 
     def meta(self, key: bytes) -> int:
-        """A number in meta; 0 when it is not there."""
+        """A number in meta; 0 when there is none."""
         with self.env.begin() as txn:
             raw = txn.get(key, db=self.tables["meta"])
         return int(raw) if raw else 0
 
     def segments(self) -> dict[int, SegmentRow]:
-        """All segment rows."""
+        """All segment rows, by number."""
         with self.env.begin() as txn:
             return {_NUMBER.unpack(key)[0]: _decode_segment(value) for key, value in txn.cursor(db=self.tables["segment"])}
 
     def envelope(self, txn: Any, ident: int) -> Envelope | None:
-        """A message's envelope."""
+        """A message's envelope, inlined or not; None when it is not in this shard."""
         raw = txn.get(_ID.pack(ident), db=self.tables["message"])
         return self.fresh.get(ident) if raw is None else decode_envelope(raw)
 
@@ -154,11 +155,11 @@ class Store:
         return Histories(txn.cursor(db=self.tables["recipient"])).of(ident)
 
     def histories(self, txn: Any) -> "Histories":
-        """What `recipient_states` tells, for many messages."""
+        """A reader of what `recipient_states` returns, for many messages."""
         return Histories(txn.cursor(db=self.tables["recipient"]))
 
     def queue(self, txn: Any, number: int) -> QueueRow | None:
-        """A queue's row as the transaction sees it."""
+        """A queue's row as the transaction sees it; None when there is no such queue."""
         raw = txn.get(b"q" + _NUMBER.pack(number), db=self.tables["queue"])
         return None if raw is None else _decode_queue(raw)
 
@@ -168,7 +169,7 @@ class Store:
         return 0 if raw is None else _NUMBER.unpack(raw)[0]
 
     def queues(self, txn: Any, after: int = 0) -> Iterator[QueueRow]:
-        """All queues, by number, above `after`."""
+        """All queues with a number above `after`, in order."""
         cursor = txn.cursor(db=self.tables["queue"])
         if cursor.set_range(b"q" + _NUMBER.pack(after + 1)):
             for key, value in cursor:
@@ -208,11 +209,11 @@ class Store:
             yield _EXPIRY.unpack(key)
 
     def idents(self, txn: Any, after: int, fresh: list[tuple[int, Envelope]]) -> Iterator[tuple[int, Envelope]]:
-        """All messages by id, above `after`. `fresh`: the folded ones, as `fresh.live()` told before `txn` began (so that
-        what is unfolded meanwhile is missed in neither form)."""
-        folded = (pair for pair in fresh if pair[0] > after)
+        """All messages by id, above `after`. `fresh`: the inlined ones, as `fresh.live()` returned them before `txn` began, so
+        that one that is materialized meanwhile is not missed."""
+        inlined = (pair for pair in fresh if pair[0] > after)
         last = after
-        for ident, envelope in merge(self._rows(txn, after), folded, key=itemgetter(0)):
+        for ident, envelope in merge(self._rows(txn, after), inlined, key=itemgetter(0)):
             if ident != last:
                 yield ident, envelope
             last = ident
@@ -235,7 +236,7 @@ class Store:
         return Change(self)
 
     def row_for(self, txn: Any, name: QueueName) -> QueueRow:
-        """A queue's row, made when there is none (in the transaction under way)."""
+        """A queue's row, created (in the transaction under way) when there is none."""
         row = self._queues.get(name)
         if row is None:
             number = self.queue_number(txn, name)
@@ -262,7 +263,7 @@ class Store:
         return 0
 
     def row_numbered(self, txn: Any, number: int) -> QueueRow:
-        """The row of a queue that exists."""
+        """The row of a queue by its number. StoreError when there is no such queue."""
         row = self._by_number.get(number)
         if row is None:
             row = self.queue(txn, number)
@@ -274,24 +275,24 @@ class Store:
         return row
 
     def forget(self, rows: "set[int]") -> None:
-        """The transaction that changed these queues failed, or they are gone: read them again when they are needed."""
+        """Drop the cached rows of these queues: the transaction that changed them failed, or they were deleted."""
         for number in rows:
             row = self._by_number.pop(number, None)
             if row is not None and self._queues.get(row.name) is row:
                 del self._queues[row.name]
 
     def keep_number(self, txn: Any) -> int:
-        """Write the highest queue number, when it is another than the last commit's; it (in the transaction under way)."""
+        """Write the highest queue number in the transaction under way, when it has changed since the last commit; the number."""
         if self._last_number != self._kept_number:
             txn.put(b"queues", str(self._last_number).encode(), db=self.tables["meta"])
         return self._last_number
 
     def number_kept(self, number: int) -> None:
-        """The transaction that wrote it has returned."""
+        """Note that the transaction in which `keep_number` wrote this number has been committed."""
         self._kept_number = number
 
     def rename(self, txn: Any, row: QueueRow, name: QueueName) -> None:
-        """A queue is called `name` from now on, and no new mail finds it (in the transaction under way, which writes its row)."""
+        """Rename a queue so that no new mail is assigned to it (in the transaction under way, which also writes its row)."""
         if not row.moved:
             txn.delete(b"n" + encode(row.name), db=self.tables["queue"])
             self._queues.pop(row.name, None)
@@ -300,12 +301,11 @@ class Store:
 
 
 class Histories:
-    """The recipients' histories of messages, cheapest when asked for in the order of their ids: one that has none costs a
-    comparison then."""
+    """Reads the recipients' histories of many messages. Cheapest in the order of their ids: one without costs a comparison."""
 
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
-        self._next = bytes(8)  # the first eight octets of the key where the cursor stands
+        self._next = bytes(8)  # the first eight octets of the key at the cursor
         self._asked = bytes(8)
 
     def of(self, ident: int) -> dict[int, RecipientState]:
@@ -325,55 +325,55 @@ class Histories:
 
 
 class Change:
-    """One write transaction. Use it on one thread: methods, then `finish`, or `abort` after an exception."""
+    """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tables = store.tables
         self.txn = store.env.begin(write=True)
         self._touched: set[int] = set()  # queues whose rows are to be written
-        self._named: set[int] = set()  # queues whose rows may have been made here
+        self._named: set[int] = set()  # queues whose rows may have been created here
         self._written: set[int] = set()  # queues whose rows were written before a part
         self._whole: Any = None  # the transaction, while `txn` is a part of it
-        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` goes back to
+        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` restores
         self._fresh = store.fresh
         self.highest = 0
 
     def row(self, name: QueueName) -> QueueRow:
-        """The queue of this name."""
+        """The row of the queue of this name, created when there is none."""
         row = self._store.row_for(self.txn, name)
         self._named.add(row.number)
         return row
 
-    def fold(self, members: list[tuple[int, Envelope]], now: int) -> None:
-        """New messages that are about to be delivered: one row for all of them."""
+    def inline(self, members: list[tuple[int, Envelope]], now: int) -> None:
+        """Add new messages, by id, as inlined ones; their envelopes have their placements. `now`: ms of the queue's clock."""
         self._fresh.add(members, now)
         self.highest = max(self.highest, members[-1][0])
 
-    def end_folded(self, ident: int) -> bool:
-        """A folded message ends; False when it has rows of its own."""
+    def end_inlined(self, ident: int) -> bool:
+        """Remove an inlined message; False when it is not inlined."""
         return self._fresh.end(ident) is not None
 
-    def unfold(self, *idents: int) -> None:
-        """Give folded messages rows of their own; nothing happens to others."""
+    def materialize(self, *idents: int) -> None:
+        """Give inlined messages rows of their own; others are left alone. StoreError when the queue of one has no row."""
         for ident in idents:
             envelope = self._fresh.get(ident)
             if envelope is None:
                 continue
-            # Found before the folded form ends: a message is never in neither form.
+            # Before the inlined form ends, since this may raise: a message always has one of the two forms.
             rows = [self._store.row_numbered(self.txn, placement.queue) for placement in envelope.placements]
             if self._fresh.end(ident) is not None:
                 self.put(ident, envelope, rows)
 
     def rehouse(self, ident: int, envelope: Envelope, names: list[tuple[QueueName, list[int] | None]], now: int) -> None:
-        """Give a folded message rows of its own, due now, in these queues instead of those in which it waited."""
+        """Give an inlined message rows of its own, due now, in these queues instead of those in which it waited."""
         rows = [self.row(name) for name, _ in names]
         placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, names, strict=True)]
         if self._fresh.end(ident) is not None:
             self.put(ident, msgspec.structs.replace(envelope, placements=placements), rows)
 
     def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
-        """A new message. `rows`: the queue of each of its placements."""
+        """Add a message with rows of its own. `rows`: the queue's row of each of its placements."""
         tables, put = self._tables, self.txn.put
         put(_ID.pack(ident), encode(envelope), db=tables["message"])
         for placement, row in zip(envelope.placements, rows, strict=True):
@@ -391,8 +391,8 @@ class Change:
         self.txn.put(_ID.pack(ident), encode(envelope), db=self._tables["message"])
 
     def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> bool:
-        """Remove a message from every table. `histories`: recipient rows may exist. False, and nothing is done, when it has
-        ended before."""
+        """Remove a message from every table. `histories`: recipient rows may exist. False, and nothing is changed, when it has no
+        row (any more)."""
         tables, delete = self._tables, self.txn.delete
         if not delete(_ID.pack(ident), db=tables["message"]):
             return False
@@ -408,7 +408,7 @@ class Change:
         return True
 
     def unplace(self, ident: int, envelope: Envelope, placement: Placement) -> None:
-        """Take a message out of one queue."""
+        """Remove a message from one queue. The envelope is written by the caller."""
         row = self._store.row_numbered(self.txn, placement.queue)
         row.messages -= 1
         row.bytes -= envelope.size
@@ -423,7 +423,7 @@ class Change:
         self._touched.add(placement.queue)
 
     def place(self, ident: int, envelope: Envelope, placement: Placement) -> None:
-        """Put a message into one queue. The envelope, with this placement, is written by the caller."""
+        """Add a message to one queue. The envelope, with this placement, is written by the caller."""
         row = self._store.row_numbered(self.txn, placement.queue)
         row.messages += 1
         row.bytes += envelope.size
@@ -442,7 +442,8 @@ class Change:
         self.txn.put(_RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
 
     def hold(self, ident: int, envelope: Envelope, flags: int = HELD) -> None:
-        """Stop a message's schedule and its deadline. `flags`: HELD, and QUARANTINED or ORDERED."""
+        """Hold a message: it is neither due nor expires. `flags`: HELD, and QUARANTINED or POLICY_HELD. One that is held already
+        is left alone."""
         if not envelope.flags & HELD:
             placements = envelope.placements
             for placement in placements:
@@ -454,11 +455,11 @@ class Change:
             self.replace(ident, envelope)
 
     def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
-        """Put a held message back on its schedule: due now, with a new deadline."""
+        """Release a held message: it is due now and has a new deadline (both ms of the queue's clock)."""
         if envelope.flags & HELD:
             for placement in envelope.placements:
                 self.unplace(ident, envelope, placement)
-            envelope.flags &= ~(HELD | QUARANTINED | ORDERED)
+            envelope.flags &= ~(HELD | QUARANTINED | POLICY_HELD)
             envelope.deadline = deadline
             for placement in envelope.placements:
                 placement.due = now
@@ -467,8 +468,8 @@ class Change:
             self.replace(ident, envelope)
 
     def move(self, number: int, name: QueueName) -> int:
-        """Send all of a queue another way: it is called `name`, and due, from now on. How many messages that are; 0 when there
-        is no such queue (any more)."""
+        """Move all mail of a queue, due now, to the route in `name`, by renaming the queue. How many messages it holds; 0 when
+        there is no such queue (any more)."""
         if self._store.queue(self.txn, number) is None:
             return 0
         row = self._store.row_numbered(self.txn, number)
@@ -478,7 +479,7 @@ class Change:
         return row.messages
 
     def park(self, number: int, not_before: int) -> None:
-        """Let a queue sleep until `not_before` (0: wake it), whatever is due in it; nothing happens where it was swept."""
+        """Exclude a queue from scans until `not_before` (0: wake it), whatever is due in it. One that was swept is ignored."""
         if self._store.queue(self.txn, number) is None:
             return
         row = self._store.row_numbered(self.txn, number)
@@ -486,10 +487,9 @@ class Change:
         self._touched.add(number)
 
     def sweep(self) -> int:
-        """Forget queues that hold nothing, so that memory does not grow with the domains ever written to; how many.
+        """Delete queues that hold no mail, so that memory does not grow with the number of domains ever used; how many.
 
-        Folded mail counts in no row, so the queues it waits in are asked for: of what is committed and of what this very
-        transaction takes in."""
+        Queue rows do not count inlined mail, so queues with inlined mail, committed or added by this transaction, are kept."""
         waiting = self._fresh.queues()
         empty = [
             row
@@ -518,7 +518,7 @@ class Change:
         self.txn.put(key, str(value).encode(), db=self._tables["meta"])
 
     def finish(self, now: int) -> None:
-        """Write what was gathered, and commit. lmdb.Error: nothing of it happened (then call abort)."""
+        """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
         for number in self._touched:
             self._settle_queue(number)
         if self.highest:
@@ -530,10 +530,10 @@ class Change:
         self._fresh.settle()
         self._store.number_kept(number)
 
-    # A part: all of it happens, or nothing
+    # A part: a nested transaction
 
     def begin_part(self) -> None:
-        """What follows, up to `keep_part` or `undo_part`, is a transaction within this one."""
+        """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
         for number in self._touched:
             self._settle_queue(number)  # so that what is undone can be read again as it was
         self._written |= self._touched | self._named
@@ -542,12 +542,12 @@ class Change:
         self._whole, self.txn = self.txn, self._store.env.begin(write=True, parent=self.txn)
 
     def keep_part(self) -> None:
-        """The part holds, if the whole does."""
+        """Keep the part: it is committed if the whole transaction is."""
         self.txn.commit()
         self.txn, self._whole = self._whole, None
 
     def undo_part(self) -> None:
-        """The part is as if it had never been."""
+        """Undo all changes of the part."""
         self.txn.abort()
         self.txn, self._whole = self._whole, None
         self._store.forget(self._touched | self._named)
@@ -556,7 +556,7 @@ class Change:
         self._fresh.end_only(ending)
 
     def _settle_queue(self, number: int) -> None:
-        """Write a queue's row, and move its wake row to where its first due row says."""
+        """Write a queue's row, and its wake row by the time of its first due row."""
         row = self._store.row_numbered(self.txn, number)
         cursor = self.txn.cursor(db=self._tables["due"])
         prefix = _NUMBER.pack(number)
@@ -574,7 +574,7 @@ class Change:
         self.txn.put(b"q" + prefix, encode(row), db=self._tables["queue"])
 
     def abort(self) -> None:
-        """Undo everything."""
+        """Undo the whole transaction."""
         if self._whole is not None:
             self.txn.abort()
             self.txn = self._whole

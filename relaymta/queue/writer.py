@@ -1,19 +1,19 @@
-"""The group commit: one thread that makes everything durable that has piled up, then posts the results back.
+"""The group commit: one thread that makes all pending operations durable together, then posts the results to the loop.
 
-A group is: bodies appended to segments and synced, then one LMDB transaction with everything else (new messages,
-outcomes with their DSNs, operators' changes). Nothing in it is acknowledged before both have returned. What arrives
-meanwhile rides in the next group. Whoever comes alone never waits: a message that finds no group under way is committed at
-once. But a group costs as much as several messages, so
-  - behind a group, when some but not many have piled up, a moment is waited for more;
-  - outcomes, for which nobody waits, stay for a few milliseconds for a message to ride with.
+A group is: bodies appended to segments and synced, then one LMDB transaction with everything else (new messages, outcomes
+with their DSNs, operators' changes). Invariant: nothing in it is acknowledged before both have returned. What is submitted
+meanwhile is in the next group. A single message never waits: when no group is under way it is committed at the end of the
+loop's iteration. But a group costs as much CPU as several messages, so
+  - after a group, when a few operations are pending, the next one is delayed a little to collect more;
+  - outcomes, for which no client waits, are delayed a few milliseconds to be committed together with a message.
 
 When it fails:
   - bodies can't be written or synced: no new message of the group is accepted; outcomes are committed without them;
   - the transaction fails: nothing of the group is accepted, the environment is opened again, outcomes are tried again
-    (in groups of ten when the map is full) until they are in. Meanwhile `stalled` is set and delivery pauses, because a
-    message that can't be deleted would be sent twice;
-  - a task raises: it is undone as a whole, and the rest of the group goes on;
-  - an outcome contradicts what the store holds (its message has ended): it alone is refused, and said so.
+    (in groups of ten) until they are committed. Meanwhile `stalled` is set and delivery pauses, because a message that
+    can't be deleted would be sent twice;
+  - a task raises: all of it is undone, and the rest of the group is committed;
+  - an outcome contradicts the store (its message has left the queue): it alone is refused (`Outcome.refused`).
 """
 
 import asyncio
@@ -30,13 +30,13 @@ import lmdb
 import msgspec
 
 from relaymta.errors import StoreError, StoreFull, store_error
-from relaymta.proto.dsn import failure_notice
+from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import (
     ATTEMPTS_KEPT,
     DELIVERED,
+    DSN,
     FAILED,
     HELD,
-    NOTICE,
     PENDING,
     PERMANENT,
     SMTPUTF8,
@@ -57,8 +57,8 @@ from relaymta.queue.store import Change, Store
 __all__ = ["Committed", "Task", "Writer"]
 
 GROUP_LIMIT = 1000
-# Pairs of runs side by side, 50 clients with 4 kB: 178 us of CPU a message without, 162 with the gathering (5,600 and 6,000
-# messages a second); 200 kB: 609 and 565 us with the outcomes' waiting alone, 540 with both.
+# Pairs of runs side by side, 50 clients with 4 kB: 178 us of CPU a message without, 162 with gathering (5,600 and 6,000
+# messages a second); 200 kB: 609 without, 565 us with delayed outcomes alone, 540 with both.
 GATHER_LEAST, GATHER_MOST = 4, 64
 GATHER_SECONDS = 0.001
 OUTCOMES_SECONDS = 0.003
@@ -69,7 +69,7 @@ Assign = Callable[[Envelope, int], list[tuple[QueueName, list[int] | None]]]
 
 class Task:
     """A change by an operator or the queue itself: `run(change)` on the writer thread, all of it or nothing, then `done(task)` on
-    the loop. `error`: why nothing of it happened; `mistake`: where, when it was not the disk's doing."""
+    the loop. `error`: why it was undone; `mistake`: file and line where `run` raised it ("": the commit failed)."""
 
     __slots__ = ("done", "error", "mistake", "result", "run")
 
@@ -82,7 +82,7 @@ class Task:
 
 
 class Committed:
-    """What one group came to; handed to the loop."""
+    """The operations of one group, with their results; passed to `on_commit`."""
 
     __slots__ = ("moves", "outcomes", "puts", "syncs", "tasks")
 
@@ -103,10 +103,10 @@ def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> 
 
 
 class Writer:
-    """Owns the store's write side. `submit` and `flush` are called on the loop; `on_commit(Committed)` is called there.
+    """Owns the store's write side. `submit`, `task` and `close` are called on the loop, and so is `on_commit(Committed)`.
 
-    `assign(envelope, attempts)`: the queues of a notice's recipient. `hostname` names us in notices. `sign(text)`: fields that
-    go in front of a notice.
+    `assign(envelope, attempts)`: the queues of a DSN's recipient. `hostname`: the reporting MTA of DSNs. `sign(data)`: header
+    fields to prepend to a DSN's message data.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Writer:
         ballast: Path,
         assign: Assign,
         on_commit: Callable[[Committed], None],
-        sign: Callable[[bytes], bytes] = lambda text: b"",
+        sign: Callable[[bytes], bytes] = lambda data: b"",
     ) -> None:
         self._loop = loop
         self._store = store
@@ -136,14 +136,14 @@ class Writer:
         self._on_commit = on_commit
         self._sign = sign
         self._pending: list[Operation] = []
-        self._awaited = 0  # of them: no outcomes, so somebody waits for them
-        self._busy = False  # a group is under way, or about to be
-        self._timer: asyncio.TimerHandle | None = None  # at which outcomes have waited long enough
+        self._awaited = 0  # how many of them are no outcomes, so that a caller waits for them
+        self._busy = False  # a group is under way, or about to begin
+        self._timer: asyncio.TimerHandle | None = None  # when outcomes that came alone are committed
         self._inbox: queues.SimpleQueue[list[Operation] | None] = queues.SimpleQueue()
         self.stalled = False
         self.last_error = ""
         self._freed: list[tuple[int, Body]] = []  # bodies whose messages end in the group under way
-        self._contradicted = False  # the last transaction failed by what an outcome or move said, not by the disk
+        self._contradicted = False  # the last transaction failed because an operation contradicts the store, not by the disk
         self._thread = threading.Thread(target=self._run, name="queue-writer", daemon=True)
 
     def start(self) -> None:
@@ -151,7 +151,7 @@ class Writer:
         self._thread.start()
 
     def submit(self, operation: Operation) -> None:
-        """Let an operation ride in the next group."""
+        """Add an operation to the next group."""
         self._pending.append(operation)
         awaited = type(operation) is not Outcome
         self._awaited += awaited
@@ -159,12 +159,12 @@ class Writer:
             return
         if awaited:
             self._busy = True
-            # At the end of this loop iteration, so that all that this iteration reads rides together.
+            # At the end of this loop iteration, so that all that it submits is in one group.
             self._loop.call_soon(self._hand_over)
         else:
-            self._wait_for_company()
+            self._delay_outcomes()
 
-    def _wait_for_company(self) -> None:
+    def _delay_outcomes(self) -> None:
         if self._timer is None:
             self._timer = self._loop.call_later(OUTCOMES_SECONDS, self._waited)
 
@@ -175,6 +175,7 @@ class Writer:
             self._hand_over()
 
     def _hand_over(self) -> None:
+        """Give the pending operations, at most GROUP_LIMIT, to the thread as one group."""
         if len(self._pending) <= GROUP_LIMIT:
             batch, self._pending, self._awaited = self._pending, [], 0
         else:
@@ -183,20 +184,22 @@ class Writer:
         self._inbox.put(batch)
 
     def _posted(self, committed: Committed) -> None:
+        """On the loop, after a group: report it, then begin the next one."""
         try:
             self._on_commit(committed)
-        finally:  # whatever goes wrong there, commits go on
+        finally:  # an exception there must not stop the commits
             if not self._awaited:
                 self._busy = False
                 if self._pending:
-                    self._wait_for_company()
+                    self._delay_outcomes()
             elif GATHER_LEAST <= len(self._pending) < GATHER_MOST:
                 self._loop.call_later(GATHER_SECONDS, self._hand_over)
             else:
                 self._hand_over()
 
     async def task(self, run: Callable[[Change], T]) -> T:
-        """Run `run(change)` in a group and give its result once that is durable. StoreError when it cannot be."""
+        """Run `run(change)` in a group and return its result once that is durable. Raises what `run` raised, or StoreError when
+        the commit failed."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def done(task: Task) -> None:
@@ -221,7 +224,7 @@ class Writer:
     def _run(self) -> None:
         try:
             self._serve()
-        except BaseException:  # a defect of ours: without this thread nothing is safe, so end the process and start anew
+        except BaseException:  # a defect: nothing can be stored without this thread, so let the supervisor start another worker
             traceback.print_exc()
             os._exit(70)
 
@@ -241,6 +244,7 @@ class Writer:
             self._loop.call_soon_threadsafe(self._posted, committed)
 
     def _commit(self, group: Committed) -> None:
+        """Write one group; what fails of it has its `error` set when this returns."""
         puts = group.puts
         for outcome in group.outcomes:
             if not outcome.success:
@@ -260,7 +264,7 @@ class Writer:
         self._insist(group)
 
     def _insist(self, group: Committed) -> None:
-        """The store refuses outcomes: try until it takes them, in small groups, with what room can be made."""
+        """Commit outcomes whose group failed: in small groups, again and again, on a full disk with the room of the ballast."""
         left = group.outcomes
         if not left:
             return
@@ -269,7 +273,7 @@ class Writer:
         while left:
             part = left[:most]
             for outcome in part:
-                outcome.moved = None  # no copies now: they take room
+                outcome.moved = None  # no copies: they need room
             self._contradicted = False
             error = self._write_bodies(Committed(part), [], [])
             if error is None:
@@ -280,27 +284,27 @@ class Writer:
                 self._ballast.unlink(missing_ok=True)
                 time.sleep(0.2)
             elif len(part) > 1:
-                most = 1  # one of them can never be recorded: find it
+                most = 1  # one of them contradicts the store: find it
             else:
                 part[0].refused = str(error)
                 left, most = left[1:], SMALL_GROUP
         self.stalled = False
 
     def _write_bodies(self, group: Committed, puts: list[Put], moves: list[Move]) -> StoreError | None:
-        """Append and sync the bodies of `puts`, of notices and of moves to cold segments."""
+        """Append and sync the bodies of `puts`, of the outcomes' DSNs, and of those that move to cold segments."""
         segments = self._segments
         try:
             for put in puts:
-                if put.text is not None:
+                if put.data is not None:
                     envelope = put.envelope
-                    envelope.body = segments.append(put.ident, put.text, envelope.size, HOT)
+                    envelope.body = segments.append(put.ident, put.data, envelope.size, HOT)
             for outcome in group.outcomes:
-                if outcome.notice is not None:
-                    self._place_notice(outcome.notice)
+                if outcome.dsn is not None:
+                    self._place_dsn(outcome.dsn)
                 if outcome.moved is not None:
                     self._move(outcome)
             for move in moves:
-                move.body = segments.append(move.ident, [move.text], move.was.length, COLD)
+                move.body = segments.append(move.ident, [move.data], move.was.length, COLD)
             segments.write()
             group.syncs += segments.sync()
         except (OSError, StoreError) as failure:
@@ -308,30 +312,30 @@ class Writer:
             return self._explain(failure)
         return None
 
-    def _place_notice(self, notice: Put) -> None:
-        """A notice about very many recipients is a large body as any other."""
-        segments, text, size = self._segments, notice.text or [], notice.envelope.size
+    def _place_dsn(self, dsn: Put) -> None:
+        """Write a DSN's body; that of a DSN about very many recipients is a large one."""
+        segments, data, size = self._segments, dsn.data or [], dsn.envelope.size
         if size <= segments.big_limit:
-            notice.envelope.body = segments.append(notice.ident, text, size, HOT)
+            dsn.envelope.body = segments.append(dsn.ident, data, size, HOT)
             return
-        path = segments.big_path(notice.ident)
+        path = segments.big_path(dsn.ident)
         path.unlink(missing_ok=True)  # of a group that failed
-        file = BigBody(path, notice.ident)
+        file = BigBody(path, dsn.ident)
         try:
-            file.write(text)
-            notice.envelope.body = file.finish([])
+            file.write(data)
+            dsn.envelope.body = file.finish([])
         except BaseException:
             file.discard()
             raise
 
     def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
-        """One LMDB transaction with everything."""
+        """Commit these operations in one LMDB transaction; the error when it failed (then nothing of them is committed)."""
         change = None
         segments = self._segments
         try:
             change = self._store.change()
             now = self._clock.now()
-            self._fold(change, [put for put in puts if put.fresh], now)
+            self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
                 if not put.fresh:
                     self._put(change, put, now)
@@ -367,7 +371,7 @@ class Writer:
         return None
 
     def _reopen(self, failure: Exception) -> None:
-        """After a failed write of LMDB's, nothing short of opening it again is trusted."""
+        """Open LMDB again after a failed write, which may leave its state in memory wrong (MapFullError does not)."""
         if isinstance(failure, lmdb.MapFullError):
             return
         while True:
@@ -383,16 +387,17 @@ class Writer:
         self.last_error = str(failure)
         return StoreFull(str(failure)) if isinstance(failure, lmdb.MapFullError) else store_error(failure)
 
-    def _fold(self, change: Change, puts: list[Put], now: int) -> None:
-        """Messages that are about to be delivered."""
+    def _inline(self, change: Change, puts: list[Put], now: int) -> None:
+        """Add messages that are delivered at once."""
         for put in puts:
             put.envelope.placements = [Placement(change.row(put.names[0][0]).number, now)]
         if puts:
-            change.fold([(put.ident, put.envelope) for put in puts], now)
+            change.inline([(put.ident, put.envelope) for put in puts], now)
 
     def _put(self, change: Change, put: Put, now: int) -> None:
+        """Add a message with rows of its own, due now or held."""
         envelope = put.envelope
-        if envelope.flags & HELD:  # on arrival: the rows of a held message are made from those of another
+        if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
             envelope.flags &= ~HELD
             self._put(change, put, now)
             change.hold(put.ident, envelope)
@@ -407,8 +412,8 @@ class Writer:
         change.put(put.ident, envelope, rows)
 
     def _relocate(self, change: Change, move: Move) -> None:
-        """Point a message at the copy of its body; where it ended or moved meanwhile, the copy is dropped."""
-        change.unfold(move.ident)
+        """Point a message's row at the copy of its body; when it ended or its body moved meanwhile, the copy is dropped."""
+        change.materialize(move.ident)
         envelope = self._store.envelope(change.txn, move.ident)
         assert move.body is not None
         if envelope is None or envelope.body != move.was:
@@ -427,7 +432,7 @@ class Writer:
             task.result = task.run(change)
         except (lmdb.Error, OSError):
             raise
-        except Exception as error:  # the caller's mistake is the caller's answer, not the group's failure
+        except Exception as error:  # a defect in `run` fails the task, not the group
             change.undo_part()
             del self._freed[freed:]
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -438,57 +443,58 @@ class Writer:
     # Outcomes
 
     def _plan(self, outcome: Outcome) -> None:
-        """Before the group is written: the notice an outcome causes, and the move of its body to a cold segment."""
+        """Before the group is written: make an outcome's DSN, and plan the copy of a deferred body to a cold segment."""
         entry = outcome.entry
         envelope = entry.envelope
         deferred = any(a.kind not in (SUCCESS, PERMANENT) for a in outcome.results.values())
         body = envelope.body
         if deferred and entry.attempts == 0 and entry.sole and body is not None and body.segment:
             outcome.moved = body
-        if outcome.failed and envelope.sender and outcome.notice is None:
-            outcome.notice = self._any_notice(entry, outcome.failed)
+        if outcome.failed and envelope.sender and outcome.dsn is None:
+            outcome.dsn = self._any_dsn(entry, outcome.failed)
 
-    def _text(self, entry: Entry) -> list[bytes]:
-        if entry.text is not None:
-            return entry.text
+    def _data(self, entry: Entry) -> list[bytes]:
+        """An entry's message data, from memory or disk. StoreError when it cannot be read."""
+        if entry.data is not None:
+            return entry.data
         body = entry.envelope.body
         if body is None:
             raise StoreError(f"message {format_id(entry.ident)} has no body")
         return [self._segments.read(entry.ident, body)]
 
     def _move(self, outcome: Outcome) -> None:
-        """Stage a copy of a straggler's body in a cold segment, so that it does not hold its hot one. One that cannot be read
-        stays where it is: that is no reason to refuse the others of the group."""
+        """Stage a copy of a deferred message's body in a cold segment, so that its hot segment is freed. A body that cannot be
+        read stays where it is: the group does not fail because of it."""
         envelope = outcome.entry.envelope
         try:
-            text = self._text(outcome.entry)
+            data = self._data(outcome.entry)
         except StoreError:
             outcome.moved = None
             return
-        outcome.moved = self._segments.append(outcome.entry.ident, text, envelope.size, COLD)
+        outcome.moved = self._segments.append(outcome.entry.ident, data, envelope.size, COLD)
 
-    def _any_notice(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put | None:
-        """The notice, or where what others wrote makes us stumble a plain one: a mistake of ours there must not end the thread,
-        again and again, with all mail behind it."""
+    def _any_dsn(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put | None:
+        """The DSN about `failed` recipients; a plain one when an exception is raised while the original header is handled or the
+        DSN is signed. A defect there must not end the thread each time it starts, and stop all mail."""
         for plain in (False, True):
             try:
-                return self._notice(entry, failed, plain)
+                return self._dsn(entry, failed, plain)
             except Exception:
                 traceback.print_exc()
-        return None  # the event `bounced` says that there is none
+        return None  # the event `bounced` is logged without a DSN
 
-    def _notice(self, entry: Entry, failed: list[tuple[str, Any, bool]], plain: bool) -> Put:
-        """`plain`: without the original header and our signatures."""
+    def _dsn(self, entry: Entry, failed: list[tuple[str, Any, bool]], plain: bool) -> Put:
+        """Make the DSN about `failed` recipients. `plain`: without the original header and without signatures."""
         envelope = entry.envelope
         header = b""
         if not plain:
             try:
-                start = b"".join(self._text(entry))[: 128 * 1024]
+                start = b"".join(self._data(entry))[: 128 * 1024]
                 header = start[: header_end(start)]
             except StoreError:
                 pass
         ident = self._ids.next()
-        text = failure_notice(
+        data = failure_dsn(
             envelope,
             failed,
             header,
@@ -497,29 +503,29 @@ class Writer:
             original_ident=format_id(entry.ident),
             seconds=wall_ms() // 1000,
         )
-        text = text if plain else self._sign(text) + text
-        notice = Envelope(
+        data = data if plain else self._sign(data) + data
+        dsn = Envelope(
             sender="",
             recipients=[envelope.sender],
-            size=len(text),
-            flags=NOTICE | (envelope.flags & SMTPUTF8),
+            size=len(data),
+            flags=DSN | (envelope.flags & SMTPUTF8),
             arrived=wall_ms(),
             deadline=self._clock.now() + self._max_age_ms,
             application=envelope.application,
         )
-        return Put(ident, notice, self._assign(notice, 0), [text], None)
+        return Put(ident, dsn, self._assign(dsn, 0), [data], None)
 
     def _finish(self, change: Change, outcome: Outcome, now: int) -> None:
-        """Apply an outcome; its message goes when no recipient is left."""
+        """Record an outcome; its message is removed when no recipient is pending in any queue."""
         entry = outcome.entry
         if outcome.success and entry.sole:
-            histories = entry.attempts > 0 or entry.indexes is not None  # of others that waited elsewhere, too
-            if change.end_folded(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
+            histories = entry.attempts > 0 or entry.indexes is not None  # of recipients in other queues, too
+            if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
                 self.free_body(entry.ident, entry.envelope.body)
             else:
                 self._ended_before(outcome)
             return
-        change.unfold(entry.ident)
+        change.materialize(entry.ident)
         envelope = self._store.envelope(change.txn, entry.ident)
         placement = None if envelope is None else next((p for p in envelope.placements if p.queue == entry.queue), None)
         if envelope is None or placement is None:
@@ -531,7 +537,7 @@ class Writer:
         change.unplace(entry.ident, envelope, placement)
         others = [p for p in envelope.placements if p is not placement]
         joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
-        if joined:  # while these were in flight, others of the message came to wait in their queue
+        if joined:  # while these were in flight, other recipients of the message were deferred to their queue
             left = Placement(placement.queue, placement.due, placement.attempts, joined)
             self._wait(change, entry.ident, envelope, others, left)
         if pending:
@@ -547,22 +553,22 @@ class Writer:
                 self._segments.release(envelope.body)
                 envelope.body = outcome.moved
             change.replace(entry.ident, envelope)
-        if outcome.notice is not None:
-            self._put(change, outcome.notice, now)
+        if outcome.dsn is not None:
+            self._put(change, outcome.dsn, now)
 
     def _ended_before(self, outcome: Outcome) -> None:
-        """Nobody ends a message twice: the second outcome changes nothing, and what it was to put on disk is given back."""
-        outcome.refused, outcome.gone = "it had ended before", True
-        if outcome.notice is not None:
-            self.free_body(outcome.notice.ident, outcome.notice.envelope.body)
-            outcome.notice = None
+        """Refuse an outcome whose message has left the queue: it changes nothing, and the bodies written for it are freed."""
+        outcome.refused, outcome.gone = "the message had left the queue before", True
+        if outcome.dsn is not None:
+            self.free_body(outcome.dsn.ident, outcome.dsn.envelope.body)
+            outcome.dsn = None
         if outcome.moved is not None:
             self.free_body(outcome.entry.ident, outcome.moved)
             outcome.moved = None
 
     def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
-        """Let recipients wait in a queue. Where some of their message wait there already one row serves both, due when the later
-        of them are."""
+        """Add the placement `new` to `places` and to its queue. When the message has one in that queue already, they are joined,
+        due at the later time of the two."""
         same = next((place for place in places if place.queue == new.queue), None)
         if same is not None:
             change.unplace(ident, envelope, same)
@@ -573,7 +579,7 @@ class Writer:
         change.place(ident, envelope, new)
 
     def _record(self, change: Change, outcome: Outcome) -> list[int]:
-        """Write the recipients' histories; the indexes of those still pending."""
+        """Write the states of the entry's recipients; the indexes of those still pending."""
         entry = outcome.entry
         states = self._store.recipient_states(change.txn, entry.ident) if entry.attempts else {}
         pending = []
@@ -591,6 +597,6 @@ class Writer:
         return pending
 
     def free_body(self, ident: int, body: Body | None) -> None:
-        """The message with this body ends in the group under way."""
+        """Free a body in the group under way, in which its message ends."""
         if body is not None:
             self._freed.append((ident, body))

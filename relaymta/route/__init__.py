@@ -1,1 +1,1 @@
-"""4. Where it goes: the route table, and MX resolution."""
+"""4. Routing: the route table, and MX resolution."""

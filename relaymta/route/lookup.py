@@ -1,7 +1,7 @@
-"""Routes that another program knows: where a domain's mail goes is asked by HTTP, and remembered for as long as the answer says.
+"""Route lookup by HTTP: the smart hosts or the route of a domain, cached for as long as the response allows.
 
-`GET URL?domain=D&application=A` is answered by 200 and a JSON object, {"hosts": ["mx.example:25"]} or {"route": "its name"}, or
-by 404: as if the route had no look-up. `Cache-Control: max-age=N` says for how many seconds that holds.
+`GET URL?domain=D&application=A` returns 200 and a JSON object, {"hosts": ["mx.example:25"]} or {"route": "its name"}, or 404: as
+if the route had no lookup. `Cache-Control: max-age=N` sets the seconds for which the answer is cached.
 """
 
 import json
@@ -22,12 +22,12 @@ _MAX_AGE = re.compile(r"\bmax-age=(\d+)")
 
 
 class LookupFailed(Exception):
-    """The answer is not to be had now, or makes no sense; str() is the reason."""
+    """The lookup failed, or returned an invalid answer; str() is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Where mail goes: `hosts`, or by the route of this name; neither: as the route itself says. `seconds`: for how long."""
+    """`hosts`: smart hosts, or `route`: a route's name; neither (404): the route applies as it is. `seconds`: to cache it."""
 
     hosts: tuple[str, ...]
     route: str
@@ -35,8 +35,8 @@ class Answer:
 
 
 async def ask(url: str, domain: str, application: str) -> Answer:
-    """Ask. LookupFailed when there is no good answer."""
-    import aiohttp  # the worker has it already where a route has a look-up: it takes a tenth of a second
+    """The answer for a domain. LookupFailed when there is no valid one."""
+    import aiohttp  # imported at start where a route needs it: it takes 0.1 s
 
     try:
         async with (
@@ -49,18 +49,18 @@ async def ask(url: str, domain: str, application: str) -> Answer:
                 return Answer((), "", seconds)
             if response.status != 200:
                 raise LookupFailed(f"{response.status} {response.reason}")
-            text = b""
+            body = b""
             async for piece in response.content.iter_chunked(LARGEST):
-                text += piece
-                if len(text) > LARGEST:
+                body += piece
+                if len(body) > LARGEST:
                     raise LookupFailed(f"the answer has more than {LARGEST} octets")
-            return _read(json.loads(text), seconds)
+            return _read(json.loads(body), seconds)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
         raise LookupFailed(str(error) or type(error).__name__) from None
 
 
 def _read(found: object, seconds: float) -> Answer:
-    """The answer's fields. ValueError when it is not what it should be."""
+    """The Answer in a JSON value. ValueError when it is invalid."""
     if not isinstance(found, dict) or not (found.keys() <= {"hosts", "route"} and len(found) == 1):
         raise ValueError('expected {"hosts": [...]} or {"route": "..."}')
     route, hosts = found.get("route", ""), found.get("hosts", [])

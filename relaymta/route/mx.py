@@ -1,4 +1,4 @@
-"""The hosts of a domain (RFC 5321 5.1): MX by preference, equals shuffled, implicit MX, null MX, and never ourselves."""
+"""The mail hosts of a domain (RFC 5321 5.1): MX by preference, equal ones shuffled, implicit MX, null MX, and loop prevention."""
 
 import ipaddress
 import random
@@ -11,14 +11,14 @@ from relaymta.proto.address import DomainError, literal_address, normalize_domai
 __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
 
 ADDRESSES_LIMIT = 10  # tried in one attempt; Postfix: smtp_mx_address_limit 5
-HOSTS_LIMIT = 30  # of a domain, the most preferred; an answer has room for thousands, and they are in the name of a site
-FAILURES_LIMIT = 5  # hosts that cannot be asked for now, one after the other, each for as long as the DNS is waited for
+HOSTS_LIMIT = 30  # of a domain, the most preferred; an answer may have thousands, and the name of a site lists them
+FAILURES_LIMIT = 5  # hosts whose address lookups fail one after the other, each after the DNS timeout
 LITERAL_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One address to try, and the name it has in TLS and in the log."""
+    """One address to try, and the host name for TLS and the log."""
 
     host: str
     address: str
@@ -26,8 +26,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """A domain's mail hosts: (preference, name) in order, equals by name. `until`: the moment (of the resolver's clock)
-    up to which they hold."""
+    """A domain's mail hosts: (preference, name) in order, equal preferences by name. `until`: when they expire (resolver's
+    clock)."""
 
     pairs: tuple[tuple[int, str], ...]
     until: float
@@ -39,7 +39,7 @@ class Hosts:
 
 
 class NoRoute(Failure):
-    """A domain has nowhere to send to. `permanent`: it is final; `enhanced`: the code that says so."""
+    """A domain has no usable mail host. `permanent`: a permanent failure; `enhanced`: its enhanced status code (RFC 3463)."""
 
     def __init__(self, permanent: bool, enhanced: str, public: str, inside: str = "") -> None:
         super().__init__(public, inside)
@@ -48,13 +48,13 @@ class NoRoute(Failure):
 
 
 async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Hosts:
-    """The hosts of a domain. NoRoute when there is none. `ourselves`: our own host names, lower case."""
+    """The mail hosts of a domain. NoRoute when there is none. `ourselves`: this machine's host names, lower case."""
     if literal_address(domain) is not None:
         return Hosts(((0, domain),), resolver.now() + LITERAL_SECONDS)
     try:
         name = normalize_domain(domain)
     except DomainError:
-        raise NoRoute(True, "5.1.2", f"{domain!r} is no domain name") from None
+        raise NoRoute(True, "5.1.2", f"{domain!r} is not a domain name") from None
     try:
         records, until = await resolver.mx(name)
     except NoSuchName:
@@ -68,7 +68,7 @@ async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Host
 
 def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tuple[tuple[int, str], ...]:
     if len(records) == 1 and records[0][1] == "":
-        raise NoRoute(True, "5.1.10", f"{name} takes no mail (null MX, RFC 7505)")
+        raise NoRoute(True, "5.1.10", f"{name} accepts no mail (null MX, RFC 7505)")
     pairs = sorted({(preference, host.lower()) for preference, host in records if host})
     limit = min((preference for preference, host in pairs if host in ourselves), default=None)
     kept = tuple(pair for pair in pairs if limit is None or pair[0] < limit)
@@ -78,8 +78,7 @@ def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tu
 
 
 def roll_up(hosts: Hosts) -> str:
-    """The name of the site that these hosts are, the same for all domains that have them in this order:
-    `(alt1|alt2).mx.example`."""
+    """The name of the site of these hosts, the same for all domains that have them in this order: `(alt1|alt2).mx.example`."""
     names = hosts.names
     if len(names) == 1:
         return names[0]
@@ -93,8 +92,8 @@ def roll_up(hosts: Hosts) -> str:
 
 
 async def targets(resolver: Resolver, hosts: Hosts, families: str) -> list[Target]:
-    """The addresses to try, in order; hosts of equal preference shuffled. NoRoute when there is none. `families`: as in
-    Resolver.addresses."""
+    """The addresses to try, in order; hosts of equal preference are shuffled. NoRoute when there is none. `families`: as of
+    `Resolver.addresses`."""
     shuffled = list(hosts.pairs)
     random.shuffle(shuffled)
     shuffled.sort(key=lambda pair: pair[0])

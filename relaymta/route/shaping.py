@@ -1,5 +1,5 @@
-"""What a site may be asked for, and what its replies mean: what the configuration's `[[site]]` and `[[rule]]` tables say, then
-what the route says, then the provider profiles that come with relaymta. Each limit says where it comes from."""
+"""Limits of sites, and rules about replies: from the configuration's `[[site]]` and `[[rule]]` tables, then from the route, then
+from the provider profiles that come with relaymta. Each limit names its origin."""
 
 import re
 import tomllib
@@ -29,7 +29,7 @@ LIMITS = ("connections", "messages_per_connection", "rate", "connection_rate")
 
 
 class Limit(NamedTuple):
-    """A limit and where it was set, for people. Rates are per second; 0 is none."""
+    """A limit and its origin, for people. Rates are per second; 0: no limit."""
 
     value: float
     origin: str
@@ -37,7 +37,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The limits of one site. `key`: the name under which the machine counts them, shared by all sites of a provider."""
+    """The limits of one site. `key`: the name under which they are counted, shared by all sites of a provider."""
 
     key: str
     connections: Limit
@@ -56,12 +56,12 @@ class Profiles:
 
 
 def shipped_text() -> str:
-    """The file of profiles that comes with this version."""
+    """The text of the profile file that comes with this version."""
     return resources.files("relaymta.route").joinpath("providers.toml").read_text(encoding="utf-8")
 
 
 def read_profiles(text: str) -> Profiles:
-    """The profiles of a file's text."""
+    """The profiles in the text of a profile file."""
     data = tomllib.loads(text)
     sites = [SiteTable.model_validate(site) for site in data["site"]]
     return Profiles(data["version"], sites, [Rule.model_validate(rule) for rule in data["rule"]])
@@ -74,7 +74,7 @@ def profiles() -> Profiles:
 
 
 def differences(before: Profiles, after: Profiles) -> list[str]:
-    """What changed between two versions of the profiles, as sentences."""
+    """The changes between two versions of the profiles, one line each."""
     found = []
     old, new = ({site.name: site.model_dump(exclude_none=True) for site in p.sites} for p in (before, after))
     for name in sorted(old.keys() | new.keys()):
@@ -101,7 +101,7 @@ def _value(value: object) -> str:
 
 
 def rule_text(rule: Rule) -> str:
-    """A rule, as people read it."""
+    """A rule in one line, for people."""
     return f"{rule.action} {rule.duration:g} s on {rule.match}" + (f" from {', '.join(rule.hosts)}" if rule.hosts else "")
 
 
@@ -144,7 +144,7 @@ class Shaping:
         return Shape(name or site.key, **limits)
 
     def rule(self, host: str, reply: str) -> Rule | None:
-        """The first rule about a reply (`code enhanced-code text`) of a host."""
+        """The first rule that matches a reply (`code enhanced-code text`) of a host; None when none does."""
         for expression, rule in self._rules:
             if (not rule.hosts or domain_matches(host.lower(), rule.hosts)) and expression.search(reply):
                 return rule
@@ -157,7 +157,7 @@ def _host(text: str) -> str:
 
 
 def check(config: Config) -> list[str]:
-    """What in the limits can never be reached or cannot be right, as sentences for `config check`."""
+    """Limits that can never be reached, one line each, for `config check`."""
     found = []
     for site in config.site:
         what = site.name or ", ".join(site.hosts)

@@ -1,5 +1,5 @@
-"""Which site a queue's mail goes to: a route's smart hosts, or the MX of a domain. Domains whose MX are the same hosts are
-one site: they share its connections and its limits."""
+"""The site of a queue: a route's smart hosts, or the MX hosts of a domain. Domains with the same MX hosts are one site: they
+share its connections and its limits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from relaymta.route.table import RouteTable, domain_matches
 
 __all__ = ["Site", "Sites"]
 
-LEAST_SECONDS = 5.0  # a domain's site is looked up again after so long at the earliest
+LEAST_SECONDS = 5.0  # a domain's site is cached for at least so long
 KEPT = 100_000  # domains
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where mail goes: the route, and the hosts to try (None: the route's smart hosts)."""
+    """A destination: the route, and the MX hosts to try (None: the route's smart hosts)."""
 
     key: str
     route: Route = field(compare=False)
@@ -32,7 +32,7 @@ class Site:
 
 
 class Sites:
-    """The sites of one worker's queues. `ourselves`: our own host names. `now()`: the resolver's clock."""
+    """The sites of one worker's queues. `ourselves`: this machine's host names, lower case. `now()`: the resolver's clock."""
 
     def __init__(self, routes: RouteTable, resolver: Resolver, ourselves: set[str], now: Callable[[], float]) -> None:
         self._routes = routes
@@ -41,10 +41,10 @@ class Sites:
         self._now = now
         self._known: dict[tuple[str, str, str], tuple[Site, float]] = {}
         self._fixed: dict[str, Site] = {}
-        self._given: dict[tuple[str, tuple[str, ...]], Route] = {}  # routes to the hosts that a look-up named
+        self._given: dict[tuple[str, tuple[str, ...]], Route] = {}  # routes to the hosts that a lookup returned
 
     def known(self, name: QueueName) -> Site | None:
-        """A queue's site where no question has to be asked."""
+        """A queue's site when it is known without a lookup; None otherwise."""
         fixed = self._fixed.get(name.route)
         if fixed is not None:
             return fixed
@@ -55,12 +55,12 @@ class Sites:
         return found[0] if found is not None and found[1] > self._now() else None
 
     def last(self, name: QueueName) -> Site | None:
-        """A queue's site as it was last known, for people who ask."""
+        """A queue's site as it was last known, even when expired; for display."""
         found = self._known.get((name.route, name.domain, name.application))
         return self.known(name) or (found[0] if found is not None else None)
 
     async def find(self, name: QueueName) -> Site:
-        """A queue's site. NoRoute when its domain has no host."""
+        """Look a queue's site up. NoRoute when its domain has no host."""
         own, until = self._routes.route_of(name), float("inf")
         route = own
         if own.lookup:
@@ -70,7 +70,7 @@ class Sites:
             if until == float("inf"):
                 return site
         elif route.username:
-            raise NoRoute(False, "4.4.3", f"where mail for {name.domain} goes is not known now", "the look-up names no host")
+            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", "the lookup returned no host")
         else:
             hosts = await mx_hosts(self._resolver, name.domain, self._ourselves)
             if route is own:
@@ -83,7 +83,7 @@ class Sites:
         return site
 
     async def _looked_up(self, route: Route, name: QueueName) -> tuple[Route, float]:
-        """The route that another program names for a queue, and until when. NoRoute while it does not answer."""
+        """(Route that the HTTP lookup returns for a queue, when it expires). NoRoute, temporary, when the lookup fails."""
         try:
             found = await ask(route.lookup, name.domain, name.application)
             named = self._routes.named(found.route) if found.route else route
@@ -92,14 +92,14 @@ class Sites:
             _allow(route, found.hosts)
         except LookupFailed as error:
             cause = f"look-up of {name.domain} at {route.lookup}: {error}"
-            raise NoRoute(False, "4.4.3", f"where mail for {name.domain} goes is not known now", cause) from None
+            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", cause) from None
         if found.hosts:
             named = self._given.setdefault((route.label, found.hosts), _with_hosts(route, found.hosts))
         return named, self._now() + found.seconds
 
 
 def _allow(route: Route, hosts: tuple[str, ...]) -> None:
-    """LookupFailed where a look-up names a host that the route does not let it name: credentials would go there."""
+    """LookupFailed where a lookup returned a host outside of `lookup_hosts`: credentials would be sent to it."""
     if not (route.lookup_hosts or route.username):
         return
     for host in hosts:
@@ -109,5 +109,5 @@ def _allow(route: Route, hosts: tuple[str, ...]) -> None:
 
 
 def _with_hosts(route: Route, hosts: tuple[str, ...]) -> Route:
-    """A route to these smart hosts, and with a name of its own: it is another site."""
+    """A copy of a route with these smart hosts, and a name of its own, since it is another site."""
     return route.model_copy(update={"name": f"{route.label}/{','.join(hosts)}", "hosts": list(hosts), "lookup": ""})

@@ -1,4 +1,4 @@
-"""Staging: a test system's mail goes to one address, whatever recipients it names, and says for whom it was."""
+"""Staging: all mail of a test system is redirected to one address; a header field lists the original recipients."""
 
 __all__ = ["Redirection"]
 
@@ -6,23 +6,23 @@ LISTED = 20  # recipients named in the banner
 
 
 class Redirection:
-    """Where mail goes instead. `redirect`: the address; `allow`: addresses and "@domain"s that are left alone."""
+    """`redirect`: the address that replaces recipients; `allow`: addresses and "@domain"s that are not replaced."""
 
     def __init__(self, redirect: str, allow: list[str]) -> None:
         self.redirect = redirect
         self._allow = {pattern.lower() for pattern in (*allow, redirect)}
 
     def allows(self, recipient: str) -> bool:
-        """Whether a recipient may get mail."""
+        """Whether mail to a recipient is not redirected."""
         lower = recipient.lower()
         return lower in self._allow or "@" + lower.rpartition("@")[2] in self._allow
 
     def recipients(self, wanted: list[str]) -> list[str]:
-        """The recipients of a message that names `wanted`."""
+        """The recipients of a message for `wanted`: redirected, without duplicates."""
         return list(dict.fromkeys(address if self.allows(address) else self.redirect for address in wanted))
 
     def banner(self, wanted: list[str]) -> bytes:
-        """The header field that says who would have got it; empty when nobody was replaced."""
+        """The header field X-Staging-Recipients with the replaced recipients; empty when none was replaced."""
         replaced = [address for address in wanted if not self.allows(address)]
         if not replaced:
             return b""

@@ -1,7 +1,7 @@
-"""The route table: the first route that matches a recipient is taken; it names the queue the message waits in.
+"""The route table: the first route that matches a recipient is used, and is part of the name of the message's queue.
 
-Conditions on the MX are known only once the domain's hosts are: such a route takes a queue over when its site is looked
-up (`by_mx`), so it may look only at what a queue knows: application and recipient domain.
+Conditions on the MX can be checked only when the domain's hosts are known: such a route takes a queue over when its site is
+looked up (`by_mx`). Beside `mx` it may have conditions only on what a queue's name contains: application and recipient domain.
 """
 
 import re
@@ -23,25 +23,25 @@ _AUTHORS = {b"from", b"sender"}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a route's conditions look at. Addresses and domains in lower case; `size` in octets."""
+    """The properties of a message that conditions of routes are checked against. Addresses in lower case; `size` in octets."""
 
     application: str
     sender: str
     recipient: str
     size: int = 0
     attempts: int = 0
-    headers: tuple[str, ...] = ()  # the conditions on header fields that it meets
+    headers: tuple[str, ...] = ()  # the conditions on header fields that it matches
 
     @classmethod
     def of(cls, envelope: Envelope, recipient: str, attempts: int) -> "Asked":
-        """What is asked for one recipient of a message that was tried `attempts` times."""
+        """The properties for one recipient of a message that was tried `attempts` times."""
         sender, met = envelope.sender.lower(), tuple(envelope.headers)
         return cls(envelope.application, sender, recipient.lower(), envelope.size, attempts, met)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One route held against a message: whether it matches, and the condition that says no or "" (for people)."""
+    """The result of one route for a message: whether it matches; `reason`: the first condition that failed, or ""."""
 
     route: Route
     matches: bool
@@ -52,7 +52,7 @@ Condition = Callable[[Asked], bool]
 
 
 def _conditions(route: Route) -> list[tuple[str, Condition]]:
-    """The conditions of a route that a message alone decides, each with its key."""
+    """The conditions of a route that need only the message, each with its configuration key."""
     senders, recipients = {a.lower() for a in route.sender}, {a.lower() for a in route.recipient}
     applications = set(route.application)
     table: list[tuple[str, bool, Condition]] = [
@@ -74,7 +74,7 @@ def _conditions(route: Route) -> list[tuple[str, Condition]]:
 
 
 class RouteTable:
-    """Immutable; a reload makes a new one. ConfigError when the route map cannot be read."""
+    """The routes of a configuration, immutable: a reload makes a new table. ConfigError when the route map cannot be read."""
 
     def __init__(self, config: Config) -> None:
         self.routes = [*config.route]
@@ -107,14 +107,14 @@ class RouteTable:
 
     @property
     def looks_at_headers(self) -> bool:
-        """Whether `headers_met` can be anything."""
+        """Whether any route has a `header` condition."""
         return bool(self._headers)
 
     def headers_met(self, header: bytes) -> list[str]:
-        """The `header` conditions of the routes that a message meets: those of which a field's value matches; of From: and
-        Sender: one of the addresses. Malformed where they are looked at and are none."""
+        """The `header` conditions of all routes that a message matches: those that match a field's value; for From: and Sender:
+        one of its addresses. Malformed when a condition on these exists and the field cannot be parsed."""
         values = fields(header)
-        if self._by_author:  # of these it is the addresses that are looked at, as they are meant
+        if self._by_author:  # of these fields the parsed addresses are matched, not the text
             values = [row for row in values if row[0] not in _AUTHORS]
             values += [(name, str(one)) for name in self._by_author for one in authors(header, (name,))]
         return [
@@ -124,7 +124,7 @@ class RouteTable:
         ]
 
     def trace(self, asked: Asked, mx: list[str] | None) -> list[Verdict]:
-        """Every route tried in turn up to the one that is taken. `mx`: the hosts of the recipient's domain, when known."""
+        """The result of each route in order, up to the one that is used. `mx`: the MX hosts of the domain, when known."""
         mapped = self._map.find(asked.recipient) if self._map is not None else None
         if mapped is not None:
             return [Verdict(mapped, True, "route_map")]
@@ -159,15 +159,15 @@ class RouteTable:
             try:
                 domain = normalize_domain(domain)
             except DomainError:
-                pass  # the attempt says so
+                pass  # the attempt fails with the reason
         return QueueName(route.label, domain, envelope.application, envelope.priority)
 
     def by_route(self, route: Route, name: QueueName) -> QueueName:
-        """The queue in which mail of the queue `name` waits when it goes by `route`, which has hosts of its own."""
+        """The queue for mail of the queue `name` when it is delivered by `route`, which has smart hosts."""
         return QueueName(route.label, "", name.application, name.priority)
 
     def route_of(self, name: QueueName) -> Route:
-        """The route of a queue. One of a route that is no more is routed by the table as it is now."""
+        """The route of a queue; the last route, which matches everything, when its own does not exist any more."""
         return self._by_label.get(name.route) or self.routes[-1]
 
     @property
@@ -176,7 +176,7 @@ class RouteTable:
         return list(self._by_label)
 
     def named(self, label: str) -> Route | None:
-        """The route of this name."""
+        """The route of this name, or None."""
         return self._by_label.get(label)
 
     def by_mx(self, name: QueueName, hosts: list[str]) -> Route:
@@ -194,7 +194,7 @@ class RouteTable:
 
 
 class _RouteMap:
-    """`PATTERN ROUTE` lines, the most exact pattern first: address, domain, .domain from the longest, expressions in order."""
+    """`PATTERN ROUTE` lines. Precedence: address, domain, .domain from the longest, then regular expressions in order."""
 
     def __init__(self, path: Path, routes: dict[str, Route]) -> None:
         self._exact: dict[str, Route] = {}
@@ -223,7 +223,7 @@ class _RouteMap:
             raise ConfigError(problems)
 
     def find(self, recipient: str) -> Route | None:
-        """The route of an address (lower case), None when no line is about it."""
+        """The route of an address (lower case), None when no line matches it."""
         domain = domain_of(recipient)
         found = self._exact.get(recipient) or self._exact.get(domain)
         rest = domain
@@ -240,10 +240,10 @@ def _catches_all(route: Route) -> bool:
 
 
 def domain_matches(domain: str, patterns: list[str]) -> bool:
-    """Whether a domain (lower case) is one of `patterns`, or below one that begins with a dot."""
+    """Whether a domain (lower case) is one of `patterns`, or a subdomain of one that begins with a dot."""
     return any(domain == p.lower().lstrip(".") or (p.startswith(".") and domain.endswith(p.lower())) for p in patterns)
 
 
 def mx_matches(hosts: list[str], patterns: list[str]) -> bool:
-    """Whether one of a domain's MX hosts is meant."""
+    """Whether one of a domain's MX hosts matches."""
     return any(domain_matches(host.lower(), patterns) for host in hosts)

@@ -1,1 +1,1 @@
-"""5. It leaves: sites with their pools, sessions over reused connections, outcomes."""
+"""5. Delivery: sites and their pools, sessions over reused connections, outcomes."""

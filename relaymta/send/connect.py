@@ -1,4 +1,5 @@
-"""From an address to a session: aiosmtplib connects, greets, starts TLS and authenticates; then its transport is handed over."""
+"""From an address to a session: aiosmtplib connects, sends EHLO, starts TLS and authenticates; then a Session takes over its
+transport."""
 
 import asyncio
 import os
@@ -27,8 +28,8 @@ IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
 
 
 class ConnectFailed(Failure):
-    """No usable session. `phase` tells how far it came, `said` what the peer said to that. A reply is public, but for one to a
-    login, which concerns only who runs the relay."""
+    """No usable session. `phase`: the one that failed (connect, ehlo, starttls, auth); `said`: the peer's reply in it, if any. A
+    reply may be quoted in DSNs, but for one to AUTH, which is for the log and operators only."""
 
     def __init__(self, phase: str, public: str, inside: str = "", said: Said | None = None) -> None:
         super().__init__(public, inside)
@@ -50,14 +51,14 @@ class Peer:
 
     @property
     def label(self) -> str:
-        """What people know it by."""
+        """Its name in messages for people."""
         return f"unix:{self.path}" if self.path else f"{self.name}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """How to connect: the route's protocol and credentials, our name, the source address, seconds to wait for each step,
-    and TLS: off | may | encrypt | verify."""
+    """How to connect: the route (protocol and credentials), our name for EHLO, seconds for each step, TLS (off | may | encrypt |
+    verify), and the source address."""
 
     route: Route
     hostname: str
@@ -67,12 +68,12 @@ class Via:
 
 
 def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
-    """The context for a peer that speaks TLS from the first octet; None for others."""
+    """The context for a peer with implicit TLS; None for others."""
     return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls in ("encrypt", "verify") else None
 
 
 class _Client(aiosmtplib.SMTP):
-    """aiosmtplib, speaking LMTP where that is wanted (RFC 2033 4.1: LHLO, and no other greeting)."""
+    """aiosmtplib with LMTP (RFC 2033 4.1: LHLO instead of EHLO and HELO)."""
 
     greeting = b"EHLO"
 
@@ -93,7 +94,8 @@ class _Client(aiosmtplib.SMTP):
 async def connect(
     peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int
 ) -> Session:
-    """A session past EHLO, STARTTLS and AUTH. ConnectFailed when it does not come that far."""
+    """A session past EHLO, STARTTLS and AUTH. ConnectFailed when one of them fails. `make(core, peer)` makes the session;
+    `recipients`: at most in one transaction."""
     client = _client(peer, via)
     phase = "connect"
     try:
@@ -106,7 +108,7 @@ async def connect(
         if via.route.username and via.tls == "verify":
             phase = "auth"
             await log_in(client, via.route, tokens)
-            _in_turn(client, phase)
+            _check_unsolicited(client, phase)
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
         client.close()
@@ -116,23 +118,23 @@ async def connect(
 
 
 async def _greet(client: _Client) -> None:
-    """EHLO, or LHLO; HELO only to a peer that does not know EHLO: another refusal is one for now (RFC 5321 4.1.4), and what HELO
-    leaves (no 8BITMIME) would have mail returned for good."""
-    _in_turn(client, "connect")
+    """EHLO, or LHLO; HELO only for a peer that does not implement EHLO (RFC 5321 4.1.4). Any other rejection is temporary:
+    without extensions (8BITMIME) mail would be bounced."""
+    _check_unsolicited(client, "connect")
     try:
         await client.ehlo()
     except SMTPHeloError as error:
         if error.code not in HELO_AFTER or not client.is_connected:
             raise
-        _in_turn(client, "ehlo")
+        _check_unsolicited(client, "ehlo")
         await client.helo()
-    _in_turn(client, "ehlo")
+    _check_unsolicited(client, "ehlo")
 
 
-def _in_turn(client: _Client, phase: str) -> None:
-    """ConnectFailed where the peer has said more than was asked: it would be taken for the reply to the next command."""
+def _check_unsolicited(client: _Client, phase: str) -> None:
+    """ConnectFailed where the peer sent more than one reply: the rest would be read as the reply to the next command."""
     if client.protocol is not None and client.protocol._buffer:
-        raise ConnectFailed(phase, "the peer speaks out of turn")
+        raise ConnectFailed(phase, "the peer sent an unexpected reply")
 
 
 def _client(peer: Peer, via: Via) -> _Client:
@@ -154,13 +156,13 @@ def _client(peer: Peer, via: Via) -> _Client:
 def _handed_over(
     client: _Client, peer: Peer, via: Via, make: Callable[[ClientSession, str], Session], recipients: int
 ) -> Session:
-    """aiosmtplib's transport, with the pipelined client on it."""
+    """A session of the pipelined client on aiosmtplib's transport."""
     transport, protocol = cast("asyncio.Transport | None", client.transport), client.protocol
     if transport is None or protocol is None or transport.is_closing():
         raise ConnectFailed("ehlo", "the peer closed the connection")
     if protocol._buffer or transport.get_write_buffer_size():
         client.close()
-        raise ConnectFailed("ehlo", "the peer speaks out of turn")
+        raise ConnectFailed("ehlo", "the peer sent an unexpected reply")
     features = features_of(client.esmtp_extensions)
     lmtp = via.route.protocol == "lmtp"
     connection = transport.get_extra_info("ssl_object")
@@ -175,8 +177,8 @@ def _handed_over(
 
 
 class _Resuming(ssl.SSLContext):
-    """A client's context that goes on with the session that a host gave it the last time, which saves both the most of a
-    handshake. (uvloop never asks for that: it calls `wrap_bio` without a session.) What was verified then is not again."""
+    """A client context that resumes the last TLS session of a host, which saves most of the handshake on both sides. (uvloop does
+    not: it calls `wrap_bio` without a session.) The certificate is verified in the full handshake only."""
 
     sessions: dict[str, ssl.SSLSession]
 
@@ -188,7 +190,7 @@ class _Resuming(ssl.SSLContext):
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session or known)
 
     def remember(self, connection: ssl.SSLObject) -> None:
-        """Behind the first data of a connection: with TLS 1.3 a session comes after the handshake."""
+        """Keep a connection's session; called after its first data, since TLS 1.3 sends sessions after the handshake."""
         if connection.session is not None and connection.server_hostname:
             if len(self.sessions) >= SESSIONS_KEPT:
                 self.sessions.clear()
@@ -208,7 +210,7 @@ def _context(tls: str) -> _Resuming:
 
 async def _start_tls(client: _Client, name: str, tls: str) -> None:
     if not client.supports_extension("starttls"):
-        raise ConnectFailed("starttls", "the peer offers no STARTTLS, and the route asks for TLS")
+        raise ConnectFailed("starttls", "the peer does not offer STARTTLS, and the route requires TLS")
     await client.starttls(server_hostname=name, tls_context=_context(tls), validate_certs=tls == "verify")
     await _greet(client)
 
@@ -220,16 +222,16 @@ def _failure(phase: str, peer: Peer, error: Exception) -> ConnectFailed:
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
         said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
         if phase == "auth":
-            said.text = redacted(said.text)  # it may quote what it was sent
+            said.text = redacted(said.text)  # it may quote the credentials
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}", said)
         return ConnectFailed(phase, said.text, said=said)
     cause = f"{peer.name}: {str(error) or type(error).__name__}"
-    public = error.public if isinstance(error, Failure) else _plainly(error)
+    public = error.public if isinstance(error, Failure) else _public_reason(error)
     return ConnectFailed(phase, f"{name}: {public}", cause)
 
 
-def _plainly(error: BaseException | None) -> str:
-    """What went wrong in the words of the system, without addresses, paths and places in the source."""
+def _public_reason(error: BaseException | None) -> str:
+    """The cause of an error as a standard text, without addresses, paths and source lines."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return "its certificate could not be verified"
@@ -242,7 +244,7 @@ def _plainly(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)
         if isinstance(error, aiosmtplib.SMTPResponseException):
-            return "what it said is no reply"
+            return "it sent an invalid reply"
         cause = error.__cause__ or error.__context__
         if cause is None and isinstance(error, aiosmtplib.SMTPServerDisconnected):
             return "the connection was closed"

@@ -1,9 +1,10 @@
-"""Delivery: entries offered by the queue wait at their site, ride on its sessions, and end as outcomes.
+"""Delivery: entries offered by the queue wait in their site's ready list, are sent over its sessions, and end as outcomes.
 
-A site has a ready list and a pool. An entry goes to an idle session; when there is none and the limits allow, a
-connection is opened; otherwise it follows behind the text of a message under way. Where no host of a site can be
-reached, one message is charged with the attempt, the others go back untried and their queues sleep; all of them are due, so
-that they go as soon as a look in the background finds the site up. (What a failure of a site is: pool.py.)
+A site has a ready list and a pool. An entry is given to an idle session; when there is none and the limits allow, a
+connection is opened; otherwise it is pipelined behind the message data of the transaction under way. Where no host of a site
+can be reached, one message is charged with the attempt, the others are put back untried and their queues sleep; all of them
+remain due, so that they are offered again as soon as a background probe finds the site up. (What counts as one failure of a
+site: pool.py.)
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from relaymta.dns import Resolver
 from relaymta.errors import Failure, StoreError, redacted, told
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.node import BOUNCE, HOLD, TOKEN, Fact, Facts
+from relaymta.node import BOUNCE, HOLD, TOKEN, SiteState, SiteStates
 from relaymta.proto.envelope import (
     EIGHT_BIT,
     PERMANENT,
@@ -35,15 +36,15 @@ from relaymta.route.sites import Site, Sites
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
-from relaymta.send.decisions import Decisions, Tell
+from relaymta.send.decisions import Decisions, Publish
 from relaymta.send.oauth import Tokens
 from relaymta.send.opener import Opener, Sources
 from relaymta.send.outcome import judge
+from relaymta.send.policies import Policies
 from relaymta.send.pool import Pool, pool_key
 from relaymta.send.room import Room
-from relaymta.send.session import TIMEOUTS, Session
-from relaymta.send.standing import Orders
-from relaymta.shm import Flying, Limits, Rates
+from relaymta.send.session import MESSAGE_DATA, TIMEOUTS, Session
+from relaymta.shm import InFlight, Limits, Rates
 
 __all__ = ["Dispatcher"]
 
@@ -55,20 +56,20 @@ WATCHDOG = index("relaymta_watchdog_total")
 CORRUPT = index("relaymta_corrupt_bodies_total")
 
 CHECK_EVERY = 1.0
-LOAD_TOGETHER = 32  # bodies read from disk in one go
+LOAD_TOGETHER = 32  # bodies read from disk in one batch
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
-FORGET_MS = 3 * 3_600_000  # after this long without a try a site that was down is a new one
+FORGET_MS = 3 * 3_600_000  # after this long without an attempt the failures of a site are forgotten
 FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
 LOOKUPS = 200  # domains whose hosts are looked up at the same time
-KEPT_DOWN = 50_000  # domains and queues that are remembered to be left alone
+KEPT_DOWN = 50_000  # unresolved domains, and sleeping queues, kept in memory
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
-AT_ONCE_MS = 1  # as a delay: what keeps a message then is that its queue sleeps
-LOOKS = 50  # sites that are looked at in the background at the same time
-TOKEN_KEPT_MS = 400 * 86_400_000  # a refresh token that was not used for so long is worth nothing anywhere
+AT_ONCE_MS = 1  # retry delay of a message that is due at once; only its sleeping queue holds it back
+SITE_PROBES = 50  # background probes of sites at the same time
+TOKEN_KEPT_MS = 400 * 86_400_000  # no provider accepts a refresh token that was unused for so long
 
 
 class Dispatcher:
-    """All delivery of one worker. `offer` is the queue's way in."""
+    """All delivery of one worker. The queue passes entries in with `offer`."""
 
     def __init__(
         self,
@@ -76,22 +77,23 @@ class Dispatcher:
         routes: RouteTable,
         limits: Limits,
         rates: Rates,
-        flying: Flying,
+        in_flight: InFlight,
         counters: Counters,
         log: Log,
         resolver: Resolver,
-        suspects: set[int],
-        facts: Facts,
-        tell: Tell,
+        probed: set[int],
+        states: SiteStates,
+        publish: Publish,
     ) -> None:
-        """`suspects`: ids that were in flight when the worker before this one died; they are tried one at a time.
-        `facts`: what the machine knows; `tell(fact, key)` makes a fact known to it (None: `key` holds no longer)."""
+        """`probed`: ids that were in flight when the previous worker of this slot died; they are tried one at a time.
+        `states`: the machine's site states; `publish(state, key)` sends a new state to all workers (None: the one with `key` is
+        removed)."""
         self.room = Room(limits, rates, config.delivery.connections, self._pump_in, asyncio.get_running_loop().time)
-        self.flying = flying
-        self._suspects = suspects
-        self._lineup: list[Entry] = []  # suspects that wait for their turn
-        self._alone: Entry | None = None
-        self._choosing = False  # whose turn it is
+        self.marks = in_flight
+        self._probed = probed
+        self._to_probe: list[Entry] = []  # entries still to be tried alone
+        self._probing: Entry | None = None
+        self._choosing = False  # within `_probe_next`
         self.counters = counters
         self.log = log
         self.resolver = resolver
@@ -102,17 +104,17 @@ class Dispatcher:
         self._owner: dict[Session, Pool] = {}
         self._lost_before: dict[int, int] = {}  # message id -> reused connections lost under it
         self._tasks: set[asyncio.Task[None]] = set()
-        self._asking: dict[tuple[str, str, str], list[Entry]] = {}  # whose site is being looked up
-        self._nowhere: dict[tuple[str, str], _Nowhere] = {}  # by route and domain
-        self._parked: dict[int, int] = {}  # queue: until when we let it sleep (queue clock)
+        self._asking: dict[tuple[str, str, str], list[Entry]] = {}  # entries whose site is being looked up
+        self._unresolved: dict[tuple[str, str], _Unresolved] = {}  # by route and domain
+        self._parked: dict[int, int] = {}  # queue: until when it sleeps (queue clock)
         self._lookups = asyncio.Semaphore(LOOKUPS)
-        self._looks = 0  # at sites that are down, under way
+        self._site_probes = 0  # background probes under way
         self.opener = Opener(config, resolver, log, Tokens(self._kept_token, self._keep_token), self._make)
-        self._facts, self._tell = facts, tell
+        self._states, self._publish = states, publish
         self.decisions = Decisions(
-            facts, tell, log, self.pools, self.loop.time, self._clock, self._send_back, self._wake, self._rise
+            states, publish, log, self.pools, self.loop.time, self._clock, self._send_back, self._wake, self._wake_pool
         )
-        self.orders = Orders(facts, self._queue, self._return, self._give_up, self._spawn)
+        self.policies = Policies(states, self._queue, self._return, self._bounce, self._spawn)
         self._configure(config, routes)
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
 
@@ -127,27 +129,27 @@ class Dispatcher:
         self.opener.reconfigure(config)
         self.room.connections = config.delivery.connections
 
-    # In
+    # Entries arrive
 
     def awake(self, name: QueueName) -> bool:
-        """Whether mail of a queue would be tried at once."""
+        """Whether mail of a queue would be tried immediately."""
         site = self.sites.known(name)
         if self.draining or site is None or site.route.sources:
             return not self.draining
         pool = self.pools.get(site.key)
         if pool is None:
-            return self.decisions.facts.suspension(self.shaping.shape(site).key, name.application) is None
+            return self.decisions.states.suspension(self.shaping.shape(site).key, name.application) is None
         return len(pool.ready) < CROWDED and not self.decisions.asleep(pool, name.application)
 
     def offer(self, entry: Entry) -> None:
         """Take an entry to deliver."""
         if self.draining:
             self._return(entry)
-        elif self._suspects and entry.ident in self._suspects:
-            self._lineup.append(entry)
-            if self._alone is None:
-                self._next_suspect()
-        elif not self.orders or not self.orders.obeyed(entry):
+        elif self._probed and entry.ident in self._probed:
+            self._to_probe.append(entry)
+            if self._probing is None:
+                self._probe_next()
+        elif not self.policies or not self.policies.apply(entry):
             site = self.sites.known(entry.name)
             if site is not None:
                 self._arrive(site, entry)
@@ -155,9 +157,9 @@ class Dispatcher:
                 self._look_up(entry)
 
     def _arrive(self, site: Site, entry: Entry) -> None:
-        """An entry whose site is known."""
+        """Accept an entry whose site is known: start it, add it to the ready list, or put it back."""
         if self._staging is not None and not all(self._staging.allows(address) for _, address in entry.recipients):
-            # It was queued before staging was switched on: it stays.
+            # It was queued before staging was switched on: it stays in the queue.
             self._charge(entry, TRANSIENT, "route", "", 0, "4.7.1", "staging: not sent to real recipients (staging.redirect)")
             return
         pool = self._pool(site, entry)
@@ -166,23 +168,23 @@ class Dispatcher:
             self._return(entry)
             self._sleep(pool, entry.queue, until)
         elif len(pool.ready) >= CROWDED and entry.name.priority != "express":
-            # One slow site does not fill the window that all sites share.
+            # One slow site must not fill the window that all sites share.
             pool.skipped.add(entry.queue)
             self._queue().skip(entry.queue)
             self._return(entry)
-        elif pool.idle and not len(pool.ready) and entry.text is not None and not pool.paced:
+        elif pool.idle and not len(pool.ready) and entry.data is not None and not pool.paced:
             self._give(pool, pool.idle[-1], entry)
         else:
             pool.ready.push(entry)
             self._pump(pool)
 
     def _give(self, pool: Pool, session: Session, entry: Entry) -> None:
-        """An entry meets an idle session, and nobody is before it."""
+        """Give an entry to an idle session; the ready list is empty."""
         if session.ended or self._queue().writer.stalled:
             pool.ready.push(entry)
             self._pump(pool)
             return
-        mail = self._fly(pool, session, entry)
+        mail = self._put_in_flight(pool, session, entry)
         if mail is not None:
             pool.idle.pop()
             session.waiting = False
@@ -200,12 +202,12 @@ class Dispatcher:
         return pool
 
     def _return(self, entry: Entry) -> None:
-        """An entry goes back to the queue untried."""
+        """Put an entry back into the queue untried."""
         self._queue().put_back(entry)
         self.landed(entry)
 
     def _park(self, queue: int, until: int) -> None:
-        """Let a queue sleep."""
+        """Let a queue sleep until a moment of the queue's clock."""
         if self._parked.get(queue, 0) < until:
             if len(self._parked) >= KEPT_DOWN:
                 self._parked.clear()
@@ -213,13 +215,13 @@ class Dispatcher:
             self._queue().park(queue, until)
 
     def _sleep(self, pool: Pool, queue: int, until: int) -> None:
-        """Let a queue sleep because of a site."""
+        """Let a queue sleep because of its site; it is woken when the site is up."""
         if pool.failures:
             pool.sleeping.add(queue)
         self._park(queue, until)
 
-    def _rise(self, pool: Pool) -> None:
-        """What sleeps because of a site goes on: it is up, or worth another try."""
+    def _wake_pool(self, pool: Pool) -> None:
+        """Wake the queues that sleep because of a site: it is up, or may be tried again."""
         if pool.sleeping:
             self._spawn(self._wake_some(pool, pool.sleeping))
             pool.sleeping = set()
@@ -236,34 +238,34 @@ class Dispatcher:
                 pool.sleeping |= queues  # the next tick tries again
 
     def sleeps_until(self, queue: int) -> int:
-        """Until when we let a queue sleep (queue clock); 0 when we do not."""
+        """Until when a queue sleeps (queue clock); 0 when it does not."""
         return self._parked.get(queue, 0)
 
-    def _next_suspect(self) -> None:
-        """The next suspect's turn. One that comes back at once ends its turn within `offer`: the loop goes on with the next, so
-        that hundreds of a site that is down are no recursion."""
-        self._alone = None
+    def _probe_next(self) -> None:
+        """Try the next probed entry alone. One that is put back at once is finished within `offer`; the loop then takes the next,
+        so that hundreds for a site that is down do not recurse."""
+        self._probing = None
         if self._choosing:
             return
         self._choosing = True
         try:
-            while self._lineup and self._alone is None:
-                entry = self._lineup.pop(0)
-                self._suspects.discard(entry.ident)
+            while self._to_probe and self._probing is None:
+                entry = self._to_probe.pop(0)
+                self._probed.discard(entry.ident)
                 if not entry.cancelled:
-                    self._alone = entry
-                    self.flying.try_alone(entry.ident)
+                    self._probing = entry
+                    self.marks.probe(entry.ident)
                     self.offer(entry)
         finally:
             self._choosing = False
-        if self._alone is None:
-            self.flying.try_alone(0)
+        if self._probing is None:
+            self.marks.probe(0)
 
     def landed(self, entry: Entry) -> None:
-        """An entry's outcome is durable, or it went back untried."""
-        self.flying.remove(entry.ident)
-        if entry is self._alone:
-            self._next_suspect()
+        """Called when an entry's outcome is durable, or the entry was put back untried."""
+        self.marks.remove(entry.ident)
+        if entry is self._probing:
+            self._probe_next()
 
     def _clock(self) -> int:
         return self._queue().clock.now()
@@ -272,12 +274,12 @@ class Dispatcher:
         assert self.queue is not None
         return self.queue
 
-    # Which site
+    # Site lookup
 
     def _look_up(self, entry: Entry) -> None:
-        """An entry waits until its domain's hosts are known; one question for all of its queue."""
+        """Let an entry wait until its domain's hosts are known; all entries of its queue share one lookup."""
         name = entry.name
-        _, until = self.nowhere(name)
+        _, until = self.unresolved(name)
         if until > self._clock():
             self._return(entry)
             self._park(entry.queue, until)
@@ -290,9 +292,9 @@ class Dispatcher:
         self._asking[key] = [entry]
         self._spawn(self._find(key, name, self.loop.time()))
 
-    def nowhere(self, name: QueueName) -> tuple[int, int]:
-        """(How often a domain could not be looked up in a row, until when it is left alone by the queue's clock)."""
-        known = self._nowhere.get((name.route, name.domain))
+    def unresolved(self, name: QueueName) -> tuple[int, int]:
+        """(Consecutive failed lookups of a domain, until when it is not looked up again by the queue's clock)."""
+        known = self._unresolved.get((name.route, name.domain))
         return (0, 0) if known is None else (known.failures, known.until)
 
     async def _find(self, key: tuple[str, str, str], name: QueueName, began: float) -> None:
@@ -305,42 +307,42 @@ class Dispatcher:
             failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", *self._unexpected(error))
         finally:
             entries = [entry for entry in self._asking.pop(key) if not entry.cancelled]
-            if site is None and failure is None:  # we are cancelled
+            if site is None and failure is None:  # cancelled
                 for entry in entries:
                     self._return(entry)
         if failure is not None:
             self._no_site(name, entries, failure, began)
         elif site is not None:
-            if self._nowhere:
-                self._nowhere.pop((name.route, name.domain), None)
+            if self._unresolved:
+                self._unresolved.pop((name.route, name.domain), None)
             for entry in entries:
                 self._arrive(site, entry)
 
     def _no_site(self, name: QueueName, entries: list[Entry], error: NoRoute, began: float) -> None:
-        """A domain has no host, for good or for now. As with sites (pool.py), look-ups that are under way when one of them
-        fails, for other tenants or classes, are one failure."""
+        """A domain has no host, permanently or temporarily. As with sites (pool.py), lookups that are under way for other tenants
+        or classes when one of them fails count as the same failure."""
         if error.permanent:
             for entry in entries:
                 self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
-        known = self._nowhere.get((name.route, name.domain))
+        known = self._unresolved.get((name.route, name.domain))
         if known is not None and began <= known.known_at:
             for entry in entries:
                 self._look_up(entry)
             return
         failures = known.failures + 1 if known is not None else 1
         until = self._clock() + self._pause(failures)
-        if len(self._nowhere) >= KEPT_DOWN:
-            self._nowhere.clear()
-        self._nowhere[name.route, name.domain] = _Nowhere(failures, until, self.loop.time())
+        if len(self._unresolved) >= KEPT_DOWN:
+            self._unresolved.clear()
+        self._unresolved[name.route, name.domain] = _Unresolved(failures, until, self.loop.time())
         self._charge_one(entries, until, "route", Said(0, b"", "route"), error.enhanced, error)
 
     def _pause(self, failures: int) -> int:
         return retry_delay(failures, int(self.config.delivery.first_retry * 1000))
 
     def _charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure) -> None:
-        """Where nothing can be delivered one message is charged with the attempt; the others keep their place. Their queues
-        sleep, and nothing else keeps them: the one that was charged is due like the others, and goes when its queue wakes."""
+        """Where nothing can be delivered, charge one message with the attempt and put the others back. Their queues sleep, and
+        nothing else delays them: the charged one is due like the others, and is offered when its queue wakes."""
         for number, entry in enumerate(entries):
             self._park(entry.queue, until)
             if number == 0:
@@ -348,14 +350,14 @@ class Dispatcher:
             else:
                 self._return(entry)
 
-    # Entries meet sessions
+    # Entries are given to sessions
 
     def _pump(self, pool: Pool) -> None:
         """Give ready entries to idle sessions, and open connections for the others."""
         if self.draining or self._queue().writer.stalled:
             return
         if pool.skipped and len(pool.ready) < CROWDED // 2:
-            self._uncrowd(pool)
+            self._unskip(pool)
         while pool.idle and len(pool.ready):
             session = pool.idle[-1]
             mail = None if session.ended else self._next(pool, session)
@@ -367,7 +369,7 @@ class Dispatcher:
                 session.send(mail)
         self._open_more(pool)
 
-    def _uncrowd(self, pool: Pool) -> None:
+    def _unskip(self, pool: Pool) -> None:
         skipped, pool.skipped = pool.skipped, set()
         self._queue().skip_no_longer(skipped)
 
@@ -377,11 +379,11 @@ class Dispatcher:
             self.room.wait_no_longer(pool)
             return
         if pool.failures and pool.down_until > self._clock():
-            self._send_back(pool, pool.down_until, None)  # what came back from connections that were lost
+            self._send_back(pool, pool.down_until, None)  # entries of connections that were lost
             return
         if pool.pumping_at > self.loop.time() and not pool.waiting:
-            return  # a rate lets no message begin now
-        most = 1 if pool.failures else 50  # a site that was down is knocked at once
+            return  # a rate limit allows no message now
+        most = 1 if pool.failures else 50  # a site that was down is tried with one connection
         while pool.connecting < min(wanted, most):
             if not self.room.take(pool):
                 if not pool.sessions and not pool.connecting:
@@ -404,25 +406,25 @@ class Dispatcher:
                 self._pump(pool)
 
     def _next(self, pool: Pool, session: Session) -> Mail | None:
-        """The next entry as a Mail for this session, or None while there is none (or its text is still being read, or a
-        rate has no room)."""
+        """The next entry as a Mail for this session; None while there is none, its message data is still being read, or a rate
+        limit is reached."""
         ready = pool.ready
         while (entry := ready.head()) is not None:
-            if entry.text is None and not _is_large(entry):
+            if entry.data is None and not _is_large(entry):
                 self._load(pool)
                 return None
             if pool.paced and not self.room.take_message(pool):
                 return None
             ready.pop()
-            mail = self._fly(pool, session, entry)
+            mail = self._put_in_flight(pool, session, entry)
             if mail is not None:
                 return mail
         return None
 
-    def _fly(self, pool: Pool, session: Session, entry: Entry) -> Mail | None:
-        """An entry is in flight from now on: its Mail for this session, or None when this peer cannot take it."""
-        entry.flying = True
-        self.flying.add(entry.ident)
+    def _put_in_flight(self, pool: Pool, session: Session, entry: Entry) -> Mail | None:
+        """Mark an entry as in flight. Returns its Mail for this session, or None when this peer cannot accept it."""
+        entry.in_flight = True
+        self.marks.add(entry.ident)
         refusal = _unfit(entry, session.core.features)
         if refusal is None:
             pool.began(self.loop.time())
@@ -431,27 +433,27 @@ class Dispatcher:
         return None
 
     def _load(self, pool: Pool) -> None:
-        """Read the texts of the first entries that wait, together, on a reader thread."""
+        """Read the message data of the first waiting entries, in one batch, on a reader thread."""
         if pool.loading:
             return
         pool.loading = True
-        wanted = [e for e in pool.ready.first(LOAD_TOGETHER) if e.text is None and not _is_large(e)]
-        self._spawn(self._load_texts(pool, wanted))
+        wanted = [e for e in pool.ready.first(LOAD_TOGETHER) if e.data is None and not _is_large(e)]
+        self._spawn(self._load_data(pool, wanted))
 
-    async def _load_texts(self, pool: Pool, entries: list[Entry]) -> None:
+    async def _load_data(self, pool: Pool, entries: list[Entry]) -> None:
         try:
-            texts = await self._queue().read_texts(entries)
+            loaded = await self._queue().read_data(entries)
         finally:
             pool.loading = False
-        for entry, text in zip(entries, texts, strict=True):
-            if isinstance(text, StoreError):
-                self._unreadable(pool, entry, text)
+        for entry, data in zip(entries, loaded, strict=True):
+            if isinstance(data, StoreError):
+                self._unreadable(pool, entry, data)
             else:
-                entry.text = text
+                entry.data = data
         self._pump(pool)
 
     def _unreadable(self, pool: Pool, entry: Entry, error: StoreError) -> None:
-        """A body that cannot be read is never sent; it is tried again later, and said loudly."""
+        """A body that cannot be read is never sent: a warning is logged, and the entry is deferred."""
         self.counters.add(CORRUPT, 1)
         self.log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
         if not entry.cancelled and pool.ready.remove(entry):
@@ -473,7 +475,7 @@ class Dispatcher:
             self._unexpected(error)
 
     async def _open(self, pool: Pool, began: float) -> None:
-        """Open one connection to a site, as was decided at `began`; its hosts are tried in order."""
+        """Open one connection to a site, as decided at `began` (loop time); its hosts are tried in order."""
         try:
             session = await self._connect(pool)
         except Exception as error:
@@ -484,7 +486,8 @@ class Dispatcher:
                 self._idle(session)
 
     async def _connect(self, pool: Pool, timeout: float = 0.0) -> Session:
-        """A connection for which there is room, and a place in `pool.connecting`: both are given back when there is none."""
+        """Open a connection that `room` and `pool.connecting` already count; a failure or cancellation releases both. Raises
+        ConnectFailed or NoRoute. `timeout`: as for `Opener.open`."""
         session = None
         try:
             session = await self.opener.open(pool.site, pool.source, timeout)
@@ -498,7 +501,7 @@ class Dispatcher:
         return error if isinstance(error, ConnectFailed | NoRoute) else ConnectFailed("connect", *self._unexpected(error))
 
     def _not_opened(self, pool: Pool, failure: ConnectFailed | NoRoute, began: float) -> None:
-        """An attempt to connect, decided on at `began`, came to nothing."""
+        """An attempt to connect, decided on at `began` (loop time), failed."""
         said = failure.said if isinstance(failure, ConnectFailed) else None
         if said is not None and said.code == 421:
             self.decisions.learned(pool, pool.refused_connection(said, began, self.loop.time()))
@@ -507,41 +510,41 @@ class Dispatcher:
         elif not pool.sessions:
             self._pump(pool)
 
-    async def _look(self, pool: Pool) -> None:
-        """See whether a site that is down can be used again. It is looked at with a connection such as its mail would have, so
-        that whatever kept the mail away is found out; but nothing is charged for one that fails."""
+    async def _probe_site(self, pool: Pool) -> None:
+        """Probe a site that is down. The probe is a connection like any other (TLS, AUTH), so that it fails for the same reasons
+        as delivery; but no message is charged for it."""
         try:
-            session = await self._connect(pool, pool.look_timeout)
+            session = await self._connect(pool, pool.probe_timeout)
         except Exception as error:
-            pool.look_at = self.loop.time() + pool.look_pause(self.loop.time())
-            if not _may_come_back(self._failure(error)):
-                pool.look_at = float("inf")
-            self._pump(pool)  # its time may have come meanwhile
+            pool.probe_at = self.loop.time() + pool.probe_pause(self.loop.time())
+            if not _worth_probing(self._failure(error)):
+                pool.probe_at = float("inf")
+            self._pump(pool)  # it may be due meanwhile
         else:
             if self._adopt(pool, session):
                 self._idle(session)
         finally:
-            pool.looking = False
-            self._looks -= 1
+            pool.probing = False
+            self._site_probes -= 1
 
-    def _look_around(self, now: float, clock: int) -> None:
-        """Begin to look at the sites whose turn it is: that are down with mail asleep, or let us wait for a connection."""
-        turn = [
+    def _probe_sites(self, now: float, clock: int) -> None:
+        """Start the probes that are due: of sites that are down and have sleeping mail, or do not answer attempts to connect."""
+        due = [
             pool for pool in self.pools.values()
-            if (pool.connecting or pool.failures) and not pool.looking and pool.look_at <= now
+            if (pool.connecting or pool.failures) and not pool.probing and pool.probe_at <= now
             and (pool.is_silent(now) if pool.connecting else pool.sleeping and pool.down_until > clock)
         ]  # fmt: skip
-        for pool in sorted(turn, key=lambda pool: pool.look_at):
-            if self._looks >= LOOKS:
+        for pool in sorted(due, key=lambda pool: pool.probe_at):
+            if self._site_probes >= SITE_PROBES:
                 break
-            if self.decisions.facts.suspension(pool.shape.key, "") is not None:
+            if self.decisions.states.suspension(pool.shape.key, "") is not None:
                 continue
-            # Beyond the window: it may be full of attempts that stand still.
-            if self.room.may_look(pool, pool.look_pause(now)) and self.room.take(pool, beyond=1):
-                self._looks += 1
-                pool.looking = True
+            # Beyond the window: it may be full of attempts that are stalled.
+            if self.room.may_probe(pool, pool.probe_pause(now)) and self.room.take(pool, beyond=1):
+                self._site_probes += 1
+                pool.probing = True
                 self._count_in(pool)
-                self._spawn(self._look(pool))
+                self._spawn(self._probe_site(pool))
 
     def _count_in(self, pool: Pool) -> None:
         if not pool.connecting:
@@ -549,39 +552,40 @@ class Dispatcher:
         pool.connecting += 1
 
     def _unexpected(self, error: Exception) -> tuple[str, str]:
-        """A mistake of ours must not strand mail: it waits, as for any other failure, and the log says where it happened."""
+        """Log an internal error with its source line; returns (public reason, detail for the log). It must not strand mail: the
+        caller defers it as for any other failure."""
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"internal error: {type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})"
         self.log.event("warning", text=redacted(text))
         return "internal error", text
 
     def _adopt(self, pool: Pool, session: Session) -> bool:
-        """Take a fresh connection into the pool; whether it still lives."""
+        """Add a new connection to the pool; whether it is still open."""
         if session.ended:
             self.room.give(pool)
             return False
         if pool.failures:
             self.decisions.alive(pool)
         pool.up(self.loop.time())
-        self._rise(pool)
+        self._wake_pool(pool)
         pool.served = 0
         self.room.arrived(pool)
         self.counters.add(OPENED, 1)
-        session.leaving = self.pools.get(pool.key) is not pool  # a reload has made another one of it
+        session.leaving = self.pools.get(pool.key) is not pool  # replaced by a reload
         pool.sessions.add(session)
         self._owner[session] = pool
         return True
 
     async def _try_elsewhere(self, pool: Pool, entry: Entry, unfit: str, refusal: tuple[str, str]) -> None:
-        """The peer `unfit` cannot take a message (no SMTPUTF8, 8BITMIME, too small): another host of its site may. When
-        none can it fails for good, when one could not be asked it is tried again later."""
+        """The peer `unfit` cannot accept a message (no SMTPUTF8, no 8BITMIME, SIZE too small): try the other hosts of its site.
+        When none can, the failure is permanent; when one could not be reached, it is temporary."""
         failure: ConnectFailed | NoRoute | None
         try:
             session, failure = await self._one_that_takes(pool, entry, unfit)
         except Exception as error:
             session, failure = None, self._failure(error)
         except BaseException:
-            entry.flying = False
+            entry.in_flight = False
             self._return(entry)
             raise
         if session is not None:
@@ -595,14 +599,14 @@ class Dispatcher:
     async def _one_that_takes(
         self, pool: Pool, entry: Entry, unfit: str
     ) -> tuple[Session | None, ConnectFailed | NoRoute | None]:
-        """A connection to a host of a site, other than `unfit`, that can take a message; None when there is none, and why one
-        could not be asked."""
+        """A connection to a host of a site, other than `unfit`, that can accept a message; None when there is none, and why one
+        could not be reached."""
         failure: ConnectFailed | NoRoute | None = None
         asked = {unfit}
         peers: list[Peer] = []
         try:
             peers = await self.opener.peers(pool.site)
-        except NoRoute as error:  # the names were there a moment ago
+        except NoRoute as error:  # temporary: the names resolved a moment ago
             failure = error
         for peer in peers:
             if peer.name in asked:
@@ -622,7 +626,8 @@ class Dispatcher:
         return None, failure
 
     async def _connect_with_room(self, pool: Pool, peer: Peer) -> Session:
-        """A connection to one host of a site, as soon as the limits allow it."""
+        """A connection to one host of a site, as soon as the limits allow it. ConnectFailed when it fails, or the limits do not
+        allow it within ROOM_SECONDS."""
         until = self.loop.time() + ROOM_SECONDS
         while not self.room.take(pool):
             if self.loop.time() > until:
@@ -647,8 +652,8 @@ class Dispatcher:
                 self._charge(entry, PERMANENT, "route", "", 0, error.enhanced, error)
             return
         until = self._clock() + self._pause(pool.failures + 1)
-        pool.down(pool.failures + 1, until, str(error), self.loop.time(), _may_come_back(error))
-        if isinstance(error, ConnectFailed) and error.said is None and pool.farewell(self.loop.time()):
+        pool.down(pool.failures + 1, until, str(error), self.loop.time(), _worth_probing(error))
+        if isinstance(error, ConnectFailed) and error.said is None and pool.learned_at_shutdown(self.loop.time()):
             self.decisions.unlearned(pool, "rate")
         said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")
         self.decisions.dead(pool, str(error), said, self._queue().clock.wall(until))
@@ -657,10 +662,10 @@ class Dispatcher:
         pool.sleeping.update(entry.queue for entry in entries)
         self._charge_one(entries, until, phase, said, enhanced, error)
 
-    # Sessions speak
+    # Callbacks of sessions
 
     def _idle(self, session: Session) -> None:
-        """A session can take a message: directly, or (text written, reply awaited) one more behind it."""
+        """A session can take a message: it is idle, or its message data is written and the next one can be pipelined."""
         pool = self._owner.get(session)
         if pool is None:
             return
@@ -673,7 +678,7 @@ class Dispatcher:
                 self._pump(pool)
             return
         if not core.idle and pool.idle:
-            return  # others are free
+            return  # other sessions are idle
         mail = None if self._queue().writer.stalled else self._next(pool, session)
         if mail is not None:
             core.begin(mail)
@@ -703,7 +708,7 @@ class Dispatcher:
         queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
 
     def _lost(self, session: Session, reason: str) -> None:
-        """A connection ended, expected or not; what was under way on it is settled."""
+        """A connection ended, expected or not: settle the messages under way on it."""
         pool = self._owner.pop(session, None)
         if pool is None:
             return
@@ -727,40 +732,40 @@ class Dispatcher:
         lost = self._lost_before.get(entry.ident, 0)
         said = core.last_said
         doubt = ""
-        if mail.text_out:
+        if mail.data_sent:
             self.counters.add(IN_DOUBT, 1)
             doubt = " (in doubt: the message was sent, its reply did not come)"
         if mail.reached == "" and core.messages and not mail.said and lost < FREE_RETRIES:
-            # A reused connection that died before MAIL's reply: as if it had never been there. (Not where a transaction of this
-            # very message went before: who got it then must not get it again.)
+            # A reused connection that ended before the reply to MAIL: no attempt is counted. (Not where an earlier transaction of
+            # the same message was on it: its recipients must not get the message again.)
             self._lost_before[entry.ident] = lost + 1
-            entry.flying = False
+            entry.in_flight = False
             if self.pools.get(pool.key) is pool:
                 pool.ready.push(entry, first=True)
-            else:  # a reload has made another one of it
+            else:  # replaced by a reload
                 self.offer(entry)
             return
         self._lost_before.pop(entry.ident, None)
         phase = core.awaiting or mail.reached or "mail"
         inside = session.cause and session.cause + doubt
-        never = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
-        judged = judge(mail, session.peer, lambda _: said or never, self.shaping.rule)
+        unanswered = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
+        judged = judge(mail, session.peer, lambda _: said or unanswered, self.shaping.rule)
         self.decisions.rules(pool, entry.name.application, judged.rules)
         entry.route = (session.peer, b"")
         self._queue().finish(entry, judged.results, judged.retry_after_ms)
 
     def _kept_token(self, name: str) -> str:
-        fact = self._facts.get(TOKEN, name)
-        return fact.reply if fact is not None else ""
+        state = self._states.get(TOKEN, name)
+        return state.reply if state is not None else ""
 
     def _keep_token(self, name: str, token: str) -> None:
         now = wall_ms()
-        fact = Fact(TOKEN, name, "", now, now + TOKEN_KEPT_MS, "automatic", "", token)
-        self._facts.learn(fact)
-        self._tell(fact, fact.key)
+        state = SiteState(TOKEN, name, "", now, now + TOKEN_KEPT_MS, "automatic", "", token)
+        self._states.learn(state)
+        self._publish(state, state.key)
 
     def _send_back(self, pool: Pool, until: int, tenant: str | None) -> None:
-        """What waits in a pool (of one tenant, or all) goes back to queues that sleep."""
+        """Put the entries in a pool's ready list (of one tenant, or all) back, and let their queues sleep."""
         for entry in pool.ready.take_all():
             if tenant is None or entry.name.application == tenant:
                 self._return(entry)
@@ -771,33 +776,34 @@ class Dispatcher:
             self.room.wait_no_longer(pool)
 
     def _wake(self) -> None:
-        """Queues that were put to sleep, by us or by the process before us, may go on; those that may not are put to sleep
-        again when their mail is offered."""
+        """Wake all queues, whether this process or its predecessor let them sleep; those that must sleep are put to sleep again
+        when their mail is offered."""
         self._parked.clear()
         self._spawn(self._queue().wake_queues())
 
-    def _give_up(self, entry: Entry, indexes: list[int], reason: str) -> None:
-        """A standing order is that mail to these recipients comes back to its sender; the others are due at once."""
-        entry.flying = True
+    def _bounce(self, entry: Entry, indexes: list[int], reason: str) -> None:
+        """A bounce policy: these recipients fail permanently; the others are due at once."""
+        entry.in_flight = True
         attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
         self._queue().finish(entry, dict.fromkeys(indexes, attempt), 1)
 
-    def fact_changed(self, fact: Fact | None, key: tuple[str, str, str]) -> None:
-        """The machine has learned a fact, or (None) forgotten the one with this key."""
+    def site_state_changed(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
+        """Called when a state was published on the machine, or (None) the one with this key removed."""
         if key[0] not in (HOLD, BOUNCE):
-            self.decisions.changed(fact, key)
+            self.decisions.changed(state, key)
             return
-        self.orders.refresh()
+        self.policies.refresh()
         for pool in self.pools.values():
             for entry in pool.ready.take_all():
-                if not self.orders.obeyed(entry):
+                if not self.policies.apply(entry):
                     pool.ready.push(entry)
 
     def _charge(
         self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, why: str | Failure, retry_after: int = 0
     ) -> None:
-        """An attempt that reached no transaction, for all recipients of an entry."""
-        entry.flying = True
+        """Finish an entry with an attempt that reached no transaction, for all of its recipients. `retry_after`: ms, 0: by the
+        schedule."""
+        entry.in_flight = True
         attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why))
         self._queue().finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
 
@@ -811,85 +817,86 @@ class Dispatcher:
             self.room.give(pool)
             self.counters.observe("relaymta_messages_per_session", session.core.messages)
 
-    # Large texts
+    # Large messages
 
     async def _pieces(self, mail: Mail) -> AsyncIterator[bytes]:
-        """A large body's text."""
+        """The message data of a large message, in pieces."""
         entry = mail.cargo
         assert isinstance(entry, Entry)
-        async for piece in self._queue().stream_text(entry):
+        async for piece in self._queue().stream_data(entry):
             yield piece
 
-    # Time passes
+    # Timer
 
     def _check(self) -> None:
-        """Each second, whatever becomes of it."""
+        """Runs every CHECK_EVERY seconds; the timer is set first, so that an exception does not end it."""
         self._timer = self.loop.call_later(CHECK_EVERY, self._check)
-        if self._alone is not None and self._alone.cancelled:
-            self._next_suspect()  # it was held, deleted or given up in its turn
-        self.orders.tick()
+        if self._probing is not None and self._probing.cancelled:
+            self._probe_next()  # it was held, deleted or bounced meanwhile
+        self.policies.tick()
         now = self.loop.time()
         clock = self._clock() if self.queue is not None else 0
         for session, pool in list(self._owner.items()):
             if session.deadline and now > session.deadline:
                 self.counters.add(WATCHDOG, 1)
-                self._say_stuck(session)
-                pool.timed_out(session.deadline - TIMEOUTS[session.core.awaiting or "text"] * self.config.delivery.patience, now)
-                session.fail(f"timed out waiting for the reply to {session.core.awaiting or 'text'}")
+                self._log_stalled(session)
+                awaiting = session.core.awaiting
+                pool.timed_out(session.deadline - TIMEOUTS[awaiting or MESSAGE_DATA] * self.config.delivery.patience, now)
+                session.fail("timed out " + (f"waiting for the reply to {awaiting}" if awaiting else "sending the message data"))
             elif session.core.idle and now - session.idle_since > self.config.delivery.idle and session in pool.idle:
                 self._retire(session, pool)
         if not self.draining and self.queue is not None:
-            self._look_around(now, clock)
+            self._probe_sites(now, clock)
         for pool in list(self.pools.values()):
             if pool.sleeping and pool.down_until <= clock:
-                self._rise(pool)
+                self._wake_pool(pool)
             if pool.skipped and len(pool.ready) < CROWDED // 2:
-                self._uncrowd(pool)  # however it emptied
+                self._unskip(pool)  # also where `_pump` did not empty it
             if len(pool.ready):
                 self._pump(pool)
             elif not pool.sessions and not pool.connecting:
-                kept = FORGET_MS if pool.failures or pool.learned else 0  # so that what was learned goes on where it was
+                kept = FORGET_MS if pool.failures or pool.learned else 0  # or the failures would be counted from 0
                 if pool.down_until + kept <= clock:
                     self.room.wait_no_longer(pool)
-                    self._uncrowd(pool)
+                    self._unskip(pool)
                     self.pools.pop(pool.key, None)
 
-    def _say_stuck(self, session: Session) -> None:
-        """The watchdog lets a delivery go: which, against whom, and where it stood."""
+    def _log_stalled(self, session: Session) -> None:
+        """Log a delivery that the watchdog ends: its messages, the peer, and what it was waiting for."""
         names = [format_id(mail.cargo.ident) for mail in session.core.under_way() if isinstance(mail.cargo, Entry)]
-        waits = f"the reply to {session.core.awaiting}" if session.core.awaiting else "its text to be taken"
+        waits = f"the reply to {session.core.awaiting}" if session.core.awaiting else "the peer to accept its message data"
         stack = "".join(f"; {line}" for line in session.stack())
-        self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stood still waiting for {waits}{stack}")
+        self.log.event("warning", text=f"delivery of {', '.join(names)} to {session.peer} stalled waiting for {waits}{stack}")
 
     def look_back(self) -> None:
-        """What slept when the process before this one ended is offered again: it is put to sleep here where that is still right.
-        (A site may have been found up meanwhile, and nobody told us.)"""
+        """Called at start: wake the queues that slept when the previous process ended, since their sites may be up again; those
+        that must sleep on are put to sleep again when their mail is offered."""
         self._wake()
 
     def forget_parked(self) -> None:
-        """Queues that we let sleep may have been woken by others."""
+        """Forget which queues sleep: others may have woken them."""
         self._parked.clear()
 
     def flush(self) -> None:
-        """Forget that sites are down: an operator wants another try now."""
-        self._nowhere.clear()
+        """Forget that sites are down and domains unresolved: an operator wants another attempt now."""
+        self._unresolved.clear()
         self._parked.clear()
         for pool in self.pools.values():
             pool.down_until = 0
-            self._rise(pool)
+            self._wake_pool(pool)
         self.decisions.forget_dead()
 
     def reconfigure(self, config: Config, routes: RouteTable) -> None:
-        """New routes: what waits in memory goes back and is routed anew."""
+        """Apply a new configuration: entries in memory are put back and routed anew."""
         self._configure(config, routes)
         for pool in self.pools.values():
-            self._uncrowd(pool)
+            self._unskip(pool)
             for entry in pool.ready.take_all():
                 self._return(entry)
             for session in list(pool.idle):
                 self._retire(session, pool)
             self.room.wait_no_longer(pool)
-        # What is under way ends in its old pool, under the name its limits were counted as; new mail makes new pools.
+        # Messages under way finish in their old pool, whose limits are counted under its old name; new mail makes new pools.
         self.pools.clear()
         for session in self._owner:
             session.leaving = True
@@ -897,15 +904,16 @@ class Dispatcher:
 
     @property
     def connections(self) -> int:
-        """Connections to peers."""
+        """Open connections to peers."""
         return len(self._owner)
 
     def in_flight(self) -> int:
-        """Messages under way."""
+        """Messages in flight."""
         return sum(len(session.core.under_way()) for session in self._owner)
 
-    async def drain(self, seconds: float, text_seconds: float) -> None:
-        """Start nothing new; wait `seconds` for what is under way, `text_seconds` for what is past its final dot."""
+    async def drain(self, seconds: float, data_seconds: float) -> None:
+        """Start nothing new; wait up to `seconds` for messages under way, `data_seconds` for those past their final dot; then
+        close all connections."""
         self.draining = True
         start = self.loop.time()
         for pool in self.pools.values():
@@ -913,8 +921,8 @@ class Dispatcher:
                 self._retire(session, pool)
         while self.in_flight():
             spent = self.loop.time() - start
-            sent = any(mail.text_out for session in self._owner for mail in session.core.under_way())
-            if spent > text_seconds or (spent > seconds and not sent):
+            sent = any(mail.data_sent for session in self._owner for mail in session.core.under_way())
+            if spent > data_seconds or (spent > seconds and not sent):
                 break
             await asyncio.sleep(0.02)
         for session in list(self._owner):
@@ -927,44 +935,44 @@ class Dispatcher:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nowhere:
-    """A domain that could not be looked up: how often in a row, until when it is left alone (queue clock), and as of when we know
-    (loop time)."""
+class _Unresolved:
+    """A domain that could not be looked up: consecutive failures, until when it is not looked up again (queue clock), and when it
+    failed last (loop time)."""
 
     failures: int
     until: int
     known_at: float
 
 
-def _may_come_back(error: ConnectFailed | NoRoute) -> bool:
-    """Whether a site that cannot be used may be usable again at any moment. One that refuses us for good, or our login, is there:
-    asking again and again makes nothing better, and locks accounts."""
+def _worth_probing(error: ConnectFailed | NoRoute) -> bool:
+    """Whether a site that failed is worth probing. One that rejects connections or the login permanently (5xx) is up: probing it
+    again and again does not help, and locks accounts."""
     said = error.said if isinstance(error, ConnectFailed) else None
     return said is None or not (said.code >= 500 or said.phase == "auth")
 
 
 def _is_large(entry: Entry) -> bool:
-    """Whether the text is streamed from a file of its own."""
+    """Whether the message is a large one: its message data is streamed from a file of its own."""
     body = entry.envelope.body
     return body is not None and not body.segment
 
 
 def _unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
-    """Why a message cannot be given to a peer with these features (enhanced code, text), or None."""
+    """Why a peer with these features cannot accept a message, as (enhanced status code, text); None when it can."""
     envelope = entry.envelope
     if envelope.flags & SMTPUTF8 and not features.smtputf8:
         needed = not envelope.sender.isascii() or not all(address.isascii() for _, address in entry.recipients)
         if needed:
             return "5.6.7", "the message needs SMTPUTF8, which the peer does not offer"
     if envelope.flags & EIGHT_BIT and not features.eight_bit:
-        return "5.6.3", "8-bit message, and the peer does not offer 8BITMIME"
+        return "5.6.3", "the message needs 8BITMIME, which the peer does not offer"
     if features.size and envelope.size > features.size:
-        return "5.3.4", f"the message has {envelope.size} octets, the peer takes {features.size}"
+        return "5.3.4", f"the message has {envelope.size} octets, the peer accepts {features.size}"
     return None
 
 
 def _mail(entry: Entry, rewrite: str) -> Mail:
-    """A message for a peer. `rewrite`: the sender to use there, an address or "@domain"; "" to leave it as it is."""
+    """An entry as a Mail. `rewrite`: the route's `rewrite_sender`: an address or "@domain"; "" for none."""
     envelope = entry.envelope
     sender = envelope.sender
     if rewrite and sender:
@@ -974,7 +982,7 @@ def _mail(entry: Entry, rewrite: str) -> Mail:
         entry,
         sender,
         entry.recipients,
-        entry.text,
+        entry.data,
         envelope.size,
         bool(flags & EIGHT_BIT),
         bool(flags & SMTPUTF8),

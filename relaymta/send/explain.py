@@ -1,4 +1,4 @@
-"""Why is it still here, and when will it go? What one worker knows about a waiting message, and about its sites."""
+"""For `message explain` and `site list`: why a message waits and until when, and the state of one worker's sites."""
 
 import time
 from collections.abc import Iterable
@@ -11,10 +11,11 @@ from relaymta.queue import Entry, wall_ms
 from relaymta.route.table import Asked
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.pool import Pool
+from relaymta.send.session import MESSAGE_DATA
 
 __all__ = ["explain", "goes_to", "site_rows", "throttled"]
 
-EXACT = 1000  # up to this position in line
+EXACT = 1000  # positions in a ready list are exact up to this one
 
 
 def site_rows(dispatcher: Dispatcher, most: int = 0) -> list[dict[str, Any]]:
@@ -27,8 +28,8 @@ def site_rows(dispatcher: Dispatcher, most: int = 0) -> list[dict[str, Any]]:
 
 
 async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
-    """All about a message of a worker's shard: as `inspect.message`, with `waits`: for each of its queues the routes that were
-    tried, the site, the last attempts, and what it waits for. None when it is not here."""
+    """A message of a worker's shard: as `inspect.message`, with `waits`: for each of its queues the routes that were checked,
+    the site, the last attempts, and what it waits for. None when this shard does not have it."""
     queue = dispatcher.queue
     assert queue is not None
     found = await queue.message(ident)
@@ -72,7 +73,7 @@ def _site_row(dispatcher: Dispatcher, pool: Pool, now: float) -> dict[str, Any]:
         "sessions": [
             {
                 "peer": s.peer,
-                "awaits": s.core.awaiting or ("text" if s.core.streaming else "nothing"),
+                "awaits": s.core.awaiting or (MESSAGE_DATA if s.core.streaming else "nothing"),
                 "messages": s.core.messages,
             }
             for s in pool.sessions
@@ -86,61 +87,62 @@ def _wall(dispatcher: Dispatcher, moment: int) -> float:
 
 
 def _waits_for(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, due: int, entry: Entry | None) -> dict[str, Any]:
-    """Why a message in the queue `name` has not gone, as `{"why", "until", "released by", "position", "limit"}`: what it waits
-    for, until when at the latest (seconds UTC, 0: not known), what would let it go, how many go before it (-1: not known),
-    and which limit holds it. `row`: as `inspect.message` makes it; `due`: the queue's time; `entry`: when it is in memory."""
+    """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "position", "limit"}`: what it
+    waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, how many messages are
+    before it (-1: not known), and which limit applies. `row`: as of `inspect.message`; `due`: by the queue's clock; `entry`: None
+    when it is not in memory."""
     assert dispatcher.queue is not None
     clock = dispatcher.queue.clock.now()
     if row["state"] in ("held", "quarantined"):
         return _held(dispatcher, row, name)
     site = dispatcher.sites.last(name)
     pool = next((p for p in dispatcher.pools.values() if site is not None and p.site.key == site.key), None)
-    if entry is not None and entry.flying:
-        return _flying(pool, entry)
+    if entry is not None and entry.in_flight:
+        return _in_flight(pool, entry)
     if due > clock:
         return _answer("its schedule: the next attempt is not due", _wall(dispatcher, due), "`relaymta queue flush`")
-    failures, until = dispatcher.nowhere(name)
+    failures, until = dispatcher.unresolved(name)
     if until > clock:
         return _answer(
             f"the DNS: {name.domain} could not be looked up {failures} times", _wall(dispatcher, until), "a working DNS"
         )
-    fact = None
+    state = None
     if site is not None:
-        fact = dispatcher.decisions.facts.suspension(dispatcher.shaping.shape(site).key, name.application)
-    if fact is not None:
-        until_wall = time.time() + dispatcher.decisions.facts.left(fact) / 1000
-        return _answer(f"{fact.site or fact.about} is suspended by {fact.by}: {fact.reason}{_quoted(fact.reply)}", until_wall,
-                       "`relaymta site resume`")  # fmt: skip
+        state = dispatcher.decisions.states.suspension(dispatcher.shaping.shape(site).key, name.application)
+    if state is not None:
+        until_wall = time.time() + dispatcher.decisions.states.left(state) / 1000
+        why = f"{state.site or state.about} is suspended by {state.by}: {state.reason}{_quoted(state.reply)}"
+        return _answer(why, until_wall, "`relaymta site resume`")
     if pool is None:
-        return _answer("its turn: it is read from disk when there is room in memory", 0, "")
+        return _answer("its turn: it is on disk, and is read when there is room in memory", 0, "")
     if pool.down_until > clock:
         return _answer(f"the site is down: {pool.reason}", _wall(dispatcher, pool.down_until), "`relaymta queue flush`")
     return _in_line(dispatcher, pool, entry)
 
 
 def _held(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName) -> dict[str, Any]:
-    order = None
+    policy = None
     if row["state"] == "held":
-        order = dispatcher.orders.find(name, row["sender"], [recipient["address"] for recipient in row["recipients"]])
-    if order is None or order.kind != HOLD:
+        policy = dispatcher.policies.find(name, row["sender"], [recipient["address"] for recipient in row["recipients"]])
+    if policy is None or policy.kind != HOLD:
         return _answer(f"it is {row['state']}", 0, "`relaymta queue release`")
-    until = time.time() + dispatcher.decisions.facts.left(order) / 1000
-    return _answer(f"a standing order: hold {order.site}: {order.reason}", until, "`relaymta standing remove`")
+    until = time.time() + dispatcher.decisions.states.left(policy) / 1000
+    return _answer(f"hold policy {policy.site}: {policy.reason}", until, "`relaymta policy remove`")
 
 
 def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int, float]:
-    """Of so many messages in these queues, all due: how many may not go at once because their site is suspended or has a rate,
-    and until when the last of them waits (seconds UTC)."""
+    """(How many of the messages in these queues, all due, must wait because their site is suspended or has a rate; until when the
+    last of them waits, seconds since the epoch). `names`: the number of messages by queue."""
     count, last, now = 0, 0.0, time.time()
     behind: dict[str, tuple[Pool, int]] = {}  # by pool with a rate: messages
     for name, messages in names.items():
         site = dispatcher.sites.last(name)
         if site is None:
             continue
-        fact = dispatcher.decisions.facts.suspension(dispatcher.shaping.shape(site).key, name.application)
-        if fact is not None:
+        state = dispatcher.decisions.states.suspension(dispatcher.shaping.shape(site).key, name.application)
+        if state is not None:
             count += messages
-            last = max(last, now + dispatcher.decisions.facts.left(fact) / 1000)
+            last = max(last, now + dispatcher.decisions.states.left(state) / 1000)
             continue
         for pool in dispatcher.pools.values():
             if pool.site.key == site.key:
@@ -154,21 +156,22 @@ def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int,
 
 
 def goes_to(dispatcher: Dispatcher, name: QueueName, site: str) -> bool:
-    """Whether a queue's mail goes to a site, by its name, the name its limits are counted as, or a host's."""
+    """Whether a queue's mail is delivered to a site, given by its name, by the name under which its limits are counted, or by a
+    host's name."""
     last = dispatcher.sites.last(name)
     return last is not None and site in (last.key, dispatcher.shaping.shape(last).key, *last.names)
 
 
-def _flying(pool: Pool | None, entry: Entry) -> dict[str, Any]:
+def _in_flight(pool: Pool | None, entry: Entry) -> dict[str, Any]:
     for session in pool.sessions if pool is not None else ():
         if any(mail.cargo is entry for mail in session.core.under_way()):
-            awaits = session.core.awaiting or "its text to be taken"
-            return _answer(f"it is being delivered to {session.peer}, which owes a reply to {awaits}", 0, "")
+            awaits = f"the reply to {session.core.awaiting}" if session.core.awaiting else "the peer to accept its message data"
+            return _answer(f"it is being delivered to {session.peer}, waiting for {awaits}", 0, "")
     return _answer("it is being delivered, or its outcome is being written", 0, "")
 
 
 def _in_line(dispatcher: Dispatcher, pool: Pool, entry: Entry | None) -> dict[str, Any]:
-    """It could go but for others, and for the site's limits."""
+    """The answer for a message that only the site's limits, and messages before it, delay."""
     now = dispatcher.loop.time()
     position = pool.ready.position(entry, EXACT) if entry is not None else -1
     limits = dict(pool.binding(now))
@@ -192,7 +195,7 @@ def _answer(why: str, until: float, released_by: str) -> dict[str, Any]:
 
 
 def _chosen_by(dispatcher: Dispatcher, row: dict[str, Any], name: QueueName, recipient: str) -> list[dict[str, Any]]:
-    """The routes that were tried for a recipient, and what said no or yes."""
+    """The routes that were checked for a recipient, and the condition that decided on each."""
     site = dispatcher.sites.last(name)
     mx = site.names if site is not None and site.hosts is not None else None
     asked = Asked(

@@ -1,5 +1,5 @@
-"""OAuth 2 tokens for smart hosts (RFC 6749 4.4 and 6): fetched when first needed, kept until shortly before they expire, and
-refreshed once for all who wait for one."""
+"""OAuth 2.0 access tokens for smart hosts (RFC 6749 4.4 and 6): fetched when first needed, cached until shortly before they
+expire, and refreshed by one request for all connections that wait for one."""
 
 import asyncio
 import hashlib
@@ -13,18 +13,18 @@ from relaymta.errors import Failure
 
 __all__ = ["TokenError", "Tokens"]
 
-EARLY_SECONDS = 60.0  # a token that expires sooner is not used any more
+EARLY_SECONDS = 60.0  # a token that expires sooner is not used
 LONGEST_SECONDS = 3600.0
-DEFAULT_SECONDS = 300.0  # where the endpoint does not say (RFC 6749 5.1 only recommends expires_in)
-RETRY_SECONDS = 10.0  # a dead endpoint is asked again after so long
+DEFAULT_SECONDS = 300.0  # without expires_in, which RFC 6749 5.1 only recommends
+RETRY_SECONDS = 10.0  # after a failed request
 TIMEOUT = 20.0
 
 
 class TokenError(Failure):
-    """No token is to be had now; str() is the reason, which concerns only who runs the relay."""
+    """No access token is available now. str() is the reason, for the log and operators only."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__("no access to the next host is to be had now", reason)
+        super().__init__("no access token for the next host is available now", reason)
 
 
 @dataclass(slots=True)
@@ -34,8 +34,8 @@ class _Token:
 
 
 class Tokens:
-    """The tokens of one worker. `kept(name)`: the refresh token that was exchanged for another one, "" when none was;
-    `keep(name, token)` remembers one, for all workers and across a restart. `now()`: seconds that only go forward."""
+    """The tokens of one worker. `kept(name)`: the refresh token that replaced the configured one, "" when none did;
+    `keep(name, token)` stores one, for all workers and across a restart. `now()`: monotonic seconds."""
 
     def __init__(
         self, kept: Callable[[str], str], keep: Callable[[str, str], None], now: Callable[[], float] = time.monotonic
@@ -49,7 +49,7 @@ class Tokens:
         self.fetched = 0
 
     async def get(self, settings: OAuth) -> str:
-        """An access token. TokenError when there is none to be had."""
+        """An access token. TokenError when none is available."""
         token = self._tokens.get(settings)
         if token is not None and token.until > self._now():
             return token.text
@@ -63,19 +63,19 @@ class Tokens:
         return await asyncio.shield(task)
 
     def refused(self, settings: OAuth, text: str) -> None:
-        """A host did not take this token: the next `get` fetches another."""
+        """A host rejected this access token: the next `get` fetches another."""
         token = self._tokens.get(settings)
         if token is not None and token.text == text:
             del self._tokens[settings]
 
     async def _fetch(self, settings: OAuth) -> str:
-        import aiohttp  # the worker has it already where a route has tokens: it takes a tenth of a second
+        import aiohttp  # imported at start where a route needs it: it takes 0.1 s
 
         try:
             answer = await self._ask(settings)
             text, seconds = answer["access_token"], float(str(answer.get("expires_in") or DEFAULT_SECONDS))
             if not isinstance(text, str) or not text:
-                raise ValueError("access_token is no text")
+                raise ValueError("access_token is not a string")
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError, TokenError) as error:
             what = str(error) or type(error).__name__
             reason = f"token endpoint {settings.token_url}: {'no ' if isinstance(error, KeyError) else ''}{what}"
@@ -115,12 +115,12 @@ class Tokens:
 
 
 def _name(settings: OAuth, given: str) -> str:
-    """What a refresh token from a file is called: another one in the file has another name, so that it is used."""
+    """The name under which the replacement of a refresh token is stored; a new token in the file has a new name, and is used."""
     return hashlib.sha256("\0".join((settings.token_url, settings.client_id, given)).encode()).hexdigest()[:32]
 
 
 def _without(form: dict[str, str], text: str) -> str:
-    """An endpoint's answer, which may quote what it was sent."""
+    """An endpoint's response without the secrets that it may quote."""
     for name in ("client_secret", "refresh_token"):
         if form.get(name):
             text = text.replace(form[name], "***")

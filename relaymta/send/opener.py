@@ -1,4 +1,4 @@
-"""Opening connections: which of a site's hosts, from which of our addresses, and what is known of hosts that are down."""
+"""Opening connections: the choice of a site's host and of the source address, and the health of smart hosts."""
 
 import asyncio
 import errno
@@ -21,15 +21,15 @@ from relaymta.send.session import Session
 
 __all__ = ["Opener", "Sources"]
 
-PROBE_EVERY = 4.0  # seconds between two looks at a smart host that is down
-PROBE_TIMEOUT = 5.0  # for the first look; twice that for the next, and so on: a host that is slow is not down
-PROBE_LONGEST = 3600.0  # then the next message sees
-RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host takes that many)
-PLUMBED_SECONDS = 30.0  # between two looks whether an address is ours
+PROBE_EVERY = 4.0  # seconds between two probes of a smart host that is down
+PROBE_TIMEOUT = 5.0  # of the first probe; doubled for each further one, since a slow host is not down
+PROBE_LONGEST = 3600.0  # then the host counts as up, and the next message tries it
+RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host must accept that many)
+PLUMBED_SECONDS = 30.0  # between two checks whether an address is configured on this machine
 
 
 class Sources:
-    """Our own addresses to send from, by name."""
+    """The configured source addresses, by name."""
 
     def __init__(self, config: Config, log: Log, now: Callable[[], float] = time.monotonic) -> None:
         self._sources = {source.name: source for source in config.source}
@@ -38,32 +38,32 @@ class Sources:
         self._plumbed: dict[str, tuple[bool, float]] = {}
 
     def choose(self, route: Route, key: str) -> Source | None:
-        """The address for mail with this key (its sender and recipient domain): the same as long as it is ours, shared by
-        weight, and when the pool changes most keys keep theirs (rendezvous hashing). None: the system's choice."""
+        """The source address for mail with this key (its sender and recipient domain): always the same while it is usable. Keys
+        are distributed by weight, and most keep theirs when the list changes (rendezvous hashing). None: the system's choice."""
         if not route.sources:
             return None
         usable = [self._sources[name] for name in route.sources if self.plumbed(self._sources[name])]
         if not usable:
-            return self._sources[route.sources[0]]  # the attempt says what is wrong
+            return self._sources[route.sources[0]]  # the attempt fails with the reason
         if len(usable) == 1:
             return usable[0]
         return max(usable, key=lambda source: _score(source, key))
 
     def plumbed(self, source: Source) -> bool:
-        """Whether an address can be sent from now; a change is logged."""
+        """Whether an address is configured on this machine now; a change is logged."""
         was, until = self._plumbed.get(source.name, (True, 0.0))
         if until > self._now():
             return was
         ours = _is_ours(source.address)
         if ours != was:
-            text = "is ours again" if ours else "is not an address of this machine: mail goes from the others of its pool"
+            text = "is usable again" if ours else "is not an address of this machine: the route's other sources are used"
             self._log.event("warning", text=f"source {source.name} ({source.address}) {text}")
         self._plumbed[source.name] = (ours, self._now() + PLUMBED_SECONDS)
         return ours
 
 
 def _score(source: Source, key: str) -> float:
-    """Weighted rendezvous hashing: the share of keys for which a source has the highest score is as its weight."""
+    """Weighted rendezvous hashing: a source has the highest score for a share of keys proportional to its weight."""
     hashed: float = (xxhash.xxh3_64_intdigest(f"{source.name}\0{key}".encode()) + 1) / 2.0**64
     return float(hashed ** (1.0 / source.weight))
 
@@ -79,7 +79,7 @@ def _is_ours(address: str) -> bool:
 
 
 class Opener:
-    """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that want OAuth 2."""
+    """Connects to the hosts of sites. `make(core, peer)` makes the session; `tokens`: for hosts that require OAuth 2.0."""
 
     def __init__(
         self,
@@ -94,18 +94,18 @@ class Opener:
         self._log = log
         self._make = make
         self._tokens = tokens
-        self._down: dict[str, str] = {}  # smart hosts that could not be reached since they last were, and why
+        self._down: dict[str, str] = {}  # label of a smart host that is down: why
         self._probing: set[asyncio.Task[None]] = set()
 
     def reconfigure(self, config: Config) -> None:
-        """Take over a new configuration; who is down is found out anew."""
+        """Apply a new configuration; the health of smart hosts is determined anew."""
         self._config = config
         self._down.clear()
         self.close()
 
     async def open(self, site: Site, source: Source | None, timeout: float = 0.0) -> Session:
-        """A session with the first host of a site that can be reached. ConnectFailed or NoRoute when there is none. `timeout`:
-        seconds to wait for each step at most (0: as configured)."""
+        """A session with the first host of a site that can be reached. Raises ConnectFailed or NoRoute when there is none.
+        `timeout`: seconds for each step (0: as configured)."""
         failure: ConnectFailed | None = None
         for peer in await self.peers(site):
             try:
@@ -115,7 +115,7 @@ class Opener:
         raise failure or ConnectFailed("connect", "no host to connect to")
 
     async def peers(self, site: Site) -> list[Peer]:
-        """What to try, in order. NoRoute when the site's hosts have no address."""
+        """The hosts to try, in order. NoRoute when the site's hosts have no address."""
         route = site.route
         if site.hosts is None:
             return [_smart_host(text) for text in self._order(route)]
@@ -134,7 +134,7 @@ class Opener:
         return sorted(hosts, key=lambda host: host in down)
 
     async def to(self, site: Site, peer: Peer, source: Source | None, timeout: float = 0.0) -> Session:
-        """A session with one host. ConnectFailed when it cannot be had. `timeout`: as for `open`."""
+        """A session with one host. ConnectFailed when it fails. `timeout`: as for `open`."""
         tls = site.route.tls
         name = peer.label
         try:
@@ -142,7 +142,7 @@ class Opener:
         except ConnectFailed as error:
             if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
                 return await self._once(site, peer, "off", source, timeout)
-            # A look (`timeout`) is impatient: that it has seen nothing says little.
+            # The timeout of a probe (`timeout`) is short: its failure does not mean that the host is down.
             if site.hosts is None and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
             raise
@@ -158,8 +158,8 @@ class Opener:
     # The health of smart hosts
 
     def _failed(self, site: Site, peer: Peer, name: str, error: ConnectFailed) -> None:
-        """The others go first until the host is back; that is seen in the background: no message pays for the look. However many
-        connections to it fail, it is down once."""
+        """Mark a smart host as down: others are preferred until a background probe finds it up, so that no message is delayed by
+        trying it. Further failures change only the reason."""
         known = name in self._down
         self._down[name] = str(error)
         if not known and len(site.route.hosts) > 1:
@@ -175,7 +175,7 @@ class Opener:
             try:
                 async with asyncio.timeout(patience):
                     greets = await _greets(peer, tls)
-            except Exception:  # whatever it did, it did not greet
+            except Exception:  # any failure: it did not greet
                 greets = False
             if greets and self._down.pop(name, None) is not None:
                 self._log.event("warning", text=f"smart host {name} can be reached again")
@@ -191,7 +191,7 @@ class Opener:
         return {host: reason for host, reason in found.items() if reason is not None}
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel the probes."""
         for task in self._probing:
             task.cancel()
 
@@ -204,7 +204,7 @@ def _smart_host(text: str) -> Peer:
 
 
 async def _greets(peer: Peer, tls: str) -> bool:
-    """Whether a host says 220 (RFC 5321 3.1)."""
+    """Whether a host greets with 220 (RFC 5321 3.1)."""
     if peer.path:
         reader, writer = await asyncio.open_unix_connection(peer.path)
     else:

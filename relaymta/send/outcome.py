@@ -1,4 +1,4 @@
-"""What an attempt came to, as data: replies become Attempts, seen through the rules about them."""
+"""Outcomes: the replies of a transaction as Attempts, after the rules about replies are applied."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ __all__ = ["Judged", "judge"]
 
 @dataclass(slots=True)
 class Judged:
-    """`results`: an Attempt for each recipient, by index. `retry_after_ms`: when the rules ask for a delay of their own, 0
-    otherwise. `rules`: those that ask for more than that, each with the reply it is about."""
+    """`results`: an Attempt for each recipient, by index. `retry_after_ms`: the delay that rules set, 0 for that of the schedule.
+    `rules`: those with the action `suspend` or `slow`, each with the reply that it matched."""
 
     results: dict[int, Attempt] = field(default_factory=dict)
     retry_after_ms: int = 0
@@ -22,7 +22,8 @@ class Judged:
 
 
 def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_of: Callable[[str, str], Rule | None]) -> Judged:
-    """The outcome of a mail's attempt at `peer`. `default(index)`: what holds for a recipient without a reply of its own."""
+    """The outcome of a transaction with `peer`. `default(index)`: the reply or Attempt of a recipient without a reply of its own;
+    `rule_of(host, reply)`: the rule that matches a reply, or None."""
     judged = Judged()
     now = wall_ms()
     for recipient, _ in mail.recipients:
@@ -38,7 +39,7 @@ def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_
 
 
 def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
-    """What a reply is taken for; the rule's other wishes are noted."""
+    """The kind of result that a rule makes of a reply; the rule's other effects are added to `judged`."""
     if rule is None:
         return kind
     if rule.action == "bounce":

@@ -1,7 +1,8 @@
-"""What waits for a site, in the order in which it goes: by class, fair between tenants, fair between their queues.
+"""The ready list of a site: entries in the order of delivery, by class, with weighted round-robin between tenants and
+round-robin between their queues.
 
-A higher class goes first, but of every TURNS messages one belongs to whoever else waits, so that nobody starves. Within
-a class the tenants (applications) take turns, each as many messages as its weight, and within a tenant its queues.
+A higher class goes first, but one of every TURNS messages is of the next lower class that waits, so that no class starves.
+Within a class the tenants (applications) take turns, each with as many messages as its weight; within a tenant its queues do.
 """
 
 from collections import deque
@@ -23,11 +24,11 @@ class _Tenant:
     def __init__(self) -> None:
         self.lines: dict[int, deque[Entry]] = {}
         self.order: deque[int] = deque()  # the queues that have a line, the next one first
-        self.turn = 0  # messages that went in its present turn
+        self.turn = 0  # messages taken in its present turn
 
 
 class _Class:
-    """One class: tenants that take turns."""
+    """One class: round-robin between its tenants."""
 
     __slots__ = ("order", "tenants", "weights")
 
@@ -53,7 +54,7 @@ class _Class:
         return tenant.lines[tenant.order[0]][0]
 
     def pop(self) -> Entry:
-        """Take the head; its queue goes to the end of its line, and its tenant when it has had its turn."""
+        """Take the head; its queue moves to the end of the tenant's order, and its tenant to the end when its turn is over."""
         name, tenant = self.order[0], self.tenants[self.order[0]]
         number = tenant.order[0]
         entry = tenant.lines[number].popleft()
@@ -77,7 +78,7 @@ class _Class:
         return True
 
     def copy(self) -> "_Class":
-        """Another one with the same entries in the same order."""
+        """A copy with the same entries in the same order."""
         other = _Class(self.weights)
         other.order = self.order.copy()
         for name, tenant in self.tenants.items():
@@ -87,7 +88,7 @@ class _Class:
         return other
 
     def _tidy(self, name: str, tenant: _Tenant, number: int) -> None:
-        """Forget a line, and a tenant, in which nothing waits any more."""
+        """Remove a line, and a tenant, that has become empty."""
         if not tenant.lines[number]:
             del tenant.lines[number]
             tenant.order.remove(number)
@@ -102,8 +103,8 @@ class _Class:
 
 
 class Ready:
-    """The entries that wait for one site. Those that were cancelled meanwhile are dropped by `head`. `weights`: how many
-    messages a tenant's turn is, where it is not one."""
+    """The entries that wait for one site. Cancelled ones are dropped by `head`. `weights`: messages in a tenant's turn, where it
+    is not one."""
 
     __slots__ = ("_classes", "_count", "_picked", "_turn", "weights")
 
@@ -112,7 +113,7 @@ class Ready:
         self._classes: list[_Class | None] = [None] * len(CLASSES)
         self._count = 0
         self._turn = 0
-        self._picked: _Class | None = None  # whose head `head` has shown
+        self._picked: _Class | None = None  # the class whose head `head` returned
 
     def __len__(self) -> int:
         return self._count
@@ -141,11 +142,11 @@ class Ready:
         return 0
 
     def tenants(self) -> list[str]:
-        """Whose mail waits in the highest class that waits, the next one first."""
+        """The tenants in the highest class that waits, the next one first."""
         return next((list(one.order) for one in self._classes if one is not None and one.order), [])
 
     def prefer(self, wanted: Callable[[str], bool]) -> None:
-        """In the highest class that waits, the next turn is that of a tenant who is `wanted`, if there is one."""
+        """In the highest class that waits, give the next turn to the first tenant for which `wanted(name)` holds, if any."""
         one = next((one for one in self._classes if one is not None and one.order), None)
         name = next((name for name in one.order if wanted(name)), None) if one is not None else None
         if one is not None and name is not None:
@@ -154,7 +155,7 @@ class Ready:
             self._picked = None
 
     def head(self) -> Entry | None:
-        """The entry that goes next; None when nothing waits. The same one until `pop` or `push`."""
+        """The next entry; None when nothing waits. The same one until `pop`, `push`, `prefer` or `remove`."""
         while self._count:
             picked = self._picked
             if picked is None:
@@ -166,7 +167,7 @@ class Ready:
         return None
 
     def pop(self) -> Entry:
-        """Take the entry that `head` has shown."""
+        """Take the entry that `head` returned."""
         picked = self._picked
         assert picked is not None
         self._turn = (self._turn + 1) % TURNS
@@ -191,8 +192,8 @@ class Ready:
         return False
 
     def position(self, entry: Entry, most: int) -> int:
-        """How many entries go before this one, as things stand: exact up to `most`, `most` for more; -1 when it does not
-        wait here. Found by playing the turns through on a copy."""
+        """The number of entries before this one: exact up to `most`, `most` for more; -1 when it does not wait here. Found by
+        popping entries from a copy."""
         if entry not in self:
             return -1
         other = Ready(self.weights)
@@ -205,14 +206,14 @@ class Ready:
         return most
 
     def take_all(self) -> list[Entry]:
-        """Empty it; what was in it and not cancelled, in order."""
+        """Empty the list; returns its entries in order, without cancelled ones."""
         found = []
         while self.head() is not None:
             found.append(self.pop())
         return found
 
     def first(self, count: int) -> list[Entry]:
-        """Up to `count` of the entries that go soon (about)."""
+        """Up to `count` entries: the head, and others in approximate order."""
         found = []
         for entry in self:
             if not entry.cancelled:

@@ -1,4 +1,4 @@
-"""What the machine's limits allow a site's pool: connections, their rate, messages a second; and whose turn a connection is."""
+"""The machine's limits on a site's pool (connections, their rate, messages a second), and how workers share its connections."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,18 @@ from relaymta.shm import Limits, Rates
 
 __all__ = ["Room"]
 
-LOOK_SECONDS = 0.05  # between two looks whether another worker has let go of a connection
-YIELD_SECONDS = 0.15  # a place that was given up is left to others
+RECHECK_SECONDS = 0.05  # between two checks whether another worker has released a connection
+YIELD_SECONDS = 0.15  # a yielded connection is left to other workers so long
 TENANT_BITS = 48
-TENANTS = 100  # looked at, at most
-STRANGER_SECONDS = 0.2  # between two times that a connection goes to another worker for a tenant's sake
-TURN = 10  # messages until a connection goes to another worker that waits with mail of the same class and the same tenants
-LONG_TURN = 100  # with any mail of the same class
+TENANTS = 100  # that a claim marks, at most
+FOREIGN_SECONDS = 0.2  # between two connections yielded for tenants that have no mail here
+TURN = 10  # messages until a connection is yielded to a worker that waits with mail of the same class and tenants
+LONG_TURN = 100  # until it is yielded for any mail of the same class
 
 
 class Room:
-    """One worker's part in the limits. `connections`: of the whole machine, to all sites. `later(pool, seconds)` has the pool
-    looked at again; `now()`: seconds that only go forward."""
+    """One worker's view of the limits in shared memory. `connections`: of the whole machine, to all sites. `later(pool, seconds)`
+    has the pool's ready list checked again; `now()`: monotonic seconds."""
 
     def __init__(
         self, limits: Limits, rates: Rates, connections: int, later: Callable[[Pool, float], None], now: Callable[[], float]
@@ -34,12 +34,12 @@ class Room:
 
     @property
     def workers(self) -> int:
-        """Among how many the rates are shared."""
+        """The number of workers that share the rates."""
         return self._rates.workers
 
     def take(self, pool: Pool, beyond: int = 0) -> bool:
-        """Take the place of one more connection; False when there is none now. `beyond`: so many more than the site has shown to
-        take (never more than its limit)."""
+        """Count one more connection; False when a limit is reached. `beyond`: how many more than the pool's window are allowed
+        (never more than the site's limit)."""
         now = self._now()
         most = pool.most_connections(now) + beyond
         if len(pool.sessions) + pool.connecting >= most or now < pool.yielded_at + YIELD_SECONDS:
@@ -58,45 +58,45 @@ class Room:
             return False
         return True
 
-    def may_look(self, pool: Pool, pause: float) -> bool:
-        """Whether it is this worker that looks at a site that is down: one does, once in `pause` seconds."""
-        return not self._rates.take("look " + pool.key, 1 / pause)
+    def may_probe(self, pool: Pool, pause: float) -> bool:
+        """Whether this worker probes a site that is down now: of all workers one does, once in `pause` seconds."""
+        return not self._rates.take("probe " + pool.key, 1 / pause)
 
     def give(self, pool: Pool) -> None:
-        """A connection has ended."""
+        """Release a connection that has ended."""
         self._limits.give("out")
         self._limits.give("site " + pool.shape.key)
 
     def wait(self, pool: Pool) -> None:
-        """Tell the other workers that the pool would like a connection, and look again soon."""
+        """Publish to the other workers that the pool waits for a connection, and check again soon."""
         self._claim(pool, pool.ready.highest() << TENANT_BITS | _marks(pool))
-        self._later(pool, LOOK_SECONDS)
+        self._later(pool, RECHECK_SECONDS)
 
     def arrived(self, pool: Pool) -> None:
-        """The pool has a new connection. Where another worker waits for one, those go first whom it has no mail of."""
+        """The pool has a new connection. Where another worker waits for one, tenants that have no mail there are preferred."""
         self.wait_no_longer(pool)
         theirs = self._others(pool)[1]
         if theirs:
             pool.ready.prefer(lambda name: not _mark(name) & theirs)
 
     def _others(self, pool: Pool) -> tuple[int, int]:
-        """The highest class with which another worker waits for a connection (0: none does), and the marks of its tenants."""
+        """(Highest class with which another worker waits for a connection, 0: none does; the marks of its tenants)."""
         return divmod(self._limits.waiting("site " + pool.shape.key), 1 << TENANT_BITS)
 
     def wait_no_longer(self, pool: Pool) -> None:
-        """The pool has what it needs."""
+        """Withdraw the pool's claim for a connection."""
         self._claim(pool, 0)
 
     def _claim(self, pool: Pool, claim: int) -> None:
-        """`claim`, as the other workers see it: the class, then the marks of the tenants whose mail waits."""
+        """Write the claim to shared memory: the class, then the marks of the tenants whose mail waits; 0: none."""
         if claim != pool.waiting:
             pool.waiting = claim
             self._limits.wait("site " + pool.shape.key, claim)
 
     def take_message(self, pool: Pool) -> bool:
-        """Whether a message may begin now, by the rates; when not, the pool is looked at again when one may."""
+        """Whether the rates allow a message now; when not, the pool is checked again when they do."""
         pause = pool.resume_at - self._now()
-        if pause > 0:  # it has just said that it was too much
+        if pause > 0:  # the site has just replied 421
             self._later(pool, pause)
             return False
         rate = pool.shape.rate.value
@@ -109,8 +109,8 @@ class Room:
         return not wait
 
     def yields(self, pool: Pool, session: Session) -> bool:
-        """Whether another worker shall have this connection's place: it waits with mail of a higher class; or of the same, and
-        of a tenant of whom we have none, or we have had our turn. Then the place is left free for a moment."""
+        """Whether this connection is yielded to another worker, which waits with mail of a higher class, or of the same class and
+        of a tenant that has none here, or this worker's turn is over. It is then left free for YIELD_SECONDS."""
         pool.served += 1
         if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
             return False
@@ -124,16 +124,16 @@ class Room:
         return session.leaving
 
     def _turn_is_over(self, pool: Pool, theirs: int) -> bool:
-        """Whether mail of the same class and of tenants with these marks goes before ours."""
+        """Whether mail of the same class and of tenants with these marks goes before this worker's."""
         ours, now = _marks(pool), self._now()
-        if theirs & ~ours and now > pool.stranger_at:
-            pool.stranger_at = now + STRANGER_SECONDS
+        if theirs & ~ours and now > pool.foreign_until:
+            pool.foreign_until = now + FOREIGN_SECONDS
             return True
         return pool.served >= (LONG_TURN if ours & ~theirs else TURN)
 
 
 def _marks(pool: Pool) -> int:
-    """The tenants that have mail of the highest class, as bits: two may share one."""
+    """The tenants that have mail of the highest class, as bits; two tenants may share a bit."""
     marks = 0
     for name in pool.ready.tenants()[:TENANTS]:
         marks |= _mark(name)

@@ -1,5 +1,5 @@
-"""One outgoing connection behind EHLO: asyncio on one side, the pipelined client of proto.smtp_client, which stays on it
-for many messages, on the other."""
+"""One outgoing connection past EHLO: connects an asyncio transport with the pipelined client of proto.smtp_client, for many
+messages."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,16 +8,17 @@ from typing import Any
 from relaymta.errors import redacted
 from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
 
-__all__ = ["Session"]
+__all__ = ["MESSAGE_DATA", "TIMEOUTS", "Session"]
 
+MESSAGE_DATA = "message data"  # the phase in which a large message is written (RFC 5321 4.5.3.2.5: data block)
 # RFC 5321 4.5.3.2, seconds
-TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, "text": 180.0}
+TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, MESSAGE_DATA: 180.0}
 GATHER = 32768  # octets above which pieces are written as they are, not joined
 
 
 class Session(asyncio.Protocol):
-    """The client side of one connection in the pool. `idle(session)`, `finished(session, mail)` and
-    `lost(session, reason)` belong to whoever owns it."""
+    """The client side of one connection in a pool. Its owner passes callbacks: `idle(session)`: it can take a message;
+    `finished(session, mail)`: all replies to a message are there; `lost(session, reason)`: the connection ended, once."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class Session(asyncio.Protocol):
         lost: Callable[["Session", str], None],
         patience: float = 1.0,
     ) -> None:
-        """`patience`: times RFC 5321's timeouts."""
+        """`now()`: loop time. `patience`: a factor on the timeouts of RFC 5321."""
         self.core = core
         self.peer = peer
         self.transport: asyncio.Transport | None = None
@@ -45,9 +46,9 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
-        self.cause = ""  # why it was lost, where that is more than its peer and senders may read
-        self.leaving = False  # takes no more messages: it is closed once nothing is under way
-        self.waiting = False  # in its site's list of idle sessions
+        self.cause = ""  # why it was lost, in detail that is for the log only
+        self.leaving = False  # takes no more messages: it is closed when nothing is under way
+        self.waiting = False  # in its pool's list of idle sessions
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Take over a transport that is past EHLO."""
@@ -71,8 +72,8 @@ class Session(asyncio.Protocol):
                 self.transport.write(b"".join(out))
             out.clear()
         if core.streaming is not None and self._stream is None:
-            self._stream = asyncio.get_running_loop().create_task(self._write_text(core.streaming))
-        awaiting = "text" if core.streaming is not None else core.awaiting
+            self._stream = asyncio.get_running_loop().create_task(self._write_data(core.streaming))
+        awaiting = MESSAGE_DATA if core.streaming is not None else core.awaiting
         self.deadline = self._now() + TIMEOUTS[awaiting] * self._patience if awaiting else 0.0
 
     def data_received(self, data: bytes) -> None:
@@ -110,7 +111,7 @@ class Session(asyncio.Protocol):
             self._lost(self, "connection lost" if exc else "the peer closed the connection")
 
     def fail(self, reason: str, cause: str = "") -> None:
-        """Give the connection up; `cause` is what else operators may read."""
+        """Abort the connection, and call `lost` with `reason`; `cause`: detail for the log only."""
         if self.ended:
             return
         self.ended = True
@@ -122,12 +123,12 @@ class Session(asyncio.Protocol):
         self._lost(self, reason)
 
     def stack(self) -> list[str]:
-        """Where the task that writes a large text stands, `file:line function` from the outside in; empty without one."""
+        """The stack of the task that writes a large message, `file:line function`, outermost first; empty without one."""
         frames = self._stream.get_stack() if self._stream is not None else []
         return [f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}" for frame in frames]
 
     def quit(self) -> None:
-        """Say QUIT and close; nothing may be under way."""
+        """Send QUIT and close; nothing may be under way."""
         if self.ended:
             return
         self.ended = True
@@ -135,8 +136,8 @@ class Session(asyncio.Protocol):
             self.transport.write(b"QUIT\r\n")
             self.transport.close()
 
-    async def _write_text(self, mail: Mail) -> None:
-        """Write a large text from disk, no faster than the peer takes it."""
+    async def _write_data(self, mail: Mail) -> None:
+        """Write a large message's data from disk, no faster than the peer accepts it."""
         assert self.read_pieces is not None
         whole, stuffer = False, Stuffer()
         try:
@@ -144,15 +145,15 @@ class Session(asyncio.Protocol):
                 await self._writable.wait()
                 if self.ended or self.transport is None:
                     return
-                self.deadline = self._now() + TIMEOUTS["text"] * self._patience
+                self.deadline = self._now() + TIMEOUTS[MESSAGE_DATA] * self._patience
                 self.transport.write(stuffer.feed(piece))
             if self.transport is not None:
                 self.transport.write(stuffer.end())
                 whole = True
-        except Exception as error:  # the body is damaged or unreadable: cut the connection, so that no dot ends it
+        except Exception as error:  # the body is damaged or unreadable: abort, so that no final dot completes it
             self._stream = None
             self.fail("reading the message failed", f"reading the message failed: {error}")
             return
         self._stream = None
-        self.core.text_written(whole)
+        self.core.data_written(whole)
         self._flush()

@@ -1,4 +1,4 @@
-"""Who may send how much, and for whom somebody speaks: limits by client and account, PROXY and XCLIENT, recipient maps."""
+"""Limits by client and account, PROXY and XCLIENT, recipient maps."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from relaymta.accept.identity import group_of
-from tests.accept.test_front_door import SECRET, Door
+from tests.accept.test_endpoints import SECRET, Endpoint
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
@@ -31,12 +31,12 @@ def test_an_ipv6_network_is_one_client():
     assert group_of("192.0.2.1") == "192.0.2.1"
 
 
-def test_rates_hold_for_all_workers_and_name_themselves(peer, tmp_path):
+def test_rates_are_shared_by_all_workers_and_named_in_replies(peer, tmp_path):
     networks = 'network=[{networks=["127.0.0.3/32"],message_rate="100/s",recipient_rate="100/s"}]'
     settings = ("limits.message_rate=6/h", "limits.recipient_rate=8/h", networks)
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings, workers=2) as relay:
         for _ in range(6):
-            relay.send_from("127.0.0.2", TEXT)  # each on a connection of its own, to whichever worker
+            relay.send_from("127.0.0.2", TEXT)  # each on its own connection, to any worker
         with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
             relay.send_from("127.0.0.2", TEXT)
         ((code, text),) = refused.value.recipients.values()
@@ -49,7 +49,7 @@ def test_rates_hold_for_all_workers_and_name_themselves(peer, tmp_path):
         wait_for(lambda: relay.metric('relaymta_quota_exceeded_total{result="client"}') == 3)
 
 
-def test_connections_come_no_faster_than_they_may(peer, tmp_path):
+def test_the_connection_rate_is_limited(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", "limits.connection_rate=3/h") as relay:
         banners = []
         for _ in range(4):
@@ -60,7 +60,7 @@ def test_connections_come_no_faster_than_they_may(peer, tmp_path):
 
 
 def test_quotas_of_accounts_reject_or_hold(peer, tmp_path):
-    with Door(tmp_path, f"127.0.0.1:{peer.port}", workers=2) as door:
+    with Endpoint(tmp_path, f"127.0.0.1:{peer.port}", workers=2) as endpoint:
         with (tmp_path / "accounts.toml").open("a") as file:
             for name, keys in {
                 "few": 'messages = "3/d"', "wide": 'recipients = "5/d"', "large": 'octets = "20000/d"',
@@ -70,7 +70,7 @@ def test_quotas_of_accounts_reject_or_hold(peer, tmp_path):
                 file.write(f'[[account]]\nname = "{name}"\n{secrets}\n{keys}\n')
 
         def send(name: str, *to: str, octets: int = 10) -> dict:
-            with door.client() as client:
+            with endpoint.client() as client:
                 client.login(name, SECRET)
                 return client.sendmail("a@b.example", list(to) or ["c@d.example"], TEXT + "x" * octets)
 
@@ -82,23 +82,23 @@ def test_quotas_of_accounts_reject_or_hold(peer, tmp_path):
             send("large", octets=15_000)
         send("held")
         send("held")
-        wait_for(lambda: [row["held"] for row in door.summary()] == [1])
-        (row,) = [json.loads(line) for line in door.cli("queue", "list", "--json").stdout.splitlines()]
+        wait_for(lambda: [row["held"] for row in endpoint.summary()] == [1])
+        (row,) = [json.loads(line) for line in endpoint.cli("queue", "list", "--json").stdout.splitlines()]
         assert row["state"] == "held"
         delivered = len(peer.messages)
-        door.cli("queue", "release", row["id"])
+        endpoint.cli("queue", "release", row["id"])
         wait_for(lambda: len(peer.messages) == delivered + 1)
-        with door.client() as first:
+        with endpoint.client() as first:
             first.login("single", SECRET)
-            with pytest.raises(smtplib.SMTPAuthenticationError, match="limit connections 1"), door.client() as second:
+            with pytest.raises(smtplib.SMTPAuthenticationError, match="limit connections 1"), endpoint.client() as second:
                 second.login("single", SECRET)
         wait_for(lambda: accepted(lambda: send("single")))
-        usage = {row["name"]: row["used"] for row in json.loads(door.account("app", "usage", "--json"))}
+        usage = {row["name"]: row["used"] for row in json.loads(endpoint.account("app", "usage", "--json"))}
         assert usage == {"few": 3, "wide": 5, "large": usage["large"], "held": 1} and 15_000 < usage["large"] < 16_000
-        assert door.stop() == 0
-        door.start()  # and they go on where they were
+        assert endpoint.stop() == 0
+        endpoint.start()  # quotas survive a restart
         assert not accepted(lambda: send("few"))
-        assert door.metric('relaymta_quota_used_ratio{account="few",what="messages"}') > 0.99
+        assert endpoint.metric('relaymta_quota_used_ratio{account="few",what="messages"}') > 0.99
 
 
 def file_lines(folder: Path) -> list[str]:
@@ -112,7 +112,7 @@ def accepted(send) -> bool:
         return False
 
 
-def test_mail_for_unknown_recipients_of_our_domains_is_refused(peer, tmp_path):
+def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(peer, tmp_path):
     known = tmp_path / "recipients"
     known.write_text("# ours\nann@ours.example\n@all.example\n")
     settings = ('relay.networks=["192.0.2.1/32"]', 'relay.domains=["ours.example","all.example"]', f"relay.recipients={known}")
@@ -137,7 +137,7 @@ def test_mail_for_unknown_recipients_of_our_domains_is_refused(peer, tmp_path):
         assert takes("bob@ours.example")
 
 
-def test_who_makes_mistake_after_mistake_waits(peer, tmp_path):
+def test_a_client_with_many_errors_is_tarpitted(peer, tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["192.0.2.1/32"]', "intake.tarpit=0.3") as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             began = time.monotonic()
@@ -160,13 +160,13 @@ class Behind(Relay):
         return [*found[:at], "--set", listener, *found[at + 2 :]]
 
 
-def test_behind_a_load_balancer_the_client_is_who_it_says(peer, tmp_path):
+def test_behind_a_load_balancer_the_client_is_that_of_the_proxy_header(peer, tmp_path):
     with Behind(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["198.51.100.7/32"]') as relay:
 
         def rcpt(header: bytes, source: str = "127.0.0.1") -> bytes:
             with socket.create_connection(("127.0.0.1", relay.port), source_address=(source, 0)) as sock:
                 sock.settimeout(10)
-                with contextlib.suppress(ConnectionError):  # it may have heard enough
+                with contextlib.suppress(ConnectionError):  # the relay may have closed already
                     for octet in header[:5]:
                         sock.sendall(bytes([octet]))
                     sock.sendall(header[5:])
@@ -187,7 +187,7 @@ def test_behind_a_load_balancer_the_client_is_who_it_says(peer, tmp_path):
         second = b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + bytes([198, 51, 100, 7, 192, 0, 2, 1, 0, 1, 0, 25])
         assert rcpt(second).startswith(b"250")
         assert rcpt(b"EHLO me\r\n") == b""
-        assert rcpt(b"PROXY TCP4 198.51.100.7 192.0.2.1 4000 25\r\n", "127.0.0.2") == b""  # no load balancer of ours
+        assert rcpt(b"PROXY TCP4 198.51.100.7 192.0.2.1 4000 25\r\n", "127.0.0.2") == b""  # not in listener.proxy
         assert relay.metric('relaymta_connections_total{result="refused"}') == 2
 
 
@@ -221,7 +221,7 @@ def _listens(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_listed_peer_says_for_whom_it_speaks_and_nobody_else_does(peer, tmp_path):
+def test_xclient_is_for_listed_peers_only(peer, tmp_path):
     networks = 'network=[{networks=["127.0.0.5/32"],xclient=true}]'
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", networks, 'relay.networks=["198.51.100.0/24"]') as relay:
         with smtplib.SMTP("127.0.0.1", relay.port, source_address=("127.0.0.5", 0)) as client:

@@ -186,15 +186,15 @@ def test_names_of_any_kind_are_kept(tmp_path, run, name):
 
 
 @pytest.mark.parametrize("name", ["", " ", "ann ", " ann", "a\nb", "a\x7fb", "a\x1b[2Jb", "a\u2028b", "\udcff", "a\u200bb"])
-def test_what_cannot_be_told_from_another_is_no_name(tmp_path, run, name):
+def test_a_name_that_is_like_another_is_rejected(tmp_path, run, name):
     assert run("user", "add", name, "--password", "x").exit_code == 2
     assert run("app", "create", name).exit_code == 2
     assert not os.listdir(tmp_path)
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab\"'[]{}#=\\\n \t"), st.integers(1, 3)), max_size=30))
-def test_lines_within_a_value_are_known(parts):
-    """Whatever a string of several lines holds, only what is outside of it begins something."""
+def test_lines_within_a_value_are_recognized(parts):
+    """Whatever a multi-line string contains, only lines outside of it begin a key or table."""
     inner = "".join(char * count for char, count in parts)
     quoted = inner.replace("\\", "\\\\").replace('"', '\\"')
     lines = f'a = """{quoted}"""\nb = [ # ]\n"]",\n]\nc = 1'.split("\n")
@@ -202,7 +202,7 @@ def test_lines_within_a_value_are_known(parts):
     assert verbs._tops(lines) == [0, within + 1, within + 4]
 
 
-def test_all_of_many_who_are_added_at_once_are_there(tmp_path):
+def test_concurrent_additions_are_all_kept(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -233,10 +233,10 @@ def test_an_edit_waits_for_the_one_under_way(tmp_path):
         (tmp_path / "other").write_text(PLAIN.replace('"ann"', '"eve"'))
         (tmp_path / "other").replace(tmp_path / "accounts.toml")
     assert process.wait(60) == 0
-    assert list(accounts(tmp_path)) == ["eve"]  # it was read behind the lock, and not before
+    assert list(accounts(tmp_path)) == ["eve"]  # the file was read after the lock was taken
 
 
-def test_a_file_is_replaced_at_once_and_belongs_to_whom_it_did(tmp_path, run, monkeypatch):
+def test_a_file_is_replaced_atomically_and_keeps_its_owner(tmp_path, run, monkeypatch):
     (tmp_path / "real").mkdir()
     real, link = tmp_path / "real" / "kept.toml", tmp_path / "accounts.toml"
     real.write_text(PLAIN)
@@ -264,7 +264,7 @@ def test_a_new_file_is_its_owners_alone(tmp_path, run):
 
 @pytest.mark.parametrize("words", [("add", "ann", "--password", ""), ("add", "ann", "--scram", "--password", "a\x07"),
                                    ("add", "ann", "--password", "x", "--sender", "nobody")])  # fmt: skip
-def test_what_could_not_log_in_is_not_added(tmp_path, run, words):
+def test_an_account_that_could_not_log_in_is_not_added(tmp_path, run, words):
     assert run("user", *words).exit_code == 64
     assert not os.listdir(tmp_path)
 
@@ -285,7 +285,7 @@ def test_a_rotated_key_has_the_salt_of_the_one_beside_it(tmp_path, run):
     assert len(fresh) == 1 and fresh[0].hash not in {one.hash for one in kept}
 
 
-def test_what_ends_to_the_microsecond_still_does(tmp_path, run):
+def test_an_expiry_keeps_its_microseconds(tmp_path, run):
     until = datetime.now(UTC) + timedelta(hours=1, microseconds=7)
     more = f", expires = {until.astimezone().isoformat()}"
     (tmp_path / "accounts.toml").write_text(f'[[account]]\nname = "shop"\nsecrets = [{secret(A, more)}]\n')
@@ -301,7 +301,7 @@ DKIM = '[[dkim]]\ndomain = "b.example"\nselector = "s1"\nkey = "/k1"\n'
     [
         (f'hostname = "h.example"\n{DKIM}{DKIM.replace("b.example", "c.example")}', True),
         (DKIM.replace("key", '"key"'), False),  # the new selector came without the new key
-        (DKIM.replace('"/k1"', '"""\n/k1"""'), False),  # no TOML was left
+        (DKIM.replace('"/k1"', '"""\n/k1"""'), False),  # the result was no TOML
         (DKIM.replace("[[dkim]]", "[[ dkim ]]"), False),
         (f'[[route]]\nto = """\n{DKIM}"""\n{DKIM}', True),
     ],

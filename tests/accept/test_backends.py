@@ -1,4 +1,4 @@
-"""Accounts that others keep: a real Dovecot, a program asked by HTTP, tokens by JWKS and by introspection."""
+"""Authentication back ends: a real Dovecot, an HTTP endpoint, tokens verified by JWKS and by introspection."""
 
 import asyncio
 import base64
@@ -26,13 +26,13 @@ from relaymta.accept import web
 from relaymta.accept.identity import Identity, Unavailable
 from relaymta.accept.web import KEYS_AGAIN, KEYS_KEPT, LARGEST, Bearer, Passwords
 from relaymta.config import TokensTable
-from tests.accept.test_front_door import SECRET, Door
+from tests.accept.test_endpoints import SECRET, Endpoint
 from tests.support.daemon import wait_for
 from tests.support.programs import need
 
 
 class Web:
-    """An HTTP server that answers as `answer(path, body)` says: status and object; it remembers what it was asked."""
+    """An HTTP server that responds as `answer(path, body)` says (status and JSON object) and records its requests."""
 
     def __init__(self, answer: Callable[[str, bytes], tuple[int, object]]) -> None:
         asked = self.asked = []
@@ -60,14 +60,14 @@ class Web:
         self._server.server_close()
 
 
-def plain(door: Door, user: str, password: str) -> int:
-    with door.client() as client:
+def plain(endpoint: Endpoint, user: str, password: str) -> int:
+    with endpoint.client() as client:
         return client.docmd("AUTH", "PLAIN " + base64.b64encode(f"\0{user}\0{password}".encode()).decode())[0]
 
 
-def bearer(door: Door, mechanism: str, user: str, token: str) -> int:
+def bearer(endpoint: Endpoint, mechanism: str, user: str, token: str) -> int:
     text = f"user={user}\1auth=Bearer {token}\1\1" if mechanism == "XOAUTH2" else f"n,a={user},\1auth=Bearer {token}\1\1"
-    with door.client() as client:
+    with endpoint.client() as client:
         assert mechanism in client.esmtp_features["auth"].split()
         code, said = client.docmd("AUTH", f"{mechanism} {base64.b64encode(text.encode()).decode()}")
         if code == 334:
@@ -77,7 +77,7 @@ def bearer(door: Door, mechanism: str, user: str, token: str) -> int:
 
 
 class Dovecot:
-    """A real one that does nothing but authenticate, as the user who runs the tests."""
+    """A real Dovecot that only authenticates, running as the user of the tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,7 +127,7 @@ service auth {{
         wait_for(lambda: Path(self.socket).exists())
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # its auth process would go on as long as somebody is connected
+        os.killpg(self.process.pid, signal.SIGKILL)  # its auth process would run on while a client is connected
         self.process.wait()
 
 
@@ -141,35 +141,39 @@ def dovecot(tmp_path: Path) -> Iterator[Dovecot]:
     made.stop()
 
 
-def test_dovecot_knows_the_passwords_of_others(dovecot, tmp_path):
-    with Door(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as door:
-        assert [plain(door, "bob", "builder"), plain(door, "bob", "wrong"), plain(door, "nobody", "x")] == [235, 535, 535]
-        assert plain(door, "ann", SECRET) == 235  # ours
+def test_dovecot_verifies_users_who_are_not_in_the_accounts_file(dovecot, tmp_path):
+    with Endpoint(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as endpoint:
+        assert [plain(endpoint, "bob", "builder"), plain(endpoint, "bob", "wrong"), plain(endpoint, "nobody", "x")] == [
+            235,
+            535,
+            535,
+        ]
+        assert plain(endpoint, "ann", SECRET) == 235  # in the accounts file
         dovecot.stop()
-        assert plain(door, "bob", "builder") == 454
-        assert door.metric('relaymta_logins_total{result="unavailable"}') >= 1
-        wait_for(lambda: any("logins are put off (454)" in event["text"] for event in door.events("warning")))
-        assert plain(door, "ann", SECRET) == 235
+        assert plain(endpoint, "bob", "builder") == 454
+        assert endpoint.metric('relaymta_logins_total{result="unavailable"}') >= 1
+        wait_for(lambda: any("logins are temporarily rejected (454)" in event["text"] for event in endpoint.events("warning")))
+        assert plain(endpoint, "ann", SECRET) == 235
         dovecot.start()
-        wait_for(lambda: plain(door, "bob", "builder") == 235)
+        wait_for(lambda: plain(endpoint, "bob", "builder") == 235)
 
 
-def test_a_real_dovecot_is_not_disturbed_and_says_who_somebody_is(dovecot, tmp_path):
-    with Door(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as door:
-        asking = threading.Thread(target=plain, args=(door, "bob", "wrong"))  # held back by it for seconds
+def test_a_real_dovecot_keeps_its_connection_and_gives_canonical_names(dovecot, tmp_path):
+    with Endpoint(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as endpoint:
+        asking = threading.Thread(target=plain, args=(endpoint, "bob", "wrong"))  # Dovecot delays the refusal by seconds
         asking.start()
-        with door.client() as client:  # behind a line of more than 16384 octets it closes the connection
+        with endpoint.client() as client:  # Dovecot closes the connection on a line of more than 16384 octets
             assert client.docmd("AUTH", f"LOGIN {base64.b64encode(b'u' * 8000).decode()}")[0] == 334
             assert client.docmd(base64.b64encode(b"x" * 8000).decode())[0] == 535
-        assert plain(door, "BOB", "builder") == 235
+        assert plain(endpoint, "BOB", "builder") == 235
         asking.join()
-        wait_for(lambda: any((event["user"], event["good"]) == ("bob", True) for event in door.events("login")))
-        assert not any("put off" in event["text"] for event in door.events("warning"))
-        assert plain(door, "ill", "builder") == 454  # its temporary failure
+        wait_for(lambda: any((event["user"], event["good"]) == ("bob", True) for event in endpoint.events("login")))
+        assert not any("temporarily rejected" in event["text"] for event in endpoint.events("warning"))
+        assert plain(endpoint, "ill", "builder") == 454  # a temporary failure of Dovecot
 
 
 @pytest.mark.parametrize("kind", ["dovecot", "url", "tokens"])
-def test_accounts_may_be_kept_only_by_others(tmp_path, kind, request):
+def test_a_back_end_needs_no_accounts_file(tmp_path, kind, request):
     if kind == "dovecot":
         setting = f"accounts.dovecot={request.getfixturevalue('dovecot').socket}"
     elif kind == "url":
@@ -177,17 +181,17 @@ def test_accounts_may_be_kept_only_by_others(tmp_path, kind, request):
     else:
         issuer = Web(lambda path, body: (200, {"active": True, "email": "bob"}))
         setting = f'accounts.tokens={{introspection="{issuer.url}"}}'
-    with Door(tmp_path, "127.0.0.1:1", 'accounts.file=""', setting) as door:
+    with Endpoint(tmp_path, "127.0.0.1:1", 'accounts.file=""', setting) as endpoint:
         if kind == "tokens":
-            assert bearer(door, "XOAUTH2", "bob", "ticket") == 235
+            assert bearer(endpoint, "XOAUTH2", "bob", "ticket") == 235
         else:
-            assert plain(door, "bob", "builder") == 235
-        with door.client() as client:
+            assert plain(endpoint, "bob", "builder") == 235
+        with endpoint.client() as client:
             assert "SCRAM-SHA-256" not in client.esmtp_features["auth"]
 
 
 class Raw:
-    """Answers each request with these octets, piece by piece, and then closes, or (`reset`) resets."""
+    """Sends these octets to each request, piece by piece, then closes or (`reset`) resets the connection."""
 
     def __init__(self, pieces: list[bytes], reset: bool = False) -> None:
         self.pieces = pieces
@@ -235,45 +239,45 @@ HTTP_ANSWERS = [
     ("octet by octet", [WHOLE[n : n + 1] for n in range(len(WHOLE))], CRM),
     ("chunked", [CHUNKED, b"5\r\n" + BODY[:5] + b"\r\n", b"%x\r\n" % len(BODY[5:]) + BODY[5:] + b"\r\n", b"0\r\n\r\n"], CRM),
     ("chunked, without its end", [CHUNKED, b"%x\r\n" % len(BODY) + BODY + b"\r\n"], Unavailable),
-    ("up to its end", [b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:9], BODY[9:]], CRM),
-    ("shorter than it said", [http_answer(BODY[:-1], length=len(BODY))], Unavailable),
+    ("up to the end of the connection", [b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:9], BODY[9:]], CRM),
+    ("shorter than its length", [http_answer(BODY[:-1], length=len(BODY))], Unavailable),
     ("large, in pieces", [http_answer(BODY + b" " * 500_000)], CRM),
     ("too large", [http_answer(HUGE)], Unavailable),
     ("too large, without a length", [b"HTTP/1.1 200 OK\r\n\r\n" + HUGE], Unavailable),
     ("another type", [http_answer(BODY, kind="text/plain")], CRM),
-    ("a page", [http_answer(b"<html>login</html>", kind="text/html")], Unavailable),
-    ("nothing, which is all right", [http_answer(b"")], Identity("ann")),
+    ("an HTML page", [http_answer(b"<html>login</html>", kind="text/html")], Unavailable),
+    ("an empty body", [http_answer(b"")], Identity("ann")),
     ("another name", [http_answer(b'{"user": "ann@corp.example"}')], Identity("ann@corp.example")),
-    ("a name that is none", [http_answer(b'{"user": ["ann"]}')], Unavailable),
+    ("an invalid name", [http_answer(b'{"user": ["ann"]}')], Unavailable),
     ("a list", [http_answer(b"[]")], Unavailable),
     ("null", [http_answer(b"null")], Unavailable),
     ("deep", [http_answer(b"[" * 100_000)], Unavailable),
     ("no UTF-8", [http_answer(b'{"application": "\xff"}')], Unavailable),
-    ("senders that are none", [http_answer(b'{"senders": "a@b"}')], Unavailable),
-    ("a priority that is none", [http_answer(b'{"priority": []}')], Unavailable),
+    ("invalid senders", [http_answer(b'{"senders": "a@b"}')], Unavailable),
+    ("an invalid priority", [http_answer(b'{"priority": []}')], Unavailable),
     ("no", [http_answer(b"", "401 Unauthorized")], None),
-    ("no, with much to say", [http_answer(b"x" * 10_000, "403 Forbidden")], None),
-    ("elsewhere", [b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n"], Unavailable),
+    ("no, with a long body", [http_answer(b"x" * 10_000, "403 Forbidden")], None),
+    ("a redirect", [b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n"], Unavailable),
     ("no content", [b"HTTP/1.1 204 No Content\r\n\r\n"], Unavailable),
-    ("ill", [http_answer(b"{}", "500 Internal Server Error")], Unavailable),
+    ("an error", [http_answer(b"{}", "500 Internal Server Error")], Unavailable),
     ("too many", [http_answer(b"{}", "429 Too Many Requests")], Unavailable),
     ("no HTTP", [b"220 mail.example ESMTP\r\n"], Unavailable),
-    ("nothing at all", [], Unavailable),
+    ("no response", [], Unavailable),
 ]
 
 
 @pytest.mark.parametrize(("pieces", "expected"), [row[1:] for row in HTTP_ANSWERS], ids=[row[0] for row in HTTP_ANSWERS])
-async def test_what_a_program_may_answer(pieces, expected):
+async def test_responses_of_an_http_back_end(pieces, expected):
     async with raw(pieces) as (server, url):
         if expected is Unavailable:
             with pytest.raises(Unavailable):
                 await Passwords(url).password("ann", "pw", "192.0.2.1")
         else:
             assert await Passwords(url).password("ann", "pw", "192.0.2.1") == expected
-        assert server.asked == 1  # it is not followed elsewhere
+        assert server.asked == 1  # redirects are not followed
 
 
-async def test_a_program_that_resets_or_is_silent_says_nothing(monkeypatch):
+async def test_an_http_back_end_that_resets_or_is_silent_is_unavailable(monkeypatch):
     async with raw([WHOLE[:-5]], reset=True) as (_, url):
         with pytest.raises(Unavailable):
             await Passwords(url).password("ann", "pw", "192.0.2.1")
@@ -283,7 +287,7 @@ async def test_a_program_that_resets_or_is_silent_says_nothing(monkeypatch):
             await Passwords(url).password("ann", "pw", "192.0.2.1")
 
 
-def test_a_program_is_asked_by_http_and_says_who_may_send_what(tmp_path):
+def test_an_http_back_end_verifies_passwords_and_sets_senders(tmp_path):
     def answer(path: str, body: bytes) -> tuple[int, object]:
         asked = json.loads(body)
         assert set(asked) == {"user", "password", "client"} and asked["client"] == "127.0.0.1"
@@ -292,18 +296,18 @@ def test_a_program_is_asked_by_http_and_says_who_may_send_what(tmp_path):
         return (200, {"application": "crm", "senders": ["@Crm.example"]}) if asked["password"] == "good" else (403, {})
 
     program = Web(answer)
-    with Door(tmp_path, "127.0.0.1:1", f"accounts.url={program.url}") as door:
-        assert [plain(door, "crm", "bad"), plain(door, "ill", "good"), plain(door, "ann", SECRET)] == [535, 454, 235]
+    with Endpoint(tmp_path, "127.0.0.1:1", f"accounts.url={program.url}") as endpoint:
+        assert [plain(endpoint, "crm", "bad"), plain(endpoint, "ill", "good"), plain(endpoint, "ann", SECRET)] == [535, 454, 235]
         for _ in range(2):
-            with door.client() as client:
+            with endpoint.client() as client:
                 client.login("crm", "good")
                 assert client.mail("x@elsewhere.example")[0] == 550
                 client.sendmail("x@crm.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
-        (event, _) = wait_for(lambda: len(found := door.events("queued")) == 2 and found)
+        (event, _) = wait_for(lambda: len(found := endpoint.events("queued")) == 2 and found)
         assert event["application"] == "crm"
-        assert len(program.asked) == 3  # the second time it was remembered
+        assert len(program.asked) == 3  # the second login was remembered
         program.close()
-        assert plain(door, "crm", "bad") == 454
+        assert plain(endpoint, "crm", "bad") == 454
 
 
 @functools.cache
@@ -312,7 +316,7 @@ def _first_key() -> RSAKey:
 
 
 class Issuer:
-    """Signs tokens, and serves its keys."""
+    """Signs tokens and serves its keys."""
 
     def __init__(self) -> None:
         self.keys = [_first_key()]
@@ -325,20 +329,20 @@ class Issuer:
 
 
 @pytest.mark.parametrize("mechanism", ["XOAUTH2", "OAUTHBEARER"])
-def test_a_token_is_a_login_when_its_issuer_signed_it(tmp_path, mechanism):
+def test_a_token_signed_by_its_issuer_is_accepted(tmp_path, mechanism):
     issuer = Issuer()
     tokens = f'accounts.tokens={{issuer="https://issuer.example", audience="relay", jwks="{issuer.web.url}"}}'
-    with Door(tmp_path, "127.0.0.1:1", tokens, "accounts.failures=100") as door:
+    with Endpoint(tmp_path, "127.0.0.1:1", tokens, "accounts.failures=100") as endpoint:
         cat = "cat@shop.example"
-        assert bearer(door, mechanism, cat, issuer.token()) == 235
+        assert bearer(endpoint, mechanism, cat, issuer.token()) == 235
         wrong = [
             issuer.token(exp=int(time.time()) - 600), issuer.token(aud="another"), issuer.token(iss="https://evil.example"),
             issuer.token(email=""), issuer.token()[:-6] + "AAAAAA", "nonsense", _unsigned(issuer.token()),
         ]  # fmt: skip
-        assert [bearer(door, mechanism, cat, token) for token in wrong] == [535] * len(wrong)
-        assert bearer(door, mechanism, "dog@shop.example", issuer.token()) == 535  # another's
+        assert [bearer(endpoint, mechanism, cat, token) for token in wrong] == [535] * len(wrong)
+        assert bearer(endpoint, mechanism, "dog@shop.example", issuer.token()) == 535  # a token for another user
         assert len(issuer.web.asked) == 1
-        assert bearer(door, mechanism, cat, issuer.token()) == 235
+        assert bearer(endpoint, mechanism, cat, issuer.token()) == 235
 
 
 def _unsigned(token: str) -> str:
@@ -366,7 +370,7 @@ CLAIMS = [
 
 
 @pytest.mark.parametrize(("claims", "user"), CLAIMS, ids=[f"{number} {''.join(row[0])}" for number, row in enumerate(CLAIMS)])
-async def test_who_a_token_is_for(claims, user):
+async def test_the_user_of_a_token(claims, user):
     issuer = Issuer()
     bearer = Bearer(TokensTable(issuer="https://issuer.example", audience="relay", jwks=issuer.web.url))
     assert await bearer.user(issuer.token(**claims)) == user
@@ -374,7 +378,7 @@ async def test_who_a_token_is_for(claims, user):
     said = {"active": True, "email": "cat@shop.example", "aud": "relay"} | claims
     introspection = Web(lambda path, body: (200, said))
     bearer = Bearer(TokensTable(audience="relay", introspection=introspection.url))
-    if not {"exp", "nbf"} & set(claims):  # whether it holds is its word
+    if not {"exp", "nbf"} & set(claims):  # with introspection the issuer checks these
         assert await bearer.user("ticket") == user
     introspection.close()
 
@@ -394,7 +398,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: str(header)[:40])
-async def test_a_token_that_nobody_can_read_is_nobodys(header):
+async def test_a_malformed_token_is_rejected(header):
     issuer = Issuer()
     bearer = Bearer(TokensTable(issuer="https://issuer.example", audience="relay", jwks=issuer.web.url))
     _, claims, signature = issuer.token().split(".")
@@ -413,7 +417,7 @@ async def test_a_token_that_nobody_can_read_is_nobodys(header):
 UNUSABLE = [
     {"kty": "EC", "crv": "P-999", "x": "AAAA", "y": "AAAA", "kid": "q"},
     {"kty": "OKP", "crv": "Ed999", "x": "AAAA", "kid": "q"},
-    {"kty": "EC", "crv": "P-256", "x": "AAAA", "y": "AAAA", "kid": "q"},  # not on it
+    {"kty": "EC", "crv": "P-256", "x": "AAAA", "y": "AAAA", "kid": "q"},  # not on the curve
     {"kty": "ML-DSA", "kid": "q"},
     {"kty": "RSA", "n": "x", "e": "AQAB"},
     {"kty": "RSA", "kid": "q"},
@@ -427,7 +431,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("key", UNUSABLE, ids=str)
-async def test_one_key_that_cannot_be_used_is_no_matter(key):
+async def test_an_unusable_key_does_not_affect_the_others(key):
     issuer = Issuer()
     good = issuer.keys[0].as_dict(private=False)
     for keys in ([key, good], [good, key], [key]):
@@ -442,40 +446,40 @@ async def test_one_key_that_cannot_be_used_is_no_matter(key):
     issuer.web.close()
 
 
-async def test_who_is_gone_while_keys_are_asked_for_stops_nobody():
+async def test_a_cancelled_key_request_does_not_affect_other_logins():
     issuer = Issuer()
     bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=issuer.web.url))
     asking = [asyncio.create_task(bearer.user(issuer.token())) for _ in range(3)]
     await asyncio.sleep(0)
-    asking[0].cancel()  # it was the one that asks
+    asking[0].cancel()  # the one that fetches the keys
     assert (await asyncio.gather(*asking, return_exceptions=True))[1:] == ["cat@shop.example"] * 2
     issuer.web.close()
 
 
-async def test_a_new_key_of_the_issuer_is_found_and_known_ones_outlive_it():
+async def test_new_keys_are_fetched_and_known_keys_outlive_the_issuer():
     issuer = Issuer()
     bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=issuer.web.url))
     assert await bearer.user(issuer.token()) == "cat@shop.example"
     issuer.keys.append(RSAKey.generate_key(2048, {"kid": "two"}))
-    assert await bearer.user(issuer.token()) == ""  # asked for just now: strangers cannot make us ask again and again
-    bearer._asked_at -= KEYS_AGAIN + 1
+    assert await bearer.user(issuer.token()) == ""  # fetched just now: clients cannot cause a fetch for each token
+    bearer._fetched_at -= KEYS_AGAIN + 1
     assert await bearer.user(issuer.token()) == "cat@shop.example"
     assert len(issuer.web.asked) == 2
     issuer.web.close()
-    bearer._asked_at -= KEYS_KEPT + 1
+    bearer._fetched_at -= KEYS_KEPT + 1
     assert await bearer.user(issuer.token()) == "cat@shop.example"
 
 
-def test_a_dead_issuer_puts_logins_off(tmp_path):
+def test_logins_are_temporarily_rejected_while_the_issuer_is_down(tmp_path):
     issuer = Issuer()
     issuer.web.close()
     tokens = f'accounts.tokens={{issuer="https://issuer.example", jwks="{issuer.web.url}"}}'
-    with Door(tmp_path, "127.0.0.1:1", tokens) as door:
-        assert bearer(door, "XOAUTH2", "cat@shop.example", issuer.token()) == 454
-        assert plain(door, "ann", SECRET) == 235
+    with Endpoint(tmp_path, "127.0.0.1:1", tokens) as endpoint:
+        assert bearer(endpoint, "XOAUTH2", "cat@shop.example", issuer.token()) == 454
+        assert plain(endpoint, "ann", SECRET) == 235
 
 
-async def test_a_broken_issuer_is_not_asked_again_and_again():
+async def test_a_broken_issuer_is_not_asked_for_each_login():
     issuer = Issuer()
     broken = Web(lambda path, body: (500, {}))
     bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=broken.url))
@@ -486,12 +490,12 @@ async def test_a_broken_issuer_is_not_asked_again_and_again():
     bearer = Bearer(TokensTable(issuer="https://issuer.example", jwks=issuer.web.url))
     assert await bearer.user(issuer.token()) == "cat@shop.example"
     bearer._settings = TokensTable(issuer="https://issuer.example", jwks=broken.url)
-    bearer._asked_at -= KEYS_KEPT + 1
+    bearer._fetched_at -= KEYS_KEPT + 1
     assert [await bearer.user(issuer.token()) for _ in range(3)] == ["cat@shop.example"] * 3
     assert len(broken.asked) == 2
 
 
-def test_a_token_is_a_login_when_the_issuer_says_that_it_is_active(tmp_path):
+def test_a_token_active_by_introspection_is_accepted(tmp_path):
     def answer(path: str, body: bytes) -> tuple[int, object]:
         return 200, {"active": body == b"token=good", "email": "cat@shop.example", "aud": ["relay"]}
 
@@ -501,10 +505,10 @@ def test_a_token_is_a_login_when_the_issuer_says_that_it_is_active(tmp_path):
         f'accounts.tokens={{introspection="{program.url}", audience="relay", client_id="relay", '
         f'client_secret_file="{tmp_path}/secret"}}'
     )
-    with Door(tmp_path, "127.0.0.1:1", tokens) as door:
-        assert bearer(door, "OAUTHBEARER", "cat@shop.example", "good") == 235
-        assert bearer(door, "XOAUTH2", "cat@shop.example", "bad") == 535
+    with Endpoint(tmp_path, "127.0.0.1:1", tokens) as endpoint:
+        assert bearer(endpoint, "OAUTHBEARER", "cat@shop.example", "good") == 235
+        assert bearer(endpoint, "XOAUTH2", "cat@shop.example", "bad") == 535
         assert base64.b64decode(program.asked[0][2].split()[1]) == b"relay:s3cret"
         with pytest.raises(smtplib.SMTPAuthenticationError):
-            with door.client() as client:
+            with endpoint.client() as client:
                 client.login("cat@shop.example", "good")  # a token is no password

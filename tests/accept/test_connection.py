@@ -1,4 +1,4 @@
-"""One connection, turn by turn: what a client may hold, who it is, and that nothing of it stays."""
+"""One connection, one loop turn at a time: its bounds, its identity, and that it leaves nothing."""
 
 import base64
 from random import Random
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relaymta.accept.connection import LINGER, OWED, Connection
+from relaymta.accept.connection import LINGER, UNSENT, Connection
 from relaymta.accept.identity import Identity
 from relaymta.metrics import index
 from relaymta.proto import reply
@@ -25,7 +25,7 @@ def machine(**settings: Any) -> Machine:
 
 
 def say(made: Connection, data: bytes) -> list[str]:
-    """Write, wait, and take the replies' last lines."""
+    """Send data, run the loop until it is idle, and return the last line of each reply."""
     transport = made.transport
     assert isinstance(transport, Transport)
     before = len(transport.said)
@@ -50,7 +50,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_client_that_does_not_read_is_owed_little_and_gets_all_once_it_does(name):
+def test_unsent_replies_are_bounded_and_sent_once_the_client_reads(name):
     wire, count, answer = FLOODS[name]
     of = machine()
     made = connected(of)
@@ -62,17 +62,17 @@ def test_a_client_that_does_not_read_is_owed_little_and_gets_all_once_it_does(na
     made.data_received(wire[: len(wire) // 2])
     while of.loop.turns or of.loop.threads or of.loop.timers:
         of.loop.step()
-    assert transport.paused and transport.most_owed < 4 * OWED
-    made.data_received(wire[len(wire) // 2 :])  # was there already
-    assert transport.most_owed < 4 * OWED and made.session is not None
+    assert transport.paused and transport.most_owed < 4 * UNSENT
+    made.data_received(wire[len(wire) // 2 :])  # had been received already
+    assert transport.most_owed < 4 * UNSENT and made.session is not None
     transport.reads = True
     transport.read()
     idle(made)
     assert transport.said.count(answer) == count + (name in ("EHLO",)) and not transport.paused
-    assert transport.most_owed < 4 * OWED and made.session.parser.waiting() == 0
+    assert transport.most_owed < 4 * UNSENT and made.session.parser.waiting() == 0
 
 
-def test_others_have_their_turn_while_one_client_writes_as_much_as_it_can():
+def test_a_flooding_client_does_not_starve_the_others():
     of = machine()
     flooding, other = connected(of), connected(of)
     flooding.data_received(EHLO + b"NOOP\r\n" * 40_000)
@@ -81,17 +81,17 @@ def test_others_have_their_turn_while_one_client_writes_as_much_as_it_can():
     assert flooding.transport.said.count(b"250 2.0.0 Ok") <= 200 and b"250 ENHANCEDSTATUSCODES" in other.transport.said
 
 
-def test_hundreds_of_refused_messages_in_one_segment_are_not_answered_within_each_other():
+def test_hundreds_of_rejected_messages_in_one_segment_do_not_recurse():
     made = connected(machine())
     assert isinstance(made.transport, Transport)
-    made.transport.limits = (1 << 30, 1 << 30)  # as where each reply leaves at once
+    made.transport.limits = (1 << 30, 1 << 30)  # as if each reply were sent at once
     made.data_received(EHLO + FLOODS["loop"][0])
     idle(made)
     assert made.transport.said.count(b"554 5.4.6") == 400
 
 
 @pytest.mark.parametrize("way", ["blocked", "closed", "timed out"])
-def test_who_does_not_read_is_ended(way):
+def test_a_client_that_does_not_read_is_disconnected(way):
     of = machine()
     made = connected(of)
     transport = made.transport
@@ -118,7 +118,7 @@ def test_who_does_not_read_is_ended(way):
 
 
 @pytest.mark.parametrize("behind", [b"", b"NOOP\r\n" * 2000], ids=["idle", "behind"])
-def test_who_says_no_more_hears_its_replies_and_is_gone(behind):
+def test_a_client_that_half_closes_gets_its_replies_and_is_closed(behind):
     of = machine()
     made = connected(of)
     transport = made.transport
@@ -131,8 +131,8 @@ def test_who_says_no_more_hears_its_replies_and_is_gone(behind):
     assert transport.closed and not any(of.limits.counts.values())
 
 
-def test_tls_is_not_asked_for_half_a_connection():
-    """It would say so on stderr, as often as a client likes."""
+def test_a_half_close_over_tls_closes_the_connection():
+    """Otherwise asyncio logs a warning on stderr, as often as a client likes."""
     of = machine()
     made = connected(of)
     say(made, EHLO + b"STARTTLS\r\n")
@@ -141,7 +141,7 @@ def test_tls_is_not_asked_for_half_a_connection():
     assert made.waits and not made.eof_received()
 
 
-def test_a_request_of_http_is_told_in_the_log_and_counted():
+def test_an_http_request_is_logged_and_counted():
     of = machine()
     made = connected(of)
     assert say(made, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n" + EHLO + b"MAIL FROM:<a@b>\r\n") == [
@@ -181,15 +181,15 @@ TRUSTED = {"domains": ["d.example"], "networks": ["127.0.0.0/8", "192.0.2.0/24"]
 def test_a_proxys_rights_are_not_its_clients(words, address, relays):
     of = machine(network=[PROXY], relay=TRUSTED)
     made = connected(of)
-    assert say(made, EHLO + MAIL)[-1].startswith("250")  # the proxy itself may
+    assert say(made, EHLO + MAIL)[-1].startswith("250")  # the proxy itself may relay
     say(made, b"RSET\r\n")
     for word in words:
         assert say(made, b"XCLIENT " + word + b"\r\n") == ["220 relay.example ESMTP relaymta"]
     assert say(made, EHLO + MAIL)[-1][:3] == ("250" if relays else "550")
     say(made, b"RSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 2 LAST\r\nhi")
-    ((envelope, text),) = of.stored
+    ((envelope, data),) = of.stored
     assert envelope.client == address
-    assert (f"[IPv6:{address}]" if ":" in address else f"[{address}]").encode() in text
+    assert (f"[IPv6:{address}]" if ":" in address else f"[{address}]").encode() in data
     say(made, b"QUIT\r\n")
     assert not any(of.limits.counts.values())
 
@@ -199,7 +199,7 @@ def test_a_proxys_rights_are_not_its_clients(words, address, relays):
     [("192.0.2.7", "192.0.2.7", "250"), ("127.0.0.1", "192.0.2.7", "550"), ("192.0.2.7", "", "550")],
 )
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assumed, code, tls):
+def test_message_data_is_checked_by_the_rules_by_which_it_was_normalized(normalized, assumed, code, tls):
     of = machine(network=[PROXY], intake={"normalize_networks": [normalized + "/32"], "errors": 1000})
     made = connected(of)
     say(made, EHLO)
@@ -212,7 +212,7 @@ def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assume
 
 
 @pytest.mark.parametrize(
-    ("steps", "user", "seats"),
+    ("steps", "user", "counted"),
     [
         ([LOGIN], "ann", 1),
         ([LOGIN, b"STARTTLS\r\n"], "", 0),
@@ -221,11 +221,11 @@ def test_a_text_is_judged_by_the_rules_by_which_it_was_mended(normalized, assume
         ([LOGIN, b"XCLIENT ADDR=192.0.2.7\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT ADDR=[UNAVAILABLE]\r\n", EHLO + LOGIN, b"STARTTLS\r\n", EHLO + LOGIN], "ann", 1),
         ([LOGIN, b"XCLIENT LOGIN=bob\r\n"], "bob", 0),
-        ([LOGIN, b"XCLIENT ADDR=127.0.0.1\r\n"], "", 0),  # the proxy's own
+        ([LOGIN, b"XCLIENT ADDR=127.0.0.1\r\n"], "", 0),  # the proxy's own address
         ([b"STARTTLS\r\n", EHLO + LOGIN, b"XCLIENT HELO=x\r\n"], "", 0),
     ],
 )
-def test_who_somebody_is_ends_with_what_it_was_said_in(steps, user, seats):
+def test_authentication_ends_with_starttls_and_xclient(steps, user, counted):
     of = machine(network=[PROXY])
     of.logs_in = Identity("ann", connections=2, senders=("ann@s.example",))
     made = connected(of)
@@ -234,15 +234,15 @@ def test_who_somebody_is_ends_with_what_it_was_said_in(steps, user, seats):
         assert say(made, step)[-1][:3] in ("220", "235", "250")
     assert made.session is not None
     assert (made.session.user, made.identity.name if made.identity else "") == (user, user)
-    assert of.limits.counts["logged in as ann"] == seats
-    # The rights are those of the same one: only who has logged in relays from here, and ann only as herself.
+    assert of.limits.counts["logged in as ann"] == counted
+    # The rights agree: only an authenticated user relays from here, and ann only with her own senders.
     replies = say(made, EHLO + b"MAIL FROM:<ann@s.example>\r\nRCPT TO:<x@far.example>\r\nRSET\r\nMAIL FROM:<z@s.example>\r\n")
     assert [line[:3] for line in replies[1:]] == ["250", "250" if user else "550", "250", "550" if user == "ann" else "250"]
     say(made, b"QUIT\r\n")
     assert not any(of.limits.counts.values())
 
 
-def test_an_account_has_as_many_seats_as_it_may():
+def test_connections_of_an_account_are_limited():
     of = machine(network=[PROXY])
     of.logs_in = Identity("ann", connections=1)
     first, second = connected(of), connected(of)
@@ -254,25 +254,25 @@ def test_an_account_has_as_many_seats_as_it_may():
 
 
 @pytest.mark.parametrize(
-    ("quotas", "rates", "expected"),  # of an account, of its client; what is used of them
+    ("quotas", "rates", "expected"),  # of an account, of its client; their use
     [
         ({"messages": "9/h", "recipients": "3/h"}, {}, {"account ann messages": 1, "account ann recipients": 3}),
         ({}, {"message_rate": "9/h", "recipient_rate": "3/h"}, {f"{CLIENT} message_rate": 1, f"{CLIENT} recipient_rate": 3}),
         ({"recipients": "3/h"}, {"recipient_rate": "9/h"}, {f"{CLIENT} recipient_rate": 3, "account ann recipients": 3}),
     ],
 )  # fmt: skip
-def test_a_recipient_that_is_refused_costs_nothing(quotas, rates, expected):
+def test_a_rejected_recipient_takes_nothing_from_quotas(quotas, rates, expected):
     of = machine(limits=rates)
     of.logs_in = Identity("ann", quotas=quotas)
     made = connected(of)
     replies = say(made, EHLO + LOGIN)
     replies = say(made, b"MAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 8)
     assert [line[:3] for line in replies] == ["250"] * 4 + ["452"] * 5
-    say(made, b"RSET\r\nMAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 4)  # nor a message without any
+    say(made, b"RSET\r\nMAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 4)  # nor does a message without recipients
     assert of.limits.used == expected
 
 
-def test_what_is_over_a_quota_and_may_wait_is_held_all_the_same():
+def test_a_message_above_a_quota_stays_held():
     of = machine()
     identity = Identity("ann", quotas={"recipients": "1/h"}, hold=True)
     transaction = Transaction("a@b", False)

@@ -1,4 +1,4 @@
-"""Dovecot's auth protocol as a peer speaks it that does what it likes."""
+"""Dovecot's auth protocol with a peer that sends anything."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Peer:
-    """A socket of an auth service: `answer(number, writer)` for each question."""
+    """An auth service: it calls `answer(number, writer)` for each request."""
 
     def __init__(self, answer: Answer, greeting: bytes = GREETING) -> None:
         self.answer = answer
@@ -56,15 +56,15 @@ ANSWERS = [
     ("yes, with a tab in a field", b"OK\t%s\tuser=a\x01tb\tx=\x01n\n", Identity("a\tb")),
     ("yes, with more", b"OK\t%s\tuser=ann\tuid=5\tx\t\t=\n", ANN),
     ("yes, a long line", b"OK\t%s\tuser=ann\tx=" + b"y" * 20_000 + b"\n", ANN),
-    ("yes, but nobody may log in", b"OK\t%s\tuser=ann\tnologin\treason=closed\n", None),
-    ("yes, a proxy would go on elsewhere", b"OK\t%s\tuser=ann\tproxy\tnologin\thost=x\n", ANN),
+    ("yes, but login is refused", b"OK\t%s\tuser=ann\tnologin\treason=closed\n", None),
+    ("yes, Dovecot itself would be a proxy", b"OK\t%s\tuser=ann\tproxy\tnologin\thost=x\n", ANN),
     ("no", b"FAIL\t%s\tuser=ann\n", None),
     ("no, disabled", b"FAIL\t%s\tuser=ann\tcode=user_disabled\n", None),
     ("not now (2.2)", b"FAIL\t%s\tuser=ann\ttemp\n", Unavailable),
     ("not now (2.3)", b"FAIL\t%s\tuser=ann\tcode=temp_fail\treason=busy\n", Unavailable),
     ("more is wanted", b"CONT\t%s\tQUJD\n", Unavailable),
     ("unknown lines in front", b"NEWS\nPING\tx\n\n\t\nOK\nOK\tx\nOK\t99999999999999999999999\tuser=eve\nOK\t%s\tuser=ann\n", ANN),
-    ("somebody else's in front", b"OK\t777\tuser=eve\nFAIL\t%s\tuser=ann\n", None),
+    ("another answer in front", b"OK\t777\tuser=eve\nFAIL\t%s\tuser=ann\n", None),
     ("no UTF-8", b"FAIL\t%s\tuser=\xff\xfe\n", None),
     ("twice, the first counts", b"FAIL\t%s\tuser=ann\nOK\t%s\tuser=ann\n", None),
 ]
@@ -72,17 +72,17 @@ ANSWERS = [
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS])
-async def test_an_answer_means_the_same_in_however_many_pieces(tmp_path, answer, expected, pieces):
+async def test_an_answer_means_the_same_in_any_number_of_pieces(tmp_path, answer, expected, pieces):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
-        text = answer.replace(b"%s", number)
-        size = max(1, len(text) // pieces)
-        for start in range(0, len(text), size):
-            writer.write(text[start : start + size])
+        line = answer.replace(b"%s", number)
+        size = max(1, len(line) // pieces)
+        for start in range(0, len(line), size):
+            writer.write(line[start : start + size])
             await writer.drain()
             await asyncio.sleep(0)
 
     async with peer(tmp_path, say) as (service, ours):
-        for _ in range(2):  # nor does it harm who asks next
+        for _ in range(2):  # nor does it affect the next request
             if expected is Unavailable:
                 with pytest.raises(Unavailable):
                     await ours.password("ann", "x", "192.0.2.1")
@@ -91,7 +91,7 @@ async def test_an_answer_means_the_same_in_however_many_pieces(tmp_path, answer,
         assert service.connections == 1 and not ours._waiting
 
 
-async def test_what_ends_in_the_middle_says_nothing(tmp_path):
+async def test_a_truncated_answer_is_no_answer(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"OK\t%s\tuser=an" % number)
         writer.close()
@@ -101,7 +101,7 @@ async def test_what_ends_in_the_middle_says_nothing(tmp_path):
             await ours.password("ann", "x", "192.0.2.1")
 
 
-async def test_many_ask_at_once_and_each_hears_its_own(tmp_path):
+async def test_concurrent_requests_get_their_own_answers(tmp_path):
     held: list[tuple[bytes, asyncio.StreamWriter]] = []
 
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
@@ -116,7 +116,7 @@ async def test_many_ask_at_once_and_each_hears_its_own(tmp_path):
         assert service.connections == 1
 
 
-async def test_a_service_that_starts_again_is_found_again(tmp_path):
+async def test_a_restarted_service_is_connected_again(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"OK\t%s\n" % number)
         if number == b"2":
@@ -129,7 +129,7 @@ async def test_a_service_that_starts_again_is_found_again(tmp_path):
         assert service.connections == 2
 
 
-async def test_who_is_gone_leaves_nothing_and_disturbs_nobody(tmp_path):
+async def test_cancelled_requests_leave_nothing_and_do_not_affect_others(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         async def later() -> None:
             await asyncio.sleep(0.05)
@@ -141,14 +141,14 @@ async def test_who_is_gone_leaves_nothing_and_disturbs_nobody(tmp_path):
     async with peer(tmp_path, say) as (_, ours):
         asking = [asyncio.create_task(ours.password("x", "x", "192.0.2.1")) for _ in range(4)]
         await asyncio.sleep(0.02)
-        asking[0].cancel()  # who made the connection, too
+        asking[0].cancel()  # the one that opened the connection, too
         asking[2].cancel()
         found = await asyncio.gather(*asking, return_exceptions=True)
         assert [one for one in found if isinstance(one, Identity)] == [Identity("user2"), Identity("user4")]
         assert not ours._waiting
 
 
-async def test_who_is_gone_while_connecting_leaves_no_connection(tmp_path):
+async def test_a_request_cancelled_while_connecting_leaves_no_connection(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"OK\t%s\n" % number)
 
@@ -163,14 +163,14 @@ async def test_who_is_gone_while_connecting_leaves_no_connection(tmp_path):
 
 
 @pytest.mark.parametrize("greeting", [b"* OK this is IMAP\n", b"VERSION\t2\t0\nDONE\n", b"x" * 100_000, b"VERSION\t1\t2\n"])
-async def test_what_does_not_greet_as_dovecot_does_is_left(tmp_path, monkeypatch, greeting):
+async def test_a_peer_that_is_no_dovecot_is_disconnected(tmp_path, monkeypatch, greeting):
     monkeypatch.setattr(dovecot, "GREETING", 0.2)
 
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"OK\t%s\n" % number)
 
     async with peer(tmp_path, say, greeting) as (service, ours):
-        for _ in range(2):  # the second hears the same at once
+        for _ in range(2):  # the second fails at once, with the same reason
             with pytest.raises(Unavailable) as error:
                 await ours.password("ann", "x", "192.0.2.1")
             assert str(error.value).rpartition(": ")[2]
@@ -178,7 +178,7 @@ async def test_what_does_not_greet_as_dovecot_does_is_left(tmp_path, monkeypatch
         assert (service.connections, service.open, service.asked) == (1, 0, [])
 
 
-async def test_a_password_too_long_for_dovecot_is_nobodys(tmp_path):
+async def test_a_password_too_long_for_dovecot_is_wrong(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"OK\t%s\n" % number)
 

@@ -1,4 +1,4 @@
-"""Clients that come and say nothing, too early, or for nobody; who they are taken for, what they take, and that it comes back."""
+"""Clients that send nothing, or too early; proxied clients; what all of them take, and that it is given back."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ import trustme
 from relaymta.accept import acceptor
 from relaymta.accept.acceptor import Acceptor
 from relaymta.accept.connection import Connection
-from relaymta.accept.listening import Guarded, Listening, named
+from relaymta.accept.listening import Guarded, Listening, client_address
 from relaymta.config import Config, Listener
 from relaymta.proto.proxy import Header
 from relaymta.shm import Shared
@@ -35,7 +35,7 @@ V2 = b"\r\n\r\n\x00\r\nQUIT\n"
 
 
 class Guard(Relay):
-    """A relay with a plain listener, one behind a load balancer at 127.0.0.1, one with TLS from the start, and one with both."""
+    """A relay with a plain listener, one behind a load balancer at 127.0.0.1, one with implicit TLS, and one with both."""
 
     def __init__(self, folder: Path, smarthost: str, *settings: str, wrap: tuple[str, ...] = ()) -> None:
         self.proxied, self.implicit, self.both = free_port(), free_port(), free_port()
@@ -71,7 +71,7 @@ class Guard(Relay):
 
     @contextlib.contextmanager
     def standing_still(self) -> Iterator[None]:
-        """So that what a client does has all happened when it is looked at."""
+        """Stop the worker, so that all that a client does meanwhile has happened when it is processed."""
         (pid,) = self.worker_pids()
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -94,24 +94,24 @@ def reach(port: int, source: str = "127.0.0.1") -> socket.socket:
 
 
 def reset(sock: socket.socket) -> None:
-    """Close it with RST."""
+    """Close a socket with RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
-def heard(sock: socket.socket) -> bytes:
-    """What comes next, b"" for the end."""
+def received(sock: socket.socket) -> bytes:
+    """The next octets, b"" at the end of the connection."""
     try:
         return sock.recv(1000)
     except ConnectionError:
         return b""
 
 
-# Who somebody is
+# The identity of a client
 
 
 @pytest.mark.parametrize(
-    ("said", "peer", "client"),
+    ("sent", "peer", "client"),
     [
         ("192.0.2.1", "10.0.0.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "10.0.0.1", "192.0.2.1"),  # RFC 4291 2.5.5.2
@@ -126,13 +126,13 @@ def heard(sock: socket.socket) -> bytes:
         ("127.0.0.1", "127.0.0.2", "127.0.0.1"),
         ("127.0.0.1", "::1", "127.0.0.1"),
         ("127.0.0.1", "::ffff:127.0.0.1", "127.0.0.1"),
-        ("127.0.0.1", "10.0.0.1", ""),  # of the balancer's machine
+        ("127.0.0.1", "10.0.0.1", ""),  # the load balancer's machine
         ("::ffff:127.0.0.1", "10.0.0.1", ""),
         ("::1", "fe80::1%eth0", ""),
     ],
 )
-def test_a_load_balancer_names_somebody_or_nobody(said, peer, client):
-    assert named(Header(10, said), peer) == client
+def test_the_client_address_in_a_proxy_header(sent, peer, client):
+    assert client_address(Header(10, sent), peer) == client
 
 
 def second(command: int, family: int, body: bytes) -> bytes:
@@ -157,24 +157,24 @@ def second(command: int, family: int, body: bytes) -> bytes:
         (b"PROXY TCP6 fe80::1%lo ::1 1 25\r\n", []),
     ],
 )
-def test_whose_address_is_not_known_has_no_rights(guard, header, replies):
-    """The balancer's own address may relay, and so may not who is behind it."""
+def test_a_client_of_unknown_address_has_no_rights(guard, header, replies):
+    """The load balancer's own address may relay, but its clients may not."""
     with reach(guard.proxied) as sock:
         sock.sendall(header)
-        said = []
+        codes = []
         for command in (b"EHLO me\r\n", b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n", b""):
-            reply = heard(sock)
+            reply = received(sock)
             if not reply:
                 break
-            said.append(int(reply[:3]))
+            codes.append(int(reply[:3]))
             if command:
                 sock.sendall(command)
-        assert said == replies
+        assert codes == replies
 
 
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
-def test_behind_haproxy_a_unix_socket_and_a_health_check_are_nobody(guard, tmp_path, version):
-    """The one has no address, the other is haproxy's own; and who talks early does so through haproxy, too."""
+def test_behind_haproxy_a_unix_socket_and_a_health_check_have_no_rights(guard, tmp_path, version):
+    """The former has no address, the latter is haproxy's own; and data before the banner is detected through haproxy, too."""
     program, port = need("haproxy"), free_port()
     (tmp_path / "haproxy.cfg").write_text(
         "defaults\n mode tcp\n timeout connect 5s\n timeout client 30s\n timeout server 30s\n timeout check 5s\n"
@@ -194,14 +194,14 @@ def test_behind_haproxy_a_unix_socket_and_a_health_check_are_nobody(guard, tmp_p
                 sock.settimeout(10)
                 sock.connect(address)
                 for command in (b"EHLO me\r\n", b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n"):
-                    assert heard(sock)[:1] == b"2"
+                    assert received(sock)[:1] == b"2"
                     sock.sendall(command)
-                assert heard(sock).startswith(expected)
+                assert received(sock).startswith(expected)
         with guard.standing_still():
             sock = reach(port)
             sock.sendall(b"EHLO early\r\n")
         with sock:
-            assert heard(sock)[:3] in (b"554", b"")  # haproxy may pass our reset on first
+            assert received(sock)[:3] in (b"554", b"")  # haproxy may pass on the reset first
     finally:
         balancer.terminate()
         balancer.wait()
@@ -213,8 +213,8 @@ def guard(tmp_path_factory) -> Iterator[Guard]:
         yield made
 
 
-def test_who_is_gone_before_we_looked_is_nobody(peer, tmp_path):
-    """All of a dialog is there, its first octet urgent, and then a reset: there is no address to be had any more."""
+def test_a_client_that_resets_before_accept_is_refused(peer, tmp_path):
+    """A whole dialog has arrived, its first octet urgent, and then a reset: the address can no longer be read."""
     words = b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nBDAT 14 LAST\r\nSubject: x\r\n\r\n"
     with Guard(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.1/32"]') as relay:
         with relay.standing_still():
@@ -231,12 +231,12 @@ def test_who_is_gone_before_we_looked_is_nobody(peer, tmp_path):
         wait_for(lambda: len(peer.messages) == 1)
 
 
-# Who talks too early
+# Data before the banner
 
 
 @pytest.mark.parametrize("words", [(b"EHLO x\r\n", b""), (b"", b"E"), (b"EHLO ", b"x"), (b"\x80", b"\xff")])
 @pytest.mark.parametrize("listener", ["plain", "proxied"])
-def test_who_talks_before_the_banner_is_cut_off(guard, listener, words):
+def test_a_client_that_sends_before_the_banner_is_rejected(guard, listener, words):
     with guard.standing_still():
         sock = reach(guard.port if listener == "plain" else guard.proxied)
         if listener == "proxied":
@@ -245,11 +245,11 @@ def test_who_talks_before_the_banner_is_cut_off(guard, listener, words):
         if words[1]:
             sock.send(words[1], socket.MSG_OOB)
     with sock:
-        assert heard(sock).startswith(b"554 5.5.1")
-        assert heard(sock) == b""
+        assert received(sock).startswith(b"554 5.5.1")
+        assert received(sock) == b""
 
 
-def test_who_talks_with_the_end_of_its_handshake_is_cut_off(guard):
+def test_a_client_that_sends_with_the_end_of_its_handshake_is_rejected(guard):
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = guard.context().wrap_bio(incoming, outgoing, server_hostname="relay.example")
     with reach(guard.implicit) as sock:
@@ -261,30 +261,30 @@ def test_who_talks_with_the_end_of_its_handshake_is_cut_off(guard):
                 sock.sendall(outgoing.read())
                 incoming.write(sock.recv(65536))
         tls.write(b"EHLO early\r\n")
-        sock.sendall(outgoing.read())  # in one segment: no time to see a banner
-        said = b""
-        while not said:
+        sock.sendall(outgoing.read())  # in one segment: before any banner could arrive
+        banner = b""
+        while not banner:
             incoming.write(sock.recv(65536))
             with contextlib.suppress(ssl.SSLWantReadError):
-                said = tls.read(1000)
-        assert said.startswith(b"554 5.5.1")
+                banner = tls.read(1000)
+        assert banner.startswith(b"554 5.5.1")
 
 
 def test_urgent_data_is_data(guard):
-    """What a filter in front of us sees in the stream is what we see."""
+    """A filter between the client and the relay sees the same stream."""
     with reach(guard.port) as sock:
-        assert heard(sock).startswith(b"220")
+        assert received(sock).startswith(b"220")
         sock.sendall(b"NO")
         sock.send(b"O", socket.MSG_OOB)
         sock.sendall(b"P\r\n")
-        assert heard(sock).startswith(b"250")
+        assert received(sock).startswith(b"250")
 
 
-# What they take
+# Resources
 
 
 def silent(relay: Guard, port: int, count: int, source: str) -> list[socket.socket]:
-    """Connections that say nothing, as many as are let in."""
+    """Open connections that send nothing, as many as are accepted."""
     found = []
     for _ in range(count):
         sock = socket.socket()
@@ -297,7 +297,7 @@ def silent(relay: Guard, port: int, count: int, source: str) -> list[socket.sock
 
 
 def ends(socks: list[socket.socket]) -> None:
-    """In every way there is."""
+    """Disconnect in every way."""
     for number, sock in enumerate(socks):
         with contextlib.suppress(OSError):
             way = number % 5
@@ -315,9 +315,9 @@ def ends(socks: list[socket.socket]) -> None:
             sock.close()
 
 
-def test_whoever_says_nothing_takes_nobodys_place(peer, tmp_path):
-    """180 sockets in the PROXY header and 1,000 in the handshake, with 256 descriptors: others are served, also where that needs
-    files of the spool; and all is given back."""
+def test_silent_clients_exhaust_neither_connections_nor_descriptors(peer, tmp_path):
+    """180 sockets in the PROXY header and 1,000 in the handshake, with 256 descriptors: other clients are served, even where that
+    needs files of the spool; and everything is given back."""
     settings = ("limits.connections=100", "limits.connections_per_client=20", 'relay.networks=["127.0.0.9/32"]')
     limit = ("prlimit", "--nofile=256:256")
     with Guard(tmp_path, f"127.0.0.1:{peer.port}", *settings, wrap=limit) as relay:
@@ -338,26 +338,27 @@ def test_whoever_says_nothing_takes_nobodys_place(peer, tmp_path):
         wait_for(lambda: len(peer.messages) == 5)
         wait_for(lambda: relay.descriptors() <= before + 2, 60)
         served = []
-        for number in range(5):  # every unit is there again: 100 in all, 20 of each
+        for number in range(5):  # every unit was given back: 100 in all, 20 of each client
             served += [reach(relay.port, f"127.0.2.{number}") for _ in range(20)]
-            assert all(heard(sock).startswith(b"220") for sock in served[-20:])
+            assert all(received(sock).startswith(b"220") for sock in served[-20:])
             with reach(relay.port, f"127.0.2.{number}") as sock:
-                assert heard(sock).startswith(b"421")
+                assert received(sock).startswith(b"421")
         with reach(relay.port, "127.0.3.1") as sock:
-            assert b"Too many connections" in heard(sock)
+            assert b"Too many connections" in received(sock)
         for sock in served:
             sock.close()
 
 
-def test_large_texts_leave_the_spool_its_descriptors(peer, tmp_path):
-    """60 at once, with 128 descriptors of which 64 are for clients: a small message is taken meanwhile, and a large one later."""
+def test_large_messages_leave_the_spool_its_descriptors(peer, tmp_path):
+    """60 at once, with 128 descriptors of which 64 are for clients: a small message is accepted meanwhile, and a large one
+    afterwards."""
     large, limit = b"Subject: large\r\n\r\n" + b"never the whole of it\r\n" * 60_000, ("prlimit", "--nofile=128:128")
     with Guard(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.1/32"]', wrap=limit) as relay:
         before, ours = relay.descriptors(), []
         with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as other:
             for _ in range(60):
                 ours.append(reach(relay.port))
-                assert heard(ours[-1]).startswith(b"220")
+                assert received(ours[-1]).startswith(b"220")
             for sock in ours:
                 sock.sendall(b"EHLO me\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nBDAT %d\r\n" % (len(large) + 1))
                 sock.sendall(large)
@@ -372,13 +373,13 @@ def test_large_texts_leave_the_spool_its_descriptors(peer, tmp_path):
         wait_for(lambda: relay.descriptors() <= before + 2, 60)
 
 
-def test_every_end_of_a_beginning_gives_back_once(peer, tmp_path):
+def test_every_way_to_disconnect_before_smtp_releases_once(peer, tmp_path):
     settings = ("limits.connections_per_client=1", 'relay.networks=["192.0.2.0/24"]')
     with Guard(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
         before = relay.descriptors()
         proxy = b"PROXY TCP4 127.0.0.5 127.0.0.1 1 25\r\n"
         hello = b"\x16\x03\x01"
-        for port, said in (
+        for port, sent in (
             (relay.proxied, b""), (relay.proxied, b"PROXY "), (relay.proxied, proxy), (relay.proxied, b"nonsense\r\n"),
             (relay.proxied, proxy + b"EHLO x\r\n"), (relay.proxied, V2), (relay.both, b""), (relay.both, proxy),
             (relay.both, proxy + hello), (relay.both, proxy + b"nonsense\r\n"), (relay.implicit, b""), (relay.implicit, hello),
@@ -387,16 +388,16 @@ def test_every_end_of_a_beginning_gives_back_once(peer, tmp_path):
             for end in ("close", "reset", "half", "both"):
                 sock = reach(port)
                 if port == relay.port:
-                    assert heard(sock).startswith(b"220")
-                sock.sendall(said)
+                    assert received(sock).startswith(b"220")
+                sock.sendall(sent)
                 time.sleep(0.02)
-                with contextlib.suppress(OSError):  # it may be closed already
+                with contextlib.suppress(OSError):  # the relay may have closed already
                     if end in ("half", "both"):
                         sock.shutdown(socket.SHUT_WR if end == "half" else socket.SHUT_RDWR)
                         time.sleep(0.02)
                 reset(sock) if end == "reset" else sock.close()
-                for source in ("127.0.0.1", "127.0.0.5"):  # one of each may come in
-                    wait_for(lambda source=source: admitted(relay.port, source), 10, f"a place after {said!r}, {end}")
+                for source in ("127.0.0.1", "127.0.0.5"):  # one connection of each is admitted
+                    wait_for(lambda source=source: admitted(relay.port, source), 10, f"a place after {sent!r}, {end}")
         wait_for(lambda: relay.metric("relaymta_connections") == 0)
         wait_for(lambda: relay.descriptors() <= before + 2)
 
@@ -404,7 +405,7 @@ def test_every_end_of_a_beginning_gives_back_once(peer, tmp_path):
 def admitted(port: int, source: str) -> bool:
     with reach(port, source) as sock:
         sock.sendall(b"")
-        return heard(sock).startswith(b"220")
+        return received(sock).startswith(b"220")
 
 
 def test_a_header_and_a_handshake_have_a_deadline(guard):
@@ -413,37 +414,37 @@ def test_a_header_and_a_handshake_have_a_deadline(guard):
         for octet in b"PROXY TCP":
             time.sleep(0.3)
             dripping.sendall(bytes([octet]))
-        assert heard(first) == heard(dripping) == b""
+        assert received(first) == received(dripping) == b""
         assert time.monotonic() - began > 4
     wait_for(lambda: guard.metric("relaymta_connections") == 0)
 
 
-def test_a_drain_does_not_wait_for_who_says_nothing(peer, tmp_path):
+def test_a_drain_does_not_wait_for_silent_clients(peer, tmp_path):
     with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         ours = [reach(port) for port in (relay.proxied, relay.implicit, relay.both) for _ in range(5)]
         wait_for(lambda: relay.metric("relaymta_connections") == 15)
         assert relay.stop() == 0
-        assert [heard(sock) for sock in ours] == [b""] * 15
+        assert [received(sock) for sock in ours] == [b""] * 15
 
 
-def test_a_client_that_ends_its_side_behind_the_dot_is_answered_and_let_go(peer, tmp_path):
+def test_a_client_that_half_closes_after_the_dot_gets_its_reply(peer, tmp_path):
     with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay, reach(relay.port) as sock:
-        heard(sock)
+        received(sock)
         sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
-        wait_for(lambda: b"354" in heard(sock))
+        wait_for(lambda: b"354" in received(sock))
         with relay.standing_still():
             sock.sendall(b"Subject: x\r\n\r\nx\r\n.\r\n")
             sock.shutdown(socket.SHUT_WR)
-        assert heard(sock).startswith(b"250")
-        assert heard(sock) == b""
+        assert received(sock).startswith(b"250")
+        assert received(sock) == b""
         wait_for(lambda: relay.metric("relaymta_connections") == 0)
 
 
-# One state of a listener, one owner
+# The state of a listener
 
 
 class Slow:
-    """A loop whose servers take a while to be made."""
+    """An event loop that creates servers slowly."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -463,7 +464,7 @@ class Slow:
 
 
 @pytest.mark.parametrize(
-    ("orders", "serving"),
+    ("calls", "serving"),
     [
         (["resume", "resume"], 1),
         (["resume", "pause"], 0),
@@ -474,52 +475,52 @@ class Slow:
         (["close", "resume"], 0),
     ],
 )
-async def test_orders_that_overlap_leave_a_listener_as_the_last_one_says(orders, serving):
+async def test_overlapping_calls_leave_a_listener_as_the_last_one_wants(calls, serving):
     loop, tasks = Slow(), []
     sock = socket.create_server(("127.0.0.1", 0))
-    door = Listening(loop, sock, asyncio.Protocol)  # type: ignore[arg-type]
-    for order in orders:
-        if order == "resume":
-            tasks.append(asyncio.create_task(door.resume()))
+    listening = Listening(loop, sock, asyncio.Protocol)  # type: ignore[arg-type]
+    for call in calls:
+        if call == "resume":
+            tasks.append(asyncio.create_task(listening.resume()))
             await asyncio.sleep(0)
-        elif order == "wait":
+        elif call == "wait":
             await asyncio.gather(*tasks)
         else:
-            getattr(door, order)()
+            getattr(listening, call)()
     await asyncio.gather(*tasks)
     assert loop.serving() == serving
-    door.close()
+    listening.close()
     assert loop.serving() == 0
 
 
-async def test_a_listener_without_descriptors_says_so_once_and_waits():
-    told, arrived = [], []
+async def test_a_listener_without_descriptors_reports_it_once_and_waits():
+    reported, arrived = [], []
     loop, sock = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
     clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
     reset(clients.pop())
 
     def scarce() -> None:
-        told.append(loop.time())
-        door.pause()
+        reported.append(loop.time())
+        listening.pause()
 
-    door = Guarded(loop, sock, lambda: None, lambda connection, sock, peer: arrived.append(sock), scarce)  # type: ignore[arg-type, return-value]
-    await door.resume()
+    listening = Guarded(loop, sock, lambda: None, lambda connection, sock, peer: arrived.append(sock), scarce)  # type: ignore[arg-type, return-value]
+    await listening.resume()
     with no_descriptors():
         await asyncio.sleep(0.2)
-    assert len(told) == 1 and arrived == []
-    await door.resume()
+    assert len(reported) == 1 and arrived == []
+    await listening.resume()
     await asyncio.sleep(0.1)
     assert len(arrived) >= 2
-    door.close()
+    listening.close()
     for one in (*arrived, *clients):
         one.close()
 
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[None]:
-    """None is left of those that this process may have."""
+    """Lower the limit so that no descriptor is left for this process."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)  # the lowest one
+    free = os.dup(0)  # the lowest free one
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
     try:
@@ -528,11 +529,11 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-# The counts themselves
+# The counts
 
 
-class Hall:
-    """An acceptor with nobody behind it, its limits, and listeners on sockets of its own."""
+class Bench:
+    """An acceptor with a stub for intake and endpoint, its limits, and listeners on sockets of its own."""
 
     def __init__(self, *settings: Listener, connections: int = 100, each: int = 50) -> None:
         limits = {"connections": connections, "connections_per_client": each}
@@ -543,9 +544,9 @@ class Hall:
             counters=SimpleNamespace(add=lambda cell, count: self.counted.update({cell: count})),
             draining=False,
         )
-        door = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None))
+        endpoint = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None))
         self.limits = Shared.create().limits(0, 1)
-        self.acceptor = Acceptor(config, intake, door, self.limits, None)  # type: ignore[arg-type]
+        self.acceptor = Acceptor(config, intake, endpoint, self.limits, None)  # type: ignore[arg-type]
         self.config = config
         self.addresses: list[tuple[str, int]] = []
 
@@ -556,7 +557,7 @@ class Hall:
             await self.acceptor.listen(sock, listener)
 
     def taken(self) -> tuple[int, int, int, int]:
-        """Units of the machine, of the client; connections, and those before SMTP."""
+        """Units of the machine and of the client; connections, and those before SMTP."""
         units = (self.limits.taken("connections"), self.limits.taken("client 127.0.0.1"))
         return (*units, len(self.acceptor.connections), len(self.acceptor.arriving))
 
@@ -573,15 +574,15 @@ async def turns(count: int = 5) -> None:
 BALANCED = Listener(address="127.0.0.1:1", proxy=["127.0.0.0/8"])
 
 
-async def test_who_waits_longest_makes_room_and_all_count_from_accept_on():
-    hall = Hall(BALANCED, connections=20, each=15)
-    await hall.listen()
-    first = [socket.create_connection(hall.addresses[0]) for _ in range(8)]
+async def test_the_oldest_before_smtp_is_evicted_and_all_count_from_accept_on():
+    bench = Bench(BALANCED, connections=20, each=15)
+    await bench.listen()
+    first = [socket.create_connection(bench.addresses[0]) for _ in range(8)]
     await turns()
-    assert hall.taken() == (8, 8, 8, 8)
-    more = [socket.create_connection(hall.addresses[0]) for _ in range(5)]
+    assert bench.taken() == (8, 8, 8, 8)
+    more = [socket.create_connection(bench.addresses[0]) for _ in range(5)]
     await turns()
-    assert hall.taken() == (10, 10, 10, 10)
+    assert bench.taken() == (10, 10, 10, 10)
     gone = []
     for sock in (*first, *more):
         sock.settimeout(0.05)
@@ -590,84 +591,84 @@ async def test_who_waits_longest_makes_room_and_all_count_from_accept_on():
         except TimeoutError:
             gone.append(False)
     assert gone == [True] * 3 + [False] * 10
-    await hall.end()
-    assert hall.taken() == (0, 0, 0, 0)
+    await bench.end()
+    assert bench.taken() == (0, 0, 0, 0)
     for sock in (*first, *more):
         sock.close()
 
 
-async def test_a_beginning_that_is_cancelled_before_it_ran_gives_back():
-    hall = Hall(BALANCED)
-    await hall.listen()
-    client = socket.create_connection(hall.addresses[0])
+async def test_a_task_before_smtp_that_is_cancelled_before_it_ran_releases():
+    bench = Bench(BALANCED)
+    await bench.listen()
+    client = socket.create_connection(bench.addresses[0])
     await turns()
-    assert hall.taken() == (1, 1, 1, 1)
+    assert bench.taken() == (1, 1, 1, 1)
     pair = socket.socketpair()
     pair[0].setblocking(False)
-    hall.acceptor._arrived(Connection(hall.acceptor, BALANCED), pair[0], "127.0.0.1")
-    assert hall.taken() == (2, 2, 2, 2)
-    hall.acceptor.close(hall.acceptor._doors[0])  # who has come in by it stays
-    assert hall.taken() == (2, 2, 2, 2)
-    for task in hall.acceptor.arriving.values():  # one of them has not run yet
+    bench.acceptor._arrived(Connection(bench.acceptor, BALANCED), pair[0], "127.0.0.1")
+    assert bench.taken() == (2, 2, 2, 2)
+    bench.acceptor.close(bench.acceptor._sockets[0])  # its connections stay
+    assert bench.taken() == (2, 2, 2, 2)
+    for task in bench.acceptor.arriving.values():  # one of them has not run yet
         task.cancel()
     await turns()
-    assert hall.taken() == (0, 0, 0, 0) and pair[0].fileno() == -1
+    assert bench.taken() == (0, 0, 0, 0) and pair[0].fileno() == -1
     client.close()
     pair[1].close()
-    await hall.end()
+    await bench.end()
 
 
-async def test_under_stress_patience_ends_sooner(monkeypatch):
+async def test_timeouts_are_shorter_under_stress(monkeypatch):
     monkeypatch.setattr(acceptor, "ARRIVAL_SECONDS", 0.5)
-    hall = Hall(BALANCED, connections=10)
-    await hall.listen()
-    clients = [socket.create_connection(hall.addresses[0]) for _ in range(5)]
+    bench = Bench(BALANCED, connections=10)
+    await bench.listen()
+    clients = [socket.create_connection(bench.addresses[0]) for _ in range(5)]
     await turns()
-    hall.acceptor._check()
-    assert hall.taken()[3] == 5
+    bench.acceptor._check()
+    assert bench.taken()[3] == 5
     for _ in range(4):
-        hall.limits.take("connections", 10)
+        bench.limits.take("connections", 10)
     await asyncio.sleep(0.1)
-    hall.acceptor._check()
+    bench.acceptor._check()
     await turns()
-    assert hall.taken()[1:] == (0, 0, 0)
+    assert bench.taken()[1:] == (0, 0, 0)
     for client in clients:
         client.close()
-    await hall.end()
+    await bench.end()
 
 
 async def test_out_of_descriptors_is_one_pause_and_one_resume():
-    hall = Hall(Listener(address="127.0.0.1:2"), BALANCED)
-    await hall.listen()
-    one = hall.acceptor
+    bench = Bench(Listener(address="127.0.0.1:2"), BALANCED)
+    await bench.listen()
+    one = bench.acceptor
     resumed: list[int] = []
-    for door in one._doors:
-        plain = door.resume
+    for listening in one._sockets:
+        plain = listening.resume
 
         async def resume(plain=plain) -> None:
             await plain()
             await asyncio.sleep(0.01)
             resumed.append(1)
 
-        door.resume = resume  # type: ignore[method-assign]
+        listening.resume = resume  # type: ignore[method-assign]
     one._pause()
-    for _ in range(5):  # each end of a connection, and each look, asks for it
-        one._let_in()
+    for _ in range(5):  # each end of a connection and each check calls it
+        one._try_resume()
     await turns()
     assert len(resumed) == 2 and not one.paused
     one._pause()
-    one._let_in()
+    one._try_resume()
     await asyncio.sleep(0)
-    one._pause()  # while that is under way
+    one._pause()  # while the resume is under way
     await turns()
-    assert one.paused and all(door._server is None for door in one._doors)
+    assert one.paused and all(listening._server is None for listening in one._sockets)
     with no_descriptors():
-        one._let_in()
+        one._try_resume()
         await turns()
         assert one.paused
-    one._check()  # nobody of ours has ended; there are descriptors again all the same
+    one._check()  # no connection has ended, but descriptors are free again
     await turns()
     assert not one.paused
-    for address in hall.addresses:
+    for address in bench.addresses:
         socket.create_connection(address).close()
-    await hall.end()
+    await bench.end()

@@ -1,4 +1,4 @@
-"""Too little memory, and too much to do: what is put off, and that it ends."""
+"""Overload: load shedding while the event loop is late, and rejection while memory is short; and that both end."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ def banner(relay: Relay) -> bytes:
         return sock.recv(200)
 
 
-def test_a_loop_that_is_late_sends_new_clients_away_and_serves_the_others(tmp_path):
+def test_load_shedding_rejects_new_clients_and_serves_the_others(tmp_path):
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "intake.shed_lag=0.1") as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             (pid,) = relay.worker_pids()
 
             def late() -> None:
-                """As if something else had the processor."""
+                """Stop the worker for a while, as if other processes had the CPU."""
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(0.3)
                 os.kill(pid, signal.SIGCONT)
@@ -35,10 +35,10 @@ def test_a_loop_that_is_late_sends_new_clients_away_and_serves_the_others(tmp_pa
 
 
 class Configured(Relay):
-    """A relay with a file for what is changed while it runs."""
+    """A relay with a configuration file that is changed while it runs."""
 
     def set(self, text: str) -> None:
-        """Write the file; once it runs, let it be read."""
+        """Write the file and, if the relay runs, reload it."""
         (self.folder / "relay.toml").write_text(text)
         if self.process is not None:
             self.process.send_signal(signal.SIGHUP)
@@ -48,7 +48,7 @@ class Configured(Relay):
         return [*found[:4], "--config", str(self.folder / "relay.toml"), *found[4:]]
 
 
-def test_without_memory_mail_is_put_off_and_what_is_there_is_delivered(tmp_path):
+def test_without_memory_mail_is_temporarily_rejected_and_the_queue_is_delivered(tmp_path):
     port = free_port()
     relay = Configured(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=0.5")
     relay.set("")

@@ -1,4 +1,4 @@
-"""What a reload replaces: it is closed when nobody uses it any more, and sessions that are older see what holds now."""
+"""What a reload replaces: it is closed after its last use, and older sessions use the current state."""
 
 import asyncio
 import contextlib
@@ -12,34 +12,34 @@ import pytest
 from relaymta.accept.dovecot import Dovecot
 from relaymta.accept.identity import Identity, Unavailable
 from tests.accept.test_backends import dovecot, plain  # noqa: F401 (a fixture)
-from tests.accept.test_front_door import SECRET, Door, scram
+from tests.accept.test_endpoints import SECRET, Endpoint, scram
 from tests.support.daemon import wait_for
 from tests.support.fake_mx import FakeMx
 
 
-def descriptors(door: Door) -> int:
-    found = json.loads(door.cli("status", "--json").stdout)
+def descriptors(endpoint: Endpoint) -> int:
+    found = json.loads(endpoint.cli("status", "--json").stdout)
     return sum(len(os.listdir(f"/proc/{row['pid']}/fd")) for row in found["workers"])
 
 
 def test_reloads_leave_no_connections_to_dovecot(dovecot, tmp_path):  # noqa: F811
-    with Door(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as door:
-        assert plain(door, "bob", "builder") == 235
-        before = descriptors(door)
+    with Endpoint(tmp_path, "127.0.0.1:1", f"accounts.dovecot={dovecot.socket}", "accounts.remember=0") as endpoint:
+        assert plain(endpoint, "bob", "builder") == 235
+        before = descriptors(endpoint)
         for _ in range(5):
-            assert door.cli("reload").stdout.startswith("reloaded")
-            assert plain(door, "bob", "builder") == 235
-        wait_for(lambda: descriptors(door) <= before, 10, "the connections to be closed")
+            assert endpoint.cli("reload").stdout.startswith("reloaded")
+            assert plain(endpoint, "bob", "builder") == 235
+        wait_for(lambda: descriptors(endpoint) <= before, 10, "the connections to be closed")
 
 
-def test_a_session_that_is_older_than_a_reload_sees_todays_accounts(tmp_path):
-    with FakeMx({}) as peer, Door(tmp_path, f"127.0.0.1:{peer.port}") as door:
-        with door.client() as right, door.client() as wrong:
-            assert door.cli("reload").stdout.startswith("reloaded")
-            door.account("user", "password", "ann", "--password", "battery staple", "--scram")
+def test_a_session_that_is_older_than_a_reload_uses_the_current_accounts(tmp_path):
+    with FakeMx({}) as peer, Endpoint(tmp_path, f"127.0.0.1:{peer.port}") as endpoint:
+        with endpoint.client() as right, endpoint.client() as wrong:
+            assert endpoint.cli("reload").stdout.startswith("reloaded")
+            endpoint.account("user", "password", "ann", "--password", "battery staple", "--scram")
 
             def changed() -> bool:
-                with door.client() as fresh:
+                with endpoint.client() as fresh:
                     return scram(fresh, "ann", "battery staple") == 235
 
             wait_for(lambda: _quietly(changed))
@@ -48,14 +48,14 @@ def test_a_session_that_is_older_than_a_reload_sees_todays_accounts(tmp_path):
 
 
 def _quietly(tried) -> bool:
-    """scramp's client looks at the server's signature, too, and knows when it was another password's."""
+    """scramp's client verifies the server's signature, too, and raises when that was made with another password."""
     with contextlib.suppress(Exception):
         return bool(tried())
     return False
 
 
 class Auth:
-    """A Dovecot that answers when it is told to; how many are connected."""
+    """A Dovecot auth service that answers once `answer` is set; it counts its connections."""
 
     def __init__(self, path: Path, greeting: bytes = b"VERSION\t1\t2\nMECH\tPLAIN\nDONE\n") -> None:
         self.path, self._greeting = str(path), greeting
@@ -92,7 +92,7 @@ async def auth(tmp_path: Path) -> AsyncIterator[Auth]:
         yield made
 
 
-async def test_who_is_being_checked_has_an_answer_before_dovecot_is_left(auth):
+async def test_pending_requests_are_answered_before_a_replaced_connection_is_closed(auth):
     ours = Dovecot(auth.path)
     asked = [asyncio.create_task(ours.password("bob", "x", "192.0.2.1")) for _ in range(3)]
     await auth.until(1)
@@ -104,12 +104,12 @@ async def test_who_is_being_checked_has_an_answer_before_dovecot_is_left(auth):
     auth.answer.set()
     assert await asyncio.gather(*asked) == [Identity("bob")] * 2
     await auth.until(0)
-    assert await ours.password("bob", "x", "192.0.2.1") == Identity("bob")  # who had it before it was replaced
+    assert await ours.password("bob", "x", "192.0.2.1") == Identity("bob")  # for a session that began before the reload
     await auth.until(0)
     assert auth.ever == 2
 
 
-async def test_a_dovecot_that_greets_wrongly_or_never_is_left(tmp_path, monkeypatch):
+async def test_a_dovecot_that_greets_wrongly_or_never_is_disconnected(tmp_path, monkeypatch):
     monkeypatch.setattr("relaymta.accept.dovecot.TIMEOUT", 0.1)
     for number, greeting in enumerate((b"220 hello\n", b"VERSION\t2\t0\n", b"")):
         async with Auth(tmp_path / f"auth{number}", greeting) as other:

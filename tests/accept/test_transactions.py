@@ -1,4 +1,4 @@
-"""What is stored is what was sent in that transaction, however its octets were cut, whatever came before and behind it."""
+"""What is stored is what was sent in that transaction, however its octets are split, and whatever comes before and after it."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, Mac
 SIZES = (40, BIG, 3 * BIG)
 HUGE = 20 * BIG
 EHLO = b"EHLO client.example\r\n"
-# What spoils a text, and what spoils it only if there is something that looks at it.
+# What makes message data unacceptable, and what does so only where it is verified.
 SPOILED = {
     "": b"", "bare LF": b"x\ny", "bare CR": b"x\ry", "NUL": b"\0", "long line": b"x" * 1100, "loop": b"Received: x\r\n" * 60,
     "disk": DISK_FAILS, "commit": COMMIT_FAILS, "refused": REFUSED + b": x", "huge": b"",
@@ -26,8 +26,8 @@ ENDS = ("", "RSET", "EHLO", "HELO", "STARTTLS", "XCLIENT", "MAIL")
 
 @dataclass
 class Mail:
-    """A transaction. `how`: DATA (-1), or BDAT in so many chunks (0: only an envelope); `end`: what ends it in the middle instead
-    ("": it comes to its own end)."""
+    """A transaction. `how`: DATA (-1), or BDAT in so many chunks (0: only an envelope); `end`: the command that aborts it ("": it
+    is completed)."""
 
     how: int = -1
     size: int = 40
@@ -36,7 +36,7 @@ class Mail:
     number: int = 0
     protocol: bytes = b"ESMTP"
 
-    def text(self) -> bytes:
+    def data(self) -> bytes:
         line = b"line of mail %d\r\n" % self.number
         spoil = SPOILED[self.spoiled]
         header = b"Subject: %d\r\n" % self.number + (spoil + b"\r\n" if spoil.startswith((b"X-", b"Received")) else b"")
@@ -51,7 +51,7 @@ class Mail:
 
 @dataclass
 class Script:
-    """What the client writes: flights, of which each waits for the replies to those before."""
+    """What the client sends: flights, each sent after the replies to those before."""
 
     mails: list[Mail] = field(default_factory=list)
 
@@ -60,13 +60,13 @@ class Script:
         for number, mail in enumerate(self.mails, 1):
             mail.number, mail.protocol = number, protocol
             octets += b"MAIL FROM:<%d@s.example>\r\nRCPT TO:<%d@d.example>\r\n" % (number, number)
-            text = mail.text()
+            data = mail.data()
             if mail.how < 0:
                 yield octets + b"DATA\r\n"
-                octets = re.sub(rb"(?m)^\.", b"..", text) + b".\r\n"
+                octets = re.sub(rb"(?m)^\.", b"..", data) + b".\r\n"
             elif mail.how > 0:
-                step = len(text) // mail.how + 1
-                pieces = [text[at : at + step] for at in range(0, len(text), step)]
+                step = len(data) // mail.how + 1
+                pieces = [data[at : at + step] for at in range(0, len(data), step)]
                 last = len(pieces) - 1
                 for at, piece in enumerate(pieces):
                     octets += b"BDAT %d%s\r\n" % (len(piece), b" LAST" if at == last and not mail.end else b"") + piece
@@ -102,7 +102,8 @@ def connected(machine: Machine) -> Connection:
 
 
 def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: int = -1, cuts: int = 4) -> Connection:
-    """Write the flights in pieces, with turns of the loop between them. `stop_at`: the flight within which the client is gone."""
+    """Send the flights in pieces, with turns of the loop between them. `stop_at`: the flight within which the client
+    disconnects."""
     made = connected(machine)
     loop = machine.loop
     for number, flight in enumerate(flights):
@@ -114,11 +115,11 @@ def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: in
             if transport is None:
                 break
             assert isinstance(transport, Transport)
-            transport.reads = random.random() < 0.7  # or it reads a little later
-            # Once reading is paused, a piece that was there already may still come: TLS has it decrypted.
+            transport.reads = random.random() < 0.7  # otherwise it reads a little later
+            # After reading is paused, a piece may still arrive that TLS has decrypted already.
             late = random.random() < 0.3
             while transport.paused and not late and made.transport is transport:
-                assert loop.step() or transport.owed, "a client that is not heard waits for nothing"
+                assert loop.step() or transport.owed, "reading is paused and nothing is left to wait for"
                 if not loop.turns and not loop.threads and not loop.timers:
                     transport.read()
             if made.transport is transport and not transport.closing:
@@ -134,7 +135,7 @@ def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: in
 
 
 def idle(made: Connection) -> None:
-    """Until nothing is left to be done, and the client has read all."""
+    """Run the loop until nothing is left to do and the client has read all replies."""
     while True:
         if made.acceptor.loop.step():  # type: ignore[attr-defined]
             continue
@@ -146,22 +147,22 @@ def idle(made: Connection) -> None:
 
 
 def checked(machine: Machine, made: Connection, script: Script, whole: bool, looks: bool) -> None:
-    """Nothing but what was sent is stored, and nothing is left of any of it."""
+    """Nothing but what was sent is stored, and no state is left."""
     taken = {mail.number: mail for mail in script.mails if mail.taken(looks)}
     found = [int(envelope.sender.partition("@")[0]) for envelope, _ in machine.stored]
     assert len(set(found)) == len(found) and set(found) <= set(taken)
-    if whole:  # a text that comes at once needs no file, whatever its length is: then a disk that fails does not matter
+    if whole:  # message data received at once needs no file, whatever its length: then a failing disk does not matter
         assert [number for number in found if taken[number].spoiled != "disk"] == [
             number for number, mail in taken.items() if mail.spoiled != "disk"
         ]
-    for number, (envelope, text) in zip(found, machine.stored, strict=True):
-        assert envelope.recipients == [f"{number}@d.example"] and envelope.size == len(text)
+    for number, (envelope, data) in zip(found, machine.stored, strict=True):
+        assert envelope.recipients == [f"{number}@d.example"] and envelope.size == len(data)
         mail = taken[number]
-        assert text.endswith(mail.text())
-        front = text[: -len(mail.text())]
+        assert data.endswith(mail.data())
+        front = data[: -len(mail.data())]
         assert b"line of mail" not in front and b"Subject" not in front and front.count(b"Received: from") == 1
         signed = re.search(rb"X-Signed: (\d+)", front)
-        assert signed is None or int(signed[1]) == len(mail.text())
+        assert signed is None or int(signed[1]) == len(mail.data())
         assert b" with %s id" % mail.protocol in front or b" with SMTP id" in front
     assert made.large is None and all(file.kept != file.discarded for file in machine.files)
     assert made.transport is None and not any(machine.limits.counts.values()) and not machine.connections
@@ -205,17 +206,17 @@ def test_a_transaction_holds_what_was_sent_in_it_and_leaves_nothing(mails, seed,
     way=st.sampled_from(("", "signs", "looks")),
     closes=st.booleans(),
 )
-def test_whenever_a_client_goes_nothing_is_left_of_it(mail, cut, turns, seed, way, closes):
+def test_a_client_that_disconnects_at_any_time_leaves_nothing(mail, cut, turns, seed, way, closes):
     random = Random(seed)
     relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if way == "signs" else []}
     machine = Machine(random, way == "signs", way == "looks", relay=relay, **SETTINGS)
     script = Script([mail])
     made = connected(machine)
-    *before, text = script.flights()
+    *before, last = script.flights()
     for flight in before:
         made.data_received(flight)
         idle(made)
-    for piece in (text[: int(len(text) * cut) // 2], text[int(len(text) * cut) // 2 : int(len(text) * cut)]):
+    for piece in (last[: int(len(last) * cut) // 2], last[int(len(last) * cut) // 2 : int(len(last) * cut)]):
         made.data_received(piece)
         for _ in range(turns):
             machine.loop.step()

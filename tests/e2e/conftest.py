@@ -1,4 +1,4 @@
-"""A ledger sink in a thread of its own, and relays that send to it."""
+"""A ledger sink in a thread of its own, and relays whose smart host it is."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from tests.support.daemon import Relay
 
 
 class SinkThread:
-    """The ledger sink, running."""
+    """A running ledger sink."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, str, list[str]]] = []
@@ -32,7 +32,7 @@ class SinkThread:
         await self._stop.wait()
 
     def counts(self) -> Counter[str]:
-        """How often each ledger id arrived."""
+        """How many times each ledger id has arrived."""
         return Counter(ident for ident, _, _ in self.taken)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The wall clock is set while the relay runs, and between two runs: mail flows on, and nothing expires untried."""
+"""The wall clock is set while the relay runs, or between two runs: mail is delivered, and nothing expires without an attempt."""
 
 import subprocess
 import time
@@ -16,14 +16,14 @@ HOUR, DAYS = 3600, 86_400
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory) -> Path:
-    """The library that shifts the wall clock of what preloads it."""
+    """A library that shifts the wall clock of a process that preloads it."""
     built = tmp_path_factory.mktemp("shim") / "shifted_clock.so"
     subprocess.run([need("gcc"), "-shared", "-fPIC", "-O1", "-o", built, SHIM, "-ldl"], check=True)
     return built
 
 
 class Shifted:
-    """A relay whose smart host is a port, and whose wall clock can be set."""
+    """A relay whose smart host is a port of loopback, and whose wall clock can be set."""
 
     def __init__(self, folder: Path, shim: Path, smarthost: int) -> None:
         self.file = folder / "shift"
@@ -48,20 +48,20 @@ def test_the_clock_is_set(tmp_path, shim, shift, restart):
         if restart:
             relay.stop()
         shifted.set(shift)
-        with FakeMx({}, port) as peer:  # up before the restart: each message gets one attempt behind the jump, which may end it
+        with FakeMx({}, port) as peer:  # up before the restart: after the jump each message gets one attempt, perhaps its last
             if restart:
                 relay.start()
             relay.send("Subject: after\r\n\r\nx\r\n")
             wait_for(lambda: len(relay.events("queued")) == 2)
-            told = relay.events("queued")[-1]["ts"]
-            assert abs(told - time.time() - shift) < 60, "the shift is not in effect"
+            logged = relay.events("queued")[-1]["ts"]
+            assert abs(logged - time.time() - shift) < 60, "the shift is not in effect"
             wait_for(lambda: len(peer.messages) == 2, 30, "both to be delivered")
         assert not relay.events("bounced")
         wait_for(lambda: relay.summary() == [])
 
 
-def test_what_waits_for_a_slow_peer_behind_the_jump_is_not_given_up(tmp_path, shim):
-    """The deadline has passed on all of it, and the look for overdue mail comes before the first attempt ends."""
+def test_mail_for_a_slow_peer_does_not_expire_after_the_jump(tmp_path, shim):
+    """All of it has passed its deadline, and the scan for expired mail comes before the first attempt ends."""
     port = free_port()
     shifted = Shifted(tmp_path, shim, port)
     with shifted.relay as relay:

@@ -1,4 +1,4 @@
-"""Mail to the MX of its domain, by a real unbound on loopback."""
+"""Delivery to the MX of a domain, with a real unbound on loopback."""
 
 import json
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def test_mail_finds_its_mx(tmp_path, nameserver):
 
 
 def test_domains_with_the_same_mx_are_one_site(tmp_path, nameserver):
-    """Thirty domains, two connections, and hardly more questions than domains."""
+    """Thirty domains, two connections, and few more DNS queries than domains."""
     with FakeMx({}, slow=0.1) as peer:
         settings = [
             f'delivery.nameservers=["{nameserver}"]',
@@ -77,7 +77,7 @@ def test_the_cname_of_a_domain_is_followed(tmp_path, nameserver):
             wait_for(lambda: peer.messages)
 
 
-def test_route_test_says_where_mail_would_go(tmp_path, nameserver):
+def test_route_test_shows_where_mail_would_be_sent(tmp_path, nameserver):
     flags = [
         "--set",
         f'delivery.nameservers=["{nameserver}"]',
@@ -95,7 +95,7 @@ def test_route_test_says_where_mail_would_go(tmp_path, nameserver):
     assert relay.cli("route", "test", "--to", "nobody", *flags, check=False).returncode == 64
 
 
-def test_a_route_by_mx_takes_the_domains_of_its_hosts(tmp_path, nameserver):
+def test_a_route_by_mx_matches_the_domains_of_its_hosts(tmp_path, nameserver):
     with FakeMx({}) as peer:
         routes = f'route=[{{name="pool",mx=[".pool.test"],hosts=["127.0.0.1:{peer.port}"]}}]'
         with Relay(tmp_path, None, f'delivery.nameservers=["{nameserver}"]', routes, "delivery.connect_timeout=2") as relay:

@@ -1,4 +1,4 @@
-"""Why is it still here, and what became of it: asked of the running relay, and of a stopped one."""
+"""`message explain` and `message history`, with a running relay and with a stopped one."""
 
 import json
 
@@ -10,7 +10,7 @@ def explained(relay: Relay, ident: str) -> dict:
     return json.loads(relay.cli("message", "explain", ident, "--json").stdout)
 
 
-def test_explain_says_what_a_message_waits_for(tmp_path):
+def test_explain_shows_what_a_message_waits_for(tmp_path):
     with FakeMx({"RCPT": [b"450 4.2.1 not now\r\n"]}) as peer:
         routes = f'route=[{{name="shop",application=["shop"],hosts=["h"]}},{{name="out",hosts=["127.0.0.1:{peer.port}"]}}]'
         with Relay(tmp_path, None, routes, "delivery.first_retry=60") as relay:
@@ -40,7 +40,7 @@ def test_explain_of_a_dead_site_and_of_a_delivery_under_way(tmp_path):
             wait_for(lambda: "DATA" in peer.commands)
             (ident,) = wait_for(lambda: [event["id"] for event in relay.events("queued")])
             wait = wait_for(lambda: explained(relay, ident)["waits"][0]["wait"])
-            assert wait["why"] == "it is being delivered to 127.0.0.1, which owes a reply to final"
+            assert wait["why"] == "it is being delivered to 127.0.0.1, waiting for the reply to final"
     with Relay(tmp_path, f"127.0.0.1:{free_port()}") as relay:
         for _ in range(3):
             relay.send()

@@ -1,4 +1,4 @@
-"""What one client, or many, may take: time, connections, descriptors."""
+"""Limits for clients: time, connections, descriptors."""
 
 import socket
 import time
@@ -13,7 +13,7 @@ def connect(port: int) -> tuple[socket.socket, bytes]:
     return sock, sock.recv(200)
 
 
-def test_silent_and_slow_clients_are_let_go(tmp_path, ledger):
+def test_silent_and_slow_clients_are_disconnected(tmp_path, ledger):
     settings = ["intake.command_timeout=1", "intake.data_timeout=1"]
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings) as relay:
         sock, banner = connect(relay.port)
@@ -22,11 +22,11 @@ def test_silent_and_slow_clients_are_let_go(tmp_path, ledger):
         assert sock.recv(100) == b""
         sock, _ = connect(relay.port)
         sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-        said = heard(sock, b"354")
+        replies = heard(sock, b"354")
         sock.sendall(b"Subject: unfinished\r\n")
         while piece := sock.recv(1000):
-            said += piece
-        assert said.endswith(b"421 4.4.2 Timed out waiting for you; closing\r\n")
+            replies += piece
+        assert replies.endswith(b"421 4.4.2 Timed out waiting for you; closing\r\n")
         assert relay.summary() == []
 
 
@@ -37,10 +37,10 @@ def test_connections_are_limited_for_each_client_and_for_all(tmp_path, ledger):
         assert all(banner.startswith(b"220") for _, banner in held)
         assert connect(relay.port)[1].startswith(b"421 4.7.0 Too many connections from your address")
         held[0][0].close()
-        wait_for(lambda: connect(relay.port)[1].startswith(b"220"), what="a place to become free")
+        wait_for(lambda: connect(relay.port)[1].startswith(b"220"), what="a free connection")
 
 
-def test_out_of_descriptors_connections_wait_and_the_relay_goes_on(tmp_path, ledger):
+def test_without_free_descriptors_connections_wait_and_mail_flows(tmp_path, ledger):
     wrap = (need("prlimit"), "--nofile=300:300")
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", wrap=wrap) as relay:
         served, waiting = [], []
@@ -65,7 +65,7 @@ def test_out_of_descriptors_connections_wait_and_the_relay_goes_on(tmp_path, led
 
 
 def greeted(relay: Relay, sock: socket.socket) -> bool:
-    """Whether a connection is served, or has to wait since listening has paused."""
+    """Whether a connection is served, or waits because its listener is paused."""
     sock.settimeout(0.3)
     while True:
         try:
@@ -76,7 +76,7 @@ def greeted(relay: Relay, sock: socket.socket) -> bool:
                 return False
 
 
-def test_under_stress_silent_clients_are_let_go_sooner(tmp_path, ledger):
+def test_under_stress_silent_clients_are_disconnected_sooner(tmp_path, ledger):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "limits.connections=10", "intake.command_timeout=20") as relay:
         began = time.monotonic()
         few = [connect(relay.port)[0] for _ in range(4)]
@@ -85,37 +85,37 @@ def test_under_stress_silent_clients_are_let_go_sooner(tmp_path, ledger):
         for sock in few:
             sock.settimeout(60)
             assert sock.recv(100).startswith(b"421 4.4.2")
-        assert time.monotonic() - began < 20, "the timeout itself: they have been quiet for a fifth of it"
+        assert time.monotonic() - began < 20, "before the timeout: they have been silent for a fifth of it"
         assert all(sock.fileno() > 0 for sock in many)
 
 
-def test_a_network_has_rules_of_its_own(tmp_path, ledger):
+def test_a_network_has_settings_of_its_own(tmp_path, ledger):
     networks = 'network=[{networks=["127.0.0.2/32"], application="shop", message_size=1000, relay=false}]'
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", networks, 'relay.domains=["d"]') as relay:
-        said = b""
+        replies = b""
         with socket.create_connection(("127.0.0.1", relay.port), 10, source_address=("127.0.0.2", 0)) as sock:
             sock.settimeout(10)
             sock.recv(200)
             sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@elsewhere>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-            while b"354" not in said:
-                said += sock.recv(1000)
+            while b"354" not in replies:
+                replies += sock.recv(1000)
             sock.sendall(b"X-Ledger: shop\r\n\r\nx\r\n.\r\nQUIT\r\n")
             while piece := sock.recv(1000):
-                said += piece
-        assert b"SIZE 1000" in said
-        assert b"550 5.7.1" in said
+                replies += piece
+        assert b"SIZE 1000" in replies
+        assert b"550 5.7.1" in replies
         (queued,) = wait_for(lambda: relay.events("queued"))
         assert queued["application"] == "shop"
         assert wait_for(lambda: relay.events("delivered"))[0]["route"] == "smarthost//shop"
         assert b"SIZE 52428800" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
 
 
-def test_what_is_refused_at_its_end_is_counted_and_logged(tmp_path, ledger):
+def test_messages_rejected_after_their_data_are_counted_and_logged(tmp_path, ledger):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", "limits.message_size=10000") as relay:
         open_mail = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
-        said = dialog(relay.port, b"EHLO x\r\n" + open_mail, b"bare\nfeed\r\n.\r\n", open_mail, b"y" * 70 + b"\r\n", b"z" * 10000,
-                      b"\r\n.\r\n", open_mail, b"Received: x\r\n" * 101 + b"\r\n.\r\n", b"QUIT\r\n")  # fmt: skip
-        refused = [line for line in said.split(b"\r\n") if line[:2] in (b"55", b"54")]
+        replies = dialog(relay.port, b"EHLO x\r\n" + open_mail, b"bare\nfeed\r\n.\r\n", open_mail, b"y" * 70 + b"\r\n",
+                         b"z" * 10000, b"\r\n.\r\n", open_mail, b"Received: x\r\n" * 101 + b"\r\n.\r\n", b"QUIT\r\n")  # fmt: skip
+        refused = [line for line in replies.split(b"\r\n") if line[:2] in (b"55", b"54")]
         assert len(refused) == 3
         events = wait_for(lambda: len(found := relay.events("rejected")) == 3 and found)
         assert [event["reply"].encode() for event in events] == refused

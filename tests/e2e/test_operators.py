@@ -1,4 +1,4 @@
-"""What operators do to queued mail, beyond holding and deleting it."""
+"""Operators' verbs for queued mail, beyond hold and delete; policies; suspensions."""
 
 import json
 import smtplib
@@ -13,7 +13,7 @@ def changed(relay: Relay, *arguments: str) -> dict:
     return json.loads(relay.cli("queue", *arguments, "--json").stdout)
 
 
-def test_mail_for_a_dead_smart_host_goes_by_another_route(tmp_path):
+def test_mail_for_a_dead_smart_host_is_moved_to_another_route(tmp_path):
     with FakeMx({}) as other:
         routes = f'route=[{{name="dead",hosts=["127.0.0.1:{free_port()}"]}},{{name="other",hosts=["127.0.0.1:{other.port}"]}}]'
         with Relay(tmp_path, None, routes) as relay:
@@ -44,7 +44,7 @@ def test_whole_queues_move_to_another_smart_host_and_stay_there(tmp_path):
             wait_for(lambda: {row["queue"]: (row["messages"], row["held"]) for row in relay.summary()} == {"other": (2, 1)})
             found = json.loads(relay.cli("message", "explain", held, "--json").stdout)
             assert [wait["queue"] for wait in found["waits"]] == ["other"]
-            # What waits again waits for the new route, over a kill -9, too.
+            # What is deferred again stays on the new route, also after a kill -9.
             relay.kill()
             relay.start()
             relay.cli("queue", "release", held)
@@ -54,7 +54,7 @@ def test_whole_queues_move_to_another_smart_host_and_stay_there(tmp_path):
             assert [row["queue"] for row in relay.summary()] == ["other"]
 
 
-def test_bounced_by_hand_the_sender_is_told_why(tmp_path):
+def test_a_dsn_for_mail_bounced_by_hand_has_the_reason(tmp_path):
     with FakeMx({"RCPT": {"c@d": b"450 4.2.1 later\r\n"}}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=60") as relay:
             relay.send("Subject: x\r\n\r\nx\r\n", "a@b", "c@d")
@@ -66,19 +66,19 @@ def test_bounced_by_hand_the_sender_is_told_why(tmp_path):
             }  # fmt: skip
             wait_for(lambda: len(peer.messages) == 2)
             assert all(
-                sender == "" and to == ["a@b"] and b"the campaign was stopped" in text for sender, to, text in peer.messages
+                sender == "" and to == ["a@b"] and b"the campaign was stopped" in data for sender, to, data in peer.messages
             )
             wait_for(lambda: relay.summary() == [])
 
 
-def test_standing_orders_hold_and_bounce_what_waits_and_what_comes(tmp_path):
+def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
     networks = 'network=[{networks=["127.0.0.9/32"],application="news"}]'
     with FakeMx({"RCPT": {"slow@d": b"450 4.2.1 later\r\n"}}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", networks, workers=2) as relay:
             relay.send_from("127.0.0.9", to=("slow@d",))
             wait_for(lambda: relay.events("deferred"))
-            assert "1 messages that wait now would be held" in relay.cli("standing", "hold", "--app", "news", "--dry-run").stdout
-            assert "1 messages that waited were held" in relay.cli("standing", "hold", "--app", "news", "--for", "1h").stdout
+            assert "1 queued messages would be held" in relay.cli("policy", "hold", "--app", "news", "--dry-run").stdout
+            assert "1 queued messages were held" in relay.cli("policy", "hold", "--app", "news", "--for", "1h").stdout
             for _ in range(5):
                 relay.send_from("127.0.0.9")
             relay.send()
@@ -86,44 +86,45 @@ def test_standing_orders_hold_and_bounce_what_waits_and_what_comes(tmp_path):
             wait_for(lambda: sum(row["held"] for row in relay.summary()) == 6)
             held = json.loads(relay.cli("queue", "list", "--held", "--json").stdout.splitlines()[-1])
             explained = json.loads(relay.cli("message", "explain", held["id"], "--json").stdout)
-            assert "standing order: hold application=news" in explained["waits"][0]["wait"]["why"]
+            why = explained["waits"][0]["wait"]["why"]
+            assert "policy" in why and "application=news" in why
             assert relay.cli("shaping", "active").stdout.startswith("nothing is suspended")
             relay.stop()
-            relay.start()  # orders outlive a restart
+            relay.start()  # policies outlive a restart
             relay.send_from("127.0.0.9")
             wait_for(lambda: sum(row["held"] for row in relay.summary()) == 7)
-            relay.cli("queue", "hold", held["id"])  # by hand, and so for longer than the order stands
-            assert relay.cli("standing", "remove", "hold", "application=other", check=False).returncode == 1
-            relay.cli("standing", "remove", "hold", "application=news")
+            relay.cli("queue", "hold", held["id"])  # by hand, and so beyond the end of the policy
+            assert relay.cli("policy", "remove", "hold", "application=other", check=False).returncode == 1
+            relay.cli("policy", "remove", "hold", "application=news")
             wait_for(lambda: len(peer.messages) == 6)
             assert sum(row["held"] for row in relay.summary()) == 1
 
-            relay.cli("standing", "bounce", "--domain", "d.example", "--for", "30m", "--reason", "the list was stolen")
+            relay.cli("policy", "bounce", "--domain", "d.example", "--for", "30m", "--reason", "the list was stolen")
             relay.send()
             wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
             assert b"the list was stolen" in peer.messages[-1][2]
             relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "one@d.example", "two@e.example", "three@D.example")
             wait_for(lambda: any(to == ["two@e.example"] for _, to, _ in peer.messages))
             wait_for(lambda: sum(sender == "" for sender, _, _ in peer.messages) == 2)
-            notice = [text for sender, _, text in peer.messages if sender == ""][-1]
-            assert b"one@d.example" in notice and b"three@D.example" in notice and b"two@e.example" not in notice
-            # Its own notices are not meant, though they go to that domain: somebody is told.
+            dsn = [data for sender, _, data in peer.messages if sender == ""][-1]
+            assert b"one@d.example" in dsn and b"three@D.example" in dsn and b"two@e.example" not in dsn
+            # The policy does not match our own DSNs, though they are sent to that domain.
             relay.send("Subject: x\r\n\r\nx\r\n", "boss@d.example", "one@d.example")
             wait_for(lambda: any(to == ["boss@d.example"] for _, to, _ in peer.messages))
-            orders = json.loads(relay.cli("standing", "list", "--json").stdout)
-            assert [(order["kind"], order["about"]) for order in orders] == [("bounce", "recipient_domain=d.example")]
+            policies = json.loads(relay.cli("policy", "list", "--json").stdout)
+            assert [(policy["kind"], policy["about"]) for policy in policies] == [("bounce", "recipient_domain=d.example")]
 
 
-def test_a_hold_order_that_ends_lets_its_mail_go(tmp_path):
+def test_a_hold_policy_that_ends_releases_its_mail(tmp_path):
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        relay.cli("standing", "hold", "--from", "a@b.example", "--for", "3s")
+        relay.cli("policy", "hold", "--from", "a@b.example", "--for", "3s")
         relay.send()
         wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
         wait_for(lambda: len(peer.messages) == 1)
-        assert relay.cli("standing", "list").stdout == "no order stands\n"
+        assert relay.cli("policy", "list").stdout == "no policy is in effect\n"
 
 
-def test_flush_says_how_many_are_throttled_and_filters_know_routes_sites_and_applications(tmp_path):
+def test_flush_reports_throttled_mail_and_filters_match_routes_sites_and_applications(tmp_path):
     networks = 'network=[{networks=["127.0.0.9/32"],application="news"}]'
     with FakeMx({"RCPT": {"c@d.example": b"450 4.2.1 later\r\n"}}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", networks) as relay:
@@ -141,8 +142,8 @@ def test_flush_says_how_many_are_throttled_and_filters_know_routes_sites_and_app
             found = changed(relay, "flush", "--all")
             assert (found["matched"], found["throttled"]) == (6, 3)
             assert 1700 < found["until"] - time.time() < 1810
-            said = relay.cli("queue", "flush", "--all").stdout
-            assert "3 may go at once, 3 are throttled by their sites until in 29m" in said
+            shown = relay.cli("queue", "flush", "--all").stdout
+            assert "3 are tried now, 3 are throttled by their sites until in 29m" in shown
             shape = json.loads(relay.cli("queue", "shape", "--json").stdout)
             assert sum(sum(row["ages"]) for row in shape["queues"]) == 6
             assert "TOTAL" in relay.cli("queue", "shape").stdout
@@ -167,7 +168,7 @@ def test_an_applications_mail_to_all_sites_is_suspended_and_resumed(tmp_path):
         wait_for(lambda: len(peer.messages) == 2)
 
 
-def test_changed_provider_profiles_are_told_and_shown(tmp_path):
+def test_changed_provider_profiles_are_logged_and_shown(tmp_path):
     with FakeMx({}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
             assert "no other profiles" in relay.cli("shaping", "diff").stdout
@@ -179,52 +180,54 @@ def test_changed_provider_profiles_are_told_and_shown(tmp_path):
             assert "site google: messages_per_connection 7 -> 100" in relay.cli("shaping", "diff").stdout
 
 
-WRONG = [  # (verb, how it ends, what it says)
+WRONG = [  # (arguments, exit status, error message)
     (("message", "show", "zz"), 64, "not a message id: 'zz'"),
     (("message", "raw", ""), 64, "not a message id: ''"),
     (("message", "explain", "1000000000000x"), 64, "not a message id"),
     (("message", "history", "zz"), 64, "not a message id"),
     (("queue", "delete", "zz"), 64, "not a message id"),
     (("site", "suspend", "x", "--for", "999999999999d"), 64, 'at most "36500d"'),
-    (("standing", "hold", "--domain", "d", "--for", "99999999999d"), 64, 'at most "36500d"'),
+    (("policy", "hold", "--domain", "d", "--for", "99999999999d"), 64, 'at most "36500d"'),
     (("site", "suspend", "x", "--for", "9" * 400), 64, 'at most "36500d"'),
 ]
 
 
-def test_wrong_words_end_in_a_sentence_and_change_nothing(tmp_path):
-    def all_end_so(wrong: list) -> None:
-        for verb, status, said in wrong:
+def test_invalid_arguments_are_reported_and_change_nothing(tmp_path):
+    def all_are_reported(wrong: list) -> None:
+        for verb, status, message in wrong:
             done = relay.cli(*verb, check=False)
-            assert (done.returncode, done.stdout) == (status, "") and said in done.stderr and "Traceback" not in done.stderr, verb
+            assert (done.returncode, done.stdout) == (status, "") and message in done.stderr and "Traceback" not in done.stderr, (
+                verb
+            )
 
     with Relay(tmp_path, f"127.0.0.1:{free_port()}", workers=1) as relay:
-        all_end_so(WRONG)
-        assert relay.cli("site", "suspend", "x", "--for", "36500d").returncode == 0  # a hundred years can be kept, and shown
+        all_are_reported(WRONG)
+        assert relay.cli("site", "suspend", "x", "--for", "36500d").returncode == 0  # a hundred years can be stored and shown
         assert "suspended until 21" in relay.cli("shaping", "active").stdout
         relay.stop()
-        all_end_so([(verb, *rest) for verb, *rest in WRONG if verb[0] == "message"])
+        all_are_reported([(verb, *rest) for verb, *rest in WRONG if verb[0] == "message"])
         with relay:
             assert "suspended until 21" in relay.cli("shaping", "active").stdout
 
 
-def test_a_queue_is_one_line_with_the_daemon_stopped_too(tmp_path):
+def test_a_queue_is_one_line_also_with_the_daemon_stopped(tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=600", workers=2) as relay:
 
-        def told() -> list:
+        def shown() -> list:
             rows = [json.loads(relay.cli("queue", verb, "--json").stdout) for verb in ("summary", "shape")]
             return [[(row["queue"], row["messages"], row["bytes"]) for row in rows[0]], rows[1]["queues"]]
 
         while len({ident[-4:] for event in relay.events("queued") if (ident := event["id"])}) < 2:  # of both workers
             relay.send()
         wait_for(lambda: relay.events("deferred"))
-        running = told()
+        running = shown()
         assert len(running[0]) == len(running[1]) == 1
         relay.stop()
-        assert told() == running
+        assert shown() == running
 
 
-def test_all_mail_is_bounced_and_every_sender_is_told(tmp_path):
-    """More than two pages: the failure notices that the first one makes are not meant by the next."""
+def test_all_mail_is_bounced_and_every_sender_gets_a_dsn(tmp_path):
+    """More than two pages: the DSNs for the first one do not match in the next."""
     count = 2400
     with FakeMx({"RCPT": {"later@d": b"450 4.2.1 later\r\n"}}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=600") as relay:

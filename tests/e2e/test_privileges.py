@@ -1,4 +1,4 @@
-"""What root touches on its way to `user`, and where our processes import from."""
+"""What root touches before it becomes `user`, and from where our processes import."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ NOBODY = 65534
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="dropping root needs root")
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder that others may enter: every pytest that starts closes the folders of pytest to them."""
+    with tempfile.TemporaryDirectory(prefix="relaymta-") as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        yield path
+
+
 def runs_as_nobody(python: str) -> bool:
     try:
         return subprocess.run([python, "-c", ""], user=NOBODY, check=False).returncode == 0
@@ -31,7 +42,7 @@ def runs_as_nobody(python: str) -> bool:
 
 
 def relay_of_nobody(folder: Path, port: int, *settings: str) -> Relay:
-    """A relay that root starts and nobody runs, its log in a folder of nobody's."""
+    """A relay that is started by root and runs as the user nobody; its log is in a folder of nobody's."""
     for one in [folder, *folder.parents]:
         if one != one.parent:
             one.chmod(one.stat().st_mode | 0o055)
@@ -41,14 +52,14 @@ def relay_of_nobody(folder: Path, port: int, *settings: str) -> Relay:
     relay = Relay(folder, f"127.0.0.1:{port}", "user=nobody", *settings)
     relay.log = log / "relay.log"
     if not runs_as_nobody(sys.executable):
-        relay.python = "/usr/bin/python3"  # ours lies where nobody may not go
+        relay.python = "/usr/bin/python3"  # the user nobody cannot execute ours
         paths = [str(Path(relaymta.__file__).parent.parent), sysconfig.get_path("purelib")]
         relay.environment = {"PYTHONPATH": ":".join(paths)}
     return relay
 
 
 def refused(relay: Relay) -> str:
-    """What a start says that ends with 78."""
+    """The error output of a start that ends with status 78."""
     command = relay.command()
     done = subprocess.run(command, env=os.environ | relay.environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 78, (done.returncode, done.stderr)
@@ -81,13 +92,13 @@ def test_root_is_dropped_with_its_groups(tmp_path, ledger):
             assert "\nGroups:\t65534 \n" in status
         assert all(path.stat().st_uid == NOBODY for path in relay.spool.rglob("*"))
     relay.kill()
-    with relay:  # the spool is nobody's now
+    with relay:  # the spool belongs to the user nobody now
         relay.send("X-Ledger: again\r\n\r\nx\r\n")
         wait_for(lambda: ledger.counts()["again"])
 
 
 @root_only
-def test_links_in_the_spool_give_nothing_of_roots_away(tmp_path, ledger):
+def test_links_in_the_spool_do_not_give_files_of_roots_away(tmp_path, ledger):
     relay = relay_of_nobody(tmp_path, ledger.port)
     victim = secret_of_root(tmp_path)
     folder = tmp_path / "roots-folder"
@@ -118,8 +129,8 @@ def test_a_hard_link_in_a_spool_of_roots_is_named(tmp_path):
 
 
 @root_only
-def test_a_spool_that_others_could_have_put_there_is_not_given_away(tmp_path):
-    """Its name is a link of nobody's to a folder of root's."""
+def test_a_spool_that_another_user_could_have_replaced_is_not_given_away(tmp_path):
+    """Its path is a link, in a folder of the user nobody, to a folder of root's."""
     relay = relay_of_nobody(tmp_path, free_port())
     folder, home = tmp_path / "roots-folder", tmp_path / "home"
     folder.mkdir(mode=0o700)
@@ -134,7 +145,7 @@ def test_a_spool_that_others_could_have_put_there_is_not_given_away(tmp_path):
 
 @root_only
 @pytest.mark.parametrize("how", ["symbolic", "hard"])
-def test_a_link_in_place_of_the_log_gives_nothing_of_roots_away(tmp_path, how):
+def test_a_link_in_place_of_the_log_does_not_give_a_file_of_roots_away(tmp_path, how):
     relay = relay_of_nobody(tmp_path, free_port())
     victim = secret_of_root(tmp_path)
     relay.log.symlink_to(victim) if how == "symbolic" else os.link(victim, relay.log)
@@ -143,7 +154,7 @@ def test_a_link_in_place_of_the_log_gives_nothing_of_roots_away(tmp_path, how):
 
 
 @root_only
-def test_a_log_in_roots_folder_is_made_for_whom_we_run_as(tmp_path, ledger):
+def test_a_log_in_roots_folder_belongs_to_the_user_that_the_relay_runs_as(tmp_path, ledger):
     relay = relay_of_nobody(tmp_path, ledger.port)
     relay.log = tmp_path / "var/relay.log"
     with relay:
@@ -155,7 +166,7 @@ def test_a_log_in_roots_folder_is_made_for_whom_we_run_as(tmp_path, ledger):
 
 
 @root_only
-def test_a_log_that_cannot_be_opened_again_goes_on_in_the_old_file(tmp_path, ledger):
+def test_a_log_that_cannot_be_reopened_continues_in_the_old_file(tmp_path, ledger):
     relay = relay_of_nobody(tmp_path, ledger.port)
     relay.log = tmp_path / "var/relay.log"
     with relay:
@@ -170,21 +181,21 @@ def test_a_log_that_cannot_be_opened_again_goes_on_in_the_old_file(tmp_path, led
 
 
 @root_only
-def test_the_control_socket_may_lie_in_a_folder_of_roots(tmp_path, ledger):
+def test_the_control_socket_may_be_in_a_folder_of_roots(tmp_path, ledger):
     run = tmp_path / "run"
     run.mkdir()
     path = run / "relaymta.sock"
     relay = relay_of_nobody(tmp_path, ledger.port, f"control.socket={path}")
-    for _ in range(2):  # the second time it is left over
+    for _ in range(2):  # the second time the old socket is left over
         with relay:
             found = path.lstat()
             assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o660)
             assert relay.stop() == 0
 
 
-# What root's hands alone are
+# Folders that only root can change
 
-FOLDERS = [  # (folders with owner and mode, whether the last is root's alone)
+FOLDERS = [  # (folders with owner and mode, whether only root can change the last)
     ([("a", 0, 0o755)], True),
     ([("a", 0, 0o700), ("b", 0, 0o755)], True),
     ([("a", NOBODY, 0o755)], False),
@@ -196,13 +207,13 @@ FOLDERS = [  # (folders with owner and mode, whether the last is root's alone)
     ([("a", 0, 0o1777), ("missing", 0, 0)], False),
     ([("a", 0, 0o755), ("missing", 0, 0)], True),
     ([("a", NOBODY, 0o755), ("missing", 0, 0)], False),
-    ([("group", 0, 0o775)], False),  # its group is the user's
+    ([("group", 0, 0o775)], False),  # the user is in its group
 ]
 
 
 @root_only
 @pytest.mark.parametrize(("folders", "alone"), FOLDERS)
-def test_what_is_roots_alone(tmp_path, folders, alone):
+def test_folders_that_only_root_can_change(tmp_path, folders, alone):
     path = tmp_path
     for name, owner, mode in folders:
         path /= name
@@ -215,7 +226,7 @@ def test_what_is_roots_alone(tmp_path, folders, alone):
 
 @root_only
 @pytest.mark.parametrize(("owner", "target", "alone"), [(0, "roots", True), (NOBODY, "roots", False), (0, "others", False)])
-def test_a_link_is_roots_alone_when_it_and_its_target_are(tmp_path, owner, target, alone):
+def test_only_root_can_change_a_link_if_that_holds_for_it_and_its_target(tmp_path, owner, target, alone):
     for name, who in (("roots", 0), ("others", NOBODY)):
         (tmp_path / name).mkdir()
         os.chown(tmp_path / name, who, who)
@@ -225,14 +236,14 @@ def test_a_link_is_roots_alone_when_it_and_its_target_are(tmp_path, owner, targe
 
 
 @root_only
-def test_links_that_lead_nowhere_are_nobodys(tmp_path):
+def test_a_loop_of_links_is_not_roots_alone(tmp_path):
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("one")
     assert not privileges.roots_alone(tmp_path / "one")
 
 
 def in_a_child(work) -> dict[str, object]:
-    """What `work()` returns in a process of its own."""
+    """The result of `work()`, which runs in a process of its own."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -244,9 +255,9 @@ def in_a_child(work) -> dict[str, object]:
             os._exit(status)
     os.close(writer)
     with open(reader, "rb") as file:
-        told = file.read()
+        result = file.read()
     assert os.waitpid(pid, 0)[1] == 0
-    found: dict[str, object] = json.loads(told)
+    found: dict[str, object] = json.loads(result)
     return found
 
 
@@ -256,7 +267,7 @@ def ids() -> dict[str, object]:
 
 @root_only
 @pytest.mark.parametrize("uid", [NOBODY, 54_321], ids=["nobody", "without a name"])
-def test_the_spool_is_read_as_its_owner_with_no_group_of_roots(tmp_path, uid):
+def test_the_spool_is_read_as_its_owner_without_groups_of_roots(tmp_path, uid):
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, uid, NOBODY)
@@ -273,7 +284,7 @@ def test_the_spool_is_read_as_its_owner_with_no_group_of_roots(tmp_path, uid):
 
 
 @root_only
-def test_what_is_left_of_root_is_an_error(monkeypatch):
+def test_root_privileges_that_are_left_are_an_error(monkeypatch):
     monkeypatch.setattr(os, "setresuid", lambda *ids: None)
 
     def work() -> str:
@@ -286,11 +297,11 @@ def test_what_is_left_of_root_is_an_error(monkeypatch):
     assert "could not become nobody" in str(in_a_child(work))
 
 
-# The control socket's place
+# The path of the control socket
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a socket", "fifo"])
-def test_what_is_no_socket_in_the_control_sockets_place_stays_and_is_named(tmp_path, kind):
+def test_another_file_at_the_path_of_the_control_socket_stays_and_is_reported(tmp_path, kind):
     path, other = tmp_path / "control.sock", tmp_path / "other"
     if kind == "file":
         path.write_text("dear")
@@ -313,7 +324,7 @@ def test_what_is_no_socket_in_the_control_sockets_place_stays_and_is_named(tmp_p
         assert other.read_text() == "dear"
 
 
-def test_a_socket_that_nobody_answers_on_is_removed_and_no_other(tmp_path):
+def test_a_socket_on_which_no_process_answers_is_removed_and_no_other_file(tmp_path):
     path = tmp_path / "control.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -325,7 +336,7 @@ def test_a_socket_that_nobody_answers_on_is_removed_and_no_other(tmp_path):
     assert not path.exists()
     again = control_socket(path)
     path.unlink()
-    path.write_text("somebody else's")
+    path.write_text("of another program")
     remove_socket(again, path)
     assert path.exists()
 
@@ -338,19 +349,19 @@ def test_a_file_named_by_control_socket_survives_serve(tmp_path):
     assert path.read_text() == "dear"
 
 
-# Where our processes import from
+# From where our processes import
 
 EVIL = """
 import os, pathlib
 pathlib.Path({mark!r}).open("a").write(__name__ + "\\n")
-raise ImportError("from the folder we were started in")
+raise ImportError("from the current folder")
 """
 MODULES = ["uvloop", "spf", "dkim", "lmdb", "msgspec", "aiosmtplib", "cryptography", "asyncio", "socket", "click", "pydantic"]
 
 
 @pytest.mark.parametrize("start", ["script", "module"])
-def test_nothing_is_imported_from_the_folder_we_are_started_in(tmp_path, ledger, start, monkeypatch):
-    """The supervisor, its workers, the process that signs, and the verbs of the command line."""
+def test_nothing_is_imported_from_the_current_folder(tmp_path, ledger, start, monkeypatch):
+    """By the supervisor, its workers, the process that signs, and the verbs of the command line."""
     here, mark = tmp_path / "here", tmp_path / "mark"
     here.mkdir()
     for name in MODULES if start == "script" else [name for name in MODULES if name not in sys.stdlib_module_names]:
@@ -375,8 +386,8 @@ def test_nothing_is_imported_from_the_folder_we_are_started_in(tmp_path, ledger,
     assert not mark.exists(), mark.read_text()
 
 
-def test_a_pythonpath_of_the_supervisors_does_not_come_first_in_its_workers(tmp_path, ledger):
-    """It is searched last, so that a relay that was installed there is found."""
+def test_the_supervisors_pythonpath_does_not_come_first_in_its_workers(tmp_path, ledger):
+    """It is searched last, so that a relay that is installed there is found."""
     evil, mark = tmp_path / "evil", tmp_path / "mark"
     evil.mkdir()
     (evil / "aiosmtplib.py").write_text(EVIL.format(mark=str(mark)))
@@ -390,7 +401,7 @@ def test_a_pythonpath_of_the_supervisors_does_not_come_first_in_its_workers(tmp_
 
 @root_only
 @pytest.mark.parametrize("kind", ["symbolic link", "hard link", "fifo"])
-def test_root_appends_to_nothing_that_others_put_into_their_folder(tmp_path, kind):
+def test_root_appends_to_no_file_that_another_user_could_have_put_there(tmp_path, kind):
     others, victim = tmp_path / "others", secret_of_root(tmp_path)
     others.mkdir()
     os.chown(others, NOBODY, NOBODY)

@@ -1,4 +1,4 @@
-"""Shards without a worker of their own, privileges, signals."""
+"""Orphan shards, signals, sockets of systemd, a missing daemon."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_fewer_workers_drain_the_shards_of_the_others(tmp_path, ledger):
         assert relay.stop() == 0
     relay.workers, relay.smarthost = 1, f"127.0.0.1:{ledger.port}"
     with relay:
-        wait_for(lambda: len(ledger.counts()) == 40, 30, "the orphans' mail")
+        wait_for(lambda: len(ledger.counts()) == 40, 30, "the mail of orphan shards")
         assert json.loads(relay.cli("status", "--json").stdout)["workers"][0]["shards"] == [0, 1, 2]
         wait_for(lambda: relay.summary() == [])
     assert set(ledger.counts().values()) == {1}
@@ -45,7 +45,7 @@ def test_status_answers_while_a_worker_dies(tmp_path, ledger):
         (pid,) = relay.worker_pids()
         os.kill(pid, signal.SIGSTOP)
         answer = control.begin(relay.spool / "control.sock", "status")
-        time.sleep(0.3)  # the worker is asked meanwhile, and will not answer
+        time.sleep(0.3)  # so that the request has reached the worker
         os.kill(pid, signal.SIGKILL)
         assert [row["ready"] for row in answer()["workers"]] == [False]
         wait_for(lambda: relay.worker_pids() not in ([], [pid]))
@@ -60,7 +60,7 @@ def test_sighup_reloads(tmp_path, ledger):
         assert relay.process.poll() is None
 
 
-def test_systemd_is_told(tmp_path, ledger):
+def test_systemd_is_notified(tmp_path, ledger):
     import socket
 
     path = tmp_path / "notify"
@@ -98,7 +98,7 @@ def test_sockets_are_taken_from_systemd(tmp_path, ledger, workers):
         wait_for(lambda: ledger.counts()["after"] == 1)
 
 
-def test_a_socket_of_systemds_that_is_no_listeners_is_said(tmp_path):
+def test_a_socket_of_systemds_without_a_listener_is_an_error(tmp_path):
     relay = Relay(tmp_path, "127.0.0.1:1")
     relay.wrap = (sys.executable, "-c", AS_SYSTEMD, str(free_port()))
     done = subprocess.run(relay.command(), capture_output=True, text=True, timeout=30, check=False)
@@ -106,7 +106,7 @@ def test_a_socket_of_systemds_that_is_no_listeners_is_said(tmp_path):
     assert "systemd passes a socket on 127.0.0.1:" in done.stderr
 
 
-def test_the_daemons_absence_gets_a_sentence(tmp_path):
+def test_a_missing_daemon_is_reported(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "relaymta", "status", "--spool", str(tmp_path / "none")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The running relay, seen from outside: mail through it, its CLI, its metrics, its refusals."""
+"""A running relay from outside: mail through it, its replies, its CLI, its metrics."""
 
 import hashlib
 import json
@@ -34,15 +34,15 @@ def test_a_message_passes_with_its_trace(relay, ledger):
 
 def test_large_and_chunked_messages_arrive_whole(relay, ledger):
     body = b"".join(b"%07d\r\n" % i for i in range(400_000))
-    text = b"X-Ledger: big\r\n\r\n" + body
+    data = b"X-Ledger: big\r\n\r\n" + body
     with smtplib.SMTP("127.0.0.1", relay.port, timeout=60) as client:
-        client.sendmail("a@b", ["c@d"], text)
+        client.sendmail("a@b", ["c@d"], data)
         client.docmd("MAIL FROM:<a@b>")
         client.docmd("RCPT TO:<c@d>")
-        half = len(text) // 2
-        client.send(b"BDAT %d\r\n" % half + text[:half])
+        half = len(data) // 2
+        client.send(b"BDAT %d\r\n" % half + data[:half])
         assert client.getreply()[0] == 250
-        client.send(b"BDAT %d LAST\r\n" % (len(text) - half) + text[half:])
+        client.send(b"BDAT %d LAST\r\n" % (len(data) - half) + data[half:])
         assert client.getreply()[0] == 250
         small = b"X-Ledger: chunk\r\n\r\n.x"
         client.docmd("MAIL FROM:<a@b>")
@@ -58,24 +58,24 @@ def test_large_and_chunked_messages_arrive_whole(relay, ledger):
     assert not list((relay.spool / "shard-0/bodies/big").iterdir()), "files of delivered bodies are removed"
 
 
-def test_refusals_have_the_right_replies(tmp_path, ledger):
+def test_rejections_have_the_right_replies(tmp_path, ledger):
     settings = ["relay.networks=[]", 'relay.domains=["ours.example"]', "limits.message_size=2000"]
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", *settings) as relay:
-        said = dialog(
+        replies = dialog(
             relay.port,
             b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@theirs.example>\r\n"
             b"RCPT TO:<c@ours.example>\r\nRCPT TO:<postmaster>\r\nQUIT\r\n",
         )
-        assert b"550 5.7.1" in said
-        assert said.count(b"250 2.1.5") == 2
-        said = dialog(
+        assert b"550 5.7.1" in replies
+        assert replies.count(b"250 2.1.5") == 2
+        replies = dialog(
             relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", b"x" * 3000 + b"\r\n.\r\nQUIT\r\n"
         )
-        assert b"SIZE 2000" in said
-        assert b"552 5.3.4" in said
+        assert b"SIZE 2000" in replies
+        assert b"552 5.3.4" in replies
         loop = b"Received: x\r\n" * 51 + b"\r\nx\r\n.\r\n"
-        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", loop)
-        assert b"554 5.4.6" in said
+        replies = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@ours.example>\r\nDATA\r\n", loop)
+        assert b"554 5.4.6" in replies
     assert ledger.taken == []
 
 
@@ -91,35 +91,35 @@ def test_swaks_agrees(relay, ledger):
     assert ledger.taken[0][2] == ["c@d.example", "e@f.example"]
 
 
-def test_failures_become_a_notice_to_the_sender(tmp_path, ledger):
+def test_failed_recipients_are_reported_to_the_sender_in_a_dsn(tmp_path, ledger):
     from tests.support.fake_mx import FakeMx
 
     refuse = {"RCPT": {"gone@d.example": b"550 5.1.1 no such user\r\n"}}
     with FakeMx(refuse) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         relay.send("X-Ledger: half\r\nSubject: mine\r\n\r\nx\r\n", "me@b.example", "gone@d.example", "here@d.example")
-        wait_for(lambda: len(peer.messages) == 2, what="the message and the notice")
-        notice = next(text for sender, _, text in peer.messages if sender == "")
-        assert b"To: <me@b.example>" in notice
-        assert b"Final-Recipient: rfc822; gone@d.example\r\nAction: failed\r\nStatus: 5.1.1" in notice
-        assert b"Diagnostic-Code: smtp; 550 5.1.1 no such user" in notice
-        assert b"Subject: mine" in notice
-        assert b"here@d.example" not in notice
+        wait_for(lambda: len(peer.messages) == 2, what="the message and the DSN")
+        dsn = next(data for sender, _, data in peer.messages if sender == "")
+        assert b"To: <me@b.example>" in dsn
+        assert b"Final-Recipient: rfc822; gone@d.example\r\nAction: failed\r\nStatus: 5.1.1" in dsn
+        assert b"Diagnostic-Code: smtp; 550 5.1.1 no such user" in dsn
+        assert b"Subject: mine" in dsn
+        assert b"here@d.example" not in dsn
         peer.rules["RCPT"]["gone@d.example"] = b"550 5.1.1 no\r\n"
         relay.send("Subject: null\r\n\r\nx\r\n", "", "gone@d.example")
-        wait_for(lambda: any(e["notice"] == "" for e in relay.events("bounced")), what="the bounce of null-sender mail")
+        wait_for(lambda: any(e["dsn"] == "" for e in relay.events("bounced")), what="the bounce of null-sender mail")
         time.sleep(0.3)
-        assert len(peer.messages) == 2, "mail without a sender makes no notice"
+        assert len(peer.messages) == 2, "no DSN for mail with the null sender"
         wait_for(lambda: relay.summary() == [])
 
 
-def test_a_dead_site_is_charged_once_and_the_queue_sleeps(tmp_path):
+def test_an_outage_counts_as_one_failure_and_the_queue_sleeps(tmp_path):
     port = free_port()
     with Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=3600") as relay:
         for _ in range(20):
             relay.send()
         wait_for(lambda: relay.events("deferred"), what="the first failure")
         time.sleep(0.5)
-        assert len(relay.events("deferred")) == 1, "one message is charged for a dead site"
+        assert len(relay.events("deferred")) == 1, "the failure of one message is enough to mark the site as down"
         (row,) = relay.summary()
         assert (row["messages"], row["deferred"], row["parked"]) == (20, 1, True)
         listed = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
@@ -131,7 +131,7 @@ def test_a_dead_site_is_charged_once_and_the_queue_sleeps(tmp_path):
             [sys.executable, "-m", "relaymta", "message", "raw", tried["id"], "--spool", str(relay.spool)],
             capture_output=True, check=True,
         ).stdout  # fmt: skip
-        assert "3 messages are meant" not in relay.cli("queue", "delete", "--all", "--dry-run").stdout
+        assert "3 messages match" not in relay.cli("queue", "delete", "--all", "--dry-run").stdout
         relay.cli("queue", "hold", listed[0]["id"])
         assert relay.summary()[0]["held"] == 1
         relay.cli("queue", "release", "--held")
@@ -173,7 +173,7 @@ def test_metrics_are_what_prometheus_wants(relay, ledger):
     assert urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/health", timeout=10).status == 200
 
 
-def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
+def test_a_busy_port_and_a_busy_spool_are_reported(relay, tmp_path):
     command = relay.command()
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
@@ -201,12 +201,12 @@ def test_a_busy_port_and_a_busy_spool_get_a_sentence(relay, tmp_path):
         ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "5 lightyears"\n', "r.toml:4: queue.max_age: a duration such as"),
         ('[[listener]]\naddress = "x"\n[queue]\nmax_age = "999999999999d"\n', "r.toml:4: queue.max_age: a duration of at most"),
         ('[[listener]]\naddress = "127.0.0.1:25"\n' * 2, "two listeners have the address '127.0.0.1:25'"),
-        ('[[route]]\nhosts = ["a b"]\n', "r.toml:2: route.0.hosts.0: 'a b': a blank in it"),
+        ('[[route]]\nhosts = ["a b"]\n', "r.toml:2: route.0.hosts.0: 'a b': it has white space in it"),
         ('[metrics]\nlisten = "x"\n', "r.toml:2: metrics.listen: 'x': expected host:port"),
         ('[[listener]]\naddress = "x"\n[queue]\nmax_age = inf\n', "r.toml:4: queue.max_age: a duration of at most"),
     ],
 )
-def test_wrong_configurations_name_the_place(tmp_path, text, expected):
+def test_problems_of_the_configuration_name_the_place(tmp_path, text, expected):
     path = tmp_path / "r.toml"
     path.write_text(text)
     done = subprocess.run(
@@ -217,14 +217,14 @@ def test_wrong_configurations_name_the_place(tmp_path, text, expected):
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_hardly_meant_is_said(tmp_path, ledger):
+def test_probable_mistakes_in_the_configuration_give_a_warning(tmp_path, ledger):
     more = ("config", "check", "--set", 'listener=[{address="127.0.0.1:1"}]', "--set", 'relay.domains=["ours.example"]')
     assert "backscatter risk" in Relay(tmp_path, None).cli(*more).stdout
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", 'relay.domains=["ours.example"]') as relay:
         assert any("backscatter risk" in event["text"] for event in relay.events("warning"))
 
 
-def test_reload_takes_new_limits_and_refuses_nonsense(tmp_path, ledger):
+def test_reload_applies_new_limits_and_refuses_an_invalid_file(tmp_path, ledger):
     path = tmp_path / "r.toml"
     path.write_text("[limits]\nmessage_size = 1000\n")
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}")
@@ -242,9 +242,9 @@ def test_reload_takes_new_limits_and_refuses_nonsense(tmp_path, ledger):
         assert b"SIZE 2000" in dialog(relay.port, b"EHLO x\r\nQUIT\r\n")
 
 
-def test_who_talks_before_the_banner_is_cut_off(relay):
+def test_a_client_that_sends_before_the_greeting_is_disconnected(relay):
     worker = relay.worker_pids()[0]
-    os.kill(worker, signal.SIGSTOP)  # so that the octets are there first
+    os.kill(worker, signal.SIGSTOP)  # so that the octets arrive before the greeting
     try:
         with socket.create_connection(("127.0.0.1", relay.port), 10) as sock:
             sock.settimeout(10)
@@ -257,8 +257,8 @@ def test_who_talks_before_the_banner_is_cut_off(relay):
     relay.send()
 
 
-def test_a_listing_that_stands_still_does_not_make_the_file_grow(tmp_path, ledger):
-    """Its reader hangs (Ctrl-Z, or a pager): no transaction stays open behind it."""
+def test_a_stopped_listing_does_not_make_the_database_grow(tmp_path, ledger):
+    """Its output is not read (Ctrl-Z, or a pager): it keeps no transaction open."""
     dead = f'{{recipient_domain=["dead.example"],hosts=["127.0.0.1:{free_port()}"]}}'
     route = f'route=[{dead},{{hosts=["127.0.0.1:{ledger.port}"]}}]'
     with Relay(tmp_path, None, route) as relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
@@ -270,8 +270,8 @@ def test_a_listing_that_stands_still_does_not_make_the_file_grow(tmp_path, ledge
             listing.stdout.readline()
             file = relay.spool / "shard-0/lmdb/data.mdb"
             before = file.stat().st_size
-            for _ in range(600):  # a commit each, of some 40 kB that could not be used again
+            for _ in range(600):  # a commit each, of some 40 kB that an open transaction would keep from being reused
                 client.sendmail("a@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
             assert file.stat().st_size - before < 2 << 20
-            assert listing.poll() is None, "it was to stand still"
+            assert listing.poll() is None, "it is still stopped"
             listing.kill()

@@ -1,4 +1,4 @@
-"""What 250 promises, against the real thing: kill -9, strace, a full disk, failing syncs, a lying clock."""
+"""What a 250 promises, tested with kill -9, strace, full disks and failing syncs."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ KILLS = 30 if PROVE else 4
 
 
 def check_ledger(source: Source, ledger) -> int:
-    """Every acknowledged message arrived, whole; how many arrived more than once."""
+    """Check that every acknowledged message has arrived unchanged; how many arrived more than once."""
     counts = ledger.counts()
     lost = [ident for ident in source.acknowledged if not counts[ident]]
     assert not lost, f"{len(lost)} of {len(source.acknowledged)} acknowledged messages are lost: {lost[:5]}"
@@ -36,14 +36,14 @@ def check_ledger(source: Source, ledger) -> int:
 
 
 def check_outcomes(relay: Relay) -> None:
-    """ "delivered" is logged once its outcome is committed: after that nothing may send the message again."""
+    """Check that no message was sent again after its outcome was committed, which is when "delivered" is logged."""
     committed = Counter(event["id"] for event in relay.events("delivered"))
     again = [ident for ident, count in committed.items() if count > 1]
     assert not again, f"sent again after their outcome was committed: {again}"
 
 
 def load_while(source: Source, disturbance: Coroutine[object, object, None]) -> None:
-    """Send until the disturbance has run its course."""
+    """Send until the disturbance has ended."""
 
     async def main() -> None:
         task = asyncio.create_task(disturbance)
@@ -65,7 +65,7 @@ def drained(relay: Relay, seconds: float = 60) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, workers):
-    """Duplicates are only allowed for what was past its dot without a committed outcome when a kill came."""
+    """Duplicates are allowed only for messages that were in doubt at a kill."""
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers).start()
     source = Source(lambda: relay.port, 20)
 
@@ -84,18 +84,18 @@ def test_kill_minus_nine_of_the_whole_group_loses_nothing(tmp_path, ledger, work
         drained(relay)
         assert len(source.acknowledged) > 100 * KILLS
         duplicates = check_ledger(source, ledger)
-        # At each kill at most what rode on the 20 connections (one past its dot on each, and the group being committed).
+        # At each kill, at most the messages of the 20 connections: one past its dot on each, and the group being committed.
         assert duplicates <= KILLS * 20 * workers * 4, f"{duplicates} duplicates"
         check_outcomes(relay)
         unknown = set(ledger.counts()) - source.offered
-        assert not unknown, f"messages nobody sent: {unknown}"
+        assert not unknown, f"messages that were not sent: {unknown}"
     finally:
         relay.kill()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger, workers):
+def test_a_killed_worker_is_replaced_and_no_connect_fails(tmp_path, ledger, workers):
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=workers) as relay:
         source = Source(lambda: relay.port, 10, reuse=False)
         slowest = 0.0  # of the replacements
@@ -115,13 +115,13 @@ def test_a_killed_worker_is_replaced_and_fails_no_connect(tmp_path, ledger, work
         assert source.failed_connects == 0
         assert check_ledger(source, ledger) <= KILLS * 10 * 4
         check_outcomes(relay)
-        if workers == 2:  # its sockets went to the living one; a slow machine gets more than the second promised
+        if workers == 2:  # its sockets are lent to the other worker; a slow machine may take longer than the promised second
             assert source.slowest_banner < (1 if PROVE else max(3, slowest))
 
 
 @pytest.mark.timeout(600)
 def test_a_killed_supervisor_loses_nothing(tmp_path, ledger):
-    """Its workers finish what is past the dot, give the spool back, and the next start takes it over."""
+    """Its workers finish what is past the dot and release the spool, which the next start takes over."""
     relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2).start()
     source = Source(lambda: relay.port, 10)
 
@@ -184,7 +184,7 @@ def test_sigterm_drains_and_nothing_is_sent_twice(tmp_path, ledger):
 
 
 def calls(trace: str) -> Iterator[str]:
-    """The calls that strace saw, each where it ended; a reply where it began."""
+    """The traced calls, each at the time it ended; a reply at the time it began."""
     begun = {}
     for line in trace.splitlines():
         thread, _, call = line.partition(" ")
@@ -198,7 +198,7 @@ def calls(trace: str) -> Iterator[str]:
 
 
 def test_strace_shows_both_syncs_before_every_250(tmp_path, ledger):
-    """In the order of the promise: the body's write, its fdatasync, LMDB's meta write, then "250 queued"."""
+    """In this order: the write of the body, its fdatasync, LMDB's write, then "250 queued"."""
     trace = tmp_path / "trace"
     strace = need("strace")
     wrap = (
@@ -238,7 +238,7 @@ def test_strace_shows_both_syncs_before_every_250(tmp_path, ledger):
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev,pwritev2", "fsync"])
 def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
-    """The n-th such call of the worker fails with EIO: no 250 for what it covered, and the relay goes on alone."""
+    """Some such calls of the worker fail with EIO: no 250 for the messages they cover, and the relay recovers by itself."""
     strace = need("strace")
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
         relay.send("X-Ledger: warm\r\n\r\nx\r\n")
@@ -259,11 +259,11 @@ def test_one_failed_write_or_sync_is_never_acknowledged(tmp_path, ledger, call):
         tracer.send_signal(signal.SIGTERM)
         tracer.wait(60)
         if call != "fsync":  # fsync is only called for a new file's name
-            assert source.refused > 0, "the fault reached the client as a refusal"
+            assert source.refused > 0, "clients got an error reply"
         before = len(source.acknowledged)
         source._stop = False
 
-        asyncio.run(source.run(lambda: len(source.acknowledged) > before + 20))  # it recovers without a hand
+        asyncio.run(source.run(lambda: len(source.acknowledged) > before + 20))  # it recovers by itself
         drained(relay)
         check_ledger(source, ledger)
 
@@ -273,7 +273,7 @@ def traced(pid: int) -> bool:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_as_the_disk_fills_mail_slows_down_then_is_refused_then_the_log_stops(tmp_path, ledger):
+def test_as_the_disk_fills_mail_slows_down_then_is_rejected_then_the_log_stops(tmp_path, ledger):
     mount = tmp_path / "small"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(mount)], check=True)  # its floor is 6 MB
@@ -296,9 +296,9 @@ def test_as_the_disk_fills_mail_slows_down_then_is_refused_then_the_log_stops(tm
 
     try:
         relay.start()
-        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@dead.example")  # there is always something to log
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@dead.example")  # its attempts are always logged
         leave(20 << 20)
-        time.sleep(1.5)  # the relay looks once a second
+        time.sleep(1.5)  # the relay checks once a second
         assert relay.metric("relaymta_store_slow") == 0
         quick = min(accept_seconds() for _ in range(3))
         leave(6400 << 10)
@@ -325,7 +325,7 @@ def test_as_the_disk_fills_mail_slows_down_then_is_refused_then_the_log_stops(tm
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
+def test_on_a_full_disk_clients_get_452_and_nothing_is_lost(tmp_path, ledger):
     mount = tmp_path / "small"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], check=True)
@@ -333,8 +333,8 @@ def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
     relay.spool = mount / "spool"
     try:
         relay.start()
-        said = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b> SIZE=30000000\r\nMAIL FROM:<a@b> SIZE=1000\r\nQUIT\r\n")
-        assert b"\r\n452 4.3.1" in said and b"\r\n250 2.1.0" in said, "what would not fit is refused before it is sent"
+        replies = dialog(relay.port, b"EHLO x\r\nMAIL FROM:<a@b> SIZE=30000000\r\nMAIL FROM:<a@b> SIZE=1000\r\nQUIT\r\n")
+        assert b"\r\n452 4.3.1" in replies and b"\r\n250 2.1.0" in replies, "too large for the disk: rejected before it is sent"
         source = Source(lambda: relay.port, 5, size=20_000)
 
         async def fill() -> None:
@@ -342,21 +342,21 @@ def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
             await source.run(lambda: source.refused > 30 or time.monotonic() - started > 120)
 
         asyncio.run(fill())
-        assert source.refused > 30, "the brim was reached"
-        assert len(source.acknowledged) > 100, "a 24 MB disk takes mail"
+        assert source.refused > 30, "the disk was full"
+        assert len(source.acknowledged) > 100, "a 24 MB disk is enough to accept mail"
         relay.stop()
-        filler = mount / "filler"  # somebody else fills what is left
+        filler = mount / "filler"  # another program fills the rest
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 4096)
         relay.smarthost = f"127.0.0.1:{ledger.port}"
         relay.start()
-        drained(relay, 90)  # delivery goes on with not one octet free
+        drained(relay, 90)  # delivery continues without a free octet
         check_ledger(source, ledger)
         filler.unlink(missing_ok=True)
-        wait_for(lambda: relay.metric("relaymta_store_full") == 0, what="the relay to see the room")
+        wait_for(lambda: relay.metric("relaymta_store_full") == 0, what="the relay to find the free space")
         relay.send("X-Ledger: again\r\n\r\nx\r\n")
-        wait_for(lambda: ledger.counts()["again"] == 1, what="mail after the brim")
+        wait_for(lambda: ledger.counts()["again"] == 1, what="mail after that")
     finally:
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
@@ -364,7 +364,7 @@ def test_a_full_disk_says_452_loses_nothing_and_recovers(tmp_path, ledger):
 
 
 def test_a_message_in_flight_in_two_crashes_goes_to_quarantine(tmp_path):
-    """The worker is killed while the peer sits on one message's dot, and again when that message is tried alone."""
+    """The worker is killed while the peer delays the reply to the final dot, and again when that message is probed."""
     with FakeMx({"DOT": SILENT}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         relay.send("Subject: poison\r\n\r\nx\r\n")
         for _ in range(2):
@@ -377,7 +377,7 @@ def test_a_message_in_flight_in_two_crashes_goes_to_quarantine(tmp_path):
         assert row["held"] == 1
         listed = relay.cli("queue", "list", "--held").stdout
         assert "quarantined" in listed
-        wait_for(lambda: any("quarantine" in event["text"] for event in relay.events("warning")))
+        wait_for(lambda: any("quarantined" in event["text"] for event in relay.events("warning")))
 
 
 def replaced_alone(relay: Relay, victim: int) -> bool:

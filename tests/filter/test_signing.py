@@ -1,4 +1,4 @@
-"""Signed mail, as dkimpy and opendkim see it."""
+"""Signed mail, verified by dkimpy and opendkim."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def keys(folder: Path, **others: object) -> list[Dkim]:
 
 
 def verified(message: bytes, settings: list[Dkim]) -> list[bool]:
-    """What dkimpy says of each signature, the first one first."""
+    """dkimpy's result for each signature, in order."""
     records = {f"{one.selector}._domainkey.{one.domain}.".encode(): record(load_key(one)).encode() for one in settings}
     count = len(re.findall(rb"(?mi)^dkim-signature:", message))
     return [
@@ -58,7 +58,7 @@ def verified(message: bytes, settings: list[Dkim]) -> list[bool]:
 
 
 def sign(message: bytes, settings: list[Dkim]) -> bytes:
-    """Signed without a relay."""
+    """A message signed without a relay."""
     end = header_end(message)
     draft = Draft(split_fields(message[:end]), [load_key(one) for one in settings], end, 1_795_000_000)
     draft.body.feed(message)
@@ -72,8 +72,8 @@ def test_dkimpy_accepts_both_algorithms_and_all_forms(tmp_path, pair):
     assert verified(message, settings) == [True, True]
     spoiled = [
         message.replace(b"end\r\n", b"end!\r\n"), message.replace(b"Ann <ann@", b"Eve <ann@"),
-        message.replace(b"X-Other", b"From: eve@evil.test\r\nX-Other"),  # and nobody can add a From,
-        message.replace(b"X-Other", b"Reply-To: eve@evil.test\r\nX-Other"),  # or what was not there
+        message.replace(b"X-Other", b"From: eve@evil.test\r\nX-Other"),  # and no From can be added,
+        message.replace(b"X-Other", b"Reply-To: eve@evil.test\r\nX-Other"),  # nor a field that was absent
     ]  # fmt: skip
     for changed in spoiled:
         try:
@@ -90,7 +90,7 @@ def test_opendkim_accepts_both_algorithms_and_all_forms(tmp_path, pair):
         "".join(f"{one.selector}._domainkey.{one.domain} {record(load_key(one))}\n" for one in settings)
     )
     (tmp_path / "conf").write_text(f"Mode v\nTestPublicKeys {tmp_path}/public\nSyslog no\n")
-    for number, one in enumerate(settings):  # it tells of the first signature only
+    for number, one in enumerate(settings):  # it reports the first signature only
         path = tmp_path / f"message{number}"
         for message, expected in ((sign(MESSAGE, [one]), True), (sign(MESSAGE, [one]).replace(b"end", b"END"), False)):
             path.write_bytes(message)
@@ -126,56 +126,56 @@ def test_mail_through_the_relay_is_signed_by_its_authors_and_the_applications_ke
             wait_for(lambda source=source: len(peer.messages) == int(source[-1]))
         relay.send_from("127.0.0.1", "From: x@a.corp.test\r\n\r\nx\r\n", ("bob@far.test",))
         wait_for(lambda: len(peer.messages) == 4)
-        texts = [text for _, _, text in peer.messages]
-        assert [verified(text, settings) for text in texts] == [[True, True], [True] * 3, [], [True]]
-        assert b"Received: from" in texts[0].partition(b"bh=")[2]  # the signatures stand in front
+        messages = [message for _, _, message in peer.messages]
+        assert [verified(message, settings) for message in messages] == [[True, True], [True] * 3, [], [True]]
+        assert b"Received: from" in messages[0].partition(b"bh=")[2]  # the signatures are in front
         assert relay.metric("relaymta_dkim_signatures_total") == 6
 
 
-def test_a_failure_notice_is_signed_by_our_own_key(tmp_path):
+def test_a_dsn_is_signed_by_our_own_key(tmp_path):
     with FakeMx({"RCPT": {"nobody@far.test": b"550 5.1.1 no such user\r\n"}}) as peer:
         own = Dkim(domain="relay.example", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")))
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml([own])) as relay:
             relay.send(MESSAGE.decode(), "ann@shop.test", "nobody@far.test")
-            ((sender, to, text),) = wait_for(lambda: peer.messages)
-            assert (sender, to) == ("", ["ann@shop.test"]) and verified(text, [own]) == [True]
+            ((sender, to, message),) = wait_for(lambda: peer.messages)
+            assert (sender, to) == ("", ["ann@shop.test"]) and verified(message, [own]) == [True]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_message_that_goes_to_a_file_is_signed_as_well(peer, tmp_path, chunked):
+def test_a_large_message_is_signed_as_well(peer, tmp_path, chunked):
     settings = keys(tmp_path)
     body = b"".join(b"line %d of many  \r\n" % number for number in range(80_000))
-    text = MESSAGE + body
+    message = MESSAGE + body
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.ehlo()
             client.mail("ann@shop.test")
             client.rcpt("bob@far.test")
             if chunked:
-                for start in range(0, len(text), 300_001):
-                    piece = text[start : start + 300_001]
-                    last = " LAST" if start + 300_001 >= len(text) else ""
+                for start in range(0, len(message), 300_001):
+                    piece = message[start : start + 300_001]
+                    last = " LAST" if start + 300_001 >= len(message) else ""
                     client.sock.sendall(f"BDAT {len(piece)}{last}\r\n".encode() + piece)
                     assert client.getreply()[0] == 250
             else:
-                assert client.data(text)[0] == 250
+                assert client.data(message)[0] == 250
         ((_, _, found),) = wait_for(lambda: peer.messages)
-        assert found.endswith(text) and verified(found, settings) == [True, True]
+        assert found.endswith(message) and verified(found, settings) == [True, True]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_what_nobody_can_say_who_signs_it_is_refused(peer, tmp_path, chunked):
-    """Neither sent unsigned, nor signed for somebody."""
+def test_a_message_whose_signer_cannot_be_determined_is_refused(peer, tmp_path, chunked):
+    """Neither sent unsigned, nor signed for another author."""
     own, others = keys(tmp_path)[0], Dkim(domain="far.test", selector="s", key=str(tmp_path / "ed25519.pem"), application=["x"])
     long = b"X: " + b"x" * 900 + b"\r\n"
-    rows = [  # the text, and the reply where From: matters, and where it does not
+    rows = [  # the message, and the reply where From: matters, and where it does not
         (b"From: ann@ok.test, <ann@shop.test\r\n\r\nx\r\n", b"550 5.6.0", b"250"),
         (b"Subject: x\r\nFrom: a@b.test(x)shop.test\r\n\r\nx\r\n", b"550 5.6.0", b"250"),
         (MESSAGE[:-2] + b"x" * 100 + b"\r\n", b"250", b"250"),
-        (b"From: ann@shop.test\r\n" + long * 1300, b"554 5.6.0", b"250"),  # a large one without an end of its header
+        (b"From: ann@shop.test\r\n" + long * 1300, b"554 5.6.0", b"250"),  # a large message whose header has no end
         (b"From: ann@shop.test\r\n" + long * 1300 + b"\r\nx\r\n", b"554 5.6.0", b"250"),
         (b"From: ann@shop.test\r\n" + long * 150 + b"\r\nx\r\n", b"554 5.6.0", b"250"),
-        (b"From: ann@shop.test\r\n" + b"X:\r\n" * 5500 + b"\r\nx\r\n", b"554 5.6.0", b"250"),  # fields without number
+        (b"From: ann@shop.test\r\n" + b"X:\r\n" * 5500 + b"\r\nx\r\n", b"554 5.6.0", b"250"),  # too many fields
         (b"From: ann@shop.test\r\n" + long * 100, b"250", b"250"),  # all of it is header
         (b"From: ann@shop.test\r\n\r\n" + long * 1300, b"250", b"250"),
     ]
@@ -183,19 +183,19 @@ def test_what_nobody_can_say_who_signs_it_is_refused(peer, tmp_path, chunked):
         (tmp_path / str(number)).mkdir()
         relay = Relay(tmp_path / str(number), f"127.0.0.1:{peer.port}", toml(settings), 'relay.domains=["far.test"]')
         with relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
-            for text, *expected in rows:
+            for message, *expected in rows:
                 client.ehlo()
                 client.mail("ann@shop.test")
                 client.rcpt("bob@far.test")
                 if chunked:
-                    client.sock.sendall(f"BDAT {len(text)} LAST\r\n".encode() + text)
+                    client.sock.sendall(f"BDAT {len(message)} LAST\r\n".encode() + message)
                     code, said = client.getreply()
                 else:
-                    code, said = client.data(text)
-                assert (b"%d %s" % (code, said)).startswith(expected[number]), (number, text[:60])
+                    code, said = client.data(message)
+                assert (b"%d %s" % (code, said)).startswith(expected[number]), (number, message[:60])
             wait_for(lambda number=number: len(peer.messages) == (3, 12)[number])
-    assert [verified(text, [own]) for _, _, text in peer.messages[:3]] == [[True]] * 3
-    assert not any(b"DKIM-Signature" in text for _, _, text in peer.messages[3:])
+    assert [verified(message, [own]) for _, _, message in peer.messages[:3]] == [[True]] * 3
+    assert not any(b"DKIM-Signature" in message for _, _, message in peer.messages[3:])
 
 
 def test_a_broken_key_changes_nothing(peer, tmp_path):
@@ -211,21 +211,21 @@ def test_a_broken_key_changes_nothing(peer, tmp_path):
         wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 0)
 
 
-def test_without_the_process_that_signs_a_thread_does(peer, tmp_path):
+def test_without_the_signing_process_a_thread_signs(peer, tmp_path):
     settings = keys(tmp_path)
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
         (worker,) = relay.worker_pids()
         first = wait_for(lambda: children(worker))
         for number, fault in ((1, signal.SIGKILL), (2, signal.SIGSTOP)):
             os.kill(first[0], fault)
-            relay.send(MESSAGE.decode())  # while there is none; behind it, once it was waited for long enough
+            relay.send(MESSAGE.decode())  # while it is down; after it, once the wait for it has timed out
             wait_for(lambda number=number: len(peer.messages) == number)
             first = wait_for(lambda first=first: [pid for pid in children(worker) if pid not in first], 30)
             assert verified(peer.messages[-1][2], settings) == [True, True]
         relay.send(MESSAGE.decode())
         wait_for(lambda: len(peer.messages) == 3)
         assert verified(peer.messages[-1][2], settings) == [True, True] and children(worker) == first
-        assert [event["text"] for event in relay.events("warning") if "process that signs is gone" in event["text"]]
+        assert [event["text"] for event in relay.events("warning") if "signing process has ended" in event["text"]]
         assert relay.stop() == 0
         wait_for(lambda: not running(first[0]))
 
@@ -241,7 +241,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_the_doctor_says_whether_mail_from_here_would_be_believed(tmp_path):
+def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
     own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
     records = [
         f's._domainkey.shop.test. TXT "{record(load_key(own))}"', 'shop.test. TXT "v=spf1 ip4:11.0.0.1 -all"',
@@ -271,8 +271,8 @@ def test_the_doctor_says_whether_mail_from_here_would_be_believed(tmp_path):
      {"authors": ["shop.test", "x\r\n"]}, {"authors": ["."]}, {"signed": ["a:b"]}, {"signed": ["a\r\nb"]},
      {"oversigned": ["a b"]}],
 )  # fmt: skip
-def test_what_cannot_stand_in_a_signature_is_no_configuration(values):
-    with pytest.raises(ValueError, match="no name"):
+def test_what_cannot_be_in_a_signature_is_refused_in_the_configuration(values):
+    with pytest.raises(ValueError, match=r"is not (a valid domain|the) name"):
         Dkim(**{"domain": "shop.test", "selector": "s", "key": "k", **values})
 
 
@@ -316,12 +316,12 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
     assert 'shop.test. TXT "v=spf1 a:' in made and line in made  # the record of its key
     assert run("keygen", "x.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))[0] == 73  # never over another
     status, said = run("check")
-    assert status == 1 and "the DNS does not say" in " ".join(said.split())
+    assert status == 1 and "the DNS look-up failed" in " ".join(said.split())
 
     with nameserver_with(tmp_path, []) as nameserver:
         assert "no record" in run("check", nameserver=nameserver)[1]
         status, said = run("rotate", "shop.test", "--selector", "two", "--out", str(tmp_path / "two.pem"), nameserver=nameserver)
-        assert status == 1 and "the old key goes on: no record" in said
+        assert status == 1 and "the old key stays in use: no record" in said
         second = said.splitlines()[0]
     records = [line, second]
     with nameserver_with(tmp_path, records) as nameserver:

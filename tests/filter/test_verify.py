@@ -1,4 +1,4 @@
-"""Mail of strangers: the SPF suite of RFC 7208, signatures of others, DMARC, and Authentication-Results as it arrives."""
+"""Mail of unauthenticated clients: the SPF suite of RFC 7208, DKIM signatures, DMARC, and the Authentication-Results field."""
 
 import asyncio
 import base64
@@ -35,7 +35,7 @@ PYSPF = "pyspf==2.0.14"
 
 
 class Zone:
-    """A resolver that knows the records of one scenario."""
+    """A resolver with the records of one scenario."""
 
     def __init__(self, data: dict) -> None:
         self.data = {name.lower(): rows for name, rows in data.items()}
@@ -67,7 +67,7 @@ class Zone:
                     raise NoData(name)
                 return found
             name = alias.rstrip(".")
-        raise NoData(name)  # as our resolver says of a loop of aliases
+        raise NoData(name)  # as our resolver reports a loop of aliases
 
 
 def _has_txt(rows: list) -> bool:
@@ -112,8 +112,8 @@ async def test_the_suite_of_rfc_7208(suite):
     assert wrong == [] and count > 190
 
 
-def told(message: bytes, keys: Keys) -> tuple[list[Verified], str]:
-    """What comes of a message's signatures, and of its ARC sets."""
+def outcomes(message: bytes, keys: Keys) -> tuple[list[Verified], str]:
+    """The results of a message's signatures, and of its ARC chain."""
     end = header_end(message)
     said = claims(message[:end])
     hashes = BodyHashes(said.forms())
@@ -124,7 +124,7 @@ def told(message: bytes, keys: Keys) -> tuple[list[Verified], str]:
 
 def verified(message: bytes, settings: list[Dkim], **changes: str) -> list[Verified]:
     records: dict = {f"{one.selector}._domainkey.{one.domain}": record(load_key(one)) for one in settings}
-    return told(message, records | changes)[0]
+    return outcomes(message, records | changes)[0]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -157,11 +157,11 @@ We lost the game.  Are you hungry yet?
 Joe.
 """.replace(b"\n", b"\r\n")
     key = {"brisbane._domainkey.football.example.com": "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="}
-    assert [one.result for one in told(message, key)[0]] == ["pass"]
-    assert [one.result for one in told(message.replace(b"dinner", b"supper"), key)[0]] == ["fail"]
+    assert [one.result for one in outcomes(message, key)[0]] == ["pass"]
+    assert [one.result for one in outcomes(message.replace(b"dinner", b"supper"), key)[0]] == ["fail"]
 
 
-def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
+def test_restrictions_of_keys_and_signatures_are_enforced(tmp_path):
     settings = keys(tmp_path)[:1]
     message, key = sign(MESSAGE, settings), record(load_key(settings[0]))
     name = "rsa._domainkey.shop.test"
@@ -172,14 +172,14 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
         "nonsense": "permerror",
     }  # fmt: skip
     assert {text: verified(message, settings, **{name: text})[0].result for text in cases} == cases
-    found, _ = told(message, {name: DnsFailure("no answer")})
+    found, _ = outcomes(message, {name: DnsFailure("no answer")})
     assert found[0].result == "temperror"
     small = Dkim(domain="shop.test", selector="rsa", key=str(write_key(tmp_path / "small.pem", "rsa", 1024)))
     assert verified(sign(MESSAGE, [small]), [small])[0].result == "pass"
     short = Dkim(domain="shop.test", selector="rsa", key=settings[0].key, expires="1s")
     assert verified(sign(MESSAGE, [short]), [short])[0].result == "fail"
     for number, (bits, exponent) in enumerate(((512, 65537), (8192, 65537), (2048, (1 << 40) + 15))):
-        numbers = rsa.RSAPublicNumbers(exponent, (1 << (bits - 1)) + 1)  # nobody's; they are not even tried
+        numbers = rsa.RSAPublicNumbers(exponent, (1 << (bits - 1)) + 1)  # not a real key; it is not even tried
         der = numbers.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         odd = f"v=DKIM1; p={base64.b64encode(der).decode()}"
         assert verified(message, settings, **{name: odd})[0].result == "permerror", number
@@ -191,8 +191,8 @@ def test_keys_and_signatures_are_taken_at_their_word(tmp_path):
 
 
 @pytest.mark.parametrize("name", [b"From:", b"from :"])
-def test_a_signature_says_nothing_of_a_from_that_was_added(name, tmp_path):
-    """Most sign it once: whoever has one such message could write another author of the same domain in front of it."""
+def test_a_signature_does_not_cover_a_from_that_was_added(name, tmp_path):
+    """Most sign From: once: with one such message, another author of the same domain could be added in front of it."""
     settings = keys(tmp_path)[:1]
     pem = _pkcs1(Path(settings[0].key).read_bytes())
     once = dkim.sign(MESSAGE, b"rsa", b"shop.test", pem, include_headers=[b"from", b"subject"]) + MESSAGE
@@ -209,15 +209,15 @@ def test_a_signature_says_nothing_of_a_from_that_was_added(name, tmp_path):
      b"DKIM-Signature: " + b"x=" * 5000 + b"\r\n", b"no colon\r\n", b"DKIM-Signature: v=1;;; = ;\r\n", b"\xff:\r\n",
      b"DKIM-Signature: v=a" + b" " * 100_000 + b"b\r\n", b"DKIM-Signature: v=a" + b"\r\n " * 30_000 + b"b\r\n"],
 )  # fmt: skip
-def test_hostile_messages_are_told_and_harm_nobody(header, tmp_path):
+def test_hostile_messages_are_reported_and_do_no_harm(header, tmp_path):
     signed = b"DKIM-Signature: v=1; a=rsa-sha256; b=AA; bh=x; d=d; h=from; s=s\r\n"
     message = header + signed + b"From: a@b.test\r\n\r\n" + b" " * 200_000 + b"\r\n"
-    found, _ = told(message, {"s._domainkey.d": record(load_key(keys(tmp_path)[0]))})
+    found, _ = outcomes(message, {"s._domainkey.d": record(load_key(keys(tmp_path)[0]))})
     assert all(one.result in ("permerror", "fail") for one in found)
 
 
 @pytest.mark.parametrize("blank", [b" ", b"\r\n "], ids=["blanks", "folds"])
-def test_hostile_signatures_cost_what_their_octets_do(blank, tmp_path):
+def test_hostile_signatures_cost_linear_time(blank, tmp_path):
     """Eight times the octets: quadratic would be 64 times the work."""
     known = {"s._domainkey.d": record(load_key(keys(tmp_path)[0]))}
 
@@ -226,14 +226,14 @@ def test_hostile_signatures_cost_what_their_octets_do(blank, tmp_path):
         best = 1e9
         for _ in range(5):
             began = time.process_time()
-            told(message, known)
+            outcomes(message, known)
             best = min(best, time.process_time() - began)
         return best
 
     assert seconds(32_000) < 24 * seconds(4_000) + 0.02
 
 
-def test_what_would_take_long_to_look_at_is_not(tmp_path):
+def test_what_would_take_long_to_verify_is_not_verified(tmp_path):
     settings = keys(tmp_path)[:1]
     names = b":".join(b"x%d" % number for number in range(300))
     assert verified(sign(MESSAGE, settings).replace(b"h=", b"h=" + names + b":"), settings)[0].result == "policy"
@@ -241,8 +241,8 @@ def test_what_would_take_long_to_look_at_is_not(tmp_path):
     assert verified(many + sign(MESSAGE, settings), settings)[0].result == "policy"
 
 
-async def test_a_policy_of_spf_has_a_length():
-    """Each of its records would be read again for each of the questions."""
+async def test_the_length_of_an_spf_policy_is_limited():
+    """Each of its records would be parsed again for each of the queries."""
     asked = []
 
     class Long:
@@ -262,7 +262,7 @@ async def test_a_policy_of_spf_has_a_length():
 
 
 class Many:
-    """A resolver with so many records of a kind; it never waits, as one that has all in its cache."""
+    """A resolver with so many records of a type; it never waits, as one with everything in its cache."""
 
     def __init__(self, policy: str, **counts: int) -> None:
         self.policy, self.counts = policy, counts
@@ -298,20 +298,20 @@ INCLUDES = " ".join(f"include:i{number}.test" for number in range(10))
         (f"v=spf1 {INCLUDES} -all", {"terms": 90}, "permerror", 10),
     ],
 )  # fmt: skip
-async def test_a_policy_of_spf_costs_only_so_much(policy, counts, expected, most):
+async def test_the_cost_of_an_spf_policy_is_limited(policy, counts, expected, most):
     many = Many(policy, **counts)
     found = await spf.check(many, "192.0.2.9", "a@b.test", "helo.test")  # type: ignore[arg-type]
     assert found.result == expected and len(many.asked) <= most, (found, many.asked)
 
 
-async def test_of_a_long_answer_only_so_much_is_read_again_and_again():
+async def test_of_a_long_answer_only_a_part_is_parsed_for_each_query():
     many = Many("v=spf1 -all", A=5000, MX=5000, PTR=5000, TXT=5000)
     for kind, most in (("A", spf.ADDRESSES + 1), ("MX", 11), ("PTR", 10), ("TXT", 4)):
         assert len(await spf._asked(many, "b.test", kind)) <= most  # type: ignore[arg-type,arg-type]
 
 
-async def test_a_long_policy_does_not_hold_up_the_loop():
-    """Where the resolver has all in its cache, nothing else would let others in."""
+async def test_a_long_policy_does_not_block_the_event_loop():
+    """When the resolver has everything in its cache, nothing else would yield to the event loop."""
     turns = 0
 
     async def others() -> None:
@@ -328,7 +328,7 @@ async def test_a_long_policy_does_not_hold_up_the_loop():
 
 
 async def test_a_sender_is_judged_by_the_domain_behind_its_last_at():
-    """pyspf asked for evil.test"@b.test: a forged sender was nobody's, instead of refused by its domain."""
+    """pyspf queried evil.test"@b.test: a forged sender had no policy, instead of the one of its domain."""
     for sender in ('"x@evil.test"@b.test', '"@"@b.test', '"a@b"@b.test'):
         many = Many("v=spf1 exists:%{l}.%{o}.x.test -all")
         found = await spf.check(many, "192.0.2.9", sender, "evil.test")  # type: ignore[arg-type]
@@ -336,8 +336,8 @@ async def test_a_sender_is_judged_by_the_domain_behind_its_last_at():
         assert many.asked[1:] == [f"A {sender.rpartition('@')[0]}.b.test.x.test"]
 
 
-async def test_a_policy_of_many_questions_does_not_either():
-    """36 of them, and never more than 170 terms at once: nobody had a turn in between."""
+async def test_a_policy_of_many_queries_does_not_either():
+    """36 of them, and never more than 170 terms at once: the event loop did not run in between."""
     most = 0
 
     class Known(Many):
@@ -369,19 +369,19 @@ def test_a_chain_of_arc_sets_is_followed(tmp_path):
     pem = _pkcs1(pem)
     once = b"".join(dkim.arc_sign(message, b"rsa", b"shop.test", pem, b"relay.example")) + message
 
-    def result(text: bytes) -> str:
-        return told(text, records)[1]
+    def result(message: bytes) -> str:
+        return outcomes(message, records)[1]
 
     again = once.replace(b"Authentication-Results: relay.example; spf=pass smtp.mailfrom=a@b.test\r\nFrom", b"From")
     for _ in range(5):  # as many hops as mail has
         seen = b"Authentication-Results: relay.example; arc=pass\r\n" + again
         again = b"".join(dkim.arc_sign(seen, b"rsa", b"shop.test", pem, b"relay.example")) + again
-    assert [result(text) for text in (MESSAGE, once, again)] == ["none", "pass", "pass"]
+    assert [result(message) for message in (MESSAGE, once, again)] == ["none", "pass", "pass"]
     assert result(once.replace(b"end\r\n", b"END\r\n")) == "fail"
     assert result(once.replace(b"cv=none", b"cv=pass")) == "fail"
-    assert told(once, {"rsa._domainkey.shop.test": DnsFailure("no answer")})[1] == "temperror"
+    assert outcomes(once, {"rsa._domainkey.shop.test": DnsFailure("no answer")})[1] == "temperror"
     other = b"DKIM-Signature: v=1; a=rsa-sha256; d=far.test; s=x; h=from; bh=x; b=x\r\n" + once
-    assert told(other, records | {"x._domainkey.far.test": DnsFailure("no answer")})[1] == "pass"
+    assert outcomes(other, records | {"x._domainkey.far.test": DnsFailure("no answer")})[1] == "pass"
 
 
 def _pkcs1(pem: bytes) -> bytes:
@@ -391,13 +391,13 @@ def _pkcs1(pem: bytes) -> bytes:
     return private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def test_who_registered_a_domain():
+def test_the_organizational_domain():
     assert [organizational(d) for d in ("a.b.example.co.uk", "example.com", "a.example.com", "com")] == [
         "example.co.uk", "example.com", "example.com", "com",
     ]  # fmt: skip
 
 
-def test_results_that_claim_to_be_ours_are_removed_and_no_others():
+def test_forged_results_are_removed_and_no_others():
     block = (
         b"Authentication-Results: relay.example; dkim=pass\r\nFrom: a@b\r\n"
         b'authentication-results:\r\n\t(x) "RELAY.example" 1;\r\n spf=pass\r\n'
@@ -419,7 +419,7 @@ def test_results_that_claim_to_be_ours_are_removed_and_no_others():
      (b"()" * 60 + b"other.example; x", True), (b"()" * 10 + b"other.example; x", False),
      (b"none", False), (b"spf=pass (sender IP) smtp.mailfrom=relay.example; dkim=none", False)],
 )  # fmt: skip
-def test_who_a_field_of_results_claims_to_come_from(value, removed):
+def test_which_fields_of_results_are_forged(value, removed):
     block = b"Subject: x\r\nAuthentication-Results:" + value + b"\r\nTo: y\r\n\r\n"
     assert (without_forged(block, "relay.example") != block) is removed
 
@@ -430,7 +430,7 @@ def peer() -> Iterator[FakeMx]:
         yield made
 
 
-def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
+def test_mail_of_unauthenticated_clients_arrives_with_its_results(peer, tmp_path):
     settings = keys(tmp_path)
     records = [f'{one.selector}._domainkey.{one.domain}. TXT "{_halves(record(load_key(one)))}"' for one in settings]
     records += [
@@ -452,20 +452,20 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
 
             forged = b"Authentication-Results: relay.example; dkim=pass header.d=bank.test\r\n"
             assert send("127.0.0.4", "ann@shop.test", forged + sign(MESSAGE, settings)) == 250
-            ((_, _, text),) = wait_for(lambda: peer.messages)
-            field = text.split(b"\r\nReceived:")[0].decode()
+            ((_, _, arrived),) = wait_for(lambda: peer.messages)
+            field = arrived.split(b"\r\nReceived:")[0].decode()
             assert field.startswith("Authentication-Results: relay.example;\r\n\tspf=pass smtp.mailfrom=ann@shop.test;")
             assert field.count("dkim=pass header.d=shop.test") == 2 and field.endswith("dmarc=pass header.from=shop.test")
-            assert text.lower().count(b"authentication-results:") == 1
-            # Neither SPF nor a signature of theirs: the domain says what becomes of it.
+            assert arrived.lower().count(b"authentication-results:") == 1
+            # Neither SPF nor DKIM passes: the domain's policy is applied.
             assert send("127.0.0.5", "eve@shop.test", MESSAGE) == 550
             assert send("127.0.0.5", "eve@evil.test", b"From: a@bank.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: [row["held"] for row in relay.summary()] == [1])
-            # However it is written, and where nobody can say what is written.
+            # However From: is written, and when it cannot be parsed.
             for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
                                 (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip
                 assert send("127.0.0.5", "eve@evil.test", b"Subject: x\r\nFrom: " + value + b"\r\n\r\nx\r\n") == code, value
-            # Nor where the next host would write the envelope's sender into it.
+            # Also when the next host would write the envelope's sender into it.
             for header in (b"Subject: x\r\n", b"From: eve\r\n", b"From: us:;\r\n", b""):
                 assert send("127.0.0.5", "eve@shop.test", header + b"\r\nx\r\n") == 550, header
                 assert send("127.0.0.5", '"@x.test"@shop.test', header + b"\r\nx\r\n") == 550, header
@@ -474,14 +474,14 @@ def test_mail_of_strangers_arrives_with_what_was_found(peer, tmp_path):
             wait_for(lambda: len(peer.messages) == 2)
             field = peer.messages[1][2].split(b"\r\nReceived:")[0].decode()
             assert "spf=none smtp.mailfrom=eve@quiet.test" in field and "dkim=none" in field and "dmarc=none" in field
-            assert send("127.0.0.9", "eve@shop.test", MESSAGE) == 250  # ours: believed
+            assert send("127.0.0.9", "eve@shop.test", MESSAGE) == 250  # of our own network: not verified
             wait_for(lambda: len(peer.messages) == 3)
             assert b"Authentication-Results" not in peer.messages[2][2]
             counts = [relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("pass", "fail", "none")]
             assert counts == [1, 13, 1] and relay.metric('relaymta_dmarc_total{result="permerror"}') == 3
 
 
-def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
+def test_large_mail_of_unauthenticated_clients_is_verified_as_well(peer, tmp_path):
     settings = keys(tmp_path)
     large = MESSAGE + b"".join(b"line %d of many  \r\n" % number for number in range(80_000))
     records = [f'{one.selector}._domainkey.{one.domain}. TXT "{_halves(record(load_key(one)))}"' for one in settings]
@@ -500,11 +500,11 @@ def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
 
             forged = b"Authentication-Results: relay.example; dkim=pass header.d=bank.test\r\n"
             assert send(forged + sign(large, settings))[0] == 250
-            ((_, _, text),) = wait_for(lambda: peer.messages)
-            field = text.split(b"\r\nReceived:")[0].decode()
+            ((_, _, arrived),) = wait_for(lambda: peer.messages)
+            field = arrived.split(b"\r\nReceived:")[0].decode()
             assert field.count("dkim=pass header.d=shop.test") == 2 and field.endswith("dmarc=pass header.from=shop.test")
-            assert text.count(b"Authentication-Results:") == 1 and text.endswith(sign(large, settings))
-            assert send(large)[0] == 550  # nobody's signature: refused, as a short one is
+            assert arrived.count(b"Authentication-Results:") == 1 and arrived.endswith(sign(large, settings))
+            assert send(large)[0] == 550  # without a signature: refused, as a short one is
             assert send(sign(large, settings).replace(b"line 79999 ", b"line 80000 "))[0] == 550
             # Nor does it help to hide From: behind a long header, or another author.
             assert send(b"X-Long: " + b"x" * 900 + b"\r\n" + (b" " + b"x" * 900 + b"\r\n") * 1300 + large)[0] == 554
@@ -512,7 +512,7 @@ def test_large_mail_of_strangers_is_looked_at_as_well(peer, tmp_path):
             wait_for(lambda: not list((relay.spool / "shard-0" / "bodies" / "big").iterdir()))
 
 
-def test_a_dead_dns_puts_off_what_is_to_be_judged_and_nothing_else(peer, tmp_path):
+def test_a_dead_dns_temporarily_rejects_mail_under_a_policy_and_nothing_else(peer, tmp_path):
     networks = 'relay.networks=["127.0.0.9/32"]'
     more = (networks, 'relay.domains=["ours.test"]', 'delivery.nameservers=["127.0.0.1:1"]', "verify.results=true")
 
@@ -527,17 +527,17 @@ def test_a_dead_dns_puts_off_what_is_to_be_judged_and_nothing_else(peer, tmp_pat
         assert [send(relay, "127.0.0.4"), send(relay, "127.0.0.9")] == [451, 250]
         assert relay.metric('relaymta_messages_refused_total{reason="filter"}') == 1
         (event,) = wait_for(lambda: relay.events("rejected"))
-        assert event["reply"].startswith("451 4.4.3 The DNS does not say")
+        assert event["reply"].startswith("451 4.4.3 The message could not be authenticated")
         assert relay.stop() == 0
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", *more) as relay:
-        assert send(relay, "127.0.0.4") == 250  # nothing depends on it
+        assert send(relay, "127.0.0.4") == 250  # no policy is applied
         wait_for(lambda: len(peer.messages) == 2)
-        told = peer.messages[1][2].split(b"\r\nReceived:")[0]
-        assert b"spf=temperror" in told and b"dmarc=temperror" in told
+        field = peer.messages[1][2].split(b"\r\nReceived:")[0]
+        assert b"spf=temperror" in field and b"dmarc=temperror" in field
 
 
 class Texts:
-    """A resolver that knows the DMARC records of some domains."""
+    """A resolver with the DMARC records of some domains."""
 
     def __init__(self, known: dict[str, list[str]]) -> None:
         self.known = known
@@ -567,7 +567,7 @@ async def test_no_author_hides_behind_another(authors, expected):
      ("adkim=s", "shop.co.uk", "evil.test", "mail.shop.co.uk", "fail"),
      ("adkim=s", "shop.co.uk", "evil.test", "shop.co.uk", "pass")],
 )  # fmt: skip
-async def test_who_is_aligned_with_the_author(tags, author, sender, signature, expected):
+async def test_which_identifiers_are_aligned_with_the_author(tags, author, sender, signature, expected):
     texts = Texts({"shop.co.uk": [f"v=DMARC1; p=reject; {tags}"]})
     signatures = [(signature, "pass"), ("shop.co.uk.evil.test", "pass"), ("", "permerror")] if signature else []
     found = await dmarc.check(texts, [author], (sender, "pass"), signatures)  # type: ignore[arg-type]
@@ -585,14 +585,14 @@ async def test_who_is_aligned_with_the_author(tags, author, sender, signature, e
      ("", ("evil.test", "fail"), [("evil.test", "temperror"), ("m.bank.test", "temperror")], "temperror"),
      ("", ("bank.test", "pass"), [("bank.test", "temperror")], "pass")],
 )  # fmt: skip
-async def test_what_is_not_known_matters_where_it_could_help(tags, spf, signatures, expected):
-    """Else whoever signs with a domain whose DNS is silent is put off, and not refused."""
+async def test_a_temporary_failure_matters_where_it_could_help(tags, spf, signatures, expected):
+    """Otherwise a signature of a domain whose DNS does not answer gets a temporary rejection instead of a permanent one."""
     texts = Texts({"bank.test": [f"v=DMARC1; p=reject; {tags}"]})
     found = await dmarc.check(texts, ["bank.test"], spf, signatures)  # type: ignore[arg-type]
     assert (found.result, found.policy) == (expected, "none" if expected == "pass" else "reject")
 
 
-async def test_a_key_that_cannot_be_in_the_dns_is_none(tmp_path):
+async def test_a_key_with_an_invalid_name_does_not_exist(tmp_path):
     class Silent:
         async def txt(self, name: str) -> list[str]:
             raise DnsFailure(name)
@@ -601,16 +601,16 @@ async def test_a_key_that_cannot_be_in_the_dns_is_none(tmp_path):
     cases = {b"s=rsa": "temperror", b"s=" + b"a" * 64: "permerror", b"s=a..b": "permerror", "s=ä".encode(): "permerror",
              b"s=" + b"a." * 130 + b"a": "permerror", b"s=.": "permerror"}  # fmt: skip
     for selector, expected in cases.items():
-        text = message.replace(b"s=rsa", selector)
-        end = header_end(text)
-        said = claims(text[:end])
+        changed = message.replace(b"s=rsa", selector)
+        end = header_end(changed)
+        said = claims(changed[:end])
         hashes = BodyHashes(said.forms())
-        hashes.feed(text[end:])
+        hashes.feed(changed[end:])
         bodies = hashes.finish()
         found = await keys_of(Silent(), said)  # type: ignore[arg-type]
         assert verify(said, bodies, found, 1_795_000_100)[0].result == expected, selector
-    # Nor does a silent DNS make good what cannot be good.
-    assert told(message.replace(b"end\r\n", b"END\r\n"), {"rsa._domainkey.shop.test": DnsFailure("x")})[0][0].result == "fail"
+    # Nor is it a temporary failure when no key could make the signature valid.
+    assert outcomes(message.replace(b"end\r\n", b"END\r\n"), {"rsa._domainkey.shop.test": DnsFailure("x")})[0][0].result == "fail"
 
 
 @pytest.mark.parametrize(
@@ -622,11 +622,11 @@ async def test_a_key_that_cannot_be_in_the_dns_is_none(tmp_path):
      ("sp=reject", "bank.test", "none"), ("p=reject; aspf=x; rua=?; unknown", "bank.test", "none"),
      ("p=reject; aspf=x; rua=?; unknown=1", "bank.test", "reject")],
 )  # fmt: skip
-async def test_what_the_authors_domain_wants(record, author, policy):
+async def test_the_policy_of_the_authors_domain(record, author, policy):
     texts = Texts({"bank.test": ["v=spf1 -all", f"v = DMARC1; {record}"]})
     found = await dmarc.check(texts, [author], ("evil.test", "pass"), [])  # type: ignore[arg-type]
     assert found.policy == policy
-    signatures = [("bank.test", "temperror")]  # that may be good: it is not refused for good
+    signatures = [("bank.test", "temperror")]  # which may be valid: it is not refused permanently
     found = await dmarc.check(texts, [author], ("evil.test", "pass"), signatures)  # type: ignore[arg-type]
     assert found.policy == policy and found.result in ("temperror", "permerror")
 

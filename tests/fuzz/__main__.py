@@ -1,5 +1,5 @@
 """`python -m tests.fuzz TARGET SECONDS [libFuzzer's flags]`: fuzz one target with atheris, coverage-guided by the interpreted
-kernels. What it finds is written to crash-* here; new inputs go to build/corpus; the tree holds a choice of them."""
+kernels. Findings are written to crash-* here, new inputs to build/corpus; the repository has a selection of them."""
 
 import sys
 from pathlib import Path

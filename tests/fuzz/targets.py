@@ -30,27 +30,27 @@ def taken_apart(data: bytes) -> tuple[int, list[int], bytes]:
 
 
 def smtp(data: bytes) -> None:
-    """The server parser: text, normalized text, commands or a chunk."""
+    """The server parser: message data, normalized message data, commands or a chunk."""
     options, cuts, wire = taken_apart(data)
     for parser in PARSERS:
-        (_text, _normalized, _commands, _chunk)[options % 4](parser, cuts, wire)
+        (_data, _normalized, _commands, _chunk)[options % 4](parser, cuts, wire)
 
 
-def _text(parser: type, cuts: list[int], wire: bytes) -> None:
-    found = test_smtp.text_run(parser, wire, cuts)
-    assert found == test_smtp.text_run(parser, wire, [])
-    text, ended, size, flags, waiting = found
+def _data(parser: type, cuts: list[int], wire: bytes) -> None:
+    found = test_smtp.data_run(parser, wire, cuts)
+    assert found == test_smtp.data_run(parser, wire, [])
+    message, ended, size, flags, waiting = found
     expected = oracle.unstuff(wire)
-    assert size == len(text) and ended == (expected is not None)
+    assert size == len(message) and ended == (expected is not None)
     if expected is not None:
-        assert (text, waiting) == (expected[0], len(expected[1]))
-        assert (bool(flags & BARE_LF), bool(flags & BARE_CR)) == oracle.bare(text)
-        assert bool(flags & NUL) == (b"\0" in text)
+        assert (message, waiting) == (expected[0], len(expected[1]))
+        assert (bool(flags & BARE_LF), bool(flags & BARE_CR)) == oracle.bare(message)
+        assert bool(flags & NUL) == (b"\0" in message)
 
 
 def _normalized(parser: type, cuts: list[int], wire: bytes) -> None:
-    found = test_smtp.text_run(parser, wire, cuts, normalize=True)
-    assert found == test_smtp.text_run(parser, wire, [], normalize=True)
+    found = test_smtp.data_run(parser, wire, cuts, normalize=True)
+    assert found == test_smtp.data_run(parser, wire, [], normalize=True)
     expected = oracle.unstuff(wire)
     assert found[1] == (expected is not None)
     if expected is not None:
@@ -67,15 +67,15 @@ def _chunk(parser: type, cuts: list[int], wire: bytes) -> None:
     octets = len(wire) // 2
     one = parser(512, 998, False)
     one.chunk(octets, True)
-    text = b"".join(event[1] for piece in test_smtp.pieces(wire, cuts) for event in one.feed(piece) if len(event) > 1)
-    assert text == wire[:octets]
+    message = b"".join(event[1] for piece in test_smtp.pieces(wire, cuts) for event in one.feed(piece) if len(event) > 1)
+    assert message == wire[:octets]
     assert one.waiting() == len(wire) - octets
 
 
 def replies(data: bytes) -> None:
     """The reply parser."""
     _, cuts, wire = taken_apart(data)
-    wire = wire[:3000]  # below the limits of a line and of lines, which the oracle does not know
+    wire = wire[:3000]  # below the limits of a line and of lines, which the oracle does not have
     for parser in REPLIES:
         one = parser(4096, 3000)
         found = [reply for piece in test_smtp.pieces(wire, cuts) for reply in one.feed(piece)]
@@ -83,8 +83,8 @@ def replies(data: bytes) -> None:
 
 
 def session(data: bytes) -> None:
-    """A whole server session, in which clients may log in: the same replies for every split, and every message taken with text as
-    the limits allow."""
+    """A whole server session, in which clients may log in: the same replies for every split, and every accepted message within
+    the limits."""
     options, cuts, wire = taken_apart(data)
     limits = Limits(message_size=2000, recipients=5, errors=6, normalize=bool(options & 1), long_lines=bool(options & 2))
     assert _session_run(limits, wire, cuts) == _session_run(limits, wire, [])
@@ -106,10 +106,10 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
                 continue
             mail = one.complete
             assert mail is not None
-            text = b"".join(mail.take())
-            assert len(text) <= limits.message_size and 0 < len(mail.recipients) <= limits.recipients
-            assert oracle.bare(text) == (False, False) and b"\0" not in text
-            mails.append((mail.sender, mail.recipients, text))
+            message = b"".join(mail.take())
+            assert len(message) <= limits.message_size and 0 < len(mail.recipients) <= limits.recipients
+            assert oracle.bare(message) == (False, False) and b"\0" not in message
+            mails.append((mail.sender, mail.recipients, message))
             out.append(one.finish(b"250 2.0.0 taken\r\n"))
         if one.closing:
             break
@@ -132,7 +132,7 @@ def sasl(data: bytes) -> None:
 
 
 def header(data: bytes) -> None:
-    """What a stranger's header says: of its signatures, by dkimpy behind ours, of its authors, and what claims to be ours."""
+    """An untrusted header: its signatures, by dkimpy behind our checks, its authors, and forged results."""
     block = data.replace(b"\n", b"\r\n")
     said = claims(block)
     bodies = dict.fromkeys(said.forms(), ("47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=", 0))

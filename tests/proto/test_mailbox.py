@@ -1,4 +1,4 @@
-"""From: and Sender: as they are meant, and as no other program could read them."""
+"""From: and Sender: as specified, so that no other program reads other addresses in them."""
 
 import email
 import inspect
@@ -20,7 +20,7 @@ from tests.support.programs import need
 
 REFUSED = None
 
-# Value, what it means (None: malformed), and where that stands or who showed it otherwise.
+# Value, what it means (None: malformed), and its RFC section, or the program that shows it otherwise.
 ROWS: list[tuple[str | bytes, list[str] | None, str]] = [
     # Plain ones
     ("ann@shop.test", ["ann@shop.test"], "5322 3.4.1"),
@@ -264,7 +264,7 @@ def test_what_a_field_means(value, expected, source):
 
 
 def test_a_field_has_a_length_and_a_number_of_addresses():
-    """Each of the domains may have to be converted; nobody has so many."""
+    """Each of the domains may have to be converted; no real field has so many."""
     assert len(addresses(b",".join(b"a@shop.test" for _ in range(MOST)))) == MOST
     for value in (b",".join(b"a@shop.test" for _ in range(MOST + 1)), b"(" + b"x" * LONGEST + b") a@shop.test"):
         with pytest.raises(Malformed):
@@ -277,8 +277,8 @@ def test_a_field_has_a_length_and_a_number_of_addresses():
 
 
 @pytest.mark.parametrize("value", ["a@b", "a", "x:;", "a@ä", "a@ä.ö, a@ü", ",".join(["a@ä"] * 20)])
-def test_several_fields_are_no_way_around_that(monkeypatch, value):
-    """Short ones, whose domains have to be converted, held up the loop for 100 ms."""
+def test_several_fields_do_not_evade_that(monkeypatch, value):
+    """Short ones, whose domains have to be converted, blocked the event loop for 100 ms."""
     converted: list[str] = []
     monkeypatch.setattr(mailbox, "normalize_domain", lambda domain: converted.append(domain) or domain)
     with pytest.raises(Malformed):
@@ -303,11 +303,11 @@ def test_several_fields_are_no_way_around_that(monkeypatch, value):
         (b"Subject: x\n\rFrom: ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),
         (b"From: a@shop.test\r\nSubject: \0\r\n\r\n", REFUSED),
         (b"From\0: ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),
-        (b"From\r\n : ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),  # who unfolds first shows it
-        (b"X: y\r\n\x0bFrom\x01: ceo@bank.test\r\n\r\n", REFUSED),  # who trims as JavaMail shows it
+        (b"From\r\n : ceo@bank.test\r\nFrom: a@shop.test\r\n\r\n", REFUSED),  # shown by programs that unfold first
+        (b"X: y\r\n\x0bFrom\x01: ceo@bank.test\r\n\r\n", REFUSED),  # shown by programs that trim, as JavaMail
     ],
 )
-def test_who_wrote_a_message(block, expected):
+def test_the_authors_of_a_message(block, expected):
     if expected is None:
         with pytest.raises(Malformed):
             authors(block)
@@ -315,14 +315,14 @@ def test_who_wrote_a_message(block, expected):
         assert [str(one) for one in authors(block)] == expected
 
 
-def test_domains_are_as_the_dns_has_them():
+def test_domains_are_a_labels():
     found = addresses("a@Shop.Test, b@shop.test, root, c@[192.0.2.1], d@dömain.test, e@xn--dmain-jua.test, f@shop。test".encode())
     assert domains(found) == ["shop.test", "xn--dmain-jua.test"]
 
 
 @pytest.mark.parametrize(("value", "expected", "source"), ROWS)
-def test_nobody_writes_as_another(value, expected, source):
-    """Whoever may only write as shop.test."""
+def test_no_user_writes_as_another(value, expected, source):
+    """A user who may write as shop.test only."""
     shop = Identity("shop", senders=("@shop.test",))
     try:
         found = [str(one) for one in authors(b"Subject: x\r\nFrom: " + octets(value) + b"\r\n\r\n", (b"from", b"sender"))]
@@ -336,7 +336,7 @@ def test_nobody_writes_as_another(value, expected, source):
 
 
 def shown_by_python(value: bytes) -> set[str]:
-    """By all of its parsers, in a message and as text."""
+    """By all of its parsers, in a message and as a string."""
     found: set[str] = set()
     raw = b"From:" + value + b"\r\n\r\nx"
     texts = [value.decode("utf-8", "surrogateescape")]
@@ -345,7 +345,7 @@ def shown_by_python(value: bytes) -> set[str]:
         for field in message.get_all("from") or []:
             texts.append(str(field))
             found |= {one.addr_spec for one in field.addresses}
-    except Exception:  # theirs: they show nothing
+    except Exception:  # an error of theirs: they show nothing
         pass
     texts += [str(field) for field in email.message_from_bytes(raw).get_all("from") or []]
     for text in texts[:1] + texts[2:]:
@@ -359,7 +359,7 @@ def shown_by_python(value: bytes) -> set[str]:
 
 
 def as_meant(address: str) -> tuple[str, str]:
-    """Local part without its quotes, and domain, of an address that somebody shows; a route is none of it."""
+    """Local part without its quotes, and domain, of an address that a program shows; without a route."""
     text = address.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     local, _, domain = re.sub(r"^@[^:]*:", "", text).rpartition("@")
     unquoted = re.sub(r'"((?:[^"\\]|\\.)*)"', lambda m: re.sub(r"\\(.)", r"\1", m[1], flags=re.S), local, flags=re.S)
@@ -367,7 +367,7 @@ def as_meant(address: str) -> tuple[str, str]:
 
 
 def hidden(value: bytes, shown: set[str]) -> set[str]:
-    """Addresses that somebody shows, and we neither find nor refuse. Brackets and blanks around one are not part of it: a string
+    """Addresses that a program shows, and we neither find nor refuse. Brackets and blanks around one are not part of it: a string
     on two lines makes email.utils show ` <ann@shop.test>`."""
     try:
         found = {as_meant(str(one)) for one in addresses(value)}

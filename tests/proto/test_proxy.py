@@ -1,4 +1,4 @@
-"""The PROXY protocol beside an independent reading of its text, in any split."""
+"""The PROXY protocol against an independent implementation, in any split."""
 
 import struct
 
@@ -33,7 +33,7 @@ def test_the_client_is_who_the_header_says_in_any_split(pair, source, destinatio
 
 
 @given(st.binary(max_size=200))
-def test_only_a_header_is_taken_for_one(data):
+def test_only_a_header_is_accepted_as_one(data):
     try:
         found = parse(data)
     except BadHeader:
@@ -57,7 +57,7 @@ def test_what_is_no_header_is_refused(header):
         parse(header)
 
 
-def test_a_balancer_that_speaks_for_itself_names_nobody():
+def test_a_balancers_own_connection_names_no_client():
     assert parse(b"PROXY UNKNOWN\r\n220") == Header(15, "")
     assert parse(b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n") == Header(35, "")
     assert parse(b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00") == Header(16, "")

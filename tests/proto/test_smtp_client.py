@@ -9,8 +9,8 @@ PIPELINING = Features(True, True, False, 0)
 PLAIN = Features(False, False, False, None)
 
 
-def mail(*recipients: str, text: bytes = b"hi\r\n") -> Mail:
-    return Mail("cargo", "a@b", list(enumerate(recipients or ("c@d",))), [text], len(text), False, False)
+def mail(*recipients: str, data: bytes = b"hi\r\n") -> Mail:
+    return Mail("cargo", "a@b", list(enumerate(recipients or ("c@d",))), [data], len(data), False, False)
 
 
 def written(core: ClientSession) -> bytes:
@@ -20,7 +20,7 @@ def written(core: ClientSession) -> bytes:
 
 
 def in_turn(core: ClientSession, answers: bytes, step: int = 0) -> bytes:
-    """Give a session these replies line by line, or octet by octet, and write at once what it has to say: that is returned."""
+    """Give a session these replies line by line, or octet by octet, and write its output at once; returns that."""
     out = b""
     for piece in [answers[i : i + 1] for i in range(len(answers))] if step else answers.splitlines(keepends=True):
         core.receive(piece)
@@ -33,7 +33,7 @@ def results(done: Mail) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_a_warm_link_takes_one_round_trip_a_message(step):
+def test_an_open_connection_takes_one_round_trip_a_message(step):
     core = ClientSession(PIPELINING)
     first, second = mail(), mail()
     core.begin(first)
@@ -81,7 +81,7 @@ def test_without_pipelining_one_command_at_a_time():
         (b"250 m\r\n250 r\r\n550 r\r\n250 r\r\n354 go\r\n552 big\r\n", {0: 552, 1: 550, 2: 552}, b"hi\r\n.\r\n"),
     ],
 )
-def test_each_recipient_gets_its_own_answer(answers, expected, sent):
+def test_each_recipient_gets_its_own_reply(answers, expected, sent):
     core = ClientSession(PIPELINING)
     core.begin(mail("a@x", "b@x", "c@x"))
     written(core)
@@ -115,7 +115,7 @@ def test_many_recipients_are_split_by_the_limit():
 
 
 @pytest.mark.parametrize("noise", [b"421 4.3.2 going\r\n", b"hello?\r\n", b"250 unasked\r\n250 unasked\r\n"])
-def test_a_peer_that_closes_or_talks_out_of_turn_ends_the_session(noise):
+def test_a_peer_that_closes_or_replies_out_of_turn_ends_the_session(noise):
     core = ClientSession(PIPELINING)
     if noise.startswith(b"250"):
         core.receive(noise)
@@ -127,7 +127,7 @@ def test_a_peer_that_closes_or_talks_out_of_turn_ends_the_session(noise):
     assert core.closing
 
 
-def test_how_far_it_came_is_known():
+def test_the_phase_that_was_reached_is_recorded():
     core = ClientSession(PIPELINING)
     one = mail()
     core.begin(one)
@@ -135,12 +135,12 @@ def test_how_far_it_came_is_known():
     assert one.reached == ""
     core.receive(b"250 m\r\n")
     assert one.reached == "mail"
-    assert not one.text_out
+    assert not one.data_sent
     core.receive(b"250 r\r\n354 go\r\n")
-    assert one.text_out
+    assert one.data_sent
     assert written(core) == b"hi\r\n.\r\n"
     core.receive(b"250 taken\r\n")
-    assert (one.reached, one.text_out) == ("final", False)
+    assert (one.reached, one.data_sent) == ("final", False)
 
 
 CHUNKING = Features(True, True, False, 0, True)
@@ -158,19 +158,19 @@ CHUNKING = Features(True, True, False, 0, True)
         (b"250 m\r\n250 r\r\n250 r\r\n552 too big\r\n", {0: 552, 1: 552}),
     ],
 )
-def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
+def test_with_chunking_envelope_and_message_data_are_one_write(answers, codes, step):
     core = ClientSession(CHUNKING)
-    one = mail("c@d", "e@f", text=b".dot\r\n")
+    one = mail("c@d", "e@f", data=b".dot\r\n")
     core.begin(one)
     assert written(core) == b"MAIL FROM:<a@b> SIZE=6\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nBDAT 6 LAST\r\n.dot\r\nRSET\r\n"
-    assert one.text_out, "a connection that is lost from now on leaves it in doubt"
+    assert one.data_sent, "a connection that is lost from now on leaves it in doubt"
     in_turn(core, answers, step)
     assert not core.finished, "not before the RSET behind it is answered"
     in_turn(core, b"250 2.0.0 reset\r\n", step)
     assert core.finished == [one]
     assert results(one) == codes
     assert core.idle
-    assert not one.text_out
+    assert not one.data_sent
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -186,7 +186,7 @@ def test_with_chunking_envelope_and_text_are_one_flight(answers, codes, step):
 )
 def test_lmtp_has_a_reply_for_each_recipient(answers, codes, dot, step):
     core = ClientSession(PIPELINING, lmtp=True)
-    one = mail("c@d", "e@f", text=b".dot\r\n")
+    one = mail("c@d", "e@f", data=b".dot\r\n")
     core.begin(one)
     written(core)
     assert in_turn(core, answers, step) == dot
@@ -196,13 +196,13 @@ def test_lmtp_has_a_reply_for_each_recipient(answers, codes, dot, step):
     assert core.closing == (b"551" in answers and b"354" in answers)
 
 
-def test_what_lmtp_has_answered_is_not_in_doubt():
+def test_what_lmtp_has_replied_to_is_not_in_doubt():
     core = ClientSession(PIPELINING, lmtp=True)
     one = mail("c@d", "e@f")
     core.begin(one)
     written(core)
     in_turn(core, b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n250 one\r\n")
-    assert one.text_out and core.under_way() == [one]
+    assert one.data_sent and core.under_way() == [one]
     assert one.said[0].code == 250 and 1 not in one.said
 
 
@@ -222,7 +222,7 @@ def test_features_and_classes():
     assert (said.code, said.enhanced, said.text, classify(said)) == (550, "5.1.1", "no such user", "permanent")
 
 
-def test_nothing_follows_while_a_text_is_streamed():
+def test_nothing_follows_while_message_data_is_streamed():
     core = ClientSession(PIPELINING)
     big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
     core.begin(big)
@@ -231,7 +231,7 @@ def test_nothing_follows_while_a_text_is_streamed():
     assert core.streaming is big
     assert not core.may_follow
     assert not core.idle
-    core.text_written(True)
+    core.data_written(True)
     assert core.may_follow
     core.receive(b"250 ok\r\n")
     assert core.finished == [big]
@@ -263,19 +263,19 @@ PEERS = {"pipelining": PIPELINING, "one by one": PLAIN, "chunking": Features(Tru
 
 
 def conversation(features: Features, lmtp: bool, step: str, line: bytes, whole: bool) -> tuple[ClientSession, Mail, bool, bool]:
-    """A message for two to a peer that takes everything, but answers the command `step` by `line`. Whether the peer had the text,
-    and whether it said 2xx to all of it. `whole`: its replies to what was written together come together."""
+    """A message for two recipients to a peer that accepts all, but replies to the command `step` with `line`: (session, mail,
+    whether the peer had the data, whether it accepted it). `whole`: replies to one write arrive together."""
     core = ClientSession(features, lmtp=lmtp)
-    one = mail("c@d", "e@f", text=b"Subject: x\r\n\r\n.x\r\n")
+    one = mail("c@d", "e@f", data=b"Subject: x\r\n\r\n.x\r\n")
     core.open_envelope = step == "RSET"
     core.begin(one)
-    had = accepted = in_text = False
+    had = accepted = in_data = False
     while core.out and not core.closing and not core.finished:
         answers = []
         for command in written(core).splitlines(keepends=True):
-            if in_text:
+            if in_data:
                 if command == b".\r\n":
-                    in_text, had = False, True
+                    in_data, had = False, True
                     answers += [line if step == "dot" else b"250 2.0.0 taken\r\n"] * (2 if lmtp else 1)
                     accepted = step != "dot" or line.startswith(b"2")
                 continue
@@ -286,7 +286,7 @@ def conversation(features: Features, lmtp: bool, step: str, line: bytes, whole: 
                 break
             good = b"354 go\r\n" if verb == "DATA" else b"250 2.0.0 ok\r\n"
             answers.append(line if verb == step else good)
-            in_text = verb == "DATA" and answers[-1].startswith(b"354")
+            in_data = verb == "DATA" and answers[-1].startswith(b"354")
             if verb == step == "RCPT":
                 step = ""  # the first one only
         for piece in [b"".join(answers)] if whole else answers:
@@ -298,8 +298,8 @@ def conversation(features: Features, lmtp: bool, step: str, line: bytes, whole: 
 @pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("step", ["RSET", "MAIL", "RCPT", "DATA", "dot"])
 @pytest.mark.parametrize(("peer", "lmtp"), [*((name, False) for name in PEERS), ("pipelining", True)])
-def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step, name, whole):
-    """Every command answered by every class of reply: a recipient is delivered only when the peer had the text and said 2xx."""
+def test_nothing_counts_as_delivered_that_the_peer_did_not_accept(peer, lmtp, step, name, whole):
+    """Every class of reply to every command: a recipient is delivered only when the peer had the message data and replied 2xx."""
     if step == "DATA" and peer == "chunking":
         return
     core, one, had, accepted = conversation(PEERS[peer], lmtp, step, LINES[name], whole)
@@ -309,13 +309,13 @@ def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step
         said = one.said.get(index)
         delivered = done and (one.all_sent or (said is not None and classify(said) == "success"))
         assert not delivered or (had and accepted)
-        assert not done or one.all_sent or said is not None, "each recipient has an answer of its own"
+        assert not done or one.all_sent or said is not None, "each recipient has a reply of its own"
         if said is not None and classify(said) == "permanent":
-            assert name == "5xx" and step in ("MAIL", "RCPT", "DATA", "dot"), "nobody else said so"
+            assert name == "5xx" and step in ("MAIL", "RCPT", "DATA", "dot"), "no other reply was permanent"
     if step == "dot" and name in ("2xx", "220"):
         assert had and accepted and done, "it is not sent twice"
     if step == "dot" and had and not done:
-        assert one.text_out, "in doubt"
+        assert one.data_sent, "in doubt"
     if name in ("2xx", "two", "220") and step in ("MAIL", "RCPT", "RSET") and not core.closing:
         assert done and all(index not in one.said or one.said[index].code == 250 for index, _ in one.recipients)
     if core.last_said is not None:
@@ -325,7 +325,7 @@ def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step
 @pytest.mark.parametrize(
     ("features", "replies"),
     [
-        (PIPELINING, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),  # to a text that is not written yet
+        (PIPELINING, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),  # to message data that is not written yet
         (PIPELINING, b"250 m\r\n250 r\r\n250 too much\r\n354 go\r\n"),
         (PLAIN, b"250 m\r\n250 r\r\n354 go\r\n250 taken\r\n"),
         (PLAIN, b"250 m\r\n250 r\r\n"),
@@ -333,7 +333,7 @@ def test_nothing_counts_as_delivered_that_the_peer_did_not_take(peer, lmtp, step
         (Features(True, True, False, 0, True), b"250 m\r\n250 x\r\n250 x\r\n250 r\r\n452 4.3.1 full\r\n250 reset\r\n"),
     ],
 )
-def test_replies_ahead_of_their_time_count_for_nothing(features, replies):
+def test_early_replies_do_not_count(features, replies):
     core = ClientSession(features)
     one = mail()
     core.begin(one)
@@ -345,9 +345,9 @@ def test_replies_ahead_of_their_time_count_for_nothing(features, replies):
 
 @pytest.mark.parametrize("said", [b"250 taken\r\n", b"354 go\r\n", b"220 x\r\n"])
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_text_that_the_peer_cannot_have_yet_is_not_taken(said, behind):
+def test_message_data_that_the_peer_cannot_have_yet_is_not_accepted(said, behind):
     core = ClientSession(PIPELINING)
-    one = mail(text=b"x" * 80_000 + b"\r\n")
+    one = mail(data=b"x" * 80_000 + b"\r\n")
     core.begin(one)
     written(core)
     core.receive(b"250 m\r\n250 r\r\n354 go\r\n")
@@ -356,10 +356,10 @@ def test_a_text_that_the_peer_cannot_have_yet_is_not_taken(said, behind):
     written(core)
     core.receive(said, unsent=5_000)
     assert core.closing and one in core.under_way() and not one.said
-    assert one.text_out, "in doubt"
+    assert one.data_sent, "in doubt"
 
 
-def test_an_envelope_that_is_not_written_yet_is_no_reason_to_doubt_the_text_before_it():
+def test_an_unwritten_envelope_casts_no_doubt_on_the_message_before_it():
     core = ClientSession(PIPELINING)
     one = mail()
     core.begin(one)
@@ -372,8 +372,8 @@ def test_an_envelope_that_is_not_written_yet_is_no_reason_to_doubt_the_text_befo
 
 
 @pytest.mark.parametrize(("said", "codes"), [(b"250 taken\r\n", {}), (b"354 go\r\n", {}), (b"552 5.3.4 big\r\n", {0: 552})])
-def test_a_reply_in_the_midst_of_a_streamed_text(said, codes):
-    """Only a refusal may come early: whatever follows, this text is not taken."""
+def test_a_reply_while_message_data_is_streamed(said, codes):
+    """Only a refusal may come early: whatever follows, this message is not accepted."""
     core = ClientSession(PIPELINING)
     big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
     core.begin(big)
@@ -384,8 +384,8 @@ def test_a_reply_in_the_midst_of_a_streamed_text(said, codes):
     assert {index: reply.code for index, reply in big.said.items()} == codes
 
 
-def test_what_was_said_to_recipients_is_not_believed_where_replies_are_out_of_step():
-    """One reply too many behind MAIL: the 550 is for the first recipient, and would be taken for the second's."""
+def test_replies_to_recipients_do_not_count_when_out_of_step():
+    """One reply too many after MAIL: the 550 is for the first recipient, and would be taken for the second's."""
     core = ClientSession(PIPELINING)
     one = mail("c@d", "e@f")
     core.begin(one)
@@ -396,8 +396,8 @@ def test_what_was_said_to_recipients_is_not_believed_where_replies_are_out_of_st
 
 
 @pytest.mark.parametrize("features", [PIPELINING, Features(True, True, False, 0, True)], ids=["data", "bdat"])
-def test_nothing_follows_a_message_whose_other_recipients_are_still_to_be_asked(features):
-    """Its next envelope would come behind the other one's DATA, as a part of that one's text."""
+def test_nothing_follows_a_message_with_recipients_left(features):
+    """Its next envelope would follow the other message's DATA, as a part of that one's data."""
     core = ClientSession(features, recipients=1)
     first = mail("c@d", "e@f")
     core.begin(first)
@@ -410,8 +410,8 @@ def test_nothing_follows_a_message_whose_other_recipients_are_still_to_be_asked(
     assert core.may_follow
 
 
-def test_an_envelope_that_was_refused_behind_another_text_is_reset():
-    """Otherwise the one behind it is nested: 503, and returned for good."""
+def test_an_envelope_that_was_refused_behind_another_message_is_reset():
+    """Otherwise the next one is nested: 503, and bounced."""
     core = ClientSession(PIPELINING)
     core.begin(mail())
     written(core)
@@ -437,22 +437,22 @@ def test_one_reply_too_many_is_not_taken_for_that_to_bdat(real, surplus):
         core.receive(line)
     assert core.closing
     if real.startswith(b"250"):
-        assert core.finished == [one] and one.all_sent, "whichever reply it was, it said yes"
+        assert core.finished == [one] and one.all_sent, "whichever reply it was, it was positive"
     else:
-        assert core.under_way() == [one] and not one.said and one.text_out, "in doubt"
+        assert core.under_way() == [one] and not one.said and one.data_sent, "in doubt"
 
 
-def test_what_was_taken_by_bdat_stays_taken_when_the_connection_ends():
+def test_what_bdat_delivered_stays_delivered_when_the_connection_ends():
     core = ClientSession(CHUNKING)
     one = mail()
     core.begin(one)
     written(core)
     in_turn(core, b"250 m\r\n250 r\r\n250 taken\r\n421 4.3.2 enough\r\n")
     assert core.closing and core.under_way() == [one]
-    assert results(one) == {0: 250} and 0 in one.said and not one.text_out
+    assert results(one) == {0: 250} and 0 in one.said and not one.data_sent
 
 
-def test_an_envelope_follows_a_bdat_that_is_not_answered_yet():
+def test_an_envelope_follows_a_bdat_without_a_reply_yet():
     core = ClientSession(CHUNKING)
     first, second = mail(), mail("e@f")
     core.begin(first)
@@ -466,8 +466,8 @@ def test_an_envelope_follows_a_bdat_that_is_not_answered_yet():
 
 
 @pytest.mark.parametrize("refusal", ["451 4.3.0 later", "550 5.7.1 no"])
-def test_a_text_taken_without_a_sender_is_not_delivered(refusal):
-    """With CHUNKING the text goes out before MAIL's reply is there; a peer that takes it all the same had no sender."""
+def test_message_data_accepted_without_a_sender_is_not_delivered(refusal):
+    """With CHUNKING message data is written before the reply to MAIL arrives; a peer that accepts it anyway had no sender."""
     core, one = ClientSession(PEERS["chunking"]), mail()
     core.begin(one)
     written(core)

@@ -1,4 +1,4 @@
-"""The server session as dialogues: what is said, what is answered, in one piece and octet by octet."""
+"""The server session in dialogues: commands and replies, in one piece and octet by octet."""
 
 import re
 import time
@@ -24,18 +24,18 @@ def session(limits: Limits | None = None, refuse: str = "") -> ServerSession:
 
 
 def talk(data: bytes, limits: Limits | None = None, refuse: str = "", step: int = 0, answer: bytes = b"250 2.0.0 queued\r\n"):
-    """(replies, texts taken, session) of a dialogue; every complete message is accepted at once."""
+    """(replies, message data, session) of a dialogue; every complete message is accepted at once."""
     made = session(limits, refuse)
-    out, texts = b"", []
+    out, messages = b"", []
     for start in range(0, len(data), step or len(data)):
         out += made.receive(data[start : start + (step or len(data))])
         while made.complete is not None or made.behind:
             if made.complete is not None:
-                texts.append(b"".join(made.complete.take()))
+                messages.append(b"".join(made.complete.take()))
                 out += made.finish(answer)
             else:
                 out += made.receive(b"")
-    return out, texts, made
+    return out, messages, made
 
 
 def codes(out: bytes) -> list[int]:
@@ -63,7 +63,7 @@ CASES = [
     ("starttls", b"STARTTLS\r\nAUTH PLAIN x\r\n", [502, 502]),
     ("bare lf", b"NOOP\nNOOP\r\n", [500]),
     ("others", b"NOOP\r\nVRFY x\r\nHELP\r\nnoop foo\r\n", [250, 252, 214, 250]),
-    ("text", EHLO + ENVELOPE + b"DATA\r\n", [250, 250, 250, 354]),
+    ("data", EHLO + ENVELOPE + b"DATA\r\n", [250, 250, 250, 354]),
     ("bad hello", b"EHLO\r\nEHLO a b\r\n", [501, 501]),
     ("bdat", EHLO + ENVELOPE + b"BDAT 4\r\na\r\nbBDAT 2 LAST\r\n\r\nNOOP\r\n", [250, 250, 250, 250, 250, 250]),
     ("bdat zero", EHLO + ENVELOPE + b"BDAT 3\r\na\r\nBDAT 0 LAST\r\nNOOP\r\n", [250, 250, 250, 250, 250, 250]),
@@ -80,28 +80,28 @@ def test_dialogues(data, expected, step):
     assert codes(out) == expected
 
 
-def send(text: bytes, limits: Limits | None = None, step: int = 0):
-    """Replies behind 354, and the texts, of one message by DATA."""
+def send(message: bytes, limits: Limits | None = None, step: int = 0):
+    """Replies after 354, and (message data, transaction) of each message, of one DATA."""
     made = session(limits)
     made.receive(EHLO + ENVELOPE)
     assert made.receive(b"DATA\r\n").startswith(b"354")
-    out, texts = b"", []
-    for start in range(0, len(text), step or len(text)):
-        out += made.receive(text[start : start + (step or len(text))])
+    out, messages = b"", []
+    for start in range(0, len(message), step or len(message)):
+        out += made.receive(message[start : start + (step or len(message))])
         while made.complete is not None:
-            texts.append((b"".join(made.complete.take()), made.complete))
+            messages.append((b"".join(made.complete.take()), made.complete))
             out += made.finish(b"250 2.0.0 queued\r\n")
-    return out, texts
+    return out, messages
 
 
 @pytest.mark.parametrize("step", [0, 1, 5])
-def test_text_is_taken_unstuffed_and_the_next_command_follows(step):
-    out, texts = send(b"Subject: x\r\n\r\n..dot\r\nend\r\n.\r\nNOOP\r\n", step=step)
+def test_message_data_is_unstuffed_and_the_next_command_follows(step):
+    out, messages = send(b"Subject: x\r\n\r\n..dot\r\nend\r\n.\r\nNOOP\r\n", step=step)
     assert codes(out) == [250, 250]
-    assert texts[0][0] == b"Subject: x\r\n\r\n.dot\r\nend\r\n"
+    assert messages[0][0] == b"Subject: x\r\n\r\n.dot\r\nend\r\n"
 
 
-# Published forms of SMTP smuggling, and their neighbours: none may end the text, all are refused.
+# Published forms of SMTP smuggling, and their neighbours: none may end the message data, all are refused.
 ENDINGS = [
     a + b"." + b
     for a in (b"\n", b"\r", b"\r\n", b"\r\r\n", b"\n\n", b"\r\n\x00")
@@ -113,19 +113,19 @@ ENDINGS = [
 @pytest.mark.parametrize("step", [0, 1])
 def test_smuggling_is_refused(ending, step):
     inner = b"MAIL FROM:<evil@x>\r\nRCPT TO:<v@y>\r\nDATA\r\n"
-    out, texts = send(b"a: b\r\n\r\nx" + ending + inner + b"\r\n.\r\n", step=step)
-    assert len(texts) == 0
+    out, messages = send(b"a: b\r\n\r\nx" + ending + inner + b"\r\n.\r\n", step=step)
+    assert len(messages) == 0
     assert codes(out) == [550]
 
 
-def test_normalize_mends_instead():
-    out, texts = send(b"a: b\n\nx\n.\ny\r\n.\r\n", Limits(normalize=True))
+def test_normalize_repairs_instead():
+    out, messages = send(b"a: b\n\nx\n.\ny\r\n.\r\n", Limits(normalize=True))
     assert codes(out) == [250]
-    assert texts[0][0] == b"a: b\r\n\r\nx\r\n.\r\ny\r\n"
+    assert messages[0][0] == b"a: b\r\n\r\nx\r\n.\r\ny\r\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "limits", "code"),
+    ("message", "limits", "code"),
     [
         (b"x" * 101 + b"\r\n.\r\n", Limits(message_size=100), 552),
         (b"x" * 999 + b"\r\n.\r\n", Limits(), 550),
@@ -135,11 +135,11 @@ def test_normalize_mends_instead():
         (b".\r\n", Limits(), 250),
     ],
 )
-def test_limits_on_text(text, limits, code):
-    assert codes(send(text, limits)[0]) == [code]
+def test_limits_on_message_data(message, limits, code):
+    assert codes(send(message, limits)[0]) == [code]
 
 
-def test_data_that_does_not_wait_is_cut_off():
+def test_message_data_before_354_closes_the_connection():
     out, _, made = talk(EHLO + ENVELOPE + b"DATA\r\nSubject: early\r\n")
     assert codes(out)[-1] == 554
     assert made.closing
@@ -187,11 +187,11 @@ FOREIGN = [
     b"POST /" + b"x" * 20000 + b" HTTP/1.1\r\n",
     b"POST /\0 HTTP/1.1\r\n",
     # Postfix: smtpd_forbidden_commands = CONNECT GET POST regexp:{{/^[^A-Z]/ Bogus}}
-    b"Host: mx.example\r\n", b"Content-Type: text/plain\r\n", b"X-A:b\r\n", b"Subject: a text for which nobody waits\r\n",
+    b"Host: mx.example\r\n", b"Content-Type: text/plain\r\n", b"X-A:b\r\n", b"Subject: message data without DATA\r\n",
     b" EHLO client.example\r\n", b"{\"json\": 1}\r\n", b"<html>\r\n", b"*1\r\n$4\r\nPING\r\n", b"\xef\xbb\xbfEHLO x\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the beginning of a ClientHello, which no CRLF follows
     b"\x03\x00\x00\x13\x0e\xe0", b"SSH-2.0-OpenSSH_9.2\r\n",
-    b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 25\r\n", b"\r\n\r\n\x00\r\nQUIT\n\x21\x11",  # from a balancer that is none here
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 4000 25\r\n", b"\r\n\r\n\x00\r\nQUIT\n\x21\x11",  # from a balancer that is not configured
 ]  # fmt: skip
 
 
@@ -199,8 +199,8 @@ FOREIGN = [
 @pytest.mark.parametrize("data", FOREIGN, ids=lambda data: repr(data[:20]))
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_another_protocol_ends_the_session_before_anything_behind_it(before, data, step):
-    out, texts, made = talk(before + data + SMTP, step=step)
-    assert made.closing and made.foreign and not texts
+    out, messages, made = talk(before + data + SMTP, step=step)
+    assert made.closing and made.foreign and not messages
     assert out.endswith(reply.NOT_SMTP) and out.count(b"421 ") == 1
     assert set(codes(out)[before.count(b"\r\n") :]) <= {421, 500}  # 500: an empty line in front
 
@@ -217,7 +217,7 @@ def test_another_protocol_ends_the_session_before_anything_behind_it(before, dat
     ],
 )
 @pytest.mark.parametrize("step", [0, 1])
-def test_what_only_looks_like_another_protocol_is_heard(data, expected, step):
+def test_what_only_looks_like_another_protocol_is_answered(data, expected, step):
     out, _, made = talk(data, step=step)
     assert codes(out) == expected and not made.closing
 
@@ -257,23 +257,23 @@ def test_many_small_steps_through_one_segment_cost_no_more_each():
     assert many < 8 * few  # copied at each step: 100 times
 
 
-def test_a_text_in_many_small_pieces_is_kept_as_few():
+def test_message_data_in_many_small_pieces_is_kept_as_few():
     made = session()
     made.receive(EHLO + ENVELOPE)
     for _ in range(5_000):
         made.receive(b"BDAT 1\r\nx")
-    assert made.transaction is not None and len(made.transaction.text) <= PIECES
+    assert made.transaction is not None and len(made.transaction.data) <= PIECES
     assert b"".join(made.transaction.take()) == b"x" * 5_000
 
 
 @pytest.mark.parametrize(
     "end", [b"RSET\r\n", EHLO, b"HELO x\r\n", b"BDAT 0 LAST\r\n", b"STARTTLS\r\n"], ids=lambda end: end[:4].decode()
 )
-def test_every_end_of_a_transaction_is_told_before_what_is_behind_it(end):
-    told = []
+def test_every_end_of_a_transaction_is_reported_before_what_follows_is_parsed(end):
+    calls = []
     made = ServerSession(
-        "mx.example", Limits(message_size=5), lambda sender, size: told.append(sender), lambda address, transaction: None,
-        ended=lambda: told.append("ended"), offers=Offers(starttls=True),
+        "mx.example", Limits(message_size=5), lambda sender, size: calls.append(sender), lambda address, transaction: None,
+        ended=lambda: calls.append("ended"), offers=Offers(starttls=True),
     )  # fmt: skip
     made.greet()
     made.receive(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 9\r\n" + b"x" * 9 + end)
@@ -281,4 +281,4 @@ def test_every_end_of_a_transaction_is_told_before_what_is_behind_it(end):
         made.tls_started()
         made.receive(EHLO)
     made.receive(b"MAIL FROM:<e@f>\r\n")
-    assert told == ["a@b", "ended", "e@f"]
+    assert calls == ["a@b", "ended", "e@f"]

@@ -1,4 +1,4 @@
-"""STARTTLS and AUTH as dialogues, without sockets: the same for every split of what the client says."""
+"""STARTTLS and AUTH as dialogues, without sockets: the same for every split of the client's input."""
 
 import base64
 
@@ -40,7 +40,7 @@ def b64(text: str) -> bytes:
 
 
 def talk(data: bytes, cuts: list[int], right: tuple = (Password("user", "pencil"), Token("user", "ticket"))):
-    """(what the server said, the claims, the session): claims are answered, TLS begins and nothing more is read."""
+    """(replies, claims, session): claims are answered, and nothing more is read once TLS begins."""
     made = session()
     out, claims, start = b"", [], 0
     for cut in [*sorted({c for c in cuts if 0 < c < len(data)}), len(data)]:
@@ -55,7 +55,7 @@ def talk(data: bytes, cuts: list[int], right: tuple = (Password("user", "pencil"
     return out, claims, made
 
 
-def test_a_login_that_is_put_off_is_not_tried_for_ever():
+def test_a_temporarily_rejected_login_is_not_tried_for_ever():
     made, line = session(), b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n"
     out, tried = made.receive(EHLO + line * 100), 0
     while made.claim is not None and not made.closing:
@@ -102,12 +102,12 @@ def test_a_dialogue_is_the_same_in_any_split(said, expected):
 
 
 @pytest.mark.parametrize("password", ["pencil", "pen"])
-def test_scram_proves_that_both_know_the_password(password):
+def test_scram_proves_that_both_have_the_password(password):
     made, client = session(), scramp.ScramClient(["SCRAM-SHA-256"], "user", password)
     made.receive(EHLO)
     out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
     client.set_server_first(base64.b64decode(out[4:]).decode())
-    assert made.receive(b64(client.get_client_final()) + b"\r\n") == b""  # nothing tells which it was until that is checked
+    assert made.receive(b64(client.get_client_final()) + b"\r\n") == b""  # nothing shows which it was until that is verified
     claim = made.claim
     assert isinstance(claim, Proof) and claim[:2] == ("user", password == "pencil")
     if password == "pencil":
@@ -120,7 +120,7 @@ def test_scram_proves_that_both_know_the_password(password):
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_scram_takes_each_key_of_those_that_share_a_salt(number):
-    """And proves with the server's part of the same one."""
+    """And the server's proof is of the same one."""
     first = scram_keys(scram("old"))
     assert first is not None
     others = [scram_keys(scram(password, first.iterations, first.salt)) for password in ("new", "newest")]
@@ -139,7 +139,7 @@ def test_scram_takes_each_key_of_those_that_share_a_salt(number):
 @pytest.mark.parametrize(
     ("said", "code"), [(b"*\r\n", 501), (b"eA==\r\n", 501), (b"!\r\n", 501), (b"A" * 12300 + b"\r\n", 500)], ids=repr
 )
-def test_who_does_not_take_the_servers_proof_is_let_go(said, code):
+def test_a_client_that_rejects_the_servers_proof_is_disconnected(said, code):
     made, client = session(), scramp.ScramClient(["SCRAM-SHA-256"], "user", "pencil")
     made.receive(EHLO)
     out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
@@ -155,7 +155,7 @@ def test_who_does_not_take_the_servers_proof_is_let_go(said, code):
     ),
     cuts=st.lists(st.integers(0, 200)),
 )
-def test_nothing_in_the_clear_is_executed_behind_starttls(behind, cuts):
+def test_nothing_in_the_clear_is_executed_after_starttls(behind, cuts):
     data = EHLO + b"STARTTLS\r\n" + b"".join(behind)
     out, claims, made = talk(data, cuts)
     assert codes(out) in ([250, 220], [250, 554]) and claims == [] and made.transaction is None
@@ -181,14 +181,14 @@ def test_what_is_offered_depends_on_tls_and_login():
     assert codes(made.receive(b"MAIL FROM:<a@b>\r\n")) == [250]
 
 
-def test_without_a_certificate_tls_is_for_later():
+def test_without_a_certificate_tls_is_temporarily_not_available():
     made = session(Offers(starttls=False, tls_needed=True))
     made.receive(EHLO)
     assert made.receive(b"MAIL FROM:<a@b>\r\n") == reply.TLS_UNAVAILABLE
 
 
 @pytest.mark.parametrize("make", [argon2id, scram])
-def test_a_password_matches_what_was_kept_of_it_and_no_other_does(make):
+def test_a_password_matches_its_stored_keys_and_no_other_does(make):
     kept = make("päss")
     assert matches(kept, "päss")
     assert not matches(kept, "pass") and not matches(kept, "") and not matches("nonsense", "päss")

@@ -1,4 +1,4 @@
-"""What test_power_cut.py traces: puts messages into a spool and says on standard output which are safe."""
+"""The program that test_power_cut.py traces: stores messages in a spool and reports on standard output which are acknowledged."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,7 @@ ENOUGH = 100  # bodies that moved
 
 
 async def main(spool: Path, groups: int) -> None:
-    """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, others wait."""
+    """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, others wait on."""
     offered: list = []
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
     queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], offered.append, Events())
@@ -34,22 +34,22 @@ async def main(spool: Path, groups: int) -> None:
         if number >= groups:
             if moves > ENOUGH:
                 break
-            await asyncio.sleep(0.01)  # the thread that reads what is to move is behind
+            await asyncio.sleep(0.01)  # let the thread that reads the bodies to move catch up
         waiting = []
         for _ in range(random.randint(1, 8)):
             ident = queue.ident()
-            text = b"Subject: x\r\n\r\n" + random.randbytes(random.randint(10, 6000)) + b"\r\n"
+            data = b"Subject: x\r\n\r\n" + random.randbytes(random.randint(10, 6000)) + b"\r\n"
             future = asyncio.get_running_loop().create_future()
-            queue.submit(ident, Envelope("", ["c@d"], len(text), 0, wall_ms(), queue.deadline()), [text], future.set_result)
-            waiting.append((future, ident, text))
-        for future, ident, text in waiting:
+            queue.submit(ident, Envelope("", ["c@d"], len(data), 0, wall_ms(), queue.deadline()), [data], future.set_result)
+            waiting.append((future, ident, data))
+        for future, ident, data in waiting:
             assert await future is None
-            os.write(1, f"ACK {format_id(ident)} {hashlib.sha256(text).hexdigest()}\n".encode())
+            os.write(1, f"ACK {format_id(ident)} {hashlib.sha256(data).hexdigest()}\n".encode())
         await asyncio.sleep(0)
         for entry in offered:
             kind = random.choice(["deliver", "deliver", "defer", "wait"])
             if kind == "deliver":
-                os.write(1, f"END {format_id(entry.ident)}\n".encode())  # from here on it may be gone
+                os.write(1, f"END {format_id(entry.ident)}\n".encode())  # from here on it may be missing
                 queue.finish(entry, None)
             elif kind == "defer":
                 queue.finish(entry, {0: Attempt(wall_ms(), TRANSIENT, "rcpt", "", 451, "", "later")})

@@ -1,4 +1,4 @@
-"""How old a queue's mail is, counted without reading it."""
+"""The age distribution of a queue's mail, counted without reading the queue."""
 
 import itertools
 from collections import Counter
@@ -28,7 +28,7 @@ def test_what_came_and_left_is_counted_right_and_within_bounds(steps):
     assert sum(columns(ages, 6 * 86_400_000, len(waiting))) == len(waiting)
 
 
-def test_columns_tell_new_mail_to_the_span_and_old_mail_by_and_large():
+def test_columns_count_new_mail_to_the_span_and_old_mail_approximately():
     now = 10 * 86_400_000
     ages: list[list[int]] = []
     minutes = [n * 3 for n in range(2400)]  # five days, a message each three minutes
@@ -41,7 +41,7 @@ def test_columns_tell_new_mail_to_the_span_and_old_mail_by_and_large():
         assert abs(found[number] - wanted[number]) <= max(2 * SPAN_MS / 180_000, 0.35 * wanted[number]), (found, wanted)
 
 
-def test_what_was_never_counted_is_old():
+def test_what_was_never_counted_is_in_the_last_column():
     assert columns([], 0, 3)[-1] == 3
     ages: list[list[int]] = []
     remove(ages, 5)

@@ -1,4 +1,4 @@
-"""Compaction: the disk used stays within its bound whatever leaves, and no body is lost or taken for another."""
+"""Compaction: the disk used stays within its bound in whatever order mail leaves; no body is lost or taken for another."""
 
 import asyncio
 import random
@@ -18,12 +18,12 @@ WINDOW = 2_000
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """A little slack, and segments of 1 MB, on file systems of every size."""
+    """Few spare segments, and segments of 1 MB on file systems of every size."""
     monkeypatch.setattr("relaymta.queue.segment_size_for", lambda path: 1 << 20)
     monkeypatch.setattr(compact, "SPARE", 3)
 
 
-def text_of(number: int) -> bytes:
+def data_of(number: int) -> bytes:
     return b"Subject: %d\r\n\r\n" % number + random.Random(number).randbytes(SIZE // 2).hex().encode() + b"\r\n"
 
 
@@ -33,30 +33,30 @@ def within_bound(bench: Bench) -> bool:
 
 
 async def fill(bench: Bench, count: int) -> dict[int, bytes]:
-    texts = [text_of(number) for number in range(count)]
-    idents = await asyncio.gather(*(bench.put(text) for text in texts))
-    return dict(zip(idents, texts, strict=True))
+    bodies = [data_of(number) for number in range(count)]
+    idents = await asyncio.gather(*(bench.put(data) for data in bodies))
+    return dict(zip(idents, bodies, strict=True))
 
 
-async def check(bench: Bench, texts: dict[int, bytes]) -> None:
-    for ident, text in texts.items():
-        assert await bench.queue.raw(ident) == text
+async def check(bench: Bench, messages: dict[int, bytes]) -> None:
+    for ident, data in messages.items():
+        assert await bench.queue.raw(ident) == data
 
 
 async def test_random_deletes_give_space_back_and_harm_nobody(tmp_path):
     async with Bench(tmp_path, window=2) as bench:  # they wait on disk
-        texts = await fill(bench, 1000)
+        messages = await fill(bench, 1000)
         octets = bench.queue.segments.usage()[0]
         assert octets >= 20 << 20
-        gone = random.Random(1).sample(sorted(texts), 900)
+        gone = random.Random(1).sample(sorted(messages), 900)
         for start in range(0, 900, 300):
             await bench.queue.change_messages("delete", gone[start : start + 300])
         for ident in gone:
-            texts.pop(ident, None)
+            messages.pop(ident, None)
         left = bench.queue.segments
         await until(lambda: left.usage()[0] <= 2 * left.usage()[1] + 12 * left.size)
-        kept = {ident: text for ident, text in texts.items() if await bench.queue.message(ident)}
-        assert len(kept) >= 98, "all but those in flight, which deletes leave alone"
+        kept = {ident: data for ident, data in messages.items() if await bench.queue.message(ident)}
+        assert len(kept) >= 98, "all but those in flight, which are not deleted"
         await check(bench, kept)
     async with Bench(tmp_path, window=2) as bench:
         await check(bench, kept)
@@ -64,33 +64,33 @@ async def test_random_deletes_give_space_back_and_harm_nobody(tmp_path):
 
 
 async def test_entries_in_memory_follow_their_bodies(tmp_path):
-    """Those in flight end, fail, and are read where their bodies are now; deletes of the old place would be fatal."""
+    """Entries in flight are ended, deferred and read where their bodies are now, not where they were."""
     async with Bench(tmp_path, window=WINDOW, window_bytes=0, first_retry_ms=10) as bench:
-        texts = await fill(bench, 800)
+        messages = await fill(bench, 800)
         entries = await bench.next(800)
         places = {entry.ident: entry.envelope.body for entry in entries}
         random.Random(2).shuffle(entries)
         for entry in entries[:700]:
             bench.queue.finish(entry, None)
-            texts.pop(entry.ident)
+            messages.pop(entry.ident)
         moved = entries[700:]
         await until(lambda: sum(e.envelope.body != places[e.ident] for e in moved) > 50)
         await until(lambda: not bench.queue.compactor._busy and within_bound(bench))
-        for entry, text in zip(moved, await bench.queue.read_texts(moved), strict=True):
-            assert text == [texts[entry.ident]]
+        for entry, data in zip(moved, await bench.queue.read_data(moved), strict=True):
+            assert data == [messages[entry.ident]]
         again = Attempt(wall_ms(), TRANSIENT, "rcpt", "mx", 450, "4.2.0", "later")
         for entry in moved[:50]:
             bench.queue.finish(entry, {0: again})
         for entry in moved[50:]:
             bench.queue.finish(entry, None)
-        for entry, text in zip(back := await bench.next(50), await bench.queue.read_texts(back), strict=True):
-            assert text == [texts[entry.ident]]
+        for entry, data in zip(back := await bench.next(50), await bench.queue.read_data(back), strict=True):
+            assert data == [messages[entry.ident]]
             bench.queue.finish(entry, None)
         await bench.empty()
 
 
 async def test_what_ends_or_moves_while_its_copy_is_under_way_is_neither_lost_nor_kept_twice(tmp_path):
-    """Outcomes race with the copies: each message ends once, and at the end no octet is counted as live."""
+    """Outcomes race with the copies: each message ends once, and finally no octet is counted as live."""
     chance = random.Random(3)
     async with Bench(tmp_path, window=WINDOW, window_bytes=0, first_retry_ms=5) as bench:
         compactor = bench.queue.compactor
@@ -164,23 +164,23 @@ async def test_a_row_read_before_its_body_moved_is_offered_with_the_new_place(tm
 
 async def test_a_damaged_frame_does_not_move_and_does_not_stop_the_others(tmp_path):
     async with Bench(tmp_path, window=2) as bench:
-        texts = await fill(bench, 600)
+        messages = await fill(bench, 600)
         bodies = {}
         with bench.queue.store.env.begin() as txn:
             for ident, envelope in bench.queue.store.idents(txn, 0, bench.queue.store.fresh.live()):
                 bodies[ident] = envelope.body
         first = min(body.segment for body in bodies.values())
-        keep = [ident for ident in sorted(texts) if bodies[ident].segment == first][10:14]
+        keep = [ident for ident in sorted(messages) if bodies[ident].segment == first][10:14]
         with (tmp_path / "shard-0/bodies" / f"{first:08d}.seg").open("r+b") as file:
             file.seek(bodies[keep[0]].offset + 100)
             file.write(b"\0")
-        gone = [ident for ident in texts if ident not in keep]
+        gone = [ident for ident in messages if ident not in keep]
         await bench.queue.change_messages("delete", gone[:300])
         await bench.queue.change_messages("delete", gone[300:])
         await until(lambda: bool(bench.queue.compactor._given_up))
         await until(lambda: not bench.queue.compactor._busy)
         for ident in keep[1:]:
-            assert await bench.queue.raw(ident) == texts[ident]
+            assert await bench.queue.raw(ident) == messages[ident]
             assert (await bench.queue.message(ident))["state"] == "queued"
         with pytest.raises(StoreError):
             await bench.queue.raw(keep[0])

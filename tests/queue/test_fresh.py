@@ -1,5 +1,5 @@
-"""Fresh mail shares rows until it has left or waits: in whatever order messages end, wait, are put back or changed, and
-however the process ends, what is in the shard is what a model says."""
+"""Inlined messages: in whatever order messages are delivered, deferred, put back or changed, and however the process ends, the
+shard holds what a model holds."""
 
 import asyncio
 import shutil
@@ -42,7 +42,7 @@ async def test_a_group_is_one_row_and_leaves_with_its_last_message(tmp_path):
 
 
 async def test_the_ended_are_not_there_after_a_crash_and_the_others_are(tmp_path):
-    """The files as they are while the process lives: what kill -9 leaves."""
+    """The files as they are while the process runs: what kill -9 leaves."""
     spool, copy = tmp_path / "spool", tmp_path / "copy"
     async with Bench(spool) as bench:
         idents = [await bench.put() for _ in range(3)]
@@ -57,11 +57,11 @@ async def test_the_ended_are_not_there_after_a_crash_and_the_others_are(tmp_path
         assert listed(bench.queue) == left
         again = await bench.next(len(left))
         assert sorted(entry.ident for entry in again) == left
-        assert all(not isinstance(text, Exception) for text in await bench.queue.read_texts(again))
+        assert all(not isinstance(data, Exception) for data in await bench.queue.read_data(again))
 
 
-async def test_what_does_not_leave_soon_gets_rows_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("relaymta.queue.UNFOLD_MS", 300)
+async def test_what_does_not_leave_soon_is_materialized(tmp_path, monkeypatch):
+    monkeypatch.setattr("relaymta.queue.MATERIALIZE_MS", 300)
     async with Bench(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
@@ -137,11 +137,11 @@ async def test_any_order_of_steps_leaves_what_a_model_says(tmp_path_factory, ste
         elif step in ("hold", "delete") and some:
             entry = taken.get(some)
             if entry is not None:
-                entry.flying = False
+                entry.in_flight = False
             if model[some] == "two":
                 continue
-            changed, flying = await bench.queue.change_messages(step, [some])
-            assert flying == 0
+            changed, in_flight = await bench.queue.change_messages(step, [some])
+            assert in_flight == 0
             if model[some] == "held":
                 assert changed == (step == "delete")
             taken.pop(some, None)

@@ -1,5 +1,5 @@
-"""Every acknowledged message has one state and one end: through sweeps, tasks that fail half-way, operators' verbs over many
-pages, slow reads of the disk, and outcomes that contradict what is there."""
+"""Every acknowledged message has one state and ends once: through sweeps, tasks that fail half-way, operators' verbs over many
+pages, slow reads of the disk, and outcomes that contradict the store."""
 
 import asyncio
 import os
@@ -10,14 +10,14 @@ import pytest
 
 from relaymta.cli.queue import pages
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, NOTICE, PERMANENT, TRANSIENT, Envelope
+from relaymta.proto.envelope import DSN, HELD, PERMANENT, TRANSIENT, Envelope
 from relaymta.queue import Entry, Filter, Outcome, listing, wall_ms, writer
 from relaymta.queue.segments import FRAME
 from relaymta.queue.store import MAP_SIZE, Change
 from relaymta.queue.writer import Task
 from tests.queue.test_queue import Bench, Recorder, answer, until
 
-TEXT = b"Subject: x\r\n\r\nbody\r\n"
+DATA = b"Subject: x\r\n\r\nbody\r\n"
 
 
 class Witness(Recorder):
@@ -34,37 +34,37 @@ class Witness(Recorder):
 
 
 class Watched(Bench):
-    """A bench that sees what is refused and undone."""
+    """A bench that collects what is refused and undone."""
 
     def __init__(self, folder, **settings) -> None:
         super().__init__(folder, **settings)
         self.events: Witness = Witness()
 
     def submit(self, to: str = "c@d.example", sender: str = "a@b.example") -> tuple[int, "asyncio.Future"]:
-        """A message that rides in the next group; its id, and what its client is told."""
+        """Submit a message for the next group; its id, and the result for its client."""
         ident, done = self.queue.ident(), asyncio.get_running_loop().create_future()
-        envelope = Envelope(sender, [to], len(TEXT), 0, wall_ms(), self.queue.deadline())
-        self.queue.submit(ident, envelope, [TEXT], done.set_result)
+        envelope = Envelope(sender, [to], len(DATA), 0, wall_ms(), self.queue.deadline())
+        self.queue.submit(ident, envelope, [DATA], done.set_result)
         return ident, done
 
     def dump(self) -> dict[str, list[tuple[bytes, bytes]]]:
-        """All that LMDB holds, but for the time and the numbers that were given to queues."""
+        """All rows of LMDB, but for the time, the highest queue number and the segments."""
         tables = self.queue.store.tables
         with self.queue.store.env.begin() as txn:
             found = {name: list(txn.cursor(db=table)) for name, table in tables.items()}
         found["meta"] = [(key, value) for key, value in found["meta"] if key not in (b"seen", b"queues")]
-        found["segment"] = []  # append positions may move on
+        found["segment"] = []  # append positions may change
         return found
 
     async def settled(self) -> None:
-        """Nothing is under way in the writer."""
+        """Wait until the writer has committed everything submitted so far."""
         await self.queue.writer.task(lambda change: None)
 
 
 # Sweeps and the numbers of queues
 
 
-async def test_a_sweep_leaves_the_queue_of_mail_that_comes_in_the_same_group(tmp_path):
+async def test_a_sweep_keeps_the_queue_of_mail_in_the_same_group(tmp_path):
     async with Watched(tmp_path, first_retry_ms=50) as bench:
         ident, done = bench.submit("a@x.example")
         bench.queue.writer.submit(Task(lambda change: change.sweep()))
@@ -82,7 +82,7 @@ async def test_a_sweep_leaves_the_queue_of_mail_that_comes_in_the_same_group(tmp
         assert (entry.ident, entry.name.domain) == (other, "y.example")
 
 
-async def test_mail_that_was_swept_with_its_group_is_there_after_a_restart(tmp_path):
+async def test_mail_in_the_group_of_a_sweep_is_there_after_a_restart(tmp_path):
     async with Watched(tmp_path) as bench:
         ident, done = bench.submit("a@x.example")
         bench.queue.writer.submit(Task(lambda change: change.sweep()))
@@ -113,7 +113,7 @@ async def test_numbers_of_queues_are_never_used_again(tmp_path, monkeypatch):
         commit = Change.finish
 
         def fails(change, now):
-            raise StoreError("the disk says no")
+            raise StoreError("disk error")
 
         monkeypatch.setattr(Change, "finish", fails)
         with pytest.raises(StoreError):
@@ -123,8 +123,8 @@ async def test_numbers_of_queues_are_never_used_again(tmp_path, monkeypatch):
         assert seen == sorted(seen)
 
 
-async def test_what_is_unfolded_finds_its_queue_before_its_folded_form_ends(tmp_path):
-    """Were a queue's row gone all the same, its mail stays where it stands."""
+async def test_a_message_whose_queue_has_no_row_stays_inlined(tmp_path):
+    """Materializing it fails, and does not lose it."""
     async with Watched(tmp_path) as bench:
         ident = await bench.put()
         (entry,) = await bench.next()
@@ -136,7 +136,7 @@ async def test_what_is_unfolded_finds_its_queue_before_its_folded_form_ends(tmp_
 
         await bench.queue.task(lose)
         with pytest.raises(StoreError, match="has no row"):
-            await bench.queue.task(lambda change: change.unfold(ident))
+            await bench.queue.task(lambda change: change.materialize(ident))
         assert store.fresh.get(ident) is not None
         assert bench.events.failures
 
@@ -145,20 +145,20 @@ async def test_what_is_unfolded_finds_its_queue_before_its_folded_form_ends(tmp_
 
 
 def delete_half(bench: Watched, ident: int, change: Change) -> None:
-    change.unfold(ident)
+    change.materialize(ident)
     envelope = bench.queue.store.envelope(change.txn, ident)
     change.finish_message(ident, envelope, histories=True)
     bench.queue.writer.free_body(ident, envelope.body)
 
 
 def unplace_half(bench: Watched, ident: int, change: Change) -> None:
-    change.unfold(ident)
+    change.materialize(ident)
     envelope = bench.queue.store.envelope(change.txn, ident)
     change.unplace(ident, envelope, envelope.placements[0])
 
 
 def hold_half(bench: Watched, ident: int, change: Change) -> None:
-    change.unfold(ident)
+    change.materialize(ident)
     change.hold(ident, bench.queue.store.envelope(change.txn, ident))
 
 
@@ -173,27 +173,27 @@ def sweep_half(bench: Watched, ident: int, change: Change) -> None:
 
 
 @pytest.mark.parametrize("half", [delete_half, unplace_half, hold_half, move_half, sweep_half])
-@pytest.mark.parametrize("folded", [True, False])
-async def test_a_task_that_fails_half_way_is_undone_and_said(tmp_path, half, folded):
+@pytest.mark.parametrize("inlined", [True, False])
+async def test_a_task_that_fails_half_way_is_undone_and_logged(tmp_path, half, inlined):
     async with Watched(tmp_path, window=20_000) as bench:
         ident = await bench.put()
         await until(lambda: len(bench.offered) == 1)
-        if not folded:
-            await bench.queue.task(lambda change: change.unfold(ident))
+        if not inlined:
+            await bench.queue.task(lambda change: change.materialize(ident))
         await bench.settled()
         before, live = bench.dump(), bench.queue.segments.usage()[1]
 
         def run(change: Change) -> None:
             half(bench, ident, change)
-            raise ValueError("the route table says no")
+            raise ValueError("no such route")
 
-        with pytest.raises(ValueError, match="says no"):
+        with pytest.raises(ValueError, match="no such route"):
             await bench.queue.task(run)
         await bench.settled()
         assert bench.dump() == before
         assert bench.queue.segments.usage()[1] == live
-        assert ["ValueError: the route table says no" in text for text in bench.events.failures] == [True]
-        # And what rides in its group is as if it had not been there.
+        assert ["ValueError: no such route" in failure for failure in bench.events.failures] == [True]
+        # And the rest of its group is committed.
         other, done = bench.submit("z@other.example")
         failed = asyncio.ensure_future(bench.queue.task(run))
         assert await done is None
@@ -206,7 +206,7 @@ async def test_a_task_that_fails_half_way_is_undone_and_said(tmp_path, half, fol
         assert bench.queue.segments.usage()[1] == 0
 
 
-async def test_a_failed_task_that_nobody_waits_for_is_said(tmp_path):
+async def test_a_failed_task_without_a_callback_is_logged(tmp_path):
     async with Watched(tmp_path) as bench:
         bench.queue.writer.submit(Task(lambda change: 1 // 0))
         await bench.settled()
@@ -229,24 +229,24 @@ async def bulk(bench: Bench, verb: str, chosen: Filter = Filter()) -> int:  # no
             return changed
 
 
-async def test_bounce_never_touches_the_notices_it_makes(tmp_path, monkeypatch):
+async def test_bounce_never_touches_the_dsns_it_generates(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "PAGE_ROWS", 3)
-    monkeypatch.setattr(listing, "LOOKED_AT", 1)
+    monkeypatch.setattr(listing, "CLOCK_EVERY", 1)
     async with Watched(tmp_path, window=2) as bench:
         idents = [await bench.put(sender=f"s{n}@b.example") for n in range(20)]
         for entry in bench.offered:
             bench.queue.put_back(entry)
         assert await bulk(bench, "bounce") == 20
-        notices = [put for put in bench.events.put if put.envelope.flags & NOTICE]
-        assert sorted(put.envelope.recipients[0] for put in notices) == sorted(f"s{n}@b.example" for n in range(20))
+        dsns = [put for put in bench.events.put if put.envelope.flags & DSN]
+        assert sorted(put.envelope.recipients[0] for put in dsns) == sorted(f"s{n}@b.example" for n in range(20))
         assert {outcome.entry.ident for outcome in bench.events.outcomes} == set(idents)
         page = await bench.queue.page(Filter(), 0, lambda name, site: True)
-        assert len(page["ids"]) == 3, "the notices wait"
+        assert len(page["ids"]) == 3, "the DSNs are queued"
 
 
-async def test_a_verb_stops_at_what_was_there_when_it_began(tmp_path, monkeypatch):
+async def test_a_verb_is_not_applied_to_mail_that_came_after_it_began(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "PAGE_ROWS", 3)
-    monkeypatch.setattr(listing, "LOOKED_AT", 1)
+    monkeypatch.setattr(listing, "CLOCK_EVERY", 1)
     async with Watched(tmp_path, window=2) as bench:
         idents = [await bench.put() for _ in range(7)]
         first = await bench.queue.page(Filter(), 0, lambda name, site: True)
@@ -258,7 +258,7 @@ async def test_a_verb_stops_at_what_was_there_when_it_began(tmp_path, monkeypatc
         assert found == idents and later not in found
 
 
-def test_the_cli_asks_for_what_was_there_at_the_first_page():
+def test_the_cli_passes_the_limit_of_the_first_page_with_the_next_ones():
     asked = []
 
     class Peer:
@@ -278,7 +278,7 @@ def test_the_cli_asks_for_what_was_there_at_the_first_page():
 
 
 def slowly(bench: Bench, name: str, monkeypatch) -> tuple[threading.Event, threading.Event]:
-    """A reading function of the schedule that has read, and waits: (has read, go on)."""
+    """Make a reading function of the schedule wait after it has read: (it has read, let it return)."""
     read, go = threading.Event(), threading.Event()
     real = getattr(bench.queue.schedule, name)
 
@@ -313,11 +313,11 @@ async def test_a_scan_that_read_a_message_before_it_was_changed_does_not_offer_i
         assert bench.events.refusals == []
 
 
-async def test_mail_that_is_delivered_while_a_bounce_reads_is_not_returned(tmp_path, monkeypatch):
+async def test_mail_that_is_delivered_while_a_bounce_reads_is_not_bounced(tmp_path, monkeypatch):
     async with Watched(tmp_path) as bench:
         ident, other = await bench.put(), await bench.put()
         entries = {entry.ident: entry for entry in await bench.next(2)}
-        entries[other].flying = False
+        entries[other].in_flight = False
         read, go = slowly(bench, "load", monkeypatch)
         bounce = asyncio.ensure_future(bench.queue.change_messages("bounce", [ident, other], "go away"))
         await until(read.is_set)
@@ -328,7 +328,7 @@ async def test_mail_that_is_delivered_while_a_bounce_reads_is_not_returned(tmp_p
         await until(lambda: len(bench.events.outcomes) == 2)
         assert [outcome.entry.ident for outcome in bench.events.outcomes] == [ident, other]
         assert sum(put.envelope.sender == "" for put in bench.events.put) == 1
-        assert [row["messages"] for row in bench.summary()] == [1], "the notice"
+        assert [row["messages"] for row in bench.summary()] == [1], "the DSN"
         assert bench.events.refusals == []
 
 
@@ -339,8 +339,8 @@ async def test_two_operators_at_once_end_a_message_once(tmp_path):
         found = await asyncio.gather(*(bench.queue.change_messages(verb, idents, "x") for verb in verbs))
         assert sum(changed for changed, _ in found) == 12
         await bench.settled()
-        notices = [put for put in bench.events.put if put.envelope.flags & NOTICE]
-        assert len(notices) == len(bench.events.outcomes) == found[0][0]
+        dsns = [put for put in bench.events.put if put.envelope.flags & DSN]
+        assert len(dsns) == len(bench.events.outcomes) == found[0][0]
         assert bench.events.refusals == []
 
 
@@ -356,7 +356,7 @@ async def test_what_expires_while_an_operator_changes_it_ends_once(tmp_path):
         assert bench.queue.segments.usage()[1] == 0
 
 
-async def test_whoever_asks_for_a_change_may_be_cancelled_and_it_goes_on(tmp_path, monkeypatch):
+async def test_a_change_continues_when_its_caller_is_cancelled(tmp_path, monkeypatch):
     async with Watched(tmp_path, window=2) as bench:
         await bench.put()
         waiting = await bench.put()
@@ -374,24 +374,24 @@ async def test_whoever_asks_for_a_change_may_be_cancelled_and_it_goes_on(tmp_pat
 
 
 async def test_mail_that_is_committed_while_it_is_claimed_is_not_offered(tmp_path):
-    """An operator may name a message whose commit its client was not told of yet."""
+    """An operator may name a message whose client has no 250 yet."""
     async with Watched(tmp_path) as bench:
         for delay in range(6):
             ident, done = bench.submit()
             for _ in range(delay):
                 await asyncio.sleep(0)
-            changed, flying = await bench.queue.change_messages("delete", [ident])
+            changed, in_flight = await bench.queue.change_messages("delete", [ident])
             assert await done is None
-            if not changed:  # it was not known yet when the change was made
+            if not changed:  # it was not committed yet when the change was made
                 await until(lambda ident=ident: any(entry.ident == ident and not entry.cancelled for entry in bench.offered))
             await asyncio.sleep(0.02)
             offered = [entry for entry in bench.offered if entry.ident == ident and not entry.cancelled]
-            assert len(offered) + changed == 1 and flying == 0
+            assert len(offered) + changed == 1 and in_flight == 0
             bench.offered.clear()
         assert bench.events.refusals == []
 
 
-async def test_a_held_message_is_bounced_as_it_is(tmp_path):
+async def test_a_held_message_is_bounced_without_a_release(tmp_path):
     async with Watched(tmp_path) as bench:
         ident = await bench.put(to=("a@x.example", "b@y.example"))
         assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
@@ -412,27 +412,27 @@ async def test_a_second_end_is_refused(tmp_path):
         bench.queue.finish(entry, {0: answer(PERMANENT)})
         await until(lambda: len(bench.events.outcomes) == 1)
         bench.queue.finish(entry, None)
-        assert bench.events.refusals == [(ident, "it is ending already")] * 2
+        assert bench.events.refusals == [(ident, "the entry has an outcome already")] * 2
         await bench.settled()
         assert bench.events.outcomes[0].success and bench.summary() == []
         assert bench.queue.segments.usage()[1] == 0
 
 
-async def test_what_was_put_back_is_not_ended_by_who_had_it(tmp_path):
+async def test_an_outcome_of_an_entry_that_was_put_back_is_refused(tmp_path):
     async with Watched(tmp_path) as bench:
         ident = await bench.put()
         (entry,) = await bench.next()
-        entry.flying = False
+        entry.in_flight = False
         assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
         bench.queue.finish(entry, None)
-        assert bench.events.refusals == [(ident, "it is not in flight")]
+        assert bench.events.refusals == [(ident, "the entry is not in flight")]
         assert (await bench.queue.message(ident))["state"] == "held"
 
 
 @pytest.mark.parametrize("kind", ["delivered", "deferred", "failed"])
 @pytest.mark.parametrize("sole", [True, False])
-async def test_an_outcome_of_what_has_ended_changes_no_count(tmp_path, kind, sole):
-    """Whatever the loop believes: the writer ends nothing twice, gives nothing free twice, and goes on."""
+async def test_an_outcome_of_a_message_that_has_ended_changes_no_count(tmp_path, kind, sole):
+    """Whatever the loop submits, the writer ends no message twice, frees no body twice, and continues."""
     async with Watched(tmp_path) as bench:
         ident = await bench.put(to=("c@d.example",) if sole else ("c@d.example", "e@f.example"))
         keeper = await bench.put(b"Subject: keep\r\n\r\nme\r\n")
@@ -451,18 +451,18 @@ async def test_an_outcome_of_what_has_ended_changes_no_count(tmp_path, kind, sol
         for entry in entries:
             bench.queue.writer.submit(outcome(entry))
         await bench.settled()
-        assert bench.events.refusals == [(ident, "it had ended before")] * len(entries)
+        assert bench.events.refusals == [(ident, "the message had left the queue before")] * len(entries)
         assert [(row["messages"], row["deferred"]) for row in bench.summary()] == [(1, 0)]
         assert await bench.queue.raw(keeper) == b"Subject: keep\r\n\r\nme\r\n"
-        assert bench.queue.segments.usage()[1] == FRAME.size + 21, "what the keeper takes"
-        assert not any(put.envelope.flags & NOTICE for put in bench.events.put)
+        assert bench.queue.segments.usage()[1] == FRAME.size + 21, "the body of the other message"
+        assert not any(put.envelope.flags & DSN for put in bench.events.put)
 
 
 async def test_an_outcome_that_can_never_be_recorded_does_not_stop_the_others(tmp_path):
     async with Watched(tmp_path, first_retry_ms=60_000) as bench:
         idents = [await bench.put(to=(f"a@{name}.example",)) for name in ("one", "two", "three")]
         entries = await bench.next(3)
-        await bench.queue.task(lambda change: change.unfold(*idents))
+        await bench.queue.task(lambda change: change.materialize(*idents))
         store = bench.queue.store
 
         def lose(change: Change) -> None:
@@ -480,44 +480,44 @@ async def test_an_outcome_that_can_never_be_recorded_does_not_stop_the_others(tm
         assert bench.queue.schedule.get(ident, entries[1].queue) is entries[1], "it is not tried again by this process"
 
 
-# Notices
+# DSNs
 
 
-async def test_a_notice_larger_than_a_segment_is_a_file_of_its_own(tmp_path):
+async def test_a_dsn_larger_than_a_segment_is_a_file_of_its_own(tmp_path):
     async with Watched(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
         bench.queue.segments.big_limit = 200
         bench.queue.finish(entry, {0: answer(PERMANENT)})
-        (notice,) = await bench.next()
-        assert notice.envelope.body.segment == 0
-        assert b"Undelivered mail" in await bench.queue.raw(notice.ident)
-        notice.text = None
-        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.stream_text(notice)])
-        bench.queue.finish(notice, None)
+        (dsn,) = await bench.next()
+        assert dsn.envelope.body.segment == 0
+        assert b"Undelivered mail" in await bench.queue.raw(dsn.ident)
+        dsn.data = None
+        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.stream_data(dsn)])
+        bench.queue.finish(dsn, None)
         await until(lambda: bench.summary() == [])
         await until(lambda: list((tmp_path / "shard-0/bodies/big").iterdir()) == [])
 
 
-async def test_what_makes_us_stumble_over_a_header_does_not_end_the_thread(tmp_path, monkeypatch, capfd):
-    real = writer.failure_notice
+async def test_an_exception_over_a_header_does_not_end_the_thread(tmp_path, monkeypatch, capfd):
+    real = writer.failure_dsn
 
-    def stumbles(envelope, failed, header, **rest):
+    def fails(envelope, failed, header, **rest):
         if header:
             raise ValueError("what a header")
         return real(envelope, failed, header, **rest)
 
-    monkeypatch.setattr(writer, "failure_notice", stumbles)
+    monkeypatch.setattr(writer, "failure_dsn", fails)
     async with Watched(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
         bench.queue.finish(entry, {0: answer(PERMANENT)})
-        (notice,) = await bench.next()
-        assert b"said so" in await bench.queue.raw(notice.ident)
+        (dsn,) = await bench.next()
+        assert b"said so" in await bench.queue.raw(dsn.ident)
     assert "what a header" in capfd.readouterr().err
 
 
-async def test_a_straggler_that_cannot_be_read_is_no_reason_to_refuse_others(tmp_path):
+async def test_a_deferred_body_that_cannot_be_read_does_not_fail_its_group(tmp_path):
     async with Watched(tmp_path) as bench:
         ident = await bench.put()
         (entry,) = await bench.next()
@@ -525,7 +525,7 @@ async def test_a_straggler_that_cannot_be_read_is_no_reason_to_refuse_others(tmp
         with (tmp_path / f"shard-0/bodies/{body.segment:08d}.seg").open("r+b") as file:
             file.seek(body.offset + 45)
             file.write(b"\0")
-        entry.text = None
+        entry.data = None
         bench.queue.finish(entry, {0: answer(TRANSIENT)})
         _, done = bench.submit()
         assert await done is None
@@ -533,12 +533,12 @@ async def test_a_straggler_that_cannot_be_read_is_no_reason_to_refuse_others(tmp
         assert (await bench.queue.message(ident))["attempts"] == 1
 
 
-async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
+async def test_only_what_a_policy_holds_is_released_with_it(tmp_path):
     async with Watched(tmp_path) as bench:
         idents = [await bench.put() for _ in range(2)]
-        await bench.queue.change_messages("order", idents)
-        await bench.queue.change_messages("hold", idents[:1])  # for good, between the look and the change
-        assert await bench.queue.change_messages("release ordered", idents) == (1, 0)
+        await bench.queue.change_messages("policy", idents)
+        await bench.queue.change_messages("hold", idents[:1])  # by an operator, before the policy's end releases them
+        assert await bench.queue.change_messages("release policy", idents) == (1, 0)
         states = [(await bench.queue.message(ident))["state"] for ident in idents]
         assert states[0] == "held" and states[1] != "held"
         with bench.queue.store.env.begin() as txn:
@@ -547,7 +547,7 @@ async def test_only_what_an_order_holds_is_released_with_it(tmp_path):
 
 @pytest.mark.parametrize("number", ["gone", "another's"])
 async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, number):
-    """A folded message is left, its queue's row is not, or its number was given to another queue."""
+    """An inlined message whose queue has no row, or whose queue's number was given to another queue."""
     async with Watched(tmp_path / "before") as bench:
         idents = [await bench.put(to=(f"a@{domain}.example",)) for domain in ("x", "y")]
         await bench.copied(tmp_path / "after")
@@ -573,7 +573,7 @@ async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, 
 
 
 async def test_no_history_outlives_its_message(tmp_path):
-    """The first recipient's is written while the other waits, untried, in another queue."""
+    """The first recipient's is written while the other, not tried yet, waits in another queue."""
     async with Watched(tmp_path) as bench:
         await bench.put(to=("a@x.example", "b@y.example"))
         one, two = await bench.next(2)
@@ -587,21 +587,21 @@ async def test_no_history_outlives_its_message(tmp_path):
         assert (bench.dump()["recipient"], bench.dump()["message"]) == ([], [])
 
 
-async def test_texts_that_are_read_for_delivery_do_not_count_as_those_of_fresh_mail(tmp_path):
-    text = b"Subject: x\r\n\r\n" + b"y" * 5000
+async def test_message_data_that_is_read_for_delivery_does_not_count_as_fresh(tmp_path):
+    data = b"Subject: x\r\n\r\n" + b"y" * 5000
     async with Watched(tmp_path, window_bytes=12_000) as bench:
         for _ in range(3):
             for _ in range(4):
-                await bench.put(text)
-            assert sum(entry.text is not None for entry in bench.offered) == 2
+                await bench.put(data)
+            assert sum(entry.data is not None for entry in bench.offered) == 2
             for entry in await bench.next(4):
-                entry.text = (await bench.queue.read_texts([entry]))[0]
+                entry.data = (await bench.queue.read_data([entry]))[0]
                 bench.queue.finish(entry, None)
             await bench.empty()
             assert bench.queue.schedule._fresh_bytes == 0
 
 
-async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tmp_path, monkeypatch):
+async def test_a_cancelled_reader_of_a_large_message_leaves_no_file_open(tmp_path, monkeypatch):
     async with Watched(tmp_path) as bench:
         queue, ident, done = bench.queue, bench.queue.ident(), asyncio.get_running_loop().create_future()
         file = queue.big_body(ident)
@@ -619,7 +619,7 @@ async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tm
             return descriptors[0]
 
         monkeypatch.setattr(queue.segments, "open_big", slowly)
-        reader = asyncio.ensure_future(anext(queue.stream_text(entry)))
+        reader = asyncio.ensure_future(anext(queue.stream_data(entry)))
         await until(opened.is_set)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -628,8 +628,8 @@ async def test_a_reader_of_a_large_text_that_is_cancelled_leaves_no_file_open(tm
         await until(lambda: not os.path.exists(f"/proc/self/fd/{descriptors[0]}"))
 
 
-async def test_large_bodies_without_a_message_go_when_the_next_process_starts(tmp_path):
-    """One came in when the process was killed, one had just ended; one is queued, and stays."""
+async def test_large_bodies_without_a_message_are_removed_at_start(tmp_path):
+    """One was being received when the process was killed, the message of one had just ended; one is queued, and stays."""
     async with Watched(tmp_path / "before") as bench:
         queue, bodies = bench.queue, []
         for _ in range(3):
@@ -647,13 +647,13 @@ async def test_large_bodies_without_a_message_go_when_the_next_process_starts(tm
     async with Watched(tmp_path / "after") as bench:
         assert [path.name for path in (tmp_path / "after/shard-0/bodies/big").iterdir()] == [f"{bodies[0].ident:016x}"]
         (entry,) = await bench.next()
-        assert sum([len(piece) async for piece in bench.queue.stream_text(entry)]) == 2_000_000
+        assert sum([len(piece) async for piece in bench.queue.stream_data(entry)]) == 2_000_000
 
 
-# What is left behind
+# Disk errors
 
 
-async def test_a_look_that_the_disk_refuses_begins_no_second_scan(tmp_path, monkeypatch):
+async def test_a_read_that_fails_begins_no_second_scan(tmp_path, monkeypatch):
     async with Watched(tmp_path, window=2) as bench:
         await bench.put()
         await bench.put()
@@ -671,7 +671,7 @@ async def test_a_look_that_the_disk_refuses_begins_no_second_scan(tmp_path, monk
         await bench.next(2)
 
 
-async def test_a_queue_that_the_disk_did_not_let_sleep_sleeps_when_it_does(tmp_path, monkeypatch):
+async def test_a_park_that_the_disk_refuses_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr("relaymta.queue.PARK_AGAIN", 0.01)
     async with Watched(tmp_path) as bench:
         await bench.put()
@@ -681,7 +681,7 @@ async def test_a_queue_that_the_disk_did_not_let_sleep_sleeps_when_it_does(tmp_p
         def fails(change, now):
             refused.append(now)
             if len(refused) < 3:
-                raise StoreError("the disk says no")
+                raise StoreError("disk error")
             finish(change, now)
 
         monkeypatch.setattr(Change, "finish", fails)

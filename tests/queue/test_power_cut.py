@@ -1,4 +1,4 @@
-"""A power cut, simulated: the real system calls of the queue are recorded, then replayed up to random moments into images in
+"""A simulated power cut: the real system calls of the queue are recorded, then replayed up to random moments into images in
 which everything that was not synced is kept, dropped or torn at random. Each image must hold every acknowledged message."""
 
 import asyncio
@@ -27,7 +27,7 @@ _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 @dataclass
 class Call:
-    """One finished system call: on which file, with what octets, where."""
+    """One finished system call: its file, octets and offset."""
 
     name: str
     path: str
@@ -84,7 +84,7 @@ def calls_of(trace: str) -> list[Call]:
         elif name == "ftruncate":
             calls.append(Call("truncate", path, offset=int(arguments.rpartition(",")[2])))
         elif fd[1] == "1":
-            calls.append(Call("say", "", unhex(arguments)))
+            calls.append(Call("output", "", unhex(arguments)))
         elif name in ("write", "writev"):
             offset = positions.get(handle, 0)
             calls.append(Call("write", path, unhex(arguments)[:result], offset, handle in dsync))
@@ -98,7 +98,7 @@ def calls_of(trace: str) -> list[Call]:
 
 @dataclass
 class Image:
-    """A disk: what is durable of each file, and what is only in memory."""
+    """A disk: what is durable of each file, and what is only in the page cache."""
 
     durable: dict[str, bytearray] = field(default_factory=dict)
     pending: dict[str, list[Call]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Image:
             for one in self.pending.pop(call.path, []):
                 apply(self.durable[call.path], one.offset, one.data)
             self.unnamed = {p for p in self.unnamed if str(Path(p).parent) != call.path}
-        elif call.name == "say":
+        elif call.name == "output":
             for line in call.data.decode().splitlines():
                 word, ident, *rest = line.split()
                 if word == "ACK":
@@ -166,8 +166,8 @@ def apply(content: bytearray, offset: int, data: bytes) -> None:
     content[offset : offset + len(data)] = data
 
 
-async def held_by(spool: Path) -> dict[str, str]:
-    """Hash by id of every message a spool holds, read as the relay reads them."""
+async def messages_in(spool: Path) -> dict[str, str]:
+    """Hash by id of every message in a spool, read as the relay reads them."""
     queue = Queue(spool, 0, QueueSettings("relay.example"), lambda *_: [(QueueName("out", ""), None)], lambda e: None, Events())
     queue.schedule.paused = True
     await queue.start()
@@ -191,7 +191,7 @@ def test_every_image_holds_every_acknowledged_message(tmp_path):
     )  # fmt: skip
     text = re.sub(r"<((?:\\x[0-9a-f]{2})+)>", lambda m: f"<{unhex(chr(34) + m[1] + chr(34)).decode()}>", trace.read_text())
     calls = calls_of(text)
-    first = next(i for i, call in enumerate(calls) if call.name == "say")
+    first = next(i for i, call in enumerate(calls) if call.name == "output")
     cuts = sorted(rng.sample(range(first, len(calls)), min(CUTS, len(calls) - first)))
     image = Image()
     checked = 0
@@ -202,7 +202,7 @@ def test_every_image_holds_every_acknowledged_message(tmp_path):
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             image.write_out(root, target, rng)
-            found = asyncio.run(held_by(target))
+            found = asyncio.run(messages_in(target))
             missing = {ident for ident, digest in image.acknowledged.items() if found.get(ident) != digest}
             assert not missing, f"cut at call {position} ({call.name} {call.path}): {len(missing)} messages are lost"
             checked += len(image.acknowledged)

@@ -1,4 +1,4 @@
-"""One shard, without sockets: durability across reopening, schedule, deadlines, operators' verbs, segments."""
+"""One shard without sockets: durability across reopening, schedule, deadlines, operators' verbs, segments."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ class Recorder(Events):
 
 
 class Bench:
-    """A queue in a folder; `offered` collects what it wants delivered."""
+    """A queue in a folder; `offered` collects the entries that it offers for delivery."""
 
     def __init__(self, folder: Path, **settings) -> None:
         self.folder = folder
@@ -48,35 +48,37 @@ class Bench:
     async def __aexit__(self, *exc) -> None:
         await self.queue.stop()
 
-    async def put(self, text: bytes = b"Subject: x\r\n\r\nbody\r\n", to=("c@d.example",), sender="a@b.example") -> int:
+    async def put(self, data: bytes = b"Subject: x\r\n\r\nbody\r\n", to=("c@d.example",), sender="a@b.example") -> int:
+        """Store a message; its id, once it is durable."""
         ident = self.queue.ident()
-        envelope = Envelope(sender, list(to), len(text), 0, wall_ms(), self.queue.deadline())
+        envelope = Envelope(sender, list(to), len(data), 0, wall_ms(), self.queue.deadline())
         future = asyncio.get_running_loop().create_future()
-        self.queue.submit(ident, envelope, [text], future.set_result)
+        self.queue.submit(ident, envelope, [data], future.set_result)
         error = await future
         if error is not None:
             raise error
         return ident
 
     async def next(self, count: int = 1) -> list[Entry]:
+        """The next entries offered, in flight from now on."""
         await until(lambda: len(self.offered) >= count)
         taken, self.offered[:] = self.offered[:count], self.offered[count:]
         for entry in taken:
-            entry.flying = True
+            entry.in_flight = True
         return taken
 
     async def copied(self, folder: Path) -> None:
-        """The files as kill -9 would leave them now: no group is being committed while they are copied."""
+        """Copy the files as kill -9 would leave them now: no group is committed while they are copied."""
         await until(lambda: not self.queue.writer._busy and not self.queue.writer._pending)
         shutil.copytree(self.folder, folder)
 
     async def empty(self) -> None:
-        """Nothing is queued, and (the loop knows it a turn later) no octet is live."""
+        """Wait until nothing is queued and (an iteration of the loop later) no octet is live."""
         await until(lambda: self.summary() == [])
         await until(lambda: self.queue.segments.usage()[1] == 0)
 
     def pass_time(self, milliseconds: int) -> None:
-        """The queue's clock goes on."""
+        """Move the queue's clock forward."""
         self.queue.clock._offset += milliseconds
         self.queue.schedule.wake()
 
@@ -111,7 +113,7 @@ async def test_what_is_put_is_there_after_reopening(tmp_path):
     async with Bench(tmp_path) as bench:
         entries = await bench.next(20)
         assert sorted(e.ident for e in entries) == idents
-        assert await bench.queue.read_texts(entries[:1]) == [[b"Subject: 0\r\n\r\nx\r\n"]]
+        assert await bench.queue.read_data(entries[:1]) == [[b"Subject: 0\r\n\r\nx\r\n"]]
         for entry in entries:
             bench.queue.finish(entry, None)
         await until(lambda: len(bench.events.outcomes) == 20)
@@ -122,7 +124,7 @@ async def test_what_is_put_is_there_after_reopening(tmp_path):
         await bench.empty()
 
 
-async def test_250_is_held_back_while_texts_pile_up_in_memory(tmp_path):
+async def test_250_is_delayed_while_message_data_piles_up_in_memory(tmp_path):
     async with Bench(tmp_path, window_bytes=100_000) as bench:
         delays = []
         for _ in range(12):
@@ -156,14 +158,14 @@ async def test_a_deferred_message_comes_back_when_it_is_due_and_not_before(tmp_p
         (entry,) = await bench.next()
         bench.queue.finish(entry, {0: answer(TRANSIENT)})
         await until(lambda: bench.events.outcomes)
-        bench.pass_time(200_000)  # a wide margin: meanwhile the clock runs
+        bench.pass_time(200_000)  # a wide margin, since the clock also runs by itself
         await asyncio.sleep(0.3)
         assert bench.offered == []
         bench.pass_time(145_001)  # up to 15 % later
         (again,) = await bench.next()
         assert again.attempts == 1
         assert again.envelope.body.segment != entry.envelope.body.segment, "a straggler moves to a cold segment"
-        assert await bench.queue.read_texts([again]) == [[b"Subject: x\r\n\r\nbody\r\n"]]
+        assert await bench.queue.read_data([again]) == [[b"Subject: x\r\n\r\nbody\r\n"]]
         bench.queue.finish(again, None)
         await bench.empty()
 
@@ -173,10 +175,10 @@ async def test_mixed_results_leave_only_the_pending_recipient(tmp_path):
         await bench.put(to=("a@x", "b@x", "c@x"))
         (entry,) = await bench.next()
         bench.queue.finish(entry, {0: answer("success"), 1: answer(TRANSIENT), 2: answer(PERMANENT)})
-        notice, again = await bench.next(2)
-        assert notice.envelope.sender == ""
-        assert notice.envelope.recipients == ["a@b.example"]
-        assert b"<c@x>" in b"".join(notice.text)
+        dsn, again = await bench.next(2)
+        assert dsn.envelope.sender == ""
+        assert dsn.envelope.recipients == ["a@b.example"]
+        assert b"<c@x>" in b"".join(dsn.data)
         assert again.recipients == [(1, "b@x")]
 
 
@@ -193,15 +195,15 @@ async def test_recipients_in_several_queues_end_one_by_one(tmp_path):
         await bench.empty()
 
 
-async def test_a_notice_and_the_end_of_its_recipients_are_one_transaction(tmp_path):
+async def test_a_dsn_and_the_end_of_its_recipients_are_one_transaction(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
         bench.queue.finish(entry, {0: answer(PERMANENT)})
         await until(lambda: bench.events.outcomes)
-        assert [row["messages"] for row in bench.summary()] == [1], "the message is gone and its notice is there"
-        (notice,) = await bench.next()
-        bench.queue.finish(notice, {0: answer(PERMANENT)})
+        assert [row["messages"] for row in bench.summary()] == [1], "the DSN, and not the message"
+        (dsn,) = await bench.next()
+        bench.queue.finish(dsn, {0: answer(PERMANENT)})
         await until(lambda: bench.summary() == [])
 
 
@@ -210,16 +212,16 @@ async def test_the_deadline_holds_wherever_a_message_waits(tmp_path):
         await bench.put(b"waiting in the window\r\n\r\n")
         await bench.put(b"deferred\r\n\r\n")
         entries = await bench.next(2)
-        entries[0].flying = False
+        entries[0].in_flight = False
         bench.queue.finish(entries[1], {0: answer(TRANSIENT, "come back")})
         await until(lambda: len(bench.events.outcomes) == 1)
         bench.pass_time(600_001)
         await until(lambda: sum(o.expired for o in bench.events.outcomes) == 2)
-        texts = [b"".join(p.text or []) for p in bench.events.put if p.envelope.sender == ""]
-        assert len(texts) == 2
-        assert sum(b"come back" in t for t in texts) == 1
-        assert all(b"Status: 4.4.7" in t for t in texts)
-        assert entries[0].cancelled, "whoever still has it drops it"
+        dsns = [b"".join(p.data or []) for p in bench.events.put if p.envelope.sender == ""]
+        assert len(dsns) == 2
+        assert sum(b"come back" in dsn for dsn in dsns) == 1
+        assert all(b"Status: 4.4.7" in dsn for dsn in dsns)
+        assert entries[0].cancelled, "whoever still holds it drops it"
 
 
 async def test_held_messages_neither_move_nor_expire(tmp_path):
@@ -234,7 +236,7 @@ async def test_held_messages_neither_move_nor_expire(tmp_path):
         assert await bench.queue.change_messages("release", [ident]) == (1, 0)
         (entry,) = await bench.next()
         assert await bench.queue.change_messages("delete", [ident]) == (0, 1), "in flight: left to its outcome"
-        entry.flying = False
+        entry.in_flight = False
         assert await bench.queue.change_messages("delete", [ident]) == (1, 0)
         assert entry.cancelled
         assert bench.summary() == []
@@ -258,8 +260,8 @@ async def move(bench: Bench, chosen: Filter, dry_run: bool = False) -> tuple[int
 async def test_a_queue_moved_as_a_whole_is_due_and_stays_moved(tmp_path):
     async with Bench(tmp_path) as bench:
         idents = [await bench.put(to=("x@d",)) for _ in range(4)]
-        fresh, deferred, flying, held = await bench.next(4)
-        fresh.flying = held.flying = False
+        fresh, deferred, in_flight, held = await bench.next(4)
+        fresh.in_flight = held.in_flight = False
         await bench.queue.change_messages("hold", [held.ident])
         bench.queue.finish(deferred, {0: answer(TRANSIENT)})
         await until(lambda: len(bench.events.outcomes) == 1)
@@ -271,12 +273,12 @@ async def test_a_queue_moved_as_a_whole_is_due_and_stays_moved(tmp_path):
         assert set(again) == {fresh.ident, deferred.ident} and {str(entry.name) for entry in again.values()} == {"away"}
         rows = [json.loads(line) for line in (await bench.queue.page(Filter(), 0, lambda *_: False))["lines"].splitlines()]
         assert [row["queues"] for row in rows] == [["away"]] * 4
-        # What waits again stays with the new route, though the table says otherwise, and what comes goes by the table.
-        for entry in (*again.values(), flying):
+        # What is deferred again stays with the new route; new mail is routed by the route table.
+        for entry in (*again.values(), in_flight):
             bench.queue.finish(entry, {0: answer(TRANSIENT)}, 1)
         new = await bench.put(to=("x@d",))
         later = {entry.ident: str(entry.name) for entry in await bench.next(4)}
-        assert later == {fresh.ident: "away", deferred.ident: "away", flying.ident: "away", new: "mx/d"}
+        assert later == {fresh.ident: "away", deferred.ident: "away", in_flight.ident: "away", new: "mx/d"}
         assert (await bench.queue.change_messages("release", [held.ident]))[0] == 1
         assert [str(entry.name) for entry in await bench.next(1)] == ["away"]
     async with Bench(tmp_path) as bench:
@@ -295,16 +297,16 @@ async def test_of_a_message_in_two_queues_a_moved_one_is_lost_to_neither(tmp_pat
     async with Bench(tmp_path) as bench:
         await bench.put(to=("x@d", "y@e"))
         one, other = sorted(await bench.next(2), key=lambda entry: entry.name.domain)
-        one.flying = other.flying = False
+        one.in_flight = other.in_flight = False
         assert await move(bench, Filter(queue="mx/d")) == (1, 0)
         (moved,) = await bench.next(1)
         assert (str(moved.name), moved.indexes) == ("away", [0])
-        other.flying = True
+        other.in_flight = True
         bench.queue.finish(other, {1: answer(TRANSIENT)}, 1)
         bench.queue.finish(moved, {0: answer(TRANSIENT)}, 1)
         both = {str(entry.name): entry for entry in await bench.next(2)}
         assert {name: entry.indexes for name, entry in both.items()} == {"away": [0], "mx/e": [1]}
-        bench.queue.finish(both["mx/e"], {1: answer(TRANSIENT)}, 1)  # and now the rest of the message follows
+        bench.queue.finish(both["mx/e"], {1: answer(TRANSIENT)}, 1)  # and now its other recipient moves, too
         await until(lambda: len(bench.events.outcomes) == 3)
         bench.queue.finish(both["away"], None)
         (rest,) = await bench.next(1)
@@ -313,11 +315,11 @@ async def test_of_a_message_in_two_queues_a_moved_one_is_lost_to_neither(tmp_pat
         await until(lambda: bench.summary() == [])
 
 
-async def test_a_parked_queue_sleeps_and_wakes(tmp_path):
+async def test_a_parked_queue_is_not_scanned_until_it_wakes(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
-        entry.flying = False
+        entry.in_flight = False
         bench.queue.put_back(entry)
         bench.queue.park(entry.queue, bench.queue.clock.now() + 600_000)
         await asyncio.sleep(0.3)
@@ -368,13 +370,13 @@ async def test_a_damaged_body_is_noticed(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.put(b"x" * 5000)
         (entry,) = await bench.next()
-        entry.text = None
+        entry.data = None
         (segment,) = (tmp_path / "shard-0/bodies").glob("*.seg")
         with segment.open("r+b") as file:
             file.seek(entry.envelope.body.offset + 100)
             file.write(b"y")
-        (text,) = await bench.queue.read_texts([entry])
-        assert isinstance(text, Corrupt)
+        (error,) = await bench.queue.read_data([entry])
+        assert isinstance(error, Corrupt)
 
 
 async def test_space_is_reused_only_after_the_commit_that_freed_it(tmp_path):
@@ -416,7 +418,7 @@ def test_the_clock_never_goes_back(monkeypatch):
     clock = QueueClock(0)
     before = clock.now()
     monkeypatch.setattr("time.time_ns", lambda: 0)
-    assert clock.now() >= before, "a wall clock set back while we run"
+    assert clock.now() >= before, "a wall clock set back while the process runs"
 
 
 async def test_ten_days_forward_expire_nothing_untried(tmp_path):
@@ -431,7 +433,7 @@ async def test_ten_days_forward_expire_nothing_untried(tmp_path):
         bench.queue.clock.resumed = bench.queue.clock.now()
         await asyncio.sleep(0.5)
         (entry,) = await bench.next()
-        assert entry.attempts == 1, "it is tried before it is given up"
+        assert entry.attempts == 1, "it is tried before it expires"
         bench.queue.finish(entry, {0: answer(TRANSIENT)})
         await until(lambda: bench.events.outcomes)
         assert bench.events.outcomes[0].expired
@@ -473,7 +475,7 @@ async def test_a_recipient_that_joins_a_queue_in_which_its_message_is_in_flight_
 
 
 @pytest.mark.parametrize("room", [0, 4096])
-async def test_what_is_only_known_at_its_end_stands_in_front_of_a_large_body(tmp_path, room):
+async def test_fields_that_are_only_known_at_the_end_are_prepended_to_a_large_body(tmp_path, room):
     async with Bench(tmp_path) as bench:
         segments = bench.queue.segments
         ident = bench.queue.ident()

@@ -1,5 +1,5 @@
-"""The schedule on a clock that the test moves: no attempt before its time, no message past its deadline but held ones, and
-every message ends; through defers, holds, sleeping queues, crashes and restarts."""
+"""The schedule on a clock that the test moves: no attempt before its due time, no message past its deadline but held ones, and
+every message ends; through deferrals, holds, parked queues, crashes and restarts."""
 
 import asyncio
 import shutil
@@ -28,7 +28,7 @@ STEPS = st.lists(
 
 
 class World:
-    """A queue, the time, and what a model knows of each message: when it may be tried, its deadline, whether it is held."""
+    """A queue, the time, and a model of each message: when it may be tried, its deadline, whether it is held."""
 
     def __init__(self, folder) -> None:
         self.folder, self.number, self.now = folder, 0, wall_ms()
@@ -45,11 +45,11 @@ class World:
         self.waiting, self.seen = {}, 0
 
     async def settle(self) -> None:
-        """Take what is offered, and what has ended."""
+        """Collect the entries that were offered and the outcomes that were recorded."""
         for _ in range(4):
             await asyncio.sleep(0.03)
             for entry in self.bench.offered:
-                if entry.cancelled:  # meanwhile: whoever has it drops it
+                if entry.cancelled:  # since it was offered
                     continue
                 assert self.now >= self.due.get(entry.ident, 0), "an attempt before its time"
                 assert entry.ident not in self.held, "held mail is offered"
@@ -70,8 +70,8 @@ class World:
             if outcome.expired:
                 assert self.now >= self.deadline[ident], "given up before its deadline"
             del self.deadline[ident]
-        if outcome.notice is not None:
-            self.deadline[outcome.notice.ident] = self.now + AGE
+        if outcome.dsn is not None:
+            self.deadline[outcome.dsn.ident] = self.now + AGE
 
     async def step(self, what: str, which: int) -> None:
         queue = self.bench.queue
@@ -90,7 +90,7 @@ class World:
             await self.open()
         elif what in ("hold", "release") and some:
             for entry in self.waiting.values():
-                entry.flying = False
+                entry.in_flight = False
             changed, _ = await queue.change_messages(what, [some])
             self.waiting.pop(some, None)
             if changed and what == "hold":
@@ -110,19 +110,19 @@ class World:
             queue.put_back(self.waiting.pop(ready[which % len(ready)]))
         elif what in ("deliver", "defer", "fail") and ready:
             entry = self.waiting.pop(ready[which % len(ready)])
-            entry.flying = True
+            entry.in_flight = True
             kind = PERMANENT if what == "fail" else TRANSIENT
             queue.finish(entry, None if what == "deliver" else {0: answer(kind)})
             await until(lambda: len(self.bench.events.outcomes) > self.seen)
 
     async def end(self) -> None:
-        """Time passes; whatever is not held ends."""
+        """Let time pass until all messages that are not held have ended."""
         for _ in range(60):
             if set(self.deadline) <= self.held:
                 return
             self.now += 1_200_000
             for ident in list(self.waiting):
-                self.waiting.pop(ident).flying = False
+                self.waiting.pop(ident).in_flight = False
             await asyncio.sleep(0.3)
             await self.settle()
         raise AssertionError(f"these never end: {set(self.deadline) - self.held}")

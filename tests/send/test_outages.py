@@ -1,4 +1,4 @@
-"""What an outage costs: one failure, however many connections fail in it, and only the time until it is seen to be over."""
+"""Outages: one failure, whatever the number of failed connections, and delivery resumes as soon as the site is found up."""
 
 import asyncio
 import json
@@ -26,13 +26,13 @@ from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.resolver import nameserver_with
 
-TEXT = "Subject: x\r\n\r\nx\r\n"
-MESSAGES = 12  # to each site, so that all connections that a new site is given are tried
-HOUR = 3600  # the schedule's first step: mail that comes sooner came because its host was seen to be back
+MESSAGE = "Subject: x\r\n\r\nx\r\n"
+MESSAGES = 12  # to each site, so that all connections of a new pool are tried
+HOUR = 3600  # the schedule's first step: mail that is delivered sooner was, because its host was found up
 
 
 class Broken(FakeMx):
-    """A host in an outage: it accepts connections, and then does `what`."""
+    """A host in an outage: it accepts connections, and then calls `what`."""
 
     def __init__(self, what: Callable[[socket.socket], None], port: int, host: str = "127.0.0.1") -> None:
         self.what = what
@@ -79,7 +79,7 @@ def without_tls(sock: socket.socket) -> None:
     time.sleep(0.1)
 
 
-# What is wrong with the hosts of a domain for a while. None: nothing listens.
+# The failures of the hosts of each domain. None: nothing listens.
 OUTAGES: dict[str, Callable[[socket.socket], None] | None] = {
     "refused": None,
     "silent": silent,
@@ -91,8 +91,8 @@ OUTAGES: dict[str, Callable[[socket.socket], None] | None] = {
 }
 
 
-def facts(relay: Relay) -> dict[str, dict[str, Any]]:
-    """The sites that are down, by the domain that each stands for."""
+def states(relay: Relay) -> dict[str, dict[str, Any]]:
+    """The sites that are down, by the name in their domain."""
     rows = [json.loads(line) for line in relay.cli("shaping", "active", "--json").stdout.splitlines()]
     return {next(name for name in sorted(OUTAGES, key=len, reverse=True) if name in row["site"]): row for row in rows}
 
@@ -105,7 +105,7 @@ def context() -> ssl.SSLContext:
 
 
 def smart_hosts(number: int, stack: ExitStack, folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
-    """Where each domain's mail goes, `number` hosts for each, and the settings that say so."""
+    """The `number` smart hosts of each domain, and the settings for them."""
     hosts = {name: [("127.0.0.1", free_port()) for _ in range(number)] for name in OUTAGES}
     routes = []
     for name, addresses in hosts.items():
@@ -116,7 +116,7 @@ def smart_hosts(number: int, stack: ExitStack, folder: Path) -> tuple[dict[str, 
 
 
 def mail_exchangers(number: int, stack: ExitStack, folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
-    """As `smart_hosts`, by MX."""
+    """As `smart_hosts`, but by MX."""
     port, hosts, zone = free_port(), {}, []
     for position, name in enumerate(OUTAGES):
         hosts[name] = [(f"127.0.{10 + position}.{index + 1}", port) for index in range(number)]
@@ -136,8 +136,8 @@ REST = [(3 - workers, where, number) for workers, where, number in PAIRS]
     PAIRS + (REST if PROVE else []),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_an_outage_is_one_failure_and_ends_when_the_host_is_back(tmp_path, context, workers, where, number):
-    """All the ways to be down, side by side, each at a domain of its own."""
+def test_an_outage_is_one_failure_and_ends_when_the_host_is_up(tmp_path, context, workers, where, number):
+    """All kinds of outages at the same time, each at a domain of its own."""
     with ExitStack() as stack:
         hosts, settings = where(number, stack, tmp_path)
         settings += [f"delivery.first_retry={HOUR}", "queue.max_age=90d"]
@@ -148,15 +148,15 @@ def test_an_outage_is_one_failure_and_ends_when_the_host_is_back(tmp_path, conte
                     outage.enter_context(Broken(what, port, host))
             for name in OUTAGES:
                 for _ in range(MESSAGES):
-                    relay.send(TEXT, "a@b.example", f"c@{name}.test")
-            wait_for(lambda: len(facts(relay)) == len(OUTAGES), what="all sites to be down")
-            relay.cli("queue", "flush", "--all")  # all mail at once, and as many connections as a site is given
-            wait_for(lambda: len(facts(relay)) == len(OUTAGES), what="all sites to be down again")
-            time.sleep(4)  # in which they are looked at
-            for name, fact in facts(relay).items():
-                assert fact["value"] <= 2, f"{name}: {fact['value']} failures of two waves"
-                assert fact["until"] - fact["since"] <= 2 * HOUR * 1.2
-            # Another worker may see the end of a wave first, and is charged with a message of its own.
+                    relay.send(MESSAGE, "a@b.example", f"c@{name}.test")
+            wait_for(lambda: len(states(relay)) == len(OUTAGES), what="all sites to be down")
+            relay.cli("queue", "flush", "--all")  # all mail at once, over as many connections as the window allows
+            wait_for(lambda: len(states(relay)) == len(OUTAGES), what="all sites to be down again")
+            time.sleep(4)  # in which they are probed
+            for name, state in states(relay).items():
+                assert state["value"] <= 2, f"{name}: {state['value']} failures of two waves"
+                assert state["until"] - state["since"] <= 2 * HOUR * 1.2
+            # Another worker may start a new wave first, and charges a message of its own.
             deferred = [event["recipient"].partition("@")[2] for event in relay.events("deferred")]
             assert all(deferred.count(f"{name}.test") <= 3 * workers for name in OUTAGES), deferred
         peers = {
@@ -168,13 +168,13 @@ def test_an_outage_is_one_failure_and_ends_when_the_host_is_back(tmp_path, conte
         }
         for name, found in peers.items():
             wait_for(lambda found=found: sum(len(p.messages) for p in found) == MESSAGES, 30, f"all mail for {name}")
-        wait_for(lambda: facts(relay) == {}, what="nothing to be down any more")
+        wait_for(lambda: states(relay) == {}, what="nothing to be down any more")
         wait_for(lambda: relay.summary() == [])
         assert relay.events("bounced") == []
 
 
-def test_five_connections_that_are_lost_at_once_cost_a_second(tmp_path):
-    """With mail under way on all of them. What was under way has a schedule of its own, which begins with two seconds."""
+def test_five_connections_lost_at_once_delay_the_rest_by_a_second(tmp_path):
+    """With messages under way on all of them. Those are deferred by the schedule, which begins with two seconds."""
     port = free_port()
 
     class Slow(dict[str, bytes]):
@@ -190,23 +190,23 @@ def test_five_connections_that_are_lost_at_once_cost_a_second(tmp_path):
             wait_for(lambda: peer.most_open == 5)
             for thread in threads:
                 thread.join()
-        first = {text for _, _, text in peer.messages}
+        first = {data for _, _, data in peer.messages}
         wait_for(lambda: any(event["state"] == "down" for event in relay.events("site")))
         time.sleep(1)
         with FakeMx({}, port) as again:
             wait_for(lambda: relay.summary() == [] and len(relay.events("delivered")) == 100, 15, "the rest")
-            assert len(first | {text for _, _, text in again.messages}) == 100
+            assert len(first | {data for _, _, data in again.messages}) == 100
         assert len([event for event in relay.events("site") if event["state"] == "down"]) <= 2
 
 
-def test_what_the_host_itself_put_off_keeps_its_schedule(tmp_path):
-    """A message that was answered by 450 is not due because the host was away meanwhile."""
+def test_mail_that_a_reply_deferred_keeps_its_schedule(tmp_path):
+    """A message that was deferred by 450 is not due sooner because its host was down meanwhile."""
     port = free_port()
     with Relay(tmp_path, f"127.0.0.1:{port}", f"delivery.first_retry={HOUR}") as relay:
         with FakeMx({"RCPT": {"late@d.example": b"450 4.2.1 later\r\n"}}, port):
-            relay.send(TEXT, "a@b.example", "late@d.example")
+            relay.send(MESSAGE, "a@b.example", "late@d.example")
             wait_for(lambda: relay.events("deferred"))
-        relay.send(TEXT, "a@b.example", "now@d.example")
+        relay.send(MESSAGE, "a@b.example", "now@d.example")
         wait_for(lambda: relay.events("site"))
         with FakeMx({}, port) as peer:
             wait_for(lambda: peer.messages)
@@ -217,8 +217,8 @@ def test_what_the_host_itself_put_off_keeps_its_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["all", "a worker"])
-def test_what_slept_when_a_process_died_goes_when_the_site_is_up(tmp_path, what):
-    """No new mail says that there is a site."""
+def test_queues_that_slept_when_a_process_died_wake_when_the_site_is_up(tmp_path, what):
+    """Without new mail for the site."""
     port = free_port()
     with Relay(tmp_path, f"127.0.0.1:{port}", f"delivery.first_retry={HOUR}", workers=2) as relay:
         for _ in range(8):
@@ -235,8 +235,8 @@ def test_what_slept_when_a_process_died_goes_when_the_site_is_up(tmp_path, what)
             wait_for(lambda: len(peer.messages) == 8, what="all mail")
 
 
-def test_connections_that_stand_still_are_not_waited_for_alone(tmp_path):
-    """What was accepted before the host was restarted is never answered; what comes now is."""
+def test_another_connection_is_opened_beside_stalled_ones(tmp_path):
+    """Connections accepted before the host was restarted are never answered; new ones are."""
 
     class Stuck(FakeMx):
         def _talk(self, sock: socket.socket) -> None:
@@ -251,11 +251,11 @@ def test_connections_that_stand_still_are_not_waited_for_alone(tmp_path):
         assert relay.events("deferred") == []
 
 
-def test_a_suspended_site_is_not_looked_at(tmp_path):
+def test_a_suspended_site_is_not_probed(tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{(port := free_port())}", f"delivery.first_retry={HOUR}") as relay:
         relay.send()
         wait_for(lambda: relay.events("deferred"))
-        relay.cli("site", "suspend", "smarthost", "--for", "1h", "--reason", "told to")
+        relay.cli("site", "suspend", "smarthost", "--for", "1h", "--reason", "maintenance")
         with FakeMx({}, port) as peer:
             time.sleep(5)
             assert peer.connections == 0
@@ -263,7 +263,7 @@ def test_a_suspended_site_is_not_looked_at(tmp_path):
             wait_for(lambda: peer.messages)
 
 
-def test_two_workers_look_as_often_as_one(tmp_path):
+def test_two_workers_probe_as_often_as_one(tmp_path):
     port = free_port()
     with Relay(tmp_path, f"127.0.0.1:{port}", f"delivery.first_retry={HOUR}", workers=2) as relay:
         for _ in range(8):
@@ -276,8 +276,8 @@ def test_two_workers_look_as_often_as_one(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("refusal", [b"535 5.7.8 no\r\n", b"535\r\n", b"454 4.7.0 not now\r\n"])
-def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, context, refusal, workers):
-    """Accounts are locked that way."""
+def test_a_host_that_rejects_the_login_is_not_tried_again_and_again(tmp_path, context, refusal, workers):
+    """Or accounts would be locked."""
     authority = trustme.CA()
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(server)
@@ -298,7 +298,7 @@ def test_a_host_that_refuses_our_login_is_not_asked_again_and_again(tmp_path, co
 
 
 BANNERS = [
-    # what a smart host says first, and whether it greets (RFC 5321 3.1)
+    # the first octets from a smart host, and whether they are a greeting (RFC 5321 3.1)
     (b"220 here\r\n", True),
     (b"220-here\r\n220 I am\r\n", True),
     (b"421 4.3.2 not now\r\n", False),
@@ -311,7 +311,7 @@ BANNERS = [
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize(("banner", "greets"), BANNERS)
-async def test_a_smart_host_is_back_when_it_greets(monkeypatch, context, banner, greets, implicit):
+async def test_a_smart_host_is_up_when_it_greets(monkeypatch, context, banner, greets, implicit):
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(banner)
         writer.close()

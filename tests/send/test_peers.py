@@ -1,4 +1,4 @@
-"""Delivery against peers that misbehave: the running relay, a scripted MX, and what becomes of the mail."""
+"""Delivery to peers that misbehave: the running relay, a scripted MX, and the outcomes."""
 
 import smtplib
 import socket
@@ -44,7 +44,7 @@ def relay_to(peer: FakeMx, folder, *settings: str) -> Relay:
     ],
     ids=repr,
 )
-def test_each_answer_has_its_consequence(tmp_path, rules, events):
+def test_each_reply_has_its_outcome(tmp_path, rules, events):
     with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
         relay.send("Subject: x\r\n\r\nx\r\n", "")
         wait_for(lambda: relay.summary() == [] and all(relay.events(name) for name in events), 15, str(events))
@@ -78,11 +78,11 @@ def test_eight_bit_mail_for_a_seven_bit_peer_bounces(tmp_path):
         (bounce,) = wait_for(lambda: relay.events("bounced"))
         assert bounce["reply"].startswith("5.6.3")
         wait_for(lambda: any(sender == "" for sender, _, _ in peer.messages))
-        assert not any(b"\xc3" in text for _, _, text in peer.messages)
+        assert not any(b"\xc3" in data for _, _, data in peer.messages)
 
 
-def test_eight_bit_mail_waits_for_a_peer_that_refuses_ehlo_for_now(tmp_path):
-    """HELO would leave it without 8BITMIME, and the mail would come back for good."""
+def test_eight_bit_mail_is_deferred_when_ehlo_is_temporarily_rejected(tmp_path):
+    """After HELO there would be no 8BITMIME, and the mail would bounce."""
     with FakeMx({"EHLO": [b"451 4.3.0 later\r\n"], "HELO": b"250 old\r\n"}) as peer, relay_to(peer, tmp_path) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port) as client:
             client.sendmail("a@b", ["c@d"], b"Subject: x\r\n\r\n\xc3\xbc\r\n")
@@ -91,7 +91,7 @@ def test_eight_bit_mail_waits_for_a_peer_that_refuses_ehlo_for_now(tmp_path):
         assert "HELO" not in peer.commands
 
 
-def test_a_bdat_that_is_taken_is_taken_when_the_connection_ends_behind_it(tmp_path):
+def test_an_accepted_bdat_counts_when_the_connection_ends_behind_it(tmp_path):
     rules = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250 CHUNKING\r\n", "RSET": [b"421 4.3.2 enough\r\n"]}
     with FakeMx(rules) as peer, relay_to(peer, tmp_path) as relay:
         relay.send()
@@ -113,7 +113,7 @@ PLAIN = {"EHLO": b"250-old\r\n250 PIPELINING\r\n"}
 UTF8 = {"EHLO": b"250-new\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n"}
 
 
-def test_what_one_host_cannot_take_another_may(tmp_path):
+def test_a_message_that_one_host_cannot_accept_is_sent_to_another(tmp_path):
     with FakeMx(PLAIN) as old, FakeMx(UTF8, host="127.0.0.2") as new, two_hosts(tmp_path, old.port, new.port) as relay:
         send_utf8(relay)
         wait_for(lambda: new.messages)
@@ -123,7 +123,7 @@ def test_what_one_host_cannot_take_another_may(tmp_path):
         assert new.messages[0][0] == "jürgen@b.example"
 
 
-def test_what_no_host_can_take_bounces(tmp_path):
+def test_a_message_that_no_host_can_accept_bounces(tmp_path):
     with FakeMx(PLAIN) as old, FakeMx(PLAIN, host="127.0.0.2") as other, two_hosts(tmp_path, old.port, other.port) as relay:
         send_utf8(relay)
         assert wait_for(lambda: relay.events("bounced"))[0]["reply"].startswith("5.6.7")
@@ -131,7 +131,7 @@ def test_what_no_host_can_take_bounces(tmp_path):
         assert not relay.events("deferred")
 
 
-def test_what_a_host_could_not_be_asked_for_waits(tmp_path):
+def test_a_message_is_deferred_when_a_host_that_may_accept_it_is_down(tmp_path):
     with FakeMx(PLAIN) as old, two_hosts(tmp_path, old.port, free_port()) as relay:
         send_utf8(relay)
         assert wait_for(lambda: relay.events("deferred"))[0]["phase"] == "connect"
@@ -147,7 +147,7 @@ def test_connections_are_reused(tmp_path):
         assert peer.commands.count("RSET") == 0
 
 
-def test_a_reused_connection_that_dies_before_mails_reply_costs_no_attempt(tmp_path):
+def test_a_reused_connection_that_ends_before_the_reply_to_mail_costs_no_attempt(tmp_path):
     with FakeMx({"MAIL": [None, CLOSE]}) as peer:
         peer.rules["MAIL"] = [b"250 ok\r\n", CLOSE]
         with relay_to(peer, tmp_path) as relay:
@@ -161,7 +161,7 @@ def test_a_reused_connection_that_dies_before_mails_reply_costs_no_attempt(tmp_p
 
 
 @pytest.mark.parametrize("end", [CLOSE, RESET, b"421 4.3.2 one message a connection\r\n"])
-def test_nobody_gets_a_message_twice_because_its_second_transaction_found_the_connection_gone(tmp_path, end):
+def test_no_recipient_gets_a_message_twice_when_the_connection_ends_in_its_second_transaction(tmp_path, end):
     """One recipient a transaction, one transaction a connection."""
     rules = {
         "MAIL": [b"250 ok\r\n", end, b"250 ok\r\n", end, b"250 ok\r\n"],
@@ -186,7 +186,7 @@ def test_connections_are_limited_for_the_whole_machine(tmp_path):
         assert 2 <= peer.most_open <= 3
 
 
-def test_what_was_in_doubt_is_said_and_counted(tmp_path):
+def test_an_attempt_in_doubt_is_logged_and_counted(tmp_path):
     with FakeMx({"DOT": [CLOSE]}) as peer, relay_to(peer, tmp_path) as relay:
         relay.send()
         (deferred,) = wait_for(lambda: relay.events("deferred"))
@@ -194,7 +194,7 @@ def test_what_was_in_doubt_is_said_and_counted(tmp_path):
         assert "in doubt" in deferred["reply"]
 
 
-def test_the_next_smart_host_is_tried_when_one_is_dead(tmp_path):
+def test_the_next_smart_host_is_tried_when_one_is_down(tmp_path):
     with FakeMx({}) as peer:
         hosts = f'route=[{{name="two",hosts=["127.0.0.1:{free_port()}","127.0.0.1:{peer.port}"]}}]'
         with Relay(tmp_path, None, hosts) as relay:
@@ -203,14 +203,14 @@ def test_the_next_smart_host_is_tried_when_one_is_dead(tmp_path):
             assert relay.events("deferred") == []
 
 
-def test_many_recipients_ride_in_few_transactions(tmp_path):
+def test_many_recipients_are_sent_in_few_transactions(tmp_path):
     with FakeMx({}) as peer, relay_to(peer, tmp_path) as relay:
         relay.send("Subject: x\r\n\r\nx\r\n", "a@b", *[f"u{n}@d.example" for n in range(250)])
         wait_for(lambda: relay.summary() == [] and relay.events("delivered"))
         assert [len(to) for _, to, _ in peer.messages] == [100, 100, 50]
 
 
-def test_two_transient_answers_respect_the_schedule(tmp_path):
+def test_attempts_after_temporary_failures_follow_the_schedule(tmp_path):
     """No attempt earlier than the schedule says."""
     rules = {"RCPT": [b"450 4.2.0 a\r\n", b"450 4.2.0 b\r\n"]}
     with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=1") as relay:
@@ -237,10 +237,10 @@ def test_silence_ends_an_attempt(tmp_path, verb):
         wait_for(lambda: relay.events("delivered"), what="the next attempt")
         if verb != "EHLO":
             assert relay.metric("relaymta_watchdog_total") == 1
-            assert any("stood still waiting for" in event["text"] for event in relay.events("warning"))
+            assert any("stalled waiting for" in event["text"] for event in relay.events("warning"))
 
 
-def test_a_peer_that_stops_reading_is_let_go_and_the_log_says_where_it_stood(tmp_path):
+def test_a_peer_that_stops_reading_is_disconnected_and_the_log_has_the_stack(tmp_path):
     server = socket.create_server(("127.0.0.1", 0))
     end = threading.Event()
 
@@ -261,5 +261,5 @@ def test_a_peer_that_stops_reading_is_let_go_and_the_log_says_where_it_stood(tmp
         (deferred,) = wait_for(lambda: relay.events("deferred"), 20)
         assert "in doubt" not in deferred["reply"]
         texts = [event["text"] for event in relay.events("warning")]
-        assert any("waiting for its text to be taken" in text and "_write_text" in text for text in texts), texts
+        assert any("waiting for the peer to accept its message data" in text and "_write_data" in text for text in texts), texts
     end.set()

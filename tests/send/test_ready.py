@@ -1,4 +1,4 @@
-"""The order in which entries go to a site."""
+"""The order in which entries are delivered to a site."""
 
 from collections import Counter
 
@@ -45,7 +45,7 @@ def test_a_higher_class_goes_first_and_starves_nobody():
     assert Counter(first) == {"express": 5 * (TURNS - 1), "bulk": 5}
 
 
-def test_the_head_is_the_same_until_it_is_taken():
+def test_the_head_is_the_same_until_it_is_popped():
     ready = Ready()
     ready.push(entry(1))
     ready.push(entry(2, priority="express"))
@@ -63,7 +63,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_whatever_is_pushed_comes_out_once_unless_it_was_taken_back(steps):
+def test_each_pushed_entry_is_popped_once_unless_it_was_removed(steps):
     ready, waiting, number = Ready(), [], 0
     for step in steps:
         if step[0] == "push":
@@ -102,4 +102,4 @@ def test_a_tenant_of_more_weight_has_more_messages_in_its_turn():
     assert "".join(e.name.application[0] for e in order(ready, 12)) in ("pppf" * 3, "fppp" * 3)
     one = next(e for e in ready if e.ident == 150)
     ahead = ready.position(one, 1000)
-    assert list(order(ready)).index(one) == ahead, "positions know of weights"
+    assert list(order(ready)).index(one) == ahead, "positions respect weights"

@@ -1,5 +1,5 @@
-"""Every reply of every phase, over real sockets: a peer that answers each command with each class of reply, at the right time and
-out of turn. What counts as delivered the peer has and took; nothing comes twice but what was in doubt."""
+"""Every reply in every phase, over real sockets: a peer that answers each command with each class of reply, in and out of
+sequence. What counts as delivered was accepted by the peer; only what was in doubt is sent twice."""
 
 import asyncio
 from collections import Counter
@@ -35,20 +35,20 @@ LINES = {
     "garbage": b"hello?\r\n",
     "nothing": b"\r\n",
 }
-TEXT = b"\r\n\r\n.\r\n..x\r\n.QUIT\r\n"
+BODY = b"\r\n\r\n.\r\n..x\r\n.QUIT\r\n"
 
 
 class Scripted:
-    """A peer. `script[verb]`: what it says to the first command of that kind; everything else is answered as a good server does.
-    `taken` counts the whole texts for somebody, by subject, that it said 2xx to."""
+    """A peer. `script[verb]`: its reply to the first command of that kind; all others get the ordinary reply. `taken`: the number
+    of complete messages with a recipient that it accepted, by subject."""
 
     def __init__(self, kind: str, script: dict[str, bytes]) -> None:
         self.ehlo = EHLO[kind]
         self.script = script
         self.taken: Counter[bytes] = Counter()
-        self.sender = True  # MAIL was not refused: else nothing is for anybody, whatever is said to RCPT
-        self.somebody = False  # there is a recipient
-        self.texts: list[bytes] = []
+        self.sender = True  # MAIL was accepted: else no RCPT counts, whatever its reply
+        self.has_recipient = False
+        self.messages: list[bytes] = []
         self.commands: list[str] = []
 
     def answer(self, verb: str) -> bytes:
@@ -68,33 +68,33 @@ class Scripted:
         while line := await reader.readline():
             verb = line.decode("latin-1")[:4].upper()
             if verb == "BDAT":
-                self._text(writer, await reader.readexactly(int(line.split()[1])))
+                self._message(writer, await reader.readexactly(int(line.split()[1])))
                 continue
             said = self.answer(verb)
             writer.write(said)
             if verb == "MAIL":
-                self.sender, self.somebody = not said.startswith((b"4", b"5")), False
+                self.sender, self.has_recipient = not said.startswith((b"4", b"5")), False
             elif verb == "RCPT":
-                self.somebody = self.sender and not said.startswith((b"4", b"5"))
+                self.has_recipient = self.sender and not said.startswith((b"4", b"5"))
             if said.startswith(b"421") or verb == "QUIT":
                 return
             if verb == "DATA" and b"354" in said:
-                text = b""
+                data = b""
                 while (line := await reader.readuntil(b"\r\n")) != b".\r\n":
-                    text += line.removeprefix(b".")
-                self._text(writer, text)
+                    data += line.removeprefix(b".")
+                self._message(writer, data)
 
-    def _text(self, writer: asyncio.StreamWriter, text: bytes) -> None:
+    def _message(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         said = self.answer("dot")
-        subject = text.partition(b"\r\n")[0]
-        self.texts.append(text)
-        if said.startswith(b"2") and self.somebody:
+        subject = data.partition(b"\r\n")[0]
+        self.messages.append(data)
+        if said.startswith(b"2") and self.has_recipient:
             self.taken[subject] += 1
         writer.write(said)
 
 
 class Sender:
-    """Sends its mails over one connection after another until each is delivered or refused for good, as the dispatcher does."""
+    """Sends its messages over one connection after another until each is delivered or has failed, as the dispatcher does."""
 
     def __init__(self, count: int) -> None:
         self.left = [self.mail(number) for number in range(count)]
@@ -106,8 +106,8 @@ class Sender:
 
     @staticmethod
     def mail(number: int) -> Mail:
-        text = b"Subject: %d" % number + TEXT
-        return Mail(text.partition(b"\r\n")[0], "a@b", [(0, "c@d")], [text], len(text), False, False)
+        data = b"Subject: %d" % number + BODY
+        return Mail(data.partition(b"\r\n")[0], "a@b", [(0, "c@d")], [data], len(data), False, False)
 
     async def send(self, port: int) -> None:
         self.over.clear()
@@ -138,7 +138,7 @@ class Sender:
     def lost(self, session: Session, reason: str) -> None:
         assert session.core.last_said is None or session.core.last_said.code == 421
         for mail in session.core.under_way():
-            if mail.text_out:
+            if mail.data_sent:
                 self.doubts.add(mail.cargo)
             self.settle(mail, classify(mail.said[0]) if 0 in mail.said else "transient")
         self.over.set()
@@ -173,31 +173,31 @@ def run(kind: str, script: dict[str, bytes], count: int) -> tuple[Scripted, Send
 @pytest.mark.parametrize("verb", ["banner", "EHLO", "MAIL", "RCPT", "DATA", "dot", "RSET", "QUIT"])
 @pytest.mark.parametrize("kind", EHLO)
 @pytest.mark.parametrize("extra", ["instead", "before", "behind"])
-def test_never_lost_and_never_doubled_without_cause(kind, verb, line, extra):
-    """`instead` of the right reply, or one more `before` or `behind` it, while three messages are on their way."""
+def test_no_message_is_lost_and_none_is_sent_twice_unless_in_doubt(kind, verb, line, extra):
+    """`instead` of the ordinary reply, or one more `before` or `behind` it, while three messages are sent."""
     count = 3
     good = EHLO[kind] if verb == "EHLO" else GOOD[verb]
     said = {"instead": LINES[line], "before": LINES[line] + good, "behind": good + LINES[line]}[extra]
     peer, sender = run(kind, {verb: said}, count)
     subjects = {b"Subject: %d" % number for number in range(count)}
-    assert not sender.left and sorted(sender.delivered + sender.refused) == sorted(subjects), "each has its end, once"
+    assert not sender.left and sorted(sender.delivered + sender.refused) == sorted(subjects), "each has one outcome"
     for subject in sender.delivered:
-        assert peer.taken[subject], "the peer has it, and took it"
-        assert subject + TEXT in peer.texts
+        assert peer.taken[subject], "the peer accepted it"
+        assert subject + BODY in peer.messages
     for subject in subjects:
-        assert peer.taken[subject] <= 1 or subject in sender.doubts, "not twice"
+        assert peer.taken[subject] <= 1 or subject in sender.doubts, "accepted twice without doubt"
     if sender.refused:
-        assert LINES[line].startswith(b"5") or (line, extra) == ("354", "before"), "nobody said so"
-        assert len(sender.refused) == 1, "and not to the others"
-    assert all(text == b"" or (text.endswith(TEXT) and text.count(b"Subject: ") == 1) for text in peer.texts), "no other text"
+        assert LINES[line].startswith(b"5") or (line, extra) == ("354", "before"), "failed without a 5xx reply"
+        assert len(sender.refused) == 1, "the reply was applied to several messages"
+    assert all(data == b"" or (data.endswith(BODY) and data.count(b"Subject: ") == 1) for data in peer.messages), "mixed data"
 
 
 @pytest.mark.parametrize(
     "code",
     [200, 220, 221, 250, 251, 299, 334, 354, 399, *range(420, 430), 450, 451, 452, *range(499, 506), *range(549, 556), 571],
 )
-def test_helo_follows_only_on_a_peer_that_does_not_know_ehlo(code):
-    """RFC 5321 4.1.4: with HELO there is no 8BITMIME, and 8-bit mail comes back for good."""
+def test_helo_is_sent_only_to_a_peer_that_does_not_implement_ehlo(code):
+    """RFC 5321 4.1.4: with HELO there is no 8BITMIME, and 8-bit mail bounces."""
 
     async def main() -> None:
         peer = Scripted("pipelining", {"EHLO": b"%d what\r\n" % code})
@@ -216,19 +216,19 @@ def test_helo_follows_only_on_a_peer_that_does_not_know_ehlo(code):
     asyncio.run(main())
 
 
-def test_a_reply_too_many_behind_ehlo_is_not_that_to_starttls():
+def test_an_extra_reply_after_ehlo_is_not_read_as_that_to_starttls():
     async def main() -> None:
         peer = Scripted("pipelining", {"EHLO": b"250-peer\r\n250 STARTTLS\r\n220 go\r\n"})
         async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
             host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
-            with pytest.raises(ConnectFailed, match="out of turn") as failure:
+            with pytest.raises(ConnectFailed, match="an unexpected reply") as failure:
                 await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
             assert failure.value.phase == "ehlo" and "STAR" not in peer.commands
 
     asyncio.run(main())
 
 
-def test_a_cancelled_one_leaves_no_connection_behind():
+def test_a_cancelled_connect_closes_its_connection():
     async def main() -> None:
         gone = asyncio.Event()
 
@@ -280,7 +280,7 @@ def test_only_235_is_a_login(mechanism, line, monkeypatch):
 
 @pytest.mark.parametrize("line", [line for line in LINES.values() if not line.startswith(b"220")])
 def test_only_220_starts_tls(line):
-    """And where TLS has to be there is no other way."""
+    """With `tls = "encrypt"` there is no fallback."""
 
     async def main() -> None:
         peer = Scripted("pipelining", {"STAR": line})

@@ -1,4 +1,4 @@
-"""Limits, rules about replies and what is learned from them: the running relay, and peers with limits of their own."""
+"""Limits, rules about replies, and learned limits: the running relay, and peers with limits of their own."""
 
 import json
 import smtplib
@@ -20,7 +20,7 @@ def config(**tables) -> Config:
     return Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], **tables})
 
 
-def test_of_each_limit_the_first_that_is_given_holds_and_says_where_it_comes_from():
+def test_each_limit_is_the_first_that_is_set_and_names_its_origin():
     made = config(
         site=[{"hosts": [".google.com"], "rate": "500/m"}],
         route=[{"name": "relay", "hosts": ["smtp-relay.google.com:587"], "connections": 3}, {"name": "out", "hosts": ["h"]}],
@@ -34,7 +34,7 @@ def test_of_each_limit_the_first_that_is_given_holds_and_says_where_it_comes_fro
     assert (other.key, other.rate.value, other.connections.origin) == ("out", 0, "default")
 
 
-def test_rules_of_the_configuration_win_over_the_profiles():
+def test_rules_of_the_configuration_precede_those_of_the_profiles():
     rules = [{"match": "greylist", "action": "bounce"}]
     shaping = Shaping(config(rule=rules))
     assert shaping.rule("mx.example", "450 4.7.1 Greylisted, come back").action == "bounce"
@@ -56,13 +56,13 @@ def test_config_check_names_them_and_reads_the_route_map(tmp_path):
     table = 'site=[{hosts=["h"],rate="10/s",connection_rate="1/s",messages_per_connection=5}]'
     flags = ["--set", 'listener=[{address="127.0.0.1:1"}]', "--set", table]
     said = relay.cli("config", "check", *flags)
-    assert "rate 10/s is never reached" in said.stdout and "is fine" in said.stdout
+    assert "rate 10/s is never reached" in said.stdout and "is valid" in said.stdout
     (tmp_path / "map").write_text("x@y nowhere\n")
     wrong = relay.cli("config", "check", *flags, "--set", f"route_map={tmp_path}/map", check=False)
     assert wrong.returncode == 78 and "map:1: there is no route 'nowhere'" in wrong.stderr
 
 
-def facts(relay: Relay) -> list[dict]:
+def states(relay: Relay) -> list[dict]:
     return [json.loads(line) for line in relay.cli("shaping", "active", "--json").stdout.splitlines()]
 
 
@@ -71,8 +71,8 @@ def test_a_rate_is_kept_by_two_workers_together(tmp_path):
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", 'site=[{hosts=["127.0.0.1"],rate="10/s"}]', workers=2) as relay:
             relay.send_all(60)
             ident = wait_for(lambda: [e["id"] for e in relay.events("queued")][59:])[0]
-            text = relay.cli("message", "explain", ident).stdout
-            assert "waits for its turn" in text and "rate is 10, set by [[site]] 127.0.0.1" in text
+            shown = relay.cli("message", "explain", ident).stdout
+            assert "waits for its turn" in shown and "rate is 10, set by [[site]] 127.0.0.1" in shown
             began, seen = time.monotonic(), len(peer.messages)
             wait_for(lambda: len(peer.messages) == 60)
             assert time.monotonic() - began >= (60 - seen) / 10 - 0.5, "faster than the limit"
@@ -83,7 +83,7 @@ def test_a_rule_suspends_a_site_until_it_is_resumed_and_the_reply_is_the_evidenc
     with FakeMx({"MAIL": [b"451 4.7.0 go away for now\r\n"]}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", rules, workers=2) as relay:
             relay.send()
-            wait_for(lambda: facts(relay))
+            wait_for(lambda: states(relay))
             for _ in range(4):
                 relay.send()
             time.sleep(0.5)
@@ -95,10 +95,10 @@ def test_a_rule_suspends_a_site_until_it_is_resumed_and_the_reply_is_the_evidenc
             relay.kill()
             relay.start()
             time.sleep(1)
-            assert peer.messages == [], "it survives a restart"
+            assert peer.messages == [], "the suspension survives a restart"
             relay.cli("site", "resume", "smarthost")
             wait_for(lambda: len(peer.messages) == 4)
-            assert facts(relay) == []
+            assert states(relay) == []
 
 
 def test_an_operator_suspends_one_application(tmp_path):
@@ -119,17 +119,17 @@ def test_an_operator_suspends_one_application(tmp_path):
             wait_for(lambda: len(peer.messages) == 2)
 
 
-def test_a_dead_site_is_knocked_at_once_a_period_by_all_workers_and_across_a_restart(tmp_path):
+def test_a_site_that_is_down_is_not_tried_by_any_worker_nor_after_a_restart(tmp_path):
     port = free_port()
     with Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=3600", workers=2) as relay:
         for _ in range(10):
             relay.send()
-        wait_for(lambda: any(fact["kind"] == "dead" for fact in facts(relay)))
+        wait_for(lambda: any(state["kind"] == "dead" for state in states(relay)))
         wait_for(lambda: settled(relay))
         failed = relay.metric('relaymta_sessions_total{result="failed"}')
         relay.send_all(5)
         time.sleep(0.5)
-        assert relay.metric('relaymta_sessions_total{result="failed"}') == failed, "it is left alone, by both workers"
+        assert relay.metric('relaymta_sessions_total{result="failed"}') == failed, "no worker tries it"
         relay.kill()
         relay.start()
         relay.send()
@@ -138,11 +138,11 @@ def test_a_dead_site_is_knocked_at_once_a_period_by_all_workers_and_across_a_res
         assert len(relay.events("deferred")) <= 2, "one message of each worker is charged"
         with FakeMx({}, port) as peer:
             wait_for(lambda: len(peer.messages) == 16, 30)
-            wait_for(lambda: facts(relay) == [])
+            wait_for(lambda: states(relay) == [])
 
 
 def settled(relay: Relay) -> bool:
-    """No connection is being opened, and none was while one looked."""
+    """No connection is being opened, and none was during the check."""
     before = relay.metric('relaymta_sessions_total{result="failed"}')
     rows = json.loads("[" + ",".join(relay.cli("site", "list", "--json").stdout.splitlines()) + "]")
     return not any(row["opening"] for row in rows) and relay.metric('relaymta_sessions_total{result="failed"}') == before
@@ -188,14 +188,14 @@ def test_limits_that_nobody_configured_are_learned(tmp_path):
             wait_for(lambda: len(peer.messages) >= 80)
             refused = peer.refused
             wait_for(lambda: len(peer.messages) == 200)
-            assert peer.refused - refused <= 20, "it goes on being refused"
-            learned = {fact["about"]: fact["value"] for fact in facts(relay) if fact["kind"] == "learned"}
+            assert peer.refused - refused <= 20, "421 is not heeded"
+            learned = {state["about"]: state["value"] for state in states(relay) if state["kind"] == "learned"}
             assert learned and learned.get("rate", 1) <= 25 and learned.get("connections", 1) <= 4
             why = relay.cli("shaping", "why", "smarthost").stdout
             assert "421 4.7.0 too" in why
 
 
-def test_a_priority_message_passes_a_backlog_and_the_backlog_goes_on(tmp_path):
+def test_an_express_message_overtakes_a_backlog_and_the_backlog_is_delivered_too(tmp_path):
     settings = ('network=[{networks=["127.0.0.9/32"],priority="express",relay=true}]', 'site=[{hosts=["127.0.0.1"],rate="5/s"}]')
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
         relay.send_all(60, "Subject: slow\r\n\r\nx\r\n")
@@ -206,8 +206,8 @@ def test_a_priority_message_passes_a_backlog_and_the_backlog_goes_on(tmp_path):
         wait_for(lambda: len(peer.messages) > places[0] + 1)
 
 
-def test_more_mail_than_one_site_may_hold_in_memory_goes_on_after_the_site_was_down(tmp_path):
-    """So much waits that the rest is left on disk; then the site dies and comes back."""
+def test_more_mail_than_a_site_may_hold_in_memory_is_delivered_after_an_outage(tmp_path):
+    """So much waits that the rest stays on disk; then the site is down, and up again."""
     with FakeMx({}, slow=3600) as slow:
         with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5", "delivery.connect_timeout=300") as relay:
 
@@ -244,7 +244,7 @@ def test_one_connection_for_two_workers_is_shared(tmp_path):
 
 
 class Slow(dict):
-    """A rule that takes its time."""
+    """A rule that delays each reply."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -254,7 +254,7 @@ class Slow(dict):
         return default
 
 
-def test_a_reload_that_counts_a_site_by_another_name_does_not_lose_count(tmp_path):
+def test_a_reload_that_renames_a_site_keeps_its_limit(tmp_path):
     config = tmp_path / "relay.toml"
     site = '[[site]]\nname = "{}"\nhosts = ["127.0.0.1"]\nconnections = 1\n'
     config.write_text(site.format("one"))

@@ -1,4 +1,4 @@
-"""Smart hosts: balance and health, logins and tokens, LMTP, BDAT, source addresses, rewriting, staging."""
+"""Smart hosts: balance and health, authentication and tokens, LMTP, BDAT, source addresses, rewriting, staging."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ from relaymta.send.opener import Sources
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
-TEXT = "Subject: x\r\n\r\n.dot\r\n"
+MESSAGE = "Subject: x\r\n\r\n.dot\r\n"
 
 
 def test_balanced_hosts_share_the_load_by_weight(tmp_path):
@@ -43,7 +43,7 @@ def test_balanced_hosts_share_the_load_by_weight(tmp_path):
         assert len(one.messages) > len(two.messages) > 3
 
 
-def test_a_smart_host_that_was_down_is_used_again_without_a_message_paying_for_it(tmp_path):
+def test_a_smart_host_that_was_down_is_used_again_without_a_deferred_message(tmp_path):
     port = free_port()
     with FakeMx({}) as backup:
         route = f'route=[{{name="two",hosts=["127.0.0.1:{port}","127.0.0.1:{backup.port}"],messages_per_connection=1}}]'
@@ -54,7 +54,8 @@ def test_a_smart_host_that_was_down_is_used_again_without_a_message_paying_for_i
 
             def shown() -> bool:  # a site is forgotten a second after its last connection has ended
                 relay.send()
-                return f"127.0.0.1:{port}" in relay.cli("site", "show", "two", check=False).stdout
+                rows = relay.sites()
+                return any(f"127.0.0.1:{port}" in host for row in rows for host in row["hosts down"])
 
             wait_for(shown)
             with FakeMx({}, port) as first:
@@ -64,14 +65,14 @@ def test_a_smart_host_that_was_down_is_used_again_without_a_message_paying_for_i
             assert relay.events("deferred") == []
 
 
-def test_bdat_towards_a_peer_that_has_chunking(tmp_path):
+def test_bdat_to_a_peer_that_offers_chunking(tmp_path):
     rules = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 8BITMIME\r\n"}
     with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         for _ in range(5):
-            relay.send(TEXT)
+            relay.send(MESSAGE)
         wait_for(lambda: len(peer.messages) == 5)
         assert peer.commands.count("BDAT") == 5 and "DATA" not in peer.commands
-        assert all(text.endswith(b"\r\n\r\n.dot\r\n") for _, _, text in peer.messages)
+        assert all(data.endswith(b"\r\n\r\n.dot\r\n") for _, _, data in peer.messages)
 
 
 def test_lmtp_over_a_unix_socket_with_a_reply_for_each_recipient(tmp_path):
@@ -80,7 +81,7 @@ def test_lmtp_over_a_unix_socket_with_a_reply_for_each_recipient(tmp_path):
     with FakeMx(rules, path=str(path), lmtp=True) as peer:
         route = f'route=[{{name="boxes",hosts=["unix:{path}"],protocol="lmtp"}}]'
         with Relay(tmp_path, None, route, "delivery.first_retry=0.5") as relay:
-            relay.send(TEXT, "", "one@d", "two@d", "three@d")
+            relay.send(MESSAGE, "", "one@d", "two@d", "three@d")
             wait_for(lambda: len(relay.events("delivered")) == 2)
             wait_for(lambda: [event["recipient"] for event in relay.events("bounced")] == ["two@d"])
             wait_for(lambda: [event["recipient"] for event in relay.events("deferred")] == ["three@d"])
@@ -92,13 +93,13 @@ def test_the_sender_is_rewritten_for_a_route_but_not_the_null_sender(tmp_path):
     with FakeMx({}) as peer:
         route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],rewrite_sender="@bounce.example"}}]'
         with Relay(tmp_path, None, route) as relay:
-            relay.send(TEXT, "joe@corp.example")
-            relay.send(TEXT, "")
+            relay.send(MESSAGE, "joe@corp.example")
+            relay.send(MESSAGE, "")
             wait_for(lambda: len(peer.messages) == 2)
             assert sorted(sender for sender, _, _ in peer.messages) == ["", "joe@bounce.example"]
 
 
-def test_staging_mail_reaches_nobody_else(tmp_path):
+def test_staging_redirects_all_other_recipients(tmp_path):
     with FakeMx({}) as peer:
         settings = ('staging.redirect="qa@test.example"', 'staging.allow=["@ours.example"]')
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
@@ -106,23 +107,23 @@ def test_staging_mail_reaches_nobody_else(tmp_path):
                 "X-Staging: off\r\nSubject: x\r\n\r\nx\r\n", "a@b", "ceo@real.example", "cto@real.example", "me@ours.example"
             )
             wait_for(lambda: peer.messages)
-            ((_, reached, text),) = peer.messages
+            ((_, reached, data),) = peer.messages
             assert reached == ["qa@test.example", "me@ours.example"]
-            assert b"X-Staging-Recipients: <ceo@real.example>,\r\n\t<cto@real.example>\r\n" in text
+            assert b"X-Staging-Recipients: <ceo@real.example>,\r\n\t<cto@real.example>\r\n" in data
 
 
-def test_what_was_queued_before_staging_does_not_leak(tmp_path):
-    """Mail that waits for real people when staging is switched on stays where it is."""
+def test_mail_queued_before_staging_is_not_delivered(tmp_path):
+    """Mail to real recipients that is queued when staging is switched on stays in the queue."""
     port = free_port()
     relay = Relay(tmp_path, f"127.0.0.1:{port}", "delivery.first_retry=0.3")
     with relay:
-        relay.send(TEXT, "a@b", "ceo@real.example")
+        relay.send(MESSAGE, "a@b", "ceo@real.example")
         wait_for(lambda: relay.events("deferred"))
         relay.stop()
         relay.settings += ('staging.redirect="qa@test.example"',)
         with FakeMx({}, port) as peer:
             relay.start()
-            relay.send(TEXT, "a@b", "cto@real.example")
+            relay.send(MESSAGE, "a@b", "cto@real.example")
             wait_for(lambda: peer.messages)
             wait_for(lambda: any("staging" in event["reply"] for event in relay.events("deferred")))
             assert [to for _, to, _ in peer.messages] == [["qa@test.example"]]
@@ -135,19 +136,19 @@ def test_an_attempt_based_fallback_takes_over(tmp_path):
             f'{{name="direct",hosts=["127.0.0.1:{direct.port}"]}}]'
         )
         with Relay(tmp_path, None, routes, "delivery.first_retry=0.3") as relay:
-            relay.send(TEXT)
+            relay.send(MESSAGE)
             wait_for(lambda: fallback.messages and relay.events("delivered"))
             assert [event["route"] for event in relay.events("deferred") + relay.events("delivered")] == ["direct", "fallback"]
 
 
-def test_a_route_map_wins_and_its_mistakes_have_lines(tmp_path):
+def test_a_route_map_takes_precedence_and_its_errors_have_line_numbers(tmp_path):
     table = tmp_path / "map"
     with FakeMx({}) as one, FakeMx({}) as two:
         routes = f'route=[{{name="one",hosts=["127.0.0.1:{one.port}"]}},{{name="two",hosts=["127.0.0.1:{two.port}"]}}]'
-        table.write_text("# who goes where\nvip@d.example two\n.sub.example two\n/^sales-/ two\n")
+        table.write_text("# routes\nvip@d.example two\n.sub.example two\n/^sales-/ two\n")
         with Relay(tmp_path, None, routes, f"route_map={table}") as relay:
             for to in ("vip@d.example", "x@a.sub.example", "sales-1@e.example", "x@d.example"):
-                relay.send(TEXT, "a@b", to)
+                relay.send(MESSAGE, "a@b", to)
             wait_for(lambda: len(two.messages) == 3 and len(one.messages) == 1)
             assert one.messages[0][1] == ["x@d.example"]
         table.write_text("x@y three\nlonely\n/(/ one\n")
@@ -167,7 +168,7 @@ class Quiet(Log):
 
 
 class Directory(BaseHTTPRequestHandler):
-    """Says where domains go: `answers` by domain, each (status, object, Cache-Control)."""
+    """An HTTP endpoint for route lookups: `answers` by domain, each (status, object, Cache-Control)."""
 
     def do_GET(self) -> None:
         query = parse_qs(self.path.partition("?")[2])
@@ -179,10 +180,10 @@ class Directory(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(found).encode())
 
     def log_message(self, *args: object) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
-def test_another_program_says_where_a_domains_mail_goes(tmp_path):
+def test_a_route_is_looked_up_by_http(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Directory)
     server.asked, server.answers = [], {}  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -197,11 +198,11 @@ def test_another_program_says_where_a_domains_mail_goes(tmp_path):
         routes = f'route=[{{name="asked",lookup="{url}"}},{{name="two",hosts=["127.0.0.1:{two.port}"]}}]'
         with Relay(tmp_path, None, routes, "delivery.first_retry=1") as relay:
             for domain in ("one", "two", "one", "two"):
-                relay.send(TEXT, "a@b.example", f"x@{domain}.example")
+                relay.send(MESSAGE, "a@b.example", f"x@{domain}.example")
                 wait_for(lambda: one.messages or two.messages)
             wait_for(lambda: (len(one.messages), len(two.messages)) == (2, 2))
-            assert sorted(server.asked) == [("one.example", ""), ("two.example", "")], "asked once, remembered"  # type: ignore[attr-defined]
-            relay.send(TEXT, "a@b.example", "x@wrong.example", "y@down.example")
+            assert sorted(server.asked) == [("one.example", ""), ("two.example", "")], "asked once, then cached"  # type: ignore[attr-defined]
+            relay.send(MESSAGE, "a@b.example", "x@wrong.example", "y@down.example")
             wait_for(lambda: len(relay.events("deferred")) >= 2)
             replies = " ".join(event["reply"] for event in relay.events("deferred"))
             assert f"4.4.3 look-up of wrong.example at {url}: from 1 to 20 hosts" in replies and "503" in replies
@@ -242,24 +243,24 @@ def test_sources_share_by_weight_and_keep_their_mail_when_the_pool_changes():
     assert 0.45 < Counter(before)["c"] / 4000 < 0.55
     after = [sources.choose(large, key).name for key in keys]
     moved = {now for was, now in zip(before, after, strict=True) if was != now}
-    assert moved == {"d"}, "only what the new one takes moves"
+    assert moved == {"d"}, "only keys of the new source move"
     assert 0.15 < Counter(after)["d"] / 4000 < 0.25
 
 
-def test_mail_leaves_from_its_source_with_its_name_and_a_missing_address_is_skipped(tmp_path):
+def test_mail_is_sent_from_its_source_with_its_name_and_a_missing_address_is_skipped(tmp_path):
     with FakeMx({}) as peer:
         table = 'source=[{name="a",address="127.0.0.5",hostname="a.example"},{name="gone",address="192.0.2.9"}]'
         route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],sources=["a","gone"]}}]'
         with Relay(tmp_path, None, table, route) as relay:
             for number in range(10):
-                relay.send(TEXT, f"s{number}@b")
+                relay.send(MESSAGE, f"s{number}@b")
             wait_for(lambda: len(peer.messages) == 10)
             assert set(peer.clients) == {"127.0.0.5"}
             assert set(peer.greetings) == {"a.example"}
             wait_for(lambda: any("gone (192.0.2.9)" in event["text"] for event in relay.events("warning")))
 
 
-# Logging in
+# Authentication
 
 
 @pytest.fixture
@@ -283,7 +284,7 @@ def logged_in(folder: Path, port: int, keys: str, *settings: str) -> Relay:
 
 
 def challenge_response(mechanism: str):
-    """The server's side of a mechanism: `answer(line) -> reply` until it says 235, and what it found."""
+    """The server side of a mechanism: `answer(line) -> reply` up to 235, and a dict: `right`, whether the login was correct."""
     found: dict[str, object] = {}
     factory = scramp.ScramMechanism("SCRAM-SHA-256")
     info = factory.make_auth_info("pässword", iteration_count=4096)
@@ -328,7 +329,7 @@ def test_each_mechanism_logs_in(tmp_path, authority, mechanism):
     assert found["right"]
 
 
-def test_a_mechanism_that_is_not_offered_defers_and_says_which_are(tmp_path, authority):
+def test_a_mechanism_that_is_not_offered_defers_and_the_reply_lists_those_that_are(tmp_path, authority):
     with (
         FakeMx({}, tls=context(authority)) as peer,
         logged_in(tmp_path, peer.port, 'password_env="RELAY_PASSWORD",auth="scram-sha-256"') as relay,
@@ -339,7 +340,7 @@ def test_a_mechanism_that_is_not_offered_defers_and_says_which_are(tmp_path, aut
 
 
 class TokenEndpoint:
-    """An OAuth 2 token endpoint: tokens t1, t2, ... that hold for `seconds`."""
+    """An OAuth 2.0 token endpoint: tokens t1, t2, ... that are valid for `seconds`."""
 
     def __init__(self, seconds: int = 3600, rotates: bool = False) -> None:
         self.asked: list[dict[str, list[str]]] = []
@@ -381,7 +382,7 @@ def oauth(endpoint: TokenEndpoint, folder: Path, auth: str = "auto") -> str:
 
 
 @pytest.mark.parametrize("auth", ["xoauth2", "oauthbearer"])
-def test_a_token_is_fetched_once_for_all_who_wait_and_again_when_it_is_refused(tmp_path, authority, endpoint, auth):
+def test_a_token_is_fetched_once_for_all_connections_and_again_when_it_is_rejected(tmp_path, authority, endpoint, auth):
     seen: list[bytes] = []
     good = [b"Bearer t1"]
 
@@ -401,23 +402,23 @@ def test_a_token_is_fetched_once_for_all_who_wait_and_again_when_it_is_refused(t
             assert endpoint.asked[0]["grant_type"] == ["refresh_token"] and endpoint.asked[0]["refresh_token"] == ["r1"]
             start = b"user=me\1" if auth == "xoauth2" else b"n,a=me,\1"
             assert all(said == start + b"auth=Bearer t1\1\1" for said in seen)
-            good[0] = b"Bearer t2"  # revoked before its time
+            good[0] = b"Bearer t2"  # t1 is revoked before it expires
             wait_for(lambda: peer.now_open == 0)
             relay.send()
             wait_for(lambda: len(peer.messages) == 11)
             assert len(endpoint.asked) == 2 and relay.events("deferred") == []
 
 
-def test_an_exchanged_refresh_token_is_kept_across_a_restart_until_the_file_has_another(tmp_path, authority):
+def test_a_rotated_refresh_token_is_kept_across_a_restart_until_the_file_has_another(tmp_path, authority):
     endpoint = TokenEndpoint(rotates=True)
     answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
     with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer)) as peer:
         with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path)) as relay:
             relay.send()
             wait_for(lambda: len(peer.messages) == 1)
-            for wanted, text in (("r2", "r1"), ("r3", "r1"), ("other", "other")):
+            for wanted, given in (("r2", "r1"), ("r3", "r1"), ("other", "other")):
                 relay.stop()
-                (tmp_path / "refresh").write_text(text)
+                (tmp_path / "refresh").write_text(given)
                 relay.start()
                 before = len(peer.messages)
                 relay.send()
@@ -427,8 +428,8 @@ def test_an_exchanged_refresh_token_is_kept_across_a_restart_until_the_file_has_
     endpoint.server.shutdown()
 
 
-def test_a_token_that_expires_in_mid_queue_is_refreshed_once(tmp_path, authority):
-    endpoint = TokenEndpoint(seconds=4)  # so that it is renewed after two
+def test_a_token_that_expires_while_mail_is_queued_is_refreshed_once(tmp_path, authority):
+    endpoint = TokenEndpoint(seconds=4)  # so that it is refreshed after two
     answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
     with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer), slow=0.05) as peer:
         with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path) + ",messages_per_connection=1") as relay:
@@ -442,7 +443,7 @@ def test_a_token_that_expires_in_mid_queue_is_refreshed_once(tmp_path, authority
     endpoint.server.shutdown()
 
 
-def test_a_dead_token_endpoint_defers_with_its_reason(tmp_path, authority, endpoint):
+def test_a_failing_token_endpoint_defers_with_its_reason(tmp_path, authority, endpoint):
     endpoint.status = 400
     with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", lambda line: b"235 ok\r\n")) as peer:
         with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path), "delivery.first_retry=30") as relay:
@@ -468,7 +469,7 @@ TOKENS = {"client_id": "y"}
         ),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),
-        (LOGIN, "username needs hosts"),  # the MX of every domain would get them
+        (LOGIN, "username needs hosts"),  # or the MX hosts of every domain would get them
         ({"lookup": "https://x.example/r", **LOGIN}, "needs an https:// or loopback URL, and lookup_hosts"),
         ({"lookup": "http://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}, "needs an https:// or loopback URL"),
         ({"lookup": "http://localhost.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
@@ -478,7 +479,7 @@ TOKENS = {"client_id": "y"}
         ({"lookup": "http://x.example/r"}, ""),
     ],
 )
-def test_credentials_never_leave_but_protected_and_to_listed_hosts(route, problem):
+def test_credentials_are_sent_only_protected_and_to_listed_hosts(route, problem):
     config = {"listener": [{"address": "127.0.0.1:1"}], "route": [route]}
     if problem:
         with pytest.raises(ValueError, match=problem):
@@ -488,7 +489,7 @@ def test_credentials_never_leave_but_protected_and_to_listed_hosts(route, proble
 
 
 @pytest.mark.parametrize(
-    ("answer", "goes"),
+    ("answer", "allowed"),
     [
         ({"hosts": ["mx.x.example:587"]}, True),
         ({"hosts": ["MX.X.example."]}, True),
@@ -498,7 +499,7 @@ def test_credentials_never_leave_but_protected_and_to_listed_hosts(route, proble
         ({}, False),  # 404: not to the MX either
     ],
 )
-def test_a_look_up_names_no_host_that_credentials_may_not_go_to(answer, goes, monkeypatch):
+def test_a_lookup_may_not_return_a_host_that_must_not_get_credentials(answer, allowed, monkeypatch):
     asked = Answer(tuple(answer.get("hosts", ())), "", 60.0)
 
     async def ask(url: str, domain: str, application: str) -> Answer:
@@ -509,7 +510,7 @@ def test_a_look_up_names_no_host_that_credentials_may_not_go_to(answer, goes, mo
     config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "route": [route]})
     sites = Sites(RouteTable(config), None, set(), lambda: 0.0)  # type: ignore[arg-type]
     name = QueueName("r", "d.example")
-    if goes:
+    if allowed:
         assert asyncio.run(sites.find(name)).names == list(asked.hosts)
         return
     with pytest.raises(NoRoute) as failure:

@@ -1,4 +1,4 @@
-"""TLS towards smart hosts: verified or not at all, credentials only over verified TLS."""
+"""TLS at smart hosts: each value of `tls`, and credentials only over verified TLS."""
 
 import ssl
 from collections.abc import Iterator
@@ -48,14 +48,14 @@ def test_an_unknown_certificate_gets_neither_credentials_nor_mail(peer, tmp_path
 
 
 @pytest.mark.parametrize("tls", ["may", "encrypt"])
-def test_opportunistic_tls_takes_any_certificate(peer, tmp_path, tls):
+def test_opportunistic_tls_accepts_any_certificate(peer, tmp_path, tls):
     with relay_to(peer, tmp_path, tls, trusted=False) as relay:
         relay.send()
         wait_for(lambda: peer.messages)
         assert peer.commands.count("STAR") == 1
 
 
-def test_encrypt_never_sends_in_clear(tmp_path):
+def test_encrypt_never_sends_in_cleartext(tmp_path):
     with FakeMx({}) as plain, relay_to(plain, tmp_path, "encrypt", trusted=False) as relay:
         relay.send()
         (deferred, *_) = wait_for(lambda: relay.events("deferred"))
@@ -83,7 +83,7 @@ def test_an_unreadable_password_defers_with_its_reason_and_is_read_again(peer, t
 
 
 @pytest.mark.parametrize("tls", ["may", "verify"])
-def test_a_session_of_tls_is_resumed_at_the_next_connection(peer, tmp_path, tls):
+def test_a_tls_session_is_resumed_by_the_next_connection(peer, tmp_path, tls):
     with relay_to(peer, tmp_path, tls, trusted=True) as relay:
         for number in range(3):
             relay.send()

@@ -1,4 +1,4 @@
-"""SMTP input, done the slow and obvious way, from the RFC alone: the kernel has to agree with it."""
+"""SMTP input parsed in a slow and obvious way, from the RFC alone: the kernel has to agree with it."""
 
 
 def lines_of(data: bytes) -> tuple[list[bytes], bytes]:
@@ -8,8 +8,8 @@ def lines_of(data: bytes) -> tuple[list[bytes], bytes]:
 
 
 def commands_of(data: bytes, limit: int) -> list[bytes]:
-    """The lines that a parser tells of: all complete ones, up to the first of another protocol (which ends it, and of which one
-    octet may be all that has come). `limit`: octets of a line with its CRLF."""
+    """The lines that a parser reports: all complete ones, up to the first of another protocol (which ends it, and of which one
+    octet may be all that has arrived). `limit`: octets of a line with its CRLF."""
     lines, rest = lines_of(data)
     found = []
     for line in lines:
@@ -25,36 +25,36 @@ def _alien(line: bytes) -> bool:
 
 
 def unstuff(wire: bytes) -> tuple[bytes, bytes] | None:
-    """(message text, octets behind the final dot) of what follows 354, or None while the dot has not come."""
+    """(message data, octets behind the final dot) of what follows 354, or None while the dot has not arrived."""
     lines, _ = lines_of(wire)
-    text = b""
+    message = b""
     used = 0
     for line in lines:
         used += len(line) + 2
         if line == b".":
-            return text, wire[used:]
-        text += (line[1:] if line.startswith(b".") else line) + b"\r\n"
+            return message, wire[used:]
+        message += (line[1:] if line.startswith(b".") else line) + b"\r\n"
     return None
 
 
-def bare(text: bytes) -> tuple[bool, bool]:
-    """(a bare LF, a bare CR) in the text."""
-    without = text.replace(b"\r\n", b"")
+def bare(message: bytes) -> tuple[bool, bool]:
+    """(a bare LF, a bare CR) in message data."""
+    without = message.replace(b"\r\n", b"")
     return b"\n" in without, b"\r" in without
 
 
-def normalize(text: bytes) -> bytes:
+def normalize(message: bytes) -> bytes:
     """Bare CR and LF become CRLF, NUL a space."""
     out = bytearray()
     i = 0
-    while i < len(text):
-        if text[i : i + 2] == b"\r\n":
+    while i < len(message):
+        if message[i : i + 2] == b"\r\n":
             out += b"\r\n"
             i += 2
-        elif text[i] in b"\r\n":
+        elif message[i] in b"\r\n":
             out += b"\r\n"
             i += 1
         else:
-            out.append(text[i] or 32)
+            out.append(message[i] or 32)
             i += 1
     return bytes(out)

@@ -1,4 +1,4 @@
-"""The fuzzers' corpus, replayed: every input that ever reached something new, and every finding."""
+"""The fuzzers' corpus, replayed: inputs that reached new code, and every finding."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ import relaymta._speedups as speedups
 from relaymta._speedups import smtp as compiled
 from tests.speedups import oracle
 
-COMMAND, BAD, TEXT, END = 0, 1, 2, 3
+COMMAND, BAD, DATA, END = 0, 1, 2, 3
 FOREIGN = 4
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
 
@@ -42,17 +42,17 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(edges)]
 
 
-def text_run(parser_class: type, wire: bytes, cuts: list[int], normalize: bool = False) -> tuple[bytes, bool, int, int, int]:
+def data_run(parser_class: type, wire: bytes, cuts: list[int], normalize: bool = False) -> tuple[bytes, bool, int, int, int]:
     parser = parser_class(512, 20, normalize)
-    parser.text()
-    text, ended = b"", False
+    parser.data()
+    message, ended = b"", False
     for piece in pieces(wire, cuts):
         for event in parser.feed(piece):
-            if event[0] == TEXT:
-                text += event[1]
+            if event[0] == DATA:
+                message += event[1]
             else:
                 ended = True
-    return text, ended, parser.size, parser.flags, parser.waiting()
+    return message, ended, parser.size, parser.flags, parser.waiting()
 
 
 def command_run(parser_class: type, data: bytes, cuts: list[int], limit: int = 40) -> list[tuple]:
@@ -80,31 +80,31 @@ def command_run(parser_class: type, data: bytes, cuts: list[int], limit: int = 4
 @example(wire=b".\r\nQUIT\r\n", cuts=[1, 2])
 @example(wire=b"a\r\n.\r\r\n.\r\n", cuts=[4, 5])
 @example(wire=b"..\r\n.\r\n", cuts=[])
-def test_text_equals_the_oracle_in_any_split(parser_class, wire, cuts):
-    text, ended, size, flags, waiting = text_run(parser_class, wire, cuts)
+def test_message_data_equals_the_oracle_in_any_split(parser_class, wire, cuts):
+    message, ended, size, flags, waiting = data_run(parser_class, wire, cuts)
     expected = oracle.unstuff(wire)
     assert ended == (expected is not None)
     if expected is not None:
-        assert text == expected[0]
+        assert message == expected[0]
         assert waiting == len(expected[1])
-        lf, cr = oracle.bare(text)
+        lf, cr = oracle.bare(message)
         assert bool(flags & BARE_LF) == lf
         assert bool(flags & BARE_CR) == cr
-        assert bool(flags & NUL) == (b"\0" in text)
-        assert bool(flags & EIGHT_BIT) == (b"\xe9" in text)
-    assert size == len(text)
-    assert (text, ended, size, flags, waiting) == text_run(parser_class, wire, [])
+        assert bool(flags & NUL) == (b"\0" in message)
+        assert bool(flags & EIGHT_BIT) == (b"\xe9" in message)
+    assert size == len(message)
+    assert (message, ended, size, flags, waiting) == data_run(parser_class, wire, [])
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
 @given(wire=WIRE, cuts=CUTS)
-def test_normalized_text_has_no_bare_cr_or_lf(parser_class, wire, cuts):
-    text, ended, _, _, _ = text_run(parser_class, wire, cuts, normalize=True)
+def test_normalized_message_data_has_no_bare_cr_or_lf(parser_class, wire, cuts):
+    message, ended, _, _, _ = data_run(parser_class, wire, cuts, normalize=True)
     expected = oracle.unstuff(wire)
     assert ended == (expected is not None)
     if expected is not None:
-        assert text == oracle.normalize(expected[0])
-        assert oracle.bare(text) == (False, False)
+        assert message == oracle.normalize(expected[0])
+        assert oracle.bare(message) == (False, False)
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
@@ -150,19 +150,19 @@ def test_commands_do_not_depend_on_the_split(parser_class, data, cuts):
 
 @pytest.mark.parametrize("parser_class", PARSERS)
 @given(data=WIRE, cuts=CUTS, octets=st.integers(0, 300))
-def test_chunks_are_passed_as_they_are(parser_class, data, cuts, octets):
+def test_chunks_are_passed_unchanged(parser_class, data, cuts, octets):
     parser = parser_class(512, 998, False)
     parser.chunk(octets, True)
-    text, ended = b"", parser.runnable() and parser.feed(b"") == [(END,)]
+    message, ended = b"", parser.runnable() and parser.feed(b"") == [(END,)]
     for piece in pieces(data, cuts):
         for event in parser.feed(piece):
-            if event[0] == TEXT:
-                text += event[1]
+            if event[0] == DATA:
+                message += event[1]
             else:
                 ended = True
-    assert text == data[:octets]
+    assert message == data[:octets]
     assert ended == (len(data) >= octets)
-    lf, cr = oracle.bare(text[:-1] if text.endswith(b"\r") else text)
+    lf, cr = oracle.bare(message[:-1] if message.endswith(b"\r") else message)
     assert bool(parser.flags & BARE_LF) == lf
     assert bool(parser.flags & BARE_CR) == cr
 
@@ -174,15 +174,15 @@ def test_data_holds_the_parser(parser_class):
     events = parser.feed(b"DATA\r\nsubject: x\r\n.\r\n")
     assert [e[0] for e in events] == [COMMAND]
     assert parser.waiting() == 15
-    parser.text()
-    assert parser.feed(b"") == [(TEXT, b"subject: x\r\n"), (END,)]
+    parser.data()
+    assert parser.feed(b"") == [(DATA, b"subject: x\r\n"), (END,)]
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
 @given(data=WIRE, cuts=CUTS)
 @example(data=b"dGVz\r\nQUIT\r\n", cuts=[2])
 @example(data=b"\r\nQUIT\r\n", cuts=[])
-def test_a_raw_line_is_passed_as_it_is_and_holds(parser_class, data, cuts):
+def test_a_raw_line_is_passed_unchanged_and_holds(parser_class, data, cuts):
     parser = parser_class(40, 998, False)
     parser.line()
     events = [event for piece in pieces(data, cuts) for event in parser.feed(piece)]
@@ -215,7 +215,7 @@ def test_an_endless_command_takes_no_memory(parser_class):
 def test_long_lines_are_noted(parser_class, length, long):
     for cuts in ([], [500], [length - 1, length], [length + 1]):
         parser = parser_class(512, 998, False)
-        parser.text()
+        parser.data()
         for piece in pieces(b"y" * length + b"\r\n.\r\n", cuts):
             parser.feed(piece)
         assert bool(parser.flags & LONG_LINE) == long

@@ -1,5 +1,5 @@
-"""A Connection of accept/ without a socket, a disk or a clock: every turn of its loop is taken by the test, in any order that a
-real loop and its threads could take."""
+"""A Connection of accept/ without a socket, a disk or a clock: the test runs every step of its loop, in any order that a real
+loop and its threads could have."""
 
 import errno
 from collections import Counter, deque
@@ -23,10 +23,10 @@ from relaymta.proto.header import header_end
 from relaymta.proto.smtp_server import Offers
 from relaymta.route.table import RouteTable
 
-BIG = 6000  # octets of text above which it goes to a file, and a bit more: connection.py leaves room for our fields
-DISK_FAILS = b"X-Disk-Fails"  # in a text: its file cannot be written
+BIG = 6000  # octets of message data above which it is large, and some more: connection.py leaves room for added fields
+DISK_FAILS = b"X-Disk-Fails"  # in message data: its file cannot be written
 COMMIT_FAILS = b"X-Commit-Fails"
-REFUSED = b"X-Refused"  # by what is known of a stranger
+REFUSED = b"X-Refused"  # in a header: DMARC rejects the message
 
 
 class Cells:
@@ -48,7 +48,7 @@ class Cells:
 
 
 class Loop:
-    """Turns (in order), threads (each when the test wants it) and timers (once nothing else is left)."""
+    """Callbacks (in order), thread jobs (in any order) and timers (once nothing else is left)."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -87,17 +87,17 @@ class Loop:
                 coroutine.send(None)
             except StopIteration:
                 return
-            raise AssertionError("waits for something that is not of this loop")
+            raise AssertionError("waits for something outside of this loop")
 
         self.turns.append(run)
 
     async def start_tls(self, transport: "Transport", protocol: Connection, context: object, **patience: object) -> "Transport":
-        assert transport.paused, "what comes now is of the handshake"
+        assert transport.paused, "what arrives now belongs to the handshake"
         return Transport(self, protocol, secure=True)
 
     def step(self) -> bool:
-        """One thing that is to be done; False when there is nothing."""
-        self.threads.rotate(self.random.randrange(3))  # there are several
+        """Run one callback, thread job or timer; False when there is none."""
+        self.threads.rotate(self.random.randrange(3))  # there are several threads
         ready = [queue for queue in (self.turns, self.threads) if queue]
         if not ready and not self.timers:
             return False
@@ -106,7 +106,7 @@ class Loop:
 
 
 class Transport:
-    """`reads`: whether the client takes what it is told."""
+    """`reads`: whether the client reads its replies."""
 
     def __init__(self, loop: Loop, protocol: Connection, secure: bool = False) -> None:
         self.loop, self.protocol, self.secure = loop, protocol, secure
@@ -169,7 +169,7 @@ class Transport:
 
 
 class Machine:
-    """What the connections of one worker share. `signs`, `looks`: whether mail is signed, or strangers' mail looked at."""
+    """What the connections of one worker share. `signs`: mail is signed; `looks`: mail of unauthenticated clients is verified."""
 
     def __init__(self, random: Random, signs: bool = False, looks: bool = False, **settings: Any) -> None:
         self.loop = Loop(random)
@@ -190,8 +190,8 @@ class Machine:
         self.signer: Any = self if signs else None
         self.verifier = self if looks else None
         self.certificates = SimpleNamespace(context=object())
-        self.logins = SimpleNamespace(check=self.login, as_kept=lambda identity: identity)
-        self.door: Any = self
+        self.logins = SimpleNamespace(check=self.login, with_account=lambda identity: identity)
+        self.endpoint: Any = self
         self.cells = Cells()
         self.big_limit, self.room, self.full, self.last = BIG, 1 << 40, False, 0
         self.writer = SimpleNamespace(stalled=False)
@@ -212,7 +212,7 @@ class Machine:
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.loop.spawn(coroutine)
 
-    def enter(self, client: Client, speaks: bool = True) -> bytes | None:
+    def enter(self, client: Client, is_client: bool = True) -> bytes | None:
         self.limits.take("connections", 1000)
         self.limits.take("client " + client.group, 1000)
         return None
@@ -227,7 +227,7 @@ class Machine:
     def give_file(self) -> None:
         self.limits.give("files")
 
-    # As the door.
+    # As the endpoint.
 
     def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
         return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, assume=assume)
@@ -235,16 +235,16 @@ class Machine:
     async def login(self, claim: object, address: str) -> tuple[Identity | None, bytes]:
         return self.logs_in, reply.LOGGED_IN if self.logs_in is not None else reply.WRONG_CREDENTIALS
 
-    def knows(self, address: str, domain: str) -> bool:
+    def recipient_exists(self, address: str, domain: str) -> bool:
         return True
 
-    # As what signs, and what looks at strangers' mail: the digest is the text, so that it can be compared.
+    # As the signer and the verifier: the digest is the message data itself, so that it can be compared.
 
     def __bool__(self) -> bool:
         return True
 
-    def sign(self, front: bytes, text: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
-        self.loop.call_soon(done, b"X-Signed: %d\r\n" % sum(map(len, text)))
+    def sign(self, front: bytes, data: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
+        self.loop.call_soon(done, b"X-Signed: %d\r\n" % sum(map(len, data)))
 
     def draft(self, front: bytes, start: bytes, application: str) -> "Seen":
         return Seen(0)
@@ -252,8 +252,8 @@ class Machine:
     def finish(self, draft: "Seen", done: Callable[[bytes | Exception], None]) -> None:
         self.loop.call_soon(done, b"X-Signed: %d\r\n" % len(draft.octets))
 
-    def look(self, text: bytes) -> "Look":
-        return Look(text[: header_end(text)])
+    def look(self, data: bytes) -> "Look":
+        return Look(data[: header_end(data)])
 
     async def check(self, address: str, helo: str, sender: str, look: "Look", body: bytes) -> SimpleNamespace:
         assert REFUSED not in look.body.octets
@@ -278,9 +278,9 @@ class Machine:
         self.files.append(File(len(self.files)))
         return self.files[-1]
 
-    def submit(self, ident: int, envelope: Envelope, text: list[bytes] | Body, done: Callable[[Any], None]) -> None:
-        file = None if isinstance(text, list) else self.files[text.segment]
-        whole = b"".join(text) if isinstance(text, list) else self.files[text.segment].front + self.files[text.segment].text
+    def submit(self, ident: int, envelope: Envelope, data: list[bytes] | Body, done: Callable[[Any], None]) -> None:
+        file = None if isinstance(data, list) else self.files[data.segment]
+        whole = b"".join(data) if isinstance(data, list) else self.files[data.segment].front + self.files[data.segment].data
 
         def commit() -> None:
             if COMMIT_FAILS in whole:
@@ -306,7 +306,7 @@ class Machine:
 
 
 class Limits:
-    """Counts that hold for the machine."""
+    """Limits shared by the machine."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -324,7 +324,7 @@ class Limits:
 
 
 class Seen:
-    """A text that went by."""
+    """Message data that was fed to a digest."""
 
     def __init__(self, skipped: int) -> None:
         self.octets, self.skipped = b"", skipped
@@ -340,7 +340,7 @@ class Seen:
 
 
 class Look:
-    """What is known of a stranger's message."""
+    """The parsed message of an unauthenticated client."""
 
     def __init__(self, header: bytes) -> None:
         self.header, self.end = header, len(header)
@@ -348,10 +348,10 @@ class Look:
 
 
 class File:
-    """A large body."""
+    """The file of a large message."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.text, self.front = number, b"", b""
+        self.number, self.data, self.front = number, b"", b""
         self.discarded = self.finished = self.kept = False
 
     def write(self, buffers: list[bytes]) -> None:
@@ -359,12 +359,12 @@ class File:
         whole = b"".join(buffers)
         if DISK_FAILS in whole:
             raise OSError(errno.EIO, "it cannot")
-        self.text += whole
+        self.data += whole
 
     def finish(self, front: list[bytes]) -> Body:
         assert not self.discarded and not self.finished
         self.finished, self.front = True, b"".join(front)
-        return Body(self.number, 1, 0, len(self.front) + len(self.text))
+        return Body(self.number, 1, 0, len(self.front) + len(self.data))
 
     def discard(self) -> None:
         self.discarded = True

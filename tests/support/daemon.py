@@ -18,13 +18,13 @@ from typing import Any
 
 from relaymta import control
 
-# Below the ports that the system gives to outgoing connections; those who test side by side have their own.
+# Below the ports that the system gives to outgoing connections; each of several test processes has a range of its own.
 _first = 10_000 + 5_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4)
 _ports = itertools.cycle(random.sample(range(_first, _first + 5_000), 5_000))
 
 
 def free_port() -> int:
-    """A TCP port nobody uses right now."""
+    """A TCP port that is not in use right now."""
     for port in _ports:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
@@ -32,12 +32,12 @@ def free_port() -> int:
     raise AssertionError("unreachable")
 
 
-PATIENCE = 90.0  # seconds: what comes in one on a quiet machine may take long beside others
+PATIENCE = 90.0  # seconds: what takes one on a quiet machine may take long on a busy one
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE, what: str = "it") -> Any:
-    """Poll until the condition holds; its value. It is waited for `seconds` and PATIENCE at least: how long it takes is not what
-    is tested."""
+    """Poll until the condition holds; its value. It waits for the longer of `seconds` and PATIENCE: how long it takes is not
+    what is tested."""
     until = time.monotonic() + max(seconds, PATIENCE)
     while True:
         value = condition()
@@ -71,7 +71,7 @@ class Relay:
         if self.smarthost is not None:
             found += ["--smarthost", self.smarthost]
         found += ["--spool", str(self.spool), "--workers", str(self.workers)]
-        # A machine that is busy with other tests is no reason to turn clients away, where that is not what is tried.
+        # A machine that is busy with other tests must not cause load shedding, where that is not tested.
         for setting in (
             f"log.file={self.log}", "hostname=relay.example", f"metrics.listen=127.0.0.1:{self.metrics_port}", "intake.shed_lag=0"
         ):  # fmt: skip
@@ -124,11 +124,15 @@ class Relay:
         )  # fmt: skip
 
     def summary(self) -> list[dict[str, Any]]:
-        """What `queue summary --json` shows."""
+        """The output of `queue summary --json`."""
         return self._asked("summary", "queue", "summary")  # type: ignore[no-any-return]
 
+    def sites(self) -> list[dict[str, Any]]:
+        """The output of `site list --json`."""
+        return self._asked("sites", "site", "list")  # type: ignore[no-any-return]
+
     def _asked(self, op: str, *verb: str) -> Any:
-        """The daemon's answer, without a process for each question: half a second of CPU. The verb's, where no daemon runs."""
+        """The daemon's answer by its socket, which saves half a second of CPU; the command line's without a daemon."""
         try:
             return control.ask(self.spool / "control.sock", op)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -153,12 +157,12 @@ class Relay:
         return [row["pid"] for row in found["workers"] if row["ready"]]
 
     def send(self, text: str = "Subject: hello\r\n\r\nhello\r\n", sender: str = "a@b.example", *to: str) -> None:
-        """One message by smtplib."""
+        """Send one message by smtplib."""
         with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             client.sendmail(sender, list(to) or ["c@d.example"], text)
 
     def send_all(self, count: int, text: str = "Subject: hello\r\n\r\nhello\r\n", to: str = "c@d.example") -> None:
-        """So many messages, one behind the other on one connection."""
+        """Send so many messages, one after the other on one connection."""
         with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             for _ in range(count):
                 client.sendmail("a@b.example", [to], text)
@@ -166,13 +170,13 @@ class Relay:
     def send_from(
         self, address: str, text: str = "Subject: hello\r\n\r\nhello\r\n", to: tuple[str, ...] = ("c@d.example",)
     ) -> None:
-        """One message from another address of this machine."""
+        """Send one message from another address of this machine."""
         with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE, source_address=(address, 0)) as client:
             client.sendmail("a@b.example", list(to), text)
 
 
 def heard(sock: socket.socket, *ends: bytes) -> bytes:
-    """What comes until a line begins with one of `ends`, or the other side closes."""
+    """The octets received until a line begins with one of `ends`, or the peer closes."""
     said = b""
     while not any(line.startswith(ends) for line in said.split(b"\r\n")[:-1]):
         piece = sock.recv(65536)
@@ -183,8 +187,8 @@ def heard(sock: socket.socket, *ends: bytes) -> bytes:
 
 
 def dialog(port: int, *parts: bytes, pause: float = 0.05) -> bytes:
-    """Send parts, behind DATA once it was answered, else with pauses between them; everything the server said until it closed or
-    fell silent."""
+    """Send parts, after DATA once it was answered, otherwise with pauses between; returns all replies until the server closed
+    or sent no more."""
     said = b""
     with socket.create_connection(("127.0.0.1", port), 10) as sock:
         sock.settimeout(30)

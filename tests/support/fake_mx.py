@@ -1,4 +1,4 @@
-"""A scripted peer: a thread with a listening socket that answers as its rules say, and misbehaves on request."""
+"""A scripted peer: a thread with a listening socket that replies by its rules, and misbehaves on request."""
 
 import base64
 import contextlib
@@ -168,9 +168,9 @@ class FakeMx:
                 sock.sendall(b"235 2.7.0 welcome\r\n")
                 continue
             if verb == "BDAT":
-                text = file.read(int(line.split()[1]))
+                message = file.read(int(line.split()[1]))
                 if recipients:
-                    self.messages.append((sender, recipients, text))
+                    self.messages.append((sender, recipients, message))
                 sock.sendall(self._rule("DOT") if recipients else b"503 5.5.1 no recipients\r\n")
                 continue
             answer = self._rule(verb, argument)
@@ -184,19 +184,19 @@ class FakeMx:
             if not self._say(sock, answer):
                 return
             if verb == "DATA" and answer.startswith(b"354"):
-                text = b""
+                message = b""
                 while (line := file.readline()) != b".\r\n":
                     if not line:
                         return
-                    text += line[1:] if line.startswith(b".") else line
+                    message += line[1:] if line.startswith(b".") else line
                 if self.lmtp:
-                    self.messages.append((sender, recipients, text))
+                    self.messages.append((sender, recipients, message))
                     for _ in recipients:
                         sock.sendall(self._rule("DOT"))
                     continue
                 final = self._rule("DOT") if recipients else b"554 5.5.1 no recipients\r\n"
                 if isinstance(final, bytes) and final.startswith(b"2"):
-                    self.messages.append((sender, recipients, text))
+                    self.messages.append((sender, recipients, message))
                 if not self._say(sock, final):
                     return
             if verb == "QUIT":

@@ -1,4 +1,4 @@
-"""Clients that mean harm, many at once, in one thread: each does a little of it at every `tick`."""
+"""Hostile clients, many at once, in one thread: each takes one step at every `tick`."""
 
 import contextlib
 import socket
@@ -21,20 +21,20 @@ class Crowd:
         self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
         kinds: dict[str, Callable[[], Callable[[], object]]] = {
             "do not read": self._silent, "do not read, by TLS": self._silent_by_tls, "read an octet a second": self._dripping,
-            "half-close": self._half_closing, "reset": self._resetting, "stop in a text": self._in_a_text,
+            "half-close": self._half_closing, "reset": self._resetting, "stop in message data": self._in_data,
             "stop in the PROXY header": self._in_proxy, "stop in the handshake": self._in_handshake, "speak HTTP": self._http,
         }  # fmt: skip
         self._open: list[socket.socket] = []
         self._ticks = [kinds[kind]() for kind, count in counts.items() for _ in range(count)]
 
     def tick(self) -> None:
-        """Each does what it does, once."""
+        """One step of each client."""
         for tick in self._ticks:
             with contextlib.suppress(OSError):
                 tick()
 
     def close(self) -> None:
-        """All are gone."""
+        """Close all connections."""
         for sock in self._open:
             sock.close()
 
@@ -87,7 +87,7 @@ class Crowd:
 
         return tick
 
-    def _in_a_text(self) -> Callable[[], object]:
+    def _in_data(self) -> Callable[[], object]:
         sock = self._connected(self._plain)
         sock.sendall(ENVELOPE + b"BDAT %d\r\n" % len(LARGE))
         rest = memoryview(LARGE)[:-1]

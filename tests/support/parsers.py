@@ -1,4 +1,4 @@
-"""Every parser of ours that reads what strangers say, and the worst that can be said to it, of any length: what docs/security.md
+"""Every parser of ours that reads untrusted input, and the worst inputs for it, of any length: what docs/security.md
 lists, `benchmarks/hostile.py` measures and `tests/test_linear.py` holds to linear time."""
 
 import contextlib
@@ -20,8 +20,8 @@ __all__ = ["PARSERS", "Parser"]
 
 
 class Parser(NamedTuple):
-    """`call` reads `worst[...](n)`, some n octets; `limit`: what it reads no further than, in words ("": nothing), and `most` in
-    octets (0: nothing); `refused`: what the relay does not give it."""
+    """`call` parses `worst[...](n)`, some n octets; `limit`: how much it reads at most, in words ("": no limit), and `most` in
+    octets (0: no limit); `refused`: input that the relay refuses before."""
 
     name: str
     call: Callable[[bytes], object]
@@ -31,7 +31,7 @@ class Parser(NamedTuple):
     refused: Callable[[bytes], bool] = lambda data: False
 
     def seconds(self, data: bytes, least: float, repeats: int, clock: Callable[[], float]) -> float:
-        """CPU time of a call, by `clock`: the least of several, each of as many calls as take `least` seconds, which it sees."""
+        """CPU time of a call, by `clock`: the least of several, each of as many calls as take `least` seconds."""
         count, best = 1, float("inf")
         for _ in range(repeats):
             while True:
@@ -160,19 +160,19 @@ _SIGNATURES = {
 
 
 def _verify(block: bytes) -> None:
-    """All that is done with a stranger's header but SPF and DMARC."""
-    said = signatures.claims(authres.without_forged(block, "relay.test"))
-    bodies = dict.fromkeys(said.forms(), ("A" * 43 + "=", 0))
+    """All verification of an untrusted header but SPF and DMARC."""
+    claimed = signatures.claims(authres.without_forged(block, "relay.test"))
+    bodies = dict.fromkeys(claimed.forms(), ("A" * 43 + "=", 0))
     keys: signatures.Keys = {"s._domainkey.d.test": _KEY}
-    signatures.verify(said, bodies, keys, 1_795_000_000)
-    signatures.arc(said, bodies, keys)
+    signatures.verify(claimed, bodies, keys, 1_795_000_000)
+    signatures.arc(claimed, bodies, keys)
 
 
 # Answers of the DNS
 
 
 class _Answers:
-    """A resolver with one text for all names of a type."""
+    """A resolver with one answer for all names of a type."""
 
     def __init__(self, **known: list[Any]) -> None:
         self.known = known
@@ -188,14 +188,14 @@ class _Answers:
 
 
 def _now(work: Coroutine[Any, Any, object]) -> None:
-    """Run what waits for nobody."""
+    """Run a coroutine that never waits."""
     with contextlib.suppress(StopIteration):
         while True:
             work.send(None)
 
 
 def _spf(**others: Callable[[bytes], list[Any]]) -> Callable[[bytes], None]:
-    """By a policy, or by a short one of which the answers to its questions are long."""
+    """SPF with a long policy, or with a short one whose queries have long answers."""
 
     def check(answer: bytes) -> None:
         known = {kind: make(answer) for kind, make in others.items()}
@@ -240,9 +240,9 @@ def _dmarc(record: bytes) -> None:
 
 def _key(record: bytes) -> None:
     block = b"DKIM-Signature:" + _SIGNED + b"AA==\r\nFrom: a@d.test\r\n"
-    said = signatures.claims(block)
-    bodies = dict.fromkeys(said.forms(), ("A" * 43 + "=", 0))
-    signatures.verify(said, bodies, {"s._domainkey.d.test": record.decode()}, 1_795_000_000)
+    claimed = signatures.claims(block)
+    bodies = dict.fromkeys(claimed.forms(), ("A" * 43 + "=", 0))
+    signatures.verify(claimed, bodies, {"s._domainkey.d.test": record.decode()}, 1_795_000_000)
 
 
 # Sessions
@@ -259,10 +259,10 @@ _SESSIONS = {
     "parameters": times(b"MAIL FROM:<a@b.test>" + b" A=b" * 100 + b"\r\n", _EHLO),
     "XCLIENT": times(b"XCLIENT NAME=" + b"+41" * 100 + b"\r\n", _EHLO),
     "AUTH": times(b"AUTH PLAIN " + b"AAAA" * 50 + b"\r\n", _EHLO),
-    "text": times(b"x" * 60 + b"\r\n", _ENVELOPE + b"DATA\r\n"),
+    "message data": times(b"x" * 60 + b"\r\n", _ENVELOPE + b"DATA\r\n"),
     "dots": times(b"..\r\n", _ENVELOPE + b"DATA\r\n"),
-    "line feeds in the text": times(b"\n", _ENVELOPE + b"DATA\r\n"),
-    "carriage returns in the text": times(b"\r", _ENVELOPE + b"DATA\r\n"),
+    "line feeds in message data": times(b"\n", _ENVELOPE + b"DATA\r\n"),
+    "carriage returns in message data": times(b"\r", _ENVELOPE + b"DATA\r\n"),
     "a chunk": lambda n: _ENVELOPE + b"BDAT %d\r\n" % n + b"\r" * n,
     "chunks": times(b"BDAT 1\r\nx", _ENVELOPE),
 }
@@ -341,10 +341,10 @@ def _rule(text: bytes) -> None:
         _shaping.rule("mx.google.com", code + text.decode())
 
 
-def _notice(text: bytes) -> None:
+def _dsn(block: bytes) -> None:
     envelope = Envelope("a@b.test", ["c@d.test"], 1, 0, 0, 0)
-    attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.1.1", text[:500].decode("utf-8", "replace"))
-    dsn.failure_notice(envelope, [("c@d.test", attempt, False)], text, hostname="h", ident="i", original_ident="o", seconds=0)
+    attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.1.1", block[:500].decode("utf-8", "replace"))
+    dsn.failure_dsn(envelope, [("c@d.test", attempt, False)], block, hostname="h", ident="i", original_ident="o", seconds=0)
 
 
 def _relaxed(data: bytes) -> None:
@@ -436,7 +436,7 @@ def _parsers() -> Iterable[Parser]:
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
     yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
-    yield Parser("proto.dsn.failure_notice", _notice, _BLOCKS, "64 kB of the header, 900 characters of a reply")
+    yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 900 characters of a reply")
 
 
 PARSERS = list(_parsers())

@@ -1,4 +1,4 @@
-"""Programs of others that tests need: missing, they skip a test on a user's machine and fail it on CI."""
+"""External programs that tests need: missing, they skip a test on a user's machine and fail it on CI."""
 
 import os
 import shutil

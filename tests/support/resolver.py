@@ -1,4 +1,4 @@
-"""A real unbound on loopback with a zone of one's own."""
+"""A real unbound on loopback with a zone of the test's."""
 
 import socket
 import subprocess

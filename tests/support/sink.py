@@ -14,7 +14,7 @@ _LEDGER = re.compile(rb"^X-Ledger: (\S+)", re.M)
 
 
 class LedgerSink(asyncio.Protocol):
-    """One connection: takes everything, notes it. `note(id, digest, recipients)` is called before the dot is answered."""
+    """One connection: accepts and records everything. `note(id, digest, recipients)` is called before the dot is answered."""
 
     def __init__(self, note: Callable[[str, str, list[str]], None]) -> None:
         self.note = note
@@ -36,12 +36,12 @@ class LedgerSink(asyncio.Protocol):
                 if end < 0:
                     self.scanned = len(self.buffer)
                     break
-                text = bytes(self.buffer[: end + 2])
+                message = bytes(self.buffer[: end + 2])
                 del self.buffer[: end + 5]
                 self.in_data, self.scanned = False, 0
-                text = text.replace(b"\r\n..", b"\r\n.")
-                match = _LEDGER.search(text)
-                body = text.partition(b"\r\n\r\n")[2]
+                message = message.replace(b"\r\n..", b"\r\n.")
+                match = _LEDGER.search(message)
+                body = message.partition(b"\r\n\r\n")[2]
                 self.note(match[1].decode() if match else "", hashlib.sha256(body).hexdigest(), self.recipients)
                 self.recipients = []
                 out.append(b"250 2.0.0 taken\r\n")

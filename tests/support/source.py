@@ -1,4 +1,4 @@
-"""A load generator that keeps a ledger: each message has an id of its own; what was acknowledged is noted at once."""
+"""A load generator that keeps a ledger: each message has an id of its own; what was acknowledged is recorded at once."""
 
 import asyncio
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Callable
 class Source:
     """`connections` clients that send for ever to 127.0.0.1:port, reconnecting when they are cut off.
 
-    `acknowledged`: id -> hash of the body, noted when 250 has come. `offered`: every id whose dot was sent.
+    `acknowledged`: id -> hash of the body, recorded when 250 has arrived. `offered`: every id whose dot was sent.
     """
 
     def __init__(self, port: Callable[[], int], connections: int, size: int = 2000, reuse: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Failure notices: one message whatever the returned one was, and nothing in it that only concerns who runs the relay."""
+"""DSNs: one message, whatever the original message holds, and nothing in it that only operators may read."""
 
 import asyncio
 import email
@@ -16,7 +16,7 @@ from aiosmtplib.errors import SMTPConnectResponseError
 
 from relaymta.config import OAuth
 from relaymta.errors import Failure, redacted, told
-from relaymta.proto.dsn import failure_notice
+from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import Attempt, Envelope, RecipientState, decode_recipient, encode
 from relaymta.proto.smtp_client import stuff
 from relaymta.send.connect import Peer, _failure
@@ -38,20 +38,20 @@ def send_raw(relay: Relay, header: str, body: str = "x\r\n", sender: str = "a@b.
 @pytest.mark.parametrize("rules", [{}, CHUNKING], ids=["DATA", "BDAT"])
 @pytest.mark.parametrize("size", [1, 1_500_000], ids=["in memory", "streamed"])
 def test_a_dot_in_the_returned_header_ends_nothing(tmp_path, rules, size):
-    """Two messages of a stranger's made our next hop execute what stood behind the dot."""
+    """A next hop must not execute as commands what follows a dot in the original header (SMTP smuggling)."""
     rules = rules | {"RCPT": {"nobody@d.example": b"550 5.1.1 no\r\n"}}
     with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         send_raw(relay, EVIL, "x\r\n" * (size // 3))
-        ((sender, to, text),) = wait_for(lambda: peer.messages)
+        ((sender, to, data),) = wait_for(lambda: peer.messages)
         assert (sender, to) == ("", ["a@b.example"])
-        assert EVIL.encode() in text, "as it was"
+        assert EVIL.encode() in data, "unchanged"
         relay.send("Subject: the next\r\n\r\n.\r\n..\r\n", "a@b.example", "c@d.example")
         wait_for(lambda: len(peer.messages) == 2 and relay.summary() == [])
         assert [to for _, to, _ in peer.messages] == [["a@b.example"], ["c@d.example"]], "nobody else got anything"
         assert peer.messages[1][2].endswith(b"\r\n\r\n.\r\n..\r\n")
 
 
-def test_a_large_text_with_dots_at_the_borders_of_its_pieces_comes_as_it_was(tmp_path):
+def test_a_large_message_with_dots_at_the_borders_of_its_pieces_arrives_unchanged(tmp_path):
     body = "".join("." * (n % 5) + "y" * (n % 97) + "\r\n" for n in range(60_000))
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         send_raw(relay, "Subject: large\r\n", body)
@@ -65,7 +65,7 @@ NASTY = ["\r\n.\r\nQUIT\r\n", "a\rb", "a\nb", "a\0b", "\n.\n", "\r.\r", "\u2028x
 @pytest.mark.parametrize("nasty", NASTY, ids=repr)
 @pytest.mark.parametrize("where", ["header", "recipient", "reply", "phase", "peer", "enhanced", "sender", "inside"])
 @pytest.mark.parametrize("utf8", [False, True])
-def test_no_line_of_a_notice_holds_what_ends_a_line(nasty, where, utf8):
+def test_no_line_of_a_dsn_holds_what_ends_a_line(nasty, where, utf8):
     given = {name: nasty if name == where else "x" for name in ("recipient", "reply", "phase", "peer", "enhanced", "inside")}
     attempt = Attempt(
         0, "permanent", given["phase"], given["peer"], 550, given["enhanced"], given["reply"], "kept inside " + given["inside"]
@@ -73,32 +73,32 @@ def test_no_line_of_a_notice_holds_what_ends_a_line(nasty, where, utf8):
     envelope = Envelope(nasty if where == "sender" else "a@b", [], 1, 0, 0, 0)
     address = given["recipient"] + ("@ü" if utf8 else "@d")
     header = b"Subject: " + (nasty.encode() if where == "header" else b"x") + b"\r\n"
-    text = failure_notice(
+    data = failure_dsn(
         envelope, [(address, attempt, False)], header, hostname="relay.example", ident="I", original_ident="O", seconds=0
     )
-    lines = text.split(b"\r\n")
+    lines = data.split(b"\r\n")
     assert all(not re.search(rb"[\r\n\0]", line) and len(line) <= 998 for line in lines)
     assert lines[-1] == b"" and not any(b"kept inside" in line for line in lines)
-    assert oracle.unstuff(b"".join(stuff([text]))) == (text, b""), "and the receiver sees it as it is"
-    report = email.message_from_bytes(text, policy=policy.default)
+    assert oracle.unstuff(b"".join(stuff([data]))) == (data, b""), "and the receiver gets it unchanged"
+    report = email.message_from_bytes(data, policy=policy.default)
     assert report.get_content_type() == "multipart/report" and len(list(report.iter_parts())) == 3
     assert report["To"] is not None and report["Auto-Submitted"] == "auto-replied"
 
 
 def test_the_returned_header_cannot_end_its_part():
     attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.1.1", "no")
-    text = failure_notice(
+    data = failure_dsn(
         Envelope("a@b", [], 1, 0, 0, 0), [("c@d", attempt, False)], b"Subject: x\r\n--=_I\r\nContent-Type: text/html\r\n",
         hostname="relay.example", ident="I", original_ident="O", seconds=0,
     )  # fmt: skip
-    assert len(list(email.message_from_bytes(text, policy=policy.default).iter_parts())) == 3
+    assert len(list(email.message_from_bytes(data, policy=policy.default).iter_parts())) == 3
 
 
-# Two texts
+# The text for the sender and the cause for operators
 
 
-def test_an_attempt_is_read_both_ways():
-    """By a relay that does not know the cause, and from a spool that has none."""
+def test_an_attempt_with_and_without_a_cause_is_read():
+    """One of this version, and one of a version that stored no cause."""
     now = encode(RecipientState(0, [Attempt(1, "transient", "auth", "mx", 0, "4.4.1", "logging in failed", "password_file /x")]))
     state = decode_recipient(now)
     assert (state.attempts[0].whole, state.attempts[0].cause) == ("4.4.1 logging in failed", "4.4.1 password_file /x")
@@ -125,7 +125,7 @@ def test_an_attempt_is_read_both_ways():
 def test_secrets_are_hidden_from_operators_too(text, shown):
     assert redacted(text) == shown
     assert str(Failure("public", text)) == shown
-    assert Failure(text).public == text, "what we or a peer say in public may have a link"
+    assert Failure(text).public == text, "a public text may hold a link"
 
 
 def test_hiding_secrets_takes_linear_time():
@@ -156,12 +156,12 @@ SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
         (HOST, "connect", SMTPConnectTimeoutError("Timed out: 192.0.2.1 on port 587"), "mail.example: timed out", "587"),
         (HOST, "starttls", ssl.SSLCertVerificationError("CN=secret (_ssl.c:1006)"), "mail.example: its certificate", "_ssl.c"),
         (HOST, "connect", socket.gaierror(-2, "Name or service not known"), "mail.example: its name", "Name or service"),
-        (HOST, "ehlo", SMTPResponseException(-1, "Malformed SMTP response line: x"), "mail.example: what it said", "Malformed"),
+        (HOST, "ehlo", SMTPResponseException(-1, "Malformed SMTP response"), "mail.example: it sent an invalid", "Malformed"),
         (SOCKET, "connect", FileNotFoundError(2, "gone", "/run/secret/lmtp"), "a local socket: No such file", "/run/secret"),
         (HOST, "ehlo", KeyError("/opt/x.py"), "mail.example: no usable connection", "/opt/x.py"),
     ],
 )  # fmt: skip
-def test_each_failure_to_connect_has_a_text_for_outsiders(peer, phase, error, public, cause):
+def test_each_failure_to_connect_has_a_public_text(peer, phase, error, public, cause):
     failure = _failure(phase, peer, error)
     assert failure.public.startswith(public) and cause in str(failure)
     assert "hunter2" not in str(failure) + failure.public + (failure.said.whole if failure.said is not None else "")
@@ -171,7 +171,7 @@ def test_each_failure_to_connect_has_a_text_for_outsiders(peer, phase, error, pu
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """A look-up or token endpoint that quotes what it was sent."""
+    """A look-up or token endpoint that quotes what it received."""
 
     def do_GET(self) -> None:
         self.send_response(503)
@@ -185,7 +185,7 @@ class Refuses(BaseHTTPRequestHandler):
         self.wfile.write(b'{"error_description": "you sent ' + sent.replace(b"=", b" ") + b'"}')
 
     def log_message(self, *args: object) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
 def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
@@ -197,7 +197,8 @@ def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
     with pytest.raises(TokenError) as failure:
         asyncio.run(Tokens(lambda name: "", lambda name, token: None).get(settings))
     server.shutdown()
-    assert "you sent client_id me" in str(failure.value) and failure.value.public == "no access to the next host is to be had now"
+    assert "you sent client_id me" in str(failure.value)
+    assert failure.value.public == "no access token for the next host is available now"
     assert "hunter2" not in str(failure.value) and "qu3ry" not in str(failure.value)
 
 
@@ -216,8 +217,8 @@ SECRETS = ("://", "hunter2", "qu3ry", "s3cr3t", "hush", "Traceback", ".py:", "/s
     ],
     ids=["look-up", "connect", "socket"],
 )
-def test_a_notice_tells_no_secrets(tmp_path, route, cause):
-    """Mail that expires: the last attempt is what its sender reads."""
+def test_a_dsn_holds_no_secrets(tmp_path, route, cause):
+    """The DSN of an expired message quotes its last attempt."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     values = {"http": str(server.server_port), "closed": str(free_port()), "folder": str(tmp_path)}
@@ -229,11 +230,11 @@ def test_a_notice_tells_no_secrets(tmp_path, route, cause):
             send_raw(relay, "Subject: x\r\n")
             ident = wait_for(lambda: relay.events("deferred"))[0]["id"]
             explained = relay.cli("message", "explain", ident, check=False).stdout
-            ((_, _, text),) = wait_for(lambda: back.messages, 30)
+            ((_, _, data),) = wait_for(lambda: back.messages, 30)
             reply = wait_for(lambda: relay.events("bounced"))[0]["reply"]
-            assert cause in reply, "whoever runs the relay reads why"
+            assert cause in reply, "operators read the cause"
             for secret in SECRETS:
-                assert secret.encode() not in text.partition(b"Content-Type: text/rfc822-headers")[0], (secret, text.decode())
+                assert secret.encode() not in data.partition(b"Content-Type: text/rfc822-headers")[0], (secret, data.decode())
             for secret in ("hunter2", "qu3ry", "hush"):
                 assert secret not in relay.log.read_text() + explained
     server.shutdown()

@@ -1,4 +1,4 @@
-"""What a client finds at the door: TLS and AUTH, as the listener says and the files of certificates and accounts are now."""
+"""What a listener offers to its clients: TLS and AUTH, from its settings and the current certificates and accounts."""
 
 import re
 from collections.abc import Callable
@@ -27,23 +27,24 @@ from relaymta.watch import Watched
 if TYPE_CHECKING:
     from relaymta.filter.verify import Verifier
 
-__all__ = ["Door", "check"]
+__all__ = ["Endpoint", "check"]
 
 _PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
 
 
 def check(config: Config) -> None:
-    """ConfigError with everything that is wrong with the files that are read here, as the user who asks can read them."""
+    """ConfigError with everything that is wrong with the files that are read here, read with the rights of the caller."""
     check_all(partial(one, config) for one in (tls.check, logins.check, keys.check, _check_recipients))
 
 
-class Door:
-    """The certificates and accounts of one worker. A file that breaks changes nothing: what was read before stays in use."""
+class Endpoint:
+    """The certificates, accounts, DKIM keys and recipient map of one worker. While a file is broken, the version read before
+    stays in use."""
 
     def __init__(
         self, config: Config, rates: Rates, limits: Limits, resolver: Resolver, counters: Counters, log: Log, tickets: bytes
     ) -> None:
-        """`tickets`: keys of TLS session tickets (tickets.OCTETS)."""
+        """`tickets`: TLS session ticket keys (tickets.OCTETS)."""
         self._tickets = tickets
         self._resolver = resolver
         self._rates, self._limits, self._counters, self._log = rates, limits, counters, log
@@ -53,7 +54,7 @@ class Door:
         self._take_over(config)
 
     def configure(self, config: Config) -> None:
-        """Take over another configuration (blocks while its files are read)."""
+        """Replace the configuration. Blocks while the files are read."""
         replaced = self.logins
         self._take_over(config)
         replaced.close()
@@ -65,22 +66,22 @@ class Door:
         self.logins = Logins(config, self._checker, self._rates, self._limits, self._counters, self._log)
         path = config.relay.recipients
         self._recipients = Watched([path] if path else [], lambda: _recipients(path))
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._refresh()
-        self._tell()
+        self._report()
 
     def renew_tickets(self, keys: bytes) -> None:
-        """Clients resume with other keys from now on: what was taken down before is safe from whoever learns these."""
+        """Replace the TLS session ticket keys, so that a later leak of the new ones does not decrypt recorded sessions."""
         self._tickets = keys
         self.certificates.renew_tickets(keys)
 
     def _verifier(self, config: Config) -> "Verifier":
-        from relaymta.filter.verify import Verifier  # and the libraries that it needs, where it is wanted
+        from relaymta.filter.verify import Verifier  # with its libraries, only where it is configured
 
         return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000)
 
     def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
-        """What a session on a listener begins with. `assume`: what XCLIENT does, None where the client may not."""
+        """What a new session on a listener may use. `assume`: the handler of XCLIENT; None where the client may not use it."""
         return Offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
@@ -92,11 +93,11 @@ class Door:
         )
 
     def keys(self, user: str) -> Keys:
-        """For SCRAM, of the accounts as they are when they are asked for: a session may be older than these."""
+        """SCRAM keys from the current accounts; sessions that began before a reload use them, too."""
         return self.logins.keys(user)
 
     def refresh(self, loop: Any, threads: Executor) -> None:
-        """Look, on a thread, whether files have changed."""
+        """Read changed files, on a thread. Does nothing while that is under way."""
         if not self._refreshing:
             self._refreshing = True
             loop.run_in_executor(threads, self._refresh).add_done_callback(self._refreshed)
@@ -108,26 +109,26 @@ class Door:
         for key in self.signer.watched:
             key.refresh()
 
-    def knows(self, address: str, domain: str) -> bool:
-        """Whether an address (lower case) of a domain of ours is there."""
+    def recipient_exists(self, address: str, domain: str) -> bool:
+        """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a map."""
         known = self._recipients.value
         return known is None or address in known or "@" + domain in known
 
     def _refreshed(self, future: Any) -> None:
         self._refreshing = False
         future.result()
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
-        """Say once what is wrong, and count it."""
+    def _report(self) -> None:
+        """Log each new and each resolved problem once, and update the gauges."""
         unusable = [key.problem for key in self.signer.watched if key.problem]
         read = [self.logins.watched.problem, self._recipients.problem]
         problems = set(filter(None, [*self.certificates.problems, *unusable, *read]))
-        for problem in problems - self._told:
+        for problem in problems - self._reported:
             self._log.event("warning", text=f"{problem}; what was read before stays in use")
-        for problem in self._told - problems:
-            self._log.event("warning", text=f"mended: {problem}")
-        self._told = problems
+        for problem in self._reported - problems:
+            self._log.event("warning", text=f"resolved: {problem}")
+        self._reported = problems
         self._counters.gauge("relaymta_tls_certificate_errors", len(self.certificates.problems))
         self._counters.gauge("relaymta_dkim_key_errors", len(unusable))
         self._counters.gauge("relaymta_accounts_file_errors", bool(self.logins.watched.problem))
@@ -139,7 +140,8 @@ def _check_recipients(config: Config) -> None:
 
 
 def _recipients(path: str) -> frozenset[str] | None:
-    """The addresses and "@domain"s of a file, in lower case; None for no file. ConfigError names every line that is neither."""
+    """The addresses and "@domain"s of a recipient map, in lower case; None for no file. ConfigError names each line that is
+    neither (20 at most)."""
     if not path:
         return None
     try:

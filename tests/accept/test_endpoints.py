@@ -1,4 +1,4 @@
-"""Submission as clients see it: TLS, certificates, AUTH, and who may send as whom."""
+"""Submission as clients see it: TLS, certificates, AUTH, and allowed senders."""
 
 import base64
 import contextlib
@@ -24,8 +24,8 @@ from tests.support.fake_mx import FakeMx
 SECRET = "correct horse"
 
 
-class Door(Relay):
-    """A relay with a submission port (STARTTLS and AUTH demanded), one with TLS from the start, and a certificate for both."""
+class Endpoint(Relay):
+    """A relay with a submission port (STARTTLS and AUTH required), one with implicit TLS, and a certificate for both."""
 
     def __init__(self, folder: Path, smarthost: str, *settings: str, workers: int = 1) -> None:
         self.submission, self.implicit = free_port(), free_port()
@@ -60,7 +60,7 @@ failures = 1000
         self.account("user", "add", "ann", "--password", SECRET, "--scram")
 
     def add_user(self, typed: str) -> int:
-        """`relaymta user add bob` with this as its input: the exit status."""
+        """The exit status of `relaymta user add bob` with this as its input."""
         command = [self.python, "-m", "relaymta", "user", "add", "bob", "--config", str(self.config)]
         return subprocess.run(command, input=typed, text=True, capture_output=True).returncode
 
@@ -77,16 +77,16 @@ failures = 1000
         return [*found[:at], "--config", str(self.config), *found[at + 2 :]]
 
     def account(self, *words: str, check: bool = True) -> str:
-        """`relaymta user|app ...`: what it says."""
+        """The output of `relaymta user|app ...`."""
         found = self.cli(*words, "--config", str(self.config), check=check)
         return found.stdout + found.stderr
 
     def context(self) -> ssl.SSLContext:
-        """A client's, which knows our authority."""
+        """A client's TLS context that trusts the test CA."""
         return ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
 
     def client(self, port: int = 0, tls: bool = True) -> smtplib.SMTP:
-        """Connected to the submission port, past STARTTLS."""
+        """A client connected to the submission port, after STARTTLS."""
         made = smtplib.SMTP("127.0.0.1", port or self.submission)
         made._host = "relay.example"  # type: ignore[attr-defined]
         if tls:
@@ -102,13 +102,13 @@ def peer() -> Iterator[FakeMx]:
 
 
 @pytest.fixture
-def door(peer: FakeMx, tmp_path: Path) -> Iterator[Door]:
-    with Door(tmp_path, f"127.0.0.1:{peer.port}") as made:
+def endpoint(peer: FakeMx, tmp_path: Path) -> Iterator[Endpoint]:
+    with Endpoint(tmp_path, f"127.0.0.1:{peer.port}") as made:
         yield made
 
 
 def scram(client: smtplib.SMTP, user: str, password: str) -> int:
-    """AUTH SCRAM-SHA-256 by scramp's client: the last reply's code."""
+    """The code of the last reply to AUTH SCRAM-SHA-256 by scramp's client."""
     ours = scramp.ScramClient(["SCRAM-SHA-256"], user, password)
     code, text = client.docmd("AUTH", "SCRAM-SHA-256 " + base64.b64encode(ours.get_client_first().encode()).decode())
     assert code == 334
@@ -121,8 +121,8 @@ def scram(client: smtplib.SMTP, user: str, password: str) -> int:
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "SCRAM-SHA-256"])
-def test_who_logs_in_over_tls_sends_anywhere(door, peer, mechanism):
-    with door.client() as client:
+def test_an_authenticated_user_may_relay(endpoint, peer, mechanism):
+    with endpoint.client() as client:
         assert client.esmtp_features["auth"].split() == ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
         assert "starttls" not in client.esmtp_features
         if mechanism == "SCRAM-SHA-256":
@@ -134,49 +134,49 @@ def test_who_logs_in_over_tls_sends_anywhere(door, peer, mechanism):
     ((sender, to, text),) = wait_for(lambda: peer.messages)
     assert (sender, to) == ("ann@a.example", ["x@far.example"])
     assert b"with ESMTPSA id" in text and b"Message-ID: <" in text
-    (event,) = wait_for(lambda: door.events("queued"))
+    (event,) = wait_for(lambda: endpoint.events("queued"))
     assert event["application"] == "people"
-    assert [event["good"] for event in door.events("login")] == [True]
+    assert [event["good"] for event in endpoint.events("login")] == [True]
 
 
-def test_tls_from_the_first_octet(door, peer):
-    with smtplib.SMTP_SSL("127.0.0.1", door.implicit, context=_unnamed(door)) as client:
+def test_implicit_tls(endpoint, peer):
+    with smtplib.SMTP_SSL("127.0.0.1", endpoint.implicit, context=_unnamed(endpoint)) as client:
         assert client.sock.version() == "TLSv1.3"
         client.login("ann", SECRET)
         client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\n\r\nhi\r\n")
     wait_for(lambda: peer.messages)
 
 
-def _unnamed(door: Door) -> ssl.SSLContext:
-    context = door.context()
-    context.check_hostname = False  # smtplib asks for the address's name there
+def _unnamed(endpoint: Endpoint) -> ssl.SSLContext:
+    context = endpoint.context()
+    context.check_hostname = False  # smtplib verifies the IP address there
     return context
 
 
-def test_nothing_is_told_or_taken_before_tls(door):
-    with door.client(tls=False) as client:
+def test_neither_auth_nor_mail_is_accepted_before_tls(endpoint):
+    with endpoint.client(tls=False) as client:
         assert "auth" not in client.esmtp_features and "starttls" in client.esmtp_features
         assert client.docmd("AUTH", "PLAIN AGFubgBjb3JyZWN0IGhvcnNl")[0] == 538
         assert client.mail("ann@a.example")[0] == 530
-        client.starttls(context=door.context())
+        client.starttls(context=endpoint.context())
         client.ehlo()
         assert client.mail("ann@a.example") == (530, b"5.7.0 Authentication required")
-    with door.client(door.port) as client:  # the port for mail has TLS, and no AUTH
+    with endpoint.client(endpoint.port) as client:  # the port for mail offers TLS, but no AUTH
         assert "auth" not in client.esmtp_features
         assert client.docmd("AUTH", "PLAIN AGFubgBjb3JyZWN0IGhvcnNl")[0] == 502
 
 
-def test_what_is_pipelined_behind_starttls_is_never_executed(door):
+def test_what_is_pipelined_behind_starttls_is_never_executed(endpoint):
     for command in (b"RSET\r\n", b"MAIL FROM:<a@b>\r\n", b"EHLO evil\r\n", b"AUTH LOGIN\r\n", b"QUIT\r\n"):
         for pause in (0.0, 0.05):
-            # Either it came at once and is refused, or it came where a handshake was expected; TLS's alert is no reply.
-            assert replies_behind_starttls(door, command, pause) in ([b"554"], [b"220"])
-    with door.client() as client:  # and others go on
+            # Either it arrived with STARTTLS and is rejected, or during the handshake; a TLS alert is no reply.
+            assert replies_behind_starttls(endpoint, command, pause) in ([b"554"], [b"220"])
+    with endpoint.client() as client:  # other clients are not affected
         client.login("ann", SECRET)
 
 
-def replies_behind_starttls(door: Door, command: bytes, pause: float) -> list[bytes]:
-    with socket.create_connection(("127.0.0.1", door.submission)) as sock:
+def replies_behind_starttls(endpoint: Endpoint, command: bytes, pause: float) -> list[bytes]:
+    with socket.create_connection(("127.0.0.1", endpoint.submission)) as sock:
         sock.settimeout(10)
         sock.recv(1000)
         sock.sendall(b"EHLO me\r\n")
@@ -185,58 +185,61 @@ def replies_behind_starttls(door: Door, command: bytes, pause: float) -> list[by
         if pause:
             time.sleep(pause)
             sock.sendall(command)
-        heard = b""
+        received = b""
         while piece := sock.recv(1000):
-            heard += piece
-    return [line[:3] for line in heard.split(b"\r\n") if line[:3].isdigit()]
+            received += piece
+    return [line[:3] for line in received.split(b"\r\n") if line[:3].isdigit()]
 
 
-def test_what_was_said_before_tls_is_forgotten(door):
-    with door.client(tls=False) as client:
+def test_session_state_from_before_tls_is_discarded(endpoint):
+    with endpoint.client(tls=False) as client:
         client.docmd("STARTTLS")
-        client.sock = door.context().wrap_socket(client.sock, server_hostname="relay.example")
+        client.sock = endpoint.context().wrap_socket(client.sock, server_hostname="relay.example")
         client.file = None
         assert client.mail("a@b.example") == (503, b"5.5.1 Say EHLO first")
 
 
-def test_a_failed_handshake_harms_nobody(door):
+def test_a_failed_handshake_does_not_affect_others(endpoint):
     for noise in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):
-        with socket.create_connection(("127.0.0.1", door.implicit)) as sock:
+        with socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock:
             sock.sendall(noise)
-    wait_for(lambda: door.metric('relaymta_tls_handshakes_total{result="failed"}') >= 3)
-    wait_for(lambda: door.metric("relaymta_connections") == 0)
-    assert "Traceback" not in (door.folder / "stderr").read_text()
-    with door.client() as client:
+    wait_for(lambda: endpoint.metric('relaymta_tls_handshakes_total{result="failed"}') >= 3)
+    wait_for(lambda: endpoint.metric("relaymta_connections") == 0)
+    assert "Traceback" not in (endpoint.folder / "stderr").read_text()
+    with endpoint.client() as client:
         client.login("ann", SECRET)
 
 
-def certificate(door: Door, name: str = "relay.example") -> bytes:
-    """What a client that asks for `name` is shown."""
+def certificate(endpoint: Endpoint, name: str = "relay.example") -> bytes:
+    """The certificate that a client gets for the SNI `name`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", door.implicit)) as sock, context.wrap_socket(sock, server_hostname=name) as tls:
+    with (
+        socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock,
+        context.wrap_socket(sock, server_hostname=name) as tls,
+    ):
         assert tls.recv(100).startswith(b"220")
         return tls.getpeercert(True) or b""
 
 
-def test_a_replaced_certificate_is_used_and_a_broken_one_is_not(door):
-    before = certificate(door)
-    with door.client() as client:
+def test_a_replaced_certificate_is_used_and_a_broken_one_is_not(endpoint):
+    before = certificate(endpoint)
+    with endpoint.client() as client:
         client.login("ann", SECRET)
-        (door.folder / "relay.example.pem").write_text("broken")
-        wait_for(lambda: door.metric("relaymta_tls_certificate_errors") == 1)
-        assert certificate(door) == before
-        told = "no certificate in PEM form; what was read before stays"
-        wait_for(lambda: any(told in event["text"] for event in door.events("warning")))
-        door.certify(door.folder, "relay.example")
-        wait_for(lambda: certificate(door) != before)
-        wait_for(lambda: door.metric("relaymta_tls_certificate_errors") == 0)
-        assert client.noop()[0] == 250  # the session from before goes on
+        (endpoint.folder / "relay.example.pem").write_text("broken")
+        wait_for(lambda: endpoint.metric("relaymta_tls_certificate_errors") == 1)
+        assert certificate(endpoint) == before
+        reported = "no certificate in PEM form; what was read before stays"
+        wait_for(lambda: any(reported in event["text"] for event in endpoint.events("warning")))
+        endpoint.certify(endpoint.folder, "relay.example")
+        wait_for(lambda: certificate(endpoint) != before)
+        wait_for(lambda: endpoint.metric("relaymta_tls_certificate_errors") == 0)
+        assert client.noop()[0] == 250  # the older session continues
         client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\n\r\nhi\r\n")
 
 
-def test_the_certificate_is_the_one_for_the_name_that_is_asked_for(peer, tmp_path):
-    made = Door(tmp_path, f"127.0.0.1:{peer.port}")
+def test_the_certificate_is_selected_by_sni(peer, tmp_path):
+    made = Endpoint(tmp_path, f"127.0.0.1:{peer.port}")
     made.certify(tmp_path, "mail.other.example", "*.wild.example")
     with made.config.open("a") as file:
         file.write(f'[[certificate]]\nchain = "{tmp_path}/mail.other.example.pem"\n')
@@ -247,37 +250,37 @@ def test_the_certificate_is_the_one_for_the_name_that_is_asked_for(peer, tmp_pat
         assert certificate(made, "unknown.example") == first
 
 
-def test_a_session_is_resumed(door):
-    context = door.context()
+def test_a_session_is_resumed(endpoint):
+    context = endpoint.context()
     session = None
     for resumed in (False, True):
-        with socket.create_connection(("127.0.0.1", door.implicit)) as sock:
+        with socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock:
             with context.wrap_socket(sock, server_hostname="relay.example", session=session) as tls:
                 tls.recv(100)
                 session = tls.session
                 assert tls.session_reused is resumed
-    assert door.metric('relaymta_tls_handshakes_total{result="resumed"}') == 1
+    assert endpoint.metric('relaymta_tls_handshakes_total{result="resumed"}') == 1
 
 
-def test_a_session_is_resumed_whichever_worker_it_comes_to(tmp_path):
-    with Door(tmp_path, "127.0.0.1:1", workers=2) as door:
-        context, session = door.context(), None
+def test_a_session_is_resumed_by_any_worker(tmp_path):
+    with Endpoint(tmp_path, "127.0.0.1:1", workers=2) as endpoint:
+        context, session = endpoint.context(), None
         for number in range(12):
-            with socket.create_connection(("127.0.0.1", door.implicit)) as sock:
+            with socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock:
                 with context.wrap_socket(sock, server_hostname="relay.example", session=session) as tls:
                     tls.recv(100)
                     assert tls.session_reused is (number > 0)
                     session = tls.session
-            if number == 8:  # nor does it matter that there is another certificate, and another worker
-                door.certify(tmp_path, "relay.example")
-                victim = door.worker_pids()[0]
+            if number == 8:  # with another certificate and another worker, too
+                endpoint.certify(tmp_path, "relay.example")
+                victim = endpoint.worker_pids()[0]
                 os.kill(victim, signal.SIGKILL)
-                wait_for(lambda victim=victim: len(pids := door.worker_pids()) == 2 and victim not in pids)
+                wait_for(lambda victim=victim: len(pids := endpoint.worker_pids()) == 2 and victim not in pids)
                 time.sleep(2.5)
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_other_keys_take_no_old_tickets(tmp_path, version):
+def test_tickets_of_other_keys_are_not_accepted(tmp_path, version):
     authority = trustme.CA()
     found = authority.issue_cert("relay.example")
     contexts = []
@@ -312,64 +315,64 @@ def test_other_keys_take_no_old_tickets(tmp_path, version):
     assert not resumed(contexts[1], session)[0]
 
 
-def test_scram_is_offered_while_it_works_for_all(door):
+def test_scram_is_offered_while_it_works_for_all_accounts(endpoint):
     def offered() -> bool:
-        with door.client() as client:
+        with endpoint.client() as client:
             return "SCRAM-SHA-256" in client.esmtp_features["auth"]
 
-    assert offered() and door.add_user("builder\n") == 0  # kept as argon2id
+    assert offered() and endpoint.add_user("builder\n") == 0  # stored as argon2id
     wait_for(lambda: not offered())
-    door.account("user", "password", "bob", "--password", "builder", "--scram")
+    endpoint.account("user", "password", "bob", "--password", "builder", "--scram")
     wait_for(offered)
 
 
-def test_what_scram_tells_of_nobody_is_told_of_somebody_too(door):
-    """Neither salts nor iterations say who has an account."""
-    door.account("app", "create", "shop")
+def test_scram_does_not_distinguish_unknown_users(endpoint):
+    """Neither salts nor iterations reveal whether an account exists."""
+    endpoint.account("app", "create", "shop")
 
-    def told(user: str) -> tuple[str, str]:
-        with door.client() as client:
+    def reported(user: str) -> tuple[str, str]:
+        with endpoint.client() as client:
             first = base64.b64encode(f"n,,n={user},r=abc".encode()).decode()
             code, text = client.docmd(f"AUTH SCRAM-SHA-256 {first}")
             assert code == 334 and client.docmd("*")[0] == 501
             fields = dict(part.split("=", 1) for part in base64.b64decode(text).decode().split(","))
             return fields["s"], fields["i"]
 
-    wait_for(lambda: told("shop")[1] == "4096")
-    assert told("ann")[1] == "100000"
-    found = {user: told(user) for user in (f"nobody{number}" for number in range(24))}
+    wait_for(lambda: reported("shop")[1] == "4096")
+    assert reported("ann")[1] == "100000"
+    found = {user: reported(user) for user in (f"nobody{number}" for number in range(24))}
     assert {iterations for _, iterations in found.values()} == {"4096", "100000"}
-    assert len({salt for salt, _ in found.values()}) == 24 and told("nobody3") == found["nobody3"]
+    assert len({salt for salt, _ in found.values()}) == 24 and reported("nobody3") == found["nobody3"]
 
 
-def test_who_sent_a_message_is_known(tmp_path):
-    with Door(tmp_path, "127.0.0.1:1") as door:
-        assert [door.add_user("builder\n"), door.add_user("again\n"), door.add_user("")] == [0, 1, 64]
-        wait_for(lambda: _try(lambda: _logged_in(door, "bob", "builder")))
+def test_the_authenticated_user_of_a_message_is_recorded(tmp_path):
+    with Endpoint(tmp_path, "127.0.0.1:1") as endpoint:
+        assert [endpoint.add_user("builder\n"), endpoint.add_user("again\n"), endpoint.add_user("")] == [0, 1, 64]
+        wait_for(lambda: _try(lambda: _logged_in(endpoint, "bob", "builder")))
         for name, password in (("bob", "builder"), ("ann", SECRET)):
-            with _logged_in(door, name, password) as client:
+            with _logged_in(endpoint, name, password) as client:
                 client.sendmail("x@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
-        events = wait_for(lambda: len(found := door.events("queued")) == 2 and found)
+        events = wait_for(lambda: len(found := endpoint.events("queued")) == 2 and found)
         assert [event["user"] for event in events] == ["bob", "ann"]
-        assert "logged in as bob" in door.cli("message", "show", events[0]["id"]).stdout
-        door.cli("queue", "hold", "--user", "bob")  # whose password was stolen
-        (held,) = [json.loads(line) for line in door.cli("queue", "list", "--held", "--json").stdout.splitlines()]
+        assert "logged in as bob" in endpoint.cli("message", "show", events[0]["id"]).stdout
+        endpoint.cli("queue", "hold", "--user", "bob")  # as after a stolen password
+        (held,) = [json.loads(line) for line in endpoint.cli("queue", "list", "--held", "--json").stdout.splitlines()]
         assert held["id"] == events[0]["id"]
 
 
-def _logged_in(door: Door, name: str, password: str) -> smtplib.SMTP:
-    client = door.client()
+def _logged_in(endpoint: Endpoint, name: str, password: str) -> smtplib.SMTP:
+    client = endpoint.client()
     client.login(name, password)
     return client
 
 
-def test_an_application_sends_only_as_itself(door, peer):
-    said = door.account("app", "create", "shop", "--sender", "@shop.example", "--sender", "Boss@corp.example")
+def test_an_application_sends_only_as_itself(endpoint, peer):
+    said = endpoint.account("app", "create", "shop", "--sender", "@shop.example", "--sender", "Boss@corp.example")
     key = said.partition("secret: ")[2].split()[0]
     assert 'shop.example. TXT "v=spf1 a:relay.example -all"' in said
 
     def login() -> smtplib.SMTP:
-        client = door.client()
+        client = endpoint.client()
         client.login("shop", key)
         return client
 
@@ -381,12 +384,12 @@ def test_an_application_sends_only_as_itself(door, peer):
             client.sendmail("a@shop.example", ["x@far.example"], "From: <ceo@elsewhere.example>\r\n\r\nx\r\n")
         assert refused.value.smtp_code == 550 and b"<ceo@elsewhere.example>" in refused.value.smtp_error
         long = b"X-Long: " + (b"x" * 900 + b"\r\n ") * 150 + b"x\r\nFrom: <ceo@elsewhere.example>\r\n\r\nx\r\n"
-        with pytest.raises(smtplib.SMTPDataError) as refused:  # nor behind more of a header than is looked at
+        with pytest.raises(smtplib.SMTPDataError) as refused:  # nor after the part of a header that is checked
             client.sendmail("a@shop.example", ["x@far.example"], long)
         assert refused.value.smtp_code == 554
         hidden = ["a@shop.example(<ceo@elsewhere.example>", "ceo@elsewhere.example@, a@shop.example", "...@:a@shop.example;",
                   '"ceo@elsewhere.example" <a@shop.example', "=?utf-8?q?ceo=40bank.test=3E?=@shop.example", ""]  # fmt: skip
-        for value in hidden:  # from us, and not from others
+        for value in hidden:  # malformed so that others may read another author
             for name in ("From", "from ", "Sender"):
                 text = f"Subject: x\r\n{name}: {value}\r\nFrom: a@shop.example\r\n\r\nx\r\n"
                 with pytest.raises(smtplib.SMTPDataError) as refused:
@@ -395,7 +398,7 @@ def test_an_application_sends_only_as_itself(door, peer):
         client.sendmail("a@SHOP.example", ["x@far.example"], "From: boss@corp.example\r\n\r\nx\r\n")
         client.sendmail("", ["x@far.example"], "From: a@shop.example\r\n\r\nx\r\n")
     wait_for(lambda: len(peer.messages) == 2)
-    wait_for(lambda: [event["application"] for event in door.events("queued")] == ["shop", "shop"])
+    wait_for(lambda: [event["application"] for event in endpoint.events("queued")] == ["shop", "shop"])
 
 
 def _try(login) -> bool:
@@ -406,12 +409,12 @@ def _try(login) -> bool:
     return True
 
 
-def test_keys_are_rotated_with_an_overlap_and_ended(door):
-    first = door.account("app", "create", "shop").partition("secret: ")[2].split()[0]
-    second = door.account("app", "rotate", "shop", "--overlap", "1h").partition("secret: ")[2].split()[0]
+def test_keys_are_rotated_with_an_overlap_and_ended(endpoint):
+    first = endpoint.account("app", "create", "shop").partition("secret: ")[2].split()[0]
+    second = endpoint.account("app", "rotate", "shop", "--overlap", "1h").partition("secret: ")[2].split()[0]
 
     def opens(key: str) -> bool:
-        with door.client() as client:
+        with endpoint.client() as client:
             try:
                 return client.login("shop", key)[0] == 235
             except smtplib.SMTPAuthenticationError:
@@ -420,64 +423,64 @@ def test_keys_are_rotated_with_an_overlap_and_ended(door):
     wait_for(lambda: opens(second))
     assert opens(first)
     for key in (first, second):
-        with door.client() as client:
+        with endpoint.client() as client:
             assert scram(client, "shop", key) == 235
-    with door.client() as client:
+    with endpoint.client() as client:
         assert scram(client, "shop", "neither") == 535
-    rows = json.loads(door.account("app", "list", "--json"))
+    rows = json.loads(endpoint.account("app", "list", "--json"))
     shop = next(row for row in rows if row["name"] == "shop")
     assert [bool(secret["expires"]) for secret in shop["secrets"]] == [False, True]
-    door.account("app", "rotate", "shop", "--overlap", "0s")
+    endpoint.account("app", "rotate", "shop", "--overlap", "0s")
     wait_for(lambda: not opens(second) and not opens(first))
-    door.account("app", "expire", "shop")
-    assert "ann" in door.account("user", "list")
-    door.account("user", "remove", "ann")
-    assert "ann" not in door.account("user", "list")
-    assert "did you mean" in door.account("app", "expire", "shob", check=False)
+    endpoint.account("app", "expire", "shop")
+    assert "ann" in endpoint.account("user", "list")
+    endpoint.account("user", "remove", "ann")
+    assert "ann" not in endpoint.account("user", "list")
+    assert "did you mean" in endpoint.account("app", "expire", "shob", check=False)
 
 
-def test_a_broken_file_of_accounts_changes_nothing(door):
-    with (door.folder / "accounts.toml").open("a") as file:
+def test_a_broken_accounts_file_changes_nothing(endpoint):
+    with (endpoint.folder / "accounts.toml").open("a") as file:
         file.write('\n[[account]]\nname = "bob"\nsecretz = []\n')
-    wait_for(lambda: door.metric("relaymta_accounts_file_errors") == 1)
-    (text,) = wait_for(lambda: [event["text"] for event in door.events("warning") if "secretz" in event["text"]])
+    wait_for(lambda: endpoint.metric("relaymta_accounts_file_errors") == 1)
+    (text,) = wait_for(lambda: [event["text"] for event in endpoint.events("warning") if "secretz" in event["text"]])
     assert 'accounts.toml:7: account.1.secretz: no such key (did you mean "secrets"?)' in text
-    with door.client() as client:
+    with endpoint.client() as client:
         client.login("ann", SECRET)
-    found = door.cli("config", "check", "--config", str(door.config), check=False)
+    found = endpoint.cli("config", "check", "--config", str(endpoint.config), check=False)
     assert found.returncode == 78 and "secretz" in found.stderr
 
 
-def test_guessing_is_limited_and_locks_nobody_out(peer, tmp_path):
-    with Door(tmp_path, f"127.0.0.1:{peer.port}", "accounts.failures=4", "accounts.failures_forgotten=60") as door:
+def test_brute_force_is_limited_and_locks_no_owner_out(peer, tmp_path):
+    with Endpoint(tmp_path, f"127.0.0.1:{peer.port}", "accounts.failures=4", "accounts.failures_forgotten=60") as endpoint:
 
-        def guess(user: str, password: str, source: str) -> tuple[int, bytes]:
-            with smtplib.SMTP("127.0.0.1", door.submission, source_address=(source, 0)) as client:
+        def attempt(user: str, password: str, source: str) -> tuple[int, bytes]:
+            with smtplib.SMTP("127.0.0.1", endpoint.submission, source_address=(source, 0)) as client:
                 client._host = "relay.example"
-                client.starttls(context=door.context())
+                client.starttls(context=endpoint.context())
                 client.ehlo()
                 code, text = client.docmd("AUTH", "PLAIN " + base64.b64encode(f"\0{user}\0{password}".encode()).decode())
                 return code, text
 
-        wrong, unknown = guess("ann", "x", "127.0.0.2"), guess("nobody", "x", "127.0.0.2")
+        wrong, unknown = attempt("ann", "x", "127.0.0.2"), attempt("nobody", "x", "127.0.0.2")
         assert wrong == unknown == (535, b"5.7.8 Authentication credentials invalid")
-        codes = [guess("ann", "x", "127.0.0.2")[0] for _ in range(4)]
+        codes = [attempt("ann", "x", "127.0.0.2")[0] for _ in range(4)]
         assert codes == [535, 535, 454, 454]
-        assert guess("ann", SECRET, "127.0.0.2")[0] == 454  # the right one, but too late
-        for number in range(3, 6):  # the account is under attack from everywhere
-            guess("ann", "x", f"127.0.0.{number}")
-        assert guess("ann", SECRET, "127.0.0.3")[0] == 454
-        assert guess("ann", SECRET, "127.0.0.9")[0] == 235  # and its owner comes from where nobody has failed
-        assert door.metric('relaymta_logins_total{result="limited"}') >= 4
+        assert attempt("ann", SECRET, "127.0.0.2")[0] == 454  # the right password, but the limit is reached
+        for number in range(3, 6):  # the account is under attack from many addresses
+            attempt("ann", "x", f"127.0.0.{number}")
+        assert attempt("ann", SECRET, "127.0.0.3")[0] == 454
+        assert attempt("ann", SECRET, "127.0.0.9")[0] == 235  # its owner, from an address without failures
+        assert endpoint.metric('relaymta_logins_total{result="limited"}') >= 4
 
 
-def test_keys_and_accounts_are_checked_as_the_relays_user(door):
+def test_keys_and_accounts_are_checked_as_the_relays_user(endpoint):
     if os.geteuid():
-        pytest.skip("only root can become somebody else")
-    (door.folder / "relay.example.pem").chmod(0o600)
-    door.folder.chmod(0o755)
-    for path in (door.folder, *door.folder.parents[:3]):
+        pytest.skip("only root can change its user")
+    (endpoint.folder / "relay.example.pem").chmod(0o600)
+    endpoint.folder.chmod(0o755)
+    for path in (endpoint.folder, *endpoint.folder.parents[:3]):
         path.chmod(path.stat().st_mode | 0o055)
-    found = door.cli("config", "check", "--config", str(door.config), "--set", "user=nobody", check=False)
+    found = endpoint.cli("config", "check", "--config", str(endpoint.config), "--set", "user=nobody", check=False)
     assert found.returncode == 78
     assert "relay.example.pem: Permission denied" in found.stderr and "accounts.toml: Permission denied" in found.stderr

@@ -1,11 +1,11 @@
-"""The front door: `python -m benchmarks.door [--scale X] [--only PART]`.
+"""The endpoint for clients: `python -m benchmarks.endpoint [--scale X] [--only PART]`.
 
 signed    CPU of a message that is signed (RSA-2048, 4 kB) beside one that is not, and beside a bare `key.sign`; signing one
           message beside dkimpy; canonicalizing and hashing 4 kB
-verified  CPU of a message of a stranger (DKIM with RSA-2048, SPF, DMARC; 4 kB) that is looked at, beside one that is not
-hostile   the time for an octet of hostile bodies and headers beside ordinary text
+verified  CPU of a message of an unauthenticated client (DKIM with RSA-2048, SPF, DMARC; 4 kB), with and without verification
+hostile   time per octet of hostile bodies and headers, relative to an ordinary body
 tls       one connection a message over STARTTLS, sessions resumed, beside Postfix with the same certificate
-attack    mail that is accepted while 200 wrong passwords a second come from 50 addresses; who has the right one; memory
+attack    acceptance of mail, logins with the right password, and memory, during 200 failed attempts a second from 50 addresses
 """
 
 import argparse
@@ -69,13 +69,13 @@ def key_in(folder: Path) -> Dkim:
     return Dkim(domain="b.example", selector="s", key=str(path))
 
 
-def with_signature(key: Key, text: bytes) -> bytes:
+def with_signature(key: Key, data: bytes) -> bytes:
     """A message, signed as the relay does."""
-    end = header_end(text)
-    draft = Draft(split_fields(text[:end]), [key], end, int(time.time()))
-    draft.body.feed(text)
+    end = header_end(data)
+    draft = Draft(split_fields(data[:end]), [key], end, int(time.time()))
+    draft.body.feed(data)
     (one,) = draft.unsigned()
-    return signed(one.own, sign_hash(key.private, one.hashed)) + text
+    return signed(one.own, sign_hash(key.private, one.hashed)) + data
 
 
 def side_by_side(work: Callable[[int], None], clients: int) -> None:
@@ -87,7 +87,7 @@ def side_by_side(work: Callable[[int], None], clients: int) -> None:
         thread.join()
 
 
-# A process that does nothing but sign, as often as the relay does; says what one costs when it is told to end.
+# A process that only signs, as often as the relay does; on its end it prints the cost of one signature.
 SIGNING = """
 import signal, sys, time
 from cryptography.hazmat.primitives import hashes
@@ -108,7 +108,7 @@ def signing(scale: float) -> dict[str, Any]:
         key = load_key(settings)
         data = bytes(400)
         bare = lambda: timed(lambda: key.private.sign(data, padding.PKCS1v15(), hashes.SHA256()), 500) * 1e6  # type: ignore[union-attr, arg-type, call-arg]  # noqa: E731
-        text = HEADER + LINE * (4096 // len(LINE))
+        message = HEADER + LINE * (4096 // len(LINE))
         fields = split_fields(HEADER)
         table = f'dkim=[{{domain="b.example",selector="s",key="{settings.key}"}}]'
         rows = []
@@ -137,38 +137,38 @@ def signing(scale: float) -> dict[str, Any]:
 
         def hashed() -> str:
             one = BodyHash(True)
-            one.feed(text[len(HEADER) :])
+            one.feed(message[len(HEADER) :])
             return one.finish()
 
         pem = Path(settings.key).read_bytes()
         include = [b"from", b"to", b"subject", b"date", b"message-id"]
         forms = (b"relaxed", b"relaxed")
-        theirs = timed(lambda: dkim.sign(text, b"s", b"b.example", pem, canonicalize=forms, include_headers=include), 20)
+        theirs = timed(lambda: dkim.sign(message, b"s", b"b.example", pem, canonicalize=forms, include_headers=include), 20)
         rows.sort(key=lambda row: row["more, in bare signatures"])
         return rows[TRIALS // 2] | {
             "each trial": [row["more, in bare signatures"] for row in rows],
             "canonicalizing and hashing 4 kB us": timed(lambda: (hashed(), key.signature.unsigned(fields, "", 0)), 2000) * 1e6,
-            "one message us": timed(lambda: with_signature(key, text), 200) * 1e6, "one message by dkimpy us": theirs * 1e6,
+            "one message us": timed(lambda: with_signature(key, message), 200) * 1e6, "one message by dkimpy us": theirs * 1e6,
         }  # fmt: skip
 
 
 def verified(scale: float) -> dict[str, float]:
-    """The same signed message from strangers, looked at or not; the DNS (unbound) is asked once."""
+    """The same signed message from unauthenticated clients, with and without verification; the DNS (unbound) is queried once."""
     found, messages = {}, int(4000 * scale)
     with tempfile.TemporaryDirectory() as name:
         key = load_key(key_in(Path(name)).model_copy(update={"domain": "b.test"}))
-        text = with_signature(key, HEADER.replace(b"b.example", b"b.test") + LINE * (4096 // len(LINE)))
+        message = with_signature(key, HEADER.replace(b"b.example", b"b.test") + LINE * (4096 // len(LINE)))
         record = zone_line("s._domainkey.b.test", record_of(key))
         records = [record, 'b.test. TXT "v=spf1 ip4:127.0.0.1 -all"', '_dmarc.b.test. TXT "v=DMARC1; p=reject"']
         with nameserver_with(Path(name), records) as nameserver:
-            for label, more in (("not looked at, us", "false"), ("looked at, us", "true")):
+            for label, more in (("not verified, us", "false"), ("verified, us", "true")):
                 networks = ('relay.networks=["192.0.2.1/32"]', 'relay.domains=["d.example"]')
                 settings_of = (*networks, f'delivery.nameservers=["{nameserver}"]', f"verify.results={more}")
                 sink = Sink()
                 relay = Relaymta(Path(tempfile.mkdtemp(dir=name)), sink.port, 1, settings_of)
-                reused(relay.port, text, 200)
+                reused(relay.port, message, 200)
                 before = cpu_seconds(relay.root)
-                reused(relay.port, text, messages)
+                reused(relay.port, message, messages)
                 wait_for(lambda relay=relay: relay.delivered() >= 200 + messages, 60)  # type: ignore[misc]
                 found[label] = (cpu_seconds(relay.root) - before) / messages * 1e6
                 if more == "true":
@@ -179,28 +179,28 @@ def verified(scale: float) -> dict[str, float]:
     return found
 
 
-def reused(port: int, text: bytes, messages: int, clients: int = 20) -> None:
+def reused(port: int, message: bytes, messages: int, clients: int = 20) -> None:
     """The same message again and again, on so many sessions."""
 
     def client(number: int) -> None:
         with smtplib.SMTP("127.0.0.1", port) as session:
             for _ in range(messages // clients):
-                session.sendmail("a@b.test", ["c@d.example"], text)
+                session.sendmail("a@b.test", ["c@d.example"], message)
 
     side_by_side(client, clients)
 
 
 def hostile() -> dict[str, float]:
-    """Times the time for an octet of ordinary text, in pieces of 64 kB."""
+    """Time per octet, relative to an ordinary body in pieces of 64 kB."""
 
-    def body(text: bytes) -> float:
+    def body(data: bytes) -> float:
         def run() -> None:
             one = BodyHash(True)
-            for start in range(0, len(text), 65536):
-                one.feed(text[start : start + 65536])
+            for start in range(0, len(data), 65536):
+                one.feed(data[start : start + 65536])
             one.finish()
 
-        return timed(run) / len(text)
+        return timed(run) / len(data)
 
     def head(block: bytes) -> float:
         with tempfile.TemporaryDirectory() as name:
@@ -210,7 +210,7 @@ def hostile() -> dict[str, float]:
     ordinary = body(LINE * 125_000)
     usual = head(b"Subject: an ordinary header field of some length, as they are in mail\r\n" * 1000)
     return {
-        "ordinary text, ns an octet": ordinary * 1e9,
+        "ordinary body, ns an octet": ordinary * 1e9,
         "10 MB of spaces in one line": body(b" " * 10_000_000 + b"\r\n") / ordinary,
         "1,000,000 empty lines": body(b"\r\n" * 1_000_000) / ordinary,
         "space and CR in turn, 10 MB": body(b" \r" * 5_000_000) / ordinary,
@@ -251,18 +251,18 @@ def submit(port: int, context: ssl.SSLContext, messages: int, clients: int = 20)
 
 
 def ask(sock: socket.socket, *parts: bytes) -> None:
-    """Say each and read the reply."""
+    """Send each and read its reply."""
     for part in parts:
         if part:
             sock.sendall(part)
-        heard = b""
-        while not heard.endswith(b"\r\n") or heard.splitlines()[-1][3:4] == b"-":
+        reply = b""
+        while not reply.endswith(b"\r\n") or reply.splitlines()[-1][3:4] == b"-":
             piece = sock.recv(4096)
             if not piece:
-                raise ConnectionError(heard.decode())
-            heard += piece
-        if heard[:1] not in b"23":
-            raise ConnectionError(heard.decode())
+                raise ConnectionError(reply.decode())
+            reply += piece
+        if reply[:1] not in b"23":
+            raise ConnectionError(reply.decode())
 
 
 def tls(scale: float) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def tls(scale: float) -> dict[str, Any]:
     return found | {"share of Postfix's": found["relaymta"]["cpu_us"] / found["Postfix"]["cpu_us"]}
 
 
-# 200 guesses a second, 4 from each of 50 addresses, each on a connection of its own that waits for its reply for two seconds.
+# 200 login attempts a second, 4 from each of 50 addresses, each on its own connection, which waits two seconds for the reply.
 ATTACKER = """
 import base64, collections, random, socket, sys, time
 port, count = int(sys.argv[1]), int(200 * float(sys.argv[2]))
@@ -310,8 +310,8 @@ for number in range(count):
     try:
         sock.connect(("127.0.0.1", port))
         sock.recv(200)
-        text = base64.b64encode(f"\\0user{random.randrange(100)}\\0{random.random()}".encode())
-        sock.sendall(b"EHLO attacker\\r\\nAUTH PLAIN " + text + b"\\r\\n")
+        response = base64.b64encode(f"\\0user{random.randrange(100)}\\0{random.random()}".encode())
+        sock.sendall(b"EHLO attacker\\r\\nAUTH PLAIN " + response + b"\\r\\n")
     except OSError:
         pass
     waiting.append(sock)
@@ -321,7 +321,7 @@ for number in range(count):
 
 
 def attack(seconds: float) -> dict[str, Any]:
-    """Guesses from 50 addresses beside mail, and people with the right password from others."""
+    """Brute force from 50 addresses beside mail, and logins with the right password from other addresses."""
     with tempfile.TemporaryDirectory() as name:
         folder, sink = Path(name), Sink()
         accounts = folder / "accounts.toml"
@@ -329,8 +329,8 @@ def attack(seconds: float) -> dict[str, Any]:
         config.write_text(f'[[listener]]\naddress = "127.0.0.1:1"\n[accounts]\nfile = "{accounts}"\n')
         command = [sys.executable, "-m", "relaymta", "user", "add", "right", "--password", "secret", "-c", str(config)]
         subprocess.run(command, check=True, capture_output=True)
-        door = ',auth="may",auth_in_clear=true'
-        relay = Relaymta(folder, sink.port, 1, (f"accounts.file={accounts}", "accounts.remember=0"), listener=door)
+        endpoint = ',auth="may",auth_in_clear=true'
+        relay = Relaymta(folder, sink.port, 1, (f"accounts.file={accounts}", "accounts.remember=0"), listener=endpoint)
         before = accepting(relay, lambda: time.sleep(seconds))
         memory = resident(relay.root)
         logins: list[float] = []
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["signed", "verified", "hostile", "tls", "attack"])
     options = parser.parse_args()
     if os.geteuid():
-        sys.exit("Postfix wants root")
+        sys.exit("Postfix needs root")
     parts = {
         "signed": lambda: signing(options.scale),
         "verified": lambda: verified(options.scale),

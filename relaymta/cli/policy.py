@@ -1,0 +1,119 @@
+"""`relaymta policy`: hold and bounce policies, for mail in the queue and for mail that arrives while they are in effect."""
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import click
+
+from relaymta.cli.console import say, say_json
+from relaymta.cli.peer import Offline, as_json, asked, connect, when
+from relaymta.cli.queue import change, pages
+from relaymta.cli.serve import configured, fail
+from relaymta.config import Config, parse_duration
+
+__all__ = ["policy", "standing"]
+
+# What happens to mail, and the verb of the queue that applies the policy to queued mail: it is held, or due at once.
+POLICIES = {"hold": ("held", "policy"), "bounce": ("returned to its sender", "flush")}
+
+
+@click.group()
+def policy() -> None:
+    """Hold or bounce mail for a time, both queued and new mail."""
+
+
+def _seconds(duration: str, until: str) -> float:
+    """The duration of a policy in seconds, from --for or --until; ends the program if they are malformed."""
+    if not until:
+        try:
+            return parse_duration(duration)
+        except ValueError as error:
+            fail(64, f"--for {duration}: expected {error}")
+    try:
+        clock = datetime.strptime(until, "%H:%M").time()
+    except ValueError:
+        fail(64, f'--until {until}: expected a time of day such as "18:00"')
+    now = datetime.now().astimezone()
+    moment = datetime.combine(now.date(), clock, now.tzinfo)
+    return ((moment if moment > now else moment + timedelta(days=1)) - now).total_seconds()
+
+
+def _add(kind: str, sentence: str, reason: str) -> None:
+    @policy.command(name=kind, help=sentence)
+    @click.option("--app", "application", default="", metavar="APP", help="Mail of this application.")
+    @click.option("--route", default="", metavar="NAME", help="Mail with this route.")
+    @click.option("--queue", default="", metavar="NAME", help="Mail in this queue, as `queue summary` names it.")
+    @click.option("--from", "sender", default="", metavar="ADDRESS", help="Mail from this sender.")
+    @click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="Mail to this domain.")
+    @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
+    @click.option("--until", default="", metavar="HH:MM", help="Until this time of day (local time), instead of --for.")
+    @click.option("--reason", default=reason, help="Shown by `explain` and `list`; of a bounce policy, also in the DSN.")
+    @click.option("--dry-run", is_flag=True, help="Only count the queued messages that match.")
+    @configured
+    def command(
+        read: Callable[..., Config], duration: str, until: str, reason: str, dry_run: bool, **chosen: str
+    ) -> None:  # fmt: skip
+        given = {key: value for key, value in chosen.items() if value}
+        if not given:
+            fail(64, f"which mail? Give --app, --route, --queue, --from or --domain: relaymta policy {kind} --help")
+        if any(" " in value for value in given.values()):
+            fail(64, "the conditions of a policy must not have spaces in them")
+        seconds = _seconds(duration, until)
+        about = " ".join(f"{key}={value}" for key, value in sorted(given.items()))
+        peer = connect(read)
+        if isinstance(peer, Offline):
+            fail(69, "the daemon is not running (start it with `relaymta serve`)")
+        done, verb = POLICIES[kind]
+        if dry_run:
+            count = sum(len(idents) for _, idents, _ in pages(peer, given))
+            say(f"{count} queued messages would be {done}, and new mail that matches; nothing was changed")
+            return
+        asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
+        found = change(peer, verb, [given], dry_run)
+        ends = when(time.time() + seconds)
+        say(f"mail with {about} is {done}, ends {ends}; {found['changed']} queued messages were {done}")
+        say(f'`relaymta policy remove {kind} "{about}"` ends it')
+
+
+_add("hold", "Hold mail: no attempts, no expiry, until the policy ends.", "held by the operator")
+_add("bounce", "Bounce mail: return it to its senders.", "returned by the operator")
+
+
+@policy.command(name="list")
+@as_json
+@configured
+def list_policies(read: Callable[..., Config], as_json: bool) -> None:
+    """List the policies in effect."""
+    policies = [state for state in asked(connect(read), "site_states") if state["kind"] in POLICIES]
+    if as_json:
+        say_json([_policy(state) for state in policies])
+        return
+    for state in policies:
+        say(f"{state['kind']} {state['site']}, since {when(state['since'])}, ends {when(state['until'])}: {state['reason']}")
+    if not policies:
+        say("no policy is in effect")
+
+
+def _policy(state: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": state["kind"], "about": state["site"], **{key: state[key] for key in ("since", "until", "by", "reason")}}
+
+
+@policy.command()
+@click.argument("kind", type=click.Choice(list(POLICIES)))
+@click.argument("about")
+@configured
+def remove(read: Callable[..., Config], kind: str, about: str) -> None:
+    """End a policy, by its kind and the mail that it is about, as `policy list` shows them. Mail that it held is released."""
+    if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
+        fail(1, f"there is no policy to {kind} {about} (`relaymta policy list`)")
+    say(f"the policy to {kind} {about} has ended")
+
+
+def _warn() -> None:
+    say("relaymta: 'standing' is called 'policy' now and will go", err=True)
+
+
+# The name of 0.1, kept for one version.
+standing = click.Group("standing", commands=policy.commands, callback=_warn, help=policy.help, hidden=True)
