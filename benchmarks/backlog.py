@@ -19,9 +19,9 @@ import uvloop
 
 from benchmarks.run import Load, Relaymta, Sink, cpu_seconds, measure
 from relaymta.proto.envelope import Envelope, Placement, QueueName
-from relaymta.queue import Events, Queue, QueueSettings, wall_ms
+from relaymta.queue import Events, Null, Queue, QueueSettings, wall_ms
+from relaymta.queue.change import Change
 from relaymta.queue.segments import COLD
-from relaymta.queue.store import Change
 from tests.support.daemon import wait_for
 
 MESSAGE = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"
@@ -31,9 +31,9 @@ BACKLOG = QueueName("smarthost", "")
 
 async def fill(spool: Path, messages: int, spread: float, shard: int = 0, name: QueueName = BACKLOG) -> None:
     """Put messages into a shard as if each had been deferred once."""
-    queue = Queue(spool, shard, QueueSettings("bench"), lambda envelope, attempts: [(name, None)], lambda entry: None, Events())
+    queue = Queue(spool, shard, QueueSettings("bench"), lambda envelope, attempts: [(name, None)], Null(), Events())
     await queue.start()
-    queue.schedule.paused = True
+    queue.entries.paused = True
 
     def slice_of(change: Change) -> None:
         row = change.row(name)

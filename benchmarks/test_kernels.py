@@ -10,7 +10,7 @@ from relaymta._speedups.replies import Replies
 from relaymta._speedups.smtp import Parser
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.smtp_client import stuff
-from relaymta.queue import Events, Queue, QueueSettings, wall_ms
+from relaymta.queue import Events, Null, Queue, QueueSettings, wall_ms
 from relaymta.queue.ident import format_id
 
 ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
@@ -55,16 +55,20 @@ def test_commit_group(benchmark, tmp_path: Path, group):
     loop = uvloop.new_event_loop()
     ended: list[object] = []
 
+    class Delivers(Null):
+        def offer(self, entry) -> None:
+            queue.begin(entry)
+            queue.finish(entry, None)
+
+        def awake(self, name: QueueName) -> bool:
+            return True
+
     class Quiet(Events):
         def ended(self, outcome) -> None:
             ended.append(outcome)
 
     async def open_queue() -> Queue:
-        def offer(entry) -> None:
-            entry.in_flight = True
-            queue.finish(entry, None)
-
-        queue = Queue(tmp_path, 0, QueueSettings("bench"), lambda *_: [(QueueName("bench", ""), None)], offer, Quiet())
+        queue = Queue(tmp_path, 0, QueueSettings("bench"), lambda *_: [(QueueName("bench", ""), None)], Delivers(), Quiet())
         await queue.start()
         return queue
 

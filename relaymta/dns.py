@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiodns
@@ -53,7 +54,7 @@ class Records:
 class _OnLoop(aiodns.DNSResolver):
     """c-ares on the event loop instead of in its own thread, as aiodns does where threads are not available: with a thread, each
     answer must acquire the GIL (117 us of CPU a query instead of 45; delivery to 10,000 domains: 389 us a message instead of
-    265). Without the thread c-ares does not monitor resolv.conf: `Resolver.reload` reads it again."""
+    265). Without the thread c-ares does not monitor resolv.conf: `Resolver.reconfigure` reads it again."""
 
     def _make_channel(self, **options: Any) -> tuple[bool, pycares.Channel]:
         weak = weakref.WeakMethod(self._sock_state_cb)
@@ -84,8 +85,9 @@ class Resolver:
         count: Callable[[str], None] = lambda what: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._own = bool(nameservers)
-        self._resolver = _OnLoop(nameservers=nameservers or None, timeout=5.0, tries=2)
+        self._nameservers = list(nameservers or [])
+        self._resolver = _on_loop(self._nameservers)
+        self._retiring: set[asyncio.Task[None]] = set()
         self._count = count
         self.now = now
         self._known: dict[tuple[str, str], Records] = {}
@@ -138,8 +140,12 @@ class Resolver:
             # A task of its own, shielded: a caller that is cancelled or times out must not end the query of the other callers
             # that wait for it.
             asked = self._asking[key] = asyncio.get_running_loop().create_task(self._question(name, kind))
-            asked.add_done_callback(lambda _: self._asking.pop(key, None))
+            asked.add_done_callback(partial(self._answered, key))
         return await asyncio.shield(asked)
+
+    def _answered(self, key: tuple[str, str], asked: asyncio.Task[Records]) -> None:
+        if self._asking.get(key) is asked:  # not one that `reconfigure` has replaced
+            del self._asking[key]
 
     async def _question(self, name: str, kind: str) -> Records:
         """Send a query. Its callers get an answer even where the task is cancelled."""
@@ -150,11 +156,12 @@ class Resolver:
 
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
         """Send a query, and cache the answer. `aliases`: the number of CNAMEs that are followed at most."""
+        resolver = self._resolver
         ttl: float = FAILURE_SECONDS
         error: DnsFailure | NoSuchName | NoData | None = None
         values: list[Any] = []
         try:
-            result = await self._resolver.query_dns(name, kind)
+            result = await resolver.query_dns(name, kind)
             # For an alias the answer is a chain of CNAMEs, followed by the records of the canonical name; where the server does
             # not have these, the resolver must query for them (RFC 1034 3.6.2).
             values = [_value(kind, record.data) for record in result.answer if _is_a(kind, record)]
@@ -163,7 +170,7 @@ class Resolver:
             if not values and chain and aliases:
                 # Not a shared query: in a loop of aliases it would wait for itself.
                 end = await self._query(chain[-1], kind, aliases - 1)
-                return self._keep(name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
+                return self._kept(resolver, name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
             if not values:
                 error, ttl = NoData(name), NEGATIVE_SECONDS
         except aiodns.error.DNSError as failure:
@@ -175,7 +182,12 @@ class Resolver:
         except Exception as failure:  # an invalid name, or an answer that cannot be decoded: both come from outside
             values, error = [], DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
             ttl = FAILURE_SECONDS
-        return self._keep(name, kind, Records(values, error, self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))))
+        until = self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))
+        return self._kept(resolver, name, kind, Records(values, error, until))
+
+    def _kept(self, resolver: _OnLoop, name: str, kind: str, records: Records) -> Records:
+        """Cache an answer, unless the nameservers that gave it were replaced meanwhile."""
+        return self._keep(name, kind, records) if resolver is self._resolver else records
 
     def _keep(self, name: str, kind: str, records: Records) -> Records:
         was = self._known.pop((name, kind), None)
@@ -198,18 +210,45 @@ class Resolver:
         self._known = dict(reversed(kept))
         self._octets = sum(map(_octets, self._known.values()))
 
-    def reload(self) -> None:
-        """Read the system's nameservers again, where none are configured."""
-        if not self._own:
-            self._resolver.reread()
+    def reconfigure(self, nameservers: list[str]) -> bool:
+        """Use these nameservers (as for `Resolver`) for all queries from now on; those of the system are read again. When they
+        differ, which is returned, cached answers are forgotten, and queries under way end at the old ones."""
+        if nameservers == self._nameservers:
+            if not nameservers:
+                self._resolver.reread()
+            return False
+        replaced, self._resolver = self._resolver, _on_loop(nameservers)
+        self._nameservers = list(nameservers)
+        task = asyncio.get_running_loop().create_task(_retire(replaced, list(self._asking.values())))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        self._asking.clear()
+        self._known.clear()
+        self._octets = 0
+        return True
 
     async def close(self) -> None:
         """Cancel queries under way (their callers get DnsFailure), and close c-ares."""
-        asked = list(self._asking.values())
+        asked = [*self._asking.values(), *self._retiring]
         for question in asked:
             question.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
         await self._resolver.close()
+
+
+def _on_loop(nameservers: list[str]) -> _OnLoop:
+    return _OnLoop(nameservers=nameservers or None, timeout=5.0, tries=2)
+
+
+async def _retire(resolver: _OnLoop, asked: list[asyncio.Task[Records]]) -> None:
+    """Close a resolver that was replaced, after its last answer; at once when cancelled."""
+    try:
+        if asked:
+            await asyncio.wait(asked)
+    finally:
+        for question in asked:
+            question.cancel()
+        await resolver.close()
 
 
 def _octets(records: Records) -> int:

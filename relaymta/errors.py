@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Iterable
 
 __all__ = [
-    "ConfigError", "Failure", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "check_all", "redacted", "store_error", "told"
+    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Failure", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "check_all",
+    "redacted", "store_error", "told",
 ]  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST = 1000  # characters of a cause that are kept
+US, PEER, NETWORK, DNS = "us", "peer", "network", "dns"  # whose fault it is; `us`: this machine or its configuration
 
 # What is removed from a cause: userinfo and query of a URL, tokens, and values whose names mean that they are secret.
 _SECRETS = (
@@ -34,14 +36,15 @@ class RelayError(Exception):
 
 
 class Failure(RelayError):
-    """A failure with two texts. `public`: for peers and senders, in replies and DSNs; it has no path, URL or internal error.
-    str(): the cause, for the log, `explain` and operators, without secrets. `inside`: the cause where it differs from `public`,
-    else ""."""
+    """A failure on a message's way, from connecting to the DSN. `public`: the sentence for outsiders (peers and senders), in
+    replies and DSNs; it has no path, URL or internal error. `cause`: what operators read, in the log and `explain`, without
+    secrets; "" where it is the same. str(): the cause, else the sentence. `fault`: whose it is (US, PEER, NETWORK or DNS)."""
 
-    def __init__(self, public: str, inside: str = "") -> None:
+    def __init__(self, public: str, cause: str = "", fault: str = US) -> None:
         self.public = public
-        self.inside = redacted(inside)
-        super().__init__(self.inside or self.public)
+        self.cause = redacted(cause)
+        self.fault = fault
+        super().__init__(self.cause or self.public)
 
 
 def redacted(text: str) -> str:
@@ -58,7 +61,7 @@ def told(why: str | Exception) -> tuple[str, str]:
     if isinstance(why, str):
         return why, ""
     if isinstance(why, Failure):
-        return why.public, why.inside
+        return why.public, why.cause
     return "internal error", redacted(f"{type(why).__name__}: {why}")
 
 

@@ -1,7 +1,8 @@
 """The log: one JSON object a line, one for each change of a message's state (docs/log.md has the schema).
 
 Records pass through a bounded buffer to a thread, so that a slow disk or pipe never delays mail: what does not fit is dropped and
-counted, and the count is logged once records can be written again.
+counted. The thread writes to the log and to the history, each of which drops and counts what it cannot write. The counts are
+logged once records can be written again.
 """
 
 import mmap
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ BUFFER = 50_000  # records
 EVENTS: dict[str, tuple[str, ...]] = {
     "started": ("pid", "listeners"),
     "stopped": ("reason",),
+    "reloaded": ("applied", "restart"),
     "warning": ("text",),
     "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application"),
     "login": ("client", "user", "good", "reply"),
@@ -33,7 +36,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),
     "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "dsn", "attempt"),
-    "site": ("route", "state", "reason", "until"),
+    "site": ("route", "state", "reason", "fault", "until"),
     "shaping": ("site", "tenant", "action", "by", "reply", "until"),
     "store": ("state", "reason"),
 }
@@ -65,9 +68,15 @@ _KEPT = frozenset(_RECORDS[name] for name in _OF_MESSAGES)
 _encode = msgspec.json.Encoder().encode
 
 
-def _line(record: msgspec.Struct) -> bytes:
-    """A record as a line of JSON, for one that has lone surrogates (octets that are not UTF-8) in it."""
-    return _encode(_sound(msgspec.to_builtins(record))) + b"\n"
+_NEWLINE = 0x0A
+
+
+def _lines(records: list[msgspec.Struct]) -> list[bytes]:
+    """Records as lines of JSON. Lone surrogates in them (octets that are not UTF-8) are replaced."""
+    try:
+        return [_encode(record) + b"\n" for record in records]
+    except UnicodeEncodeError:
+        return [_encode(_sound(msgspec.to_builtins(record))) + b"\n" for record in records]
 
 
 def _sound(value: Any) -> Any:
@@ -99,8 +108,8 @@ class History:
         path = self._folder / f"{self._worker}.{self._number}.jsonl"
         return append_to(path, 0o600)
 
-    def write(self, text: bytes) -> None:
-        """Append whole lines; when the file is full, begin another and remove the oldest. OSError."""
+    def write(self, text: bytes) -> int:
+        """Append lines; when the file is full, begin another and remove the oldest. The octets written; OSError."""
         if self._size + len(text) > self._most and self._size:
             os.close(self._descriptor)
             self._number += 1
@@ -108,7 +117,9 @@ class History:
             for path in self._folder.glob(f"{self._worker}.*.jsonl"):
                 if int(path.suffixes[0][1:]) <= self._number - self.FILES:
                     path.unlink(missing_ok=True)
-        self._size += os.write(self._descriptor, text)
+        written = os.write(self._descriptor, text)
+        self._size += written
+        return written
 
 
 def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
@@ -133,6 +144,31 @@ def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: float(event["ts"]))
 
 
+class _Sink:
+    """Where lines are written: the log, or the history. `write(octets)` returns how many were written, or raises OSError. Used by
+    the log's thread only, but for reading `dropped`."""
+
+    def __init__(self, write: Callable[[bytes], int]) -> None:
+        self._write = write
+        self._cut = False  # the last line is incomplete
+        self.dropped = 0  # lines
+
+    def write(self, lines: list[bytes], warnings: list[bytes]) -> bool:
+        """Write lines, then warnings (lines that are not counted); what cannot be written is dropped. Whether all were
+        written."""
+        text = printable_json(b"".join(lines + warnings))
+        if self._cut and text:
+            text = b"\n" + text
+        try:
+            while text:
+                written = self._write(text)
+                self._cut = text[written - 1] != _NEWLINE
+                text = text[written:]
+        except OSError:
+            self.dropped += min(max(0, text.count(b"\n") - len(warnings)), len(lines))
+        return not text
+
+
 class Log:
     """The log of one process. `file`: path, "-" for standard error. `worker`: the number of the process in each record, -1 for
     the supervisor. `history`: gets the events of messages, too."""
@@ -140,15 +176,26 @@ class Log:
     def __init__(self, file: str, worker: int, history: History | None = None) -> None:
         self._file = file
         self._worker = worker
-        self._history = history
         self._descriptor = self._open()
+        self._log = _Sink(lambda text: os.write(self._descriptor, text))
+        self._history = _Sink(history.write) if history is not None else None
         self._pending: deque[msgspec.Struct] = deque()  # one thread appends, the other takes from the front
         self._wanted = threading.Event()
         self._closing = False
-        self.dropped = 0
+        self._refused = 0  # records that the buffer had no room for
         self.muted = False  # drop all records: the disk space is needed for mail
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """The number of records that are missing in the log."""
+        return self._refused + self._log.dropped
+
+    @property
+    def history_dropped(self) -> int:
+        """The number of records that could not be written to the history, which are in the log."""
+        return self._history.dropped if self._history is not None else 0
 
     def _open(self) -> int:
         if self._file == "-":
@@ -161,38 +208,33 @@ class Log:
         buffer is full."""
         pending = self._pending
         if self.muted or len(pending) >= BUFFER:
-            self.dropped += 1
+            self._refused += 1
             return
         pending.append(_RECORDS[name](time.time(), self._worker, **fields))
         if len(pending) == 1:
             self._wanted.set()
 
     def _write(self) -> None:
-        reported = 0
+        reported = (0, 0)
         while True:
             self._wanted.wait()
             self._wanted.clear()
             time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
-            if self.dropped > reported:
-                lost = f"{self.dropped - reported} log records dropped: they could not be written"
-                batch.append(_RECORDS["warning"](time.time(), self._worker, text=lost))
-                reported = self.dropped
-            try:
-                lines = [_encode(record) + b"\n" for record in batch]
-            except UnicodeEncodeError:
-                lines = [_line(record) for record in batch]
-            text = printable_json(b"".join(lines))
-            try:
-                if self._history is not None:
-                    kept = (line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT)
-                    self._history.write(printable_json(b"".join(kept)))
-                while text:
-                    text = text[os.write(self._descriptor, text) :]
-            except OSError:
-                self.dropped += len(batch)
+            lines = _lines(batch)
+            if self._history is not None:
+                self._history.write([line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT], [])
+            missing = self.dropped, self.history_dropped
+            if self._log.write(lines, _lines(self._lost(missing, reported))):
+                reported = missing
             if self._closing and not self._pending:
                 return
+
+    def _lost(self, missing: tuple[int, int], reported: tuple[int, int]) -> list[msgspec.Struct]:
+        """The warnings about records that were dropped since the last ones. Both: in the log, and in the history."""
+        what = ("log records dropped: they could not be written", "records of the history dropped: they could not be written")
+        new = [(now - before, text) for now, before, text in zip(missing, reported, what, strict=True) if now > before]
+        return [_RECORDS["warning"](time.time(), self._worker, text=f"{count} {text}") for count, text in new]
 
     def shares_disk_with(self, path: Path) -> bool:
         """Whether the log is a file on the file system of `path`."""

@@ -1,33 +1,55 @@
-"""Memory use, as a share of `limits.memory` or of the cgroup's limit."""
+"""Memory use, as a share of `limits.memory` or of the cgroup's limit.
+
+Pages of files are not counted, although a process or cgroup is charged for them while they are mapped or cached: whoever lists a
+queue maps all of its tables (LMDB), and the kernel frees such pages when memory is needed.
+"""
 
 import os
-import resource
 from pathlib import Path
 
 __all__ = ["REFUSE", "TIGHT", "share"]
 
 TIGHT = 0.8  # above this share no message data is kept in memory
 REFUSE = 0.95  # above this share new mail is temporarily rejected
-_PAGE = resource.getpagesize()
+_CGROUPS = Path("/sys/fs/cgroup")
+# What is freed on demand, in memory.stat (cgroup v2). Files in tmpfs are not among it.
+_RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def share(limit: int, workers: int) -> float:
     """The memory of this process as a share of its part of `limit` (octets of all `workers`). With no limit (0): the memory of
     the cgroup as a share of its limit; 0.0 when it has none."""
-    if limit:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE * workers / limit
+    return anonymous() * workers / limit if limit else _of_cgroup(_cgroup())
+
+
+def anonymous(process: int | str = "self") -> int:
+    """The octets of a process that are its own and of no file; 0 when it has ended but was not waited for. OSError when it does
+    not exist. Shared memory is left out: ours is 3 MB for all processes, and tables of a spool in tmpfs would count."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cgroup() -> Path:
+    """The folder of our cgroup, or of the nearest one above it that has a limit."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        folder = Path("/sys/fs/cgroup" + os.path.normpath("/" + group))
-        while not (folder / "memory.max").exists() and folder != Path("/sys/fs/cgroup"):
-            folder = folder.parent
+    except OSError:
+        return _CGROUPS
+    folder = Path(str(_CGROUPS) + os.path.normpath("/" + group))
+    while not (folder / "memory.max").exists() and folder != _CGROUPS:
+        folder = folder.parent
+    return folder
+
+
+def _of_cgroup(folder: Path) -> float:
+    try:
         most = (folder / "memory.max").read_text().strip()
         if most == "max":
             return 0.0
         used = int((folder / "memory.current").read_text())
-        for line in (folder / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):  # page cache, which the kernel frees on demand
-                used -= int(line.split()[1])
-        return used / int(most)
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return (used - sum(int(counts.get(name, 0)) for name in _RECLAIMABLE)) / int(most)
     except (OSError, ValueError):
         return 0.0

@@ -160,6 +160,11 @@ class Counters:
         """Set a gauge; the fraction is dropped."""
         self.cells.set(_gauge[name], int(value))
 
+    def clear_gauges(self) -> None:
+        """Set all gauges to 0, of a worker that has died. Its counters stay."""
+        for cell in _gauge.values():
+            self.cells.set(cell, 0)
+
 
 def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:
     """Metrics of single sites and accounts as prometheus_client metric families, from rows of `site list --json` and of

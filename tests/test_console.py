@@ -135,7 +135,7 @@ def test_no_verb_lets_a_peer_act_on_the_terminal(tmp_path):
             relay.send(data.encode(), "a@b", "c@d")
             (deferred,) = wait_for(lambda: relay.events("deferred"))
             ident, own = deferred["id"], ("--spool", str(relay.spool))
-            relay.cli("site", "suspend", "", "--app", "news", "--reason", "because \x1b[31m\u202e\ninjected")
+            relay.cli("site", "suspend", "--app", "news", "--reason", "because \x1b[31m\u202e\ninjected")
             verbs = [["queue", "list"], ["queue", "summary"], ["message", "show", ident], ["message", "explain", ident],
                      ["message", "history", ident], ["site", "list"], ["shaping", "active"], ["status"]]  # fmt: skip
             for verb in verbs:

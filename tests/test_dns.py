@@ -162,3 +162,22 @@ async def test_an_invalid_name_is_a_failure_for_all_callers(asked, name):
     found = await asyncio.gather(*(asked.resolver.mx(name) for _ in range(3)), return_exceptions=True)
     assert [type(error) for error in found] == [DnsFailure] * 3
     assert asked.resolver._asking == {}
+
+
+async def test_other_nameservers_answer_from_now_on_and_the_old_ones_finish(asked, monkeypatch):
+    """A query under way is answered, but not from the cache afterwards; the old channel is closed after it."""
+    old = asked.resolver._resolver
+    assert not asked.resolver.reconfigure(asked.resolver._nameservers) and asked.resolver._resolver is old
+    under_way = asyncio.create_task(asked.resolver.values("mx.test", "A"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert asked.resolver.reconfigure(["192.0.2.53"]) and asked.resolver._resolver is not old
+    closed = asyncio.Event()
+
+    async def close() -> None:
+        closed.set()
+
+    monkeypatch.setattr(old, "close", close)
+    assert await under_way == ["127.0.0.1"]
+    await asyncio.wait_for(closed.wait(), 60)
+    assert ("mx.test", "A") not in asked.resolver._known and not asked.resolver._asking

@@ -1,4 +1,15 @@
-"""The history of messages, which is kept in addition to the log."""
+"""The log, and the history of messages, which is kept in addition to it."""
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from relaymta.log import History, Log, find_history
 
@@ -24,3 +35,79 @@ def test_only_events_of_messages_are_kept_in_order(tmp_path):
     log.close()
     assert [event["event"] for event in find_history(tmp_path / "history", "ONE")] == ["queued", "delivered"]
     assert (tmp_path / "log").read_text().count("\n") == 3
+
+
+def queued(log: Log, ident: str, sender: str = "a") -> None:
+    log.event("queued", id=ident, sender=sender, recipients=["b"], size=1, client="", helo="", user="", application="")
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_bytes().splitlines() if line]
+
+
+def warnings(file: Path) -> list[str]:
+    return [record["text"] for record in records(file) if record["event"] == "warning"]
+
+
+def test_a_full_disk_under_the_history_takes_nothing_from_the_log(tmp_path):
+    history = History(tmp_path / "history", 0, 1 << 20)
+    disk, history._descriptor = history._descriptor, os.open("/dev/full", os.O_WRONLY)
+    log = Log(str(tmp_path / "log"), 0, history)
+    for number in range(20):
+        queued(log, f"A{number}")
+    wait(lambda: log.history_dropped == 20)
+    history._descriptor = disk
+    queued(log, "B")
+    log.close()
+    assert [record["id"] for record in records(tmp_path / "log") if "id" in record] == [*(f"A{n}" for n in range(20)), "B"]
+    assert sum(int(text.split()[0]) for text in warnings(tmp_path / "log") if "history" in text) == 20
+    assert log.dropped == 0
+    assert [len(find_history(tmp_path / "history", ident)) for ident in ("A3", "B")] == [0, 1]
+
+
+def test_a_full_disk_under_the_log_takes_nothing_from_the_history(tmp_path):
+    log = Log("/dev/full", 0, History(tmp_path / "history", 0, 1 << 20))
+    for number in range(20):
+        queued(log, f"A{number}")
+        wait(lambda number=number: log.dropped > number)
+    log._file = str(tmp_path / "log")
+    log.reopen()
+    queued(log, "B")
+    log.close()
+    assert all(find_history(tmp_path / "history", f"A{number}") for number in range(20)) and log.history_dropped == 0
+    assert [record.get("id") for record in records(tmp_path / "log")] == ["B", None]
+    lost = warnings(tmp_path / "log")
+    assert len(lost) == 1 and int(lost[0].split()[0]) == log.dropped == 20, "all that were lost, not those of the last attempt"
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the greatest size of a file; a write beyond it fails, or is short."""
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda octets: resource.setrlimit(resource.RLIMIT_FSIZE, (octets, was[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_line_that_was_cut_short_spoils_no_other(tmp_path, file_limit):
+    """The disk is full in the middle of a line; then there is space again."""
+    log = Log(str(tmp_path / "log"), 0)
+    queued(log, "A", "x" * 500)
+    wait(lambda: (tmp_path / "log").stat().st_size > 500)
+    file_limit(1000)
+    queued(log, "B", "x" * 800)
+    wait(lambda: log.dropped > 0)
+    file_limit(1 << 30)
+    queued(log, "C")
+    log.close()
+    lines = (tmp_path / "log").read_bytes().splitlines()
+    assert [json.loads(line)["event"] for line in (lines[0], *lines[2:])] == ["queued", "queued", "warning"]
+    assert len(lines) == 4 and log.dropped == 1 and lines[3].count(b"1 log records dropped") == 1

@@ -4,6 +4,8 @@ import errno
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relaymta import node
 from relaymta.errors import StoreError
@@ -58,6 +60,64 @@ def test_site_states_are_bounded_and_those_that_end_first_are_dropped(monkeypatc
     assert sorted(int(one.site) for one in states) == list(range(20, 30))
 
 
+def test_who_stores_the_states_hears_of_those_that_are_dropped(monkeypatch):
+    monkeypatch.setattr(node, "MOST", 10)
+    states = SiteStates(state(str(number), seconds=60 + number) for number in range(10))
+    assert states.learn(state("5", seconds=600)) == [], "it replaces one"
+    assert [one.site for one in states.learn(state("more", seconds=100))] == ["0"]
+    assert [one.site for one in states.learn(state("first", seconds=1))] == ["first"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["learn", "learn", "learn", "forget", "sweep", "pass"]), st.integers(0, 9)), max_size=60)
+)
+def test_states_are_those_of_a_plain_model(steps):
+    """`model`: key -> (state, end); what ends first is dropped beyond six."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = [1_000_000]
+        patch.setattr(node, "_boot", lambda: now[0])
+        patch.setattr(node, "_wall", lambda: now[0])
+        patch.setattr(node, "MOST", 6)
+        states = SiteStates()
+        model: dict[tuple[str, str, str], tuple[SiteState, int]] = {}
+        for serial, (verb, number) in enumerate(steps):
+            kind, site = (DEAD if number % 2 else SUSPENDED), str(number)
+            if verb == "learn":
+                end = now[0] + 1000 * (serial * 7 % 50) + serial
+                one = SiteState(kind, site, "", now[0], end, "operator", "")
+                model[one.key] = (one, end)
+                dropped = [key for key, _ in sorted(model.items(), key=lambda pair: pair[1][1])[: max(0, len(model) - 6)]]
+                assert states.learn(one) == [model.pop(key)[0] for key in dropped]
+            elif verb == "forget":
+                assert states.forget(kind, site, "") == model.pop((kind, site, ""), (None, 0))[0]
+            elif verb == "pass":
+                now[0] += 10_000
+            else:
+                ended = [key for key, (_, end) in sorted(model.items(), key=lambda pair: pair[1][1]) if end <= now[0]]
+                assert states.sweep() == [model.pop(key)[0] for key in ended]
+            kept = [one for one, end in model.values() if end > now[0]]
+            assert sorted(states, key=lambda one: one.key) == sorted(kept, key=lambda one: one.key)
+            assert [one for one in kept if one.kind == DEAD] == sorted(
+                states.of(DEAD), key=lambda one: list(model).index(one.key)
+            )
+            assert len(states._ends) <= 2 * len(model) + 1001
+
+
+def test_a_state_costs_the_same_however_many_there_are(monkeypatch):
+    """The CPU time of learning states beyond MOST, at 16 times as many."""
+
+    def seconds(most: int) -> float:
+        monkeypatch.setattr(node, "MOST", most)
+        states = SiteStates(state(str(number), seconds=60 + number) for number in range(most))
+        more = [state(f"more {number}", seconds=10**6 + number) for number in range(50)]
+        began = time.thread_time()
+        for one in more:
+            states.learn(one)
+        return time.thread_time() - began
+
+    assert min(seconds(16_000) for _ in range(4)) < 6 * max(seconds(1000) for _ in range(4))
+
+
 def test_site_states_survive_a_restart(tmp_path):
     store = Store(tmp_path / "node")
     names = ["s", "x" * 600, "x" * 599 + "y"]
@@ -67,6 +127,18 @@ def test_site_states_survive_a_restart(tmp_path):
     again = Store(tmp_path / "node")
     assert sorted(one.site for one in again.load()) == sorted(names)
     again.close()
+
+
+def test_what_was_forgotten_after_it_was_learned_is_not_stored(tmp_path):
+    """The changes of one commit."""
+    store = Store(tmp_path / "node")
+    was, gone, again = state("gone"), state("gone"), state("again")
+    store.write([was, gone, again], [gone, again])
+    assert store.load() == []
+    fresh = state("again", seconds=70)
+    store.write([again, fresh], [again])
+    assert store.load() == [fresh]
+    store.close()
 
 
 def test_a_path_that_cannot_be_a_store_is_an_error(tmp_path):

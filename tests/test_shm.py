@@ -84,19 +84,6 @@ def test_units_that_are_given_back_can_be_taken_again(burst, back):
     assert rates.take("never taken", 0.001) == 0 < rates.take("never taken", 0.001)
 
 
-def test_units_in_a_row_that_another_key_has_taken_over_do_not_count():
-    shared = Shared.create()
-    ours, theirs = shared.limits(0, 2), shared.limits(1, 2)
-    assert ours.take("k", 1)
-    ours.give("k")
-    _, row = ours._known["k"]
-    theirs._known["other"] = (12345, row)
-    theirs._cells.set(row, 12345)  # as a worker whose key hashes to the idle row
-    assert theirs.take("other", 9) and theirs.taken("other") == 1
-    assert ours.taken("k") == 0
-    assert ours.take("k", 1) and (ours.taken("k"), theirs.taken("other")) == (1, 1)
-
-
 def test_without_a_free_row_each_worker_uses_its_share(monkeypatch):
     Clock(monkeypatch)
     shared = Shared.create()

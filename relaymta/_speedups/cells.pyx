@@ -1,7 +1,7 @@
 """Counters and limits in shared memory: 64-bit cells updated with C11 atomics (needs C, so it has no interpreted form).
 
-A `Cells` is a window of a buffer that several processes map. One cell is one int64; `add` is relaxed, reads
-acquire, `set` releases, `compare_swap` is sequentially consistent.
+A `Cells` is a window of a buffer that several processes map. One cell is one int64. All operations are sequentially consistent:
+who changes one cell and then reads another relies on it (shm.py).
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -10,9 +10,9 @@ from libc.stdint cimport int64_t
 cdef extern from *:
     """
     #include <stdint.h>
-    static inline int64_t cell_add(int64_t *p, int64_t n) { return __atomic_add_fetch(p, n, __ATOMIC_RELAXED); }
-    static inline int64_t cell_get(int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void cell_set(int64_t *p, int64_t n) { __atomic_store_n(p, n, __ATOMIC_RELEASE); }
+    static inline int64_t cell_add(int64_t *p, int64_t n) { return __atomic_add_fetch(p, n, __ATOMIC_SEQ_CST); }
+    static inline int64_t cell_get(int64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void cell_set(int64_t *p, int64_t n) { __atomic_store_n(p, n, __ATOMIC_SEQ_CST); }
     static inline int cell_cas(int64_t *p, int64_t was, int64_t now) {
         return __atomic_compare_exchange_n(p, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     }

@@ -1,21 +1,22 @@
 """What a listener offers to its clients: TLS and AUTH, from its settings and the current certificates and accounts."""
 
 import re
-from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relaymta.accept import logins, tls
-from relaymta.accept.logins import Logins
-from relaymta.accept.passwords import Checker
+from relaymta.accept import tls
 from relaymta.accept.tls import Certificates
+from relaymta.auth import logins
+from relaymta.auth.logins import Logins
+from relaymta.auth.passwords import Checker
 from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError, check_all
 from relaymta.filter import keys
-from relaymta.filter.signing import Signer
+from relaymta.filter.keys import Key
+from relaymta.filter.signing import Signer, watched_keys
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.proto.sasl import Keys
@@ -37,6 +38,30 @@ def check(config: Config) -> None:
     check_all(partial(one, config) for one in (tls.check, logins.check, keys.check, _check_recipients))
 
 
+class Parts(NamedTuple):
+    """What is made of a configuration's files."""
+
+    certificates: Certificates
+    keys: list[Watched[Key]]
+    logins: Logins
+    recipients: Watched[frozenset[str] | None]
+    verifier: "Verifier | None"
+
+    def refresh(self) -> None:
+        """Read the files that have changed. Blocks."""
+        self.certificates.refresh()
+        self.logins.watched.refresh()
+        self.recipients.refresh()
+        for key in self.keys:
+            key.refresh()
+
+    @property
+    def problems(self) -> list[str]:
+        """Why files are not in use."""
+        files = [*(key.problem for key in self.keys), self.logins.watched.problem, self.recipients.problem]
+        return [*self.certificates.problems, *filter(None, files)]
+
+
 class Endpoint:
     """The certificates, accounts, DKIM keys and recipient map of one worker. While a file is broken, the version read before
     stays in use."""
@@ -50,24 +75,40 @@ class Endpoint:
         self._rates, self._limits, self._counters, self._log = rates, limits, counters, log
         self._refreshing = False
         self._checker = Checker()
-        self.signer = Signer(config, counters, log, lambda: wall_ms() // 1000)
-        self._take_over(config)
+        self.signer = Signer(counters, log, lambda: wall_ms() // 1000)
+        self._use(self._read(config))
 
-    def configure(self, config: Config) -> None:
-        """Replace the configuration. Blocks while the files are read."""
+    def prepare(self, config: Config) -> Parts:
+        """Read the files of a configuration, for `configure`. Blocks: called on a thread. ConfigError when one is broken."""
+        parts = self._read(config)
+        if parts.problems:
+            raise ConfigError(parts.problems)
+        return parts
+
+    def configure(self, parts: Parts) -> None:
+        """Replace the configuration by a prepared one."""
         replaced = self.logins
-        self._take_over(config)
+        parts.certificates.renew_tickets(self._tickets)  # they may have been renewed since
+        self._use(parts)
         replaced.close()
 
-    def _take_over(self, config: Config) -> None:
-        self.certificates = Certificates(config, self._tickets)
-        self.signer.configure(config)
-        self.verifier = self._verifier(config) if config.verify.results else None
-        self.logins = Logins(config, self._checker, self._rates, self._limits, self._counters, self._log)
+    def _read(self, config: Config) -> Parts:
         path = config.relay.recipients
-        self._recipients = Watched([path] if path else [], lambda: _recipients(path))
+        parts = Parts(
+            Certificates(config, self._tickets),
+            watched_keys(config),
+            Logins(config, self._checker, self._rates, self._limits, self._counters, self._log),
+            Watched([path] if path else [], lambda: _recipients(path)),
+            self._verifier(config) if config.verify.results else None,
+        )
+        parts.refresh()
+        return parts
+
+    def _use(self, parts: Parts) -> None:
+        self._parts = parts
+        self.certificates, self.logins, self.verifier = parts.certificates, parts.logins, parts.verifier
+        self.signer.configure(parts.keys)
         self._reported: set[str] = set()
-        self._refresh()
         self._report()
 
     def renew_tickets(self, keys: bytes) -> None:
@@ -80,38 +121,30 @@ class Endpoint:
 
         return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000)
 
-    def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
-        """What a new session on a listener may use. `assume`: the handler of XCLIENT; None where the client may not use it."""
+    def offers(self, listener: Listener, xclient: bool) -> Offers:
+        """What a new session on a listener may use. `xclient`: the client may use XCLIENT."""
         return Offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
             mechanisms=self.logins.mechanisms if listener.auth != "off" else (),
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
-            assume=assume,
-            keys=self.keys,
+            xclient=xclient,
         )
 
     def keys(self, user: str) -> Keys:
         """SCRAM keys from the current accounts; sessions that began before a reload use them, too."""
         return self.logins.keys(user)
 
-    def refresh(self, loop: Any, threads: Executor) -> None:
+    def refresh(self, loop: Any, threads: Executor | None) -> None:
         """Read changed files, on a thread. Does nothing while that is under way."""
         if not self._refreshing:
             self._refreshing = True
-            loop.run_in_executor(threads, self._refresh).add_done_callback(self._refreshed)
-
-    def _refresh(self) -> None:
-        self.certificates.refresh()
-        self.logins.watched.refresh()
-        self._recipients.refresh()
-        for key in self.signer.watched:
-            key.refresh()
+            loop.run_in_executor(threads, self._parts.refresh).add_done_callback(self._refreshed)
 
     def recipient_exists(self, address: str, domain: str) -> bool:
         """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a map."""
-        known = self._recipients.value
+        known = self._parts.recipients.value
         return known is None or address in known or "@" + domain in known
 
     def _refreshed(self, future: Any) -> None:
@@ -122,8 +155,7 @@ class Endpoint:
     def _report(self) -> None:
         """Log each new and each resolved problem once, and update the gauges."""
         unusable = [key.problem for key in self.signer.watched if key.problem]
-        read = [self.logins.watched.problem, self._recipients.problem]
-        problems = set(filter(None, [*self.certificates.problems, *unusable, *read]))
+        problems = set(self._parts.problems)
         for problem in problems - self._reported:
             self._log.event("warning", text=f"{problem}; what was read before stays in use")
         for problem in self._reported - problems:

@@ -4,13 +4,13 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from relaymta.accept.endpoint import Endpoint
-from relaymta.accept.identity import Identity, group_of
 from relaymta.accept.quota import Quotas
-from relaymta.config import Config, PeerNetwork
-from relaymta.errors import StoreError, StoreFull
+from relaymta.auth.identity import Identity, group_of, plain_address
+from relaymta.config import Config, Listener, PeerNetwork
+from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
@@ -18,12 +18,13 @@ from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date, too_long
 from relaymta.proto.mailbox import Malformed, authors
-from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
+from relaymta.proto.session import Session
+from relaymta.proto.transaction import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["Client", "Intake"]
+__all__ = ["Client", "Intake", "Origin"]
 
 CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
@@ -40,6 +41,7 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 # A local part that a later host could take for a source route: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
+_NOBODY = Identity("")
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -60,6 +62,35 @@ class Client:
     connection_rate: str
     message_rate: str
     recipient_rate: str
+    behind: str = ""  # the address of the proxy whose client this is, where its own is unknown
+
+
+class Origin(NamedTuple):
+    """Where a message comes from, and what follows for it. `identity`: the authenticated user; `may_relay`: the client is
+    authenticated or in a network that may relay; `free`: its recipients need no check."""
+
+    client: Client
+    identity: Identity | None
+    application: str
+    priority: str
+    submission: bool
+    may_relay: bool
+    free: bool
+
+    @classmethod
+    def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
+        """Of a client of a listener."""
+        user = identity if identity is not None else _NOBODY
+        may_relay = identity is not None or client.trusted
+        return cls(
+            client,
+            identity,
+            user.application or client.application or listener.application,
+            user.priority or client.priority or listener.priority,
+            listener.submission,
+            may_relay,
+            may_relay and not (client.message_rate or client.recipient_rate or user.quotas),
+        )
 
 
 @dataclass(slots=True)
@@ -106,7 +137,7 @@ class Intake:
         self._clients: dict[str, Client] = {}
 
     def client(self, address: str) -> Client:
-        """The rules for a client's address."""
+        """The rules for a client's address, as the system or a protocol gives it. ValueError: it is none."""
         known = self._clients.get(address)
         if known is None:
             if len(self._clients) > 10_000:
@@ -119,13 +150,12 @@ class Intake:
         its rights nor its address, which SPF would evaluate."""
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False)
-        return replace(found, address=UNKNOWN, trusted=False, xclient=False, application="", priority="", limits=limits)
+        unknown = replace(found, address=UNKNOWN, behind=found.address, limits=limits)
+        return replace(unknown, trusted=False, xclient=False, application="", priority="")
 
     def _rules(self, address: str) -> Client:
         config = self._config
-        parsed = ipaddress.ip_address(address)
-        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped
+        parsed = plain_address(address)
         own = next((peer for networks, peer in self._peers if parsed in networks), _NO_OVERRIDES)
         trusted = _own_or_general(own.relay, parsed in self._trusted)
         most = config.limits.connections_per_client
@@ -162,36 +192,14 @@ class Intake:
             return reply.STORE_FULL
         return None
 
-    def sender_check(self, identity: Identity) -> Callable[[str, int], bytes | None]:
-        """The check at MAIL for an authenticated user: the reply (550) when their account may not send as this sender, else
-        `accept_sender`."""
-        if not identity.senders:
-            return self.accept_sender
-
-        def check(sender: str, size: int) -> bytes | None:
-            if sender and not identity.may_send_as(sender):
-                return reply.format_reply(550, "5.7.1", f"{identity.name} may not send as <{sender}> (senders of its account)")
-            return self.accept_sender(sender, size)
-
-        return check
-
-    def recipient_check(self, client: Client, identity: Identity | None) -> Callable[[str, Transaction], bytes | None]:
-        """The check at RCPT for a client or an authenticated user: relay rights, then rates and quotas."""
-        limited = bool(client.message_rate or client.recipient_rate or (identity is not None and identity.quotas))
-        free = client.trusted or identity is not None
-        if free and not limited:
-            return _accept_any
-
-        def check(address: str, transaction: Transaction) -> bytes | None:
-            refused = None if free else self._refusal(address)
-            if refused is not None:
-                self.counters.add(RECIPIENTS_REFUSED, 1)
-                self._rejected(client, "", transaction.sender, [address], refused)
-            elif limited:
-                refused = self._spend(client, identity, transaction)
+    def accept_recipient(self, origin: Origin, address: str, transaction: Transaction) -> bytes | None:
+        """The check at RCPT: relay rights, then rates and quotas. The reply that rejects the recipient, or None."""
+        refused = None if origin.may_relay else self._refusal(address)
+        if refused is not None:
+            self.counters.add(RECIPIENTS_REFUSED, 1)
+            self._rejected(origin.client, "", transaction.sender, [address], refused)
             return refused
-
-        return check
+        return self._spend(origin.client, origin.identity, transaction)
 
     def _refusal(self, address: str) -> bytes | None:
         """The reply that rejects a recipient of an unauthenticated client, or None. Postmaster is accepted (RFC 5321 4.5.1)."""
@@ -203,23 +211,23 @@ class Intake:
         return None if self._endpoint.recipient_exists(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
 
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
-        """Take the units of a recipient, and with the first one those of the message, from rates and quotas. The reply when one
-        is used up, or None."""
+        """Take the units of a recipient, and with the first one those of the message, from rates and quotas: all or, when one is
+        used up, none. The reply then, or None."""
         first = not transaction.recipients
-        rates = [("recipient_rate", client.recipient_rate)] if client.recipient_rate else []
-        if first and client.message_rate:
-            rates.insert(0, ("message_rate", client.message_rate))
+        rates = [("message_rate", client.message_rate)] if first else []
+        rates.append(("recipient_rate", client.recipient_rate))
         kinds = () if identity is None else ("messages", "recipients") if first else ("recipients",)
-        for taking in (False, True):  # all units or none: a rejected recipient takes nothing
-            for kind, quota in rates:
-                refused = self.quotas.client(client.group, kind, quota, taking)
+        with self.quotas.units() as units:
+            for kind, rate in rates:
+                refused = units.client(client.group, kind, rate) if rate else None
                 if refused is not None:
                     return refused
             for kind in kinds:
                 assert identity is not None
-                refused = self.quotas.account(identity, kind, 1, transaction, taking)
+                refused = units.account(identity, kind, 1, transaction)
                 if refused is not None:
                     return refused
+            units.keep()
         return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:
@@ -237,11 +245,12 @@ class Intake:
         answered = answer.decode("utf-8", "replace").strip()
         self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=answered)
 
-    def prepend(self, ident: int, transaction: Transaction, client: Client, session: ServerSession,
-                start: bytes, submission: bool, identity: Identity | None) -> list[bytes] | bytes:  # fmt: skip
+    def prepend(
+        self, ident: int, transaction: Transaction, origin: Origin, session: Session, start: bytes
+    ) -> list[bytes] | bytes:
         """The fields to add before a message whose message data begins with `start` (HEADER_SEEN octets suffice); or the reply
         that rejects it. Sets `transaction.headers`."""
-        header = start[: header_end(start)]
+        header, identity = start[: header_end(start)], origin.identity
         if identity is not None and identity.senders:
             refused = _check_authors(identity, header, len(start))
             if refused is not None:
@@ -257,18 +266,18 @@ class Intake:
         name = format_id(ident)
         protocol = "SMTP" if not session.extended else "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
         if session.extended:  # RFC 3848, 6531 4.3
-            protocol += ("S" if session.secure else "") + ("A" if session.user else "")
+            protocol += ("S" if session.secure else "") + ("A" if identity is not None else "")
         recipients = transaction.recipients
         fields = received_field(
             hostname=self.hostname,
             helo=session.helo,
-            client=client.address,
+            client=origin.client.address,
             protocol=protocol,
             ident=name,
             recipient=recipients[0] if len(recipients) == 1 else "",
             seconds=now,
         )
-        if submission:
+        if origin.submission:
             names = field_names(header)
             if b"message-id" not in names:
                 fields += f"Message-ID: <{name}@{self.hostname}>\r\n".encode()
@@ -284,17 +293,14 @@ class Intake:
         self,
         ident: int,
         transaction: Transaction,
+        origin: Origin,
+        helo: str,
         data: list[bytes] | Body,
         size: int,
-        client: Client,
-        helo: str,
-        user: str,
-        application: str,
-        priority: str,
         done: Callable[[StoreError | None], None],
     ) -> None:
-        """Submit a complete message to the queue. `size`: octets, our fields included; `user`: the authenticated user or "";
-        `done(None)` is called once it is synced, `done(error)` if it could not be stored."""
+        """Submit a complete message to the queue. `size`: octets, our fields included; `done(None)` is called once it is synced,
+        `done(error)` if it could not be stored."""
         flags = HELD if transaction.held else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -313,12 +319,12 @@ class Intake:
             flags=flags,
             arrived=wall_ms(),
             deadline=queue.deadline(),
-            client=client.address,
+            client=origin.client.address,
             helo=helo,
-            application=application,
-            priority=priority,
+            application=origin.application,
+            priority=origin.priority,
             headers=transaction.headers,
-            user=user,
+            user=origin.identity.name if origin.identity is not None else "",
         )
         queue.submit(ident, envelope, data, done)
 
@@ -327,7 +333,13 @@ class Intake:
         self.counters.add(REFUSED_FILTER, 1)
         self.log.event("warning", text=f"a message could not be signed and was temporarily rejected: {error}")
 
-    def not_verified(self, error: Exception) -> None:
+    def not_stored(self, error: Exception) -> None:
+        """Count and log a message that was temporarily rejected after an internal error."""
+        self.counters.add(REFUSED_STORE, 1)
+        reason = redacted(f"{type(error).__name__}: {error}")
+        self.log.event("warning", text=f"a message could not be stored and was temporarily rejected: {reason}")
+
+    def not_verified(self, error: BaseException) -> None:
         """Count and log a message of an unauthenticated client that could not be verified (SPF, DKIM, DMARC)."""
         self.counters.add(REFUSED_FILTER, 1)
         reason = f"{type(error).__name__}: {error}"
@@ -368,10 +380,6 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     if foreign is None:
         return None
     return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> (senders of its account)")
-
-
-def _accept_any(address: str, transaction: Transaction) -> bytes | None:
-    return None
 
 
 def _own_or_general(own: T | None, general: T) -> T:

@@ -8,12 +8,9 @@ import socket
 import termios
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from relaymta.auth.identity import plain_address
 from relaymta.proto.proxy import LONGEST, BadHeader, Header, parse
-
-if TYPE_CHECKING:
-    from relaymta.accept.connection import Connection
 
 __all__ = ["SCARCE", "Guarded", "Listening", "ProxyHeaderReader", "client_address", "in_networks", "readable", "unread"]
 
@@ -30,7 +27,7 @@ class Listening:
     server; a call while another is under way leaves that to it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: "Callable[[], Connection]") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
         self._loop = loop
         self._socket = sock
         # Accepted sockets inherit this: TCP's urgent octet stays in the stream. Otherwise it would be missing in FIONREAD and in
@@ -82,18 +79,17 @@ class Listening:
 
 class Guarded(Listening):
     """A listening socket on which TLS or a PROXY header comes before SMTP. Sockets are accepted here, so that a client is
-    identified, and counted or rejected, before the cost of a handshake. `arrived(connection, socket, peer address)` is called for
-    each; `scarce()` when no descriptor is left for the next."""
+    identified, and counted or rejected, before the cost of a handshake. `arrived(socket, peer address)` is called for each;
+    `scarce()` when no descriptor is left for the next."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
-        make: "Callable[[], Connection]",
-        arrived: "Callable[[Connection, socket.socket, str], None]",
+        arrived: Callable[[socket.socket, str], None],
         scarce: Callable[[], None],
     ) -> None:
-        super().__init__(loop, sock, make)
+        super().__init__(loop, sock, asyncio.Protocol)
         self._arrived = arrived
         self._scarce = scarce
         self._listening: socket.socket | None = None
@@ -125,12 +121,12 @@ class Guarded(Listening):
                     return
                 continue  # this client has disconnected
             sock.setblocking(False)
-            self._arrived(self._make(), sock, peer[0])
+            self._arrived(sock, peer[0])
 
 
 def in_networks(peer: str, networks: list[str]) -> bool:
     """Whether an address, as the system gives it, is in one of some networks."""
-    address = _plain(peer)
+    address = plain_address(peer)
     return any(address in ipaddress.ip_network(network) for network in networks)
 
 
@@ -139,15 +135,9 @@ def client_address(header: Header, peer: str) -> str:
     UNKNOWN), no host can have it, or it is a loopback address of the load balancer's machine, not of ours."""
     if not header.address:
         return ""
-    address = _plain(header.address)
+    address = plain_address(header.address)
     invalid = address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255"
-    return "" if invalid or (address.is_loopback and not _plain(peer).is_loopback) else str(address)
-
-
-def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address without its scope; an IPv4-mapped IPv6 address (RFC 4291 2.5.5.2) as IPv4."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+    return "" if invalid or (address.is_loopback and not plain_address(peer).is_loopback) else str(address)
 
 
 def unread(sock: socket.socket) -> int:

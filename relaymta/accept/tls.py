@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from relaymta.accept import tickets
-from relaymta.config import Certificate, Config
+from relaymta.config import Certificate, Config, check_each
 from relaymta.errors import ConfigError
 from relaymta.watch import Watched
 
@@ -77,10 +77,7 @@ class Certificates:
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the certificates' files, read with the rights of the caller."""
-    found = Certificates(config)
-    found.refresh()
-    if found.problems:
-        raise ConfigError(found.problems)
+    check_each("certificate", config.certificate, lambda certificate: _load(certificate, lambda *_: None))
 
 
 def _load(certificate: Certificate, choose: Choose) -> _Loaded:

@@ -328,7 +328,7 @@ def _note_scram(file: _File, with_scram: bool) -> None:
 
 
 def _kept(password: str, with_scram: bool) -> Secret:
-    from relaymta.accept.passwords import PEOPLE_ITERATIONS, argon2id, scram
+    from relaymta.auth.passwords import PEOPLE_ITERATIONS, argon2id, scram
 
     if not password:
         fail(64, "the password is empty")
@@ -389,7 +389,7 @@ def app() -> None:
 @configured
 def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> None:
     """Create an application and its key, which is shown once."""
-    from relaymta.accept.passwords import scram
+    from relaymta.auth.passwords import scram
 
     key = _key()
     account = Account(name=name, secrets=[Secret(hash=scram(key))], application=name, senders=_checked_senders(senders))
@@ -423,7 +423,7 @@ def _records(config: Config, domains: list[str]) -> Iterator[str]:
 @configured
 def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
     """Give an application a new key, which is shown once; its old keys expire after --overlap."""
-    from relaymta.accept.passwords import scram, scram_keys
+    from relaymta.auth.passwords import scram, scram_keys
 
     try:
         until = datetime.now(UTC) + timedelta(seconds=parse_duration(overlap))

@@ -22,28 +22,45 @@ def config() -> None:
 @config.command()
 @configured
 def check(read: Callable[..., Config]) -> None:
-    """Check the configuration and report every problem (exit status 78). Warnings are printed as notes."""
-    from relaymta.accept import endpoint
+    """Check the configuration, and the files, folders and addresses that it names, with the rights of the relay's user. Every
+    problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes. Whether another program uses a
+    port or the spool is not checked: it may be the relay."""
     from relaymta.route import shaping  # imported here: other verbs start in half the time
+    from relaymta.supervisor import checks
 
     config = loaded(read)
-    _as_user(config)
+    made_by_root = _as_user(config)
+    remarks = [*notes(config), *shaping.check(config), *checks.missing_variables(config)]
+    problems = checks.unreadable_secrets(config)
+    if made_by_root is None:
+        remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
+    else:
+        problems += checks.unusable_places(config, made_by_root)
     try:
-        endpoint.check(config)
+        checks.check_files(config)
     except ConfigError as error:
-        fail(78, str(error))
-    for sentence in [*notes(config), *shaping.check(config)]:
+        problems += error.problems
+    if problems:
+        fail(78, "\n".join(problems))
+    for sentence in remarks:
         say(f"note: {sentence}")
     say("the configuration is valid")
 
 
-def _as_user(config: Config) -> None:
-    """Become the user that the relay runs as, to read keys and accounts with its rights."""
-    if config.user and os.geteuid() == 0:
-        try:
+def _as_user(config: Config) -> set[str] | None:
+    """Become the user that the relay runs as, to look at files with its rights: `checks.made_by_root`. None: this is another
+    user, and not root."""
+    from relaymta.supervisor.checks import made_by_root
+
+    try:
+        made = made_by_root(config)
+        if config.user and os.geteuid() == 0:
             become(account(config.user))
-        except ConfigError as error:
-            fail(78, str(error))
+        elif config.user and account(config.user).pw_uid != os.geteuid():
+            return None
+    except ConfigError as error:
+        fail(78, "\n".join(config.located(error.problems)))
+    return made
 
 
 @config.command()

@@ -1,12 +1,17 @@
 """The output of all verbs. Unprintable characters are escaped, so that text from outside cannot control a terminal."""
 
+import codecs
 import json
+import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from relaymta.proto.printable import printable, printable_json
 
-__all__ = ["say", "say_json", "say_json_lines", "say_message", "table"]
+__all__ = ["import_all", "say", "say_json", "say_json_lines", "say_message", "table"]
+
+LINE = 1 << 16  # characters of a line of message data that are collected
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -35,14 +40,40 @@ def say_json_lines(text: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def say_message(data: bytes) -> None:
+def say_message(pieces: Iterable[bytes]) -> None:
     """Write message data: unchanged to a file or pipe; to a terminal line by line, with unprintable characters escaped."""
-    if sys.stdout.isatty():
-        say(*data.decode("utf-8", "backslashreplace").removesuffix("\r\n").split("\r\n"))
-        return
     sys.stdout.flush()
-    sys.stdout.buffer.write(data)
+    if sys.stdout.isatty():
+        _show_message(pieces)
+        return
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
+
+
+def _show_message(pieces: Iterable[bytes]) -> None:
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + decode(piece)).split("\r\n")
+        say(*lines)
+        if len(rest) > LINE:  # the start of a line that has no end yet
+            whole = len(rest) - rest.endswith("\r")
+            _write(sys.stdout, printable(rest[:whole]))
+            rest = rest[whole:]
+    rest += decode(b"", final=True)
+    if rest:
+        say(rest)
+
+
+def import_all() -> None:
+    """Import all that the output may need later."""
+    import rich.console
+    import rich.table
+    import rich.text
+
+    with open(os.devnull, "w") as nowhere:  # rich imports parts of itself when it prints
+        rich.console.Console(file=nowhere).print(rich.table.Table("x"))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

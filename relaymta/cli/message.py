@@ -1,13 +1,14 @@
 """`relaymta message`: show one message, explain why it is in the queue, and its history."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json, say_message
-from relaymta.cli.peer import as_json, asked, connect, number_of, size, when
-from relaymta.cli.serve import configured, fail
+from relaymta.cli.peer import absent, as_json, asked, connect, number_of, read_pieces, size, when
+from relaymta.cli.serve import configured, missing
 from relaymta.config import Config
 
 __all__ = ["message"]
@@ -34,7 +35,7 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
     """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
-        fail(1, f"no message {ident} in the queue (see `relaymta message history {ident}`)")
+        absent(f"no message {ident} in the queue (see `relaymta message history {ident}`)")
     if as_json:
         say_json(found)
         return
@@ -55,10 +56,11 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
 def raw(read: Callable[..., Config], ident: str) -> None:
     """Write the message data, as it will be sent: unchanged to a file or pipe; on a terminal, unprintable characters are
     escaped."""
-    data = asked(connect(read), "raw", ident=ident)
-    if data is None:
-        fail(1, f"no message {ident} in the queue")
-    say_message(data)
+    pieces = read_pieces(connect(read), "raw", ident=ident)
+    first = next(pieces, None)
+    if first is None:
+        absent(f"no message {ident} in the queue")
+    say_message(chain([first], pieces))
 
 
 @message.command()
@@ -71,9 +73,11 @@ def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
     peer = connect(read)
     found = asked(peer, "explain", ident=ident)
     if found is None:
+        if missing():
+            absent(f"no message {ident} in the queue")
         events = asked(peer, "history", ident=ident)
         if not events:
-            fail(1, f"no message {ident} in the queue, and nothing about it in the history")
+            absent(f"no message {ident} in the queue, and nothing about it in the history")
         found = {"id": ident, "state": "gone", "history": events}
     if as_json:
         say_json(found)
@@ -117,7 +121,7 @@ def history(read: Callable[..., Config], ident: str, as_json: bool) -> None:
     """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:
-        fail(1, f"nothing about {ident} in the history")
+        absent(f"nothing about {ident} in the history")
     if as_json:
         for event in events:
             say_json(event)

@@ -1,20 +1,29 @@
 """What answers a verb: the running daemon, or the spool when it is stopped; and the format of values in answers."""
 
+import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from relaymta import control
 from relaymta.cli.console import table
-from relaymta.cli.serve import fail
+from relaymta.cli.serve import fail, missing, note_missing
 from relaymta.config import Config
+from relaymta.control.requests import REQUESTS
 from relaymta.errors import ConfigError, RelayError
 
-__all__ = ["Daemon", "Offline", "answered", "as_json", "asked", "connect", "number_of", "size", "table", "when"]
+__all__ = [
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "number_of", "read_pieces", "size",
+    "table", "when",
+]  # fmt: skip
+
+CONNECT_SECONDS = 10.0
 
 T = TypeVar("T")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
@@ -24,19 +33,24 @@ class Offline:
     """Answers the daemon's reading requests from the spool, while no daemon runs."""
 
     def __init__(self, config: Config) -> None:
+        from relaymta.cli import console
+        from relaymta.queue import ages, offline  # noqa: F401
+
+        console.import_all()  # before root is dropped: the spool's owner may not be able to read our files
         self._spool = Path(config.spool)
+        self._answer = offline.answer
 
     def ask(self, op: str, **args: Any) -> Any:
         """The answer to a reading request; RelayError for all others."""
-        from relaymta.queue.offline import answer
-
-        if op not in ("summary", "shape", "shards", "page", "message", "raw", "history"):
-            raise RelayError("the daemon is not running (start it with `relaymta serve`)")
-        return answer(self._spool, op, **args)
+        return self._answer(self._spool, op, **args)
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
         """A function that answers the request, as `ask`."""
         return lambda: self.ask(op, **args)
+
+    def pieces(self, op: str, **args: Any) -> Iterator[bytes]:
+        """The pieces of an answer that comes in pieces."""
+        return self.ask(op, **args)  # type: ignore[no-any-return]
 
 
 class Daemon:
@@ -46,20 +60,25 @@ class Daemon:
         self._path = path
 
     def ask(self, op: str, **args: Any) -> Any:
-        """The answer to a request. RelayError with the daemon's error."""
+        """The answer to a request. RelayError with the daemon's error. Workers that are missing in it are noted (`missing`)."""
         return self.begin(op, **args)()
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
         """Send a request now; the function returned waits for its answer, as `ask`."""
-        finish = control.begin(self._path, op, **args)
+        asked = control.begin(self._path, op, **args)
 
         def result() -> Any:
-            try:
-                return finish()
-            except control.Refused as error:
-                raise RelayError(str(error)) from None
+            found = asked()
+            note_missing(asked.missing, REQUESTS[op].changes)
+            return found
 
         return result
+
+    def pieces(self, op: str, **args: Any) -> Iterator[bytes]:
+        """The pieces of an answer that comes in pieces."""
+        asked = control.begin(self._path, op, **args)
+        yield from asked.pieces()
+        note_missing(asked.missing)
 
 
 def connect(read: Callable[..., Config]) -> Daemon | Offline:
@@ -69,12 +88,14 @@ def connect(read: Callable[..., Config]) -> Daemon | Offline:
     except ConfigError as error:
         fail(78, str(error))
     try:
-        control.ask(config.control_path, "status")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(str(config.control_path))
     except (FileNotFoundError, ConnectionRefusedError):
         if not Path(config.spool).is_dir():
             fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
         return Offline(config)
-    except (OSError, control.Refused) as error:
+    except OSError as error:
         fail(69, f"{config.control_path}: {error}")
     return Daemon(config.control_path)
 
@@ -92,6 +113,28 @@ def answered(ask: Callable[[], T]) -> T:
         fail(69, str(error))
     except OSError as error:
         fail(69, f"the daemon does not answer: {error}")
+
+
+def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[bytes]:
+    """The pieces of an answer, with errors as in `asked`."""
+    found = answered(lambda: peer.pieces(op, **args))
+    while (piece := answered(lambda: next(found, None))) is not None:
+        yield piece
+
+
+def absent(text: str) -> NoReturn:
+    """End the program since something was not found: with `text` (1), or (75) since a worker that may have it is missing."""
+    if missing():
+        sys.exit(75)  # `configured` names the workers
+    fail(1, text)
+
+
+def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """For options and arguments that select: refuse one that was given but is empty, such as a script's variable that is not set;
+    without it more would be selected than is meant."""
+    if value == "" and context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
+        fail(64, f"{parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name}: it is empty")
+    return value
 
 
 def number_of(ident: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json
-from relaymta.cli.peer import Offline, as_json, asked, connect, when
+from relaymta.cli.peer import Offline, as_json, asked, connect, given, when
 from relaymta.cli.queue import change, pages
 from relaymta.cli.serve import configured, fail
 from relaymta.config import Config, parse_duration
@@ -42,11 +42,11 @@ def _seconds(duration: str, until: str) -> float:
 
 def _add(kind: str, sentence: str, reason: str) -> None:
     @policy.command(name=kind, help=sentence)
-    @click.option("--app", "application", default="", metavar="APP", help="Mail of this application.")
-    @click.option("--route", default="", metavar="NAME", help="Mail with this route.")
-    @click.option("--queue", default="", metavar="NAME", help="Mail in this queue, as `queue summary` names it.")
-    @click.option("--from", "sender", default="", metavar="ADDRESS", help="Mail from this sender.")
-    @click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="Mail to this domain.")
+    @click.option("--app", "application", default="", callback=given, metavar="APP", help="Mail of this application.")
+    @click.option("--route", default="", callback=given, metavar="NAME", help="Mail with this route.")
+    @click.option("--queue", default="", callback=given, metavar="NAME", help="Mail in this queue, as `queue summary` names it.")
+    @click.option("--from", "sender", default="", callback=given, metavar="ADDRESS", help="Mail from this sender.")
+    @click.option("--domain", "recipient_domain", default="", callback=given, metavar="DOMAIN", help="Mail to this domain.")
     @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
     @click.option("--until", default="", metavar="HH:MM", help="Until this time of day (local time), instead of --for.")
     @click.option("--reason", default=reason, help="Shown by `explain` and `list`; of a bounce policy, also in the DSN.")

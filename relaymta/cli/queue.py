@@ -7,18 +7,20 @@ import json
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json, say_json_lines, table
-from relaymta.cli.peer import Daemon, Offline, answered, as_json, asked, connect, number_of, size, when
-from relaymta.cli.serve import configured, fail
+from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, number_of, size, when
+from relaymta.cli.serve import configured, fail, incomplete, missing
 from relaymta.config import Config
 
 __all__ = ["change", "pages", "queue", "reload", "status"]
+
+QUEUES_TOGETHER = 10_000  # names of queues in one request
 
 
 @click.command()
@@ -34,7 +36,7 @@ def status(read: Callable[..., Config], as_json: bool) -> None:
     say(f"relaymta, pid {found['pid']}, listening on {', '.join(found['listeners'])}")
     say(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
     rows = [
-        [str(w["worker"]), "ready" if w["ready"] else "starting", str(w.get("pid", "")), str(w.get("connections", "")),
+        [str(w["worker"]), w["state"], str(w.get("pid", "")), str(w.get("connections", "")),
          str(w.get("in flight", "")), "full" if w.get("full") else "stalled" if w.get("stalled") else "ok"]
         for w in found["workers"]
     ]  # fmt: skip
@@ -68,13 +70,21 @@ def summary(read: Callable[..., Config], as_json: bool) -> None:
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--queue", default="", metavar="NAME", help="In this queue, as `queue summary` names it."),
-        click.option("--route", default="", metavar="NAME", help="With this route."),
-        click.option("--site", default="", metavar="NAME", help="For this site, as `site list` names it, or one of its hosts."),
-        click.option("--app", "application", default="", metavar="APP", help="Of this application."),
-        click.option("--from", "sender", default="", metavar="ADDRESS", help="From this sender."),
-        click.option("--user", default="", metavar="NAME", help="Of the client that logged in as this user."),
-        click.option("--domain", "recipient_domain", default="", metavar="DOMAIN", help="With a recipient in this domain."),
+        click.option("--queue", default="", callback=given, metavar="NAME", help="In this queue, as `queue summary` names it."),
+        click.option("--route", default="", callback=given, metavar="NAME", help="With this route."),
+        click.option(
+            "--site",
+            default="",
+            callback=given,
+            metavar="NAME",
+            help="For this site, as `site list` names it, or one of its hosts.",
+        ),
+        click.option("--app", "application", default="", callback=given, metavar="APP", help="Of this application."),
+        click.option("--from", "sender", default="", callback=given, metavar="ADDRESS", help="From this sender."),
+        click.option("--user", default="", callback=given, metavar="NAME", help="Of the client that logged in as this user."),
+        click.option(
+            "--domain", "recipient_domain", default="", callback=given, metavar="DOMAIN", help="With a recipient in this domain."
+        ),
         click.option("--held", is_flag=True, help="Held messages only."),
     ):
         function = option(function)
@@ -87,7 +97,7 @@ FILTERS = "--queue, --route, --site, --app, --from, --user, --domain, --held"
 def pages(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[tuple[int, list[int], list[bytes]]]:
     """The messages that match a filter and are in the queue now, page by page: (shard, ids, each message as a line of JSON). The
     next page is requested while one is processed. Mail that arrives meanwhile (such as DSNs for messages that are bounced) does
-    not match."""
+    not match. The shards of a worker that does not answer are left out."""
     for shard in asked(peer, "shards"):
         yield from _pages_of(peer, shard, chosen)
 
@@ -99,6 +109,8 @@ def _pages_of(peer: Daemon | Offline, shard: int, chosen: dict[str, Any]) -> Ite
     page = ask(0)
     while True:
         found = answered(page)
+        if found is None:
+            return
         if found["after"]:
             chosen = chosen | {"until": found["until"]}
             page = ask(found["after"])
@@ -191,7 +203,7 @@ def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
     """Show one queue, by its name in `queue summary`."""
     rows = [row for row in asked(connect(read), "summary") if row["queue"] == name]
     if not rows:
-        fail(1, f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
+        absent(f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
     if as_json:
         say_json(rows[0])
         return
@@ -231,6 +243,9 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
             say_json(found)
         else:
             say(f"{verb}: {_result(found)}")
+        if "unknown" in found and not missing():
+            also = " that matches" if any(chosen.values()) else ""
+            fail(1, "\n".join(f"no message {ident} in the queue{also}" for ident in found["unknown"]))
 
     return command
 
@@ -238,10 +253,14 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
 def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "") -> dict[str, Any]:
     """Apply `verb` to all messages that match one of `filters`. Returns how many were `matched`, `changed`, and skipped since
     they are `in_flight`; for flush also how many the limits of their sites delay (`throttled`), and `until` when (seconds
-    UTC)."""
+    UTC). `unknown`: the ids in `filters` that nothing matched, if there are any."""
+    from relaymta.queue.ident import format_id
+
     found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
     queues: Counter[str] = Counter()
+    unknown = []
     for chosen in filters:
+        before = found["matched"]
         moved = asked(peer, "move", chosen=chosen, word=word, dry_run=dry_run) if verb == "reroute" else None
         if moved is not None:  # whole queues: not message by message
             found["matched"] += moved[0]
@@ -252,13 +271,26 @@ def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool
             found["matched"] += len(idents)
             if verb == "flush":
                 queues.update(name for line in lines for name in json.loads(line)["queues"])
-            if idents and not dry_run:
-                changed, in_flight = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word)
-                found["changed"] += changed
-                found["in_flight"] += in_flight
+            done = asked(peer, "change", verb=verb, shard=shard, idents=idents, word=word) if idents and not dry_run else None
+            found["changed"] += done[0] if done else 0
+            found["in_flight"] += done[1] if done else 0
+        if chosen.get("ident") and found["matched"] == before:
+            unknown.append(format_id(chosen["ident"]))
     if verb == "flush":
-        found["throttled"], found["until"] = asked(peer, "throttled", queues=queues)
-    return found
+        found |= _throttled(peer, queues)
+    incomplete()
+    return found | ({"unknown": unknown} if unknown else {})
+
+
+def _throttled(peer: Daemon, queues: Counter[str]) -> dict[str, Any]:
+    """`throttled` and `until` of `change`, for the number of messages in each queue."""
+    names, count, until = iter(queues.items()), 0, 0.0
+    while True:
+        some = dict(islice(names, QUEUES_TOGETHER))
+        more, end = asked(peer, "throttled", queues=some)
+        count, until = count + more, max(until, end)
+        if len(some) < QUEUES_TOGETHER:
+            return {"throttled": count, "until": until}
 
 
 def _result(found: dict[str, Any]) -> str:

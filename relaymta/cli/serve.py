@@ -15,7 +15,7 @@ from relaymta.route.table import RouteTable
 
 __all__ = ["config_path", "configured", "serve"]
 
-_FILE = "relaymta.config_path"
+_FILE, _MISSING, _INCOMPLETE = "relaymta.config_path", "relaymta.missing", "relaymta.incomplete"
 CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 
 
@@ -49,12 +49,47 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
 
         def read(extra: dict[str, Any] | None = None) -> Config:
             config = load(path, overrides | (extra or {}))
-            RouteTable(config)  # ConfigError when its route map cannot be read or names an unknown route
+            try:
+                RouteTable(config)  # reads the route map
+            except ConfigError as error:
+                raise ConfigError(config.located(error.problems)) from None
             return config
 
-        return function(read=read, **others)
+        try:
+            result = function(read=read, **others)
+        finally:
+            _report_missing()
+        if click.get_current_context().meta.get(_INCOMPLETE):
+            sys.exit(75)
+        return result
 
     return wrapper
+
+
+def missing() -> set[int]:
+    """The workers whose parts of this command's answers are not there."""
+    found: set[int] = click.get_current_context().meta.setdefault(_MISSING, set())
+    return found
+
+
+def note_missing(workers: list[int], matters: bool = False) -> None:
+    """Note workers whose part of an answer is not there. `matters`: the command then ends with status 75."""
+    missing().update(workers)
+    if workers and matters:
+        incomplete()
+
+
+def incomplete() -> None:
+    """End the command with status 75 if a worker is missing in its answers: it changes something, and has not changed all."""
+    if missing():
+        click.get_current_context().meta[_INCOMPLETE] = True
+
+
+def _report_missing() -> None:
+    if numbers := sorted(missing()):
+        one = len(numbers) == 1
+        who = f"worker {numbers[0]} does" if one else f"workers {', '.join(map(str, numbers))} do"
+        say(f"{who} not answer: what {'it has' if one else 'they have'} is missing here (`relaymta status`)", err=True)
 
 
 def config_path() -> Path | None:

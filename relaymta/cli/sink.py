@@ -8,7 +8,7 @@ import click
 from relaymta.cli.console import say
 from relaymta.config import parse_hostport
 from relaymta.proto import reply
-from relaymta.proto.smtp_server import Limits, ServerSession, Transaction
+from relaymta.proto.smtp_server import Host, Limits, ServerSession, Transaction
 
 __all__ = ["Sink", "sink"]
 
@@ -22,7 +22,7 @@ class Sink(asyncio.Protocol):
         """Send the greeting."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.session = ServerSession("sink.invalid", Limits(long_lines=True), lambda sender, size: None, lambda to, mail: None)
+        self.session = ServerSession("sink.invalid", Host(Limits(long_lines=True)))
         transport.write(self.session.greet())
 
     def data_received(self, data: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.peer import as_json, asked, connect, when
+from relaymta.cli.peer import absent, as_json, asked, connect, given, when
 from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config, parse_duration
 from relaymta.node import PROFILES, PROFILES_BEFORE
@@ -52,7 +52,7 @@ def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
     if not rows and not states:
-        fail(1, f"no site {name!r} has mail or connections, or a decision about it (`relaymta site list`)")
+        absent(f"no site {name!r} has mail or connections, or a decision about it (`relaymta site list`)")
     return rows, states
 
 
@@ -100,9 +100,9 @@ def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
 
 
 @site.command()
-@click.argument("name", default="")
+@click.argument("name", default="", callback=given)
 @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
-@click.option("--app", "application", default="", help="Only mail of this application.")
+@click.option("--app", "application", default="", callback=given, help="Only mail of this application.")
 @click.option("--reason", default="suspended by the operator", help="The reason, shown by `explain` and `shaping active`.")
 @configured
 def suspend(read: Callable[..., Config], name: str, duration: str, application: str, reason: str) -> None:
@@ -121,8 +121,8 @@ def suspend(read: Callable[..., Config], name: str, duration: str, application: 
 
 
 @site.command()
-@click.argument("name", default="")
-@click.option("--app", "application", default="", help="End the suspension of this application's mail.")
+@click.argument("name", default="", callback=given)
+@click.option("--app", "application", default="", callback=given, help="End the suspension of this application's mail.")
 @configured
 def resume(read: Callable[..., Config], name: str, application: str) -> None:
     """Resume sending to a suspended or dead site, now."""
@@ -160,7 +160,7 @@ def _show_states(states: list[dict[str, Any]]) -> None:
 
 
 @shaping.command()
-@click.argument("name", required=False, default="")
+@click.argument("name", required=False, default="", callback=given)
 @click.option("--all", "everything", is_flag=True, help="Of all sites.")
 @click.option("--kind", type=click.Choice(KINDS), help="Only decisions of this kind.")
 @click.option("--dry-run", is_flag=True, help="Only count the decisions that match.")

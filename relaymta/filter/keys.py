@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from relaymta.config import Config, Dkim
-from relaymta.errors import ConfigError, check_all
+from relaymta.config import Config, Dkim, check_each
+from relaymta.errors import ConfigError
 from relaymta.filter.signatory import Private
 from relaymta.proto.dkim import OVERSIGNED, SIGNED, Signature
 
@@ -40,7 +39,7 @@ class Key(NamedTuple):
 
 def check(config: Config) -> None:
     """Read every key file, as the calling user. Raises ConfigError with all errors."""
-    check_all(partial(load_key, settings) for settings in config.dkim)
+    check_each("dkim", config.dkim, load_key)
 
 
 def load_key(settings: Dkim) -> Key:

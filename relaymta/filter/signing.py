@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from relaymta.config import Config
-from relaymta.control import Channel, Refused, program
+from relaymta.control import Channel, Late, program
+from relaymta.errors import RelayError
 from relaymta.filter.keys import Key, load_key
 from relaymta.filter.signatory import sign_hash
 from relaymta.log import Log
@@ -122,17 +123,16 @@ class Signatory:
         if channel is not None:
             keys = {one.key.number: one.key for one in wanted if one.key.number not in self._known}
             try:
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    found: list[bytes | Exception] = await channel.ask(
-                        "sign",
-                        keys=[(number, key.der) for number, key in keys.items()],
-                        wanted=[(one.key.number, one.hashed) for one in wanted],
-                    )
+                found: list[bytes | Exception] = await channel.ask(
+                    "sign", None, ANSWER_SECONDS,
+                    keys=[(number, key.der) for number, key in keys.items()],
+                    wanted=[(one.key.number, one.hashed) for one in wanted],
+                )  # fmt: skip
                 self._known.update(keys)
                 return found
-            except TimeoutError:
+            except Late:
                 self._kill()
-            except (Refused, ConnectionError):  # the thread finds which of them fail
+            except (RelayError, ConnectionError):  # the thread finds which of them fail
                 pass
         return await self._loop.run_in_executor(self._thread, _by_hand, wanted)
 
@@ -167,23 +167,26 @@ def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Excep
     return b"".join(out)
 
 
+def watched_keys(config: Config) -> list[Watched[Key]]:
+    """The keys of a configuration; none is read yet."""
+    return [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
+
+
 class Signer:
     """The DKIM keys of one worker, and which messages they sign."""
 
-    def __init__(self, config: Config, counters: Counters, log: Log, now: Callable[[], int]) -> None:
-        """`now()`: the wall clock, seconds."""
+    def __init__(self, counters: Counters, log: Log, now: Callable[[], int]) -> None:
+        """`now()`: the wall clock, seconds. It signs nothing before `configure`."""
         self._counters = counters
         self._now = now
         self._loop = asyncio.get_running_loop()
         self._hashing = ThreadPoolExecutor(1, "hashing")
         self._signatory = Signatory(counters, log)
-        self.configure(config)
+        self.watched: list[Watched[Key]] = []
 
-    def configure(self, config: Config) -> None:
-        """Apply a configuration (blocks while keys are read)."""
-        self.watched = [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
-        for one in self.watched:
-            one.refresh()
+    def configure(self, keys: list[Watched[Key]]) -> None:
+        """Replace the keys."""
+        self.watched = keys
         if self.watched:
             self._signatory.begin()
         else:

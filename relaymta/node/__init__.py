@@ -10,13 +10,14 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import msgspec
 
-from relaymta.errors import StoreError, store_error
+from relaymta.errors import RelayError, StoreError, store_error
 
 __all__ = [
     "BOUNCE",
@@ -31,6 +32,7 @@ __all__ = [
     "SiteState",
     "SiteStates",
     "Store",
+    "check_storable",
     "keep_profiles",
     "keep_rates",
     "keep_secret",
@@ -81,54 +83,76 @@ def _boot() -> int:
 class SiteStates:
     """One process' copy of the states. Expired ones are left out. A state holds for the time that was left when it was learned,
     measured by CLOCK_BOOTTIME: later changes of the wall clock do not matter. A state that begins in the future (the clock was
-    set back across a restart) holds for its whole duration."""
+    set back across a restart) holds for its whole duration. What one costs does not depend on their number."""
 
     def __init__(self, states: Iterable[SiteState] = ()) -> None:
-        self._states: dict[tuple[str, str, str], tuple[SiteState, int]] = {}  # state, end by CLOCK_BOOTTIME (ms)
+        # of each kind, by site and about: state, end by CLOCK_BOOTTIME (ms)
+        self._states: dict[str, dict[tuple[str, str], tuple[SiteState, int]]] = {}
+        self._count = 0
+        self._ends: list[tuple[int, str, str, str]] = []  # heap: end and key; also of states that were replaced or forgotten
         for state in states:
             self.learn(state)
 
     def __iter__(self) -> Iterator[SiteState]:
+        return iter(self.of(*self._states))
+
+    def of(self, *kinds: str) -> list[SiteState]:
+        """The states of some kinds."""
         now = _boot()
-        return iter([state for state, end in self._states.values() if end > now])
+        return [state for kind in kinds for state, end in self._states.get(kind, {}).values() if end > now]
 
     def get(self, kind: str, site: str, about: str = "") -> SiteState | None:
         """The state with this key, if it holds now."""
-        found = self._states.get((kind, site, about))
+        found = self._states.get(kind, {}).get((site, about))
         return found[0] if found is not None and found[1] > _boot() else None
 
     def left(self, state: SiteState) -> int:
         """The milliseconds for which a state still holds."""
-        found = self._states.get(state.key)
+        found = self._states.get(state.kind, {}).get((state.site, state.about))
         return max(0, found[1] - _boot()) if found is not None else 0
 
     def suspension(self, site: str, tenant: str) -> SiteState | None:
         """The suspension that keeps a tenant's mail from a site now, if there is one."""
-        if not self._states:
+        if not self._states.get(SUSPENDED):
             return None
         found = self.get(SUSPENDED, site)
         if found is None and tenant:
             found = self.get(SUSPENDED, site, tenant) or self.get(SUSPENDED, "", tenant)
         return found
 
-    def learn(self, state: SiteState) -> None:
-        """Add a state, or replace the one with the same key."""
-        self._states[state.key] = (state, _boot() + state.until - max(_wall(), state.since))
-        if len(self._states) > MOST:
-            self.sweep()
+    def learn(self, state: SiteState) -> list[SiteState]:
+        """Add a state, or replace the one with the same key. Returns the states that were dropped because there are MOST."""
+        kept = self._states.setdefault(state.kind, {})
+        self._count += (state.site, state.about) not in kept
+        end = _boot() + state.until - max(_wall(), state.since)
+        kept[state.site, state.about] = (state, end)
+        heappush(self._ends, (end, *state.key))
+        if len(self._ends) > 2 * self._count + 1000:
+            self._ends = [(end, *state.key) for kept in self._states.values() for state, end in kept.values()]
+            heapify(self._ends)
+        return self._drop(None) if self._count > MOST else []
 
     def forget(self, kind: str, site: str, about: str) -> SiteState | None:
         """Remove the state with this key; returns it, if there was one."""
-        found = self._states.pop((kind, site, about), None)
+        found = self._states.get(kind, {}).pop((site, about), None)
+        self._count -= found is not None
         return None if found is None else found[0]
 
     def sweep(self) -> list[SiteState]:
-        """Remove expired states, and those beyond MOST; returns them."""
-        now = _boot()
-        by_end = sorted(self._states.values(), key=lambda pair: pair[1], reverse=True)
-        kept = [pair for pair in by_end[:MOST] if pair[1] > now]
-        self._states = {pair[0].key: pair for pair in kept}
-        return [pair[0] for pair in by_end[len(kept) :]]
+        """Remove expired states; returns them."""
+        return self._drop(_boot())
+
+    def _drop(self, until: int | None) -> list[SiteState]:
+        """Remove the states that end until then, and those that end first of more than MOST."""
+        dropped = []
+        while self._ends and (self._count > MOST or (until is not None and self._ends[0][0] <= until)):
+            end, *key = heappop(self._ends)
+            kind, site, about = key
+            found = self._states.get(kind, {}).get((site, about))
+            if found is not None and found[1] == end:  # else it was replaced
+                self.forget(kind, site, about)
+                dropped.append(found[0])
+        return dropped
 
 
 def site_state_row(state: SiteState, states: SiteStates) -> dict[str, Any]:
@@ -203,19 +227,31 @@ class Store:
             raise StoreError(f"node: {error}") from None
 
     def write(self, learned: list[SiteState], forgotten: list[SiteState]) -> None:
-        """Commit changes, durably."""
+        """Commit changes, durably: the states learned meanwhile, in their order, and those forgotten. One that is in both was
+        forgotten after it was learned."""
+        gone = {id(state) for state in forgotten}
         try:
             with self._env.begin(write=True) as txn:
                 for state in forgotten:
                     txn.delete(_key(state))
-                for state in learned:
-                    txn.put(_key(state), _encode(state))
+                for state in {state.key: state for state in learned}.values():
+                    if id(state) not in gone:
+                        txn.put(_key(state), _encode(state))
         except lmdb.Error as error:
             raise store_error(error) from None
 
     def close(self) -> None:
         """Close the LMDB environment."""
         self._env.close()
+
+
+def check_storable(state: SiteState) -> None:
+    """RelayError when a state has text or a number that cannot be stored."""
+    try:
+        _key(state)
+        _encode(state)
+    except (ValueError, TypeError, OverflowError) as error:  # such as half of a surrogate pair
+        raise RelayError(f"this site state cannot be stored: {error}") from None
 
 
 def _key(state: SiteState) -> bytes:

@@ -74,7 +74,7 @@ class Compactor:
         """Copies of the live bodies of `victim` from offset `start` on, and the offset of the next slice (0: none is left)."""
         found: list[Move] = []
         taken, position, end = 0, start, victim.row.position
-        with self._store.env.begin() as txn:
+        with self._store.reading() as txn:
             while position < end and taken < SLICE_BYTES and len(found) < SLICE_FRAMES:
                 head = os.pread(victim.fd, FRAME.size, position)
                 if len(head) < FRAME.size:

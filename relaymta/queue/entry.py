@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
+from relaymta.queue.lifecycle import IN_FLIGHT, READ, WAITING
 
 __all__ = ["Entry", "Move", "Outcome", "Put"]
 
@@ -13,26 +14,25 @@ class Entry:
     """One message's recipients in one queue.
 
     `indexes`: of the envelope's recipients, None for all. `data`: the pieces of the message data while they are in memory;
-    `counted`: they count against `window_bytes`. `sole`: the message is in no other queue. `in_flight`: given to a session.
-    `cancelled`: taken out of the window; whoever still holds it drops it. `ending`: its outcome was submitted to the writer;
-    a second one is refused.
+    `octets`: what it holds of the budget for them. `sole`: the message is in no other queue. `scanned`: it was read from disk.
+    `state`: see lifecycle.py, which alone changes it. `route` and `lost` (reused connections that it has lost) belong to send/.
     """
 
     __slots__ = (
         "attempts",
-        "cancelled",
-        "counted",
         "data",
         "due",
-        "ending",
         "envelope",
         "ident",
-        "in_flight",
         "indexes",
+        "lost",
         "name",
+        "octets",
         "queue",
         "route",
+        "scanned",
         "sole",
+        "state",
     )  # fmt: skip
 
     def __init__(
@@ -56,11 +56,21 @@ class Entry:
         self.indexes = indexes
         self.sole = sole
         self.data = data
-        self.cancelled = False
-        self.counted = False
-        self.in_flight = False
-        self.ending = False
-        self.route: object = None  # set and used by send/ only
+        self.state = READ
+        self.octets = 0
+        self.scanned = False
+        self.route: object = None
+        self.lost = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether delivery may begin an attempt; where it may not, somebody else has the entry, or an attempt is under way."""
+        return self.state == WAITING
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an attempt is under way."""
+        return self.state == IN_FLIGHT
 
     @property
     def recipients(self) -> list[tuple[int, str]]:

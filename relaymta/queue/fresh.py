@@ -97,6 +97,11 @@ class Fresh:
         groups = [*self._groups.values(), *(group for group, _ in self._added)]
         return {placement.queue for group in groups for _, envelope in group.members for placement in envelope.placements}
 
+    def is_ending(self, ident: int) -> bool:
+        """Whether this transaction has ended the inlined form of a message."""
+        found = self._where.get(ident)
+        return found is not None and bool(self._ending.get(found[0], 0) >> found[1] & 1)
+
     def ending(self) -> dict[Group, int]:
         """The bits that this transaction has set so far, for `end_only`."""
         return self._ending.copy()

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from relaymta.errors import StoreError
-from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Body, Envelope, Placement, QueueName
+from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
+from relaymta.queue.change import Change
 from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.group import Assign
 from relaymta.queue.segments import Segments
-from relaymta.queue.store import Change, QueueRow, Store
-from relaymta.queue.writer import Assign, Writer
+from relaymta.queue.store import QueueRow, Store
+from relaymta.queue.writer import Writer
 
 __all__ = [
     "VERBS",
@@ -24,7 +25,6 @@ __all__ = [
     "places",
     "policy_held",
     "quarantine",
-    "raw",
     "reroute",
     "shape",
     "summary",
@@ -86,7 +86,7 @@ def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
     rows = []
     now = clock.now()
     inlined = _inlined(store)
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         for row in store.queues(txn):
             messages, octets = inlined.get(row.number, (0, 0))
             row.messages += messages
@@ -120,7 +120,7 @@ def _inlined(store: Store) -> dict[int, tuple[int, int]]:
 
 def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName, Placement]]:
     """The queues in which a message waits, each with its placement (`due`: now, where the whole queue was moved)."""
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:
             return []
@@ -135,7 +135,7 @@ def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName,
 
 def chosen_queues(store: Store, chosen: Filter, at_site: Callable[[QueueName, str], bool]) -> list[QueueRow]:
     """The queues that match a filter. `at_site(name, site)`: whether a queue's mail is delivered to a site."""
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         return [
             row for row in store.queues(txn) if chosen.waits_in(row.name) and (not chosen.site or at_site(row.name, chosen.site))
         ]
@@ -143,7 +143,7 @@ def chosen_queues(store: Store, chosen: Filter, at_site: Callable[[QueueName, st
 
 def names(store: Store) -> list[QueueName]:
     """The names of all queues."""
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         return [row.name for row in store.queues(txn)]
 
 
@@ -156,7 +156,7 @@ def shape(store: Store) -> list[dict[str, Any]]:
         for placement in envelope.placements:
             fresh.setdefault(placement.queue, []).append(envelope.arrived)
     rows = []
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         for row in store.queues(txn):
             arrivals = fresh.get(row.number, [])
             for arrived in arrivals:
@@ -174,7 +174,7 @@ def policy_held(
     ((0, 0): there are no more)."""
     found: list[tuple[int, Envelope, list[QueueName]]] = []
     first, behind = after
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         for row in store.queues(txn, max(0, first - 1)):
             for ident in store.held(txn, row.number, behind if row.number == first else 0) if row.held else ():
                 envelope = store.envelope(txn, ident)
@@ -185,23 +185,6 @@ def policy_held(
                 if len(found) >= most:
                     return found, (row.number, ident)
     return found, (0, 0)
-
-
-def raw(store: Store, segments: Segments, ident: int) -> bytes | None:
-    """A message's data, verified; None when it is not in this shard. StoreError when it is damaged."""
-    body: Body | None = None
-    while True:
-        with store.env.begin() as txn:
-            envelope = store.envelope(txn, ident)
-        if envelope is None or envelope.body is None:
-            return None
-        if envelope.body == body:
-            return segments.read(ident, body)
-        body = envelope.body
-        try:
-            return segments.read(ident, body)
-        except StoreError:
-            continue  # it may have moved or ended meanwhile: read its row again
 
 
 class Totals(NamedTuple):
@@ -220,7 +203,7 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
     """Count the messages and octets of a shard, from its queue rows and inlined mail."""
     fresh = store.fresh.live()
     messages, octets, deferred, held = len(fresh), sum(envelope.size for _, envelope in fresh), 0, 0
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         for row in store.queues(txn):
             messages += row.messages
             octets += row.bytes
@@ -238,7 +221,7 @@ def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, ide
     changed, now = 0, clock.now()
     for ident in idents:
         change.materialize(ident)
-        envelope = store.envelope(change.txn, ident)
+        envelope = change.envelope(ident)
         if envelope is None:
             continue
         places = list(envelope.placements)
@@ -271,7 +254,7 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
     now = clock.now()
     for ident in idents:
         change.materialize(ident)
-        envelope = store.envelope(change.txn, ident)
+        envelope = change.envelope(ident)
         if envelope is None:
             continue
         if verb == "delete":
@@ -300,7 +283,7 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueC
 def quarantine(change: Change, store: Store, ident: int) -> bool:
     """Writer thread, inside a group commit: hold a message whose delivery ended a worker; False when it is not in this shard."""
     change.materialize(ident)
-    envelope = store.envelope(change.txn, ident)
+    envelope = change.envelope(ident)
     if envelope is None:
         return False
     change.hold(ident, envelope, HELD | QUARANTINED)

@@ -12,12 +12,13 @@ from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Envelope, Recipi
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ident import format_id
 from relaymta.queue.inspect import Filter
-from relaymta.queue.schedule import Schedule
+from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
 from relaymta.queue.store import QueueRow, Store
 
 __all__ = ["message", "page"]
 
 PAGE_ROWS = 1000
+PAGE_OCTETS = 8 << 20  # a row has all of a message's recipients
 PAGE_SECONDS = 0.05
 CLOCK_EVERY = 64  # messages between two checks of the clock
 
@@ -52,12 +53,12 @@ class Row(msgspec.Struct):
 class _Reader:
     """Makes rows within one transaction."""
 
-    def __init__(self, store: Store, txn: Any, clock: QueueClock, schedule: Schedule | None) -> None:
+    def __init__(self, store: Store, txn: Any, clock: QueueClock, entries: Lifecycle | None) -> None:
         self._store = store
         self._txn = txn
         self._now = clock.now()
         self._behind = wall_ms() - self._now  # how far the queue's clock is behind the wall clock
-        self._schedule = schedule
+        self._entries = entries
         self._queues: dict[int, tuple[str, bool]] = {}
         self._histories = store.histories(txn)
 
@@ -80,9 +81,9 @@ class _Reader:
             attempts = max(attempts, placement.attempts)
             at = min(placement.due, self._now) if moved else placement.due
             due = min(due, at) if due else at
-            if self._schedule is not None:
-                entry = self._schedule.get(ident, placement.queue)
-                in_flight = in_flight or (entry is not None and entry.in_flight)
+            if self._entries is not None:
+                entry = self._entries.get(ident, placement.queue)
+                in_flight = in_flight or (entry is not None and entry.state in (IN_FLIGHT, ENDING))
         scheduled = state == "queued"
         return Row(
             format_id(ident),
@@ -114,19 +115,20 @@ class _Reader:
 
 
 def page(
-    store: Store, clock: QueueClock, schedule: Schedule | None, chosen: Filter, after: int, queues: list[QueueRow] | None
+    store: Store, clock: QueueClock, entries: Lifecycle | None, chosen: Filter, after: int, queues: list[QueueRow] | None
 ) -> dict[str, Any]:
     """The next messages above id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
     when there are no more. `queues`: only messages in these (None: in any)."""
     lines: list[bytes] = []
     idents: list[int] = []
+    octets = 0
     until = time.monotonic() + PAGE_SECONDS
     fresh = store.fresh.live()
     numbers = None if queues is None else {row.number for row in queues}
     everything = chosen == Filter(until=chosen.until)
     last = chosen.until or 1 << 64
-    with store.env.begin() as txn:
-        reader = _Reader(store, txn, clock, schedule)
+    with store.reading() as txn:
+        reader = _Reader(store, txn, clock, entries)
         start = chosen.ident - 1 if chosen.ident else after
         for seen, (ident, envelope) in enumerate(store.idents(txn, start, fresh), 1):
             if ident > last or (chosen.ident and ident != chosen.ident):
@@ -137,7 +139,8 @@ def page(
             ):
                 lines.append(_encode(reader.row(ident, envelope)))
                 idents.append(ident)
-            if seen % CLOCK_EVERY == 0 and (len(lines) >= PAGE_ROWS or time.monotonic() > until):
+                octets += len(lines[-1])
+            if octets > PAGE_OCTETS or (seen % CLOCK_EVERY == 0 and (len(lines) >= PAGE_ROWS or time.monotonic() > until)):
                 return {"lines": _joined(lines), "ids": idents, "after": after, "until": chosen.until}
     return {"lines": _joined(lines), "ids": idents, "after": 0, "until": chosen.until}
 
@@ -146,13 +149,13 @@ def _joined(lines: list[bytes]) -> bytes:
     return b"\n".join([*lines, b""])
 
 
-def message(store: Store, clock: QueueClock, schedule: Schedule | None, ident: int) -> dict[str, Any] | None:
+def message(store: Store, clock: QueueClock, entries: Lifecycle | None, ident: int) -> dict[str, Any] | None:
     """Everything about one message, as `Row` and its recipients' attempts; None when it is not in this shard."""
-    with store.env.begin() as txn:
+    with store.reading() as txn:
         envelope = store.envelope(txn, ident)
         if envelope is None:
             return None
-        found: dict[str, Any] = msgspec.to_builtins(_Reader(store, txn, clock, schedule).row(ident, envelope))
+        found: dict[str, Any] = msgspec.to_builtins(_Reader(store, txn, clock, entries).row(ident, envelope))
         for index, state in store.recipient_states(txn, ident).items():
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
         found["helo"], found["user"] = envelope.helo, envelope.user

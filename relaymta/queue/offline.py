@@ -1,18 +1,26 @@
 """Reading requests answered from the spool while no daemon runs: read-only, with each shard's lock held, as the spool's owner."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import msgspec
+import xxhash
 
-from relaymta.errors import RelayError
+from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
+from relaymta.errors import RelayError, StoreError
 from relaymta.log import find_history
 from relaymta.privileges import become, owner_of
-from relaymta.queue import _lock, inspect, listing
+from relaymta.proto.envelope import Body
+from relaymta.queue import inspect, listing
 from relaymta.queue.clock import QueueClock
+from relaymta.queue.disk import lock
 from relaymta.queue.ident import format_id, parse_id
+from relaymta.queue.raw import PIECE, Found, pieces
 from relaymta.queue.segments import FRAME, check_frame
 from relaymta.queue.store import Store
 
@@ -20,118 +28,139 @@ __all__ = ["answer"]
 
 
 def answer(spool: Path, op: str, **args: Any) -> Any:
-    """Answer a reading request `op` of the control socket from the files. SpoolBusy when a process owns a shard."""
+    """Answer a request of the table from the files: message data as an iterator of pieces, else as the daemon does. RelayError
+    when only the daemon can answer, or an argument is wrong; SpoolBusy when a process owns a shard."""
+    row = REQUESTS.get(op)
+    if row is None or not row.offline:
+        raise RelayError("the daemon is not running (start it with `relaymta serve`)")
+    arguments = row.read(args)
     owner = owner_of(spool)
     if os.geteuid() == 0 != owner.pw_uid:  # the owner could not open lock files of root's
+        _import_all()
         become(owner)
-    return _ANSWERS[op](spool, **args)
+    found = getattr(Spool(spool), op)(arguments)
+    return found if row.merge is None else row.merge(found, arguments)
 
 
-def _shards(spool: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("shard-")) for p in spool.glob("shard-*") if (p / "lmdb" / "data.mdb").exists())
+def _import_all() -> None:
+    """Have LMDB import what it needs to open a database, while root: the spool's owner may not be able to read our files. For the
+    same reason no function of this module imports anything."""
+    with contextlib.suppress(OSError, lmdb.Error), tempfile.TemporaryDirectory() as folder:
+        lmdb.open(folder).close()
 
 
-def _opened(spool: Path, number: int, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
-    """`use(path, store, clock)` of one shard, opened and locked. RelayError when LMDB cannot read it."""
-    path = spool / f"shard-{number}"
-    lock = _lock(path)
-    try:
-        store = Store(path / "lmdb", readonly=True)
+class Spool:
+    """The files of one spool. A method for each request of the table that is answered offline; where the table merges answers, it
+    returns one for each shard."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _numbers(self) -> list[int]:
+        found = (path.name.removeprefix("shard-") for path in self._path.glob("shard-*") if (path / "lmdb" / "data.mdb").exists())
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def _opened(self, number: int, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+        """`use(path, store, clock)` of one shard, opened and locked. RelayError when LMDB cannot read it."""
+        path = self._path / f"shard-{number}"
+        descriptor = lock(path)
         try:
-            return use(path, store, QueueClock(store.meta(b"seen")))
+            store = Store(path / "lmdb", readonly=True)
+            try:
+                return use(path, store, QueueClock(store.meta(b"seen")))
+            finally:
+                store.close()
+        except lmdb.Error as error:
+            raise RelayError(f"{path}: {error}") from None
         finally:
-            store.close()
-    except lmdb.Error as error:
-        raise RelayError(f"{path}: {error}") from None
-    finally:
-        os.close(lock)
+            os.close(descriptor)
+
+    def _each(self, use: Callable[[Path, Store, QueueClock], Any]) -> list[Any]:
+        return [self._opened(number, use) for number in self._numbers()]
+
+    def _first(self, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+        for number in self._numbers():
+            found = self._opened(number, use)
+            if found is not None:
+                return found
+        return None
+
+    def shards(self, args: Nothing) -> list[int]:
+        """The numbers of the shards."""
+        return self._numbers()
+
+    def summary(self, args: Nothing) -> list[Any]:
+        """As `inspect.summary`, of each shard."""
+        return self._each(lambda path, store, clock: inspect.summary(store, clock))
+
+    def shape(self, args: Nothing) -> list[Any]:
+        """As `inspect.shape`, of each shard."""
+        return self._each(lambda path, store, clock: inspect.shape(store))
+
+    def page(self, args: Page) -> Any:
+        """As `listing.page`. RelayError for a site: only a worker knows which mail goes there."""
+        wanted = inspect.Filter(**msgspec.structs.asdict(args.chosen))
+        if wanted.site:
+            raise RelayError("the daemon is not running, and only the daemon knows which mail is for a site")
+
+        def read(path: Path, store: Store, clock: QueueClock) -> dict[str, Any]:
+            rows = inspect.chosen_queues(store, wanted, lambda name, site: False) if wanted.by_queue else None
+            return listing.page(store, clock, None, wanted, args.after, rows)
+
+        return self._opened(args.shard, read)
+
+    def message(self, args: OfMessage) -> Any:
+        """As `listing.message`."""
+        ident = _number(args.ident)
+        return self._first(lambda path, store, clock: listing.message(store, clock, None, ident))
+
+    def raw(self, args: OfMessage) -> Iterator[bytes]:
+        """The message's data in pieces; none when it is in no shard. The shard is locked until the first."""
+        ident = _number(args.ident)
+        return pieces(lambda: self._first(lambda path, store, clock: _find(path, store, ident)))
+
+    def history(self, args: OfMessage) -> list[dict[str, Any]]:
+        """As `log.find_history`."""
+        return find_history(self._path / "history", format_id(_number(args.ident)))
 
 
-def _rows(
-    spool: Path,
-    use: Callable[[Path, Store, QueueClock], list[dict[str, Any]]],
-    join: Callable[[dict[str, Any], dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """One row for each queue, the one with the most mail first. `join(known, row)` adds the row of another shard to `known`."""
-    merged: dict[str, dict[str, Any]] = {}
-    for number in _shards(spool):
-        for row in _opened(spool, number, use):
-            known = merged.setdefault(row["queue"], row)
-            if known is not row:
-                join(known, row)
-    return sorted(merged.values(), key=lambda row: -row["messages"])
+def _number(ident: str) -> int:
+    try:
+        return parse_id(ident)
+    except ValueError as error:
+        raise RelayError(str(error)) from None
 
 
-def _summary(spool: Path) -> list[dict[str, Any]]:
-    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
-        known |= {key: known[key] + row[key] for key in ("messages", "bytes", "deferred", "held")}
-        known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
-
-    return _rows(spool, lambda path, store, clock: inspect.summary(store, clock), join)
-
-
-def _shape(spool: Path) -> list[dict[str, Any]]:
-    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
-        known["messages"] += row["messages"]
-        known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
-
-    return _rows(spool, lambda path, store, clock: inspect.shape(store), join)
-
-
-def _page(spool: Path, shard: int, after: int, chosen: dict[str, Any]) -> Any:
-    wanted = inspect.Filter(**chosen)
-
-    def read(path: Path, store: Store, clock: QueueClock) -> dict[str, Any]:
-        rows = inspect.chosen_queues(store, wanted, lambda name, site: False) if wanted.by_queue else None
-        return listing.page(store, clock, None, wanted, after, rows)
-
-    return _opened(spool, shard, read)
+def _find(path: Path, store: Store, ident: int) -> Found | None:
+    """As `raw.find`, without opening the shard's segments."""
+    with store.env.begin() as txn:
+        envelope = store.envelope(txn, ident)
+    if envelope is None or envelope.body is None:
+        return None
+    body = envelope.body
+    file = path / "bodies" / (f"{body.segment:08d}.seg" if body.segment else f"big/{ident:016x}")
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"cannot read {file}: {error.strerror}") from None
+    try:
+        return _verified(descriptor, ident, body)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
-def _message(spool: Path, ident: str) -> Any:
-    for number in _shards(spool):
-        found = _opened(spool, number, lambda path, store, clock: listing.message(store, clock, None, parse_id(ident)))
-        if found is not None:
-            return found
-    return None
-
-
-def _raw(spool: Path, ident: str) -> bytes | None:
-    import xxhash
-
-    number = parse_id(ident)
-
-    def read(path: Path, store: Store, clock: QueueClock) -> bytes | None:
-        with store.env.begin() as txn:
-            envelope = store.envelope(txn, number)
-        if envelope is None or envelope.body is None:
-            return None
-        body = envelope.body
-        file = path / "bodies" / (f"{body.segment:08d}.seg" if body.segment else f"big/{number:016x}")
-        with file.open("rb") as stream:
-            stream.seek(body.offset)
-            raw = stream.read(FRAME.size + body.length)
-        data = raw[FRAME.size :]
-        check_frame(raw[: FRAME.size], number, body, len(data), xxhash.xxh3_64_intdigest(data))
+def _verified(descriptor: int, ident: int, body: Body) -> Found:
+    head = os.pread(descriptor, FRAME.size, body.offset)
+    start = body.offset + FRAME.size
+    if body.segment:
+        data = os.pread(descriptor, body.length, start)
+        check_frame(head, ident, body, len(data), xxhash.xxh3_64_intdigest(data))
+        os.close(descriptor)
         return data
-
-    for shard in _shards(spool):
-        data: bytes | None = _opened(spool, shard, read)
-        if data is not None:
-            return data
-    return None
-
-
-def _history(spool: Path, ident: str) -> list[dict[str, Any]]:
-    return find_history(spool / "history", format_id(parse_id(ident)))
-
-
-_ANSWERS: dict[str, Callable[..., Any]] = {
-    "summary": _summary,
-    "shape": _shape,
-    "shards": _shards,
-    "page": _page,
-    "message": _message,
-    "raw": _raw,
-    "history": _history,
-}
+    digest, length = xxhash.xxh3_64(), 0
+    while piece := os.pread(descriptor, PIECE, start + length):
+        digest.update(piece)
+        length += len(piece)
+    check_frame(head, ident, body, length, digest.intdigest())
+    return descriptor, start

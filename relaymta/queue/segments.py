@@ -26,13 +26,13 @@ import xxhash
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
-__all__ = ["FRAME", "MAGIC", "BigBody", "Corrupt", "Segment", "Segments", "segment_size_for"]
+__all__ = ["FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "segment_size_for"]
 
 FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
 MAGIC = b"rmB1"
 MEGABYTE = 1 << 20
 IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
-SYNC_EVERY = 4 * MEGABYTE
+FREE_MOST = 8  # emptied segments kept for reuse
 BIG = MEGABYTE  # octets; a larger body is a file of its own
 
 HOT, COLD = 0, 1
@@ -96,15 +96,15 @@ class Segments:
         self._dirty: set[Segment] = set()  # written since the last sync
         self._changed: set[Segment] = set()  # whose LMDB row is to be written
         self._new_files = False
-        self._doomed: list[int] = []
+        self._doomed: list[Segment] = []  # emptied; removed by the next commit
 
     def load(self, rows: dict[int, SegmentRow]) -> None:
         """Open the segments that have a row in LMDB. Files without a row were never committed and are removed."""
         for number, row in rows.items():
             fd = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
             segment = self._segments[number] = Segment(number, fd, row)
-            if row.live == 0 and not row.sealed:
-                self._free.append(segment)
+            if row.live == 0:
+                self._retire(segment)
         self._next = max(rows, default=0) + 1
         for path in self._directory.glob("*.seg"):
             if int(path.stem) not in self._segments:
@@ -236,22 +236,26 @@ class Segments:
 
     def _retire(self, segment: Segment) -> None:
         """Keep an emptied segment for reuse, or remove it when it is sealed or enough are free."""
-        if segment.row.sealed or len(self._free) >= 8:
-            self._doomed.append(segment.number)
+        if segment.row.sealed or len(self._free) >= FREE_MOST:
+            # From now on nothing is written about it but that its row is deleted, and nobody else retires it. (After a failed
+            # commit it may be both emptied and still changed.)
+            self._doomed.append(segment)
+            self._changed.discard(segment)
+            self._dirty.discard(segment)
         else:
             self._free.append(segment)
 
     def doomed(self) -> list[int]:
         """Segments whose rows this group deletes; call `unlink` after its commit."""
-        return self._doomed
+        return [segment.number for segment in self._doomed]
 
     def unlink(self) -> None:
         """Remove the files of the segments that `doomed` named; their rows are gone."""
-        for number in self._doomed:
-            segment = self._segments.pop(number)
+        doomed, self._doomed = self._doomed, []
+        for segment in doomed:
+            del self._segments[segment.number]
             os.close(segment.fd)
-            self._path(number).unlink(missing_ok=True)
-        self._doomed = []
+            self._path(segment.number).unlink(missing_ok=True)
 
     def _open_segment(self, kind: int, need: int) -> Segment:
         """Begin to append to another segment of this kind: an emptied one, or a new file."""
@@ -307,7 +311,7 @@ class Segments:
         except OSError as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
         try:
-            digest, length = _digest(descriptor, body.offset + FRAME.size)
+            digest, length = digest_of(descriptor, body.offset + FRAME.size)
             check_frame(os.pread(descriptor, FRAME.size, body.offset), ident, body, length, digest)
         except OSError as error:
             os.close(descriptor)
@@ -333,7 +337,7 @@ class Segments:
         return len(self._segments) * self.size, live, len(self._segments)
 
 
-def _digest(descriptor: int, offset: int) -> tuple[int, int]:
+def digest_of(descriptor: int, offset: int) -> tuple[int, int]:
     """The checksum of a file's octets from `offset` on, and how many they are."""
     digest, length = xxhash.xxh3_64(), 0
     while piece := os.pread(descriptor, MEGABYTE, offset + length):
@@ -362,58 +366,3 @@ def check_frame(raw: bytes, ident: int, body: Body, length: int, checksum: int) 
         raise Corrupt(f"the body of {ident:016x} is not where its row says")
     if announced != length or expected != checksum:
         raise Corrupt(f"the body of {ident:016x} does not match its checksum")
-
-
-class BigBody:
-    """A large body that is streamed into a file of its own. Each method blocks: call it from a thread, one at a time."""
-
-    def __init__(self, path: Path, ident: int, room: int = 0) -> None:
-        """`room`: octets reserved in front of the body for what `finish` prepends."""
-        self.path = path
-        self.ident = ident
-        self.length = 0
-        self._room = room
-        self._synced = 0
-        self._digest = xxhash.xxh3_64()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.lseek(self._fd, room + FRAME.size, os.SEEK_SET)
-
-    def write(self, buffers: list[bytes]) -> None:
-        """Append `buffers`. OSError when they cannot be written."""
-        for piece in buffers:
-            self._digest.update(piece)
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(self._fd, view) :]
-            self.length += len(piece)
-        if self.length - self._synced > SYNC_EVERY:
-            os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
-            self._synced = self.length
-
-    def finish(self, front: list[bytes]) -> Body:
-        """Prepend `front`, sync the file and its directory; where the body lies. StoreError when `front` exceeds the room,
-        OSError when it cannot be written."""
-        first = b"".join(front)
-        offset = self._room - len(first)
-        if offset < 0:
-            raise StoreError(f"{len(first)} octets do not fit in front of the body of {self.ident:016x}")
-        os.pwrite(self._fd, first, offset + FRAME.size)
-        self.length += len(first)
-        checksum = self._digest.intdigest() if not first else _digest(self._fd, offset + FRAME.size)[0]
-        os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, checksum), offset)
-        os.fdatasync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return Body(0, 1, offset, self.length)
-
-    def discard(self) -> None:
-        """Remove the file: the message was rejected, or its client disconnected."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self.path.unlink(missing_ok=True)

@@ -24,37 +24,26 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lmdb
-import msgspec
 
 from relaymta.errors import StoreError, StoreFull, store_error
-from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import (
-    ATTEMPTS_KEPT,
-    DELIVERED,
-    DSN,
-    FAILED,
-    HELD,
-    PENDING,
-    PERMANENT,
-    SMTPUTF8,
-    SUCCESS,
     Body,
-    Envelope,
     Placement,
-    QueueName,
-    RecipientState,
 )
-from relaymta.proto.header import header_end
-from relaymta.queue.clock import QueueClock, wall_ms
-from relaymta.queue.entry import Entry, Move, Outcome, Put
-from relaymta.queue.ident import IdSource, format_id
-from relaymta.queue.segments import COLD, HOT, BigBody, Segments
-from relaymta.queue.store import Change, Store
+from relaymta.queue.change import Change
+from relaymta.queue.clock import QueueClock
+from relaymta.queue.dsns import Dsns
+from relaymta.queue.entry import Move, Outcome, Put
+from relaymta.queue.group import Assign, Committed, Operation, Task
+from relaymta.queue.ident import IdSource
+from relaymta.queue.outcomes import Outcomes, put_rows
+from relaymta.queue.segments import COLD, HOT, Segments
+from relaymta.queue.store import Store
 
-__all__ = ["Committed", "Task", "Writer"]
+__all__ = ["Writer"]
 
 GROUP_LIMIT = 1000
 # Pairs of runs side by side, 50 clients with 4 kB: 178 us of CPU a message without, 162 with gathering (5,600 and 6,000
@@ -64,37 +53,6 @@ GATHER_SECONDS = 0.001
 OUTCOMES_SECONDS = 0.003
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
 T = TypeVar("T")
-Assign = Callable[[Envelope, int], list[tuple[QueueName, list[int] | None]]]
-
-
-class Task:
-    """A change by an operator or the queue itself: `run(change)` on the writer thread, all of it or nothing, then `done(task)` on
-    the loop. `error`: why it was undone; `mistake`: file and line where `run` raised it ("": the commit failed)."""
-
-    __slots__ = ("done", "error", "mistake", "result", "run")
-
-    def __init__(self, run: Callable[[Change], Any], done: "Callable[[Task], None] | None" = None) -> None:
-        self.run = run
-        self.done = done
-        self.result: Any = None
-        self.error: Exception | None = None
-        self.mistake = ""
-
-
-class Committed:
-    """The operations of one group, with their results; passed to `on_commit`."""
-
-    __slots__ = ("moves", "outcomes", "puts", "syncs", "tasks")
-
-    def __init__(self, outcomes: list[Outcome]) -> None:
-        self.puts: list[Put] = []
-        self.outcomes = outcomes
-        self.tasks: list[Task] = []
-        self.moves: list[Move] = []
-        self.syncs = 0
-
-
-Operation = Put | Outcome | Task | Move
 
 
 def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> None:
@@ -128,13 +86,10 @@ class Writer:
         self._store = store
         self._segments = segments
         self._clock = clock
-        self._ids = ids
-        self._hostname = hostname
-        self._max_age_ms = max_age_ms
         self._ballast = ballast
-        self._assign = assign
         self._on_commit = on_commit
-        self._sign = sign
+        self.dsns = Dsns(segments, clock, ids, hostname, max_age_ms, assign, sign)
+        self._outcomes = Outcomes(store, segments, self.dsns)
         self._pending: list[Operation] = []
         self._awaited = 0  # how many of them are no outcomes, so that a caller waits for them
         self._busy = False  # a group is under way, or about to begin
@@ -142,7 +97,6 @@ class Writer:
         self._inbox: queues.SimpleQueue[list[Operation] | None] = queues.SimpleQueue()
         self.stalled = False
         self.last_error = ""
-        self._freed: list[tuple[int, Body]] = []  # bodies whose messages end in the group under way
         self._contradicted = False  # the last transaction failed because an operation contradicts the store, not by the disk
         self._thread = threading.Thread(target=self._run, name="queue-writer", daemon=True)
 
@@ -245,10 +199,16 @@ class Writer:
 
     def _commit(self, group: Committed) -> None:
         """Write one group; what fails of it has its `error` set when this returns."""
+        self._try(group)
+        for put in group.puts:
+            if put.error is not None and put.data is None:  # its file has no message, and the client is told to try again
+                self._segments.big_path(put.ident).unlink(missing_ok=True)
+
+    def _try(self, group: Committed) -> None:
         puts = group.puts
         for outcome in group.outcomes:
             if not outcome.success:
-                self._plan(outcome)
+                self._outcomes.plan(outcome)
         moves = group.moves
         error = self._write_bodies(group, puts, moves)
         if error is not None:
@@ -287,6 +247,7 @@ class Writer:
                 most = 1  # one of them contradicts the store: find it
             else:
                 part[0].refused = str(error)
+                self._outcomes.discard_dsn(part[0])
                 left, most = left[1:], SMALL_GROUP
         self.stalled = False
 
@@ -299,10 +260,8 @@ class Writer:
                     envelope = put.envelope
                     envelope.body = segments.append(put.ident, put.data, envelope.size, HOT)
             for outcome in group.outcomes:
-                if outcome.dsn is not None:
-                    self._place_dsn(outcome.dsn)
-                if outcome.moved is not None:
-                    self._move(outcome)
+                if outcome.dsn is not None or outcome.moved is not None:
+                    self._outcomes.write(outcome)
             for move in moves:
                 move.body = segments.append(move.ident, [move.data], move.was.length, COLD)
             segments.write()
@@ -312,40 +271,24 @@ class Writer:
             return self._explain(failure)
         return None
 
-    def _place_dsn(self, dsn: Put) -> None:
-        """Write a DSN's body; that of a DSN about very many recipients is a large one."""
-        segments, data, size = self._segments, dsn.data or [], dsn.envelope.size
-        if size <= segments.big_limit:
-            dsn.envelope.body = segments.append(dsn.ident, data, size, HOT)
-            return
-        path = segments.big_path(dsn.ident)
-        path.unlink(missing_ok=True)  # of a group that failed
-        file = BigBody(path, dsn.ident)
-        try:
-            file.write(data)
-            dsn.envelope.body = file.finish([])
-        except BaseException:
-            file.discard()
-            raise
-
     def _transact(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """Commit these operations in one LMDB transaction; the error when it failed (then nothing of them is committed)."""
         change = None
         segments = self._segments
         try:
-            change = self._store.change()
+            change = Change(self._store)
             now = self._clock.now()
             self._inline(change, [put for put in puts if put.fresh], now)
             for put in puts:
                 if not put.fresh:
-                    self._put(change, put, now)
+                    put_rows(change, put, now)
             for outcome in outcomes:
-                self._finish(change, outcome, now)
+                self._outcomes.record(change, outcome, now)
             for task in tasks:
                 self._run_task(change, task)
             for move in moves:
                 self._relocate(change, move)
-            for _, body in self._freed:
+            for _, body in self._outcomes.freed:
                 if body.segment:
                     segments.release(body)
             doomed = segments.doomed()
@@ -355,7 +298,7 @@ class Writer:
                 change.segment(number, row)
             change.finish(now)
         except (lmdb.Error, StoreError, OSError) as failure:
-            self._freed.clear()
+            self._outcomes.freed.clear()
             segments.forget()
             if change is not None:
                 change.abort()
@@ -364,10 +307,10 @@ class Writer:
             return self._explain(failure)
         segments.unlink()
         segments.settle()
-        for ident, body in self._freed:
+        for ident, body in self._outcomes.freed:
             if not body.segment:
                 segments.big_path(ident).unlink(missing_ok=True)
-        self._freed.clear()
+        self._outcomes.freed.clear()
         return None
 
     def _reopen(self, failure: Exception) -> None:
@@ -394,27 +337,10 @@ class Writer:
         if puts:
             change.inline([(put.ident, put.envelope) for put in puts], now)
 
-    def _put(self, change: Change, put: Put, now: int) -> None:
-        """Add a message with rows of its own, due now or held."""
-        envelope = put.envelope
-        if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
-            envelope.flags &= ~HELD
-            self._put(change, put, now)
-            change.hold(put.ident, envelope)
-            return
-        if len(put.names) == 1:
-            row = change.row(put.names[0][0])
-            envelope.placements = [Placement(row.number, now)]
-            change.put(put.ident, envelope, [row])
-            return
-        rows = [change.row(name) for name, _ in put.names]
-        envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
-        change.put(put.ident, envelope, rows)
-
     def _relocate(self, change: Change, move: Move) -> None:
         """Point a message's row at the copy of its body; when it ended or its body moved meanwhile, the copy is dropped."""
         change.materialize(move.ident)
-        envelope = self._store.envelope(change.txn, move.ident)
+        envelope = change.envelope(move.ident)
         assert move.body is not None
         if envelope is None or envelope.body != move.was:
             self._segments.release(move.body)
@@ -426,7 +352,7 @@ class Writer:
         move.queues = [placement.queue for placement in envelope.placements]
 
     def _run_task(self, change: Change, task: Task) -> None:
-        freed = len(self._freed)
+        freed = len(self._outcomes.freed)
         change.begin_part()
         try:
             task.result = task.run(change)
@@ -434,169 +360,12 @@ class Writer:
             raise
         except Exception as error:  # a defect in `run` fails the task, not the group
             change.undo_part()
-            del self._freed[freed:]
+            del self._outcomes.freed[freed:]
             where = traceback.extract_tb(error.__traceback__)[-1]
             task.error, task.mistake = error, f"{where.filename.rpartition('/')[2]}:{where.lineno}"
         else:
             change.keep_part()
 
-    # Outcomes
-
-    def _plan(self, outcome: Outcome) -> None:
-        """Before the group is written: make an outcome's DSN, and plan the copy of a deferred body to a cold segment."""
-        entry = outcome.entry
-        envelope = entry.envelope
-        deferred = any(a.kind not in (SUCCESS, PERMANENT) for a in outcome.results.values())
-        body = envelope.body
-        if deferred and entry.attempts == 0 and entry.sole and body is not None and body.segment:
-            outcome.moved = body
-        if outcome.failed and envelope.sender and outcome.dsn is None:
-            outcome.dsn = self._any_dsn(entry, outcome.failed)
-
-    def _data(self, entry: Entry) -> list[bytes]:
-        """An entry's message data, from memory or disk. StoreError when it cannot be read."""
-        if entry.data is not None:
-            return entry.data
-        body = entry.envelope.body
-        if body is None:
-            raise StoreError(f"message {format_id(entry.ident)} has no body")
-        return [self._segments.read(entry.ident, body)]
-
-    def _move(self, outcome: Outcome) -> None:
-        """Stage a copy of a deferred message's body in a cold segment, so that its hot segment is freed. A body that cannot be
-        read stays where it is: the group does not fail because of it."""
-        envelope = outcome.entry.envelope
-        try:
-            data = self._data(outcome.entry)
-        except StoreError:
-            outcome.moved = None
-            return
-        outcome.moved = self._segments.append(outcome.entry.ident, data, envelope.size, COLD)
-
-    def _any_dsn(self, entry: Entry, failed: list[tuple[str, Any, bool]]) -> Put | None:
-        """The DSN about `failed` recipients; a plain one when an exception is raised while the original header is handled or the
-        DSN is signed. A defect there must not end the thread each time it starts, and stop all mail."""
-        for plain in (False, True):
-            try:
-                return self._dsn(entry, failed, plain)
-            except Exception:
-                traceback.print_exc()
-        return None  # the event `bounced` is logged without a DSN
-
-    def _dsn(self, entry: Entry, failed: list[tuple[str, Any, bool]], plain: bool) -> Put:
-        """Make the DSN about `failed` recipients. `plain`: without the original header and without signatures."""
-        envelope = entry.envelope
-        header = b""
-        if not plain:
-            try:
-                start = b"".join(self._data(entry))[: 128 * 1024]
-                header = start[: header_end(start)]
-            except StoreError:
-                pass
-        ident = self._ids.next()
-        data = failure_dsn(
-            envelope,
-            failed,
-            header,
-            hostname=self._hostname,
-            ident=format_id(ident),
-            original_ident=format_id(entry.ident),
-            seconds=wall_ms() // 1000,
-        )
-        data = data if plain else self._sign(data) + data
-        dsn = Envelope(
-            sender="",
-            recipients=[envelope.sender],
-            size=len(data),
-            flags=DSN | (envelope.flags & SMTPUTF8),
-            arrived=wall_ms(),
-            deadline=self._clock.now() + self._max_age_ms,
-            application=envelope.application,
-        )
-        return Put(ident, dsn, self._assign(dsn, 0), [data], None)
-
-    def _finish(self, change: Change, outcome: Outcome, now: int) -> None:
-        """Record an outcome; its message is removed when no recipient is pending in any queue."""
-        entry = outcome.entry
-        if outcome.success and entry.sole:
-            histories = entry.attempts > 0 or entry.indexes is not None  # of recipients in other queues, too
-            if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
-                self.free_body(entry.ident, entry.envelope.body)
-            else:
-                self._ended_before(outcome)
-            return
-        change.materialize(entry.ident)
-        envelope = self._store.envelope(change.txn, entry.ident)
-        placement = None if envelope is None else next((p for p in envelope.placements if p.queue == entry.queue), None)
-        if envelope is None or placement is None:
-            self._ended_before(outcome)
-            return
-        envelope = msgspec.structs.replace(envelope)
-        envelope.route = envelope.route or entry.envelope.route
-        pending = self._record(change, outcome)
-        change.unplace(entry.ident, envelope, placement)
-        others = [p for p in envelope.placements if p is not placement]
-        joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
-        if joined:  # while these were in flight, other recipients of the message were deferred to their queue
-            left = Placement(placement.queue, placement.due, placement.attempts, joined)
-            self._wait(change, entry.ident, envelope, others, left)
-        if pending:
-            row = change.row(outcome.name or entry.name)
-            again = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
-            self._wait(change, entry.ident, envelope, others, again)
-        envelope.placements = others
-        if not others:
-            change.finish_message(entry.ident, envelope, histories=True)
-            self.free_body(entry.ident, envelope.body)
-        else:
-            if outcome.moved is not None and envelope.body is not None and outcome.moved != envelope.body:
-                self._segments.release(envelope.body)
-                envelope.body = outcome.moved
-            change.replace(entry.ident, envelope)
-        if outcome.dsn is not None:
-            self._put(change, outcome.dsn, now)
-
-    def _ended_before(self, outcome: Outcome) -> None:
-        """Refuse an outcome whose message has left the queue: it changes nothing, and the bodies written for it are freed."""
-        outcome.refused, outcome.gone = "the message had left the queue before", True
-        if outcome.dsn is not None:
-            self.free_body(outcome.dsn.ident, outcome.dsn.envelope.body)
-            outcome.dsn = None
-        if outcome.moved is not None:
-            self.free_body(outcome.entry.ident, outcome.moved)
-            outcome.moved = None
-
-    def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
-        """Add the placement `new` to `places` and to its queue. When the message has one in that queue already, they are joined,
-        due at the later time of the two."""
-        same = next((place for place in places if place.queue == new.queue), None)
-        if same is not None:
-            change.unplace(ident, envelope, same)
-            places.remove(same)
-            new.indexes = sorted({*(new.indexes or []), *(same.indexes or [])})
-            new.due = max(new.due, same.due)
-        places.append(new)
-        change.place(ident, envelope, new)
-
-    def _record(self, change: Change, outcome: Outcome) -> list[int]:
-        """Write the states of the entry's recipients; the indexes of those still pending."""
-        entry = outcome.entry
-        states = self._store.recipient_states(change.txn, entry.ident) if entry.attempts else {}
-        pending = []
-        for index, _ in entry.recipients:
-            state = states.get(index) or RecipientState()
-            attempt = outcome.results.get(index)
-            if attempt is not None:
-                state.attempts = [*state.attempts, attempt][-ATTEMPTS_KEPT:]
-                state.state = {SUCCESS: DELIVERED, PERMANENT: FAILED}.get(attempt.kind, PENDING)
-            elif outcome.success:
-                state.state = DELIVERED
-            change.set_recipient(entry.ident, index, state)
-            if state.state == PENDING:
-                pending.append(index)
-        return pending
-
     def free_body(self, ident: int, body: Body | None) -> None:
         """Free a body in the group under way, in which its message ends."""
-        if body is not None:
-            self._freed.append((ident, body))
+        self._outcomes.free_body(ident, body)

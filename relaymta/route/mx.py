@@ -2,10 +2,11 @@
 
 import ipaddress
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
-from relaymta.errors import Failure
+from relaymta.errors import DNS, US, Failure
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 
 __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
@@ -41,14 +42,15 @@ class Hosts:
 class NoRoute(Failure):
     """A domain has no usable mail host. `permanent`: a permanent failure; `enhanced`: its enhanced status code (RFC 3463)."""
 
-    def __init__(self, permanent: bool, enhanced: str, public: str, inside: str = "") -> None:
-        super().__init__(public, inside)
+    def __init__(self, permanent: bool, enhanced: str, public: str, cause: str = "", fault: str = DNS) -> None:
+        super().__init__(public, cause, fault)
         self.permanent = permanent
         self.enhanced = enhanced
 
 
 async def mx_hosts(resolver: Resolver, domain: str, ourselves: set[str]) -> Hosts:
-    """The mail hosts of a domain. NoRoute when there is none. `ourselves`: this machine's host names, lower case."""
+    """The mail hosts of a domain. NoRoute when there is none. `ourselves`: this machine's host names, lower case. (`targets`
+    finds it by its addresses.)"""
     if literal_address(domain) is not None:
         return Hosts(((0, domain),), resolver.now() + LITERAL_SECONDS)
     try:
@@ -73,8 +75,12 @@ def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tu
     limit = min((preference for preference, host in pairs if host in ourselves), default=None)
     kept = tuple(pair for pair in pairs if limit is None or pair[0] < limit)
     if not kept:
-        raise NoRoute(True, "5.4.6", f"the MX of {name} is this host: mail for it would loop")
+        raise _loop(f"the MX of {name}")
     return kept[:HOSTS_LIMIT]
+
+
+def _loop(what: str) -> NoRoute:
+    return NoRoute(True, "5.4.6", f"{what} is this host: mail for it would loop", fault=US)
 
 
 def roll_up(hosts: Hosts) -> str:
@@ -91,17 +97,28 @@ def roll_up(hosts: Hosts) -> str:
     return f"({heads}).{shared}" if shared else f"({heads})"
 
 
-async def targets(resolver: Resolver, hosts: Hosts, families: str) -> list[Target]:
+async def targets(
+    resolver: Resolver, hosts: Hosts, families: str, ours: Callable[[str], bool] = lambda address: False
+) -> list[Target]:
     """The addresses to try, in order; hosts of equal preference are shuffled. NoRoute when there is none. `families`: as of
-    `Resolver.addresses`."""
+    `Resolver.addresses`; `ours(address)`: whether it is this machine's. Then its host and those not preferred to that are
+    left out (RFC 5321 5.1)."""
     shuffled = list(hosts.pairs)
     random.shuffle(shuffled)
     shuffled.sort(key=lambda pair: pair[0])
     found: list[Target] = []
     failures: list[DnsFailure] = []
-    for _, host in shuffled:
+    preferences: list[int] = []  # of those in `found`
+    for preference, host in shuffled:
         try:
-            found += [Target(host, address) for address in await _addresses(resolver, host, families)]
+            addresses = await _addresses(resolver, host, families)
+            if any(map(ours, addresses)):
+                found = [target for target, at in zip(found, preferences, strict=True) if at < preference]
+                if found or failures:
+                    break
+                raise _loop(f"the mail host {host}")
+            found += [Target(host, address) for address in addresses]
+            preferences += [preference] * len(addresses)
         except (NoSuchName, NoData):
             continue
         except DnsFailure as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from relaymta.config import Route, parse_hostport
 from relaymta.dns import Resolver
+from relaymta.errors import US
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
@@ -15,6 +16,7 @@ __all__ = ["Site", "Sites"]
 
 LEAST_SECONDS = 5.0  # a domain's site is cached for at least so long
 KEPT = 100_000  # domains
+KEPT_GIVEN = 10_000  # lists of hosts that a lookup returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Sites:
             if until == float("inf"):
                 return site
         elif route.username:
-            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", "the lookup returned no host")
+            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", "the lookup returned no host", US)
         else:
             hosts = await mx_hosts(self._resolver, name.domain, self._ourselves)
             if route is own:
@@ -92,9 +94,14 @@ class Sites:
             _allow(route, found.hosts)
         except LookupFailed as error:
             cause = f"look-up of {name.domain} at {route.lookup}: {error}"
-            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", cause) from None
+            raise NoRoute(False, "4.4.3", f"the route of {name.domain} could not be looked up", cause, US) from None
         if found.hosts:
-            named = self._given.setdefault((route.label, found.hosts), _with_hosts(route, found.hosts))
+            given = self._given.get((route.label, found.hosts))
+            if given is None:
+                if len(self._given) >= KEPT_GIVEN:
+                    self._given.clear()
+                given = self._given[route.label, found.hosts] = _with_hosts(route, found.hosts)
+            named = given
         return named, self._now() + found.seconds
 
 

@@ -14,9 +14,11 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
-from relaymta.errors import Failure, redacted
+from relaymta.errors import NETWORK, PEER, US, Failure, redacted
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
+from relaymta.route.mx import NoRoute
+from relaymta.route.ourselves import Ourselves
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
@@ -25,19 +27,22 @@ __all__ = ["ConnectFailed", "Peer", "Via", "connect", "implicit_tls"]
 
 SESSIONS_KEPT = 10_000  # hosts
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
+_FAULTS = {"connect": NETWORK, "auth": US}  # of a failure without a reply, by phase; else the peer's
 
 
 class ConnectFailed(Failure):
     """No usable session. `phase`: the one that failed (connect, ehlo, starttls, auth); `said`: the peer's reply in it, if any. A
     reply may be quoted in DSNs, but for one to AUTH, which is for the log and operators only."""
 
-    def __init__(self, phase: str, public: str, inside: str = "", said: Said | None = None) -> None:
-        super().__init__(public, inside)
+    def __init__(self, phase: str, public: str, cause: str = "", said: Said | None = None, fault: str = "") -> None:
+        """`fault`: where it does not follow from the phase."""
+        answered = said is not None and phase != "auth"  # a rejected login is for whoever set it
+        super().__init__(public, cause, fault or (PEER if answered else _FAULTS.get(phase, PEER)))
         self.phase = phase
         self.said = said
 
     def __str__(self) -> str:
-        return self.inside or (self.said.whole if self.said is not None else self.public)
+        return self.cause or (self.said.whole if self.said is not None else self.public)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +62,42 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """How to connect: the route (protocol and credentials), our name for EHLO, seconds for each step, TLS (off | may | encrypt |
-    verify), and the source address."""
+    """How to connect: the route (protocol and credentials), our name for EHLO, seconds for the TCP connection (with implicit TLS)
+    and for each reply after it, TLS (off | may | encrypt | verify), ourselves (not to be connected to), and the source
+    address."""
 
     route: Route
     hostname: str
-    timeout: float
+    connect_timeout: float
+    reply_timeout: float
     tls: str
+    ourselves: Ourselves
     source: Source | None = None
 
 
 def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
     """The context for a peer with implicit TLS; None for others."""
-    return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls in ("encrypt", "verify") else None
+    return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls != "off" else None
 
 
 class _Client(aiosmtplib.SMTP):
-    """aiosmtplib with LMTP (RFC 2033 4.1: LHLO instead of EHLO and HELO)."""
+    """aiosmtplib with LMTP (RFC 2033 4.1: LHLO instead of EHLO and HELO). `opened(transport)` is called when TCP (and implicit
+    TLS) is there, before the greeting."""
 
     greeting = b"EHLO"
+    opened: Callable[[asyncio.BaseTransport], None] | None = None
+    _opened_transport: asyncio.BaseTransport | None = None
+
+    @property
+    def transport(self) -> asyncio.BaseTransport | None:  # aiosmtplib sets it as soon as it is connected
+        return self._opened_transport
+
+    @transport.setter
+    def transport(self, transport: asyncio.BaseTransport | None) -> None:
+        self._opened_transport = transport
+        if transport is not None and self.opened is not None:
+            opened, self.opened = self.opened, None
+            opened(transport)
 
     async def ehlo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
         assert self.local_hostname is not None
@@ -94,12 +116,12 @@ class _Client(aiosmtplib.SMTP):
 async def connect(
     peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int
 ) -> Session:
-    """A session past EHLO, STARTTLS and AUTH. ConnectFailed when one of them fails. `make(core, peer)` makes the session;
-    `recipients`: at most in one transaction."""
+    """A session past EHLO, STARTTLS and AUTH. ConnectFailed when one of them fails; NoRoute when the peer is this host.
+    `make(core, peer)` makes the session; `recipients`: at most in one transaction."""
     client = _client(peer, via)
     phase = "connect"
     try:
-        await client.connect()
+        await _open(client, peer, via)
         phase = "ehlo"
         await _greet(client)
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
@@ -112,9 +134,30 @@ async def connect(
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
         client.close()
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, NoRoute):
             raise _failure(phase, peer, error) from None
         raise
+
+
+async def _open(client: _Client, peer: Peer, via: Via) -> None:
+    """Connect and wait for the greeting, each within its own time."""
+    what = "connecting"
+    try:
+        async with asyncio.timeout(via.connect_timeout) as limit:
+
+            def opened(transport: asyncio.BaseTransport) -> None:
+                nonlocal what
+                what = "waiting for the greeting"
+                limit.reschedule(asyncio.get_running_loop().time() + via.reply_timeout)
+                address = transport.get_extra_info("peername")
+                if not peer.path and address is not None and via.ourselves.at(address[0], address[1]):
+                    raise NoRoute(True, "5.4.6", f"{peer.name} is this host: mail to it would loop", fault=US)
+
+            client.opened = opened
+            await client.connect(timeout=None)
+    except TimeoutError as error:
+        raise TimeoutError(f"timed out {what}") from error
+    client.timeout = via.reply_timeout
 
 
 async def _greet(client: _Client) -> None:
@@ -141,11 +184,11 @@ def _client(peer: Peer, via: Via) -> _Client:
     source = (via.source.address, 0) if via.source is not None else None
     name = via.source.hostname if via.source is not None and via.source.hostname else via.hostname
     if peer.path:
-        client = _Client(socket_path=peer.path, timeout=via.timeout, local_hostname=name, use_tls=False, start_tls=False)
+        client = _Client(socket_path=peer.path, timeout=via.reply_timeout, local_hostname=name, use_tls=False, start_tls=False)
     else:
         implicit = implicit_tls(peer, via.tls)
         client = _Client(
-            hostname=peer.address, port=peer.port, timeout=via.timeout, local_hostname=name, source_address=source,
+            hostname=peer.address, port=peer.port, timeout=via.reply_timeout, local_hostname=name, source_address=source,
             use_tls=implicit is not None, start_tls=False, tls_context=implicit,
         )  # fmt: skip
     if via.route.protocol == "lmtp":

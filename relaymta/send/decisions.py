@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from relaymta.config import Rule
+from relaymta.errors import Failure
 from relaymta.log import Log
 from relaymta.node import DEAD, LEARNED, SLOW, SUSPENDED, SiteState, SiteStates
 from relaymta.proto.smtp_client import Said
@@ -52,6 +53,8 @@ class Decisions:
         self._send_back = send_back
         self._wake = wake
         self._wake_pool = wake_pool
+        self._by_shape: dict[str, set[str]] = {}  # the names of the pools whose limits are counted by a name; also of past ones
+        self._named = 0  # names in it, at most
 
     def asleep(self, pool: Pool, tenant: str) -> int:
         """Until when no mail of a tenant is delivered through a pool (queue clock); 0 when it may be."""
@@ -64,7 +67,14 @@ class Decisions:
         return self._clock() + self.states.left(state)
 
     def recall(self, pool: Pool) -> None:
-        """Apply the machine's states of its site to a new pool."""
+        """Apply the machine's states of its site to a new pool. Called before the pool is used."""
+        self._by_shape.setdefault(pool.shape.key, set()).add(pool.key)
+        self._named += 1
+        if self._named > 2 * len(self._pools) + 1000:  # without the pools that are gone
+            self._by_shape = {}
+            for one in (*self._pools.values(), pool):
+                self._by_shape.setdefault(one.shape.key, set()).add(one.key)
+            self._named = len(self._pools) + 1
         dead = self.states.get(DEAD, pool.key)
         if dead is not None:  # found down by another worker, or before a restart
             pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply))
@@ -83,25 +93,25 @@ class Decisions:
 
     # Decided in this worker
 
-    def dead(self, pool: Pool, reason: str, said: Said, until_wall: int) -> None:
+    def dead(self, pool: Pool, why: Failure, said: Said, until_wall: int) -> None:
         """No host of a site could be reached: log it, and publish the state. `until_wall`: ms since the epoch."""
-        self._log.event("site", route=pool.key, state="down", reason=reason, until=until_wall)
+        reason = str(why)
+        self._log.event("site", route=pool.key, state="down", reason=reason, fault=why.fault, until=until_wall)
         now = wall_ms()
         reply = _LOGIN + said.whole if said.phase == "auth" else said.whole
         self._learn(SiteState(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, float(pool.failures)))
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached: log it, and remove the state."""
-        self._log.event("site", route=pool.key, state="up", reason="", until=0)
+        self._log.event("site", route=pool.key, state="up", reason="", fault="", until=0)
         self.states.forget(DEAD, pool.key, "")
         self._publish(None, (DEAD, pool.key, ""))
 
     def forget_dead(self) -> None:
         """Remove the states of all sites that are down: all may be tried now."""
-        for state in self.states:
-            if state.kind == DEAD:
-                self.states.forget(*state.key)
-                self._publish(None, state.key)
+        for state in self.states.of(DEAD):
+            self.states.forget(*state.key)
+            self._publish(None, state.key)
 
     def learned(self, pool: Pool, limit: str) -> None:
         """Publish a limit that the pool learned from a reply ("": none)."""
@@ -149,18 +159,26 @@ class Decisions:
         kind, name, about = key
         if kind == SUSPENDED and state is None:
             self._wake()
-        for pool in list(self._pools.values()):
-            if kind == DEAD and pool.key == name:
+        for pool in self._concerned(kind, name):
+            if kind == DEAD:
                 self._dead_elsewhere(pool, state)
-            elif kind == SUSPENDED and state is not None and name in ("", pool.shape.key):
+            elif kind == SUSPENDED and state is not None:
                 self._send_back(pool, self._end(state), about or None)
-            elif kind in (SLOW, LEARNED) and name == pool.shape.key:
+            elif kind in (SLOW, LEARNED):
                 if state is not None:
                     self._tighten(pool, state)
                 elif kind == SLOW:
                     pool.slow_until = 0.0
                 else:
                     pool.learned.pop(about, None)
+
+    def _concerned(self, kind: str, name: str) -> list[Pool]:
+        """The pools that a state with this kind and site is about."""
+        if kind == SUSPENDED and not name:
+            return list(self._pools.values())
+        names = [name] if kind == DEAD else self._by_shape.get(name, ())
+        pools = [self._pools[one] for one in names if one in self._pools]
+        return pools if kind == DEAD else [pool for pool in pools if pool.shape.key == name]
 
     def _dead_elsewhere(self, pool: Pool, state: SiteState | None) -> None:
         """Another worker found a site down, or (None) up; or an operator wants it tried."""

@@ -1,17 +1,22 @@
 """OAuth 2.0 access tokens for smart hosts (RFC 6749 4.4 and 6): fetched when first needed, cached until shortly before they
-expire, and refreshed by one request for all connections that wait for one."""
+expire, and refreshed by one request for all connections that wait for one.
+
+One process of the machine exchanges tokens (`Exchanges`, in the supervisor): an endpoint that rotates refresh tokens takes each
+only once, and revokes the whole family when one is used again (RFC 9700 4.14.2). Each worker has `Tokens`, which asks it.
+"""
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from relaymta.config import OAuth
 from relaymta.errors import Failure
 
-__all__ = ["TokenError", "Tokens"]
+__all__ = ["Exchanges", "TokenError", "Tokens"]
 
 EARLY_SECONDS = 60.0  # a token that expires sooner is not used
 LONGEST_SECONDS = 3600.0
@@ -34,42 +39,78 @@ class _Token:
 
 
 class Tokens:
-    """The tokens of one worker. `kept(name)`: the refresh token that replaced the configured one, "" when none did;
-    `keep(name, token)` stores one, for all workers and across a restart. `now()`: monotonic seconds."""
+    """The access tokens that a worker uses. `exchange(settings, refused)` gets one and the seconds for which it may be used, from
+    the one who exchanges; `refused`: one that a host has rejected, "" otherwise. It raises TokenError. `now()`: monotonic
+    seconds."""
 
     def __init__(
-        self, kept: Callable[[str], str], keep: Callable[[str, str], None], now: Callable[[], float] = time.monotonic
+        self, exchange: Callable[[OAuth, str], Awaitable[tuple[str, float]]], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._exchange = exchange
+        self._now = now
+        self._tokens: dict[OAuth, _Token] = {}
+        self._refused: dict[OAuth, str] = {}
+
+    async def get(self, settings: OAuth) -> str:
+        """An access token. TokenError when none is available."""
+        token = self._tokens.get(settings)
+        if token is None or token.until <= self._now():
+            text, seconds = await self._exchange(settings, self._refused.get(settings, ""))
+            token = self._tokens[settings] = _Token(text, self._now() + seconds)
+        return token.text
+
+    def refused(self, settings: OAuth, text: str) -> None:
+        """A host rejected this access token: the next `get` asks for another."""
+        self._refused[settings] = text
+        token = self._tokens.get(settings)
+        if token is not None and token.text == text:
+            del self._tokens[settings]
+
+
+class Exchanges:
+    """The one who exchanges tokens. `kept(name)`: the refresh token that replaced the configured one, "" when none did;
+    `keep(name, token)` stores one, durably. `now()`: monotonic seconds. At most one exchange at a time uses a refresh token."""
+
+    def __init__(
+        self,
+        kept: Callable[[str], str],
+        keep: Callable[[str, str], Awaitable[None]],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kept = kept
         self._keep = keep
         self._now = now
         self._tokens: dict[OAuth, _Token] = {}
         self._failed: dict[OAuth, tuple[float, str]] = {}
-        self._asking: dict[OAuth, asyncio.Task[str]] = {}
-        self.fetched = 0
+        self._asking: dict[OAuth, asyncio.Task[_Token]] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the name of a refresh token
 
-    async def get(self, settings: OAuth) -> str:
-        """An access token. TokenError when none is available."""
+    async def get(self, settings: OAuth, refused: str = "") -> tuple[str, float]:
+        """An access token other than `refused`, and the seconds for which it may be used. TokenError when none is available. The
+        exchange goes on when the caller is cancelled, since others may wait for it, and a rotated token must not be lost."""
         token = self._tokens.get(settings)
-        if token is not None and token.until > self._now():
-            return token.text
-        again, reason = self._failed.get(settings, (0.0, ""))
-        if again > self._now():
-            raise TokenError(reason)
-        task = self._asking.get(settings)
-        if task is None:
-            task = self._asking[settings] = asyncio.get_running_loop().create_task(self._fetch(settings))
-            task.add_done_callback(lambda _: self._asking.pop(settings, None))
-        return await asyncio.shield(task)
+        if token is None or token.until <= self._now() or token.text == refused:
+            again, reason = self._failed.get(settings, (0.0, ""))
+            if again > self._now():
+                raise TokenError(reason)
+            task = self._asking.get(settings)
+            if task is None:
+                task = self._asking[settings] = asyncio.get_running_loop().create_task(self._fetch(settings))
+                task.add_done_callback(lambda done: self._over(settings, done))
+            token = await asyncio.shield(task)
+        return token.text, token.until - self._now()
 
-    def refused(self, settings: OAuth, text: str) -> None:
-        """A host rejected this access token: the next `get` fetches another."""
-        token = self._tokens.get(settings)
-        if token is not None and token.text == text:
-            del self._tokens[settings]
+    def _over(self, settings: OAuth, done: "asyncio.Task[_Token]") -> None:
+        del self._asking[settings]
+        if not done.cancelled():
+            done.exception()  # those who waited may be gone
 
-    async def _fetch(self, settings: OAuth) -> str:
-        import aiohttp  # imported at start where a route needs it: it takes 0.1 s
+    async def close(self) -> None:
+        """Wait for the exchanges under way: a refresh token that was rotated is stored."""
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+
+    async def _fetch(self, settings: OAuth) -> _Token:
+        import aiohttp  # takes 0.1 s: only where it is needed
 
         try:
             answer = await self._ask(settings)
@@ -81,37 +122,46 @@ class Tokens:
             reason = f"token endpoint {settings.token_url}: {'no ' if isinstance(error, KeyError) else ''}{what}"
             self._failed[settings] = (self._now() + RETRY_SECONDS, reason)
             raise TokenError(reason) from None
-        self.fetched += 1
         self._failed.pop(settings, None)
         kept = min(seconds, LONGEST_SECONDS)
-        self._tokens[settings] = _Token(text, self._now() + max(kept - EARLY_SECONDS, kept / 2))
-        return text
+        token = self._tokens[settings] = _Token(text, self._now() + max(kept - EARLY_SECONDS, kept / 2))
+        return token
 
     async def _ask(self, settings: OAuth) -> dict[str, object]:
-        import aiohttp
-
-        name, form = "", {"client_id": settings.client_id, "grant_type": "client_credentials"}
+        form = {"client_id": settings.client_id, "grant_type": "client_credentials"}
         if settings.client_secret_file:
             form["client_secret"] = await asyncio.to_thread(_secret, settings.client_secret_file)
-        if settings.refresh_token_file:
-            form["grant_type"] = "refresh_token"
-            given = await asyncio.to_thread(_secret, settings.refresh_token_file)
-            name = _name(settings, given)
-            form["refresh_token"] = self._kept(name) or given
         if settings.scope:
             form["scope"] = settings.scope
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
-            client.post(settings.token_url, data=form, allow_redirects=False) as response,
-        ):
-            answer = await response.json(content_type=None)
-            if response.status != 200 or not isinstance(answer, dict):
-                said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
-                raise TokenError(_without(form, f"{response.status} {said or response.reason}"))
-        rotated = answer.get("refresh_token")
-        if name and isinstance(rotated, str) and rotated not in ("", form["refresh_token"]):
-            self._keep(name, rotated)
+        if not settings.refresh_token_file:
+            return await _post(settings.token_url, form)
+        given = await asyncio.to_thread(_secret, settings.refresh_token_file)
+        name = _name(settings, given)
+        turn = self._turns.get(name)
+        if turn is None:
+            turn = self._turns[name] = asyncio.Lock()
+        async with turn:  # other settings (another scope) may use the same refresh token
+            used = self._kept(name) or given
+            answer = await _post(settings.token_url, form | {"grant_type": "refresh_token", "refresh_token": used})
+            rotated = answer.get("refresh_token")
+            if isinstance(rotated, str) and rotated not in ("", used):
+                await self._keep(name, rotated)
         return answer
+
+
+async def _post(url: str, form: dict[str, str]) -> dict[str, object]:
+    """An endpoint's successful response. TokenError with what it says otherwise."""
+    import aiohttp
+
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
+        client.post(url, data=form, allow_redirects=False) as response,
+    ):
+        answer = await response.json(content_type=None)
+        if response.status != 200 or not isinstance(answer, dict):
+            said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
+            raise TokenError(_without(form, f"{response.status} {said or response.reason}"))
+    return answer
 
 
 def _name(settings: OAuth, given: str) -> str:

@@ -1,9 +1,7 @@
 """Opening connections: the choice of a site's host and of the source address, and the health of smart hosts."""
 
 import asyncio
-import errno
 import random
-import socket
 import time
 from collections.abc import Callable
 
@@ -13,7 +11,8 @@ from relaymta.config import Config, Route, Source, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.log import Log
 from relaymta.proto.smtp_client import ClientSession
-from relaymta.route.mx import targets
+from relaymta.route.mx import NoRoute, targets
+from relaymta.route.ourselves import Ourselves, is_local
 from relaymta.route.sites import Site
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect, implicit_tls
 from relaymta.send.oauth import Tokens
@@ -24,6 +23,7 @@ __all__ = ["Opener", "Sources"]
 PROBE_EVERY = 4.0  # seconds between two probes of a smart host that is down
 PROBE_TIMEOUT = 5.0  # of the first probe; doubled for each further one, since a slow host is not down
 PROBE_LONGEST = 3600.0  # then the host counts as up, and the next message tries it
+GREETING = 300.0  # seconds for the greeting (RFC 5321 4.5.3.2.1) and each further reply before MAIL
 RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host must accept that many)
 PLUMBED_SECONDS = 30.0  # between two checks whether an address is configured on this machine
 
@@ -54,7 +54,7 @@ class Sources:
         was, until = self._plumbed.get(source.name, (True, 0.0))
         if until > self._now():
             return was
-        ours = _is_ours(source.address)
+        ours = is_local(source.address)
         if ours != was:
             text = "is usable again" if ours else "is not an address of this machine: the route's other sources are used"
             self._log.event("warning", text=f"source {source.name} ({source.address}) {text}")
@@ -66,16 +66,6 @@ def _score(source: Source, key: str) -> float:
     """Weighted rendezvous hashing: a source has the highest score for a share of keys proportional to its weight."""
     hashed: float = (xxhash.xxh3_64_intdigest(f"{source.name}\0{key}".encode()) + 1) / 2.0**64
     return float(hashed ** (1.0 / source.weight))
-
-
-def _is_ours(address: str) -> bool:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.bind((address, 0))
-    except OSError as error:
-        return error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-    return True
 
 
 class Opener:
@@ -94,12 +84,14 @@ class Opener:
         self._log = log
         self._make = make
         self._tokens = tokens
+        self._ourselves = _ourselves(config)
         self._down: dict[str, str] = {}  # label of a smart host that is down: why
         self._probing: set[asyncio.Task[None]] = set()
 
     def reconfigure(self, config: Config) -> None:
         """Apply a new configuration; the health of smart hosts is determined anew."""
         self._config = config
+        self._ourselves = _ourselves(config)
         self._down.clear()
         self.close()
 
@@ -107,12 +99,15 @@ class Opener:
         """A session with the first host of a site that can be reached. Raises ConnectFailed or NoRoute when there is none.
         `timeout`: seconds for each step (0: as configured)."""
         failure: ConnectFailed | None = None
+        loop: NoRoute | None = None
         for peer in await self.peers(site):
             try:
                 return await self.to(site, peer, source, timeout)
             except ConnectFailed as error:
                 failure = error
-        raise failure or ConnectFailed("connect", "no host to connect to")
+            except NoRoute as error:  # this host itself: others of the list may take the mail
+                loop = error
+        raise failure or loop or ConnectFailed("connect", "no host to connect to")
 
     async def peers(self, site: Site) -> list[Peer]:
         """The hosts to try, in order. NoRoute when the site's hosts have no address."""
@@ -120,7 +115,9 @@ class Opener:
         if site.hosts is None:
             return [_smart_host(text) for text in self._order(route)]
         port = self._config.delivery.port
-        found = await targets(self._resolver, site.hosts, route.ip.replace(" ", ""))
+        found = await targets(
+            self._resolver, site.hosts, route.ip.replace(" ", ""), lambda address: self._ourselves.at(address, port)
+        )  # fmt: skip
         return [Peer(target.host, target.address, port) for target in found]
 
     def _order(self, route: Route) -> list[str]:
@@ -134,7 +131,7 @@ class Opener:
         return sorted(hosts, key=lambda host: host in down)
 
     async def to(self, site: Site, peer: Peer, source: Source | None, timeout: float = 0.0) -> Session:
-        """A session with one host. ConnectFailed when it fails. `timeout`: as for `open`."""
+        """A session with one host. ConnectFailed when it fails; NoRoute when it is this host. `timeout`: as for `open`."""
         tls = site.route.tls
         name = peer.label
         try:
@@ -151,8 +148,10 @@ class Opener:
         return session
 
     async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None, timeout: float) -> Session:
-        longest = self._config.delivery.connect_timeout
-        via = Via(site.route, self._config.hostname, min(timeout or longest, longest), tls, source)
+        delivery = self._config.delivery
+        longest, greeting = delivery.connect_timeout, GREETING * delivery.patience
+        times = (min(timeout, longest), min(timeout, greeting)) if timeout else (longest, greeting)
+        via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source)
         return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
 
     # The health of smart hosts
@@ -181,7 +180,7 @@ class Opener:
                 self._log.event("warning", text=f"smart host {name} can be reached again")
             elif time.monotonic() - began > PROBE_LONGEST:
                 self._down.pop(name, None)
-            patience = min(2 * patience, self._config.delivery.connect_timeout)
+            patience = min(2 * patience, GREETING * self._config.delivery.patience)
 
     def down(self, route: Route) -> dict[str, str]:
         """The smart hosts of a route that are down, and why."""
@@ -194,6 +193,10 @@ class Opener:
         """Cancel the probes."""
         for task in self._probing:
             task.cancel()
+
+
+def _ourselves(config: Config) -> Ourselves:
+    return Ourselves({config.hostname.lower()}, [listener.address for listener in config.listener])
 
 
 def _smart_host(text: str) -> Peer:

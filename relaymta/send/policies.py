@@ -4,6 +4,7 @@ of the machine (node/)."""
 
 from collections.abc import Callable, Coroutine
 
+from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import DSN, Envelope, QueueName
@@ -12,16 +13,41 @@ from relaymta.queue import Entry, Filter, Queue
 __all__ = ["Policies", "filter_of"]
 
 TOGETHER = 1000
+LONGEST_PAUSE = 30  # seconds until messages that could not be held are tried again, at most
+
+
+# What a policy can be about: it is matched against a queue's name, the sender and the recipients.
+FIELDS = ("queue", "route", "application", "sender", "recipient_domain")
 
 
 def filter_of(text: str) -> Filter:
-    """The filter of a policy, from its name: `field=value` words with the field names of `Filter`. ValueError or TypeError when
-    the name is malformed."""
-    return Filter(**dict(word.split("=", 1) for word in text.split(" ")))  # type: ignore[arg-type]
+    """The filter of a policy, from its name: `field=value` words, each field of FIELDS once. ValueError says what is wrong."""
+    fields: dict[str, str] = {}
+    for word in text.split(" "):
+        field, _, value = word.partition("=")
+        if field not in FIELDS:
+            raise ValueError(f"a policy cannot be about {field!r}: it is about {', '.join(FIELDS)}, as field=value words")
+        if not value:
+            raise ValueError(f"a policy about {field} needs a value ({field}=...)")
+        if field in fields:
+            raise ValueError(f"a policy can be about one {field} only")
+        fields[field] = value
+    return Filter(**fields)  # type: ignore[arg-type]
+
+
+def _meant(state: SiteState) -> Filter | None:
+    """The filter of a stored policy; None when it is none, as versions before stored some: then it is about no mail."""
+    try:
+        return filter_of(state.site)
+    except ValueError:
+        return None
 
 
 class Policies:
-    """Applies the policies in one worker's delivery. `queue()` is its queue; `put_back(entry)` puts an entry back untried,
+    """Applies the policies in one worker's delivery. Owns the entries that are to be held: they stay in the window, waiting,
+    until the change that holds them has claimed them, so that the queue does not offer them again meanwhile.
+
+    `queue()` is its queue; `put_back(entry)` puts an entry back untried, `taken(entry)` is called when one is to be held,
     `bounce(entry, indexes, reason)` fails these of its recipients permanently, `spawn(coroutine)` runs a background task."""
 
     def __init__(
@@ -29,23 +55,28 @@ class Policies:
         states: SiteStates,
         queue: Callable[[], Queue],
         put_back: Callable[[Entry], None],
+        taken: Callable[[Entry], None],
         bounce: Callable[[Entry, list[int], str], None],
         spawn: Callable[[Coroutine[object, object, None]], None],
     ) -> None:
         self._states = states
         self._queue = queue
         self._put_back = put_back
+        self._taken = taken
         self._bounce = bounce
         self._spawn = spawn
         self._policies: list[tuple[SiteState, Filter]] = []
-        self._to_hold: list[int] = []
+        self._to_hold: list[Entry] = []
+        self._refused: list[Entry] = []  # could not be held: the disk is full, or an entry of the same message is in flight
+        self._pause = self._ticks = 0  # until they are tried again, and since they were
         self._holding = False
         self._holds: set[str] | None = None  # the hold policies at the last `tick`; None: held mail is to be checked
         self.refresh()
 
     def refresh(self) -> None:
         """Reload the policies: some may have been added, removed or have expired."""
-        self._policies = [(state, filter_of(state.site)) for state in self._states if state.kind in (HOLD, BOUNCE)]
+        policies = ((state, _meant(state)) for state in self._states.of(HOLD, BOUNCE))
+        self._policies = [(state, chosen) for state, chosen in policies if chosen is not None]
 
     def __bool__(self) -> bool:
         return bool(self._policies)
@@ -68,32 +99,62 @@ class Policies:
             meant = [index for index, address in recipients if _matches(chosen, name, sender, [address])]
             self._bounce(entry, meant, policy.reason)
             return True
-        self._put_back(entry)
-        self._to_hold.append(entry.ident)
-        if not self._holding:
+        self._to_hold.append(entry)
+        self._taken(entry)
+        self._begin_to_hold()
+        return True
+
+    def _begin_to_hold(self) -> None:
+        if self._to_hold and not self._holding:
             self._holding = True
             self._spawn(self._hold())
-        return True
 
     async def _hold(self) -> None:
         try:
             while self._to_hold:
-                idents = self._to_hold[:TOGETHER]
-                del self._to_hold[:TOGETHER]  # where this fails, the entries are offered again and matched again
-                holds = self._holding_policies()
-                await self._queue().change_messages("policy", idents)
-                if holds - self._holding_policies():  # it ended during this commit, and `tick` checked before
-                    await self._release()
+                some, self._to_hold = self._to_hold[:TOGETHER], self._to_hold[TOGETHER:]
+                try:
+                    await self._hold_some(some)
+                finally:
+                    self._refused += [entry for entry in some if entry.waiting]
         finally:
             self._holding = False
 
+    async def _hold_some(self, entries: list[Entry]) -> None:
+        holds = self._holding_policies()
+        try:
+            await self._queue().change_messages("policy", [entry.ident for entry in entries])
+        except StoreError:
+            return  # which the queue reports
+        if holds - self._holding_policies():  # it ended during this commit, and `tick` checked before
+            await self._release()
+
     def tick(self) -> None:
-        """Called each second: release the mail of hold policies that have ended."""
+        """Called each second: release the mail of hold policies that have ended, and hold again what could not be held."""
         self.refresh()
+        self._hold_again()
+        self._begin_to_hold()
         holds = self._holding_policies()
         if self._holds is None or self._holds - holds:
             self._spawn(self._release())
         self._holds = holds
+
+    def _hold_again(self) -> None:
+        """Put back what no hold policy matches any more; try the rest again after a pause that becomes longer each time."""
+        if not self._refused:
+            self._pause = 0 if not self._holding else self._pause
+            return
+        still, self._refused = [entry for entry in self._refused if entry.waiting], []
+        for entry in still:
+            policy = self.find(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
+            if policy is not None and policy.kind == HOLD:
+                self._refused.append(entry)
+            else:
+                self._put_back(entry)
+        self._ticks += 1
+        if self._ticks > self._pause:
+            self._ticks, self._pause = 0, min(2 * self._pause + 1, LONGEST_PAUSE)
+            self._to_hold, self._refused = self._refused + self._to_hold, []
 
     def _holding_policies(self) -> set[str]:
         return {state.site for state, _ in self._policies if state.kind == HOLD}

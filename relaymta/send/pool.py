@@ -20,8 +20,9 @@ from relaymta.route.sites import Site
 from relaymta.send.ready import Ready
 from relaymta.send.session import Session
 
-__all__ = ["Learned", "Pool", "pool_key"]
+__all__ = ["CROWDED", "Learned", "Pool", "pool_key"]
 
+CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
 WINDOW_START = 5.0
 # Background probes of a site that is down, seconds: the first after PROBE_LEAST; then after PROBE_SHARE of the time that it has
 # been down, up to PROBE_MOST; each step of a probe times out after PROBE_TIMEOUT. Smart hosts (OURS) are probed more often than

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from relaymta.proto.envelope import CLASSES
 from relaymta.queue import Entry
+from relaymta.queue.lifecycle import WAITING
 
 __all__ = ["Ready"]
 
@@ -103,7 +104,8 @@ class _Class:
 
 
 class Ready:
-    """The entries that wait for one site. Cancelled ones are dropped by `head`. `weights`: messages in a tenant's turn, where it
+    """The entries that wait for one site. Those that do not wait any more (they were claimed) are dropped by
+    `head`. `weights`: messages in a tenant's turn, where it
     is not one."""
 
     __slots__ = ("_classes", "_count", "_picked", "_turn", "weights")
@@ -161,7 +163,7 @@ class Ready:
             if picked is None:
                 picked = self._picked = self._choose()
             entry = picked.head()
-            if not entry.cancelled:
+            if entry.state == WAITING:
                 return entry
             self._take(picked)
         return None
@@ -200,13 +202,16 @@ class Ready:
         other._classes = [None if one is None else one.copy() for one in self._classes]
         other._count, other._turn = self._count, self._turn
         for ahead in range(most):
-            if other.head() is entry:
+            head = other.head()
+            if head is entry:
                 return ahead
+            if head is None:  # the entry was claimed: `head` has dropped it
+                return -1
             other.pop()
         return most
 
     def take_all(self) -> list[Entry]:
-        """Empty the list; returns its entries in order, without cancelled ones."""
+        """Empty the list; returns its entries in order, without claimed ones."""
         found = []
         while self.head() is not None:
             found.append(self.pop())
@@ -216,7 +221,7 @@ class Ready:
         """Up to `count` entries: the head, and others in approximate order."""
         found = []
         for entry in self:
-            if not entry.cancelled:
+            if entry.state == WAITING:
                 found.append(entry)
                 if len(found) == count:
                     break

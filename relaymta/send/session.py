@@ -46,6 +46,7 @@ class Session(asyncio.Protocol):
         self._stream: asyncio.Task[None] | None = None
         self.read_pieces: Callable[[Mail], Any] | None = None
         self.ended = False
+        self.closed_by_peer = False  # not by us, nor by the network
         self.cause = ""  # why it was lost, in detail that is for the log only
         self.leaving = False  # takes no more messages: it is closed when nothing is under way
         self.waiting = False  # in its pool's list of idle sessions
@@ -59,6 +60,10 @@ class Session(asyncio.Protocol):
         """Start a message; allowed when `core.may_follow`."""
         self.core.begin(mail)
         self._flush()
+
+    def take_more(self) -> None:
+        """Report to the owner that this session can take a message."""
+        self._idle(self)
 
     def _flush(self) -> None:
         core = self.core
@@ -107,6 +112,7 @@ class Session(asyncio.Protocol):
         self._writable.set()
         if not self.ended:
             self.ended = True
+            self.closed_by_peer = exc is None or isinstance(exc, ConnectionResetError | BrokenPipeError)
             self.cause = redacted(f"connection lost: {exc}") if exc else ""
             self._lost(self, "connection lost" if exc else "the peer closed the connection")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.accept.identity import group_of
+from relaymta.auth.identity import group_of
 from tests.accept.test_endpoints import SECRET, Endpoint
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx

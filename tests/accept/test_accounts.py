@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relaymta.accept.passwords import matches, scram, scram_keys
+from relaymta.auth.passwords import matches, scram, scram_keys
 from relaymta.cli import account as verbs
 from relaymta.cli.dkim import _put_in_place
 from relaymta.config import Account, Dkim, load_accounts

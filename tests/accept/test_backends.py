@@ -22,9 +22,9 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import RSAKey
 
-from relaymta.accept import web
-from relaymta.accept.identity import Identity, Unavailable
-from relaymta.accept.web import KEYS_AGAIN, KEYS_KEPT, LARGEST, Bearer, Passwords
+from relaymta.auth import web
+from relaymta.auth.identity import Identity, Unavailable
+from relaymta.auth.web import KEYS_AGAIN, KEYS_KEPT, LARGEST, Bearer, Passwords
 from relaymta.config import TokensTable
 from tests.accept.test_endpoints import SECRET, Endpoint
 from tests.support.daemon import wait_for

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from relaymta.accept import brute_force
-from relaymta.accept.brute_force import WIDER, LoginAttempt, LoginLimits
-from relaymta.accept.identity import Identity, Unavailable
-from relaymta.accept.logins import Logins
-from relaymta.accept.passwords import Checker, argon2id, scram
+from relaymta.auth import brute_force
+from relaymta.auth.brute_force import WIDER, LoginAttempt, LoginLimits
+from relaymta.auth.identity import Identity, Unavailable
+from relaymta.auth.logins import Logins
+from relaymta.auth.passwords import Checker, argon2id, scram
 from relaymta.config import AccountsTable, Config
 from relaymta.metrics import Counters
 from relaymta.proto.sasl import Password, Proof, Token
@@ -318,10 +318,10 @@ def test_a_full_table_still_gives_units_back(tmp_path):
     shared = Shared.create()
     login_limits = LoginLimits(AccountsTable(file="x", failures=1), b"secret", shared.client_rates(1), shared.limits(0, 1))
     for number in range(5000):  # more addresses and names than there are rows
-        found = login_limits._reserve(f"user{number}", f"10.0.{number >> 8}.{number & 255}", 3)
+        found = login_limits._reserve(f"user{number}", [(f"10.0.{number >> 8}.{number & 255}", 1)], 3)
         assert isinstance(found, LoginAttempt)
         found.end(False)
-    again = login_limits._reserve("user4999", "10.0.19.135", 3)
+    again = login_limits._reserve("user4999", [("10.0.19.135", 1)], 3)
     assert isinstance(again, LoginAttempt)
 
 
@@ -352,3 +352,16 @@ async def test_scram_is_offered_while_all_secrets_have_one_salt(tmp_path, secret
     if offered:
         keys = bench.workers[0].keys("shop")
         assert len(keys.others) == len(alive) - 1
+
+
+async def test_clients_of_unknown_address_are_limited_by_proxy(tmp_path):
+    """One proxy's attackers neither lock out another's clients nor the proxy itself, and have no more attempts than a network."""
+    bench = Bench(tmp_path, right)
+
+    async def login(user: str, password: str, behind: str, address: str = "0.0.0.0") -> bytes:
+        return (await bench.workers[0].check(Password(user, password), address, behind))[1][:3]
+
+    codes = [await login(f"user{number}", "wrong", "10.0.0.1") for number in range(3 * WIDER + 2)]
+    assert codes == [b"535"] * 3 * WIDER + [b"454"] * 2
+    assert await login("ann", "right", "10.0.0.1") == b"454"
+    assert await login("ann", "right", "10.0.0.2") == await login("ann", "right", "", "10.0.0.1") == b"235"

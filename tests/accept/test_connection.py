@@ -1,22 +1,27 @@
 """One connection, one loop turn at a time: its bounds, its identity, and that it leaves nothing."""
 
+import asyncio
 import base64
 from random import Random
 from typing import Any
 
 import pytest
 
-from relaymta.accept.connection import LINGER, UNSENT, Connection
-from relaymta.accept.identity import Identity
+from relaymta.accept.connection import Connection
+from relaymta.accept.intake import Origin
+from relaymta.accept.line import LINGER, OUTPUT_SECONDS, UNSENT
+from relaymta.auth.identity import Identity
+from relaymta.config import Listener
 from relaymta.metrics import index
 from relaymta.proto import reply
-from relaymta.proto.smtp_server import Transaction
+from relaymta.proto.transaction import Limits, Transaction
 from tests.accept.test_transactions import connected, idle
-from tests.support.connection import Machine, Transport
+from tests.support.connection import BIG, COMMIT_FAILS, Machine, Transport
 
 EHLO = b"EHLO client.example\r\n"
 LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0ann\0secret") + b"\r\n"
 CLIENT = "client 127.0.0.1"
+LISTENER = Listener(address="127.0.0.1:25")
 PROXY = {"networks": ["127.0.0.1/32"], "xclient": True}
 
 
@@ -60,8 +65,8 @@ def test_unsent_replies_are_bounded_and_sent_once_the_client_reads(name):
     idle(made)
     transport.reads = False
     made.data_received(wire[: len(wire) // 2])
-    while of.loop.turns or of.loop.threads or of.loop.timers:
-        of.loop.step()
+    while of.steps.turns or of.steps.threads or of.steps.timers:
+        of.steps.step()
     assert transport.paused and transport.most_owed < 4 * UNSENT
     made.data_received(wire[len(wire) // 2 :])  # had been received already
     assert transport.most_owed < 4 * UNSENT and made.session is not None
@@ -99,22 +104,71 @@ def test_a_client_that_does_not_read_is_disconnected(way):
     idle(made)
     transport.reads = False
     made.data_received(EHLO * (1000 if way == "blocked" else 1) + (b"QUIT\r\n" if way == "closed" else b""))
-    while of.loop.turns:
-        of.loop.step()
+    while of.steps.turns:
+        of.steps.step()
     patience = of.config.intake.command_timeout
     if way != "closed":
-        made.check(of.loop.now + patience - 1)
+        made.check(of.steps.now + patience - 1)
         assert not transport.is_closing()
-        made.check(of.loop.now + patience + 1)
+        made.check(of.steps.now + patience + 1)
     if way != "blocked":
-        later = of.loop.now + patience + 1
+        later = of.steps.now + patience + 1
         made.check(later)
         made.check(later + LINGER - 1)
-        assert not of.loop.turns
+        assert not of.steps.turns
         made.check(later + LINGER + 1)
-    while of.loop.turns:
-        of.loop.step()
-    assert transport.closed and transport.owed and not any(of.limits.counts.values())
+    while of.steps.turns:
+        of.steps.step()
+    assert transport.closed and transport.owed and not of.held()
+
+
+def test_a_client_that_sends_and_never_reads_is_disconnected():
+    """What it sends does not prolong that: over TLS some of it still arrives after reading has stopped."""
+    of = machine()
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    idle(made)
+    transport.reads = False
+    made.data_received(EHLO * 1000)
+    while of.steps.turns:
+        of.steps.step()
+    began = of.steps.now
+    while not transport.is_closing() and of.steps.now < began + 2 * OUTPUT_SECONDS:
+        of.steps.now += 10
+        of.time = of.steps.now
+        made.data_received(b"NOOP\r\n")
+        made.check(of.steps.now)
+    assert transport.is_closing() and of.steps.now <= began + OUTPUT_SECONDS + 20
+    idle(made)
+    assert not of.held() and transport.most_owed < 4 * UNSENT
+
+
+@pytest.mark.parametrize("waits", ["tarpit", "login", "nothing", "message", "message data", "sent at once"])
+def test_a_drain_waits_for_messages_only(waits):
+    of = machine(intake={"errors": 100, "tarpit": 5})
+    of.logs_in = Identity("ann", connections=1)
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    say(made, EHLO)
+    envelope = b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n"
+    wrong = b"WRONG\r\n" * 5
+    wire = {
+        "tarpit": wrong, "login": LOGIN, "nothing": b"", "message": envelope + b"BDAT 2 LAST\r\nhi",
+        "message data": envelope + b"BDAT 9\r\nhi", "sent at once": wrong + envelope + b"BDAT 2 LAST\r\nhi",
+    }[waits]  # fmt: skip
+    made.data_received(wire)
+    of.intake.draining = True
+    made.drain()
+    kept = waits in ("message", "message data")
+    assert transport.is_closing() != kept and transport.said.count(b"500 ") == wire.count(b"WRONG")
+    assert transport.said.endswith(reply.SHUTTING_DOWN) != kept
+    if waits == "message data":
+        made.data_received(b"1234567BDAT 0 LAST\r\n")
+    idle(made)
+    assert transport.said.endswith(reply.SHUTTING_DOWN) and transport.closed and not of.held()
+    assert len(of.stored) == kept and transport.said.count(b"queued as") == kept
 
 
 @pytest.mark.parametrize("behind", [b"", b"NOOP\r\n" * 2000], ids=["idle", "behind"])
@@ -128,7 +182,7 @@ def test_a_client_that_half_closes_gets_its_replies_and_is_closed(behind):
     assert made.eof_received()
     idle(made)
     assert b"queued as" in transport.said and transport.said.count(b"250 2.0.0 Ok\r\n") == behind.count(b"NOOP")
-    assert transport.closed and not any(of.limits.counts.values())
+    assert transport.closed and not of.held()
 
 
 def test_a_half_close_over_tls_closes_the_connection():
@@ -191,7 +245,7 @@ def test_a_proxys_rights_are_not_its_clients(words, address, relays):
     assert envelope.client == address
     assert (f"[IPv6:{address}]" if ":" in address else f"[{address}]").encode() in data
     say(made, b"QUIT\r\n")
-    assert not any(of.limits.counts.values())
+    assert not of.held()
 
 
 @pytest.mark.parametrize(
@@ -233,13 +287,13 @@ def test_authentication_ends_with_starttls_and_xclient(steps, user, counted):
     for step in steps:
         assert say(made, step)[-1][:3] in ("220", "235", "250")
     assert made.session is not None
-    assert (made.session.user, made.identity.name if made.identity else "") == (user, user)
-    assert of.limits.counts["logged in as ann"] == counted
+    assert made.rights is not None and (made.rights.user, made.rights.login is not None) == (user, bool(user))
+    assert of.counts["logged in as ann"] == counted
     # The rights agree: only an authenticated user relays from here, and ann only with her own senders.
     replies = say(made, EHLO + b"MAIL FROM:<ann@s.example>\r\nRCPT TO:<x@far.example>\r\nRSET\r\nMAIL FROM:<z@s.example>\r\n")
     assert [line[:3] for line in replies[1:]] == ["250", "250" if user else "550", "250", "550" if user == "ann" else "250"]
     say(made, b"QUIT\r\n")
-    assert not any(of.limits.counts.values())
+    assert not of.held()
 
 
 def test_connections_of_an_account_are_limited():
@@ -248,7 +302,7 @@ def test_connections_of_an_account_are_limited():
     first, second = connected(of), connected(of)
     assert say(first, EHLO + LOGIN)[-1].startswith("235")
     assert say(second, EHLO + LOGIN)[-1] == "454 4.7.0 Too many connections of ann (limit connections 1); try again later"
-    assert second.session is not None and (second.session.user, second.identity) == ("", None)
+    assert second.session is not None and second.rights is not None and (second.rights.user, second.rights.login) == ("", None)
     say(first, b"STARTTLS\r\n")
     assert say(second, LOGIN)[-1].startswith("235")
 
@@ -269,13 +323,63 @@ def test_a_rejected_recipient_takes_nothing_from_quotas(quotas, rates, expected)
     replies = say(made, b"MAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 8)
     assert [line[:3] for line in replies] == ["250"] * 4 + ["452"] * 5
     say(made, b"RSET\r\nMAIL FROM:<a@b>\r\n" + b"RCPT TO:<a@d.example>\r\n" * 4)  # nor does a message without recipients
-    assert of.limits.used == expected
+    assert of.used == expected
 
 
 def test_a_message_above_a_quota_stays_held():
     of = machine()
     identity = Identity("ann", quotas={"recipients": "1/h"}, hold=True)
-    transaction = Transaction("a@b", False)
-    check = of.intake.recipient_check(of.intake.client("127.0.0.1"), identity)
+    transaction = Transaction("a@b", False, Limits())
+    origin = Origin.of(of.intake.client("127.0.0.1"), identity, LISTENER)
     for held in (False, True, True):
-        assert check("a@d.example", transaction) is None and transaction.held == held
+        assert of.intake.accept_recipient(origin, "a@d.example", transaction) is None and transaction.held == held
+
+
+@pytest.mark.parametrize("outcome", ["stored", "not stored", "quota used up"])
+def test_octets_of_a_message_that_is_not_stored_are_given_back(outcome):
+    of = machine()
+    of.logs_in = Identity("ann", quotas={"octets": "100/d" if outcome == "quota used up" else "9000/d"})
+    made = connected(of)
+    spoil = COMMIT_FAILS if outcome == "not stored" else b"x"
+    message = b"Subject: x\r\n\r\n" + spoil + b"y" * 100
+    code = say(made, EHLO + LOGIN + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT %d LAST\r\n" % len(message) + message)[-1][
+        :3
+    ]
+    assert code == {"stored": "250", "not stored": "451", "quota used up": "452"}[outcome]
+    assert of.used["account ann octets"] == sum(len(data) for _, data in of.stored)
+
+
+@pytest.mark.parametrize("size", [10, 3 * BIG], ids=["small", "large"])
+@pytest.mark.parametrize("step", ["prepend", "sign", "verify", "cancel", "admit"])
+def test_a_transaction_ends_with_a_reply_whatever_fails_inside(monkeypatch, step, size):
+    error = asyncio.CancelledError() if step == "cancel" else ValueError("a bug")
+    relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if step == "sign" else []}
+    of = Machine(Random(1), step == "sign", step in ("verify", "cancel"), relay=relay, intake={"errors": 100})
+
+    def fails(*arguments: object) -> None:
+        raise error
+
+    async def fails_later(*arguments: object) -> None:
+        raise error
+
+    made = connected(of)
+    message = b"Subject: x\r\n\r\n" + b"line\r\n" * (size // 6)
+    made.data_received(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT %d\r\n" % len(message) + message)
+    idle(made)
+    for owner, name in {
+        "prepend": [(of.intake, "prepend")], "sign": [(of, "sign"), (of, "finish")], "admit": [(of.intake, "admit")],
+    }.get(step, []):  # fmt: skip
+        monkeypatch.setattr(owner, name, fails)
+    if step in ("verify", "cancel"):
+        monkeypatch.setattr(of, "check", fails_later)
+    made.data_received(b"BDAT 0 LAST\r\nNOOP\r\n")
+    if step == "cancel":
+        with pytest.raises(asyncio.CancelledError):
+            idle(made)
+    idle(made)
+    assert isinstance(made.transport, Transport) and made.session is not None and made.session.transaction is None
+    refused = step != "prepend" or size == 10  # a large one has got its fields before
+    assert (b"\r\n451 4." in made.transport.said) == refused and made.transport.said.endswith(reply.NOOP)
+    made.connection_lost(None)
+    idle(made)
+    assert not of.held() and len(of.stored) != refused and all(file.kept != file.discarded for file in of.written)

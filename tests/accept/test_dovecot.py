@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.accept import dovecot
-from relaymta.accept.dovecot import Dovecot
-from relaymta.accept.identity import Identity, Unavailable
+from relaymta.auth import dovecot
+from relaymta.auth.dovecot import Dovecot
+from relaymta.auth.identity import Identity, Unavailable
 
 GREETING = b"VERSION\t1\t2\nMECH\tPLAIN\tplaintext\nSPID\t1\nCUID\t1\nCOOKIE\tabc\nDONE\n"
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]

@@ -21,10 +21,11 @@ import trustme
 
 from relaymta.accept import acceptor
 from relaymta.accept.acceptor import Acceptor
-from relaymta.accept.connection import Connection
+from relaymta.accept.intake import Client
 from relaymta.accept.listening import Guarded, Listening, client_address
 from relaymta.config import Config, Listener
 from relaymta.proto.proxy import Header
+from relaymta.proto.transaction import Limits as SessionLimits
 from relaymta.shm import Shared
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -503,7 +504,7 @@ async def test_a_listener_without_descriptors_reports_it_once_and_waits():
         reported.append(loop.time())
         listening.pause()
 
-    listening = Guarded(loop, sock, lambda: None, lambda connection, sock, peer: arrived.append(sock), scarce)  # type: ignore[arg-type, return-value]
+    listening = Guarded(loop, sock, lambda sock, peer: arrived.append(sock), scarce)
     await listening.resume()
     with no_descriptors():
         await asyncio.sleep(0.2)
@@ -540,7 +541,7 @@ class Bench:
         config = Config.model_validate({"listener": [listener.model_dump() for listener in settings], "limits": limits})
         self.counted: Counter[int] = Counter()
         intake = SimpleNamespace(
-            client=lambda address: SimpleNamespace(group=address, connections=each, connection_rate="", xclient=False),
+            client=lambda address: Client(address, address, False, each, "", "", SessionLimits(), False, "", "", ""),
             counters=SimpleNamespace(add=lambda cell, count: self.counted.update({cell: count})),
             draining=False,
         )
@@ -605,7 +606,7 @@ async def test_a_task_before_smtp_that_is_cancelled_before_it_ran_releases():
     assert bench.taken() == (1, 1, 1, 1)
     pair = socket.socketpair()
     pair[0].setblocking(False)
-    bench.acceptor._arrived(Connection(bench.acceptor, BALANCED), pair[0], "127.0.0.1")
+    bench.acceptor._arrived(BALANCED, pair[0], "127.0.0.1")
     assert bench.taken() == (2, 2, 2, 2)
     bench.acceptor.close(bench.acceptor._sockets[0])  # its connections stay
     assert bench.taken() == (2, 2, 2, 2)
@@ -651,19 +652,19 @@ async def test_out_of_descriptors_is_one_pause_and_one_resume():
             resumed.append(1)
 
         listening.resume = resume  # type: ignore[method-assign]
-    one._pause()
+    one.scarce()
     for _ in range(5):  # each end of a connection and each check calls it
-        one._try_resume()
+        one.freed()
     await turns()
     assert len(resumed) == 2 and not one.paused
-    one._pause()
-    one._try_resume()
+    one.scarce()
+    one.freed()
     await asyncio.sleep(0)
-    one._pause()  # while the resume is under way
+    one.scarce()  # while the resume is under way
     await turns()
     assert one.paused and all(listening._server is None for listening in one._sockets)
     with no_descriptors():
-        one._try_resume()
+        one.freed()
         await turns()
         assert one.paused
     one._check()  # no connection has ended, but descriptors are free again

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from relaymta.accept.dovecot import Dovecot
-from relaymta.accept.identity import Identity, Unavailable
+from relaymta.auth.dovecot import Dovecot
+from relaymta.auth.identity import Identity, Unavailable
 from tests.accept.test_backends import dovecot, plain  # noqa: F401 (a fixture)
 from tests.accept.test_endpoints import SECRET, Endpoint, scram
 from tests.support.daemon import wait_for
@@ -110,7 +110,7 @@ async def test_pending_requests_are_answered_before_a_replaced_connection_is_clo
 
 
 async def test_a_dovecot_that_greets_wrongly_or_never_is_disconnected(tmp_path, monkeypatch):
-    monkeypatch.setattr("relaymta.accept.dovecot.TIMEOUT", 0.1)
+    monkeypatch.setattr("relaymta.auth.dovecot.TIMEOUT", 0.1)
     for number, greeting in enumerate((b"220 hello\n", b"VERSION\t2\t0\n", b"")):
         async with Auth(tmp_path / f"auth{number}", greeting) as other:
             with pytest.raises(Unavailable):

@@ -95,9 +95,9 @@ LARGE_THEN_SMALL = [Mail(size=3 * BIG, spoiled="long line"), Mail()]
 
 
 def connected(machine: Machine) -> Connection:
-    made = Connection(machine, Listener(address="127.0.0.1:25"))  # type: ignore[arg-type]
-    made.enter("127.0.0.1")
-    made.connection_made(Transport(machine.loop, made))  # type: ignore[arg-type]
+    made = Connection(machine, Listener(address="127.0.0.1:25"))
+    made.enter(machine.intake.client("127.0.0.1"))
+    made.connection_made(Transport(machine.steps, made))  # type: ignore[arg-type]
     return made
 
 
@@ -105,7 +105,7 @@ def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: in
     """Send the flights in pieces, with turns of the loop between them. `stop_at`: the flight within which the client
     disconnects."""
     made = connected(machine)
-    loop = machine.loop
+    loop = machine.steps
     for number, flight in enumerate(flights):
         if number == stop_at:
             flight = flight[: random.randrange(len(flight))]
@@ -137,7 +137,7 @@ def play(machine: Machine, flights: Iterator[bytes], random: Random, stop_at: in
 def idle(made: Connection) -> None:
     """Run the loop until nothing is left to do and the client has read all replies."""
     while True:
-        if made.acceptor.loop.step():  # type: ignore[attr-defined]
+        if made.admission.loop.step():  # type: ignore[attr-defined]
             continue
         transport = made.transport
         if not isinstance(transport, Transport) or not transport.owed:
@@ -164,8 +164,8 @@ def checked(machine: Machine, made: Connection, script: Script, whole: bool, loo
         signed = re.search(rb"X-Signed: (\d+)", front)
         assert signed is None or int(signed[1]) == len(mail.data())
         assert b" with %s id" % mail.protocol in front or b" with SMTP id" in front
-    assert made.large is None and all(file.kept != file.discarded for file in machine.files)
-    assert made.transport is None and not any(machine.limits.counts.values()) and not machine.connections
+    assert all(file.kept != file.discarded for file in machine.written)
+    assert made.transport is None and not machine.held()
 
 
 SETTINGS = {
@@ -219,7 +219,7 @@ def test_a_client_that_disconnects_at_any_time_leaves_nothing(mail, cut, turns, 
     for piece in (last[: int(len(last) * cut) // 2], last[int(len(last) * cut) // 2 : int(len(last) * cut)]):
         made.data_received(piece)
         for _ in range(turns):
-            machine.loop.step()
+            machine.steps.step()
     if made.transport is not None:
         made.transport.close() if closes else made.connection_lost(None)
     idle(made)

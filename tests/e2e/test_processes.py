@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -49,6 +52,66 @@ def test_status_answers_while_a_worker_dies(tmp_path, ledger):
         os.kill(pid, signal.SIGKILL)
         assert [row["ready"] for row in answer()["workers"]] == [False]
         wait_for(lambda: relay.worker_pids() not in ([], [pid]))
+
+
+QUICK = """
+import sys
+from relaymta.supervisor import slots
+slots.LATE_SECONDS, slots.KILL_SECONDS = 1.0, float(sys.argv[1])
+sys.argv = ["relaymta", *sys.argv[5:]]
+from relaymta.cli import main
+main()
+"""
+
+
+def health(relay: Relay) -> str:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{relay.metrics_port}/health", timeout=10).read().decode().strip()
+    except urllib.error.HTTPError as error:
+        return error.read().decode().strip()
+
+
+def test_a_stopped_workers_clients_are_served_by_another_until_it_is_replaced(tmp_path, ledger):
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2, wrap=(sys.executable, "-c", QUICK, "8"))
+    with relay:
+        first, second = relay.worker_pids()
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: health(relay) == "workers not ready: 0 (late, its sockets are lent to worker 1)")
+        assert relay.worker_pids() == [second], "status does not wait for it"
+        for number in range(20):  # the kernel gives half of them to the stopped worker's socket
+            relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
+        wait_for(lambda: len(relay.worker_pids()) == 2 and first not in relay.worker_pids(), what="its successor")
+        wait_for(lambda: health(relay) == "ok")
+        wait_for(lambda: len(ledger.counts()) == 20)
+        assert any("it is killed" in event["text"] for event in relay.events("warning"))
+
+
+def test_a_stopped_worker_that_continues_gets_its_sockets_back(tmp_path, ledger):
+    relay = Relay(tmp_path, f"127.0.0.1:{ledger.port}", workers=2, wrap=(sys.executable, "-c", QUICK, "600"))
+    with relay:
+        pids = relay.worker_pids()
+        os.kill(pids[1], signal.SIGSTOP)
+        wait_for(lambda: health(relay) == "workers not ready: 1 (late, its sockets are lent to worker 0)")
+        os.kill(pids[1], signal.SIGCONT)
+        wait_for(lambda: health(relay) == "ok")
+        assert relay.worker_pids() == pids
+        for number in range(20):
+            relay.send(f"X-Ledger: n{number}\r\n\r\nx\r\n")
+        wait_for(lambda: len(ledger.counts()) == 20)
+
+
+def test_a_worker_that_cannot_be_executed_is_tried_again(tmp_path, ledger):
+    with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as relay:
+        (pid,) = relay.worker_pids()
+        assert relay.process is not None
+        usual = resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE, (4, usual[1]))
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len([e for e in relay.events("warning") if "cannot start a worker" in e["text"]]) > 1)
+        resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE, usual)
+        wait_for(lambda: relay.worker_pids() not in ([], [pid]))
+        relay.send("X-Ledger: after\r\n\r\nx\r\n")
+        wait_for(lambda: ledger.counts()["after"] == 1)
 
 
 def test_sighup_reloads(tmp_path, ledger):

@@ -4,20 +4,29 @@ the result depends on how the input was cut, or when anything but a protocol err
 An input is: one octet of options, one for the number of cuts, the cuts (two octets each), and what arrives on the wire.
 """
 
+import re
 from collections.abc import Callable
+from random import Random
 
+from relaymta.accept.transaction import FIELDS
+from relaymta.auth.identity import Identity
 from relaymta.filter.signatures import arc, claims, verify
 from relaymta.proto import mailbox, reply
 from relaymta.proto.authres import without_forged
+from relaymta.proto.header import header_end
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
 from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
-from relaymta.proto.smtp_server import Limits, Offers, ServerSession
+from relaymta.proto.session import COMMANDS, DATA
+from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
+from tests.accept.test_transactions import connected, idle
 from tests.speedups import oracle, test_replies, test_smtp
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
+from tests.support.connection import BIG, DISK_FAILS, Machine
 
 OFFERS = Offers(mechanisms=("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"), clear=True)
 KEYS = Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
 KEY = "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="  # RFC 8463 A.2
+OURS = re.compile(rb"(?:X-Signed: \d+\r\n)?Received: from [^\n]*\n(?:[ \t][^\n]*\n)*")  # the fields in front of a message
 PARSERS = [parameter.values[0] for parameter in test_smtp.PARSERS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
 
@@ -91,7 +100,7 @@ def session(data: bytes) -> None:
 
 
 def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
-    one = ServerSession("relay.example", limits, lambda sender, size: None, lambda address, transaction: None, offers=OFFERS)
+    one = ServerSession("relay.example", Host(limits, OFFERS))
     one.greet()
     out, mails = [], []
     for piece in test_smtp.pieces(wire, cuts):
@@ -102,7 +111,8 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
                 continue
             if one.claim is not None:
                 good = one.claim == Password("user", "pencil")
-                out.append(one.checked("user" if good else "", reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS))
+                one.host.user = "user" if good else ""
+                out.append(one.checked(reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS))
                 continue
             mail = one.complete
             assert mail is not None
@@ -116,6 +126,50 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
     said = b"".join(out)
     assert said == b"" or said.endswith(b"\r\n")
     return said, mails
+
+
+def connection(data: bytes) -> None:
+    """A whole connection: what is stored depends neither on the limit of memory, above which message data goes to a file, nor
+    (without DATA, behind which nothing may be pipelined) on how the octets were cut; and nothing is left when it ends."""
+    options, cuts, wire = taken_apart(data)
+    whole = _connection_run(options, wire, cuts, BIG)
+    if DISK_FAILS in wire or options & 12:  # the digests of a signer or verifier begin with the whole header
+        return
+    others = [_connection_run(options, wire, cuts, FIELDS + 1000)]
+    if not re.search(rb"(?i)data|starttls", wire):
+        others.append(_connection_run(options, wire, [], BIG))
+    for other in others:
+        assert whole == other or any(header_end(message) > 900 for _, _, message in whole[1] + other[1])
+
+
+def _connection_run(options: int, wire: bytes, cuts: list[int], big: int) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
+    relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if options & 1 else []}
+    known = {"networks": ["127.0.0.1/32"], "xclient": True, "normalize": bool(options & 2)}
+    rules = {"relay": relay, "network": [known], "accounts": {"answer_after": 0}, "limits": {"message_size": 4 * BIG}}
+    machine = Machine(Random(options), bool(options & 4), bool(options & 8), big, **rules)
+    machine.logs_in = Identity("ann", connections=1, quotas={"octets": "20000/d"}) if options & 16 else None
+    made = connected(machine)
+    first = made.transport
+    for piece in test_smtp.pieces(wire, cuts):
+        if made.transport is None or made.transport.is_closing():
+            break
+        made.data_received(piece)
+        if not options & 32:
+            idle(made)
+    idle(made)
+    said = first.said + (made.transport.said if made.transport not in (None, first) else b"")  # type: ignore[union-attr]
+    if options & 64:
+        assert made.transport is None or (made.session is not None and made.session.state in (COMMANDS, DATA))
+    if made.transport is not None:
+        made.connection_lost(None)
+    idle(made)
+    assert not machine.held() and all(file.kept != file.discarded for file in machine.written)
+    found = [(envelope.sender, envelope.recipients, OURS.sub(b"", whole)) for envelope, whole in machine.stored]
+    assert said.count(b" queued as ") <= len(found)
+    for _, recipients, message in found:
+        assert len(recipients) > 0 and len(message) <= 4 * BIG + 2
+        assert oracle.bare(message) == (False, False) and b"\0" not in message
+    return re.sub(rb"queued as \w+", b"queued", said), found
 
 
 def sasl(data: bytes) -> None:
@@ -163,6 +217,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
     "session": session,
+    "connection": connection,
     "sasl": sasl,
     "header": header,
     "proxy": proxy,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relaymta.accept.identity import Identity
+from relaymta.auth.identity import Identity
 from relaymta.proto import mailbox
 from relaymta.proto.mailbox import LONGEST, MOST, Malformed, addresses, authors, domains
 from tests.support.programs import need

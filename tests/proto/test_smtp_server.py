@@ -6,19 +6,43 @@ import time
 import pytest
 
 from relaymta.proto import reply
-from relaymta.proto.smtp_server import ENOUGH, PIECES, Limits, Offers, ServerSession
+from relaymta.proto.session import DATA, STORING, TLS, Session
+from relaymta.proto.smtp_server import ENOUGH, Host, Limits, Offers, ServerSession
+from relaymta.proto.transaction import PIECES, Transaction
 
 EHLO = b"EHLO client.example\r\n"
 ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
 
 
+class Mail(Transaction):
+    """A transaction that rejects recipients which contain `rejected`, and reports its end to `ends`."""
+
+    def __init__(self, sender: str, smtputf8: bool, limits: Limits, rejected: str, ends: list[str]) -> None:
+        super().__init__(sender, smtputf8, limits)
+        self.rejected, self.ends = rejected, ends
+
+    def accept(self, address: str) -> bytes | None:
+        return reply.RELAY_DENIED if self.rejected and self.rejected in address else None
+
+    def end(self) -> None:
+        self.ends.append("ended")
+
+
+class Choosy(Host):
+    """Makes such transactions. `calls`: their senders and ends, in order."""
+
+    def __init__(self, limits: Limits, rejected: str = "", **offers: bool) -> None:
+        super().__init__(limits, Offers(**offers))  # type: ignore[arg-type]
+        self.rejected = rejected
+        self.calls: list[str] = []
+
+    def begin(self, session: Session, sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
+        self.calls.append(sender)
+        return Mail(sender, smtputf8, self.limits, self.rejected, self.calls)
+
+
 def session(limits: Limits | None = None, refuse: str = "") -> ServerSession:
-    made = ServerSession(
-        "mx.example",
-        limits or Limits(),
-        lambda sender, size: None,
-        lambda address, transaction: reply.RELAY_DENIED if refuse and refuse in address else None,
-    )
+    made = ServerSession("mx.example", Choosy(limits or Limits(), refuse))
     assert made.greet() == b"220 mx.example ESMTP relaymta\r\n"
     return made
 
@@ -88,9 +112,12 @@ def send(message: bytes, limits: Limits | None = None, step: int = 0):
     out, messages = b"", []
     for start in range(0, len(message), step or len(message)):
         out += made.receive(message[start : start + (step or len(message))])
-        while made.complete is not None:
-            messages.append((b"".join(made.complete.take()), made.complete))
-            out += made.finish(b"250 2.0.0 queued\r\n")
+        while made.complete is not None or made.behind:
+            if made.complete is not None:
+                messages.append((b"".join(made.complete.take()), made.complete))
+                out += made.finish(b"250 2.0.0 queued\r\n")
+            else:
+                out += made.receive(b"")
     return out, messages
 
 
@@ -224,18 +251,16 @@ def test_what_only_looks_like_another_protocol_is_answered(data, expected, step)
 
 def test_an_unknown_word_in_front_hides_no_other():
     out, _, made = talk(EHLO + b"WHAT STARTTLS\r\nWHAT XCLIENT ADDR=192.0.2.1\r\nNOOP\r\n")
-    assert codes(out) == [250, 500, 500, 250] and not made.starting_tls
+    assert codes(out) == [250, 500, 500, 250] and made.state != TLS
 
 
-def test_work_for_one_call_is_bounded_and_nothing_is_done_while_stopped():
+def test_work_for_one_call_is_bounded_and_what_comes_meanwhile_is_kept():
     made = session()
     wire = b"NOOP\r\n" * 10_000
     out = [made.receive(wire)]
     while made.behind:
-        assert out[-1].count(b"\r\n") <= 2 * ENOUGH
-        made.stopped = True
-        assert made.receive(b"NOOP\r\n") == b"" and len(out) < 1000
-        made.stopped = False
+        assert out[-1].count(b"\r\n") <= 2 * ENOUGH and len(out) < 1000
+        made.keep(b"NOOP\r\n")
         out.append(made.receive(b""))
     assert b"".join(out).count(b"250 2.0.0 Ok\r\n") == 10_000 + len(out) - 1 and len(out) > 10
 
@@ -267,18 +292,48 @@ def test_message_data_in_many_small_pieces_is_kept_as_few():
 
 
 @pytest.mark.parametrize(
-    "end", [b"RSET\r\n", EHLO, b"HELO x\r\n", b"BDAT 0 LAST\r\n", b"STARTTLS\r\n"], ids=lambda end: end[:4].decode()
-)
-def test_every_end_of_a_transaction_is_reported_before_what_follows_is_parsed(end):
-    calls = []
-    made = ServerSession(
-        "mx.example", Limits(message_size=5), lambda sender, size: calls.append(sender), lambda address, transaction: None,
-        ended=lambda: calls.append("ended"), offers=Offers(starttls=True),
-    )  # fmt: skip
+    "end",
+    [b"RSET\r\n", EHLO, b"HELO x\r\n", b"BDAT 0 LAST\r\n", b"STARTTLS\r\n", b"QUIT\r\n", b"BDAT x\r\n", b"GET / HTTP/1.1\r\n",
+     b"lost", b"WHAT\r\n" * 20],
+    ids=lambda end: end[:4].decode(),
+)  # fmt: skip
+@pytest.mark.parametrize("step", [0, 1])
+def test_every_end_of_a_transaction_is_reached_before_what_follows_is_parsed(end, step):
+    """And the caller sees each."""
+    host = Choosy(Limits(message_size=5), starttls=True)
+    made = ServerSession("mx.example", host)
     made.greet()
-    made.receive(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 9\r\n" + b"x" * 9 + end)
+    made.receive(EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 9\r\n" + b"x" * 9)
+    assert made.state == DATA and host.calls == ["a@b"]
+    wire = end + b"MAIL FROM:<e@f>\r\nRCPT TO:<c@d>\r\n"
+    if end == b"lost":
+        made.close()
+    elif step:
+        for at in range(len(end)):
+            made.receive(end[at : at + 1])
+    else:
+        made.receive(wire if end != b"STARTTLS\r\n" else end)
+    assert host.calls == ["a@b", "ended"] and made.transaction is None
+    if made.closing:
+        assert made.receive(wire) == b"" and not made.behind
+        return
     if end == b"STARTTLS\r\n":
         made.tls_started()
         made.receive(EHLO)
-    made.receive(b"MAIL FROM:<e@f>\r\n")
-    assert calls == ["a@b", "ended", "e@f"]
+    while made.behind:
+        made.receive(b"")
+    made.receive(wire[len(end) :] if step or end == b"STARTTLS\r\n" else b"")
+    assert host.calls == ["a@b", "ended", "e@f"]
+
+
+def test_a_message_that_is_being_stored_ends_with_its_reply_even_if_the_client_is_gone():
+    host = Choosy(Limits())
+    made = ServerSession("mx.example", host)
+    made.greet()
+    made.receive(EHLO + ENVELOPE + b"BDAT 2 LAST\r\nhi" + b"NOOP\r\n")
+    made.store()
+    assert made.state == STORING and made.complete is None
+    made.close()
+    assert host.calls == ["a@b.example"]
+    made.finish(b"250 2.0.0 queued\r\n")
+    assert host.calls == ["a@b.example", "ended"] and not made.behind and made.receive(b"") == b""

@@ -7,10 +7,11 @@ import scramp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relaymta.accept.passwords import argon2id, matches, scram, scram_keys
+from relaymta.auth.passwords import argon2id, matches, scram, scram_keys
 from relaymta.proto import reply
 from relaymta.proto.sasl import MECHANISMS, Password, Proof, Token
-from relaymta.proto.smtp_server import Limits, Offers, ServerSession
+from relaymta.proto.session import TLS
+from relaymta.proto.smtp_server import Host, Offers, ServerSession
 
 EHLO = b"EHLO client.example\r\n"
 KEPT = scram("pencil")
@@ -22,11 +23,28 @@ def keys(user: str):
     return found
 
 
-ALL = Offers(starttls=True, mechanisms=tuple(MECHANISMS), clear=True, keys=keys)
+ALL = Offers(starttls=True, mechanisms=tuple(MECHANISMS), clear=True)
+
+
+class Accounts(Host):
+    """Where SCRAM keys are found by `find`."""
+
+    def __init__(self, offers: Offers, find=keys) -> None:
+        super().__init__(offers=offers)
+        self.keys = find
+
+
+def checked(made: ServerSession, user: str, answer: bytes) -> bytes:
+    """The claim is verified: `user` is authenticated, or ("") not."""
+    made.host.user = user
+    out = made.checked(answer)
+    while made.behind:
+        out += made.receive(b"")
+    return out
 
 
 def session(offers: Offers = ALL) -> ServerSession:
-    made = ServerSession("mx.example", Limits(), lambda sender, size: None, lambda to, mail: None, offers=offers)
+    made = ServerSession("mx.example", Accounts(offers))
     made.greet()
     return made
 
@@ -45,13 +63,13 @@ def talk(data: bytes, cuts: list[int], right: tuple = (Password("user", "pencil"
     out, claims, start = b"", [], 0
     for cut in [*sorted({c for c in cuts if 0 < c < len(data)}), len(data)]:
         piece, start = data[start:cut], cut
-        if made.starting_tls or made.closing:
+        if made.state == TLS or made.closing:
             break
         out += made.receive(piece)
         while made.claim is not None:
             claims.append(made.claim)
             good = made.claim in right or (isinstance(made.claim, Proof) and made.claim.good)
-            out += made.checked("user" if good else "", reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS)
+            out += checked(made, "user" if good else "", reply.LOGGED_IN if good else reply.WRONG_CREDENTIALS)
     return out, claims, made
 
 
@@ -60,8 +78,8 @@ def test_a_temporarily_rejected_login_is_not_tried_for_ever():
     out, tried = made.receive(EHLO + line * 100), 0
     while made.claim is not None and not made.closing:
         tried += 1
-        out = made.checked("", reply.TOO_MANY_LOGINS)
-    assert tried == made.limits.errors == 20 and codes(out) == [454, 421] and made.claim is None
+        out = checked(made, "", reply.TOO_MANY_LOGINS)
+    assert tried == made.host.limits.errors == 20 and codes(out) == [454, 421] and made.claim is None
 
 
 BEARER = "user=user\1auth=Bearer ticket\1\1"
@@ -98,7 +116,7 @@ def test_a_dialogue_is_the_same_in_any_split(said, expected):
     assert codes(whole[0]) == [250, *expected]
     one_by_one = talk(EHLO + said, list(range(1, len(EHLO + said)))) if len(said) < 1000 else whole
     assert one_by_one[:2] == whole[:2]
-    assert whole[2].user == ("user" if 235 in expected else "")
+    assert whole[2].host.user == ("user" if 235 in expected else "")
 
 
 @pytest.mark.parametrize("password", ["pencil", "pen"])
@@ -111,11 +129,11 @@ def test_scram_proves_that_both_have_the_password(password):
     claim = made.claim
     assert isinstance(claim, Proof) and claim[:2] == ("user", password == "pencil")
     if password == "pencil":
-        out = made.checked("user", reply.LOGGED_IN)
+        out = checked(made, "user", reply.LOGGED_IN)
         client.set_server_final(base64.b64decode(out[4:]).decode())  # raises where the server has not proved it
-        assert made.receive(b"\r\nNOOP\r\n") == reply.LOGGED_IN + reply.NOOP and made.user == "user"
+        assert made.receive(b"\r\nNOOP\r\n") == reply.LOGGED_IN + reply.NOOP and made.host.user == "user"
     else:
-        assert codes(made.checked("", reply.WRONG_CREDENTIALS)) == [535] and made.user == ""
+        assert codes(checked(made, "", reply.WRONG_CREDENTIALS)) == [535] and made.host.user == ""
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -125,14 +143,15 @@ def test_scram_takes_each_key_of_those_that_share_a_salt(number):
     assert first is not None
     others = [scram_keys(scram(password, first.iterations, first.salt)) for password in ("new", "newest")]
     shared = first._replace(others=tuple((one.stored_key, one.server_key) for one in others if one is not None))
-    made = session(Offers(mechanisms=("SCRAM-SHA-256",), clear=True, keys=lambda user: shared))
+    made = session(Offers(mechanisms=("SCRAM-SHA-256",), clear=True))
+    made.host.keys = lambda user: shared  # type: ignore[method-assign]
     client = scramp.ScramClient(["SCRAM-SHA-256"], "user", ("old", "new", "newest")[number])
     made.receive(EHLO)
     out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
     client.set_server_first(base64.b64decode(out[4:]).decode())
     made.receive(b64(client.get_client_final()) + b"\r\n")
     assert isinstance(made.claim, Proof) and made.claim.good
-    client.set_server_final(base64.b64decode(made.checked("user", reply.LOGGED_IN)[4:]).decode())
+    client.set_server_final(base64.b64decode(checked(made, "user", reply.LOGGED_IN)[4:]).decode())
     assert made.receive(b"\r\n") == reply.LOGGED_IN
 
 
@@ -145,7 +164,7 @@ def test_a_client_that_rejects_the_servers_proof_is_disconnected(said, code):
     out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(client.get_client_first()) + b"\r\n")
     client.set_server_first(base64.b64decode(out[4:]).decode())
     made.receive(b64(client.get_client_final()) + b"\r\n")
-    made.checked("user", reply.LOGGED_IN)
+    checked(made, "user", reply.LOGGED_IN)
     assert codes(made.receive(said + b"MAIL FROM:<a@b>\r\n")) == [code] and made.closing
 
 
@@ -160,7 +179,7 @@ def test_nothing_in_the_clear_is_executed_after_starttls(behind, cuts):
     out, claims, made = talk(data, cuts)
     assert codes(out) in ([250, 220], [250, 554]) and claims == [] and made.transaction is None
     assert made.helo == "client.example"
-    if made.starting_tls:
+    if made.state == TLS:
         made.tls_started()
         assert made.helo == "" and not made.parser.waiting()
         assert codes(made.receive(b"MAIL FROM:<a@b>\r\n")) == [503]
@@ -168,7 +187,7 @@ def test_nothing_in_the_clear_is_executed_after_starttls(behind, cuts):
 
 
 def test_what_is_offered_depends_on_tls_and_login():
-    made = session(Offers(starttls=True, mechanisms=("PLAIN",), tls_needed=True, login_needed=True, keys=keys))
+    made = session(Offers(starttls=True, mechanisms=("PLAIN",), tls_needed=True, login_needed=True))
     assert b"STARTTLS" in (out := made.receive(EHLO)) and b"AUTH" not in out
     assert codes(made.receive(b"AUTH PLAIN AA==\r\nMAIL FROM:<a@b>\r\n")) == [538, 530]
     made.receive(b"STARTTLS\r\n")
@@ -176,7 +195,7 @@ def test_what_is_offered_depends_on_tls_and_login():
     assert b"250-AUTH PLAIN\r\n" in made.receive(EHLO)
     assert made.receive(b"MAIL FROM:<a@b>\r\n") == reply.NEED_LOGIN
     made.receive(b"AUTH PLAIN " + b64("\0user\0pencil") + b"\r\n")
-    made.checked("user", reply.LOGGED_IN)
+    checked(made, "user", reply.LOGGED_IN)
     assert b"AUTH" not in made.receive(EHLO)
     assert codes(made.receive(b"MAIL FROM:<a@b>\r\n")) == [250]
 

@@ -8,27 +8,36 @@ import sys
 from pathlib import Path
 
 from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
-from relaymta.queue import Events, Queue, QueueSettings, compact, format_id, wall_ms
+from relaymta.queue import Events, Null, Queue, QueueSettings, compact, format_id, wall_ms
 
 ENOUGH = 100  # bodies that moved
+
+
+class Collects(Null):
+    def __init__(self, offered: list) -> None:
+        super().__init__()
+        self.offer = offered.append  # type: ignore[method-assign]
+
+    def awake(self, name: QueueName) -> bool:
+        return True
 
 
 async def main(spool: Path, groups: int) -> None:
     """`groups` groups of messages, and more until enough bodies have moved; some are delivered, some deferred, others wait on."""
     offered: list = []
     settings = QueueSettings("relay.example", first_retry_ms=3_600_000)
-    queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], offered.append, Events())
+    queue = Queue(spool, 0, settings, lambda envelope, attempts: [(QueueName("out", ""), None)], Collects(offered), Events())
     queue.segments.size = 1 << 17  # so that segments change and are used again
     compact.SPARE = 0  # and bodies move
     moves = 0
-    relocate = queue.schedule.moved
+    relocate = queue.entries.moved
 
     def moved(*arguments) -> None:
         nonlocal moves
         moves += 1
         relocate(*arguments)
 
-    queue.schedule.moved = moved  # type: ignore[method-assign]
+    queue.entries.moved = moved  # type: ignore[method-assign]
     await queue.start()
     for number in range(20 * groups):
         if number >= groups:

@@ -11,10 +11,11 @@ import pytest
 from relaymta.cli.queue import pages
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import DSN, HELD, PERMANENT, TRANSIENT, Envelope
-from relaymta.queue import Entry, Filter, Outcome, listing, wall_ms, writer
+from relaymta.queue import Entry, Filter, Outcome, dsns, listing, wall_ms
+from relaymta.queue.change import Change
+from relaymta.queue.group import Task
 from relaymta.queue.segments import FRAME
-from relaymta.queue.store import MAP_SIZE, Change
-from relaymta.queue.writer import Task
+from relaymta.queue.store import MAP_SIZE
 from tests.queue.test_queue import Bench, Recorder, answer, until
 
 DATA = b"Subject: x\r\n\r\nbody\r\n"
@@ -102,7 +103,7 @@ async def test_numbers_of_queues_are_never_used_again(tmp_path, monkeypatch):
         assert entry.queue not in seen
         seen.append(entry.queue)
         bench.queue.finish(entry, None)
-        await until(lambda: len(bench.queue.schedule) == 0)
+        await until(lambda: len(bench.queue.entries) == 0)
         await bench.queue.task(lambda change: change.sweep())
 
     async with Watched(tmp_path) as bench:
@@ -317,7 +318,7 @@ async def test_mail_that_is_delivered_while_a_bounce_reads_is_not_bounced(tmp_pa
     async with Watched(tmp_path) as bench:
         ident, other = await bench.put(), await bench.put()
         entries = {entry.ident: entry for entry in await bench.next(2)}
-        entries[other].in_flight = False
+        bench.queue.again(entries[other])
         read, go = slowly(bench, "load", monkeypatch)
         bounce = asyncio.ensure_future(bench.queue.change_messages("bounce", [ident, other], "go away"))
         await until(read.is_set)
@@ -366,11 +367,11 @@ async def test_a_change_continues_when_its_caller_is_cancelled(tmp_path, monkeyp
         bounce.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bounce
-        assert waiting in bench.queue.schedule._claimed
+        assert waiting in bench.queue.entries._claimed
         go.set()
         await until(lambda: [o.entry.ident for o in bench.events.outcomes] == [waiting])
         assert await bench.queue.change_messages("delete", [waiting]) == (0, 0)
-        assert not bench.queue.schedule._claimed and not bench.queue.schedule.changing
+        assert not bench.queue.entries._claimed
 
 
 async def test_mail_that_is_committed_while_it_is_claimed_is_not_offered(tmp_path):
@@ -383,9 +384,9 @@ async def test_mail_that_is_committed_while_it_is_claimed_is_not_offered(tmp_pat
             changed, in_flight = await bench.queue.change_messages("delete", [ident])
             assert await done is None
             if not changed:  # it was not committed yet when the change was made
-                await until(lambda ident=ident: any(entry.ident == ident and not entry.cancelled for entry in bench.offered))
+                await until(lambda ident=ident: any(entry.ident == ident and entry.waiting for entry in bench.offered))
             await asyncio.sleep(0.02)
-            offered = [entry for entry in bench.offered if entry.ident == ident and not entry.cancelled]
+            offered = [entry for entry in bench.offered if entry.ident == ident and entry.waiting]
             assert len(offered) + changed == 1 and in_flight == 0
             bench.offered.clear()
         assert bench.events.refusals == []
@@ -422,7 +423,7 @@ async def test_an_outcome_of_an_entry_that_was_put_back_is_refused(tmp_path):
     async with Watched(tmp_path) as bench:
         ident = await bench.put()
         (entry,) = await bench.next()
-        entry.in_flight = False
+        bench.queue.again(entry)
         assert await bench.queue.change_messages("hold", [ident]) == (1, 0)
         bench.queue.finish(entry, None)
         assert bench.events.refusals == [(ident, "the entry is not in flight")]
@@ -453,7 +454,7 @@ async def test_an_outcome_of_a_message_that_has_ended_changes_no_count(tmp_path,
         await bench.settled()
         assert bench.events.refusals == [(ident, "the message had left the queue before")] * len(entries)
         assert [(row["messages"], row["deferred"]) for row in bench.summary()] == [(1, 0)]
-        assert await bench.queue.raw(keeper) == b"Subject: keep\r\n\r\nme\r\n"
+        assert b"".join([piece async for piece in bench.queue.raw(keeper)]) == b"Subject: keep\r\n\r\nme\r\n"
         assert bench.queue.segments.usage()[1] == FRAME.size + 21, "the body of the other message"
         assert not any(put.envelope.flags & DSN for put in bench.events.put)
 
@@ -477,7 +478,7 @@ async def test_an_outcome_that_can_never_be_recorded_does_not_stop_the_others(tm
         assert not bench.queue.writer.stalled
         ((ident, why),) = bench.events.refusals
         assert ident == idents[1] and "has no row" in why
-        assert bench.queue.schedule.get(ident, entries[1].queue) is entries[1], "it is not tried again by this process"
+        assert bench.queue.entries.get(ident, entries[1].queue) is entries[1], "it is not tried again by this process"
 
 
 # DSNs
@@ -491,29 +492,29 @@ async def test_a_dsn_larger_than_a_segment_is_a_file_of_its_own(tmp_path):
         bench.queue.finish(entry, {0: answer(PERMANENT)})
         (dsn,) = await bench.next()
         assert dsn.envelope.body.segment == 0
-        assert b"Undelivered mail" in await bench.queue.raw(dsn.ident)
+        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.raw(dsn.ident)])
         dsn.data = None
-        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.stream_data(dsn)])
+        assert b"Undelivered mail" in b"".join([piece async for piece in bench.queue.stream(dsn)])
         bench.queue.finish(dsn, None)
         await until(lambda: bench.summary() == [])
         await until(lambda: list((tmp_path / "shard-0/bodies/big").iterdir()) == [])
 
 
 async def test_an_exception_over_a_header_does_not_end_the_thread(tmp_path, monkeypatch, capfd):
-    real = writer.failure_dsn
+    real = dsns.failure_dsn
 
     def fails(envelope, failed, header, **rest):
         if header:
             raise ValueError("what a header")
         return real(envelope, failed, header, **rest)
 
-    monkeypatch.setattr(writer, "failure_dsn", fails)
+    monkeypatch.setattr(dsns, "failure_dsn", fails)
     async with Watched(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
         bench.queue.finish(entry, {0: answer(PERMANENT)})
         (dsn,) = await bench.next()
-        assert b"said so" in await bench.queue.raw(dsn.ident)
+        assert b"said so" in b"".join([piece async for piece in bench.queue.raw(dsn.ident)])
     assert "what a header" in capfd.readouterr().err
 
 
@@ -587,7 +588,7 @@ async def test_no_history_outlives_its_message(tmp_path):
         assert (bench.dump()["recipient"], bench.dump()["message"]) == ([], [])
 
 
-async def test_message_data_that_is_read_for_delivery_does_not_count_as_fresh(tmp_path):
+async def test_no_octet_of_message_data_is_counted_when_all_has_left(tmp_path):
     data = b"Subject: x\r\n\r\n" + b"y" * 5000
     async with Watched(tmp_path, window_bytes=12_000) as bench:
         for _ in range(3):
@@ -595,10 +596,10 @@ async def test_message_data_that_is_read_for_delivery_does_not_count_as_fresh(tm
                 await bench.put(data)
             assert sum(entry.data is not None for entry in bench.offered) == 2
             for entry in await bench.next(4):
-                entry.data = (await bench.queue.read_data([entry]))[0]
+                await bench.queue.read([entry])
                 bench.queue.finish(entry, None)
             await bench.empty()
-            assert bench.queue.schedule._fresh_bytes == 0
+            assert bench.queue.entries.octets == 0
 
 
 async def test_a_cancelled_reader_of_a_large_message_leaves_no_file_open(tmp_path, monkeypatch):
@@ -619,7 +620,7 @@ async def test_a_cancelled_reader_of_a_large_message_leaves_no_file_open(tmp_pat
             return descriptors[0]
 
         monkeypatch.setattr(queue.segments, "open_big", slowly)
-        reader = asyncio.ensure_future(anext(queue.stream_data(entry)))
+        reader = asyncio.ensure_future(anext(queue.stream(entry)))
         await until(opened.is_set)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -647,7 +648,7 @@ async def test_large_bodies_without_a_message_are_removed_at_start(tmp_path):
     async with Watched(tmp_path / "after") as bench:
         assert [path.name for path in (tmp_path / "after/shard-0/bodies/big").iterdir()] == [f"{bodies[0].ident:016x}"]
         (entry,) = await bench.next()
-        assert sum([len(piece) async for piece in bench.queue.stream_data(entry)]) == 2_000_000
+        assert sum([len(piece) async for piece in bench.queue.stream(entry)]) == 2_000_000
 
 
 # Disk errors
@@ -664,8 +665,8 @@ async def test_a_read_that_fails_begins_no_second_scan(tmp_path, monkeypatch):
         def refuses() -> None:
             raise OSError(5, "EIO")
 
-        bench.queue.schedule.reading(refuses, lambda result, mark: None)
-        await until(lambda: "EIO" in bench.queue.schedule.last_error)
+        bench.queue._readers.read_rows(refuses, lambda result, mark: None)
+        await until(lambda: "EIO" in bench.queue._readers.last_error)
         assert bench.queue.schedule._scanning
         go.set()
         await bench.next(2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relaymta.proto.envelope import QueueName
-from relaymta.queue import Events, Queue, QueueSettings, format_id
+from relaymta.queue import Events, Null, Queue, QueueSettings, format_id
 from tests.conftest import PROVE
 from tests.support.programs import need
 
@@ -168,8 +168,8 @@ def apply(content: bytearray, offset: int, data: bytes) -> None:
 
 async def messages_in(spool: Path) -> dict[str, str]:
     """Hash by id of every message in a spool, read as the relay reads them."""
-    queue = Queue(spool, 0, QueueSettings("relay.example"), lambda *_: [(QueueName("out", ""), None)], lambda e: None, Events())
-    queue.schedule.paused = True
+    queue = Queue(spool, 0, QueueSettings("relay.example"), lambda *_: [(QueueName("out", ""), None)], Null(), Events())
+    queue.entries.paused = True
     await queue.start()
     found = {}
     with queue.store.env.begin() as txn:

@@ -41,12 +41,21 @@ class Bench:
         self.events = Recorder()
 
     async def __aenter__(self) -> "Bench":
-        self.queue = Queue(self.folder, 0, self.settings, assign, self.offered.append, self.events)
+        self.queue = Queue(self.folder, 0, self.settings, assign, self, self.events)
         await self.queue.start()
         return self
 
     async def __aexit__(self, *exc) -> None:
         await self.queue.stop()
+
+    def offer(self, entry: Entry) -> None:
+        self.offered.append(entry)
+
+    def awake(self, name: QueueName) -> bool:
+        return True
+
+    async def drain(self, seconds: float, data_seconds: float) -> None:
+        pass
 
     async def put(self, data: bytes = b"Subject: x\r\n\r\nbody\r\n", to=("c@d.example",), sender="a@b.example") -> int:
         """Store a message; its id, once it is durable."""
@@ -64,7 +73,7 @@ class Bench:
         await until(lambda: len(self.offered) >= count)
         taken, self.offered[:] = self.offered[:count], self.offered[count:]
         for entry in taken:
-            entry.in_flight = True
+            assert self.queue.begin(entry)
         return taken
 
     async def copied(self, folder: Path) -> None:
@@ -113,7 +122,7 @@ async def test_what_is_put_is_there_after_reopening(tmp_path):
     async with Bench(tmp_path) as bench:
         entries = await bench.next(20)
         assert sorted(e.ident for e in entries) == idents
-        assert await bench.queue.read_data(entries[:1]) == [[b"Subject: 0\r\n\r\nx\r\n"]]
+        assert await bench.queue.read(entries[:1]) == [[b"Subject: 0\r\n\r\nx\r\n"]]
         for entry in entries:
             bench.queue.finish(entry, None)
         await until(lambda: len(bench.events.outcomes) == 20)
@@ -165,7 +174,7 @@ async def test_a_deferred_message_comes_back_when_it_is_due_and_not_before(tmp_p
         (again,) = await bench.next()
         assert again.attempts == 1
         assert again.envelope.body.segment != entry.envelope.body.segment, "a straggler moves to a cold segment"
-        assert await bench.queue.read_data([again]) == [[b"Subject: x\r\n\r\nbody\r\n"]]
+        assert await bench.queue.read([again]) == [[b"Subject: x\r\n\r\nbody\r\n"]]
         bench.queue.finish(again, None)
         await bench.empty()
 
@@ -212,7 +221,7 @@ async def test_the_deadline_holds_wherever_a_message_waits(tmp_path):
         await bench.put(b"waiting in the window\r\n\r\n")
         await bench.put(b"deferred\r\n\r\n")
         entries = await bench.next(2)
-        entries[0].in_flight = False
+        bench.queue.again(entries[0])
         bench.queue.finish(entries[1], {0: answer(TRANSIENT, "come back")})
         await until(lambda: len(bench.events.outcomes) == 1)
         bench.pass_time(600_001)
@@ -221,7 +230,7 @@ async def test_the_deadline_holds_wherever_a_message_waits(tmp_path):
         assert len(dsns) == 2
         assert sum(b"come back" in dsn for dsn in dsns) == 1
         assert all(b"Status: 4.4.7" in dsn for dsn in dsns)
-        assert entries[0].cancelled, "whoever still holds it drops it"
+        assert not entries[0].waiting, "whoever still holds it drops it"
 
 
 async def test_held_messages_neither_move_nor_expire(tmp_path):
@@ -236,9 +245,9 @@ async def test_held_messages_neither_move_nor_expire(tmp_path):
         assert await bench.queue.change_messages("release", [ident]) == (1, 0)
         (entry,) = await bench.next()
         assert await bench.queue.change_messages("delete", [ident]) == (0, 1), "in flight: left to its outcome"
-        entry.in_flight = False
+        bench.queue.again(entry)
         assert await bench.queue.change_messages("delete", [ident]) == (1, 0)
-        assert entry.cancelled
+        assert not entry.waiting
         assert bench.summary() == []
 
 
@@ -261,14 +270,15 @@ async def test_a_queue_moved_as_a_whole_is_due_and_stays_moved(tmp_path):
     async with Bench(tmp_path) as bench:
         idents = [await bench.put(to=("x@d",)) for _ in range(4)]
         fresh, deferred, in_flight, held = await bench.next(4)
-        fresh.in_flight = held.in_flight = False
+        bench.queue.again(fresh)
+        bench.queue.again(held)
         await bench.queue.change_messages("hold", [held.ident])
         bench.queue.finish(deferred, {0: answer(TRANSIENT)})
         await until(lambda: len(bench.events.outcomes) == 1)
         assert await move(bench, Filter(queue="mx/other")) == (0, 0)
         assert await move(bench, Filter(queue="mx/d"), dry_run=True) == (4, 0)
         assert await move(bench, Filter(queue="mx/d")) == (4, 1)
-        assert fresh.cancelled
+        assert not fresh.waiting
         again = {entry.ident: entry for entry in await bench.next(2)}
         assert set(again) == {fresh.ident, deferred.ident} and {str(entry.name) for entry in again.values()} == {"away"}
         rows = [json.loads(line) for line in (await bench.queue.page(Filter(), 0, lambda *_: False))["lines"].splitlines()]
@@ -297,11 +307,12 @@ async def test_of_a_message_in_two_queues_a_moved_one_is_lost_to_neither(tmp_pat
     async with Bench(tmp_path) as bench:
         await bench.put(to=("x@d", "y@e"))
         one, other = sorted(await bench.next(2), key=lambda entry: entry.name.domain)
-        one.in_flight = other.in_flight = False
+        bench.queue.again(one)
+        bench.queue.again(other)
         assert await move(bench, Filter(queue="mx/d")) == (1, 0)
         (moved,) = await bench.next(1)
         assert (str(moved.name), moved.indexes) == ("away", [0])
-        other.in_flight = True
+        assert bench.queue.begin(other)
         bench.queue.finish(other, {1: answer(TRANSIENT)}, 1)
         bench.queue.finish(moved, {0: answer(TRANSIENT)}, 1)
         both = {str(entry.name): entry for entry in await bench.next(2)}
@@ -319,7 +330,7 @@ async def test_a_parked_queue_is_not_scanned_until_it_wakes(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
-        entry.in_flight = False
+        bench.queue.again(entry)
         bench.queue.put_back(entry)
         bench.queue.park(entry.queue, bench.queue.clock.now() + 600_000)
         await asyncio.sleep(0.3)
@@ -336,7 +347,7 @@ async def test_more_than_the_window_is_found_on_disk(tmp_path):
             (entry,) = await bench.next()
             assert entry.ident not in seen, "a row in flight is never picked twice"
             seen.add(entry.ident)
-            assert len(bench.queue.schedule) <= 41
+            assert len(bench.queue.entries) <= 41
             bench.queue.finish(entry, None)
         assert seen == idents
         await until(lambda: bench.summary() == [])
@@ -363,7 +374,7 @@ async def test_empty_queues_are_forgotten(tmp_path):
 async def test_a_shard_has_one_owner(tmp_path):
     async with Bench(tmp_path) as bench:
         with pytest.raises(SpoolBusy):
-            Queue(tmp_path, 0, bench.settings, assign, lambda e: None, Recorder())
+            Queue(tmp_path, 0, bench.settings, assign, bench, Recorder())
 
 
 async def test_a_damaged_body_is_noticed(tmp_path):
@@ -375,7 +386,7 @@ async def test_a_damaged_body_is_noticed(tmp_path):
         with segment.open("r+b") as file:
             file.seek(entry.envelope.body.offset + 100)
             file.write(b"y")
-        (error,) = await bench.queue.read_data([entry])
+        (error,) = await bench.queue.read([entry])
         assert isinstance(error, Corrupt)
 
 
@@ -461,7 +472,9 @@ def test_the_retry_schedule():
 
 async def test_a_recipient_that_joins_a_queue_in_which_its_message_is_in_flight_is_not_lost(tmp_path, monkeypatch):
     async with Bench(tmp_path) as bench:
-        bench.queue.assign = lambda envelope, attempts: assign(envelope, 0) if not attempts else [(QueueName("mx", "d"), None)]
+        bench.queue.ends.assign = lambda envelope, attempts: (
+            assign(envelope, 0) if not attempts else [(QueueName("mx", "d"), None)]
+        )
         await bench.put(to=("x@d", "y@e"))
         one, other = sorted(await bench.next(2), key=lambda entry: entry.name.domain)
         bench.queue.finish(other, {1: answer(TRANSIENT)}, 1)

@@ -49,7 +49,7 @@ class World:
         for _ in range(4):
             await asyncio.sleep(0.03)
             for entry in self.bench.offered:
-                if entry.cancelled:  # since it was offered
+                if not entry.waiting:  # since it was offered
                     continue
                 assert self.now >= self.due.get(entry.ident, 0), "an attempt before its time"
                 assert entry.ident not in self.held, "held mail is offered"
@@ -75,7 +75,7 @@ class World:
 
     async def step(self, what: str, which: int) -> None:
         queue = self.bench.queue
-        ready = [ident for ident, entry in sorted(self.waiting.items()) if not entry.cancelled]
+        ready = [ident for ident, entry in sorted(self.waiting.items()) if entry.waiting]
         some = sorted(self.deadline)[which % len(self.deadline)] if self.deadline else 0
         if what == "put":
             ident = await self.bench.put(to=(f"x@d{which}",), sender="" if which == 3 else "a@b.example")
@@ -89,8 +89,6 @@ class World:
             await self.bench.__aexit__()
             await self.open()
         elif what in ("hold", "release") and some:
-            for entry in self.waiting.values():
-                entry.in_flight = False
             changed, _ = await queue.change_messages(what, [some])
             self.waiting.pop(some, None)
             if changed and what == "hold":
@@ -110,7 +108,7 @@ class World:
             queue.put_back(self.waiting.pop(ready[which % len(ready)]))
         elif what in ("deliver", "defer", "fail") and ready:
             entry = self.waiting.pop(ready[which % len(ready)])
-            entry.in_flight = True
+            assert queue.begin(entry)
             kind = PERMANENT if what == "fail" else TRANSIENT
             queue.finish(entry, None if what == "deliver" else {0: answer(kind)})
             await until(lambda: len(self.bench.events.outcomes) > self.seen)
@@ -122,7 +120,7 @@ class World:
                 return
             self.now += 1_200_000
             for ident in list(self.waiting):
-                self.waiting.pop(ident).in_flight = False
+                self.waiting.pop(ident)
             await asyncio.sleep(0.3)
             await self.settle()
         raise AssertionError(f"these never end: {set(self.deadline) - self.held}")

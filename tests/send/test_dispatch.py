@@ -13,12 +13,15 @@ from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.node import HOLD, LEARNED, SiteState, SiteStates
 from relaymta.proto.envelope import Body, Envelope, QueueName
-from relaymta.proto.smtp_client import Said
+from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
+from relaymta.queue.lifecycle import CLAIMED, IN_FLIGHT, ON_DISK, WAITING
 from relaymta.route.mx import NoRoute
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.dispatch import Dispatcher
+from relaymta.send.oauth import Tokens
+from relaymta.send.outcomes import IN_DOUBT
 from relaymta.send.pool import HOLD_SECONDS, Pool
 from relaymta.shm import Shared
 
@@ -29,14 +32,25 @@ class FakeQueue:
     def __init__(self) -> None:
         self.time = 1_000_000
         self.clock = SimpleNamespace(now=lambda: self.time, wall=lambda moment: moment)
-        self.writer = SimpleNamespace(stalled=False)
+        self.stalled = False
         self.returned: list[Entry] = []
         self.finished: list[tuple[Entry, Any, int]] = []
         self.parked: dict[int, int] = {}
+        self.held: list[list[int]] = []  # ids of each `change_messages`
+        self.entries: list[Entry] = []  # that it claims
         self.changes: list[Callable[[], Any]] = []  # results of `change_messages`, in order
 
+    def begin(self, entry: Entry) -> bool:
+        if not entry.waiting:
+            return False
+        entry.state = IN_FLIGHT
+        return True
+
+    def again(self, entry: Entry) -> None:
+        entry.state = WAITING
+
     def put_back(self, entry: Entry) -> None:
-        entry.cancelled = True
+        entry.state = ON_DISK
         self.returned.append(entry)
 
     def finish(self, entry: Entry, results: Any, retry_after: int = 0) -> None:
@@ -45,37 +59,49 @@ class FakeQueue:
     def park(self, queue: int, until: int) -> None:
         self.parked[queue] = until
 
+    def skip_no_longer(self, queues: Any) -> None:
+        pass
+
     async def wake_queues(self, numbers: Any = None) -> None:
         for number in numbers or list(self.parked):
             self.parked.pop(number, None)
 
     async def change_messages(self, verb: str, idents: list[int]) -> tuple[int, int]:
-        return self.changes.pop(0)() if self.changes else (len(idents), 0)
+        self.held.append(idents)
+        if self.changes:
+            return self.changes.pop(0)()
+        for one in self.entries:
+            if one.ident in idents:
+                one.state = CLAIMED
+        return len(idents), 0
 
     async def release_policy_held(self, still: Any) -> int:
         return 0
 
-    async def read_data(self, entries: list[Entry]) -> Any:
+    async def read(self, entries: list[Entry]) -> Any:
         raise OSError(5, "the disk is gone")
+
+
+SETTINGS = {
+    "listener": [{"address": "127.0.0.1:1"}],
+    "route": [{"hosts": ["127.0.0.1:2"], "recipient_domain": ["smart.test"]}],
+}
 
 
 @pytest.fixture
 async def made(tmp_path):
-    settings = {
-        "listener": [{"address": "127.0.0.1:1"}],
-        "route": [{"hosts": ["127.0.0.1:1"], "recipient_domain": ["smart.test"]}],
-    }
-    config, shared = Config.model_validate(settings), Shared.create()
+    config, shared = Config.model_validate(SETTINGS), Shared.create()
     dispatcher = Dispatcher(
         config, RouteTable(config), shared.limits(0, 1), shared.rates(1), shared.in_flight(0), Counters(shared.counters(0)),
-        Log(str(tmp_path / "log"), 0), SimpleNamespace(now=lambda: 0.0), set(), SiteStates(), lambda state, key: None,
+        Log(str(tmp_path / "log"), 0), SimpleNamespace(now=lambda: 0.0), {}, SiteStates(), lambda state, key: None,
+        Tokens(None),
     )  # fmt: skip
     dispatcher.queue = FakeQueue()
     yield dispatcher
     dispatcher._timer.cancel()
-    for task in list(dispatcher._tasks):
+    for task in list(dispatcher.tasks._running):
         task.cancel()
-    await asyncio.gather(*dispatcher._tasks, return_exceptions=True)
+    await asyncio.gather(*dispatcher.tasks._running, return_exceptions=True)
 
 
 def entry(number: int, domain: str = "d.test", application: str = "", data: list[bytes] | None = None) -> Entry:
@@ -83,9 +109,11 @@ def entry(number: int, domain: str = "d.test", application: str = "", data: list
         sender="a@b.test", recipients=[f"c@{domain}"], size=1, flags=0, arrived=0, deadline=0, application=application
     )
     envelope.body = Body(1, 1, 1, 1)
-    route = "127.0.0.1:1" if domain == "smart.test" else "mx"
+    route = "127.0.0.1:2" if domain == "smart.test" else "mx"
     name = QueueName(route, "" if domain == "smart.test" else domain, application)
-    return Entry(number, envelope, name, 1 + len(application), 0, 0, None, True, data)
+    made = Entry(number, envelope, name, 1 + len(application), 0, 0, None, True, data)
+    made.state = WAITING
+    return made
 
 
 def taken(dispatcher: Dispatcher) -> int:
@@ -103,11 +131,11 @@ async def test_a_cancelled_lookup_puts_its_entries_back(made):
     for one in waiting:
         made.offer(one)
     await ticks()
-    for task in list(made._tasks):
+    for task in list(made.tasks._running):
         task.cancel()
     await ticks()
-    assert (made._asking, made.queue.returned) == ({}, waiting)
-    assert made._lookups._value == 200
+    assert (made.lookups._waiting, made.queue.returned) == ({}, waiting)
+    assert made.lookups._room._value == 200
 
 
 async def test_lookups_of_a_domain_for_many_tenants_are_one_failure(made):
@@ -123,7 +151,7 @@ async def test_lookups_of_a_domain_for_many_tenants_are_one_failure(made):
         answer.set_exception(NoRoute(False, "4.4.3", "DNS failed"))
         await ticks()
         await asyncio.sleep(0.01)
-    failures, until = made.unresolved(entry(9).name)
+    failures, until = made.lookups.unresolved(entry(9).name)
     assert failures == 1
     assert len(made.queue.finished) == 1 and len(made.queue.returned) == 2
     assert set(made.queue.parked.values()) == {until}
@@ -142,7 +170,7 @@ async def test_a_connection_that_is_not_opened_is_not_counted(made, how):
     (pool,) = made.pools.values()
     assert (pool.connecting, taken(made)) == (5, 5)
     await ticks()
-    for task in list(made._tasks):
+    for task in list(made.tasks._running):
         task.cancel()
     await ticks()
     assert (pool.connecting, taken(made)) == (0, 0)
@@ -183,7 +211,7 @@ async def test_attempts_that_began_before_the_site_was_found_up_or_down_do_not_c
 async def test_message_data_that_could_not_be_read_is_read_again(made):
     pool = _pool(made)
     pool.ready.push(entry(1, "smart.test"))
-    made._load(pool)
+    made.connections.loading.load(pool)
     await ticks()
     assert not pool.loading
     assert len(pool.ready) == 1
@@ -193,7 +221,7 @@ def _pool(dispatcher: Dispatcher) -> Pool:
     one = entry(0, "smart.test")
     site = dispatcher.sites.known(one.name)
     assert site is not None
-    return dispatcher._pool(site, one)
+    return dispatcher.connections.pool(site, None)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "unexpected"])
@@ -205,9 +233,9 @@ async def test_an_entry_for_which_another_host_is_tried_is_not_left_in_flight(ma
 
     made.opener.peers = peers
     one = entry(1, "smart.test", data=[b"x"])
-    made._spawn(made._try_elsewhere(_pool(made), one, "h", ("5.6.3", "8-bit")))
+    made.tasks.spawn(made.connections.elsewhere.deliver(_pool(made), one, "h", ("5.6.3", "8-bit")))
     await ticks()
-    for task in list(made._tasks):
+    for task in list(made.tasks._running):
         task.cancel()
     await ticks()
     assert made.queue.returned == ([one] if how == "cancelled" else [])
@@ -224,7 +252,7 @@ async def test_a_host_that_closes_after_its_greeting_bounces_nothing(made):
         return SimpleNamespace(ended=True, core=SimpleNamespace(features=None))
 
     made.opener.peers, made.opener.to = peers, to
-    await made._try_elsewhere(_pool(made), entry(1, "smart.test"), "h", ("5.6.3", "8-bit"))
+    await made.connections.elsewhere.deliver(_pool(made), entry(1, "smart.test"), "h", ("5.6.3", "8-bit"))
     assert [results[0].kind for _, results, _ in made.queue.finished] == ["transient"]
     assert taken(made) == 0
 
@@ -234,12 +262,18 @@ async def test_a_policy_that_could_not_be_applied_is_applied_later(made):
         raise StoreError("the disk is full")
 
     now = wall_ms()
-    made._states.learn(SiteState(HOLD, "recipient_domain=smart.test", "", now, now + 60_000, "operator", "wait"))
+    made.decisions.states.learn(SiteState(HOLD, "recipient_domain=smart.test", "", now, now + 60_000, "operator", "wait"))
     made.policies.refresh()
     made.queue.changes = [full]
     for number in range(2):
-        made.offer(entry(number, "smart.test"))
+        made.queue.entries.append(entry(number, "smart.test"))
+        made.offer(made.queue.entries[-1])
         await ticks()
+    assert made.queue.held == [[0], [1]]
+    made.policies.tick()
+    await ticks()
+    assert made.queue.held == [[0], [1], [0]]
+    assert made.queue.returned == [], "what is put back would be offered again at once, and again"
     assert made.policies._to_hold == []
     assert not made.policies._holding
 
@@ -257,16 +291,16 @@ async def test_connections_that_stall_together_halve_the_window_once(made):
 async def test_many_probed_entries_for_a_site_that_is_down(made):
     """Messages in flight when a worker was killed: one is charged with the attempt, the others are put back."""
     count = 500
-    made._probed.update(range(1, count + 1))
+    made.recovery.left.update(dict.fromkeys(range(1, count + 1), False))
     entries = [entry(n, "smart.test") for n in range(1, count + 1)]
     for one in entries:
         made.offer(one)
-    assert made._probing is entries[0] and len(made._to_probe) == count - 1
+    assert list(made.recovery._probing.values()) == entries[:1] and len(made.recovery._waiting) == count - 1
     pool = next(iter(made.pools.values()))
-    made._site_failed(pool, ConnectFailed("connect", "refused"))
+    made.connections._site_failed(pool, ConnectFailed("connect", "refused"))
     (first, _, _) = made.queue.finished[0]
     made.landed(first)
-    assert made._probing is None and made._to_probe == []
+    assert made.recovery._probing == {} and made.recovery._waiting == []
     assert len(made.queue.returned) == count - 1
 
 
@@ -281,6 +315,102 @@ async def test_421_from_a_host_that_shuts_down_is_no_rate_limit(made, said, befo
     pool = next(iter(made.pools.values()))
     pool.learn("rate", 1.5, "421 4.3.2 shutting down", made.loop.time() - before + HOLD_SECONDS)
     made.decisions.learned(pool, "rate")
-    made._site_failed(pool, ConnectFailed("connect", "refused", said=said))
+    made.connections._site_failed(pool, ConnectFailed("connect", "refused", said=said))
     assert ("rate" in pool.learned) == kept
     assert (made.decisions.states.get(LEARNED, pool.shape.key, "rate") is not None) == kept
+
+
+async def test_a_reload_while_messages_are_probed(made):
+    """What is put back lets the next one be probed, in a pool of the new configuration."""
+    made.recovery.left.update(dict.fromkeys(range(1, 4), False))
+    entries = [entry(n, "smart.test") for n in range(1, 4)]
+    for one in entries:
+        made.offer(one)
+    made.reconfigure(Config.model_validate(SETTINGS), made.routes)
+    assert made.queue.returned == entries[:1]
+    assert list(made.recovery._probing.values()) == entries[1:2]
+    assert [one for pool in made.pools.values() for one in pool.ready] == entries[1:2], "not in a pool that is no longer used"
+
+
+async def test_what_cannot_be_held_is_tried_less_and_less_often_and_holds_up_nothing(made):
+    """An entry of the same message is in flight, so that the change skips it."""
+    now = wall_ms()
+    made.decisions.states.learn(SiteState(HOLD, "recipient_domain=smart.test", "", now, now + 60_000, "operator", "wait"))
+    made.policies.refresh()
+    stuck, other = entry(0, "smart.test"), entry(1, "smart.test")
+    made.offer(stuck)
+    for _ in range(20):
+        await ticks()
+        made.policies.tick()
+    assert 3 <= len(made.queue.held) <= 6
+    made.queue.entries.append(other)
+    made.offer(other)
+    await ticks()
+    assert made.queue.held[-1] == [1] and not other.waiting
+    made.decisions.states.forget(HOLD, "recipient_domain=smart.test", "")
+    made.policies.tick()
+    assert made.queue.returned == [stuck], "the policy ended"
+
+
+@pytest.mark.parametrize(
+    ("said", "by_peer", "reached", "doubt"),
+    [
+        (None, True, "data", True),
+        (None, False, "data", True),
+        (Said(421, b"4.3.2 shutting down", "final"), True, "data", False),
+        (None, True, "", False),  # BDAT behind the envelope, to a connection that the peer had closed
+        (None, False, "", True),  # the peer had it all, and is silent
+    ],
+    ids=["lost", "timed out", "421", "BDAT on a closed connection", "BDAT, then silence"],
+)
+async def test_what_is_in_doubt(made, said, by_peer, reached, doubt):
+    one = entry(1, "smart.test")
+    one.state = IN_FLIGHT
+    mail = Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False)
+    mail.data_sent, mail.reached = True, reached
+    core = SimpleNamespace(last_said=said, messages=3, awaiting="final")
+    session = SimpleNamespace(core=core, closed_by_peer=by_peer, peer="h", cause="")
+    counted = made.outcomes._counters.cells.get(IN_DOUBT)
+    attempt = made.outcomes.lost(_pool(made), session, mail, "connection lost")
+    assert attempt == (reached != "")
+    assert made.outcomes._counters.cells.get(IN_DOUBT) - counted == doubt
+    for _, results, _ in made.queue.finished:
+        assert ("in doubt" in results[0].text) == doubt
+
+
+async def test_a_message_that_waits_again_is_not_marked_as_in_flight(made):
+    """An operator may delete it meanwhile, and nobody would remove the mark."""
+    one, pool = entry(1, "smart.test"), _pool(made)
+    one.state = IN_FLIGHT
+    made.connections._marks.add(1)
+    made.connections._again(pool, Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False))
+    assert list(pool.ready) == [one] and one.waiting
+    assert made.connections._marks.take() == ([], 0)
+
+
+async def test_a_message_that_loses_reused_connections_leaves_nothing_behind(made):
+    """The count ends with the entry; the dispatcher keeps none."""
+    core = SimpleNamespace(last_said=None, messages=3, awaiting="mail")
+    session = SimpleNamespace(core=core, closed_by_peer=True, peer="h", cause="")
+    one = entry(1, "smart.test")
+    one.state = IN_FLIGHT
+    mail = Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False)
+    assert [made.outcomes.lost(_pool(made), session, mail, "lost") for _ in range(4)] == [False, False, False, True]
+    assert not [name for name, value in vars(made.outcomes).items() if isinstance(value, dict | list | set)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "fault"),
+    [
+        (ConnectFailed("connect", "Connection refused"), "network"),
+        (ConnectFailed("connect", "busy", said=Said(421, b"4.3.2 busy", "connect")), "peer"),
+        (ConnectFailed("starttls", "TLS failed"), "peer"),
+        (ConnectFailed("auth", "logging in failed", said=Said(535, b"5.7.8 no", "auth")), "us"),
+        (NoRoute(False, "4.4.3", "DNS failed"), "dns"),
+    ],
+)
+async def test_whose_fault_it_is_that_a_site_is_down_is_logged(made, failure, fault):
+    logged: list[dict[str, Any]] = []
+    made.decisions._log = SimpleNamespace(event=lambda event, **fields: logged.append(fields))
+    made.connections._site_failed(_pool(made), failure)
+    assert [fields["fault"] for fields in logged] == [fault]

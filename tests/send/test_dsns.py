@@ -21,7 +21,7 @@ from relaymta.proto.envelope import Attempt, Envelope, RecipientState, decode_re
 from relaymta.proto.smtp_client import stuff
 from relaymta.send.connect import Peer, _failure
 from relaymta.send.login import LoginFailed
-from relaymta.send.oauth import TokenError, Tokens
+from relaymta.send.oauth import Exchanges, TokenError
 from tests.speedups import oracle
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
@@ -125,6 +125,7 @@ def test_an_attempt_with_and_without_a_cause_is_read():
 def test_secrets_are_hidden_from_operators_too(text, shown):
     assert redacted(text) == shown
     assert str(Failure("public", text)) == shown
+    assert Failure("public", text).cause == shown
     assert Failure(text).public == text, "a public text may hold a link"
 
 
@@ -164,6 +165,8 @@ SOCKET = Peer("unix:/run/secret/lmtp", "", 0, "/run/secret/lmtp")
 def test_each_failure_to_connect_has_a_public_text(peer, phase, error, public, cause):
     failure = _failure(phase, peer, error)
     assert failure.public.startswith(public) and cause in str(failure)
+    answered = failure.said is not None  # a greeting of 554 is the peer's fault, not the network's
+    assert failure.fault == ("us" if phase == "auth" else "peer" if answered or phase != "connect" else "network")
     assert "hunter2" not in str(failure) + failure.public + (failure.said.whole if failure.said is not None else "")
     for secret in ("/", "192.0.2.1", "_ssl", "[Errno", "password"):
         assert secret not in failure.public
@@ -195,7 +198,7 @@ def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
     url = f"http://127.0.0.1:{server.server_port}/t?qu3ry=1"
     settings = OAuth(token_url=url, client_id="me", client_secret_file=str(tmp_path / "secret"))
     with pytest.raises(TokenError) as failure:
-        asyncio.run(Tokens(lambda name: "", lambda name, token: None).get(settings))
+        asyncio.run(Exchanges(lambda name: "", lambda name, token: asyncio.sleep(0)).get(settings))
     server.shutdown()
     assert "you sent client_id me" in str(failure.value)
     assert failure.value.public == "no access token for the next host is available now"

@@ -309,7 +309,7 @@ BANNERS = [
 ]
 
 
-@pytest.mark.parametrize("implicit", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("implicit", ["", "encrypt", "may"], ids=["plain", "TLS", "optional TLS"])
 @pytest.mark.parametrize(("banner", "greets"), BANNERS)
 async def test_a_smart_host_is_up_when_it_greets(monkeypatch, context, banner, greets, implicit):
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -324,7 +324,7 @@ async def test_a_smart_host_is_up_when_it_greets(monkeypatch, context, banner, g
     config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}]})
     opener = Opener(config, Any, Quiet(), Any, Any)  # type: ignore[arg-type]
     opener._down["h"] = "refused"
-    probe = asyncio.ensure_future(opener._probe(Peer("localhost", "127.0.0.1", port), "h", "encrypt"))
+    probe = asyncio.ensure_future(opener._probe(Peer("localhost", "127.0.0.1", port), "h", implicit or "encrypt"))
     await asyncio.wait([probe], timeout=5 if greets else 0.3)
     assert probe.done() == greets
     assert opener._down == ({} if greets else {"h": "refused"})

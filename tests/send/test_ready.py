@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 
 from relaymta.proto.envelope import CLASSES, Envelope, QueueName
 from relaymta.queue import Entry
+from relaymta.queue.lifecycle import CLAIMED, WAITING
 from relaymta.send.ready import TURNS, Ready
 
 
 def entry(ident: int, application: str = "", priority: str = "normal", queue: int = 1) -> Entry:
-    return Entry(
+    made = Entry(
         ident, Envelope("a@b", ["c@d"], 1, 0, 0, 0), QueueName("mx", "d", application, priority), queue, 0, 0, None, True
     )
+    made.state = WAITING
+    return made
 
 
 def order(ready: Ready, count: int = 1000) -> list[Entry]:
@@ -80,11 +83,11 @@ def test_each_pushed_entry_is_popped_once_unless_it_was_removed(steps):
         elif waiting:
             one = waiting.pop(step[1] % len(waiting))
             if step[0] == "cancel":
-                one.cancelled = True
+                one.state = CLAIMED
             else:
                 assert ready.remove(one)
                 assert not ready.remove(one)
-        assert sorted(e.ident for e in ready if not e.cancelled) == sorted(e.ident for e in waiting)
+        assert sorted(e.ident for e in ready if e.waiting) == sorted(e.ident for e in waiting)
         assert set(ready.first(3)) <= set(waiting)
     places = {e: ready.position(e, 1000) for e in waiting}
     assert ready.position(entry(0), 1000) == -1
@@ -103,3 +106,13 @@ def test_a_tenant_of_more_weight_has_more_messages_in_its_turn():
     one = next(e for e in ready if e.ident == 150)
     ahead = ready.position(one, 1000)
     assert list(order(ready)).index(one) == ahead, "positions respect weights"
+
+
+def test_a_claimed_entry_has_no_position():
+    ready = Ready()
+    first, claimed = entry(1), entry(2)
+    ready.push(first)
+    ready.push(claimed)
+    assert ready.position(claimed, 1000) == 1
+    claimed.state = CLAIMED
+    assert ready.position(claimed, 1000) == -1

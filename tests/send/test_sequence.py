@@ -10,6 +10,7 @@ from aiosmtplib import SMTPException
 from relaymta.config import Route
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Mail, classify
+from relaymta.route.ourselves import Ourselves
 from relaymta.send.connect import ConnectFailed, Peer, Via, _client, _greet, connect
 from relaymta.send.login import LoginFailed, log_in
 from relaymta.send.oauth import Tokens
@@ -150,7 +151,8 @@ class Sender:
             (self.delivered if result == "success" else self.refused).append(mail.cargo)
 
 
-VIA = Via(Route(), "relay.example", 5.0, "off")
+VIA = Via(Route(), "relay.example", 5.0, 5.0, "off", Ourselves(set()))
+ENCRYPTED = Via(Route(), "relay.example", 5.0, 5.0, "encrypt", Ourselves(set()))
 TOKENS = Tokens(lambda name: "", lambda name, token: None)
 
 
@@ -222,7 +224,7 @@ def test_an_extra_reply_after_ehlo_is_not_read_as_that_to_starttls():
         async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
             host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
             with pytest.raises(ConnectFailed, match="an unexpected reply") as failure:
-                await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
+                await connect(host, ENCRYPTED, TOKENS, Sender(0).make, 100)
             assert failure.value.phase == "ehlo" and "STAR" not in peer.commands
 
     asyncio.run(main())
@@ -268,7 +270,7 @@ def test_only_235_is_a_login(mechanism, line, monkeypatch):
         route = Route(hosts=["127.0.0.1"], tls="verify", username="me", password_env="RELAY_PASSWORD", auth=mechanism)
         async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
             host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
-            client = _client(host, Via(route, "relay.example", 5.0, "off"))
+            client = _client(host, Via(route, "relay.example", 5.0, 5.0, "off", Ourselves(set())))
             await client.connect()
             await _greet(client)
             with pytest.raises((LoginFailed, SMTPException)):
@@ -288,7 +290,7 @@ def test_only_220_starts_tls(line):
         async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
             host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
             with pytest.raises(ConnectFailed) as failure:
-                await connect(host, Via(Route(), "relay.example", 5.0, "encrypt"), TOKENS, Sender(0).make, 100)
+                await connect(host, ENCRYPTED, TOKENS, Sender(0).make, 100)
             assert failure.value.phase == "starttls"
             assert "MAIL" not in peer.commands
 

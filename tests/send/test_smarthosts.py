@@ -461,7 +461,7 @@ TOKENS = {"client_id": "y"}
 @pytest.mark.parametrize(
     ("route", "problem"),
     [
-        ({"hosts": ["h"], "oauth": TOKENS | {"token_url": "https://x.example/t"}}, "oauth needs username"),
+        ({"hosts": ["h"], "oauth": TOKENS | {"token_url": "https://x.example/t"}}, "oauth: needs username"),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "would go over plain http"),
         (
             {"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1@x.example/t"}},
@@ -469,7 +469,7 @@ TOKENS = {"client_id": "y"}
         ),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
         ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),
-        (LOGIN, "username needs hosts"),  # or the MX hosts of every domain would get them
+        (LOGIN, "username: needs hosts"),  # or the MX hosts of every domain would get them
         ({"lookup": "https://x.example/r", **LOGIN}, "needs an https:// or loopback URL, and lookup_hosts"),
         ({"lookup": "http://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}, "needs an https:// or loopback URL"),
         ({"lookup": "http://localhost.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
@@ -516,3 +516,17 @@ def test_a_lookup_may_not_return_a_host_that_must_not_get_credentials(answer, al
     with pytest.raises(NoRoute) as failure:
         asyncio.run(sites.find(name))
     assert not failure.value.permanent and "d.example" in failure.value.public and "x.example/r" not in failure.value.public
+
+
+def test_the_hosts_that_lookups_return_are_not_kept_for_ever(monkeypatch):
+    async def ask(url: str, domain: str, application: str) -> Answer:
+        return Answer((f"mx.{domain}",), "", 60.0)
+
+    monkeypatch.setattr("relaymta.route.sites.ask", ask)
+    monkeypatch.setattr("relaymta.route.sites.KEPT_GIVEN", 5)
+    route = {"name": "r", "lookup": "https://x.example/r"}
+    config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "route": [route]})
+    sites = Sites(RouteTable(config), None, set(), lambda: 0.0)  # type: ignore[arg-type]
+    for number in range(30):
+        assert asyncio.run(sites.find(QueueName("r", f"d{number}.example"))).names == [f"mx.d{number}.example"]
+    assert len(sites._given) <= 5

@@ -64,7 +64,7 @@ def test_encrypt_never_sends_in_cleartext(tmp_path):
 
 
 def test_credentials_need_verified_tls(tmp_path):
-    with FakeMx({}) as plain, pytest.raises(AssertionError, match="username needs tls"):
+    with FakeMx({}) as plain, pytest.raises(AssertionError, match="username: needs tls"):
         relay_to(plain, tmp_path, "may", trusted=False, login=True).start()
 
 

@@ -9,11 +9,11 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
-from relaymta.accept.identity import Identity
-from relaymta.accept.intake import Client, Intake
+from relaymta.accept.intake import Intake
 from relaymta.accept.quota import Quotas
-from relaymta.accept.turns import Turns
+from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError
 from relaymta.metrics import CELLS, Counters
@@ -26,6 +26,7 @@ from relaymta.route.table import RouteTable
 BIG = 6000  # octets of message data above which it is large, and some more: connection.py leaves room for added fields
 DISK_FAILS = b"X-Disk-Fails"  # in message data: its file cannot be written
 COMMIT_FAILS = b"X-Commit-Fails"
+WRONG = "wrong"  # a password
 REFUSED = b"X-Refused"  # in a header: DMARC rejects the message
 
 
@@ -84,10 +85,11 @@ class Loop:
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         def run() -> None:
             try:
-                coroutine.send(None)
+                waited_for = coroutine.send(None)
             except StopIteration:
                 return
-            raise AssertionError("waits for something outside of this loop")
+            assert waited_for is None, "waits for something outside of this loop"
+            self.turns.append(run)
 
         self.turns.append(run)
 
@@ -168,72 +170,49 @@ class Transport:
             self.protocol.connection_lost(None)
 
 
-class Machine:
-    """What the connections of one worker share. `signs`: mail is signed; `looks`: mail of unauthenticated clients is verified."""
+class Machine(Admission):
+    """What the connections of one worker share. `big`: as BIG; `signs`: mail is signed; `looks`: mail of unauthenticated clients
+    is verified."""
 
-    def __init__(self, random: Random, signs: bool = False, looks: bool = False, **settings: Any) -> None:
-        self.loop = Loop(random)
+    def __init__(self, random: Random, signs: bool = False, looks: bool = False, big: int = BIG, **settings: Any) -> None:
+        steps, limits = Loop(random), Limits()
         found: dict[str, Any] = {"hostname": "relay.example", "relay": {"domains": ["d.example"], "networks": []}}
         found["listener"] = [{"address": "127.0.0.1:25"}]
-        self.config = Config.model_validate(found | settings)
+        config = Config.model_validate(found | settings)
         self.stored: list[tuple[Envelope, bytes]] = []
-        self.files: list[File] = []
-        self.most_files = 1000
-        self.limits = Limits()
-        self.turns = Turns(self.loop)  # type: ignore[arg-type]
+        self.written: list[File] = []
         self.events: list[dict[str, Any]] = []
-        self.connections: set[Connection] = set()
-        self.threads = None
-        self.stressed = False
         self.tls = False
         self.logs_in: Identity | None = None
         self.signer: Any = self if signs else None
         self.verifier = self if looks else None
         self.certificates = SimpleNamespace(context=object())
         self.logins = SimpleNamespace(check=self.login, with_account=lambda identity: identity)
-        self.endpoint: Any = self
         self.cells = Cells()
-        self.big_limit, self.room, self.full, self.last = BIG, 1 << 40, False, 0
+        self.big_limit, self.room, self.full, self.last = big, 1 << 40, False, 0
         self.writer = SimpleNamespace(stalled=False)
         counters, log = Counters(self.cells), SimpleNamespace(event=lambda name, **fields: self.events.append(fields))
-        self.quotas = Quotas(self, counters)  # type: ignore[arg-type]
-        routes = RouteTable(self.config)
-        self.intake = Intake(self.config, routes, self, self, self.quotas, counters, log)  # type: ignore[arg-type]
-
-    # As an Acceptor.
-
-    @property
-    def time(self) -> float:
-        return self.loop.now
-
-    def now(self) -> float:
-        return self.loop.now
+        self.used: Counter[str] = Counter()
+        self.quotas = Quotas(Rates(self.used), counters)  # type: ignore[arg-type]
+        intake = Intake(config, RouteTable(config), self, self, self.quotas, counters, log)  # type: ignore[arg-type]
+        super().__init__(config, intake, self, limits, None, steps)  # type: ignore[arg-type]
+        self.steps, self.counts = steps, limits.counts
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.loop.spawn(coroutine)
+        self.steps.spawn(coroutine)
 
-    def enter(self, client: Client, is_client: bool = True) -> bytes | None:
-        self.limits.take("connections", 1000)
-        self.limits.take("client " + client.group, 1000)
-        return None
-
-    def leave(self, client: Client) -> None:
-        self.limits.give("connections")
-        self.limits.give("client " + client.group)
-
-    def take_file(self) -> bool:
-        return self.limits.take("files", self.most_files)
-
-    def give_file(self) -> None:
-        self.limits.give("files")
+    def held(self) -> Counter[str]:
+        """All that is held of limits; empty when everything was given back."""
+        return +(self.counts + Counter(files=self.files, connections_in_set=len(self.connections)))
 
     # As the endpoint.
 
-    def offers(self, listener: Listener, assume: Callable[[dict[str, str]], bytes | None] | None) -> Offers:
-        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, assume=assume)
+    def offers(self, listener: Listener, xclient: bool) -> Offers:
+        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient)
 
-    async def login(self, claim: object, address: str) -> tuple[Identity | None, bytes]:
-        return self.logs_in, reply.LOGGED_IN if self.logs_in is not None else reply.WRONG_CREDENTIALS
+    async def login(self, claim: object, address: str, behind: str) -> tuple[Identity | None, bytes]:
+        found = self.logs_in if getattr(claim, "password", "") != WRONG else None
+        return found, reply.LOGGED_IN if found is not None else reply.WRONG_CREDENTIALS
 
     def recipient_exists(self, address: str, domain: str) -> bool:
         return True
@@ -244,13 +223,13 @@ class Machine:
         return True
 
     def sign(self, front: bytes, data: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
-        self.loop.call_soon(done, b"X-Signed: %d\r\n" % sum(map(len, data)))
+        self.steps.call_soon(done, b"X-Signed: %d\r\n" % sum(map(len, data)))
 
     def draft(self, front: bytes, start: bytes, application: str) -> "Seen":
         return Seen(0)
 
     def finish(self, draft: "Seen", done: Callable[[bytes | Exception], None]) -> None:
-        self.loop.call_soon(done, b"X-Signed: %d\r\n" % len(draft.octets))
+        self.steps.call_soon(done, b"X-Signed: %d\r\n" % len(draft.octets))
 
     def look(self, data: bytes) -> "Look":
         return Look(data[: header_end(data)])
@@ -275,12 +254,12 @@ class Machine:
         return 0
 
     def big_body(self, ident: int, room: int = 0) -> "File":
-        self.files.append(File(len(self.files)))
-        return self.files[-1]
+        self.written.append(File(len(self.written)))
+        return self.written[-1]
 
     def submit(self, ident: int, envelope: Envelope, data: list[bytes] | Body, done: Callable[[Any], None]) -> None:
-        file = None if isinstance(data, list) else self.files[data.segment]
-        whole = b"".join(data) if isinstance(data, list) else self.files[data.segment].front + self.files[data.segment].data
+        file = None if isinstance(data, list) else self.written[data.segment]
+        whole = b"".join(data) if isinstance(data, list) else self.written[data.segment].front + self.written[data.segment].data
 
         def commit() -> None:
             if COMMIT_FAILS in whole:
@@ -291,18 +270,24 @@ class Machine:
                     file.kept = True
                 done(None)
 
-        self.loop.threads.append(lambda: self.loop.call_soon(commit))
+        self.steps.threads.append(lambda: self.steps.call_soon(commit))
 
-    # As rates.
+
+class Rates:
+    """Rates shared by the machine, which never become free again."""
+
+    def __init__(self, used: Counter[str]) -> None:
+        self.used = used
 
     def take(self, key: str, per_second: float, burst: int, units: int = 1) -> float:
-        if self.limits.used[key] + units > burst:
+        if self.used[key] + units > burst:
             return 60.0
-        self.limits.used[key] += units
+        self.used[key] += units
         return 0.0
 
-    def wait(self, key: str, per_second: float, burst: int) -> float:
-        return 60.0 if self.limits.used[key] >= burst else 0.0
+    def give(self, key: str, per_second: float, units: int = 1) -> None:
+        assert self.used[key] >= units, key
+        self.used[key] -= units
 
 
 class Limits:
@@ -310,7 +295,6 @@ class Limits:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.used: Counter[str] = Counter()
 
     def take(self, key: str, most: int) -> bool:
         if self.counts[key] >= most:

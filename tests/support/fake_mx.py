@@ -20,6 +20,15 @@ DEFAULT = {
     "QUIT": b"221 2.0.0 bye\r\n",
 }
 CLOSE, RESET, SILENT = "close", "reset", "silent"
+TCP_ESTABLISHED = 1  # the first octet of struct tcp_info
+
+
+def _established(sock: socket.socket) -> bool:
+    """Whether neither side has closed a connection: the kernel's knowledge, since the thread that serves it may be late."""
+    try:
+        return sock.family == socket.AF_UNIX or sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+    except OSError:
+        return False
 
 
 class FakeMx:
@@ -54,8 +63,7 @@ class FakeMx:
         self.messages: list[tuple[str, list[str], bytes]] = []
         self.commands: list[str] = []
         self.resumed: list[bool] = []  # of each connection with TLS
-        self.connections = self.now_open = self.most_open = 0
-        self._count = threading.Lock()
+        self.connections = self.most_open = 0
         if path:
             self._server = socket.socket(socket.AF_UNIX)
             self._server.bind(path)
@@ -79,6 +87,11 @@ class FakeMx:
                 sock.shutdown(socket.SHUT_RDWR)  # a file made of it holds it open
             sock.close()
 
+    @property
+    def now_open(self) -> int:
+        """The connections that neither side has closed."""
+        return sum(map(_established, self._open))
+
     def _accept(self) -> None:
         while True:
             try:
@@ -87,23 +100,19 @@ class FakeMx:
                 return
             self.connections += 1
             self._open.append(sock)
+            self.most_open = max(self.most_open, self.now_open)
             if address:
                 self.clients.append(address[0])
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with self._count:
-            self.now_open += 1
-            self.most_open = max(self.most_open, self.now_open)
         try:
             time.sleep(self.slow)
             self._talk(sock)
         except OSError:
             pass
         finally:
-            with self._count:
-                self.now_open -= 1
             sock.close()
 
     def _rule(self, verb: str, argument: str = "") -> Any:
@@ -154,6 +163,7 @@ class FakeMx:
             if verb == "STAR" and self.tls is not None:
                 sock.sendall(b"220 2.0.0 go\r\n")
                 sock = self.tls.wrap_socket(sock, server_side=True)
+                self._open.append(sock)
                 self.resumed.append(bool(sock.session_reused))
                 file = sock.makefile("rb")
                 continue

@@ -6,14 +6,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 
 from relaymta._speedups.replies import Replies
-from relaymta.accept.identity import Identity
+from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
 from relaymta.proto import address, authres, dkim, dsn, header, mailbox, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
-from relaymta.proto.smtp_server import Limits, Offers, ServerSession
+from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.route.shaping import Shaping
 
 __all__ = ["PARSERS", "Parser"]
@@ -271,8 +271,8 @@ _SESSIONS = {
 def _session(normalize: bool) -> Callable[[bytes], None]:
     def talk(wire: bytes) -> None:
         limits = Limits(message_size=1 << 30, recipients=1 << 20, errors=1 << 20, normalize=normalize, long_lines=True)
-        offers = Offers(mechanisms=("PLAIN",), clear=True, assume=lambda client: None)
-        one = ServerSession("relay.test", limits, lambda sender, size: None, lambda to, transaction: None, offers=offers)
+        offers = Offers(mechanisms=("PLAIN",), clear=True, xclient=True)
+        one = ServerSession("relay.test", Host(limits, offers))
         one.greet()
         start = wire.find(b"DATA\r\n") + 6  # nothing may follow that in the same piece
         if start >= 6:

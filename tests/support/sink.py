@@ -21,7 +21,12 @@ class LedgerSink(asyncio.Protocol):
         self.buffer = bytearray()
         self.in_data = False
         self.scanned = 0
+        self.sender = ""
         self.recipients: list[str] = []
+
+    def refusal(self, sender: str, recipient: str) -> bytes:
+        """The reply to a recipient that is not accepted; empty when it is."""
+        return b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -54,6 +59,11 @@ class LedgerSink(asyncio.Protocol):
             word = line[:4].upper()
             if word == b"EHLO":
                 out.append(b"250-sink\r\n250-PIPELINING\r\n250-SIZE 0\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n")
+            elif word == b"MAIL":
+                self.sender, self.recipients = line[10:].partition(b">")[0].strip(b"< ").decode(), []
+                out.append(b"250 2.1.0 ok\r\n")
+            elif word == b"DATA" and not self.recipients:
+                out.append(b"503 5.5.1 no recipients\r\n")
             elif word == b"DATA":
                 self.in_data = True
                 out.append(b"354 go\r\n")
@@ -63,9 +73,12 @@ class LedgerSink(asyncio.Protocol):
                 self.transport.close()
                 return
             else:
+                refusal = b""
                 if word == b"RCPT":
-                    self.recipients.append(line[8:].strip(b"<> ").decode())
-                out.append(b"250 2.1.0 ok\r\n")
+                    recipient = line[8:].partition(b">")[0].strip(b"< ").decode()
+                    refusal = self.refusal(self.sender, recipient)
+                    self.recipients += [] if refusal else [recipient]
+                out.append(refusal or b"250 2.1.0 ok\r\n")
         if out:
             self.transport.write(b"".join(out))  # type: ignore[attr-defined]
 

@@ -53,16 +53,24 @@ class Source:
             finally:
                 writer.close()
 
+    def envelope(self, ident: str) -> tuple[str, str]:
+        """The sender and the recipient of a message."""
+        return "a@b.example", "c@d.example"
+
+    async def pause(self) -> None:
+        """Called before each message."""
+
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, began: float) -> None:
         await self._reply(reader)
         self.slowest_banner = max(self.slowest_banner, time.monotonic() - began)
         writer.write(b"EHLO source\r\n")
         await self._reply(reader)
         while not self._stop:
+            await self.pause()
             self._serial += 1
             ident = f"m{self._serial}"
             body = (b"%s " % ident.encode() + random.randbytes(self.size // 2).hex().encode())[: self.size] + b"\r\n"
-            writer.write(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+            writer.write("MAIL FROM:<{}>\r\nRCPT TO:<{}>\r\nDATA\r\n".format(*self.envelope(ident)).encode())
             codes = [await self._reply(reader) for _ in range(3)]
             if codes != [250, 250, 354]:
                 self.refused += 1

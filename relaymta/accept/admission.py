@@ -1,0 +1,120 @@
+"""What the connections of one worker share: the rules, the threads, and the limits of what they may hold."""
+
+import asyncio
+import resource
+from collections.abc import Coroutine
+from concurrent.futures import Executor
+from functools import partial
+from typing import Protocol
+
+from relaymta.accept.endpoint import Endpoint
+from relaymta.accept.intake import Client, Intake
+from relaymta.accept.turns import Turns
+from relaymta.config import Config
+from relaymta.proto import reply
+from relaymta.reservation import Reservation
+from relaymta.shm import Limits
+
+__all__ = ["DRAIN_REPLY", "Admission", "Admitted"]
+
+DRAIN_REPLY = reply.SHUTTING_DOWN
+DESCRIPTORS_KEPT = 1024  # for the spool and for delivery: clients cannot use these
+
+
+class Admitted(Protocol):
+    """A connection that holds a place."""
+
+    transport: asyncio.Transport | None
+
+    def check(self, now: float) -> None:
+        """Apply its deadlines."""
+
+    def drain(self) -> None:
+        """Begin to end it."""
+
+
+class Admission:
+    """Admits connections and the files of large messages, each for as long as its Reservation is held. `connections`: those that
+    hold one (each adds itself before SMTP, and leaves at its end); `files`: descriptors of large messages, as a socket takes
+    one."""
+
+    def __init__(
+        self,
+        config: Config,
+        intake: Intake,
+        endpoint: Endpoint,
+        limits: Limits,
+        threads: Executor | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.config = config
+        self.intake = intake
+        self.endpoint = endpoint
+        self.limits = limits
+        self.threads = threads
+        self.loop = loop
+        self.turns = Turns(loop)
+        self.now = loop.time
+        self.time = self.now()  # of the last check of deadlines: near enough for those
+        self.stressed = False
+        self.shedding = False  # the loop is late too often: new clients get 421
+        self.connections: set[Admitted] = set()
+        self.files = 0
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Run a coroutine of a connection as a task."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def enter(self, client: Client, is_client: bool = True) -> Reservation | bytes:
+        """Count a connection by the limits of the machine and of its client; or the reply that rejects it (instead of the
+        banner). `is_client`: false for a load balancer whose PROXY header is still to come, to which no client's connection rate
+        applies."""
+        if self.intake.draining:
+            return DRAIN_REPLY
+        if self.shedding:
+            return reply.OVERLOADED
+        if self.descriptors_used() + 1 >= self.most:
+            self.scarce()
+        if not self.limits.take("connections", self.config.limits.connections):
+            return reply.TOO_MANY_CONNECTIONS
+        if not self.limits.take("client " + client.group, client.connections):
+            self.limits.give("connections")
+            return reply.TOO_MANY_FROM_CLIENT
+        taken = Reservation(partial(self._leave, client.group))
+        if client.connection_rate and is_client:
+            refused = self.intake.quotas.client(client.group, "connection_rate", client.connection_rate)
+            if refused is not None:
+                taken.give_back()
+                return refused
+        return taken
+
+    def _leave(self, group: str) -> None:
+        self.limits.give("connections")
+        self.limits.give("client " + group)
+        self.freed()
+
+    def file(self) -> Reservation | None:
+        """Take a descriptor for the file of a large message. None when none is left for it."""
+        if self.descriptors_used() >= self.most:
+            return None
+        self.files += 1
+        return Reservation(self._file_closed)
+
+    def _file_closed(self) -> None:
+        self.files -= 1
+        self.freed()
+
+    def descriptors_used(self) -> int:
+        """The descriptors in use for clients."""
+        return len(self.connections) + self.files
+
+    def scarce(self) -> None:
+        """No descriptor is left for more connections."""
+
+    def freed(self) -> None:
+        """A descriptor may be free again."""

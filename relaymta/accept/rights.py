@@ -1,0 +1,159 @@
+"""Who the client of a connection is, and what follows from it: its address (from the connection, a PROXY header or XCLIENT), and
+the authenticated user.
+
+Each of the two has one owner and one end:
+
+    Rights    begins in `admit` with a place among the connections       ends with `end`: the connection's end
+    Login     begins in `log_in` with a place among the account's       ends with `log_out`: XCLIENT, STARTTLS, another login,
+                                                                        or the end of the rights
+"""
+
+from functools import partial
+
+from relaymta.accept.admission import Admission
+from relaymta.accept.intake import Client, Origin
+from relaymta.accept.transaction import Flow, IncomingTransaction
+from relaymta.auth.identity import Identity
+from relaymta.config import Listener
+from relaymta.proto import reply
+from relaymta.proto.sasl import Keys
+from relaymta.proto.session import Host, Session
+from relaymta.proto.transaction import Transaction
+from relaymta.reservation import Reservation
+
+__all__ = ["Login", "Rights"]
+
+
+class Login:
+    """An authenticated user of one connection, who holds a place among the connections of the account."""
+
+    __slots__ = ("_place", "identity")
+
+    def __init__(self, identity: Identity, place: Reservation | None) -> None:
+        self.identity = identity
+        self._place = place
+
+    @classmethod
+    def begin(cls, identity: Identity, admission: Admission) -> "Login | bytes":
+        """A login; or the 454 when the account has too many connections."""
+        place = None
+        if identity.connections:
+            limit = f"logged in as {identity.name}"
+            if not admission.limits.take(limit, identity.connections):
+                text = f"Too many connections of {identity.name} (limit connections {identity.connections}); try again later"
+                return reply.format_reply(454, "4.7.0", text)
+            place = Reservation(partial(admission.limits.give, limit))
+        return cls(identity, place)
+
+    def end(self) -> None:
+        """Further calls do nothing."""
+        if self._place is not None:
+            self._place.give_back()
+
+
+class Rights(Host):
+    """The client of one connection. `client`: the rules for its address; `login`: its user. `limits`, `user` and `origin` follow
+    from these two."""
+
+    __slots__ = ("_admission", "_flow", "_listener", "_place", "_proxy", "client", "login", "origin")
+
+    def __init__(self, admission: Admission, listener: Listener, flow: Flow, client: Client, place: Reservation) -> None:
+        super().__init__(client.limits)
+        self._admission = admission
+        self._flow = flow
+        self._place = place
+        self._proxy: Client | None = None  # that named `client` by XCLIENT
+        self._listener = listener
+        self.client = client
+        self.login: Login | None = None
+        self._settle()
+
+    @classmethod
+    def admit(
+        cls, admission: Admission, listener: Listener, flow: Flow, client: Client, is_client: bool = True
+    ) -> "Rights | bytes":
+        """The rights of a new connection, which is counted from now on; or the reply that rejects it. `is_client`: see
+        `Admission.enter`."""
+        place = admission.enter(client, is_client)
+        return place if isinstance(place, bytes) else cls(admission, listener, flow, client, place)
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the connection is counted: `end` was not called."""
+        return self._place.held
+
+    def end(self) -> None:
+        """The connection has ended: give back all places. Called wherever that may be noticed first; further calls do nothing."""
+        self._place.give_back()
+        self.log_out()
+
+    def _settle(self) -> None:
+        """The client or the login has changed."""
+        identity = self.login.identity if self.login is not None else None
+        self.limits = self.client.limits
+        self.user = identity.name if identity is not None else ""
+        self.origin = Origin.of(self.client, identity, self._listener)
+
+    # What the session asks
+
+    def begin(self, session: Session, sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
+        intake, login = self._admission.intake, self.login
+        if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
+            name = login.identity.name
+            return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")
+        refused = intake.accept_sender(sender, size)
+        if refused is not None:
+            return refused
+        return IncomingTransaction(sender, smtputf8, self.origin, session, self._flow, self._admission)
+
+    def keys(self, user: str) -> Keys:
+        return self._admission.endpoint.keys(user)
+
+    def assume(self, attributes: dict[str, str]) -> bytes | None:
+        """One whose address is unknown, now and before, has the rights of an unauthenticated client."""
+        intake, before = self._admission.intake, self.client
+        proxy = self._proxy or before
+        address = attributes.get("ADDR", "")
+        if address.upper().startswith("IPV6:"):
+            address = address[5:]
+        client = before
+        try:
+            if address:
+                client = intake.client(address)
+            elif "ADDR" in attributes or self._proxy is None:
+                client = intake.unknown_client(proxy.address)
+        except ValueError:
+            return reply.BAD_ARGUMENT
+        if client is not before:
+            self._place.give_back()
+            place = self._admission.enter(client)
+            if isinstance(place, bytes):
+                return place
+            self._place, self.client = place, client
+            self._settle()
+        self._proxy = proxy
+        if client is before and not attributes.keys() & {"ADDR", "LOGIN"}:
+            return None
+        login = attributes.get("LOGIN", "")
+        if login:
+            return self.log_in(self._admission.endpoint.logins.with_account(Identity(login)))
+        self.log_out()
+        return None
+
+    def log_in(self, identity: Identity) -> bytes | None:
+        """The client is this user from now on. The 454 when the account has too many connections, which leaves it
+        unauthenticated; or None."""
+        self.log_out()
+        login = Login.begin(identity, self._admission)
+        if isinstance(login, bytes):
+            return login
+        self.login = login
+        self._settle()
+        return None
+
+    def log_out(self) -> None:
+        """Nobody is authenticated from now on."""
+        login, self.login = self.login, None
+        if login is not None:
+            login.end()
+            self._settle()

@@ -1,0 +1,335 @@
+"""One mail transaction of a client, from MAIL to the reply to its message data: what it holds, and how that ends.
+
+receiving   RCPT by RCPT and piece by piece. What exceeds the memory for it is written to a file (`Large`) by a thread,
+            meanwhile nothing is read.
+completing  the session is STORING: our fields are added, the message is signed or verified, and handed to the queue.
+            This goes on whether the client stays or not, and always ends with one reply (`Flow.answer`), which ends the
+            session's transaction.
+ended       `end`, called once by the session, whatever ended it: the file is discarded unless the queue has it, units of
+            quotas that were not used are given back. If a thread still writes, that happens when it returns.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol
+
+from relaymta.accept.admission import Admission
+from relaymta.accept.intake import Origin
+from relaymta.accept.large import Large
+from relaymta.accept.quota import Units
+from relaymta.errors import StoreError, store_error
+from relaymta.filter.signing import Unsignable
+from relaymta.proto import reply
+from relaymta.proto.envelope import Body
+from relaymta.proto.header import HEADER_SEEN
+from relaymta.proto.session import Session
+from relaymta.proto.transaction import Transaction
+from relaymta.queue import format_id
+from relaymta.reservation import Reservation
+
+if TYPE_CHECKING:
+    from relaymta.filter.verify import Look, Verifier
+
+__all__ = ["Flow", "IncomingTransaction"]
+
+FIELDS = 4096  # octets of `queue.big_limit` that are left for the fields added here
+
+
+class Flow(Protocol):
+    """What a transaction asks of its connection."""
+
+    def writing(self) -> None:
+        """A thread writes: read nothing until `written`."""
+
+    def written(self) -> None:
+        """Go on reading."""
+
+    def answer(self, answer: bytes) -> None:
+        """The reply to the complete message; the transaction ends."""
+
+
+class IncomingTransaction(Transaction):
+    """See above. `began_at`: when its message data began to arrive (loop time), 0.0 before."""
+
+    __slots__ = (
+        "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_over", "_session", "_units", "_writing",
+        "began_at", "large", "octets", "origin",
+    )  # fmt: skip
+
+    def __init__(self, sender: str, smtputf8: bool, origin: Origin, session: Session, flow: Flow, admission: Admission) -> None:
+        super().__init__(sender, smtputf8, origin.client.limits)
+        self.origin = origin
+        self._session = session
+        self._flow = flow
+        self._admission = admission
+        self.began_at = 0.0
+        self._completed_at = 0.0
+        self._ident = 0
+        self.octets = 0  # of the message to be stored, the fields added here included
+        self.large: Large | None = None
+        self._descriptor: Reservation | None = None  # of `large`
+        self._units: Units | None = None  # of a quota of octets
+        self._writing = False  # a thread has `large`
+        self._over = False
+
+    # Receiving
+
+    def accept(self, address: str) -> bytes | None:
+        return None if self.origin.free else self._admission.intake.accept_recipient(self.origin, address, self)
+
+    def arrived(self, now: float) -> None:
+        """More message data has arrived, at `now` (loop time)."""
+        if not self.began_at:
+            self.began_at = now
+        big = self.large is not None or self.size > self._admission.intake.queue.big_limit - FIELDS
+        if big and not self.refusal:
+            self._spill()
+
+    def _spill(self) -> None:
+        """Pass the message data received so far to a thread, and read nothing until it is written."""
+        data = self.take()
+        if self.large is None:
+            self._ident = self._admission.intake.queue.ident()
+            found = self._opened(b"".join(data))
+            if not isinstance(found, bytes):
+                self._descriptor = self._admission.file()
+                if self._descriptor is None:
+                    found = self._admission.intake.failed(StoreError("no file descriptor is left for it"))
+            if isinstance(found, bytes):
+                self.refuse(found)
+                return
+            self.large, data = found
+        if data:
+            self._on_thread(self.large.write, data, self._spilled)
+            self._writing = True
+            self._flow.writing()
+
+    def _opened(self, start: bytes) -> tuple[Large, list[bytes]] | bytes:
+        """A new large message whose message data begins with `start`, and that start; or the reply that rejects it."""
+        intake, endpoint, ident = self._admission.intake, self._admission.endpoint, self._ident
+        draft, look = None, None
+        if endpoint.verifier is not None and not self.origin.may_relay:
+            look = endpoint.verifier.look(start)
+            if look is None:
+                return reply.HEADER_TOO_LONG
+            start = look.header + start[look.end :]
+            look.body.skip(len(look.header))
+        front = intake.prepend(ident, self, self.origin, self._session, start[:HEADER_SEEN])
+        if isinstance(front, bytes):
+            return front
+        if self._signs():
+            try:
+                draft = endpoint.signer.draft(front[0], start, self.origin.application)
+            except Unsignable as error:
+                return error.reply
+        return Large(lambda room: intake.queue.big_body(ident, room), front, draft, look), [start]
+
+    def _spilled(self, future: "Future[None]") -> None:
+        self._writing = False
+        if self._over:
+            self._release()
+            return
+        error = future.exception()
+        if error is not None:
+            # The reply is sent after the message data; until then that is read and discarded.
+            self._release()
+            self.refuse(self._admission.intake.failed(store_error(error)))
+        self._flow.written()
+
+    def refused(self, answer: bytes) -> None:
+        self._admission.intake.refused(self, self.origin.client, self._session.helo, answer)
+
+    # Completing
+
+    def complete(self) -> None:
+        """All message data has arrived: store the message. From here on each step ends in the next one or in a reply."""
+        self._completed_at = self._admission.now()
+        self._try(self._prepare if self.large is None else self._write_rest)
+
+    def _try(self, step: Callable[..., None], *arguments: object) -> None:
+        try:
+            step(*arguments)
+        except Exception as error:  # after an internal error, too, the transaction ends with a reply
+            self._admission.intake.not_stored(error)
+            self._reject(reply.STORE_ERROR)
+
+    def _prepare(self) -> None:
+        """A message in memory: add our fields; then it is signed, verified, or neither."""
+        intake, endpoint = self._admission.intake, self._admission.endpoint
+        self._ident = intake.queue.ident()
+        data = self.take()
+        start = data[0] if data else b""
+        if len(data) > 1 and b"\r\n\r\n" not in start:
+            start = _start_of(data)
+        front = intake.prepend(self._ident, self, self.origin, self._session, start)
+        if isinstance(front, bytes):
+            self._reject(front)
+            return
+        self._end_line(data)
+        if self._signs():
+            application = self.origin.application
+            endpoint.signer.sign(front[0], data, application, lambda found: self._try(self._signed, front, data, found))
+        elif endpoint.verifier is not None and not self.origin.may_relay:
+            self._admission.spawn(self._verify(endpoint.verifier, front, b"".join(data)))
+        else:
+            self._submit(front + data)
+
+    def _end_line(self, data: list[bytes]) -> None:
+        if self.chunked and self.tail != b"\r\n":
+            data.append(b"\r\n")  # BDAT message data need not end in CRLF; what is delivered by DATA must
+
+    def _signs(self) -> bool:
+        """Whether this client's mail is signed where there is a key for it."""
+        return bool(self._admission.endpoint.signer) and self.origin.may_relay
+
+    def _signed(self, front: list[bytes], data: list[bytes], found: bytes | Exception) -> None:
+        """The DKIM-Signature fields, or the reason why there are none: then the message is rejected, not sent unsigned."""
+        if isinstance(found, Exception):
+            self._not_signed(found)
+        else:
+            self._submit([found, *front, *data] if found else front + data)
+
+    def _not_signed(self, error: Exception) -> None:
+        if isinstance(error, Unsignable):
+            self._reject(error.reply)
+        else:
+            self._admission.intake.not_signed(error)
+            self._reject(reply.NOT_SIGNED)
+
+    async def _verify(self, verifier: "Verifier", front: list[bytes], whole: bytes) -> None:
+        look = verifier.look(whole)
+        if look is None:
+            self._reject(reply.HEADER_TOO_LONG)
+            return
+        body = whole[look.end :]
+        field = await self._verified(verifier, look, body)
+        if field is not None:
+            self._try(self._submit, [field, *front, look.header, body])
+
+    async def _verified(self, verifier: "Verifier", look: "Look", body: bytes) -> bytes | None:
+        """Verify a message of an unauthenticated client (SPF, DKIM, DMARC). The header field with the results; None when it was
+        rejected."""
+        intake = self._admission.intake
+        try:
+            verdict = await verifier.check(self.origin.client.address, self._session.helo, self.sender, look, body)
+        except BaseException as error:  # after an internal error, or when this is cancelled, the client tries again
+            intake.not_verified(error)
+            self._reject(reply.NOT_VERIFIED)
+            if not isinstance(error, Exception):
+                raise
+            return None
+        refusal = verdict.refusal
+        intake.count_dmarc(verdict.dmarc.result, refusal)
+        if refusal is not None:
+            self._reject(refusal)
+            return None
+        self.held = self.held or verdict.held
+        return verdict.field
+
+    def _write_rest(self) -> None:
+        """A large message: write the rest; then the fields that depend on all of it are computed."""
+        assert self.large is not None
+        data = self.take()
+        self._end_line(data)
+        self._on_thread(self.large.write, data, lambda future: self._try(self._rest_written, future))
+
+    def _rest_written(self, future: "Future[None]") -> None:
+        large, endpoint, error = self.large, self._admission.endpoint, future.exception()
+        assert large is not None
+        if error is not None:
+            self._stored(store_error(error))
+        elif large.draft is not None:
+            endpoint.signer.finish(large.draft, lambda found: self._try(self._large_signed, found))
+        elif large.look is not None and endpoint.verifier is not None:
+            self._admission.spawn(self._verify_large(endpoint.verifier, large.look))
+        else:
+            self._finish_file(b"")
+
+    def _large_signed(self, found: bytes | Exception) -> None:
+        if isinstance(found, Exception):
+            self._not_signed(found)
+        else:
+            self._finish_file(found)
+
+    async def _verify_large(self, verifier: "Verifier", look: "Look") -> None:
+        field = await self._verified(verifier, look, b"")
+        if field is not None:
+            self._try(self._finish_file, field)
+
+    def _finish_file(self, fields: bytes) -> None:
+        assert self.large is not None
+        self._on_thread(self.large.finish, fields, lambda future: self._try(self._file_finished, future))
+
+    def _file_finished(self, future: "Future[Body]") -> None:
+        error = future.exception()
+        if error is not None:
+            self._stored(store_error(error))
+        else:
+            self._submit(future.result())
+
+    def _submit(self, data: list[bytes] | Body) -> None:
+        """Hand the message to the queue, which calls `_stored`."""
+        intake, identity = self._admission.intake, self.origin.identity
+        self.octets = data.length if isinstance(data, Body) else sum(map(len, data))
+        if identity is not None and "octets" in identity.quotas:
+            self._units = intake.quotas.units()
+            refused = self._units.account(identity, "octets", self.octets, self)
+            if refused is not None:
+                self._reject(refused)
+                return
+        intake.admit(self._ident, self, self.origin, self._session.helo, data, self.octets, self._stored)
+
+    def _stored(self, error: StoreError | None) -> None:
+        """Called by the queue: the group commit has returned, or the message could not be stored."""
+        admission, intake = self._admission, self._admission.intake
+        if error is not None:
+            self._reject(intake.failed(error))
+            return
+        if self._descriptor is not None:
+            self.large = None  # the queue owns the file now
+            self._descriptor.give_back()
+        if self._units is not None:
+            self._units.keep()
+        intake.accepted(self.octets, len(self.recipients))
+        intake.accept_seconds(admission.now() - self._completed_at)
+        answer = f"250 2.0.0 Ok: queued as {format_id(self._ident)}\r\n".encode()
+        delay = intake.queue.delay(admission.config.intake.flow_delay)
+        if delay:
+            admission.loop.call_later(delay, self._flow.answer, answer)
+        else:
+            self._flow.answer(answer)
+
+    def _reject(self, answer: bytes) -> None:
+        """Send a negative reply (4xx or 5xx) to the complete message, in a turn of its own: one segment may hold hundreds of
+        them, which would recurse."""
+        self._admission.loop.call_soon(self._flow.answer, answer)
+
+    # Ended
+
+    def end(self) -> None:
+        self._over = True
+        if not self._writing:
+            self._release()
+
+    def _release(self) -> None:
+        """Give up what is not stored. Called when no thread has the file; further calls do nothing."""
+        if self._units is not None:
+            self._units.give_back()
+        large, self.large, descriptor = self.large, None, self._descriptor
+        if large is not None and descriptor is not None:
+            self._on_thread(large.discard, None, lambda future: descriptor.give_back())
+
+    def _on_thread(self, work: Callable[..., Any], argument: Any, done: Callable[..., object]) -> None:
+        """Do `work(argument)`, or `work()` without one, on a thread; then call `done(future)` on the loop."""
+        arguments = () if argument is None else (argument,)
+        self._admission.loop.run_in_executor(self._admission.threads, work, *arguments).add_done_callback(done)
+
+
+def _start_of(data: list[bytes]) -> bytes:
+    """The first HEADER_SEEN octets of message data."""
+    found = bytearray()
+    for piece in data:
+        found += piece[: HEADER_SEEN - len(found)]
+        if len(found) == HEADER_SEEN:
+            break
+    return bytes(found)

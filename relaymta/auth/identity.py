@@ -1,0 +1,71 @@
+"""Identities: an authenticated user, and the address groups by which clients are counted."""
+
+import ipaddress
+import re
+import unicodedata
+from typing import NamedTuple
+
+__all__ = ["QUOTAS", "Identity", "Unavailable", "folded", "group_of", "plain_address", "possible", "wider_group_of"]
+
+QUOTAS = ("messages", "recipients", "octets")  # the kinds of an account's quotas
+_NOT_LOCAL = re.compile(r"[@\s]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Unavailable(Exception):
+    """An authentication back end gave no usable answer; str() is the reason."""
+
+
+class Identity(NamedTuple):
+    """An authenticated user, and what applies to their mail ("" where the listener or network decides)."""
+
+    name: str
+    application: str = ""
+    priority: str = ""
+    senders: tuple[str, ...] = ()
+    quotas: dict[str, str] = {}  # noqa: RUF012 (of a tuple, never changed)
+    hold: bool = False  # hold messages above a quota instead of rejecting them
+    connections: int = 0  # connections at the same time; 0: no limit
+
+    def may_send_as(self, address: str) -> bool:
+        """Whether `senders` allows an address. A malformed address is not allowed."""
+        if not self.senders:
+            return True
+        lower = address.lower()
+        local, _, domain = lower.rpartition("@")
+        if not local or (_NOT_LOCAL.search(local) and not (local[0] == local[-1] == '"')):
+            return False
+        return any(
+            lower == own or own == "@" + domain or (own.startswith("@.") and domain.endswith(own[1:])) for own in self.senders
+        )
+
+
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address as the system or a protocol gives it, without its scope; an IPv4-mapped IPv6 address (RFC 4291 2.5.5.2) as IPv4.
+    ValueError: it is none."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+
+
+def group_of(address: str) -> str:
+    """The group that counts as one client: an IPv4 address, or an IPv6 /64, which one host may have."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def wider_group_of(address: str) -> str:
+    """The wider group that may be one client: an IPv6 /48, the usual prefix of a site; "" for IPv4."""
+    parsed = ipaddress.ip_address(address)
+    return str(ipaddress.ip_network((parsed, 48), strict=False)) if isinstance(parsed, ipaddress.IPv6Address) else ""
+
+
+def possible(name: str) -> bool:
+    """Whether a user name is valid: not empty, and without control characters, which logs and replies would contain."""
+    return bool(name) and not _CONTROL.search(name)
+
+
+def folded(name: str) -> str:
+    """A user name normalized as a back end may do it: without regard to case, width and surrounding blanks."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()

@@ -1,0 +1,29 @@
+"""The configuration: one typed schema, one TOML file, command line options that override it, and all problems reported at once.
+
+The type, bounds, default and description of a key, and whether a reload applies it, are in one line of the module of its area
+and nowhere else: `config describe`, the reference file, the answer of `reload` and the error messages are made from them.
+
+values.py types and the base of tables; clients.py, accounts.py, signing.py, routes.py, delivery.py, machine.py the tables;
+whole.py all of them; loading.py (origin.py) the file; reloading.py what changes at a reload; describing.py the reference.
+"""
+
+from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, TokensTable
+from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
+from relaymta.config.delivery import Delivery, QueueTable
+from relaymta.config.describing import describe, given_values
+from relaymta.config.loading import load, load_accounts, parse_value
+from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.networks import everywhere
+from relaymta.config.reloading import Change, merge
+from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging, header_condition
+from relaymta.config.signing import Dkim, Verify
+from relaymta.config.values import check_each, near, parse_duration, parse_hostport, parse_quota
+from relaymta.config.whole import Config, notes
+
+__all__ = [
+    "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Intake",
+    "LimitsTable", "Listener", "Log", "Metrics", "OAuth", "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret",
+    "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe", "everywhere", "given_values",
+    "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota",
+    "parse_value",
+]  # fmt: skip

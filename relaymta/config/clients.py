@@ -1,0 +1,115 @@
+"""Where mail comes from: listeners, certificates, networks of clients, who may relay."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from relaymta.config.values import Address, Duration, Network, Quota, Reload, Restart, Size, Table, is_loopback, parse_hostport
+
+__all__ = ["Application", "Certificate", "Intake", "Listener", "PeerNetwork", "Relay"]
+
+LOOPBACK = ["127.0.0.0/8", "::1/128"]
+
+
+class Listener(Table):
+    """An address to accept mail on. `[[listener]]`, repeatable."""
+
+    address: Restart[Address] = Field(description="host:port to listen on")
+    application: Restart[str] = Field(
+        "", description="application of mail accepted here, as routes, limits and log records name it"
+    )
+    priority: Restart[Literal["express", "normal", "bulk"]] = Field("normal", description="class of mail accepted here")
+    submission: Restart[bool] = Field(False, description="add Date: and Message-ID: where they are missing (RFC 6409 8)")
+    tls: Restart[Literal["off", "may", "require", "implicit"]] = Field(
+        "may", description="may: STARTTLS if there is a certificate; require: no mail before STARTTLS; implicit: TLS from the "
+        "first octet (port 465)",
+    )  # fmt: skip
+    auth: Restart[Literal["off", "may", "require"]] = Field(
+        "off", description="AUTH, offered over TLS; may: clients that log in may relay; require: no mail before AUTH"
+    )
+    proxy: Restart[list[Network]] = Field(
+        [],
+        description="load balancers that send a PROXY header (version 1 or 2); if given, no other client may connect",
+    )
+    auth_in_clear: Restart[bool] = Field(False, description="offer AUTH without TLS; only on a loopback address")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        host = parse_hostport(self.address)[0]
+        if self.auth_in_clear and not (host == "localhost" or is_loopback(host)):
+            yield "auth_in_clear", f"{self.address} is not a loopback address: passwords would be sent in clear"
+        if self.auth != "off" and self.tls == "off" and not self.auth_in_clear:
+            yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
+
+
+class Certificate(Table):
+    """A certificate for TLS with clients. `[[certificate]]`, repeatable; the one for the server name that a client asks for (SNI)
+    is used, else the first. Files are read again when they change."""
+
+    chain: Reload[str] = Field(description="PEM file: the certificate, then its intermediate certificates")
+    key: Reload[str] = Field("", description="PEM file of the private key; empty: it is in the same file")
+
+
+class PeerNetwork(Table):
+    """Settings for clients in some networks; they override the tables below. `[[network]]`, repeatable; the first match holds."""
+
+    networks: Reload[list[Network]] = Field(description="the clients' networks")
+    application: Reload[str] = Field("", description="application of their mail; overrides the listener's")
+    priority: Reload[Literal["express", "normal", "bulk"] | None] = Field(None, description="class of their mail")
+    relay: Reload[bool | None] = Field(None, description="whether they may relay")
+    normalize: Reload[bool | None] = Field(None, description="whether bare CR and LF are replaced by CRLF, and NUL by a space")
+    long_lines: Reload[bool | None] = Field(None, description="whether lines may be longer than 998 octets")
+    message_size: Reload[Size | None] = Field(None, description="maximum size of a message (octets)")
+    recipients: Reload[int | None] = Field(None, ge=1, le=65535, description="maximum recipients of a message")
+    connections: Reload[int | None] = Field(None, ge=1, description="maximum concurrent connections from one address")
+    connection_rate: Reload[Quota | None] = Field(None, description='rate of new connections from one address, such as "60/m"')
+    message_rate: Reload[Quota | None] = Field(None, description="rate of messages from one address")
+    recipient_rate: Reload[Quota | None] = Field(None, description="rate of recipients from one address")
+    xclient: Reload[bool] = Field(False, description="whether they may send XCLIENT to set the client's name and address")
+
+
+class Application(Table):
+    """Settings for the mail of one application. `[[application]]`, repeatable."""
+
+    name: Reload[str] = Field(description="name, as in listeners, networks and accounts")
+    weight: Reload[int] = Field(
+        1, ge=1, le=100, description="messages in a turn where several applications wait for the same site"
+    )
+
+
+class Relay(Table):
+    """Who may relay, and for which domains. `[relay]`"""
+
+    networks: Reload[list[Network]] = Field(LOOPBACK, description="clients that may relay")
+    domains: Reload[list[str]] = Field([], description="recipient domains that mail is accepted for from any client")
+    recipients: Reload[str] = Field(
+        "",
+        description='file of valid recipients in these domains, one "a@example.com" or "@example.com" a line; others are '
+        "rejected; empty: all are valid",
+    )
+    open_relay: Reload[bool] = Field(
+        False, description="start even if much of the Internet may relay, or set client addresses by PROXY or XCLIENT"
+    )
+
+
+class Intake(Table):
+    """How mail is accepted. `[intake]`"""
+
+    normalize_networks: Reload[list[Network]] = Field(
+        [], description="clients whose bare CR and LF are replaced by CRLF, and NUL by a space; rejected from others"
+    )
+    long_line_networks: Reload[list[Network]] = Field(LOOPBACK, description="clients whose lines may be longer than 998 octets")
+    hops: Reload[int] = Field(50, ge=1, description="maximum number of Received: fields; a message with more is in a loop")
+    errors: Reload[int] = Field(20, ge=1, description="errors after which a connection is closed")
+    shed_lag: Reload[Duration] = Field(
+        0.1,
+        description="load shedding: new clients get 421 when the event loop is later than this three times in 5 s; 0: off",
+    )
+    tarpit: Reload[Duration] = Field(1, description="delay before each reply to a client that has made more than three errors")
+    recipients: Reload[int] = Field(1000, ge=100, le=65535, description="maximum recipients of a message (RFC 5321 4.5.3.1.8)")
+    command_timeout: Reload[Duration] = Field(300, description="time to wait for a command")
+    data_timeout: Reload[Duration] = Field(180, description="time to wait for the next block of message data")
+    flow_delay: Reload[Duration] = Field(
+        0.02, description="flow control: delay of each 250 while message data arrives faster than it leaves; 0: off"
+    )
+    data_rate: Reload[int] = Field(500, ge=0, description="minimum rate of message data (octets a second)")

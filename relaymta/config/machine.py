@@ -1,0 +1,53 @@
+"""What the machine gives and what operators see of it: limits, metrics, the control socket, the log."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from relaymta.config.values import Address, Quota, Reload, Restart, Size, Table
+
+__all__ = ["Control", "LimitsTable", "Log", "Metrics"]
+
+
+class LimitsTable(Table):
+    """Limits. `[limits]`"""
+
+    message_size: Reload[Size] = Field(50 << 20, description="maximum size of a message (octets)")
+    connections: Reload[int] = Field(20_000, ge=1, description="concurrent incoming connections, of all workers together")
+    memory: Reload[Size] = Field(
+        0, description="memory of all workers together: above 80 % no message data is kept in memory, above 95 % mail is "
+        "temporarily rejected; 0: the cgroup's limit, if there is one",
+    )  # fmt: skip
+    connections_per_client: Reload[int] = Field(
+        50,
+        ge=1,
+        description="concurrent connections from one address (IPv6: one /64, as in all limits by address); relay networks: at "
+        "least 200",
+    )
+    connection_rate: Reload[Quota] = Field(
+        "", description='rate of new connections from one address, such as "60/m"; empty: unlimited'
+    )
+    message_rate: Reload[Quota] = Field("", description="rate of messages from one address; empty: unlimited")
+    recipient_rate: Reload[Quota] = Field("", description="rate of recipients from one address; empty: unlimited")
+
+
+class Metrics(Table):
+    """Prometheus metrics. `[metrics]`"""
+
+    listen: Restart[Address | Literal["off"]] = Field("127.0.0.1:9125", description='host:port of /metrics, or "off"')
+
+
+class Control(Table):
+    """The socket of the command line. `[control]`"""
+
+    socket: Restart[str] = Field("", description="path; default: control.sock in the spool")
+
+
+class Log(Table):
+    """The log: one JSON object a line. `[log]`"""
+
+    file: Restart[str] = Field("-", description='path, "-" for standard error')
+    history: Restart[Size] = Field(
+        256 << 20,
+        description="octets of the history that `message history` shows, of all workers together; 0: off",
+    )

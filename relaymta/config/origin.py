@@ -1,0 +1,75 @@
+"""Where each key of a configuration was given: the line of the file, or the command line."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from relaymta.config.values import Place, dotted
+
+__all__ = ["Origin"]
+
+_KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
+_HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
+
+
+class Origin:
+    """The file and the options that a configuration was read from. `path`: None without a file; `text`: its content;
+    `overrides`: the dotted keys given on the command line."""
+
+    def __init__(self, path: Path | None = None, text: str = "", overrides: Collection[str] = ()) -> None:
+        self._path, self._text = path, text
+        self._overrides = list(overrides)
+        self._lines: dict[Place, int] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to any other: where its values were given does not distinguish a configuration."""
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+    def sentence(self, place: Place, what: str) -> str:
+        """`file:line: key: what`, or where else the key was given."""
+        key = dotted(place)
+        if any(key == given or key.startswith(given + ".") for given in self._overrides):
+            return f"command line: {key}: {what}"
+        line = self._line(place)
+        where = f"{self._path}:{line}: " if line else f"{self._path}: " if self._path else ""
+        return f"{where}{key}: {what}" if key else f"{where}{what}"
+
+    def _line(self, place: Place) -> int:
+        """The line of a key; of the table that it is missing in; 0 where there is none."""
+        if self._lines is None:
+            self._lines = _positions(self._text)
+        while place:
+            found = self._lines.get(place, 0)
+            if found:
+                return found
+            place = place[:-1]
+        return 0
+
+
+def _positions(text: str) -> dict[Place, int]:
+    """The line number of every key and table of a TOML file, by path. Lines within multi-line values may add entries, which are
+    harmless."""
+    found: dict[Place, int] = {}
+    counts: dict[str, int] = {}
+    table: Place = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        head = _HEAD.match(line)
+        if head is not None:
+            name = head[2].strip()
+            parts: Place = tuple(part.strip().strip("\"'") for part in name.split("."))
+            if head[1] == "[[":
+                parts = (*parts, counts.get(name, 0))
+                counts[name] = counts.get(name, 0) + 1
+            elif parts[0] in counts:  # [route.oauth]: it belongs to the last [[route]]
+                parts = (parts[0], counts[str(parts[0])] - 1, *parts[1:])
+            table = parts
+            found.setdefault(table, number)
+            continue
+        key = _KEY.match(line)
+        if key is not None:
+            path = (*table, *(part.strip().strip("\"'") for part in key[1].split(".")))
+            found.setdefault(path, number)
+    return found

@@ -1,0 +1,80 @@
+"""A reload: the keys that have changed, and the configuration that is in use afterwards. Keys that need a restart keep their old
+values; the result is validated as a whole, so that each process that gets it accepts it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from relaymta.config.describing import is_list, leaves, model_of, when
+from relaymta.config.loading import problems_of
+from relaymta.config.origin import Origin
+from relaymta.config.values import When
+from relaymta.config.whole import Config
+from relaymta.errors import ConfigError
+
+__all__ = ["Change", "merge"]
+
+
+class Change(NamedTuple):
+    """`config`: what is in use after the reload; `applied`, `restart`: the changed keys (dotted) that are in it, and those that
+    need a restart."""
+
+    config: Config
+    applied: list[str]
+    restart: list[str]
+
+
+def merge(running: Config, fresh: Config) -> Change:
+    """What a reload of `fresh` makes of `running`. ConfigError when the two together are no valid configuration."""
+    changed = list(_differences(Config, running, fresh))
+    restart = [key for key, mark in changed if mark is When.RESTART]
+    data = _merged(Config, json.loads(running.to_json()), json.loads(fresh.to_json()))
+    try:
+        config = Config.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        kept = f"with the running {', '.join(restart)}, which only a restart changes: "
+        raise ConfigError([kept + problem for problem in problems_of(Config, Origin(), error)]) from None
+    config._origin = fresh._origin
+    return Change(config, [key for key, mark in changed if mark is When.RELOAD], restart)
+
+
+def _mark(field: FieldInfo) -> When | None:
+    """What a reload does with a key; for a repeated table, which is replaced as a whole, with all of its keys."""
+    below = model_of(field.annotation)
+    return when(field) if below is None else next(when(leaf) for _, leaf in leaves(below))
+
+
+def _differences(model: type[BaseModel], before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, When | None]]:
+    """(dotted key, what a reload does with it) of each key that differs; of a table that exists once only, its own key."""
+    for name, field in model.model_fields.items():
+        old, new = getattr(before, name), getattr(after, name)
+        below, key = model_of(field.annotation), prefix + (field.alias or name)
+        if old == new:
+            continue
+        if below is None or old is None or new is None:
+            yield key, _mark(field)
+        elif not is_list(field.annotation):
+            yield from _differences(below, old, new, f"{key}.")
+        elif len(old) != len(new):
+            yield key, _mark(field)
+        else:
+            for number, (one, other) in enumerate(zip(old, new, strict=True)):
+                yield from _differences(below, one, other, f"{key}.{number}.")
+
+
+def _merged(model: type[BaseModel], running: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """The keys given in `fresh`, but for those that need a restart, which are as in `running`."""
+    merged = dict(fresh)
+    for name, field in model.model_fields.items():
+        key, below = field.alias or name, model_of(field.annotation)
+        if below is not None and not is_list(field.annotation):
+            if any(when(leaf) is When.RESTART for _, leaf in leaves(below)) and (key in running or key in fresh):
+                merged[key] = _merged(below, running.get(key) or {}, fresh.get(key) or {})
+        elif _mark(field) is When.RESTART:
+            merged.pop(key, None)
+            if key in running:
+                merged[key] = running[key]
+    return merged

@@ -1,0 +1,267 @@
+"""The types of values (durations, sizes, addresses ...), the base of all tables, and the marks for what a reload applies."""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from enum import Enum
+from functools import cache
+from typing import Annotated, Self, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from relaymta.errors import ConfigError
+from relaymta.proto.address import DomainError, normalize_domain
+
+__all__ = [
+    "Address", "Duration", "Host", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate", "Reload", "Restart", "Size",
+    "Spoken", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback", "near", "parse_duration",
+    "parse_hostport", "parse_quota", "place_of", "repeated",
+]  # fmt: skip
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
+_QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
+_OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LONGEST = 36500 * 86400.0  # seconds of a duration: a time plus this can still be stored and shown
+
+
+# What a reload does with a key
+
+
+class When(Enum):
+    """When a changed value takes effect."""
+
+    RELOAD = "reload"
+    RESTART = "restart"
+
+
+T = TypeVar("T")
+Reload = Annotated[T, When.RELOAD]  # a key whose new value a reload applies
+Restart = Annotated[T, When.RESTART]  # a key whose new value takes effect at the next start only
+
+
+# Places and problems
+
+Place = tuple[str | int, ...]
+
+
+def dotted(place: Place) -> str:
+    """A place as `listener.0.address`."""
+    return ".".join(map(str, place))
+
+
+def place_of(key: str) -> Place:
+    """The place that `dotted` writes so."""
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+class Problems(ValueError):
+    """Problems with several keys. `found`: (place of the key, what is wrong with it) of each."""
+
+    def __init__(self, found: list[tuple[Place, str]]) -> None:
+        super().__init__("; ".join(f"{dotted(place)}: {what}" for place, what in found))
+        self.found = found
+
+
+class Table(BaseModel):
+    """The base of all tables."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """(key, relative to this table and dotted; what is wrong) of each problem that the types do not express."""
+        return ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        found = [(place_of(key), what) for key, what in self.problems()]
+        if found:
+            raise Problems(found)
+        return self
+
+
+def check_each(table: str, rows: Iterable[T], check: Callable[[T], object]) -> None:
+    """Check each row of a repeated table. ConfigError with all problems; `table.key: ...` becomes `table.0.key: ...`."""
+    problems: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            check(row)
+        except ConfigError as error:
+            problems += [re.sub(rf"^{table}\.", f"{table}.{number}.", problem) for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def repeated(names: list[str]) -> list[tuple[int, str]]:
+    """(position, name) of each name that an earlier one is equal to."""
+    first: dict[str, int] = {}
+    return [(number, name) for number, name in enumerate(names) if first.setdefault(name, number) != number]
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """` (did you mean "..."?)`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f' (did you mean "{found[0]}"?)' if found else ""
+
+
+# Durations, sizes, rates
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        match = _DURATION.match(value.strip())
+        if match is None:
+            raise ValueError('a duration such as "90s", "10m", "5d"')
+        value = float(match[1]) * _SECONDS[match[2]]
+    if isinstance(value, int | float) and value > _LONGEST:
+        raise ValueError('a duration of at most "36500d"')
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as "90s", "10m", "5d", at most a hundred years. ValueError says what is expected."""
+    return float(_duration(text))  # type: ignore[arg-type]
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str):
+        match = _SIZE.match(value.strip())
+        if match is None:
+            raise ValueError('a size such as "50MB"')
+        return int(float(match[1]) * _OCTETS[match[2]])
+    return value
+
+
+def _rate(value: object) -> object:
+    if isinstance(value, str):
+        match = _RATE.match(value.strip())
+        if match is None:
+            raise ValueError('a rate such as "20/s", "500/m", "10000/h"')
+        return float(match[1]) / _SECONDS[match[2]]
+    return value
+
+
+@cache
+def parse_quota(text: str) -> tuple[int, float]:
+    """(count, seconds) of a quota `COUNT/UNIT`. ValueError for anything else."""
+    match = _QUOTA.match(text.strip())
+    if match is None or not int(match[1]):
+        raise ValueError(f'{text!r} is not a quota such as "60/m" or "10000/d"')
+    return int(match[1]), float(_SECONDS[match[2]])
+
+
+def _quota(value: object) -> object:
+    if isinstance(value, str) and value:
+        parse_quota(value)
+    return value
+
+
+# Hosts, networks, names
+
+
+def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int]:
+    """(host, port) of `host:port`, `[v6]:port`, or `host` with a default port. ValueError for anything else."""
+    host, colon, port = text.rpartition(":")
+    if text.endswith("]") or not colon:
+        host, port = text, ""
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r}: write an IPv6 address in brackets")
+    if any(char.isspace() for char in host):
+        raise ValueError(f"{text!r}: it has white space in it")
+    if not port and default_port is not None and host:
+        return host, default_port
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: expected host:port")
+    return host, int(port)
+
+
+def _address(value: object) -> object:
+    if isinstance(value, str):
+        parse_hostport(value)
+    return value
+
+
+def _host(value: object) -> object:
+    if isinstance(value, str) and not value.startswith("unix:/"):
+        parse_hostport(value, 25)
+    return value
+
+
+def _nameserver(text: str) -> str:
+    bare = text if text.count(":") < 2 or text.startswith("[") else f"[{text}]"
+    host, _ = parse_hostport(bare, 53)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ValueError(f"{text!r}: a name server is given by its IP address") from None
+    return text
+
+
+def _network(value: object) -> object:
+    if isinstance(value, str):
+        network = ipaddress.ip_network(value)
+        if isinstance(network, ipaddress.IPv6Network):
+            if network.network_address.scope_id is not None:
+                raise ValueError("a network without a scope: the scope of a client's address is ignored")
+            mapped = network.network_address.ipv4_mapped
+            if mapped is not None and network.prefixlen >= 96:  # an IPv4 client (RFC 4291 2.5.5.2)
+                return str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
+        return str(network)
+    return value
+
+
+def _spoken(name: str) -> str:
+    if not name.isprintable() or " " in name:
+        raise ValueError(f"{name!r} has white space or control characters in it")
+    return name
+
+
+def in_dns(name: str) -> str:
+    """A domain name in A-labels and lower case, safe to insert into header fields. ValueError when it is not one."""
+    try:
+        found = normalize_domain(name)
+    except DomainError:
+        found = ""
+    if not re.fullmatch(rf"{_LABEL}(?:\.{_LABEL})*", found):
+        raise ValueError(f"{name!r} is not a valid domain name")
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is a loopback address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_http(url: str) -> bool:
+    """Whether this is an http:// or https:// URL."""
+    return re.match(r"https?://[^/]", url) is not None
+
+
+def in_clear(url: str) -> bool:
+    """Whether a URL means plain http to another host: request and response could be read and changed on the path."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # not a URL
+        return True
+    return parts.scheme == "http" and parts.hostname != "localhost" and not is_loopback(parts.hostname or "")
+
+
+Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
+Quota = Annotated[str, BeforeValidator(_quota)]
+Address = Annotated[str, BeforeValidator(_address)]
+Host = Annotated[str, BeforeValidator(_host)]
+Nameserver = Annotated[str, AfterValidator(_nameserver)]
+Network = Annotated[str, BeforeValidator(_network)]
+Spoken = Annotated[str, AfterValidator(_spoken)]  # is inserted unchanged into commands, replies and header fields

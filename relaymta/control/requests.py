@@ -1,0 +1,231 @@
+"""The requests of the command line, one row each: what it is called, its arguments, who answers it, how the answers of several
+workers become one, and how long it may take. The command line, the supervisor, the workers and the offline reader go by this
+table. A new request is a row here and a method of its name where it is answered: `Answers` of the supervisor or of the worker,
+and `Spool` in queue/offline.py where it can be answered from the files.
+
+What a handler gets are its row's arguments, checked: no other names, and each of its type.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from relaymta.errors import RelayError
+
+__all__ = ["REQUESTS", "Request", "Where"]
+
+
+class Where(Enum):
+    """Who answers a request."""
+
+    SUPERVISOR = "the supervisor"
+    OWNER = "the worker that has the shard `shard`"
+    FIRST = "the first worker that has the message `ident`"
+    ANY = "a worker: they share what it is about"
+    ALL = "all workers; their answers are merged"
+
+
+# Arguments
+
+Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
+Number = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=36500 * 86400.0)]
+
+
+class _Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Nothing(_Arguments, frozen=True):
+    """No arguments."""
+
+
+class Chosen(_Arguments, frozen=True):
+    """The fields of `queue.Filter`."""
+
+    ident: Number = 0
+    queue: Text = ""
+    route: Text = ""
+    application: Text = ""
+    site: Text = ""
+    sender: Text = ""
+    user: Text = ""
+    recipient_domain: Text = ""
+    held: bool = False
+    until: Number = 0
+
+
+class Page(_Arguments, frozen=True):
+    """The messages of a shard behind the id `after`."""
+
+    shard: Number
+    after: Number
+    chosen: Chosen
+
+
+class Change(_Arguments, frozen=True):
+    """`word`: the reason (bounce) or route (reroute)."""
+
+    shard: Number
+    verb: Literal["flush", "hold", "release", "delete", "bounce", "reroute", "policy"]
+    idents: list[Number]
+    word: Text = ""
+
+
+class Move(_Arguments, frozen=True):
+    """To the route `word`."""
+
+    chosen: Chosen
+    word: Text
+    dry_run: bool
+
+
+class Queues(_Arguments, frozen=True):
+    """Number of messages by queue."""
+
+    queues: dict[str, Number]
+
+
+class OfMessage(_Arguments, frozen=True):
+    """A message's id as it is printed."""
+
+    ident: str
+
+
+class Busiest(_Arguments, frozen=True):
+    """At most so many; 0: all."""
+
+    most: Number = 0
+
+
+class Suspension(_Arguments, frozen=True):
+    """Of a site ("": all), or of an application's mail (`about`; "": all mail) to it."""
+
+    site: Text
+    about: Text
+    seconds: Seconds
+    reason: Text
+
+
+class Policy(_Arguments, frozen=True):
+    """`about`: the mail it matches, `field=value` words."""
+
+    kind: Literal["hold", "bounce"]
+    about: Text
+    seconds: Seconds
+    reason: Text
+
+
+class Clearing(_Arguments, frozen=True):
+    """Of one state by its key; or (`resume`) of all kinds that keep mail from a site."""
+
+    kind: Literal["", "suspended", "dead", "slow", "learned", "hold", "bounce"]
+    site: Text
+    about: Text
+    resume: bool
+
+
+# How answers are merged: the workers' answers and the request's arguments -> one answer
+
+Rows = list[dict[str, Any]]
+
+
+def _by(name: str, counts: tuple[str, ...], join: Callable[[dict[str, Any], dict[str, Any]], None], parts: list[Rows]) -> Rows:
+    """The rows merged by the value of the column `name`: the columns `counts` are added up, `join(known, row)` merges others."""
+    merged: dict[str, dict[str, Any]] = {}
+    for row in (row for rows in parts for row in rows):
+        known = merged.setdefault(row[name], row)
+        if known is not row:
+            for key in counts:
+                known[key] += row[key]
+            join(known, row)
+    return list(merged.values())
+
+
+def _summaries(parts: list[Rows], args: Any) -> Rows:
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        known["next"] = min(filter(None, (known["next"], row["next"])), default=0)
+
+    return sorted(_by("queue", ("messages", "bytes", "deferred", "held"), join, parts), key=lambda row: -row["messages"])
+
+
+def _shapes(parts: list[Rows], args: Any) -> Rows:
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        known["ages"] = [sum(pair) for pair in zip(known["ages"], row["ages"], strict=True)]
+
+    return sorted(_by("queue", ("messages",), join, parts), key=lambda row: -row["messages"])
+
+
+def _sites(parts: list[Rows], args: Any) -> Rows:
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        if row["state"] == "down":
+            known |= {key: row[key] for key in ("state", "reason", "until")}
+
+    rows = _by("pool", ("waiting", "in flight", "connections", "opening", "window", "rate", "sessions"), join, parts)
+    rows.sort(key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
+    return rows[: args.most] if args.most else rows
+
+
+def _moved(parts: list[list[int] | None], args: Any) -> list[int] | None:
+    found = [part for part in parts if part is not None]
+    return None if len(found) < len(parts) else [sum(column) for column in zip(*found, strict=True)] or [0, 0]
+
+
+def _latest(parts: list[list[float]], args: Any) -> list[float]:
+    return max(parts, default=[0, 0.0])
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row. `seconds`: for one worker's answer, or the next piece of it. `changes`: it changes something, so an answer without
+    a worker's part is a failure. `offline`: the spool's files answer it, too. `pieces`: its answer is message data in pieces."""
+
+    name: str
+    arguments: type[_Arguments]
+    where: Where
+    seconds: float = 10.0
+    merge: Callable[[list[Any], Any], Any] | None = None
+    changes: bool = False
+    offline: bool = False
+    pieces: bool = False
+
+    @property
+    def patience(self) -> float:
+        """The seconds after which the supervisor itself is late: it asks workers side by side, or one and then the others."""
+        return 2 * self.seconds + 5
+
+    def read(self, args: object) -> Any:
+        """The arguments of a request as the row's type. RelayError names the first that is wrong."""
+        try:
+            return msgspec.convert(args, self.arguments)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise RelayError(f"{self.name}: {error}") from None
+
+
+REQUESTS: dict[str, Request] = {
+    row.name: row
+    for row in (
+        Request("status", Nothing, Where.SUPERVISOR, 5),
+        Request("summary", Nothing, Where.ALL, 15, _summaries, offline=True),
+        Request("shape", Nothing, Where.ALL, 15, _shapes, offline=True),
+        Request("shards", Nothing, Where.SUPERVISOR, offline=True),
+        Request("page", Page, Where.OWNER, 15, offline=True),
+        Request("change", Change, Where.OWNER, 60, changes=True),
+        Request("move", Move, Where.ALL, 60, _moved, changes=True),
+        Request("throttled", Queues, Where.ALL, 10, _latest),
+        Request("message", OfMessage, Where.FIRST, offline=True),
+        Request("raw", OfMessage, Where.FIRST, 30, offline=True, pieces=True),
+        Request("explain", OfMessage, Where.FIRST),
+        Request("history", OfMessage, Where.SUPERVISOR, 60, offline=True),
+        Request("sites", Busiest, Where.ALL, 5, _sites),
+        Request("site_states", Nothing, Where.SUPERVISOR),
+        Request("suspend", Suspension, Where.SUPERVISOR, changes=True),
+        Request("policy", Policy, Where.SUPERVISOR, changes=True),
+        Request("clear", Clearing, Where.SUPERVISOR, changes=True),
+        Request("usage", Nothing, Where.ANY, 5),
+        Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
+    )
+}

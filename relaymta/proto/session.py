@@ -1,0 +1,229 @@
+"""The state of an SMTP session on the server side, and what a session asks of its caller."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from relaymta._speedups.smtp import Parser
+from relaymta.proto import reply, sasl
+from relaymta.proto.auth_exchange import AuthExchange
+from relaymta.proto.transaction import Limits, Transaction
+
+__all__ = ["CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Session"]
+
+# Session.state, see smtp_server.py
+COMMANDS: Final = 0
+DATA: Final = 1
+COMPLETE: Final = 2
+STORING: Final = 3
+CLAIMED: Final = 4
+TLS: Final = 5
+
+LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
+LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
+DATA_LINE_LIMIT = 998  # RFC 5322 2.1.1
+WRONG_LOGINS = 3  # in one session
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """The extensions that a session offers, and what it requires before MAIL. `mechanisms`: of AUTH, which is offered
+    over TLS, and without when `clear`."""
+
+    starttls: bool = False
+    tls_needed: bool = False
+    mechanisms: tuple[str, ...] = ()
+    clear: bool = False
+    login_needed: bool = False
+    xclient: bool = False
+
+
+_LIMITS, _OFFERS = Limits(), Offers()
+
+
+class Host:
+    """What a session asks of its caller: the rights of the client. This one accepts everything. `user`: the authenticated user,
+    "" for none. The caller may change all three between two calls, but within a transaction its own `limits` hold."""
+
+    __slots__ = ("limits", "offers", "user")
+
+    def __init__(self, limits: Limits = _LIMITS, offers: Offers = _OFFERS) -> None:
+        self.limits = limits
+        self.offers = offers
+        self.user = ""
+
+    def begin(self, session: "Session", sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
+        """MAIL: a new transaction, or the reply that rejects it. `size`: as the client announced it, 0: not at all."""
+        return Transaction(sender, smtputf8, self.limits)
+
+    def keys(self, user: str) -> sasl.Keys:
+        """The keys for SCRAM, see `sasl.begin`."""
+        raise KeyError(user)
+
+    def assume(self, attributes: dict[str, str]) -> bytes | None:
+        """XCLIENT: from now on this is the client with these attributes. The reply that refuses them, or None; after a 4xx the
+        session is closed."""
+        return None
+
+    def log_out(self) -> None:
+        """The session starts anew: nobody is authenticated any more."""
+        self.user = ""
+
+
+class Session:
+    """The state of an SMTP session, and every change of it that is not one command's. `hostname`: our name; `secure`: TLS is
+    active."""
+
+    __slots__ = (
+        "behind",
+        "claim",
+        "closing",
+        "errors",
+        "exchange",
+        "extended",
+        "foreign",
+        "helo",
+        "host",
+        "hostname",
+        "parser",
+        "pending",
+        "refusal",
+        "returns",
+        "secure",
+        "state",
+        "transaction",
+        "wrong_logins",
+    )
+
+    def __init__(self, hostname: str, host: Host, secure: bool = False) -> None:
+        self.hostname = hostname
+        self.host = host
+        self.secure = secure
+        self.state = COMMANDS
+        self.transaction: Transaction | None = None
+        self.claim: sasl.Claim | None = None
+        self.exchange: AuthExchange | None = None
+        self.refusal = b""  # the reply to a chunk that belongs to no transaction
+        self.parser = self._parser()
+        self.pending: list[Any] = []  # events behind the end of a transaction
+        self.returns = False  # `receive` returns: a transaction has ended, or the session is closing
+        self.behind = False
+        self.closing = False
+        self.foreign = False
+        self.helo = ""
+        self.extended = False
+        self.errors = 0
+        self.wrong_logins = 0
+
+    def _parser(self) -> Parser:
+        limit = LOGIN_LINE_LIMIT if self.host.offers.mechanisms else LINE_LIMIT
+        return Parser(limit, DATA_LINE_LIMIT, False)
+
+    @property
+    def complete(self) -> Transaction | None:
+        """The transaction to store, while the state is COMPLETE."""
+        return self.transaction if self.state == COMPLETE else None
+
+    def greet(self) -> bytes:
+        """The 220 greeting, for which a client has to wait (RFC 5321 3.1); from now on commands are parsed."""
+        self.parser.commands()
+        return f"220 {self.hostname} ESMTP relaymta\r\n".encode()
+
+    def keep(self, data: bytes) -> None:
+        """Keep octets from the client for a later `receive(b"")`."""
+        self.parser.keep(data)
+
+    def store(self) -> None:
+        """The caller stores the complete message: whatever happens to the connection, it calls `finish` once."""
+        self.state = STORING
+
+    def finish(self, answer: bytes) -> bytes:
+        """The complete message was stored or rejected, with the reply `answer`, which is returned: its transaction ends."""
+        if not answer.startswith(b"2") and self.transaction is not None:
+            self.transaction.refused(answer)
+        self.drop()
+        self.go_on()
+        return answer
+
+    def close(self) -> None:
+        """The connection is lost, or is to be closed: nothing more is parsed, and a transaction that is not being stored ends."""
+        self.closing = self.returns = True
+        self.behind = False
+        self.pending = []
+        if self.state != STORING:
+            self.drop()
+
+    def tls_started(self) -> None:
+        """The TLS handshake is done: the session starts anew (RFC 3207 4.2)."""
+        self.drop()
+        self.secure = True
+        self.helo, self.extended = "", False
+        self.host.log_out()
+        self.parser = self._parser()
+        self.parser.commands()
+
+    def checked(self, answer: bytes) -> bytes:
+        """The claim was verified. `answer`: 235, and `host.user` is authenticated; or the reply that refuses it. Returns what to
+        write."""
+        claim, exchange = self.claim, self.exchange
+        assert claim is not None and exchange is not None
+        self.claim, self.state = None, COMMANDS
+        if answer.startswith(b"5"):
+            self.wrong_logins += 1
+        found = self.exchanged(exchange.checked(claim, answer))
+        self.behind = not self.closing and self.parser.runnable()
+        return found
+
+    def exchanged(self, answer: bytes | sasl.Claim) -> bytes:
+        """Go on after a step of an AUTH exchange."""
+        if not isinstance(answer, bytes):
+            self.claim, self.state = answer, CLAIMED
+            return b""
+        if answer.startswith(b"334"):
+            self.parser.line()
+            return answer
+        self.exchange = None
+        self.parser.commands()
+        if answer.startswith(b"235"):
+            return answer
+        if self.host.user:  # the client rejects our proof: it must not go on as authenticated
+            self.close()
+        if answer.startswith(b"535"):
+            return self._wrong_login(answer)
+        # Temporarily rejected attempts count as errors too: each costs a check of the limits and a line in the log.
+        return self.error(answer)
+
+    def _wrong_login(self, answer: bytes) -> bytes:
+        if self.wrong_logins < WRONG_LOGINS:
+            return self.error(answer)
+        self.close()
+        return answer + reply.TOO_MANY_WRONG
+
+    def go_on(self) -> None:
+        """Go on with commands, of which some may have arrived."""
+        self.parser.commands()
+        self.behind = not self.closing and self.parser.runnable()
+
+    def reject_protocol(self) -> bytes:
+        """The client speaks another protocol: close before SMTP commands within it are reached (cross-protocol attack)."""
+        self.foreign = True
+        self.close()
+        return reply.NOT_SMTP
+
+    def error(self, answer: bytes) -> bytes:
+        self.errors += 1
+        if self.errors >= self.host.limits.errors:
+            self.close()
+            return answer + reply.TOO_MANY_ERRORS
+        return answer
+
+    def error_if_5xx(self, answer: bytes) -> bytes:
+        return self.error(answer) if answer.startswith(b"5") else answer
+
+    def drop(self) -> None:
+        """End the transaction under way, if there is one: none of its state remains for the next."""
+        self.state = COMMANDS
+        self.refusal = b""
+        transaction, self.transaction = self.transaction, None
+        if transaction is not None:
+            self.returns = True
+            transaction.end()

@@ -1,0 +1,100 @@
+"""One mail transaction of the server side (RFC 5321 3.3), without I/O: its envelope, and its message data."""
+
+from dataclasses import dataclass
+
+from relaymta.proto import reply
+
+__all__ = ["Limits", "Transaction"]
+
+# Flags of _speedups.smtp (C integers there).
+BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
+PIECES = 1024  # of message data in memory, until they are joined: each costs more memory than it may hold
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of one session. Sizes in octets."""
+
+    message_size: int = 50 * 1024 * 1024
+    recipients: int = 1000
+    errors: int = 20
+    normalize: bool = False
+    long_lines: bool = False
+
+
+class Transaction:
+    """One message under way: all of its state, which ends with it. The session makes one at MAIL (`Host.begin`) and calls `end`
+    once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
+
+    __slots__ = (
+        "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "recipients", "refusal", "sender", "size",
+        "smtputf8", "tail",
+    )  # fmt: skip
+
+    def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
+        self.sender = sender
+        self.smtputf8 = smtputf8
+        self.limits = limits
+        self.recipients: list[str] = []
+        self.data: list[bytes] = []
+        self.size = 0
+        self.eight_bit = False
+        self.chunked = False  # by BDAT
+        self.last_chunk = False
+        self.tail = b""  # the last two octets of message data
+        self.refusal = b""  # the reply to its message data, which is discarded; b"": it is kept
+        self.held = False  # to be held in the queue until it is released
+        self.headers: list[str] = []  # the conditions of routes that its header fields meet
+
+    def accept(self, address: str) -> bytes | None:
+        """RCPT: the reply that rejects a recipient, or None."""
+        return None
+
+    def received(self, data: bytes) -> None:
+        """More message data has arrived."""
+        if self.refusal:
+            return
+        self.size += len(data)
+        if self.size > self.limits.message_size:
+            self.refuse(reply.TOO_BIG)
+            return
+        self.data.append(data)
+        if len(self.data) > PIECES:
+            self.data = [b"".join(self.data)]
+        if self.chunked:
+            self.tail = (self.tail + data[-2:])[-2:]
+
+    def take(self) -> list[bytes]:
+        """The message data received since the last call."""
+        data, self.data = self.data, []
+        return data
+
+    def refuse(self, answer: bytes) -> None:
+        """Reply `answer` at the end of the message data, which is discarded from now on."""
+        self.refusal = answer
+        self.data.clear()
+
+    def ended(self, flags: int, normalized: bool) -> bytes | None:
+        """The message data has ended. The reply that rejects it, or None. `flags`: the parser's; `normalized`: it has replaced
+        bare CR and LF, and NUL."""
+        self.eight_bit = bool(flags & EIGHT_BIT)
+        if self.refusal:
+            return self.refusal
+        if self.tail.endswith(b"\r"):
+            flags |= BARE_CR
+        repaired = normalized and not self.chunked
+        if flags & BARE_LF and not repaired:
+            return reply.BARE_LF
+        if flags & BARE_CR and not repaired:
+            return reply.BARE_CR
+        if flags & NUL and not normalized:
+            return reply.NUL_IN_DATA
+        if flags & LONG_LINE and not self.limits.long_lines:
+            return reply.LONG_LINE
+        return None
+
+    def refused(self, answer: bytes) -> None:
+        """The message was rejected at or after the end of its data, with `answer`. `end` follows."""
+
+    def end(self) -> None:
+        """The transaction is over: give up what it holds. Called once."""

@@ -1,0 +1,289 @@
+"""One write transaction of a shard's LMDB environment. The counts and wake times of the queues that it touches are collected and
+written once, by `finish`."""
+
+from typing import Any
+
+import msgspec
+
+from relaymta.proto.envelope import (
+    HELD,
+    POLICY_HELD,
+    QUARANTINED,
+    Envelope,
+    Placement,
+    QueueName,
+    RecipientState,
+    decode_envelope,
+    encode,
+)
+from relaymta.queue.ages import add, remove
+from relaymta.queue.segments import SegmentRow
+from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, WAKE, QueueRow, Store
+
+__all__ = ["Change"]
+
+
+class Change:
+    """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tables = store.tables
+        self.txn = store.env.begin(write=True)
+        self._touched: set[int] = set()  # queues whose rows are to be written
+        self._named: set[int] = set()  # queues whose rows may have been created here
+        self._written: set[int] = set()  # queues whose rows were written before a part
+        self._whole: Any = None  # the transaction, while `txn` is a part of it
+        self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` restores
+        self._fresh = store.fresh
+        self.highest = 0
+
+    def row(self, name: QueueName) -> QueueRow:
+        """The row of the queue of this name, created when there is none."""
+        row = self._store.row_for(self.txn, name)
+        self._named.add(row.number)
+        return row
+
+    def envelope(self, ident: int) -> Envelope | None:
+        """A message's envelope as this transaction has it: None when the transaction itself has ended it, too."""
+        raw = self.txn.get(ID.pack(ident), db=self._tables["message"])
+        if raw is not None:
+            return decode_envelope(raw)
+        return None if self._fresh.is_ending(ident) else self._fresh.get(ident)
+
+    def inline(self, members: list[tuple[int, Envelope]], now: int) -> None:
+        """Add new messages, by id, as inlined ones; their envelopes have their placements. `now`: ms of the queue's clock."""
+        self._fresh.add(members, now)
+        self.highest = max(self.highest, members[-1][0])
+
+    def end_inlined(self, ident: int) -> bool:
+        """Remove an inlined message; False when it is not inlined."""
+        return self._fresh.end(ident) is not None
+
+    def materialize(self, *idents: int) -> None:
+        """Give inlined messages rows of their own; others are left alone. StoreError when the queue of one has no row."""
+        for ident in idents:
+            envelope = self._fresh.get(ident)
+            if envelope is None:
+                continue
+            # Before the inlined form ends, since this may raise: a message always has one of the two forms.
+            rows = [self._store.row_numbered(self.txn, placement.queue) for placement in envelope.placements]
+            if self._fresh.end(ident) is not None:
+                self.put(ident, envelope, rows)
+
+    def rehouse(self, ident: int, envelope: Envelope, names: list[tuple[QueueName, list[int] | None]], now: int) -> None:
+        """Give an inlined message rows of its own, due now, in these queues instead of those in which it waited."""
+        rows = [self.row(name) for name, _ in names]
+        placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, names, strict=True)]
+        if self._fresh.end(ident) is not None:
+            self.put(ident, msgspec.structs.replace(envelope, placements=placements), rows)
+
+    def put(self, ident: int, envelope: Envelope, rows: list[QueueRow]) -> None:
+        """Add a message with rows of its own. `rows`: the queue's row of each of its placements."""
+        tables, put = self._tables, self.txn.put
+        put(ID.pack(ident), encode(envelope), db=tables["message"])
+        for placement, row in zip(envelope.placements, rows, strict=True):
+            put(DUE.pack(placement.queue, placement.due, ident), b"", db=tables["due"])
+            row.messages += 1
+            row.bytes += envelope.size
+            add(row.ages, envelope.arrived)
+            self._touched.add(row.number)
+        put(EXPIRY.pack(envelope.deadline, ident), b"", db=tables["expiry"])
+        if ident > self.highest:
+            self.highest = ident
+
+    def replace(self, ident: int, envelope: Envelope) -> None:
+        """Write a message's envelope again."""
+        self.txn.put(ID.pack(ident), encode(envelope), db=self._tables["message"])
+
+    def finish_message(self, ident: int, envelope: Envelope, histories: bool) -> bool:
+        """Remove a message from every table. `histories`: recipient rows may exist. False, and nothing is changed, when it has no
+        row (any more)."""
+        tables, delete = self._tables, self.txn.delete
+        if not delete(ID.pack(ident), db=tables["message"]):
+            return False
+        for placement in envelope.placements:
+            self.unplace(ident, envelope, placement)
+        if not envelope.flags & HELD:
+            delete(EXPIRY.pack(envelope.deadline, ident), db=tables["expiry"])
+        if histories:
+            cursor = self.txn.cursor(db=tables["recipient"])
+            prefix = ID.pack(ident)
+            while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+                cursor.delete()
+        return True
+
+    def unplace(self, ident: int, envelope: Envelope, placement: Placement) -> None:
+        """Remove a message from one queue. The envelope is written by the caller."""
+        row = self._store.row_numbered(self.txn, placement.queue)
+        row.messages -= 1
+        row.bytes -= envelope.size
+        remove(row.ages, envelope.arrived)
+        if placement.attempts:
+            row.deferred -= 1
+        if envelope.flags & HELD:
+            row.held -= 1
+            self.txn.delete(HELD_KEY.pack(placement.queue, ident), db=self._tables["held"])
+        else:
+            self.txn.delete(DUE.pack(placement.queue, placement.due, ident), db=self._tables["due"])
+        self._touched.add(placement.queue)
+
+    def place(self, ident: int, envelope: Envelope, placement: Placement) -> None:
+        """Add a message to one queue. The envelope, with this placement, is written by the caller."""
+        row = self._store.row_numbered(self.txn, placement.queue)
+        row.messages += 1
+        row.bytes += envelope.size
+        add(row.ages, envelope.arrived)
+        if placement.attempts:
+            row.deferred += 1
+        if envelope.flags & HELD:
+            row.held += 1
+            self.txn.put(HELD_KEY.pack(placement.queue, ident), b"", db=self._tables["held"])
+        else:
+            self.txn.put(DUE.pack(placement.queue, placement.due, ident), b"", db=self._tables["due"])
+        self._touched.add(placement.queue)
+
+    def set_recipient(self, ident: int, index: int, state: RecipientState) -> None:
+        """Write one recipient's history."""
+        self.txn.put(RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
+
+    def hold(self, ident: int, envelope: Envelope, flags: int = HELD) -> None:
+        """Hold a message: it is neither due nor expires. `flags`: HELD, and QUARANTINED or POLICY_HELD. One that is held already
+        is left alone."""
+        if not envelope.flags & HELD:
+            placements = envelope.placements
+            for placement in placements:
+                self.unplace(ident, envelope, placement)
+            self.txn.delete(EXPIRY.pack(envelope.deadline, ident), db=self._tables["expiry"])
+            envelope.flags |= flags
+            for placement in placements:
+                self.place(ident, envelope, placement)
+            self.replace(ident, envelope)
+
+    def release(self, ident: int, envelope: Envelope, now: int, deadline: int) -> None:
+        """Release a held message: it is due now and has a new deadline (both ms of the queue's clock)."""
+        if envelope.flags & HELD:
+            for placement in envelope.placements:
+                self.unplace(ident, envelope, placement)
+            envelope.flags &= ~(HELD | QUARANTINED | POLICY_HELD)
+            envelope.deadline = deadline
+            for placement in envelope.placements:
+                placement.due = now
+                self.place(ident, envelope, placement)
+            self.txn.put(EXPIRY.pack(deadline, ident), b"", db=self._tables["expiry"])
+            self.replace(ident, envelope)
+
+    def move(self, number: int, name: QueueName) -> int:
+        """Move all mail of a queue, due now, to the route in `name`, by renaming the queue. How many messages it holds; 0 when
+        there is no such queue (any more)."""
+        if self._store.queue(self.txn, number) is None:
+            return 0
+        row = self._store.row_numbered(self.txn, number)
+        self._store.rename(self.txn, row, name)
+        row.not_before = 0
+        self._touched.add(number)
+        return row.messages
+
+    def park(self, number: int, not_before: int) -> None:
+        """Exclude a queue from scans until `not_before` (0: wake it), whatever is due in it. One that was swept is ignored."""
+        if self._store.queue(self.txn, number) is None:
+            return
+        row = self._store.row_numbered(self.txn, number)
+        row.not_before = not_before
+        self._touched.add(number)
+
+    def sweep(self) -> int:
+        """Delete queues that hold no mail, so that memory does not grow with the number of domains ever used; how many.
+
+        Queue rows do not count inlined mail, so queues with inlined mail, committed or added by this transaction, are kept."""
+        waiting = self._fresh.queues()
+        empty = [
+            row
+            for row in self._store.queues(self.txn)
+            if row.number not in waiting and not self._store.row_numbered(self.txn, row.number).messages
+        ]
+        for row in empty:
+            self._settle_queue(row.number)
+            if not row.moved:
+                self.txn.delete(b"n" + encode(row.name), db=self._tables["queue"])
+            self.txn.delete(b"q" + NUMBER.pack(row.number), db=self._tables["queue"])
+            self._touched.discard(row.number)
+        self._store.forget({row.number for row in empty})
+        return len(empty)
+
+    def segment(self, number: int, row: SegmentRow) -> None:
+        """Write a segment's row."""
+        self.txn.put(NUMBER.pack(number), encode(row), db=self._tables["segment"])
+
+    def drop_segment(self, number: int) -> None:
+        """Delete a segment's row."""
+        self.txn.delete(NUMBER.pack(number), db=self._tables["segment"])
+
+    def set_meta(self, key: bytes, value: int) -> None:
+        """Write a number in meta."""
+        self.txn.put(key, str(value).encode(), db=self._tables["meta"])
+
+    def finish(self, now: int) -> None:
+        """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
+        for number in self._touched:
+            self._settle_queue(number)
+        if self.highest:
+            self.set_meta(b"highest", self.highest)
+        self.set_meta(b"seen", now)
+        number = self._store.keep_number(self.txn)
+        self._fresh.write(self.txn)
+        self.txn.commit()
+        self._fresh.settle()
+        self._store.number_kept(number)
+
+    # A part: a nested transaction
+
+    def begin_part(self) -> None:
+        """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
+        for number in self._touched:
+            self._settle_queue(number)  # so that what is undone can be read again as it was
+        self._written |= self._touched | self._named
+        self._touched, self._named = set(), set()
+        self._before = self._fresh.ending(), self.highest
+        self._whole, self.txn = self.txn, self._store.env.begin(write=True, parent=self.txn)
+
+    def keep_part(self) -> None:
+        """Keep the part: it is committed if the whole transaction is."""
+        self.txn.commit()
+        self.txn, self._whole = self._whole, None
+
+    def undo_part(self) -> None:
+        """Undo all changes of the part."""
+        self.txn.abort()
+        self.txn, self._whole = self._whole, None
+        self._store.forget(self._touched | self._named)
+        self._touched, self._named = set(), set()
+        ending, self.highest = self._before
+        self._fresh.end_only(ending)
+
+    def _settle_queue(self, number: int) -> None:
+        """Write a queue's row, and its wake row by the time of its first due row."""
+        row = self._store.row_numbered(self.txn, number)
+        cursor = self.txn.cursor(db=self._tables["due"])
+        prefix = NUMBER.pack(number)
+        wake = 0
+        if cursor.set_range(prefix):
+            key = cursor.key()
+            if key[:4] == prefix:
+                wake = max(0 if row.moved else DUE.unpack(key)[1], row.not_before, 1)
+        if wake != row.wake:
+            if row.wake:
+                self.txn.delete(WAKE.pack(row.wake, number), db=self._tables["wake"])
+            if wake:
+                self.txn.put(WAKE.pack(wake, number), b"", db=self._tables["wake"])
+            row.wake = wake
+        self.txn.put(b"q" + prefix, encode(row), db=self._tables["queue"])
+
+    def abort(self) -> None:
+        """Undo the whole transaction."""
+        if self._whole is not None:
+            self.txn.abort()
+            self.txn = self._whole
+        self.txn.abort()
+        self._fresh.forget()
+        self._store.forget(self._touched | self._named | self._written)

@@ -1,0 +1,196 @@
+"""Operators' changes of a shard, one at a time: verbs on messages, moves of whole queues, the end of a hold policy, wakes.
+
+A change claims what it is about (lifecycle.py), runs in group commits on the writer thread, and releases its claim.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import PERMANENT, Attempt, Envelope, QueueName
+from relaymta.queue import inspect
+from relaymta.queue.change import Change
+from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.ends import Ends
+from relaymta.queue.entry import Entry
+from relaymta.queue.group import Assign
+from relaymta.queue.inspect import Filter
+from relaymta.queue.lifecycle import Lifecycle
+from relaymta.queue.readers import Readers
+from relaymta.queue.schedule import Schedule
+from relaymta.queue.store import QueueRow, Store
+from relaymta.queue.writer import Writer
+
+__all__ = ["Changes"]
+
+TOGETHER = 200  # messages of a change in one group commit, so that incoming mail waits for few
+REST_LEAST, REST_MOST = 1.0, 60.0  # seconds that scans leave messages alone after the disk refused their change
+T = TypeVar("T")
+AtSite = Callable[[QueueName, str], bool]
+Rename = Callable[[QueueName], QueueName]
+
+
+class Changes:
+    """The changes of one shard. All public methods are called on the loop. `assign`: as of the queue."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: Store,
+        clock: QueueClock,
+        writer: Writer,
+        readers: Readers,
+        schedule: Schedule,
+        entries: Lifecycle,
+        ends: Ends,
+        assign: Assign,
+        max_age_ms: int,
+    ) -> None:
+        self._loop = loop
+        self._store = store
+        self._clock = clock
+        self._writer = writer
+        self._readers = readers
+        self._schedule = schedule
+        self._entries = entries
+        self._ends = ends
+        self._assign = assign
+        self.max_age_ms = max_age_ms
+        self._refusals = 0  # of changes, one after the other, by the disk
+        self._turn = asyncio.Lock()  # one change at a time
+        self._tasks: set[asyncio.Task[Any]] = set()  # changes under way or waiting for their turn
+
+    async def _in_turn(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a change after those before it, to completion even when the caller is cancelled."""
+
+        async def run() -> T:
+            async with self._turn:
+                try:
+                    return await change()
+                finally:
+                    self._schedule.wake()
+
+        task = self._loop.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def finished(self) -> None:
+        """Wait until no change is under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # Messages
+
+    async def change_messages(self, verb: str, idents: list[int], word: str = "") -> tuple[int, int]:
+        """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies), release, release policy (only
+        what a policy holds), delete, bounce (`word`: the reason) or reroute (`word`: the route). (changed, skipped because in
+        flight, ending or being changed.) A cancelled caller does not stop the change. StoreError when a commit failed."""
+        return await self._in_turn(lambda: self._change(verb, idents, word))
+
+    async def _change(self, verb: str, idents: list[int], word: str) -> tuple[int, int]:
+        claimed = self._entries.claim(idents)
+        refused = False
+        try:
+            wanted = [ident for ident in dict.fromkeys(idents) if ident in claimed]
+            parts = [wanted[start : start + TOGETHER] for start in range(0, len(wanted), TOGETHER)]
+            if verb == "bounce":
+                changed = sum([await self._bounce(part, word) for part in parts])
+            else:
+                changed = sum([await self._writer.task(partial(self._apply, verb, part, word)) for part in parts])
+        except StoreError:
+            refused = True
+            raise
+        finally:
+            self._entries.release_claim(claimed, refused)
+            self._refusals = self._refusals + 1 if refused else 0
+            if refused:  # they would only be offered, and their change asked for, again at once
+                pause = min(REST_LEAST * 2 ** (self._refusals - 1), REST_MOST)
+                self._loop.call_later(pause, self._wake, claimed)
+        return changed, len(set(idents)) - len(claimed)
+
+    def _wake(self, idents: set[int]) -> None:
+        self._entries.wake(idents)
+        self._schedule.wake()
+
+    def _apply(self, verb: str, idents: list[int], word: str, change: Change) -> int:
+        if verb == "reroute":
+            return inspect.reroute(change, self._store, self._clock, self._assign, idents, word)
+        return inspect.apply(verb, change, self._store, self._writer, self._clock, self.max_age_ms, idents)
+
+    async def _bounce(self, idents: list[int], reason: str) -> int:
+        """Fail the pending recipients of messages that this change has claimed, with a DSN to each sender; how many messages."""
+
+        def load() -> list[Entry]:
+            fresh = dict(self._store.fresh.live())  # before the transaction, so that one materialized meanwhile is not missed
+            with self._store.reading() as txn:
+                return [entry for ident in idents for entry in self._schedule.load(txn, ident, fresh)]
+
+        mark = self._entries.begin_reading()
+        try:
+            entries = await self._readers.run(load)
+            attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
+            for entry in entries:
+                self._entries.adopt(entry)
+                self._ends.end(entry, dict.fromkeys((index for index, _ in entry.recipients), attempt))
+        finally:
+            self._entries.end_reading(mark)
+        await self._writer.task(lambda change: None)  # committed after their outcomes
+        return len({entry.ident for entry in entries})
+
+    async def release_policy_held(self, still: Callable[[Envelope, list[QueueName]], bool]) -> int:
+        """Release the messages that a hold policy held, but for those that `still(envelope, queues)` one applies to; how many."""
+        after, released = (0, 0), 0
+        while True:
+            found, after = await self._readers.run(inspect.policy_held, self._store, after)
+            idents = [ident for ident, envelope, names in found if not still(envelope, names)]
+            if idents:
+                released += (await self.change_messages("release policy", idents))[0]
+            if after == (0, 0):
+                return released
+
+    # Whole queues
+
+    async def move_queues(self, chosen: Filter, at_site: AtSite, rename: Rename, dry_run: bool) -> tuple[int, int]:
+        """Move all mail of the queues that match `chosen` (`whole_queues`) to the route that `rename` names, due now, in one
+        group commit: (messages, of them in flight, which follow when they are deferred). `dry_run`: only count."""
+        if dry_run:
+            rows, inlined = await self._readers.run(self._chosen, chosen, at_site)
+            return sum(row.messages for row in rows) + len(inlined), 0
+        return await self._in_turn(lambda: self._move(chosen, at_site, rename))
+
+    def _chosen(self, chosen: Filter, at_site: AtSite) -> tuple[list[QueueRow], list[int]]:
+        """Reader thread: the queues that match, and the ids of the inlined messages in them."""
+        rows = inspect.chosen_queues(self._store, chosen, at_site)
+        numbers = {row.number for row in rows}
+        return rows, [i for i, envelope in self._store.fresh.live() if any(p.queue in numbers for p in envelope.placements)]
+
+    async def _move(self, chosen: Filter, at_site: AtSite, rename: Rename) -> tuple[int, int]:
+        rows, inlined = await self._readers.run(self._chosen, chosen, at_site)
+        if not rows:
+            return 0, 0
+        numbers = {row.number for row in rows}
+        in_flight = self._entries.claim_queues(numbers, rename(rows[0].name).route)
+        self._schedule.skip -= numbers
+
+        def run(change: Change) -> int:
+            change.materialize(*inlined)
+            return inspect.move(change, rows, rename)
+
+        try:
+            return await self._writer.task(run), in_flight
+        finally:
+            self._entries.release_queues(numbers)
+
+    async def wake_queues(self, numbers: Iterable[int] | None = None) -> None:
+        """Wake all queues (or these): what is due in them is tried now."""
+
+        def run(change: Change) -> None:
+            rows = self._store.queues(change.txn) if numbers is None else map(partial(self._store.queue, change.txn), numbers)
+            for row in list(rows):
+                if row is not None and (row.not_before or numbers is not None):  # None: swept meanwhile
+                    change.park(row.number, 0)
+
+        await self._writer.task(run)
+        self._schedule.wake()

@@ -1,0 +1,67 @@
+"""The disk under a shard: how much room is left, the ballast, and the lock that makes one process its owner."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from relaymta.errors import SpoolBusy
+from relaymta.queue.store import Store
+
+__all__ = ["Disk", "lock"]
+
+BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
+FLOOR_SHARE = 10  # per cent of the file system
+FLOOR_MOST = 2 << 30
+MAP_SHARE = 90  # per cent of LMDB's map
+SLOW_SHARE = 4
+
+
+class Disk:
+    """The room on one shard's file system and in its map. `check` alone changes what is here.
+
+    `full`: no mail is taken. `room`: octets until then. `pressure`: 0 while there is room enough, up to 1 as the last quarter of
+    a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        self._path = path
+        self._store = store
+        self.ballast = path / "ballast"  # released by the writer when the disk is too full to record outcomes
+        self.full = False
+        self.room = 1 << 62
+        self.pressure = 0.0
+        self.brim = False
+        self.floor = FLOOR_MOST
+
+    def check(self) -> None:
+        """Reader thread, each second: look at the file system and at the map."""
+        stats = os.statvfs(self._path)
+        total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
+        used, size = self._store.used()
+        floor = self.floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
+        self.room = max(0, free - floor)
+        slow = floor // SLOW_SHARE
+        self.pressure = 1 - min(self.room, slow) / slow if slow else 0.0
+        self.brim = free < floor // 2
+        self.full = free < floor or used * 100 > size * MAP_SHARE
+        ballast = max(BALLAST_LEAST, min(total // 64, BALLAST_MOST))
+        if not self.ballast.exists() and free > 2 * floor + ballast:
+            _write_ballast(self.ballast, ballast)
+
+
+def _write_ballast(path: Path, size: int) -> None:
+    """Reserve `size` octets of disk."""
+    try:
+        path.write_bytes(b"\0" * size)
+    except OSError:
+        path.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> int:
+    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked."""
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise SpoolBusy(f"{path} is in use by another relaymta") from None
+    return descriptor

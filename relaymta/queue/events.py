@@ -1,0 +1,38 @@
+"""The settings of a shard, and the callbacks by which a queue reports what it has committed."""
+
+from dataclasses import dataclass
+
+from relaymta.queue.entry import Entry, Outcome, Put
+from relaymta.queue.group import Committed
+
+__all__ = ["Events", "QueueSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSettings:
+    """One shard's settings. Ages and delays in milliseconds; `window` in entries, `window_bytes` in octets of message data."""
+
+    hostname: str
+    max_age_ms: int = 5 * 86_400_000
+    first_retry_ms: int = 60_000
+    window: int = 10_000
+    window_bytes: int = 32 << 20
+
+
+class Events:
+    """Callbacks for logging and metrics; each is called on the loop, after the commit."""
+
+    def queued(self, put: Put) -> None:
+        """A message is durable."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """An attempt's outcome is durable."""
+
+    def committed(self, group: Committed) -> None:
+        """A group was committed."""
+
+    def refused(self, entry: Entry, why: str) -> None:
+        """An outcome of `entry` was not recorded, because it contradicts the store: a defect. `why`: for the log."""
+
+    def failed(self, what: str) -> None:
+        """A change of the queue was undone because of a defect. `what`: for the log."""

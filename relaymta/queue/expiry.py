@@ -1,0 +1,67 @@
+"""Expiry: messages past their deadline are given up, wherever they wait. What is in flight expires with its outcome, what an
+operator's change has claimed with a later check.
+
+After a stop or a jump of the clock of an hour or more, each message is tried once before it expires: for a day only the outcome
+of an attempt expires it.
+"""
+
+import msgspec
+
+from relaymta.proto.envelope import TRANSIENT, Attempt
+from relaymta.queue.clock import QueueClock, wall_ms
+from relaymta.queue.ends import Ends
+from relaymta.queue.entry import Entry
+from relaymta.queue.lifecycle import Lifecycle
+from relaymta.queue.schedule import Schedule
+from relaymta.queue.store import Store
+
+__all__ = ["Expiry", "Overdue"]
+
+RESUMED_GRACE_MS = 86_400_000
+TOGETHER = 200  # messages
+
+# An entry of a message past its deadline, with the last attempt at each pending recipient, by index.
+Overdue = tuple[Entry, dict[int, Attempt]]
+
+
+class Expiry:
+    """Finds what is overdue and ends it."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: QueueClock,
+        schedule: Schedule,
+        entries: Lifecycle,
+        ends: Ends,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._schedule = schedule
+        self._entries = entries
+        self._ends = ends
+
+    def overdue(self) -> list[Overdue]:
+        """Reader thread, each second: entries of messages past their deadline."""
+        now = self._clock.now()
+        if self._clock.resumed and now < self._clock.resumed + RESUMED_GRACE_MS:
+            return []
+        found: list[Overdue] = []
+        with self._store.reading() as txn:
+            for deadline, ident in self._store.expiries(txn):
+                if deadline > now or len(found) >= TOGETHER:
+                    break
+                for entry in self._schedule.load(txn, ident):
+                    states = self._store.recipient_states(txn, ident)
+                    found.append((entry, {i: s.attempts[-1] for i, s in states.items() if s.attempts}))
+        return found
+
+    def expire(self, overdue: list[Overdue], mark: int) -> None:
+        """On the loop: end what `overdue` has read with this mark, unless it is in flight, claimed or outdated."""
+        for loaded, last in overdue:
+            entry = self._entries.seize(loaded, mark)
+            if entry is None:
+                continue
+            never = Attempt(wall_ms(), TRANSIENT, "queue", "", 0, "4.4.7", "the message expired before it was tried")
+            results = {index: msgspec.structs.replace(last.get(index, never), kind=TRANSIENT) for index, _ in entry.recipients}
+            self._ends.end(entry, results)

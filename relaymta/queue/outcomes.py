@@ -1,0 +1,191 @@
+"""Outcomes on the writer thread: what they write (planned before the group's bodies are written), and their rows."""
+
+import msgspec
+
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import (
+    ATTEMPTS_KEPT,
+    DELIVERED,
+    FAILED,
+    HELD,
+    PENDING,
+    PERMANENT,
+    SUCCESS,
+    Body,
+    Envelope,
+    Placement,
+    RecipientState,
+)
+from relaymta.queue.big import BigBody
+from relaymta.queue.change import Change
+from relaymta.queue.dsns import Dsns, data_of
+from relaymta.queue.entry import Outcome, Put
+from relaymta.queue.segments import COLD, HOT, Segments
+from relaymta.queue.store import Store
+
+__all__ = ["Outcomes", "put_rows"]
+
+
+class Outcomes:
+    """Records outcomes in the transaction under way. `freed`: the bodies whose messages end in it."""
+
+    def __init__(self, store: Store, segments: Segments, dsns: Dsns) -> None:
+        self._store = store
+        self._segments = segments
+        self._dsns = dsns
+        self.freed: list[tuple[int, Body]] = []
+
+    def plan(self, outcome: Outcome) -> None:
+        """Before the group is written: make an outcome's DSN, and plan the copy of a deferred body to a cold segment."""
+        entry = outcome.entry
+        envelope = entry.envelope
+        deferred = any(a.kind not in (SUCCESS, PERMANENT) for a in outcome.results.values())
+        body = envelope.body
+        if deferred and entry.attempts == 0 and entry.sole and body is not None and body.segment:
+            outcome.moved = body
+        if outcome.failed and envelope.sender and outcome.dsn is None:
+            outcome.dsn = self._dsns.make(entry, outcome.failed)
+
+    def write(self, outcome: Outcome) -> None:
+        """Stage the bodies that an outcome writes: that of its DSN, and the copy of a deferred one."""
+        if outcome.dsn is not None:
+            self._place_dsn(outcome.dsn)
+        if outcome.moved is not None:
+            self._move(outcome)
+
+    def _place_dsn(self, dsn: Put) -> None:
+        """Write a DSN's body; that of a DSN about very many recipients is a large one."""
+        segments, data, size = self._segments, dsn.data or [], dsn.envelope.size
+        if size <= segments.big_limit:
+            dsn.envelope.body = segments.append(dsn.ident, data, size, HOT)
+            return
+        path = segments.big_path(dsn.ident)
+        path.unlink(missing_ok=True)  # of a group that failed
+        file = BigBody(path, dsn.ident)
+        try:
+            file.write(data)
+            dsn.envelope.body = file.finish([])
+        except BaseException:
+            file.discard()
+            raise
+
+    def _move(self, outcome: Outcome) -> None:
+        """Stage a copy of a deferred message's body in a cold segment, so that its hot segment is freed. A body that cannot be
+        read stays where it is: the group does not fail because of it."""
+        envelope = outcome.entry.envelope
+        try:
+            data = data_of(self._segments, outcome.entry)
+        except StoreError:
+            outcome.moved = None
+            return
+        outcome.moved = self._segments.append(outcome.entry.ident, data, envelope.size, COLD)
+
+    def record(self, change: Change, outcome: Outcome, now: int) -> None:
+        """Record an outcome; its message is removed when no recipient is pending in any queue."""
+        entry = outcome.entry
+        if outcome.success and entry.sole:
+            histories = entry.attempts > 0 or entry.indexes is not None  # of recipients in other queues, too
+            if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
+                self.free_body(entry.ident, entry.envelope.body)
+            else:
+                self._ended_before(outcome)
+            return
+        change.materialize(entry.ident)
+        envelope = change.envelope(entry.ident)
+        placement = None if envelope is None else next((p for p in envelope.placements if p.queue == entry.queue), None)
+        if envelope is None or placement is None:
+            self._ended_before(outcome)
+            return
+        envelope = msgspec.structs.replace(envelope)
+        envelope.route = envelope.route or entry.envelope.route
+        pending = self._record(change, outcome)
+        change.unplace(entry.ident, envelope, placement)
+        others = [p for p in envelope.placements if p is not placement]
+        joined = sorted(set(placement.indexes or []) - {index for index, _ in entry.recipients})
+        if joined:  # while these were in flight, other recipients of the message were deferred to their queue
+            left = Placement(placement.queue, placement.due, placement.attempts, joined)
+            self._wait(change, entry.ident, envelope, others, left)
+        if pending:
+            row = change.row(outcome.name or entry.name)
+            again = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
+            self._wait(change, entry.ident, envelope, others, again)
+        envelope.placements = others
+        if not others:
+            change.finish_message(entry.ident, envelope, histories=True)
+            self.free_body(entry.ident, envelope.body)
+        else:
+            if outcome.moved is not None and envelope.body is not None and outcome.moved != envelope.body:
+                self._segments.release(envelope.body)
+                envelope.body = outcome.moved
+            change.replace(entry.ident, envelope)
+        if outcome.dsn is not None:
+            put_rows(change, outcome.dsn, now)
+
+    def _ended_before(self, outcome: Outcome) -> None:
+        """Refuse an outcome whose message has left the queue: it changes nothing, and the bodies written for it are freed."""
+        outcome.refused, outcome.gone = "the message had left the queue before", True
+        if outcome.dsn is not None:
+            self.free_body(outcome.dsn.ident, outcome.dsn.envelope.body)
+            outcome.dsn = None
+        if outcome.moved is not None:
+            self.free_body(outcome.entry.ident, outcome.moved)
+            outcome.moved = None
+
+    def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
+        """Add the placement `new` to `places` and to its queue. When the message has one in that queue already, they are joined,
+        due at the later time of the two."""
+        same = next((place for place in places if place.queue == new.queue), None)
+        if same is not None:
+            change.unplace(ident, envelope, same)
+            places.remove(same)
+            new.indexes = sorted({*(new.indexes or []), *(same.indexes or [])})
+            new.due = max(new.due, same.due)
+        places.append(new)
+        change.place(ident, envelope, new)
+
+    def _record(self, change: Change, outcome: Outcome) -> list[int]:
+        """Write the states of the entry's recipients; the indexes of those still pending."""
+        entry = outcome.entry
+        states = self._store.recipient_states(change.txn, entry.ident) if entry.attempts else {}
+        pending = []
+        for index, _ in entry.recipients:
+            state = states.get(index) or RecipientState()
+            attempt = outcome.results.get(index)
+            if attempt is not None:
+                state.attempts = [*state.attempts, attempt][-ATTEMPTS_KEPT:]
+                state.state = {SUCCESS: DELIVERED, PERMANENT: FAILED}.get(attempt.kind, PENDING)
+            elif outcome.success:
+                state.state = DELIVERED
+            change.set_recipient(entry.ident, index, state)
+            if state.state == PENDING:
+                pending.append(index)
+        return pending
+
+    def discard_dsn(self, outcome: Outcome) -> None:
+        """An outcome was not recorded: remove what `write` has put into a file of its own for it."""
+        dsn, outcome.dsn = outcome.dsn, None
+        if dsn is not None and dsn.envelope.body is not None and not dsn.envelope.body.segment:
+            self._segments.big_path(dsn.ident).unlink(missing_ok=True)
+
+    def free_body(self, ident: int, body: Body | None) -> None:
+        """Free a body in the group under way, in which its message ends."""
+        if body is not None:
+            self.freed.append((ident, body))
+
+
+def put_rows(change: Change, put: Put, now: int) -> None:
+    """Add a message with rows of its own, due now or held."""
+    envelope = put.envelope
+    if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
+        envelope.flags &= ~HELD
+        put_rows(change, put, now)
+        change.hold(put.ident, envelope)
+        return
+    if len(put.names) == 1:
+        row = change.row(put.names[0][0])
+        envelope.placements = [Placement(row.number, now)]
+        change.put(put.ident, envelope, [row])
+        return
+    rows = [change.row(name) for name, _ in put.names]
+    envelope.placements = [Placement(row.number, now, 0, indexes) for row, (_, indexes) in zip(rows, put.names, strict=True)]
+    change.put(put.ident, envelope, rows)

@@ -1,0 +1,45 @@
+"""An entry as a Mail for a peer, and whether the peer can accept it."""
+
+from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8
+from relaymta.proto.smtp_client import Features, Mail
+from relaymta.queue import Entry
+
+__all__ = ["is_large", "mail_of", "unfit"]
+
+
+def is_large(entry: Entry) -> bool:
+    """Whether the message is a large one: its message data is streamed from a file of its own."""
+    body = entry.envelope.body
+    return body is not None and not body.segment
+
+
+def unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
+    """Why a peer with these features cannot accept a message, as (enhanced status code, text); None when it can."""
+    envelope = entry.envelope
+    if envelope.flags & SMTPUTF8 and not features.smtputf8:
+        needed = not envelope.sender.isascii() or not all(address.isascii() for _, address in entry.recipients)
+        if needed:
+            return "5.6.7", "the message needs SMTPUTF8, which the peer does not offer"
+    if envelope.flags & EIGHT_BIT and not features.eight_bit:
+        return "5.6.3", "the message needs 8BITMIME, which the peer does not offer"
+    if features.size and envelope.size > features.size:
+        return "5.3.4", f"the message has {envelope.size} octets, the peer accepts {features.size}"
+    return None
+
+
+def mail_of(entry: Entry, rewrite: str) -> Mail:
+    """An entry as a Mail. `rewrite`: the route's `rewrite_sender`: an address or "@domain"; "" for none."""
+    envelope = entry.envelope
+    sender = envelope.sender
+    if rewrite and sender:
+        sender = sender.rpartition("@")[0] + rewrite if rewrite.startswith("@") else rewrite
+    flags = envelope.flags
+    return Mail(
+        entry,
+        sender,
+        entry.recipients,
+        entry.data,
+        envelope.size,
+        bool(flags & EIGHT_BIT),
+        bool(flags & SMTPUTF8),
+    )

@@ -1,0 +1,147 @@
+"""Outcomes: the replies of a transaction, a lost connection, or a site without a usable host, as one Attempt for each recipient,
+after the rules about replies are applied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relaymta.config import Rule
+from relaymta.errors import Failure, told
+from relaymta.metrics import Counters, index
+from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt
+from relaymta.proto.smtp_client import Mail, Said, classify
+from relaymta.queue import Entry, Queue, wall_ms
+from relaymta.send.decisions import Decisions
+from relaymta.send.parking import Parking
+from relaymta.send.pool import Pool
+from relaymta.send.session import Session
+
+__all__ = ["Judged", "Outcomes", "judge"]
+
+TRANSACTIONS = index("relaymta_transactions_total")
+IN_DOUBT = index("relaymta_in_doubt_total")
+
+FREE_RETRIES = 3  # times a message may lose a reused connection before it costs an attempt
+AT_ONCE_MS = 1  # retry delay of a message that is due at once; only its sleeping queue holds it back
+
+RuleOf = Callable[[str, str], Rule | None]
+
+
+@dataclass(slots=True)
+class Judged:
+    """`results`: an Attempt for each recipient, by index. `retry_after_ms`: the delay that rules set, 0 for that of the schedule.
+    `rules`: those with the action `suspend` or `slow`, each with the reply that it matched."""
+
+    results: dict[int, Attempt] = field(default_factory=dict)
+    retry_after_ms: int = 0
+    rules: list[tuple[Rule, str]] = field(default_factory=list)
+
+
+def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_of: RuleOf) -> Judged:
+    """The outcome of a transaction with `peer`. `default(index)`: the reply or Attempt of a recipient without a reply of its own;
+    `rule_of(host, reply)`: the rule that matches a reply, or None."""
+    judged = Judged()
+    now = wall_ms()
+    for recipient, _ in mail.recipients:
+        found = mail.said.get(recipient) or default(recipient)
+        if isinstance(found, Attempt):
+            judged.results[recipient] = found
+            continue
+        kind = classify(found)
+        if kind != "success":
+            kind = _by_rule(judged, kind, rule_of(peer, found.whole), found)
+        judged.results[recipient] = Attempt(now, kind, found.phase, peer, found.code, found.enhanced, found.text)
+    return judged
+
+
+def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
+    """The kind of result that a rule makes of a reply; the rule's other effects are added to `judged`."""
+    if rule is None:
+        return kind
+    if rule.action == "bounce":
+        return PERMANENT
+    if rule.action in ("retry", "suspend"):
+        judged.retry_after_ms = max(judged.retry_after_ms, int(rule.duration * 1000))
+    if rule.action in ("suspend", "slow"):
+        judged.rules.append((rule, said.whole))
+    return TRANSIENT if rule.action in ("defer", "retry", "suspend") else kind
+
+
+class Outcomes:
+    """Gives the queue one outcome for each entry that was begun. Its only state is in the entries: `route` and `lost`."""
+
+    queue: Queue
+
+    def __init__(self, counters: Counters, decisions: Decisions, parking: Parking) -> None:
+        self._counters = counters
+        self._decisions = decisions
+        self._parking = parking
+        self._rule_of: RuleOf = lambda host, reply: None
+
+    def configure(self, rule_of: RuleOf) -> None:
+        """Apply a new configuration: `rule_of(host, reply)`: the rule that matches a reply, or None."""
+        self._rule_of = rule_of
+
+    def finished(self, pool: Pool | None, session: Session, mail: Mail) -> None:
+        """All replies to a message are there. `pool`: the session's, where it is still in one."""
+        entry = mail.cargo
+        assert isinstance(entry, Entry)
+        self._counters.add(TRANSACTIONS, 1)
+        entry.route = (session.peer, mail.answer)
+        if mail.all_sent:
+            self.queue.finish(entry, None)
+            return
+        judged = judge(mail, session.peer, lambda _: Said(0, b"no reply was seen", "final"), self._rule_of)
+        self._decisions.rules(pool, entry.name.application, judged.rules)
+        good = all(a.kind == SUCCESS for a in judged.results.values())
+        self.queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
+
+    def lost(self, pool: Pool, session: Session, mail: Mail, reason: str) -> bool:
+        """The connection ended under a message. False when that is no attempt: the caller delivers the entry again at once."""
+        entry = mail.cargo
+        assert isinstance(entry, Entry)
+        core = session.core
+        said = core.last_said
+        # A reused connection that ended before the reply to MAIL: no attempt is counted. (Not where an earlier transaction of the
+        # same message was on it: its recipients must not get the message again.)
+        free = mail.reached == "" and core.messages and not mail.said and entry.lost < FREE_RETRIES
+        doubt = ""
+        # Not in doubt: the reply was 421; or the peer had closed the connection, and the message data was written behind (BDAT).
+        if mail.data_sent and said is None and not (free and session.closed_by_peer):
+            self._counters.add(IN_DOUBT, 1)
+            doubt = " (in doubt: the message was sent, its reply did not come)"
+        if free:
+            entry.lost += 1
+            return False
+        phase = core.awaiting or mail.reached or "mail"
+        inside = session.cause and session.cause + doubt
+        unanswered = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
+        judged = judge(mail, session.peer, lambda _: said or unanswered, self._rule_of)
+        self._decisions.rules(pool, entry.name.application, judged.rules)
+        entry.route = (session.peer, b"")
+        self.queue.finish(entry, judged.results, judged.retry_after_ms)
+        return True
+
+    def charge(
+        self, entry: Entry, kind: str, phase: str, peer: str, code: int, enhanced: str, why: str | Failure, retry_after: int = 0
+    ) -> None:
+        """Finish an entry with an attempt that reached no transaction, for all of its recipients. `retry_after`: ms, 0: by the
+        schedule."""
+        if entry.waiting or entry.in_flight:
+            attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why))
+            self.queue.finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
+
+    def charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure) -> None:
+        """Where nothing can be delivered, charge one message with the attempt and put the others back. Their queues sleep, and
+        nothing else delays them: the charged one is due like the others, and is offered when its queue wakes."""
+        for number, entry in enumerate(entries):
+            self._parking.park(entry.queue, until)
+            if number == 0:
+                self.charge(entry, TRANSIENT, phase, "", said.code, enhanced, why, AT_ONCE_MS)
+            else:
+                self._parking.put_back(entry)
+
+    def bounce(self, entry: Entry, indexes: list[int], reason: str) -> None:
+        """A bounce policy: these recipients fail permanently; the others are due at once."""
+        if entry.waiting:
+            attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
+            self.queue.finish(entry, dict.fromkeys(indexes, attempt), 1)

@@ -1,0 +1,199 @@
+"""The supervisor: binds the sockets, starts a worker for each slot and replaces those that die, reloads, drains, answers the CLI
+and serves /metrics. It does not handle mail.
+
+Each listener has one SO_REUSEPORT socket for each slot. The socket stays open in the supervisor when the slot's worker dies, so
+that new connections wait in its backlog; it is lent to another worker until the successor is ready.
+"""
+
+import asyncio
+import os
+import resource
+import signal
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from relaymta import privileges
+from relaymta.config import Config, parse_hostport
+from relaymta.errors import ConfigError, RelayError
+from relaymta.log import Log
+from relaymta.metrics import SITES_SHOWN
+from relaymta.node import keep_secret
+from relaymta.shm import SLOTS, Shared
+from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
+from relaymta.supervisor.answers import serve_cli, usage
+from relaymta.supervisor.busiest import busiest
+from relaymta.supervisor.checks import check_files
+from relaymta.supervisor.configuration import Configuration
+from relaymta.supervisor.machine import Machine
+from relaymta.supervisor.root import drop_root, make_folder, prepare_as_root
+from relaymta.supervisor.slots import Slot, Slots
+
+__all__ = ["Supervisor", "serve"]
+
+
+class Supervisor:
+    """The processes of one spool. `reload`: reads the configuration again (ConfigError)."""
+
+    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
+        self.shared = Shared.create()
+        self.stopping = asyncio.Event()
+        self.failure = ""
+        self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
+        self.configuration = Configuration(config, reload, self.slots)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit status (`failure` says why it is not 0). ConfigError, SpoolBusy or StoreError
+        before any worker is started."""
+        config = self.config
+        spool = Path(config.spool)
+        _raise_descriptor_limit()
+        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = min(workers, SLOTS)
+        control = prepare_as_root(config)
+        sockets = bound(config.listener, workers)
+        http = await self._serve_metrics()
+        drop_root(config)
+        self._prepare_spool(spool)
+        control = control or control_socket(config.control_path)
+        self.log = self.configuration.log = _opened_log(config)
+        if os.geteuid() == 0:
+            others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
+            self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
+        check_files(config)
+        self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
+        self.configuration.note(config)
+        for number, own in enumerate(sockets):
+            orphans = [shard for shard in _existing_shards(spool) if shard >= workers and shard % workers == number]
+            self.slots.add(Slot(number, own, [number, *orphans]))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+        server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
+        self.failure = await self.slots.start()
+        if self.failure:
+            self.stopping.set()
+        elif not self.stopping.is_set():
+            addresses = [listener.address for listener in config.listener]
+            self.log.event("started", pid=os.getpid(), listeners=addresses)
+            notify("READY=1")
+        self.machine.start()
+        await self.stopping.wait()
+        notify("STOPPING=1")
+        server.close()
+        await self.slots.stop()
+        await self.machine.stop()
+        if http is not None:
+            await http.cleanup()
+        remove_socket(control, config.control_path)
+        self.log.event("stopped", reason=self.failure or "signal")
+        self.log.close()
+        return 75 if self.failure else 0
+
+    @property
+    def config(self) -> Config:
+        """The configuration in use."""
+        return self.configuration.config
+
+    def _start_arguments(self, slot: Slot) -> dict[str, Any]:
+        """What every worker needs at its start."""
+        return {
+            "config": self.configuration.given(slot),
+            "states": [msgspec.to_builtins(state) for state in self.machine.known_by_workers()],
+            "tickets": self.machine.tickets,
+        }
+
+    def _started(self, slot: Slot) -> None:
+        self.configuration.started(slot)
+
+    async def _from_worker(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
+        """Answer a worker's request."""
+        answers: dict[str, Callable[..., Awaitable[Any]]] = {"site_state": self.machine.site_state, "token": self.machine.token}
+        if op not in answers:
+            raise RelayError(f"no such request of a worker: {op}")
+        return await answers[op](**args)
+
+    def _warn(self, text: str) -> None:
+        self.log.event("warning", text=text)
+
+    # Start
+
+    def _prepare_spool(self, spool: Path) -> None:
+        make_folder(spool)
+        if not os.access(spool, os.W_OK | os.X_OK):
+            user = self.config.user
+            hint = f": `chown -hR {user} {spool}`, if that is what you want" if user else ""
+            raise ConfigError([f"spool: {spool} is not writable{hint}"])
+        try:
+            keep_secret(spool)
+        except OSError as error:
+            raise ConfigError([f"spool: {error.filename or spool}: {error.strerror}"]) from None
+
+    async def _serve_metrics(self) -> Any:
+        if self.config.metrics.listen == "off":
+            return None
+        from relaymta.admin.http import serve_http
+
+        host, port = parse_hostport(self.config.metrics.listen)
+        try:
+            return await serve_http(
+                host,
+                port,
+                lambda: [self.shared.counters(slot.number) for slot in self.slots],
+                lambda: busiest(self.slots, SITES_SHOWN),
+                lambda: usage(self),
+                self.slots.health,
+            )
+        except OSError as error:
+            raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
+
+    def _reopen_logs(self) -> None:
+        """SIGUSR1: open the log file again, in all processes, after it was rotated."""
+        self.log.reopen()
+        for _, channel in self.slots.ready():
+            channel.notify("reopen_log")
+
+    async def reload(self) -> str:
+        """Read the configuration again and replace the one in use. The answer for operators."""
+        return await self.configuration.reload()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise RLIMIT_NOFILE to its hard limit: each connection needs a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _existing_shards(spool: Path) -> list[int]:
+    found = [path.name.removeprefix("shard-") for path in spool.glob("shard-*")]
+    return sorted(int(text) for text in found if text.isdigit())
+
+
+def _opened_log(config: Config) -> Log:
+    try:
+        return Log(config.log.file, -1)
+    except OSError as error:
+        raise ConfigError([f"log.file: {config.log.file}: {error.strerror or error}"]) from None
+
+
+async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
+    supervisor = Supervisor(config, reload)
+    status = await supervisor.run()
+    return status, supervisor.failure
+
+
+def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
+    """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready."""
+    return uvloop.run(_run(config, reload))

@@ -1,0 +1,228 @@
+"""The answers to the requests of the command line, which come over the control socket: by the supervisor itself, or by workers.
+
+No worker can delay an answer beyond its row's seconds, or make it fail: one that is starting, has died, is stopped or late is
+named in the answer as missing.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from relaymta.control import Answer, Late, converse, sentence
+from relaymta.control.requests import REQUESTS, Busiest, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
+from relaymta.errors import RelayError
+from relaymta.log import find_history
+from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
+from relaymta.queue.ident import format_id, parse_id, shard_of
+from relaymta.send.policies import filter_of
+from relaymta.supervisor.slots import Slot
+
+if TYPE_CHECKING:
+    from relaymta.supervisor import Supervisor
+
+__all__ = ["Answers", "serve_cli", "sites", "usage"]
+
+METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
+
+
+async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve one connection of the CLI: answer its requests in order."""
+
+    def failed(op: str, error: Exception) -> None:
+        supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
+
+    await converse(reader, writer, Answers(supervisor), failed)
+
+
+async def sites(supervisor: "Supervisor", most: int) -> list[dict[str, Any]]:
+    """For /metrics: the rows of the `most` busiest sites, of the workers that answer."""
+    answer = await Answers(supervisor).by_all(REQUESTS["sites"], Busiest(most), METRICS_SECONDS)
+    return answer.value  # type: ignore[no-any-return]
+
+
+async def usage(supervisor: "Supervisor") -> list[dict[str, Any]]:
+    """For /metrics: the use of accounts' quotas."""
+    answer = await Answers(supervisor).by_any(REQUESTS["usage"], Nothing(), METRICS_SECONDS)
+    return answer.value  # type: ignore[no-any-return]
+
+
+class Answers:
+    """Answers requests. A method for each that the table gives to the supervisor; the others are passed on to workers."""
+
+    def __init__(self, supervisor: "Supervisor") -> None:
+        self._supervisor = supervisor
+        self._slots = supervisor.slots
+
+    async def __call__(self, op: str, args: dict[str, Any]) -> Answer:
+        """The answer to a request. RelayError when there is no such request, an argument is wrong, or it was refused."""
+        row = REQUESTS.get(op)
+        if row is None:
+            raise RelayError(f"no such request: {op}")
+        return await _BY[row.where](self, row, row.read(args))
+
+    # By workers
+
+    async def _ask(self, slot: Slot, row: Request, args: Any, seconds: float) -> Any:
+        if not slot.ready or slot.channel is None:
+            raise ConnectionError(f"worker {slot.number} is not ready")
+        return await slot.channel.ask(row.name, None, seconds or row.seconds, **msgspec.to_builtins(args))
+
+    async def _each(
+        self, slots: Iterable[Slot], row: Request, args: Any, seconds: float = 0
+    ) -> tuple[list[tuple[Slot, Any]], list[int]]:
+        """The workers' answers, asked side by side, and the numbers of those without one. RelayError when one refuses."""
+        asked = list(slots)
+        answers = await asyncio.gather(*(self._ask(slot, row, args, seconds) for slot in asked), return_exceptions=True)
+        found, missing = [], []
+        for slot, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, ConnectionError):
+                missing.append(slot.number)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append((slot, answer))
+        return found, missing
+
+    async def by_all(self, row: Request, args: Any, seconds: float = 0) -> Answer:
+        """All workers' answers, merged. `seconds`: for each of them, instead of the row's."""
+        assert row.merge is not None
+        found, missing = await self._each(self._slots, row, args, seconds)
+        return Answer(row.merge([answer for _, answer in found], args), missing)
+
+    async def by_any(self, row: Request, args: Any, seconds: float = 0) -> Answer:
+        """The answer of the first worker that gives one. RelayError when none does."""
+        for slot in self._slots:
+            with contextlib.suppress(ConnectionError):
+                return Answer(await self._ask(slot, row, args, seconds), [])
+        raise RelayError("no worker answers")
+
+    async def _by_owner(self, row: Request, args: Any) -> Answer:
+        owner = next((slot for slot in self._slots if args.shard in slot.shards), None)
+        if owner is None:
+            raise RelayError(f"there is no shard {args.shard}")
+        found, missing = await self._each([owner], row, args)
+        return Answer(found[0][1] if found else None, missing)
+
+    async def _by_first(self, row: Request, args: OfMessage) -> Answer:
+        """The answer of the worker that has a message; None when none has it."""
+        asked = REQUESTS["message"] if row.pieces else row
+        home = shard_of(_number(args.ident))
+        missing: list[int] = []
+        for here in (True, False):
+            found, away = await self._each((slot for slot in self._slots if (home in slot.shards) == here), asked, args)
+            for slot, answer in found:
+                if answer is not None:
+                    return Answer(self._pieces(slot, row, args) if row.pieces else answer, [])
+            missing += away
+        return Answer(None, missing)
+
+    async def _pieces(self, slot: Slot, row: Request, args: Any) -> AsyncGenerator[Any, None]:
+        if slot.channel is None:
+            raise Late(f"worker {slot.number} is not ready")
+        async with aclosing(slot.channel.stream(row.name, row.seconds, **msgspec.to_builtins(args))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    # By the supervisor
+
+    async def _by_supervisor(self, row: Request, args: Any) -> Answer:
+        found = await getattr(self, row.name)(args)
+        return found if isinstance(found, Answer) else Answer(found, [])
+
+    async def status(self, args: Nothing) -> Answer:
+        """The processes. A worker's row has what the worker says of itself, where it answers."""
+        supervisor = self._supervisor
+        found, missing = await self._each(self._slots, REQUESTS["status"], args)
+        answers = {slot.number: answer for slot, answer in found}
+        rows = []
+        for slot in self._slots:
+            ready = slot.number in answers
+            state = "ready" if ready else "late" if slot.ready else str(slot.state)
+            rows.append({"worker": slot.number, "ready": ready, "state": state, **answers.get(slot.number, {})})
+        value = {
+            "pid": os.getpid(),
+            "listeners": [listener.address for listener in supervisor.config.listener],
+            "spool": supervisor.config.spool,
+            "durability": "250 only after fdatasync of the message data and a synced LMDB commit",
+            "metrics": supervisor.config.metrics.listen,
+            "workers": rows,
+        }
+        return Answer(value, missing)
+
+    async def shards(self, args: Nothing) -> Answer:
+        """The numbers of the shards whose workers are ready."""
+        ready = [slot for slot in self._slots if slot.ready]
+        away = [slot.number for slot in self._slots if not slot.ready]
+        return Answer(sorted(shard for slot in ready for shard in slot.shards), away)
+
+    async def history(self, args: OfMessage) -> list[dict[str, Any]]:
+        """As `log.find_history`."""
+        folder = Path(self._supervisor.config.spool) / "history"
+        return await asyncio.to_thread(find_history, folder, format_id(_number(args.ident)))
+
+    async def site_states(self, args: Nothing) -> list[dict[str, Any]]:
+        """All site states but secrets, as `node.site_state_row` shows them."""
+        states = self._supervisor.machine.states
+        shown = sorted((state for state in states if state.kind != TOKEN), key=lambda state: state.key)
+        return [site_state_row(state, states) for state in shown]
+
+    async def suspend(self, args: Suspension) -> None:
+        """Suspend a site, or an application's mail."""
+        if not args.site and not args.about:
+            raise RelayError("suspend: which site, or which application's mail?")
+        self._decided(SiteState(SUSPENDED, args.site, args.about, *_lasting(args.seconds), "operator", args.reason))
+
+    async def policy(self, args: Policy) -> None:
+        """Set a hold or bounce policy."""
+        try:
+            filter_of(args.about)
+        except ValueError as error:
+            raise RelayError(str(error)) from None
+        self._decided(SiteState(args.kind, args.about, "", *_lasting(args.seconds), "operator", args.reason))
+
+    def _decided(self, state: SiteState) -> None:
+        """Set and log a state that an operator has decided."""
+        self._supervisor.machine.set_site_state(state, state.key)
+        self._supervisor.log.event(
+            "shaping", site=state.site, tenant=state.about, action=state.kind, by=state.by, reply=state.reason, until=state.until
+        )
+
+    async def clear(self, args: Clearing) -> int:
+        """Remove states; how many."""
+        if bool(args.kind) == args.resume:
+            raise RelayError("clear: either a kind, or resume")
+        kinds = [SUSPENDED, DEAD] if args.resume else [args.kind]
+        return sum(self._supervisor.machine.set_site_state(None, (kind, args.site, args.about)) for kind in kinds)
+
+    async def reload(self, args: Nothing) -> str:
+        """As `Supervisor.reload`."""
+        return await self._supervisor.reload()
+
+
+_BY: dict[Where, Callable[[Answers, Request, Any], Awaitable[Answer]]] = {
+    Where.SUPERVISOR: Answers._by_supervisor,
+    Where.OWNER: Answers._by_owner,
+    Where.FIRST: Answers._by_first,
+    Where.ANY: Answers.by_any,
+    Where.ALL: Answers.by_all,
+}
+
+
+def _number(ident: str) -> int:
+    try:
+        return parse_id(ident)
+    except ValueError as error:
+        raise RelayError(str(error)) from None
+
+
+def _lasting(seconds: float) -> tuple[int, int]:
+    """(since, until) of a state that begins now."""
+    now = time.time_ns() // 1_000_000
+    return now, now + int(seconds * 1000)

@@ -1,0 +1,97 @@
+"""What a worker counts and logs of what its queue has committed."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from relaymta.log import Log
+from relaymta.metrics import Counters, index
+from relaymta.proto.envelope import SUCCESS, TRANSIENT
+from relaymta.queue import Committed, Entry, Events, Outcome, Put, format_id
+
+__all__ = ["Witness"]
+
+DELIVERED = index("relaymta_recipients_total", "delivered")
+DEFERRED = index("relaymta_recipients_total", "deferred")
+BOUNCED = index("relaymta_recipients_total", "bounced")
+EXPIRED = index("relaymta_recipients_total", "expired")
+DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
+COMMITS = index("relaymta_commits_total")
+OPERATIONS = index("relaymta_commit_operations_total")
+SYNCS = index("relaymta_syncs_total")
+DSNS = index("relaymta_dsns_total")
+DSNS_DROPPED = index("relaymta_dsns_dropped_total")
+
+
+class Witness(Events):
+    """Counts and logs what the queue has committed."""
+
+    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], next_try: Callable[[Outcome], int]) -> None:
+        """`landed(entry)`: called when an entry's outcome is committed or refused. `next_try(outcome)`: when its deferred
+        recipients are tried again (ms of the wall clock)."""
+        self._landed = landed
+        self._next_try = next_try
+        self._add = counters.add
+        self._delay = counters.histogram("relaymta_delivery_delay_seconds")
+        self._log = log
+
+    def queued(self, put: Put) -> None:
+        envelope = put.envelope
+        self._log.event(
+            "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
+            client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
+        )  # fmt: skip
+
+    def ended(self, outcome: Outcome) -> None:
+        entry = outcome.entry
+        self._landed(entry)
+        envelope = entry.envelope
+        peer, answer = entry.route if isinstance(entry.route, tuple) else ("", b"")
+        if outcome.success:
+            count = len(envelope.recipients) if entry.indexes is None else len(entry.indexes)
+            delay = time.time() - envelope.arrived / 1000
+            self._add(DELIVERED, count)
+            self._add(DELIVERED_OCTETS, envelope.size)
+            self._delay(delay)
+            self._log.event(
+                "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=entry.name.label,
+                peer=peer, reply=answer.decode("utf-8", "replace"), delay=round(delay, 3), attempt=entry.attempts + 1,
+            )  # fmt: skip
+            return
+        for position, attempt in outcome.results.items():
+            self._recipient_ended(outcome, position, attempt)
+        if outcome.dsn is not None:
+            self._add(DSNS, 1)
+        elif outcome.failed:
+            self._add(DSNS_DROPPED, 1)
+
+    def _recipient_ended(self, outcome: Outcome, position: int, attempt: Any) -> None:
+        entry = outcome.entry
+        common = {
+            "id": format_id(entry.ident), "route": entry.name.label, "peer": attempt.peer, "attempt": entry.attempts + 1,
+            "reply": attempt.cause,
+        }  # fmt: skip
+        address = entry.envelope.recipients[position]
+        if attempt.kind == SUCCESS:
+            self._add(DELIVERED, 1)
+            delay = time.time() - entry.envelope.arrived / 1000
+            self._log.event("delivered", recipients=[address], delay=round(delay, 3), **common)
+        elif attempt.kind == TRANSIENT:
+            self._add(DEFERRED, 1)
+            self._log.event("deferred", recipient=address, phase=attempt.phase, next=self._next_try(outcome) / 1000, **common)
+        else:
+            self._add(EXPIRED if outcome.expired else BOUNCED, 1)
+            dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
+            self._log.event("bounced", recipient=address, phase=attempt.phase, dsn=dsn, **common)
+
+    def refused(self, entry: Entry, why: str) -> None:
+        self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")
+        self._landed(entry)
+
+    def failed(self, what: str) -> None:
+        self._log.event("warning", text=f"a change of the queue was undone: internal error: {what}")
+
+    def committed(self, group: Committed) -> None:
+        self._add(COMMITS, 1)
+        self._add(OPERATIONS, len(group.puts) + len(group.outcomes) + len(group.tasks))
+        self._add(SYNCS, group.syncs)

@@ -1,0 +1,158 @@
+"""A worker's answers to the requests of the command line, which the supervisor passes on."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from relaymta.config import near
+from relaymta.control import sentence
+from relaymta.control.requests import REQUESTS, Busiest, Change, Chosen, Move, Nothing, OfMessage, Page, Queues
+from relaymta.errors import RelayError
+from relaymta.queue import Filter, parse_id
+from relaymta.send.explain import explain, goes_to, site_rows, throttled
+
+if TYPE_CHECKING:
+    from relaymta.worker import Shard, Worker
+
+__all__ = ["Answers", "answer"]
+
+
+async def answer(worker: "Worker", op: str, args: dict[str, Any]) -> Any:
+    """The answer to a request of the table. RelayError when there is no such request, an argument is wrong, or it is refused; a
+    bug is logged."""
+    row, handler = REQUESTS.get(op), getattr(Answers, op, None)
+    if row is None or handler is None:
+        raise RelayError(f"no such request: {op}")
+    arguments = row.read(args)
+    try:
+        return await handler(Answers(worker), arguments)
+    except (RelayError, ConnectionError):
+        raise
+    except Exception as error:
+        worker.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
+        raise
+
+
+class Answers:
+    """A method for each request that the table gives to workers, and `status` for the supervisor's."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+        self._shards = worker.shards
+
+    def _shard(self, number: int) -> "Shard":
+        if number not in self._shards:
+            raise RelayError(f"shard {number} is not open")
+        return self._shards[number]
+
+    async def summary(self, args: Nothing) -> list[Any]:
+        """As `inspect.summary`, of all shards."""
+        return [row for shard in self._shards.values() for row in await shard.queue.summary()]
+
+    async def shape(self, args: Nothing) -> list[Any]:
+        """As `inspect.shape`, of all shards."""
+        return [row for shard in self._shards.values() for row in await shard.queue.shape()]
+
+    async def page(self, args: Page) -> Any:
+        """As `listing.page`."""
+        one = self._shard(args.shard)
+        return await one.queue.page(_filter(args.chosen), args.after, partial(goes_to, one.dispatcher))
+
+    async def change(self, args: Change) -> Any:
+        """Apply a verb to messages: (changed, in flight). RelayError when there is no such route."""
+        one = self._shard(args.shard)
+        if args.verb == "reroute" and args.word not in self._worker.routes.labels:
+            raise self._no_route(args.word)
+        result = await one.queue.change_messages(args.verb, args.idents, args.word)
+        if args.verb == "flush":
+            one.dispatcher.flush()
+            await one.queue.wake_queues()
+        return result
+
+    async def move(self, args: Move) -> Any:
+        """Move all messages of whole queues to a route: (messages matched, those in flight). None when the filter does not match
+        whole queues, or the route has no hosts of its own. RelayError when there is no such route."""
+        wanted, route = _filter(args.chosen), self._worker.routes.named(args.word)
+        if route is None:
+            raise self._no_route(args.word)
+        if wanted.until or not (wanted.whole_queues and route.hosts):  # without hosts, the queue depends on the domain
+            return None
+        messages, in_flight = 0, 0
+        for shard in self._shards.values():
+            one, at_site = shard.dispatcher, partial(goes_to, shard.dispatcher)
+            found = await shard.queue.move_queues(wanted, at_site, partial(self._worker.routes.by_route, route), args.dry_run)
+            one.forget_parked()
+            messages, in_flight = messages + found[0], in_flight + found[1]
+        return messages, in_flight
+
+    def _no_route(self, word: str) -> RelayError:
+        return RelayError(f"there is no route {word!r}{near(word, self._worker.routes.labels)}")
+
+    async def throttled(self, args: Queues) -> Any:
+        """Of `queues`: how many messages the limits of sites delay, and until when (seconds UTC)."""
+        found = [(0, 0.0)]
+        for shard in self._shards.values():
+            names = {name: args.queues[str(name)] for name in await shard.queue.names() if str(name) in args.queues}
+            found.append(throttled(shard.dispatcher, names))
+        return max(found)
+
+    async def message(self, args: OfMessage) -> Any:
+        """As `listing.message`; None when no shard has it."""
+        for shard in self._shards.values():
+            found = await shard.queue.message(parse_id(args.ident))
+            if found is not None:
+                return found
+        return None
+
+    async def explain(self, args: OfMessage) -> Any:
+        """As `send.explain.explain`; None when no shard has it."""
+        for shard in self._shards.values():
+            found = await explain(shard.dispatcher, parse_id(args.ident))
+            if found is not None:
+                return found
+        return None
+
+    async def raw(self, args: OfMessage) -> AsyncGenerator[bytes, None]:
+        """A message's data in pieces; none when no shard has it."""
+        return self._raw(parse_id(args.ident))
+
+    async def _raw(self, ident: int) -> AsyncGenerator[bytes, None]:
+        for shard in self._shards.values():
+            async with aclosing(shard.queue.raw(ident)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def sites(self, args: Busiest) -> list[Any]:
+        """As `send.explain.site_rows`, of all shards."""
+        return [row for shard in self._shards.values() for row in site_rows(shard.dispatcher, args.most)]
+
+    async def usage(self, args: Nothing) -> list[Any]:
+        """The use of accounts' quotas, which all workers share."""
+        worker = self._worker
+        if worker.acceptor is None or worker.intake is None:
+            return []
+        return worker.intake.quotas.usage(worker.acceptor.endpoint.logins.accounts)
+
+    async def status(self, args: Nothing) -> dict[str, Any]:
+        """What this worker says of itself."""
+        acceptor, shards = self._worker.acceptor, self._shards.values()
+        return {
+            "pid": os.getpid(),
+            "shards": list(self._shards),
+            "connections": len(acceptor.connections) if acceptor else 0,
+            "in flight": sum(shard.dispatcher.in_flight() for shard in shards),
+            "full": any(shard.queue.full for shard in shards),
+            "stalled": any(shard.queue.writer.stalled for shard in shards),
+            "last store error": next((s.queue.writer.last_error for s in shards if s.queue.writer.last_error), ""),
+            "sites down": {
+                pool.key: pool.reason for shard in shards for pool in shard.dispatcher.pools.values() if pool.failures
+            },
+        }
+
+
+def _filter(chosen: Chosen) -> Filter:
+    return Filter(**msgspec.structs.asdict(chosen))

@@ -1,0 +1,122 @@
+"""What a worker shows of its state every second: gauges, and what follows from memory and disk."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relaymta import memory
+from relaymta.metrics import index
+from relaymta.queue import Totals
+
+if TYPE_CHECKING:
+    from relaymta.worker import Shard, Worker
+
+__all__ = ["Gauges", "busy"]
+
+LOG_DROPPED = index("relaymta_log_dropped_total")
+
+_TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], float]]] = [
+    ("relaymta_queue_messages", attrgetter("messages"), sum),
+    ("relaymta_queue_octets", attrgetter("octets"), sum),
+    ("relaymta_queue_deferred", attrgetter("deferred"), sum),
+    ("relaymta_queue_held", attrgetter("held"), sum),
+    ("relaymta_oldest_overdue_seconds", attrgetter("overdue"), max),
+    ("relaymta_segment_octets", attrgetter("segment_octets"), sum),
+    ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
+]
+
+COUNT_SECONDS = 60.0  # after so long another count is started, even if the last one has not ended
+COUNT_SHARE = 50  # counting takes at most 1/50 of the time
+_STORE_REASONS = {"slow": "free space is near its floor", "full": "free space is below its floor"}
+
+
+def busy(shards: "Iterable[Shard]", names: list[str] | None, now: float) -> list[Any]:
+    """The load of sites for /metrics. Without `names`: of all, as (name, messages waiting, connections). With names: the rows of
+    these, for `metrics.SITE_GAUGES`."""
+    pools = [pool for shard in shards for pool in shard.dispatcher.pools.values()]
+    if names is None:
+        return [(pool.key, len(pool.ready), len(pool.sessions)) for pool in pools]
+    wanted = set(names)
+    return [
+        {
+            "pool": pool.key, "waiting": len(pool.ready), "connections": len(pool.sessions), "window": round(pool.window, 1),
+            "rate": pool.rate(now),
+        }
+        for pool in pools
+        if pool.key in wanted
+    ]  # fmt: skip
+
+
+class Gauges:
+    """Sets a worker's gauges, from its start on until `stop`."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+        self._store_state = "ok"
+        self._log_dropped = 0
+        self._memory_level = 0
+        self._timer: asyncio.TimerHandle
+        self._set()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _set(self) -> None:
+        """Set the gauges, and what follows from memory and disk; once a second, even if it fails."""
+        worker = self._worker
+        self._timer = worker.loop.call_later(1.0, self._set)
+        now = worker.loop.time()
+        for shard in worker.shards.values():
+            if now >= shard.count_at:
+                shard.count_at = now + COUNT_SECONDS
+                shard.queue.watch_totals(lambda totals, shard=shard: self._set_totals(shard, totals, now))  # type: ignore[misc]
+        gauge = worker.counters.gauge
+        gauge("relaymta_connections", len(worker.acceptor.connections) if worker.acceptor else 0)
+        gauge("relaymta_sessions", sum(len(shard.dispatcher.sessions) for shard in worker.shards.values()))
+        gauge("relaymta_window", sum(len(shard.queue.entries) for shard in worker.shards.values()))
+        full = any(shard.queue.full for shard in worker.shards.values())
+        slow = any(shard.queue.pressure for shard in worker.shards.values())
+        stalled = any(shard.queue.writer.stalled for shard in worker.shards.values())
+        gauge("relaymta_limit_overflows", worker.limits.overflows + worker.rates.overflows + worker.client_rates.overflows)
+        gauge("relaymta_store_slow", slow)
+        gauge("relaymta_store_full", full)
+        gauge("relaymta_listeners_paused", worker.acceptor is not None and worker.acceptor.paused)
+        gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
+        gauge("relaymta_store_stalled", stalled)
+        self._watch_memory()
+        brim = any(shard.queue.brim for shard in worker.shards.values())
+        worker.log.muted = brim and worker.log.shares_disk_with(Path(worker.config.spool))
+        worker.counters.add(LOG_DROPPED, worker.log.dropped - self._log_dropped)
+        self._log_dropped = worker.log.dropped
+        state = "stalled" if stalled else "full" if full else "slow" if slow else "ok"
+        if state != self._store_state:
+            reason = next((s.queue.writer.last_error for s in worker.shards.values() if s.queue.writer.last_error), "")
+            worker.log.event("store", state=state, reason="" if state == "ok" else reason or _STORE_REASONS.get(state, ""))
+            self._store_state = state
+
+    def _watch_memory(self) -> None:
+        """When memory is tight, keep no message data in it; when it is used up, reject new mail temporarily."""
+        worker = self._worker
+        used = memory.share(worker.config.limits.memory, worker.workers)
+        level = 2 if used >= memory.REFUSE else 1 if used >= memory.TIGHT else 0
+        worker.counters.gauge("relaymta_memory_pressure", level)
+        worker.counters.gauge("relaymta_shedding", worker.acceptor is not None and worker.acceptor.shedding)
+        if worker.intake is not None:
+            worker.intake.out_of_memory = level == 2
+        if level != self._memory_level:
+            self._memory_level = level
+            for shard in worker.shards.values():
+                shard.queue.entries.keep_data(level == 0)
+            text = ("sufficient again", "tight: message data is not kept in it", "used up: mail is temporarily rejected")[level]
+            worker.log.event("warning", text=f"memory is {text} ({used:.0%} of the limit)")
+
+    def _set_totals(self, shard: "Shard", totals: Totals, began: float) -> None:
+        """Set the gauges of totals, from the last counts of this worker's shards. The longer a count takes (with very many
+        queues), the later is the next one (COUNT_SECONDS, COUNT_SHARE)."""
+        worker = self._worker
+        shard.totals = totals
+        shard.count_at = began + max(1.0, COUNT_SHARE * (worker.loop.time() - began))
+        for name, of, combine in _TOTALS:
+            worker.counters.gauge(name, combine(of(one.totals) for one in worker.shards.values() if one.totals is not None))

@@ -1,0 +1,96 @@
+"""A worker's part of a reload, in two phases: `prepare` does what can fail, on a thread; `commit` only replaces, in one step.
+
+Owner of `prepared`: `prepare` sets it, `commit` and `drop` take it. Each replaces only what belongs to its own number, so that an
+answer that comes late changes nothing.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+from relaymta.accept.endpoint import Parts
+from relaymta.config import Config
+from relaymta.errors import RelayError
+from relaymta.queue import QueueSettings
+from relaymta.route.shaping import Shaping
+from relaymta.route.table import RouteTable
+
+if TYPE_CHECKING:
+    from relaymta.worker import Worker
+
+__all__ = ["Reloading", "queue_settings"]
+
+
+class _Prepared(NamedTuple):
+    number: int
+    config: Config
+    routes: RouteTable
+    parts: Parts
+
+
+class Reloading:
+    """The configuration that one worker has prepared."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+        self._newest = 0
+        self._prepared: _Prepared | None = None
+
+    async def prepare(self, number: int, config: str) -> None:
+        """Make everything that a configuration needs, without using it. An exception says why it cannot be used here."""
+        self._newest = number
+        prepared = await asyncio.to_thread(self._made, number, config)
+        if self._newest != number:
+            raise RelayError("another reload has begun meanwhile")
+        self._prepared = prepared
+
+    def drop(self, number: int) -> None:
+        """Forget what was prepared: another worker has refused it."""
+        if self._newest == number:
+            self._newest, self._prepared = 0, None
+
+    def _made(self, number: int, text: str) -> _Prepared:
+        acceptor = self._worker.acceptor
+        if acceptor is None:
+            raise RelayError("the worker is starting")
+        config = Config.model_validate_json(text)
+        if any(route.lookup for route in config.route):
+            import aiohttp  # noqa: F401 (here, rather than while mail waits)
+        Shaping(config)  # fails here, if ever
+        return _Prepared(number, config, RouteTable(config), acceptor.endpoint.prepare(config))
+
+    def commit(self, number: int) -> None:
+        """Use what was prepared. Nothing here reads a file or waits. If it fails all the same, which is a defect, the worker
+        drains and ends: its successor starts with the whole new configuration."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared.number != number:
+            raise RelayError("this configuration was not prepared")
+        try:
+            self._use(prepared)
+        except Exception:
+            self._worker.stopping.set()
+            raise
+
+    def _use(self, prepared: _Prepared) -> None:
+        worker, config, routes = self._worker, prepared.config, prepared.routes
+        assert worker.intake is not None and worker.acceptor is not None
+        other_answers = worker.resolver.reconfigure(config.delivery.nameservers)
+        worker.config, worker.routes = config, routes
+        worker.intake.configure(config, routes)
+        worker.acceptor.config = config
+        worker.acceptor.endpoint.configure(prepared.parts)
+        for shard in worker.shards.values():
+            if other_answers:
+                shard.dispatcher.flush()  # domains that could not be looked up
+            shard.dispatcher.reconfigure(config, routes)
+            shard.queue.reconfigure(queue_settings(config))
+
+
+def queue_settings(config: Config) -> QueueSettings:
+    """The settings of a shard."""
+    return QueueSettings(
+        hostname=config.hostname,
+        max_age_ms=int(config.queue.max_age * 1000),
+        first_retry_ms=int(config.delivery.first_retry * 1000),
+        window=config.queue.window,
+        window_bytes=config.queue.window_bytes,
+    )
