@@ -226,9 +226,7 @@ class Writer:
     def _insist(self, group: Committed) -> None:
         """Commit outcomes whose group failed: in small groups, again and again, on a full disk with the room of the ballast."""
         left = group.outcomes
-        if not left:
-            return
-        self.stalled = True
+        self.stalled = bool(left)  # else `_reopen` may have set it, and no group would come that ends it
         most = SMALL_GROUP
         while left:
             part = left[:most]

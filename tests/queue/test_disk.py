@@ -3,6 +3,7 @@
 import asyncio
 import os
 
+import lmdb
 import pytest
 
 from relaymta.errors import StoreError
@@ -10,6 +11,7 @@ from relaymta.proto.envelope import PERMANENT, Envelope
 from relaymta.queue import BigBody, disk, wall_ms
 from relaymta.queue.change import Change
 from relaymta.queue.segments import MEGABYTE, Segments
+from relaymta.queue.store import Store
 from tests.queue.test_one_end import Watched
 from tests.queue.test_queue import Bench, answer, until
 
@@ -160,3 +162,26 @@ def test_a_sealed_segment_that_was_empty_at_the_start_is_removed(tmp_path):
     again.unlink()
     assert list(tmp_path.glob("*.seg")) == []
     again.close()
+
+
+async def test_a_failed_commit_without_outcomes_does_not_leave_the_store_stalled(tmp_path, monkeypatch):
+    """Nothing would end that: delivery pauses and mail is rejected while it is stalled."""
+    async with Watched(tmp_path) as bench:
+        reopen, times = Store.reopen, []
+
+        def finish(change, now) -> None:
+            monkeypatch.undo()
+            monkeypatch.setattr(Store, "reopen", fails_once)
+            raise lmdb.DiskError("EIO")
+
+        def fails_once(store) -> None:
+            times.append(1)
+            if len(times) == 1:
+                raise lmdb.DiskError("EIO")
+            reopen(store)
+
+        monkeypatch.setattr(Change, "finish", finish)
+        with pytest.raises(StoreError):
+            await bench.queue.task(lambda change: change.set_meta(b"x", 1))
+        assert len(times) == 2
+        assert not bench.queue.stalled
