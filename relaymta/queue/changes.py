@@ -132,7 +132,7 @@ class Changes:
             entries = await self._readers.run(load)
             attempt = Attempt(wall_ms(), PERMANENT, "queue", "", 0, "5.7.1", reason)
             for entry in entries:
-                self._entries.adopt(entry)
+                self._entries.adopt(entry, mark)
                 self._ends.end(entry, dict.fromkeys((index for index, _ in entry.recipients), attempt))
         finally:
             self._entries.end_reading(mark)

@@ -124,7 +124,7 @@ class Lifecycle:
         self._readings: list[int] = []
         self._changes = 0
         self._left: dict[tuple[int, int], int] = {}
-        self._moved: dict[int, Body] = {}  # bodies that compaction moved while a read is under way
+        self._moved: dict[int, tuple[int, Body]] = {}  # bodies that compaction moved meanwhile: the value then, and the place
 
     def resize(self, window: int, window_bytes: int) -> None:
         """Change the bounds. Entries beyond them stay; no other is added until there is room."""
@@ -181,7 +181,7 @@ class Lifecycle:
             return True
         if entry.ident in self._claimed or entry.queue in self._claimed_queues or self.outdated(entry, mark):
             return False
-        self._take_in(entry, ADD)
+        self._take_in(entry, ADD, mark)
         try:
             self._offer(entry)
         except Exception as error:
@@ -193,14 +193,14 @@ class Lifecycle:
         self.put_back(entry)
         self._failed(entry, error)
 
-    def _take_in(self, entry: "Entry", event: str) -> None:
-        """Put an entry that was read from disk into the table."""
+    def _take_in(self, entry: "Entry", event: str, mark: int) -> None:
+        """Put an entry that was read from disk with this mark into the table."""
         key = (entry.ident, entry.queue)
         if key in self._entries:
             raise Mistake(f"{event} of a placement that is in memory")
         fire(entry, event)
-        body = self._moved.get(entry.ident)
-        if body is not None:  # moved after the entry was read
+        when, body = self._moved.get(entry.ident, (0, None))
+        if when > mark:  # after the read began; a later read has found this place, or where an outcome has put it since
             entry.envelope.body = body
         entry.scanned = True
         self.scanned += 1
@@ -308,12 +308,12 @@ class Lifecycle:
             return known
         if entry.ident in self._claimed or self.outdated(entry, mark):
             return None
-        self._take_in(entry, CLAIM)
+        self._take_in(entry, CLAIM, mark)
         return entry
 
-    def adopt(self, entry: "Entry") -> None:
-        """Take over an entry, read from disk, of a message that the caller's change has claimed, to end it."""
-        self._take_in(entry, CLAIM)
+    def adopt(self, entry: "Entry", mark: int) -> None:
+        """Take over an entry, read from disk with this mark, of a message that the caller's change has claimed, to end it."""
+        self._take_in(entry, CLAIM, mark)
 
     # Reads of the disk
 
@@ -328,9 +328,10 @@ class Lifecycle:
         if not self._readings:
             self._left.clear()
             self._moved.clear()
-        elif len(self._left) > KEPT_LEFT:  # reads overlap without a gap: keep what the oldest needs
+        elif len(self._left) + len(self._moved) > KEPT_LEFT:  # reads overlap without a gap: keep what the oldest needs
             oldest = min(self._readings)
             self._left = {key: when for key, when in self._left.items() if when > oldest}
+            self._moved = {ident: moved for ident, moved in self._moved.items() if moved[0] > oldest}
 
     def _note(self, key: tuple[int, int]) -> None:
         """Make rows of `key` that the reads under way have read outdated."""
@@ -351,7 +352,8 @@ class Lifecycle:
             if entry is not None:
                 entry.envelope.body = body
         if self._readings:
-            self._moved[ident] = body
+            self._changes += 1
+            self._moved[ident] = (self._changes, body)
 
     # The budget for message data
 

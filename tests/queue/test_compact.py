@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import TRANSIENT, Attempt
-from relaymta.queue import Entry, compact, wall_ms
+from relaymta.proto.envelope import TRANSIENT, Attempt, Body
+from relaymta.queue import Entry, compact, lifecycle, wall_ms
 from relaymta.queue.entry import Move
-from tests.queue.test_queue import Bench, until
+from tests.queue.test_queue import Bench, answer, until
 
 SIZE = 20_000  # octets of a body: about fifty fill a segment of 1 MB
 WINDOW = 2_000
@@ -165,6 +165,32 @@ async def test_a_row_read_before_its_body_moved_is_offered_with_the_new_place(tm
         go.set()
         _, second = await bench.next(2)
         assert second.ident == waiting and second.envelope.body == moved.body
+
+
+async def test_a_row_read_after_its_body_moved_again_is_offered_with_the_newest_place(tmp_path):
+    """Ended with the older place, the message would free octets that another body may own by then."""
+    async with Bench(tmp_path) as bench:
+        ident = await bench.put()
+        (entry,) = await bench.next()
+        mark = bench.queue.entries.begin_reading()  # a long read, which began before everything that follows
+        assert (await move(bench, ident))[0].body is not None
+        bench.queue.finish(entry, {0: answer(TRANSIENT)}, 1)  # the first deferral moves it to a cold segment
+        (again,) = await bench.next()
+        with bench.queue.store.env.begin() as txn:
+            assert again.envelope.body == bench.queue.store.envelope(txn, ident).body
+        bench.queue.entries.end_reading(mark)
+
+
+async def test_what_moved_is_forgotten_although_reads_overlap_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(lifecycle, "KEPT_LEFT", 10)
+    entries = lifecycle.Lifecycle(lambda entry: None, lambda entry, error: None, 100, 1000)
+    mark = entries.begin_reading()
+    for ident in range(1, 100):
+        entries.moved(ident, [1], Body(1, 1, ident, 1))
+        following = entries.begin_reading()
+        entries.end_reading(mark)
+        mark = following
+    assert len(entries._moved) <= 11
 
 
 async def test_a_damaged_frame_does_not_move_and_does_not_stop_the_others(tmp_path):

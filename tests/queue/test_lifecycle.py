@@ -77,7 +77,7 @@ def test_the_ways_that_do_not_read_the_table_agree_with_it(state, event):
                 Queue.put_back(queue, one)
             case "claim":
                 assert (entries.claim([1]) == {1}) == allowed if state not in (READ, ENDED) else True
-                return entries.adopt(one) if state == READ else None
+                return entries.adopt(one, 0) if state == READ else None
             case "finish":
                 ends.finish(one, None)
             case "end":
