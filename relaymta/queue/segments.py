@@ -14,6 +14,7 @@ A segment on which a write or sync failed is *sealed*: never written again, remo
 writeback error once and then marks the pages clean: a second fdatasync would report success.)
 """
 
+import contextlib
 import os
 import re
 import struct
@@ -97,6 +98,7 @@ class Segments:
         self._changed: set[Segment] = set()  # whose LMDB row is to be written
         self._new_files = False
         self._doomed: list[Segment] = []  # emptied; removed by the next commit
+        self._created: list[Segment] = []  # whose rows were in no transaction yet, not even in one that failed
 
     def load(self, rows: dict[int, SegmentRow]) -> None:
         """Open the segments that have a row in LMDB. Files without a row were never committed and are removed."""
@@ -204,6 +206,7 @@ class Segments:
 
     def rows(self) -> list[tuple[int, SegmentRow]]:
         """(number, row) of the changed segments, as they are once this group is committed."""
+        self._created.clear()
         return [
             (
                 s.number,
@@ -233,6 +236,15 @@ class Segments:
         for segment in self._changed:
             segment.staged = segment.staged_bytes = segment.freed = segment.freed_bytes = 0
         # They stay in `_changed`: positions and seals are written by the next group.
+        for segment in self._created:
+            if segment.row.sealed:  # by its first write; or each attempt at a group would leave a file and a descriptor
+                self._changed.discard(segment)
+                self._dirty.discard(segment)
+                del self._segments[segment.number]
+                os.close(segment.fd)
+                with contextlib.suppress(OSError):  # else `load` removes it
+                    self._path(segment.number).unlink()
+        self._created = [segment for segment in self._created if not segment.row.sealed]
 
     def _retire(self, segment: Segment) -> None:
         """Keep an emptied segment for reuse, or remove it when it is sealed or enough are free."""
@@ -283,6 +295,7 @@ class Segments:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._new_files = True
         segment = self._segments[number] = Segment(number, fd, SegmentRow(1, kind, 0, 0, 0))
+        self._created.append(segment)
         return segment
 
     # Reading, from any thread

@@ -52,6 +52,7 @@ GATHER_LEAST, GATHER_MOST = 4, 64
 GATHER_SECONDS = 0.001
 OUTCOMES_SECONDS = 0.003
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
+RETRY_SECONDS = 0.2  # between two attempts to commit outcomes
 T = TypeVar("T")
 
 
@@ -240,7 +241,7 @@ class Writer:
                 left, most = left[len(part) :], SMALL_GROUP
             elif not self._contradicted:
                 self._ballast.unlink(missing_ok=True)
-                time.sleep(0.2)
+                time.sleep(RETRY_SECONDS)
             elif len(part) > 1:
                 most = 1  # one of them contradicts the store: find it
             else:

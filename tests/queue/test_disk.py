@@ -8,7 +8,7 @@ import pytest
 
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import PERMANENT, Envelope
-from relaymta.queue import BigBody, disk, wall_ms
+from relaymta.queue import BigBody, disk, wall_ms, writer
 from relaymta.queue.change import Change
 from relaymta.queue.segments import MEGABYTE, Segments
 from relaymta.queue.store import Store
@@ -185,3 +185,26 @@ async def test_a_failed_commit_without_outcomes_does_not_leave_the_store_stalled
             await bench.queue.task(lambda change: change.set_meta(b"x", 1))
         assert len(times) == 2
         assert not bench.queue.stalled
+
+
+async def test_a_dsn_that_cannot_be_written_for_long_takes_no_file_and_no_descriptor_each_time(tmp_path, monkeypatch):
+    """The outcome is tried again until it is committed; each time that its DSN could not be written seals a segment."""
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        segments, tries = bench.queue.segments, []
+        monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+
+        def full(fd, buffers, offset) -> int:
+            tries.append(fd)
+            if len(tries) < 50:
+                raise OSError(28, "ENOSPC")
+            return pwritev(fd, buffers, offset)
+
+        pwritev = os.pwritev
+        monkeypatch.setattr(os, "pwritev", full)
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        await until(lambda: len(tries) > 40)
+        found = len(segments._segments), len(list((tmp_path / "shard-0/bodies").glob("*.seg")))
+        await until(lambda: len(bench.events.outcomes) == 1)
+        assert max(found) < 10
