@@ -86,7 +86,7 @@ class Dispatcher:
             self.parking.wake_pool,
         )  # fmt: skip
         self.outcomes = Outcomes(counters, self.decisions, self.parking)
-        self.lookups = Lookups(self.outcomes, self.parking, self.tasks, self._arrive, loop.time)
+        self.lookups = Lookups(self.outcomes, self.parking, self.tasks, self._found, loop.time)
         self.opener = Opener(config, resolver, log, tokens, self._make)
         self.sessions = Sessions(
             loop, self.pools, self.room, self.opener, self.decisions, self.parking, self.tasks, counters
@@ -153,6 +153,11 @@ class Dispatcher:
                 self._arrive(site, entry)
             else:
                 self.lookups.look_up(entry)
+
+    def _found(self, site: Site, entry: Entry) -> None:
+        """An entry's site was looked up; a policy may have been added meanwhile."""
+        if not (self.policies and self.policies.apply(entry)):
+            self._arrive(site, entry)
 
     def _arrive(self, site: Site, entry: Entry) -> None:
         """Accept an entry whose site is known: deliver it, or put it back."""

@@ -87,11 +87,17 @@ class Lookups:
     async def _find(self, key: tuple[str, str, str], name: QueueName, began: float) -> None:
         site: Site | None = None
         failure: NoRoute | None = None
+        asked: Sites | None = None
         try:
             async with self._room:
-                site = await self._sites.find(name)
-        except Exception as error:
-            failure = error if isinstance(error, NoRoute) else NoRoute(False, "4.3.0", *self._tasks.unexpected(error), fault=US)
+                while asked is not self._sites:  # again after a reload: the site has the route of its configuration
+                    asked, site, failure = self._sites, None, None
+                    try:
+                        site = await asked.find(name)
+                    except NoRoute as error:
+                        failure = error
+                    except Exception as error:
+                        failure = NoRoute(False, "4.3.0", *self._tasks.unexpected(error), fault=US)
         finally:
             entries = [entry for entry in self._waiting.pop(key) if entry.waiting]
             if site is None and failure is None:  # cancelled

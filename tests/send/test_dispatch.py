@@ -16,7 +16,8 @@ from relaymta.proto.envelope import Body, Envelope, QueueName
 from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
 from relaymta.queue.lifecycle import CLAIMED, IN_FLIGHT, ON_DISK, WAITING
-from relaymta.route.mx import NoRoute
+from relaymta.route.mx import Hosts, NoRoute
+from relaymta.route.sites import Site
 from relaymta.route.table import RouteTable
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.dispatch import Dispatcher
@@ -414,3 +415,37 @@ async def test_whose_fault_it_is_that_a_site_is_down_is_logged(made, failure, fa
     made.decisions._log = SimpleNamespace(event=lambda event, **fields: logged.append(fields))
     made.connections._site_failed(_pool(made), failure)
     assert [fields["fault"] for fields in logged] == [fault]
+
+
+async def test_a_reload_during_a_lookup_leaves_no_site_of_the_old_configuration(made):
+    """A pool keeps its site's route: TLS, credentials and sources would stay those from before the reload."""
+    answer = asyncio.get_running_loop().create_future()
+    old = made.sites.find = lambda name: answer
+    made.offer(entry(1))
+    await ticks()
+    config = Config.model_validate(SETTINGS | {"route": [{"name": "mx", "tls": "encrypt"}]})
+    made.reconfigure(config, RouteTable(config))
+    assert made.sites.find is not old
+    after = Site("mx/mail.d.test", made.routes.routes[0], Hosts(((0, "mail.d.test"),), 60.0))
+    made.sites.find = lambda name: asyncio.sleep(0, after)
+    made.opener.open = lambda *args: asyncio.sleep(60)
+    before = RouteTable(Config.model_validate(SETTINGS)).routes[-1]
+    answer.set_result(Site("mx/mail.d.test", before, Hosts(((0, "mail.d.test"),), 60.0)))
+    await ticks(10)
+    assert [pool.site.route.tls for pool in made.pools.values()] == ["encrypt"]
+
+
+async def test_a_policy_added_during_a_lookup_applies_to_what_waits_for_it(made):
+    answer = asyncio.get_running_loop().create_future()
+    made.sites.find = lambda name: answer
+    one = entry(1)
+    made.queue.entries = [one]
+    made.offer(one)
+    await ticks()
+    now = wall_ms()
+    policy = SiteState(HOLD, "recipient_domain=d.test", "", now, now + 60_000, "operator", "why")
+    made.decisions.states.learn(policy)
+    made.site_state_changed(policy, policy.key)
+    answer.set_result(Site("mx/mail.d.test", made.routes.routes[-1], Hosts(((0, "mail.d.test"),), 60.0)))
+    await ticks(10)
+    assert (made.pools, made.queue.held) == ({}, [[1]])
