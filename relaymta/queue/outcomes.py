@@ -97,7 +97,11 @@ class Outcomes:
             self._ended_before(outcome)
             return
         envelope = msgspec.structs.replace(envelope)
-        envelope.route = envelope.route or entry.envelope.route
+        row = self._store.row_numbered(change.txn, entry.queue)
+        if row.moved:  # the last move counts, whatever route an earlier one has given the message
+            envelope.route = row.name.route
+        else:  # in flight while its queue was moved, and recorded before
+            envelope.route = envelope.route or entry.envelope.route
         pending = self._record(change, outcome)
         change.unplace(entry.ident, envelope, placement)
         others = [p for p in envelope.placements if p is not placement]
@@ -106,8 +110,8 @@ class Outcomes:
             left = Placement(placement.queue, placement.due, placement.attempts, joined)
             self._wait(change, entry.ident, envelope, others, left)
         if pending:
-            row = change.row(outcome.name or entry.name)
-            again = Placement(row.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
+            waits = change.row(outcome.name or entry.name)
+            again = Placement(waits.number, max(outcome.retry_at, now), entry.attempts + 1, pending)
             self._wait(change, entry.ident, envelope, others, again)
         envelope.placements = others
         if not others:
