@@ -253,6 +253,7 @@ class Dispatcher:
         if self._queue is not None:
             self.recovery.tick()
             self.policies.tick()
+            self.parking.tick()
             self.connections.tick(self.loop.time(), self._clock())
 
     def look_back(self) -> None:

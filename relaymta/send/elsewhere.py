@@ -81,6 +81,8 @@ class Elsewhere:
             except ConnectFailed as error:
                 failure = error
                 continue
+            except NoRoute:  # this host itself: others of the list may take the mail
+                continue
             if not self._sessions.adopt(pool, session):
                 failure = ConnectFailed("ehlo", f"{peer.name}: the peer closed the connection")
             elif unfit(entry, session.core.features) is None:

@@ -25,6 +25,7 @@ class Parking:
         self._spawn = spawn
         self._landed = landed
         self._parked: dict[int, int] = {}  # queue: until when it sleeps (queue clock)
+        self._to_wake = False  # all queues: the disk has refused it
 
     def put_back(self, entry: Entry) -> None:
         """Put an entry back into the queue untried."""
@@ -68,7 +69,20 @@ class Parking:
         """Wake all queues, whether this process or its predecessor let them sleep; those that must sleep are put to sleep again
         when their mail is offered."""
         self._parked.clear()
-        self._spawn(self.queue.wake_queues())
+        self._spawn(self._wake_all())
+
+    async def _wake_all(self) -> None:
+        self._to_wake, done = False, False
+        try:
+            await self.queue.wake_queues()
+            done = True
+        finally:
+            self._to_wake |= not done
+
+    def tick(self) -> None:
+        """Called each second: wake the queues that the disk did not let wake."""
+        if self._to_wake:
+            self.wake()
 
     def wake_pool(self, pool: Pool) -> None:
         """Wake the queues that sleep because of a site: it is up, or may be tried again."""

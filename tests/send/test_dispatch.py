@@ -11,8 +11,8 @@ from relaymta.config import Config
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters
-from relaymta.node import HOLD, LEARNED, SiteState, SiteStates
-from relaymta.proto.envelope import Body, Envelope, QueueName
+from relaymta.node import HOLD, LEARNED, SUSPENDED, SiteState, SiteStates
+from relaymta.proto.envelope import TRANSIENT, Body, Envelope, QueueName
 from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
 from relaymta.queue.lifecycle import CLAIMED, IN_FLIGHT, ON_DISK, WAITING
@@ -449,3 +449,45 @@ async def test_a_policy_added_during_a_lookup_applies_to_what_waits_for_it(made)
     answer.set_result(Site("mx/mail.d.test", made.routes.routes[-1], Hosts(((0, "mail.d.test"),), 60.0)))
     await ticks(10)
     assert (made.pools, made.queue.held) == ({}, [[1]])
+
+
+async def test_queues_that_the_disk_did_not_let_wake_are_woken_later(made):
+    """Else the mail of a site that an operator has resumed sleeps until its suspension would have ended."""
+    made.queue.parked[1] = 9_000_000
+    wake, refusals = made.queue.wake_queues, [StoreError("the disk is full")]
+
+    async def refused(numbers: Any = None) -> None:
+        if refusals:
+            raise refusals.pop()
+        await wake(numbers)
+
+    made.queue.wake_queues = refused
+    made.site_state_changed(None, (SUSPENDED, "mx/mail.d.test", ""))
+    await ticks()
+    assert made.queue.parked
+    made._timer.cancel()
+    made._tick()
+    await ticks()
+    assert not made.queue.parked
+
+
+async def test_this_host_among_the_hosts_of_a_site_keeps_no_message_from_the_others(made):
+    """A peer that cannot accept a message: the others are tried, though one of them is this host."""
+    pool = _pool(made)
+    one, tried = entry(1, "smart.test", data=[b"x"]), []
+
+    async def to(site: Any, peer: Peer, source: Any, timeout: float = 0.0) -> Any:
+        tried.append(peer.name)
+        if peer.name == "us":
+            raise NoRoute(True, "5.4.6", "us is this host: mail to it would loop")
+        raise ConnectFailed("connect", "refused")
+
+    async def peers(site: Any) -> list[Peer]:
+        return [Peer("us", "127.0.0.1", 25), Peer("other", "192.0.2.1", 25)]
+
+    made.opener.to, made.opener.peers = to, peers
+    one.state = IN_FLIGHT
+    await made.connections.elsewhere.deliver(pool, one, "unfit", ("5.6.3", "no 8BITMIME"))
+    assert tried == ["us", "other"]
+    assert made.queue.finished[0][1][0].kind == TRANSIENT
+    assert taken(made) == 0
