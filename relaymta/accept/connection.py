@@ -318,7 +318,9 @@ class Connection(Line):
         patience = STRESS_PATIENCE if self.admission.stressed else 1.0
         if self.check_output(now, min(OUTPUT_SECONDS, settings.command_timeout) * patience):
             return
-        if session is None or self.waits & (COMMITTING | CHECKING | SPILLING | SHAKING):
+        if self.admission.intake.draining:  # since `drain`, its handshake may have ended, or its message data been rejected
+            self.drain()
+        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SPILLING | SHAKING):
             return
         quiet = now - self.active_at
         transaction = session.transaction

@@ -171,6 +171,26 @@ def test_a_drain_waits_for_messages_only(waits):
     assert len(of.stored) == kept and transport.said.count(b"queued as") == kept
 
 
+@pytest.mark.parametrize("wire", [b"x\ny\r\n.\r\n", b"RSET\r\n", b""], ids=["rejected", "aborted", "in TLS"])
+def test_a_session_that_a_drain_let_go_on_is_closed_once_it_has_no_message(wire):
+    of = machine()
+    made = connected(of)
+    say(made, EHLO)
+    envelope = b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n"
+    made.data_received(b"STARTTLS\r\n" if not wire else envelope + (b"BDAT 0\r\n" if wire == b"RSET\r\n" else b"DATA\r\n"))
+    of.intake.draining = True
+    made.drain()
+    idle(made)
+    made.check(of.steps.now)
+    assert isinstance(made.transport, Transport) and made.transport.closing != bool(wire)
+    transport = made.transport
+    if wire:
+        say(made, wire)
+        made.check(of.steps.now)
+    idle(made)
+    assert transport.said.endswith(reply.SHUTTING_DOWN) and transport.closed and not of.held() and not of.stored
+
+
 @pytest.mark.parametrize("behind", [b"", b"NOOP\r\n" * 2000], ids=["idle", "behind"])
 def test_a_client_that_half_closes_gets_its_replies_and_is_closed(behind):
     of = machine()
