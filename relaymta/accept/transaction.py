@@ -170,7 +170,7 @@ class IncomingTransaction(Transaction):
             application = self.origin.application
             endpoint.signer.sign(front[0], data, application, lambda found: self._try(self._signed, front, data, found))
         elif endpoint.verifier is not None and not self.origin.may_relay:
-            self._admission.spawn(self._verify(endpoint.verifier, front, b"".join(data)))
+            self._look(endpoint.verifier, front, b"".join(data))
         else:
             self._submit(front + data)
 
@@ -196,12 +196,14 @@ class IncomingTransaction(Transaction):
             self._admission.intake.not_signed(error)
             self._reject(reply.NOT_SIGNED)
 
-    async def _verify(self, verifier: "Verifier", front: list[bytes], whole: bytes) -> None:
+    def _look(self, verifier: "Verifier", front: list[bytes], whole: bytes) -> None:
         look = verifier.look(whole)
         if look is None:
             self._reject(reply.HEADER_TOO_LONG)
-            return
-        body = whole[look.end :]
+        else:
+            self._admission.spawn(self._verify(verifier, front, look, whole[look.end :]))
+
+    async def _verify(self, verifier: "Verifier", front: list[bytes], look: "Look", body: bytes) -> None:
         field = await self._verified(verifier, look, body)
         if field is not None:
             self._try(self._submit, [field, *front, look.header, body])

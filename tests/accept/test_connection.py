@@ -191,6 +191,17 @@ def test_a_session_that_a_drain_let_go_on_is_closed_once_it_has_no_message(wire)
     assert transport.said.endswith(reply.SHUTTING_DOWN) and transport.closed and not of.held() and not of.stored
 
 
+def test_a_message_whose_header_cannot_be_looked_at_gets_a_reply(monkeypatch):
+    of = machine()
+    of.verifier = of
+    monkeypatch.setattr(of, "look", lambda data: 1 // 0)
+    made = connected(of)
+    wire = b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 2 LAST\r\nhi"
+    assert say(made, EHLO + wire)[-1].startswith("451 ")
+    made.connection_lost(None)
+    assert not of.held() and not of.stored
+
+
 @pytest.mark.parametrize("behind", [b"", b"NOOP\r\n" * 2000], ids=["idle", "behind"])
 def test_a_client_that_half_closes_gets_its_replies_and_is_closed(behind):
     of = machine()
