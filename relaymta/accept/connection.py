@@ -23,6 +23,7 @@ from relaymta.proto import reply
 from relaymta.proto.sasl import Claim
 from relaymta.proto.session import CLAIMED, COMPLETE, DATA, STORING, TLS
 from relaymta.proto.smtp_server import ServerSession
+from relaymta.proto.transaction import Transaction
 
 __all__ = ["STRESS_PATIENCE", "TLS_TIMEOUTS", "Connection"]
 
@@ -220,10 +221,11 @@ class Connection(Line):
         self.active_at = self.admission.time
         self.go_on(SPILLING)
 
-    def answer(self, answer: bytes) -> None:
-        """The reply to the complete message: its transaction ends. Of several only the first counts."""
+    def answer(self, transaction: Transaction, answer: bytes) -> None:
+        """The reply to a complete message: its transaction ends. Of several only the first counts: a later one is not taken for
+        that to the next message, which would be acknowledged before it is stored."""
         session = self.session
-        if session is None or session.state != STORING:
+        if session is None or session.state != STORING or session.transaction is not transaction:
             return
         self.waits &= ~COMMITTING
         if self.gone:

@@ -44,8 +44,8 @@ class Flow(Protocol):
     def written(self) -> None:
         """Go on reading."""
 
-    def answer(self, answer: bytes) -> None:
-        """The reply to the complete message; the transaction ends."""
+    def answer(self, transaction: Transaction, answer: bytes) -> None:
+        """The reply to a complete message; its transaction ends."""
 
 
 class IncomingTransaction(Transaction):
@@ -297,14 +297,14 @@ class IncomingTransaction(Transaction):
         answer = f"250 2.0.0 Ok: queued as {format_id(self._ident)}\r\n".encode()
         delay = intake.queue.delay(admission.config.intake.flow_delay)
         if delay:
-            admission.loop.call_later(delay, self._flow.answer, answer)
+            admission.loop.call_later(delay, self._flow.answer, self, answer)
         else:
-            self._flow.answer(answer)
+            self._flow.answer(self, answer)
 
     def _reject(self, answer: bytes) -> None:
         """Send a negative reply (4xx or 5xx) to the complete message, in a turn of its own: one segment may hold hundreds of
         them, which would recurse."""
-        self._admission.loop.call_soon(self._flow.answer, answer)
+        self._admission.loop.call_soon(self._flow.answer, self, answer)
 
     # Ended
 

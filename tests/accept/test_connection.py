@@ -191,6 +191,22 @@ def test_a_session_that_a_drain_let_go_on_is_closed_once_it_has_no_message(wire)
     assert transport.said.endswith(reply.SHUTTING_DOWN) and transport.closed and not of.held() and not of.stored
 
 
+def test_a_late_reply_is_not_taken_for_that_to_the_next_message():
+    of = machine()
+    made = connected(of)
+    envelope = b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n"
+    say(made, EHLO + envelope)
+    assert made.session is not None
+    first = made.session.transaction
+    assert first is not None
+    assert say(made, b"BDAT 2 LAST\r\nhi")[0].startswith("250 2.0.0 Ok: queued")
+    made.data_received(envelope + b"BDAT 2 LAST\r\nho")
+    made.answer(first, b"250 2.0.0 Ok: queued as an earlier one\r\n")
+    idle(made)
+    assert isinstance(made.transport, Transport)
+    assert made.transport.said.count(b"queued as") == len(of.stored) == 2 and b"earlier" not in made.transport.said
+
+
 def test_a_message_whose_header_cannot_be_looked_at_gets_a_reply(monkeypatch):
     of = machine()
     of.verifier = of
