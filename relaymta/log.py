@@ -221,6 +221,8 @@ class Log:
             self._wanted.clear()
             time.sleep(0.02 if not self._closing else 0)  # so that one write takes many records
             batch = [self._pending.popleft() for _ in range(len(self._pending))]
+            if self._pending:  # appended meanwhile, to a buffer that was not empty: nobody else wakes us
+                self._wanted.set()
             lines = _lines(batch)
             if self._history is not None:
                 self._history.write([line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT], [])

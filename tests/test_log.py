@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from relaymta.log import History, Log, find_history
+from tests.support.daemon import wait_for
 
 
 def test_history_is_bounded_by_octets(tmp_path):
@@ -54,6 +56,26 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 def warnings(file: Path) -> list[str]:
     return [record["text"] for record in records(file) if record["event"] == "warning"]
+
+
+def test_a_record_that_arrives_while_others_are_taken_is_written(tmp_path):
+    class Busy(deque):
+        """While the log's thread takes the first of several records, another arrives."""
+
+        def popleft(self):
+            if len(self) > 1 and not arrived:
+                arrived.append(True)
+                log.event("warning", text="meanwhile")
+            return super().popleft()
+
+    arrived: list[bool] = []
+    log = Log(str(tmp_path / "log"), 0)
+    log._pending = Busy()
+    log.event("warning", text="first")
+    log.event("warning", text="second")
+    wait_for(lambda: (tmp_path / "log").read_text().count("\n") == 3, what="the record that arrived meanwhile")
+    assert arrived
+    log.close()
 
 
 def test_a_full_disk_under_the_history_takes_nothing_from_the_log(tmp_path):
