@@ -73,7 +73,7 @@ class Channel:
         ident = self._begin(op)
         waiting = self._waiting[ident] = _Waiting(self._loop.create_future(), seconds)
         try:
-            self._send(Frame(ident, op, args), descriptors or [])
+            self._send(Frame(ident, op, args, descriptors=len(descriptors or [])), descriptors or [])
             async with asyncio.timeout(seconds) as waiting.limit:
                 return await waiting.future
         except TimeoutError:
@@ -185,7 +185,8 @@ class Channel:
             self._answered(Frame(broken.ident, error=broken.why))
 
     def _asked(self, frame: Frame) -> None:
-        descriptors, self._descriptors = self._descriptors, []
+        own = frame.descriptors  # one read may bring the descriptors of a later frame, too
+        descriptors, self._descriptors = self._descriptors[:own], self._descriptors[own:]
         task = self._loop.create_task(self._answer(frame, descriptors))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -1,6 +1,6 @@
 """Frames of the control protocol: a length of four octets (big-endian), then a map in msgpack. A map is one of
 
-{"id", "op", "args"}     a request; without an id a notification, which gets no answer
+{"id", "op", "args"}     a request; without an id a notification, which gets no answer. "descriptors": how many come with it
 {"id", "ok", "missing"}  its answer; `missing`: the workers whose part of it is not there (left out when there are none)
 {"id", "error"}          or the sentence that says why there is none
 {"id", "piece"}          a part of an answer that is sent in pieces, ahead of its "ok" or "error"
@@ -42,6 +42,7 @@ class Frame(msgspec.Struct, omit_defaults=True):
     missing: list[int] = []
     piece: Any = UNSET
     more: int | None = None
+    descriptors: int = 0
 
 
 class Broken(NamedTuple):

@@ -1,6 +1,7 @@
 """Channels between processes: answers in pieces, late and refused ones, and a connection of the command line."""
 
 import asyncio
+import os
 import socket
 import struct
 import threading
@@ -27,6 +28,10 @@ class Pair:
         self.far = Channel(theirs, self.handle, lambda: self.gone.append("far"))
 
     async def handle(self, op, args, descriptors):
+        if op == "held":
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return len(descriptors)
         return await getattr(self, op)(**args)
 
     async def echo(self, value):
@@ -89,6 +94,16 @@ async def test_answers_and_sentences(pair):
         await pair.near.ask("echo", value=bytes(frames.LIMIT))
     assert await pair.near.ask("echo", value=1) == 1
     assert pair.gone == []
+
+
+async def test_descriptors_arrive_with_their_own_request_also_behind_others(pair):
+    """One read brings what waits: requests without descriptors, and the first with some."""
+    reading, writing = os.pipe()
+    pair.near.notify("held")
+    asked = [asyncio.ensure_future(pair.near.ask("held", descriptors)) for descriptors in (None, [reading, writing], None)]
+    assert [await one for one in asked] == [0, 2, 0]
+    os.close(reading)
+    os.close(writing)
 
 
 async def test_a_late_answer_is_late_and_the_channel_goes_on(pair):
