@@ -48,7 +48,6 @@ __all__ = [
 T = TypeVar("T")
 TICK = 0.05  # seconds
 SLOWEST = 1.0  # seconds that a 250 is delayed just before the disk is full
-PARK_AGAIN = 1.0  # seconds until a park that the disk refused is tried again
 FAILED_OFFER_MS = 60_000  # a queue sleeps so long after the deliverer raised an exception over an entry of it
 SWEEP_TICKS = 12_000  # ten minutes
 CHECK_TICKS = 20
@@ -135,6 +134,7 @@ class Queue:
         )
         self.change_messages, self.move_queues = self._changes.change_messages, self._changes.move_queues
         self.release_policy_held, self.wake_queues = self._changes.release_policy_held, self._changes.wake_queues
+        self.park = self._changes.park
         data = Bodies(self.segments, self._readers, self.entries)
         self.read, self.stream = data.read, data.stream
 
@@ -293,19 +293,6 @@ class Queue:
 
     def _materialized(self, task: Task) -> None:
         self.schedule.wake()
-
-    def park(self, queue: int, until: int) -> None:
-        """Exclude a queue from scans until a time of the queue's clock, ms (0: wake it now). Repeated while the disk refuses."""
-
-        def run(change: Change) -> None:
-            change.park(queue, until)
-
-        def done(task: Task) -> None:
-            if task.error is not None and not task.mistake:  # the disk refused: the caller relies on it
-                self._loop.call_later(PARK_AGAIN, self.park, queue, until)
-            self.schedule.wake_at(until or self.clock.now())
-
-        self.writer.submit(Task(run, done))
 
     async def task(self, run: Callable[[Change], T]) -> T:
         """Run an operator's change on the writer thread; its result once it is durable. StoreError when the commit failed."""

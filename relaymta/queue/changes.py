@@ -15,7 +15,7 @@ from relaymta.queue.change import Change
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
-from relaymta.queue.group import Assign
+from relaymta.queue.group import Assign, Task
 from relaymta.queue.inspect import Filter
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
@@ -26,6 +26,7 @@ from relaymta.queue.writer import Writer
 __all__ = ["Changes"]
 
 TOGETHER = 200  # messages of a change in one group commit, so that incoming mail waits for few
+PARK_AGAIN = 1.0  # seconds until a park that the disk refused is tried again
 REST_LEAST, REST_MOST = 1.0, 60.0  # seconds that scans leave messages alone after the disk refused their change
 T = TypeVar("T")
 AtSite = Callable[[QueueName, str], bool]
@@ -58,6 +59,7 @@ class Changes:
         self._ends = ends
         self._assign = assign
         self.max_age_ms = max_age_ms
+        self._parks: dict[int, int] = {}  # queues that are to sleep, until when: not committed yet, and not woken since
         self._refusals = 0  # of changes, one after the other, by the disk
         self._turn = asyncio.Lock()  # one change at a time
         self._tasks: set[asyncio.Task[Any]] = set()  # changes under way or waiting for their turn
@@ -171,6 +173,8 @@ class Changes:
         if not rows:
             return 0, 0
         numbers = {row.number for row in rows}
+        for number in numbers:
+            self._parks.pop(number, None)
         in_flight = self._entries.claim_queues(numbers, rename(rows[0].name).route)
         self._schedule.skip -= numbers
 
@@ -183,8 +187,33 @@ class Changes:
         finally:
             self._entries.release_queues(numbers)
 
+    def park(self, queue: int, until: int) -> None:
+        """Exclude a queue from scans until a time of the queue's clock, ms (0: wake it now). Repeated while the disk refuses,
+        unless the queue is woken, moved or parked again meanwhile."""
+        self._parks[queue] = until
+
+        def run(change: Change) -> None:
+            change.park(queue, until)
+
+        def done(task: Task) -> None:
+            if self._parks.get(queue) == until:
+                if task.error is not None and not task.mistake:  # the disk refused: the caller relies on it
+                    self._loop.call_later(PARK_AGAIN, self._park_again, queue, until)
+                else:
+                    del self._parks[queue]
+            self._schedule.wake_at(until or self._clock.now())
+
+        self._writer.submit(Task(run, done))
+
+    def _park_again(self, queue: int, until: int) -> None:
+        if self._parks.get(queue) == until:
+            self.park(queue, until)
+
     async def wake_queues(self, numbers: Iterable[int] | None = None) -> None:
         """Wake all queues (or these): what is due in them is tried now."""
+        numbers = None if numbers is None else list(numbers)
+        for number in list(self._parks) if numbers is None else numbers:
+            self._parks.pop(number, None)
 
         def run(change: Change) -> None:
             rows = self._store.queues(change.txn) if numbers is None else map(partial(self._store.queue, change.txn), numbers)

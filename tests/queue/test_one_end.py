@@ -672,8 +672,34 @@ async def test_a_read_that_fails_begins_no_second_scan(tmp_path, monkeypatch):
         await bench.next(2)
 
 
+async def test_a_park_that_the_disk_refused_is_not_repeated_after_the_queue_was_woken(tmp_path, monkeypatch):
+    """Its site is up, and nobody would wake it again."""
+    monkeypatch.setattr("relaymta.queue.changes.PARK_AGAIN", 0.01)
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        bench.queue.again(entry)
+        bench.queue.put_back(entry)
+        await bench.settled()
+        finish, refused = Change.finish, []
+
+        def fails(change, now):
+            refused.append(now)
+            if len(refused) == 1:
+                raise StoreError("disk error")
+            finish(change, now)
+
+        monkeypatch.setattr(Change, "finish", fails)
+        bench.queue.park(entry.queue, bench.queue.clock.now() + 60_000)
+        await until(lambda: refused)
+        await bench.queue.wake_queues([entry.queue])
+        await asyncio.sleep(0.1)  # several times PARK_AGAIN: a repeated park would be committed by now, or slept through
+        await bench.settled()
+        assert [row["parked"] for row in bench.summary()] == [False]
+
+
 async def test_a_park_that_the_disk_refuses_is_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr("relaymta.queue.PARK_AGAIN", 0.01)
+    monkeypatch.setattr("relaymta.queue.changes.PARK_AGAIN", 0.01)
     async with Watched(tmp_path) as bench:
         await bench.put()
         (entry,) = await bench.next()
