@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from relaymta.control import Answer, Late, converse, sentence
-from relaymta.control.requests import REQUESTS, Busiest, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
+from relaymta.control.requests import REQUESTS, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
 from relaymta.errors import RelayError
 from relaymta.log import find_history
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
@@ -27,7 +27,7 @@ from relaymta.supervisor.slots import Slot
 if TYPE_CHECKING:
     from relaymta.supervisor import Supervisor
 
-__all__ = ["Answers", "serve_cli", "sites", "usage"]
+__all__ = ["Answers", "serve_cli", "usage"]
 
 METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
 
@@ -39,12 +39,6 @@ async def serve_cli(supervisor: "Supervisor", reader: asyncio.StreamReader, writ
         supervisor.log.event("warning", text=f"request {op!r} of the command line: {sentence(error)}")
 
     await converse(reader, writer, Answers(supervisor), failed)
-
-
-async def sites(supervisor: "Supervisor", most: int) -> list[dict[str, Any]]:
-    """For /metrics: the rows of the `most` busiest sites, of the workers that answer."""
-    answer = await Answers(supervisor).by_all(REQUESTS["sites"], Busiest(most), METRICS_SECONDS)
-    return answer.value  # type: ignore[no-any-return]
 
 
 async def usage(supervisor: "Supervisor") -> list[dict[str, Any]]:

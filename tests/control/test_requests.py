@@ -16,7 +16,7 @@ from relaymta.proto.envelope import QueueName
 from relaymta.queue import Filter, inspect, offline
 from relaymta.queue.ident import format_id
 from relaymta.send.policies import FIELDS, Policies, filter_of
-from relaymta.supervisor.answers import Answers, sites, usage
+from relaymta.supervisor.answers import Answers, usage
 from relaymta.supervisor.machine import Machine
 from relaymta.worker.answers import Answers as WorkerAnswers
 from relaymta.worker.answers import answer
@@ -102,8 +102,8 @@ class FakeChannel:
 
 
 class FakeSlot:
-    def __init__(self, number, answers, ready=True):
-        self.number, self.shards, self.ready = number, [number], ready
+    def __init__(self, number, answers, ready=True, state="ready"):
+        self.number, self.shards, self.ready, self.state = number, [number], ready, state
         self.channel = FakeChannel(answers) if answers is not None else None
 
 
@@ -117,8 +117,8 @@ ROW = {"queue": "q", "messages": 1, "bytes": 5, "deferred": 0, "held": 0, "next"
 
 async def test_an_answer_of_all_names_those_that_are_dead_starting_or_late():
     answers = of(
-        FakeSlot(0, {"summary": [dict(ROW)]}), FakeSlot(1, {}), FakeSlot(2, None), FakeSlot(3, {"summary": []}, ready=False),
-        FakeSlot(4, {"summary": [dict(ROW)]}),
+        FakeSlot(0, {"summary": [dict(ROW)]}), FakeSlot(1, {}), FakeSlot(2, None),
+        FakeSlot(3, {"summary": []}, False, "starting"), FakeSlot(4, {"summary": [dict(ROW)]}),
     )  # fmt: skip
     found = await answers("summary", {})
     assert (found.value, found.missing) == ([dict(ROW, messages=2, bytes=10)], [1, 2, 3])
@@ -126,6 +126,8 @@ async def test_an_answer_of_all_names_those_that_are_dead_starting_or_late():
     assert found.missing == [0, 1, 2, 3, 4]
     assert [row["state"] for row in found.value["workers"]] == ["late", "late", "late", "starting", "late"]
     assert (await answers("shards", {})).missing == [3]
+    for state in ("dead", "late"):  # a stopped worker that is replaced, or not yet, does not start
+        assert (await of(FakeSlot(0, {}, False, state))("status", {})).value["workers"][0]["state"] == state
 
 
 async def test_one_that_refuses_is_heard():
@@ -155,9 +157,8 @@ async def test_a_message_is_sought_where_it_was_accepted_and_then_everywhere():
     assert await of(other, FakeSlot(1, {}))("raw", {"ident": ident}) == (None, [1])
 
 
-async def test_metrics_get_the_rows_of_those_that_answer():
-    supervisor = SimpleNamespace(slots=[FakeSlot(0, {}), FakeSlot(1, {"sites": [], "usage": [7]})])
-    assert await sites(supervisor, 20) == []
+async def test_metrics_get_the_usage_of_the_first_that_answers():
+    supervisor = SimpleNamespace(slots=[FakeSlot(0, {}), FakeSlot(1, {"usage": [7]})])
     assert await usage(supervisor) == [7]
     with pytest.raises(RelayError, match="no worker answers"):
         await usage(SimpleNamespace(slots=[FakeSlot(0, {})]))
