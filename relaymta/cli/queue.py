@@ -61,11 +61,16 @@ def summary(read: Callable[..., Config], as_json: bool) -> None:
         say_json(rows)
         return
     if not rows:
-        say("the queue is empty")
+        say(_no_mail())
         return
     table("", ["queue", "messages", "size", "deferred", "held", "next"], [
         [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), when(r["next"])] for r in rows
     ])  # fmt: skip
+
+
+def _no_mail() -> str:
+    """That there are no messages, as far as the workers that have answered know."""
+    return "no messages where a worker answers" if missing() else "the queue is empty"
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,7 +159,7 @@ def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> 
     if as_json:
         return
     if empty:
-        say("no such messages" if any(chosen.values()) else "the queue is empty")
+        say("no such messages" if any(chosen.values()) else _no_mail())
 
 
 def _shown(row: dict[str, Any]) -> list[str]:
@@ -181,7 +186,7 @@ def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
         say_json({"minutes": COLUMNS, "queues": rows})
         return
     if not rows:
-        say("the queue is empty")
+        say(_no_mail())
         return
     total = {
         "queue": "TOTAL",

@@ -67,6 +67,19 @@ def test_a_stopped_worker_delays_no_request_for_long_and_is_named(tmp_path):
         assert relay.cli("message", "raw", ids[1]).stdout.endswith("hello\n")
 
 
+def test_a_queue_is_not_called_empty_while_a_worker_is_missing(tmp_path):
+    with Relay(tmp_path, f"127.0.0.1:{free_port()}", workers=2) as relay:
+        pid = relay.worker_pids()[1]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_for(lambda: '"late"' in relay.cli("status", "--json").stdout)
+            for verb in ("summary", "list", "shape"):
+                done = relay.cli("queue", verb)
+                assert "empty" not in done.stdout and LINE in done.stderr, (verb, done)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
 def highest(pid: int) -> int:
     """The most memory a process has had, in octets."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
