@@ -142,10 +142,13 @@ class Endpoint:
             self._refreshing = True
             loop.run_in_executor(threads, self._parts.refresh).add_done_callback(self._refreshed)
 
-    def recipient_exists(self, address: str, domain: str) -> bool:
-        """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a map."""
+    def recipient_exists(self, address: str, domain: str) -> bool | None:
+        """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a map. None
+        while it is unknown: the map was broken when this worker started, and has been since."""
         known = self._parts.recipients.value
-        return known is None or address in known or "@" + domain in known
+        if known is None:
+            return None if self._parts.recipients.problem else True
+        return address in known or "@" + domain in known
 
     def _refreshed(self, future: Any) -> None:
         self._refreshing = False

@@ -208,7 +208,10 @@ class Intake:
             return None
         if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
             return reply.RELAY_DENIED
-        return None if self._endpoint.recipient_exists(address.lower(), domain) else reply.NO_SUCH_RECIPIENT
+        exists = self._endpoint.recipient_exists(address.lower(), domain)
+        if exists is None:
+            return reply.RECIPIENTS_UNKNOWN
+        return None if exists else reply.NO_SUCH_RECIPIENT
 
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
         """Take the units of a recipient, and with the first one those of the message, from rates and quotas: all or, when one is

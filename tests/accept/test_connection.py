@@ -3,11 +3,13 @@
 import asyncio
 import base64
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from relaymta.accept.connection import Connection
+from relaymta.accept.endpoint import Endpoint, _recipients
 from relaymta.accept.intake import Origin
 from relaymta.accept.line import LINGER, OUTPUT_SECONDS, UNSENT
 from relaymta.auth.identity import Identity
@@ -15,6 +17,7 @@ from relaymta.config import Listener
 from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.transaction import Limits, Transaction
+from relaymta.watch import Watched
 from tests.accept.test_transactions import connected, idle
 from tests.support.connection import BIG, COMMIT_FAILS, Machine, Transport
 
@@ -205,6 +208,22 @@ def test_a_late_reply_is_not_taken_for_that_to_the_next_message():
     idle(made)
     assert isinstance(made.transport, Transport)
     assert made.transport.said.count(b"queued as") == len(of.stored) == 2 and b"earlier" not in made.transport.said
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"), [(None, "451"), ("other@d.example\n", "550"), ("@d.example\n", "250")], ids=["unread", "absent", "listed"]
+)
+def test_a_recipient_map_that_was_never_read_lets_nobody_pass(tmp_path, lines, code):
+    recipients = tmp_path / "recipients"
+    if lines is not None:
+        recipients.write_text(lines)
+    of = machine()
+    watched = Watched([str(recipients)], lambda: _recipients(str(recipients)))
+    watched.refresh()
+    of._parts = SimpleNamespace(recipients=watched)
+    of.recipient_exists = lambda *asked: Endpoint.recipient_exists(of, *asked)
+    said = say(connected(of), EHLO + b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n")
+    assert said[-1].startswith(code)
 
 
 def test_a_message_whose_header_cannot_be_looked_at_gets_a_reply(monkeypatch):
