@@ -9,7 +9,7 @@ from tests.support.parsers import PARSERS, Parser
 
 LONG, BRIEF, TIMES = 32_768, 4000, 4  # octets: of most, and of what is a part of more
 MARGIN = 2.25  # a square is at 4, what sorts at 1.2
-LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 4
+LEAST_SECONDS, REPEATS, TRIES = 0.0005, 3, 20
 
 
 def least_seconds(parser: Parser, data: bytes) -> float:
@@ -30,6 +30,7 @@ def test_time_grows_no_faster_than_the_input(parser, what):
     for octets in sorted({BRIEF, min(LONG, parser.most or LONG)}):
         found = [growth(parser, what, octets)]
         while found[-1] > MARGIN and len(found) < TRIES:
+            time.sleep(0.02)  # what shares the processor's caches at this moment is gone at another
             found.append(growth(parser, what, octets))
         assert min(found) <= MARGIN, octets
 
@@ -39,7 +40,7 @@ def test_a_square_would_be_seen():
         return sum(data.count(b"a", start) for start in range(0, len(data), 64))
 
     parser = Parser("square", square, {"a": lambda n: b"a" * n})
-    assert any(growth(parser, "a", LONG) > MARGIN for _ in range(TRIES))
+    assert any(growth(parser, "a", LONG) > MARGIN for _ in range(4))
 
 
 def test_all_of_them_are_listed(request):
