@@ -1,0 +1,38 @@
+"""A worker process, without its supervisor."""
+
+import asyncio
+import os
+import socket
+
+import pytest
+
+from relaymta.accept.tickets import OCTETS
+from relaymta.config import Config
+from relaymta.node import keep_secret
+from relaymta.shm import Shared
+from relaymta.worker import Worker
+
+
+async def test_a_worker_that_cannot_listen_ends_in_order(tmp_path):
+    """Its shards are closed, so that what has been committed is all there is."""
+    config = Config.model_validate({
+        "spool": str(tmp_path), "listener": [{"address": "127.0.0.1:1"}], "log": {"file": str(tmp_path / "log"), "history": 0},
+        "metrics": {"listen": "off"},
+    })  # fmt: skip
+    keep_secret(tmp_path)
+    shared = Shared.create()
+    ours, theirs = socket.socketpair()
+    no_socket = os.open(tmp_path, os.O_RDONLY)
+    worker = Worker(theirs)
+    with pytest.raises(OSError, match="socket"):
+        await worker.start(
+            config=config.to_json(), slot=0, workers=1, shards=[0], probed=[], culprit=0, states=[], tickets=bytes(OCTETS),
+            descriptors=[os.dup(shared.descriptor), no_socket],
+        )  # fmt: skip
+    worker.stopping.set()
+    async with asyncio.timeout(60):
+        await worker.run()
+    with pytest.raises(OSError):
+        os.fstat(worker.shards[0].queue._lock)
+    os.close(no_socket)
+    ours.close()
