@@ -51,9 +51,9 @@ class Expiry:
             for deadline, ident in self._store.expiries(txn):
                 if deadline > now or len(found) >= TOGETHER:
                     break
-                for entry in self._schedule.load(txn, ident):
-                    states = self._store.recipient_states(txn, ident)
-                    found.append((entry, {i: s.attempts[-1] for i, s in states.items() if s.attempts}))
+                states = self._store.recipient_states(txn, ident)
+                last = {index: state.attempts[-1] for index, state in states.items() if state.attempts}
+                found += [(entry, last) for entry in self._schedule.load(txn, ident)]
         return found
 
     def expire(self, overdue: list[Overdue], mark: int) -> None:

@@ -68,8 +68,9 @@ class Supervisor:
         check_files(config)
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
         self.configuration.note(config)
+        existing = _existing_shards(spool)
         for number, own in enumerate(sockets):
-            orphans = [shard for shard in _existing_shards(spool) if shard >= workers and shard % workers == number]
+            orphans = [shard for shard in existing if shard >= workers and shard % workers == number]
             self.slots.add(Slot(number, own, [number, *orphans]))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
