@@ -28,6 +28,7 @@ from relaymta.route.table import RouteTable
 from relaymta.send.opener import Sources
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.token_server import TokenServer
 
 MESSAGE = "Subject: x\r\n\r\n.dot\r\n"
 
@@ -339,33 +340,22 @@ def test_a_mechanism_that_is_not_offered_defers_and_the_reply_lists_those_that_a
         assert deferred["phase"] == "auth" and "offers AUTH PLAIN LOGIN" in deferred["reply"]
 
 
-class TokenEndpoint:
+class TokenEndpoint(TokenServer):
     """An OAuth 2.0 token endpoint: tokens t1, t2, ... that are valid for `seconds`."""
 
     def __init__(self, seconds: int = 3600, rotates: bool = False) -> None:
         self.asked: list[dict[str, list[str]]] = []
         self.status = 200
-        endpoint = self
+        self._seconds, self._rotates = seconds, rotates
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                endpoint.asked.append(parse_qs(self.rfile.read(int(self.headers["content-length"])).decode()))
-                time.sleep(0.2)
-                answer = {"access_token": f"t{len(endpoint.asked)}", "token_type": "Bearer", "expires_in": seconds}
-                if rotates:
-                    answer["refresh_token"] = f"r{len(endpoint.asked) + 1}"
-                body = json.dumps(answer if endpoint.status == 200 else {"error": "invalid_grant"}).encode()
-                self.send_response(endpoint.status)
-                self.send_header("content-type", "application/json")
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/token"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def answer(self, form: dict[str, list[str]]) -> tuple[int, dict[str, object]]:
+        self.asked.append(form)
+        time.sleep(0.2)
+        answer = {"access_token": f"t{len(self.asked)}", "token_type": "Bearer", "expires_in": self._seconds}
+        if self._rotates:
+            answer["refresh_token"] = f"r{len(self.asked) + 1}"
+        return self.status, answer if self.status == 200 else {"error": "invalid_grant"}
 
 
 @pytest.fixture

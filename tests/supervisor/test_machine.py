@@ -1,12 +1,8 @@
 """What the supervisor keeps for all workers: site states on a failing disk, and OAuth tokens that are exchanged once."""
 
 import asyncio
-import json
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs
 
 import pytest
 
@@ -20,9 +16,10 @@ from relaymta.supervisor import machine as module
 from relaymta.supervisor.machine import Machine
 from tests.send.test_smarthosts import FakeMx, authority, context, logged_in  # noqa: F401
 from tests.support.daemon import wait_for
+from tests.support.token_server import TokenServer
 
 
-class Family:
+class Family(TokenServer):
     """A token endpoint that rotates refresh tokens, takes each only once, and revokes all when one comes again. For one request
     of all it waits `slow` seconds."""
 
@@ -30,32 +27,20 @@ class Family:
         self.next = 1
         self.asked: list[str] = []
         self.together = self.most = 0
-        family = self
+        self._slow = slow
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                form = parse_qs(self.rfile.read(int(self.headers["content-length"])).decode())
-                family.together += 1
-                family.most = max(family.most, family.together)
-                given = form["refresh_token"][0]
-                family.asked.append(given)
-                good = given == f"r{family.next}"
-                family.next = family.next + 1 if good else 10**6
-                time.sleep(slow)
-                family.together -= 1
-                answer = {"access_token": f"t{family.next}", "refresh_token": f"r{family.next}", "expires_in": 3600}
-                body = json.dumps(answer if good else {"error": "invalid_grant"}).encode()
-                self.send_response(200 if good else 400)
-                self.send_header("content-type", "application/json")
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/token"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def answer(self, form: dict[str, list[str]]) -> tuple[int, dict[str, object]]:
+        self.together += 1
+        self.most = max(self.most, self.together)
+        given = form["refresh_token"][0]
+        self.asked.append(given)
+        good = given == f"r{self.next}"
+        self.next = self.next + 1 if good else 10**6
+        time.sleep(self._slow)
+        self.together -= 1
+        answer = {"access_token": f"t{self.next}", "refresh_token": f"r{self.next}", "expires_in": 3600}
+        return (200, answer) if good else (400, {"error": "invalid_grant"})
 
 
 @pytest.fixture
