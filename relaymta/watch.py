@@ -22,6 +22,18 @@ class Watched(Generic[T]):
         self._load = load
         self._stamp: Stamp | None = None  # not loaded yet: `load` is called once even without files
 
+    @property
+    def trouble(self) -> str:
+        """The problem, and what is in use instead; "" without one."""
+        if not self.problem:
+            return ""
+        instead = (
+            "nothing was read before, and what needs it is rejected"
+            if self.value is None
+            else "what was read before stays in use"
+        )
+        return f"{self.problem}; {instead}"
+
     def refresh(self) -> None:
         """Load the files again if they have changed, or could not be loaded the last time. Blocks."""
         stamp = tuple(_stamp(path) for path in self._paths)

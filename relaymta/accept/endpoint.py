@@ -1,6 +1,7 @@
 """What a listener offers to its clients: TLS and AUTH, from its settings and the current certificates and accounts."""
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,7 @@ from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError, check_all
 from relaymta.filter import keys
-from relaymta.filter.keys import Key
-from relaymta.filter.signing import Signer, watched_keys
+from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.proto.sasl import Keys
@@ -42,29 +42,25 @@ class Parts(NamedTuple):
     """What is made of a configuration's files."""
 
     certificates: Certificates
-    keys: list[Watched[Key]]
+    keys: list[SigningKey]
     logins: Logins
     recipients: Watched[frozenset[str] | None]
     verifier: "Verifier | None"
 
     def refresh(self) -> None:
         """Read the files that have changed. Blocks."""
-        self.certificates.refresh()
-        self.logins.watched.refresh()
-        self.recipients.refresh()
-        for key in self.keys:
-            key.refresh()
+        for one in self.watched:
+            one.refresh()
 
     @property
-    def problems(self) -> list[str]:
-        """Why files are not in use."""
-        files = [*(key.problem for key in self.keys), self.logins.watched.problem, self.recipients.problem]
-        return [*self.certificates.problems, *filter(None, files)]
+    def watched(self) -> list[Watched[Any]]:
+        """Everything that is read again when it changes."""
+        return [*self.certificates.watched, *self.keys, self.logins.watched, self.recipients]
 
 
 class Endpoint:
     """The certificates, accounts, DKIM keys and recipient map of one worker. While a file is broken, the version read before
-    stays in use."""
+    stays in use; where there is none, what needs it is temporarily rejected."""
 
     def __init__(
         self, config: Config, rates: Rates, limits: Limits, resolver: Resolver, counters: Counters, log: Log, tickets: bytes
@@ -81,8 +77,9 @@ class Endpoint:
     def prepare(self, config: Config) -> Parts:
         """Read the files of a configuration, for `configure`. Blocks: called on a thread. ConfigError when one is broken."""
         parts = self._read(config)
-        if parts.problems:
-            raise ConfigError(parts.problems)
+        problems = [one.problem for one in parts.watched if one.problem]
+        if problems:
+            raise ConfigError(problems)
         return parts
 
     def configure(self, parts: Parts) -> None:
@@ -96,7 +93,7 @@ class Endpoint:
         path = config.relay.recipients
         parts = Parts(
             Certificates(config, self._tickets),
-            watched_keys(config),
+            [SigningKey(one) for one in config.dkim],
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log),
             Watched([path] if path else [], lambda: _recipients(path)),
             self._verifier(config) if config.verify.results else None,
@@ -157,16 +154,20 @@ class Endpoint:
 
     def _report(self) -> None:
         """Log each new and each resolved problem once, and update the gauges."""
-        unusable = [key.problem for key in self.signer.watched if key.problem]
-        problems = set(self._parts.problems)
-        for problem in problems - self._reported:
-            self._log.event("warning", text=f"{problem}; what was read before stays in use")
-        for problem in self._reported - problems:
+        problems = {one.problem: one.trouble for one in self._parts.watched if one.problem}
+        for problem in problems.keys() - self._reported:
+            self._log.event("warning", text=problems[problem])
+        for problem in self._reported - problems.keys():
             self._log.event("warning", text=f"resolved: {problem}")
-        self._reported = problems
-        self._counters.gauge("relaymta_tls_certificate_errors", len(self.certificates.problems))
-        self._counters.gauge("relaymta_dkim_key_errors", len(unusable))
+        self._reported = set(problems)
+        self._counters.gauge("relaymta_tls_certificate_errors", _broken(self.certificates.watched))
+        self._counters.gauge("relaymta_dkim_key_errors", _broken(self._parts.keys))
         self._counters.gauge("relaymta_accounts_file_errors", bool(self.logins.watched.problem))
+
+
+def _broken(watched: Sequence[Watched[Any]]) -> int:
+    """How many of them cannot be read now."""
+    return sum(bool(one.problem) for one in watched)
 
 
 def _check_recipients(config: Config) -> None:

@@ -30,7 +30,7 @@ class Certificates:
 
     def __init__(self, config: Config, keys: bytes = b"") -> None:
         self._tickets = keys
-        self._watched = [
+        self.watched = [
             Watched([c.chain, c.key or c.chain], lambda c=c: self._loaded(c))  # type: ignore[misc]
             for c in config.certificate
         ]
@@ -44,23 +44,18 @@ class Certificates:
     def renew_tickets(self, keys: bytes) -> None:
         """Replace the session ticket keys."""
         self._tickets = keys
-        for one in self._watched:
+        for one in self.watched:
             if one.value is not None:
                 tickets.share(one.value.context, keys)
 
     @property
     def context(self) -> ssl.SSLContext | None:
         """The context for a new handshake; None when there is no usable certificate."""
-        return next((one.value.context for one in self._watched if one.value is not None), None)
-
-    @property
-    def problems(self) -> list[str]:
-        """One message for each certificate whose files are unusable now."""
-        return [one.problem for one in self._watched if one.problem]
+        return next((one.value.context for one in self.watched if one.value is not None), None)
 
     def refresh(self) -> None:
         """Read the files that have changed. Called on a thread."""
-        for one in self._watched:
+        for one in self.watched:
             one.refresh()
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
@@ -68,7 +63,7 @@ class Certificates:
         if name:
             wanted_name = name.lower().rstrip(".")
             wanted = {wanted_name, "*." + wanted_name.partition(".")[2]}
-            for one in self._watched:
+            for one in self.watched:
                 if one.value is not None and not wanted.isdisjoint(one.value.names):
                     connection.context = one.value.context
                     break

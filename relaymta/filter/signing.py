@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from relaymta.config import Config
+from relaymta.config import Dkim
 from relaymta.control import Channel, Late, program
 from relaymta.errors import RelayError
 from relaymta.filter.keys import Key, load_key
@@ -21,7 +21,7 @@ from relaymta.proto.header import header_end, too_long
 from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
 
-__all__ = ["Draft", "Signer", "Unsignable"]
+__all__ = ["Draft", "Signer", "SigningKey", "Unsignable"]
 
 SIGNED_MESSAGES = index("relaymta_dkim_signatures_total")
 TOGETHER = 32  # messages whose signatures are made in one batch
@@ -31,7 +31,7 @@ RESTART_SECONDS = 1.0
 
 
 class Unsignable(Exception):
-    """It cannot be determined which keys sign a message; `reply`: the reply that refuses it."""
+    """It cannot be determined which keys sign a message, or they cannot be read; `reply`: the reply that refuses it."""
 
     def __init__(self, answer: bytes) -> None:
         super().__init__(answer.decode().strip())
@@ -167,9 +167,12 @@ def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Excep
     return b"".join(out)
 
 
-def watched_keys(config: Config) -> list[Watched[Key]]:
-    """The keys of a configuration; none is read yet."""
-    return [Watched([one.key], lambda one=one: load_key(one)) for one in config.dkim]  # type: ignore[misc]
+class SigningKey(Watched[Key]):
+    """A `[[dkim]]` of the configuration, and its key as it was last read."""
+
+    def __init__(self, settings: Dkim) -> None:
+        super().__init__([settings.key], lambda: load_key(settings))
+        self.settings = settings
 
 
 class Signer:
@@ -182,9 +185,9 @@ class Signer:
         self._loop = asyncio.get_running_loop()
         self._hashing = ThreadPoolExecutor(1, "hashing")
         self._signatory = Signatory(counters, log)
-        self.watched: list[Watched[Key]] = []
+        self.watched: list[SigningKey] = []
 
-    def configure(self, keys: list[Watched[Key]]) -> None:
+    def configure(self, keys: list[SigningKey]) -> None:
         """Replace the keys."""
         self.watched = keys
         if self.watched:
@@ -201,14 +204,19 @@ class Signer:
 
     def _keys_for(self, header: bytes, fields: list[bytes], application: str) -> list[Key]:
         """The keys that sign a message with this header; `fields`: the header, split. Raises Unsignable."""
-        keys = [key for one in self.watched if (key := one.value) is not None and key.settings.signs_for(application)]
-        if all("*" in key.settings.authors for key in keys):
-            return keys
-        try:
-            author = next(iter(domains(authors(header, fields=fields))), "")
-        except Malformed:
-            raise Unsignable(reply.BAD_AUTHOR) from None
-        return [key for key in keys if key.settings.signs(author)]
+        wanted = [one for one in self.watched if one.settings.signs_for(application)]
+        if not all("*" in one.settings.authors for one in wanted):
+            try:
+                author = next(iter(domains(authors(header, fields=fields))), "")
+            except Malformed:
+                raise Unsignable(reply.BAD_AUTHOR) from None
+            wanted = [one for one in wanted if one.settings.signs(author)]
+        # A key whose file could never be read does not sign. Another one of its domain will do; without one, mail that is
+        # meant to be signed does not leave unsigned.
+        keys = [key for one in wanted if (key := one.value) is not None]
+        if {one.settings.domain for one in wanted} - {key.settings.domain for key in keys}:
+            raise Unsignable(reply.NOT_SIGNED)
+        return keys
 
     def sign(self, front: bytes, data: list[bytes], application: str, done: Callable[[bytes | Exception], None]) -> None:
         """Sign a message of `front`, our own fields, and `data`: `done(its DKIM-Signature fields)`, or an Exception."""
@@ -224,7 +232,7 @@ class Signer:
         end = header_end(start)
         header = start[:end]
         if too_long(header):
-            if any(one.value is not None and one.value.settings.signs_for(application) for one in self.watched):
+            if any(one.settings.signs_for(application) for one in self.watched):
                 raise Unsignable(reply.HEADER_TOO_LONG)
             return None
         header = front + header

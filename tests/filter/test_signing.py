@@ -211,6 +211,39 @@ def test_a_broken_key_changes_nothing(peer, tmp_path):
         wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 0)
 
 
+def test_mail_is_never_sent_unsigned_because_a_worker_could_not_read_the_key(peer, tmp_path):
+    """The worker starts while the key's file is broken. Another key of the same domain will do."""
+    two = keys(tmp_path)
+    alone = Dkim(domain="alone.test", selector="s", key=two[0].key)
+    spare = Dkim(domain=two[1].domain, selector="spare", key=str(tmp_path / "spare"))
+    Path(spare.key).write_bytes(Path(two[1].key).read_bytes())
+    settings = [alone, two[1], spare]
+    messages = {domain: f"From: a@{domain}\r\n\r\nx\r\n" for domain in ("alone.test", two[1].domain, "nobody.test")}
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
+        kept = Path(alone.key).read_bytes()
+        for key in (alone.key, two[1].key):
+            Path(key).write_text("broken")
+        wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 2)
+        (worker,) = relay.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: any("nothing was read before" in row["text"] for row in relay.events("warning")))
+        for body in ("", "y" * 70 + "\r\n"):  # in memory, and in a file of its own
+            with pytest.raises(smtplib.SMTPDataError) as refused:
+                relay.send(messages["alone.test"] + body * 20_000)
+            assert refused.value.smtp_code == 451 and refused.value.smtp_error.startswith(b"4.7.5")
+        relay.send(messages[spare.domain])
+        relay.send(messages["nobody.test"])
+        wait_for(lambda: len(peer.messages) == 2)
+        Path(alone.key).write_bytes(kept)
+        wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 1)
+        relay.send(messages["alone.test"])
+        wait_for(lambda: len(peer.messages) == 3)
+    by_author = {message.rpartition(b"From: a@")[2].partition(b"\r")[0]: message for _, _, message in peer.messages}
+    assert verified(by_author[b"alone.test"], [alone]) == [True]
+    assert verified(by_author[spare.domain.encode()], [spare]) == [True]
+    assert verified(by_author[b"nobody.test"], []) == []
+
+
 def test_without_the_signing_process_a_thread_signs(peer, tmp_path):
     settings = keys(tmp_path)
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
