@@ -216,10 +216,10 @@ def test_attempts_after_temporary_failures_follow_the_schedule(tmp_path):
     with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=1") as relay:
         relay.send()
         wait_for(lambda: relay.events("delivered"), 20)
-        first, second = relay.events("deferred")
-        done = relay.events("delivered")[0]
-        assert second["ts"] - first["ts"] >= 1
-        assert done["ts"] - second["ts"] >= 2
+        (queued,), (first, second), (done,) = relay.events("queued"), relay.events("deferred"), relay.events("delivered")
+        assert first["next"] - queued["ts"] > 0.999  # milliseconds, rounded down
+        assert second["ts"] >= first["next"] and second["next"] - first["next"] > 1.999
+        assert done["ts"] >= second["next"]
         assert done["attempt"] == 3
 
 
