@@ -50,12 +50,14 @@ class Loading:
         self._pump(pool)
 
     def _unreadable(self, pool: Pool, entry: Entry, error: StoreError) -> None:
-        """A body that cannot be read is never sent: a warning is logged, and the entry is deferred."""
+        """A body that cannot be read is never sent: a warning is logged, and the entry is deferred. One that was put back or
+        claimed meanwhile is not looked at: nothing corrects its place any more when the body moves."""
+        if not (entry.waiting and pool.ready.remove(entry)):
+            return
         self._counters.add(CORRUPT, 1)
         self._log.event("warning", text=f"message {format_id(entry.ident)}: {error}")
-        if entry.waiting and pool.ready.remove(entry):
-            why = Failure("the message could not be read", str(error))
-            self._outcomes.charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", why)
+        why = Failure("the message could not be read", str(error))
+        self._outcomes.charge(entry, TRANSIENT, "queue", "", 0, "4.3.0", why)
 
     async def pieces(self, mail: Mail) -> AsyncIterator[bytes]:
         """The message data of a large message, in pieces."""

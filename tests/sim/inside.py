@@ -102,6 +102,9 @@ def disk(queue: Any) -> str:
         if {WAKE.unpack(key) for key, _ in txn.cursor(db=tables["wake"])} != wakes:
             return "wake rows are not those of the queues"
     segments = {number: row.live for number, row in store.segments().items()}
+    missing = [number for number in segments if number not in queue.segments._segments]
+    if missing:
+        return f"rows of segments that are removed: {missing}"
     for number in set(segments) | set(live):
         if segments.get(number, 0) != live[number]:
             return f"segment {number}: counts {segments.get(number)}, holds {live[number]}"

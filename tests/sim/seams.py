@@ -17,6 +17,7 @@ from typing import Any
 import lmdb
 
 import relaymta.dns
+import relaymta.queue.segments
 import relaymta.send.connect
 import relaymta.send.opener
 import relaymta.worker
@@ -42,11 +43,13 @@ SMALL: dict[str, dict[str, float]] = {
         "TICK": 0.2, "CHECK_TICKS": 5, "FAILED_OFFER_MS": 3000, "SWEEP_TICKS": 40, "MATERIALIZE_MS": 3000, "TOGETHER": 2,
         "STREAM_PIECE": 1024, "GROUP_LIMIT": 8, "GATHER_LEAST": 2, "GATHER_MOST": 4, "SMALL_GROUP": 2, "PAGE_ROWS": 3,
         "CLOCK_EVERY": 1, "POLICY_HELD_TOGETHER": 3, "KEPT_LEFT": 4, "ROW_OCTETS": 500, "SPARE": 0, "SLICE_FRAMES": 2,
-        "PAUSE_TICKS": 4, "IDLE_TICKS": 1, "BALLAST_LEAST": 1024, "BALLAST_MOST": 2048, "SCAN_QUEUES": 4, "FREE_MOST": 2,
+        "PAUSE_TICKS": 4, "IDLE_TICKS": 1, "BALLAST_LEAST": 1024, "BALLAST_MOST": 2048, "SCAN_QUEUES": 4,
     },
     "relaymta.send": {"TOGETHER": 3, "CROWDED": 6, "AT_A_TIME": 2, "FORGET_MS": 60_000},
 }  # fmt: skip
-SEGMENT = 8192  # octets
+# And those of the disk, drawn by each run: octets of a segment, and how many empty ones are kept.
+SEGMENTS = (8192, 8192, 2048)
+FREE_MOST = (2, 1, 0)
 
 
 class Clock:
@@ -244,6 +247,8 @@ def _modules_of(world: Any, patches: _Patches) -> None:
     stage: Stage = world.stage
     disk = lambda: world.disk_of(stage.process)  # noqa: E731
     system, found = System(stage, disk), set()
+    segment = stage.random.choice(SEGMENTS)
+    patches.set(relaymta.queue.segments, "FREE_MOST", stage.random.choice(FREE_MOST))
     world.system = system
     everywhere: dict[int, Any] = {id(time): world.clock, id(random): world.random}
     in_queue: dict[int, Any] = {
@@ -253,7 +258,7 @@ def _modules_of(world: Any, patches: _Patches) -> None:
         id(sys.modules["threading"]): _Threading(stage),
         id(sys.modules["queue"]): _Queues(stage),
         id(sys.modules["concurrent.futures"].ThreadPoolExecutor): Executor,
-        id(relaymta.queue.segments.segment_size_for): lambda path: SEGMENT,
+        id(relaymta.queue.segments.segment_size_for): lambda path: segment,
     }
     over: dict[int, Any] = {
         id(relaymta.send.connect.connect): world.network.connect,
