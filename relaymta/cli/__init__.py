@@ -1,32 +1,37 @@
 """The command line: `relaymta VERB`. Every reading verb has --json."""
 
+from importlib import import_module
+
 import click
 
 from relaymta import __version__
-from relaymta.cli import account, config, dkim, doctor, message, policy, queue, route, serve, sink, site
 
 __all__ = ["main"]
 
+# Verb -> its module. Only that of the verb that is called is imported.
+VERBS = {
+    "serve": "serve", "sink": "sink", "config": "config", "status": "queue", "queue": "queue", "message": "message",
+    "route": "route", "site": "site", "shaping": "site", "policy": "policy", "standing": "policy", "user": "account",
+    "app": "account", "dkim": "dkim", "doctor": "doctor", "reload": "queue",
+}  # fmt: skip
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class Verbs(click.Group):
+    """The verbs of VERBS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in alphabetical order."""
+        return sorted(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A verb's command; None when there is no such verb."""
+        if cmd_name not in VERBS:
+            return None
+        found: click.Command = getattr(import_module(f"relaymta.cli.{VERBS[cmd_name]}"), cmd_name)
+        return found
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="relaymta")
 def main() -> None:
     """A relay MTA: accepts mail by SMTP, makes it safe on disk before it replies 250, and delivers it."""
-
-
-main.add_command(serve.serve)
-main.add_command(sink.sink)
-main.add_command(config.config)
-main.add_command(queue.status)
-main.add_command(queue.queue)
-main.add_command(message.message)
-main.add_command(route.route)
-main.add_command(site.site)
-main.add_command(site.shaping)
-main.add_command(policy.policy)
-main.add_command(policy.standing)
-main.add_command(account.user)
-main.add_command(account.app)
-main.add_command(dkim.dkim)
-main.add_command(doctor.doctor)
-main.add_command(queue.reload)

@@ -18,8 +18,8 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, table
+from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json, asked, connect
-from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
 
@@ -43,7 +43,7 @@ class _File:
     """The file of accounts, edited line by line, so that comments and layout are kept. The new text is parsed before it replaces
     the file, so that no other accounts can change."""
 
-    def __init__(self, read: Callable[..., Config]) -> None:
+    def __init__(self, read: Configuration) -> None:
         config = loaded(read, DEMO)
         path, self.user = config.accounts.file, config.user
         if not path:
@@ -128,7 +128,7 @@ class _File:
 
 
 @contextlib.contextmanager
-def _edited(read: Callable[..., Config], new: bool = False) -> Iterator[_File]:
+def _edited(read: Configuration, new: bool = False) -> Iterator[_File]:
     """The file of accounts, locked against other editors. `new`: it is created if it is missing."""
     file = _File(read)
     with locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
@@ -262,7 +262,7 @@ def _senders(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)  # fmt: skip
 
 
-def _listing(read: Callable[..., Config], as_json: bool) -> None:
+def _listing(read: Configuration, as_json: bool) -> None:
     accounts = _File(read).accounts
     if as_json:
         say_json([_row(account) for account in accounts])
@@ -312,7 +312,7 @@ def user() -> None:
 @_with_password
 @_senders
 @configured
-def add_user(read: Callable[..., Config], name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
+def add_user(read: Configuration, name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
     """Add a user."""
     account = Account(name=name, secrets=[_kept(password, with_scram)], senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
@@ -349,7 +349,7 @@ def _checked_senders(senders: tuple[str, ...]) -> list[str]:
 @click.argument("name")
 @_with_password
 @configured
-def password(read: Callable[..., Config], name: str, password: str, with_scram: bool) -> None:
+def password(read: Configuration, name: str, password: str, with_scram: bool) -> None:
     """Change a user's password."""
     secret = _kept(password, with_scram)
     with _edited(read) as file:
@@ -362,7 +362,7 @@ def password(read: Callable[..., Config], name: str, password: str, with_scram: 
 @user.command(name="remove")
 @click.argument("name")
 @configured
-def remove_user(read: Callable[..., Config], name: str) -> None:
+def remove_user(read: Configuration, name: str) -> None:
     """Remove a user."""
     with _edited(read) as file:
         file.get(name)
@@ -373,7 +373,7 @@ def remove_user(read: Callable[..., Config], name: str) -> None:
 @user.command(name="list")
 @as_json
 @configured
-def list_users(read: Callable[..., Config], as_json: bool) -> None:
+def list_users(read: Configuration, as_json: bool) -> None:
     """List all accounts."""
     _listing(read, as_json)
 
@@ -387,7 +387,7 @@ def app() -> None:
 @click.argument("name", callback=_named)
 @_senders
 @configured
-def create(read: Callable[..., Config], name: str, senders: tuple[str, ...]) -> None:
+def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
     """Create an application and its key, which is shown once."""
     from relaymta.auth.passwords import scram
 
@@ -421,7 +421,7 @@ def _records(config: Config, domains: list[str]) -> Iterator[str]:
 @click.argument("name")
 @click.option("--overlap", default="24h", metavar="DURATION", help="Time for which the old keys stay valid.")
 @configured
-def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
+def rotate(read: Configuration, name: str, overlap: str) -> None:
     """Give an application a new key, which is shown once; its old keys expire after --overlap."""
     from relaymta.auth.passwords import scram, scram_keys
 
@@ -448,7 +448,7 @@ def rotate(read: Callable[..., Config], name: str, overlap: str) -> None:
 @app.command()
 @click.argument("name")
 @configured
-def expire(read: Callable[..., Config], name: str) -> None:
+def expire(read: Configuration, name: str) -> None:
     """Expire all keys of an application, now."""
     now = datetime.now(UTC)
     with _edited(read) as file:
@@ -463,7 +463,7 @@ def expire(read: Callable[..., Config], name: str) -> None:
 @app.command()
 @as_json
 @configured
-def usage(read: Callable[..., Config], as_json: bool) -> None:
+def usage(read: Configuration, as_json: bool) -> None:
     """Show how much of their quotas accounts have used. Used quota becomes available again continuously."""
     rows = asked(connect(read), "usage")
     if as_json:
@@ -478,6 +478,6 @@ def usage(read: Callable[..., Config], as_json: bool) -> None:
 @app.command(name="list")
 @as_json
 @configured
-def list_apps(read: Callable[..., Config], as_json: bool) -> None:
+def list_apps(read: Configuration, as_json: bool) -> None:
     """List all accounts."""
     _listing(read, as_json)

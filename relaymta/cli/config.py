@@ -1,12 +1,11 @@
 """`relaymta config`: check, show and describe the configuration."""
 
 import os
-from collections.abc import Callable
 
 import click
 
 from relaymta.cli.console import say, say_json_lines
-from relaymta.cli.serve import configured, fail, loaded
+from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.config import Config, describe, notes
 from relaymta.errors import ConfigError
 from relaymta.privileges import account, become
@@ -21,7 +20,7 @@ def config() -> None:
 
 @config.command()
 @configured
-def check(read: Callable[..., Config]) -> None:
+def check(read: Configuration) -> None:
     """Check the configuration, and the files, folders and addresses that it names, with the rights of the relay's user. Every
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes. Whether another program uses a
     port or the spool is not checked: it may be the relay."""
@@ -65,7 +64,7 @@ def _as_user(config: Config) -> set[str] | None:
 
 @config.command()
 @configured
-def show(read: Callable[..., Config]) -> None:
+def show(read: Configuration) -> None:
     """Show the effective configuration, with defaults, as JSON."""
     say_json_lines(loaded(read).model_dump_json(indent=2).encode() + b"\n")
 

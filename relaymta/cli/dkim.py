@@ -7,7 +7,6 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from pydantic import ValidationError
 
 from relaymta.cli.account import DEMO, give_to, locked, replace_file
 from relaymta.cli.console import say, say_json, table
+from relaymta.cli.options import Configuration, config_path, configured, fail, loaded
 from relaymta.cli.peer import as_json
-from relaymta.cli.serve import config_path, configured, fail, loaded
 from relaymta.config import Config, Dkim, parse_duration
 from relaymta.errors import ConfigError
 
@@ -35,7 +34,7 @@ def dkim() -> None:
 @click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="rsa: 2048 bits.")
 @click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="File to write the private key to.")
 @configured
-def keygen(read: Callable[..., Config], domain: str, selector: str, kind: str, out: Path) -> None:
+def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path) -> None:
     """Create a key; print the DNS record and the [[dkim]] table for it."""
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, DEMO).user)
@@ -81,7 +80,7 @@ def _show_record(settings: Dkim) -> None:
 @click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Type of a key that is created.")
 @click.option("--wait", "patience", default="0s", metavar="DURATION", help="Time to wait for the DNS record.")
 @configured
-def rotate(read: Callable[..., Config], domain: str, selector: str, out: Path, kind: str, patience: str) -> None:
+def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str, patience: str) -> None:
     """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the
     configuration file. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a week."""
     config, file = loaded(read, DEMO), config_path()
@@ -158,7 +157,7 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
 @dkim.command(name="check")
 @as_json
 @configured
-def check_keys(read: Callable[..., Config], as_json: bool) -> None:
+def check_keys(read: Configuration, as_json: bool) -> None:
     """Check that the DNS has the record of each key. Exit status 1 when one is missing or belongs to another key."""
     config = loaded(read, DEMO)
     rows = asyncio.run(checked(config))

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -12,8 +11,8 @@ import click
 from relaymta.cli.account import DEMO
 from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
+from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
-from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def doctor() -> None:
 )  # fmt: skip
 @as_json
 @configured
-def domain(read: Callable[..., Config], name: str, addresses: tuple[str, ...], as_json: bool) -> None:
+def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: bool) -> None:
     """Check whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether the names of our addresses match.
     Exit status 1 when a check fails."""
     config = loaded(read, DEMO)

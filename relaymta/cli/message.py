@@ -1,15 +1,13 @@
 """`relaymta message`: show one message, explain why it is in the queue, and its history."""
 
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json, say_message
+from relaymta.cli.options import Configuration, configured, missing
 from relaymta.cli.peer import absent, as_json, asked, connect, number_of, read_pieces, size, when
-from relaymta.cli.serve import configured, missing
-from relaymta.config import Config
 
 __all__ = ["message"]
 
@@ -31,7 +29,7 @@ def message() -> None:
 @_of
 @as_json
 @configured
-def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None:
+def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
@@ -53,7 +51,7 @@ def show_message(read: Callable[..., Config], ident: str, as_json: bool) -> None
 @message.command()
 @_of
 @configured
-def raw(read: Callable[..., Config], ident: str) -> None:
+def raw(read: Configuration, ident: str) -> None:
     """Write the message data, as it will be sent: unchanged to a file or pipe; on a terminal, unprintable characters are
     escaped."""
     pieces = read_pieces(connect(read), "raw", ident=ident)
@@ -67,7 +65,7 @@ def raw(read: Callable[..., Config], ident: str) -> None:
 @_of
 @as_json
 @configured
-def explain(read: Callable[..., Config], ident: str, as_json: bool) -> None:
+def explain(read: Configuration, ident: str, as_json: bool) -> None:
     """Explain why a message is still in the queue: its route, attempts, what it waits for, which limit delays it, and until
     when."""
     peer = connect(read)
@@ -117,7 +115,7 @@ def _show_explanation(found: dict[str, Any]) -> None:
 @_of
 @as_json
 @configured
-def history(read: Callable[..., Config], ident: str, as_json: bool) -> None:
+def history(read: Configuration, ident: str, as_json: bool) -> None:
     """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from relaymta import control
 from relaymta.cli.console import table
-from relaymta.cli.serve import fail, missing, note_missing
-from relaymta.config import Config
+from relaymta.cli.options import Configuration, fail, loaded, missing, note_missing
 from relaymta.control.requests import REQUESTS
-from relaymta.errors import ConfigError, RelayError
+from relaymta.errors import RelayError
+
+if TYPE_CHECKING:
+    from relaymta.config import Config
 
 __all__ = [
     "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "number_of", "read_pieces", "size",
@@ -32,7 +34,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (
 class Offline:
     """Answers the daemon's reading requests from the spool, while no daemon runs."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: "Config") -> None:
         from relaymta.cli import console
         from relaymta.queue import ages, offline  # noqa: F401
 
@@ -81,23 +83,30 @@ class Daemon:
         note_missing(asked.missing)
 
 
-def connect(read: Callable[..., Config]) -> Daemon | Offline:
+def connect(read: Configuration) -> Daemon | Offline:
     """The daemon of this configuration, or its spool when no daemon runs; ends the program when there is neither."""
-    try:
-        config = read({"listener": [{"address": "127.0.0.1:2525"}]})
-    except ConfigError as error:
-        fail(78, str(error))
+    path = read.control_path()
+    if path is not None and _answers(path):
+        return Daemon(path)
+    config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})
+    if _answers(config.control_path):
+        return Daemon(config.control_path)
+    if not Path(config.spool).is_dir():
+        fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
+    return Offline(config)
+
+
+def _answers(path: Path) -> bool:
+    """Whether a daemon listens at a control socket; ends the program when that cannot be found out."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(CONNECT_SECONDS)
-            sock.connect(str(config.control_path))
+            sock.connect(str(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        if not Path(config.spool).is_dir():
-            fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
-        return Offline(config)
+        return False
     except OSError as error:
-        fail(69, f"{config.control_path}: {error}")
-    return Daemon(config.control_path)
+        fail(69, f"{path}: {error}")
+    return True
 
 
 def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:

@@ -1,17 +1,15 @@
 """`relaymta policy`: hold and bounce policies, for mail in the queue and for mail that arrives while they are in effect."""
 
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json
+from relaymta.cli.options import Configuration, configured, fail
 from relaymta.cli.peer import Offline, as_json, asked, connect, given, when
 from relaymta.cli.queue import change, pages
-from relaymta.cli.serve import configured, fail
-from relaymta.config import Config, parse_duration
 
 __all__ = ["policy", "standing"]
 
@@ -28,6 +26,8 @@ def _seconds(duration: str, until: str) -> float:
     """The duration of a policy in seconds, from --for or --until; ends the program if they are malformed."""
     if not until:
         try:
+            from relaymta.config import parse_duration
+
             return parse_duration(duration)
         except ValueError as error:
             fail(64, f"--for {duration}: expected {error}")
@@ -53,7 +53,7 @@ def _add(kind: str, sentence: str, reason: str) -> None:
     @click.option("--dry-run", is_flag=True, help="Only count the queued messages that match.")
     @configured
     def command(
-        read: Callable[..., Config], duration: str, until: str, reason: str, dry_run: bool, **chosen: str
+        read: Configuration, duration: str, until: str, reason: str, dry_run: bool, **chosen: str
     ) -> None:  # fmt: skip
         given = {key: value for key, value in chosen.items() if value}
         if not given:
@@ -84,7 +84,7 @@ _add("bounce", "Bounce mail: return it to its senders.", "returned by the operat
 @policy.command(name="list")
 @as_json
 @configured
-def list_policies(read: Callable[..., Config], as_json: bool) -> None:
+def list_policies(read: Configuration, as_json: bool) -> None:
     """List the policies in effect."""
     policies = [state for state in asked(connect(read), "site_states") if state["kind"] in POLICIES]
     if as_json:
@@ -104,7 +104,7 @@ def _policy(state: dict[str, Any]) -> dict[str, Any]:
 @click.argument("kind", type=click.Choice(list(POLICIES)))
 @click.argument("about")
 @configured
-def remove(read: Callable[..., Config], kind: str, about: str) -> None:
+def remove(read: Configuration, kind: str, about: str) -> None:
     """End a policy, by its kind and the mail that it is about, as `policy list` shows them. Mail that it held is released."""
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
         fail(1, f"there is no policy to {kind} {about} (`relaymta policy list`)")

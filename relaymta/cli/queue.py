@@ -14,9 +14,8 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, say_json_lines, table
+from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
 from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, number_of, size, when
-from relaymta.cli.serve import configured, fail, incomplete, missing
-from relaymta.config import Config
 
 __all__ = ["change", "pages", "queue", "reload", "status"]
 
@@ -26,7 +25,7 @@ QUEUES_TOGETHER = 10_000  # names of queues in one request
 @click.command()
 @as_json
 @configured
-def status(read: Callable[..., Config], as_json: bool) -> None:
+def status(read: Configuration, as_json: bool) -> None:
     """Show the state of the daemon and its workers."""
     peer = connect(read)
     found = asked(peer, "status")
@@ -54,7 +53,7 @@ def queue() -> None:
 @queue.command()
 @as_json
 @configured
-def summary(read: Callable[..., Config], as_json: bool) -> None:
+def summary(read: Configuration, as_json: bool) -> None:
     """Show one line for each queue that has messages."""
     rows = asked(connect(read), "summary")
     if as_json:
@@ -147,7 +146,7 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
 @_filters
 @as_json
 @configured
-def list_messages(read: Callable[..., Config], as_json: bool, **chosen: Any) -> None:
+def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
     """List the messages, the oldest first. --json: one object a line."""
     empty = True
     for lines in _in_order(connect(read), chosen):
@@ -177,7 +176,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
 @click.option("--all", "everything", is_flag=True, help="Every queue, not only the 30 with the most mail.")
 @as_json
 @configured
-def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
+def shape(read: Configuration, as_json: bool, everything: bool) -> None:
     """Show the age of the mail in each queue: messages by age in minutes (as Postfix's qshape)."""
     from relaymta.queue.ages import COLUMNS
 
@@ -204,7 +203,7 @@ def shape(read: Callable[..., Config], as_json: bool, everything: bool) -> None:
 @click.argument("name")
 @as_json
 @configured
-def show_queue(read: Callable[..., Config], name: str, as_json: bool) -> None:
+def show_queue(read: Configuration, name: str, as_json: bool) -> None:
     """Show one queue, by its name in `queue summary`."""
     rows = [row for row in asked(connect(read), "summary") if row["queue"] == name]
     if not rows:
@@ -233,7 +232,7 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     @as_json
     @configured
     def command(
-        read: Callable[..., Config], ids: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, word: str = "",
+        read: Configuration, ids: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, word: str = "",
         **chosen: Any,
     ) -> None:  # fmt: skip
         if not (ids or everything or any(chosen.values())):
@@ -329,7 +328,7 @@ _verb(
 
 @click.command()
 @configured
-def reload(read: Callable[..., Config]) -> None:
+def reload(read: Configuration) -> None:
     """Make the daemon read its configuration again."""
     peer = connect(read)
     answer = asked(peer, "reload")

@@ -1,14 +1,13 @@
 """`relaymta route test`: where a message would be sent, and why."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json
+from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
-from relaymta.cli.serve import configured, fail, loaded
 from relaymta.config import Config
 from relaymta.errors import ConfigError
 from relaymta.proto.envelope import Envelope
@@ -37,7 +36,7 @@ def route() -> None:
 @as_json
 @configured
 def test(
-    read: Callable[..., Config], sender: str, recipient: str, application: str, size: int, attempts: int,
+    read: Configuration, sender: str, recipient: str, application: str, size: int, attempts: int,
     headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""

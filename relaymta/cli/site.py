@@ -1,16 +1,13 @@
 """`relaymta site` and `relaymta shaping`: the sites that mail is sent to, their limits, and decisions about them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from relaymta.cli.console import say, say_json, table
+from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.cli.peer import absent, as_json, asked, connect, given, when
-from relaymta.cli.serve import configured, fail, loaded
-from relaymta.config import Config, parse_duration
-from relaymta.node import PROFILES, PROFILES_BEFORE
 
 __all__ = ["shaping", "site"]
 
@@ -25,7 +22,7 @@ def site() -> None:
 @site.command(name="list")
 @as_json
 @configured
-def list_sites(read: Callable[..., Config], as_json: bool) -> None:
+def list_sites(read: Configuration, as_json: bool) -> None:
     """List the sites that have mail or connections now, one a line."""
     rows = asked(connect(read), "sites")
     if as_json:
@@ -45,7 +42,7 @@ def list_sites(read: Callable[..., Config], as_json: bool) -> None:
     table("", ["site", "state", "waiting", "in flight", "connections", "rate", "reason"], lines)
 
 
-def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, states) of the sites with this name; ends the program when there are none."""
     peer = connect(read)
     rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
@@ -60,7 +57,7 @@ def _rows_of(read: Callable[..., Config], name: str) -> tuple[list[dict[str, Any
 @click.argument("name")
 @as_json
 @configured
-def show(read: Callable[..., Config], name: str, as_json: bool) -> None:
+def show(read: Configuration, name: str, as_json: bool) -> None:
     """Show one site: its hosts, its connections and their state, its limits and where each comes from."""
     rows, states = _rows_of(read, name)
     if as_json:
@@ -88,7 +85,7 @@ def _show_limits(row: dict[str, Any]) -> None:
 @click.argument("name")
 @as_json
 @configured
-def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
+def limits(read: Configuration, name: str, as_json: bool) -> None:
     """Show the limits of one site that are in effect now, and where each comes from."""
     rows, _ = _rows_of(read, name)
     if as_json:
@@ -105,12 +102,14 @@ def limits(read: Callable[..., Config], name: str, as_json: bool) -> None:
 @click.option("--app", "application", default="", callback=given, help="Only mail of this application.")
 @click.option("--reason", default="suspended by the operator", help="The reason, shown by `explain` and `shaping active`.")
 @configured
-def suspend(read: Callable[..., Config], name: str, duration: str, application: str, reason: str) -> None:
+def suspend(read: Configuration, name: str, duration: str, application: str, reason: str) -> None:
     """Send nothing to a site (by the name that its limits are counted by) for a time; without NAME, nothing of --app to any site.
     This survives a restart."""
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     try:
+        from relaymta.config import parse_duration
+
         seconds = parse_duration(duration)
     except ValueError as error:
         fail(64, f"--for {duration}: expected {error}")
@@ -124,7 +123,7 @@ def suspend(read: Callable[..., Config], name: str, duration: str, application: 
 @click.argument("name", default="", callback=given)
 @click.option("--app", "application", default="", callback=given, help="End the suspension of this application's mail.")
 @configured
-def resume(read: Callable[..., Config], name: str, application: str) -> None:
+def resume(read: Configuration, name: str, application: str) -> None:
     """Resume sending to a suspended or dead site, now."""
     count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
     if not count:
@@ -140,7 +139,7 @@ def shaping() -> None:
 @shaping.command()
 @as_json
 @configured
-def active(read: Callable[..., Config], as_json: bool) -> None:
+def active(read: Configuration, as_json: bool) -> None:
     """List all suspensions, slow-downs, dead sites and learned limits in effect now."""
     states = [state for state in asked(connect(read), "site_states") if state["kind"] in KINDS]
     if as_json:
@@ -165,7 +164,7 @@ def _show_states(states: list[dict[str, Any]]) -> None:
 @click.option("--kind", type=click.Choice(KINDS), help="Only decisions of this kind.")
 @click.option("--dry-run", is_flag=True, help="Only count the decisions that match.")
 @configured
-def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | None, dry_run: bool) -> None:
+def clear(read: Configuration, name: str, everything: bool, kind: str | None, dry_run: bool) -> None:
     """Remove the decisions about a site (or all sites); new replies may lead to the same ones."""
     if not name and not everything:
         fail(64, "which site? Give its name, or --all")
@@ -184,7 +183,7 @@ def clear(read: Callable[..., Config], name: str, everything: bool, kind: str | 
 @click.argument("name")
 @as_json
 @configured
-def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
+def why(read: Configuration, name: str, as_json: bool) -> None:
     """Show the reply that caused each decision about a site, its time, and when the decision ends."""
     _, states = _rows_of(read, name)
     if as_json:
@@ -201,8 +200,9 @@ def why(read: Callable[..., Config], name: str, as_json: bool) -> None:
 @shaping.command()
 @as_json
 @configured
-def diff(read: Callable[..., Config], as_json: bool) -> None:
+def diff(read: Configuration, as_json: bool) -> None:
     """Show what has changed in the provider profiles since the version used before."""
+    from relaymta.node import PROFILES, PROFILES_BEFORE
     from relaymta.route.shaping import differences, read_profiles
     from relaymta.route.shaping import profiles as shipped
 

@@ -11,7 +11,7 @@ from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, Toke
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.describing import describe, given_values
-from relaymta.config.loading import load, load_accounts, parse_value
+from relaymta.config.loading import load, load_accounts
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
 from relaymta.config.networks import everywhere
 from relaymta.config.reloading import Change, merge
@@ -25,5 +25,4 @@ __all__ = [
     "LimitsTable", "Listener", "Log", "Metrics", "OAuth", "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret",
     "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe", "everywhere", "given_values",
     "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota",
-    "parse_value",
 ]  # fmt: skip

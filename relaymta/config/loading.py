@@ -15,7 +15,7 @@ from relaymta.config.values import Place, Problems, near
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
 
-__all__ = ["load", "load_accounts", "parse_value", "problems_of"]
+__all__ = ["load", "load_accounts", "problems_of"]
 
 M = TypeVar("M", bound=BaseModel)
 _UNION = re.compile(r"constrained-str\Z|(function-(before|after)|literal)\[")  # pydantic's names for the types of a union
@@ -43,14 +43,6 @@ def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
     text, data = _read(path)
     return _validated(AccountsFile, Origin(path, text), data).account
-
-
-def parse_value(text: str) -> Any:
-    """The value of `--set key=value`: parsed as TOML where possible, else the string itself."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:

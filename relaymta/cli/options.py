@@ -1,0 +1,151 @@
+"""The options by which every verb finds its configuration, and how a verb ends.
+
+Nothing large is imported here: a verb that asks the daemon needs no more than the place of its socket.
+"""
+
+import functools
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from relaymta.cli.console import say
+from relaymta.errors import ConfigError
+
+if TYPE_CHECKING:
+    from relaymta.config import Config
+
+__all__ = [
+    "Configuration", "config_path", "configured", "fail", "incomplete", "loaded", "missing", "note_missing",
+]  # fmt: skip
+
+_FILE, _MISSING, _INCOMPLETE = "relaymta.config_path", "relaymta.missing", "relaymta.incomplete"
+CONFIG_PATH = "/etc/relaymta/relaymta.toml"
+
+
+class Configuration:
+    """The configuration that the options of a verb mean: `path`, a file (None: there is none), overridden by `overrides` (dotted
+    key -> value). A call loads it."""
+
+    def __init__(self, path: Path | None, overrides: dict[str, Any]) -> None:
+        self._path = path
+        self._overrides = overrides
+
+    def __call__(self, extra: dict[str, Any] | None = None) -> "Config":
+        """The valid configuration, overridden by `extra`, too. ConfigError with every problem."""
+        from relaymta.config import load
+        from relaymta.route.table import RouteTable
+
+        config = load(self._path, self._overrides | (extra or {}))
+        try:
+            RouteTable(config)  # reads the route map
+        except ConfigError as error:
+            raise ConfigError(config.located(error.problems)) from None
+        return config
+
+    def control_path(self) -> Path | None:
+        """Where the control socket is, read without a look at anything else; None when that takes the whole configuration."""
+        data: Any = {}
+        try:
+            if self._path is not None:
+                data = tomllib.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        table = data.get("control")
+        found = {"spool": data.get("spool"), "control.socket": table.get("socket") if isinstance(table, dict) else None}
+        if self._overrides.keys() - found:
+            return None
+        found |= self._overrides
+        socket, spool = found["control.socket"], found["spool"]
+        if isinstance(socket, str) and socket:
+            return Path(socket)
+        return Path(spool) / "control.sock" if isinstance(spool, str) and not socket else None
+
+
+def fail(status: int, text: str) -> NoReturn:
+    """End the program with a message of one or several lines on standard error."""
+    say(*text.split("\n"), err=True)
+    sys.exit(status)
+
+
+def configured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --config, --set and --spool to a verb, and pass it the configuration that they mean, as `read`."""
+
+    @click.option("-c", "--config", "path", type=click.Path(path_type=Path), envvar="RELAYMTA_CONFIG",
+                  help=f"Configuration file (default: {CONFIG_PATH} where it exists).")  # fmt: skip
+    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key; overrides the file. Repeatable.")
+    @click.option("--spool", metavar="DIR", help="Directory of the queue.")
+    @functools.wraps(function)
+    def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
+        overrides: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals or not key:
+                fail(78, f"--set {setting}: expected KEY=VALUE")
+            overrides[key.strip()] = _parsed(value.strip())
+        if spool is not None:
+            overrides["spool"] = spool
+        if path is None and Path(CONFIG_PATH).exists():
+            path = Path(CONFIG_PATH)
+        click.get_current_context().meta[_FILE] = path
+
+        try:
+            result = function(read=Configuration(path, overrides), **others)
+        finally:
+            _report_missing()
+        if click.get_current_context().meta.get(_INCOMPLETE):
+            sys.exit(75)
+        return result
+
+    return wrapper
+
+
+def _parsed(text: str) -> Any:
+    """The value of `--set KEY=VALUE`: as TOML where possible, else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def missing() -> set[int]:
+    """The workers whose parts of this command's answers are not there."""
+    found: set[int] = click.get_current_context().meta.setdefault(_MISSING, set())
+    return found
+
+
+def note_missing(workers: list[int], matters: bool = False) -> None:
+    """Note workers whose part of an answer is not there. `matters`: the command then ends with status 75."""
+    missing().update(workers)
+    if workers and matters:
+        incomplete()
+
+
+def incomplete() -> None:
+    """End the command with status 75 if a worker is missing in its answers: it changes something, and has not changed all."""
+    if missing():
+        click.get_current_context().meta[_INCOMPLETE] = True
+
+
+def _report_missing() -> None:
+    if numbers := sorted(missing()):
+        one = len(numbers) == 1
+        who = f"worker {numbers[0]} does" if one else f"workers {', '.join(map(str, numbers))} do"
+        say(f"{who} not answer: what {'it has' if one else 'they have'} is missing here (`relaymta status`)", err=True)
+
+
+def config_path() -> Path | None:
+    """The configuration file of the current command; None when it has none."""
+    found: Path | None = click.get_current_context().meta[_FILE]
+    return found
+
+
+def loaded(read: Configuration, extra: dict[str, Any] | None = None) -> "Config":
+    """The configuration; ends the program (78) with every problem when it is invalid."""
+    try:
+        return read(extra)
+    except ConfigError as error:
+        fail(78, str(error))
