@@ -111,6 +111,8 @@ class Connection(Line):
         if self.session is not None:
             self.session.close()
         self.release()
+        if self.rights is not None:
+            self.rights.detach()
 
     def _greet(self, secure: bool) -> None:
         """Begin the SMTP session and send the banner. `secure`: over TLS."""

@@ -60,7 +60,7 @@ class Rights(Host):
     def __init__(self, admission: Admission, listener: Listener, flow: Flow, client: Client, place: Reservation) -> None:
         super().__init__(client.limits)
         self._admission = admission
-        self._flow = flow
+        self._flow: Flow | None = flow
         self._place = place
         self._proxy: Client | None = None  # that named `client` by XCLIENT
         self._listener = listener
@@ -87,6 +87,11 @@ class Rights(Host):
         self._place.give_back()
         self.log_out()
 
+    def detach(self) -> None:
+        """The connection is closed: no transaction begins any more. Connection and rights refer to each other until then; left to
+        the garbage collector, each connection would cost it some time."""
+        self._flow = None
+
     def _settle(self) -> None:
         """The client or the login has changed."""
         identity = self.login.identity if self.login is not None else None
@@ -97,14 +102,15 @@ class Rights(Host):
     # What the session asks
 
     def begin(self, session: Session, sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
-        intake, login = self._admission.intake, self.login
+        intake, login, flow = self._admission.intake, self.login, self._flow
+        assert flow is not None  # nothing is parsed once the connection is closed
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             name = login.identity.name
             return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")
         refused = intake.accept_sender(sender, size)
         if refused is not None:
             return refused
-        return IncomingTransaction(sender, smtputf8, self.origin, session, self._flow, self._admission)
+        return IncomingTransaction(sender, smtputf8, self.origin, session, flow, self._admission)
 
     def keys(self, user: str) -> Keys:
         return self._admission.endpoint.keys(user)

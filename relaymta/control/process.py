@@ -16,5 +16,6 @@ def program(module: str, *arguments: str) -> list[str]:
     library, package = os.path.dirname(os.__file__), str(Path(__file__).absolute().parents[2])
     found = [path for path in dict.fromkeys((*sys.path, package)) if os.path.isabs(path) and path not in own]
     paths = [path for path in found if not path.startswith(library) and not path.endswith(".zip")]
-    boot = f"import sys; sys.path += {paths!r}; from {module} import main; main()"
+    # What is imported stays: the garbage collector looks at it neither now nor later.
+    boot = f"import gc, sys; gc.disable(); sys.path += {paths!r}; from {module} import main; gc.freeze(); gc.enable(); main()"
     return [sys.executable, "-I", "-c", boot, *arguments]

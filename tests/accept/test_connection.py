@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from tests.support.connection import BIG, COMMIT_FAILS, Machine, Transport
 
 EHLO = b"EHLO client.example\r\n"
 LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0ann\0secret") + b"\r\n"
+MESSAGE = b"MAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\nBDAT 2 LAST\r\nhi"
 CLIENT = "client 127.0.0.1"
 LISTENER = Listener(address="127.0.0.1:25")
 PROXY = {"networks": ["127.0.0.1/32"], "xclient": True}
@@ -449,3 +451,21 @@ def test_a_transaction_ends_with_a_reply_whatever_fails_inside(monkeypatch, step
     made.connection_lost(None)
     idle(made)
     assert not of.held() and len(of.stored) != refused and all(file.kept != file.discarded for file in of.written)
+
+
+def test_a_closed_connection_is_no_work_for_the_garbage_collector():
+    of = machine()
+    gc.collect()
+    gc.disable()
+    try:
+        for after in (b"", EHLO, EHLO + b"MAIL FROM:<a@b>\r\n", EHLO + MESSAGE):
+            made = connected(of)
+            made.data_received(after)
+            idle(made)
+            made.connection_lost(None)
+            idle(made)
+            del made
+            left = [one for one in gc.get_objects() if isinstance(one, Connection)]
+            assert not left, after
+    finally:
+        gc.enable()
