@@ -18,8 +18,8 @@ _RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 
 def share(limit: int, workers: int) -> float:
     """The memory of this process as a share of its part of `limit` (octets of all `workers`). With no limit (0): the memory of
-    the cgroup as a share of its limit; 0.0 when it has none."""
-    return anonymous() * workers / limit if limit else _of_cgroup(_cgroup())
+    the cgroup as a share of its limit, or of one above it; 0.0 when none has one."""
+    return anonymous() * workers / limit if limit else max(map(_of_cgroup, _cgroups()))
 
 
 def anonymous(process: int | str = "self") -> int:
@@ -31,16 +31,14 @@ def anonymous(process: int | str = "self") -> int:
     return 0
 
 
-def _cgroup() -> Path:
-    """The folder of our cgroup, or of the nearest one above it that has a limit."""
+def _cgroups() -> list[Path]:
+    """The folders of our cgroup and of all above it: the limit of each holds."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
     except OSError:
-        return _CGROUPS
+        return [_CGROUPS]
     folder = Path(str(_CGROUPS) + os.path.normpath("/" + group))
-    while not (folder / "memory.max").exists() and folder != _CGROUPS:
-        folder = folder.parent
-    return folder
+    return [folder, *(above for above in folder.parents if above.is_relative_to(_CGROUPS))]
 
 
 def _of_cgroup(folder: Path) -> float:

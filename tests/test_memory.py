@@ -3,6 +3,7 @@
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import lmdb
 
@@ -50,3 +51,21 @@ def test_the_cache_of_a_cgroup_does_not_count(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._of_cgroup(tmp_path) == 0.0
     assert memory._of_cgroup(tmp_path / "none") == 0.0
+
+
+def test_the_limit_of_a_cgroup_above_holds_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    own = tmp_path / "above" / group.strip("/")
+    own.mkdir(parents=True)
+    monkeypatch.setattr(memory.Path, "read_text", _with({"/proc/self/cgroup": f"0::/above{group}\n"}))
+    for folder, most in ((own, "max"), (tmp_path / "above", str(1000 * MB))):
+        (folder / "memory.max").write_text(most)
+        (folder / "memory.current").write_text(str(900 * MB))
+        (folder / "memory.stat").write_text("anon 900\n")
+    assert memory.share(0, 1) == 0.9
+
+
+def _with(texts):
+    read = Path.read_text
+    return lambda path, *args, **options: texts.get(str(path)) or read(path, *args, **options)

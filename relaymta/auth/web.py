@@ -3,7 +3,6 @@ RFC 7662)."""
 
 import asyncio
 import contextlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from joserfc.jwk import JWKRegistry, Key, KeySet
 
 from relaymta.auth.identity import Identity, Unavailable, possible
 from relaymta.config import TokensTable
+from relaymta.web import WebError, object_in, request
 
 __all__ = ["Bearer", "Passwords"]
 
 TIMEOUT = 10.0
 LARGEST = 1 << 20  # octets of a response body
-PLAIN = {"Accept-Encoding": "identity"}  # responses are small: no decompression
 NAMES_KEPT = 10_000
 KEYS_MOST = 100  # keys of an issuer: each takes 0.1 ms to import
 KEYS_KEPT = 3600.0  # seconds until the issuer's keys are fetched again
@@ -30,31 +29,20 @@ ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA", "Ed
 
 
 async def _request(method: str, url: str, **options: Any) -> tuple[int, bytes]:
-    """The status and the whole body of a response. Unavailable: no response within TIMEOUT, or one longer than LARGEST."""
+    """The status and the whole body of a response. Unavailable when there is none."""
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT), headers=PLAIN) as client,
-            client.request(method, url, allow_redirects=False, **options) as response,
-        ):
-            found = bytearray()
-            async for piece in response.content.iter_any():
-                found += piece
-                if len(found) > LARGEST:
-                    raise Unavailable(f"{url}: the response is longer than {LARGEST} octets")
-            return response.status, bytes(found)
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: malformed HTTP or URL
-        raise Unavailable(f"{url}: {str(error) or type(error).__name__}") from None
+        response = await request(method, url, seconds=TIMEOUT, largest=LARGEST, **options)
+    except WebError as error:
+        raise Unavailable(f"{url}: {error}") from None
+    return response.status, response.body
 
 
 def _object(url: str, body: bytes) -> dict[str, Any]:
     """The JSON object in a response body. Unavailable when it is none."""
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise Unavailable(f"{url}: the response is no JSON object")
-    return found
+        return object_in(body)
+    except WebError as error:
+        raise Unavailable(f"{url}: {error}") from None
 
 
 class Passwords:

@@ -4,11 +4,12 @@
 if the route had no lookup. `Cache-Control: max-age=N` sets the seconds for which the answer is cached.
 """
 
-import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from relaymta.config import parse_hostport
+from relaymta.web import WebError, object_in, request
 
 __all__ = ["Answer", "LookupFailed", "ask"]
 
@@ -36,32 +37,24 @@ class Answer:
 
 async def ask(url: str, domain: str, application: str) -> Answer:
     """The answer for a domain. LookupFailed when there is no valid one."""
-    import aiohttp  # imported at start where a route needs it: it takes 0.1 s
-
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
-            client.get(url, params={"domain": domain, "application": application}, allow_redirects=False) as response,
-        ):
-            found = _MAX_AGE.search(response.headers.get("Cache-Control", ""))
-            seconds = min(float(found[1]), LONGEST_SECONDS) if found is not None else DEFAULT_SECONDS
-            if response.status == 404:
-                return Answer((), "", seconds)
-            if response.status != 200:
-                raise LookupFailed(f"{response.status} {response.reason}")
-            body = b""
-            async for piece in response.content.iter_chunked(LARGEST):
-                body += piece
-                if len(body) > LARGEST:
-                    raise LookupFailed(f"the answer has more than {LARGEST} octets")
-            return _read(json.loads(body), seconds)
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        raise LookupFailed(str(error) or type(error).__name__) from None
+        response = await request(
+            "GET", url, seconds=TIMEOUT, largest=LARGEST, params={"domain": domain, "application": application}
+        )
+        found = _MAX_AGE.search(response.cache)
+        seconds = min(float(found[1]), LONGEST_SECONDS) if found is not None else DEFAULT_SECONDS
+        if response.status == 404:
+            return Answer((), "", seconds)
+        if response.status != 200:
+            raise LookupFailed(f"{response.status} {response.reason}")
+        return _read(object_in(response.body), seconds)
+    except (WebError, ValueError) as error:
+        raise LookupFailed(str(error)) from None
 
 
-def _read(found: object, seconds: float) -> Answer:
+def _read(found: dict[str, Any], seconds: float) -> Answer:
     """The Answer in a JSON value. ValueError when it is invalid."""
-    if not isinstance(found, dict) or not (found.keys() <= {"hosts", "route"} and len(found) == 1):
+    if not (found.keys() <= {"hosts", "route"} and len(found) == 1):
         raise ValueError('expected {"hosts": [...]} or {"route": "..."}')
     route, hosts = found.get("route", ""), found.get("hosts", [])
     if not isinstance(route, str) or not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):

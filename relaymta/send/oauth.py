@@ -7,6 +7,7 @@ only once, and revokes the whole family when one is used again (RFC 9700 4.14.2)
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from relaymta.config import OAuth
 from relaymta.errors import Failure
+from relaymta.web import WebError, object_in, request
 
 __all__ = ["Exchanges", "TokenError", "Tokens"]
 
@@ -23,6 +25,7 @@ LONGEST_SECONDS = 3600.0
 DEFAULT_SECONDS = 300.0  # without expires_in, which RFC 6749 5.1 only recommends
 RETRY_SECONDS = 10.0  # after a failed request
 TIMEOUT = 20.0
+LARGEST = 65_536  # octets of a response
 
 
 class TokenError(Failure):
@@ -110,16 +113,10 @@ class Exchanges:
         await asyncio.gather(*self._asking.values(), return_exceptions=True)
 
     async def _fetch(self, settings: OAuth) -> _Token:
-        import aiohttp  # takes 0.1 s: only where it is needed
-
         try:
-            answer = await self._ask(settings)
-            text, seconds = answer["access_token"], float(str(answer.get("expires_in") or DEFAULT_SECONDS))
-            if not isinstance(text, str) or not text:
-                raise ValueError("access_token is not a string")
-        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError, TokenError) as error:
-            what = str(error) or type(error).__name__
-            reason = f"token endpoint {settings.token_url}: {'no ' if isinstance(error, KeyError) else ''}{what}"
+            text, seconds = _token_in(await self._ask(settings))
+        except (WebError, OSError, TokenError) as error:  # OSError: the replacement of a refresh token could not be stored
+            reason = f"token endpoint {settings.token_url}: {error}"
             self._failed[settings] = (self._now() + RETRY_SECONDS, reason)
             raise TokenError(reason) from None
         self._failed.pop(settings, None)
@@ -150,18 +147,28 @@ class Exchanges:
 
 
 async def _post(url: str, form: dict[str, str]) -> dict[str, object]:
-    """An endpoint's successful response. TokenError with what it says otherwise."""
-    import aiohttp
+    """An endpoint's successful response. WebError or TokenError with what it says otherwise."""
+    response = await request("POST", url, seconds=TIMEOUT, largest=LARGEST, data=form)
+    if response.status == 200:
+        return object_in(response.body)
+    try:
+        answer = object_in(response.body)
+    except WebError:
+        answer = {}
+    said = answer.get("error_description") or answer.get("error") or response.reason
+    raise TokenError(_without(form, f"{response.status} {said}"))
 
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as client,
-        client.post(url, data=form, allow_redirects=False) as response,
-    ):
-        answer = await response.json(content_type=None)
-        if response.status != 200 or not isinstance(answer, dict):
-            said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else ""
-            raise TokenError(_without(form, f"{response.status} {said or response.reason}"))
-    return answer
+
+def _token_in(answer: dict[str, object]) -> tuple[str, float]:
+    """The access token of a response, and the seconds for which it is valid. TokenError when there is none."""
+    text, seconds = answer.get("access_token"), answer.get("expires_in", DEFAULT_SECONDS)
+    if not isinstance(text, str) or not text:
+        raise TokenError("access_token is not a string" if "access_token" in answer else "no 'access_token'")
+    try:
+        valid = float(str(seconds))  # some send a string
+    except ValueError:
+        valid = 0.0
+    return text, valid if 0 < valid < math.inf else DEFAULT_SECONDS
 
 
 def _name(settings: OAuth, given: str) -> str:

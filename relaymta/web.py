@@ -1,0 +1,59 @@
+"""Requests to the HTTP endpoints that the configuration names (authentication back ends, token endpoints, look-ups). Whatever an
+endpoint answers, it takes bounded time and memory, and fails with one exception."""
+
+import json
+from typing import Any, NamedTuple
+
+__all__ = ["Response", "WebError", "object_in", "request"]
+
+PLAIN = {"Accept-Encoding": "identity"}  # responses are small: no decompression
+
+
+class WebError(Exception):
+    """There is no usable response; str() is the reason. It may quote what the endpoint said."""
+
+
+class Response(NamedTuple):
+    """`reason`: the text behind the status. `cache`: its Cache-Control."""
+
+    status: int
+    reason: str
+    cache: str
+    body: bytes
+
+
+async def request(method: str, url: str, *, seconds: float, largest: int, **options: Any) -> Response:
+    """The whole response; redirects are not followed. WebError when there is none within `seconds`, or its body is longer than
+    `largest` octets. `options`: of aiohttp."""
+    import aiohttp  # takes 0.1 s: only where it is needed
+
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds), headers=PLAIN) as client,
+            client.request(method, url, allow_redirects=False, **options) as response,
+        ):
+            found = bytearray()
+            async for piece in response.content.iter_any():
+                found += piece
+                if len(found) > largest:
+                    raise WebError(f"the response is longer than {largest} octets")
+            cache = response.headers.get("Cache-Control", "")
+            return Response(response.status, response.reason or "", cache, bytes(found))
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: malformed HTTP or URL
+        raise WebError(str(error) or type(error).__name__) from None
+
+
+def object_in(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. WebError when it is none."""
+    try:
+        found = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise WebError("the response is no JSON object")
+    return found
+
+
+def _no_number(name: str) -> float:
+    """NaN and Infinity are not JSON (RFC 8259 6), and no comparison with NaN holds."""
+    raise ValueError(name)
