@@ -26,8 +26,8 @@ from benchmarks.backlog import fill
 from benchmarks.run import Relaymta
 from benchmarks.sites import Peer
 from relaymta import control
+from relaymta.ident import format_id
 from relaymta.proto.envelope import QueueName
-from relaymta.queue.ident import format_id
 from tests.support.daemon import free_port
 
 MESSAGE = "Subject: x\r\n\r\n" + "x" * 4000

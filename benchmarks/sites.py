@@ -27,7 +27,7 @@ import uvloop
 
 from benchmarks.run import TRIALS, Relaymta, cpu_seconds
 from relaymta import control
-from relaymta.queue.ident import format_id
+from relaymta.ident import format_id
 from tests.support.daemon import free_port, wait_for
 from tests.support.resolver import nameserver_with
 

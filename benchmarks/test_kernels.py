@@ -8,10 +8,10 @@ import uvloop
 
 from relaymta._speedups.replies import Replies
 from relaymta._speedups.smtp import Parser
+from relaymta.ident import format_id
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.smtp_client import stuff
 from relaymta.queue import Events, Null, Queue, QueueSettings, wall_ms
-from relaymta.queue.ident import format_id
 
 ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
 

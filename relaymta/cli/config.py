@@ -49,8 +49,9 @@ def check(read: Configuration) -> None:
 def _as_user(config: Config) -> set[str] | None:
     """Become the user that the relay runs as, to look at files with its rights: `checks.made_by_root`. None: this is another
     user, and not root."""
-    from relaymta.supervisor.checks import made_by_root
+    from relaymta.supervisor.checks import import_all, made_by_root
 
+    import_all(config)
     try:
         made = made_by_root(config)
         if config.user and os.geteuid() == 0:

@@ -16,6 +16,7 @@ from relaymta.cli.console import table
 from relaymta.cli.options import Configuration, fail, loaded, missing, note_missing
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import RelayError
+from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -148,8 +149,6 @@ def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any
 
 def number_of(ident: str) -> int:
     """The number of a message's id; ends the program (64) if it is not an id."""
-    from relaymta.queue.ident import parse_id
-
     try:
         return parse_id(ident)
     except ValueError as error:

@@ -16,6 +16,7 @@ import click
 from relaymta.cli.console import say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
 from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, number_of, size, when
+from relaymta.ident import format_id
 
 __all__ = ["change", "pages", "queue", "reload", "status"]
 
@@ -258,8 +259,6 @@ def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool
     """Apply `verb` to all messages that match one of `filters`. Returns how many were `matched`, `changed`, and skipped since
     they are `in_flight`; for flush also how many the limits of their sites delay (`throttled`), and `until` when (seconds
     UTC). `unknown`: the ids in `filters` that nothing matched, if there are any."""
-    from relaymta.queue.ident import format_id
-
     found = {"matched": 0, "changed": 0, "in_flight": 0, "dry_run": dry_run}
     queues: Counter[str] = Counter()
     unknown = []

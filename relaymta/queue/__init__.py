@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from relaymta.errors import StoreError
+from relaymta.ident import format_id, parse_id
 from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies, BigBody
 from relaymta.queue.bodies import Bodies
@@ -28,7 +29,7 @@ from relaymta.queue.events import Events, QueueSettings
 from relaymta.queue.expiry import Expiry, Overdue
 from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed, Task
-from relaymta.queue.ident import IdSource, format_id, parse_id
+from relaymta.queue.ident import IdSource
 from relaymta.queue.inspect import Filter, Totals
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening

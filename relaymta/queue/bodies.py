@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from itertools import zip_longest
 
 from relaymta.errors import StoreError
+from relaymta.ident import format_id
 from relaymta.proto.envelope import Body
 from relaymta.queue.entry import Entry
-from relaymta.queue.ident import format_id
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
 from relaymta.queue.segments import FRAME, Segments

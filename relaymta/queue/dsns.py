@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from relaymta.errors import StoreError
+from relaymta.ident import format_id
 from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import DSN, SMTPUTF8, Envelope
 from relaymta.proto.header import header_end
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.entry import Entry, Put
 from relaymta.queue.group import Assign
-from relaymta.queue.ident import IdSource, format_id
+from relaymta.queue.ident import IdSource
 from relaymta.queue.segments import Segments
 
 __all__ = ["Dsns", "data_of"]

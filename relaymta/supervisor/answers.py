@@ -18,9 +18,9 @@ import msgspec
 from relaymta.control import Answer, Late, converse, sentence
 from relaymta.control.requests import REQUESTS, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
 from relaymta.errors import RelayError
+from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
-from relaymta.queue.ident import format_id, parse_id, shard_of
 from relaymta.send.policies import filter_of
 from relaymta.supervisor.slots import Slot
 

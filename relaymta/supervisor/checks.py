@@ -12,14 +12,26 @@ from relaymta.config import Config, given_values, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.sockets import reason
 
-__all__ = ["check_files", "made_by_root", "missing_variables", "unreadable_secrets", "unusable_places"]
+__all__ = ["check_files", "import_all", "made_by_root", "missing_variables", "unreadable_secrets", "unusable_places"]
 
 SOCKET_PATH = 107  # octets (unix(7))
 
 
+def import_all(config: Config) -> None:
+    """Import what `check_files` needs, before root is dropped: the relay's user may not be able to read the interpreter."""
+    import encodings.idna  # noqa: F401 (for host names)
+
+    if _has_files(config):
+        from relaymta.accept import endpoint  # noqa: F401
+
+
+def _has_files(config: Config) -> bool:
+    return bool(config.certificate or config.accounts or config.dkim or config.relay.recipients)
+
+
 def check_files(config: Config) -> None:
     """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user."""
-    if config.certificate or config.accounts or config.dkim or config.relay.recipients:
+    if _has_files(config):
         from relaymta.accept import endpoint  # imports cryptography and argon2
 
         try:

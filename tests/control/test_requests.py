@@ -11,10 +11,10 @@ import pytest
 from relaymta.control import Late, Refused
 from relaymta.control.requests import REQUESTS, Change, Chosen, Where
 from relaymta.errors import RelayError
+from relaymta.ident import format_id
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates, Store, check_storable
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import Filter, inspect, offline
-from relaymta.queue.ident import format_id
 from relaymta.send.policies import FIELDS, Policies, filter_of
 from relaymta.supervisor.answers import Answers, usage
 from relaymta.supervisor.machine import Machine

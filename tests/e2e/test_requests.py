@@ -13,8 +13,8 @@ import pytest
 from relaymta import control
 from relaymta.control import Refused
 from relaymta.control.requests import REQUESTS
+from relaymta.ident import parse_id, shard_of
 from relaymta.queue import listing, offline
-from relaymta.queue.ident import parse_id, shard_of
 from tests.support.daemon import Relay, free_port, wait_for
 
 LINE = "worker 1 does not answer"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from relaymta.errors import SpoolBusy, StoreError
+from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, QueueName, decode_envelope
 from relaymta.queue import Entry, Events, Filter, Outcome, Queue, QueueSettings, inspect, wall_ms
 from relaymta.queue.clock import QueueClock
-from relaymta.queue.ident import IdSource, format_id, parse_id, shard_of
+from relaymta.queue.ident import IdSource
 from relaymta.queue.schedule import RETRY_STEPS, retry_delay
 from relaymta.queue.segments import Corrupt
 from tests.support.daemon import PATIENCE
