@@ -40,17 +40,23 @@ class Expiry:
         self._schedule = schedule
         self._entries = entries
         self._ends = ends
+        self._after = (0, 0)  # the last one of the page before: what cannot be ended now does not hide those behind it
 
     def overdue(self) -> list[Overdue]:
-        """Reader thread, each second: entries of messages past their deadline."""
+        """Reader thread, each second: entries of messages past their deadline, page by page, then from the beginning again."""
         now = self._clock.now()
         if self._clock.resumed and now < self._clock.resumed + RESUMED_GRACE_MS:
             return []
         found: list[Overdue] = []
+        read, self._after = self._after, (0, 0)
         with self._store.reading() as txn:
-            for deadline, ident in self._store.expiries(txn):
-                if deadline > now or len(found) >= TOGETHER:
+            for deadline, ident in self._store.expiries(txn, read):
+                if deadline > now:
                     break
+                if len(found) >= TOGETHER:
+                    self._after = read
+                    break
+                read = deadline, ident
                 states = self._store.recipient_states(txn, ident)
                 last = {index: state.attempts[-1] for index, state in states.items() if state.attempts}
                 found += [(entry, last) for entry in self._schedule.load(txn, ident)]

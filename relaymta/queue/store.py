@@ -235,10 +235,11 @@ class Store:
                     return
                 yield HELD_KEY.unpack(key)[1]
 
-    def expiries(self, txn: Any) -> Iterator[tuple[int, int]]:
-        """(deadline, id) of all messages that are not held, the earliest first."""
-        for key, _ in txn.cursor(db=self.tables["expiry"]):
-            yield EXPIRY.unpack(key)
+    def expiries(self, txn: Any, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, int]]:
+        """(deadline, id) of all messages that are not held, the earliest first, above `after`."""
+        cursor = txn.cursor(db=self.tables["expiry"])
+        if cursor.set_range(EXPIRY.pack(*after)):
+            yield from (pair for key, _ in cursor if (pair := EXPIRY.unpack(key)) > after)
 
     def idents(self, txn: Any, after: int, fresh: list[tuple[int, Envelope]]) -> Iterator[tuple[int, Envelope]]:
         """All messages by id, above `after`. `fresh`: the inlined ones, as `fresh.live()` returned them before `txn` began, so

@@ -220,8 +220,8 @@ class Dispatcher:
         delivering, place = position(pools, entry) if entry is not None else (None, -1)
         return View(
             site, tuple(map(self._seen, pools)), suspended, now + states.left(suspended) / 1000 if suspended is not None else 0.0,
-            failed, self._wall(until), policy, now + states.left(policy) / 1000 if policy is not None else 0.0, delivering, place,
-            self.routes,
+            self.lookups.asks(name), entry is not None and self.recovery.keeps(entry), failed, self._wall(until), policy,
+            now + states.left(policy) / 1000 if policy is not None else 0.0, delivering, place, self.routes,
         )  # fmt: skip
 
     def site_views(self, most: int = 0) -> list[SiteView]:

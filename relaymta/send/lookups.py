@@ -80,6 +80,10 @@ class Lookups:
         known = self._unresolved.get((name.route, name.domain))
         return (0, 0) if known is None else (known.failures, known.until)
 
+    def asks(self, name: QueueName) -> bool:
+        """Whether a domain is being looked up."""
+        return (name.route, name.domain, name.application) in self._waiting
+
     def forget(self) -> None:
         """Forget which domains could not be looked up: an operator wants another attempt now."""
         self._unresolved.clear()

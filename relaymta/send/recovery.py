@@ -36,6 +36,10 @@ class Recovery:
         self._probe_more()
         return True
 
+    def keeps(self, entry: Entry) -> bool:
+        """Whether an entry waits until it may be probed."""
+        return entry in self._waiting
+
     def _probe_more(self) -> None:
         """Probe what may be probed now. What is put back at once is finished within `offer`; the loop then takes the next, so
         that hundreds for a site that is down do not recurse."""

@@ -52,6 +52,7 @@ class View:
     """What delivery knows about a queue, and about one of its messages. Moments are seconds since the epoch, 0: none.
 
     `site`: as last known; `pools`: the site's; `suspended`: the state that suspends it, until `suspended_until`;
+    `asks`: its domain is being looked up; `probed_later`: the message was in flight when a worker died, and waits to be probed;
     `lookups_failed`: in a row, and until `lookup_at` the domain is not looked up;
     `policy`: the hold policy that matches the message, until `policy_until`; `delivering`: the session that has the message;
     `position`: messages before it in the ready list, -1 when it is not there; `routes`: for tracing which route was chosen."""
@@ -60,6 +61,8 @@ class View:
     pools: tuple[SiteView, ...]
     suspended: SiteState | None
     suspended_until: float
+    asks: bool
+    probed_later: bool
     lookups_failed: int
     lookup_at: float
     policy: SiteState | None

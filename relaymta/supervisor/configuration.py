@@ -79,6 +79,8 @@ class Configuration:
                 change = merge(self.config, fresh)
             except ConfigError as error:
                 return self._refused(error.problems)
+            except Exception as error:  # a defect: whoever has sent SIGHUP learns why nothing has changed
+                return self._refused([f"internal error: {type(error).__name__}: {error}"])
             refusals = await self._replace(change.config)
             if isinstance(refusals, _Refusals):
                 return self._refused(refusals.why)

@@ -1,6 +1,7 @@
 """`message explain` and `message history`, with a running relay and with a stopped one."""
 
 import json
+import socket
 
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import SILENT, FakeMx
@@ -66,3 +67,13 @@ def test_history_of_a_finished_message(tmp_path):
             assert relay.cli("message", "history", "0000000000000", check=False).returncode == 1
             relay.stop()
             assert events() == ["queued", "deferred", "delivered"], "with the daemon stopped, too"
+
+
+def test_explain_of_a_look_up_under_way(tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        with Relay(tmp_path, None, f'delivery.nameservers=["127.0.0.1:{silent.getsockname()[1]}"]') as relay:
+            relay.send()
+            (ident,) = wait_for(lambda: [event["id"] for event in relay.events("queued")])
+            wait = wait_for(lambda: explained(relay, ident)["waits"][0]["wait"])
+            assert wait["why"] == "the DNS: d.example is being looked up"

@@ -11,7 +11,7 @@ import pytest
 from relaymta.cli.queue import pages
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import DSN, HELD, PERMANENT, TRANSIENT, Envelope
-from relaymta.queue import Entry, Filter, Outcome, dsns, listing, wall_ms
+from relaymta.queue import Entry, Filter, Outcome, dsns, expiry, listing, wall_ms
 from relaymta.queue.change import Change
 from relaymta.queue.group import Task
 from relaymta.queue.segments import FRAME
@@ -343,6 +343,22 @@ async def test_two_operators_at_once_end_a_message_once(tmp_path):
         dsns = [put for put in bench.events.put if put.envelope.flags & DSN]
         assert len(dsns) == len(bench.events.outcomes) == found[0][0]
         assert bench.events.refusals == []
+
+
+async def test_what_cannot_expire_now_does_not_hide_what_is_behind_it(tmp_path, monkeypatch):
+    """A page of expired messages is in flight; those behind it expire all the same."""
+    monkeypatch.setattr(expiry, "TOGETHER", 3)
+    async with Watched(tmp_path, max_age_ms=600_000) as bench:
+        for _ in range(9):
+            await bench.put(sender="")
+        entries = await bench.next(9)
+        for entry in entries[6:]:
+            bench.queue.again(entry)
+        bench.pass_time(600_001)
+        await until(lambda: len(bench.events.outcomes) == 3)
+        for entry in entries[:6]:
+            bench.queue.again(entry)
+        await until(lambda: bench.summary() == [])
 
 
 async def test_what_expires_while_an_operator_changes_it_ends_once(tmp_path):

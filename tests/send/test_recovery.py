@@ -47,8 +47,9 @@ def offered(life: Life, *entries: Entry) -> list[Entry]:
 
 def test_a_silent_peer_holds_only_the_probes_of_its_own_site():
     life = Life(Shared.create(), dict.fromkeys(range(1, 6), False))
-    one, *_ = offered(life, entry(1, "silent.test"), entry(2, "silent.test"), entry(3), entry(4), entry(5), entry(9))
+    one, two, *_ = offered(life, entry(1, "silent.test"), entry(2, "silent.test"), entry(3), entry(4), entry(5), entry(9))
     assert life.idents == [1, 3, 4, 5, 9]
+    assert life.recovery.keeps(two) and not life.recovery.keeps(one)
     life.end(one)
     assert life.idents == [1, 3, 4, 5, 9, 2]
 
