@@ -10,6 +10,7 @@ import pytest
 from relaymta.auth import dovecot
 from relaymta.auth.dovecot import Dovecot
 from relaymta.auth.identity import Identity, Unavailable
+from tests.queue.test_queue import until
 
 GREETING = b"VERSION\t1\t2\nMECH\tPLAIN\tplaintext\nSPID\t1\nCUID\t1\nCOOKIE\tabc\nDONE\n"
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
@@ -124,7 +125,7 @@ async def test_a_restarted_service_is_connected_again(tmp_path):
 
     async with peer(tmp_path, say) as (service, ours):
         assert [await ours.password("ann", "x", "192.0.2.1") for _ in range(2)] == [ANN, ANN]
-        await asyncio.sleep(0.05)
+        await until(lambda: ours._writer is None)
         assert await ours.password("ann", "x", "192.0.2.1") == ANN
         assert service.connections == 2
 
@@ -132,17 +133,19 @@ async def test_a_restarted_service_is_connected_again(tmp_path):
 async def test_cancelled_requests_leave_nothing_and_do_not_affect_others(tmp_path):
     async def say(number: bytes, writer: asyncio.StreamWriter) -> None:
         async def later() -> None:
-            await asyncio.sleep(0.05)
+            await go.wait()
             writer.write(b"OK\t%s\tuser=user%s\n" % (number, number))
 
         going.append(asyncio.create_task(later()))
 
     going: list[asyncio.Task[None]] = []
-    async with peer(tmp_path, say) as (_, ours):
+    go = asyncio.Event()
+    async with peer(tmp_path, say) as (service, ours):
         asking = [asyncio.create_task(ours.password("x", "x", "192.0.2.1")) for _ in range(4)]
-        await asyncio.sleep(0.02)
+        await until(lambda: len(service.asked) == 4)
         asking[0].cancel()  # the one that opened the connection, too
         asking[2].cancel()
+        go.set()
         found = await asyncio.gather(*asking, return_exceptions=True)
         assert [one for one in found if isinstance(one, Identity)] == [Identity("user2"), Identity("user4")]
         assert not ours._waiting
@@ -154,12 +157,11 @@ async def test_a_request_cancelled_while_connecting_leaves_no_connection(tmp_pat
 
     async with peer(tmp_path, say, greeting=b"VERSION\t1\t2\n") as (service, ours):
         asking = [asyncio.create_task(ours.password("ann", "x", "192.0.2.1")) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await until(lambda: service.connections == 1)
         service.greeting = GREETING
         asking[0].cancel()
         assert await asking[1] == ANN
-        await asyncio.sleep(0.05)
-        assert (service.connections, service.open) == (2, 1)
+        await until(lambda: (service.connections, service.open) == (2, 1))
 
 
 @pytest.mark.parametrize("greeting", [b"* OK this is IMAP\n", b"VERSION\t2\t0\nDONE\n", b"x" * 100_000, b"VERSION\t1\t2\n"])
@@ -174,8 +176,8 @@ async def test_a_peer_that_is_no_dovecot_is_disconnected(tmp_path, monkeypatch, 
             with pytest.raises(Unavailable) as error:
                 await ours.password("ann", "x", "192.0.2.1")
             assert str(error.value).rpartition(": ")[2]
-        await asyncio.sleep(0.05)
-        assert (service.connections, service.open, service.asked) == (1, 0, [])
+        await until(lambda: service.open == 0)
+        assert (service.connections, service.asked) == (1, [])
 
 
 async def test_a_password_too_long_for_dovecot_is_wrong(tmp_path):
