@@ -25,7 +25,8 @@ class Parking:
         self._spawn = spawn
         self._landed = landed
         self._parked: dict[int, int] = {}  # queue: until when it sleeps (queue clock)
-        self._to_wake = False  # all queues: the disk has refused it
+        self._waking = False  # all queues are being woken
+        self._to_wake = False  # all queues, at the next tick: the disk has refused it, or they were being woken
 
     def put_back(self, entry: Entry) -> None:
         """Put an entry back into the queue untried."""
@@ -72,15 +73,19 @@ class Parking:
         self._spawn(self._wake_all())
 
     async def _wake_all(self) -> None:
-        self._to_wake, done = False, False
+        if self._waking:  # hundreds of suspensions may end in one second
+            self._to_wake = True
+            return
+        self._waking, self._to_wake, done = True, False, False
         try:
             await self.queue.wake_queues()
             done = True
         finally:
+            self._waking = False
             self._to_wake |= not done
 
     def tick(self) -> None:
-        """Called each second: wake the queues that the disk did not let wake."""
+        """Called each second: wake all queues, if that has to be done again."""
         if self._to_wake:
             self.wake()
 
