@@ -47,7 +47,7 @@ class Connections:
     """Owns the pools (which exist, and what each has seen of its site), their ready lists and their idle sessions. Which sessions
     there are is owned by `Sessions`, what a site's replies decided by `Decisions`, which queues sleep by `Parking`.
 
-    `offer(entry)`: delivers an entry whose pool was replaced by a reload."""
+    `offer(entry)`: delivers an entry as a new one; `ruled()`: whether there are policies, which that applies."""
 
     queue: Queue
 
@@ -66,6 +66,7 @@ class Connections:
         counters: Counters,
         log: Log,
         offer: Callable[[Entry], None],
+        ruled: Callable[[], bool],
     ) -> None:
         self.pools = pools
         self.draining = False
@@ -80,6 +81,7 @@ class Connections:
         self._counters = counters
         self._log = log
         self._offer = offer
+        self._ruled = ruled
         self.loading = Loading(outcomes, tasks, counters, log, self.pump)
         self._probes = Probes(pools, sessions, decisions, room, tasks, self.pump, loop.time)
         self.elsewhere = Elsewhere(sessions, opener, outcomes, parking, room, loop.time)
@@ -315,15 +317,15 @@ class Connections:
         self.pump(pool)
 
     def _again(self, pool: Pool, mail: Mail) -> None:
-        """Deliver a message at once that was not attempted."""
+        """Deliver a message that was not attempted: at once, unless a policy, a suspension or a reload says otherwise by now."""
         entry = mail.cargo
         assert isinstance(entry, Entry)
         self.queue.again(entry)
         self._marks.again(entry.ident)
-        if self.pools.get(pool.key) is pool:
-            pool.ready.push(entry, first=True)
-        else:  # replaced by a reload
+        if self._ruled() or self.pools.get(pool.key) is not pool or self._decisions.asleep(pool, entry.name.application):
             self._offer(entry)
+        else:
+            pool.ready.push(entry, first=True)
 
     # Timer
 

@@ -93,7 +93,7 @@ class Dispatcher:
         )  # fmt: skip
         self.connections = Connections(
             loop, self.pools, self.room, self.opener, self.sessions, self.decisions, self.outcomes, self.parking, in_flight,
-            self.tasks, counters, log, self.offer,
+            self.tasks, counters, log, self.offer, lambda: bool(self.policies),
         )  # fmt: skip
         self.policies = Policies(
             states, self._its_queue, self.parking.put_back, self.recovery.landed, self.outcomes.bounce, self.tasks.spawn

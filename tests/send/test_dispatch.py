@@ -11,7 +11,7 @@ from relaymta.config import Config
 from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters
-from relaymta.node import HOLD, LEARNED, SUSPENDED, SiteState, SiteStates
+from relaymta.node import BOUNCE, HOLD, LEARNED, SUSPENDED, SiteState, SiteStates
 from relaymta.proto.envelope import TRANSIENT, Body, Envelope, QueueName
 from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
@@ -387,6 +387,27 @@ async def test_a_message_that_waits_again_is_not_marked_as_in_flight(made):
     made.connections._again(pool, Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False))
     assert list(pool.ready) == [one] and one.waiting
     assert made.connections._marks.take() == ([], 0)
+
+
+@pytest.mark.parametrize("what", ["hold policy", "bounce policy", "suspension", "nothing"])
+async def test_a_free_retry_meets_what_was_decided_meanwhile(made, what):
+    """The connection was reused, and lost before the message was attempted."""
+    pool, now = _pool(made), wall_ms()
+    made.opener.open = lambda *args: asyncio.sleep(60)
+    one = entry(1, "smart.test", data=[b"x"])
+    one.state = IN_FLIGHT
+    kind = {"hold policy": HOLD, "bounce policy": BOUNCE, "suspension": SUSPENDED}.get(what)
+    if kind is not None:
+        site = pool.shape.key if kind == SUSPENDED else "recipient_domain=smart.test"
+        state = SiteState(kind, site, "", now, now + 60_000, "operator", "no")
+        made.decisions.states.learn(state)
+        made.site_state_changed(state, state.key)
+    made.connections._again(pool, Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False))
+    await ticks()
+    assert list(pool.ready) == ([one] if what == "nothing" else [])
+    assert (made.queue.held == [[1]]) == (what == "hold policy")
+    assert [done for done, _, _ in made.queue.finished] == ([one] if what == "bounce policy" else [])
+    assert made.queue.returned == ([one] if what == "suspension" else [])
 
 
 async def test_a_message_that_loses_reused_connections_leaves_nothing_behind(made):
