@@ -27,11 +27,7 @@ class Watched(Generic[T]):
         """The problem, and what is in use instead; "" without one."""
         if not self.problem:
             return ""
-        instead = (
-            "nothing was read before, and what needs it is rejected"
-            if self.value is None
-            else "what was read before stays in use"
-        )
+        instead = "there is no earlier version to use" if self.value is None else "what was read before stays in use"
         return f"{self.problem}; {instead}"
 
     def refresh(self) -> None:

@@ -1,8 +1,12 @@
 """Requests to the HTTP endpoints that the configuration names (authentication back ends, token endpoints, look-ups). Whatever an
 endpoint answers, it takes bounded time and memory, and fails with one exception."""
 
+import contextlib
 import json
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
 
 __all__ = ["Response", "WebError", "object_in", "request"]
 
@@ -22,9 +26,10 @@ class Response(NamedTuple):
     body: bytes
 
 
-async def request(method: str, url: str, *, seconds: float, largest: int, **options: Any) -> Response:
-    """The whole response; redirects are not followed. WebError when there is none within `seconds`, or its body is longer than
-    `largest` octets. `options`: of aiohttp."""
+async def request(method: str, url: str, *, seconds: float, largest: int, errors: bool = False, **options: Any) -> Response:
+    """The response; redirects are not followed. WebError when there is none within `seconds`, or the body behind a status of 200
+    cannot be read whole or is longer than `largest` octets. The body behind another status is read with `errors` only, as far as
+    it comes. `options`: of aiohttp."""
     import aiohttp  # takes 0.1 s: only where it is needed
 
     try:
@@ -32,15 +37,24 @@ async def request(method: str, url: str, *, seconds: float, largest: int, **opti
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds), headers=PLAIN) as client,
             client.request(method, url, allow_redirects=False, **options) as response,
         ):
-            found = bytearray()
-            async for piece in response.content.iter_any():
-                found += piece
-                if len(found) > largest:
-                    raise WebError(f"the response is longer than {largest} octets")
-            cache = response.headers.get("Cache-Control", "")
-            return Response(response.status, response.reason or "", cache, bytes(found))
+            body = b""
+            if response.status == 200:
+                body = await _body(response, largest)
+            elif errors:
+                with contextlib.suppress(WebError, aiohttp.ClientError, TimeoutError, OSError, ValueError):
+                    body = await _body(response, largest)
+            return Response(response.status, response.reason or "", response.headers.get("Cache-Control", ""), body)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:  # ValueError: malformed HTTP or URL
         raise WebError(str(error) or type(error).__name__) from None
+
+
+async def _body(response: "ClientResponse", largest: int) -> bytes:
+    found = bytearray()
+    async for piece in response.content.iter_any():
+        found += piece
+        if len(found) > largest:
+            raise WebError(f"the response is longer than {largest} octets")
+    return bytes(found)
 
 
 def object_in(body: bytes) -> dict[str, Any]:

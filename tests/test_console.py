@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relaymta.cli import console, main, sink
+from relaymta.cli.options import Configuration
 from relaymta.log import History, Log, find_history
 from relaymta.proto.printable import printable, printable_json
 from tests.support.daemon import Relay, dialog, wait_for
@@ -207,3 +208,38 @@ def test_verbs_import_only_what_they_need(tmp_path):
             command = [sys.executable, "-P", "-c", IMPORTED, *verb.split(), "--spool", str(tmp_path / "spool")]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             assert not HEAVY & set(done.stderr.split()), verb
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        ({"spool": "/x"}, "/x/control.sock"),
+        ({"spool": "/x", "control.socket": "/y"}, "/y"),
+        ({"spool": "/x", "control.socket": ""}, "/x/control.sock"),
+        ({"control.socket": "/y"}, "/y"),
+        ({}, None),
+        ({"spool": "/x", "control.socket": False}, None),
+        ({"spool": 5, "control.socket": "/y"}, None),
+        ({"spool": "/x", "control": {"socket": "/y"}}, None),
+        ({"spool": "/x", "workers": 2}, None),
+    ],
+)
+def test_the_place_of_the_control_socket(tmp_path, overrides, path):
+    """None: the whole configuration says where it is, or what is wrong."""
+    assert Configuration(None, overrides).control_path() == (path and Path(path))
+    file = tmp_path / "relaymta.toml"
+    file.write_text('spool = "/a"\n[control]\nsocket = "/b"\n[nonsense]\n')
+    assert Configuration(file, {}).control_path() == Path("/b")
+    for wrong in ("spool = ", "\ufeffspool = '/a'", "control = 5", "[control]\nsocket = 0\n"):
+        file.write_text(wrong)
+        assert Configuration(file, {}).control_path() is None
+
+
+def test_a_configuration_in_a_pipe_is_read_once(tmp_path):
+    command = f"{sys.executable} -P -m relaymta status -c <(printf 'spool = \"{tmp_path}/none\"')"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 69 and f"{tmp_path}/none" in done.stderr
+
+
+def test_a_verb_that_is_misspelt_is_guessed():
+    assert "Did you mean 'status'?" in CliRunner().invoke(main, ["statu"]).stderr

@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from relaymta.config import OAuth
-from relaymta.route.lookup import LookupFailed, ask
+from relaymta.route.lookup import DEFAULT_SECONDS as DEFAULT
+from relaymta.route.lookup import Answer, LookupFailed, ask
 from relaymta.send.oauth import DEFAULT_SECONDS, EARLY_SECONDS, LARGEST, LONGEST_SECONDS, Exchanges, TokenError
 from relaymta.web import WebError, object_in, request
 
@@ -81,6 +82,7 @@ TOKENS = [  # (status, body, seconds of use or the reason)
     (400, b'{"error": "invalid_grant"}', "400 invalid_grant"),
     (400, DEEP, "400 Bad Request"),
     (503, b"<html>", "503 Service Unavailable"),
+    (503, b"x" * 2 * LARGEST, "503 Service Unavailable"),
 ]
 
 
@@ -102,6 +104,13 @@ async def test_a_look_up_that_answers_nonsense_fails(endpoint, body):
     endpoint.body = body
     with pytest.raises(LookupFailed):
         await ask(endpoint.url, "d.example", "")
+
+
+@pytest.mark.parametrize("body", [b"x" * 100_000, b"", DEEP])
+async def test_a_look_up_without_an_answer_for_the_domain(endpoint, body):
+    """404: as if there were no look-up, whatever a framework writes into the page."""
+    endpoint.status, endpoint.body = 404, body
+    assert await ask(endpoint.url, "d.example", "") == Answer((), "", DEFAULT)
 
 
 async def test_a_response_is_bounded_and_redirects_are_not_followed(endpoint):

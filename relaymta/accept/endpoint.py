@@ -60,7 +60,8 @@ class Parts(NamedTuple):
 
 class Endpoint:
     """The certificates, accounts, DKIM keys and recipient map of one worker. While a file is broken, the version read before
-    stays in use; where there is none, what needs it is temporarily rejected."""
+    stays in use. Where there is none, recipients, logins, and mail that the key would sign are temporarily rejected; without any
+    certificate STARTTLS is not offered."""
 
     def __init__(
         self, config: Config, rates: Rates, limits: Limits, resolver: Resolver, counters: Counters, log: Log, tickets: bytes

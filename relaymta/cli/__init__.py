@@ -1,6 +1,7 @@
 """The command line: `relaymta VERB`. Every reading verb has --json."""
 
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -18,6 +19,10 @@ VERBS = {
 
 class Verbs(click.Group):
     """The verbs of VERBS."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.commands = dict.fromkeys(VERBS)  # type: ignore[assignment] # their names, for "Did you mean"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Their names, in alphabetical order."""

@@ -51,6 +51,8 @@ class Configuration:
         data: Any = {}
         try:
             if self._path is not None:
+                if not self._path.is_file():  # a pipe can be read once only
+                    return None
                 data = tomllib.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
@@ -59,10 +61,12 @@ class Configuration:
         if self._overrides.keys() - found:
             return None
         found |= self._overrides
+        if not all(value is None or isinstance(value, str) for value in found.values()):
+            return None
         socket, spool = found["control.socket"], found["spool"]
-        if isinstance(socket, str) and socket:
+        if socket:
             return Path(socket)
-        return Path(spool) / "control.sock" if isinstance(spool, str) and not socket else None
+        return Path(spool) / "control.sock" if spool else None
 
 
 def fail(status: int, text: str) -> NoReturn:

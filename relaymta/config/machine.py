@@ -16,7 +16,7 @@ class LimitsTable(Table):
     connections: Reload[int] = Field(20_000, ge=1, description="concurrent incoming connections, of all workers together")
     memory: Reload[Size] = Field(
         0, description="memory of all workers together: above 80 % no message data is kept in memory, above 95 % mail is "
-        "temporarily rejected; 0: the cgroup's limit, if there is one",
+        "temporarily rejected; 0: the limit of the cgroup, and of each above it",
     )  # fmt: skip
     connections_per_client: Reload[int] = Field(
         50,

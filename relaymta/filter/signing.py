@@ -202,8 +202,9 @@ class Signer:
     def __bool__(self) -> bool:
         return bool(self.watched)
 
-    def _keys_for(self, header: bytes, fields: list[bytes], application: str) -> list[Key]:
-        """The keys that sign a message with this header; `fields`: the header, split. Raises Unsignable."""
+    def _keys_for(self, header: bytes, fields: list[bytes], application: str, partly: bool) -> list[Key]:
+        """The keys that sign a message with this header; `fields`: the header, split. `partly`: those that can be read will do.
+        Raises Unsignable."""
         wanted = [one for one in self.watched if one.settings.signs_for(application)]
         if not all("*" in one.settings.authors for one in wanted):
             try:
@@ -214,7 +215,7 @@ class Signer:
         # A key whose file could never be read does not sign. Another one of its domain will do; without one, mail that is
         # meant to be signed does not leave unsigned.
         keys = [key for one in wanted if (key := one.value) is not None]
-        if {one.settings.domain for one in wanted} - {key.settings.domain for key in keys}:
+        if not partly and {one.settings.domain for one in wanted} - {key.settings.domain for key in keys}:
             raise Unsignable(reply.NOT_SIGNED)
         return keys
 
@@ -226,9 +227,9 @@ class Signer:
         else:
             self._submit(lambda: self._drafted(front, data, application), done)
 
-    def draft(self, front: bytes, start: bytes, application: str) -> "Draft | None":
+    def draft(self, front: bytes, start: bytes, application: str, partly: bool = False) -> "Draft | None":
         """Begin to sign a message whose data begins with `start`, which has to contain its header; the rest may be streamed.
-        None when no key signs it; Unsignable when that cannot be determined."""
+        None when no key signs it; Unsignable when that cannot be determined, or (unless `partly`) a key cannot be read."""
         end = header_end(start)
         header = start[:end]
         if too_long(header):
@@ -237,7 +238,7 @@ class Signer:
             return None
         header = front + header
         fields = split_fields(header)
-        keys = self._keys_for(header, fields, application)
+        keys = self._keys_for(header, fields, application, partly)
         return Draft(fields, keys, end, self._now()) if keys else None
 
     def finish(self, draft: "Draft", done: Callable[[bytes | Exception], None]) -> None:
@@ -256,11 +257,12 @@ class Signer:
             done(b"")
 
     def signatures(self, data: bytes) -> bytes:
-        """The DKIM-Signature fields of a DSN; b"" when signing fails: the DSN is sent all the same. Any thread."""
+        """The DKIM-Signature fields of a DSN, by the keys that can be read; b"" when signing fails: the DSN is sent all the same.
+        Any thread."""
         if not self.watched:
             return b""
         try:
-            wanted = self._drafted(b"", [data], "")
+            wanted = self._drafted(b"", [data], "", partly=True)
         except Exception:  # a bug
             return b""
         fields = _joined(zip(wanted, _by_hand(wanted), strict=True))
@@ -269,9 +271,9 @@ class Signer:
         self._counters.add(SIGNED_MESSAGES, len(wanted))
         return fields
 
-    def _drafted(self, front: bytes, data: list[bytes], application: str) -> list[Unsigned]:
+    def _drafted(self, front: bytes, data: list[bytes], application: str, partly: bool = False) -> list[Unsigned]:
         whole = data[0] if len(data) == 1 else b"".join(data)
-        draft = self.draft(front, whole, application)
+        draft = self.draft(front, whole, application, partly)
         if draft is None:
             return []
         draft.body.feed(whole)

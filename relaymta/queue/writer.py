@@ -52,7 +52,7 @@ GATHER_LEAST, GATHER_MOST = 4, 64
 GATHER_SECONDS = 0.001
 OUTCOMES_SECONDS = 0.003
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
-RETRY_SECONDS = 0.2  # between two attempts to commit outcomes
+RETRY_SECONDS, RETRY_MOST = 0.2, 3.0  # between two attempts to commit outcomes: each writes the bodies of their DSNs again
 T = TypeVar("T")
 
 
@@ -228,7 +228,7 @@ class Writer:
         """Commit outcomes whose group failed: in small groups, again and again, on a full disk with the room of the ballast."""
         left = group.outcomes
         self.stalled = bool(left)  # else `_reopen` may have set it, and no group would come that ends it
-        most = SMALL_GROUP
+        most, pause = SMALL_GROUP, RETRY_SECONDS
         while left:
             part = left[:most]
             for outcome in part:
@@ -238,10 +238,11 @@ class Writer:
             if error is None:
                 error = self._transact([], part, [], [])
             if error is None:
-                left, most = left[len(part) :], SMALL_GROUP
+                left, most, pause = left[len(part) :], SMALL_GROUP, RETRY_SECONDS
             elif not self._contradicted:
                 self._ballast.unlink(missing_ok=True)
-                time.sleep(RETRY_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, RETRY_MOST)
             elif len(part) > 1:
                 most = 1  # one of them contradicts the store: find it
             else:

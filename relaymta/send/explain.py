@@ -90,7 +90,7 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
         return _answer(why, view.suspended_until, "`relaymta site resume`")
     if view.probed_later:
         return _answer("its turn to be probed: it was in flight when a worker died", 0, "")
-    if view.asks:
+    if view.asks and view.position < 0:
         return _answer(f"the DNS: {name.domain} is being looked up", 0, "")
     if not view.pools:
         return _answer("its turn: it is on disk, and is read when there is room in memory", 0, "")

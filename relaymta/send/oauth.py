@@ -148,7 +148,7 @@ class Exchanges:
 
 async def _post(url: str, form: dict[str, str]) -> dict[str, object]:
     """An endpoint's successful response. WebError or TokenError with what it says otherwise."""
-    response = await request("POST", url, seconds=TIMEOUT, largest=LARGEST, data=form)
+    response = await request("POST", url, seconds=TIMEOUT, largest=LARGEST, errors=True, data=form)
     if response.status == 200:
         return object_in(response.body)
     try:

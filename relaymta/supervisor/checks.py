@@ -19,7 +19,8 @@ SOCKET_PATH = 107  # octets (unix(7))
 
 def import_all(config: Config) -> None:
     """Import what `check_files` needs, before root is dropped: the relay's user may not be able to read the interpreter."""
-    import encodings.idna  # noqa: F401 (for host names)
+    import encodings.idna  # for host names
+    import encodings.punycode  # noqa: F401
 
     if _has_files(config):
         from relaymta.accept import endpoint  # noqa: F401

@@ -18,9 +18,11 @@ from relaymta.config import Dkim
 from relaymta.errors import ConfigError
 from relaymta.filter.keys import load_key, record
 from relaymta.filter.signatory import sign_hash
-from relaymta.filter.signing import Draft
+from relaymta.filter.signing import Draft, Signer, SigningKey, Unsignable
+from relaymta.metrics import Counters
 from relaymta.proto.dkim import signed, split_fields
 from relaymta.proto.header import header_end
+from relaymta.shm import Shared
 from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
@@ -226,7 +228,7 @@ def test_mail_is_never_sent_unsigned_because_a_worker_could_not_read_the_key(pee
         wait_for(lambda: relay.metric("relaymta_dkim_key_errors") == 2)
         (worker,) = relay.worker_pids()
         os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: any("nothing was read before" in row["text"] for row in relay.events("warning")))
+        wait_for(lambda: any("no earlier version" in row["text"] for row in relay.events("warning")))
         for body in ("", "y" * 70 + "\r\n"):  # in memory, and in a file of its own
             with pytest.raises(smtplib.SMTPDataError) as refused:
                 relay.send(messages["alone.test"] + body * 20_000)
@@ -242,6 +244,21 @@ def test_mail_is_never_sent_unsigned_because_a_worker_could_not_read_the_key(pee
     assert verified(by_author[b"alone.test"], [alone]) == [True]
     assert verified(by_author[spare.domain.encode()], [spare]) == [True]
     assert verified(by_author[b"nobody.test"], []) == []
+
+
+async def test_a_dsn_is_signed_by_the_keys_that_can_be_read(tmp_path):
+    own, _ = keys(tmp_path)
+    own = own.model_copy(update={"authors": ["*"]})
+    missing = Dkim(domain="esp.test", selector="s", key=str(tmp_path / "none"), authors=["*"])
+    shared = Shared.create()
+    signer = Signer(Counters(shared.counters(0)), None, lambda: 1_795_000_000)  # type: ignore[arg-type]
+    signer.watched = [SigningKey(one) for one in (own, missing)]
+    for key in signer.watched:
+        key.refresh()
+    message = b"From: postmaster@relay.test\r\n\r\nx\r\n"
+    assert verified(signer.signatures(message) + message, [own]) == [True]
+    with pytest.raises(Unsignable, match="451"):
+        signer.draft(b"", message, "")
 
 
 def test_without_the_signing_process_a_thread_signs(peer, tmp_path):
