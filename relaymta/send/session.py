@@ -142,6 +142,16 @@ class Session(asyncio.Protocol):
             self.transport.write(b"QUIT\r\n")
             self.transport.close()
 
+    @property
+    def secure(self) -> bool:
+        """Whether the connection is open, and is one of TLS."""
+        return self.transport is not None and self.transport.get_extra_info("ssl_object") is not None
+
+    def cut(self) -> None:
+        """End what `quit` has left of the connection."""
+        if self.transport is not None:
+            self.transport.abort()
+
     async def _write_data(self, mail: Mail) -> None:
         """Write a large message's data from disk, no faster than the peer accepts it."""
         assert self.read_pieces is not None

@@ -17,6 +17,7 @@ from relaymta.send.tasks import Tasks
 
 __all__ = ["Sessions"]
 
+CLOSING_SECONDS = 2.0  # for the peer to close TLS after QUIT
 OPENED = index("relaymta_sessions_total", "opened")
 
 
@@ -111,6 +112,9 @@ class Sessions:
         return pool
 
     def retire(self, session: Session) -> None:
-        """Close an idle session."""
+        """Close an idle session. A peer that leaves TLS open is not waited for (uvloop would for 30 s): its connection does not
+        count any more, and must not stay."""
         session.quit()
+        if session.secure:
+            self._loop.call_later(CLOSING_SECONDS, session.cut)
         self.release(session)

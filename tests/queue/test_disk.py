@@ -194,6 +194,7 @@ async def test_a_dsn_that_cannot_be_written_for_long_takes_no_file_and_no_descri
         (entry,) = await bench.next()
         segments, tries = bench.queue.segments, []
         monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(writer, "RETRY_MOST", 0.001)
 
         def full(fd, buffers, offset) -> int:
             tries.append(fd)
