@@ -9,7 +9,7 @@ import lmdb
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SUSPENDED, SiteState
-from relaymta.proto.envelope import EIGHT_BIT, HELD, Body, Envelope
+from relaymta.proto.envelope import DSN, EIGHT_BIT, HELD, Body, Envelope
 from relaymta.queue import Filter, format_id, wall_ms
 from relaymta.send.explain import explain, goes_to
 from tests.sim import inside
@@ -227,7 +227,12 @@ class Scenario:
                 await queue.wake_queues()
 
     async def _change_page(self, worker: Worker, verb: str, idents: list[int], word: str) -> None:
-        messages = [self.world.ledger.messages[ident] for ident in idents if ident in self.world.ledger.messages]
+        known = self.world.ledger.messages
+        if set(idents) - set(known):  # DSNs whose commit is not reported yet
+            for ident, (envelope, _) in inside.contents(worker.queue.store).items():
+                if ident in idents and ident not in known and envelope.flags & DSN:
+                    self.world.ledger.add(Message(ident, worker.slot, "", list(envelope.recipients), None, True, True))
+        messages = [known[ident] for ident in idents if ident in known]
         for message in messages:
             message.deleting = message.deleting or verb == "delete"
             self.world.say(f"operator begins to {verb}", message)
