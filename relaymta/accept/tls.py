@@ -53,11 +53,6 @@ class Certificates:
         """The context for a new handshake; None when there is no usable certificate."""
         return next((one.value.context for one in self.watched if one.value is not None), None)
 
-    def refresh(self) -> None:
-        """Read the files that have changed. Called on a thread."""
-        for one in self.watched:
-            one.refresh()
-
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
         """SNI callback: select the first certificate that has this name, else the first of all."""
         if name:

@@ -18,14 +18,13 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json, asked, connect
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
 
-__all__ = ["DEMO", "app", "give_to", "locked", "replace_file", "user"]
+__all__ = ["app", "give_to", "locked", "replace_file", "user"]
 
-DEMO = {"listener": [{"address": "127.0.0.1:2525"}]}
 KEY_OCTETS = 20  # of an application's key: 160 bits resist brute force, whatever the hash
 _NAME = r"""\s*(?:account|"account"|'account')\s*"""
 _KEY_OF_SECRETS = r"""\s*(?:secrets|"secrets"|'secrets')\s*"""
@@ -44,7 +43,7 @@ class _File:
     the file, so that no other accounts can change."""
 
     def __init__(self, read: Configuration) -> None:
-        config = loaded(read, DEMO)
+        config = loaded(read, ANY_LISTENER)
         path, self.user = config.accounts.file, config.user
         if not path:
             fail(78, "accounts.file is not set: it is the file with the accounts")
@@ -397,7 +396,7 @@ def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
         file.add(account)
     say(f"user:   {name}", f"secret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    for line in _records(loaded(read, DEMO), domains):
+    for line in _records(loaded(read, ANY_LISTENER), domains):
         say(f"DNS:    {line}")
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from relaymta.cli.account import DEMO, give_to, locked, replace_file
+from relaymta.cli.account import give_to, locked, replace_file
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import Configuration, config_path, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config, Dkim, parse_duration
 from relaymta.errors import ConfigError
@@ -37,7 +37,7 @@ def dkim() -> None:
 def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path) -> None:
     """Create a key; print the DNS record and the [[dkim]] table for it."""
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
-    _make(out, kind, loaded(read, DEMO).user)
+    _make(out, kind, loaded(read, ANY_LISTENER).user)
     _show_record(settings)
     say("", "[[dkim]]", f'domain = "{settings.domain}"', f'selector = "{settings.selector}"', f'key = "{out}"')
 
@@ -83,7 +83,7 @@ def _show_record(settings: Dkim) -> None:
 def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str, patience: str) -> None:
     """Rotate the key of a domain: create one, print its record, and once the DNS has that, replace the old key in the
     configuration file. Repeat the command until it succeeds; then run `relaymta reload`, and keep the old record for a week."""
-    config, file = loaded(read, DEMO), config_path()
+    config, file = loaded(read, ANY_LISTENER), config_path()
     wanted = _settings({"domain": domain, "selector": selector, "key": str(out)})
     domain, selector = wanted.domain, wanted.selector
     olds = [one for one in config.dkim if one.domain == domain and one.selector != selector]
@@ -159,7 +159,7 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
 @configured
 def check_keys(read: Configuration, as_json: bool) -> None:
     """Check that the DNS has the record of each key. Exit status 1 when one is missing or belongs to another key."""
-    config = loaded(read, DEMO)
+    config = loaded(read, ANY_LISTENER)
     rows = asyncio.run(checked(config))
     if as_json:
         say_json(rows)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relaymta.cli.account import DEMO
 from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
-from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
 
@@ -39,7 +38,7 @@ def doctor() -> None:
 def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: bool) -> None:
     """Check whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether the names of our addresses match.
     Exit status 1 when a check fails."""
-    config = loaded(read, DEMO)
+    config = loaded(read, ANY_LISTENER)
     try:
         chosen = [str(ipaddress.ip_address(text)) for text in addresses]
     except ValueError as error:

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Configuration", "config_path", "configured", "fail", "incomplete", "loaded", "missing", "note_missing",
+    "ANY_LISTENER", "Configuration", "config_path", "configured", "fail", "incomplete", "loaded", "missing", "note_missing",
 ]  # fmt: skip
 
 _FILE, _MISSING, _INCOMPLETE = "relaymta.config_path", "relaymta.missing", "relaymta.incomplete"
 CONFIG_PATH = "/etc/relaymta/relaymta.toml"
+ANY_LISTENER = {"listener": [{"address": "127.0.0.1:2525"}]}  # for verbs that do not listen: a configuration needs one
 
 
 class Configuration:

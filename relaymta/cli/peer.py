@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from relaymta import control
 from relaymta.cli.console import table
-from relaymta.cli.options import Configuration, fail, loaded, missing, note_missing
+from relaymta.cli.options import ANY_LISTENER, Configuration, fail, loaded, missing, note_missing
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import RelayError
 from relaymta.ident import parse_id
@@ -89,7 +89,7 @@ def connect(read: Configuration) -> Daemon | Offline:
     path = read.control_path()
     if path is not None and _answers(path):
         return Daemon(path)
-    config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})
+    config = loaded(read, ANY_LISTENER)
     if _answers(config.control_path):
         return Daemon(config.control_path)
     if not Path(config.spool).is_dir():

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json
-from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
 from relaymta.errors import ConfigError
@@ -42,7 +42,7 @@ def test(
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
     if "@" not in recipient:
         fail(64, f"--to {recipient}: expected an address")
-    config = loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]})
+    config = loaded(read, ANY_LISTENER)
     try:
         envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
         found = asyncio.run(_test(config, envelope, headers, attempts))

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import absent, as_json, asked, connect, given, when
 
 __all__ = ["shaping", "site"]
@@ -206,7 +206,7 @@ def diff(read: Configuration, as_json: bool) -> None:
     from relaymta.route.shaping import differences, read_profiles
     from relaymta.route.shaping import profiles as shipped
 
-    spool = Path(loaded(read, {"listener": [{"address": "127.0.0.1:2525"}]}).spool)
+    spool = Path(loaded(read, ANY_LISTENER).spool)
     used = [path for path in (spool / "node" / name for name in (PROFILES, PROFILES_BEFORE)) if path.exists()]
     now = shipped()
     earlier = [kept for path in used if (kept := read_profiles(path.read_text(encoding="utf-8"))) != now]

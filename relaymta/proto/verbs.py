@@ -20,12 +20,19 @@ OTHERS = re.compile(
 )
 
 
-def _ehlo(session: Session, argument: bytes) -> bytes:
+def _hello(session: Session, argument: bytes, extended: bool) -> bool:
+    """The client has said its name, which ends a transaction under way; False, and nothing has changed, when it is none."""
     helo = hello_name(argument)
     if helo is None:
-        return session.error(reply.BAD_HELLO)
-    session.helo, session.extended = helo, True
+        return False
+    session.helo, session.extended = helo, extended
     session.drop()
+    return True
+
+
+def _ehlo(session: Session, argument: bytes) -> bytes:
+    if not _hello(session, argument, True):
+        return session.error(reply.BAD_HELLO)
     host, offers = session.host, session.host.offers
     lines = [session.hostname, "PIPELINING", f"SIZE {host.limits.message_size}", "8BITMIME", "SMTPUTF8", "CHUNKING"]
     if offers.starttls and not session.secure:
@@ -38,11 +45,8 @@ def _ehlo(session: Session, argument: bytes) -> bytes:
 
 
 def _helo(session: Session, argument: bytes) -> bytes:
-    helo = hello_name(argument)
-    if helo is None:
+    if not _hello(session, argument, False):
         return session.error(reply.BAD_HELLO)
-    session.helo, session.extended = helo, False
-    session.drop()
     return f"250 {session.hostname}\r\n".encode()
 
 
