@@ -237,7 +237,10 @@ class Connections:
                 self.idle(session)
 
     def _not_opened(self, pool: Pool, failure: ConnectFailed | NoRoute, began: float) -> None:
-        """An attempt to connect, decided on at `began` (loop time), failed."""
+        """An attempt to connect, decided on at `began` (loop time), failed. That of a pool that a reload has replaced tells nothing
+        about the new one, which makes its own attempts: or both would count the same outage."""
+        if self.pools.get(pool.key) is not pool:
+            return
         said = failure.said if isinstance(failure, ConnectFailed) else None
         if said is not None and said.code == 421:
             self._decisions.learned(pool, pool.refused_connection(said, began, self._loop.time()))

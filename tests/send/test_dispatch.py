@@ -456,6 +456,36 @@ async def test_a_reload_during_a_lookup_leaves_no_site_of_the_old_configuration(
     assert [pool.site.route.tls for pool in made.pools.values()] == ["encrypt"]
 
 
+async def test_an_attempt_to_connect_from_before_a_reload_counts_no_failure_of_its_own(made):
+    """It is of the same wave as the one that the new configuration has made: one outage, one failure."""
+    answers: list[asyncio.Future[Any]] = []
+
+    def opens(*args: Any) -> Any:
+        answers.append(made.loop.create_future())
+        return answers[-1]
+
+    made.opener.open = opens
+    down: list[str] = []
+    made.decisions.dead = lambda pool, *args: down.append(pool.key)
+    one = entry(1, "smart.test")
+    made.offer(one)
+    await ticks()
+    config = Config.model_validate(SETTINGS)
+    made.reconfigure(config, RouteTable(config))
+    assert made.queue.returned == [one]
+    again = entry(1, "smart.test")
+    made.offer(again)
+    await ticks()
+    first, second = answers
+    second.set_exception(ConnectFailed("connect", "timed out"))
+    await ticks()
+    assert [finished for finished, _, _ in made.queue.finished] == [again]
+    first.set_exception(ConnectFailed("connect", "timed out"))
+    await ticks()
+    (pool,) = made.pools.values()
+    assert (len(down), pool.failures, taken(made)) == (1, 1, 0)
+
+
 async def test_a_policy_added_during_a_lookup_applies_to_what_waits_for_it(made):
     answer = asyncio.get_running_loop().create_future()
     made.sites.find = lambda name: answer

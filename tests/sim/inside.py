@@ -35,7 +35,9 @@ def attempt(queue: Any, entry: Any) -> str:
         row = store.queue(txn, entry.queue)
         if row is None:
             return "attempted in a queue that does not exist"
-        if placement.due > queue.clock.now() and not row.moved:
+        # Others of the message may have been deferred to its queue while it waited in memory, where it is due earlier than they.
+        joined = placement.indexes is not None and set(placement.indexes) != {index for index, _ in entry.recipients}
+        if placement.due > queue.clock.now() and not row.moved and not joined:
             return f"attempted {placement.due - queue.clock.now()} ms before its time"
         states = store.recipient_states(txn, entry.ident)
         for index, address in entry.recipients:

@@ -250,7 +250,8 @@ class Scenario:
         while worker.process.committing:
             await asyncio.sleep(0.01)
         there = inside.contents(worker.queue.store)
-        gone = [one for one in messages if one.ident not in there and not one.ended and not one.outcomes]
+        ends = {one.ident for one in messages if one.ended or set(one.outcomes.values()) - {"pending"}}
+        gone = [one for one in messages if one.ident not in there and one.ident not in ends]
         for message in messages:
             message.deleted = message.deleted or message in gone
             message.deleting = False
