@@ -193,7 +193,7 @@ class _Table:
     def find(self, text: str) -> int:
         """The first cell of a key's row; -1 when it has none."""
         known = self._known.get(text)
-        if known is not None and self.holds(known[1], known[0]):
+        if known is not None and (self._cells.get(known[1]) == known[0] or self.holds(known[1], known[0])):
             return known[1]
         key = _key(text)
         return self._remember(text, key, self._search(key))
@@ -201,7 +201,7 @@ class _Table:
     def claim(self, text: str) -> tuple[int, int]:
         """A key, and the first cell of its row; it gets one if it has none. (key, -1) when none can be had."""
         known = self._known.get(text)
-        if known is not None and self.holds(known[1], known[0]):
+        if known is not None and (self._cells.get(known[1]) == known[0] or self.holds(known[1], known[0])):
             return known
         key = _key(text)
         return key, self._remember(text, key, self.claim_key(key))
@@ -333,7 +333,7 @@ class Limits:
         while row >= 0:
             mine = row + 1 + self._slot
             cells.add(mine, 1)
-            ours = self._table.holds(row, hashed)
+            ours = cells.get(row) == hashed or self._table.holds(row, hashed)
             if ours and cells.total(row + 1, SLOTS) <= most:
                 return True
             cells.add(mine, -1)

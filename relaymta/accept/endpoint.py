@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "check"]
 
 _PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
+_offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
 
 def check(config: Config) -> None:
@@ -121,7 +122,7 @@ class Endpoint:
 
     def offers(self, listener: Listener, xclient: bool) -> Offers:
         """What a new session on a listener may use. `xclient`: the client may use XCLIENT."""
-        return Offers(
+        return _offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
             mechanisms=self.logins.mechanisms if listener.auth != "off" else (),
