@@ -8,6 +8,7 @@ task (`_write_site_states`) that stores the last change of each state, all at a 
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Machine:
         self._store = Store(path)
         self.states = SiteStates(self._store.load())
         self._client_rates = shared.client_rates(workers)
+        self._storing_rates = threading.Lock()  # a thread of the last period may still store them while `stop` does
         self._client_rates.restore(kept_rates(path))
         self._record_profiles()
         self._periodic: list[asyncio.Task[None]] = []
@@ -89,7 +91,8 @@ class Machine:
     def _store_rates(self) -> None:
         """Store the use of quotas and the counts of failed login attempts, which continue after a restart. Blocks."""
         try:
-            keep_rates(self._path, self._client_rates.rows())
+            with self._storing_rates:
+                keep_rates(self._path, self._client_rates.rows())
         except OSError as error:
             self._log.event("warning", text=f"node: {error.strerror}: the use of quotas is not stored")
 
