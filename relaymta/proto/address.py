@@ -114,10 +114,12 @@ def domain_of(address: str) -> str:
 
 
 _LABELS = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\Z")
+_HOST_LABEL = re.compile(r"[a-z0-9_-]+\Z")
 
 
 def normalize_domain(domain: str) -> str:
-    """A domain in the form of the DNS: lower case A-labels (IDNA 2008), no trailing dot. DomainError for an invalid one."""
+    """A domain in the form of the DNS: lower case A-labels (IDNA 2008, RFC 5890), no trailing dot. U-labels and A-labels of the same
+    domain have the same form. Labels of ASCII, such as `_spf`, are kept. DomainError for an invalid one."""
     domain = domain.rstrip(".").lower()
     if domain.isascii():
         if len(domain) > 253 or not _LABELS.match(domain):
@@ -128,9 +130,13 @@ def normalize_domain(domain: str) -> str:
     import idna
 
     try:
-        return idna.encode(domain, uts46=True).decode("ascii")
+        labels = idna.uts46_remap(domain, False, False).rstrip(".").split(".")  # other full stops become dots (UTS 46 4)
+        found = ".".join(label if _HOST_LABEL.match(label) else idna.alabel(label).decode("ascii") for label in labels)
     except idna.IDNAError as error:
         raise DomainError(domain) from error
+    if len(found) > 253 or not _LABELS.match(found):
+        raise DomainError(domain)
+    return found
 
 
 def parse_parameters(text: str) -> dict[str, str] | None:
