@@ -16,7 +16,16 @@ from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
-from relaymta.proto.header import HEADER_SEEN, count_received, field_names, header_end, received_field, rfc5322_date, too_long
+from relaymta.proto.header import (
+    HEADER_SEEN,
+    count_received,
+    field_names,
+    has_header,
+    header_end,
+    received_field,
+    rfc5322_date,
+    too_long,
+)
 from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.session import Session
 from relaymta.proto.transaction import Limits, Transaction
@@ -288,8 +297,8 @@ class Intake:
                 fields += f"Date: {rfc5322_date(now)}\r\n".encode()
         if self._staging is not None:
             fields = self._staging.banner(recipients) + fields
-        if not header or (header[:2] != b"\r\n" and b":" not in header.partition(b"\r\n")[0]):
-            fields += b"\r\n"  # there is no header: the first line of the body must not become part of our fields
+        if not has_header(header):
+            fields += b"\r\n"  # the first line of the body must not become part of our fields
         return [fields]
 
     def admit(

@@ -1,6 +1,7 @@
 """DKIM signatures of our own mail, and the verification of others'."""
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -43,10 +44,14 @@ class Dkim(Table):
     @field_validator("signed", "oversigned")
     @classmethod
     def _are_fields(cls, names: list[str]) -> list[str]:
-        wrong = next((name for name in names if not re.fullmatch(r"[!-9;-~]+", name)), None)
+        wrong = next((name for name in names if not re.fullmatch(r"[!-9<-~]+", name)), None)  # `;` would end h=
         if wrong is not None:
             raise ValueError(f"{wrong!r} is not the name of a header field")
         return [name.lower() for name in names]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if "dkim-signature" in self.oversigned:
+            yield "oversigned", "DKIM-Signature: each further signature, also one of ours, adds one"
 
     def signs_for(self, application: str) -> bool:
         """Whether this key signs mail of an application, apart from its author."""

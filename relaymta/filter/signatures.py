@@ -1,71 +1,127 @@
-"""Verification of DKIM signatures (RFC 6376 6) by dkimpy, with our canonicalizer and OpenSSL in place of its own, and stricter:
-no rsa-sha1 (RFC 8301), keys only as their records allow (h=, k=, s=), no l= that leaves octets unsigned."""
+"""Verification of DKIM signatures (RFC 6376 6), stricter than that: no rsa-sha1 (RFC 8301), no l= that leaves octets unsigned, no
+From: that is not signed. And of ARC chains (RFC 8617 5.2), whose signatures are of the same kind."""
 
 import asyncio
 import base64
-import binascii
+import hashlib
 import re
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
-
-import dkim
-import dkim.canonicalization
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
+from functools import cached_property
+from typing import NamedTuple
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.filter.published import Tags, candidates, listed, refusal, tag_list, verifies
 from relaymta.proto.address import DomainError, normalize_domain
-from relaymta.proto.dkim import canonical_field, name_of, split_fields
-from relaymta.proto.mailbox import Malformed, authors, domains
+from relaymta.proto.authres import behind_comments
+from relaymta.proto.dkim import by_name, canonical_field, signed_octets, split_fields, unquoted, without_signature, without_space
+from relaymta.proto.mailbox import Mailbox, Malformed, authors, domains
 
-__all__ = ["Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
+__all__ = ["Claim", "Claims", "Keys", "Verified", "arc", "claims", "keys_of", "verify"]
 
 MOST = 5  # signatures that are verified; further ones are ignored
 SETS = 10  # of an ARC chain; RFC 8617 4.2.1 allows 50, real mail has less than a tenth of them
-BITS_LEAST, BITS_MOST = 1024, 4096  # RFC 8301 3.2
-EXPONENT_MOST = 1 << 32  # it is 65537 in practice; a long one takes as long as signing
-KEYS_KEPT = 1000  # parsed ones
-
-# Limits for what costs their product: dkimpy searches all fields for each name in h=.
 FIELDS = 500  # of a header; real mail has less than half as many
 NAMES = 200  # in h=
-OCTETS = 4096  # of a signature's field, or of a key's record
-# A run of white space in one of these: several of dkimpy's expressions are quadratic in it.
-_GAP = re.compile(rb"\s{80}")
+LONGEST = 12  # digits of a time (RFC 6376 3.5)
+NEVER = 10**LONGEST
 
-_NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_]*")
+_DIGITS = re.compile(r"[0-9]+\Z")
+_INSTANCE = re.compile(rb"([0-9]{1,2})(?![0-9])")
 
-Tags = dict[str, str]
-Keys = dict[str, str | DnsFailure]  # by name; "" for none
+_FORMS = {"simple", "relaxed", *(f"{head}/{body}" for head in ("simple", "relaxed") for body in ("simple", "relaxed"))}  # of c=
+
+Texts = tuple[str, ...] | str | DnsFailure  # all texts at a name, or the only one; "" for none
+Keys = dict[str, Texts]  # by name
 Bodies = dict[bool, tuple[str, int]]  # for a relaxed body or not: its hash, and how many octets it covers
+Result = tuple[str, str]  # the result of a signature, and the reason
+
+
+class Claim:
+    """A signature that a header claims. `field`: as it is in the header; `tags`: its tags, {} where they are malformed."""
+
+    def __init__(self, field: bytes) -> None:
+        self.field = field
+        self.tags = tag_list(field.partition(b":")[2])
+
+    @cached_property
+    def domain(self) -> str:
+        """The signing domain, d=, in A-labels and lower case: it may be written in U-labels (RFC 8616 4)."""
+        return _in_a_labels(self.tags.get("d", ""))
+
+    @cached_property
+    def name(self) -> str:
+        """The name of its key's record; one that the DNS cannot have where the tags are invalid."""
+        selector = self.tags.get("s", "").lower()
+        if not self.tags.get("d", "").isascii():  # U-labels: written for a header in UTF-8 (RFC 6532)
+            selector = _in_a_labels(selector)
+        return f"{selector}._domainkey.{self.domain}"
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names in h=, in lower case."""
+        return listed(self.tags.get("h", "").lower())
+
+    @cached_property
+    def signature(self) -> bytes | None:
+        """The signature itself; None where b= is not in base64."""
+        try:
+            return base64.b64decode(without_space(self.tags["b"].encode()), validate=True)
+        except (KeyError, ValueError):
+            return None
+
+    def relaxed_body(self, default: str) -> bool:
+        """Whether it covers the relaxed form of the body (RFC 6376 3.5, c=)."""
+        return self.tags.get("c", default).partition("/")[2] == "relaxed"
+
+    def covers(self, body: tuple[str, int]) -> bool:
+        """Whether bh= is the hash of this body."""
+        return without_space(self.tags["bh"].encode()).decode() == body[0]
+
+    def digest(self, fields: dict[bytes, list[bytes]], default: str) -> bytes:
+        """The SHA-256 of the fields that it covers."""
+        relaxed = self.tags.get("c", default).partition("/")[0] == "relaxed"
+        names = [name.encode() for name in self.names]
+        return hashlib.sha256(signed_octets(fields, self.field, names, relaxed)).digest()
 
 
 class Claims(NamedTuple):
-    """The signatures and authors that a message's header claims. `signatures`: the tags of each, the first MOST; `chain`: those
-    of its ARC sets; {} for a malformed one. `authors`: the domains in From:, none where that is `malformed`."""
+    """What a message's header claims. `signatures`: the first MOST. `seals`, `messages`, `results`: the three kinds of field
+    of its ARC sets by instance; `chained`: these are complete sets, from 1 on. `authors`: the domains in From:, none where
+    that is `malformed`; `authorless`: there is no From:, or no address in it."""
 
-    fields: list[tuple[bytes, bytes]]  # name and value, as received
-    signatures: list[Tags]
-    chain: list[Tags]
+    fields: dict[bytes, list[bytes]]  # by name
+    octets: int  # of the header
+    signatures: list[Claim]
+    seals: dict[int, Claim]
+    messages: dict[int, Claim]
+    results: dict[int, bytes]
+    chained: bool
     authors: list[str]
     malformed: bool
+    authorless: bool
+
+    @property
+    def chain(self) -> list[Claim]:
+        """The signatures of the ARC sets."""
+        return [*self.seals.values(), *self.messages.values()]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the header has more fields than any that has to be verified."""
+        return sum(map(len, self.fields.values())) > FIELDS
 
     def forms(self) -> set[bool]:
         """The canonical forms of the body that the signatures cover (True: relaxed)."""
-        found = {_relaxed(tags, "simple/simple") for tags in self.signatures}
-        return found | {_relaxed(tags, "relaxed/relaxed") for tags in self.chain if "bh" in tags}
+        found = {one.relaxed_body("simple/simple") for one in self.signatures}
+        return found | {one.relaxed_body("relaxed/relaxed") for one in self.messages.values()}
 
     def effort(self) -> int:
-        """The cost of verifying all of them, in steps of some tenths of a microsecond: each name in h= is searched in all
-        fields."""
+        """The cost of verifying all of them, in steps of some tenths of a microsecond: a signature may cover the whole header."""
         signed = [*self.signatures, *self.chain]
-        return 500 * len(signed) + len(self.fields) * sum(map(_names, signed))
+        return (500 + self.octets // 64) * len(signed) + 5 * sum(len(one.names) for one in signed)
 
 
 class Verified(NamedTuple):
-    """The result of one signature: pass, fail, neutral, policy, permerror or temperror (RFC 8601 2.7.1)."""
+    """The result of one signature: pass, fail, policy, permerror or temperror (RFC 8601 2.7.1). `domain`: in A-labels."""
 
     result: str
     domain: str
@@ -74,154 +130,80 @@ class Verified(NamedTuple):
     reason: str
 
 
-class _Relaxed:
-    """Replaces dkimpy's own form: linear on hostile input."""
-
-    name = b"our relaxed"
-
-    @staticmethod
-    def canonicalize_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        found = []
-        for name, value in headers:
-            own, _, rest = canonical_field(name + b":" + value.removesuffix(b"\r\n")).partition(b":")
-            found.append((own, rest + b"\r\n"))
-        return found
-
-
-class _Simple:
-    name = b"our simple"
-
-    @staticmethod
-    def canonicalize_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        return headers
-
-
-@lru_cache(KEYS_KEPT)
-def _public(exponent: int, modulus: int) -> rsa.RSAPublicKey:
-    return rsa.RSAPublicNumbers(exponent, modulus).public_key()
-
-
-def _verify_rsa(hashed: Any, signature: bytes, public_key: dict[str, int]) -> bool:
-    """Replaces dkimpy's own arithmetic."""
-    try:
-        _public(public_key["publicExponent"], public_key["modulus"]).verify(
-            signature, hashed.digest(), padding.PKCS1v15(), utils.Prehashed(hashes.SHA256())
-        )
-    except InvalidSignature:
-        return False
-    return True
-
-
-# Under names of our own: other users of dkimpy in this process keep its canonicalizer.
-_FORMS = {b"relaxed": b"our relaxed", b"simple": b"our simple"}
-dkim.canonicalization.ALGORITHMS.update({b"our relaxed": _Relaxed, b"our simple": _Simple})
-dkim.RSASSA_PKCS1_v1_5_verify = _verify_rsa
-# Finds b=; dkimpy's own expression is cubic in the length of the folds.
-dkim.RE_BTAG = re.compile(rb"([;\s]b\s*+=)(?:\s*+[a-zA-Z0-9+/=])*+(?:\r?\n\Z)?")
-dkim.evaluate_pk = lru_cache(KEYS_KEPT)(dkim.evaluate_pk)  # the same few records recur
-
-
-# What dkimpy raises on hostile input.
-_HOSTILE = (dkim.DKIMException, binascii.Error, IndexError, KeyError, ValueError, TypeError, AttributeError)
-
-
-class _Header:
-    """A mix-in for dkimpy's classes: they get the header fields that we have parsed, and the hashes of the body."""
-
-    def __init__(self, fields: list[tuple[bytes, bytes]], bodies: Bodies) -> None:
-        super().__init__(minkey=BITS_LEAST)  # type: ignore[call-arg]
-        self.headers, self.body = fields, b""
-        self.bodies = bodies
-
-    def verify_sig_process(self, sig: dict[bytes, bytes], *others: Any) -> Any:
-        if b"bh" in sig:
-            tags = {name.decode("latin-1"): value.decode("latin-1") for name, value in sig.items()}
-            found, octets = self.bodies[_relaxed(tags, "simple/simple")]
-            if "".join(tags["bh"].split()) != found:
-                raise dkim.ValidationError("body hash mismatch")
-            if "l" in tags and tags["l"].strip() != str(octets):
-                raise dkim.ValidationError("l= leaves octets unsigned")
-            sig = {name: value for name, value in sig.items() if name != b"bh"}
-        head, _, body = sig.get(b"c", b"simple").partition(b"/")
-        if head not in _FORMS or body not in (b"", *_FORMS):
-            raise dkim.MessageFormatError("invalid c= value")
-        sig = sig | {b"c": _FORMS[head]}
-        return super().verify_sig_process(sig, *others)  # type: ignore[misc]
-
-
-class _Dkim(_Header, dkim.DKIM):  # type: ignore[misc]
-    pass
-
-
-class _Arc(_Header, dkim.ARC):  # type: ignore[misc]
-    pass
+# What a header claims
 
 
 def claims(header: bytes) -> Claims:
     """The claims of a header block."""
     fields = split_fields(header)
-    found: dict[bytes, list[Tags]] = {b"dkim-signature": [], b"arc-seal": [], b"arc-message-signature": []}
-    for field in fields:
-        rows = found.get(name_of(field))
-        if rows is not None and len(rows) <= SETS:
-            rows.append(_tags(field.partition(b":")[2]))
-    signatures, seals, messages = found.values()
-    pairs = [field.partition(b":") for field in fields]
+    named = by_name(fields)
+    rows = [named.get(name, []) for name in (b"arc-seal", b"arc-message-signature", b"arc-authentication-results")]
+    seals, messages = ({_instance_of(one): one for one in map(Claim, row[: SETS + 1])} for row in rows[:2])
+    results = {_instance(field): field for field in rows[2][: SETS + 1]}
+    sets = len(rows[0])
+    chained = sets <= SETS and all(len(row) == sets for row in rows)
+    chained = chained and set(seals) == set(messages) == set(results) == set(range(1, sets + 1))
+    found: list[Mailbox] = []
+    malformed, authorless = False, True
     try:
-        names, malformed = domains(authors(header, fields=fields)), False
+        found = authors(header, fields=fields)
+        authorless = not any(one.domain for one in found)
     except Malformed:
-        names, malformed = [], True
-    return Claims(
-        [(name, value + b"\r\n") for name, colon, value in pairs if colon],
-        signatures[:MOST],
-        [*seals, *messages],
-        names,
-        malformed,
-    )
+        malformed = True
+        authorless = not any(b"@" in field for field in named.get(b"from", []))
+    signatures = [Claim(field) for field in named.get(b"dkim-signature", [])[:MOST]]
+    return Claims(named, len(header), signatures, seals, messages, results, chained, domains(found), malformed, authorless)
 
 
-def _relaxed(tags: Tags, default: str) -> bool:
-    """Whether a signature covers the relaxed form of the body (RFC 6376 3.5, c=)."""
-    return tags.get("c", default).partition("/")[2].strip() == "relaxed"
+def _instance_of(claim: Claim) -> int:
+    """The instance of an ARC signature, i=; 0: invalid."""
+    text = claim.tags.get("i", "")
+    return int(text) if len(text) <= 2 and _DIGITS.match(text) else 0
 
 
-def _tags(value: bytes) -> Tags:
-    found = {}
-    if len(value) > OCTETS or _GAP.search(value):
-        return {}
-    for part in value.split(b";"):
-        name, equals, content = part.partition(b"=")
-        name = name.strip()
-        if equals and _NAME.fullmatch(name):
-            found[name.decode()] = b"".join(content.split()).decode("utf-8", "replace")
-        elif part.strip():
-            return {}
-    return found
+def _instance(field: bytes) -> int:
+    """The instance of an ARC-Authentication-Results field, `i=` in front of its results (RFC 8617 4.1.1); 0: invalid."""
+    at = field.find(b":") + 1
+    for word in (b"i", b"="):
+        at = behind_comments(field, at)
+        if field[at : at + 1] != word:
+            return 0
+        at += 1
+    match = _INSTANCE.match(field, behind_comments(field, at))
+    if match is None:
+        return 0
+    at = behind_comments(field, match.end())
+    return int(match[1]) if field[at : at + 1] in (b";", b"") else 0
 
 
-def _names(tags: Tags) -> int:
-    """The number of names in h=."""
-    return tags.get("h", "").count(":") + 1
+def _in_a_labels(domain: str) -> str:
+    """A domain in A-labels and lower case; in lower case where it is none."""
+    if not domain.isascii():
+        try:
+            return normalize_domain(domain)
+        except DomainError:
+            pass
+    return domain.lower()
 
 
-def _name(tags: Tags) -> str:
-    return f"{tags.get('s', '')}._domainkey.{tags.get('d', '')}".lower()
+# Keys
 
 
 async def keys_of(resolver: Resolver, claimed: Claims) -> Keys:
     """The key records of all signatures, from the DNS."""
 
-    async def one(name: str) -> str | DnsFailure:
+    async def one(name: str) -> tuple[str, ...] | DnsFailure:
         if not _in_dns(name):
-            return ""
+            return ()
         try:
-            return (await resolver.txt(name))[0]
-        except (NoData, NoSuchName, IndexError, ValueError):
-            return ""
+            return tuple(await resolver.txt(name))
+        except (NoData, NoSuchName, ValueError):
+            return ()
         except DnsFailure as error:
             return error
 
-    names = {_name(tags) for tags in [*claimed.signatures, *claimed.chain] if tags.get("d") and tags.get("s")}
+    signed = [*claimed.signatures, *(claimed.chain if claimed.chained else [])]
+    names = {claim.name for claim in signed if claim.tags.get("d") and claim.tags.get("s")}
     return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
 
@@ -233,112 +215,144 @@ def _in_dns(name: str) -> bool:
         return False
 
 
+def _records(key: Texts | None) -> list[Tags]:
+    """The records among the texts at a name."""
+    if key is None or isinstance(key, DnsFailure):
+        return []
+    return candidates([key] if isinstance(key, str) else key)
+
+
+# DKIM
+
+
 def verify(claimed: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verified]:
     """The result of each signature. `keys`: from keys_of(); `now`: the wall clock, seconds."""
     found = []
-    message = _Dkim(claimed.fields, bodies)
-    for number, tags in enumerate(claimed.signatures):
-        key = keys.get(_name(tags), "")
-        outcome = _refusal(claimed, tags, bodies, key, now) or _checked(message, number, str(key))
-        found.append(Verified(outcome[0], tags.get("d", "").lower(), tags.get("s", ""), tags.get("a", ""), outcome[1]))
+    for one in claimed.signatures:
+        result, reason = _refusal(claimed, one, now) or _checked(claimed, one, bodies, keys.get(one.name))
+        found.append(Verified(result, one.domain, one.tags.get("s", ""), one.tags.get("a", ""), reason))
     return found
 
 
-def arc(claimed: Claims, bodies: Bodies, keys: Keys) -> str:
-    """The result of the ARC chain: none, pass or fail (RFC 8617 5.2), or temperror."""
-    if not claimed.chain:
-        return "none"
-    if len(claimed.chain) > 2 * SETS or len(claimed.fields) > FIELDS or any(map(_unlikely, claimed.chain)):
-        return "fail"
-    if any(isinstance(keys.get(_name(tags)), DnsFailure) for tags in claimed.chain):
-        return "temperror"
-
-    def look_up(name: bytes, timeout: int = 5) -> bytes:
-        key = str(keys.get(name.decode("utf-8", "replace").rstrip(".").lower(), "")).encode()
-        return key if _usable(_tags(key)) else b""
-
-    try:
-        found, _, _ = _Arc(claimed.fields, bodies).verify(dnsfunc=look_up)
-    except _HOSTILE:
-        return "fail"
-    return {b"pass": "pass", b"none": "none"}.get(found, "fail")
-
-
-def _unlikely(tags: Tags) -> bool:
-    """Whether an ARC signature is one that no implementation makes."""
-    return tags.get("a") != "rsa-sha256" or _names(tags) > NAMES
-
-
-def _refusal(claimed: Claims, tags: Tags, bodies: Bodies, key: str | DnsFailure, now: int) -> tuple[str, str] | None:
-    """(result, reason) of a signature that is not verified; None: verify it."""
+def _refusal(claimed: Claims, claim: Claim, now: int) -> Result | None:
+    """The result of a signature that no key can make valid; None: it has to be verified."""
+    tags, names = claim.tags, claim.names
     missing = [name for name in ("v", "a", "b", "bh", "d", "h", "s") if not tags.get(name)]
     if missing:
         return "permerror", f"no {missing[0]}= in the signature"
     if tags["a"] not in ("rsa-sha256", "ed25519-sha256"):
         return "policy", f"{tags['a']} is not accepted"
-    covered = tags["h"].lower().split(":").count("from")
+    covered = names.count("from")
     if not covered:
         return "permerror", "From: is not signed"
-    if covered < sum(name_of(name) == b"from" for name, _ in claimed.fields):
+    if covered < len(claimed.fields.get(b"from", ())):
         return "policy", "a From: is not signed"  # it may have been added (RFC 6376 8.15)
-    if len(claimed.fields) > FIELDS or _names(tags) > NAMES:
+    if claimed.crowded or len(names) > NAMES:
         return "policy", "too many fields"
-    if "x" in tags and tags["x"].isascii() and tags["x"].isdigit() and int(tags["x"]) < now:
-        return "fail", "the signature has expired"
+    if tags.get("c", "simple") not in _FORMS:
+        return "permerror", "invalid c= value"
+    domain, identity = claim.domain, _identity(claim)
+    tests: list[tuple[bool, str]] = [
+        (tags["v"] != "1", "v= is not 1"),
+        (claim.signature is None, "b= is not base64"),
+        ("q" in tags and "dns/txt" not in listed(tags["q"]), "no query method of q= is known"),
+        (identity != domain and not identity.endswith("." + domain), "i= is not of the signing domain"),
+        *_times(tags, now),
+    ]
+    return next((("fail", reason) for wrong, reason in tests if wrong), None)
+
+
+def _times(tags: Tags, now: int) -> list[tuple[bool, str]]:
+    """Whether t= and x= (RFC 6376 3.5) are wrong, and the reason."""
+    if not all(_DIGITS.match(tags.get(name, "0")) for name in ("t", "x")):
+        return [(True, "t= or x= is not a number")]
+    ends = _seconds(tags["x"]) if "x" in tags else NEVER
+    return [(ends < now, "the signature has expired"), (ends < _seconds(tags.get("t", "0")), "x= is before t=")]
+
+
+def _seconds(digits: str) -> int:
+    """A time; one that is longer than allowed never comes."""
+    digits = digits.lstrip("0")
+    return int(digits or "0") if len(digits) <= LONGEST else NEVER
+
+
+def _identity(claim: Claim) -> str:
+    """The domain of i= (the signing domain by default), in A-labels; "" where it has none. RFC 6376 3.5: its value is in
+    dkim-quoted-printable."""
+    if "i" not in claim.tags:
+        return claim.domain
+    _, at, domain = unquoted(claim.tags["i"].encode()).decode("utf-8", "replace").rpartition("@")
+    return _in_a_labels(domain) if at else ""
+
+
+def _checked(claimed: Claims, claim: Claim, bodies: Bodies, key: Texts | None) -> Result:
+    """The result of a signature with the keys at its selector: of several, the valid one counts, whatever their order."""
+    tags, body = claim.tags, bodies[claim.relaxed_body("simple/simple")]
     if isinstance(key, DnsFailure):
-        if tags["bh"] != bodies[_relaxed(tags, "simple/simple")][0]:
+        if not claim.covers(body):
             return "fail", "body hash mismatch"  # with any key
         return "temperror", "temporary failure to look up the key"
-    record = _tags(key.encode()) if key else {}
-    tests: list[tuple[bool, str]] = [
-        (not record or record.get("v", "DKIM1") != "DKIM1", "no key for the signature"),
-        (record.get("p") == "", "the key was revoked"),
-        (record.get("k", "rsa") != tags["a"].partition("-")[0], "the key is for another algorithm"),
-        ("h" in record and "sha256" not in record["h"].split(":"), "the key is for other hashes"),
-        ("s" in record and not {"*", "email"} & set(record["s"].split(":")), "the key is not for mail"),
-        ("s" in record.get("t", "").split(":") and _identity(tags) != tags["d"].lower(), "the key is not for subdomains"),
-    ]
-    found = next((("permerror", reason) for wrong, reason in tests if wrong), None)
-    if found is None and not _usable(record):
-        found = "permerror", "the key is malformed, too short or too long"
-    if found is None and "l" in tags and tags["l"] != str(bodies[_relaxed(tags, "simple/simple")][1]):
-        found = "policy", "l= leaves octets unsigned"
-    return found
+    below = _identity(claim) != claim.domain
+    refused = [(refusal(record, tags["a"], below), record) for record in _records(key)]
+    usable = [record for reason, record in refused if not reason]
+    if not usable:
+        return "permerror", refused[0][0] if refused else "no key for the signature"
+    if tags.get("l", str(body[1])) != str(body[1]):
+        return "policy", "l= leaves octets unsigned"
+    if not claim.covers(body):
+        return "fail", "body hash mismatch"
+    hashed = claim.digest(claimed.fields, "simple/simple")
+    valid = any(verifies(record, hashed, claim.signature or b"") for record in usable)
+    return ("pass", "") if valid else ("fail", "the signature does not verify")
 
 
-def _usable(record: Tags) -> bool:
-    """Whether p= is a valid key of an accepted size."""
-    return "p" in record and _is_key(record.get("k", "rsa"), record["p"])
+# ARC
 
 
-@lru_cache(KEYS_KEPT)
-def _is_key(kind: str, text: str) -> bool:
-    try:
-        octets = base64.b64decode(text, validate=True)
-        if kind == "ed25519":
-            return len(octets) == 32
-        key = serialization.load_der_public_key(octets)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        return False
-    if not isinstance(key, rsa.RSAPublicKey):
-        return False
-    return BITS_LEAST <= key.key_size <= BITS_MOST and key.public_numbers().e < EXPONENT_MOST
+def arc(claimed: Claims, bodies: Bodies, keys: Keys, now: int = 0) -> str:
+    """The result of the ARC chain: none, pass or fail (RFC 8617 5.2), or temperror. `now`: the wall clock, seconds."""
+    if not claimed.chain:
+        return "none"
+    if not claimed.chained or claimed.crowded or not _well_formed(claimed):
+        return "fail"
+    last = claimed.messages[len(claimed.messages)]  # the others need not be valid any more: a relay may change a message
+    if any(isinstance(keys.get(one.name), DnsFailure) for one in [*claimed.seals.values(), last]):
+        return "temperror"
+    body = bodies[last.relaxed_body("relaxed/relaxed")]
+    late = any(wrong for wrong, _ in _times(last.tags, now))
+    if late or not last.covers(body) or last.tags.get("l", str(body[1])) != str(body[1]):
+        return "fail"
+    valid = _is_by(last, last.digest(claimed.fields, "relaxed/relaxed"), keys)
+    return "pass" if valid and all(_is_by(seal, _sealed(claimed, i), keys) for i, seal in claimed.seals.items()) else "fail"
 
 
-def _identity(tags: Tags) -> str:
-    return tags.get("i", "").rpartition("@")[2].lower() or tags["d"].lower()
+def _well_formed(claimed: Claims) -> bool:
+    """Whether the sets of a chain may be valid, and are as implementations make them."""
+    return all(
+        _has(seal, ("a", "b", "d", "s", "cv")) and "h" not in seal.tags  # RFC 8617 4.1.3
+        and seal.tags["cv"] == ("none" if i == 1 else "pass")  # 5.2, 3.B
+        for i, seal in claimed.seals.items()
+    ) and all(
+        _has(one, ("a", "b", "bh", "d", "h", "s")) and one.tags.get("c", "relaxed/relaxed") in _FORMS
+        and len(one.names) <= NAMES and "arc-seal" not in one.names  # 4.1.2
+        for one in claimed.messages.values()
+    )  # fmt: skip
 
 
-def _checked(message: _Dkim, number: int, key: str) -> tuple[str, str]:
-    """(result, reason) by dkimpy."""
-    look_up: Callable[..., bytes] = lambda name, timeout=5: key.encode()  # noqa: E731
-    try:
-        if message.verify(idx=number, dnsfunc=look_up):
-            return "pass", ""
-    except dkim.ValidationError as error:
-        return "fail", str(error).partition(":")[0]
-    except dkim.KeyFormatError as error:
-        return "permerror", str(error)
-    except _HOSTILE as error:
-        return "permerror", f"{type(error).__name__}: {error}"
-    return "fail", "the signature does not verify"
+def _has(claim: Claim, names: tuple[str, ...]) -> bool:
+    return all(claim.tags.get(name) for name in names) and claim.tags["a"] == "rsa-sha256" and claim.signature is not None
+
+
+def _is_by(claim: Claim, hashed: bytes, keys: Keys) -> bool:
+    """Whether an ARC signature is by a key at its selector."""
+    usable = [record for record in _records(keys.get(claim.name)) if not refusal(record, claim.tags["a"], False)]
+    return any(verifies(record, hashed, claim.signature or b"") for record in usable)
+
+
+def _sealed(claimed: Claims, last: int) -> bytes:
+    """The SHA-256 of what a seal covers: the fields of all sets up to its own, in their order (5.1.1), itself without b=."""
+    parts: list[bytes] = []
+    for i in range(1, last + 1):
+        parts += (claimed.results[i], claimed.messages[i].field, claimed.seals[i].field)
+    parts[-1] = without_signature(parts[-1])
+    return hashlib.sha256(b"\r\n".join(map(canonical_field, parts))).digest()

@@ -16,8 +16,8 @@ from relaymta.filter.signatory import sign_hash
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.dkim import BodyHashes, signed, split_fields
-from relaymta.proto.header import header_end, too_long
+from relaymta.proto.dkim import BodyHashes, has_author, signed, split_fields
+from relaymta.proto.header import has_header, header_end, too_long
 from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
 
@@ -230,7 +230,7 @@ class Signer:
     def draft(self, front: bytes, start: bytes, application: str, partly: bool = False) -> "Draft | None":
         """Begin to sign a message whose data begins with `start`, which has to contain its header; the rest may be streamed.
         None when no key signs it; Unsignable when that cannot be determined, or (unless `partly`) a key cannot be read."""
-        end = header_end(start)
+        end = header_end(start) if has_header(start) else 0  # `front` ends with an empty line then: all of it is body
         header = start[:end]
         if too_long(header):
             if any(one.settings.signs_for(application) for one in self.watched):
@@ -281,13 +281,14 @@ class Signer:
 
 
 class Draft:
-    """A message to be signed. `body` is fed all of its data, header first; then `unsigned()` returns the signatures to make."""
+    """A message to be signed. `body` is fed all of its data, header first; then `unsigned()` returns the signatures to make: none
+    where it has no From: (no verifier would accept them)."""
 
     def __init__(self, fields: list[bytes], keys: list[Key], skip: int, seconds: int) -> None:
         """`skip`: octets of its header; `seconds`: the wall clock, when it is signed."""
-        self._fields, self._keys, self._seconds = fields, keys, seconds
+        self._fields, self._keys, self._seconds = fields, keys if has_author(fields) else [], seconds
         # One hash for each canonical form of the body.
-        self.body = BodyHashes({key.signature.relaxed_body for key in keys})
+        self.body = BodyHashes({key.signature.relaxed_body for key in self._keys})
         self.body.skip(skip)
 
     def unsigned(self) -> list[Unsigned]:

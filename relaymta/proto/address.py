@@ -118,7 +118,7 @@ _HOST_LABEL = re.compile(r"[a-z0-9_-]+\Z")
 
 
 def normalize_domain(domain: str) -> str:
-    """A domain in the form of the DNS: lower case A-labels (IDNA 2008, RFC 5890), no trailing dot. U-labels and A-labels of the same
+    """A domain in the form of the DNS: lower case A-labels (IDNA 2008, RFC 5890), no trailing dot. U-labels and A-labels of one
     domain have the same form. Labels of ASCII, such as `_spf`, are kept. DomainError for an invalid one."""
     domain = domain.rstrip(".").lower()
     if domain.isascii():

@@ -4,7 +4,7 @@ import re
 
 from relaymta.proto.dkim import name_of
 
-__all__ = ["without_forged"]
+__all__ = ["behind_comments", "without_forged"]
 
 BRACKETS = 50  # parentheses of comments in a row; each costs as much as a hundred octets
 _BLANK = re.compile(rb"[ \t\r\n]*+")
@@ -28,7 +28,7 @@ def _ours(field: bytes, hostname: str) -> bool:
     if name_of(field) != b"authentication-results":
         return False
     value = field.partition(b":")[2]
-    at = _behind_blanks(value, 0)
+    at = behind_comments(value, 0)
     match = _QUOTED.match(value, at) or _TOKEN.match(value, at)
     if match is None:
         return True
@@ -37,13 +37,13 @@ def _ours(field: bytes, hostname: str) -> bool:
     identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
     if identifier.decode("utf-8", "replace").strip().lower().rstrip(".") == hostname.lower().rstrip("."):
         return True
-    version = _VERSION.match(value, _behind_blanks(value, match.end()))
+    version = _VERSION.match(value, behind_comments(value, match.end()))
     assert version is not None
-    at = _behind_blanks(value, version.end())
+    at = behind_comments(value, version.end())
     return at < len(value) and value[at : at + 1] != b";"
 
 
-def _behind_blanks(value: bytes, at: int) -> int:
+def behind_comments(value: bytes, at: int) -> int:
     """The index behind white space and comments (RFC 5322 3.2.2) at `at`; the end of `value` if unterminated or too many."""
     depth = 0
     for _ in range(BRACKETS):

@@ -6,12 +6,13 @@ Header fields are octets as they are on the wire, each without its final CRLF.
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from relaymta._speedups.dkim import Body, header
 
 __all__ = [
-    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "canonical_field", "name_of", "signed", "split_fields",
+    "OVERSIGNED", "SIGNED", "BodyHash", "BodyHashes", "Signature", "by_name", "canonical_field", "has_author", "name_of",
+    "signed", "signed_octets", "split_fields", "unquoted", "without_signature", "without_space",
 ]  # fmt: skip
 
 # The fields that are signed if present (RFC 6376 5.4.1, RFC 8058 4 for the list- fields) ...
@@ -29,6 +30,8 @@ OVERSIGNED = (
 LISTS_KEPT = 200
 _FOLDED = re.compile(rb"\r\n(?![ \t])")
 _AROUND = bytes(range(33))
+_SPACE = b" \t\r\n"  # FWS (RFC 6376 2.8)
+_OCTET = re.compile(rb"=([0-9A-Fa-f]{2})")
 
 
 def split_fields(block: bytes) -> list[bytes]:
@@ -41,6 +44,20 @@ def name_of(field: bytes) -> bytes:
     colon = field.find(b":")
     name = field[:colon].lower() if colon >= 0 else field.lower()
     return name.strip(_AROUND) if name[-1:] <= b" " or name[:1] < b" " else name
+
+
+def by_name(fields: Iterable[bytes]) -> dict[bytes, list[bytes]]:
+    """Fields by `name_of`, those of each name in order. What has no colon is none."""
+    found: dict[bytes, list[bytes]] = {}
+    for field in fields:
+        if b":" in field:
+            found.setdefault(name_of(field), []).append(field)
+    return found
+
+
+def has_author(fields: Iterable[bytes]) -> bool:
+    """Whether there is a From: that is not empty. Without it a signature means nothing (RFC 6376 5.4): verifiers refuse it."""
+    return any(name_of(field) == b"from" and field.partition(b":")[2].strip() for field in fields)
 
 
 def canonical_field(field: bytes) -> bytes:
@@ -112,8 +129,9 @@ class Signature:
     ) -> None:
         self.relaxed_header = relaxed_header
         self.relaxed_body = relaxed_body
-        self._signed = frozenset(name.encode() for name in signed)
-        self._oversigned = tuple(name.encode() for name in oversigned)
+        self._oversigned = tuple(dict.fromkeys(name.encode() for name in oversigned))
+        # What h= names, is signed: also a field that is only oversigned. From: always is (5.4).
+        self._signed = frozenset((b"from", *(name.encode() for name in signed), *self._oversigned))
         self._expires = expires
         form = f"{'relaxed' if relaxed_header else 'simple'}/{'relaxed' if relaxed_body else 'simple'}"
         self._start = f"DKIM-Signature: v=1; a={algorithm}; c={form}; d={domain};\r\n\ts={selector}; t="
@@ -126,7 +144,7 @@ class Signature:
         wanted = self._signed
         for field in reversed(fields):  # 5.4.2: of several of a name the last one first
             name = name_of(field)
-            if name in wanted:
+            if name in wanted and b":" in field:
                 chosen.append(field)
                 names.append(name)
         end = f" x={seconds + self._expires};" if self._expires else ""
@@ -141,6 +159,44 @@ class Signature:
                 self._lists.clear()
             found = self._lists[names] = _folded([name.decode("latin-1") for name in (*names, *self._oversigned)])
         return found
+
+
+def without_space(value: bytes) -> bytes:
+    """A tag's value without white space, where that means nothing: base64, lists, dkim-quoted-printable."""
+    return value.translate(None, _SPACE)
+
+
+def unquoted(value: bytes) -> bytes:
+    """What dkim-quoted-printable (RFC 6376 2.11) stands for. An = that begins no octet is kept, as many write it."""
+    return _OCTET.sub(lambda match: bytes((int(match[1], 16),)), without_space(value))
+
+
+def without_signature(field: bytes) -> bytes:
+    """A field with an empty b= tag, as it is signed (3.7): white space around the value goes, too. Only the tag of that name is
+    meant: `b=` may also be within z= or another value."""
+    start = field.find(b":") + 1
+    while start < len(field):
+        end = field.find(b";", start)
+        end = len(field) if end < 0 else end
+        equals = field.find(b"=", start, end)
+        if equals >= 0 and field[start:equals].strip(_SPACE) == b"b":
+            return field[: equals + 1] + field[end:]
+        start = end + 1
+    return field
+
+
+def signed_octets(fields: Mapping[bytes, Sequence[bytes]], own: bytes, names: Iterable[bytes], relaxed: bool) -> bytes:
+    """What a verifier hashes (3.7, 5.4.2): of the fields with these `names` (lower case) the last one first, each once; then the
+    signature `own`, which is never one of those. `fields`: of `by_name`."""
+    left: dict[bytes, list[bytes]] = {}
+    chosen: list[bytes] = []
+    for name in names:
+        if name not in left:
+            left[name] = [field for field in fields.get(name, ()) if field is not own]
+        if left[name]:
+            chosen.append(left[name].pop())
+    chosen.append(without_signature(own))
+    return b"\r\n".join(map(header, chosen) if relaxed else chosen)
 
 
 def signed(own: bytes, signature: bytes) -> bytes:

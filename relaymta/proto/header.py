@@ -3,7 +3,10 @@
 import re
 from email.utils import formatdate
 
-__all__ = ["HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "header_end", "received_field", "too_long"]
+__all__ = [
+    "HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "has_header", "header_end", "received_field",
+    "too_long",
+]  # fmt: skip
 
 HEADER_SEEN = 131072  # octets of message data within which its header must end
 LINES_SEEN = 5000  # lines of a header that is parsed: real ones have less than a tenth; each costs as much as a hundred octets
@@ -22,6 +25,13 @@ def header_end(data: bytes) -> int:
         return 2
     end = data.find(b"\r\n\r\n")
     return len(data) if end < 0 else end + 4
+
+
+def has_header(data: bytes) -> bool:
+    """Whether message data begins with a header, which may be empty. Otherwise all of it is body (text that a program has sent as
+    it was), and an empty line must separate our fields from it."""
+    first = data.find(b"\r\n", 0, HEADER_SEEN)
+    return first == 0 or data.find(b":", 0, HEADER_SEEN if first < 0 else first) >= 0
 
 
 def too_long(header: bytes) -> bool:

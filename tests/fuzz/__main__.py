@@ -6,12 +6,11 @@ from pathlib import Path
 from types import FunctionType
 
 import atheris
-import dkim
 
 from relaymta.accept.connection import Connection
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
-from relaymta.filter import signatures
+from relaymta.filter import published, signatures
 from relaymta.proto import authres, proxy, sasl, session, smtp_server, verbs
 from relaymta.proto import header as header_fields
 from tests.fuzz import targets
@@ -32,7 +31,7 @@ def main() -> None:
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
     assert len(interpreted) == 2
     instrument(*interpreted, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction, Rights)
-    for module in (authres, header_fields, proxy, sasl, signatures, verbs, dkim):
+    for module in (authres, header_fields, proxy, sasl, signatures, published, verbs):
         for member in list(vars(module).values()):
             if isinstance(member, FunctionType) and member.__module__ == module.__name__:
                 atheris.instrument_func(member)

@@ -186,7 +186,7 @@ def sasl(data: bytes) -> None:
 
 
 def header(data: bytes) -> None:
-    """An untrusted header: its signatures, by dkimpy behind our checks, its authors, and forged results."""
+    """An untrusted header: its signatures, its authors, and forged results."""
     block = data.replace(b"\n", b"\r\n")
     said = claims(block)
     bodies = dict.fromkeys(said.forms(), ("47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=", 0))

@@ -154,7 +154,13 @@ _SIGNATURES = {
     "folds within b=": times(b"\r\n ", b"DKIM-Signature:" + _SIGNED + b"A", b"!\r\n"),
     "blanks within h=": times(b" ", b"DKIM-Signature:v=1; a=rsa-sha256; d=d.test; s=s; bh=A; b=A; h=from", b"x\r\n"),
     "names": times(b"a:", b"DKIM-Signature:" + _SIGNED + b"AA==;h=from:", b"a\r\nFrom: a@d.test\r\n"),
+    "octets of i=": times(b"=41", b"DKIM-Signature:" + _SIGNED + b"AA==;i=@d.test", b"\r\nFrom: a@d.test\r\n"),
+    "a domain": times("\u00e9.".encode(), b"DKIM-Signature:" + _SIGNED + b"AA==;i=@", b"d.test\r\nFrom: a@d.test\r\n"),
+    "a copy": times(b"b=A|\r\n\t", b"DKIM-Signature:" + _SIGNED + b"AA==;z=", b"\r\nFrom: a@d.test\r\n"),
     "seals": times(b"ARC-Seal:i=1;" + _SIGNED + b"AA==; cv=none\r\n"),
+    "comments of results": times(
+        b"()", b"ARC-Seal:i=1;" + _SIGNED + b"AA==; cv=none\r\nARC-Authentication-Results:", b"i=1;\r\n"
+    ),
     "results of chains": times(b"ARC-Authentication-Results:i=1;i=1;" + b"i" * 50 + b"\r\n", b"ARC-Seal:i=1; a=rsa-sha256\r\n"),
 }
 
@@ -387,7 +393,7 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.dkim.Signature", sign, _BLOCKS, whole, refused=header.too_long)
     forged: Callable[[bytes], object] = lambda block: authres.without_forged(block, "relay.test")  # noqa: E731
     yield Parser("proto.authres.without_forged", forged, _RESULTS, whole, refused=header.too_long)
-    sets = "5 signatures, 10 ARC sets; 4096 octets and 200 names of each, in 500 fields"
+    sets = "5 signatures, 10 ARC sets; 200 names of each, in 500 fields"
     yield Parser("filter.signatures", _verify, _SIGNATURES, sets, refused=header.too_long)
     yield Parser("filter.signatures (a key)", _key, _KEYS, "4096 octets, RSA of 4096 bits", 4000)
     yield Parser(
