@@ -18,9 +18,10 @@ from relaymta.config import Dkim
 from relaymta.errors import ConfigError
 from relaymta.filter.keys import load_key, record
 from relaymta.filter.signatory import sign_hash
+from relaymta.filter.signatures import Verified, claims, verify
 from relaymta.filter.signing import Draft, Signer, SigningKey, Unsignable
 from relaymta.metrics import Counters
-from relaymta.proto.dkim import signed, split_fields
+from relaymta.proto.dkim import BodyHashes, signed, split_fields
 from relaymta.proto.header import header_end
 from relaymta.shm import Shared
 from tests.support.daemon import Relay, wait_for
@@ -99,6 +100,123 @@ def test_opendkim_accepts_both_algorithms_and_all_forms(tmp_path, pair):
             command = [program, "-x", str(tmp_path / "conf"), "-t", str(path), "-vv"]
             found = subprocess.run(command, capture_output=True, text=True)
             assert ("verification (s=" in found.stdout and ") succeeded" in found.stdout) is expected, found.stdout
+
+
+def opendkim(folder: Path, message: bytes, one: Dkim) -> bool:
+    """Whether opendkim accepts the first signature."""
+    (folder / "public").write_text(f"{one.selector}._domainkey.{one.domain} {record(load_key(one))}\n")
+    (folder / "conf").write_text(f"Mode v\nTestPublicKeys {folder}/public\nSyslog no\n")
+    (folder / "message").write_bytes(message)
+    command = [need("opendkim"), "-x", str(folder / "conf"), "-t", str(folder / "message"), "-vv"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return "verification (s=" in found.stdout and ") succeeded" in found.stdout
+
+
+def signed_names(message: bytes) -> list[str]:
+    """The names in h= of the first signature."""
+    found = re.search(rb"\sh=([^;]*);", message)
+    assert found is not None
+    return [name.strip().decode() for name in found[1].split(b":")]
+
+
+@pytest.mark.parametrize("form", ["relaxed/relaxed", "simple/simple"])
+@pytest.mark.parametrize(
+    ("over", "signed"),
+    [(["x-a"], []), (["From", "X-A", "x-a"], []), (["x-a", "received"], []), (["x-a"], ["x-a"]), (["subject"], ["x-a"]),
+     (["list-id", "x-a"], []), (["to"], [])],
+)  # fmt: skip
+@pytest.mark.parametrize("count", range(4))
+def test_an_oversigned_field_is_signed_once_more_than_it_occurs(count, over, signed, form, tmp_path):
+    """RFC 6376 5.4, 8.15; with From: in any case (5.4)."""
+    own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")),
+               oversigned=over, signed=signed, canonicalization=form)  # fmt: skip
+    fields = [b"X-A: %d\r\n" % number for number in range(count)]
+    message = sign(b"".join(fields[:2]) + MESSAGE.replace(b"\r\n\r\n", b"\r\n" + b"".join(fields[2:]) + b"\r\n", 1), [own])
+    assert verified(message, [own]) == [True] and opendkim(tmp_path, message, own)
+    names = signed_names(message)
+    for name in dict.fromkeys(map(str.lower, over)):
+        there = len(re.findall(rf"(?mi)^{name}:".encode(), message.partition(b"\r\n\r\n")[0]))
+        assert names.count(name) == there + 1, names
+        added = message.replace(b"From: Ann", name.encode() + b": another\r\nFrom: Ann", 1)
+        assert verified(added, [own]) == [False]
+    assert names.count("x-a") == ("x-a" in [*over, *signed]) * count + ("x-a" in over) and "from" in names
+
+
+@pytest.mark.parametrize("form", ["relaxed/relaxed", "simple/simple", "simple/relaxed"])
+@pytest.mark.parametrize("field", [b"Subject : one", b"SUBJECT  : one ", b"Subject :one", b"X : y\r\nSubject: one"])
+def test_a_field_with_white_space_in_front_of_its_colon_is_signed(field, form, tmp_path):
+    """RFC 5322 4.5: the obsolete syntax of the same field. Simple canonicalization keeps the white space (RFC 6376 3.4.1)."""
+    key = str(write_key(tmp_path / "s.pem", "ed25519"))
+    own = Dkim(domain="shop.test", selector="s", key=key, canonicalization=form)
+    message = sign(b"From: ann@shop.test\r\n" + field + b"\r\n\r\nx\r\n", [own])
+    assert signed_names(message).count("subject") == 2 and signed_names(message).count("from") == 2
+    assert b":one" in field or opendkim(tmp_path, message, own)  # -t writes `: ` itself
+    assert [one.result for one in by_us(message, own)] == ["pass"]
+    assert [one.result for one in by_us(b"Subject : two\r\n" + message, own)] == ["fail"]
+    assert [one.result for one in by_us(message.replace(b"one", b"two"), own)] == ["fail"]
+    author = sign(message.replace(b"From:", b"From\t:"), [own])  # which opendkim does not take for From:
+    assert signed_names(author).count("from") == 2 and by_us(author, own)[0].result == "pass"
+
+
+def by_us(message: bytes, one: Dkim) -> list[Verified]:
+    said = claims(message[: header_end(message)])
+    bodies = BodyHashes(said.forms())
+    bodies.feed(message[header_end(message) :])
+    name = f"{one.selector}._domainkey.{one.domain}"
+    return verify(said, bodies.finish(), {name: record(load_key(one))}, 1_795_000_100)
+
+
+def signer_of(*settings: Dkim) -> Signer:
+    shared = Shared.create()
+    signer = Signer(Counters(shared.counters(0)), None, lambda: 1_795_000_000)  # type: ignore[arg-type]
+    signer.watched = [SigningKey(one) for one in settings]
+    for key in signer.watched:
+        key.refresh()
+    return signer
+
+
+@pytest.mark.parametrize(
+    "written", ["dömain.test", "xn--dmain-jua.test", "DÖMAIN.test.", "XN--DMAIN-JUA.TEST", "do\u0308main.test"]
+)
+@pytest.mark.parametrize("author", ["dömain.test", "xn--dmain-jua.test", "DÖMAIN.TEST", "XN--dmain-jua.test", "dömain。test"])
+async def test_a_domain_is_the_same_in_u_labels_and_a_labels(written, author, tmp_path):
+    """RFC 6376 3.5: d= is written in A-labels, which all verifiers read (RFC 8616 4)."""
+    own = Dkim(domain=written, selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
+    other = Dkim(domain="far.test", selector="s", key=own.key)
+    below = Dkim(domain="esp.test", selector="s", key=own.key, authors=["." + written])
+    signer = signer_of(own, other, below)
+    message = f"From: Änn <ann@{author}>\r\nSubject: x\r\n\r\nx\r\n".encode()
+    whole = signer.signatures(message) + message
+    assert whole.count(b"DKIM-Signature:") == 1 and b" d=xn--dmain-jua.test;" in whole
+    assert verified(whole, [own]) == [True]
+    message = f"From: ann@shop.{author}\r\n\r\nx\r\n".encode()
+    whole = signer.signatures(message) + message
+    assert whole.count(b"DKIM-Signature:") == 1 and b" d=esp.test;" in whole
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_a_text_without_a_header_has_a_good_signature_or_none(address, peer, tmp_path):
+    """What is without From: cannot be signed (RFC 6376 5.4); and behind what is no field all is body, whatever it looks like."""
+    own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")))
+    everybody = Dkim(domain="esp.test", selector="s", key=own.key, authors=["*"], application=["news"])
+    networks = 'network=[{networks=["127.0.0.2/32"],application="news"}]'
+    texts = ["Hello\r\n", "Hello\r\n\r\nworld\r\n", "Hello\r\nFrom: ann@shop.test\r\n\r\nworld\r\n", "", "\r\nHello\r\n",
+             "\r\nFrom: ann@shop.test\r\n\r\nHello\r\n", "Subject: x\r\n\r\nHello\r\n", "From:\r\n\r\nHello\r\n",
+             "Hello\r\n" + "y" * 70 + "\r\n\r\n" + ("z" * 70 + "\r\n") * 20_000]  # fmt: skip
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml([own, everybody]), networks) as relay:
+        for number, text in enumerate(texts, 1):
+            try:
+                relay.send_from(address, text, ("bob@far.test",))
+            except smtplib.SMTPDataError as error:
+                assert text.startswith("From:") and error.smtp_code == 550  # who signs it, is unknown
+                texts = [one for one in texts if one != text]
+            else:
+                wait_for(lambda number=number: len(peer.messages) >= number - 1)
+        wait_for(lambda: len(peer.messages) == len(texts))
+    for (_, _, message), text in zip(peer.messages, texts, strict=True):
+        assert all(verified(message, [own, everybody])), text[:50]
+        assert b"DKIM-Signature" not in message, text[:50]
+        assert message.endswith(text.encode())
 
 
 @pytest.fixture
@@ -319,11 +437,16 @@ def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
     [{"domain": "shop.test\r\nX: y"}, {"domain": "shop test"}, {"domain": ""}, {"domain": "a..b"}, {"domain": "shop.test;"},
      {"selector": "s\r\nX: y"}, {"selector": "s\t"}, {"selector": ""}, {"selector": "s;d=x"}, {"selector": "a" * 64},
      {"authors": ["shop.test", "x\r\n"]}, {"authors": ["."]}, {"signed": ["a:b"]}, {"signed": ["a\r\nb"]},
-     {"oversigned": ["a b"]}],
+     {"oversigned": ["a b"]}, {"signed": ["a;b"]}, {"oversigned": [";"]}],
 )  # fmt: skip
 def test_what_cannot_be_in_a_signature_is_refused_in_the_configuration(values):
     with pytest.raises(ValueError, match=r"is not (a valid domain|the) name"):
         Dkim(**{"domain": "shop.test", "selector": "s", "key": "k", **values})
+
+
+def test_what_each_signature_adds_cannot_be_oversigned():
+    with pytest.raises(ValueError, match="each further signature"):
+        Dkim(domain="shop.test", selector="s", key="k", oversigned=["From", "DKIM-Signature"])
 
 
 @pytest.mark.parametrize(
