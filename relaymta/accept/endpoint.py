@@ -98,7 +98,7 @@ class Endpoint:
             [SigningKey(one) for one in config.dkim],
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log),
             Watched([path] if path else [], lambda: _recipients(path)),
-            self._verifier(config) if config.verify.results else None,
+            self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
         )
         parts.refresh()
         return parts

@@ -358,8 +358,9 @@ class Intake:
         self.log.event("warning", text=f"a message could not be verified and was temporarily rejected: {reason}")
 
     def count_dmarc(self, result: str, refusal: bytes | None) -> None:
-        """Count the DMARC result of a message; `refusal`: the reply that rejects it, if any."""
-        self.counters.add(DMARC[result], 1)
+        """Count the DMARC result of a message ("": it was not evaluated); `refusal`: the reply that rejects it, if any."""
+        if result:
+            self.counters.add(DMARC[result], 1)
         if refusal is not None and refusal.startswith(b"4"):
             self.counters.add(REFUSED_FILTER, 1)
 

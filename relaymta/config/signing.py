@@ -73,3 +73,6 @@ class Verify(Table):
         description="report: only add the result; enforce: if DMARC fails, reject where the author's domain has p=reject, hold "
         "where it has p=quarantine",
     )
+    no_author: Reload[Literal["accept", "reject"]] = Field(
+        "accept", description="mail without From:, or without an address in it (also where results = false)"
+    )

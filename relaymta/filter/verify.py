@@ -27,6 +27,8 @@ AT_ONCE_STEPS = 10_000  # steps of verification done there (Claims.effort); more
 
 # Of a message whose authors cannot be determined.
 UNREADABLE = Dmarc("permerror", "reject", "")
+# Of a message that was not verified.
+UNKNOWN = Dmarc("", "none", "")
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
 
@@ -42,17 +44,20 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included; `dmarc`: its result; `enforced`: its policy is applied; `malformed`:
-    the authors cannot be determined."""
+    """`field`: Authentication-Results, CRLF included, or empty; `dmarc`: its result; `enforced`: its policy is applied; `malformed`:
+    the authors cannot be determined; `authorless`: it is refused because there is none."""
 
     field: bytes
     dmarc: Dmarc
     enforced: bool
     malformed: bool = False
+    authorless: bool = False
 
     @property
     def refusal(self) -> bytes | None:
         """The reply that refuses the message, or rejects it temporarily while the DNS does not answer; None: accept it."""
+        if self.authorless:
+            return reply.NO_AUTHOR
         if not self.enforced or self.dmarc.policy == "none":
             return None
         if self.malformed:
@@ -86,6 +91,9 @@ class Verifier:
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
         """Verify a message of a client at `address`. `rest`: the part of its body that `look.body` was not fed yet."""
+        authorless = self._settings.no_author == "reject" and look.claims.authorless
+        if authorless or not self._settings.results:
+            return Verdict(b"", UNKNOWN, False, authorless=authorless)
         try:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, look, rest)

@@ -70,6 +70,7 @@ BARE_CR = format_reply(550, "5.5.2", "Refused: bare CR in the message (RFC 5321 
 NUL_IN_DATA = format_reply(550, "5.6.0", "Refused: NUL in the message")
 LONG_LINE = format_reply(550, "5.6.0", "Refused: a line of more than 998 octets (RFC 5322 2.1.1)")
 BAD_AUTHOR = format_reply(550, "5.6.0", "Refused: From: or Sender: is not an address list (RFC 5322 3.4)")
+NO_AUTHOR = format_reply(550, "5.7.1", "Refused: there is no From: with an address (RFC 5322 3.6.2)")
 HEADER_TOO_LONG = format_reply(554, "5.6.0", "The header is too long")
 TOO_MANY_HOPS = format_reply(554, "5.4.6", "Too many hops: this looks like a mail loop")
 

@@ -634,3 +634,60 @@ async def test_the_policy_of_the_authors_domain(record, author, policy):
 def _halves(text: str) -> str:
     """A long record as strings of a zone file."""
     return '" "'.join(text[i : i + 200] for i in range(0, len(text), 200))
+
+
+# The header, whether there is an author, and whose word that is.
+HEADERS = [
+    (b"Subject: x\r\n", False, "RFC 5322 3.6: From: is missing"), (b"", False, "3.6"), (b"Reply-To: a@b.test\r\n", False, "3.6"),
+    (b"From:\r\n", False, "3.6.2"), (b"From: \r\n \r\n", False, "3.6.2"), (b"From: <>\r\n", False, "3.6.2"),
+    (b'From: "Ann" <>\r\n', False, "3.6.2"), (b"From: us:;\r\n", False, "RFC 6854: an empty group has no author to speak of"),
+    (b"From: nobody known:;\r\n", False, "RFC 6854"), (b"From: ann\r\n", False, "3.4.1: an address has a domain"),
+    (b"From: Ann Smith\r\n", False, "3.4.1"), (b"From: Ann <ann>\r\n", False, "3.4.1"),
+    (b"From: a@b.test\r\n", True, "3.6.2"), (b"From : a@b.test\r\n", True, "4.5"), (b"FROM:\r\n\ta@b.test\r\n", True, "2.2.3"),
+    (b"From: a@[192.0.2.1]\r\n", True, "3.4.1"), (b"From: us: a@b.test;\r\n", True, "RFC 6854"),
+    (b"From: us:;, a@b.test\r\n", True, "3.6.2"), (b"From: ann, a@b.test\r\n", True, "3.6.2: one of several"),
+    (b"From: a@b.test\r\nFrom: us:;\r\n", True, "RFC 7489 6.6.1"), (b"From:\r\nFrom:\r\n", False, "3.6.2"),
+    ("From: ann@dömain.test\r\n".encode(), True, "RFC 6532"), (b"Hello\r\nFrom: a@b.test\r\n", False, "2.1: all of it is body"),
+    (b"From: a@b.test, <c\r\n", True, "malformed, but with an address"),
+]  # fmt: skip
+NO_AUTHOR = b"550 5.7.1 Refused: there is no From: with an address (RFC 5322 3.6.2)"
+
+
+def sent(relay: Relay, message: bytes, source: str = "127.0.0.4") -> bytes:
+    """The reply to a message of eve@quiet.test."""
+    with smtplib.SMTP("127.0.0.1", relay.port, "client.test", source_address=(source, 0)) as client:
+        client.ehlo()
+        client.mail("eve@quiet.test")
+        client.rcpt("bob@ours.test")
+        code, said = client.data(message)
+        return b"%d %s" % (code, said)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("more", [("verify.results=true",), (), ("verify.results=true", 'verify.dmarc="enforce"')])
+def test_mail_without_an_author_may_be_refused(more, large, peer, tmp_path):
+    body = b"\r\n" + (b"y" * 70 + b"\r\n") * (20_000 if large else 1)
+    with nameserver_with(tmp_path, ["quiet.test. A 127.0.0.1"]) as nameserver:
+        common = ('relay.networks=["127.0.0.9/32"]', 'relay.domains=["ours.test"]', f'delivery.nameservers=["{nameserver}"]')
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *common, *more, 'verify.no_author="reject"') as relay:
+            for header, there, source in HEADERS:
+                answer = sent(relay, header + body)
+                malformed = source.startswith("malformed") and "enforce" in str(more)
+                expected = b"550 5.6.0 " if malformed else b"250 " if there else NO_AUTHOR
+                assert answer.startswith(expected), (header, answer)
+                assert sent(relay, header + body, "127.0.0.9").startswith(b"250 "), header  # of our own network
+            count = sum(there for _, there, _ in HEADERS) - ("enforce" in str(more))
+            wait_for(lambda: len(peer.messages) == count + len(HEADERS))
+            results = [b"\r\nAuthentication-Results: " in b"\r\n" + message for _, _, message in peer.messages]
+            assert sum(results) == (count if more else 0)
+            assert all(event["reply"].encode().startswith((NO_AUTHOR, b"550 5.6.0")) for event in relay.events("rejected"))
+            verified = sum(relay.metric(f'relaymta_dmarc_total{{result="{word}"}}') for word in ("none", "permerror"))
+            assert verified == (sum(there for _, there, _ in HEADERS) if more else 0)
+
+
+def test_mail_without_an_author_is_accepted_by_default(peer, tmp_path):
+    with Relay(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.9/32"]', 'relay.domains=["ours.test"]',
+               'delivery.nameservers=["127.0.0.1:1"]', "verify.results=true") as relay:  # fmt: skip
+        for header, _, _ in HEADERS:
+            assert sent(relay, header + b"\r\nx\r\n").startswith(b"250 "), header
+        wait_for(lambda: len(peer.messages) == len(HEADERS))
