@@ -3,11 +3,15 @@
 import ipaddress
 import re
 import unicodedata
+from functools import lru_cache
 from typing import NamedTuple
+
+from relaymta.proto.address import in_a_labels
 
 __all__ = ["QUOTAS", "Identity", "Unavailable", "folded", "group_of", "plain_address", "possible", "wider_group_of"]
 
 QUOTAS = ("messages", "recipients", "octets")  # the kinds of an account's quotas
+SENDERS_KEPT = 4096
 _NOT_LOCAL = re.compile(r"[@\s]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -28,16 +32,25 @@ class Identity(NamedTuple):
     connections: int = 0  # connections at the same time; 0: no limit
 
     def may_send_as(self, address: str) -> bool:
-        """Whether `senders` allows an address. A malformed address is not allowed."""
+        """Whether `senders` allows an address, its domain in U-labels or A-labels. A malformed address is not allowed."""
         if not self.senders:
             return True
-        lower = address.lower()
-        local, _, domain = lower.rpartition("@")
+        local, _, domain = address.lower().rpartition("@")
         if not local or (_NOT_LOCAL.search(local) and not (local[0] == local[-1] == '"')):
             return False
+        domain = in_a_labels(domain)
         return any(
-            lower == own or own == "@" + domain or (own.startswith("@.") and domain.endswith(own[1:])) for own in self.senders
+            own in (f"{local}@{domain}", f"@{domain}") or (own.startswith("@.") and domain.endswith(own[1:]))
+            for own in map(_comparable, self.senders)
         )
+
+
+@lru_cache(SENDERS_KEPT)
+def _comparable(sender: str) -> str:
+    """An address, `@domain` or `@.domain` of `senders` in lower case, its domain in A-labels."""
+    local, _, domain = sender.lower().rpartition("@")
+    dot = "." * domain.startswith(".")
+    return f"{local}@{dot}{in_a_labels(domain.removeprefix('.'))}"
 
 
 def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -13,6 +13,7 @@ from relaymta.cli.dkim import checked
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
+from relaymta.proto.address import in_a_labels
 
 if TYPE_CHECKING:
     from relaymta.dns import Resolver
@@ -43,7 +44,7 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
         chosen = [str(ipaddress.ip_address(text)) for text in addresses]
     except ValueError as error:
         fail(64, f"--address: {error}")
-    rows = asyncio.run(_checks(config, name.lower().rstrip("."), chosen or _sources(config)))
+    rows = asyncio.run(_checks(config, in_a_labels(name).rstrip("."), chosen or _sources(config)))
     if as_json:
         say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
     else:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 from relaymta.filter.published import Tags, candidates, listed, refusal, tag_list, verifies
-from relaymta.proto.address import DomainError, normalize_domain
+from relaymta.proto.address import DomainError, in_a_labels, normalize_domain
 from relaymta.proto.authres import behind_comments
 from relaymta.proto.dkim import by_name, canonical_field, signed_octets, split_fields, unquoted, without_signature, without_space
 from relaymta.proto.mailbox import Mailbox, Malformed, authors, domains
@@ -45,14 +45,14 @@ class Claim:
     @cached_property
     def domain(self) -> str:
         """The signing domain, d=, in A-labels and lower case: it may be written in U-labels (RFC 8616 4)."""
-        return _in_a_labels(self.tags.get("d", ""))
+        return in_a_labels(self.tags.get("d", ""))
 
     @cached_property
     def name(self) -> str:
         """The name of its key's record; one that the DNS cannot have where the tags are invalid."""
         selector = self.tags.get("s", "").lower()
         if not self.tags.get("d", "").isascii():  # U-labels: written for a header in UTF-8 (RFC 6532)
-            selector = _in_a_labels(selector)
+            selector = in_a_labels(selector)
         return f"{selector}._domainkey.{self.domain}"
 
     @cached_property
@@ -176,16 +176,6 @@ def _instance(field: bytes) -> int:
     return int(match[1]) if field[at : at + 1] in (b";", b"") else 0
 
 
-def _in_a_labels(domain: str) -> str:
-    """A domain in A-labels and lower case; in lower case where it is none."""
-    if not domain.isascii():
-        try:
-            return normalize_domain(domain)
-        except DomainError:
-            pass
-    return domain.lower()
-
-
 # Keys
 
 
@@ -282,7 +272,7 @@ def _identity(claim: Claim) -> str:
     if "i" not in claim.tags:
         return claim.domain
     _, at, domain = unquoted(claim.tags["i"].encode()).decode("utf-8", "replace").rpartition("@")
-    return _in_a_labels(domain) if at else ""
+    return in_a_labels(domain) if at else ""
 
 
 def _checked(claimed: Claims, claim: Claim, bodies: Bodies, key: Texts | None) -> Result:

@@ -44,8 +44,8 @@ class Look:
 
 
 class Verdict(NamedTuple):
-    """`field`: Authentication-Results, CRLF included, or empty; `dmarc`: its result; `enforced`: its policy is applied; `malformed`:
-    the authors cannot be determined; `authorless`: it is refused because there is none."""
+    """`field`: Authentication-Results, CRLF included, or empty; `dmarc`: its result; `enforced`: its policy is applied;
+    `malformed`: the authors cannot be determined; `authorless`: it is refused because there is none."""
 
     field: bytes
     dmarc: Dmarc

@@ -3,7 +3,7 @@
 import re
 from ipaddress import IPv6Address, ip_address
 
-__all__ = ["DomainError", "domain_of", "mail_argument", "normalize_domain", "parse_parameters", "rcpt_argument"]
+__all__ = ["DomainError", "domain_of", "in_a_labels", "mail_argument", "normalize_domain", "parse_parameters", "rcpt_argument"]
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -137,6 +137,16 @@ def normalize_domain(domain: str) -> str:
     if len(found) > 253 or not _LABELS.match(found):
         raise DomainError(domain)
     return found
+
+
+def in_a_labels(domain: str) -> str:
+    """A domain in A-labels and lower case, for a comparison; what is none is in lower case only."""
+    if not domain.isascii():
+        try:
+            return normalize_domain(domain)
+        except DomainError:
+            pass
+    return domain.lower()
 
 
 def parse_parameters(text: str) -> dict[str, str] | None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relaymta.auth.identity import Identity
 from relaymta.auth.passwords import matches, scram, scram_keys
 from relaymta.cli import account as verbs
 from relaymta.cli.dkim import _put_in_place
@@ -321,3 +322,17 @@ def test_a_key_of_dkim_is_put_in_place_or_the_configuration_stays_as_it_is(tmp_p
             _put_in_place(file, old, fresh)
         assert file.read_text() == text
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("sender", "address", "allowed"),
+    [("@Shop.test", "ann@shop.TEST", True), ("@shop.test", "ann@a.shop.test", False), ("@.shop.test", "ann@a.shop.test", True),
+     ("@.shop.test", "ann@shop.test", False), ("ann@shop.test", "Ann@shop.test", True), ("ann@shop.test", "bob@shop.test", False),
+     ("@dömain.test", "ann@xn--dmain-jua.test", True), ("@xn--dmain-jua.test", "ann@dömain.test", True),
+     ("@.DÖMAIN.test", "ann@a.xn--dmain-jua.test", True), ("ann@xn--dmain-jua.test", "ann@DÖMAIN.test", True),
+     ("@dömain.test", "ann@domain.test", False), ("@dömain.test", "ann@a.dömain.test", False), ("@shop.test", "root", False),
+     ("@shop.test", "a@b@shop.test", False), ("@shop.test", '"a@b"@shop.test', True), ("@shop.test", "ann@shop.test;", False)],
+)  # fmt: skip
+def test_an_account_may_send_as_its_senders_however_their_domain_is_written(sender, address, allowed):
+    """U-labels and A-labels are the same domain (RFC 5890 2.3.2.1)."""
+    assert Identity("ann", senders=(sender,)).may_send_as(address) is allowed
