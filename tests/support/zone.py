@@ -20,7 +20,7 @@ class Silence(Exception):
 
 
 class Zone:
-    """`data`: `{name: [{type: value} or "TIMEOUT"]}`. A record of type SPF is one of TXT, too, where there is none (RFC 7208 3.1).
+    """`data`: `{name: [{type: value} or "TIMEOUT"]}`. A record of type SPF is one of TXT, too, where there is none.
     TIMEOUT: what comes behind it is not answered. `asked`: the queries so far."""
 
     def __init__(self, data: dict[str, list[Any]]) -> None:
