@@ -580,7 +580,7 @@ async def test_a_key_with_an_invalid_name_does_not_exist(tmp_path):
      ("p=none; sp=quarantine", "a.bank.test", "quarantine"), ("p=reject", "a.bank.test", "reject"),
      ("p=reject; pct=0", "bank.test", "quarantine"), ("p=quarantine; pct=0", "bank.test", "none"),
      ("p=reject; t=y", "bank.test", "quarantine"), ("p=reject; pct=100", "bank.test", "reject"),
-     ("sp=reject", "bank.test", "none"), ("p=reject; aspf=x; rua=?; unknown", "bank.test", "none"),
+     ("sp=reject", "bank.test", "none"), ("p=reject; aspf=x; rua=?; unknown", "bank.test", "reject"),
      ("p=reject; aspf=x; rua=?; unknown=1", "bank.test", "reject")],
 )  # fmt: skip
 async def test_the_policy_of_the_authors_domain(record, author, policy):
