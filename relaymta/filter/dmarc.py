@@ -63,13 +63,18 @@ class _Organizations:
 async def check(resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
     """`authors`: the domains in From:; `spf`: (domain, result); `signatures`: (domain, result) of each. Of several authors the
     strictest result counts (RFC 7489 6.6.1). U-labels are converted."""
-    authors = list(dict.fromkeys(map(in_a_labels, authors)))
+    authors = list(dict.fromkeys(map(_comparable, authors)))
     if len(authors) > MOST:
         return Dmarc("permerror", "reject", authors[0])
-    spf = in_a_labels(spf[0]), spf[1]
-    signatures = [(in_a_labels(domain), result) for domain, result in signatures]
+    spf = _comparable(spf[0]), spf[1]
+    signatures = [(_comparable(domain), result) for domain, result in signatures]
     found = await asyncio.gather(*(_check(resolver, author, spf, signatures) for author in authors))
     return max(found, key=_severity, default=Dmarc("none", "none", ""))
+
+
+def _comparable(domain: str) -> str:
+    """A domain in A-labels and lower case, without a trailing dot."""
+    return in_a_labels(domain.removesuffix("."))
 
 
 def _severity(one: Dmarc) -> tuple[int, int]:

@@ -101,8 +101,8 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
     "none", and nothing is looked up, for a domain that no host can have: a single label, an address literal, a label above 63
     octets (4.3). U-labels are converted (RFC 8616 4)."""
     local, _, given = sender.rpartition("@")
-    domain = in_a_labels(given or helo)
-    if not is_host(domain) or (given or helo).endswith(".."):
+    domain = in_a_labels((given or helo).removesuffix("."))
+    if not is_host(domain):
         return Spf("none", domain, "")
     sender = f"{local}@{domain}" if sender else ""
     known: dict[tuple[str, str], _Answers | Exception] = {}

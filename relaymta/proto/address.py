@@ -143,11 +143,13 @@ def normalize_domain(domain: str) -> str:
 
 
 def in_a_labels(domain: str) -> str:
-    """As `normalize_domain`; what is no domain is returned in lower case."""
-    try:
-        return normalize_domain(domain)
-    except DomainError:
-        return domain.lower()
+    """A domain in A-labels and lower case, for a comparison; what is none is in lower case only."""
+    if not domain.isascii():
+        try:
+            return normalize_domain(domain)
+        except DomainError:
+            pass
+    return domain.lower()
 
 
 _NAME = re.compile(r"(?:[!-\-/-~ ]{1,63}+\.)*+[!-\-/-~ ]{1,63}+\Z")
