@@ -1,6 +1,8 @@
 """Authentication-Results fields (RFC 8601): ours are written, and those that claim to be ours in received mail are removed."""
 
 import re
+import unicodedata
+from functools import lru_cache
 
 from relaymta.proto.address import in_a_labels
 from relaymta.proto.dkim import name_of
@@ -84,12 +86,29 @@ def _ours(field: bytes, hostname: str) -> bool:
     if value[match.end() : match.end() + 1] == b"=":  # no authserv-id: `spf=pass ...`, as some programs write
         return False
     identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
-    if in_a_labels("".join(identifier.decode("utf-8", "replace").split())) == in_a_labels(hostname):
+    if _folded("".join(identifier.decode("utf-8", "replace").split())) == _in_u_labels(hostname):
         return True
     version = _VERSION.match(value, behind_comments(value, match.end()))
     assert version is not None
     at = behind_comments(value, version.end())
     return at < len(value) and value[at : at + 1] != b";"
+
+
+def _folded(identifier: str) -> str:
+    """A domain as a program could read it: without case, width and a trailing dot. (IDNA would cost too much for each field.)"""
+    if not identifier.isascii() and len(identifier) < LONGEST:  # the cost is the square of a run of combining marks
+        identifier = unicodedata.normalize("NFKC", identifier).replace("\u3002", ".").casefold()
+    return identifier.lower().rstrip(".")
+
+
+@lru_cache(10)
+def _in_u_labels(hostname: str) -> str:
+    import idna
+
+    try:
+        return _folded(idna.decode(in_a_labels(hostname)))
+    except idna.IDNAError:
+        return _folded(hostname)
 
 
 def behind_comments(value: bytes, at: int) -> int:
