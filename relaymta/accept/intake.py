@@ -390,9 +390,9 @@ class Intake:
 def without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:
     """The start of message data (`whole`: all of it) without Authentication-Results in our name; None when there may be some
     behind it, or its header is too long to be parsed."""
-    header = start[: header_end(start)]
-    if b":" not in header.partition(b"\r\n")[0]:  # all of it is body
+    if not has_header(start):
         return start
+    header = start[: header_end(start)]
     if not whole and len(header) == len(start):
         return None
     if b"authentication-results" not in header.lower():
