@@ -1,20 +1,26 @@
 """DNS resolver: aiodns (c-ares) with a cache: answers for their TTL, NXDOMAIN and NODATA for a minute, failures for some seconds.
 Identical queries at the same time share one.
 
+c-ares refuses names that no host can have before it asks anybody. The DNS allows them (RFC 2181 11), and SPF macros make them
+(`exists:%{l}._spf.example` of a sender with `+` or `=`): dnspython asks for those, at the same nameservers.
+
 Three results without records are distinguished: NXDOMAIN, NODATA, and a failed query (SERVFAIL, timeout), which must never be
 taken for one of the other two.
 """
 
 import asyncio
+import re
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import aiodns
 import pycares
+
+from relaymta.proto.address import in_dns
 
 __all__ = ["DnsFailure", "NoData", "NoSuchName", "Records", "Resolver"]
 
@@ -28,6 +34,14 @@ MOST_SECONDS = 3600.0
 KEPT = 50_000  # answers
 KEPT_OCTETS = 64 << 20  # of all answers, estimated: one may have thousands of records
 ALIASES = 8  # CNAMEs followed in a chain
+SECONDS = 5.0  # for an answer of one nameserver, at the first try of TRIES
+TRIES = 2
+ODD_AT_ONCE = 50  # queries for odd names under way: each has a socket of its own
+# Names that c-ares asks for; all others that the DNS may have are odd.
+_USUAL = re.compile(r"[A-Za-z0-9._/*-]*+\Z")
+
+
+_E = TypeVar("_E", bound=Exception)
 
 
 class DnsFailure(Exception):
@@ -51,6 +65,14 @@ class Records:
     until: float
 
 
+class _Answer(NamedTuple):
+    """The answer of a nameserver: its values, the end of its chain of CNAMEs ("" for none), and its TTL, seconds."""
+
+    values: list[Any]
+    alias: str
+    ttl: float
+
+
 class _OnLoop(aiodns.DNSResolver):
     """c-ares on the event loop instead of in its own thread, as aiodns does where threads are not available: with a thread, each
     answer must acquire the GIL (117 us of CPU a query instead of 45; delivery to 10,000 domains: 389 us a message instead of
@@ -69,6 +91,48 @@ class _OnLoop(aiodns.DNSResolver):
     def reread(self) -> None:
         """Read resolv.conf again."""
         self._channel.reinit()
+
+    async def ask(self, name: str, kind: str) -> _Answer:
+        """Send a query. NoSuchName, NoData, DnsFailure."""
+        try:
+            result = await self.query_dns(name, kind)
+        except aiodns.error.DNSError as failure:
+            code = failure.args[0] if failure.args else 0
+            if code in (NO_NAME, NO_DATA):
+                raise (NoSuchName if code == NO_NAME else NoData)(name) from None
+            raise DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}") from None
+        chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
+        return _Answer(
+            [_value(kind, record.data) for record in result.answer if _is_a(kind, record)],
+            chain[-1] if chain else "",
+            min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS),
+        )
+
+    async def ask_oddly(self, name: str, kind: str) -> _Answer:
+        """Send a query for an odd name to the same nameservers. NoSuchName, NoData, DnsFailure."""
+        import dns.asyncresolver  # pyspf, which makes such names, has imported most of it
+        import dns.exception
+        import dns.name
+        import dns.nameserver
+        import dns.resolver
+
+        servers = [server.rpartition(":") for server in self._channel.servers]
+        asking = dns.asyncresolver.Resolver(configure=False)
+        asking.nameservers = [dns.nameserver.Do53Nameserver(host.strip("[]"), int(port)) for host, _, port in servers]
+        asking.timeout = SECONDS
+        labels = [label.encode() for label in name.split(".")]
+        try:
+            found = await asking.resolve(
+                dns.name.Name([*labels, b""]), kind, raise_on_no_answer=False, lifetime=SECONDS * TRIES, search=False
+            )
+        except dns.resolver.NXDOMAIN:
+            raise NoSuchName(name) from None
+        except dns.exception.DNSException as failure:
+            raise DnsFailure(f"{name} {kind}: {type(failure).__name__}") from None
+        end = found.canonical_name
+        alias = "" if end == found.qname else end.to_text(omit_final_dot=True)
+        ttl = min((each.ttl for each in found.response.answer), default=NEGATIVE_SECONDS)
+        return _Answer([_odd_value(kind, record) for record in found.rrset or ()], alias, ttl)
 
 
 class Resolver:
@@ -93,6 +157,7 @@ class Resolver:
         self._known: dict[tuple[str, str], Records] = {}
         self._octets = 0  # estimated size of the cached answers
         self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
+        self._odd = asyncio.Semaphore(ODD_AT_ONCE)
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """([(preference, exchange)] of a domain's MX records, unsorted; exchange "" is the null MX (RFC 7505), when they
@@ -157,33 +222,34 @@ class Resolver:
     async def _query(self, name: str, kind: str, aliases: int) -> Records:
         """Send a query, and cache the answer. `aliases`: the number of CNAMEs that are followed at most."""
         resolver = self._resolver
-        ttl: float = FAILURE_SECONDS
         error: DnsFailure | NoSuchName | NoData | None = None
         values: list[Any] = []
         try:
-            result = await resolver.query_dns(name, kind)
+            found = await self._answer(resolver, name, kind)
+            values, ttl = found.values, found.ttl
             # For an alias the answer is a chain of CNAMEs, followed by the records of the canonical name; where the server does
             # not have these, the resolver must query for them (RFC 1034 3.6.2).
-            values = [_value(kind, record.data) for record in result.answer if _is_a(kind, record)]
-            chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
-            ttl = min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS)
-            if not values and chain and aliases:
+            if not values and found.alias and aliases:
                 # Not a shared query: in a loop of aliases it would wait for itself.
-                end = await self._query(chain[-1], kind, aliases - 1)
+                end = await self._query(found.alias, kind, aliases - 1)
                 return self._kept(resolver, name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
             if not values:
                 error, ttl = NoData(name), NEGATIVE_SECONDS
-        except aiodns.error.DNSError as failure:
-            code = failure.args[0] if failure.args else 0
-            if code in (NO_NAME, NO_DATA):
-                error, ttl = NoSuchName(name) if code == NO_NAME else NoData(name), NEGATIVE_SECONDS
-            else:
-                error = DnsFailure(f"{name} {kind}: {failure.args[1] if len(failure.args) > 1 else failure}")
+        except (NoSuchName, NoData) as negative:
+            error, ttl = _again(negative), NEGATIVE_SECONDS
+        except DnsFailure as failure:
+            error, ttl = _again(failure), FAILURE_SECONDS
         except Exception as failure:  # an invalid name, or an answer that cannot be decoded: both come from outside
-            values, error = [], DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
-            ttl = FAILURE_SECONDS
+            error = DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
+            values, ttl = [], FAILURE_SECONDS
         until = self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))
         return self._kept(resolver, name, kind, Records(values, error, until))
+
+    async def _answer(self, resolver: _OnLoop, name: str, kind: str) -> _Answer:
+        if _USUAL.match(name) or not in_dns(name):  # c-ares converts U-labels, and refuses what remains
+            return await resolver.ask(name, kind)
+        async with self._odd:
+            return await resolver.ask_oddly(name, kind)
 
     def _kept(self, resolver: _OnLoop, name: str, kind: str, records: Records) -> Records:
         """Cache an answer, unless the nameservers that gave it were replaced meanwhile."""
@@ -237,7 +303,7 @@ class Resolver:
 
 
 def _on_loop(nameservers: list[str]) -> _OnLoop:
-    return _OnLoop(nameservers=nameservers or None, timeout=5.0, tries=2)
+    return _OnLoop(nameservers=nameservers or None, timeout=SECONDS, tries=TRIES)
 
 
 async def _retire(resolver: _OnLoop, asked: list[asyncio.Task[Records]]) -> None:
@@ -256,7 +322,7 @@ def _octets(records: Records) -> int:
     return 300 + sum(60 + len(value if isinstance(value, str) else value[1]) for value in records.values)
 
 
-def _again(error: Exception) -> Exception:
+def _again(error: _E) -> _E:
     """A copy of a cached exception: raising the same one again and again would accumulate its tracebacks."""
     return type(error)(*error.args)
 
@@ -273,6 +339,15 @@ def _value(kind: str, data: Any) -> Any:
     if kind == "TXT":
         return data.data.decode("utf-8", "replace")
     return _text(data.cname if kind == "CNAME" else data.addr)
+
+
+def _odd_value(kind: str, record: Any) -> Any:
+    """As `_value`, of a record of dnspython."""
+    if kind == "MX":
+        return record.preference, record.exchange.to_text(omit_final_dot=True).removesuffix(".")
+    if kind == "PTR":
+        return record.target.to_text(omit_final_dot=True)
+    return b"".join(record.strings).decode("utf-8", "replace") if kind == "TXT" else record.address
 
 
 def _text(value: str | bytes) -> str:

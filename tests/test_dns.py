@@ -9,6 +9,7 @@ import pytest
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Records, Resolver, _octets
 from tests.support.resolver import nameserver_with
+from tests.support.zone import Zone, nameserver
 
 ZONE = [
     "mail.test. 300 IN MX 10 mx.test.",
@@ -29,6 +30,7 @@ class Asked:
     def __init__(self, nameserver: str) -> None:
         self.time = 1000.0
         self.counts: Counter[str] = Counter()
+        self.zone: Zone | None = None
         self.resolver = Resolver([nameserver], lambda what: self.counts.update([what]), lambda: self.time)
 
 
@@ -181,3 +183,92 @@ async def test_other_nameservers_answer_from_now_on_and_the_old_ones_finish(aske
     assert await under_way == ["127.0.0.1"]
     await asyncio.wait_for(closed.wait(), 60)
     assert ("mx.test", "A") not in asked.resolver._known and not asked.resolver._asking
+
+
+# Names that c-ares refuses
+
+
+@pytest.fixture
+async def odd() -> AsyncIterator[Asked]:
+    zone = Zone(
+        {
+            "a+b.test": [
+                {"A": "192.0.2.1"},
+                {"A": "192.0.2.2"},
+                {"AAAA": "2001:db8::1"},
+                {"MX": [5, "mx.test"]},
+                {"TXT": ["one ", "two"]},
+            ],
+            "p+b.test": [{"PTR": "host.test"}, {"MX": [0, ""]}],
+            "alias+b.test": [{"CNAME": "a+b.test"}],
+            "usual+b.test": [{"CNAME": "usual.test"}],
+            "usual.test": [{"A": "192.0.2.3"}],
+            "odd.test": [{"CNAME": "a+b.test"}],
+        }
+    )
+    async with nameserver(zone, servfail=True) as address:
+        made = Asked(address)
+        made.zone = zone
+        yield made
+        await made.resolver.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [("a+b.test", "A", ["192.0.2.1", "192.0.2.2"]), ("a+b.test", "AAAA", ["2001:db8::1"]), ("a+b.test", "MX", [(5, "mx.test")]),
+     ("a+b.test", "TXT", ["one two"]), ("p+b.test", "PTR", ["host.test"]), ("p+b.test", "MX", [(0, "")]),
+     ("alias+b.test", "A", ["192.0.2.1", "192.0.2.2"]), ("usual+b.test", "A", ["192.0.2.3"]),
+     ("odd.test", "A", ["192.0.2.1", "192.0.2.2"]),
+     ("A+B.TEST", "A", ["192.0.2.1", "192.0.2.2"]), ("a+b.test", "PTR", NoData), ("alias+b.test", "PTR", NoData),
+     ("c+d.test", "A", NoSuchName),
+     ("error.c+d.test", "A", DnsFailure),
+     *((f"c{octet}b.test", "A", NoSuchName) for octet in "!\"#$%&'()*+,/:;<=>?@[\\]^`{|}~ ")],
+)  # fmt: skip
+async def test_odd_names_are_asked_for_and_cached_like_others(odd, name, kind, expected):
+    for _ in range(2):
+        if isinstance(expected, list):
+            assert sorted(await odd.resolver.values(name, kind)) == expected
+        else:
+            with pytest.raises(expected):
+                await odd.resolver.values(name, kind)
+    assert odd.counts == {"query": 1, "hit": 1} and set(odd.zone.asked) >= {(name, kind)}
+    if expected is DnsFailure:
+        odd.time += 6
+        with pytest.raises(DnsFailure):
+            await odd.resolver.values(name, kind)
+        assert odd.counts["query"] == 2
+
+
+async def test_odd_names_share_queries_and_few_are_under_way_at_once(monkeypatch):
+    monkeypatch.setattr("relaymta.dns.ODD_AT_ONCE", 3)
+    monkeypatch.setattr("relaymta.dns.SECONDS", 60.0)  # no second try
+    server = SlowNameserver()
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, ("127.0.0.1", 0))
+    resolver = Resolver([f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"])
+    asked = [asyncio.ensure_future(resolver.mx(f"a+{number // 2}.test")) for number in range(20)]
+    while len(server.queries) < 3:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert len(server.queries) == 3
+    asked[0].cancel()  # asked[1] waits for the same answer
+    await asyncio.sleep(0)
+    server.answer()
+    assert (await asked[1])[0] == [(10, "mx.test")]
+    while len(server.queries) < 4:
+        await asyncio.sleep(0.01)
+    await resolver.close()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(one) for one in found] == [asyncio.CancelledError, tuple] + [DnsFailure] * 18
+    transport.close()
+
+
+async def test_odd_names_are_asked_for_at_the_nameservers_of_a_reload(odd):
+    async with nameserver(Zone({"a+b.test": [{"A": "192.0.2.9"}]})) as other:
+        assert await odd.resolver.values("a+b.test", "MX") == [(5, "mx.test")]
+        assert odd.resolver.reconfigure([other])
+        assert await odd.resolver.values("a+b.test", "A") == ["192.0.2.9"]
+        with pytest.raises(NoData):
+            await odd.resolver.values("a+b.test", "MX")
+        # A nameserver that is down is passed over.
+        assert odd.resolver.reconfigure(["127.0.0.1:1", other])
+        assert await odd.resolver.values("a+b.test", "A") == ["192.0.2.9"]

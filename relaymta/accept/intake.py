@@ -15,6 +15,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
+from relaymta.proto.authres import without_forged
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -33,7 +34,7 @@ from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["Client", "Intake", "Origin"]
+__all__ = ["Client", "Intake", "Origin", "without_forged_results"]
 
 CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
@@ -85,6 +86,12 @@ class Origin(NamedTuple):
     submission: bool
     may_relay: bool
     free: bool
+
+    @property
+    def trusted(self) -> bool:
+        """Whether Authentication-Results in our name are kept: the client is of our own network and has not logged in, such as a
+        filter that hands back what we have verified (RFC 8601 5)."""
+        return self.may_relay and self.identity is None
 
     @classmethod
     def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
@@ -378,6 +385,22 @@ class Intake:
             return reply.STORE_FULL
         self.counters.add(REFUSED_STORE, 1)
         return reply.STORE_ERROR
+
+
+def without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:
+    """The start of message data (`whole`: all of it) without Authentication-Results in our name; None when there may be some
+    behind it, or its header is too long to be parsed."""
+    if not has_header(start):
+        return start
+    header = start[: header_end(start)]
+    if not whole and len(header) == len(start):
+        return None
+    if b"authentication-results" not in header.lower():
+        return start
+    if too_long(header):
+        return None
+    kept = without_forged(header, hostname)
+    return start if kept is header else kept + start[len(header) :]
 
 
 def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.intake import Origin
+from relaymta.accept.intake import Origin, without_forged_results
 from relaymta.accept.large import Large
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
@@ -108,12 +108,16 @@ class IncomingTransaction(Transaction):
         """A new large message whose message data begins with `start`, and that start; or the reply that rejects it."""
         intake, endpoint, ident = self._admission.intake, self._admission.endpoint, self._ident
         draft, look = None, None
+        if not self.origin.trusted:
+            found = without_forged_results(start, intake.hostname, whole=False)
+            if found is None:
+                return reply.HEADER_TOO_LONG
+            start = found
         if endpoint.verifier is not None and not self.origin.may_relay:
             look = endpoint.verifier.look(start)
             if look is None:
                 return reply.HEADER_TOO_LONG
-            start = look.header + start[look.end :]
-            look.body.skip(len(look.header))
+            look.body.skip(look.end)
         front = intake.prepend(ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             return front
@@ -160,8 +164,15 @@ class IncomingTransaction(Transaction):
         data = self.take()
         start = data[0] if data else b""
         if len(data) > 1 and b"\r\n\r\n" not in start:
-            start = _start_of(data)
-        front = intake.prepend(self._ident, self, self.origin, self._session, start)
+            start = _start_of(data) if self.origin.trusted else b"".join(data)
+        if not self.origin.trusted:
+            found = without_forged_results(start, intake.hostname, whole=True)
+            if found is None:
+                self._reject(reply.HEADER_TOO_LONG)
+                return
+            if found is not start:
+                data, start = [found, *data[1:]] if start is data[0] else [found], found
+        front = intake.prepend(self._ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             self._reject(front)
             return

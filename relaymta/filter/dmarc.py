@@ -1,5 +1,5 @@
-"""DMARC (RFC 7489): the policy that the domain in From: publishes for mail that fails authentication. Evaluation by `dmarc`,
-organizational domains by the public suffix list."""
+"""DMARC (RFC 7489, and RFC 9989 about records): the policy that the domain in From: publishes for mail that fails authentication.
+Evaluation by `dmarc`, which gets only the tags that are valid; organizational domains by the public suffix list."""
 
 import asyncio
 import random
@@ -11,6 +11,7 @@ import dmarc
 from publicsuffixlist import PublicSuffixList
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.proto.address import in_a_labels, in_dns
 
 __all__ = ["Dmarc", "check", "organizational"]
 
@@ -19,7 +20,14 @@ DOMAINS_KEPT = 4096
 MOST = 5  # domains in From:; real mail does not have more
 _POLICIES = ("none", "quarantine", "reject")
 _WANTED = {dmarc.PolicyQuarantineError: "quarantine", dmarc.PolicyRejectError: "reject"}
-_RECORD = re.compile(r"v\s*=\s*DMARC1\s*(;|\Z)")
+_RECORD = re.compile(r"[Vv]\s*=\s*DMARC1\s*(;|\Z)")
+# The tags that matter, and their values.
+_POLICY = re.compile("|".join(_POLICIES))
+_TAGS = {
+    "p": _POLICY, "sp": _POLICY, "np": _POLICY, "adkim": re.compile("[rs]"), "aspf": re.compile("[rs]"), "t": re.compile("[yn]"),
+    "pct": re.compile("0*(?:100|[0-9]{1,2})"),
+}  # fmt: skip
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*+:[^\s,;!]+(?:![0-9]+[kmgt]?)?")  # an URI of rua=
 _RESULTS = ("pass", "none", "permerror", "temperror", "fail")
 
 
@@ -54,11 +62,19 @@ class _Organizations:
 
 async def check(resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
     """`authors`: the domains in From:; `spf`: (domain, result); `signatures`: (domain, result) of each. Of several authors the
-    strictest result counts (RFC 7489 6.6.1)."""
+    strictest result counts (RFC 7489 6.6.1). U-labels are converted."""
+    authors = list(dict.fromkeys(map(_comparable, authors)))
     if len(authors) > MOST:
         return Dmarc("permerror", "reject", authors[0])
+    spf = _comparable(spf[0]), spf[1]
+    signatures = [(_comparable(domain), result) for domain, result in signatures]
     found = await asyncio.gather(*(_check(resolver, author, spf, signatures) for author in authors))
     return max(found, key=_severity, default=Dmarc("none", "none", ""))
+
+
+def _comparable(domain: str) -> str:
+    """A domain in A-labels and lower case, without a trailing dot."""
+    return in_a_labels(domain.removesuffix("."))
 
 
 def _severity(one: Dmarc) -> tuple[int, int]:
@@ -76,8 +92,11 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
         return Dmarc("temperror", "reject", author)
     if record is None:
         return Dmarc("none", "none", author)
+    tags = _tags(record)
+    if tags is None:
+        return Dmarc("permerror", "none", author)
     try:
-        policy = dmarc.DMARCPolicy(record, author, above or None, publicsuffix=_Organizations, strict=False)
+        policy = dmarc.DMARCPolicy(tags, author, above or None, publicsuffix=_Organizations, strict=False)
         policy.verify(auth_results=_passed(author, spf, signatures, "pass"))
     except dmarc.PolicyError as failure:
         wanted = _POLICIES.index(_WANTED.get(type(failure), "none"))
@@ -85,14 +104,38 @@ async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatur
             wanted = max(0, wanted - 1)
         unknown = _passed(author, spf, signatures, "temperror")
         return Dmarc("temperror" if unknown and _would_pass(policy, unknown) else "fail", _POLICIES[wanted], author)
-    except (dmarc.Error, ValueError):
-        return Dmarc("permerror", "none", author)
     return Dmarc("pass", "none", author)
+
+
+def _tags(record: str) -> str | None:
+    """A record of its valid tags alone; None when no policy can be read out of it (RFC 7489 6.3 and 6.6.3, RFC 9989 4.8 and
+    4.10.1). What is no tag, unknown tags and tags with an invalid value are ignored; but where p=, sp= or np= is invalid, the
+    policy is "none" if reports are asked for. It is "none" without p=, too (RFC 9989 4.7)."""
+    found: dict[str, str | None] = {}  # None: an invalid value
+    reports = False
+    for part in record.split(";")[1:]:
+        name, equals, value = part.partition("=")
+        name, value = name.strip().lower(), value.strip().lower()
+        if equals and name in _TAGS:
+            if _TAGS[name].fullmatch(value):
+                found[name] = value
+            else:
+                found.setdefault(name, None)
+        elif equals and name == "rua":
+            reports = any(_ADDRESS.fullmatch(address.strip()) for address in value.split(","))
+    broken = [name for name in ("p", "sp", "np") if found.get(name, "") is None]
+    if broken and not reports:
+        return None
+    if broken or "p" not in found:
+        found.update(p="none", sp=None)
+    return "v=DMARC1; " + "; ".join(f"{name}={value}" for name, value in found.items() if value is not None)
 
 
 def _passed(author: str, spf: tuple[str, str], signatures: list[tuple[str, str]], result: str) -> list[dmarc.AuthResult]:
     """The identifiers with this result that could be aligned with the author, as passed ones. Those of other organizations
-    cannot be aligned, and may be invalid domains."""
+    cannot be aligned, and may be invalid domains. A public suffix is no organization (RFC 7489 3.1.1)."""
+    if _suffixes().privatesuffix(author) is None:
+        return []
     own = organizational(author)
     found: list[dmarc.AuthResult] = []
     if spf[1] == result and organizational(spf[0]) == own:
@@ -112,8 +155,11 @@ def _would_pass(policy: dmarc.DMARCPolicy, results: list[dmarc.AuthResult]) -> b
 
 async def _record(resolver: Resolver, domain: str) -> str | None:
     """The one DMARC record of a domain (6.6.3); None when there is none, or more than one."""
+    name = f"_dmarc.{domain}"
+    if not in_dns(name):
+        return None
     try:
-        found = [text for text in await resolver.txt(f"_dmarc.{domain}") if len(text) <= OCTETS and _RECORD.match(text)]
-    except (NoData, NoSuchName, ValueError):  # ValueError: an invalid domain
+        found = [text for text in await resolver.txt(name) if len(text) <= OCTETS and _RECORD.match(text)]
+    except (NoData, NoSuchName):
         return None
     return found[0] if len(found) == 1 else None

@@ -3,12 +3,14 @@ loop, and then pyspf is run again from the start: 68 us of CPU in all."""
 
 import asyncio
 import ipaddress
+import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import spf
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.proto.address import in_a_labels, in_dns, is_host
 
 __all__ = ["Spf", "check"]
 
@@ -23,6 +25,7 @@ AT_ONCE = 200  # terms and addresses parsed in one iteration of the event loop
 NUMBERS_KEPT = 4096
 # Of one answer: with more MX records there is no result (4.6.4), more names of an address are ignored (5.5).
 MOST = {"MX": 11, "PTR": 10}
+_MODIFIER = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*+)=")
 
 _Answers = list[tuple[tuple[str, str], Any]]
 
@@ -43,14 +46,29 @@ class _Unknown(BaseException):
 
 
 class _Query(spf.query):  # type: ignore[misc]
-    """Takes the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; and compares
-    addresses as numbers, where pyspf makes two networks for each comparison."""
+    """Takes the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; compares
+    addresses as numbers, where pyspf makes two networks for each comparison; ignores unknown modifiers however often they are
+    there (6), where pyspf takes all for exp= and redirect=; and shortens a long name as far as necessary, not by one label."""
 
     def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
         super().__init__(address, sender, helo, querytime=querytime)
         if sender.count("@") > 1:
             self.l, _, self.o = sender.rpartition("@")
             self.d = self.o
+
+    def check0(self, spf: str | None, recursion: int) -> tuple[str, int, str]:
+        """Evaluate a record (None: there is none)."""
+        version, *terms = (spf or "").split(" ")
+        named = [version, *(_named(number, term) for number, term in enumerate(terms))]
+        found: tuple[str, int, str] = super().check0(" ".join(named), recursion)
+        return found
+
+    def expand(self, text: str, stripdot: bool = True) -> str:
+        """`text` with its macros expanded; a domain of at most 253 characters (7.3), or (not `stripdot`) an explanation."""
+        name: str = super().expand(text, stripdot)
+        while stripdot and len(name) > 253 and "." in name:
+            name = name.partition(".")[2]
+        return name
 
     def cidrmatch(self, addresses: list[Any], prefix: int) -> bool:
         """`addresses`: numbers, or the text of ip4: or ip6:."""
@@ -59,6 +77,15 @@ class _Query(spf.query):  # type: ignore[misc]
         shift = self.cidrmax - prefix
         own = int(self.ipaddr) >> shift
         return any(address >> shift == own for address in addresses)
+
+
+def _named(number: int, term: str) -> str:
+    """A term of a record, as pyspf reads it: an unknown modifier under a name that no other has (which is not looked at)."""
+    modifier = _MODIFIER.match(term)
+    if modifier is None:
+        return term
+    name = modifier[1].lower()
+    return f"{name if name in ('exp', 'redirect') else f'x{number}'}={term[modifier.end() :]}"
 
 
 @lru_cache(NUMBERS_KEPT)
@@ -70,7 +97,14 @@ def _number(address: str) -> int:
 
 
 async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf:
-    """Whether a client at `address` may send as `sender` (with the null sender: as postmaster of `helo`, 2.4)."""
+    """Whether a client at `address` may send as `sender` (with the null sender: as postmaster of `helo`, 2.4). The result is
+    "none", and nothing is looked up, for a domain that no host can have: a single label, an address literal, a label above 63
+    octets (4.3). U-labels are converted (RFC 8616 4)."""
+    local, _, given = sender.rpartition("@")
+    domain = in_a_labels((given or helo).removesuffix("."))
+    if not is_host(domain):
+        return Spf("none", domain, "")
+    sender = f"{local}@{domain}" if sender else ""
     known: dict[tuple[str, str], _Answers | Exception] = {}
 
     def look_up(name: Any, kind: str, *_: Any) -> _Answers:
@@ -81,12 +115,11 @@ async def check(resolver: Resolver, address: str, sender: str, helo: str) -> Spf
             raise found
         return found
 
-    domain = (sender.rpartition("@")[2] or helo).lower()
     octets, terms, macros, addresses, effort, at_once = 0, 0, 0, 0, 0, 0
     for _ in range(QUESTIONS):
         spf.DNSLookup = look_up  # set and used within one iteration of the event loop
         try:
-            result, _, reason = _Query(address, sender, helo, querytime=20).check()
+            result, _, reason = _Query(address, sender, helo if sender else domain, querytime=20).check()
             return Spf("none" if result == "invalid" else str(result), domain, str(reason))
         except _Unknown as unknown:
             known[unknown.question] = await _asked(resolver, *unknown.question)
@@ -118,13 +151,13 @@ def _policies(found: _Answers | Exception) -> list[bytes]:
 
 async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Exception:
     """An answer in the form that pyspf expects."""
-    if kind not in ("A", "AAAA", "MX", "PTR", "TXT"):
+    if kind not in ("A", "AAAA", "MX", "PTR", "TXT") or not in_dns(name):  # nor does a non-ASCII local part match (RFC 8616 4)
         return []
     try:
         values = await resolver.values(name, kind)
     except (NoData, NoSuchName):
         return []
-    except (DnsFailure, ValueError) as error:  # ValueError: an invalid name
+    except DnsFailure as error:
         unanswered: Exception = spf.TempError(f"DNS {error}")
         return unanswered
     if kind == "TXT":

@@ -1,8 +1,6 @@
-"""SPF, DKIM, ARC and DMARC for mail of unauthenticated clients. The results are in one Authentication-Results field (RFC 8601),
-which replaces any with our own authserv-id."""
+"""SPF, DKIM, ARC and DMARC for mail of unauthenticated clients. One Authentication-Results field (RFC 8601) has the results."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,8 +12,8 @@ from relaymta.filter.dmarc import Dmarc
 from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
 from relaymta.filter.spf import Spf
 from relaymta.proto import reply
-from relaymta.proto.address import DomainError, domain_of, normalize_domain
-from relaymta.proto.authres import without_forged
+from relaymta.proto.address import DomainError, domain_of, in_a_labels, normalize_domain
+from relaymta.proto.authres import field, mailbox, result, value
 from relaymta.proto.dkim import BodyHashes
 from relaymta.proto.header import has_header, header_end, too_long
 
@@ -30,15 +28,12 @@ UNREADABLE = Dmarc("permerror", "reject", "")
 # Of a message that was not verified.
 UNKNOWN = Dmarc("", "none", "")
 
-_UNSAFE = re.compile(r"[^\w.@+-]")
-
 
 class Look:
-    """A message to verify. `end`: where its header ends; `header`: its header without forged results;
-    `claims`: of the header; `body` is fed the data behind the header."""
+    """A message to verify. `header`: its header, `end` octets; `claims`: of the header; `body` is fed the data behind it."""
 
-    def __init__(self, header: bytes, end: int) -> None:
-        self.header, self.end = header, end
+    def __init__(self, header: bytes) -> None:
+        self.header, self.end = header, len(header)
         self.claims = claims(header)
         self.body = BodyHashes(self.claims.forms())
 
@@ -85,9 +80,8 @@ class Verifier:
     def look(self, start: bytes) -> Look | None:
         """Begin to verify a message whose data begins with `start`, which has to contain its header. None when that is too
         long: the caller refuses the message."""
-        end = header_end(start) if has_header(start) else 0  # all of it is body then
-        header = start[:end]
-        return None if too_long(header) else Look(without_forged(header, self._hostname), end)
+        header = start[: header_end(start)] if has_header(start) else b""  # all of it is body then
+        return None if too_long(header) else Look(header)
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:
         """Verify a message of a client at `address`. `rest`: the part of its body that `look.body` was not fed yet."""
@@ -98,7 +92,10 @@ class Verifier:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
-            nothing, unknown = Dmarc("temperror", "reject", ""), Spf("temperror", sender.rpartition("@")[2] or helo, "")
+            nothing, unknown = (
+                Dmarc("temperror", "reject", ""),
+                Spf("temperror", in_a_labels(sender.rpartition("@")[2] or helo), ""),
+            )
             return self._verdict(unknown, sender, [], "temperror", UNREADABLE if look.claims.malformed else nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
@@ -143,22 +140,16 @@ def _verified(look: Look, rest: bytes, keys: Keys, now: int) -> tuple[list[Verif
 
 
 def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> bytes:
-    """The Authentication-Results field (RFC 8601 2.2), each result on a line of its own."""
-    who = f"smtp.mailfrom={_safe(sender)}" if sender else f"smtp.helo={_safe(sent.domain)}"
-    lines = [f"spf={sent.result} {who}"]
+    """The Authentication-Results field (RFC 8601 2.2)."""
+    who = {"smtp.mailfrom": mailbox(sender)} if sender else {"smtp.helo": value(sent.domain)}
+    results = [result("spf", sent.result, who)]
     for one in found:
-        reason = f' reason="{_UNSAFE.sub(" ", one.reason)}"' if one.reason else ""
-        key = f"header.d={_safe(one.domain)} header.s={_safe(one.selector)} header.a={_safe(one.algorithm)}"
-        lines.append(f"dkim={one.result}{reason} {key}")
+        key = {"header.d": value(one.domain), "header.s": value(one.selector), "header.a": value(one.algorithm)}
+        results.append(result("dkim", one.result, key, one.reason))
     if not found:
-        lines.append("dkim=none")
+        results.append(result("dkim", "none", {}))
     if sealed != "none":
-        lines.append(f"arc={sealed}")
-    wanted = f" policy.dmarc={policy.policy}" if policy.result in ("fail", "permerror") else ""
-    lines.append(f"dmarc={policy.result} header.from={_safe(policy.domain)}{wanted}")
-    return f"Authentication-Results: {hostname};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
-
-
-def _safe(text: str) -> str:
-    """An untrusted value as a token, which cannot end its property."""
-    return _UNSAFE.sub("?", text) or "none"
+        results.append(result("arc", sealed, {}))
+    wanted = policy.policy if policy.result in ("fail", "permerror") else ""
+    results.append(result("dmarc", policy.result, {"header.from": value(policy.domain), "policy.dmarc": wanted}))
+    return field(hostname, results)

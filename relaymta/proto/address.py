@@ -3,7 +3,10 @@
 import re
 from ipaddress import IPv6Address, ip_address
 
-__all__ = ["DomainError", "domain_of", "in_a_labels", "mail_argument", "normalize_domain", "parse_parameters", "rcpt_argument"]
+__all__ = [
+    "DomainError", "domain_of", "in_a_labels", "in_dns", "is_host", "mail_argument", "normalize_domain", "parse_parameters",
+    "rcpt_argument",
+]  # fmt: skip
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -147,6 +150,22 @@ def in_a_labels(domain: str) -> str:
         except DomainError:
             pass
     return domain.lower()
+
+
+_NAME = re.compile(r"(?:[!-\-/-~ ]{1,63}+\.)*+[!-\-/-~ ]{1,63}+\Z")
+_HOST = re.compile(r"(?:[A-Za-z0-9_-]{1,63}+\.)++(?![0-9]++\Z)[A-Za-z0-9_-]{1,63}+\Z")
+
+
+def in_dns(name: str) -> bool:
+    """Whether the DNS can have a name (RFC 1035 2.3.4: labels of 1 to 63 octets, 253 in all; RFC 2181 11: of any octets, of which
+    only printable ASCII is meant here). One that it cannot have does not exist."""
+    return len(name) <= 253 and _NAME.match(name) is not None
+
+
+def is_host(domain: str) -> bool:
+    """Whether a host or mail domain can have a name: several labels of letters, digits, hyphens and underscores, the last not a
+    number (RFC 1123 2.1). Address literals are none, nor are templates that were not filled in, such as `${domain}`."""
+    return len(domain) <= 253 and _HOST.match(domain) is not None
 
 
 def parse_parameters(text: str) -> dict[str, str] | None:

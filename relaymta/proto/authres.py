@@ -1,12 +1,17 @@
-"""Authentication-Results fields in received mail (RFC 8601): those with our own authserv-id are forged, and removed."""
+"""Authentication-Results fields (RFC 8601): ours are written, and those that claim to be ours in received mail are removed."""
 
 import re
+import unicodedata
+from functools import lru_cache
 
+from relaymta.proto.address import in_a_labels
 from relaymta.proto.dkim import name_of
 
-__all__ = ["behind_comments", "without_forged"]
+__all__ = ["behind_comments", "field", "mailbox", "result", "value", "without_forged"]
 
 BRACKETS = 50  # parentheses of comments in a row; each costs as much as a hundred octets
+LINE = 900  # octets of a line, above which each property gets a line of its own
+LONGEST = 400  # octets of a value that we write; addresses have less
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
 _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
@@ -14,13 +19,59 @@ _TOKEN = re.compile(rb'[^\s\x00-\x1f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
 _PAIR = re.compile(rb"\\(.)", re.S)
 _VERSION = re.compile(rb"[0-9]*+")
 
+_PLAIN = re.compile(r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]++\Z")  # a token
+_ATOM = r"[!#$%&'*+/0-9=?A-Z^_`a-z{|}~\x80-\U0010ffff-]++"  # RFC 6532 3.2
+_LOCAL = re.compile(rf'(?:{_ATOM}(?:\.{_ATOM})*+|"(?:[^"\\]|\\.)*+")\Z')
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})+\Z")
+
+
+def field(hostname: str, results: list[str]) -> bytes:
+    """Our field, CRLF included, with `result`s, each on a line of its own."""
+    return f"Authentication-Results: {value(hostname)};\r\n\t".encode() + ";\r\n\t".join(results).encode() + b"\r\n"
+
+
+def result(method: str, outcome: str, properties: dict[str, str], reason: str = "") -> str:
+    """`method=outcome reason="..." ptype.property=pvalue ...` (2.2). `properties`: as `value` or `mailbox` write them; one
+    without a value ("") is left out."""
+    parts = [f"{method}={outcome}"]
+    if reason:
+        parts.append(f"reason={_quoted(reason)}")
+    parts += [f"{name}={text}" for name, text in properties.items() if text]
+    line = " ".join(parts)
+    return line if len(line.encode()) <= LINE else "\r\n\t ".join(parts)
+
+
+def value(text: str) -> str:
+    """An untrusted value, such as a domain: a token, or a quoted string where it is none. "" for ""."""
+    return text if not text or (_PLAIN.match(text) and len(text) <= LONGEST) else _quoted(text)
+
+
+def mailbox(address: str) -> str:
+    """An untrusted address: `local-part@domain-name`, or where it is not that (an address literal) as `value` writes it. The
+    domain is written in A-labels."""
+    local, _, domain = address.rpartition("@")
+    domain = domain if domain.isascii() else in_a_labels(domain)
+    if _LOCAL.match(local) and local.isprintable() and _DOMAIN.match(domain):
+        return f"{local}@{domain}"
+    return value(f"{local}@{domain}")
+
+
+def _quoted(text: str) -> str:
+    """A quoted string (RFC 5322 3.2.4, RFC 6532); what cannot be in one is replaced."""
+    short = text.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
+    shown = "".join(char if char.isprintable() else "?" for char in short)
+    return '"' + shown.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
 
 def without_forged(block: bytes, hostname: str) -> bytes:
-    """A header block without Authentication-Results whose authserv-id is `hostname`, or may be read as it (RFC 8601 5)."""
-    if b"uthentication-" not in block and b"authentication-results" not in block.lower():
+    """A header block without Authentication-Results whose authserv-id is `hostname`, or may be read as it (RFC 8601 5); the same
+    object where there are none."""
+    if b"authentication-results" not in block.lower():
         return block
     fields = re.split(rb"(?<=\r\n)(?![ \t])", block)
-    return b"".join(field for field in fields if not _ours(field, hostname))
+    kept = [each for each in fields if not _ours(each, hostname)]
+    return block if len(kept) == len(fields) else b"".join(kept)
 
 
 def _ours(field: bytes, hostname: str) -> bool:
@@ -35,12 +86,29 @@ def _ours(field: bytes, hostname: str) -> bool:
     if value[match.end() : match.end() + 1] == b"=":  # no authserv-id: `spf=pass ...`, as some programs write
         return False
     identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
-    if identifier.decode("utf-8", "replace").strip().lower().rstrip(".") == hostname.lower().rstrip("."):
+    if _folded("".join(identifier.decode("utf-8", "replace").split())) == _in_u_labels(hostname):
         return True
     version = _VERSION.match(value, behind_comments(value, match.end()))
     assert version is not None
     at = behind_comments(value, version.end())
     return at < len(value) and value[at : at + 1] != b";"
+
+
+def _folded(identifier: str) -> str:
+    """A domain as a program could read it: without case, width and a trailing dot. (IDNA would cost too much for each field.)"""
+    if not identifier.isascii() and len(identifier) < LONGEST:  # the cost is the square of a run of combining marks
+        identifier = unicodedata.normalize("NFKC", identifier).replace("\u3002", ".").casefold()
+    return identifier.lower().rstrip(".")
+
+
+@lru_cache(10)
+def _in_u_labels(hostname: str) -> str:
+    import idna
+
+    try:
+        return _folded(idna.decode(in_a_labels(hostname)))
+    except idna.IDNAError:
+        return _folded(hostname)
 
 
 def behind_comments(value: bytes, at: int) -> int:

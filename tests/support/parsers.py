@@ -137,7 +137,9 @@ _RESULTS = {
     "quoted pairs": times(b"\\a", b"Authentication-Results:("),
     "a string": times(b"\\a", b'Authentication-Results:"'),
     "blanks": times(b" ", b"Authentication-Results:"),
+    "combining marks": times("\u0323\u0301".encode(), b'Authentication-Results:"', b'"'),
     "many": times(b"Authentication-Results:a\r\n"),
+    "many with marks": times(b'Authentication-Results:"' + "\u0301\u0323".encode() * 190 + b'"\r\n'),
     "blanks of many": times(b"Authentication-Results:   (a)  x\r\n"),
 }
 
