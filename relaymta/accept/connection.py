@@ -356,9 +356,11 @@ class Connection(Line):
 
 def _described(transport: asyncio.Transport) -> str:
     """TLS version and cipher of a transport, as Postfix writes them into Received:."""
-    tls = transport.get_extra_info("ssl_object")
-    name, _, bits = tls.cipher() or ("unknown", "", 0)
-    return f"using {tls.version()} with cipher {name} ({bits}/{bits} bits)"
+    cipher = transport.get_extra_info("cipher")
+    if cipher is None:
+        return ""
+    name, _, bits = cipher
+    return f"using {transport.get_extra_info('ssl_object').version()} with cipher {name} ({bits}/{bits} bits)"
 
 
 _STEPS: dict[int, Callable[[Connection, ServerSession], None]] = {

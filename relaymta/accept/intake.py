@@ -95,7 +95,9 @@ class Origin(NamedTuple):
     postmaster: str
 
     @classmethod
-    def of(cls, client: Client, identity: Identity | None, listener: Listener, domain: str, postmaster: str) -> "Origin":
+    def of(
+        cls, client: Client, identity: Identity | None, listener: Listener, domain: str = "", postmaster: str = ""
+    ) -> "Origin":
         """Of a client of a listener. `domain`, `postmaster`: as above."""
         user = identity if identity is not None else _NOBODY
         may_relay = identity is not None or client.trusted
@@ -376,8 +378,9 @@ class Intake:
             priority=origin.priority,
             headers=transaction.headers,
             user=origin.identity.name if origin.identity is not None else "",
+            message_id=transaction.message_id,
         )
-        queue.submit(ident, envelope, data, done, transaction.message_id)
+        queue.submit(ident, envelope, data, done)
 
     def not_signed(self, error: Exception) -> None:
         """Count and log a message that could not be signed."""

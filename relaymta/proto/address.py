@@ -20,6 +20,7 @@ _COMMON = _ATOM + rb"(?:\." + _ATOM + rb")*@" + _LABEL + rb"(?:\." + _LABEL + rb
 # The common forms, in one match: nothing to unquote, nothing to strip.
 _MAIL = re.compile(rb"(?i:FROM):<(" + _COMMON + rb"|)>(?: +(.*))?\Z", re.S)
 _RCPT = re.compile(rb"(?i:TO):<(" + _COMMON + rb")>(?: +(.*))?\Z", re.S)
+_PLAIN = re.compile(_COMMON.decode() + r"\Z")
 
 _PREFIX = {
     b"FROM": re.compile(rb"[ \t]*(?i:FROM):[ \t]*(.*)\Z", re.S),
@@ -88,21 +89,24 @@ def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | Non
     parameters = rest[end:]
     if parameters and parameters[0] not in " \t":
         return None
-    address = _read(path if rest.startswith("<") else path.rstrip(">"))
-    if address is None:
+    read = _read(path if rest.startswith("<") else path.rstrip(">"))
+    if read is None:
         return None
-    if address and "@" not in address and not (word == b"TO" and address.lower() == "postmaster"):
-        if not domain or _ROUTED.search(address):
+    local, own = read
+    if not own and local and not (word == b"TO" and local.lower() == "postmaster"):
+        if not domain or _ROUTED.search(local):
             return None
-        address = f"{address}@{domain}"
-    return address, parameters.strip(" \t")
+        own = domain
+    return f"{local}@{own}" if own else local, parameters.strip(" \t")
 
 
 def plain(address: str) -> str | None:
     """The one form of an address (RFC 5321 4.1.2 and, as in RFC 5322 4.4, with white space, comments and a route in it): the
     local part quoted only where that is necessary, no dot behind the domain. None: not an address. Linear in its length."""
+    if len(address) <= LONGEST_LOCAL and _PLAIN.match(address):
+        return address
     found = _read(address)
-    return found if found is not None and "@" in found else None
+    return f"{found[0]}@{found[1]}" if found is not None and found[1] else None
 
 
 def comparable(address: str) -> str:
@@ -119,8 +123,9 @@ def quoted_if_needed(local: str) -> str:
     return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _read(path: str) -> str | None:
-    """The address in a path, as `plain`; without a domain where there is none, "" for an empty path. None: a syntax error."""
+def _read(path: str) -> tuple[str, str] | None:
+    """(local part as it is sent, domain) of the address in a path; "" for a missing domain, ("", "") for an empty path. None: a
+    syntax error."""
     tokens = _tokens(path)
     if tokens is None:
         return None
@@ -133,9 +138,9 @@ def _read(path: str) -> str | None:
     if local is None or len(local.encode()) > LONGEST_LOCAL:
         return None
     if not ats:
-        return quoted_if_needed(local) if local else ""
+        return quoted_if_needed(local) if local else "", ""
     domain = _domain(tokens[end + 1 :])
-    return None if not domain or end == at else f"{quoted_if_needed(local)}@{domain}"
+    return None if not domain or end == at else (quoted_if_needed(local), domain)
 
 
 def _tokens(path: str) -> list[tuple[str, str]] | None:

@@ -227,19 +227,18 @@ class Queue:
         envelope: Envelope,
         data: list[bytes] | Body,
         done: Callable[[StoreError | None], None],
-        message_id: str = "",
     ) -> None:
         """Store a message, `data` in pieces or as the `Body` of a finished `BigBody`. `done(None)` is called on the loop when it
-        is durable, `done(error)` when it could not be stored. `message_id`: for the log."""
+        is durable, `done(error)` when it could not be stored."""
         names = self.assign(envelope, 0)
         fresh = len(names) == 1 and self._inlines(envelope, names[0][0])
         self._replies.promised += fresh
         if isinstance(data, Body):
             envelope.body = data
             self._big.submitted(ident)
-            self.writer.submit(Put(ident, envelope, names, None, done, fresh, message_id))
+            self.writer.submit(Put(ident, envelope, names, None, done, fresh))
         else:
-            self.writer.submit(Put(ident, envelope, names, data, done, fresh, message_id))
+            self.writer.submit(Put(ident, envelope, names, data, done, fresh))
 
     def _inlines(self, envelope: Envelope, name: QueueName) -> bool:
         """Whether a message will be tried at once, so that it needs no rows of its own."""

@@ -93,6 +93,6 @@ class Dsns:
             arrived=wall_ms(),
             deadline=self._clock.now() + self.max_age_ms,
             application=envelope.application,
+            message_id=f"<{format_id(ident)}@{self._hostname}>",
         )
-        message_id = f"<{format_id(ident)}@{self._hostname}>"
-        return Put(ident, dsn, self._assign(dsn, 0), [data], None, message_id=message_id)
+        return Put(ident, dsn, self._assign(dsn, 0), [data], None)

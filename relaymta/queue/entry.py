@@ -87,7 +87,7 @@ class Entry:
 class Put:
     """A message to store. `data`: the message data in pieces; None when `envelope.body` names the file of a large message.
     `names`: its queues, each with the recipients' indexes (None: all). `done` is called on the loop with None when it is durable,
-    or with the error. `fresh`: it is delivered at once, so it is inlined. `message_id`: for the log."""
+    or with the error. `fresh`: it is delivered at once, so it is inlined."""
 
     ident: int
     envelope: Envelope
@@ -95,7 +95,6 @@ class Put:
     data: list[bytes] | None
     done: Callable[[StoreError | None], None] | None
     fresh: bool = False
-    message_id: str = ""
     error: StoreError | None = None
 
 
