@@ -12,6 +12,7 @@ __all__ = [
 # accepted; real ones (VERP) are longer, and Postfix has no limit.
 LONGEST_LOCAL = 256
 _LONGEST_DOMAIN = 255
+_LONGEST_PATH = 1024  # characters of all spellings that are read
 _COMMON_MOST = LONGEST_LOCAL + len(b"FROM:<")  # octets of an argument in which no local part can be too long
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
@@ -33,7 +34,7 @@ _COMMENT = r"\([^()\\\x00-\x1f\x7f]*+\)"
 _BEHIND = re.compile(rf">*+(?:{_COMMENT})?")  # what Postfix ignores behind a path
 _ATEXT = r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]"
 _TOKEN = re.compile(
-    rf"(?P<none>[ \t]++|{_COMMENT})|(?P<word>(?:{_ATEXT}|\\[\x20-\x7e])++)|(?P<special>[@.,:])"
+    rf"(?P<none>[ \t]++|{_COMMENT})|(?P<word>(?:{_ATEXT}|\.|\\[\x20-\x7e])++)|(?P<special>[@,:])"
     r'|"(?P<quoted>(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*+)"|(?P<literal>\[[^\x00-\x20\[\]\\\x7f]*+\])'
 )
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
@@ -102,7 +103,7 @@ def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | Non
 
 def plain(address: str) -> str | None:
     """The one form of an address (RFC 5321 4.1.2 and, as in RFC 5322 4.4, with white space, comments and a route in it): the
-    local part quoted only where that is necessary, no dot behind the domain. None: not an address. Linear in its length."""
+    local part quoted only where that is necessary, no dot behind the domain. None: not an address, or more than 1024 characters."""
     if len(address) <= LONGEST_LOCAL and _PLAIN.match(address):
         return address
     found = _read(address)
@@ -126,7 +127,7 @@ def quoted_if_needed(local: str) -> str:
 def _read(path: str) -> tuple[str, str] | None:
     """(local part as it is sent, domain) of the address in a path; "" for a missing domain, ("", "") for an empty path. None: a
     syntax error."""
-    tokens = _tokens(path)
+    tokens = _tokens(path) if len(path) <= _LONGEST_PATH else None
     if tokens is None:
         return None
     at = _behind_routes(tokens)
@@ -170,32 +171,23 @@ def _behind_routes(tokens: list[tuple[str, str]]) -> int:
 
 
 def _joined(tokens: list[tuple[str, str]]) -> str | None:
-    """A local part: words and dots, without two words side by side. Dots may be anywhere: it is quoted then, as Postfix does."""
-    word = False
+    """A local part: words with dots between them. Dots may be anywhere: it is quoted then, as Postfix does."""
+    dot = True
     for kind, text in tokens:
-        if kind in ("word", "quoted"):
-            if word:
-                return None
-            word = True
-        elif text == "." and kind == "special":
-            word = False
-        else:
+        if kind not in ("word", "quoted") or not (dot or (kind == "word" and text.startswith("."))):
             return None
+        dot = kind == "word" and text.endswith(".")
     return "".join(text for _, text in tokens)
 
 
 def _domain(tokens: list[tuple[str, str]]) -> str | None:
     """A domain, without a dot behind it, or an address literal. None: it is neither."""
-    if len(tokens) > 1 and tokens[-1] == ("special", "."):
-        tokens = tokens[:-1]
     if len(tokens) == 1 and tokens[0][0] == "literal":
         return tokens[0][1] if literal_address(tokens[0][1]) is not None else None
-    dots = [text == "." and kind == "special" for kind, text in tokens]
-    if len(tokens) % 2 == 0 or any(dot != bool(number % 2) for number, dot in enumerate(dots)):
+    found = _joined(tokens)
+    if found is None or any(kind != "word" for kind, _ in tokens):
         return None
-    if any(kind != "word" and not dot for (kind, _), dot in zip(tokens, dots, strict=True)):
-        return None
-    found = "".join(text for _, text in tokens)
+    found = found.removesuffix(".")
     return found if len(found.encode()) <= _LONGEST_DOMAIN and _DOT_ATOM.match(found) else None
 
 

@@ -16,6 +16,7 @@ _UNFOLDED = re.compile(rb"\r\n(?![ \t])")
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|\r\n")
 _FROM_LINE = re.compile(rb">*From ")
+MAILBOX_LINES = 100  # `From ` lines in front of a message that become fields
 MESSAGE_ID_SHOWN = 256  # characters of a Message-ID that are logged
 _MESSAGE_IDS = (b"\nMessage-ID:", b"\nMessage-Id:")  # as nearly all mail has it
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:", re.I | re.M)
@@ -43,7 +44,7 @@ def begun(data: bytes) -> bytes:
     fields, and an empty line is put in front of a line that is no field, so that it does not become part of ours."""
     at = 0
     lines: list[bytes] = []
-    while _FROM_LINE.match(data, at) and not _FIELD.match(data, at):
+    while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < 2 * MAILBOX_LINES:
         end = data.find(b"\r\n", at)
         end = len(data) if end < 0 else end + 2
         lines += [b"X-Mailbox-Line: ", data[at:end]]
@@ -62,7 +63,7 @@ def message_id(header: bytes) -> str:
             at += len(name)
             break
     else:
-        match = _MESSAGE_ID.search(header)
+        match = _MESSAGE_ID.search(header) if b"message-id" in header.lower() else None
         if match is None:
             return ""
         at = match.end()

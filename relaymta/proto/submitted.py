@@ -13,7 +13,8 @@ __all__ = ["submitted"]
 _NAME = re.compile(
     rb"^(?:(bcc|resent-bcc|return-path)|from|to|cc|reply-to|sender|resent-(?:from|to|cc|reply-to|sender))[ \t]*:", re.I | re.M
 )
-COMPLETED_MOST = 32768  # octets of the fields in which addresses are completed: parsing one costs as much as copying a thousand
+COMPLETED_MOST = 32768  # octets of the fields in which addresses are completed: parsing one costs as much as copying a thousand,
+EACH = 256  # and that of any field as much as so many octets
 _END = re.compile(rb"\r\n(?![ \t])")
 
 
@@ -34,7 +35,7 @@ def submitted(data: bytes, domain: str) -> bytes:
         if match[1] is not None:
             kept.append(data[at:start])
             at = min(behind + 2, end)
-        elif domain and (room := room - (behind - value)) >= 0:
+        elif domain and (room := room - EACH - (behind - value)) >= 0:
             before = data[value:behind]
             after = completed(before, domain)
             if after != before:

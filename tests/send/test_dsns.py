@@ -125,8 +125,9 @@ def test_a_dsn_is_mime_by_its_content(reply, header, sender, recipient):
     assert utf8 or data.isascii(), "7-bit for 7-bit hosts"
     assert all(len(line) <= 998 and not re.search(rb"[\0\r\n]", line) for line in data.split(b"\r\n"))
     report = email.message_from_bytes(data, policy=policy.SMTPUTF8)
-    assert not report.defects and str(report["To"]) == f"<{sender}>".replace("<", "").replace(">", "") or str(report["To"])
     text, status, returned = report.iter_parts()
+    assert not any(part.defects for part in (report, text, status, returned))
+    assert str(report["To"]).strip("<>") == sender
     encodings = {str(part["Content-Transfer-Encoding"]) for part in (text, status, returned)}
     assert ("8bit" in encodings) == (str(report["Content-Transfer-Encoding"]) == "8bit") == (b"8bit" in data)
     assert encodings <= ({"7bit", "8bit", "quoted-printable"} if utf8 else {"7bit", "quoted-printable"})
