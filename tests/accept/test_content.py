@@ -165,7 +165,9 @@ def test_the_domain_of_the_hostname(hostname, domain):
     assert (origin.domain, origin.postmaster) == (domain, f"postmaster@{domain}")
 
 
-@pytest.mark.parametrize("word", ["<postmaster>", "<Postmaster>", "<POSTMASTER>", "postmaster", '<"postmaster">', "< postmaster >"])
+@pytest.mark.parametrize(
+    "word", ["<postmaster>", "<Postmaster>", "<POSTMASTER>", "postmaster", '<"postmaster">', "< postmaster >"]
+)
 @pytest.mark.parametrize(
     ("client", "expected"),
     [

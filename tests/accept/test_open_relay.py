@@ -22,8 +22,9 @@ ELSEWHERE = [
     "x@[198.51.100.1]", "x@[127.0.0.1]", "x@[IPv6:::1]", "x@127.0.0.1", "x@localhost", "x", "x@", "x@far.example@ours.example",
     "x@ours.example@far.example", "<x@far.example>", '""@far.example', "x@ours.example>@far.example", "postmaster@far.example",
     "x@xn--urs-tbd.example", "x@оurs.example", "x@ours。example", "x@ｏurs.example", "x@ours.example\0.far.example",
-    "x@far.example (x@ours.example)", "x@far.example,x@ours.example", "x@ours.example;x@far.example", "ops@far.example", "@ours.example:postmaster@far.example", "<<x@far.example>>",
-    "x @ far.example", '"x@ours.example"', '"x@far.example"', "x@far.example(x@ours.example)", "x(@ours.example)@far.example",
+    "x@far.example (x@ours.example)", "x@far.example,x@ours.example", "x@ours.example;x@far.example",
+    "ops@far.example", "@ours.example:postmaster@far.example", "<<x@far.example>>", "x @ far.example",
+    '"x@ours.example"', '"x@far.example"', "x@far.example(x@ours.example)", "x(@ours.example)@far.example",
     "x\\@ours.example@far.example", "x\\@far.example@ours.example", '"x"@"ours.example"', "x@ours.example,", "@ours.example:x",
 ]  # fmt: skip
 

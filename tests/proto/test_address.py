@@ -1,7 +1,7 @@
 """Addresses in MAIL and RCPT: what is accepted, and the one form that all spellings of an address have in common.
 
-Each row was tried with Postfix 3.7 (its default, strict_rfc821_envelopes = no): what it accepts, and the address that it sends to the
-next hop. Rows marked "stricter" are accepted by it, but not here.
+Each row was tried with Postfix 3.7 (its default, strict_rfc821_envelopes = no): what it accepts, and the address that it sends
+to the next hop. Rows marked "stricter" are accepted by it, but not here.
 """
 
 import pytest
@@ -121,7 +121,9 @@ def test_the_null_sender(path):
     assert rcpt_argument(b"TO:" + path.encode(), DOMAIN) is None
 
 
-@pytest.mark.parametrize("path", ["<postmaster>", "<Postmaster>", '<"postmaster">', " < postmaster >", "postmaster", "<@x:postmaster>"])
+@pytest.mark.parametrize(
+    "path", ["<postmaster>", "<Postmaster>", '<"postmaster">', " < postmaster >", "postmaster", "<@x:postmaster>"]
+)
 @pytest.mark.parametrize("domain", ["", DOMAIN])
 def test_postmaster_needs_no_domain(path, domain):
     """RFC 5321 4.5.1; which one that is the relay decides."""
@@ -162,8 +164,9 @@ def test_any_local_part_can_be_written_and_is_read_as_it_was(local):
 @pytest.mark.parametrize(
     ("written", "compared"),
     [
-        ('"Ann"@Ours.example.', "ann@ours.example"), ("Ann@ours.example", "ann@ours.example"), ("@Ours.example.", "@ours.example"),
-        ("@.Ours.example", "@.ours.example"), ("a..b@x", '"a..b"@x'), ("no address", "no address"), ("", ""),
+        ('"Ann"@Ours.example.', "ann@ours.example"), ("Ann@ours.example", "ann@ours.example"),
+        ("@Ours.example.", "@ours.example"), ("@.Ours.example", "@.ours.example"),
+        ("a..b@x", '"a..b"@x'), ("no address", "no address"), ("", ""),
     ],
 )  # fmt: skip
 def test_addresses_of_a_configuration_are_compared_in_the_same_form(written, compared):

@@ -97,8 +97,8 @@ def test_the_returned_header_cannot_end_its_part():
 
 
 REPLIES = [
-    "no such user", "x " * 1500, "y" * 2000, "Benutzer unbekannt: müller", "nein\u202e\x1b[31m\x00\r\n.\r\nQUIT", "caf\ufffd", "", "=?x",
-    "--=_I", "a\tb   c", "日本語 " * 300,
+    "no such user", "x " * 1500, "y" * 2000, "Benutzer unbekannt: müller", "nein\u202e\x1b[31m\x00\r\n.\r\nQUIT", "caf\ufffd", "",
+    "=?x", "--=_I", "a\tb   c", "日本語 " * 300,
 ]  # fmt: skip
 HEADERS = {
     "ascii": b"Subject: x\r\nTo: c@d\r\n",
