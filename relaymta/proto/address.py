@@ -1,6 +1,7 @@
 """Mail addresses in SMTP paths (RFC 5321 4.1.2, RFC 6531 3.3), domains and address literals."""
 
 import re
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 __all__ = [
@@ -103,13 +104,14 @@ def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | Non
 
 def plain(address: str) -> str | None:
     """The one form of an address (RFC 5321 4.1.2 and, as in RFC 5322 4.4, with white space, comments and a route in it): the
-    local part quoted only where that is necessary, no dot behind the domain. None: not an address, or more than 1024 characters."""
+    local part quoted only where that is necessary, no dot behind the domain. None: no address, or more than 1024 characters."""
     if len(address) <= LONGEST_LOCAL and _PLAIN.match(address):
         return address
     found = _read(address)
     return f"{found[0]}@{found[1]}" if found is not None and found[1] else None
 
 
+@lru_cache(256)
 def comparable(address: str) -> str:
     """An address or "@domain" of a configuration in the form in which addresses are compared: `plain`, in lower case."""
     if address.startswith("@"):

@@ -19,6 +19,7 @@ _FROM_LINE = re.compile(rb">*From ")
 MAILBOX_LINES = 100  # `From ` lines in front of a message that become fields
 MESSAGE_ID_SHOWN = 256  # characters of a Message-ID that are logged
 _MESSAGE_IDS = (b"\nMessage-ID:", b"\nMessage-Id:")  # as nearly all mail has it
+_WHITE = (b" ", b"\t")
 _MESSAGE_ID = re.compile(rb"^message-id[ \t]*:", re.I | re.M)
 _SAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 
@@ -67,9 +68,13 @@ def message_id(header: bytes) -> str:
         if match is None:
             return ""
         at = match.end()
-    value = header[at : at + 4 * MESSAGE_ID_SHOWN]
-    end = _UNFOLDED.search(value)
-    value = (value if end is None else value[: end.start()]).replace(b"\r\n", b"")
+    end = header.find(b"\r\n", at)
+    if end < 0 or end - at > 4 * MESSAGE_ID_SHOWN or header[end + 2 : end + 3] in _WHITE:  # folded, or too long
+        value = header[at : at + 4 * MESSAGE_ID_SHOWN]
+        match = _UNFOLDED.search(value)
+        value = (value if match is None else value[: match.start()]).replace(b"\r\n", b"")
+    else:
+        value = header[at:end]
     return value.strip().decode("utf-8", "replace")[:MESSAGE_ID_SHOWN]
 
 

@@ -9,6 +9,10 @@ import pytest
 from relaymta.accept.connection import Connection
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
+from relaymta.proto.envelope import Envelope
+from relaymta.queue import Filter
+from relaymta.route.staging import Redirection
+from relaymta.route.table import RouteTable
 from tests.accept.test_transactions import idle
 from tests.support.connection import BIG, Machine, Transport
 
@@ -264,3 +268,17 @@ def test_the_log_gets_the_message_id(client, header, expected, size):
         assert f"\r\nMessage-ID: {envelope.message_id}\r\n".encode() in data and envelope.message_id
     else:
         assert envelope.message_id == expected
+
+
+@pytest.mark.parametrize("written", ["ann@ours.example", '"Ann"@ours.example', "ANN@Ours.Example.", "ann @ ours.example"])
+def test_what_is_said_about_an_address_is_about_all_of_its_spellings(written):
+    """Routes, the filters of commands and policies, and staging."""
+    queued = Envelope("ann@ours.example", ["ann@ours.example"], 1, 0, 0, 0)
+    assert Filter(sender=written).matches(1, queued)
+    listeners = [{"address": "127.0.0.1:25"}]
+    for condition in ("sender", "recipient"):
+        route = {"name": "one", "hosts": ["192.0.2.1"], condition: [written]}
+        table = RouteTable(Config.model_validate({"listener": listeners, "route": [route]}))
+        assert table.choose(queued, "ann@ours.example").label == "one"
+    assert Redirection("qa@test.example", [written]).allows("ann@ours.example")
+    assert Filter(recipient_domain="Ours.example.").matches(1, queued)
