@@ -30,7 +30,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopped": ("reason",),
     "reloaded": ("applied", "restart"),
     "warning": ("text",),
-    "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application"),
+    "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
@@ -44,11 +44,14 @@ EVENTS: dict[str, tuple[str, ...]] = {
 # Fields of an event that had another name in 0.1: old -> new. Both are written for one version.
 RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 
+# Fields that an event has only got after 0.1: "" where they are not given.
+ADDED = {"message_id"}
+
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
     """The struct of an event. It is faster to create and encode than a dictionary, and an unknown field is an error."""
     head: list[Any] = [("ts", float), ("worker", int)]
-    tail: list[Any] = [(field, Any) for field in fields]
+    tail: list[Any] = [(field, Any, "") if field in ADDED else (field, Any) for field in fields]
     renamed = RENAMED.get(name, {})
     tail += [(old, Any, None) for old in renamed]
 

@@ -283,11 +283,14 @@ class Connection(Line):
             self.waits, self.blocked_at = 0, 0.0  # replies were sent before the handshake began
             self.set_buffer_limits()
             self.session.tls_started()
+            self.session.tls = _described(transport)
         elif self.early:
             self.write(reply.TALKING_EARLY)
             transport.close()
         else:
             self._greet(True)
+            assert self.session is not None
+            self.session.tls = _described(transport)
 
     def _log_in(self, session: ServerSession) -> None:
         assert session.claim is not None
@@ -349,6 +352,15 @@ class Connection(Line):
             return
         out, self.delayed = self.delayed, b""
         self._give_up(out + DRAIN_REPLY)
+
+
+def _described(transport: asyncio.Transport) -> str:
+    """TLS version and cipher of a transport, as Postfix writes them into Received:."""
+    cipher = transport.get_extra_info("cipher")
+    if cipher is None:
+        return ""
+    name, _, bits = cipher
+    return f"using {transport.get_extra_info('ssl_object').version()} with cipher {name} ({bits}/{bits} bits)"
 
 
 _STEPS: dict[int, Callable[[Connection, ServerSession], None]] = {

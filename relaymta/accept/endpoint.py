@@ -19,6 +19,7 @@ from relaymta.filter import keys
 from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
 from relaymta.metrics import Counters
+from relaymta.proto.address import comparable, plain
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "check"]
 
-_PLAUSIBLE = re.compile(r"[^\s@]*@[^\s@]+\Z")
+_PLAUSIBLE = re.compile(r"@[^\s@]+\Z")
 _offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
 
@@ -186,11 +187,13 @@ def _recipients(path: str) -> frozenset[str] | None:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"relay.recipients: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"]) from None
-    words = [(number, line.strip().lower()) for number, line in enumerate(lines, 1)]
+    words = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, word) for number, word in words if word and not word.startswith("#")]
     wrong = [
-        f"{path}:{number}: {word!r} is neither an address nor @domain" for number, word in found if not _PLAUSIBLE.match(word)
+        f"{path}:{number}: {word!r} is neither an address nor @domain"
+        for number, word in found
+        if not _PLAUSIBLE.match(word) and plain(word) is None
     ]
     if wrong:
         raise ConfigError(wrong[:20])
-    return frozenset(word for _, word in found)
+    return frozenset(comparable(word) for _, word in found)

@@ -19,22 +19,25 @@ from relaymta.proto.authres import without_forged
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
+    begins_well,
+    begun,
     count_received,
     field_names,
-    has_header,
     header_end,
+    message_id,
     received_field,
     rfc5322_date,
     too_long,
-)
+)  # fmt: skip
 from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.session import Session
+from relaymta.proto.submitted import submitted
 from relaymta.proto.transaction import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["Client", "Intake", "Origin", "without_forged_results"]
+__all__ = ["Client", "Intake", "Origin"]
 
 CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
@@ -77,7 +80,9 @@ class Client:
 
 class Origin(NamedTuple):
     """Where a message comes from, and what follows for it. `identity`: the authenticated user; `may_relay`: the client is
-    authenticated or in a network that may relay; `free`: its recipients need no check."""
+    authenticated or in a network that may relay; `free`: its recipients need no check; `submission`: Date and Message-ID are
+    added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
+    `postmaster`: the address that this means without a domain, "": it is rejected."""
 
     client: Client
     identity: Identity | None
@@ -86,6 +91,9 @@ class Origin(NamedTuple):
     submission: bool
     may_relay: bool
     free: bool
+    submitted: bool
+    domain: str
+    postmaster: str
 
     @property
     def trusted(self) -> bool:
@@ -94,8 +102,10 @@ class Origin(NamedTuple):
         return self.may_relay and self.identity is None
 
     @classmethod
-    def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
-        """Of a client of a listener."""
+    def of(
+        cls, client: Client, identity: Identity | None, listener: Listener, domain: str = "", postmaster: str = ""
+    ) -> "Origin":
+        """Of a client of a listener. `domain`, `postmaster`: as above."""
         user = identity if identity is not None else _NOBODY
         may_relay = identity is not None or client.trusted
         return cls(
@@ -106,6 +116,9 @@ class Origin(NamedTuple):
             listener.submission,
             may_relay,
             may_relay and not (client.message_rate or client.recipient_rate or user.quotas),
+            listener.submission or identity is not None,
+            domain,
+            postmaster,
         )
 
 
@@ -161,11 +174,23 @@ class Intake:
             known = self._clients[address] = self._rules(address)
         return known
 
+    def origin(self, client: Client, identity: Identity | None, listener: Listener) -> Origin:
+        """Where mail of this client comes from, while it is logged in as `identity` (None: not at all)."""
+        domain = ""
+        if client.trusted or identity is not None:
+            domain = self._config.intake.complete_domain
+        if client.trusted and not domain:  # of mail.example.org: example.org
+            behind = self.hostname.partition(".")[2]
+            domain = behind if "." in behind else self.hostname
+        return Origin.of(
+            client, identity, listener, domain, self._config.relay.postmaster or (f"postmaster@{domain}" if domain else "")
+        )
+
     def unknown_client(self, peer: str) -> Client:
         """The rules for a client whose address is unknown, behind the proxy `peer`: it is counted as the proxy, but has neither
         its rights nor its address, which SPF would evaluate."""
         found = self.client(peer)
-        limits = replace(found.limits, normalize=False, long_lines=False)
+        limits = replace(found.limits, normalize=False, long_lines=False, lenient=False)
         unknown = replace(found, address=UNKNOWN, behind=found.address, limits=limits)
         return replace(unknown, trusted=False, xclient=False, application="", priority="")
 
@@ -181,6 +206,7 @@ class Intake:
             errors=config.intake.errors,
             normalize=_own_or_general(own.normalize, parsed in self._normalized),
             long_lines=_own_or_general(own.long_lines, parsed in self._long_lines or trusted),
+            lenient=trusted,
         )
         connections = _own_or_general(own.connections, max(most, 200) if trusted else most)
         general = config.limits
@@ -210,7 +236,10 @@ class Intake:
 
     def accept_recipient(self, origin: Origin, address: str, transaction: Transaction) -> bytes | None:
         """The check at RCPT: relay rights, then rates and quotas. The reply that rejects the recipient, or None."""
-        refused = None if origin.may_relay else self._refusal(address)
+        if "@" not in address:  # postmaster
+            refused = None if origin.postmaster else reply.NO_POSTMASTER
+        else:
+            refused = None if origin.may_relay else self._refusal(address)
         if refused is not None:
             self.counters.add(RECIPIENTS_REFUSED, 1)
             self._rejected(origin.client, "", transaction.sender, [address], refused)
@@ -218,10 +247,8 @@ class Intake:
         return self._spend(origin.client, origin.identity, transaction)
 
     def _refusal(self, address: str) -> bytes | None:
-        """The reply that rejects a recipient of an unauthenticated client, or None. Postmaster is accepted (RFC 5321 4.5.1)."""
+        """The reply that rejects a recipient of an unauthenticated client, or None."""
         domain = domain_of(address)
-        if address.lower() == "postmaster":
-            return None
         if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
             return reply.RELAY_DENIED
         exists = self._endpoint.recipient_exists(address.lower(), domain)
@@ -264,11 +291,29 @@ class Intake:
         answered = answer.decode("utf-8", "replace").strip()
         self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=answered)
 
+    def edited(self, origin: Origin, start: bytes, whole: bool) -> bytes | None:
+        """Message data, or the start of a large message (`whole` is false), as it is stored behind our fields: made to begin
+        well, without forged results, and with the header of submitted mail changed. The same object where nothing is changed;
+        None: a header that would have to be changed is too long, or does not end within `start`; the message is rejected."""
+        if not begins_well(start):
+            start = begun(start)
+        if not origin.trusted:
+            genuine = _without_forged_results(start, self.hostname, whole)
+            if genuine is None:
+                return None
+            start = genuine
+        if not origin.submitted:
+            return start
+        if not whole and header_end(start) == len(start):
+            return None
+        found = submitted(start, origin.domain)
+        return found if found is start or begins_well(found) else begun(found)
+
     def prepend(
         self, ident: int, transaction: Transaction, origin: Origin, session: Session, start: bytes
     ) -> list[bytes] | bytes:
-        """The fields to add before a message whose message data begins with `start` (HEADER_SEEN octets suffice); or the reply
-        that rejects it. Sets `transaction.headers`."""
+        """The fields to add before a message whose message data (as `edited`) begins with `start` (HEADER_SEEN octets suffice);
+        or the reply that rejects it. Sets `transaction.headers` and `message_id`."""
         header, identity = start[: header_end(start)], origin.identity
         if identity is not None and identity.senders:
             refused = _check_authors(identity, header, len(start))
@@ -295,17 +340,18 @@ class Intake:
             ident=name,
             recipient=recipients[0] if len(recipients) == 1 else "",
             seconds=now,
+            tls=session.tls,
         )
+        transaction.message_id = message_id(header)
         if origin.submission:
             names = field_names(header)
             if b"message-id" not in names:
-                fields += f"Message-ID: <{name}@{self.hostname}>\r\n".encode()
+                transaction.message_id = f"<{name}@{self.hostname}>"
+                fields += f"Message-ID: {transaction.message_id}\r\n".encode()
             if b"date" not in names:
                 fields += f"Date: {rfc5322_date(now)}\r\n".encode()
         if self._staging is not None:
             fields = self._staging.banner(recipients) + fields
-        if not has_header(header):
-            fields += b"\r\n"  # the first line of the body must not become part of our fields
         return [fields]
 
     def admit(
@@ -327,7 +373,7 @@ class Intake:
             flags |= SMTPUTF8
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
-            recipients = list(dict.fromkeys(a if "@" in a else f"{a}@{self.hostname}" for a in recipients))
+            recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
         if self._staging is not None:
             recipients = self._staging.recipients(recipients)
         queue = self.queue
@@ -344,6 +390,7 @@ class Intake:
             priority=origin.priority,
             headers=transaction.headers,
             user=origin.identity.name if origin.identity is not None else "",
+            message_id=transaction.message_id,
         )
         queue.submit(ident, envelope, data, done)
 
@@ -387,11 +434,9 @@ class Intake:
         return reply.STORE_ERROR
 
 
-def without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:
+def _without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes | None:
     """The start of message data (`whole`: all of it) without Authentication-Results in our name; None when there may be some
     behind it, or its header is too long to be parsed."""
-    if not has_header(start):
-        return start
     header = start[: header_end(start)]
     if not whole and len(header) == len(start):
         return None

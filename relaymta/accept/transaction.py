@@ -14,14 +14,14 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.intake import Origin, without_forged_results
+from relaymta.accept.intake import Origin
 from relaymta.accept.large import Large
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
 from relaymta.filter.signing import Unsignable
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
-from relaymta.proto.header import HEADER_SEEN
+from relaymta.proto.header import HEADER_SEEN, begins_well
 from relaymta.proto.session import Session
 from relaymta.proto.transaction import Transaction
 from relaymta.queue import format_id
@@ -75,7 +75,9 @@ class IncomingTransaction(Transaction):
     # Receiving
 
     def accept(self, address: str) -> bytes | None:
-        return None if self.origin.free else self._admission.intake.accept_recipient(self.origin, address, self)
+        if self.origin.free and "@" in address:
+            return None
+        return self._admission.intake.accept_recipient(self.origin, address, self)
 
     def arrived(self, now: float) -> None:
         """More message data has arrived, at `now` (loop time)."""
@@ -108,11 +110,10 @@ class IncomingTransaction(Transaction):
         """A new large message whose message data begins with `start`, and that start; or the reply that rejects it."""
         intake, endpoint, ident = self._admission.intake, self._admission.endpoint, self._ident
         draft, look = None, None
-        if not self.origin.trusted:
-            found = without_forged_results(start, intake.hostname, whole=False)
-            if found is None:
-                return reply.HEADER_TOO_LONG
-            start = found
+        edited = intake.edited(self.origin, start, False)
+        if edited is None:
+            return reply.HEADER_TOO_LONG
+        start = edited
         if endpoint.verifier is not None and not self.origin.may_relay:
             look = endpoint.verifier.look(start)
             if look is None:
@@ -163,15 +164,14 @@ class IncomingTransaction(Transaction):
         self._ident = intake.queue.ident()
         data = self.take()
         start = data[0] if data else b""
-        if len(data) > 1 and b"\r\n\r\n" not in start:
-            start = _start_of(data) if self.origin.trusted else b"".join(data)
-        if not self.origin.trusted:
-            found = without_forged_results(start, intake.hostname, whole=True)
-            if found is None:
+        if self.origin.submitted or not self.origin.trusted or not begins_well(start):
+            edited = intake.edited(self.origin, b"".join(data), True)
+            if edited is None:
                 self._reject(reply.HEADER_TOO_LONG)
                 return
-            if found is not start:
-                data, start = [found, *data[1:]] if start is data[0] else [found], found
+            data, start = [edited], edited
+        elif len(data) > 1 and b"\r\n\r\n" not in start:
+            start = _start_of(data)
         front = intake.prepend(self._ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             self._reject(front)

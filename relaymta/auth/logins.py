@@ -22,6 +22,7 @@ from relaymta.errors import redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
+from relaymta.proto.address import comparable
 from relaymta.proto.sasl import Claim, Keys, Password, Proof
 from relaymta.shm import Limits, Rates
 from relaymta.watch import Watched
@@ -255,7 +256,7 @@ class Logins:
             found.name,
             account.application or found.application,
             account.priority or found.priority,
-            tuple(sender.lower() for sender in account.senders) or found.senders,
+            tuple(map(comparable, account.senders)) or found.senders,
             {kind: quota for kind in QUOTAS if (quota := getattr(account, kind))},
             account.over == "hold",
             account.connections,

@@ -14,6 +14,7 @@ from joserfc.jwk import JWKRegistry, Key, KeySet
 
 from relaymta.auth.identity import Identity, Unavailable, possible
 from relaymta.config import TokensTable
+from relaymta.proto.address import comparable
 from relaymta.web import WebError, object_in, request
 
 __all__ = ["Bearer", "Passwords"]
@@ -74,7 +75,7 @@ class Passwords:
             if len(self.names) >= NAMES_KEPT:
                 self.names.clear()
             self.names[user] = name
-        return Identity(name, application, priority, tuple(sender.lower() for sender in senders))
+        return Identity(name, application, priority, tuple(map(comparable, senders)))
 
 
 class Bearer:

@@ -5,7 +5,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from relaymta.config.values import Address, Duration, Network, Quota, Reload, Restart, Size, Table, is_loopback, parse_hostport
+from relaymta.config.values import (
+    Address,
+    Domain,
+    Duration,
+    Mailbox,
+    Network,
+    Quota,
+    Reload,
+    Restart,
+    Size,
+    Table,
+    is_loopback,
+    parse_hostport,
+)
 
 __all__ = ["Application", "Certificate", "Intake", "Listener", "PeerNetwork", "Relay"]
 
@@ -20,7 +33,10 @@ class Listener(Table):
         "", description="application of mail accepted here, as routes, limits and log records name it"
     )
     priority: Restart[Literal["express", "normal", "bulk"]] = Field("normal", description="class of mail accepted here")
-    submission: Restart[bool] = Field(False, description="add Date: and Message-ID: where they are missing (RFC 6409 8)")
+    submission: Restart[bool] = Field(
+        False, description="add Date: and Message-ID: where they are missing; remove Bcc: and Return-Path:, complete addresses, "
+        "as in mail of users who log in (RFC 6409 8)",
+    )  # fmt: skip
     tls: Restart[Literal["off", "may", "require", "implicit"]] = Field(
         "may", description="may: STARTTLS if there is a certificate; require: no mail before STARTTLS; implicit: TLS from the "
         "first octet (port 465)",
@@ -87,6 +103,11 @@ class Relay(Table):
         description='file of valid recipients in these domains, one "a@example.com" or "@example.com" a line; others are '
         "rejected; empty: all are valid",
     )
+    postmaster: Reload[Mailbox] = Field(
+        "",
+        description="address that mail for `postmaster` without a domain is sent to (RFC 5321 4.5.1); empty: rejected, or from "
+        "clients whose addresses are completed, postmaster of that domain",
+    )
     open_relay: Reload[bool] = Field(
         False, description="start even if much of the Internet may relay, or set client addresses by PROXY or XCLIENT"
     )
@@ -99,6 +120,11 @@ class Intake(Table):
         [], description="clients whose bare CR and LF are replaced by CRLF, and NUL by a space; rejected from others"
     )
     long_line_networks: Reload[list[Network]] = Field(LOOPBACK, description="clients whose lines may be longer than 998 octets")
+    complete_domain: Reload[Domain] = Field(
+        "",
+        description="domain added to addresses without one (`root`), in the envelope and in the header of submitted mail, for "
+        "clients that may relay; empty: the domain of `hostname`, for networks that may relay only",
+    )
     hops: Reload[int] = Field(50, ge=1, description="maximum number of Received: fields; a message with more is in a loop")
     errors: Reload[int] = Field(20, ge=1, description="errors after which a connection is closed")
     shed_lag: Reload[Duration] = Field(

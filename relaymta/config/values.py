@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from relaymta.errors import ConfigError
-from relaymta.proto.address import DomainError, normalize_domain
+from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
-    "Address", "Duration", "Host", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate", "Reload", "Restart", "Size",
-    "Spoken", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback", "near", "parse_duration",
-    "parse_hostport", "parse_quota", "place_of", "repeated",
+    "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate", "Reload",
+    "Restart", "Size", "Spoken", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback",
+    "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
@@ -234,6 +234,17 @@ def in_dns(name: str) -> str:
     return found
 
 
+def _domain(name: str) -> str:
+    return in_dns(name) if name else ""
+
+
+def _mailbox(text: str) -> str:
+    found = plain(text) if text else ""
+    if found is None:
+        raise ValueError(f"{text!r} is not an address")
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host is a loopback address."""
     try:
@@ -264,4 +275,6 @@ Address = Annotated[str, BeforeValidator(_address)]
 Host = Annotated[str, BeforeValidator(_host)]
 Nameserver = Annotated[str, AfterValidator(_nameserver)]
 Network = Annotated[str, BeforeValidator(_network)]
+Domain = Annotated[str, AfterValidator(_domain)]  # in A-labels, or ""
+Mailbox = Annotated[str, AfterValidator(_mailbox)]  # an address in its one form, or ""
 Spoken = Annotated[str, AfterValidator(_spoken)]  # is inserted unchanged into commands, replies and header fields

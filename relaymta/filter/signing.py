@@ -17,7 +17,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.dkim import BodyHashes, has_author, signed, split_fields
-from relaymta.proto.header import has_header, header_end, too_long
+from relaymta.proto.header import header_end, too_long
 from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
 
@@ -230,7 +230,7 @@ class Signer:
     def draft(self, front: bytes, start: bytes, application: str, partly: bool = False) -> "Draft | None":
         """Begin to sign a message whose data begins with `start`, which has to contain its header; the rest may be streamed.
         None when no key signs it; Unsignable when that cannot be determined, or (unless `partly`) a key cannot be read."""
-        end = header_end(start) if has_header(start) else 0  # `front` ends with an empty line then: all of it is body
+        end = header_end(start)
         header = start[:end]
         if too_long(header):
             if any(one.settings.signs_for(application) for one in self.watched):

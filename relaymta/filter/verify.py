@@ -15,7 +15,7 @@ from relaymta.proto import reply
 from relaymta.proto.address import DomainError, domain_of, in_a_labels, normalize_domain
 from relaymta.proto.authres import field, mailbox, result, value
 from relaymta.proto.dkim import BodyHashes
-from relaymta.proto.header import has_header, header_end, too_long
+from relaymta.proto.header import header_end, too_long
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
@@ -80,7 +80,7 @@ class Verifier:
     def look(self, start: bytes) -> Look | None:
         """Begin to verify a message whose data begins with `start`, which has to contain its header. None when that is too
         long: the caller refuses the message."""
-        header = start[: header_end(start)] if has_header(start) else b""  # all of it is body then
+        header = start[: header_end(start)]
         return None if too_long(header) else Look(header)
 
     async def check(self, address: str, helo: str, sender: str, look: Look, rest: bytes = b"") -> Verdict:

@@ -1,12 +1,20 @@
 """Mail addresses in SMTP paths (RFC 5321 4.1.2, RFC 6531 3.3), domains and address literals."""
 
 import re
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 __all__ = [
-    "DomainError", "domain_of", "in_a_labels", "in_dns", "is_host", "mail_argument", "normalize_domain", "parse_parameters",
-    "rcpt_argument",
+    "LONGEST_LOCAL", "DomainError", "comparable", "domain_of", "in_a_labels", "in_dns", "is_host", "mail_argument",
+    "normalize_domain", "parse_parameters", "plain", "quoted_if_needed", "rcpt_argument",
 ]  # fmt: skip
+
+# Octets of a local part after unquoting, the same in every spelling. RFC 5321 4.5.3.1.1 has 64 as the least that must be
+# accepted; real ones (VERP) are longer, and Postfix has no limit.
+LONGEST_LOCAL = 256
+_LONGEST_DOMAIN = 255
+_LONGEST_PATH = 1024  # characters of all spellings that are read
+_COMMON_MOST = LONGEST_LOCAL + len(b"FROM:<")  # octets of an argument in which no local part can be too long
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -14,12 +22,25 @@ _COMMON = _ATOM + rb"(?:\." + _ATOM + rb")*@" + _LABEL + rb"(?:\." + _LABEL + rb
 # The common forms, in one match: nothing to unquote, nothing to strip.
 _MAIL = re.compile(rb"(?i:FROM):<(" + _COMMON + rb"|)>(?: +(.*))?\Z", re.S)
 _RCPT = re.compile(rb"(?i:TO):<(" + _COMMON + rb")>(?: +(.*))?\Z", re.S)
+_PLAIN = re.compile(_COMMON.decode() + r"\Z")
 
-_PREFIX = {b"FROM": re.compile(rb"(?i:FROM):[ \t]*(.*)\Z", re.S), b"TO": re.compile(rb"(?i:TO):[ \t]*(.*)\Z", re.S)}
-_ROUTE = re.compile(r"@[^:<>@\s,]+(?:,@[^:<>@\s,]+)*:")  # source route: accepted and ignored (RFC 5321 appendix C)
-_DOTTED = re.compile(r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+(?:\.[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+)*\Z")
-_QUOTED = re.compile(r'"(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*"\Z')
-_DOMAIN = re.compile(r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+(?:\.[^\x00-\x20()<>@,;:\\\"\[\].\x7f]+)*\.?\Z")
+_PREFIX = {
+    b"FROM": re.compile(rb"[ \t]*(?i:FROM):[ \t]*(.*)\Z", re.S),
+    b"TO": re.compile(rb"[ \t]*(?i:TO):[ \t]*(.*)\Z", re.S),
+}
+_STRING = r'"(?:[^"\\]|\\.)*+"'
+_IN_BRACKETS = re.compile(rf'<((?:[^">\\]|\\.|{_STRING})*+)>', re.S)
+_WITHOUT = re.compile(rf'((?:[^" \t\\]|\\.|{_STRING})*+)', re.S)
+_COMMENT = r"\([^()\\\x00-\x1f\x7f]*+\)"
+_BEHIND = re.compile(rf">*+(?:{_COMMENT})?")  # what Postfix ignores behind a path
+_ATEXT = r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]"
+_TOKEN = re.compile(
+    rf"(?P<none>[ \t]++|{_COMMENT})|(?P<word>(?:{_ATEXT}|\.|\\[\x20-\x7e])++)|(?P<special>[@,:])"
+    r'|"(?P<quoted>(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*+)"|(?P<literal>\[[^\x00-\x20\[\]\\\x7f]*+\])'
+)
+_QUOTED_PAIR = re.compile(r"\\(.)", re.S)
+_DOT_ATOM = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+\Z")
+_ROUTED = re.compile("[%!@]")
 _KEYWORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([\x21-\x3c\x3e-\x7e\u0080-\U0010ffff]+))?\Z")
 
 
@@ -27,25 +48,28 @@ class DomainError(ValueError):
     """An invalid domain name, which cannot be looked up in the DNS."""
 
 
-def mail_argument(argument: bytes) -> tuple[str, str] | None:
-    """`FROM:<path> parameters` as (address, parameters); "" is the null sender. None: a syntax error."""
+def mail_argument(argument: bytes, domain: str = "") -> tuple[str, str] | None:
+    """`FROM:<path> parameters` as (address, parameters); "" is the null sender. None: a syntax error. The address is in the one
+    form that all of its spellings have in common: see `plain`. `domain`: completes one that has none; "": that is an error."""
     match = _MAIL.match(argument)
-    if match is not None and len(argument) < 320:
+    if match is not None and len(argument) <= _COMMON_MOST:
         return match[1].decode(), (match[2] or b"").decode("utf-8", "surrogateescape")
-    return _general(argument, b"FROM")
+    return _general(argument, b"FROM", domain)
 
 
-def rcpt_argument(argument: bytes) -> tuple[str, str] | None:
-    """`TO:<path> parameters` as (address, parameters); `<postmaster>` needs no domain. None: a syntax error."""
+def rcpt_argument(argument: bytes, domain: str = "") -> tuple[str, str] | None:
+    """`TO:<path> parameters` as (address, parameters), as `mail_argument`. `postmaster` is returned without a domain (RFC 5321
+    4.5.1), however it is written."""
     match = _RCPT.match(argument)
-    if match is not None and len(argument) < 320:
+    if match is not None and len(argument) <= _COMMON_MOST:
         return match[1].decode(), (match[2] or b"").decode("utf-8", "surrogateescape")
-    found = _general(argument, b"TO")
+    found = _general(argument, b"TO", domain)
     return None if found is None or not found[0] else found
 
 
-def _general(argument: bytes, word: bytes) -> tuple[str, str] | None:
-    """The forms beyond the common one: quoted local parts, literals, source routes, UTF-8, missing brackets."""
+def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | None:
+    """The forms beyond the common one: quoted local parts, literals, source routes, UTF-8; and those that Postfix accepts, too:
+    missing brackets, white space and comments in the path."""
     match = _PREFIX[word].match(argument)
     if match is None:
         return None
@@ -53,48 +77,120 @@ def _general(argument: bytes, word: bytes) -> tuple[str, str] | None:
         rest = match[1].decode()
     except UnicodeDecodeError:
         return None
+    found = (_IN_BRACKETS if rest.startswith("<") else _WITHOUT).match(rest)
+    if found is None:
+        return None
+    path, end = found[1], found.end()
     if rest.startswith("<"):
-        end = _closing(rest)
-        if end < 0:
+        if path.startswith("<") and rest.startswith(">", end):  # <<a@b>>
+            path = path[1:]
+        behind = _BEHIND.match(rest, end)
+        end = behind.end() if behind is not None else end
+    elif not path:
+        return None
+    parameters = rest[end:]
+    if parameters and parameters[0] not in " \t":
+        return None
+    read = _read(path if rest.startswith("<") else path.rstrip(">"))
+    if read is None:
+        return None
+    local, own = read
+    if not own and local and not (word == b"TO" and local.lower() == "postmaster"):
+        if not domain or _ROUTED.search(local):
             return None
-        path, parameters = rest[1:end], rest[end + 1 :]
-        if parameters and parameters[0] not in " \t":
+        own = domain
+    return f"{local}@{own}" if own else local, parameters.strip(" \t")
+
+
+def plain(address: str) -> str | None:
+    """The one form of an address (RFC 5321 4.1.2 and, as in RFC 5322 4.4, with white space, comments and a route in it): the
+    local part quoted only where that is necessary, no dot behind the domain. None: no address, or more than 1024 characters."""
+    if len(address) <= LONGEST_LOCAL and _PLAIN.match(address):
+        return address
+    found = _read(address)
+    return f"{found[0]}@{found[1]}" if found is not None and found[1] else None
+
+
+@lru_cache(256)
+def comparable(address: str) -> str:
+    """An address or "@domain" of a configuration in the form in which addresses are compared: `plain`, in lower case."""
+    if address.startswith("@"):
+        return address.lower().rstrip(".")
+    return (plain(address) or address).lower()
+
+
+def quoted_if_needed(local: str) -> str:
+    """A local part as it is sent: quoted unless it is a dot-atom."""
+    if _DOT_ATOM.match(local):
+        return local
+    return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _read(path: str) -> tuple[str, str] | None:
+    """(local part as it is sent, domain) of the address in a path; "" for a missing domain, ("", "") for an empty path. None: a
+    syntax error."""
+    tokens = _tokens(path) if len(path) <= _LONGEST_PATH else None
+    if tokens is None:
+        return None
+    at = _behind_routes(tokens)
+    ats = [number for number in range(at, len(tokens)) if tokens[number] == ("special", "@")]
+    if len(ats) > 1 or at < 0:
+        return None
+    end = ats[0] if ats else len(tokens)
+    local = _joined(tokens[at:end])
+    if local is None or len(local.encode()) > LONGEST_LOCAL:
+        return None
+    if not ats:
+        return quoted_if_needed(local) if local else "", ""
+    domain = _domain(tokens[end + 1 :])
+    return None if not domain or end == at else (quoted_if_needed(local), domain)
+
+
+def _tokens(path: str) -> list[tuple[str, str]] | None:
+    """(kind, text) of the tokens of a path, quoted strings unquoted, without white space and comments. None: a syntax error."""
+    found = []
+    at = 0
+    while at < len(path):
+        match = _TOKEN.match(path, at)
+        if match is None:
             return None
-    else:
-        path, _, parameters = rest.partition(" ")
-    path = _ROUTE.sub("", path, count=1) if path.startswith("@") else path
-    if path == "" and word == b"FROM" and rest.startswith("<"):
-        return "", parameters.strip(" \t")
-    if path.lower() == "postmaster" and word == b"TO":
-        return path, parameters.strip(" \t")
-    return (path, parameters.strip(" \t")) if _valid(path) else None
+        at, kind = match.end(), match.lastgroup or ""
+        if kind != "none":
+            text = match[kind]
+            found.append((kind, _QUOTED_PAIR.sub(r"\1", text) if kind in ("quoted", "word") else text))
+    return found
 
 
-def _closing(text: str) -> int:
-    """The index of the `>` that closes a leading `<`, quoted strings skipped; -1 when there is none."""
-    quoted = False
-    i = 1
-    while i < len(text):
-        char = text[i]
-        if quoted and char == "\\":
-            i += 1
-        elif char == '"':
-            quoted = not quoted
-        elif char == ">" and not quoted:
-            return i
-        i += 1
-    return -1
+def _behind_routes(tokens: list[tuple[str, str]]) -> int:
+    """The index behind source routes (`@one,@two:`), which are accepted and ignored (RFC 5321 appendix C); -1: a syntax error."""
+    at = 0
+    while at < len(tokens) and tokens[at] == ("special", "@"):
+        try:
+            at = tokens.index(("special", ":"), at) + 1
+        except ValueError:
+            return -1
+    return at
 
 
-def _valid(address: str) -> bool:
-    local, at, domain = address.rpartition("@")
-    if not at or not 0 < len(local.encode()) <= 64 or len(domain.encode()) > 255:
-        return False
-    if not (_DOTTED.match(local) or _QUOTED.match(local)):
-        return False
-    if domain.startswith("["):
-        return literal_address(domain) is not None
-    return _DOMAIN.match(domain) is not None
+def _joined(tokens: list[tuple[str, str]]) -> str | None:
+    """A local part: words with dots between them. Dots may be anywhere: it is quoted then, as Postfix does."""
+    dot = True
+    for kind, text in tokens:
+        if kind not in ("word", "quoted") or not (dot or (kind == "word" and text.startswith("."))):
+            return None
+        dot = kind == "word" and text.endswith(".")
+    return "".join(text for _, text in tokens)
+
+
+def _domain(tokens: list[tuple[str, str]]) -> str | None:
+    """A domain, without a dot behind it, or an address literal. None: it is neither."""
+    if len(tokens) == 1 and tokens[0][0] == "literal":
+        return tokens[0][1] if literal_address(tokens[0][1]) is not None else None
+    found = _joined(tokens)
+    if found is None or any(kind != "word" for kind, _ in tokens):
+        return None
+    found = found.removesuffix(".")
+    return found if len(found.encode()) <= _LONGEST_DOMAIN and _DOT_ATOM.match(found) else None
 
 
 def literal_address(domain: str) -> str | None:

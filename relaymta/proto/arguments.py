@@ -11,10 +11,12 @@ XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPO
 _XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 
 
-def hello_name(argument: bytes) -> str | None:
-    """The client's name in EHLO/HELO; None when it is missing or unprintable."""
+def hello_name(argument: bytes, lenient: bool = False) -> str | None:
+    """The client's name in EHLO/HELO; None when it is missing or unprintable. `lenient`: it may have blanks in it (`my pc`)."""
     name = argument.strip()
-    if not name or len(name) > 255 or b" " in name:
+    if lenient:
+        name = b" ".join(name.split())
+    if not name or len(name) > 255 or (b" " in name and not lenient):
         return None
     text = name.decode("utf-8", "replace")
     return text if text.isprintable() else None

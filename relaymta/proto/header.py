@@ -4,15 +4,23 @@ import re
 from email.utils import formatdate
 
 __all__ = [
-    "HEADER_SEEN", "LINES_SEEN", "count_received", "field_names", "fields", "has_header", "header_end", "received_field",
-    "too_long",
+    "HEADER_SEEN", "LINES_SEEN", "begins_well", "begun", "count_received", "field_names", "fields", "header_end", "message_id",
+    "received_field", "too_long",
 ]  # fmt: skip
 
 HEADER_SEEN = 131072  # octets of message data within which its header must end
 LINES_SEEN = 5000  # lines of a header that is parsed: real ones have less than a tenth; each costs as much as a hundred octets
 
 _RECEIVED = re.compile(rb"^received:", re.I | re.M)
+_UNFOLDED = re.compile(rb"\r\n(?![ \t])")
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
+_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|\r\n")
+_FROM_LINE = re.compile(rb">*From ")
+MAILBOX_LINES = 100  # `From ` lines in front of a message that become fields
+MESSAGE_ID_SHOWN = 256  # characters of a Message-ID that are logged
+_MESSAGE_IDS = (b"\nMessage-ID:", b"\nMessage-Id:")  # as nearly all mail has it
+_WHITE = (b" ", b"\t")
+_MESSAGE_ID = re.compile(rb"^message-id[ \t]*:", re.I | re.M)
 _SAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 
 # The date is the same for all messages of a second, and formatting it costs more than the rest of the field.
@@ -27,11 +35,47 @@ def header_end(data: bytes) -> int:
     return len(data) if end < 0 else end + 4
 
 
-def has_header(data: bytes) -> bool:
-    """Whether message data begins with a header, which may be empty. Otherwise all of it is body (text that a program has sent as
-    it was), and an empty line must separate our fields from it."""
-    first = data.find(b"\r\n", 0, HEADER_SEEN)
-    return first == 0 or data.find(b":", 0, HEADER_SEEN if first < 0 else first) >= 0
+def begins_well(data: bytes) -> bool:
+    """Whether message data begins with a header field or an empty line, so that our fields can be put in front of it."""
+    return _FIELD.match(data) is not None
+
+
+def begun(data: bytes) -> bytes:
+    """Message data that does not begin well, changed at its beginning as Postfix does it: `From ` lines of mailboxes become
+    fields, and an empty line is put in front of a line that is no field, so that it does not become part of ours."""
+    at = 0
+    lines: list[bytes] = []
+    while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < 2 * MAILBOX_LINES:
+        end = data.find(b"\r\n", at)
+        end = len(data) if end < 0 else end + 2
+        lines += [b"X-Mailbox-Line: ", data[at:end]]
+        at = end
+    if not _FIELD.match(data, at) and (at < len(data) or not lines):
+        lines.append(b"\r\n")
+    return b"".join([*lines, data[at:]])
+
+
+def message_id(header: bytes) -> str:
+    """The (first) Message-ID of a header block, with its brackets, for the log: unfolded, MESSAGE_ID_SHOWN characters at most; ""
+    without one. What is not UTF-8 is replaced; control characters may be in it."""
+    for name in _MESSAGE_IDS:
+        at = header.find(name)
+        if at >= 0:
+            at += len(name)
+            break
+    else:
+        match = _MESSAGE_ID.search(header) if b"message-id" in header.lower() else None
+        if match is None:
+            return ""
+        at = match.end()
+    end = header.find(b"\r\n", at)
+    if end < 0 or end - at > 4 * MESSAGE_ID_SHOWN or header[end + 2 : end + 3] in _WHITE:  # folded, or too long
+        value = header[at : at + 4 * MESSAGE_ID_SHOWN]
+        match = _UNFOLDED.search(value)
+        value = (value if match is None else value[: match.start()]).replace(b"\r\n", b"")
+    else:
+        value = header[at:end]
+    return value.strip().decode("utf-8", "replace")[:MESSAGE_ID_SHOWN]
 
 
 def too_long(header: bytes) -> bool:
@@ -53,7 +97,7 @@ def fields(header: bytes) -> list[tuple[bytes, str]]:
     """The fields of a header block: name in lower case, and value unfolded (RFC 5322 2.2.3); octets that are not
     UTF-8 are replaced, encoded words (RFC 2047) are not decoded."""
     found: list[tuple[bytes, str]] = []
-    for line in re.split(rb"\r\n(?![ \t])", header):
+    for line in _UNFOLDED.split(header):
         name, colon, value = line.partition(b":")
         if colon:
             text = value.replace(b"\r\n", b"").decode("utf-8", "replace").strip()
@@ -71,12 +115,16 @@ def rfc5322_date(seconds: int) -> str:
     return text
 
 
-def received_field(*, hostname: str, helo: str, client: str, protocol: str, ident: str, recipient: str, seconds: int) -> bytes:
-    """The Received field that we add (RFC 5321 4.4), CRLF included. `recipient`: the only one, or ""."""
+def received_field(
+    *, hostname: str, helo: str, client: str, protocol: str, ident: str, recipient: str, seconds: int, tls: str = ""
+) -> bytes:
+    """The Received field that we add (RFC 5321 4.4), CRLF included. `recipient`: the only one, or "". `tls`: version and cipher
+    (RFC 8314 4.4), or ""."""
     address = f"[IPv6:{client}]" if ":" in client else f"[{client}]"
     shown = helo if not _SAFE.search(helo) else _SAFE.sub("?", helo)
+    secured = f"\r\n\t({tls})" if tls else ""
     target = f"\r\n\tfor <{recipient}>" if recipient else ""
     return (
-        f"Received: from {shown or 'unknown'} ({address})\r\n\tby {hostname} (relaymta) with {protocol} id {ident}"
+        f"Received: from {shown or 'unknown'} ({address}){secured}\r\n\tby {hostname} (relaymta) with {protocol} id {ident}"
         f"{target};\r\n\t{rfc5322_date(seconds)}\r\n"
     ).encode()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 from relaymta.proto.dkim import name_of, split_fields
 
-__all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "domains"]
+__all__ = ["AUTHORS", "LONGEST", "Mailbox", "Malformed", "addresses", "authors", "completed", "domains"]
 
 LONGEST = 8192  # octets of these fields of one message; real ones have less than a tenth of that
 MOST = 250  # domains in one field: each costs as much as a hundred octets
@@ -42,14 +42,22 @@ _SIMPLE = re.compile(
     rb"[ \t]*+(?:(?:[A-Za-z0-9 \t!#$%&'*+/^_`{|}~-]++|\"[ !#-<>@-\[\]-~]*+\"[ \t]*+)?"
     rb"<(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb")>|(" + _SIMPLE_LOCAL + rb")@(" + _SIMPLE_DOMAIN + rb"))[ \t]*+\Z"
 )  # fmt: skip
+_FOLDS = rb"(?:(?:\r\n)?[ \t])*+"
+_ONE = (
+    _FOLDS + rb"(?:(?:[A-Za-z0-9 \t!#$%&'*+/=?^_`{|}~.-]++|\"[ !#-\[\]-~]*+\"" + _FOLDS + rb")?<" + _SIMPLE_LOCAL + rb"@"
+    + _SIMPLE_DOMAIN + rb">|" + _SIMPLE_LOCAL + rb"@" + _SIMPLE_DOMAIN + rb")" + _FOLDS
+)  # fmt: skip
+_FULL = re.compile(rb"(?:" + _ONE + rb",)*+" + _ONE + rb"\Z")  # common lists in which no address lacks its domain
 
 
 class _Token(NamedTuple):
-    """`kind`: "atom", "encoded" (word), "quoted", "literal", a special, or "" at the end; `folded`: behind a line break."""
+    """`kind`: "atom", "encoded" (word), "quoted", "literal", a special, or "" at the end; `folded`: behind a line break; `end`:
+    the index behind it, in the text in which each CRLF is one character."""
 
     kind: str
     text: str
     folded: bool
+    end: int = 0
 
 
 class Malformed(ValueError):
@@ -115,6 +123,52 @@ def addresses(value: bytes) -> list[Mailbox]:
     if len(value) > LONGEST:
         raise Malformed("too long")
     return _List(value).read()
+
+
+def completed(value: bytes, domain: str) -> bytes:
+    """A field's value, folded or not, with `domain` added to the addresses in it that have none (`root`, `Ann <ann>`); every
+    other octet is as it was. Unchanged if it is no address list."""
+    if _FULL.match(value):
+        return value
+    try:
+        ends = _without_domains(_tokens(value))
+    except Malformed:
+        return value
+    if not ends:
+        return value
+    text = value.replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
+    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return f"@{domain}".join(parts).replace("\n", "\r\n").encode("utf-8", "surrogateescape")
+
+
+def _without_domains(tokens: list[_Token]) -> list[int]:
+    """Where the local parts end that have no domain behind them. Unlike `_List` it does not check the rest: nothing is decided by
+    what it passes by."""
+    found: list[int] = []
+    words: list[_Token] = []
+    full = False  # the address of this element is complete, or has ended
+    for token in tokens:
+        kind = token.kind
+        if kind in ("atom", "quoted", "encoded", "."):
+            words.append(token)
+            continue
+        if kind in (">", ",", ";", ""):
+            if words and not full and _is_local(words):
+                found.append(words[-1].end)
+            full = kind == ">"
+        else:  # : ends the name of a group, or a route
+            full = kind not in ("<", ":")
+        words = []
+    return found
+
+
+def _is_local(words: list[_Token]) -> bool:
+    """Whether words are a plain local part."""
+    try:
+        local = _local(words)
+    except Malformed:
+        return False
+    return _DOT_ATOM.match(local) is not None and "%" not in local and "!" not in local
 
 
 class _List:
@@ -198,7 +252,7 @@ class _List:
 
     def _domain(self) -> str:
         """domain, obs-domain or domain-literal, in lower case."""
-        kind, text, _ = self._tokens[self._at]
+        kind, text, *_ = self._tokens[self._at]
         if kind == "literal":
             self._at += 1
             if literal_address(text) is None:
@@ -207,7 +261,7 @@ class _List:
         self._count(1)
         labels: list[str] = []
         while True:
-            kind, text, folded = self._tokens[self._at]
+            kind, text, folded, _ = self._tokens[self._at]
             if folded and labels:
                 raise Malformed("a domain on two lines")
             if kind != "atom" or not _LABEL.match(text):
@@ -257,7 +311,7 @@ def _tokens(value: bytes) -> list[_Token]:
                 if "\n" in content and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
                     raise Malformed("a quoted string on two lines")
                 content = _QUOTED_PAIR.sub(r"\1", content)  # a fold is kept: in a local part email.utils shows it otherwise
-            found.append(_Token(content if kind == "special" else kind, content, folded))
+            found.append(_Token(content if kind == "special" else kind, content, folded, at))
             last = at
     found.append(_Token("", "", False))
     return found
@@ -279,7 +333,7 @@ def _check_phrase(words: list[_Token]) -> None:
     """Raise Malformed unless the words are a display name: phrase and obs-phrase."""
     if words and words[0].kind == ".":
         raise Malformed("a display name that begins with a dot")
-    for kind, text, _ in words:
+    for kind, text, *_ in words:
         if "=?" in text:
             rest = "" if kind == "encoded" else text if kind == "atom" else _WITHIN_QUOTES.sub("", text)
             if "=?" in rest:
@@ -288,7 +342,7 @@ def _check_phrase(words: list[_Token]) -> None:
 
 def _local(words: list[_Token]) -> str:
     """The local part (local-part, obs-local-part): words with dots between them."""
-    if not words or len(words) % 2 == 0 or any((kind == ".") != bool(i % 2) for i, (kind, _, _) in enumerate(words)):
+    if not words or len(words) % 2 == 0 or any((kind == ".") != bool(i % 2) for i, (kind, *_) in enumerate(words)):
         raise Malformed("no local part in front of @")
     if any(word.folded for word in words[1:]):
         raise Malformed("a local part on two lines")

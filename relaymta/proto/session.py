@@ -42,14 +42,16 @@ _LIMITS, _OFFERS = Limits(), Offers()
 
 class Host:
     """What a session asks of its caller: the rights of the client. This one accepts everything. `user`: the authenticated user,
-    "" for none. The caller may change all three between two calls, but within a transaction its own `limits` hold."""
+    "" for none. `domain`: completes addresses without one; "": they are errors. The caller may change all of them between two
+    calls, but within a transaction its own `limits` hold."""
 
-    __slots__ = ("limits", "offers", "user")
+    __slots__ = ("domain", "limits", "offers", "user")
 
     def __init__(self, limits: Limits = _LIMITS, offers: Offers = _OFFERS) -> None:
         self.limits = limits
         self.offers = offers
         self.user = ""
+        self.domain = ""
 
     def begin(self, session: "Session", sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
         """MAIL: a new transaction, or the reply that rejects it. `size`: as the client announced it, 0: not at all."""
@@ -90,6 +92,7 @@ class Session:
         "returns",
         "secure",
         "state",
+        "tls",
         "transaction",
         "wrong_logins",
     )
@@ -98,6 +101,7 @@ class Session:
         self.hostname = hostname
         self.host = host
         self.secure = secure
+        self.tls = ""  # version and cipher, for Received:
         self.state = COMMANDS
         self.transaction: Transaction | None = None
         self.claim: sasl.Claim | None = None

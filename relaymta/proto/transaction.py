@@ -13,13 +13,14 @@ PIECES = 1024  # of message data in memory, until they are joined: each costs mo
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of one session. Sizes in octets."""
+    """The limits of one session. Sizes in octets. `lenient`: EHLO may give a name that is none, such as `my pc`."""
 
     message_size: int = 50 * 1024 * 1024
     recipients: int = 1000
     errors: int = 20
     normalize: bool = False
     long_lines: bool = False
+    lenient: bool = False
 
 
 class Transaction:
@@ -27,8 +28,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "recipients", "refusal", "sender", "size",
-        "smtputf8", "tail",
+        "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id", "recipients", "refusal",
+        "sender", "size", "smtputf8", "tail",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -44,6 +45,7 @@ class Transaction:
         self.tail = b""  # the last two octets of message data
         self.refusal = b""  # the reply to its message data, which is discarded; b"": it is kept
         self.held = False  # to be held in the queue until it is released
+        self.message_id = ""
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def accept(self, address: str) -> bytes | None:

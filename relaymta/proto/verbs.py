@@ -22,7 +22,7 @@ OTHERS = re.compile(
 
 def _hello(session: Session, argument: bytes, extended: bool) -> bool:
     """The client has said its name, which ends a transaction under way; False, and nothing has changed, when it is none."""
-    helo = hello_name(argument)
+    helo = hello_name(argument, session.host.limits.lenient)
     if helo is None:
         return False
     session.helo, session.extended = helo, extended
@@ -60,7 +60,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
         return session.error(reply.NEED_TLS if offers.starttls else reply.TLS_UNAVAILABLE)
     if offers.login_needed and not host.user:
         return session.error(reply.NEED_LOGIN)
-    found = mail_argument(argument)
+    found = mail_argument(argument, host.domain)
     if found is None:
         return session.error(reply.BAD_SENDER)
     sender, parameters = found
@@ -87,7 +87,7 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
         return session.error(reply.NEED_SENDER)
     if transaction.chunked:
         return session.error(reply.IN_CHUNKS)
-    found = rcpt_argument(argument)
+    found = rcpt_argument(argument, session.host.domain)
     if found is None:
         return session.error(reply.BAD_RECIPIENT)
     address, parameters = found
@@ -249,9 +249,14 @@ def _other(session: Session, argument: bytes) -> bytes:
         return _starttls(session, rest.strip())
     if word.upper() == b"XCLIENT" and session.host.offers.xclient:
         return _xclient(session, rest.strip())
-    session.parser.commands()
     if OTHERS.match(argument):
         return session.reject_protocol()
+    if argument[4:5] == b"\t":  # as Postfix: a tab is as good as a blank
+        verb = _verb(argument[:4].upper())
+        if verb not in _HOLDING:
+            session.parser.commands()
+        return VERBS.get(verb, unknown)(session, argument[5:])
+    session.parser.commands()
     return session.error(reply.UNKNOWN_COMMAND)
 
 
@@ -263,6 +268,8 @@ def _alien(session: Session, argument: bytes) -> bytes:
 def _verb(word: bytes) -> int:
     return int.from_bytes(word, "big")
 
+
+_HOLDING = {_verb(word) for word in (b"DATA", b"BDAT", b"AUTH")}  # what follows them may be no commands
 
 VERBS: dict[int, Callable[[Session, bytes], bytes]] = {
     _verb(b"EHLO"): _ehlo,

@@ -7,7 +7,7 @@ from typing import Any
 from relaymta.errors import StoreError
 from relaymta.ident import format_id
 from relaymta.proto.dsn import failure_dsn
-from relaymta.proto.envelope import DSN, SMTPUTF8, Envelope
+from relaymta.proto.envelope import DSN, EIGHT_BIT, SMTPUTF8, Envelope
 from relaymta.proto.header import header_end
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.entry import Entry, Put
@@ -83,14 +83,16 @@ class Dsns:
             original_ident=format_id(entry.ident),
             seconds=wall_ms() // 1000,
         )
+        flags = DSN | (envelope.flags & SMTPUTF8) | (EIGHT_BIT if not data.isascii() else 0)
         data = data if plain else self._sign(data) + data
         dsn = Envelope(
             sender="",
             recipients=[envelope.sender],
             size=len(data),
-            flags=DSN | (envelope.flags & SMTPUTF8),
+            flags=flags,
             arrived=wall_ms(),
             deadline=self._clock.now() + self.max_age_ms,
             application=envelope.application,
+            message_id=f"<{format_id(ident)}@{self._hostname}>",
         )
         return Put(ident, dsn, self._assign(dsn, 0), [data], None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from relaymta.proto.address import comparable
 from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
@@ -69,14 +70,14 @@ class Filter:
         """Whether a message matches, provided that its queue does."""
         if self.ident and ident != self.ident:
             return False
-        if self.sender and envelope.sender.lower() != self.sender.lower():
+        if self.sender and envelope.sender.lower() != comparable(self.sender):
             return False
         if self.user and envelope.user != self.user:
             return False
         if self.held and not envelope.flags & HELD:
             return False
         if self.recipient_domain:
-            wanted = "@" + self.recipient_domain.lower()
+            wanted = "@" + self.recipient_domain.lower().rstrip(".")
             return any(address.lower().endswith(wanted) for address in envelope.recipients)
         return True
 

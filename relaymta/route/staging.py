@@ -1,5 +1,7 @@
 """Staging: all mail of a test system is redirected to one address; a header field lists the original recipients."""
 
+from relaymta.proto.address import comparable
+
 __all__ = ["Redirection"]
 
 LISTED = 20  # recipients named in the banner
@@ -10,7 +12,7 @@ class Redirection:
 
     def __init__(self, redirect: str, allow: list[str]) -> None:
         self.redirect = redirect
-        self._allow = {pattern.lower() for pattern in (*allow, redirect)}
+        self._allow = set(map(comparable, (*allow, redirect)))
 
     def allows(self, recipient: str) -> bool:
         """Whether mail to a recipient is not redirected."""

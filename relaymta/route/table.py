@@ -11,7 +11,7 @@ from pathlib import Path
 
 from relaymta.config import Config, Route, header_condition, near
 from relaymta.errors import ConfigError
-from relaymta.proto.address import DomainError, domain_of, normalize_domain
+from relaymta.proto.address import DomainError, comparable, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
 from relaymta.proto.mailbox import authors
@@ -53,7 +53,7 @@ Condition = Callable[[Asked], bool]
 
 def _conditions(route: Route) -> list[tuple[str, Condition]]:
     """The conditions of a route that need only the message, each with its configuration key."""
-    senders, recipients = {a.lower() for a in route.sender}, {a.lower() for a in route.recipient}
+    senders, recipients = set(map(comparable, route.sender)), set(map(comparable, route.recipient))
     applications = set(route.application)
     table: list[tuple[str, bool, Condition]] = [
         ("application", bool(applications), lambda asked: asked.application in applications),
@@ -218,7 +218,7 @@ class _RouteMap:
                 except re.error as error:
                     problems.append(f"{path}:{number}: {words[0]}: {error}")
             else:
-                self._exact[words[0].lower()] = routes[words[1]]
+                self._exact[comparable(words[0])] = routes[words[1]]
         if problems:
             raise ConfigError(problems)
 

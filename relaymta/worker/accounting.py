@@ -40,6 +40,7 @@ class Witness(Events):
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
+            message_id=envelope.message_id,
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:

@@ -114,7 +114,7 @@ def accepted(send) -> bool:
 
 def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(peer, tmp_path):
     known = tmp_path / "recipients"
-    known.write_text("# ours\nann@ours.example\n@all.example\n")
+    known.write_text('# ours\n"Ann"@ours.example.\n@all.example\n')
     settings = ('relay.networks=["192.0.2.1/32"]', 'relay.domains=["ours.example","all.example"]', f"relay.recipients={known}")
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
         assert not [event for event in relay.events("warning") if "backscatter" in event["text"]]
@@ -122,7 +122,9 @@ def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(peer, tmp_path
             client.ehlo()
             client.mail("x@y.example")
             asked = ["ANN@ours.example", "bob@ours.example", "any@all.example", "x@elsewhere.example", "postmaster"]
-            assert [client.rcpt(to)[0] for to in asked] == [250, 550, 250, 550, 250]
+            assert [client.rcpt(to)[0] for to in asked] == [250, 550, 250, 550, 550]
+            same = ['"ann"@ours.example', "ann@ours.example.", '"any one"@all.example']
+            assert [client.rcpt(to)[0] for to in same] == [250] * 3
         known.write_text("bob@ours.example\n")
 
         def takes(to: str) -> bool:

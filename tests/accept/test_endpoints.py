@@ -147,6 +147,32 @@ def test_implicit_tls(endpoint, peer):
     wait_for(lambda: peer.messages)
 
 
+@pytest.mark.parametrize("way", ["STARTTLS", "implicit", "clear"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_received_names_tls_as_the_client_sees_it(endpoint, peer, way, version):
+    """RFC 8314 4.4; and the log names the Message-ID."""
+    context = _unnamed(endpoint)
+    context.maximum_version = version
+    expected = []
+    if way == "implicit":
+        client: smtplib.SMTP = smtplib.SMTP_SSL("127.0.0.1", endpoint.implicit, context=context)
+    else:
+        client = smtplib.SMTP("127.0.0.1", endpoint.submission if way == "STARTTLS" else endpoint.port)
+    with client:
+        if way == "STARTTLS":
+            client.starttls(context=context)
+        if way != "clear":
+            client.login("ann", SECRET)
+            name, _, bits = client.sock.cipher()  # type: ignore[union-attr]
+            expected = [f"\t(using {client.sock.version()} with cipher {name} ({bits}/{bits} bits))"]  # type: ignore[union-attr]
+        client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\nMessage-ID:\r\n <1@x>\r\nBcc: q@x\r\n\r\nhi\r\n")
+    _, _, text = wait_for(lambda: peer.messages)[-1]
+    field = text[: text.index(b"\r\n\tby relay.example")].decode()
+    assert field.splitlines()[1:] == expected
+    assert (b"Bcc" in text) == (way == "clear")
+    assert wait_for(lambda: endpoint.events("queued"))[-1]["message_id"] == "<1@x>"
+
+
 def _unnamed(endpoint: Endpoint) -> ssl.SSLContext:
     context = endpoint.context()
     context.check_hostname = False  # smtplib verifies the IP address there

@@ -10,7 +10,9 @@ from relaymta.config import Config, everywhere, load, notes
 from relaymta.errors import ConfigError
 from tests.support.daemon import Relay, free_port
 
-SETTINGS = ('relay.networks=["192.0.2.0/24"]', 'relay.domains=["ours.example"]', "intake.tarpit=0")
+SETTINGS = (
+    'relay.networks=["192.0.2.0/24"]', 'relay.domains=["ours.example"]', "relay.postmaster=ops@far.example", "intake.tarpit=0",
+)  # fmt: skip
 OURS = ["x@ours.example", "x@OURS.EXAMPLE", '"x y"@ours.example', "postmaster"]
 ELSEWHERE = [
     "x@far.example", "x@FAR.example", "x@far.example.", "x@sub.ours.example", "x@ours.example.far.example", "x@notours.example",
@@ -21,6 +23,9 @@ ELSEWHERE = [
     "x@ours.example@far.example", "<x@far.example>", '""@far.example', "x@ours.example>@far.example", "postmaster@far.example",
     "x@xn--urs-tbd.example", "x@оurs.example", "x@ours。example", "x@ｏurs.example", "x@ours.example\0.far.example",
     "x@far.example (x@ours.example)", "x@far.example,x@ours.example", "x@ours.example;x@far.example",
+    "ops@far.example", "@ours.example:postmaster@far.example", "<<x@far.example>>", "x @ far.example",
+    '"x@ours.example"', '"x@far.example"', "x@far.example(x@ours.example)", "x(@ours.example)@far.example",
+    "x\\@ours.example@far.example", "x\\@far.example@ours.example", '"x"@"ours.example"', "x@ours.example,", "@ours.example:x",
 ]  # fmt: skip
 
 

@@ -261,6 +261,36 @@ def test_a_dsn_is_signed_by_our_own_key(tmp_path):
             assert (sender, to) == ("", ["ann@shop.test"]) and verified(message, [own]) == [True]
 
 
+class Submission(Relay):
+    """Its listener is for submission."""
+
+    def command(self) -> list[str]:
+        found = super().command()
+        at = found.index("--listen")
+        return [*found[:at], *found[at + 2 :], "--set", f'listener=[{{address="127.0.0.1:{self.port}", submission=true}}]']
+
+
+CHANGED = [
+    (b"Bcc: q@far.test\r\nFrom: root\r\n\r\n", b"\r\nFrom: root@relay.example\r\n\r\n"),
+    (b"no header\r\n\r\n", b"+0000\r\n\r\nno header\r\n\r\n"),
+    (b"From x Mon\r\nFrom: a@b\r\n\r\n", b"+0000\r\nX-Mailbox-Line: From x Mon\r\nFrom: a@b\r\n\r\n"),
+]
+
+
+@pytest.mark.parametrize("size", [10, 1_500_000], ids=["small", "large"])
+def test_what_is_changed_in_a_message_is_changed_before_it_is_signed(peer, tmp_path, size):
+    everybody = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")), authors=["*"])
+    body = (b"x" * 500 + b"\r\n") * (size // 500 + 1)
+    with Submission(tmp_path, f"127.0.0.1:{peer.port}", toml([everybody])) as relay:
+        for number, (start, expected) in enumerate(CHANGED, 1):
+            with smtplib.SMTP("127.0.0.1", relay.port) as client:
+                assert client.sendmail("ann@shop.test", ["bob@far.test"], start + body) == {}
+            wait_for(lambda number=number: len(peer.messages) == number)
+            _, _, message = peer.messages[-1]
+            assert message.endswith(expected + body) and b"Bcc" not in message
+            assert verified(message, [everybody]) == [True]
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_message_is_signed_as_well(peer, tmp_path, chunked):
     settings = keys(tmp_path)

@@ -2,6 +2,8 @@
 
 import asyncio
 import email
+import email.message
+import quopri
 import re
 import smtplib
 import socket
@@ -92,6 +94,98 @@ def test_the_returned_header_cannot_end_its_part():
         hostname="relay.example", ident="I", original_ident="O", seconds=0,
     )  # fmt: skip
     assert len(list(email.message_from_bytes(data, policy=policy.default).iter_parts())) == 3
+
+
+REPLIES = [
+    "no such user", "x " * 1500, "y" * 2000, "Benutzer unbekannt: müller", "nein\u202e\x1b[31m\x00\r\n.\r\nQUIT", "caf\ufffd", "",
+    "=?x", "--=_I", "a\tb   c", "日本語 " * 300,
+]  # fmt: skip
+HEADERS = {
+    "ascii": b"Subject: x\r\nTo: c@d\r\n",
+    "UTF-8": "Subject: grün\r\n".encode(),
+    "latin-1": b"Subject: gr\xfcn\r\n",
+    "long lines": b"Subject: " + b"x" * 3000 + b"\r\n",
+    "none": b"",
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda text: repr(text[:12]))
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+@pytest.mark.parametrize("sender", ["a@b.example", "ä@b.example"])
+@pytest.mark.parametrize("recipient", ["c@d.example", "ü@d.example"])
+def test_a_dsn_is_mime_by_its_content(reply, header, sender, recipient):
+    """RFC 2045, 3464, 6522, 6533: charset and encoding are those of the content; only a sender with a UTF-8 address, whose host
+    therefore offers 8BITMIME, gets 8-bit octets."""
+    attempt = Attempt(0, "permanent", "rcpt", "mx.d.example", 550, "5.1.1", reply)
+    data = failure_dsn(
+        Envelope(sender, [], 1, 0, 0, 0), [(recipient, attempt, False)], header,
+        hostname="relay.example", ident="I", original_ident="O", seconds=0,
+    )  # fmt: skip
+    utf8 = not sender.isascii()
+    assert utf8 or data.isascii(), "7-bit for 7-bit hosts"
+    assert all(len(line) <= 998 and not re.search(rb"[\0\r\n]", line) for line in data.split(b"\r\n"))
+    report = email.message_from_bytes(data, policy=policy.SMTPUTF8)
+    text, status, returned = report.iter_parts()
+    assert not any(part.defects for part in (report, text, status, returned))
+    assert str(report["To"]).strip("<>") == sender
+    encodings = {str(part["Content-Transfer-Encoding"]) for part in (text, status, returned)}
+    assert ("8bit" in encodings) == (str(report["Content-Transfer-Encoding"]) == "8bit") == (b"8bit" in data)
+    assert encodings <= ({"7bit", "8bit", "quoted-printable"} if utf8 else {"7bit", "quoted-printable"})
+    shown = text.get_content()
+    assert shown.isascii() == (text.get_content_charset() == "us-ascii")
+    words = " ".join("".join(c if c.isprintable() else " " for c in reply[:4096]).split())
+    assert words.replace(" ", "") in "".join(shown.split()), "people can read the whole reply"
+    assert status.get_content_type() == f"message/{'' if recipient.isascii() else 'global-'}delivery-status"
+    fields = email.message_from_bytes(_decoded(status, data).split(b"\r\n\r\n", 1)[1], policy=policy.SMTPUTF8)
+    kind = "rfc822" if recipient.isascii() else "utf-8"
+    assert (fields["Action"], str(fields["Final-Recipient"]), fields["Status"]) == ("failed", f"{kind}; {recipient}", "5.1.1")
+    known = words if kind == "utf-8" else words.encode("ascii", "replace").decode()
+    assert str(fields["Diagnostic-Code"]).replace(" ", "") == f"smtp; 550 5.1.1 {known}".replace(" ", "")
+    expected = "message/global-headers" if header == HEADERS["UTF-8"] else "text/rfc822-headers"
+    assert returned.get_content_type() == expected
+    lines = [line[:998] for line in header.split(b"\r\n")]
+    assert _decoded(returned, data).rstrip() == b"\r\n".join(lines).rstrip()
+
+
+def _decoded(part: email.message.EmailMessage, data: bytes) -> bytes:
+    """The content of a part without its transfer encoding; the parser does not decode message/ types."""
+    begin = data.index(f"Content-Type: {part.get_content_type()}".encode())
+    raw = data[data.index(b"\r\n\r\n", begin) + 4 :].split(b"\r\n--=_I")[0]
+    return quopri.decodestring(raw) if part["Content-Transfer-Encoding"] == "quoted-printable" else raw
+
+
+def test_a_long_reply_is_folded_between_words():
+    attempt = Attempt(0, "permanent", "rcpt", "mx", 550, "5.7.1", "this is why " * 60)
+    data = failure_dsn(
+        Envelope("a@b", [], 1, 0, 0, 0), [("c@d", attempt, False)], b"", hostname="h", ident="I", original_ident="O", seconds=0
+    )
+    assert all(len(line) <= 78 for line in data.split(b"\r\n"))
+
+
+@pytest.mark.parametrize(
+    ("sender", "options", "offers", "expected"),
+    [
+        ("a@b.example", "", "8BITMIME SMTPUTF8", ""),
+        ("a@b.example", "", "", ""),
+        ("ä@b.example", " SMTPUTF8", "8BITMIME SMTPUTF8", " BODY=8BITMIME SMTPUTF8"),
+    ],
+)
+def test_what_a_dsn_needs_is_said_to_the_peer(tmp_path, sender, options, offers, expected):
+    """A reply in UTF-8 and an 8-bit header; a 7-bit host, too, accepts the DSN about them."""
+    ehlo = "".join(f"250-{word}\r\n" for word in ("fake", *offers.split())) + "250 PIPELINING\r\n"
+    rules = {"EHLO": ehlo.encode(), "RCPT": {"nobody@d.example": "550 5.1.1 unbekannt: müller\r\n".encode()}}
+    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        with smtplib.SMTP("127.0.0.1", relay.port) as client:
+            client.command_encoding = "utf-8"
+            client.ehlo()
+            client.docmd("MAIL", f"FROM:<{sender}>{options}")
+            client.docmd("RCPT", "TO:<nobody@d.example>")
+            code, text = client.data(b"Subject: plain\r\n\r\nx\r\n")
+            assert code == 250, text
+        ((_, to, data),) = wait_for(lambda: peer.messages)
+        assert to == [sender]
+        assert data.isascii() == (not expected)
+        assert peer.mails[-1] == "MAIL FROM:<>" + (f" SIZE={len(data)}" if "SIZE" in offers else "") + expected
 
 
 # The text for the sender and the cause for operators

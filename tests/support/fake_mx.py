@@ -62,6 +62,7 @@ class FakeMx:
         self.banner = banner
         self.messages: list[tuple[str, list[str], bytes]] = []
         self.commands: list[str] = []
+        self.mails: list[str] = []  # each MAIL, with its parameters
         self.resumed: list[bool] = []  # of each connection with TLS
         self.connections = self.most_open = 0
         if path:
@@ -185,6 +186,7 @@ class FakeMx:
                 continue
             answer = self._rule(verb, argument)
             if verb == "MAIL":
+                self.mails.append(line.decode().strip())
                 sender, recipients = argument, []
                 greeted = isinstance(answer, bytes) and answer.startswith(b"2")
             if verb == "RCPT" and not greeted:

@@ -14,6 +14,7 @@ from relaymta.proto import address, authres, dkim, dsn, header, mailbox, proxy, 
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
+from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
 
 __all__ = ["PARSERS", "Parser"]
@@ -101,6 +102,15 @@ _PATHS = {
     "blanks": times(b" ", b"FROM:"),
     "blanks behind it": times(b" ", b"FROM:<a@b.test>", b"x"),
     "without brackets": times(b"a@", b"FROM:"),
+    "routes": times(b"@a:", b"FROM:<", b"a@b.test>"),
+    "words": times(b'"a".', b"FROM:<", b"a@b.test>"),
+    "dots alone": times(b".", b"FROM:<", b"@b.test>"),
+    "comments": times(b"(a)", b"FROM:<", b"a@b.test>"),
+    "half a comment": times(b"(", b"FROM:<a@b.test", b">"),
+    "backslashes": times(b"\\", b"FROM:<", b"@b.test>"),
+    "blanks in it": times(b" ", b"FROM:<a", b"@b.test>"),
+    "closing brackets": times(b">", b"FROM:<a@b.test"),
+    "opening brackets": times(b"<", b"FROM:", b"a@b.test>"),
 }
 
 
@@ -387,6 +397,14 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.header.header_end", header.header_end, _BLOCKS)
     yield Parser("proto.header.count_received", header.count_received, _BLOCKS)
     yield Parser("proto.header.field_names", header.field_names, _BLOCKS)
+    yield Parser("proto.header.begun", header.begun, {**_BLOCKS, "From_ lines": times(b"From x\r\n"), ">": times(b">")})
+    ids = {"folds": times(b"\r\n ", b"Message-ID:"), "names": times(b"\r\nmessage-id")}
+    yield Parser("proto.header.message_id", header.message_id, {**_BLOCKS, **ids})
+    lists = {name: lambda n, make=make: b"To: " + make(n) + b"\r\n\r\n" for name, make in _ADDRESS_LISTS.items()}
+    bccs = {"Bccs": times(b"Bcc: x\r\n y\r\n"), "names": times(b"To:"), "short": times(b"To: a\r\n")}
+    edited: Callable[[bytes], object] = lambda block: submitted(block, "d.test")  # noqa: E731
+    worst = {**_BLOCKS, **_FROMS, **lists, **bccs}
+    yield Parser("proto.submitted.submitted", edited, worst, "32 kB, 128 fields of addresses: not completed")
     yield Parser("proto.header.fields", header.fields, _BLOCKS, whole, refused=header.too_long)
     yield Parser("proto.dkim.split_fields", dkim.split_fields, _BLOCKS, whole, refused=header.too_long)
     yield Parser("proto.dkim.canonical_field", dkim.canonical_field, _BLOCKS, whole, refused=header.too_long)
@@ -411,8 +429,10 @@ def _parsers() -> Iterable[Parser]:
     texts: Callable[[bytes], list[Any]] = lambda answer: ["x"] * (len(answer) // 16) + ["v=spf1 -all"]  # noqa: E731
     yield Parser("filter.spf (TXT)", _spf(TXT=texts), short, "2 policies and 2 others")
     yield Parser("filter.dmarc", _dmarc, _RECORDS, "4096 octets: no record; 5 authors", 4000)
-    yield Parser("proto.address.mail_argument", address.mail_argument, _PATHS, "a line of 2048 octets", 2000)
-    yield Parser("proto.address.rcpt_argument", address.rcpt_argument, _to(_PATHS), "a line of 2048 octets", 2000)
+    form: Callable[[bytes], object] = lambda text: address.plain(text[len("FROM:<") :].strip(b">").decode())  # noqa: E731
+    yield Parser("proto.address.plain", form, _PATHS, "1024 characters", 2000)
+    yield Parser("proto.address.mail_argument", address.mail_argument, _PATHS, "a line of 2048 octets, a path of 1024", 2000)
+    yield Parser("proto.address.rcpt_argument", address.rcpt_argument, _to(_PATHS), "a line of 2048 octets, a path of 1024", 2000)
     words = {
         "keywords": times(b"a=b "),
         "one": times(b"a"),
@@ -444,7 +464,7 @@ def _parsers() -> Iterable[Parser]:
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
     yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
-    yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 900 characters of a reply")
+    yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 4096 characters of a reply")
 
 
 PARSERS = list(_parsers())
