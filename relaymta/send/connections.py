@@ -362,7 +362,7 @@ class Connections:
                 self._unskip(pool)  # also where `pump` did not empty it
             if len(pool.ready):
                 self.pump(pool)
-            elif not pool.sessions and not pool.connecting:
+            elif not pool.sessions and not pool.connecting and not pool.needy:
                 kept = FORGET_MS if pool.failures or pool.learned else 0  # or the failures would be counted from 0
                 if pool.down_until + kept <= clock:
                     self._room.wait_no_longer(pool)
