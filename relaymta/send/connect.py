@@ -19,7 +19,7 @@ from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
 from relaymta.route.mx import NoRoute
 from relaymta.route.ourselves import Ourselves
-from relaymta.send.greeting import Client
+from relaymta.send.greeting import LenientSMTP
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
@@ -86,6 +86,39 @@ def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
     return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls != "off" else None
 
 
+class _Client(LenientSMTP):
+    """aiosmtplib with LMTP (RFC 2033 4.1: LHLO instead of EHLO and HELO). `opened(transport)` is called when TCP (and implicit
+    TLS) is there, before the greeting."""
+
+    greeting = b"EHLO"
+    opened: Callable[[asyncio.BaseTransport], None] | None = None
+    _opened_transport: asyncio.BaseTransport | None = None
+
+    @property
+    def transport(self) -> asyncio.BaseTransport | None:  # aiosmtplib sets it as soon as it is connected
+        return self._opened_transport
+
+    @transport.setter
+    def transport(self, transport: asyncio.BaseTransport | None) -> None:
+        self._opened_transport = transport
+        if transport is not None and self.opened is not None:
+            opened, self.opened = self.opened, None
+            opened(transport)
+
+    async def ehlo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
+        assert self.local_hostname is not None
+        response = await self.execute_command(self.greeting, self.local_hostname.encode("ascii"))
+        if response.code != 250:
+            raise SMTPHeloError(response.code, response.message)
+        self.last_ehlo_response = response
+        return response
+
+    async def helo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
+        if self.greeting == b"LHLO":
+            raise SMTPHeloError(500, "the peer does not speak LMTP")
+        return await super().helo()
+
+
 async def connect(
     peer: Peer, via: Via, tokens: Tokens, make: Callable[[ClientSession, str], Session], recipients: int
 ) -> Session:
@@ -112,7 +145,7 @@ async def connect(
         raise
 
 
-async def _open(client: Client, peer: Peer, via: Via) -> None:
+async def _open(client: _Client, peer: Peer, via: Via) -> None:
     """Connect and wait for the greeting, each within its own time."""
     what = "connecting"
     try:
@@ -133,7 +166,7 @@ async def _open(client: Client, peer: Peer, via: Via) -> None:
     client.timeout = via.reply_timeout
 
 
-async def _greet(client: Client) -> None:
+async def _greet(client: _Client) -> None:
     """EHLO, or LHLO; HELO only for a peer that does not implement EHLO (RFC 5321 4.1.4). Any other rejection is temporary:
     without extensions (8BITMIME) mail would be bounced."""
     _check_unsolicited(client, "connect")
@@ -147,20 +180,20 @@ async def _greet(client: Client) -> None:
     _check_unsolicited(client, "ehlo")
 
 
-def _check_unsolicited(client: Client, phase: str) -> None:
+def _check_unsolicited(client: _Client, phase: str) -> None:
     """ConnectFailed where the peer sent more than one reply: the rest would be read as the reply to the next command."""
     if client.protocol is not None and client.protocol._buffer:
         raise ConnectFailed(phase, "the peer sent an unexpected reply")
 
 
-def _client(peer: Peer, via: Via) -> Client:
+def _client(peer: Peer, via: Via) -> _Client:
     source = (via.source.address, 0) if via.source is not None else None
     name = via.source.hostname if via.source is not None and via.source.hostname else via.hostname
     if peer.path:
-        client = Client(socket_path=peer.path, timeout=via.reply_timeout, local_hostname=name, use_tls=False, start_tls=False)
+        client = _Client(socket_path=peer.path, timeout=via.reply_timeout, local_hostname=name, use_tls=False, start_tls=False)
     else:
         implicit = implicit_tls(peer, via.tls)
-        client = Client(
+        client = _Client(
             hostname=peer.address, port=peer.port, timeout=via.reply_timeout, local_hostname=name, source_address=source,
             use_tls=implicit is not None, start_tls=False, tls_context=implicit,
         )  # fmt: skip
@@ -169,7 +202,9 @@ def _client(peer: Peer, via: Via) -> Client:
     return client
 
 
-def _handed_over(client: Client, peer: Peer, via: Via, make: Callable[[ClientSession, str], Session], recipients: int) -> Session:
+def _handed_over(
+    client: _Client, peer: Peer, via: Via, make: Callable[[ClientSession, str], Session], recipients: int
+) -> Session:
     """A session of the pipelined client on aiosmtplib's transport."""
     transport, protocol = cast("asyncio.Transport | None", client.transport), client.protocol
     if transport is None or protocol is None or transport.is_closing():
@@ -222,7 +257,7 @@ def _context(tls: str) -> _Resuming:
     return context
 
 
-async def _start_tls(client: Client, name: str, tls: str) -> None:
+async def _start_tls(client: _Client, name: str, tls: str) -> None:
     if not client.supports_extension("starttls"):
         raise ConnectFailed("starttls", "the peer does not offer STARTTLS, and the route requires TLS")
     await client.starttls(server_hostname=name, tls_context=_context(tls), validate_certs=tls == "verify")
