@@ -64,13 +64,10 @@ class Elsewhere:
         self._avoided: dict[str, tuple[float, ConnectFailed]] = {}  # by place: until when, and why
         outcomes.go_on = self.go_on
 
-    def go_on(self, pool: Pool, session: Session, entry: Entry, trail: Trail) -> bool:
-        """Ask another host of the site to take what is left of an entry in flight; False where that is not allowed or cannot
-        help, and the caller ends the attempt."""
+    def go_on(self, pool: Pool, entry: Entry, trail: Trail) -> bool:
+        """Ask another host of the site, if there is one, to take what is left of an entry in flight; False where that is not
+        allowed, and the caller ends the attempt."""
         if trail.asked >= HOSTS or not trail.left(entry.recipients) or self._stops(pool, entry):
-            return False
-        site = pool.site
-        if site.hosts is None and len(site.route.hosts) == 1 and session.place in trail.tried:
             return False
         self._tasks.spawn(self._deliver(pool, entry, trail))
         return True

@@ -72,10 +72,10 @@ def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
 class Outcomes:
     """Gives the queue one outcome for each entry that was begun. Its only state is in the entries: `route` and `lost`.
 
-    `go_on(pool, session, entry, trail)`: whether another host is asked to take what is left of an entry, which is its then."""
+    `go_on(pool, entry, trail)`: whether another host is asked to take what is left of an entry, which is its then."""
 
     queue: Queue
-    go_on: Callable[[Pool, Session, Entry, Trail], bool]
+    go_on: Callable[[Pool, Entry, Trail], bool]
 
     def __init__(self, counters: Counters, decisions: Decisions, parking: Parking) -> None:
         self._counters = counters
@@ -113,7 +113,7 @@ class Outcomes:
             entry.lost += 1
             trail.asked -= 1
             trail.tried.discard(place)
-        if pool is None or session.our_fault or not self.go_on(pool, session, entry, trail):
+        if pool is None or session.our_fault or not self.go_on(pool, entry, trail):
             self.end(entry, trail)
 
     def end(self, entry: Entry, trail: Trail) -> None:
