@@ -34,6 +34,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "reply", "delay", "attempt"),
+    "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "next", "attempt"),
     "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "dsn", "attempt"),
     "site": ("route", "state", "reason", "fault", "until"),

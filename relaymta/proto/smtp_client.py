@@ -18,46 +18,27 @@ turn: the connection is closed, and the mails under way are tried again.
 To a peer with CHUNKING (RFC 3030) the message data is written as one `BDAT n LAST` behind the envelope, without waiting; FINAL is
 its reply. Without a 354 nothing shows that commands and replies are in step, so RSET is written behind the data, and FINAL
 counts only with a 2xx to that: had the peer sent one reply too many, this one would be the reply to BDAT. (RSET is needed anyway:
-a refused BDAT does not end the transaction.) With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
+a refused BDAT does not end the transaction.) A peer that replies 500 or 502 does not know BDAT, whatever it offers: DATA is used
+from then on, for this message too. With LMTP (RFC 2033) there is one FINAL for each accepted recipient.
 """
 
-import re
 from collections import deque
 
 from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
-from relaymta.proto.envelope import reply_text
+from relaymta.proto.said import Said, classify
 from relaymta.proto.sequence import GOES_ON, OUT_OF_TURN, verdict
 
-__all__ = ["ClientSession", "Features", "Mail", "Said", "Stuffer", "classify", "features_of", "stuff"]
+__all__ = [
+    "LINES_LIMIT", "LINE_LIMIT", "ClientSession", "Features", "Mail", "Replies", "Said", "Stuffer", "classify", "features_of",
+    "stuff",
+]  # fmt: skip
 
 RSET, MAIL, RCPT, DATA, FINAL = "rset", "mail", "rcpt", "data", "final"
 LINE_LIMIT = 4096
 LINES_LIMIT = 200
+NO_BDAT = (500, 502)  # replies to BDAT of a peer that does not implement it (RFC 5321 4.2.4)
 SLACK = 1024  # octets by which TLS may enlarge what is not written yet
-
-_ENHANCED = re.compile(rb"([245]\.\d{1,3}\.\d{1,3})(?:\s+|\Z)")
-
-
-class Said:
-    """A reply as it applies to a recipient: code, enhanced code ("" when there is none), text, phase."""
-
-    __slots__ = ("code", "enhanced", "phase", "text")
-
-    def __init__(self, code: int, text: bytes, phase: str) -> None:
-        match = _ENHANCED.match(text)
-        self.code = code
-        self.enhanced = match[1].decode() if match is not None else ""
-        rest = text[match.end() :] if match is not None else text
-        if match is not None and b"\n" in rest:
-            rest = b" ".join(re.sub(_ENHANCED, b"", line, count=1) for line in rest.split(b"\n"))
-        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace")[:500]
-        self.phase = phase
-
-    @property
-    def whole(self) -> str:
-        """The reply as one line: code, enhanced code, text."""
-        return reply_text(self.code, self.enhanced, self.text)
 
 
 class Features:
@@ -88,7 +69,7 @@ def features_of(extensions: dict[str, str]) -> Features:
 
 class Mail:
     """One message for one peer. `data`: pieces of message data, not dot-stuffed, or None when the caller streams it; `size`:
-    its octets; `cargo`: the caller's own.
+    its octets; `cargo`, `trail`: the caller's own.
 
     `said`: the reply that decides, by recipient index; empty when `all_sent`.
     """
@@ -110,6 +91,7 @@ class Mail:
         "size",
         "smtputf8",
         "todo",
+        "trail",
         "unanswered",
     )  # fmt: skip
 
@@ -124,6 +106,7 @@ class Mail:
         smtputf8: bool,
     ) -> None:
         self.cargo = cargo
+        self.trail: object = None
         self.sender = sender
         self.recipients = recipients
         self.data = data
@@ -147,7 +130,7 @@ class ClientSession:
 
     __slots__ = (
         "_behind", "_expected", "_replies", "broken", "closing", "features", "finished", "last_said", "lmtp", "messages",
-        "open_envelope", "out", "recipients", "streaming",
+        "no_bdat", "not_sent", "open_envelope", "out", "recipients", "streaming",
     )  # fmt: skip
 
     def __init__(self, features: Features, recipients: int = 100, lmtp: bool = False) -> None:
@@ -165,6 +148,8 @@ class ClientSession:
         self.open_envelope = False  # the peer has an envelope that no message data ended: RSET first
         self.messages = 0
         self.last_said: Said | None = None  # the peer's 421
+        self.no_bdat = False  # it offered CHUNKING, and does not implement BDAT
+        self.not_sent = False  # so no mail under way was sent
 
     @property
     def idle(self) -> bool:
@@ -246,10 +231,20 @@ class ClientSession:
 
     def receive(self, data: bytes, unsent: int = 0) -> None:
         """Take octets from the peer. `out` was written before, except for `unsent` octets that the peer cannot have yet."""
-        expected = self._expected
         replies = self._replies.feed(data)
-        if self.features.chunking and len(replies) > len(expected):
+        if self.features.chunking and len(replies) > len(self._expected):
             self._cut_surplus(replies)
+        self._take(replies, unsent)
+
+    def ended(self, unsent: int = 0) -> None:
+        """The connection has ended: a reply that had begun counts by its code, if it ends its command (a 354 does not, and no
+        message data follows it any more). `unsent`: as of the last `receive`."""
+        replies = self._replies.end()
+        if replies and replies[0][0] >= 200 and not 300 <= replies[0][0] < 400:
+            self._take(replies, unsent)
+
+    def _take(self, replies: list[tuple[int, bytes]], unsent: int) -> None:
+        expected = self._expected
         for code, text in replies:
             if self.closing:
                 return
@@ -259,7 +254,10 @@ class ClientSession:
                 return
             kind, mail, index = expected[0]
             if code not in GOES_ON[kind] and verdict(kind, code) == OUT_OF_TURN:
-                self._stop(code, text)
+                if self.not_sent and kind is RSET and 500 <= code < 600:  # the reply to the first line of message data
+                    self._stop_bdat()
+                else:
+                    self._stop(code, text)
                 return
             if unsent and kind is FINAL and code < 400 and unsent > self._behind_data():
                 self._stop(code, text)  # it accepts message data that it does not have
@@ -268,10 +266,20 @@ class ClientSession:
             if mail is not None:
                 _STEPS[kind](self, mail, index, code, text)
 
+    def _stop_bdat(self) -> None:
+        """The peer does not implement BDAT, and takes message data for commands. No mail under way was sent to it."""
+        self.closing = True
+        self.broken = b"the peer offers CHUNKING, and does not implement BDAT"
+        for mail in self.under_way():
+            mail.data_sent = False
+
     def _cut_surplus(self, replies: list[tuple[int, bytes]]) -> None:
         """With BDAT and more replies than commands it cannot be determined which one is surplus, only that the replies to message
         data whose envelope was answered before are in step."""
-        if replies[-1][0] not in (0, 421) or len(replies) > len(self._expected) + 1:
+        bdat = next((i for i, (kind, _, _) in enumerate(self._expected) if kind is FINAL), len(replies))
+        if bdat + 1 < len(replies) and replies[bdat][0] in NO_BDAT and 500 <= replies[bdat + 1][0] < 600:
+            del replies[bdat + 2 :]  # it took the lines of the message data for commands
+        elif replies[-1][0] not in (0, 421) or len(replies) > len(self._expected) + 1:
             first = next((i for i, (kind, _, _) in enumerate(self._expected) if kind not in (FINAL, RSET)), len(self._expected))
             replies[first:] = [(0, b"more replies than commands: " + replies[-1][1])]
 
@@ -400,6 +408,8 @@ class ClientSession:
             self.open_envelope = False
         if index == 0 and (not mail.sent or mail.refused_mail is not None):
             pass  # BDAT behind an envelope without accepted sender or recipients: its reply adds nothing
+        elif index == 0 and chunked and code in NO_BDAT:
+            self.no_bdat = self.not_sent = True
         elif index == 0:
             self.messages += 1
             if code < 400:
@@ -420,8 +430,22 @@ class ClientSession:
         if mail.all_sent:
             mail.said.clear()
             self.finished.append(mail)
+        elif self.not_sent and mail.sent and mail.refused_mail is None:
+            self._send_again(mail)
         else:
             self._end(mail)
+
+    def _send_again(self, mail: Mail) -> None:
+        """Send a mail whose BDAT was not implemented by DATA; by another connection, where an envelope is under way behind it."""
+        self.features.chunking = False
+        if self._expected:
+            self._stop_bdat()
+            self._expected.appendleft((FINAL, mail, 0))  # it is under way
+            return
+        unsent = [pair for pair in mail.asked if pair[0] in mail.sent]
+        mail.todo = [*unsent, *mail.todo]
+        self.not_sent = False
+        self.begin(mail)
 
     def _recipient_final(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         """LMTP: the reply for one recipient (RFC 2033 4.2)."""
@@ -462,10 +486,3 @@ _STEPS = {
     DATA: ClientSession._data,
     FINAL: ClientSession._final,
 }
-
-
-def classify(said: Said) -> str:
-    """The class of a reply for its recipient: "success", "transient" or "permanent"."""
-    if 200 <= said.code < 300:
-        return "success"
-    return "permanent" if 500 <= said.code < 600 else "transient"

@@ -19,6 +19,7 @@ from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
 from relaymta.route.mx import NoRoute
 from relaymta.route.ourselves import Ourselves
+from relaymta.send.greeting import LenientSMTP
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
@@ -55,6 +56,11 @@ class Peer:
     path: str = ""
 
     @property
+    def place(self) -> str:
+        """What is connected to, also where hosts with several names are one, and one has several addresses."""
+        return f"unix:{self.path}" if self.path else f"{self.address}:{self.port}"
+
+    @property
     def label(self) -> str:
         """Its name in messages for people."""
         return f"unix:{self.path}" if self.path else f"{self.name}:{self.port}"
@@ -80,7 +86,7 @@ def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
     return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls != "off" else None
 
 
-class _Client(aiosmtplib.SMTP):
+class _Client(LenientSMTP):
     """aiosmtplib with LMTP (RFC 2033 4.1: LHLO instead of EHLO and HELO). `opened(transport)` is called when TCP (and implicit
     TLS) is there, before the greeting."""
 
@@ -263,7 +269,7 @@ def _failure(phase: str, peer: Peer, error: Exception) -> ConnectFailed:
         return error
     name = "a local socket" if peer.path else peer.name
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
-        said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
+        said = Said(error.code, str(error.message).encode("utf-8", "replace"), phase)
         if phase == "auth":
             said.text = redacted(said.text)  # it may quote the credentials
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}", said)

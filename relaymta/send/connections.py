@@ -84,7 +84,8 @@ class Connections:
         self._ruled = ruled
         self.loading = Loading(outcomes, tasks, counters, log, self.pump)
         self._probes = Probes(pools, sessions, decisions, room, tasks, self.pump, loop.time)
-        self.elsewhere = Elsewhere(sessions, opener, outcomes, parking, room, loop.time)
+        self._opener = opener
+        self.elsewhere = Elsewhere(sessions, opener, outcomes, parking, room, tasks, log, self._stops, loop.time)
 
     def configure(self, config: Config, shaping: Shaping) -> None:
         """Apply a new configuration: existing sessions finish what is under way in pools that are no longer used."""
@@ -118,6 +119,10 @@ class Connections:
         """The pools of a site that exist, for any source address."""
         keys = [site.key, *(f"{site.key} from {source}" for source in site.route.sources)]
         return [self.pools[key] for key in keys if key in self.pools]
+
+    def _stops(self, pool: Pool, entry: Entry) -> bool:
+        """Whether an entry in flight is not given to another host of its site: nothing new is begun for it now."""
+        return self.draining or self.queue.stalled or bool(self._decisions.asleep(pool, entry.name.application))
 
     # Entries are given to sessions
 
@@ -169,6 +174,8 @@ class Connections:
         if pool.failures and pool.down_until > self.queue.clock.now():
             self._parking.send_back(pool, pool.down_until, None)  # entries of connections that were lost
             return
+        if pool.needy:
+            return  # they were first
         if pool.pumping_at > self._loop.time() and not pool.waiting:
             return  # a rate limit allows no message now
         most = 1 if pool.failures else OPENING  # a site that was down is tried with one connection
@@ -288,6 +295,8 @@ class Connections:
                 self._sessions.retire(session)
                 self.pump(pool)
             return
+        if pool.needy and self.elsewhere.claims(pool, session):
+            return
         if not core.idle and pool.idle:
             return  # other sessions are idle
         mail = None if self.queue.stalled else self._next(pool, session)
@@ -303,6 +312,8 @@ class Connections:
         pool = self._sessions.pool_of(session)
         if mail.all_sent and pool is not None:
             pool.went_well(self._loop.time())
+        if session.core.no_bdat:
+            self._opener.without_bdat(session.place)
         self._outcomes.finished(pool, session, mail)
 
     def _lost(self, session: Session, reason: str) -> None:
@@ -312,6 +323,8 @@ class Connections:
             return
         core = session.core
         said = core.last_said
+        if core.no_bdat:
+            self._opener.without_bdat(session.place)
         if said is not None and said.code == 421 and core.under_way():
             self._decisions.learned(pool, pool.refused_message(said, session, self._loop.time(), self._room.workers))
         for mail in core.under_way():
@@ -349,7 +362,7 @@ class Connections:
                 self._unskip(pool)  # also where `pump` did not empty it
             if len(pool.ready):
                 self.pump(pool)
-            elif not pool.sessions and not pool.connecting:
+            elif not pool.sessions and not pool.connecting and not pool.needy:
                 kept = FORGET_MS if pool.failures or pool.learned else 0  # or the failures would be counted from 0
                 if pool.down_until + kept <= clock:
                     self._room.wait_no_longer(pool)

@@ -1,29 +1,44 @@
-"""Messages that the peer at hand cannot accept (no SMTPUTF8, no 8BITMIME, SIZE too small): the other hosts of its site."""
+"""Messages that one host of a site does not take, and another may: it cannot accept them (no SMTPUTF8, no 8BITMIME, SIZE too
+small), or it has refused them for now (4xx, 421, a connection that ended before the message was sent). RFC 5321 5.1: the other
+hosts are tried in order, in the same attempt."""
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from relaymta.errors import US
+from relaymta.log import Log
 from relaymta.proto.envelope import PERMANENT, TRANSIENT
-from relaymta.queue import Entry
+from relaymta.queue import Entry, format_id
 from relaymta.route.mx import NoRoute
 from relaymta.send.connect import ConnectFailed, Peer
 from relaymta.send.mails import mail_of, unfit
 from relaymta.send.opener import Opener
 from relaymta.send.outcomes import Outcomes
 from relaymta.send.parking import Parking
-from relaymta.send.pool import Pool
+from relaymta.send.pool import Needy, Pool
 from relaymta.send.room import Room
 from relaymta.send.session import Session
 from relaymta.send.sessions import Sessions
+from relaymta.send.tasks import Tasks
+from relaymta.send.trail import HOSTS, Trail
 
 __all__ = ["Elsewhere"]
 
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
+RECHECK_SECONDS = 0.1  # between two checks whether another worker has released a connection
+AVOID_SECONDS = 2.0  # a host that could not be reached is not tried for other messages so long
+AVOIDED = 1000  # hosts remembered
+
+Failed = ConnectFailed | NoRoute
 
 
 class Elsewhere:
-    """Has no state of its own: each delivery is one coroutine, which holds its entry in flight. `now()`: loop time."""
+    """Each delivery is one coroutine, which holds its entry in flight, and what the attempt has come to (`Trail`). Owns which
+    hosts could not be reached a moment ago, and of every pool `needy`: the deliveries that wait for a connection, in order.
+
+    `stops(pool, entry)`: whether nothing new is begun for this entry (a stop, a suspension, a disk that refuses outcomes);
+    `now()`: loop time."""
 
     def __init__(
         self,
@@ -32,6 +47,9 @@ class Elsewhere:
         outcomes: Outcomes,
         parking: Parking,
         room: Room,
+        tasks: Tasks,
+        log: Log,
+        stops: Callable[[Pool, Entry], bool],
         now: Callable[[], float],
     ) -> None:
         self._sessions = sessions
@@ -39,68 +57,180 @@ class Elsewhere:
         self._outcomes = outcomes
         self._parking = parking
         self._room = room
+        self._tasks = tasks
+        self._log = log
+        self._stops = stops
         self._now = now
+        self._avoided: dict[str, tuple[float, ConnectFailed]] = {}  # by place: until when, and why
+        outcomes.go_on = self.go_on
+
+    def go_on(self, pool: Pool, entry: Entry, trail: Trail) -> bool:
+        """Ask another host of the site, if there is one, to take what is left of an entry in flight; False where that is not
+        allowed, and the caller ends the attempt."""
+        if trail.asked >= HOSTS or not trail.left(entry.recipients) or self._stops(pool, entry):
+            return False
+        self._tasks.spawn(self._deliver(pool, entry, trail))
+        return True
 
     async def deliver(self, pool: Pool, entry: Entry, unfit_peer: str, refusal: tuple[str, str]) -> None:
         """Deliver an entry in flight that the peer `unfit_peer` cannot accept, to another host of its site. When none can accept
         it, the failure is permanent (`refusal`: as of `unfit`); when one could not be reached, it is temporary."""
-        failure: ConnectFailed | NoRoute | None
+        await self._deliver(pool, entry, Trail(tried={unfit_peer}), unfit_peer, refusal)
+
+    async def _deliver(
+        self, pool: Pool, entry: Entry, trail: Trail, unfit_peer: str = "", refusal: tuple[str, str] = ("", "")
+    ) -> None:
+        """Give an entry to a host that can accept it, or end its attempt with what it has come to."""
+        failure: Failed | None
         try:
-            session, failure = await self._one_that_takes(pool, entry, unfit_peer)
+            session, failure = await self._one_that_takes(pool, entry, trail)
         except Exception as error:
             session, failure = None, self._sessions.failure(error)
         except BaseException:
-            self._parking.put_back(entry)
+            if trail.results:  # what hosts have answered stays answered
+                self._outcomes.end(entry, trail)
+            else:
+                self._parking.put_back(entry)
             raise
         if session is not None:
-            session.send(mail_of(entry, pool.site.route.rewrite_sender))
+            self._tell(entry, trail)
+            session.send(mail_of(entry, pool.site.route.rewrite_sender, trail))
+        elif trail.results:
+            if failure is not None:
+                trail.note(str(failure))
+            self._outcomes.end(entry, trail)
         elif failure is None:
             self._outcomes.charge(entry, PERMANENT, "mail", unfit_peer, 0, *refusal)
         else:
             phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
             self._outcomes.charge(entry, TRANSIENT, phase, "", 0, "4.4.1", failure)
 
-    async def _one_that_takes(
-        self, pool: Pool, entry: Entry, unfit_peer: str
-    ) -> tuple[Session | None, ConnectFailed | NoRoute | None]:
-        """A connection to a host of a site, other than `unfit_peer`, that can accept a message; None when there is none, and why
-        one could not be reached."""
-        failure: ConnectFailed | NoRoute | None = None
-        tried = {unfit_peer}
+    def _tell(self, entry: Entry, trail: Trail) -> None:
+        """Log what the hosts asked before have said."""
+        said: dict[tuple[str, str, str], list[str]] = {}
+        for index, address in trail.left(entry.recipients):
+            attempt = trail.results.get(index)
+            if attempt is not None:
+                said.setdefault((attempt.peer, attempt.phase, attempt.cause), []).append(address)
+        for (peer, phase, reply), recipients in said.items():
+            self._log.event(
+                "next_host", id=format_id(entry.ident), recipients=recipients, route=entry.name.label, phase=phase, peer=peer,
+                reply=reply, attempt=entry.attempts + 1,
+            )  # fmt: skip
+
+    # A connection to another host
+
+    async def _one_that_takes(self, pool: Pool, entry: Entry, trail: Trail) -> tuple[Session | None, Failed | None]:
+        """A session with a host that was not tried, and can accept a message; None when there is none, and why one could not be
+        reached."""
+        failure: Failed | None = None
         peers: list[Peer] = []
         try:
             peers = await self._opener.peers(pool.site)
         except NoRoute as error:  # temporary: the names resolved a moment ago
             failure = error
         for peer in peers:
-            if peer.name in tried:
+            if peer.name in trail.tried or peer.place in trail.tried:
                 continue
-            tried.add(peer.name)
+            if self._stops(pool, entry):
+                return None, failure or ConnectFailed("connect", f"{peer.name}: not tried now", fault=US)
+            trail.tried.add(peer.place)
             try:
-                session = await self._connect(pool, peer)
+                session = await self._session(pool, peer)
             except ConnectFailed as error:
                 failure = error
-                continue
             except NoRoute:  # this host itself: others of the list may take the mail
-                continue
-            if not self._sessions.adopt(pool, session):
-                failure = ConnectFailed("ehlo", f"{peer.name}: the peer closed the connection")
-            elif unfit(entry, session.core.features) is None:
-                return session, None
+                pass
             else:
+                if unfit(entry, session.core.features) is None:
+                    return session, None
                 session.take_more()
         return None, failure
 
-    async def _connect(self, pool: Pool, peer: Peer) -> Session:
-        """A connection to one host of a site, as soon as the limits allow it. ConnectFailed when it fails, or the limits do not
-        allow it within ROOM_SECONDS."""
-        until = self._now() + ROOM_SECONDS
-        while not self._room.take(pool):
-            if self._now() > until:
-                raise ConnectFailed("connect", f"{peer.name}: no free connection to this site", fault=US)
-            await asyncio.sleep(0.1)
+    async def _session(self, pool: Pool, peer: Peer) -> Session:
+        """A session with one host of a site that can take a message: an idle one, or a new one as soon as the limits allow it.
+        ConnectFailed when it fails, or the limits do not allow it within ROOM_SECONDS."""
+        until, why = self._avoided.get(peer.place, (0.0, None))
+        if why is not None and self._now() < until:
+            raise why
+        session = self._idle(pool, peer.place) or await self._room_for(pool, peer)
+        if session is not None:
+            return session
         try:
-            return await self._opener.to(pool.site, peer, pool.source)
-        except BaseException:
+            session = await self._opener.to(pool.site, peer, pool.source)
+        except BaseException as error:
             self._room.give(pool)
+            if isinstance(error, ConnectFailed):
+                self._avoid(peer.place, error)
             raise
+        if not self._sessions.adopt(pool, session):
+            raise ConnectFailed("ehlo", f"{peer.name}: the peer closed the connection")
+        return session
+
+    def _avoid(self, place: str, error: ConnectFailed) -> None:
+        if len(self._avoided) >= AVOIDED:
+            self._avoided.clear()
+        self._avoided[place] = self._now() + AVOID_SECONDS, error
+
+    @staticmethod
+    def _idle(pool: Pool, place: str = "") -> Session | None:
+        """Take an idle session with a host ("": any) from a pool."""
+        for session in pool.idle:
+            if not session.ended and place in (session.place, ""):
+                pool.idle.remove(session)
+                session.waiting = False
+                return session
+        return None
+
+    async def _room_for(self, pool: Pool, peer: Peer) -> Session | None:
+        """Take a unit of `room` for a connection to a host; or (not None) a session with it, which became idle meanwhile."""
+        needy = Needy(peer.place)
+        until = self._now() + ROOM_SECONDS
+        pool.needy.append(needy)
+        try:
+            while not (pool.needy[0] is needy and self._take_room(pool, needy)):
+                if self._now() > until:
+                    raise ConnectFailed("connect", f"{peer.name}: no free connection to this site", fault=US)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RECHECK_SECONDS):
+                        await needy.wake.wait()
+                needy.wake.clear()
+                if needy.session is not None and not needy.session.ended:
+                    session, needy.session = needy.session, None
+                    return session
+                needy.session = None
+            return None
+        finally:
+            pool.needy.remove(needy)
+            if needy.session is not None and not needy.session.ended:
+                needy.session.take_more()
+            if pool.needy:
+                pool.needy[0].wake.set()
+
+    def _take_room(self, pool: Pool, needy: Needy) -> bool:
+        """Take a unit of `room`; one idle session is closed for it, where there is none."""
+        if self._room.take(pool):
+            return True
+        idle = None if needy.freed else self._idle(pool)
+        if idle is None:
+            return False
+        needy.freed = True
+        self._sessions.retire(idle)
+        return self._room.take(pool)
+
+    def claims(self, pool: Pool, session: Session) -> bool:
+        """Whether a delivery that waits for a connection has this session, which could take a message: it gets the session when
+        that is idle, where it is with its host, or else its place. (Called where `pool.needy` is not empty.)"""
+        first = pool.needy[0]
+        its = next((needy for needy in pool.needy if needy.place == session.place and needy.session is None), None)
+        if its is None and first.freed:
+            return False  # its connection was closed for it before
+        if session.core.idle:
+            if its is not None:
+                its.session = session
+                its.wake.set()
+            else:
+                first.freed = True
+                self._sessions.retire(session)
+                first.wake.set()
+        return True

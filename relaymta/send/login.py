@@ -1,4 +1,4 @@
-"""AUTH at smart hosts: PLAIN, LOGIN, CRAM-MD5 (aiosmtplib), SCRAM-SHA-256 (scramp), XOAUTH2 and OAUTHBEARER.
+"""AUTH at smart hosts: PLAIN, LOGIN, CRAM-MD5 (by aiosmtplib), SCRAM-SHA-256 (scramp), XOAUTH2 and OAUTHBEARER.
 
 Called only over verified TLS: connect.py ensures it, and the configuration requires it.
 """
@@ -16,6 +16,9 @@ from relaymta.errors import Failure
 from relaymta.send.oauth import Tokens
 
 __all__ = ["LoginFailed", "log_in"]
+
+LOGIN_PROMPTS = 2
+_PROMPTS = {"pass": "password", "user": "user", "login": "user", "mail": "user"}  # words of prompts, lower case
 
 # The order of preference of `auth = "auto"`.
 _STRONGEST = ("SCRAM-SHA-256", "PLAIN", "LOGIN", "CRAM-MD5")
@@ -56,11 +59,39 @@ def _password(route: Route) -> str:
 
 
 async def _plain(client: aiosmtplib.SMTP, username: str, password: str) -> None:
-    await client.auth_plain(username, password)
+    """RFC 4616. A host that has ignored the initial response asks for it by 334 (RFC 4954 4)."""
+    response = base64.b64encode(f"\0{username}\0{password}".encode())
+    if (await _command(client, b"AUTH", b"PLAIN", response)).code == 334:
+        await _command(client, response, last=True)
 
 
 async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
-    await client.auth_login(username, password)
+    """LOGIN has no standard (draft-murchison-sasl-login): hosts ask for the user, then for the password. No initial response is
+    sent, since some hosts ignore it and ask for the user all the same. Each prompt is answered by what it asks for, or, where it
+    says neither, in this order; the password is sent once, and never before the user."""
+    answers = {"user": username, "password": password}
+    response = await _command(client, b"AUTH", b"LOGIN")
+    for _ in range(LOGIN_PROMPTS):
+        if response.code == 235:
+            return
+        asked = _asked(response.message) or next(iter(answers), "")
+        if asked not in answers or (asked == "password" and "user" in answers):
+            break
+        response = await _command(client, base64.b64encode(answers.pop(asked).encode()))
+    if response.code == 235:
+        return
+    await client.execute_command(b"*")  # RFC 4954 4: it is cancelled
+    raise LoginFailed(f"AUTH LOGIN: the host asks for {_asked(response.message) or 'more'} out of turn: 334 {response.message}")
+
+
+def _asked(prompt: str) -> str:
+    """What a prompt of LOGIN asks for: "user", "password", or "" where it does not say. Most are in base64."""
+    try:
+        text = base64.b64decode(prompt, validate=True).decode()
+    except ValueError:
+        text = prompt
+    found = {what for word, what in _PROMPTS.items() if word in text.lower()}
+    return found.pop() if len(found) == 1 else ""
 
 
 async def _cram_md5(client: aiosmtplib.SMTP, username: str, password: str) -> None:

@@ -3,6 +3,7 @@
 from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8
 from relaymta.proto.smtp_client import Features, Mail
 from relaymta.queue import Entry
+from relaymta.send.trail import Trail
 
 __all__ = ["is_large", "mail_of", "unfit"]
 
@@ -27,19 +28,22 @@ def unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
     return None
 
 
-def mail_of(entry: Entry, rewrite: str) -> Mail:
-    """An entry as a Mail. `rewrite`: the route's `rewrite_sender`: an address or "@domain"; "" for none."""
+def mail_of(entry: Entry, rewrite: str, trail: Trail | None = None) -> Mail:
+    """An entry as a Mail. `rewrite`: the route's `rewrite_sender`: an address or "@domain"; "" for none. `trail`: what the
+    attempt has come to at other hosts: the mail is for the recipients that are left."""
     envelope = entry.envelope
     sender = envelope.sender
     if rewrite and sender:
         sender = sender.rpartition("@")[0] + rewrite if rewrite.startswith("@") else rewrite
     flags = envelope.flags
-    return Mail(
+    mail = Mail(
         entry,
         sender,
-        entry.recipients,
+        entry.recipients if trail is None else trail.left(entry.recipients),
         entry.data,
         envelope.size,
         bool(flags & EIGHT_BIT),
         bool(flags & SMTPUTF8),
     )
+    mail.trail = trail
+    return mail

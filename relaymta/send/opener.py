@@ -25,6 +25,8 @@ PROBE_TIMEOUT = 5.0  # of the first probe; doubled for each further one, since a
 PROBE_LONGEST = 3600.0  # then the host counts as up, and the next message tries it
 GREETING = 300.0  # seconds for the greeting (RFC 5321 4.5.3.2.1) and each further reply before MAIL
 RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host must accept that many)
+NO_BDAT_SECONDS = 86_400.0  # so long a host that does not implement BDAT gets DATA
+NO_BDAT_KEPT = 10_000  # hosts
 PLUMBED_SECONDS = 30.0  # between two checks whether an address is configured on this machine
 
 
@@ -87,6 +89,7 @@ class Opener:
         self._ourselves = _ourselves(config)
         self._down: dict[str, str] = {}  # label of a smart host that is down: why
         self._probing: set[asyncio.Task[None]] = set()
+        self._no_bdat: dict[str, float] = {}  # place: until when BDAT is not used there
 
     def reconfigure(self, config: Config) -> None:
         """Apply a new configuration; the health of smart hosts is determined anew."""
@@ -138,7 +141,9 @@ class Opener:
             session = await self._once(site, peer, tls, source, timeout)
         except ConnectFailed as error:
             if tls == "may" and error.phase == "starttls":  # a failed handshake, where TLS is optional
-                return await self._once(site, peer, "off", source, timeout)
+                session = await self._once(site, peer, "off", source, timeout)
+                session.fell_back = True
+                return session
             # The timeout of a probe (`timeout`) is short: its failure does not mean that the host is down.
             if site.hosts is None and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
@@ -152,7 +157,19 @@ class Opener:
         longest, greeting = delivery.connect_timeout, GREETING * delivery.patience
         times = (min(timeout, longest), min(timeout, greeting)) if timeout else (longest, greeting)
         via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source)
-        return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        session = await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        session.place = peer.place
+        if session.core.features.chunking and self._no_bdat.get(peer.place, 0.0) > time.monotonic():
+            session.core.features.chunking = False
+        return session
+
+    def without_bdat(self, place: str) -> None:
+        """Remember that a host offers CHUNKING, and does not implement BDAT: DATA is used."""
+        if self._no_bdat.get(place, 0.0) <= time.monotonic():
+            self._log.event("warning", text=f"{place} offers CHUNKING and does not implement BDAT: DATA is used")
+            if len(self._no_bdat) >= NO_BDAT_KEPT:
+                self._no_bdat.clear()
+        self._no_bdat[place] = time.monotonic() + NO_BDAT_SECONDS
 
     # The health of smart hosts
 

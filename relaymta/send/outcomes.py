@@ -8,12 +8,14 @@ from relaymta.config import Rule
 from relaymta.errors import Failure, told
 from relaymta.metrics import Counters, index
 from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt
-from relaymta.proto.smtp_client import Mail, Said, classify
+from relaymta.proto.said import Said, classify, wants_tls
+from relaymta.proto.smtp_client import Mail
 from relaymta.queue import Entry, Queue, wall_ms
 from relaymta.send.decisions import Decisions
 from relaymta.send.parking import Parking
 from relaymta.send.pool import Pool
 from relaymta.send.session import Session
+from relaymta.send.trail import Trail
 
 __all__ = ["Judged", "Outcomes", "judge"]
 
@@ -36,9 +38,10 @@ class Judged:
     rules: list[tuple[Rule, str]] = field(default_factory=list)
 
 
-def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_of: RuleOf) -> Judged:
+def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_of: RuleOf, fell_back: bool = False) -> Judged:
     """The outcome of a transaction with `peer`. `default(index)`: the reply or Attempt of a recipient without a reply of its own;
-    `rule_of(host, reply)`: the rule that matches a reply, or None."""
+    `rule_of(host, reply)`: the rule that matches a reply, or None. `fell_back`: the connection is not encrypted since starting
+    TLS failed: that the peer wants TLS is no reason to give up."""
     judged = Judged()
     now = wall_ms()
     for recipient, _ in mail.recipients:
@@ -46,8 +49,8 @@ def judge(mail: Mail, peer: str, default: Callable[[int], Said | Attempt], rule_
         if isinstance(found, Attempt):
             judged.results[recipient] = found
             continue
-        kind = classify(found)
-        if kind != "success":
+        kind = TRANSIENT if fell_back and wants_tls(found) else classify(found)
+        if kind != SUCCESS:
             kind = _by_rule(judged, kind, rule_of(peer, found.whole), found)
         judged.results[recipient] = Attempt(now, kind, found.phase, peer, found.code, found.enhanced, found.text)
     return judged
@@ -67,9 +70,12 @@ def _by_rule(judged: Judged, kind: str, rule: Rule | None, said: Said) -> str:
 
 
 class Outcomes:
-    """Gives the queue one outcome for each entry that was begun. Its only state is in the entries: `route` and `lost`."""
+    """Gives the queue one outcome for each entry that was begun. Its only state is in the entries: `route` and `lost`.
+
+    `go_on(pool, entry, trail)`: whether another host is asked to take what is left of an entry, which is its then."""
 
     queue: Queue
+    go_on: Callable[[Pool, Entry, Trail], bool]
 
     def __init__(self, counters: Counters, decisions: Decisions, parking: Parking) -> None:
         self._counters = counters
@@ -87,13 +93,33 @@ class Outcomes:
         assert isinstance(entry, Entry)
         self._counters.add(TRANSACTIONS, 1)
         entry.route = (session.peer, mail.answer)
-        if mail.all_sent:
+        if mail.all_sent and mail.trail is None:
             self.queue.finish(entry, None)
             return
-        judged = judge(mail, session.peer, lambda _: Said(0, b"no reply was seen", "final"), self._rule_of)
+        unseen = Said(250, mail.answer, "final") if mail.all_sent else Said(0, b"no reply was seen", "final")
+        judged = judge(mail, session.peer, lambda _: unseen, self._rule_of, session.fell_back)
+        self._settle(pool, session, mail, judged, {i for i, a in judged.results.items() if not a.code})
+
+    def _settle(self, pool: Pool | None, session: Session, mail: Mail, judged: Judged, doubtful: set[int]) -> None:
+        """The attempt of an entry goes on at another host, for those of its recipients that this one has temporarily refused; or
+        ends. `doubtful`: recipients for which the host may have the message."""
+        entry = mail.cargo
+        assert isinstance(entry, Entry)
         self._decisions.rules(pool, entry.name.application, judged.rules)
-        good = all(a.kind == SUCCESS for a in judged.results.values())
-        self.queue.finish(entry, None if good else judged.results, judged.retry_after_ms)
+        trail = mail.trail if isinstance(mail.trail, Trail) else Trail()
+        place = session.place or session.peer
+        trail.add(place, judged.results, doubtful, judged.retry_after_ms)
+        if session.core.not_sent and entry.lost < FREE_RETRIES:  # it is asked again, by DATA
+            entry.lost += 1
+            trail.asked -= 1
+            trail.tried.discard(place)
+        if pool is None or session.our_fault or not self.go_on(pool, entry, trail):
+            self.end(entry, trail)
+
+    def end(self, entry: Entry, trail: Trail) -> None:
+        """An attempt ends with what it has come to at one host or several."""
+        good = trail.asked == 1 and all(a.kind == SUCCESS for a in trail.results.values())
+        self.queue.finish(entry, None if good else trail.results, trail.retry_after_ms)
 
     def lost(self, pool: Pool, session: Session, mail: Mail, reason: str) -> bool:
         """The connection ended under a message. False when that is no attempt: the caller delivers the entry again at once."""
@@ -103,22 +129,29 @@ class Outcomes:
         said = core.last_said
         # A reused connection that ended before the reply to MAIL: no attempt is counted. (Not where an earlier transaction of the
         # same message was on it: its recipients must not get the message again.)
-        free = mail.reached == "" and core.messages and not mail.said and entry.lost < FREE_RETRIES
-        doubt = ""
+        # Nor where the peer did not implement BDAT: the message is sent by DATA.
+        fresh = not mail.said and mail.trail is None and entry.lost < FREE_RETRIES
+        free = fresh and (core.not_sent or (mail.reached == "" and core.messages))
+        doubt, doubtful = "", set[int]()
         # Not in doubt: the reply was 421; or the peer had closed the connection, and the message data was written behind (BDAT).
-        if mail.data_sent and said is None and not (free and session.closed_by_peer):
+        if mail.data_sent and said is None and not core.not_sent and not (free and session.closed_by_peer):
             self._counters.add(IN_DOUBT, 1)
             doubt = " (in doubt: the message was sent, its reply did not come)"
+            doubtful = {index for index, _ in mail.asked if index not in mail.said}  # not those of further transactions
         if free:
             entry.lost += 1
             return False
         phase = core.awaiting or mail.reached or "mail"
-        inside = session.cause and session.cause + doubt
-        unanswered = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
-        judged = judge(mail, session.peer, lambda _: said or unanswered, self._rule_of)
-        self._decisions.rules(pool, entry.name.application, judged.rules)
+        now = wall_ms()
+
+        def unanswered(index: int) -> Said | Attempt:
+            behind = doubt if index in doubtful else ""
+            inside = session.cause and session.cause + behind
+            return said or Attempt(now, TRANSIENT, phase, session.peer, 0, "4.4.2", reason + behind, inside)
+
+        judged = judge(mail, session.peer, unanswered, self._rule_of, session.fell_back)
         entry.route = (session.peer, b"")
-        self.queue.finish(entry, judged.results, judged.retry_after_ms)
+        self._settle(pool, session, mail, judged, doubtful)
         return True
 
     def charge(

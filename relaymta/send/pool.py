@@ -11,6 +11,8 @@ one message charged, whatever their number and duration, in all workers. An atte
 again does not count as a failure at all. The window is halved once a wave, too.
 """
 
+import asyncio
+from collections import deque
 from collections.abc import Mapping
 
 from relaymta.config import Source
@@ -20,7 +22,7 @@ from relaymta.route.sites import Site
 from relaymta.send.ready import Ready
 from relaymta.send.session import Session
 
-__all__ = ["CROWDED", "Learned", "Pool", "pool_key"]
+__all__ = ["CROWDED", "Learned", "Needy", "Pool", "pool_key"]
 
 CROWDED = 2000  # messages that wait for one site in memory; further ones stay on disk
 WINDOW_START = 5.0
@@ -55,6 +57,19 @@ class Learned:
         self.until = until
 
 
+class Needy:
+    """A delivery that waits for a connection to one host of a site (elsewhere.py). `wake`: to look again; `session`: one with
+    that host, which is its own; `freed`: a connection to another host was closed for it."""
+
+    __slots__ = ("freed", "place", "session", "wake")
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.wake = asyncio.Event()
+        self.session: Session | None = None
+        self.freed = False
+
+
 class Pool:
     """A site's state in one worker. Times are loop time but for `down_until`, which is by the queue's clock."""
 
@@ -73,6 +88,7 @@ class Pool:
         "known_at",
         "learned",
         "loading",
+        "needy",
         "opening_since",
         "probe_at",
         "probing",
@@ -108,6 +124,7 @@ class Pool:
         self.ready = Ready(weights)
         self.idle: list[Session] = []
         self.sessions: set[Session] = set()
+        self.needy: deque[Needy] = deque()  # deliveries that wait for a connection to another host than they had
         self.skipped: set[int] = set()  # queues that are not read from disk, because the ready list is long
         self.connecting = 0
         self.loading = False

@@ -36,11 +36,15 @@ class Session(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.deadline = 0.0  # loop time; 0: nothing is awaited
         self.idle_since = 0.0
+        self.place = ""  # the address and port of the peer (or its path); set by who connected
+        self.fell_back = False  # it is not encrypted, since starting TLS failed
+        self.our_fault = False  # it was lost because of this machine: another host would not help
         self._now = now
         self._idle = idle
         self._finished = finished
         self._lost = lost
         self._patience = patience
+        self._unsent = 0  # octets not yet written when the peer was heard last
         self._writable = asyncio.Event()
         self._writable.set()
         self._stream: asyncio.Task[None] | None = None
@@ -83,11 +87,10 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         core = self.core
-        core.receive(data, self.transport.get_write_buffer_size() if self.transport is not None else 0)
+        self._unsent = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        core.receive(data, self._unsent)
         if core.finished:
-            done, core.finished = core.finished, []
-            for mail in done:
-                self._finished(self, mail)
+            self._report()
         if self.ended:
             return
         if core.closing:
@@ -97,6 +100,12 @@ class Session(asyncio.Protocol):
             self._idle(self)
         if not self.ended:
             self._flush()
+
+    def _report(self) -> None:
+        """Report the mails to which all replies are there."""
+        done, self.core.finished = self.core.finished, []
+        for mail in done:
+            self._finished(self, mail)
 
     def eof_received(self) -> bool:
         return False
@@ -114,6 +123,7 @@ class Session(asyncio.Protocol):
             self.ended = True
             self.closed_by_peer = exc is None or isinstance(exc, ConnectionResetError | BrokenPipeError)
             self.cause = redacted(f"connection lost: {exc}") if exc else ""
+            self._settle()
             self._lost(self, "connection lost" if exc else "the peer closed the connection")
 
     def fail(self, reason: str, cause: str = "") -> None:
@@ -126,7 +136,14 @@ class Session(asyncio.Protocol):
             self._stream.cancel()
         if self.transport is not None:
             self.transport.abort()
+        self._settle()
         self._lost(self, reason)
+
+    def _settle(self) -> None:
+        """A reply that had begun when the connection ended counts by its code."""
+        self.core.ended(self._unsent)
+        self.core.out.clear()
+        self._report()
 
     def stack(self) -> list[str]:
         """The stack of the task that writes a large message, `file:line function`, outermost first; empty without one."""
@@ -168,6 +185,7 @@ class Session(asyncio.Protocol):
                 whole = True
         except Exception as error:  # the body is damaged or unreadable: abort, so that no final dot completes it
             self._stream = None
+            self.our_fault = True
             self.fail("reading the message failed", f"reading the message failed: {error}")
             return
         self._stream = None

@@ -2,8 +2,9 @@
 
 import pytest
 
+from relaymta.proto.said import wants_tls
 from relaymta.proto.sequence import CLOSES, GO_ON, GOES_ON, HELO_AFTER, OUT_OF_TURN, REFUSED, verdict
-from relaymta.proto.smtp_client import ClientSession, Features, Mail, classify, features_of, stuff
+from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said, classify, features_of, stuff
 
 PIPELINING = Features(True, True, False, 0)
 PLAIN = Features(False, False, False, None)
@@ -473,3 +474,111 @@ def test_message_data_accepted_without_a_sender_is_not_delivered(refusal):
     written(core)
     in_turn(core, refusal.encode() + b"\r\n250 r\r\n250 taken\r\n250 reset\r\n")
     assert (core.finished, one.all_sent, results(one)) == ([one], False, {0: int(refusal[:3])})
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "phase", "kind"),
+    [
+        (552, b"", "rcpt", "transient"),  # RFC 5321 4.5.3.1.10: as 452
+        (552, b"too many recipients", "rcpt", "transient"),
+        (552, b"5.5.3 too many recipients", "rcpt", "transient"),
+        (552, b"4.5.3 too many recipients", "rcpt", "transient"),
+        (552, b"5.2.2 mailbox full", "rcpt", "permanent"),
+        (552, b"5.3.4 too large", "rcpt", "permanent"),
+        (552, b"message size exceeds the limit", "mail", "permanent"),
+        (552, b"too much mail data", "final", "permanent"),
+        (552, b"too much mail data", "data", "permanent"),
+        (452, b"", "rcpt", "transient"),
+        (551, b"", "rcpt", "permanent"),
+        (553, b"", "rcpt", "permanent"),
+    ],
+)
+def test_552_to_rcpt_that_says_no_more_counts_as_452(code, text, phase, kind):
+    assert classify(Said(code, text, phase)) == kind
+
+
+@pytest.mark.parametrize("reply", [b"552 too many recipients\r\n", b"552 5.5.3 no more\r\n", b"452 4.5.3 no more\r\n"])
+def test_too_many_recipients_by_either_code_go_in_another_transaction(reply):
+    core, one = ClientSession(PIPELINING), mail("a@d", "b@d")
+    core.begin(one)
+    written(core)
+    core.receive(b"250 ok\r\n250 ok\r\n" + reply + b"354 go\r\n")
+    written(core)
+    core.receive(b"250 taken\r\n")
+    assert written(core).count(b"RCPT TO:<b@d>") == 1
+    core.receive(b"250 ok\r\n250 ok\r\n354 go\r\n")
+    written(core)
+    core.receive(b"250 taken\r\n")
+    assert results(one) == {0: 250, 1: 250}
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "wants"),
+    [
+        (530, b"", True),
+        (530, b"5.7.0 Must issue a STARTTLS command first", True),
+        (523, b"", True),
+        (538, b"", True),
+        (554, b"5.7.10 no", True),
+        (554, b"5.7.1 TLS is required", True),
+        (550, b"secure connections (SSL/TLS) only", True),
+        (550, b"5.7.1 encryption needed", True),
+        (550, b"5.1.1 no such user", False),
+        (550, b"5.7.1 turtles only", False),
+        (450, b"TLS required", False),
+    ],
+)
+def test_what_wants_tls(code, text, wants):
+    """RFC 3207 4; RFC 5248 2.4."""
+    assert wants_tls(Said(code, text, "mail")) == wants
+
+
+@pytest.mark.parametrize("cut", [b"354 go", b"354-go\r\n", b"3", b""])
+def test_no_message_data_follows_a_connection_that_has_ended(cut):
+    core, one = ClientSession(PIPELINING), mail()
+    core.begin(one)
+    written(core)
+    core.receive(b"250 ok\r\n250 ok\r\n" + cut)
+    core.ended()
+    assert (core.out, one.data_sent, core.under_way()) == ([], False, [one])
+
+
+def test_a_reply_that_is_too_long_has_its_code_and_ends_the_session():
+    core, one = ClientSession(PIPELINING), mail()
+    core.begin(one)
+    written(core)
+    core.receive(b"250 ok\r\n250 ok\r\n354 go\r\n")
+    written(core)
+    core.receive(b"250 " + b"x" * 100_000)
+    assert one.all_sent and core.finished == [one]
+    assert core.closing
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("code", [500, 502])
+@pytest.mark.parametrize("lines", [0, 1, 9])
+def test_bdat_that_is_not_implemented(code, lines, step):
+    """By a peer that has taken the message data all the same (0), or for commands: nothing is in doubt."""
+    core, one, two = ClientSession(Features(True, True, False, 0, True)), mail("c@d", "no@d"), mail()
+    core.begin(one)
+    core.begin(two)
+    written(core)
+    said = b"%d what?\r\n" % code
+    in_turn(core, b"250 ok\r\n250 ok\r\n550 no\r\n" + said * (1 + lines) + b"250 ok\r\n", step)
+    assert core.no_bdat and core.not_sent and core.closing
+    assert core.under_way() == [one, two]
+    assert not one.data_sent and not two.data_sent and not core.finished
+    assert {index: reply.code for index, reply in one.said.items()} == {1: 550}
+
+
+def test_a_message_whose_bdat_is_not_implemented_is_sent_by_data_on_the_same_connection():
+    core, one = ClientSession(Features(True, True, False, 0, True)), mail("c@d", "no@d")
+    core.begin(one)
+    written(core)
+    assert (
+        in_turn(core, b"250 ok\r\n250 ok\r\n550 no\r\n502 no\r\n250 ok\r\n")
+        == b"MAIL FROM:<a@b> SIZE=4\r\nRCPT TO:<c@d>\r\nDATA\r\n"
+    )
+    assert in_turn(core, b"250 ok\r\n250 ok\r\n354 go\r\n") == b"hi\r\n.\r\n"
+    in_turn(core, b"502 5.7.1 unwanted\r\n")
+    assert results(one) == {0: 502, 1: 550} and core.finished == [one] and core.no_bdat

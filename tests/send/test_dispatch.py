@@ -353,6 +353,13 @@ async def test_what_cannot_be_held_is_tried_less_and_less_often_and_holds_up_not
     assert made.queue.returned == [stuck], "the policy ended"
 
 
+def _session(**core: Any) -> SimpleNamespace:
+    its = SimpleNamespace(not_sent=False, **core)
+    return SimpleNamespace(
+        core=its, closed_by_peer=True, peer="h", place="127.0.0.1:2", cause="", fell_back=False, our_fault=False
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("said", "by_peer", "reached", "doubt"),
     [
@@ -368,9 +375,9 @@ async def test_what_is_in_doubt(made, said, by_peer, reached, doubt):
     one = entry(1, "smart.test")
     one.state = IN_FLIGHT
     mail = Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False)
-    mail.data_sent, mail.reached = True, reached
-    core = SimpleNamespace(last_said=said, messages=3, awaiting="final")
-    session = SimpleNamespace(core=core, closed_by_peer=by_peer, peer="h", cause="")
+    mail.data_sent, mail.reached, mail.asked = True, reached, mail.recipients
+    session = _session(last_said=said, messages=3, awaiting="final")
+    session.closed_by_peer = by_peer
     counted = made.outcomes._counters.cells.get(IN_DOUBT)
     attempt = made.outcomes.lost(_pool(made), session, mail, "connection lost")
     assert attempt == (reached != "")
@@ -412,8 +419,7 @@ async def test_a_free_retry_meets_what_was_decided_meanwhile(made, what):
 
 async def test_a_message_that_loses_reused_connections_leaves_nothing_behind(made):
     """The count ends with the entry; the dispatcher keeps none."""
-    core = SimpleNamespace(last_said=None, messages=3, awaiting="mail")
-    session = SimpleNamespace(core=core, closed_by_peer=True, peer="h", cause="")
+    session = _session(last_said=None, messages=3, awaiting="mail")
     one = entry(1, "smart.test")
     one.state = IN_FLIGHT
     mail = Mail(one, "a@b.test", [(0, "c@smart.test")], [b"x"], 1, False, False)

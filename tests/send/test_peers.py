@@ -138,6 +138,54 @@ def test_a_message_is_deferred_when_a_host_that_may_accept_it_is_down(tmp_path):
         assert not relay.events("bounced")
 
 
+def both(folder, first: FakeMx, second: FakeMx, *settings: str) -> Relay:
+    hosts = f'hosts=["127.0.0.1:{first.port}","127.0.0.2:{second.port}"]'
+    return Relay(folder, None, f'route=[{{name="two",{hosts}}}]', "delivery.first_retry=600", *settings)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"MAIL": b"450 4.7.1 not yet\r\n"},
+        {"RCPT": b"451 4.7.1 greylisted\r\n"},
+        {"RCPT": b"552 too many\r\n"},
+        {"DATA": b"451 4.3.0 later\r\n"},
+        {"DOT": b"452 4.3.1 full\r\n"},
+        {"MAIL": b"421 4.3.2 bye\r\n"},
+        {"DOT": b"421 4.3.2 bye\r\n"},
+        {"MAIL": CLOSE},
+        {"RCPT": RESET},
+        {"DATA": CLOSE},
+        {"DATA": b"nonsense\r\n"},
+    ],
+    ids=repr,
+)
+def test_what_one_host_refuses_for_now_the_next_one_gets_in_the_same_attempt(tmp_path, rules):
+    """RFC 5321 5.1; Postfix 3.7 smtp(8) does the same for two hosts."""
+    with FakeMx(dict(rules)) as first, FakeMx({}, host="127.0.0.2") as second, both(tmp_path, first, second) as relay:
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@d.example")
+        (delivered,) = wait_for(lambda: relay.events("delivered"))
+        assert (len(first.messages), len(second.messages)) == (0, 1)
+        assert (delivered["attempt"], delivered["peer"]) == (1, "127.0.0.2")
+        assert [event["peer"] for event in relay.events("next_host")] == ["127.0.0.1"]
+        assert not relay.events("deferred")
+
+
+def test_what_two_hosts_refuse_is_deferred_once_and_the_reply_of_each_is_told(tmp_path):
+    with (
+        FakeMx({"RCPT": b"450 4.2.1 first\r\n"}) as first,
+        FakeMx({"MAIL": b"451 4.3.0 second\r\n"}, host="127.0.0.2") as second,
+        both(tmp_path, first, second) as relay,
+    ):
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@d.example")
+        (deferred,) = wait_for(lambda: relay.events("deferred"))
+        assert (deferred["attempt"], deferred["peer"]) == (1, "127.0.0.2")
+        assert deferred["reply"] == "451 4.3.0 second; before that 450 4.2.1 first (rcpt, 127.0.0.1)"
+        (queued,) = relay.events("queued")
+        explained = relay.cli("message", "explain", queued["id"]).stdout
+        assert "second" in explained and "first" in explained
+
+
 def test_connections_are_reused(tmp_path):
     with FakeMx({}) as peer, relay_to(peer, tmp_path) as relay:
         for count in range(1, 11):

@@ -280,6 +280,88 @@ def test_only_235_is_a_login(mechanism, line, monkeypatch):
     asyncio.run(main())
 
 
+USER, PASSWORD = b"bWU=\r\n", b"c2VjcmV0\r\n"  # "me", "secret"
+
+
+@pytest.mark.parametrize(
+    ("replies", "answers"),
+    [
+        ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"235 ok"], [USER, PASSWORD]),
+        ([b"334 VXNlciBOYW1lAA==", b"334 UGFzc3dvcmQA", b"235 ok"], [USER, PASSWORD]),
+        ([b"334 Username:", b"334 Password:", b"235 ok"], [USER, PASSWORD]),
+        ([b"334 ", b"334 ", b"235 ok"], [USER, PASSWORD]),
+        ([b"334 d2hv", b"334 d2hhdA==", b"235 ok"], [USER, PASSWORD]),  # "who", "what"
+        ([b"334 TG9naW46", b"334 UGFzc3dvcmQ6", b"235 ok"], [USER, PASSWORD]),  # "Login:"
+        ([b"334 VXNlcm5hbWU6", b"235 ok"], [USER]),
+        ([b"334 VXNlcm5hbWU6", b"334 VXNlcm5hbWU6", b"501 ok"], [USER, b"*\r\n"]),  # it asks for the user again
+        ([b"334 UGFzc3dvcmQ6", b"501 ok"], [b"*\r\n"]),
+        ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"334 UGFzc3dvcmQ6", b"501 ok"], [USER, PASSWORD, b"*\r\n"]),
+        ([b"504 no"], []),
+        ([b"334 VXNlcm5hbWU6", b"535 no"], [USER]),
+        ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"535 no"], [USER, PASSWORD]),
+    ],
+)
+def test_login_answers_each_prompt_by_what_it_asks_for(replies, answers, monkeypatch):
+    monkeypatch.setenv("RELAY_PASSWORD", "secret")
+    heard: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 peer\r\n")
+        left = list(replies)
+        while line := await reader.readline():
+            if line.startswith(b"EHLO"):
+                writer.write(b"250-peer\r\n250 AUTH LOGIN\r\n")
+                continue
+            heard.append(line)
+            writer.write(left.pop(0) + b"\r\n")
+        writer.close()
+
+    async def main() -> bool:
+        route = Route(hosts=["127.0.0.1"], tls="verify", username="me", password_env="RELAY_PASSWORD", auth="login")
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            client = _client(host, Via(route, "relay.example", 5.0, 5.0, "off", Ourselves(set())))
+            await client.connect()
+            await _greet(client)
+            try:
+                await log_in(client, route, TOKENS)
+            except (LoginFailed, SMTPException):
+                return False
+            finally:
+                client.close()
+        return True
+
+    assert asyncio.run(main()) == replies[-1].startswith(b"235")
+    assert heard == [b"AUTH LOGIN\r\n", *answers]
+
+
+def test_plain_is_sent_again_where_the_initial_response_was_ignored(monkeypatch):
+    """RFC 4954 4."""
+    monkeypatch.setenv("RELAY_PASSWORD", "secret")
+    heard: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 peer\r\n")
+        replies = [b"250-peer\r\n250 AUTH PLAIN\r\n", b"334 \r\n", b"235 ok\r\n"]
+        while line := await reader.readline():
+            heard.append(line)
+            writer.write(replies.pop(0))
+        writer.close()
+
+    async def main() -> None:
+        route = Route(hosts=["127.0.0.1"], tls="verify", username="me", password_env="RELAY_PASSWORD")
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            client = _client(host, Via(route, "relay.example", 5.0, 5.0, "off", Ourselves(set())))
+            await client.connect()
+            await _greet(client)
+            await log_in(client, route, TOKENS)
+            client.close()
+
+    asyncio.run(main())
+    assert heard[1:] == [b"AUTH PLAIN AG1lAHNlY3JldA==\r\n", b"AG1lAHNlY3JldA==\r\n"]
+
+
 @pytest.mark.parametrize("line", [line for line in LINES.values() if not line.startswith(b"220")])
 def test_only_220_starts_tls(line):
     """With `tls = "encrypt"` there is no fallback."""

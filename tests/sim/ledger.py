@@ -6,6 +6,7 @@ from typing import Any
 
 from relaymta.proto.envelope import DELIVERED, DSN, FAILED, PENDING, PERMANENT, SUCCESS, TRANSIENT
 from relaymta.queue import Entry, format_id, parse_id
+from relaymta.send.trail import HOSTS
 from tests.sim.peers import Taken
 
 __all__ = ["Ledger", "Message"]
@@ -29,6 +30,8 @@ class Message:
     deleted: bool = False
     taken: list[Taken] = field(default_factory=list)
     offered: list[float] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # recipients whom a host has answered by 5xx in the attempt under way
+    asked: set[tuple[int, str]] = field(default_factory=set)  # queue, and host, of what that attempt has begun
 
     def __post_init__(self) -> None:
         self.states = dict.fromkeys(self.recipients, "pending")
@@ -71,7 +74,9 @@ class Ledger:
         message = self.messages.get(entry.ident)
         if message is None:
             return
+        message.asked = {pair for pair in message.asked if pair[0] != entry.queue}
         for index, address in entry.recipients:
+            message.refused.pop(address, None)
             attempt = None if results is None else results.get(index)
             if results is None or (attempt is not None and attempt.kind == SUCCESS):
                 outcome = "delivered"
@@ -120,6 +125,23 @@ class Ledger:
 
     # Peers
 
+    def began(self, message: Message, queue: int, host: str, addresses: list[str], first: bool) -> None:
+        """An attempt begins, or (not `first`) goes on, perhaps at another host."""
+        if first:
+            message.asked = {pair for pair in message.asked if pair[0] != queue}
+        message.asked.add((queue, host))
+        if sum(one == queue for one, _ in message.asked) > HOSTS:
+            self._wrong(f"more than {HOSTS} hosts are asked to take it in one attempt", message)
+        for address in addresses:
+            if address in message.refused:
+                self._wrong(f"{address} is asked for again, though refused for good by {message.refused[address]}", message)
+
+    def refused(self, address: str, host: str) -> None:
+        """A peer's 5xx for a recipient has reached the session."""
+        for message in self.messages.values():
+            if address in message.states and message.asked:
+                message.refused[address] = host
+
     def taken(self, record: Taken, data: bytes) -> None:
         """A peer has accepted a message for a recipient."""
         name = _name_in(data)
@@ -152,6 +174,8 @@ class Ledger:
                 else:
                     self._gone(message)
                 message.outcomes.clear()
+                message.asked.clear()
+                message.refused.clear()
                 message.deleting = False
         for ident, (envelope, states) in found.items():
             if ident not in self.messages:

@@ -22,6 +22,7 @@ PICKY = (
     b"550 5.1.1 unknown",
     b"554 5.7.1 rejected",
     b"421 4.3.2 closing",
+    b"552 no more",
 )
 
 
@@ -45,6 +46,7 @@ class Host:
     features: Features
     mode: str = "good"
     latency: float = 0.002
+    no_bdat: bool = False  # it does not implement what it offers
 
 
 class _Record:
@@ -90,6 +92,7 @@ class Network:
 
     stage: Stage
     taken: Callable[[Taken, bytes], None]
+    refused: Callable[[str, str], None]  # recipient, host: its 5xx to RCPT has reached the session
     hosts: dict[str, Host] = field(default_factory=dict)  # by name
     exchanges: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class Network:
     dns_fails: float = 0.0
     dns_slow: bool = False
     ttl: int = 5
+    names: dict[int, str] = field(default_factory=dict)  # the host of each session, by the id of its core
     wires: list["Wire"] = field(default_factory=list)
     connecting: dict[str, int] = field(default_factory=dict)  # by name of process
     began: dict[tuple[str, str], float] = field(default_factory=dict)  # the last attempt of a process to connect to a host
@@ -141,7 +145,9 @@ class Network:
         await asyncio.sleep(random.random() * host.latency)
         features = Features(host.features.pipelining, host.features.eight_bit, True, host.features.size, host.features.chunking)
         features.chunking = features.chunking and via.route.chunking
-        session = make(ClientSession(features, recipients, False), peer.name)
+        core = ClientSession(features, recipients, False)
+        self.names[id(core)] = host.name
+        session = make(core, peer.name)
         session.attach(wire)
         self.wires.append(wire)
         if mode == "closing" and random.random() < 0.5:
@@ -234,19 +240,21 @@ class Wire:
             self.open = False
             self.process.loop.call_soon(self._connection_lost, ConnectionResetError("simulated") if reset else None)
 
-    def _reply(self, text: bytes, taken: list[Taken] | None = None) -> None:
+    def _reply(self, text: bytes, taken: list[Taken] | None = None, refused: str = "") -> None:
         self._returns = max(self._returns, self.stage.now + self._delay())
-        self.stage.at(self._returns, lambda: self._replied(text + b"\r\n", taken or []))
+        self.stage.at(self._returns, lambda: self._replied(text + b"\r\n", taken or [], refused))
 
-    def _replied(self, text: bytes, taken: list[Taken]) -> None:
+    def _replied(self, text: bytes, taken: list[Taken], refused: str) -> None:
         if self.process.dead or not self.open:
             return
-        self.process.loop.call_soon(self._received, text, taken)
+        self.process.loop.call_soon(self._received, text, taken, refused)
 
-    def _received(self, text: bytes, taken: list[Taken]) -> None:
+    def _received(self, text: bytes, taken: list[Taken], refused: str) -> None:
         if self.open and not self._lost:
             for record in taken:
                 record.answered = True
+            if refused and not self._lied:
+                self.network.refused(refused, self.host.name)
             self.protocol.data_received(text)
 
     def _arrived(self, data: bytes) -> None:
@@ -285,8 +293,8 @@ class Wire:
             return random.choice(PICKY)
         return None
 
-    def _refuse(self, text: bytes) -> None:
-        self._reply(text)
+    def _refuse(self, text: bytes, address: str = "") -> None:
+        self._reply(text, refused=address if text.startswith(b"5") and not text.startswith(b"552") else "")
         if text.startswith(b"421"):
             self.die(False)
 
@@ -313,11 +321,11 @@ class Wire:
         if self._sender is None:
             self._reply(b"503 5.5.1 MAIL first")
             return
-        text = self._picks()
+        text, address = self._picks(), line[9:].partition(b">")[0].decode()
         if text is not None:
-            self._refuse(text)
+            self._refuse(text, address)
             return
-        self._recipients.append(line[9:].partition(b">")[0].decode())
+        self._recipients.append(address)
         self._reply(b"250 2.1.5 ok")
 
     def _rset(self, line: bytes) -> None:
@@ -338,6 +346,9 @@ class Wire:
         self._reply(b"354 go on")
 
     def _bdat(self, line: bytes) -> None:
+        if self.host.no_bdat:
+            self._reply(b"500 5.5.2 what?")
+            return
         self._expects = int(line.split()[1]) + 1  # one more, so that 0 octets are under way, too
 
     def _more_data(self) -> bool:

@@ -48,7 +48,7 @@ class World:
         self.stage = Stage(self.random)
         self.clock = Clock(self.stage)
         self.ledger = Ledger(self.wrong)
-        self.network = Network(self.stage, self._taken)
+        self.network = Network(self.stage, self._taken, self.ledger.refused)
         self.shared = Shared.create()
         self.states: dict[tuple[str, str, str], SiteState] = {}  # as the supervisor stores them
         self.trace: list[tuple[float, str, str]] = []  # when, which message ("": none), what
@@ -72,7 +72,7 @@ class World:
             features = Features(
                 random.random() < 0.8, random.random() < 0.7, True, random.choice((None, 0, 20_000, 2500)), random.random() < 0.3
             )
-            network.add(Host(name, features, "good", random.choice((0.002, 0.02, 0.3))))
+            network.add(Host(name, features, "good", random.choice((0.002, 0.02, 0.3)), random.random() < 0.3))
         network.exchanges = {
             "a.test": [(10, "m1.test")],
             "b.test": [(10, "m1.test")],
@@ -158,6 +158,10 @@ class World:
             self.wrong(why, message)
         elif message is not None and message.deleted:
             self.wrong("attempted after it was deleted", message)
+        elif message is not None:
+            first = mail.trail is None and not mail.asked
+            host = self.network.names[id(core)]
+            self.ledger.began(message, entry.queue, host, [address for _, address in mail.todo], first)
 
     def finished(self, entry: Any, results: Any) -> None:
         """An outcome is passed to the queue."""

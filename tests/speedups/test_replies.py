@@ -30,19 +30,30 @@ REPLIES = st.lists(
 ).map(b"".join)
 
 
-def oracle(data: bytes) -> list[tuple[int, bytes]]:
-    found, lines, code = [], [], 0
-    for line in data.split(b"\n")[:-1]:
-        line = line.removesuffix(b"\r")
-        match = re.fullmatch(rb"([2-5]\d\d)(?:([ -])(.*))?", line, re.S)
-        if match is None or (lines and int(match[1]) != code):
-            return [*found, (0, line)]
-        code = int(match[1])
-        lines.append(match[3] or b"")
-        if match[2] != b"-":
+def oracle(data: bytes) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
+    """The replies, and what the end of the connection adds to them."""
+    found: list[tuple[int, bytes]] = []
+    lines: list[bytes] = []
+    code = 0
+    whole = data.split(b"\n")
+    for number, line in enumerate(whole):
+        last = number == len(whole) - 1
+        if last and not line:
+            break
+        before = len(found)
+        line = line.removesuffix(b"\r") if not last else line
+        match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", line, re.S)
+        if match is None and not code:
+            return (found, []) if last else ([*found, (0, line)], [])
+        code = code or int(match[1])  # type: ignore[index]
+        if line:
+            lines.append(match[3] if match is not None else line)
+        if match is not None and match[2] != b"-":
             found.append((code, b"\n".join(lines)))
-            lines = []
-    return found
+            lines, code = [], 0
+        if last and len(found) > before:
+            return found[:-1], found[-1:]
+    return found, [(code, b"\n".join(lines))] if code else []
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
@@ -50,14 +61,67 @@ def oracle(data: bytes) -> list[tuple[int, bytes]]:
 def test_replies_equal_the_oracle_in_any_split(parser_class, data, cuts):
     replies = parser_class(4096, 100)
     found = [reply for piece in pieces(data, cuts) for reply in replies.feed(piece)]
-    assert found == oracle(data)
+    assert (found, replies.end()) == oracle(data)
 
 
 @pytest.mark.parametrize("parser_class", PARSERS)
-def test_endless_lines_and_replies_end_the_session(parser_class):
+@given(data=REPLIES, cuts=st.lists(st.integers(0, 100), max_size=6))
+def test_lines_that_are_cut_are_the_same_in_any_split(parser_class, data, cuts):
+    whole, split = parser_class(5, 3), parser_class(5, 3)
+    assert whole.feed(data) == [reply for piece in pieces(data, cuts) for reply in split.feed(piece)]
+    assert whole.end() == split.end()
+
+
+TABLE = [  # RFC 5321 4.2.1: the code decides
+    (b"250\r\n", [(250, b"")]),
+    (b"250ok\r\n", [(250, b"ok")]),
+    (b"2502.0.0 ok\r\n", [(250, b"2.0.0 ok")]),
+    (b"250\tok\r\n", [(250, b"\tok")]),
+    (b"550:no\r\n", [(550, b":no")]),
+    (b"250-a\r\n550 b\r\n", [(250, b"a\nb")]),
+    (b"451-a\r\n250 b\r\n", [(451, b"a\nb")]),
+    (b"250-a\r\n\r\n250 b\r\n", [(250, b"a\nb")]),
+    (b"250-a\r\nb without a code\r\n250 c\r\n", [(250, b"a\nb without a code\nc")]),
+    (b"250-a\r\n250\r\n", [(250, b"a\n")]),
+    (b"250 \xff\xfe\r\n", [(250, b"\xff\xfe")]),
+    (b"250 " + b"x" * 5000 + b"\r\n", [(250, b"x" * 100)]),
+    (b"250-" + b"x" * 5000 + b"\r\n250 b\r\n", [(250, b"x" * 100 + b"\nb")]),
+    (b"250-x\r\n" * 50 + b"250 b\r\n", [(250, b"\n".join([b"x"] * 10))]),
+    (b"\r\n", [(0, b"")]),
+    (b"hello\r\n", [(0, b"hello")]),
+    (b" 250 ok\r\n", [(0, b" 250 ok")]),
+    (b"25 ok\r\n", [(0, b"25 ok")]),
+    (b"150 ok\r\n", [(0, b"150 ok")]),
+    (b"650 ok\r\n", [(0, b"650 ok")]),
+    (b"2x0 ok\r\n", [(0, b"2x0 ok")]),
+]
+
+
+@pytest.mark.parametrize("parser_class", PARSERS)
+@pytest.mark.parametrize(("data", "found"), TABLE, ids=range(len(TABLE)))
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_the_first_code_decides(parser_class, data, found, size):
     replies = parser_class(100, 10)
-    assert replies.feed(b"250 " + b"x" * 200)[0][0] == 0
+    split = [data[start : start + size] for start in range(0, len(data), size)]
+    assert [reply for piece in split for reply in replies.feed(piece)] == found
+
+
+@pytest.mark.parametrize("parser_class", PARSERS)
+@pytest.mark.parametrize("size", [1, 1000, 1_000_000])
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"250 " + b"x" * 70_000, 250),
+        (b"550-" + b"x" * 70_000, 550),
+        (b"250-x\r\n" * 10_000, 250),
+        (b"250-x\r\n" + b"no code\r\n" * 10_000, 250),
+        (b"x" * 70_000, 0),
+    ],
+)
+def test_a_reply_without_end_has_its_code_and_ends_the_session(parser_class, data, code, size):
+    replies = parser_class(100, 10)
+    found = [reply for start in range(0, len(data), size) for reply in replies.feed(data[start : start + size])]
+    assert [number for number, _ in found] == ([code, 0] if code else [0])
+    assert all(len(text) <= 1010 for _, text in found)
     assert replies.broken
-    many = parser_class(100, 10)
-    assert many.feed(b"250-x\r\n" * 11)[-1][0] == 0
-    assert many.feed(b"250 ok\r\n") == []
+    assert replies.feed(b"250 ok\r\n") == [] == replies.end()
