@@ -168,6 +168,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "time": attempt.time / 1000,
         "result": attempt.kind,
         "phase": attempt.phase,
+        "cause": attempt.because if attempt.kind != SUCCESS else "",
         "peer": attempt.peer,
         "reply": attempt.cause,
     }

@@ -26,7 +26,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class SiteView:
-    """A pool. `until`: of the outage, seconds since the epoch, 0 when it is up; `waiting`: messages in its ready list; `paced`: a
+    """A pool. `reason`, `cause`: of the outage, for people and for programs; `until`: of the outage, seconds since the epoch, 0 when it is up; `waiting`: messages in its ready list; `paced`: a
     rate holds them back, rather than the number of connections."""
 
     pool: str
@@ -34,6 +34,7 @@ class SiteView:
     hosts: list[str]
     source: str
     reason: str
+    cause: str
     down: bool
     until: float
     waiting: int
@@ -80,6 +81,7 @@ def seen(pool: Pool, now: float, until: float, hosts_down: dict[str, str]) -> Si
         pool.site.names,
         pool.source.name if pool.source is not None else "",
         pool.reason,
+        pool.cause,
         bool(pool.failures),
         until,
         len(pool.ready),
