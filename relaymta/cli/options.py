@@ -88,11 +88,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
         overrides: dict[str, Any] = {}
-        given = [
-            ("-c", str(path) if path is not None else None),
-            *(("--set", setting) for setting in settings),
-            ("--spool", spool),
-        ]
+        given = [("-c", str(path) if path is not None else None), ("--spool", spool), *(("--set", one) for one in settings)]
         options = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
         for setting in settings:
             key, equals, value = setting.partition("=")

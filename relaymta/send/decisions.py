@@ -101,9 +101,8 @@ class Decisions:
         )  # fmt: skip
         now = wall_ms()
         reply = _LOGIN + said.whole if said.phase == "auth" else said.whole
-        self._learn(
-            SiteState(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, float(pool.failures), why.category)
-        )
+        failures = float(pool.failures)
+        self._learn(SiteState(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, failures, why.category))
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached: log it, and remove the state."""

@@ -38,16 +38,16 @@ async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
         entry = queue.entries.get(ident, placement.queue)
         view = dispatcher.view(name, entry, found["sender"], everyone)
         due = queue.clock.wall(placement.due) / 1000 if placement.due > queue.clock.now() else 0.0
+        attempts = pending[0].get("attempts", []) if pending else []
+        wait = _waits_for(view, found["state"], name, due, entry is not None and not entry.waiting)
         found["waits"].append(
             {
                 "queue": str(name),
                 "recipients": [recipient["address"] for recipient in pending],
                 "routes": _chosen_by(view, found, pending[0]["address"]) if pending else [],
                 "site": view.site.key if view.site is not None else "",
-                "attempts": pending[0].get("attempts", []) if pending else [],
-                "wait": _with_cure(
-                    _waits_for(view, found["state"], name, due, entry is not None and not entry.waiting), view, pending, ident
-                ),
+                "attempts": attempts,
+                "wait": _with_cure(wait, view, name, attempts, ident),
             }
         )
     return found
@@ -75,27 +75,25 @@ def _site_row(site: SiteView) -> dict[str, Any]:
     }
 
 
-def _with_cure(wait: dict[str, Any], view: View, pending: list[dict[str, Any]], ident: int) -> dict[str, Any]:
-    """`wait` (of `_waits_for`) with `cure`: what to do about the last failure of the site, or else of the message; and `command`:
-    words of the command line that `released by` means, "" for none."""
-    attempts = pending[0].get("attempts", []) if pending else []
+def _with_cure(wait: dict[str, Any], view: View, name: QueueName, attempts: list[dict[str, Any]], ident: int) -> dict[str, Any]:
+    """The answer `wait` (of `_waits_for`) with `cure`: what to do about the failure of the site, else about the message's last
+    one; and the id in its `command`."""
     down = next((site.cause for site in view.pools if site.down), "")
     category = down or (attempts[-1]["cause"] if attempts else "")
-    if category and view.site is not None and not wait["command"].startswith(("queue release", "site", "policy")):
-        wait["cure"] = cure(category, view.site.route, view.site.names)
-    elif category:
-        wait["cure"] = cure(category, view.routes.routes[-1], []) if category == "dns" else ""
-    wait["command"] = wait["command"].replace("ID", format_id(ident), 1)
-    if "ADDRESS" in wait["command"] and pending:
-        wait["command"] = wait["command"].replace("ADDRESS", shlex.quote(pending[0]["address"]))
+    if wait["command"] in ("", "queue flush ID"):
+        hosts = view.site.names if view.site is not None else []
+        wait["cure"] = cure(category, view.site.route if view.site is not None else view.routes.route_of(name), hosts)
+    if wait["command"].endswith(" ID"):
+        wait["command"] = wait["command"].removesuffix("ID") + format_id(ident)
     return wait
 
 
 def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: bool) -> dict[str, Any]:
-    """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "command", "position", "limit"}`: what it
-    waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, how many messages are
-    before it (-1: not known), and which limit applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now;
-    `in_flight`: it is, or its outcome is being written."""
+    """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "command", "cure", "position",
+    "limit"}`: what it waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, the
+    words of the command line for that ("": none; `_with_cure`), how many messages are before it (-1: not known), and which limit
+    applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now; `in_flight`: it is, or its outcome is being
+    written."""
     now = time.time()
     if state in ("held", "quarantined"):
         return _held(view, state)
@@ -126,11 +124,8 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
 def _held(view: View, state: str) -> dict[str, Any]:
     if state != "held" or view.policy is None:
         return _answer(f"it is {state}", 0, "`relaymta queue release`", "queue release ID")
-    why, remove = (
-        f"hold policy {view.policy.site}: {view.policy.reason}",
-        shlex.join(["policy", "remove", "hold", view.policy.site]),
-    )
-    return _answer(why, view.policy_until, "`relaymta policy remove`", remove)
+    why, remove = f"hold policy {view.policy.site}: {view.policy.reason}", ["policy", "remove", "hold", view.policy.site]
+    return _answer(why, view.policy_until, "`relaymta policy remove`", shlex.join(remove))
 
 
 def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int, float]:

@@ -26,8 +26,9 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class SiteView:
-    """A pool. `reason`, `cause`: of the outage, for people and for programs; `until`: of the outage, seconds since the epoch, 0 when it is up; `waiting`: messages in its ready list; `paced`: a
-    rate holds them back, rather than the number of connections."""
+    """A pool. `reason`, `cause`: of its outage, for people and for programs; `until`: of the outage, seconds since the epoch, 0
+    when it is up; `waiting`: messages in its ready list; `paced`: a rate holds them back, rather than the number of
+    connections."""
 
     pool: str
     site: str

@@ -45,8 +45,8 @@ class Outages:
             del self._down[next(iter(self._down))]
 
     def rows(self, smart: Callable[[str], bool]) -> tuple[int, list[dict[str, Any]]]:
-        """(How many sites are down; rows for `metrics.down_families` of those with most failures in a row). `smart(site)`: whether
-        it is that of a route's smart hosts."""
+        """(How many sites are down; rows for `metrics.down_families`, of those with most failures in a row). `smart(site)`:
+        whether it is that of a route's smart hosts."""
         self._forget()
         worst = nlargest(SHOWN, (state for state, _ in self._down.values()), key=lambda state: state.value)
         found = [

@@ -28,7 +28,7 @@ _NO_WAY: Way = ("", b"", ("", 0, "", ""))
 
 
 def _way(entry: Entry) -> Way:
-    return entry.route if isinstance(entry.route, tuple) else _NO_WAY  # type: ignore[return-value]
+    return entry.route if isinstance(entry.route, tuple) else _NO_WAY
 
 
 class Witness(Events):
