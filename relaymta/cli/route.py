@@ -8,7 +8,7 @@ import click
 from relaymta.cli.console import say, say_json
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
-from relaymta.config import Config
+from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.proto.envelope import Envelope
 
@@ -69,13 +69,15 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
     from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
+    from relaymta.route.ourselves import Ourselves
     from relaymta.route.shaping import LIMITS, Shaping
     from relaymta.route.sites import Sites
     from relaymta.route.table import Asked, RouteTable
 
     routes = RouteTable(config)
     resolver = Resolver(config.delivery.nameservers)
-    sites = Sites(routes, resolver, {config.hostname.lower()}, resolver.now)
+    ours = Ourselves.of(config)
+    sites = Sites(routes, resolver, ours.names, resolver.now)
     try:
         envelope.headers = routes.headers_met("\r\n".join(headers).encode())
     except Malformed as error:
@@ -88,11 +90,14 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
         mx = site.names if site.hosts is not None else None
         for preference, host in site.hosts.pairs if site.hosts is not None else [(None, host) for host in site.route.hosts]:
             addresses: list[str] = []
-            if site.hosts is not None:
-                try:
-                    addresses = await resolver.addresses(host, site.route.ip.replace(" ", ""))
-                except (DnsFailure, NoData, NoSuchName) as error:
-                    addresses = [f"({type(error).__name__})"]
+            families = site.route.ip.replace(" ", "")
+            try:
+                if site.hosts is not None:
+                    addresses = await resolver.addresses(host, families)
+                elif not host.startswith("unix:"):
+                    addresses = await resolver.host(parse_hostport(host, 25)[0], families)
+            except (DnsFailure, NoData, NoSuchName) as error:
+                addresses = [f"({type(error).__name__})"]
             found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
         shape = Shaping(config).shape(site)
         limits = {limit: getattr(shape, limit) for limit in LIMITS}

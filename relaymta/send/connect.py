@@ -56,7 +56,7 @@ class ConnectFailed(Failure):
 class Peer:
     """What to connect to: an address and port, or (`path`) a unix socket. `name`: the peer's in TLS and the log. Of a smart host:
     `host`: as the route names it; `files`: the route's files for TLS; `last`: the host has no further address; `failure`: why it
-    has no address."""
+    has none at all."""
 
     name: str
     address: str
@@ -200,14 +200,13 @@ async def _open(client: _Client, peer: Peer, via: Via) -> None:
 
 async def _dialed(peer: Peer, via: Via) -> socket.socket:
     """A connected socket. (Of one that asyncio connects, the certificate is compared with the address instead of the name.)"""
-    ((family, kind, proto, _, address), *_) = socket.getaddrinfo(
-        peer.address, peer.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-    )
+    loop = asyncio.get_running_loop()
+    ((family, kind, proto, _, address), *_) = await loop.getaddrinfo(peer.address, peer.port, type=socket.SOCK_STREAM)
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
     try:
         if via.source is not None:
             sock.bind((via.source.address, 0))
-        await asyncio.get_running_loop().sock_connect(sock, address)
+        await loop.sock_connect(sock, address)
     except BaseException:
         sock.close()
         raise
@@ -299,17 +298,17 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -
         said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
         if phase == "auth":
             said.text = redacted(said.text)  # it may quote the credentials
-            return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.label}: {said.whole}{login}", said)
+            return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}{login}", said)
         return ConnectFailed(phase, said.text, said=said)
     if isinstance(error, Failure):
-        cause, fault = f"{peer.label}: {error}{login}", error.fault if error.category == "tls" else ""
+        cause, fault = f"{peer.name}: {error}{login}", error.fault if error.category == "tls" else ""
         return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
     public, category, origin = _reason(error)
     cause = str(error) or type(error).__name__
     if isinstance(origin, ssl.SSLError):
         why = trust.reason(origin, peer.name, peer.files, via.route.label if via is not None else "")
         cause = why if str(origin) in why else f"{why} [{origin}]"
-    return ConnectFailed(phase, f"{name}: {public}", f"{peer.label}: {cause}{login}", category=category)
+    return ConnectFailed(phase, f"{name}: {public}", f"{peer.name}: {cause}{login}", category=category)
 
 
 # Errors in a chain of causes, the first that is known: (type, its public text, its category).

@@ -77,7 +77,8 @@ class Decisions:
             self._named = len(self._pools) + 1
         dead = self.states.get(DEAD, pool.key)
         if dead is not None:  # found down by another worker, or before a restart
-            pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply), dead.cause)
+            pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply))
+            pool.cause = dead.cause
         for kind, about in ((SLOW, ""), *((LEARNED, limit) for limit in LIMITS)):
             state = self.states.get(kind, pool.shape.key, about)
             if state is not None:
@@ -191,6 +192,6 @@ class Decisions:
             pool.up(self._now())
             self._wake_pool(pool)
         elif self._end(state) > pool.down_until + ECHO_MS:
-            probed = not _REFUSED.match(state.reply)
-            pool.down(int(state.value), self._end(state), state.reason, self._now(), probed, state.cause)
+            pool.down(int(state.value), self._end(state), state.reason, self._now(), not _REFUSED.match(state.reply))
+            pool.cause = state.cause
             self._send_back(pool, pool.down_until, None)

@@ -137,8 +137,8 @@ class Opener:
             yield Peer(target.host, target.address, port, files=Files.of(route))
 
     async def _smart_host(self, text: str, families: str, files: Files) -> list[Peer]:
-        """A smart host as a Peer for each of its addresses; when it has none, one with the reason, since this is temporary: an
-        operator has named it."""
+        """A smart host as a Peer for each of its addresses. When it has none, one with the reason (this is temporary: an operator
+        has named it); with the system's name servers, one with the name as its address, for what else getaddrinfo(3) can ask."""
         name, port, path = _parsed(text)
         if path:
             return [Peer(text, "", 0, path, text, files)]
@@ -147,9 +147,10 @@ class Opener:
         except (DnsFailure, NoData, NoSuchName) as error:
             what = {NoSuchName: "it does not exist", NoData: f"it has no address of IPv{' or IPv'.join(families)}"}
             why = what.get(type(error)) or str(error)
-            cause = f"{_label(text)}: its name could not be looked up: {why}; {self._asked()}"
+            cause = f"{name}: its name could not be looked up: {why}; {self._asked()}"
             failure = ConnectFailed("connect", f"{name}: its name could not be looked up", cause, fault=DNS, category="dns")
-            return [Peer(name.rstrip("."), "", port, host=text, files=files, failure=failure)]
+            address = "" if self._config.delivery.nameservers else name
+            return [Peer(_tls_name(name), address, port, host=text, files=files, failure=failure)]
         host = _tls_name(name)
         return [Peer(host, address, port, "", text, files, number == len(found)) for number, address in enumerate(found, 1)]
 
@@ -186,14 +187,19 @@ class Opener:
         return session
 
     async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None, timeout: float) -> Session:
-        if peer.failure is not None:
+        if peer.failure is not None and not peer.address:
             raise peer.failure
         delivery = self._config.delivery
         longest, greeting = delivery.connect_timeout, GREETING * delivery.patience
         times = (min(timeout, longest), min(timeout, greeting)) if timeout else (longest, greeting)
         by_name = site.hosts is not None or peer.port == SMTP_PORT  # on other ports of this machine a content filter may be
         via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source, by_name)
-        return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        try:
+            return await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        except ConnectFailed as error:
+            if peer.failure is not None and error.category == "dns":
+                raise peer.failure from None  # says more
+            raise
 
     # The health of smart hosts
 
@@ -226,7 +232,7 @@ class Opener:
             patience = min(2 * patience, GREETING * self._config.delivery.patience)
 
     async def _any_greets(self, peers: list[Peer], tls: str) -> bool:
-        found = await asyncio.gather(*(_greets(peer, tls) for peer in peers if peer.failure is None), return_exceptions=True)
+        found = await asyncio.gather(*(_greets(peer, tls) for peer in peers if peer.address or peer.path), return_exceptions=True)
         return True in found
 
     def down(self, route: Route) -> dict[str, str]:

@@ -117,7 +117,7 @@ class Outcomes:
         unanswered = Attempt(wall_ms(), TRANSIENT, phase, session.peer, 0, "4.4.2", reason + doubt, inside)
         judged = judge(mail, session.peer, lambda _: said or unanswered, self._rule_of)
         self._decisions.rules(pool, entry.name.application, judged.rules)
-        entry.route = (session.peer, b"", session.link)
+        entry.route = (session.peer, b"")
         self.queue.finish(entry, judged.results, judged.retry_after_ms)
         return True
 

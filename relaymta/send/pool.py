@@ -225,12 +225,12 @@ class Pool:
         """Whether a failed attempt to connect that began then (loop time) is of a new wave, and counts as a failure."""
         return began > self.known_at
 
-    def down(self, failures: int, until: int, reason: str, now: float, probed: bool = True, cause: str = "") -> None:
+    def down(self, failures: int, until: int, reason: str, now: float, probed: bool = True) -> None:
         """None of its hosts can be used: it is not tried until a moment of the queue's clock, and (`probed`) probed in the
-        background meanwhile. `now`: loop time."""
+        background meanwhile. `now`: loop time. The caller sets `cause`."""
         if not self.failures:
             self.down_since = now
-        self.failures, self.down_until, self.reason, self.cause = failures, until, reason, cause
+        self.failures, self.down_until, self.reason = failures, until, reason
         self.known_at = now
         self.probe_at = now + self.probe_pause(now) if probed else float("inf")
 

@@ -24,11 +24,13 @@ DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 
 Way = tuple[str, bytes, tuple[str, int, str, str]]  # peer, its reply, and `Link` of the session that carried an entry
-_NO_WAY: Way = ("", b"", ("", 0, "", ""))
 
 
 def _way(entry: Entry) -> Way:
-    return entry.route if isinstance(entry.route, tuple) else _NO_WAY
+    if not isinstance(entry.route, tuple):
+        return "", b"", ("", 0, "", "")
+    peer, answer, *link = entry.route
+    return peer, answer, link[0] if link else ("", 0, "", "")
 
 
 class Witness(Events):
