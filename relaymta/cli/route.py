@@ -1,7 +1,7 @@
 """`relaymta route test`: where a message would be sent, and why."""
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,10 @@ from relaymta.cli.peer import as_json
 from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.proto.envelope import Envelope
+
+if TYPE_CHECKING:
+    from relaymta.route.ourselves import Ourselves
+    from relaymta.route.sites import Site
 
 __all__ = ["route"]
 
@@ -99,6 +103,7 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
             except (DnsFailure, NoData, NoSuchName) as error:
                 addresses = [f"({type(error).__name__})"]
             found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
+        _check_loop(site, found["hosts"], ours, config.delivery.port)
         shape = Shaping(config).shape(site)
         limits = {limit: getattr(shape, limit) for limit in LIMITS}
         found |= {"site": site.key, "counted as": shape.key}
@@ -110,3 +115,19 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     asked = Asked.of(envelope, envelope.recipients[0], attempts)
     found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
     return found
+
+
+def _check_loop(site: "Site", hosts: list[dict[str, Any]], ours: "Ourselves", port: int) -> None:
+    """NoRoute where the first host that has an address is this relay itself."""
+    from relaymta.route.mx import NoRoute
+
+    for host in hosts:
+        if site.hosts is not None:
+            own = any(ours.is_exchange(address, port) for address in host["addresses"])
+        else:
+            at = 0 if host["name"].startswith("unix:") else parse_hostport(host["name"], 25)[1]
+            own = any(ours.at(address, at) for address in host["addresses"])
+        if own:
+            raise NoRoute(True, "5.4.6", f"{host['name']} is this host: mail for it would loop")
+        if any(not address.startswith("(") for address in host["addresses"]):
+            return

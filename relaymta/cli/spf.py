@@ -32,8 +32,8 @@ PROVIDERS = {
 
 
 class Way(NamedTuple):
-    """How mail of a domain leaves: `mechanism` of the SPF record that allows it, "" where only `note` says what is needed; `host`:
-    the smart host that it leaves by, "" for our own address."""
+    """How mail of a domain leaves: `mechanism` of the SPF record that allows it, "" where only `note` says what is needed;
+    `host`: the smart host that it leaves by, "" for our own address."""
 
     mechanism: str
     note: str = ""
@@ -123,8 +123,8 @@ def _our_own(config: Config, route: Route | None) -> list[str]:
 
 
 async def includes(resolver: "Resolver", name: str, wanted: str) -> str:
-    """Whether a domain's SPF record has an include (also by that of another): "yes", "no", or why that is not known: "none": there
-    is no record."""
+    """Whether a domain's SPF record has an include (also by that of another): "yes" or "no"; "none": there is no record; else why
+    that is not known."""
     from relaymta.dns import DnsFailure, NoData, NoSuchName
 
     asked, pending = 0, [name]

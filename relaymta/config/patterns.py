@@ -173,14 +173,12 @@ def _one(operation: Any, argument: Any, allowed: frozenset[str], place: int) -> 
     return None
 
 
-_CLASSES: dict[Any, Callable[[str], bool]] = {
-    codes.CATEGORY_DIGIT: str.isdigit,
-    codes.CATEGORY_NOT_DIGIT: lambda char: not char.isdigit(),
-    codes.CATEGORY_SPACE: str.isspace,
-    codes.CATEGORY_NOT_SPACE: lambda char: not char.isspace(),
-    codes.CATEGORY_WORD: str.isalnum,
-    codes.CATEGORY_NOT_WORD: lambda char: not char.isalnum(),
-}
+def _class(which: Any, char: str) -> bool:
+    """Whether a character is of a class, such as that of \\d."""
+    digit = char.isdigit()  # of _REPLY: a character is a digit or a space
+    of = {codes.CATEGORY_DIGIT: digit, codes.CATEGORY_WORD: digit, codes.CATEGORY_NOT_SPACE: digit}
+    of |= {codes.CATEGORY_NOT_DIGIT: not digit, codes.CATEGORY_NOT_WORD: not digit, codes.CATEGORY_SPACE: not digit}
+    return of.get(which, True)
 
 
 def _in(char: str, members: list[Any]) -> bool:
@@ -193,5 +191,5 @@ def _in(char: str, members: list[Any]) -> bool:
         elif operation is codes.RANGE:
             found |= argument[0] <= ord(char) <= argument[1]
         elif operation is codes.CATEGORY:
-            found |= _CLASSES.get(argument, lambda char: True)(char)
+            found |= _class(argument, char)
     return found != negated
