@@ -11,7 +11,7 @@ _CURES = {
     "dns": "correct the name in {where}, or the name servers (delivery.nameservers, else /etc/resolv.conf)",
     "tls": "see the reason; TLS with {hosts} is set by tls, ca_file and client_certificate of route {route}",
     "password": "check that {hosts} accepts {login}; nothing is tried with an empty password",
-    "421": "wait: the host asked for a pause; fewer connections or a rate in a [[site]] of its name avoid it",
+    "421": "wait: {hosts} asked for a pause; fewer connections or a rate in a [[site]] of its name avoid it",
     "policy": "ask who runs {hosts} why it refuses mail from this host (its reply says more), or use another route",
     "reply": "see the reply: who runs {hosts} can say more",
     "loop": "give route {route} another host: this one is the relay itself",

@@ -73,7 +73,8 @@ class Gauges:
         if worker.resolver.refresh():
             worker.log.event("warning", text=f"{RESOLV_CONF} has changed: its name servers are used from now on")
             for shard in worker.shards.values():
-                shard.dispatcher.flush()  # domains that could not be looked up
+                shard.dispatcher.flush()  # domains that could not be looked up,
+                shard.dispatcher.look_back()  # and the queues that sleep because of that
         for shard in worker.shards.values():
             if now >= shard.count_at:
                 shard.count_at = now + COUNT_SECONDS
