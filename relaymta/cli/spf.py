@@ -43,7 +43,8 @@ class Way(NamedTuple):
 def ways(config: Config, domain: str, application: str = "") -> list[Way]:
     """All ways that mail of a domain, from an application ("": any), may leave by, without duplicates."""
     found: list[Way] = []
-    for route in _routes(config, domain.lower().rstrip("."), application):
+    domain = domain.lower().rstrip(".")
+    for route in _routes(config, domain, application):
         found += _ways_of(config, route, domain)
     return list(dict.fromkeys(found))
 
@@ -82,7 +83,7 @@ def _among(domain: str, patterns: list[str]) -> bool:
 
 def _ways_of(config: Config, route: Route | None, domain: str) -> Iterator[Way]:
     rewritten = route.rewrite_sender.rpartition("@")[2].lower() if route is not None else ""
-    if route is not None and rewritten and rewritten != domain.lower():
+    if route is not None and rewritten and rewritten != domain:
         yield Way(
             "", f"route {route.label} rewrites the sender to {route.rewrite_sender}: there, the record of that domain counts"
         )

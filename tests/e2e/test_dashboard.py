@@ -57,7 +57,7 @@ class Busy(Relay):
     """A relay with a listener for logins, an application with a quota, and a route to a host that is down."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        super().__init__(folder, None, "delivery.idle=3600")
+        super().__init__(folder, None, "delivery.idle=1")
         self.submission = free_port()
         self.config = folder / "relay.toml"
         self.config.write_text(
