@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import aiodns
 import pycares
 
+from relaymta.hosts import RESOLV_CONF, Hosts, numeric, stamp
 from relaymta.proto.address import in_dns
 
 __all__ = ["DnsFailure", "NoData", "NoSuchName", "Records", "Resolver"]
@@ -39,6 +40,7 @@ TRIES = 2
 ODD_AT_ONCE = 50  # queries for odd names under way: each has a socket of its own
 # Names that c-ares asks for; all others that the DNS may have are odd.
 _USUAL = re.compile(r"[A-Za-z0-9._/*-]*+\Z")
+LOOK_SECONDS = 1.0  # between two looks at resolv.conf
 
 
 _E = TypeVar("_E", bound=Exception)
@@ -58,25 +60,27 @@ class NoData(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """A cached answer: its values, or the exception to raise for it; `until`: when it expires (`now`)."""
+    """A cached answer: its values, or the exception to raise for it; `until`: when it expires (`now`); `aliases`: the names that
+    its CNAMEs lead to, lower case."""
 
     values: list[Any]
     error: DnsFailure | NoSuchName | NoData | None
     until: float
+    aliases: tuple[str, ...] = ()
 
 
 class _Answer(NamedTuple):
-    """The answer of a nameserver: its values, the end of its chain of CNAMEs ("" for none), and its TTL, seconds."""
+    """The answer of a nameserver: its values, the names that its CNAMEs lead to (lower case), and its TTL, seconds."""
 
     values: list[Any]
-    alias: str
+    aliases: tuple[str, ...]
     ttl: float
 
 
 class _OnLoop(aiodns.DNSResolver):
     """c-ares on the event loop instead of in its own thread, as aiodns does where threads are not available: with a thread, each
     answer must acquire the GIL (117 us of CPU a query instead of 45; delivery to 10,000 domains: 389 us a message instead of
-    265). Without the thread c-ares does not monitor resolv.conf: `Resolver.reconfigure` reads it again."""
+    265). Without the thread c-ares does not monitor resolv.conf: `Resolver.refresh` does."""
 
     def _make_channel(self, **options: Any) -> tuple[bool, pycares.Channel]:
         weak = weakref.WeakMethod(self._sock_state_cb)
@@ -87,10 +91,6 @@ class _OnLoop(aiodns.DNSResolver):
                 callback(descriptor, readable, writable)
 
         return False, pycares.Channel(sock_state_cb=changed, timeout=self._timeout, **options)
-
-    def reread(self) -> None:
-        """Read resolv.conf again."""
-        self._channel.reinit()
 
     async def ask(self, name: str, kind: str) -> _Answer:
         """Send a query. NoSuchName, NoData, DnsFailure."""
@@ -104,7 +104,7 @@ class _OnLoop(aiodns.DNSResolver):
         chain = [_value("CNAME", record.data) for record in result.answer if _is_a("CNAME", record)]
         return _Answer(
             [_value(kind, record.data) for record in result.answer if _is_a(kind, record)],
-            chain[-1] if chain else "",
+            tuple(map(str.lower, chain)),
             min((record.ttl for record in result.answer), default=NEGATIVE_SECONDS),
         )
 
@@ -130,9 +130,9 @@ class _OnLoop(aiodns.DNSResolver):
         except dns.exception.DNSException as failure:
             raise DnsFailure(f"{name} {kind}: {type(failure).__name__}") from None
         end = found.canonical_name
-        alias = "" if end == found.qname else end.to_text(omit_final_dot=True)
+        aliases = () if end == found.qname else (end.to_text(omit_final_dot=True).lower(),)
         ttl = min((each.ttl for each in found.response.answer), default=NEGATIVE_SECONDS)
-        return _Answer([_odd_value(kind, record) for record in found.rrset or ()], alias, ttl)
+        return _Answer([_odd_value(kind, record) for record in found.rrset or ()], aliases, ttl)
 
 
 class Resolver:
@@ -158,6 +158,10 @@ class Resolver:
         self._octets = 0  # estimated size of the cached answers
         self._asking: dict[tuple[str, str], asyncio.Task[Records]] = {}
         self._odd = asyncio.Semaphore(ODD_AT_ONCE)
+        self._hosts = Hosts()
+        self._stamp = stamp(RESOLV_CONF)
+        self._look_at = now() + LOOK_SECONDS
+        self._reread = False  # resolv.conf was read again, and `refresh` has not said so
 
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """([(preference, exchange)] of a domain's MX records, unsorted; exchange "" is the null MX (RFC 7505), when they
@@ -186,6 +190,28 @@ class Resolver:
                 raise _again(error)
         raise NoSuchName(host) if any(isinstance(error, NoSuchName) for error in errors) else NoData(host)
 
+    async def host(self, host: str, families: str = "64") -> list[str]:
+        """The addresses of a host that an operator has named, as of `addresses`: like getaddrinfo(3) numbers, /etc/hosts and
+        localhost come before the DNS, and the search list of resolv.conf applies."""
+        number = numeric(host)
+        if number is not None:
+            return [number]
+        known = self._hosts.addresses(host, families)
+        if known:
+            return known
+        error: NoSuchName | NoData | None = None
+        for name in self._hosts.candidates(host):
+            try:
+                return await self.addresses(name, families)
+            except (NoSuchName, NoData) as failure:
+                error = failure if error is None or isinstance(failure, NoData) else error
+        raise error or NoSuchName(host)
+
+    def aliases(self, host: str) -> set[str]:
+        """The names that a host's CNAMEs lead to, lower case, as far as its addresses were looked up and are cached."""
+        found = [self._known.get((host, kind)) for kind in ("A", "AAAA")]
+        return {name for records in found if records is not None for name in records.aliases}
+
     async def _ask(self, name: str, kind: str) -> Records:
         found = await self._lookup(name, kind)
         if found.error is not None:
@@ -199,6 +225,7 @@ class Resolver:
         if known is not None and known.until > self.now():
             self._count("hit")
             return known
+        self._look()
         asked = self._asking.get(key)
         self._count("query" if asked is None else "hit")
         if asked is None:
@@ -224,15 +251,17 @@ class Resolver:
         resolver = self._resolver
         error: DnsFailure | NoSuchName | NoData | None = None
         values: list[Any] = []
+        names: tuple[str, ...] = ()
         try:
             found = await self._answer(resolver, name, kind)
-            values, ttl = found.values, found.ttl
+            values, names, ttl = found
             # For an alias the answer is a chain of CNAMEs, followed by the records of the canonical name; where the server does
             # not have these, the resolver must query for them (RFC 1034 3.6.2).
-            if not values and found.alias and aliases:
+            if not values and names and aliases:
                 # Not a shared query: in a loop of aliases it would wait for itself.
-                end = await self._query(found.alias, kind, aliases - 1)
-                return self._kept(resolver, name, kind, Records(end.values, end.error, min(end.until, self.now() + ttl)))
+                end = await self._query(names[-1], kind, aliases - 1)
+                until = min(end.until, self.now() + ttl)
+                return self._kept(resolver, name, kind, Records(end.values, end.error, until, names + end.aliases))
             if not values:
                 error, ttl = NoData(name), NEGATIVE_SECONDS
         except (NoSuchName, NoData) as negative:
@@ -243,7 +272,7 @@ class Resolver:
             error = DnsFailure(f"{name!r} {kind}: the answer cannot be read ({type(failure).__name__})")
             values, ttl = [], FAILURE_SECONDS
         until = self.now() + max(LEAST_SECONDS, min(ttl, MOST_SECONDS))
-        return self._kept(resolver, name, kind, Records(values, error, until))
+        return self._kept(resolver, name, kind, Records(values, error, until, names))
 
     async def _answer(self, resolver: _OnLoop, name: str, kind: str) -> _Answer:
         if _USUAL.match(name) or not in_dns(name):  # c-ares converts U-labels, and refuses what remains
@@ -277,21 +306,43 @@ class Resolver:
         self._octets = sum(map(_octets, self._known.values()))
 
     def reconfigure(self, nameservers: list[str]) -> bool:
-        """Use these nameservers (as for `Resolver`) for all queries from now on; those of the system are read again. When they
-        differ, which is returned, cached answers are forgotten, and queries under way end at the old ones."""
+        """Use these nameservers (as for `Resolver`) for all queries from now on; whether that changed anything (`refresh`)."""
         if nameservers == self._nameservers:
-            if not nameservers:
-                self._resolver.reread()
-            return False
-        replaced, self._resolver = self._resolver, _on_loop(nameservers)
+            self._look_at = 0.0
+            return self.refresh()
         self._nameservers = list(nameservers)
+        self._stamp = stamp(RESOLV_CONF)
+        self._replace()
+        return True
+
+    def refresh(self) -> bool:
+        """Whether other nameservers are in use than at the last call, since resolv.conf has changed. Called now and then; it is
+        looked at again before a query, too."""
+        self._look()
+        changed, self._reread = self._reread, False
+        return changed
+
+    def _look(self) -> None:
+        """Read resolv.conf again if it has changed; it is looked at once in LOOK_SECONDS. One that is missing for a moment (it is
+        being replaced) changes nothing."""
+        if self._nameservers or self.now() < self._look_at:
+            return
+        self._look_at = self.now() + LOOK_SECONDS
+        found = stamp(RESOLV_CONF)
+        if found is not None and found != self._stamp:
+            self._stamp = found
+            self._reread = True
+            self._replace()
+
+    def _replace(self) -> None:
+        """Query with a new channel: cached answers are forgotten, and queries under way end at the old nameservers."""
+        replaced, self._resolver = self._resolver, _on_loop(self._nameservers)
         task = asyncio.get_running_loop().create_task(_retire(replaced, list(self._asking.values())))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
         self._asking.clear()
         self._known.clear()
         self._octets = 0
-        return True
 
     async def close(self) -> None:
         """Cancel queries under way (their callers get DnsFailure), and close c-ares."""

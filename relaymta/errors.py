@@ -38,12 +38,14 @@ class RelayError(Exception):
 class Failure(RelayError):
     """A failure on a message's way, from connecting to the DSN. `public`: the sentence for outsiders (peers and senders), in
     replies and DSNs; it has no path, URL or internal error. `cause`: what operators read, in the log and `explain`, without
-    secrets; "" where it is the same. str(): the cause, else the sentence. `fault`: whose it is (US, PEER, NETWORK or DNS)."""
+    secrets; "" where it is the same. str(): the cause, else the sentence. `fault`: whose it is (US, PEER, NETWORK or DNS).
+    `category`: the cause for programs, one of `proto.envelope.CATEGORIES`; "" where it follows from the reply and its phase."""
 
-    def __init__(self, public: str, cause: str = "", fault: str = US) -> None:
+    def __init__(self, public: str, cause: str = "", fault: str = US, category: str = "") -> None:
         self.public = public
         self.cause = redacted(cause)
         self.fault = fault
+        self.category = category
         super().__init__(self.cause or self.public)
 
 

@@ -7,7 +7,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-__all__ = ["GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "families", "row_families"]
+__all__ = [
+    "GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "down_families", "families", "row_families",
+]  # fmt: skip
 
 
 class Cells(Protocol):
@@ -81,6 +83,7 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_queue_deferred": ("Placements in the queue that are deferred: tried, to be tried again", False),
     "relaymta_queue_held": ("Held messages", False),
     "relaymta_oldest_overdue_seconds": ("How long the longest expired message in the queue has been expired", True),
+    "relaymta_oldest_message_seconds": ("Age of the oldest message in the queue that is not held", True),
     "relaymta_connections": ("Open incoming connections", False),
     "relaymta_sessions": ("Open outgoing connections", False),
     "relaymta_window": ("Messages in memory for delivery", False),
@@ -110,6 +113,8 @@ SITE_GAUGES: dict[str, tuple[str, str]] = {
     "relaymta_site_rate": ("Transactions begun a second", "rate"),
 }
 SITES_SHOWN = 50
+# Of the machine: sites that are down, and the ones with most failures: hosts is "smart" (a route's smart hosts) or "mx".
+DOWN_GAUGE, DOWN_TOTAL = "relaymta_site_down", "relaymta_sites_down"
 QUOTA_GAUGE = "relaymta_quota_used_ratio"
 ACCOUNTS_SHOWN = 50
 
@@ -124,7 +129,7 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
     _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
-NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE])
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL])
 
 
 def index(name: str, label: str = "") -> int:
@@ -184,6 +189,18 @@ def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> l
         gauge.add_metric([row["name"], row["what"]], row["share"])
     found.append(gauge)
     return found
+
+
+def down_families(count: int, rows: list[dict[str, Any]]) -> list[object]:
+    """Metrics of the sites that are down: how many; and a row for each that is shown (`supervisor.outages`)."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    gauge = GaugeMetricFamily(
+        DOWN_GAUGE, "1 for a site that is down, with the cause of its last failure", labels=["site", "hosts", "cause"]
+    )
+    for row in rows:
+        gauge.add_metric([row["site"], row["hosts"], row["cause"]], 1)
+    return [GaugeMetricFamily(DOWN_TOTAL, "Sites that are down", value=count), gauge]
 
 
 def families(blocks: Iterable[Cells]) -> list[object]:

@@ -396,16 +396,17 @@ def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
         file.add(account)
     say(f"user:   {name}", f"secret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    for line in _records(loaded(read, ANY_LISTENER), domains):
+    for line in _records(loaded(read, ANY_LISTENER), domains, name):
         say(f"DNS:    {line}")
 
 
-def _records(config: Config, domains: list[str]) -> Iterator[str]:
-    """Lines with the DNS records (SPF, DKIM) for domains whose mail is sent from here."""
+def _records(config: Config, domains: list[str], application: str) -> Iterator[str]:
+    """Lines with the DNS records (SPF, DKIM) for domains whose mail an application sends from here."""
+    from relaymta.cli import spf
     from relaymta.filter.keys import load_key, record, zone_line
 
     for domain in domains:
-        yield f'{domain}. TXT "v=spf1 a:{config.hostname} -all"  (or add a:{config.hostname} to an existing record)'
+        yield from spf.record(config, domain, application)
         keys = [one for one in config.dkim if one.domain == domain.lower().rstrip(".")]
         for one in keys:
             try:

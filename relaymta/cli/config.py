@@ -24,12 +24,12 @@ def check(read: Configuration) -> None:
     """Check the configuration, and the files, folders and addresses that it names, with the rights of the relay's user. Every
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes. Whether another program uses a
     port or the spool is not checked: it may be the relay."""
-    from relaymta.route import shaping  # imported here: other verbs start in half the time
+    from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
     from relaymta.supervisor import checks
 
     config = loaded(read)
     made_by_root = _as_user(config)
-    remarks = [*notes(config), *shaping.check(config), *checks.missing_variables(config)]
+    remarks = [*notes(config), *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
     problems = checks.unreadable_secrets(config)
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")

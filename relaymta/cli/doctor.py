@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from relaymta.cli import spf as records
 from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
@@ -38,13 +39,16 @@ def doctor() -> None:
 @configured
 def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: bool) -> None:
     """Check whether mail of DOMAIN sent from here would pass SPF, DKIM and DMARC, and whether the names of our addresses match.
-    Exit status 1 when a check fails."""
+    Where its routes have smart hosts, receivers see these instead of our addresses. Exit status 1 when a check fails."""
     config = loaded(read, ANY_LISTENER)
     try:
         chosen = [str(ipaddress.ip_address(text)) for text in addresses]
     except ValueError as error:
         fail(64, f"--address: {error}")
-    rows = asyncio.run(_checks(config, in_a_labels(name).rstrip("."), chosen or _sources(config)))
+    name = in_a_labels(name).rstrip(".")
+    ways = records.ways(config, name)
+    ours = [] if ways and all(way.host for way in ways) else _sources(config)  # else it never leaves from an address of ours
+    rows = asyncio.run(_checks(config, name, chosen or ours, ways))
     if as_json:
         say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
     else:
@@ -62,7 +66,7 @@ def _sources(config: Config) -> list[str]:
     return []
 
 
-async def _checks(config: Config, name: str, addresses: list[str]) -> list[Row]:
+async def _checks(config: Config, name: str, addresses: list[str], ways: list[records.Way]) -> list[Row]:
     from relaymta.dns import Resolver
 
     resolver = Resolver(config.delivery.nameservers)
@@ -76,7 +80,12 @@ async def _checks(config: Config, name: str, addresses: list[str]) -> list[Row]:
             row, good = await _spf(resolver, address, name, hostname)
             rows.append(row)
             aligned = aligned or good
-        if not addresses:
+        for way in ways:
+            if way.note or way.host:
+                row, good = await _spf_of_smart_host(resolver, way, name)
+                rows.append(row)
+                aligned = aligned or good
+        if not addresses and not any(way.host for way in ways):
             rows.append(("address", "wrong", "the address that mail would be sent from is unknown: give --address"))
         keys = await checked(config.model_copy(update={"dkim": [one for one in config.dkim if one.domain == name]}))
         rows += [(f"DKIM {row['record']}", "ok" if row["state"] == "ok" else "wrong", row["state"]) for row in keys]
@@ -123,6 +132,21 @@ async def _spf(resolver: "Resolver", address: str, name: str, hostname: str) -> 
         f"no record; publish v=spf1 ip4:{address} -all" if found.result == "none" else f"{found.result} {found.reason}".strip()
     )
     return (what, state, result), found.result == "pass"
+
+
+async def _spf_of_smart_host(resolver: "Resolver", way: records.Way, name: str) -> tuple[Row, bool]:
+    """Whether the domain's record allows a smart host that its mail leaves by."""
+    what = f"SPF of {name} for {way.host or 'a rewritten sender'}"
+    if way.note:
+        return (what, "warning", way.note), False
+    found = await records.includes(resolver, name, way.mechanism.removeprefix("include:"))
+    if found == "yes":
+        return (what, "ok", f"the record has {way.mechanism}"), True
+    if found == "none":
+        return (what, "warning", f"no record; publish v=spf1 {way.mechanism} -all"), False
+    if found == "no":
+        return (what, "wrong", f"mail leaves by {way.host}, and the record lacks {way.mechanism}: add it"), False
+    return (what, "wrong", found), False
 
 
 async def _dmarc(resolver: "Resolver", name: str, passes: bool) -> Row:

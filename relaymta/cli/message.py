@@ -83,14 +83,14 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
         say(f"{ident} is not in the queue any more:")
         _show_history(found["history"])
     else:
-        _show_explanation(found)
+        _show_explanation(found, read.options)
 
 
 def _by(found: dict[str, Any]) -> str:
     return f", logged in as {found['user']}" if found["user"] else ""
 
 
-def _show_explanation(found: dict[str, Any]) -> None:
+def _show_explanation(found: dict[str, Any], options: str) -> None:
     sender = f"accepted {when(found['arrived'])} from {found['client']} ({found['helo']}){_by(found)}"
     application = f", application {found['application']}" if found["application"] else ""
     say(f"{found['id']}  {found['state']}  {size(found['size'])}  <{found['sender']}>; {sender}{application}")
@@ -108,6 +108,10 @@ def _show_explanation(found: dict[str, Any]) -> None:
             say(f"  {wait['position']}{more} messages are ahead of it")
         if wait["released by"]:
             say(f"  would be released by {wait['released by']}")
+        if wait.get("cure"):
+            say(f"  cure: {wait['cure']}")
+        if wait.get("command"):
+            say(f"  command: relaymta {wait['command']}{options}")
     say(f"expires {when(found['expires'])}" if found["expires"] else "does not expire while it is held")
 
 

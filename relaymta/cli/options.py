@@ -4,6 +4,7 @@ Nothing large is imported here: a verb that asks the daemon needs no more than t
 """
 
 import functools
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable
@@ -29,11 +30,12 @@ ANY_LISTENER = {"listener": [{"address": "127.0.0.1:2525"}]}  # for verbs that d
 
 class Configuration:
     """The configuration that the options of a verb mean: `path`, a file (None: there is none), overridden by `overrides` (dotted
-    key -> value). A call loads it."""
+    key -> value). A call loads it. `options`: the options themselves, as they were given, to follow another verb in a shell."""
 
-    def __init__(self, path: Path | None, overrides: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, overrides: dict[str, Any], options: str = "") -> None:
         self._path = path
         self._overrides = overrides
+        self.options = options
 
     def __call__(self, extra: dict[str, Any] | None = None) -> "Config":
         """The valid configuration, overridden by `extra`, too. ConfigError with every problem."""
@@ -86,6 +88,8 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
         overrides: dict[str, Any] = {}
+        given = [("-c", str(path) if path is not None else None), ("--spool", spool), *(("--set", one) for one in settings)]
+        options = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals or not key:
@@ -98,7 +102,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         click.get_current_context().meta[_FILE] = path
 
         try:
-            result = function(read=Configuration(path, overrides), **others)
+            result = function(read=Configuration(path, overrides, options), **others)
         finally:
             _report_missing()
         if click.get_current_context().meta.get(_INCOMPLETE):

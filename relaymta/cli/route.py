@@ -1,16 +1,20 @@
 """`relaymta route test`: where a message would be sent, and why."""
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relaymta.cli.console import say, say_json
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
-from relaymta.config import Config
+from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.proto.envelope import Envelope
+
+if TYPE_CHECKING:
+    from relaymta.route.ourselves import Ourselves
+    from relaymta.route.sites import Site
 
 __all__ = ["route"]
 
@@ -42,7 +46,7 @@ def test(
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
     if "@" not in recipient:
         fail(64, f"--to {recipient}: expected an address")
-    config = loaded(read, ANY_LISTENER)
+    config = _config(read)
     try:
         envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
         found = asyncio.run(_test(config, envelope, headers, attempts))
@@ -65,17 +69,27 @@ def test(
         say(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
 
 
+def _config(read: Configuration) -> Config:
+    """The configuration, with its listeners where it has some: a host may be one of them."""
+    try:
+        return read()
+    except ConfigError:
+        return loaded(read, ANY_LISTENER)
+
+
 async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], attempts: int) -> dict[str, Any]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
     from relaymta.proto.mailbox import Malformed
     from relaymta.route.mx import NoRoute
+    from relaymta.route.ourselves import Ourselves
     from relaymta.route.shaping import LIMITS, Shaping
     from relaymta.route.sites import Sites
     from relaymta.route.table import Asked, RouteTable
 
     routes = RouteTable(config)
     resolver = Resolver(config.delivery.nameservers)
-    sites = Sites(routes, resolver, {config.hostname.lower()}, resolver.now)
+    ours = Ourselves.of(config)
+    sites = Sites(routes, resolver, ours.names, resolver.now)
     try:
         envelope.headers = routes.headers_met("\r\n".join(headers).encode())
     except Malformed as error:
@@ -88,12 +102,16 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
         mx = site.names if site.hosts is not None else None
         for preference, host in site.hosts.pairs if site.hosts is not None else [(None, host) for host in site.route.hosts]:
             addresses: list[str] = []
-            if site.hosts is not None:
-                try:
-                    addresses = await resolver.addresses(host, site.route.ip.replace(" ", ""))
-                except (DnsFailure, NoData, NoSuchName) as error:
-                    addresses = [f"({type(error).__name__})"]
+            families = site.route.ip.replace(" ", "")
+            try:
+                if site.hosts is not None:
+                    addresses = await resolver.addresses(host, families)
+                elif not host.startswith("unix:"):
+                    addresses = await resolver.host(parse_hostport(host, 25)[0], families)
+            except (DnsFailure, NoData, NoSuchName) as error:
+                addresses = [f"({type(error).__name__})"]
             found["hosts"].append({"preference": preference, "name": host, "addresses": addresses})
+        _check_loop(site, found["hosts"], ours, config.delivery.port)
         shape = Shaping(config).shape(site)
         limits = {limit: getattr(shape, limit) for limit in LIMITS}
         found |= {"site": site.key, "counted as": shape.key}
@@ -105,3 +123,19 @@ async def _test(config: Config, envelope: Envelope, headers: tuple[str, ...], at
     asked = Asked.of(envelope, envelope.recipients[0], attempts)
     found["routes"] = [{"route": v.route.label, "matches": v.matches, "by": v.reason} for v in routes.trace(asked, mx)]
     return found
+
+
+def _check_loop(site: "Site", hosts: list[dict[str, Any]], ours: "Ourselves", port: int) -> None:
+    """NoRoute where the first host that has an address is this relay itself."""
+    from relaymta.route.mx import NoRoute
+
+    for host in hosts:
+        if site.hosts is not None:
+            own = any(ours.is_exchange(address, port) for address in host["addresses"])
+        else:
+            at = 0 if host["name"].startswith("unix:") else parse_hostport(host["name"], 25)[1]
+            own = any(ours.at(address, at) for address in host["addresses"])
+        if own:
+            raise NoRoute(True, "5.4.6", f"{host['name']} is this host: mail for it would loop")
+        if any(not address.startswith("(") for address in host["addresses"]):
+            return

@@ -65,6 +65,13 @@ class Route(Table):
         "may",
         description="TLS to these hosts; may: if offered; encrypt: required, with any certificate; verify: with a valid one",
     )
+    ca_file: Reload[str] = Field(
+        "", description="PEM file of the CA certificates that these hosts are verified by, instead of the system's; needs verify"
+    )
+    client_certificate: Reload[str] = Field(
+        "", description="PEM file of our certificate, and its intermediate ones, for hosts that want one"
+    )
+    client_key: Reload[str] = Field("", description="PEM file of its private key; empty: it is in the same file")
     auth: Reload[Literal["auto", "plain", "login", "cram-md5", "scram-sha-256", "xoauth2", "oauthbearer"]] = Field(
         "auto", description="AUTH mechanism; auto: the strongest that the host offers, xoauth2 if there is an oauth table"
     )
@@ -98,6 +105,10 @@ class Route(Table):
         yield login and self.tls != "verify", "username", 'needs tls = "verify": credentials are sent over verified TLS only'
         yield login and not secret, "username", "needs password_file, password_env or oauth"
         yield login and not (self.hosts or self.lookup), "username", "needs hosts: credentials are sent to configured hosts only"
+        yield bool(self.ca_file) and self.tls != "verify", "ca_file", 'needs tls = "verify": otherwise no certificate is checked'
+        own = self.client_certificate
+        yield bool(own) and self.tls == "off", "client_certificate", 'needs TLS, but tls = "off"'
+        yield bool(self.client_key) and not own, "client_key", "needs client_certificate"
         yield bool(self.oauth) and not login, "oauth", "needs username: the mailbox that the token is for"
         yield self.auth in ("xoauth2", "oauthbearer") and not self.oauth, "auth", f"{self.auth!r} needs an oauth table"
         yield (
@@ -132,6 +143,16 @@ class Route(Table):
     def label(self) -> str:
         """The route's name; by default its first host, or "mx"."""
         return self.name or (self.hosts[0] if self.hosts else "mx")
+
+    @property
+    def login(self) -> str:
+        """As whom the route logs in, and where its secret comes from, for operators."""
+        if self.oauth is not None:
+            secret = f"a token of {self.oauth.token_url}"
+        else:
+            key = "password_file" if self.password_file else "password_env"
+            secret = f"the password of {key} {self.password_file or self.password_env}"
+        return f"user {self.username}, with {secret}"
 
 
 class SiteTable(Table):

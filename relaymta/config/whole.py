@@ -12,6 +12,7 @@ from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
 from relaymta.config.networks import everywhere, widest
 from relaymta.config.origin import Origin
+from relaymta.config.patterns import never
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
 from relaymta.config.values import Reload, Restart, Spoken, Table, in_clear, near, place_of, repeated
@@ -112,6 +113,7 @@ def notes(config: Config) -> list[str]:
     for number, route in enumerate(config.route):
         if in_clear(route.lookup):
             found.append(f"route.{number}.lookup: {route.lookup}: an attacker on the path can redirect mail; use https://")
+    found += [config.at(key, what) for key, what in never(config)]
     return found
 
 

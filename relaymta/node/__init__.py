@@ -54,7 +54,7 @@ class SiteState(msgspec.Struct, frozen=True):
     mail that the policy matches, as `field=value` words; (token) the hash of the settings that the token belongs to. `about`: the
     application that it is limited to ("": all mail), or (learned) the name of the limit. `since`, `until`: ms of the wall clock.
     `by`: "operator", "rule ..." or "automatic". `reply`: the reply that caused it (token: the token). `value`: failures (dead),
-    factor (slow) or limit (learned)."""
+    factor (slow) or limit (learned). `cause`: the cause for programs (dead; `proto.envelope.CATEGORIES`)."""
 
     kind: str
     site: str
@@ -65,6 +65,7 @@ class SiteState(msgspec.Struct, frozen=True):
     reason: str
     reply: str = ""
     value: float = 0.0
+    cause: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -8,7 +8,10 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "decode_envelope", "encode", "reply_text"]
+__all__ = [
+    "Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "category_of", "decode_envelope", "encode",
+    "reply_text",
+]  # fmt: skip
 
 # Envelope.flags
 EIGHT_BIT: Final = 1
@@ -27,6 +30,12 @@ FAILED: Final = 2
 SUCCESS: Final = "success"
 TRANSIENT: Final = "transient"
 PERMANENT: Final = "permanent"
+
+# Attempt.category: why it failed, for programs (`cause` in the log; docs/log.md).
+CATEGORIES: Final = (
+    "refused", "timeout", "network", "dns", "tls", "password", "421", "policy", "reply", "loop", "message", "operator", "expired",
+    "local",
+)  # fmt: skip
 
 ATTEMPTS_KEPT: Final = 8
 
@@ -103,9 +112,32 @@ def reply_text(code: int, enhanced: str, text: str) -> str:
     return " ".join(part for part in (str(code) if code else "", enhanced, text) if part)
 
 
+# By enhanced status code, of a failure without a reply (RFC 3463; the subject .6, message content, is a prefix).
+_CATEGORY_OF_OURS: Final = {
+    "4.4.1": "network", "4.4.2": "network", "4.4.3": "dns", "5.1.2": "dns", "5.1.10": "dns", "5.4.4": "dns", "5.4.6": "loop",
+    "5.3.4": "message", "4.7.1": "operator", "5.7.1": "operator",
+}  # fmt: skip
+
+
+def category_of(phase: str, code: int, enhanced: str, text: str = "") -> str:
+    """Which of CATEGORIES a failed attempt belongs to, by the peer's reply (or, with code 0, our own sentence `text`)."""
+    if code == 421:
+        return "421"
+    if phase in ("auth", "starttls"):
+        return "password" if phase == "auth" else "tls"
+    if code:
+        return "policy" if enhanced[1:3] == ".7" else "reply"
+    if phase == "queue":
+        return "expired" if enhanced == "4.4.7" else "operator"
+    if text.startswith("timed out"):
+        return "timeout"
+    return "message" if enhanced[1:3] == ".6" else _CATEGORY_OF_OURS.get(enhanced, "local")
+
+
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
     """One try for one recipient: when, the phase in which it ended, the peer, and its reply. `text` is for the sender to read;
-    `inside` is the cause that only operators read ("": the same). No field is None."""
+    `inside` is the cause that only operators read ("": the same). `category`: the cause for programs, where it does not follow
+    from the others (`because`). No field is None."""
 
     time: int
     kind: str
@@ -115,6 +147,12 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     enhanced: str
     text: str
     inside: str = ""
+    category: str = ""
+
+    @property
+    def because(self) -> str:
+        """Why it failed: one of CATEGORIES."""
+        return self.category or category_of(self.phase, self.code, self.enhanced, self.text)
 
     @property
     def whole(self) -> str:

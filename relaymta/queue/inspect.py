@@ -189,7 +189,8 @@ def policy_held(
 
 
 class Totals(NamedTuple):
-    """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed)."""
+    """A shard's counts. `overdue`: seconds since the earliest deadline (0: none has passed); `oldest`: age of the oldest message
+    that is not held, seconds."""
 
     messages: int
     octets: int
@@ -198,6 +199,7 @@ class Totals(NamedTuple):
     overdue: float
     segment_octets: int
     segment_live: int
+    oldest: float = 0.0
 
 
 def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
@@ -211,9 +213,12 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
             deferred += row.deferred
             held += row.held
         first = next(store.expiries(txn), None)
+        oldest = store.envelope(txn, first[1]) if first is not None else None  # deadlines are in the order of arrival
+    arrived = [envelope.arrived for envelope in (oldest, fresh[0][1] if fresh else None) if envelope is not None]
+    age = max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
     overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
     files, live, _ = segments.usage()
-    return Totals(messages, octets, deferred, held, overdue, files, live)
+    return Totals(messages, octets, deferred, held, overdue, files, live, age)
 
 
 def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, idents: list[int], route: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from relaymta.ident import format_id
-from relaymta.proto.envelope import HELD, QUARANTINED, Attempt, Envelope, RecipientState
+from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, Attempt, Envelope, RecipientState
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.inspect import Filter
 from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
@@ -168,6 +168,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "time": attempt.time / 1000,
         "result": attempt.kind,
         "phase": attempt.phase,
+        "cause": attempt.because if attempt.kind != SUCCESS else "",
         "peer": attempt.peer,
         "reply": attempt.cause,
     }

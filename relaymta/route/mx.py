@@ -1,12 +1,12 @@
 """The mail hosts of a domain (RFC 5321 5.1): MX by preference, equal ones shuffled, implicit MX, null MX, and loop prevention."""
 
-import ipaddress
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 from relaymta.errors import DNS, US, Failure
+from relaymta.hosts import numeric
 from relaymta.proto.address import DomainError, literal_address, normalize_domain
 
 __all__ = ["Hosts", "NoRoute", "Target", "mx_hosts", "roll_up", "targets"]
@@ -42,8 +42,10 @@ class Hosts:
 class NoRoute(Failure):
     """A domain has no usable mail host. `permanent`: a permanent failure; `enhanced`: its enhanced status code (RFC 3463)."""
 
-    def __init__(self, permanent: bool, enhanced: str, public: str, cause: str = "", fault: str = DNS) -> None:
-        super().__init__(public, cause, fault)
+    def __init__(
+        self, permanent: bool, enhanced: str, public: str, cause: str = "", fault: str = DNS, category: str = ""
+    ) -> None:
+        super().__init__(public, cause, fault, category or ("dns" if fault == DNS else "local"))
         self.permanent = permanent
         self.enhanced = enhanced
 
@@ -80,7 +82,7 @@ def _order(records: list[tuple[int, str]], name: str, ourselves: set[str]) -> tu
 
 
 def _loop(what: str) -> NoRoute:
-    return NoRoute(True, "5.4.6", f"{what} is this host: mail for it would loop", fault=US)
+    return NoRoute(True, "5.4.6", f"{what} is this host: mail for it would loop", fault=US, category="loop")
 
 
 def roll_up(hosts: Hosts) -> str:
@@ -98,11 +100,15 @@ def roll_up(hosts: Hosts) -> str:
 
 
 async def targets(
-    resolver: Resolver, hosts: Hosts, families: str, ours: Callable[[str], bool] = lambda address: False
+    resolver: Resolver,
+    hosts: Hosts,
+    families: str,
+    ours: Callable[[str], bool] = lambda address: False,
+    alias: Callable[[str], bool] = lambda host: False,
 ) -> list[Target]:
     """The addresses to try, in order; hosts of equal preference are shuffled. NoRoute when there is none. `families`: as of
-    `Resolver.addresses`; `ours(address)`: whether it is this machine's. Then its host and those not preferred to that are
-    left out (RFC 5321 5.1)."""
+    `Resolver.addresses`; `ours(address)`: whether it is this machine's; `alias(host)`: whether a host whose addresses were looked
+    up is an alias of this machine. Then its host and those not preferred to that are left out (RFC 5321 5.1)."""
     shuffled = list(hosts.pairs)
     random.shuffle(shuffled)
     shuffled.sort(key=lambda pair: pair[0])
@@ -112,7 +118,7 @@ async def targets(
     for preference, host in shuffled:
         try:
             addresses = await _addresses(resolver, host, families)
-            if any(map(ours, addresses)):
+            if any(map(ours, addresses)) or alias(host):
                 found = [target for target, at in zip(found, preferences, strict=True) if at < preference]
                 if found or failures:
                     break
@@ -136,8 +142,5 @@ async def _addresses(resolver: Resolver, host: str, families: str) -> list[str]:
     literal = literal_address(host)
     if literal is not None:
         return [literal]
-    try:
-        ipaddress.ip_address(host)
-        return [host]
-    except ValueError:
-        return await resolver.addresses(host, families)
+    number = numeric(host)  # not allowed in an MX record (RFC 1035 3.3.9), but found there; as Postfix does
+    return [number] if number is not None else await resolver.addresses(host, families)

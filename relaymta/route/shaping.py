@@ -152,8 +152,8 @@ class Shaping:
 
 
 def _host(text: str) -> str:
-    """The name in `host[:port]`."""
-    return text if text.count(":") != 1 else text.partition(":")[0]
+    """The name in `host[:port]`, without the dot at the end of a complete one."""
+    return (text if text.count(":") != 1 else text.partition(":")[0]).rstrip(".")
 
 
 def check(config: Config) -> list[str]:

@@ -2,12 +2,12 @@
 transport."""
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
 import aiosmtplib
@@ -15,18 +15,20 @@ from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
 from relaymta.errors import NETWORK, PEER, US, Failure, redacted
+from relaymta.proto.envelope import category_of
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
 from relaymta.route.mx import NoRoute
 from relaymta.route.ourselves import Ourselves
+from relaymta.send import trust
 from relaymta.send.greeting import LenientSMTP
 from relaymta.send.login import log_in
 from relaymta.send.oauth import Tokens
-from relaymta.send.session import Session
+from relaymta.send.session import Link, Session
+from relaymta.send.trust import NO_FILES, Context, Files
 
 __all__ = ["ConnectFailed", "Peer", "Via", "connect", "implicit_tls"]
 
-SESSIONS_KEPT = 10_000  # hosts
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
 _FAULTS = {"connect": NETWORK, "auth": US}  # of a failure without a reply, by phase; else the peer's
 
@@ -35,12 +37,17 @@ class ConnectFailed(Failure):
     """No usable session. `phase`: the one that failed (connect, ehlo, starttls, auth); `said`: the peer's reply in it, if any. A
     reply may be quoted in DSNs, but for one to AUTH, which is for the log and operators only."""
 
-    def __init__(self, phase: str, public: str, cause: str = "", said: Said | None = None, fault: str = "") -> None:
-        """`fault`: where it does not follow from the phase."""
+    def __init__(
+        self, phase: str, public: str, cause: str = "", said: Said | None = None, fault: str = "", category: str = ""
+    ) -> None:
+        """`fault`, `category`: where they do not follow from the phase and the reply."""
         answered = said is not None and phase != "auth"  # a rejected login is for whoever set it
-        super().__init__(public, cause, fault or (PEER if answered else _FAULTS.get(phase, PEER)))
+        code, enhanced = (said.code, said.enhanced) if said is not None else (0, "4.4.1")
+        category = category or ("local" if fault == US else category_of(phase, code, enhanced, public))
+        super().__init__(public, cause, fault or (PEER if answered else _FAULTS.get(phase, PEER)), category)
         self.phase = phase
         self.said = said
+        self.enhanced = "4.4.3" if category == "dns" else "4.4.1"  # of a failure without a reply
 
     def __str__(self) -> str:
         return self.cause or (self.said.whole if self.said is not None else self.public)
@@ -48,12 +55,18 @@ class ConnectFailed(Failure):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What to connect to: an address and port, or (`path`) a unix socket. `name`: the peer's in TLS and the log."""
+    """What to connect to: an address and port, or (`path`) a unix socket. `name`: the peer's in TLS and the log. Of a smart host:
+    `host`: as the route names it; `files`: the route's files for TLS; `last`: the host has no further address; `failure`: why it
+    has none at all."""
 
     name: str
     address: str
     port: int
     path: str = ""
+    host: str = ""
+    files: Files = NO_FILES
+    last: bool = True
+    failure: ConnectFailed | None = None
 
     @property
     def place(self) -> str:
@@ -69,8 +82,8 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Via:
     """How to connect: the route (protocol and credentials), our name for EHLO, seconds for the TCP connection (with implicit TLS)
-    and for each reply after it, TLS (off | may | encrypt | verify), ourselves (not to be connected to), and the source
-    address."""
+    and for each reply after it, TLS (off | may | encrypt | verify), ourselves (not to be connected to), the source address, and
+    whether a peer that greets by our own name is ourselves, behind an address translation or a proxy."""
 
     route: Route
     hostname: str
@@ -79,11 +92,12 @@ class Via:
     tls: str
     ourselves: Ourselves
     source: Source | None = None
+    by_name: bool = False
 
 
-def implicit_tls(peer: Peer, tls: str) -> ssl.SSLContext | None:
-    """The context for a peer with implicit TLS; None for others."""
-    return _context(tls) if peer.port == IMPLICIT_TLS_PORT and tls != "off" else None
+def implicit_tls(peer: Peer, tls: str) -> Context | None:
+    """The context for a peer with implicit TLS; None for others. TrustFailed."""
+    return trust.context_of(tls, peer.files) if peer.port == IMPLICIT_TLS_PORT and tls != "off" else None
 
 
 class _Client(LenientSMTP):
@@ -105,6 +119,10 @@ class _Client(LenientSMTP):
             opened, self.opened = self.opened, None
             opened(transport)
 
+    def opened_by(self, sock: socket.socket) -> None:
+        """Use a socket that is connected already; aiosmtplib allows no port beside it."""
+        self.sock, self.port = sock, None
+
     async def ehlo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
         assert self.local_hostname is not None
         response = await self.execute_command(self.greeting, self.local_hostname.encode("ascii"))
@@ -124,25 +142,42 @@ async def connect(
 ) -> Session:
     """A session past EHLO, STARTTLS and AUTH. ConnectFailed when one of them fails; NoRoute when the peer is this host.
     `make(core, peer)` makes the session; `recipients`: at most in one transaction."""
-    client = _client(peer, via)
+    client: _Client | None = None
     phase = "connect"
     try:
+        client = _client(peer, via)
         await _open(client, peer, via)
         phase = "ehlo"
         await _greet(client)
+        if via.by_name:
+            _check_name(client, peer, via)
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
-            await _start_tls(client, peer.name, via.tls)
+            await _start_tls(client, peer, via.tls)
         if via.route.username and via.tls == "verify":
             phase = "auth"
             await log_in(client, via.route, tokens)
             _check_unsolicited(client, phase)
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
-        client.close()
+        if client is not None:
+            client.close()
         if isinstance(error, Exception) and not isinstance(error, NoRoute):
-            raise _failure(phase, peer, error) from None
+            raise _failure(phase, peer, error, via) from None
         raise
+
+
+def _check_name(client: _Client, peer: Peer, via: Via) -> None:
+    """NoRoute where the peer replies to EHLO with a name of ours."""
+    reply = client.last_ehlo_response or client.last_helo_response
+    words = str(reply.message).split() if reply is not None else []
+    if words and via.ourselves.greeted(words[0]):
+        raise _loop(peer, f"{peer.label} ({peer.address}) replies to EHLO with our own name, {words[0]}")
+
+
+def _loop(peer: Peer, cause: str = "") -> NoRoute:
+    public = f"{peer.name} is this host: mail to it would loop"
+    return NoRoute(True, "5.4.6", public, cause and f"{cause}: {public}", US, "loop")
 
 
 async def _open(client: _Client, peer: Peer, via: Via) -> None:
@@ -157,13 +192,31 @@ async def _open(client: _Client, peer: Peer, via: Via) -> None:
                 limit.reschedule(asyncio.get_running_loop().time() + via.reply_timeout)
                 address = transport.get_extra_info("peername")
                 if not peer.path and address is not None and via.ourselves.at(address[0], address[1]):
-                    raise NoRoute(True, "5.4.6", f"{peer.name} is this host: mail to it would loop", fault=US)
+                    raise _loop(peer)
 
             client.opened = opened
+            if client.use_tls:
+                sock = await _dialed(peer, via)
+                client.opened_by(sock)
             await client.connect(timeout=None)
     except TimeoutError as error:
         raise TimeoutError(f"timed out {what}") from error
     client.timeout = via.reply_timeout
+
+
+async def _dialed(peer: Peer, via: Via) -> socket.socket:
+    """A connected socket. (Of one that asyncio connects, the certificate is compared with the address instead of the name.)"""
+    loop = asyncio.get_running_loop()
+    ((family, kind, proto, _, address), *_) = await loop.getaddrinfo(peer.address, peer.port, type=socket.SOCK_STREAM)
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
+    try:
+        if via.source is not None:
+            sock.bind((via.source.address, 0))
+        await loop.sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def _greet(client: _Client) -> None:
@@ -183,7 +236,7 @@ async def _greet(client: _Client) -> None:
 def _check_unsolicited(client: _Client, phase: str) -> None:
     """ConnectFailed where the peer sent more than one reply: the rest would be read as the reply to the next command."""
     if client.protocol is not None and client.protocol._buffer:
-        raise ConnectFailed(phase, "the peer sent an unexpected reply")
+        raise ConnectFailed(phase, "the peer sent an unexpected reply", category="reply")
 
 
 def _client(peer: Peer, via: Via) -> _Client:
@@ -194,7 +247,8 @@ def _client(peer: Peer, via: Via) -> _Client:
     else:
         implicit = implicit_tls(peer, via.tls)
         client = _Client(
-            hostname=peer.address, port=peer.port, timeout=via.reply_timeout, local_hostname=name, source_address=source,
+            hostname=peer.address if implicit is None else peer.name, port=peer.port, timeout=via.reply_timeout,
+            local_hostname=name, source_address=source,
             use_tls=implicit is not None, start_tls=False, tls_context=implicit,
         )  # fmt: skip
     if via.route.protocol == "lmtp":
@@ -211,91 +265,81 @@ def _handed_over(
         raise ConnectFailed("ehlo", "the peer closed the connection")
     if protocol._buffer or transport.get_write_buffer_size():
         client.close()
-        raise ConnectFailed("ehlo", "the peer sent an unexpected reply")
+        raise ConnectFailed("ehlo", "the peer sent an unexpected reply", category="reply")
     features = features_of(client.esmtp_extensions)
     lmtp = via.route.protocol == "lmtp"
     connection = transport.get_extra_info("ssl_object")
-    if connection is not None and isinstance(connection.context, _Resuming):
+    if connection is not None and isinstance(connection.context, Context):
         connection.context.remember(connection)
     features.chunking = features.chunking and via.route.chunking and not lmtp
     session = make(ClientSession(features, recipients, lmtp), peer.name)
     client.protocol = None
     client.transport = None
+    session.link = _link(transport, connection)
     session.attach(transport)
     return session
 
 
-class _Resuming(ssl.SSLContext):
-    """A client context that resumes the last TLS session of a host, which saves most of the handshake on both sides. (uvloop does
-    not: it calls `wrap_bio` without a session.) The certificate is verified in the full handshake only."""
-
-    sessions: dict[str, ssl.SSLSession]
-
-    def wrap_bio(
-        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, server_side: bool = False,
-        server_hostname: str | bytes | None = None, session: ssl.SSLSession | None = None,
-    ) -> ssl.SSLObject:  # fmt: skip
-        known = self.sessions.get(str(server_hostname))
-        return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session or known)
-
-    def remember(self, connection: ssl.SSLObject) -> None:
-        """Keep a connection's session; called after its first data, since TLS 1.3 sends sessions after the handshake."""
-        if connection.session is not None and connection.server_hostname:
-            if len(self.sessions) >= SESSIONS_KEPT:
-                self.sessions.clear()
-            self.sessions[connection.server_hostname] = connection.session
+def _link(transport: asyncio.Transport, connection: ssl.SSLObject | None) -> Link:
+    address = transport.get_extra_info("peername")
+    host, port = (address[0], address[1]) if isinstance(address, tuple) else ("", 0)
+    cipher = connection.cipher() if connection is not None else None
+    return Link(host, port, (connection.version() or "") if connection is not None else "", cipher[0] if cipher else "")
 
 
-@cache
-def _context(tls: str) -> _Resuming:
-    context = _Resuming(ssl.PROTOCOL_TLS_CLIENT)
-    context.sessions = {}
-    context.load_default_certs()
-    if tls != "verify":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-async def _start_tls(client: _Client, name: str, tls: str) -> None:
+async def _start_tls(client: _Client, peer: Peer, tls: str) -> None:
     if not client.supports_extension("starttls"):
         raise ConnectFailed("starttls", "the peer does not offer STARTTLS, and the route requires TLS")
-    await client.starttls(server_hostname=name, tls_context=_context(tls), validate_certs=tls == "verify")
+    context = trust.context_of(tls, peer.files)
+    await client.starttls(server_hostname=peer.name, tls_context=context, validate_certs=tls == "verify")
     await _greet(client)
 
 
-def _failure(phase: str, peer: Peer, error: Exception) -> ConnectFailed:
+def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -> ConnectFailed:
     if isinstance(error, ConnectFailed):
         return error
     name = "a local socket" if peer.path else peer.name
+    login = f" ({via.route.login})" if via is not None and phase == "auth" else ""
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
         said = Said(error.code, str(error.message).encode("utf-8", "replace"), phase)
         if phase == "auth":
             said.text = redacted(said.text)  # it may quote the credentials
-            return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}", said)
+            return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}{login}", said)
         return ConnectFailed(phase, said.text, said=said)
-    cause = f"{peer.name}: {str(error) or type(error).__name__}"
-    public = error.public if isinstance(error, Failure) else _public_reason(error)
-    return ConnectFailed(phase, f"{name}: {public}", cause)
+    if isinstance(error, Failure):
+        cause, fault = f"{peer.name}: {error}{login}", error.fault if error.category == "tls" else ""
+        return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
+    public, category, origin = _reason(error)
+    cause = str(error) or type(error).__name__
+    if isinstance(origin, ssl.SSLError):
+        why = trust.reason(origin, peer.name, peer.files, via.route.label if via is not None else "")
+        cause = why if str(origin) in why else f"{why} [{origin}]"
+    return ConnectFailed(phase, f"{name}: {public}", f"{peer.name}: {cause}{login}", category=category)
 
 
-def _public_reason(error: BaseException | None) -> str:
-    """The cause of an error as a standard text, without addresses, paths and source lines."""
+# Errors in a chain of causes, the first that is known: (type, its public text, its category).
+_REASONS: list[tuple[type[BaseException], str, str]] = [
+    (ssl.SSLCertVerificationError, "its certificate could not be verified", "tls"),
+    (ssl.SSLError, "TLS failed", "tls"),
+    (TimeoutError, "timed out", "timeout"),
+    (socket.gaierror, "its name could not be looked up", "dns"),
+    (ConnectionRefusedError, os.strerror(errno.ECONNREFUSED), "refused"),
+]
+
+
+def _reason(error: BaseException | None) -> tuple[str, str, BaseException | None]:
+    """(The cause of an error as a standard text, without addresses, paths and source lines; its category; the error that it is
+    found in)."""
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return "its certificate could not be verified"
-        if isinstance(error, ssl.SSLError):
-            return "TLS failed"
-        if isinstance(error, TimeoutError):
-            return "timed out"
-        if isinstance(error, socket.gaierror):
-            return "its name could not be looked up"
+        for kind, text, category in _REASONS:
+            if isinstance(error, kind):
+                return text, category, error
         if isinstance(error, OSError) and error.errno:
-            return os.strerror(error.errno)
+            return os.strerror(error.errno), "network", error
         if isinstance(error, aiosmtplib.SMTPResponseException):
-            return "it sent an invalid reply"
+            return "it sent an invalid reply", "reply", error
         cause = error.__cause__ or error.__context__
         if cause is None and isinstance(error, aiosmtplib.SMTPServerDisconnected):
-            return "the connection was closed"
+            return "the connection was closed", "network", error
         error = cause
-    return "no usable connection"
+    return "no usable connection", "network", None

@@ -265,6 +265,7 @@ class Connections:
             return
         until = self.queue.clock.now() + retry_delay(pool.failures + 1, int(self._delivery.first_retry * 1000))
         pool.down(pool.failures + 1, until, str(error), self._loop.time(), worth_probing(error))
+        pool.cause = error.category
         if isinstance(error, ConnectFailed) and error.said is None and pool.learned_at_shutdown(self._loop.time()):
             self._decisions.unlearned(pool, "rate")
         said = (error.said if isinstance(error, ConnectFailed) else None) or Said(0, str(error).encode(), "connect")

@@ -78,6 +78,7 @@ class Decisions:
         dead = self.states.get(DEAD, pool.key)
         if dead is not None:  # found down by another worker, or before a restart
             pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply))
+            pool.cause = dead.cause
         for kind, about in ((SLOW, ""), *((LEARNED, limit) for limit in LIMITS)):
             state = self.states.get(kind, pool.shape.key, about)
             if state is not None:
@@ -96,14 +97,17 @@ class Decisions:
     def dead(self, pool: Pool, why: Failure, said: Said, until_wall: int) -> None:
         """No host of a site could be reached: log it, and publish the state. `until_wall`: ms since the epoch."""
         reason = str(why)
-        self._log.event("site", route=pool.key, state="down", reason=reason, fault=why.fault, until=until_wall)
+        self._log.event(
+            "site", route=pool.key, state="down", reason=reason, fault=why.fault, cause=why.category, until=until_wall
+        )  # fmt: skip
         now = wall_ms()
         reply = _LOGIN + said.whole if said.phase == "auth" else said.whole
-        self._learn(SiteState(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, float(pool.failures)))
+        failures = float(pool.failures)
+        self._learn(SiteState(DEAD, pool.key, "", now, until_wall, "automatic", reason, reply, failures, why.category))
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached: log it, and remove the state."""
-        self._log.event("site", route=pool.key, state="up", reason="", fault="", until=0)
+        self._log.event("site", route=pool.key, state="up", reason="", fault="", cause="", until=0)
         self.states.forget(DEAD, pool.key, "")
         self._publish(None, (DEAD, pool.key, ""))
 
@@ -189,4 +193,5 @@ class Decisions:
             self._wake_pool(pool)
         elif self._end(state) > pool.down_until + ECHO_MS:
             pool.down(int(state.value), self._end(state), state.reason, self._now(), not _REFUSED.match(state.reply))
+            pool.cause = state.cause
             self._send_back(pool, pool.down_until, None)

@@ -24,6 +24,7 @@ from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates
 from relaymta.proto.envelope import TRANSIENT, QueueName
 from relaymta.proto.smtp_client import ClientSession
 from relaymta.queue import Entry, Queue
+from relaymta.route.ourselves import Ourselves
 from relaymta.route.shaping import Shaping
 from relaymta.route.sites import Site, Sites
 from relaymta.route.staging import Redirection
@@ -104,7 +105,7 @@ class Dispatcher:
     def _configure(self, config: Config, routes: RouteTable) -> None:
         self.routes = routes
         self.shaping = Shaping(config)
-        self.sites = Sites(routes, self._resolver, {config.hostname.lower()}, self._resolver.now)
+        self.sites = Sites(routes, self._resolver, Ourselves.of(config).names, self._resolver.now)
         self._sources = Sources(config, self._log)
         self._staging = Redirection(config.staging.redirect, config.staging.allow) if config.staging.redirect else None
         self.opener.reconfigure(config)

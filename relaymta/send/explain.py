@@ -1,12 +1,15 @@
 """For `message explain` and `site list`: why a message waits and until when, and the state of one worker's sites. Everything is
 read from `View`s of the dispatcher."""
 
+import shlex
 import time
 from typing import Any
 
+from relaymta.ident import format_id
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import wall_ms
 from relaymta.route.table import Asked
+from relaymta.send.cures import cure
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.session import MESSAGE_DATA
 from relaymta.send.view import SiteView, View
@@ -35,14 +38,16 @@ async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
         entry = queue.entries.get(ident, placement.queue)
         view = dispatcher.view(name, entry, found["sender"], everyone)
         due = queue.clock.wall(placement.due) / 1000 if placement.due > queue.clock.now() else 0.0
+        attempts = pending[0].get("attempts", []) if pending else []
+        wait = _waits_for(view, found["state"], name, due, entry is not None and not entry.waiting)
         found["waits"].append(
             {
                 "queue": str(name),
                 "recipients": [recipient["address"] for recipient in pending],
                 "routes": _chosen_by(view, found, pending[0]["address"]) if pending else [],
                 "site": view.site.key if view.site is not None else "",
-                "attempts": pending[0].get("attempts", []) if pending else [],
-                "wait": _waits_for(view, found["state"], name, due, entry is not None and not entry.waiting),
+                "attempts": attempts,
+                "wait": _with_cure(wait, view, name, attempts, ident),
             }
         )
     return found
@@ -56,6 +61,7 @@ def _site_row(site: SiteView) -> dict[str, Any]:
         "source": site.source,
         "state": "down" if site.down else "up",
         "reason": site.reason,
+        "cause": site.cause,
         "until": site.until,
         "waiting": site.waiting,
         "in flight": site.in_flight,
@@ -69,25 +75,40 @@ def _site_row(site: SiteView) -> dict[str, Any]:
     }
 
 
+def _with_cure(wait: dict[str, Any], view: View, name: QueueName, attempts: list[dict[str, Any]], ident: int) -> dict[str, Any]:
+    """The answer `wait` (of `_waits_for`) with `cure`: what to do about the failure of the site, else about the message's last
+    one; and the id in its `command`."""
+    down = next((site.cause for site in view.pools if site.down), "")
+    category = down or (attempts[-1]["cause"] if attempts else "")
+    if wait["command"] in ("", "queue flush ID"):
+        hosts = view.site.names if view.site is not None else []
+        wait["cure"] = cure(category, view.site.route if view.site is not None else view.routes.route_of(name), hosts)
+    if wait["command"].endswith(" ID"):
+        wait["command"] = wait["command"].removesuffix("ID") + format_id(ident)
+    return wait
+
+
 def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: bool) -> dict[str, Any]:
-    """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "position", "limit"}`: what it
-    waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, how many messages are
-    before it (-1: not known), and which limit applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now;
-    `in_flight`: it is, or its outcome is being written."""
+    """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "command", "cure", "position",
+    "limit"}`: what it waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, the
+    words of the command line for that ("": none; `_with_cure`), how many messages are before it (-1: not known), and which limit
+    applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now; `in_flight`: it is, or its outcome is being
+    written."""
     now = time.time()
     if state in ("held", "quarantined"):
         return _held(view, state)
     if in_flight:
         return _in_flight(view)
     if due:
-        return _answer("its schedule: the next attempt is not due", due, "`relaymta queue flush`")
+        return _answer("its schedule: the next attempt is not due", due, "`relaymta queue flush`", "queue flush ID")
     if view.lookup_at > now:
         why = f"the DNS: {name.domain} could not be looked up {view.lookups_failed} times"
-        return _answer(why, view.lookup_at, "a working DNS")
+        return _answer(why, view.lookup_at, "a working DNS", "queue flush ID")
     if view.suspended is not None:
         by = view.suspended
         why = f"{by.site or by.about} is suspended by {by.by}: {by.reason}{_quoted(by.reply)}"
-        return _answer(why, view.suspended_until, "`relaymta site resume`")
+        words = ["site", "resume", *([by.site] if by.site else []), *(["--app", by.about] if by.about else [])]
+        return _answer(why, view.suspended_until, "`relaymta site resume`", shlex.join(words))
     if view.probed_later:
         return _answer("its turn to be probed: it was in flight when a worker died", 0, "")
     if view.asks and view.position < 0:
@@ -96,14 +117,15 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
         return _answer("its turn: it is on disk, and is read when there is room in memory", 0, "")
     site = view.pools[0]
     if site.until > now:
-        return _answer(f"the site is down: {site.reason}", site.until, "`relaymta queue flush`")
+        return _answer(f"the site is down: {site.reason}", site.until, "`relaymta queue flush`", "queue flush ID")
     return _in_line(site, view.position)
 
 
 def _held(view: View, state: str) -> dict[str, Any]:
     if state != "held" or view.policy is None:
-        return _answer(f"it is {state}", 0, "`relaymta queue release`")
-    return _answer(f"hold policy {view.policy.site}: {view.policy.reason}", view.policy_until, "`relaymta policy remove`")
+        return _answer(f"it is {state}", 0, "`relaymta queue release`", "queue release ID")
+    why, remove = f"hold policy {view.policy.site}: {view.policy.reason}", ["policy", "remove", "hold", view.policy.site]
+    return _answer(why, view.policy_until, "`relaymta policy remove`", shlex.join(remove))
 
 
 def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int, float]:
@@ -158,8 +180,9 @@ def _quoted(reply: str) -> str:
     return f" (after {reply!r})" if reply else ""
 
 
-def _answer(why: str, until: float, released_by: str) -> dict[str, Any]:
-    return {"why": why, "until": until, "released by": released_by, "position": -1, "limit": None}
+def _answer(why: str, until: float, released_by: str, command: str = "") -> dict[str, Any]:
+    found = {"why": why, "until": until, "released by": released_by, "command": command, "cure": ""}
+    return found | {"position": -1, "limit": None}
 
 
 def _chosen_by(view: View, row: dict[str, Any], recipient: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ class LoginFailed(Failure):
     the log and operators only."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__("logging in to the next host failed", reason)
+        super().__init__("logging in to the next host failed", reason, category="password")
 
 
 async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:
@@ -50,12 +50,23 @@ async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:
 
 
 def _password(route: Route) -> str:
-    if not route.password_file:
-        return os.environ.get(route.password_env, "")
+    """The route's password. LoginFailed, which names the file or variable, where there is none: an empty one is never tried."""
+    what = f"password_file {route.password_file}" if route.password_file else f"password_env {route.password_env}"
     try:
-        return Path(route.password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoginFailed(f"password_file {route.password_file}: {error}") from None
+        if route.password_file:
+            password = Path(route.password_file).read_text(encoding="utf-8").strip()
+        else:
+            given = os.environb.get(os.fsencode(route.password_env))
+            if given is None:
+                raise LoginFailed(f"{what}: the variable is not set in the environment of the relay")
+            password = given.decode("utf-8")
+    except OSError as error:
+        raise LoginFailed(f"{what}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise LoginFailed(f"{what}: not UTF-8") from None
+    if not password.strip():
+        raise LoginFailed(f"{what}: it is empty")
+    return password
 
 
 async def _plain(client: aiosmtplib.SMTP, username: str, password: str) -> None:

@@ -32,7 +32,7 @@ class TokenError(Failure):
     """No access token is available now. str() is the reason, for the log and operators only."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__("no access token for the next host is available now", reason)
+        super().__init__("no access token for the next host is available now", reason, category="password")
 
 
 @dataclass(slots=True)
@@ -186,6 +186,9 @@ def _without(form: dict[str, str], text: str) -> str:
 
 def _secret(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        secret = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not secret:
+        raise TokenError(f"{path}: is empty")
+    return secret

@@ -3,13 +3,15 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import xxhash
 
 from relaymta.config import Config, Route, Source, parse_hostport
-from relaymta.dns import Resolver
+from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
+from relaymta.errors import DNS
 from relaymta.log import Log
+from relaymta.proto.address import DomainError, normalize_domain
 from relaymta.proto.smtp_client import ClientSession
 from relaymta.route.mx import NoRoute, targets
 from relaymta.route.ourselves import Ourselves, is_local
@@ -17,6 +19,7 @@ from relaymta.route.sites import Site
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect, implicit_tls
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
+from relaymta.send.trust import Files
 
 __all__ = ["Opener", "Sources"]
 
@@ -24,6 +27,7 @@ PROBE_EVERY = 4.0  # seconds between two probes of a smart host that is down
 PROBE_TIMEOUT = 5.0  # of the first probe; doubled for each further one, since a slow host is not down
 PROBE_LONGEST = 3600.0  # then the host counts as up, and the next message tries it
 GREETING = 300.0  # seconds for the greeting (RFC 5321 4.5.3.2.1) and each further reply before MAIL
+SMTP_PORT = 25
 RECIPIENTS = 100  # of one transaction (RFC 5321 4.5.3.1.8: every host must accept that many)
 NO_BDAT_SECONDS = 86_400.0  # so long a host that does not implement BDAT gets DATA
 NO_BDAT_KEPT = 10_000  # hosts
@@ -86,7 +90,7 @@ class Opener:
         self._log = log
         self._make = make
         self._tokens = tokens
-        self._ourselves = _ourselves(config)
+        self._ourselves = Ourselves.of(config)
         self._down: dict[str, str] = {}  # label of a smart host that is down: why
         self._probing: set[asyncio.Task[None]] = set()
         self._no_bdat: dict[str, float] = {}  # place: until when BDAT is not used there
@@ -94,7 +98,7 @@ class Opener:
     def reconfigure(self, config: Config) -> None:
         """Apply a new configuration; the health of smart hosts is determined anew."""
         self._config = config
-        self._ourselves = _ourselves(config)
+        self._ourselves = Ourselves.of(config)
         self._down.clear()
         self.close()
 
@@ -103,25 +107,60 @@ class Opener:
         `timeout`: seconds for each step (0: as configured)."""
         failure: ConnectFailed | None = None
         loop: NoRoute | None = None
-        for peer in await self.peers(site):
+        async for peer in self._each(site):
             try:
                 return await self.to(site, peer, source, timeout)
             except ConnectFailed as error:
                 failure = error
-            except NoRoute as error:  # this host itself: others of the list may take the mail
+            except NoRoute as error:  # this host itself
                 loop = error
+                if site.hosts is not None:  # so those that follow are not preferred to it (RFC 5321 5.1)
+                    break
         raise failure or loop or ConnectFailed("connect", "no host to connect to")
 
     async def peers(self, site: Site) -> list[Peer]:
         """The hosts to try, in order. NoRoute when the site's hosts have no address."""
-        route = site.route
+        return [peer async for peer in self._each(site)]
+
+    async def _each(self, site: Site) -> AsyncIterator[Peer]:
+        """As `peers`; a smart host's name is looked up when those before it could not be used."""
+        route, ours = site.route, self._ourselves
+        families = route.ip.replace(" ", "")
         if site.hosts is None:
-            return [_smart_host(text) for text in self._order(route)]
+            for text in self._order(route):
+                for peer in await self._smart_host(text, families, Files.of(route)):
+                    yield peer
+            return
         port = self._config.delivery.port
         found = await targets(
-            self._resolver, site.hosts, route.ip.replace(" ", ""), lambda address: self._ourselves.at(address, port)
+            self._resolver, site.hosts, families, lambda address: ours.is_exchange(address, port),
+            lambda host: not ours.names.isdisjoint(self._resolver.aliases(host)),
         )  # fmt: skip
-        return [Peer(target.host, target.address, port) for target in found]
+        for target in found:
+            yield Peer(target.host, target.address, port, files=Files.of(route))
+
+    async def _smart_host(self, text: str, families: str, files: Files) -> list[Peer]:
+        """A smart host as a Peer for each of its addresses. When it has none, one with the reason (this is temporary: an operator
+        has named it); with the system's name servers, one with the name as its address, for what else getaddrinfo(3) can ask."""
+        name, port, path = _parsed(text)
+        if path:
+            return [Peer(text, "", 0, path, text, files)]
+        try:
+            found = await self._resolver.host(name, families)
+        except (DnsFailure, NoData, NoSuchName) as error:
+            what = {NoSuchName: "it does not exist", NoData: f"it has no address of IPv{' or IPv'.join(families)}"}
+            why = what.get(type(error)) or str(error)
+            cause = f"{name}: its name could not be looked up: {why}; {self._asked()}"
+            failure = ConnectFailed("connect", f"{name}: its name could not be looked up", cause, fault=DNS, category="dns")
+            address = "" if self._config.delivery.nameservers else name
+            return [Peer(_tls_name(name), address, port, host=text, files=files, failure=failure)]
+        host = _tls_name(name)
+        return [Peer(host, address, port, "", text, files, number == len(found)) for number, address in enumerate(found, 1)]
+
+    def _asked(self) -> str:
+        """Who is asked for names of smart hosts, for people."""
+        given = self._config.delivery.nameservers
+        return "asked: /etc/hosts, then " + (f"delivery.nameservers {', '.join(given)}" if given else "the system's name servers")
 
     def _order(self, route: Route) -> list[str]:
         """A route's smart hosts: those that are up first, as listed or shuffled by weight."""
@@ -145,7 +184,7 @@ class Opener:
                 session.fell_back = True
                 return session
             # The timeout of a probe (`timeout`) is short: its failure does not mean that the host is down.
-            if site.hosts is None and error.phase == "connect" and error.said is None and not timeout:
+            if site.hosts is None and peer.last and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
             raise
         if self._down and self._down.pop(name, None) is not None:
@@ -153,11 +192,19 @@ class Opener:
         return session
 
     async def _once(self, site: Site, peer: Peer, tls: str, source: Source | None, timeout: float) -> Session:
+        if peer.failure is not None and not peer.address:
+            raise peer.failure
         delivery = self._config.delivery
         longest, greeting = delivery.connect_timeout, GREETING * delivery.patience
         times = (min(timeout, longest), min(timeout, greeting)) if timeout else (longest, greeting)
-        via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source)
-        session = await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        by_name = site.hosts is not None or peer.port == SMTP_PORT  # on other ports of this machine a content filter may be
+        via = Via(site.route, self._config.hostname, *times, tls, self._ourselves, source, by_name)
+        try:
+            session = await connect(peer, via, self._tokens, self._make, RECIPIENTS)
+        except ConnectFailed as error:
+            if peer.failure is not None and error.category == "dns":
+                raise peer.failure from None  # says more
+            raise
         session.place = peer.place
         if session.core.features.chunking and self._no_bdat.get(peer.place, 0.0) > time.monotonic():
             session.core.features.chunking = False
@@ -180,17 +227,19 @@ class Opener:
         self._down[name] = str(error)
         if not known and len(site.route.hosts) > 1:
             self._log.event("warning", text=f"smart host {name} is down, others of route {site.route.label} are used: {error}")
-            task = asyncio.get_running_loop().create_task(self._probe(peer, name, site.route.tls))
+            families = site.route.ip.replace(" ", "")
+            task = asyncio.get_running_loop().create_task(self._probe(peer, name, site.route.tls, families))
             self._probing.add(task)
             task.add_done_callback(self._probing.discard)
 
-    async def _probe(self, peer: Peer, name: str, tls: str) -> None:
+    async def _probe(self, peer: Peer, name: str, tls: str, families: str = "64") -> None:
         patience, began = PROBE_TIMEOUT, time.monotonic()
         while name in self._down:
             await asyncio.sleep(PROBE_EVERY)
             try:
                 async with asyncio.timeout(patience):
-                    greets = await _greets(peer, tls)
+                    peers = await self._smart_host(peer.host, families, peer.files) if peer.host else [peer]
+                    greets = await self._any_greets(peers, tls)
             except Exception:  # any failure: it did not greet
                 greets = False
             if greets and self._down.pop(name, None) is not None:
@@ -199,11 +248,15 @@ class Opener:
                 self._down.pop(name, None)
             patience = min(2 * patience, GREETING * self._config.delivery.patience)
 
+    async def _any_greets(self, peers: list[Peer], tls: str) -> bool:
+        found = await asyncio.gather(*(_greets(peer, tls) for peer in peers if peer.address or peer.path), return_exceptions=True)
+        return True in found
+
     def down(self, route: Route) -> dict[str, str]:
         """The smart hosts of a route that are down, and why."""
         if not self._down:
             return {}
-        found = {host: self._down.get(_smart_host(host).label) for host in route.hosts}
+        found = {host: self._down.get(_label(host)) for host in route.hosts}
         return {host: reason for host, reason in found.items() if reason is not None}
 
     def close(self) -> None:
@@ -212,15 +265,23 @@ class Opener:
             task.cancel()
 
 
-def _ourselves(config: Config) -> Ourselves:
-    return Ourselves({config.hostname.lower()}, [listener.address for listener in config.listener])
+def _parsed(text: str) -> tuple[str, int, str]:
+    """(Name, port, path) of a smart host as a route names it; path: of a unix socket, else ""."""
+    return ("", 0, text.removeprefix("unix:")) if text.startswith("unix:") else (*parse_hostport(text, 25), "")
 
 
-def _smart_host(text: str) -> Peer:
-    if text.startswith("unix:"):
-        return Peer(text, "", 0, text.removeprefix("unix:"))
-    host, port = parse_hostport(text, 25)
-    return Peer(host, host, port)
+def _label(text: str) -> str:
+    """`Peer.label` of a smart host."""
+    name, port, path = _parsed(text)
+    return f"unix:{path}" if path else f"{_tls_name(name)}:{port}"
+
+
+def _tls_name(name: str) -> str:
+    """A host's name as TLS and the log have it: A-labels, without the dot at the end that says that it is complete."""
+    try:
+        return normalize_domain(name) if not name.isascii() else name.rstrip(".")
+    except DomainError:
+        return name.rstrip(".")
 
 
 async def _greets(peer: Peer, tls: str) -> bool:
@@ -228,7 +289,10 @@ async def _greets(peer: Peer, tls: str) -> bool:
     if peer.path:
         reader, writer = await asyncio.open_unix_connection(peer.path)
     else:
-        reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=implicit_tls(peer, tls))
+        context = implicit_tls(peer, tls)
+        reader, writer = await asyncio.open_connection(
+            peer.address, peer.port, ssl=context, server_hostname=peer.name if context is not None else None
+        )
     try:
         line = await reader.readline()
         good = line.startswith(b"220") and line.endswith(b"\n")

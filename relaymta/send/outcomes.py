@@ -92,7 +92,7 @@ class Outcomes:
         entry = mail.cargo
         assert isinstance(entry, Entry)
         self._counters.add(TRANSACTIONS, 1)
-        entry.route = (session.peer, mail.answer)
+        entry.route = (session.peer, mail.answer, session.link)
         if mail.all_sent and mail.trail is None:
             self.queue.finish(entry, None)
             return
@@ -160,7 +160,8 @@ class Outcomes:
         """Finish an entry with an attempt that reached no transaction, for all of its recipients. `retry_after`: ms, 0: by the
         schedule."""
         if entry.waiting or entry.in_flight:
-            attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why))
+            category = why.category if isinstance(why, Failure) else ""
+            attempt = Attempt(wall_ms(), kind, phase, peer, code, enhanced, *told(why), category)
             self.queue.finish(entry, dict.fromkeys((i for i, _ in entry.recipients), attempt), retry_after)
 
     def charge_one(self, entries: list[Entry], until: int, phase: str, said: Said, enhanced: str, why: Failure) -> None:

@@ -75,6 +75,7 @@ class Pool:
 
     __slots__ = (
         "before",
+        "cause",
         "connecting",
         "down_since",
         "down_until",
@@ -133,7 +134,7 @@ class Pool:
         self.known_at = -1.0  # as of when `failures` is known
         self.down_since = 0.0
         self.down_until = 0
-        self.reason = ""
+        self.reason = self.cause = ""  # for people; for programs: one of proto.envelope.CATEGORIES
         self.sleeping: set[int] = set()  # queues that sleep because it is down
         self.probe_at = 0.0  # time of the next probe, while it is down
         self.probing = False
@@ -243,7 +244,7 @@ class Pool:
 
     def down(self, failures: int, until: int, reason: str, now: float, probed: bool = True) -> None:
         """None of its hosts can be used: it is not tried until a moment of the queue's clock, and (`probed`) probed in the
-        background meanwhile. `now`: loop time."""
+        background meanwhile. `now`: loop time. The caller sets `cause`."""
         if not self.failures:
             self.down_since = now
         self.failures, self.down_until, self.reason = failures, until, reason
@@ -252,7 +253,7 @@ class Pool:
 
     def up(self, now: float) -> None:
         """One of its hosts can be used."""
-        self.failures, self.down_until, self.reason = 0, 0, ""
+        self.failures, self.down_until, self.reason, self.cause = 0, 0, "", ""
         self.known_at = now
 
     def probe_pause(self, now: float) -> float:

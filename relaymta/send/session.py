@@ -3,17 +3,26 @@ messages."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from relaymta.errors import redacted
 from relaymta.proto.smtp_client import ClientSession, Mail, Stuffer
 
-__all__ = ["MESSAGE_DATA", "TIMEOUTS", "Session"]
+__all__ = ["MESSAGE_DATA", "TIMEOUTS", "Link", "Session"]
 
 MESSAGE_DATA = "message data"  # the phase in which a large message is written (RFC 5321 4.5.3.2.5: data block)
 # RFC 5321 4.5.3.2, seconds
 TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, MESSAGE_DATA: 180.0}
 GATHER = 32768  # octets above which pieces are written as they are, not joined
+
+
+class Link(NamedTuple):
+    """The other end of a connection: its IP address and port ("" and 0: a unix socket), TLS version and cipher ("": no TLS)."""
+
+    address: str = ""
+    port: int = 0
+    tls: str = ""
+    cipher: str = ""
 
 
 class Session(asyncio.Protocol):
@@ -33,6 +42,7 @@ class Session(asyncio.Protocol):
         """`now()`: loop time. `patience`: a factor on the timeouts of RFC 5321."""
         self.core = core
         self.peer = peer
+        self.link = Link()
         self.transport: asyncio.Transport | None = None
         self.deadline = 0.0  # loop time; 0: nothing is awaited
         self.idle_since = 0.0

@@ -26,14 +26,16 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class SiteView:
-    """A pool. `until`: of the outage, seconds since the epoch, 0 when it is up; `waiting`: messages in its ready list; `paced`: a
-    rate holds them back, rather than the number of connections."""
+    """A pool. `reason`, `cause`: of its outage, for people and for programs; `until`: of the outage, seconds since the epoch, 0
+    when it is up; `waiting`: messages in its ready list; `paced`: a rate holds them back, rather than the number of
+    connections."""
 
     pool: str
     site: str
     hosts: list[str]
     source: str
     reason: str
+    cause: str
     down: bool
     until: float
     waiting: int
@@ -80,6 +82,7 @@ def seen(pool: Pool, now: float, until: float, hosts_down: dict[str, str]) -> Si
         pool.site.names,
         pool.source.name if pool.source is not None else "",
         pool.reason,
+        pool.cause,
         bool(pool.failures),
         until,
         len(pool.ready),

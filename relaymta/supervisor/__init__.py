@@ -151,9 +151,15 @@ class Supervisor:
                 lambda: busiest(self.slots, SITES_SHOWN),
                 lambda: usage(self),
                 self.slots.health,
+                lambda: self.machine.outages.rows(self._is_smart),
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
+
+    def _is_smart(self, site: str) -> bool:
+        """Whether a site is that of a route's smart hosts, by its name (`send.pool.pool_key`)."""
+        label = site.partition(" from ")[0]
+        return any(route.hosts and route.label == label for route in self.config.route)
 
     def _reopen_logs(self) -> None:
         """SIGUSR1: open the log file again, in all processes, after it was rotated."""

@@ -45,10 +45,14 @@ def check_files(config: Config) -> None:
 
 def unreadable_secrets(config: Config) -> list[str]:
     """Files with passwords and tokens (keys that end in `_file`) that cannot be read now. They are read when they are needed, and
-    only what needs them fails, so that a start only warns."""
+    only what needs them fails, so that a start only warns. The same holds for files of routes' TLS."""
+    from relaymta.send import trust
+
     found = []
+    for number, route in enumerate(config.route):
+        found += [config.at(f"route.{number}.{key}", why) for key, why in trust.problems(route)]
     for key, path in given_values(config):
-        if key.endswith("_file") and path:
+        if key.endswith("_file") and not key.endswith(".ca_file") and path:
             try:
                 why = "" if Path(str(path)).read_text(encoding="utf-8").strip() else "is empty"
             except OSError as error:

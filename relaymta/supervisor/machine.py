@@ -19,10 +19,11 @@ from relaymta.accept.tickets import OCTETS as TICKET_OCTETS
 from relaymta.config import OAuth
 from relaymta.errors import RelayError, StoreError
 from relaymta.log import Log
-from relaymta.node import TOKEN, SiteState, SiteStates, Store, check_storable, keep_profiles, keep_rates, kept_rates
+from relaymta.node import DEAD, TOKEN, SiteState, SiteStates, Store, check_storable, keep_profiles, keep_rates, kept_rates
 from relaymta.route.shaping import shipped_text
 from relaymta.send.oauth import Exchanges
 from relaymta.shm import Shared
+from relaymta.supervisor.outages import Outages
 from relaymta.supervisor.slots import Slots
 
 __all__ = ["Machine"]
@@ -48,6 +49,7 @@ class Machine:
         self.tickets = os.urandom(TICKET_OCTETS)
         self._store = Store(path)
         self.states = SiteStates(self._store.load())
+        self.outages = Outages(self.states.of(DEAD))
         self._client_rates = shared.client_rates(workers)
         self._storing_rates = threading.Lock()  # a thread of the last period may still store them while `stop` does
         self._client_rates.restore(kept_rates(path))
@@ -129,12 +131,14 @@ class Machine:
         """Add a state, or (None) remove the one with this key; send the change to all workers and have it stored. Whether
         anything changed. RelayError when the state cannot be stored."""
         if state is None:
+            self.outages.changed(None, key)
             forgotten = self.states.forget(*key)
             if forgotten is None:
                 return False
             self._unwritten[key] = (forgotten, False)
         else:
             check_storable(state)
+            self.outages.changed(state, key)
             dropped = self.states.learn(state)
             self._unwritten |= {one.key: (one, False) for one in dropped} | {key: (state, True)}
         if key[0] != TOKEN:

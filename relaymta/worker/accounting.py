@@ -23,6 +23,16 @@ DSNS = index("relaymta_dsns_total")
 DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 
+Way = tuple[str, bytes, tuple[str, int, str, str]]  # peer, its reply, and `Link` of the session that carried an entry
+
+
+def _way(entry: Entry) -> Way:
+    if not isinstance(entry.route, tuple):
+        return "", b"", ("", 0, "", "")
+    peer, answer, *link = entry.route
+    return peer, answer, link[0] if link else ("", 0, "", "")
+
+
 class Witness(Events):
     """Counts and logs what the queue has committed."""
 
@@ -47,7 +57,7 @@ class Witness(Events):
         entry = outcome.entry
         self._landed(entry)
         envelope = entry.envelope
-        peer, answer = entry.route if isinstance(entry.route, tuple) else ("", b"")
+        peer, answer, link = _way(entry)
         if outcome.success:
             count = len(envelope.recipients) if entry.indexes is None else len(entry.indexes)
             delay = time.time() - envelope.arrived / 1000
@@ -56,7 +66,8 @@ class Witness(Events):
             self._delay(delay)
             self._log.event(
                 "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=entry.name.label,
-                peer=peer, reply=answer.decode("utf-8", "replace"), delay=round(delay, 3), attempt=entry.attempts + 1,
+                peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=answer.decode("utf-8", "replace"),
+                delay=round(delay, 3), attempt=entry.attempts + 1,
             )  # fmt: skip
             return
         for position, attempt in outcome.results.items():
@@ -76,14 +87,18 @@ class Witness(Events):
         if attempt.kind == SUCCESS:
             self._add(DELIVERED, 1)
             delay = time.time() - entry.envelope.arrived / 1000
-            self._log.event("delivered", recipients=[address], delay=round(delay, 3), **common)
+            place = dict(zip(("address", "port", "tls", "cipher"), _way(entry)[2], strict=True))
+            self._log.event("delivered", recipients=[address], delay=round(delay, 3), **place, **common)
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
-            self._log.event("deferred", recipient=address, phase=attempt.phase, next=self._next_try(outcome) / 1000, **common)
+            again = self._next_try(outcome) / 1000
+            self._log.event(
+                "deferred", recipient=address, phase=attempt.phase, cause=attempt.because, next=again, **common
+            )  # fmt: skip
         else:
             self._add(EXPIRED if outcome.expired else BOUNCED, 1)
             dsn = format_id(outcome.dsn.ident) if outcome.dsn is not None else ""
-            self._log.event("bounced", recipient=address, phase=attempt.phase, dsn=dsn, **common)
+            self._log.event("bounced", recipient=address, phase=attempt.phase, cause=attempt.because, dsn=dsn, **common)
 
     def refused(self, entry: Entry, why: str) -> None:
         self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")

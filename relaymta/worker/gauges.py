@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relaymta import memory
+from relaymta.hosts import RESOLV_CONF
 from relaymta.metrics import index
 from relaymta.queue import Totals
 
@@ -23,6 +24,7 @@ _TOTALS: list[tuple[str, Callable[[Totals], float], Callable[[Iterable[float]], 
     ("relaymta_queue_deferred", attrgetter("deferred"), sum),
     ("relaymta_queue_held", attrgetter("held"), sum),
     ("relaymta_oldest_overdue_seconds", attrgetter("overdue"), max),
+    ("relaymta_oldest_message_seconds", attrgetter("oldest"), max),
     ("relaymta_segment_octets", attrgetter("segment_octets"), sum),
     ("relaymta_segment_live_octets", attrgetter("segment_live"), sum),
 ]
@@ -68,6 +70,11 @@ class Gauges:
         worker = self._worker
         self._timer = worker.loop.call_later(1.0, self._set)
         now = worker.loop.time()
+        if worker.resolver.refresh():
+            worker.log.event("warning", text=f"{RESOLV_CONF} has changed: its name servers are used from now on")
+            for shard in worker.shards.values():
+                shard.dispatcher.flush()  # domains that could not be looked up,
+                shard.dispatcher.look_back()  # and the queues that sleep because of that
         for shard in worker.shards.values():
             if now >= shard.count_at:
                 shard.count_at = now + COUNT_SECONDS

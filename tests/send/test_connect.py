@@ -1,14 +1,17 @@
 """Opening a connection: the time for the greeting, implicit TLS, and hosts that are this machine itself."""
 
 import asyncio
+import contextlib
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import trustme
 
-from relaymta.config import Config
+from relaymta.config import Config, Route
 from relaymta.dns import NoSuchName
 from relaymta.proto.smtp_client import ClientSession
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, targets
@@ -16,6 +19,8 @@ from relaymta.route.ourselves import Ourselves
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect
 from relaymta.send.session import Session
 from tests.support.daemon import Relay, wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.resolver import nameserver_with
 
 TALK = b"250 here\r\n"
 
@@ -109,10 +114,85 @@ async def test_a_host_that_is_this_one_by_its_address_is_not_spoken_to(listen, l
         ("192.0.2.1", ["localhost:25"], False),
         ("127.0.0.1", ["localhost:25"], True),
         ("mail.example", ["0.0.0.0:25"], False),
+        ("127.1", ["127.0.0.1:25"], True),
+        ("2130706433", ["0.0.0.0:25"], True),
+        ("::ffff:0.0.0.0", ["127.0.0.1:25"], True),
+        ("127.0.0.1", ["[::ffff:127.0.0.1]:25"], True),
+        ("::1", ["[0:0:0:0:0:0:0:1]:25"], True),
+        ("::", ["[::1]:25"], True),
     ],
 )
 def test_which_addresses_are_ours(address, listeners, ours):
     assert Ourselves(set(), listeners).at(address, 25) == ours
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "listeners", "loop"),
+    [  # an MX on port 25: Postfix 3.7 (smtp_find_self) takes its own addresses for a loop there, and on no other port
+        ("127.0.0.1", 25, ["192.0.2.1:2525"], True),
+        ("127.1.2.3", 25, ["192.0.2.1:2525"], True),
+        ("::1", 25, [], True),
+        ("0.0.0.0", 25, [], True),
+        ("::ffff:127.0.0.1", 25, [], True),
+        ("127.0.0.1", 10025, ["127.0.0.1:25"], False),
+        ("127.0.0.1", 10025, ["127.0.0.1:10025"], True),
+        ("192.0.2.1", 25, ["127.0.0.1:25"], False),
+    ],
+)
+def test_which_mail_exchangers_are_ours(address, port, listeners, loop):
+    assert Ourselves(set(), listeners).is_exchange(address, port) == loop
+
+
+@pytest.mark.parametrize(
+    ("names", "ours"),
+    [
+        (["us.test", "US.test.", "out.us.test", "xn--bcher-kva.test"], True),
+        (["other.test", "test", "localhost", "localhost.localdomain", "us", "x.us.test", ""], False),
+    ],
+)
+def test_which_names_are_ours(names, ours):
+    """The host name, and those of sources; not what many hosts call themselves."""
+    config = Config.model_validate(
+        {
+            "hostname": "Us.test.",
+            "listener": [{"address": "127.0.0.1:1"}],
+            "source": [
+                {"name": "one", "address": "192.0.2.1", "hostname": "out.us.test"},
+                {"name": "two", "address": "192.0.2.2", "hostname": "bücher.test"},
+                {"name": "three", "address": "192.0.2.3"},
+            ],
+        }
+    )
+    made = Ourselves.of(config)
+    assert [made.greeted(name) for name in names] == [ours] * len(names)
+    assert not Ourselves({"localhost", "localhost.localdomain"}).greeted("localhost.localdomain")
+
+
+@pytest.mark.parametrize(
+    ("by_name", "said", "loop"), [(True, "US.test", True), (True, "peer.test", False), (False, "us.test", False)]
+)
+async def test_a_peer_that_replies_with_our_name_is_ourselves_behind_a_proxy(listen, by_name, said, loop):
+    """As Postfix 3.7: "host replied to HELO/EHLO with my own hostname"; on other ports than that of SMTP it may be a content
+    filter."""
+
+    class Named(Host):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"220 here\r\n")
+            while await reader.readline():
+                writer.write(f"250-{said}\r\n250 PIPELINING\r\n".encode())
+
+    port = await listen(Named())
+    route = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}]})
+    via = Via(
+        Route(), "us.test", 60.0, 60.0, "off", Ourselves.of(route.model_copy(update={"hostname": "us.test"})), None, by_name
+    )
+    try:
+        session = await connect(Peer("localhost", "127.0.0.1", port), via, Any, make, 100)  # type: ignore[arg-type]
+    except NoRoute as error:
+        assert loop and (error.enhanced, error.category) == ("5.4.6", "loop") and "our own name" in str(error)
+    else:
+        assert not loop
+        session.fail("done")
 
 
 class Answers:
@@ -151,6 +231,19 @@ async def test_a_mail_host_that_is_this_one_hides_those_not_preferred_to_it(pair
     assert found == left
 
 
+@pytest.mark.parametrize(("alias", "left"), [("us", ["other"]), ("other", None)])
+async def test_a_mail_host_that_is_an_alias_of_this_one(alias, left):
+    """A CNAME in an MX record is not allowed (RFC 2181 10.3), and found all the same."""
+    resolver = Answers(other="192.0.2.1", us="192.0.2.9")
+    hosts = Hosts(((10, "other"), (20, "us")), 0.0)
+    try:
+        found = await targets(resolver, hosts, "4", alias=lambda host: host == alias)  # type: ignore[arg-type]
+    except NoRoute as error:
+        assert (error.enhanced, left) == ("5.4.6", None)
+    else:
+        assert [target.host for target in found] == left
+
+
 async def test_an_address_literal_of_this_host_is_a_loop():
     hosts = await mx_hosts(Answers(), "[127.0.0.1]", set())  # type: ignore[arg-type]
     with pytest.raises(NoRoute) as failed:
@@ -158,14 +251,104 @@ async def test_an_address_literal_of_this_host_is_a_loop():
     assert failed.value.enhanced == "5.4.6"
 
 
-@pytest.mark.parametrize("how", ["literal", "smart host"])
-def test_mail_to_ourselves_does_not_go_round(tmp_path, how):
+ZONE = [
+    "name.test. MX 10 us.test.",  # the host name, whose address is not ours
+    "us.test. A 192.0.2.1",
+    "alias.test. MX 10 other.test.",
+    "other.test. CNAME us.test.",
+    "address.test. MX 10 a.test.",
+    "a.test. A 127.0.0.1",
+    "any.test. MX 10 b.test.",
+    "b.test. A 0.0.0.0",
+    "mapped.test. MX 10 c.test.",
+    "c.test. AAAA ::ffff:127.0.0.1",
+    "number.test. MX 10 127.0.0.1.",
+    "bare.test. A 127.0.0.1",
+    "source.test. MX 10 out.test.",
+    "backup.test. MX 10 d.test.",
+    "backup.test. MX 20 us.test.",
+    "d.test. A 127.0.0.1",
+]
+
+
+def test_mail_to_ourselves_does_not_go_round(tmp_path):
+    """RFC 5321 5.1: 5.4.6 at the first attempt, whatever leads back to us."""
+    recipients = [f"x@{record.partition(' ')[0].rstrip('.')}" for record in ZONE if " MX 10 " in record]
+    recipients += ["x@bare.test", "x@[127.0.0.1]", "x@[0.0.0.0]", "x@[IPv6:::ffff:127.0.0.1]"]
+    with nameserver_with(tmp_path, ZONE) as nameserver:
+        relay = Relay(tmp_path, None)
+        relay.settings = (
+            f"delivery.port={relay.port}", f'delivery.nameservers=["{nameserver}"]', "hostname=us.test",
+            'source=[{name="x",address="127.0.0.1",hostname="out.test"}]',
+        )  # fmt: skip
+        with relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "", *recipients)
+            wait_for(lambda: len(relay.events("bounced")) == len(recipients), what="all to bounce")
+            for event in relay.events("bounced"):
+                assert "5.4.6" in event["reply"] and "loop" in event["reply"], event
+                assert (event["cause"], event["attempt"]) == ("loop", 1)
+            assert len(relay.events("queued")) == 1 and not relay.events("deferred")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "localhost.", "127.1", "2130706433", "0.0.0.0", "[::ffff:127.0.0.1]", "us.test"]
+)
+def test_a_smart_host_that_is_this_host_is_a_loop(tmp_path, host):
+    with nameserver_with(tmp_path, ["us.test. A 127.0.0.1"]) as nameserver:
+        relay = Relay(tmp_path, None)
+        relay.smarthost = f"{host}:{relay.port}"
+        relay.settings = (f'delivery.nameservers=["{nameserver}"]',)
+        with relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "", "x@y.example")
+            (bounced,) = wait_for(lambda: relay.events("bounced"))
+            assert "5.4.6" in bounced["reply"] and bounced["cause"] == "loop" and bounced["attempt"] == 1
+            assert len(relay.events("queued")) == 1
+
+
+def test_another_port_of_this_host_is_no_loop(tmp_path):
+    """A content filter (it gives our name in its greeting, as a second instance on the machine does)."""
+    reply = b"250-us.test\r\n250 8BITMIME\r\n"
+    with FakeMx({"EHLO": reply}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "hostname=us.test") as relay:
+        relay.send()
+        wait_for(lambda: peer.messages)
+
+
+def test_a_proxy_before_us_is_a_loop_too(tmp_path):
+    """The address of the MX is a proxy's that hands the connection to our listener."""
     relay = Relay(tmp_path, None)
-    relay.settings = (f"delivery.port={relay.port}",)
-    if how == "smart host":
-        relay.smarthost = f"localhost:{relay.port}"
-    with relay:
-        relay.send("Subject: x\r\n\r\nx\r\n", "", "x@[127.0.0.1]")
-        (bounced,) = wait_for(lambda: relay.events("bounced"))
-        assert "loop" in bounced["reply"]
-        assert len(relay.events("queued")) == 1
+    with Forwarder(relay.port) as port, nameserver_with(tmp_path, ["d.test. MX 10 m.test.", "m.test. A 127.0.0.1"]) as nameserver:
+        relay.settings = (f"delivery.port={port}", f'delivery.nameservers=["{nameserver}"]', "hostname=us.test")
+        with relay:
+            relay.send("Subject: x\r\n\r\nx\r\n", "", "x@d.test")
+            (bounced,) = wait_for(lambda: relay.events("bounced"))
+            assert "5.4.6" in bounced["reply"] and "our own name" in bounced["reply"]
+            assert len(relay.events("queued")) == 1
+
+
+class Forwarder:
+    """A TCP proxy on a port of its own to another."""
+
+    def __init__(self, to: int) -> None:
+        self._to = to
+        self._server = socket.create_server(("127.0.0.1", 0))
+
+    def __enter__(self) -> int:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return int(self._server.getsockname()[1])
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    def _copy(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := one.recv(65536):
+                other.sendall(piece)
+            other.shutdown(socket.SHUT_WR)

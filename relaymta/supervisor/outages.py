@@ -1,0 +1,55 @@
+"""Which sites are down, for /metrics. The state of a site that is down ends when it is tried again, and the next one begins when
+that has failed; what is shown here does not end in between."""
+
+import time
+from collections.abc import Callable, Iterable
+from heapq import nlargest
+from typing import Any
+
+from relaymta.node import DEAD, SiteState
+
+__all__ = ["Outages"]
+
+GRACE = 600.0  # seconds that an attempt after the end of a state may take until it fails (connecting, then the greeting)
+SHOWN = 50
+MOST = 50_000  # sites
+
+
+class Outages:
+    """Owned by `Machine`, which reports every change of a state. `states`: those at the start; `now()`: monotonic seconds."""
+
+    def __init__(self, states: Iterable[SiteState] = (), now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._down: dict[str, tuple[SiteState, float]] = {}  # by site: its last state, and until when it is believed
+        for state in states:
+            self.changed(state, state.key)
+
+    def changed(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
+        """A state was set, or (None) the one with this key removed."""
+        kind, site, _ = key
+        if kind != DEAD:
+            return
+        known = self._down.pop(site, None)
+        if state is None:
+            return
+        if known is None and len(self._down) >= MOST:
+            self._forget()
+        lasts = max(0, state.until - max(state.since, time.time_ns() // 1_000_000)) / 1000
+        self._down[site] = (state, self._now() + lasts + GRACE)
+
+    def _forget(self) -> None:
+        """Remove those that are not believed any more; the oldest when none is."""
+        now = self._now()
+        self._down = {site: known for site, known in self._down.items() if known[1] > now}
+        while len(self._down) >= MOST:
+            del self._down[next(iter(self._down))]
+
+    def rows(self, smart: Callable[[str], bool]) -> tuple[int, list[dict[str, Any]]]:
+        """(How many sites are down; rows for `metrics.down_families`, of those with most failures in a row). `smart(site)`:
+        whether it is that of a route's smart hosts."""
+        self._forget()
+        worst = nlargest(SHOWN, (state for state, _ in self._down.values()), key=lambda state: state.value)
+        found = [
+            {"site": state.site, "cause": state.cause, "hosts": "smart" if smart(state.site) else "mx"} for state in worst
+        ]  # fmt: skip
+        return len(self._down), found

@@ -1,0 +1,124 @@
+"""Each alert rule, by `promtool test rules`: it fires on what a relay exposes in trouble, and falls silent afterwards."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from relaymta import metrics
+from tests.support.programs import need
+
+RULES = Path(__file__).resolve().parent.parent / "grafana" / "alerts.yml"
+ALL = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+STEP = 15  # seconds between two samples
+
+# Of two relays: the series (labels beside those of the scrape) of one in trouble, as values for a phase of trouble and one of
+# rest; the other relay always rests. A tuple: a counter's rates a second in the phases.
+LONG, SHORT = 5 * 3600, 3 * 3600  # seconds of each phase
+TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
+    "RelaymtaStoreFull": [("relaymta_store_full", {}, 1, 0)],
+    "RelaymtaStoreStalled": [("relaymta_store_stalled", {}, 1, 0)],
+    "RelaymtaListenersPaused": [("relaymta_listeners_paused", {}, 1, 0)],
+    "RelaymtaSiteDown": [("relaymta_site_down", {"site": "out", "hosts": "smart", "cause": "refused"}, 1, None)],
+    "RelaymtaManySitesDown": [("relaymta_sites_down", {}, 21, 3)],
+    "RelaymtaOldMessage": [("relaymta_oldest_message_seconds", {}, 5 * 3600, 60)],
+    "RelaymtaOverdue": [("relaymta_oldest_overdue_seconds", {}, 3601, 0)],
+    "RelaymtaQueueGrows": [("relaymta_queue_messages", {}, (2.0,), (-2.0,))],
+    "RelaymtaNothingDelivered": [
+        ("relaymta_queue_messages", {}, 5, 5),
+        ("relaymta_queue_held", {}, 1, 1),
+        ("relaymta_recipients_total", {"result": "delivered"}, (0.0,), (1.0,)),
+    ],
+    "RelaymtaBounces": [
+        ("relaymta_recipients_total", {"result": "delivered"}, (1.0,), (1.0,)),
+        ("relaymta_recipients_total", {"result": "bounced"}, (1.0,), (0.0,)),
+        ("relaymta_recipients_total", {"result": "deferred"}, (0.5,), (0.5,)),
+        ("relaymta_recipients_total", {"result": "expired"}, (0.0,), (0.0,)),
+    ],
+    "RelaymtaCorruptBody": [("relaymta_corrupt_bodies_total", {}, (0.01,), (0.0,))],
+    "RelaymtaLogDropped": [("relaymta_log_dropped_total", {}, (1.0,), (0.0,))],
+    "RelaymtaCertificate": [("relaymta_tls_certificate_errors", {}, 1, 0)],
+    "RelaymtaKeysOrAccounts": [("relaymta_dkim_key_errors", {}, 0, 0), ("relaymta_accounts_file_errors", {}, 1, 0)],
+    "RelaymtaLoginsUnavailable": [("relaymta_logins_total", {"result": "unavailable"}, (0.1,), (0.0,))],
+    "RelaymtaBruteForce": [
+        ("relaymta_logins_total", {"result": "wrong"}, (0.7,), (0.0,)),
+        ("relaymta_logins_total", {"result": "limited"}, (0.7,), (0.0,)),
+    ],
+}
+# What looks similar and is no trouble.
+HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
+    "RelaymtaSiteDown": [("relaymta_site_down", {"site": "mx/old.example", "hosts": "mx", "cause": "timeout"}, 1, 1)],
+    "RelaymtaManySitesDown": [("relaymta_sites_down", {}, 20, 20)],
+    "RelaymtaOldMessage": [("relaymta_oldest_message_seconds", {}, 4 * 3600, 4 * 3600)],
+    "RelaymtaQueueGrows": [("relaymta_queue_messages", {}, 20_000, 20_000)],
+    "RelaymtaNothingDelivered": [
+        ("relaymta_queue_messages", {}, 5, 5),
+        ("relaymta_queue_held", {}, 5, 5),
+        ("relaymta_recipients_total", {"result": "delivered"}, (0.0,), (0.0,)),
+    ],
+    "RelaymtaBounces": [
+        ("relaymta_recipients_total", {"result": "delivered"}, (1.0,), (1.0,)),
+        ("relaymta_recipients_total", {"result": "bounced"}, (0.2,), (0.2,)),
+    ],
+    "RelaymtaBruteForce": [("relaymta_logins_total", {"result": "wrong"}, (0.5,), (0.5,))],
+}
+
+
+def _values(trouble: object, rest: object) -> str:
+    """A series of both phases in promtool's notation."""
+    counts = LONG // STEP, SHORT // STEP
+    if isinstance(trouble, tuple) and isinstance(rest, tuple):
+        first, second = trouble[0] * STEP, rest[0] * STEP
+        start = 0.0
+        return f"{start}{first:+}x{counts[0]} {start + first * counts[0]}{second:+}x{counts[1]}"
+    if rest is None:  # the series ends
+        return f"{trouble}x{counts[0]} _x{counts[1]}"
+    return f"{trouble}x{counts[0]} {rest}x{counts[1]}"
+
+
+def _series(rows: list[tuple[str, dict[str, str], object, object]], instance: str) -> list[dict[str, str]]:
+    found = []
+    for name, labels, trouble, rest in rows:
+        given = ",".join(f'{key}="{value}"' for key, value in ({"instance": instance, "job": "relaymta"} | labels).items())
+        found.append({"series": f"{name}{{{given}}}", "values": _values(trouble, rest)})
+    return found
+
+
+def _resting(rows: list[tuple[str, dict[str, str], object, object]]) -> list[tuple[str, dict[str, str], object, object]]:
+    """The series of a relay without trouble."""
+    still = [(name, labels, (0.0,) if isinstance(trouble, tuple) else 0, rest) for name, labels, trouble, rest in rows]
+    return [(name, labels, trouble, trouble) for name, labels, trouble, rest in still if rest is not None]
+
+
+def firing(tmp_path: Path, alert: str, rows: list[tuple[str, dict[str, str], object, object]]) -> list[bool]:
+    """Whether an alert fires at the end of the phase of trouble, and at that of rest."""
+    series = [*_series(rows, "a:9125"), *_series(_resting(rows), "b:9125")]
+    found = []
+    for moment in (LONG - STEP, LONG + SHORT - STEP):
+        expected = {"eval_time": f"{moment}s", "alertname": alert, "exp_alerts": []}
+        case = {"rule_files": [str(RULES)], "evaluation_interval": "1m"}
+        case["tests"] = [{"interval": f"{STEP}s", "input_series": series, "alert_rule_test": [expected]}]  # type: ignore[assignment]
+        file = tmp_path / "case.json"  # JSON is YAML
+        file.write_text(json.dumps(case))
+        done = subprocess.run([need("promtool"), "test", "rules", str(file)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or "got:" in done.stdout + done.stderr, done.stdout + done.stderr
+        found.append(done.returncode != 0)
+    return found
+
+
+def test_every_alert_is_tested():
+    assert {rule["alert"] for rule in ALL} == TROUBLE.keys()
+    named = {name for rows in [*TROUBLE.values(), *HARMLESS.values()] for name, *_ in rows}
+    assert named <= metrics.NAMES
+
+
+@pytest.mark.parametrize("alert", TROUBLE)
+def test_an_alert_fires_and_falls_silent(tmp_path, alert):
+    assert firing(tmp_path, alert, TROUBLE[alert]) == [True, False]
+
+
+@pytest.mark.parametrize("alert", HARMLESS)
+def test_an_alert_is_silent_without_trouble(tmp_path, alert):
+    assert firing(tmp_path, alert, HARMLESS[alert]) == [False, False]
