@@ -13,7 +13,6 @@ from relaymta.cli import main
 from relaymta.config import Config, describe, load
 from relaymta.config.describing import is_list, leaves, model_of, when
 from relaymta.config.values import When
-from relaymta.errors import ConfigError
 
 START = '[[listener]]\naddress = "127.0.0.1:25"\n'
 
@@ -37,41 +36,6 @@ def test_the_reference_says_which_keys_need_a_restart():
     restart = {field.alias or key.rpartition(".")[2] for key, field in leaves() if when(field) is When.RESTART}
     shown = re.findall(r"^# .* \(restart\)\n#(\w+) = ", text, re.M)
     assert set(shown) == restart and text.count(" (restart)\n") == len([key for key in leaves() if when(key[1]) is When.RESTART])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('[[listener]]\naddress = "127.0.0.1:25"\ntls = "require"\n', ["3: listener.0.tls: 'require' needs a [[certificate]]"]),
-        (
-            f'{START}[[route]]\nname = "a"\nusername = "me"\n',
-            [
-                '5: route.0.username: needs tls = "verify": credentials are sent over verified TLS only',
-                "5: route.0.username: needs password_file, password_env or oauth",
-                "5: route.0.username: needs hosts: credentials are sent to configured hosts only",
-            ],
-        ),
-        (
-            f'{START}[verify]\ndmarc = "enforce"\n[[route]]\nhosts = ["h"]\nsources = ["on"]\n[[source]]\nname = "one"\n'
-            'address = "192.0.2.1"\n',
-            [
-                "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it",
-                "7: route.0.sources: there is no [[source]] 'on' (did you mean \"one\"?)",
-            ],
-        ),
-        (f'{START}tls = "mai"\n', ["3: listener.0.tls: Input should be 'off', 'may', 'require' or 'implicit' (it is 'mai') "
-                                   '(did you mean "may"?)']),
-        (f'{START}[delivery]\nnameservers = ["ns.example"]\n',
-         ["4: delivery.nameservers.0: 'ns.example': a name server is given by its IP address"]),
-        ("", [" listener: there is none: give a [[listener]] table, or --listen HOST:PORT"]),
-    ],
-)  # fmt: skip
-def test_all_problems_are_reported_with_their_lines(tmp_path: Path, text: str, expected: list[str]):
-    path = tmp_path / "r.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as refused:
-        load(path, {})
-    assert refused.value.problems == [f"{path}:{problem}" for problem in expected]
 
 
 @pytest.mark.parametrize("text", ["192.0.2.1", "192.0.2.1:5353", "2001:db8::1", "[2001:db8::1]", "[2001:db8::1]:53"])
@@ -129,23 +93,19 @@ password_file = "{tmp_path}/empty"
     status, lines = checked(path, text)
     assert status == 78
     none = "No such file or directory"
-    assert (
-        lines
-        == [
-            f"{path}:23: accounts.tokens.client_secret_file: {tmp_path}/none: {none}",
-            f"{path}:28: route.0.password_file: {tmp_path}/empty: is empty",
-            f"{path}:1: spool: {tmp_path}/file is not a directory",
-            f"{path}:5: log.file: {tmp_path}/none: {none}",
-            f"{path}:9: control.socket: {tmp_path}/file exists and is not a socket",
-            f"{path}:3: listener.0.address: 192.0.2.1:25: Cannot assign requested address",
-            f"{path}:7: metrics.listen: 192.0.2.1:9125: Cannot assign requested address",
-            f"{path}:11: certificate.0.chain: {tmp_path}/none.pem: {none}",
-            f"{tmp_path}/file:1: Expected '=' after a key in a key/value pair",
-            f"{path}:15: dkim.0.key: {tmp_path}/none.pem: {none}",
-            f"{path}:18: relay.recipients: {tmp_path}/none: {none}",
-        ]
-        or "file:end" in lines[8]
-    )
+    assert lines == [
+        f"{path}:23: accounts.tokens.client_secret_file: {tmp_path}/none: {none}",
+        f"{path}:28: route.0.password_file: {tmp_path}/empty: is empty",
+        f"{path}:1: spool: {tmp_path}/file is not a directory",
+        f"{path}:5: log.file: {tmp_path}/none: {none}",
+        f"{path}:9: control.socket: {tmp_path}/file exists and is not a socket",
+        f"{path}:3: listener.0.address: 192.0.2.1:25: Cannot assign requested address",
+        f"{path}:7: metrics.listen: 192.0.2.1:9125: Cannot assign requested address",
+        f"{path}:11: certificate.0.chain: {tmp_path}/none.pem: {none}",
+        f"{tmp_path}/file:1: Expected '=' after a key in a key/value pair",
+        f"{path}:15: dkim.0.key: {tmp_path}/none.pem: {none}",
+        f"{path}:18: relay.recipients: {tmp_path}/none: {none}",
+    ]
 
 
 def test_check_names_the_key_of_a_missing_accounts_file(tmp_path: Path):

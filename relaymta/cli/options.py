@@ -14,6 +14,7 @@ import click
 
 from relaymta.cli.console import say
 from relaymta.errors import ConfigError
+from relaymta.files import read_text
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -54,7 +55,7 @@ class Configuration:
             if self._path is not None:
                 if not self._path.is_file():  # a pipe can be read once only
                     return None
-                data = tomllib.loads(self._path.read_text(encoding="utf-8"))
+                data = tomllib.loads(read_text(self._path))
         except (OSError, ValueError):
             return None
         table = data.get("control")

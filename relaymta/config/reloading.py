@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from relaymta.config.describing import is_list, leaves, model_of, when
-from relaymta.config.loading import problems_of
 from relaymta.config.origin import Origin
+from relaymta.config.sentences import problems_of
 from relaymta.config.values import When
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError

@@ -6,13 +6,13 @@ Called only over verified TLS: connect.py ensures it, and the configuration requ
 import base64
 import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import aiosmtplib
 import scramp
 
 from relaymta.config import Route
 from relaymta.errors import Failure
+from relaymta.files import read_secret
 from relaymta.send.oauth import Tokens
 
 __all__ = ["LoginFailed", "log_in"]
@@ -50,9 +50,9 @@ def _password(route: Route) -> str:
     if not route.password_file:
         return os.environ.get(route.password_env, "")
     try:
-        return Path(route.password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoginFailed(f"password_file {route.password_file}: {error}") from None
+        return read_secret(route.password_file)
+    except OSError as error:
+        raise LoginFailed(f"password_file {route.password_file}: {error.strerror}") from None
 
 
 async def _plain(client: aiosmtplib.SMTP, username: str, password: str) -> None:

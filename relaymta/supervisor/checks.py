@@ -10,6 +10,7 @@ from pathlib import Path
 from relaymta import privileges
 from relaymta.config import Config, given_values, parse_hostport
 from relaymta.errors import ConfigError
+from relaymta.files import read_secret
 from relaymta.sockets import reason
 
 __all__ = ["check_files", "import_all", "made_by_root", "missing_variables", "unreadable_secrets", "unusable_places"]
@@ -50,14 +51,15 @@ def unreadable_secrets(config: Config) -> list[str]:
     for key, path in given_values(config):
         if key.endswith("_file") and path:
             try:
-                why = "" if Path(str(path)).read_text(encoding="utf-8").strip() else "is empty"
+                read_secret(path)
             except OSError as error:
-                why = error.strerror or str(error)
-            except UnicodeDecodeError:
-                why = "not UTF-8"
-            if why:
-                found.append(config.at(key, f"{path}: {why}"))
-    return found
+                found.append((key, f"{path}: {error.strerror or error}"))
+    return _placed(config, found)
+
+
+def _placed(config: Config, found: list[tuple[str, str]]) -> list[str]:
+    """(key, what is wrong), each with its place, in the order of the file."""
+    return [config.at(key, what) for key, what in sorted(found, key=lambda pair: config.line(pair[0]))]
 
 
 def missing_variables(config: Config) -> list[str]:

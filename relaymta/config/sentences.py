@@ -1,0 +1,143 @@
+"""What is wrong with a file, in the words of who writes it: errors of TOML and of pydantic as `file:line: key: what`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from relaymta.config.describing import is_list, model_of
+from relaymta.config.origin import Origin, key_at
+from relaymta.config.values import Place, Problems, near
+
+__all__ = ["problems_of", "syntax_problem"]
+
+_UNION = re.compile(r"constrained-str\Z|(function-(before|after)|literal)\[")  # pydantic's names for the types of a union
+_OPTION = re.compile(r"'([^']*)'")
+_SHOWN = 60  # characters of a wrong value
+
+# Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used.
+_SYNTAX = [
+    (r"Illegal character '\\n'|Unterminated string|Expected \"'\"", "", "the closing quote is missing"),
+    (r"", "[“”„‘’]", "quotes are written \" or '"),
+    (r"Invalid value", r"=\s*(True|TRUE|False|FALSE|yes|no|on|off|Yes|No|On|Off)\s*(#|$)", "write true or false"),
+    (r"Invalid value", r"=\s*(#|$)", "the value is missing"),
+    (r"Expected newline", r"=\s*0\d+\s*(#|$)", "a number is written without a leading 0"),
+    (r"Invalid value|Expected newline", r"=\s*[^\s\"'\[{]", 'write the value in quotes: KEY = "VALUE"'),
+    (r"Expected newline", r"=\s*[\"'\[{]", 'something follows the value: a list is written ["A", "B"]'),
+    (r"Expected newline", r"^\s*\[", "something follows the name of the table"),
+    (r"Expected '='", r"^\s*[\w.-]+\s*:", "write KEY = VALUE, with = instead of :"),
+    (r"Invalid statement", r"^\s*=", "the key in front of = is missing"),
+    (r"Expected '\]\]'", "", "the closing ]] of the table is missing"),
+    (r"Expected '\]'", "", "the closing ] of the table is missing"),
+    (r"Unclosed array", "", "a comma or the closing ] of a list is missing here or before"),
+    (r"Unclosed inline table", "", "a comma or the closing } is missing"),
+    (r"Unescaped '\\'", "", "a backslash: write the value in 'single quotes'"),
+    (r"Illegal character", "", "a control character"),
+    (r"Cannot (declare|overwrite)", r"^\s*\[\[?(?P<table>[^\]]*)\]", "this table is given twice"),
+    (r"Cannot overwrite a value", "", "this key is given twice"),
+]
+# Errors of pydantic about values of another type.
+_TYPES = {
+    "string_type": "a text: write it in quotes",
+    "int_type": "a whole number, without quotes",
+    "int_from_float": "a whole number",
+    "float_type": "a number, without quotes",
+    "bool_type": "true or false, without quotes",
+    "list_type": "a list: write it in brackets",
+}
+
+
+def syntax_problem(path: Path, text: str, error: str) -> str:
+    """`file:line: key: what` for an error of tomllib about a file's text."""
+    lines = text.split("\n")
+    match = re.search(r"\(at line (\d+), column \d+\)", error)
+    at = int(match[1]) if match else _unclosed(lines, "'" if "'" in error else '"')
+    line = lines[at - 1]
+    what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", error)
+    what = next((ours for says, looks, ours in _SYNTAX if re.match(says, what) and re.search(looks, line)), what)
+    table = re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line)
+    if what == "this table is given twice" and table is not None and _repeats(table[1]):
+        what = f"write [[{table[1]}]] in double brackets each time: there can be several"
+    key = table[1] if table is not None else key_at(text, at)
+    return f"{path}:{at}: {key}: {what}" if key else f"{path}:{at}: {what}"
+
+
+def _unclosed(lines: list[str], quote: str) -> int:
+    """The line at which a text probably begins that the end of the file ends: the first with an odd number of quotes; or the
+    last."""
+    for number, line in enumerate(lines, 1):
+        if re.sub(r"(^|\s)#.*", "", line).count(quote) % 2:
+            return number
+    return max((number for number, line in enumerate(lines, 1) if line.strip()), default=1)
+
+
+def _repeats(table: str) -> bool:
+    from relaymta.config.whole import Config
+
+    field = Config.model_fields.get(table)
+    return (field is not None and is_list(field.annotation)) or table == "account"
+
+
+def problems_of(model: type[BaseModel], origin: Origin, error: ValidationError) -> list[str]:
+    """Pydantic's errors as our problems: `file:line: key: what`."""
+    entries = [single for entry in error.errors() for single in _singly(entry)]
+    return [_problem(model, origin, entry) for entry in entries]
+
+
+def _singly(entry: Any) -> list[Any]:
+    """The errors in an error of pydantic's, which may be about several keys."""
+    problems = entry.get("ctx", {}).get("error")
+    if not isinstance(problems, Problems):
+        return [entry]
+    return [{"type": "value_error", "loc": (*entry["loc"], *place), "msg": what} for place, what in problems.found]
+
+
+def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
+    place: Place = tuple(part for part in entry["loc"] if not _UNION.match(str(part)))
+    given = entry.get("input")
+    what = re.sub(r"^Value error, ", "", entry["msg"])
+    if entry["type"] == "extra_forbidden":
+        what = "no such key" + _did_you_mean(model, place)
+    elif entry["type"] == "missing":
+        what = "is missing"
+    elif entry["type"] == "list_type" and isinstance(given, dict):
+        what = f"write [[{place[0]}]] in double brackets: there can be several"
+    elif entry["type"] == "model_type" and not isinstance(given, dict):
+        name = ".".join(part for part in place if isinstance(part, str))
+        what = f"write [{name}] in single brackets: there is one" if isinstance(given, list) else f"a table: write [{name}]"
+    else:
+        what = _TYPES.get(entry["type"], what) + _shown(given, what)
+        if entry["type"] == "literal_error":
+            what += near(str(given), _OPTION.findall(entry["ctx"]["expected"]))
+    return origin.sentence(place, what)
+
+
+def _shown(given: object, what: str) -> str:
+    """` (it is ...)`, unless a sentence says that already."""
+    if not isinstance(given, str | int | float | bool) or given == "":
+        return ""
+    if repr(given) in what or (isinstance(given, str) and len(given) > 3 and given in what):
+        return ""
+    shown = repr(given)
+    return f" (it is {shown if len(shown) <= _SHOWN else shown[: _SHOWN - 4] + ' ...'})"
+
+
+def _did_you_mean(root: type[BaseModel], place: Place) -> str:
+    model: Any = root
+    for part in place[:-1]:
+        if isinstance(part, str):
+            model = model_of(model.model_fields[part].annotation)
+    name = str(place[-1])
+    meant = near(name, model.model_fields)
+    if meant:
+        return meant
+    if len(place) > 1 and name in root.model_fields:
+        return f": {name} stands in front of the first table" if model_of(root.model_fields[name].annotation) is None else ""
+    tables = [(table, field.annotation, model_of(field.annotation)) for table, field in root.model_fields.items()]
+    known = [
+        f"[[{table}]]" if is_list(annotation) else f"[{table}]"
+        for table, annotation, below in tables
+        if below is not None and below is not model and name in below.model_fields
+    ]
+    return f" (it is a key of {' and '.join(known)})" if 0 < len(known) <= 3 else ""
