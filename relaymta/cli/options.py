@@ -14,7 +14,6 @@ import click
 
 from relaymta.cli.console import say
 from relaymta.errors import ConfigError
-from relaymta.files import read_text
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -49,13 +48,14 @@ class Configuration:
         return config
 
     def control_path(self) -> Path | None:
-        """Where the control socket is, read without a look at anything else; None when that takes the whole configuration."""
+        """Where the control socket is, read without a look at anything else; None when that takes the whole configuration (as for
+        a file that begins with a byte order mark)."""
         data: Any = {}
         try:
             if self._path is not None:
                 if not self._path.is_file():  # a pipe can be read once only
                     return None
-                data = tomllib.loads(read_text(self._path))
+                data = tomllib.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         table = data.get("control")

@@ -26,6 +26,7 @@ _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
+_PORT = re.compile(r"[0-9]{1,9}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -183,15 +184,17 @@ def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int
         raise ValueError(f"{text!r}: it has white space in it")
     if not port and default_port is not None and host:
         return host, default_port
-    if not host or not port.isascii() or not port.isdigit():
+    if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r}: expected host:port")
-    if len(port) > 9 or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r}: expected host:port with a port from 1 to 65535")
     return host, int(port)
 
 
-def _check_host(text: str, host: str) -> None:
-    """ValueError when a host, as it is in `text`, is neither an IP address nor a name that the DNS can have."""
+def _check_hostport(text: str, default_port: int | None = None) -> None:
+    """ValueError for what `parse_hostport` refuses, and for a host that is neither an IP address nor a name in the DNS."""
+    _, colon, port = text.rpartition(":")
+    if colon and _PORT.match(port) and not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: expected host:port with a port from 1 to 65535")
+    host, _ = parse_hostport(text, default_port)
     try:
         ipaddress.ip_address(host)
         return
@@ -211,13 +214,13 @@ def _address(value: object) -> object:
         if any_host is not None:
             port = any_host[1]
             raise ValueError(f'{value!r}: expected host:port; all addresses are "0.0.0.0:{port}" (IPv4) and "[::]:{port}" (IPv6)')
-        _check_host(value, parse_hostport(value)[0])
+        _check_hostport(value)
     return value
 
 
 def _host(value: object) -> object:
     if isinstance(value, str) and not value.startswith("unix:/"):
-        _check_host(value, parse_hostport(value, 25)[0])
+        _check_hostport(value, 25)
     return value
 
 
