@@ -73,7 +73,8 @@ class Machine:
         return {slot.channel.config for slot in self.slots}
 
     async def settle(self) -> None:
-        await asyncio.gather(*self.configuration._tasks)
+        while self.configuration._tasks:
+            await asyncio.gather(*self.configuration._tasks)
 
 
 MERGED = merge(OLD, NEW).config.to_json()
@@ -181,6 +182,55 @@ async def test_reloads_do_not_mix():
         answer.startswith("reloaded") for answer in await asyncio.gather(*(machine.configuration.reload() for _ in others))
     )
     assert machine.have == {others[-1].to_json()}
+
+
+async def test_many_hangups_are_one_reload_and_one_more(monkeypatch):
+    """The one that comes while a reload is under way may be about a file that was written after that one has read it."""
+    monkeypatch.setattr(configuration, "HANGUP_SECONDS", 0)
+    machine = Machine(Worker())
+    read, begun = [], asyncio.Event()
+
+    def count() -> Config:
+        read.append(len(read))
+        return config(**{"queue.window": 100 + len(read)})
+
+    async def preparing() -> None:
+        begun.set()
+        if len(read) == 1:
+            for _ in range(59):
+                machine.configuration.hang_up()
+                await asyncio.sleep(0)
+
+    machine.configuration._read = count
+    machine.slots[0].channel.answers["prepare"] = preparing
+    machine.configuration.hang_up()
+    await begun.wait()
+    await machine.settle()
+    assert len(read) == 2 and machine.configuration.config.queue.window == 102
+    machine.configuration.hang_up()
+    await machine.settle()
+    assert len(read) == 3, "and later ones are answered again"
+
+
+async def test_hangups_within_a_second_wait_for_its_end(monkeypatch):
+    machine, slept = Machine(Worker()), []
+    reload, ended = machine.configuration.reload, []
+
+    async def counted() -> str:
+        ended.append(await reload())
+        return ended[-1]
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            for _ in range(59):
+                machine.configuration.hang_up()
+
+    machine.configuration.reload = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(configuration.asyncio, "sleep", sleep)
+    machine.configuration.hang_up()
+    await machine.settle()
+    assert (len(ended), slept) == (2, [configuration.HANGUP_SECONDS] * 2)
 
 
 @pytest.mark.parametrize("keys", [{"listener": [{"address": "127.0.0.1:1", "tls": "require"}]}])

@@ -75,7 +75,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
         self.failure = await self.slots.start()

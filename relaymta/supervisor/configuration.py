@@ -4,6 +4,8 @@ A reload reads the file, merges it with what is running (`config.merge`), and as
 does all that can fail. When all have agreed, it is in use: each worker that starts from then on gets it, and the others *commit*
 it, which replaces everything in one step. So a worker has the old or the new configuration, each whole.
 
+SIGHUPs are answered by one task, `hang_up`'s, which ends when there is none left.
+
 Owner of `config` and its `number`: `_replace`, under the lock that all reloads take. A worker that was starting meanwhile began
 with the old one; `started` has it catch up.
 """
@@ -21,6 +23,7 @@ from relaymta.supervisor.slots import Slot, Slots
 
 __all__ = ["Configuration"]
 
+HANGUP_SECONDS = 1.0  # from the end of a reload by SIGHUP to the next one
 PREPARE_SECONDS = 25.0  # in which a worker must have read all files; with COMMIT_SECONDS less than the command line waits
 COMMIT_SECONDS = 10.0
 KEYS_SHOWN = 20
@@ -45,6 +48,8 @@ class Configuration:
         self._next = 2  # of what is prepared next
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._hung_up = False  # a SIGHUP that no reload has answered
+        self._hangups: asyncio.Task[None] | None = None  # answers them
 
     def given(self, slot: Slot) -> str:
         """The configuration for a worker that starts in this slot."""
@@ -65,6 +70,21 @@ class Configuration:
         with what was applied and what needs a restart, and with workers that have not answered; or "refused" with all reasons:
         then the old configuration stays in use everywhere. It is carried through even if the caller is cancelled."""
         return await asyncio.shield(self._spawn(self._reload()))
+
+    def hang_up(self) -> None:
+        """SIGHUP: reload soon, with what the file says by then. Many in a row are one reload at once and one after it."""
+        self._hung_up = True
+        if self._hangups is None:
+            self._hangups = self._spawn(self._answer_hangups())
+
+    async def _answer_hangups(self) -> None:
+        try:
+            while self._hung_up:
+                self._hung_up = False
+                await self.reload()
+                await asyncio.sleep(HANGUP_SECONDS)
+        finally:
+            self._hangups = None
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
