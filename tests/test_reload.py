@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from relaymta.cli import main, queue
 from relaymta.config import Config, load, merge
 from relaymta.control import Refused
 from relaymta.errors import ConfigError
@@ -241,6 +243,47 @@ def test_a_merge_that_is_not_valid_as_a_whole_is_refused(keys):
     assert refused.value.problems == [
         "with the running listener.0.tls, which only a restart changes: listener.0.tls: 'require' needs a [[certificate]]"
     ]
+
+
+LISTENERS = [  # (running, in the file, what is said of it)
+    ([{"address": "127.0.0.1:1"}], [{"address": "127.0.0.1:1"}], []),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:1"}, {"address": "127.0.0.1:2"}],
+        ["listener 127.0.0.1:2 is not open: only a restart opens it"],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}, {"address": "127.0.0.1:2"}],
+        [{"address": "127.0.0.1:2"}],
+        ["listener 127.0.0.1:1 stays open: only a restart closes it"],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:2"}],
+        [
+            "listener 127.0.0.1:2 is not open: only a restart opens it",
+            "listener 127.0.0.1:1 stays open: only a restart closes it",
+        ],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:1", "tls": "off", "submission": True}],
+        ["listener 127.0.0.1:1 is as before: only a restart changes its submission, tls"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("running", "fresh", "said"), LISTENERS)
+async def test_a_listener_that_a_reload_leaves_out_is_named(tmp_path, monkeypatch, running, fresh, said):
+    machine = Machine(Worker())
+    machine.configuration.config, machine.answer = config(listener=running), config(listener=fresh)
+    answer = await machine.configuration.reload()
+    assert answer.split("\n")[1:] == said
+
+    monkeypatch.setattr(queue, "connect", lambda read: None)
+    monkeypatch.setattr(queue, "asked", lambda peer, op: answer)
+    done = CliRunner().invoke(main, ["reload", "--spool", str(tmp_path)])
+    assert (done.exit_code, done.stdout.splitlines()) == (int(bool(said)), answer.split("\n"))
 
 
 def test_a_merge_keeps_what_needs_a_restart_and_nothing_else():

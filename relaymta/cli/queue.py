@@ -328,9 +328,12 @@ _verb(
 @click.command()
 @configured
 def reload(read: Configuration) -> None:
-    """Make the daemon read its configuration again."""
+    """Make the daemon read its configuration again. Exit status 78 when it is refused, 1 when a listener is not as in the file
+    before a restart."""
     peer = connect(read)
     answer = asked(peer, "reload")
     say(*answer.split("\n"))
     if not answer.startswith("reloaded"):
         raise SystemExit(78)
+    if any(line.startswith("listener ") for line in answer.split("\n")):
+        raise SystemExit(1)

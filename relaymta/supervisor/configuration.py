@@ -67,7 +67,8 @@ class Configuration:
 
     async def reload(self) -> str:
         """Read the configuration again and replace the one in use. The answer for operators, of one or several lines: "reloaded"
-        with what was applied and what needs a restart, and with workers that have not answered; or "refused" with all reasons:
+        with what was applied and what needs a restart, with `listener ADDRESS ...` for each that is left out until then, and with
+        workers that have not answered; or "refused" with all reasons:
         then the old configuration stays in use everywhere. It is carried through even if the caller is cancelled."""
         return await asyncio.shield(self._spawn(self._reload()))
 
@@ -122,7 +123,7 @@ class Configuration:
     def _replaced(self, change: Change, missing: list[str]) -> str:
         if self.log is not None:
             self.log.event("reloaded", applied=change.applied, restart=change.restart)
-        for sentence in missing:
+        for sentence in (*change.left_out, *missing):
             self._warn(f"reload: {sentence}")
         parts = ["reloaded"]
         if change.applied:
@@ -131,7 +132,7 @@ class Configuration:
             parts.append(f"these need a restart: {_listed(change.restart)}")
         if len(parts) == 1:
             parts.append("no key has changed; the files that it names were read again")
-        return "\n".join(["; ".join(parts), *missing])
+        return "\n".join(["; ".join(parts), *change.left_out, *missing])
 
     async def _replace(self, config: Config) -> "list[str] | _Refusals":
         """Put a configuration to use in all workers that are ready: sentences about those that did not answer in the end. Or in
