@@ -122,7 +122,17 @@ def _never_used(config: "Config") -> Iterator[tuple[str, str]]:
         yield f"route.{number}", f"{route.label!r} is never used: route.{first} ({label!r}) has no condition and comes first"
 
 
-_PATHS = {"spool", "route_map", "recipients", "dovecot", "socket", "chain", "key"}  # and what ends in "file"
+_PATHS = {
+    "spool",
+    "route_map",
+    "recipients",
+    "dovecot",
+    "socket",
+    "chain",
+    "key",
+    "client_certificate",
+    "client_key",
+}  # and what ends in "file"
 
 
 def _relative(config: "Config") -> Iterator[tuple[str, str]]:

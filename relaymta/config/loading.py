@@ -1,6 +1,5 @@
 """Reading the file of the configuration, and that of accounts. A problem reads `file:line: key: what (did you mean ...)`."""
 
-import tomllib
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,15 +7,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from relaymta.config.accounts import Account, AccountsFile
+from relaymta.config.describing import is_list
 from relaymta.config.origin import Origin
-from relaymta.config.sentences import problems_of, syntax_problem
+from relaymta.config.sentences import problems_of
 from relaymta.config.values import Place
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
-from relaymta.files import Unreadable, read_text
+from relaymta.toml import lay_over, read_toml
 
 __all__ = ["load", "load_accounts"]
 
+SEVERAL = {"account", *(name for name, field in Config.model_fields.items() if is_list(field.annotation))}
 M = TypeVar("M", bound=BaseModel)
 
 # Values that had another name in 0.1, understood for one version with a warning: key -> old -> new.
@@ -26,9 +27,9 @@ _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
 def load(path: Path | None, overrides: dict[str, Any]) -> Config:
     """The configuration of a file (None: no file), overridden by `overrides` (dotted key -> value, or "listener"/"route" ->
     tables). ConfigError with every problem."""
-    text, data = _read(path) if path is not None else ("", {})
+    text, data = read_toml(path, SEVERAL) if path is not None else ("", {})
     for key, value in overrides.items():
-        _lay_over(data, key, deepcopy(value))  # old names in it are replaced
+        lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
     origin = Origin(path, text, overrides)
     config = _validated(Config, origin, data)
@@ -39,32 +40,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
 
 def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
-    text, data = _read(path)
+    text, data = read_toml(path, SEVERAL)
     return _validated(AccountsFile, Origin(path, text), data).account
-
-
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, parsed content) of a TOML file. ConfigError."""
-    try:
-        text = read_text(path)
-    except OSError as error:
-        if isinstance(error, Unreadable) and error.line:
-            raise ConfigError([f"{path}:{error.line}: {error.why}"]) from None
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([syntax_problem(path, text, str(error))]) from None
-
-
-def _lay_over(data: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        inner = data.setdefault(table, {})
-        if not isinstance(inner, dict):
-            raise ConfigError([f"--set {key}: {table} is not a table"])
-        data = inner
-    data[last] = value
 
 
 def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:

@@ -1,15 +1,12 @@
 """Where each key of a configuration was given: the line of the file, or the command line."""
 
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from relaymta.config.values import Place, dotted
+from relaymta.toml import keys_of
 
-__all__ = ["Origin", "key_at"]
-
-_KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
-_HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
+__all__ = ["Origin"]
 
 
 class Origin:
@@ -53,37 +50,9 @@ class Origin:
         return 0
 
 
-def key_at(text: str, line: int) -> str:
-    """The dotted key that is given in a line of a TOML file; "" where there is none."""
-    return next((dotted(place) for place, number in _keys(text) if number == line), "")
-
-
 def _positions(text: str) -> dict[Place, int]:
     """The line number of every key and table of a TOML file, by path: the first of each."""
     found: dict[Place, int] = {}
-    for place, number in _keys(text):
+    for place, number in keys_of(text):
         found.setdefault(place, number)
     return found
-
-
-def _keys(text: str) -> Iterator[tuple[Place, int]]:
-    """(path, line number) of every key and table of a TOML file, in order. Lines within multi-line values may add entries, which
-    are harmless."""
-    counts: dict[str, int] = {}
-    table: Place = ()
-    for number, line in enumerate(text.split("\n"), 1):
-        head = _HEAD.match(line)
-        if head is not None:
-            name = head[2].strip()
-            parts: Place = tuple(part.strip().strip("\"'") for part in name.split("."))
-            if head[1] == "[[":
-                parts = (*parts, counts.get(name, 0))
-                counts[name] = counts.get(name, 0) + 1
-            elif parts[0] in counts:  # [route.oauth]: it belongs to the last [[route]]
-                parts = (parts[0], counts[str(parts[0])] - 1, *parts[1:])
-            table = parts
-            yield table, number
-            continue
-        key = _KEY.match(line)
-        if key is not None:
-            yield (*table, *(part.strip().strip("\"'") for part in key[1].split("."))), number

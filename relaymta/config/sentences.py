@@ -1,42 +1,21 @@
-"""What is wrong with a file, in the words of who writes it: errors of TOML and of pydantic as `file:line: key: what`."""
+"""What is wrong with a file, in the words of who writes it: errors of pydantic as `file:line: key: what`. (Those of TOML:
+relaymta/toml.py.)"""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from relaymta.config.describing import is_list, model_of
-from relaymta.config.origin import Origin, key_at
+from relaymta.config.origin import Origin
 from relaymta.config.values import Place, Problems, near
 
-__all__ = ["problems_of", "syntax_problem"]
+__all__ = ["problems_of"]
 
 _UNION = re.compile(r"constrained-str\Z|(function-(before|after)|literal)\[")  # pydantic's names for the types of a union
 _OPTION = re.compile(r"'([^']*)'")
 _SHOWN = 60  # characters of a wrong value
 
-# Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used.
-_SYNTAX = [
-    (r"Illegal character '\\n'|Unterminated string|Expected \"'\"", "", "the closing quote is missing"),
-    (r"", "[“”„‘’]", "quotes are written \" or '"),
-    (r"Invalid value", r"=\s*(True|TRUE|False|FALSE|yes|no|on|off|Yes|No|On|Off)\s*(#|$)", "write true or false"),
-    (r"Invalid value", r"=\s*(#|$)", "the value is missing"),
-    (r"Expected newline", r"=\s*0\d+\s*(#|$)", "a number is written without a leading 0"),
-    (r"Invalid value|Expected newline", r"=\s*[^\s\"'\[{]", 'write the value in quotes: KEY = "VALUE"'),
-    (r"Expected newline", r"=\s*[\"'\[{]", 'something follows the value: a list is written ["A", "B"]'),
-    (r"Expected newline", r"^\s*\[", "something follows the name of the table"),
-    (r"Expected '='", r"^\s*[\w.-]+\s*:", "write KEY = VALUE, with = instead of :"),
-    (r"Invalid statement", r"^\s*=", "the key in front of = is missing"),
-    (r"Expected '\]\]'", "", "the closing ]] of the table is missing"),
-    (r"Expected '\]'", "", "the closing ] of the table is missing"),
-    (r"Unclosed array", "", "a comma or the closing ] of a list is missing here or before"),
-    (r"Unclosed inline table", "", "a comma or the closing } is missing"),
-    (r"Unescaped '\\'", "", "a backslash: write the value in 'single quotes'"),
-    (r"Illegal character", "", "a control character"),
-    (r"Cannot (declare|overwrite)", r"^\s*\[\[?(?P<table>[^\]]*)\]", "this table is given twice"),
-    (r"Cannot overwrite a value", "", "this key is given twice"),
-]
 # Errors of pydantic about values of another type.
 _TYPES = {
     "string_type": "a text: write it in quotes",
@@ -46,37 +25,6 @@ _TYPES = {
     "bool_type": "true or false, without quotes",
     "list_type": "a list: write it in brackets",
 }
-
-
-def syntax_problem(path: Path, text: str, error: str) -> str:
-    """`file:line: key: what` for an error of tomllib about a file's text."""
-    lines = text.split("\n")
-    match = re.search(r"\(at line (\d+), column \d+\)", error)
-    at = int(match[1]) if match else _unclosed(lines, "'" if "'" in error else '"')
-    line = lines[at - 1]
-    what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", error)
-    what = next((ours for says, looks, ours in _SYNTAX if re.match(says, what) and re.search(looks, line)), what)
-    table = re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line)
-    if what == "this table is given twice" and table is not None and _repeats(table[1]):
-        what = f"write [[{table[1]}]] in double brackets each time: there can be several"
-    key = table[1] if table is not None else key_at(text, at)
-    return f"{path}:{at}: {key}: {what}" if key else f"{path}:{at}: {what}"
-
-
-def _unclosed(lines: list[str], quote: str) -> int:
-    """The line at which a text probably begins that the end of the file ends: the first with an odd number of quotes; or the
-    last."""
-    for number, line in enumerate(lines, 1):
-        if re.sub(r"(^|\s)#.*", "", line).count(quote) % 2:
-            return number
-    return max((number for number, line in enumerate(lines, 1) if line.strip()), default=1)
-
-
-def _repeats(table: str) -> bool:
-    from relaymta.config.whole import Config
-
-    field = Config.model_fields.get(table)
-    return (field is not None and is_list(field.annotation)) or table == "account"
 
 
 def problems_of(model: type[BaseModel], origin: Origin, error: ValidationError) -> list[str]:

@@ -84,19 +84,20 @@ def exposed_secrets(config: Config) -> list[str]:
     return _placed(config, found)
 
 
+_PRIVATE = {"key": "chain", "client_key": "client_certificate"}  # keys, and where they are if they have no file of their own
+
+
 def _secrets(config: Config) -> Iterator[tuple[str, str]]:
     """(dotted key, path) of files with passwords, tokens, hashes of passwords and private keys."""
-    for key, path in given_values(config):
-        if path and (key.endswith("_file") or key == "accounts.file"):
+    values = dict(given_values(config))
+    for key, path in values.items():
+        table, _, name = key.rpartition(".")
+        if name in _PRIVATE:
+            known = key if path else f"{table}.{_PRIVATE[name]}"
+            if values.get(known):
+                yield known, str(values[known])
+        elif path and (key == "accounts.file" or (name.endswith("_file") and name != "ca_file")):
             yield key, str(path)
-    for number, dkim in enumerate(config.dkim):
-        yield f"dkim.{number}.key", dkim.key
-    for number, certificate in enumerate(config.certificate):
-        yield (
-            (f"certificate.{number}.key", certificate.key)
-            if certificate.key
-            else (f"certificate.{number}.chain", certificate.chain)
-        )
 
 
 def _placed(config: Config, found: list[tuple[str, str]]) -> list[str]:
