@@ -148,7 +148,8 @@ def _field(hostname: str, sent: Spf, sender: str, found: list[Verified], sealed:
         lines.append(f"arc={sealed}")
     wanted = f" policy.dmarc={policy.policy}" if policy.result in ("fail", "permerror") else ""
     lines.append(f"dmarc={policy.result} header.from={_safe(policy.domain)}{wanted}")
-    return f"Authentication-Results: {hostname};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
+    ours = f'"{hostname}"' if hostname.startswith("[") else hostname  # an address literal is no token (RFC 2045 5.1)
+    return f"Authentication-Results: {ours};\r\n\t".encode() + ";\r\n\t".join(lines).encode() + b"\r\n"
 
 
 def _safe(text: str) -> str:
