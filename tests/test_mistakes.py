@@ -152,6 +152,7 @@ TABLES = [
     ),
     (f'{L}[delivery]\nnameservers = ["ns.example"]\n',
      "4: delivery.nameservers.0: 'ns.example': a name server is given by its IP address"),
+    (f'{L}[metrics]\nlisten = "x"\n', "4: metrics.listen: 'x': expected host:port"),
     ("", " listener: there is none: give a [[listener]] table, or --listen HOST:PORT"),
     (f'{L}tls = "require"\n', "3: listener.0.tls: 'require' needs a [[certificate]]"),
     (f'{L}[verify]\ndmarc = "enforce"\n',

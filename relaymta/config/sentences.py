@@ -30,7 +30,16 @@ _TYPES = {
 def problems_of(model: type[BaseModel], origin: Origin, error: ValidationError) -> list[str]:
     """Pydantic's errors as our problems: `file:line: key: what`."""
     entries = [single for entry in error.errors() for single in _singly(entry)]
-    return [_problem(model, origin, entry) for entry in entries]
+    explained = {_place(entry) for entry in entries if entry["type"] != "literal_error"}
+    return [
+        _problem(model, origin, entry)
+        for entry in entries
+        if entry["type"] != "literal_error" or _place(entry) not in explained  # of a union whose other type says more
+    ]
+
+
+def _place(entry: Any) -> Place:
+    return tuple(part for part in entry["loc"] if not _UNION.match(str(part)))
 
 
 def _singly(entry: Any) -> list[Any]:
@@ -42,7 +51,7 @@ def _singly(entry: Any) -> list[Any]:
 
 
 def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
-    place: Place = tuple(part for part in entry["loc"] if not _UNION.match(str(part)))
+    place = _place(entry)
     given = entry.get("input")
     what = re.sub(r"^Value error, ", "", entry["msg"])
     if entry["type"] == "extra_forbidden":
