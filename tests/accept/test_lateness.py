@@ -60,6 +60,15 @@ def test_a_stall_of_our_own_making_is_not_load(inside):
     assert not loop.lateness.shedding and not loop.logged
 
 
+def test_the_supervisors_part_of_a_reload_is_not_load_either():
+    loop = Loop()
+    for _ in range(20):
+        assert not loop.beat(0.3) and not loop.beat(0.3)
+        with loop.lateness.own_work():
+            loop.time += 1
+        loop.beat()
+
+
 def test_load_during_our_own_work_is_found_after_it():
     loop = Loop()
     with loop.lateness.own_work():
