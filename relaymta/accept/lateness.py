@@ -32,8 +32,8 @@ class Lateness:
 
     @contextlib.contextmanager
     def own_work(self) -> Iterator[None]:
-        """While the loop may be late because of work of our own. What was late before it is forgotten, unless load is shed already:
-        the supervisor's part of a reload comes first, and takes CPU, too. Real load is found again within three beats."""
+        """While the loop may be late because of work of our own. What was late before it is forgotten, unless load is shed
+        already: the supervisor's part of a reload comes first, and takes CPU, too. Load is found again within three beats."""
         if not self._own_works:
             self._own_since = self._now()
         if not self.shedding:
