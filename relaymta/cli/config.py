@@ -37,11 +37,14 @@ def check(read: Configuration) -> None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
     else:
         problems += checks.unusable_places(config, made_by_root)
-    for look in (checks.check_files, checks.check_program):
-        try:
-            look(config)
-        except ConfigError as error:
-            problems += error.problems
+    try:
+        checks.check_files(config)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        checks.check_program(config)
+    except ConfigError as error:  # a note: `relaymta serve` may be that of another installation
+        remarks += error.problems
     if problems:
         fail(78, "\n".join(problems))
     remarks += checks.closed_socket(config)
