@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 __all__ = [
-    "GAUGES", "HISTOGRAMS", "NAMES", "SITES_SHOWN", "SITE_GAUGES", "Counters", "down_families", "families", "row_families",
+    "GAUGES", "HISTOGRAMS", "NAMES", "RESULTS", "SITES_SHOWN", "SITE_GAUGES", "Counters", "down_families", "families",
+    "row_families",
 ]  # fmt: skip
 
 
@@ -137,6 +138,12 @@ def index(name: str, label: str = "") -> int:
     return _index[name, label]
 
 
+# What `relaymta status` shows -> its cell.
+RESULTS = {"accepted": index("relaymta_messages_received_total")} | {
+    result: index("relaymta_recipients_total", result) for result in COUNTERS["relaymta_recipients_total"][2]
+}
+
+
 class Counters:
     """One worker's metrics, in `cells`."""
 
@@ -164,6 +171,10 @@ class Counters:
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge; the fraction is dropped."""
         self.cells.set(_gauge[name], int(value))
+
+    def totals(self) -> dict[str, int]:
+        """For `relaymta status`: messages accepted, and recipients by the results of their attempts, since the relay's start."""
+        return {name: self.cells.get(cell) for name, cell in RESULTS.items()}
 
     def clear_gauges(self) -> None:
         """Set all gauges to 0, of a worker that has died. Its counters stay."""

@@ -5,6 +5,8 @@ root's. So root creates and gives away only files in folders that no other user 
 privileges are dropped.
 """
 
+import difflib
+import grp
 import os
 import pwd
 import stat
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from relaymta.errors import ConfigError
 
-__all__ = ["account", "append_to", "become", "give", "owner_of", "roots_alone"]
+__all__ = ["account", "append_to", "become", "give", "group", "owner_of", "roots_alone"]
 
 _LINKS = 40  # symbolic links in a path, as the kernel's limit
 _ACL = "system.posix_acl_access"
@@ -25,6 +27,16 @@ def account(name: str) -> pwd.struct_passwd:
         return pwd.getpwnam(name)
     except KeyError:
         raise ConfigError([f"user: there is no user {name!r}"]) from None
+
+
+def group(name: str) -> int:
+    """The number of a group. ConfigError when there is no such group."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        known = difflib.get_close_matches(name, [found.gr_name for found in grp.getgrall()], 1, 0.6)
+        meant = f' (did you mean "{known[0]}"?)' if known else ""
+        raise ConfigError([f"control.group: there is no group {name!r}{meant}"]) from None
 
 
 def owner_of(path: Path) -> pwd.struct_passwd:

@@ -12,7 +12,7 @@ from pwd import struct_passwd
 from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
-__all__ = ["bound", "check_free", "control_socket", "notify", "reason", "remove_socket"]
+__all__ = ["bound", "check_free", "control_socket", "in_use", "notify", "reason", "remove_socket"]
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
@@ -83,20 +83,35 @@ def _bind(address: str) -> socket.socket:
 
 def check_free(address: str) -> None:
     """ConfigError when another program listens on an address (SO_REUSEPORT alone would share the port with it)."""
-    host, port = parse_hostport(address)
-    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+        _try(address)
     except OSError as error:
         raise ConfigError([f"listener.address: {address}: {reason(error)}"]) from None
-    finally:
-        probe.close()
 
 
-def control_socket(path: Path, user: struct_passwd | None = None) -> socket.socket:
-    """The listening control socket at `path`, for its owner (`user`, if given) and group only. A socket left over there, on which
-    no process answers, is removed. SpoolBusy when one answers; ConfigError when something else is there."""
+def in_use(address: str) -> bool:
+    """Whether a program listens on an address; false where the caller has no right to try."""
+    try:
+        _try(address)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _try(address: str) -> None:
+    """Bind an address and close it again, without listening on it. OSError."""
+    host, port = parse_hostport(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((host, port))
+
+
+def control_socket(path: Path, user: struct_passwd | None = None, group: int | None = None) -> socket.socket:
+    """The listening control socket at `path`, for its owner (`user`, if given) and group (`group`, if given) only. A socket left
+    over there, on which no process answers, is removed. SpoolBusy when one answers; ConfigError when something else is there."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear_way(path)
@@ -105,8 +120,7 @@ def control_socket(path: Path, user: struct_passwd | None = None) -> socket.sock
             control.bind(str(path))
         finally:
             os.umask(before)
-        if user is not None:
-            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        _give_socket(path, user, group)
         control.listen(16)
     except OSError as error:
         control.close()
@@ -115,6 +129,21 @@ def control_socket(path: Path, user: struct_passwd | None = None) -> socket.sock
         control.close()
         raise
     return control
+
+
+def _give_socket(path: Path, user: struct_passwd | None, group: int | None) -> None:
+    """Give the control socket to its owner and group. Between bind and this nobody else can connect: it does not listen yet."""
+    if user is None and group is None:
+        return
+    own = -1 if user is None else user.pw_gid
+    try:
+        os.chown(path, -1 if user is None else user.pw_uid, own if group is None else group, follow_symlinks=False)
+    except PermissionError:
+        path.unlink()
+        if group is None:
+            raise
+        what = "only root, or a member of the group, can give the socket to it; start as root, or add the relay's user to it"
+        raise ConfigError([f"control.group: {what}"]) from None
 
 
 def _clear_way(path: Path) -> None:

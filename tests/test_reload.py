@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from relaymta.cli import main, queue
 from relaymta.config import Config, load, merge
 from relaymta.control import Refused
 from relaymta.errors import ConfigError
@@ -73,7 +75,8 @@ class Machine:
         return {slot.channel.config for slot in self.slots}
 
     async def settle(self) -> None:
-        await asyncio.gather(*self.configuration._tasks)
+        while self.configuration._tasks:
+            await asyncio.gather(*self.configuration._tasks)
 
 
 MERGED = merge(OLD, NEW).config.to_json()
@@ -183,6 +186,55 @@ async def test_reloads_do_not_mix():
     assert machine.have == {others[-1].to_json()}
 
 
+async def test_many_hangups_are_one_reload_and_one_more(monkeypatch):
+    """The one that comes while a reload is under way may be about a file that was written after that one has read it."""
+    monkeypatch.setattr(configuration, "HANGUP_SECONDS", 0)
+    machine = Machine(Worker())
+    read, begun = [], asyncio.Event()
+
+    def count() -> Config:
+        read.append(len(read))
+        return config(**{"queue.window": 100 + len(read)})
+
+    async def preparing() -> None:
+        begun.set()
+        if len(read) == 1:
+            for _ in range(59):
+                machine.configuration.hang_up()
+                await asyncio.sleep(0)
+
+    machine.configuration._read = count
+    machine.slots[0].channel.answers["prepare"] = preparing
+    machine.configuration.hang_up()
+    await begun.wait()
+    await machine.settle()
+    assert len(read) == 2 and machine.configuration.config.queue.window == 102
+    machine.configuration.hang_up()
+    await machine.settle()
+    assert len(read) == 3, "and later ones are answered again"
+
+
+async def test_hangups_within_a_second_wait_for_its_end(monkeypatch):
+    machine, slept = Machine(Worker()), []
+    reload, ended = machine.configuration.reload, []
+
+    async def counted() -> str:
+        ended.append(await reload())
+        return ended[-1]
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            for _ in range(59):
+                machine.configuration.hang_up()
+
+    machine.configuration.reload = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(configuration.asyncio, "sleep", sleep)
+    machine.configuration.hang_up()
+    await machine.settle()
+    assert (len(ended), slept) == (2, [configuration.HANGUP_SECONDS] * 2)
+
+
 @pytest.mark.parametrize("keys", [{"listener": [{"address": "127.0.0.1:1", "tls": "require"}]}])
 def test_a_merge_that_is_not_valid_as_a_whole_is_refused(keys):
     running = config(**keys, certificate=[{"chain": "/x"}])
@@ -191,6 +243,47 @@ def test_a_merge_that_is_not_valid_as_a_whole_is_refused(keys):
     assert refused.value.problems == [
         "with the running listener.0.tls, which only a restart changes: listener.0.tls: 'require' needs a [[certificate]]"
     ]
+
+
+LISTENERS = [  # (running, in the file, what is said of it)
+    ([{"address": "127.0.0.1:1"}], [{"address": "127.0.0.1:1"}], []),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:1"}, {"address": "127.0.0.1:2"}],
+        ["listener 127.0.0.1:2 is not open: only a restart opens it"],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}, {"address": "127.0.0.1:2"}],
+        [{"address": "127.0.0.1:2"}],
+        ["listener 127.0.0.1:1 stays open: only a restart closes it"],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:2"}],
+        [
+            "listener 127.0.0.1:2 is not open: only a restart opens it",
+            "listener 127.0.0.1:1 stays open: only a restart closes it",
+        ],
+    ),
+    (
+        [{"address": "127.0.0.1:1"}],
+        [{"address": "127.0.0.1:1", "tls": "off", "submission": True}],
+        ["listener 127.0.0.1:1 is as before: only a restart changes its submission, tls"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("running", "fresh", "said"), LISTENERS)
+async def test_a_listener_that_a_reload_leaves_out_is_named(tmp_path, monkeypatch, running, fresh, said):
+    machine = Machine(Worker())
+    machine.configuration.config, machine.answer = config(listener=running), config(listener=fresh)
+    answer = await machine.configuration.reload()
+    assert answer.split("\n")[1:] == said
+
+    monkeypatch.setattr(queue, "connect", lambda read: None)
+    monkeypatch.setattr(queue, "asked", lambda peer, op: answer)
+    done = CliRunner().invoke(main, ["reload", "--spool", str(tmp_path)])
+    assert (done.exit_code, done.stdout.splitlines()) == (int(bool(said)), answer.split("\n"))
 
 
 def test_a_merge_keeps_what_needs_a_restart_and_nothing_else():

@@ -6,7 +6,6 @@
 
 import asyncio
 import socket
-from collections import deque
 from concurrent.futures import Executor
 from functools import partial
 
@@ -15,6 +14,7 @@ from relaymta.accept.arrival import Arrival
 from relaymta.accept.connection import STRESS_PATIENCE, Connection
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
+from relaymta.accept.lateness import BEAT
 from relaymta.accept.listening import SCARCE, Guarded, Listening
 from relaymta.config import Config, Listener
 from relaymta.shm import Limits
@@ -26,7 +26,6 @@ ARRIVING = 400  # and at most this many: a stalled handshake holds 0.1 MB
 ARRIVAL_SECONDS = 35.0  # seconds from accept to SMTP: PROXY header (5) and handshake (30)
 CHECK_EVERY = 2.0  # seconds between two checks of all deadlines
 STRESS_SHARE = 80  # per cent of the connections or descriptors above which timeouts are shortened (stress)
-BEAT, BEATS, LATE_BEATS = 0.05, 100, 3  # seconds between lag measurements; how many are kept; late ones that shed load
 
 
 class Acceptor(Admission):
@@ -39,8 +38,6 @@ class Acceptor(Admission):
         self._resuming: asyncio.Task[None] | None = None
         self.paused = False  # out of descriptors: new connections wait in the backlog
         self._timer: asyncio.TimerHandle | None = None
-        self._late: deque[bool] = deque(maxlen=BEATS)
-        self._beat_at = self.time
         self._beat_timer = self.loop.call_later(BEAT, self._beat)
         self._check()
 
@@ -131,10 +128,7 @@ class Acceptor(Admission):
 
     def _beat(self) -> None:
         """Measure the event loop's lag, and decide on load shedding."""
-        now, most = self.now(), self.config.intake.shed_lag
-        self._late.append(bool(most) and now - self._beat_at - BEAT > most)
-        self.shedding = sum(self._late) >= LATE_BEATS
-        self._beat_at = now
+        self.lateness.beat(self.config.intake.shed_lag)
         self._beat_timer = self.loop.call_later(BEAT, self._beat)
 
     def stop_listening(self) -> None:

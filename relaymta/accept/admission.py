@@ -9,6 +9,7 @@ from typing import Protocol
 
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Client, Intake
+from relaymta.accept.lateness import Lateness
 from relaymta.accept.turns import Turns
 from relaymta.config import Config
 from relaymta.proto import reply
@@ -57,7 +58,7 @@ class Admission:
         self.now = loop.time
         self.time = self.now()  # of the last check of deadlines: near enough for those
         self.stressed = False
-        self.shedding = False  # the loop is late too often: new clients get 421
+        self.lateness = Lateness(self.now, lambda text: intake.log.event("warning", text=text))
         self.connections: set[Admitted] = set()
         self.files = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -76,7 +77,8 @@ class Admission:
         applies."""
         if self.intake.draining:
             return DRAIN_REPLY
-        if self.shedding:
+        if self.lateness.shedding:
+            self.lateness.turned_away += 1
             return reply.OVERLOADED
         if self.descriptors_used() + 1 >= self.most:
             self.scarce()

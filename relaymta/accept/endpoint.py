@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relaymta.accept import tls
@@ -15,6 +14,7 @@ from relaymta.auth.passwords import Checker
 from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError, check_all
+from relaymta.files import read_text
 from relaymta.filter import keys
 from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
@@ -184,9 +184,9 @@ def _recipients(path: str) -> frozenset[str] | None:
     if not path:
         return None
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"relay.recipients: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"]) from None
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise ConfigError([f"relay.recipients: {path}: {error.strerror}"]) from None
     words = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, word) for number, word in words if word and not word.startswith("#")]
     wrong = [

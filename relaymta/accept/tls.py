@@ -1,7 +1,9 @@
 """TLS for clients: certificates, selected by SNI (RFC 6066 3), and read again when their files change."""
 
+import contextlib
+import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cryptography import x509
@@ -10,6 +12,7 @@ from cryptography.x509.oid import NameOID
 from relaymta.accept import tickets
 from relaymta.config import Certificate, Config, check_each
 from relaymta.errors import ConfigError
+from relaymta.files import read_octets
 from relaymta.watch import Watched
 
 __all__ = ["Certificates", "check"]
@@ -77,15 +80,15 @@ def _load(certificate: Certificate, choose: Choose) -> _Loaded:
     context.num_tickets = 1  # a client gets the next one when it resumes
     context.set_alpn_protocols(["smtp"])
     try:
-        with open(certificate.chain, "rb") as file:
-            leaf = x509.load_pem_x509_certificate(file.read())
+        leaf = x509.load_pem_x509_certificate(read_octets(certificate.chain))
     except OSError as error:
         raise ConfigError([f"certificate.chain: {certificate.chain}: {error.strerror}"]) from None
     except ValueError:
         raise ConfigError([f"certificate.chain: {certificate.chain}: no certificate in PEM form"]) from None
     key = certificate.key or certificate.chain
     try:
-        context.load_cert_chain(certificate.chain, key, password=_no_password)
+        with _for_openssl(certificate.chain) as chain, _for_openssl(key) as private:
+            context.load_cert_chain(chain, private, password=_no_password)
     except ssl.SSLError as error:
         what = "is not the certificate's" if error.reason == "KEY_VALUES_MISMATCH" else f"no usable key: {error.reason or error}"
         raise ConfigError([f"certificate.key: {key}: {what}"]) from None
@@ -93,6 +96,22 @@ def _load(certificate: Certificate, choose: Choose) -> _Loaded:
         raise ConfigError([f"certificate.key: {key}: {getattr(error, 'strerror', None) or error}"]) from None
     context.sni_callback = choose
     return _Loaded(context, _names(leaf))
+
+
+@contextlib.contextmanager
+def _for_openssl(path: str) -> Iterator[str]:
+    """A path at which OpenSSL reads a PEM file: its own, or of a copy in memory without the byte order mark, which OpenSSL takes
+    for text before the first line. OSError."""
+    clean = read_octets(path)
+    if os.path.getsize(path) == len(clean):
+        yield path
+        return
+    descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, clean)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _no_password() -> str:

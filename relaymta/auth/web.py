@@ -4,7 +4,6 @@ RFC 7662)."""
 import asyncio
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,6 +13,7 @@ from joserfc.jwk import JWKRegistry, Key, KeySet
 
 from relaymta.auth.identity import Identity, Unavailable, possible
 from relaymta.config import TokensTable
+from relaymta.files import read_secret
 from relaymta.proto.address import comparable
 from relaymta.web import WebError, object_in, request
 
@@ -183,6 +183,6 @@ def _key(one: Any) -> Key:
 
 def _secret(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unavailable(f"client_secret_file: {path}: {error}") from None
+        return read_secret(path)
+    except OSError as error:
+        raise Unavailable(f"client_secret_file: {path}: {error.strerror}") from None

@@ -22,6 +22,7 @@ from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, 
 from relaymta.cli.peer import as_json, asked, connect
 from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
 from relaymta.errors import ConfigError
+from relaymta.files import read_text
 
 __all__ = ["app", "give_to", "locked", "replace_file", "user"]
 
@@ -53,7 +54,7 @@ class _File:
         if self.path.exists():
             try:
                 self.accounts = load_accounts(self.path)
-                self.lines = self.path.read_text(encoding="utf-8").split("\n")
+                self.lines = read_text(self.path).split("\n")
             except ConfigError as error:
                 fail(78, str(error))
 

@@ -4,10 +4,11 @@ import os
 
 import click
 
+from relaymta import control
 from relaymta.cli.console import say, say_json_lines
 from relaymta.cli.options import Configuration, configured, fail, loaded
 from relaymta.config import Config, describe, notes
-from relaymta.errors import ConfigError
+from relaymta.errors import ConfigError, RelayError
 from relaymta.privileges import account, become
 
 __all__ = ["config"]
@@ -22,14 +23,16 @@ def config() -> None:
 @configured
 def check(read: Configuration) -> None:
     """Check the configuration, and the files, folders and addresses that it names, with the rights of the relay's user. Every
-    problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes. Whether another program uses a
-    port or the spool is not checked: it may be the relay."""
+    problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
+    listens now that is not the relay of this configuration. Whether another program uses the spool is not checked."""
     from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
     from relaymta.supervisor import checks
 
     config = loaded(read)
+    busy = checks.busy_ports(config, _addresses_of_the_relay(config))  # with our rights: root may try them all
     made_by_root = _as_user(config)
     remarks = [*notes(config), *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
+    remarks += [*checks.exposed_secrets(config), *busy]
     problems = checks.unreadable_secrets(config)
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
@@ -39,11 +42,25 @@ def check(read: Configuration) -> None:
         checks.check_files(config)
     except ConfigError as error:
         problems += error.problems
+    try:
+        checks.check_program(config)
+    except ConfigError as error:  # a note: `relaymta serve` may be that of another installation
+        remarks += error.problems
     if problems:
         fail(78, "\n".join(problems))
+    remarks += checks.closed_socket(config)
     for sentence in remarks:
         say(f"note: {sentence}")
     say("the configuration is valid")
+
+
+def _addresses_of_the_relay(config: Config) -> set[str]:
+    """Where a running relay with this control socket listens; nothing when none answers."""
+    try:
+        found = control.ask(config.control_path, "status")
+    except (RelayError, OSError):
+        return set()
+    return {*found["listeners"], found["metrics"]}
 
 
 def _as_user(config: Config) -> set[str] | None:

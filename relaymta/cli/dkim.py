@@ -19,6 +19,7 @@ from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, confi
 from relaymta.cli.peer import as_json
 from relaymta.config import Config, Dkim, parse_duration
 from relaymta.errors import ConfigError
+from relaymta.files import read_text
 
 __all__ = ["checked", "dkim"]
 
@@ -118,7 +119,7 @@ def _put_in_place(file: Path, old: Dkim, new: Dkim) -> None:
     """Replace selector and key in the lines of a [[dkim]] table. The new text is parsed before it replaces the file, so that
     nothing but these two values can change."""
     with locked(file, ""):
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         meant = _tables(text)
         tables = meant.get("dkim", [])
         found = [one for one in tables if (had := _settings(one)).domain == old.domain and had.selector == old.selector]

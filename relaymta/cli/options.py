@@ -50,7 +50,8 @@ class Configuration:
         return config
 
     def control_path(self) -> Path | None:
-        """Where the control socket is, read without a look at anything else; None when that takes the whole configuration."""
+        """Where the control socket is, read without a look at anything else; None when that takes the whole configuration (as for
+        a file that begins with a byte order mark)."""
         data: Any = {}
         try:
             if self._path is not None:

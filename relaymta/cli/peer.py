@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "number_of", "read_pieces", "size",
-    "table", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "lasting", "number_of", "read_pieces",
+    "size", "table", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -167,6 +167,14 @@ def when(seconds: float) -> str:
     if -7200 < ahead < 0:
         return f"{int(-ahead // 60)}m{int(-ahead % 60):02d}s ago"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def lasting(seconds: float) -> str:
+    """A length of time, in its two largest units."""
+    for above, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= above:
+            return f"{seconds // above:.0f}{unit}{seconds % above // below:02.0f}{smaller}"
+    return f"{seconds:.0f}s"
 
 
 def size(octets: float) -> str:

@@ -15,7 +15,7 @@ import click
 
 from relaymta.cli.console import say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
-from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, number_of, size, when
+from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, lasting, number_of, size, when
 from relaymta.ident import format_id
 
 __all__ = ["change", "pages", "queue", "reload", "status"]
@@ -33,8 +33,12 @@ def status(read: Configuration, as_json: bool) -> None:
     if as_json:
         say_json(found)
         return
-    say(f"relaymta, pid {found['pid']}, listening on {', '.join(found['listeners'])}")
+    up, addresses = lasting(found["uptime"]), ", ".join(found["listeners"])
+    say(f"relaymta {found['version']}, pid {found['pid']}, up {up}, listening on {addresses}")
     say(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
+    totals = found["totals"]
+    results = ", ".join(f"{totals[name]} {name}" for name in totals if name != "accepted")
+    say(f"since the start: {totals['accepted']} messages accepted; recipients: {results}")
     rows = [
         [str(w["worker"]), w["state"], str(w.get("pid", "")), str(w.get("connections", "")),
          str(w.get("in flight", "")), "full" if w.get("full") else "stalled" if w.get("stalled") else "ok"]
@@ -328,9 +332,12 @@ _verb(
 @click.command()
 @configured
 def reload(read: Configuration) -> None:
-    """Make the daemon read its configuration again."""
+    """Make the daemon read its configuration again. Exit status 78 when it is refused, 1 when a listener is not as in the file
+    before a restart."""
     peer = connect(read)
     answer = asked(peer, "reload")
     say(*answer.split("\n"))
     if not answer.startswith("reloaded"):
         raise SystemExit(78)
+    if any(line.startswith("listener ") for line in answer.split("\n")):
+        raise SystemExit(1)

@@ -38,7 +38,7 @@ def serve(read: Configuration, listen: tuple[str, ...], smarthost: tuple[str, ..
     try:
         status, failure = run(config, lambda: read(extra))
     except ConfigError as error:
-        fail(78, str(error))
+        fail(78, "\n".join(config.located(error.problems)))
     except SpoolBusy as error:
         fail(75, str(error))
     except RelayError as error:

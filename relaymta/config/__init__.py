@@ -3,11 +3,13 @@
 The type, bounds, default and description of a key, and whether a reload applies it, are in one line of the module of its area
 and nowhere else: `config describe`, the reference file, the answer of `reload` and the error messages are made from them.
 
-values.py types and the base of tables; clients.py, accounts.py, signing.py, routes.py, delivery.py, machine.py the tables;
-whole.py all of them; loading.py (origin.py) the file; reloading.py what changes at a reload; describing.py the reference.
+values.py types and the base of tables (names.py: our names); clients.py, accounts.py, signing.py, routes.py, delivery.py,
+machine.py the tables; whole.py all of them, checks.py what they require of each other; loading.py the file (origin.py where each
+key is, sentences.py what is wrong with it); reloading.py what changes at a reload; describing.py the reference.
 """
 
 from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, TokensTable
+from relaymta.config.checks import notes
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.describing import describe, given_values
@@ -18,7 +20,7 @@ from relaymta.config.reloading import Change, merge
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging, header_condition
 from relaymta.config.signing import Dkim, Verify
 from relaymta.config.values import check_each, near, parse_duration, parse_hostport, parse_quota
-from relaymta.config.whole import Config, notes
+from relaymta.config.whole import Config
 
 __all__ = [
     "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Intake",

@@ -1,7 +1,5 @@
 """Reading the file of the configuration, and that of accounts. A problem reads `file:line: key: what (did you mean ...)`."""
 
-import re
-import tomllib
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,17 +7,18 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from relaymta.config.accounts import Account, AccountsFile
-from relaymta.config.describing import model_of
+from relaymta.config.describing import is_list
 from relaymta.config.origin import Origin
-from relaymta.config.values import Place, Problems, near
+from relaymta.config.sentences import problems_of
+from relaymta.config.values import Place
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
+from relaymta.toml import lay_over, read_toml
 
-__all__ = ["load", "load_accounts", "problems_of"]
+__all__ = ["load", "load_accounts"]
 
+SEVERAL = {"account", *(name for name, field in Config.model_fields.items() if is_list(field.annotation))}
 M = TypeVar("M", bound=BaseModel)
-_UNION = re.compile(r"constrained-str\Z|(function-(before|after)|literal)\[")  # pydantic's names for the types of a union
-_OPTION = re.compile(r"'([^']*)'")
 
 # Values that had another name in 0.1, understood for one version with a warning: key -> old -> new.
 _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
@@ -28,9 +27,9 @@ _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
 def load(path: Path | None, overrides: dict[str, Any]) -> Config:
     """The configuration of a file (None: no file), overridden by `overrides` (dotted key -> value, or "listener"/"route" ->
     tables). ConfigError with every problem."""
-    text, data = _read(path) if path is not None else ("", {})
+    text, data = read_toml(path, SEVERAL) if path is not None else ("", {})
     for key, value in overrides.items():
-        _lay_over(data, key, deepcopy(value))  # old names in it are replaced
+        lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
     origin = Origin(path, text, overrides)
     config = _validated(Config, origin, data)
@@ -41,38 +40,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
 
 def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
-    text, data = _read(path)
+    text, data = read_toml(path, SEVERAL)
     return _validated(AccountsFile, Origin(path, text), data).account
-
-
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, parsed content) of a TOML file. ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise ConfigError([f"{path}: not UTF-8"]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([_syntax_problem(path, str(error))]) from None
-
-
-def _syntax_problem(path: Path, text: str) -> str:
-    match = re.search(r"\(at line (\d+), column \d+\)", text)
-    what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", text)
-    what = what.replace("Cannot overwrite a value", "this key is given twice")
-    return f"{path}:{match[1] if match else 'end'}: {what}"
-
-
-def _lay_over(data: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        inner = data.setdefault(table, {})
-        if not isinstance(inner, dict):
-            raise ConfigError([f"--set {key}: {table} is not a table"])
-        data = inner
-    data[last] = value
 
 
 def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:
@@ -95,40 +64,3 @@ def _validated(model: type[M], origin: Origin, data: dict[str, Any]) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(problems_of(model, origin, error)) from None
-
-
-def problems_of(model: type[BaseModel], origin: Origin, error: ValidationError) -> list[str]:
-    """Pydantic's errors as our problems: `file:line: key: what`."""
-    entries = [single for entry in error.errors() for single in _singly(entry)]
-    return [_problem(model, origin, entry) for entry in entries]
-
-
-def _singly(entry: Any) -> list[Any]:
-    """The errors in an error of pydantic's, which may be about several keys."""
-    problems = entry.get("ctx", {}).get("error")
-    if not isinstance(problems, Problems):
-        return [entry]
-    return [{"type": "value_error", "loc": (*entry["loc"], *place), "msg": what} for place, what in problems.found]
-
-
-def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
-    place: Place = tuple(part for part in entry["loc"] if not _UNION.match(str(part)))
-    given = entry.get("input")
-    what = re.sub(r"^Value error, ", "", entry["msg"])
-    if entry["type"] == "extra_forbidden":
-        what = "no such key" + _did_you_mean(model, place)
-    elif entry["type"] == "missing":
-        what = "is missing"
-    elif isinstance(given, str | int | float | bool):
-        what = f"{what} (it is {given!r})" if repr(given) not in what else what
-        if entry["type"] == "literal_error":
-            what += near(str(given), _OPTION.findall(entry["ctx"]["expected"]))
-    return origin.sentence(place, what)
-
-
-def _did_you_mean(root: type[BaseModel], place: Place) -> str:
-    model: Any = root
-    for part in place[:-1]:
-        if isinstance(part, str):
-            model = model_of(model.model_fields[part].annotation)
-    return near(str(place[-1]), model.model_fields)

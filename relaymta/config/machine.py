@@ -41,6 +41,9 @@ class Control(Table):
     """The socket of the command line. `[control]`"""
 
     socket: Restart[str] = Field("", description="path; default: control.sock in the spool")
+    group: Restart[str] = Field(
+        "", description="group whose members may use the command line, too; empty: that of the relay's user; docs/privileges.md"
+    )
 
 
 class Log(Table):

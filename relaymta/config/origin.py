@@ -1,15 +1,12 @@
 """Where each key of a configuration was given: the line of the file, or the command line."""
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 from relaymta.config.values import Place, dotted
+from relaymta.toml import keys_of
 
 __all__ = ["Origin"]
-
-_KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
-_HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
 
 
 class Origin:
@@ -28,21 +25,25 @@ class Origin:
     def __hash__(self) -> int:
         return hash(Origin)
 
+    def is_option(self, key: str) -> bool:
+        """Whether a key was given on the command line as a whole."""
+        return key in self._overrides
+
     def sentence(self, place: Place, what: str) -> str:
         """`file:line: key: what`, or where else the key was given."""
         key = dotted(place)
         if any(key == given or key.startswith(given + ".") for given in self._overrides):
             return f"command line: {key}: {what}"
-        line = self._line(place)
+        line = self.line(place)
         where = f"{self._path}:{line}: " if line else f"{self._path}: " if self._path else ""
         return f"{where}{key}: {what}" if key else f"{where}{what}"
 
-    def _line(self, place: Place) -> int:
+    def line(self, place: Place) -> int:
         """The line of a key; of the table that it is missing in; 0 where there is none."""
         if self._lines is None:
             self._lines = _positions(self._text)
         while place:
-            found = self._lines.get(place, 0)
+            found = self._lines.get(place, 0) or self._lines.get((*place, 0), 0)
             if found:
                 return found
             place = place[:-1]
@@ -50,26 +51,8 @@ class Origin:
 
 
 def _positions(text: str) -> dict[Place, int]:
-    """The line number of every key and table of a TOML file, by path. Lines within multi-line values may add entries, which are
-    harmless."""
+    """The line number of every key and table of a TOML file, by path: the first of each."""
     found: dict[Place, int] = {}
-    counts: dict[str, int] = {}
-    table: Place = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        head = _HEAD.match(line)
-        if head is not None:
-            name = head[2].strip()
-            parts: Place = tuple(part.strip().strip("\"'") for part in name.split("."))
-            if head[1] == "[[":
-                parts = (*parts, counts.get(name, 0))
-                counts[name] = counts.get(name, 0) + 1
-            elif parts[0] in counts:  # [route.oauth]: it belongs to the last [[route]]
-                parts = (parts[0], counts[str(parts[0])] - 1, *parts[1:])
-            table = parts
-            found.setdefault(table, number)
-            continue
-        key = _KEY.match(line)
-        if key is not None:
-            path = (*table, *(part.strip().strip("\"'") for part in key[1].split(".")))
-            found.setdefault(path, number)
+    for place, number in keys_of(text):
+        found.setdefault(place, number)
     return found

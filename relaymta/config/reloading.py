@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from relaymta.config.clients import Listener
 from relaymta.config.describing import is_list, leaves, model_of, when
-from relaymta.config.loading import problems_of
 from relaymta.config.origin import Origin
+from relaymta.config.sentences import problems_of
 from relaymta.config.values import When
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
@@ -20,11 +21,12 @@ __all__ = ["Change", "merge"]
 
 class Change(NamedTuple):
     """`config`: what is in use after the reload; `applied`, `restart`: the changed keys (dotted) that are in it, and those that
-    need a restart."""
+    need a restart; `left_out`: a sentence for each listener that is not as in the file until then."""
 
     config: Config
     applied: list[str]
     restart: list[str]
+    left_out: list[str]
 
 
 def merge(running: Config, fresh: Config) -> Change:
@@ -38,7 +40,20 @@ def merge(running: Config, fresh: Config) -> Change:
         kept = f"with the running {', '.join(restart)}, which only a restart changes: "
         raise ConfigError([kept + problem for problem in problems_of(Config, Origin(), error)]) from None
     config._origin = fresh._origin
-    return Change(config, [key for key, mark in changed if mark is When.RELOAD], restart)
+    applied = [key for key, mark in changed if mark is When.RELOAD]
+    return Change(config, applied, restart, list(_left_out(running.listener, fresh.listener)))
+
+
+def _left_out(running: list[Listener], fresh: list[Listener]) -> Iterator[str]:
+    """A sentence for each listener that only a restart opens, changes or closes."""
+    before, after = ({listener.address: listener for listener in listeners} for listeners in (running, fresh))
+    for address, listener in after.items():
+        if address not in before:
+            yield f"listener {address} is not open: only a restart opens it"
+        elif listener != before[address]:
+            keys = ", ".join(key for key, _ in _differences(Listener, before[address], listener))
+            yield f"listener {address} is as before: only a restart changes its {keys}"
+    yield from (f"listener {address} stays open: only a restart closes it" for address in before if address not in after)
 
 
 def _mark(field: FieldInfo) -> When | None:

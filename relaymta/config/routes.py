@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from relaymta.config.accounts import OAuth
-from relaymta.config.values import Duration, Host, Rate, Reload, Size, Spoken, Table, in_clear, is_http
+from relaymta.config.names import HostnameIfAny, Name
+from relaymta.config.values import Duration, Host, Rate, Reload, Size, Table, in_clear, is_http
 
 __all__ = ["Route", "Rule", "SiteTable", "Source", "Staging", "header_condition"]
 
@@ -140,6 +141,12 @@ class Route(Table):
         yield bool(rewritten) and "@" not in rewritten, "rewrite_sender", f'{rewritten!r} is neither an address nor "@domain"'
 
     @property
+    def catches_all(self) -> bool:
+        """Whether it has no condition: routes behind it are used only where they are named."""
+        lists = (self.application, self.sender, self.sender_domain, self.recipient, self.recipient_domain, self.mx, self.header)
+        return not any((*lists, self.min_size, self.max_size, self.min_attempts))
+
+    @property
     def label(self) -> str:
         """The route's name; by default its first host, or "mx"."""
         return self.name or (self.hosts[0] if self.hosts else "mx")
@@ -196,9 +203,9 @@ class Rule(Table):
 class Source(Table):
     """A local address to send from. `[[source]]`, repeatable; routes use sources by name."""
 
-    name: Reload[str] = Field(description="name in routes, logs and `relaymta site`")
+    name: Reload[Name] = Field(description="name in routes, logs and `relaymta site`")
     address: Reload[str] = Field(description="the IP address")
-    hostname: Reload[Spoken] = Field("", description="name to send in EHLO from this address; empty: hostname")
+    hostname: Reload[HostnameIfAny] = Field("", description="name to send in EHLO from this address; empty: hostname")
     weight: Reload[int] = Field(1, ge=1, le=1000, description="share of the mail")
 
     def problems(self) -> Iterator[tuple[str, str]]:

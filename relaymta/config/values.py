@@ -16,14 +16,17 @@ from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
     "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate", "Reload",
-    "Restart", "Size", "Spoken", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback",
-    "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
+    "Restart", "Size", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback", "near",
+    "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
+_PORT = re.compile(r"[0-9]{1,9}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -166,6 +169,10 @@ def _quota(value: object) -> object:
 
 def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int]:
     """(host, port) of `host:port`, `[v6]:port`, or `host` with a default port. ValueError for anything else."""
+    scheme = _SCHEME.match(text)
+    if scheme is not None:
+        rest = text.removeprefix(scheme[0]).rstrip("/")
+        raise ValueError(f"{text!r}: write host:port without {scheme[0]}" + (f' (did you mean "{rest}"?)' if rest else ""))
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
         host, port = text, ""
@@ -177,20 +184,43 @@ def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int
         raise ValueError(f"{text!r}: it has white space in it")
     if not port and default_port is not None and host:
         return host, default_port
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r}: expected host:port")
     return host, int(port)
 
 
+def _check_hostport(text: str, default_port: int | None = None) -> None:
+    """ValueError for what `parse_hostport` refuses, and for a host that is neither an IP address nor a name in the DNS."""
+    _, colon, port = text.rpartition(":")
+    if colon and _PORT.match(port) and not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: expected host:port with a port from 1 to 65535")
+    host, _ = parse_hostport(text, default_port)
+    try:
+        ipaddress.ip_address(host)
+        return
+    except ValueError:
+        pass
+    if ":" in host or re.fullmatch(r"[0-9.]+", host):
+        raise ValueError(f"{text!r}: {host!r} is not an IP address")
+    try:
+        in_dns(host)
+    except ValueError:
+        raise ValueError(f"{text!r}: {host!r} is neither a host name nor an IP address") from None
+
+
 def _address(value: object) -> object:
     if isinstance(value, str):
-        parse_hostport(value)
+        any_host = _ANY_HOST.match(value)
+        if any_host is not None:
+            port = any_host[1]
+            raise ValueError(f'{value!r}: expected host:port; all addresses are "0.0.0.0:{port}" (IPv4) and "[::]:{port}" (IPv6)')
+        _check_hostport(value)
     return value
 
 
 def _host(value: object) -> object:
     if isinstance(value, str) and not value.startswith("unix:/"):
-        parse_hostport(value, 25)
+        _check_hostport(value, 25)
     return value
 
 
@@ -204,9 +234,20 @@ def _nameserver(text: str) -> str:
     return text
 
 
+def _network_meant(text: str) -> str:
+    """` (did you mean "..."?)` for a network whose host bits are set."""
+    try:
+        return f' (did you mean "{ipaddress.ip_network(text, strict=False)}"?)'
+    except ValueError:
+        return ""
+
+
 def _network(value: object) -> object:
     if isinstance(value, str):
-        network = ipaddress.ip_network(value)
+        try:
+            network = ipaddress.ip_network(value)
+        except ValueError as error:
+            raise ValueError(f"{error}{_network_meant(value)}") from None
         if isinstance(network, ipaddress.IPv6Network):
             if network.network_address.scope_id is not None:
                 raise ValueError("a network without a scope: the scope of a client's address is ignored")
@@ -215,12 +256,6 @@ def _network(value: object) -> object:
                 return str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
         return str(network)
     return value
-
-
-def _spoken(name: str) -> str:
-    if not name.isprintable() or " " in name:
-        raise ValueError(f"{name!r} has white space or control characters in it")
-    return name
 
 
 def in_dns(name: str) -> str:
@@ -277,4 +312,3 @@ Nameserver = Annotated[str, AfterValidator(_nameserver)]
 Network = Annotated[str, BeforeValidator(_network)]
 Domain = Annotated[str, AfterValidator(_domain)]  # in A-labels, or ""
 Mailbox = Annotated[str, AfterValidator(_mailbox)]  # an address in its one form, or ""
-Spoken = Annotated[str, AfterValidator(_spoken)]  # is inserted unchanged into commands, replies and header fields

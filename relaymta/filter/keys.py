@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from relaymta.config import Config, Dkim, check_each
 from relaymta.errors import ConfigError
+from relaymta.files import read_octets
 from relaymta.filter.signatory import Private
 from relaymta.proto.dkim import OVERSIGNED, SIGNED, Signature
 
@@ -45,7 +45,7 @@ def check(config: Config) -> None:
 def load_key(settings: Dkim) -> Key:
     """Read a key file. Raises ConfigError with the error."""
     try:
-        private = serialization.load_pem_private_key(Path(settings.key).read_bytes(), None)
+        private = serialization.load_pem_private_key(read_octets(settings.key), None)
     except OSError as error:
         raise ConfigError([f"dkim.key: {settings.key}: {error.strerror}"]) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relaymta.config import Config, Route, header_condition, near
 from relaymta.errors import ConfigError
+from relaymta.files import read_text
 from relaymta.proto.address import DomainError, comparable, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
@@ -79,13 +80,13 @@ class RouteTable:
     def __init__(self, config: Config) -> None:
         self.routes = [*config.route]
         self._rules = [(route, _conditions(route)) for route in self.routes]
-        if not any(_catches_all(route) for route in self.routes):
+        if not any(route.catches_all for route in self.routes):
             everything = Route(name="mx" if not any(route.label == "mx" for route in self.routes) else "mx-of-domain")
             self.routes.append(everything)
             self._rules.append((everything, []))
         self._by_label = {route.label: route for route in reversed(self.routes)}
         self._map = _RouteMap(Path(config.route_map), self._by_label) if config.route_map else None
-        self._only = self.routes[0] if _catches_all(self.routes[0]) and self._map is None else None
+        self._only = self.routes[0] if self.routes[0].catches_all and self._map is None else None
         self._by_mx = [route for route in self.routes if route.mx]
         self._headers = [(text, *header_condition(text)) for route in self.routes for text in route.header]
         self._by_author = _AUTHORS & {name for _, name, _ in self._headers}
@@ -201,9 +202,9 @@ class _RouteMap:
         self._expressions: list[tuple[re.Pattern[str], Route]] = []
         problems = []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"route_map: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"]) from None
+            lines = read_text(path).splitlines()
+        except OSError as error:
+            raise ConfigError([f"route_map: {path}: {error.strerror}"]) from None
         for number, line in enumerate(lines, 1):
             words = line.split()
             if not words or words[0].startswith("#"):
@@ -233,10 +234,6 @@ class _RouteMap:
         if found is None:
             found = next((route for expression, route in self._expressions if expression.search(recipient)), None)
         return found
-
-
-def _catches_all(route: Route) -> bool:
-    return not route.mx and not _conditions(route)
 
 
 def domain_matches(domain: str, patterns: list[str]) -> bool:

@@ -244,8 +244,8 @@ class Connections:
                 self.idle(session)
 
     def _not_opened(self, pool: Pool, failure: ConnectFailed | NoRoute, began: float) -> None:
-        """An attempt to connect, decided on at `began` (loop time), failed. That of a pool that a reload has replaced tells nothing
-        about the new one, which makes its own attempts: or both would count the same outage."""
+        """An attempt to connect, decided on at `began` (loop time), failed. That of a pool that a reload has replaced tells
+        nothing about the new one, which makes its own attempts: or both would count the same outage."""
         if self.pools.get(pool.key) is not pool:
             return
         said = failure.said if isinstance(failure, ConnectFailed) else None

@@ -6,13 +6,13 @@ Called only over verified TLS: connect.py ensures it, and the configuration requ
 import base64
 import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import aiosmtplib
 import scramp
 
 from relaymta.config import Route
 from relaymta.errors import Failure
+from relaymta.files import read_secret
 from relaymta.send.oauth import Tokens
 
 __all__ = ["LoginFailed", "log_in"]
@@ -54,14 +54,14 @@ def _password(route: Route) -> str:
     what = f"password_file {route.password_file}" if route.password_file else f"password_env {route.password_env}"
     try:
         if route.password_file:
-            password = Path(route.password_file).read_text(encoding="utf-8").strip()
-        else:
-            given = os.environb.get(os.fsencode(route.password_env))
-            if given is None:
-                raise LoginFailed(f"{what}: the variable is not set in the environment of the relay")
-            password = given.decode("utf-8")
+            return read_secret(route.password_file)
     except OSError as error:
         raise LoginFailed(f"{what}: {error.strerror or error}") from None
+    given = os.environb.get(os.fsencode(route.password_env))
+    if given is None:
+        raise LoginFailed(f"{what}: the variable is not set in the environment of the relay")
+    try:
+        password = given.decode("utf-8")
     except UnicodeDecodeError:
         raise LoginFailed(f"{what}: not UTF-8") from None
     if not password.strip():

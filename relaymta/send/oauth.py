@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from relaymta.config import OAuth
 from relaymta.errors import Failure
+from relaymta.files import read_secret
 from relaymta.web import WebError, object_in, request
 
 __all__ = ["Exchanges", "TokenError", "Tokens"]
@@ -186,9 +186,6 @@ def _without(form: dict[str, str], text: str) -> str:
 
 def _secret(path: str) -> str:
     try:
-        secret = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    if not secret:
-        raise TokenError(f"{path}: is empty")
-    return secret
+        return read_secret(path)
+    except OSError as error:
+        raise TokenError(f"{path}: {error.strerror}") from None

@@ -27,10 +27,10 @@ from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
-from relaymta.supervisor.checks import check_files
+from relaymta.supervisor.checks import check_files, check_program
 from relaymta.supervisor.configuration import Configuration
 from relaymta.supervisor.machine import Machine
-from relaymta.supervisor.root import drop_root, make_folder, prepare_as_root
+from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 
 __all__ = ["Supervisor", "serve"]
@@ -59,8 +59,9 @@ class Supervisor:
         sockets = bound(config.listener, workers)
         http = await self._serve_metrics()
         drop_root(config)
+        check_program(config)
         self._prepare_spool(spool)
-        control = control or control_socket(config.control_path)
+        control = control or control_socket(config.control_path, None, group_of(config))
         self.log = self.configuration.log = _opened_log(config)
         if os.geteuid() == 0:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
@@ -75,7 +76,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
         self.failure = await self.slots.start()

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from relaymta import __version__
 from relaymta.control import Answer, Late, converse, sentence
 from relaymta.control.requests import REQUESTS, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
 from relaymta.errors import RelayError
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
+from relaymta.metrics import RESULTS
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.send.policies import filter_of
 from relaymta.supervisor.slots import Slot
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "serve_cli", "usage"]
 
+_STARTED = time.monotonic()  # the process is as old as its modules
 METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
 
 
@@ -131,7 +134,7 @@ class Answers:
         return found if isinstance(found, Answer) else Answer(found, [])
 
     async def status(self, args: Nothing) -> Answer:
-        """The processes. A worker's row has what the worker says of itself, where it answers."""
+        """The processes. A worker's row has what the worker says of itself, where it answers; `totals` is the sum of those."""
         supervisor = self._supervisor
         found, missing = await self._each(self._slots, REQUESTS["status"], args)
         answers = {slot.number: answer for slot, answer in found}
@@ -141,7 +144,10 @@ class Answers:
             state = "ready" if ready else "late" if slot.ready else str(slot.state)
             rows.append({"worker": slot.number, "ready": ready, "state": state, **answers.get(slot.number, {})})
         value = {
+            "version": __version__,
             "pid": os.getpid(),
+            "uptime": round(time.monotonic() - _STARTED, 1),
+            "totals": {name: sum(answer.get("totals", {}).get(name, 0) for answer in answers.values()) for name in RESULTS},
             "listeners": [listener.address for listener in supervisor.config.listener],
             "spool": supervisor.config.spool,
             "durability": "250 only after fdatasync of the message data and a synced LMDB commit",

@@ -4,15 +4,21 @@ finds; `relaymta config check` reports all that is here, before a start finds it
 import os
 import socket
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import relaymta
 from relaymta import privileges
 from relaymta.config import Config, given_values, parse_hostport
 from relaymta.errors import ConfigError
-from relaymta.sockets import reason
+from relaymta.files import read_secret
+from relaymta.sockets import in_use, reason
 
-__all__ = ["check_files", "import_all", "made_by_root", "missing_variables", "unreadable_secrets", "unusable_places"]
+__all__ = [
+    "busy_ports", "check_files", "check_program", "closed_socket", "exposed_secrets", "import_all", "made_by_root",
+    "missing_variables", "unreadable_secrets", "unusable_places",
+]  # fmt: skip
 
 SOCKET_PATH = 107  # octets (unix(7))
 
@@ -31,7 +37,13 @@ def _has_files(config: Config) -> bool:
 
 
 def check_files(config: Config) -> None:
-    """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user."""
+    """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user, or control.group
+    does not exist."""
+    if config.control.group:
+        try:
+            privileges.group(config.control.group)
+        except ConfigError as error:
+            raise ConfigError(config.located(error.problems)) from None
     if _has_files(config):
         from relaymta.accept import endpoint  # imports cryptography and argon2
 
@@ -50,18 +62,70 @@ def unreadable_secrets(config: Config) -> list[str]:
 
     found = []
     for number, route in enumerate(config.route):
-        found += [config.at(f"route.{number}.{key}", why) for key, why in trust.problems(route)]
+        found += [(f"route.{number}.{key}", why) for key, why in trust.problems(route)]
     for key, path in given_values(config):
         if key.endswith("_file") and not key.endswith(".ca_file") and path:
             try:
-                why = "" if Path(str(path)).read_text(encoding="utf-8").strip() else "is empty"
+                read_secret(path)
             except OSError as error:
-                why = error.strerror or str(error)
-            except UnicodeDecodeError:
-                why = "not UTF-8"
-            if why:
-                found.append(config.at(key, f"{path}: {why}"))
-    return found
+                found.append((key, f"{path}: {error.strerror or error}"))
+    return _placed(config, found)
+
+
+def exposed_secrets(config: Config) -> list[str]:
+    """Warnings about files with passwords and keys that every user of this machine can read or change."""
+    found = []
+    for key, path in _secrets(config):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue
+        if mode & (stat.S_IROTH | stat.S_IWOTH):
+            does = "change" if mode & stat.S_IWOTH else "read"
+            found.append(
+                (key, f"{path}: every user of this machine can {does} it (mode {stat.S_IMODE(mode):04o}): chmod o= {path}")
+            )
+    return _placed(config, found)
+
+
+_PRIVATE = {"key": "chain", "client_key": "client_certificate"}  # keys, and where they are if they have no file of their own
+
+
+def _secrets(config: Config) -> Iterator[tuple[str, str]]:
+    """(dotted key, path) of files with passwords, tokens, hashes of passwords and private keys."""
+    values = dict(given_values(config))
+    for key, path in values.items():
+        table, _, name = key.rpartition(".")
+        if name in _PRIVATE:
+            known = key if path else f"{table}.{_PRIVATE[name]}"
+            if values.get(known):
+                yield known, str(values[known])
+        elif path and (key == "accounts.file" or (name.endswith("_file") and name != "ca_file")):
+            yield key, str(path)
+
+
+def _placed(config: Config, found: list[tuple[str, str]]) -> list[str]:
+    """(key, what is wrong), each with its place, in the order of the file."""
+    return [config.at(key, what) for key, what in sorted(found, key=lambda pair: config.line(pair[0]))]
+
+
+def check_program(config: Config) -> None:
+    """ConfigError when `user` cannot execute the interpreter or read our code: workers are started by exec, as that user."""
+    for what, path, rights in (
+        ("execute the interpreter", sys.executable, os.X_OK),
+        ("read our code", relaymta.__file__, os.R_OK),
+    ):
+        if path and config.user and not os.access(path, rights):
+            closed = next((folder for folder in _ways(Path(path)) if folder.is_dir() and not os.access(folder, os.X_OK)), None)
+            why = f": {closed} is closed to it" if closed is not None else ""
+            where = "install relaymta where every user can read it, such as /opt/relaymta, or open the way to it"
+            raise ConfigError([config.at("user", f"{config.user} cannot {what} {path}{why}; {where}")])
+
+
+def _ways(path: Path) -> Iterator[Path]:
+    """The folders that lead to a file, from / on: by its own path, then by that of what it links to, where that can be read."""
+    for one in (path, Path(os.path.realpath(path))):
+        yield from reversed(one.absolute().parents)
 
 
 def missing_variables(config: Config) -> list[str]:
@@ -99,10 +163,7 @@ def unusable_places(config: Config, made_by_root: set[str]) -> list[str]:
             found.append((key, check(key in made_by_root)))
         except PermissionError as error:  # a folder on the way
             found.append((key, f"{error.filename}: {error.strerror}"))
-    addresses = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
-    if config.metrics.listen != "off":
-        addresses.append(("metrics.listen", config.metrics.listen))
-    found += [(key, _address(address)) for key, address in addresses]
+    found += [(key, _address(address)) for key, address in _addresses(config)]
     return [config.at(key, why) for key, why in found if why]
 
 
@@ -140,6 +201,38 @@ def _socket(path: Path, folder_is_made: bool) -> str:
     if folder_is_made:
         return ""
     return _folder(path.parent, False) if path.parent.exists() else f"{path.parent}: No such file or directory"
+
+
+def _addresses(config: Config) -> list[tuple[str, str]]:
+    found = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
+    return found if config.metrics.listen == "off" else [*found, ("metrics.listen", config.metrics.listen)]
+
+
+def busy_ports(config: Config, ours: set[str]) -> list[str]:
+    """Warnings about ports on which another program listens now, as far as the caller may try them. `ours`: addresses that a
+    relay of this configuration has. It is no error: the other program may be stopped before the start, as when this relay
+    replaces another MTA."""
+    found = []
+    for key, address in _addresses(config):
+        if address not in ours and in_use(address):
+            found.append(config.at(key, f"{address}: another program listens on this port now: a start would fail"))
+    return found
+
+
+def closed_socket(config: Config) -> list[str]:
+    """A warning when members of control.group cannot get to the control socket; its folder is looked at where it exists."""
+    if not config.control.group:
+        return []
+    gid, path = privileges.group(config.control.group), config.control_path
+    for folder in reversed(path.absolute().parents):
+        try:
+            found = folder.stat()
+        except OSError:
+            break
+        if not found.st_mode & (stat.S_IXGRP if found.st_gid == gid else stat.S_IXOTH):
+            what = f"its members cannot get to {path}: {folder} is closed to them (mode {stat.S_IMODE(found.st_mode):04o})"
+            return [config.at("control.group", f"{what}; set control.socket, such as /run/relaymta/control.sock")]
+    return []
 
 
 def _address(address: str) -> str:

@@ -4,6 +4,8 @@ A reload reads the file, merges it with what is running (`config.merge`), and as
 does all that can fail. When all have agreed, it is in use: each worker that starts from then on gets it, and the others *commit*
 it, which replaces everything in one step. So a worker has the old or the new configuration, each whole.
 
+SIGHUPs are answered by one task, `hang_up`'s, which ends when there is none left.
+
 Owner of `config` and its `number`: `_replace`, under the lock that all reloads take. A worker that was starting meanwhile began
 with the old one; `started` has it catch up.
 """
@@ -16,11 +18,12 @@ from relaymta.config import Change, Config, merge, notes
 from relaymta.control import Channel, Refused
 from relaymta.errors import ConfigError
 from relaymta.log import Log
-from relaymta.supervisor.checks import check_files, missing_variables, unreadable_secrets
+from relaymta.supervisor.checks import check_files, closed_socket, exposed_secrets, missing_variables, unreadable_secrets
 from relaymta.supervisor.slots import Slot, Slots
 
 __all__ = ["Configuration"]
 
+HANGUP_SECONDS = 1.0  # from the end of a reload by SIGHUP to the next one
 PREPARE_SECONDS = 25.0  # in which a worker must have read all files; with COMMIT_SECONDS less than the command line waits
 COMMIT_SECONDS = 10.0
 KEYS_SHOWN = 20
@@ -45,6 +48,8 @@ class Configuration:
         self._next = 2  # of what is prepared next
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._hung_up = False  # a SIGHUP that no reload has answered
+        self._hangups: asyncio.Task[None] | None = None  # answers them
 
     def given(self, slot: Slot) -> str:
         """The configuration for a worker that starts in this slot."""
@@ -62,9 +67,25 @@ class Configuration:
 
     async def reload(self) -> str:
         """Read the configuration again and replace the one in use. The answer for operators, of one or several lines: "reloaded"
-        with what was applied and what needs a restart, and with workers that have not answered; or "refused" with all reasons:
+        with what was applied and what needs a restart, with `listener ADDRESS ...` for each that is left out until then, and with
+        workers that have not answered; or "refused" with all reasons:
         then the old configuration stays in use everywhere. It is carried through even if the caller is cancelled."""
         return await asyncio.shield(self._spawn(self._reload()))
+
+    def hang_up(self) -> None:
+        """SIGHUP: reload soon, with what the file says by then. Many in a row are one reload at once and one after it."""
+        self._hung_up = True
+        if self._hangups is None:
+            self._hangups = self._spawn(self._answer_hangups())
+
+    async def _answer_hangups(self) -> None:
+        try:
+            while self._hung_up:
+                self._hung_up = False
+                await self.reload()
+                await asyncio.sleep(HANGUP_SECONDS)
+        finally:
+            self._hangups = None
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -102,7 +123,7 @@ class Configuration:
     def _replaced(self, change: Change, missing: list[str]) -> str:
         if self.log is not None:
             self.log.event("reloaded", applied=change.applied, restart=change.restart)
-        for sentence in missing:
+        for sentence in (*change.left_out, *missing):
             self._warn(f"reload: {sentence}")
         parts = ["reloaded"]
         if change.applied:
@@ -111,7 +132,7 @@ class Configuration:
             parts.append(f"these need a restart: {_listed(change.restart)}")
         if len(parts) == 1:
             parts.append("no key has changed; the files that it names were read again")
-        return "\n".join(["; ".join(parts), *missing])
+        return "\n".join(["; ".join(parts), *change.left_out, *missing])
 
     async def _replace(self, config: Config) -> "list[str] | _Refusals":
         """Put a configuration to use in all workers that are ready: sentences about those that did not answer in the end. Or in
@@ -175,7 +196,8 @@ class Configuration:
 
 def _warnings(config: Config) -> list[str]:
     late = "; it is read when it is needed, which fails until it can be read"
-    return [*notes(config), *(sentence + late for sentence in unreadable_secrets(config)), *missing_variables(config)]
+    unreadable = [sentence + late for sentence in unreadable_secrets(config)]
+    return [*notes(config), *unreadable, *missing_variables(config), *exposed_secrets(config), *closed_socket(config)]
 
 
 class _Refusals(NamedTuple):

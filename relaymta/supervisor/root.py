@@ -10,7 +10,7 @@ from relaymta.config import Config
 from relaymta.errors import ConfigError
 from relaymta.sockets import control_socket
 
-__all__ = ["drop_root", "make_folder", "prepare_as_root"]
+__all__ = ["drop_root", "group_of", "make_folder", "prepare_as_root"]
 
 
 def prepare_as_root(config: Config) -> socket.socket | None:
@@ -19,12 +19,17 @@ def prepare_as_root(config: Config) -> socket.socket | None:
     if os.geteuid() != 0 or not config.user:
         return None
     user = privileges.account(config.user)
-    spool, control = Path(config.spool), config.control_path
+    spool, control, group = Path(config.spool), config.control_path, group_of(config)
     if privileges.roots_alone(spool, user):
         make_folder(spool)
         _give_spool(spool, user)
     _give_log(config.log.file, user)
-    return control_socket(control, user) if privileges.roots_alone(control.parent, user) else None
+    return control_socket(control, user, group) if privileges.roots_alone(control.parent, user) else None
+
+
+def group_of(config: Config) -> int | None:
+    """The number of the group that may use the control socket; None for that of the relay's user."""
+    return privileges.group(config.control.group) if config.control.group else None
 
 
 def drop_root(config: Config) -> None:

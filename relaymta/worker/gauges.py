@@ -109,7 +109,7 @@ class Gauges:
         used = memory.share(worker.config.limits.memory, worker.workers)
         level = 2 if used >= memory.REFUSE else 1 if used >= memory.TIGHT else 0
         worker.counters.gauge("relaymta_memory_pressure", level)
-        worker.counters.gauge("relaymta_shedding", worker.acceptor is not None and worker.acceptor.shedding)
+        worker.counters.gauge("relaymta_shedding", worker.acceptor is not None and worker.acceptor.lateness.shedding)
         if worker.intake is not None:
             worker.intake.out_of_memory = level == 2
         if level != self._memory_level:

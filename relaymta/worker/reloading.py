@@ -5,6 +5,7 @@ answer that comes late changes nothing.
 """
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.accept.endpoint import Parts
@@ -38,10 +39,15 @@ class Reloading:
     async def prepare(self, number: int, config: str) -> None:
         """Make everything that a configuration needs, without using it. An exception says why it cannot be used here."""
         self._newest = number
-        prepared = await asyncio.to_thread(self._made, number, config)
+        with self._own_work():  # the thread keeps the event loop waiting, too: parts of it hold the GIL
+            prepared = await asyncio.to_thread(self._made, number, config)
         if self._newest != number:
             raise RelayError("another reload has begun meanwhile")
         self._prepared = prepared
+
+    def _own_work(self) -> contextlib.AbstractContextManager[None]:
+        acceptor = self._worker.acceptor
+        return acceptor.lateness.own_work() if acceptor is not None else contextlib.nullcontext()
 
     def drop(self, number: int) -> None:
         """Forget what was prepared: another worker has refused it."""
@@ -65,7 +71,8 @@ class Reloading:
         if prepared is None or prepared.number != number:
             raise RelayError("this configuration was not prepared")
         try:
-            self._use(prepared)
+            with self._own_work():
+                self._use(prepared)
         except Exception:
             self._worker.stopping.set()
             raise

@@ -1,7 +1,9 @@
 """What root touches before it becomes `user`, and from where our processes import."""
 
+import grp
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -15,10 +17,12 @@ from pathlib import Path
 import pytest
 
 import relaymta
-from relaymta import privileges
+from relaymta import control, privileges
+from relaymta.config import load
 from relaymta.errors import ConfigError
 from relaymta.queue import offline
 from relaymta.sockets import control_socket, remove_socket
+from relaymta.supervisor import checks
 from tests.support.daemon import Relay, free_port, wait_for
 
 NOBODY = 65534
@@ -191,6 +195,110 @@ def test_the_control_socket_may_be_in_a_folder_of_roots(tmp_path, ledger):
             found = path.lstat()
             assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o660)
             assert relay.stop() == 0
+
+
+GROUP = "mail"
+
+
+@root_only
+def test_members_of_a_group_may_use_the_command_line(tmp_path, ledger):
+    run, gid = tmp_path / "run", grp.getgrnam(GROUP).gr_gid
+    run.mkdir()
+    path = run / "relaymta.sock"
+    relay = relay_of_nobody(tmp_path, ledger.port, f"control.socket={path}", f"control.group={GROUP}")
+
+    def ask(*groups: int) -> str:
+        """As a user in these groups."""
+
+        def work() -> str:
+            os.setgroups(groups)
+            os.setresgid(54_321, 54_321, 54_321)
+            os.setresuid(54_321, 54_321, 54_321)
+            try:
+                return str(control.ask(path, "status")["pid"])
+            except PermissionError as error:
+                return str(error.strerror)
+
+        return str(in_a_child(work))
+
+    with relay:
+        found = path.lstat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (NOBODY, gid, 0o660)
+        assert relay.process is not None and ask(gid) == str(relay.process.pid)
+        assert ask() == "Permission denied"
+
+
+@root_only
+@pytest.mark.parametrize(("root", "gives"), [(True, True), (False, False)])
+def test_who_can_give_the_control_socket_to_a_group(tmp_path, root, gives):
+    """Root, or a member of it (which the user nobody is not)."""
+    folder, gid = tmp_path / "folder", grp.getgrnam(GROUP).gr_gid
+    folder.mkdir()
+    for one in [folder, *folder.parents][:-1]:
+        one.chmod(one.stat().st_mode | 0o055)
+    os.chown(folder, NOBODY, NOBODY)
+
+    def work() -> str:
+        if not root:
+            privileges.become(privileges.account("nobody"))
+        try:
+            control_socket(folder / "socket", None, gid).close()
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    answer = in_a_child(work)
+    assert (folder / "socket").exists() is gives
+    if gives:
+        assert (folder / "socket").lstat().st_gid == gid and not answer
+    else:
+        assert str(answer).startswith("control.group: only root, or a member of the group, can give the socket to it")
+
+
+@root_only
+def test_a_group_that_cannot_get_to_the_socket_is_named(tmp_path):
+    spool, run = tmp_path / "spool", tmp_path / "run"
+    spool.mkdir(mode=0o700)
+    run.mkdir(mode=0o710)
+    for one in [tmp_path, *tmp_path.parents][:-1]:
+        one.chmod(one.stat().st_mode | 0o055)
+    keys = {"listener": [{"address": "127.0.0.1:1"}], "spool": str(spool), "control.group": GROUP}
+    (warning,) = checks.closed_socket(load(None, keys))
+    assert f"its members cannot get to {spool}/control.sock: {spool} is closed to them (mode 0700)" in warning
+    elsewhere = keys | {"control.socket": f"{run}/socket"}
+    assert len(checks.closed_socket(load(None, elsewhere))) == 1, "it has another group"
+    os.chown(run, 0, grp.getgrnam(GROUP).gr_gid)
+    assert checks.closed_socket(load(None, elsewhere)) == []
+
+
+# The interpreter
+
+
+@root_only
+@pytest.mark.parametrize("closed", ["interpreter", "code", ""])
+def test_an_interpreter_that_the_user_cannot_execute_is_named(tmp_path, monkeypatch, closed):
+    """As in a virtual environment in a folder of root's."""
+    for one in [tmp_path, *tmp_path.parents][:-1]:
+        one.chmod(one.stat().st_mode | 0o055)
+    home = tmp_path / "home"
+    (home / "bin").mkdir(parents=True)
+    shutil.copy("/bin/true", home / "bin/python")
+    home.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(home / "bin/python") if closed == "interpreter" else "/bin/true")
+    monkeypatch.setattr(relaymta, "__file__", str(home / "bin/python") if closed == "code" else "/bin/true")
+    config = load(None, {"listener": [{"address": "127.0.0.1:1"}], "user": "nobody"})
+
+    def work() -> str:
+        privileges.become(privileges.account("nobody"))
+        try:
+            checks.check_program(config)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    what = {"interpreter": "execute the interpreter", "code": "read our code", "": ""}[closed]
+    expected = f"command line: user: nobody cannot {what} {home}/bin/python: {home} is closed to it; install relaymta where"
+    assert str(in_a_child(work)).startswith(expected) if closed else in_a_child(work) == ""
 
 
 # Folders that only root can change

@@ -20,9 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from relaymta.config import Dkim
 from relaymta.dns import DnsFailure, NoSuchName, Resolver
 from relaymta.filter import dmarc, spf
-from relaymta.filter.dmarc import organizational
+from relaymta.filter.dmarc import Dmarc, organizational
 from relaymta.filter.keys import load_key, record
 from relaymta.filter.signatures import Keys, Verified, arc, claims, keys_of, verify
+from relaymta.filter.spf import Spf
+from relaymta.filter.verify import _field
 from relaymta.proto.authres import without_forged
 from relaymta.proto.dkim import BodyHashes
 from relaymta.proto.header import header_end
@@ -389,6 +391,17 @@ def test_which_fields_of_results_are_forged(value, removed):
 def peer() -> Iterator[FakeMx]:
     with FakeMx({}) as made:
         yield made
+
+
+@pytest.mark.parametrize(
+    ("hostname", "shown"),
+    [("relay.example", b"relay.example"), ("[192.0.2.1]", b'"[192.0.2.1]"'), ("[IPv6:2001:db8::1]", b'"[IPv6:2001:db8::1]"')],
+)
+def test_our_authserv_id_is_a_token_or_quoted(hostname, shown):
+    """RFC 8601 2.2, RFC 2045 5.1."""
+    field = _field(hostname, Spf("none", "b.test", ""), "a@b.test", [], "none", Dmarc("none", "none", "b.test"))
+    assert field.startswith(b"Authentication-Results: " + shown + b";\r\n\t")
+    assert without_forged(field, hostname) == b""
 
 
 def test_mail_of_unauthenticated_clients_arrives_with_its_results(peer, tmp_path):

@@ -1,0 +1,196 @@
+"""What the tables of a configuration require of each other, and warnings about a valid one."""
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from relaymta.config.names import has_one_label, helo_name
+from relaymta.config.networks import everywhere, widest
+from relaymta.config.patterns import never
+from relaymta.config.values import in_clear, near, parse_hostport, repeated
+
+if TYPE_CHECKING:
+    from relaymta.config.whole import Config
+
+__all__ = ["contradictions", "notes"]
+
+
+def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
+    """(dotted key, what is wrong) of each value that other values do not allow."""
+    if not config.listener:
+        yield "listener", "there is none: give a [[listener]] table, or --listen HOST:PORT"
+    if not config.relay.open_relay:
+        meant = ". Name your networks, or set relay.open_relay = true if you mean it"
+        yield from ((key, what + meant) for key, what in _open_to_all(config))
+    yield from _sent_in_clear(config)
+    yield from _needs_of_listeners(config)
+    if config.verify.dmarc == "enforce" and not config.verify.results:
+        yield "verify.dmarc", "'enforce' needs verify.results = true: nothing is checked without it"
+    known = {source.name for source in config.source}
+    for number, route in enumerate(config.route):
+        for name in route.sources:
+            if name not in known:
+                yield f"route.{number}.sources", f"there is no [[source]] {name!r}{near(name, known)}"
+    yield from _twice(config)
+    yield from _overlapping(config)
+
+
+def _twice(config: "Config") -> Iterator[tuple[str, str]]:
+    """What is given twice and must not be."""
+    keys = [f"{one.selector}._domainkey.{one.domain} for {one.authors} {one.application}" for one in config.dkim]
+    tables: list[tuple[str, str, list[str], str]] = [
+        ("route", "name", [route.label for route in config.route], "two routes are called {!r}: give one of them another name"),
+        ("source", "name", [source.name for source in config.source], "two sources are called {!r}"),
+        ("application", "name", [one.name for one in config.application], "there are two tables for the application {!r}"),
+        ("certificate", "chain", [one.chain for one in config.certificate], "two certificates are in {!r}"),
+        ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
+    ]
+    for table, key, values, what in tables:
+        for number, value in repeated(values):
+            yield f"{table}.{number}.{key}", what.format(value)
+
+
+def _overlapping(config: "Config") -> Iterator[tuple[str, str]]:
+    """Addresses to listen on that an earlier one includes."""
+    places = [(f"listener.{number}.address", listener.address) for number, listener in enumerate(config.listener)]
+    if config.metrics.listen != "off":
+        places.append(("metrics.listen", config.metrics.listen))
+    earlier: dict[tuple[str, int], tuple[str, str]] = {}
+    for key, address in places:
+        host, port = _bound(address)
+        wildcard = "::" if ":" in host else "0.0.0.0"
+        other = earlier.get((host, port)) or earlier.get((wildcard, port))
+        if other is None and host == wildcard:
+            same = (found for (one, at), found in earlier.items() if at == port and (":" in one) == (":" in host))
+            other = next(same, None)
+        if other is not None:
+            listeners = key.startswith("listener")
+            both = listeners and _bound(other[1]) == (host, port)
+            yield key, f"two listeners have the address {address!r}" if both else f"{other[0]} ({other[1]}) has this port already"
+        earlier.setdefault((host, port), (key, address))
+
+
+def _bound(address: str) -> tuple[str, int]:
+    host, port = parse_hostport(address)
+    try:
+        return ipaddress.ip_address(host).compressed, port
+    except ValueError:
+        return "127.0.0.1" if host == "localhost" else host.lower(), port
+
+
+def notes(config: "Config") -> list[str]:
+    """Warnings about a valid configuration, one sentence each: values given by old names, and probable mistakes."""
+    pairs: list[tuple[str, str]] = []
+    if config.relay.domains and not config.relay.recipients:
+        what = (
+            "without relay.recipients there is a backscatter risk: mail for any address there is accepted, and bounces to forged "
+            "senders when the next hop rejects the address"
+        )
+        pairs.append(("relay.domains", what))
+    pairs += [*_open_to_all(config), *_doubtful_names(config), *_never_used(config), *never(config), *_relative(config)]
+    for number, route in enumerate(config.route):
+        if in_clear(route.lookup):
+            what = f"{route.lookup}: an attacker on the path can redirect mail; use https://"
+            pairs.append((f"route.{number}.lookup", what))
+    return [*config._renamed, *(config.at(key, what) for key, what in pairs)]
+
+
+def _doubtful_names(config: "Config") -> Iterator[tuple[str, str]]:
+    """Names that other servers may reject in EHLO."""
+    what = "{!r} has no dot: other servers cannot look it up, and many reject it in EHLO; give the full name of this host"
+    if not config._unnamed:
+        if has_one_label(config.hostname):
+            yield "hostname", what.format(config.hostname)
+    else:
+        try:
+            helo_name(socket.gethostname())
+        except ValueError as error:
+            yield "hostname", f"the name of this host cannot be used: {error}; {config.hostname!r} is used instead: set hostname"
+    for number, source in enumerate(config.source):
+        if source.hostname and has_one_label(source.hostname):
+            yield f"source.{number}.hostname", what.format(source.hostname)
+
+
+def _never_used(config: "Config") -> Iterator[tuple[str, str]]:
+    """Routes behind one that matches everything; a route map may name them all the same."""
+    first = next((number for number, route in enumerate(config.route) if route.catches_all), None)
+    if first is None or config.route_map:
+        return
+    for number, route in enumerate(config.route[first + 1 :], first + 1):
+        label = config.route[first].label
+        yield f"route.{number}", f"{route.label!r} is never used: route.{first} ({label!r}) has no condition and comes first"
+
+
+_PATHS = {
+    "spool",
+    "route_map",
+    "recipients",
+    "dovecot",
+    "socket",
+    "chain",
+    "key",
+    "client_certificate",
+    "client_key",
+}  # and what ends in "file"
+
+
+def _relative(config: "Config") -> Iterator[tuple[str, str]]:
+    """Paths whose meaning depends on where the relay is started."""
+    from relaymta.config.describing import given_values  # knows the whole configuration
+
+    for key, value in given_values(config):
+        name = key.rpartition(".")[2]
+        is_path = isinstance(value, str) and value not in ("", "-") and (name in _PATHS or name.endswith("file"))
+        if is_path and not PurePath(value).is_absolute():
+            yield key, f"{value!r} is relative to the directory that the relay is started in: write the whole path"
+
+
+def _open_to_all(config: "Config") -> Iterator[tuple[str, str]]:
+    """Settings that make an open relay: (key, what is wrong). The networks of several places are added up."""
+    peers = [(f"network.{number}.networks", peer) for number, peer in enumerate(config.network)]
+    relaying = [("relay.networks", config.relay.networks), *((key, peer.networks) for key, peer in peers if peer.relay)]
+    speaking = [(key, peer.networks) for key, peer in peers if peer.xclient]
+    for parts, what in (
+        (relaying, "may relay: that is an open relay, which spammers find within hours"),
+        (speaking, "may set their address by XCLIENT: that is an open relay for whoever claims a local one"),
+    ):
+        networks = _first(parts, len(parts))
+        if everywhere(networks):
+            key = next(key for number, (key, _) in enumerate(parts, 1) if everywhere(_first(parts, number)))
+            yield key, f"{widest(networks)} {what}"
+    for number, listener in enumerate(config.listener):
+        if everywhere(listener.proxy):
+            what = "may set their address by PROXY: that is an open relay for whoever claims a local one"
+            yield f"listener.{number}.proxy", f"{widest(listener.proxy)} {what}"
+
+
+def _first(parts: list[tuple[str, list[str]]], count: int) -> list[str]:
+    return [text for _, more in parts[:count] for text in more]
+
+
+def _sent_in_clear(config: "Config") -> Iterator[tuple[str, str]]:
+    """URLs by which secrets would be sent unprotected to another host."""
+    asked = [("accounts.url", config.accounts.url, "passwords")]
+    if config.accounts.tokens is not None:
+        tokens = config.accounts.tokens
+        asked.append(("accounts.tokens.jwks", tokens.jwks, "keys that verify tokens"))
+        asked.append(("accounts.tokens.introspection", tokens.introspection, "tokens and our client secret"))
+    for number, route in enumerate(config.route):
+        if route.oauth is not None:
+            asked.append((f"route.{number}.oauth.token_url", route.oauth.token_url, "our client secret and tokens"))
+    for key, url, what in asked:
+        if in_clear(url):
+            yield key, f"{what} would go over plain http to another host; use https://, or a loopback address"
+
+
+def _needs_of_listeners(config: "Config") -> Iterator[tuple[str, str]]:
+    """What listeners need of other tables: certificates and accounts."""
+    for number, listener in enumerate(config.listener):
+        if listener.tls in ("require", "implicit") and not config.certificate:
+            yield f"listener.{number}.tls", f"{listener.tls!r} needs a [[certificate]]"
+        if listener.auth != "off" and not (config.certificate or listener.auth_in_clear):
+            yield f"listener.{number}.auth", "needs a [[certificate]]: AUTH is offered over TLS only"
+        if listener.auth != "off" and not config.accounts:
+            yield f"listener.{number}.auth", "needs accounts.file or a back end: no client could log in"

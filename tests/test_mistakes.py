@@ -1,0 +1,281 @@
+"""Mistakes in a configuration: what an operator is told about each. A new mistake is one more row.
+
+`L` stands for a valid [[listener]] table of two lines; expected is `line: key: sentence` (the file's name comes before it)."""
+
+from pathlib import Path
+
+import pytest
+
+from relaymta.config import load, notes
+from relaymta.errors import ConfigError
+
+L = '[[listener]]\naddress = "127.0.0.1:25"\n'
+SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
+DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
+ROUTE = '[[route]]\nhosts = ["h"]\n'
+DOUBLE = "in double brackets: there can be several"
+ALLOWED = "is not allowed in a host name: letters, digits and hyphens are (RFC 5321 4.1.2)"
+LITERAL = 'an address literal is written "[192.0.2.1]" or "[IPv6:2001:db8::1]"'
+
+SYNTAX = [  # TOML 1.0
+    ('hostname = "x\n', "1: hostname: the closing quote is missing"),
+    ('hostname = "x', "1: hostname: the closing quote is missing"),
+    ("hostname = 'x\n" + L, "1: hostname: the closing quote is missing"),
+    ("hostname = x.example\n", '1: hostname: write the value in quotes: KEY = "VALUE"'),
+    ("[[listener]]\naddress = 127.0.0.1:25\n", '2: listener.0.address: write the value in quotes: KEY = "VALUE"'),
+    ("[queue]\nmax_age = 5d\n", '2: queue.max_age: write the value in quotes: KEY = "VALUE"'),
+    ("spool = \u201c/x\u201d\n", "1: spool: quotes are written \" or '"),
+    ("spool =\n", "1: spool: the value is missing"),
+    ("= 1\n", "1: the key in front of = is missing"),
+    ('hostname: "x"\n', "1: write KEY = VALUE, with = instead of :"),
+    ("[[listener]]\nsubmission = True\n", "2: listener.0.submission: write true or false"),
+    ("workers = 04\n", "1: workers: a number is written without a leading 0"),
+    ("spool = \"C:\\d\"\n", "1: spool: a backslash: write the value in 'single quotes'"),
+    ("workers = 1\nworkers = 2\n", "2: workers: this key is given twice"),
+    ("[relay]\n[relay]\n", "2: relay: this table is given twice"),
+    ("[relay\n", "1: the closing ] of the table is missing"),
+    ("[[route]\n", "1: route: the closing ]] of the table is missing"),
+    ("[relay]]\n", "1: relay: something follows the name of the table"),
+    ('[relay]\ndomains = "a" "b"\n', '2: relay.domains: something follows the value: a list is written ["A", "B"]'),
+    ('[relay]\ndomains = ["a"\nnetworks = []\n',
+     "3: relay.networks: a comma or the closing ] of a list is missing here or before"),
+    ('[[route]]\nhosts = ["h"]\n[route]\n', f"3: route: write [[route]] {DOUBLE.replace(':', ' each time:')}"),
+    ('[route]\nhosts = ["h"]\n[[route]]\n', f"3: route: write [[route]] {DOUBLE.replace(':', ' each time:')}"),
+]  # fmt: skip
+
+KEYS = [
+    ("[[listener]]\nadress = \"127.0.0.1:25\"\n", ["1: listener.0.address: is missing",
+                                                '2: listener.0.adress: no such key (did you mean "address"?)']),
+    (f'{L}hostname = "a.example"\n', "3: listener.0.hostname: no such key: hostname stands in front of the first table"),
+    (f'{L}max_age = "5d"\n', "3: listener.0.max_age: no such key (it is a key of [queue])"),
+    ('[route]\nhosts = ["h"]\n' + L, f"1: route: write [[route]] {DOUBLE}"),
+    ('[listener]\naddress = "127.0.0.1:25"\n', f"1: listener: write [[listener]] {DOUBLE}"),
+    (f"{L}[[relay]]\n", "3: relay: write [relay] in single brackets: there is one"),
+    (f"relay = 1\n{L}", "1: relay: a table: write [relay]"),
+    (f'workers = "4"\n{L}', "1: workers: a whole number, without quotes (it is '4')"),
+    (f"workers = 1000\n{L}", "1: workers: Input should be less than or equal to 255 (it is 1000)"),
+    (f"hostname = 5\n{L}", "1: hostname: a text: write it in quotes (it is 5)"),
+    (f'{L}submission = "yes"\n', "3: listener.0.submission: true or false, without quotes (it is 'yes')"),
+    (f'{L}[relay]\ndomains = "a.example"\n', "4: relay.domains: a list: write it in brackets (it is 'a.example')"),
+    (f'{L}tls = "mai"\n', "3: listener.0.tls: Input should be 'off', 'may', 'require' or 'implicit' (it is 'mai') "
+                          '(did you mean "may"?)'),
+    (f'{L}[queue]\nmax_age = "5 lightyears"\n',
+     "4: queue.max_age: a duration such as \"90s\", \"10m\", \"5d\" (it is '5 lightyears')"),
+    (f'{L}[limits]\nmessage_size = "much"\n', "4: limits.message_size: a size such as \"50MB\" (it is 'much')"),
+    (f"{L}[delivery]\nport = 99999\n", "4: delivery.port: Input should be less than or equal to 65535 (it is 99999)"),
+]  # fmt: skip
+
+ANY = 'expected host:port; all addresses are "0.0.0.0:25" (IPv4) and "[::]:25" (IPv6)'
+ADDRESSES = [  # of listeners and smart hosts
+    ("address", "127.0.0.1", "'127.0.0.1': expected host:port"),
+    ("address", "0.0.0.0:99999", "'0.0.0.0:99999': expected host:port with a port from 1 to 65535"),
+    ("address", "0.0.0.0:0", "'0.0.0.0:0': expected host:port with a port from 1 to 65535"),
+    ("address", "0.0.0.0:smtp", "'0.0.0.0:smtp': expected host:port"),
+    ("address",
+     "smtp://127.0.0.1:25", "'smtp://127.0.0.1:25': write host:port without smtp:// (did you mean \"127.0.0.1:25\"?)"),
+    ("address", "256.1.1.1:25", "'256.1.1.1:25': '256.1.1.1' is not an IP address"),
+    ("address", "[2001::db8::]:25", "'[2001::db8::]:25': '2001::db8::' is not an IP address"),
+    ("address", "::1:25", "'::1:25': write an IPv6 address in brackets"),
+    ("address", "my host:25", "'my host:25': it has white space in it"),
+    ("address", "*:25", f"'*:25': {ANY}"),
+    ("address", ":25", f"':25': {ANY}"),
+    ("address", "25", f"'25': {ANY}"),
+    ("hosts", "smtp://h.example", "'smtp://h.example': write host:port without smtp:// (did you mean \"h.example\"?)"),
+    ("hosts",
+     "smtps://h.example:465/", "'smtps://h.example:465/': write host:port without smtps:// (did you mean \"h.example:465\"?)"),
+    ("hosts", "h..example", "'h..example': 'h..example' is neither a host name nor an IP address"),
+    ("hosts", "192.0.2.1/24", "'192.0.2.1/24': '192.0.2.1/24' is neither a host name nor an IP address"),
+    ("hosts", "192.0.2", "'192.0.2': '192.0.2' is not an IP address"),
+    ("hosts", "h.example:70000", "'h.example:70000': expected host:port with a port from 1 to 65535"),
+]  # fmt: skip
+
+NAMES = [  # of ourselves: RFC 5321 4.1.2 (Domain), 4.1.3 (address literals), 4.5.3.1.2; RFC 1123 2.1; RFC 1035 2.3.4
+    ("", "it is empty"),
+    ("a_b.example", f"'a_b.example': '_' {ALLOWED}"),
+    ("mail example", "'mail example' has white space or control characters in it"),
+    ("a\tb", "'a\\tb' has white space or control characters in it"),
+    ("a\u00a0b", "'a\\xa0b' has white space or control characters in it"),
+    ("a..example", "'a..example' has an empty label in it: two dots in a row, or one at the beginning"),
+    (".example", "'.example' has an empty label in it: two dots in a row, or one at the beginning"),
+    ("a.example..", "'a.example..' has an empty label in it: two dots in a row, or one at the beginning"),
+    ("-a.example", "'-a.example': '-a' begins or ends with a hyphen, which no label may (RFC 1123 2.1)"),
+    ("a-.example", "'a-.example': 'a-' begins or ends with a hyphen, which no label may (RFC 1123 2.1)"),
+    ("mail.example:25", f"'mail.example:25': ':' {ALLOWED}"),
+    ("192.0.2.1", "'192.0.2.1' is an IP address: give the name of this host, or \"[192.0.2.1]\""),
+    ("2001:db8::1", "'2001:db8::1' is an IP address: give the name of this host, or \"[IPv6:2001:db8::1]\""),
+    ("[2001:db8::1]", f"'[2001:db8::1]': {LITERAL}"),
+    ("[192.0.2.1", f"'[192.0.2.1': {LITERAL}"),
+    ("1.2.3", "'1.2.3' is neither a host name, since it ends with a number, nor an IP address"),
+    ("b\u00fc cher.example", "'b\u00fc cher.example' has white space or control characters in it"),
+    ("\u2764\ufe0f.example", "'\u2764\ufe0f.example' is not a valid internationalized domain name (RFC 5890)"),
+]  # fmt: skip
+
+TABLES = [
+    (L + L, "4: listener.1.address: two listeners have the address '127.0.0.1:25'"),
+    (L.replace("127.0.0.1", "[::1]") + L.replace("127.0.0.1", "[0::1]"),
+     "4: listener.1.address: two listeners have the address '[0::1]:25'"),
+    (L + L.replace("127.0.0.1", "0.0.0.0"), "4: listener.1.address: listener.0.address (127.0.0.1:25) has this port already"),
+    (L.replace("127.0.0.1", "0.0.0.0") + L, "4: listener.1.address: listener.0.address (0.0.0.0:25) has this port already"),
+    (f'{L}[metrics]\nlisten = "127.0.0.1:25"\n', "4: metrics.listen: listener.0.address (127.0.0.1:25) has this port already"),
+    (L + SOURCE + SOURCE, "7: source.1.name: two sources are called 'a'"),
+    (L + ROUTE + ROUTE, "5: route.1.name: two routes are called 'h': give one of them another name"),
+    (f'{L}[[certificate]]\nchain = "/c"\n[[certificate]]\nchain = "/c"\n',
+     "6: certificate.1.chain: two certificates are in '/c'"),
+    (L + DKIM + DKIM, "9: dkim.1.selector: the same key is given twice: it would sign twice"),
+    (f'{L}[[application]]\nname = "a"\n[[application]]\nname = "a"\n',
+     "6: application.1.name: there are two tables for the application 'a'"),
+    (L + SOURCE.replace('"a"', '"a b"'), "4: source.0.name: 'a b' has white space or control characters in it"),
+    (L + SOURCE.replace('"a"', '""'), "4: source.0.name: it is empty"),
+    (L + SOURCE.replace("192.0.2.1", "eth0"), "5: source.0.address: 'eth0' is not an IP address"),
+    (f'{L}[relay]\nnetworks = ["10.0.0.1/8"]\n',
+     "4: relay.networks.0: 10.0.0.1/8 has host bits set (did you mean \"10.0.0.0/8\"?)"),
+    (f'{L}[relay]\nnetworks = ["0.0.0.0/0"]\n',
+     "4: relay.networks: 0.0.0.0/0 may relay: that is an open relay, which spammers find "
+     "within hours. Name your networks, or set relay.open_relay = true if you mean it"),
+    (f'{L}{ROUTE}sources = ["b"]\n{SOURCE}', "5: route.0.sources: there is no [[source]] 'b'"),
+    (f'{L}{ROUTE}username = "me"\npassword_env = "X"\n',
+     '5: route.0.username: needs tls = "verify": credentials are sent over verified TLS only'),
+    (
+        f'{L}{ROUTE.replace("hosts", "sender")}username = "me"\n',
+        [
+            '5: route.0.username: needs tls = "verify": credentials are sent over verified TLS only',
+            "5: route.0.username: needs password_file, password_env or oauth",
+            "5: route.0.username: needs hosts: credentials are sent to configured hosts only",
+        ],
+    ),
+    (
+        f'{L}[verify]\ndmarc = "enforce"\n{ROUTE}sources = ["on"]\n[[source]]\nname = "one"\naddress = "192.0.2.1"\n',
+        [
+            "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it",
+            "7: route.0.sources: there is no [[source]] 'on' (did you mean \"one\"?)",
+        ],
+    ),
+    (f'{L}[delivery]\nnameservers = ["ns.example"]\n',
+     "4: delivery.nameservers.0: 'ns.example': a name server is given by its IP address"),
+    (f'{L}[metrics]\nlisten = "x"\n', "4: metrics.listen: 'x': expected host:port"),
+    ("", " listener: there is none: give a [[listener]] table, or --listen HOST:PORT"),
+    (f'{L}tls = "require"\n', "3: listener.0.tls: 'require' needs a [[certificate]]"),
+    (f'{L}[verify]\ndmarc = "enforce"\n',
+     "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it"),
+    (f'{L}[[rule]]\nmatch = "("\naction = "bounce"\n', "4: rule.0.match: missing ), unterminated subpattern at position 0"),
+]  # fmt: skip
+
+
+def problems_of(path: Path, text: str | bytes) -> list[str]:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as refused:
+        load(path, {})
+    return [problem.removeprefix(f"{path}:") for problem in refused.value.problems]
+
+
+@pytest.mark.parametrize(("text", "expected"), [*SYNTAX, *KEYS, *TABLES])
+def test_a_mistake_is_named_with_its_line_and_key(tmp_path, text, expected):
+    assert problems_of(tmp_path / "r.toml", text) == ([expected] if isinstance(expected, str) else expected)
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), ADDRESSES)
+def test_a_wrong_address_is_named(tmp_path, key, value, expected):
+    text = f'[[listener]]\naddress = "{value}"\n' if key == "address" else f'{L}\n[[route]]\nhosts = ["{value}"]\n'
+    place = "2: listener.0.address" if key == "address" else "5: route.0.hosts.0"
+    assert problems_of(tmp_path / "r.toml", text) == [f"{place}: {expected}"]
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES)
+def test_a_name_that_ehlo_does_not_allow_is_refused(tmp_path, name, expected):
+    quoted = f'"{name}"'.replace("\t", "\\t")
+    assert problems_of(tmp_path / "r.toml", f"hostname = {quoted}\n{L}") == [f"1: hostname: {expected}"]
+    if name:  # "": that of the relay
+        assert problems_of(tmp_path / "r.toml", f"{L}{SOURCE}hostname = {quoted}\n") == [f"6: source.0.hostname: {expected}"]
+
+
+@pytest.mark.parametrize("octets", [64, 250])
+def test_names_are_not_longer_than_the_dns_can_hold(tmp_path, octets):
+    name = "a" * octets + ".example" if octets < 100 else "a." * (octets // 2) + "example"
+    (problem,) = problems_of(tmp_path / "r.toml", f'hostname = "{name}"\n{L}')
+    assert " characters long; a " in problem and "at most" in problem and len(problem) < 250
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("mail.example", "mail.example"), ("mail.example.", "mail.example"), ("Mail-1.example", "Mail-1.example"),
+        ("b\u00fccher.example", "xn--bcher-kva.example"), ("[192.0.2.1]", "[192.0.2.1]"), ("localhost", "localhost"),
+        ("[IPv6:2001:db8::1]",
+         "[IPv6:2001:db8::1]"), ("a" * 63 + ".example", "a" * 63 + ".example"), ("3com.example", "3com.example"),
+    ],
+)  # fmt: skip
+def test_names_that_ehlo_allows(given, used):
+    options = {"listener": [{"address": "127.0.0.1:25"}], "hostname": given}
+    options["source"] = [{"name": "a", "address": "192.0.2.1", "hostname": given}, {"name": "b", "address": "192.0.2.2"}]
+    config = load(None, options)
+    assert (config.hostname, config.source[0].hostname, config.source[1].hostname) == (used, used, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [("my_host", "my-host"), ("a..b", "a.b"), ("_a_.example", "a.example"), ("", "localhost"), ("123", "localhost"),
+     ("192.0.2.1", "localhost"), ("web1.example", "web1.example")],
+)  # fmt: skip
+def test_a_host_with_an_impossible_name_starts_all_the_same(monkeypatch, given, used):
+    monkeypatch.setattr("socket.getfqdn", lambda: given)
+    monkeypatch.setattr("socket.gethostname", lambda: given)
+    config = load(None, {"listener": [{"address": "127.0.0.1:25"}]})
+    assert config.hostname == used
+    assert [note.partition(":")[0] for note in notes(config)] == ["hostname"] * (given != used)
+
+
+GOOD = 'hostname = "a.example"\nspool = "/s"\n' + L
+NOTES = [
+    (GOOD.replace("a.example",
+     "relay"), "1: hostname: 'relay' has no dot: other servers cannot look it up, and many reject it in EHLO; "
+     "give the full name of this host"),
+    (f'{GOOD}{SOURCE}hostname = "out"\n',
+     "8: source.0.hostname: 'out' has no dot: other servers cannot look it up, and many reject it "
+     "in EHLO; give the full name of this host"),
+    (GOOD.replace("/s", "s"), "2: spool: 's' is relative to the directory that the relay is started in: write the whole path"),
+    (GOOD + DKIM.replace("/k", "k.pem"),
+     "8: dkim.0.key: 'k.pem' is relative to the directory that the relay is started in: write the whole path"),
+    (f'{GOOD}[log]\nfile = "./log"\n', "6: log.file: './log' is relative to the directory that the relay is started in: "
+     "write the whole path"),
+    (f'{GOOD}{ROUTE}[[route]]\nname = "b"\nsender = ["a@b.example"]\n',
+     "7: route.1: 'b' is never used: route.0 ('h') has no condition and comes first"),
+    (f'{GOOD}[[route]]\nname = "b"\nsender = ["a@b.example"]\n{ROUTE}', None),
+    (f'{GOOD}{ROUTE}min_attempts = 3\n[[route]]\nname = "b"\n', None),
+    (f'route_map = "/map"\n{GOOD}{ROUTE}[[route]]\nname = "b"\n', None),
+    (f'{GOOD}[log]\nfile = "-"\n', None),
+    (GOOD.replace("a.example", "[192.0.2.1]"), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), NOTES)
+def test_a_probable_mistake_is_a_note_with_its_line(tmp_path, text, expected):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    assert notes(load(path, {})) == ([f"{path}:{expected}"] if expected else [])
+
+
+# Files as editors write them
+
+BOM = b"\xef\xbb\xbf"
+FILES = [
+    (BOM + L.encode(), ""),
+    (BOM + L.replace("\n", "\r\n").encode(), ""),
+    (L.encode("utf-16"), " this is UTF-16: save it as UTF-8"),
+    (b"\xfe\xff" + L.encode("utf-16-be"), " this is UTF-16: save it as UTF-8"),
+    (L.encode("utf-16-le"), " this looks like UTF-16: save it as UTF-8"),
+    (L.encode("utf-16-be"), " this looks like UTF-16: save it as UTF-8"),
+    (L.encode("utf-32"), " this is UTF-32: save it as UTF-8"),
+    (L.encode() + b"# sch\xf6n\n", "3: not UTF-8: save it as UTF-8"),
+    (L.encode() + b"# \0\n", "3: a NUL octet"),
+    (BOM + b"hostname = 1\n" + L.encode(), "1: hostname: a text: write it in quotes (it is 1)"),
+]
+
+
+@pytest.mark.parametrize(("data", "expected"), FILES)
+def test_a_configuration_as_editors_write_it(tmp_path, data, expected):
+    path = tmp_path / "r.toml"
+    path.write_bytes(data)
+    if expected:
+        assert problems_of(path, data) == [expected]
+    else:
+        assert load(path, {}).listener[0].address == "127.0.0.1:25"
