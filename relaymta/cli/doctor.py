@@ -45,7 +45,8 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
         fail(64, f"--address: {error}")
     rows = asyncio.run(_checks(config, name.lower().rstrip("."), chosen or _sources(config)))
     if as_json:
-        say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
+        for row in rows:
+            say_json(dict(zip(("check", "state", "found"), row, strict=True)))
     else:
         table("", ["check", "state", "found"], [list(row) for row in rows])
     if any(state == "wrong" for _, state, _ in rows):

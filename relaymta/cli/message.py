@@ -5,11 +5,13 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, say_message
+from relaymta.cli.console import record, say, say_json, say_message
 from relaymta.cli.options import Configuration, configured, missing
 from relaymta.cli.peer import absent, as_json, asked, connect, number_of, read_pieces, size, when
 
 __all__ = ["message"]
+
+IN_QUEUE = "message in the queue"
 
 
 def _ident(context: click.Context, parameter: click.Parameter, ident: str) -> str:
@@ -33,7 +35,7 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
-        absent(f"no message {ident} in the queue (see `relaymta message history {ident}`)")
+        absent(IN_QUEUE, ident, hint=f"what happened to it: `relaymta message history {ident}`")
     if as_json:
         say_json(found)
         return
@@ -57,7 +59,7 @@ def raw(read: Configuration, ident: str) -> None:
     pieces = read_pieces(connect(read), "raw", ident=ident)
     first = next(pieces, None)
     if first is None:
-        absent(f"no message {ident} in the queue")
+        absent(IN_QUEUE, ident)
     say_message(chain([first], pieces))
 
 
@@ -71,11 +73,9 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
     peer = connect(read)
     found = asked(peer, "explain", ident=ident)
     if found is None:
-        if missing():
-            absent(f"no message {ident} in the queue")
-        events = asked(peer, "history", ident=ident)
+        events = [] if missing() else asked(peer, "history", ident=ident)
         if not events:
-            absent(f"no message {ident} in the queue, and nothing about it in the history")
+            absent("message in the queue or in the history", ident)
         found = {"id": ident, "state": "gone", "history": events}
     if as_json:
         say_json(found)
@@ -119,7 +119,7 @@ def history(read: Configuration, ident: str, as_json: bool) -> None:
     """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:
-        absent(f"nothing about {ident} in the history")
+        absent("message in the history", ident)
     if as_json:
         for event in events:
             say_json(event)
@@ -134,4 +134,4 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        say(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{reply}")
+        record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{reply}")

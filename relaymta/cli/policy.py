@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json
+from relaymta.cli.console import record, say, say_json
 from relaymta.cli.options import Configuration, configured, fail
-from relaymta.cli.peer import Offline, as_json, asked, connect, given, when
+from relaymta.cli.peer import Offline, absent, as_json, asked, connect, given, routes, seconds_of, when
 from relaymta.cli.queue import change, pages
 
 __all__ = ["policy", "standing"]
@@ -25,12 +25,7 @@ def policy() -> None:
 def _seconds(duration: str, until: str) -> float:
     """The duration of a policy in seconds, from --for or --until; ends the program if they are malformed."""
     if not until:
-        try:
-            from relaymta.config import parse_duration
-
-            return parse_duration(duration)
-        except ValueError as error:
-            fail(64, f"--for {duration}: expected {error}")
+        return seconds_of("--for", duration)
     try:
         clock = datetime.strptime(until, "%H:%M").time()
     except ValueError:
@@ -65,6 +60,8 @@ def _add(kind: str, sentence: str, reason: str) -> None:
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
+        if given.get("route") and given["route"] not in (known := routes(peer)):
+            absent("route", given["route"], known)
         done, verb = POLICIES[kind]
         if dry_run:
             count = sum(len(idents) for _, idents, _ in pages(peer, given))
@@ -88,10 +85,11 @@ def list_policies(read: Configuration, as_json: bool) -> None:
     """List the policies in effect."""
     policies = [state for state in asked(connect(read), "site_states") if state["kind"] in POLICIES]
     if as_json:
-        say_json([_policy(state) for state in policies])
+        for state in policies:
+            say_json(_policy(state))
         return
     for state in policies:
-        say(f"{state['kind']} {state['site']}, since {when(state['since'])}, ends {when(state['until'])}: {state['reason']}")
+        record(f"{state['kind']} {state['site']}, since {when(state['since'])}, ends {when(state['until'])}: {state['reason']}")
     if not policies:
         say("no policy is in effect")
 
@@ -107,7 +105,7 @@ def _policy(state: dict[str, Any]) -> dict[str, Any]:
 def remove(read: Configuration, kind: str, about: str) -> None:
     """End a policy, by its kind and the mail that it is about, as `policy list` shows them. Mail that it held is released."""
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
-        fail(1, f"there is no policy to {kind} {about} (`relaymta policy list`)")
+        absent("policy", f"{kind} {about}", hint="`relaymta policy list` names those in effect")
     say(f"the policy to {kind} {about} has ended")
 
 

@@ -1,7 +1,6 @@
 """Reading the file of the configuration, and that of accounts. A problem reads `file:line: key: what (did you mean ...)`."""
 
 import re
-import tomllib
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from relaymta.config.origin import Origin
 from relaymta.config.values import Place, Problems, near
 from relaymta.config.whole import Config
 from relaymta.errors import ConfigError
+from relaymta.toml import lay_over, read_toml
 
 __all__ = ["load", "load_accounts", "problems_of"]
 
@@ -28,9 +28,9 @@ _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
 def load(path: Path | None, overrides: dict[str, Any]) -> Config:
     """The configuration of a file (None: no file), overridden by `overrides` (dotted key -> value, or "listener"/"route" ->
     tables). ConfigError with every problem."""
-    text, data = _read(path) if path is not None else ("", {})
+    text, data = read_toml(path) if path is not None else ("", {})
     for key, value in overrides.items():
-        _lay_over(data, key, deepcopy(value))  # old names in it are replaced
+        lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
     origin = Origin(path, text, overrides)
     config = _validated(Config, origin, data)
@@ -41,38 +41,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
 
 def load_accounts(path: Path) -> list[Account]:
     """The accounts of a file. ConfigError with every problem."""
-    text, data = _read(path)
+    text, data = read_toml(path)
     return _validated(AccountsFile, Origin(path, text), data).account
-
-
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, parsed content) of a TOML file. ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise ConfigError([f"{path}: not UTF-8"]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([_syntax_problem(path, str(error))]) from None
-
-
-def _syntax_problem(path: Path, text: str) -> str:
-    match = re.search(r"\(at line (\d+), column \d+\)", text)
-    what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", text)
-    what = what.replace("Cannot overwrite a value", "this key is given twice")
-    return f"{path}:{match[1] if match else 'end'}: {what}"
-
-
-def _lay_over(data: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        inner = data.setdefault(table, {})
-        if not isinstance(inner, dict):
-            raise ConfigError([f"--set {key}: {table} is not a table"])
-        data = inner
-    data[last] = value
 
 
 def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:

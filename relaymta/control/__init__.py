@@ -12,7 +12,20 @@ from contextlib import aclosing
 from typing import Any
 
 from relaymta.control.connection import READER_SECONDS, Answer, Asked, ask, begin, converse, serve
-from relaymta.control.frames import LIMIT, ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Late, Refused, in_pieces, pack, sentence
+from relaymta.control.frames import (
+    LIMIT,
+    ROWS_TOGETHER,
+    UNSET,
+    Broken,
+    Frame,
+    Frames,
+    Late,
+    Refused,
+    in_pieces,
+    pack,
+    refusal,
+    sentence,
+)
 from relaymta.control.process import program
 
 __all__ = ["Answer", "Asked", "Channel", "Late", "Refused", "ask", "begin", "converse", "program", "sentence", "serve"]
@@ -98,7 +111,7 @@ class Channel:
                 if frame.piece is UNSET:
                     ended = True
                     if frame.error is not None:
-                        raise Refused(frame.error)
+                        raise Refused(frame.error, frame.absent)
                     if frame.ok is UNSET:
                         raise ConnectionError("the process is gone")
                     return
@@ -199,7 +212,7 @@ class Channel:
         elif waiting is None or waiting.future.done():
             return  # nobody waits any more
         elif frame.error is not None:
-            waiting.future.set_exception(Refused(frame.error))
+            waiting.future.set_exception(Refused(frame.error, frame.absent))
         elif isinstance(frame.piece, list):
             waiting.rows.extend(frame.piece)
             if waiting.limit is not None and waiting.seconds is not None:
@@ -228,7 +241,7 @@ class Channel:
                 result = None
             answer = pack(Frame(frame.id, ok=result))
         except Exception as error:
-            answer = pack(Frame(frame.id, error=sentence(error)))
+            answer = pack(refusal(frame.id, error))
         if frame.id is not None and self.open:
             self._put(answer, [])
 

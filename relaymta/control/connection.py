@@ -9,7 +9,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relaymta.control.frames import ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Refused, in_pieces, pack, sentence
+from relaymta.control.frames import ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Refused, in_pieces, pack, refusal
 from relaymta.control.requests import REQUESTS
 from relaymta.errors import RelayError
 
@@ -53,7 +53,7 @@ class Asked:
                     if isinstance(frame, Broken):
                         raise Refused(frame.why)
                     if frame.error is not None:
-                        raise Refused(frame.error)
+                        raise Refused(frame.error, frame.absent)
                     if frame.piece is UNSET:
                         self._value, self.missing = frame.ok, frame.missing
                         return
@@ -129,7 +129,7 @@ async def _respond(
     except Exception as error:
         if not isinstance(error, (RelayError, ConnectionError)):
             failed(op, error)
-        await _write(writer, Frame(frame.id, error=sentence(error)))
+        await _write(writer, refusal(frame.id, error))
 
 
 async def _write(writer: asyncio.StreamWriter, frame: Frame) -> None:
@@ -158,4 +158,4 @@ def _served(frame: Frame, op: str, handle: Callable[[str, dict[str, Any]], Any])
     try:
         return pack(Frame(frame.id, ok=handle(op, frame.args)))
     except Exception as error:
-        return pack(Frame(frame.id, error=sentence(error)))
+        return pack(refusal(frame.id, error))

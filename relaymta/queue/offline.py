@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import msgspec
 import xxhash
 
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
@@ -99,7 +98,7 @@ class Spool:
 
     def page(self, args: Page) -> Any:
         """As `listing.page`. RelayError for a site: only a worker knows which mail goes there."""
-        wanted = inspect.Filter(**msgspec.structs.asdict(args.chosen))
+        wanted = args.chosen
         if wanted.site:
             raise RelayError("the daemon is not running, and only the daemon knows which mail is for a site")
 

@@ -143,7 +143,7 @@ class Answers:
         value = {
             "pid": os.getpid(),
             "listeners": [listener.address for listener in supervisor.config.listener],
-            "spool": supervisor.config.spool,
+            "spool": str(Path(supervisor.config.spool).absolute()),
             "durability": "250 only after fdatasync of the message data and a synced LMDB commit",
             "metrics": supervisor.config.metrics.listen,
             "workers": rows,

@@ -1,0 +1,57 @@
+"""Which messages an operator means: the filter that the command line sends, and that the queue and policies go by."""
+
+from typing import Annotated
+
+import msgspec
+
+from relaymta.proto.envelope import HELD, Envelope, QueueName
+
+__all__ = ["Filter", "Number", "Text"]
+
+Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
+Number = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
+    accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
+
+    ident: Number = 0
+    queue: Text = ""
+    route: Text = ""
+    application: Text = ""
+    site: Text = ""
+    sender: Text = ""
+    user: Text = ""
+    recipient_domain: Text = ""
+    held: bool = False
+    until: Number = 0
+
+    @property
+    def whole_queues(self) -> bool:
+        """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
+        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
+
+    @property
+    def by_queue(self) -> bool:
+        """Whether it depends on the queue in which a message waits (or also on that)."""
+        return bool(self.queue or self.route or self.application or self.site)
+
+    def waits_in(self, name: QueueName) -> bool:
+        """Whether a queue's name matches (its site is not checked here)."""
+        return self.queue in ("", str(name)) and self.route in ("", name.route) and self.application in ("", name.application)
+
+    def matches(self, ident: int, envelope: Envelope) -> bool:
+        """Whether a message matches, provided that its queue does."""
+        if self.ident and ident != self.ident:
+            return False
+        if self.sender and envelope.sender.lower() != self.sender.lower():
+            return False
+        if self.user and envelope.user != self.user:
+            return False
+        if self.held and not envelope.flags & HELD:
+            return False
+        if self.recipient_domain:
+            wanted = "@" + self.recipient_domain.lower()
+            return any(address.lower().endswith(wanted) for address in envelope.recipients)
+        return True
