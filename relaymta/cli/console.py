@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ __all__ = ["record", "say", "say_json", "say_json_lines", "say_message", "table"
 
 LINE = 1 << 16  # characters of a line of message data that are collected
 _LEAST = 12  # columns of a table's column that is narrowed
-_NUMERIC = ("", "-", *"0123456789")  # what the cells of a column of numbers begin with
+_LITTLE = 30  # columns that are too few for a sentence
+_NUMBER = re.compile(r"-?|[\d.]+( of \d+| ?[kMGT]?B|/s|%)?")  # a cell of a column of numbers
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -71,23 +73,29 @@ def _show_message(pieces: Iterable[bytes]) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Write rows below a title ("": none) and the names of their columns, one a line. On a terminal they are made to fit: long
-    cells are cut ("..."), and the last column is continued below itself."""
+    cells are cut ("..."), and the last column is continued below itself, or below the row."""
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(_columns_of(cell) for cell in column) for column in zip(*cells, strict=True)]
-    right = [all(row[n][:1] in _NUMERIC for row in cells[1:]) for n in range(len(columns))]
+    right = [all(_NUMBER.fullmatch(row[n]) for row in cells[1:]) for n in range(len(columns))]
     room = width()
+    below = False  # the last column, where little room is left for it
     if room:
-        widths[-1] = min(widths[-1], max(_LEAST, room - sum(widths[:-1]) - 2 * (len(widths) - 1)))
-        while sum(widths) + 2 * (len(widths) - 1) > room and max(widths[:-1], default=0) > _LEAST:
+        left = room - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        below = widths[-1] > _LITTLE > left
+        widths[-1] = 0 if below else min(widths[-1], max(_LEAST, left))
+        while sum(widths) + 2 * (len(widths) - 1 - below) > room and max(widths[:-1], default=0) > _LEAST:
             longest = max(range(len(widths) - 1), key=widths.__getitem__)
             widths[longest] -= 1
     lines = [printable(title)] if title else []
-    for row in cells:
-        *first, last = row
-        shown = [_padded(_cut(cell, widths[n]), widths[n], right[n]) for n, cell in enumerate(first)]
-        for number, part in enumerate(_folded(last, widths[-1]) if room else [last]):
-            before = shown if not number else [" " * size for size in widths[:-1]]
-            lines.append("  ".join([*before, _padded(part, widths[-1], True) if right[-1] else part]).rstrip())
+    for number, row in enumerate(cells):
+        shown = "  ".join(_padded(_cut(cell, widths[n]), widths[n], right[n]) for n, cell in enumerate(row[:-1]))
+        if below:
+            lines += [shown.rstrip(), *("  " + part for part in _folded(row[-1], room - 2) if number and part)]
+            continue
+        first, *more = _folded(row[-1], widths[-1]) if room else [row[-1]]
+        first = _padded(first, widths[-1], True) if right[-1] else first
+        lines.append((shown + "  " + first if shown else first).rstrip())
+        lines += [" " * (_columns_of(shown) + 2) + part for part in more]
     _write(sys.stdout, "".join(line + "\n" for line in lines))
 
 

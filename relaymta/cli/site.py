@@ -109,9 +109,10 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     This survives a restart."""
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
-    peer, seconds = connect(read), seconds_of("--for", duration)
+    seconds, peer = seconds_of("--for", duration), connect(read)
+    known = names_of_sites(peer) if name else set()
     asked(peer, "suspend", site=name, about=application, seconds=seconds, reason=reason)
-    if name and name not in (known := names_of_sites(peer)) and not missing():
+    if name and name not in known and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
     whose = f"mail of {application} " if application else "mail "
     again = " ".join(filter(None, ("relaymta site resume", name, f"--app {application}" if application else "")))

@@ -143,7 +143,7 @@ class Answers:
         value = {
             "pid": os.getpid(),
             "listeners": [listener.address for listener in supervisor.config.listener],
-            "spool": str(Path(supervisor.config.spool).absolute()),
+            "spool": _absolute(supervisor.config.spool),
             "durability": "250 only after fdatasync of the message data and a synced LMDB commit",
             "metrics": supervisor.config.metrics.listen,
             "workers": rows,
@@ -214,6 +214,10 @@ def _number(ident: str) -> int:
         return parse_id(ident)
     except ValueError as error:
         raise RelayError(str(error)) from None
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # looks at no file
 
 
 def _lasting(seconds: float) -> tuple[int, int]:
