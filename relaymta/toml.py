@@ -7,7 +7,7 @@ from typing import Any
 
 from relaymta.errors import ConfigError
 
-__all__ = ["lay_over", "read_toml", "value_of"]
+__all__ = ["lay_over", "read_toml"]
 
 
 def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
@@ -39,11 +39,3 @@ def lay_over(data: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError([f"--set {key}: {table} is not a table"])
         data = inner
     data[last] = value
-
-
-def value_of(text: str) -> Any:
-    """The value of `--set KEY=VALUE`: as TOML where possible, else the text itself."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text

@@ -6,6 +6,7 @@ Nothing large is imported here: a verb that asks the daemon needs no more than t
 import functools
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,7 +15,7 @@ import click
 
 from relaymta.cli.console import say
 from relaymta.errors import ConfigError
-from relaymta.toml import lay_over, read_toml, value_of
+from relaymta.toml import lay_over, read_toml
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -113,7 +114,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
             key, equals, value = setting.partition("=")
             if not equals or not key:
                 fail(64, f"--set {setting}: expected KEY=VALUE")
-            overrides[key.strip()] = value_of(value.strip())
+            overrides[key.strip()] = _parsed(value.strip())
         if spool is not None:
             overrides["spool"] = absolute(spool) if spool else spool
         if path is None and os.path.exists(CONFIG_PATH):
@@ -130,6 +131,14 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapper
+
+
+def _parsed(text: str) -> Any:
+    """The value of `--set KEY=VALUE`: as TOML where possible, else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def absolute(path: str | Path) -> str:
