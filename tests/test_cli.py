@@ -18,7 +18,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from relaymta.cli import VERBS, console, main, sink
+from relaymta.cli import VERBS, console, main, peer, sink
 from relaymta.queue import offline
 from tests.support.daemon import Relay, free_port, wait_for
 
@@ -347,6 +347,47 @@ def test_a_record(columns, parts, lines, monkeypatch, capsys):
     monkeypatch.setattr(console, "width", lambda: columns)
     console.record(*parts)
     assert capsys.readouterr().out.splitlines() == lines
+
+
+NOW = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
+
+
+@pytest.mark.parametrize(("ahead", "shown", "end", "next_attempt"), [
+    (-NOW, "-", "until -", "-"), (0, "now", "until now", "now"), (-0.4, "now", "until now", "now"),
+    (45, "in 45s", "until 08:00:45Z (in 45s)", "in 45s"), (-59.9, "59s ago", "until 59s ago", "now"),
+    (200, "in 3m20s", "until 08:03:20Z (in 3m20s)", "in 3m20s"), (-7199, "119m59s ago", "until 119m59s ago", "now"),
+    (7200, "2027-01-15 10:00:00Z", "until 2027-01-15 10:00:00Z", "2027-01-15 10:00:00Z"),
+    (-86400, "2027-01-14 08:00:00Z", "until 2027-01-14 08:00:00Z", "now"),
+])  # fmt: skip
+def test_times(ahead, shown, end, next_attempt, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    assert (peer.when(NOW + ahead), peer.until(NOW + ahead), peer.due(NOW + ahead)) == (shown, end, next_attempt)
+
+
+def test_a_suspended_site_is_called_that(relay):
+    spool = ("--spool", str(relay.spool))
+    call("site", "suspend", "smarthost", "--for", "30m", "--reason", "maintenance", *spool)
+    try:
+        (row,) = [json.loads(line) for line in call("site", "list", "--json", *spool).stdout.splitlines()]
+        assert (row["state"], row["reason"]) == ("suspended", "maintenance") and row["until"] > time.time() + 1500
+        assert call("site", "show", "smarthost", *spool).stdout.startswith("smarthost: suspended until ")
+        assert re.search(r"^smarthost +suspended .* maintenance$", call("site", "list", *spool).stdout, re.M)
+        ident = relay.events("queued")[0]["id"]
+        explained = call("message", "explain", ident, *spool).stdout
+        assert re.search(r"^  smarthost is suspended by operator: maintenance, until \S+Z \(in 29m5\ds\)$", explained, re.M)
+        assert re.search(r"ago: deferred at connect", explained)
+    finally:
+        call("site", "resume", "smarthost", *spool)
+
+
+def test_a_policy_says_when_it_ends(relay):
+    spool = ("--spool", str(relay.spool))
+    made = call("policy", "hold", "--domain", "none.example", "--for", "1h", *spool)
+    assert made.exit_code == 0 and re.match(
+        r"mail with recipient_domain=none.example is held until \S+Z \(in 59m5\ds\); 0 q", made.stdout
+    )
+    assert call("policy", "hold", "--domain", "none.example", "--until", "12:00", *spool).exit_code == 0
+    assert call("policy", "remove", "hold", "recipient_domain=none.example", *spool).exit_code == 0
 
 
 # Imports

@@ -7,11 +7,12 @@ import click
 
 from relaymta.cli.console import record, say, say_json, say_message
 from relaymta.cli.options import Configuration, configured, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, number_of, read_pieces, size, when
+from relaymta.cli.peer import absent, as_json, asked, connect, due, number_of, read_pieces, size, until, when
 
 __all__ = ["message"]
 
 IN_QUEUE = "message in the queue"
+RESULTS = {"success": "delivered", "transient": "deferred", "permanent": "failed"}  # of an attempt, as people say
 
 
 def _ident(context: click.Context, parameter: click.Parameter, ident: str) -> str:
@@ -42,12 +43,11 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     say(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
     client = f"{found['client']} ({found['helo']}){_by(found)}"
     say(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
-    say(f"attempts {found['attempts']}, next {when(found['next'])}, expires {when(found['expires'])}")
+    say(f"attempts {found['attempts']}, next {due(found['next'])}, expires {when(found['expires'])}")
     for recipient in found["recipients"]:
         say(f"  <{recipient['address']}>: {recipient['state']}")
         for attempt in recipient.get("attempts", []):
-            peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            say(f"    {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
+            say(f"    {_attempt(attempt)}")
 
 
 @message.command()
@@ -86,6 +86,11 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
         _show_explanation(found)
 
 
+def _attempt(attempt: dict[str, Any]) -> str:
+    peer = f" {attempt['peer']}" if attempt["peer"] else ""
+    return f"{when(attempt['time'])}: {RESULTS[attempt['result']]} at {attempt['phase']}{peer}: {attempt['reply']}"
+
+
 def _by(found: dict[str, Any]) -> str:
     return f", logged in as {found['user']}" if found["user"] else ""
 
@@ -100,9 +105,9 @@ def _show_explanation(found: dict[str, Any]) -> None:
         tried = [f"{r['route']} {'yes' if r['matches'] else 'no: ' + r['by']}" for r in place["routes"]]
         say(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
         for attempt in place["attempts"]:
-            peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            say(f"  {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
-        say(f"  waits for {wait['why']}" + (f", until {when(wait['until'])}" if wait["until"] else ""))
+            say(f"  {_attempt(attempt)}")
+        waits = "waits for " if wait["why"].startswith(("its ", "the DNS", "a ")) else ""
+        say(f"  {waits}{wait['why']}" + (f", {until(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
             say(f"  {wait['position']}{more} messages are ahead of it")

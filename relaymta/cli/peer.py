@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "number_of", "read_pieces", "routes",
-    "seconds_of", "size", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "number_of", "read_pieces",
+    "routes", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -190,11 +190,24 @@ def when(seconds: float) -> str:
     ahead = seconds - time.time()
     if abs(ahead) < 1:
         return "now"
-    if 0 < ahead < 7200:
-        return f"in {int(ahead // 60)}m{int(ahead % 60):02d}s"
-    if -7200 < ahead < 0:
-        return f"{int(-ahead // 60)}m{int(-ahead % 60):02d}s ago"
+    if abs(ahead) < 7200:
+        minutes, rest = divmod(int(abs(ahead)), 60)
+        text = f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+        return f"in {text}" if ahead > 0 else f"{text} ago"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def until(seconds: float) -> str:
+    """An end (seconds UTC) in a sentence: "until 09:30:00Z (in 12m05s)" where it is near."""
+    text = when(seconds)
+    if not text.startswith("in "):
+        return f"until {text}"
+    return f"until {datetime.fromtimestamp(seconds, UTC):%H:%M:%SZ} ({text})"
+
+
+def due(seconds: float) -> str:
+    """The time of a next attempt: as `when`, and "now" where it has passed, since what is due need not be tried at once."""
+    return "now" if 0 < seconds < time.time() else when(seconds)
 
 
 def size(octets: float) -> str:

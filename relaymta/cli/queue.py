@@ -15,7 +15,21 @@ import click
 
 from relaymta.cli.console import record, say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
-from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, number_of, routes, size, when
+from relaymta.cli.peer import (
+    Daemon,
+    Offline,
+    absent,
+    answered,
+    as_json,
+    asked,
+    connect,
+    due,
+    given,
+    number_of,
+    routes,
+    size,
+    when,
+)
 from relaymta.control.requests import AGES
 from relaymta.errors import NoSuch
 from relaymta.ident import format_id
@@ -68,7 +82,7 @@ def summary(read: Configuration, as_json: bool) -> None:
         say(_no_mail())
         return
     table("", ["queue", "messages", "size", "deferred", "held", "next attempt"], [
-        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), when(r["next"])] for r in rows
+        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), due(r["next"])] for r in rows
     ])  # fmt: skip
 
 
@@ -167,7 +181,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
     """A message of the list, in parts that are one line in all, or one each."""
     waiting = [r for r in row["recipients"] if r["state"] == "pending"] or row["recipients"]
     more = f" +{len(waiting) - 1}" if len(waiting) > 1 else ""
-    schedule = f"{when(row['arrived']):>10}  next {when(row['next']):<10}"
+    schedule = f"{when(row['arrived']):>10}  next {due(row['next']):<9}"
     return [
         f"{row['id']}  {row['state']:<11}  {size(row['size']):>8}  {schedule}",
         f"<{row['sender']}> -> <{waiting[0]['address']}>{more}",
@@ -236,7 +250,7 @@ def show_queue(read: Configuration, name: str, as_json: bool) -> None:
         return
     say(f"queue {name}: {row['messages']} messages, {size(row['bytes'])}")
     asleep = "; its site is down or suspended" if row["parked"] else ""
-    say(f"{row['deferred']} deferred, {row['held']} held; next attempt {when(row['next'])}{asleep}")
+    say(f"{row['deferred']} deferred, {row['held']} held; next attempt {due(row['next'])}{asleep}")
 
 
 def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
@@ -261,12 +275,11 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     ) -> None:  # fmt: skip
         if not (ids or everything or any(chosen.values())):
             fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue {verb} --help")
+        filters = [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
-        found = change(
-            peer, verb, [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen], dry_run, word
-        )
+        found = change(peer, verb, filters, dry_run, word)
         if not found["matched"]:
             check_names(peer, chosen)
         if as_json:
@@ -323,6 +336,8 @@ def _throttled(peer: Daemon, queues: Counter[str]) -> dict[str, Any]:
 
 def _result(found: dict[str, Any]) -> str:
     """The result of `change` as a sentence."""
+    if not found["matched"]:
+        return "no message matches; nothing was changed"
     if found["dry_run"]:
         text = f"{found['matched']} messages match; nothing was changed"
     else:

@@ -7,7 +7,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, given, seconds_of, when
+from relaymta.cli.peer import absent, as_json, asked, connect, given, seconds_of, until, when
 from relaymta.cli.queue import KINDS, names_of_sites
 from relaymta.errors import near
 
@@ -26,7 +26,9 @@ def site() -> None:
 @configured
 def list_sites(read: Configuration, as_json: bool) -> None:
     """List the sites that have mail or connections now, one a line."""
-    rows = asked(connect(read), "sites")
+    peer = connect(read)
+    rows = asked(peer, "sites")
+    _note_suspensions(rows, asked(peer, "site_states"))
     if as_json:
         for row in rows:
             say_json(row)
@@ -44,12 +46,21 @@ def list_sites(read: Configuration, as_json: bool) -> None:
     table("", ["site", "state", "waiting", "in flight", "conns", "rate", "reason"], lines)
 
 
+def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+    """Give the sites that are suspended that state."""
+    found = {state["site"]: state for state in states if state["kind"] == "suspended" and not state["about"]}
+    for row in rows:
+        if row["site"] in found:
+            row |= {"state": "suspended", **{key: found[row["site"]][key] for key in ("reason", "until")}}
+
+
 def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, states) of the sites with this name; ends the program when there are none."""
     peer = connect(read)
     rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
+    _note_suspensions(rows, states)
     if not rows and not states:
         absent("site", name, names_of_sites(peer), LISTED)
     return rows, states
@@ -66,7 +77,7 @@ def show(read: Configuration, name: str, as_json: bool) -> None:
         say_json({"sites": rows, "states": states, "facts": states})
         return
     for row in rows:
-        say(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
+        say(f"{row['pool']}: {row['state']}" + (f" {until(row['until'])}: {row['reason']}" if row["reason"] else ""))
         say(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
         for host, reason in row["hosts down"].items():
             say(f"  {host} is down: {reason}")
@@ -160,7 +171,8 @@ def _show_states(states: list[dict[str, Any]]) -> None:
     for state in states:
         about = f" ({state['about']})" if state["about"] else ""
         reply = f"; after: {state['reply']}" if state["reply"] and state["reply"] != state["reason"] else ""
-        what = f"{state['kind']} until {when(state['until'])} by {state['by']}"
+        by = "automatically" if state["by"] == "automatic" else f"by {state['by']}"
+        what = f"{state['kind']} {until(state['until'])} {by}"
         record(f"{state['site'] or 'all sites'}{about} {what}: {state['reason']}{reply}")
 
 
@@ -203,7 +215,7 @@ def why(read: Configuration, name: str, as_json: bool) -> None:
     for state in states:
         about = f" {state['about']}" if state["about"] else ""
         say(f"{state['kind']}{about}: {state['reason']} (by {state['by']})")
-        say(f"  since {when(state['since'])}, until {when(state['until'])}; the reply: {state['reply'] or '-'}")
+        say(f"  since {when(state['since'])}, {until(state['until'])}; the reply: {state['reply'] or '-'}")
 
 
 @shaping.command()
