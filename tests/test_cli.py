@@ -375,7 +375,7 @@ def test_a_suspended_site_is_called_that(relay):
         ident = relay.events("queued")[0]["id"]
         explained = call("message", "explain", ident, *spool).stdout
         assert re.search(r"^  smarthost is suspended by operator: maintenance, until \S+Z \(in 29m5\ds\)$", explained, re.M)
-        assert re.search(r"ago: deferred at connect", explained)
+        assert ": deferred at connect" in explained
     finally:
         call("site", "resume", "smarthost", *spool)
 
@@ -401,17 +401,18 @@ except SystemExit as end:
     assert end.code in (0, 1, 69), end.code
 print(*sys.modules, file=sys.stderr)
 """
-HEAVY = {"pydantic", "cryptography", "uvloop", "lmdb", "rich", "dkim", "spf", "aiosmtplib", "aiohttp", "joserfc", "argon2",
-         "scramp", "aiodns", "email", "mailbox", "dmarc", "publicsuffixlist", "nacl", "prometheus_client", "idna"}  # fmt: skip
+HEAVY = {
+    "asyncio", "pydantic", "cryptography", "uvloop", "lmdb", "rich", "dkim", "spf", "aiosmtplib", "aiohttp", "joserfc", "argon2",
+    "scramp", "aiodns", "email", "mailbox", "dmarc", "publicsuffixlist", "nacl", "prometheus_client", "idna",
+}  # fmt: skip
 CONFIG = {"pydantic", "email"}
+DNS = CONFIG | {"asyncio", "aiodns", "idna"}
+SECRETS = CONFIG | {"asyncio", "scramp", "argon2"}
 NEEDS = {  # what a verb may import beside the light; all others: nothing of HEAVY
-    ("app", "create"): CONFIG | {"scramp", "argon2", "cryptography"}, ("app", "rotate"): CONFIG | {"scramp", "argon2"},
-    ("app", "expire"): CONFIG, ("app", "remove"): CONFIG, ("app", "list"): CONFIG,
-    ("user", "add"): CONFIG | {"scramp", "argon2"}, ("user", "password"): CONFIG | {"scramp", "argon2"},
-    ("user", "remove"): CONFIG, ("user", "list"): CONFIG,
-    ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
-    ("dkim", "keygen"): CONFIG | {"cryptography", "idna"}, ("dkim", "check"): CONFIG | {"aiodns", "idna"},
-    ("route", "test"): CONFIG | {"aiodns", "idna"}, ("sink",): CONFIG,
+    ("app", "create"): SECRETS | {"cryptography"}, ("app", "rotate"): SECRETS, ("user", "add"): SECRETS,
+    ("user", "password"): SECRETS, ("app", "expire"): CONFIG, ("app", "remove"): CONFIG, ("app", "list"): CONFIG,
+    ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
+    ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip
 SLOW = {
