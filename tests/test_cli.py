@@ -113,7 +113,8 @@ def test_a_wrong_option_is_wrong_usage(path):
 @pytest.mark.parametrize("words", [
     ("quene", "list"), ("queue",), ("queue", "lisst"), (), ("message", "show"), ("--nonsense",), ("status", "extra"),
     ("status", "--set", "workers"), ("shaping", "clear", "x", "--kind", "y"), ("site", "suspend", "x", "--for", "soon"),
-    ("policy", "hold", "--app", "x", "--until", "25:00"), ("queue", "list", "--domain", ""), ("queue", "delete"),
+    ("policy", "hold", "--app", "x", "--until", "25:00"), ("queue", "delete", "ALL"),
+    ("queue", "hold", UNKNOWN, "zz"), ("queue", "list", "--domain", ""), ("queue", "delete"),
 ])  # fmt: skip
 def test_wrong_usage(words):
     assert call(*words).exit_code == 64
@@ -579,6 +580,22 @@ def test_an_application_is_removed_with_its_keys_and_nothing_else(tmp_path):
     assert [row["name"] for row in rows] == ["news", "ann"]
     assert call("app", "remove", "shop", *settings).stderr == "no such application: shop\n"
     assert "_domainkey" not in call("app", "remove", "news", *settings, *key).stdout
+
+
+def test_what_is_shown_once_is_an_object_too(tmp_path):
+    settings = ["--set", f"accounts.file={tmp_path}/accounts.toml"]
+    (made,) = call("app", "create", "shop", "--sender", "@shop.example", "--json", *settings).stdout.splitlines()
+    assert (
+        json.loads(made)["user"] == "shop"
+        and len(json.loads(made)["secret"]) == 32
+        and any("v=spf1" in line for line in json.loads(made)["dns"])
+    )
+    (made,) = call("app", "rotate", "shop", "--overlap", "1h", "--json", *settings).stdout.splitlines()
+    assert 3500 < json.loads(made)["old keys expire"] - time.time() <= 3600
+    out = str(tmp_path / "key.pem")
+    (made,) = call("dkim", "keygen", "shop.example", "--selector", "s1", "--out", out, "--json").stdout.splitlines()
+    assert json.loads(made)["name"] == "s1._domainkey.shop.example" and json.loads(made)["key"] == out
+    assert json.loads(made)["value"].startswith("v=DKIM1; k=rsa; p=")
 
 
 def test_times_of_accounts_are_seconds(tmp_path):

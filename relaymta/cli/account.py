@@ -331,8 +331,9 @@ def app() -> None:
 @app.command()
 @click.argument("name", callback=_named)
 @_senders
+@as_json
 @configured
-def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
+def create(read: Configuration, name: str, senders: tuple[str, ...], as_json: bool) -> None:
     """Create an application and its key, which is shown once."""
     from relaymta.auth.passwords import scram
     from relaymta.config import Account, Secret
@@ -341,9 +342,13 @@ def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
     account = Account(name=name, secrets=[Secret(hash=scram(key))], application=name, senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
-    say(f"user:   {name}", f"secret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    for line in _records(loaded(read, ANY_LISTENER), domains):
+    records = list(_records(loaded(read, ANY_LISTENER), domains))
+    if as_json:
+        say_json({"user": name, "secret": key, "dns": records})
+        return
+    say(f"user:   {name}", f"secret: {key}")
+    for line in records:
         say(f"DNS:    {line}")
 
 
@@ -366,8 +371,9 @@ def _records(config: "Config", domains: list[str]) -> Iterator[str]:
 @app.command()
 @click.argument("name")
 @click.option("--overlap", default="24h", metavar="DURATION", help="Time for which the old keys stay valid.")
+@as_json
 @configured
-def rotate(read: Configuration, name: str, overlap: str) -> None:
+def rotate(read: Configuration, name: str, overlap: str, as_json: bool) -> None:
     """Give an application a new key, which is shown once; its old keys expire after --overlap."""
     from relaymta.auth.passwords import scram, scram_keys
     from relaymta.config import Secret
@@ -384,6 +390,9 @@ def rotate(read: Configuration, name: str, overlap: str) -> None:
         except ValueError:  # salt or iteration count come from another program and are not accepted here
             hashed = scram(key)
         file.set_secrets(name, [Secret(hash=hashed), *before])
+    if as_json:
+        say_json({"user": name, "secret": key, "old keys expire": until.timestamp() if before else 0})
+        return
     say(f"user:   {name}", f"secret: {key}")
     if before:
         say(f"the old key is valid until {when(until.timestamp())}")

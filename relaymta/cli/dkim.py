@@ -39,11 +39,16 @@ def _absolute(context: click.Context, parameter: click.Parameter, path: Path) ->
 @click.option(
     "--out", "out", required=True, type=click.Path(path_type=Path), callback=_absolute, help="File to write the private key to."
 )
+@as_json
 @configured
-def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path) -> None:
+def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path, as_json: bool) -> None:
     """Create a key; print the DNS record and the [[dkim]] table for it."""
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, ANY_LISTENER).user)
+    if as_json:
+        name, value = _record(settings)
+        say_json({"name": name, "type": "TXT", "value": value, "key": str(out)})
+        return
     _show_record(settings)
     say("", "[[dkim]]", f'domain = "{settings.domain}"', f'selector = "{settings.selector}"', f'key = "{out}"')
 
@@ -73,10 +78,17 @@ def _make(path: Path, kind: str, user: str) -> None:
         give_to(descriptor, user)
 
 
-def _show_record(settings: Dkim) -> None:
-    from relaymta.filter.keys import load_key, record, zone_line
+def _record(settings: Dkim) -> tuple[str, str]:
+    """The name and value of a key's DNS record."""
+    from relaymta.filter.keys import load_key, record
 
-    say(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
+    return f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))
+
+
+def _show_record(settings: Dkim) -> None:
+    from relaymta.filter.keys import zone_line
+
+    say(zone_line(*_record(settings)))
 
 
 @dkim.command()

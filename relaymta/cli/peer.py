@@ -172,7 +172,7 @@ def number_of(ident: str) -> int:
     try:
         return parse_id(ident)
     except ValueError as error:
-        fail(64, str(error))
+        fail(64, "for every message there is --all" if ident == "ALL" else str(error))  # ALL: Postfix's
 
 
 def seconds_of(option: str, duration: str) -> float:
