@@ -1,5 +1,6 @@
 """The types of values (durations, sizes, addresses ...), the base of all tables, and the marks for what a reload applies."""
 
+import difflib  # noqa: F401 # for `near`: whoever drops root has imported it before
 import ipaddress
 import re
 from collections.abc import Callable, Iterable
