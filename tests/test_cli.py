@@ -182,7 +182,6 @@ NO_SUCH = [  # words, the beginning of the message
     (("queue", "list", "--route", "smarthos"), 'no such route: smarthos (did you mean "smarthost"?)\n'),
     (("queue", "list", "--route", "smarthos", "--json"), "no such route: smarthos"),
     (("queue", "hold", "--route", "x"), "no such route: x\n"),
-    (("queue", "delete", "--route", "x", "--dry-run"), "no such route: x\n"),
     (("policy", "hold", "--route", "x"), "no such route: x\n"),
     (("policy", "bounce", "--route", "x", "--dry-run"), "no such route: x\n"),
     (("queue", "list", "--queue", "smarthos"), 'no such queue: smarthos (did you mean "smarthost"?) (`relaymta queue summary`'),
@@ -253,6 +252,14 @@ def test_what_exists_or_may_come_is_accepted_and_json_is_an_object_a_line(relay)
         lines = call(*words, "--json", *spool).stdout.splitlines()
         assert all(isinstance(json.loads(line), dict) for line in lines), words
         assert len(lines) == 1 or words[:2] in LISTS, words
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"), [("--route", "no such route: x"), ("--queue", "no such queue: x"), ("--site", "no such site: x")]
+)
+def test_a_dry_run_that_counts_nothing_says_what_does_not_exist(relay, option, sentence):
+    found = call("queue", "delete", option, "x", "--dry-run", "--json", "--spool", str(relay.spool))
+    assert found.exit_code == 0 and json.loads(found.stdout)["matched"] == 0 and found.stderr.startswith(sentence)
 
 
 def test_a_decision_about_a_site_that_is_not_known_is_taken_with_a_note(relay):

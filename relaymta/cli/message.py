@@ -7,7 +7,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, say_message
 from relaymta.cli.options import Configuration, configured, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, due, number_of, read_pieces, size, until, when
+from relaymta.cli.peer import absent, as_json, asked, connect, due, no_such, number_of, read_pieces, size, until, when
 
 __all__ = ["message"]
 
@@ -36,7 +36,7 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
-        absent(IN_QUEUE, ident, hint=f"what happened to it: `relaymta message history {ident}`")
+        absent(no_such(IN_QUEUE, ident, hint=f"what happened to it: `relaymta message history {ident}`"))
     if as_json:
         say_json(found)
         return
@@ -59,7 +59,7 @@ def raw(read: Configuration, ident: str) -> None:
     pieces = read_pieces(connect(read), "raw", ident=ident)
     first = next(pieces, None)
     if first is None:
-        absent(IN_QUEUE, ident)
+        absent(no_such(IN_QUEUE, ident))
     say_message(chain([first], pieces))
 
 
@@ -75,7 +75,7 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
     if found is None:
         events = [] if missing() else asked(peer, "history", ident=ident)
         if not events:
-            absent("message in the queue or in the history", ident)
+            absent(no_such("message in the queue or in the history", ident))
         found = {"id": ident, "state": "gone", "history": events}
     if as_json:
         say_json(found)
@@ -124,7 +124,7 @@ def history(read: Configuration, ident: str, as_json: bool) -> None:
     """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:
-        absent("message in the history", ident)
+        absent(no_such("message in the history", ident))
     if as_json:
         for event in events:
             say_json(event)

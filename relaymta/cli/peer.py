@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "number_of", "read_pieces",
-    "routes", "seconds_of", "size", "until", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "no_such", "number_of",
+    "read_pieces", "routes", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -151,12 +151,17 @@ def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[bytes]
         yield piece
 
 
-def absent(kind: str, name: str, known: Iterable[str] = (), hint: str = "") -> NoReturn:
-    """End the program since there is no such thing (1); or (75) since a worker that may have it is missing. `known`: the names
-    among which one may be meant; `hint`: how to find out more."""
+def absent(text: str) -> NoReturn:
+    """End the program since something does not exist: with `text` (1), or (75) since a worker that may have it is missing."""
     if missing():
         sys.exit(75)  # `configured` names the workers
-    fail(1, f"{NoSuch(kind, name, known)}{hint and f' ({hint})'}")
+    fail(1, text)
+
+
+def no_such(kind: str, name: str, known: Iterable[str] = (), hint: str = "") -> str:
+    """The sentence that something does not exist. `known`: the names among which one may be meant; `hint`: how to find out
+    more."""
+    return f"{NoSuch(kind, name, known)}{hint and f' ({hint})'}"
 
 
 def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any:

@@ -8,7 +8,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json
 from relaymta.cli.options import Configuration, configured, fail
-from relaymta.cli.peer import Offline, absent, as_json, asked, connect, given, routes, seconds_of, until, when
+from relaymta.cli.peer import Offline, absent, as_json, asked, connect, given, no_such, routes, seconds_of, until, when
 from relaymta.cli.queue import change, pages
 
 __all__ = ["policy", "standing"]
@@ -61,7 +61,7 @@ def _add(kind: str, sentence: str, reason: str) -> None:
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
         if given.get("route") and given["route"] not in (known := routes(peer)):
-            absent("route", given["route"], known)
+            absent(no_such("route", given["route"], known))
         done, verb = POLICIES[kind]
         if dry_run:
             count = sum(len(idents) for _, idents, _ in pages(peer, given))
@@ -105,7 +105,7 @@ def _policy(state: dict[str, Any]) -> dict[str, Any]:
 def remove(read: Configuration, kind: str, about: str) -> None:
     """End a policy, by its kind and the mail that it is about, as `policy list` shows them. Mail that it held is released."""
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
-        absent("policy", f"{kind} {about}", hint="`relaymta policy list` names those in effect")
+        absent(no_such("policy", f"{kind} {about}", hint="`relaymta policy list` names those in effect"))
     say(f"the policy to {kind} {about} has ended")
 
 

@@ -25,6 +25,7 @@ from relaymta.cli.peer import (
     connect,
     due,
     given,
+    no_such,
     number_of,
     routes,
     size,
@@ -34,9 +35,11 @@ from relaymta.control.requests import AGES
 from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 
-__all__ = ["KINDS", "change", "check_names", "names_of_sites", "pages", "queue", "reload", "status"]
+__all__ = ["KINDS", "SITES", "change", "names_of_sites", "pages", "queue", "reload", "status"]
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
+QUEUES = "`relaymta queue summary` names those that have mail"
+SITES = "`relaymta site list` names those that have mail or connections"
 KINDS = ["suspended", "slow", "dead", "learned"]  # of decisions about sites
 
 
@@ -171,8 +174,8 @@ def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
             continue
         for line in lines:
             record(*_shown(json.loads(line)))
-    if empty:
-        check_names(peer, chosen)
+    if empty and (wrong := unknown_name(peer, chosen)):
+        absent(wrong)
     if empty and not as_json:
         say("no such messages" if any(chosen.values()) else _no_mail())
 
@@ -189,18 +192,18 @@ def _shown(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_names(peer: Daemon | Offline, chosen: dict[str, Any]) -> None:
-    """After nothing has matched a filter: end the program (1) if it names a route, queue or site that does not exist."""
+def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
+    """After nothing has matched a filter: the sentence about a queue, route or site in it that does not exist; "": all do."""
     names = [row["queue"] for row in asked(peer, "summary")] if chosen.get("queue") or chosen.get("route") else []
     if chosen.get("queue") and chosen["queue"] not in names:
-        absent("queue", chosen["queue"], names, "`relaymta queue summary` names those that have mail")
+        return no_such("queue", chosen["queue"], names, QUEUES)
     known = {*(name.partition("/")[0] for name in names), *routes(peer)} if chosen.get("route") else set()
     if chosen.get("route") and chosen["route"] not in known:
-        absent("route", chosen["route"], known)
-    if chosen.get("site"):
-        sites = names_of_sites(peer)
-        if chosen["site"] not in sites:
-            absent("site", chosen["site"], sites, "`relaymta site list` names those that have mail or connections")
+        return no_such("route", chosen["route"], known)
+    sites = names_of_sites(peer) if chosen.get("site") else set()
+    if chosen.get("site") and chosen["site"] not in sites:
+        return no_such("site", chosen["site"], sites, SITES)
+    return ""
 
 
 def names_of_sites(peer: Daemon | Offline) -> set[str]:
@@ -243,7 +246,7 @@ def show_queue(read: Configuration, name: str, as_json: bool) -> None:
     """Show one queue, by its name in `queue summary`."""
     rows = {row["queue"]: row for row in asked(connect(read), "summary")}
     if name not in rows:
-        absent("queue", name, rows, "`relaymta queue summary` names those that have mail")
+        absent(no_such("queue", name, rows, QUEUES))
     row = rows[name]
     if as_json:
         say_json(row)
@@ -280,12 +283,14 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
         found = change(peer, verb, filters, dry_run, word)
-        if not found["matched"]:
-            check_names(peer, chosen)
         if as_json:
             say_json(found)
         else:
             say(f"{verb}: {_result(found)}")
+        if not found["matched"] and (wrong := unknown_name(peer, chosen)):
+            if not dry_run:
+                absent(wrong)
+            say(wrong, err=True)  # the count is the answer
         if "unknown" in found and not missing():
             where = "message in the queue" + (" that matches" if any(chosen.values()) else "")
             fail(1, "\n".join(str(NoSuch(where, ident)) for ident in found["unknown"]))

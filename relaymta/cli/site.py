@@ -7,13 +7,11 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, given, seconds_of, until, when
-from relaymta.cli.queue import KINDS, names_of_sites
+from relaymta.cli.peer import absent, as_json, asked, connect, given, no_such, seconds_of, until, when
+from relaymta.cli.queue import KINDS, SITES, names_of_sites
 from relaymta.errors import near
 
 __all__ = ["shaping", "site"]
-
-LISTED = "`relaymta site list` names those that have mail or connections"
 
 
 @click.group()
@@ -62,7 +60,7 @@ def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
     _note_suspensions(rows, states)
     if not rows and not states:
-        absent("site", name, names_of_sites(peer), LISTED)
+        absent(no_such("site", name, names_of_sites(peer), SITES))
     return rows, states
 
 
@@ -141,9 +139,9 @@ def resume(read: Configuration, name: str, application: str) -> None:
     peer = connect(read)
     if not asked(peer, "clear", kind="", site=name, about=application, resume=True):
         if name and name not in (known := names_of_sites(peer)):
-            absent("site", name, known, LISTED)
+            absent(no_such("site", name, known, SITES))
         about = " ".join(filter(None, (name, f"--app {application}" if application else "")))
-        absent("suspension", about, hint="`relaymta shaping active` lists what is suspended")
+        absent(no_such("suspension", about, hint="`relaymta shaping active` lists what is suspended"))
     say(f"{f'mail of {application} to ' if application else ''}{name or 'all sites'} is resumed")
 
 
@@ -190,7 +188,7 @@ def clear(read: Configuration, name: str, everything: bool, kind: str | None, dr
     kinds = [kind] if kind else KINDS
     states = [f for f in asked(peer, "site_states") if (everything or f["site"] == name) and f["kind"] in kinds]
     if name and not states and name not in (known := names_of_sites(peer)):
-        absent("site", name, known, LISTED)
+        absent(no_such("site", name, known, SITES))
     if dry_run:
         say(f"{len(states)} decisions match; nothing was changed")
         return
