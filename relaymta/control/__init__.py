@@ -10,18 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from relaymta.control.asking import Asked, ask, begin
-from relaymta.control.frames import Late, Refused, sentence
+from relaymta.control.frames import LIMIT, Late, Refused, sentence
 from relaymta.control.process import program
 
 if TYPE_CHECKING:
-    from relaymta.control.channel import WINDOW, Channel
+    from relaymta.control.channel import Channel
     from relaymta.control.connection import Answer, converse, serve
 
 __all__ = [
-    "WINDOW", "Answer", "Asked", "Channel", "Late", "Refused", "ask", "begin", "converse", "program", "sentence", "serve",
+    "BACKLOG", "WINDOW", "Answer", "Asked", "Channel", "Late", "Refused", "ask", "begin", "converse", "program", "sentence",
+    "serve",
 ]  # fmt: skip
 
-_LATER = {"Channel": "channel", "WINDOW": "channel", "Answer": "connection", "converse": "connection", "serve": "connection"}
+WINDOW = 4  # pieces of an answer that are on their way
+BACKLOG = 2 * LIMIT  # octets not yet taken by the other end above which no request is sent
+
+_LATER = {"Channel": "channel", "Answer": "connection", "converse": "connection", "serve": "connection"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,13 +9,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+from relaymta import control
 from relaymta.control.connection import READER_SECONDS
-from relaymta.control.frames import LIMIT, ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Late, Refused, in_pieces, pack, refusal
+from relaymta.control.frames import ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Late, Refused, in_pieces, pack, refusal
 
-__all__ = ["WINDOW", "Channel"]
+__all__ = ["Channel"]
 
-WINDOW = 4  # pieces on their way
-BACKLOG = 2 * LIMIT  # octets not yet taken by the other end above which no request is sent
 DESCRIPTORS = 253  # SCM_MAX_FD
 
 
@@ -114,7 +113,7 @@ class Channel:
     def _begin(self, op: str) -> int:
         if not self.open:
             raise ConnectionError("the process is gone")
-        if self._backlog > BACKLOG:
+        if self._backlog > control.BACKLOG:
             raise Late(f"{op} was not asked for: the process does not take what was sent before")
         self._next += 1
         return self._next
@@ -233,7 +232,7 @@ class Channel:
         """Send the pieces of an answer, each when the other end has taken an earlier one."""
         task = asyncio.current_task()
         assert task is not None
-        wanted = asyncio.Semaphore(WINDOW)
+        wanted = asyncio.Semaphore(control.WINDOW)
         if ident is not None:
             self._pouring[ident] = wanted, task
         try:

@@ -1,18 +1,20 @@
 """Which messages an operator means: the filter that the command line sends, and that the queue and policies go by."""
 
-from typing import Annotated
+import dataclasses
+from typing import Annotated, Any, Self
 
 import msgspec
 
 from relaymta.proto.envelope import HELD, Envelope, QueueName
 
-__all__ = ["Filter", "Number", "Text"]
+__all__ = ["Chosen", "Filter", "Number", "Text"]
 
 Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
 Number = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Filter:
     """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
     accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
 
@@ -26,6 +28,11 @@ class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipient_domain: Text = ""
     held: bool = False
     until: Number = 0
+
+    @classmethod
+    def of(cls, chosen: Any) -> Self:
+        """The filter that a request has sent, as `Chosen`."""
+        return cls(**msgspec.structs.asdict(chosen))
 
     @property
     def whole_queues(self) -> bool:
@@ -55,3 +62,12 @@ class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             wanted = "@" + self.recipient_domain.lower()
             return any(address.lower().endswith(wanted) for address in envelope.recipients)
         return True
+
+
+# The filter in a request: its fields, checked, and no others.
+Chosen = msgspec.defstruct(
+    "Chosen",
+    [(field.name, field.type, field.default) for field in dataclasses.fields(Filter)],
+    frozen=True,
+    forbid_unknown_fields=True,
+)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from relaymta.control.filters import Filter, Number, Text
+from relaymta.control.filters import Chosen, Number, Text
 from relaymta.errors import RelayError
 
 __all__ = ["AGES", "REQUESTS", "Request", "Where"]
@@ -49,7 +49,7 @@ class Page(_Arguments, frozen=True):
 
     shard: Number
     after: Number
-    chosen: Filter
+    chosen: Chosen  # type: ignore[valid-type]
 
 
 class Change(_Arguments, frozen=True):
@@ -64,7 +64,7 @@ class Change(_Arguments, frozen=True):
 class Move(_Arguments, frozen=True):
     """To the route `word`."""
 
-    chosen: Filter
+    chosen: Chosen  # type: ignore[valid-type]
     word: Text
     dry_run: bool
 

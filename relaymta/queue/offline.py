@@ -10,6 +10,7 @@ from typing import Any
 import lmdb
 import xxhash
 
+from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
@@ -98,7 +99,7 @@ class Spool:
 
     def page(self, args: Page) -> Any:
         """As `listing.page`. RelayError for a site: only a worker knows which mail goes there."""
-        wanted = args.chosen
+        wanted = Filter.of(args.chosen)
         if wanted.site:
             raise RelayError("the daemon is not running, and only the daemon knows which mail is for a site")
 

@@ -1,10 +1,9 @@
 """What operators read of a running shard: `inspect` and `listing` on its reader threads."""
 
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-from msgspec.structs import replace
 
 from relaymta.control.filters import Filter
 from relaymta.proto.envelope import Placement, QueueName

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from relaymta.control import sentence
+from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Busiest, Change, Move, Nothing, OfMessage, Page, Queues
 from relaymta.errors import NoSuch, RelayError
 from relaymta.queue import parse_id
@@ -57,7 +58,7 @@ class Answers:
     async def page(self, args: Page) -> Any:
         """As `listing.page`."""
         one = self._shard(args.shard)
-        return await one.queue.page(args.chosen, args.after, partial(goes_to, one.dispatcher))
+        return await one.queue.page(Filter.of(args.chosen), args.after, partial(goes_to, one.dispatcher))
 
     async def change(self, args: Change) -> Any:
         """Apply a verb to messages: (changed, in flight). RelayError when there is no such route."""
@@ -73,7 +74,7 @@ class Answers:
     async def move(self, args: Move) -> Any:
         """Move all messages of whole queues to a route: (messages matched, those in flight). None when the filter does not match
         whole queues, or the route has no hosts of its own. RelayError when there is no such route."""
-        wanted, route = args.chosen, self._worker.routes.named(args.word)
+        wanted, route = Filter.of(args.chosen), self._worker.routes.named(args.word)
         if route is None:
             raise self._no_route(args.word)
         if wanted.until or not (wanted.whole_queues and route.hosts):  # without hosts, the queue depends on the domain

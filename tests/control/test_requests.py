@@ -1,6 +1,7 @@
 """The table of requests: each has its handlers, its arguments are checked, and answers name the workers that are missing."""
 
 import asyncio
+import dataclasses
 import math
 import time
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from relaymta.control import Late, Refused
-from relaymta.control.requests import REQUESTS, Change, Where
+from relaymta.control.requests import REQUESTS, Change, Chosen, Where
 from relaymta.errors import RelayError
 from relaymta.ident import format_id
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates, Store, check_storable
@@ -34,8 +35,10 @@ def test_each_request_has_its_handlers_and_there_are_no_others():
     assert all((row.merge is not None) == (row.where is Where.ALL) and row.seconds > 0 for row in REQUESTS.values())
 
 
-def test_a_policy_is_about_what_a_filter_selects_and_the_queue_knows_the_verbs():
-    assert set(FIELDS) < set(Filter.__struct_fields__)
+def test_the_filter_of_a_request_is_the_queues():
+    fields = {field.name: field.default for field in dataclasses.fields(Filter)}
+    assert {name: getattr(Chosen(), name) for name in Chosen.__struct_fields__} == fields
+    assert set(FIELDS) < set(fields)
     assert set(inspect.VERBS) == set(Change.__annotations__["verb"].__args__)
 
 

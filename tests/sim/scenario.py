@@ -5,7 +5,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import lmdb
-import msgspec
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.errors import StoreError
@@ -213,7 +212,10 @@ class Scenario:
         while first or after:
             first = False
             page = await queue.page(chosen, after, lambda name, site: goes_to(worker.dispatcher, name, site))
-            after, chosen = page["after"], msgspec.structs.replace(chosen, until=page["until"])
+            after, chosen = (
+                page["after"],
+                Filter(**{f: getattr(chosen, f) for f in chosen.__dataclass_fields__} | {"until": page["until"]}),
+            )
             idents = page["ids"]
             if bound and idents and max(idents) > bound:
                 world.wrong(f"{verb} has reached a message that came after its start", world.ledger.messages.get(max(idents)))
