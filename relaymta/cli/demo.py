@@ -99,7 +99,7 @@ Try, in another terminal:
   relaymta queue list                        # as mailq; then: relaymta message explain ID
   relaymta site resume sink                  # and is delivered
   curl -s http://127.0.0.1:{METRICS_PORT}/metrics | grep ^relaymta_messages
-  tail -f {LOG}
+  tail -f {LOG.absolute()}
 
 Ctrl-C stops it.
 """.split("\n"))  # fmt: skip
