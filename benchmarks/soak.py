@@ -360,7 +360,9 @@ def soaked(minutes: float, rate: float) -> list[tuple[str, object, bool]]:
                     restarts = [event["text"] for event in relay.events("warning") if "quarantined" in event["text"]]
                     stores = [event for event in relay.events("store") if event["state"] != "ok"]
                     status = relay.stop()
-                    offline = sum(row["messages"] for row in json.loads(relay.cli("queue", "summary", "--json").stdout))
+                    offline = sum(
+                        json.loads(row)["messages"] for row in relay.cli("queue", "summary", "--json").stdout.splitlines()
+                    )
         finally:
             peer.terminate()
             peer.wait()

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 
 __all__ = [
-    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Failure", "RelayError", "SpoolBusy", "StoreError", "StoreFull", "check_all",
-    "redacted", "store_error", "told",
+    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Failure", "NoSuch", "RelayError", "SpoolBusy", "StoreError", "StoreFull",
+    "check_all", "near", "redacted", "store_error", "told",
 ]  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -32,7 +32,26 @@ _SECRETS = (
 
 
 class RelayError(Exception):
-    """Base of our errors; str() is a message for operators."""
+    """Base of our errors; str() is a message for operators. `absent`: it says that what it is about does not exist."""
+
+    absent = False
+
+
+class NoSuch(RelayError):
+    """What was asked about does not exist. str(): `no such KIND: NAME`, with the name among `known` that is like it."""
+
+    absent = True
+
+    def __init__(self, kind: str, name: str, known: Iterable[str] = ()) -> None:
+        super().__init__(f"no such {kind}: {name}{near(name, known)}")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """` (did you mean "..."?)`, or nothing."""
+    from difflib import get_close_matches  # imported when something is wrong
+
+    found = get_close_matches(word, list(known), 1, 0.6)
+    return f' (did you mean "{found[0]}"?)' if found else ""
 
 
 class Failure(RelayError):

@@ -192,24 +192,6 @@ def test_the_sink_shows_subjects_escaped(capsys):
     assert r"Subject: \x1b[31m\u202e" in shown and not CONTROL.search(shown)
 
 
-HEAVY = {"pydantic", "cryptography", "uvloop", "lmdb", "rich", "dkim", "spf", "aiosmtplib"}
-IMPORTED = """
-import sys
-from relaymta.cli import main
-main(sys.argv[1:], standalone_mode=False)
-print(*sys.modules, file=sys.stderr)
-"""
-
-
-def test_verbs_import_only_what_they_need(tmp_path):
-    """Each call starts an interpreter: what the daemon answers takes no more than a socket."""
-    with Relay(tmp_path, "127.0.0.1:9"):
-        for verb in ("queue list", "queue flush --all", "status --json", "site list --json", "reload", "policy list --json"):
-            command = [sys.executable, "-P", "-c", IMPORTED, *verb.split(), "--spool", str(tmp_path / "spool")]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            assert not HEAVY & set(done.stderr.split()), verb
-
-
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [

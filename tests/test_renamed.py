@@ -79,7 +79,7 @@ def test_a_running_relay_serves_both_names(tmp_path):
             assert made.stderr == WARNING and "mail with recipient_domain=d.example" in made.stdout
             listed = [relay.cli(verb, "list", "--json") for verb in ("standing", "policy")]
             assert [done.stderr for done in listed] == [WARNING, ""]
-            rows = [row for done in listed for row in json.loads(done.stdout)]
+            rows = [json.loads(line) for done in listed for line in done.stdout.splitlines()]
             assert [(row["kind"], row["about"]) for row in rows] == [("bounce", "recipient_domain=d.example")] * 2
             relay.send()
             (bounced,) = wait_for(lambda: relay.events("bounced"))

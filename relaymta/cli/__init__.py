@@ -1,20 +1,47 @@
-"""The command line: `relaymta VERB`. Every reading verb has --json."""
+"""The command line: `relaymta VERB`. Options, output and exit statuses are the same for all verbs: docs/cli.md."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
 from relaymta import __version__
+from relaymta.cli.options import for_all_verbs, note_given
 
 __all__ = ["main"]
 
-# Verb -> its module. Only that of the verb that is called is imported.
+USAGE = 64  # EX_USAGE of sysexits.h
+
+
+class Verb(NamedTuple):
+    """A verb: its module, and its line in `relaymta --help`, with which its own help begins. Hidden without a line."""
+
+    module: str
+    line: str = ""
+
+
+# Only the module of the verb that is called is imported, and none for `relaymta --help`.
 VERBS = {
-    "serve": "serve", "sink": "sink", "config": "config", "status": "queue", "queue": "queue", "message": "message",
-    "route": "route", "site": "site", "shaping": "site", "policy": "policy", "standing": "policy", "user": "account",
-    "app": "account", "dkim": "dkim", "doctor": "doctor", "reload": "queue",
-}  # fmt: skip
+    "app": Verb("account", "Manage applications that log in with a key to send mail."),
+    "config": Verb("config", "Check, show or describe the configuration."),
+    "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
+    "doctor": Verb("doctor", "Check what other servers see of this one."),
+    "message": Verb("message", "Inspect one message."),
+    "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),
+    "queue": Verb("queue", "List the messages in the queue, and change them."),
+    "reload": Verb("queue", "Make the daemon read its configuration again."),
+    "route": Verb("route", "Test the routes."),
+    "serve": Verb("serve", "Run the relay until SIGTERM or Ctrl-C."),
+    "shaping": Verb("site", "Show and clear decisions about sites."),
+    "sink": Verb("sink", "Run a smart host for tests."),
+    "site": Verb("site", "The sites that mail is sent to."),
+    "standing": Verb("policy"),
+    "status": Verb("queue", "Show the state of the daemon and its workers."),
+    "user": Verb("account", "Manage people who log in to send mail."),
+}
 
 
 class Verbs(click.Group):
@@ -32,11 +59,37 @@ class Verbs(click.Group):
         """A verb's command; None when there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        found: click.Command = getattr(import_module(f"relaymta.cli.{VERBS[cmd_name]}"), cmd_name)
+        found: click.Command = getattr(import_module(f"relaymta.cli.{VERBS[cmd_name].module}"), cmd_name)
         return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the lines of VERBS."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, VERBS[name].line) for name in self.list_commands(ctx) if VERBS[name].line])
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click's; a wrong option or argument has the exit status USAGE."""
+        with _sysexits():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's; a wrong option or argument has the exit status USAGE."""
+        with _sysexits():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _sysexits() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        error.exit_code = USAGE  # type: ignore[misc]
+        raise
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="relaymta")
-def main() -> None:
+@for_all_verbs
+@click.version_option(__version__, "--version", "-V", prog_name="relaymta")
+def main(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
     """A relay MTA: accepts mail by SMTP, makes it safe on disk before it replies 250, and delivers it."""
+    note_given(path, settings, spool)

@@ -1,30 +1,30 @@
 """`relaymta user` and `relaymta app`: edit the file of accounts, which the running daemon reads again within seconds."""
 
 import contextlib
-import fcntl
 import itertools
 import json
-import os
-import pwd
 import re
 import secrets
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
-from relaymta.cli.peer import as_json, asked, connect
-from relaymta.config import Account, Config, Secret, load_accounts, near, parse_duration
-from relaymta.errors import ConfigError
+from relaymta.cli.editing import locked, replace_file
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded
+from relaymta.cli.peer import as_json, asked, connect, seconds_of, when
+from relaymta.errors import ConfigError, NoSuch
 from relaymta.files import read_text
 
-__all__ = ["app", "give_to", "locked", "replace_file", "user"]
+if TYPE_CHECKING:  # `app usage` starts without it
+    from relaymta.config import Account, Config, Secret
+
+__all__ = ["app", "user"]
 
 KEY_OCTETS = 20  # of an application's key: 160 bits resist brute force, whatever the hash
 _NAME = r"""\s*(?:account|"account"|'account')\s*"""
@@ -44,11 +44,13 @@ class _File:
     the file, so that no other accounts can change."""
 
     def __init__(self, read: Configuration) -> None:
+        from relaymta.config import load_accounts
+
         config = loaded(read, ANY_LISTENER)
         path, self.user = config.accounts.file, config.user
         if not path:
             fail(78, "accounts.file is not set: it is the file with the accounts")
-        self.path = Path(path)
+        self.path = Path(absolute(path))
         self.accounts: list[Account] = []
         self.lines: list[str] = []
         if self.path.exists():
@@ -58,14 +60,14 @@ class _File:
             except ConfigError as error:
                 fail(78, str(error))
 
-    def get(self, name: str) -> Account:
-        """The account with this name; ends the program if there is none."""
+    def get(self, name: str, kind: str) -> "Account":
+        """The account with this name; ends the program (1) if there is no such `kind` of account."""
         found = next((account for account in self.accounts if account.name == name), None)
         if found is None:
-            fail(1, f"there is no account {name!r}{near(name, [account.name for account in self.accounts])}")
+            fail(1, str(NoSuch(kind, name, [account.name for account in self.accounts])))
         return found
 
-    def add(self, account: Account) -> None:
+    def add(self, account: "Account") -> None:
         """Append a new account."""
         if any(other.name == account.name for other in self.accounts):
             fail(1, f"there is an account {account.name!r} already")
@@ -82,10 +84,10 @@ class _File:
         del self.lines[start:end]
         self.write([account for account in self.accounts if account.name != name])
 
-    def set_secrets(self, name: str, kept: list[Secret]) -> None:
+    def set_secrets(self, name: str, kept: "list[Secret]") -> None:
         """Replace the secrets of an account."""
         start, end = self._block(name)
-        account = self.get(name).model_copy(update={"secrets": kept})
+        account = next(one for one in self.accounts if one.name == name).model_copy(update={"secrets": kept})
         for first, behind in reversed(self._secret_lines(start, end)):
             del self.lines[first:behind]
         self.lines.insert(start + 1, _secrets(account))
@@ -117,8 +119,9 @@ class _File:
             end -= 1
         return end
 
-    def write(self, meant: list[Account]) -> None:
+    def write(self, meant: "list[Account]") -> None:
         """Write the lines to the file, if they mean exactly these accounts."""
+        from relaymta.config import load_accounts
 
         def check(fresh: Path) -> None:
             if load_accounts(fresh) != meant:
@@ -133,30 +136,6 @@ def _edited(read: Configuration, new: bool = False) -> Iterator[_File]:
     file = _File(read)
     with locked(file.path, file.user) if new or file.path.exists() else contextlib.nullcontext():
         yield _File(read)
-
-
-@contextlib.contextmanager
-def locked(path: Path, user: str) -> Iterator[None]:
-    """Hold the lock (flock) of the file that is at `path` now, which the last holder may have replaced. A missing file is
-    created."""
-    while True:
-        try:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                give_to(descriptor, user)
-            except FileExistsError:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            fail(74, f"{path}: {error.strerror}")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _tops(lines: list[str]) -> list[int]:
@@ -177,57 +156,11 @@ def _tops(lines: list[str]) -> list[int]:
     return found
 
 
-def replace_file(path: Path, text: str, user: str = "", check: Callable[[Path], object] = lambda path: None) -> None:
-    """Replace a file (the target of a symbolic link) atomically, with owner and mode as before. A new file is readable by its
-    owner only, who is `user` if root creates it. `check(path)` is called with the new file before it is renamed; its ConfigError,
-    and OSError, end the program."""
-    fresh = None
-    try:
-        path = path.resolve()
-        before = path.stat() if path.exists() else None
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        fresh = Path(name)
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            _hand_over(descriptor, before, user)
-            os.fsync(descriptor)
-        check(fresh)
-        fresh.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, UnicodeEncodeError, ConfigError) as error:
-        if fresh is not None:
-            fresh.unlink(missing_ok=True)
-        fail(74, f"{path}: {getattr(error, 'strerror', None) or error}")
-
-
-def _hand_over(descriptor: int, before: os.stat_result | None, user: str) -> None:
-    """Set owner and mode of a new file: those of the file it replaces, or else the relay's user as its owner."""
-    if before is None:
-        give_to(descriptor, user)
-        return
-    made = os.fstat(descriptor)
-    if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
-        os.fchown(descriptor, before.st_uid, before.st_gid)  # PermissionError: else the relay might be unable to read it
-    os.fchmod(descriptor, before.st_mode & 0o7777)
-
-
-def give_to(descriptor: int, user: str) -> None:
-    """If root runs this, make the relay's user the owner of a file."""
-    if user and os.geteuid() == 0:
-        try:
-            os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
-        except KeyError:
-            fail(78, f"user: there is no user {user!r}")
-
-
 def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # for strings and lists of strings, JSON is TOML
 
 
-def _secrets(account: Account) -> str:
+def _secrets(account: "Account") -> str:
     """The line of an account's secrets."""
     found = []
     for secret in account.secrets:
@@ -236,9 +169,9 @@ def _secrets(account: Account) -> str:
     return f"secrets = [{', '.join(found)}]"
 
 
-def _until(secret: Secret, until: datetime) -> Secret:
+def _until(secret: "Secret", until: datetime) -> "Secret":
     """A secret that expires at `until`, or earlier if it did."""
-    return Secret(hash=secret.hash, expires=min(secret.expires or until, until))
+    return secret.model_copy(update={"expires": min(secret.expires or until, until)})
 
 
 def _named(context: click.Context, parameter: click.Parameter, name: str) -> str:
@@ -265,7 +198,11 @@ def _senders(function: Callable[..., Any]) -> Callable[..., Any]:
 def _listing(read: Configuration, as_json: bool) -> None:
     accounts = _File(read).accounts
     if as_json:
-        say_json([_row(account) for account in accounts])
+        for account in accounts:
+            say_json(_row(account))
+        return
+    if not accounts:
+        say("there are no accounts")
         return
     shown = [
         [a.name, a.application, ", ".join(_shown(secret) for secret in a.secrets) or "none", ", ".join(a.senders) or "any"]
@@ -274,17 +211,23 @@ def _listing(read: Configuration, as_json: bool) -> None:
     table("", ["name", "application", "secrets", "senders"], shown)
 
 
-def _row(account: Account) -> dict[str, Any]:
-    secrets = [{"kind": _kind(s), "expires": s.expires.isoformat() if s.expires else ""} for s in account.secrets]
+def _row(account: "Account") -> dict[str, Any]:
+    """An account as --json shows it. `expires`: seconds since 1970 UTC, 0: never."""
+    secrets = [{"kind": _kind(s), "expires": _expires(s)} for s in account.secrets]
     return {"name": account.name, "application": account.application, "secrets": secrets, "senders": account.senders}
 
 
-def _kind(secret: Secret) -> str:
+def _expires(secret: "Secret") -> float:
+    return secret.expires.timestamp() if secret.expires else 0
+
+
+def _kind(secret: "Secret") -> str:
     return secret.hash.lstrip("$").partition("$")[0]
 
 
-def _shown(secret: Secret) -> str:
-    return _kind(secret) + (f" until {secret.expires:%Y-%m-%d %H:%M:%S%z}" if secret.expires else "")
+def _shown(secret: "Secret") -> str:
+    expires = _expires(secret)
+    return _kind(secret) + (f" ({'expired' if expires <= time.time() else 'expires'} {when(expires)})" if expires else "")
 
 
 def _asked_for() -> str:
@@ -314,6 +257,8 @@ def user() -> None:
 @configured
 def add_user(read: Configuration, name: str, password: str, with_scram: bool, senders: tuple[str, ...]) -> None:
     """Add a user."""
+    from relaymta.config import Account
+
     account = Account(name=name, secrets=[_kept(password, with_scram)], senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
@@ -327,8 +272,9 @@ def _note_scram(file: _File, with_scram: bool) -> None:
         say("note: SCRAM-SHA-256 is offered only while all passwords are stored for it; this one is not (--scram)", err=True)
 
 
-def _kept(password: str, with_scram: bool) -> Secret:
+def _kept(password: str, with_scram: bool) -> "Secret":
     from relaymta.auth.passwords import PEOPLE_ITERATIONS, argon2id, scram
+    from relaymta.config import Secret
 
     if not password:
         fail(64, "the password is empty")
@@ -353,7 +299,7 @@ def password(read: Configuration, name: str, password: str, with_scram: bool) ->
     """Change a user's password."""
     secret = _kept(password, with_scram)
     with _edited(read) as file:
-        file.get(name)
+        file.get(name, "user")
         file.set_secrets(name, [secret])
     say(f"{name} has a new password")
     _note_scram(file, with_scram)
@@ -365,7 +311,7 @@ def password(read: Configuration, name: str, password: str, with_scram: bool) ->
 def remove_user(read: Configuration, name: str) -> None:
     """Remove a user."""
     with _edited(read) as file:
-        file.get(name)
+        file.get(name, "user")
         file.remove(name)
     say(f"{name} is removed")
 
@@ -386,22 +332,28 @@ def app() -> None:
 @app.command()
 @click.argument("name", callback=_named)
 @_senders
+@as_json
 @configured
-def create(read: Configuration, name: str, senders: tuple[str, ...]) -> None:
+def create(read: Configuration, name: str, senders: tuple[str, ...], as_json: bool) -> None:
     """Create an application and its key, which is shown once."""
     from relaymta.auth.passwords import scram
+    from relaymta.config import Account, Secret
 
     key = _key()
     account = Account(name=name, secrets=[Secret(hash=scram(key))], application=name, senders=_checked_senders(senders))
     with _edited(read, new=True) as file:
         file.add(account)
-    say(f"user:   {name}", f"secret: {key}")
     domains = sorted({sender.rpartition("@")[2].lstrip(".") for sender in senders})
-    for line in _records(loaded(read, ANY_LISTENER), domains, name):
+    records = list(_records(loaded(read, ANY_LISTENER), domains, name))
+    if as_json:
+        say_json({"user": name, "secret": key, "dns": records})
+        return
+    say(f"user:   {name}", f"secret: {key}")
+    for line in records:
         say(f"DNS:    {line}")
 
 
-def _records(config: Config, domains: list[str], application: str) -> Iterator[str]:
+def _records(config: "Config", domains: list[str], application: str) -> Iterator[str]:
     """Lines with the DNS records (SPF, DKIM) for domains whose mail an application sends from here."""
     from relaymta.cli import spf
     from relaymta.filter.keys import load_key, record, zone_line
@@ -421,19 +373,18 @@ def _records(config: Config, domains: list[str], application: str) -> Iterator[s
 @app.command()
 @click.argument("name")
 @click.option("--overlap", default="24h", metavar="DURATION", help="Time for which the old keys stay valid.")
+@as_json
 @configured
-def rotate(read: Configuration, name: str, overlap: str) -> None:
+def rotate(read: Configuration, name: str, overlap: str, as_json: bool) -> None:
     """Give an application a new key, which is shown once; its old keys expire after --overlap."""
     from relaymta.auth.passwords import scram, scram_keys
+    from relaymta.config import Secret
 
-    try:
-        until = datetime.now(UTC) + timedelta(seconds=parse_duration(overlap))
-    except ValueError as error:
-        fail(64, f"--overlap {overlap}: expected {error}")
+    until = datetime.now(UTC) + timedelta(seconds=seconds_of("--overlap", overlap))
     key = _key()
     with _edited(read) as file:
         now = datetime.now(UTC)
-        before = [_until(one, until) for one in file.get(name).secrets if one.expires is None or one.expires > now]
+        before = [_until(one, until) for one in file.get(name, "application").secrets if one.expires is None or one.expires > now]
         # With the salt of the old key: a SCRAM server sends one salt, before it can know which key the client has (RFC 5802 5).
         beside = next(filter(None, (scram_keys(one.hash) for one in before)), None)
         try:
@@ -441,9 +392,12 @@ def rotate(read: Configuration, name: str, overlap: str) -> None:
         except ValueError:  # salt or iteration count come from another program and are not accepted here
             hashed = scram(key)
         file.set_secrets(name, [Secret(hash=hashed), *before])
+    if as_json:
+        say_json({"user": name, "secret": key, "old keys expire": until.timestamp() if before else 0})
+        return
     say(f"user:   {name}", f"secret: {key}")
     if before:
-        say(f"the old key is valid until {until.strftime('%Y-%m-%d %H:%M:%SZ')}")
+        say(f"the old key is valid until {when(until.timestamp())}")
 
 
 @app.command()
@@ -453,12 +407,29 @@ def expire(read: Configuration, name: str) -> None:
     """Expire all keys of an application, now."""
     now = datetime.now(UTC)
     with _edited(read) as file:
-        account = file.get(name)
+        account = file.get(name, "application")
         if not account.secrets:
             fail(1, f"{name} has no key that could expire")
         # Expired keys are kept: an account without any secret is checked by the authentication back end.
         file.set_secrets(name, [_until(secret, now) for secret in account.secrets])
     say(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
+
+
+@app.command(name="remove")
+@click.argument("name")
+@configured
+def remove_app(read: Configuration, name: str) -> None:
+    """Remove an application: its account, with all of its keys. What it has in the queue is still delivered."""
+    with _edited(read) as file:
+        application = file.get(name, "application").application
+        file.remove(name)
+        alone = not any(other.application == application for other in file.accounts if other.name != name)
+    say(f"{name} is removed: it cannot log in any more")
+    if application:
+        say(f"its mail in the queue is still delivered (`relaymta queue list --app {application}`; delete, bounce)")
+    for key in loaded(read, ANY_LISTENER).dkim:
+        if alone and key.application == [application]:
+            say(f"the [[dkim]] of {key.selector}._domainkey.{key.domain} signs nothing else: remove it and its DNS record")
 
 
 @app.command()
@@ -468,7 +439,8 @@ def usage(read: Configuration, as_json: bool) -> None:
     """Show how much of their quotas accounts have used. Used quota becomes available again continuously."""
     rows = asked(connect(read), "usage")
     if as_json:
-        say_json(rows)
+        for row in rows:
+            say_json(row)
         return
     if not rows:
         say("no account has a quota")

@@ -7,6 +7,7 @@ import click
 from relaymta import control
 from relaymta.cli.console import say, say_json_lines
 from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.peer import as_json
 from relaymta.config import Config, describe, notes
 from relaymta.errors import ConfigError, RelayError
 from relaymta.privileges import account, become
@@ -81,13 +82,15 @@ def _as_user(config: Config) -> set[str] | None:
 
 
 @config.command()
+@as_json
 @configured
-def show(read: Configuration) -> None:
-    """Show the effective configuration, with defaults, as JSON."""
-    say_json_lines(loaded(read).model_dump_json(indent=2).encode() + b"\n")
+def show(read: Configuration, as_json: bool) -> None:
+    """Show the effective configuration, with defaults, as JSON: indented, or (--json) in one line."""
+    say_json_lines(loaded(read).model_dump_json(indent=None if as_json else 2).encode() + b"\n")
 
 
 @config.command(name="describe")
-def describe_keys() -> None:
+@configured
+def describe_keys(read: Configuration) -> None:
     """Write the reference configuration file: every key with its description and default."""
     say(*describe().removesuffix("\n").split("\n"))

@@ -2,16 +2,21 @@
 
 import codecs
 import json
-import os
+import re
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
+from unicodedata import combining, east_asian_width
 
 from relaymta.proto.printable import printable, printable_json
 
-__all__ = ["import_all", "say", "say_json", "say_json_lines", "say_message", "table"]
+__all__ = ["record", "say", "say_json", "say_json_lines", "say_message", "table", "width"]
 
 LINE = 1 << 16  # characters of a line of message data that are collected
+_LEAST = 12  # columns of a table's column that is narrowed
+_LITTLE = 30  # columns that are too few for a sentence
+_NUMBER = re.compile(r"-?|[\d.]+( of \d+| ?[kMGT]?B|/s|%)?")  # a cell of a column of numbers
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -66,23 +71,81 @@ def _show_message(pieces: Iterable[bytes]) -> None:
         say(rest)
 
 
-def import_all() -> None:
-    """Import all that the output may need later."""
-    import rich.console
-    import rich.table
-    import rich.text
-
-    with open(os.devnull, "w") as nowhere:  # rich imports parts of itself when it prints
-        rich.console.Console(file=nowhere).print(rich.table.Table("x"))
-
-
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Write rows below the names of their columns."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Write rows below a title ("": none) and the names of their columns, one a line. On a terminal they are made to fit: long
+    cells are cut ("..."), and the last column is continued below itself, or below the row."""
+    cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(_columns_of(cell) for cell in column) for column in zip(*cells, strict=True)]
+    right = [all(_NUMBER.fullmatch(row[n]) for row in cells[1:]) for n in range(len(columns))]
+    room = width()
+    below = False  # the last column, where little room is left for it
+    if room:
+        left = room - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        below = widths[-1] > _LITTLE > left
+        widths[-1] = 0 if below else min(widths[-1], max(_LEAST, left))
+        while sum(widths) + 2 * (len(widths) - 1 - below) > room and max(widths[:-1], default=0) > _LEAST:
+            longest = max(range(len(widths) - 1), key=widths.__getitem__)
+            widths[longest] -= 1
+    lines = [printable(title)] if title else []
+    for number, row in enumerate(cells):
+        shown = "  ".join(_padded(_cut(cell, widths[n]), widths[n], right[n]) for n, cell in enumerate(row[:-1]))
+        if below:
+            lines += [shown.rstrip(), *("  " + part for part in _folded(row[-1], room - 2) if number and part)]
+            continue
+        first, *more = _folded(row[-1], widths[-1]) if room else [row[-1]]
+        first = _padded(first, widths[-1], True) if right[-1] else first
+        lines.append((shown + "  " + first if shown else first).rstrip())
+        lines += [" " * (_columns_of(shown) + 2) + part for part in more]
+    _write(sys.stdout, "".join(line + "\n" for line in lines))
 
-    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(soft_wrap=True, markup=False, emoji=False).print(table)
+
+def record(*parts: str) -> None:
+    """Write one record of a list: one line, unless it is wider than the terminal. Then each part has lines of its own, those
+    behind the first indented."""
+    text = [printable(part) for part in parts if part]
+    room = width()
+    if not room or _columns_of("  ".join(text)) <= room:
+        _write(sys.stdout, "  ".join(text) + "\n")
+        return
+    lines = _folded(text[0], room) + ["  " + line for part in text[1:] for line in _folded(part, room - 2)]
+    _write(sys.stdout, "".join(line + "\n" for line in lines))
+
+
+def width() -> int:
+    """The columns of the terminal that is written to; 0: it is a file or a pipe, where no line is too long."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 0
+
+
+def _columns_of(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def _padded(text: str, columns: int, right: bool) -> str:
+    blanks = " " * max(0, columns - _columns_of(text))
+    return blanks + text if right else text + blanks
+
+
+def _cut(text: str, columns: int) -> str:
+    """The text, or as much of its beginning as leaves room for "..."."""
+    if _columns_of(text) <= columns:
+        return text
+    text = text[:columns]
+    while _columns_of(text) > columns - 3:
+        text = text[:-1]
+    return text + "..."
+
+
+def _folded(text: str, columns: int) -> list[str]:
+    """The text in lines of so many columns, broken at blanks where there are some."""
+    lines: list[str] = []
+    while _columns_of(text) > columns:
+        end = columns
+        while _columns_of(text[:end]) > columns:
+            end -= 1
+        at = text.rfind(" ", 0, end + 1)
+        at = at if at > 0 else end
+        lines.append(text[:at].rstrip())
+        text = text[at:].lstrip()
+    return [*lines, text]

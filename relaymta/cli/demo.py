@@ -1,7 +1,6 @@
 """`make run`: starts a relay and a sink on loopback, sends a message through them, and suggests commands to try."""
 
 import contextlib
-import os
 import signal
 import smtplib
 import socket
@@ -51,7 +50,7 @@ def main() -> int:
         for process in (relay, sink):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(50)
-        say(f"Stopped. The queue stays in {SPOOL}")
+        say(f"Stopped. The queue stays in {SPOOL.absolute()}")
 
 
 def _busy(port: int) -> bool:
@@ -85,18 +84,22 @@ def _send() -> None:
 
 
 def _explain() -> None:
-    here = os.path.relpath(Path(sys.executable).parent / "relaymta")
     say(*f"""
-The relay is running. It accepted one message on 127.0.0.1:{RELAY_PORT}, stored it in {SPOOL}, and delivered it to the sink
-(the line above that begins with "sink:"). The log, one JSON object for each event: {LOG}
+The relay is running. It accepted one message on 127.0.0.1:{RELAY_PORT}, stored it in {SPOOL.absolute()},
+and delivered it to the sink (the line above that begins with "sink:"). Its log, one JSON object for each event:
+{LOG.absolute()}
 
-Try, in another terminal, in this folder:
-  {here} status -c {CONFIG}
-  {here} queue summary -c {CONFIG}
+Try, in another terminal:
+  export PATH={Path(sys.executable).parent}:$PATH RELAYMTA_CONFIG={CONFIG.absolute()}
+  cd {Path.cwd()}
+  relaymta status
   printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
     --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
+  relaymta site suspend sink                 # what is sent now waits
+  relaymta queue list                        # as mailq; then: relaymta message explain ID
+  relaymta site resume sink                  # and is delivered
   curl -s http://127.0.0.1:{METRICS_PORT}/metrics | grep ^relaymta_messages
-  tail -f {LOG}
+  tail -f {LOG.absolute()}
 
 Ctrl-C stops it.
 """.split("\n"))  # fmt: skip

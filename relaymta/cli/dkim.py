@@ -13,11 +13,11 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from relaymta.cli.account import give_to, locked, replace_file
 from relaymta.cli.console import say, say_json, table
+from relaymta.cli.editing import give_to, locked, replace_file
 from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, configured, fail, loaded
-from relaymta.cli.peer import as_json
-from relaymta.config import Config, Dkim, parse_duration
+from relaymta.cli.peer import as_json, seconds_of
+from relaymta.config import Config, Dkim
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
 
@@ -29,16 +29,27 @@ def dkim() -> None:
     """Create, check and rotate DKIM keys."""
 
 
+def _absolute(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    return path.absolute()  # it goes into the configuration, which is read in another folder
+
+
 @dkim.command()
 @click.argument("domain")
 @click.option("--selector", required=True, help="Selector of its DNS record, SELECTOR._domainkey.DOMAIN.")
 @click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="rsa: 2048 bits.")
-@click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="File to write the private key to.")
+@click.option(
+    "--out", "out", required=True, type=click.Path(path_type=Path), callback=_absolute, help="File to write the private key to."
+)
+@as_json
 @configured
-def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path) -> None:
+def keygen(read: Configuration, domain: str, selector: str, kind: str, out: Path, as_json: bool) -> None:
     """Create a key; print the DNS record and the [[dkim]] table for it."""
     settings = _settings({"domain": domain, "selector": selector, "key": str(out)})
     _make(out, kind, loaded(read, ANY_LISTENER).user)
+    if as_json:
+        name, value = _record(settings)
+        say_json({"name": name, "type": "TXT", "value": value, "key": str(out)})
+        return
     _show_record(settings)
     say("", "[[dkim]]", f'domain = "{settings.domain}"', f'selector = "{settings.selector}"', f'key = "{out}"')
 
@@ -68,16 +79,25 @@ def _make(path: Path, kind: str, user: str) -> None:
         give_to(descriptor, user)
 
 
-def _show_record(settings: Dkim) -> None:
-    from relaymta.filter.keys import load_key, record, zone_line
+def _record(settings: Dkim) -> tuple[str, str]:
+    """The name and value of a key's DNS record."""
+    from relaymta.filter.keys import load_key, record
 
-    say(zone_line(f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))))
+    return f"{settings.selector}._domainkey.{settings.domain}", record(load_key(settings))
+
+
+def _show_record(settings: Dkim) -> None:
+    from relaymta.filter.keys import zone_line
+
+    say(zone_line(*_record(settings)))
 
 
 @dkim.command()
 @click.argument("domain")
 @click.option("--selector", required=True, help="The new key's selector.")
-@click.option("--out", "out", required=True, type=click.Path(path_type=Path), help="Its file; created if it is missing.")
+@click.option(
+    "--out", "out", required=True, type=click.Path(path_type=Path), callback=_absolute, help="Its file; created if it is missing."
+)
 @click.option("--type", "kind", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Type of a key that is created.")
 @click.option("--wait", "patience", default="0s", metavar="DURATION", help="Time to wait for the DNS record.")
 @configured
@@ -90,10 +110,7 @@ def rotate(read: Configuration, domain: str, selector: str, out: Path, kind: str
     olds = [one for one in config.dkim if one.domain == domain and one.selector != selector]
     if file is None or len(olds) != 1:
         fail(1, f"there must be a configuration file with exactly one other [[dkim]] of {domain} (there are {len(olds)})")
-    try:
-        seconds = parse_duration(patience)
-    except ValueError as error:
-        fail(64, f"--wait {patience}: expected {error}")
+    seconds = seconds_of("--wait", patience)
     if not out.exists():
         _make(out, kind, config.user)
     fresh = olds[0].model_copy(update={"selector": selector, "key": str(out)})
@@ -163,7 +180,8 @@ def check_keys(read: Configuration, as_json: bool) -> None:
     config = loaded(read, ANY_LISTENER)
     rows = asyncio.run(checked(config))
     if as_json:
-        say_json(rows)
+        for row in rows:
+            say_json(row)
     elif rows:
         table("", ["record", "key", "state"], [[row["record"], row["key"], row["state"]] for row in rows])
     else:

@@ -50,7 +50,8 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
     ours = [] if ways and all(way.host for way in ways) else _sources(config)  # else it never leaves from an address of ours
     rows = asyncio.run(_checks(config, name, chosen or ours, ways))
     if as_json:
-        say_json([dict(zip(("check", "state", "found"), row, strict=True)) for row in rows])
+        for row in rows:
+            say_json(dict(zip(("check", "state", "found"), row, strict=True)))
     else:
         table("", ["check", "state", "found"], [list(row) for row in rows])
     if any(state == "wrong" for _, state, _ in rows):

@@ -5,11 +5,14 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, say_message
+from relaymta.cli.console import record, say, say_json, say_message
 from relaymta.cli.options import Configuration, configured, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, number_of, read_pieces, size, when
+from relaymta.cli.peer import absent, as_json, asked, connect, due, no_such, number_of, read_pieces, size, until, when
 
 __all__ = ["message"]
+
+IN_QUEUE = "message in the queue"
+RESULTS = {"success": "delivered", "transient": "deferred", "permanent": "failed"}  # of an attempt, as people say
 
 
 def _ident(context: click.Context, parameter: click.Parameter, ident: str) -> str:
@@ -33,19 +36,18 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     """Show the envelope, the schedule and every recipient's last attempts."""
     found = asked(connect(read), "message", ident=ident)
     if found is None:
-        absent(f"no message {ident} in the queue (see `relaymta message history {ident}`)")
+        absent(no_such(IN_QUEUE, ident, hint=f"what happened to it: `relaymta message history {ident}`"))
     if as_json:
         say_json(found)
         return
     say(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
     client = f"{found['client']} ({found['helo']}){_by(found)}"
     say(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
-    say(f"attempts {found['attempts']}, next {when(found['next'])}, expires {when(found['expires'])}")
+    say(f"attempts {found['attempts']}, next {due(found['next'])}, expires {when(found['expires'])}")
     for recipient in found["recipients"]:
         say(f"  <{recipient['address']}>: {recipient['state']}")
         for attempt in recipient.get("attempts", []):
-            peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            say(f"    {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
+            say(f"    {_attempt(attempt)}")
 
 
 @message.command()
@@ -57,7 +59,7 @@ def raw(read: Configuration, ident: str) -> None:
     pieces = read_pieces(connect(read), "raw", ident=ident)
     first = next(pieces, None)
     if first is None:
-        absent(f"no message {ident} in the queue")
+        absent(no_such(IN_QUEUE, ident))
     say_message(chain([first], pieces))
 
 
@@ -71,11 +73,9 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
     peer = connect(read)
     found = asked(peer, "explain", ident=ident)
     if found is None:
-        if missing():
-            absent(f"no message {ident} in the queue")
-        events = asked(peer, "history", ident=ident)
+        events = [] if missing() else asked(peer, "history", ident=ident)
         if not events:
-            absent(f"no message {ident} in the queue, and nothing about it in the history")
+            absent(no_such("message in the queue or in the history", ident))
         found = {"id": ident, "state": "gone", "history": events}
     if as_json:
         say_json(found)
@@ -84,6 +84,11 @@ def explain(read: Configuration, ident: str, as_json: bool) -> None:
         _show_history(found["history"])
     else:
         _show_explanation(found, read.options)
+
+
+def _attempt(attempt: dict[str, Any]) -> str:
+    peer = f" {attempt['peer']}" if attempt["peer"] else ""
+    return f"{when(attempt['time'])}: {RESULTS[attempt['result']]} at {attempt['phase']}{peer}: {attempt['reply']}"
 
 
 def _by(found: dict[str, Any]) -> str:
@@ -100,9 +105,9 @@ def _show_explanation(found: dict[str, Any], options: str) -> None:
         tried = [f"{r['route']} {'yes' if r['matches'] else 'no: ' + r['by']}" for r in place["routes"]]
         say(f"  route: {'; '.join(tried)}" + (f"; site {place['site']}" if place["site"] else ""))
         for attempt in place["attempts"]:
-            peer = f" {attempt['peer']}" if attempt["peer"] else ""
-            say(f"  {when(attempt['time'])}: {attempt['result']} at {attempt['phase']}{peer}: {attempt['reply']}")
-        say(f"  waits for {wait['why']}" + (f", until {when(wait['until'])}" if wait["until"] else ""))
+            say(f"  {_attempt(attempt)}")
+        waits = "waits for " if wait["why"].startswith(("its ", "the DNS", "a ")) else ""
+        say(f"  {waits}{wait['why']}" + (f", {until(wait['until'])}" if wait["until"] else ""))
         if wait["position"] >= 0:
             more = " or more" if wait["position"] >= 1000 else ""
             say(f"  {wait['position']}{more} messages are ahead of it")
@@ -123,7 +128,7 @@ def history(read: Configuration, ident: str, as_json: bool) -> None:
     """Show what happened to a message, also after it has left the queue (as far back as log.history reaches)."""
     events = asked(connect(read), "history", ident=ident)
     if not events:
-        absent(f"nothing about {ident} in the history")
+        absent(no_such("message in the history", ident))
     if as_json:
         for event in events:
             say_json(event)
@@ -138,4 +143,4 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        say(f"{when(event['ts'])}  {event['event']}  <{who[0]}>{more}{where}{peer}{reply}")
+        record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{reply}")

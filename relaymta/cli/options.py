@@ -1,9 +1,10 @@
-"""The options by which every verb finds its configuration, and how a verb ends.
+"""The options that every verb has, and how a verb ends (the statuses: docs/cli.md).
 
 Nothing large is imported here: a verb that asks the daemon needs no more than the place of its socket.
 """
 
 import functools
+import os
 import shlex
 import sys
 import tomllib
@@ -15,15 +16,19 @@ import click
 
 from relaymta.cli.console import say
 from relaymta.errors import ConfigError
+from relaymta.toml import lay_over, read_toml
 
 if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "ANY_LISTENER", "Configuration", "config_path", "configured", "fail", "incomplete", "loaded", "missing", "note_missing",
+    "ANY_LISTENER", "Configuration", "absolute", "config_path", "configured", "fail", "for_all_verbs", "incomplete",
+    "loaded", "missing", "note_given", "note_missing",
 ]  # fmt: skip
 
-_FILE, _MISSING, _INCOMPLETE = "relaymta.config_path", "relaymta.missing", "relaymta.incomplete"
+_FILE, _MISSING, _INCOMPLETE, _GIVEN = (
+    f"relaymta.{name}" for name in ("config_path", "missing", "incomplete", "given")
+)  # keys of click's context
 CONFIG_PATH = "/etc/relaymta/relaymta.toml"
 ANY_LISTENER = {"listener": [{"address": "127.0.0.1:2525"}]}  # for verbs that do not listen: a configuration needs one
 
@@ -57,14 +62,15 @@ class Configuration:
             if self._path is not None:
                 if not self._path.is_file():  # a pipe can be read once only
                     return None
-                data = tomllib.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+                data = read_toml(self._path)[1]
+            if self._overrides.keys() - {"spool", "control.socket"}:
+                return None
+            for key, value in self._overrides.items():
+                lay_over(data, key, value)
+        except (OSError, ConfigError):
             return None
         table = data.get("control")
         found = {"spool": data.get("spool"), "control.socket": table.get("socket") if isinstance(table, dict) else None}
-        if self._overrides.keys() - found:
-            return None
-        found |= self._overrides
         if not all(value is None or isinstance(value, str) for value in found.values()):
             return None
         socket, spool = found["control.socket"], found["spool"]
@@ -79,27 +85,47 @@ def fail(status: int, text: str) -> NoReturn:
     sys.exit(status)
 
 
+def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that may stand before a verb as well as behind it."""
+    for option in reversed((
+        click.option("-c", "--config", "path", type=click.Path(path_type=Path),
+                     help=f"Configuration file (default: $RELAYMTA_CONFIG, then {CONFIG_PATH} where it exists)."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a key; overrides the file. Repeatable."),
+        click.option("--spool", metavar="DIR", help="Directory of the queue."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def note_given(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
+    """Note the options that stood before the verb."""
+    click.get_current_context().meta[_GIVEN] = path, settings, spool
+
+
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --config, --set and --spool to a verb, and pass it the configuration that they mean, as `read`."""
 
-    @click.option("-c", "--config", "path", type=click.Path(path_type=Path), envvar="RELAYMTA_CONFIG",
-                  help=f"Configuration file (default: {CONFIG_PATH} where it exists).")  # fmt: skip
-    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key; overrides the file. Repeatable.")
-    @click.option("--spool", metavar="DIR", help="Directory of the queue.")
+    @for_all_verbs
     @functools.wraps(function)
     def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
+        before = click.get_current_context().meta.get(_GIVEN, (None, (), None))
+        path, spool = path or before[0], before[2] if spool is None else spool
+        if path is None and (named := os.environ.get("RELAYMTA_CONFIG")):
+            path = Path(named)
         overrides: dict[str, Any] = {}
-        given = [("-c", str(path) if path is not None else None), ("--spool", spool), *(("--set", one) for one in settings)]
+        every = (*before[1], *settings)
+        given = [("-c", str(path) if path is not None else None), ("--spool", spool), *(("--set", one) for one in every)]
         options = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
-        for setting in settings:
+        for setting in every:
             key, equals, value = setting.partition("=")
             if not equals or not key:
-                fail(78, f"--set {setting}: expected KEY=VALUE")
+                fail(64, f"--set {setting}: expected KEY=VALUE")
             overrides[key.strip()] = _parsed(value.strip())
         if spool is not None:
-            overrides["spool"] = spool
-        if path is None and Path(CONFIG_PATH).exists():
+            overrides["spool"] = absolute(spool) if spool else spool
+        if path is None and os.path.exists(CONFIG_PATH):
             path = Path(CONFIG_PATH)
+        path = path and path.absolute()
         click.get_current_context().meta[_FILE] = path
 
         try:
@@ -119,6 +145,11 @@ def _parsed(text: str) -> Any:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def absolute(path: str | Path) -> str:
+    """A path as it is printed: it means the same in any folder."""
+    return str(Path(path).absolute())
 
 
 def missing() -> set[int]:

@@ -1,9 +1,10 @@
 """What answers a verb: the running daemon, or the spool when it is stopped; and the format of values in answers."""
 
+import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -12,34 +13,37 @@ import click
 from click.core import ParameterSource
 
 from relaymta import control
-from relaymta.cli.console import table
-from relaymta.cli.options import ANY_LISTENER, Configuration, fail, loaded, missing, note_missing
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, fail, loaded, missing, note_missing
 from relaymta.control.requests import REQUESTS
-from relaymta.errors import RelayError
+from relaymta.duration import parse_duration
+from relaymta.errors import NoSuch, RelayError, SpoolBusy
 from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "given", "lasting", "number_of", "read_pieces",
-    "size", "table", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "lasting", "no_such", "number_of",
+    "read_pieces", "routes", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
 
 T = TypeVar("T")
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value (or object a line) for programs.")
+as_json = click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object a line (docs/cli.md).")
 
 
 class Offline:
     """Answers the daemon's reading requests from the spool, while no daemon runs."""
 
     def __init__(self, config: "Config") -> None:
-        from relaymta.cli import console
-        from relaymta.queue import ages, offline  # noqa: F401
+        # All of it before root is dropped: the spool's owner may not be able to read our files.
+        import difflib  # noqa: F401
 
-        console.import_all()  # before root is dropped: the spool's owner may not be able to read our files
+        from relaymta.queue import ages, offline  # noqa: F401
+        from relaymta.route.table import RouteTable
+
+        self.routes = RouteTable(config).labels
         self._spool = Path(config.spool)
         self._answer = offline.answer
 
@@ -92,8 +96,9 @@ def connect(read: Configuration) -> Daemon | Offline:
     config = loaded(read, ANY_LISTENER)
     if _answers(config.control_path):
         return Daemon(config.control_path)
-    if not Path(config.spool).is_dir():
-        fail(69, f"no daemon answers at {config.control_path}, and there is no spool {config.spool}")
+    if not os.path.isdir(config.spool):
+        where = f"no daemon answers at {absolute(config.control_path)}, and there is no spool {absolute(config.spool)}"
+        fail(69, f"{where}: start it (`relaymta serve`), or name its configuration (-c FILE) or spool (--spool DIR)")
     return Offline(config)
 
 
@@ -103,15 +108,22 @@ def _answers(path: Path) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(CONNECT_SECONDS)
             sock.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return False
+    except PermissionError as error:
+        _forbidden(error, path)
     except OSError as error:
-        fail(69, f"{path}: {error}")
+        fail(69, f"{absolute(path)}: {error.strerror or error}")
     return True
 
 
+def _forbidden(error: PermissionError, path: str | Path) -> NoReturn:
+    fail(77, f"{absolute(path)}: {error.strerror}: run this as root, or as the user that the relay runs as")
+
+
 def asked(peer: Daemon | Offline, op: str, **args: Any) -> Any:
-    """The answer to a request; ends the program (69) with the error when there is none."""
+    """The answer to a request; ends the program with the error when there is none: 1 when what it is about does not exist, 69
+    when the daemon does not answer or refuses, 75 when a process has the spool, 77 when we may not read it."""
     return answered(lambda: peer.ask(op, **args))
 
 
@@ -120,9 +132,16 @@ def answered(ask: Callable[[], T]) -> T:
     try:
         return ask()
     except RelayError as error:
-        fail(69, str(error))
+        fail(1 if error.absent else 75 if isinstance(error, SpoolBusy) else 69, str(error))
+    except PermissionError as error:
+        _forbidden(error, error.filename or "the spool")
     except OSError as error:
         fail(69, f"the daemon does not answer: {error}")
+
+
+def routes(peer: Daemon | Offline) -> list[str]:
+    """The names of all routes."""
+    return peer.routes if isinstance(peer, Offline) else asked(peer, "routes")
 
 
 def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[bytes]:
@@ -133,10 +152,16 @@ def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[bytes]
 
 
 def absent(text: str) -> NoReturn:
-    """End the program since something was not found: with `text` (1), or (75) since a worker that may have it is missing."""
+    """End the program since something does not exist: with `text` (1), or (75) since a worker that may have it is missing."""
     if missing():
         sys.exit(75)  # `configured` names the workers
     fail(1, text)
+
+
+def no_such(kind: str, name: str, known: Iterable[str] = (), hint: str = "") -> str:
+    """The sentence that something does not exist. `known`: the names among which one may be meant; `hint`: how to find out
+    more."""
+    return f"{NoSuch(kind, name, known)}{hint and f' ({hint})'}"
 
 
 def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -152,7 +177,15 @@ def number_of(ident: str) -> int:
     try:
         return parse_id(ident)
     except ValueError as error:
-        fail(64, str(error))
+        fail(64, "for every message there is --all" if ident == "ALL" else str(error))  # ALL: Postfix's
+
+
+def seconds_of(option: str, duration: str) -> float:
+    """The seconds of an option that is a duration; ends the program (64) if it is malformed."""
+    try:
+        return parse_duration(duration)
+    except ValueError as error:
+        fail(64, f"{option} {duration}: expected {error}")
 
 
 def when(seconds: float) -> str:
@@ -162,10 +195,10 @@ def when(seconds: float) -> str:
     ahead = seconds - time.time()
     if abs(ahead) < 1:
         return "now"
-    if 0 < ahead < 7200:
-        return f"in {int(ahead // 60)}m{int(ahead % 60):02d}s"
-    if -7200 < ahead < 0:
-        return f"{int(-ahead // 60)}m{int(-ahead % 60):02d}s ago"
+    if abs(ahead) < 7200:
+        minutes, rest = divmod(int(abs(ahead)), 60)
+        text = f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+        return f"in {text}" if ahead > 0 else f"{text} ago"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
@@ -175,6 +208,19 @@ def lasting(seconds: float) -> str:
         if seconds >= above:
             return f"{seconds // above:.0f}{unit}{seconds % above // below:02.0f}{smaller}"
     return f"{seconds:.0f}s"
+
+
+def until(seconds: float) -> str:
+    """An end (seconds UTC) in a sentence: "until 09:30:00Z (in 12m05s)" where it is near."""
+    text = when(seconds)
+    if not text.startswith("in "):
+        return f"until {text}"
+    return f"until {datetime.fromtimestamp(seconds, UTC):%H:%M:%SZ} ({text})"
+
+
+def due(seconds: float) -> str:
+    """The time of a next attempt: as `when`, and "now" where it has passed, since what is due need not be tried at once."""
+    return "now" if 0 < seconds < time.time() else when(seconds)
 
 
 def size(octets: float) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json
+from relaymta.cli.console import record, say, say_json
 from relaymta.cli.options import Configuration, configured, fail
-from relaymta.cli.peer import Offline, as_json, asked, connect, given, when
+from relaymta.cli.peer import Offline, absent, as_json, asked, connect, given, no_such, routes, seconds_of, until, when
 from relaymta.cli.queue import change, pages
 
 __all__ = ["policy", "standing"]
@@ -22,21 +22,16 @@ def policy() -> None:
     """Hold or bounce mail for a time, both queued and new mail."""
 
 
-def _seconds(duration: str, until: str) -> float:
+def _seconds(duration: str, clock: str) -> float:
     """The duration of a policy in seconds, from --for or --until; ends the program if they are malformed."""
-    if not until:
-        try:
-            from relaymta.config import parse_duration
-
-            return parse_duration(duration)
-        except ValueError as error:
-            fail(64, f"--for {duration}: expected {error}")
+    if not clock:
+        return seconds_of("--for", duration)
     try:
-        clock = datetime.strptime(until, "%H:%M").time()
+        time_of_day = datetime.strptime(clock, "%H:%M").time()
     except ValueError:
-        fail(64, f'--until {until}: expected a time of day such as "18:00"')
+        fail(64, f'--until {clock}: expected a time of day such as "18:00"')
     now = datetime.now().astimezone()
-    moment = datetime.combine(now.date(), clock, now.tzinfo)
+    moment = datetime.combine(now.date(), time_of_day, now.tzinfo)
     return ((moment if moment > now else moment + timedelta(days=1)) - now).total_seconds()
 
 
@@ -48,23 +43,25 @@ def _add(kind: str, sentence: str, reason: str) -> None:
     @click.option("--from", "sender", default="", callback=given, metavar="ADDRESS", help="Mail from this sender.")
     @click.option("--domain", "recipient_domain", default="", callback=given, metavar="DOMAIN", help="Mail to this domain.")
     @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
-    @click.option("--until", default="", metavar="HH:MM", help="Until this time of day (local time), instead of --for.")
+    @click.option("--until", "clock", default="", metavar="HH:MM", help="Until this time of day (local time), instead of --for.")
     @click.option("--reason", default=reason, help="Shown by `explain` and `list`; of a bounce policy, also in the DSN.")
     @click.option("--dry-run", is_flag=True, help="Only count the queued messages that match.")
     @configured
     def command(
-        read: Configuration, duration: str, until: str, reason: str, dry_run: bool, **chosen: str
+        read: Configuration, duration: str, clock: str, reason: str, dry_run: bool, **chosen: str
     ) -> None:  # fmt: skip
         given = {key: value for key, value in chosen.items() if value}
         if not given:
             fail(64, f"which mail? Give --app, --route, --queue, --from or --domain: relaymta policy {kind} --help")
         if any(" " in value for value in given.values()):
             fail(64, "the conditions of a policy must not have spaces in them")
-        seconds = _seconds(duration, until)
+        seconds = _seconds(duration, clock)
         about = " ".join(f"{key}={value}" for key, value in sorted(given.items()))
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running (start it with `relaymta serve`)")
+        if given.get("route") and given["route"] not in (known := routes(peer)):
+            absent(no_such("route", given["route"], known))
         done, verb = POLICIES[kind]
         if dry_run:
             count = sum(len(idents) for _, idents, _ in pages(peer, given))
@@ -72,8 +69,8 @@ def _add(kind: str, sentence: str, reason: str) -> None:
             return
         asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
         found = change(peer, verb, [given], dry_run)
-        ends = when(time.time() + seconds)
-        say(f"mail with {about} is {done}, ends {ends}; {found['changed']} queued messages were {done}")
+        ends = until(time.time() + seconds)
+        say(f"mail with {about} is {done} {ends}; {found['changed']} queued messages were {done}")
         say(f'`relaymta policy remove {kind} "{about}"` ends it')
 
 
@@ -88,10 +85,11 @@ def list_policies(read: Configuration, as_json: bool) -> None:
     """List the policies in effect."""
     policies = [state for state in asked(connect(read), "site_states") if state["kind"] in POLICIES]
     if as_json:
-        say_json([_policy(state) for state in policies])
+        for state in policies:
+            say_json(_policy(state))
         return
     for state in policies:
-        say(f"{state['kind']} {state['site']}, since {when(state['since'])}, ends {when(state['until'])}: {state['reason']}")
+        record(f"{state['kind']} {state['site']}, since {when(state['since'])}, {until(state['until'])}: {state['reason']}")
     if not policies:
         say("no policy is in effect")
 
@@ -107,7 +105,7 @@ def _policy(state: dict[str, Any]) -> dict[str, Any]:
 def remove(read: Configuration, kind: str, about: str) -> None:
     """End a policy, by its kind and the mail that it is about, as `policy list` shows them. Mail that it held is released."""
     if not asked(connect(read), "clear", kind=kind, site=about, about="", resume=False):
-        fail(1, f"there is no policy to {kind} {about} (`relaymta policy list`)")
+        absent(no_such("policy", f"{kind} {about}", hint="`relaymta policy list` names those in effect"))
     say(f"the policy to {kind} {about} has ended")
 
 

@@ -13,14 +13,35 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, say_json_lines, table
+from relaymta.cli.console import record, say, say_json, say_json_lines, table
 from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
-from relaymta.cli.peer import Daemon, Offline, absent, answered, as_json, asked, connect, given, lasting, number_of, size, when
+from relaymta.cli.peer import (
+    Daemon,
+    Offline,
+    absent,
+    answered,
+    as_json,
+    asked,
+    connect,
+    due,
+    given,
+    lasting,
+    no_such,
+    number_of,
+    routes,
+    size,
+    when,
+)
+from relaymta.control.requests import AGES
+from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 
-__all__ = ["change", "pages", "queue", "reload", "status"]
+__all__ = ["KINDS", "SITES", "change", "names_of_sites", "pages", "queue", "reload", "status"]
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
+QUEUES = "`relaymta queue summary` names those that have mail"
+SITES = "`relaymta site list` names those that have mail or connections"
+KINDS = ["suspended", "slow", "dead", "learned"]  # of decisions about sites
 
 
 @click.command()
@@ -62,13 +83,14 @@ def summary(read: Configuration, as_json: bool) -> None:
     """Show one line for each queue that has messages."""
     rows = asked(connect(read), "summary")
     if as_json:
-        say_json(rows)
+        for row in rows:
+            say_json(row)
         return
     if not rows:
         say(_no_mail())
         return
-    table("", ["queue", "messages", "size", "deferred", "held", "next"], [
-        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), when(r["next"])] for r in rows
+    table("", ["queue", "messages", "size", "deferred", "held", "next attempt"], [
+        [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), due(r["next"])] for r in rows
     ])  # fmt: skip
 
 
@@ -78,24 +100,19 @@ def _no_mail() -> str:
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--queue", default="", callback=given, metavar="NAME", help="In this queue, as `queue summary` names it."),
-        click.option("--route", default="", callback=given, metavar="NAME", help="With this route."),
-        click.option(
-            "--site",
-            default="",
-            callback=given,
-            metavar="NAME",
-            help="For this site, as `site list` names it, or one of its hosts.",
-        ),
-        click.option("--app", "application", default="", callback=given, metavar="APP", help="Of this application."),
-        click.option("--from", "sender", default="", callback=given, metavar="ADDRESS", help="From this sender."),
-        click.option("--user", default="", callback=given, metavar="NAME", help="Of the client that logged in as this user."),
-        click.option(
-            "--domain", "recipient_domain", default="", callback=given, metavar="DOMAIN", help="With a recipient in this domain."
-        ),
+    def text(name: str, metavar: str, sentence: str, field: str) -> Callable[..., Any]:
+        return click.option(name, field, default="", callback=given, metavar=metavar, help=sentence)
+
+    for option in reversed((
+        text("--queue", "NAME", "In this queue, as `queue summary` names it.", "queue"),
+        text("--route", "NAME", "With this route.", "route"),
+        text("--site", "NAME", "For this site, as `site list` names it, or one of its hosts.", "site"),
+        text("--app", "APP", "Of this application.", "application"),
+        text("--from", "ADDRESS", "From this sender.", "sender"),
+        text("--user", "NAME", "Of the client that logged in as this user.", "user"),
+        text("--domain", "DOMAIN", "With a recipient in this domain.", "recipient_domain"),
         click.option("--held", is_flag=True, help="Held messages only."),
-    ):
+    )):  # fmt: skip
         function = option(function)
     return function
 
@@ -152,29 +169,53 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
 @as_json
 @configured
 def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
-    """List the messages, the oldest first. --json: one object a line."""
-    empty = True
-    for lines in _in_order(connect(read), chosen):
+    """List the messages, the oldest first: id, state, size, arrival, next attempt, sender and recipients, and the result of the
+    last attempt."""
+    empty, peer = True, connect(read)
+    for lines in _in_order(peer, chosen):
+        empty = empty and not lines
         if as_json:
             say_json_lines(b"\n".join([*lines, b""]))
             continue
-        say(*chain.from_iterable(_shown(json.loads(line)) for line in lines))
-        empty = False
-    if as_json:
-        return
-    if empty:
+        for line in lines:
+            record(*_shown(json.loads(line)))
+    if empty and (wrong := unknown_name(peer, chosen)):
+        absent(wrong)
+    if empty and not as_json:
         say("no such messages" if any(chosen.values()) else _no_mail())
 
 
 def _shown(row: dict[str, Any]) -> list[str]:
+    """A message of the list, in parts that are one line in all, or one each."""
     waiting = [r for r in row["recipients"] if r["state"] == "pending"] or row["recipients"]
     more = f" +{len(waiting) - 1}" if len(waiting) > 1 else ""
-    last = [f"{'':15}{waiting[0]['last']}"] if waiting[0]["last"] else []
-    line = (
-        f"{row['id']}  {size(row['size']):>9}  {when(row['arrived']):>12}  {row['state']:<9}  next {when(row['next']):<12}"
-        f"  <{row['sender']}> -> <{waiting[0]['address']}>{more}"
-    )
-    return [line, *last]
+    schedule = f"{when(row['arrived']):>10}  next {due(row['next']):<9}"
+    return [
+        f"{row['id']}  {row['state']:<11}  {size(row['size']):>8}  {schedule}",
+        f"<{row['sender']}> -> <{waiting[0]['address']}>{more}",
+        waiting[0]["last"],
+    ]
+
+
+def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
+    """After nothing has matched a filter: the sentence about a queue, route or site in it that does not exist; "": all do."""
+    names = [row["queue"] for row in asked(peer, "summary")] if chosen.get("queue") or chosen.get("route") else []
+    if chosen.get("queue") and chosen["queue"] not in names:
+        return no_such("queue", chosen["queue"], names, QUEUES)
+    known = {*(name.partition("/")[0] for name in names), *routes(peer)} if chosen.get("route") else set()
+    if chosen.get("route") and chosen["route"] not in known:
+        return no_such("route", chosen["route"], known)
+    sites = names_of_sites(peer) if chosen.get("site") else set()
+    if chosen.get("site") and chosen["site"] not in sites:
+        return no_such("site", chosen["site"], sites, SITES)
+    return ""
+
+
+def names_of_sites(peer: Daemon | Offline) -> set[str]:
+    """The names of all sites that have mail or connections, or a decision about them."""
+    rows, states = asked(peer, "sites"), asked(peer, "site_states")
+    found = {name for row in rows for name in (row["pool"], row["site"], *row["hosts"])}
+    return found | {state["site"] for state in states if state["kind"] in KINDS and state["site"]}
 
 
 @queue.command()
@@ -183,11 +224,9 @@ def _shown(row: dict[str, Any]) -> list[str]:
 @configured
 def shape(read: Configuration, as_json: bool, everything: bool) -> None:
     """Show the age of the mail in each queue: messages by age in minutes (as Postfix's qshape)."""
-    from relaymta.queue.ages import COLUMNS
-
     rows = asked(connect(read), "shape")
     if as_json:
-        say_json({"minutes": COLUMNS, "queues": rows})
+        say_json({"minutes": AGES, "queues": rows})
         return
     if not rows:
         say(_no_mail())
@@ -198,7 +237,7 @@ def shape(read: Configuration, as_json: bool, everything: bool) -> None:
         "ages": map(sum, zip(*(r["ages"] for r in rows), strict=True)),
     }
     shown = rows if everything else rows[:30]
-    columns = ["queue", "messages", *(f"{minutes}m" for minutes in COLUMNS), "older"]
+    columns = ["queue", "total", *(f"{minutes}m" for minutes in AGES), "older"]
     table("", columns, [[r["queue"], str(r["messages"]), *(str(n) if n else "-" for n in r["ages"])] for r in [total, *shown]])
     if len(rows) > len(shown):
         say(f"and {len(rows) - len(shown)} more queues (--all)")
@@ -210,14 +249,16 @@ def shape(read: Configuration, as_json: bool, everything: bool) -> None:
 @configured
 def show_queue(read: Configuration, name: str, as_json: bool) -> None:
     """Show one queue, by its name in `queue summary`."""
-    rows = [row for row in asked(connect(read), "summary") if row["queue"] == name]
-    if not rows:
-        absent(f"no mail in a queue named {name!r} (`relaymta queue summary` names them)")
+    rows = {row["queue"]: row for row in asked(connect(read), "summary")}
+    if name not in rows:
+        absent(no_such("queue", name, rows, QUEUES))
+    row = rows[name]
     if as_json:
-        say_json(rows[0])
+        say_json(row)
         return
-    for key, value in rows[0].items():
-        say(f"{key:>9}: {when(value) if key == 'next' else size(value) if key == 'bytes' else value}")
+    say(f"queue {name}: {row['messages']} messages, {size(row['bytes'])}")
+    asleep = "; its site is down or suspended" if row["parked"] else ""
+    say(f"{row['deferred']} deferred, {row['held']} held; next attempt {due(row['next'])}{asleep}")
 
 
 def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
@@ -242,19 +283,22 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
     ) -> None:  # fmt: skip
         if not (ids or everything or any(chosen.values())):
             fail(64, f"which messages? Give ids, a filter ({FILTERS}), or --all: relaymta queue {verb} --help")
+        filters = [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen]
         peer = connect(read)
         if isinstance(peer, Offline):
             fail(69, "the daemon is not running; the queue is read-only (start it with `relaymta serve`)")
-        found = change(
-            peer, verb, [chosen | {"ident": number_of(ident)} for ident in dict.fromkeys(ids)] or [chosen], dry_run, word
-        )
+        found = change(peer, verb, filters, dry_run, word)
         if as_json:
             say_json(found)
         else:
             say(f"{verb}: {_result(found)}")
+        if not found["matched"] and (wrong := unknown_name(peer, chosen)):
+            if not dry_run:
+                absent(wrong)
+            say(wrong, err=True)  # the count is the answer
         if "unknown" in found and not missing():
-            also = " that matches" if any(chosen.values()) else ""
-            fail(1, "\n".join(f"no message {ident} in the queue{also}" for ident in found["unknown"]))
+            where = "message in the queue" + (" that matches" if any(chosen.values()) else "")
+            fail(1, "\n".join(str(NoSuch(where, ident)) for ident in found["unknown"]))
 
     return command
 
@@ -302,6 +346,8 @@ def _throttled(peer: Daemon, queues: Counter[str]) -> dict[str, Any]:
 
 def _result(found: dict[str, Any]) -> str:
     """The result of `change` as a sentence."""
+    if not found["matched"]:
+        return "no message matches; nothing was changed"
     if found["dry_run"]:
         text = f"{found['matched']} messages match; nothing was changed"
     else:

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, table
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
-from relaymta.cli.peer import absent, as_json, asked, connect, given, when
+from relaymta.cli.console import record, say, say_json, table
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded, missing
+from relaymta.cli.peer import absent, as_json, asked, connect, given, no_such, seconds_of, until, when
+from relaymta.cli.queue import KINDS, SITES, names_of_sites
+from relaymta.errors import near
 
 __all__ = ["shaping", "site"]
-
-KINDS = ["suspended", "slow", "dead", "learned"]
 
 
 @click.group()
@@ -24,7 +24,9 @@ def site() -> None:
 @configured
 def list_sites(read: Configuration, as_json: bool) -> None:
     """List the sites that have mail or connections now, one a line."""
-    rows = asked(connect(read), "sites")
+    peer = connect(read)
+    rows = asked(peer, "sites")
+    _note_suspensions(rows, asked(peer, "site_states"))
     if as_json:
         for row in rows:
             say_json(row)
@@ -35,11 +37,19 @@ def list_sites(read: Configuration, as_json: bool) -> None:
     lines = [
         [
             row["pool"], row["state"], str(row["waiting"]), str(row["in flight"]),
-            f"{row['connections']} of {row['limits']['connections']['value']:g}", f"{row['rate']:.0f}/s", row["reason"][:60],
+            f"{row['connections']} of {row['limits']['connections']['value']:g}", f"{row['rate']:.0f}/s", row["reason"],
         ]
         for row in rows
     ]  # fmt: skip
-    table("", ["site", "state", "waiting", "in flight", "connections", "rate", "reason"], lines)
+    table("", ["site", "state", "waiting", "in flight", "conns", "rate", "reason"], lines)
+
+
+def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+    """Give the sites that are suspended that state."""
+    found = {state["site"]: state for state in states if state["kind"] == "suspended" and not state["about"]}
+    for row in rows:
+        if row["site"] in found:
+            row |= {"state": "suspended", **{key: found[row["site"]][key] for key in ("reason", "until")}}
 
 
 def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -48,8 +58,9 @@ def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list
     rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
+    _note_suspensions(rows, states)
     if not rows and not states:
-        absent(f"no site {name!r} has mail or connections, or a decision about it (`relaymta site list`)")
+        absent(no_such("site", name, names_of_sites(peer), SITES))
     return rows, states
 
 
@@ -64,7 +75,7 @@ def show(read: Configuration, name: str, as_json: bool) -> None:
         say_json({"sites": rows, "states": states, "facts": states})
         return
     for row in rows:
-        say(f"{row['pool']}: {row['state']}" + (f" until {when(row['until'])}: {row['reason']}" if row["reason"] else ""))
+        say(f"{row['pool']}: {row['state']}" + (f" {until(row['until'])}: {row['reason']}" if row["reason"] else ""))
         say(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
         for host, reason in row["hosts down"].items():
             say(f"  {host} is down: {reason}")
@@ -107,13 +118,11 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     This survives a restart."""
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
-    try:
-        from relaymta.config import parse_duration
-
-        seconds = parse_duration(duration)
-    except ValueError as error:
-        fail(64, f"--for {duration}: expected {error}")
-    asked(connect(read), "suspend", site=name, about=application, seconds=seconds, reason=reason)
+    seconds, peer = seconds_of("--for", duration), connect(read)
+    known = names_of_sites(peer) if name else set()
+    asked(peer, "suspend", site=name, about=application, seconds=seconds, reason=reason)
+    if name and name not in known and not missing():
+        say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
     whose = f"mail of {application} " if application else "mail "
     again = " ".join(filter(None, ("relaymta site resume", name, f"--app {application}" if application else "")))
     say(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
@@ -125,15 +134,20 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
 @configured
 def resume(read: Configuration, name: str, application: str) -> None:
     """Resume sending to a suspended or dead site, now."""
-    count = asked(connect(read), "clear", kind="", site=name, about=application, resume=True)
-    if not count:
-        fail(1, f"{name or application} is not suspended (`relaymta shaping active` lists what is)")
-    say(f"{name or application} is resumed")
+    if not name and not application:
+        fail(64, "which site? Give its name (`relaymta shaping active` lists what is suspended), or --app")
+    peer = connect(read)
+    if not asked(peer, "clear", kind="", site=name, about=application, resume=True):
+        if name and name not in (known := names_of_sites(peer)):
+            absent(no_such("site", name, known, SITES))
+        about = " ".join(filter(None, (name, f"--app {application}" if application else "")))
+        absent(no_such("suspension", about, hint="`relaymta shaping active` lists what is suspended"))
+    say(f"{f'mail of {application} to ' if application else ''}{name or 'all sites'} is resumed")
 
 
 @click.group()
 def shaping() -> None:
-    """Decisions about sites: by operators, by rules about replies, and learned from replies."""
+    """Show and clear decisions about sites: by operators, by rules about replies, and learned from replies."""
 
 
 @shaping.command()
@@ -155,7 +169,9 @@ def _show_states(states: list[dict[str, Any]]) -> None:
     for state in states:
         about = f" ({state['about']})" if state["about"] else ""
         reply = f"; after: {state['reply']}" if state["reply"] and state["reply"] != state["reason"] else ""
-        say(f"{state['site']}{about} {state['kind']} until {when(state['until'])} by {state['by']}: {state['reason']}{reply}")
+        by = "automatically" if state["by"] == "automatic" else f"by {state['by']}"
+        what = f"{state['kind']} {until(state['until'])} {by}"
+        record(f"{state['site'] or 'all sites'}{about} {what}: {state['reason']}{reply}")
 
 
 @shaping.command()
@@ -171,6 +187,8 @@ def clear(read: Configuration, name: str, everything: bool, kind: str | None, dr
     peer = connect(read)
     kinds = [kind] if kind else KINDS
     states = [f for f in asked(peer, "site_states") if (everything or f["site"] == name) and f["kind"] in kinds]
+    if name and not states and name not in (known := names_of_sites(peer)):
+        absent(no_such("site", name, known, SITES))
     if dry_run:
         say(f"{len(states)} decisions match; nothing was changed")
         return
@@ -187,14 +205,15 @@ def why(read: Configuration, name: str, as_json: bool) -> None:
     """Show the reply that caused each decision about a site, its time, and when the decision ends."""
     _, states = _rows_of(read, name)
     if as_json:
-        say_json(states)
+        for state in states:
+            say_json(state)
         return
     if not states:
         say(f"there is no decision about {name}")
     for state in states:
         about = f" {state['about']}" if state["about"] else ""
         say(f"{state['kind']}{about}: {state['reason']} (by {state['by']})")
-        say(f"  since {when(state['since'])}, until {when(state['until'])}; the reply: {state['reply'] or '-'}")
+        say(f"  since {when(state['since'])}, {until(state['until'])}; the reply: {state['reply'] or '-'}")
 
 
 @shaping.command()
@@ -214,7 +233,7 @@ def diff(read: Configuration, as_json: bool) -> None:
     if as_json:
         say_json({"before": earlier[0].version if earlier else "", "now": now.version, "changes": changes})
     elif not earlier:
-        say(f"no other profiles than those of {now.version} have been used in {spool}")
+        say(f"no other profiles than those of {now.version} have been used in {absolute(spool)}")
     else:
         say(f"provider profiles of {earlier[0].version} -> {now.version}")
         for line in changes:
@@ -223,7 +242,8 @@ def diff(read: Configuration, as_json: bool) -> None:
 
 @shaping.command()
 @as_json
-def profiles(as_json: bool) -> None:
+@configured
+def profiles(read: Configuration, as_json: bool) -> None:
     """Show the provider profiles of this version of relaymta."""
     from relaymta.route.shaping import profiles as shipped
     from relaymta.route.shaping import rule_text

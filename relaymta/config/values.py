@@ -1,6 +1,6 @@
 """The types of values (durations, sizes, addresses ...), the base of all tables, and the marks for what a reload applies."""
 
-import difflib
+import difflib  # noqa: F401 # for `near`: whoever drops root has imported it before
 import ipaddress
 import re
 from collections.abc import Callable, Iterable
@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from relaymta.errors import ConfigError
+from relaymta.duration import SECONDS, parse_duration, seconds_of
+from relaymta.errors import ConfigError, near
 from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
 ]  # fmt: skip
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
@@ -28,9 +28,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
 _PORT = re.compile(r"[0-9]{1,9}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 _OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_LONGEST = 36500 * 86400.0  # seconds of a duration: a time plus this can still be stored and shown
 
 
 # What a reload does with a key
@@ -106,29 +104,7 @@ def repeated(names: list[str]) -> list[tuple[int, str]]:
     return [(number, name) for number, name in enumerate(names) if first.setdefault(name, number) != number]
 
 
-def near(word: str, known: Iterable[str]) -> str:
-    """` (did you mean "..."?)`, or nothing."""
-    found = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f' (did you mean "{found[0]}"?)' if found else ""
-
-
-# Durations, sizes, rates
-
-
-def _duration(value: object) -> object:
-    if isinstance(value, str):
-        match = _DURATION.match(value.strip())
-        if match is None:
-            raise ValueError('a duration such as "90s", "10m", "5d"')
-        value = float(match[1]) * _SECONDS[match[2]]
-    if isinstance(value, int | float) and value > _LONGEST:
-        raise ValueError('a duration of at most "36500d"')
-    return value
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as "90s", "10m", "5d", at most a hundred years. ValueError says what is expected."""
-    return float(_duration(text))  # type: ignore[arg-type]
+# Sizes, rates
 
 
 def _size(value: object) -> object:
@@ -145,7 +121,7 @@ def _rate(value: object) -> object:
         match = _RATE.match(value.strip())
         if match is None:
             raise ValueError('a rate such as "20/s", "500/m", "10000/h"')
-        return float(match[1]) / _SECONDS[match[2]]
+        return float(match[1]) / SECONDS[match[2]]
     return value
 
 
@@ -155,7 +131,7 @@ def parse_quota(text: str) -> tuple[int, float]:
     match = _QUOTA.match(text.strip())
     if match is None or not int(match[1]):
         raise ValueError(f'{text!r} is not a quota such as "60/m" or "10000/d"')
-    return int(match[1]), float(_SECONDS[match[2]])
+    return int(match[1]), float(SECONDS[match[2]])
 
 
 def _quota(value: object) -> object:
@@ -302,7 +278,7 @@ def in_clear(url: str) -> bool:
     return parts.scheme == "http" and parts.hostname != "localhost" and not is_loopback(parts.hostname or "")
 
 
-Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 Quota = Annotated[str, BeforeValidator(_quota)]

@@ -1,19 +1,17 @@
-"""Connections on which requests are answered in order: that of the command line to the supervisor, both ends, and the end of a
-program that only answers."""
+"""Connections on which requests are answered in order: the supervisor's end of the command line's, and that of a program that
+only answers."""
 
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from relaymta.control.frames import ROWS_TOGETHER, UNSET, Broken, Frame, Frames, Refused, in_pieces, pack, sentence
-from relaymta.control.requests import REQUESTS
+from relaymta.control.frames import ROWS_TOGETHER, Broken, Frame, Frames, in_pieces, pack, refusal
 from relaymta.errors import RelayError
 
-__all__ = ["READER_SECONDS", "Answer", "Asked", "ask", "begin", "converse", "serve"]
+__all__ = ["READER_SECONDS", "Answer", "converse", "serve"]
 
 READER_SECONDS = 600.0  # for an asker to take the next piece, such as a pager that waits for its user
 _OCTETS = 1 << 18  # of one read
@@ -25,61 +23,6 @@ class Answer(NamedTuple):
 
     value: Any
     missing: list[int]
-
-
-class Asked:
-    """A request that was sent to the daemon. Call it, or read its `pieces`, once. `missing`: as in `Answer`, when that has
-    ended."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._value: Any = None
-        self.missing: list[int] = []
-
-    def __call__(self) -> Any:
-        """The answer; a list that comes in pieces is put together. Blocks; OSError when the daemon goes away or is late, Refused
-        with its sentence."""
-        rows: list[Any] = []
-        for piece in self.pieces():
-            rows.extend(piece)
-        return rows or self._value
-
-    def pieces(self) -> Iterator[Any]:
-        """The pieces of an answer that comes in pieces, as they arrive. Errors as of a call."""
-        with self._socket as sock:
-            frames = Frames()
-            while data := sock.recv(_OCTETS):
-                for frame in frames.feed(data):
-                    if isinstance(frame, Broken):
-                        raise Refused(frame.why)
-                    if frame.error is not None:
-                        raise Refused(frame.error)
-                    if frame.piece is UNSET:
-                        self._value, self.missing = frame.ok, frame.missing
-                        return
-                    yield frame.piece
-        raise ConnectionError("the daemon closed the connection")
-
-
-def begin(path: Path, op: str, /, **args: Any) -> Asked:
-    """Send a request to the daemon's control socket. Blocks; OSError when there is no daemon, RelayError when the request cannot
-    be sent."""
-    row = REQUESTS.get(op)
-    data = pack(Frame(1, op, args))
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(60 if row is None else row.patience)
-        sock.connect(str(path))
-        sock.sendall(data)
-    except BaseException:
-        sock.close()
-        raise
-    return Asked(sock)
-
-
-def ask(path: Path, op: str, /, **args: Any) -> Any:
-    """The daemon's answer to a request. Errors as of `begin` and of a call of `Asked`."""
-    return begin(path, op, **args)()
 
 
 async def converse(
@@ -129,7 +72,7 @@ async def _respond(
     except Exception as error:
         if not isinstance(error, (RelayError, ConnectionError)):
             failed(op, error)
-        await _write(writer, Frame(frame.id, error=sentence(error)))
+        await _write(writer, refusal(frame.id, error))
 
 
 async def _write(writer: asyncio.StreamWriter, frame: Frame) -> None:
@@ -158,4 +101,4 @@ def _served(frame: Frame, op: str, handle: Callable[[str, dict[str, Any]], Any])
     try:
         return pack(Frame(frame.id, ok=handle(op, frame.args)))
     except Exception as error:
-        return pack(Frame(frame.id, error=sentence(error)))
+        return pack(refusal(frame.id, error))

@@ -2,7 +2,7 @@
 
 {"id", "op", "args"}     a request; without an id a notification, which gets no answer. "descriptors": how many come with it
 {"id", "ok", "missing"}  its answer; `missing`: the workers whose part of it is not there (left out when there are none)
-{"id", "error"}          or the sentence that says why there is none
+{"id", "error"}          or the sentence that says why there is none; "absent": what it is about does not exist
 {"id", "piece"}          a part of an answer that is sent in pieces, ahead of its "ok" or "error"
 {"id", "more"}           from the asker: 1: a further piece may be sent; 0: none is wanted any more
 """
@@ -17,7 +17,7 @@ from relaymta.errors import RelayError
 
 __all__ = [
     "LIMIT", "OCTETS_TOGETHER", "ROWS_TOGETHER", "UNSET", "Broken", "Frame", "Frames", "Late", "Refused", "in_pieces", "pack",
-    "sentence",
+    "refusal", "sentence",
 ]  # fmt: skip
 
 LIMIT = 64 << 20  # octets of a frame
@@ -39,6 +39,7 @@ class Frame(msgspec.Struct, omit_defaults=True):
     args: dict[str, Any] = {}
     ok: Any = UNSET
     error: str | None = None
+    absent: bool = False
     missing: list[int] = []
     piece: Any = UNSET
     more: int | None = None
@@ -54,7 +55,11 @@ class Broken(NamedTuple):
 
 
 class Refused(RelayError):
-    """The other end answered with an error; str() is its sentence."""
+    """The other end answered with an error; str() is its sentence. `absent`: what it is about does not exist."""
+
+    def __init__(self, text: str, absent: bool = False) -> None:
+        super().__init__(text)
+        self.absent = absent
 
 
 class Late(ConnectionError):
@@ -66,6 +71,11 @@ def sentence(error: Exception) -> str:
     ours = isinstance(error, (RelayError, ConnectionError))
     text = (str(error) or type(error).__name__) if ours else f"internal error: {type(error).__name__}: {error}"
     return text[:LONGEST].encode("utf-8", "backslashreplace").decode()
+
+
+def refusal(ident: int | None, error: Exception) -> Frame:
+    """The answer to a request that has failed."""
+    return Frame(ident, error=sentence(error), absent=isinstance(error, RelayError) and error.absent)
 
 
 _encode = msgspec.msgpack.Encoder().encode

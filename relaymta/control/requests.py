@@ -13,9 +13,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from relaymta.control.filters import Chosen, Number, Text
 from relaymta.errors import RelayError
 
-__all__ = ["REQUESTS", "Request", "Where"]
+__all__ = ["AGES", "REQUESTS", "Request", "Where"]
+
+AGES = (5, 10, 20, 40, 80, 160, 320, 640, 1280)  # minutes: the columns of `shape`; one more column for what is older
 
 
 class Where(Enum):
@@ -30,8 +33,6 @@ class Where(Enum):
 
 # Arguments
 
-Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
-Number = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=36500 * 86400.0)]
 
 
@@ -43,27 +44,12 @@ class Nothing(_Arguments, frozen=True):
     """No arguments."""
 
 
-class Chosen(_Arguments, frozen=True):
-    """The fields of `queue.Filter`."""
-
-    ident: Number = 0
-    queue: Text = ""
-    route: Text = ""
-    application: Text = ""
-    site: Text = ""
-    sender: Text = ""
-    user: Text = ""
-    recipient_domain: Text = ""
-    held: bool = False
-    until: Number = 0
-
-
 class Page(_Arguments, frozen=True):
     """The messages of a shard behind the id `after`."""
 
     shard: Number
     after: Number
-    chosen: Chosen
+    chosen: Chosen  # type: ignore[valid-type]
 
 
 class Change(_Arguments, frozen=True):
@@ -78,7 +64,7 @@ class Change(_Arguments, frozen=True):
 class Move(_Arguments, frozen=True):
     """To the route `word`."""
 
-    chosen: Chosen
+    chosen: Chosen  # type: ignore[valid-type]
     word: Text
     dry_run: bool
 
@@ -225,6 +211,7 @@ REQUESTS: dict[str, Request] = {
         Request("suspend", Suspension, Where.SUPERVISOR, changes=True),
         Request("policy", Policy, Where.SUPERVISOR, changes=True),
         Request("clear", Clearing, Where.SUPERVISOR, changes=True),
+        Request("routes", Nothing, Where.ANY),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

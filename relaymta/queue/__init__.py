@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from relaymta.control.filters import Filter
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
 from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
@@ -30,7 +31,7 @@ from relaymta.queue.expiry import Expiry, Overdue
 from relaymta.queue.fresh import MOST_RECIPIENTS
 from relaymta.queue.group import Assign, Committed, Task
 from relaymta.queue.ident import IdSource
-from relaymta.queue.inspect import Filter, Totals
+from relaymta.queue.inspect import Totals
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.readers import Readers

@@ -4,11 +4,12 @@ Messages are counted by arrival time in spans of five minutes. When there are mo
 differ least in relation to their age are joined: the resolution is minutes for new mail and days for old mail.
 """
 
+from relaymta.control.requests import AGES as COLUMNS
+
 __all__ = ["COLUMNS", "add", "columns", "remove"]
 
 SPAN_MS = 300_000
 KEPT = 24
-COLUMNS = (5, 10, 20, 40, 80, 160, 320, 640, 1280)  # minutes; one more column for what is older
 
 # A queue's ages: [first span, last span, messages] by age, the oldest first.
 Ages = list[list[int]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
+from relaymta.control.filters import Filter
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import PERMANENT, Attempt, Envelope, QueueName
 from relaymta.queue import inspect
@@ -16,7 +17,6 @@ from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
 from relaymta.queue.group import Assign, Task
-from relaymta.queue.inspect import Filter
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
 from relaymta.queue.schedule import Schedule

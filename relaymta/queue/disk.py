@@ -63,5 +63,5 @@ def lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise SpoolBusy(f"{path} is in use by another relaymta") from None
+        raise SpoolBusy(f"{path.absolute()} is in use by another relaymta") from None
     return descriptor

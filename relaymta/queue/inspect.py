@@ -3,10 +3,9 @@ inside a group commit. Messages in flight are not changed."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from relaymta.proto.address import comparable
+from relaymta.control.filters import Filter
 from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
@@ -18,7 +17,6 @@ from relaymta.queue.writer import Writer
 
 __all__ = [
     "VERBS",
-    "Filter",
     "Totals",
     "apply",
     "chosen_queues",
@@ -34,52 +32,6 @@ __all__ = [
 
 POLICY_HELD_TOGETHER = 1000
 VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "policy")  # policy: hold, for a hold policy
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
-    accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
-
-    ident: int = 0
-    queue: str = ""
-    route: str = ""
-    application: str = ""
-    site: str = ""
-    sender: str = ""
-    user: str = ""
-    recipient_domain: str = ""
-    held: bool = False
-    until: int = 0
-
-    @property
-    def whole_queues(self) -> bool:
-        """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
-        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
-
-    @property
-    def by_queue(self) -> bool:
-        """Whether it depends on the queue in which a message waits (or also on that)."""
-        return bool(self.queue or self.route or self.application or self.site)
-
-    def waits_in(self, name: QueueName) -> bool:
-        """Whether a queue's name matches (its site is not checked here)."""
-        return self.queue in ("", str(name)) and self.route in ("", name.route) and self.application in ("", name.application)
-
-    def matches(self, ident: int, envelope: Envelope) -> bool:
-        """Whether a message matches, provided that its queue does."""
-        if self.ident and ident != self.ident:
-            return False
-        if self.sender and envelope.sender.lower() != comparable(self.sender):
-            return False
-        if self.user and envelope.user != self.user:
-            return False
-        if self.held and not envelope.flags & HELD:
-            return False
-        if self.recipient_domain:
-            wanted = "@" + self.recipient_domain.lower().rstrip(".")
-            return any(address.lower().endswith(wanted) for address in envelope.recipients)
-        return True
 
 
 def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:

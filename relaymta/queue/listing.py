@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
+from relaymta.control.filters import Filter
 from relaymta.ident import format_id
 from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, Attempt, Envelope, RecipientState
 from relaymta.queue.clock import QueueClock, wall_ms
-from relaymta.queue.inspect import Filter
 from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
 from relaymta.queue.store import QueueRow, Store
 
@@ -34,7 +34,8 @@ class Recipient(msgspec.Struct):
 
 
 class Row(msgspec.Struct):
-    """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never."""
+    """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never. `state`: "queued" (not yet
+    tried), "in flight", "deferred" (tried, and to be tried again), "held" or "quarantined"."""
 
     id: str
     state: str
@@ -73,7 +74,6 @@ class _Reader:
     def row(self, ident: int, envelope: Envelope) -> Row:
         """The row of one message."""
         flags, placements, behind = envelope.flags, envelope.placements, self._behind
-        state = "quarantined" if flags & QUARANTINED else "held" if flags & HELD else "queued"
         queues, attempts, due, in_flight = [], 0, 0, False
         for placement in placements:
             name, moved = self._queue(placement.queue)
@@ -84,10 +84,10 @@ class _Reader:
             if self._entries is not None:
                 entry = self._entries.get(ident, placement.queue)
                 in_flight = in_flight or (entry is not None and entry.state in (IN_FLIGHT, ENDING))
-        scheduled = state == "queued"
+        scheduled = not flags & HELD
         return Row(
             format_id(ident),
-            "in flight" if in_flight else state,
+            "in flight" if in_flight else _state(flags, attempts),
             envelope.sender,
             self._recipients(envelope, self._histories.of(ident)),
             envelope.size,
@@ -112,6 +112,13 @@ class _Reader:
                 last = str(known.attempts[-1]) if known.attempts else ""
                 found.append(Recipient(address, ("pending", "delivered", "failed")[known.state], last))
         return found
+
+
+def _state(flags: int, attempts: int) -> str:
+    """The state of a message that is not in flight. Held, it may also be quarantined; deferred: it has been tried."""
+    if flags & QUARANTINED:
+        return "quarantined"
+    return "held" if flags & HELD else "deferred" if attempts else "queued"
 
 
 def page(

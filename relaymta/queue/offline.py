@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import msgspec
 import xxhash
 
+from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
@@ -99,7 +99,7 @@ class Spool:
 
     def page(self, args: Page) -> Any:
         """As `listing.page`. RelayError for a site: only a worker knows which mail goes there."""
-        wanted = inspect.Filter(**msgspec.structs.asdict(args.chosen))
+        wanted = Filter.of(args.chosen)
         if wanted.site:
             raise RelayError("the daemon is not running, and only the daemon knows which mail is for a site")
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from relaymta.control.filters import Filter
 from relaymta.proto.envelope import Placement, QueueName
 from relaymta.queue import inspect, listing, raw
 from relaymta.queue.clock import QueueClock
 from relaymta.queue.ident import IdSource
-from relaymta.queue.inspect import Filter
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
 from relaymta.queue.segments import Segments

@@ -6,11 +6,13 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.config import Config, Rule, SiteTable
-from relaymta.route.sites import Site
 from relaymta.route.table import domain_matches
+
+if TYPE_CHECKING:  # the provider profiles are shown without it
+    from relaymta.route.sites import Site
 
 __all__ = [
     "Limit",
@@ -115,7 +117,7 @@ class Shaping:
         self._rules = [(re.compile(rule.match, re.I | re.S), rule) for rule in [*config.rule, *shipped.rules]]
         self._shapes: dict[Site, Shape] = {}
 
-    def shape(self, site: Site) -> Shape:
+    def shape(self, site: "Site") -> Shape:
         """A site's limits."""
         found = self._shapes.get(site)
         if found is None:
@@ -124,7 +126,7 @@ class Shaping:
             found = self._shapes[site] = self._find(site)
         return found
 
-    def _find(self, site: Site) -> Shape:
+    def _find(self, site: "Site") -> Shape:
         names = [_host(name.lower()) for name in site.names]
 
         def matching(tables: list[tuple[str, SiteTable]]) -> list[tuple[str, SiteTable]]:

@@ -149,7 +149,7 @@ class Answers:
             "uptime": round(time.monotonic() - _STARTED, 1),
             "totals": {name: sum(answer.get("totals", {}).get(name, 0) for answer in answers.values()) for name in RESULTS},
             "listeners": [listener.address for listener in supervisor.config.listener],
-            "spool": supervisor.config.spool,
+            "spool": _absolute(supervisor.config.spool),
             "durability": "250 only after fdatasync of the message data and a synced LMDB commit",
             "metrics": supervisor.config.metrics.listen,
             "workers": rows,
@@ -220,6 +220,10 @@ def _number(ident: str) -> int:
         return parse_id(ident)
     except ValueError as error:
         raise RelayError(str(error)) from None
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # looks at no file
 
 
 def _lasting(seconds: float) -> tuple[int, int]:

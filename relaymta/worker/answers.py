@@ -6,13 +6,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from relaymta.config import near
 from relaymta.control import sentence
-from relaymta.control.requests import REQUESTS, Busiest, Change, Chosen, Move, Nothing, OfMessage, Page, Queues
-from relaymta.errors import RelayError
-from relaymta.queue import Filter, parse_id
+from relaymta.control.filters import Filter
+from relaymta.control.requests import REQUESTS, Busiest, Change, Move, Nothing, OfMessage, Page, Queues
+from relaymta.errors import NoSuch, RelayError
+from relaymta.queue import parse_id
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Answers:
     async def page(self, args: Page) -> Any:
         """As `listing.page`."""
         one = self._shard(args.shard)
-        return await one.queue.page(_filter(args.chosen), args.after, partial(goes_to, one.dispatcher))
+        return await one.queue.page(Filter.of(args.chosen), args.after, partial(goes_to, one.dispatcher))
 
     async def change(self, args: Change) -> Any:
         """Apply a verb to messages: (changed, in flight). RelayError when there is no such route."""
@@ -76,7 +74,7 @@ class Answers:
     async def move(self, args: Move) -> Any:
         """Move all messages of whole queues to a route: (messages matched, those in flight). None when the filter does not match
         whole queues, or the route has no hosts of its own. RelayError when there is no such route."""
-        wanted, route = _filter(args.chosen), self._worker.routes.named(args.word)
+        wanted, route = Filter.of(args.chosen), self._worker.routes.named(args.word)
         if route is None:
             raise self._no_route(args.word)
         if wanted.until or not (wanted.whole_queues and route.hosts):  # without hosts, the queue depends on the domain
@@ -89,8 +87,12 @@ class Answers:
             messages, in_flight = messages + found[0], in_flight + found[1]
         return messages, in_flight
 
-    def _no_route(self, word: str) -> RelayError:
-        return RelayError(f"there is no route {word!r}{near(word, self._worker.routes.labels)}")
+    async def routes(self, args: Nothing) -> list[str]:
+        """The names of all routes."""
+        return self._worker.routes.labels
+
+    def _no_route(self, word: str) -> NoSuch:
+        return NoSuch("route", word, self._worker.routes.labels)
 
     async def throttled(self, args: Queues) -> Any:
         """Of `queues`: how many messages the limits of sites delay, and until when (seconds UTC)."""
@@ -153,7 +155,3 @@ class Answers:
                 pool.key: pool.reason for shard in shards for pool in shard.dispatcher.pools.values() if pool.failures
             },
         }
-
-
-def _filter(chosen: Chosen) -> Filter:
-    return Filter(**msgspec.structs.asdict(chosen))

@@ -93,7 +93,8 @@ def test_quotas_of_accounts_reject_or_hold(peer, tmp_path):
             with pytest.raises(smtplib.SMTPAuthenticationError, match="limit connections 1"), endpoint.client() as second:
                 second.login("single", SECRET)
         wait_for(lambda: accepted(lambda: send("single")))
-        usage = {row["name"]: row["used"] for row in json.loads(endpoint.account("app", "usage", "--json"))}
+        rows = [json.loads(line) for line in endpoint.account("app", "usage", "--json").splitlines()]
+        usage = {row["name"]: row["used"] for row in rows}
         assert usage == {"few": 3, "wide": 5, "large": usage["large"], "held": 1} and 15_000 < usage["large"] < 16_000
         assert endpoint.stop() == 0
         endpoint.start()  # quotas survive a restart

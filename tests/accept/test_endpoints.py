@@ -453,7 +453,7 @@ def test_keys_are_rotated_with_an_overlap_and_ended(endpoint):
             assert scram(client, "shop", key) == 235
     with endpoint.client() as client:
         assert scram(client, "shop", "neither") == 535
-    rows = json.loads(endpoint.account("app", "list", "--json"))
+    rows = [json.loads(line) for line in endpoint.account("app", "list", "--json").splitlines()]
     shop = next(row for row in rows if row["name"] == "shop")
     assert [bool(secret["expires"]) for secret in shop["secrets"]] == [False, True]
     endpoint.account("app", "rotate", "shop", "--overlap", "0s")

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import json
 import socket
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def test_an_http_client_queues_nothing(tmp_path_factory, relays, method):
             sock.sendall(f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             sock.sendall(body)
         assert b"".join(iter(lambda: _octets(sock), b"")).startswith(b"421 4.7.0 This is an SMTP server")
-    assert json.loads(relays.cli("queue", "summary", "--json").stdout) == [] and not relays.events("queued")
+    assert relays.cli("queue", "summary", "--json").stdout == "" and not relays.events("queued")
     wait_for(lambda: any(event["reply"].startswith("421 4.7.0 This is") for event in relays.events("rejected")))
 
 

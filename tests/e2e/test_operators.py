@@ -22,7 +22,7 @@ def test_mail_for_a_dead_smart_host_is_moved_to_another_route(tmp_path):
             wait_for(lambda: relay.events("deferred"))
             assert changed(relay, "reroute", "--all", "--to", "other", "--dry-run")["matched"] == 5
             wrong = relay.cli("queue", "reroute", "--all", "--to", "othre", check=False)
-            assert wrong.returncode == 69 and 'did you mean "other"' in wrong.stderr
+            assert wrong.returncode == 1 and 'no such route: othre (did you mean "other"?)' in wrong.stderr
             assert changed(relay, "reroute", "--all", "--to", "other")["changed"] == 5
             wait_for(lambda: len(other.messages) == 5)
             assert sorted(to for _, to, _ in other.messages) == [["c@d", "e@f"]] * 5
@@ -111,7 +111,7 @@ def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
             # The policy does not match our own DSNs, though they are sent to that domain.
             relay.send("Subject: x\r\n\r\nx\r\n", "boss@d.example", "one@d.example")
             wait_for(lambda: any(to == ["boss@d.example"] for _, to, _ in peer.messages))
-            policies = json.loads(relay.cli("policy", "list", "--json").stdout)
+            policies = [json.loads(line) for line in relay.cli("policy", "list", "--json").stdout.splitlines()]
             assert [(policy["kind"], policy["about"]) for policy in policies] == [("bounce", "recipient_domain=d.example")]
 
 
@@ -214,8 +214,9 @@ def test_a_queue_is_one_line_also_with_the_daemon_stopped(tmp_path):
     with Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=600", workers=2) as relay:
 
         def shown() -> list:
-            rows = [json.loads(relay.cli("queue", verb, "--json").stdout) for verb in ("summary", "shape")]
-            return [[(row["queue"], row["messages"], row["bytes"]) for row in rows[0]], rows[1]["queues"]]
+            rows = [json.loads(line) for line in relay.cli("queue", "summary", "--json").stdout.splitlines()]
+            shape = json.loads(relay.cli("queue", "shape", "--json").stdout)
+            return [[(row["queue"], row["messages"], row["bytes"]) for row in rows], shape["queues"]]
 
         while len({ident[-4:] for event in relay.events("queued") if (ident := event["id"])}) < 2:  # of both workers
             relay.send()

@@ -133,10 +133,10 @@ def test_a_filter_means_what_it_says_or_is_refused(tmp_path):
             (("policy", "hold", "--app", "x", "--domain", ""), 64, "--domain: it is empty"),
             (("site", "suspend", "", "--app", "news"), 64, "NAME: it is empty"),
             (("site", "suspend", "x", "--app", ""), 64, "--app: it is empty"),
-            (("queue", "delete", unknown), 1, f"no message {unknown} in the queue"),
-            (("queue", "hold", unknown, "--json"), 1, f"no message {unknown} in the queue"),
-            (("queue", "hold", unknown, "--dry-run"), 1, f"no message {unknown} in the queue"),
-            (("queue", "delete", known, "--held"), 1, f"no message {known} in the queue that matches"),
+            (("queue", "delete", unknown), 1, f"no such message in the queue: {unknown}"),
+            (("queue", "hold", unknown, "--json"), 1, f"no such message in the queue: {unknown}"),
+            (("queue", "hold", unknown, "--dry-run"), 1, f"no such message in the queue: {unknown}"),
+            (("queue", "delete", known, "--held"), 1, f"no such message in the queue that matches: {known}"),
             (("queue", "list", "--domain", "\udcff"), 69, "cannot be sent"),
         ):  # fmt: skip
             done = relay.cli(*verb, check=False)

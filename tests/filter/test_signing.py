@@ -453,7 +453,9 @@ def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
                 "doctor", "domain", domain, "--address", address, "--json", "--set", f'delivery.nameservers=["{nameserver}"]',
                 "--set", toml([own]), "--set", "hostname=mail.test", check=False,
             )  # fmt: skip
-            return done.returncode, {row["check"].split(" ")[0]: row["state"] for row in json.loads(done.stdout)}
+            return done.returncode, {
+                row["check"].split(" ")[0]: row["state"] for row in map(json.loads, done.stdout.splitlines())
+            }
 
         assert found("shop.test", "11.0.0.1") == (1, {"PTR": "wrong", "SPF": "ok", "DKIM": "ok", "DMARC": "ok"})
         assert found("shop.test", "11.0.0.2") == (1, {"PTR": "wrong", "SPF": "wrong", "DKIM": "ok", "DMARC": "ok"})

@@ -182,7 +182,6 @@ def test_addresses_of_a_configuration_are_compared_in_the_same_form(written, com
     assert comparable(written) == compared
 
 
-
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

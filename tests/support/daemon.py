@@ -136,7 +136,8 @@ class Relay:
         try:
             return control.ask(self.spool / "control.sock", op)
         except (FileNotFoundError, ConnectionRefusedError):
-            return json.loads(self.cli(*verb, "--json").stdout)
+            lines = self.cli(*verb, "--json").stdout.splitlines()
+            return [json.loads(line) for line in lines] if verb != ("status",) else json.loads(lines[0])
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log's events of this name."""

@@ -1,0 +1,74 @@
+"""Which messages an operator means: the filter that the command line sends, and that the queue and policies go by."""
+
+import dataclasses
+from typing import Annotated, Any, Self
+
+import msgspec
+
+from relaymta.proto.address import comparable
+from relaymta.proto.envelope import HELD, Envelope, QueueName
+
+__all__ = ["Chosen", "Filter", "Number", "Text"]
+
+Text = Annotated[str, msgspec.Meta(max_length=4000, pattern=r"\A[^\x00]*\Z")]
+Number = Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Filter:
+    """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
+    accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
+
+    ident: Number = 0
+    queue: Text = ""
+    route: Text = ""
+    application: Text = ""
+    site: Text = ""
+    sender: Text = ""
+    user: Text = ""
+    recipient_domain: Text = ""
+    held: bool = False
+    until: Number = 0
+
+    @classmethod
+    def of(cls, chosen: Any) -> Self:
+        """The filter that a request has sent, as `Chosen`."""
+        return cls(**msgspec.structs.asdict(chosen))
+
+    @property
+    def whole_queues(self) -> bool:
+        """Whether it matches all mail of a queue or none, by the queue's name and site alone."""
+        return not (self.ident or self.sender or self.user or self.recipient_domain or self.held)
+
+    @property
+    def by_queue(self) -> bool:
+        """Whether it depends on the queue in which a message waits (or also on that)."""
+        return bool(self.queue or self.route or self.application or self.site)
+
+    def waits_in(self, name: QueueName) -> bool:
+        """Whether a queue's name matches (its site is not checked here)."""
+        return self.queue in ("", str(name)) and self.route in ("", name.route) and self.application in ("", name.application)
+
+    def matches(self, ident: int, envelope: Envelope) -> bool:
+        """Whether a message matches, provided that its queue does."""
+        if self.ident and ident != self.ident:
+            return False
+        if self.sender and envelope.sender.lower() != comparable(self.sender):
+            return False
+        if self.user and envelope.user != self.user:
+            return False
+        if self.held and not envelope.flags & HELD:
+            return False
+        if self.recipient_domain:
+            wanted = "@" + self.recipient_domain.lower().rstrip(".")
+            return any(address.lower().endswith(wanted) for address in envelope.recipients)
+        return True
+
+
+# The filter in a request: its fields, checked, and no others.
+Chosen = msgspec.defstruct(
+    "Chosen",
+    [(field.name, field.type, field.default) for field in dataclasses.fields(Filter)],
+    frozen=True,
+    forbid_unknown_fields=True,
+)
