@@ -44,7 +44,7 @@ class Claim:
 
     @cached_property
     def domain(self) -> str:
-        """The signing domain, d=, in A-labels and lower case: it may be written in U-labels (RFC 8616 4)."""
+        """The signing domain, d=, in A-labels and lower case: it may be written in U-labels (RFC 8616 5)."""
         return in_a_labels(self.tags.get("d", ""))
 
     @cached_property

@@ -250,7 +250,7 @@ IDN = "DKIM-Signature: v=1; a=rsa-sha256; d={d}; s={s}; {i}h=from; bh={{bh}}; b=
      ("xn--dmain-jua.test", "s", "i=ann@d=C3=B6main.test; "), ("dömain.test", "é", "")],
 )  # fmt: skip
 async def test_the_domain_of_a_signature_is_the_same_in_u_labels_and_a_labels(d, s, i):
-    """RFC 8616 4: U-labels are allowed in d=, s= and i= of a header in UTF-8; the DNS is asked for A-labels."""
+    """RFC 8616 5: U-labels are allowed in d=, s= and i= of a header in UTF-8; the DNS is asked for A-labels."""
     message = signed(IDN.format(d=d, s=s, i=i), names="from")
     asked = []
 

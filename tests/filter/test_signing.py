@@ -180,7 +180,7 @@ def signer_of(*settings: Dkim) -> Signer:
 )
 @pytest.mark.parametrize("author", ["dömain.test", "xn--dmain-jua.test", "DÖMAIN.TEST", "XN--dmain-jua.test", "dömain。test"])
 async def test_a_domain_is_the_same_in_u_labels_and_a_labels(written, author, tmp_path):
-    """RFC 6376 3.5: d= is written in A-labels, which all verifiers read (RFC 8616 4)."""
+    """RFC 6376 3.5: d= is written in A-labels, which all verifiers read (RFC 8616 5)."""
     own = Dkim(domain=written, selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
     other = Dkim(domain="far.test", selector="s", key=own.key)
     below = Dkim(domain="esp.test", selector="s", key=own.key, authors=["." + written])
