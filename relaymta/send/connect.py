@@ -301,7 +301,7 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -
     name = "a local socket" if peer.path else peer.name
     login = f" ({via.route.login})" if via is not None and phase == "auth" else ""
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
-        said = Said(error.code, str(error.message).encode("utf-8", "replace"), phase)
+        said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
         if phase == "auth":
             said.text = redacted(said.text)  # it may quote the credentials
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}{login}", said)
