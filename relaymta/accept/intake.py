@@ -76,6 +76,9 @@ class Client:
     message_rate: str
     recipient_rate: str
     behind: str = ""  # the address of the proxy whose client this is, where its own is unknown
+    domain: str = ""  # completes its addresses without one, "": nothing does; and
+    login_domain: str = ""  # those of a user who is logged in
+    postmaster: str = ""  # relay.postmaster
 
 
 class Origin(NamedTuple):
@@ -102,12 +105,11 @@ class Origin(NamedTuple):
         return self.may_relay and self.identity is None
 
     @classmethod
-    def of(
-        cls, client: Client, identity: Identity | None, listener: Listener, domain: str = "", postmaster: str = ""
-    ) -> "Origin":
-        """Of a client of a listener. `domain`, `postmaster`: as above."""
+    def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
+        """Of a client of a listener."""
         user = identity if identity is not None else _NOBODY
         may_relay = identity is not None or client.trusted
+        domain = client.domain or (client.login_domain if identity is not None else "")
         return cls(
             client,
             identity,
@@ -118,7 +120,7 @@ class Origin(NamedTuple):
             may_relay and not (client.message_rate or client.recipient_rate or user.quotas),
             listener.submission or identity is not None,
             domain,
-            postmaster,
+            client.postmaster or (f"postmaster@{domain}" if domain else ""),
         )
 
 
@@ -174,25 +176,13 @@ class Intake:
             known = self._clients[address] = self._rules(address)
         return known
 
-    def origin(self, client: Client, identity: Identity | None, listener: Listener) -> Origin:
-        """Where mail of this client comes from, while it is logged in as `identity` (None: not at all)."""
-        domain = ""
-        if client.trusted or identity is not None:
-            domain = self._config.intake.complete_domain
-        if client.trusted and not domain:  # of mail.example.org: example.org
-            behind = self.hostname.partition(".")[2]
-            domain = behind if "." in behind else self.hostname
-        return Origin.of(
-            client, identity, listener, domain, self._config.relay.postmaster or (f"postmaster@{domain}" if domain else "")
-        )
-
     def unknown_client(self, peer: str) -> Client:
         """The rules for a client whose address is unknown, behind the proxy `peer`: it is counted as the proxy, but has neither
         its rights nor its address, which SPF would evaluate."""
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False, lenient=False)
         unknown = replace(found, address=UNKNOWN, behind=found.address, limits=limits)
-        return replace(unknown, trusted=False, xclient=False, application="", priority="")
+        return replace(unknown, trusted=False, xclient=False, application="", priority="", domain="")
 
     def _rules(self, address: str) -> Client:
         config = self._config
@@ -222,6 +212,9 @@ class Intake:
             _own_or_general(own.connection_rate, general.connection_rate),
             _own_or_general(own.message_rate, general.message_rate),
             _own_or_general(own.recipient_rate, general.recipient_rate),
+            domain=(config.intake.complete_domain or _domain_of_host(self.hostname)) if trusted else "",
+            login_domain=config.intake.complete_domain,
+            postmaster=config.relay.postmaster,
         )
 
     def accept_sender(self, sender: str, size: int) -> bytes | None:
@@ -292,9 +285,10 @@ class Intake:
         self.log.event("rejected", client=client.address, helo=helo, sender=sender, recipients=recipients, reply=answered)
 
     def edited(self, origin: Origin, start: bytes, whole: bool) -> bytes | None:
-        """Message data, or the start of a large message (`whole` is false), as it is stored behind our fields: made to begin
-        well, without forged results, and with the header of submitted mail changed. The same object where nothing is changed;
-        None: a header that would have to be changed is too long, or does not end within `start`; the message is rejected."""
+        """Message data, or the start of a large message (`whole` is false), as it is stored behind our fields: without `From `
+        lines of mailboxes and forged results, and with the header of submitted mail changed. The same object where nothing is
+        changed; None: a header that would have to be changed is too long, or does not end within `start`; the message is
+        rejected."""
         if not begins_well(start):
             start = begun(start)
         if not origin.trusted:
@@ -306,8 +300,7 @@ class Intake:
             return start
         if not whole and header_end(start) == len(start):
             return None
-        found = submitted(start, origin.domain)
-        return found if found is start or begins_well(found) else begun(found)
+        return submitted(start, origin.domain)
 
     def prepend(
         self, ident: int, transaction: Transaction, origin: Origin, session: Session, start: bytes
@@ -352,6 +345,8 @@ class Intake:
                 fields += f"Date: {rfc5322_date(now)}\r\n".encode()
         if self._staging is not None:
             fields = self._staging.banner(recipients) + fields
+        if not begins_well(start):
+            fields += b"\r\n"  # there is no header: the first line of the body must not become part of our fields
         return [fields]
 
     def admit(
@@ -461,6 +456,12 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     if foreign is None:
         return None
     return reply.format_reply(550, "5.7.1", f"{identity.name} may not write as <{foreign[:320]}> (senders of its account)")
+
+
+def _domain_of_host(hostname: str) -> str:
+    """The domain of a host: of mail.example.org example.org, of example.org itself."""
+    behind = hostname.partition(".")[2]
+    return behind if "." in behind else hostname
 
 
 def _own_or_general(own: T | None, general: T) -> T:

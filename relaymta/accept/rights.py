@@ -11,7 +11,7 @@ Each of the two has one owner and one end:
 from functools import partial
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.intake import Client
+from relaymta.accept.intake import Client, Origin
 from relaymta.accept.transaction import Flow, IncomingTransaction
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
@@ -97,7 +97,7 @@ class Rights(Host):
         identity = self.login.identity if self.login is not None else None
         self.limits = self.client.limits
         self.user = identity.name if identity is not None else ""
-        self.origin = self._admission.intake.origin(self.client, identity, self._listener)
+        self.origin = Origin.of(self.client, identity, self._listener)
         self.domain = self.origin.domain
 
     # What the session asks

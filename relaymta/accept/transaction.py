@@ -169,7 +169,7 @@ class IncomingTransaction(Transaction):
             if edited is None:
                 self._reject(reply.HEADER_TOO_LONG)
                 return
-            data, start = [edited], edited
+            data, start = [edited] if edited else [], edited
         elif len(data) > 1 and b"\r\n\r\n" not in start:
             start = _start_of(data)
         front = intake.prepend(self._ident, self, self.origin, self._session, start[:HEADER_SEEN])

@@ -176,7 +176,8 @@ def _with(text: str, old: Dkim, new: Dkim) -> str:
 @as_json
 @configured
 def check_keys(read: Configuration, as_json: bool) -> None:
-    """Check that the DNS has the record of each key. Exit status 1 when one is missing or belongs to another key."""
+    """Check that the DNS has the record of each key, and that a sample signed with the key is verified with it (by dkimpy). Exit
+    status 1 when a record is missing, belongs to another key, or lets no signature be verified."""
     config = loaded(read, ANY_LISTENER)
     rows = asyncio.run(checked(config))
     if as_json:
@@ -204,12 +205,13 @@ async def checked(config: Config) -> list[dict[str, str]]:
 async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
     from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
     from relaymta.filter.keys import load_key, record
+    from relaymta.filter.opinion import trouble
 
     assert isinstance(resolver, Resolver)
     name = f"{settings.selector}._domainkey.{settings.domain}"
     row = {"record": name, "key": settings.key, "state": "ok"}
     try:
-        wanted = _public(record(load_key(settings)))
+        key = load_key(settings)
         found = await resolver.txt(name)
     except ConfigError as error:
         return row | {"state": str(error)}
@@ -220,7 +222,11 @@ async def _check_one(resolver: object, settings: Dkim) -> dict[str, str]:
     published = [_public(text) for text in found]
     if "" in published:
         return row | {"state": "revoked: the record has an empty p="}
-    return row if wanted in published else row | {"state": "the record is another key's"}
+    texts = [text for text in found if _public(text) == _public(record(key))]
+    if not texts:
+        return row | {"state": "the record is another key's"}
+    why = trouble(key, texts[0], int(time.time()))
+    return row | {"state": f"the record lets no signature be verified: {why}"} if why else row
 
 
 def _public(text: str) -> str:

@@ -28,9 +28,12 @@ _date: tuple[int, str] = (0, "")
 
 
 def header_end(data: bytes) -> int:
-    """The index of the body in message data: behind the first empty line (RFC 5322 2.1), or the whole length without one."""
+    """The index of the body in message data: behind the first empty line (RFC 5322 2.1), or the whole length without one; 0 where
+    there is no header, since the first line is no field."""
     if data.startswith(b"\r\n"):
         return 2
+    if _FIELD.match(data) is None:
+        return 0
     end = data.find(b"\r\n\r\n")
     return len(data) if end < 0 else end + 4
 
@@ -41,8 +44,8 @@ def begins_well(data: bytes) -> bool:
 
 
 def begun(data: bytes) -> bytes:
-    """Message data that does not begin well, changed at its beginning as Postfix does it: `From ` lines of mailboxes become
-    fields, and an empty line is put in front of a line that is no field, so that it does not become part of ours."""
+    """Message data in which `From ` lines of mailboxes at its beginning are fields, as Postfix does it, with an empty line behind
+    them if no field follows. The same object if there are none."""
     at = 0
     lines: list[bytes] = []
     while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < 2 * MAILBOX_LINES:
@@ -50,7 +53,9 @@ def begun(data: bytes) -> bytes:
         end = len(data) if end < 0 else end + 2
         lines += [b"X-Mailbox-Line: ", data[at:end]]
         at = end
-    if not _FIELD.match(data, at) and (at < len(data) or not lines):
+    if not lines:
+        return data
+    if not _FIELD.match(data, at) and at < len(data):
         lines.append(b"\r\n")
     return b"".join([*lines, data[at:]])
 

@@ -536,5 +536,9 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
         text = config.read_text()
         assert 'selector = "two"' in text and "two.pem" in text and "one.pem" not in text and "# a remark" in text
         assert run("check", nameserver=nameserver)[0] == 0
+    for good, spoilt in (("v=DKIM1; ", "h=sha1; "), ("v=DKIM1; ", "s=a; "), ("DKIM1", "DKIM2"), ("k=rsa", "k=dsa")):
+        with nameserver_with(tmp_path, [second.replace(good, spoilt)]) as nameserver:
+            status, said = run("check", "--json", nameserver=nameserver)
+            assert status == 1 and "the record lets no signature be verified" in said, spoilt
     with nameserver_with(tmp_path, [records[0].replace("one.", "two.")]) as nameserver:
         assert "the record is another key's" in run("check", "--json", nameserver=nameserver)[1]
