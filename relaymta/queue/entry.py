@@ -15,7 +15,8 @@ class Entry:
 
     `indexes`: of the envelope's recipients, None for all. `data`: the pieces of the message data while they are in memory;
     `octets`: what it holds of the budget for them. `sole`: the message is in no other queue. `scanned`: it was read from disk.
-    `state`: see lifecycle.py, which alone changes it. `route` and `lost` (reused connections that it has lost) belong to send/.
+    `state`: see lifecycle.py, which alone changes it. `route` (how its result came) and `lost` (reused connections that it has
+    lost) belong to send/.
     """
 
     __slots__ = (

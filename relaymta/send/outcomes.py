@@ -108,7 +108,7 @@ class Outcomes:
         self._decisions.rules(pool, entry.name.application, judged.rules)
         trail = mail.trail if isinstance(mail.trail, Trail) else Trail()
         place = session.place or session.peer
-        trail.add(place, judged.results, doubtful, judged.retry_after_ms)
+        trail.add(place, judged.results, doubtful, judged.retry_after_ms, session.link)
         if session.core.not_sent and entry.lost < FREE_RETRIES:  # it is asked again, by DATA
             entry.lost += 1
             trail.asked -= 1
@@ -119,6 +119,8 @@ class Outcomes:
     def end(self, entry: Entry, trail: Trail) -> None:
         """An attempt ends with what it has come to at one host or several."""
         good = trail.asked == 1 and all(a.kind == SUCCESS for a in trail.results.values())
+        if not good:
+            entry.route = trail.links
         self.queue.finish(entry, None if good else trail.results, trail.retry_after_ms)
 
     def lost(self, pool: Pool, session: Session, mail: Mail, reason: str) -> bool:
@@ -150,7 +152,7 @@ class Outcomes:
             return said or Attempt(now, TRANSIENT, phase, session.peer, 0, "4.4.2", reason + behind, inside)
 
         judged = judge(mail, session.peer, unanswered, self._rule_of, session.fell_back)
-        entry.route = (session.peer, b"")
+        entry.route = (session.peer, b"", session.link)
         self._settle(pool, session, mail, judged, doubtful)
         return True
 

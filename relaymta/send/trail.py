@@ -19,20 +19,25 @@ class Trail:
 
     `results`: the last result of each recipient, by index. `final`: recipients that are not asked for again in this attempt
     (answered for good, or in doubt). `tried`: the places (or names) of hosts that are not tried (again). `asked`: hosts that were
-    asked to take the message. `retry_after_ms`: the longest delay that a rule has set."""
+    asked to take the message. `retry_after_ms`: the longest delay that a rule has set. `links`: the connection over which each
+    recipient's result came, by index."""
 
     results: dict[int, Attempt] = field(default_factory=dict)
     final: set[int] = field(default_factory=set)
     tried: set[str] = field(default_factory=set)
     asked: int = 0
     retry_after_ms: int = 0
+    links: dict[int, tuple[str, int, str, str]] = field(default_factory=dict)
 
     def left(self, recipients: list[tuple[int, str]]) -> list[tuple[int, str]]:
         """Of an entry's recipients, those that another host may be asked to take."""
         return [pair for pair in recipients if pair[0] not in self.final]
 
-    def add(self, place: str, results: dict[int, Attempt], doubtful: set[int], retry_after_ms: int) -> None:
-        """Add what a host has said (`results`); `doubtful`: recipients for which it may have the message all the same."""
+    def add(
+        self, place: str, results: dict[int, Attempt], doubtful: set[int], retry_after_ms: int, link: tuple[str, int, str, str]
+    ) -> None:
+        """Add what a host has said over `link` (`results`); `doubtful`: recipients for which it may have the message all the
+        same."""
         self.tried.add(place)
         self.asked += 1
         self.retry_after_ms = max(self.retry_after_ms, retry_after_ms)
@@ -41,6 +46,7 @@ class Trail:
             if before is not None and attempt.kind != SUCCESS:
                 attempt = _behind(attempt, str(before))
             self.results[index] = attempt
+            self.links[index] = link
             if attempt.kind != TRANSIENT or index in doubtful:
                 self.final.add(index)
 

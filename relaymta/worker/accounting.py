@@ -23,14 +23,19 @@ DSNS = index("relaymta_dsns_total")
 DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 
-Way = tuple[str, bytes, tuple[str, int, str, str]]  # peer, its reply, and `Link` of the session that carried an entry
+Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
+NOWHERE: Link = ("", 0, "", "")
 
 
-def _way(entry: Entry) -> Way:
-    if not isinstance(entry.route, tuple):
-        return "", b"", ("", 0, "", "")
-    peer, answer, *link = entry.route
-    return peer, answer, link[0] if link else ("", 0, "", "")
+def _way(entry: Entry) -> tuple[str, bytes, Link]:
+    """The peer that has taken an entry for all of its recipients, its reply, and the connection to it."""
+    return entry.route if isinstance(entry.route, tuple) else ("", b"", NOWHERE)
+
+
+def _link(entry: Entry, position: int) -> Link:
+    """The connection over which the result of one recipient has come."""
+    found: Link = entry.route.get(position, NOWHERE) if isinstance(entry.route, dict) else NOWHERE
+    return found
 
 
 class Witness(Events):
@@ -57,8 +62,8 @@ class Witness(Events):
         entry = outcome.entry
         self._landed(entry)
         envelope = entry.envelope
-        peer, answer, link = _way(entry)
         if outcome.success:
+            peer, answer, link = _way(entry)
             count = len(envelope.recipients) if entry.indexes is None else len(entry.indexes)
             delay = time.time() - envelope.arrived / 1000
             self._add(DELIVERED, count)
@@ -87,7 +92,7 @@ class Witness(Events):
         if attempt.kind == SUCCESS:
             self._add(DELIVERED, 1)
             delay = time.time() - entry.envelope.arrived / 1000
-            place = dict(zip(("address", "port", "tls", "cipher"), _way(entry)[2], strict=True))
+            place = dict(zip(("address", "port", "tls", "cipher"), _link(entry, position), strict=True))
             self._log.event("delivered", recipients=[address], delay=round(delay, 3), **place, **common)
         elif attempt.kind == TRANSIENT:
             self._add(DEFERRED, 1)
