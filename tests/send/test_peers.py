@@ -311,3 +311,14 @@ def test_a_peer_that_stops_reading_is_disconnected_and_the_log_has_the_stack(tmp
         texts = [event["text"] for event in relay.events("warning")]
         assert any("waiting for the peer to accept its message data" in text and "_write_data" in text for text in texts), texts
     end.set()
+
+
+def test_each_recipient_is_delivered_by_the_host_that_took_it(tmp_path):
+    """One attempt at two hosts: the log says where each recipient's message is."""
+    rules = {"RCPT": {"later@d.example": b"451 4.7.1 greylisted\r\n", "now@d.example": b"250 2.1.5 ok\r\n"}}
+    with FakeMx(rules) as first, FakeMx({}, host="127.0.0.2") as second, both(tmp_path, first, second) as relay:
+        relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "now@d.example", "later@d.example")
+        wait_for(lambda: len(relay.events("delivered")) == 2)
+        found = {event["recipients"][0]: (event["address"], event["port"]) for event in relay.events("delivered")}
+        assert found == {"now@d.example": ("127.0.0.1", first.port), "later@d.example": ("127.0.0.2", second.port)}
+        assert [message[1] for message in first.messages + second.messages] == [["now@d.example"], ["later@d.example"]]
