@@ -15,6 +15,8 @@ import pytest
 from relaymta.log import History, Log, find_history
 from tests.support.daemon import wait_for
 
+OF_NOBODY = {"client": "", "helo": "", "user": "", "application": "", "message_id": ""}
+
 
 def test_history_is_bounded_by_octets(tmp_path):
     history = History(tmp_path / "history", 0, 80_000)
@@ -32,15 +34,16 @@ def test_history_is_bounded_by_octets(tmp_path):
 def test_only_events_of_messages_are_kept_in_order(tmp_path):
     log = Log(str(tmp_path / "log"), 0, History(tmp_path / "history", 0, 1 << 20))
     log.event("warning", text="not about a message")
-    log.event("queued", id="ONE", sender="a", recipients=["b"], size=1, client="", helo="", user="", application="")
-    log.event("delivered", id="ONE", recipients=["b"], route="r", peer="p", reply="ok", delay=0.1, attempt=1)
+    log.event("queued", id="ONE", sender="a", recipients=["b"], size=1, **OF_NOBODY)
+    link = {"address": "192.0.2.1", "port": 25, "tls": "", "cipher": ""}
+    log.event("delivered", id="ONE", recipients=["b"], route="r", peer="p", reply="ok", delay=0.1, attempt=1, **link)
     log.close()
     assert [event["event"] for event in find_history(tmp_path / "history", "ONE")] == ["queued", "delivered"]
     assert (tmp_path / "log").read_text().count("\n") == 3
 
 
 def queued(log: Log, ident: str, sender: str = "a") -> None:
-    log.event("queued", id=ident, sender=sender, recipients=["b"], size=1, client="", helo="", user="", application="")
+    log.event("queued", id=ident, sender=sender, recipients=["b"], size=1, **OF_NOBODY)
 
 
 def wait(condition: Callable[[], bool]) -> None:

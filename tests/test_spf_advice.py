@@ -94,7 +94,7 @@ def test_the_doctor_looks_at_the_smart_host(tmp_path: Path):
             "doctor", "domain", domain, "--json", "--set", f'delivery.nameservers=["{nameserver}"]', "--set",
             f'route=[{{name="out",hosts=["{host}"]}}]', check=False,
         )  # fmt: skip
-        rows = json.loads(done.stdout)
+        rows = list(map(json.loads, done.stdout.splitlines()))
         return done.returncode, {row["check"].split(" ")[0]: row["state"] for row in rows}, done.stdout
 
     with nameserver_with(tmp_path, zone) as nameserver:

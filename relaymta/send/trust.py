@@ -99,6 +99,8 @@ def context_of(tls: str, files: Files = NO_FILES) -> Context:
 def problems(route: Route) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) of each file of a route that cannot be used now."""
     files = Files.of(route)
+    if files == NO_FILES:
+        return
     for key, path in files.named:
         why = _unreadable(path)
         if why:

@@ -144,7 +144,7 @@ def test_an_open_relay_has_its_flag_and_is_reported_all_the_same(tmp_path, text)
     path.write_text(text)
     config = load(path, {"relay.open_relay": True})
     assert any("open relay" in sentence for sentence in notes(config))
-    assert Config.model_validate_json(config.to_json()) == config  # as it is passed to workers
+    assert Config.model_validate_json(config.to_json()).model_dump() == config.model_dump()  # as it is passed to workers
 
 
 def test_all_that_is_open_is_reported_at_once(tmp_path):
@@ -197,4 +197,4 @@ def test_an_open_relay_is_rejected_by_check_serve_and_reload(tmp_path):
 def test_a_route_lookup_over_plain_http_is_reported(tmp_path, url, named):
     path = tmp_path / "r.toml"
     path.write_text(f'{START}[[route]]\nlookup = "{url}"\n')
-    assert any(sentence.startswith("route.0.lookup: ") for sentence in notes(load(path, {}))) is named
+    assert any(": route.0.lookup: " in sentence for sentence in notes(load(path, {}))) is named

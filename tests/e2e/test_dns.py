@@ -83,6 +83,8 @@ def test_route_test_shows_where_mail_would_be_sent(tmp_path, nameserver):
         f'delivery.nameservers=["{nameserver}"]',
         "--set",
         'route=[{name="shop",application=["shop"],hosts=["h:587"]}]',
+        "--set",
+        "delivery.port=2525",  # on port 25 a loopback address would be this host
     ]
     relay = Relay(tmp_path, None)
     text = relay.cli("route", "test", "--to", "x@two.test", *flags).stdout

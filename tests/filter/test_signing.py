@@ -288,7 +288,7 @@ def test_what_is_changed_in_a_message_is_changed_before_it_is_signed(peer, tmp_p
             wait_for(lambda number=number: len(peer.messages) == number)
             _, _, message = peer.messages[-1]
             assert message.endswith(expected + body) and b"Bcc" not in message
-            assert verified(message, [everybody]) == [True]
+            assert verified(message, [everybody]) == ([True] if b"From:" in message[: -len(body)] else [])
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -290,9 +290,7 @@ def test_mail_to_ourselves_does_not_go_round(tmp_path):
             assert len(relay.events("queued")) == 1 and not relay.events("deferred")
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "localhost.", "127.1", "2130706433", "0.0.0.0", "[::ffff:127.0.0.1]", "us.test"]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "0.0.0.0", "[::ffff:127.0.0.1]", "us.test"])
 def test_a_smart_host_that_is_this_host_is_a_loop(tmp_path, host):
     with nameserver_with(tmp_path, ["us.test. A 127.0.0.1"]) as nameserver:
         relay = Relay(tmp_path, None)

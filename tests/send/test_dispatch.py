@@ -24,6 +24,7 @@ from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import Tokens
 from relaymta.send.outcomes import IN_DOUBT
 from relaymta.send.pool import HOLD_SECONDS, Pool
+from relaymta.send.session import Link
 from relaymta.shm import Shared
 
 
@@ -356,7 +357,8 @@ async def test_what_cannot_be_held_is_tried_less_and_less_often_and_holds_up_not
 def _session(**core: Any) -> SimpleNamespace:
     its = SimpleNamespace(not_sent=False, **core)
     return SimpleNamespace(
-        core=its, closed_by_peer=True, peer="h", place="127.0.0.1:2", cause="", fell_back=False, our_fault=False
+        core=its, closed_by_peer=True, peer="h", place="127.0.0.1:2", cause="", fell_back=False, our_fault=False,
+        link=Link(),
     )  # fmt: skip
 
 

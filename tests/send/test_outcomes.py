@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import trustme
 
-import relaymta.send.connect
 from relaymta.config import Config
 from relaymta.log import Log
 from relaymta.metrics import Counters
@@ -23,6 +22,7 @@ from relaymta.queue.lifecycle import WAITING
 from relaymta.route.mx import Hosts
 from relaymta.route.sites import Site
 from relaymta.route.table import RouteTable
+from relaymta.send import trust
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import Tokens
 from relaymta.shm import Shared
@@ -193,7 +193,11 @@ async def hosted(
         return addresses[host]
 
     shared = Shared.create()
-    resolver = SimpleNamespace(now=lambda: 0.0, addresses=resolve)
+
+    async def numeric(host: str, families: str) -> list[str]:
+        return [host]
+
+    resolver = SimpleNamespace(now=lambda: 0.0, addresses=resolve, host=numeric, aliases=lambda host: set())
     dispatcher = Dispatcher(
         config, RouteTable(config), shared.limits(0, 1), shared.rates(1), shared.in_flight(0), Counters(shared.counters(0)),
         Log(str(folder / "log"), 0), resolver, {}, SiteStates(), lambda state, key: None, Tokens(None),  # type: ignore[arg-type]
@@ -260,12 +264,12 @@ async def test_what_comes_of_each_reply(tmp_path, monkeypatch, contexts, phase, 
             pytest.skip("credentials are for hosts of a route")
         monkeypatch.setenv("RELAY_PASSWORD", "secret")
         keys |= {"username": "me", "password_env": "RELAY_PASSWORD"}
-    made = relaymta.send.connect._Resuming(ssl.PROTOCOL_TLS_CLIENT)
+    made = trust.Context(ssl.PROTOCOL_TLS_CLIENT)
     made.sessions = {}
     authority.configure_trust(made)
     if phase != "AUTH":
         made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
-    monkeypatch.setattr("relaymta.send.connect._context", lambda *args: made)
+    monkeypatch.setattr(trust, "context_of", lambda *args: made)
     wrong = []
     for _, name, cell in [row for row in CELLS if row[0] == phase]:
         offers = OFFERS + (b"CHUNKING\r\n" if phase in ("BDAT", "RSET") else b"")

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,15 +95,21 @@ class Log:
         self.events.append(fields["text"])
 
 
+class Opened(str):
+    """Stands for a session."""
+
+    core = SimpleNamespace(features=SimpleNamespace(chunking=False))
+
+
 def made(names: Names, monkeypatch: pytest.MonkeyPatch, up: set[str], **delivery: Any) -> tuple[Opener, Log, list[str]]:
     """An opener for which only the addresses `up` can be reached; those that were tried."""
     tried: list[str] = []
 
-    async def connect(peer: Peer, *args: Any) -> str:
+    async def connect(peer: Peer, *args: Any) -> Opened:
         tried.append(peer.address)
         if peer.address not in up:
             raise ConnectFailed("connect", f"{peer.name}: refused", category="refused")
-        return f"{peer.name} {peer.address} {peer.port}"
+        return Opened(f"{peer.name} {peer.address} {peer.port}")
 
     monkeypatch.setattr(opening, "connect", connect)
     config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "delivery": delivery})

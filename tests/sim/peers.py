@@ -8,6 +8,7 @@ from typing import Any
 
 import aiodns
 
+from relaymta.dns import _OnLoop
 from relaymta.proto.smtp_client import ClientSession, Features, Said
 from relaymta.send.connect import ConnectFailed
 from tests.sim.stage import Process, Stage
@@ -79,8 +80,7 @@ class _Dns:
             raise aiodns.error.DNSError(1, "NODATA")
         return SimpleNamespace(answer=records)
 
-    def reread(self) -> None:
-        pass
+    ask = _OnLoop.ask
 
     async def close(self) -> None:
         pass
