@@ -15,7 +15,6 @@ from relaymta.config import Config, Listener
 from relaymta.dns import Resolver
 from relaymta.errors import ConfigError, check_all
 from relaymta.files import read_text
-from relaymta.filter import keys
 from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
 from relaymta.metrics import Counters
@@ -37,7 +36,7 @@ _offers = lru_cache(64)(Offers)  # every session has one, and few differ
 
 def check(config: Config) -> None:
     """ConfigError with everything that is wrong with the files that are read here, read with the rights of the caller."""
-    check_all(partial(one, config) for one in (tls.check, logins.check, keys.check, _check_recipients))
+    check_all(partial(one, config) for one in (tls.check, logins.check, _check_keys, _check_recipients))
 
 
 class Parts(NamedTuple):
@@ -171,6 +170,13 @@ class Endpoint:
 def _broken(watched: Sequence[Watched[Any]]) -> int:
     """How many of them cannot be read now."""
     return sum(bool(one.problem) for one in watched)
+
+
+def _check_keys(config: Config) -> None:
+    if config.dkim:
+        from relaymta.filter import keys
+
+        keys.check(config)
 
 
 def _check_recipients(config: Config) -> None:

@@ -15,7 +15,6 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import domain_of
-from relaymta.proto.authres import without_forged
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -29,9 +28,7 @@ from relaymta.proto.header import (
     rfc5322_date,
     too_long,
 )  # fmt: skip
-from relaymta.proto.mailbox import Malformed, authors
 from relaymta.proto.session import Session
-from relaymta.proto.submitted import submitted
 from relaymta.proto.transaction import Limits, Transaction
 from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
@@ -300,6 +297,8 @@ class Intake:
             return start
         if not whole and header_end(start) == len(start):
             return None
+        from relaymta.proto.submitted import submitted  # as below, where it is needed: most workers start without it
+
         return submitted(start, origin.domain)
 
     def prepend(
@@ -313,6 +312,8 @@ class Intake:
             if refused is not None:
                 return refused
         if self._routes.looks_at_headers:
+            from relaymta.proto.mailbox import Malformed
+
             try:
                 transaction.headers = self._routes.headers_met(header[:HEADER_SEEN])
             except Malformed:
@@ -439,6 +440,8 @@ def _without_forged_results(start: bytes, hostname: str, whole: bool) -> bytes |
         return start
     if too_long(header):
         return None
+    from relaymta.proto.authres import without_forged
+
     kept = without_forged(header, hostname)
     return start if kept is header else kept + start[len(header) :]
 
@@ -448,6 +451,8 @@ def _check_authors(identity: Identity, header: bytes, seen: int) -> bytes | None
     checked: only `seen` octets of the message data are known. None: all authors are allowed."""
     if too_long(header) or len(header) == seen >= HEADER_SEEN:  # fields after the known part may name other authors
         return reply.HEADER_TOO_LONG
+    from relaymta.proto.mailbox import Malformed, authors
+
     try:
         found = [str(mailbox) for mailbox in authors(header, (b"from", b"sender"))]
     except Malformed:

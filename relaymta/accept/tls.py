@@ -4,16 +4,16 @@ import contextlib
 import os
 import ssl
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-
-from cryptography import x509
-from cryptography.x509.oid import NameOID
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.accept import tickets
 from relaymta.config import Certificate, Config, check_each
 from relaymta.errors import ConfigError
 from relaymta.files import read_octets
 from relaymta.watch import Watched
+
+if TYPE_CHECKING:  # a worker without certificates starts without it
+    from cryptography.x509 import Certificate as Leaf
 
 __all__ = ["Certificates", "check"]
 
@@ -75,6 +75,8 @@ def check(config: Config) -> None:
 
 def _load(certificate: Certificate, choose: Choose) -> _Loaded:
     """Read a certificate and its key. ConfigError names the file and the reason."""
+    from cryptography import x509
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 1  # a client gets the next one when it resumes
@@ -118,7 +120,10 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted; give it without a pass phrase, with access for its owner only")
 
 
-def _names(leaf: x509.Certificate) -> list[str]:
+def _names(leaf: "Leaf") -> list[str]:
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return [name.lower() for name in names.get_values_for_type(x509.DNSName)]

@@ -9,10 +9,11 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import cache
 from hmac import compare_digest
+from typing import Any
 
 import argon2
-import scramp
 
 from relaymta.proto.sasl import Keys
 
@@ -20,7 +21,6 @@ __all__ = ["PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id", "matches", "scram
 
 # OWASP's least for argon2id: 19 MiB, two passes, one lane.
 _ARGON2 = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
-_SCRAM = scramp.ScramMechanism("SCRAM-SHA-256")
 PEOPLE_ITERATIONS = 100_000  # of SCRAM for a password that people choose: 20 ms of CPU to verify, like argon2id
 NICE = 10
 MOST_WAITING = 500
@@ -28,6 +28,13 @@ MOST_WAITING = 500
 
 class Busy(Exception):
     """Too many passwords wait to be verified; str() is the reason."""
+
+
+@cache
+def _scram() -> Any:
+    import scramp  # where it is needed: a worker without accounts starts without it
+
+    return scramp.ScramMechanism("SCRAM-SHA-256")
 
 
 def argon2id(password: str) -> str:
@@ -39,8 +46,10 @@ def scram(password: str, iterations: int = 4096, salt: bytes = b"") -> str:
     """The SCRAM-SHA-256 keys to store for a password. Few iterations are for generated keys only, which brute force cannot find.
     `salt`: that of another secret of the same account, since a SCRAM server announces one salt (RFC 5802 5.1). ValueError: the
     password is not allowed (RFC 4013)."""
+    import scramp
+
     try:
-        salt, stored, server, count = _SCRAM.make_auth_info(password, iteration_count=iterations, salt=salt or os.urandom(16))
+        salt, stored, server, count = _scram().make_auth_info(password, iteration_count=iterations, salt=salt or os.urandom(16))
     except scramp.ScramException as error:
         raise ValueError(str(error)) from None
     return f"SCRAM-SHA-256${count}:{_b64(salt)}${_b64(stored)}:{_b64(server)}"
@@ -64,10 +73,12 @@ def scram_keys(kept: str) -> Keys | None:
 def matches(kept: str, password: str) -> bool:
     """Whether a password matches a stored secret. Called on a thread: it takes about 20 ms for argon2id, 1 ms for a SCRAM key."""
     keys = scram_keys(kept)
+    import scramp
+
     try:
         if keys is None:
             return _ARGON2.verify(kept, password)
-        found = _SCRAM.make_auth_info(password, iteration_count=keys.iterations, salt=keys.salt)
+        found = _scram().make_auth_info(password, iteration_count=keys.iterations, salt=keys.salt)
     except (argon2.exceptions.Argon2Error, argon2.exceptions.InvalidHashError, scramp.ScramException, ValueError):
         return False
     return compare_digest(found[1], keys.stored_key)

@@ -6,20 +6,20 @@ import hashlib
 import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.config import Dkim
 from relaymta.control import Channel, Late, program
 from relaymta.errors import RelayError
-from relaymta.filter.keys import Key, load_key
-from relaymta.filter.signatory import sign_hash
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.dkim import BodyHashes, has_author, signed, split_fields
 from relaymta.proto.header import header_end, too_long
-from relaymta.proto.mailbox import Malformed, authors, domains
 from relaymta.watch import Watched
+
+if TYPE_CHECKING:  # what only keys need is imported where it is used: a worker without them starts without it
+    from relaymta.filter.keys import Key
 
 __all__ = ["Draft", "Signer", "SigningKey", "Unsignable"]
 
@@ -41,7 +41,7 @@ class Unsignable(Exception):
 class Unsigned(NamedTuple):
     """A signature to be made. `own`: its field up to b=; `hashed`: the SHA-256 that is signed."""
 
-    key: Key
+    key: "Key"
     own: bytes
     hashed: bytes
 
@@ -148,6 +148,8 @@ async def _nothing(op: str, args: object, descriptors: list[int]) -> None:
 
 def _by_hand(wanted: list[Unsigned]) -> list[bytes | Exception]:
     """The signatures, or the errors, in order. Runs on any thread."""
+    from relaymta.filter.signatory import sign_hash
+
     found: list[bytes | Exception] = []
     for one in wanted:
         try:
@@ -167,12 +169,17 @@ def _joined(made: Iterable[tuple[Unsigned, bytes | Exception]]) -> bytes | Excep
     return b"".join(out)
 
 
-class SigningKey(Watched[Key]):
+class SigningKey(Watched["Key"]):
     """A `[[dkim]]` of the configuration, and its key as it was last read."""
 
     def __init__(self, settings: Dkim) -> None:
-        super().__init__([settings.key], lambda: load_key(settings))
+        super().__init__([settings.key], self._read)
         self.settings = settings
+
+    def _read(self) -> "Key":
+        from relaymta.filter.keys import load_key
+
+        return load_key(self.settings)
 
 
 class Signer:
@@ -202,9 +209,11 @@ class Signer:
     def __bool__(self) -> bool:
         return bool(self.watched)
 
-    def _keys_for(self, header: bytes, fields: list[bytes], application: str, partly: bool) -> list[Key]:
+    def _keys_for(self, header: bytes, fields: list[bytes], application: str, partly: bool) -> list["Key"]:
         """The keys that sign a message with this header; `fields`: the header, split. `partly`: those that can be read will do.
         Raises Unsignable."""
+        from relaymta.proto.mailbox import Malformed, authors, domains
+
         wanted = [one for one in self.watched if one.settings.signs_for(application)]
         if not all("*" in one.settings.authors for one in wanted):
             try:
@@ -284,7 +293,7 @@ class Draft:
     """A message to be signed. `body` is fed all of its data, header first; then `unsigned()` returns the signatures to make: none
     where it has no From: (no verifier would accept them)."""
 
-    def __init__(self, fields: list[bytes], keys: list[Key], skip: int, seconds: int) -> None:
+    def __init__(self, fields: list[bytes], keys: list["Key"], skip: int, seconds: int) -> None:
         """`skip`: octets of its header; `seconds`: the wall clock, when it is signed."""
         self._fields, self._keys, self._seconds = fields, keys if has_author(fields) else [], seconds
         # One hash for each canonical form of the body.

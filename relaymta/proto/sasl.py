@@ -8,8 +8,6 @@ import secrets
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
-import scramp
-
 __all__ = ["MECHANISMS", "Claim", "Exchange", "Keys", "Malformed", "Password", "Proof", "Token", "begin"]
 
 
@@ -92,6 +90,8 @@ def _login(keys: Callable[[str], Keys]) -> Exchange:
 
 
 def _scram(keys: Callable[[str], Keys]) -> Exchange:
+    import scramp  # where it is needed: a worker without accounts starts without it
+
     mechanism, nonce = scramp.ScramMechanism("SCRAM-SHA-256"), secrets.token_hex(16)
     known: list[tuple[str, Keys]] = []
 

@@ -15,7 +15,6 @@ from relaymta.files import read_text
 from relaymta.proto.address import DomainError, comparable, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
-from relaymta.proto.mailbox import authors
 
 __all__ = ["Asked", "RouteTable", "Verdict", "domain_matches"]
 
@@ -116,6 +115,8 @@ class RouteTable:
         one of its addresses. Malformed when a condition on these exists and the field cannot be parsed."""
         values = fields(header)
         if self._by_author:  # of these fields the parsed addresses are matched, not the text
+            from relaymta.proto.mailbox import authors
+
             values = [row for row in values if row[0] not in _AUTHORS]
             values += [(name, str(one)) for name in self._by_author for one in authors(header, (name,))]
         return [

@@ -8,7 +8,6 @@ import os
 from collections.abc import Awaitable, Callable
 
 import aiosmtplib
-import scramp
 
 from relaymta.config import Route
 from relaymta.errors import Failure
@@ -111,6 +110,8 @@ async def _cram_md5(client: aiosmtplib.SMTP, username: str, password: str) -> No
 
 async def _scram(client: aiosmtplib.SMTP, username: str, password: str) -> None:
     """RFC 5802, 7677; without channel binding."""
+    import scramp
+
     scram = scramp.ScramClient(["SCRAM-SHA-256"], username, password)
     first = await _command(client, b"AUTH", b"SCRAM-SHA-256", base64.b64encode(scram.get_client_first().encode()))
     try:

@@ -29,7 +29,9 @@ def import_all(config: Config) -> None:
     import encodings.punycode  # noqa: F401
 
     if _has_files(config):
-        from relaymta.accept import endpoint  # noqa: F401
+        import scramp  # noqa: F401
+
+        from relaymta.filter import keys  # noqa: F401
 
 
 def _has_files(config: Config) -> bool:

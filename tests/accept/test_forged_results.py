@@ -55,8 +55,9 @@ def test_a_user_who_has_logged_in_forges_no_results(signed, peer, tmp_path):
         count = 0
         with relay.client() as client:
             client.login("ann", SECRET)
-            for body in (b"end\r\n", BODY):
-                for header in (FORGED + HEADER, HEADER + FORGED, FORGED + OTHERS + HEADER + FORGED):
+            headers = FORGED + HEADER, HEADER + FORGED, FORGED + OTHERS + HEADER + FORGED
+            for body, some in ((b"end\r\n", headers), (BODY, headers[2:])):
+                for header in some:
                     for chunks in (0, 7):
                         assert send(client, header + b"\r\n" + body, chunks)[0] == 250
                         count += 1
