@@ -172,10 +172,6 @@ class Counters:
         """Set a gauge; the fraction is dropped."""
         self.cells.set(_gauge[name], int(value))
 
-    def totals(self) -> dict[str, int]:
-        """For `relaymta status`: messages accepted, and recipients by the results of their attempts, since the relay's start."""
-        return {name: self.cells.get(cell) for name, cell in RESULTS.items()}
-
     def clear_gauges(self) -> None:
         """Set all gauges to 0, of a worker that has died. Its counters stay."""
         for cell in _gauge.values():

@@ -30,7 +30,8 @@ def check(read: Configuration) -> None:
     from relaymta.supervisor import checks
 
     config = loaded(read)
-    busy = checks.busy_ports(config, _addresses_of_the_relay(config))  # with our rights: root may try them all
+    ours = _addresses_of_the_relay(config)
+    busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
     made_by_root = _as_user(config)
     remarks = [*notes(config), *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
     remarks += [*checks.exposed_secrets(config), *busy]
@@ -55,12 +56,14 @@ def check(read: Configuration) -> None:
     say("the configuration is valid")
 
 
-def _addresses_of_the_relay(config: Config) -> set[str]:
-    """Where a running relay with this control socket listens; nothing when none answers."""
+def _addresses_of_the_relay(config: Config) -> set[str] | None:
+    """Where a running relay with this control socket listens; nothing when none runs. None: one may run, and does not tell."""
     try:
         found = control.ask(config.control_path, "status")
-    except (RelayError, OSError):
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return set()
+    except (RelayError, OSError):
+        return None
     return {*found["listeners"], found["metrics"]}
 
 

@@ -14,7 +14,7 @@ from relaymta.cli.dkim import checked
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
-from relaymta.proto.address import in_a_labels
+from relaymta.proto.address import in_a_labels, is_host
 
 if TYPE_CHECKING:
     from relaymta.dns import Resolver
@@ -45,7 +45,9 @@ def domain(read: Configuration, name: str, addresses: tuple[str, ...], as_json: 
         chosen = [str(ipaddress.ip_address(text)) for text in addresses]
     except ValueError as error:
         fail(64, f"--address: {error}")
-    name = in_a_labels(name).rstrip(".")
+    given, name = name, in_a_labels(name).rstrip(".")
+    if not is_host(f"a.{name}"):  # of one label, too
+        fail(64, f"{given!r} is not a domain name")
     ways = records.ways(config, name)
     ours = [] if ways and all(way.host for way in ways) else _sources(config)  # else it never leaves from an address of ours
     rows = asyncio.run(_checks(config, name, chosen or ours, ways))

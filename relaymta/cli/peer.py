@@ -180,12 +180,15 @@ def number_of(ident: str) -> int:
         fail(64, "for every message there is --all" if ident == "ALL" else str(error))  # ALL: Postfix's
 
 
-def seconds_of(option: str, duration: str) -> float:
-    """The seconds of an option that is a duration; ends the program (64) if it is malformed."""
+def seconds_of(option: str, duration: str, least: float = 0.0) -> float:
+    """The seconds of an option that is a duration; ends the program (64) if it is malformed, or shorter than `least`."""
     try:
-        return parse_duration(duration)
+        seconds = parse_duration(duration)
     except ValueError as error:
         fail(64, f"{option} {duration}: expected {error}")
+    if seconds < least:
+        fail(64, f"{option} {duration}: expected a longer time")
+    return seconds
 
 
 def when(seconds: float) -> str:

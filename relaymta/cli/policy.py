@@ -25,7 +25,7 @@ def policy() -> None:
 def _seconds(duration: str, clock: str) -> float:
     """The duration of a policy in seconds, from --for or --until; ends the program if they are malformed."""
     if not clock:
-        return seconds_of("--for", duration)
+        return seconds_of("--for", duration, least=0.001)
     try:
         time_of_day = datetime.strptime(clock, "%H:%M").time()
     except ValueError:

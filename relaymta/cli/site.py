@@ -1,5 +1,6 @@
 """`relaymta site` and `relaymta shaping`: the sites that mail is sent to, their limits, and decisions about them."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,15 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     This survives a restart."""
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
-    seconds, peer = seconds_of("--for", duration), connect(read)
+    seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
     known = names_of_sites(peer) if name else set()
     asked(peer, "suspend", site=name, about=application, seconds=seconds, reason=reason)
     if name and name not in known and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
     whose = f"mail of {application} " if application else "mail "
-    again = " ".join(filter(None, ("relaymta site resume", name, f"--app {application}" if application else "")))
+    about = [shlex.quote(name)] if name else []
+    about += ["--app", shlex.quote(application)] if application else []
+    again = " ".join(["relaymta site resume", *about])
     say(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
 
 

@@ -25,6 +25,7 @@ AT_ONCE = 200  # terms and addresses parsed in one iteration of the event loop
 NUMBERS_KEPT = 4096
 # Of one answer: with more MX records there is no result (4.6.4), more names of an address are ignored (5.5).
 MOST = {"MX": 11, "PTR": 10}
+LONGEST_TERM = 512  # characters of a domain with macros; the longest name has 253
 _MODIFIER = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*+)=")
 
 _Answers = list[tuple[tuple[str, str], Any]]
@@ -65,6 +66,10 @@ class _Query(spf.query):  # type: ignore[misc]
 
     def expand(self, text: str, stripdot: bool = True) -> str:
         """`text` with its macros expanded; a domain of at most 253 characters (7.3), or (not `stripdot`) an explanation."""
+        if len(text) > LONGEST_TERM:  # pyspf's time is the square of its length
+            if stripdot:
+                raise spf.PermError("a term is too long")
+            text = text[:LONGEST_TERM]
         name: str = super().expand(text, stripdot)
         while stripdot and len(name) > 253 and "." in name:
             name = name.partition(".")[2]

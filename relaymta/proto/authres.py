@@ -60,7 +60,7 @@ def mailbox(address: str) -> str:
 def _quoted(text: str) -> str:
     """A quoted string (RFC 5322 3.2.4, RFC 6532); what cannot be in one is replaced."""
     short = text.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
-    shown = "".join(char if char.isprintable() else "?" for char in short)
+    shown = "".join(char if char.isprintable() and char != "\ufffd" else "?" for char in short)
     return '"' + shown.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -86,7 +86,7 @@ def _ours(field: bytes, hostname: str) -> bool:
     if value[match.end() : match.end() + 1] == b"=":  # no authserv-id: `spf=pass ...`, as some programs write
         return False
     identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
-    if _folded("".join(identifier.decode("utf-8", "replace").split())) == _in_u_labels(hostname):
+    if _folded("".join(identifier.decode("utf-8", "replace").split())) in _spellings(hostname):
         return True
     version = _VERSION.match(value, behind_comments(value, match.end()))
     assert version is not None
@@ -102,13 +102,16 @@ def _folded(identifier: str) -> str:
 
 
 @lru_cache(10)
-def _in_u_labels(hostname: str) -> str:
+def _spellings(hostname: str) -> frozenset[str]:
+    """A host's name as it is given, in A-labels and in U-labels."""
     import idna
 
+    found = {_folded(hostname), in_a_labels(hostname)}
     try:
-        return _folded(idna.decode(in_a_labels(hostname)))
+        found.add(_folded(idna.decode(in_a_labels(hostname))))
     except idna.IDNAError:
-        return _folded(hostname)
+        pass
+    return frozenset(found)
 
 
 def behind_comments(value: bytes, at: int) -> int:

@@ -84,11 +84,12 @@ def _text(failed: Sequence[tuple[str, Attempt, bool]], hostname: str, utf8: bool
         "It will not be tried again.",
         "",
     ]
-    content = "".join(f"{line}\r\n" for line in lines).encode()
+    out = [f"{line}\r\n".encode() for line in lines]
     for address, attempt, expired in failed:
         late = "message expired; last attempt: " if expired else ""
         where = ", ".join(word for word in (attempt.phase, _remote(attempt)) if word)
-        content += _folded(f"<{address}>: {late}{attempt.whole[:REPLY_LIMIT]} ({where})", "    ", True)
+        out.append(_folded(f"<{address}>: {late}{attempt.whole[:REPLY_LIMIT]} ({where})", "    ", True))
+    content = b"".join(out)
     return _part(f"text/plain; charset={'us-ascii' if content.isascii() else 'utf-8'}", content, utf8)
 
 
@@ -103,10 +104,10 @@ def _status(
         f"X-Relaymta-Id: {original_ident}",
         f"Arrival-Date: {rfc5322_date(envelope.arrived // 1000)}",
     ]
-    content = b"".join(_line(line, wide) + b"\r\n" for line in lines)
+    out = [_line(line, wide) + b"\r\n" for line in lines]
     for address, attempt, expired in failed:
-        content += b"\r\n" + _recipient_fields(address, attempt, expired, wide)
-    return _part(f"message/{'global-' if wide else ''}delivery-status", content, utf8)
+        out += [b"\r\n", _recipient_fields(address, attempt, expired, wide)]
+    return _part(f"message/{'global-' if wide else ''}delivery-status", b"".join(out), utf8)
 
 
 def _recipient_fields(address: str, attempt: Attempt, expired: bool, wide: bool) -> bytes:

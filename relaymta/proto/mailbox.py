@@ -295,6 +295,7 @@ def _tokens(value: bytes) -> list[_Token]:
         raise Malformed("a bare LF")
     text = (value.replace(b"\r\n", b"\n") if folds else value).decode("utf-8", "surrogateescape")
     found: list[_Token] = []
+    several = value.count(b"@") > 1
     at, end, last = 0, len(text), 0
     while at < end:
         match = _TOKEN.match(text, at)
@@ -308,7 +309,7 @@ def _tokens(value: bytes) -> list[_Token]:
             folded = folds > 0 and text.find("\n", last, at) >= 0
             content = match[kind]
             if kind == "quoted":
-                if "\n" in content and value.count(b"@") > 1:  # email.utils takes the line's end for the string's
+                if "\n" in content and several:  # email.utils takes the line's end for the string's
                     raise Malformed("a quoted string on two lines")
                 content = _QUOTED_PAIR.sub(r"\1", content)  # a fold is kept: in a local part email.utils shows it otherwise
             found.append(_Token(content if kind == "special" else kind, content, folded, at))

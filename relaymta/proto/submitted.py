@@ -10,9 +10,14 @@ __all__ = ["submitted"]
 
 # Bcc: names recipients whom the others must not see (RFC 5322 3.6.3), Return-Path: is for the last hop to write (RFC 5321 4.4).
 # Addresses are completed in the others. What needs no change has none of the first, and in the others nothing but full addresses.
+# Around a name may be what other parsers ignore there (as in `proto.dkim.name_of`).
+_AROUND = rb"[\0-\x08\x0b\x0c\x0e-\x1f]*+"
 _NAME = re.compile(
-    rb"^(?:(bcc|resent-bcc|return-path)|from|to|cc|reply-to|sender|resent-(?:from|to|cc|reply-to|sender))[ \t]*:", re.I | re.M
+    rb"^" + _AROUND + rb"(?:(bcc|resent-bcc|return-path)|from|to|cc|reply-to|sender|resent-(?:from|to|cc|reply-to|sender))"
+    rb"(?:[\0-\x09\x0b\x0c\x0e-\x20]|\r\n(?=[ \t]))*+:",
+    re.I | re.M,
 )
+GROWTH_MOST = 2048  # octets that are added: the queue has room for so many beside its own fields
 COMPLETED_MOST = 32768  # octets of the fields in which addresses are completed: parsing one costs as much as copying a thousand,
 EACH = 256  # and that of any field as much as so many octets
 _END = re.compile(rb"\r\n(?![ \t])")
@@ -24,7 +29,7 @@ def submitted(data: bytes, domain: str) -> bytes:
     that is no list of addresses is left as it is. The same object if nothing is changed. Linear in the length of the header."""
     end = header_end(data)
     kept: list[bytes] = []
-    room = COMPLETED_MOST
+    room, growth = COMPLETED_MOST, GROWTH_MOST
     at = 0  # up to which the header is in `kept`
     for match in _NAME.finditer(data, 0, end):
         start, value = match.span()
@@ -38,7 +43,10 @@ def submitted(data: bytes, domain: str) -> bytes:
         elif domain and (room := room - EACH - (behind - value)) >= 0:
             before = data[value:behind]
             after = completed(before, domain)
-            if after != before:
+            growth -= len(after) - len(before)
+            if growth < 0:
+                domain = ""  # the rest is left as it is
+            elif after != before:
                 kept += [data[at:value], after]
                 at = behind
     return b"".join([*kept, data[at:]]) if at else data

@@ -3,6 +3,7 @@ inside a group commit. Messages in flight are not changed."""
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from relaymta.control.filters import Filter
@@ -31,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 POLICY_HELD_TOGETHER = 1000
+HELD_SEEN = 200  # messages among which the oldest one that is not held is looked for
 VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "policy")  # policy: hold, for a hold policy
 
 
@@ -165,9 +167,11 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
             deferred += row.deferred
             held += row.held
         first = next(store.expiries(txn), None)
-        oldest = store.envelope(txn, first[1]) if first is not None else None  # deadlines are in the order of arrival
-    arrived = [envelope.arrived for envelope in (oldest, fresh[0][1] if fresh else None) if envelope is not None]
-    age = max(0.0, (wall_ms() - min(arrived)) / 1000) if arrived else 0.0
+        waiting = (envelope for _, envelope in islice(store.idents(txn, 0, fresh), HELD_SEEN) if not envelope.flags & HELD)
+        oldest = next(waiting, None)  # ids are in the order of arrival
+        if oldest is None and first is not None:  # so much is held: deadlines are nearly in the same order
+            oldest = store.envelope(txn, first[1])
+    age = max(0.0, (wall_ms() - oldest.arrived) / 1000) if oldest is not None else 0.0
     overdue = 0.0 if first is None else max(0.0, (clock.now() - first[0]) / 1000)
     files, live, _ = segments.usage()
     return Totals(messages, octets, deferred, held, overdue, files, live, age)

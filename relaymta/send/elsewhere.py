@@ -5,10 +5,12 @@ hosts are tried in order, in the same attempt."""
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
+from weakref import WeakValueDictionary
 
 from relaymta.errors import US
 from relaymta.log import Log
-from relaymta.proto.envelope import PERMANENT, TRANSIENT
+from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT
 from relaymta.queue import Entry, format_id
 from relaymta.route.mx import NoRoute
 from relaymta.send.connect import ConnectFailed, Peer
@@ -26,6 +28,7 @@ from relaymta.send.trail import HOSTS, Trail
 __all__ = ["Elsewhere"]
 
 ROOM_SECONDS = 30.0  # waited for a connection to another host of a site
+TAKEN_SECONDS = 10.0  # for all of it, where a host has taken the message for some recipients: that is not recorded meanwhile
 RECHECK_SECONDS = 0.1  # between two checks whether another worker has released a connection
 AVOID_SECONDS = 2.0  # a host that could not be reached is not tried for other messages so long
 AVOIDED = 1000  # hosts remembered
@@ -35,7 +38,9 @@ Failed = ConnectFailed | NoRoute
 
 class Elsewhere:
     """Each delivery is one coroutine, which holds its entry in flight, and what the attempt has come to (`Trail`). Owns which
-    hosts could not be reached a moment ago, and of every pool `needy`: the deliveries that wait for a connection, in order.
+    hosts could not be connected to a moment ago, and of every pool `needy`: the deliveries that wait for a connection, in order.
+    While a pool has no connection to a host, one delivery at a time tries to open one: else all of them would take the site's
+    connections from the hosts that take mail, for one that is silent.
 
     `stops(pool, entry)`: whether nothing new is begun for this entry (a stop, a suspension, a disk that refuses outcomes);
     `now()`: loop time."""
@@ -61,7 +66,9 @@ class Elsewhere:
         self._log = log
         self._stops = stops
         self._now = now
-        self._avoided: dict[str, tuple[float, ConnectFailed]] = {}  # by place: until when, and why
+        # By pool and place: until when a host is not tried, and why (arguments of ConnectFailed); and who opens a connection.
+        self._avoided: dict[tuple[str, str], tuple[float, tuple[Any, ...]]] = {}
+        self._opening: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         outcomes.go_on = self.go_on
 
     def go_on(self, pool: Pool, entry: Entry, trail: Trail) -> bool:
@@ -82,8 +89,12 @@ class Elsewhere:
     ) -> None:
         """Give an entry to a host that can accept it, or end its attempt with what it has come to."""
         failure: Failed | None
+        taken = any(attempt.kind == SUCCESS for attempt in trail.results.values())
         try:
-            session, failure = await self._one_that_takes(pool, entry, trail)
+            async with asyncio.timeout(TAKEN_SECONDS if taken else None):
+                session, failure = await self._one_that_takes(pool, entry, trail)
+        except TimeoutError:
+            session, failure = None, ConnectFailed("connect", "no other host could be connected to in time", fault=US)
         except Exception as error:
             session, failure = None, self._sessions.failure(error)
         except BaseException:
@@ -139,8 +150,9 @@ class Elsewhere:
                 session = await self._session(pool, peer)
             except ConnectFailed as error:
                 failure = error
-            except NoRoute:  # this host itself: others of the list may take the mail
-                pass
+            except NoRoute:  # this host itself
+                if pool.site.hosts is not None:  # those that follow are not preferred to it (RFC 5321 5.1)
+                    break
             else:
                 if unfit(entry, session.core.features) is None:
                     return session, None
@@ -150,27 +162,50 @@ class Elsewhere:
     async def _session(self, pool: Pool, peer: Peer) -> Session:
         """A session with one host of a site that can take a message: an idle one, or a new one as soon as the limits allow it.
         ConnectFailed when it fails, or the limits do not allow it within ROOM_SECONDS."""
-        until, why = self._avoided.get(peer.place, (0.0, None))
-        if why is not None and self._now() < until:
-            raise why
+        if any(session.place == peer.place for session in pool.sessions):
+            return await self._open(pool, peer)
+        key = (pool.key, peer.place)
+        turn = self._opening.get(key)
+        if turn is None:
+            turn = self._opening[key] = asyncio.Lock()
+        try:
+            async with asyncio.timeout(ROOM_SECONDS):
+                await turn.acquire()
+        except TimeoutError:
+            raise _crowded(peer) from None
+        try:
+            return await self._open(pool, peer)
+        finally:
+            turn.release()
+
+    async def _open(self, pool: Pool, peer: Peer) -> Session:
+        self._check_avoided(pool, peer)
         session = self._idle(pool, peer.place) or await self._room_for(pool, peer)
         if session is not None:
             return session
         try:
+            self._check_avoided(pool, peer)  # it may have failed while this has waited
             session = await self._opener.to(pool.site, peer, pool.source)
         except BaseException as error:
             self._room.give(pool)
-            if isinstance(error, ConnectFailed):
-                self._avoid(peer.place, error)
+            if isinstance(error, ConnectFailed) and error.phase == "connect":
+                self._avoid((pool.key, peer.place), error)
             raise
         if not self._sessions.adopt(pool, session):
             raise ConnectFailed("ehlo", f"{peer.name}: the peer closed the connection")
         return session
 
-    def _avoid(self, place: str, error: ConnectFailed) -> None:
+    def _check_avoided(self, pool: Pool, peer: Peer) -> None:
+        """ConnectFailed, a new one, where a host could not be connected to a moment ago."""
+        until, why = self._avoided.get((pool.key, peer.place), (0.0, ()))
+        if self._now() < until:
+            raise ConnectFailed(*why)
+
+    def _avoid(self, key: tuple[str, str], error: ConnectFailed) -> None:
         if len(self._avoided) >= AVOIDED:
             self._avoided.clear()
-        self._avoided[place] = self._now() + AVOID_SECONDS, error
+        why = ("connect", error.public, error.cause, error.said, error.fault, error.category)
+        self._avoided[key] = self._now() + AVOID_SECONDS, why
 
     @staticmethod
     def _idle(pool: Pool, place: str = "") -> Session | None:
@@ -190,7 +225,7 @@ class Elsewhere:
         try:
             while not (pool.needy[0] is needy and self._take_room(pool, needy)):
                 if self._now() > until:
-                    raise ConnectFailed("connect", f"{peer.name}: no free connection to this site", fault=US)
+                    raise _crowded(peer)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(RECHECK_SECONDS):
                         await needy.wake.wait()
@@ -234,3 +269,7 @@ class Elsewhere:
                 self._sessions.retire(session)
                 first.wake.set()
         return True
+
+
+def _crowded(peer: Peer) -> ConnectFailed:
+    return ConnectFailed("connect", f"{peer.name}: no free connection to this site", fault=US)

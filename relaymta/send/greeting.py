@@ -23,14 +23,17 @@ class _Protocol(SMTPProtocol):
     """Reads replies as `Replies` does: the code decides (RFC 5321 4.2.1), whatever the form and the octets of the text. Octets
     that are not UTF-8 are shown as U+FFFD. (aiosmtplib keeps them as surrogates, which no log and no DSN can hold.)"""
 
+    _replies: Replies | None = None  # the reply that has begun; its lines are not in the buffer any more
+
     def _read_response_from_buffer(self) -> SMTPResponse | None:
-        replies, end = Replies(LINE_LIMIT, LINES_LIMIT), 0
-        while (newline := self._buffer.find(b"\n", end)) >= 0:
-            found = replies.feed(bytes(self._buffer[end : newline + 1]))
-            end = newline + 1
+        while (newline := self._buffer.find(b"\n")) >= 0:
+            if self._replies is None:
+                self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
+            found = self._replies.feed(bytes(self._buffer[: newline + 1]))
+            del self._buffer[: newline + 1]
             if found:
+                self._replies = None
                 code, text = found[0]
-                del self._buffer[:end]
                 shown = text.decode("utf-8", "replace").strip()
                 if not code:
                     raise SMTPResponseException(NO_REPLY, f"not a reply: {shown}")

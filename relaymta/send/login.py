@@ -91,7 +91,8 @@ async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
     if response.code == 235:
         return
     await client.execute_command(b"*")  # RFC 4954 4: it is cancelled
-    raise LoginFailed(f"AUTH LOGIN: the host asks for {_asked(response.message) or 'more'} out of turn: 334 {response.message}")
+    # Without the text of the prompt, which may echo the password.
+    raise LoginFailed(f"AUTH LOGIN: the host asks for {_asked(response.message) or 'more'} out of turn")
 
 
 def _asked(prompt: str) -> str:

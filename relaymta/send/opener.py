@@ -107,11 +107,14 @@ class Opener:
         `timeout`: seconds for each step (0: as configured)."""
         failure: ConnectFailed | None = None
         loop: NoRoute | None = None
+        reached: set[str] = set()  # smart hosts of which an address could be connected to
         async for peer in self._each(site):
             try:
-                return await self.to(site, peer, source, timeout)
+                return await self.to(site, peer, source, timeout, peer.last and peer.host not in reached)
             except ConnectFailed as error:
                 failure = error
+                if error.phase != "connect" or error.said is not None:
+                    reached.add(peer.host)
             except NoRoute as error:  # this host itself
                 loop = error
                 if site.hosts is not None:  # so those that follow are not preferred to it (RFC 5321 5.1)
@@ -172,8 +175,9 @@ class Opener:
         down = self.down(route)
         return sorted(hosts, key=lambda host: host in down)
 
-    async def to(self, site: Site, peer: Peer, source: Source | None, timeout: float = 0.0) -> Session:
-        """A session with one host. ConnectFailed when it fails; NoRoute when it is this host. `timeout`: as for `open`."""
+    async def to(self, site: Site, peer: Peer, source: Source | None, timeout: float = 0.0, marks: bool = False) -> Session:
+        """A session with one host. ConnectFailed when it fails; NoRoute when it is this host. `timeout`: as for `open`.
+        `marks`: a smart host that cannot be connected to is down (its other addresses have failed before)."""
         tls = site.route.tls
         name = peer.label
         try:
@@ -184,7 +188,7 @@ class Opener:
                 session.fell_back = True
                 return session
             # The timeout of a probe (`timeout`) is short: its failure does not mean that the host is down.
-            if site.hosts is None and peer.last and error.phase == "connect" and error.said is None and not timeout:
+            if site.hosts is None and marks and error.phase == "connect" and error.said is None and not timeout:
                 self._failed(site, peer, name, error)
             raise
         if self._down and self._down.pop(name, None) is not None:

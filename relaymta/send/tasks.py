@@ -42,6 +42,7 @@ class Tasks:
 
     async def cancel(self) -> None:
         """Cancel all tasks; returns when they have ended."""
+        await asyncio.sleep(0)  # each has begun then: one that is cancelled before would not give back what it was spawned with
         for task in list(self._running):
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

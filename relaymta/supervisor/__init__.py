@@ -59,7 +59,12 @@ class Supervisor:
         sockets = bound(config.listener, workers)
         http = await self._serve_metrics()
         drop_root(config)
-        check_program(config)
+        try:
+            check_program(config)
+        except ConfigError:
+            if control is not None:
+                remove_socket(control, config.control_path)
+            raise
         self._prepare_spool(spool)
         control = control or control_socket(config.control_path, None, group_of(config))
         self.log = self.configuration.log = _opened_log(config)
@@ -152,15 +157,10 @@ class Supervisor:
                 lambda: busiest(self.slots, SITES_SHOWN),
                 lambda: usage(self),
                 self.slots.health,
-                lambda: self.machine.outages.rows(self._is_smart),
+                lambda: self.machine.outages.rows(_smart_sites(self.config)),
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
-
-    def _is_smart(self, site: str) -> bool:
-        """Whether a site is that of a route's smart hosts, by its name (`send.pool.pool_key`)."""
-        label = site.partition(" from ")[0]
-        return any(route.hosts and route.label == label for route in self.config.route)
 
     def _reopen_logs(self) -> None:
         """SIGUSR1: open the log file again, in all processes, after it was rotated."""
@@ -205,3 +205,15 @@ async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
     """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready."""
     return uvloop.run(_run(config, reload))
+
+
+def _smart_sites(config: Config) -> Callable[[str], bool]:
+    """Whether a site is that of a route's smart hosts, by its name (`send.pool.pool_key`)."""
+    names = {route.label for route in config.route if route.hosts}
+    names |= {f"{route.label} from {source}" for route in config.route if route.hosts for source in route.sources}
+    looked_up = tuple(f"{route.label}/" for route in config.route if route.lookup)  # (route.sites) with the hosts behind it
+
+    def is_smart(site: str) -> bool:
+        return site in names or (bool(looked_up) and site.startswith(looked_up) and ":" in site.rpartition("/")[2])
+
+    return is_smart

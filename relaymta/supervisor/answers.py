@@ -134,7 +134,7 @@ class Answers:
         return found if isinstance(found, Answer) else Answer(found, [])
 
     async def status(self, args: Nothing) -> Answer:
-        """The processes. A worker's row has what the worker says of itself, where it answers; `totals` is the sum of those."""
+        """The processes. A worker's row has what the worker says of itself, where it answers; `totals` are of all workers."""
         supervisor = self._supervisor
         found, missing = await self._each(self._slots, REQUESTS["status"], args)
         answers = {slot.number: answer for slot, answer in found}
@@ -143,11 +143,12 @@ class Answers:
             ready = slot.number in answers
             state = "ready" if ready else "late" if slot.ready else str(slot.state)
             rows.append({"worker": slot.number, "ready": ready, "state": state, **answers.get(slot.number, {})})
+        counted = [supervisor.shared.counters(slot.number) for slot in self._slots]
         value = {
             "version": __version__,
             "pid": os.getpid(),
             "uptime": round(time.monotonic() - _STARTED, 1),
-            "totals": {name: sum(answer.get("totals", {}).get(name, 0) for answer in answers.values()) for name in RESULTS},
+            "totals": {name: sum(one.get(cell) for one in counted) for name, cell in RESULTS.items()},
             "listeners": [listener.address for listener in supervisor.config.listener],
             "spool": _absolute(supervisor.config.spool),
             "durability": "250 only after fdatasync of the message data and a synced LMDB commit",

@@ -33,22 +33,23 @@ class Outages:
         if state is None:
             return
         if known is None and len(self._down) >= MOST:
-            self._forget()
+            self._forget(MOST * 9 // 10)  # many at a time: it looks at all of them
         lasts = max(0, state.until - max(state.since, time.time_ns() // 1_000_000)) / 1000
         self._down[site] = (state, self._now() + lasts + GRACE)
 
-    def _forget(self) -> None:
-        """Remove those that are not believed any more; the oldest when none is."""
+    def _forget(self, most: int) -> None:
+        """Remove those that are not believed any more, and the oldest beyond `most`."""
         now = self._now()
         self._down = {site: known for site, known in self._down.items() if known[1] > now}
-        while len(self._down) >= MOST:
+        while len(self._down) > most:
             del self._down[next(iter(self._down))]
 
     def rows(self, smart: Callable[[str], bool]) -> tuple[int, list[dict[str, Any]]]:
-        """(How many sites are down; rows for `metrics.down_families`, of those with most failures in a row). `smart(site)`:
-        whether it is that of a route's smart hosts."""
-        self._forget()
-        worst = nlargest(SHOWN, (state for state, _ in self._down.values()), key=lambda state: state.value)
+        """(How many sites are down; rows for `metrics.down_families`: of smart hosts first, then of those with most failures in a
+        row). `smart(site)`: whether it is that of a route's smart hosts."""
+        self._forget(MOST)
+        states = (state for state, _ in self._down.values())
+        worst = nlargest(SHOWN, states, key=lambda state: (smart(state.site), state.value))
         found = [
             {"site": state.site, "cause": state.cause, "hosts": "smart" if smart(state.site) else "mx"} for state in worst
         ]  # fmt: skip

@@ -145,7 +145,6 @@ class Answers:
         return {
             "pid": os.getpid(),
             "shards": list(self._shards),
-            "totals": self._worker.counters.totals(),
             "connections": len(acceptor.connections) if acceptor else 0,
             "in flight": sum(shard.dispatcher.in_flight() for shard in shards),
             "full": any(shard.queue.full for shard in shards),

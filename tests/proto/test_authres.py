@@ -193,3 +193,9 @@ def test_what_remains_is_not_taken_for_ours_by_another_parser(line):
     kept = without_forged(line + b"\r\nTo: y\r\n\r\n", "relay.example")
     message = email.message_from_bytes(kept, policy=email.policy.compat32)
     assert message.get_all("Authentication-Results") is None and message["To"] == "y"
+
+
+@pytest.mark.parametrize("hostname", ["mx.xn--exmple-cua.org", "mx.exämple.org"])
+@pytest.mark.parametrize("written", ["mx.xn--exmple-cua.org", "MX.XN--EXMPLE-CUA.org.", "mx.exämple.org", "mx.EXÄMPLE.org"])
+def test_our_name_is_ours_in_a_labels_and_u_labels(hostname, written):
+    assert without_forged(f"Authentication-Results: {written}; dmarc=pass\r\n".encode(), hostname) == b""

@@ -176,3 +176,14 @@ def test_received_names_the_tls_version_and_cipher():
     given = {"hostname": "h", "helo": "c", "client": "192.0.2.1", "protocol": "ESMTPS", "ident": "I", "recipient": ""}
     assert f"([192.0.2.1])\r\n\t({tls})\r\n\tby h ".encode() in received_field(**given, seconds=0, tls=tls)  # type: ignore[arg-type]
     assert b"([192.0.2.1])\r\n\tby h " in received_field(**given, seconds=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", [b"Bcc\r\n : q@x", b"\x0bBcc: q@x", b"Bcc\x0b: q@x", b"bcc \t: q@x"])
+def test_what_other_parsers_take_for_bcc_is_removed(field):
+    assert submitted(b"From: a@b\r\n" + field + b"\r\nTo: c@d\r\n\r\nx", "ours.test") == b"From: a@b\r\nTo: c@d\r\n\r\nx"
+
+
+def test_a_completed_header_grows_by_little():
+    """The room that the queue leaves for added octets is bounded."""
+    header = b"From: a\r\nTo: " + b",".join([b"a"] * 10_000) + b"\r\nCc: b\r\n\r\n"
+    assert len(submitted(header, "ours.test")) - len(header) <= 2048

@@ -12,7 +12,7 @@ from relaymta.errors import StoreError
 from relaymta.log import Log
 from relaymta.metrics import Counters
 from relaymta.node import BOUNCE, HOLD, LEARNED, SUSPENDED, SiteState, SiteStates
-from relaymta.proto.envelope import TRANSIENT, Body, Envelope, QueueName
+from relaymta.proto.envelope import TRANSIENT, Attempt, Body, Envelope, QueueName
 from relaymta.proto.smtp_client import Mail, Said
 from relaymta.queue import Entry, wall_ms
 from relaymta.queue.lifecycle import CLAIMED, IN_FLIGHT, ON_DISK, WAITING
@@ -25,6 +25,7 @@ from relaymta.send.oauth import Tokens
 from relaymta.send.outcomes import IN_DOUBT
 from relaymta.send.pool import HOLD_SECONDS, Pool
 from relaymta.send.session import Link
+from relaymta.send.trail import Trail
 from relaymta.shm import Shared
 
 
@@ -550,3 +551,36 @@ async def test_this_host_among_the_hosts_of_a_site_keeps_no_message_from_the_oth
     assert tried == ["us", "other"]
     assert made.queue.finished[0][1][0].kind == TRANSIENT
     assert taken(made) == 0
+
+
+async def test_hosts_that_are_silent_take_no_connections_from_those_that_answer(made):
+    """Of the messages that a host refuses for now one at a time tries the next host, while there is no connection to that."""
+    trying: list[str] = []
+
+    async def peers(site: Any) -> list[Peer]:
+        return [Peer("silent", "192.0.2.1", 25)]
+
+    async def to(site: Any, peer: Peer, source: Any, timeout: float = 0.0) -> Any:
+        trying.append(peer.name)
+        await asyncio.sleep(0.05)
+        raise ConnectFailed("connect", "timed out")
+
+    made.opener.to, made.opener.peers = to, peers
+    pool, waiting = _pool(made), [entry(number, "smart.test") for number in range(1, 9)]
+    for one in waiting:
+        one.state = IN_FLIGHT
+    await asyncio.gather(*(made.connections.elsewhere.deliver(pool, one, "h", ("5.6.3", "8-bit")) for one in waiting))
+    assert trying == ["silent"] and taken(made) == 0
+    results = [results[0] for _, results, _ in made.queue.finished]
+    assert [one.kind for one in results] == [TRANSIENT] * 8 and {one.text for one in results} == {"timed out"}
+
+
+async def test_what_was_accepted_is_recorded_when_a_stop_comes_before_the_next_host_is_asked(made):
+    one = entry(1, "smart.test")
+    one.state = IN_FLIGHT
+    trail = Trail()
+    attempt = Attempt(0, TRANSIENT, "rcpt", "h", 450, "4.2.1", "later")
+    trail.add("h", {0: attempt}, set(), 0, ("", 0, "", ""))
+    assert made.connections.elsewhere.go_on(_pool(made), one, trail)
+    await made.tasks.cancel()  # in the same iteration of the loop
+    assert [finished for finished, _, _ in made.queue.finished] == [one]
