@@ -18,7 +18,7 @@ from relaymta.files import read_text
 from relaymta.filter.signing import Signer, SigningKey
 from relaymta.log import Log
 from relaymta.metrics import Counters
-from relaymta.proto.address import comparable, in_a_labels, plain
+from relaymta.proto.address import comparable, plain
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
@@ -142,7 +142,7 @@ class Endpoint:
             loop.run_in_executor(threads, self._parts.refresh).add_done_callback(self._refreshed)
 
     def recipient_exists(self, address: str, domain: str) -> bool | None:
-        """Whether the recipient map (relay.recipients) has an address (lower case, A-labels) of a relay domain; true without a
+        """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a
         map. None while it is unknown: the map was broken when this worker started, and has been since."""
         known = self._parts.recipients.value
         if known is None:
@@ -202,5 +202,4 @@ def _recipients(path: str) -> frozenset[str] | None:
     ]
     if wrong:
         raise ConfigError(wrong[:20])
-    pairs = (comparable(word).rpartition("@") for _, word in found)
-    return frozenset(f"{local}@{in_a_labels(domain)}" for local, _, domain in pairs)
+    return frozenset(comparable(word) for _, word in found)

@@ -82,7 +82,7 @@ def exposed_secrets(config: Config) -> list[str]:
             mode = os.stat(path).st_mode
         except OSError:
             continue
-        if mode & (stat.S_IROTH | stat.S_IWOTH) and _open_to_all(Path(path)):
+        if mode & (stat.S_IROTH | stat.S_IWOTH):
             does = "change" if mode & stat.S_IWOTH else "read"
             found.append(
                 (key, f"{path}: every user of this machine can {does} it (mode {stat.S_IMODE(mode):04o}): chmod o= {path}")
@@ -91,11 +91,6 @@ def exposed_secrets(config: Config) -> list[str]:
 
 
 _PRIVATE = {"key": "chain", "client_key": "client_certificate"}  # keys, and where they are if they have no file of their own
-
-
-def _open_to_all(path: Path) -> bool:
-    """Whether every user can get to a file: all folders that lead to it let them through."""
-    return all(folder.stat().st_mode & stat.S_IXOTH for folder in _ways(path))
 
 
 def _secrets(config: Config) -> Iterator[tuple[str, str]]:

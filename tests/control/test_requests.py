@@ -109,7 +109,8 @@ class FakeSlot:
 
 def of(*slots):
     config = SimpleNamespace(listener=[], spool="/", metrics=SimpleNamespace(listen="off"))
-    return Answers(SimpleNamespace(slots=list(slots), config=config))
+    shared = SimpleNamespace(counters=lambda slot: SimpleNamespace(get=lambda cell: slot))
+    return Answers(SimpleNamespace(slots=list(slots), config=config, shared=shared))
 
 
 ROW = {"queue": "q", "messages": 1, "bytes": 5, "deferred": 0, "held": 0, "next": 0, "parked": False}
@@ -123,7 +124,7 @@ async def test_an_answer_of_all_names_those_that_are_dead_starting_or_late():
     found = await answers("summary", {})
     assert (found.value, found.missing) == ([dict(ROW, messages=2, bytes=10)], [1, 2, 3])
     found = await answers("status", {})
-    assert found.missing == [0, 1, 2, 3, 4]
+    assert found.missing == [0, 1, 2, 3, 4] and set(found.value["totals"].values()) == {10}, "also of those that are late"
     assert [row["state"] for row in found.value["workers"]] == ["late", "late", "late", "starting", "late"]
     assert (await answers("shards", {})).missing == [3]
     for state in ("dead", "late"):  # a stopped worker that is replaced, or not yet, does not start
