@@ -6,6 +6,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import relaymta
@@ -25,13 +26,11 @@ SOCKET_PATH = 107  # octets (unix(7))
 
 def import_all(config: Config) -> None:
     """Import what `check_files` needs, before root is dropped: the relay's user may not be able to read the interpreter."""
-    import encodings.idna  # for host names
-    import encodings.punycode  # noqa: F401
-
+    names = ["difflib", "encodings.idna", "encodings.punycode"]  # for suggestions, and for host names
     if _has_files(config):
-        import scramp  # noqa: F401
-
-        from relaymta.filter import keys  # noqa: F401
+        names += ["cryptography.x509", "relaymta.accept.endpoint", "relaymta.filter.keys", "scramp"]
+    for name in names:
+        import_module(name)
 
 
 def _has_files(config: Config) -> bool:

@@ -524,3 +524,21 @@ def test_root_appends_to_no_file_that_another_user_could_have_put_there(tmp_path
         os.close(privileges.append_to(path, 0o640))
     os.close(privileges.append_to(others / "fresh", 0o640))
     assert untouched(victim)
+
+
+CHECKED = """
+import sys
+from pathlib import Path
+from relaymta.config import load
+from relaymta.supervisor import checks
+config = load(Path(sys.argv[1]), {})
+checks.import_all(config)
+print(*sorted({"cryptography.x509", "difflib", "relaymta.accept.endpoint", "relaymta.filter.keys", "scramp"} - set(sys.modules)))
+"""
+
+
+def test_what_the_checks_of_files_import_is_imported_before_root_is_dropped(tmp_path):
+    config = tmp_path / "relaymta.toml"
+    config.write_text(f'[[listener]]\naddress = "127.0.0.1:2525"\n[relay]\nrecipients = "{tmp_path}/recipients"\n')
+    done = subprocess.run([sys.executable, "-c", CHECKED, str(config)], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
