@@ -306,7 +306,8 @@ class Intake:
     ) -> list[bytes] | bytes:
         """The fields to add before a message whose message data (as `edited`) begins with `start` (HEADER_SEEN octets suffice);
         or the reply that rejects it. Sets `transaction.headers` and `message_id`."""
-        header, identity = start[: header_end(start)], origin.identity
+        end, identity = header_end(start), origin.identity
+        header = start[:end]
         if identity is not None and identity.senders:
             refused = _check_authors(identity, header, len(start))
             if refused is not None:
@@ -346,7 +347,7 @@ class Intake:
                 fields += f"Date: {rfc5322_date(now)}\r\n".encode()
         if self._staging is not None:
             fields = self._staging.banner(recipients) + fields
-        if not begins_well(start):
+        if not end:
             fields += b"\r\n"  # there is no header: the first line of the body must not become part of our fields
         return [fields]
 

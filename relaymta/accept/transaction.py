@@ -176,7 +176,8 @@ class IncomingTransaction(Transaction):
         if isinstance(front, bytes):
             self._reject(front)
             return
-        self._end_line(data)
+        if self.chunked:
+            self._end_line(data)
         if self._signs():
             application = self.origin.application
             endpoint.signer.sign(front[0], data, application, lambda found: self._try(self._signed, front, data, found))
@@ -186,8 +187,9 @@ class IncomingTransaction(Transaction):
             self._submit(front + data)
 
     def _end_line(self, data: list[bytes]) -> None:
-        if self.chunked and self.tail != b"\r\n":
-            data.append(b"\r\n")  # BDAT message data need not end in CRLF; what is delivered by DATA must
+        """Message data of BDAT need not end in CRLF; what is delivered by DATA must."""
+        if self.tail != b"\r\n":
+            data.append(b"\r\n")
 
     def _signs(self) -> bool:
         """Whether this client's mail is signed where there is a key for it."""
@@ -243,7 +245,8 @@ class IncomingTransaction(Transaction):
         """A large message: write the rest; then the fields that depend on all of it are computed."""
         assert self.large is not None
         data = self.take()
-        self._end_line(data)
+        if self.chunked:
+            self._end_line(data)
         self._on_thread(self.large.write, data, lambda future: self._try(self._rest_written, future))
 
     def _rest_written(self, future: "Future[None]") -> None:
