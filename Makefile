@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CI ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The tests start hundreds of interpreters: what these import is compiled once, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE =
 
 FUZZ_SECONDS ?= 600
 

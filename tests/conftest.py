@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 import relaymta
 
-settings.register_profile("default", max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("prove", max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("prove" if os.environ.get("RELAYMTA_PROVE") == "1" else "default")
 

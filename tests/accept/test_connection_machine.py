@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from relaymta.accept.connection import Connection
 from relaymta.auth.identity import Identity
 from tests.accept.test_transactions import connected, idle
+from tests.conftest import PROVE
 from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, WRONG, Machine, Transport
 
 SPOILED = (b"", b"", b"", b"", DISK_FAILS, COMMIT_FAILS, REFUSED + b": x", b"x\ny", b"x" * 1100, b"\0", b"Received: x\r\n" * 60)
@@ -341,4 +342,4 @@ class Clients(RuleBasedStateMachine):
 
 
 TestClients = Clients.TestCase
-TestClients.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestClients.settings = settings(max_examples=1500 if PROVE else 60, stateful_step_count=40, deadline=None)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from relaymta.accept.connection import Connection
 from relaymta.config import Listener
+from tests.conftest import PROVE
 from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, Machine, Transport
 
 SIZES = (40, BIG, 3 * BIG)
@@ -175,7 +176,7 @@ SETTINGS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3000 if PROVE else 100, deadline=None)
 @given(mails=st.lists(MAILS, min_size=1, max_size=6), seed=st.integers(0, 1 << 32), way=st.sampled_from(("", "signs", "looks")))
 @example(mails=LARGE_THEN_SMALL, seed=0, way="")
 @example(mails=LARGE_THEN_SMALL, seed=0, way="looks")
@@ -195,7 +196,7 @@ def test_a_transaction_holds_what_was_sent_in_it_and_leaves_nothing(mails, seed,
     checked(machine, made, script, stop < 0 or stop >= len(list(script.flights())), way == "looks")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=5000 if PROVE else 200, deadline=None)
 @given(
     mail=st.builds(
         Mail, how=st.sampled_from((-1, 1, 3)), size=st.just(3 * BIG), spoiled=st.sampled_from(tuple(SPOILED)), end=st.just("")

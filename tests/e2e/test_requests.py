@@ -72,7 +72,8 @@ def test_a_queue_is_not_called_empty_while_a_worker_is_missing(tmp_path):
         pid = relay.worker_pids()[1]
         os.kill(pid, signal.SIGSTOP)
         try:
-            wait_for(lambda: '"late"' in relay.cli("status", "--json").stdout)
+            socket = relay.spool / "control.sock"
+            wait_for(lambda: any(row["state"] == "late" for row in control.ask(socket, "status")["workers"]))
             for verb in ("summary", "list", "shape"):
                 done = relay.cli("queue", verb)
                 assert "empty" not in done.stdout and LINE in done.stderr, (verb, done)

@@ -5,9 +5,10 @@ from collections import Counter
 from typing import Any
 
 from relaymta.proto.envelope import DELIVERED, FAILED, HELD
+from relaymta.proto.smtp_client import RCPT
 from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, WAKE, Store
 
-__all__ = ["attempt", "contents", "disk", "leftovers", "memory", "overlooked", "slots"]
+__all__ = ["asked_about", "attempt", "contents", "disk", "leftovers", "memory", "overlooked", "slots"]
 
 
 def contents(store: Store) -> dict[int, tuple[Any, dict[int, Any]]]:
@@ -18,6 +19,15 @@ def contents(store: Store) -> dict[int, tuple[Any, dict[int, Any]]]:
         for ident, envelope in store.idents(txn, 0, fresh):
             found[ident] = (envelope, store.recipient_states(txn, ident))
     return found
+
+
+def asked_about(core: Any, address: str) -> int | None:
+    """The id of the message about whose recipient the next reply to a RCPT for that address is: others may go there, too."""
+    for kind, mail, index in core._expected:
+        if kind is RCPT and (index, address) in mail.asked:
+            ident: int = mail.cargo.ident
+            return ident
+    return None
 
 
 def attempt(queue: Any, entry: Any) -> str:

@@ -136,11 +136,11 @@ class Ledger:
             if address in message.refused:
                 self._wrong(f"{address} is asked for again, though refused for good by {message.refused[address]}", message)
 
-    def refused(self, address: str, host: str) -> None:
-        """A peer's 5xx for a recipient has reached the session."""
-        for message in self.messages.values():
-            if address in message.states and message.asked:
-                message.refused[address] = host
+    def refused(self, ident: int | None, address: str, host: str) -> None:
+        """A peer's 5xx for a recipient of a message has reached the session."""
+        message = self.messages.get(ident) if ident is not None else None
+        if message is not None:
+            message.refused[address] = host
 
     def taken(self, record: Taken, data: bytes) -> None:
         """A peer has accepted a message for a recipient."""

@@ -11,6 +11,7 @@ import aiodns
 from relaymta.dns import _OnLoop
 from relaymta.proto.smtp_client import ClientSession, Features, Said
 from relaymta.send.connect import ConnectFailed
+from tests.sim import inside
 from tests.sim.stage import Process, Stage
 
 __all__ = ["Host", "Network", "Taken"]
@@ -92,7 +93,7 @@ class Network:
 
     stage: Stage
     taken: Callable[[Taken, bytes], None]
-    refused: Callable[[str, str], None]  # recipient, host: its 5xx to RCPT has reached the session
+    refused: Callable[[int | None, str, str], None]  # id, recipient, host: its 5xx to RCPT has reached the session
     hosts: dict[str, Host] = field(default_factory=dict)  # by name
     exchanges: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
@@ -254,7 +255,7 @@ class Wire:
             for record in taken:
                 record.answered = True
             if refused and not self._lied:
-                self.network.refused(refused, self.host.name)
+                self.network.refused(inside.asked_about(self.protocol.core, refused), refused, self.host.name)
             self.protocol.data_received(text)
 
     def _arrived(self, data: bytes) -> None:

@@ -17,6 +17,7 @@ PACKAGES = {
     "dovecot": "dovecot-core",
     "haproxy": "haproxy",
     "opendkim": "opendkim",
+    "patch": "patch",
 }
 
 
