@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scramp
@@ -22,6 +23,7 @@ from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
 SECRET = "correct horse"
+_accounts: list[bytes] = []  # the accounts file as the command line wrote it for the first Endpoint
 
 
 class Endpoint(Relay):
@@ -57,7 +59,18 @@ answer_after = 0.1
 failures = 1000
 """
         )
-        self.account("user", "add", "ann", "--password", SECRET, "--scram")
+        self.write_accounts()
+
+    def write_accounts(self) -> None:
+        """Write the accounts file with ann in it, as the command line does."""
+        file = self.folder / "accounts.toml"
+        if _accounts:
+            file.write_bytes(_accounts[0])
+            file.chmod(0o600)
+        else:
+            self.account("user", "add", "ann", "--password", SECRET, "--scram")
+            assert file.stat().st_mode & 0o777 == 0o600
+            _accounts.append(file.read_bytes())
 
     def add_user(self, typed: str) -> int:
         """The exit status of `relaymta user add bob` with this as its input."""
@@ -95,16 +108,39 @@ failures = 1000
         return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def peer() -> Iterator[FakeMx]:
     with FakeMx({}) as made:
         yield made
 
 
-@pytest.fixture
-def endpoint(peer: FakeMx, tmp_path: Path) -> Iterator[Endpoint]:
-    with Endpoint(tmp_path, f"127.0.0.1:{peer.port}") as made:
+@pytest.fixture(scope="module")
+def endpoint(peer: FakeMx, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A relay for the tests that change none of its files but for accounts of their own. It has a second certificate."""
+    folder = tmp_path_factory.mktemp("endpoint")
+    made = Endpoint(folder, f"127.0.0.1:{peer.port}")
+    made.certify(folder, "mail.other.example", "*.wild.example")
+    with made.config.open("a") as file:
+        file.write(f'[[certificate]]\nchain = "{folder}/mail.other.example.pem"\n')
+    with made:
         yield made
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Endpoint]:
+    """A relay of the test's own, for tests that break or replace its files. What it accepts stays in the queue."""
+    with Endpoint(tmp_path, "127.0.0.1:1") as made:
+        yield made
+
+
+def arrived(peer: FakeMx, *to: str) -> list[bytes]:
+    """The messages to just these recipients."""
+    return [text for _, recipients, text in peer.messages if recipients == list(to)]
+
+
+def queued(endpoint: Endpoint, *to: str) -> list[dict[str, Any]]:
+    """The log's events of the messages to just these recipients."""
+    return [event for event in endpoint.events("queued") if event["recipients"] == list(to)]
 
 
 def scram(client: smtplib.SMTP, user: str, password: str) -> int:
@@ -122,6 +158,7 @@ def scram(client: smtplib.SMTP, user: str, password: str) -> int:
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "SCRAM-SHA-256"])
 def test_an_authenticated_user_may_relay(endpoint, peer, mechanism):
+    to, before = f"{mechanism}@far.example", len(endpoint.events("login"))
     with endpoint.client() as client:
         assert client.esmtp_features["auth"].split() == ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
         assert "starttls" not in client.esmtp_features
@@ -130,21 +167,20 @@ def test_an_authenticated_user_may_relay(endpoint, peer, mechanism):
         else:
             client.user, client.password = "ann", SECRET
             assert client.auth(mechanism, getattr(client, f"auth_{mechanism.lower()}"))[0] == 235
-        client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\n\r\nhi\r\n")
-    ((sender, to, text),) = wait_for(lambda: peer.messages)
-    assert (sender, to) == ("ann@a.example", ["x@far.example"])
+        client.sendmail("ann@a.example", [to], "Subject: hi\r\n\r\nhi\r\n")
+    (text,) = wait_for(lambda: arrived(peer, to))
     assert b"with ESMTPSA id" in text and b"Message-ID: <" in text
-    (event,) = wait_for(lambda: endpoint.events("queued"))
-    assert event["application"] == "people"
-    assert [event["good"] for event in endpoint.events("login")] == [True]
+    (event,) = wait_for(lambda: queued(endpoint, to))
+    assert (event["sender"], event["application"], event["user"]) == ("ann@a.example", "people", "ann")
+    assert [event["good"] for event in endpoint.events("login")[before:]] == [True]
 
 
 def test_implicit_tls(endpoint, peer):
     with smtplib.SMTP_SSL("127.0.0.1", endpoint.implicit, context=_unnamed(endpoint)) as client:
         assert client.sock.version() == "TLSv1.3"
         client.login("ann", SECRET)
-        client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\n\r\nhi\r\n")
-    wait_for(lambda: peer.messages)
+        client.sendmail("ann@a.example", ["implicit@far.example"], "Subject: hi\r\n\r\nhi\r\n")
+    wait_for(lambda: arrived(peer, "implicit@far.example"))
 
 
 @pytest.mark.parametrize("way", ["STARTTLS", "implicit", "clear"])
@@ -153,7 +189,7 @@ def test_received_names_tls_as_the_client_sees_it(endpoint, peer, way, version):
     """RFC 8314 4.4; and the log names the Message-ID."""
     context = _unnamed(endpoint)
     context.maximum_version = version
-    expected = []
+    expected, to = [], f"{way}-{version}@received.example"
     if way == "implicit":
         client: smtplib.SMTP = smtplib.SMTP_SSL("127.0.0.1", endpoint.implicit, context=context)
     else:
@@ -165,12 +201,12 @@ def test_received_names_tls_as_the_client_sees_it(endpoint, peer, way, version):
             client.login("ann", SECRET)
             name, _, bits = client.sock.cipher()  # type: ignore[union-attr]
             expected = [f"\t(using {client.sock.version()} with cipher {name} ({bits}/{bits} bits))"]  # type: ignore[union-attr]
-        client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\nMessage-ID:\r\n <1@x>\r\nBcc: q@x\r\n\r\nhi\r\n")
-    _, _, text = wait_for(lambda: peer.messages)[-1]
+        client.sendmail("ann@a.example", [to], "Subject: hi\r\nMessage-ID:\r\n <1@x>\r\nBcc: q@x\r\n\r\nhi\r\n")
+    (text,) = wait_for(lambda: arrived(peer, to))
     field = text[: text.index(b"\r\n\tby relay.example")].decode()
     assert field.splitlines()[1:] == expected
     assert (b"Bcc" in text) == (way == "clear")
-    assert wait_for(lambda: endpoint.events("queued"))[-1]["message_id"] == "<1@x>"
+    assert [event["message_id"] for event in wait_for(lambda: queued(endpoint, to))] == ["<1@x>"]
 
 
 def _unnamed(endpoint: Endpoint) -> ssl.SSLContext:
@@ -226,10 +262,12 @@ def test_session_state_from_before_tls_is_discarded(endpoint):
 
 
 def test_a_failed_handshake_does_not_affect_others(endpoint):
+    failed = 'relaymta_tls_handshakes_total{result="failed"}'
+    before = endpoint.metric(failed)
     for noise in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):
         with socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock:
             sock.sendall(noise)
-    wait_for(lambda: endpoint.metric('relaymta_tls_handshakes_total{result="failed"}') >= 3)
+    wait_for(lambda: endpoint.metric(failed) >= before + 3)
     wait_for(lambda: endpoint.metric("relaymta_connections") == 0)
     assert "Traceback" not in (endpoint.folder / "stderr").read_text()
     with endpoint.client() as client:
@@ -248,36 +286,41 @@ def certificate(endpoint: Endpoint, name: str = "relay.example") -> bytes:
         return tls.getpeercert(True) or b""
 
 
-def test_a_replaced_certificate_is_used_and_a_broken_one_is_not(endpoint):
-    before = certificate(endpoint)
-    with endpoint.client() as client:
+def test_a_broken_file_changes_nothing_and_a_replaced_certificate_is_used(own):
+    before = certificate(own)
+    with own.client() as client:
         client.login("ann", SECRET)
-        (endpoint.folder / "relay.example.pem").write_text("broken")
-        wait_for(lambda: endpoint.metric("relaymta_tls_certificate_errors") == 1)
-        assert certificate(endpoint) == before
+        (own.folder / "relay.example.pem").write_text("broken")
+        with (own.folder / "accounts.toml").open("a") as file:
+            file.write('\n[[account]]\nname = "bob"\nsecretz = []\n')
+        wait_for(lambda: own.metric("relaymta_tls_certificate_errors") == 1)
+        assert certificate(own) == before
         reported = "no certificate in PEM form; what was read before stays"
-        wait_for(lambda: any(reported in event["text"] for event in endpoint.events("warning")))
-        endpoint.certify(endpoint.folder, "relay.example")
-        wait_for(lambda: certificate(endpoint) != before)
-        wait_for(lambda: endpoint.metric("relaymta_tls_certificate_errors") == 0)
+        wait_for(lambda: any(reported in event["text"] for event in own.events("warning")))
+        wait_for(lambda: own.metric("relaymta_accounts_file_errors") == 1)
+        (text,) = wait_for(lambda: [event["text"] for event in own.events("warning") if "secretz" in event["text"]])
+        assert 'accounts.toml:7: account.1.secretz: no such key (did you mean "secrets"?)' in text
+        with own.client() as other:
+            other.login("ann", SECRET)
+        own.certify(own.folder, "relay.example")
+        wait_for(lambda: certificate(own) != before)
+        wait_for(lambda: own.metric("relaymta_tls_certificate_errors") == 0)
         assert client.noop()[0] == 250  # the older session continues
         client.sendmail("ann@a.example", ["x@far.example"], "Subject: hi\r\n\r\nhi\r\n")
+    found = own.cli("config", "check", "--config", str(own.config), check=False)
+    assert found.returncode == 78 and "secretz" in found.stderr
 
 
-def test_the_certificate_is_selected_by_sni(peer, tmp_path):
-    made = Endpoint(tmp_path, f"127.0.0.1:{peer.port}")
-    made.certify(tmp_path, "mail.other.example", "*.wild.example")
-    with made.config.open("a") as file:
-        file.write(f'[[certificate]]\nchain = "{tmp_path}/mail.other.example.pem"\n')
-    with made:
-        first, second = certificate(made), certificate(made, "mail.other.example")
-        assert first != second
-        assert certificate(made, "any.WILD.example") == second
-        assert certificate(made, "unknown.example") == first
+def test_the_certificate_is_selected_by_sni(endpoint):
+    first, second = certificate(endpoint), certificate(endpoint, "mail.other.example")
+    assert first != second
+    assert certificate(endpoint, "any.WILD.example") == second
+    assert certificate(endpoint, "unknown.example") == first
 
 
 def test_a_session_is_resumed(endpoint):
-    context = endpoint.context()
+    resumptions = 'relaymta_tls_handshakes_total{result="resumed"}'
+    context, before = endpoint.context(), endpoint.metric(resumptions)
     session = None
     for resumed in (False, True):
         with socket.create_connection(("127.0.0.1", endpoint.implicit)) as sock:
@@ -285,7 +328,7 @@ def test_a_session_is_resumed(endpoint):
                 tls.recv(100)
                 session = tls.session
                 assert tls.session_reused is resumed
-    assert endpoint.metric('relaymta_tls_handshakes_total{result="resumed"}') == 1
+    assert endpoint.metric(resumptions) == before + 1
 
 
 def test_a_session_is_resumed_by_any_worker(tmp_path):
@@ -341,20 +384,9 @@ def test_tickets_of_other_keys_are_not_accepted(tmp_path, version):
     assert not resumed(contexts[1], session)[0]
 
 
-def test_scram_is_offered_while_it_works_for_all_accounts(endpoint):
-    def offered() -> bool:
-        with endpoint.client() as client:
-            return "SCRAM-SHA-256" in client.esmtp_features["auth"]
-
-    assert offered() and endpoint.add_user("builder\n") == 0  # stored as argon2id
-    wait_for(lambda: not offered())
-    endpoint.account("user", "password", "bob", "--password", "builder", "--scram")
-    wait_for(offered)
-
-
 def test_scram_does_not_distinguish_unknown_users(endpoint):
     """Neither salts nor iterations reveal whether an account exists."""
-    endpoint.account("app", "create", "shop")
+    endpoint.account("app", "create", "store")
 
     def reported(user: str) -> tuple[str, str]:
         with endpoint.client() as client:
@@ -364,26 +396,32 @@ def test_scram_does_not_distinguish_unknown_users(endpoint):
             fields = dict(part.split("=", 1) for part in base64.b64decode(text).decode().split(","))
             return fields["s"], fields["i"]
 
-    wait_for(lambda: reported("shop")[1] == "4096")
+    wait_for(lambda: reported("store")[1] == "4096")
     assert reported("ann")[1] == "100000"
     found = {user: reported(user) for user in (f"nobody{number}" for number in range(24))}
     assert {iterations for _, iterations in found.values()} == {"4096", "100000"}
     assert len({salt for salt, _ in found.values()}) == 24 and reported("nobody3") == found["nobody3"]
 
 
-def test_the_authenticated_user_of_a_message_is_recorded(tmp_path):
-    with Endpoint(tmp_path, "127.0.0.1:1") as endpoint:
-        assert [endpoint.add_user("builder\n"), endpoint.add_user("again\n"), endpoint.add_user("")] == [0, 1, 64]
-        wait_for(lambda: _try(lambda: _logged_in(endpoint, "bob", "builder")))
-        for name, password in (("bob", "builder"), ("ann", SECRET)):
-            with _logged_in(endpoint, name, password) as client:
-                client.sendmail("x@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
-        events = wait_for(lambda: len(found := endpoint.events("queued")) == 2 and found)
-        assert [event["user"] for event in events] == ["bob", "ann"]
-        assert "logged in as bob" in endpoint.cli("message", "show", events[0]["id"]).stdout
-        endpoint.cli("queue", "hold", "--user", "bob")  # as after a stolen password
-        (held,) = [json.loads(line) for line in endpoint.cli("queue", "list", "--held", "--json").stdout.splitlines()]
-        assert held["id"] == events[0]["id"]
+def test_an_added_user_is_recorded_and_scram_is_offered_while_it_works_for_all_accounts(own):
+    def offered() -> bool:
+        with own.client() as client:
+            return "SCRAM-SHA-256" in client.esmtp_features["auth"]
+
+    assert offered()
+    assert [own.add_user("builder\n"), own.add_user("again\n"), own.add_user("")] == [0, 1, 64]  # stored as argon2id
+    wait_for(lambda: not offered())
+    for name, password in (("bob", "builder"), ("ann", SECRET)):
+        with _logged_in(own, name, password) as client:
+            client.sendmail("x@b.example", ["c@d.example"], "Subject: x\r\n\r\nx\r\n")
+    events = wait_for(lambda: len(found := own.events("queued")) == 2 and found)
+    assert [event["user"] for event in events] == ["bob", "ann"]
+    assert "logged in as bob" in own.cli("message", "show", events[0]["id"]).stdout
+    own.cli("queue", "hold", "--user", "bob")  # as after a stolen password
+    (held,) = [json.loads(line) for line in own.cli("queue", "list", "--held", "--json").stdout.splitlines()]
+    assert held["id"] == events[0]["id"]
+    own.account("user", "password", "bob", "--password", "builder", "--scram")
+    wait_for(offered)
 
 
 def _logged_in(endpoint: Endpoint, name: str, password: str) -> smtplib.SMTP:
@@ -393,6 +431,7 @@ def _logged_in(endpoint: Endpoint, name: str, password: str) -> smtplib.SMTP:
 
 
 def test_an_application_sends_only_as_itself(endpoint, peer):
+    to = "x@shops.example"
     said = endpoint.account("app", "create", "shop", "--sender", "@shop.example", "--sender", "Boss@corp.example")
     key = said.partition("secret: ")[2].split()[0]
     assert 'shop.example. TXT "v=spf1 a:relay.example -all"' in said
@@ -407,11 +446,11 @@ def test_an_application_sends_only_as_itself(endpoint, peer):
         code, text = client.mail("a@elsewhere.example")
         assert (code, text) == (550, b"5.7.1 shop may not send as <a@elsewhere.example> (senders of its account)")
         with pytest.raises(smtplib.SMTPDataError) as refused:
-            client.sendmail("a@shop.example", ["x@far.example"], "From: <ceo@elsewhere.example>\r\n\r\nx\r\n")
+            client.sendmail("a@shop.example", [to], "From: <ceo@elsewhere.example>\r\n\r\nx\r\n")
         assert refused.value.smtp_code == 550 and b"<ceo@elsewhere.example>" in refused.value.smtp_error
         long = b"X-Long: " + (b"x" * 900 + b"\r\n ") * 150 + b"x\r\nFrom: <ceo@elsewhere.example>\r\n\r\nx\r\n"
         with pytest.raises(smtplib.SMTPDataError) as refused:  # nor after the part of a header that is checked
-            client.sendmail("a@shop.example", ["x@far.example"], long)
+            client.sendmail("a@shop.example", [to], long)
         assert refused.value.smtp_code == 554
         hidden = ["a@shop.example(<ceo@elsewhere.example>", "ceo@elsewhere.example@, a@shop.example", "...@:a@shop.example;",
                   '"ceo@elsewhere.example" <a@shop.example', "=?utf-8?q?ceo=40bank.test=3E?=@shop.example", ""]  # fmt: skip
@@ -419,12 +458,12 @@ def test_an_application_sends_only_as_itself(endpoint, peer):
             for name in ("From", "from ", "Sender"):
                 text = f"Subject: x\r\n{name}: {value}\r\nFrom: a@shop.example\r\n\r\nx\r\n"
                 with pytest.raises(smtplib.SMTPDataError) as refused:
-                    client.sendmail("a@shop.example", ["x@far.example"], text.encode())
+                    client.sendmail("a@shop.example", [to], text.encode())
                 assert (refused.value.smtp_code, refused.value.smtp_error[:5]) == (550, b"5.6.0"), text
-        client.sendmail("a@SHOP.example", ["x@far.example"], "From: boss@corp.example\r\n\r\nx\r\n")
-        client.sendmail("", ["x@far.example"], "From: a@shop.example\r\n\r\nx\r\n")
-    wait_for(lambda: len(peer.messages) == 2)
-    wait_for(lambda: [event["application"] for event in endpoint.events("queued")] == ["shop", "shop"])
+        client.sendmail("a@SHOP.example", [to], "From: boss@corp.example\r\n\r\nx\r\n")
+        client.sendmail("", [to], "From: a@shop.example\r\n\r\nx\r\n")
+    wait_for(lambda: len(arrived(peer, to)) == 2)
+    wait_for(lambda: [event["application"] for event in queued(endpoint, to)] == ["shop", "shop"])
 
 
 def _try(login) -> bool:
@@ -435,14 +474,14 @@ def _try(login) -> bool:
     return True
 
 
-def test_keys_are_rotated_with_an_overlap_and_ended(endpoint):
-    first = endpoint.account("app", "create", "shop").partition("secret: ")[2].split()[0]
-    second = endpoint.account("app", "rotate", "shop", "--overlap", "1h").partition("secret: ")[2].split()[0]
+def test_keys_are_rotated_with_an_overlap_and_ended(endpoint, tmp_path):
+    first = endpoint.account("app", "create", "rotated").partition("secret: ")[2].split()[0]
+    second = endpoint.account("app", "rotate", "rotated", "--overlap", "1h").partition("secret: ")[2].split()[0]
 
     def opens(key: str) -> bool:
         with endpoint.client() as client:
             try:
-                return client.login("shop", key)[0] == 235
+                return client.login("rotated", key)[0] == 235
             except smtplib.SMTPAuthenticationError:
                 return False
 
@@ -450,31 +489,21 @@ def test_keys_are_rotated_with_an_overlap_and_ended(endpoint):
     assert opens(first)
     for key in (first, second):
         with endpoint.client() as client:
-            assert scram(client, "shop", key) == 235
+            assert scram(client, "rotated", key) == 235
     with endpoint.client() as client:
-        assert scram(client, "shop", "neither") == 535
+        assert scram(client, "rotated", "neither") == 535
     rows = [json.loads(line) for line in endpoint.account("app", "list", "--json").splitlines()]
-    shop = next(row for row in rows if row["name"] == "shop")
-    assert [bool(secret["expires"]) for secret in shop["secrets"]] == [False, True]
-    endpoint.account("app", "rotate", "shop", "--overlap", "0s")
+    rotated = next(row for row in rows if row["name"] == "rotated")
+    assert [bool(secret["expires"]) for secret in rotated["secrets"]] == [False, True]
+    endpoint.account("app", "rotate", "rotated", "--overlap", "0s")
     wait_for(lambda: not opens(second) and not opens(first))
-    endpoint.account("app", "expire", "shop")
+    endpoint.account("app", "expire", "rotated")
     assert "ann" in endpoint.account("user", "list")
-    endpoint.account("user", "remove", "ann")
-    assert "ann" not in endpoint.account("user", "list")
-    assert "did you mean" in endpoint.account("app", "expire", "shob", check=False)
-
-
-def test_a_broken_accounts_file_changes_nothing(endpoint):
-    with (endpoint.folder / "accounts.toml").open("a") as file:
-        file.write('\n[[account]]\nname = "bob"\nsecretz = []\n')
-    wait_for(lambda: endpoint.metric("relaymta_accounts_file_errors") == 1)
-    (text,) = wait_for(lambda: [event["text"] for event in endpoint.events("warning") if "secretz" in event["text"]])
-    assert 'accounts.toml:7: account.1.secretz: no such key (did you mean "secrets"?)' in text
-    with endpoint.client() as client:
-        client.login("ann", SECRET)
-    found = endpoint.cli("config", "check", "--config", str(endpoint.config), check=False)
-    assert found.returncode == 78 and "secretz" in found.stderr
+    (tmp_path / "accounts.toml").write_bytes((endpoint.folder / "accounts.toml").read_bytes())
+    copy = ("--set", f"accounts.file={tmp_path}/accounts.toml")
+    endpoint.account("user", "remove", "ann", *copy)
+    assert "ann" not in endpoint.account("user", "list", *copy)
+    assert "did you mean" in endpoint.account("app", "expire", "rotatid", check=False)
 
 
 def test_brute_force_is_limited_and_locks_no_owner_out(peer, tmp_path):
@@ -500,9 +529,10 @@ def test_brute_force_is_limited_and_locks_no_owner_out(peer, tmp_path):
         assert endpoint.metric('relaymta_logins_total{result="limited"}') >= 4
 
 
-def test_keys_and_accounts_are_checked_as_the_relays_user(endpoint):
+def test_keys_and_accounts_are_checked_as_the_relays_user(tmp_path):
     if os.geteuid():
         pytest.skip("only root can change its user")
+    endpoint = Endpoint(tmp_path, "127.0.0.1:1")
     (endpoint.folder / "relay.example.pem").chmod(0o600)
     endpoint.folder.chmod(0o755)
     for path in (endpoint.folder, *endpoint.folder.parents[:3]):

@@ -214,7 +214,7 @@ def guard(tmp_path_factory) -> Iterator[Guard]:
         yield made
 
 
-def test_a_client_that_resets_before_accept_is_refused(peer, tmp_path):
+def test_a_client_that_resets_before_accept_is_refused_and_a_drain_does_not_wait_for_silent_ones(peer, tmp_path):
     """A whole dialog has arrived, its first octet urgent, and then a reset: the address can no longer be read."""
     words = b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nBDAT 14 LAST\r\nSubject: x\r\n\r\n"
     with Guard(tmp_path, f"127.0.0.1:{peer.port}", 'relay.networks=["127.0.0.1/32"]') as relay:
@@ -230,6 +230,10 @@ def test_a_client_that_resets_before_accept_is_refused(peer, tmp_path):
         assert not relay.events("queued")
         relay.send_from("127.0.0.1")
         wait_for(lambda: len(peer.messages) == 1)
+        ours = [reach(port) for port in (relay.proxied, relay.implicit, relay.both) for _ in range(5)]
+        wait_for(lambda: relay.metric("relaymta_connections") == 15)
+        assert relay.stop() == 0
+        assert [received(sock) for sock in ours] == [b""] * 15
 
 
 # Data before the banner
@@ -420,25 +424,17 @@ def test_a_header_and_a_handshake_have_a_deadline(guard):
     wait_for(lambda: guard.metric("relaymta_connections") == 0)
 
 
-def test_a_drain_does_not_wait_for_silent_clients(peer, tmp_path):
-    with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        ours = [reach(port) for port in (relay.proxied, relay.implicit, relay.both) for _ in range(5)]
-        wait_for(lambda: relay.metric("relaymta_connections") == 15)
-        assert relay.stop() == 0
-        assert [received(sock) for sock in ours] == [b""] * 15
-
-
-def test_a_client_that_half_closes_after_the_dot_gets_its_reply(peer, tmp_path):
-    with Guard(tmp_path, f"127.0.0.1:{peer.port}") as relay, reach(relay.port) as sock:
+def test_a_client_that_half_closes_after_the_dot_gets_its_reply(guard):
+    with reach(guard.port) as sock:
         received(sock)
         sock.sendall(b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
         wait_for(lambda: b"354" in received(sock))
-        with relay.standing_still():
+        with guard.standing_still():
             sock.sendall(b"Subject: x\r\n\r\nx\r\n.\r\n")
             sock.shutdown(socket.SHUT_WR)
         assert received(sock).startswith(b"250")
         assert received(sock) == b""
-        wait_for(lambda: relay.metric("relaymta_connections") == 0)
+        wait_for(lambda: guard.metric("relaymta_connections") == 0)
 
 
 # The state of a listener

@@ -84,21 +84,45 @@ def untouched(victim: Path) -> bool:
 
 @root_only
 def test_root_is_dropped_with_its_groups(tmp_path, ledger):
-    relay = relay_of_nobody(tmp_path, ledger.port)
+    """The log and the control socket may be in folders of root's: they belong to the user that the relay runs as."""
+    run = tmp_path / "run"
+    run.mkdir()
+    path = run / "relaymta.sock"
+    relay = relay_of_nobody(tmp_path, ledger.port, f"control.socket={path}")
+    relay.log = tmp_path / "var/relay.log"
+
+    def check_socket() -> None:
+        found = path.lstat()
+        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o660)
+
     with relay:
         relay.send("X-Ledger: nobody\r\n\r\nx\r\n")
-        wait_for(lambda: ledger.counts()["nobody"])
+        wait_for(lambda: ledger.counts()["nobody"] and relay.events("delivered"))
         assert relay.process is not None
-        for pid in [relay.process.pid, *relay.worker_pids()]:
+        workers = [row["pid"] for row in control.ask(path, "status")["workers"]]
+        assert len(workers) == 1
+        for pid in [relay.process.pid, *workers]:
             status = Path(f"/proc/{pid}/status").read_text()
             for what in ("Uid", "Gid"):
                 assert f"\n{what}:\t65534\t65534\t65534\t65534\n" in status
             assert "\nGroups:\t65534 \n" in status
-        assert all(path.stat().st_uid == NOBODY for path in relay.spool.rglob("*"))
-    relay.kill()
-    with relay:  # the spool belongs to the user nobody now
+        assert all(file.stat().st_uid == NOBODY for file in relay.spool.rglob("*"))
+        check_socket()
+        assert relay.log.stat().st_uid == NOBODY and relay.log.parent.stat().st_uid == 0
+        assert relay.stop() == 0
+    with relay:  # the spool belongs to the user nobody now, and the old socket is left over
+        check_socket()
         relay.send("X-Ledger: again\r\n\r\nx\r\n")
         wait_for(lambda: ledger.counts()["again"])
+        # A log that cannot be reopened continues in the old file.
+        old = tmp_path / "var/relay.log.1"
+        relay.log.rename(old)
+        relay.log = old
+        relay.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: sum("stays in use" in row["text"] for row in relay.events("warning")) == 2)
+        relay.send()
+        wait_for(lambda: len(relay.events("delivered")) == 3)
+        assert relay.stop() == 0
 
 
 @root_only
@@ -118,6 +142,7 @@ def test_links_in_the_spool_do_not_give_files_of_roots_away(tmp_path, ledger):
     with relay:
         relay.send("X-Ledger: one\r\n\r\nx\r\n")
         wait_for(lambda: ledger.counts()["one"])
+        assert (relay.spool / "control.sock").lstat().st_uid == NOBODY
         assert relay.stop() == 0
     assert untouched(victim) and folder.stat().st_uid == 0
 
@@ -155,46 +180,6 @@ def test_a_link_in_place_of_the_log_does_not_give_a_file_of_roots_away(tmp_path,
     relay.log.symlink_to(victim) if how == "symbolic" else os.link(victim, relay.log)
     assert f"log.file: {relay.log}" in refused(relay)
     assert untouched(victim)
-
-
-@root_only
-def test_a_log_in_roots_folder_belongs_to_the_user_that_the_relay_runs_as(tmp_path, ledger):
-    relay = relay_of_nobody(tmp_path, ledger.port)
-    relay.log = tmp_path / "var/relay.log"
-    with relay:
-        relay.send()
-        wait_for(lambda: relay.events("delivered"))
-    assert relay.log.stat().st_uid == NOBODY and relay.log.parent.stat().st_uid == 0
-    with relay:
-        relay.send()
-
-
-@root_only
-def test_a_log_that_cannot_be_reopened_continues_in_the_old_file(tmp_path, ledger):
-    relay = relay_of_nobody(tmp_path, ledger.port)
-    relay.log = tmp_path / "var/relay.log"
-    with relay:
-        old = tmp_path / "var/relay.log.1"
-        relay.log.rename(old)
-        relay.log = old
-        assert relay.process is not None
-        relay.process.send_signal(signal.SIGUSR1)
-        wait_for(lambda: sum("stays in use" in row["text"] for row in relay.events("warning")) == 2)
-        relay.send()
-        wait_for(lambda: relay.events("delivered"))
-
-
-@root_only
-def test_the_control_socket_may_be_in_a_folder_of_roots(tmp_path, ledger):
-    run = tmp_path / "run"
-    run.mkdir()
-    path = run / "relaymta.sock"
-    relay = relay_of_nobody(tmp_path, ledger.port, f"control.socket={path}")
-    for _ in range(2):  # the second time the old socket is left over
-        with relay:
-            found = path.lstat()
-            assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o660)
-            assert relay.stop() == 0
 
 
 GROUP = "mail"

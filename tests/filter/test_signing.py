@@ -1,5 +1,6 @@
 """Signed mail, verified by dkimpy and opendkim."""
 
+import functools
 import json
 import os
 import re
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import dkim
 import pytest
+from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
+from relaymta.cli import main
 from relaymta.config import Dkim
 from relaymta.errors import ConfigError
 from relaymta.filter.keys import load_key, record
@@ -37,8 +40,14 @@ MESSAGE = (
 PAIRS = ["relaxed/relaxed", "relaxed/simple", "simple/relaxed", "simple/simple"]
 
 
+@functools.cache
+def rsa_key(bits: int) -> rsa.RSAPrivateKey:
+    """The same in all tests: making one takes long."""
+    return rsa.generate_private_key(65537, bits)
+
+
 def write_key(path: Path, kind: str, bits: int = 2048) -> Path:
-    private = rsa.generate_private_key(65537, bits) if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
+    private = rsa_key(bits) if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
     form = serialization.PrivateFormat.PKCS8
     path.write_bytes(private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     return path
@@ -194,8 +203,7 @@ async def test_a_domain_is_the_same_in_u_labels_and_a_labels(written, author, tm
     assert whole.count(b"DKIM-Signature:") == 1 and b" d=esp.test;" in whole
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
-def test_a_text_without_a_header_has_a_good_signature_or_none(address, peer, tmp_path):
+def test_a_text_without_a_header_has_a_good_signature_or_none(peer, tmp_path):
     """What is without From: cannot be signed (RFC 6376 5.4); and behind what is no field all is body, whatever it looks like."""
     own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")))
     everybody = Dkim(domain="esp.test", selector="s", key=own.key, authors=["*"], application=["news"])
@@ -203,20 +211,24 @@ def test_a_text_without_a_header_has_a_good_signature_or_none(address, peer, tmp
     texts = ["Hello\r\n", "Hello\r\n\r\nworld\r\n", "Hello\r\nFrom: ann@shop.test\r\n\r\nworld\r\n", "", "\r\nHello\r\n",
              "\r\nFrom: ann@shop.test\r\n\r\nHello\r\n", "Subject: x\r\n\r\nHello\r\n", "From:\r\n\r\nHello\r\n",
              "Hello\r\n" + "y" * 70 + "\r\n\r\n" + ("z" * 70 + "\r\n") * 20_000]  # fmt: skip
+    rows = {f"{number}.{source}@far.test": (f"127.0.0.{source}", text) for source in (1, 2) for number, text in enumerate(texts)}
     with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml([own, everybody]), networks) as relay:
-        for number, text in enumerate(texts, 1):
-            try:
-                relay.send_from(address, text, ("bob@far.test",))
-            except smtplib.SMTPDataError as error:
-                assert text.startswith("From:") and error.smtp_code == 550  # who signs it, is unknown
-                texts = [one for one in texts if one != text]
+        for to, (address, text) in rows.items():
+            if text.startswith("From:"):
+                with pytest.raises(smtplib.SMTPDataError) as refused:
+                    relay.send_from(address, text, (to,))
+                assert refused.value.smtp_code == 550, to  # who signs it, is unknown
             else:
-                wait_for(lambda number=number: len(peer.messages) >= number - 1)
-        wait_for(lambda: len(peer.messages) == len(texts))
-    for (_, _, message), text in zip(peer.messages, texts, strict=True):
-        assert all(verified(message, [own, everybody])), text[:50]
-        assert b"DKIM-Signature" not in message, text[:50]
-        assert message.endswith(text.encode())
+                relay.send_from(address, text, (to,))
+        wait_for(lambda: len(peer.messages) == 2 * (len(texts) - 1))
+    arrived = {to[0]: message for _, to, message in peer.messages}
+    for to, (_, text) in rows.items():
+        if not text.startswith("From:"):
+            message = arrived.pop(to)
+            assert all(verified(message, [own, everybody])), (to, text[:50])
+            assert b"DKIM-Signature" not in message, (to, text[:50])
+            assert message.endswith(text.encode()), (to, text[:50])
+    assert not arrived
 
 
 @pytest.fixture
@@ -277,75 +289,82 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize("size", [10, 1_500_000], ids=["small", "large"])
-def test_what_is_changed_in_a_message_is_changed_before_it_is_signed(peer, tmp_path, size):
+def test_what_is_changed_in_a_message_is_changed_before_it_is_signed(peer, tmp_path):
+    """In one that is in memory, and in a large one."""
     everybody = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "rsa")), authors=["*"])
-    body = (b"x" * 500 + b"\r\n") * (size // 500 + 1)
+    line = b"x" * 900 + b"\r\n"
+    rows = [(start, expected, line * count) for count in (1, 1_500) for start, expected in CHANGED]
     with Submission(tmp_path, f"127.0.0.1:{peer.port}", toml([everybody])) as relay:
-        for number, (start, expected) in enumerate(CHANGED, 1):
+        for number, (start, expected, body) in enumerate(rows, 1):
             with smtplib.SMTP("127.0.0.1", relay.port) as client:
                 assert client.sendmail("ann@shop.test", ["bob@far.test"], start + body) == {}
             wait_for(lambda number=number: len(peer.messages) == number)
             _, _, message = peer.messages[-1]
-            assert message.endswith(expected + body) and b"Bcc" not in message
-            assert verified(message, [everybody]) == ([True] if b"From:" in message[: -len(body)] else [])
+            row = (start, len(body))
+            assert message.endswith(expected + body) and b"Bcc" not in message, row
+            assert verified(message, [everybody]) == ([True] if b"From:" in message[: -len(body)] else []), row
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_large_message_is_signed_as_well(peer, tmp_path, chunked):
+def given(client: smtplib.SMTP, message: bytes, piece: int = 0) -> tuple[int, bytes]:
+    """The last reply to a message of ann@shop.test, by DATA, or by BDAT in pieces of so many octets."""
+    client.ehlo()
+    client.mail("ann@shop.test")
+    client.rcpt("bob@far.test")
+    if not piece:
+        return client.data(message)
+    assert client.sock is not None
+    for start in range(0, len(message), piece):
+        part = message[start : start + piece]
+        last = start + piece >= len(message)
+        client.sock.sendall(f"BDAT {len(part)}{' LAST' if last else ''}\r\n".encode() + part)
+        answer = client.getreply()
+        assert last or answer[0] == 250
+    return answer
+
+
+def test_a_large_message_is_signed_as_well(peer, tmp_path):
     settings = keys(tmp_path)
-    body = b"".join(b"line %d of many  \r\n" % number for number in range(80_000))
+    filler = b"of many " * 12
+    body = b"".join(b"line %d %s \r\n" % (number, filler) for number in range(14_000))
     message = MESSAGE + body
-    with Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port) as client:
-            client.ehlo()
-            client.mail("ann@shop.test")
-            client.rcpt("bob@far.test")
-            if chunked:
-                for start in range(0, len(message), 300_001):
-                    piece = message[start : start + 300_001]
-                    last = " LAST" if start + 300_001 >= len(message) else ""
-                    client.sock.sendall(f"BDAT {len(piece)}{last}\r\n".encode() + piece)
-                    assert client.getreply()[0] == 250
-            else:
-                assert client.data(message)[0] == 250
-        ((_, _, found),) = wait_for(lambda: peer.messages)
-        assert found.endswith(message) and verified(found, settings) == [True, True]
+    with (
+        Relay(tmp_path, f"127.0.0.1:{peer.port}", toml(settings)) as relay,
+        smtplib.SMTP("127.0.0.1", relay.port) as client,
+    ):  # fmt: skip
+        for number, piece in enumerate((0, 300_001), 1):
+            assert given(client, message, piece)[0] == 250, piece
+            wait_for(lambda number=number: len(peer.messages) == number)
+            _, _, found = peer.messages[-1]
+            assert found.endswith(message) and verified(found, settings) == [True, True], piece
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_message_whose_signer_cannot_be_determined_is_refused(peer, tmp_path, chunked):
+@pytest.mark.parametrize("matters", [True, False], ids=["From: matters", "it does not"])
+def test_a_message_whose_signer_cannot_be_determined_is_refused(peer, tmp_path, matters):
     """Neither sent unsigned, nor signed for another author."""
     own, others = keys(tmp_path)[0], Dkim(domain="far.test", selector="s", key=str(tmp_path / "ed25519.pem"), application=["x"])
     long = b"X: " + b"x" * 900 + b"\r\n"
-    rows = [  # the message, and the reply where From: matters, and where it does not
-        (b"From: ann@ok.test, <ann@shop.test\r\n\r\nx\r\n", b"550 5.6.0", b"250"),
-        (b"Subject: x\r\nFrom: a@b.test(x)shop.test\r\n\r\nx\r\n", b"550 5.6.0", b"250"),
-        (MESSAGE[:-2] + b"x" * 100 + b"\r\n", b"250", b"250"),
-        (b"From: ann@shop.test\r\n" + long * 1300, b"554 5.6.0", b"250"),  # a large message whose header has no end
-        (b"From: ann@shop.test\r\n" + long * 1300 + b"\r\nx\r\n", b"554 5.6.0", b"250"),
-        (b"From: ann@shop.test\r\n" + long * 150 + b"\r\nx\r\n", b"554 5.6.0", b"250"),
-        (b"From: ann@shop.test\r\n" + b"X:\r\n" * 5500 + b"\r\nx\r\n", b"554 5.6.0", b"250"),  # too many fields
-        (b"From: ann@shop.test\r\n" + long * 100, b"250", b"250"),  # all of it is header
-        (b"From: ann@shop.test\r\n\r\n" + long * 1300, b"250", b"250"),
+    rows = [  # the message, and the reply where From: matters; where it does not, all are accepted
+        (b"From: ann@ok.test, <ann@shop.test\r\n\r\nx\r\n", b"550 5.6.0"),
+        (b"Subject: x\r\nFrom: a@b.test(x)shop.test\r\n\r\nx\r\n", b"550 5.6.0"),
+        (MESSAGE[:-2] + b"x" * 100 + b"\r\n", b"250"),
+        (b"From: ann@shop.test\r\n" + long * 1300, b"554 5.6.0"),  # a large message whose header has no end
+        (b"From: ann@shop.test\r\n" + long * 1300 + b"\r\nx\r\n", b"554 5.6.0"),
+        (b"From: ann@shop.test\r\n" + long * 150 + b"\r\nx\r\n", b"554 5.6.0"),
+        (b"From: ann@shop.test\r\n" + b"X:\r\n" * 5500 + b"\r\nx\r\n", b"554 5.6.0"),  # too many fields
+        (b"From: ann@shop.test\r\n" + long * 100, b"250"),  # all of it is header
+        (b"From: ann@shop.test\r\n\r\n" + long * 1300, b"250"),
     ]
-    for number, settings in enumerate(([own], [others])):
-        (tmp_path / str(number)).mkdir()
-        relay = Relay(tmp_path / str(number), f"127.0.0.1:{peer.port}", toml(settings), 'relay.domains=["far.test"]')
-        with relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
-            for message, *expected in rows:
-                client.ehlo()
-                client.mail("ann@shop.test")
-                client.rcpt("bob@far.test")
-                if chunked:
-                    client.sock.sendall(f"BDAT {len(message)} LAST\r\n".encode() + message)
-                    code, said = client.getreply()
-                else:
-                    code, said = client.data(message)
-                assert (b"%d %s" % (code, said)).startswith(expected[number]), (number, message[:60])
-            wait_for(lambda number=number: len(peer.messages) == (3, 12)[number])
-    assert [verified(message, [own]) for _, _, message in peer.messages[:3]] == [[True]] * 3
-    assert not any(b"DKIM-Signature" in message for _, _, message in peer.messages[3:])
+    relay = Relay(tmp_path, f"127.0.0.1:{peer.port}", toml([own if matters else others]), 'relay.domains=["far.test"]')
+    with relay, smtplib.SMTP("127.0.0.1", relay.port) as client:
+        for chunked in (False, True):
+            for message, expected in rows:
+                code, said = given(client, message, len(message) if chunked else 0)
+                assert (b"%d %s" % (code, said)).startswith(expected if matters else b"250"), (chunked, message[:60])
+        wait_for(lambda: len(peer.messages) == 2 * (3 if matters else len(rows)))
+    if matters:
+        assert [verified(message, [own]) for _, _, message in peer.messages] == [[True]] * 6
+    else:
+        assert not any(b"DKIM-Signature" in message for _, _, message in peer.messages)
 
 
 def test_a_broken_key_changes_nothing(peer, tmp_path):
@@ -439,6 +458,13 @@ def running(pid: int) -> bool:
         return False
 
 
+def called(*words: str) -> Result:
+    """A verb's exit status and output: in this process, where all that it imports is there already."""
+    done = CliRunner().invoke(main, words)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
 def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
     own = Dkim(domain="shop.test", selector="s", key=str(write_key(tmp_path / "s.pem", "ed25519")))
     records = [
@@ -446,16 +472,14 @@ def test_the_doctor_reports_whether_mail_from_here_would_pass(tmp_path):
         '_dmarc.shop.test. TXT "v=DMARC1; p=reject"', '_dmarc.bare.test. TXT "v=DMARC1; p=reject"', "mail.test. A 11.0.0.1",
     ]  # fmt: skip
     with nameserver_with(tmp_path, records) as nameserver:
-        relay = Relay(tmp_path, None)
 
         def found(domain: str, address: str) -> tuple[int, dict[str, str]]:
-            done = relay.cli(
+            done = called(
                 "doctor", "domain", domain, "--address", address, "--json", "--set", f'delivery.nameservers=["{nameserver}"]',
-                "--set", toml([own]), "--set", "hostname=mail.test", check=False,
+                "--set", toml([own]), "--set", "hostname=mail.test", "--spool", str(tmp_path / "spool"),
             )  # fmt: skip
-            return done.returncode, {
-                row["check"].split(" ")[0]: row["state"] for row in map(json.loads, done.stdout.splitlines())
-            }
+            states = {row["check"].split(" ")[0]: row["state"] for row in map(json.loads, done.stdout.splitlines())}
+            return done.exit_code, states
 
         assert found("shop.test", "11.0.0.1") == (1, {"PTR": "wrong", "SPF": "ok", "DKIM": "ok", "DMARC": "ok"})
         assert found("shop.test", "11.0.0.2") == (1, {"PTR": "wrong", "SPF": "wrong", "DKIM": "ok", "DMARC": "ok"})
@@ -507,10 +531,9 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
     relay = Relay(tmp_path, None)
 
     def run(*words: str, nameserver: str = "127.0.0.1:1") -> tuple[int, str]:
-        found = relay.cli(
-            "dkim", *words, "--config", str(config), "--set", f'delivery.nameservers=["{nameserver}"]', check=False
-        )  # fmt: skip
-        return found.returncode, found.stdout + found.stderr
+        resolver = f'delivery.nameservers=["{nameserver}"]'
+        found = called("dkim", *words, "--config", str(config), "--set", resolver, "--spool", str(tmp_path / "spool"))
+        return found.exit_code, found.stdout + found.stderr
 
     status, said = run("keygen", "shop.test", "--selector", "one", "--out", str(tmp_path / "one.pem"))
     assert status == 0 and (tmp_path / "one.pem").stat().st_mode & 0o777 == 0o600
@@ -536,9 +559,23 @@ def test_keys_are_made_checked_and_replaced(tmp_path):
         text = config.read_text()
         assert 'selector = "two"' in text and "two.pem" in text and "one.pem" not in text and "# a remark" in text
         assert run("check", nameserver=nameserver)[0] == 0
-    for good, spoilt in (("v=DKIM1; ", "h=sha1; "), ("v=DKIM1; ", "s=a; "), ("DKIM1", "DKIM2"), ("k=rsa", "k=dsa")):
-        with nameserver_with(tmp_path, [second.replace(good, spoilt)]) as nameserver:
-            status, said = run("check", "--json", nameserver=nameserver)
-            assert status == 1 and "the record lets no signature be verified" in said, spoilt
+    # What lets no signature be verified: the same key by other names, each with a record of its own.
+    spoilt = {"hash": ("v=DKIM1; ", "h=sha1; "), "service": ("v=DKIM1; ", "s=a; "), "version": ("DKIM1", "DKIM2"),
+              "kind": ("k=rsa", "k=dsa")}  # fmt: skip
+    used = config.read_text()
+    _, mark, table = used.partition("[[dkim]]")
+    table = mark + table.partition("\n[")[0]
+    assert 'selector = "two"' in table
+    others = [table.replace('selector = "two"', f'selector = "{name}"') for name in spoilt]
+    config.write_text(used + "\n" + "\n".join(others))
+    zone = [second, *(second.replace("two.", f"{name}.", 1).replace(*change) for name, change in spoilt.items())]
+    with nameserver_with(tmp_path, zone) as nameserver:
+        status, said = run("check", "--json", nameserver=nameserver)
+        states = {row["record"].partition(".")[0]: row["state"] for row in map(json.loads, said.splitlines())}
+        assert status == 1 and states.pop("two") == "ok"
+        assert states.keys() == spoilt.keys()
+        for name, state in states.items():
+            assert "the record lets no signature be verified" in state, name
+    config.write_text(used)
     with nameserver_with(tmp_path, [records[0].replace("one.", "two.")]) as nameserver:
         assert "the record is another key's" in run("check", "--json", nameserver=nameserver)[1]

@@ -335,6 +335,10 @@ def test_no_user_writes_as_another(value, expected, source):
 # What other programs show
 
 
+# How getaddresses can be called in this version of Python; strict is the default where it exists.
+PARSERS = [{"strict": True}, {"strict": False}] if "strict" in inspect.signature(getaddresses).parameters else [{}]
+
+
 def shown_by_python(value: bytes) -> set[str]:
     """By all of its parsers, in a message and as a string."""
     found: set[str] = set()
@@ -348,13 +352,12 @@ def shown_by_python(value: bytes) -> set[str]:
     except Exception:  # an error of theirs: they show nothing
         pass
     texts += [str(field) for field in email.message_from_bytes(raw).get_all("from") or []]
-    for text in texts[:1] + texts[2:]:
-        for options in ({}, {"strict": True}, {"strict": False}):
-            if set(options) <= set(inspect.signature(getaddresses).parameters):
-                try:
-                    found |= {address for _, address in getaddresses([text], **options)}
-                except (RecursionError, IndexError):
-                    pass
+    for text in {*texts[:1], *texts[2:]}:
+        for options in PARSERS:
+            try:
+                found |= {address for _, address in getaddresses([text], **options)}
+            except (RecursionError, IndexError):
+                pass
     return {one for one in found if "@" in one and "\ufffd" not in one}
 
 

@@ -1,16 +1,18 @@
 """What a provider's failure is said to be: the cause for programs, what operators read, and what `explain` advises."""
 
-import json
 import os
 import shlex
 import ssl
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trustme
 
+from relaymta import control
 from relaymta.config import Route
 from relaymta.errors import Failure
 from relaymta.proto.envelope import CATEGORIES, PERMANENT, TRANSIENT, Attempt, category_of
@@ -19,6 +21,8 @@ from relaymta.send.login import LoginFailed, _password
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import CLOSE, SILENT, FakeMx
 from tests.support.resolver import nameserver_with
+from tests.support.rows import Row, relay_for
+from tests.support.together import together
 
 
 @pytest.mark.parametrize(
@@ -101,18 +105,6 @@ def test_a_password_is_never_empty(tmp_path, monkeypatch, key, value, problem):
 # A real relay
 
 
-def explained(relay: Relay, ident: str) -> dict:
-    (place,) = json.loads(relay.cli("message", "explain", ident, "--json").stdout)["waits"]
-    return place["wait"]
-
-
-def login(folder: Path, port: int, keys: str) -> Relay:
-    route = f'route=[{{name="out", hosts=["localhost:{port}"], tls="verify", username="me", {keys}}}]'
-    made = Relay(folder, None, route, "delivery.first_retry=3600")
-    made.environment = {"SSL_CERT_FILE": str(folder / "ca.pem"), "RELAYMTA_SECRET": "hunter2"}
-    return made
-
-
 def context(folder: Path) -> ssl.SSLContext:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
@@ -121,33 +113,50 @@ def context(folder: Path) -> ssl.SSLContext:
     return found
 
 
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ('password_env="RELAYMTA_UNSET"', ["password_env RELAYMTA_UNSET", "not set"]),
-        ('password_env="RELAYMTA_SECRET"', ["535 5.7.8 no", "user me", "password_env RELAYMTA_SECRET"]),
-        ('password_file="/nonexistent"', ["password_file /nonexistent", "No such file", "user me"]),
-    ],
-)
-def test_a_failed_login_names_host_user_and_where_the_password_is(tmp_path, keys, expected):
-    attempts: list[bytes] = []
+LOGINS = {  # the key of the route with the password; what the operator reads
+    "unset": ('password_env="RELAYMTA_UNSET"', ["password_env RELAYMTA_UNSET", "not set"]),
+    "refused": ('password_env="RELAYMTA_SECRET"', ["535 5.7.8 no", "user me", "password_env RELAYMTA_SECRET"]),
+    "no-file": ('password_file="/nonexistent"', ["password_file /nonexistent", "No such file", "user me"]),
+}
 
-    def refuse(line: bytes) -> bytes:
-        attempts.append(line)
-        return b"535 5.7.8 no\r\n"
 
-    with FakeMx({}, tls=context(tmp_path), auth=(b"PLAIN", refuse)) as peer, login(tmp_path, peer.port, keys) as relay:
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
-        for part in ["localhost", *expected]:
-            assert part in deferred["reply"], deferred["reply"]
-        assert (deferred["cause"], deferred["phase"]) == ("password", "auth")
-        assert relay.events("site")[0]["cause"] == "password" and relay.events("site")[0]["fault"] == "us"
+def test_a_failed_login_names_host_user_and_where_the_password_is(tmp_path):
+    attempts: dict[str, list[bytes]] = {name: [] for name in LOGINS}
+    made = context(tmp_path)
+
+    def refuse(name: str) -> Callable[[bytes], bytes]:
+        def refused(line: bytes) -> bytes:
+            attempts[name].append(line)
+            return b"535 5.7.8 no\r\n"
+
+        return refused
+
+    with ExitStack() as stack:
+        rows = {}
+        for name, (keys, _) in LOGINS.items():
+            peer = stack.enter_context(FakeMx({}, tls=made, auth=(b"PLAIN", refuse(name))))
+            rows[name] = Row(name, f"localhost:{peer.port}", keys=f'tls="verify",username="me",{keys}')
+        relay = relay_for(tmp_path, rows.values(), "delivery.first_retry=3600")
+        relay.environment = {"SSL_CERT_FILE": str(tmp_path / "ca.pem"), "RELAYMTA_SECRET": "hunter2"}
+        stack.enter_context(relay)
+        for row in rows.values():
+            row.send(sender="a")
+
+        def check(name: str) -> None:
+            row = rows[name]
+            deferred, *_ = wait_for(lambda: row.events("deferred"))
+            for part in ["localhost", *LOGINS[name][1]]:
+                assert part in deferred["reply"], deferred["reply"]
+            assert (deferred["cause"], deferred["phase"]) == ("password", "auth")
+            site = row.events("site")[0]
+            assert (site["cause"], site["fault"]) == ("password", "us")
+            assert len(attempts[name]) == (name == "refused"), "an empty password is never tried"
+            assert "username" in (wait := row.wait())["cure"] or "user me" in wait["cure"]
+
+        together({name: lambda name=name: check(name) for name in LOGINS})  # type: ignore[misc]
         assert "hunter2" not in relay.log.read_text()
-        assert len(attempts) == ("RELAYMTA_SECRET" in keys), "an empty password is never tried"
-        assert "username" in (wait := explained(relay, deferred["id"]))["cure"] or "user me" in wait["cure"]
-        warned = [event["text"] for event in relay.events("warning")]
-        assert any("RELAYMTA_UNSET" in text for text in warned) == ("UNSET" in keys)
+        warned = [event["text"] for event in relay.events("warning") if "RELAYMTA_" in event["text"]]
+        assert warned and all("RELAYMTA_UNSET" in text for text in warned)
 
 
 HOSTS = {  # what the host does, or why there is none: (rules of FakeMx or None, cause)
@@ -161,37 +170,66 @@ HOSTS = {  # what the host does, or why there is none: (rules of FakeMx or None,
 }
 
 
-@pytest.mark.parametrize("how", HOSTS)
-def test_the_cause_is_in_the_log_and_the_command_of_explain_works(tmp_path, how):
-    rules, cause = HOSTS[how]
-    port = free_port()
-    peer = FakeMx(rules, port) if rules is not None else None
-    settings = ["delivery.first_retry=3600", "delivery.patience=0.01"]
-    with Relay(tmp_path, f"127.0.0.1:{port}", *settings) as relay:
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
-        assert deferred["cause"] == cause
-        if deferred["phase"] != "rcpt":
-            assert relay.events("site")[0]["cause"] == cause
-            wait_for(lambda: relay.metric("relaymta_sites_down") == 1)
-            assert relay.metric(f'relaymta_site_down{{cause="{cause}",hosts="smart",site="smarthost"}}') == 1
-        text = relay.cli("message", "explain", deferred["id"]).stdout
-        assert "  cure: " in text and "127.0.0.1" in text.partition("  cure: ")[2]
-        command = text.partition("  command: ")[2].splitlines()[0]
-        assert command == f"relaymta queue flush {deferred['id']} --spool {relay.spool}"
-        if peer is not None:
-            peer.__exit__()
-        with FakeMx({}, port) as better:
-            words = [sys.executable, "-m", *shlex.split(command)]
-            assert subprocess.run(words, capture_output=True, timeout=90).returncode == 0
-            wait_for(lambda: better.messages)
-        wait_for(lambda: relay.events("delivered"))
+def test_the_cause_is_in_the_log_and_the_command_of_explain_works(tmp_path):
+    """All hosts fail at the same time. The text of `message explain` is that of the answer for programs, here of a site that is
+    down and of mail that waits for its schedule."""
+    ports = {how: free_port() for how in HOSTS}
+    peers = {how: FakeMx(rules, ports[how]) for how, (rules, _) in HOSTS.items() if rules is not None}
+    rows = {how: Row(how, f"127.0.0.1:{port}") for how, port in ports.items()}
+    down = [how for how, (rules, _) in HOSTS.items() if rules is None or "RCPT" not in rules]
+    with relay_for(tmp_path, rows.values(), "delivery.first_retry=3600", "delivery.patience=0.01") as relay:
+        for row in rows.values():
+            row.send()
+
+        def fails(how: str) -> None:
+            row, cause = rows[how], HOSTS[how][1]
+            deferred, *_ = wait_for(lambda: row.events("deferred"))
+            assert deferred["cause"] == cause
+            assert (deferred["phase"] != "rcpt") == (how in down)
+            if how in down:
+                assert row.events("site")[0]["cause"] == cause
+                sample = f'relaymta_site_down{{cause="{cause}",hosts="smart",site="{how}"}}'
+                wait_for(lambda: relay.metric("relaymta_sites_down") == len(down))
+                assert relay.metric(sample) == 1
+            wait = row.wait()
+            assert "127.0.0.1" in wait["cure"]
+            assert wait["command"] == f"queue flush {deferred['id']}"
+
+        together({how: lambda how=how: fails(how) for how in HOSTS})  # type: ignore[misc]
+        commands = {}
+        for how in ("refused", "other"):
+            (ident,) = rows[how].ids()
+            text = relay.cli("message", "explain", ident).stdout
+            assert "  cure: " in text and "127.0.0.1" in text.partition("  cure: ")[2]
+            commands[how] = text.partition("  command: ")[2].splitlines()[0]
+            assert commands[how] == f"relaymta queue flush {ident} --spool {relay.spool}"
+        others = [how for how in HOSTS if how not in commands]
+        commands["others"] = f"relaymta queue flush {' '.join(rows[how].ids()[0] for how in others)} --spool {relay.spool}"
+        for name, command in commands.items():  # the other hosts go on failing
+            with ExitStack() as stack:
+                better = {}
+                for how in others if name == "others" else [name]:
+                    if how in peers:
+                        peers[how].__exit__()
+                    better[how] = stack.enter_context(FakeMx({}, ports[how]))
+                words = [sys.executable, "-m", *shlex.split(command)]
+                done = subprocess.run(words, capture_output=True, text=True, timeout=90)
+                gone = [how for how in better if rows[how].ids()[0] in done.stderr]  # its site was found up before
+                assert (done.returncode == 0) == (not gone) and set(gone) <= set(down), done
+                for how, peer in better.items():
+                    wait_for(lambda peer=peer: peer.messages, what=how)
+                    wait_for(lambda how=how: rows[how].events("delivered"), what=how)
         wait_for(lambda: relay.metric("relaymta_sites_down") == 0)
 
 
 def test_commands_for_sites_with_special_names_and_for_policies_work(tmp_path):
     """Names of MX sites have parentheses and bars in them; those of policies, blanks and equals signs."""
     zone = ["d.test. MX 10 a.mx.test.", "d.test. MX 20 b.mx.test.", "a.mx.test. A 127.0.0.1", "b.mx.test. A 127.0.0.1"]
+
+    def command(ident: str) -> str:
+        (place,) = control.ask(relay.spool / "control.sock", "explain", ident=ident)["waits"]
+        return str(place["wait"]["command"])
+
     with FakeMx({}) as peer, nameserver_with(tmp_path, zone) as nameserver:
         settings = [f'delivery.nameservers=["{nameserver}"]', f"delivery.port={peer.port}"]
         with Relay(tmp_path, None, *settings) as relay:
@@ -204,25 +242,27 @@ def test_commands_for_sites_with_special_names_and_for_policies_work(tmp_path):
             queued = wait_for(lambda: len(relay.events("queued")) == 3 and relay.events("queued"))
             first, second = (event["id"] for event in queued[1:])
             for ident, begins in ((second, "policy remove hold "), (first, "site resume ")):
-                wait_for(lambda ident=ident, begins=begins: explained(relay, ident)["command"].startswith(begins))
+                wait_for(lambda ident=ident, begins=begins: command(ident).startswith(begins))
                 text = relay.cli("message", "explain", ident).stdout
-                command = text.partition("  command: ")[2].splitlines()[0].replace("relaymta", f"{sys.executable} -m relaymta", 1)
-                done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=90)
+                line = text.partition("  command: ")[2].splitlines()[0].replace("relaymta", f"{sys.executable} -m relaymta", 1)
+                done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=90)
                 assert done.returncode == 0, done
             wait_for(lambda: len(peer.messages) == 3)
 
 
-@pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
-def test_delivered_mail_has_its_address_port_and_tls(tmp_path, protocol):
-    if protocol == "lmtp":
-        path = str(tmp_path / "s")
-        peer, host = FakeMx({"RCPT": {"b@d.example": b"450 4.2.1 no\r\n"}}, path=path, lmtp=True), f"unix:{path}"
-        expected: tuple[object, ...] = ("", 0, "", "")
-    else:
-        peer = FakeMx({"RCPT": {"b@d.example": b"450 4.2.1 no\r\n"}})
-        host, expected = f"127.0.0.1:{peer.port}", ("127.0.0.1", peer.port, "", "")
-    with peer, Relay(tmp_path, None, f'route=[{{name="out",hosts=["{host}"],protocol="{protocol}"}}]') as relay:
-        relay.send("Subject: x\r\n\r\nx\r\n", "", "a@d.example")
-        relay.send("Subject: x\r\n\r\nx\r\n", "", "a@d.example", "b@d.example")
-        for event in wait_for(lambda: len(relay.events("delivered")) == 2 and relay.events("delivered")):
-            assert (event["address"], event["port"], event["tls"], event["cipher"]) == expected
+def test_delivered_mail_has_its_address_port_and_tls(tmp_path):
+    path = str(tmp_path / "s")
+    rules = {"RCPT": {f"b@{name}.test": b"450 4.2.1 no\r\n" for name in ("smtp", "lmtp")}}
+    with FakeMx(rules) as smtp, FakeMx(rules, path=path, lmtp=True):
+        rows = {
+            "smtp": Row("smtp", f"127.0.0.1:{smtp.port}"),
+            "lmtp": Row("lmtp", f"unix:{path}", keys='protocol="lmtp"'),
+        }
+        expected = {"smtp": ("127.0.0.1", smtp.port, "", ""), "lmtp": ("", 0, "", "")}
+        with relay_for(tmp_path, rows.values()):
+            for row in rows.values():
+                row.send("Subject: x\r\n\r\nx\r\n", "a")
+                row.send("Subject: x\r\n\r\nx\r\n", "a", "b")
+            for name, row in rows.items():
+                for event in wait_for(lambda row=row: len(row.events("delivered")) == 2 and row.events("delivered")):
+                    assert (event["address"], event["port"], event["tls"], event["cipher"]) == expected[name], name

@@ -18,9 +18,11 @@ from relaymta.route.mx import Hosts, NoRoute, mx_hosts, targets
 from relaymta.route.ourselves import Ourselves
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect
 from relaymta.send.session import Session
-from tests.support.daemon import Relay, wait_for
+from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.resolver import nameserver_with
+from tests.support.rows import Row, relay_for
+from tests.support.together import together
 
 TALK = b"250 here\r\n"
 
@@ -290,25 +292,28 @@ def test_mail_to_ourselves_does_not_go_round(tmp_path):
             assert len(relay.events("queued")) == 1 and not relay.events("deferred")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "0.0.0.0", "[::ffff:127.0.0.1]", "us.test"])
-def test_a_smart_host_that_is_this_host_is_a_loop(tmp_path, host):
-    with nameserver_with(tmp_path, ["us.test. A 127.0.0.1"]) as nameserver:
-        relay = Relay(tmp_path, None)
-        relay.smarthost = f"{host}:{relay.port}"
-        relay.settings = (f'delivery.nameservers=["{nameserver}"]',)
+def test_a_smart_host_that_is_this_host_is_a_loop_and_another_port_is_none(tmp_path):
+    """At another port there is a content filter (it gives our name in its greeting, as a second instance on the machine does)."""
+    hosts = ["127.0.0.1", "localhost", "localhost.", "0.0.0.0", "[::ffff:127.0.0.1]", "us.test"]
+    reply = b"250-relay.example\r\n250 8BITMIME\r\n"
+    with FakeMx({"EHLO": reply}) as peer, nameserver_with(tmp_path, ["us.test. A 127.0.0.1"]) as nameserver:
+        port = free_port()
+        rows = {host: Row(f"row-{number}", f"{host}:{port}") for number, host in enumerate(hosts)}
+        filtered = Row("filtered", f"127.0.0.1:{peer.port}")
+        relay = relay_for(tmp_path, [*rows.values(), filtered], f'delivery.nameservers=["{nameserver}"]')
+        relay.port = port
         with relay:
-            relay.send("Subject: x\r\n\r\nx\r\n", "", "x@y.example")
-            (bounced,) = wait_for(lambda: relay.events("bounced"))
-            assert "5.4.6" in bounced["reply"] and bounced["cause"] == "loop" and bounced["attempt"] == 1
-            assert len(relay.events("queued")) == 1
+            for row in (*rows.values(), filtered):
+                row.send()
 
+            def check(row: Row) -> None:
+                (bounced,) = wait_for(lambda: row.events("bounced"))
+                assert "5.4.6" in bounced["reply"] and bounced["cause"] == "loop" and bounced["attempt"] == 1
+                assert len(row.events("queued")) == 1
 
-def test_another_port_of_this_host_is_no_loop(tmp_path):
-    """A content filter (it gives our name in its greeting, as a second instance on the machine does)."""
-    reply = b"250-us.test\r\n250 8BITMIME\r\n"
-    with FakeMx({"EHLO": reply}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", "hostname=us.test") as relay:
-        relay.send()
-        wait_for(lambda: peer.messages)
+            together({host: lambda row=row: check(row) for host, row in rows.items()})  # type: ignore[misc]
+            wait_for(lambda: peer.messages)
+            assert len(relay.events("queued")) == len(rows) + 1
 
 
 def test_a_proxy_before_us_is_a_loop_too(tmp_path):

@@ -1,6 +1,7 @@
 """DSNs: one message, whatever the original message holds, and nothing in it that only operators may read."""
 
 import asyncio
+import contextlib
 import email
 import email.message
 import quopri
@@ -32,33 +33,53 @@ EVIL = "Subject: x\r\n.\r\nMAIL FROM:<ceo@bank.example>\r\nRCPT TO:<victim@d.exa
 CHUNKING = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250 CHUNKING\r\n"}
 
 
-def send_raw(relay: Relay, header: str, body: str = "x\r\n", sender: str = "a@b.example") -> None:
+def send_raw(relay: Relay, domain: str, header: str, body: str = "x\r\n") -> None:
+    """From and to a domain: the DSN, too, is for its route."""
     with smtplib.SMTP("127.0.0.1", relay.port) as client:
-        client.sendmail(sender, ["nobody@d.example"], (header + "\r\n" + body).encode())
+        client.sendmail(f"a@{domain}", [f"nobody@{domain}"], (header + "\r\n" + body).encode())
 
 
-@pytest.mark.parametrize("rules", [{}, CHUNKING], ids=["DATA", "BDAT"])
-@pytest.mark.parametrize("size", [1, 1_500_000], ids=["in memory", "streamed"])
-def test_a_dot_in_the_returned_header_ends_nothing(tmp_path, rules, size):
-    """A next hop must not execute as commands what follows a dot in the original header (SMTP smuggling)."""
-    rules = rules | {"RCPT": {"nobody@d.example": b"550 5.1.1 no\r\n"}}
-    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        send_raw(relay, EVIL, "x\r\n" * (size // 3))
-        ((sender, to, data),) = wait_for(lambda: peer.messages)
-        assert (sender, to) == ("", ["a@b.example"])
-        assert EVIL.encode() in data, "unchanged"
-        relay.send("Subject: the next\r\n\r\n.\r\n..\r\n", "a@b.example", "c@d.example")
-        wait_for(lambda: len(peer.messages) == 2 and relay.summary() == [])
-        assert [to for _, to, _ in peer.messages] == [["a@b.example"], ["c@d.example"]], "nobody else got anything"
-        assert peer.messages[1][2].endswith(b"\r\n\r\n.\r\n..\r\n")
+def routes_to(peers: dict[str, FakeMx]) -> str:
+    """The domain NAME.test has a route of its own, to the peer of this name."""
+    rows = (f'{{name="{name}",recipient_domain=["{name}.test"],hosts=["127.0.0.1:{peer.port}"]}}' for name, peer in peers.items())
+    return f"route=[{','.join(rows)}]"
 
 
-def test_a_large_message_with_dots_at_the_borders_of_its_pieces_arrives_unchanged(tmp_path):
-    body = "".join("." * (n % 5) + "y" * (n % 97) + "\r\n" for n in range(60_000))
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        send_raw(relay, "Subject: large\r\n", body)
-        wait_for(lambda: peer.messages)
-        assert peer.messages[0][2].endswith(b"Subject: large\r\n\r\n" + body.encode())
+def test_a_dot_ends_nothing(tmp_path):
+    """A next hop must not execute as commands what follows a dot in the original header (SMTP smuggling). Each row: the peer's
+    extensions, and the size of a message that is in memory or streamed. And a large message has dots at the borders of its
+    pieces."""
+    rows = {
+        f"{name}-{how}": (rules, size)
+        for name, size in (("memory", 1), ("streamed", 1_500_000))
+        for how, rules in (("data", {}), ("bdat", CHUNKING))
+    }
+    dots = "".join("." * (n % 5) + "y" * (n % 97) + "\r\n" for n in range(30_000))
+    with contextlib.ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(FakeMx(rules | {"RCPT": {f"nobody@{name}.test": b"550 5.1.1 no\r\n"}}))
+            for name, (rules, _) in rows.items()
+        }
+        large = stack.enter_context(FakeMx({}))
+        relay = stack.enter_context(Relay(tmp_path, None, routes_to(peers | {"large": large})))
+        send_raw(relay, "large.test", "Subject: large\r\n", dots)
+        for name, (_, size) in rows.items():
+            send_raw(relay, f"{name}.test", EVIL, ("x" * 70 + "\r\n") * (size // 72 + 1))
+        wait_for(lambda: all(peer.messages for peer in peers.values()), what=f"a DSN of each: {rows.keys()}")
+        for name in rows:
+            relay.send("Subject: the next\r\n\r\n.\r\n..\r\n", f"a@{name}.test", f"c@{name}.test")
+        wait_for(lambda: all(len(peer.messages) >= 2 for peer in peers.values()) and relay.summary() == [])
+        for name, peer in peers.items():
+            sender, to, data = peer.messages[0]
+            assert (sender, to) == ("", [f"a@{name}.test"]), name
+            assert EVIL.encode() in data, (name, "unchanged")
+            recipients = [to for _, to, _ in peer.messages]
+            assert recipients == [[f"a@{name}.test"], [f"c@{name}.test"]], (name, "nobody else got anything")
+            assert peer.messages[1][2].endswith(b"\r\n\r\n.\r\n..\r\n"), name
+            chunked = "BDAT" in {command[:4] for command in peer.commands}
+            assert chunked == name.endswith("bdat"), (name, peer.commands)
+        ((_, _, data),) = large.messages
+        assert data.endswith(b"Subject: large\r\n\r\n" + dots.encode()), "large"
 
 
 NASTY = ["\r\n.\r\nQUIT\r\n", "a\rb", "a\nb", "a\0b", "\n.\n", "\r.\r", "\u2028x\x85y\x0bz", "ü" * 600, "x" * 3000]
@@ -162,30 +183,38 @@ def test_a_long_reply_is_folded_between_words():
     assert all(len(line) <= 78 for line in data.split(b"\r\n"))
 
 
-@pytest.mark.parametrize(
-    ("sender", "options", "offers", "expected"),
-    [
-        ("a@b.example", "", "8BITMIME SMTPUTF8", ""),
-        ("a@b.example", "", "", ""),
-        ("ä@b.example", " SMTPUTF8", "8BITMIME SMTPUTF8", " BODY=8BITMIME SMTPUTF8"),
-    ],
-)
-def test_what_a_dsn_needs_is_said_to_the_peer(tmp_path, sender, options, offers, expected):
+# The sender's local part, the options of its MAIL, what the peer offers, and the options of the MAIL of the DSN.
+NEEDS = {
+    "full": ("a", "", "8BITMIME SMTPUTF8", ""),
+    "bare": ("a", "", "", ""),
+    "utf8": ("ä", " SMTPUTF8", "8BITMIME SMTPUTF8", " BODY=8BITMIME SMTPUTF8"),
+}
+
+
+def test_what_a_dsn_needs_is_said_to_the_peer(tmp_path):
     """A reply in UTF-8 and an 8-bit header; a 7-bit host, too, accepts the DSN about them."""
-    ehlo = "".join(f"250-{word}\r\n" for word in ("fake", *offers.split())) + "250 PIPELINING\r\n"
-    rules = {"EHLO": ehlo.encode(), "RCPT": {"nobody@d.example": "550 5.1.1 unbekannt: müller\r\n".encode()}}
-    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port) as client:
-            client.command_encoding = "utf-8"
-            client.ehlo()
-            client.docmd("MAIL", f"FROM:<{sender}>{options}")
-            client.docmd("RCPT", "TO:<nobody@d.example>")
-            code, text = client.data(b"Subject: plain\r\n\r\nx\r\n")
-            assert code == 250, text
-        ((_, to, data),) = wait_for(lambda: peer.messages)
-        assert to == [sender]
-        assert data.isascii() == (not expected)
-        assert peer.mails[-1] == "MAIL FROM:<>" + (f" SIZE={len(data)}" if "SIZE" in offers else "") + expected
+    peers = {}
+    with contextlib.ExitStack() as stack:
+        for name, (_, _, offers, _) in NEEDS.items():
+            ehlo = "".join(f"250-{word}\r\n" for word in ("fake", *offers.split())) + "250 PIPELINING\r\n"
+            rules = {"EHLO": ehlo.encode(), "RCPT": {f"nobody@{name}.test": "550 5.1.1 unbekannt: müller\r\n".encode()}}
+            peers[name] = stack.enter_context(FakeMx(rules))
+        relay = stack.enter_context(Relay(tmp_path, None, routes_to(peers)))
+        for name, (local, options, _, _) in NEEDS.items():
+            with smtplib.SMTP("127.0.0.1", relay.port) as client:
+                client.command_encoding = "utf-8"
+                client.ehlo()
+                client.docmd("MAIL", f"FROM:<{local}@{name}.test>{options}")
+                client.docmd("RCPT", f"TO:<nobody@{name}.test>")
+                code, text = client.data(b"Subject: plain\r\n\r\nx\r\n")
+                assert code == 250, (name, text)
+        wait_for(lambda: all(peer.messages for peer in peers.values()), what=f"a DSN of each: {NEEDS.keys()}")
+        for name, (local, _, offers, expected) in NEEDS.items():
+            ((_, to, data),) = peers[name].messages
+            assert to == [f"{local}@{name}.test"], name
+            assert data.isascii() == (not expected), name
+            said = "MAIL FROM:<>" + (f" SIZE={len(data)}" if "SIZE" in offers else "") + expected
+            assert peers[name].mails[-1] == said, name
 
 
 # The text for the sender and the cause for operators
@@ -288,7 +317,7 @@ class Refuses(BaseHTTPRequestHandler):
 def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
     (tmp_path / "secret").write_text("hunter2")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/t?qu3ry=1"
     settings = OAuth(token_url=url, client_id="me", client_secret_file=str(tmp_path / "secret"))
     with pytest.raises(TokenError) as failure:
@@ -302,36 +331,55 @@ def test_what_a_token_endpoint_quotes_is_hidden(tmp_path):
 SECRETS = ("://", "hunter2", "qu3ry", "s3cr3t", "hush", "Traceback", ".py:", "/secret", "[Errno", "passwords/")
 
 
-@pytest.mark.parametrize(
-    ("route", "cause"),
-    [
-        (
-            'lookup="http://hush:hunter2@127.0.0.1:{http}/r?qu3ry=1"',
-            "look-up of d.example at http://***@127.0.0.1:{http}/r?***: 503",
-        ),
-        ('hosts=["127.0.0.1:{closed}"]', "127.0.0.1: "),
-        ('hosts=["unix:{folder}/secret/lmtp"],protocol="lmtp"', "/secret/lmtp"),
-    ],
-    ids=["look-up", "connect", "socket"],
-)
-def test_a_dsn_holds_no_secrets(tmp_path, route, cause):
+# Where mail for NAME.test goes, and what operators read of why that failed.
+LEAKS = {
+    "look-up": (
+        'lookup="http://hush:hunter2@127.0.0.1:{http}/r?qu3ry=1"',
+        "look-up of look-up.test at http://***@127.0.0.1:{http}/r?***: 503",
+    ),
+    "connect": ('hosts=["127.0.0.1:{closed}"]', "127.0.0.1: "),
+    "socket": ('hosts=["unix:{folder}/secret/lmtp"],protocol="lmtp"', "/secret/lmtp"),
+}
+
+
+def test_a_dsn_holds_no_secrets(tmp_path):
     """The DSN of an expired message quotes its last attempt."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    values = {"http": str(server.server_port), "closed": str(free_port()), "folder": str(tmp_path)}
-    for name, value in values.items():
-        route, cause = route.replace(f"{{{name}}}", value), cause.replace(f"{{{name}}}", value)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    values = {"{http}": str(server.server_port), "{closed}": str(free_port()), "{folder}": str(tmp_path)}
+
+    def filled(text: str) -> str:
+        for name, value in values.items():
+            text = text.replace(name, value)
+        return text
+
     with FakeMx({}) as back:
-        routes = f'route=[{{name="back",sender=[""],hosts=["127.0.0.1:{back.port}"]}},{{name="out",{route}}}]'
-        with Relay(tmp_path, None, routes, "delivery.first_retry=0.3", "queue.max_age=1") as relay:
-            send_raw(relay, "Subject: x\r\n")
-            ident = wait_for(lambda: relay.events("deferred"))[0]["id"]
-            explained = relay.cli("message", "explain", ident, check=False).stdout
-            ((_, _, data),) = wait_for(lambda: back.messages, 30)
-            reply = wait_for(lambda: relay.events("bounced"))[0]["reply"]
-            assert cause in reply, "operators read the cause"
-            for secret in SECRETS:
-                assert secret.encode() not in data.partition(b"Content-Type: text/rfc822-headers")[0], (secret, data.decode())
-            for secret in ("hunter2", "qu3ry", "hush"):
-                assert secret not in relay.log.read_text() + explained
+        routes = [f'{{name="{name}",recipient_domain=["{name}.test"],{filled(route)}}}' for name, (route, _) in LEAKS.items()]
+        routes.insert(0, f'{{name="back",sender=[""],hosts=["127.0.0.1:{back.port}"]}}')
+        settings = (f"route=[{','.join(routes)}]", "delivery.first_retry=0.3", "queue.max_age=1")
+        with Relay(tmp_path, None, *settings) as relay:
+            for name in LEAKS:
+                send_raw(relay, f"{name}.test", "Subject: x\r\n")
+            deferred = wait_for(lambda: found if len(found := events_by_domain(relay, "deferred")) == len(LEAKS) else None)
+            explained = {
+                name: relay.cli("message", "explain", deferred[name]["id"], check=False).stdout for name in LEAKS
+            }  # fmt: skip
+            wait_for(lambda: len(back.messages) == len(LEAKS), what=f"a DSN of each: {LEAKS.keys()}")
+            dsns = {to[0].removeprefix("a@").removesuffix(".test"): data for _, to, data in back.messages}
+            bounced = wait_for(lambda: found if len(found := events_by_domain(relay, "bounced")) == len(LEAKS) else None)
+            for name, (_, cause) in LEAKS.items():
+                assert filled(cause) in bounced[name]["reply"], (name, "operators read the cause")
+                told_to_sender, data = dsns[name].partition(b"Content-Type: text/rfc822-headers")[0], dsns[name]
+                for secret in SECRETS:
+                    assert secret.encode() not in told_to_sender, (name, secret, data.decode())
+                for secret in ("hunter2", "qu3ry", "hush"):
+                    assert secret not in relay.log.read_text() + explained[name], (name, secret)
     server.shutdown()
+
+
+def events_by_domain(relay: Relay, name: str) -> dict[str, dict[str, str]]:
+    """The first event of this name about each domain NAME.test, by NAME."""
+    found: dict[str, dict[str, str]] = {}
+    for event in relay.events(name):
+        found.setdefault(event["recipient"].rpartition("@")[2].removesuffix(".test"), event)
+    return found

@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -23,6 +23,7 @@ from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.programs import need
 from tests.support.resolver import nameserver_with
+from tests.support.rows import Row, relay_for
 
 ZONE = [
     "good.test. A 127.0.0.1", "two.test. AAAA 2001:db8::1", "two.test. A 127.0.0.77", "two.test. A 127.0.0.1",
@@ -30,43 +31,65 @@ ZONE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("host", ["good.test", "good.test.", "GOOD.test", "alias.test", "two.test", "localhost", "localhost."])
-def test_our_name_servers_are_asked_for_smart_hosts(tmp_path, host):
+FOUND = ["good.test", "good.test.", "GOOD.test", "alias.test", "two.test", "localhost", "localhost."]
+NOT_FOUND = {
+    "gone.test": "it does not exist",
+    "empty.test": "it has no address of IPv6 or IPv4",
+    "servfail.example": "servfail",
+}
+BOTH = "gone.test and good.test"
+
+
+class Sent(NamedTuple):
+    nameserver: str
+    hosts: dict[str, tuple[FakeMx, Row]]
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sent]:
+    """One relay with a route to each of FOUND and NOT_FOUND and to BOTH, and one message under way to each."""
+    folder = tmp_path_factory.mktemp("names")
+    with ExitStack() as stack:
+        nameserver = stack.enter_context(nameserver_with(folder, ZONE))
+        found = {}
+        for number, host in enumerate([*FOUND, *NOT_FOUND, BOTH]):
+            peer = stack.enter_context(FakeMx({}))
+            # Each smart host has a port of its own, since a relay remembers which ones are down.
+            places = [f"gone.test:{free_port()}", f"good.test:{peer.port}"] if host == BOTH else [f"{host}:{peer.port}"]
+            found[host] = peer, Row(f"row-{number}", *places)
+        settings = [f'delivery.nameservers=["{nameserver}"]', "delivery.connect_timeout=2", "delivery.first_retry=3600"]
+        stack.enter_context(relay_for(folder, [row for _, row in found.values()], *settings))
+        for _, row in found.values():
+            row.send()
+        yield Sent(nameserver, found)
+
+
+@pytest.mark.parametrize("host", FOUND)
+def test_our_name_servers_are_asked_for_smart_hosts(sent, host):
     """All addresses are tried, and names in /etc/hosts and localhost go on working."""
-    with FakeMx({}) as peer, nameserver_with(tmp_path, ZONE) as nameserver:
-        settings = [f'delivery.nameservers=["{nameserver}"]', "delivery.connect_timeout=2"]
-        with Relay(tmp_path, f"{host}:{peer.port}", *settings) as relay:
-            relay.send()
-            wait_for(lambda: peer.messages)
-            (event,) = wait_for(lambda: relay.events("delivered"))
-            assert (event["peer"], event["address"]) == (host.rstrip("."), "127.0.0.1")
-            assert not relay.events("deferred") and not [e for e in relay.events("warning") if "smart host" in e["text"]]
+    peer, row = sent.hosts[host]
+    wait_for(lambda: peer.messages)
+    (event,) = wait_for(lambda: row.events("delivered"))
+    assert (event["peer"], event["address"]) == (host.rstrip("."), "127.0.0.1")
+    assert not row.events("deferred") and not [text for text in row.warnings(f":{peer.port}") if "smart host" in text]
 
 
-@pytest.mark.parametrize(
-    ("host", "said"),
-    [("gone.test", "it does not exist"), ("empty.test", "it has no address of IPv6 or IPv4"), ("servfail.example", "servfail")],
-)
-def test_a_smart_host_that_is_not_found_is_a_temporary_failure(tmp_path, host, said):
+@pytest.mark.parametrize("host", NOT_FOUND)
+def test_a_smart_host_that_is_not_found_is_a_temporary_failure(sent, host):
     """Postfix 3.7: "Don't bounce mail after a host lookup problem with a relayhost"."""
-    with nameserver_with(tmp_path, ZONE) as nameserver:
-        with Relay(tmp_path, f"{host}:25", f'delivery.nameservers=["{nameserver}"]') as relay:
-            relay.send()
-            (deferred,) = wait_for(lambda: relay.events("deferred"))
-            assert deferred["reply"].startswith("4.4.3 ") and host in deferred["reply"] and nameserver in deferred["reply"]
-            assert said in deferred["reply"].lower() or said in deferred["reply"]
-            assert deferred["cause"] == "dns"
-            assert (relay.events("site")[0]["cause"], relay.events("site")[0]["fault"]) == ("dns", "dns")
+    _, row = sent.hosts[host]
+    (deferred,) = wait_for(lambda: row.events("deferred"))
+    assert deferred["reply"].startswith("4.4.3 ") and host in deferred["reply"] and sent.nameserver in deferred["reply"]
+    assert NOT_FOUND[host] in deferred["reply"].lower() or NOT_FOUND[host] in deferred["reply"]
+    assert deferred["cause"] == "dns"
+    assert (row.events("site")[0]["cause"], row.events("site")[0]["fault"]) == ("dns", "dns")
 
 
-def test_the_next_smart_host_is_used_while_a_name_cannot_be_looked_up(tmp_path):
-    with FakeMx({}) as peer, nameserver_with(tmp_path, ZONE) as nameserver:
-        route = f'route=[{{name="two",hosts=["gone.test:25","good.test:{peer.port}"]}}]'
-        with Relay(tmp_path, None, route, f'delivery.nameservers=["{nameserver}"]') as relay:
-            relay.send()
-            wait_for(lambda: peer.messages)
-            assert not relay.events("deferred")
-            assert any("gone.test:25 is down" in event["text"] for event in relay.events("warning"))
+def test_the_next_smart_host_is_used_while_a_name_cannot_be_looked_up(sent):
+    peer, row = sent.hosts[BOTH]
+    wait_for(lambda: peer.messages)
+    assert not row.events("deferred")
+    wait_for(lambda: any("is down" in text for text in row.warnings("smart host gone.test:")), what="the warning")
 
 
 # Without sockets

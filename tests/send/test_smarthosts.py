@@ -5,18 +5,15 @@ import base64
 import hashlib
 import hmac
 import json
-import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 import scramp
-import trustme
 
 from relaymta.config import Config
 from relaymta.log import Log
@@ -28,76 +25,138 @@ from relaymta.route.table import RouteTable
 from relaymta.send.opener import Sources
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.routed import Routed, server_context
 from tests.support.token_server import TokenServer
 
 MESSAGE = "Subject: x\r\n\r\n.dot\r\n"
+MECHANISMS = ["cram-md5", "login", "scram-sha-256"]
 
 
-def test_balanced_hosts_share_the_load_by_weight(tmp_path):
-    with FakeMx({}) as one, FakeMx({}) as two:
-        hosts = f'hosts=["127.0.0.1:{one.port}","127.0.0.1:{two.port}"]'
-        route = f'route=[{{name="two",{hosts},mode="balance",weights=[3,1],messages_per_connection=1}}]'
-        with Relay(tmp_path, None, route) as relay:
-            for _ in range(80):
-                relay.send()
-            wait_for(lambda: len(one.messages) + len(two.messages) == 80)
+def oauth(url: str, folder: str, auth: str = "auto") -> str:
+    keys = f'token_url="{url}",client_id="app",refresh_token_file="{folder}/refresh",scope="smtp"'
+    return f'auth="{auth}",oauth={{{keys}}}'
+
+
+LOGIN = 'tls="verify",username="me"'
+PASSWORD = f'{LOGIN},password_env="RELAY_PASSWORD"'
+# The routes of the tests that share a relay: name, recipient domain, and keys. $NAME is a free port, or a token endpoint.
+ROUTES = [
+    (
+        "balance", "balance.test",
+        'hosts=["127.0.0.1:$balance_one","127.0.0.1:$balance_two"],mode="balance",weights=[3,1],messages_per_connection=1',
+    ),
+    (
+        "backup", "backup.test",
+        'hosts=["127.0.0.1:$backup_first","127.0.0.1:$backup_second"],messages_per_connection=1',
+    ),
+    ("bdat", "bdat.test", 'hosts=["127.0.0.1:$bdat"]'),
+    ("boxes", "boxes.test", 'hosts=["unix:$folder/lmtp"],protocol="lmtp"'),
+    ("rewrite", "rewrite.test", 'hosts=["127.0.0.1:$rewrite"],rewrite_sender="@bounce.example"'),
+    ("fallback", "fallback.test", 'min_attempts=1,hosts=["127.0.0.1:$fallback"]'),
+    ("direct", "fallback.test", 'hosts=["127.0.0.1:$direct"]'),
+    ("asked", ".asked.test", 'lookup="http://127.0.0.1:$directory/route"'),
+    ("named", "nobody.test", 'hosts=["127.0.0.1:$named"]'),
+    ("bulk", "header.test", 'header=["X-Class: ^bulk$$"],hosts=["127.0.0.1:$bulk"]'),
+    ("rest", "header.test", 'hosts=["127.0.0.1:$rest"]'),
+    ("sources", "sources.test", 'hosts=["127.0.0.1:$sources"],sources=["a","gone"]'),
+    *(
+        (f"login-{name}", f"login-{name}.test", f'hosts=["localhost:$login_{number}"],{PASSWORD},auth="{name}"')
+        for number, name in enumerate(MECHANISMS)
+    ),
+    ("not-offered", "not-offered.test", f'hosts=["localhost:$not_offered"],{PASSWORD},auth="scram-sha-256"'),
+    *(
+        (name, f"{name}.test", f'hosts=["localhost:${name}"],{LOGIN},{oauth(f"${name}_url", "$folder", name)}')
+        for name in ("xoauth2", "oauthbearer")
+    ),
+    (
+        "expires", "expires.test",
+        f'hosts=["localhost:$expires"],{LOGIN},{oauth("$expires_url", "$folder")},messages_per_connection=1',
+    ),
+    ("failing", "failing.test", f'hosts=["localhost:$failing"],{LOGIN},{oauth("$failing_url", "$folder")}'),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def endpoints() -> Iterator[dict[str, "TokenEndpoint"]]:
+    """The token endpoint of each route that has one."""
+    made = {name: TokenEndpoint() for name in ("xoauth2", "oauthbearer", "failing")}
+    made["expires"] = TokenEndpoint(seconds=4)  # so that it is refreshed after two
+    yield made
+    for endpoint in made.values():
+        endpoint.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, endpoints: dict[str, "TokenEndpoint"]) -> Iterator[Routed]:
+    """The relay with ROUTES."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "refresh").write_text("r1\n")
+    urls = {f"{name}_url": endpoint.url for name, endpoint in endpoints.items()}
+    table = 'source=[{name="a",address="127.0.0.5",hostname="a.example"},{name="gone",address="192.0.2.9"}]'
+    made = Routed(folder, ROUTES, table, "delivery.first_retry=0.5", "delivery.idle=0.2", **urls)
+    made.environment["RELAY_PASSWORD"] = "pässword"
+    with made:
+        yield made
+
+
+def test_balanced_hosts_share_the_load_by_weight(shared):
+    with FakeMx({}, shared.port_of("balance_one")) as one, FakeMx({}, shared.port_of("balance_two")) as two:
+        shared.send_all(80, MESSAGE, "c@balance.test")
+        wait_for(lambda: len(one.messages) + len(two.messages) == 80)
         assert len(one.messages) > len(two.messages) > 3
 
 
-def test_a_smart_host_that_was_down_is_used_again_without_a_deferred_message(tmp_path):
-    port = free_port()
-    with FakeMx({}) as backup:
-        route = f'route=[{{name="two",hosts=["127.0.0.1:{port}","127.0.0.1:{backup.port}"],messages_per_connection=1}}]'
-        with Relay(tmp_path, None, route) as relay:
-            relay.send()
-            wait_for(lambda: len(backup.messages) == 1)
-            wait_for(lambda: any("is down" in event["text"] for event in relay.events("warning")))
+def test_a_smart_host_that_was_down_is_used_again_without_a_deferred_message(shared):
+    port = shared.port_of("backup_first")
 
-            def shown() -> bool:  # a site is forgotten a second after its last connection has ended
-                relay.send()
-                rows = relay.sites()
-                return any(f"127.0.0.1:{port}" in host for row in rows for host in row["hosts down"])
+    def warned(text: str) -> bool:
+        return any(f"smart host 127.0.0.1:{port} {text}" in event["text"] for event in shared.events("warning"))
 
-            wait_for(shown)
-            with FakeMx({}, port) as first:
-                wait_for(lambda: any("can be reached again" in event["text"] for event in relay.events("warning")), 20)
-                relay.send()
-                wait_for(lambda: first.messages)
-            assert relay.events("deferred") == []
+    with FakeMx({}, shared.port_of("backup_second")) as backup:
+        shared.send(MESSAGE, "a@b.example", "c@backup.test")
+        wait_for(lambda: len(backup.messages) == 1)
+        wait_for(lambda: warned("is down"))
+
+        def shown() -> bool:  # a site is forgotten a second after its last connection has ended
+            shared.send(MESSAGE, "a@b.example", "c@backup.test")
+            return any(f"127.0.0.1:{port}" in host for row in shared.sites() for host in row["hosts down"])
+
+        wait_for(shown)
+        with FakeMx({}, port) as first:
+            wait_for(lambda: warned("can be reached again"), 20)
+            shared.send(MESSAGE, "a@b.example", "c@backup.test")
+            wait_for(lambda: first.messages)
+        assert shared.of("deferred", "backup") == []
 
 
-def test_bdat_to_a_peer_that_offers_chunking(tmp_path):
+def test_bdat_to_a_peer_that_offers_chunking(shared):
     rules = {"EHLO": b"250-fake\r\n250-PIPELINING\r\n250-CHUNKING\r\n250 8BITMIME\r\n"}
-    with FakeMx(rules) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+    with FakeMx(rules, shared.port_of("bdat")) as peer:
         for _ in range(5):
-            relay.send(MESSAGE)
+            shared.send(MESSAGE, "a@b.example", "c@bdat.test")
         wait_for(lambda: len(peer.messages) == 5)
         assert peer.commands.count("BDAT") == 5 and "DATA" not in peer.commands
         assert all(data.endswith(b"\r\n\r\n.dot\r\n") for _, _, data in peer.messages)
 
 
-def test_lmtp_over_a_unix_socket_with_a_reply_for_each_recipient(tmp_path):
-    path = tmp_path / "lmtp"
+def test_lmtp_over_a_unix_socket_with_a_reply_for_each_recipient(shared):
     rules = {"DOT": [b"250 2.1.5 one\r\n", b"550 5.2.2 two is full\r\n", b"450 4.2.1 three is busy\r\n"]}
-    with FakeMx(rules, path=str(path), lmtp=True) as peer:
-        route = f'route=[{{name="boxes",hosts=["unix:{path}"],protocol="lmtp"}}]'
-        with Relay(tmp_path, None, route, "delivery.first_retry=0.5") as relay:
-            relay.send(MESSAGE, "", "one@d", "two@d", "three@d")
-            wait_for(lambda: len(relay.events("delivered")) == 2)
-            wait_for(lambda: [event["recipient"] for event in relay.events("bounced")] == ["two@d"])
-            wait_for(lambda: [event["recipient"] for event in relay.events("deferred")] == ["three@d"])
-            assert [to for _, to, _ in peer.messages] == [["one@d", "two@d", "three@d"], ["three@d"]]
-            assert peer.commands[0] == "LHLO" and "EHLO" not in peer.commands
+    one, two, three = (f"{name}@boxes.test" for name in ("one", "two", "three"))
+    with FakeMx(rules, path=str(shared.folder / "lmtp"), lmtp=True) as peer:
+        shared.send(MESSAGE, "", one, two, three)
+        wait_for(lambda: len(shared.of("delivered", "boxes")) == 2)
+        wait_for(lambda: [event["recipient"] for event in shared.of("bounced", "boxes")] == [two])
+        wait_for(lambda: [event["recipient"] for event in shared.of("deferred", "boxes")] == [three])
+        assert [to for _, to, _ in peer.messages] == [[one, two, three], [three]]
+        assert peer.commands[0] == "LHLO" and "EHLO" not in peer.commands
 
 
-def test_the_sender_is_rewritten_for_a_route_but_not_the_null_sender(tmp_path):
-    with FakeMx({}) as peer:
-        route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],rewrite_sender="@bounce.example"}}]'
-        with Relay(tmp_path, None, route) as relay:
-            relay.send(MESSAGE, "joe@corp.example")
-            relay.send(MESSAGE, "")
-            wait_for(lambda: len(peer.messages) == 2)
-            assert sorted(sender for sender, _, _ in peer.messages) == ["", "joe@bounce.example"]
+def test_the_sender_is_rewritten_for_a_route_but_not_the_null_sender(shared):
+    with FakeMx({}, shared.port_of("rewrite")) as peer:
+        shared.send(MESSAGE, "joe@corp.example", "c@rewrite.test")
+        shared.send(MESSAGE, "", "c@rewrite.test")
+        wait_for(lambda: len(peer.messages) == 2)
+        assert sorted(sender for sender, _, _ in peer.messages) == ["", "joe@bounce.example"]
 
 
 def test_staging_redirects_all_other_recipients(tmp_path):
@@ -130,16 +189,13 @@ def test_mail_queued_before_staging_is_not_delivered(tmp_path):
             assert [to for _, to, _ in peer.messages] == [["qa@test.example"]]
 
 
-def test_an_attempt_based_fallback_takes_over(tmp_path):
-    with FakeMx({"RCPT": {"c@d.example": b"450 4.7.1 not from you\r\n"}}) as direct, FakeMx({}) as fallback:
-        routes = (
-            f'route=[{{name="fallback",min_attempts=1,hosts=["127.0.0.1:{fallback.port}"]}},'
-            f'{{name="direct",hosts=["127.0.0.1:{direct.port}"]}}]'
-        )
-        with Relay(tmp_path, None, routes, "delivery.first_retry=0.3") as relay:
-            relay.send(MESSAGE)
-            wait_for(lambda: fallback.messages and relay.events("delivered"))
-            assert [event["route"] for event in relay.events("deferred") + relay.events("delivered")] == ["direct", "fallback"]
+def test_an_attempt_based_fallback_takes_over(shared):
+    rules = {"RCPT": {"c@fallback.test": b"450 4.7.1 not from you\r\n"}}
+    with FakeMx(rules, shared.port_of("direct")), FakeMx({}, shared.port_of("fallback")) as fallback:
+        shared.send(MESSAGE, "a@b.example", "c@fallback.test")
+        wait_for(lambda: fallback.messages and shared.of("delivered", "direct", "fallback"))
+        ends = [event for name in ("deferred", "delivered") for event in shared.of(name, "direct", "fallback")]
+        assert [event["route"] for event in ends] == ["direct", "fallback"]
 
 
 def test_a_route_map_takes_precedence_and_its_errors_have_line_numbers(tmp_path):
@@ -184,48 +240,45 @@ class Directory(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
-def test_a_route_is_looked_up_by_http(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Directory)
+def test_a_route_is_looked_up_by_http(shared):
+    server = ThreadingHTTPServer(("127.0.0.1", shared.port_of("directory")), Directory)
     server.asked, server.answers = [], {}  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/route"
-    with FakeMx({}) as one, FakeMx({}) as two:
+    with FakeMx({}) as one, FakeMx({}, shared.port_of("named")) as two:
         server.answers = {  # type: ignore[attr-defined]
-            "one.example": (200, {"hosts": [f"127.0.0.1:{one.port}"]}, "max-age=300"),
-            "two.example": (200, {"route": "two"}, "max-age=300"),
-            "wrong.example": (200, {"hosts": []}, ""),
-            "down.example": (503, {}, ""),
+            "one.asked.test": (200, {"hosts": [f"127.0.0.1:{one.port}"]}, "max-age=300"),
+            "two.asked.test": (200, {"route": "named"}, "max-age=300"),
+            "wrong.asked.test": (200, {"hosts": []}, ""),
+            "down.asked.test": (503, {}, ""),
         }
-        routes = f'route=[{{name="asked",lookup="{url}"}},{{name="two",hosts=["127.0.0.1:{two.port}"]}}]'
-        with Relay(tmp_path, None, routes, "delivery.first_retry=1") as relay:
-            for domain in ("one", "two", "one", "two"):
-                relay.send(MESSAGE, "a@b.example", f"x@{domain}.example")
-                wait_for(lambda: one.messages or two.messages)
-            wait_for(lambda: (len(one.messages), len(two.messages)) == (2, 2))
-            assert sorted(server.asked) == [("one.example", ""), ("two.example", "")], "asked once, then cached"  # type: ignore[attr-defined]
-            relay.send(MESSAGE, "a@b.example", "x@wrong.example", "y@down.example")
-            wait_for(lambda: len(relay.events("deferred")) >= 2)
-            replies = " ".join(event["reply"] for event in relay.events("deferred"))
-            assert f"4.4.3 look-up of wrong.example at {url}: from 1 to 20 hosts" in replies and "503" in replies
-            server.answers["down.example"] = server.answers["one.example"]  # type: ignore[attr-defined]
-            wait_for(lambda: len(one.messages) == 3)
+        for domain in ("one", "two", "one", "two"):
+            shared.send(MESSAGE, "a@b.example", f"x@{domain}.asked.test")
+            wait_for(lambda: one.messages or two.messages)
+        wait_for(lambda: (len(one.messages), len(two.messages)) == (2, 2))
+        assert sorted(server.asked) == [("one.asked.test", ""), ("two.asked.test", "")], "asked once, then cached"  # type: ignore[attr-defined]
+        shared.send(MESSAGE, "a@b.example", "x@wrong.asked.test", "y@down.asked.test")
+
+        def deferred(recipient: str) -> list[str]:
+            return [event["reply"] for event in shared.of("deferred", "asked") if event["recipient"] == recipient]
+
+        wait_for(lambda: deferred("x@wrong.asked.test") and deferred("y@down.asked.test"))
+        assert f"4.4.3 look-up of wrong.asked.test at {url}: from 1 to 20 hosts" in deferred("x@wrong.asked.test")[0]
+        assert "503" in deferred("y@down.asked.test")[0]
+        server.answers["down.asked.test"] = server.answers["one.asked.test"]  # type: ignore[attr-defined]
+        wait_for(lambda: len(one.messages) == 3)
     server.shutdown()
 
 
-def test_a_header_field_chooses_the_route(tmp_path):
-    with FakeMx({}) as bulk, FakeMx({}) as rest:
-        routes = (
-            f'route=[{{name="bulk",header=["X-Class: ^bulk$"],hosts=["127.0.0.1:{bulk.port}"]}},'
-            f'{{name="rest",hosts=["127.0.0.1:{rest.port}"]}}]'
-        )
-        with Relay(tmp_path, None, routes) as relay:
-            relay.send("Subject: x\r\nX-Class: bulk\r\n\r\nX-Class: bulk\r\n")
-            relay.send("Subject: x\r\n\r\nX-Class: bulk\r\n")
-            large = "Subject: x\r\nX-Class: bulk\r\n\r\n" + ("x" * 70 + "\r\n") * 30_000
-            relay.send(large)
-            wait_for(lambda: (len(bulk.messages), len(rest.messages)) == (2, 1))
-            tried = ("route", "test", "--to", "c@d", "--set", routes, "--header", "X-Class: bulk")
-            assert "route bulk             yes" in relay.cli(*tried).stdout
+def test_a_header_field_chooses_the_route(shared):
+    with FakeMx({}, shared.port_of("bulk")) as bulk, FakeMx({}, shared.port_of("rest")) as rest:
+        large = "Subject: x\r\nX-Class: bulk\r\n\r\n" + ("x" * 70 + "\r\n") * 30_000
+        for text in ("Subject: x\r\nX-Class: bulk\r\n\r\nX-Class: bulk\r\n", "Subject: x\r\n\r\nX-Class: bulk\r\n", large):
+            shared.send(text, "a@b.example", "c@header.test")
+        wait_for(lambda: (len(bulk.messages), len(rest.messages)) == (2, 1))
+    routes = 'route=[{name="bulk",header=["X-Class: ^bulk$"],hosts=["h"]},{name="rest",hosts=["h"]}]'
+    tried = ("route", "test", "--to", "c@d", "--set", routes, "--header", "X-Class: bulk")
+    assert "route bulk             yes" in shared.cli(*tried).stdout
 
 
 def with_sources(*routes: list[str]) -> Config:
@@ -248,40 +301,17 @@ def test_sources_share_by_weight_and_keep_their_mail_when_the_pool_changes():
     assert 0.15 < Counter(after)["d"] / 4000 < 0.25
 
 
-def test_mail_is_sent_from_its_source_with_its_name_and_a_missing_address_is_skipped(tmp_path):
-    with FakeMx({}) as peer:
-        table = 'source=[{name="a",address="127.0.0.5",hostname="a.example"},{name="gone",address="192.0.2.9"}]'
-        route = f'route=[{{name="out",hosts=["127.0.0.1:{peer.port}"],sources=["a","gone"]}}]'
-        with Relay(tmp_path, None, table, route) as relay:
-            for number in range(10):
-                relay.send(MESSAGE, f"s{number}@b")
-            wait_for(lambda: len(peer.messages) == 10)
-            assert set(peer.clients) == {"127.0.0.5"}
-            assert set(peer.greetings) == {"a.example"}
-            wait_for(lambda: any("gone (192.0.2.9)" in event["text"] for event in relay.events("warning")))
+def test_mail_is_sent_from_its_source_with_its_name_and_a_missing_address_is_skipped(shared):
+    with FakeMx({}, shared.port_of("sources")) as peer:
+        for number in range(10):
+            shared.send(MESSAGE, f"s{number}@b", "c@sources.test")
+        wait_for(lambda: len(peer.messages) == 10)
+        assert set(peer.clients) == {"127.0.0.5"}
+        assert set(peer.greetings) == {"a.example"}
+        wait_for(lambda: any("gone (192.0.2.9)" in event["text"] for event in shared.events("warning")))
 
 
 # Authentication
-
-
-@pytest.fixture
-def authority(tmp_path: Path) -> trustme.CA:
-    made = trustme.CA()
-    made.cert_pem.write_to_path(tmp_path / "ca.pem")
-    return made
-
-
-def context(authority: trustme.CA) -> ssl.SSLContext:
-    found = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(found)
-    return found
-
-
-def logged_in(folder: Path, port: int, keys: str, *settings: str) -> Relay:
-    route = f'route=[{{name="out",hosts=["localhost:{port}"],tls="verify",username="me",{keys}}}]'
-    made = Relay(folder, None, route, "delivery.first_retry=0.5", *settings)
-    made.environment = {"RELAY_PASSWORD": "pässword", "SSL_CERT_FILE": str(folder / "ca.pem")}
-    return made
 
 
 def challenge_response(mechanism: str):
@@ -320,23 +350,20 @@ def challenge_response(mechanism: str):
     return answer, found
 
 
-@pytest.mark.parametrize("mechanism", ["CRAM-MD5", "LOGIN", "SCRAM-SHA-256"])
-def test_each_mechanism_logs_in(tmp_path, authority, mechanism):
-    answer, found = challenge_response(mechanism)
-    with FakeMx({}, tls=context(authority), auth=(mechanism.encode(), answer)) as peer:
-        with logged_in(tmp_path, peer.port, f'password_env="RELAY_PASSWORD",auth="{mechanism.lower()}"') as relay:
-            relay.send()
-            wait_for(lambda: peer.messages)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_each_mechanism_logs_in(shared, mechanism):
+    answer, found = challenge_response(mechanism.upper())
+    port = shared.port_of(f"login_{MECHANISMS.index(mechanism)}")
+    with FakeMx({}, port, tls=server_context(shared.authority), auth=(mechanism.upper().encode(), answer)) as peer:
+        shared.send(MESSAGE, "a@b.example", f"c@login-{mechanism}.test")
+        wait_for(lambda: peer.messages)
     assert found["right"]
 
 
-def test_a_mechanism_that_is_not_offered_defers_and_the_reply_lists_those_that_are(tmp_path, authority):
-    with (
-        FakeMx({}, tls=context(authority)) as peer,
-        logged_in(tmp_path, peer.port, 'password_env="RELAY_PASSWORD",auth="scram-sha-256"') as relay,
-    ):
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+def test_a_mechanism_that_is_not_offered_defers_and_the_reply_lists_those_that_are(shared):
+    with FakeMx({}, shared.port_of("not_offered"), tls=server_context(shared.authority)):
+        shared.send(MESSAGE, "a@b.example", "c@not-offered.test")
+        (deferred, *_) = wait_for(lambda: shared.of("deferred", "not-offered"))
         assert deferred["phase"] == "auth" and "offers AUTH PLAIN LOGIN" in deferred["reply"]
 
 
@@ -358,23 +385,11 @@ class TokenEndpoint(TokenServer):
         return self.status, answer if self.status == 200 else {"error": "invalid_grant"}
 
 
-@pytest.fixture
-def endpoint() -> Iterator[TokenEndpoint]:
-    made = TokenEndpoint()
-    yield made
-    made.server.shutdown()
-
-
-def oauth(endpoint: TokenEndpoint, folder: Path, auth: str = "auto") -> str:
-    (folder / "refresh").write_text("r1\n")
-    keys = f'token_url="{endpoint.url}",client_id="app",refresh_token_file="{folder}/refresh",scope="smtp"'
-    return f'auth="{auth}",oauth={{{keys}}}'
-
-
 @pytest.mark.parametrize("auth", ["xoauth2", "oauthbearer"])
-def test_a_token_is_fetched_once_for_all_connections_and_again_when_it_is_rejected(tmp_path, authority, endpoint, auth):
+def test_a_token_is_fetched_once_for_all_connections_and_again_when_it_is_rejected(shared, endpoints, auth):
     seen: list[bytes] = []
     good = [b"Bearer t1"]
+    endpoint = endpoints[auth]
 
     def answer(line: bytes) -> bytes:
         words = line.split()
@@ -383,68 +398,67 @@ def test_a_token_is_fetched_once_for_all_connections_and_again_when_it_is_reject
         seen.append(base64.b64decode(words[2]))
         return b"235 2.7.0 welcome\r\n" if good[0] in seen[-1] else b"334 eyJzdGF0dXMiOiI0MDEifQ==\r\n"
 
-    with FakeMx({}, tls=context(authority), auth=(auth.upper().encode(), answer)) as peer:
-        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path, auth), "delivery.idle=0.2") as relay:
-            for _ in range(10):
-                relay.send()
-            wait_for(lambda: len(peer.messages) == 10)
-            assert len(endpoint.asked) == 1
-            assert endpoint.asked[0]["grant_type"] == ["refresh_token"] and endpoint.asked[0]["refresh_token"] == ["r1"]
-            start = b"user=me\1" if auth == "xoauth2" else b"n,a=me,\1"
-            assert all(said == start + b"auth=Bearer t1\1\1" for said in seen)
-            good[0] = b"Bearer t2"  # t1 is revoked before it expires
-            wait_for(lambda: peer.now_open == 0, 20)  # uvloop would wait 30 s for the peer to close TLS
-            relay.send()
-            wait_for(lambda: len(peer.messages) == 11)
-            assert len(endpoint.asked) == 2 and relay.events("deferred") == []
+    with FakeMx({}, shared.port_of(auth), tls=server_context(shared.authority), auth=(auth.upper().encode(), answer)) as peer:
+        for _ in range(10):
+            shared.send(MESSAGE, "a@b.example", f"c@{auth}.test")
+        wait_for(lambda: len(peer.messages) == 10)
+        assert len(endpoint.asked) == 1
+        assert endpoint.asked[0]["grant_type"] == ["refresh_token"] and endpoint.asked[0]["refresh_token"] == ["r1"]
+        start = b"user=me\1" if auth == "xoauth2" else b"n,a=me,\1"
+        assert all(said == start + b"auth=Bearer t1\1\1" for said in seen)
+        good[0] = b"Bearer t2"  # t1 is revoked before it expires
+        wait_for(lambda: peer.now_open == 0, 20)  # uvloop would wait 30 s for the peer to close TLS
+        shared.send(MESSAGE, "a@b.example", f"c@{auth}.test")
+        wait_for(lambda: len(peer.messages) == 11)
+        assert len(endpoint.asked) == 2 and shared.of("deferred", auth) == []
 
 
-def test_a_rotated_refresh_token_is_kept_across_a_restart_until_the_file_has_another(tmp_path, authority):
+def test_a_rotated_refresh_token_is_kept_across_a_restart_until_the_file_has_another(tmp_path):
     endpoint = TokenEndpoint(rotates=True)
     answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
-    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer)) as peer:
-        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path)) as relay:
+    (tmp_path / "refresh").write_text("r1\n")
+    route = ("out", "d.example", f'hosts=["localhost:$out"],{LOGIN},{oauth(endpoint.url, "$folder")}')
+    made = Routed(tmp_path, [route], "delivery.first_retry=0.5")
+    with FakeMx({}, made.port_of("out"), tls=server_context(made.authority), auth=(b"XOAUTH2", answer)) as peer, made as relay:
+        relay.send()
+        wait_for(lambda: len(peer.messages) == 1)
+        for wanted, given in (("r2", "r1"), ("r3", "r1"), ("other", "other")):
+            relay.stop()
+            (tmp_path / "refresh").write_text(given)
+            relay.start()
+            before = len(peer.messages)
             relay.send()
-            wait_for(lambda: len(peer.messages) == 1)
-            for wanted, given in (("r2", "r1"), ("r3", "r1"), ("other", "other")):
-                relay.stop()
-                (tmp_path / "refresh").write_text(given)
-                relay.start()
-                before = len(peer.messages)
-                relay.send()
-                wait_for(lambda before=before: len(peer.messages) > before)
-                assert endpoint.asked[-1]["refresh_token"] == [wanted]
-            assert "r2" not in relay.cli("shaping", "active", "--json").stdout
+            wait_for(lambda before=before: len(peer.messages) > before)
+            assert endpoint.asked[-1]["refresh_token"] == [wanted]
+        assert "r2" not in relay.cli("shaping", "active", "--json").stdout
     endpoint.server.shutdown()
 
 
-def test_a_token_that_expires_while_mail_is_queued_is_refreshed_once(tmp_path, authority):
-    endpoint = TokenEndpoint(seconds=4)  # so that it is refreshed after two
+def test_a_token_that_expires_while_mail_is_queued_is_refreshed_once(shared, endpoints):
+    endpoint = endpoints["expires"]
     answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
-    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer), slow=0.05) as peer:
-        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path) + ",messages_per_connection=1") as relay:
-            began = time.monotonic()
-            for _ in range(30):
-                relay.send()
-                time.sleep(0.1)
-            wait_for(lambda: len(peer.messages) == 30)
-            assert 2 <= len(endpoint.asked) <= 1 + (time.monotonic() - began) / 2
-            assert relay.events("deferred") == []
-    endpoint.server.shutdown()
+    tls = server_context(shared.authority)
+    with FakeMx({}, shared.port_of("expires"), tls=tls, auth=(b"XOAUTH2", answer), slow=0.05) as peer:
+        began = time.monotonic()
+        for _ in range(30):
+            shared.send(MESSAGE, "a@b.example", "c@expires.test")
+            time.sleep(0.1)
+        wait_for(lambda: len(peer.messages) == 30)
+        assert 2 <= len(endpoint.asked) <= 1 + (time.monotonic() - began) / 2
+        assert shared.of("deferred", "expires") == []
 
 
-def test_a_failing_token_endpoint_defers_with_its_reason(tmp_path, authority, endpoint):
-    endpoint.status = 400
-    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", lambda line: b"235 ok\r\n")) as peer:
-        with logged_in(tmp_path, peer.port, oauth(endpoint, tmp_path), "delivery.first_retry=30") as relay:
-            relay.send()
-            (deferred, *_) = wait_for(lambda: relay.events("deferred"))
-            assert deferred["phase"] == "auth" and "token endpoint" in deferred["reply"] and "invalid_grant" in deferred["reply"]
-            (ident,) = [event["id"] for event in relay.events("queued")]
-            assert "token endpoint" in relay.cli("message", "explain", ident).stdout
+def test_a_failing_token_endpoint_defers_with_its_reason(shared, endpoints):
+    endpoints["failing"].status = 400
+    tls = server_context(shared.authority)
+    with FakeMx({}, shared.port_of("failing"), tls=tls, auth=(b"XOAUTH2", lambda line: b"235 ok\r\n")):
+        shared.send(MESSAGE, "a@b.example", "c@failing.test")
+        (deferred, *_) = wait_for(lambda: shared.of("deferred", "failing"))
+        assert deferred["phase"] == "auth" and "token endpoint" in deferred["reply"] and "invalid_grant" in deferred["reply"]
+        assert "token endpoint" in shared.cli("message", "explain", deferred["id"]).stdout
 
 
-LOGIN = {"tls": "verify", "username": "me", "password_env": "X"}
+ACCOUNT = {"tls": "verify", "username": "me", "password_env": "X"}
 TOKENS = {"client_id": "y"}
 
 
@@ -452,20 +466,20 @@ TOKENS = {"client_id": "y"}
     ("route", "problem"),
     [
         ({"hosts": ["h"], "oauth": TOKENS | {"token_url": "https://x.example/t"}}, "oauth: needs username"),
-        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "would go over plain http"),
+        ({"hosts": ["h"], **ACCOUNT, "oauth": TOKENS | {"token_url": "http://x.example/t"}}, "would go over plain http"),
         (
-            {"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1@x.example/t"}},
+            {"hosts": ["h"], **ACCOUNT, "oauth": TOKENS | {"token_url": "http://127.0.0.1@x.example/t"}},
             "would go over plain http",
         ),
-        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
-        ({"hosts": ["h"], **LOGIN, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),
-        (LOGIN, "username: needs hosts"),  # or the MX hosts of every domain would get them
-        ({"lookup": "https://x.example/r", **LOGIN}, "needs an https:// or loopback URL, and lookup_hosts"),
-        ({"lookup": "http://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}, "needs an https:// or loopback URL"),
-        ({"lookup": "http://localhost.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
-        ({"lookup": "http://127.0.0.1.x.example/r", "lookup_hosts": ["h"], **LOGIN}, "needs an https:// or loopback URL"),
-        ({"lookup": "http://[::1]:80/r", "lookup_hosts": [".x.example"], **LOGIN}, ""),
-        ({"lookup": "https://x.example/r", "lookup_hosts": ["h"], **LOGIN}, ""),
+        ({"hosts": ["h"], **ACCOUNT, "oauth": TOKENS | {"token_url": "http://127.0.0.1/t"}}, ""),
+        ({"hosts": ["h"], **ACCOUNT, "oauth": TOKENS | {"token_url": "http://localhost:80/t"}}, ""),
+        (ACCOUNT, "username: needs hosts"),  # or the MX hosts of every domain would get them
+        ({"lookup": "https://x.example/r", **ACCOUNT}, "needs an https:// or loopback URL, and lookup_hosts"),
+        ({"lookup": "http://x.example/r", "lookup_hosts": [".x.example"], **ACCOUNT}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://localhost.x.example/r", "lookup_hosts": ["h"], **ACCOUNT}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://127.0.0.1.x.example/r", "lookup_hosts": ["h"], **ACCOUNT}, "needs an https:// or loopback URL"),
+        ({"lookup": "http://[::1]:80/r", "lookup_hosts": [".x.example"], **ACCOUNT}, ""),
+        ({"lookup": "https://x.example/r", "lookup_hosts": ["h"], **ACCOUNT}, ""),
         ({"lookup": "http://x.example/r"}, ""),
     ],
 )
@@ -496,7 +510,7 @@ def test_a_lookup_may_not_return_a_host_that_must_not_get_credentials(answer, al
         return asked
 
     monkeypatch.setattr("relaymta.route.sites.ask", ask)
-    route = {"name": "r", "lookup": "https://x.example/r", "lookup_hosts": [".x.example"], **LOGIN}
+    route = {"name": "r", "lookup": "https://x.example/r", "lookup_hosts": [".x.example"], **ACCOUNT}
     config = Config.model_validate({"listener": [{"address": "127.0.0.1:1"}], "route": [route]})
     sites = Sites(RouteTable(config), None, set(), lambda: 0.0)  # type: ignore[arg-type]
     name = QueueName("r", "d.example")

@@ -1,91 +1,94 @@
 """TLS at smart hosts: each value of `tls`, and credentials only over verified TLS."""
 
-import ssl
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trustme
 
 from tests.support.daemon import Relay, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.routed import Routed, server_context
+
+LOGIN = 'username="me",password_env="RELAY_PASSWORD"'
+ROUTES = [
+    ("login", "login.test", f'hosts=["localhost:$login"],tls="verify",{LOGIN}'),
+    ("unknown", "unknown.test", f'hosts=["localhost:$unknown"],tls="verify",{LOGIN}'),
+    ("may", "may.test", 'hosts=["localhost:$may"],tls="may"'),
+    ("encrypt", "encrypt.test", 'hosts=["localhost:$encrypt"],tls="encrypt"'),
+    ("plain", "plain.test", 'hosts=["localhost:$plain"],tls="encrypt"'),
+    (
+        "unreadable", "unreadable.test",
+        'hosts=["localhost:$unreadable"],tls="verify",username="me",password_file="$folder/secret",connections=1',
+    ),
+    ("resumed-may", "resumed-may.test", 'hosts=["localhost:$resumed_may"],tls="may",messages_per_connection=1'),
+    ("resumed-verify", "resumed-verify.test", 'hosts=["localhost:$resumed_verify"],tls="verify",messages_per_connection=1'),
+]  # fmt: skip
 
 
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[FakeMx]:
-    authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    with FakeMx({}, tls=context) as made:
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
+    made = Routed(tmp_path_factory.mktemp("relay"), ROUTES, "delivery.first_retry=0.5")
+    made.environment["RELAY_PASSWORD"] = "secret"
+    with made:
         yield made
 
 
-def relay_to(peer: FakeMx, folder: Path, tls: str, trusted: bool, login: bool = False) -> Relay:
-    account = ', username="me", password_env="RELAY_PASSWORD"' if login else ""
-    route = f'route=[{{name="out", hosts=["localhost:{peer.port}"], tls="{tls}", messages_per_connection=1{account}}}]'
-    made = Relay(folder, None, route, "delivery.first_retry=0.5")
-    made.environment = {"RELAY_PASSWORD": "secret"}
-    if trusted:
-        made.environment["SSL_CERT_FILE"] = str(folder / "ca.pem")
-    return made
+def send(relay: Relay, route: str) -> None:
+    relay.send("Subject: hello\r\n\r\nhello\r\n", "a@b.example", f"c@{route}.test")
 
 
-def test_verified_tls_and_login(peer, tmp_path):
-    with relay_to(peer, tmp_path, "verify", trusted=True, login=True) as relay:
-        relay.send()
+def test_verified_tls_and_login(relay):
+    with FakeMx({}, relay.port_of("login"), tls=server_context(relay.authority)) as peer:
+        send(relay, "login")
         wait_for(lambda: peer.messages)
         assert peer.credentials == [b"\0me\0secret"]
 
 
-def test_an_unknown_certificate_gets_neither_credentials_nor_mail(peer, tmp_path):
-    with relay_to(peer, tmp_path, "verify", trusted=False, login=True) as relay:
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+def test_an_unknown_certificate_gets_neither_credentials_nor_mail(relay):
+    with FakeMx({}, relay.port_of("unknown"), tls=server_context(trustme.CA())) as peer:
+        send(relay, "unknown")
+        (deferred, *_) = wait_for(lambda: relay.of("deferred", "unknown"))
         assert deferred["phase"] == "starttls"
         assert "certificate" in deferred["reply"]
         assert (peer.credentials, peer.messages) == ([], [])
 
 
 @pytest.mark.parametrize("tls", ["may", "encrypt"])
-def test_opportunistic_tls_accepts_any_certificate(peer, tmp_path, tls):
-    with relay_to(peer, tmp_path, tls, trusted=False) as relay:
-        relay.send()
+def test_opportunistic_tls_accepts_any_certificate(relay, tls):
+    with FakeMx({}, relay.port_of(tls), tls=server_context(trustme.CA())) as peer:
+        send(relay, tls)
         wait_for(lambda: peer.messages)
         assert peer.commands.count("STAR") == 1
 
 
-def test_encrypt_never_sends_in_cleartext(tmp_path):
-    with FakeMx({}) as plain, relay_to(plain, tmp_path, "encrypt", trusted=False) as relay:
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+def test_encrypt_never_sends_in_cleartext(relay):
+    with FakeMx({}, relay.port_of("plain")) as plain:
+        send(relay, "plain")
+        (deferred, *_) = wait_for(lambda: relay.of("deferred", "plain"))
         assert "STARTTLS" in deferred["reply"]
         assert plain.messages == []
 
 
 def test_credentials_need_verified_tls(tmp_path):
-    with FakeMx({}) as plain, pytest.raises(AssertionError, match="username: needs tls"):
-        relay_to(plain, tmp_path, "may", trusted=False, login=True).start()
+    route = f'route=[{{name="out",hosts=["localhost:25"],tls="may",{LOGIN}}}]'
+    with pytest.raises(AssertionError, match="username: needs tls"):
+        Relay(tmp_path, None, route).start()
 
 
-def test_an_unreadable_password_defers_with_its_reason_and_is_read_again(peer, tmp_path):
-    secret = tmp_path / "secret"
-    route = f'route=[{{hosts=["localhost:{peer.port}"], tls="verify", username="me", password_file="{secret}", connections=1}}]'
-    relay = Relay(tmp_path, None, route, "delivery.first_retry=0.5")
-    relay.environment = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
-    with relay:
-        relay.send()
-        (deferred, *_) = wait_for(lambda: relay.events("deferred"))
+def test_an_unreadable_password_defers_with_its_reason_and_is_read_again(relay):
+    with FakeMx({}, relay.port_of("unreadable"), tls=server_context(relay.authority)) as peer:
+        send(relay, "unreadable")
+        (deferred, *_) = wait_for(lambda: relay.of("deferred", "unreadable"))
         assert "password_file" in deferred["reply"]
-        secret.write_text("late\n")
+        (relay.folder / "secret").write_text("late\n")
         wait_for(lambda: peer.messages)
         assert peer.credentials == [b"\0me\0late"]
 
 
 @pytest.mark.parametrize("tls", ["may", "verify"])
-def test_a_tls_session_is_resumed_by_the_next_connection(peer, tmp_path, tls):
-    with relay_to(peer, tmp_path, tls, trusted=True) as relay:
+def test_a_tls_session_is_resumed_by_the_next_connection(relay, tls):
+    with FakeMx({}, relay.port_of(f"resumed_{tls}"), tls=server_context(relay.authority)) as peer:
         for number in range(3):
-            relay.send()
+            send(relay, f"resumed-{tls}")
             wait_for(lambda number=number: len(peer.messages) > number)
         assert peer.resumed == [False, True, True]

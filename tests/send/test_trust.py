@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from relaymta.send import trust
 from relaymta.send.connect import ConnectFailed, Peer, Via, connect
 from relaymta.send.session import Session
 from relaymta.send.trust import Files, TrustFailed, context_of
-from tests.support.daemon import Relay, wait_for
+from tests.support.daemon import wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.rows import Row, relay_for
 
 CA, OTHER = trustme.CA(), trustme.CA()
 OURS = CA.issue_cert("relay.example")
@@ -51,26 +53,67 @@ def served(*names: str, wants: bool = False, authority: trustme.CA = CA) -> ssl.
     return context
 
 
-def relay_to(folder: Path, port: int, keys: str, host: str = "localhost", *settings: str) -> Relay:
-    route = f'route=[{{name="out", hosts=["{host}:{port}"], tls="verify", {keys}}}]'
-    made = Relay(folder, None, route, "delivery.first_retry=0.5", *settings)
-    made.environment = {"SSL_CERT_FILE": "/nonexistent", "RELAY_PASSWORD": "secret"}
-    return made
+GOOD = {  # the name of the host; keys of its route; its context
+    "starttls": ("localhost", 'ca_file="{}/ca.pem"', {}),
+    "dot": ("localhost.", 'ca_file="{}/ca.pem"', {}),
+    "login": ("localhost", 'ca_file="{}/ca.pem", username="me", password_env="RELAY_PASSWORD"', {}),
+    "certificate": ("localhost", 'ca_file="{}/ca.pem", client_certificate="{}/ours.pem"', {"wants": True}),
+    "certificate-and-key": (
+        "localhost", 'ca_file="{}/ca.pem", client_certificate="{}/chain.pem", client_key="{}/key.pem"', {"wants": True},
+    ),
+}  # fmt: skip
+FAILURES = {  # keys of the route; the host's context; what the operator reads
+    "unknown-ca": ("", {}, ["is not trusted", "the system's trust store", "set ca_file of route unknown-ca"]),
+    "other-ca": (
+        'ca_file="{}/other.pem"', {}, ["is not trusted", "ca_file {}/other.pem", "add that CA's certificate to {}/other.pem"],
+    ),
+    "other-name": (
+        'ca_file="{}/ca.pem"', {"names": ("elsewhere.test",)}, ["is not for the name localhost", "hosts of route other-name"],
+    ),
+    "no-certificate": ('ca_file="{}/ca.pem"', {"wants": True}, ["set client_certificate of route no-certificate"]),
+    "missing-file": ('ca_file="{}/none.pem"', {}, ["ca_file {}/none.pem: No such file"]),
+    "empty-file": ('ca_file="{}/empty.pem"', {}, ["ca_file {}/empty.pem: is empty"]),
+    "no-pem": ('ca_file="{}/text.pem"', {}, ["ca_file {}/text.pem: no certificate in PEM"]),
+    "wrong-key": (
+        'ca_file="{}/ca.pem", client_certificate="{}/chain.pem", client_key="{}/wrong-key.pem"', {},
+        ["client_key {}/wrong-key.pem: the key is not that of the certificate"],
+    ),
+    "missing-certificate": ('client_certificate="{}/none.pem"', {}, ["client_certificate {}/none.pem: No such file"]),
+}  # fmt: skip
+CHANGED = "changed-file"
 
 
-@pytest.mark.parametrize("how", ["starttls", "dot", "login"])
-def test_a_host_of_an_internal_ca(tmp_path, pem, how):
-    """Credentials are sent, too. A dot at the end of the name is not part of it (RFC 6066 3)."""
-    keys = f'ca_file="{pem}/ca.pem"'
-    keys += ', username="me", password_env="RELAY_PASSWORD"' if how == "login" else ""
-    with FakeMx({}, tls=served()) as peer:
-        with relay_to(tmp_path, peer.port, keys, "localhost." if how == "dot" else "localhost") as relay:
-            relay.send()
-            wait_for(lambda: peer.messages)
-            (event,) = wait_for(lambda: relay.events("delivered"))
-            assert (event["peer"], event["address"], event["port"]) == ("localhost", "127.0.0.1", peer.port)
-            assert event["tls"] == "TLSv1.3" and event["cipher"].startswith("TLS_")
-        assert peer.credentials == ([b"\0me\0secret"] if how == "login" else [])
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory, pem: Path) -> Iterator[dict[str, tuple[FakeMx, Row]]]:
+    """The hosts of GOOD and FAILURES, and one whose CA's file is `changed.pem`, which has another CA's certificate; the route to
+    each, in one relay; and one message under way to each."""
+    (pem / "changed.pem").write_bytes((pem / "other.pem").read_bytes())
+    given = GOOD | {name: ("localhost", keys, how) for name, (keys, how, _) in FAILURES.items()}
+    given[CHANGED] = ("localhost", 'ca_file="{}/changed.pem"', {})
+    with ExitStack() as stack:
+        found = {}
+        for name, (host, keys, how) in given.items():
+            context = served(*how.get("names", ()), wants=how.get("wants", False))  # type: ignore[attr-defined]
+            peer = stack.enter_context(FakeMx({}, tls=context))
+            found[name] = peer, Row(name, f"{host}:{peer.port}", keys=f'tls="verify",{keys.replace("{}", str(pem))}'.rstrip(","))
+        relay = relay_for(tmp_path_factory.mktemp("relay"), [row for _, row in found.values()], "delivery.first_retry=0.5")
+        relay.environment = {"SSL_CERT_FILE": "/nonexistent", "RELAY_PASSWORD": "secret"}
+        stack.enter_context(relay)
+        for _, row in found.values():
+            row.send()
+        yield found
+
+
+@pytest.mark.parametrize("how", GOOD)
+def test_a_host_of_an_internal_ca(sent, how):
+    """Credentials are sent, too, and a certificate. A dot at the end of the name is not part of it (RFC 6066 3)."""
+    peer, row = sent[how]
+    wait_for(lambda: peer.messages)
+    (event,) = wait_for(lambda: row.events("delivered"))
+    assert (event["peer"], event["address"], event["port"]) == ("localhost", "127.0.0.1", peer.port)
+    assert event["tls"] == "TLSv1.3" and event["cipher"].startswith("TLS_")
+    assert peer.credentials == ([b"\0me\0secret"] if how == "login" else [])
+    assert not row.events("deferred")
 
 
 class Implicit(FakeMx):
@@ -111,61 +154,23 @@ async def test_implicit_tls_verifies_the_name_by_the_internal_ca(pem, monkeypatc
             assert failed.value.category == "tls"
 
 
-@pytest.mark.parametrize(
-    "keys", ['client_certificate="{}/ours.pem"', 'client_certificate="{}/chain.pem", client_key="{}/key.pem"']
-)
-def test_a_host_that_wants_a_certificate(tmp_path, pem, keys):
-    with FakeMx({}, tls=served(wants=True)) as peer:
-        given = keys.replace("{}", str(pem))
-        with relay_to(tmp_path, peer.port, f'ca_file="{pem}/ca.pem", {given}') as relay:
-            relay.send()
-            wait_for(lambda: peer.messages)
-
-
-FAILURES = {  # keys of the route; the host's context; what the operator reads
-    "unknown CA": ("", {}, ["is not trusted", "the system's trust store", "set ca_file of route out"]),
-    "other CA": (
-        'ca_file="{}/other.pem"', {}, ["is not trusted", "ca_file {}/other.pem", "add that CA's certificate to {}/other.pem"],
-    ),
-    "other name": (
-        'ca_file="{}/ca.pem"', {"names": ("elsewhere.test",)}, ["is not for the name localhost", "hosts of route out"],
-    ),
-    "no certificate": ('ca_file="{}/ca.pem"', {"wants": True}, ["set client_certificate of route out"]),
-    "missing file": ('ca_file="{}/none.pem"', {}, ["ca_file {}/none.pem: No such file"]),
-    "empty file": ('ca_file="{}/empty.pem"', {}, ["ca_file {}/empty.pem: is empty"]),
-    "no PEM": ('ca_file="{}/text.pem"', {}, ["ca_file {}/text.pem: no certificate in PEM"]),
-    "wrong key": (
-        'ca_file="{}/ca.pem", client_certificate="{}/chain.pem", client_key="{}/wrong-key.pem"', {},
-        ["client_key {}/wrong-key.pem: the key is not that of the certificate"],
-    ),
-    "missing certificate": ('client_certificate="{}/none.pem"', {}, ["client_certificate {}/none.pem: No such file"]),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_failure_says_which_check_failed_by_which_store_and_what_to_do(tmp_path, pem, how):
-    keys, host, expected = FAILURES[how]
-    with FakeMx({}, tls=served(*host.get("names", ()), wants=bool(host.get("wants")))) as peer:  # type: ignore[attr-defined]
-        with relay_to(tmp_path, peer.port, keys.replace("{}", str(pem)) or "chunking=true") as relay:
-            relay.send()
-            (deferred, *_) = wait_for(lambda: relay.events("deferred"))
-            for part in ["localhost", *expected]:
-                assert part.replace("{}", str(pem)) in deferred["reply"], deferred["reply"]
-            assert deferred["cause"] == "tls"
-            (site, *_) = wait_for(lambda: relay.events("site"))
-            assert site["cause"] == "tls"
-        assert peer.messages == []
+def test_a_failure_says_which_check_failed_by_which_store_and_what_to_do(sent, pem, how):
+    peer, row = sent[how]
+    deferred, *_ = wait_for(lambda: row.events("deferred"))
+    for part in ["localhost", *FAILURES[how][2]]:
+        assert part.replace("{}", str(pem)) in deferred["reply"], deferred["reply"]
+    assert deferred["cause"] == "tls"
+    site, *_ = wait_for(lambda: row.events("site"))
+    assert site["cause"] == "tls"
+    assert peer.messages == []
 
 
-def test_a_changed_file_is_used_without_a_reload(tmp_path, pem):
-    file = tmp_path / "ca.pem"
-    file.write_bytes((pem / "other.pem").read_bytes())
-    with FakeMx({}, tls=served()) as peer:
-        with relay_to(tmp_path, peer.port, f'ca_file="{file}"') as relay:
-            relay.send()
-            wait_for(lambda: relay.events("deferred"))
-            file.write_bytes((pem / "ca.pem").read_bytes())
-            wait_for(lambda: peer.messages)
+def test_a_changed_file_is_used_without_a_reload(sent, pem):
+    peer, row = sent[CHANGED]
+    wait_for(lambda: row.events("deferred"))
+    (pem / "changed.pem").write_bytes((pem / "ca.pem").read_bytes())
+    wait_for(lambda: peer.messages)
 
 
 @pytest.fixture
