@@ -14,8 +14,9 @@ from relaymta.send.oauth import Exchanges, TokenError, Tokens
 from relaymta.shm import Shared
 from relaymta.supervisor import machine as module
 from relaymta.supervisor.machine import Machine
-from tests.send.test_smarthosts import FakeMx, authority, context, logged_in  # noqa: F401
 from tests.support.daemon import wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.routed import Routed, server_context
 from tests.support.token_server import TokenServer
 
 
@@ -114,19 +115,18 @@ async def test_a_failure_is_the_answer_for_all_who_wait_and_is_not_repeated_at_o
     assert family.asked == ["r1"]
 
 
-def test_two_workers_do_not_lose_the_family(tmp_path, authority, family):  # noqa: F811
+def test_two_workers_do_not_lose_the_family(tmp_path, family):
     (tmp_path / "refresh").write_text("r1\n")
     keys = f'token_url="{family.url}",client_id="app",refresh_token_file="{tmp_path}/refresh",scope="smtp"'
+    route = ("out", "d.example", f'hosts=["localhost:$out"],tls="verify",username="me",oauth={{{keys}}}')
+    relay = Routed(tmp_path, [route], "delivery.first_retry=0.5", workers=2)
     answer = lambda line: b"235 2.7.0 welcome\r\n"  # noqa: E731
-    with FakeMx({}, tls=context(authority), auth=(b"XOAUTH2", answer)) as peer:
-        relay = logged_in(tmp_path, peer.port, f"oauth={{{keys}}}")
-        relay.workers = 2
-        with relay:
-            for _ in range(20):
-                relay.send()
-            wait_for(lambda: len(peer.messages) == 20)
-            wait_for(lambda: {event["worker"] for event in relay.events("delivered")} == {0, 1})
-            assert family.asked == ["r1"] and relay.events("deferred") == []
+    with FakeMx({}, relay.port_of("out"), tls=server_context(relay.authority), auth=(b"XOAUTH2", answer)) as peer, relay:
+        for _ in range(20):
+            relay.send()
+        wait_for(lambda: len(peer.messages) == 20)
+        wait_for(lambda: {event["worker"] for event in relay.events("delivered")} == {0, 1})
+        assert family.asked == ["r1"] and relay.events("deferred") == []
 
 
 class Workers:
