@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from relaymta.cli import main
 from relaymta.config import Config, Route, load
 from relaymta.config.patterns import _may_match, address_trouble, domain_trouble, host_trouble, never
+from relaymta.proto.address import domain_matches
 from relaymta.route.shaping import profiles
-from relaymta.route.table import domain_matches
 
 
 @pytest.mark.parametrize(

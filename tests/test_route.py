@@ -1,7 +1,9 @@
 """Routes and MX resolution, with a resolver that answers from a dictionary."""
 
 import pytest
+from click.testing import CliRunner
 
+from relaymta.cli import main
 from relaymta.config import Config
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.proto.envelope import Envelope, QueueName
@@ -125,6 +127,12 @@ def test_idna_domains_are_looked_up_as_a_labels():
         ({"sender_domain": [".b.example"]}, mail("x@y", sender="a@sub.b.example"), mail("x@y", sender="a@xb.example")),
         ({"recipient": ["X@y"]}, mail("x@Y"), mail("z@y")),
         ({"recipient_domain": [".y"]}, mail("x@a.y"), mail("x@ay")),
+        ({"recipient_domain": ["bücher.test"]}, mail("x@xn--bcher-kva.test"), mail("x@b\uff55cher.test")),
+        ({"recipient_domain": ["xn--bcher-kva.test"]}, mail("x@BÜCHER.test"), mail("x@bücher。test")),
+        ({"recipient_domain": [".bücher.test"]}, mail("x@a.xn--bcher-kva.test"), mail("x@axn--bcher-kva.test")),
+        ({"sender_domain": [".xn--bcher-kva.test"]}, mail("x@y", sender="a@ä.bücher.test"), mail("x@y", sender="a@bucher.test")),
+        ({"recipient": ["Ä@bücher.test"]}, mail("ä@xn--bcher-kva.test"), mail("a@bücher.test")),
+        ({"sender": ["a@xn--bcher-kva.test"]}, mail("x@y", sender="A@bücher.test"), mail("x@y", sender="a@bücher.test.test")),
         ({"application": ["shop"]}, mail("x@y", application="shop"), mail("x@y")),
         ({"min_size": 2}, Envelope("a@b", ["x@y"], 2, 0, 0, 0), mail("x@y")),
         ({"max_size": 1}, mail("x@y"), Envelope("a@b", ["x@y"], 2, 0, 0, 0)),
@@ -249,3 +257,11 @@ def test_differences_of_provider_profiles():
     assert differences(profiles(), profiles()) == []
     gone = differences(read_profiles(shipped_text().replace("match = '^421 4\\.7", "match = '^421 9\\.7", 1)), profiles())
     assert [line.partition(":")[0] for line in gone] == ["rule gone", "rule new"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--to", "x@"), ("--to", "nobody"), ("--to", ""), ("--to", "a b@c.test"), ("--from", "x", "--to", "a@b.test")]
+)
+def test_what_is_no_address_is_refused(words):
+    done = CliRunner().invoke(main, ["route", "test", *words])
+    assert done.exit_code == 64 and "expected an address" in done.stderr

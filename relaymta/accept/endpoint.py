@@ -142,7 +142,7 @@ class Endpoint:
             loop.run_in_executor(threads, self._parts.refresh).add_done_callback(self._refreshed)
 
     def recipient_exists(self, address: str, domain: str) -> bool | None:
-        """Whether the recipient map (relay.recipients) has an address (lower case) of a relay domain; true without a
+        """Whether the recipient map (relay.recipients) has an address (as `compared`) of a relay domain; true without a
         map. None while it is unknown: the map was broken when this worker started, and has been since."""
         known = self._parts.recipients.value
         if known is None:

@@ -14,7 +14,7 @@ from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.address import domain_of
+from relaymta.proto.address import compared, domain_of
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -156,7 +156,7 @@ class Intake:
         """Replace the configuration. Sessions under way keep the rules they began with."""
         self._config = config
         self._routes = routes
-        self._domains = {domain.lower().rstrip(".") for domain in config.relay.domains}
+        self._domains = {compared(domain.rstrip(".")) for domain in config.relay.domains}
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)
@@ -241,7 +241,7 @@ class Intake:
         domain = domain_of(address)
         if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
             return reply.RELAY_DENIED
-        exists = self._endpoint.recipient_exists(address.lower(), domain)
+        exists = self._endpoint.recipient_exists(compared(address), domain)
         if exists is None:
             return reply.RECIPIENTS_UNKNOWN
         return None if exists else reply.NO_SUCH_RECIPIENT

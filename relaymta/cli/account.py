@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -412,7 +413,7 @@ def expire(read: Configuration, name: str) -> None:
             fail(1, f"{name} has no key that could expire")
         # Expired keys are kept: an account without any secret is checked by the authentication back end.
         file.set_secrets(name, [_until(secret, now) for secret in account.secrets])
-    say(f"{name} cannot log in until it gets a key (`relaymta app rotate {name}`)")
+    say(f"{name} cannot log in until it gets a key (`relaymta app rotate {shlex.quote(name)}`)")
 
 
 @app.command(name="remove")
@@ -426,7 +427,7 @@ def remove_app(read: Configuration, name: str) -> None:
         alone = not any(other.application == application for other in file.accounts if other.name != name)
     say(f"{name} is removed: it cannot log in any more")
     if application:
-        say(f"its mail in the queue is still delivered (`relaymta queue list --app {application}`; delete, bounce)")
+        say(f"its mail in the queue is still delivered (`relaymta queue list --app {shlex.quote(application)}`; delete, bounce)")
     for key in loaded(read, ANY_LISTENER).dkim:
         if alone and key.application == [application]:
             say(f"the [[dkim]] of {key.selector}._domainkey.{key.domain} signs nothing else: remove it and its DNS record")

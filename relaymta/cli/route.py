@@ -10,6 +10,7 @@ from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, 
 from relaymta.cli.peer import as_json
 from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
+from relaymta.proto.address import plain
 from relaymta.proto.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def test(
     headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
-    if "@" not in recipient:
-        fail(64, f"--to {recipient}: expected an address")
+    sender, recipient = _address("--from", sender), _address("--to", recipient)
     config = _config(read)
     try:
         envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
@@ -67,6 +67,14 @@ def test(
     say(f"  site  {found['site']}, counted as {found['counted as']}")
     for name, limit in found["limits"].items():
         say(f"  {name:<24} {limit['value']:g}" + f"  ({limit['origin']})")
+
+
+def _address(option: str, given: str) -> str:
+    """An address as it would be in an envelope; "" for the null sender."""
+    found = plain(given)
+    if found is None and (given or option == "--to"):
+        fail(64, f"{option} {given}: expected an address, such as ann@example.com")
+    return found or ""
 
 
 def _config(read: Configuration) -> Config:

@@ -7,7 +7,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 from relaymta.config.routes import Route
-from relaymta.proto.address import DomainError, normalize_domain
+from relaymta.proto.address import DomainError, domain_matches, domain_of, normalize_domain
 
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
@@ -120,8 +120,7 @@ def _contradictions(route: Route) -> Iterator[tuple[str, str]]:
 
 
 def _within(address: str, domains: list[str]) -> bool:
-    domain = address.rpartition("@")[2].lower().rstrip(".")
-    return any(domain == one.lower().lstrip(".") or (one.startswith(".") and domain.endswith(one.lower())) for one in domains)
+    return domain_matches(domain_of(address), domains)
 
 
 def _quoted(text: str) -> str:

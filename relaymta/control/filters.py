@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from relaymta.proto.address import comparable
+from relaymta.proto.address import comparable, compared, domain_of
 from relaymta.proto.envelope import HELD, Envelope, QueueName
 
 __all__ = ["Chosen", "Filter", "Number", "Text"]
@@ -53,15 +53,15 @@ class Filter:
         """Whether a message matches, provided that its queue does."""
         if self.ident and ident != self.ident:
             return False
-        if self.sender and envelope.sender.lower() != comparable(self.sender):
+        if self.sender and compared(envelope.sender) != comparable(self.sender):
             return False
         if self.user and envelope.user != self.user:
             return False
         if self.held and not envelope.flags & HELD:
             return False
         if self.recipient_domain:
-            wanted = "@" + self.recipient_domain.lower().rstrip(".")
-            return any(address.lower().endswith(wanted) for address in envelope.recipients)
+            wanted = compared(self.recipient_domain.rstrip("."))
+            return any(domain_of(address) == wanted for address in envelope.recipients)
         return True
 
 

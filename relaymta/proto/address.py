@@ -1,12 +1,13 @@
 """Mail addresses in SMTP paths (RFC 5321 4.1.2, RFC 6531 3.3), domains and address literals."""
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 __all__ = [
-    "LONGEST_LOCAL", "DomainError", "comparable", "domain_of", "in_a_labels", "in_dns", "is_host", "mail_argument",
-    "normalize_domain", "parse_parameters", "plain", "quoted_if_needed", "rcpt_argument",
+    "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "in_a_labels", "in_dns", "is_host",
+    "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed", "rcpt_argument",
 ]  # fmt: skip
 
 # Octets of a local part after unquoting, the same in every spelling. RFC 5321 4.5.3.1.1 has 64 as the least that must be
@@ -113,10 +114,32 @@ def plain(address: str) -> str | None:
 
 @lru_cache(256)
 def comparable(address: str) -> str:
-    """An address or "@domain" of a configuration in the form in which addresses are compared: `plain`, in lower case."""
-    if address.startswith("@"):
-        return address.lower().rstrip(".")
-    return (plain(address) or address).lower()
+    """An address, "@domain", "domain" or ".domain" of a configuration in the form in which addresses are compared: as `compared`,
+    of `plain`."""
+    return compared(address.rstrip(".") if address.startswith("@") else plain(address) or address)
+
+
+def compared(address: str) -> str:
+    """An address of an envelope in the form in which addresses are compared: lower case, the U-labels of its domain as A-labels
+    (RFC 5890 2.3.2.4)."""
+    address = address.lower()
+    if address.isascii():
+        return address
+    local, at, domain = address.rpartition("@")
+    return local + at + _equivalent(domain)
+
+
+def _equivalent(domain: str) -> str:
+    """A domain (lower case) with its U-labels as A-labels. What only looks like a U-label (fullwidth letters, other full stops)
+    is no name of a mail domain (RFC 6531 3.3), and stays different from the name that it looks like."""
+    if domain.isascii():
+        return domain
+    import idna
+
+    try:
+        return ".".join(label if label.isascii() else idna.alabel(label).decode("ascii") for label in domain.split("."))
+    except idna.IDNAError:
+        return domain
 
 
 def quoted_if_needed(local: str) -> str:
@@ -208,8 +231,8 @@ def literal_address(domain: str) -> str | None:
 
 
 def domain_of(address: str) -> str:
-    """The domain of an address, lower case, without a trailing dot; "" for the null sender and `postmaster`."""
-    return address.rpartition("@")[2].lower().rstrip(".") if "@" in address else ""
+    """The domain of an address in lower case and A-labels, without a trailing dot; "" for the null sender and `postmaster`."""
+    return _equivalent(address.rpartition("@")[2].lower().rstrip(".")) if "@" in address else ""
 
 
 _LABELS = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\Z")
@@ -246,6 +269,14 @@ def in_a_labels(domain: str) -> str:
         except DomainError:
             pass
     return domain.lower()
+
+
+_pattern = lru_cache(4096)(compared)
+
+
+def domain_matches(domain: str, patterns: Iterable[str]) -> bool:
+    """Whether a domain (lower case, A-labels) is one of `patterns`, or a subdomain of one that begins with a dot."""
+    return any(domain == p.lstrip(".") or (p.startswith(".") and domain.endswith(p)) for p in map(_pattern, patterns))
 
 
 _NAME = re.compile(r"(?:[!-\-/-~ ]{1,63}+\.)*+[!-\-/-~ ]{1,63}+\Z")

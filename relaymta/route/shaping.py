@@ -9,7 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.config import Config, Rule, SiteTable
-from relaymta.route.table import domain_matches
+from relaymta.proto.address import domain_matches
 
 if TYPE_CHECKING:  # the provider profiles are shown without it
     from relaymta.route.sites import Site

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from relaymta.config import Route, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.errors import US
+from relaymta.proto.address import domain_matches
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
-from relaymta.route.table import RouteTable, domain_matches
+from relaymta.route.table import RouteTable
 
 __all__ = ["Site", "Sites"]
 

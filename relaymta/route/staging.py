@@ -1,6 +1,6 @@
 """Staging: all mail of a test system is redirected to one address; a header field lists the original recipients."""
 
-from relaymta.proto.address import comparable
+from relaymta.proto.address import comparable, compared
 
 __all__ = ["Redirection"]
 
@@ -16,8 +16,8 @@ class Redirection:
 
     def allows(self, recipient: str) -> bool:
         """Whether mail to a recipient is not redirected."""
-        lower = recipient.lower()
-        return lower in self._allow or "@" + lower.rpartition("@")[2] in self._allow
+        address = compared(recipient)
+        return address in self._allow or "@" + address.rpartition("@")[2] in self._allow
 
     def recipients(self, wanted: list[str]) -> list[str]:
         """The recipients of a message for `wanted`: redirected, without duplicates."""

@@ -12,18 +12,18 @@ from pathlib import Path
 from relaymta.config import Config, Route, header_condition, near
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
-from relaymta.proto.address import DomainError, comparable, domain_of, normalize_domain
+from relaymta.proto.address import DomainError, comparable, compared, domain_matches, domain_of, normalize_domain
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
 
-__all__ = ["Asked", "RouteTable", "Verdict", "domain_matches"]
+__all__ = ["Asked", "RouteTable", "Verdict"]
 
 _AUTHORS = {b"from", b"sender"}
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The properties of a message that conditions of routes are checked against. Addresses in lower case; `size` in octets."""
+    """The properties of a message that conditions of routes are checked against. Addresses as `compared`; `size` in octets."""
 
     application: str
     sender: str
@@ -35,8 +35,8 @@ class Asked:
     @classmethod
     def of(cls, envelope: Envelope, recipient: str, attempts: int) -> "Asked":
         """The properties for one recipient of a message that was tried `attempts` times."""
-        sender, met = envelope.sender.lower(), tuple(envelope.headers)
-        return cls(envelope.application, sender, recipient.lower(), envelope.size, attempts, met)
+        sender, met = compared(envelope.sender), tuple(envelope.headers)
+        return cls(envelope.application, sender, compared(recipient), envelope.size, attempts, met)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,11 +235,6 @@ class _RouteMap:
         if found is None:
             found = next((route for expression, route in self._expressions if expression.search(recipient)), None)
         return found
-
-
-def domain_matches(domain: str, patterns: list[str]) -> bool:
-    """Whether a domain (lower case) is one of `patterns`, or a subdomain of one that begins with a dot."""
-    return any(domain == p.lower().lstrip(".") or (p.startswith(".") and domain.endswith(p.lower())) for p in patterns)
 
 
 def mx_matches(hosts: list[str], patterns: list[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 
 from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates
-from relaymta.proto.address import comparable, domain_of
+from relaymta.proto.address import comparable, compared, domain_of
 from relaymta.proto.envelope import DSN, Envelope, QueueName
 from relaymta.queue import Entry, Filter, Queue
 
@@ -174,9 +174,9 @@ class Policies:
 
 
 def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str]) -> bool:
-    domain = chosen.recipient_domain.lower().rstrip(".")
+    domain = compared(chosen.recipient_domain.rstrip("."))
     return (
         chosen.waits_in(name)
-        and comparable(chosen.sender) in ("", sender.lower())
-        and (not domain or any(domain_of(address.lower()) == domain for address in recipients))
+        and comparable(chosen.sender) in ("", compared(sender))
+        and (not domain or any(domain_of(address) == domain for address in recipients))
     )

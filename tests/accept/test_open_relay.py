@@ -11,8 +11,13 @@ from relaymta.errors import ConfigError
 from tests.support.daemon import Relay, free_port
 
 SETTINGS = (
-    'relay.networks=["192.0.2.0/24"]', 'relay.domains=["ours.example"]', "relay.postmaster=ops@far.example", "intake.tarpit=0",
+    'relay.networks=["192.0.2.0/24"]', 'relay.domains=["ours.example","bücher.example","xn--dmain-jua.example"]',
+    "relay.postmaster=ops@far.example", "intake.tarpit=0",
 )  # fmt: skip
+IDN = [  # RFC 5890 2.3.2.4: U-labels and A-labels of a domain are equivalent, whichever the configuration has
+    "x@bücher.example", "x@BÜCHER.Example", "x@xn--bcher-kva.example", "x@XN--BCHER-KVA.example", "x@dömain.example",
+    "x@xn--dmain-jua.example",
+]  # fmt: skip
 OURS = ["x@ours.example", "x@OURS.EXAMPLE", '"x y"@ours.example', "postmaster"]
 ELSEWHERE = [
     "x@far.example", "x@FAR.example", "x@far.example.", "x@sub.ours.example", "x@ours.example.far.example", "x@notours.example",
@@ -25,7 +30,8 @@ ELSEWHERE = [
     "x@far.example (x@ours.example)", "x@far.example,x@ours.example", "x@ours.example;x@far.example",
     "ops@far.example", "@ours.example:postmaster@far.example", "<<x@far.example>>", "x @ far.example",
     '"x@ours.example"', '"x@far.example"', "x@far.example(x@ours.example)", "x(@ours.example)@far.example",
-    "x\\@ours.example@far.example", "x\\@far.example@ours.example", '"x"@"ours.example"', "x@ours.example,", "@ours.example:x",
+    "x@ｂücher.example", "x@bücher。example", "x\\@ours.example@far.example", "x\\@far.example@ours.example",
+    '"x"@"ours.example"', "x@ours.example,", "@ours.example:x",
 ]  # fmt: skip
 
 
@@ -55,9 +61,15 @@ def test_nothing_is_relayed_for_unauthenticated_clients(relay, sender, helo):
     with smtplib.SMTP("127.0.0.1", relay.port) as client:  # while mail for relay domains is accepted
         client.docmd(*helo.split(" ", 1))
         client.docmd("MAIL", "FROM:<a@far.example>")
-        assert [client.rcpt(to)[0] for to in ("x@ours.example", "x@OURS.EXAMPLE", '"x y"@ours.example', "postmaster")] == [
-            250
-        ] * 4
+        assert [client.rcpt(to)[0] for to in OURS] == [250] * len(OURS)
+
+
+def test_a_relay_domain_is_ours_in_u_labels_and_a_labels(relay):
+    with smtplib.SMTP("127.0.0.1", relay.port) as client:
+        client.command_encoding = "utf-8"
+        client.ehlo("x.example")
+        client.docmd("MAIL", "FROM:<a@far.example> SMTPUTF8")
+        assert [to for to in IDN if refused(client, to)] == []
 
 
 def test_no_claim_of_a_client_gives_it_relay_rights(relay):

@@ -8,16 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relaymta.control.filters import Filter
 from relaymta.proto.address import (
     LONGEST_LOCAL,
     DomainError,
     comparable,
+    compared,
+    domain_of,
     mail_argument,
     normalize_domain,
     plain,
     quoted_if_needed,
     rcpt_argument,
 )
+from relaymta.proto.envelope import Envelope
 
 DOMAIN = "ours.example"
 
@@ -171,15 +175,43 @@ def test_any_local_part_can_be_written_and_is_read_as_it_was(local):
 
 
 @pytest.mark.parametrize(
-    ("written", "compared"),
+    ("written", "form"),
     [
         ('"Ann"@Ours.example.', "ann@ours.example"), ("Ann@ours.example", "ann@ours.example"),
         ("@Ours.example.", "@ours.example"), ("@.Ours.example", "@.ours.example"),
         ("a..b@x", '"a..b"@x'), ("no address", "no address"), ("", ""),
     ],
 )  # fmt: skip
-def test_addresses_of_a_configuration_are_compared_in_the_same_form(written, compared):
-    assert comparable(written) == compared
+def test_addresses_of_a_configuration_are_compared_in_the_same_form(written, form):
+    assert comparable(written) == form
+
+
+@pytest.mark.parametrize(
+    ("written", "form", "domain"),
+    [
+        ("", "", ""), ("Postmaster", "postmaster", ""), ("A@B.example", "a@b.example", "b.example"),
+        ("a@BÜCHER.example", "a@xn--bcher-kva.example", "xn--bcher-kva.example"),  # RFC 5890 2.3.2.4
+        ("Ä@xn--BCHER-kva.example", "ä@xn--bcher-kva.example", "xn--bcher-kva.example"),
+        ("a@ä.b.bücher.example", "a@xn--4ca.b.xn--bcher-kva.example", "xn--4ca.b.xn--bcher-kva.example"),
+        ("@.bücher.example", "@.xn--bcher-kva.example", ".xn--bcher-kva.example"),
+        (".bücher.example", ".xn--bcher-kva.example", ""), ("bücher.example", "xn--bcher-kva.example", ""),
+        ("a@ｂ.example", "a@ｂ.example", "ｂ.example"), ("a@b。example", "a@b。example", "b。example"),  # no U-labels
+        ("a@do\u0308main.test", "a@do\u0308main.test", "do\u0308main.test"),  # not in NFC, RFC 5890 2.3.2.1
+        ("a@☃.example", "a@☃.example", "☃.example"),
+    ],
+)  # fmt: skip
+def test_u_labels_and_a_labels_of_a_domain_are_compared_as_one(written, form, domain):
+    assert compared(written) == form and domain_of(written) == domain
+    assert comparable(written) == form
+
+
+@pytest.mark.parametrize("domain", ["bücher.example", "xn--bcher-kva.example", "BÜCHER.EXAMPLE", "bücher.example."])
+@pytest.mark.parametrize("recipient", ["x@bücher.example", "x@XN--bcher-kva.example"])
+def test_a_filter_of_an_operator_means_a_domain_in_either_form(domain, recipient):
+    envelope = Envelope("b@bücher.example", [recipient], 1, 0, 0, 0)
+    assert Filter(recipient_domain=domain).matches(1, envelope)
+    assert Filter(sender="B@xn--bcher-kva.example").matches(1, envelope)
+    assert not Filter(recipient_domain="bucher.example").matches(1, envelope)
 
 
 @pytest.mark.parametrize(
