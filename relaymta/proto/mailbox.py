@@ -30,6 +30,7 @@ _TOKEN = re.compile(
     rf'|"(?P<quoted>(?:[^"\\{_CONTROL}]|\n[ \t]|\\[^{_CONTROL}])*+)"|(?P<literal>\[[!-Z^-~]*+\])'
 )
 _WITHIN_COMMENT = re.compile(rf"(?:[^()\\{_CONTROL}]|\\[^{_CONTROL}])*+([()])")
+_DELIMITERS = re.compile(r'[<>@"\\]')  # of addresses and strings
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
 _DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+\Z")
 _WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # not one within quotes, but often taken for one
@@ -209,9 +210,19 @@ class _List:
             self._at += 1
         if group:
             raise Malformed("an unterminated group")
+        self._check_quoted(len(found) + groups)
         if not found and not groups:
             raise Malformed("no address")
         return found
+
+    def _check_quoted(self, elements: int) -> None:
+        """email.utils takes the end of a line for that of a quoted string, and may show what is behind it as an address, or a
+        part of one. So it may not be on two lines, unless it is the whole display name of the only address."""
+        for number, token in enumerate(self._tokens):
+            if token.kind == "quoted" and "\n" in token.text:
+                plain = not number and self._tokens[1].kind == "<" and not _DELIMITERS.search(token.text)
+                if not plain or elements > 1:
+                    raise Malformed("a quoted string on two lines")
 
     def _kind(self) -> str:
         return self._tokens[self._at].kind
@@ -295,7 +306,6 @@ def _tokens(value: bytes) -> list[_Token]:
         raise Malformed("a bare LF")
     text = (value.replace(b"\r\n", b"\n") if folds else value).decode("utf-8", "surrogateescape")
     found: list[_Token] = []
-    several = value.count(b"@") > 1
     at, end, last = 0, len(text), 0
     while at < end:
         match = _TOKEN.match(text, at)
@@ -309,8 +319,6 @@ def _tokens(value: bytes) -> list[_Token]:
             folded = folds > 0 and text.find("\n", last, at) >= 0
             content = match[kind]
             if kind == "quoted":
-                if "\n" in content and several:  # email.utils takes the line's end for the string's
-                    raise Malformed("a quoted string on two lines")
                 content = _QUOTED_PAIR.sub(r"\1", content)  # a fold is kept: in a local part email.utils shows it otherwise
             found.append(_Token(content if kind == "special" else kind, content, folded, at))
             last = at
