@@ -133,9 +133,9 @@ def accepted(send) -> bool:
 def strict(peer: FakeMx, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     """A relay that accepts mail from 198.51.100.0/24, and from others that for the recipients of its domains."""
     folder = tmp_path_factory.mktemp("strict")
-    (folder / "recipients").write_text('# ours\n"Ann"@ours.example.\n@all.example\n')
+    (folder / "recipients").write_text('# ours\n"Ann"@ours.example.\n@all.example\nann@xn--bcher-kva.example\n')
     settings = (
-        'relay.networks=["198.51.100.0/24"]', 'relay.domains=["ours.example","all.example"]',
+        'relay.networks=["198.51.100.0/24"]', 'relay.domains=["ours.example","all.example","bücher.example"]',
         f"relay.recipients={folder}/recipients", "intake.tarpit=0.3",
         'network=[{networks=["127.0.0.5/32"],xclient=true}]',
     )  # fmt: skip
@@ -153,6 +153,11 @@ def test_mail_for_unknown_recipients_of_relay_domains_is_rejected(strict):
         assert [client.rcpt(to)[0] for to in asked] == [250, 550, 250, 550, 550]
         same = ['"ann"@ours.example', "ann@ours.example.", '"any one"@all.example']
         assert [client.rcpt(to)[0] for to in same] == [250] * 3
+        client.rset()
+        client.command_encoding = "utf-8"
+        client.docmd("MAIL", "FROM:<x@y.example> SMTPUTF8")
+        asked = ["Ann@BÜCHER.example", "ann@xn--bcher-kva.example", "bob@bücher.example"]
+        assert [client.docmd("RCPT", f"TO:<{to}>")[0] for to in asked] == [250, 250, 550]
     known.write_text("bob@ours.example\n")
 
     def takes(to: str) -> bool:
