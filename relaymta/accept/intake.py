@@ -14,7 +14,7 @@ from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.address import compared, domain_of
+from relaymta.proto.address import compared, domain_of, in_u_labels
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -238,8 +238,8 @@ class Intake:
 
     def _refusal(self, address: str) -> bytes | None:
         """The reply that rejects a recipient of an unauthenticated client, or None."""
-        domain = domain_of(address)
-        if domain not in self._domains or _ROUTED.search(address.rpartition("@")[0]):
+        domain, (local, _, written) = domain_of(address), address.rpartition("@")
+        if domain not in self._domains or not in_u_labels(written) or _ROUTED.search(local):
             return reply.RELAY_DENIED
         exists = self._endpoint.recipient_exists(compared(address), domain)
         if exists is None:

@@ -358,10 +358,11 @@ def _records(config: "Config", domains: list[str], application: str) -> Iterator
     """Lines with the DNS records (SPF, DKIM) for domains whose mail an application sends from here."""
     from relaymta.cli import spf
     from relaymta.filter.keys import load_key, record, zone_line
+    from relaymta.proto.address import in_a_labels
 
     for domain in domains:
         yield from spf.record(config, domain, application)
-        keys = [one for one in config.dkim if one.domain == domain.lower().rstrip(".")]
+        keys = [one for one in config.dkim if in_a_labels(one.domain) == in_a_labels(domain.rstrip("."))]
         for one in keys:
             try:
                 yield zone_line(f"{one.selector}._domainkey.{domain}", record(load_key(one)))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.config import Config, Route, parse_hostport
+from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 
 if TYPE_CHECKING:
     from relaymta.dns import Resolver
@@ -43,7 +44,7 @@ class Way(NamedTuple):
 def ways(config: Config, domain: str, application: str = "") -> list[Way]:
     """All ways that mail of a domain, from an application ("": any), may leave by, without duplicates."""
     found: list[Way] = []
-    domain = domain.lower().rstrip(".")
+    domain = in_a_labels(domain.rstrip("."))
     for route in _routes(config, domain, application):
         found += _ways_of(config, route, domain)
     return list(dict.fromkeys(found))
@@ -62,10 +63,10 @@ def record(config: Config, domain: str, application: str = "") -> list[str]:
 def _routes(config: Config, domain: str, application: str) -> Iterator[Route | None]:
     """The routes that may take mail of a domain, up to the one that takes all that is left; None: to the MX, without a route."""
     for route in config.route:
-        own = [address for address in route.sender if address.lower().rpartition("@")[2] == domain]
+        own = [address for address in route.sender if domain_of(address) == domain]
         if (route.sender and not own) or (application and route.application and application not in route.application):
             continue
-        if route.sender_domain and not _among(domain, route.sender_domain):
+        if route.sender_domain and not domain_matches(domain, route.sender_domain):
             continue
         yield route
         partly = (
@@ -77,12 +78,8 @@ def _routes(config: Config, domain: str, application: str) -> Iterator[Route | N
     yield None
 
 
-def _among(domain: str, patterns: list[str]) -> bool:
-    return any(domain == one.lower().lstrip(".") or (one.startswith(".") and domain.endswith(one.lower())) for one in patterns)
-
-
 def _ways_of(config: Config, route: Route | None, domain: str) -> Iterator[Way]:
-    rewritten = route.rewrite_sender.rpartition("@")[2].lower() if route is not None else ""
+    rewritten = domain_of(route.rewrite_sender) if route is not None else ""
     if route is not None and rewritten and rewritten != domain:
         yield Way(
             "", f"route {route.label} rewrites the sender to {route.rewrite_sender}: there, the record of that domain counts"

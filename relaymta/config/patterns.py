@@ -7,7 +7,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 from relaymta.config.routes import Route
-from relaymta.proto.address import DomainError, domain_matches, domain_of, normalize_domain
+from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
@@ -42,6 +42,8 @@ def domain_trouble(pattern: str) -> str:
         return f"domains are compared without the dot at the end; write {_quoted(pattern.rstrip('.'))}"
     if ".." in bare:
         return "it has an empty label"
+    if not bare.isascii() and not in_a_labels(bare).isascii():
+        return "it is no domain (IDNA 2008)"
     if any(len(label.encode()) > 63 for label in bare.split(".") if label.isascii()) or len(bare) > 253:
         return "a label has at most 63 characters, a domain 253"
     return ""
@@ -51,12 +53,6 @@ def host_trouble(pattern: str) -> str:
     """Why a pattern for names of hosts can match none; "" if it can."""
     if re.search(r"[^:]:\d+$", pattern) and pattern.count(":") == 1:
         return f"hosts are compared without their port; write {_quoted(pattern.partition(':')[0])}"
-    if not pattern.isascii():
-        try:
-            labels = "." * pattern.startswith(".") + normalize_domain(pattern.lstrip("."))
-            return f"names of hosts are compared as A-labels; write {_quoted(labels)}"
-        except DomainError:
-            return "it is no host name"
     return domain_trouble(pattern)
 
 

@@ -6,8 +6,9 @@ from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 __all__ = [
-    "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "in_a_labels", "in_dns", "is_host",
-    "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed", "rcpt_argument",
+    "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "in_a_labels", "in_dns",
+    "in_u_labels", "is_host", "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed",
+    "rcpt_argument",
 ]  # fmt: skip
 
 # Octets of a local part after unquoting, the same in every spelling. RFC 5321 4.5.3.1.1 has 64 as the least that must be
@@ -120,26 +121,13 @@ def comparable(address: str) -> str:
 
 
 def compared(address: str) -> str:
-    """An address of an envelope in the form in which addresses are compared: lower case, the U-labels of its domain as A-labels
-    (RFC 5890 2.3.2.4)."""
+    """An address of an envelope in the form in which addresses are compared: lower case, the domain as `in_a_labels`."""
     address = address.lower()
     if address.isascii():
         return address
     local, at, domain = address.rpartition("@")
-    return local + at + _equivalent(domain)
-
-
-def _equivalent(domain: str) -> str:
-    """A domain (lower case) with its U-labels as A-labels. What only looks like a U-label (fullwidth letters, other full stops)
-    is no name of a mail domain (RFC 6531 3.3), and stays different from the name that it looks like."""
-    if domain.isascii():
-        return domain
-    import idna
-
-    try:
-        return ".".join(label if label.isascii() else idna.alabel(label).decode("ascii") for label in domain.split("."))
-    except idna.IDNAError:
-        return domain
+    dot = "." * domain.startswith(".")
+    return f"{local}{at}{dot}{in_a_labels(domain.removeprefix('.'))}"
 
 
 def quoted_if_needed(local: str) -> str:
@@ -232,7 +220,7 @@ def literal_address(domain: str) -> str | None:
 
 def domain_of(address: str) -> str:
     """The domain of an address in lower case and A-labels, without a trailing dot; "" for the null sender and `postmaster`."""
-    return _equivalent(address.rpartition("@")[2].lower().rstrip(".")) if "@" in address else ""
+    return in_a_labels(address.rpartition("@")[2].rstrip(".")) if "@" in address else ""
 
 
 _LABELS = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\Z")
@@ -253,6 +241,8 @@ def normalize_domain(domain: str) -> str:
 
     try:
         labels = idna.uts46_remap(domain, False, False).rstrip(".").split(".")  # other full stops become dots (UTS 46 4)
+        if max(map(len, labels)) > 63:  # as an A-label no character takes less than an octet, and the time is quadratic
+            raise DomainError(domain)
         found = ".".join(label if _HOST_LABEL.match(label) else idna.alabel(label).decode("ascii") for label in labels)
     except idna.IDNAError as error:
         raise DomainError(domain) from error
@@ -262,20 +252,38 @@ def normalize_domain(domain: str) -> str:
 
 
 def in_a_labels(domain: str) -> str:
-    """A domain in A-labels and lower case, for a comparison; what is none is in lower case only."""
-    if not domain.isascii():
-        try:
-            return normalize_domain(domain)
-        except DomainError:
-            pass
-    return domain.lower()
+    """A domain in A-labels and lower case, for a comparison; what is none is in lower case only. U-labels and A-labels of a
+    domain are equivalent (RFC 5890 2.3.2.4)."""
+    return domain.lower() if domain.isascii() else _in_a_labels(domain)
 
 
-_pattern = lru_cache(4096)(compared)
+@lru_cache(4096)
+def _in_a_labels(domain: str) -> str:
+    try:
+        return normalize_domain(domain)
+    except DomainError:
+        return domain.lower()
+
+
+def in_u_labels(domain: str) -> bool:
+    """Whether a domain is written as an address has it (RFC 6531 3.3): in labels of ASCII and U-labels, not in what is mapped to
+    them (fullwidth letters, other full stops)."""
+    if domain.isascii():
+        return True
+    import idna
+
+    try:
+        return all(label.isascii() or idna.alabel(label) for label in domain.lower().rstrip(".").split("."))
+    except idna.IDNAError:
+        return False
+
+
+_pattern = lru_cache(65536)(compared)
 
 
 def domain_matches(domain: str, patterns: Iterable[str]) -> bool:
-    """Whether a domain (lower case, A-labels) is one of `patterns`, or a subdomain of one that begins with a dot."""
+    """Whether a domain is one of `patterns`, or a subdomain of one that begins with a dot, in U-labels or A-labels."""
+    domain = in_a_labels(domain)
     return any(domain == p.lstrip(".") or (p.startswith(".") and domain.endswith(p)) for p in map(_pattern, patterns))
 
 

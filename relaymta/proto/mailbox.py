@@ -30,7 +30,6 @@ _TOKEN = re.compile(
     rf'|"(?P<quoted>(?:[^"\\{_CONTROL}]|\n[ \t]|\\[^{_CONTROL}])*+)"|(?P<literal>\[[!-Z^-~]*+\])'
 )
 _WITHIN_COMMENT = re.compile(rf"(?:[^()\\{_CONTROL}]|\\[^{_CONTROL}])*+([()])")
-_DELIMITERS = re.compile(r'[<>@"\\]')  # of addresses and strings
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
 _DOT_ATOM = re.compile(rf"[{_ATEXT}]++(?:\.[{_ATEXT}]++)*+\Z")
 _WITHIN_QUOTES = re.compile(r"=\?[A-Za-z0-9*_-]++\?[BbQq]\?[!->@-~]*+\?=")  # not one within quotes, but often taken for one
@@ -48,6 +47,12 @@ _ONE = (
     _FOLDS + rb"(?:(?:[A-Za-z0-9 \t!#$%&'*+/=?^_`{|}~.-]++|\"[ !#-\[\]-~]*+\"" + _FOLDS + rb")?<" + _SIMPLE_LOCAL + rb"@"
     + _SIMPLE_DOMAIN + rb">|" + _SIMPLE_LOCAL + rb"@" + _SIMPLE_DOMAIN + rb")" + _FOLDS
 )  # fmt: skip
+# The only form in which a quoted string may be on two lines: as the display name of one address, with nothing else but comments
+# in which no string or address begins.
+_BETWEEN = rb"(?:\s|\([^()\"\\<>@]*+\))*+"
+_FOLDED_NAME = re.compile(
+    _BETWEEN + rb"\"[^\"\\<>@]*+\"" + _BETWEEN + rb"<[^\"\\()<>@\s]++@[^\"\\()<>@\s]++>" + _BETWEEN + rb"\Z"
+)
 _FULL = re.compile(rb"(?:" + _ONE + rb",)*+" + _ONE + rb"\Z")  # common lists in which no address lacks its domain
 
 
@@ -177,6 +182,9 @@ class _List:
 
     def __init__(self, value: bytes) -> None:
         self._tokens = _tokens(value)
+        if any(token.kind == "quoted" and "\n" in token.text for token in self._tokens) and not _FOLDED_NAME.match(value):
+            # email.utils takes the end of a line for that of the string, and may show what is behind it as an address.
+            raise Malformed("a quoted string on two lines")
         self._at = 0
         self._domains = 0
 
@@ -210,19 +218,9 @@ class _List:
             self._at += 1
         if group:
             raise Malformed("an unterminated group")
-        self._check_quoted(len(found) + groups)
         if not found and not groups:
             raise Malformed("no address")
         return found
-
-    def _check_quoted(self, elements: int) -> None:
-        """email.utils takes the end of a line for that of a quoted string, and may show what is behind it as an address, or a
-        part of one. So it may not be on two lines, unless it is the whole display name of the only address."""
-        for number, token in enumerate(self._tokens):
-            if token.kind == "quoted" and "\n" in token.text:
-                plain = not number and self._tokens[1].kind == "<" and not _DELIMITERS.search(token.text)
-                if not plain or elements > 1:
-                    raise Malformed("a quoted string on two lines")
 
     def _kind(self) -> str:
         return self._tokens[self._at].kind

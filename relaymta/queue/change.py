@@ -18,7 +18,7 @@ from relaymta.proto.envelope import (
 )
 from relaymta.queue.ages import add, remove
 from relaymta.queue.segments import SegmentRow
-from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, WAKE, QueueRow, Store
+from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, WAKE, QueueRow, Store, key_of
 
 __all__ = ["Change"]
 
@@ -205,7 +205,7 @@ class Change:
         for row in empty:
             self._settle_queue(row.number)
             if not row.moved:
-                self.txn.delete(b"n" + encode(row.name), db=self._tables["queue"])
+                self.txn.delete(key_of(row.name), db=self._tables["queue"])
             self.txn.delete(b"q" + NUMBER.pack(row.number), db=self._tables["queue"])
             self._touched.discard(row.number)
         self._store.forget({row.number for row in empty})

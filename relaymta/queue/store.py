@@ -19,6 +19,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from heapq import merge
 from operator import itemgetter
 from pathlib import Path
@@ -39,11 +40,13 @@ from relaymta.proto.envelope import (
 from relaymta.queue.fresh import Fresh
 from relaymta.queue.segments import SegmentRow
 
-__all__ = ["Histories", "QueueRow", "Store"]
+__all__ = ["Histories", "QueueRow", "Store", "key_of"]
 
 SCHEMA = 2
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
+
+LONGEST_KEY = 511  # octets, of LMDB
 
 ID = struct.Struct(">Q")
 RECIPIENT = struct.Struct(">QH")
@@ -75,6 +78,13 @@ class QueueRow(msgspec.Struct, array_like=True):
 
 
 _decode_queue = msgspec.msgpack.Decoder(QueueRow).decode
+
+
+def key_of(name: QueueName) -> bytes:
+    """The key of a queue's name: the name itself, or its digest where LMDB has no room for it. Nothing that a client or an
+    operator can choose as a domain or an application may make a commit fail."""
+    found = b"n" + encode(name)
+    return found if len(found) <= LONGEST_KEY else b"n#" + sha256(found).digest()
 
 
 class Store:
@@ -195,7 +205,7 @@ class Store:
 
     def queue_number(self, txn: Any, name: QueueName) -> int:
         """A queue's number, 0 when there is no such queue."""
-        raw = txn.get(b"n" + encode(name), db=self.tables["queue"])
+        raw = txn.get(key_of(name), db=self.tables["queue"])
         return 0 if raw is None else NUMBER.unpack(raw)[0]
 
     def queues(self, txn: Any, after: int = 0) -> Iterator[QueueRow]:
@@ -282,7 +292,7 @@ class Store:
             self._last_number = max(int(kept) if kept else 0, self._highest_number(txn))
         self._last_number += 1  # never used again: entries, parked queues and moves name a queue by its number
         row = QueueRow(self._last_number, name)
-        txn.put(b"n" + encode(name), NUMBER.pack(row.number), db=self.tables["queue"])
+        txn.put(key_of(name), NUMBER.pack(row.number), db=self.tables["queue"])
         txn.put(b"q" + NUMBER.pack(row.number), encode(row), db=self.tables["queue"])
         return row
 
@@ -325,7 +335,7 @@ class Store:
     def rename(self, txn: Any, row: QueueRow, name: QueueName) -> None:
         """Rename a queue so that no new mail is assigned to it (in the transaction under way, which also writes its row)."""
         if not row.moved:
-            txn.delete(b"n" + encode(row.name), db=self.tables["queue"])
+            txn.delete(key_of(row.name), db=self.tables["queue"])
             self._queues.pop(row.name, None)
         row.name = name
         row.moved = True

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from relaymta.ident import format_id
+from relaymta.proto.address import compared
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import wall_ms
 from relaymta.route.table import Asked
@@ -189,7 +190,7 @@ def _chosen_by(view: View, row: dict[str, Any], recipient: str) -> list[dict[str
     """The routes that were checked for a recipient, and the condition that decided on each."""
     mx = view.site.names if view.site is not None and view.site.hosts is not None else None
     asked = Asked(
-        row["application"], row["sender"].lower(), recipient.lower(), row["size"], row["attempts"], tuple(row["headers"])
+        row["application"], compared(row["sender"]), compared(recipient), row["size"], row["attempts"], tuple(row["headers"])
     )
     return [
         {"route": verdict.route.label, "matches": verdict.matches, "by": verdict.reason}

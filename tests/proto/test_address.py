@@ -15,6 +15,7 @@ from relaymta.proto.address import (
     comparable,
     compared,
     domain_of,
+    in_u_labels,
     mail_argument,
     normalize_domain,
     plain,
@@ -193,16 +194,30 @@ def test_addresses_of_a_configuration_are_compared_in_the_same_form(written, for
         ("a@BÜCHER.example", "a@xn--bcher-kva.example", "xn--bcher-kva.example"),  # RFC 5890 2.3.2.4
         ("Ä@xn--BCHER-kva.example", "ä@xn--bcher-kva.example", "xn--bcher-kva.example"),
         ("a@ä.b.bücher.example", "a@xn--4ca.b.xn--bcher-kva.example", "xn--4ca.b.xn--bcher-kva.example"),
-        ("@.bücher.example", "@.xn--bcher-kva.example", ".xn--bcher-kva.example"),
+        ("@.bücher.example", "@.xn--bcher-kva.example", ".bücher.example"),
         (".bücher.example", ".xn--bcher-kva.example", ""), ("bücher.example", "xn--bcher-kva.example", ""),
-        ("a@ｂ.example", "a@ｂ.example", "ｂ.example"), ("a@b。example", "a@b。example", "b。example"),  # no U-labels
-        ("a@do\u0308main.test", "a@do\u0308main.test", "do\u0308main.test"),  # not in NFC, RFC 5890 2.3.2.1
-        ("a@☃.example", "a@☃.example", "☃.example"),
+        ("a@ｂ.example", "a@b.example", "b.example"), ("a@b。example", "a@b.example", "b.example"),  # UTS 46 4
+        ("a@do\u0308main.test", "a@xn--dmain-jua.test", "xn--dmain-jua.test"),
+        ("a@☃.example", "a@☃.example", "☃.example"),  # none of IDNA 2008
+        ("a@" + "ä." * 84 + "t", "a@" + "ä." * 84 + "t", "ä." * 84 + "t"),  # 253 octets, 673 in A-labels: none
+        ("a@" + "\u4e00" * 64 + ".example", "a@" + "\u4e00" * 64 + ".example", "\u4e00" * 64 + ".example"),
     ],
 )  # fmt: skip
 def test_u_labels_and_a_labels_of_a_domain_are_compared_as_one(written, form, domain):
     assert compared(written) == form and domain_of(written) == domain
     assert comparable(written) == form
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [
+        ("ours.example", True), ("bücher.example", True), ("BÜCHER.example.", True), ("xn--bcher-kva.example", True),
+        ("ｏurs.example", False), ("ours。example", False), ("bu\u0308cher.example", False), ("☃.example", False),
+    ],
+)  # fmt: skip
+def test_what_is_mapped_to_a_domain_is_not_how_an_address_has_it(domain, expected):
+    """RFC 6531 3.3: a recipient of ours is not taken from an unauthenticated client in another spelling."""
+    assert in_u_labels(domain) == expected
 
 
 @pytest.mark.parametrize("domain", ["bücher.example", "xn--bcher-kva.example", "BÜCHER.EXAMPLE", "bücher.example."])

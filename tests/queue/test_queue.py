@@ -217,6 +217,30 @@ async def test_a_dsn_and_the_end_of_its_recipients_are_one_transaction(tmp_path)
         await until(lambda: bench.summary() == [])
 
 
+async def test_a_queue_may_have_a_name_of_any_length(tmp_path):
+    """Also that of a DSN, whose sender chooses it: a key of LMDB has 511 octets, and an outcome is committed again and again."""
+    domains = [letter * 2000 + ".example" for letter in "ab"]
+    async with Bench(tmp_path) as bench:
+        for domain in domains:
+            await bench.put(to=("bad@d.example",), sender=f"a@{domain}")
+        for entry in await bench.next(2):
+            bench.queue.finish(entry, {0: answer(PERMANENT)})
+        dsns = await bench.next(2)
+        assert {entry.name.domain for entry in dsns} == set(domains)
+        for entry in dsns:
+            bench.queue.finish(entry, {0: answer(TRANSIENT)})
+        await until(lambda: len(bench.events.outcomes) == 4)
+    async with Bench(tmp_path) as bench:
+        assert sorted(row["queue"] for row in bench.summary()) == [f"mx/{domain}" for domain in domains]
+        await bench.put(to=(f"c@{domains[0]}",))
+        assert sorted(row["messages"] for row in bench.summary()) == [1, 2]
+        bench.pass_time(3_600_000)
+        for entry in await bench.next(3):
+            bench.queue.finish(entry, None)
+        await bench.empty()
+        assert await bench.queue.task(lambda change: change.sweep()) == 3
+
+
 async def test_the_deadline_holds_wherever_a_message_waits(tmp_path):
     async with Bench(tmp_path, max_age_ms=600_000, first_retry_ms=3_600_000) as bench:
         await bench.put(b"waiting in the window\r\n\r\n")
