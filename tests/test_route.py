@@ -269,3 +269,20 @@ def test_differences_of_provider_profiles():
 def test_what_is_no_address_is_refused(words):
     done = CliRunner().invoke(main, ["route", "test", *words])
     assert done.exit_code == 64 and "expected an address" in done.stderr
+
+
+@pytest.mark.parametrize("recipient", ["x@bücher.example", "X@BÜCHER.example", "x@xn--bcher-kva.example"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "bücher.example", "xn--BCHER-kva.example", ".bücher.example", "x@bücher.example", "x@xn--bcher-kva.example",
+        "/@bücher\\.example$/", "/^x@xn--bcher-kva\\./", "/BÜCHER/",
+    ],
+)  # fmt: skip
+def test_a_line_of_the_route_map_means_a_domain_in_u_labels_and_a_labels(tmp_path, recipient, pattern):
+    (tmp_path / "map").write_text(f"{pattern} mapped\n", encoding="utf-8")
+    settings = {"route_map": str(tmp_path / "map"), "route": [{"name": "mapped", "hosts": ["h"], "sender": ["a@never.example"]}]}
+    routes = RouteTable(Config.model_validate({"listener": [{"address": "127.0.0.1:25"}], **settings}))
+    assert routes.choose(mail(recipient), recipient).label == "mapped"
+    assert routes.choose(mail("x@other.example"), "x@other.example").label == "mx"
+    assert routes.choose(mail("x@xn--9.example"), "x@xn--9.example").label == "mx"  # no A-label

@@ -7,6 +7,7 @@ looked up (`by_mx`). Beside `mx` it may have conditions only on what a queue's n
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from relaymta.config import Config, Route, header_condition, near
@@ -225,7 +226,7 @@ class _RouteMap:
             raise ConfigError(problems)
 
     def find(self, recipient: str) -> Route | None:
-        """The route of an address (lower case), None when no line matches it."""
+        """The route of an address (as `compared`), None when no line matches it. Expressions may have U-labels or A-labels."""
         domain = domain_of(recipient)
         found = self._exact.get(recipient) or self._exact.get(domain)
         rest = domain
@@ -233,8 +234,20 @@ class _RouteMap:
             found = self._exact.get("." + rest)
             rest = rest.partition(".")[2]
         if found is None:
-            found = next((route for expression, route in self._expressions if expression.search(recipient)), None)
+            forms = (recipient,) if "xn--" not in domain else (recipient, recipient.replace(domain, _in_u_labels(domain)))
+            found = next((route for expression, route in self._expressions if any(map(expression.search, forms))), None)
         return found
+
+
+@lru_cache(1024)
+def _in_u_labels(domain: str) -> str:
+    """A domain of A-labels (lower case) in U-labels, as an expression may have it; what is none stays as it is."""
+    import idna
+
+    try:
+        return idna.decode(domain)
+    except UnicodeError:  # as IDNAError is
+        return domain
 
 
 def mx_matches(hosts: list[str], patterns: list[str]) -> bool:
