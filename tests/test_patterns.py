@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from relaymta.cli import main
 from relaymta.config import Config, Route, load
-from relaymta.config.patterns import _may_match, address_trouble, domain_trouble, host_trouble, never
+from relaymta.config.patterns import _may_match, address_trouble, domain_trouble, host_trouble, never, relay_domain_trouble
 from relaymta.proto.address import domain_matches
 from relaymta.route.shaping import profiles
 
@@ -59,6 +59,23 @@ def test_patterns_of_addresses(pattern, meant):
 def test_patterns_of_hosts(pattern, meant):
     found = host_trouble(pattern)
     assert (meant is None) == (found == "") and (meant or "") in found
+
+
+@pytest.mark.parametrize(
+    ("domain", "meant"),
+    [
+        ("ours.example", None), ("Ours.example.", None), ("bücher.example", None), ("localhost", None), ("[192.0.2.1]", None),
+        (".ours.example", 'write "ours.example" for this domain alone'), ("*.ours.example", '"*" is not special here'),
+        ("a@ours.example", 'write the domain alone: "ours.example"'), ("", "it names no domain"), (".", "it names no domain"),
+        ("☃.example", "it is no domain"), ("ours.example, b.example", "white space or a comma"), ("a..example", "an empty label"),
+        ("hash:/etc/domains", "write a domain"),
+    ],
+)  # fmt: skip
+def test_relay_domains_in_which_no_recipient_can_be(domain, meant):
+    found = relay_domain_trouble(domain)
+    assert (meant is None) == (found == "") and (meant or "") in found
+    config = Config.model_validate({"listener": [{"address": "127.0.0.1:25"}], "relay": {"domains": [domain]}})
+    assert [key for key, _ in never(config)] == ([] if meant is None else ["relay.domains"])
 
 
 @pytest.mark.parametrize(

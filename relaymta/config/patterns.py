@@ -12,7 +12,7 @@ from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
 
-__all__ = ["address_trouble", "domain_trouble", "host_trouble", "never"]
+__all__ = ["address_trouble", "domain_trouble", "host_trouble", "never", "relay_domain_trouble"]
 
 _DIGITS = frozenset("0123456789")
 _REPLY = (frozenset("2345"), _DIGITS, _DIGITS, frozenset(" "))  # how the line that a rule's `match` is compared with begins
@@ -49,6 +49,14 @@ def domain_trouble(pattern: str) -> str:
     return ""
 
 
+def relay_domain_trouble(domain: str) -> str:
+    """Why no recipient can be in a domain of `relay.domains`; "" if one can. Unlike in conditions, the dot at the end of a
+    domain is ignored."""
+    if domain.startswith(".") and domain != ".":
+        return f"sub-domains are named one by one; write {_quoted(domain.strip('.'))} for this domain alone"
+    return domain_trouble(domain.removesuffix("."))
+
+
 def host_trouble(pattern: str) -> str:
     """Why a pattern for names of hosts can match none; "" if it can."""
     if re.search(r"[^:]:\d+$", pattern) and pattern.count(":") == 1:
@@ -72,6 +80,7 @@ def address_trouble(pattern: str) -> str:
 
 def never(config: "Config") -> Iterator[tuple[str, str]]:
     """(key, what is wrong) of what can never match."""
+    yield from _each("relay.domains", config.relay.domains, relay_domain_trouble)
     for number, route in enumerate(config.route):
         for key, what in (*_lists(route), *_contradictions(route)):
             yield f"route.{number}.{key}", what
