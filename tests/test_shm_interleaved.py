@@ -154,9 +154,8 @@ def limits_are_kept(rows: int, most: int, schedule: Iterable[tuple[int, int]], w
                 give(number, held[number].pop())
 
     def give(number: int, key: str) -> None:
-        crew_limits[number].give(key)
-        if sum(crew_limits[number]._fallback.values()) and crew_limits[number]._fallback.get(key) is not None:
-            crew_limits[number].give(key)  # a unit without a row was given back first
+        for _ in range(crew_limits[number]._fallback.get(key, 0) + 1):  # units without a row are given back first
+            crew_limits[number].give(key)
 
     crew = Crew(cells, schedule, died)
     crew.run([lambda n=n: work(n) for n in range(WORKERS)])
