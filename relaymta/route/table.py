@@ -13,7 +13,7 @@ from pathlib import Path
 from relaymta.config import Config, Route, header_condition, near
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
-from relaymta.proto.address import DomainError, comparable, compared, domain_matches, domain_of, normalize_domain
+from relaymta.proto.address import comparable, compared, domain_matches, domain_of
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
 
@@ -157,12 +157,7 @@ class RouteTable:
         return list(groups.items())
 
     def _name(self, envelope: Envelope, route: Route, recipient: str) -> QueueName:
-        domain = "" if route.hosts else domain_of(recipient)
-        if domain and not domain.startswith("["):
-            try:
-                domain = normalize_domain(domain)
-            except DomainError:
-                pass  # the attempt fails with the reason
+        domain = "" if route.hosts else domain_of(recipient)  # an invalid one: the attempt fails with the reason
         return QueueName(route.label, domain, envelope.application, envelope.priority)
 
     def by_route(self, route: Route, name: QueueName) -> QueueName:
@@ -234,13 +229,13 @@ class _RouteMap:
             found = self._exact.get("." + rest)
             rest = rest.partition(".")[2]
         if found is None:
-            forms = (recipient,) if "xn--" not in domain else (recipient, recipient.replace(domain, _in_u_labels(domain)))
+            forms = (recipient,) if "xn--" not in domain else (recipient, recipient.replace(domain, _decoded(domain)))
             found = next((route for expression, route in self._expressions if any(map(expression.search, forms))), None)
         return found
 
 
 @lru_cache(1024)
-def _in_u_labels(domain: str) -> str:
+def _decoded(domain: str) -> str:
     """A domain of A-labels (lower case) in U-labels, as an expression may have it; what is none stays as it is."""
     import idna
 
