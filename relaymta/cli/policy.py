@@ -68,7 +68,7 @@ def _add(kind: str, sentence: str, reason: str) -> None:
             say(f"{count} queued messages would be {done}, and new mail that matches; nothing was changed")
             return
         asked(peer, "policy", kind=kind, about=about, seconds=seconds, reason=reason)
-        found = change(peer, verb, [given], dry_run)
+        found = change(peer, verb, [given], dry_run, about)
         ends = until(time.time() + seconds)
         say(f"mail with {about} is {done} {ends}; {found['changed']} queued messages were {done}")
         say(f'`relaymta policy remove {kind} "{about}"` ends it')

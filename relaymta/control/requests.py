@@ -53,7 +53,7 @@ class Page(_Arguments, frozen=True):
 
 
 class Change(_Arguments, frozen=True):
-    """`word`: the reason (bounce) or route (reroute)."""
+    """`word`: the reason (bounce), the route (reroute) or the name of the hold policy (policy; "": not known)."""
 
     shard: Number
     verb: Literal["flush", "hold", "release", "delete", "bounce", "reroute", "policy"]

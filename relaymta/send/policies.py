@@ -70,13 +70,15 @@ class Policies:
         self._refused: list[Entry] = []  # could not be held: the disk is full, or an entry of the same message is in flight
         self._pause = self._ticks = 0  # until they are tried again, and since they were
         self._holding = False
-        self._holds: set[str] | None = None  # the hold policies at the last `tick`; None: held mail is to be checked
+        self._seen: set[str] = set()  # the hold policies in effect at any time since the last `tick`
+        self._to_check = True  # held mail, at the next `tick`: some may be held by a policy that ended in an earlier process
         self.refresh()
 
     def refresh(self) -> None:
         """Reload the policies: some may have been added, removed or have expired."""
         policies = ((state, _meant(state)) for state in self._states.of(HOLD, BOUNCE))
         self._policies = [(state, chosen) for state, chosen in policies if chosen is not None]
+        self._seen |= self._holding_policies()
 
     def __bool__(self) -> bool:
         return bool(self._policies)
@@ -121,13 +123,32 @@ class Policies:
             self._holding = False
 
     async def _hold_some(self, entries: list[Entry]) -> None:
+        """Hold those of these entries that a hold policy still matches; the others are put back."""
+        chosen = []
+        for entry in entries:
+            if self._held(entry):
+                chosen.append(entry)
+            elif entry.waiting:
+                self._put_back(entry)
+        if not chosen:
+            return
         holds = self._holding_policies()
         try:
-            await self._queue().change_messages("policy", [entry.ident for entry in entries])
+            await self._queue().change_messages("policy", [entry.ident for entry in chosen])
         except StoreError:
             return  # which the queue reports
         if holds - self._holding_policies():  # it ended during this commit, and `tick` checked before
             await self._release()
+
+    def _held(self, entry: Entry) -> bool:
+        """Whether a hold policy matches an entry now."""
+        policy = self.find(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
+        return policy is not None and policy.kind == HOLD
+
+    def held(self, about: str) -> None:
+        """Called when an operator's change has held mail for the hold policy with this name ("": not known): if it has ended
+        meanwhile, `tick` may have released its mail before."""
+        self._to_check |= self._states.get(HOLD, about) is None
 
     def tick(self) -> None:
         """Called each second: release the mail of hold policies that have ended, and hold again what could not be held."""
@@ -135,9 +156,10 @@ class Policies:
         self._hold_again()
         self._begin_to_hold()
         holds = self._holding_policies()
-        if self._holds is None or self._holds - holds:
+        if self._to_check or self._seen - holds:  # also one that began and ended since the last tick
+            self._to_check = False
             self._spawn(self._release())
-        self._holds = holds
+        self._seen = holds
 
     def _hold_again(self) -> None:
         """Put back what no hold policy matches any more; try the rest again after a pause that becomes longer each time."""
@@ -146,8 +168,7 @@ class Policies:
             return
         still, self._refused = [entry for entry in self._refused if entry.waiting], []
         for entry in still:
-            policy = self.find(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
-            if policy is not None and policy.kind == HOLD:
+            if self._held(entry):
                 self._refused.append(entry)
             else:
                 self._put_back(entry)
@@ -166,7 +187,7 @@ class Policies:
             released = True
         finally:
             if not released:
-                self._holds = None  # the next tick tries again
+                self._to_check = True  # the next tick tries again
 
     def _held_still(self, envelope: Envelope, names: list[QueueName]) -> bool:
         policies = [self.find(name, envelope.sender, envelope.recipients) for name in names]

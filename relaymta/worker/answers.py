@@ -69,6 +69,8 @@ class Answers:
         if args.verb == "flush":
             one.dispatcher.flush()
             await one.queue.wake_queues()
+        elif args.verb == "policy":
+            one.dispatcher.policies.held(args.word)
         return result
 
     async def move(self, args: Move) -> Any:

@@ -4,7 +4,10 @@ import json
 import smtplib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from relaymta import control
+from relaymta.ident import parse_id
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
@@ -122,6 +125,30 @@ def test_a_hold_policy_that_ends_releases_its_mail(tmp_path):
         wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
         wait_for(lambda: len(peer.messages) == 1)
         assert relay.cli("policy", "list").stdout == "no policy is in effect\n"
+
+
+def test_a_hold_policy_that_is_removed_at_once_releases_its_mail(tmp_path):
+    """It began and ended between two looks at the policies; and a change for it that comes later holds nothing for ever."""
+    about = "sender=a@b.example"
+    with FakeMx({}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=600") as relay:
+
+            def ask(op: str, **args: object) -> Any:
+                return control.ask(relay.spool / "control.sock", op, **args)
+
+            for number in range(1, 6):
+                ask("policy", kind="hold", about=about, seconds=3600, reason="")
+                relay.send()
+                wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
+                assert ask("clear", kind="hold", site=about, about="", resume=False)
+                wait_for(lambda number=number: len(peer.messages) == number)
+            peer.rules["RCPT"] = b"450 4.2.1 later\r\n"
+            relay.send()
+            (deferred,) = wait_for(lambda: relay.events("deferred"))
+            peer.rules.clear()
+            ident = parse_id(deferred["id"])
+            assert ask("change", verb="policy", shard=0, idents=[ident], word=about) == [1, 0]
+            wait_for(lambda: len(peer.messages) == 6)
 
 
 def test_flush_reports_throttled_mail_and_filters_match_routes_sites_and_applications(tmp_path):

@@ -41,6 +41,7 @@ class FakeQueue:
         self.parked: dict[int, int] = {}
         self.held: list[list[int]] = []  # ids of each `change_messages`
         self.entries: list[Entry] = []  # that it claims
+        self.releases = 0  # how often mail of hold policies that ended was asked for
         self.changes: list[Callable[[], Any]] = []  # results of `change_messages`, in order
 
     def begin(self, entry: Entry) -> bool:
@@ -79,6 +80,7 @@ class FakeQueue:
         return len(idents), 0
 
     async def release_policy_held(self, still: Any) -> int:
+        self.releases += 1
         return 0
 
     async def read(self, entries: list[Entry]) -> Any:
@@ -279,6 +281,59 @@ async def test_a_policy_that_could_not_be_applied_is_applied_later(made):
     assert made.queue.returned == [], "what is put back would be offered again at once, and again"
     assert made.policies._to_hold == []
     assert not made.policies._holding
+
+
+def _policy(made: Dispatcher, seconds: int = 60) -> SiteState:
+    now = wall_ms()
+    policy = SiteState(HOLD, "recipient_domain=smart.test", "", now, now + 1000 * seconds, "operator", "wait")
+    made.decisions.states.learn(policy)
+    made.site_state_changed(policy, policy.key)
+    return policy
+
+
+def _remove(made: Dispatcher, policy: SiteState) -> None:
+    made.decisions.states.forget(*policy.key)
+    made.site_state_changed(None, policy.key)
+
+
+async def test_mail_of_a_policy_that_began_and_ended_within_a_tick_is_released(made):
+    made.policies.tick()
+    await ticks()
+    assert made.queue.releases == 1, "what an earlier process held"
+    policy = _policy(made)
+    made.queue.entries.append(entry(1, "smart.test"))
+    made.offer(made.queue.entries[0])
+    await ticks()
+    assert made.queue.held == [[1]]
+    _remove(made, policy)
+    for expected in (2, 2):
+        made.policies.tick()
+        await ticks()
+        assert made.queue.releases == expected
+
+
+async def test_mail_that_waits_to_be_held_is_not_held_when_its_policy_ended(made):
+    """An earlier change was under way until then, and a tick has released what the policy held."""
+    first, second = entry(1, "smart.test"), entry(2, "smart.test")
+    over = asyncio.Event()
+
+    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
+        made.queue.held.append(idents)
+        await over.wait()
+        return len(idents), 0
+
+    made.queue.change_messages = slowly
+    policy = _policy(made)
+    made.offer(first)
+    await ticks()
+    made.offer(second)
+    _remove(made, policy)
+    made.policies.tick()
+    over.set()
+    await ticks()
+    assert made.queue.held == [[1]]
+    assert made.queue.returned == [second]
+    assert made.queue.releases == 2, "once at the tick, once after the change that it came in between"
 
 
 async def test_connections_that_stall_together_halve_the_window_once(made):
