@@ -65,12 +65,14 @@ class Answers:
         one = self._shard(args.shard)
         if args.verb == "reroute" and args.word not in self._worker.routes.labels:
             raise self._no_route(args.word)
-        result = await one.queue.change_messages(args.verb, args.idents, args.word)
+        try:
+            result = await one.queue.change_messages(args.verb, args.idents, args.word)
+        finally:
+            if args.verb == "policy":  # some may be held even after an error
+                one.dispatcher.policies.held(args.word)
         if args.verb == "flush":
             one.dispatcher.flush()
             await one.queue.wake_queues()
-        elif args.verb == "policy":
-            one.dispatcher.policies.held(args.word)
         return result
 
     async def move(self, args: Move) -> Any:

@@ -27,6 +27,7 @@ from relaymta.send.dispatch import Dispatcher
 from relaymta.send.oauth import Tokens
 from relaymta.shm import Shared
 from tests.send.test_dispatch import FakeQueue
+from tests.support.daemon import free_port
 
 DOCS = Path(__file__).parents[2] / "docs" / "delivery.md"
 LINES = {
@@ -173,10 +174,8 @@ async def hosted(
     folder: Path, arrangement: str, peers: list[Peer], protocol: str = "smtp", **keys: Any
 ) -> AsyncIterator[tuple[Dispatcher, Site]]:
     """Peers that listen, and a dispatcher with the site that they are in this arrangement."""
-    servers, port = [], 0
-    for number, peer in enumerate(peers, 1):
-        servers.append(await asyncio.start_server(peer.serve, f"127.0.0.{number}", port))
-        port = servers[0].sockets[0].getsockname()[1]
+    port = free_port()  # not one that the system gives: it may be in use at the next address
+    servers = [await asyncio.start_server(peer.serve, f"127.0.0.{number}", port) for number, peer in enumerate(peers, 1)]
     smart = arrangement.endswith(("host", "smart hosts"))
     route = {"name": "r", "protocol": protocol, **keys}
     if smart:

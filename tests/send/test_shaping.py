@@ -239,7 +239,7 @@ def test_an_express_message_overtakes_a_backlog_and_the_backlog_is_delivered_too
 
 def test_more_mail_than_a_site_may_hold_in_memory_is_delivered_after_an_outage(tmp_path):
     """So much waits that the rest stays on disk; then the site is down, and up again."""
-    with FakeMx({}, slow=3600) as slow:
+    with FakeMx({}, free_port(), slow=3600) as slow:
         with Relay(tmp_path, f"127.0.0.1:{slow.port}", "delivery.first_retry=0.5", "delivery.connect_timeout=300") as relay:
             taken: list[int] = []
 

@@ -9,7 +9,7 @@ import lmdb
 from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SUSPENDED, SiteState
-from relaymta.proto.envelope import DSN, EIGHT_BIT, HELD, Body, Envelope
+from relaymta.proto.envelope import DSN, EIGHT_BIT, HELD, POLICY_HELD, Body, Envelope
 from relaymta.queue import Filter, format_id, wall_ms
 from relaymta.send.explain import explain, goes_to
 from tests.sim import inside
@@ -242,6 +242,8 @@ class Scenario:
             said = f"{verb} {[format_id(i) for i in idents]}: {changed} changed, {skipped} skipped"
             self.world.say(f"{worker.process.name} operator: {said}")
         finally:
+            if verb == "policy":
+                worker.dispatcher.policies.held(word)
             if verb == "delete" and not worker.process.dead:
                 await self._deleted(worker, messages, changed if len(messages) == len(idents) else None)
 
@@ -342,8 +344,7 @@ class Scenario:
     def _policy(self) -> None:
         if self._policies and self.random.random() < 0.5:
             key = self._policies.pop(self.random.randrange(len(self._policies)))
-            self.world.say(f"operator removes {key}")
-            self.world.published(None, key)
+            self._remove(key)
             return
         kind, site = self.random.choice((
             (HOLD, "recipient_domain=a.test"), (HOLD, "sender=a@ok.test"),
@@ -358,6 +359,13 @@ class Scenario:
             self._fail(self.random.choice(self.world.workers).disk, {"commit": 0.7})
         self.world.say(f"operator adds {state.key}")
         self.world.published(state, state.key)
+        if kind == HOLD and self.random.random() < 0.5:
+            self.stage.after(self.random.random(), lambda: self._remove(state.key))
+
+    def _remove(self, key: tuple[str, str, str]) -> None:
+        if key in self.world.states:
+            self.world.say(f"operator removes {key}")
+            self.world.published(None, key)
 
     # Faults
 
@@ -458,14 +466,14 @@ class Scenario:
         self.stage.after(2.0, self._release)
 
     def _release(self) -> None:
-        """Release held mail, again and again: quarantine and holds under way may come later."""
+        """Release held mail, again and again: quarantine and holds under way may come later. What a policy held is to be released
+        without an operator."""
         for worker in self.world.workers:
-            if (
-                worker.up
-                and not worker.process.committing
-                and any(envelope.flags & HELD for envelope, _ in inside.contents(worker.queue.store).values())
-            ):
-                self._spawn(worker, lambda worker=worker: self._change(worker, "release", Filter(held=True)), "release")  # type: ignore[misc]
+            if worker.up and not worker.process.committing:
+                flags = {ident: envelope.flags for ident, (envelope, _) in inside.contents(worker.queue.store).items()}
+                held = [ident for ident, its in flags.items() if its & HELD and not its & POLICY_HELD]
+                if held:
+                    self._spawn(worker, lambda one=worker, ids=held: self._change_page(one, "release", ids, ""), "release")  # type: ignore[misc]
         self.stage.after(3.0, self._release)
         if all(worker.up for worker in self.world.workers) and not self._live():
             if not self._ends:
