@@ -168,7 +168,8 @@ class Connection(Line):
 
     def _advance(self, session: ServerSession, out: bytes) -> None:
         """After each step of the session: write `out`, then do what its state requires."""
-        self.write(out)
+        if out and self.transport is not None:
+            self.transport.write(out)
         if session.state:
             step = _STEPS.get(session.state)
             if step is not None:
@@ -187,7 +188,8 @@ class Connection(Line):
         if session.behind and not self.waits:
             out += session.receive(b"")
         self._advance(session, out)
-        self.resume()
+        if self.paused:
+            self.resume()
 
     def go_on(self, reason: int) -> None:
         self.waits &= ~reason
@@ -203,7 +205,7 @@ class Connection(Line):
 
     def _receiving(self, session: ServerSession) -> None:
         transaction = session.transaction
-        if isinstance(transaction, IncomingTransaction):  # None: the chunk of none is discarded
+        if transaction is not None:  # None: the chunk of none is discarded
             transaction.arrived(self.active_at)
 
     def _store(self, session: ServerSession) -> None:

@@ -82,7 +82,9 @@ class Origin(NamedTuple):
     """Where a message comes from, and what follows for it. `identity`: the authenticated user; `may_relay`: the client is
     authenticated or in a network that may relay; `free`: its recipients need no check; `submission`: Date and Message-ID are
     added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
-    `postmaster`: the address that this means without a domain, "": it is rejected."""
+    `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
+    are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
+    (RFC 8601 5)."""
 
     client: Client
     identity: Identity | None
@@ -94,12 +96,7 @@ class Origin(NamedTuple):
     submitted: bool
     domain: str
     postmaster: str
-
-    @property
-    def trusted(self) -> bool:
-        """Whether Authentication-Results in our name are kept: the client is of our own network and has not logged in, such as a
-        filter that hands back what we have verified (RFC 8601 5)."""
-        return self.may_relay and self.identity is None
+    trusted: bool
 
     @classmethod
     def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
@@ -118,6 +115,7 @@ class Origin(NamedTuple):
             listener.submission or identity is not None,
             domain,
             client.postmaster or (f"postmaster@{domain}" if domain else ""),
+            identity is None and may_relay,
         )
 
 

@@ -57,7 +57,7 @@ class IncomingTransaction(Transaction):
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, origin: Origin, session: Session, flow: Flow, admission: Admission) -> None:
-        super().__init__(sender, smtputf8, origin.client.limits)
+        Transaction.__init__(self, sender, smtputf8, origin.client.limits)
         self.origin = origin
         self._session = session
         self._flow = flow
@@ -80,7 +80,7 @@ class IncomingTransaction(Transaction):
         return self._admission.intake.accept_recipient(self.origin, address, self)
 
     def arrived(self, now: float) -> None:
-        """More message data has arrived, at `now` (loop time)."""
+        """As of `Transaction`; `now`: loop time."""
         if not self.began_at:
             self.began_at = now
         big = self.large is not None or self.size > self._admission.intake.queue.big_limit - FIELDS
@@ -149,14 +149,24 @@ class IncomingTransaction(Transaction):
     def complete(self) -> None:
         """All message data has arrived: store the message. From here on each step ends in the next one or in a reply."""
         self._completed_at = self._admission.now()
-        self._try(self._prepare if self.large is None else self._write_rest)
+        try:
+            if self.large is None:
+                self._prepare()
+            else:
+                self._write_rest()
+        except Exception as error:
+            self._failed(error)
 
     def _try(self, step: Callable[..., None], *arguments: object) -> None:
         try:
             step(*arguments)
-        except Exception as error:  # after an internal error, too, the transaction ends with a reply
-            self._admission.intake.not_stored(error)
-            self._reject(reply.STORE_ERROR)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """After an internal error, too, the transaction ends with a reply."""
+        self._admission.intake.not_stored(error)
+        self._reject(reply.STORE_ERROR)
 
     def _prepare(self) -> None:
         """A message in memory: add our fields; then it is signed, verified, or neither."""
@@ -324,7 +334,7 @@ class IncomingTransaction(Transaction):
 
     def end(self) -> None:
         self._over = True
-        if not self._writing:
+        if not self._writing and (self.large is not None or self._units is not None):
             self._release()
 
     def _release(self) -> None:

@@ -149,7 +149,10 @@ class Session:
         return answer
 
     def close(self) -> None:
-        """The connection is lost, or is to be closed: nothing more is parsed, and a transaction that is not being stored ends."""
+        """The connection is lost, or is to be closed: nothing more is parsed, and a transaction that is not being stored ends.
+        Further calls do nothing."""
+        if self.closing:
+            return
         self.closing = self.returns = True
         self.behind = False
         self.pending = []

@@ -232,7 +232,7 @@ class ClientSession:
     def receive(self, data: bytes, unsent: int = 0) -> None:
         """Take octets from the peer. `out` was written before, except for `unsent` octets that the peer cannot have yet."""
         replies = self._replies.feed(data)
-        if self.features.chunking and len(replies) > len(self._expected):
+        if len(replies) > len(self._expected) and self.features.chunking:
             self._cut_surplus(replies)
         self._take(replies, unsent)
 

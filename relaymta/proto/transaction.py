@@ -66,6 +66,9 @@ class Transaction:
         if self.chunked:
             self.tail = (self.tail + data[-2:])[-2:]
 
+    def arrived(self, now: float) -> None:
+        """All input that has come by `now` (monotonic seconds) was parsed; message data is still awaited."""
+
     def take(self) -> list[bytes]:
         """The message data received since the last call."""
         data, self.data = self.data, []

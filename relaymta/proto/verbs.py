@@ -41,7 +41,7 @@ def _ehlo(session: Session, argument: bytes) -> bytes:
         lines.append("XCLIENT " + " ".join(XCLIENT))
     if offers.mechanisms and not host.user and (session.secure or offers.clear):
         lines.append("AUTH " + " ".join(offers.mechanisms))
-    return "".join(f"250-{line}\r\n" for line in lines).encode() + b"250 ENHANCEDSTATUSCODES\r\n"
+    return ("250-" + "\r\n250-".join(lines) + "\r\n250 ENHANCEDSTATUSCODES\r\n").encode()
 
 
 def _helo(session: Session, argument: bytes) -> bytes:

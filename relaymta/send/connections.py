@@ -283,11 +283,12 @@ class Connections:
         session.read_pieces = self.loading.pieces
         return session
 
-    def idle(self, session: Session) -> None:
-        """A session can take a message: it is idle, or its message data is written and the next one can be pipelined."""
+    def idle(self, session: Session) -> bool:
+        """A session can take a message: it is idle, or its message data is written and the next one can be pipelined. Whether it
+        was sent one."""
         pool = self._sessions.pool_of(session)
         if pool is None:
-            return
+            return False
         core = session.core
         if not session.leaving and core.messages >= pool.most_messages(self._loop.time()):
             session.leaving = True
@@ -295,19 +296,20 @@ class Connections:
             if core.idle:
                 self._sessions.retire(session)
                 self.pump(pool)
-            return
+            return False
         if pool.needy and self.elsewhere.claims(pool, session):
-            return
-        if not core.idle and pool.idle:
-            return  # other sessions are idle
+            return False
+        if pool.idle and not core.idle:
+            return False  # other sessions are idle
         mail = None if self.queue.stalled else self._next(pool, session)
         if mail is not None:
-            core.begin(mail)
-            session._flush()
-        elif core.idle and not session.waiting:
+            session.send(mail)
+            return True
+        if core.idle and not session.waiting:
             session.waiting = True
             session.idle_since = self._loop.time()
             pool.idle.append(session)
+        return False
 
     def _finished(self, session: Session, mail: Mail) -> None:
         pool = self._sessions.pool_of(session)

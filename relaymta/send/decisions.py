@@ -58,8 +58,9 @@ class Decisions:
 
     def asleep(self, pool: Pool, tenant: str) -> int:
         """Until when no mail of a tenant is delivered through a pool (queue clock); 0 when it may be."""
-        suspended = self.states.suspension(pool.shape.key, tenant)
-        until = max(pool.down_until, self._end(suspended) if suspended is not None else 0)
+        until, suspended = pool.down_until, self.states.suspension(pool.shape.key, tenant)
+        if suspended is not None:
+            until = max(until, self._end(suspended))
         return until if until and until > self._clock() else 0
 
     def _end(self, state: SiteState) -> int:

@@ -42,8 +42,8 @@ def mail_of(entry: Entry, rewrite: str, trail: Trail | None = None) -> Mail:
         entry.recipients if trail is None else trail.left(entry.recipients),
         entry.data,
         envelope.size,
-        bool(flags & EIGHT_BIT),
-        bool(flags & SMTPUTF8),
+        flags & EIGHT_BIT != 0,
+        flags & SMTPUTF8 != 0,
     )
     mail.trail = trail
     return mail

@@ -111,15 +111,19 @@ class Room:
     def yields(self, pool: Pool, session: Session) -> bool:
         """Whether this connection is yielded to another worker, which waits with mail of a higher class, or of the same class and
         of a tenant that has none here, or this worker's turn is over. It is then left free for YIELD_SECONDS."""
+        if self._rates.workers == 1:
+            return False  # there is no other
         pool.served += 1
         if len(pool.sessions) < pool.shape.connections.value and pool.served < TURN:
             return False
-        (rank, theirs), own = self._others(pool), pool.ready.highest()
-        if rank and (rank > own or (rank == own and self._turn_is_over(pool, theirs))):
-            pool.served = 0
-            pool.yielded_at = self._now()
-            session.leaving = True
-        elif not rank and pool.served >= TURN:
+        rank, theirs = self._others(pool)
+        if rank:
+            own = pool.ready.highest()
+            if rank > own or (rank == own and self._turn_is_over(pool, theirs)):
+                pool.served = 0
+                pool.yielded_at = self._now()
+                session.leaving = True
+        elif pool.served >= TURN:
             pool.served = 0
         return session.leaving
 

@@ -26,7 +26,8 @@ class Link(NamedTuple):
 
 
 class Session(asyncio.Protocol):
-    """The client side of one connection in a pool. Its owner passes callbacks: `idle(session)`: it can take a message;
+    """The client side of one connection in a pool. Its owner passes callbacks: `idle(session)`: it can take a message, whether it
+    has sent it one;
     `finished(session, mail)`: all replies to a message are there; `lost(session, reason)`: the connection ended, once."""
 
     def __init__(
@@ -34,7 +35,7 @@ class Session(asyncio.Protocol):
         core: ClientSession,
         peer: str,
         now: Callable[[], float],
-        idle: Callable[["Session"], None],
+        idle: Callable[["Session"], bool],
         finished: Callable[["Session", Mail], None],
         lost: Callable[["Session", str], None],
         patience: float = 1.0,
@@ -90,9 +91,12 @@ class Session(asyncio.Protocol):
             else:
                 self.transport.write(b"".join(out))
             out.clear()
-        if core.streaming is not None and self._stream is None:
-            self._stream = asyncio.get_running_loop().create_task(self._write_data(core.streaming))
-        awaiting = MESSAGE_DATA if core.streaming is not None else core.awaiting
+        if core.streaming is None:
+            awaiting = core.awaiting
+        else:
+            awaiting = MESSAGE_DATA
+            if self._stream is None:
+                self._stream = asyncio.get_running_loop().create_task(self._write_data(core.streaming))
         self.deadline = self._now() + TIMEOUTS[awaiting] * self._patience if awaiting else 0.0
 
     def data_received(self, data: bytes) -> None:
@@ -106,9 +110,7 @@ class Session(asyncio.Protocol):
         if core.closing:
             self.fail(core.broken[:300].decode("utf-8", "replace"))
             return
-        if core.may_follow:
-            self._idle(self)
-        if not self.ended:
+        if not (core.may_follow and self._idle(self)) and not self.ended:
             self._flush()
 
     def _report(self) -> None:

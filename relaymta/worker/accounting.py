@@ -25,11 +25,7 @@ DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
 NOWHERE: Link = ("", 0, "", "")
-
-
-def _way(entry: Entry) -> tuple[str, bytes, Link]:
-    """The peer that has taken an entry for all of its recipients, its reply, and the connection to it."""
-    return entry.route if isinstance(entry.route, tuple) else ("", b"", NOWHERE)
+NO_ROUTE = ("", b"", NOWHERE)  # the peer that has taken an entry for all of its recipients, its reply, and the connection to it
 
 
 def _link(entry: Entry, position: int) -> Link:
@@ -63,14 +59,15 @@ class Witness(Events):
         self._landed(entry)
         envelope = entry.envelope
         if outcome.success:
-            peer, answer, link = _way(entry)
-            count = len(envelope.recipients) if entry.indexes is None else len(entry.indexes)
+            peer, answer, link = entry.route if isinstance(entry.route, tuple) else NO_ROUTE
+            everyone, indexes = envelope.recipients, entry.indexes
+            recipients = everyone if indexes is None else [everyone[index] for index in indexes]
             delay = time.time() - envelope.arrived / 1000
-            self._add(DELIVERED, count)
+            self._add(DELIVERED, len(recipients))
             self._add(DELIVERED_OCTETS, envelope.size)
             self._delay(delay)
             self._log.event(
-                "delivered", id=format_id(entry.ident), recipients=[a for _, a in entry.recipients], route=entry.name.label,
+                "delivered", id=format_id(entry.ident), recipients=recipients, route=entry.name.label,
                 peer=peer, address=link[0], port=link[1], tls=link[2], cipher=link[3], reply=answer.decode("utf-8", "replace"),
                 delay=round(delay, 3), attempt=entry.attempts + 1,
             )  # fmt: skip
