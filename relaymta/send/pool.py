@@ -208,14 +208,16 @@ class Pool:
         before, this = (self.before, self.this) if second == self.second else (self.this, 0)
         return before * (1 - (now - second)) + this
 
-    def most_messages(self, now: float) -> int:
+    def most_messages(self, now: float) -> float:
         """After how many messages a connection is closed."""
-        learned = self.learned.get("messages_per_connection")
-        if learned is not None and learned.until < now:
-            del self.learned["messages_per_connection"]
-            learned = None
         most = self.shape.messages_per_connection.value
-        return int(min(most, learned.value) if learned is not None else most)
+        learned = self.learned.get("messages_per_connection") if self.learned else None
+        if learned is None:
+            return most
+        if learned.until < now:
+            del self.learned["messages_per_connection"]
+            return most
+        return int(min(most, learned.value))
 
     def binding(self, now: float) -> list[tuple[str, Limit]]:
         """(name, limit) of all limits in effect; a learned limit replaces the one that it tightens."""
