@@ -70,8 +70,9 @@ class Policies:
         self._refused: list[Entry] = []  # could not be held: the disk is full, or an entry of the same message is in flight
         self._pause = self._ticks = 0  # until they are tried again, and since they were
         self._holding = False
-        self._seen: set[str] = set()  # the hold policies in effect at any time since the last `tick`
+        self._seen: set[str] = set()  # the hold policies in effect at any time since the last check of held mail
         self._to_check = True  # held mail, at the next `tick`: some may be held by a policy that ended in an earlier process
+        self._releasing = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -123,22 +124,24 @@ class Policies:
             self._holding = False
 
     async def _hold_some(self, entries: list[Entry]) -> None:
-        """Hold those of these entries that a hold policy still matches; the others are put back."""
+        """Hold those of these entries that a hold policy still matches; the others are put back. What somebody else has taken
+        meanwhile is left alone: it may be in another queue by now."""
         chosen = []
         for entry in entries:
-            if self._held(entry):
-                chosen.append(entry)
+            if entry.waiting and self._held(entry):
+                chosen.append(entry.ident)
             elif entry.waiting:
                 self._put_back(entry)
         if not chosen:
             return
         holds = self._holding_policies()
         try:
-            await self._queue().change_messages("policy", [entry.ident for entry in chosen])
+            await self._queue().change_messages("policy", chosen)
         except StoreError:
-            return  # which the queue reports
-        if holds - self._holding_policies():  # it ended during this commit, and `tick` checked before
-            await self._release()
+            pass  # which the queue reports; some may be held all the same
+        finally:
+            if holds - self._holding_policies():  # one ended during this change, and `tick` checked before
+                self._to_check = True
 
     def _held(self, entry: Entry) -> bool:
         """Whether a hold policy matches an entry now."""
@@ -155,9 +158,11 @@ class Policies:
         self.refresh()
         self._hold_again()
         self._begin_to_hold()
+        if self._releasing:
+            return
         holds = self._holding_policies()
         if self._to_check or self._seen - holds:  # also one that began and ended since the last tick
-            self._to_check = False
+            self._to_check, self._releasing = False, True
             self._spawn(self._release())
         self._seen = holds
 
@@ -186,6 +191,7 @@ class Policies:
             await self._queue().release_policy_held(self._held_still)
             released = True
         finally:
+            self._releasing = False
             if not released:
                 self._to_check = True  # the next tick tries again
 

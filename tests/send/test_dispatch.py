@@ -333,7 +333,76 @@ async def test_mail_that_waits_to_be_held_is_not_held_when_its_policy_ended(made
     await ticks()
     assert made.queue.held == [[1]]
     assert made.queue.returned == [second]
-    assert made.queue.releases == 2, "once at the tick, once after the change that it came in between"
+    for _ in range(3):
+        made.policies.tick()
+        await ticks()
+    assert made.queue.releases == 2, "once at the tick that came before the change was committed, once after it"
+
+
+async def test_a_hold_that_fails_half_way_while_its_policy_ends_is_checked(made):
+    """The disk refuses the second part of the change: the first is held."""
+    over = asyncio.Event()
+
+    async def fails(verb: str, idents: list[int]) -> tuple[int, int]:
+        await over.wait()
+        raise StoreError("the disk is full")
+
+    made.queue.change_messages = fails
+    policy = _policy(made)
+    made.offer(entry(1, "smart.test"))
+    await ticks()
+    _remove(made, policy)
+    made.policies.tick()
+    await ticks()
+    assert made.queue.releases == 1
+    over.set()
+    await ticks()
+    made.policies.tick()
+    await ticks()
+    assert made.queue.releases == 2
+
+
+async def test_mail_that_somebody_else_has_taken_is_not_held(made):
+    """It was given to another route, to which the policy does not apply, while it waited for an earlier change."""
+    first, second = entry(1, "smart.test"), entry(2, "smart.test")
+    over = asyncio.Event()
+
+    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
+        made.queue.held.append(idents)
+        await over.wait()
+        return len(idents), 0
+
+    made.queue.change_messages = slowly
+    _policy(made)
+    made.offer(first)
+    await ticks()
+    made.offer(second)
+    second.state = ON_DISK
+    over.set()
+    await ticks()
+    assert made.queue.held == [[1]] and made.queue.returned == []
+
+
+async def test_held_mail_is_checked_by_one_at_a_time(made):
+    over = asyncio.Event()
+
+    async def slowly(still: Any) -> int:
+        made.queue.releases += 1
+        await over.wait()
+        return 0
+
+    made.queue.release_policy_held = slowly
+    for _ in range(3):
+        made.policies.held("a policy that ended")
+        made.policies.tick()
+        await ticks()
+    assert made.queue.releases == 1
+    over.set()
+    await ticks()
+    for _ in range(3):
+        made.policies.tick()
+        await ticks()
+    assert made.queue.releases == 2
 
 
 async def test_connections_that_stall_together_halve_the_window_once(made):

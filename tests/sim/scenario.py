@@ -50,6 +50,7 @@ class Scenario:
         self.length = random.choice((8.0, 15.0, 30.0))
         self.busy = random.randrange(15, 50)  # events
         self._policies: list[tuple[str, str, str]] = []
+        self._names = [""]  # of hold policies, also past ones
         self._numbers = 0
         self._until = 0.0
         self._ends = 0
@@ -207,7 +208,9 @@ class Scenario:
     async def _change(self, worker: Worker, verb: str, chosen: Filter) -> None:
         """A verb over all pages, as `relaymta queue VERB` does."""
         world, queue, after, first, bound = self.world, worker.queue, 0, True, 0
-        word = {"bounce": "unwanted", "reroute": self.random.choice(("away", "smart"))}.get(verb, "")
+        word = {
+            "bounce": "unwanted", "reroute": self.random.choice(("away", "smart")), "policy": self.random.choice(self._names),
+        }.get(verb, "")  # fmt: skip
         world.say(f"{worker.process.name} operator: {verb} {word} {chosen}")
         while first or after:
             first = False
@@ -355,6 +358,7 @@ class Scenario:
         about = "app" if kind == SUSPENDED and (not site or self.random.random() < 0.3) else ""
         state = SiteState(kind, site, about, now, now + self.random.choice((2000, 8000, 20_000)), "operator", "because")
         self._policies.append(state.key)
+        self._names += [site] if kind == HOLD else []
         if kind == HOLD and self.random.random() < 0.3:
             self._fail(self.random.choice(self.world.workers).disk, {"commit": 0.7})
         self.world.say(f"operator adds {state.key}")
