@@ -35,7 +35,8 @@ class Recipient(msgspec.Struct):
 
 class Row(msgspec.Struct):
     """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never. `state`: "queued" (not yet
-    tried), "in flight", "deferred" (tried, and to be tried again), "held" or "quarantined"."""
+    tried), "in flight", "deferred" (tried, and to be tried again), "held" or "quarantined"; `next`: when it is due and its queue
+    does not sleep any more."""
 
     id: str
     state: str
@@ -60,15 +61,15 @@ class _Reader:
         self._now = clock.now()
         self._behind = wall_ms() - self._now  # how far the queue's clock is behind the wall clock
         self._entries = entries
-        self._queues: dict[int, tuple[str, bool]] = {}
+        self._queues: dict[int, tuple[str, bool, int]] = {}
         self._histories = store.histories(txn)
 
-    def _queue(self, number: int) -> tuple[str, bool]:
-        """A queue's name, and whether all mail in it is due."""
+    def _queue(self, number: int) -> tuple[str, bool, int]:
+        """A queue's name, whether all mail in it is due, and until when it sleeps (queue clock, 0: it does not)."""
         found = self._queues.get(number)
         if found is None:
             row = self._store.queue(self._txn, number)
-            found = self._queues[number] = ("?", False) if row is None else (str(row.name), row.moved)
+            found = self._queues[number] = ("?", False, 0) if row is None else (str(row.name), row.moved, row.not_before)
         return found
 
     def row(self, ident: int, envelope: Envelope) -> Row:
@@ -76,10 +77,10 @@ class _Reader:
         flags, placements, behind = envelope.flags, envelope.placements, self._behind
         queues, attempts, due, in_flight = [], 0, 0, False
         for placement in placements:
-            name, moved = self._queue(placement.queue)
+            name, moved, not_before = self._queue(placement.queue)
             queues.append(name)
             attempts = max(attempts, placement.attempts)
-            at = min(placement.due, self._now) if moved else placement.due
+            at = max(min(placement.due, self._now) if moved else placement.due, not_before)
             due = min(due, at) if due else at
             if self._entries is not None:
                 entry = self._entries.get(ident, placement.queue)

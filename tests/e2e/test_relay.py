@@ -135,6 +135,7 @@ def test_an_outage_counts_as_one_failure_and_the_queue_sleeps(tmp_path):
         assert (row["messages"], row["deferred"], row["parked"]) == (20, 1, True)
         listed = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
         assert len(listed) == 20
+        assert all(row["next"] > time.time() + 3000 for row in listed), "none before its site is tried again"
         tried = next(r for r in listed if r["attempts"])
         shown = json.loads(relay.cli("message", "show", tried["id"], "--json").stdout)
         assert shown["recipients"][0]["attempts"][0]["phase"] == "connect"
