@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from relaymta.dns import DnsFailure, NoData, NoSuchName, Resolver
 from relaymta.filter.published import Tags, candidates, listed, refusal, tag_list, verifies
-from relaymta.proto.address import DomainError, in_a_labels, normalize_domain
+from relaymta.proto.address import in_a_labels
 from relaymta.proto.authres import behind_comments
 from relaymta.proto.dkim import by_name, canonical_field, signed_octets, split_fields, unquoted, without_signature, without_space
 from relaymta.proto.mailbox import Mailbox, Malformed, authors, domains
@@ -24,6 +24,7 @@ NAMES = 200  # in h=
 LONGEST = 12  # digits of a time (RFC 6376 3.5)
 NEVER = 10**LONGEST
 
+_KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*+\Z")
 _DIGITS = re.compile(r"[0-9]+\Z")
 _INSTANCE = re.compile(rb"([0-9]{1,2})(?![0-9])")
 
@@ -183,7 +184,7 @@ async def keys_of(resolver: Resolver, claimed: Claims) -> Keys:
     """The key records of all signatures, from the DNS."""
 
     async def one(name: str) -> tuple[str, ...] | DnsFailure:
-        if not _in_dns(name):
+        if not _may_exist(name):
             return ()
         try:
             return tuple(await resolver.txt(name))
@@ -197,12 +198,9 @@ async def keys_of(resolver: Resolver, claimed: Claims) -> Keys:
     return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
 
-def _in_dns(name: str) -> bool:
-    """Whether a name is valid in the DNS; an invalid one has no record, and is no temporary failure."""
-    try:
-        return normalize_domain(name) == name and all(name.split("."))
-    except DomainError:
-        return False
+def _may_exist(name: str) -> bool:
+    """Whether there may be a key at a name; one that cannot exist (RFC 6376 3.1) has no record, and is no temporary failure."""
+    return len(name) <= 253 and _KEY_NAME.match(name) is not None
 
 
 def _records(key: Texts | None) -> list[Tags]:
@@ -287,13 +285,25 @@ def _checked(claimed: Claims, claim: Claim, bodies: Bodies, key: Texts | None) -
     usable = [record for reason, record in refused if not reason]
     if not usable:
         return "permerror", refused[0][0] if refused else "no key for the signature"
-    if tags.get("l", str(body[1])) != str(body[1]):
+    if not _number(tags.get("l", "0")):
+        return "permerror", "l= is no number"
+    if not _signs_all(tags, body[1]):
         return "policy", "l= leaves octets unsigned"
     if not claim.covers(body):
         return "fail", "body hash mismatch"
     hashed = claim.digest(claimed.fields, "simple/simple")
     valid = any(verifies(record, hashed, claim.signature or b"") for record in usable)
     return ("pass", "") if valid else ("fail", "the signature does not verify")
+
+
+def _number(text: str) -> bool:
+    """Whether a tag's value is 1*76DIGIT (RFC 6376 3.5)."""
+    return text.isascii() and text.isdigit() and len(text) <= 76
+
+
+def _signs_all(tags: Tags, octets: int) -> bool:
+    """Whether all octets of a body are signed."""
+    return "l" not in tags or (_number(tags["l"]) and int(tags["l"]) == octets)
 
 
 # ARC
@@ -310,7 +320,7 @@ def arc(claimed: Claims, bodies: Bodies, keys: Keys, now: int = 0) -> str:
         return "temperror"
     body = bodies[last.relaxed_body("relaxed/relaxed")]
     late = any(wrong for wrong, _ in _times(last.tags, now))
-    if late or not last.covers(body) or last.tags.get("l", str(body[1])) != str(body[1]):
+    if late or not last.covers(body) or not _signs_all(last.tags, body[1]):
         return "fail"
     valid = _is_by(last, last.digest(claimed.fields, "relaxed/relaxed"), keys)
     return "pass" if valid and all(_is_by(seal, _sealed(claimed, i), keys) for i, seal in claimed.seals.items()) else "fail"

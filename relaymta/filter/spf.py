@@ -27,6 +27,9 @@ NUMBERS_KEPT = 4096
 MOST = {"MX": 11, "PTR": 10}
 LONGEST_TERM = 512  # characters of a domain with macros; the longest name has 253
 _MODIFIER = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*+)=")
+_VERSION = re.compile(rb"v=spf1(?: |\Z)", re.I)
+# macro-string (7.1); the number of labels must not be zero (7.3).
+_MACROS = re.compile(r"(?:[!-$&-~]|%[%_-]|%\{[A-Za-z](?!0++[^0-9])[0-9]*+[rR]?[.+,/_=-]*+\})*+\Z")
 
 _Answers = list[tuple[tuple[str, str], Any]]
 
@@ -49,20 +52,52 @@ class _Unknown(BaseException):
 class _Query(spf.query):  # type: ignore[misc]
     """Takes the domain behind the last @, where pyspf takes the first, which may be within a quoted local part; compares
     addresses as numbers, where pyspf makes two networks for each comparison; ignores unknown modifiers however often they are
-    there (6), where pyspf takes all for exp= and redirect=; and shortens a long name as far as necessary, not by one label."""
+    there (6), where pyspf takes all for exp= and redirect=; shortens a long name as far as necessary, not by one label; counts a
+    redirect= that is followed (4.6.4), not each that is there; takes a name of the client that cannot be looked up for none (5.5,
+    7.3), where pyspf fails; and refuses what is no macro (7.1)."""
 
     def __init__(self, address: str, sender: str, helo: str, querytime: int) -> None:
         super().__init__(address, sender, helo, querytime=querytime)
         if sender.count("@") > 1:
             self.l, _, self.o = sender.rpartition("@")
             self.d = self.o
+        self._levels: list[int] = []  # of the records that are evaluated, the innermost last: a redirect is on that of its record
+        self._uncounted = 0  # redirect= that pyspf is about to count
 
     def check0(self, spf: str | None, recursion: int) -> tuple[str, int, str]:
         """Evaluate a record (None: there is none)."""
+        if self._levels and self._levels[-1] == recursion:
+            self.check_lookups()  # a redirect= is followed
         version, *terms = (spf or "").split(" ")
         named = [version, *(_named(number, term) for number, term in enumerate(terms))]
-        found: tuple[str, int, str] = super().check0(" ".join(named), recursion)
+        self._uncounted += any(term.startswith("redirect=") for term in named)
+        self._levels.append(recursion)
+        try:
+            found: tuple[str, int, str] = super().check0(" ".join(named), recursion)
+        finally:
+            self._levels.pop()
         return found
+
+    def check_lookups(self) -> None:
+        """Count a term with a look-up."""
+        if self._uncounted:
+            self._uncounted -= 1
+        else:
+            super().check_lookups()
+
+    def validated_ptrs(self) -> list[str]:
+        """The names of the client's address that lead back to it."""
+        try:
+            names = self.dns_ptr(self.i)
+        except spf.TempError:
+            return []
+        return [name for name in names[: MOST["PTR"]] if self._leads_back(name)]
+
+    def _leads_back(self, name: str) -> bool:
+        try:
+            return self.cidrmatch(self.dns_a(name, self.A), self.cidrmax)
+        except spf.TempError:
+            return False
 
     def expand(self, text: str, stripdot: bool = True) -> str:
         """`text` with its macros expanded; a domain of at most 253 characters (7.3), or (not `stripdot`) an explanation."""
@@ -70,6 +105,8 @@ class _Query(spf.query):  # type: ignore[misc]
             if stripdot:
                 raise spf.PermError("a term is too long")
             text = text[:LONGEST_TERM]
+        if text.endswith("%%"):  # which pyspf takes for a % that begins nothing
+            return str(super().expand(text[:-2] + "%_", stripdot))[:-1] + "%"
         name: str = super().expand(text, stripdot)
         while stripdot and len(name) > 253 and "." in name:
             name = name.partition(".")[2]
@@ -87,6 +124,8 @@ class _Query(spf.query):  # type: ignore[misc]
 def _named(number: int, term: str) -> str:
     """A term of a record, as pyspf reads it: an unknown modifier under a name that no other has (which is not looked at)."""
     modifier = _MODIFIER.match(term)
+    if (modifier is not None or "%" in term) and not _MACROS.match(term):
+        raise spf.PermError("invalid macro", term[:100])
     if modifier is None:
         return term
     name = modifier[1].lower()
@@ -151,7 +190,7 @@ def _policies(found: _Answers | Exception) -> list[bytes]:
     """The SPF records in an answer."""
     if isinstance(found, Exception):
         return []
-    return [value[0] for key, value in found if key[1] == "TXT" and value[0][:6].lower() == b"v=spf1"]
+    return [value[0] for key, value in found if key[1] == "TXT" and _VERSION.match(value[0])]
 
 
 async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Exception:
@@ -166,16 +205,16 @@ async def _asked(resolver: Resolver, name: str, kind: str) -> _Answers | Excepti
         unanswered: Exception = spf.TempError(f"DNS {error}")
         return unanswered
     if kind == "TXT":
-        values = [(text.encode("utf-8"),) for text in _relevant(values)]
+        values = [(text,) for text in _relevant([text.encode("utf-8") for text in values])]
     elif kind in ("A", "AAAA"):
         values = [int(ipaddress.ip_address(value)) for value in values[: ADDRESSES + 1]]
     return [((name, kind), value) for value in values[: MOST.get(kind)]]
 
 
-def _relevant(texts: list[str]) -> list[str]:
+def _relevant(texts: list[bytes]) -> list[bytes]:
     """The texts that matter: two SPF records are as invalid as more (4.5), and of other texts two are as good as more (6.2)."""
-    policies: list[str] = []
-    others: list[str] = []
+    policies: list[bytes] = []
+    others: list[bytes] = []
     for text in texts:
-        (policies if text[:6].lower() == "v=spf1" else others).append(text)
+        (policies if _VERSION.match(text) else others).append(text)
     return policies[:2] + others[:2]

@@ -18,6 +18,11 @@ _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
 _TOKEN = re.compile(rb'[^\s\x00-\x1f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
 _PAIR = re.compile(rb"\\(.)", re.S)
 _VERSION = re.compile(rb"[0-9]*+")
+# Format characters and variation selectors, which UTS 46 (4) maps to nothing.
+_NOTHING = re.compile(
+    "[\xad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    "\U0001bca0-\U0001bca3\U000e0000-\U000e0fff]++"
+)
 
 _PLAIN = re.compile(r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]++\Z")  # a token
 _ATOM = r"[!#$%&'*+/0-9=?A-Z^_`a-z{|}~\x80-\U0010ffff-]++"  # RFC 6532 3.2
@@ -95,7 +100,10 @@ def _ours(field: bytes, hostname: str) -> bool:
 
 
 def _folded(identifier: str) -> str:
-    """A domain as a program could read it: without case, width and a trailing dot. (IDNA would cost too much for each field.)"""
+    """A domain as a program could read it: without case, width, what cannot be seen, and a trailing dot. (IDNA would cost too
+    much for each field.)"""
+    if not identifier.isascii():
+        identifier = _NOTHING.sub("", identifier)
     if not identifier.isascii() and len(identifier) < LONGEST:  # the cost is the square of a run of combining marks
         identifier = unicodedata.normalize("NFKC", identifier).replace("\u3002", ".").casefold()
     return identifier.lower().rstrip(".")

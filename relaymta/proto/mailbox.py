@@ -131,25 +131,26 @@ def addresses(value: bytes) -> list[Mailbox]:
     return _List(value).read()
 
 
-def completed(value: bytes, domain: str) -> bytes:
+def completed(value: bytes, domain: str, room: int) -> bytes:
     """A field's value, folded or not, with `domain` added to the addresses in it that have none (`root`, `Ann <ann>`); every
-    other octet is as it was. Unchanged if it is no address list."""
+    other octet is as it was. Unchanged if it is no address list, or would grow by more than `room` octets."""
     if _FULL.match(value):
         return value
+    most = room // (len(domain.encode()) + 1)
     try:
-        ends = _without_domains(_tokens(value))
+        ends = _without_domains(_tokens(value), most)
     except Malformed:
         return value
-    if not ends:
+    if not 0 < len(ends) <= most:
         return value
     text = value.replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
     parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
     return f"@{domain}".join(parts).replace("\n", "\r\n").encode("utf-8", "surrogateescape")
 
 
-def _without_domains(tokens: list[_Token]) -> list[int]:
-    """Where the local parts end that have no domain behind them. Unlike `_List` it does not check the rest: nothing is decided by
-    what it passes by."""
+def _without_domains(tokens: list[_Token], most: int) -> list[int]:
+    """Where the local parts end that have no domain behind them, up to the first beyond `most`. Unlike `_List` it does not check
+    the rest: nothing is decided by what it passes by."""
     found: list[int] = []
     words: list[_Token] = []
     full = False  # the address of this element is complete, or has ended
@@ -161,6 +162,8 @@ def _without_domains(tokens: list[_Token]) -> list[int]:
         if kind in (">", ",", ";", ""):
             if words and not full and _is_local(words):
                 found.append(words[-1].end)
+                if len(found) > most:
+                    break
             full = kind == ">"
         else:  # : ends the name of a group, or a route
             full = kind not in ("<", ":")

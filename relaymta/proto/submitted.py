@@ -18,7 +18,7 @@ _NAME = re.compile(
     re.I | re.M,
 )
 GROWTH_MOST = 2048  # octets that are added: the queue has room for so many beside its own fields
-COMPLETED_MOST = 32768  # octets of the fields in which addresses are completed: parsing one costs as much as copying a thousand,
+COMPLETED_MOST = 16384  # octets of the fields in which addresses are completed: parsing one costs as much as copying a thousand,
 EACH = 256  # and that of any field as much as so many octets
 _END = re.compile(rb"\r\n(?![ \t])")
 
@@ -42,11 +42,9 @@ def submitted(data: bytes, domain: str) -> bytes:
             at = min(behind + 2, end)
         elif domain and (room := room - EACH - (behind - value)) >= 0:
             before = data[value:behind]
-            after = completed(before, domain)
-            growth -= len(after) - len(before)
-            if growth < 0:
-                domain = ""  # the rest is left as it is
-            elif after != before:
+            after = completed(before, domain, growth)
+            if after != before:
+                growth -= len(after) - len(before)
                 kept += [data[at:value], after]
                 at = behind
     return b"".join([*kept, data[at:]]) if at else data

@@ -156,3 +156,93 @@ async def test_a_name_that_is_too_long_loses_as_many_labels_as_necessary():
 async def test_an_odd_name_of_a_domain_that_does_not_answer_is_a_temporary_failure():
     found, _ = await checked({"b.test": [{"TXT": "v=spf1 exists:%{l}.x.test -all"}]}, "error.a+b@b.test")
     assert found.result == "temperror"
+
+
+NO_ANSWER = ["TIMEOUT"]
+REVERSE = "9.2.0.192.in-addr.arpa"
+
+
+@pytest.mark.parametrize(
+    ("policy", "names", "expected", "source"),
+    [
+        ("ptr -all", None, "fail", "RFC 7208 5.5: a DNS error at the PTR look-up: no match"),
+        ("ptr -all", [("a.b.test", None)], "fail", "5.5: at the look-up of a name: it is skipped"),
+        ("ptr -all", [("a.b.test", None), ("c.b.test", CLIENT)], "pass", "5.5: and the next one is tried"),
+        ("ptr -all", [("a.b.test", CLIENT)], "pass", "5.5"), ("ptr -all", [("a.b.test", "192.0.2.8")], "fail", "5.5"),
+        ("ptr -all", [], "fail", "5.5"),
+        ("exists:%{p}.x.test -all", None, "pass", "7.3: unknown"), ("exists:%{p}.y.test -all", None, "fail", "7.3: unknown"),
+        ("ip4:192.0.2.9 a:%{p}.x.test -all", None, "pass", "7.3"), ("ip4:192.0.2.9 x=%{p} -all", None, "pass", "7.3"),
+        ("ip4:192.0.2.9 redirect=%{p}.x.test", None, "pass", "7.3"),
+        ("a:gone.test -all", [], "temperror", "4.4: of the policy's own names an error is one"),
+    ],
+)  # fmt: skip
+async def test_the_clients_reverse_zone_decides_nothing_by_failing(policy, names, expected, source):
+    data: dict = {"b.test": [{"TXT": f"v=spf1 {policy}"}], "unknown.x.test": [{"A": "127.0.0.1"}], "gone.test": NO_ANSWER}
+    data[REVERSE] = NO_ANSWER if names is None else [{"PTR": name} for name, _ in names]
+    for name, address in names or []:
+        data[name] = NO_ANSWER if address is None else [{"A": address}]
+    found, asked = await checked(data, "ann@b.test")
+    assert found.result == expected, (source, found, asked)
+
+
+TEN = [f"include:i{number}.test" for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected", "source"),
+    [
+        ([*TEN, "-all", "redirect=pass.test"], "fail", "RFC 7208 6.1: redirect= is ignored where all is there"),
+        ([*TEN, "ip4:192.0.2.9", "redirect=none.test"], "pass", "6.1: where a mechanism matches"),
+        ([*TEN[1:], "include:pass.test", "redirect=none.test"], "pass", "6.1"),
+        ([*TEN[1:], "redirect=pass.test"], "pass", "4.6.4: the tenth look-up"),
+        ([*TEN, "redirect=pass.test"], "permerror", "4.6.4: the eleventh"),
+        (["redirect=pass.test", *TEN], "permerror", "6: the position of a modifier does not matter"),
+        ([*TEN[2:], "redirect=two.test"], "pass", "4.6.4: redirect and include: ten"),
+        ([*TEN[1:], "redirect=two.test"], "permerror", "4.6.4: eleven"),
+        ([*TEN[2:], "include:two.test"], "pass", "4.6.4: include within include: ten"),
+        ([*TEN[1:], "include:two.test"], "permerror", "4.6.4: eleven"),
+        ([*TEN[2:], "include:redirects.test"], "pass", "4.6.4: redirect within include: ten"),
+        ([*TEN[1:], "include:redirects.test"], "permerror", "4.6.4: eleven"),
+        ([*TEN, "a"], "permerror", "4.6.4"),
+    ],
+)
+async def test_a_redirect_counts_where_it_is_followed(terms, expected, source):
+    data: dict = {f"i{number}.test": [{"TXT": "v=spf1 ?all"}] for number in range(10)}
+    data |= {"b.test": [{"TXT": f"v=spf1 {' '.join(terms)}"}], "pass.test": [{"TXT": "v=spf1 +all"}]}
+    data |= {"two.test": [{"TXT": "v=spf1 include:pass.test"}], "redirects.test": [{"TXT": "v=spf1 redirect=pass.test"}]}
+    found, _ = await checked(data, "ann@b.test")
+    assert found.result == expected, (source, found)
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["exists:%{d0}.test", "exists:%{d00}.test", "exists:%{d2x}.x.test", "exists:%{dr2}.x.test", "exists:%{d-r}.x.test",
+     "exists:%{d.r}.x.test", "exists:%{d1.5}.x.test", "exists:%{dd}.x.test", "exists:%{d{}.x.test", "exists:%{l*}.x.test",
+     "exists:%%%(x.test", "a:%(d}.test", "include:%{d", "x=%{d", "x=%{dr", "x=%{d0}", "x=%%%a", "x=a\tb", "x=\x7f", "x=%",
+     "redirect=%{d00}.test", "exp=%{dr2}.test"],
+)  # fmt: skip
+async def test_what_is_no_macro_is_a_syntax_error(term):
+    """RFC 7208 7.1; 4.6: anywhere in the record."""
+    found, asked = await checked({"b.test": [{"TXT": f"v=spf1 {term} -all"}]}, "ann@b.test")
+    assert (found.result, asked) == ("permerror", [("b.test", "TXT")]), found
+
+
+@pytest.mark.parametrize(
+    ("term", "asked"),
+    [("exists:a.%%.test", "a.%.test"), ("exists:%{d2r}.x.test", "test.b.x.test"), ("exists:%{d03}.x.test", "b.test.x.test"),
+     ("exists:%{lr-}.x.test", "b.a.x.test"), ("exists:%{l1-+,/_=.}.x.test", "b.x.test"), ("exists:%{D}.x.test", "b.test.x.test"),
+     ("x=%%", None), ("x=a.%%", None), ("x=%_%-%%", None), ("x=!\"#$&'()*+,/:;<=>?@[]^_`{|}~", None), ("x=%{d1r+-}", None)],
+)  # fmt: skip
+async def test_what_is_a_macro_is_expanded(term, asked):
+    found, queries = await checked({"b.test": [{"TXT": f"v=spf1 {term} -all"}]}, "a-b@b.test")
+    assert found.result == "fail", found
+    assert queries == [("b.test", "TXT"), *([(asked, "A")] if asked else [])]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
+@pytest.mark.parametrize("others", [("v=spf10 x", "v=spf1x"), ("v=spf1.1", "v=spf1;-all"), ("v=spf", "V=SPF11 -all")])
+async def test_texts_that_begin_like_a_policy_are_none(order, others):
+    """RFC 7208 4.5: the version is followed by a blank or the end."""
+    texts = [*others, "v=spf1 +all"]
+    found, _ = await checked({"b.test": [{"TXT": texts[number]} for number in order]}, "ann@b.test")
+    assert found.result == "pass", found

@@ -147,6 +147,14 @@ FORGED = [
     (b"Authentication-Results: \x0brelay.example; none", OURS, "cannot be determined"),
     (b"Authentication-Results: relay.example\x00; none", OURS, "same"),
     ("Authentication-Results: \uff52elay.example; none".encode(), OURS, "UTS 46: a fullwidth r"),
+    *(
+        (f"Authentication-Results: relay{char}.example{char}; none".encode(), OURS, f"UTS 46 4: U+{ord(char):04X} is ignored")
+        for char in "\xad\u034f\u180b\u200b\u200d\u2060\u2064\ufe0f\ufeff\U000e0100"
+    ),
+    ("Authentication-Results: \u200brelay.example; none".encode(), OURS, "UTS 46 4"),
+    ('Authentication-Results: "relay\u200b.example"; none'.encode(), OURS, "UTS 46 4"),
+    (f"Authentication-Results: relay{chr(0x200B) * 500}.example; none".encode(), OURS, "UTS 46 4"),
+    ("Authentication-Results: relay\u200b.example.com; none".encode(), OTHERS, "another's"),
     (b"Authentication-Results: \xff; none", OTHERS, "no domain"),
     ("Authentication-Results: relay\u3002example; none".encode(), OURS, "UTS 46: an ideographic full stop"),
     (b"Authentication-Results: other.example; spf=pass", OTHERS, "RFC 8601 5: another's"),

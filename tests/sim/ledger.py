@@ -93,8 +93,10 @@ class Ledger:
     def logged(self, worker: Any, event: str, fields: dict[str, Any]) -> None:
         if event == "queued":
             ident = parse_id(fields["id"])
-            if ident not in self.messages:
-                self.add(Message(ident, worker.slot, fields["sender"], list(fields["recipients"]), None, True, True))
+            known, recipients = self.messages.get(ident), list(fields["recipients"])
+            # A process that dies may leave an id that nobody was told of, and that its successor gives away again.
+            if known is None or (not known.acknowledged and known.recipients != recipients):
+                self.add(Message(ident, worker.slot, fields["sender"], recipients, None, True, True))
         elif event == "delivered":
             for address in fields["recipients"]:
                 self._end(fields["id"], address, "delivered")

@@ -404,7 +404,7 @@ def _parsers() -> Iterable[Parser]:
     bccs = {"Bccs": times(b"Bcc: x\r\n y\r\n"), "names": times(b"To:"), "short": times(b"To: a\r\n")}
     edited: Callable[[bytes], object] = lambda block: submitted(block, "d.test")  # noqa: E731
     worst = {**_BLOCKS, **_FROMS, **lists, **bccs}
-    yield Parser("proto.submitted.submitted", edited, worst, "32 kB, 128 fields of addresses: not completed")
+    yield Parser("proto.submitted.submitted", edited, worst, "16 kB, 64 fields of addresses: not completed")
     yield Parser("proto.header.fields", header.fields, _BLOCKS, whole, refused=header.too_long)
     yield Parser("proto.dkim.split_fields", dkim.split_fields, _BLOCKS, whole, refused=header.too_long)
     yield Parser("proto.dkim.canonical_field", dkim.canonical_field, _BLOCKS, whole, refused=header.too_long)
