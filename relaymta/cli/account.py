@@ -286,9 +286,16 @@ def _kept(password: str, with_scram: bool) -> "Secret":
 
 
 def _checked_senders(senders: tuple[str, ...]) -> list[str]:
-    wrong = next((sender for sender in senders if "@" not in sender), None)
-    if wrong is not None:
-        fail(64, f'--sender {wrong}: neither an address nor "@domain"')
+    from relaymta.proto.address import DomainError, normalize_domain, plain
+
+    for sender in senders:
+        local, _, domain = sender.rpartition("@")
+        try:
+            good = normalize_domain(domain) != "" if sender.startswith("@") and not local else plain(sender) is not None
+        except DomainError:
+            good = False
+        if not good:
+            fail(64, f'--sender {sender}: neither an address nor "@domain"')
     return list(senders)
 
 

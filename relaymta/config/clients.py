@@ -75,7 +75,7 @@ class PeerNetwork(Table):
     relay: Reload[bool | None] = Field(None, description="whether they may relay")
     normalize: Reload[bool | None] = Field(None, description="whether bare CR and LF are replaced by CRLF, and NUL by a space")
     long_lines: Reload[bool | None] = Field(None, description="whether lines may be longer than 998 octets")
-    message_size: Reload[Size | None] = Field(None, description="maximum size of a message (octets)")
+    message_size: Reload[Size | None] = Field(None, gt=0, description="maximum size of a message (octets)")
     recipients: Reload[int | None] = Field(None, ge=1, le=65535, description="maximum recipients of a message")
     connections: Reload[int | None] = Field(None, ge=1, description="maximum concurrent connections from one address")
     connection_rate: Reload[Quota | None] = Field(None, description='rate of new connections from one address, such as "60/m"')
@@ -133,8 +133,8 @@ class Intake(Table):
     )
     tarpit: Reload[Duration] = Field(1, description="delay before each reply to a client that has made more than three errors")
     recipients: Reload[int] = Field(1000, ge=100, le=65535, description="maximum recipients of a message (RFC 5321 4.5.3.1.8)")
-    command_timeout: Reload[Duration] = Field(300, description="time to wait for a command")
-    data_timeout: Reload[Duration] = Field(180, description="time to wait for the next block of message data")
+    command_timeout: Reload[Duration] = Field(300, gt=0, description="time to wait for a command")
+    data_timeout: Reload[Duration] = Field(180, gt=0, description="time to wait for the next block of message data")
     flow_delay: Reload[Duration] = Field(
         0.02, description="flow control: delay of each 250 while message data arrives faster than it leaves; 0: off"
     )

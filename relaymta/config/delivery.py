@@ -10,7 +10,7 @@ __all__ = ["Delivery", "QueueTable"]
 class QueueTable(Table):
     """The queue. `[queue]`"""
 
-    max_age: Reload[Duration] = Field(5 * 86400, description="age at which a message expires; set when it is accepted")
+    max_age: Reload[Duration] = Field(5 * 86400, gt=0, description="age at which a message expires; set when it is accepted")
     window: Reload[int] = Field(10_000, ge=100, description="messages kept in memory for delivery, for each worker")
     window_bytes: Reload[Size] = Field(32 << 20, description="message data kept in memory for delivery, for each worker")
 
@@ -19,10 +19,10 @@ class Delivery(Table):
     """How mail is sent. `[delivery]`"""
 
     first_retry: Reload[Duration] = Field(
-        60, description="delay after the first attempt; then 2, 5, 10, 20, 40, 60 times as long, with 15 % jitter"
+        60, gt=0, description="delay after the first attempt; then 2, 5, 10, 20, 40, 60 times as long, with 15 % jitter"
     )
     connections: Reload[int] = Field(500, ge=1, description="concurrent outgoing connections, of all workers together")
-    connect_timeout: Reload[Duration] = Field(30, description="time to wait for a connection")
+    connect_timeout: Reload[Duration] = Field(30, gt=0, description="time to wait for a connection")
     patience: Reload[float] = Field(
         1,
         ge=0.01,

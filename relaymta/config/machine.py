@@ -12,7 +12,7 @@ __all__ = ["Control", "LimitsTable", "Log", "Metrics"]
 class LimitsTable(Table):
     """Limits. `[limits]`"""
 
-    message_size: Reload[Size] = Field(50 << 20, description="maximum size of a message (octets)")
+    message_size: Reload[Size] = Field(50 << 20, gt=0, description="maximum size of a message (octets)")
     connections: Reload[int] = Field(20_000, ge=1, description="concurrent incoming connections, of all workers together")
     memory: Reload[Size] = Field(
         0, description="memory of all workers together: above 80 % no message data is kept in memory, above 95 % mail is "

@@ -63,6 +63,8 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
     elif entry["type"] == "model_type" and not isinstance(given, dict):
         name = ".".join(part for part in place if isinstance(part, str))
         what = f"write [{name}] in single brackets: there is one" if isinstance(given, list) else f"a table: write [{name}]"
+    elif entry["type"] == "greater_than":
+        what = f"must be more than {entry['ctx']['gt']:g}" + _shown(given, "0")
     else:
         what = _TYPES.get(entry["type"], what) + _shown(given, what)
         if entry["type"] == "literal_error":

@@ -311,8 +311,10 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -
         return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
     public, category, origin = _reason(error)
     cause = str(error) or type(error).__name__
-    if phase == "auth" and isinstance(origin, aiosmtplib.SMTPResponseException):
-        cause = public  # what is no reply may echo the credentials
+    if isinstance(origin, aiosmtplib.SMTPResponseException):  # what is no reply may echo the credentials
+        cause = public if phase == "auth" else f"{public}: {origin.message}"
+    elif isinstance(origin, aiosmtplib.SMTPServerDisconnected):
+        cause = public
     if isinstance(origin, ssl.SSLError):
         why = trust.reason(origin, peer.name, peer.files, via.route.label if via is not None else "")
         cause = why if str(origin) in why else f"{why} [{origin}]"

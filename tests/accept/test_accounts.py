@@ -177,13 +177,21 @@ def test_what_cannot_be_edited_stays_as_it_is(tmp_path, run, words):
 def test_names_of_any_kind_are_kept(tmp_path, run, name):
     for other in ("first", "last"):
         assert run("user", "add", other, "--password", "x").exit_code == 0
-    assert run("user", "add", name, "--password", "pw", "--sender", 'o"d@d.example').exit_code == 0
+    assert run("user", "add", name, "--password", "pw", "--sender", '"o\\"d"@d.example').exit_code == 0
     assert run("user", "add", name, "--password", "pw").exit_code == 1
-    assert list(accounts(tmp_path)) == ["first", "last", name] and accounts(tmp_path)[name].senders == ['o"d@d.example']
+    assert list(accounts(tmp_path)) == ["first", "last", name] and accounts(tmp_path)[name].senders == ['"o\\"d"@d.example']
     assert run("user", "password", name, "--password", "new").exit_code == 0
     assert matches(accounts(tmp_path)[name].secrets[0].hash, "new")
     assert run("user", "remove", name).exit_code == 0
     assert list(accounts(tmp_path)) == ["first", "last"]
+
+
+@pytest.mark.parametrize("sender", ["@", "a b@c.example", "@a..b", "ann@", "nobody", 'o"d@d.example', "@" + "x" * 64])
+def test_a_sender_that_no_mail_can_have_is_refused(tmp_path, run, sender):
+    for verb in (("app", "create", "shop"), ("user", "add", "ann", "--password", "x")):
+        found = run(*verb, "--sender", sender)
+        assert found.exit_code == 64 and "neither an address" in found.output
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", " ", "ann ", " ann", "a\nb", "a\x7fb", "a\x1b[2Jb", "a\u2028b", "\udcff", "a\u200bb"])

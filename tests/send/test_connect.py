@@ -82,6 +82,26 @@ async def test_the_time_for_the_greeting_ends_too(listen):
     assert "timed out waiting for the greeting" in str(failed.value)
 
 
+@pytest.mark.parametrize(
+    ("banner", "said"),
+    [
+        (b" 220 ok\r\n", "localhost: it sent an invalid reply: not a reply: 220 ok"),
+        (b"600 x\r\n", "localhost: it sent an invalid reply: not a reply: 600 x"),
+        (b"220 cut off", "localhost: the connection was closed"),
+        (b"", "localhost: the connection was closed"),
+    ],
+)
+async def test_what_is_no_greeting_is_said_in_words(listen, banner, said):
+    class Odd(Host):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(banner)
+            writer.close()
+
+    with pytest.raises(ConnectFailed) as failed:
+        await opened(await listen(Odd()), connecting=60.0, replies=60.0)
+    assert str(failed.value) == said
+
+
 @pytest.mark.parametrize("tls", ["may", "encrypt"])
 async def test_tls_begins_with_the_first_octet_on_port_465(listen, monkeypatch, tls):
     """RFC 8314 3.3; also where TLS is optional."""

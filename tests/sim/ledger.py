@@ -15,7 +15,8 @@ __all__ = ["Ledger", "Message"]
 @dataclass(eq=False)
 class Message:
     """A message. `acknowledged`: None until its client has an answer. `states`: by recipient. `outcomes`: results that were
-    passed to the queue and are not known to be durable. `deleting`: an operator's deletion is under way."""
+    passed to the queue and are not known to be durable. `deleting`: an operator's deletion is under way; `contested`: another
+    began meanwhile, and either of them may have reached it."""
 
     ident: int
     shard: int
@@ -27,6 +28,7 @@ class Message:
     states: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
     deleting: bool = False
+    contested: bool = False
     deleted: bool = False
     taken: list[Taken] = field(default_factory=list)
     offered: list[float] = field(default_factory=list)

@@ -237,6 +237,7 @@ class Scenario:
                     self.world.ledger.add(Message(ident, worker.slot, "", list(envelope.recipients), None, True, True))
         messages = [known[ident] for ident in idents if ident in known]
         for message in messages:
+            message.contested = message.contested or (message.deleting and verb == "delete")
             message.deleting = message.deleting or verb == "delete"
             self.world.say(f"operator begins to {verb}", message)
         changed: int | None = None
@@ -260,7 +261,7 @@ class Scenario:
         for message in messages:
             message.deleted = message.deleted or message in gone
             message.deleting = False
-        if changed is not None and changed != len(gone):
+        if changed is not None and changed != len(gone) and not any(one.contested for one in messages):
             self.world.wrong(f"{changed} messages were deleted by what the operator is told, {len(gone)} are gone")
 
     def _move(self) -> None:
