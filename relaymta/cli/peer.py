@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "lasting", "no_such", "number_of",
-    "read_pieces", "routes", "seconds_of", "size", "until", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "given_domain",
+    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -169,6 +169,27 @@ def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any
     without it more would be selected than is meant."""
     if value == "" and context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
         fail(64, f"{parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name}: it is empty")
+    return value
+
+
+def given_sender(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """As `given`: an address, as it is or in angle brackets, or <> for the null sender."""
+    from relaymta.proto.address import plain
+
+    value = given(context, parameter, value)
+    if value in ("", "<>"):
+        return value
+    address = plain(value[1:-1] if value.startswith("<") and value.endswith(">") else value)
+    if address is None:
+        fail(64, f"{parameter.opts[0]} {value}: neither an address nor <> (the null sender)")
+    return address
+
+
+def given_domain(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """As `given`: a domain, without @."""
+    value = given(context, parameter, value)
+    if "@" in value:
+        fail(64, f"{parameter.opts[0]} {value}: a domain has no @ in it")
     return value
 
 

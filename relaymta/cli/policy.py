@@ -8,7 +8,21 @@ import click
 
 from relaymta.cli.console import record, say, say_json
 from relaymta.cli.options import Configuration, configured, fail
-from relaymta.cli.peer import Offline, absent, as_json, asked, connect, given, no_such, routes, seconds_of, until, when
+from relaymta.cli.peer import (
+    Offline,
+    absent,
+    as_json,
+    asked,
+    connect,
+    given,
+    given_domain,
+    given_sender,
+    no_such,
+    routes,
+    seconds_of,
+    until,
+    when,
+)
 from relaymta.cli.queue import change, pages
 
 __all__ = ["policy", "standing"]
@@ -40,8 +54,10 @@ def _add(kind: str, sentence: str, reason: str) -> None:
     @click.option("--app", "application", default="", callback=given, metavar="APP", help="Mail of this application.")
     @click.option("--route", default="", callback=given, metavar="NAME", help="Mail with this route.")
     @click.option("--queue", default="", callback=given, metavar="NAME", help="Mail in this queue, as `queue summary` names it.")
-    @click.option("--from", "sender", default="", callback=given, metavar="ADDRESS", help="Mail from this sender.")
-    @click.option("--domain", "recipient_domain", default="", callback=given, metavar="DOMAIN", help="Mail to this domain.")
+    @click.option("--from", "sender", default="", callback=given_sender, metavar="ADDRESS", help="Mail from this sender.")
+    @click.option(
+        "--domain", "recipient_domain", default="", callback=given_domain, metavar="DOMAIN", help="Mail to this domain."
+    )
     @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
     @click.option("--until", "clock", default="", metavar="HH:MM", help="Until this time of day (local time), instead of --for.")
     @click.option("--reason", default=reason, help="Shown by `explain` and `list`; of a bounce policy, also in the DSN.")

@@ -25,6 +25,8 @@ from relaymta.cli.peer import (
     connect,
     due,
     given,
+    given_domain,
+    given_sender,
     lasting,
     no_such,
     number_of,
@@ -100,17 +102,17 @@ def _no_mail() -> str:
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
-    def text(name: str, metavar: str, sentence: str, field: str) -> Callable[..., Any]:
-        return click.option(name, field, default="", callback=given, metavar=metavar, help=sentence)
+    def text(name: str, metavar: str, sentence: str, field: str, checked: Callable[..., Any] = given) -> Callable[..., Any]:
+        return click.option(name, field, default="", callback=checked, metavar=metavar, help=sentence)
 
     for option in reversed((
         text("--queue", "NAME", "In this queue, as `queue summary` names it.", "queue"),
         text("--route", "NAME", "With this route.", "route"),
         text("--site", "NAME", "For this site, as `site list` names it, or one of its hosts.", "site"),
         text("--app", "APP", "Of this application.", "application"),
-        text("--from", "ADDRESS", "From this sender.", "sender"),
+        text("--from", "ADDRESS", "From this sender; '<>': the null sender, as of DSNs.", "sender", given_sender),
         text("--user", "NAME", "Of the client that logged in as this user.", "user"),
-        text("--domain", "DOMAIN", "With a recipient in this domain.", "recipient_domain"),
+        text("--domain", "DOMAIN", "With a recipient in this domain.", "recipient_domain", given_domain),
         click.option("--held", is_flag=True, help="Held messages only."),
     )):  # fmt: skip
         function = option(function)

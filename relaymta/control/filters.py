@@ -17,7 +17,8 @@ Number = Annotated[int, msgspec.Meta(ge=0)]
 @dataclasses.dataclass(frozen=True, slots=True)
 class Filter:
     """Selects messages; all that is given must match. `queue`: as `str(QueueName)`; `site`: a name that `at_site` of a page
-    accepts; `recipient_domain`: without @; `until`: the highest id (0: any)."""
+    accepts; `sender`: an address, or "<>" for the null sender; `recipient_domain`: without @; `until`: the highest id (0:
+    any)."""
 
     ident: Number = 0
     queue: Text = ""
@@ -53,7 +54,7 @@ class Filter:
         """Whether a message matches, provided that its queue does."""
         if self.ident and ident != self.ident:
             return False
-        if self.sender and compared(envelope.sender) != comparable(self.sender):
+        if self.sender and (compared(envelope.sender) or "<>") != comparable(self.sender):
             return False
         if self.user and envelope.user != self.user:
             return False

@@ -204,6 +204,6 @@ def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str]
     domain = compared(chosen.recipient_domain.rstrip("."))
     return (
         chosen.waits_in(name)
-        and comparable(chosen.sender) in ("", compared(sender))
+        and comparable(chosen.sender) in ("", compared(sender) or "<>")
         and (not domain or any(domain_of(address) == domain for address in recipients))
     )

@@ -11,6 +11,8 @@ from relaymta.ident import parse_id
 from tests.support.daemon import Relay, free_port, wait_for
 from tests.support.fake_mx import FakeMx
 
+TEXT = "Subject: x\r\n\r\nx\r\n"
+
 
 def changed(relay: Relay, *arguments: str) -> dict:
     return json.loads(relay.cli("queue", *arguments, "--json").stdout)
@@ -149,6 +151,28 @@ def test_a_hold_policy_that_is_removed_at_once_releases_its_mail(tmp_path):
             ident = parse_id(deferred["id"])
             assert ask("change", verb="policy", shard=0, idents=[ident], word=about) == [1, 0]
             wait_for(lambda: len(peer.messages) == 6)
+
+
+def test_mail_is_selected_by_its_sender_as_lists_show_it(tmp_path):
+    with FakeMx({"RCPT": b"450 4.2.1 later\r\n"}) as peer:
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=600") as relay:
+            relay.send(TEXT, "", "c@d.example")
+            relay.send(TEXT, "a@b.example", "c@d.example")
+            relay.send(TEXT, "A@B.example", "c@d.example")
+            wait_for(lambda: len(relay.events("deferred")) == 3)
+
+            def senders(chosen: str) -> list[str]:
+                rows = relay.cli("queue", "list", "--from", chosen, "--json").stdout.splitlines()
+                return sorted(json.loads(row)["sender"] for row in rows)
+
+            assert senders("<>") == [""]
+            for chosen in ("a@b.example", "<a@b.example>", "A@B.EXAMPLE", "a@b.example.", '"a"@b.example'):
+                assert senders(chosen) == ["A@B.example", "a@b.example"], chosen
+            relay.cli("policy", "hold", "--from", "<>", "--for", "1h")
+            wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
+            relay.cli("policy", "remove", "hold", "sender=<>")
+            wait_for(lambda: sum(row["held"] for row in relay.summary()) == 0)
+            assert changed(relay, "delete", "--from", "<>")["changed"] == 1
 
 
 def test_flush_reports_throttled_mail_and_filters_match_routes_sites_and_applications(tmp_path):
