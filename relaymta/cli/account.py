@@ -289,10 +289,10 @@ def _checked_senders(senders: tuple[str, ...]) -> list[str]:
     from relaymta.proto.address import DomainError, normalize_domain, plain
 
     for sender in senders:
-        local, _, domain = sender.rpartition("@")
+        local, at, domain = sender.rpartition("@")
         try:
-            good = normalize_domain(domain) != "" if sender.startswith("@") and not local else plain(sender) is not None
-        except DomainError:
+            good = bool(normalize_domain(domain)) if at and not local else plain(sender) is not None
+        except (DomainError, UnicodeError):
             good = False
         if not good:
             fail(64, f'--sender {sender}: neither an address nor "@domain"')

@@ -71,10 +71,7 @@ def test(
 
 def _address(option: str, given: str) -> str:
     """An address as it would be in an envelope; "" for the null sender."""
-    try:
-        found = plain(given)
-    except UnicodeError:  # octets that are not UTF-8
-        found = None
+    found = plain(given)
     if found is None and (given or option == "--to"):
         fail(64, f"{option} {given}: expected an address, such as ann@example.com")
     return found or ""

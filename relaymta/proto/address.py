@@ -109,7 +109,10 @@ def plain(address: str) -> str | None:
     local part quoted only where that is necessary, no dot behind the domain. None: no address, or more than 1024 characters."""
     if len(address) <= LONGEST_LOCAL and _PLAIN.match(address):
         return address
-    found = _read(address)
+    try:
+        found = _read(address)
+    except UnicodeError:  # lone surrogates: octets that are not UTF-8
+        return None
     return f"{found[0]}@{found[1]}" if found is not None and found[1] else None
 
 

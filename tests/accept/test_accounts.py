@@ -186,7 +186,10 @@ def test_names_of_any_kind_are_kept(tmp_path, run, name):
     assert list(accounts(tmp_path)) == ["first", "last"]
 
 
-@pytest.mark.parametrize("sender", ["@", "a b@c.example", "@a..b", "ann@", "nobody", 'o"d@d.example', "@" + "x" * 64])
+@pytest.mark.parametrize(
+    "sender",
+    ["@", "\udcff@b.example", "@b\udcff.example", "a b@c.example", "@a..b", "ann@", "nobody", 'o"d@d.example', "@" + "x" * 64],
+)
 def test_a_sender_that_no_mail_can_have_is_refused(tmp_path, run, sender):
     for verb in (("app", "create", "shop"), ("user", "add", "ann", "--password", "x")):
         found = run(*verb, "--sender", sender)

@@ -131,6 +131,7 @@ def test_a_filter_means_what_it_says_or_is_refused(tmp_path):
             (("queue", "delete", "--held", "--domain", ""), 64, "--domain: it is empty"),
             (("queue", "delete", "--all", "--from", ""), 64, "--from: it is empty"),
             (("queue", "list", "--user", ""), 64, "--user: it is empty"),
+            (("queue", "list", "--from", "\udcff@b.example"), 64, "neither an address nor <>"),
             (("queue", "list", "--from", "nobody@"), 64, "neither an address nor <>"),
             (("queue", "list", "--from", "a@b c@d"), 64, "neither an address nor <>"),
             (("queue", "delete", "--domain", "@d.example"), 64, "a domain has no @ in it"),
