@@ -54,16 +54,24 @@ class Filter:
         """Whether a message matches, provided that its queue does."""
         if self.ident and ident != self.ident:
             return False
-        if self.sender and (compared(envelope.sender) or "<>") != comparable(self.sender):
+        if not self.is_from(envelope.sender):
             return False
         if self.user and envelope.user != self.user:
             return False
         if self.held and not envelope.flags & HELD:
             return False
-        if self.recipient_domain:
-            wanted = compared(self.recipient_domain.rstrip("."))
-            return any(domain_of(address) == wanted for address in envelope.recipients)
-        return True
+        return self.is_to(envelope.recipients)
+
+    def is_from(self, sender: str) -> bool:
+        """Whether an envelope's sender matches."""
+        return not self.sender or (compared(sender) or "<>") == comparable(self.sender)
+
+    def is_to(self, recipients: list[str]) -> bool:
+        """Whether one of an envelope's recipients matches."""
+        if not self.recipient_domain:
+            return True
+        wanted = compared(self.recipient_domain.rstrip("."))
+        return any(domain_of(address) == wanted for address in recipients)
 
 
 # The filter in a request: its fields, checked, and no others.

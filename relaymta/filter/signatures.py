@@ -298,7 +298,7 @@ def _checked(claimed: Claims, claim: Claim, bodies: Bodies, key: Texts | None) -
 
 def _number(text: str) -> bool:
     """Whether a tag's value is 1*76DIGIT (RFC 6376 3.5)."""
-    return text.isascii() and text.isdigit() and len(text) <= 76
+    return len(text) <= 76 and _DIGITS.match(text) is not None
 
 
 def _signs_all(tags: Tags, octets: int) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine
 
 from relaymta.errors import StoreError
 from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates
-from relaymta.proto.address import comparable, compared, domain_of
 from relaymta.proto.envelope import DSN, Envelope, QueueName
 from relaymta.queue import Entry, Filter, Queue
 
@@ -128,7 +127,7 @@ class Policies:
         meanwhile is left alone: it may be in another queue by now."""
         chosen = []
         for entry in entries:
-            if entry.waiting and self._held(entry):
+            if entry.waiting and self._is_held(entry):
                 chosen.append(entry.ident)
             elif entry.waiting:
                 self._put_back(entry)
@@ -143,10 +142,13 @@ class Policies:
             if holds - self._holding_policies():  # one ended during this change, and `tick` checked before
                 self._to_check = True
 
-    def _held(self, entry: Entry) -> bool:
-        """Whether a hold policy matches an entry now."""
-        policy = self.find(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
+    def _holds(self, name: QueueName, sender: str, recipients: list[str]) -> bool:
+        """Whether a hold policy matches mail in a queue now."""
+        policy = self.find(name, sender, recipients)
         return policy is not None and policy.kind == HOLD
+
+    def _is_held(self, entry: Entry) -> bool:
+        return self._holds(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
 
     def held(self, about: str) -> None:
         """Called when an operator's change has held mail for the hold policy with this name ("": not known): if it has ended
@@ -173,7 +175,7 @@ class Policies:
             return
         still, self._refused = [entry for entry in self._refused if entry.waiting], []
         for entry in still:
-            if self._held(entry):
+            if self._is_held(entry):
                 self._refused.append(entry)
             else:
                 self._put_back(entry)
@@ -196,14 +198,8 @@ class Policies:
                 self._to_check = True  # the next tick tries again
 
     def _held_still(self, envelope: Envelope, names: list[QueueName]) -> bool:
-        policies = [self.find(name, envelope.sender, envelope.recipients) for name in names]
-        return any(policy is not None and policy.kind == HOLD for policy in policies)
+        return any(self._holds(name, envelope.sender, envelope.recipients) for name in names)
 
 
 def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str]) -> bool:
-    domain = compared(chosen.recipient_domain.rstrip("."))
-    return (
-        chosen.waits_in(name)
-        and comparable(chosen.sender) in ("", compared(sender) or "<>")
-        and (not domain or any(domain_of(address) == domain for address in recipients))
-    )
+    return chosen.waits_in(name) and chosen.is_from(sender) and chosen.is_to(recipients)

@@ -26,9 +26,9 @@ class Link(NamedTuple):
 
 
 class Session(asyncio.Protocol):
-    """The client side of one connection in a pool. Its owner passes callbacks: `idle(session)`: it can take a message, whether it
-    has sent it one;
-    `finished(session, mail)`: all replies to a message are there; `lost(session, reason)`: the connection ended, once."""
+    """The client side of one connection in a pool. Its owner passes callbacks: `idle(session)`: it can take a message; whether it
+    was sent one. `finished(session, mail)`: all replies to a message are there. `lost(session, reason)`: the connection ended,
+    once."""
 
     def __init__(
         self,

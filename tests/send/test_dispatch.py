@@ -296,6 +296,19 @@ def _remove(made: Dispatcher, policy: SiteState) -> None:
     made.site_state_changed(None, policy.key)
 
 
+def _slow_changes(made: Dispatcher) -> asyncio.Event:
+    """Let the queue's changes of messages wait for this event."""
+    over = asyncio.Event()
+
+    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
+        made.queue.held.append(idents)
+        await over.wait()
+        return len(idents), 0
+
+    made.queue.change_messages = slowly
+    return over
+
+
 async def test_mail_of_a_policy_that_began_and_ended_within_a_tick_is_released(made):
     made.policies.tick()
     await ticks()
@@ -315,14 +328,7 @@ async def test_mail_of_a_policy_that_began_and_ended_within_a_tick_is_released(m
 async def test_mail_that_waits_to_be_held_is_not_held_when_its_policy_ended(made):
     """An earlier change was under way until then, and a tick has released what the policy held."""
     first, second = entry(1, "smart.test"), entry(2, "smart.test")
-    over = asyncio.Event()
-
-    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
-        made.queue.held.append(idents)
-        await over.wait()
-        return len(idents), 0
-
-    made.queue.change_messages = slowly
+    over = _slow_changes(made)
     policy = _policy(made)
     made.offer(first)
     await ticks()
@@ -365,14 +371,7 @@ async def test_a_hold_that_fails_half_way_while_its_policy_ends_is_checked(made)
 async def test_mail_that_somebody_else_has_taken_is_not_held(made):
     """It was given to another route, to which the policy does not apply, while it waited for an earlier change."""
     first, second = entry(1, "smart.test"), entry(2, "smart.test")
-    over = asyncio.Event()
-
-    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
-        made.queue.held.append(idents)
-        await over.wait()
-        return len(idents), 0
-
-    made.queue.change_messages = slowly
+    over = _slow_changes(made)
     _policy(made)
     made.offer(first)
     await ticks()
