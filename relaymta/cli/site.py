@@ -37,12 +37,12 @@ def list_sites(read: Configuration, as_json: bool) -> None:
         return
     lines = [
         [
-            row["pool"], row["state"], str(row["waiting"]), str(row["in flight"]),
+            row["pool"], row["state"], str(row["waiting"]), str(row["deferred"]), str(row["in flight"]),
             f"{row['connections']} of {row['limits']['connections']['value']:g}", f"{row['rate']:.0f}/s", row["reason"],
         ]
         for row in rows
     ]  # fmt: skip
-    table("", ["site", "state", "waiting", "in flight", "conns", "rate", "reason"], lines)
+    table("", ["site", "state", "waiting", "deferred", "in flight", "conns", "rate", "reason"], lines)
 
 
 def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
@@ -80,7 +80,8 @@ def show(read: Configuration, name: str, as_json: bool) -> None:
         say(f"  hosts: {', '.join(row['hosts'])}" + (f"; from {row['source']}" if row["source"] else ""))
         for host, reason in row["hosts down"].items():
             say(f"  {host} is down: {reason}")
-        say(f"  {row['waiting']} wait, {row['in flight']} in flight, {row['connections']} connections, {row['rate']:.0f}/s")
+        counts = f"{row['waiting']} wait, {row['deferred']} deferred, {row['in flight']} in flight"
+        say(f"  {counts}, {row['connections']} connections, {row['rate']:.0f}/s")
         for session in row["sessions"]:
             say(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
         _show_limits(row)

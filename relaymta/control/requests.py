@@ -81,12 +81,6 @@ class OfMessage(_Arguments, frozen=True):
     ident: str
 
 
-class Busiest(_Arguments, frozen=True):
-    """At most so many; 0: all."""
-
-    most: Number = 0
-
-
 class Suspension(_Arguments, frozen=True):
     """Of a site ("": all), or of an application's mail (`about`; "": all mail) to it."""
 
@@ -150,9 +144,9 @@ def _sites(parts: list[Rows], args: Any) -> Rows:
         if row["state"] == "down":
             known |= {key: row[key] for key in ("state", "reason", "until")}
 
-    rows = _by("pool", ("waiting", "in flight", "connections", "opening", "window", "rate", "sessions"), join, parts)
-    rows.sort(key=lambda row: (-row["waiting"], -row["connections"], row["pool"]))
-    return rows[: args.most] if args.most else rows
+    counts = ("waiting", "deferred", "in flight", "connections", "opening", "window", "rate", "sessions")
+    rows = _by("pool", counts, join, parts)
+    return sorted(rows, key=lambda row: (-row["waiting"], -row["connections"], -row["deferred"], row["pool"]))
 
 
 def _moved(parts: list[list[int] | None], args: Any) -> list[int] | None:
@@ -206,7 +200,7 @@ REQUESTS: dict[str, Request] = {
         Request("raw", OfMessage, Where.FIRST, 30, offline=True, pieces=True),
         Request("explain", OfMessage, Where.FIRST),
         Request("history", OfMessage, Where.SUPERVISOR, 60, offline=True),
-        Request("sites", Busiest, Where.ALL, 5, _sites),
+        Request("sites", Nothing, Where.ALL, 15, _sites),
         Request("site_states", Nothing, Where.SUPERVISOR),
         Request("suspend", Suspension, Where.SUPERVISOR, changes=True),
         Request("policy", Policy, Where.SUPERVISOR, changes=True),

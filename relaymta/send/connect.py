@@ -162,9 +162,11 @@ async def connect(
     except BaseException as error:
         if client is not None:
             client.close()
-        if isinstance(error, Exception) and not isinstance(error, NoRoute):
-            raise _failure(phase, peer, error, via) from None
-        raise
+        if not isinstance(error, Exception) or isinstance(error, NoRoute):
+            raise
+        if client is not None and not isinstance(error, aiosmtplib.SMTPResponseException | Failure):
+            error = client.begun() or error
+        raise _failure(phase, peer, error, via) from None
 
 
 def _check_name(client: _Client, peer: Peer, via: Via) -> None:

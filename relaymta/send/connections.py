@@ -120,6 +120,15 @@ class Connections:
         keys = [site.key, *(f"{site.key} from {source}" for source in site.route.sources)]
         return [self.pools[key] for key in keys if key in self.pools]
 
+    def shown(self, site: Site) -> Pool:
+        """A pool of a site: one that exists, or one that is not kept."""
+        found = self.of(site)
+        if found:
+            return found[0]
+        pool = Pool(site, None, self._shaping.shape(site), self._weights)
+        self._decisions.apply(pool)
+        return pool
+
     def _stops(self, pool: Pool, entry: Entry) -> bool:
         """Whether an entry in flight is not given to another host of its site: nothing new is begun for it now."""
         return self.draining or self.queue.stalled or bool(self._decisions.asleep(pool, entry.name.application))

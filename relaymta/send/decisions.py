@@ -68,7 +68,7 @@ class Decisions:
         return self._clock() + self.states.left(state)
 
     def recall(self, pool: Pool) -> None:
-        """Apply the machine's states of its site to a new pool. Called before the pool is used."""
+        """Apply the machine's states of its site to a new pool, and to come. Called before the pool is used."""
         self._by_shape.setdefault(pool.shape.key, set()).add(pool.key)
         self._named += 1
         if self._named > 2 * len(self._pools) + 1000:  # without the pools that are gone
@@ -76,6 +76,10 @@ class Decisions:
             for one in (*self._pools.values(), pool):
                 self._by_shape.setdefault(one.shape.key, set()).add(one.key)
             self._named = len(self._pools) + 1
+        self.apply(pool)
+
+    def apply(self, pool: Pool) -> None:
+        """Give a new pool what is known about its site."""
         dead = self.states.get(DEAD, pool.key)
         if dead is not None:  # found down by another worker, or before a restart
             pool.down(int(dead.value), self._end(dead), dead.reason, self._now(), not _REFUSED.match(dead.reply))

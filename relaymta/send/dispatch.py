@@ -13,8 +13,7 @@ one failure of a site: pool.py.)
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
-from heapq import nlargest
+from collections.abc import Sequence
 
 from relaymta.config import Config
 from relaymta.dns import Resolver
@@ -220,17 +219,16 @@ class Dispatcher:
             policy = None
         delivering, place = position(pools, entry) if entry is not None else (None, -1)
         return View(
-            site, tuple(map(self._seen, pools)), suspended, now + states.left(suspended) / 1000 if suspended is not None else 0.0,
+            site, tuple(map(self.seen, pools)), suspended, now + states.left(suspended) / 1000 if suspended is not None else 0.0,
             self.lookups.asks(name), entry is not None and self.recovery.keeps(entry), failed, self._wall(until), policy,
             now + states.left(policy) / 1000 if policy is not None else 0.0, delivering, place, self.routes,
         )  # fmt: skip
 
-    def site_views(self, most: int = 0) -> list[SiteView]:
-        """The sites that this worker sends to or has mail for; the `most` busiest (0: all)."""
-        pools: Iterable[Pool] = self.pools.values()
-        if most:
-            pools = nlargest(most, pools, key=lambda pool: (len(pool.ready), len(pool.sessions)))
-        return [self._seen(pool) for pool in pools]
+    def pool_of(self, name: QueueName) -> Pool | None:
+        """A pool of the site that a queue's mail goes to, as last known; None: it is not known yet. Where there is no pool, since
+        nothing waits in memory and nothing is connected: one that shows what is known about the site, and is not kept."""
+        site = self.sites.last(name)
+        return self.connections.shown(site) if site is not None else None
 
     def names_of_site(self, name: QueueName) -> tuple[str, ...]:
         """The names of the site that a queue's mail is delivered to: its own, that under which its limits are counted, and those
@@ -238,7 +236,8 @@ class Dispatcher:
         site = self.sites.last(name)
         return () if site is None else (site.key, self.shaping.shape(site).key, *site.names)
 
-    def _seen(self, pool: Pool) -> SiteView:
+    def seen(self, pool: Pool) -> SiteView:
+        """A pool as of now."""
         until = self._wall(pool.down_until) if pool.failures else 0.0
         return seen(pool, self.loop.time(), until, self.opener.down(pool.site.route))
 

@@ -1,6 +1,7 @@
 """For `message explain` and `site list`: why a message waits and until when, and the state of one worker's sites. Everything is
-read from `View`s of the dispatcher."""
+read from `View`s and `SiteView`s of the dispatcher."""
 
+import asyncio
 import shlex
 import time
 from typing import Any
@@ -17,10 +18,25 @@ from relaymta.send.view import SiteView, View
 
 __all__ = ["explain", "goes_to", "site_rows", "throttled"]
 
+TOGETHER = 100  # queues
 
-def site_rows(dispatcher: Dispatcher, most: int = 0) -> list[dict[str, Any]]:
-    """One row for each site that a worker sends to or has mail for; the `most` busiest (0: all)."""
-    return [_site_row(site) for site in dispatcher.site_views(most)]
+
+async def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
+    """One row for each site that a worker sends to or has mail for, also where all of it is deferred or held. (After a restart
+    the site of deferred mail is known when its domain has been looked up.)"""
+    queue = dispatcher.queue
+    assert queue is not None
+    rows = {pool.key: _site_row(dispatcher.seen(pool)) for pool in dispatcher.pools.values()}
+    names = {str(name): name for name in await queue.names()}
+    for number, found in enumerate(await queue.summary()):
+        if not number % TOGETHER:
+            await asyncio.sleep(0)  # mail is delivered meanwhile
+        name = names.get(found["queue"])
+        pool = dispatcher.pool_of(name) if name is not None else None
+        if pool is not None:
+            row = rows.get(pool.key) or rows.setdefault(pool.key, _site_row(dispatcher.seen(pool)))
+            row["deferred"] += found["deferred"]
+    return list(rows.values())
 
 
 async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
@@ -65,6 +81,7 @@ def _site_row(site: SiteView) -> dict[str, Any]:
         "cause": site.cause,
         "until": site.until,
         "waiting": site.waiting,
+        "deferred": 0,
         "in flight": site.in_flight,
         "connections": len(site.sessions),
         "opening": site.opening,

@@ -17,32 +17,62 @@ from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Replies
 __all__ = ["LenientSMTP"]
 
 NO_REPLY = -1  # aiosmtplib's code for what is not a reply
+REFUSAL = 400  # and above
 
 
 class _Protocol(SMTPProtocol):
     """Reads replies as `Replies` does: the code decides (RFC 5321 4.2.1), whatever the form and the octets of the text. Octets
     that are not UTF-8 are shown as U+FFFD. (aiosmtplib keeps them as surrogates, which no log and no DSN can hold.)"""
 
-    _replies: Replies | None = None  # the reply that has begun; its lines are not in the buffer any more
+    _replies: Replies | None = None  # the reply that has begun: what has come of it is not in the buffer any more
+
+    def data_received(self, data: bytes) -> None:
+        """As in aiosmtplib, but for its limit of the buffer, which holds only what follows a reply: `Replies` has limits."""
+        waiter = self._response_waiter
+        if waiter is None or waiter.done() or not self._response_pending:
+            return
+        self._buffer.extend(data)
+        try:
+            response = self._read_response_from_buffer()
+        except SMTPResponseException as error:
+            self._set_response_exception(waiter, error)
+        else:
+            if response is not None:
+                waiter.set_result(response)
 
     def _read_response_from_buffer(self) -> SMTPResponse | None:
-        while (newline := self._buffer.find(b"\n")) >= 0:
+        while self._buffer:
+            end = self._buffer.find(b"\n") + 1 or len(self._buffer)
             if self._replies is None:
                 self._replies = Replies(LINE_LIMIT, LINES_LIMIT)
-            found = self._replies.feed(bytes(self._buffer[: newline + 1]))
-            del self._buffer[: newline + 1]
+            found = self._replies.feed(bytes(self._buffer[:end]))
+            del self._buffer[:end]
             if found:
                 self._replies = None
-                code, text = found[0]
-                shown = text.decode("utf-8", "replace").strip()
+                code, text = found[0] if found[0][0] >= REFUSAL else found[-1]  # nothing can follow one that is too long
                 if not code:
-                    raise SMTPResponseException(NO_REPLY, f"not a reply: {shown}")
-                return SMTPResponse(code, shown)
+                    raise SMTPResponseException(NO_REPLY, f"not a reply: {_shown(text)}")
+                return SMTPResponse(code, _shown(text))
         return None
+
+    def begun(self) -> SMTPResponseException | None:
+        """The refusal that had begun when the connection ended, or when its time was over."""
+        found, self._replies = self._replies.end() if self._replies is not None else [], None
+        return SMTPResponseException(found[0][0], _shown(found[0][1])) if found and found[0][0] >= REFUSAL else None
+
+
+def _shown(text: bytes) -> str:
+    return text.decode("utf-8", "replace").strip()
 
 
 class LenientSMTP(aiosmtplib.SMTP):
     """aiosmtplib with replies that are read as in all other phases."""
+
+    _reading: _Protocol | None = None  # also after the connection has ended
+
+    def begun(self) -> SMTPResponseException | None:
+        """As `_Protocol.begun`."""
+        return self._reading.begun() if self._reading is not None else None
 
     async def _create_connection(self, timeout: float | None) -> SMTPResponse:
         """As in aiosmtplib, which does not let its protocol be chosen. The caller limits the time."""
@@ -66,7 +96,8 @@ class LenientSMTP(aiosmtplib.SMTP):
                 transport, protocol = await loop.create_connection(made, host, port, ssl=context, local_addr=source)
         except OSError as error:
             raise SMTPConnectError(f"Error connecting to {where}: {error}") from error
-        self.protocol, self.transport = protocol, transport
+        self.protocol = self._reading = protocol
+        self.transport = transport
         try:
             response = await protocol.read_response()
         except SMTPServerDisconnected as error:

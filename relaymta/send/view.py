@@ -1,4 +1,4 @@
-"""What delivery reports about itself: frozen copies of its state at one moment, made by `Dispatcher.view` and `site_views`."""
+"""What delivery reports about itself: frozen copies of its state at one moment, made by `Dispatcher.view` and `seen`."""
 
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relaymta.control import sentence
 from relaymta.control.filters import Filter
-from relaymta.control.requests import REQUESTS, Busiest, Change, Move, Nothing, OfMessage, Page, Queues
+from relaymta.control.requests import REQUESTS, Change, Move, Nothing, OfMessage, Page, Queues
 from relaymta.errors import NoSuch, RelayError
 from relaymta.queue import parse_id
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
@@ -132,9 +132,9 @@ class Answers:
                 async for piece in pieces:
                     yield piece
 
-    async def sites(self, args: Busiest) -> list[Any]:
+    async def sites(self, args: Nothing) -> list[Any]:
         """As `send.explain.site_rows`, of all shards."""
-        return [row for shard in self._shards.values() for row in site_rows(shard.dispatcher, args.most)]
+        return [row for shard in self._shards.values() for row in await site_rows(shard.dispatcher)]
 
     async def usage(self, args: Nothing) -> list[Any]:
         """The use of accounts' quotas, which all workers share."""

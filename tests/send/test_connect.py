@@ -102,6 +102,71 @@ async def test_what_is_no_greeting_is_said_in_words(listen, banner, said):
     assert str(failed.value) == said
 
 
+BEGUN = [  # (replies in turn, the last of which is cut off, phase, what is said)
+    ([b"554 5.7.1 go away"], "connect", "554 5.7.1 go away"),
+    ([b"554-go\r\naway"], "connect", "554 go away"),
+    ([b"421"], "connect", "421"),
+    ([b"220 here\r\n", b"550-5.7.1 not\r\n550-5.7.1 you\r\n"], "ehlo", "550 5.7.1 not you"),
+    ([b"220 here\r\n", b"451 4.3.0 lat"], "ehlo", "451 4.3.0 lat"),
+    ([b"220 here\r\n", b"502 what\r\n", b"554 no HELO"], "ehlo", "554 no HELO"),
+    ([b"220-welcome\r\n220-to"], "connect", ""),
+    ([b"220 here\r\n", b"250-here\r\n250-SI"], "ehlo", ""),
+    ([b"55"], "connect", ""),
+]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize(("replies", "phase", "said"), BEGUN)
+async def test_a_refusal_that_had_begun_counts(listen, replies, phase, said, silent):
+    """When the connection ends, and when the time is over (RFC 5321 4.2.1: the code decides)."""
+
+    class Cut(Host):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for number, reply in enumerate(replies):
+                if number:
+                    await reader.readline()
+                writer.write(reply)
+            if silent:
+                await reader.read()
+            writer.close()
+
+    with pytest.raises(ConnectFailed) as failed:
+        await opened(await listen(Cut()), connecting=60.0, replies=0.5 if silent else 60.0)
+    found = failed.value.said
+    assert failed.value.phase == phase
+    assert (found.whole if found is not None else "") == said
+
+
+@pytest.mark.parametrize(
+    ("banner", "said"),
+    [
+        (b"".join(b"220-%s\r\n" % (b"x" * 900) for _ in range(60)) + b"220 here\r\n", "250"),  # 54 kB
+        (b"220-" + b"x" * 40_000 + b"\r\n220 here\r\n", "250"),
+        (b"".join(b"554-%s\r\n" % (b"x" * 900) for _ in range(60)) + b"554 no\r\n", "554"),
+        (b"".join(b"554-%s\r\n" % (b"x" * 900) for _ in range(600)) + b"554 no\r\n", "554"),  # its code counts
+        (b"".join(b"220-%s\r\n" % (b"x" * 900) for _ in range(600)) + b"220 here\r\n", "too long"),
+        (b"220 " + b"x" * 70_000, "too long"),
+        (b"x" * 70_000, "not a reply"),
+    ],
+)
+async def test_a_long_reply_is_read_as_in_other_phases(listen, banner, said):
+    class Long(Host):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(banner)
+            await reader.readline()
+            writer.write(b"250 here\r\n")
+            await reader.read()
+            writer.close()
+
+    port = await listen(Long())
+    if said == "250":
+        (await opened(port, connecting=60.0, replies=60.0)).fail("done")
+        return
+    with pytest.raises(ConnectFailed) as failed:
+        await opened(port, connecting=60.0, replies=60.0)
+    assert said in str(failed.value)
+
+
 @pytest.mark.parametrize("tls", ["may", "encrypt"])
 async def test_tls_begins_with_the_first_octet_on_port_465(listen, monkeypatch, tls):
     """RFC 8314 3.3; also where TLS is optional."""

@@ -328,3 +328,26 @@ def test_metrics_show_the_busiest_sites(shared):
         wait_for(lambda: peer.messages)
         assert shared.metric('relaymta_site_connections{site="busy"}') >= 1
         assert shared.metric('relaymta_site_window{site="busy"}') >= 5
+
+
+def test_a_site_that_has_only_deferred_mail_is_known(tmp_path):
+    """Nothing waits in memory, nothing is connected: its mail's next attempt is not due."""
+    with (
+        FakeMx({"RCPT": b"450 4.2.1 later\r\n"}) as peer,
+        Relay(tmp_path, f"127.0.0.1:{peer.port}", 'delivery.idle="0.2s"', workers=2) as relay,
+    ):
+        relay.send_all(6)
+        wait_for(lambda: len(relay.events("deferred")) == 6)
+        wait_for(lambda: not any(row["connections"] for row in relay.sites()))
+        (row,) = relay.sites()
+        assert (row["pool"], row["state"], row["deferred"], row["waiting"], row["connections"]) == ("smarthost", "up", 6, 0, 0)
+        assert row["limits"]["connections"]["value"]
+        assert relay.cli("site", "list").stdout.splitlines()[-1].split()[:4] == ["smarthost", "up", "0", "6"]
+        host = f"127.0.0.1:{peer.port}"
+        assert "6 deferred" in relay.cli("site", "show", host).stdout
+        assert relay.cli("shaping", "why", "smarthost").stdout == "there is no decision about smarthost\n"
+        assert relay.cli("site", "suspend", "smarthost", "--for", "1m").stderr == ""
+        assert relay.cli("site", "list").stdout.splitlines()[-1].split()[1] == "suspended"
+        relay.cli("site", "resume", "smarthost")
+        assert "6 of 6" in relay.cli("queue", "delete", "--site", host).stdout
+        assert relay.sites() == []
