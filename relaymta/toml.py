@@ -11,11 +11,25 @@ from relaymta.files import Unreadable, read_text
 
 __all__ = ["keys_of", "lay_over", "read_toml"]
 
+Keys = tuple[str | int, ...]
+
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
+_OPEN = re.compile(r"\s*\[(?!.*\]\s*(#.*)?$)")  # a list that its line does not end
+_TOKEN = re.compile(r"""#|"(?:\\.|[^"\\])*"|'[^']*'|[][{},]|[^][{},\s"'#]+""")
 _HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
 
 _TWICE = "this table is given twice"
-# Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used.
+# Errors of tomllib by what is at their place: (what it says, a pattern of the line with a NUL at that place, our words).
+# The first that matches is used.
+_AT = [
+    (r"Expected newline", r"\0[,;]\s*(#|$)", "nothing follows a value: remove the comma or semicolon"),
+    (r"Expected newline|Invalid statement", r"\0(;|//)", "a comment begins with #"),
+    (r"Invalid value", r"\0,", "a comma without a value in front of it"),
+    (r"Invalid value", r"^([^=]*|[^=]*=\s*\[.*)\0[\w.:/@*-]", "write each value of a list in quotes"),
+    (r"Unclosed array", r"[^\s\[,\"']\0[\w.:/@*-]", "write each value of a list in quotes"),
+    (r"Unclosed array", r"\0;", "the values of a list are separated by commas"),
+]
+# Others: (what it says, a pattern of the line or "", what we say instead). The first that matches is used.
 _SYNTAX = [
     (r"Illegal character '\\n'|Unterminated string|Expected \"'\"", "", "the closing quote is missing"),
     (r"", "[“”„‘’]", "quotes are written \" or '"),
@@ -55,11 +69,15 @@ def read_toml(path: Path, several: Collection[str] = ()) -> tuple[str, dict[str,
 
 def _syntax_problem(path: Path, text: str, error: str, several: Collection[str]) -> str:
     lines = text.split("\n")
-    match = re.search(r"\(at line (\d+), column \d+\)", error)
+    match = re.search(r"\(at line (\d+), column (\d+)\)", error)
     at = int(match[1]) if match else _unclosed(lines, "'" if "'" in error else '"')
     line = lines[at - 1]
     what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", error)
-    what = next((ours for says, looks, ours in _SYNTAX if re.match(says, what) and re.search(looks, line)), what)
+    column = int(match[2]) - 1 if match else len(line)
+    marked = f"{line[:column]}\0{line[column:]}"
+    known = [ours for says, looks, ours in _AT if re.match(says, what) and re.search(looks, marked)]
+    known += [ours for says, looks, ours in _SYNTAX if re.match(says, what) and re.search(looks, line)]
+    what = known[0] if known else what
     table = re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line)
     if what == _TWICE and table is not None and table[1] in several:
         what = f"write [[{table[1]}]] in double brackets each time: there can be several"
@@ -89,23 +107,56 @@ def lay_over(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def keys_of(text: str) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    """(path, such as ("listener", 0, "address"); line number) of every key and table of a TOML file, in order. Lines within
-    multi-line values may add entries, which are harmless."""
-    counts: dict[str, int] = {}
-    table: tuple[str | int, ...] = ()
-    for number, line in enumerate(text.split("\n"), 1):
+    """(path, such as ("listener", 0, "address"); line number) of every key and table of a TOML file, in order, and of every value
+    of a list that is written in several lines. Lines within multi-line texts may add entries, which are harmless."""
+    counts: dict[Keys, int] = {}
+    table: Keys = ()
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         head = _HEAD.match(line)
         if head is not None:
-            name = head[2].strip()
-            parts: tuple[str | int, ...] = tuple(part.strip().strip("\"'") for part in name.split("."))
-            if head[1] == "[[":
-                parts = (*parts, counts.get(name, 0))
-                counts[name] = counts.get(name, 0) + 1
-            elif parts[0] in counts:  # [route.oauth]: it belongs to the last [[route]]
-                parts = (parts[0], counts[str(parts[0])] - 1, *parts[1:])
-            table = parts
+            table = _table(head, counts)
             yield table, number
             continue
         key = _KEY.match(line)
         if key is not None:
-            yield (*table, *(part.strip().strip("\"'") for part in key[1].split("."))), number
+            place = (*table, *_parts(key[1]))
+            yield place, number
+            if _OPEN.match(line, key.end()):
+                yield from _values(lines, number, key.end(), place)
+
+
+def _parts(name: str) -> Keys:
+    return tuple(part.strip().strip("\"'") for part in name.split("."))
+
+
+def _table(head: re.Match[str], counts: dict[Keys, int]) -> Keys:
+    """The path of a table. `counts`: how many there are of each that can be given several times, up to here."""
+    *above, last = _parts(head[2])
+    place: Keys = ()
+    for part in above:  # [route.oauth] belongs to the last [[route]]
+        place = (*place, part)
+        if place in counts:
+            place = (*place, counts[place] - 1)
+    place = (*place, last)
+    if head[1] == "[[":
+        counts[place] = counts.get(place, 0) + 1
+        place = (*place, counts[place] - 1)
+    return place
+
+
+def _values(lines: list[str], number: int, column: int, place: Keys) -> Iterator[tuple[Keys, int]]:
+    """The lines of the values of a list that begins in line `number` at `column`."""
+    depth, index, expected = 0, 0, False
+    for at in range(number, len(lines) + 1):
+        for token in _TOKEN.finditer(lines[at - 1], column):
+            if token[0].startswith("#"):
+                break
+            depth += (token[0] in "[{") - (token[0] in "]}")
+            if not depth:
+                return
+            if expected and depth == 1 + (token[0] in "[{") and token[0] not in ",]":
+                yield (*place, index), at
+                index, expected = index + 1, False
+            expected = expected or (depth == 1 and token[0] in "[,")
+        column = 0

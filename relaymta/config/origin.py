@@ -43,8 +43,9 @@ class Origin:
         if self._lines is None:
             self._lines = _positions(self._text)
         while place:
-            found = self._lines.get(place, 0) or self._lines.get((*place, 0), 0)
-            if found:
+            found = self._lines.get(place, 0)
+            below = (number for key, number in self._lines.items() if key[: len(place)] == place)  # [route.0], and no [route]
+            if found or (found := next(below, 0)):
                 return found
             place = place[:-1]
         return 0

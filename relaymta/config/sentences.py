@@ -58,11 +58,15 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
         what = "no such key" + _did_you_mean(model, place)
     elif entry["type"] == "missing":
         what = "is missing"
+    elif entry["type"] == "list_type" and _is_tables(model, place):
+        what = f"write [[{_name(place)}]] in double brackets: there can be several"
     elif entry["type"] == "list_type" and isinstance(given, dict):
-        what = f"write [[{place[0]}]] in double brackets: there can be several"
+        what = f'a list, not a table: write {place[-1]} = ["A", "B"]'
+    elif entry["type"] == "string_type" and isinstance(given, dict | list):
+        what = f"a text, not a {'table' if isinstance(given, dict) else 'list'}"
     elif entry["type"] == "model_type" and not isinstance(given, dict):
-        name = ".".join(part for part in place if isinstance(part, str))
-        what = f"write [{name}] in single brackets: there is one" if isinstance(given, list) else f"a table: write [{name}]"
+        single = "write [{}] in single brackets: there is one" if isinstance(given, list) else "a table: write [{}]"
+        what = ("tables: write [[{}]] for each" if isinstance(place[-1], int) else single).format(_name(place))
     elif entry["type"] == "greater_than":
         what = f"must be more than {entry['ctx']['gt']:g}" + _shown(given, "0")
     else:
@@ -70,6 +74,21 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
         if entry["type"] == "literal_error":
             what += near(str(given), _OPTION.findall(entry["ctx"]["expected"]))
     return origin.sentence(place, what)
+
+
+def _name(place: Place) -> str:
+    return ".".join(part for part in place if isinstance(part, str))
+
+
+def _is_tables(root: type[BaseModel], place: Place) -> bool:
+    """Whether a key is for tables that can be given several times."""
+    annotation: Any = root
+    for part in place:
+        if isinstance(part, str):
+            model = root if annotation is root else model_of(annotation)
+            assert model is not None
+            annotation = model.model_fields[part].annotation
+    return is_list(annotation) and model_of(annotation) is not None
 
 
 def _shown(given: object, what: str) -> str:
@@ -88,11 +107,13 @@ def _did_you_mean(root: type[BaseModel], place: Place) -> str:
         if isinstance(part, str):
             model = model_of(model.model_fields[part].annotation)
     name = str(place[-1])
+    if len(place) > 1 and name in root.model_fields and model_of(root.model_fields[name].annotation) is None:
+        return f": {name} stands in front of the first table"
     meant = near(name, model.model_fields)
     if meant:
         return meant
     if len(place) > 1 and name in root.model_fields:
-        return f": {name} stands in front of the first table" if model_of(root.model_fields[name].annotation) is None else ""
+        return ""
     tables = [(table, field.annotation, model_of(field.annotation)) for table, field in root.model_fields.items()]
     known = [
         f"[[{table}]]" if is_list(annotation) else f"[{table}]"
