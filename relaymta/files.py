@@ -53,10 +53,13 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_secret(path: str | os.PathLike[str]) -> str:
-    """The password or token in a file, without white space around it. OSError, as of `read_text`, also when it is empty."""
+    """The password or token in a file, without white space around it. OSError, as of `read_text`, also when it is empty or has
+    several lines."""
     text = read_text(path).strip()
     if not text:
         raise Unreadable(path, "is empty")
+    if "\n" in text:
+        raise Unreadable(path, "has more than one line: it holds one password or token")
     return text
 
 

@@ -52,12 +52,14 @@ def test_what_is_no_text(tmp_path, data, why, line):
 
 
 @pytest.mark.parametrize(
-    ("data", "secret"), [(b"word\n", "word"), (BOM + b" word \r\n", "word"), (BOM + b"\n", None), (b"", None)]
-)
-def test_secrets(tmp_path, data, secret):
+    ("data", "secret", "why"),
+    [(b"word\n", "word", ""), (BOM + b" word \r\n", "word", ""), (BOM + b"\n", "", "is empty"), (b"", "", "is empty"),
+     (b"old\r\nnew\n", "", "more than one line"), (b"\n\nword\n\n", "word", "")],
+)  # fmt: skip
+def test_secrets(tmp_path, data, secret, why):
     (tmp_path / "f").write_bytes(data)
-    if secret is None:
-        with pytest.raises(Unreadable, match="is empty"):
+    if why:
+        with pytest.raises(Unreadable, match=why):
             read_secret(tmp_path / "f")
     else:
         assert read_secret(tmp_path / "f") == secret
@@ -97,7 +99,12 @@ READERS = [  # (what it is, its content, what is made of it, the result)
     ("route map", b"one.example main\n", of_map, "main"),
     ("recipients", b"a@one.example\n", lambda path: _recipients(str(path)), {"a@one.example"}),
     ("accounts", b'[[account]]\nname = "ann"\n', lambda path: load_accounts(path)[0].name, "ann"),
-    ("password", b"word\n", lambda path: login._password(Route(password_file=str(path))), "word"),
+    (
+        "password",
+        b"word\n",
+        lambda path: login._password(Route(hosts=["h"], username="u", tls="verify", password_file=str(path))),
+        "word",
+    ),
     ("token", b"word\n", lambda path: oauth._secret(str(path)), "word"),
     ("client secret", b"word\n", lambda path: web._secret(str(path)), "word"),
     ("DKIM key", signing_key(), of_key, "a.example"),

@@ -8,6 +8,7 @@ import pytest
 
 from relaymta.config import load, notes
 from relaymta.errors import ConfigError
+from relaymta.route.table import RouteTable
 
 L = '[[listener]]\naddress = "127.0.0.1:25"\n'
 SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
@@ -267,6 +268,17 @@ NOTES = [
     (f'{GOOD}{ROUTE}min_attempts = 3\n[[route]]\nname = "b"\n', None),
     (f'route_map = "/map"\n{GOOD}{ROUTE}[[route]]\nname = "b"\n', None),
     (f'{GOOD}[log]\nfile = "-"\n', None),
+    (f'{GOOD}[[route]]\nhosts = ["h", "g", "h:25"]\n', "6: route.0.hosts: h:25 is given twice"),
+    (f'{GOOD}[[route]]\nhosts = ["h", "g"]\nweights = [1, 2]\n',
+     '7: route.0.weights: they have no effect without mode = "balance"'),
+    (f'{GOOD}[[route]]\nhosts = ["h", "g"]\nweights = [1, 2]\nmode = "balance"\n', None),
+    (f'{GOOD}[[route]]\nsender = ["a@b.example"]\nhosts = ["h"]\n[[route]]\nsender = ["a@b.example"]\nhosts = ["g"]\n',
+     "8: route.1: 'g' is never used: route.0 ('h') has the same conditions and comes first"),
+    (f'{GOOD}[[route]]\nsender = ["a@b.example"]\nhosts = ["h"]\n[[route]]\nsender = ["b@b.example"]\nhosts = ["g"]\n', None),
+    (f"{GOOD}[[network]]\nnetworks = []\n", "6: network.0.networks: it is never used: there are no clients in it"),
+    (f'{GOOD}[[network]]\nnetworks = ["10.0.0.0/8"]\n[[network]]\nnetworks = ["10.1.0.0/16"]\n',
+     "7: network.1: it is never used: earlier [[network]] tables have all of its clients"),
+    (f'{GOOD}[[network]]\nnetworks = ["10.1.0.0/16"]\n[[network]]\nnetworks = ["10.0.0.0/8", "::1"]\n', None),
     (GOOD.replace("a.example", "[192.0.2.1]"), None),
 ]  # fmt: skip
 
@@ -303,3 +315,41 @@ def test_a_configuration_as_editors_write_it(tmp_path, data, expected):
         assert problems_of(path, data) == [expected]
     else:
         assert load(path, {}).listener[0].address == "127.0.0.1:25"
+
+
+@pytest.mark.parametrize(
+    ("line", "trouble"),
+    [
+        (
+            "*.c.example a",
+            '1: *.c.example can never match: "*" is not special here; write ".c.example" for c.example and all below it',
+        ),
+        ("@d.example a", '1: @d.example can never match: write the domain alone: "d.example"'),
+        ("b.example:25 a", "1: b.example:25 can never match: recipients are compared, which have no port"),
+        ("x@y@z a", "1: x@y@z can never match: it has more than one @"),
+        ("b.example. a", '1: b.example. can never match: domains are compared without the dot at the end; write "b.example"'),
+        ("b.example a\nB.EXAMPLE c", "2: B.EXAMPLE is there twice; the last line counts"),
+        ('b.example a\n.b.example a\nx@b.example a\n/^y@/ a\n"x@y"@z.example c\npostmaster a', None),
+    ],
+)
+def test_lines_of_the_route_map_that_match_nothing_are_notes(tmp_path, line, trouble):
+    (tmp_path / "map").write_text(line + "\n")
+    routes = [{"name": "a", "hosts": ["h"]}, {"name": "c", "hosts": ["g"]}]
+    config = load(None, {"listener": [{"address": "127.0.0.1:1"}], "route": routes, "route_map": str(tmp_path / "map")})
+    assert RouteTable(config).notes == ([f"{tmp_path}/map:{trouble}"] if trouble else [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"password_file": "/p"}, "route.0.password_file: needs username"),
+        ({"password_env": "P"}, "route.0.password_env: needs username"),
+        ({"username": "u", "tls": "verify", "password_env": "P", "password_file": "/p"},
+         "route.0.password_env: password_file is given, too: give one of them"),
+        ({"hosts": ["x:"]}, "route.0.hosts.0: 'x:': expected host:port"),
+    ],
+)  # fmt: skip
+def test_what_a_route_does_not_use_is_refused(keys, expected):
+    with pytest.raises(ConfigError) as refused:
+        load(None, {"listener": [{"address": "127.0.0.1:1"}], "route": [{"hosts": ["h"]} | keys]})
+    assert [problem.removeprefix("command line: ") for problem in refused.value.problems] == [expected]

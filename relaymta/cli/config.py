@@ -27,13 +27,15 @@ def check(read: Configuration) -> None:
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
     listens now that is not the relay of this configuration. Whether another program uses the spool is not checked."""
     from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
+    from relaymta.route.table import RouteTable
     from relaymta.supervisor import checks
 
     config = loaded(read)
+    mapped = RouteTable(config).notes  # with our rights, as the rest of the configuration
     ours = _addresses_of_the_relay(config)
     busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
     made_by_root = _as_user(config)
-    remarks = [*notes(config), *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
+    remarks = [*notes(config), *mapped, *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
     remarks += [*checks.exposed_secrets(config), *busy]
     problems = checks.unreadable_secrets(config)
     if made_by_root is None:

@@ -89,7 +89,8 @@ def notes(config: "Config") -> list[str]:
             "senders when the next hop rejects the address"
         )
         pairs.append(("relay.domains", what))
-    pairs += [*_open_to_all(config), *_doubtful_names(config), *_never_used(config), *never(config), *_relative(config)]
+    pairs += [*_open_to_all(config), *_doubtful_names(config), *_never_used(config), *_without_effect(config), *never(config)]
+    pairs += _relative(config)
     for number, route in enumerate(config.route):
         if in_clear(route.lookup):
             what = f"{route.lookup}: an attacker on the path can redirect mail; use https://"
@@ -121,6 +122,31 @@ def _never_used(config: "Config") -> Iterator[tuple[str, str]]:
     for number, route in enumerate(config.route[first + 1 :], first + 1):
         label = config.route[first].label
         yield f"route.{number}", f"{route.label!r} is never used: route.{first} ({label!r}) has no condition and comes first"
+
+
+def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
+    """What is repeated, and what an earlier table or a missing key makes ineffective."""
+    earlier: dict[tuple[str, ...], int] = {}
+    for number, route in enumerate(config.route):
+        for _, host in repeated([host if "/" in host else "{}:{}".format(*parse_hostport(host, 25)) for host in route.hosts]):
+            yield f"route.{number}.hosts", f"{host} is given twice"
+        if route.weights and route.mode != "balance":
+            yield f"route.{number}.weights", 'they have no effect without mode = "balance"'
+        first = earlier.setdefault(route.conditions, number)
+        if first != number and not (route.catches_all or config.route_map):
+            what = f"{route.label!r} is never used: route.{first} ({config.route[first].label!r}) has the same conditions"
+            yield f"route.{number}", f"{what} and comes first"
+    for number, row in enumerate(config.network):
+        if not row.networks:
+            yield f"network.{number}.networks", "it is never used: there are no clients in it"
+        elif all(_inside(text, [wide for other in config.network[:number] for wide in other.networks]) for text in row.networks):
+            yield f"network.{number}", "it is never used: earlier [[network]] tables have all of its clients"
+
+
+def _inside(text: str, networks: list[str]) -> bool:
+    """Whether a network is within one of others."""
+    inner = ipaddress.ip_network(text)
+    return any(inner.version == other.version and inner.subnet_of(other) for other in map(ipaddress.ip_network, networks))  # type: ignore[arg-type]
 
 
 _PATHS = {

@@ -12,7 +12,7 @@ from relaymta.proto.address import domain_matches, domain_of, in_a_labels
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
 
-__all__ = ["address_trouble", "domain_trouble", "host_trouble", "never", "relay_domain_trouble"]
+__all__ = ["address_trouble", "domain_trouble", "host_trouble", "map_trouble", "never", "relay_domain_trouble"]
 
 _DIGITS = frozenset("0123456789")
 _REPLY = (frozenset("2345"), _DIGITS, _DIGITS, frozenset(" "))  # how the line that a rule's `match` is compared with begins
@@ -73,9 +73,22 @@ def address_trouble(pattern: str) -> str:
         return f"it has no local part; the domain {domain} has a condition of its own (..._domain)"
     if pattern.startswith("<") or pattern.endswith(">"):
         return "write the address without < and >"
+    if "@" in local and not local.startswith('"'):
+        return "it has more than one @"
     if "*" in domain:
         return '"*" is not special here; domains have conditions of their own (..._domain)'
     return domain_trouble(domain.rstrip(".")) if domain.strip(".") else "it has no domain"
+
+
+def map_trouble(pattern: str) -> str:
+    """Why a pattern of the route map that is no regular expression can match none; "" if it can."""
+    if pattern.startswith("@"):
+        return f"write the domain alone: {_quoted(pattern[1:])}"
+    if "@" in pattern:
+        return address_trouble(pattern)
+    if re.search(r":\d+$", pattern):
+        return "recipients are compared, which have no port"
+    return domain_trouble(pattern)
 
 
 def never(config: "Config") -> Iterator[tuple[str, str]]:

@@ -105,6 +105,9 @@ class Route(Table):
         secret = bool(self.password_file or self.password_env or self.oauth)
         yield login and self.tls != "verify", "username", 'needs tls = "verify": credentials are sent over verified TLS only'
         yield login and not secret, "username", "needs password_file, password_env or oauth"
+        for key, secret_of in (("password_file", self.password_file), ("password_env", self.password_env)):
+            yield bool(secret_of) and not login, key, "needs username"
+        yield bool(self.password_file and self.password_env), "password_env", "password_file is given, too: give one of them"
         yield login and not (self.hosts or self.lookup), "username", "needs hosts: credentials are sent to configured hosts only"
         yield bool(self.ca_file) and self.tls != "verify", "ca_file", 'needs tls = "verify": otherwise no certificate is checked'
         own = self.client_certificate
@@ -143,8 +146,14 @@ class Route(Table):
     @property
     def catches_all(self) -> bool:
         """Whether it has no condition: routes behind it are used only where they are named."""
+        return not any(self.conditions)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Its conditions, to be compared with those of other routes; "" for each that it does not have."""
         lists = (self.application, self.sender, self.sender_domain, self.recipient, self.recipient_domain, self.mx, self.header)
-        return not any((*lists, self.min_size, self.max_size, self.min_attempts))
+        numbers = (self.min_size, self.max_size, self.min_attempts)
+        return (*(repr(sorted(values)) if values else "" for values in lists), *(str(number or "") for number in numbers))
 
     @property
     def label(self) -> str:

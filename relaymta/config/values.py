@@ -158,7 +158,7 @@ def parse_hostport(text: str, default_port: int | None = None) -> tuple[str, int
         raise ValueError(f"{text!r}: write an IPv6 address in brackets")
     if any(char.isspace() for char in host):
         raise ValueError(f"{text!r}: it has white space in it")
-    if not port and default_port is not None and host:
+    if not port and default_port is not None and host and not text.endswith(":"):
         return host, default_port
     if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r}: expected host:port")

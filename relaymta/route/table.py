@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from relaymta.config import Config, Route, header_condition, near
+from relaymta.config.patterns import map_trouble
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
 from relaymta.proto.address import comparable, compared, domain_matches, domain_of
@@ -169,6 +170,11 @@ class RouteTable:
         return self._by_label.get(name.route) or self.routes[-1]
 
     @property
+    def notes(self) -> list[str]:
+        """Probable mistakes in the route map, a sentence each."""
+        return self._map.notes if self._map is not None else []
+
+    @property
     def labels(self) -> list[str]:
         """The names of all routes."""
         return list(self._by_label)
@@ -195,6 +201,7 @@ class _RouteMap:
     """`PATTERN ROUTE` lines. Precedence: address, domain, .domain from the longest, then regular expressions in order."""
 
     def __init__(self, path: Path, routes: dict[str, Route]) -> None:
+        self.notes: list[str] = []
         self._exact: dict[str, Route] = {}
         self._expressions: list[tuple[re.Pattern[str], Route]] = []
         problems = []
@@ -216,9 +223,17 @@ class _RouteMap:
                 except re.error as error:
                     problems.append(f"{path}:{number}: {words[0]}: {error}")
             else:
+                self._note(f"{path}:{number}: {words[0]}", comparable(words[0]), map_trouble(words[0]))
                 self._exact[comparable(words[0])] = routes[words[1]]
         if problems:
             raise ConfigError(problems)
+
+    def _note(self, place: str, pattern: str, trouble: str) -> None:
+        """Note a line that matches nothing, and one that is repeated."""
+        if trouble:
+            self.notes.append(f"{place} can never match: {trouble}")
+        elif pattern in self._exact:
+            self.notes.append(f"{place} is there twice; the last line counts")
 
     def find(self, recipient: str) -> Route | None:
         """The route of an address (as `compared`), None when no line matches it. Expressions may have U-labels or A-labels."""
