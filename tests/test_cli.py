@@ -115,6 +115,7 @@ def test_a_wrong_option_is_wrong_usage(path):
     ("status", "--set", "workers"), ("shaping", "clear", "x", "--kind", "y"), ("site", "suspend", "x", "--for", "soon"),
     ("policy", "hold", "--app", "x", "--until", "25:00"), ("queue", "delete", "ALL"),
     ("queue", "hold", UNKNOWN, "zz"), ("queue", "list", "--domain", ""), ("queue", "delete"),
+    ("route", "test", "--to", "a@b.example", "--header", "foo"), ("route", "test", "--to", "a@b.example", "--header", ": x"),
 ])  # fmt: skip
 def test_wrong_usage(words):
     assert call(*words).exit_code == 64

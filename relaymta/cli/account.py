@@ -203,7 +203,7 @@ def _listing(read: Configuration, as_json: bool) -> None:
             say_json(_row(account))
         return
     if not accounts:
-        say("there are no accounts")
+        say("there are no accounts", err=True)
         return
     shown = [
         [a.name, a.application, ", ".join(_shown(secret) for secret in a.secrets) or "none", ", ".join(a.senders) or "any"]
@@ -452,7 +452,7 @@ def usage(read: Configuration, as_json: bool) -> None:
             say_json(row)
         return
     if not rows:
-        say("no account has a quota")
+        say("no account has a quota", err=True)
         return
     table("", ["name", "what", "quota", "used"], [[r["name"], r["what"], r["quota"], str(r["used"])] for r in rows])
 

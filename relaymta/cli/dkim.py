@@ -186,7 +186,7 @@ def check_keys(read: Configuration, as_json: bool) -> None:
     elif rows:
         table("", ["record", "key", "state"], [[row["record"], row["key"], row["state"]] for row in rows])
     else:
-        say("there is no [[dkim]]")
+        say("there is no [[dkim]]", err=True)
     if any(row["state"] != "ok" for row in rows):
         raise SystemExit(1)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "due", "given", "given_domain",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "due", "given", "given_domain",
     "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
@@ -210,6 +210,11 @@ def seconds_of(option: str, duration: str, least: float = 0.0) -> float:
     if seconds < least:
         fail(64, f"{option} {duration}: expected a longer time")
     return seconds
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """A number and what it counts, in the singular for 1."""
+    return f"{number} {one if number == 1 else several}"
 
 
 def when(seconds: float) -> str:

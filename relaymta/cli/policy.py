@@ -107,7 +107,7 @@ def list_policies(read: Configuration, as_json: bool) -> None:
     for state in policies:
         record(f"{state['kind']} {state['site']}, since {when(state['since'])}, {until(state['until'])}: {state['reason']}")
     if not policies:
-        say("no policy is in effect")
+        say("no policy is in effect", err=True)
 
 
 def _policy(state: dict[str, Any]) -> dict[str, Any]:

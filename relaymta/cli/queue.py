@@ -23,6 +23,7 @@ from relaymta.cli.peer import (
     as_json,
     asked,
     connect,
+    counted,
     due,
     given,
     given_domain,
@@ -89,7 +90,7 @@ def summary(read: Configuration, as_json: bool) -> None:
             say_json(row)
         return
     if not rows:
-        say(_no_mail())
+        say(_no_mail(), err=True)
         return
     table("", ["queue", "messages", "size", "deferred", "held", "next attempt"], [
         [r["queue"], str(r["messages"]), size(r["bytes"]), str(r["deferred"]), str(r["held"]), due(r["next"])] for r in rows
@@ -184,7 +185,7 @@ def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
     if empty and (wrong := unknown_name(peer, chosen)):
         absent(wrong)
     if empty and not as_json:
-        say("no such messages" if any(chosen.values()) else _no_mail())
+        say("no such messages" if any(chosen.values()) else _no_mail(), err=True)
 
 
 def _shown(row: dict[str, Any]) -> list[str]:
@@ -231,7 +232,7 @@ def shape(read: Configuration, as_json: bool, everything: bool) -> None:
         say_json({"minutes": AGES, "queues": rows})
         return
     if not rows:
-        say(_no_mail())
+        say(_no_mail(), err=True)
         return
     total = {
         "queue": "TOTAL",
@@ -242,7 +243,7 @@ def shape(read: Configuration, as_json: bool, everything: bool) -> None:
     columns = ["queue", "total", *(f"{minutes}m" for minutes in AGES), "older"]
     table("", columns, [[r["queue"], str(r["messages"]), *(str(n) if n else "-" for n in r["ages"])] for r in [total, *shown]])
     if len(rows) > len(shown):
-        say(f"and {len(rows) - len(shown)} more queues (--all)")
+        say(f"and {len(rows) - len(shown)} more queues (--all)", err=True)
 
 
 @queue.command(name="show")
@@ -351,7 +352,7 @@ def _result(found: dict[str, Any]) -> str:
     if not found["matched"]:
         return "no message matches; nothing was changed"
     if found["dry_run"]:
-        text = f"{found['matched']} messages match; nothing was changed"
+        text = f"{counted(found['matched'], 'message matches', 'messages match')}; nothing was changed"
     else:
         text = f"{found['changed']} of {found['matched']} messages changed"
         text += f"; {found['in_flight']} in flight were not changed" if found["in_flight"] else ""

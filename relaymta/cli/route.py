@@ -1,6 +1,7 @@
 """`relaymta route test`: where a message would be sent, and why."""
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,6 +47,9 @@ def test(
 ) -> None:  # fmt: skip
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
     sender, recipient = _address("--from", sender), _address("--to", recipient)
+    for field in headers:
+        if not re.match(r"[!-9;-~]+[ \t]*:", field):
+            fail(64, f'--header {field}: expected "Name: value"')
     config = _config(read)
     try:
         envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)

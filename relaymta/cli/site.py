@@ -8,7 +8,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, given, no_such, seconds_of, until, when
+from relaymta.cli.peer import absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
 from relaymta.cli.queue import KINDS, SITES, names_of_sites
 from relaymta.errors import near
 
@@ -33,7 +33,7 @@ def list_sites(read: Configuration, as_json: bool) -> None:
             say_json(row)
         return
     if not rows:
-        say("no site has mail or connections now")
+        say("no site has mail or connections now", err=True)
         return
     lines = [
         [
@@ -129,7 +129,8 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     about = [shlex.quote(name)] if name else []
     about += ["--app", shlex.quote(application)] if application else []
     again = " ".join(["relaymta site resume", *about])
-    say(f"{whose}to {name or 'all sites'} is suspended for {duration} (`{again}` ends it)")
+    shown = duration.strip() + ("s" if duration.strip().isdigit() else "")
+    say(f"{whose}to {name or 'all sites'} is suspended for {shown} (`{again}` ends it)")
 
 
 @site.command()
@@ -164,7 +165,7 @@ def active(read: Configuration, as_json: bool) -> None:
         for state in states:
             say_json(state)
     elif not states:
-        say("nothing is suspended, slowed down, dead or learned")
+        say("nothing is suspended, slowed down, dead or learned", err=True)
     else:
         _show_states(states)
 
@@ -194,11 +195,11 @@ def clear(read: Configuration, name: str, everything: bool, kind: str | None, dr
     if name and not states and name not in (known := names_of_sites(peer)):
         absent(no_such("site", name, known, SITES))
     if dry_run:
-        say(f"{len(states)} decisions match; nothing was changed")
+        say(f"{counted(len(states), 'decision matches', 'decisions match')}; nothing was changed")
         return
     for state in states:
         asked(peer, "clear", kind=state["kind"], site=state["site"], about=state["about"], resume=False)
-    say(f"{len(states)} decisions were removed")
+    say(f"{counted(len(states), 'decision was', 'decisions were')} removed")
 
 
 @shaping.command()
@@ -213,7 +214,7 @@ def why(read: Configuration, name: str, as_json: bool) -> None:
             say_json(state)
         return
     if not states:
-        say(f"there is no decision about {name}")
+        say(f"there is no decision about {name}", err=True)
     for state in states:
         about = f" {state['about']}" if state["about"] else ""
         say(f"{state['kind']}{about}: {state['reason']} (by {state['by']})")

@@ -25,7 +25,7 @@ class Said:
         rest = text[match.end() :] if match is not None else text
         if match is not None and b"\n" in rest:
             rest = b" ".join(re.sub(_ENHANCED, b"", line, count=1) for line in rest.split(b"\n"))
-        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace")[:500]
+        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace").strip()[:500]
         self.phase = phase
 
     @property

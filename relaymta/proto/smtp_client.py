@@ -120,7 +120,7 @@ class Mail:
         self.refused_mail: Said | None = None
         self.said: dict[int, Said] = {}
         self.all_sent = False  # every recipient was accepted: no replies are built on the hot path
-        self.answer = b""  # text of the reply to the final dot
+        self.answer = (0, b"")  # code and text of the reply to the final dot
         self.reached = ""  # phase of the last reply, "" before the one to MAIL
         self.data_sent = False  # the last octet is written and its reply awaited: in doubt
 
@@ -413,7 +413,7 @@ class ClientSession:
         elif index == 0:
             self.messages += 1
             if code < 400:
-                mail.answer = text
+                mail.answer = (code, text)
                 if not mail.said and not mail.todo and len(mail.sent) == len(mail.recipients):
                     mail.all_sent = True
                     if not chunked:
@@ -452,7 +452,7 @@ class ClientSession:
         mail.unanswered -= 1
         mail.said[index] = Said(code, text, FINAL)
         if code < 400:
-            mail.answer = text
+            mail.answer = (code, text)
         if not mail.unanswered:
             mail.reached = FINAL
             mail.data_sent = False

@@ -103,22 +103,24 @@ def _with_cure(wait: dict[str, Any], view: View, name: QueueName, attempts: list
         wait["cure"] = cure(category, view.site.route if view.site is not None else view.routes.route_of(name), hosts)
     if wait["command"].endswith(" ID"):
         wait["command"] = wait["command"].removesuffix("ID") + format_id(ident)
+    if wait["command"] and not wait["released by"]:
+        wait["released by"] = f"`relaymta {wait['command']}`"
     return wait
 
 
 def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: bool) -> dict[str, Any]:
     """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "command", "cure", "position",
-    "limit"}`: what it waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it, the
-    words of the command line for that ("": none; `_with_cure`), how many messages are before it (-1: not known), and which limit
-    applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now; `in_flight`: it is, or its outcome is being
-    written."""
+    "limit"}`: what it waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it ("":
+    the command), the words of the command line for that ("": none; `_with_cure`), how many messages are before it (-1: not
+    known), and which limit applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now; `in_flight`: it
+    is, or its outcome is being written."""
     now = time.time()
     if state in ("held", "quarantined"):
         return _held(view, state)
     if in_flight:
         return _in_flight(view)
     if due:
-        return _answer("its schedule: the next attempt is not due", due, "`relaymta queue flush`", "queue flush ID")
+        return _answer("its schedule: the next attempt is not due", due, "", "queue flush ID")
     if view.lookup_at > now:
         why = f"the DNS: {name.domain} could not be looked up {view.lookups_failed} times"
         return _answer(why, view.lookup_at, "a working DNS", "queue flush ID")
@@ -126,7 +128,7 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
         by = view.suspended
         why = f"{by.site or by.about} is suspended by {by.by}: {by.reason}{_quoted(by.reply)}"
         words = ["site", "resume", *([by.site] if by.site else []), *(["--app", by.about] if by.about else [])]
-        return _answer(why, view.suspended_until, "`relaymta site resume`", shlex.join(words))
+        return _answer(why, view.suspended_until, "", shlex.join(words))
     if view.probed_later:
         return _answer("its turn to be probed: it was in flight when a worker died", 0, "")
     if view.asks and view.position < 0:
@@ -135,15 +137,15 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
         return _answer("its turn: it is on disk, and is read when there is room in memory", 0, "")
     site = view.pools[0]
     if site.until > now:
-        return _answer(f"the site is down: {site.reason}", site.until, "`relaymta queue flush`", "queue flush ID")
+        return _answer(f"the site is down: {site.reason}", site.until, "", "queue flush ID")
     return _in_line(site, view.position)
 
 
 def _held(view: View, state: str) -> dict[str, Any]:
     if state != "held" or view.policy is None:
-        return _answer(f"it is {state}", 0, "`relaymta queue release`", "queue release ID")
+        return _answer(f"it is {state}", 0, "", "queue release ID")
     why, remove = f"hold policy {view.policy.site}: {view.policy.reason}", ["policy", "remove", "hold", view.policy.site]
-    return _answer(why, view.policy_until, "`relaymta policy remove`", shlex.join(remove))
+    return _answer(why, view.policy_until, "", shlex.join(remove))
 
 
 def throttled(dispatcher: Dispatcher, names: dict[QueueName, int]) -> tuple[int, float]:

@@ -96,7 +96,7 @@ class Outcomes:
         if mail.all_sent and mail.trail is None:
             self.queue.finish(entry, None)
             return
-        unseen = Said(250, mail.answer, "final") if mail.all_sent else Said(0, b"no reply was seen", "final")
+        unseen = Said(*mail.answer, "final") if mail.all_sent else Said(0, b"no reply was seen", "final")
         judged = judge(mail, session.peer, lambda _: unseen, self._rule_of, session.fell_back)
         self._settle(pool, session, mail, judged, {i for i, a in judged.results.items() if not a.code})
 

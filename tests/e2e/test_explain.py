@@ -27,7 +27,7 @@ def test_explain_shows_what_a_message_waits_for(tmp_path):
             assert place["wait"]["why"].startswith("its schedule")
             assert abs(place["wait"]["until"] - deferred["next"]) < 2
             text = relay.cli("message", "explain", ident).stdout
-            assert "450 4.2.1 not now" in text and "would be released by `relaymta queue flush`" in text
+            assert "450 4.2.1 not now" in text and "would be released by `relaymta queue flush " in text
             relay.cli("queue", "hold", ident)
             assert explained(relay, ident)["waits"][0]["wait"]["why"] == "it is held"
             relay.cli("queue", "release", ident)

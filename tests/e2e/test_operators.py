@@ -93,7 +93,7 @@ def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
             explained = json.loads(relay.cli("message", "explain", held["id"], "--json").stdout)
             why = explained["waits"][0]["wait"]["why"]
             assert "policy" in why and "application=news" in why
-            assert relay.cli("shaping", "active").stdout.startswith("nothing is suspended")
+            assert relay.cli("shaping", "active").stderr.startswith("nothing is suspended")
             relay.stop()
             relay.start()  # policies outlive a restart
             relay.send_from("127.0.0.9")
@@ -126,7 +126,7 @@ def test_a_hold_policy_that_ends_releases_its_mail(tmp_path):
         relay.send()
         wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
         wait_for(lambda: len(peer.messages) == 1)
-        assert relay.cli("policy", "list").stdout == "no policy is in effect\n"
+        assert relay.cli("policy", "list").stderr == "no policy is in effect\n"
 
 
 def test_a_hold_policy_that_is_removed_at_once_releases_its_mail(tmp_path):

@@ -30,7 +30,7 @@ def test_a_message_passes_with_its_trace_and_is_counted(relay, ledger):
     (queued,) = wait_for(lambda: relay.events("queued"))
     (delivered,) = wait_for(lambda: relay.events("delivered"))
     assert queued["id"] == delivered["id"]
-    assert delivered["reply"] == "2.0.0 taken"
+    assert delivered["reply"] == "250 2.0.0 taken"
     wait_for(lambda: relay.summary() == [], what="an empty queue")
     # The metrics are what Prometheus wants.
     wait_for(lambda: relay.metric('relaymta_recipients_total{result="delivered"}') == 1)

@@ -345,7 +345,7 @@ def test_a_site_that_has_only_deferred_mail_is_known(tmp_path):
         assert relay.cli("site", "list").stdout.splitlines()[-1].split()[:4] == ["smarthost", "up", "0", "6"]
         host = f"127.0.0.1:{peer.port}"
         assert "6 deferred" in relay.cli("site", "show", host).stdout
-        assert relay.cli("shaping", "why", "smarthost").stdout == "there is no decision about smarthost\n"
+        assert relay.cli("shaping", "why", "smarthost").stderr == "there is no decision about smarthost\n"
         assert relay.cli("site", "suspend", "smarthost", "--for", "1m").stderr == ""
         assert relay.cli("site", "list").stdout.splitlines()[-1].split()[1] == "suspended"
         relay.cli("site", "resume", "smarthost")

@@ -360,8 +360,12 @@ class Scenario:
         state = SiteState(kind, site, about, now, now + self.random.choice((2000, 8000, 20_000)), "operator", "because")
         self._policies.append(state.key)
         self._names += [site] if kind == HOLD else []
-        if kind == HOLD and self.random.random() < 0.3:
+        chance = self.random.random()
+        if kind == HOLD and chance < 0.2:
             self._fail(self.random.choice(self.world.workers).disk, {"commit": 0.7})
+        elif kind == HOLD and chance < 0.6:
+            self._slow(self.random.choice(self.world.workers).disk)
+            self._submit()
         self.world.say(f"operator adds {state.key}")
         self.world.published(state, state.key)
         if kind == HOLD and self.random.random() < 0.5:
@@ -406,8 +410,14 @@ class Scenario:
         self.stage.after(self.random.choice((0.3, 1.0, 4.0)), lambda: self._mended(disk))
         self.world.say(f"disk: {disk.faults}, full {disk.full}")
 
+    def _slow(self, disk: Any) -> None:
+        """A disk's syncs take long for a while."""
+        disk.slow = self.random.choice((0.5, 2.0))
+        self.stage.after(self.random.choice((1.0, 4.0)), lambda: self._mended(disk))
+        self.world.say(f"disk: a sync takes {disk.slow} s")
+
     def _mended(self, disk: Any) -> None:
-        disk.faults, disk.full = {}, False
+        disk.faults, disk.full, disk.slow = {}, False, 0.0
         self.world.say("the disk is mended")
 
     def _kill(self) -> None:
@@ -460,7 +470,7 @@ class Scenario:
         self.calm = True
         world.say("calm")
         for worker in world.workers:
-            worker.disk.faults, worker.disk.full = {}, False
+            worker.disk.faults, worker.disk.full, worker.disk.slow = {}, False, 0.0
         for host in world.network.hosts.values():
             host.mode = "good"
             host.latency = min(host.latency, 0.02)

@@ -82,9 +82,11 @@ class Clock:
 
 
 class Disk:
-    """The faults of one worker's disk: a share of `kind` ("write", "sync", "read", "commit", "begin") fails."""
+    """The faults of one worker's disk: a share of `kind` ("write", "sync", "read", "commit", "begin") fails; each sync takes
+    `slow` seconds."""
 
     def __init__(self) -> None:
+        self.slow = 0.0
         self.faults: dict[str, float] = {}
         self.full = False
 
@@ -101,6 +103,8 @@ class System:
 
     def _point(self, kind: str) -> None:
         self._stage.perhaps_pause()
+        if kind == "sync" and self._disk().slow:
+            self._stage.pause(self._disk().slow)
         self.may_fail(kind)
 
     def may_fail(self, kind: str) -> None:
