@@ -17,7 +17,7 @@ import click
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.editing import locked, replace_file
-from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, asked, connect, seconds_of, when
 from relaymta.errors import ConfigError, NoSuch
 from relaymta.files import read_text
@@ -246,7 +246,7 @@ def _with_password(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--password", default=_asked_for, help=text)(kept(function))
 
 
-@click.group()
+@group
 def user() -> None:
     """Manage people who log in to send mail."""
 
@@ -332,7 +332,7 @@ def list_users(read: Configuration, as_json: bool) -> None:
     _listing(read, as_json)
 
 
-@click.group()
+@group
 def app() -> None:
     """Manage applications that log in with a key to send mail."""
 

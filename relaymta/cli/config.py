@@ -2,11 +2,9 @@
 
 import os
 
-import click
-
 from relaymta import control
 from relaymta.cli.console import say, say_json_lines
-from relaymta.cli.options import Configuration, configured, fail, loaded
+from relaymta.cli.options import Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config, describe, notes
 from relaymta.errors import ConfigError, RelayError
@@ -15,7 +13,7 @@ from relaymta.privileges import account, become
 __all__ = ["config"]
 
 
-@click.group()
+@group
 def config() -> None:
     """Check, show or describe the configuration."""
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.editing import give_to, locked, replace_file
-from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, config_path, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, seconds_of
 from relaymta.config import Config, Dkim
 from relaymta.errors import ConfigError
@@ -24,7 +24,7 @@ from relaymta.files import read_text
 __all__ = ["checked", "dkim"]
 
 
-@click.group()
+@group
 def dkim() -> None:
     """Create, check and rotate DKIM keys."""
 

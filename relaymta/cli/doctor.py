@@ -11,7 +11,7 @@ import click
 from relaymta.cli import spf as records
 from relaymta.cli.console import say_json, table
 from relaymta.cli.dkim import checked
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config
 from relaymta.proto.address import in_a_labels, is_host
@@ -24,7 +24,7 @@ __all__ = ["doctor"]
 Row = tuple[str, str, str]  # what was checked, ok | warning | wrong, the result
 
 
-@click.group()
+@group
 def doctor() -> None:
     """Check what other servers see of this one."""
 

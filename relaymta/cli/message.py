@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json, say_message
-from relaymta.cli.options import Configuration, configured, missing
+from relaymta.cli.options import Configuration, configured, group, missing
 from relaymta.cli.peer import absent, as_json, asked, connect, due, no_such, number_of, read_pieces, size, until, when
 
 __all__ = ["message"]
@@ -23,7 +23,7 @@ def _ident(context: click.Context, parameter: click.Parameter, ident: str) -> st
 _of = click.argument("ident", metavar="ID", callback=_ident)
 
 
-@click.group()
+@group
 def message() -> None:
     """Inspect one message."""
 

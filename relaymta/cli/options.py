@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "ANY_LISTENER", "Configuration", "absolute", "config_path", "configured", "fail", "for_all_verbs", "incomplete",
+    "ANY_LISTENER", "Configuration", "absolute", "config_path", "configured", "fail", "for_all_verbs", "group", "incomplete",
     "loaded", "missing", "note_given", "note_missing",
 ]  # fmt: skip
 
@@ -98,8 +98,20 @@ def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def note_given(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
-    """Note the options that stood before the verb."""
-    click.get_current_context().meta[_GIVEN] = path, settings, spool
+    """Note the options that stood before a verb, or between two."""
+    before = click.get_current_context().meta.get(_GIVEN, (None, (), None))
+    click.get_current_context().meta[_GIVEN] = path or before[0], (*before[1], *settings), before[2] if spool is None else spool
+
+
+def group(function: Callable[[], None]) -> click.Group:
+    """A verb that has verbs, which the options for all verbs may follow, too."""
+
+    @click.group(name=function.__name__, help=function.__doc__)
+    @for_all_verbs
+    def made(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
+        note_given(path, settings, spool)
+
+    return made
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:

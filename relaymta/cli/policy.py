@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json
-from relaymta.cli.options import Configuration, configured, fail
+from relaymta.cli.options import Configuration, configured, fail, group
 from relaymta.cli.peer import (
     Offline,
     absent,
@@ -31,7 +31,7 @@ __all__ = ["policy", "standing"]
 POLICIES = {"hold": ("held", "policy"), "bounce": ("returned to its sender", "flush")}
 
 
-@click.group()
+@group
 def policy() -> None:
     """Hold or bounce mail for a time, both queued and new mail."""
 

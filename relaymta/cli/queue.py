@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json, say_json_lines, table
-from relaymta.cli.options import Configuration, configured, fail, incomplete, missing
+from relaymta.cli.options import Configuration, configured, fail, group, incomplete, missing
 from relaymta.cli.peer import (
     Daemon,
     Offline,
@@ -74,7 +74,7 @@ def status(read: Configuration, as_json: bool) -> None:
             say(f"{site} is down: {reason}")
 
 
-@click.group()
+@group
 def queue() -> None:
     """List the messages in the queue, and change them."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relaymta.cli.console import say, say_json
-from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json
 from relaymta.config import Config, parse_hostport
 from relaymta.errors import ConfigError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["route"]
 
 
-@click.group()
+@group
 def route() -> None:
     """Test the routes."""
 

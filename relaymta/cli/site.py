@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json, table
-from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, loaded, missing
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
 from relaymta.cli.peer import absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
 from relaymta.cli.queue import KINDS, SITES, names_of_sites
 from relaymta.errors import near
@@ -15,7 +15,7 @@ from relaymta.errors import near
 __all__ = ["shaping", "site"]
 
 
-@click.group()
+@group
 def site() -> None:
     """The sites that mail is sent to."""
 
@@ -150,7 +150,7 @@ def resume(read: Configuration, name: str, application: str) -> None:
     say(f"{f'mail of {application} to ' if application else ''}{name or 'all sites'} is resumed")
 
 
-@click.group()
+@group
 def shaping() -> None:
     """Show and clear decisions about sites: by operators, by rules about replies, and learned from replies."""
 

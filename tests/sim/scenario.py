@@ -364,8 +364,7 @@ class Scenario:
         if kind == HOLD and chance < 0.2:
             self._fail(self.random.choice(self.world.workers).disk, {"commit": 0.7})
         elif kind == HOLD and chance < 0.6:
-            self._slow(self.random.choice(self.world.workers).disk)
-            self._submit()
+            self._slow(self.random.choice(self.world.workers))
         self.world.say(f"operator adds {state.key}")
         self.world.published(state, state.key)
         if kind == HOLD and self.random.random() < 0.5:
@@ -410,11 +409,19 @@ class Scenario:
         self.stage.after(self.random.choice((0.3, 1.0, 4.0)), lambda: self._mended(disk))
         self.world.say(f"disk: {disk.faults}, full {disk.full}")
 
-    def _slow(self, disk: Any) -> None:
-        """A disk's syncs take long for a while."""
+    def _slow(self, worker: Worker) -> None:
+        """The syncs of a worker's disk take long for a while, in which mail arrives."""
+        disk = worker.disk
         disk.slow = self.random.choice((0.5, 2.0))
-        self.stage.after(self.random.choice((1.0, 4.0)), lambda: self._mended(disk))
+        self.stage.after(self.random.choice((1.0, 8.0)), lambda: self._mended(disk))
         self.world.say(f"disk: a sync takes {disk.slow} s")
+
+        def arrives() -> None:
+            if worker.up:
+                worker.process.loop.call_soon(self._send, worker)
+
+        for _ in range(self.random.randrange(10)):
+            self.stage.after(self.random.random(), arrives)
 
     def _mended(self, disk: Any) -> None:
         disk.faults, disk.full, disk.slow = {}, False, 0.0
