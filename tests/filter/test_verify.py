@@ -238,13 +238,14 @@ class Many:
             own = self.policy if name == "b.test" else f"v=spf1 {'ip4:10.0.0.1 ' * self.counts.get('terms', 0)}?all"
             return [f"text {number}" for number in range(count)] + [own]
         if kind == "MX":
-            return [(number, f"m{number}.test") for number in range(count)]
+            return [(number, f"m{number}.{name}") for number in range(count)]
         if kind == "PTR":
             return [f"p{number}.test" for number in range(count)]
         return [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(count)] if kind == "A" else []
 
 
 HOSTS = " ".join(f"a:a{number}.test" for number in range(10))
+EXCHANGES = " ".join(f"mx:x{number}.test" for number in range(10))
 INCLUDES = " ".join(f"include:i{number}.test" for number in range(10))
 
 
@@ -259,6 +260,8 @@ INCLUDES = " ".join(f"include:i{number}.test" for number in range(10))
         ("v=spf1 " + " ".join(f"x{number}=y" for number in range(1200)) + " -all", {}, "permerror", 1),
         ("v=spf1 " + "a " * 4000, {"A": 1}, "permerror", 1), (f"v=spf1 {INCLUDES} -all", {"terms": 60}, "fail", 11),
         (f"v=spf1 {INCLUDES} -all", {"terms": 90}, "permerror", 10),
+        (f"v=spf1 {EXCHANGES} -all", {"MX": 10, "A": 1}, "fail", 111),  # as many as 4.6.4 allows
+        (f"v=spf1 {EXCHANGES} mx:one.more.test -all", {"MX": 10, "A": 1}, "permerror", 111),
     ],
 )  # fmt: skip
 async def test_the_cost_of_an_spf_policy_is_limited(policy, counts, expected, most):
