@@ -113,6 +113,34 @@ password_file = "{tmp_path}/empty"
     ]
 
 
+def test_check_goes_on_behind_what_values_do_not_allow_of_each_other(tmp_path: Path):
+    path = tmp_path / "r.toml"
+    text = f"""\
+route_map = "{tmp_path}/none"
+[metrics]
+listen = "off"
+[[route]]
+sources = ["s"]
+[[dkim]]
+domain = "a.example"
+selector = "s"
+key = "{tmp_path}/none"
+[control]
+group = "nogroupx"
+"""
+    none = "No such file or directory"
+    assert checked(path, text) == (
+        78,
+        [
+            f"{path}: listener: there is none: give a [[listener]] table, or --listen HOST:PORT",
+            f"{path}:5: route.0.sources: there is no [[source]] 's'",
+            f"{path}:1: route_map: {tmp_path}/none: {none}",
+            f"{path}:11: control.group: there is no group 'nogroupx' (did you mean \"nogroup\"?)",
+            f"{path}:9: dkim.0.key: {tmp_path}/none: {none}",
+        ],
+    )
+
+
 def test_check_names_the_key_of_a_missing_accounts_file(tmp_path: Path):
     path = tmp_path / "r.toml"
     assert checked(path, f'{START}[accounts]\nfile = "{tmp_path}/none"\n[metrics]\nlisten = "off"\n')[1] == [

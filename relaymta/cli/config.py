@@ -28,14 +28,15 @@ def check(read: Configuration) -> None:
     from relaymta.route.table import RouteTable
     from relaymta.supervisor import checks
 
-    config = loaded(read)
-    mapped = RouteTable(config).notes  # with our rights, as the rest of the configuration
+    problems: list[str] = []
+    config = loaded(read, found=problems)
+    mapped = RouteTable(config).notes if not problems else []  # with our rights, as the rest of the configuration
     ours = _addresses_of_the_relay(config)
     busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
     made_by_root = _as_user(config)
     remarks = [*notes(config), *mapped, *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
     remarks += [*checks.exposed_secrets(config), *busy]
-    problems = checks.unreadable_secrets(config)
+    problems += checks.unreadable_secrets(config)
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")
     else:

@@ -42,16 +42,20 @@ class Configuration:
         self._overrides = overrides
         self.options = options
 
-    def __call__(self, extra: dict[str, Any] | None = None) -> "Config":
-        """The valid configuration, overridden by `extra`, too. ConfigError with every problem."""
+    def __call__(self, extra: dict[str, Any] | None = None, found: list[str] | None = None) -> "Config":
+        """The valid configuration, overridden by `extra`, too. ConfigError with every problem. With a list `found`, those that
+        leave something to look at are put there, and not raised."""
         from relaymta.config import load
         from relaymta.route.table import RouteTable
 
-        config = load(self._path, self._overrides | (extra or {}))
+        config = load(self._path, self._overrides | (extra or {}), found)
         try:
             RouteTable(config)  # reads the route map
         except ConfigError as error:
-            raise ConfigError(config.located(error.problems)) from None
+            problems = config.located(error.problems)
+            if found is None:
+                raise ConfigError(problems) from None
+            found += problems
         return config
 
     def control_path(self) -> Path | None:
@@ -196,9 +200,9 @@ def config_path() -> Path | None:
     return found
 
 
-def loaded(read: Configuration, extra: dict[str, Any] | None = None) -> "Config":
-    """The configuration; ends the program (78) with every problem when it is invalid."""
+def loaded(read: Configuration, extra: dict[str, Any] | None = None, found: list[str] | None = None) -> "Config":
+    """The configuration; ends the program (78) with every problem when it is invalid. `found`: as of Configuration."""
     try:
-        return read(extra)
+        return read(extra, found)
     except ConfigError as error:
         fail(78, str(error))

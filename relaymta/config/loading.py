@@ -24,15 +24,19 @@ M = TypeVar("M", bound=BaseModel)
 _RENAMED: dict[str, dict[str, str]] = {"verify.dmarc": {"tell": "report"}}
 
 
-def load(path: Path | None, overrides: dict[str, Any]) -> Config:
+def load(path: Path | None, overrides: dict[str, Any], found: list[str] | None = None) -> Config:
     """The configuration of a file (None: no file), overridden by `overrides` (dotted key -> value, or "listener"/"route" ->
-    tables). ConfigError with every problem."""
+    tables). ConfigError with every problem. With a list `found`, what values do not allow of each other is put there, and not
+    raised."""
     text, data = read_toml(path, SEVERAL) if path is not None else ("", {})
     for key, value in overrides.items():
         lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
     origin = Origin(path, text, overrides)
-    config = _validated(Config, origin, data)
+    contradictions: list[tuple[Place, str]] | None = None if found is None else []
+    config = _validated(Config, origin, data, contradictions)
+    if found is not None:
+        found += [origin.sentence(place, what) for place, what in contradictions or []]
     config._origin = origin
     config._renamed = [origin.sentence(place, what) for place, what in renamed]
     return config
@@ -59,8 +63,8 @@ def _rename(data: dict[str, Any]) -> list[tuple[Place, str]]:
     return found
 
 
-def _validated(model: type[M], origin: Origin, data: dict[str, Any]) -> M:
+def _validated(model: type[M], origin: Origin, data: dict[str, Any], context: Any = None) -> M:
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         raise ConfigError(problems_of(model, origin, error)) from None

@@ -1,9 +1,8 @@
 """The whole configuration: its keys and tables, and what they require of each other (checks.py)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from relaymta.config.accounts import AccountsTable
 from relaymta.config.checks import contradictions
@@ -14,7 +13,7 @@ from relaymta.config.names import Hostname, own_name
 from relaymta.config.origin import Origin
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
 from relaymta.config.signing import Dkim, Verify
-from relaymta.config.values import Reload, Restart, Table, place_of
+from relaymta.config.values import Problems, Reload, Restart, Table, place_of
 
 __all__ = ["Config"]
 
@@ -63,8 +62,15 @@ class Config(Table):
         self.model_fields_set.add("hostname")
         return self
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        return contradictions(self)
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> "Config":
+        """As of all tables. With a list as the context of the validation, problems are put there, and not raised."""
+        found = [(place_of(key), what) for key, what in contradictions(self)]
+        if info.context is not None:
+            info.context.extend(found)
+        elif found:
+            raise Problems(found)
+        return self
 
     def to_json(self) -> str:
         """The configuration for another process: only what was given, so that defaults can be told from values (see shaping)."""

@@ -40,11 +40,12 @@ def _has_files(config: Config) -> bool:
 def check_files(config: Config) -> None:
     """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user, or control.group
     does not exist."""
+    problems = []
     if config.control.group:
         try:
             privileges.group(config.control.group)
         except ConfigError as error:
-            raise ConfigError(config.located(error.problems)) from None
+            problems += error.problems
     if _has_files(config):
         from relaymta.accept import endpoint  # imports cryptography and argon2
 
@@ -52,8 +53,9 @@ def check_files(config: Config) -> None:
             endpoint.check(config)
         except ConfigError as error:
             accounts = config.accounts.file
-            problems = [f"accounts.file: {one}" if one.startswith(f"{accounts}: ") else one for one in error.problems]
-            raise ConfigError(config.located(problems)) from None
+            problems += [f"accounts.file: {one}" if one.startswith(f"{accounts}: ") else one for one in error.problems]
+    if problems:
+        raise ConfigError(config.located(problems))
 
 
 def unreadable_secrets(config: Config) -> list[str]:
