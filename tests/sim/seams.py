@@ -82,8 +82,8 @@ class Clock:
 
 
 class Disk:
-    """The faults of one worker's disk: a share of `kind` ("write", "sync", "read", "commit", "begin") fails; each sync and
-    each commit takes `slow` seconds."""
+    """The faults of one worker's disk: a share of `kind` ("write", "sync", "read", "commit", "begin") fails; each sync takes
+    `slow` seconds."""
 
     def __init__(self) -> None:
         self.slow = 0.0
@@ -289,10 +289,7 @@ def _methods(world: Any, patches: _Patches) -> None:
 
     def finished(change: Change, now: int) -> None:
         stage.perhaps_pause()
-        disk = world.disk_of(stage.process)
-        if disk.slow:
-            stage.pause(disk.slow)
-        share = disk.faults.get("commit", 0.0)
+        share = world.disk_of(stage.process).faults.get("commit", 0.0)
         if share and stage.random.random() < share:
             kind = stage.random.choice((lmdb.MapFullError, lmdb.DiskError, lmdb.Error))
             raise kind("simulated: commit")
