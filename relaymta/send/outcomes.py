@@ -152,7 +152,7 @@ class Outcomes:
             return said or Attempt(now, TRANSIENT, phase, session.peer, 0, "4.4.2", reason + behind, inside)
 
         judged = judge(mail, session.peer, unanswered, self._rule_of, session.fell_back)
-        entry.route = (session.peer, b"", session.link)
+        entry.route = (session.peer, mail.answer, session.link)
         self._settle(pool, session, mail, judged, doubtful)
         return True
 

@@ -55,7 +55,7 @@ def test_hostile_clients_take_little_and_leave_nothing(tmp_path):
                 assert sock.recv(200).startswith(b"220")
             assert banner(endpoint.port).startswith(b"421 4.7.0 Too many connections from your address")
         wait_for(lambda: len(peer.messages) == 1)
-        assert not list((endpoint.spool / "shard-0/bodies/big").iterdir())
+        wait_for(lambda: not list((endpoint.spool / "shard-0/bodies/big").iterdir()))
         assert len(endpoint.events("queued")) == 1
 
 

@@ -195,7 +195,7 @@ def test_the_offline_reader_imports_nothing_after_root_is_dropped():
         ):  # fmt: skip
             command = [sys.executable, "-c", IMPORTS, *verb, "--spool", str(relay.spool)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-            assert (done.returncode, done.stderr) == (0, ""), (verb, done.stderr)
+            assert (done.returncode, done.stderr.removeprefix("no such messages\n")) == (0, ""), (verb, done.stderr)
 
 
 def test_a_page_is_limited_by_its_octets_too(tmp_path, monkeypatch):

@@ -149,6 +149,7 @@ def test_an_accepted_bdat_counts_when_the_connection_ends_behind_it(shared):
     row.send()
     wait_for(lambda: row.events("delivered") and row.is_done())
     assert len(peer.messages) == 1 and not row.events("deferred")
+    assert [event["reply"] for event in row.events("delivered")] == ["250 2.0.0 taken"]
 
 
 def send_utf8(row: Row) -> None:
