@@ -15,22 +15,19 @@ Keys = tuple[str | int, ...]
 
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
 _OPEN = re.compile(r"\s*\[(?!.*\]\s*(#.*)?$)")  # a list that its line does not end
-_TOKEN = re.compile(r"""#|"(?:\\.|[^"\\])*"|'[^']*'|[][{},]|[^][{},\s"'#]+""")
-_HEAD = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
+_TOKEN = re.compile(r"""#|"(?:\\.|[^"\\])*+"?|'[^']*+'?|[][{},]|[^][{},\s"'#]+""")
+_HEAD = re.compile(r"\s*+(\[\[?)([^\]]+)\]")
 
 _TWICE = "this table is given twice"
-# Errors of tomllib by what is at their place: (what it says, a pattern of the line with a NUL at that place, our words).
-# The first that matches is used.
-_AT = [
+# Errors of tomllib: (what it says, a pattern of the line or "", what we say instead). The first that matches is used. A NUL in a
+# pattern stands at the place of the error.
+_SYNTAX = [
     (r"Expected newline", r"\0[,;]\s*(#|$)", "nothing follows a value: remove the comma or semicolon"),
     (r"Expected newline|Invalid statement", r"\0(;|//)", "a comment begins with #"),
     (r"Invalid value", r"\0,", "a comma without a value in front of it"),
     (r"Invalid value", r"^([^=]*|[^=]*=\s*\[.*)\0[\w.:/@*-]", "write each value of a list in quotes"),
     (r"Unclosed array", r"[^\s\[,\"']\0[\w.:/@*-]", "write each value of a list in quotes"),
     (r"Unclosed array", r"\0;", "the values of a list are separated by commas"),
-]
-# Others: (what it says, a pattern of the line or "", what we say instead). The first that matches is used.
-_SYNTAX = [
     (r"Illegal character '\\n'|Unterminated string|Expected \"'\"", "", "the closing quote is missing"),
     (r"", "[“”„‘’]", "quotes are written \" or '"),
     (r"Invalid value", r"=\s*(True|TRUE|False|FALSE|yes|no|on|off|Yes|No|On|Off)\s*(#|$)", "write true or false"),
@@ -65,6 +62,8 @@ def read_toml(path: Path, several: Collection[str] = ()) -> tuple[str, dict[str,
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_problem(path, text, str(error), several)]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: lists or tables are nested too deeply"]) from None
 
 
 def _syntax_problem(path: Path, text: str, error: str, several: Collection[str]) -> str:
@@ -75,9 +74,8 @@ def _syntax_problem(path: Path, text: str, error: str, several: Collection[str])
     what = re.sub(r"\s*\(at (?:line \d+, column \d+|end of document)\)", "", error)
     column = int(match[2]) - 1 if match else len(line)
     marked = f"{line[:column]}\0{line[column:]}"
-    known = [ours for says, looks, ours in _AT if re.match(says, what) and re.search(looks, marked)]
-    known += [ours for says, looks, ours in _SYNTAX if re.match(says, what) and re.search(looks, line)]
-    what = known[0] if known else what
+    at_place = ((says, looks, marked if r"\0" in looks else line, ours) for says, looks, ours in _SYNTAX)
+    what = next((ours for says, looks, shown, ours in at_place if re.match(says, what) and re.search(looks, shown)), what)
     table = re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line)
     if what == _TWICE and table is not None and table[1] in several:
         what = f"write [[{table[1]}]] in double brackets each time: there can be several"
@@ -106,24 +104,29 @@ def lay_over(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def keys_of(text: str) -> Iterator[tuple[tuple[str | int, ...], int]]:
+def keys_of(text: str) -> Iterator[tuple[Keys, int]]:
     """(path, such as ("listener", 0, "address"); line number) of every key and table of a TOML file, in order, and of every value
     of a list that is written in several lines. Lines within multi-line texts may add entries, which are harmless."""
     counts: dict[Keys, int] = {}
     table: Keys = ()
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
+    inside: _List | None = None
+    for number, line in enumerate(text.split("\n"), 1):
         head = _HEAD.match(line)
         if head is not None:
-            table = _table(head, counts)
+            table, inside = _table(head, counts), None
             yield table, number
             continue
         key = _KEY.match(line)
+        column = key.end() if key is not None else 0
         if key is not None:
             place = (*table, *_parts(key[1]))
             yield place, number
-            if _OPEN.match(line, key.end()):
-                yield from _values(lines, number, key.end(), place)
+            inside = _List(place) if _OPEN.match(line, column) else None
+        if inside is not None:
+            for place in inside.values(line, column):
+                yield place, number
+            if not inside.depth:
+                inside = None
 
 
 def _parts(name: str) -> Keys:
@@ -145,18 +148,25 @@ def _table(head: re.Match[str], counts: dict[Keys, int]) -> Keys:
     return place
 
 
-def _values(lines: list[str], number: int, column: int, place: Keys) -> Iterator[tuple[Keys, int]]:
-    """The lines of the values of a list that begins in line `number` at `column`."""
-    depth, index, expected = 0, 0, False
-    for at in range(number, len(lines) + 1):
-        for token in _TOKEN.finditer(lines[at - 1], column):
-            if token[0].startswith("#"):
-                break
-            depth += (token[0] in "[{") - (token[0] in "]}")
-            if not depth:
+class _List:
+    """A list that is read line by line. `depth`: of the brackets and braces that are open."""
+
+    def __init__(self, place: Keys) -> None:
+        self._place = place
+        self._index = 0  # of its next value
+        self._expected = False  # that value has not begun
+        self.depth = 0
+
+    def values(self, line: str, column: int) -> Iterator[Keys]:
+        """The paths of the values that begin in a line, from `column` on."""
+        for token in _TOKEN.finditer(line, column):
+            mark = token[0]
+            if mark == "#":
                 return
-            if expected and depth == 1 + (token[0] in "[{") and token[0] not in ",]":
-                yield (*place, index), at
-                index, expected = index + 1, False
-            expected = expected or (depth == 1 and token[0] in "[,")
-        column = 0
+            self.depth += (mark in "[{") - (mark in "]}")
+            if not self.depth:
+                return
+            if self._expected and self.depth == 1 + (mark in "[{") and mark not in ",]":
+                yield (*self._place, self._index)
+                self._index, self._expected = self._index + 1, False
+            self._expected = self._expected or (self.depth == 1 and mark in "[,")

@@ -43,17 +43,19 @@ class Origin:
         if self._lines is None:
             self._lines = _positions(self._text)
         while place:
-            found = self._lines.get(place, 0)
-            below = (number for key, number in self._lines.items() if key[: len(place)] == place)  # [route.0], and no [route]
-            if found or (found := next(below, 0)):
+            if found := self._lines.get(place, 0):
                 return found
             place = place[:-1]
         return 0
 
 
 def _positions(text: str) -> dict[Place, int]:
-    """The line number of every key and table of a TOML file, by path: the first of each."""
+    """The line number of every key and table of a TOML file, by path: the first of each. What has no line of its own, as `route`
+    where only [route.0] is there, has that of the first below it."""
     found: dict[Place, int] = {}
+    above: dict[Place, int] = {}
     for place, number in keys_of(text):
         found.setdefault(place, number)
-    return found
+        for end in range(1, len(place)):
+            above.setdefault(place[:end], number)
+    return above | found

@@ -16,6 +16,7 @@ from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
+from relaymta.toml import keys_of
 
 __all__ = ["PARSERS", "Parser"]
 
@@ -463,6 +464,13 @@ def _parsers() -> Iterable[Parser]:
     yield Parser(
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
+    keys: Callable[[bytes], object] = lambda text: sum(1 for _ in keys_of(text.decode()))  # noqa: E731
+    worst = {
+        "open lists": times(b"y=[\n"), "blanks": times(b" ", b"["), "quotes": times(b'\\"', b'y=[\n"'),
+        "values": times(b"1,", b"y=[\n"), "dots": times(b". a", b"a"), "brackets": times(b"]", b"y=["),
+        "tables": times(b"[[a.b]]\n"), "braces": times(b"{", b"y=[\n"),
+    }  # fmt: skip
+    yield Parser("toml.keys_of", keys, worst, "the operator's own files")
     yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
     yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 4096 characters of a reply")
 
