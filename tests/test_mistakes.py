@@ -8,7 +8,7 @@ import pytest
 
 from relaymta.config import load, notes
 from relaymta.errors import ConfigError
-from relaymta.route.table import RouteTable
+from relaymta.route.table import map_notes
 
 L = '[[listener]]\naddress = "127.0.0.1:25"\n'
 SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
@@ -317,6 +317,10 @@ def test_a_configuration_as_editors_write_it(tmp_path, data, expected):
         assert load(path, {}).listener[0].address == "127.0.0.1:25"
 
 
+def test_values_that_are_nested_too_deeply_are_refused(tmp_path):
+    assert problems_of(tmp_path / "r.toml", b"spool = " + b"[" * 20_000) == [" lists or tables are nested too deeply"]
+
+
 @pytest.mark.parametrize(
     ("line", "trouble"),
     [
@@ -336,7 +340,7 @@ def test_lines_of_the_route_map_that_match_nothing_are_notes(tmp_path, line, tro
     (tmp_path / "map").write_text(line + "\n")
     routes = [{"name": "a", "hosts": ["h"]}, {"name": "c", "hosts": ["g"]}]
     config = load(None, {"listener": [{"address": "127.0.0.1:1"}], "route": routes, "route_map": str(tmp_path / "map")})
-    assert RouteTable(config).notes == ([f"{tmp_path}/map:{trouble}"] if trouble else [])
+    assert map_notes(config) == ([f"{tmp_path}/map:{trouble}"] if trouble else [])
 
 
 @pytest.mark.parametrize(

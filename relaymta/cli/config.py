@@ -25,12 +25,12 @@ def check(read: Configuration) -> None:
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
     listens now that is not the relay of this configuration. Whether another program uses the spool is not checked."""
     from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
-    from relaymta.route.table import RouteTable
+    from relaymta.route.table import map_notes
     from relaymta.supervisor import checks
 
     problems: list[str] = []
     config = loaded(read, found=problems)
-    mapped = RouteTable(config).notes if not problems else []  # with our rights, as the rest of the configuration
+    mapped = map_notes(config) if not problems else []  # with our rights, as the rest of the configuration
     ours = _addresses_of_the_relay(config)
     busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
     made_by_root = _as_user(config)

@@ -101,10 +101,14 @@ def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def note_given(path: Path | None, settings: tuple[str, ...], spool: str | None) -> None:
-    """Note the options that stood before a verb, or between two."""
-    before = click.get_current_context().meta.get(_GIVEN, (None, (), None))
-    click.get_current_context().meta[_GIVEN] = path or before[0], (*before[1], *settings), before[2] if spool is None else spool
+def note_given(
+    path: Path | None, settings: tuple[str, ...], spool: str | None
+) -> tuple[Path | None, tuple[str, ...], str | None]:
+    """Note the options that stood before a verb, between two or behind all; returns them with those that stood before them."""
+    meta = click.get_current_context().meta
+    before = meta.get(_GIVEN, (None, (), None))
+    meta[_GIVEN] = given = path or before[0], (*before[1], *settings), before[2] if spool is None else spool
+    return given
 
 
 def group(function: Callable[[], None]) -> click.Group:
@@ -124,12 +128,10 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     @for_all_verbs
     @functools.wraps(function)
     def wrapper(path: Path | None, settings: tuple[str, ...], spool: str | None, **others: Any) -> Any:
-        before = click.get_current_context().meta.get(_GIVEN, (None, (), None))
-        path, spool = path or before[0], before[2] if spool is None else spool
+        path, every, spool = note_given(path, settings, spool)
         if path is None and (named := os.environ.get("RELAYMTA_CONFIG")):
             path = Path(named)
         overrides: dict[str, Any] = {}
-        every = (*before[1], *settings)
         given = [("-c", str(path) if path is not None else None), ("--spool", spool), *(("--set", one) for one in every)]
         options = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
         for setting in every:

@@ -4,7 +4,7 @@ import ipaddress
 import socket
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relaymta.config.names import has_one_label, helo_name
 from relaymta.config.networks import everywhere, widest
@@ -115,38 +115,35 @@ def _doubtful_names(config: "Config") -> Iterator[tuple[str, str]]:
 
 
 def _never_used(config: "Config") -> Iterator[tuple[str, str]]:
-    """Routes behind one that matches everything; a route map may name them all the same."""
-    first = next((number for number, route in enumerate(config.route) if route.catches_all), None)
-    if first is None or config.route_map:
-        return
-    for number, route in enumerate(config.route[first + 1 :], first + 1):
-        label = config.route[first].label
-        yield f"route.{number}", f"{route.label!r} is never used: route.{first} ({label!r}) has no condition and comes first"
+    """Routes behind one that matches everything, or the same; a route map may name them all the same."""
+    everything: int | None = None
+    earlier: dict[tuple[str, ...], int] = {}
+    for number, route in enumerate([] if config.route_map else config.route):
+        alike = None if route.catches_all else earlier.get(route.conditions)
+        for first, why in ((everything, "has no condition"), (alike, "has the same conditions")):
+            if first is not None:
+                what = f"route.{first} ({config.route[first].label!r}) {why} and comes first"
+                yield f"route.{number}", f"{route.label!r} is never used: {what}"
+        earlier.setdefault(route.conditions, number)
+        if route.catches_all and everything is None:
+            everything = number
 
 
 def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
     """What is repeated, and what an earlier table or a missing key makes ineffective."""
-    earlier: dict[tuple[str, ...], int] = {}
     for number, route in enumerate(config.route):
-        for _, host in repeated([host if "/" in host else "{}:{}".format(*parse_hostport(host, 25)) for host in route.hosts]):
-            yield f"route.{number}.hosts", f"{host} is given twice"
+        for position, _ in repeated([host if "/" in host else repr(parse_hostport(host, 25)) for host in route.hosts]):
+            yield f"route.{number}.hosts", f"{route.hosts[position]} is given twice"
         if route.weights and route.mode != "balance":
             yield f"route.{number}.weights", 'they have no effect without mode = "balance"'
-        first = earlier.setdefault(route.conditions, number)
-        if first != number and not (route.catches_all or config.route_map):
-            what = f"{route.label!r} is never used: route.{first} ({config.route[first].label!r}) has the same conditions"
-            yield f"route.{number}", f"{what} and comes first"
+    earlier: list[Any] = []
     for number, row in enumerate(config.network):
-        if not row.networks:
+        networks = [ipaddress.ip_network(text) for text in row.networks]
+        if not networks:
             yield f"network.{number}.networks", "it is never used: there are no clients in it"
-        elif all(_inside(text, [wide for other in config.network[:number] for wide in other.networks]) for text in row.networks):
+        elif all(any(one.version == wide.version and one.subnet_of(wide) for wide in earlier) for one in networks):
             yield f"network.{number}", "it is never used: earlier [[network]] tables have all of its clients"
-
-
-def _inside(text: str, networks: list[str]) -> bool:
-    """Whether a network is within one of others."""
-    inner = ipaddress.ip_network(text)
-    return any(inner.version == other.version and inner.subnet_of(other) for other in map(ipaddress.ip_network, networks))  # type: ignore[arg-type]
+        earlier += networks
 
 
 _PATHS = {

@@ -33,10 +33,10 @@ def load(path: Path | None, overrides: dict[str, Any], found: list[str] | None =
         lay_over(data, key, deepcopy(value))  # old names in it are replaced
     renamed = _rename(data)
     origin = Origin(path, text, overrides)
-    contradictions: list[tuple[Place, str]] | None = None if found is None else []
-    config = _validated(Config, origin, data, contradictions)
+    contradictions: list[tuple[Place, str]] = []
+    config = _validated(Config, origin, data, None if found is None else contradictions)
     if found is not None:
-        found += [origin.sentence(place, what) for place, what in contradictions or []]
+        found += [origin.sentence(place, what) for place, what in contradictions]
     config._origin = origin
     config._renamed = [origin.sentence(place, what) for place, what in renamed]
     return config

@@ -58,7 +58,7 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
         what = "no such key" + _did_you_mean(model, place)
     elif entry["type"] == "missing":
         what = "is missing"
-    elif entry["type"] == "list_type" and _is_tables(model, place):
+    elif entry["type"] == "list_type" and model_of(_annotation(model, place)) is not None:
         what = f"write [[{_name(place)}]] in double brackets: there can be several"
     elif entry["type"] == "list_type" and isinstance(given, dict):
         what = f'a list, not a table: write {place[-1]} = ["A", "B"]'
@@ -80,15 +80,15 @@ def _name(place: Place) -> str:
     return ".".join(part for part in place if isinstance(part, str))
 
 
-def _is_tables(root: type[BaseModel], place: Place) -> bool:
-    """Whether a key is for tables that can be given several times."""
+def _annotation(root: type[BaseModel], place: Place) -> Any:
+    """The type of a key; of a value in a list: that of the list."""
     annotation: Any = root
     for part in place:
         if isinstance(part, str):
-            model = root if annotation is root else model_of(annotation)
+            model = model_of(annotation)
             assert model is not None
             annotation = model.model_fields[part].annotation
-    return is_list(annotation) and model_of(annotation) is not None
+    return annotation
 
 
 def _shown(given: object, what: str) -> str:
@@ -102,18 +102,14 @@ def _shown(given: object, what: str) -> str:
 
 
 def _did_you_mean(root: type[BaseModel], place: Place) -> str:
-    model: Any = root
-    for part in place[:-1]:
-        if isinstance(part, str):
-            model = model_of(model.model_fields[part].annotation)
+    model: Any = model_of(_annotation(root, place[:-1]))
     name = str(place[-1])
-    if len(place) > 1 and name in root.model_fields and model_of(root.model_fields[name].annotation) is None:
+    of_root = len(place) > 1 and name in root.model_fields
+    if of_root and model_of(root.model_fields[name].annotation) is None:
         return f": {name} stands in front of the first table"
     meant = near(name, model.model_fields)
-    if meant:
+    if meant or of_root:
         return meant
-    if len(place) > 1 and name in root.model_fields:
-        return ""
     tables = [(table, field.annotation, model_of(field.annotation)) for table, field in root.model_fields.items()]
     known = [
         f"[[{table}]]" if is_list(annotation) else f"[{table}]"

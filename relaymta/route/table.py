@@ -5,7 +5,7 @@ looked up (`by_mx`). Beside `mx` it may have conditions only on what a queue's n
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from relaymta.proto.address import comparable, compared, domain_matches, domain_
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
 
-__all__ = ["Asked", "RouteTable", "Verdict"]
+__all__ = ["Asked", "RouteTable", "Verdict", "map_notes"]
 
 _AUTHORS = {b"from", b"sender"}
 
@@ -170,11 +170,6 @@ class RouteTable:
         return self._by_label.get(name.route) or self.routes[-1]
 
     @property
-    def notes(self) -> list[str]:
-        """Probable mistakes in the route map, a sentence each."""
-        return self._map.notes if self._map is not None else []
-
-    @property
     def labels(self) -> list[str]:
         """The names of all routes."""
         return list(self._by_label)
@@ -197,22 +192,42 @@ class RouteTable:
         return own
 
 
+def map_notes(config: Config) -> list[str]:
+    """Sentences about lines of the route map that match nothing or are repeated. ConfigError when it cannot be read."""
+    found = []
+    known: set[str] = set()
+    for number, words in _map_lines(Path(config.route_map)) if config.route_map else ():
+        if words[0].startswith("/"):
+            continue
+        pattern, trouble = comparable(words[0]), map_trouble(words[0])
+        if trouble:
+            found.append(f"{config.route_map}:{number}: {words[0]} can never match: {trouble}")
+        elif pattern in known:
+            found.append(f"{config.route_map}:{number}: {words[0]} is there twice; the last line counts")
+        known.add(pattern)
+    return found
+
+
+def _map_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number, words) of each line of a route map that has any, but for comments. ConfigError when it cannot be read."""
+    try:
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise ConfigError([f"route_map: {path}: {error.strerror}"]) from None
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            yield number, words
+
+
 class _RouteMap:
     """`PATTERN ROUTE` lines. Precedence: address, domain, .domain from the longest, then regular expressions in order."""
 
     def __init__(self, path: Path, routes: dict[str, Route]) -> None:
-        self.notes: list[str] = []
         self._exact: dict[str, Route] = {}
         self._expressions: list[tuple[re.Pattern[str], Route]] = []
         problems = []
-        try:
-            lines = read_text(path).splitlines()
-        except OSError as error:
-            raise ConfigError([f"route_map: {path}: {error.strerror}"]) from None
-        for number, line in enumerate(lines, 1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
+        for number, words in _map_lines(path):
             if len(words) != 2:
                 problems.append(f"{path}:{number}: expected PATTERN ROUTE")
             elif words[1] not in routes:
@@ -223,17 +238,9 @@ class _RouteMap:
                 except re.error as error:
                     problems.append(f"{path}:{number}: {words[0]}: {error}")
             else:
-                self._note(f"{path}:{number}: {words[0]}", comparable(words[0]), map_trouble(words[0]))
                 self._exact[comparable(words[0])] = routes[words[1]]
         if problems:
             raise ConfigError(problems)
-
-    def _note(self, place: str, pattern: str, trouble: str) -> None:
-        """Note a line that matches nothing, and one that is repeated."""
-        if trouble:
-            self.notes.append(f"{place} can never match: {trouble}")
-        elif pattern in self._exact:
-            self.notes.append(f"{place} is there twice; the last line counts")
 
     def find(self, recipient: str) -> Route | None:
         """The route of an address (as `compared`), None when no line matches it. Expressions may have U-labels or A-labels."""

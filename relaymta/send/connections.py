@@ -121,7 +121,8 @@ class Connections:
         return [self.pools[key] for key in keys if key in self.pools]
 
     def shown(self, site: Site) -> Pool:
-        """A pool of a site: one that exists, or one that is not kept."""
+        """A pool of a site. Where there is none, since nothing waits in memory and nothing is connected: one that shows what is
+        known about the site, and is not kept."""
         found = self.of(site)
         if found:
             return found[0]

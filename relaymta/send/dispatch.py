@@ -224,12 +224,6 @@ class Dispatcher:
             now + states.left(policy) / 1000 if policy is not None else 0.0, delivering, place, self.routes,
         )  # fmt: skip
 
-    def pool_of(self, name: QueueName) -> Pool | None:
-        """A pool of the site that a queue's mail goes to, as last known; None: it is not known yet. Where there is no pool, since
-        nothing waits in memory and nothing is connected: one that shows what is known about the site, and is not kept."""
-        site = self.sites.last(name)
-        return self.connections.shown(site) if site is not None else None
-
     def names_of_site(self, name: QueueName) -> tuple[str, ...]:
         """The names of the site that a queue's mail is delivered to: its own, that under which its limits are counted, and those
         of its hosts. Also called on reader threads: at most it fills a cache."""

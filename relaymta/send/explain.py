@@ -27,15 +27,18 @@ async def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
     queue = dispatcher.queue
     assert queue is not None
     rows = {pool.key: _site_row(dispatcher.seen(pool)) for pool in dispatcher.pools.values()}
+    of_site: dict[str, dict[str, Any]] = {}
     names = {str(name): name for name in await queue.names()}
     for number, found in enumerate(await queue.summary()):
         if not number % TOGETHER:
             await asyncio.sleep(0)  # mail is delivered meanwhile
         name = names.get(found["queue"])
-        pool = dispatcher.pool_of(name) if name is not None else None
-        if pool is not None:
-            row = rows.get(pool.key) or rows.setdefault(pool.key, _site_row(dispatcher.seen(pool)))
-            row["deferred"] += found["deferred"]
+        site = dispatcher.sites.last(name) if name is not None else None
+        if site is not None and site.key not in of_site:
+            shown = _site_row(dispatcher.seen(dispatcher.connections.shown(site)))
+            of_site[site.key] = rows.setdefault(shown["pool"], shown)
+        if site is not None:
+            of_site[site.key]["deferred"] += found["deferred"]
     return list(rows.values())
 
 

@@ -26,11 +26,8 @@ DSNS_DROPPED = index("relaymta_dsns_dropped_total")
 
 Link = tuple[str, int, str, str]  # as in send/session.py: address, port, TLS version, cipher
 NOWHERE: Link = ("", 0, "", "")
-NO_ROUTE = (
-    "",
-    (0, b""),
-    NOWHERE,
-)  # the peer that has taken an entry for all of its recipients, its reply, and the connection to it
+# The peer that has taken an entry for all of its recipients, its reply, and the connection to it.
+NO_ROUTE = ("", (0, b""), NOWHERE)
 
 
 def _shown(code: int, text: bytes) -> str:
