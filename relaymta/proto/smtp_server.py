@@ -48,23 +48,24 @@ class ServerSession(Session):
         if self.closing:
             return b""
         self.behind = self.returns = False
+        parser = self.parser
         out: list[bytes] = []
         events: list[Any]
         if self.pending:
             events, self.pending = self.pending, []
             if data:
-                self.parser.keep(data)
+                parser.keep(data)
         else:
-            events = self.parser.feed(data)
+            events = parser.feed(data)
         while True:
             rest = iter(events)
             for event in rest:
                 kind = event[0]
-                if kind == _DATA:
+                if kind == _COMMAND:
+                    out.append(VERBS.get(event[1], unknown)(self, event[2]))
+                elif kind == _DATA:
                     if self.transaction is not None:
                         self.transaction.received(event[1])
-                elif kind == _COMMAND:
-                    out.append(VERBS.get(event[1], unknown)(self, event[2]))
                 elif kind == _END:
                     out.append(self._ended())
                 else:
@@ -72,14 +73,14 @@ class ServerSession(Session):
                 if self.returns:
                     if not self.closing:
                         self.pending = list(rest)
-                        self.behind = bool(self.pending) or self.parser.runnable()
+                        self.behind = bool(self.pending) or parser.runnable()
                     return b"".join(out)
-            if not events or not self.parser.runnable():
-                return b"".join(out) if len(out) != 1 else out[0]
+            if not events or not parser.runnable():
+                return b"".join(out)
             if len(out) >= ENOUGH:
                 self.behind = True
                 return b"".join(out)
-            events = self.parser.feed(b"")
+            events = parser.feed(b"")
 
     def _bad_line(self, why: int, start: bytes) -> bytes:
         if self.exchange is not None:
