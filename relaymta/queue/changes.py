@@ -31,6 +31,7 @@ REST_LEAST, REST_MOST = 1.0, 60.0  # seconds that scans leave messages alone aft
 T = TypeVar("T")
 AtSite = Callable[[QueueName, str], bool]
 Rename = Callable[[QueueName], QueueName]
+Idents = list[int] | Callable[[], list[int]]
 
 
 class Changes:
@@ -85,11 +86,12 @@ class Changes:
 
     # Messages
 
-    async def change_messages(self, verb: str, idents: list[int], word: str = "") -> tuple[int, int]:
+    async def change_messages(self, verb: str, idents: Idents, word: str = "") -> tuple[int, int]:
         """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies), release, release policy (only
         what a policy holds), delete, bounce (`word`: the reason) or reroute (`word`: the route). (changed, skipped because in
-        flight, ending or being changed.) A cancelled caller does not stop the change. StoreError when a commit failed."""
-        return await self._in_turn(lambda: self._change(verb, idents, word))
+        flight, ending or being changed.) `idents` may be a function, which names them when those before have been made. A
+        cancelled caller does not stop the change. StoreError when a commit failed."""
+        return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word))
 
     async def _change(self, verb: str, idents: list[int], word: str) -> tuple[int, int]:
         claimed = self._entries.claim(idents)

@@ -123,16 +123,18 @@ class Policies:
             self._holding = False
 
     async def _hold_some(self, entries: list[Entry]) -> None:
-        """Hold those of these entries that a hold policy still matches; the others are put back. What somebody else has taken
-        meanwhile is left alone: it may be in another queue by now."""
-        chosen = []
-        for entry in entries:
-            if entry.waiting and self._is_held(entry):
-                chosen.append(entry.ident)
-            elif entry.waiting:
-                self._put_back(entry)
-        if not chosen:
-            return
+        """Hold those of these entries that a hold policy matches when it is this change's turn; the others are put back. What
+        somebody else has taken until then is left alone: it may be in another queue by now."""
+
+        def chosen() -> list[int]:
+            found = []
+            for entry in entries:
+                if entry.waiting and self._is_held(entry):
+                    found.append(entry.ident)
+                elif entry.waiting:
+                    self._put_back(entry)
+            return found
+
         holds = self._holding_policies()
         try:
             await self._queue().change_messages("policy", chosen)

@@ -562,6 +562,23 @@ async def test_only_what_a_policy_holds_is_released_with_it(tmp_path):
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
 
 
+async def test_a_change_names_its_messages_when_it_is_its_turn(tmp_path):
+    seen = []
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+
+        def chosen() -> list[int]:
+            with bench.queue.store.env.begin() as txn:
+                (placement,) = bench.queue.store.envelope(txn, ident).placements
+                seen.append(bench.queue.store.queue(txn, placement.queue).name.route)
+            return [ident]
+
+        changes = (("reroute", [ident], "elsewhere"), ("policy", chosen, ""))
+        assert await asyncio.gather(*(bench.queue.change_messages(*change) for change in changes)) == [(1, 0), (1, 0)]
+        assert (await bench.queue.message(ident))["state"] == "held"
+    assert seen == ["elsewhere"]
+
+
 @pytest.mark.parametrize("number", ["gone", "another's"])
 async def test_mail_whose_queue_an_earlier_version_swept_is_delivered(tmp_path, number):
     """An inlined message whose queue has no row, or whose queue's number was given to another queue."""

@@ -70,8 +70,9 @@ class FakeQueue:
         for number in numbers or list(self.parked):
             self.parked.pop(number, None)
 
-    async def change_messages(self, verb: str, idents: list[int]) -> tuple[int, int]:
-        self.held.append(idents)
+    async def change_messages(self, verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+        idents = chosen()
+        self.held += [idents] if idents else []
         if self.changes:
             return self.changes.pop(0)()
         for one in self.entries:
@@ -300,8 +301,9 @@ def _slow_changes(made: Dispatcher) -> asyncio.Event:
     """Let the queue's changes of messages wait for this event."""
     over = asyncio.Event()
 
-    async def slowly(verb: str, idents: list[int]) -> tuple[int, int]:
-        made.queue.held.append(idents)
+    async def slowly(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+        idents = chosen()
+        made.queue.held += [idents] if idents else []
         await over.wait()
         return len(idents), 0
 
@@ -349,7 +351,7 @@ async def test_a_hold_that_fails_half_way_while_its_policy_ends_is_checked(made)
     """The disk refuses the second part of the change: the first is held."""
     over = asyncio.Event()
 
-    async def fails(verb: str, idents: list[int]) -> tuple[int, int]:
+    async def fails(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
         await over.wait()
         raise StoreError("the disk is full")
 
@@ -380,6 +382,27 @@ async def test_mail_that_somebody_else_has_taken_is_not_held(made):
     over.set()
     await ticks()
     assert made.queue.held == [[1]] and made.queue.returned == []
+
+
+async def test_mail_that_an_earlier_change_takes_is_not_held(made):
+    """The hold waits for its turn behind a reroute."""
+    found, turn = [], asyncio.Event()
+
+    async def in_turn(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+        await turn.wait()
+        found.append(chosen())
+        return 0, 0
+
+    made.queue.change_messages = in_turn
+    _policy(made)
+    rerouted, other = entry(1, "smart.test"), entry(2, "smart.test")
+    made.offer(rerouted)
+    made.offer(other)
+    await ticks()
+    rerouted.state = ON_DISK
+    turn.set()
+    await ticks()
+    assert found == [[2]] and made.queue.returned == []
 
 
 async def test_held_mail_is_checked_by_one_at_a_time(made):
