@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 __all__ = [
     "DNS", "NETWORK", "PEER", "US", "ConfigError", "Failure", "NoSuch", "RelayError", "SpoolBusy", "StoreError", "StoreFull",
-    "check_all", "near", "redacted", "store_error", "told",
+    "check_all", "near", "redacted", "store_error", "told", "without",
 ]  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -73,6 +73,13 @@ def redacted(text: str) -> str:
     text = text[:LONGEST]
     for secret, instead in _SECRETS:
         text = secret.sub(instead, text)
+    return text
+
+
+def without(text: str, secrets: Iterable[str]) -> str:
+    """A text in which these secrets, which somebody else may have quoted, are `***`."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***") if secret else text
     return text
 
 

@@ -198,7 +198,7 @@ class IncomingTransaction(Transaction):
 
     def _end_line(self, data: list[bytes]) -> None:
         """Message data of BDAT need not end in CRLF; what is delivered by DATA must."""
-        if self.tail != b"\r\n":
+        if self.size and self.tail != b"\r\n":
             data.append(b"\r\n")
 
     def _signs(self) -> bool:

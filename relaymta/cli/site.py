@@ -81,7 +81,8 @@ def show(read: Configuration, name: str, as_json: bool) -> None:
         for host, reason in row["hosts down"].items():
             say(f"  {host} is down: {reason}")
         counts = f"{row['waiting']} wait, {row['deferred']} deferred, {row['in flight']} in flight"
-        say(f"  {counts}, {row['connections']} connections, {row['rate']:.0f}/s")
+        opening = f" ({row['opening']} being opened)" if row["opening"] else ""
+        say(f"  {counts}, {row['connections']} connections{opening}, {row['rate']:.0f}/s")
         for session in row["sessions"]:
             say(f"    {session['peer']}: awaits {session['awaits']}, {session['messages']} messages so far")
         _show_limits(row)

@@ -34,10 +34,11 @@ _STRING = r'"(?:[^"\\]|\\.)*+"'
 _IN_BRACKETS = re.compile(rf'<((?:[^">\\]|\\.|{_STRING})*+)>', re.S)
 _WITHOUT = re.compile(rf'((?:[^" \t\\]|\\.|{_STRING})*+)', re.S)
 _COMMENT = r"\([^()\\\x00-\x1f\x7f]*+\)"
-_BEHIND = re.compile(rf">*+(?:{_COMMENT})?")  # what Postfix ignores behind a path
+_BEHIND = re.compile(rf">*+(?:{_COMMENT})?;?")  # what Postfix ignores behind a path
+_IN_COMMENT = re.compile(r"(?:[^()\\\x00-\x1f\x7f]|\\[\x20-\x7e])++|(?P<open>\()|(?P<close>\))")
 _ATEXT = r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]"
 _TOKEN = re.compile(
-    rf"(?P<none>[ \t]++|{_COMMENT})|(?P<word>(?:{_ATEXT}|\.|\\[\x20-\x7e])++)|(?P<special>[@,:])"
+    rf"(?P<none>[ \t]++)|(?P<comment>\()|(?P<word>(?:{_ATEXT}|\.|\\[\x20-\x7e])++)|(?P<special>[@,:])"
     r'|"(?P<quoted>(?:[^\x00-\x1f"\\\x7f]|\\[\x20-\x7e])*+)"|(?P<literal>\[[^\x00-\x20\[\]\\\x7f]*+\])'
 )
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
@@ -169,10 +170,25 @@ def _tokens(path: str) -> list[tuple[str, str]] | None:
         if match is None:
             return None
         at, kind = match.end(), match.lastgroup or ""
-        if kind != "none":
+        if kind == "comment":
+            at = _behind_comment(path, match.start())
+            if at < 0:
+                return None
+        elif kind != "none":
             text = match[kind]
             found.append((kind, _QUOTED_PAIR.sub(r"\1", text) if kind in ("quoted", "word") else text))
     return found
+
+
+def _behind_comment(path: str, at: int) -> int:
+    """The index behind the comment that begins at `at`, with those within it (RFC 5322 3.2.2); -1: it does not end."""
+    depth = 0
+    while (match := _IN_COMMENT.match(path, at)) is not None:
+        at = match.end()
+        depth += (match.lastgroup == "open") - (match.lastgroup == "close")
+        if not depth:
+            return at
+    return -1
 
 
 def _behind_routes(tokens: list[tuple[str, str]]) -> int:
@@ -198,7 +214,7 @@ def _joined(tokens: list[tuple[str, str]]) -> str | None:
 
 def _domain(tokens: list[tuple[str, str]]) -> str | None:
     """A domain, without a dot behind it, or an address literal. None: it is neither."""
-    if len(tokens) == 1 and tokens[0][0] == "literal":
+    if tokens and tokens[0][0] == "literal" and tokens[1:] in ([], [("word", ".")]):
         return tokens[0][1] if literal_address(tokens[0][1]) is not None else None
     found = _joined(tokens)
     if found is None or any(kind != "word" for kind, _ in tokens):
@@ -307,11 +323,12 @@ def is_host(domain: str) -> bool:
 
 
 def parse_parameters(text: str) -> dict[str, str] | None:
-    """ESMTP parameters (RFC 5321 4.1.2) by upper-case keyword, "" for one without value; None: a syntax error."""
+    """ESMTP parameters (RFC 5321 4.1.2) by upper-case keyword, "" for one without value; None: a syntax error. Of one that is
+    repeated the last counts, as for Postfix."""
     found: dict[str, str] = {}
     for word in text.split():
         match = _KEYWORD.match(word)
-        if match is None or match[1].upper() in found:
+        if match is None:
             return None
         found[match[1].upper()] = match[2] or ""
     return found

@@ -12,11 +12,12 @@ _XTEXT = re.compile(r"\+([0-9A-Fa-f]{2})")
 
 
 def hello_name(argument: bytes, lenient: bool = False) -> str | None:
-    """The client's name in EHLO/HELO; None when it is missing or unprintable. `lenient`: it may have blanks in it (`my pc`)."""
+    """The client's name in EHLO/HELO; None when it is missing or unprintable. `lenient`: it may have blanks in it (`my pc`), and
+    as many octets as a line."""
     name = argument.strip()
     if lenient:
         name = b" ".join(name.split())
-    if not name or len(name) > 255 or (b" " in name and not lenient):
+    if not name or (len(name) > 255 and not lenient) or (b" " in name and not lenient):
         return None
     text = name.decode("utf-8", "replace")
     return text if text.isprintable() else None
@@ -37,8 +38,8 @@ def attributes(argument: bytes) -> dict[str, str] | None:
     return found if argument else None
 
 
-def mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:
-    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them. `auth`: AUTH is offered."""
+def mail_parameters(text: str) -> tuple[int, bool] | bytes:
+    """(announced size, SMTPUTF8) of MAIL's parameters, or the reply that refuses them."""
     found = parse_parameters(text)
     if found is None:
         return reply.BAD_PARAMETER
@@ -50,8 +51,8 @@ def mail_parameters(text: str, auth: bool) -> tuple[int, bool] | bytes:
             pass
         elif keyword == "SMTPUTF8" and not value:
             smtputf8 = True
-        elif keyword == "AUTH" and auth and value:
-            pass  # the original submitter (RFC 4954 5): ignored, since clients are not trusted with it
+        elif keyword == "AUTH" and value:
+            pass  # the original submitter (RFC 4954 5), also where AUTH is not offered: ignored, clients are not trusted with it
         elif keyword in ("SIZE", "BODY", "SMTPUTF8"):
             return reply.BAD_PARAMETER
         else:

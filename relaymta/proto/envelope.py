@@ -38,6 +38,7 @@ CATEGORIES: Final = (
 )  # fmt: skip
 
 ATTEMPTS_KEPT: Final = 8
+ATTEMPT_SHOWN: Final = 500  # characters of a reply to an attempt that is not the last one
 
 # Priority classes; the lower number is delivered first.
 CLASSES: Final = {"express": 0, "normal": 1, "bulk": 2}
@@ -166,6 +167,14 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"{self.cause} ({self.phase}{', ' + self.peer if self.peer else ''})"
+
+
+def shortened(attempt: Attempt) -> Attempt:
+    """An attempt as it is kept once another has followed: with ATTEMPT_SHOWN characters of its reply, since a recipient has a
+    row of its own with all of them."""
+    if len(attempt.text) <= ATTEMPT_SHOWN:
+        return attempt
+    return msgspec.structs.replace(attempt, text=attempt.text[:ATTEMPT_SHOWN])
 
 
 class RecipientState(msgspec.Struct, array_like=True):

@@ -16,6 +16,7 @@ _UNFOLDED = re.compile(rb"\r\n(?![ \t])")
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|\r\n")
 _FROM_LINE = re.compile(rb">*From ")
+LONGEST_LINE = 998  # octets, without CRLF (RFC 5322 2.1.1)
 MAILBOX_LINES = 100  # `From ` lines in front of a message that become fields
 MESSAGE_ID_SHOWN = 256  # characters of a Message-ID that are logged
 _MESSAGE_IDS = (b"\nMessage-ID:", b"\nMessage-Id:")  # as nearly all mail has it
@@ -51,7 +52,11 @@ def begun(data: bytes) -> bytes:
     while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < 2 * MAILBOX_LINES:
         end = data.find(b"\r\n", at)
         end = len(data) if end < 0 else end + 2
-        lines += [b"X-Mailbox-Line: ", data[at:end]]
+        lines.append(b"X-Mailbox-Line: ")
+        if LONGEST_LINE - len(lines[-1]) < len(data[at:end].rstrip(b"\r\n")) <= LONGEST_LINE:  # it would become too long
+            lines += [data[at : at + LONGEST_LINE // 2], b"\r\n "]
+            at += LONGEST_LINE // 2
+        lines.append(data[at:end])
         at = end
     if not lines:
         return data

@@ -4,7 +4,9 @@ import re
 
 from relaymta.proto.envelope import reply_text
 
-__all__ = ["Said", "classify", "wants_tls"]
+__all__ = ["LONGEST", "Said", "classify", "wants_tls"]
+
+LONGEST = 4096  # characters of a reply's text that are kept
 
 _ENHANCED = re.compile(rb"([245]\.\d{1,3}\.\d{1,3})(?:\s+|\Z)")
 _TLS = re.compile(r"\b(?:STARTTLS|TLS|SSL|encrypt(?:ed|ion)?)\b", re.I)
@@ -25,7 +27,7 @@ class Said:
         rest = text[match.end() :] if match is not None else text
         if match is not None and b"\n" in rest:
             rest = b" ".join(re.sub(_ENHANCED, b"", line, count=1) for line in rest.split(b"\n"))
-        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace").strip()[:500]
+        self.text = rest.replace(b"\n", b" ").decode("utf-8", "replace").strip()[:LONGEST]
         self.phase = phase
 
     @property

@@ -294,6 +294,10 @@ class ClientSession:
         """The peer closes (421), or replied out of turn: no later reply can be trusted, nor those to an envelope that no 354 has
         shown to be in step."""
         self.closing = True
+        mail = self._expected[0][1] if self._expected else None
+        early = mail if self.awaiting is FINAL and self.out else self.streaming
+        if early is not None and self.streaming is None:  # it came with the 354: no message data is written
+            early.data_sent = False
         if code == 421:
             self.broken = b"the peer closes: " + text
             self.last_said = Said(code, text, self.awaiting or "idle")
@@ -301,15 +305,13 @@ class ClientSession:
         awaiting = self.awaiting
         wanted = b"no reply" if not awaiting else b"the reply to " + awaiting.upper().encode()
         self.broken = b"the peer speaks out of turn: expected " + wanted + b", got: " + (b"%d " % code if code else b"") + text
-        if self.streaming is not None and 400 <= code < 600:
-            self._refuse_early(self.streaming, Said(code, text, FINAL))
-        elif awaiting and (awaiting is not FINAL or self.features.chunking):
-            mail = self._expected[0][1]
-            if mail is not None:
-                mail.data_sent = mail.data_sent or awaiting is RSET
-                mail.all_sent = False
-                for index, _ in mail.asked:
-                    mail.said.pop(index, None)
+        if early is not None and 400 <= code < 600:
+            self._refuse_early(early, Said(code, text, FINAL))
+        elif mail is not None and (awaiting is not FINAL or self.features.chunking):
+            mail.data_sent = mail.data_sent or awaiting is RSET
+            mail.all_sent = False
+            for index, _ in mail.asked:
+                mail.said.pop(index, None)
 
     def _refuse_early(self, mail: Mail, said: Said) -> None:
         """The peer refused the message data before its end: the rest is not sent."""

@@ -66,7 +66,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
     sender, parameters = found
     size, smtputf8 = 0, False
     if parameters:
-        checked = mail_parameters(parameters, bool(offers.mechanisms))
+        checked = mail_parameters(parameters)
         if isinstance(checked, bytes):
             return session.error(checked)
         size, smtputf8 = checked

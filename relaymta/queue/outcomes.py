@@ -15,6 +15,7 @@ from relaymta.proto.envelope import (
     Envelope,
     Placement,
     RecipientState,
+    shortened,
 )
 from relaymta.queue.big import BigBody
 from relaymta.queue.change import Change
@@ -156,7 +157,7 @@ class Outcomes:
             state = states.get(index) or RecipientState()
             attempt = outcome.results.get(index)
             if attempt is not None:
-                state.attempts = [*state.attempts, attempt][-ATTEMPTS_KEPT:]
+                state.attempts = [*map(shortened, state.attempts), attempt][-ATTEMPTS_KEPT:]
                 state.state = {SUCCESS: DELIVERED, PERMANENT: FAILED}.get(attempt.kind, PENDING)
             elif outcome.success:
                 state.state = DELIVERED

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +14,7 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPHeloError
 
 from relaymta.config import Route, Source
-from relaymta.errors import NETWORK, PEER, US, Failure, redacted
+from relaymta.errors import NETWORK, PEER, US, Failure, redacted, without
 from relaymta.proto.envelope import category_of
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Said, features_of
@@ -30,6 +30,7 @@ from relaymta.send.trust import NO_FILES, Context, Files
 __all__ = ["ConnectFailed", "Peer", "Via", "connect", "implicit_tls"]
 
 IMPLICIT_TLS_PORT = 465  # RFC 8314 3.3
+WITHIN_TLS = "ehlo within TLS"
 _FAULTS = {"connect": NETWORK, "auth": US}  # of a failure without a reply, by phase; else the peer's
 
 
@@ -128,13 +129,9 @@ class _Client(LenientSMTP):
         response = await self.execute_command(self.greeting, self.local_hostname.encode("ascii"))
         if response.code != 250:
             raise SMTPHeloError(response.code, response.message)
-        self.last_ehlo_response = response
+        # A tab between a keyword and its parameters, where there is to be a blank (RFC 5321 4.1.1.1), is as good, as for Postfix.
+        self.last_ehlo_response = aiosmtplib.SMTPResponse(response.code, response.message.replace("\t", " "))
         return response
-
-    async def helo(self, *args: object, **options: object) -> aiosmtplib.SMTPResponse:
-        if self.greeting == b"LHLO":
-            raise SMTPHeloError(500, "the peer does not speak LMTP")
-        return await super().helo()
 
 
 async def connect(
@@ -154,10 +151,11 @@ async def connect(
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
             await _start_tls(client, peer, via.tls)
+            phase = WITHIN_TLS
+            await _greet(client)
         if via.route.username and via.tls == "verify":
             phase = "auth"
             await log_in(client, via.route, tokens)
-            _check_unsolicited(client, phase)
         return _handed_over(client, peer, via, make, recipients)
     except BaseException as error:
         if client is not None:
@@ -166,7 +164,9 @@ async def connect(
             raise
         if client is not None and not isinstance(error, aiosmtplib.SMTPResponseException | Failure):
             error = client.begun() or error
-        raise _failure(phase, peer, error, via) from None
+        if phase == WITHIN_TLS:  # where there is no reply, the peer may have refused our certificate (RFC 8446 4.4.2.4)
+            phase = "ehlo" if isinstance(error, aiosmtplib.SMTPResponseException | Failure) else "starttls"
+        raise _failure(phase, peer, error, via, client.secrets if client is not None else ()) from None
 
 
 def _check_name(client: _Client, peer: Peer, via: Via) -> None:
@@ -224,21 +224,12 @@ async def _dialed(peer: Peer, via: Via) -> socket.socket:
 async def _greet(client: _Client) -> None:
     """EHLO, or LHLO; HELO only for a peer that does not implement EHLO (RFC 5321 4.1.4). Any other rejection is temporary:
     without extensions (8BITMIME) mail would be bounced."""
-    _check_unsolicited(client, "connect")
     try:
         await client.ehlo()
     except SMTPHeloError as error:
-        if error.code not in HELO_AFTER or not client.is_connected:
+        if error.code not in HELO_AFTER or client.greeting == b"LHLO" or not client.is_connected:
             raise
-        _check_unsolicited(client, "ehlo")
         await client.helo()
-    _check_unsolicited(client, "ehlo")
-
-
-def _check_unsolicited(client: _Client, phase: str) -> None:
-    """ConnectFailed where the peer sent more than one reply: the rest would be read as the reply to the next command."""
-    if client.protocol is not None and client.protocol._buffer:
-        raise ConnectFailed(phase, "the peer sent an unexpected reply", category="reply")
 
 
 def _client(peer: Peer, via: Via) -> _Client:
@@ -294,10 +285,10 @@ async def _start_tls(client: _Client, peer: Peer, tls: str) -> None:
         raise ConnectFailed("starttls", "the peer does not offer STARTTLS, and the route requires TLS")
     context = trust.context_of(tls, peer.files)
     await client.starttls(server_hostname=peer.name, tls_context=context, validate_certs=tls == "verify")
-    await _greet(client)
 
 
-def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -> ConnectFailed:
+def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, secrets: Iterable[str] = ()) -> ConnectFailed:
+    """What a failed connection is reported as. `secrets`: what a reply to AUTH may echo, and nobody may read."""
     if isinstance(error, ConnectFailed):
         return error
     name = "a local socket" if peer.path else peer.name
@@ -305,11 +296,11 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None) -
     if isinstance(error, aiosmtplib.SMTPResponseException) and 200 <= error.code < 600:
         said = Said(error.code, str(error.message).encode("utf-8", "surrogateescape"), phase)
         if phase == "auth":
-            said.text = redacted(said.text)  # it may quote the credentials
+            said.text = redacted(without(said.text, secrets))
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}{login}", said)
         return ConnectFailed(phase, said.text, said=said)
     if isinstance(error, Failure):
-        cause, fault = f"{peer.name}: {error}{login}", error.fault if error.category == "tls" else ""
+        cause, fault = without(f"{peer.name}: {error}{login}", secrets), error.fault if error.category in ("tls", "reply") else ""
         return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
     public, category, origin = _reason(error)
     cause = str(error) or type(error).__name__

@@ -114,7 +114,9 @@ class Elsewhere:
             self._outcomes.charge(entry, PERMANENT, "mail", unfit_peer, 0, *refusal)
         else:
             phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
-            self._outcomes.charge(entry, TRANSIENT, phase, "", 0, "4.4.1", failure)
+            said = failure.said if isinstance(failure, ConnectFailed) else None
+            code, enhanced = (said.code, said.enhanced) if said is not None else (0, failure.enhanced)
+            self._outcomes.charge(entry, TRANSIENT, phase, "", code, enhanced, failure)
 
     def _tell(self, entry: Entry, trail: Trail) -> None:
         """Log what the hosts asked before have said."""

@@ -188,6 +188,8 @@ def _in_flight(view: View) -> dict[str, Any]:
 
 def _in_line(site: SiteView, position: int) -> dict[str, Any]:
     """The answer for a message that only the site's limits, and messages before it, delay."""
+    if site.opening and not site.sessions:
+        return _answer("a connection to its site, which is being opened", 0, "") | {"position": position}
     name = "rate" if site.limits["rate"].value and site.paced else "connections"
     limit = site.limits[name]
     rate = site.limits["rate"].value or site.rate

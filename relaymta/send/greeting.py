@@ -1,6 +1,8 @@
 """Replies before the first transaction: aiosmtplib's client, with replies read as in all other phases."""
 
 import asyncio
+import base64
+from typing import Any
 
 import aiosmtplib
 from aiosmtplib.errors import (
@@ -12,12 +14,20 @@ from aiosmtplib.errors import (
 from aiosmtplib.protocol import SMTPProtocol
 from aiosmtplib.response import SMTPResponse
 
+from relaymta.errors import PEER, Failure
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Replies
 
-__all__ = ["LenientSMTP"]
+__all__ = ["LenientSMTP", "Unsolicited"]
 
 NO_REPLY = -1  # aiosmtplib's code for what is not a reply
 REFUSAL = 400  # and above
+
+
+class Unsolicited(Failure):
+    """The peer sent more than one reply: the rest would be read as the reply to the next command."""
+
+    def __init__(self) -> None:
+        super().__init__("the peer sent an unexpected reply", fault=PEER, category="reply")
 
 
 class _Protocol(SMTPProtocol):
@@ -66,9 +76,26 @@ def _shown(text: bytes) -> str:
 
 
 class LenientSMTP(aiosmtplib.SMTP):
-    """aiosmtplib with replies that are read as in all other phases."""
+    """aiosmtplib with replies that are read as in all other phases. `secrets`: what replies may echo, and nobody may read."""
 
     _reading: _Protocol | None = None  # also after the connection has ended
+    secrets: tuple[str, ...] = ()
+
+    def hide(self, *texts: str) -> None:
+        """Add to `secrets`, also in the form in which AUTH sends them."""
+        self.secrets += (*texts, *(base64.b64encode(text.encode()).decode() for text in texts))
+
+    async def execute_command(self, *args: bytes, **options: Any) -> SMTPResponse:
+        """As in aiosmtplib; Unsolicited where a reply has come before its command."""
+        self._check_unsolicited()
+        response = await super().execute_command(*args, **options)
+        if response.code < REFUSAL:
+            self._check_unsolicited()
+        return response
+
+    def _check_unsolicited(self) -> None:
+        if self.protocol is not None and self.protocol._buffer:
+            raise Unsolicited
 
     def begun(self) -> SMTPResponseException | None:
         """As `_Protocol.begun`."""

@@ -4,6 +4,7 @@ Called only over verified TLS: connect.py ensures it, and the configuration requ
 """
 
 import base64
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
@@ -12,6 +13,7 @@ import aiosmtplib
 from relaymta.config import Route
 from relaymta.errors import Failure
 from relaymta.files import read_secret
+from relaymta.send.greeting import LenientSMTP
 from relaymta.send.oauth import Tokens
 
 __all__ = ["LoginFailed", "log_in"]
@@ -31,7 +33,7 @@ class LoginFailed(Failure):
         super().__init__("logging in to the next host failed", reason, category="password")
 
 
-async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:
+async def log_in(client: LenientSMTP, route: Route, tokens: Tokens) -> None:
     """Authenticate with the route's credentials. Raises LoginFailed, TokenError, or aiosmtplib's exceptions with the reply."""
     offered = client.esmtp_extensions.get("auth", "").upper().replace("=", " ").split()
     wanted = route.auth.upper() if route.auth != "auto" else "XOAUTH2" if route.oauth else ""
@@ -39,7 +41,9 @@ async def log_in(client: aiosmtplib.SMTP, route: Route, tokens: Tokens) -> None:
     if mechanism not in offered:
         raise LoginFailed(f"the host offers AUTH {' '.join(offered) or 'not at all'}, not {mechanism or ', '.join(_STRONGEST)}")
     if route.oauth is None:
-        await _MECHANISMS[mechanism](client, route.username, _password(route))
+        password = _password(route)
+        client.hide(password, _initial(route.username, password))
+        await _MECHANISMS[mechanism](client, route.username, password)
         return
     try:
         await _bearer(client, mechanism, route.username, token := await tokens.get(route.oauth))
@@ -68,14 +72,19 @@ def _password(route: Route) -> str:
     return password
 
 
-async def _plain(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+def _initial(username: str, password: str) -> str:
+    """The message of PLAIN (RFC 4616 2)."""
+    return f"\0{username}\0{password}"
+
+
+async def _plain(client: LenientSMTP, username: str, password: str) -> None:
     """RFC 4616. A host that has ignored the initial response asks for it by 334 (RFC 4954 4)."""
-    response = base64.b64encode(f"\0{username}\0{password}".encode())
+    response = base64.b64encode(_initial(username, password).encode())
     if (await _command(client, b"AUTH", b"PLAIN", response)).code == 334:
         await _command(client, response, last=True)
 
 
-async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+async def _login(client: LenientSMTP, username: str, password: str) -> None:
     """LOGIN has no standard (draft-murchison-sasl-login): hosts ask for the user, then for the password. No initial response is
     sent, since some hosts ignore it and ask for the user all the same. Each prompt is answered by what it asks for, or, where it
     says neither, in this order; the password is sent once, and never before the user."""
@@ -97,19 +106,27 @@ async def _login(client: aiosmtplib.SMTP, username: str, password: str) -> None:
 
 def _asked(prompt: str) -> str:
     """What a prompt of LOGIN asks for: "user", "password", or "" where it does not say. Most are in base64."""
-    try:
-        text = base64.b64decode(prompt, validate=True).decode()
-    except ValueError:
-        text = prompt
+    text = prompt
+    with contextlib.suppress(ValueError):  # without padding, or not in UTF-8, from some
+        decoded = base64.b64decode(prompt.strip() + "=" * (-len(prompt.strip()) % 4), validate=True)
+        text = decoded.decode() if _is_text(decoded) else f"{prompt} {decoded.decode('utf-8', 'replace')}"
     found = {what for word, what in _PROMPTS.items() if word in text.lower()}
     return found.pop() if len(found) == 1 else ""
 
 
-async def _cram_md5(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+def _is_text(octets: bytes) -> bool:
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+async def _cram_md5(client: LenientSMTP, username: str, password: str) -> None:
     await client.auth_crammd5(username, password)
 
 
-async def _scram(client: aiosmtplib.SMTP, username: str, password: str) -> None:
+async def _scram(client: LenientSMTP, username: str, password: str) -> None:
     """RFC 5802, 7677; without channel binding."""
     import scramp
 
@@ -126,19 +143,20 @@ async def _scram(client: aiosmtplib.SMTP, username: str, password: str) -> None:
         await _command(client, b"", last=True)
 
 
-async def _command(client: aiosmtplib.SMTP, *words: bytes, last: bool = False) -> aiosmtplib.SMTPResponse:
+async def _command(client: LenientSMTP, *words: bytes, last: bool = False) -> aiosmtplib.SMTPResponse:
     response = await client.execute_command(*words)
     if response.code not in ((235,) if last else (334, 235)):
         raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
     return response
 
 
-async def _bearer(client: aiosmtplib.SMTP, mechanism: str, username: str, token: str) -> None:
+async def _bearer(client: LenientSMTP, mechanism: str, username: str, token: str) -> None:
     """XOAUTH2 (Google, Microsoft) or OAUTHBEARER (RFC 7628). A failure is a 334 with the reason, then, after an empty
     response (a dummy one for OAUTHBEARER), the final reply."""
     initial = f"user={username}\1auth=Bearer {token}\1\1"
     if mechanism == "OAUTHBEARER":
         initial = f"n,a={username},\1auth=Bearer {token}\1\1"
+    client.hide(token, initial)
     response = await client.execute_command(b"AUTH", mechanism.encode(), base64.b64encode(initial.encode()))
     if response.code == 334:
         response = await client.execute_command(b"AQ==" if mechanism == "OAUTHBEARER" else b"")
@@ -146,7 +164,7 @@ async def _bearer(client: aiosmtplib.SMTP, mechanism: str, username: str, token:
         raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
 
 
-_MECHANISMS: dict[str, Callable[[aiosmtplib.SMTP, str, str], Awaitable[None]]] = {
+_MECHANISMS: dict[str, Callable[[LenientSMTP, str, str], Awaitable[None]]] = {
     "PLAIN": _plain,
     "LOGIN": _login,
     "CRAM-MD5": _cram_md5,

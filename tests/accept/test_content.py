@@ -221,6 +221,18 @@ def test_a_name_with_blanks_is_accepted_from_networks_that_may_relay(line):
     envelope, data = made.machine.stored[-1]
     assert envelope.helo == "my pc" and data.startswith(b"Received: from my?pc (")
     assert Client().say(line + b"\r\n")[-1].startswith("501")
+    long = line[:5] + b"x" * 500
+    assert Client(relays=True).say(long + b"\r\n")[-1].startswith("250")
+    assert Client().say(long + b"\r\n")[-1].startswith("501")
+
+
+@pytest.mark.parametrize("chunks", [b"BDAT 0 LAST\r\n", b"BDAT 0\r\nBDAT 0 LAST\r\n"])
+def test_an_empty_message_stays_empty(chunks):
+    """As by DATA: the empty line is the end of the header that our fields begin."""
+    made = Client(relays=True)
+    made.say(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d.example>\r\n" + chunks)
+    _, data = made.machine.stored[-1]
+    assert data.endswith(b"\r\n\r\n") and not data.endswith(b"\r\n\r\n\r\n")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_explain_of_a_dead_site_and_of_a_delivery_under_way(tmp_path):
         assert wait["why"].startswith(("the site is down: ", "its schedule"))
 
 
+def test_explain_of_a_connection_that_is_being_opened(tmp_path):
+    with FakeMx({"EHLO": SILENT}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.send()
+        (ident,) = wait_for(lambda: [event["id"] for event in relay.events("queued")])
+        why = "a connection to its site, which is being opened"
+        wait_for(lambda: explained(relay, ident)["waits"][0]["wait"]["why"] == why)
+        assert "0 connections (1 being opened)" in relay.cli("site", "show", "smarthost").stdout
+
+
 def test_history_of_a_finished_message(tmp_path):
     with FakeMx({"RCPT": [b"450 4.2.1 not now\r\n"]}) as peer:
         with Relay(tmp_path, f"127.0.0.1:{peer.port}", "delivery.first_retry=0.3") as relay:

@@ -48,6 +48,13 @@ PATHS = [
     ("<a(comment)@b.example>", "a@b.example"),
     ("<(comment)a@b.example(comment)>", "a@b.example"),
     ("<a@b.example>SIZE=10", None),
+    ("<a(one (two (three)) \\) four)@b.example>", "a@b.example"),  # RFC 5322 3.2.2
+    ("<(a(b)@b.example>", None),
+    ("<a)@b.example>", None),
+    ("<a@b.example>;", "a@b.example"),
+    ("<a@[192.0.2.1].>", "a@[192.0.2.1]"),
+    ("<a@[192.0.2.1]..>", None),
+    ("<a@[192.0.2.1].b>", None),
     ("", None),
     (" ", None),
     ("<a@>", None),

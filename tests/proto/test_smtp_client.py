@@ -2,7 +2,8 @@
 
 import pytest
 
-from relaymta.proto.said import wants_tls
+from relaymta.proto.dsn import REPLY_LIMIT
+from relaymta.proto.said import LONGEST, wants_tls
 from relaymta.proto.sequence import CLOSES, GO_ON, GOES_ON, HELO_AFTER, OUT_OF_TURN, REFUSED, verdict
 from relaymta.proto.smtp_client import ClientSession, Features, Mail, Said, classify, features_of, stuff
 
@@ -223,6 +224,11 @@ def test_features_and_classes():
     assert (said.code, said.enhanced, said.text, classify(said)) == (550, "5.1.1", "no such user", "permanent")
 
 
+def test_of_a_long_reply_as_much_is_kept_as_a_dsn_returns():
+    said = Said(550, b"5.7.1 " + b"x" * 5000, "rcpt")
+    assert len(said.text) == REPLY_LIMIT == LONGEST
+
+
 def test_nothing_follows_while_message_data_is_streamed():
     core = ClientSession(PIPELINING)
     big = Mail("cargo", "a@b", [(0, "c@d")], None, 9, False, False)
@@ -236,6 +242,22 @@ def test_nothing_follows_while_message_data_is_streamed():
     assert core.may_follow
     core.receive(b"250 ok\r\n")
     assert core.finished == [big]
+
+
+@pytest.mark.parametrize("features", [PIPELINING, PLAIN])
+@pytest.mark.parametrize("line", [b"550 5.7.1 refused\r\n", b"451 4.3.0 later\r\n", b"250 ok\r\n", b"354 go\r\n", b"421 bye\r\n"])
+@pytest.mark.parametrize("lmtp", [False, True])
+def test_a_reply_that_comes_with_the_354_is_to_message_data_that_was_never_sent(features, line, lmtp):
+    """RFC 5321 4.5.4.1: not in doubt. A refusal is the host's; whatever else it is out of turn, and the next host is asked."""
+    core = ClientSession(features, lmtp=lmtp)
+    one = mail("c@d", "e@f")
+    core.begin(one)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n250 r\r\n")
+    core.receive(b"354 go\r\n" + line)
+    assert core.closing and not one.data_sent and one.reached == "data"
+    code = int(line[:3])
+    assert {said.code for said in one.said.values()} == ({code} if code in (451, 550) else set())
 
 
 @pytest.mark.parametrize("phase", GOES_ON)

@@ -76,6 +76,8 @@ CASES = [
     ("bad paths", EHLO + b"MAIL FROM:a b\r\nMAIL FROM:<a@b\r\nMAIL FROM:<@@>\r\nMAIL\r\n", [250, 501, 501, 501, 501]),
     ("size over", EHLO + b"MAIL FROM:<a@b> SIZE=99999999999\r\n", [250, 552]),
     ("size bad", EHLO + b"MAIL FROM:<a@b> SIZE=x\r\nMAIL FROM:<a@b> SIZE=-1\r\n", [250, 501, 501]),
+    ("parameters twice", EHLO + b"MAIL FROM:<a@b> SIZE=1 SIZE=2 BODY=7BIT BODY=8BITMIME AUTH=<>\r\n", [250, 250]),  # as Postfix
+    ("size twice", EHLO + b"MAIL FROM:<a@b> SIZE=1 SIZE=99999999999\r\n", [250, 552]),
     ("parameter", EHLO + b"MAIL FROM:<a@b> WHAT=1\r\n", [250, 555]),
     ("body", EHLO + b"MAIL FROM:<a@b> BODY=8BITMIME SIZE=10\r\n", [250, 250]),
     ("utf8", EHLO + "MAIL FROM:<ü@b>\r\nMAIL FROM:<ü@b> SMTPUTF8\r\n".encode(), [250, 553, 250]),

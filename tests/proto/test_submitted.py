@@ -33,6 +33,12 @@ BEGINNINGS = [
     (b"From a\r\n\r\nb\r\n", b"X-Mailbox-Line: From a\r\n\r\nb\r\n"),
     (b"From a\r\nhello\r\n", b"X-Mailbox-Line: From a\r\n\r\nhello\r\n"),
     (b"From a\r\n", b"X-Mailbox-Line: From a\r\n"),
+    (b"From " + b"a" * 977 + b"\r\n\r\nb\r\n", b"X-Mailbox-Line: From " + b"a" * 977 + b"\r\n\r\nb\r\n"),
+    (  # RFC 5322 2.1.1: a line stays shorter than 998 octets
+        b"From " + b"a" * 978 + b"\r\n\r\nb\r\n",
+        b"X-Mailbox-Line: From " + b"a" * 494 + b"\r\n " + b"a" * 484 + b"\r\n\r\nb\r\n",
+    ),
+    (b"From " + b"a" * 1200 + b"\r\n\r\n", b"X-Mailbox-Line: From " + b"a" * 1200 + b"\r\n\r\n"),  # it was longer before
     (b"FROM x\r\nb: c\r\n\r\nd\r\n", b"\r\nFROM x\r\nb: c\r\n\r\nd\r\n"),
     (b"from a@b\r\n cont\r\nSubject: x\r\n\r\nb\r\n", b"\r\nfrom a@b\r\n cont\r\nSubject: x\r\n\r\nb\r\n"),
 ]

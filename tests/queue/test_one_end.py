@@ -10,7 +10,7 @@ import pytest
 
 from relaymta.cli.queue import pages
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import DSN, HELD, PERMANENT, TRANSIENT, Envelope
+from relaymta.proto.envelope import ATTEMPT_SHOWN, DSN, HELD, PERMANENT, TRANSIENT, Attempt, Envelope
 from relaymta.queue import Entry, Filter, Outcome, dsns, expiry, listing, wall_ms
 from relaymta.queue.change import Change
 from relaymta.queue.group import Task
@@ -560,6 +560,18 @@ async def test_only_what_a_policy_holds_is_released_with_it(tmp_path):
         assert states[0] == "held" and states[1] != "held"
         with bench.queue.store.env.begin() as txn:
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
+
+
+async def test_the_reply_to_the_last_attempt_is_kept_whole_and_of_those_before_their_beginning(tmp_path):
+    long = [Attempt(1, TRANSIENT, "rcpt", "h", 450, "4.2.0", letter * 4096) for letter in "abc"]
+    async with Watched(tmp_path) as bench:
+        ident = await bench.put()
+        for attempt in long:
+            (entry,) = await bench.next()
+            bench.queue.finish(entry, {0: attempt}, 1)
+        await bench.next()
+        (found,) = (await bench.queue.message(ident))["recipients"]
+    assert [len(shown["reply"]) for shown in found["attempts"]] == [*[ATTEMPT_SHOWN + 10] * 2, 4096 + 10]
 
 
 async def test_a_change_names_its_messages_when_it_is_its_turn(tmp_path):

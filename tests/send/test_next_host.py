@@ -3,12 +3,14 @@ attempt is cut; replies of odd form; BDAT that is offered and not implemented; T
 
 import asyncio
 import json
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT
+from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SUCCESS, TRANSIENT
+from relaymta.send import trust
 from relaymta.send.session import Session
 from relaymta.send.trail import HOSTS
 from tests.send.test_outcomes import LINES, OFFERS, Peer, hosted, message, outcome
@@ -204,6 +206,44 @@ async def test_a_reply_to_message_data_that_is_cut_has_its_code(tmp_path, monkey
     assert found == kind
 
 
+@pytest.mark.parametrize("said", [b"550 5.7.1 refused\r\n", b"450 4.2.0 later\r\n", b"250 ok\r\n"])
+@pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
+async def test_a_reply_that_comes_with_the_354_leaves_no_doubt(tmp_path, protocol, said):
+    peers = [Peer(OFFERS, {"DATA": b"354 go\r\n" + said}, lmtp=protocol == "lmtp"), Peer(OFFERS, {}, lmtp=protocol == "lmtp")]
+    async with hosted(tmp_path, "two smart hosts", peers, protocol, tls="off") as (dispatcher, _):
+        assert await outcome(dispatcher, message()) == {0: PERMANENT if said.startswith(b"5") else SUCCESS}
+    assert (peers[0].taken, peers[1].taken) == (0, not said.startswith(b"5"))
+
+
+@pytest.mark.parametrize("said", [b"554 5.7.1 blocked by policy\r\n", b"451 4.7.1 later\r\n"])
+async def test_what_the_next_host_says_before_mail_has_its_code(tmp_path, said):
+    """The first one cannot accept the message: it is 8-bit."""
+    peers = [Peer(b"peer\r\nPIPELINING\r\n", {}), Peer(OFFERS, {"EHLO": said})]
+    async with hosted(tmp_path, "two smart hosts", peers, tls="off") as (dispatcher, _):
+        entry = message()
+        entry.envelope.flags |= EIGHT_BIT
+        assert await outcome(dispatcher, entry) == {0: TRANSIENT}
+        attempt = dispatcher.queue.finished[0][1][0]
+    assert attempt.whole == said.decode().strip() and attempt.phase == "ehlo" and attempt.because == "policy"
+
+
+@pytest.mark.parametrize(("line", "taken"), [(b"8BITMIME\tx\r\n", 1), (b"8bitmime \t \r\n", 1), (b"8BITMIMEX\r\n", 0)])
+async def test_a_tab_ends_a_keyword_of_ehlo(tmp_path, line, taken):
+    peer = Peer(b"peer\r\nPIPELINING\r\n" + line, {})
+    async with hosted(tmp_path, "one host", [peer], tls="off") as (dispatcher, _):
+        entry = message()
+        entry.envelope.flags |= EIGHT_BIT
+        assert await outcome(dispatcher, entry) == {0: SUCCESS if taken else PERMANENT}
+    assert peer.taken == taken
+
+
+@pytest.mark.parametrize("said", [b"550 5.7.1 your address is blocked\r\n", b"502 5.5.1 no LMTP here\r\n"])
+async def test_the_reply_to_lhlo_is_reported_as_it_is(tmp_path, said):
+    async with hosted(tmp_path, "one host", [Peer(OFFERS, {"LHLO": said})], "lmtp", tls="off") as (dispatcher, _):
+        assert await outcome(dispatcher, message()) == {0: TRANSIENT}
+        assert dispatcher.queue.finished[0][1][0].whole == said.decode().strip()
+
+
 @pytest.mark.parametrize("phase", ["banner", "EHLO", "STARTTLS"])
 @pytest.mark.parametrize("code", [b"220", b"250", b"421", b"451", b"554", b"150", b"999"])
 async def test_text_that_is_not_utf8_before_mail_is_a_reply_like_others(tmp_path, phase, code):
@@ -244,6 +284,31 @@ async def test_recipients_that_were_answered_before_bdat_failed_stay_answered(tm
 
 
 # TLS that fails
+
+
+@pytest.mark.parametrize("tls", ["may", "encrypt"])
+@pytest.mark.parametrize(
+    ("said", "phase", "cause"),
+    [
+        (b"554 5.7.1 blocked\r\n", "ehlo", "policy"),
+        (b"451 4.3.0 later\r\n", "ehlo", "reply"),
+        (b"421 4.3.2 busy\r\n", "ehlo", "421"),
+        (b"hello?\r\n", "ehlo", "reply"),
+    ],
+)
+async def test_a_refusal_within_tls_is_no_failure_of_tls(tmp_path, monkeypatch, contexts, tls, said, phase, cause):
+    """And the message is not sent in the clear."""
+    server, _ = contexts
+    made = trust.Context(ssl.PROTOCOL_TLS_CLIENT)
+    made.sessions = {}
+    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
+    monkeypatch.setattr(trust, "context_of", lambda *args: made)
+    peer = Peer(OFFERS, {"EHLO": [b"", said]}, server)
+    async with hosted(tmp_path, "one host", [peer], tls=tls) as (dispatcher, _):
+        assert await outcome(dispatcher, message()) == {0: TRANSIENT}
+        attempt = dispatcher.queue.finished[0][1][0]
+    assert (attempt.phase, attempt.because) == (phase, cause)
+    assert peer.connections == 1 and not peer.taken
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import trustme
 
 from relaymta.config import Config
 from relaymta.log import Log
@@ -159,14 +158,6 @@ class Peer:
 # Phases of a transaction as the session names them.
 AWAITED = {"MAIL": "mail", "RCPT": "rcpt", "DATA": "data", "dot": "final", "BDAT": "final", "RSET": "rset"}
 OFFERS = b"peer\r\nPIPELINING\r\n8BITMIME\r\n"
-
-
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, trustme.CA]:
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost", "mx1.test", "mx2.test", "127.0.0.1", "127.0.0.2").configure_cert(server)
-    return server, authority
 
 
 @contextlib.asynccontextmanager

@@ -12,6 +12,7 @@ from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Mail, classify
 from relaymta.route.ourselves import Ourselves
 from relaymta.send.connect import ConnectFailed, Peer, Via, _client, _greet, connect
+from relaymta.send.greeting import Unsolicited
 from relaymta.send.login import LoginFailed, log_in
 from relaymta.send.oauth import Tokens
 from relaymta.send.session import Session
@@ -296,6 +297,10 @@ USER, PASSWORD = b"bWU=\r\n", b"c2VjcmV0\r\n"  # "me", "secret"
         ([b"334 VXNlcm5hbWU6", b"334 VXNlcm5hbWU6", b"501 ok"], [USER, b"*\r\n"]),  # it asks for the user again
         ([b"334 UGFzc3dvcmQ6", b"501 ok"], [b"*\r\n"]),
         ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"334 UGFzc3dvcmQ6", b"501 ok"], [USER, PASSWORD, b"*\r\n"]),
+        ([b"334 UGFzc3dvcmQ", b"501 ok"], [b"*\r\n"]),  # without padding
+        ([b"334 TW90IGRlIHBhc3NlIOk6", b"501 ok"], [b"*\r\n"]),  # in Latin-1
+        ([b"334 VXNlcm5hbWU6\r\n334 UGFzc3dvcmQ6"], []),  # before the user was sent
+        ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6\r\n235 ok"], [USER]),
         ([b"504 no"], []),
         ([b"334 VXNlcm5hbWU6", b"535 no"], [USER]),
         ([b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"535 no"], [USER, PASSWORD]),
@@ -325,7 +330,7 @@ def test_login_answers_each_prompt_by_what_it_asks_for(replies, answers, monkeyp
             await _greet(client)
             try:
                 await log_in(client, route, TOKENS)
-            except (LoginFailed, SMTPException):
+            except (Unsolicited, LoginFailed, SMTPException):
                 return False
             finally:
                 client.close()
