@@ -37,8 +37,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "attempt"),
     "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "dsn", "attempt"),
-    "site": ("route", "state", "reason", "fault", "cause", "until"),
-    "shaping": ("site", "tenant", "action", "by", "reply", "until"),
+    # `ends`: seconds; `until`: the same in milliseconds, for one version more.
+    "site": ("route", "state", "reason", "fault", "cause", "until", "ends"),
+    "shaping": ("site", "tenant", "action", "by", "reply", "until", "ends"),
     "store": ("state", "reason"),
 }
 

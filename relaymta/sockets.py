@@ -12,7 +12,7 @@ from pwd import struct_passwd
 from relaymta.config import Listener, parse_hostport
 from relaymta.errors import ConfigError, SpoolBusy
 
-__all__ = ["bound", "check_free", "control_socket", "in_use", "notify", "reason", "remove_socket"]
+__all__ = ["bound", "check_free", "control_socket", "in_use", "listens", "notify", "reason", "remove_socket"]
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 BACKLOG = 1024
@@ -165,6 +165,13 @@ def _clear_way(path: Path) -> None:
         except (TimeoutError, BlockingIOError):  # a process has it, and is slow
             pass
     raise SpoolBusy(f"{path}: another relaymta answers here")
+
+
+def listens(path: Path) -> bool:
+    """Whether a process listens at a control socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(PROBE_SECONDS)
+        return probe.connect_ex(str(path)) == 0
 
 
 def remove_socket(control: socket.socket, path: Path) -> None:

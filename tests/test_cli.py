@@ -143,6 +143,7 @@ def test_a_spool_that_may_not_be_read_is_no_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(spool / "shard-0" / "lock"))
 
     monkeypatch.setattr(offline, "answer", answer)
+    (tmp_path / "shard-0").mkdir()
     found = call("queue", "list", "--spool", str(tmp_path))
     assert found.exit_code == 77 and "shard-0/lock: Permission denied" in found.stderr
 
@@ -259,6 +260,36 @@ def test_what_exists_or_may_come_is_accepted_and_json_is_an_object_a_line(relay)
 def test_a_dry_run_that_counts_nothing_says_what_does_not_exist(relay, kind):
     found = call("queue", "delete", f"--{kind}", "x", "--dry-run", "--json", "--spool", str(relay.spool))
     assert found.exit_code == 0 and json.loads(found.stdout)["matched"] == 0 and found.stderr.startswith(f"no such {kind}: x")
+
+
+def test_a_folder_that_is_no_spool_is_no_empty_queue(tmp_path):
+    for words in (("queue", "list"), ("queue", "summary"), ("queue", "list", "--json")):
+        found = call(*words, "--spool", str(tmp_path))
+        assert found.exit_code == 69 and found.stderr.startswith(f"{tmp_path} is no spool of relaymta") and not found.stdout
+
+
+@pytest.mark.parametrize("words", [
+    ("queue", "list"), ("queue", "list", "--json"), ("config", "describe"), ("site", "list"), ("shaping", "profiles"),
+], ids=" ".join)  # fmt: skip
+def test_output_that_cannot_be_written_ends_with_a_sentence(relay, words):
+    command = [sys.executable, "-m", "relaymta", *words, "--spool", str(relay.spool)]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stderr) == (74, "standard output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_configuration_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "r.toml").write_text("")
+    monkeypatch.setattr("relaymta.cli.options.os.access", lambda *args: False)
+    found = call("status", "-c", str(tmp_path / "r.toml"))
+    assert (found.exit_code, found.stderr) == (74, f"{tmp_path}/r.toml: Permission denied\n")
 
 
 def test_a_decision_about_a_site_that_is_not_known_is_taken_with_a_note(relay):

@@ -280,6 +280,13 @@ NOTES = [
      "7: network.1: it is never used: earlier [[network]] tables have all of its clients"),
     (f'{GOOD}[[network]]\nnetworks = ["10.1.0.0/16"]\n[[network]]\nnetworks = ["10.0.0.0/8", "::1"]\n', None),
     (GOOD.replace("a.example", "[192.0.2.1]"), None),
+    (f'{GOOD}[[route]]\nhosts = ["192.0.2.1:25", "[2001:db8::1]"]\nip = "6"\n',
+     "7: route.0.ip: it has no effect: the hosts are given as addresses"),
+    (f'{GOOD}[[route]]\nhosts = ["192.0.2.1", "g"]\nip = "6"\n', None),
+    (f"{GOOD}[[site]]\nhosts = []\nconnections = 1\n", "6: site.0.hosts: it matches no site: there are no hosts in it"),
+    (f'{GOOD}[[rule]]\nmatch = "x"\naction = "bounce"\nfor = "1h"\n', '8: rule.0.for: it has no effect with action = "bounce"'),
+    (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', "8: rule.0.for: suspend for no time has no effect"),
+    (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
 ]  # fmt: skip
 
 

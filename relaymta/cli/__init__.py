@@ -1,5 +1,6 @@
 """The command line: `relaymta VERB`. Options, output and exit statuses are the same for all verbs: docs/cli.md."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple
 import click
 
 from relaymta import __version__
+from relaymta.cli.console import OutputFailed, give_up
 from relaymta.cli.options import for_all_verbs, note_given
 
 __all__ = ["main"]
 
-USAGE = 64  # EX_USAGE of sysexits.h
+USAGE, UNWRITTEN = 64, 74  # EX_USAGE, EX_IOERR of sysexits.h
+BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE has ended
 
 
 class Verb(NamedTuple):
@@ -73,9 +76,13 @@ class Verbs(click.Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click's; a wrong option or argument has the exit status USAGE."""
-        with _sysexits():
-            return super().invoke(ctx)
+        """As click's; a wrong option or argument has the exit status USAGE, output that cannot be written UNWRITTEN, one that
+        nobody reads any more BROKEN_PIPE."""
+        try:
+            with _sysexits():
+                return super().invoke(ctx)
+        except OutputFailed as error:
+            sys.exit(UNWRITTEN if give_up(error) else BROKEN_PIPE)
 
 
 @contextmanager

@@ -56,6 +56,10 @@ class _File:
         self.lines: list[str] = []
         if self.path.exists():
             try:
+                self.path.open("rb").close()
+            except OSError as error:
+                fail(74, f"{self.path}: {error.strerror or error}")
+            try:
                 self.accounts = load_accounts(self.path)
                 self.lines = read_text(self.path).split("\n")
             except ConfigError as error:
@@ -66,6 +70,8 @@ class _File:
         found = next((account for account in self.accounts if account.name == name), None)
         if found is None:
             fail(1, str(NoSuch(kind, name, [account.name for account in self.accounts])))
+        if kind == "application" and not found.application and any(map(_is_persons, found.secrets)):
+            fail(1, f"{name} is a user: see `relaymta user --help`")
         return found
 
     def add(self, account: "Account") -> None:
@@ -224,6 +230,14 @@ def _expires(secret: "Secret") -> float:
 
 def _kind(secret: "Secret") -> str:
     return secret.hash.lstrip("$").partition("$")[0]
+
+
+def _is_persons(secret: "Secret") -> bool:
+    """Whether a secret is a password that a person has chosen, as `user add` stores it, and no key of an application."""
+    from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram_keys
+
+    keys = scram_keys(secret.hash) if _kind(secret) == "SCRAM-SHA-256" else None
+    return keys is None or keys.iterations == PEOPLE_ITERATIONS
 
 
 def _shown(secret: "Secret") -> str:

@@ -25,17 +25,17 @@ def check(read: Configuration) -> None:
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
     listens now that is not the relay of this configuration. Whether another program uses the spool is not checked."""
     from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
-    from relaymta.route.table import map_notes
+    from relaymta.route.table import map_notes, unnamed
     from relaymta.supervisor import checks
 
     problems: list[str] = []
     config = loaded(read, found=problems)
-    mapped = map_notes(config) if not problems else []  # with our rights, as the rest of the configuration
+    mapped = [*map_notes(config), *unnamed(config)] if not problems else []  # with our rights, as the rest of the configuration
     ours = _addresses_of_the_relay(config)
     busy = checks.busy_ports(config, ours) if ours is not None else []  # with our rights: root may try them all
     made_by_root = _as_user(config)
     remarks = [*notes(config), *mapped, *shaping.check(config), *ourselves.check(config), *checks.missing_variables(config)]
-    remarks += [*checks.exposed_secrets(config), *busy]
+    remarks += [*checks.absent_places(config), *checks.exposed_secrets(config), *busy]
     problems += checks.unreadable_secrets(config)
     if made_by_root is None:
         remarks.append(f"run this as root or {config.user} to check the spool, the log and the addresses, too")

@@ -1,22 +1,47 @@
 """The output of all verbs. Unprintable characters are escaped, so that text from outside cannot control a terminal."""
 
 import codecs
+import contextlib
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
 
 from relaymta.proto.printable import printable, printable_json
 
-__all__ = ["record", "say", "say_json", "say_json_lines", "say_message", "table", "width"]
+__all__ = ["OutputFailed", "give_up", "record", "say", "say_json", "say_json_lines", "say_message", "table", "width"]
 
 LINE = 1 << 16  # characters of a line of message data that are collected
 _LEAST = 12  # columns of a table's column that is narrowed
 _LITTLE = 30  # columns that are too few for a sentence
 _NUMBER = re.compile(r"-?|[\d.]+( of \d+| ?[kMGT]?B|/s|%)?")  # a cell of a column of numbers
+
+
+class OutputFailed(Exception):
+    """Output could not be written; the cause is the OSError."""
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputFailed from error
+
+
+def give_up(error: OutputFailed) -> bool:
+    """Write nothing more, since that has failed: say why on standard error, and return True; False: its reader has gone."""
+    cause = error.__cause__
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 # or the interpreter would try to write the rest when it ends
+    if isinstance(cause, BrokenPipeError):
+        return False
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"standard output: {cause.strerror if isinstance(cause, OSError) else cause}\n")
+    return True
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -29,8 +54,9 @@ def _write(stream: TextIO, text: str) -> None:
     if not text.isascii():
         encoding = stream.encoding or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)  # characters that the terminal's encoding lacks
-    stream.write(text)
-    stream.flush()
+    with _written():
+        stream.write(text)
+        stream.flush()
 
 
 def say_json(value: Any) -> None:
@@ -40,9 +66,10 @@ def say_json(value: Any) -> None:
 
 def say_json_lines(text: bytes) -> None:
     """Write lines of JSON, with unprintable characters escaped."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(printable_json(text))
-    sys.stdout.buffer.flush()
+    with _written():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(printable_json(text))
+        sys.stdout.buffer.flush()
 
 
 def say_message(pieces: Iterable[bytes]) -> None:
@@ -52,8 +79,10 @@ def say_message(pieces: Iterable[bytes]) -> None:
         _show_message(pieces)
         return
     for piece in pieces:
-        sys.stdout.buffer.write(piece)
-    sys.stdout.buffer.flush()
+        with _written():
+            sys.stdout.buffer.write(piece)
+    with _written():
+        sys.stdout.buffer.flush()
 
 
 def _show_message(pieces: Iterable[bytes]) -> None:

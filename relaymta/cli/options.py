@@ -3,6 +3,7 @@
 Nothing large is imported here: a verb that asks the daemon needs no more than the place of its socket.
 """
 
+import errno
 import functools
 import os
 import shlex
@@ -92,7 +93,7 @@ def fail(status: int, text: str) -> NoReturn:
 def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that may stand before a verb as well as behind it."""
     for option in reversed((
-        click.option("-c", "--config", "path", type=click.Path(path_type=Path),
+        click.option("-c", "--config", "path", type=click.Path(path_type=Path, readable=False),
                      help=f"Configuration file (default: $RELAYMTA_CONFIG, then {CONFIG_PATH} where it exists)."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a key; overrides the file. Repeatable."),
         click.option("--spool", metavar="DIR", help="Directory of the queue."),
@@ -144,6 +145,8 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         if path is None and os.path.exists(CONFIG_PATH):
             path = Path(CONFIG_PATH)
         path = path and path.absolute()
+        if path is not None and path.exists() and not os.access(path, os.R_OK):
+            fail(74, f"{path}: {os.strerror(errno.EACCES)}")
         click.get_current_context().meta[_FILE] = path
 
         try:

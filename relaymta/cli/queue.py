@@ -59,6 +59,8 @@ def status(read: Configuration, as_json: bool) -> None:
         return
     up, addresses = lasting(found["uptime"]), ", ".join(found["listeners"])
     say(f"relaymta {found['version']}, pid {found['pid']}, up {up}, listening on {addresses}")
+    if found.get("stopping"):
+        say("it is stopping: no mail is accepted, and what is in flight is finished first")
     say(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
     totals = found["totals"]
     results = ", ".join(f"{totals[name]} {name}" for name in totals if name != "accepted")
@@ -69,9 +71,8 @@ def status(read: Configuration, as_json: bool) -> None:
         for w in found["workers"]
     ]  # fmt: skip
     table("", ["worker", "state", "pid", "connections", "in flight", "store"], rows)
-    for worker in found["workers"]:
-        for site, reason in worker.get("sites down", {}).items():
-            say(f"{site} is down: {reason}")
+    for site, reason in {key: why for worker in found["workers"] for key, why in worker.get("sites down", {}).items()}.items():
+        say(f"{site} is down: {reason}")
 
 
 @group
@@ -295,6 +296,8 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
             say_json(found)
         else:
             say(f"{verb}: {_result(found)}")
+            if verb == "release" and found["changed"]:
+                _note_hold_policies(peer)
         if not found["matched"] and (wrong := unknown_name(peer, chosen)):
             if not dry_run:
                 absent(wrong)
@@ -304,6 +307,14 @@ def _verb(verb: str, sentence: str, *more: Any) -> click.Command:
             fail(1, "\n".join(str(NoSuch(where, ident)) for ident in found["unknown"]))
 
     return command
+
+
+def _note_hold_policies(peer: Daemon) -> None:
+    """Say that released mail is held again by the hold policies that are in effect."""
+    about = [state["site"] for state in asked(peer, "site_states") if state["kind"] == "hold"]
+    if about:
+        policies = f"{', '.join(about[:3])}{' ...' if len(about) > 3 else ''}"
+        say(f"note: what a hold policy matches is held again at once: {policies} (`relaymta policy list`)", err=True)
 
 
 def change(peer: Daemon, verb: str, filters: list[dict[str, Any]], dry_run: bool, word: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
-from relaymta.cli.peer import absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
+from relaymta.cli.peer import Daemon, Offline, absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
 from relaymta.cli.queue import KINDS, SITES, names_of_sites
 from relaymta.errors import near
 
@@ -110,6 +110,19 @@ def limits(read: Configuration, name: str, as_json: bool) -> None:
         _show_limits(row)
 
 
+def _counted(peer: Daemon | Offline, name: str) -> str:
+    """The name under which the site is counted that has this name, or this host, in `site list`; ends the program where it is
+    that of several. One that has no mail now keeps its name."""
+    if not name:
+        return name
+    found = {row["site"] for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])}
+    if name in found or not found:
+        return name
+    if len(found) > 1:
+        fail(64, f"{name} belongs to several sites: {', '.join(sorted(found))}: name one of them")
+    return str(found.pop())
+
+
 @site.command()
 @click.argument("name", default="", callback=given)
 @click.option("--for", "duration", default="1h", metavar="DURATION", help="How long, such as 30m; default 1h.")
@@ -123,9 +136,12 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
     known = names_of_sites(peer) if name else set()
-    asked(peer, "suspend", site=name, about=application, seconds=seconds, reason=reason)
-    if name and name not in known and not missing():
+    counted_as = asked(peer, "suspend", site=_counted(peer, name), about=application, seconds=seconds, reason=reason)
+    if name and name not in known and counted_as == name and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
+    if counted_as != name:
+        say(f"note: {name} is counted as {counted_as}", err=True)
+        name = counted_as
     whose = f"mail of {application} " if application else "mail "
     about = [shlex.quote(name)] if name else []
     about += ["--app", shlex.quote(application)] if application else []
@@ -143,7 +159,8 @@ def resume(read: Configuration, name: str, application: str) -> None:
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta shaping active` lists what is suspended), or --app")
     peer = connect(read)
-    if not asked(peer, "clear", kind="", site=name, about=application, resume=True):
+    names = dict.fromkeys((name, _counted(peer, name)))
+    if not sum([asked(peer, "clear", kind="", site=one, about=application, resume=True) for one in names]):
         if name and name not in (known := names_of_sites(peer)):
             absent(no_such("site", name, known, SITES))
         about = " ".join(filter(None, (name, f"--app {application}" if application else "")))

@@ -14,7 +14,7 @@ from relaymta.config.values import in_clear, near, parse_hostport, repeated
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
 
-__all__ = ["contradictions", "notes"]
+__all__ = ["contradictions", "never_used", "notes"]
 
 
 def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
@@ -89,7 +89,9 @@ def notes(config: "Config") -> list[str]:
             "senders when the next hop rejects the address"
         )
         pairs.append(("relay.domains", what))
-    pairs += [*_open_to_all(config), *_doubtful_names(config), *_never_used(config), *_without_effect(config), *never(config)]
+    pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *never(config)]
+    if not config.route_map:  # else what it names is not known here
+        pairs += [(f"route.{number}", what) for number, what in never_used(config)]
     pairs += _relative(config)
     for number, route in enumerate(config.route):
         if in_clear(route.lookup):
@@ -114,16 +116,16 @@ def _doubtful_names(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"source.{number}.hostname", what.format(source.hostname)
 
 
-def _never_used(config: "Config") -> Iterator[tuple[str, str]]:
-    """Routes behind one that matches everything, or the same; a route map may name them all the same."""
+def never_used(config: "Config") -> Iterator[tuple[int, str]]:
+    """(number, why) of routes behind one that matches everything, or the same; a route map may name them all the same."""
     everything: int | None = None
     earlier: dict[tuple[str, ...], int] = {}
-    for number, route in enumerate([] if config.route_map else config.route):
+    for number, route in enumerate(config.route):
         alike = None if route.catches_all else earlier.get(route.conditions)
         for first, why in ((everything, "has no condition"), (alike, "has the same conditions")):
             if first is not None:
                 what = f"route.{first} ({config.route[first].label!r}) {why} and comes first"
-                yield f"route.{number}", f"{route.label!r} is never used: {what}"
+                yield number, f"{route.label!r} is never used: {what}"
         earlier.setdefault(route.conditions, number)
         if route.catches_all and everything is None:
             everything = number
@@ -134,8 +136,22 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
     for number, route in enumerate(config.route):
         for position, _ in repeated([host if "/" in host else repr(parse_hostport(host, 25)) for host in route.hosts]):
             yield f"route.{number}.hosts", f"{route.hosts[position]} is given twice"
+        if "ip" in route.model_fields_set and route.hosts and all(map(_is_number, route.hosts)):
+            yield f"route.{number}.ip", "it has no effect: the hosts are given as addresses"
         if route.weights and route.mode != "balance":
             yield f"route.{number}.weights", 'they have no effect without mode = "balance"'
+    for number, site in enumerate(config.site):
+        if not site.hosts:
+            yield f"site.{number}.hosts", "it matches no site: there are no hosts in it"
+    for number, rule in enumerate(config.rule):
+        lasts = rule.action in ("retry", "suspend", "slow")
+        if not lasts and "duration" in rule.model_fields_set:
+            yield f"rule.{number}.for", f'it has no effect with action = "{rule.action}"'
+        elif lasts and not rule.duration:
+            yield f"rule.{number}.for", f"{rule.action} for no time has no effect"
+    for number, listener in enumerate(config.listener):
+        if listener.auth_in_clear and listener.auth == "off":
+            yield f"listener.{number}.auth_in_clear", 'it has no effect with auth = "off"'
     earlier: list[Any] = []
     for number, row in enumerate(config.network):
         networks = [ipaddress.ip_network(text) for text in row.networks]
@@ -144,6 +160,17 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
         elif all(any(one.version == wide.version and one.subnet_of(wide) for wide in earlier) for one in networks):
             yield f"network.{number}", "it is never used: earlier [[network]] tables have all of its clients"
         earlier += networks
+
+
+def _is_number(host: str) -> bool:
+    """Whether a smart host is given as an address."""
+    if "/" in host:
+        return False
+    try:
+        ipaddress.ip_address(parse_hostport(host, 25)[0])
+    except ValueError:
+        return False
+    return True
 
 
 _PATHS = {

@@ -15,6 +15,7 @@ from typing import TypeVar
 from relaymta.control.filters import Filter
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
+from relaymta.locks import lock
 from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies, BigBody
 from relaymta.queue.bodies import Bodies
@@ -23,7 +24,7 @@ from relaymta.queue.changes import Changes
 from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.compact import Compactor
 from relaymta.queue.delivery import Deliverer, Null
-from relaymta.queue.disk import Disk, lock
+from relaymta.queue.disk import Disk
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.events import Events, QueueSettings

@@ -1,13 +1,11 @@
-"""The disk under a shard: how much room is left, the ballast, and the lock that makes one process its owner."""
+"""The disk under a shard: how much room is left, and the ballast."""
 
-import fcntl
 import os
 from pathlib import Path
 
-from relaymta.errors import SpoolBusy
 from relaymta.queue.store import Store
 
-__all__ = ["Disk", "lock"]
+__all__ = ["Disk"]
 
 BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
 FLOOR_SHARE = 10  # per cent of the file system
@@ -54,14 +52,3 @@ def _write_ballast(path: Path, size: int) -> None:
         path.write_bytes(b"\0" * size)
     except OSError:
         path.unlink(missing_ok=True)
-
-
-def lock(path: Path) -> int:
-    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked."""
-    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise SpoolBusy(f"{path.absolute()} is in use by another relaymta") from None
-    return descriptor

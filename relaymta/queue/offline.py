@@ -14,12 +14,12 @@ from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
+from relaymta.locks import lock
 from relaymta.log import find_history
 from relaymta.privileges import become, owner_of
 from relaymta.proto.envelope import Body
 from relaymta.queue import inspect, listing
 from relaymta.queue.clock import QueueClock
-from relaymta.queue.disk import lock
 from relaymta.queue.raw import PIECE, Found, pieces
 from relaymta.queue.segments import FRAME, check_frame
 from relaymta.queue.store import Store

@@ -4,16 +4,17 @@ share its connections and its limits."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from relaymta.config import Route, parse_hostport
+from relaymta.config import Config, Route, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.errors import US
 from relaymta.proto.address import domain_matches
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
+from relaymta.route.shaping import Shaping
 from relaymta.route.table import RouteTable
 
-__all__ = ["Site", "Sites"]
+__all__ = ["Site", "Sites", "counted_as"]
 
 LEAST_SECONDS = 5.0  # a domain's site is cached for at least so long
 KEPT = 100_000  # domains
@@ -32,6 +33,15 @@ class Site:
     def names(self) -> list[str]:
         """The names of its hosts."""
         return self.route.hosts if self.hosts is None else self.hosts.names
+
+
+def counted_as(config: Config, name: str) -> str:
+    """The name under which a site with smart hosts is counted and suspended, by the name of its route or of one of its hosts; of
+    any other site, the name itself."""
+    shaping = Shaping(config)
+    keys = {shaping.shape(Site(route.label, route, None)).key for route in config.route if name in (route.label, *route.hosts)}
+    keys |= {table.name for table in config.site if table.name == name}
+    return keys.pop() if len(keys) == 1 and name not in keys else name
 
 
 class Sites:

@@ -8,11 +8,13 @@ LISTED = 20  # recipients named in the banner
 
 
 class Redirection:
-    """`redirect`: the address that replaces recipients; `allow`: addresses and "@domain"s that are not replaced."""
+    """`redirect`: the address that replaces recipients; `allow`: addresses and domains, those with or without "@", that are not
+    replaced."""
 
     def __init__(self, redirect: str, allow: list[str]) -> None:
         self.redirect = redirect
-        self._allow = set(map(comparable, (*allow, redirect)))
+        domains = ("@" + entry if "@" not in entry else entry for entry in allow)
+        self._allow = set(map(comparable, (*domains, redirect)))
 
     def allows(self, recipient: str) -> bool:
         """Whether mail to a recipient is not redirected."""

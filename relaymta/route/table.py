@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from relaymta.config import Config, Route, header_condition, near
+from relaymta.config.checks import never_used
 from relaymta.config.patterns import map_trouble
 from relaymta.errors import ConfigError
 from relaymta.files import read_text
@@ -18,7 +19,7 @@ from relaymta.proto.address import comparable, compared, domain_matches, domain_
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.header import fields
 
-__all__ = ["Asked", "RouteTable", "Verdict", "map_notes"]
+__all__ = ["Asked", "RouteTable", "Verdict", "map_notes", "unnamed"]
 
 _AUTHORS = {b"from", b"sender"}
 
@@ -206,6 +207,15 @@ def map_notes(config: Config) -> list[str]:
             found.append(f"{config.route_map}:{number}: {words[0]} is there twice; the last line counts")
         known.add(pattern)
     return found
+
+
+def unnamed(config: Config) -> list[str]:
+    """Sentences about routes behind others that match the same, and that the route map does not name. ConfigError when it cannot
+    be read."""
+    if not config.route_map:
+        return []  # those are notes of the configuration itself
+    named = {words[-1] for _, words in _map_lines(Path(config.route_map))}
+    return [config.at(f"route.{n}", why) for n, why in never_used(config) if config.route[n].label not in named]
 
 
 def _map_lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -303,7 +303,12 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
         cause, fault = without(f"{peer.name}: {error}{login}", secrets), error.fault if error.category in ("tls", "reply") else ""
         return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
     public, category, origin = _reason(error)
-    cause = str(error) or type(error).__name__
+    cause, fault = str(error) or type(error).__name__, ""
+    if isinstance(origin, OSError) and origin.errno == errno.EADDRNOTAVAIL and via is not None and via.source is not None:
+        category, fault = "local", US
+        cause = f"source {via.source.name}: {via.source.address} is not an address of this machine"
+    elif isinstance(origin, OSError) and peer.path and category == "network":  # it is not there, or we may not use it
+        category = "local"
     if isinstance(origin, aiosmtplib.SMTPResponseException):  # what is no reply may echo the credentials
         cause = public if phase == "auth" else f"{public}: {origin.message}"
     elif isinstance(origin, aiosmtplib.SMTPServerDisconnected):
@@ -311,7 +316,7 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
     if isinstance(origin, ssl.SSLError):
         why = trust.reason(origin, peer.name, peer.files, via.route.label if via is not None else "")
         cause = why if str(origin) in why else f"{why} [{origin}]"
-    return ConnectFailed(phase, f"{name}: {public}", f"{peer.name}: {cause}{login}", category=category)
+    return ConnectFailed(phase, f"{name}: {public}", f"{peer.name}: {cause}{login}", fault=fault, category=category)
 
 
 # Errors in a chain of causes, the first that is known: (type, its public text, its category).

@@ -10,7 +10,8 @@ _CURES = {
     "network": "check the network on the way to {hosts}, and what {hosts} logged",
     "dns": "correct the name in {where}, or the name servers (delivery.nameservers, else /etc/resolv.conf)",
     "tls": "see the reason; TLS with {hosts} is set by tls, ca_file and client_certificate of route {route}",
-    "password": "check that {hosts} accepts {login}; nothing is tried with an empty password",
+    "password": "check that {hosts} accepts {login}, and that the password is there: a variable is read when the relay starts, "
+    "a file at each login; nothing is tried without one",
     "421": "wait: {hosts} asked for a pause; fewer connections or a rate in a [[site]] of its name avoid it",
     "policy": "ask who runs {hosts} why it refuses mail from this host (its reply says more), or use another route",
     "reply": "see the reply: who runs {hosts} can say more",

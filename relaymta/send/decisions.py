@@ -103,7 +103,8 @@ class Decisions:
         """No host of a site could be reached: log it, and publish the state. `until_wall`: ms since the epoch."""
         reason = str(why)
         self._log.event(
-            "site", route=pool.key, state="down", reason=reason, fault=why.fault, cause=why.category, until=until_wall
+            "site", route=pool.key, state="down", reason=reason, fault=why.fault, cause=why.category, until=until_wall,
+            ends=until_wall / 1000,
         )  # fmt: skip
         now = wall_ms()
         reply = _LOGIN + said.whole if said.phase == "auth" else said.whole
@@ -112,7 +113,7 @@ class Decisions:
 
     def alive(self, pool: Pool) -> None:
         """A site that was down can be reached: log it, and remove the state."""
-        self._log.event("site", route=pool.key, state="up", reason="", fault="", cause="", until=0)
+        self._log.event("site", route=pool.key, state="up", reason="", fault="", cause="", until=0, ends=0)
         self.states.forget(DEAD, pool.key, "")
         self._publish(None, (DEAD, pool.key, ""))
 
@@ -153,8 +154,10 @@ class Decisions:
     def _announce(self, state: SiteState) -> None:
         tenant = "" if state.kind == LEARNED else state.about
         action = f"{state.kind}: {state.reason}"
-        until = state.until
-        self._log.event("shaping", site=state.site, tenant=tenant, action=action, by=state.by, reply=state.reply, until=until)
+        self._log.event(
+            "shaping", site=state.site, tenant=tenant, action=action, by=state.by, reply=state.reply, until=state.until,
+            ends=state.until / 1000,
+        )  # fmt: skip
         self._learn(state)
 
     def _learn(self, state: SiteState) -> None:

@@ -4,6 +4,7 @@ read from `View`s and `SiteView`s of the dispatcher."""
 import asyncio
 import shlex
 import time
+from collections import Counter
 from typing import Any
 
 from relaymta.ident import format_id
@@ -22,12 +23,17 @@ TOGETHER = 100  # queues
 
 
 async def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
-    """One row for each site that a worker sends to or has mail for, also where all of it is deferred or held. (After a restart
+    """One row for each site that a worker sends to or has mail for, also where all of it is deferred or held. `waiting`: messages
+    that were not tried, in memory or, while a site is down, suspended or busy, on disk. (After a restart
     the site of deferred mail is known when its domain has been looked up.)"""
     queue = dispatcher.queue
     assert queue is not None
     rows = {pool.key: _site_row(dispatcher.seen(pool)) for pool in dispatcher.pools.values()}
+    known = Counter[str]()  # messages in memory, of each site
+    for pool in dispatcher.pools.values():
+        known[pool.site.key] += rows[pool.key]["waiting"] + rows[pool.key]["in flight"]
     of_site: dict[str, dict[str, Any]] = {}
+    untried = Counter[str]()
     names = {str(name): name for name in await queue.names()}
     for number, found in enumerate(await queue.summary()):
         if not number % TOGETHER:
@@ -39,6 +45,9 @@ async def site_rows(dispatcher: Dispatcher) -> list[dict[str, Any]]:
             of_site[site.key] = rows.setdefault(shown["pool"], shown)
         if site is not None:
             of_site[site.key]["deferred"] += found["deferred"]
+            untried[site.key] += found["messages"] - found["deferred"] - found["held"]
+    for key, row in of_site.items():  # what waits on disk: the site is down or suspended, or has more than memory is to hold
+        row["waiting"] += max(0, untried[key] - known[key])
     return list(rows.values())
 
 

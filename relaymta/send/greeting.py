@@ -104,7 +104,7 @@ class LenientSMTP(aiosmtplib.SMTP):
     async def _create_connection(self, timeout: float | None) -> SMTPResponse:
         """As in aiosmtplib, which does not let its protocol be chosen. The caller limits the time."""
         loop = asyncio.get_running_loop()
-        where = f"{self.hostname} on port {self.port}"
+        where = str(self.socket_path) if self.socket_path is not None else f"{self.hostname} on port {self.port}"
         source, context = self.source_address, None
 
         def made() -> _Protocol:

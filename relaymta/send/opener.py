@@ -62,7 +62,9 @@ class Sources:
             return was
         ours = is_local(source.address)
         if ours != was:
-            text = "is usable again" if ours else "is not an address of this machine: the route's other sources are used"
+            text = (
+                "is usable again" if ours else "is not an address of this machine: other sources of its routes are used, if any"
+            )
             self._log.event("warning", text=f"source {source.name} ({source.address}) {text}")
         self._plumbed[source.name] = (ours, self._now() + PLUMBED_SECONDS)
         return ours

@@ -9,6 +9,7 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ import uvloop
 
 from relaymta import privileges
 from relaymta.config import Config, parse_hostport
-from relaymta.errors import ConfigError, RelayError
+from relaymta.errors import ConfigError, RelayError, SpoolBusy
+from relaymta.locks import locked_shard
 from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
-from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
+from relaymta.sockets import bound, control_socket, listens, notify, reason, remove_socket
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program
@@ -56,8 +58,7 @@ class Supervisor:
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
         control = prepare_as_root(config)
-        sockets = bound(config.listener, workers)
-        http = await self._serve_metrics()
+        sockets, http = await self._open_ports(workers)
         drop_root(config)
         try:
             check_program(config)
@@ -94,8 +95,10 @@ class Supervisor:
         self.machine.start()
         await self.stopping.wait()
         notify("STOPPING=1")
-        server.close()
+        for slot in self.slots:
+            slot.close()
         await self.slots.stop()
+        server.close()  # until then the command line is answered: mail may be under way for long
         await self.machine.stop()
         if http is not None:
             await http.cleanup()
@@ -131,6 +134,19 @@ class Supervisor:
         self.log.event("warning", text=text)
 
     # Start
+
+    async def _open_ports(self, workers: int) -> tuple[list[list[socket.socket]], Any]:
+        """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool that has
+        not ended yet."""
+        config, sockets = self.config, None
+        try:
+            sockets = bound(config.listener, workers)
+            return sockets, await self._serve_metrics()
+        except ConfigError:
+            ends = sockets is not None or not listens(config.control_path)
+            if ends and (shard := locked_shard(Path(config.spool))):
+                raise SpoolBusy(f"{shard} is in use by another relaymta, which has not ended yet") from None
+            raise
 
     def _prepare_spool(self, spool: Path) -> None:
         make_folder(spool)

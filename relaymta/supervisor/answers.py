@@ -23,6 +23,7 @@ from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
 from relaymta.metrics import RESULTS
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
+from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
 from relaymta.supervisor.slots import Slot
 
@@ -147,6 +148,7 @@ class Answers:
         value = {
             "version": __version__,
             "pid": os.getpid(),
+            "stopping": supervisor.stopping.is_set(),
             "uptime": round(time.monotonic() - _STARTED, 1),
             "totals": {name: sum(one.get(cell) for one in counted) for name, cell in RESULTS.items()},
             "listeners": [listener.address for listener in supervisor.config.listener],
@@ -174,11 +176,13 @@ class Answers:
         shown = sorted((state for state in states if state.kind != TOKEN), key=lambda state: state.key)
         return [site_state_row(state, states) for state in shown]
 
-    async def suspend(self, args: Suspension) -> None:
-        """Suspend a site, or an application's mail."""
+    async def suspend(self, args: Suspension) -> str:
+        """Suspend a site, or an application's mail. The name by which the site is counted."""
         if not args.site and not args.about:
             raise RelayError("suspend: which site, or which application's mail?")
-        self._decided(SiteState(SUSPENDED, args.site, args.about, *_lasting(args.seconds), "operator", args.reason))
+        site = counted_as(self._supervisor.config, args.site)
+        self._decided(SiteState(SUSPENDED, site, args.about, *_lasting(args.seconds), "operator", args.reason))
+        return site
 
     async def policy(self, args: Policy) -> None:
         """Set a hold or bounce policy."""
@@ -192,7 +196,14 @@ class Answers:
         """Set and log a state that an operator has decided."""
         self._supervisor.machine.set_site_state(state, state.key)
         self._supervisor.log.event(
-            "shaping", site=state.site, tenant=state.about, action=state.kind, by=state.by, reply=state.reason, until=state.until
+            "shaping",
+            site=state.site,
+            tenant=state.about,
+            action=state.kind,
+            by=state.by,
+            reply=state.reason,
+            until=state.until,
+            ends=state.until / 1000,
         )
 
     async def clear(self, args: Clearing) -> int:
@@ -200,10 +211,14 @@ class Answers:
         if bool(args.kind) == args.resume:
             raise RelayError("clear: either a kind, or resume")
         kinds = [SUSPENDED, DEAD] if args.resume else [args.kind]
-        return sum(self._supervisor.machine.set_site_state(None, (kind, args.site, args.about)) for kind in kinds)
+        names = {args.site, counted_as(self._supervisor.config, args.site)} if args.resume else {args.site}
+        keys = [(kind, site, args.about) for kind in kinds for site in names]
+        return sum(self._supervisor.machine.set_site_state(None, key) for key in keys)
 
     async def reload(self, args: Nothing) -> str:
-        """As `Supervisor.reload`."""
+        """As `Supervisor.reload`. RelayError while the relay stops."""
+        if self._supervisor.stopping.is_set():
+            raise RelayError("the relay is stopping")
         return await self._supervisor.reload()
 
 

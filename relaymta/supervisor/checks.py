@@ -14,6 +14,7 @@ from relaymta import privileges
 from relaymta.config import Config, given_values, parse_hostport
 from relaymta.errors import ConfigError
 from relaymta.files import read_secret
+from relaymta.route.ourselves import is_local
 from relaymta.sockets import in_use, reason
 
 __all__ = [
@@ -38,8 +39,8 @@ def _has_files(config: Config) -> bool:
 
 
 def check_files(config: Config) -> None:
-    """ConfigError when certificates, keys, accounts or recipients cannot be read or used by the current user, or control.group
-    does not exist."""
+    """ConfigError when certificates, keys, accounts, recipients or the route map cannot be read or used by the current user, or
+    control.group does not exist."""
     problems = []
     if config.control.group:
         try:
@@ -54,6 +55,13 @@ def check_files(config: Config) -> None:
         except ConfigError as error:
             accounts = config.accounts.file
             problems += [f"accounts.file: {one}" if one.startswith(f"{accounts}: ") else one for one in error.problems]
+    if config.route_map:
+        try:
+            open(config.route_map, "rb").close()
+        except FileNotFoundError:
+            pass  # which is found where it is read
+        except OSError as error:
+            problems.append(f"route_map: {config.route_map}: {error.strerror or error}")
     if problems:
         raise ConfigError(config.located(problems))
 
@@ -138,6 +146,22 @@ def missing_variables(config: Config) -> list[str]:
         for number, route in enumerate(config.route)
         if route.password_env and not route.password_file and not os.environ.get(route.password_env)
     ]
+
+
+def absent_places(config: Config) -> list[str]:
+    """Warnings about what mail is sent from or to, and is not there now: addresses of sources, and unix sockets of routes."""
+    found = [
+        (f"source.{number}.address", f"{source.address} is not an address of this machine: it is used once it is")
+        for number, source in enumerate(config.source)
+        if not is_local(source.address)
+    ]
+    for number, route in enumerate(config.route):
+        for path in (Path(host.removeprefix("unix:")) for host in route.hosts if host.startswith("unix:")):
+            try:
+                path.stat()
+            except OSError as error:
+                found.append((f"route.{number}.hosts", f"{path}: {error.strerror or error}"))
+    return _placed(config, found)
 
 
 def made_by_root(config: Config) -> set[str]:

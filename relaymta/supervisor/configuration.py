@@ -18,7 +18,14 @@ from relaymta.config import Change, Config, merge, notes
 from relaymta.control import Channel, Refused
 from relaymta.errors import ConfigError
 from relaymta.log import Log
-from relaymta.supervisor.checks import check_files, closed_socket, exposed_secrets, missing_variables, unreadable_secrets
+from relaymta.supervisor.checks import (
+    absent_places,
+    check_files,
+    closed_socket,
+    exposed_secrets,
+    missing_variables,
+    unreadable_secrets,
+)
 from relaymta.supervisor.slots import Slot, Slots
 
 __all__ = ["Configuration"]
@@ -197,7 +204,14 @@ class Configuration:
 def _warnings(config: Config) -> list[str]:
     late = "; it is read when it is needed, which fails until it can be read"
     unreadable = [sentence + late for sentence in unreadable_secrets(config)]
-    return [*notes(config), *unreadable, *missing_variables(config), *exposed_secrets(config), *closed_socket(config)]
+    return [
+        *notes(config),
+        *unreadable,
+        *missing_variables(config),
+        *absent_places(config),
+        *exposed_secrets(config),
+        *closed_socket(config),
+    ]
 
 
 class _Refusals(NamedTuple):

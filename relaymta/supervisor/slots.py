@@ -89,6 +89,13 @@ class Slot:
     def ready(self) -> bool:
         return self.state is State.READY
 
+    def close(self) -> None:
+        """Close the listening sockets (those of systemd stay open there): a client in a backlog that nobody serves any more would
+        not try another host."""
+        sockets, self.sockets = self.sockets, []
+        for sock in sockets:
+            sock.close()
+
     def enter(self, state: State) -> None:
         """Change the state; only the slot's keeper may. AssertionError when the table has no such transition."""
         assert state in _NEXT[self.state], f"worker {self.number}: {self.state} -> {state}"

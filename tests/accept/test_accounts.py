@@ -214,6 +214,17 @@ def test_lines_within_a_value_are_recognized(parts):
     assert verbs._tops(lines) == [0, within + 1, within + 4]
 
 
+@pytest.mark.parametrize("options", [(), ("--scram",)])
+@pytest.mark.parametrize("verb", ["rotate", "expire", "remove"])
+def test_a_person_is_no_application(tmp_path, run, verb, options):
+    """Or the password would end, and be replaced by a key."""
+    run("user", "add", "ann", "--password", "x", *options)
+    before = (tmp_path / "accounts.toml").read_text()
+    found = run("app", verb, "ann")
+    assert found.exit_code == 1 and found.stderr == "ann is a user: see `relaymta user --help`\n"
+    assert (tmp_path / "accounts.toml").read_text() == before
+
+
 def test_concurrent_additions_are_all_kept(tmp_path):
     command = [
         sys.executable,

@@ -295,4 +295,7 @@ def test_what_is_said_about_an_address_is_about_all_of_its_spellings(written):
         table = RouteTable(Config.model_validate({"listener": listeners, "route": [route]}))
         assert table.choose(queued, "ann@ours.example").label == "one"
     assert Redirection("qa@test.example", [written]).allows("ann@ours.example")
+    for domain in ("ours.example", "@ours.example", "Ours.Example"):
+        assert Redirection("qa@test.example", [domain]).allows("bob@ours.example")
+        assert not Redirection("qa@test.example", [domain]).allows("bob@other.example")
     assert Filter(recipient_domain="Ours.example.").matches(1, queued)

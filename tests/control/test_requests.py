@@ -110,7 +110,7 @@ class FakeSlot:
 def of(*slots):
     config = SimpleNamespace(listener=[], spool="/", metrics=SimpleNamespace(listen="off"))
     shared = SimpleNamespace(counters=lambda slot: SimpleNamespace(get=lambda cell: slot))
-    return Answers(SimpleNamespace(slots=list(slots), config=config, shared=shared))
+    return Answers(SimpleNamespace(slots=list(slots), config=config, shared=shared, stopping=asyncio.Event()))
 
 
 ROW = {"queue": "q", "messages": 1, "bytes": 5, "deferred": 0, "held": 0, "next": 0, "parked": False}

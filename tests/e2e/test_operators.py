@@ -120,6 +120,49 @@ def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
             assert [(policy["kind"], policy["about"]) for policy in policies] == [("bounce", "recipient_domain=d.example")]
 
 
+def test_a_site_is_suspended_by_any_of_its_names(tmp_path):
+    """By its route, also while it has no mail; by a host; by the name that its limits are counted by."""
+    with FakeMx({}) as peer:
+        host = f"127.0.0.1:{peer.port}"
+        tables = (f'route=[{{name="other",hosts=["{host}"]}}]', 'site=[{name="both",hosts=["127.0.0.1"],connections=5}]')
+        with Relay(tmp_path, None, *tables) as relay:
+            for number, name in enumerate(("other", host, "both", "other"), 1):
+                found = relay.cli("site", "suspend", name)
+                assert "mail to both is suspended" in found.stdout
+                assert (found.stderr == f"note: {name} is counted as both\n") == (name != "both")
+                relay.send()
+                wait_for(lambda: [row["waiting"] for row in sites(relay)] == [1])
+                assert len(peer.messages) == number - 1
+                relay.cli("site", "resume", name)
+                wait_for(lambda number=number: len(peer.messages) == number)
+
+
+def sites(relay: Relay) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in relay.cli("site", "list", "--json").stdout.splitlines()]
+
+
+def test_mail_that_was_never_tried_is_counted_while_its_site_is_down(tmp_path):
+    with Relay(tmp_path, f"127.0.0.1:{free_port()}", "delivery.first_retry=600") as relay:
+        relay.send()
+        wait_for(lambda: relay.events("deferred"))
+        relay.send_all(6)
+        wait_for(lambda: [(row["waiting"], row["deferred"]) for row in sites(relay)] == [(6, 1)])
+        assert "6 wait, 1 deferred" in relay.cli("site", "show", "smarthost").stdout
+        event = relay.events("site")[0]
+        assert event["ends"] == event["until"] / 1000
+
+
+def test_released_mail_that_a_policy_holds_again_is_noted(tmp_path):
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.cli("policy", "hold", "--from", "a@b.example")
+        relay.send()
+        wait_for(lambda: sum(row["held"] for row in relay.summary()) == 1)
+        found = relay.cli("queue", "release", "--all")
+        assert "a hold policy matches is held again at once: sender=a@b.example" in found.stderr
+        relay.cli("policy", "remove", "hold", "sender=a@b.example")
+        wait_for(lambda: len(peer.messages) == 1)
+
+
 def test_a_hold_policy_that_ends_releases_its_mail(tmp_path):
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
         relay.cli("policy", "hold", "--from", "a@b.example", "--for", "3s")

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
+import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -181,6 +184,39 @@ def test_sigterm_drains_and_nothing_is_sent_twice(tmp_path, ledger):
         assert check_ledger(source, ledger) == 0, "an orderly stop makes no duplicates"
     finally:
         relay.kill()
+
+
+def test_a_relay_that_stops_takes_no_connection_and_answers_operators(tmp_path):
+    """Mail may be past its final dot for long. Clients try the next host, and nobody is told that it does not run."""
+    with FakeMx({"DOT": SILENT}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        relay.send()
+        wait_for(lambda: "DATA" in peer.commands)
+        assert relay.process is not None
+        relay.process.send_signal(signal.SIGTERM)
+
+        def refused() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", relay.port)) == errno.ECONNREFUSED
+
+        wait_for(refused)
+        found = relay.cli("status")
+        assert "it is stopping" in found.stdout
+        (row,) = [json.loads(line) for line in relay.cli("queue", "list", "--json").stdout.splitlines()]
+        assert "being delivered" in relay.cli("message", "explain", row["id"]).stdout
+        assert json.loads(relay.cli("site", "list", "--json").stdout)["in flight"] == 1
+        reload = relay.cli("reload", check=False)
+        assert reload.returncode == 69 and "stopping" in reload.stderr
+        second = subprocess.run(relay.command(), capture_output=True, text=True, timeout=60, check=False)
+        assert second.returncode == 75 and "another relaymta" in second.stderr
+        assert relay.process.poll() is None
+
+
+def test_a_second_relay_is_told_that_the_spool_is_in_use(tmp_path):
+    """Also by workers whose supervisor was killed, and by one whose socket is not there."""
+    with FakeMx({"DOT": SILENT}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}") as relay:
+        (relay.spool / "control.sock").unlink()
+        second = subprocess.run(relay.command(), capture_output=True, text=True, timeout=60, check=False)
+        assert second.returncode == 75 and f"{relay.spool}/shard-0 is in use by another relaymta" in second.stderr
 
 
 def calls(trace: str) -> Iterator[str]:
