@@ -15,7 +15,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_of, in_u_labels
-from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, Body, Envelope
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UTF8_HEADER, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
     begins_well,
@@ -303,7 +303,7 @@ class Intake:
         self, ident: int, transaction: Transaction, origin: Origin, session: Session, start: bytes
     ) -> list[bytes] | bytes:
         """The fields to add before a message whose message data (as `edited`) begins with `start` (HEADER_SEEN octets suffice);
-        or the reply that rejects it. Sets `transaction.headers` and `message_id`."""
+        or the reply that rejects it. Sets `transaction.headers`, `message_id` and `utf8_header`."""
         end, identity = header_end(start), origin.identity
         header = start[:end]
         if identity is not None and identity.senders:
@@ -336,6 +336,7 @@ class Intake:
             tls=session.tls,
         )
         transaction.message_id = message_id(header)
+        transaction.utf8_header = transaction.smtputf8 and not header.isascii()
         if origin.submission:
             names = field_names(header)
             if b"message-id" not in names:
@@ -365,7 +366,7 @@ class Intake:
         if transaction.eight_bit:
             flags |= EIGHT_BIT
         if transaction.smtputf8:
-            flags |= SMTPUTF8
+            flags |= SMTPUTF8 | (UTF8_HEADER if transaction.utf8_header else 0)
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))

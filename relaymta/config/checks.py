@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["contradictions", "never_used", "notes"]
 
+# Fields that hosts on the way add.
+TRACE = {
+    "arc-authentication-results", "arc-message-signature", "arc-seal", "authentication-results", "delivered-to", "received",
+    "return-path",
+}  # fmt: skip
+
 
 def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
     """(dotted key, what is wrong) of each value that other values do not allow."""
@@ -132,7 +138,7 @@ def never_used(config: "Config") -> Iterator[tuple[int, str]]:
 
 
 def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
-    """What is repeated, and what an earlier table or a missing key makes ineffective."""
+    """What is repeated, and what other keys, or their own values, make ineffective."""
     for number, route in enumerate(config.route):
         for position, _ in repeated([host if "/" in host else repr(parse_hostport(host, 25)) for host in route.hosts]):
             yield f"route.{number}.hosts", f"{route.hosts[position]} is given twice"
@@ -149,6 +155,9 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"rule.{number}.for", f'it has no effect with action = "{rule.action}"'
         elif lasts and not rule.duration:
             yield f"rule.{number}.for", f"{rule.action} for no time has no effect"
+    for number, key in enumerate(config.dkim):
+        for name in sorted(TRACE & set(key.oversigned)):
+            yield f"dkim.{number}.oversigned", f"{name}: the next host adds one, which no signature survives (RFC 6376 5.4.1)"
     for number, listener in enumerate(config.listener):
         if listener.auth_in_clear and listener.auth == "off":
             yield f"listener.{number}.auth_in_clear", 'it has no effect with auth = "off"'

@@ -25,6 +25,11 @@ LONGEST = 12  # digits of a time (RFC 6376 3.5)
 NEVER = 10**LONGEST
 
 _KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*+\Z")
+IDENTITY = 1000  # octets of i= that are read
+ADDRESS_SEEN = 8192  # octets of From: in which an address is looked for
+_QUOTED_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|\\.|[()]', re.S)
+_ADDRESS = re.compile(rb'"(?:[^"\\]|\\.)*+"(?!@)|\([^()\\]*+\)', re.S)
+_ADDRESS = re.compile(rb"[^\s<>@,;:()]@[A-Za-z0-9\[\x80-\xff]")
 _DIGITS = re.compile(r"[0-9]+\Z")
 _INSTANCE = re.compile(rb"([0-9]{1,2})(?![0-9])")
 
@@ -51,8 +56,8 @@ class Claim:
     @cached_property
     def name(self) -> str:
         """The name of its key's record; one that the DNS cannot have where the tags are invalid."""
-        selector = self.tags.get("s", "").lower()
-        if not self.tags.get("d", "").isascii():  # U-labels: written for a header in UTF-8 (RFC 6532)
+        selector, domain = self.tags.get("s", "").lower(), self.tags.get("d", "")
+        if not domain.isascii() or "xn--" in domain.lower():  # U-labels: written for a header in UTF-8 (RFC 8616 5)
             selector = in_a_labels(selector)
         return f"{selector}._domainkey.{self.domain}"
 
@@ -151,9 +156,21 @@ def claims(header: bytes) -> Claims:
         authorless = not any(one.domain for one in found)
     except Malformed:
         malformed = True
-        authorless = not any(b"@" in field for field in named.get(b"from", []))
+        authorless = not any(_names_a_domain(field) for field in named.get(b"from", []))
     signatures = [Claim(field) for field in named.get(b"dkim-signature", [])[:MOST]]
     return Claims(named, len(header), signatures, seals, messages, results, chained, domains(found), malformed, authorless)
+
+
+def _names_a_domain(field: bytes) -> bool:
+    """Whether From: that is no address list has something like an address in it: not in a name in quotes, nor in a comment."""
+    field, parts, at, depth = field[:ADDRESS_SEEN], [], 0, 0
+    for match in _QUOTED_OR_BRACKET.finditer(field):
+        local = match[0].startswith(b'"') and field[match.end() : match.end() + 1] == b"@"
+        parts.append(b"" if depth else field[at : match.end() if local else match.start()])
+        depth = max(0, depth + (match[0] == b"(") - (match[0] == b")"))
+        at = match.end()
+    parts.append(b"" if depth else field[at:])
+    return _ADDRESS.search(b"".join(parts)) is not None
 
 
 def _instance_of(claim: Claim) -> int:
@@ -269,6 +286,8 @@ def _identity(claim: Claim) -> str:
     dkim-quoted-printable."""
     if "i" not in claim.tags:
         return claim.domain
+    if len(claim.tags["i"]) > IDENTITY:
+        return ""
     _, at, domain = unquoted(claim.tags["i"].encode()).decode("utf-8", "replace").rpartition("@")
     return in_a_labels(domain) if at else ""
 
@@ -316,6 +335,8 @@ def arc(claimed: Claims, bodies: Bodies, keys: Keys, now: int = 0) -> str:
     if not claimed.chained or claimed.crowded or not _well_formed(claimed):
         return "fail"
     last = claimed.messages[len(claimed.messages)]  # the others need not be valid any more: a relay may change a message
+    if last.names.count("from") < max(1, len(claimed.fields.get(b"from", ()))):
+        return "fail"  # RFC 6376 5.4, 8.15: From: is signed, and each of them
     if any(isinstance(keys.get(one.name), DnsFailure) for one in [*claimed.seals.values(), last]):
         return "temperror"
     body = bodies[last.relaxed_body("relaxed/relaxed")]

@@ -19,7 +19,8 @@ from relaymta.proto.header import header_end, too_long
 
 __all__ = ["Look", "Verdict", "Verifier"]
 
-SECONDS = 20.0  # for all DNS queries about one message
+SECONDS = 30.0  # for all DNS queries about one message, and
+SPF_SECONDS = 15.0  # for those of SPF: a domain whose servers are silent must not hide what DKIM finds
 AT_ONCE = 65536  # octets that are hashed on the event loop, and
 AT_ONCE_STEPS = 10_000  # steps of verification done there (Claims.effort); more would block it
 
@@ -92,15 +93,19 @@ class Verifier:
             async with asyncio.timeout(SECONDS):
                 return await self._check(address, helo, sender, look, rest)
         except TimeoutError:
-            nothing, unknown = (
-                Dmarc("temperror", "reject", ""),
-                Spf("temperror", in_a_labels(sender.rpartition("@")[2] or helo), ""),
-            )
-            return self._verdict(unknown, sender, [], "temperror", UNREADABLE if look.claims.malformed else nothing)
+            claimed, nothing = look.claims, Dmarc("temperror", "reject", "")
+            late = [
+                Verified(
+                    "temperror", one.domain, one.tags.get("s", ""), one.tags.get("a", ""), "temporary failure to look up the key"
+                )
+                for one in claimed.signatures
+            ]
+            sealed = "temperror" if claimed.chain else "none"
+            return self._verdict(_no_spf(sender, helo), sender, late, sealed, UNREADABLE if claimed.malformed else nothing)
 
     async def _check(self, address: str, helo: str, sender: str, look: Look, rest: bytes) -> Verdict:
         claimed = look.claims
-        sent, keys = await asyncio.gather(spf.check(self._resolver, address, sender, helo), keys_of(self._resolver, claimed))
+        sent, keys = await asyncio.gather(self._spf(address, sender, helo), keys_of(self._resolver, claimed))
         found: list[Verified] = []
         sealed = "none"
         if claimed.signatures or claimed.chain:
@@ -118,9 +123,21 @@ class Verifier:
             policy = await dmarc.check(self._resolver, authors, (sent.domain, sent.result), signed)
         return self._verdict(sent, sender, found, sealed, policy)
 
+    async def _spf(self, address: str, sender: str, helo: str) -> Spf:
+        try:
+            async with asyncio.timeout(SPF_SECONDS):
+                return await spf.check(self._resolver, address, sender, helo)
+        except TimeoutError:
+            return _no_spf(sender, helo)
+
     def _verdict(self, sent: Spf, sender: str, found: list[Verified], sealed: str, policy: Dmarc) -> Verdict:
         field = _field(self._hostname, sent, sender, found, sealed, policy)
         return Verdict(field, policy, self._settings.dmarc == "enforce", policy is UNREADABLE)
+
+
+def _no_spf(sender: str, helo: str) -> Spf:
+    """The result of SPF whose queries were not answered in time (RFC 7208 4.6.4)."""
+    return Spf("temperror", in_a_labels(sender.rpartition("@")[2] or helo), "")
 
 
 def _host_of(sender: str) -> list[str]:

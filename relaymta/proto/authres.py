@@ -11,11 +11,12 @@ __all__ = ["behind_comments", "field", "mailbox", "result", "value", "without_fo
 
 BRACKETS = 50  # parentheses of comments in a row; each costs as much as a hundred octets
 LINE = 900  # octets of a line, above which each property gets a line of its own
+LONGEST_ID = 260  # characters of an identifier that may be a host's name
 LONGEST = 400  # octets of a value that we write; addresses have less
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
 _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
-_TOKEN = re.compile(rb'[^\s\x00-\x1f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
+_TOKEN = re.compile(rb'[^\s\x00-\x1f\x7f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
 _PAIR = re.compile(rb"\\(.)", re.S)
 _VERSION = re.compile(rb"[0-9]*+")
 # Format characters and variation selectors, which UTS 46 (4) maps to nothing.
@@ -88,11 +89,11 @@ def _ours(field: bytes, hostname: str) -> bool:
     match = _QUOTED.match(value, at) or _TOKEN.match(value, at)
     if match is None:
         return True
-    if value[match.end() : match.end() + 1] == b"=":  # no authserv-id: `spf=pass ...`, as some programs write
-        return False
     identifier = _PAIR.sub(rb"\1", match[1]) if match.re is _QUOTED else match[0]
     if _folded("".join(identifier.decode("utf-8", "replace").split())) in _spellings(hostname):
         return True
+    if value[match.end() : match.end() + 1] == b"=" and match.re is _TOKEN:
+        return False  # no authserv-id: `spf=pass ...`, as some programs write
     version = _VERSION.match(value, behind_comments(value, match.end()))
     assert version is not None
     at = behind_comments(value, version.end())
@@ -104,7 +105,7 @@ def _folded(identifier: str) -> str:
     much for each field.)"""
     if not identifier.isascii():
         identifier = _NOTHING.sub("", identifier)
-    if not identifier.isascii() and len(identifier) < LONGEST:  # the cost is the square of a run of combining marks
+    if not identifier.isascii() and len(identifier) <= LONGEST_ID:  # the cost is the square of a run of combining marks
         identifier = unicodedata.normalize("NFKC", identifier).replace("\u3002", ".").casefold()
     return identifier.lower().rstrip(".")
 

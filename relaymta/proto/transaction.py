@@ -29,7 +29,7 @@ class Transaction:
 
     __slots__ = (
         "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id", "recipients", "refusal",
-        "sender", "size", "smtputf8", "tail",
+        "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -46,6 +46,7 @@ class Transaction:
         self.refusal = b""  # the reply to its message data, which is discarded; b"": it is kept
         self.held = False  # to be held in the queue until it is released
         self.message_id = ""
+        self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
         self.headers: list[str] = []  # the conditions of routes that its header fields meet
 
     def accept(self, address: str) -> bytes | None:

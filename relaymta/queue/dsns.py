@@ -83,7 +83,7 @@ class Dsns:
             original_ident=format_id(entry.ident),
             seconds=wall_ms() // 1000,
         )
-        flags = DSN | (envelope.flags & SMTPUTF8) | (EIGHT_BIT if not data.isascii() else 0)
+        flags = DSN | (0 if envelope.sender.isascii() else SMTPUTF8) | (EIGHT_BIT if not data.isascii() else 0)
         data = data if plain else self._sign(data) + data
         dsn = Envelope(
             sender="",

@@ -1,6 +1,6 @@
 """An entry as a Mail for a peer, and whether the peer can accept it."""
 
-from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8
+from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER
 from relaymta.proto.smtp_client import Features, Mail
 from relaymta.queue import Entry
 from relaymta.send.trail import Trail
@@ -18,7 +18,11 @@ def unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
     """Why a peer with these features cannot accept a message, as (enhanced status code, text); None when it can."""
     envelope = entry.envelope
     if envelope.flags & SMTPUTF8 and not features.smtputf8:
-        needed = not envelope.sender.isascii() or not all(address.isascii() for _, address in entry.recipients)
+        needed = (
+            envelope.flags & UTF8_HEADER
+            or not envelope.sender.isascii()
+            or not all(address.isascii() for _, address in entry.recipients)
+        )
         if needed:
             return "5.6.7", "the message needs SMTPUTF8, which the peer does not offer"
     if envelope.flags & EIGHT_BIT and not features.eight_bit:

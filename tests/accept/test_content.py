@@ -10,7 +10,7 @@ from relaymta.accept.connection import Connection
 from relaymta.accept.intake import Origin
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
-from relaymta.proto.envelope import Envelope
+from relaymta.proto.envelope import UTF8_HEADER, Envelope
 from relaymta.queue import Filter
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
@@ -224,6 +224,22 @@ def test_a_name_with_blanks_is_accepted_from_networks_that_may_relay(line):
     long = line[:5] + b"x" * 500
     assert Client(relays=True).say(long + b"\r\n")[-1].startswith("250")
     assert Client().say(long + b"\r\n")[-1].startswith("501")
+
+
+@pytest.mark.parametrize(
+    ("options", "header", "flag"),
+    [
+        (b" SMTPUTF8", "Subject: grün", True), (b" SMTPUTF8", "Subject: x", False), (b"", "Subject: grün", False),
+        (b" SMTPUTF8", "Subject: x\r\n\r\ngrün", False),
+    ],
+)  # fmt: skip
+def test_a_header_in_utf8_is_noted_where_the_client_has_asked_for_smtputf8(options, header, flag):
+    """RFC 6531 3.2."""
+    made = Client(relays=True)
+    made.say(b"EHLO x\r\nMAIL FROM:<a@b>" + options + b"\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+    made.say(header.encode() + b"\r\n\r\nx\r\n.\r\n")
+    envelope, _ = made.machine.stored[-1]
+    assert bool(envelope.flags & UTF8_HEADER) == flag
 
 
 @pytest.mark.parametrize("chunks", [b"BDAT 0 LAST\r\n", b"BDAT 0\r\nBDAT 0 LAST\r\n"])

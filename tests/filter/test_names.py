@@ -1,11 +1,14 @@
 """Mail of unauthenticated clients whose names cannot exist: the answer is permanent, never 451, over the wire and with
 `verify.dmarc = "enforce"`; and what Authentication-Results says of it."""
 
+import asyncio
+
 import pytest
 
 from relaymta.config import Verify
-from relaymta.dns import Resolver
+from relaymta.dns import NoSuchName, Resolver
 from relaymta.filter.verify import Verdict, Verifier
+from tests.filter.test_signatures import KEY, PLAIN, signed, text_of
 from tests.support.zone import Zone, nameserver
 
 ZONE = {
@@ -85,3 +88,32 @@ async def test_names_that_cannot_exist_have_permanent_answers(helo, sender, auth
     text = found.field.decode()
     assert (found.refusal or b"")[:3].decode() == code, text
     assert shown in text and "temperror" not in text and text.startswith("Authentication-Results: relay.example;\r\n\tspf=")
+
+
+async def test_a_domain_whose_servers_are_silent_hides_no_signature(monkeypatch):
+    """RFC 7489 4.2: one aligned pass is enough; RFC 7208 4.6.4: a time-out of SPF is its own."""
+    monkeypatch.setattr("relaymta.filter.verify.SPF_SECONDS", 0.3)
+    message = signed(PLAIN)
+
+    class Slow:
+        async def txt(self, name: str) -> list[str]:
+            if "bounce" in name:
+                await asyncio.sleep(60)
+            found = {"s._domainkey.shop.test": [text_of(KEY)], "_dmarc.shop.test": ["v=DMARC1; p=reject"]}.get(name)
+            if found is None:
+                raise NoSuchName(name)
+            return found
+
+        async def values(self, name: str, kind: str) -> list[str]:
+            return await self.txt(name)
+
+    verifier = Verifier(Verify(results=True, dmarc="enforce"), "relay.example", Slow(), lambda: 1_795_000_000)  # type: ignore[arg-type]
+    look = verifier.look(message)
+    assert look is not None
+    found = await verifier.check("192.0.2.9", "c.test", "x@bounce.test", look, message[look.end :])
+    assert (
+        found.refusal is None and b"spf=temperror" in found.field and b"dkim=pass" in found.field and b"dmarc=pass" in found.field
+    )
+    monkeypatch.setattr("relaymta.filter.verify.SECONDS", 0.1)
+    late = await verifier.check("192.0.2.9", "c.test", "x@bounce.test", verifier.look(message), b"x\r\n")  # type: ignore[arg-type]
+    assert late.refusal is not None and b"dkim=temperror" in late.field and b"\tarc=" not in late.field

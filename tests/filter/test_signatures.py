@@ -342,6 +342,29 @@ def test_a_chain_is_the_same_however_its_instances_are_written(change, source):
         assert changed != message and chained(changed) == "fail"
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_chain_signs_each_author(sets):
+    """RFC 8617 4.1.2, 5.2; RFC 6376 5.4, 8.15: or the sealer's result would stand for another author."""
+    message = chain(sets)
+    for where in (0, message.index(b"From:")):
+        added = message[:where] + b"From: eve@evil.test\r\n" + message[where:]
+        assert chained(added) == "fail"
+        assert dkim.ARC(added).verify(dnsfunc=lambda name, timeout=5: text_of(KEY).encode())[0] != b"pass"
+
+
+@pytest.mark.parametrize(
+    ("value", "authorless"),
+    [
+        (b'"a b"@b.test <', False), (b'"x" <a@b.test', False), (b'"\\"" a@b.test <', False), (b"(x (y) ) a@b.test <", False),
+        (b'"a@b.test" <', True), (b"(a@b.test) <", True), (b"((x) a@b.test) <", True),
+        (b'"a@b.test', False), (b"(a@b.test <", True),
+    ],
+)  # fmt: skip
+def test_what_is_no_address_list_may_have_an_address_in_it(value, authorless):
+    found = claims(b"From: " + value + b"\r\n\r\n")
+    assert found.malformed and found.authorless == authorless
+
+
 def test_dkimpy_says_the_same_of_a_chain():
     for sets in (1, 3):
         found, _, reason = dkim.ARC(chain(sets)).verify(dnsfunc=lambda name, timeout=5: text_of(KEY).encode())

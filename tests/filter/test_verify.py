@@ -628,6 +628,9 @@ HEADERS = [
     (b"From: a@b.test\r\nFrom: us:;\r\n", True, "RFC 7489 6.6.1"), (b"From:\r\nFrom:\r\n", False, "3.6.2"),
     ("From: ann@dömain.test\r\n".encode(), True, "RFC 6532"), (b"Hello\r\nFrom: a@b.test\r\n", False, "2.1: all of it is body"),
     (b"From: a@b.test, <c\r\n", True, "malformed, but with an address"),
+    (b'From: "ceo@bank.test" <>\r\n', False, "3.4: a name"), (b"From: @\r\n", False, "3.4.1"),
+    (b"From: (a@b.test) <>\r\n", False, "3.2.2: a comment"), (b"From: ((x) a@b.test (y)) <>\r\n", False, "3.2.2"),
+    (b"From: <a@>\r\n", False, "3.4.1"), (b"From: ceo@\r\n", False, "3.4.1"), (b'From: "ceo@bank.test"\r\n', False, "3.4"),
 ]  # fmt: skip
 NO_AUTHOR = b"550 5.7.1 Refused: there is no From: with an address (RFC 5322 3.6.2)"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SUCCESS, TRANSIENT
+from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SMTPUTF8, SUCCESS, TRANSIENT, UTF8_HEADER
 from relaymta.send import trust
 from relaymta.send.session import Session
 from relaymta.send.trail import HOSTS
@@ -225,6 +225,17 @@ async def test_what_the_next_host_says_before_mail_has_its_code(tmp_path, said):
         assert await outcome(dispatcher, entry) == {0: TRANSIENT}
         attempt = dispatcher.queue.finished[0][1][0]
     assert attempt.whole == said.decode().strip() and attempt.phase == "ehlo" and attempt.because == "policy"
+
+
+@pytest.mark.parametrize(("flags", "offers", "kind"), [
+    (SMTPUTF8 | UTF8_HEADER, b"", PERMANENT), (SMTPUTF8 | UTF8_HEADER, b"SMTPUTF8\r\n", SUCCESS), (SMTPUTF8, b"", SUCCESS),
+])  # fmt: skip
+async def test_a_header_in_utf8_needs_smtputf8(tmp_path, flags, offers, kind):
+    """RFC 6531 3.2. (Mail that was given without SMTPUTF8 is passed on as it is.)"""
+    async with hosted(tmp_path, "one host", [Peer(OFFERS + offers, {})], tls="off") as (dispatcher, _):
+        entry = message()
+        entry.envelope.flags |= flags
+        assert await outcome(dispatcher, entry) == {0: kind}
 
 
 @pytest.mark.parametrize(("line", "taken"), [(b"8BITMIME\tx\r\n", 1), (b"8bitmime \t \r\n", 1), (b"8BITMIMEX\r\n", 0)])
