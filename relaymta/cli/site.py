@@ -8,7 +8,21 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
-from relaymta.cli.peer import Daemon, Offline, absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
+from relaymta.cli.peer import (
+    Daemon,
+    Offline,
+    absent,
+    as_json,
+    asked,
+    connect,
+    counted,
+    given,
+    no_such,
+    routes,
+    seconds_of,
+    until,
+    when,
+)  # fmt: skip
 from relaymta.cli.queue import KINDS, SITES, names_of_sites
 from relaymta.errors import near
 
@@ -135,7 +149,7 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
-    known = names_of_sites(peer) if name else set()
+    known = {*names_of_sites(peer), *routes(peer)} if name else set()
     counted_as = asked(peer, "suspend", site=_counted(peer, name), about=application, seconds=seconds, reason=reason)
     if name and name not in known and counted_as == name and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)

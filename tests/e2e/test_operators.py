@@ -129,7 +129,7 @@ def test_a_site_is_suspended_by_any_of_its_names(tmp_path):
             for number, name in enumerate(("other", host, "both", "other"), 1):
                 found = relay.cli("site", "suspend", name)
                 assert "mail to both is suspended" in found.stdout
-                assert (found.stderr == f"note: {name} is counted as both\n") == (name != "both")
+                assert found.stderr == ("" if name == "both" else f"note: {name} is counted as both\n")
                 relay.send()
                 wait_for(lambda: [row["waiting"] for row in sites(relay)] == [1])
                 assert len(peer.messages) == number - 1
