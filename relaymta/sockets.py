@@ -155,23 +155,22 @@ def _clear_way(path: Path) -> None:
         raise ConfigError(
             [f"control.socket: {path} exists and is not a socket; it was left as it is: move it, or choose another path"]
         )
+    if listens(path):
+        raise SpoolBusy(f"{path}: another relaymta answers here")
+    path.unlink()
+
+
+def listens(path: Path) -> bool:
+    """Whether a process listens at a control socket. OSError when there is none, or that cannot be found out."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(PROBE_SECONDS)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
-            return
+            return False
         except (TimeoutError, BlockingIOError):  # a process has it, and is slow
             pass
-    raise SpoolBusy(f"{path}: another relaymta answers here")
-
-
-def listens(path: Path) -> bool:
-    """Whether a process listens at a control socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_SECONDS)
-        return probe.connect_ex(str(path)) == 0
+    return True
 
 
 def remove_socket(control: socket.socket, path: Path) -> None:

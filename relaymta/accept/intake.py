@@ -366,7 +366,9 @@ class Intake:
         if transaction.eight_bit:
             flags |= EIGHT_BIT
         if transaction.smtputf8:
-            flags |= SMTPUTF8 | (UTF8_HEADER if transaction.utf8_header else 0)
+            flags |= SMTPUTF8
+        if transaction.utf8_header:
+            flags |= UTF8_HEADER
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))

@@ -145,7 +145,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         if path is None and os.path.exists(CONFIG_PATH):
             path = Path(CONFIG_PATH)
         path = path and path.absolute()
-        if path is not None and path.exists() and not os.access(path, os.R_OK):
+        if path is not None and os.path.exists(path) and not os.access(path, os.R_OK):
             fail(74, f"{path}: {os.strerror(errno.EACCES)}")
         click.get_current_context().meta[_FILE] = path
 

@@ -39,7 +39,7 @@ from relaymta.control.requests import AGES
 from relaymta.errors import NoSuch
 from relaymta.ident import format_id
 
-__all__ = ["KINDS", "SITES", "change", "names_of_sites", "pages", "queue", "reload", "status"]
+__all__ = ["KINDS", "SITES", "change", "names_of_row", "names_of_sites", "pages", "queue", "reload", "status"]
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
 QUEUES = "`relaymta queue summary` names those that have mail"
@@ -215,10 +215,15 @@ def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
     return ""
 
 
-def names_of_sites(peer: Daemon | Offline) -> set[str]:
-    """The names of all sites that have mail or connections, or a decision about them."""
-    rows, states = asked(peer, "sites"), asked(peer, "site_states")
-    found = {name for row in rows for name in (row["pool"], row["site"], *row["hosts"])}
+def names_of_row(row: dict[str, Any]) -> set[str]:
+    """The names by which a row of `site list` is known."""
+    return {row["pool"], row["site"], *row["hosts"]}
+
+
+def names_of_sites(peer: Daemon | Offline, rows: list[dict[str, Any]] | None = None) -> set[str]:
+    """The names of all sites that have mail or connections, or a decision about them. `rows`: the sites, if they are known."""
+    rows, states = asked(peer, "sites") if rows is None else rows, asked(peer, "site_states")
+    found = set[str]().union(*map(names_of_row, rows))
     return found | {state["site"] for state in states if state["kind"] in KINDS and state["site"]}
 
 

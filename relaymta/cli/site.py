@@ -9,8 +9,6 @@ import click
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
 from relaymta.cli.peer import (
-    Daemon,
-    Offline,
     absent,
     as_json,
     asked,
@@ -22,8 +20,8 @@ from relaymta.cli.peer import (
     seconds_of,
     until,
     when,
-)  # fmt: skip
-from relaymta.cli.queue import KINDS, SITES, names_of_sites
+)
+from relaymta.cli.queue import KINDS, SITES, names_of_row, names_of_sites
 from relaymta.errors import near
 
 __all__ = ["shaping", "site"]
@@ -70,7 +68,7 @@ def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) 
 def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, states) of the sites with this name; ends the program when there are none."""
     peer = connect(read)
-    rows = [row for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])]
+    rows = [row for row in asked(peer, "sites") if name in names_of_row(row)]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
     _note_suspensions(rows, states)
@@ -124,12 +122,10 @@ def limits(read: Configuration, name: str, as_json: bool) -> None:
         _show_limits(row)
 
 
-def _counted(peer: Daemon | Offline, name: str) -> str:
-    """The name under which the site is counted that has this name, or this host, in `site list`; ends the program where it is
-    that of several. One that has no mail now keeps its name."""
-    if not name:
-        return name
-    found = {row["site"] for row in asked(peer, "sites") if name in (row["pool"], row["site"], *row["hosts"])}
+def _counted(rows: list[dict[str, Any]], name: str) -> str:
+    """The name under which the site is counted that has this name, or this host, in the rows of `site list`; ends the program
+    where it is that of several. One that has no mail now keeps its name."""
+    found = {row["site"] for row in rows if name in names_of_row(row)}
     if name in found or not found:
         return name
     if len(found) > 1:
@@ -149,8 +145,9 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
-    known = {*names_of_sites(peer), *routes(peer)} if name else set()
-    counted_as = asked(peer, "suspend", site=_counted(peer, name), about=application, seconds=seconds, reason=reason)
+    rows = asked(peer, "sites") if name else []
+    known = {*names_of_sites(peer, rows), *routes(peer)} if name else set()
+    counted_as = asked(peer, "suspend", site=_counted(rows, name), about=application, seconds=seconds, reason=reason)
     if name and name not in known and counted_as == name and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
     if counted_as != name:
@@ -173,9 +170,10 @@ def resume(read: Configuration, name: str, application: str) -> None:
     if not name and not application:
         fail(64, "which site? Give its name (`relaymta shaping active` lists what is suspended), or --app")
     peer = connect(read)
-    names = dict.fromkeys((name, _counted(peer, name)))
+    rows = asked(peer, "sites") if name else []
+    names = dict.fromkeys((name, _counted(rows, name)))
     if not sum([asked(peer, "clear", kind="", site=one, about=application, resume=True) for one in names]):
-        if name and name not in (known := names_of_sites(peer)):
+        if name and name not in (known := names_of_sites(peer, rows)):
             absent(no_such("site", name, known, SITES))
         about = " ".join(filter(None, (name, f"--app {application}" if application else "")))
         absent(no_such("suspension", about, hint="`relaymta shaping active` lists what is suspended"))

@@ -28,7 +28,6 @@ _KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*+\Z")
 IDENTITY = 1000  # octets of i= that are read
 ADDRESS_SEEN = 8192  # octets of From: in which an address is looked for
 _QUOTED_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|\\.|[()]', re.S)
-_ADDRESS = re.compile(rb'"(?:[^"\\]|\\.)*+"(?!@)|\([^()\\]*+\)', re.S)
 _ADDRESS = re.compile(rb"[^\s<>@,;:()]@[A-Za-z0-9\[\x80-\xff]")
 _DIGITS = re.compile(r"[0-9]+\Z")
 _INSTANCE = re.compile(rb"([0-9]{1,2})(?![0-9])")

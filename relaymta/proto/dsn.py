@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.header import rfc5322_date
+from relaymta.proto.said import LONGEST
 
 __all__ = ["failure_dsn"]
 
 HEADER_LIMIT = 64 * 1024  # octets of the original header that are returned
 LINE_LIMIT = 900  # octets of a generated line (RFC 5322 2.1.1: at most 998)
-REPLY_LIMIT = 4096  # characters of a reply
+REPLY_LIMIT = LONGEST  # characters of a reply
 WIDTH = 76  # characters of a line at which a reply is folded (RFC 5322 2.1.1: 78)
 WORD_LIMIT = 200  # characters of a word of a reply: longer ones are divided
 

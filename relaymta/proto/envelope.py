@@ -19,8 +19,8 @@ SMTPUTF8: Final = 2
 HELD: Final = 8  # (4 was set by older versions and is ignored)
 QUARANTINED: Final = 16
 DSN: Final = 32  # a DSN that relaymta generated
-UTF8_HEADER: Final = 128  # given with SMTPUTF8, and its header is not ASCII (RFC 6531 3.2)
 POLICY_HELD: Final = 64  # held by a hold policy, until that ends
+UTF8_HEADER: Final = 128  # given with SMTPUTF8, and its header is not ASCII (RFC 6531 3.2)
 
 # RecipientState.state
 PENDING: Final = 0

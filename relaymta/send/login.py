@@ -108,18 +108,11 @@ def _asked(prompt: str) -> str:
     """What a prompt of LOGIN asks for: "user", "password", or "" where it does not say. Most are in base64."""
     text = prompt
     with contextlib.suppress(ValueError):  # without padding, or not in UTF-8, from some
-        decoded = base64.b64decode(prompt.strip() + "=" * (-len(prompt.strip()) % 4), validate=True)
-        text = decoded.decode() if _is_text(decoded) else f"{prompt} {decoded.decode('utf-8', 'replace')}"
+        octets = base64.b64decode(prompt.strip() + "=" * (-len(prompt.strip()) % 4), validate=True)
+        decoded = octets.decode("utf-8", "replace")
+        text = f"{prompt} {decoded}" if "\ufffd" in decoded else decoded
     found = {what for word, what in _PROMPTS.items() if word in text.lower()}
     return found.pop() if len(found) == 1 else ""
-
-
-def _is_text(octets: bytes) -> bool:
-    try:
-        octets.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 async def _cram_md5(client: LenientSMTP, username: str, password: str) -> None:

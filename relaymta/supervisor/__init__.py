@@ -6,6 +6,7 @@ that new connections wait in its backlog; it is lent to another worker until the
 """
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -143,8 +144,11 @@ class Supervisor:
             sockets = bound(config.listener, workers)
             return sockets, await self._serve_metrics()
         except ConfigError:
-            ends = sockets is not None or not listens(config.control_path)
-            if ends and (shard := locked_shard(Path(config.spool))):
+            runs = False
+            if sockets is None:
+                with contextlib.suppress(OSError):  # no socket, or one that the start will complain about
+                    runs = listens(config.control_path)
+            if not runs and (shard := locked_shard(Path(config.spool))):
                 raise SpoolBusy(f"{shard} is in use by another relaymta, which has not ended yet") from None
             raise
 

@@ -196,15 +196,9 @@ class Answers:
         """Set and log a state that an operator has decided."""
         self._supervisor.machine.set_site_state(state, state.key)
         self._supervisor.log.event(
-            "shaping",
-            site=state.site,
-            tenant=state.about,
-            action=state.kind,
-            by=state.by,
-            reply=state.reason,
-            until=state.until,
+            "shaping", site=state.site, tenant=state.about, action=state.kind, by=state.by, reply=state.reason, until=state.until,
             ends=state.until / 1000,
-        )
+        )  # fmt: skip
 
     async def clear(self, args: Clearing) -> int:
         """Remove states; how many."""
