@@ -287,7 +287,7 @@ NOTES = [
     (f'{GOOD}[[rule]]\nmatch = "x"\naction = "bounce"\nfor = "1h"\n', '8: rule.0.for: it has no effect with action = "bounce"'),
     (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', "8: rule.0.for: suspend for no time has no effect"),
     (GOOD + DKIM + 'oversigned = ["from", "Received"]\n',
-     "9: dkim.0.oversigned: received: the next host adds one, which no signature survives (RFC 6376 5.4.1)"),
+     "9: dkim.0.oversigned: received: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
 ]  # fmt: skip
 

@@ -157,7 +157,10 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"rule.{number}.for", f"{rule.action} for no time has no effect"
     for number, key in enumerate(config.dkim):
         for name in sorted(TRACE & set(key.oversigned)):
-            yield f"dkim.{number}.oversigned", f"{name}: the next host adds one, which no signature survives (RFC 6376 5.4.1)"
+            yield (
+                f"dkim.{number}.oversigned",
+                f"{name}: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)",
+            )
     for number, listener in enumerate(config.listener):
         if listener.auth_in_clear and listener.auth == "off":
             yield f"listener.{number}.auth_in_clear", 'it has no effect with auth = "off"'

@@ -60,15 +60,18 @@ class _Organizations:
         return organizational(domain)
 
 
-async def check(resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:
+async def check(
+    resolver: Resolver, authors: list[str], spf: tuple[str, str], signatures: list[tuple[str, str]], seconds: float | None = None
+) -> Dmarc:
     """`authors`: the domains in From:; `spf`: (domain, result); `signatures`: (domain, result) of each. Of several authors the
-    strictest result counts (RFC 7489 6.6.1). U-labels are converted."""
+    strictest result counts (RFC 7489 6.6.1). U-labels are converted. `seconds`: a record that has not come by then is a temporary
+    failure."""
     authors = list(dict.fromkeys(map(_comparable, authors)))
     if len(authors) > MOST:
         return Dmarc("permerror", "reject", authors[0])
     spf = _comparable(spf[0]), spf[1]
     signatures = [(_comparable(domain), result) for domain, result in signatures]
-    found = await asyncio.gather(*(_check(resolver, author, spf, signatures) for author in authors))
+    found = await asyncio.gather(*(_in_time(resolver, author, spf, signatures, seconds) for author in authors))
     return max(found, key=_severity, default=Dmarc("none", "none", ""))
 
 
@@ -79,6 +82,16 @@ def _comparable(domain: str) -> str:
 
 def _severity(one: Dmarc) -> tuple[int, int]:
     return _POLICIES.index(one.policy), _RESULTS.index(one.result)
+
+
+async def _in_time(
+    resolver: Resolver, author: str, spf: tuple[str, str], signatures: list[tuple[str, str]], seconds: float | None
+) -> Dmarc:
+    try:
+        async with asyncio.timeout(seconds):
+            return await _check(resolver, author, spf, signatures)
+    except TimeoutError:
+        return Dmarc("temperror", "reject", author)
 
 
 async def _check(resolver: Resolver, author: str, spf: tuple[str, str], signatures: list[tuple[str, str]]) -> Dmarc:

@@ -25,10 +25,14 @@ LONGEST = 12  # digits of a time (RFC 6376 3.5)
 NEVER = 10**LONGEST
 
 _KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*+\Z")
-IDENTITY = 1000  # octets of i= that are read
-ADDRESS_SEEN = 8192  # octets of From: in which an address is looked for
-_QUOTED_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|\\.|[()]', re.S)
-_ADDRESS = re.compile(rb"[^\s<>@,;:()]@[A-Za-z0-9\[\x80-\xff]")
+IDENTITY = 1000  # characters of i= that are read
+ADDRESS_SEEN = 8192  # octets of From: fields that are no address list, in which an address is looked for
+_ENCODED_WORD = re.compile(rb"=\?[^?\s]*+\?[bqBQ]\?[^?\s]*+\?=")
+_QUOTED_OR_OPEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|\\.|\(', re.S)
+_IN_COMMENT = re.compile(rb"\\.|[()]", re.S)
+_DOMAIN_LABEL = rb"[A-Za-z0-9_\x80-\xff][A-Za-z0-9_\x80-\xff-]*+"
+# White space around the @ (RFC 5322 4.4) only where a domain follows, so that `Sales @ Acme` is no address.
+_ADDRESS = re.compile(rb"[^\s<>@,;:()](?:@(?:%b|\[)|\s*+@\s*+(?:%b\.%b|\[))" % (_DOMAIN_LABEL, _DOMAIN_LABEL, _DOMAIN_LABEL))
 _DIGITS = re.compile(r"[0-9]+\Z")
 _INSTANCE = re.compile(rb"([0-9]{1,2})(?![0-9])")
 
@@ -53,12 +57,15 @@ class Claim:
         return in_a_labels(self.tags.get("d", ""))
 
     @cached_property
+    def selector(self) -> str:
+        """The selector, s=, in A-labels (RFC 8616 5); one of ASCII as it is written."""
+        text = self.tags.get("s", "")
+        return text if text.isascii() else in_a_labels(text)
+
+    @cached_property
     def name(self) -> str:
         """The name of its key's record; one that the DNS cannot have where the tags are invalid."""
-        selector, domain = self.tags.get("s", "").lower(), self.tags.get("d", "")
-        if not domain.isascii() or "xn--" in domain.lower():  # U-labels: written for a header in UTF-8 (RFC 8616 5)
-            selector = in_a_labels(selector)
-        return f"{selector}._domainkey.{self.domain}"
+        return f"{self.selector.lower()}._domainkey.{self.domain}"
 
     @cached_property
     def names(self) -> list[str]:
@@ -126,7 +133,8 @@ class Claims(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """The result of one signature: pass, fail, policy, permerror or temperror (RFC 8601 2.7.1). `domain`: in A-labels."""
+    """The result of one signature: pass, fail, policy, permerror or temperror (RFC 8601 2.7.1). `domain`,
+    `selector`: in A-labels."""
 
     result: str
     domain: str
@@ -155,21 +163,49 @@ def claims(header: bytes) -> Claims:
         authorless = not any(one.domain for one in found)
     except Malformed:
         malformed = True
-        authorless = not any(_names_a_domain(field) for field in named.get(b"from", []))
+        authorless = not _names_a_domain(named.get(b"from", []))
     signatures = [Claim(field) for field in named.get(b"dkim-signature", [])[:MOST]]
     return Claims(named, len(header), signatures, seals, messages, results, chained, domains(found), malformed, authorless)
 
 
-def _names_a_domain(field: bytes) -> bool:
-    """Whether From: that is no address list has something like an address in it: not in a name in quotes, nor in a comment."""
-    field, parts, at, depth = field[:ADDRESS_SEEN], [], 0, 0
-    for match in _QUOTED_OR_BRACKET.finditer(field):
-        local = match[0].startswith(b'"') and field[match.end() : match.end() + 1] == b"@"
-        parts.append(b"" if depth else field[at : match.end() if local else match.start()])
-        depth = max(0, depth + (match[0] == b"(") - (match[0] == b")"))
+def _names_a_domain(fields: list[bytes]) -> bool:
+    """Whether From: fields that are no address list have something like an address in them: not in a name in quotes or in an
+    encoded word, nor in a comment. What is beyond ADDRESS_SEEN is not looked at, and taken for one."""
+    left = ADDRESS_SEEN
+    for field in fields:
+        if left < len(field):
+            return True
+        left -= len(field)
+        if b"@" in field and _ADDRESS.search(_without_names(_ENCODED_WORD.sub(b"x", field))):
+            return True
+    return False
+
+
+def _without_names(field: bytes) -> bytes:
+    """A field without its comments, and with `x` for each quoted string. A "(" without its ")" begins no comment."""
+    parts, at = [], 0
+    comments = True
+    while (match := _QUOTED_OR_OPEN.search(field, at)) is not None:
+        parts.append(field[at : match.start()])
         at = match.end()
-    parts.append(b"" if depth else field[at:])
-    return _ADDRESS.search(b"".join(parts)) is not None
+        if match[0] == b"(":
+            end = _behind_comment(field, at) if comments else -1
+            comments = comments and end >= 0  # behind one that does not end, no other does
+            at = end if end >= 0 else at
+            parts.append(b" ")
+        else:
+            parts.append(b"x")
+    return b"".join([*parts, field[at:]])
+
+
+def _behind_comment(field: bytes, at: int) -> int:
+    """The index behind a comment whose first octet is at `at` (RFC 5322 3.2.2: no quotes in it); -1: it does not end."""
+    depth = 1
+    for match in _IN_COMMENT.finditer(field, at):
+        depth += (match[0] == b"(") - (match[0] == b")")
+        if not depth:
+            return match.end()
+    return -1
 
 
 def _instance_of(claim: Claim) -> int:
@@ -196,14 +232,17 @@ def _instance(field: bytes) -> int:
 # Keys
 
 
-async def keys_of(resolver: Resolver, claimed: Claims) -> Keys:
-    """The key records of all signatures, from the DNS."""
+async def keys_of(resolver: Resolver, claimed: Claims, seconds: float | None = None) -> Keys:
+    """The key records of all signatures, from the DNS. What has not come after so many seconds is a failure of its own."""
 
     async def one(name: str) -> tuple[str, ...] | DnsFailure:
         if not _may_exist(name):
             return ()
         try:
-            return tuple(await resolver.txt(name))
+            async with asyncio.timeout(seconds):
+                return tuple(await resolver.txt(name))
+        except TimeoutError:
+            return DnsFailure("no answer in time")
         except (NoData, NoSuchName, ValueError):
             return ()
         except DnsFailure as error:
@@ -234,7 +273,7 @@ def verify(claimed: Claims, bodies: Bodies, keys: Keys, now: int) -> list[Verifi
     found = []
     for one in claimed.signatures:
         result, reason = _refusal(claimed, one, now) or _checked(claimed, one, bodies, keys.get(one.name))
-        found.append(Verified(result, one.domain, one.tags.get("s", ""), one.tags.get("a", ""), reason))
+        found.append(Verified(result, one.domain, one.selector, one.tags.get("a", ""), reason))
     return found
 
 

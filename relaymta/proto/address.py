@@ -33,8 +33,7 @@ _PREFIX = {
 _STRING = r'"(?:[^"\\]|\\.)*+"'
 _IN_BRACKETS = re.compile(rf'<((?:[^">\\]|\\.|{_STRING})*+)>', re.S)
 _WITHOUT = re.compile(rf'((?:[^" \t\\]|\\.|{_STRING})*+)', re.S)
-_COMMENT = r"\([^()\\\x00-\x1f\x7f]*+\)"
-_BEHIND = re.compile(rf">*+(?:{_COMMENT})?;?")  # what Postfix ignores behind a path
+_BRACKETS, _SEMICOLONS = re.compile(">*+"), re.compile(";*+")  # what Postfix ignores behind a path, beside a comment
 _IN_COMMENT = re.compile(r"(?:[^()\\\x00-\x1f\x7f]|\\[\x20-\x7e])++|(?P<open>\()|(?P<close>\))")
 _ATEXT = r"[^\x00-\x20()<>@,;:\\\"\[\].\x7f]"
 _TOKEN = re.compile(
@@ -87,14 +86,13 @@ def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | Non
     if rest.startswith("<"):
         if path.startswith("<") and rest.startswith(">", end):  # <<a@b>>
             path = path[1:]
-        behind = _BEHIND.match(rest, end)
-        end = behind.end() if behind is not None else end
+        end = _behind_path(rest, end)
     elif not path:
         return None
     parameters = rest[end:]
     if parameters and parameters[0] not in " \t":
         return None
-    read = _read(path if rest.startswith("<") else path.rstrip(">"))
+    read = _read(path if rest.startswith("<") else path.rstrip(">;"))
     if read is None:
         return None
     local, own = read
@@ -103,6 +101,17 @@ def _general(argument: bytes, word: bytes, domain: str) -> tuple[str, str] | Non
             return None
         own = domain
     return f"{local}@{own}" if own else local, parameters.strip(" \t")
+
+
+def _behind_path(rest: str, at: int) -> int:
+    """The index behind what Postfix ignores behind a path: further brackets, a comment, semicolons."""
+    brackets = _BRACKETS.match(rest, at)
+    at = brackets.end() if brackets is not None else at
+    if rest.startswith("(", at):
+        end = _behind_comment(rest, at)
+        at = end if end >= 0 else at
+    semicolons = _SEMICOLONS.match(rest, at)
+    return semicolons.end() if semicolons is not None else at
 
 
 def plain(address: str) -> str | None:

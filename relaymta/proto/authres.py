@@ -11,7 +11,8 @@ __all__ = ["behind_comments", "field", "mailbox", "result", "value", "without_fo
 
 BRACKETS = 50  # parentheses of comments in a row; each costs as much as a hundred octets
 LINE = 900  # octets of a line, above which each property gets a line of its own
-LONGEST_ID = 260  # characters of an identifier that may be a host's name
+LONGEST_ID = 1000  # characters of an identifier that may be a host's name, in its longest form (NFD)
+ODD_MOST = 10  # fields that are not ASCII in a header; to compare their identifiers costs most, and further ones are removed
 LONGEST = 400  # octets of a value that we write; addresses have less
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _WITHIN_COMMENT = re.compile(rb"(?:[^()\\]|\\.)*+([()])", re.S)
@@ -19,10 +20,11 @@ _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.S)
 _TOKEN = re.compile(rb'[^\s\x00-\x1f\x7f()<>@,;:\\"/\[\]?=]++')  # RFC 2045 5.1
 _PAIR = re.compile(rb"\\(.)", re.S)
 _VERSION = re.compile(rb"[0-9]*+")
-# Format characters and variation selectors, which UTS 46 (4) maps to nothing.
+# What cannot be seen: control and format characters, fillers, variation selectors.
 _NOTHING = re.compile(
-    "[\xad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-    "\U0001bca0-\U0001bca3\U000e0000-\U000e0fff]++"
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]++"
 )
 
 _PLAIN = re.compile(r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]++\Z")  # a token
@@ -75,15 +77,18 @@ def without_forged(block: bytes, hostname: str) -> bytes:
     object where there are none."""
     if b"authentication-results" not in block.lower():
         return block
-    fields = re.split(rb"(?<=\r\n)(?![ \t])", block)
-    kept = [each for each in fields if not _ours(each, hostname)]
+    fields, kept, odd = re.split(rb"(?<=\r\n)(?![ \t])", block), [], 0
+    for each in fields:
+        if name_of(each) == b"authentication-results":
+            odd += not each.isascii()
+            if _ours(each, hostname) if each.isascii() or odd <= ODD_MOST else True:
+                continue
+        kept.append(each)
     return block if len(kept) == len(fields) else b"".join(kept)
 
 
 def _ours(field: bytes, hostname: str) -> bool:
-    """Whether a field is Authentication-Results whose authserv-id is `hostname`, or cannot be determined."""
-    if name_of(field) != b"authentication-results":
-        return False
+    """Whether the authserv-id of an Authentication-Results field is `hostname`, or cannot be determined."""
     value = field.partition(b":")[2]
     at = behind_comments(value, 0)
     match = _QUOTED.match(value, at) or _TOKEN.match(value, at)
@@ -103,7 +108,7 @@ def _ours(field: bytes, hostname: str) -> bool:
 def _folded(identifier: str) -> str:
     """A domain as a program could read it: without case, width, what cannot be seen, and a trailing dot. (IDNA would cost too
     much for each field.)"""
-    if not identifier.isascii():
+    if not (identifier.isascii() and identifier.isprintable()):
         identifier = _NOTHING.sub("", identifier)
     if not identifier.isascii() and len(identifier) <= LONGEST_ID:  # the cost is the square of a run of combining marks
         identifier = unicodedata.normalize("NFKC", identifier).replace("\u3002", ".").casefold()

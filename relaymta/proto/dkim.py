@@ -29,7 +29,7 @@ OVERSIGNED = (
 
 LISTS_KEPT = 200
 _FOLDED = re.compile(rb"\r\n(?![ \t])")
-_AROUND = bytes(range(33))
+_AROUND = bytes(range(33)) + b"\x7f"
 _SPACE = b" \t\r\n"  # FWS (RFC 6376 2.8)
 _OCTET = re.compile(rb"=([0-9A-Fa-f]{2})")
 
@@ -43,7 +43,8 @@ def name_of(field: bytes) -> bytes:
     """A field's name in lower case, without white space, folds and control characters around it, which other parsers ignore."""
     colon = field.find(b":")
     name = field[:colon].lower() if colon >= 0 else field.lower()
-    return name.strip(_AROUND) if name[-1:] <= b" " or name[:1] < b" " else name
+    first, last = name[:1], name[-1:]
+    return name.strip(_AROUND) if last <= b" " or first < b" " or last == b"\x7f" or first == b"\x7f" else name
 
 
 def by_name(fields: Iterable[bytes]) -> dict[bytes, list[bytes]]:

@@ -171,11 +171,11 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
 
 def shortened(attempt: Attempt) -> Attempt:
-    """An attempt as it is kept once another has followed: with ATTEMPT_SHOWN characters of its reply, since a recipient has a
-    row of its own with all of them."""
-    if len(attempt.text) <= ATTEMPT_SHOWN:
+    """An attempt as it is kept once another has followed: with ATTEMPT_SHOWN characters of its reply and of its cause, since a
+    recipient has a row of its own with all of them."""
+    if max(len(attempt.text), len(attempt.inside)) <= ATTEMPT_SHOWN:
         return attempt
-    return msgspec.structs.replace(attempt, text=attempt.text[:ATTEMPT_SHOWN])
+    return msgspec.structs.replace(attempt, text=attempt.text[:ATTEMPT_SHOWN], inside=attempt.inside[:ATTEMPT_SHOWN])
 
 
 class RecipientState(msgspec.Struct, array_like=True):

@@ -16,8 +16,11 @@ _UNFOLDED = re.compile(rb"\r\n(?![ \t])")
 _NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.M)
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|\r\n")
 _FROM_LINE = re.compile(rb">*From ")
+_MAILBOX_LINE = b"X-Mailbox-Line: "
+_BETWEEN_WORDS = re.compile(rb"(?<=[^ \t])[ \t](?=[^ \t])")
 LONGEST_LINE = 998  # octets, without CRLF (RFC 5322 2.1.1)
 MAILBOX_LINES = 100  # `From ` lines in front of a message that become fields
+HELO_SHOWN = 255  # characters of the client's name that Received: has: of some it is as long as a line
 MESSAGE_ID_SHOWN = 256  # characters of a Message-ID that are logged
 _MESSAGE_IDS = (b"\nMessage-ID:", b"\nMessage-Id:")  # as nearly all mail has it
 _WHITE = (b" ", b"\t")
@@ -49,20 +52,33 @@ def begun(data: bytes) -> bytes:
     them if no field follows. The same object if there are none."""
     at = 0
     lines: list[bytes] = []
-    while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < 2 * MAILBOX_LINES:
+    while _FROM_LINE.match(data, at) and not _FIELD.match(data, at) and len(lines) < MAILBOX_LINES:
         end = data.find(b"\r\n", at)
         end = len(data) if end < 0 else end + 2
-        lines.append(b"X-Mailbox-Line: ")
-        if LONGEST_LINE - len(lines[-1]) < len(data[at:end].rstrip(b"\r\n")) <= LONGEST_LINE:  # it would become too long
-            lines += [data[at : at + LONGEST_LINE // 2], b"\r\n "]
-            at += LONGEST_LINE // 2
-        lines.append(data[at:end])
+        lines.append(_mailbox_line(data[at:end]))
         at = end
     if not lines:
         return data
     if not _FIELD.match(data, at) and at < len(data):
         lines.append(b"\r\n")
     return b"".join([*lines, data[at:]])
+
+
+def _mailbox_line(line: bytes) -> bytes:
+    """A `From ` line as a field. One that would become too long by that is folded at a blank, if it has one to fold at."""
+    text = line.rstrip(b"\r\n")
+    if not LONGEST_LINE - len(_MAILBOX_LINE) < len(text) <= LONGEST_LINE:
+        return _MAILBOX_LINE + line
+    behind, text = line[len(text) :], text.rstrip(b" \t")
+    if len(_MAILBOX_LINE) + len(text) <= LONGEST_LINE:
+        return _MAILBOX_LINE + text + behind
+    blanks = [match.start() for match in _BETWEEN_WORDS.finditer(text, 0, LONGEST_LINE // 2)]
+    if blanks:
+        return _MAILBOX_LINE + text[: blanks[-1]] + b"\r\n" + text[blanks[-1] :] + behind
+    at = LONGEST_LINE // 2
+    while text[at : at + 1] and text[at] & 0xC0 == 0x80:  # not within a character
+        at -= 1
+    return _MAILBOX_LINE + text[:at] + b"\r\n " + text[at:] + behind
 
 
 def message_id(header: bytes) -> str:
@@ -131,7 +147,7 @@ def received_field(
     """The Received field that we add (RFC 5321 4.4), CRLF included. `recipient`: the only one, or "". `tls`: version and cipher
     (RFC 8314 4.4), or ""."""
     address = f"[IPv6:{client}]" if ":" in client else f"[{client}]"
-    shown = helo if not _SAFE.search(helo) else _SAFE.sub("?", helo)
+    shown = (helo if not _SAFE.search(helo) else _SAFE.sub("?", helo))[:HELO_SHOWN]
     secured = f"\r\n\t({tls})" if tls else ""
     target = f"\r\n\tfor <{recipient}>" if recipient else ""
     return (

@@ -222,6 +222,10 @@ def test_a_name_with_blanks_is_accepted_from_networks_that_may_relay(line):
     assert envelope.helo == "my pc" and data.startswith(b"Received: from my?pc (")
     assert Client().say(line + b"\r\n")[-1].startswith("501")
     long = line[:5] + b"x" * 500
+    made = Client(relays=True)
+    assert made.say(line[:5] + b"x" * 2030 + b"\r\n")[-1].startswith("250")
+    made.send(b"A: b\r\n\r\n")
+    assert max(map(len, made.machine.stored[-1][1].split(b"\r\n"))) <= 998, "RFC 5322 2.1.1"
     assert Client(relays=True).say(long + b"\r\n")[-1].startswith("250")
     assert Client().say(long + b"\r\n")[-1].startswith("501")
 

@@ -247,7 +247,8 @@ IDN = "DKIM-Signature: v=1; a=rsa-sha256; d={d}; s={s}; {i}h=from; bh={{bh}}; b=
     [("dömain.test", "s", ""), ("xn--dmain-jua.test", "s", ""), ("DÖMAIN.test", "S", ""),
      ("dömain.test", "s", "i=@dömain.test; "),
      ("dömain.test", "s", "i=ann@xn--dmain-jua.test; "), ("xn--dmain-jua.test", "s", "i=ann@a.dömain.test; "),
-     ("xn--dmain-jua.test", "s", "i=ann@d=C3=B6main.test; "), ("dömain.test", "é", "")],
+     ("xn--dmain-jua.test", "s", "i=ann@d=C3=B6main.test; "), ("dömain.test", "é", ""), ("xn--dmain-jua.test", "é", ""),
+     ("shop.test", "é", ""), ("shop.test", "S", "")],
 )  # fmt: skip
 async def test_the_domain_of_a_signature_is_the_same_in_u_labels_and_a_labels(d, s, i):
     """RFC 8616 5: U-labels are allowed in d=, s= and i= of a header in UTF-8; the DNS is asked for A-labels."""
@@ -261,8 +262,9 @@ async def test_the_domain_of_a_signature_is_the_same_in_u_labels_and_a_labels(d,
 
     keys = await keys_of(Answers(), claims(message[: header_end(message)]))  # type: ignore[arg-type]
     (found,), _ = outcomes(message, keys)
-    assert asked == [f"{'xn--9ca' if s == 'é' else 's'}._domainkey.xn--dmain-jua.test"]
-    assert (found.result, found.domain) == ("pass", "xn--dmain-jua.test")
+    domain = "shop.test" if d == "shop.test" else "xn--dmain-jua.test"
+    assert asked == [f"{'xn--9ca' if s == 'é' else 's'}._domainkey.{domain}"]
+    assert (found.result, found.domain, found.selector) == ("pass", domain, "xn--9ca" if s == "é" else s)
     foreign = signed(IDN.format(d=d, s=s, i="i=@evil.test; "), names="from")
     assert outcomes(foreign, keys)[0][0].result == "fail"
 
@@ -296,7 +298,8 @@ def chain(sets: int, change: Callable[[str, int], str] = lambda field, number: f
         results = change(f"ARC-Authentication-Results: i={number}; relay.test; arc=none", number).encode()
         tags = "a=rsa-sha256; c=relaxed/relaxed; d=shop.test; s=s; h=from:subject; bh={bh}; b={b}"
         own = f"ARC-Message-Signature: i={number}; {tags}"
-        message = signed(change(own, number), message, names="from:subject")
+        own = change(own, number)
+        message = signed(own, message, names=own.partition("h=")[2].partition(";")[0])
         cv = "none" if number == 1 else "pass"
         seal = change(f"ARC-Seal: i={number}; a=rsa-sha256; cv={cv}; d=shop.test; s=s; b={{b}}", number)
         parts = [*filter(None, sealed.split(b"\r\n")), relaxed(results), relaxed(fields_of(message)[0])]
@@ -352,17 +355,35 @@ def test_a_chain_signs_each_author(sets):
         assert dkim.ARC(added).verify(dnsfunc=lambda name, timeout=5: text_of(KEY).encode())[0] != b"pass"
 
 
+def test_a_chain_signs_the_author():
+    """RFC 6376 5.4: a signature that does not cover From: says nothing about the author."""
+    assert chained(chain(1)) == "pass"
+    assert chained(chain(1, lambda field, number: field.replace("h=from:subject", "h=subject"))) == "fail"
+
+
 @pytest.mark.parametrize(
     ("value", "authorless"),
     [
         (b'"a b"@b.test <', False), (b'"x" <a@b.test', False), (b'"\\"" a@b.test <', False), (b"(x (y) ) a@b.test <", False),
-        (b'"a@b.test" <', True), (b"(a@b.test) <", True), (b"((x) a@b.test) <", True),
-        (b'"a@b.test', False), (b"(a@b.test <", True),
+        (b'"a@b.test" <', True), (b"(a@b.test) <", True), (b"((x) a@b.test) <", True), (b"(\\) a@b.test) <", True),
+        (b'"a@b.test', False), (b"(a@b.test <", False), (b") a@b.test <", False),
+        # a name that is not ended, and comments (RFC 5322 3.2.2: quotes mean nothing in them)
+        (b"Sad :( <ann@b.test>", False), (b"Ann (sales <ann@b.test>", False), (b'( "(" ) ceo@bank.test ) <>', True),
+        (b'( (x) "ceo@bank.test <', False), (b'( "ceo@bank.test" <', True),
+        # 4.4: white space around the @
+        (b"ann @b.test <", False), (b"ann @ b.test <", False), (b"Sales @ Acme <", True), (b"ann@b <", False),
+        (b"ann@_x.b.test <", False), (b"ann@[192.0.2.1] <", False), ("ann@bücher.test <".encode(), False),
+        # names with an @ in them
+        (b'"ceo@bank.test"@ <>', True), (b"=?utf-8?q?ceo@bank.test?= <>", True), (b"=?utf-8?B?ceo@bank.test?= <>", True),
+        (b"@ <", True), (b"@@ <", True), (b"<@> <", True), (b"a@ <", True), (b"@b.test <", True),
+        (b")" * 9000 + b" <a@b.test>", False), (b")" * 8000, True),
     ],
 )  # fmt: skip
 def test_what_is_no_address_list_may_have_an_address_in_it(value, authorless):
     found = claims(b"From: " + value + b"\r\n\r\n")
     assert found.malformed and found.authorless == authorless
+    several = claims(b"From: x <\r\nFrom: " + value + b"\r\n\r\n")
+    assert several.malformed and several.authorless == authorless
 
 
 def test_dkimpy_says_the_same_of_a_chain():

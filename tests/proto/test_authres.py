@@ -3,11 +3,13 @@
 import email
 import email.policy
 import re
+import sys
+import unicodedata
 
 import authres
 import pytest
 
-from relaymta.proto.authres import field, mailbox, result, value, without_forged
+from relaymta.proto.authres import _folded, field, mailbox, result, value, without_forged
 
 # (address, as it is written, source)
 ADDRESSES = [
@@ -162,6 +164,16 @@ FORGED = [
     (b"Authentication-Results: relay.example==1", OURS, "same"),
     (b"Authentication-Results: relay.example\x7f; dmarc=pass", OURS, "RFC 2045 5.1: a control character"),
     (b"Authentication-Results: \x7frelay.example; dmarc=pass", OURS, "same"),
+    (b'Authentication-Results: "relay.example\x7f"; dmarc=pass', OURS, "same, in a quoted string"),
+    (b'Authentication-Results: "relay.example\x00"; dmarc=pass', OURS, "same"),
+    (b'Authentication-Results: "relay\\\x01.example"; dmarc=pass', OURS, "same"),
+    (b"Authentication-Results\x7f: relay.example; dmarc=pass", OURS, "a control character in front of the colon"),
+    (b"Authentication-Results\x01: relay.example; dmarc=pass", OURS, "same"),
+    *(
+        (f"Authentication-Results: relay{char}.example{char}; none".encode(), OURS, f"U+{ord(char):04X} cannot be seen")
+        for char in "\x80\x90\u115f\u1160\u17b4\u3164\uffa0\ufff9\U0001d173\u0600"
+    ),
+    (b'Authentication-Results: "spf"=pass', OURS, "a quoted string is no method"),
     (b"Authentication-Results: other.example; spf=pass", OTHERS, "RFC 8601 5: another's"),
     (b"Authentication-Results: xrelay.example; none", OTHERS, "5"),
     (b"Authentication-Results: relay.example.com; none", OTHERS, "5"),
@@ -192,6 +204,28 @@ def test_which_fields_claim_to_be_ours(line, ours, source):
         assert ours or kept is block
     twice = without_forged((line + b"\r\n") * 2 + b"To: y\r\n\r\n", "relay.example")
     assert twice.count(b"\r\n") == (2 if ours else 2 + 2 * (line.count(b"\r\n") + 1))
+
+
+def test_all_that_cannot_be_seen_is_left_out():
+    unseen = [char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char) in ("Cc", "Cf")]
+    assert [char for char in unseen if _folded(f"a{char}b") != "ab"] == []
+
+
+def test_a_long_name_is_recognized_in_each_of_its_forms():
+    """RFC 5891 5.3, UTS 46 4.1: NFD, too; of a name that the DNS can have."""
+    label = "\uac01" * 44
+    for hostname in (f"{label}.{label}.example", "xn--" + label.encode("punycode").decode() + ".example"):
+        shown = hostname if label in hostname else f"{label}.example"
+        for form in ("NFC", "NFD"):
+            written = unicodedata.normalize(form, shown)
+            assert without_forged(f"Authentication-Results: {written}; dmarc=pass\r\n".encode(), hostname) == b""
+
+
+def test_of_a_header_full_of_odd_names_the_first_are_read():
+    one = ("Authentication-Results: a" + "\u0301\u0316" * 490 + "; x=pass\r\n").encode()
+    assert without_forged(one * (131072 // len(one)), "relay.example").count(b"\r\n") == 10
+    other = b"Authentication-Results: other.example; none\r\n"
+    assert without_forged(one * 20 + other, "relay.example").endswith(other)
 
 
 def test_an_authserv_id_may_be_written_in_u_labels():

@@ -36,12 +36,33 @@ BEGINNINGS = [
     (b"From " + b"a" * 977 + b"\r\n\r\nb\r\n", b"X-Mailbox-Line: From " + b"a" * 977 + b"\r\n\r\nb\r\n"),
     (  # RFC 5322 2.1.1: a line stays shorter than 998 octets
         b"From " + b"a" * 978 + b"\r\n\r\nb\r\n",
-        b"X-Mailbox-Line: From " + b"a" * 494 + b"\r\n " + b"a" * 484 + b"\r\n\r\nb\r\n",
+        b"X-Mailbox-Line: From\r\n " + b"a" * 978 + b"\r\n\r\nb\r\n",
     ),
+    (b"From a b" + b"c" * 975 + b"\r\n\r\n", b"X-Mailbox-Line: From a\r\n b" + b"c" * 975 + b"\r\n\r\n"),
+    (b"From a" + b" " * 980 + b"\r\n\r\n", b"X-Mailbox-Line: From a\r\n\r\n"),  # 3.2.2: no line of white space
+    (b"From " + b" " * 980 + b"\r\n\r\n", b"X-Mailbox-Line: From\r\n\r\n"),
+    (
+        b"From " + b" " * 700 + b"a" * 280 + b"\r\n\r\n",
+        b"X-Mailbox-Line: From " + b" " * 494 + b"\r\n " + b" " * 206 + b"a" * 280 + b"\r\n\r\n",
+    ),
+    (
+        b">" * 600 + b"From " + b"a" * 385 + b"\r\n\r\n",
+        b"X-Mailbox-Line: " + b">" * 499 + b"\r\n " + b">" * 101 + b"From " + b"a" * 385 + b"\r\n\r\n",
+    ),
+    (b"From a\r\n" * 150 + b"\r\n", b"X-Mailbox-Line: From a\r\n" * 100 + b"\r\n" + b"From a\r\n" * 50 + b"\r\n"),
+    ((b"From " + b"a" * 978 + b"\r\n") * 100 + b"\r\nb", (b"X-Mailbox-Line: From\r\n " + b"a" * 978 + b"\r\n") * 100 + b"\r\nb"),
     (b"From " + b"a" * 1200 + b"\r\n\r\n", b"X-Mailbox-Line: From " + b"a" * 1200 + b"\r\n\r\n"),  # it was longer before
     (b"FROM x\r\nb: c\r\n\r\nd\r\n", b"\r\nFROM x\r\nb: c\r\n\r\nd\r\n"),
     (b"from a@b\r\n cont\r\nSubject: x\r\n\r\nb\r\n", b"\r\nfrom a@b\r\n cont\r\nSubject: x\r\n\r\nb\r\n"),
 ]
+
+
+def test_a_line_is_not_folded_within_a_character():
+    for front in (499, 500):
+        one, two, *_ = begun(b">" * front + b"From " + "\u00fc".encode() * 240 + b"\r\n\r\n").split(b"\r\n")
+        assert one.decode().startswith("X-Mailbox-Line: >") and two.decode().startswith(" ")
+    one, two, *_ = begun(b">From " + "\u00fc".encode() * 489 + b"\r\n").split(b"\r\n")
+    assert one == b"X-Mailbox-Line: >From" and two.decode() == " " + "\u00fc" * 489
 
 
 @pytest.mark.parametrize("row", BEGINNINGS)

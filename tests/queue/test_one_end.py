@@ -563,7 +563,8 @@ async def test_only_what_a_policy_holds_is_released_with_it(tmp_path):
 
 
 async def test_the_reply_to_the_last_attempt_is_kept_whole_and_of_those_before_their_beginning(tmp_path):
-    long = [Attempt(1, TRANSIENT, "rcpt", "h", 450, "4.2.0", letter * 4096) for letter in "abc"]
+    long = [Attempt(1, TRANSIENT, "rcpt", "h", 450, "4.2.0", "short", letter * 8000) for letter in "ab"]
+    long.append(Attempt(1, TRANSIENT, "rcpt", "h", 450, "4.2.0", "c" * 4096))
     async with Watched(tmp_path) as bench:
         ident = await bench.put()
         for attempt in long:

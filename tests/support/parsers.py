@@ -170,6 +170,13 @@ _SIGNATURES = {
     "octets of i=": times(b"=41", b"DKIM-Signature:" + _SIGNED + b"AA==;i=@d.test", b"\r\nFrom: a@d.test\r\n"),
     "a domain": times("\u00e9.".encode(), b"DKIM-Signature:" + _SIGNED + b"AA==;i=@", b"d.test\r\nFrom: a@d.test\r\n"),
     "a copy": times(b"b=A|\r\n\t", b"DKIM-Signature:" + _SIGNED + b"AA==;z=", b"\r\nFrom: a@d.test\r\n"),
+    "authors that are none": lambda n: (
+        (b"From: " + b")" * 8180 + b"\r\n") * (n // 8188) + b"From: " + b"(" * (n % 8188) + b"\r\n"
+    ),
+    "comments that do not end": times(b"(", b"From: a@", b"\r\n"),
+    "strings": times(b'""', b"From: a@", b"\r\n"),
+    "encoded words": times(b"=?a?q?", b"From: a@", b"\r\n"),
+    "blanks around an @": times(b" a @", b"From: <", b"\r\n"),
     "seals": times(b"ARC-Seal:i=1;" + _SIGNED + b"AA==; cv=none\r\n"),
     "comments of results": times(
         b"()", b"ARC-Seal:i=1;" + _SIGNED + b"AA==; cv=none\r\nARC-Authentication-Results:", b"i=1;\r\n"
