@@ -18,10 +18,10 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.run import Load, Relaymta, Sink, cpu_seconds, measure
+from relaymta.disk.segments import COLD
 from relaymta.proto.envelope import Envelope, Placement, QueueName
 from relaymta.queue import Events, Null, Queue, QueueSettings, wall_ms
 from relaymta.queue.change import Change
-from relaymta.queue.segments import COLD
 from tests.support.daemon import wait_for
 
 MESSAGE = b"Received: from x\r\nSubject: backlog\r\n\r\n" + b"x" * 4050 + b"\r\n"

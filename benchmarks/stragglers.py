@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.run import Load, Relaymta, Sink, cpu_seconds, measure
-from relaymta.queue.segments import segment_size_for
+from relaymta.disk.segments import segment_size_for
 from tests.support.daemon import wait_for
 
 ROUND = 10_000  # messages, one in a hundred of them to the stubborn host

@@ -13,32 +13,33 @@ from pathlib import Path
 from typing import TypeVar
 
 from relaymta.control.filters import Filter
+from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.compact import Compactor
+from relaymta.disk.ident import IdSource
+from relaymta.disk.lock import lock
+from relaymta.disk.operations import Task
+from relaymta.disk.room import Disk
+from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
-from relaymta.locks import lock
 from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
 from relaymta.queue.big import BigBodies, BigBody
 from relaymta.queue.bodies import Bodies
 from relaymta.queue.change import Change
 from relaymta.queue.changes import Changes
-from relaymta.queue.clock import QueueClock, wall_ms
-from relaymta.queue.compact import Compactor
 from relaymta.queue.delivery import Deliverer, Null
-from relaymta.queue.disk import Disk
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry, Outcome, Put
 from relaymta.queue.events import Events, QueueSettings
 from relaymta.queue.expiry import Expiry, Overdue
 from relaymta.queue.fresh import MOST_RECIPIENTS
-from relaymta.queue.group import Assign, Committed, Task
-from relaymta.queue.ident import IdSource
+from relaymta.queue.group import Assign, Committed
 from relaymta.queue.inspect import Totals
 from relaymta.queue.lifecycle import AGAIN, Lifecycle, fire, refusal
 from relaymta.queue.opening import Opening
 from relaymta.queue.readers import Readers
 from relaymta.queue.replies import Replies
 from relaymta.queue.schedule import Schedule
-from relaymta.queue.segments import Segments, segment_size_for
 from relaymta.queue.store import Store
 from relaymta.queue.view import View
 from relaymta.queue.writer import Writer
@@ -82,14 +83,14 @@ class Queue:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = lock(self.path)
         self.store = Store(self.path / "lmdb")
-        self.clock = QueueClock(self.store.meta(b"seen"))
+        self.clock = ShardClock(self.store.meta(b"seen"))
         self._ids = IdSource(shard, self.store.meta(b"highest"), self.clock.now)
         bodies = self.path / "bodies"
         bodies.mkdir(mode=0o700, exist_ok=True)
         self.segments = Segments(bodies, segment_size_for(self.path))
         self.segments.load(self.store.segments())
         self._big = BigBodies(self.segments, self.store)
-        self.disk = Disk(self.path, self.store)
+        self.disk = Disk(self.path, self.store.used)
         self.entries = Lifecycle(deliverer.offer, self._offer_failed, settings.window, settings.window_bytes)
         self._readers = Readers(self._loop, self.entries)
         self.writer = Writer(
@@ -109,7 +110,7 @@ class Queue:
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize)
         self.ends = Ends(self.writer, self.clock, settings, assign, events)
         self.begin, self.finish = self.entries.begin, self.ends.finish
-        self.compactor = Compactor(self.store, self.segments, self.writer, self._readers.start)
+        self.compactor = Compactor(self.store, self.segments, self.writer, self.store.points_at, self._readers.start)
         self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends)
         self._opening = Opening(self.store, self._big, self.clock, self.writer, self._readers, self.schedule, assign)
         self.quarantined = False  # whether start() found its culprit here

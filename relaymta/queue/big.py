@@ -12,9 +12,9 @@ from weakref import WeakValueDictionary
 
 import xxhash
 
+from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Segments, digest_of
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
-from relaymta.queue.segments import FRAME, MAGIC, MEGABYTE, Segments, digest_of
 from relaymta.queue.store import Store
 
 __all__ = ["BigBodies", "BigBody"]

@@ -5,13 +5,13 @@ import os
 from collections.abc import AsyncIterator
 from itertools import zip_longest
 
+from relaymta.disk.segments import FRAME, Segments
 from relaymta.errors import StoreError
 from relaymta.ident import format_id
 from relaymta.proto.envelope import Body
 from relaymta.queue.entry import Entry
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
-from relaymta.queue.segments import FRAME, Segments
 
 __all__ = ["Bodies"]
 

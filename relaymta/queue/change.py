@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from relaymta.disk.segments import SegmentRow
 from relaymta.proto.envelope import (
     HELD,
     POLICY_HELD,
@@ -17,7 +18,6 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.ages import add, remove
-from relaymta.queue.segments import SegmentRow
 from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, WAKE, QueueRow, Store, key_of
 
 __all__ = ["Change"]

@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from relaymta.control.filters import Filter
+from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.operations import Task
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import PERMANENT, Attempt, Envelope, QueueName
 from relaymta.queue import inspect
 from relaymta.queue.change import Change
-from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
-from relaymta.queue.group import Assign, Task
+from relaymta.queue.group import Assign
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
 from relaymta.queue.schedule import Schedule
@@ -41,7 +42,7 @@ class Changes:
         self,
         loop: asyncio.AbstractEventLoop,
         store: Store,
-        clock: QueueClock,
+        clock: ShardClock,
         writer: Writer,
         readers: Readers,
         schedule: Schedule,

@@ -4,16 +4,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.ident import IdSource
+from relaymta.disk.segments import Segments
 from relaymta.errors import StoreError
 from relaymta.ident import format_id
 from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import DSN, EIGHT_BIT, SMTPUTF8, Envelope
 from relaymta.proto.header import header_end
-from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.entry import Entry, Put
 from relaymta.queue.group import Assign
-from relaymta.queue.ident import IdSource
-from relaymta.queue.segments import Segments
 
 __all__ = ["Dsns", "data_of"]
 
@@ -38,7 +38,7 @@ class Dsns:
     def __init__(
         self,
         segments: Segments,
-        clock: QueueClock,
+        clock: ShardClock,
         ids: IdSource,
         hostname: str,
         max_age_ms: int,

@@ -2,8 +2,8 @@
 
 import msgspec
 
+from relaymta.disk.clock import ShardClock
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, QueueName
-from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry, Outcome
 from relaymta.queue.events import Events, QueueSettings
 from relaymta.queue.group import Assign
@@ -17,7 +17,7 @@ __all__ = ["Ends"]
 class Ends:
     """Ends the entries of one shard. All methods are called on the loop. `assign`: as of the queue."""
 
-    def __init__(self, writer: Writer, clock: QueueClock, settings: QueueSettings, assign: Assign, events: Events) -> None:
+    def __init__(self, writer: Writer, clock: ShardClock, settings: QueueSettings, assign: Assign, events: Events) -> None:
         self._writer = writer
         self._clock = clock
         self.settings = settings

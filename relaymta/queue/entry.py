@@ -7,7 +7,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import Attempt, Body, Envelope, QueueName
 from relaymta.queue.lifecycle import IN_FLIGHT, READ, WAITING
 
-__all__ = ["Entry", "Move", "Outcome", "Put"]
+__all__ = ["Entry", "Outcome", "Put"]
 
 
 class Entry:
@@ -127,20 +127,3 @@ class Outcome:
         self.moved: Body | None = None
         self.refused = ""
         self.gone = False
-
-
-class Move:
-    """A body to copy from `was` to a cold segment; `data`: its verified octets. `body`: where it lies once that is committed,
-    None when its message ended or its body moved first. `done(move)` is called on the loop; `last`: of its slice."""
-
-    __slots__ = ("body", "data", "done", "error", "ident", "last", "queues", "was")
-
-    def __init__(self, ident: int, was: Body, data: bytes, done: Callable[["Move"], None]) -> None:
-        self.ident = ident
-        self.was = was
-        self.data = data
-        self.done = done
-        self.body: Body | None = None
-        self.queues: list[int] = []  # numbers of the queues in which the message waits
-        self.error: StoreError | None = None
-        self.last = False

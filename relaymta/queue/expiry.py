@@ -7,8 +7,8 @@ of an attempt expires it.
 
 import msgspec
 
+from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.proto.envelope import TRANSIENT, Attempt
-from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.ends import Ends
 from relaymta.queue.entry import Entry
 from relaymta.queue.lifecycle import Lifecycle
@@ -30,7 +30,7 @@ class Expiry:
     def __init__(
         self,
         store: Store,
-        clock: QueueClock,
+        clock: ShardClock,
         schedule: Schedule,
         entries: Lifecycle,
         ends: Ends,

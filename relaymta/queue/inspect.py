@@ -7,12 +7,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from relaymta.control.filters import Filter
+from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.segments import Segments
 from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Envelope, Placement, QueueName
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
-from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.group import Assign
-from relaymta.queue.segments import Segments
 from relaymta.queue.store import QueueRow, Store
 from relaymta.queue.writer import Writer
 
@@ -36,7 +36,7 @@ HELD_SEEN = 200  # messages among which the oldest one that is not held is looke
 VERBS = ("flush", "hold", "release", "delete", "bounce", "reroute", "policy")  # policy: hold, for a hold policy
 
 
-def summary(store: Store, clock: QueueClock) -> list[dict[str, Any]]:
+def summary(store: Store, clock: ShardClock) -> list[dict[str, Any]]:
     """One row for each queue that holds mail. "next": when it is scanned next, seconds since 1970 UTC (0: nothing is due)."""
     rows = []
     now = clock.now()
@@ -73,7 +73,7 @@ def _inlined(store: Store) -> dict[int, tuple[int, int]]:
     return found
 
 
-def places(store: Store, clock: QueueClock, ident: int) -> list[tuple[QueueName, Placement]]:
+def places(store: Store, clock: ShardClock, ident: int) -> list[tuple[QueueName, Placement]]:
     """The queues in which a message waits, each with its placement (`due`: now, where the whole queue was moved)."""
     with store.reading() as txn:
         envelope = store.envelope(txn, ident)
@@ -156,7 +156,7 @@ class Totals(NamedTuple):
     oldest: float = 0.0
 
 
-def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
+def totals(store: Store, segments: Segments, clock: ShardClock) -> Totals:
     """Count the messages and octets of a shard, from its queue rows and inlined mail."""
     fresh = store.fresh.live()
     messages, octets, deferred, held = len(fresh), sum(envelope.size for _, envelope in fresh), 0, 0
@@ -177,7 +177,7 @@ def totals(store: Store, segments: Segments, clock: QueueClock) -> Totals:
     return Totals(messages, octets, deferred, held, overdue, files, live, age)
 
 
-def reroute(change: Change, store: Store, clock: QueueClock, assign: Assign, idents: list[int], route: str) -> int:
+def reroute(change: Change, store: Store, clock: ShardClock, assign: Assign, idents: list[int], route: str) -> int:
     """Writer thread, inside a group commit: move these messages, none of which is in memory, to `route`, due now; how many it
     changed. Their bodies stay where they are."""
     changed, now = 0, clock.now()
@@ -210,7 +210,7 @@ def move(change: Change, rows: list[QueueRow], rename: Callable[[QueueName], Que
     return sum(change.move(row.number, rename(row.name)) for row in rows)
 
 
-def apply(verb: str, change: Change, store: Store, writer: Writer, clock: QueueClock, max_age_ms: int, idents: list[int]) -> int:
+def apply(verb: str, change: Change, store: Store, writer: Writer, clock: ShardClock, max_age_ms: int, idents: list[int]) -> int:
     """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed."""
     changed = 0
     now = clock.now()

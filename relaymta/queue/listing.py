@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from relaymta.control.filters import Filter
+from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.ident import format_id
 from relaymta.proto.envelope import HELD, QUARANTINED, SUCCESS, Attempt, Envelope, RecipientState
-from relaymta.queue.clock import QueueClock, wall_ms
 from relaymta.queue.lifecycle import ENDING, IN_FLIGHT, Lifecycle
 from relaymta.queue.store import QueueRow, Store
 
@@ -55,7 +55,7 @@ class Row(msgspec.Struct):
 class _Reader:
     """Makes rows within one transaction."""
 
-    def __init__(self, store: Store, txn: Any, clock: QueueClock, entries: Lifecycle | None) -> None:
+    def __init__(self, store: Store, txn: Any, clock: ShardClock, entries: Lifecycle | None) -> None:
         self._store = store
         self._txn = txn
         self._now = clock.now()
@@ -123,7 +123,7 @@ def _state(flags: int, attempts: int) -> str:
 
 
 def page(
-    store: Store, clock: QueueClock, entries: Lifecycle | None, chosen: Filter, after: int, queues: list[QueueRow] | None
+    store: Store, clock: ShardClock, entries: Lifecycle | None, chosen: Filter, after: int, queues: list[QueueRow] | None
 ) -> dict[str, Any]:
     """The next messages above id `after`: `{"lines", "ids", "after", "until"}`, a line of JSON for each (see `Row`), `after` 0
     when there are no more. `queues`: only messages in these (None: in any)."""
@@ -157,7 +157,7 @@ def _joined(lines: list[bytes]) -> bytes:
     return b"\n".join([*lines, b""])
 
 
-def message(store: Store, clock: QueueClock, entries: Lifecycle | None, ident: int) -> dict[str, Any] | None:
+def message(store: Store, clock: ShardClock, entries: Lifecycle | None, ident: int) -> dict[str, Any] | None:
     """Everything about one message, as `Row` and its recipients' attempts; None when it is not in this shard."""
     with store.reading() as txn:
         envelope = store.envelope(txn, ident)

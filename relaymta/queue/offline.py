@@ -12,16 +12,16 @@ import xxhash
 
 from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
+from relaymta.disk.clock import ShardClock
+from relaymta.disk.lock import lock
+from relaymta.disk.segments import FRAME, check_frame
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
-from relaymta.locks import lock
 from relaymta.log import find_history
 from relaymta.privileges import become, owner_of
 from relaymta.proto.envelope import Body
 from relaymta.queue import inspect, listing
-from relaymta.queue.clock import QueueClock
 from relaymta.queue.raw import PIECE, Found, pieces
-from relaymta.queue.segments import FRAME, check_frame
 from relaymta.queue.store import Store
 
 __all__ = ["answer"]
@@ -60,14 +60,14 @@ class Spool:
         found = (path.name.removeprefix("shard-") for path in self._path.glob("shard-*") if (path / "lmdb" / "data.mdb").exists())
         return sorted(int(number) for number in found if number.isdigit())
 
-    def _opened(self, number: int, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+    def _opened(self, number: int, use: Callable[[Path, Store, ShardClock], Any]) -> Any:
         """`use(path, store, clock)` of one shard, opened and locked. RelayError when LMDB cannot read it."""
         path = self._path / f"shard-{number}"
         descriptor = lock(path)
         try:
             store = Store(path / "lmdb", readonly=True)
             try:
-                return use(path, store, QueueClock(store.meta(b"seen")))
+                return use(path, store, ShardClock(store.meta(b"seen")))
             finally:
                 store.close()
         except lmdb.Error as error:
@@ -75,10 +75,10 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def _each(self, use: Callable[[Path, Store, QueueClock], Any]) -> list[Any]:
+    def _each(self, use: Callable[[Path, Store, ShardClock], Any]) -> list[Any]:
         return [self._opened(number, use) for number in self._numbers()]
 
-    def _first(self, use: Callable[[Path, Store, QueueClock], Any]) -> Any:
+    def _first(self, use: Callable[[Path, Store, ShardClock], Any]) -> Any:
         for number in self._numbers():
             found = self._opened(number, use)
             if found is not None:
@@ -103,7 +103,7 @@ class Spool:
         if wanted.site:
             raise RelayError("the daemon is not running, and only the daemon knows which mail is for a site")
 
-        def read(path: Path, store: Store, clock: QueueClock) -> dict[str, Any]:
+        def read(path: Path, store: Store, clock: ShardClock) -> dict[str, Any]:
             rows = inspect.chosen_queues(store, wanted, lambda name, site: False) if wanted.by_queue else None
             return listing.page(store, clock, None, wanted, args.after, rows)
 

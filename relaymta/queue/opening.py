@@ -2,10 +2,10 @@
 
 from functools import partial
 
+from relaymta.disk.clock import ShardClock
 from relaymta.queue import inspect
 from relaymta.queue.big import BigBodies
 from relaymta.queue.change import Change
-from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry
 from relaymta.queue.group import Assign
 from relaymta.queue.readers import Readers
@@ -23,7 +23,7 @@ class Opening:
         self,
         store: Store,
         big: BigBodies,
-        clock: QueueClock,
+        clock: ShardClock,
         writer: Writer,
         readers: Readers,
         schedule: Schedule,

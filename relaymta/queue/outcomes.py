@@ -2,6 +2,7 @@
 
 import msgspec
 
+from relaymta.disk.segments import COLD, HOT, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     ATTEMPTS_KEPT,
@@ -21,7 +22,6 @@ from relaymta.queue.big import BigBody
 from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns, data_of
 from relaymta.queue.entry import Outcome, Put
-from relaymta.queue.segments import COLD, HOT, Segments
 from relaymta.queue.store import Store
 
 __all__ = ["Outcomes", "put_rows"]

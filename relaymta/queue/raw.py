@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterator
 
+from relaymta.disk.segments import FRAME, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
-from relaymta.queue.segments import FRAME, Segments
 from relaymta.queue.store import Store
 
 __all__ = ["find", "pieces"]

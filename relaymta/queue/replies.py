@@ -39,7 +39,7 @@ class Replies:
         self._stored(group.puts)
         for move in group.moves:
             if move.body is not None and move.error is None:
-                self._entries.moved(move.ident, move.queues, move.body)
+                self._entries.moved(move.ident, move.places, move.body)
             self._call(move.done, move)
         self._recorded(group.outcomes)
         for task in group.tasks:

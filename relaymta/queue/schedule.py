@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from relaymta.disk.clock import ShardClock
 from relaymta.proto.envelope import DELIVERED, FAILED, Envelope
-from relaymta.queue.clock import QueueClock
 from relaymta.queue.entry import Entry
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
@@ -51,7 +51,7 @@ class Schedule:
     def __init__(
         self,
         store: Store,
-        clock: QueueClock,
+        clock: ShardClock,
         readers: Readers,
         entries: Lifecycle,
     ) -> None:

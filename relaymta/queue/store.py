@@ -14,22 +14,21 @@
 Keys are big-endian, so that every query is a prefix scan. What a group commit changes: change.py.
 """
 
-import os
 import struct
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from heapq import merge
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import msgspec
 
+from relaymta.disk.environment import MAP_SIZE, Environment
+from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
+    Body,
     Envelope,
     QueueName,
     RecipientState,
@@ -38,13 +37,10 @@ from relaymta.proto.envelope import (
     encode,
 )
 from relaymta.queue.fresh import Fresh
-from relaymta.queue.segments import SegmentRow
 
 __all__ = ["Histories", "QueueRow", "Store", "key_of"]
 
 SCHEMA = 2
-MAP_SIZE = 64 << 30  # sparse: costs address space only
-READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
 
 LONGEST_KEY = 511  # octets, of LMDB
 
@@ -87,87 +83,26 @@ def key_of(name: QueueName) -> bytes:
     return found if len(found) <= LONGEST_KEY else b"n#" + sha256(found).digest()
 
 
-class Store:
+class Store(Environment):
     """The environment in `path`; `readonly`: while no daemon runs. All methods that write belong to the writer thread."""
 
     def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
-        self._path = path
-        self._map_size = map_size
-        self._readonly = readonly
-        self._gate = threading.Condition()
-        self._inside = 0  # read transactions under way, by the gate
-        self._shut = False  # the environment is closed, or about to be
         self._queues: dict[QueueName, QueueRow] = {}
         self._by_number: dict[int, QueueRow] = {}
         self._last_number = 0  # the highest number ever given to a queue, failed transactions included; 0: not read yet
         self._kept_number = 0  # the one that is committed in meta
-        self._open()
+        super().__init__(path, _TABLES, map_size, readonly)
 
-    def _open(self) -> None:
-        created = not (self._path / "data.mdb").exists()
-        if created:
-            self._path.mkdir(mode=0o700, exist_ok=True)
-        self.env = lmdb.open(
-            str(self._path),
-            map_size=self._map_size,
-            max_dbs=16,
-            max_readers=64,
-            sync=True,
-            metasync=True,
-            mode=0o600,
-            readonly=self._readonly,
-        )
-        self.env.reader_check()
-        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in _TABLES}
-        with self.env.begin() as txn:
-            schema = self._meta(txn, b"schema")
+    def _opened(self, txn: Any) -> None:
+        """StoreError when a newer version wrote the shard."""
+        self._queues.clear()
+        self._by_number.clear()
+        schema = self._meta(txn, b"schema")
         if schema > SCHEMA:
             raise StoreError(f"{self._path} was written by a newer relaymta (schema {schema}, not {SCHEMA})")
         fresh = Fresh(self.tables["fresh"], self.tables["ended"])
-        with self.env.begin() as txn:
-            fresh.load(txn, self._meta(txn, b"seen"))
+        fresh.load(txn, self._meta(txn, b"seen"))
         self.fresh = fresh  # when it is complete, since other threads read it
-        if created:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def reopen(self) -> None:
-        """Writer thread: close and open again after a failed commit, when no other thread reads. The state is that of the last
-        commit that returned. When it raises, it has to be called again, and nobody can read until then."""
-        with self._gate:
-            self._shut = True
-            self._gate.wait_for(lambda: not self._inside)
-        self.env.close()
-        self._queues.clear()
-        self._by_number.clear()
-        self._open()
-        with self._gate:
-            self._shut = False
-            self._gate.notify_all()
-
-    @contextmanager
-    def reading(self) -> Iterator[Any]:
-        """A read transaction, on any thread but the writer's; not within another one. While it is under way the environment stays
-        open. StoreError when the environment cannot be opened again after a failed commit."""
-        with self._gate:
-            if not self._gate.wait_for(lambda: not self._shut, READ_PATIENCE):
-                raise StoreError("the store could not be opened again after a failed commit")
-            self._inside += 1
-        try:
-            with self.env.begin() as txn:
-                yield txn
-        finally:
-            with self._gate:
-                self._inside -= 1
-                if self._shut and not self._inside:
-                    self._gate.notify_all()
-
-    def close(self) -> None:
-        """Close the environment."""
-        self.env.close()
 
     # Reading (any thread; the transaction is the caller's)
 
@@ -189,6 +124,11 @@ class Store:
         """A message's envelope, inlined or not; None when it is not in this shard."""
         raw = txn.get(ID.pack(ident), db=self.tables["message"])
         return self.fresh.get(ident) if raw is None else decode_envelope(raw)
+
+    def points_at(self, txn: Any, ident: int, body: Body) -> bool:
+        """Whether a message's row points at this body."""
+        envelope = self.envelope(txn, ident)
+        return envelope is not None and envelope.body == body
 
     def recipient_states(self, txn: Any, ident: int) -> dict[int, RecipientState]:
         """The recipients that have a history, by index."""
@@ -266,13 +206,6 @@ class Store:
         if cursor.set_range(ID.pack(after + 1)):
             for key, value in cursor:
                 yield ID.unpack(key)[0], decode_envelope(value)
-
-    def used(self) -> tuple[int, int]:
-        """(octets of the map's pages that hold rows, the map's size). Freed pages, which LMDB uses again, do not count."""
-        with self.reading() as txn:
-            tables = [txn.stat(table) for table in self.tables.values()]
-            pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in tables)
-            return pages * tables[0]["psize"], self.env.info()["map_size"]
 
     # Writing
 

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 from relaymta.control.filters import Filter
+from relaymta.disk.clock import ShardClock
+from relaymta.disk.ident import IdSource
+from relaymta.disk.segments import Segments
 from relaymta.proto.envelope import Placement, QueueName
 from relaymta.queue import inspect, listing, raw
-from relaymta.queue.clock import QueueClock
-from relaymta.queue.ident import IdSource
 from relaymta.queue.lifecycle import Lifecycle
 from relaymta.queue.readers import Readers
-from relaymta.queue.segments import Segments
 from relaymta.queue.store import Store
 
 __all__ = ["View"]
@@ -22,7 +22,7 @@ class View:
     """Queries of one shard; all methods are called on the loop."""
 
     def __init__(
-        self, store: Store, segments: Segments, clock: QueueClock, ids: IdSource, readers: Readers, entries: Lifecycle
+        self, store: Store, segments: Segments, clock: ShardClock, ids: IdSource, readers: Readers, entries: Lifecycle
     ) -> None:
         self._store = store
         self._segments = segments

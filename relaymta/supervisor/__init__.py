@@ -21,8 +21,8 @@ import uvloop
 
 from relaymta import privileges
 from relaymta.config import Config, parse_hostport
+from relaymta.disk.lock import locked_shard
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
-from relaymta.locks import locked_shard
 from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN
 from relaymta.node import keep_secret

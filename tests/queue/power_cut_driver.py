@@ -7,8 +7,9 @@ import random
 import sys
 from pathlib import Path
 
+from relaymta.disk import compact
 from relaymta.proto.envelope import TRANSIENT, Attempt, Envelope, QueueName
-from relaymta.queue import Events, Null, Queue, QueueSettings, compact, format_id, wall_ms
+from relaymta.queue import Events, Null, Queue, QueueSettings, format_id, wall_ms
 
 ENOUGH = 100  # bodies that moved
 

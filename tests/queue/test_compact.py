@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
+from relaymta.disk import compact
+from relaymta.disk.operations import Move
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import TRANSIENT, Attempt, Body
-from relaymta.queue import Entry, compact, lifecycle, wall_ms
-from relaymta.queue.entry import Move
+from relaymta.queue import Entry, lifecycle, wall_ms
 from tests.queue.test_queue import Bench, answer, until
 
 SIZE = 20_000  # octets of a body: about fifty fill a segment of 1 MB

@@ -6,11 +6,12 @@ import os
 import lmdb
 import pytest
 
+from relaymta.disk import room
+from relaymta.disk.segments import MEGABYTE, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import PERMANENT, Envelope
-from relaymta.queue import BigBody, disk, wall_ms, writer
+from relaymta.queue import BigBody, wall_ms, writer
 from relaymta.queue.change import Change
-from relaymta.queue.segments import MEGABYTE, Segments
 from relaymta.queue.store import Store
 from tests.queue.test_one_end import Watched
 from tests.queue.test_queue import Bench, answer, until
@@ -134,7 +135,7 @@ async def test_a_map_that_was_full_is_not_when_its_mail_has_left(tmp_path, monke
         idents = await asyncio.gather(*(bench.put(to=(f"{'x' * 200}@d.example",)) for _ in range(2000)))
         used, size = queue.store.used()
         assert used - empty > 2000 * 200
-        monkeypatch.setattr(disk, "MAP_SHARE", used * 50 / size)
+        monkeypatch.setattr(room, "MAP_SHARE", used * 50 / size)
         await queue._readers.run(queue.disk.check)
         assert queue.full
         for start in range(0, 2000, 500):

@@ -9,13 +9,13 @@ import lmdb
 import pytest
 
 from relaymta.cli.queue import pages
+from relaymta.disk.environment import MAP_SIZE
+from relaymta.disk.operations import Task
+from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import ATTEMPT_SHOWN, DSN, HELD, PERMANENT, TRANSIENT, Attempt, Envelope
 from relaymta.queue import Entry, Filter, Outcome, dsns, expiry, listing, wall_ms
 from relaymta.queue.change import Change
-from relaymta.queue.group import Task
-from relaymta.queue.segments import FRAME
-from relaymta.queue.store import MAP_SIZE
 from tests.queue.test_queue import Bench, Recorder, answer, until
 
 DATA = b"Subject: x\r\n\r\nbody\r\n"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from relaymta.disk.clock import ShardClock
+from relaymta.disk.ident import IdSource
+from relaymta.disk.segments import Corrupt
 from relaymta.errors import SpoolBusy, StoreError
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, QueueName, decode_envelope
 from relaymta.queue import Entry, Events, Filter, Outcome, Queue, QueueSettings, inspect, wall_ms
-from relaymta.queue.clock import QueueClock
-from relaymta.queue.ident import IdSource
 from relaymta.queue.schedule import RETRY_STEPS, retry_delay
-from relaymta.queue.segments import Corrupt
 from tests.support.daemon import PATIENCE
 
 
@@ -445,7 +445,7 @@ async def test_space_is_reused_only_after_the_commit_that_freed_it(tmp_path):
 
 async def test_a_failed_group_is_not_there_and_the_next_one_is(tmp_path, monkeypatch):
     async with Bench(tmp_path) as bench:
-        import relaymta.queue.segments as segments
+        import relaymta.disk.segments as segments
 
         first = await bench.put()
         real = segments.os.fdatasync
@@ -462,12 +462,12 @@ async def test_a_failed_group_is_not_there_and_the_next_one_is(tmp_path, monkeyp
 
 def test_the_clock_never_goes_back(monkeypatch):
     wall = wall_ms()
-    ahead = QueueClock(wall + 3_600_000)
+    ahead = ShardClock(wall + 3_600_000)
     assert ahead.now() >= wall + 3_600_000, "a wall clock set back an hour across a restart"
     assert ahead.resumed == 0
-    late = QueueClock(wall - 10 * 86_400_000)
+    late = ShardClock(wall - 10 * 86_400_000)
     assert late.resumed >= wall, "ten days forward: what is overdue is tried once first"
-    clock = QueueClock(0)
+    clock = ShardClock(0)
     before = clock.now()
     monkeypatch.setattr("time.time_ns", lambda: 0)
     assert clock.now() >= before, "a wall clock set back while the process runs"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from relaymta.queue.segments import FREE_MOST, HOT, MEGABYTE, SegmentRow, Segments
+from relaymta.disk.segments import FREE_MOST, HOT, MEGABYTE, SegmentRow, Segments
 
 
 class Shard:

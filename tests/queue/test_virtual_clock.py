@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import relaymta.queue
+from relaymta.disk.clock import ShardClock
 from relaymta.proto.envelope import PERMANENT, TRANSIENT
 from relaymta.queue import Entry, Filter, wall_ms
-from relaymta.queue.clock import QueueClock
 from tests.conftest import PROVE
 from tests.queue.test_queue import Bench, answer, move, until
 
@@ -136,7 +136,7 @@ async def test_no_attempt_before_its_time_and_every_message_ends(tmp_path_factor
     folder = tmp_path_factory.mktemp("clock")
     world = World(folder)
     tick, relaymta.queue.TICK = relaymta.queue.TICK, 0.01
-    now, QueueClock.now = QueueClock.now, lambda clock: world.now  # type: ignore[method-assign, assignment]
+    now, ShardClock.now = ShardClock.now, lambda clock: world.now  # type: ignore[method-assign, assignment]
     try:
         await world.open()
         for what, which in steps:
@@ -146,5 +146,5 @@ async def test_no_attempt_before_its_time_and_every_message_ends(tmp_path_factor
         await world.bench.__aexit__()
     finally:
         relaymta.queue.TICK = tick
-        QueueClock.now = now  # type: ignore[method-assign]
+        ShardClock.now = now  # type: ignore[method-assign]
         shutil.rmtree(folder)

@@ -313,7 +313,7 @@ async def test_the_environment_is_not_closed_while_somebody_reads(tmp_path, monk
 
 
 async def test_reads_are_refused_while_the_store_cannot_be_opened_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("relaymta.queue.store.READ_PATIENCE", 0.01)
+    monkeypatch.setattr("relaymta.disk.environment.READ_PATIENCE", 0.01)
     async with Bench(tmp_path) as bench:
         bench.queue.store._shut = True
         with pytest.raises(StoreError, match="could not be opened again"):

@@ -16,18 +16,19 @@ from typing import Any
 
 import lmdb
 
+import relaymta.disk.segments
 import relaymta.dns
-import relaymta.queue.segments
 import relaymta.send.connect
 import relaymta.send.opener
 import relaymta.worker
+from relaymta.disk.environment import Environment
+from relaymta.disk.segments import Segment
+from relaymta.disk.writer import GroupWriter
 from relaymta.proto.smtp_client import ClientSession
 from relaymta.queue.change import Change
 from relaymta.queue.entry import Outcome
 from relaymta.queue.fresh import Fresh
-from relaymta.queue.segments import Segment
 from relaymta.queue.store import Store
-from relaymta.queue.writer import Writer
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.session import Session
 from tests.sim.stage import Condition, Executor, Inbox, Stage, Thread
@@ -41,9 +42,12 @@ WALL = 1_700_000_000  # seconds since 1970
 SMALL: dict[str, dict[str, float]] = {
     "relaymta.queue": {
         "TICK": 0.2, "CHECK_TICKS": 5, "FAILED_OFFER_MS": 3000, "SWEEP_TICKS": 40, "MATERIALIZE_MS": 3000, "TOGETHER": 2,
-        "STREAM_PIECE": 1024, "GROUP_LIMIT": 8, "GATHER_LEAST": 2, "GATHER_MOST": 4, "SMALL_GROUP": 2, "PAGE_ROWS": 3,
-        "CLOCK_EVERY": 1, "POLICY_HELD_TOGETHER": 3, "KEPT_LEFT": 4, "ROW_OCTETS": 500, "SPARE": 0, "SLICE_FRAMES": 2,
-        "PAUSE_TICKS": 4, "IDLE_TICKS": 1, "BALLAST_LEAST": 1024, "BALLAST_MOST": 2048, "SCAN_QUEUES": 4,
+        "STREAM_PIECE": 1024, "SMALL_GROUP": 2, "PAGE_ROWS": 3, "CLOCK_EVERY": 1, "POLICY_HELD_TOGETHER": 3, "KEPT_LEFT": 4,
+        "ROW_OCTETS": 500, "SCAN_QUEUES": 4,
+    },
+    "relaymta.disk": {
+        "GROUP_LIMIT": 8, "GATHER_LEAST": 2, "GATHER_MOST": 4, "SPARE": 0, "SLICE_FRAMES": 2, "PAUSE_TICKS": 4, "IDLE_TICKS": 1,
+        "BALLAST_LEAST": 1024, "BALLAST_MOST": 2048,
     },
     "relaymta.send": {"TOGETHER": 3, "CROWDED": 6, "AT_A_TIME": 2, "FORGET_MS": 60_000},
 }  # fmt: skip
@@ -92,7 +96,7 @@ class Disk:
 
 
 class System:
-    """The `os` module of `queue/`."""
+    """The `os` module of `queue/` and `disk/`."""
 
     def __init__(self, stage: Stage, disk: Callable[[], Disk]) -> None:
         self._stage = stage
@@ -146,7 +150,7 @@ class System:
             self._stage.failures.append(f"the writer thread ended: {type(error).__name__}: {error}")
 
 
-class Environment:
+class _LmdbEnvironment:
     """An LMDB environment: a reader pauses before and after its transaction begins."""
 
     def __init__(self, stage: Stage, env: Any) -> None:
@@ -174,12 +178,12 @@ class _Lmdb:
     def __getattr__(self, name: str) -> Any:
         return getattr(lmdb, name)
 
-    def open(self, path: str, **options: Any) -> Environment:
-        return Environment(self._stage, lmdb.open(path, **(options | {"sync": False, "metasync": False})))
+    def open(self, path: str, **options: Any) -> _LmdbEnvironment:
+        return _LmdbEnvironment(self._stage, lmdb.open(path, **(options | {"sync": False, "metasync": False})))
 
 
 class _Threading:
-    """The `threading` module of `queue/`."""
+    """The `threading` module of `queue/` and `disk/`."""
 
     Lock = contextlib.nullcontext
 
@@ -252,17 +256,17 @@ def _modules_of(world: Any, patches: _Patches) -> None:
     disk = lambda: world.disk_of(stage.process)  # noqa: E731
     system, found = System(stage, disk), set()
     segment = stage.random.choice(SEGMENTS)
-    patches.set(relaymta.queue.segments, "FREE_MOST", stage.random.choice(FREE_MOST))
+    patches.set(relaymta.disk.segments, "FREE_MOST", stage.random.choice(FREE_MOST))
     world.system = system
     everywhere: dict[int, Any] = {id(time): world.clock, id(random): world.random}
-    in_queue: dict[int, Any] = {
+    on_disk: dict[int, Any] = {
         id(os): system,
         id(lmdb): _Lmdb(stage),
         id(traceback): _Traceback(),
         id(sys.modules["threading"]): _Threading(stage),
         id(sys.modules["queue"]): _Queues(stage),
         id(sys.modules["concurrent.futures"].ThreadPoolExecutor): Executor,
-        id(relaymta.queue.segments.segment_size_for): lambda path: segment,
+        id(relaymta.disk.segments.segment_size_for): lambda path: segment,
     }
     over: dict[int, Any] = {
         id(relaymta.send.connect.connect): world.network.connect,
@@ -270,9 +274,9 @@ def _modules_of(world: Any, patches: _Patches) -> None:
         id(relaymta.dns._OnLoop): world.network.resolver,
     }
     for module in _modules():
-        queue = module.__name__.startswith("relaymta.queue")
+        stored = module.__name__.startswith(("relaymta.queue", "relaymta.disk"))
         for name, value in list(vars(module).items()):
-            replaced = everywhere.get(id(value)) or over.get(id(value)) or (in_queue.get(id(value)) if queue else None)
+            replaced = everywhere.get(id(value)) or over.get(id(value)) or (on_disk.get(id(value)) if stored else None)
             if replaced is not None:
                 patches.set(module, name, replaced)
             for package, sizes in SMALL.items():
@@ -285,7 +289,8 @@ def _modules_of(world: Any, patches: _Patches) -> None:
 
 def _methods(world: Any, patches: _Patches) -> None:
     stage: Stage = world.stage
-    reopen, finish, envelope, settle, begin = Store.reopen, Change.finish, Store.envelope, Fresh.settle, ClientSession.begin
+    finish, envelope, settle, begin = Change.finish, Store.envelope, Fresh.settle, ClientSession.begin
+    reopen, submit = Environment.reopen, GroupWriter.submit
 
     def finished(change: Change, now: int) -> None:
         stage.perhaps_pause()
@@ -315,9 +320,8 @@ def _methods(world: Any, patches: _Patches) -> None:
         begin(session, mail)
 
     patches.set(Change, "finish", finished)
-    submit = Writer.submit
 
-    def submitted(writer: Writer, operation: Any) -> None:
+    def submitted(writer: GroupWriter[Any, Any, Any], operation: Any) -> None:
         if isinstance(operation, Outcome):
             world.finished(operation.entry, None if operation.success else operation.results)
         submit(writer, operation)
@@ -330,7 +334,7 @@ def _methods(world: Any, patches: _Patches) -> None:
 
     patches.set(Dispatcher, "offer", offered)
 
-    def reopened(store: Store) -> None:
+    def reopened(store: Environment) -> None:
         process = stage.process
         if process is not None:
             process.committing = True  # what is inlined is read again
@@ -341,8 +345,8 @@ def _methods(world: Any, patches: _Patches) -> None:
                 process.committing = False
 
     patches.set(Store, "envelope", read)
-    patches.set(Store, "reopen", reopened)
-    patches.set(Writer, "submit", submitted)
+    patches.set(Environment, "reopen", reopened)
+    patches.set(GroupWriter, "submit", submitted)
     patches.set(Fresh, "settle", settled)
     patches.set(ClientSession, "begin", began)
     # The order of sets of these must not depend on where they lie in memory.

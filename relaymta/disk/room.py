@@ -1,9 +1,8 @@
 """The disk under a shard: how much room is left, and the ballast."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-
-from relaymta.queue.store import Store
 
 __all__ = ["Disk"]
 
@@ -18,11 +17,12 @@ class Disk:
     """The room on one shard's file system and in its map. `check` alone changes what is here.
 
     `full`: no mail is taken. `room`: octets until then. `pressure`: 0 while there is room enough, up to 1 as the last quarter of
-    a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared."""
+    a floor of room is used up. `brim`: half of the floor is used up, too: nothing is written that can be spared.
+    `used()`: octets of the map that are used, and its size."""
 
-    def __init__(self, path: Path, store: Store) -> None:
+    def __init__(self, path: Path, used: Callable[[], tuple[int, int]]) -> None:
         self._path = path
-        self._store = store
+        self._used = used
         self.ballast = path / "ballast"  # released by the writer when the disk is too full to record outcomes
         self.full = False
         self.room = 1 << 62
@@ -34,7 +34,7 @@ class Disk:
         """Reader thread, each second: look at the file system and at the map."""
         stats = os.statvfs(self._path)
         total, free = stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
-        used, size = self._store.used()
+        used, size = self._used()
         floor = self.floor = min(total * FLOOR_SHARE // 100, FLOOR_MOST)
         self.room = max(0, free - floor)
         slow = floor // SLOW_SHARE

@@ -1,5 +1,5 @@
 """Compaction: bodies move from nearly empty segments to cold ones, so that the disk used stays within twice the live octets and
-a few segments, in whatever order messages leave.
+a few segments, in whatever order bodies are freed.
 
 One slice at a time: a reader thread reads the frames of the emptiest segment and keeps those that LMDB still points at; the
 copies are written in a group commit like any other body. A reader of a body that moves meanwhile finds another frame or none
@@ -12,11 +12,11 @@ from typing import Any
 
 import xxhash
 
+from relaymta.disk.environment import Environment
+from relaymta.disk.operations import Move
+from relaymta.disk.segments import FRAME, MAGIC, Segment, Segments
+from relaymta.disk.writer import GroupWriter
 from relaymta.proto.envelope import Body
-from relaymta.queue.entry import Move
-from relaymta.queue.segments import FRAME, MAGIC, Segment, Segments
-from relaymta.queue.store import Store
-from relaymta.queue.writer import Writer
 
 __all__ = ["Compactor"]
 
@@ -30,10 +30,19 @@ Read = Callable[[Callable[[], Any], Callable[[Any], None]], None]
 
 
 class Compactor:
-    """Compacts one shard's segments. `read(function, then)`: runs `function` on a reader thread, `then(result)` on the loop."""
+    """Compacts one shard's segments. `points_at(transaction, ident, body)`: whether the row of `ident` points at this body.
+    `read(function, then)`: runs `function` on a reader thread, `then(result)` on the loop."""
 
-    def __init__(self, store: Store, segments: Segments, writer: Writer, read: Read) -> None:
-        self._store = store
+    def __init__(
+        self,
+        environment: Environment,
+        segments: Segments,
+        writer: GroupWriter[Any, Any, Any],
+        points_at: Callable[[Any, int, Body], bool],
+        read: Read,
+    ) -> None:
+        self._environment = environment
+        self._points_at = points_at
         self._segments = segments
         self._writer = writer
         self._read = read
@@ -74,7 +83,7 @@ class Compactor:
         """Copies of the live bodies of `victim` from offset `start` on, and the offset of the next slice (0: none is left)."""
         found: list[Move] = []
         taken, position, end = 0, start, victim.row.position
-        with self._store.reading() as txn:
+        with self._environment.reading() as txn:
             while position < end and taken < SLICE_BYTES and len(found) < SLICE_FRAMES:
                 head = os.pread(victim.fd, FRAME.size, position)
                 if len(head) < FRAME.size:
@@ -84,8 +93,7 @@ class Compactor:
                     return found, 0
                 body = Body(victim.number, generation, position, length)
                 position += FRAME.size + length
-                envelope = self._store.envelope(txn, ident)
-                if envelope is None or envelope.body != body:
+                if not self._points_at(txn, ident, body):
                     continue
                 data = os.pread(victim.fd, length, body.offset + FRAME.size)
                 taken += length
@@ -103,7 +111,7 @@ class Compactor:
         moves, self._position = result
         victim = self._victim
         if not self._position and victim is not None:
-            # What is still live here is damaged: it stays until its messages have left the queue.
+            # What is still live here is damaged: it stays until nothing points at it any more.
             self._given_up.add((victim.number, victim.row.generation))
             self._given_up &= {(s.number, s.row.generation) for s in self._segments.closed()}
             self._victim = None

@@ -9,7 +9,7 @@ __all__ = ["IdSource"]
 
 
 class IdSource:
-    """Makes ids above `high_water` (the highest committed one), on any thread. `now()`: ms of the queue's clock."""
+    """Makes ids above `high_water` (the highest committed one), on any thread. `now()`: ms of the clock of its shard."""
 
     def __init__(self, shard: int, high_water: int, now: Callable[[], int]) -> None:
         self._shard = shard << SEQUENCE_BITS

@@ -1,4 +1,4 @@
-"""The queue's clock, by which due times and deadlines are measured.
+"""A shard's clock, by which due times and deadlines are measured (docs say "the queue's clock" for the queue's).
 
 It starts at the later of the wall clock and the last committed time of the shard, and then follows CLOCK_BOOTTIME. So it never
 goes back, and setting the wall clock while a worker runs neither moves a retry nor expires a message. A clock that was set
@@ -7,7 +7,7 @@ forward between two runs looks like a long stop: from `resumed` on, a message mu
 
 import time
 
-__all__ = ["QueueClock", "wall_ms"]
+__all__ = ["ShardClock", "wall_ms"]
 
 LONG_STOP_MS = 3_600_000
 
@@ -21,7 +21,7 @@ def _boot_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-class QueueClock:
+class ShardClock:
     """Milliseconds that never go back. `last_seen`: the shard's last committed time, 0 for a new shard."""
 
     def __init__(self, last_seen: int) -> None:
@@ -31,9 +31,9 @@ class QueueClock:
         self.resumed = start if last_seen and start - last_seen > LONG_STOP_MS else 0
 
     def now(self) -> int:
-        """The queue's time, ms."""
+        """The time, ms."""
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000 + self._offset
 
     def wall(self, moment: int) -> int:
-        """The wall clock time (ms, by its present setting) of a time of the queue's clock."""
+        """The wall clock time (ms, by its present setting) of a time of this clock."""
         return wall_ms() + moment - self.now()

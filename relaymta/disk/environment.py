@@ -1,0 +1,101 @@
+"""A shard's LMDB environment: opened, read by any thread, and opened again after a failed commit."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from relaymta.errors import StoreError
+
+__all__ = ["MAP_SIZE", "Environment"]
+
+MAP_SIZE = 64 << 30  # sparse: costs address space only
+READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
+
+
+class Environment:
+    """The environment in `path`, with these tables; `readonly`: while no daemon runs. A store derives from it, and overrides
+    `_opened`. Two states, changed by `reopen` alone: open, or shut (no read may begin)."""
+
+    def __init__(self, path: Path, tables: tuple[str, ...], map_size: int = MAP_SIZE, readonly: bool = False) -> None:
+        self._path = path
+        self._names = tables
+        self._map_size = map_size
+        self._readonly = readonly
+        self._gate = threading.Condition()
+        self._inside = 0  # read transactions under way, by the gate
+        self._shut = False  # the environment is closed, or about to be
+        self._open()
+
+    def _open(self) -> None:
+        created = not (self._path / "data.mdb").exists()
+        if created:
+            self._path.mkdir(mode=0o700, exist_ok=True)
+        self.env = lmdb.open(
+            str(self._path),
+            map_size=self._map_size,
+            max_dbs=16,
+            max_readers=64,
+            sync=True,
+            metasync=True,
+            mode=0o600,
+            readonly=self._readonly,
+        )
+        self.env.reader_check()
+        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in self._names}
+        with self.env.begin() as txn:
+            self._opened(txn)
+        if created:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _opened(self, txn: Any) -> None:
+        """Called each time that the environment has been opened: a store reads anew what it keeps in memory of the tables. What
+        this raises is raised by the constructor or `reopen`."""
+
+    def reopen(self) -> None:
+        """Writer thread: close and open again after a failed commit, when no other thread reads. The state is that of the last
+        commit that returned. When it raises, it has to be called again, and nobody can read until then."""
+        with self._gate:
+            self._shut = True
+            self._gate.wait_for(lambda: not self._inside)
+        self.env.close()
+        self._open()
+        with self._gate:
+            self._shut = False
+            self._gate.notify_all()
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        """A read transaction, on any thread but the writer's; not within another one. While it is under way the environment stays
+        open. StoreError when the environment cannot be opened again after a failed commit."""
+        with self._gate:
+            if not self._gate.wait_for(lambda: not self._shut, READ_PATIENCE):
+                raise StoreError("the store could not be opened again after a failed commit")
+            self._inside += 1
+        try:
+            with self.env.begin() as txn:
+                yield txn
+        finally:
+            with self._gate:
+                self._inside -= 1
+                if self._shut and not self._inside:
+                    self._gate.notify_all()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def used(self) -> tuple[int, int]:
+        """(octets of the map's pages that hold rows, the map's size). Freed pages, which LMDB uses again, do not count."""
+        with self.reading() as txn:
+            tables = [txn.stat(table) for table in self.tables.values()]
+            pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in tables)
+            return pages * tables[0]["psize"], self.env.info()["map_size"]
