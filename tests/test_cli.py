@@ -89,6 +89,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
     ("dkim", "rotate"): ["d.example", "--selector", "s", "--out", "k"],
     ("doctor", "domain"): ["d.example", "--address", "127.0.0.1"],
+    **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password")},
+    ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
@@ -473,7 +475,7 @@ def test_a_verb_imports_only_what_it_needs(path, relay, tmp_path):
         command += ["--dry-run"] if path[1] in ("flush", "hold", "release", "delete", "bounce") else []
     if path == ("config", "show"):
         command += ["--set", 'listener=[{address="127.0.0.1:1"}]']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, input="a password\n")
     assert done.returncode == 0, done.stderr
     assert HEAVY & {name.partition(".")[0] for name in done.stderr.split()} <= NEEDS.get(path, set())
 

@@ -27,7 +27,7 @@ async def test_a_worker_that_cannot_listen_ends_in_order(tmp_path):
     with pytest.raises(OSError, match="socket"):
         await worker.start(
             config=config.to_json(), slot=0, workers=1, shards=[0], probed=[], culprit=0, states=[], tickets=bytes(OCTETS),
-            descriptors=[os.dup(shared.descriptor), no_socket],
+            mail=None, descriptors=[os.dup(shared.descriptor), no_socket],
         )  # fmt: skip
     worker.stopping.set()
     async with asyncio.timeout(60):

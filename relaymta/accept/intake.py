@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from relaymta.accept.endpoint import Endpoint
+from relaymta.accept.local import LocalRecipients
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity, group_of, plain_address
 from relaymta.config import Config, Listener, PeerNetwork
@@ -14,7 +15,7 @@ from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
-from relaymta.proto.address import compared, domain_of, in_u_labels
+from relaymta.proto.address import compared, domain_matches, domain_of, in_u_labels
 from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UTF8_HEADER, Body, Envelope
 from relaymta.proto.header import (
     HEADER_SEEN,
@@ -80,7 +81,8 @@ class Client:
 
 class Origin(NamedTuple):
     """Where a message comes from, and what follows for it. `identity`: the authenticated user; `may_relay`: the client is
-    authenticated or in a network that may relay; `free`: its recipients need no check; `submission`: Date and Message-ID are
+    authenticated or in a network that may relay; `free`: its recipients need no check, but for those whose mail
+    is kept here; `submission`: Date and Message-ID are
     added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
     `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
     are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
@@ -148,6 +150,7 @@ class Intake:
         self.log = log
         self.draining = False
         self.out_of_memory = False
+        self.local: LocalRecipients | None = None  # None: no mailboxes are kept here
         self.configure(config, routes)
 
     def configure(self, config: Config, routes: RouteTable) -> None:
@@ -155,6 +158,7 @@ class Intake:
         self._config = config
         self._routes = routes
         self._domains = {compared(domain.rstrip(".")) for domain in config.relay.domains}
+        self._local_domains = [domain for route in config.route if route.is_local for domain in route.recipient_domain]
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)
@@ -223,9 +227,13 @@ class Intake:
         return None
 
     def accept_recipient(self, origin: Origin, address: str, transaction: Transaction) -> bytes | None:
-        """The check at RCPT: relay rights, then rates and quotas. The reply that rejects the recipient, or None."""
+        """The check at RCPT: relay rights, or whether a mailbox exists; then rates and quotas. The reply that rejects the
+        recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
+        elif self.local is not None and self._is_local(address):
+            found = self.local.refusal(address)
+            refused = reply.format_reply(*found) if found is not None else None
         else:
             refused = None if origin.may_relay else self._refusal(address)
         if refused is not None:
@@ -233,6 +241,10 @@ class Intake:
             self._rejected(origin.client, "", transaction.sender, [address], refused)
             return refused
         return self._spend(origin.client, origin.identity, transaction)
+
+    def _is_local(self, address: str) -> bool:
+        """Whether mail for an address is kept here, in mailboxes."""
+        return domain_matches(domain_of(address), self._local_domains)
 
     def _refusal(self, address: str) -> bytes | None:
         """The reply that rejects a recipient of an unauthenticated client, or None."""
@@ -372,6 +384,8 @@ class Intake:
         recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
+        if self.local is not None:
+            recipients = self.local.expanded(recipients, self._is_local)
         if self._staging is not None:
             recipients = self._staging.recipients(recipients)
         queue = self.queue

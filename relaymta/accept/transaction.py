@@ -75,9 +75,10 @@ class IncomingTransaction(Transaction):
     # Receiving
 
     def accept(self, address: str) -> bytes | None:
-        if self.origin.free and "@" in address:
+        intake = self._admission.intake
+        if self.origin.free and intake.local is None and "@" in address:
             return None
-        return self._admission.intake.accept_recipient(self.origin, address, self)
+        return intake.accept_recipient(self.origin, address, self)
 
     def arrived(self, now: float) -> None:
         """As of `Transaction`; `now`: loop time."""

@@ -15,6 +15,7 @@ from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.describing import describe, given_values
 from relaymta.config.loading import load, load_accounts
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
+from relaymta.config.mailboxes import Mailboxes
 from relaymta.config.networks import everywhere
 from relaymta.config.reloading import Change, merge
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging, header_condition
@@ -24,7 +25,7 @@ from relaymta.config.whole import Config
 
 __all__ = [
     "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Intake",
-    "LimitsTable", "Listener", "Log", "Metrics", "OAuth", "PeerNetwork", "QueueTable", "Relay", "Route", "Rule", "Secret",
-    "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe", "everywhere", "given_values",
+    "LimitsTable", "Listener", "Log", "Mailboxes", "Metrics", "OAuth", "PeerNetwork", "QueueTable", "Relay", "Route", "Rule",
+    "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe", "everywhere", "given_values",
     "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota",
 ]  # fmt: skip

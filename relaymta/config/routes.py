@@ -14,6 +14,14 @@ from relaymta.config.values import Duration, Host, Rate, Reload, Size, Table, in
 __all__ = ["Route", "Rule", "SiteTable", "Source", "Staging", "header_condition"]
 
 
+# Keys that are about the hosts of a route
+_OF_HOSTS = {
+    "mx", "hosts", "lookup", "lookup_hosts", "mode", "weights", "tls", "ca_file", "client_certificate", "client_key", "auth",
+    "username", "password_file", "password_env", "oauth", "sources", "ip", "rewrite_sender", "chunking", "connections",
+    "messages_per_connection",
+}  # fmt: skip
+
+
 def header_condition(text: str) -> tuple[bytes, re.Pattern[str]]:
     """A route's `header` condition as (field name in lower case, expression). ValueError when it is malformed."""
     name, colon, expression = text.partition(":")
@@ -61,7 +69,9 @@ class Route(Table):
         "failover", description="failover: use the next host when one cannot be reached; balance: share the load"
     )
     weights: Reload[list[int]] = Field([], description="weights of the hosts for balance, in their order; empty: equal")
-    protocol: Reload[Literal["smtp", "lmtp"]] = Field("smtp", description="protocol of the hosts")
+    protocol: Reload[Literal["smtp", "lmtp", "mailbox"]] = Field(
+        "smtp", description="protocol of the hosts; mailbox: the mail is kept here, in mailboxes of local users"
+    )
     tls: Reload[Literal["off", "may", "encrypt", "verify"]] = Field(
         "may",
         description="TLS to these hosts; may: if offered; encrypt: required, with any certificate; verify: with a valid one",
@@ -138,10 +148,25 @@ class Route(Table):
             ("can be combined with application and recipient_domain only: MX hosts are known per domain, not per message"),
         )
         yield self.protocol == "lmtp" and not self.hosts, "protocol", '"lmtp" needs hosts'
+        if self.is_local:
+            for key in sorted(self.model_fields_set & _OF_HOSTS):
+                yield True, key, 'it has no meaning with protocol = "mailbox": the mail is kept here'
+            domains = [domain for domain in self.recipient_domain if not domain.startswith(".")]
+            yield not domains, "protocol", '"mailbox" needs recipient_domain = ["..."]: the domains whose mail is kept here'
         unix = any(host.startswith("unix:") for host in self.hosts)
         yield unix and self.protocol != "lmtp", "hosts", 'unix: hosts need protocol = "lmtp"'
         rewritten = self.rewrite_sender
         yield bool(rewritten) and "@" not in rewritten, "rewrite_sender", f'{rewritten!r} is neither an address nor "@domain"'
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its mail is kept here, in mailboxes."""
+        return self.protocol == "mailbox"
+
+    @property
+    def one_queue(self) -> bool:
+        """Whether all its mail waits together, whatever the domain: it goes to the same hosts, or to mailboxes."""
+        return bool(self.hosts) or self.is_local
 
     @property
     def catches_all(self) -> bool:

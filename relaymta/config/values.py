@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from relaymta.duration import SECONDS, parse_duration, seconds_of
+from relaymta.duration import SECONDS, parse_duration, parse_size, seconds_of
 from relaymta.errors import ConfigError, near
 from relaymta.proto.address import DomainError, normalize_domain, plain
 
@@ -21,14 +21,12 @@ __all__ = [
     "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
 ]  # fmt: skip
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)i?[bB]?\Z")
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
 _PORT = re.compile(r"[0-9]{1,9}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
-_OCTETS = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 # What a reload does with a key
@@ -108,12 +106,7 @@ def repeated(names: list[str]) -> list[tuple[int, str]]:
 
 
 def _size(value: object) -> object:
-    if isinstance(value, str):
-        match = _SIZE.match(value.strip())
-        if match is None:
-            raise ValueError('a size such as "50MB"')
-        return int(float(match[1]) * _OCTETS[match[2]])
-    return value
+    return parse_size(value) if isinstance(value, str) else value
 
 
 def _rate(value: object) -> object:

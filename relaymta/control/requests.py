@@ -108,6 +108,51 @@ class Clearing(_Arguments, frozen=True):
     resume: bool
 
 
+class MailboxCreate(_Arguments, frozen=True):
+    """A user. `password`: "" for one whose back end knows it; quotas as of `store.directory.User`."""
+
+    address: Text
+    password: Text
+    octets: int
+    messages: int
+
+
+class MailboxUsers(_Arguments, frozen=True):
+    """A page of the users, behind the id `after`."""
+
+    after: Number
+
+
+class MailboxUser(_Arguments, frozen=True):
+    """A user by address. `messages`: with the messages of each mailbox."""
+
+    address: Text
+    messages: bool = False
+
+
+class MailboxAlias(_Arguments, frozen=True):
+    """`targets`: none to remove the alias."""
+
+    address: Text
+    targets: list[Text]
+
+
+class MailboxFields(_Arguments, frozen=True):
+    """What is to change of a user; None: nothing."""
+
+    disabled: bool | None = None
+    secret: Text | None = None
+    octets: int | None = None
+    messages: int | None = None
+
+
+class MailboxChange(_Arguments, frozen=True):
+    """A user by address, and what is to change."""
+
+    address: Text
+    changes: MailboxFields
+
+
 # How answers are merged: the workers' answers and the request's arguments -> one answer
 
 Rows = list[dict[str, Any]]
@@ -206,6 +251,11 @@ REQUESTS: dict[str, Request] = {
         Request("policy", Policy, Where.SUPERVISOR, changes=True),
         Request("clear", Clearing, Where.SUPERVISOR, changes=True),
         Request("routes", Nothing, Where.ANY),
+        Request("mailbox_create", MailboxCreate, Where.SUPERVISOR, 40, changes=True),
+        Request("mailbox_users", MailboxUsers, Where.SUPERVISOR),
+        Request("mailbox_user", MailboxUser, Where.SUPERVISOR, 30),
+        Request("mailbox_alias", MailboxAlias, Where.SUPERVISOR, 30, changes=True),
+        Request("mailbox_change", MailboxChange, Where.SUPERVISOR, 30, changes=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

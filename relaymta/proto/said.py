@@ -1,10 +1,11 @@
 """A peer's reply to a command of ours, and its class (RFC 5321 4.2, 3463)."""
 
 import re
+from typing import NamedTuple
 
 from relaymta.proto.envelope import reply_text
 
-__all__ = ["LONGEST", "Said", "classify", "wants_tls"]
+__all__ = ["LONGEST", "Reply", "Said", "classify", "wants_tls"]
 
 LONGEST = 4096  # characters of a reply's text that are kept
 
@@ -13,6 +14,14 @@ _TLS = re.compile(r"\b(?:STARTTLS|TLS|SSL|encrypt(?:ed|ion)?)\b", re.I)
 # Codes that say it: RFC 3207 4 (530), RFC 5248 2.4 (523 5.7.10, 538 5.7.11).
 _TLS_CODES = (523, 530, 538)
 _TLS_ENHANCED = ("5.7.10", "5.7.11")
+
+
+class Reply(NamedTuple):
+    """A reply of ours to one recipient."""
+
+    code: int
+    enhanced: str
+    text: str
 
 
 class Said:

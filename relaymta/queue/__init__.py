@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from relaymta.control.filters import Filter
+from relaymta.disk.big import BigBody
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.ident import IdSource
@@ -23,7 +24,7 @@ from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError
 from relaymta.ident import format_id, parse_id
 from relaymta.proto.envelope import HELD, Body, Envelope, QueueName
-from relaymta.queue.big import BigBodies, BigBody
+from relaymta.queue.big import BigBodies
 from relaymta.queue.bodies import Bodies
 from relaymta.queue.change import Change
 from relaymta.queue.changes import Changes

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from relaymta.disk.big import BigBody
 from relaymta.disk.segments import COLD, HOT, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
@@ -18,7 +19,6 @@ from relaymta.proto.envelope import (
     RecipientState,
     shortened,
 )
-from relaymta.queue.big import BigBody
 from relaymta.queue.change import Change
 from relaymta.queue.dsns import Dsns, data_of
 from relaymta.queue.entry import Outcome, Put

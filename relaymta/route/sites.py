@@ -62,7 +62,7 @@ class Sites:
         if fixed is not None:
             return fixed
         route = self._routes.route_of(name)
-        if route.hosts:
+        if route.one_queue:
             return self._fixed.setdefault(name.route, Site(route.label, route, None))
         found = self._known.get((name.route, name.domain, name.application))
         return found[0] if found is not None and found[1] > self._now() else None

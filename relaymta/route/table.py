@@ -147,7 +147,7 @@ class RouteTable:
         """The queues of a message that was tried `attempts` times: name, and which recipients (None: all). At least one."""
         recipients = envelope.recipients
         only = None if envelope.route else self._only
-        if len(recipients) == 1 or (only is not None and only.hosts):
+        if len(recipients) == 1 or (only is not None and only.one_queue):
             route = only or self.choose(envelope, recipients[0], attempts)
             return [(self._name(envelope, route, recipients[0]), None)]
         groups: dict[QueueName, list[int]] = {}
@@ -159,7 +159,7 @@ class RouteTable:
         return list(groups.items())
 
     def _name(self, envelope: Envelope, route: Route, recipient: str) -> QueueName:
-        domain = "" if route.hosts else domain_of(recipient)  # an invalid one: the attempt fails with the reason
+        domain = "" if route.one_queue else domain_of(recipient)  # an invalid one: the attempt fails with the reason
         return QueueName(route.label, domain, envelope.application, envelope.priority)
 
     def by_route(self, route: Route, name: QueueName) -> QueueName:

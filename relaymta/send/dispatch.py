@@ -30,6 +30,7 @@ from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 from relaymta.send.connections import Connections
 from relaymta.send.decisions import Decisions, Publish
+from relaymta.send.local import Local, Store
 from relaymta.send.lookups import Lookups
 from relaymta.send.oauth import Tokens
 from relaymta.send.opener import Opener, Sources
@@ -79,13 +80,14 @@ class Dispatcher:
         self.tasks = Tasks(loop, log)
         self.room = Room(limits, rates, config.delivery.connections, self._pump_in, loop.time)
         self.recovery = Recovery(in_flight, probed, self.offer)
-        self.landed = self.recovery.landed  # called when an entry's outcome is durable
         self.parking = Parking(self.room, self.tasks.spawn, self.recovery.landed)
         self.decisions = Decisions(
             states, publish, log, self.pools, loop.time, self._clock, self.parking.send_back, self.parking.wake,
             self.parking.wake_pool,
         )  # fmt: skip
         self.outcomes = Outcomes(counters, self.decisions, self.parking)
+        self.landed = self.recovery.landed  # called when an entry's outcome is durable
+        self.local = Local(self.outcomes, in_flight, self.tasks, counters, log)
         self.lookups = Lookups(self.outcomes, self.parking, self.tasks, self._found, loop.time)
         self.opener = Opener(config, resolver, log, tokens, self._make)
         self.sessions = Sessions(
@@ -103,6 +105,7 @@ class Dispatcher:
 
     def _configure(self, config: Config, routes: RouteTable) -> None:
         self.routes = routes
+        self._keeps = any(route.is_local for route in routes.routes)
         self.shaping = Shaping(config)
         self.sites = Sites(routes, self._resolver, Ourselves.of(config).names, self._resolver.now)
         self._sources = Sources(config, self._log)
@@ -113,6 +116,16 @@ class Dispatcher:
         self.lookups.configure(self.sites, int(config.delivery.first_retry * 1000))
         self.connections.configure(config, self.shaping)
 
+    def keep_mail(self, store: Store) -> None:
+        """Deliver into mailboxes, too; called before `landed` is given to anybody."""
+        self.local.store = store
+
+        def landed(entry: Entry) -> None:
+            self.recovery.landed(entry)
+            self.local.landed(entry)
+
+        self.landed = landed
+
     @property
     def queue(self) -> Queue | None:
         """The queue that entries come from; set once, before the first one is offered."""
@@ -121,7 +134,7 @@ class Dispatcher:
     @queue.setter
     def queue(self, queue: Queue) -> None:
         self._queue = queue
-        for part in (self.parking, self.outcomes, self.lookups, self.connections, self.connections.loading):
+        for part in (self.parking, self.outcomes, self.local, self.lookups, self.connections, self.connections.loading):
             part.queue = queue
 
     def _its_queue(self) -> Queue:
@@ -136,7 +149,7 @@ class Dispatcher:
     def awake(self, name: QueueName) -> bool:
         """Whether mail of a queue would be tried immediately."""
         site = self.sites.known(name)
-        if self.connections.draining or site is None or site.route.sources:
+        if self.connections.draining or site is None or site.route.sources or (self._keeps and site.route.is_local):
             return not self.connections.draining
         pool = self.pools.get(site.key)
         if pool is None:
@@ -165,6 +178,9 @@ class Dispatcher:
             # It was queued before staging was switched on: it stays in the queue.
             why = "staging: not sent to real recipients (staging.redirect)"
             self.outcomes.charge(entry, TRANSIENT, "route", "", 0, "4.7.1", why)
+            return
+        if self._keeps and site.route.is_local:
+            self.local.deliver(entry)
             return
         source = None
         if site.route.sources:
@@ -248,6 +264,7 @@ class Dispatcher:
             self.recovery.tick()
             self.policies.tick()
             self.parking.tick()
+            self.local.tick()
             self.connections.tick(self.loop.time(), self._clock())
 
     def look_back(self) -> None:
@@ -275,12 +292,12 @@ class Dispatcher:
 
     def in_flight(self) -> int:
         """Messages in flight."""
-        return self.sessions.in_flight()
+        return self.sessions.in_flight() + self.local.under_way
 
     async def drain(self, seconds: float, data_seconds: float) -> None:
         """Start nothing new; wait up to `seconds` for messages under way, `data_seconds` for those past their final dot; then
         close all connections."""
-        await self.connections.drain(seconds, data_seconds)
+        await asyncio.gather(self.connections.drain(seconds, data_seconds), self.local.drain(seconds))
         self._timer.cancel()
         self.opener.close()
         await self.tasks.cancel()

@@ -33,6 +33,7 @@ from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program
 from relaymta.supervisor.configuration import Configuration
 from relaymta.supervisor.machine import Machine
+from relaymta.supervisor.mailboxes import MachineMailboxes, keeps_mail
 from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
 
@@ -46,6 +47,7 @@ class Supervisor:
         self.shared = Shared.create()
         self.stopping = asyncio.Event()
         self.failure = ""
+        self.mail: MachineMailboxes | None = None
         self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
         self.configuration = Configuration(config, reload, self.slots)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -75,6 +77,7 @@ class Supervisor:
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
         check_files(config)
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
+        self.mail = MachineMailboxes(spool, workers, self.slots) if keeps_mail(config) else None
         self.configuration.note(config)
         existing = _existing_shards(spool)
         for number, own in enumerate(sockets):
@@ -86,6 +89,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self.configuration.hang_up)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         server = await asyncio.start_unix_server(partial(serve_cli, self), sock=control)
+        if self.mail is not None:
+            self.mail.start()
         self.failure = await self.slots.start()
         if self.failure:
             self.stopping.set()
@@ -101,6 +106,8 @@ class Supervisor:
         await self.slots.stop()
         server.close()  # until then the command line is answered: mail may be under way for long
         await self.machine.stop()
+        if self.mail is not None:
+            self.mail.close()
         if http is not None:
             await http.cleanup()
         remove_socket(control, config.control_path)
@@ -119,6 +126,7 @@ class Supervisor:
             "config": self.configuration.given(slot),
             "states": [msgspec.to_builtins(state) for state in self.machine.known_by_workers()],
             "tickets": self.machine.tickets,
+            "mail": self.mail.of(slot.number) if self.mail is not None else None,
         }
 
     def _started(self, slot: Slot) -> None:

@@ -17,7 +17,21 @@ import msgspec
 
 from relaymta import __version__
 from relaymta.control import Answer, Late, converse, sentence
-from relaymta.control.requests import REQUESTS, Clearing, Nothing, OfMessage, Policy, Request, Suspension, Where
+from relaymta.control.requests import (
+    REQUESTS,
+    Clearing,
+    MailboxAlias,
+    MailboxChange,
+    MailboxCreate,
+    MailboxUser,
+    MailboxUsers,
+    Nothing,
+    OfMessage,
+    Policy,
+    Request,
+    Suspension,
+    Where,
+)
 from relaymta.errors import RelayError
 from relaymta.ident import format_id, parse_id, shard_of
 from relaymta.log import find_history
@@ -25,6 +39,7 @@ from relaymta.metrics import RESULTS
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
+from relaymta.supervisor.mailboxes import MachineMailboxes, row_of
 from relaymta.supervisor.slots import Slot
 
 if TYPE_CHECKING:
@@ -33,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Answers", "serve_cli", "usage"]
 
 _STARTED = time.monotonic()  # the process is as old as its modules
+USERS_TOGETHER = 500
 METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
 
 
@@ -208,6 +224,37 @@ class Answers:
         names = {args.site, counted_as(self._supervisor.config, args.site)} if args.resume else {args.site}
         keys = [(kind, site, args.about) for kind in kinds for site in names]
         return sum(self._supervisor.machine.set_site_state(None, key) for key in keys)
+
+    # Mailboxes
+
+    def _mail(self) -> MachineMailboxes:
+        found = self._supervisor.mail
+        if found is None:
+            hint = 'no route has protocol = "mailbox"'
+            raise RelayError(f"no mailboxes are kept here: {hint} (a new one needs a restart)")
+        return found
+
+    async def mailbox_create(self, args: MailboxCreate) -> dict[str, Any]:
+        """As `MachineMailboxes.create`."""
+        config = self._supervisor.config
+        return row_of(await self._mail().create(config, args.address, args.password, args.octets, args.messages))
+
+    async def mailbox_users(self, args: MailboxUsers) -> list[dict[str, Any]]:
+        """A page of the users."""
+        return await asyncio.to_thread(self._mail().rows, args.after, USERS_TOGETHER)
+
+    async def mailbox_user(self, args: MailboxUser) -> dict[str, Any]:
+        """One user, with addresses and mailboxes."""
+        return await self._mail().show(args.address, args.messages)
+
+    async def mailbox_alias(self, args: MailboxAlias) -> None:
+        """As `Directory.set_alias`."""
+        await self._mail().alias(self._supervisor.config, args.address, args.targets)
+
+    async def mailbox_change(self, args: MailboxChange) -> dict[str, Any]:
+        """Change a user's row."""
+        changes = {key: value for key, value in msgspec.to_builtins(args.changes).items() if value is not None}
+        return row_of(await self._mail().change(args.address, changes))
 
     async def reload(self, args: Nothing) -> str:
         """As `Supervisor.reload`. RelayError while the relay stops."""

@@ -22,6 +22,7 @@ from relaymta.accept.acceptor import Acceptor
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
+from relaymta.accept.local import LocalRecipients
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
@@ -33,8 +34,12 @@ from relaymta.node import SiteState, SiteStates
 from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
+from relaymta.send.local import Store
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import Shared
+from relaymta.store.deliver import Delivery
+from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.recipients import Recipients
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import Gauges, busy
@@ -61,6 +66,9 @@ class Shard:
             config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
+        if worker.mail is not None:
+            delivery = Delivery(worker.mail, lambda: worker.config.mailboxes)
+            self.dispatcher.keep_mail(Store(delivery.deliver, worker.mail.forget))
         self.queue = Queue(
             Path(config.spool),
             number,
@@ -90,6 +98,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.shards: dict[int, Shard] = {}
         self.intake: Intake | None = None
+        self.mail: Mailboxes | None = None
+        self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
         self.reloading = Reloading(self)
         self._borrowed: dict[int, list[Listening]] = {}  # by the slot whose sockets they are
@@ -113,10 +123,12 @@ class Worker:
         culprit: int,
         states: list[Any],
         tickets: bytes,
+        mail: list[int] | None,
         descriptors: list[int],
     ) -> None:
         """Open the shards, then accept mail. `descriptors`: the shared memory, then the listening sockets. `probed`, `culprit`:
-        messages in flight when the last worker died (shm.InFlight). RelayError or OSError when the worker cannot serve."""
+        messages in flight when the last worker died (shm.InFlight). `mail`: the shards of mailboxes that this worker owns; None:
+        no mailboxes are kept. RelayError or OSError when the worker cannot serve."""
         self.config = Config.model_validate_json(config)
         self.slot = slot
         self.workers = workers
@@ -136,6 +148,9 @@ class Worker:
         if any(route.lookup for route in self.config.route):
             import aiohttp  # noqa: F401 (at start, rather than while mail waits)
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
+        if mail is not None:
+            self.mail = Mailboxes(Path(self.config.spool), mail)
+            await self.mail.start()
         for number in shards:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():
@@ -148,6 +163,9 @@ class Worker:
         endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
+        if self.mail is not None:
+            known = Recipients(self.mail, lambda: self.config.mailboxes)
+            self.intake.local = LocalRecipients(known.refusal, known.expanded)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"))
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
@@ -221,6 +239,32 @@ class Worker:
     async def _busy(self, descriptors: list[int], names: list[str] | None) -> list[Any]:
         return busy(self.shards.values(), names, self.loop.time())
 
+    async def _peer(self, descriptors: list[int], shards: list[int]) -> None:
+        """A channel to another worker, which owns these shards of mailboxes."""
+        sock = socket.socket(fileno=descriptors[0])
+        if self.mail is None:
+            sock.close()
+            return
+        channel = Channel(sock, self._from_peer, lambda: self._peers.discard(channel))
+        self._peers.add(channel)
+        self.mail.reach(shards, channel)
+
+    async def _from_peer(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
+        if self.mail is None or op not in _OF_PEERS:
+            raise RelayError(f"no such request of a peer: {op}")
+        return await _OF_PEERS[op](self.mail, **args)
+
+    def _mailboxes(self) -> Mailboxes:
+        if self.mail is None:
+            raise RelayError("no mailboxes are kept here")
+        return self.mail
+
+    async def _mail_user(self, descriptors: list[int], **args: Any) -> None:
+        await self._mailboxes().add_user(**args)
+
+    async def _mail_show(self, descriptors: list[int], **args: Any) -> dict[str, Any]:
+        return await self._mailboxes().show_user(**args)
+
     async def _borrow(self, descriptors: list[int], slot: int) -> None:
         """Accept connections on the sockets of a slot whose worker does not, until they are given back."""
         assert self.acceptor is not None
@@ -255,6 +299,10 @@ class Worker:
         self.acceptor.endpoint.signer.end()
         for shard in self.shards.values():
             await shard.queue.stop()
+        if self.mail is not None:
+            for channel in list(self._peers):
+                channel.close()
+            await self.mail.stop()
         await self.resolver.close()
         self.log.close()
 
@@ -269,8 +317,17 @@ _OWN_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "reopen_log": Worker._reopen_log,
     "tickets": Worker._renew_tickets,
     "site_state": Worker._site_state,
+    "peer": Worker._peer,
+    "mail_user": Worker._mail_user,
+    "mail_show": Worker._mail_show,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
+}
+
+
+_OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "mail_file": Mailboxes.filed_for_peer,
+    "mail_forget": Mailboxes.forget_for_peer,
 }
 
 

@@ -76,7 +76,7 @@ class Worker:
         self.in_flight = shared.in_flight(self.slot)
         self.states = SiteStates(world.states.values())
         self.log = Lines(self)
-        self.tokens = None  # no route has OAuth
+        self.tokens = self.mail = None  # no route has OAuth, or keeps mail
         self.routes = RouteTable(self.config)
         self.resolver = Resolver([], now=world.clock.monotonic)
         process, culprit = self.process, self.culprit

@@ -1,0 +1,160 @@
+"""`relaymta mailbox`: users whose mail is kept here, their addresses, and what they have."""
+
+import sys
+from typing import Any
+
+import click
+
+from relaymta.cli.console import record, say, say_json, table
+from relaymta.cli.options import Configuration, configured, fail, group
+from relaymta.cli.peer import Daemon, Offline, as_json, asked, connect, counted, given, size
+from relaymta.duration import parse_size
+
+__all__ = ["mailbox"]
+
+PAGE = 1000
+NOT_HERE = "mailbox needs the running daemon (start it with `relaymta serve`)"
+
+
+@group
+def mailbox() -> None:
+    """Manage users whose mail is kept here: their mailboxes, addresses and quotas."""
+
+
+def _daemon(read: Configuration) -> Daemon:
+    peer = connect(read)
+    if isinstance(peer, Offline):
+        fail(69, NOT_HERE)
+    return peer
+
+
+def _octets(option: str, text: str) -> int:
+    """The octets of a size; 0 for "" (that of the configuration), -1 for "none"."""
+    if not text:
+        return 0
+    if text == "none":
+        return -1
+    try:
+        return parse_size(text) or -1
+    except ValueError:
+        fail(64, f'{option} {text}: expected a size such as "5G", or "none"')
+
+
+def _password(given: bool) -> str:
+    """A password from a terminal, or the first line of standard input."""
+    if not given:
+        return ""
+    if sys.stdin.isatty():
+        return str(click.prompt("password", hide_input=True, confirmation_prompt=True))
+    password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        fail(64, "--password: there is none on standard input")
+    return password
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.option("--password", is_flag=True, help="Ask for a password, or read it from standard input.")
+@click.option("--quota", default="", metavar="SIZE", help='Octets, such as 5G, or "none"; default: mailboxes.quota.')
+@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@configured
+def create(read: Configuration, address: str, password: bool, quota: str, messages: int) -> None:
+    """Create a user and the mailboxes."""
+    octets = _octets("--quota", quota)
+    found = asked(
+        _daemon(read), "mailbox_create", address=address, password=_password(password), octets=octets, messages=messages
+    )
+    say(f"{found['user']} has mailboxes in shard {found['shard']}")
+
+
+@mailbox.command(name="list")
+@as_json
+@configured
+def list_users(read: Configuration, as_json: bool) -> None:
+    """List the users."""
+    peer, after, shown = _daemon(read), 0, 0
+    while page := asked(peer, "mailbox_users", after=after):
+        after, shown = page[-1]["id"], shown + len(page)
+        if as_json:
+            for row in page:
+                say_json(row)
+        else:
+            table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
+    if not shown and not as_json:
+        say("there are no users", err=True)
+
+
+_HEAD = ["user", "state", "shard", "quota", "login"]
+
+
+def _quota(row: dict[str, Any]) -> str:
+    own = row["quota"]
+    return "default" if not own else "none" if own < 0 else size(own)
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.option("--messages", is_flag=True, help="The messages in each mailbox, too.")
+@as_json
+@configured
+def show(read: Configuration, address: str, messages: bool, as_json: bool) -> None:
+    """Show a user: addresses, mailboxes, what is used."""
+    found = asked(_daemon(read), "mailbox_user", address=address, messages=messages)
+    if as_json:
+        say_json(found)
+        return
+    record(f"{found['user']}: {found['state']}, shard {found['shard']}, {counted(found['messages'], 'message', 'messages')}, "
+           f"{size(found['octets'])} of {_quota(found)}")  # fmt: skip
+    record(f"  addresses: {', '.join(found['addresses'])}")
+    for row in found["mailboxes"]:
+        special = f" ({row['special']})" if row["special"] else ""
+        record(f"  {row['name']}{special}: {counted(row['messages'], 'message', 'messages')}, {row['unseen']} unseen")
+        for message in row.get("list", []):
+            record(f"    {message['uid']}  {size(message['size'])}  {' '.join(message['flags']) or '-'}  {message['subject']}")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.argument("targets", nargs=-1)
+@click.option("--remove", is_flag=True, help="Remove the alias.")
+@configured
+def alias(read: Configuration, address: str, targets: tuple[str, ...], remove: bool) -> None:
+    """Let an address lead to others; @DOMAIN is a catch-all."""
+    if bool(targets) == remove:
+        fail(64, "to which addresses? `relaymta mailbox alias ADDRESS TARGET ...`, or --remove")
+    asked(_daemon(read), "mailbox_alias", address=address, targets=list(targets))
+    say(f"{address} is no alias any more" if remove else f"{address} leads to {', '.join(targets)}")
+
+
+def _change(name: str, sentence: str, done: str, **changes: Any) -> None:
+    @mailbox.command(name=name, help=sentence)
+    @click.argument("address", callback=given)
+    @configured
+    def command(read: Configuration, address: str) -> None:
+        asked(_daemon(read), "mailbox_change", address=address, changes=changes)
+        say(f"{address} {done}")
+
+
+_change("disable", "Refuse mail and logins of a user; the mailboxes stay.", "is disabled", disabled=True)
+_change("enable", "End `disable`.", "is enabled", disabled=False)
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@configured
+def password(read: Configuration, address: str) -> None:
+    """Set a user's password, which is asked for or read from standard input."""
+    asked(_daemon(read), "mailbox_change", address=address, changes={"secret": _password(True)})
+    say(f"{address} has a new password")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.argument("octets")
+@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@configured
+def quota(read: Configuration, address: str, octets: str, messages: int) -> None:
+    """Set a user's quota: a size such as 5G, "none", or "default"."""
+    changes = {"octets": 0 if octets == "default" else _octets("quota", octets), "messages": messages}
+    asked(_daemon(read), "mailbox_change", address=address, changes=changes)
+    say(f"the quota of {address} is {octets}")

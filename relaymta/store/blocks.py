@@ -1,0 +1,152 @@
+"""The index records of a mailbox: UID, flags and MODSEQ of each message, in blocks of at most 80, in the order of their UIDs.
+
+A block is a run of records of 24 octets under the key of its first UID. SELECT, FLAGS, CHANGEDSINCE and UNSEEN read nothing else.
+Values stay below 2 kB, so LMDB needs no overflow pages; emptied blocks go, and small neighbours join.
+"""
+
+import struct
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+__all__ = ["MOST", "RECORD", "Blocks", "Record"]
+
+RECORD = struct.Struct("<IIQQ")  # UID, unused, flags, MODSEQ
+MOST = 80
+SMALL = MOST // 4  # a block with fewer records is joined with the next when both fit into one
+
+KEY = struct.Struct(">QBI")
+KIND = 1
+LAST_UID = 0xFFFFFFFF
+
+
+class Record(NamedTuple):
+    """One message in the index. `flags`: bits (rows.py)."""
+
+    uid: int
+    flags: int
+    modseq: int
+
+
+def records_of(block: bytes) -> list[Record]:
+    """The records of a block."""
+    return [Record(uid, flags, modseq) for uid, _, flags, modseq in RECORD.iter_unpack(block)]
+
+
+def _pack(record: Record) -> bytes:
+    return RECORD.pack(record.uid, 0, record.flags, record.modseq)
+
+
+class Blocks:
+    """The blocks of one mailbox in a transaction; what is changed here, only in a write transaction."""
+
+    def __init__(self, txn: Any, table: Any, mailbox: int) -> None:
+        self._txn = txn
+        self._table = table
+        self._mailbox = mailbox
+        self._prefix = KEY.pack(mailbox, KIND, 0)[:9]
+
+    def __iter__(self) -> Iterator[Record]:
+        for _, block in self.blocks():
+            yield from records_of(block)
+
+    def blocks(self, first: int = 1) -> Iterator[tuple[int, bytes]]:
+        """(first UID, octets) of each block, from the one on that holds UID `first` or, when none does, the next one."""
+        cursor = self._txn.cursor(db=self._table)
+        if not self._seek(cursor, first) and not cursor.set_range(KEY.pack(self._mailbox, KIND, first)):
+            return
+        for key, block in cursor:
+            if key[:9] != self._prefix:
+                return
+            yield KEY.unpack(key)[2], block
+
+    def _seek(self, cursor: Any, uid: int) -> bool:
+        """Put the cursor on the last block whose first UID is at most `uid`; False when there is none."""
+        found = cursor.set_range(KEY.pack(self._mailbox, KIND, uid))
+        if found and cursor.key()[:9] == self._prefix and KEY.unpack(cursor.key())[2] == uid:
+            return True
+        found = cursor.prev() if found else cursor.last()
+        return bool(found) and cursor.key()[:9] == self._prefix
+
+    def get(self, uid: int) -> Record | None:
+        """A message's record; None when it is not in the mailbox."""
+        cursor = self._txn.cursor(db=self._table)
+        if not self._seek(cursor, uid):
+            return None
+        records = records_of(cursor.value())
+        place = bisect_left(records, (uid,))
+        return records[place] if place < len(records) and records[place].uid == uid else None
+
+    def range(self, first: int, last: int) -> Iterator[Record]:
+        """The records with UIDs from `first` to `last`."""
+        for start, block in self.blocks(first):
+            if start > last:
+                return
+            for record in records_of(block):
+                if first <= record.uid <= last:
+                    yield record
+
+    def append(self, record: Record) -> None:
+        """Add a message whose UID is higher than all that are there."""
+        cursor = self._txn.cursor(db=self._table)
+        if self._seek(cursor, LAST_UID):
+            block = cursor.value()
+            if len(block) < MOST * RECORD.size:
+                self._txn.put(cursor.key(), block + _pack(record), db=self._table)
+                return
+        self._txn.put(KEY.pack(self._mailbox, KIND, record.uid), _pack(record), db=self._table)
+
+    def replace(self, records: list[Record]) -> None:
+        """Write the records of messages that are there, in the order of their UIDs."""
+        self._rewrite({record.uid: record for record in records}, [record.uid for record in records])
+
+    def remove(self, uids: list[int]) -> None:
+        """Remove messages that are there; `uids` in order."""
+        self._rewrite({}, uids)
+
+    def _rewrite(self, new: dict[int, Record], uids: list[int]) -> None:
+        """Replace the records of `uids` by those in `new`, or remove those that are not in it; block by block."""
+        cursor, done = self._txn.cursor(db=self._table), 0
+        while done < len(uids):
+            if not self._seek(cursor, uids[done]):
+                raise KeyError(uids[done])
+            key = bytes(cursor.key())
+            records = records_of(cursor.value())
+            touched = set()
+            while done < len(uids) and uids[done] <= records[-1].uid:
+                touched.add(uids[done])
+                done += 1
+            missing = touched - {record.uid for record in records}
+            if missing or not touched:
+                raise KeyError(min(missing, default=uids[min(done, len(uids) - 1)]))
+            kept = [new.get(record.uid, record) for record in records if record.uid in new or record.uid not in touched]
+            self._write(key, kept, shrunk=len(kept) < len(records))
+
+    def _write(self, key: bytes, records: list[Record], shrunk: bool) -> None:
+        """Write a block; one that has become small is joined with its neighbours where both fit into one."""
+        first = KEY.pack(self._mailbox, KIND, records[0].uid) if records else b""
+        if key != first:
+            self._txn.delete(key, db=self._table)
+        if not records:
+            return
+        if shrunk and len(records) < SMALL:
+            before, behind = self._neighbour(first, back=True), self._neighbour(first, back=False)
+            for other, both in ((before, [*before, *records]), (behind, [*records, *behind])):
+                if other and len(both) <= MOST:
+                    self._txn.delete(KEY.pack(self._mailbox, KIND, other[0].uid), db=self._table)
+                    self._txn.delete(first, db=self._table)
+                    first, records = KEY.pack(self._mailbox, KIND, both[0].uid), both
+                    break
+        self._txn.put(first, b"".join(map(_pack, records)), db=self._table)
+
+    def _neighbour(self, key: bytes, back: bool) -> list[Record]:
+        """The records of the block in front of `key` or behind it; none when there is no such block."""
+        cursor = self._txn.cursor(db=self._table)
+        if cursor.set_range(key):
+            if back:
+                found = cursor.prev()
+            else:
+                found = cursor.key() != key or cursor.next()
+        else:
+            found = back and cursor.last()
+        return records_of(cursor.value()) if found and cursor.key()[:9] == self._prefix else []

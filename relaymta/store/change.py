@@ -1,0 +1,351 @@
+"""One write transaction of a shard: what happens to users, mailboxes and messages. Each method is all or nothing: it checks
+first, and raises Refusal before it has changed anything.
+
+States of mailboxes, users' rows and references of objects are collected, and written once by `finish` (or before a part).
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from relaymta.disk.segments import SegmentRow
+from relaymta.errors import RelayError
+from relaymta.proto.envelope import Body
+from relaymta.store.blocks import LAST_UID, Record
+from relaymta.store.rows import (
+    DELETED,
+    DONE,
+    EXPUNGED,
+    ID,
+    INBOX,
+    KEYWORDS_MOST,
+    MESSAGE,
+    NUMBER,
+    SEEN,
+    STATE,
+    SYSTEM_FLAGS,
+    MailboxRow,
+    MailboxState,
+    MailShard,
+    MessageRow,
+    ObjectRow,
+    UserRow,
+    encode_row,
+    name_key,
+    pairs,
+)
+
+__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal"]
+
+# Why something is refused (the response codes of RFC 5530 and RFC 9208).
+MISSING, EXISTS, OVERQUOTA, LIMIT, CANNOT = "nonexistent", "alreadyexists", "overquota", "limit", "cannot"
+
+MAILBOXES_MOST = 10_000  # of a user
+
+
+class Refusal(RelayError):
+    """The store does not do what was asked; nothing has changed. `code`: why, for programs."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Limits(NamedTuple):
+    """A user's quota; 0: any."""
+
+    octets: int = 0
+    messages: int = 0
+
+
+class Filed(NamedTuple):
+    """Where a message is now."""
+
+    mailbox: int
+    uidvalidity: int
+    uid: int
+    modseq: int
+
+
+class Change:
+    """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception. `freed`: bodies that
+    nothing points at any more. `touched`: the MODSEQ of each mailbox that has changed."""
+
+    def __init__(self, shard: MailShard) -> None:
+        self._shard = shard
+        self._tables = shard.tables
+        self.txn = shard.env.begin(write=True)
+        self._whole: Any = None  # the transaction, while `txn` is a part of it
+        self._states: dict[int, MailboxState] = {}
+        self._users: dict[int, UserRow] = {}
+        self._objects: dict[int, ObjectRow] = {}
+        self._before: tuple[int, dict[int, int]] = (0, {})  # what `undo_part` restores
+        self._meta: dict[bytes, int] = {}
+        self.freed: list[tuple[int, Body]] = []
+        self.touched: dict[int, int] = {}
+
+    # What is collected
+
+    def _user(self, user: int) -> UserRow:
+        row = self._users.get(user) or self._shard.user(self.txn, user)
+        if row is None:
+            raise Refusal(MISSING, "no such user")
+        self._users[user] = row
+        return row
+
+    def _state(self, mailbox: int) -> MailboxState:
+        state = self._states.get(mailbox) or self._shard.state(self.txn, mailbox)
+        if state is None:
+            raise Refusal(MISSING, "no such mailbox")
+        self._states[mailbox] = state
+        return state
+
+    def _object(self, ident: int) -> ObjectRow:
+        row = self._objects.get(ident) or self._shard.object(self.txn, ident)
+        if row is None:
+            raise Refusal(MISSING, "no such message")
+        self._objects[ident] = row
+        return row
+
+    def _number(self, key: bytes) -> int:
+        value = self._meta.get(key)
+        return self._shard.meta(self.txn, key) if value is None else value
+
+    def _change_mailbox(self, mailbox: int, state: MailboxState) -> int:
+        """The MODSEQ of a change of a mailbox."""
+        state.modseq += 1
+        self.touched[mailbox] = state.modseq
+        return state.modseq
+
+    # Users
+
+    def add_user(self, user: int, mailboxes: Iterable[tuple[str, str]], uidvalidity: int) -> None:
+        """Add a user with INBOX and these mailboxes (name and special use), subscribed to all. `uidvalidity`: of the first, by
+        the wall clock (s)."""
+        if self._shard.user(self.txn, user) is not None or user in self._users:
+            raise Refusal(EXISTS, "the user exists")
+        self._users[user] = UserRow(uidvalidity=uidvalidity)
+        for name, special in ((INBOX, ""), *mailboxes):
+            self.create_mailbox(user, name, special, subscribed=True)
+
+    def remove_user(self, user: int) -> None:
+        """Remove a user whose mailboxes are gone."""
+        self._user(user)
+        if next(self._shard.mailboxes(self.txn, user), None) is not None:
+            raise Refusal(CANNOT, "the user has mailboxes")
+        del self._users[user]
+        self.txn.delete(ID.pack(user), db=self._tables["user"])
+
+    # Mailboxes
+
+    def create_mailbox(self, user: int, name: str, special: str = "", subscribed: bool = False) -> MailboxRow:
+        """Add a mailbox."""
+        row = self._user(user)
+        old = self._shard.mailbox(self.txn, user, name)
+        if old is not None and old.mailbox:
+            raise Refusal(EXISTS, f"there is a mailbox {name}")
+        if sum(1 for _ in self._shard.mailboxes(self.txn, user)) >= MAILBOXES_MOST:
+            raise Refusal(LIMIT, f"{MAILBOXES_MOST} mailboxes are the most that a user may have")
+        number = self._number(b"mailboxes") + 1
+        self._meta[b"mailboxes"] = number
+        self._states[number] = MailboxState(row.uidvalidity)
+        row.uidvalidity += 1
+        new = MailboxRow(name, number, special, subscribed or (old is not None and old.subscribed))
+        self._put_mailbox(user, new)
+        return new
+
+    def _put_mailbox(self, user: int, row: MailboxRow) -> None:
+        self.txn.put(name_key(user, row.name), encode_row(row), db=self._tables["mailbox"])
+
+    def remove_mailbox(self, user: int, name: str) -> None:
+        """Remove a mailbox whose messages are gone; its name stays while it is subscribed."""
+        row = self._shard.mailbox(self.txn, user, name)
+        if row is None or not row.mailbox:
+            raise Refusal(MISSING, f"there is no mailbox {name}")
+        if self._state(row.mailbox).messages:
+            raise Refusal(CANNOT, f"{name} has messages")
+        del self._states[row.mailbox]
+        cursor = self.txn.cursor(db=self._tables["mail"])
+        prefix = ID.pack(row.mailbox)
+        while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+            cursor.delete()
+        if row.subscribed:
+            self._put_mailbox(user, MailboxRow(name, 0, "", True))
+        else:
+            self.txn.delete(name_key(user, name), db=self._tables["mailbox"])
+
+    # Messages
+
+    def add_object(self, ident: int, body: Body, references: int) -> None:
+        """Add a message's data, to which so many messages have been or will be filed in this transaction."""
+        self._objects[ident] = ObjectRow(references, body)
+        self._meta[b"highest"] = max(ident, self._number(b"highest"))
+
+    def file(
+        self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits, create: bool = False
+    ) -> Filed:
+        """Add a message to a mailbox (of which the caller has counted a reference in `add_object`)."""
+        owner = self._user(user)
+        self._check_room(owner, limits, 1, message.size)
+        if len(keywords) > KEYWORDS_MOST:
+            raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a message may have")
+        row = self._shard.mailbox(self.txn, user, name)
+        if row is None or not row.mailbox:
+            if not create:
+                raise Refusal(MISSING, f"there is no mailbox {name}")
+            row = self.create_mailbox(user, name, subscribed=True)
+        state = self._state(row.mailbox)
+        if state.uidnext > LAST_UID:
+            raise Refusal(LIMIT, f"{name} has had as many messages as it can")
+        flags |= self._bits(state, keywords)
+        uid, state.uidnext = state.uidnext, state.uidnext + 1
+        modseq = self._change_mailbox(row.mailbox, state)
+        self._shard.index(self.txn, row.mailbox).append(Record(uid, flags, modseq))
+        self.txn.put(MESSAGE.pack(row.mailbox, 2, uid), encode_row(message), db=self._tables["mail"])
+        _count(state, owner, flags, message.size, 1)
+        return Filed(row.mailbox, state.uidvalidity, uid, modseq)
+
+    def _check_room(self, owner: UserRow, limits: Limits, messages: int, octets: int) -> None:
+        if limits.octets and owner.octets + octets > limits.octets:
+            raise Refusal(OVERQUOTA, f"{owner.octets} of {limits.octets} octets are used")
+        if limits.messages and owner.messages + messages > limits.messages:
+            raise Refusal(OVERQUOTA, f"there are {owner.messages} of {limits.messages} messages")
+
+    def _bits(self, state: MailboxState, keywords: list[str]) -> int:
+        """The bits of keywords (any case); those that the mailbox does not have yet are added to it."""
+        if not keywords:
+            return 0
+        known = {keyword.lower(): keyword for keyword in (*reversed(keywords), *state.keywords)}
+        new = [
+            known[word] for word in dict.fromkeys(keyword.lower() for keyword in keywords) if known[word] not in state.keywords
+        ]
+        if len(state.keywords) + len(new) > KEYWORDS_MOST:
+            raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a mailbox may have")
+        state.keywords = [*state.keywords, *new]
+        return sum(1 << (SYSTEM_FLAGS + state.keywords.index(known[word])) for word in {keyword.lower() for keyword in keywords})
+
+    def expunge(self, user: int, mailbox: int, uids: list[int]) -> int:
+        """Remove messages (UIDs in order; those that are gone are left out); the MODSEQ of that, 0 when all were gone."""
+        owner, state = self._user(user), self._state(mailbox)
+        index = self._shard.index(self.txn, mailbox)
+        there = [record for uid in uids if (record := index.get(uid)) is not None]
+        if not there:
+            return 0
+        modseq = self._change_mailbox(mailbox, state)
+        for record in there:
+            message = self._shard.message(self.txn, mailbox, record.uid)
+            assert message is not None
+            self.txn.delete(MESSAGE.pack(mailbox, 2, record.uid), db=self._tables["mail"])
+            _count(state, owner, record.flags, message.size, -1)
+            self._unreference(message.object)
+        gone = [record.uid for record in there]
+        index.remove(gone)
+        self.txn.put(EXPUNGED.pack(mailbox, 3, modseq), pairs(gone), db=self._tables["mail"])
+        return modseq
+
+    def _unreference(self, ident: int) -> None:
+        row = self._object(ident)
+        row.references -= 1
+        if not row.references:
+            del self._objects[ident]
+            self.txn.delete(ID.pack(ident), db=self._tables["object"])
+            self.freed.append((ident, row.body))
+
+    def relocate(self, ident: int, was: Body, body: Body) -> bool:
+        """Point an object at the copy of its body; False when it is gone or has moved meanwhile."""
+        row = self._objects.get(ident) or self._shard.object(self.txn, ident)
+        if row is None or row.body != was:
+            return False
+        row.body = body
+        self._objects[ident] = row
+        return True
+
+    # Deliveries of the queue
+
+    def is_done(self, queue_id: int, recipient: int, user: int) -> bool:
+        """Whether this recipient's message was filed for a user."""
+        return self._shard.is_done(self.txn, queue_id, recipient, user)
+
+    def done(self, queue_id: int, recipient: int, user: int, now: int) -> None:
+        """Note that a recipient's message is filed for a user (`now`: ms of the shard's clock)."""
+        self.txn.put(DONE.pack(queue_id, recipient, user), ID.pack(now), db=self._tables["done"])
+
+    def forget_done(self, queue_id: int, recipient: int) -> None:
+        """The queue has ended a recipient of a message: nobody asks for it again."""
+        cursor = self.txn.cursor(db=self._tables["done"])
+        prefix = DONE.pack(queue_id, recipient, 0)[:10]
+        while cursor.set_range(prefix) and cursor.key()[:10] == prefix:
+            cursor.delete()
+
+    # The transaction
+
+    def segment(self, number: int, row: SegmentRow) -> None:
+        """Write a segment's row."""
+        self.txn.put(NUMBER.pack(number), encode_row(row), db=self._tables["segment"])
+
+    def drop_segment(self, number: int) -> None:
+        """Delete a segment's row."""
+        self.txn.delete(NUMBER.pack(number), db=self._tables["segment"])
+
+    def set_meta(self, key: bytes, value: int) -> None:
+        """Write a number in meta."""
+        self._meta[key] = value
+
+    def _settle(self) -> None:
+        """Write what was collected."""
+        put, tables = self.txn.put, self._tables
+        for mailbox, state in self._states.items():
+            put(STATE.pack(mailbox, 0), encode_row(state), db=tables["mail"])
+        for user, row in self._users.items():
+            put(ID.pack(user), encode_row(row), db=tables["user"])
+        for ident, found in self._objects.items():
+            put(ID.pack(ident), encode_row(found), db=tables["object"])
+        for key, value in self._meta.items():
+            put(key, str(value).encode(), db=tables["meta"])
+        self._forget()
+
+    def _forget(self) -> None:
+        for collected in (self._states, self._users, self._objects, self._meta):
+            collected.clear()
+
+    def begin_part(self) -> None:
+        """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
+        self._settle()  # so that what is undone can be read again as it was
+        self._before = len(self.freed), dict(self.touched)
+        self._whole, self.txn = self.txn, self._shard.env.begin(write=True, parent=self.txn)
+
+    def keep_part(self) -> None:
+        """Keep the part: it is committed if the whole transaction is."""
+        self._settle()
+        self.txn.commit()
+        self.txn, self._whole = self._whole, None
+
+    def undo_part(self) -> None:
+        """Undo all changes of the part."""
+        self.txn.abort()
+        self.txn, self._whole = self._whole, None
+        self._forget()
+        freed, self.touched = self._before
+        del self.freed[freed:]
+
+    def finish(self, now: int) -> None:
+        """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
+        self._meta[b"seen"] = now
+        self._settle()
+        self.txn.commit()
+
+    def abort(self) -> None:
+        """Undo the whole transaction."""
+        if self._whole is not None:
+            self.txn.abort()
+            self.txn = self._whole
+        self.txn.abort()
+
+
+def _count(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:
+    """Count a message that comes (`sign` 1) or goes (-1)."""
+    state.messages += sign
+    state.unseen += sign * (not flags & SEEN)
+    state.deleted += sign * bool(flags & DELETED)
+    state.octets += sign * size
+    owner.messages += sign
+    owner.octets += sign * size

@@ -1,0 +1,377 @@
+"""Who has a mailbox: users, the addresses and aliases that lead to them, and the shard in which each is kept.
+
+    user     id             User
+    address  address        Address: of a user, or an alias of other addresses; "@domain" is a catch-all
+    own      user, address  the addresses of a user
+    meta     word           schema, highest id
+
+One process writes (the supervisor), each change in a synced transaction of its own; every process reads. Addresses are as
+`proto.address.comparable` writes them: lower case, domains in A-labels. Invariant: a user's own address leads to that user, and
+an address is there once.
+"""
+
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+
+from relaymta.errors import NoSuch, RelayError, StoreError, near, store_error
+from relaymta.proto.address import comparable, domain_of
+
+__all__ = ["Address", "Directory", "Found", "User"]
+
+SCHEMA = 1
+_MAP_SIZE = 8 << 30
+DEEPEST = 10  # aliases of aliases
+TARGETS_MOST = 1000  # addresses of an alias, and mailboxes that an address leads to
+_KEY_MOST = 500  # octets of an address: LMDB's keys have 511
+_ID = struct.Struct(">Q")
+
+
+class User(msgspec.Struct, array_like=True, frozen=True):
+    """A user. `address`: the name to log in with, which is one of the addresses. `octets`, `messages`: quota, 0: that of the
+    configuration, -1: none. `secret`: as of `auth.passwords`, "": an authentication back end knows it. `deleted`: since when
+    (ms, wall clock), 0: it is not. `moving`: the shard to which it is being moved, -1: none."""
+
+    ident: int
+    address: str
+    shard: int
+    octets: int = 0
+    messages: int = 0
+    secret: str = ""
+    disabled: bool = False
+    deleted: int = 0
+    moving: int = -1
+
+
+class Address(msgspec.Struct, array_like=True, frozen=True):
+    """What an address leads to: a user, or (0) other addresses."""
+
+    user: int
+    targets: list[str] = []
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Where mail for an address goes: to users, and to addresses that others keep."""
+
+    users: list[User]
+    others: list[str]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_user = msgspec.msgpack.Decoder(User).decode
+_decode_address = msgspec.msgpack.Decoder(Address).decode
+
+
+class Directory:
+    """The directory in `path`. `writable`: this is the one process that changes it. All methods block: some microseconds where
+    they read, until the disk has it where they write. StoreError."""
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        try:
+            if writable:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._env = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=4, max_readers=256, mode=0o600, readonly=not writable)
+            self._env.reader_check()
+            self._users, self._addresses, self._own, self._meta = (
+                self._env.open_db(name, create=writable) for name in (b"user", b"address", b"own", b"meta")
+            )
+            self._check_schema(path, writable)
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(f"{path}: {error}") from None
+
+    def _check_schema(self, path: Path, writable: bool) -> None:
+        with self._env.begin(write=writable) as txn:
+            schema = int(txn.get(b"schema", b"0", db=self._meta))
+            if schema > SCHEMA:
+                raise StoreError(f"{path} was written by a newer relaymta (directory schema {schema}, not {SCHEMA})")
+            if writable and schema != SCHEMA:
+                txn.put(b"schema", str(SCHEMA).encode(), db=self._meta)
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+    # Reading
+
+    def find(self, recipient: str, separator: str = "") -> Found | None:
+        """Where mail for a recipient goes; None when nobody has the address. Looked for in this order: the address itself;
+        without the detail behind `separator`; the catch-all of its domain. RelayError when an alias leads to nowhere."""
+        with self._env.begin() as txn:
+            found = self._match(txn, comparable(recipient), separator)
+            if found is None:
+                return None
+            users: dict[int, User] = {}
+            others: dict[str, None] = {}
+            self._expand(txn, found, separator, DEEPEST, users, others)
+            if not users and not others:
+                raise RelayError(f"the alias {recipient} leads to nobody")
+            return Found(list(users.values()), list(others))
+
+    def _match(self, txn: Any, address: str, separator: str) -> Address | None:
+        local, at, domain = address.rpartition("@")
+        tried = [address]
+        if separator and separator in local.lstrip(separator):
+            tried.append(local[: local.index(separator, 1)] + at + domain)
+        tried.append(at + domain)
+        for form in tried:
+            key = form.encode()
+            raw = txn.get(key, db=self._addresses) if key and len(key) <= _KEY_MOST else None
+            if raw is not None:
+                return _decode_address(raw)
+        return None
+
+    def _expand(
+        self, txn: Any, found: Address, separator: str, left: int, users: dict[int, User], others: dict[str, None]
+    ) -> None:
+        """Add the users and other addresses that an address leads to. Aliases are followed to a depth of `left`; what leads back
+        to where it came from is left out."""
+        if found.user:
+            user = self._user(txn, found.user)
+            if user is not None:
+                users[user.ident] = user
+            return
+        for target in found.targets:
+            if len(users) + len(others) >= TARGETS_MOST:
+                return
+            below = self._match(txn, target, separator)
+            if below is None:
+                others[target] = None
+            elif left:
+                self._expand(txn, below, separator, left - 1, users, others)
+
+    def _user(self, txn: Any, ident: int) -> User | None:
+        raw = txn.get(_ID.pack(ident), db=self._users)
+        return None if raw is None else _decode_user(raw)
+
+    def user(self, ident: int) -> User | None:
+        """A user by id."""
+        with self._env.begin() as txn:
+            return self._user(txn, ident)
+
+    def known(self, address: str) -> User:
+        """A user by name. NoSuch."""
+        with self._env.begin() as txn:
+            user = self._named(txn, comparable(address))
+            if user is None:
+                raise self._unknown(txn, comparable(address))
+            return user
+
+    def named(self, address: str) -> User | None:
+        """A user by the address that is the user's name: not by an alias or a catch-all."""
+        with self._env.begin() as txn:
+            return self._named(txn, comparable(address))
+
+    def _named(self, txn: Any, address: str) -> User | None:
+        found = self._address(txn, address)
+        user = self._user(txn, found.user) if found is not None and found.user else None
+        return user if user is not None and user.address == address else None
+
+    def _address(self, txn: Any, address: str) -> Address | None:
+        key = address.encode()
+        raw = txn.get(key, db=self._addresses) if 0 < len(key) <= _KEY_MOST else None
+        return None if raw is None else _decode_address(raw)
+
+    def users(self, after: int = 0, most: int = 1000) -> list[User]:
+        """A page of the users behind the id `after`, in the order of their ids."""
+        with self._env.begin() as txn:
+            cursor = txn.cursor(db=self._users)
+            found: list[User] = []
+            if cursor.set_range(_ID.pack(after + 1)):
+                for raw in cursor.iternext(keys=False):
+                    found.append(_decode_user(raw))
+                    if len(found) == most:
+                        break
+            return found
+
+    def addresses(self, after: str = "", most: int = 1000) -> list[tuple[str, Address]]:
+        """A page of the addresses behind `after`, in their order."""
+        with self._env.begin() as txn:
+            cursor = txn.cursor(db=self._addresses)
+            found: list[tuple[str, Address]] = []
+            if cursor.set_range(after.encode() + b"\0"):
+                for key, raw in cursor:
+                    found.append((key.decode(), _decode_address(raw)))
+                    if len(found) == most:
+                        break
+            return found
+
+    def count(self) -> int:
+        """The number of users."""
+        with self._env.begin() as txn:
+            return int(txn.stat(self._users)["entries"])
+
+    # Writing
+
+    def _write(self, change: Callable[[Any], Any]) -> Any:
+        try:
+            with self._env.begin(write=True) as txn:
+                return change(txn)
+        except lmdb.Error as error:
+            raise store_error(error) from None
+
+    def next_ident(self) -> int:
+        """A new user's id, which is never given again."""
+
+        def change(txn: Any) -> int:
+            ident = int(txn.get(b"highest", b"0", db=self._meta)) + 1
+            txn.put(b"highest", str(ident).encode(), db=self._meta)
+            return ident
+
+        return int(self._write(change))
+
+    def add(self, user: User) -> None:
+        """Add a user, and the address. RelayError when the address is taken."""
+
+        def change(txn: Any) -> None:
+            self._free(txn, user.address)
+            self._put(txn, user)
+            self._give(txn, user.ident, user.address)
+
+        self._write(change)
+
+    def _free(self, txn: Any, address: str) -> None:
+        """RelayError when an address is taken, or cannot be stored."""
+        if len(address.encode()) > _KEY_MOST:
+            raise RelayError(f"{address[:80]}...: an address has at most {_KEY_MOST} octets")
+        found = self._address(txn, address)
+        if found is None:
+            return
+        if not found.user:
+            raise RelayError(f"{address} is an alias of {', '.join(found.targets)}")
+        owner = self._user(txn, found.user)
+        raise RelayError(f"{address} is {'an address of ' + owner.address if owner and owner.address != address else 'there'}")
+
+    def _give(self, txn: Any, ident: int, address: str) -> None:
+        """Let an address lead to a user."""
+        txn.put(address.encode(), _encode(Address(ident)), db=self._addresses)
+        txn.put(_ID.pack(ident) + address.encode(), b"", db=self._own)
+
+    def _put(self, txn: Any, user: User) -> None:
+        txn.put(_ID.pack(user.ident), _encode(user), db=self._users)
+
+    def replace(self, address: str, change: Callable[[User], User]) -> User:
+        """Change the user of this name; the new row. NoSuch."""
+        address = comparable(address)
+
+        def run(txn: Any) -> User:
+            user = self._named(txn, address)
+            if user is None:
+                raise self._unknown(txn, address)
+            new = change(user)
+            self._put(txn, new)
+            return new
+
+        return self._write(run)  # type: ignore[no-any-return]
+
+    def _unknown(self, txn: Any, address: str) -> NoSuch:
+        """That there is no such user, with a name that is like it."""
+        domain = "@" + domain_of(address)
+        cursor = txn.cursor(db=self._addresses)
+        known: list[str] = []
+        if cursor.set_range(address[:1].encode()):
+            for key in cursor.iternext(values=False):
+                name = key.decode()
+                if name[:1] != address[:1] or len(known) == 10_000:
+                    break
+                if name.endswith(domain):
+                    known.append(name)
+        return NoSuch("mailbox user", address, known)
+
+    def remove(self, ident: int) -> None:
+        """Remove a user for good, with all addresses."""
+
+        def change(txn: Any) -> None:
+            for address in self._owned(txn, ident):
+                txn.delete(address.encode(), db=self._addresses)
+                txn.delete(_ID.pack(ident) + address.encode(), db=self._own)
+            txn.delete(_ID.pack(ident), db=self._users)
+
+        self._write(change)
+
+    def rename(self, address: str, new: str) -> User:
+        """Give a user another name; the old address remains one of the user's."""
+        address, new = comparable(address), comparable(new)
+
+        def change(txn: Any) -> User:
+            user = self._named(txn, address)
+            if user is None:
+                raise self._unknown(txn, address)
+            known = self._address(txn, new)
+            if known is None or known.user != user.ident:
+                self._free(txn, new)
+                self._give(txn, user.ident, new)
+            user = msgspec.structs.replace(user, address=new)
+            self._put(txn, user)
+            return user
+
+        return self._write(change)  # type: ignore[no-any-return]
+
+    def set_alias(self, address: str, targets: Iterable[str], kept_here: Callable[[str], bool]) -> None:
+        """Let an address ("@domain": a catch-all) lead to others, or (no targets) remove it. `kept_here(domain)`: whether mail of
+        that domain is kept here, so that an address there has to exist. RelayError when a target is nowhere, or leads back."""
+        address = comparable(address)
+        wanted = list(dict.fromkeys(map(comparable, targets)))
+
+        def change(txn: Any) -> None:
+            found = self._address(txn, address)
+            if not wanted:
+                if found is None or (found.user and self._named(txn, address) is not None):
+                    raise NoSuch("alias", address, (name for name, _ in self.addresses()))
+                txn.delete(address.encode(), db=self._addresses)
+                txn.delete(_ID.pack(found.user) + address.encode(), db=self._own)
+                return
+            if found is not None and found.user:
+                self._free(txn, address)  # raises
+            self._check_targets(txn, address, wanted, kept_here)
+            if found is None:
+                self._free(txn, address)
+            one = self._named(txn, wanted[0]) if len(wanted) == 1 else None
+            if one is not None:
+                self._give(txn, one.ident, address)
+            else:
+                txn.put(address.encode(), _encode(Address(0, wanted)), db=self._addresses)
+
+        self._write(change)
+
+    def _check_targets(self, txn: Any, address: str, targets: list[str], kept_here: Callable[[str], bool]) -> None:
+        if len(targets) > TARGETS_MOST:
+            raise RelayError(f"{len(targets)} addresses: an alias has at most {TARGETS_MOST}")
+        for target in targets:
+            if target == address:
+                raise RelayError(f"{address} would be an alias of itself")
+            below = self._match(txn, target, "")
+            if below is None and kept_here(domain_of(target)):
+                names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
+                raise RelayError(f"nobody has {target}{near(target, names)}")
+            circle = self._circle(txn, address, [target])
+            if circle:
+                raise RelayError(f"{address} would lead back to itself: {' -> '.join([address, *circle])}")
+
+    def _circle(self, txn: Any, address: str, path: list[str]) -> list[str]:
+        """The path on which the last address of `path` leads back to `address`, or beyond DEEPEST; empty when it does not."""
+        if path[-1] == address or len(path) > DEEPEST:
+            return path
+        found = self._address(txn, path[-1])
+        for target in found.targets if found is not None else ():
+            circle = self._circle(txn, address, [*path, target])
+            if circle:
+                return circle
+        return []
+
+    def owned(self, ident: int) -> list[str]:
+        """The addresses of a user, in their order."""
+        with self._env.begin() as txn:
+            return self._owned(txn, ident)
+
+    def _owned(self, txn: Any, ident: int) -> list[str]:
+        cursor, prefix, found = txn.cursor(db=self._own), _ID.pack(ident), []
+        if cursor.set_range(prefix):
+            for key in cursor.iternext(values=False):
+                if key[:8] != prefix:
+                    break
+                found.append(key[8:].decode())
+        return found

@@ -1,0 +1,160 @@
+"""The mailboxes as one process sees them: the directory, the shards that it owns, and those of others by way of their owners.
+
+A message is filed by one operation for each shard concerned. What is asked of another owner goes over a channel; when that owner
+ends before it has answered, the caller is told so (the queue asks again, and nothing is filed twice).
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from relaymta.control import Refused
+from relaymta.errors import StoreError
+from relaymta.store.change import Change
+from relaymta.store.directory import Directory, Found
+from relaymta.store.shard import Shard
+from relaymta.store.shown import shown
+from relaymta.store.writer import Result, Target
+
+__all__ = ["FOLDER", "Mailboxes", "existing"]
+
+FOLDER = "mail"  # in the spool
+OWNER_SECONDS = 30.0  # for an answer of another owner
+REPLACED_SECONDS = 10.0  # for which the successor of an owner that has ended is waited for
+
+
+class Peer(Protocol):
+    """The channel to another owner (control.Channel)."""
+
+    async def ask(self, op: str, descriptors: list[int] | None = None, seconds: float | None = None, /, **args: Any) -> Any:
+        """Its answer to a request."""
+
+    def notify(self, op: str, /, **args: Any) -> None:
+        """Tell it something."""
+
+
+def existing(spool: Path) -> list[int]:
+    """The numbers of the shards that there are."""
+    found = (path.name.removeprefix("shard-") for path in (spool / FOLDER).glob("shard-*"))
+    return sorted(int(text) for text in found if text.isdigit())
+
+
+class Mailboxes:
+    """`own`: the numbers of the shards that this process owns. `told(touched)`: as of Shard. SpoolBusy when another process owns
+    one of them."""
+
+    def __init__(self, spool: Path, own: list[int], told: Callable[[dict[int, int]], None] = lambda touched: None) -> None:
+        folder = spool / FOLDER
+        self.directory = Directory(folder / "directory")
+        self.shards = {number: Shard(folder, number, told) for number in own}
+        self._peers: dict[int, Peer] = {}  # by the shard that each owns
+        self._changed = asyncio.Event()  # set, and replaced, when there is a new one
+
+    async def start(self) -> None:
+        """Begin to commit."""
+        for shard in self.shards.values():
+            await shard.start()
+
+    async def stop(self) -> None:
+        """Commit what is pending and close."""
+        for shard in self.shards.values():
+            await shard.stop()
+        self.directory.close()
+
+    def reach(self, shards: list[int], peer: Peer) -> None:
+        """The owner of these shards is at the other end of a channel."""
+        for number in shards:
+            self._peers[number] = peer
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def find(self, recipient: str, separator: str) -> Found | None:
+        """As `Directory.find`."""
+        return self.directory.find(recipient, separator)
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for mail in a shard of this process."""
+        return any(shard.disk.full for shard in self.shards.values())
+
+    async def file(self, data: list[bytes], targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
+        """File a message, `data` in pieces, for targets (shard, target): the result for each, in their order; StoreError in place
+        of those whose shard could not commit, or whose owner did not answer."""
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for place, (number, _) in enumerate(targets):
+            by_shard[number].append(place)
+        asked = [self._file_in(number, data, [targets[place][1] for place in places]) for number, places in by_shard.items()]
+        found: dict[int, Result | StoreError] = {}
+        for places, results in zip(by_shard.values(), await asyncio.gather(*asked), strict=True):
+            found.update(zip(places, results, strict=True))
+        return [found[place] for place in range(len(targets))]
+
+    async def _file_in(self, number: int, data: list[bytes], targets: list[Target]) -> list[Result] | list[StoreError]:
+        try:
+            shard = self.shards.get(number)
+            if shard is not None:
+                return await shard.file(data, targets)
+            answer = await self._asked(number, "mail_file", shard=number, data=b"".join(data), targets=targets)
+            return msgspec.convert(answer, list[Result])
+        except StoreError as error:
+            return [error] * len(targets)
+        except (ConnectionError, Refused) as error:
+            return [StoreError(str(error))] * len(targets)
+
+    async def _asked(self, number: int, op: str, **args: Any) -> Any:
+        """The answer of a shard's owner to what may be asked twice: of its successor, where it ends first. ConnectionError,
+        Refused."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + REPLACED_SECONDS
+        while True:
+            peer, changed = self._peers.get(number), self._changed
+            try:
+                if peer is None:
+                    raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
+                return await peer.ask(op, None, OWNER_SECONDS, **args)
+            except ConnectionError as error:
+                try:
+                    async with asyncio.timeout_at(until):
+                        while self._peers.get(number) is peer:
+                            await changed.wait()
+                            changed = self._changed
+                except TimeoutError:
+                    raise error from None
+
+    async def filed_for_peer(self, shard: int, data: bytes, targets: list[Any]) -> list[Result]:
+        """What another process has asked for by `mail_file`. StoreError."""
+        return await self._own(shard).file([data], msgspec.convert(targets, list[Target]))
+
+    def _own(self, number: int) -> Shard:
+        if number not in self.shards:
+            raise StoreError(f"shard {number} of the mailboxes is not owned here")
+        return self.shards[number]
+
+    def forget(self, queue_id: int, recipients: list[int], shards: list[int]) -> None:
+        """The queue has ended these recipients of a message, which were filed in these shards."""
+        for number in shards:
+            if number in self.shards:
+                self.shards[number].forget(queue_id, recipients)
+            elif number in self._peers:
+                self._peers[number].notify("mail_forget", shard=number, queue_id=queue_id, recipients=recipients)
+
+    async def forget_for_peer(self, shard: int, queue_id: int, recipients: list[int]) -> None:
+        """What another process has notified by `mail_forget`."""
+        self._own(shard).forget(queue_id, recipients)
+
+    async def add_user(self, shard: int, user: int, mailboxes: list[Any], uidvalidity: int) -> None:
+        """Add a user to a shard of this process, with these mailboxes (name and special use). Refusal, StoreError."""
+
+        def add(change: Change) -> None:
+            change.add_user(user, mailboxes, uidvalidity)
+
+        await self._own(shard).task(add)
+
+    async def show_user(self, shard: int, user: int, messages: bool) -> dict[str, Any]:
+        """What a user has here, as the command line shows it. `messages`: with each message. Refusal: no such user."""
+        own = self._own(shard)
+        return await own.readers.run(shown, own, user, messages)

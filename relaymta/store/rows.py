@@ -1,0 +1,240 @@
+"""One shard of the mailboxes: its LMDB environment, the tables, and how they are read.
+
+    mail      mailbox, 0              MailboxState
+              mailbox, 1, first UID   a block of index records (blocks.py)
+              mailbox, 2, UID         MessageRow
+              mailbox, 3, MODSEQ      UIDs expunged then, as pairs of first and last
+    mailbox   user, name              MailboxRow
+    object    id                      ObjectRow: a message's data, once for all mailboxes of the shard
+    user      id                      UserRow
+    done      queue id, n, user       when that recipient's message was filed for the user: it is not filed again
+    segment   number                  SegmentRow
+    meta      word                    schema, last committed time ("seen"), highest object id, highest mailbox id
+
+Keys begin with the mailbox, so that what a delivery changes lies together; they are big-endian, so that every query is a prefix
+scan. Values stay below 2 kB but for those of objects with many parts. What a group commit changes: change.py.
+"""
+
+import struct
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from relaymta.disk.environment import MAP_SIZE, Environment
+from relaymta.disk.segments import SegmentRow
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import Body, encode
+from relaymta.store.blocks import Blocks
+
+__all__ = [
+    "ANSWERED", "DELETED", "DRAFT", "FLAGGED", "INBOX", "KEYWORDS_MOST", "SEEN", "MailShard", "MailboxRow", "MailboxState",
+    "MessageRow", "ObjectRow", "UserRow",
+]  # fmt: skip
+
+SCHEMA = 1
+INBOX: Final = "INBOX"
+
+# Flags of an index record; the bits above are the mailbox's keywords, in the order of MailboxState.keywords.
+SEEN, ANSWERED, FLAGGED, DELETED, DRAFT = 1, 2, 4, 8, 16
+SYSTEM_FLAGS = 5
+KEYWORDS_MOST = 64 - SYSTEM_FLAGS
+
+STATE = struct.Struct(">QB")
+MESSAGE = struct.Struct(">QBI")
+EXPUNGED = struct.Struct(">QBQ")
+ID = struct.Struct(">Q")
+DONE = struct.Struct(">QHQ")
+NUMBER = struct.Struct(">I")
+
+_NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all
+
+_TABLES = ("mail", "mailbox", "object", "user", "done", "segment", "meta")
+
+
+class MailboxState(msgspec.Struct, array_like=True, gc=False):
+    """What a mailbox's next message gets, and what SELECT and STATUS tell. `recent`: the first UID that no session was told of as
+    \\Recent; `octets`: sum of the sizes of its messages."""
+
+    uidvalidity: int
+    uidnext: int = 1
+    modseq: int = 1
+    messages: int = 0
+    unseen: int = 0
+    deleted: int = 0
+    octets: int = 0
+    recent: int = 1
+    keywords: list[str] = []
+
+
+class MessageRow(msgspec.Struct, array_like=True, gc=False):
+    """One message in one mailbox. `date`: INTERNALDATE, `saved`: when it came into this mailbox (ms, wall clock); `size`: octets
+    with the prefix; `prefix`: header fields of this copy alone (Return-Path, Delivered-To)."""
+
+    object: int
+    date: int
+    saved: int
+    size: int
+    prefix: bytes = b""
+
+
+class ObjectRow(msgspec.Struct, array_like=True, gc=False):
+    """A message's data. `references`: rows of mailboxes that point at it."""
+
+    references: int
+    body: Body
+
+
+class MailboxRow(msgspec.Struct, array_like=True, gc=False):
+    """A name of a user's. `mailbox`: its id, 0 for a name that is only subscribed; `special`: its special use ("\\Sent")."""
+
+    name: str
+    mailbox: int
+    special: str = ""
+    subscribed: bool = False
+
+
+class UserRow(msgspec.Struct, array_like=True, gc=False):
+    """What a user has used, and the UIDVALIDITY of the next mailbox: higher than that of any before it, deleted ones included."""
+
+    octets: int = 0
+    messages: int = 0
+    uidvalidity: int = 0
+
+
+_decode_state = msgspec.msgpack.Decoder(MailboxState).decode
+_decode_message = msgspec.msgpack.Decoder(MessageRow).decode
+_decode_object = msgspec.msgpack.Decoder(ObjectRow).decode
+_decode_mailbox = msgspec.msgpack.Decoder(MailboxRow).decode
+_decode_user = msgspec.msgpack.Decoder(UserRow).decode
+_decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
+
+
+def name_key(user: int, name: str) -> bytes:
+    """The key of a mailbox's name. Of a name that is too long for LMDB, its beginning and a digest of all of it."""
+    raw = name.encode()
+    if len(raw) <= _NAME_MOST:
+        return ID.pack(user) + raw
+    return ID.pack(user) + raw[:_NAME_MOST] + b"\xff" + sha256(raw).digest()[:16]
+
+
+class MailShard(Environment):
+    """The environment of one shard in `path`. Methods with a transaction use the caller's, on any thread."""
+
+    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
+        super().__init__(path, _TABLES, map_size, readonly)
+
+    def _opened(self, txn: Any) -> None:
+        """StoreError when a newer version wrote the shard."""
+        schema = self.meta(txn, b"schema")
+        if schema > SCHEMA:
+            raise StoreError(f"{self._path} was written by a newer relaymta (mailbox schema {schema}, not {SCHEMA})")
+
+    def meta(self, txn: Any, key: bytes) -> int:
+        """A number in meta; 0 when there is none."""
+        raw = txn.get(key, db=self.tables["meta"])
+        return int(raw) if raw else 0
+
+    def segments(self) -> dict[int, SegmentRow]:
+        """All segment rows, by number."""
+        with self.reading() as txn:
+            return dict(self.segment_rows(txn))
+
+    def segment_rows(self, txn: Any) -> Iterator[tuple[int, SegmentRow]]:
+        """(number, row) of each segment."""
+        for key, value in txn.cursor(db=self.tables["segment"]):
+            yield NUMBER.unpack(key)[0], _decode_segment(value)
+
+    def user(self, txn: Any, user: int) -> UserRow | None:
+        """A user's row; None when this shard does not have the user."""
+        raw = txn.get(ID.pack(user), db=self.tables["user"])
+        return None if raw is None else _decode_user(raw)
+
+    def users(self, txn: Any) -> Iterator[tuple[int, UserRow]]:
+        """All users of the shard, by id."""
+        for key, value in txn.cursor(db=self.tables["user"]):
+            yield ID.unpack(key)[0], _decode_user(value)
+
+    def mailbox(self, txn: Any, user: int, name: str) -> MailboxRow | None:
+        """A user's mailbox by its name."""
+        raw = txn.get(name_key(user, name), db=self.tables["mailbox"])
+        return None if raw is None else _decode_mailbox(raw)
+
+    def mailboxes(self, txn: Any, user: int) -> Iterator[MailboxRow]:
+        """All names of a user, in the order of their octets (but for very long ones that begin alike)."""
+        prefix = ID.pack(user)
+        cursor = txn.cursor(db=self.tables["mailbox"])
+        if cursor.set_range(prefix):
+            for key, value in cursor:
+                if key[:8] != prefix:
+                    return
+                yield _decode_mailbox(value)
+
+    def state(self, txn: Any, mailbox: int) -> MailboxState | None:
+        """A mailbox's state; None when there is no such mailbox."""
+        raw = txn.get(STATE.pack(mailbox, 0), db=self.tables["mail"])
+        return None if raw is None else _decode_state(raw)
+
+    def index(self, txn: Any, mailbox: int) -> Blocks:
+        """A mailbox's index records."""
+        return Blocks(txn, self.tables["mail"], mailbox)
+
+    def message(self, txn: Any, mailbox: int, uid: int) -> MessageRow | None:
+        """A message's row; None when it is not in the mailbox."""
+        raw = txn.get(MESSAGE.pack(mailbox, 2, uid), db=self.tables["mail"])
+        return None if raw is None else _decode_message(raw)
+
+    def messages(self, txn: Any, mailbox: int, after: int = 0) -> Iterator[tuple[int, MessageRow]]:
+        """(UID, row) of the messages of a mailbox with UIDs above `after`, in their order."""
+        cursor = txn.cursor(db=self.tables["mail"])
+        prefix = MESSAGE.pack(mailbox, 2, 0)[:9]
+        if cursor.set_range(MESSAGE.pack(mailbox, 2, after + 1)):
+            for key, value in cursor:
+                if key[:9] != prefix:
+                    return
+                yield MESSAGE.unpack(key)[2], _decode_message(value)
+
+    def expunged(self, txn: Any, mailbox: int, after: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """(MODSEQ, UIDs as pairs of first and last) of what was expunged above MODSEQ `after`, in its order."""
+        cursor = txn.cursor(db=self.tables["mail"])
+        prefix = EXPUNGED.pack(mailbox, 3, 0)[:9]
+        if cursor.set_range(EXPUNGED.pack(mailbox, 3, after + 1)):
+            for key, value in cursor:
+                if key[:9] != prefix:
+                    return
+                yield EXPUNGED.unpack(key)[2], list(struct.iter_unpack("<II", value))
+
+    def object(self, txn: Any, ident: int) -> ObjectRow | None:
+        """The row of a message's data; None when no mailbox has it (any more)."""
+        raw = txn.get(ID.pack(ident), db=self.tables["object"])
+        return None if raw is None else _decode_object(raw)
+
+    def objects(self, txn: Any) -> Iterator[tuple[int, ObjectRow]]:
+        """All objects of the shard, by id."""
+        for key, value in txn.cursor(db=self.tables["object"]):
+            yield ID.unpack(key)[0], _decode_object(value)
+
+    def points_at(self, txn: Any, ident: int, body: Body) -> bool:
+        """Whether an object's row points at this body."""
+        row = self.object(txn, ident)
+        return row is not None and row.body == body
+
+    def is_done(self, txn: Any, queue_id: int, recipient: int, user: int) -> bool:
+        """Whether this recipient's message was filed for a user."""
+        return txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"]) is not None
+
+
+def pairs(uids: list[int]) -> bytes:
+    """UIDs, in order, as pairs of first and last of each run."""
+    runs: list[list[int]] = []
+    for uid in uids:
+        if runs and uid == runs[-1][1] + 1:
+            runs[-1][1] = uid
+        else:
+            runs.append([uid, uid])
+    return b"".join(struct.pack("<II", *run) for run in runs)
+
+
+encode_row = encode

@@ -1,0 +1,167 @@
+"""One shard of the mailboxes, owned by one process: its files, its writer, and what is done periodically."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from relaymta.disk.big import BigBody
+from relaymta.disk.clock import ShardClock
+from relaymta.disk.compact import Compactor
+from relaymta.disk.ident import IdSource
+from relaymta.disk.lock import lock
+from relaymta.disk.operations import Task
+from relaymta.disk.readers import Readers
+from relaymta.disk.room import Disk
+from relaymta.disk.segments import Segments, segment_size_for
+from relaymta.errors import StoreError, store_error
+from relaymta.proto.envelope import Body
+from relaymta.store.change import MISSING, Change, Refusal
+from relaymta.store.rows import SCHEMA, MailShard, MessageRow
+from relaymta.store.writer import File, Filings, Forget, MailWriter, Result, Target
+
+__all__ = ["Shard"]
+
+TICK = 0.05  # seconds
+CHECK_TICKS = 20
+
+T = TypeVar("T")
+
+
+class Shard:
+    """Shard `number` in `folder` (SPOOL/mail). `told(touched)` is called on the loop after each commit, with the MODSEQ of each
+    mailbox that it has changed. SpoolBusy when another process owns the shard."""
+
+    def __init__(self, folder: Path, number: int, told: Callable[[dict[int, int]], None] = lambda touched: None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._told = told
+        self.number = number
+        self.path = folder / f"shard-{number}"
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = lock(self.path)
+        self.rows = MailShard(self.path / "lmdb")
+        with self.rows.reading() as txn:
+            seen, highest, self._schema = (self.rows.meta(txn, word) for word in (b"seen", b"highest", b"schema"))
+        self.clock = ShardClock(seen)
+        self._ids = IdSource(number, highest, self.clock.now)
+        bodies = self.path / "bodies"
+        bodies.mkdir(mode=0o700, exist_ok=True)
+        self.segments = Segments(bodies, segment_size_for(self.path))
+        self.segments.load(self.rows.segments())
+        self.disk = Disk(self.path, self.rows.used)
+        self.readers = Readers(self._loop, "mail-reader")
+        self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self._committed)
+        self._compactor = Compactor(self.rows, self.segments, self.writer, self.rows.points_at, self.readers.start)
+        self._ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Begin to commit. Returns when messages can be filed."""
+        self.writer.start()
+        await self.readers.run(self.disk.check)
+        await self.readers.run(self._sweep)
+        if self._schema != SCHEMA:  # not written again, so that an existing shard starts on a full disk
+            await self.task(lambda change: change.set_meta(b"schema", SCHEMA))
+        self._tick()
+
+    def _sweep(self) -> None:
+        """Reader thread: remove the files of large bodies that no object points at; before anything is filed."""
+        with self.rows.reading() as txn:
+            for ident, path in self.segments.big_files():
+                row = self.rows.object(txn, ident)
+                if row is None or row.body.segment:
+                    path.unlink(missing_ok=True)
+
+    async def stop(self) -> None:
+        """Commit what is pending and close."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.writer.close()
+        await self.readers.close()
+        self.segments.close()
+        self.rows.close()
+        os.close(self._lock)
+
+    async def file(self, data: list[bytes], targets: list[Target]) -> list[Result]:
+        """File a message, `data` in pieces; the result for each target, when that is durable. StoreError: nothing is filed. Once
+        begun it is done, also where the caller is cancelled."""
+        ident, future = self._ids.next(), self._loop.create_future()
+        done = partial(_resolve, future)
+        if sum(map(len, data)) <= self.segments.big_limit:
+            self.writer.submit(File(ident, data, targets, done))
+        else:
+            body = await asyncio.shield(self.readers.submit(self._written, ident, data))
+            self.writer.submit(File(ident, None, targets, done, body))
+        file = await asyncio.shield(future)
+        if file.error is not None:
+            raise file.error
+        return list(file.results)
+
+    def _written(self, ident: int, data: list[bytes]) -> Body:
+        """Reader thread: a large body, in a file of its own."""
+        try:
+            file = BigBody(self.segments.big_path(ident), ident)
+            try:
+                file.write(data)
+                return file.finish([])
+            except BaseException:
+                file.discard()
+                raise
+        except OSError as error:
+            raise store_error(error) from None
+
+    def forget(self, queue_id: int, recipients: list[int]) -> None:
+        """The queue has ended these recipients of a message: see Forget."""
+        self.writer.submit(Forget(queue_id, recipients))
+
+    async def task(self, run: Callable[[Change], T]) -> T:
+        """Run a change on the writer thread; its result once it is durable. Refusal, or StoreError when the commit failed."""
+        return await self.writer.task(run)
+
+    def read(self, message: MessageRow) -> bytes:
+        """Reader thread: a message, its prefix in front. Refusal when it is gone, StoreError when it cannot be read."""
+        before = None
+        while True:
+            with self.rows.reading() as txn:
+                found = self.rows.object(txn, message.object)
+            if found is None:
+                raise Refusal(MISSING, "the message has been expunged")
+            try:
+                return message.prefix + self.segments.read(message.object, found.body)
+            except StoreError:
+                if found.body == before:  # it was read where it lies
+                    raise
+                before = found.body
+
+    def _committed(self, group: Filings) -> None:
+        """On the loop, after a group. What one of those who waited for it raises must not keep the others from being told."""
+        for operation in (*group.files, *group.tasks, *group.moves):
+            _tell(operation, self._loop)
+        if group.touched:
+            self._told(group.touched)
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._tick)  # first, so that an exception below does not stop the ticks
+        self._ticks += 1
+        self._compactor.tick()
+        if self._ticks % CHECK_TICKS == 0:
+            self.readers.start(self.disk.check, lambda result: None)
+
+
+def _tell(operation: Any, loop: asyncio.AbstractEventLoop) -> None:
+    done = operation.done
+    if done is None:
+        if isinstance(operation, Task) and operation.error is not None:
+            loop.call_exception_handler({"message": "a task of the mailboxes failed", "exception": operation.error})
+        return
+    try:
+        done(operation)
+    except Exception as error:
+        loop.call_exception_handler({"message": "an operation of the mailboxes could not be reported", "exception": error})
+
+
+def _resolve(future: "asyncio.Future[Any]", result: Any) -> None:
+    if not future.done():
+        future.set_result(result)

@@ -1,0 +1,205 @@
+"""The mailboxes' group commit (disk/writer.py: how operations come together): messages that are filed, and every other change as
+a Task.
+
+When it fails: nothing of the group has happened, and each operation is told so. A message that only some of its mailboxes take is
+filed in those.
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.operations import Group, Move, Task
+from relaymta.disk.segments import COLD, HOT, Segments
+from relaymta.disk.writer import GroupWriter
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import Body
+from relaymta.store.change import Change, Filed, Limits, Refusal
+from relaymta.store.rows import INBOX, MailShard, MessageRow
+
+__all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target"]
+
+
+class Target(msgspec.Struct, array_like=True, frozen=True):
+    """One mailbox that a message is for. `prefix`: header fields of this copy; `date`: INTERNALDATE (ms, wall clock; 0: now);
+    `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for."""
+
+    user: int
+    name: str = INBOX
+    prefix: bytes = b""
+    flags: int = 0
+    keywords: list[str] = []
+    date: int = 0
+    limits: Limits = Limits()
+    create: bool = False
+    once: tuple[int, int, int] | None = None
+
+
+class Result(msgspec.Struct, array_like=True, frozen=True):
+    """What became of a message for one target: `filed`; or `code` and `text` say why it is refused; neither when it had been
+    filed before."""
+
+    filed: Filed | None = None
+    code: str = ""
+    text: str = ""
+
+
+_BEFORE = Result()
+
+
+class File:
+    """A message to file: `data` in pieces, once for all `targets`, or (None) `body` of `size` octets, a large one that has been
+    written. `done(file)` is called on the loop; `results`: one for each target; `error`: why nothing is filed."""
+
+    __slots__ = ("body", "data", "done", "error", "ident", "results", "size", "targets")
+
+    def __init__(
+        self,
+        ident: int,
+        data: list[bytes] | None,
+        targets: list[Target],
+        done: "Callable[[File], None]",
+        body: Body | None = None,
+    ) -> None:
+        self.ident = ident
+        self.data = data
+        self.size = sum(map(len, data)) if data is not None else body.length if body is not None else 0
+        self.targets = targets
+        self.done = done
+        self.body = body
+        self.results: list[Result] = []
+        self.error: StoreError | None = None
+
+
+class Forget:
+    """The queue has ended these recipients of a message: that it was filed need not be remembered any longer. Nobody waits for
+    it."""
+
+    __slots__ = ("queue_id", "recipients")
+
+    def __init__(self, queue_id: int, recipients: list[int]) -> None:
+        self.queue_id = queue_id
+        self.recipients = recipients
+
+
+Operation = File | Forget | Task | Move
+
+
+class Filings(Group):
+    """The operations of one group. `touched`: the MODSEQ of each mailbox that it has changed."""
+
+    __slots__ = ("files", "forgotten", "touched")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[File] = []
+        self.forgotten: list[Forget] = []
+        self.touched: dict[int, int] = {}
+
+
+class MailWriter(GroupWriter[Operation, Filings, Change]):
+    """Owns the write side of one shard of mailboxes."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        shard: MailShard,
+        segments: Segments,
+        clock: ShardClock,
+        on_commit: Callable[[Filings], None],
+    ) -> None:
+        begin = partial(Change, shard)
+        super().__init__(loop, shard, segments, clock, begin=begin, on_commit=on_commit, unawaited=Forget, name="mail-writer")
+        self._freed: list[tuple[int, Body]] = []  # bodies that nothing points at once the group under way is committed
+
+    # All that follows runs on the thread
+
+    def _commit(self, batch: list[Operation]) -> Filings:
+        group = Filings()
+        for operation in batch:
+            if type(operation) is File:
+                group.files.append(operation)
+            elif type(operation) is Task:
+                group.tasks.append(operation)
+            elif type(operation) is Forget:
+                group.forgotten.append(operation)
+            else:
+                group.moves.append(operation)  # type: ignore[arg-type]
+        files, moves = group.files, group.moves
+        error = self._append(group, partial(self._stage, files, moves))
+        if error is not None:
+            _refuse([*files, *moves], error)
+            files, moves = [], []
+        self._freed.clear()
+        error = self._transact(partial(self._fill, group, files, moves))
+        if error is not None:
+            _refuse([*files, *moves, *group.tasks], error)
+            self._freed = [(file.ident, file.body) for file in group.files if file.data is None and file.body is not None]
+        for ident, body in self._freed:
+            if not body.segment:
+                self._segments.big_path(ident).unlink(missing_ok=True)
+        self.stalled = False
+        return group
+
+    def _stage(self, files: list[File], moves: list[Move]) -> None:
+        for file in files:
+            if file.data is not None:
+                file.body = self._segments.append(file.ident, file.data, file.size, HOT)
+        for move in moves:
+            move.body = self._segments.append(move.ident, [move.data], move.was.length, COLD)
+
+    def _fill(self, group: Filings, files: list[File], moves: list[Move], change: Change, now: int) -> None:
+        wall = wall_ms()
+        for forgotten in group.forgotten:
+            for recipient in forgotten.recipients:
+                change.forget_done(forgotten.queue_id, recipient)
+        for file in files:
+            self._file(change, file, now, wall)
+        for task in group.tasks:
+            self._run_task(change, task)
+        for move in moves:
+            assert move.body is not None
+            if change.relocate(move.ident, move.was, move.body):
+                self._segments.release(move.was)
+            else:
+                self._segments.release(move.body)
+                move.body = None
+        self._freed += change.freed
+        for _, body in self._freed:
+            if body.segment:
+                self._segments.release(body)
+        group.touched = change.touched
+
+    def _file(self, change: Change, file: File, now: int, wall: int) -> None:
+        """File a message in those of its mailboxes that take it."""
+        assert file.body is not None
+        filed = 0
+        file.results.clear()
+        for target in file.targets:
+            result = self._file_in(change, file, target, wall)
+            file.results.append(result)
+            if result.filed is not None:
+                filed += 1
+                if target.once is not None:
+                    change.done(*target.once, now)
+        if filed:
+            change.add_object(file.ident, file.body, filed)
+        else:
+            self._freed.append((file.ident, file.body))
+
+    def _file_in(self, change: Change, file: File, target: Target, wall: int) -> Result:
+        if target.once is not None and change.is_done(*target.once):
+            return _BEFORE
+        row = MessageRow(file.ident, target.date or wall, wall, file.size + len(target.prefix), target.prefix)
+        try:
+            return Result(change.file(target.user, target.name, row, target.flags, target.keywords, target.limits, target.create))
+        except Refusal as refusal:
+            return Result(None, refusal.code, str(refusal))
+
+
+def _refuse(operations: "list[File | Task | Move]", error: StoreError) -> None:
+    for operation in operations:
+        operation.error = error

@@ -1,0 +1,163 @@
+"""The mailboxes of the machine: who owns which shard, the channels between their owners, and the changes of the directory, which
+only the supervisor writes."""
+
+import asyncio
+import itertools
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram
+from relaymta.config import Config
+from relaymta.control import Channel, Refused
+from relaymta.errors import RelayError, near
+from relaymta.proto.address import comparable, domain_matches, domain_of
+from relaymta.store.directory import Directory, User
+from relaymta.store.mailboxes import FOLDER, existing
+from relaymta.supervisor.slots import Slot, Slots
+
+__all__ = ["MachineMailboxes", "keeps_mail", "row_of"]
+
+JOIN_SECONDS = 0.2  # between two looks at who is ready
+ANSWER_SECONDS = 5.0
+
+
+def keeps_mail(config: Config) -> bool:
+    """Whether any route keeps mail in mailboxes."""
+    return any(route.is_local for route in config.route)
+
+
+class MachineMailboxes:
+    """Owner of the directory, and of which slot has which shards: shard K is of slot K modulo their number. StoreError when the
+    directory cannot be opened."""
+
+    def __init__(self, spool: Path, workers: int, slots: Slots) -> None:
+        self.directory = Directory(spool / FOLDER / "directory", writable=True)
+        self._workers = workers
+        self._slots = slots
+        self.shards = max([workers, *(number + 1 for number in existing(spool))])
+        self._joined: dict[tuple[int, int], tuple[Channel, Channel]] = {}  # by the slots; changed by `_keep_joined` alone
+        self._joining: asyncio.Task[None] | None = None
+        self._placed = self.directory.count()
+
+    def start(self) -> None:
+        """Keep the owners joined from now on."""
+        self._joining = asyncio.get_running_loop().create_task(self._keep_joined())
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._joining is not None:
+            self._joining.cancel()
+        self.directory.close()
+
+    def of(self, slot: int) -> list[int]:
+        """The shards that the worker of a slot owns."""
+        return [number for number in range(self.shards) if number % self._workers == slot]
+
+    async def _keep_joined(self) -> None:
+        """Join each two workers that are ready, so that they ask each other: again when one of them is another process, or has
+        not answered."""
+        while True:
+            for (one, first), (other, second) in itertools.combinations(self._slots.ready(), 2):
+                pair = one.number, other.number
+                if self._joined.get(pair) != (first, second) and await self._join((one, first), (other, second)):
+                    self._joined[pair] = first, second
+            await asyncio.sleep(JOIN_SECONDS)
+
+    async def _join(self, one: tuple[Slot, Channel], other: tuple[Slot, Channel]) -> bool:
+        """Give two workers the ends of a socket; whether both have taken theirs."""
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                for end, (_, channel), (peer, _) in zip(ends, (one, other), (other, one), strict=True):
+                    await channel.ask("peer", [end.fileno()], shards=self.of(peer.number))
+        except (ConnectionError, Refused, TimeoutError):
+            return False
+        finally:
+            for end in ends:
+                end.close()
+        return True
+
+    # Changes
+
+    async def create(self, config: Config, address: str, password: str, octets: int, messages: int) -> User:
+        """Add a user: first the mailboxes, then the directory's row, so that there is never a user without INBOX. RelayError."""
+        address = comparable(address)
+        self._check_domain(config, address)
+        if self.directory.named(address) is not None:
+            raise RelayError(f"{address} is there")
+        secret = await asyncio.to_thread(_secret, password) if password else ""
+        ident = await asyncio.to_thread(self.directory.next_ident)
+        user = User(ident, address, self._next_shard(), octets, messages, secret)
+        special = [list(pair) for pair in config.mailboxes.special.items()]
+        await self._owner("mail_user", shard=user.shard, user=ident, mailboxes=special, uidvalidity=int(time.time()))
+        await asyncio.to_thread(self.directory.add, user)
+        return user
+
+    def _check_domain(self, config: Config, address: str) -> None:
+        domain = domain_of(address)
+        if "@" not in address or not domain:
+            raise RelayError(f"{address!r} is not an address")
+        if not kept_here(config, domain):
+            known = [name for route in config.route if route.is_local for name in route.recipient_domain]
+            raise RelayError(f"no route keeps mail for {domain}{near(domain, known)}")
+
+    def _next_shard(self) -> int:
+        """Users are placed in turn."""
+        self._placed += 1
+        return self._placed % self.shards
+
+    async def _owner(self, op: str, *, shard: int, **args: Any) -> Any:
+        slot = next((slot for slot in self._slots if slot.number == shard % self._workers), None)
+        if slot is None or not slot.ready or slot.channel is None:
+            raise RelayError(f"the worker that has shard {shard} of the mailboxes is not ready; try again")
+        try:
+            return await slot.channel.ask(op, None, 30.0, shard=shard, **args)
+        except ConnectionError as error:
+            raise RelayError(f"the worker that has shard {shard} of the mailboxes has not answered: {error}") from None
+
+    async def alias(self, config: Config, address: str, targets: list[str]) -> None:
+        """As `Directory.set_alias`."""
+        self._check_domain(config, comparable(address))
+        await asyncio.to_thread(self.directory.set_alias, address, targets, lambda domain: kept_here(config, domain))
+
+    async def change(self, address: str, changes: dict[str, Any]) -> User:
+        """Change a user's row. NoSuch."""
+        if "secret" in changes:
+            changes = changes | {"secret": await asyncio.to_thread(_secret, changes["secret"])}
+        return await asyncio.to_thread(self.directory.replace, address, lambda user: msgspec.structs.replace(user, **changes))
+
+    async def show(self, address: str, messages: bool) -> dict[str, Any]:
+        """A user as the command line shows one, with addresses and mailboxes. NoSuch."""
+        user = self.directory.known(address)
+        found: dict[str, Any] = await self._owner("mail_show", shard=user.shard, user=user.ident, messages=messages)
+        return row_of(user) | {"addresses": self.directory.owned(user.ident)} | found
+
+    def rows(self, after: int, most: int) -> list[dict[str, Any]]:
+        """A page of the users, as the command line shows them."""
+        return [row_of(user) for user in self.directory.users(after, most)]
+
+
+def kept_here(config: Config, domain: str) -> bool:
+    """Whether a route keeps mail for a domain."""
+    return any(domain_matches(domain, route.recipient_domain) for route in config.route if route.is_local)
+
+
+def row_of(user: User) -> dict[str, Any]:
+    """A user as the command line shows one."""
+    state = "deleted" if user.deleted else "disabled" if user.disabled else "active"
+    return {
+        "id": user.ident, "user": user.address, "state": state, "shard": user.shard, "quota": user.octets,
+        "messages quota": user.messages, "login": "password" if user.secret else "back end",
+    }  # fmt: skip
+
+
+def _secret(password: str) -> str:
+    """What is stored of a password. RelayError when it cannot be one."""
+    try:
+        return scram(password, PEOPLE_ITERATIONS)
+    except ValueError as error:
+        raise RelayError(f"this cannot be a password: {error}") from None

@@ -1,0 +1,228 @@
+"""Mail that stays: from SMTP through the queue into mailboxes, and what becomes of it when processes are killed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import smtplib
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import PATIENCE, Relay, wait_for
+from tests.support.fake_mx import FakeMx
+
+LOCAL = '{name="here",protocol="mailbox",recipient_domain=["local.example"]}'
+
+
+def kept(folder: Path, *settings: str, workers: int = 1, routes: str = LOCAL) -> Relay:
+    return Relay(folder, None, f"route=[{routes}]", *settings, workers=workers)
+
+
+def create(relay: Relay, *names: str, options: tuple[str, ...] = ()) -> None:
+    for name in names:
+        relay.cli("mailbox", "create", *options, f"{name}@local.example")
+
+
+def shown(relay: Relay, name: str) -> dict[str, list[str]]:
+    """The subjects of a user's messages, by mailbox."""
+    found = json.loads(relay.cli("mailbox", "show", "--messages", "--json", f"{name}@local.example").stdout)
+    return {row["name"]: [message["subject"] for message in row["list"]] for row in found["mailboxes"]}
+
+
+def replies(relay: Relay, *recipients: str, sender: str = "s@x.example") -> list[tuple[int, str]]:
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+        client.ehlo()
+        client.mail(sender)
+        return [(code, text.decode()) for code, text in map(client.rcpt, recipients)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_mail_is_filed_and_shown(tmp_path, workers):
+    with kept(tmp_path, workers=workers) as relay:
+        create(relay, "alice", "bob")
+        relay.cli("mailbox", "alias", "team@local.example", "alice@local.example", "bob@local.example")
+        relay.send("Subject: one\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        relay.send("Subject: two\r\n\r\nx\r\n", "s@x.example", "alice+detail@local.example", "team@local.example")
+        relay.send("Subject: large\r\n\r\n" + "x" * 70 + "\r\n" * 1_200_000, "s@x.example", "bob@local.example")
+        wait_for(lambda: len(relay.events("delivered")) == 3, what="delivery")
+        assert sorted(shown(relay, "alice")["INBOX"]) == ["one", "two", "two"]
+        assert sorted(shown(relay, "bob")["INBOX"]) == ["large", "two"]
+        assert relay.summary() == []
+        delivered = relay.events("delivered")[0]
+        assert (delivered["peer"], delivered["route"], delivered["reply"]) == ("mailbox", "here", "250 2.1.5 filed")
+        listed = [json.loads(line) for line in relay.cli("mailbox", "list", "--json").stdout.splitlines()]
+        assert [row["user"] for row in listed] == ["alice@local.example", "bob@local.example"]
+        assert {row["shard"] for row in listed} == set(range(workers))
+        assert relay.stop() == 0
+    with relay:
+        assert sorted(shown(relay, "alice")["INBOX"]) == ["one", "two", "two"]
+
+
+def test_unknown_and_disabled_users_are_rejected_at_rcpt(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice", "bob")
+        relay.cli("mailbox", "disable", "bob@local.example")
+        found = replies(
+            relay,
+            "alice@local.example",
+            "alise@local.example",
+            "bob@local.example",
+            "ALICE+x@LOCAL.example",
+            "x@elsewhere.example",
+        )
+        assert [code for code, _ in found] == [250, 550, 550, 250, 250]
+        assert [text[:5] for _, text in found][1:3] == ["5.1.1", "5.2.1"]
+        relay.cli("mailbox", "alias", "@local.example", "alice@local.example")
+        assert [code for code, _ in replies(relay, "anybody@local.example", "bob@local.example")] == [250, 550]
+        relay.cli("mailbox", "enable", "bob@local.example")
+        assert [code for code, _ in replies(relay, "bob@local.example")] == [250]
+
+
+def test_an_alias_of_addresses_elsewhere_is_replaced_when_the_message_is_accepted(tmp_path):
+    with FakeMx({}) as peer:
+        routes = f'{LOCAL},{{name="out",hosts=["127.0.0.1:{peer.port}"],tls="off"}}'
+        with kept(tmp_path, routes=routes) as relay:
+            create(relay, "alice")
+            relay.cli("mailbox", "alias", "both@local.example", "alice@local.example", "ann@far.example")
+            relay.send("Subject: x\r\n\r\nx\r\n", "s@x.example", "both@local.example")
+            wait_for(lambda: len(relay.events("delivered")) == 2, what="delivery")
+            assert shown(relay, "alice")["INBOX"] == ["x"]
+            assert [recipients for _, recipients, _ in peer.messages] == [["ann@far.example"]]
+
+
+@pytest.mark.parametrize(("over", "event", "code"), [("defer", "deferred", "452 4.2.2"), ("refuse", "bounced", "552 5.2.2")])
+def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
+    with kept(tmp_path, f"mailboxes.over_quota={over}", "queue.max_age=1h") as relay:
+        create(relay, "alice", "bob")
+        create(relay, "carol", options=("--quota", "1k"))
+        everybody = [f"{name}@local.example" for name in ("alice", "carol", "bob")]
+        relay.send("Subject: x\r\n\r\n" + "x" * 70 + "\r\n" * 600, "", *everybody)
+        found = wait_for(lambda: relay.events(event), what=event)
+        assert found[0]["recipient"] == "carol@local.example" and found[0]["reply"].startswith(code)
+        assert [shown(relay, name)["INBOX"] for name in ("alice", "bob", "carol")] == [["x"], ["x"], []]
+        if over == "defer":
+            relay.cli("mailbox", "quota", "carol@local.example", "none")
+            relay.cli("queue", "flush", "--all")
+            wait_for(lambda: shown(relay, "carol")["INBOX"] == ["x"], what="the retry")
+            assert [shown(relay, name)["INBOX"] for name in ("alice", "bob")] == [["x"], ["x"]]
+
+
+SENTENCES = [
+    (("create", "eve@other.example"), 69, 'no route keeps mail for other.example (did you mean "local.example"?)'),
+    (("create", "alice@local.example"), 69, "alice@local.example is there"),
+    (("create", "--quota", "5GG", "x@local.example"), 64, 'expected a size such as "5G", or "none"'),
+    (("create", "nobody"), 69, "is not an address"),
+    (("create", ""), 64, "it is empty"),
+    (("alias", "a@local.example", "a@local.example"), 69, "a@local.example would be an alias of itself"),
+    (
+        ("alias", "a@local.example", "alise@local.example"),
+        69,
+        'nobody has alise@local.example (did you mean "alice@local.example"?)',
+    ),
+    (("alias", "a@local.example"), 64, "to which addresses?"),
+    (("alias", "--remove", "nothing@local.example"), 1, "no such alias: nothing@local.example"),
+    (("show", "alise@local.example"), 1, 'no such mailbox user: alise@local.example (did you mean "alice@local.example"?)'),
+    (("disable", "alise@local.example"), 1, "no such mailbox user: alise@local.example"),
+    (("quota", "alice@local.example", "lots"), 64, "expected a size"),
+]
+
+
+def test_mistakes_are_named(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        for words, status, sentence in SENTENCES:
+            found = relay.cli("mailbox", *words, check=False)
+            assert (found.returncode, sentence in found.stderr, "Traceback" in found.stderr) == (status, True, False), found
+    found = relay.cli("mailbox", "list", check=False)
+    assert found.returncode == 69 and "needs the running daemon" in found.stderr
+
+
+def test_without_a_mailbox_route_there_are_no_mailboxes(tmp_path):
+    with Relay(tmp_path, "127.0.0.1:9") as relay:
+        found = relay.cli("mailbox", "create", "a@b.example", check=False)
+        assert found.returncode == 69 and 'no route has protocol = "mailbox"' in found.stderr
+        assert not (relay.spool / "mail").exists()
+
+
+class Load:
+    """Clients that send messages with a subject of their own to some of the users, and note which were acknowledged."""
+
+    def __init__(self, relay: Relay, users: list[str], clients: int) -> None:
+        self.relay = relay
+        self.users = users
+        self.acknowledged: Counter[tuple[str, str]] = Counter()  # (user, subject)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        chance, count = random.Random(number), 0
+        while not self._stop.is_set():
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                with smtplib.SMTP("127.0.0.1", self.relay.port, timeout=10) as client:
+                    while not self._stop.is_set():
+                        count += 1
+                        to = chance.sample(self.users, chance.choice((1, 1, 3)))
+                        subject = f"{number}-{count}"
+                        text = f"Subject: {subject}\r\n\r\n" + "x" * chance.choice((10, 3000)) + "\r\n"
+                        if not client.sendmail("s@x.example", [f"{name}@local.example" for name in to], text):
+                            self.acknowledged.update((name, subject) for name in to)
+            self._stop.wait(0.05)
+
+    def end(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("what", ["group", "workers"])
+def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what):
+    users, chance = [f"u{number}" for number in range(8)], random.Random(what)
+    relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
+    create(relay, *users)
+    load = Load(relay, users, 4)
+    try:
+        for _ in range(6):
+            threading.Event().wait(chance.uniform(0.3, 1.0))
+            if what == "group":
+                relay.kill()
+                relay.start()
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(wait_for(relay.worker_pids)), signal.SIGKILL)
+        threading.Event().wait(0.5)
+    finally:
+        load.end()
+    try:
+        wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
+        relay.cli("queue", "flush", "--all")
+        wait_for(lambda: relay.summary() == [], what="the queue to be empty")
+        found = Counter((name, subject) for name in users for subject in shown(relay, name)["INBOX"])
+        assert [pair for pair in load.acknowledged if not found[pair]] == []
+        assert [pair for pair, count in found.items() if count > 1] == []
+        assert len(load.acknowledged) > 50
+        assert relay.stop() == 0
+    finally:
+        if relay.process is not None and relay.process.poll() is None:
+            relay.kill()
+    _check(relay.spool)
+
+
+def _check(spool: Path) -> None:
+    """`contradictions` of each shard, with the relay stopped."""
+    from relaymta.disk.segments import Segments, segment_size_for
+    from relaymta.store.rows import MailShard
+    from relaymta.store.verify import contradictions
+
+    for path in sorted((spool / "mail").glob("shard-*")):
+        shard = MailShard(path / "lmdb", readonly=True)
+        segments = Segments(path / "bodies", segment_size_for(path))
+        segments.load(shard.segments())
+        assert list(contradictions(shard, segments)) == []
+        segments.close()
+        shard.close()

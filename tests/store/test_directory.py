@@ -1,0 +1,165 @@
+"""Who has a mailbox: addresses, aliases, catch-alls, and what may not be."""
+
+import subprocess
+import sys
+
+import pytest
+from msgspec.structs import replace
+
+from relaymta.errors import NoSuch, RelayError
+from relaymta.store.directory import DEEPEST, Directory, User
+
+READER = """
+import sys
+from pathlib import Path
+from relaymta.store.directory import Directory
+directory = Directory(Path(sys.argv[1]))
+for _ in sys.stdin:
+    found = directory.find("whoever@local.example")
+    print(found and found.users[0].ident, [user.address for user in directory.users(1, 1)], flush=True)
+"""
+
+
+@pytest.fixture
+def directory(tmp_path):
+    found = Directory(tmp_path / "directory", writable=True)
+    for ident, name in enumerate(("alice@local.example", "bob@local.example", "carol@local.example"), 1):
+        assert found.next_ident() == ident
+        found.add(User(ident, name, 0))
+    yield found
+    found.close()
+
+
+def alias(directory, address, *targets):
+    directory.set_alias(address, targets, lambda domain: domain == "local.example")
+
+
+def names(directory, recipient, separator="+"):
+    found = directory.find(recipient, separator)
+    return None if found is None else ([user.address.partition("@")[0] for user in found.users], found.others)
+
+
+def test_mail_goes_where_its_address_leads(directory):
+    alias(directory, "a@local.example", "alice@local.example")
+    alias(directory, "team@local.example", "a@local.example", "bob@local.example", "else@other.example")
+    alias(directory, "a+list@local.example", "carol@local.example")
+    alias(directory, "@second.example", "bob@local.example")
+    table = [
+        ("alice@local.example", (["alice"], [])),
+        ("ALICE@LOCAL.example", (["alice"], [])),
+        ("alice+detail@local.example", (["alice"], [])),
+        ("alice+a+b@local.example", (["alice"], [])),
+        ("a@local.example", (["alice"], [])),
+        ("a+list@local.example", (["carol"], [])),
+        ("team@local.example", (["alice", "bob"], ["else@other.example"])),
+        ("team+x@local.example", (["alice", "bob"], ["else@other.example"])),
+        ("anybody@second.example", (["bob"], [])),
+        ("dave@local.example", None),
+        ("alice@other.example", None),
+        ("+detail@local.example", None),
+        ("@local.example", None),
+        ("x" * 2000 + "@local.example", None),
+        ("alice", None),
+        ("", None),
+    ]
+    for recipient, expected in table:
+        assert names(directory, recipient) == expected, recipient
+    assert names(directory, "alice+x@local.example", "") is None
+    assert names(directory, "alice-x@local.example", "-") == (["alice"], [])
+
+
+def test_an_internationalized_domain_is_found_in_both_forms(directory):
+    ident = directory.next_ident()
+    directory.add(User(ident, "dora@xn--bcher-kva.example", 0))
+    for form in ("dora@bücher.example", "dora@XN--BCHER-KVA.example", "dora+x@bücher.example"):
+        assert names(directory, form) == (["dora"], [])
+
+
+@pytest.mark.parametrize(
+    ("address", "targets", "sentence"),
+    [
+        ("a@local.example", ["a@local.example"], "a@local.example would be an alias of itself"),
+        ("a@local.example", ["alise@local.example"], 'nobody has alise@local.example (did you mean "alice@local.example"?)'),
+        ("alice@local.example", ["bob@local.example"], "alice@local.example is there"),
+        ("one@local.example", ["three@local.example"], "would lead back to itself: one@local.example -> three@local.example -> "),
+        ("big@local.example", [f"n{n}@other.example" for n in range(1001)], "1001 addresses: an alias has at most 1000"),
+        ("x" * 600 + "@local.example", ["bob@local.example"], "an address has at most 500 octets"),
+    ],
+)
+def test_an_alias_that_cannot_be_is_refused(directory, address, targets, sentence):
+    alias(directory, "one@local.example", "alice@local.example", "bob@local.example")
+    alias(directory, "two@local.example", "one@local.example", "carol@local.example")
+    alias(directory, "three@local.example", "two@local.example", "carol@local.example")
+    before = directory.addresses()
+    with pytest.raises(RelayError) as error:
+        alias(directory, address, *targets)
+    assert sentence in str(error.value)
+    assert directory.addresses() == before
+
+
+def test_aliases_are_followed_to_a_bound(directory):
+    alias(directory, "n0@local.example", "alice@local.example", "bob@local.example")
+    for number in range(1, DEEPEST):
+        alias(directory, f"n{number}@local.example", f"n{number - 1}@local.example", "carol@local.example")
+    assert names(directory, f"n{DEEPEST - 1}@local.example") == (["alice", "bob", "carol"], [])
+    with pytest.raises(RelayError):
+        alias(directory, f"n{DEEPEST}@local.example", f"n{DEEPEST - 1}@local.example", "x@other.example")
+        alias(directory, f"n{DEEPEST + 1}@local.example", f"n{DEEPEST}@local.example", "x@other.example")
+
+
+def test_users_are_changed_renamed_and_removed(directory):
+    alias(directory, "a@local.example", "alice@local.example")
+    assert directory.owned(1) == ["a@local.example", "alice@local.example"]
+    assert directory.replace("ALICE@local.example", lambda user: replace(user, octets=5)).octets == 5
+    assert directory.rename("alice@local.example", "anna@local.example").octets == 5
+    assert directory.named("alice@local.example") is None, "an address, but no longer the name"
+    assert names(directory, "alice@local.example") == (["anna"], [])
+    directory.remove(1)
+    assert directory.user(1) is None
+    assert [directory.find(f"{name}@local.example") for name in ("a", "alice", "anna")] == [None] * 3
+    assert directory.next_ident() == 4, "an id is never given again"
+    assert directory.count() == 2
+
+
+def test_an_address_is_there_once(directory):
+    with pytest.raises(RelayError, match=r"bob@local\.example is there"):
+        directory.add(User(9, "bob@local.example", 0))
+    with pytest.raises(RelayError, match=r"bob@local\.example is there"):
+        directory.rename("alice@local.example", "bob@local.example")
+    alias(directory, "b@local.example", "bob@local.example")
+    with pytest.raises(RelayError, match=r"b@local\.example is an address of bob@local\.example"):
+        directory.add(User(9, "b@local.example", 0))
+    assert directory.user(9) is None
+
+
+def test_what_does_not_exist_is_named_with_what_is_like_it(directory):
+    with pytest.raises(NoSuch, match=r'no such mailbox user: alicf@local\.example \(did you mean "alice@local\.example"'):
+        directory.replace("alicf@local.example", lambda user: user)
+    with pytest.raises(NoSuch, match=r"no such alias: nothing@local\.example"):
+        alias(directory, "nothing@local.example")
+    with pytest.raises(NoSuch):
+        alias(directory, "bob@local.example")
+    assert names(directory, "bob@local.example") == (["bob"], [])
+
+
+def test_readers_see_what_was_written(directory, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(tmp_path / "directory")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+
+        def asked():
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            return reader.stdout.readline().strip()
+
+        assert asked() == "None ['bob@local.example']"
+        alias(directory, "@local.example", "bob@local.example")
+        assert asked() == "2 ['bob@local.example']"
+        alias(directory, "@local.example")
+        assert asked() == "None ['bob@local.example']"
+        reader.stdin.close()
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(RelayError, match="No such file"):
+        Directory(tmp_path / "nowhere")

@@ -1,0 +1,258 @@
+"""One shard of mailboxes: random operations against dicts, with ends of the process in between; and what must not go wrong."""
+
+import asyncio
+import random
+import shutil
+from functools import partial
+
+import pytest
+
+from relaymta.disk import compact
+from relaymta.errors import SpoolBusy
+from relaymta.store.change import EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
+from relaymta.store.rows import DELETED, INBOX, KEYWORDS_MOST, SEEN
+from relaymta.store.shard import Shard
+from relaymta.store.verify import contradictions
+from relaymta.store.writer import Target
+
+
+class Bench:
+    """A shard with its users."""
+
+    def __init__(self, folder, **options):
+        self.folder = folder
+        self.options = options
+
+    async def __aenter__(self):
+        self.shard = Shard(self.folder, 0, **self.options)
+        await self.shard.start()
+        return self
+
+    async def __aexit__(self, *error):
+        assert list(contradictions(self.shard.rows, self.shard.segments)) == []
+        await self.shard.stop()
+
+    async def user(self, user, *mailboxes):
+        await self.shard.task(lambda change: change.add_user(user, [(name, "") for name in mailboxes], 1_700_000_000))
+
+    async def file(self, data, *targets):
+        return await self.shard.file([data], list(targets))
+
+    def mailbox(self, user, name=INBOX):
+        with self.shard.rows.reading() as txn:
+            row = self.shard.rows.mailbox(txn, user, name)
+            return row.mailbox, self.shard.rows.state(txn, row.mailbox)
+
+    def messages(self, user, name=INBOX):
+        """(UID, flags, text) of each message."""
+        number, _ = self.mailbox(user, name)
+        with self.shard.rows.reading() as txn:
+            records = list(self.shard.rows.index(txn, number))
+            rows = dict(self.shard.rows.messages(txn, number))
+        return [(record.uid, record.flags, self.shard.read(rows[record.uid])) for record in records]
+
+
+async def test_a_message_is_filed_once_for_all_its_mailboxes(tmp_path):
+    async with Bench(tmp_path) as bench:
+        for user in range(20):
+            await bench.user(user)
+        targets = await bench.file(b"x" * 1000, *(Target(user, prefix=b"Delivered-To: %d\r\n" % user) for user in range(20)))
+        assert all(target.filed.uid == 1 for target in targets)
+        assert bench.shard.segments.usage()[1] < 2000
+        assert bench.messages(7) == [(1, 0, b"Delivered-To: 7\r\n" + b"x" * 1000)]
+
+
+async def test_what_was_filed_is_there_after_a_crash(tmp_path):
+    async with Bench(tmp_path / "a") as bench:
+        await bench.user(1, "Sent")
+        await bench.file(b"first", Target(1), Target(1, "Sent", flags=SEEN, keywords=["$Work"]))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")  # what a crash leaves
+    async with Bench(tmp_path / "b") as bench:
+        assert bench.messages(1) == [(1, 0, b"first")]
+        assert bench.messages(1, "Sent") == [(1, SEEN | 1 << 5, b"first")]
+        assert bench.mailbox(1, "Sent")[1].keywords == ["$Work"]
+
+
+async def test_the_queue_may_ask_again_and_nothing_is_filed_twice(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        await bench.user(2)
+        (first,) = await bench.file(b"text", Target(1, once=(77, 0, 1)))
+        again, other = await bench.file(b"text", Target(1, once=(77, 0, 1)), Target(2, once=(77, 1, 2)))
+        assert first.filed and not again.filed and not again.code and other.filed
+        assert len(bench.messages(1)) == len(bench.messages(2)) == 1
+        bench.shard.forget(77, [1])
+        (again,) = await bench.file(b"text", Target(1, once=(77, 0, 1)))
+        assert not again.filed
+        bench.shard.forget(77, [0])
+        (again,) = await bench.file(b"text", Target(1, once=(77, 0, 1)))
+        assert again.filed, "the queue has forgotten it, and so may we"
+
+
+async def test_a_full_user_hurts_nobody_else(tmp_path):
+    async with Bench(tmp_path) as bench:
+        for user in (1, 2, 3):
+            await bench.user(user)
+        targets = await bench.file(
+            b"x" * 100, Target(1), Target(2, limits=Limits(octets=99)), Target(3, limits=Limits(octets=100))
+        )
+        assert [target.code for target in targets] == ["", OVERQUOTA, ""]
+        (target,) = await bench.file(b"x", Target(3, limits=Limits(messages=1)))
+        assert (target.code, target.text) == (OVERQUOTA, "there are 1 of 1 messages")
+        assert bench.messages(2) == []
+        live = bench.shard.segments.usage()[1]
+        await bench.file(b"y" * 5000, Target(2, limits=Limits(octets=99)))
+        assert bench.shard.segments.usage()[1] == live, "the body of a message that nobody takes is freed"
+
+
+async def test_unknown_users_and_mailboxes_are_refused(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        targets = await bench.file(b"x", Target(9), Target(1, "No"), Target(1, "Yes", create=True))
+        assert [target.code for target in targets] == [MISSING, MISSING, ""]
+        assert bench.messages(1, "Yes") == [(1, 0, b"x")]
+
+
+async def test_keywords_are_of_any_case_and_bounded(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        many = [f"k{n}" for n in range(KEYWORDS_MOST)]
+        await bench.file(b"x", Target(1, keywords=["K1", "k1", "$Forwarded"]), Target(1, keywords=["$FORWARDED"]))
+        assert bench.mailbox(1)[1].keywords == ["K1", "$Forwarded"]
+        refused, fits = await bench.file(b"x", Target(1, keywords=[*many]), Target(1, keywords=many[: KEYWORDS_MOST - 1]))
+        assert refused.code == LIMIT and fits.filed
+        assert len(bench.mailbox(1)[1].keywords) == KEYWORDS_MOST
+
+
+async def test_a_name_that_comes_back_has_a_higher_uidvalidity(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        (first,) = await bench.file(b"x", Target(1, "A", create=True))
+
+        def remove(change: Change) -> None:
+            change.expunge(1, first.filed.mailbox, [1])
+            change.remove_mailbox(1, "A")
+
+        await bench.shard.task(remove)
+        (second,) = await bench.file(b"x", Target(1, "A", create=True))
+        assert second.filed.uidvalidity > first.filed.uidvalidity
+        with pytest.raises(Refusal) as refused:
+            await bench.shard.task(lambda change: change.create_mailbox(1, "A"))
+        assert refused.value.code == EXISTS
+
+
+async def test_names_that_are_too_long_for_a_key_are_different_names(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        names = ["x" * 1000, "x" * 999 + "y", "x" * 480]
+        for name in names:
+            await bench.file(name[-1].encode(), Target(1, name, create=True))
+        with bench.shard.rows.reading() as txn:
+            assert sorted(row.name for row in bench.shard.rows.mailboxes(txn, 1)) == sorted([INBOX, *names])
+        assert bench.messages(1, names[1])[0][2] == b"y"
+
+
+async def test_a_task_that_fails_leaves_nothing_behind(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        (target,) = await bench.file(b"x", Target(1))
+
+        def fails(change: Change) -> None:
+            change.create_mailbox(1, "New")
+            change.expunge(1, target.filed.mailbox, [1])
+            raise ZeroDivisionError
+
+        results = await asyncio.gather(
+            bench.shard.task(fails), bench.shard.task(lambda change: change.create_mailbox(1, "Other")), return_exceptions=True
+        )
+        assert isinstance(results[0], ZeroDivisionError)
+        assert results[1].name == "Other"
+        assert bench.messages(1) == [(1, 0, b"x")]
+        with bench.shard.rows.reading() as txn:
+            assert [row.name for row in bench.shard.rows.mailboxes(txn, 1)] == [INBOX, "Other"]
+
+
+async def test_a_large_message_has_a_file_of_its_own(tmp_path):
+    async with Bench(tmp_path / "a") as bench:
+        await bench.user(1)
+        await bench.user(2)
+        data = bytes(range(256)) * 8192
+        targets = await bench.file(data, Target(1), Target(2, prefix=b"A: b\r\n"))
+        assert bench.messages(2) == [(1, 0, b"A: b\r\n" + data)]
+        folder = tmp_path / "a" / "shard-0" / "bodies" / "big"
+        assert len(list(folder.iterdir())) == 1
+        await bench.file(data, Target(1, limits=Limits(octets=10)))
+        assert len(list(folder.iterdir())) == 1, "the file of a message that nobody takes goes"
+        (folder / ("0" * 16)).write_bytes(b"left by a crash")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        (folder / ("0" * 16)).unlink()
+        for user, target in enumerate(targets, 1):
+            assert len(list(folder.iterdir())) == 1
+            await bench.shard.task(partial(_expunge, user, target.filed.mailbox, [1]))
+        assert list(folder.iterdir()) == []
+    async with Bench(tmp_path / "b") as bench:
+        assert [path.name != "0" * 16 for path in (tmp_path / "b" / "shard-0" / "bodies" / "big").iterdir()] == [True]
+        assert bench.messages(1) == [(1, 0, data)]
+
+
+async def test_a_shard_has_one_owner(tmp_path):
+    async with Bench(tmp_path):
+        with pytest.raises(SpoolBusy):
+            Shard(tmp_path, 0)
+
+
+async def test_watchers_are_told_what_has_changed(tmp_path):
+    told = []
+    async with Bench(tmp_path, told=told.append) as bench:
+        await bench.user(1)
+        (target,) = await bench.file(b"x", Target(1))
+        assert told[-1] == {target.filed.mailbox: target.filed.modseq}
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_any_operations_leave_what_dicts_hold(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(compact, "SPARE", 0)
+    chance, model, ends = random.Random(seed), {}, 0
+    texts = {}
+    folder = tmp_path / "0"
+    for _ in range(4):
+        async with Bench(folder) as bench:
+            bench.shard.segments.size = 1 << 15
+            if not model:
+                for user in range(3):
+                    await bench.user(user, "A", "B")
+                    model |= {(user, name): {} for name in (INBOX, "A", "B")}
+                uidnext = dict.fromkeys(model, 1)
+            for _ in range(40):
+                await asyncio.gather(*(_random(bench, chance, model, uidnext, texts) for _ in range(chance.randint(1, 5))))
+            for (user, name), messages in model.items():
+                assert bench.messages(user, name) == [(uid, *messages[uid]) for uid in sorted(messages)], (user, name)
+                _, state = bench.mailbox(user, name)
+                assert state.uidnext == uidnext[user, name]
+            ends += 1
+            shutil.copytree(folder, tmp_path / str(ends))
+        folder = tmp_path / str(ends)
+    await asyncio.sleep(0)
+
+
+async def _random(bench, chance, model, uidnext, texts):
+    if chance.random() < 0.6:
+        data = chance.randbytes(chance.choice((10, 3000)))
+        places = chance.sample(sorted(model), chance.randint(1, 4))
+        flags = chance.choice((0, SEEN, DELETED))
+        targets = [Target(user, name, flags=flags, prefix=b"%d" % user) for user, name in places]
+        for (user, name), target in zip(places, await bench.file(data, *targets), strict=True):
+            assert target.filed.uid >= uidnext[user, name] or target.filed.uid not in model[user, name]
+            uidnext[user, name] = max(uidnext[user, name], target.filed.uid + 1)
+            model[user, name][target.filed.uid] = (flags, b"%d" % user + data)
+        return
+    place = chance.choice(sorted(model))
+    uids = sorted(uid for uid in model[place] if chance.random() < 0.5)
+    for uid in uids:
+        del model[place][uid]
+    number, _ = bench.mailbox(*place)
+    await bench.shard.task(partial(_expunge, place[0], number, uids))
+
+
+def _expunge(user, number, uids, change):
+    return change.expunge(user, number, uids)
