@@ -16,7 +16,7 @@ from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
-from relaymta.errors import StoreError, store_error
+from relaymta.errors import StoreError, StoreFull, store_error
 from relaymta.proto.envelope import Body
 from relaymta.store.change import MISSING, Change, Refusal
 from relaymta.store.rows import SCHEMA, MailShard, MessageRow
@@ -86,7 +86,9 @@ class Shard:
 
     async def file(self, data: list[bytes], targets: list[Target]) -> list[Result]:
         """File a message, `data` in pieces; the result for each target, when that is durable. StoreError: nothing is filed. Once
-        begun it is done, also where the caller is cancelled."""
+        begun it is done, also where the caller is cancelled. StoreFull while there is no more room than is kept for deletes."""
+        if self.disk.full:
+            raise StoreFull("there is no room for mail")
         ident, future = self._ids.next(), self._loop.create_future()
         done = partial(_resolve, future)
         if sum(map(len, data)) <= self.segments.big_limit:

@@ -14,7 +14,7 @@ from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram
 from relaymta.config import Config
 from relaymta.control import Channel, Refused
 from relaymta.errors import RelayError, near
-from relaymta.proto.address import comparable, domain_matches, domain_of
+from relaymta.proto.address import comparable, domain_matches, domain_of, plain
 from relaymta.store.directory import Directory, User
 from relaymta.store.mailboxes import FOLDER, existing
 from relaymta.supervisor.slots import Slot, Slots
@@ -41,6 +41,7 @@ class MachineMailboxes:
         self.shards = max([workers, *(number + 1 for number in existing(spool))])
         self._joined: dict[tuple[int, int], tuple[Channel, Channel]] = {}  # by the slots; changed by `_keep_joined` alone
         self._joining: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()  # one change of the directory at a time: each looks first
         self._placed = self.directory.count()
 
     def start(self) -> None:
@@ -85,11 +86,14 @@ class MachineMailboxes:
 
     async def create(self, config: Config, address: str, password: str, octets: int, messages: int) -> User:
         """Add a user: first the mailboxes, then the directory's row, so that there is never a user without INBOX. RelayError."""
-        address = comparable(address)
-        self._check_domain(config, address)
+        address = self._address(config, address)
+        secret = await asyncio.to_thread(_secret, password) if password else ""
+        async with self._changing:
+            return await self._create(config, address, secret, octets, messages)
+
+    async def _create(self, config: Config, address: str, secret: str, octets: int, messages: int) -> User:
         if self.directory.named(address) is not None:
             raise RelayError(f"{address} is there")
-        secret = await asyncio.to_thread(_secret, password) if password else ""
         ident = await asyncio.to_thread(self.directory.next_ident)
         user = User(ident, address, self._next_shard(), octets, messages, secret)
         special = [list(pair) for pair in config.mailboxes.special.items()]
@@ -97,10 +101,15 @@ class MachineMailboxes:
         await asyncio.to_thread(self.directory.add, user)
         return user
 
-    def _check_domain(self, config: Config, address: str) -> None:
-        domain = domain_of(address)
-        if "@" not in address or not domain:
-            raise RelayError(f"{address!r} is not an address")
+    def _address(self, config: Config, text: str) -> str:
+        """An address whose mail is kept here, as the directory has it. RelayError for any other."""
+        if plain(text) is None or "@" not in text:
+            raise RelayError(f"{text!r} is not an address")
+        address = comparable(text)
+        self._check_domain(config, domain_of(address))
+        return address
+
+    def _check_domain(self, config: Config, domain: str) -> None:
         if not kept_here(config, domain):
             known = [name for route in config.route if route.is_local for name in route.recipient_domain]
             raise RelayError(f"no route keeps mail for {domain}{near(domain, known)}")
@@ -121,8 +130,15 @@ class MachineMailboxes:
 
     async def alias(self, config: Config, address: str, targets: list[str]) -> None:
         """As `Directory.set_alias`."""
-        self._check_domain(config, comparable(address))
-        await asyncio.to_thread(self.directory.set_alias, address, targets, lambda domain: kept_here(config, domain))
+        if address.startswith("@"):
+            self._check_domain(config, domain_of(comparable(address)))
+        else:
+            address = self._address(config, address)
+        wrong = next((target for target in targets if plain(target) is None or "@" not in target), None)
+        if wrong is not None:
+            raise RelayError(f"{wrong!r} is not an address")
+        async with self._changing:
+            await asyncio.to_thread(self.directory.set_alias, address, targets, lambda domain: kept_here(config, domain))
 
     async def change(self, address: str, changes: dict[str, Any]) -> User:
         """Change a user's row. NoSuch."""

@@ -117,6 +117,11 @@ SENTENCES = [
     (("create", "--quota", "5GG", "x@local.example"), 64, 'expected a size such as "5G", or "none"'),
     (("create", "nobody"), 69, "is not an address"),
     (("create", ""), 64, "it is empty"),
+    (("create", "a b@local.example"), 69, "'a b@local.example' is not an address"),
+    (("create", "@local.example"), 69, "'@local.example' is not an address"),
+    (("alias", "a@local.example", "x\r\nDATA@far.example"), 69, "is not an address"),
+    (("alias", "a@local.example", "root"), 69, "'root' is not an address"),
+    (("alias", "@far.example", "alice@local.example"), 69, "no route keeps mail for far.example"),
     (("alias", "a@local.example", "a@local.example"), 69, "a@local.example would be an alias of itself"),
     (
         ("alias", "a@local.example", "alise@local.example"),
@@ -200,6 +205,7 @@ def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what
         load.end()
     try:
         wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
+        relay.cli("queue", "release", "--all")  # what was probed when a worker was killed again
         relay.cli("queue", "flush", "--all")
         wait_for(lambda: relay.summary() == [], what="the queue to be empty")
         found = Counter((name, subject) for name in users for subject in shown(relay, name)["INBOX"])
