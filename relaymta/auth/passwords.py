@@ -17,10 +17,11 @@ import argon2
 
 from relaymta.proto.sasl import Keys
 
-__all__ = ["PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id", "matches", "scram", "scram_keys"]
+__all__ = ["KEY_ITERATIONS", "PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id", "matches", "scram", "scram_keys"]
 
 # OWASP's least for argon2id: 19 MiB, two passes, one lane.
 _ARGON2 = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+KEY_ITERATIONS = 4096  # of SCRAM for a key of an application, which brute force cannot find
 PEOPLE_ITERATIONS = 100_000  # of SCRAM for a password that people choose: 20 ms of CPU to verify, like argon2id
 NICE = 10
 MOST_WAITING = 500
@@ -42,7 +43,7 @@ def argon2id(password: str) -> str:
     return _ARGON2.hash(password)
 
 
-def scram(password: str, iterations: int = 4096, salt: bytes = b"") -> str:
+def scram(password: str, iterations: int = KEY_ITERATIONS, salt: bytes = b"") -> str:
     """The SCRAM-SHA-256 keys to store for a password. Few iterations are for generated keys only, which brute force cannot find.
     `salt`: that of another secret of the same account, since a SCRAM server announces one salt (RFC 5802 5.1). ValueError: the
     password is not allowed (RFC 4013)."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import click
 
 from relaymta import __version__
-from relaymta.cli.console import OutputFailed, give_up
+from relaymta.cli.console import OutputFailed, check_streams, give_up
 from relaymta.cli.options import for_all_verbs, note_given
 
 __all__ = ["main"]
@@ -71,6 +71,20 @@ class Verbs(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, VERBS[name].line) for name in self.list_commands(ctx) if VERBS[name].line])
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """As click's; help that cannot be written ends with UNWRITTEN, too."""
+        try:
+            check_streams()
+            return super().main(*args, **extra)
+        except OutputFailed as error:
+            sys.exit(UNWRITTEN if give_up(error) else BROKEN_PIPE)
+        except OSError as error:
+            if not _by_echo(error):
+                raise
+            failed = OutputFailed()
+            failed.__cause__ = error
+            sys.exit(UNWRITTEN if give_up(failed) else BROKEN_PIPE)
+
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """As click's; a wrong option or argument has the exit status USAGE."""
         with _sysexits():
@@ -84,6 +98,14 @@ class Verbs(click.Group):
                 return super().invoke(ctx)
         except OutputFailed as error:
             sys.exit(UNWRITTEN if give_up(error) else BROKEN_PIPE)
+
+
+def _by_echo(error: OSError) -> bool:
+    """Whether click could not write something of its own: help or version."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("click.")
 
 
 @contextmanager

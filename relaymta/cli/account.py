@@ -17,7 +17,7 @@ import click
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.editing import locked, replace_file
-from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded
+from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, readable
 from relaymta.cli.peer import as_json, asked, connect, seconds_of, when
 from relaymta.errors import ConfigError, NoSuch
 from relaymta.files import read_text
@@ -54,11 +54,7 @@ class _File:
         self.path = Path(absolute(path))
         self.accounts: list[Account] = []
         self.lines: list[str] = []
-        if self.path.exists():
-            try:
-                self.path.open("rb").close()
-            except OSError as error:
-                fail(74, f"{self.path}: {error.strerror or error}")
+        if readable(self.path):
             try:
                 self.accounts = load_accounts(self.path)
                 self.lines = read_text(self.path).split("\n")
@@ -70,7 +66,7 @@ class _File:
         found = next((account for account in self.accounts if account.name == name), None)
         if found is None:
             fail(1, str(NoSuch(kind, name, [account.name for account in self.accounts])))
-        if kind == "application" and not found.application and any(map(_is_persons, found.secrets)):
+        if kind == "application" and not found.application and not any(map(_is_key, found.secrets)):
             fail(1, f"{name} is a user: see `relaymta user --help`")
         return found
 
@@ -232,12 +228,12 @@ def _kind(secret: "Secret") -> str:
     return secret.hash.lstrip("$").partition("$")[0]
 
 
-def _is_persons(secret: "Secret") -> bool:
-    """Whether a secret is a password that a person has chosen, as `user add` stores it, and no key of an application."""
-    from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram_keys
+def _is_key(secret: "Secret") -> bool:
+    """Whether a secret is a key of an application, as `app create` stores it, and no password that a person has chosen."""
+    from relaymta.auth.passwords import KEY_ITERATIONS, scram_keys
 
     keys = scram_keys(secret.hash) if _kind(secret) == "SCRAM-SHA-256" else None
-    return keys is None or keys.iterations == PEOPLE_ITERATIONS
+    return keys is not None and keys.iterations == KEY_ITERATIONS
 
 
 def _shown(secret: "Secret") -> str:

@@ -50,7 +50,7 @@ def check(read: Configuration) -> None:
     except ConfigError as error:  # a note: `relaymta serve` may be that of another installation
         remarks += error.problems
     if problems:
-        fail(78, "\n".join(problems))
+        fail(78, "\n".join(dict.fromkeys(problems)))
     remarks += checks.closed_socket(config)
     for sentence in remarks:
         say(f"note: {sentence}")

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import os
 import re
@@ -13,7 +14,18 @@ from unicodedata import combining, east_asian_width
 
 from relaymta.proto.printable import printable, printable_json
 
-__all__ = ["OutputFailed", "give_up", "record", "say", "say_json", "say_json_lines", "say_message", "table", "width"]
+__all__ = [
+    "OutputFailed",
+    "check_streams",
+    "give_up",
+    "record",
+    "say",
+    "say_json",
+    "say_json_lines",
+    "say_message",
+    "table",
+    "width",
+]
 
 LINE = 1 << 16  # characters of a line of message data that are collected
 _LEAST = 12  # columns of a table's column that is narrowed
@@ -45,9 +57,14 @@ def give_up(error: OutputFailed) -> bool:
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Write each as one line, with unprintable characters (line ends, too) escaped."""
-    stream = sys.stderr if err else sys.stdout
-    _write(stream, "".join(printable(line) + "\n" for line in lines))
+    """Write each as one line, with unprintable characters (line ends, too) escaped. An error message that cannot be written
+    (`err`) does not change how the program ends."""
+    text = "".join(printable(line) + "\n" for line in lines)
+    if not err:
+        _write(sys.stdout, text)
+        return
+    with contextlib.suppress(OutputFailed):
+        _write(sys.stderr, text)
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -57,6 +74,14 @@ def _write(stream: TextIO, text: str) -> None:
     with _written():
         stream.write(text)
         stream.flush()
+
+
+def check_streams() -> None:
+    """Standard error that is closed takes nothing; standard output that is closed takes no output (OutputFailed)."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 # until the program ends
+    if sys.stdout is None:
+        raise OutputFailed from OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def say_json(value: Any) -> None:

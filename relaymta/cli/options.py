@@ -3,7 +3,6 @@
 Nothing large is imported here: a verb that asks the daemon needs no more than the place of its socket.
 """
 
-import errno
 import functools
 import os
 import shlex
@@ -90,6 +89,17 @@ def fail(status: int, text: str) -> NoReturn:
     sys.exit(status)
 
 
+def readable(path: Path) -> bool:
+    """Whether a file can be read; False: there is none. Ends the program (74) when it may not be."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        fail(74, f"{path}: {error.strerror or error}")
+    return True
+
+
 def for_all_verbs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that may stand before a verb as well as behind it."""
     for option in reversed((
@@ -145,8 +155,8 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         if path is None and os.path.exists(CONFIG_PATH):
             path = Path(CONFIG_PATH)
         path = path and path.absolute()
-        if path is not None and os.path.exists(path) and not os.access(path, os.R_OK):
-            fail(74, f"{path}: {os.strerror(errno.EACCES)}")
+        if path is not None:
+            readable(path)
         click.get_current_context().meta[_FILE] = path
 
         try:

@@ -1,6 +1,5 @@
 """What answers a verb: the running daemon, or the spool when it is stopped; and the format of values in answers."""
 
-import contextlib
 import os
 import socket
 import sys
@@ -100,12 +99,12 @@ def connect(read: Configuration) -> Daemon | Offline:
     if not os.path.isdir(config.spool):
         where = f"no daemon answers at {absolute(config.control_path)}, and there is no spool {absolute(config.spool)}"
         fail(69, f"{where}: start it (`relaymta serve`), or name its configuration (-c FILE) or spool (--spool DIR)")
-    with contextlib.suppress(PermissionError):  # which is told where it is read
+    try:
         names = os.listdir(config.spool)
-        if "secret" not in names and not any(name.startswith("shard-") for name in names):
-            fail(
-                69, f"{absolute(config.spool)} is no spool of relaymta, and no daemon answers at {absolute(config.control_path)}"
-            )
+    except PermissionError as error:
+        _forbidden(error, config.spool)
+    if "secret" not in names and not any(name.startswith("shard-") for name in names):
+        fail(69, f"{absolute(config.spool)} is no spool of relaymta, and no daemon answers at {absolute(config.control_path)}")
     return Offline(config)
 
 

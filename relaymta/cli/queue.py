@@ -38,8 +38,9 @@ from relaymta.cli.peer import (
 from relaymta.control.requests import AGES
 from relaymta.errors import NoSuch
 from relaymta.ident import format_id
+from relaymta.proto.address import same_host
 
-__all__ = ["KINDS", "SITES", "change", "names_of_row", "names_of_sites", "pages", "queue", "reload", "status"]
+__all__ = ["KINDS", "SITES", "change", "is_named", "names_of_sites", "pages", "queue", "reload", "status"]
 
 QUEUES_TOGETHER = 10_000  # names of queues in one request
 QUEUES = "`relaymta queue summary` names those that have mail"
@@ -58,7 +59,8 @@ def status(read: Configuration, as_json: bool) -> None:
         say_json(found)
         return
     up, addresses = lasting(found["uptime"]), ", ".join(found["listeners"])
-    say(f"relaymta {found['version']}, pid {found['pid']}, up {up}, listening on {addresses}")
+    listening = "listened" if found.get("stopping") else "listening"
+    say(f"relaymta {found['version']}, pid {found['pid']}, up {up}, {listening} on {addresses}")
     if found.get("stopping"):
         say("it is stopping: no mail is accepted, and what is in flight is finished first")
     say(f"spool {found['spool']}; {found['durability']}; metrics on {found['metrics']}")
@@ -218,6 +220,11 @@ def unknown_name(peer: Daemon | Offline, chosen: dict[str, Any]) -> str:
 def names_of_row(row: dict[str, Any]) -> set[str]:
     """The names by which a row of `site list` is known."""
     return {row["pool"], row["site"], *row["hosts"]}
+
+
+def is_named(row: dict[str, Any], name: str) -> bool:
+    """Whether a row of `site list` has a name, or a host of it."""
+    return name in names_of_row(row) or any(same_host(name, host) for host in row["hosts"])
 
 
 def names_of_sites(peer: Daemon | Offline, rows: list[dict[str, Any]] | None = None) -> set[str]:

@@ -16,12 +16,11 @@ from relaymta.cli.peer import (
     counted,
     given,
     no_such,
-    routes,
     seconds_of,
     until,
     when,
 )
-from relaymta.cli.queue import KINDS, SITES, names_of_row, names_of_sites
+from relaymta.cli.queue import KINDS, SITES, is_named, names_of_sites
 from relaymta.errors import near
 
 __all__ = ["shaping", "site"]
@@ -68,7 +67,7 @@ def _note_suspensions(rows: list[dict[str, Any]], states: list[dict[str, Any]]) 
 def _rows_of(read: Configuration, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, states) of the sites with this name; ends the program when there are none."""
     peer = connect(read)
-    rows = [row for row in asked(peer, "sites") if name in names_of_row(row)]
+    rows = [row for row in asked(peer, "sites") if is_named(row, name)]
     names = {name, *(row["pool"] for row in rows), *(row["site"] for row in rows)}
     states = [state for state in asked(peer, "site_states") if state["site"] in names]
     _note_suspensions(rows, states)
@@ -125,7 +124,7 @@ def limits(read: Configuration, name: str, as_json: bool) -> None:
 def _counted(rows: list[dict[str, Any]], name: str) -> str:
     """The name under which the site is counted that has this name, or this host, in the rows of `site list`; ends the program
     where it is that of several. One that has no mail now keeps its name."""
-    found = {row["site"] for row in rows if name in names_of_row(row)}
+    found = {row["site"] for row in rows if is_named(row, name)}
     if name in found or not found:
         return name
     if len(found) > 1:
@@ -146,13 +145,11 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
         fail(64, "which site? Give its name (`relaymta site list`), or --app for an application's mail to all of them")
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
     rows = asked(peer, "sites") if name else []
-    known = {*names_of_sites(peer, rows), *routes(peer)} if name else set()
-    counted_as = asked(peer, "suspend", site=_counted(rows, name), about=application, seconds=seconds, reason=reason)
-    if name and name not in known and counted_as == name and not missing():
+    known = names_of_sites(peer, rows) if name else set()
+    done = asked(peer, "suspend", site=_counted(rows, name), about=application, seconds=seconds, reason=reason)
+    if name and done["site"] == name and not done["known"] and name not in known and not missing():
         say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
-    if counted_as != name:
-        say(f"note: {name} is counted as {counted_as}", err=True)
-        name = counted_as
+    name = _shown_as(name, done["site"])
     whose = f"mail of {application} " if application else "mail "
     about = [shlex.quote(name)] if name else []
     about += ["--app", shlex.quote(application)] if application else []
@@ -171,13 +168,27 @@ def resume(read: Configuration, name: str, application: str) -> None:
         fail(64, "which site? Give its name (`relaymta shaping active` lists what is suspended), or --app")
     peer = connect(read)
     rows = asked(peer, "sites") if name else []
-    names = dict.fromkeys((name, _counted(rows, name)))
-    if not sum([asked(peer, "clear", kind="", site=one, about=application, resume=True) for one in names]):
-        if name and name not in (known := names_of_sites(peer, rows)):
+    done = asked(peer, "clear", kind="", site=name, about=application, resume=True)
+    mine = [row for row in rows if is_named(row, name)]
+    if not application:  # sites that are down are known by their pools
+        done += sum(asked(peer, "clear", kind="dead", site=row["pool"], about="", resume=False) for row in mine)
+    if not done and mine:
+        counted_as = _counted(rows, name)
+        done += asked(peer, "clear", kind="suspended", site=counted_as, about=application, resume=False)
+        name = _shown_as(name, counted_as) if done else name
+    if not done:
+        if name and not mine and name not in (known := names_of_sites(peer, rows)):
             absent(no_such("site", name, known, SITES))
         about = " ".join(filter(None, (name, f"--app {application}" if application else "")))
         absent(no_such("suspension", about, hint="`relaymta shaping active` lists what is suspended"))
     say(f"{f'mail of {application} to ' if application else ''}{name or 'all sites'} is resumed")
+
+
+def _shown_as(name: str, counted_as: str) -> str:
+    """The name by which a site is counted; a note says so where it is not the given one."""
+    if counted_as != name:
+        say(f"note: {name} is counted as {counted_as}", err=True)
+    return counted_as
 
 
 @group
@@ -221,8 +232,10 @@ def clear(read: Configuration, name: str, everything: bool, kind: str | None, dr
         fail(64, "which site? Give its name, or --all")
     peer = connect(read)
     kinds = [kind] if kind else KINDS
-    states = [f for f in asked(peer, "site_states") if (everything or f["site"] == name) and f["kind"] in kinds]
-    if name and not states and name not in (known := names_of_sites(peer)):
+    mine = [row for row in asked(peer, "sites") if is_named(row, name)] if name else []
+    names = {name, *(row[key] for row in mine for key in ("pool", "site"))}
+    states = [f for f in asked(peer, "site_states") if (everything or f["site"] in names) and f["kind"] in kinds]
+    if name and not states and not mine and name not in (known := names_of_sites(peer)):
         absent(no_such("site", name, known, SITES))
     if dry_run:
         say(f"{counted(len(states), 'decision matches', 'decisions match')}; nothing was changed")

@@ -153,8 +153,8 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
         lasts = rule.action in ("retry", "suspend", "slow")
         if not lasts and "duration" in rule.model_fields_set:
             yield f"rule.{number}.for", f'it has no effect with action = "{rule.action}"'
-        elif lasts and not rule.duration:
-            yield f"rule.{number}.for", f"{rule.action} for no time has no effect"
+        elif rule.action == "slow" and not rule.duration:
+            yield f"rule.{number}.for", "slow for no time has no effect"
     for number, key in enumerate(config.dkim):
         for name in sorted(TRACE & set(key.oversigned)):
             yield (

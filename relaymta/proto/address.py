@@ -8,7 +8,7 @@ from ipaddress import IPv6Address, ip_address
 __all__ = [
     "LONGEST_LOCAL", "DomainError", "comparable", "compared", "domain_matches", "domain_of", "in_a_labels", "in_dns",
     "in_u_labels", "is_host", "mail_argument", "normalize_domain", "parse_parameters", "plain", "quoted_if_needed",
-    "rcpt_argument",
+    "rcpt_argument", "same_host",
 ]  # fmt: skip
 
 # Octets of a local part after unquoting, the same in every spelling. RFC 5321 4.5.3.1.1 has 64 as the least that must be
@@ -42,6 +42,7 @@ _TOKEN = re.compile(
 )
 _QUOTED_PAIR = re.compile(r"\\(.)", re.S)
 _DOT_ATOM = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+\Z")
+_HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::([0-9]+))?\Z")
 _ROUTED = re.compile("[%!@]")
 _KEYWORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([\x21-\x3c\x3e-\x7e\u0080-\U0010ffff]+))?\Z")
 
@@ -323,6 +324,18 @@ def in_dns(name: str) -> bool:
     """Whether the DNS can have a name (RFC 1035 2.3.4: labels of 1 to 63 octets, 253 in all; RFC 2181 11: of any octets, of which
     only printable ASCII is meant here). One that it cannot have does not exist."""
     return len(name) <= 253 and _NAME.match(name) is not None
+
+
+def same_host(name: str, host: str) -> bool:
+    """Whether a name is that of a host, `host`, `host:port` or `[v6]:port`: with the port or without, in any case, in U-labels or
+    A-labels."""
+    (one, port), (other, its) = _host_and_port(name), _host_and_port(host)
+    return in_a_labels(one) == in_a_labels(other) and port in ("", its)
+
+
+def _host_and_port(text: str) -> tuple[str, str]:
+    match = _HOST_AND_PORT.match(text)
+    return (match[1] or match[2], match[3] or "") if match is not None else (text, "")
 
 
 def is_host(domain: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from relaymta.config import Config, Route, parse_hostport
 from relaymta.dns import Resolver
 from relaymta.errors import US
-from relaymta.proto.address import domain_matches
+from relaymta.proto.address import domain_matches, same_host
 from relaymta.proto.envelope import QueueName
 from relaymta.route.lookup import LookupFailed, ask
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up
@@ -35,13 +35,17 @@ class Site:
         return self.route.hosts if self.hosts is None else self.hosts.names
 
 
-def counted_as(config: Config, name: str) -> str:
-    """The name under which a site with smart hosts is counted and suspended, by the name of its route or of one of its hosts; of
-    any other site, the name itself."""
+def counted_as(config: Config, name: str) -> set[str]:
+    """The names under which sites with smart hosts are counted and suspended, by the name of a route or of one of its hosts, or
+    of a [[site]] table; none for other sites."""
     shaping = Shaping(config)
-    keys = {shaping.shape(Site(route.label, route, None)).key for route in config.route if name in (route.label, *route.hosts)}
-    keys |= {table.name for table in config.site if table.name == name}
-    return keys.pop() if len(keys) == 1 and name not in keys else name
+    if any(table.name == name for table in config.site):
+        return {name}
+    return {
+        shaping.shape(Site(route.label, route, None)).key
+        for route in config.route
+        if route.hosts and (name == route.label or any(same_host(name, host) for host in route.hosts))
+    }
 
 
 class Sites:

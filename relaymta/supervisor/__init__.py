@@ -6,7 +6,6 @@ that new connections wait in its backlog; it is lent to another worker until the
 """
 
 import asyncio
-import contextlib
 import os
 import resource
 import signal
@@ -27,7 +26,7 @@ from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
-from relaymta.sockets import bound, control_socket, listens, notify, reason, remove_socket
+from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
 from relaymta.supervisor.answers import serve_cli, usage
 from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program
@@ -49,7 +48,7 @@ class Supervisor:
         self.failure = ""
         self.mail: MachineMailboxes | None = None
         self.slots = Slots(self.shared, self._warn, self.stopping, self._start_arguments, self._from_worker, self._started)
-        self.configuration = Configuration(config, reload, self.slots)
+        self.configuration = Configuration(config, reload, self.slots, self.stopping)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> int:
@@ -61,7 +60,12 @@ class Supervisor:
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
         control = prepare_as_root(config)
-        sockets, http = await self._open_ports(workers)
+        try:
+            sockets, http = await self._open_ports(workers)
+        except BaseException:
+            if control is not None:
+                remove_socket(control, config.control_path)
+            raise
         drop_root(config)
         try:
             check_program(config)
@@ -145,20 +149,14 @@ class Supervisor:
     # Start
 
     async def _open_ports(self, workers: int) -> tuple[list[list[socket.socket]], Any]:
-        """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool that has
-        not ended yet."""
-        config, sockets = self.config, None
+        """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool."""
         try:
-            sockets = bound(config.listener, workers)
-            return sockets, await self._serve_metrics()
+            return bound(self.config.listener, workers), await self._serve_metrics()
         except ConfigError:
-            runs = False
-            if sockets is None:
-                with contextlib.suppress(OSError):  # no socket, or one that the start will complain about
-                    runs = listens(config.control_path)
-            if not runs and (shard := locked_shard(Path(config.spool))):
-                raise SpoolBusy(f"{shard} is in use by another relaymta, which has not ended yet") from None
-            raise
+            shard = locked_shard(Path(self.config.spool))
+            if shard is None:
+                raise
+            raise SpoolBusy(f"{shard} is in use by another relaymta") from None
 
     def _prepare_spool(self, spool: Path) -> None:
         make_folder(spool)

@@ -192,13 +192,18 @@ class Answers:
         shown = sorted((state for state in states if state.kind != TOKEN), key=lambda state: state.key)
         return [site_state_row(state, states) for state in shown]
 
-    async def suspend(self, args: Suspension) -> str:
-        """Suspend a site, or an application's mail. The name by which the site is counted."""
+    async def suspend(self, args: Suspension) -> dict[str, Any]:
+        """Suspend a site, or an application's mail. `site`: the name by which it is counted; `known`: it is configured."""
         if not args.site and not args.about:
             raise RelayError("suspend: which site, or which application's mail?")
-        site = counted_as(self._supervisor.config, args.site)
+        found = counted_as(self._supervisor.config, args.site)
+        if len(found) > 1 and args.site not in found:
+            raise RelayError(f"{args.site} belongs to several sites: {', '.join(sorted(found))}: name one of them")
+        if not found and any(route.label == args.site and not route.hosts for route in self._supervisor.config.route):
+            raise RelayError(f"{args.site} is a route without hosts of its own: name one of its sites (`relaymta site list`)")
+        site = args.site if args.site in found or not found else found.pop()
         self._decided(SiteState(SUSPENDED, site, args.about, *_lasting(args.seconds), "operator", args.reason))
-        return site
+        return {"site": site, "known": site != args.site or bool(found)}
 
     async def policy(self, args: Policy) -> None:
         """Set a hold or bounce policy."""
@@ -221,7 +226,9 @@ class Answers:
         if bool(args.kind) == args.resume:
             raise RelayError("clear: either a kind, or resume")
         kinds = [SUSPENDED, DEAD] if args.resume else [args.kind]
-        names = {args.site, counted_as(self._supervisor.config, args.site)} if args.resume else {args.site}
+        names = {args.site}
+        if args.resume and len(found := counted_as(self._supervisor.config, args.site)) == 1:
+            names |= found
         keys = [(kind, site, args.about) for kind in kinds for site in names]
         return sum(self._supervisor.machine.set_site_state(None, key) for key in keys)
 

@@ -43,9 +43,11 @@ class _Worker(NamedTuple):
 
 
 class Configuration:
-    """The configuration in use. `read()`: reads the file again (ConfigError); it blocks, and runs on a thread."""
+    """The configuration in use. `read()`: reads the file again (ConfigError); it blocks, and runs on a thread. `stopping`: set
+    when the relay stops."""
 
-    def __init__(self, config: Config, read: Callable[[], Config], slots: Slots) -> None:
+    def __init__(self, config: Config, read: Callable[[], Config], slots: Slots, stopping: asyncio.Event | None = None) -> None:
+        self._stopping = stopping or asyncio.Event()
         self.config = config
         self.number = 1  # of this configuration, counted since the start
         self.log: Log | None = None  # once it is open
@@ -80,7 +82,10 @@ class Configuration:
         return await asyncio.shield(self._spawn(self._reload()))
 
     def hang_up(self) -> None:
-        """SIGHUP: reload soon, with what the file says by then. Many in a row are one reload at once and one after it."""
+        """SIGHUP: reload soon, with what the file says by then. Many in a row are one reload at once and one after it. While the
+        relay stops it is ignored."""
+        if self._stopping.is_set():
+            return
         self._hung_up = True
         if self._hangups is None:
             self._hangups = self._spawn(self._answer_hangups())
