@@ -15,6 +15,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST = 1000  # characters of a cause that are kept
 US, PEER, NETWORK, DNS = "us", "peer", "network", "dns"  # whose fault it is; `us`: this machine or its configuration
 
+_ENCODED = re.compile(r"[A-Za-z0-9+/]{8,}")  # octets in base64: six, which are much of a password
+
 # What is removed from a cause: userinfo and query of a URL, tokens, and values whose names mean that they are secret.
 _SECRETS = (
     (re.compile(r"""://[^\s?#"'<>]*@"""), "://***@"),
@@ -77,10 +79,12 @@ def redacted(text: str) -> str:
 
 
 def without(text: str, secrets: Iterable[str]) -> str:
-    """A text in which these secrets, which somebody else may have quoted, are `***`."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***") if secret else text
-    return text
+    """A text in which these secrets, which somebody else may have quoted, are `***`, and so are parts of them that could be
+    decoded."""
+    longest_first = sorted(filter(None, secrets), key=len, reverse=True)
+    for secret in longest_first:
+        text = text.replace(secret, "***")
+    return _ENCODED.sub(lambda run: "***" if any(run[0] in secret for secret in longest_first) else run[0], text)
 
 
 def told(why: str | Exception) -> tuple[str, str]:

@@ -22,6 +22,8 @@ cdef class Replies:
                    end=Py_ssize_t)
     cpdef list feed(self, bytes data)
 
+    cpdef bint begun(self)
+
     @cython.locals(replies=list)
     cpdef list end(self)
 

@@ -93,6 +93,10 @@ class Replies:
         replies.append((0, line))
         return replies
 
+    def begun(self):  # type: ignore[no-untyped-def]
+        """Whether some of a reply has come that is not whole."""
+        return not self.broken and bool(self.rest or self.code)
+
     def end(self):  # type: ignore[no-untyped-def]
         """The reply that had begun when the connection ended: all that has come of it, if that has a code."""
         replies = []  # type: ignore[var-annotated]

@@ -2,22 +2,29 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from relaymta.errors import SpoolBusy
 
 __all__ = ["lock", "locked_shard"]
 
+TRIES, TRY_SECONDS = 10, 0.005
+
 
 def lock(path: Path) -> int:
-    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked."""
+    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked. Blocks for
+    some milliseconds where one only looks (`locked_shard`)."""
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise SpoolBusy(f"{path.absolute()} is in use by another relaymta") from None
-    return descriptor
+    for left in reversed(range(TRIES)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            if left:
+                time.sleep(TRY_SECONDS)
+    os.close(descriptor)
+    raise SpoolBusy(f"{path.absolute()} is in use by another relaymta")
 
 
 def locked_shard(spool: Path) -> Path | None:
@@ -32,8 +39,10 @@ def _is_locked(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
     return False

@@ -23,6 +23,7 @@ from then on, for this message too. With LMTP (RFC 2033) there is one FINAL for 
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
@@ -234,7 +235,12 @@ class ClientSession:
         replies = self._replies.feed(data)
         if len(replies) > len(self._expected) and self.features.chunking:
             self._cut_surplus(replies)
+        streaming = self.streaming
         self._take(replies, unsent)
+        if (self.out or self.streaming is not streaming) and not self.closing and self._replies.begun():
+            # The beginning of a reply to what is not written yet: its end would be taken for the reply to that.
+            found = self._replies.end()
+            self._stop(*(found[0] if found else (0, b"the beginning of another reply")))
 
     def ended(self, unsent: int = 0) -> None:
         """The connection has ended: a reply that had begun counts by its code, if it ends its command (a 354 does not, and no
@@ -245,19 +251,19 @@ class ClientSession:
 
     def _take(self, replies: list[tuple[int, bytes]], unsent: int) -> None:
         expected = self._expected
-        for code, text in replies:
+        for number, (code, text) in enumerate(replies):
             if self.closing:
                 return
             # A reply before this one has filled `out`: then this one arrived before its command was written.
             if not expected or self.out or code == 421:
-                self._stop(code, text)
+                self._stop(code, text, replies[number + 1 :])
                 return
             kind, mail, index = expected[0]
             if code not in GOES_ON[kind] and verdict(kind, code) == OUT_OF_TURN:
                 if self.not_sent and kind is RSET and 500 <= code < 600:  # the reply to the first line of message data
                     self._stop_bdat()
                 else:
-                    self._stop(code, text)
+                    self._stop(code, text, replies[number + 1 :])
                 return
             if unsent and kind is FINAL and code < 400 and unsent > self._behind_data():
                 self._stop(code, text)  # it accepts message data that it does not have
@@ -290,9 +296,9 @@ class ClientSession:
             return 0
         return SLACK + (self._behind if expected[-1][1] is not expected[0][1] else 0)
 
-    def _stop(self, code: int, text: bytes) -> None:
+    def _stop(self, code: int, text: bytes, more: Sequence[tuple[int, bytes]] = ()) -> None:
         """The peer closes (421), or replied out of turn: no later reply can be trusted, nor those to an envelope that no 354 has
-        shown to be in step."""
+        shown to be in step. `more`: the replies behind it."""
         self.closing = True
         mail = self._expected[0][1] if self._expected else None
         early = mail if self.awaiting is FINAL and self.out else self.streaming
@@ -306,17 +312,23 @@ class ClientSession:
         wanted = b"no reply" if not awaiting else b"the reply to " + awaiting.upper().encode()
         self.broken = b"the peer speaks out of turn: expected " + wanted + b", got: " + (b"%d " % code if code else b"") + text
         if early is not None and 400 <= code < 600:
-            self._refuse_early(early, Said(code, text, FINAL))
+            self._refuse_early(early, [(code, text), *more])
         elif mail is not None and (awaiting is not FINAL or self.features.chunking):
             mail.data_sent = mail.data_sent or awaiting is RSET
             mail.all_sent = False
             for index, _ in mail.asked:
                 mail.said.pop(index, None)
 
-    def _refuse_early(self, mail: Mail, said: Said) -> None:
-        """The peer refused the message data before its end: the rest is not sent."""
-        for recipient in mail.sent:
-            mail.said[recipient] = said
+    def _refuse_early(self, mail: Mail, replies: list[tuple[int, bytes]]) -> None:
+        """The peer refused the message data before its end: the rest is not sent. In LMTP each reply is for one recipient, in
+        their order (RFC 2033 4.2); those without one are asked for again."""
+        if not self.lmtp:
+            mail.said |= dict.fromkeys(mail.sent, Said(*replies[0], FINAL))
+            return
+        for recipient, (code, text) in zip(mail.sent, replies, strict=False):
+            if not 400 <= code < 600:
+                return
+            mail.said[recipient] = Said(code, text, FINAL)
 
     def _mail(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         mail.reached = MAIL

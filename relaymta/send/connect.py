@@ -144,6 +144,7 @@ async def connect(
     try:
         client = _client(peer, via)
         await _open(client, peer, via)
+        client.check_unsolicited()
         phase = "ehlo"
         await _greet(client)
         if via.by_name:
@@ -151,6 +152,7 @@ async def connect(
         if not client.use_tls and via.tls != "off" and (via.tls != "may" or client.supports_extension("starttls")):
             phase = "starttls"
             await _start_tls(client, peer, via.tls)
+            client.listen_anew()
             phase = WITHIN_TLS
             await _greet(client)
         if via.route.username and via.tls == "verify":
@@ -164,8 +166,8 @@ async def connect(
             raise
         if client is not None and not isinstance(error, aiosmtplib.SMTPResponseException | Failure):
             error = client.begun() or error
-        if phase == WITHIN_TLS:  # where there is no reply, the peer may have refused our certificate (RFC 8446 4.4.2.4)
-            phase = "ehlo" if isinstance(error, aiosmtplib.SMTPResponseException | Failure) else "starttls"
+        if phase == WITHIN_TLS:  # a peer that closes without a word may have refused our certificate (RFC 8446 4.4.2.4)
+            phase = "starttls" if client is not None and not client.heard and not _timed_out(error) else "ehlo"
         raise _failure(phase, peer, error, via, client.secrets if client is not None else ()) from None
 
 
@@ -300,15 +302,17 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
             return ConnectFailed(phase, f"{name}: logging in failed", f"{peer.name}: {said.whole}{login}", said)
         return ConnectFailed(phase, said.text, said=said)
     if isinstance(error, Failure):
-        cause, fault = without(f"{peer.name}: {error}{login}", secrets), error.fault if error.category in ("tls", "reply") else ""
+        cause, fault = f"{peer.name}: {without(str(error), secrets)}{login}", ""
+        if error.category in ("tls", "reply"):
+            fault = error.fault
         return ConnectFailed(phase, f"{name}: {error.public}", cause, fault=fault, category=error.category)
     public, category, origin = _reason(error)
     cause, fault = str(error) or type(error).__name__, ""
     if isinstance(origin, OSError) and origin.errno == errno.EADDRNOTAVAIL and via is not None and via.source is not None:
         category, fault = "local", US
         cause = f"source {via.source.name}: {via.source.address} is not an address of this machine"
-    elif isinstance(origin, OSError) and peer.path and category == "network":  # it is not there, or we may not use it
-        category = "local"
+    elif isinstance(origin, OSError) and peer.path and phase == "connect" and origin.errno in _NO_SOCKET:
+        category, fault = "local", US
     if isinstance(origin, aiosmtplib.SMTPResponseException):  # what is no reply may echo the credentials
         cause = public if phase == "auth" else f"{public}: {origin.message}"
     elif isinstance(origin, aiosmtplib.SMTPServerDisconnected):
@@ -317,6 +321,13 @@ def _failure(phase: str, peer: Peer, error: Exception, via: Via | None = None, s
         why = trust.reason(origin, peer.name, peer.files, via.route.label if via is not None else "")
         cause = why if str(origin) in why else f"{why} [{origin}]"
     return ConnectFailed(phase, f"{name}: {public}", f"{peer.name}: {cause}{login}", fault=fault, category=category)
+
+
+_NO_SOCKET = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOTSOCK)  # at a path: not there, or not for us
+
+
+def _timed_out(error: BaseException) -> bool:
+    return _reason(error)[1] == "timeout"
 
 
 # Errors in a chain of causes, the first that is known: (type, its public text, its category).

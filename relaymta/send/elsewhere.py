@@ -115,7 +115,7 @@ class Elsewhere:
         else:
             phase = failure.phase if isinstance(failure, ConnectFailed) else "route"
             said = failure.said if isinstance(failure, ConnectFailed) else None
-            code, enhanced = (said.code, said.enhanced) if said is not None else (0, failure.enhanced)
+            code, enhanced = (said.code, said.enhanced) if said is not None else (0, "4" + failure.enhanced[1:])
             self._outcomes.charge(entry, TRANSIENT, phase, "", code, enhanced, failure)
 
     def _tell(self, entry: Entry, trail: Trail) -> None:

@@ -36,8 +36,11 @@ class _Protocol(SMTPProtocol):
 
     _replies: Replies | None = None  # the reply that has begun: what has come of it is not in the buffer any more
 
+    heard = False  # since `listen_anew` anything has come
+
     def data_received(self, data: bytes) -> None:
         """As in aiosmtplib, but for its limit of the buffer, which holds only what follows a reply: `Replies` has limits."""
+        self.heard = True
         waiter = self._response_waiter
         if waiter is None or waiter.done() or not self._response_pending:
             return
@@ -82,20 +85,32 @@ class LenientSMTP(aiosmtplib.SMTP):
     secrets: tuple[str, ...] = ()
 
     def hide(self, *texts: str) -> None:
-        """Add to `secrets`, also in the form in which AUTH sends them."""
-        self.secrets += (*texts, *(base64.b64encode(text.encode()).decode() for text in texts))
+        """Add to `secrets`, also in the form in which AUTH sends them, with padding and without."""
+        sent = [base64.b64encode(text.encode()).decode() for text in texts]
+        self.secrets += (*texts, *sent, *(text.rstrip("=") for text in sent))
 
     async def execute_command(self, *args: bytes, **options: Any) -> SMTPResponse:
         """As in aiosmtplib; Unsolicited where a reply has come before its command."""
-        self._check_unsolicited()
+        self.check_unsolicited()
         response = await super().execute_command(*args, **options)
         if response.code < REFUSAL:
-            self._check_unsolicited()
+            self.check_unsolicited()
         return response
 
-    def _check_unsolicited(self) -> None:
+    def check_unsolicited(self) -> None:
+        """Unsolicited where a reply has come that nothing has asked for."""
         if self.protocol is not None and self.protocol._buffer:
             raise Unsolicited
+
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come from the peer since `listen_anew`."""
+        return self._reading is not None and self._reading.heard
+
+    def listen_anew(self) -> None:
+        """Forget that anything has come from the peer."""
+        if self._reading is not None:
+            self._reading.heard = False
 
     def begun(self) -> SMTPResponseException | None:
         """As `_Protocol.begun`."""

@@ -244,6 +244,65 @@ def test_nothing_follows_while_message_data_is_streamed():
     assert core.finished == [big]
 
 
+# What comes with the 354, the code that counts (0: none)
+BEGUN = [
+    (b"250 2.0.0 ok", 0), (b"250 ok\r", 0), (b"250-ok\r\n", 0), (b"250-ok\r\n250", 0), (b"2", 0), (b"25", 0), (b"\r", 0),
+    (b"354 g", 0), (b"550 5.7.1 no", 550), (b"451-4.3.0 later\r\n451", 451), (b"421 4.7.0 bye", 421), (b"5", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("begun", "code"), BEGUN)
+@pytest.mark.parametrize("lmtp", [False, True])
+@pytest.mark.parametrize("features", [PIPELINING, PLAIN])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("more", [b"", b"k\r\n"])
+def test_a_reply_that_has_begun_with_the_354_is_not_the_one_to_message_data(features, begun, code, lmtp, streamed, more):
+    """The rest of it comes later, or never: in neither case has the peer taken anything."""
+    core, one = ClientSession(features, lmtp=lmtp), mail()
+    if streamed:
+        one.data = None
+    core.begin(one)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n")
+    core.receive(b"354 go\r\n" + begun)
+    assert core.closing and not one.data_sent and not core.finished
+    core.receive(more)
+    core.out.clear()
+    core.ended()
+    assert not core.finished and not one.all_sent
+    assert (one.said[0].code if 0 in one.said else core.last_said.code if core.last_said else 0) == code
+
+
+def test_a_reply_that_has_begun_before_its_command_is_out_of_turn():
+    core, one = ClientSession(PLAIN), mail()
+    core.begin(one)
+    written(core)
+    core.receive(b"250 m\r\n250 o")
+    assert core.closing and b"out of turn" in core.broken
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("replies", "codes"),
+    [
+        (b"550 5.7.1 not for a\r\n452 4.2.2 b is full\r\n", {0: 550, 1: 452}),
+        (b"550 5.7.1 not for a\r\n", {0: 550}),
+        (b"550 5.7.1 not for a\r\n250 ok\r\n", {0: 550}),
+        (b"452 4.2.2 a is full\r\n550 b\r\n550 more\r\n", {0: 452, 1: 550}),
+    ],
+)
+def test_early_refusals_by_lmtp_are_each_for_one_recipient(replies, codes, streamed):
+    """RFC 2033 4.2."""
+    core, one = ClientSession(PIPELINING, lmtp=True), mail("a@d", "b@d")
+    if streamed:
+        one.data = None
+    core.begin(one)
+    written(core)
+    core.receive(b"250 m\r\n250 r\r\n250 r\r\n354 go\r\n" + replies)
+    assert {index: said.code for index, said in one.said.items()} == codes
+    assert core.closing and not one.data_sent and not one.all_sent
+
+
 @pytest.mark.parametrize("features", [PIPELINING, PLAIN])
 @pytest.mark.parametrize("line", [b"550 5.7.1 refused\r\n", b"451 4.3.0 later\r\n", b"250 ok\r\n", b"354 go\r\n", b"421 bye\r\n"])
 @pytest.mark.parametrize("lmtp", [False, True])

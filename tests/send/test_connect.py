@@ -398,7 +398,7 @@ def test_a_smart_host_that_is_this_host_is_a_loop_and_another_port_is_none(tmp_p
 
             together({host: lambda row=row: check(row) for host, row in rows.items()})  # type: ignore[misc]
             wait_for(lambda: peer.messages)
-            assert len(relay.events("queued")) == len(rows) + 1
+            wait_for(lambda: len(relay.events("queued")) == len(rows) + 1)
 
 
 def test_a_proxy_before_us_is_a_loop_too(tmp_path):

@@ -290,7 +290,8 @@ def test_each_failure_to_connect_has_a_public_text(peer, phase, error, public, c
     failure = _failure(phase, peer, error)
     assert failure.public.startswith(public) and cause in str(failure)
     answered = failure.said is not None  # a greeting of 554 is the peer's fault, not the network's
-    assert failure.fault == ("us" if phase == "auth" else "peer" if answered or phase != "connect" else "network")
+    ours = phase == "auth" or isinstance(error, FileNotFoundError)
+    assert failure.fault == ("us" if ours else "peer" if answered or phase != "connect" else "network")
     assert "hunter2" not in str(failure) + failure.public + (failure.said.whole if failure.said is not None else "")
     for secret in ("/", "192.0.2.1", "_ssl", "[Errno", "password"):
         assert secret not in failure.public

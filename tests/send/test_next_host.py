@@ -322,6 +322,59 @@ async def test_a_refusal_within_tls_is_no_failure_of_tls(tmp_path, monkeypatch, 
     assert peer.connections == 1 and not peer.taken
 
 
+class Cut(Peer):
+    """A host that closes the connection behind its reply to one command within TLS. `clear`: whether it was sent MAIL in the
+    clear."""
+
+    def __init__(self, phase: str, script: dict[str, Any], context: ssl.SSLContext) -> None:
+        super().__init__(OFFERS, script, context)
+        self.phase = phase
+        self.clear = False
+
+    async def _answer(self, writer: asyncio.StreamWriter, phase: str, good: bytes = b"") -> bytes:
+        within = writer.get_extra_info("ssl_object") is not None
+        self.clear |= phase == "MAIL" and not within
+        line = await super()._answer(writer, phase, good)
+        if within and phase == self.phase:
+            await writer.drain()
+            raise ConnectionError
+        return line
+
+
+@pytest.mark.parametrize(
+    ("phase", "script"),
+    [
+        ("HELO", {"EHLO": [b"", b"502 5.5.1 no\r\n"]}),
+        ("EHLO", {"EHLO": [b"", b"250-peer\r\n"]}),
+        ("EHLO", {"EHLO": [b"", b"55"]}),
+        ("EHLO", {"EHLO": [b"", b"hello?"]}),
+    ],
+)
+async def test_a_host_that_has_spoken_within_tls_is_not_sent_mail_in_the_clear(tmp_path, monkeypatch, contexts, phase, script):
+    made = trust.Context(ssl.PROTOCOL_TLS_CLIENT)
+    made.sessions = {}
+    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
+    monkeypatch.setattr(trust, "context_of", lambda *args: made)
+    peer = Cut(phase, script, contexts[0])
+    async with hosted(tmp_path, "one host", [peer], tls="may") as (dispatcher, _):
+        assert await outcome(dispatcher, message()) == {0: TRANSIENT}
+        assert dispatcher.queue.finished[0][1][0].phase == "ehlo"
+    assert peer.connections == 1 and not peer.clear
+
+
+async def test_a_host_that_speaks_early_is_down_like_one_that_does_not_answer(tmp_path):
+    """RFC 5321 4.3.1: one greeting."""
+    peers = [Peer(OFFERS, {"banner": b"220 hi\r\n250 more\r\n"}), Peer(OFFERS, {})]
+    async with hosted(tmp_path, "two smart hosts", peers, tls="off") as (dispatcher, site):
+        for number in range(3):
+            dispatcher.offer(message(number + 1))
+            await finished(dispatcher, number + 1)
+            for session in list(dispatcher.connections.pools["r"].idle):
+                dispatcher.connections._sessions.retire(session)
+        assert len(dispatcher.connections._opener.down(site.route)) == 1
+    assert [peer.connections for peer in peers] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("tls", "said", "kind"),
     [
