@@ -289,7 +289,14 @@ def test_output_that_cannot_be_written_ends_with_a_sentence(relay, words):
 
 def test_a_configuration_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "r.toml").write_text("")
-    monkeypatch.setattr("relaymta.cli.options.os.access", lambda *args: False)
+    real = os.open
+
+    def refused(path, *args, **options):
+        if str(path).endswith("r.toml"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr("relaymta.cli.options.os.open", refused)
     found = call("status", "-c", str(tmp_path / "r.toml"))
     assert (found.exit_code, found.stderr) == (74, f"{tmp_path}/r.toml: Permission denied\n")
 

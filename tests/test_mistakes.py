@@ -285,7 +285,8 @@ NOTES = [
     (f'{GOOD}[[route]]\nhosts = ["192.0.2.1", "g"]\nip = "6"\n', None),
     (f"{GOOD}[[site]]\nhosts = []\nconnections = 1\n", "6: site.0.hosts: it matches no site: there are no hosts in it"),
     (f'{GOOD}[[rule]]\nmatch = "x"\naction = "bounce"\nfor = "1h"\n', '8: rule.0.for: it has no effect with action = "bounce"'),
-    (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', "8: rule.0.for: suspend for no time has no effect"),
+    (f'{GOOD}[[rule]]\nmatch = "x"\naction = "slow"\nfor = 0\n', "8: rule.0.for: slow for no time has no effect"),
+    (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', None),  # it makes a permanent failure temporary
     (GOOD + DKIM + 'oversigned = ["from", "Received"]\n',
      "9: dkim.0.oversigned: received: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),

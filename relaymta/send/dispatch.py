@@ -126,6 +126,11 @@ class Dispatcher:
 
         self.landed = landed
 
+    def refused(self, entry: Entry) -> None:
+        """Called when an entry's outcome could not be recorded."""
+        self.recovery.landed(entry)
+        self.local.refused(entry)
+
     @property
     def queue(self) -> Queue | None:
         """The queue that entries come from; set once, before the first one is offered."""

@@ -20,7 +20,7 @@ from relaymta.shm import InFlight
 __all__ = ["Local", "Store"]
 
 CORRUPT = index("relaymta_corrupt_bodies_total")
-MOST = 512  # entries under way
+MOST, MOST_OCTETS = 512, 64 << 20  # entries under way, and their octets (one at least)
 PEER = "mailbox"
 
 
@@ -46,8 +46,8 @@ class Local:
         self._counters = counters
         self._log = log
         self._waiting: deque[Entry] = deque()
-        self._filed: dict[Entry, tuple[list[int], list[int]]] = {}  # recipients that were filed, and in which shards
-        self.under_way = 0
+        self._ended: dict[Entry, tuple[list[int], list[int]]] = {}  # recipients that have ended, and the shards that were asked
+        self.under_way = self._octets = 0
         self.draining = False
         self.store: Store | None = None
 
@@ -56,10 +56,14 @@ class Local:
         if self.store is None:
             why = Failure("there are no mailboxes here", "the relay keeps no mailboxes: restart it")
             self._outcomes.charge(entry, TRANSIENT, "route", "", 0, "4.3.5", why)
-        elif self.under_way >= MOST or self.queue.stalled:
+        elif self._crowded or self.queue.stalled:
             self._waiting.append(entry)
         else:
             self._begin(entry)
+
+    @property
+    def _crowded(self) -> bool:
+        return self.under_way >= MOST or self._octets >= MOST_OCTETS
 
     def tick(self) -> None:
         """Called each second: the disk may take outcomes again."""
@@ -70,6 +74,7 @@ class Local:
             return
         self._marks.add(entry.ident)
         self.under_way += 1
+        self._octets += entry.envelope.size
         self._tasks.spawn(self._deliver(entry))
 
     async def _deliver(self, entry: Entry) -> None:
@@ -85,10 +90,11 @@ class Local:
             self._outcomes.charge(entry, TRANSIENT, "final", PEER, 0, "4.3.0", Failure(reason, inside))
         finally:
             self.under_way -= 1
+            self._octets -= entry.envelope.size
             self._next()
 
     def _next(self) -> None:
-        while self._waiting and self.under_way < MOST and not (self.draining or self.queue.stalled):
+        while self._waiting and not (self._crowded or self.draining or self.queue.stalled):
             entry = self._waiting.popleft()
             if entry.waiting:
                 self._begin(entry)
@@ -98,8 +104,9 @@ class Local:
         assert self.store is not None
         replies, shards = await self.store.deliver(entry.ident, entry.envelope.sender, entry.recipients, data)
         filed = [position for position, said in replies.items() if said.code < 300]
-        if filed:
-            self._filed[entry] = filed, shards
+        ended = [position for position, said in replies.items() if not 400 <= said.code < 500]
+        if ended:
+            self._ended[entry] = ended, shards
         said = next(iter(replies.values()))
         if len(filed) == len(replies):
             entry.route = (PEER, (said.code, f"{said.enhanced} {said.text}".encode()), ("", 0, "", ""))
@@ -128,10 +135,14 @@ class Local:
         return found
 
     def landed(self, entry: Entry) -> None:
-        """An entry's outcome is committed: its recipients that were filed are not asked for again."""
-        filed = self._filed.pop(entry, None)
-        if filed is not None and self.store is not None:
-            self.store.forget(entry.ident, *filed)
+        """An entry's outcome is committed: its recipients that have ended are not asked for again."""
+        ended = self._ended.pop(entry, None)
+        if ended is not None and self.store is not None:
+            self.store.forget(entry.ident, *ended)
+
+    def refused(self, entry: Entry) -> None:
+        """An entry's outcome could not be recorded: its recipients may be asked for again."""
+        self._ended.pop(entry, None)
 
     async def drain(self, seconds: float) -> None:
         """Begin nothing new; wait up to `seconds` for what is under way."""

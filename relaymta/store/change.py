@@ -272,8 +272,8 @@ class Change:
     def forget_done(self, queue_id: int, recipient: int) -> None:
         """The queue has ended a recipient of a message: nobody asks for it again."""
         cursor = self.txn.cursor(db=self._tables["done"])
-        prefix = DONE.pack(queue_id, recipient, 0)[:10]
-        while cursor.set_range(prefix) and cursor.key()[:10] == prefix:
+        prefix = DONE.pack(queue_id, recipient, 0)[:12]
+        while cursor.set_range(prefix) and cursor.key()[:12] == prefix:
             cursor.delete()
 
     # The transaction

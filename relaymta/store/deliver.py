@@ -76,8 +76,8 @@ class Delivery:
         found = self._mailboxes.find(address, settings.subaddress)
         if found is None:
             return UNKNOWN
-        if found.others:  # those of submitted mail were replaced when it was accepted
-            raise RelayError(f"{address} is an alias of addresses elsewhere")
+        if found.others and not found.users:  # those of mail that comes by SMTP are replaced when it is accepted
+            raise RelayError(f"{address} is an alias of addresses elsewhere only")
         refused = [status for user in found.users if (status := status_of(user)) is not None]
         good = [user for user in found.users if status_of(user) is None]
         return good or refused[0]

@@ -26,7 +26,8 @@ __all__ = ["Address", "Directory", "Found", "User"]
 SCHEMA = 1
 _MAP_SIZE = 8 << 30
 DEEPEST = 10  # aliases of aliases
-TARGETS_MOST = 1000  # addresses of an alias, and mailboxes that an address leads to
+TARGETS_MOST = 1000  # addresses of one alias
+ADDRESSES_MOST = 5000  # that an alias leads to in all, aliases on the way included
 _KEY_MOST = 500  # octets of an address: LMDB's keys have 511
 _ID = struct.Struct(">Q")
 
@@ -99,49 +100,67 @@ class Directory:
 
     def find(self, recipient: str, separator: str = "") -> Found | None:
         """Where mail for a recipient goes; None when nobody has the address. Looked for in this order: the address itself;
-        without the detail behind `separator`; the catch-all of its domain. RelayError when an alias leads to nowhere."""
+        without the detail behind `separator`; the catch-all of its domain. RelayError when an alias leads to nobody, too deep or
+        to too many."""
         with self._env.begin() as txn:
-            found = self._match(txn, comparable(recipient), separator)
-            if found is None:
+            address = comparable(recipient)
+            if self._match(txn, address, separator) is None:
                 return None
-            users: dict[int, User] = {}
-            others: dict[str, None] = {}
-            self._expand(txn, found, separator, DEEPEST, users, others)
-            if not users and not others:
-                raise RelayError(f"the alias {recipient} leads to nobody")
-            return Found(list(users.values()), list(others))
+            return self._found(txn, address, separator)
 
-    def _match(self, txn: Any, address: str, separator: str) -> Address | None:
+    def _found(self, txn: Any, address: str, separator: str) -> Found:
+        """Where mail for an address goes that somebody has."""
+        users: dict[int, User] = {}
+        others: dict[str, None] = {}
+        self._walk(txn, address, separator, users, others)
+        if not users and not others:
+            raise RelayError(f"the alias {address} leads to nobody")
+        return Found(list(users.values()), list(others))
+
+    def _walk(self, txn: Any, address: str, separator: str, users: dict[int, User], others: dict[str, None]) -> list[str]:
+        """Add the users and other addresses that an address leads to, level by level, each address once. The path on which it
+        leads back to itself; empty when it does not. RelayError beyond the bounds."""
+        start = self._match(txn, address, separator)
+        parents, level = {address: ""}, [address]
+        circle: list[str] = []
+        for _ in range(DEEPEST + 1):
+            below: list[str] = []
+            for one in level:
+                found = self._match(txn, one, separator)
+                if found is None:
+                    others[one] = None
+                elif one != address and start is not None and found[0] == start[0]:
+                    circle = circle or _path(parents, one)
+                elif found[1].user:
+                    user = self._user(txn, found[1].user)
+                    if user is not None:
+                        users[user.ident] = user
+                else:
+                    if address in found[1].targets:
+                        circle = circle or _path(parents, one)
+                    new = [target for target in found[1].targets if target not in parents]
+                    parents |= dict.fromkeys(new, one)
+                    below += new
+            if len(parents) > ADDRESSES_MOST:
+                raise RelayError(f"the alias {address} leads to more than {ADDRESSES_MOST} addresses")
+            if not below:
+                return circle
+            level = below
+        raise RelayError(f"the alias {address} leads to others more than {DEEPEST} deep")
+
+    def _match(self, txn: Any, address: str, separator: str) -> tuple[bytes, Address] | None:
+        """The row that mail for an address finds, and its key."""
         local, at, domain = address.rpartition("@")
         tried = [address]
         if separator and separator in local.lstrip(separator):
             tried.append(local[: local.index(separator, 1)] + at + domain)
         tried.append(at + domain)
         for form in tried:
-            key = form.encode()
+            key = form.encode("utf-8", "surrogateescape")
             raw = txn.get(key, db=self._addresses) if key and len(key) <= _KEY_MOST else None
             if raw is not None:
-                return _decode_address(raw)
+                return key, _decode_address(raw)
         return None
-
-    def _expand(
-        self, txn: Any, found: Address, separator: str, left: int, users: dict[int, User], others: dict[str, None]
-    ) -> None:
-        """Add the users and other addresses that an address leads to. Aliases are followed to a depth of `left`; what leads back
-        to where it came from is left out."""
-        if found.user:
-            user = self._user(txn, found.user)
-            if user is not None:
-                users[user.ident] = user
-            return
-        for target in found.targets:
-            if len(users) + len(others) >= TARGETS_MOST:
-                return
-            below = self._match(txn, target, separator)
-            if below is None:
-                others[target] = None
-            elif left:
-                self._expand(txn, below, separator, left - 1, users, others)
 
     def _user(self, txn: Any, ident: int) -> User | None:
         raw = txn.get(_ID.pack(ident), db=self._users)
@@ -233,6 +252,11 @@ class Directory:
 
         self._write(change)
 
+    def check_free(self, address: str) -> None:
+        """RelayError when an address is taken."""
+        with self._env.begin() as txn:
+            self._free(txn, comparable(address))
+
     def _free(self, txn: Any, address: str) -> None:
         """RelayError when an address is taken, or cannot be stored."""
         if len(address.encode()) > _KEY_MOST:
@@ -310,57 +334,57 @@ class Directory:
 
         return self._write(change)  # type: ignore[no-any-return]
 
-    def set_alias(self, address: str, targets: Iterable[str], kept_here: Callable[[str], bool]) -> None:
+    def set_alias(self, address: str, targets: Iterable[str], kept_here: Callable[[str], bool], separator: str = "") -> None:
         """Let an address ("@domain": a catch-all) lead to others, or (no targets) remove it. `kept_here(domain)`: whether mail of
-        that domain is kept here, so that an address there has to exist. RelayError when a target is nowhere, or leads back."""
+        that domain is kept here, so that an address there has to exist. RelayError when a target is nowhere, when the address
+        would lead back to itself, or others by way of it too deep or to too many."""
         address = comparable(address)
         wanted = list(dict.fromkeys(map(comparable, targets)))
 
         def change(txn: Any) -> None:
-            found = self._address(txn, address)
+            before = self._address(txn, address)
             if not wanted:
-                if found is None or (found.user and self._named(txn, address) is not None):
-                    raise NoSuch("alias", address, (name for name, _ in self.addresses()))
-                txn.delete(address.encode(), db=self._addresses)
-                txn.delete(_ID.pack(found.user) + address.encode(), db=self._own)
-                return
-            if found is not None and found.user:
-                self._free(txn, address)  # raises
-            self._check_targets(txn, address, wanted, kept_here)
-            if found is None:
-                self._free(txn, address)
-            one = self._named(txn, wanted[0]) if len(wanted) == 1 else None
-            if one is not None:
-                self._give(txn, one.ident, address)
+                self._remove_alias(txn, address, before)
             else:
-                txn.put(address.encode(), _encode(Address(0, wanted)), db=self._addresses)
+                self._put_alias(txn, address, before, wanted, separator)
+            self._check_aliases(txn, address, kept_here, separator)
 
         self._write(change)
 
-    def _check_targets(self, txn: Any, address: str, targets: list[str], kept_here: Callable[[str], bool]) -> None:
-        if len(targets) > TARGETS_MOST:
-            raise RelayError(f"{len(targets)} addresses: an alias has at most {TARGETS_MOST}")
-        for target in targets:
-            if target == address:
-                raise RelayError(f"{address} would be an alias of itself")
-            below = self._match(txn, target, "")
-            if below is None and kept_here(domain_of(target)):
-                names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
-                raise RelayError(f"nobody has {target}{near(target, names)}")
-            circle = self._circle(txn, address, [target])
-            if circle:
-                raise RelayError(f"{address} would lead back to itself: {' -> '.join([address, *circle])}")
+    def _remove_alias(self, txn: Any, address: str, before: Address | None) -> None:
+        if before is None or (before.user and self._named(txn, address) is not None):
+            raise NoSuch("alias", address, (name for name, _ in self._aliases(txn)))
+        txn.delete(address.encode(), db=self._addresses)
+        txn.delete(_ID.pack(before.user) + address.encode(), db=self._own)
 
-    def _circle(self, txn: Any, address: str, path: list[str]) -> list[str]:
-        """The path on which the last address of `path` leads back to `address`, or beyond DEEPEST; empty when it does not."""
-        if path[-1] == address or len(path) > DEEPEST:
-            return path
-        found = self._address(txn, path[-1])
-        for target in found.targets if found is not None else ():
-            circle = self._circle(txn, address, [*path, target])
+    def _put_alias(self, txn: Any, address: str, before: Address | None, wanted: list[str], separator: str) -> None:
+        if before is None or before.user:
+            self._free(txn, address)  # raises where a user has it
+        if len(wanted) > TARGETS_MOST:
+            raise RelayError(f"{len(wanted)} addresses: an alias has at most {TARGETS_MOST}")
+        one = self._named(txn, wanted[0]) if len(wanted) == 1 else None
+        if one is not None:
+            self._give(txn, one.ident, address)
+        else:
+            txn.put(address.encode(), _encode(Address(0, wanted)), db=self._addresses)
+
+    def _check_aliases(self, txn: Any, address: str, kept_here: Callable[[str], bool], separator: str) -> None:
+        """All aliases after a change of one: RelayError undoes it. That one first, so that a problem names it."""
+        for name, row in sorted(self._aliases(txn), key=lambda row: row[0] != address):
+            if name in row.targets:
+                raise RelayError(f"{name} would be an alias of itself")
+            for target in row.targets:
+                if self._match(txn, target, separator) is None and kept_here(domain_of(target)):
+                    names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
+                    raise RelayError(f"nobody has {target}{near(target, names)}, and {name} leads there")
+            circle = self._walk(txn, name, separator, {}, {})
             if circle:
-                return circle
-        return []
+                raise RelayError(f"{name} would lead back to itself: {' -> '.join(circle)}")
+
+    def _aliases(self, txn: Any) -> list[tuple[str, Address]]:
+        """The addresses that lead to others."""
+        rows = ((key.decode(), _decode_address(raw)) for key, raw in txn.cursor(db=self._addresses))
+        return [(name, row) for name, row in rows if not row.user]
 
     def owned(self, ident: int) -> list[str]:
         """The addresses of a user, in their order."""
@@ -375,3 +399,11 @@ class Directory:
                     break
                 found.append(key[8:].decode())
         return found
+
+
+def _path(parents: dict[str, str], last: str) -> list[str]:
+    """The addresses from the first to `last`."""
+    found = [last]
+    while parents[found[-1]]:
+        found.append(parents[found[-1]])
+    return found[::-1]

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from relaymta.control import Refused
-from relaymta.errors import StoreError
+from relaymta.control import Late
+from relaymta.errors import RelayError, StoreError
 from relaymta.store.change import Change
 from relaymta.store.directory import Directory, Found
 from relaymta.store.shard import Shard
@@ -76,11 +76,6 @@ class Mailboxes:
         """As `Directory.find`."""
         return self.directory.find(recipient, separator)
 
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for mail in a shard of this process."""
-        return any(shard.disk.full for shard in self.shards.values())
-
     async def file(self, data: list[bytes], targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
         """File a message, `data` in pieces, for targets (shard, target): the result for each, in their order; StoreError in place
         of those whose shard could not commit, or whose owner did not answer."""
@@ -102,7 +97,7 @@ class Mailboxes:
             return msgspec.convert(answer, list[Result])
         except StoreError as error:
             return [error] * len(targets)
-        except (ConnectionError, Refused) as error:
+        except (ConnectionError, RelayError) as error:
             return [StoreError(str(error))] * len(targets)
 
     async def _asked(self, number: int, op: str, **args: Any) -> Any:
@@ -116,6 +111,8 @@ class Mailboxes:
                 if peer is None:
                     raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
                 return await peer.ask(op, None, OWNER_SECONDS, **args)
+            except Late:
+                raise
             except ConnectionError as error:
                 try:
                     async with asyncio.timeout_at(until):

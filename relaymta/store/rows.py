@@ -46,7 +46,7 @@ STATE = struct.Struct(">QB")
 MESSAGE = struct.Struct(">QBI")
 EXPUNGED = struct.Struct(">QBQ")
 ID = struct.Struct(">Q")
-DONE = struct.Struct(">QHQ")
+DONE = struct.Struct(">QIQ")
 NUMBER = struct.Struct(">I")
 
 _NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all

@@ -94,12 +94,19 @@ class Shard:
         if sum(map(len, data)) <= self.segments.big_limit:
             self.writer.submit(File(ident, data, targets, done))
         else:
-            body = await asyncio.shield(self.readers.submit(self._written, ident, data))
-            self.writer.submit(File(ident, None, targets, done, body))
+            writing = self.readers.submit(self._written, ident, data)
+            writing.add_done_callback(lambda written: self._submit_large(written, ident, targets, done))
+            await asyncio.shield(writing)
         file = await asyncio.shield(future)
         if file.error is not None:
             raise file.error
         return list(file.results)
+
+    def _submit_large(
+        self, written: "asyncio.Future[Body]", ident: int, targets: list[Target], done: Callable[[File], None]
+    ) -> None:
+        if not written.cancelled() and written.exception() is None:
+            self.writer.submit(File(ident, None, targets, done, written.result()))
 
     def _written(self, ident: int, data: list[bytes]) -> Body:
         """Reader thread: a large body, in a file of its own."""

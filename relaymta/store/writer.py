@@ -113,6 +113,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
     ) -> None:
         begin = partial(Change, shard)
         super().__init__(loop, shard, segments, clock, begin=begin, on_commit=on_commit, unawaited=Forget, name="mail-writer")
+        self._touched: dict[int, int] = {}  # by the transaction under way
         self._freed: list[tuple[int, Body]] = []  # bodies that nothing points at once the group under way is committed
 
     # All that follows runs on the thread
@@ -135,9 +136,12 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             files, moves = [], []
         self._freed.clear()
         error = self._transact(partial(self._fill, group, files, moves))
-        if error is not None:
+        if error is None:
+            group.touched = self._touched
+        else:
             _refuse([*files, *moves, *group.tasks], error)
-            self._freed = [(file.ident, file.body) for file in group.files if file.data is None and file.body is not None]
+            self._freed.clear()
+        self._freed += [(one.ident, one.body) for one in group.files if one.error and one.data is None and one.body is not None]
         for ident, body in self._freed:
             if not body.segment:
                 self._segments.big_path(ident).unlink(missing_ok=True)
@@ -153,11 +157,11 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
 
     def _fill(self, group: Filings, files: list[File], moves: list[Move], change: Change, now: int) -> None:
         wall = wall_ms()
-        for forgotten in group.forgotten:
-            for recipient in forgotten.recipients:
-                change.forget_done(forgotten.queue_id, recipient)
         for file in files:
             self._file(change, file, now, wall)
+        for forgotten in group.forgotten:  # behind what was asked for before
+            for recipient in forgotten.recipients:
+                change.forget_done(forgotten.queue_id, recipient)
         for task in group.tasks:
             self._run_task(change, task)
         for move in moves:
@@ -171,7 +175,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         for _, body in self._freed:
             if body.segment:
                 self._segments.release(body)
-        group.touched = change.touched
+        self._touched = change.touched
 
     def _file(self, change: Change, file: File, now: int, wall: int) -> None:
         """File a message in those of its mailboxes that take it."""

@@ -5,6 +5,7 @@ import asyncio
 import itertools
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ class MachineMailboxes:
             return await self._create(config, address, secret, octets, messages)
 
     async def _create(self, config: Config, address: str, secret: str, octets: int, messages: int) -> User:
-        if self.directory.named(address) is not None:
-            raise RelayError(f"{address} is there")
+        self.directory.check_free(address)
         ident = await asyncio.to_thread(self.directory.next_ident)
         user = User(ident, address, self._next_shard(), octets, messages, secret)
         special = [list(pair) for pair in config.mailboxes.special.items()]
@@ -138,7 +138,8 @@ class MachineMailboxes:
         if wrong is not None:
             raise RelayError(f"{wrong!r} is not an address")
         async with self._changing:
-            await asyncio.to_thread(self.directory.set_alias, address, targets, lambda domain: kept_here(config, domain))
+            here = partial(kept_here, config)
+            await asyncio.to_thread(self.directory.set_alias, address, targets, here, config.mailboxes.subaddress)
 
     async def change(self, address: str, changes: dict[str, Any]) -> User:
         """Change a user's row. NoSuch."""

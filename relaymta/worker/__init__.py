@@ -75,7 +75,7 @@ class Shard:
             queue_settings(config),
             worker.assign,
             self.dispatcher,
-            Witness(worker.counters, worker.log, self.dispatcher.landed, self._next_try),
+            Witness(worker.counters, worker.log, self.dispatcher.landed, self.dispatcher.refused, self._next_try),
             worker.sign_dsn,
         )
         self.dispatcher.queue = self.queue

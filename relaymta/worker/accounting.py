@@ -46,10 +46,18 @@ def _link(entry: Entry, position: int) -> Link:
 class Witness(Events):
     """Counts and logs what the queue has committed."""
 
-    def __init__(self, counters: Counters, log: Log, landed: Callable[[Entry], None], next_try: Callable[[Outcome], int]) -> None:
-        """`landed(entry)`: called when an entry's outcome is committed or refused. `next_try(outcome)`: when its deferred
-        recipients are tried again (ms of the wall clock)."""
+    def __init__(
+        self,
+        counters: Counters,
+        log: Log,
+        landed: Callable[[Entry], None],
+        refused: Callable[[Entry], None],
+        next_try: Callable[[Outcome], int],
+    ) -> None:
+        """`landed(entry)`: called when an entry's outcome is committed; `refused(entry)`: or it could not be. `next_try(outcome)`:
+        when its deferred recipients are tried again (ms of the wall clock)."""
         self._landed = landed
+        self._refused = refused
         self._next_try = next_try
         self._add = counters.add
         self._delay = counters.histogram("relaymta_delivery_delay_seconds")
@@ -113,7 +121,7 @@ class Witness(Events):
 
     def refused(self, entry: Entry, why: str) -> None:
         self._log.event("warning", text=f"message {format_id(entry.ident)}: an outcome was refused: {why}")
-        self._landed(entry)
+        self._refused(entry)
 
     def failed(self, what: str) -> None:
         self._log.event("warning", text=f"a change of the queue was undone: internal error: {what}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 from msgspec.structs import replace
@@ -31,7 +32,7 @@ def directory(tmp_path):
 
 
 def alias(directory, address, *targets):
-    directory.set_alias(address, targets, lambda domain: domain == "local.example")
+    directory.set_alias(address, targets, lambda domain: domain == "local.example", "+")
 
 
 def names(directory, recipient, separator="+"):
@@ -82,8 +83,11 @@ def test_an_internationalized_domain_is_found_in_both_forms(directory):
         ("a@local.example", ["alise@local.example"], 'nobody has alise@local.example (did you mean "alice@local.example"?)'),
         ("alice@local.example", ["bob@local.example"], "alice@local.example is there"),
         ("one@local.example", ["three@local.example"], "would lead back to itself: one@local.example -> three@local.example -> "),
+        ("@local.example", ["ghost@local.example"], "@local.example would lead back to itself"),
+        ("z@local.example", ["z+detail@local.example", "bob@local.example"], "z@local.example would lead back to itself"),
         ("big@local.example", [f"n{n}@other.example" for n in range(1001)], "1001 addresses: an alias has at most 1000"),
         ("x" * 600 + "@local.example", ["bob@local.example"], "an address has at most 500 octets"),
+        ("one@local.example", [], "nobody has one@local.example, and two@local.example leads there"),
     ],
 )
 def test_an_alias_that_cannot_be_is_refused(directory, address, targets, sentence):
@@ -97,14 +101,49 @@ def test_an_alias_that_cannot_be_is_refused(directory, address, targets, sentenc
     assert directory.addresses() == before
 
 
+def test_an_alias_may_lead_to_a_detail(directory):
+    alias(directory, "list@local.example", "alice+list@local.example", "bob@local.example")
+    assert names(directory, "list@local.example") == (["alice", "bob"], [])
+
+
 def test_aliases_are_followed_to_a_bound(directory):
+    """Nobody is left out without a word: what would lead too deep cannot be made, from whichever end."""
     alias(directory, "n0@local.example", "alice@local.example", "bob@local.example")
     for number in range(1, DEEPEST):
         alias(directory, f"n{number}@local.example", f"n{number - 1}@local.example", "carol@local.example")
-    assert names(directory, f"n{DEEPEST - 1}@local.example") == (["alice", "bob", "carol"], [])
-    with pytest.raises(RelayError):
-        alias(directory, f"n{DEEPEST}@local.example", f"n{DEEPEST - 1}@local.example", "x@other.example")
+    top = f"n{DEEPEST - 1}@local.example"
+    assert names(directory, top) == (["carol", "alice", "bob"], [])
+    with pytest.raises(RelayError, match="more than 10 deep"):
+        alias(directory, f"n{DEEPEST}@local.example", top, "x@other.example")
         alias(directory, f"n{DEEPEST + 1}@local.example", f"n{DEEPEST}@local.example", "x@other.example")
+    alias(directory, "deep@local.example", "dave@other.example", "bob@local.example")
+    for number in range(5):
+        below = f"d{number - 1}@local.example" if number else "deep@local.example"
+        alias(directory, f"d{number}@local.example", below, "x@other.example")
+    with pytest.raises(RelayError, match="more than 10 deep"):
+        alias(directory, "n0@local.example", "d4@local.example", "bob@local.example")
+    assert names(directory, top) == (["carol", "alice", "bob"], [])
+
+
+def test_aliases_that_fan_out_are_followed_in_linear_time(directory):
+    for level in range(8):
+        for number in range(6):
+            below = (
+                [f"f{level - 1}-{n}@local.example" for n in range(6)] if level else ["alice@local.example", "bob@local.example"]
+            )
+            alias(directory, f"f{level}-{number}@local.example", *below)
+    began = time.thread_time()
+    assert names(directory, "f7-0@local.example") == (["alice", "bob"], [])
+    assert time.thread_time() - began < 1, "it was 2.4 s, and six times that for each further level"
+
+
+def test_an_alias_leads_to_a_bounded_number_of_addresses(directory):
+    for number in range(5):
+        alias(directory, f"l{number}@local.example", *(f"{number}-{n}@other.example" for n in range(1000)))
+    with pytest.raises(RelayError, match="more than 5000 addresses"):
+        alias(directory, "all@local.example", *(f"l{number}@local.example" for number in range(5)))
+    alias(directory, "most@local.example", *(f"l{number}@local.example" for number in range(4)))
+    assert len(names(directory, "most@local.example")[1]) == 4000
 
 
 def test_users_are_changed_renamed_and_removed(directory):
