@@ -84,7 +84,8 @@ def without(text: str, secrets: Iterable[str]) -> str:
     longest_first = sorted(filter(None, secrets), key=len, reverse=True)
     for secret in longest_first:
         text = text.replace(secret, "***")
-    return _ENCODED.sub(lambda run: "***" if any(run[0] in secret for secret in longest_first) else run[0], text)
+    folded = [secret.lower() for secret in longest_first]
+    return _ENCODED.sub(lambda run: "***" if any(run[0].lower() in secret for secret in folded) else run[0], text)
 
 
 def told(why: str | Exception) -> tuple[str, str]:

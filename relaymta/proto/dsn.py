@@ -20,6 +20,7 @@ __all__ = ["failure_dsn"]
 HEADER_LIMIT = 64 * 1024  # octets of the original header that are returned
 LINE_LIMIT = 900  # octets of a generated line (RFC 5322 2.1.1: at most 998)
 REPLY_LIMIT = LONGEST  # characters of a reply
+REPLIES_LIMIT, REPLY_LEAST = 256 << 10, 500  # ... of all replies together; but so many of each
 WIDTH = 76  # characters of a line at which a reply is folded (RFC 5322 2.1.1: 78)
 WORD_LIMIT = 200  # characters of a word of a reply: longer ones are divided
 
@@ -86,10 +87,11 @@ def _text(failed: Sequence[tuple[str, Attempt, bool]], hostname: str, utf8: bool
         "",
     ]
     out = [f"{line}\r\n".encode() for line in lines]
+    most = _reply_limit(len(failed))
     for address, attempt, expired in failed:
         late = "message expired; last attempt: " if expired else ""
         where = ", ".join(word for word in (attempt.phase, _remote(attempt)) if word)
-        out.append(_folded(f"<{address}>: {late}{attempt.whole[:REPLY_LIMIT]} ({where})", "    ", True))
+        out.append(_folded(f"<{address}>: {late}{attempt.whole[:most]} ({where})", "    ", True))
     content = b"".join(out)
     return _part(f"text/plain; charset={'us-ascii' if content.isascii() else 'utf-8'}", content, utf8)
 
@@ -107,12 +109,17 @@ def _status(
     ]
     out = [_line(line, wide) + b"\r\n" for line in lines]
     for address, attempt, expired in failed:
-        out += [b"\r\n", _recipient_fields(address, attempt, expired, wide)]
+        out += [b"\r\n", _recipient_fields(address, attempt, expired, wide, _reply_limit(len(failed)))]
     return _part(f"message/{'global-' if wide else ''}delivery-status", b"".join(out), utf8)
 
 
-def _recipient_fields(address: str, attempt: Attempt, expired: bool, wide: bool) -> bytes:
-    """The per-recipient fields of RFC 3464 2.3. `wide`: characters above 127 are allowed."""
+def _reply_limit(recipients: int) -> int:
+    """The characters of each reply in a DSN about so many recipients."""
+    return max(min(REPLY_LIMIT, REPLIES_LIMIT // recipients), REPLY_LEAST)
+
+
+def _recipient_fields(address: str, attempt: Attempt, expired: bool, wide: bool, most: int) -> bytes:
+    """The per-recipient fields of RFC 3464 2.3. `wide`: characters above 127 are allowed; `most`: characters of the reply."""
     kind = "rfc822" if address.isascii() else "utf-8"
     enhanced = attempt.enhanced or "5.0.0"
     lines = [
@@ -123,9 +130,9 @@ def _recipient_fields(address: str, attempt: Attempt, expired: bool, wide: bool)
     if _remote(attempt):
         lines.append(f"Remote-MTA: dns; {_remote(attempt)}")
     if attempt.code:
-        reply = f"smtp; {attempt.code} {attempt.enhanced} {attempt.text[:REPLY_LIMIT]}"
+        reply = f"smtp; {attempt.code} {attempt.enhanced} {attempt.text[:most]}"
     else:
-        reply = f"X-relaymta; {attempt.text[:REPLY_LIMIT]}"
+        reply = f"X-relaymta; {attempt.text[:most]}"
     return b"".join(
         [
             *(_line(line, wide) + b"\r\n" for line in lines),

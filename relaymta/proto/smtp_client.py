@@ -248,6 +248,13 @@ class ClientSession:
         replies = self._replies.end()
         if replies and replies[0][0] >= 200 and not 300 <= replies[0][0] < 400:
             self._take(replies, unsent)
+            self._not_written()
+
+    def _not_written(self) -> None:
+        """What is in `out` is not written any more: message data (BDAT) that is there is not in doubt."""
+        last = self._expected[-1][1] if self._expected else None
+        if self.out and last is not None:
+            last.data_sent = False
 
     def _take(self, replies: list[tuple[int, bytes]], unsent: int) -> None:
         expected = self._expected
@@ -300,6 +307,7 @@ class ClientSession:
         """The peer closes (421), or replied out of turn: no later reply can be trusted, nor those to an envelope that no 354 has
         shown to be in step. `more`: the replies behind it."""
         self.closing = True
+        self._not_written()
         mail = self._expected[0][1] if self._expected else None
         early = mail if self.awaiting is FINAL and self.out else self.streaming
         if early is not None and self.streaming is None:  # it came with the 354: no message data is written

@@ -47,8 +47,12 @@ async def log_in(client: LenientSMTP, route: Route, tokens: Tokens) -> None:
         return
     try:
         await _bearer(client, mechanism, route.username, token := await tokens.get(route.oauth))
-    except aiosmtplib.SMTPAuthenticationError:
+    except aiosmtplib.SMTPAuthenticationError as error:
+        if not 500 <= error.code < 600:  # for now (RFC 4954 6), or the host closes: it is not the token
+            raise
         tokens.refused(route.oauth, token)  # revoked before it expired: retry once with a new one
+        if not client.is_connected:
+            raise
         await _bearer(client, mechanism, route.username, await tokens.get(route.oauth))
 
 

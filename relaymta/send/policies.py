@@ -126,7 +126,11 @@ class Policies:
         """Hold those of these entries that a hold policy matches when it is this change's turn; the others are put back. What
         somebody else has taken until then is left alone: it may be in another queue by now."""
 
+        holds = self._holding_policies()
+
         def chosen() -> list[int]:
+            nonlocal holds
+            holds |= self._holding_policies()  # one that has begun while this waited may be the reason
             found = []
             for entry in entries:
                 if entry.waiting and self._is_held(entry):
@@ -135,7 +139,6 @@ class Policies:
                     self._put_back(entry)
             return found
 
-        holds = self._holding_policies()
         try:
             await self._queue().change_messages("policy", chosen)
         except StoreError:

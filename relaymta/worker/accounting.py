@@ -54,8 +54,8 @@ class Witness(Events):
         refused: Callable[[Entry], None],
         next_try: Callable[[Outcome], int],
     ) -> None:
-        """`landed(entry)`: called when an entry's outcome is committed; `refused(entry)`: or it could not be. `next_try(outcome)`:
-        when its deferred recipients are tried again (ms of the wall clock)."""
+        """`landed(entry)`: called when an entry's outcome is committed; `refused(entry)`: when it could not be.
+        `next_try(outcome)`: when its deferred recipients are tried again (ms of the wall clock)."""
         self._landed = landed
         self._refused = refused
         self._next_try = next_try

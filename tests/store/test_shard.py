@@ -85,6 +85,7 @@ async def test_the_queue_may_ask_again_and_nothing_is_filed_twice(tmp_path):
         (again,) = await bench.file(b"text", Target(1, once=(77, 0, 1)))
         assert not again.filed
         bench.shard.forget(77, [0])
+        await bench.shard.task(lambda change: None)
         (again,) = await bench.file(b"text", Target(1, once=(77, 0, 1)))
         assert again.filed, "the queue has forgotten it, and so may we"
 
