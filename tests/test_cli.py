@@ -301,6 +301,64 @@ def test_a_configuration_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert (found.exit_code, found.stderr) == (74, f"{tmp_path}/r.toml: Permission denied\n")
 
 
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("queue", "--help"), ("config", "describe")])
+def test_output_that_cannot_be_written_has_its_status(words):
+    command = [sys.executable, "-m", "relaymta", *words]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (74, "standard output: No space left on device\n")
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (74, "standard output: Bad file descriptor\n")
+
+
+def test_an_error_message_that_cannot_be_written_changes_no_status(tmp_path):
+    command = [sys.executable, "-m", "relaymta", "status", "--spool", str(tmp_path / "none")]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stderr=full, check=False).returncode == 69
+    assert subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], check=False).returncode == 69
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_may_not_be_read_is_neither_missing_nor_empty(tmp_path):
+    """A folder that may not be entered, as another user; and a spool that may not be listed."""
+    tmp_path.chmod(0o755)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "accounts.toml").write_text("")
+    spool = tmp_path / "spool"
+    (spool / "shard-0").mkdir(parents=True)
+    (spool / "secret").write_text("x")
+    spool.chmod(0o711)
+
+    def become() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+    def as_nobody(*words: str) -> tuple[int, str]:
+        process = os.fork()
+        if process:
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), (tmp_path / "said").read_text()
+        status = 99
+        with open(tmp_path / "said", "w") as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                become()
+                sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 # until the process ends
+                main.main(list(words), standalone_mode=True)
+            except SystemExit as error:
+                status = error.code if isinstance(error.code, int) else 1
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+
+    settings = ("--set", f"accounts.file={closed}/accounts.toml")
+    assert as_nobody("user", "list", *settings) == (74, f"{closed}/accounts.toml: Permission denied\n")
+    assert as_nobody("status", "-c", f"{closed}/r.toml") == (74, f"{closed}/r.toml: Permission denied\n")
+    status, said = as_nobody("queue", "list", "--spool", str(spool))
+    assert status == 77 and "Permission denied" in said
+
+
 def test_a_decision_about_a_site_that_is_not_known_is_taken_with_a_note(relay):
     found = call("site", "suspend", "smarthos", "--spool", str(relay.spool))
     assert (

@@ -9,7 +9,7 @@ from relaymta.dns import DnsFailure, NoData, NoSuchName
 from relaymta.proto.envelope import Envelope, QueueName
 from relaymta.proto.mailbox import Malformed
 from relaymta.route.mx import Hosts, NoRoute, mx_hosts, roll_up, targets
-from relaymta.route.sites import Sites
+from relaymta.route.sites import Sites, counted_as
 from relaymta.route.table import Asked, RouteTable
 
 
@@ -286,3 +286,29 @@ def test_a_line_of_the_route_map_means_a_domain_in_u_labels_and_a_labels(tmp_pat
     assert routes.choose(mail(recipient), recipient).label == "mapped"
     assert routes.choose(mail("x@other.example"), "x@other.example").label == "mx"
     assert routes.choose(mail("x@xn--9.example"), "x@xn--9.example").label == "mx"  # no A-label
+
+
+NAMES = [
+    ("smart", {"smart"}), ("mail.example.test:587", {"smart"}), ("MAIL.example.test", {"smart"}), ("xn--bcher-kva.test", {"idn"}),
+    ("b\u00fccher.test:25", {"idn"}), ("b\u00fccher.test:26", set()), ("2001:db8::1", {"six"}), ("[2001:DB8::1]:2525", {"six"}),
+    ("127.0.0.1", {"one", "two"}), ("127.0.0.1:1", {"one"}), ("pool", {"pool"}), ("a.pool.test", {"pool"}), ("by mx", set()),
+    ("mx.other.test", set()), ("", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "counted"), NAMES)
+def test_a_site_is_counted_by_the_name_of_its_route_or_of_one_of_its_hosts(name, counted):
+    config = Config.model_validate({
+        "listener": [{"address": "127.0.0.1:25"}],
+        "route": [
+            {"name": "smart", "recipient_domain": ["s.test"], "hosts": ["Mail.Example.TEST:587"]},
+            {"name": "idn", "recipient_domain": ["i.test"], "hosts": ["b\u00fccher.test"]},
+            {"name": "six", "recipient_domain": ["x.test"], "hosts": ["[2001:db8::1]:2525"]},
+            {"name": "one", "recipient_domain": ["o.test"], "hosts": ["127.0.0.1:1"]},
+            {"name": "two", "recipient_domain": ["t.test"], "hosts": ["127.0.0.1:2"]},
+            {"name": "pooled", "recipient_domain": ["p.test"], "hosts": ["a.pool.test"]},
+            {"name": "by mx"},
+        ],
+        "site": [{"name": "pool", "hosts": [".pool.test"]}],
+    })  # fmt: skip
+    assert counted_as(config, name) == counted

@@ -255,7 +255,7 @@ class Staging(Table):
     redirect: Reload[str] = Field(
         "", description="address that gets all mail, with a header field that names the real recipients; empty: off"
     )
-    allow: Reload[list[str]] = Field([], description='recipients that are not redirected: addresses, or "@domain"')
+    allow: Reload[list[str]] = Field([], description="recipients that are not redirected: addresses and domains")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.redirect and "@" not in self.redirect:

@@ -327,10 +327,10 @@ def in_dns(name: str) -> bool:
 
 
 def same_host(name: str, host: str) -> bool:
-    """Whether a name is that of a host, `host`, `host:port` or `[v6]:port`: with the port or without, in any case, in U-labels or
-    A-labels."""
+    """Whether a name is that of a host, `host` (port 25), `host:port` or `[v6]:port`: with the port or without, in any case, in
+    U-labels or A-labels."""
     (one, port), (other, its) = _host_and_port(name), _host_and_port(host)
-    return in_a_labels(one) == in_a_labels(other) and port in ("", its)
+    return in_a_labels(one) == in_a_labels(other) and port in ("", its or "25")
 
 
 def _host_and_port(text: str) -> tuple[str, str]:

@@ -137,6 +137,36 @@ def test_a_site_is_suspended_by_any_of_its_names(tmp_path):
                 wait_for(lambda number=number: len(peer.messages) == number)
 
 
+def test_what_is_suspended_is_resumed_by_each_of_its_names(tmp_path):
+    """Also a site that is down, which is known by its pool; and the name that was suspended, whatever has it by now."""
+    hosts = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"]
+    routes = ",".join(
+        f'{{name="{name}",recipient_domain=["{name}.example"],hosts=["{host}"]}}'
+        for name, host in zip(("one", "two"), hosts, strict=True)
+    )
+    tables = (f'route=[{routes},{{name="mx"}}]', 'site=[{name="both",hosts=["127.0.0.1"]}]')
+    with Relay(tmp_path, None, *tables, "delivery.first_retry=600") as relay:
+        refused = relay.cli("site", "suspend", "mx", check=False)
+        assert refused.returncode == 69 and "mx is a route without hosts of its own" in refused.stderr
+        assert "suspended" not in refused.stdout
+        for name in ("both", "one", hosts[0]):
+            relay.send("Subject: x\r\n\r\nx\r\n", "a@b.example", "c@one.example", "c@two.example")
+            wait_for(lambda: {row["state"] for row in sites(relay)} == {"down"} and len(sites(relay)) == 2)
+            assert "resumed" in relay.cli("site", "resume", name).stdout  # they are tried, and down again
+            relay.cli("shaping", "clear", "--all")
+            relay.cli("queue", "delete", "--all")
+        relay.cli("site", "suspend", "one")
+        assert {row["site"] for row in _states(relay) if row["kind"] == "suspended"} == {"both"}
+        relay.cli("shaping", "clear", "one")
+        relay.cli("site", "suspend", "elsewhere.example")
+        assert "elsewhere.example is resumed" in relay.cli("site", "resume", "elsewhere.example").stdout
+        assert [row for row in _states(relay) if row["kind"] == "suspended"] == []
+
+
+def _states(relay: Relay) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in relay.cli("shaping", "active", "--json").stdout.splitlines()]
+
+
 def sites(relay: Relay) -> list[dict[str, Any]]:
     return [json.loads(line) for line in relay.cli("site", "list", "--json").stdout.splitlines()]
 
