@@ -59,20 +59,7 @@ class Supervisor:
         _raise_descriptor_limit()
         workers = config.workers or len(os.sched_getaffinity(0))
         workers = min(workers, SLOTS)
-        control = prepare_as_root(config)
-        try:
-            sockets, http = await self._open_ports(workers)
-        except BaseException:
-            if control is not None:
-                remove_socket(control, config.control_path)
-            raise
-        drop_root(config)
-        try:
-            check_program(config)
-        except ConfigError:
-            if control is not None:
-                remove_socket(control, config.control_path)
-            raise
+        control, sockets, http = await self._opened_as_root(workers)
         self._prepare_spool(spool)
         control = control or control_socket(config.control_path, None, group_of(config))
         self.log = self.configuration.log = _opened_log(config)
@@ -147,6 +134,21 @@ class Supervisor:
         self.log.event("warning", text=text)
 
     # Start
+
+    async def _opened_as_root(self, workers: int) -> tuple[socket.socket | None, list[list[socket.socket]], Any]:
+        """What only root may open (the control socket, where it is in root's folder; the listening sockets) and the server of
+        /metrics; from then on root's rights are gone."""
+        config = self.config
+        control = prepare_as_root(config)
+        try:
+            sockets, http = await self._open_ports(workers)
+            drop_root(config)
+            check_program(config)
+        except BaseException:
+            if control is not None:
+                remove_socket(control, config.control_path)
+            raise
+        return control, sockets, http
 
     async def _open_ports(self, workers: int) -> tuple[list[list[socket.socket]], Any]:
         """The listening sockets, and the server of /metrics. SpoolBusy where they are those of a relay with this spool."""

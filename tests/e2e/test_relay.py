@@ -175,6 +175,9 @@ def test_flush_delivers_at_once_when_the_site_is_back(tmp_path, ledger):
 def test_a_busy_port_and_a_busy_spool_are_reported(relay, tmp_path):
     command = relay.command()
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (75, f"{relay.spool}/shard-0 is in use by another relaymta\n")
+    elsewhere = [part.replace(str(relay.spool), str(tmp_path / "spool2")) for part in command]
+    done = subprocess.run(elsewhere, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
     assert re.fullmatch(r"listener.address: 127.0.0.1:\d+: another program listens on this port; .*\n", done.stderr)
     other = [
