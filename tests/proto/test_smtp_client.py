@@ -663,3 +663,15 @@ def test_a_message_whose_bdat_is_not_implemented_is_sent_by_data_on_the_same_con
     assert in_turn(core, b"250 ok\r\n250 ok\r\n354 go\r\n") == b"hi\r\n.\r\n"
     in_turn(core, b"502 5.7.1 unwanted\r\n")
     assert results(one) == {0: 502, 1: 550} and core.finished == [one] and core.no_bdat
+
+
+@pytest.mark.parametrize("rest", [b"\r\ngarbage\r\n", b"\r\n250 more\r\n", b"\r\n2", b""])
+def test_message_data_by_bdat_that_was_not_written_is_not_in_doubt(rest):
+    """The envelope of a further transaction waits in `out` when the peer speaks out of turn, or closes."""
+    core, one = ClientSession(Features(True, True, False, 0, True), recipients=1), mail("c@d", "e@f")
+    core.begin(one)
+    written(core)
+    in_turn(core, b"250 m\r\n250 r\r\n250 taken\r\n")
+    core.receive(b"250 reset" + rest)
+    core.ended()
+    assert not one.data_sent and one.said.get(1) is None and not core.finished

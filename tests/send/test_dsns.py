@@ -1,6 +1,7 @@
 """DSNs: one message, whatever the original message holds, and nothing in it that only operators may read."""
 
 import asyncio
+import base64
 import contextlib
 import email
 import email.message
@@ -18,7 +19,7 @@ from aiosmtplib import SMTPAuthenticationError, SMTPConnectTimeoutError, SMTPHel
 from aiosmtplib.errors import SMTPConnectResponseError
 
 from relaymta.config import OAuth
-from relaymta.errors import Failure, redacted, told
+from relaymta.errors import Failure, redacted, told, without
 from relaymta.proto.dsn import failure_dsn
 from relaymta.proto.envelope import Attempt, Envelope, RecipientState, decode_recipient, encode
 from relaymta.proto.smtp_client import stuff
@@ -385,3 +386,20 @@ def events_by_domain(relay: Relay, name: str) -> dict[str, dict[str, str]]:
     for event in relay.events(name):
         found.setdefault(event["recipient"].rpartition("@")[2].removesuffix(".test"), event)
     return found
+
+
+def test_parts_of_a_secret_are_hidden_too():
+    secret = base64.b64encode(b"\0joe\0hunter2secret").decode()
+    for text in (secret, secret.rstrip("="), secret[:-7], secret.upper(), "hunter2secr", f"{secret[:12]}\n{secret[12:]}"):
+        assert "***" in without(f"unknown: AUTH PLAIN {text}", ["hunter2secret", secret]), text
+        assert text not in without(f"unknown: AUTH PLAIN {text}", ["hunter2secret", secret])
+    assert without("535 5.7.8 authentication failed", ["hunter2secret", secret]) == "535 5.7.8 authentication failed"
+
+
+def test_a_dsn_about_many_recipients_is_bounded():
+    attempt = Attempt(1, "permanent", "rcpt", "mx", 550, "5.1.1", "\u00e9" * 4096)
+    for count, most in ((1, 40_000), (64, 2_000_000), (1000, 5_000_000)):
+        failed = [(f"a{number}@b.example", attempt, False) for number in range(count)]
+        envelope = Envelope(sender="s@x.example", recipients=[row[0] for row in failed], size=1, flags=0, arrived=1, deadline=2)
+        data = failure_dsn(envelope, failed, b"", hostname="r.example", ident="1", original_ident="2", seconds=1)
+        assert len(data) < most, count
