@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from aiosmtplib import SMTPException
 
-from relaymta.config import Route
+from relaymta.config import OAuth, Route
 from relaymta.proto.sequence import HELO_AFTER
 from relaymta.proto.smtp_client import ClientSession, Mail, classify
 from relaymta.route.ourselves import Ourselves
@@ -365,6 +365,60 @@ def test_plain_is_sent_again_where_the_initial_response_was_ignored(monkeypatch)
 
     asyncio.run(main())
     assert heard[1:] == [b"AUTH PLAIN AG1lAHNlY3JldA==\r\n", b"AG1lAHNlY3JldA==\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "closes", "refused"),
+    [
+        ([b"454 4.7.0 later"], False, 0), ([b"421 4.7.0 too many"], True, 0), ([b"535 5.7.8 no", b"235 ok"], False, 1),
+        ([b"535 5.7.8 no"], True, 1), ([b"535 5.7.8 no", b"535 5.7.8 no"], False, 1),
+    ],
+)  # fmt: skip
+def test_only_a_refusal_for_good_costs_the_token(replies, closes, refused):
+    """RFC 4954 6: 454 is temporary; RFC 5321 3.8: 421 closes."""
+    left, heard = list(replies), []
+
+    class Tokens:
+        refusals = 0
+
+        async def get(self, oauth: object) -> str:
+            return f"token-{self.refusals}-long"
+
+        def refused(self, oauth: object, token: str) -> None:
+            self.refusals += 1
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 peer\r\n")
+        while line := await reader.readline():
+            if line.startswith(b"EHLO"):
+                writer.write(b"250-peer\r\n250 AUTH XOAUTH2\r\n")
+                continue
+            heard.append(line)
+            writer.write(left.pop(0) + b"\r\n")
+            if closes and not left:
+                break
+        writer.close()
+
+    async def main() -> int:
+        tokens = Tokens()
+        oauth = OAuth(token_url="https://t.example/", client_id="c")
+        route = Route(hosts=["127.0.0.1"], tls="verify", username="me", oauth=oauth)
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host = Peer("127.0.0.1", "127.0.0.1", server.sockets[0].getsockname()[1])
+            client = _client(host, Via(route, "relay.example", 5.0, 5.0, "off", Ourselves(set())))
+            await client.connect()
+            await _greet(client)
+            if replies[-1].startswith(b"235"):
+                await log_in(client, route, tokens)
+            else:
+                with pytest.raises(SMTPException) as failed:
+                    await log_in(client, route, tokens)
+                assert not closes or failed.value.code == int(replies[-1][:3])
+            client.close()
+        return tokens.refusals
+
+    assert asyncio.run(main()) == refused
+    assert len(heard) == len(replies)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES.values() if not line.startswith(b"220")])
