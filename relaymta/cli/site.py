@@ -16,7 +16,6 @@ from relaymta.cli.peer import (
     counted,
     given,
     no_such,
-    routes,
     seconds_of,
     until,
     when,
@@ -147,11 +146,10 @@ def suspend(read: Configuration, name: str, duration: str, application: str, rea
     seconds, peer = seconds_of("--for", duration, least=0.001), connect(read)
     rows = asked(peer, "sites") if name else []
     known = names_of_sites(peer, rows) if name else set()
-    if name and missing() and not any(is_named(row, name) for row in rows) and name not in routes(peer):
-        absent(no_such("site", name, known, SITES))  # 75: a worker that does not answer may have it
     done = asked(peer, "suspend", site=_counted(rows, name), about=application, seconds=seconds, reason=reason)
-    if name and done["site"] == name and not done["known"] and name not in known and not missing():
-        say(f"note: no site {name} has mail or connections now{near(name, known)}", err=True)
+    if name and done["site"] == name and not done["known"] and name not in known:
+        where = "on the workers that answer" if missing() else "now"  # not refused: in an outage suspensions are needed
+        say(f"note: no site {name} has mail or connections {where}{near(name, known)}", err=True)
     name = _shown_as(name, done["site"])
     whose = f"mail of {application} " if application else "mail "
     about = [shlex.quote(name)] if name else []

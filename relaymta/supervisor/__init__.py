@@ -62,11 +62,11 @@ class Supervisor:
         control, sockets, http = await self._opened_as_root(workers)
         self._prepare_spool(spool)
         control = control or control_socket(config.control_path, None, group_of(config))
+        check_files(config)
         self.log = self.configuration.log = _opened_log(config)
         if os.geteuid() == 0:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
-        check_files(config)
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
         self.mail = MachineMailboxes(spool, workers, self.slots) if keeps_mail(config) else None
         self.configuration.note(config)

@@ -61,6 +61,8 @@ def test_a_stopped_worker_delays_no_request_for_long_and_is_named(tmp_path):
             if status or (verb[0] not in needs and verb[1] not in (ids[0], "history") and ids[0] not in verb):
                 assert done.stderr.count(LINE) == 1 and len(done.stderr.splitlines()) == 1, (verb, done.stderr)
         assert '"missing"' not in found[0].stdout and '"late"' in found[0].stdout
+        assert "note: no site x has mail or connections on the workers that answer" in found[-1].stderr
+        assert "mail to x is suspended" in found[-1].stdout
         assert "1 of" in found[12].stdout or "messages changed" in found[12].stdout
         # It goes on where it was.
         wait_for(lambda: all(row["ready"] for row in control.ask(relay.spool / "control.sock", "status")["workers"]))
