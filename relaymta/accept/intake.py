@@ -158,7 +158,7 @@ class Intake:
         self._config = config
         self._routes = routes
         self._domains = {compared(domain.rstrip(".")) for domain in config.relay.domains}
-        self._local_domains = [domain for route in config.route if route.is_local for domain in route.recipient_domain]
+        self._local_domains = config.local_domains
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)

@@ -104,3 +104,8 @@ class Config(Table):
     def control_path(self) -> Path:
         """Where the control socket is."""
         return Path(self.control.socket) if self.control.socket else Path(self.spool) / "control.sock"
+
+    @property
+    def local_domains(self) -> list[str]:
+        """The domains of routes into mailboxes, as they are written."""
+        return [domain for route in self.route if route.is_local for domain in route.recipient_domain]

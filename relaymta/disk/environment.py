@@ -1,6 +1,7 @@
 """A shard's LMDB environment: opened, read by any thread, and opened again after a failed commit."""
 
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import msgspec
 
+from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
 
-__all__ = ["MAP_SIZE", "Environment"]
+__all__ = ["MAP_SIZE", "SEGMENT", "Environment"]
 
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
+SEGMENT = struct.Struct(">I")  # a segment's key
+
+_decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
 
 class Environment:
-    """The environment in `path`, with these tables; `readonly`: while no daemon runs. A store derives from it, and overrides
-    `_opened`. Two states, changed by `reopen` alone: open, or shut (no read may begin)."""
+    """The environment in `path`, with these tables, "segment" and "meta" among them; `readonly`: while no daemon runs. A store
+    derives from it, and overrides `_opened`. Two states, changed by `reopen` alone: open, or shut (no read may begin)."""
 
     def __init__(self, path: Path, tables: tuple[str, ...], map_size: int = MAP_SIZE, readonly: bool = False) -> None:
         self._path = path
@@ -88,6 +94,26 @@ class Environment:
                 self._inside -= 1
                 if self._shut and not self._inside:
                     self._gate.notify_all()
+
+    def meta(self, key: bytes) -> int:
+        """A number in meta; 0 when there is none."""
+        with self.reading() as txn:
+            return self.meta_in(txn, key)
+
+    def meta_in(self, txn: Any, key: bytes) -> int:
+        """As `meta`, in the caller's transaction."""
+        raw = txn.get(key, db=self.tables["meta"])
+        return int(raw) if raw else 0
+
+    def segments(self) -> dict[int, SegmentRow]:
+        """All segment rows, by number."""
+        with self.reading() as txn:
+            return dict(self.segment_rows(txn))
+
+    def segment_rows(self, txn: Any) -> Iterator[tuple[int, SegmentRow]]:
+        """(number, row) of each segment."""
+        for key, value in txn.cursor(db=self.tables["segment"]):
+            yield SEGMENT.unpack(key)[0], _decode_segment(value)
 
     def close(self) -> None:
         """Close the environment."""

@@ -1,12 +1,12 @@
 """The operations that every store's writer takes; those of its own are beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
-__all__ = ["Group", "Move", "Task"]
+__all__ = ["Group", "Move", "Task", "refuse"]
 
 
 class Task:
@@ -51,3 +51,19 @@ class Group:
         self.tasks: list[Task] = []
         self.moves: list[Move] = []
         self.syncs = 0
+
+    def add(self, batch: Iterable[Any]) -> None:
+        """Sort operations into their lists."""
+        lists = self._lists()
+        for operation in batch:
+            lists[type(operation)].append(operation)
+
+    def _lists(self) -> dict[type, list[Any]]:
+        """The list for each type of operation."""
+        return {Task: self.tasks, Move: self.moves}
+
+
+def refuse(operations: Iterable[Any], error: StoreError | None) -> None:
+    """Tell operations that they were not committed."""
+    for operation in operations:
+        operation.error = error

@@ -17,17 +17,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import lmdb
 
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.environment import Environment
-from relaymta.disk.operations import Group, Task
-from relaymta.disk.segments import SegmentRow, Segments
+from relaymta.disk.operations import Group, Move, Task
+from relaymta.disk.segments import COLD, Segments
+from relaymta.disk.transaction import Transaction
 from relaymta.errors import StoreError, StoreFull, store_error
 
-__all__ = ["GroupWriter", "Transaction"]
+__all__ = ["GroupWriter"]
 
 GROUP_LIMIT = 1000
 # Pairs of runs side by side, 50 clients with 4 kB: 178 us of CPU a message without, 162 with gathering (5,600 and 6,000
@@ -35,31 +36,6 @@ GROUP_LIMIT = 1000
 GATHER_LEAST, GATHER_MOST = 4, 64
 GATHER_SECONDS = 0.001
 UNAWAITED_SECONDS = 0.003
-
-
-class Transaction(Protocol):
-    """A store's LMDB transaction, as the writer ends it."""
-
-    def segment(self, number: int, row: SegmentRow) -> None:
-        """Write a segment's row."""
-
-    def drop_segment(self, number: int) -> None:
-        """Delete a segment's row."""
-
-    def begin_part(self) -> None:
-        """From here on, what is written can be undone by itself."""
-
-    def undo_part(self) -> None:
-        """Undo what was written since `begin_part`."""
-
-    def keep_part(self) -> None:
-        """Keep it."""
-
-    def finish(self, now: int) -> None:
-        """Commit."""
-
-    def abort(self) -> None:
-        """Undo everything."""
 
 
 O = TypeVar("O")  # noqa: E741  an operation
@@ -191,11 +167,13 @@ class GroupWriter(Generic[O, G, C]):
         """Write one group; what fails of it has its `error` set when this returns."""
         raise NotImplementedError
 
-    def _append(self, group: Group, stage: Callable[[], None]) -> StoreError | None:
-        """Write and sync the bodies that `stage()` appends to segments; the error when they could not be (then none of them may
-        be committed)."""
+    def _append(self, group: Group, stage: Callable[[], None], moves: list[Move]) -> StoreError | None:
+        """Write and sync the bodies that `stage()` appends to segments, and the copies of `moves`; the error when they could not
+        be (then none of them may be committed)."""
         try:
             stage()
+            for move in moves:
+                move.body = self._segments.append(move.ident, [move.data], move.was.length, COLD)
             self._segments.write()
             group.syncs += self._segments.sync()
         except (OSError, StoreError) as failure:

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from relaymta.disk.segments import SegmentRow
+from relaymta.disk.transaction import Transaction
 from relaymta.proto.envelope import (
     HELD,
     POLICY_HELD,
@@ -23,17 +23,15 @@ from relaymta.queue.store import DUE, EXPIRY, HELD_KEY, ID, NUMBER, RECIPIENT, W
 __all__ = ["Change"]
 
 
-class Change:
+class Change(Transaction):
     """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception."""
 
     def __init__(self, store: Store) -> None:
+        super().__init__(store)
         self._store = store
-        self._tables = store.tables
-        self.txn = store.env.begin(write=True)
         self._touched: set[int] = set()  # queues whose rows are to be written
         self._named: set[int] = set()  # queues whose rows may have been created here
         self._written: set[int] = set()  # queues whose rows were written before a part
-        self._whole: Any = None  # the transaction, while `txn` is a part of it
         self._before: tuple[dict[Any, int], int] = ({}, 0)  # what `undo_part` restores
         self._fresh = store.fresh
         self.highest = 0
@@ -211,14 +209,6 @@ class Change:
         self._store.forget({row.number for row in empty})
         return len(empty)
 
-    def segment(self, number: int, row: SegmentRow) -> None:
-        """Write a segment's row."""
-        self.txn.put(NUMBER.pack(number), encode(row), db=self._tables["segment"])
-
-    def drop_segment(self, number: int) -> None:
-        """Delete a segment's row."""
-        self.txn.delete(NUMBER.pack(number), db=self._tables["segment"])
-
     def set_meta(self, key: bytes, value: int) -> None:
         """Write a number in meta."""
         self.txn.put(key, str(value).encode(), db=self._tables["meta"])
@@ -245,17 +235,11 @@ class Change:
         self._written |= self._touched | self._named
         self._touched, self._named = set(), set()
         self._before = self._fresh.ending(), self.highest
-        self._whole, self.txn = self.txn, self._store.env.begin(write=True, parent=self.txn)
-
-    def keep_part(self) -> None:
-        """Keep the part: it is committed if the whole transaction is."""
-        self.txn.commit()
-        self.txn, self._whole = self._whole, None
+        super().begin_part()
 
     def undo_part(self) -> None:
         """Undo all changes of the part."""
-        self.txn.abort()
-        self.txn, self._whole = self._whole, None
+        super().undo_part()
         self._store.forget(self._touched | self._named)
         self._touched, self._named = set(), set()
         ending, self.highest = self._before
@@ -281,9 +265,6 @@ class Change:
 
     def abort(self) -> None:
         """Undo the whole transaction."""
-        if self._whole is not None:
-            self.txn.abort()
-            self.txn = self._whole
-        self.txn.abort()
+        super().abort()
         self._fresh.forget()
         self._store.forget(self._touched | self._named | self._written)

@@ -1,6 +1,7 @@
 """A group commit's operations, as the loop gives them to the writer and gets them back."""
 
 from collections.abc import Callable
+from typing import Any
 
 from relaymta.disk.operations import Group, Move, Task
 from relaymta.proto.envelope import Envelope, QueueName
@@ -20,6 +21,9 @@ class Committed(Group):
         super().__init__()
         self.puts: list[Put] = []
         self.outcomes = outcomes
+
+    def _lists(self) -> dict[type, list[Any]]:
+        return super()._lists() | {Put: self.puts, Outcome: self.outcomes}
 
 
 Operation = Put | Outcome | Task | Move

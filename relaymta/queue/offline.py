@@ -15,6 +15,7 @@ from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.lock import lock
 from relaymta.disk.segments import FRAME, check_frame
+from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
 from relaymta.log import find_history
@@ -57,8 +58,7 @@ class Spool:
         self._path = path
 
     def _numbers(self) -> list[int]:
-        found = (path.name.removeprefix("shard-") for path in self._path.glob("shard-*") if (path / "lmdb" / "data.mdb").exists())
-        return sorted(int(number) for number in found if number.isdigit())
+        return [number for number in shard_numbers(self._path) if (self._path / f"shard-{number}" / "lmdb" / "data.mdb").exists()]
 
     def _opened(self, number: int, use: Callable[[Path, Store, ShardClock], Any]) -> Any:
         """`use(path, store, clock)` of one shard, opened and locked. RelayError when LMDB cannot read it."""

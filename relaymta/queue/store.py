@@ -25,7 +25,6 @@ from typing import Any
 import msgspec
 
 from relaymta.disk.environment import MAP_SIZE, Environment
-from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
     Body,
@@ -53,8 +52,6 @@ HELD_KEY = struct.Struct(">IQ")
 NUMBER = struct.Struct(">I")
 
 _TABLES = ("message", "recipient", "due", "wake", "expiry", "held", "queue", "segment", "meta", "fresh", "ended")
-
-_decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
 
 class QueueRow(msgspec.Struct, array_like=True):
@@ -97,28 +94,14 @@ class Store(Environment):
         """StoreError when a newer version wrote the shard."""
         self._queues.clear()
         self._by_number.clear()
-        schema = self._meta(txn, b"schema")
+        schema = self.meta_in(txn, b"schema")
         if schema > SCHEMA:
             raise StoreError(f"{self._path} was written by a newer relaymta (schema {schema}, not {SCHEMA})")
         fresh = Fresh(self.tables["fresh"], self.tables["ended"])
-        fresh.load(txn, self._meta(txn, b"seen"))
+        fresh.load(txn, self.meta_in(txn, b"seen"))
         self.fresh = fresh  # when it is complete, since other threads read it
 
     # Reading (any thread; the transaction is the caller's)
-
-    def meta(self, key: bytes) -> int:
-        """A number in meta; 0 when there is none."""
-        with self.reading() as txn:
-            return self._meta(txn, key)
-
-    def _meta(self, txn: Any, key: bytes) -> int:
-        raw = txn.get(key, db=self.tables["meta"])
-        return int(raw) if raw else 0
-
-    def segments(self) -> dict[int, SegmentRow]:
-        """All segment rows, by number."""
-        with self.reading() as txn:
-            return {NUMBER.unpack(key)[0]: _decode_segment(value) for key, value in txn.cursor(db=self.tables["segment"])}
 
     def envelope(self, txn: Any, ident: int) -> Envelope | None:
         """A message's envelope, inlined or not; None when it is not in this shard."""
@@ -221,8 +204,7 @@ class Store(Environment):
 
     def _new_queue(self, txn: Any, name: QueueName) -> QueueRow:
         if not self._last_number:
-            kept = txn.get(b"queues", db=self.tables["meta"])
-            self._last_number = max(int(kept) if kept else 0, self._highest_number(txn))
+            self._last_number = max(self.meta_in(txn, b"queues"), self._highest_number(txn))
         self._last_number += 1  # never used again: entries, parked queues and moves name a queue by its number
         row = QueueRow(self._last_number, name)
         txn.put(key_of(name), NUMBER.pack(row.number), db=self.tables["queue"])

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.ident import IdSource
-from relaymta.disk.operations import Move, Task
-from relaymta.disk.segments import COLD, HOT, Segments
+from relaymta.disk.operations import Move, Task, refuse
+from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body, Placement
@@ -34,11 +34,6 @@ __all__ = ["Writer"]
 
 SMALL_GROUP = 10  # deletes at a full map: larger groups fail
 RETRY_SECONDS, RETRY_MOST = 0.2, 3.0  # between two attempts to commit outcomes: each writes the bodies of their DSNs again
-
-
-def _refuse(operations: "list[Put | Move | Task]", error: StoreError | None) -> None:
-    for operation in operations:
-        operation.error = error
 
 
 class Writer(GroupWriter[Operation, Committed, Change]):
@@ -73,15 +68,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
 
     def _commit(self, batch: list[Operation]) -> Committed:
         group = Committed([])
-        for operation in batch:
-            if type(operation) is Put:
-                group.puts.append(operation)
-            elif type(operation) is Outcome:
-                group.outcomes.append(operation)
-            elif type(operation) is Task:
-                group.tasks.append(operation)
-            else:
-                group.moves.append(operation)  # type: ignore[arg-type]
+        group.add(batch)
         self._try(group)
         for put in group.puts:
             if put.error is not None and put.data is None:  # its file has no message, and the client is told to try again
@@ -96,7 +83,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         moves = group.moves
         error = self._write_bodies(group, puts, moves)
         if error is not None:
-            _refuse([*puts, *moves], error)
+            refuse([*puts, *moves], error)
             puts, moves = [], []
             error = self._write_bodies(group, puts, moves)
         if error is None:
@@ -104,7 +91,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
             if error is None:
                 self.stalled = False
                 return
-        _refuse([*puts, *moves, *group.tasks], error)
+        refuse([*puts, *moves, *group.tasks], error)
         self._insist(group)
 
     def _insist(self, group: Committed) -> None:
@@ -146,10 +133,8 @@ class Writer(GroupWriter[Operation, Committed, Change]):
             for outcome in group.outcomes:
                 if outcome.dsn is not None or outcome.moved is not None:
                     self._outcomes.write(outcome)
-            for move in moves:
-                move.body = segments.append(move.ident, [move.data], move.was.length, COLD)
 
-        return self._append(group, stage)
+        return self._append(group, stage, moves)
 
     def _record(self, puts: list[Put], outcomes: list[Outcome], tasks: list[Task], moves: list[Move]) -> StoreError | None:
         """Commit these operations in one LMDB transaction; the error when it failed (then nothing of them is committed)."""

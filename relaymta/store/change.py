@@ -5,11 +5,11 @@ States of mailboxes, users' rows and references of objects are collected, and wr
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from relaymta.disk.segments import SegmentRow
+from relaymta.disk.transaction import Transaction
 from relaymta.errors import RelayError
-from relaymta.proto.envelope import Body
+from relaymta.proto.envelope import Body, encode
 from relaymta.store.blocks import LAST_UID, Record
 from relaymta.store.rows import (
     DELETED,
@@ -19,7 +19,6 @@ from relaymta.store.rows import (
     INBOX,
     KEYWORDS_MOST,
     MESSAGE,
-    NUMBER,
     SEEN,
     STATE,
     SYSTEM_FLAGS,
@@ -29,7 +28,6 @@ from relaymta.store.rows import (
     MessageRow,
     ObjectRow,
     UserRow,
-    encode_row,
     name_key,
     pairs,
 )
@@ -66,15 +64,13 @@ class Filed(NamedTuple):
     modseq: int
 
 
-class Change:
+class Change(Transaction):
     """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception. `freed`: bodies that
     nothing points at any more. `touched`: the MODSEQ of each mailbox that has changed."""
 
     def __init__(self, shard: MailShard) -> None:
+        super().__init__(shard)
         self._shard = shard
-        self._tables = shard.tables
-        self.txn = shard.env.begin(write=True)
-        self._whole: Any = None  # the transaction, while `txn` is a part of it
         self._states: dict[int, MailboxState] = {}
         self._users: dict[int, UserRow] = {}
         self._objects: dict[int, ObjectRow] = {}
@@ -108,7 +104,7 @@ class Change:
 
     def _number(self, key: bytes) -> int:
         value = self._meta.get(key)
-        return self._shard.meta(self.txn, key) if value is None else value
+        return self._shard.meta_in(self.txn, key) if value is None else value
 
     def _change_mailbox(self, mailbox: int, state: MailboxState) -> int:
         """The MODSEQ of a change of a mailbox."""
@@ -154,7 +150,7 @@ class Change:
         return new
 
     def _put_mailbox(self, user: int, row: MailboxRow) -> None:
-        self.txn.put(name_key(user, row.name), encode_row(row), db=self._tables["mailbox"])
+        self.txn.put(name_key(user, row.name), encode(row), db=self._tables["mailbox"])
 
     def remove_mailbox(self, user: int, name: str) -> None:
         """Remove a mailbox whose messages are gone; its name stays while it is subscribed."""
@@ -200,7 +196,7 @@ class Change:
         uid, state.uidnext = state.uidnext, state.uidnext + 1
         modseq = self._change_mailbox(row.mailbox, state)
         self._shard.index(self.txn, row.mailbox).append(Record(uid, flags, modseq))
-        self.txn.put(MESSAGE.pack(row.mailbox, 2, uid), encode_row(message), db=self._tables["mail"])
+        self.txn.put(MESSAGE.pack(row.mailbox, 2, uid), encode(message), db=self._tables["mail"])
         _count(state, owner, flags, message.size, 1)
         return Filed(row.mailbox, state.uidvalidity, uid, modseq)
 
@@ -278,14 +274,6 @@ class Change:
 
     # The transaction
 
-    def segment(self, number: int, row: SegmentRow) -> None:
-        """Write a segment's row."""
-        self.txn.put(NUMBER.pack(number), encode_row(row), db=self._tables["segment"])
-
-    def drop_segment(self, number: int) -> None:
-        """Delete a segment's row."""
-        self.txn.delete(NUMBER.pack(number), db=self._tables["segment"])
-
     def set_meta(self, key: bytes, value: int) -> None:
         """Write a number in meta."""
         self._meta[key] = value
@@ -294,11 +282,11 @@ class Change:
         """Write what was collected."""
         put, tables = self.txn.put, self._tables
         for mailbox, state in self._states.items():
-            put(STATE.pack(mailbox, 0), encode_row(state), db=tables["mail"])
+            put(STATE.pack(mailbox, 0), encode(state), db=tables["mail"])
         for user, row in self._users.items():
-            put(ID.pack(user), encode_row(row), db=tables["user"])
+            put(ID.pack(user), encode(row), db=tables["user"])
         for ident, found in self._objects.items():
-            put(ID.pack(ident), encode_row(found), db=tables["object"])
+            put(ID.pack(ident), encode(found), db=tables["object"])
         for key, value in self._meta.items():
             put(key, str(value).encode(), db=tables["meta"])
         self._forget()
@@ -311,18 +299,16 @@ class Change:
         """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
         self._settle()  # so that what is undone can be read again as it was
         self._before = len(self.freed), dict(self.touched)
-        self._whole, self.txn = self.txn, self._shard.env.begin(write=True, parent=self.txn)
+        super().begin_part()
 
     def keep_part(self) -> None:
         """Keep the part: it is committed if the whole transaction is."""
         self._settle()
-        self.txn.commit()
-        self.txn, self._whole = self._whole, None
+        super().keep_part()
 
     def undo_part(self) -> None:
         """Undo all changes of the part."""
-        self.txn.abort()
-        self.txn, self._whole = self._whole, None
+        super().undo_part()
         self._forget()
         freed, self.touched = self._before
         del self.freed[freed:]
@@ -332,13 +318,6 @@ class Change:
         self._meta[b"seen"] = now
         self._settle()
         self.txn.commit()
-
-    def abort(self) -> None:
-        """Undo the whole transaction."""
-        if self._whole is not None:
-            self.txn.abort()
-            self.txn = self._whole
-        self.txn.abort()
 
 
 def _count(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:

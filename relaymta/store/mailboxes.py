@@ -20,7 +20,7 @@ from relaymta.store.shard import Shard
 from relaymta.store.shown import shown
 from relaymta.store.writer import Result, Target
 
-__all__ = ["FOLDER", "Mailboxes", "existing"]
+__all__ = ["FOLDER", "Mailboxes"]
 
 FOLDER = "mail"  # in the spool
 OWNER_SECONDS = 30.0  # for an answer of another owner
@@ -35,12 +35,6 @@ class Peer(Protocol):
 
     def notify(self, op: str, /, **args: Any) -> None:
         """Tell it something."""
-
-
-def existing(spool: Path) -> list[int]:
-    """The numbers of the shards that there are."""
-    found = (path.name.removeprefix("shard-") for path in (spool / FOLDER).glob("shard-*"))
-    return sorted(int(text) for text in found if text.isdigit())
 
 
 class Mailboxes:

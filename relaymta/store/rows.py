@@ -24,9 +24,8 @@ from typing import Any, Final
 import msgspec
 
 from relaymta.disk.environment import MAP_SIZE, Environment
-from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import Body, encode
+from relaymta.proto.envelope import Body
 from relaymta.store.blocks import Blocks
 
 __all__ = [
@@ -47,7 +46,6 @@ MESSAGE = struct.Struct(">QBI")
 EXPUNGED = struct.Struct(">QBQ")
 ID = struct.Struct(">Q")
 DONE = struct.Struct(">QIQ")
-NUMBER = struct.Struct(">I")
 
 _NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all
 
@@ -109,7 +107,6 @@ _decode_message = msgspec.msgpack.Decoder(MessageRow).decode
 _decode_object = msgspec.msgpack.Decoder(ObjectRow).decode
 _decode_mailbox = msgspec.msgpack.Decoder(MailboxRow).decode
 _decode_user = msgspec.msgpack.Decoder(UserRow).decode
-_decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
 
 def name_key(user: int, name: str) -> bytes:
@@ -128,24 +125,9 @@ class MailShard(Environment):
 
     def _opened(self, txn: Any) -> None:
         """StoreError when a newer version wrote the shard."""
-        schema = self.meta(txn, b"schema")
+        schema = self.meta_in(txn, b"schema")
         if schema > SCHEMA:
             raise StoreError(f"{self._path} was written by a newer relaymta (mailbox schema {schema}, not {SCHEMA})")
-
-    def meta(self, txn: Any, key: bytes) -> int:
-        """A number in meta; 0 when there is none."""
-        raw = txn.get(key, db=self.tables["meta"])
-        return int(raw) if raw else 0
-
-    def segments(self) -> dict[int, SegmentRow]:
-        """All segment rows, by number."""
-        with self.reading() as txn:
-            return dict(self.segment_rows(txn))
-
-    def segment_rows(self, txn: Any) -> Iterator[tuple[int, SegmentRow]]:
-        """(number, row) of each segment."""
-        for key, value in txn.cursor(db=self.tables["segment"]):
-            yield NUMBER.unpack(key)[0], _decode_segment(value)
 
     def user(self, txn: Any, user: int) -> UserRow | None:
         """A user's row; None when this shard does not have the user."""
@@ -235,6 +217,3 @@ def pairs(uids: list[int]) -> bytes:
         else:
             runs.append([uid, uid])
     return b"".join(struct.pack("<II", *run) for run in runs)
-
-
-encode_row = encode

@@ -42,8 +42,7 @@ class Shard:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = lock(self.path)
         self.rows = MailShard(self.path / "lmdb")
-        with self.rows.reading() as txn:
-            seen, highest, self._schema = (self.rows.meta(txn, word) for word in (b"seen", b"highest", b"schema"))
+        seen, highest, self._schema = map(self.rows.meta, (b"seen", b"highest", b"schema"))
         self.clock = ShardClock(seen)
         self._ids = IdSource(number, highest, self.clock.now)
         bodies = self.path / "bodies"

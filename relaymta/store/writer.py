@@ -8,12 +8,13 @@ filed in those.
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import msgspec
 
 from relaymta.disk.clock import ShardClock, wall_ms
-from relaymta.disk.operations import Group, Move, Task
-from relaymta.disk.segments import COLD, HOT, Segments
+from relaymta.disk.operations import Group, Move, Task, refuse
+from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
@@ -99,6 +100,9 @@ class Filings(Group):
         self.forgotten: list[Forget] = []
         self.touched: dict[int, int] = {}
 
+    def _lists(self) -> dict[type, list[Any]]:
+        return super()._lists() | {File: self.files, Forget: self.forgotten}
+
 
 class MailWriter(GroupWriter[Operation, Filings, Change]):
     """Owns the write side of one shard of mailboxes."""
@@ -120,26 +124,18 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
 
     def _commit(self, batch: list[Operation]) -> Filings:
         group = Filings()
-        for operation in batch:
-            if type(operation) is File:
-                group.files.append(operation)
-            elif type(operation) is Task:
-                group.tasks.append(operation)
-            elif type(operation) is Forget:
-                group.forgotten.append(operation)
-            else:
-                group.moves.append(operation)  # type: ignore[arg-type]
+        group.add(batch)
         files, moves = group.files, group.moves
-        error = self._append(group, partial(self._stage, files, moves))
+        error = self._append(group, partial(self._stage, files), moves)
         if error is not None:
-            _refuse([*files, *moves], error)
+            refuse([*files, *moves], error)
             files, moves = [], []
         self._freed.clear()
         error = self._transact(partial(self._fill, group, files, moves))
         if error is None:
             group.touched = self._touched
         else:
-            _refuse([*files, *moves, *group.tasks], error)
+            refuse([*files, *moves, *group.tasks], error)
             self._freed.clear()
         self._freed += [(one.ident, one.body) for one in group.files if one.error and one.data is None and one.body is not None]
         for ident, body in self._freed:
@@ -148,12 +144,10 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         self.stalled = False
         return group
 
-    def _stage(self, files: list[File], moves: list[Move]) -> None:
+    def _stage(self, files: list[File]) -> None:
         for file in files:
             if file.data is not None:
                 file.body = self._segments.append(file.ident, file.data, file.size, HOT)
-        for move in moves:
-            move.body = self._segments.append(move.ident, [move.data], move.was.length, COLD)
 
     def _fill(self, group: Filings, files: list[File], moves: list[Move], change: Change, now: int) -> None:
         wall = wall_ms()
@@ -202,8 +196,3 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             return Result(change.file(target.user, target.name, row, target.flags, target.keywords, target.limits, target.create))
         except Refusal as refusal:
             return Result(None, refusal.code, str(refusal))
-
-
-def _refuse(operations: "list[File | Task | Move]", error: StoreError) -> None:
-    for operation in operations:
-        operation.error = error

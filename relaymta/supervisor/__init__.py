@@ -21,6 +21,7 @@ import uvloop
 from relaymta import privileges
 from relaymta.config import Config, parse_hostport
 from relaymta.disk.lock import locked_shard
+from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
 from relaymta.metrics import SITES_SHOWN
@@ -70,7 +71,7 @@ class Supervisor:
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
         self.mail = MachineMailboxes(spool, workers, self.slots) if keeps_mail(config) else None
         self.configuration.note(config)
-        existing = _existing_shards(spool)
+        existing = shard_numbers(spool)
         for number, own in enumerate(sockets):
             orphans = [shard for shard in existing if shard >= workers and shard % workers == number]
             self.slots.add(Slot(number, own, [number, *orphans]))
@@ -210,11 +211,6 @@ def _raise_descriptor_limit() -> None:
     """Raise RLIMIT_NOFILE to its hard limit: each connection needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _existing_shards(spool: Path) -> list[int]:
-    found = [path.name.removeprefix("shard-") for path in spool.glob("shard-*")]
-    return sorted(int(text) for text in found if text.isdigit())
 
 
 def _opened_log(config: Config) -> Log:

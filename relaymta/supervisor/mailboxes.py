@@ -14,10 +14,11 @@ import msgspec
 from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram
 from relaymta.config import Config
 from relaymta.control import Channel, Refused
+from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError, near
 from relaymta.proto.address import comparable, domain_matches, domain_of, plain
 from relaymta.store.directory import Directory, User
-from relaymta.store.mailboxes import FOLDER, existing
+from relaymta.store.mailboxes import FOLDER
 from relaymta.supervisor.slots import Slot, Slots
 
 __all__ = ["MachineMailboxes", "keeps_mail", "row_of"]
@@ -39,7 +40,7 @@ class MachineMailboxes:
         self.directory = Directory(spool / FOLDER / "directory", writable=True)
         self._workers = workers
         self._slots = slots
-        self.shards = max([workers, *(number + 1 for number in existing(spool))])
+        self.shards = max([workers, *(number + 1 for number in shard_numbers(spool / FOLDER))])
         self._joined: dict[tuple[int, int], tuple[Channel, Channel]] = {}  # by the slots; changed by `_keep_joined` alone
         self._joining: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # one change of the directory at a time: each looks first
@@ -111,8 +112,7 @@ class MachineMailboxes:
 
     def _check_domain(self, config: Config, domain: str) -> None:
         if not kept_here(config, domain):
-            known = [name for route in config.route if route.is_local for name in route.recipient_domain]
-            raise RelayError(f"no route keeps mail for {domain}{near(domain, known)}")
+            raise RelayError(f"no route keeps mail for {domain}{near(domain, config.local_domains)}")
 
     def _next_shard(self) -> int:
         """Users are placed in turn."""
@@ -160,7 +160,7 @@ class MachineMailboxes:
 
 def kept_here(config: Config, domain: str) -> bool:
     """Whether a route keeps mail for a domain."""
-    return any(domain_matches(domain, route.recipient_domain) for route in config.route if route.is_local)
+    return domain_matches(domain, config.local_domains)
 
 
 def row_of(user: User) -> dict[str, Any]:
