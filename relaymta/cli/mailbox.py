@@ -12,7 +12,6 @@ from relaymta.duration import parse_size
 
 __all__ = ["mailbox"]
 
-PAGE = 1000
 NOT_HERE = "mailbox needs the running daemon (start it with `relaymta serve`)"
 
 

@@ -8,18 +8,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, absolute, configured, fail, group, loaded, missing
-from relaymta.cli.peer import (
-    absent,
-    as_json,
-    asked,
-    connect,
-    counted,
-    given,
-    no_such,
-    seconds_of,
-    until,
-    when,
-)
+from relaymta.cli.peer import absent, as_json, asked, connect, counted, given, no_such, seconds_of, until, when
 from relaymta.cli.queue import KINDS, SITES, is_named, names_of_sites
 from relaymta.errors import near
 

@@ -81,7 +81,7 @@ def without_forged(block: bytes, hostname: str) -> bytes:
     for each in fields:
         if name_of(each) == b"authentication-results":
             odd += not each.isascii()
-            if _ours(each, hostname) if each.isascii() or odd <= ODD_MOST else True:
+            if (not each.isascii() and odd > ODD_MOST) or _ours(each, hostname):
                 continue
         kept.append(each)
     return block if len(kept) == len(fields) else b"".join(kept)

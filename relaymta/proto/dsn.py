@@ -108,8 +108,9 @@ def _status(
         f"Arrival-Date: {rfc5322_date(envelope.arrived // 1000)}",
     ]
     out = [_line(line, wide) + b"\r\n" for line in lines]
+    most = _reply_limit(len(failed))
     for address, attempt, expired in failed:
-        out += [b"\r\n", _recipient_fields(address, attempt, expired, wide, _reply_limit(len(failed)))]
+        out += [b"\r\n", _recipient_fields(address, attempt, expired, wide, most)]
     return _part(f"message/{'global-' if wide else ''}delivery-status", b"".join(out), utf8)
 
 

@@ -104,15 +104,11 @@ class Directory:
         to too many."""
         with self._env.begin() as txn:
             address = comparable(recipient)
-            if self._match(txn, address, separator) is None:
-                return None
-            return self._found(txn, address, separator)
-
-    def _found(self, txn: Any, address: str, separator: str) -> Found:
-        """Where mail for an address goes that somebody has."""
-        users: dict[int, User] = {}
-        others: dict[str, None] = {}
-        self._walk(txn, address, separator, users, others)
+            users: dict[int, User] = {}
+            others: dict[str, None] = {}
+            self._walk(txn, address, separator, users, others)
+        if address in others:
+            return None
         if not users and not others:
             raise RelayError(f"the alias {address} leads to nobody")
         return Found(list(users.values()), list(others))
@@ -126,7 +122,7 @@ class Directory:
         for _ in range(DEEPEST + 1):
             below: list[str] = []
             for one in level:
-                found = self._match(txn, one, separator)
+                found = start if one == address else self._match(txn, one, separator)
                 if found is None:
                     others[one] = None
                 elif one != address and start is not None and found[0] == start[0]:
