@@ -1,30 +1,27 @@
 """`relaymta mailbox`: users whose mail is kept here, their addresses, and what they have."""
 
 import sys
+from itertools import islice
 from typing import Any
 
 import click
 
 from relaymta.cli.console import record, say, say_json, table
+from relaymta.cli.mailbox_files import backup, mail_files, restore, verify
 from relaymta.cli.options import Configuration, configured, fail, group
-from relaymta.cli.peer import Daemon, Offline, as_json, asked, connect, counted, given, size
+from relaymta.cli.peer import answered, as_json, asked, counted, daemon, given, size
 from relaymta.duration import parse_size
+from relaymta.store.files import MailFiles
+from relaymta.store.shown import row_of, shown
 
 __all__ = ["mailbox"]
 
-NOT_HERE = "mailbox needs the running daemon (start it with `relaymta serve`)"
+TOGETHER = 500  # users of one table
 
 
 @group
 def mailbox() -> None:
     """Manage users whose mail is kept here: their mailboxes, addresses and quotas."""
-
-
-def _daemon(read: Configuration) -> Daemon:
-    peer = connect(read)
-    if isinstance(peer, Offline):
-        fail(69, NOT_HERE)
-    return peer
 
 
 def _octets(option: str, text: str) -> int:
@@ -60,9 +57,7 @@ def _password(given: bool) -> str:
 def create(read: Configuration, address: str, password: bool, quota: str, messages: int) -> None:
     """Create a user and the mailboxes."""
     octets = _octets("--quota", quota)
-    found = asked(
-        _daemon(read), "mailbox_create", address=address, password=_password(password), octets=octets, messages=messages
-    )
+    found = asked(daemon(read), "mailbox_create", address=address, password=_password(password), octets=octets, messages=messages)
     say(f"{found['user']} has mailboxes in shard {found['shard']}")
 
 
@@ -70,16 +65,18 @@ def create(read: Configuration, address: str, password: bool, quota: str, messag
 @as_json
 @configured
 def list_users(read: Configuration, as_json: bool) -> None:
-    """List the users."""
-    peer, after, shown = _daemon(read), 0, 0
-    while page := asked(peer, "mailbox_users", after=after):
-        after, shown = page[-1]["id"], shown + len(page)
-        if as_json:
-            for row in page:
-                say_json(row)
-        else:
-            table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
-    if not shown and not as_json:
+    """List the users; the relay need not run."""
+    found = False
+    with mail_files(read) as files:
+        users = files.users()
+        while page := answered(lambda: [row_of(user) for user in islice(users, TOGETHER)]):
+            found = True
+            if as_json:
+                for row in page:
+                    say_json(row)
+            else:
+                table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
+    if not found and not as_json:
         say("there are no users", err=True)
 
 
@@ -97,8 +94,9 @@ def _quota(row: dict[str, Any]) -> str:
 @as_json
 @configured
 def show(read: Configuration, address: str, messages: bool, as_json: bool) -> None:
-    """Show a user: addresses, mailboxes, what is used."""
-    found = asked(_daemon(read), "mailbox_user", address=address, messages=messages)
+    """Show a user: addresses, mailboxes, what is used; the relay need not run."""
+    with mail_files(read) as files:
+        found = answered(lambda: _shown(files, address, messages))
     if as_json:
         say_json(found)
         return
@@ -112,6 +110,12 @@ def show(read: Configuration, address: str, messages: bool, as_json: bool) -> No
             record(f"    {message['uid']}  {size(message['size'])}  {' '.join(message['flags']) or '-'}  {message['subject']}")
 
 
+def _shown(files: MailFiles, address: str, messages: bool) -> dict[str, Any]:
+    user = files.directory.known(address)
+    mailboxes = shown(files.shard(user.shard), user.ident, messages)
+    return row_of(user) | {"addresses": files.directory.owned(user.ident)} | mailboxes
+
+
 @mailbox.command()
 @click.argument("address", callback=given)
 @click.argument("targets", nargs=-1)
@@ -121,7 +125,7 @@ def alias(read: Configuration, address: str, targets: tuple[str, ...], remove: b
     """Let an address lead to others; @DOMAIN is a catch-all."""
     if bool(targets) == remove:
         fail(64, "to which addresses? `relaymta mailbox alias ADDRESS TARGET ...`, or --remove")
-    asked(_daemon(read), "mailbox_alias", address=address, targets=list(targets))
+    asked(daemon(read), "mailbox_alias", address=address, targets=list(targets))
     say(f"{address} is no alias any more" if remove else f"{address} leads to {', '.join(targets)}")
 
 
@@ -130,12 +134,47 @@ def _change(name: str, sentence: str, done: str, **changes: Any) -> None:
     @click.argument("address", callback=given)
     @configured
     def command(read: Configuration, address: str) -> None:
-        asked(_daemon(read), "mailbox_change", address=address, changes=changes)
+        asked(daemon(read), "mailbox_change", address=address, changes=changes)
         say(f"{address} {done}")
 
 
 _change("disable", "Refuse mail and logins of a user; the mailboxes stay.", "is disabled", disabled=True)
-_change("enable", "End `disable`.", "is enabled", disabled=False)
+_change("enable", "End `disable`, and bring back a user who was deleted.", "is enabled", disabled=False)
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.option("--now", is_flag=True, help="Remove the mail at once, too: it cannot be brought back.")
+@configured
+def delete(read: Configuration, address: str, now: bool) -> None:
+    """Delete a user; `enable` brings the user back for 7 days."""
+    asked(daemon(read), "mailbox_delete", address=address, now=now)
+    say(f"{address} is removed" if now else f"{address} is deleted; until the mail is removed in 7 days, "
+        f"`relaymta mailbox enable {address}` brings the user back")  # fmt: skip
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.argument("new", callback=given)
+@configured
+def rename(read: Configuration, address: str, new: str) -> None:
+    """Give a user another name; the old address remains one of the user's."""
+    found = asked(daemon(read), "mailbox_rename", address=address, new=new)
+    say(f"{address} is {found['user']} now")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.argument("shard", type=click.IntRange(0))
+@configured
+def move(read: Configuration, address: str, shard: int) -> None:
+    """Move a user to another shard; mail for the user is deferred meanwhile."""
+    found = asked(daemon(read), "mailbox_move", address=address, shard=shard)
+    say(f"{found['user']} is in shard {found['shard']} now")
+
+
+for command in (backup, restore, verify):
+    mailbox.add_command(command)
 
 
 @mailbox.command()
@@ -143,7 +182,7 @@ _change("enable", "End `disable`.", "is enabled", disabled=False)
 @configured
 def password(read: Configuration, address: str) -> None:
     """Set a user's password, which is asked for or read from standard input."""
-    asked(_daemon(read), "mailbox_change", address=address, changes={"secret": _password(True)})
+    asked(daemon(read), "mailbox_change", address=address, changes={"secret": _password(True)})
     say(f"{address} has a new password")
 
 
@@ -155,5 +194,5 @@ def password(read: Configuration, address: str) -> None:
 def quota(read: Configuration, address: str, octets: str, messages: int) -> None:
     """Set a user's quota: a size such as 5G, "none", or "default"."""
     changes = {"octets": 0 if octets == "default" else _octets("quota", octets), "messages": messages}
-    asked(_daemon(read), "mailbox_change", address=address, changes=changes)
+    asked(daemon(read), "mailbox_change", address=address, changes=changes)
     say(f"the quota of {address} is {octets}")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "due", "given", "given_domain",
-    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of", "size", "until", "when",
+    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given", "given_domain",
+    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "running", "seconds_of", "size", "until", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -106,6 +106,26 @@ def connect(read: Configuration) -> Daemon | Offline:
     if "secret" not in names and not any(name.startswith("shard-") for name in names):
         fail(69, f"{absolute(config.spool)} is no spool of relaymta, and no daemon answers at {absolute(config.control_path)}")
     return Offline(config)
+
+
+def daemon(read: Configuration) -> Daemon:
+    """The running daemon of this configuration; ends the program when there is none."""
+    peer = connect(read)
+    if isinstance(peer, Offline):
+        fail(69, "this needs the running daemon (start it with `relaymta serve`)")
+    return peer
+
+
+def running(read: Configuration) -> tuple[Daemon | None, Path]:
+    """The daemon of this configuration, if it runs, and its spool, which may be anything."""
+    path = read.control_path()
+    if path is None or not _answers(path):
+        config = loaded(read, ANY_LISTENER)
+        if not _answers(config.control_path):
+            return None, Path(config.spool).absolute()
+        path = config.control_path
+    peer = Daemon(path)
+    return peer, Path(asked(peer, "status")["spool"])
 
 
 def _answers(path: Path) -> bool:

@@ -18,6 +18,7 @@ from relaymta.errors import RelayError
 
 __all__ = ["AGES", "REQUESTS", "Request", "Where"]
 
+HOURS = 24 * 3600.0  # seconds for what copies mail
 AGES = (5, 10, 20, 40, 80, 160, 320, 640, 1280)  # minutes: the columns of `shape`; one more column for what is older
 
 
@@ -117,17 +118,54 @@ class MailboxCreate(_Arguments, frozen=True):
     messages: int
 
 
-class MailboxUsers(_Arguments, frozen=True):
-    """A page of the users, behind the id `after`."""
-
-    after: Number
-
-
-class MailboxUser(_Arguments, frozen=True):
-    """A user by address. `messages`: with the messages of each mailbox."""
+class MailboxDelete(_Arguments, frozen=True):
+    """A user by address. `now`: without the days in which the user may come back."""
 
     address: Text
-    messages: bool = False
+    now: bool
+
+
+class MailboxRename(_Arguments, frozen=True):
+    """A user by address, and the new one."""
+
+    address: Text
+    new: Text
+
+
+class MailboxMove(_Arguments, frozen=True):
+    """A user by address, to a shard."""
+
+    address: Text
+    shard: Number
+
+
+class MailboxImport(_Arguments, frozen=True):
+    """Messages for a mailbox of a user: (flags, keywords, INTERNALDATE in ms, data)."""
+
+    address: Text
+    name: Text
+    messages: list[tuple[list[str], list[str], int, bytes]]
+
+
+class MailboxRestore(_Arguments, frozen=True):
+    """A part of a user of a backup (store/carry.py)."""
+
+    ident: Number
+    shard: Number
+    part: Any
+
+
+class MailboxRestored(_Arguments, frozen=True):
+    """The user, all of whose parts have been put: a row of the directory (store.directory.User), and other addresses."""
+
+    user: Any
+    addresses: list[Text]
+
+
+class MailboxAddress(_Arguments, frozen=True):
+    """An address."""
+
+    address: Text
 
 
 class MailboxAlias(_Arguments, frozen=True):
@@ -252,10 +290,16 @@ REQUESTS: dict[str, Request] = {
         Request("clear", Clearing, Where.SUPERVISOR, changes=True),
         Request("routes", Nothing, Where.ANY),
         Request("mailbox_create", MailboxCreate, Where.SUPERVISOR, 40, changes=True),
-        Request("mailbox_users", MailboxUsers, Where.SUPERVISOR),
-        Request("mailbox_user", MailboxUser, Where.SUPERVISOR, 30),
         Request("mailbox_alias", MailboxAlias, Where.SUPERVISOR, 30, changes=True),
         Request("mailbox_change", MailboxChange, Where.SUPERVISOR, 30, changes=True),
+        Request("mailbox_rename", MailboxRename, Where.SUPERVISOR, 30, changes=True),
+        Request("mailbox_delete", MailboxDelete, Where.SUPERVISOR, HOURS, changes=True),
+        Request("mailbox_move", MailboxMove, Where.SUPERVISOR, HOURS, changes=True),
+        Request("mailbox_import", MailboxImport, Where.SUPERVISOR, 120, changes=True),
+        Request("mailbox_back_up", Nothing, Where.SUPERVISOR, HOURS, changes=True),
+        Request("mailbox_begin_restore", MailboxAddress, Where.SUPERVISOR, 30, changes=True),
+        Request("mailbox_restore", MailboxRestore, Where.SUPERVISOR, 120, changes=True),
+        Request("mailbox_end_restore", MailboxRestored, Where.SUPERVISOR, 30, changes=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

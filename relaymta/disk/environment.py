@@ -24,14 +24,18 @@ _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
 
 
 class Environment:
-    """The environment in `path`, with these tables, "segment" and "meta" among them; `readonly`: while no daemon runs. A store
-    derives from it, and overrides `_opened`. Two states, changed by `reopen` alone: open, or shut (no read may begin)."""
+    """The environment in `path`, with these tables, "segment" and "meta" among them. `readonly`: by another process than the
+    owner's; `locked`: it is registered as a reader, without which nobody else may write meanwhile. A store derives from it, and
+    overrides `_opened`. Two states, changed by `reopen` alone: open, or shut (no read may begin)."""
 
-    def __init__(self, path: Path, tables: tuple[str, ...], map_size: int = MAP_SIZE, readonly: bool = False) -> None:
+    def __init__(
+        self, path: Path, tables: tuple[str, ...], map_size: int = MAP_SIZE, readonly: bool = False, locked: bool = True
+    ) -> None:
         self._path = path
         self._names = tables
         self._map_size = map_size
         self._readonly = readonly
+        self._locked = locked
         self._gate = threading.Condition()
         self._inside = 0  # read transactions under way, by the gate
         self._shut = False  # the environment is closed, or about to be
@@ -45,13 +49,15 @@ class Environment:
             str(self._path),
             map_size=self._map_size,
             max_dbs=16,
-            max_readers=64,
+            max_readers=1024,
             sync=True,
             metasync=True,
             mode=0o600,
             readonly=self._readonly,
+            lock=self._locked,
         )
-        self.env.reader_check()
+        if self._locked:
+            self.env.reader_check()
         self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in self._names}
         with self.env.begin() as txn:
             self._opened(txn)

@@ -27,7 +27,7 @@ import xxhash
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
-__all__ = ["FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "segment_size_for"]
+__all__ = ["FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "body_file", "segment_file", "segment_size_for"]
 
 FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
 MAGIC = b"rmB1"
@@ -79,6 +79,20 @@ def segment_size_for(path: Path) -> int:
     return size
 
 
+def segment_file(directory: Path, number: int) -> Path:
+    """The file of a segment."""
+    return directory / f"{number:08d}.seg"
+
+
+def body_file(directory: Path, ident: int, body: Body) -> Path:
+    """The file that a body is in."""
+    return segment_file(directory, body.segment) if body.segment else _big_file(directory, ident)
+
+
+def _big_file(directory: Path, ident: int) -> Path:
+    return directory / "big" / f"{ident:016x}"
+
+
 class Segments:
     """The bodies of one shard, in `directory`."""
 
@@ -119,11 +133,11 @@ class Segments:
         os.close(self._dir_fd)
 
     def _path(self, number: int) -> Path:
-        return self._directory / f"{number:08d}.seg"
+        return segment_file(self._directory, number)
 
     def big_path(self, ident: int) -> Path:
         """The file of a body above 1 MB."""
-        return self._big / f"{ident:016x}"
+        return _big_file(self._directory, ident)
 
     def big_files(self) -> list[tuple[int, Path]]:
         """The ids and files of all bodies above 1 MB, those that are being written included."""
@@ -249,13 +263,16 @@ class Segments:
     def _retire(self, segment: Segment) -> None:
         """Keep an emptied segment for reuse, or remove it when it is sealed or enough are free."""
         if segment.row.sealed or len(self._free) >= FREE_MOST:
-            # From now on nothing is written about it but that its row is deleted, and nobody else retires it. (After a failed
-            # commit it may be both emptied and still changed.)
-            self._doomed.append(segment)
-            self._changed.discard(segment)
-            self._dirty.discard(segment)
+            self._doom(segment)
         else:
             self._free.append(segment)
+
+    def _doom(self, segment: Segment) -> None:
+        """From now on nothing is written about a segment but that its row is deleted, and nobody else retires it. (After a failed
+        commit it may be both emptied and still changed.)"""
+        self._doomed.append(segment)
+        self._changed.discard(segment)
+        self._dirty.discard(segment)
 
     def doomed(self) -> list[int]:
         """Segments whose rows this group deletes; call `unlink` after its commit."""
@@ -277,8 +294,8 @@ class Segments:
         self._active[kind] = None
         if was is not None and was.row.live == 0 and was.staged == 0 and was not in self._free:
             self._retire(was)
-        if self._free:
-            segment = self._free.pop()
+        if (emptied := self._reusable()) is not None:
+            segment = emptied
             segment.row.generation += 1
             segment.row.position = 0
             segment.row.kind = kind
@@ -287,6 +304,15 @@ class Segments:
         self._changed.add(segment)
         self._active[kind] = segment
         return segment
+
+    def _reusable(self) -> Segment | None:
+        """An emptied segment that may be overwritten: not one whose file has another name, which a backup has given it."""
+        while self._free:
+            segment = self._free.pop()
+            if os.fstat(segment.fd).st_nlink == 1:
+                return segment
+            self._doom(segment)
+        return None
 
     def _create_segment(self, kind: int) -> Segment:
         number = self._next
@@ -304,17 +330,11 @@ class Segments:
         """A message's data, verified. Corrupt when the frame does not match, StoreError when it cannot be read."""
         try:
             if body.segment:
-                segment = self._segments[body.segment]
-                head = os.pread(segment.fd, FRAME.size, body.offset)
-                data = os.pread(segment.fd, body.length, body.offset + FRAME.size)
-            else:
-                with self.big_path(ident).open("rb") as file:
-                    file.seek(body.offset)
-                    head, data = file.read(FRAME.size), file.read()
+                return read_frame(self._segments[body.segment].fd, ident, body)
+            with self.big_path(ident).open("rb") as file:
+                return read_frame(file.fileno(), ident, body)
         except (OSError, KeyError) as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
-        check_frame(head, ident, body, len(data), xxhash.xxh3_64_intdigest(data))
-        return data
 
     def open_big(self, ident: int, body: Body) -> int:
         """A descriptor of a large body's file, which is read and verified first (message data begins at the body's offset +
@@ -368,6 +388,14 @@ def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
         while done < total:
             done += os.pwrite(fd, rest[done:], offset + done)
     return total
+
+
+def read_frame(descriptor: int, ident: int, body: Body) -> bytes:
+    """The message data of a body, verified, from its file. Corrupt when the frame does not match, OSError."""
+    head = os.pread(descriptor, FRAME.size, body.offset)
+    data = os.pread(descriptor, body.length, body.offset + FRAME.size)
+    check_frame(head, ident, body, len(data), xxhash.xxh3_64_intdigest(data))
+    return data
 
 
 def check_frame(raw: bytes, ident: int, body: Body, length: int, checksum: int) -> None:

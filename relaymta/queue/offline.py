@@ -14,7 +14,7 @@ from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Nothing, OfMessage, Page
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.lock import lock
-from relaymta.disk.segments import FRAME, check_frame
+from relaymta.disk.segments import FRAME, body_file, check_frame, read_frame
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id, parse_id
@@ -138,7 +138,7 @@ def _find(path: Path, store: Store, ident: int) -> Found | None:
     if envelope is None or envelope.body is None:
         return None
     body = envelope.body
-    file = path / "bodies" / (f"{body.segment:08d}.seg" if body.segment else f"big/{ident:016x}")
+    file = body_file(path / "bodies", ident, body)
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -151,13 +151,12 @@ def _find(path: Path, store: Store, ident: int) -> Found | None:
 
 
 def _verified(descriptor: int, ident: int, body: Body) -> Found:
-    head = os.pread(descriptor, FRAME.size, body.offset)
-    start = body.offset + FRAME.size
     if body.segment:
-        data = os.pread(descriptor, body.length, start)
-        check_frame(head, ident, body, len(data), xxhash.xxh3_64_intdigest(data))
+        data = read_frame(descriptor, ident, body)
         os.close(descriptor)
         return data
+    head = os.pread(descriptor, FRAME.size, body.offset)
+    start = body.offset + FRAME.size
     digest, length = xxhash.xxh3_64(), 0
     while piece := os.pread(descriptor, PIECE, start + length):
         digest.update(piece)

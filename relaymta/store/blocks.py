@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from relaymta.errors import StoreError
+
 __all__ = ["MOST", "RECORD", "Blocks", "Record"]
 
 RECORD = struct.Struct("<IIQQ")  # UID, unused, flags, MODSEQ
@@ -91,6 +93,8 @@ class Blocks:
         cursor = self._txn.cursor(db=self._table)
         if self._seek(cursor, LAST_UID):
             block = cursor.value()
+            if RECORD.unpack_from(block, len(block) - RECORD.size)[0] >= record.uid:
+                raise StoreError(f"UID {record.uid} of mailbox {self._mailbox} is not the highest")
             if len(block) < MOST * RECORD.size:
                 self._txn.put(cursor.key(), block + _pack(record), db=self._table)
                 return
@@ -103,6 +107,15 @@ class Blocks:
     def remove(self, uids: list[int]) -> None:
         """Remove messages that are there; `uids` in order."""
         self._rewrite({}, uids)
+
+    def write_all(self, records: list[Record]) -> None:
+        """Write the index anew."""
+        cursor = self._txn.cursor(db=self._table)
+        while cursor.set_range(self._prefix) and cursor.key()[:9] == self._prefix:
+            cursor.delete()
+        for start in range(0, len(records), MOST):
+            block = records[start : start + MOST]
+            self._txn.put(KEY.pack(self._mailbox, KIND, block[0].uid), b"".join(map(_pack, block)), db=self._table)
 
     def _rewrite(self, new: dict[int, Record], uids: list[int]) -> None:
         """Replace the records of `uids` by those in `new`, or remove those that are not in it; block by block."""

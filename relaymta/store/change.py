@@ -7,6 +7,8 @@ States of mailboxes, users' rows and references of objects are collected, and wr
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from relaymta.disk.transaction import Transaction
 from relaymta.errors import RelayError
 from relaymta.proto.envelope import Body, encode
@@ -19,6 +21,7 @@ from relaymta.store.rows import (
     INBOX,
     KEYWORDS_MOST,
     MESSAGE,
+    RUN,
     SEEN,
     STATE,
     SYSTEM_FLAGS,
@@ -32,10 +35,11 @@ from relaymta.store.rows import (
     pairs,
 )
 
-__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal"]
+__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "MOVING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal", "tally"]
 
 # Why something is refused (the response codes of RFC 5530 and RFC 9208).
 MISSING, EXISTS, OVERQUOTA, LIMIT, CANNOT = "nonexistent", "alreadyexists", "overquota", "limit", "cannot"
+MOVING = "unavailable"
 
 MAILBOXES_MOST = 10_000  # of a user
 
@@ -88,6 +92,13 @@ class Change(Transaction):
         self._users[user] = row
         return row
 
+    def _owner(self, user: int) -> UserRow:
+        """The row of a user who is to be changed."""
+        row = self._user(user)
+        if row.frozen:
+            raise Refusal(MOVING, "the user is being moved; try again")
+        return row
+
     def _state(self, mailbox: int) -> MailboxState:
         state = self._states.get(mailbox) or self._shard.state(self.txn, mailbox)
         if state is None:
@@ -123,19 +134,59 @@ class Change(Transaction):
         for name, special in ((INBOX, ""), *mailboxes):
             self.create_mailbox(user, name, special, subscribed=True)
 
-    def remove_user(self, user: int) -> None:
-        """Remove a user whose mailboxes are gone."""
-        self._user(user)
-        if next(self._shard.mailboxes(self.txn, user), None) is not None:
-            raise Refusal(CANNOT, "the user has mailboxes")
+    def freeze(self, user: int) -> None:
+        """Change nothing of a user from now on but by `purge`."""
+        self._user(user).frozen = True
+
+    def purge(self, user: int, most: int) -> bool:
+        """Remove a user with all mailboxes, or a part of that: at most so many messages. Whether the user is gone."""
+        if user not in self._users and self._shard.user(self.txn, user) is None:
+            return True
+        owner = self._user(user)
+        for row in list(self._shard.mailboxes(self.txn, user)):
+            if row.mailbox:
+                uids = [record.uid for record, _ in zip(self._shard.index(self.txn, row.mailbox), range(most), strict=False)]
+                self._expunge(owner, row.mailbox, uids)
+                most -= len(uids)
+                if self._state(row.mailbox).messages:
+                    return False
+                self._remove_rows(row.mailbox)
+            self.txn.delete(name_key(user, row.name), db=self._tables["mailbox"])
+            if most <= 0:
+                return False
         del self._users[user]
         self.txn.delete(ID.pack(user), db=self._tables["user"])
+        return True
+
+    # A user who comes from another shard, or a backup
+
+    def take_user(self, user: int, uidvalidity: int) -> None:
+        """Add a user without mailboxes, which `take_mailbox` brings. `uidvalidity`: of the next mailbox."""
+        if self._shard.user(self.txn, user) is not None or user in self._users:
+            raise Refusal(EXISTS, "the user exists")
+        self._users[user] = UserRow(uidvalidity=uidvalidity)
+
+    def take_mailbox(
+        self, user: int, row: MailboxRow, state: MailboxState | None, expunged: list[tuple[int, list[tuple[int, int]]]]
+    ) -> None:
+        """Add a mailbox as it was elsewhere, without its messages, which `file` brings with their UIDs."""
+        self._user(user)
+        if self._shard.mailbox(self.txn, user, row.name) is not None:
+            raise Refusal(EXISTS, f"there is a mailbox {row.name}")
+        number = 0
+        if state is not None:
+            self._meta[b"mailboxes"] = number = self._number(b"mailboxes") + 1
+            self._states[number] = msgspec.structs.replace(state, messages=0, unseen=0, deleted=0, octets=0)
+            for modseq, runs in expunged:
+                packed = b"".join(RUN.pack(*run) for run in runs)
+                self.txn.put(EXPUNGED.pack(number, 3, modseq), packed, db=self._tables["mail"])
+        self._put_mailbox(user, msgspec.structs.replace(row, mailbox=number))
 
     # Mailboxes
 
     def create_mailbox(self, user: int, name: str, special: str = "", subscribed: bool = False) -> MailboxRow:
         """Add a mailbox."""
-        row = self._user(user)
+        row = self._owner(user)
         old = self._shard.mailbox(self.txn, user, name)
         if old is not None and old.mailbox:
             raise Refusal(EXISTS, f"there is a mailbox {name}")
@@ -154,20 +205,25 @@ class Change(Transaction):
 
     def remove_mailbox(self, user: int, name: str) -> None:
         """Remove a mailbox whose messages are gone; its name stays while it is subscribed."""
+        self._owner(user)
         row = self._shard.mailbox(self.txn, user, name)
         if row is None or not row.mailbox:
             raise Refusal(MISSING, f"there is no mailbox {name}")
         if self._state(row.mailbox).messages:
             raise Refusal(CANNOT, f"{name} has messages")
-        del self._states[row.mailbox]
-        cursor = self.txn.cursor(db=self._tables["mail"])
-        prefix = ID.pack(row.mailbox)
-        while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
-            cursor.delete()
+        self._remove_rows(row.mailbox)
         if row.subscribed:
             self._put_mailbox(user, MailboxRow(name, 0, "", True))
         else:
             self.txn.delete(name_key(user, name), db=self._tables["mailbox"])
+
+    def _remove_rows(self, mailbox: int) -> None:
+        """Remove what is left of a mailbox without messages."""
+        self._states.pop(mailbox, None)
+        cursor = self.txn.cursor(db=self._tables["mail"])
+        prefix = ID.pack(mailbox)
+        while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+            cursor.delete()
 
     # Messages
 
@@ -176,11 +232,21 @@ class Change(Transaction):
         self._objects[ident] = ObjectRow(references, body)
         self._meta[b"highest"] = max(ident, self._number(b"highest"))
 
+    def refer(self, ident: int, references: int) -> None:
+        """Further messages of data that is there."""
+        self._object(ident).references += references
+
+    def size(self, ident: int) -> int:
+        """The octets of a message's data. Refusal when it is not there."""
+        return self._object(ident).body.length
+
     def file(
-        self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits, create: bool = False
-    ) -> Filed:
-        """Add a message to a mailbox (of which the caller has counted a reference in `add_object`)."""
-        owner = self._user(user)
+        self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits, create: bool = False,
+        place: tuple[int, int] | None = None,
+    ) -> Filed:  # fmt: skip
+        """Add a message to a mailbox (of which the caller counts a reference by `add_object` or `refer`). `place`: UID and MODSEQ
+        that it has, in a mailbox of `take_mailbox`; in the order of UIDs."""
+        owner = self._owner(user)
         self._check_room(owner, limits, 1, message.size)
         if len(keywords) > KEYWORDS_MOST:
             raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a message may have")
@@ -193,11 +259,14 @@ class Change(Transaction):
         if state.uidnext > LAST_UID:
             raise Refusal(LIMIT, f"{name} has had as many messages as it can")
         flags |= self._bits(state, keywords)
-        uid, state.uidnext = state.uidnext, state.uidnext + 1
-        modseq = self._change_mailbox(row.mailbox, state)
+        if place is not None:
+            uid, modseq = place
+        else:
+            uid, state.uidnext = state.uidnext, state.uidnext + 1
+            modseq = self._change_mailbox(row.mailbox, state)
         self._shard.index(self.txn, row.mailbox).append(Record(uid, flags, modseq))
         self.txn.put(MESSAGE.pack(row.mailbox, 2, uid), encode(message), db=self._tables["mail"])
-        _count(state, owner, flags, message.size, 1)
+        tally(state, owner, flags, message.size, 1)
         return Filed(row.mailbox, state.uidvalidity, uid, modseq)
 
     def _check_room(self, owner: UserRow, limits: Limits, messages: int, octets: int) -> None:
@@ -221,8 +290,10 @@ class Change(Transaction):
 
     def expunge(self, user: int, mailbox: int, uids: list[int]) -> int:
         """Remove messages (UIDs in order; those that are gone are left out); the MODSEQ of that, 0 when all were gone."""
-        owner, state = self._user(user), self._state(mailbox)
-        index = self._shard.index(self.txn, mailbox)
+        return self._expunge(self._owner(user), mailbox, uids)
+
+    def _expunge(self, owner: UserRow, mailbox: int, uids: list[int]) -> int:
+        state, index = self._state(mailbox), self._shard.index(self.txn, mailbox)
         there = [record for uid in uids if (record := index.get(uid)) is not None]
         if not there:
             return 0
@@ -231,7 +302,7 @@ class Change(Transaction):
             message = self._shard.message(self.txn, mailbox, record.uid)
             assert message is not None
             self.txn.delete(MESSAGE.pack(mailbox, 2, record.uid), db=self._tables["mail"])
-            _count(state, owner, record.flags, message.size, -1)
+            tally(state, owner, record.flags, message.size, -1)
             self._unreference(message.object)
         gone = [record.uid for record in there]
         index.remove(gone)
@@ -320,7 +391,7 @@ class Change(Transaction):
         self.txn.commit()
 
 
-def _count(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:
+def tally(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:
     """Count a message that comes (`sign` 1) or goes (-1)."""
     state.messages += sign
     state.unseen += sign * (not flags & SEEN)

@@ -68,15 +68,19 @@ _decode_address = msgspec.msgpack.Decoder(Address).decode
 
 
 class Directory:
-    """The directory in `path`. `writable`: this is the one process that changes it. All methods block: some microseconds where
+    """The directory in `path`. `writable`: this is the one process that changes it; `locked`: as of disk.environment.Environment.
+    All methods block: some microseconds where
     they read, until the disk has it where they write. StoreError."""
 
-    def __init__(self, path: Path, writable: bool = False) -> None:
+    def __init__(self, path: Path, writable: bool = False, locked: bool = True) -> None:
         try:
             if writable:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._env = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=4, max_readers=256, mode=0o600, readonly=not writable)
-            self._env.reader_check()
+            self._env = lmdb.open(
+                str(path), map_size=_MAP_SIZE, max_dbs=4, max_readers=1024, mode=0o600, readonly=not writable, lock=locked
+            )
+            if locked:
+                self._env.reader_check()
             self._users, self._addresses, self._own, self._meta = (
                 self._env.open_db(name, create=writable) for name in (b"user", b"address", b"own", b"meta")
             )
@@ -95,6 +99,14 @@ class Directory:
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
+
+    def copy(self, folder: Path) -> None:
+        """Copy the directory, as it is at one moment, into a folder that is not there."""
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+            self._env.copy(str(folder), compact=True)
+        except (OSError, lmdb.Error) as error:
+            raise store_error(error) from None
 
     # Reading
 
@@ -263,7 +275,13 @@ class Directory:
         if not found.user:
             raise RelayError(f"{address} is an alias of {', '.join(found.targets)}")
         owner = self._user(txn, found.user)
-        raise RelayError(f"{address} is {'an address of ' + owner.address if owner and owner.address != address else 'there'}")
+        if owner is not None and owner.deleted:
+            back = "`relaymta mailbox enable` brings the user back, `relaymta mailbox delete --now` frees the address"
+            whose = f" belongs to {owner.address}, who" if owner.address != address else ""
+            raise RelayError(f"{address}{whose} was deleted: {back}")
+        if owner is not None and owner.address != address:
+            raise RelayError(f"{address} is an address of {owner.address}")
+        raise RelayError(f"{address} exists already")
 
     def _give(self, txn: Any, ident: int, address: str) -> None:
         """Let an address lead to a user."""
@@ -287,8 +305,25 @@ class Directory:
 
         return self._write(run)  # type: ignore[no-any-return]
 
+    def update(self, ident: int, change: Callable[[User], User]) -> User:
+        """Change a user by id; the new row. NoSuch; what `change` raises, and then nothing is changed."""
+
+        def run(txn: Any) -> User:
+            user = self._user(txn, ident)
+            if user is None:
+                raise NoSuch("mailbox user", str(ident))
+            new = change(user)
+            self._put(txn, new)
+            return new
+
+        return self._write(run)  # type: ignore[no-any-return]
+
     def _unknown(self, txn: Any, address: str) -> NoSuch:
         """That there is no such user, with a name that is like it."""
+        found = self._address(txn, address)
+        owner = self._user(txn, found.user) if found is not None else None
+        if owner is not None:
+            return NoSuch("mailbox user", f"{address} (it is an address of {owner.address})")
         domain = "@" + domain_of(address)
         cursor = txn.cursor(db=self._addresses)
         known: list[str] = []
@@ -354,12 +389,14 @@ class Directory:
         txn.delete(_ID.pack(before.user) + address.encode(), db=self._own)
 
     def _put_alias(self, txn: Any, address: str, before: Address | None, wanted: list[str], separator: str) -> None:
-        if before is None or before.user:
-            self._free(txn, address)  # raises where a user has it
+        if before is not None and before.user and self._named(txn, address) is None:  # not by this name: it may lead elsewhere
+            txn.delete(_ID.pack(before.user) + address.encode(), db=self._own)
+        elif before is None or before.user:
+            self._free(txn, address)  # raises where it is a user's name
         if len(wanted) > TARGETS_MOST:
             raise RelayError(f"{len(wanted)} addresses: an alias has at most {TARGETS_MOST}")
         one = self._named(txn, wanted[0]) if len(wanted) == 1 else None
-        if one is not None:
+        if one is not None and not one.deleted:
             self._give(txn, one.ident, address)
         else:
             txn.put(address.encode(), _encode(Address(0, wanted)), db=self._addresses)
@@ -370,12 +407,24 @@ class Directory:
             if name in row.targets:
                 raise RelayError(f"{name} would be an alias of itself")
             for target in row.targets:
-                if self._match(txn, target, separator) is None and kept_here(domain_of(target)):
+                if not self._leads(txn, target, separator) and kept_here(domain_of(target)):
                     names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
                     raise RelayError(f"nobody has {target}{near(target, names)}, and {name} leads there")
             circle = self._walk(txn, name, separator, {}, {})
             if circle:
                 raise RelayError(f"{name} would lead back to itself: {' -> '.join(circle)}")
+
+    def _leads(self, txn: Any, target: str, separator: str) -> bool:
+        """Whether an address is one of a user who is there, or an alias."""
+        found = self._match(txn, target, separator)
+        user = self._user(txn, found[1].user) if found is not None and found[1].user else None
+        return found is not None and (not found[1].user or (user is not None and not user.deleted))
+
+    def leading_to(self, ident: int) -> list[str]:
+        """The aliases of other addresses that name an address of a user."""
+        with self._env.begin() as txn:
+            own = set(self._owned(txn, ident))
+            return [name for name, row in self._aliases(txn) if own.intersection(row.targets)]
 
     def _aliases(self, txn: Any) -> list[tuple[str, Address]]:
         """The addresses that lead to others."""

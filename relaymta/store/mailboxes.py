@@ -6,7 +6,7 @@ ends before it has answered, the caller is told so (the queue asks again, and no
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,15 @@ import msgspec
 
 from relaymta.control import Late
 from relaymta.errors import RelayError, StoreError
-from relaymta.store.change import Change
+from relaymta.store.backup import copy_shard
+from relaymta.store.carry import Carried, Part, convert_part
+from relaymta.store.change import Change, Refusal
 from relaymta.store.directory import Directory, Found
 from relaymta.store.shard import Shard
-from relaymta.store.shown import shown
+from relaymta.store.shown import flags_from
 from relaymta.store.writer import Result, Target
 
-__all__ = ["FOLDER", "Mailboxes"]
+__all__ = ["FOLDER", "OF_PEERS", "OF_SUPERVISOR", "Mailboxes"]
 
 FOLDER = "mail"  # in the spool
 OWNER_SECONDS = 30.0  # for an answer of another owner
@@ -145,7 +147,66 @@ class Mailboxes:
 
         await self._own(shard).task(add)
 
-    async def show_user(self, shard: int, user: int, messages: bool) -> dict[str, Any]:
-        """What a user has here, as the command line shows it. `messages`: with each message. Refusal: no such user."""
+    async def freeze_user(self, shard: int, user: int) -> None:
+        """Change nothing of a user in a shard of this process from now on. Refusal, StoreError."""
+        await self._own(shard).freeze(user)
+
+    async def purge_user(self, shard: int, user: int) -> None:
+        """Remove a user, if there, from a shard of this process. StoreError."""
+        await self._own(shard).purge(user)
+
+    async def carry_user(self, shard: int, user: int, target: int) -> None:
+        """Put all of a user, who is frozen, into another shard, which does not have the user. When it fails, a part may be there.
+        Refusal, StoreError, ConnectionError, Refused."""
         own = self._own(shard)
-        return await own.readers.run(shown, own, user, messages)
+        carried = Carried(own, user)
+        parts = carried.parts()
+        while (part := await own.readers.run(next, parts, None)) is not None:
+            carried.put(part, await self._take(target, user, part))
+
+    async def _take(self, number: int, user: int, part: Part) -> list[int]:
+        shard = self.shards.get(number)
+        if shard is not None:
+            return await shard.take(user, part)
+        peer = self._peers.get(number)
+        if peer is None:
+            raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
+        return list(await peer.ask("mail_take", None, OWNER_SECONDS, shard=number, user=user, part=part))
+
+    async def take_part(self, shard: int, user: int, part: Any) -> list[int]:
+        """As `Shard.take`, in a shard of this process. Refusal, StoreError."""
+        return await self._own(shard).take(user, convert_part(part))
+
+    async def import_messages(self, shard: int, user: int, name: str, messages: list[Any]) -> None:
+        """Add messages to a mailbox of a user in a shard of this process, which is created if missing; quotas do not count.
+        Refusal, StoreError: not all are there."""
+        own = self._own(shard)
+        filing = []
+        for flags, keywords, date, data in messages:
+            target = Target(user, name, flags=flags_from(flags), keywords=keywords, date=date, create=True)
+            filing.append(own.file([data], [target]))
+        for result in await asyncio.gather(*filing):
+            if result[0].filed is None:
+                raise Refusal(result[0].code, result[0].text)
+
+    async def back_up(self, shard: int, folder: str) -> None:
+        """Copy a shard of this process, as it is at one moment, into a folder that is not there. StoreError."""
+        own = self._own(shard)
+        await own.readers.run(copy_shard, own.rows, own.path / "bodies", Path(folder))
+
+
+# What the supervisor asks of the owner of a shard, and what other owners ask.
+OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
+    "mail_user": Mailboxes.add_user,
+    "mail_freeze": Mailboxes.freeze_user,
+    "mail_purge": Mailboxes.purge_user,
+    "mail_carry": Mailboxes.carry_user,
+    "mail_take": Mailboxes.take_part,
+    "mail_import": Mailboxes.import_messages,
+    "mail_back_up": Mailboxes.back_up,
+}
+OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "mail_file": Mailboxes.filed_for_peer,
+    "mail_forget": Mailboxes.forget_for_peer,
+    "mail_take": Mailboxes.take_part,
+}

@@ -46,6 +46,7 @@ MESSAGE = struct.Struct(">QBI")
 EXPUNGED = struct.Struct(">QBQ")
 ID = struct.Struct(">Q")
 DONE = struct.Struct(">QIQ")
+RUN = struct.Struct("<II")  # first and last UID
 
 _NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all
 
@@ -95,11 +96,13 @@ class MailboxRow(msgspec.Struct, array_like=True, gc=False):
 
 
 class UserRow(msgspec.Struct, array_like=True, gc=False):
-    """What a user has used, and the UIDVALIDITY of the next mailbox: higher than that of any before it, deleted ones included."""
+    """What a user has used, and the UIDVALIDITY of the next mailbox: higher than that of any before it, deleted ones included.
+    `frozen`: the user is being moved to another shard; nothing is changed here."""
 
     octets: int = 0
     messages: int = 0
     uidvalidity: int = 0
+    frozen: bool = False
 
 
 _decode_state = msgspec.msgpack.Decoder(MailboxState).decode
@@ -120,8 +123,8 @@ def name_key(user: int, name: str) -> bytes:
 class MailShard(Environment):
     """The environment of one shard in `path`. Methods with a transaction use the caller's, on any thread."""
 
-    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False) -> None:
-        super().__init__(path, _TABLES, map_size, readonly)
+    def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False, locked: bool = True) -> None:
+        super().__init__(path, _TABLES, map_size, readonly, locked)
 
     def _opened(self, txn: Any) -> None:
         """StoreError when a newer version wrote the shard."""
@@ -186,22 +189,31 @@ class MailShard(Environment):
             for key, value in cursor:
                 if key[:9] != prefix:
                     return
-                yield EXPUNGED.unpack(key)[2], list(struct.iter_unpack("<II", value))
+                yield EXPUNGED.unpack(key)[2], list(RUN.iter_unpack(value))
 
     def object(self, txn: Any, ident: int) -> ObjectRow | None:
         """The row of a message's data; None when no mailbox has it (any more)."""
         raw = txn.get(ID.pack(ident), db=self.tables["object"])
         return None if raw is None else _decode_object(raw)
 
-    def objects(self, txn: Any) -> Iterator[tuple[int, ObjectRow]]:
-        """All objects of the shard, by id."""
-        for key, value in txn.cursor(db=self.tables["object"]):
-            yield ID.unpack(key)[0], _decode_object(value)
+    def objects(self, txn: Any, after: int = -1) -> Iterator[tuple[int, ObjectRow]]:
+        """The objects of the shard with ids above `after`, by id."""
+        cursor = txn.cursor(db=self.tables["object"])
+        if cursor.set_range(ID.pack(after + 1)):
+            for key, value in cursor:
+                yield ID.unpack(key)[0], _decode_object(value)
 
     def points_at(self, txn: Any, ident: int, body: Body) -> bool:
         """Whether an object's row points at this body."""
         row = self.object(txn, ident)
         return row is not None and row.body == body
+
+    def done_of(self, txn: Any, user: int) -> Iterator[tuple[int, int, int]]:
+        """(queue id, recipient, when) of what was filed for a user, of all that is noted in the shard."""
+        for key, value in txn.cursor(db=self.tables["done"]):
+            queue_id, recipient, owner = DONE.unpack(key)
+            if owner == user:
+                yield queue_id, recipient, ID.unpack(value)[0]
 
     def is_done(self, txn: Any, queue_id: int, recipient: int, user: int) -> bool:
         """Whether this recipient's message was filed for a user."""
@@ -216,4 +228,4 @@ def pairs(uids: list[int]) -> bytes:
             runs[-1][1] = uid
         else:
             runs.append([uid, uid])
-    return b"".join(struct.pack("<II", *run) for run in runs)
+    return b"".join(RUN.pack(*run) for run in runs)

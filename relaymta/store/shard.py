@@ -16,9 +16,11 @@ from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
-from relaymta.errors import StoreError, StoreFull, store_error
+from relaymta.errors import StoreFull, store_error
 from relaymta.proto.envelope import Body
-from relaymta.store.change import MISSING, Change, Refusal
+from relaymta.store.carry import CarriedMailbox, CarriedMessages, CarriedUser, Entry, Part
+from relaymta.store.change import Change, Refusal
+from relaymta.store.reading import Bodies, data_of
 from relaymta.store.rows import SCHEMA, MailShard, MessageRow
 from relaymta.store.writer import File, Filings, Forget, MailWriter, Result, Target
 
@@ -26,6 +28,7 @@ __all__ = ["Shard"]
 
 TICK = 0.05  # seconds
 CHECK_TICKS = 20
+SLICE = 1000  # messages that one transaction removes
 
 T = TypeVar("T")
 
@@ -49,6 +52,7 @@ class Shard:
         bodies.mkdir(mode=0o700, exist_ok=True)
         self.segments = Segments(bodies, segment_size_for(self.path))
         self.segments.load(self.rows.segments())
+        self.bodies: Bodies = self.segments
         self.disk = Disk(self.path, self.rows.used)
         self.readers = Readers(self._loop, "mail-reader")
         self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self._committed)
@@ -86,20 +90,24 @@ class Shard:
     async def file(self, data: list[bytes], targets: list[Target]) -> list[Result]:
         """File a message, `data` in pieces; the result for each target, when that is durable. StoreError: nothing is filed. Once
         begun it is done, also where the caller is cancelled. StoreFull while there is no more room than is kept for deletes."""
+        return list((await self._file(self._ids.next(), data, targets)).results)
+
+    async def _file(self, ident: int, data: list[bytes] | None, targets: list[Target]) -> File:
+        """File a message, or (None) another copy of the object `ident`; errors as of `file`."""
         if self.disk.full:
             raise StoreFull("there is no room for mail")
-        ident, future = self._ids.next(), self._loop.create_future()
+        future = self._loop.create_future()
         done = partial(_resolve, future)
-        if sum(map(len, data)) <= self.segments.big_limit:
+        if data is None or sum(map(len, data)) <= self.segments.big_limit:
             self.writer.submit(File(ident, data, targets, done))
         else:
             writing = self.readers.submit(self._written, ident, data)
             writing.add_done_callback(lambda written: self._submit_large(written, ident, targets, done))
             await asyncio.shield(writing)
-        file = await asyncio.shield(future)
+        file: File = await asyncio.shield(future)
         if file.error is not None:
             raise file.error
-        return list(file.results)
+        return file
 
     def _submit_large(
         self, written: "asyncio.Future[Body]", ident: int, targets: list[Target], done: Callable[[File], None]
@@ -128,20 +136,63 @@ class Shard:
         """Run a change on the writer thread; its result once it is durable. Refusal, or StoreError when the commit failed."""
         return await self.writer.task(run)
 
-    def read(self, message: MessageRow) -> bytes:
-        """Reader thread: a message, its prefix in front. Refusal when it is gone, StoreError when it cannot be read."""
-        before = None
-        while True:
-            with self.rows.reading() as txn:
-                found = self.rows.object(txn, message.object)
-            if found is None:
-                raise Refusal(MISSING, "the message has been expunged")
-            try:
-                return message.prefix + self.segments.read(message.object, found.body)
-            except StoreError:
-                if found.body == before:  # it was read where it lies
-                    raise
-                before = found.body
+    def data(self, message: MessageRow) -> bytes:
+        """Reader thread: as `reading.data_of`."""
+        return data_of(self.rows, self.bodies, message)
+
+    # Users who come and go
+
+    async def take(self, user: int, part: Part) -> list[int]:
+        """Put a part of a user who comes from elsewhere (carry.py); the objects of its messages. Refusal, StoreError: not all of
+        it is there."""
+        if isinstance(part, CarriedMessages):
+            return await self._take_messages(user, part)
+
+        def change(change: Change) -> None:
+            if isinstance(part, CarriedUser):
+                change.take_user(user, part.uidvalidity)
+            elif isinstance(part, CarriedMailbox):
+                change.take_mailbox(user, part.row, part.state, part.expunged)
+            else:
+                for queue_id, recipient, _ in part.rows:
+                    change.done(queue_id, recipient, user, self.clock.now())
+
+        await self.task(change)
+        return []
+
+    async def _take_messages(self, user: int, part: CarriedMessages) -> list[int]:
+        taken: list[int] = []
+        entries = part.entries
+        while len(taken) < len(entries):
+            start = len(taken)
+            large = (place for place in range(start, len(entries)) if len(entries[place].data or b"") > self.segments.big_limit)
+            end = next(large, len(entries))  # in the order of UIDs: a large one is filed later than what is asked for with it
+            taken += await self._take_together(user, part.name, entries[start : max(end, start + 1)])
+        return taken
+
+    async def _take_together(self, user: int, name: str, entries: list[Entry]) -> list[int]:
+        filing = []
+        for entry in entries:
+            ident = self._ids.next() if entry.data is not None else entry.object
+            place = entry.uid, entry.modseq
+            target = Target(user, name, entry.prefix, entry.flags, date=entry.date, saved=entry.saved, place=place)
+            filing.append(self._file(ident, None if entry.data is None else [entry.data], [target]))
+        files = await asyncio.gather(*filing, return_exceptions=True)
+        for file in files:
+            if isinstance(file, BaseException):
+                raise file
+            if file.results[0].filed is None:
+                raise Refusal(file.results[0].code, file.results[0].text)
+        return [file.ident for file in files if isinstance(file, File)]
+
+    async def freeze(self, user: int) -> None:
+        """As `Change.freeze`."""
+        await self.task(lambda change: change.freeze(user))
+
+    async def purge(self, user: int) -> None:
+        """Remove a user and all mail, in slices. What a cancellation leaves is removed by the next call."""
+        while not await self.task(lambda change: change.purge(user, SLICE)):
+            pass
 
     def _committed(self, group: Filings) -> None:
         """On the loop, after a group. What one of those who waited for it raises must not keep the others from being told."""

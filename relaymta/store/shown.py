@@ -5,14 +5,29 @@ from typing import Any
 from relaymta.errors import StoreError
 from relaymta.proto.header import fields, header_end
 from relaymta.store.change import MISSING, Refusal
+from relaymta.store.directory import User
+from relaymta.store.reading import Readable, data_of
 from relaymta.store.rows import ANSWERED, DELETED, DRAFT, FLAGGED, SEEN, SYSTEM_FLAGS, MailboxState
-from relaymta.store.shard import Shard
 
-__all__ = ["flags_of", "shown"]
+__all__ = ["flags_from", "flags_of", "row_of", "shown"]
 
 MESSAGES_MOST = 10_000  # of a mailbox
 SUBJECT_SHOWN = 60
 _NAMES = {SEEN: "\\Seen", ANSWERED: "\\Answered", FLAGGED: "\\Flagged", DELETED: "\\Deleted", DRAFT: "\\Draft"}
+
+
+def row_of(user: User) -> dict[str, Any]:
+    """A user as the command line shows one."""
+    state = "deleted" if user.deleted else "disabled" if user.disabled else "moving" if user.moving >= 0 else "active"
+    return {
+        "id": user.ident, "user": user.address, "state": state, "shard": user.shard, "quota": user.octets,
+        "messages quota": user.messages, "login": "password" if user.secret else "back end",
+    }  # fmt: skip
+
+
+def flags_from(names: list[str]) -> int:
+    """The bits of system flags by their names; others do not count."""
+    return sum(bit for bit, name in _NAMES.items() if name in names)
 
 
 def flags_of(flags: int, state: MailboxState) -> list[str]:
@@ -21,7 +36,7 @@ def flags_of(flags: int, state: MailboxState) -> list[str]:
     return found + [word for number, word in enumerate(state.keywords) if flags >> (SYSTEM_FLAGS + number) & 1]
 
 
-def shown(shard: Shard, user: int, messages: bool) -> dict[str, Any]:
+def shown(shard: Readable, user: int, messages: bool) -> dict[str, Any]:
     """A user's mailboxes, and what is used. `messages`: with the first messages of each. Blocks. Refusal: no such user."""
     rows = shard.rows
     with rows.reading() as txn:
@@ -40,7 +55,7 @@ def shown(shard: Shard, user: int, messages: bool) -> dict[str, Any]:
     return {"octets": owner.octets, "messages": owner.messages, "mailboxes": mailboxes}
 
 
-def _messages(shard: Shard, mailbox: int, state: MailboxState) -> list[dict[str, Any]]:
+def _messages(shard: Readable, mailbox: int, state: MailboxState) -> list[dict[str, Any]]:
     rows = shard.rows
     with rows.reading() as txn:
         records = [record for record, _ in zip(rows.index(txn, mailbox), range(MESSAGES_MOST), strict=False)]
@@ -50,7 +65,7 @@ def _messages(shard: Shard, mailbox: int, state: MailboxState) -> list[dict[str,
         if message is None:
             continue
         try:
-            data = shard.read(message)
+            data = data_of(rows, shard.bodies, message)
             subject = next((text for name, text in fields(data[: header_end(data)]) if name == b"subject"), "")
         except (StoreError, Refusal) as error:
             subject = f"({error})"

@@ -2,22 +2,57 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from relaymta.disk.segments import FRAME, Segments
+from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
 from relaymta.store.blocks import MOST, RECORD, Record, records_of
+from relaymta.store.change import Refusal
+from relaymta.store.reading import Bodies, body_of
 from relaymta.store.rows import DELETED, ID, SEEN, SYSTEM_FLAGS, MailboxState, MailShard
 
 __all__ = ["contradictions"]
 
+PAGE = 1000  # objects of one transaction
 
-def contradictions(shard: MailShard, segments: Segments | None = None) -> Iterator[str]:
-    """A sentence for each contradiction in one snapshot of a shard. `segments`: bodies are read, too. Blocks."""
+
+def contradictions(shard: MailShard, bodies: Bodies | None = None, known_users: set[int] | None = None) -> Iterator[str]:
+    """A sentence for each contradiction in one snapshot of a shard. `bodies`: they are read, too; `known_users`: those that the
+    directory places here, where nobody changes it meanwhile. Blocks."""
+    yield from list(_rows(shard, known_users))
+    if bodies is not None:
+        yield from _damaged(shard, bodies)
+
+
+def _damaged(shard: MailShard, bodies: Bodies) -> Iterator[str]:
+    """A sentence for each body that cannot be read. Blocks; no transaction is open while a body is read."""
+    after = -1
+    while True:
+        with shard.reading() as txn:
+            page = list(islice(shard.objects(txn, after), PAGE))
+        if not page:
+            return
+        for ident, _ in page:
+            try:
+                body_of(shard, bodies, ident)
+            except Refusal:
+                continue  # expunged meanwhile
+            except StoreError as error:
+                yield str(error)
+        after = page[-1][0]
+
+
+def _rows(shard: MailShard, known_users: set[int] | None) -> Iterator[str]:
     with shard.reading() as txn:
         references: Counter[int] = Counter()
         known: set[int] = set()
-        for user, row in shard.users(txn):
+        users = list(shard.users(txn))
+        if known_users is not None:
+            yield from (f"user {user} is not in the directory" for user, _ in users if user not in known_users)
+            there = {user for user, _ in users}
+            yield from (f"user {user} of the directory has no mailboxes" for user in sorted(known_users - there))
+        for user, row in users:
             octets = messages = 0
             for found in shard.mailboxes(txn, user):
                 if not found.mailbox:
@@ -34,7 +69,7 @@ def contradictions(shard: MailShard, segments: Segments | None = None) -> Iterat
             if (octets, messages) != (row.octets, row.messages):
                 yield f"user {user}: {row.messages} messages, {row.octets} octets, but its mailboxes have {messages}, {octets}"
         yield from (f"rows of mailbox {number}, which nobody has" for number in _mailboxes(shard, txn) - known)
-        yield from _objects(shard, txn, references, segments)
+        yield from _objects(shard, txn, references)
 
 
 def _mailboxes(shard: MailShard, txn: Any) -> set[int]:
@@ -81,7 +116,7 @@ def _mailbox(shard: MailShard, txn: Any, mailbox: int, state: MailboxState, refe
         yield "there are flags without a keyword"
 
 
-def _objects(shard: MailShard, txn: Any, references: Counter[int], segments: Segments | None) -> Iterator[str]:
+def _objects(shard: MailShard, txn: Any, references: Counter[int]) -> Iterator[str]:
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for ident, row in shard.objects(txn):
         if references.pop(ident, 0) != row.references:
@@ -89,11 +124,6 @@ def _objects(shard: MailShard, txn: Any, references: Counter[int], segments: Seg
         if row.body.segment:
             live[row.body.segment][0] += 1
             live[row.body.segment][1] += FRAME.size + row.body.length
-        if segments is not None:
-            try:
-                segments.read(ident, row.body)
-            except StoreError as error:
-                yield str(error)
     yield from (f"object {ident:016x} of {count} messages is missing" for ident, count in references.items())
     for number, segment in shard.segment_rows(txn):
         counted = live.pop(number, [0, 0])

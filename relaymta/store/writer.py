@@ -26,7 +26,8 @@ __all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target"]
 
 class Target(msgspec.Struct, array_like=True, frozen=True):
     """One mailbox that a message is for. `prefix`: header fields of this copy; `date`: INTERNALDATE (ms, wall clock; 0: now);
-    `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for."""
+    `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for;
+    `place`: as of `Change.file`; `saved`: when it came into the mailbox (ms, wall clock; 0: now)."""
 
     user: int
     name: str = INBOX
@@ -37,6 +38,8 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
     limits: Limits = Limits()
     create: bool = False
     once: tuple[int, int, int] | None = None
+    place: tuple[int, int] | None = None
+    saved: int = 0
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
@@ -53,7 +56,8 @@ _BEFORE = Result()
 
 class File:
     """A message to file: `data` in pieces, once for all `targets`, or (None) `body` of `size` octets, a large one that has been
-    written. `done(file)` is called on the loop; `results`: one for each target; `error`: why nothing is filed."""
+    written, or (None, too) the data of the object `ident`, which is there. `done(file)` is called on the loop; `results`: one for
+    each target; `error`: why nothing is filed."""
 
     __slots__ = ("body", "data", "done", "error", "ident", "results", "size", "targets")
 
@@ -173,9 +177,15 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
 
     def _file(self, change: Change, file: File, now: int, wall: int) -> None:
         """File a message in those of its mailboxes that take it."""
-        assert file.body is not None
-        filed = 0
         file.results.clear()
+        there = file.data is None and file.body is None
+        if there:
+            try:
+                file.size = change.size(file.ident)
+            except Refusal as refusal:
+                file.results += [Result(None, refusal.code, str(refusal))] * len(file.targets)
+                return
+        filed = 0
         for target in file.targets:
             result = self._file_in(change, file, target, wall)
             file.results.append(result)
@@ -183,16 +193,22 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 filed += 1
                 if target.once is not None:
                     change.done(*target.once, now)
-        if filed:
+        if there:
+            change.refer(file.ident, filed)
+        elif file.body is not None and filed:
             change.add_object(file.ident, file.body, filed)
-        else:
+        elif file.body is not None:
             self._freed.append((file.ident, file.body))
 
     def _file_in(self, change: Change, file: File, target: Target, wall: int) -> Result:
         if target.once is not None and change.is_done(*target.once):
             return _BEFORE
-        row = MessageRow(file.ident, target.date or wall, wall, file.size + len(target.prefix), target.prefix)
+        size, saved = file.size + len(target.prefix), target.saved or wall
+        row = MessageRow(file.ident, target.date or wall, saved, size, target.prefix)
         try:
-            return Result(change.file(target.user, target.name, row, target.flags, target.keywords, target.limits, target.create))
+            filed = change.file(
+                target.user, target.name, row, target.flags, target.keywords, target.limits, target.create, target.place
+            )
+            return Result(filed)
         except Refusal as refusal:
             return Result(None, refusal.code, str(refusal))

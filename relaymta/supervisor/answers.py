@@ -20,11 +20,16 @@ from relaymta.control import Answer, Late, converse, sentence
 from relaymta.control.requests import (
     REQUESTS,
     Clearing,
+    MailboxAddress,
     MailboxAlias,
     MailboxChange,
     MailboxCreate,
-    MailboxUser,
-    MailboxUsers,
+    MailboxDelete,
+    MailboxImport,
+    MailboxMove,
+    MailboxRename,
+    MailboxRestore,
+    MailboxRestored,
     Nothing,
     OfMessage,
     Policy,
@@ -39,7 +44,9 @@ from relaymta.metrics import RESULTS
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
-from relaymta.supervisor.mailboxes import MachineMailboxes, row_of
+from relaymta.store.directory import User
+from relaymta.store.shown import row_of
+from relaymta.supervisor.mailboxes import MachineMailboxes
 from relaymta.supervisor.slots import Slot
 
 if TYPE_CHECKING:
@@ -48,7 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["Answers", "serve_cli", "usage"]
 
 _STARTED = time.monotonic()  # the process is as old as its modules
-USERS_TOGETHER = 500
 METRICS_SECONDS = 1.5  # a scrape waits for a worker's rows
 
 
@@ -246,13 +252,38 @@ class Answers:
         config = self._supervisor.config
         return row_of(await self._mail().create(config, args.address, args.password, args.octets, args.messages))
 
-    async def mailbox_users(self, args: MailboxUsers) -> list[dict[str, Any]]:
-        """A page of the users."""
-        return await asyncio.to_thread(self._mail().rows, args.after, USERS_TOGETHER)
+    async def mailbox_rename(self, args: MailboxRename) -> dict[str, Any]:
+        """As `MachineMailboxes.rename`."""
+        return row_of(await self._mail().rename(self._supervisor.config, args.address, args.new))
 
-    async def mailbox_user(self, args: MailboxUser) -> dict[str, Any]:
-        """One user, with addresses and mailboxes."""
-        return await self._mail().show(args.address, args.messages)
+    async def mailbox_delete(self, args: MailboxDelete) -> dict[str, Any]:
+        """As `Upkeep.delete`."""
+        return row_of(await self._mail().upkeep.delete(args.address, args.now))
+
+    async def mailbox_move(self, args: MailboxMove) -> dict[str, Any]:
+        """As `Upkeep.move`."""
+        return row_of(await self._mail().upkeep.move(args.address, args.shard))
+
+    async def mailbox_import(self, args: MailboxImport) -> None:
+        """As `Mailboxes.import_messages`, for a user by address."""
+        await self._mail().owner_of(args.address, "mail_import", name=args.name, messages=args.messages)
+
+    async def mailbox_back_up(self, args: Nothing) -> str:
+        """As `Upkeep.back_up`."""
+        return await self._mail().back_up()
+
+    async def mailbox_begin_restore(self, args: MailboxAddress) -> tuple[int, int]:
+        """As `MachineMailboxes.begin_restore`."""
+        return await self._mail().begin_restore(self._supervisor.config, args.address)
+
+    async def mailbox_restore(self, args: MailboxRestore) -> list[int]:
+        """As `Shard.take`, in the shard that `mailbox_begin_restore` named."""
+        found = await self._mail().owner("mail_take", 120.0, shard=args.shard, user=args.ident, part=args.part)
+        return list(found)
+
+    async def mailbox_end_restore(self, args: MailboxRestored) -> list[str]:
+        """As `MachineMailboxes.end_restore`."""
+        return await self._mail().end_restore(self._supervisor.config, msgspec.convert(args.user, User), args.addresses)
 
     async def mailbox_alias(self, args: MailboxAlias) -> None:
         """As `Directory.set_alias`."""

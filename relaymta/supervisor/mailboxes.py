@@ -20,8 +20,9 @@ from relaymta.proto.address import comparable, domain_matches, domain_of, plain
 from relaymta.store.directory import Directory, User
 from relaymta.store.mailboxes import FOLDER
 from relaymta.supervisor.slots import Slot, Slots
+from relaymta.supervisor.upkeep import REMOVING, Upkeep
 
-__all__ = ["MachineMailboxes", "keeps_mail", "row_of"]
+__all__ = ["MachineMailboxes", "keeps_mail"]
 
 JOIN_SECONDS = 0.2  # between two looks at who is ready
 ANSWER_SECONDS = 5.0
@@ -45,15 +46,18 @@ class MachineMailboxes:
         self._joining: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # one change of the directory at a time: each looks first
         self._placed = self.directory.count()
+        self.upkeep = Upkeep(self.directory, self.owner, spool / FOLDER, self.shards)
 
     def start(self) -> None:
         """Keep the owners joined from now on."""
         self._joining = asyncio.get_running_loop().create_task(self._keep_joined())
+        self.upkeep.start()
 
     def close(self) -> None:
         """Close the directory."""
         if self._joining is not None:
             self._joining.cancel()
+        self.upkeep.stop()
         self.directory.close()
 
     def of(self, slot: int) -> list[int]:
@@ -98,7 +102,7 @@ class MachineMailboxes:
         ident = await asyncio.to_thread(self.directory.next_ident)
         user = User(ident, address, self._next_shard(), octets, messages, secret)
         special = [list(pair) for pair in config.mailboxes.special.items()]
-        await self._owner("mail_user", shard=user.shard, user=ident, mailboxes=special, uidvalidity=int(time.time()))
+        await self.owner("mail_user", shard=user.shard, user=ident, mailboxes=special, uidvalidity=int(time.time()))
         await asyncio.to_thread(self.directory.add, user)
         return user
 
@@ -119,12 +123,13 @@ class MachineMailboxes:
         self._placed += 1
         return self._placed % self.shards
 
-    async def _owner(self, op: str, *, shard: int, **args: Any) -> Any:
+    async def owner(self, op: str, seconds: float = 30.0, *, shard: int, **args: Any) -> Any:
+        """The answer of the worker that has a shard. RelayError when there is none."""
         slot = next((slot for slot in self._slots if slot.number == shard % self._workers), None)
         if slot is None or not slot.ready or slot.channel is None:
             raise RelayError(f"the worker that has shard {shard} of the mailboxes is not ready; try again")
         try:
-            return await slot.channel.ask(op, None, 30.0, shard=shard, **args)
+            return await slot.channel.ask(op, None, seconds, shard=shard, **args)
         except ConnectionError as error:
             raise RelayError(f"the worker that has shard {shard} of the mailboxes has not answered: {error}") from None
 
@@ -145,31 +150,61 @@ class MachineMailboxes:
         """Change a user's row. NoSuch."""
         if "secret" in changes:
             changes = changes | {"secret": await asyncio.to_thread(_secret, changes["secret"])}
-        return await asyncio.to_thread(self.directory.replace, address, lambda user: msgspec.structs.replace(user, **changes))
+        if changes.get("disabled") is False:
+            changes = changes | {"deleted": 0}
 
-    async def show(self, address: str, messages: bool) -> dict[str, Any]:
-        """A user as the command line shows one, with addresses and mailboxes. NoSuch."""
-        user = self.directory.known(address)
-        found: dict[str, Any] = await self._owner("mail_show", shard=user.shard, user=user.ident, messages=messages)
-        return row_of(user) | {"addresses": self.directory.owned(user.ident)} | found
+        def change(user: User) -> User:
+            if user.deleted == REMOVING:
+                raise RelayError(f"{user.address} is being removed")
+            return msgspec.structs.replace(user, **changes)
 
-    def rows(self, after: int, most: int) -> list[dict[str, Any]]:
-        """A page of the users, as the command line shows them."""
-        return [row_of(user) for user in self.directory.users(after, most)]
+        return await asyncio.to_thread(self.directory.replace, address, change)
+
+    async def rename(self, config: Config, address: str, new: str) -> User:
+        """As `Directory.rename`."""
+        new = self._address(config, new)
+        async with self._changing:
+            return await asyncio.to_thread(self.directory.rename, address, new)
+
+    async def back_up(self) -> str:
+        """As `Upkeep.back_up`; no user is added meanwhile."""
+        async with self._changing:
+            return await self.upkeep.back_up()
+
+    # Users from elsewhere
+
+    async def begin_restore(self, config: Config, address: str) -> tuple[int, int]:
+        """(id, shard) for a user who is to be restored, part by part, before `end_restore`. RelayError: the address is taken."""
+        self.directory.check_free(self._address(config, address))
+        return await asyncio.to_thread(self.directory.next_ident), self._next_shard()
+
+    async def owner_of(self, address: str, op: str, **args: Any) -> Any:
+        """The answer of the worker that has a user. NoSuch, RelayError."""
+        user = await asyncio.to_thread(self.directory.known, address)
+        return await self.owner(op, 120.0, shard=user.shard, user=user.ident, **args)
+
+    async def end_restore(self, config: Config, user: User, addresses: list[str]) -> list[str]:
+        """Add a restored user to the directory; the addresses that could not be given. RelayError."""
+        address = self._address(config, user.address)
+        async with self._changing:
+            await asyncio.to_thread(self.directory.add, msgspec.structs.replace(user, address=address))
+            return await asyncio.to_thread(self._given, config, address, addresses)
+
+    def _given(self, config: Config, address: str, addresses: list[str]) -> list[str]:
+        refused = []
+        for other in addresses:
+            try:
+                if other != address:
+                    here = partial(kept_here, config)
+                    self.directory.set_alias(other, [address], here, config.mailboxes.subaddress)
+            except RelayError:
+                refused.append(other)
+        return refused
 
 
 def kept_here(config: Config, domain: str) -> bool:
     """Whether a route keeps mail for a domain."""
     return domain_matches(domain, config.local_domains)
-
-
-def row_of(user: User) -> dict[str, Any]:
-    """A user as the command line shows one."""
-    state = "deleted" if user.deleted else "disabled" if user.disabled else "active"
-    return {
-        "id": user.ident, "user": user.address, "state": state, "shard": user.shard, "quota": user.octets,
-        "messages quota": user.messages, "login": "password" if user.secret else "back end",
-    }  # fmt: skip
 
 
 def _secret(password: str) -> str:

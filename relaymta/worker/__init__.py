@@ -38,7 +38,7 @@ from relaymta.send.local import Store
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import Shared
 from relaymta.store.deliver import Delivery
-from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.mailboxes import OF_PEERS, OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
@@ -212,6 +212,8 @@ class Worker:
             return {"pid": os.getpid()}
         if op in _OWN_REQUESTS:
             return await _OWN_REQUESTS[op](self, descriptors, **args)
+        if op in OF_SUPERVISOR:
+            return await self._of_mailboxes(op, args)
         return await answer(self, op, args)
 
     async def _stop(self, descriptors: list[int]) -> None:
@@ -250,20 +252,14 @@ class Worker:
         self.mail.reach(shards, channel)
 
     async def _from_peer(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
-        if self.mail is None or op not in _OF_PEERS:
+        if self.mail is None or op not in OF_PEERS:
             raise RelayError(f"no such request of a peer: {op}")
-        return await _OF_PEERS[op](self.mail, **args)
+        return await OF_PEERS[op](self.mail, **args)
 
-    def _mailboxes(self) -> Mailboxes:
+    async def _of_mailboxes(self, op: str, args: dict[str, Any]) -> Any:
         if self.mail is None:
             raise RelayError("no mailboxes are kept here")
-        return self.mail
-
-    async def _mail_user(self, descriptors: list[int], **args: Any) -> None:
-        await self._mailboxes().add_user(**args)
-
-    async def _mail_show(self, descriptors: list[int], **args: Any) -> dict[str, Any]:
-        return await self._mailboxes().show_user(**args)
+        return await OF_SUPERVISOR[op](self.mail, **args)
 
     async def _borrow(self, descriptors: list[int], slot: int) -> None:
         """Accept connections on the sockets of a slot whose worker does not, until they are given back."""
@@ -318,16 +314,8 @@ _OWN_REQUESTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "tickets": Worker._renew_tickets,
     "site_state": Worker._site_state,
     "peer": Worker._peer,
-    "mail_user": Worker._mail_user,
-    "mail_show": Worker._mail_show,
     "borrow": Worker._borrow,
     "give_back": Worker._give_back,
-}
-
-
-_OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
-    "mail_file": Mailboxes.filed_for_peer,
-    "mail_forget": Mailboxes.forget_for_peer,
 }
 
 

@@ -7,30 +7,12 @@ import random
 import signal
 import smtplib
 import threading
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
-
-LOCAL = '{name="here",protocol="mailbox",recipient_domain=["local.example"]}'
-
-
-def kept(folder: Path, *settings: str, workers: int = 1, routes: str = LOCAL) -> Relay:
-    return Relay(folder, None, f"route=[{routes}]", *settings, workers=workers)
-
-
-def create(relay: Relay, *names: str, options: tuple[str, ...] = ()) -> None:
-    for name in names:
-        relay.cli("mailbox", "create", *options, f"{name}@local.example")
-
-
-def shown(relay: Relay, name: str) -> dict[str, list[str]]:
-    """The subjects of a user's messages, by mailbox."""
-    found = json.loads(relay.cli("mailbox", "show", "--messages", "--json", f"{name}@local.example").stdout)
-    return {row["name"]: [message["subject"] for message in row["list"]] for row in found["mailboxes"]}
+from tests.support.mailboxes import LOCAL, Load, create, kept, shown, verified
 
 
 def replies(relay: Relay, *recipients: str, sender: str = "s@x.example") -> list[tuple[int, str]]:
@@ -113,7 +95,7 @@ def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
 
 SENTENCES = [
     (("create", "eve@other.example"), 69, 'no route keeps mail for other.example (did you mean "local.example"?)'),
-    (("create", "alice@local.example"), 69, "alice@local.example is there"),
+    (("create", "alice@local.example"), 69, "alice@local.example exists already"),
     (("create", "--quota", "5GG", "x@local.example"), 64, 'expected a size such as "5G", or "none"'),
     (("create", "nobody"), 69, "is not an address"),
     (("create", ""), 64, "it is empty"),
@@ -142,7 +124,7 @@ def test_mistakes_are_named(tmp_path):
         for words, status, sentence in SENTENCES:
             found = relay.cli("mailbox", *words, check=False)
             assert (found.returncode, sentence in found.stderr, "Traceback" in found.stderr) == (status, True, False), found
-    found = relay.cli("mailbox", "list", check=False)
+    found = relay.cli("mailbox", "create", "x@local.example", check=False)
     assert found.returncode == 69 and "needs the running daemon" in found.stderr
 
 
@@ -151,38 +133,6 @@ def test_without_a_mailbox_route_there_are_no_mailboxes(tmp_path):
         found = relay.cli("mailbox", "create", "a@b.example", check=False)
         assert found.returncode == 69 and 'no route has protocol = "mailbox"' in found.stderr
         assert not (relay.spool / "mail").exists()
-
-
-class Load:
-    """Clients that send messages with a subject of their own to some of the users, and note which were acknowledged."""
-
-    def __init__(self, relay: Relay, users: list[str], clients: int) -> None:
-        self.relay = relay
-        self.users = users
-        self.acknowledged: Counter[tuple[str, str]] = Counter()  # (user, subject)
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, number: int) -> None:
-        chance, count = random.Random(number), 0
-        while not self._stop.is_set():
-            with contextlib.suppress(OSError, smtplib.SMTPException):
-                with smtplib.SMTP("127.0.0.1", self.relay.port, timeout=10) as client:
-                    while not self._stop.is_set():
-                        count += 1
-                        to = chance.sample(self.users, chance.choice((1, 1, 3)))
-                        subject = f"{number}-{count}"
-                        text = f"Subject: {subject}\r\n\r\n" + "x" * chance.choice((10, 3000)) + "\r\n"
-                        if not client.sendmail("s@x.example", [f"{name}@local.example" for name in to], text):
-                            self.acknowledged.update((name, subject) for name in to)
-            self._stop.wait(0.05)
-
-    def end(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 @pytest.mark.parametrize("what", ["group", "workers"])
@@ -208,27 +158,10 @@ def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what
         relay.cli("queue", "release", "--all")  # what was probed when a worker was killed again
         relay.cli("queue", "flush", "--all")
         wait_for(lambda: relay.summary() == [], what="the queue to be empty")
-        found = Counter((name, subject) for name in users for subject in shown(relay, name)["INBOX"])
-        assert [pair for pair in load.acknowledged if not found[pair]] == []
-        assert [pair for pair, count in found.items() if count > 1] == []
+        load.check()
         assert len(load.acknowledged) > 50
         assert relay.stop() == 0
     finally:
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
-    _check(relay.spool)
-
-
-def _check(spool: Path) -> None:
-    """`contradictions` of each shard, with the relay stopped."""
-    from relaymta.disk.segments import Segments, segment_size_for
-    from relaymta.store.rows import MailShard
-    from relaymta.store.verify import contradictions
-
-    for path in sorted((spool / "mail").glob("shard-*")):
-        shard = MailShard(path / "lmdb", readonly=True)
-        segments = Segments(path / "bodies", segment_size_for(path))
-        segments.load(shard.segments())
-        assert list(contradictions(shard, segments)) == []
-        segments.close()
-        shard.close()
+    verified(relay)

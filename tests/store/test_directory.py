@@ -81,7 +81,7 @@ def test_an_internationalized_domain_is_found_in_both_forms(directory):
     [
         ("a@local.example", ["a@local.example"], "a@local.example would be an alias of itself"),
         ("a@local.example", ["alise@local.example"], 'nobody has alise@local.example (did you mean "alice@local.example"?)'),
-        ("alice@local.example", ["bob@local.example"], "alice@local.example is there"),
+        ("alice@local.example", ["bob@local.example"], "alice@local.example exists already"),
         ("one@local.example", ["three@local.example"], "would lead back to itself: one@local.example -> three@local.example -> "),
         ("@local.example", ["ghost@local.example"], "@local.example would lead back to itself"),
         ("z@local.example", ["z+detail@local.example", "bob@local.example"], "z@local.example would lead back to itself"),
@@ -161,9 +161,9 @@ def test_users_are_changed_renamed_and_removed(directory):
 
 
 def test_an_address_is_there_once(directory):
-    with pytest.raises(RelayError, match=r"bob@local\.example is there"):
+    with pytest.raises(RelayError, match=r"bob@local\.example exists already"):
         directory.add(User(9, "bob@local.example", 0))
-    with pytest.raises(RelayError, match=r"bob@local\.example is there"):
+    with pytest.raises(RelayError, match=r"bob@local\.example exists already"):
         directory.rename("alice@local.example", "bob@local.example")
     alias(directory, "b@local.example", "bob@local.example")
     with pytest.raises(RelayError, match=r"b@local\.example is an address of bob@local\.example"):

@@ -49,7 +49,7 @@ class Bench:
         with self.shard.rows.reading() as txn:
             records = list(self.shard.rows.index(txn, number))
             rows = dict(self.shard.rows.messages(txn, number))
-        return [(record.uid, record.flags, self.shard.read(rows[record.uid])) for record in records]
+        return [(record.uid, record.flags, self.shard.data(rows[record.uid])) for record in records]
 
 
 async def test_a_message_is_filed_once_for_all_its_mailboxes(tmp_path):

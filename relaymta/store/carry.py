@@ -1,0 +1,146 @@
+"""A user on the way to another shard, or out of a backup: all that there is of the user, in parts that are put in order, so that
+UIDs, MODSEQs, flags and what was expunged stay as they are.
+
+`Carried` reads them, on any thread and in any process; `Shard.take` puts them. Meanwhile nobody else may change the user: where
+the user was, the row is frozen; where the user comes to, nobody knows the user yet.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from relaymta.store.reading import Readable, body_of, pages
+from relaymta.store.rows import MailboxRow, MailboxState
+
+__all__ = ["Carried", "CarriedDone", "CarriedMailbox", "CarriedMessages", "CarriedUser", "Entry", "Part", "convert_part"]
+
+OCTETS, MESSAGES = 4 << 20, 500  # of one part, but for a single larger message
+EXPUNGED_MOST = 100_000
+
+
+class Entry(msgspec.Struct, array_like=True):
+    """A message. `data`: its data, or None where `object` (there) is the same; `date`, `saved`: as of rows.MessageRow; `was`: the
+    object's id here."""
+
+    uid: int
+    modseq: int
+    flags: int
+    date: int
+    saved: int
+    prefix: bytes
+    was: int
+    object: int = 0
+    data: bytes | None = None
+
+
+class CarriedUser(msgspec.Struct, array_like=True, tag=True):
+    """The user: first of all. `uidvalidity`: of the next mailbox."""
+
+    uidvalidity: int
+
+
+class CarriedMailbox(msgspec.Struct, array_like=True, tag=True):
+    """A mailbox, or (no `state`) a name that is only subscribed. `expunged`: (MODSEQ, runs of UIDs)."""
+
+    row: MailboxRow
+    state: MailboxState | None
+    expunged: list[tuple[int, list[tuple[int, int]]]]
+
+
+class CarriedMessages(msgspec.Struct, array_like=True, tag=True):
+    """Messages of a mailbox that has been put, in the order of their UIDs."""
+
+    name: str
+    entries: list[Entry]
+
+
+class CarriedDone(msgspec.Struct, array_like=True, tag=True):
+    """What the queue may ask for again: (queue id, recipient, when it was filed)."""
+
+    rows: list[tuple[int, int, int]]
+
+
+Part = CarriedUser | CarriedMailbox | CarriedMessages | CarriedDone
+
+
+def convert_part(found: Any) -> Part:
+    """A part as it came over a channel. ValidationError."""
+    return msgspec.convert(found, Part)  # type: ignore[no-any-return]
+
+
+class Carried:
+    """Reads a user's parts from a shard. Whoever puts a part of messages notes by `put` as which objects, so that data of several
+    mailboxes is carried once. `uidvalidity`: new UIDVALIDITYs from this one on (0: those that are); the UIDs of a backup may have
+    been given to other messages since."""
+
+    def __init__(self, reader: Readable, user: int, uidvalidity: int = 0) -> None:
+        self._reader = reader
+        self._user = user
+        self._uidvalidity = uidvalidity
+        self._shared: dict[int, int] = {}  # objects of several mailboxes: id here -> id there, 0: on its way
+
+    def put(self, part: Part, objects: list[int]) -> None:
+        """The objects of a part's messages, where it has been put."""
+        if isinstance(part, CarriedMessages):
+            for entry, ident in zip(part.entries, objects, strict=True):
+                if entry.was in self._shared:
+                    self._shared[entry.was] = ident
+
+    def parts(self) -> Iterator[Part]:
+        """The parts, each read when it is asked for; `put` is called before the next. Refusal, StoreError: the data of a message
+        cannot be read."""
+        rows = self._reader.rows
+        with rows.reading() as txn:
+            owner = rows.user(txn, self._user)
+            if owner is None:
+                return
+            mailboxes = [(row, rows.state(txn, row.mailbox)) for row in rows.mailboxes(txn, self._user)]
+            done = list(rows.done_of(txn, self._user))
+        kept = [row for row, state in mailboxes if state is not None]
+        yield CarriedUser(self._uidvalidity + len(kept) if self._uidvalidity else owner.uidvalidity)
+        for row, state in mailboxes:
+            yield self._mailbox(row, state)
+        for row in kept:
+            yield from self._messages(row)
+        for start in range(0, len(done), MESSAGES):
+            yield CarriedDone(done[start : start + MESSAGES])
+
+    def _mailbox(self, row: MailboxRow, state: MailboxState | None) -> CarriedMailbox:
+        if state is None:
+            return CarriedMailbox(row, None, [])
+        with self._reader.rows.reading() as txn:
+            expunged = list(self._reader.rows.expunged(txn, row.mailbox))[-EXPUNGED_MOST:]
+        if self._uidvalidity:
+            state = msgspec.structs.replace(state, uidvalidity=self._uidvalidity)
+            self._uidvalidity += 1
+            expunged = []
+        return CarriedMailbox(row, state, expunged)
+
+    def _messages(self, row: MailboxRow) -> Iterator[Part]:
+        rows, entries, octets = self._reader.rows, list[Entry](), 0
+        for page in pages(rows, row.mailbox):
+            for record, message in page:
+                entry = Entry(
+                    record.uid, record.modseq, record.flags, message.date, message.saved, message.prefix, message.object
+                )
+                if self._shared.get(entry.was) == 0 and entries:
+                    yield CarriedMessages(row.name, entries)
+                    entries, octets = [], 0
+                entry.object = self._shared.get(entry.was, 0)
+                if not entry.object:
+                    entry.data = body_of(rows, self._reader.bodies, entry.was)
+                    octets += len(entry.data)
+                    if self._is_shared(entry.was):
+                        self._shared[entry.was] = 0
+                entries.append(entry)
+                if octets >= OCTETS or len(entries) >= MESSAGES:
+                    yield CarriedMessages(row.name, entries)
+                    entries, octets = [], 0
+        if entries:
+            yield CarriedMessages(row.name, entries)
+
+    def _is_shared(self, ident: int) -> bool:
+        with self._reader.rows.reading() as txn:
+            row = self._reader.rows.object(txn, ident)
+        return row is not None and row.references > 1

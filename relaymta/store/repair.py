@@ -1,0 +1,128 @@
+"""What can be corrected in shards that contradict themselves, while no daemon runs: everything that is counted is counted anew
+from the rows of messages. What rows say of bodies that are lost cannot be."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+
+from relaymta.disk.environment import SEGMENT
+from relaymta.disk.lock import lock
+from relaymta.disk.segments import FRAME
+from relaymta.errors import store_error
+from relaymta.proto.envelope import encode
+from relaymta.store.blocks import Record
+from relaymta.store.change import Change, tally
+from relaymta.store.files import MailFiles
+from relaymta.store.rows import ID, MESSAGE, STATE, SYSTEM_FLAGS, MailboxState, MailShard, UserRow
+from relaymta.store.verify import contradictions
+
+__all__ = ["repair"]
+
+
+def repair(folder: Path) -> Iterator[str]:
+    """Correct the shards in SPOOL/mail; a sentence for each that was corrected. SpoolBusy, StoreError. Blocks."""
+    with MailFiles(folder) as files:
+        placed: dict[int, set[int]] = defaultdict(set)
+        for user in files.users():
+            placed[user.shard].add(user.ident)
+        shards = files.shards()
+    for number in shards:
+        path = folder / f"shard-{number}"
+        descriptor = lock(path)
+        try:
+            rows = MailShard(path / "lmdb")
+            try:
+                wrong = list(contradictions(rows, None, placed[number]))
+                if wrong:
+                    _repair(rows, placed[number])
+                    left = len(list(contradictions(rows, None, placed[number])))
+                    yield f"shard {number}: {len(wrong) - left} of {len(wrong)} contradictions corrected"
+            finally:
+                rows.close()
+                _give_back(path, folder.stat())
+        except lmdb.Error as error:
+            raise store_error(error) from None
+        finally:
+            os.close(descriptor)
+
+
+def _give_back(path: Path, owner: os.stat_result) -> None:
+    """What root has created belongs to the spool's owner."""
+    for name in ("lock", "lmdb/lock.mdb"):
+        os.chown(path / name, owner.st_uid, owner.st_gid)
+
+
+def _repair(rows: MailShard, known: set[int]) -> None:
+    """One transaction: all or nothing."""
+    change = Change(rows)
+    try:
+        for user, _ in list(rows.users(change.txn)):
+            if user not in known:
+                change.purge(user, 1 << 62)
+        change.begin_part()
+        change.keep_part()
+        _recount(rows, change.txn)
+        change.finish(rows.meta_in(change.txn, b"seen"))
+    except BaseException:
+        change.abort()
+        raise
+
+
+def _recount(rows: MailShard, txn: Any) -> None:
+    references: Counter[int] = Counter()
+    for user, row in list(rows.users(txn)):
+        owner = UserRow(uidvalidity=row.uidvalidity, frozen=row.frozen)
+        for found in list(rows.mailboxes(txn, user)):
+            state = rows.state(txn, found.mailbox) if found.mailbox else None
+            if state is not None:
+                _recount_mailbox(rows, txn, found.mailbox, state, owner, references)
+        txn.put(ID.pack(user), encode(owner), db=rows.tables["user"])
+    live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for ident, found_object in list(rows.objects(txn)):
+        count = references.get(ident, 0)
+        if not count:
+            txn.delete(ID.pack(ident), db=rows.tables["object"])
+            continue
+        if count != found_object.references:
+            txn.put(ID.pack(ident), encode(msgspec.structs.replace(found_object, references=count)), db=rows.tables["object"])
+        if found_object.body.segment:
+            live[found_object.body.segment][0] += 1
+            live[found_object.body.segment][1] += FRAME.size + found_object.body.length
+    for number, segment in list(rows.segment_rows(txn)):
+        count, octets = live[number]
+        if (count, octets) != (segment.live, segment.live_bytes):
+            new = msgspec.structs.replace(segment, live=count, live_bytes=octets)
+            txn.put(SEGMENT.pack(number), encode(new), db=rows.tables["segment"])
+
+
+def _recount_mailbox(
+    rows: MailShard, txn: Any, mailbox: int, state: MailboxState, owner: UserRow, references: Counter[int]
+) -> None:
+    """Count a mailbox anew. A message without its data goes; one that the index does not have is put there, without flags."""
+    index = rows.index(txn, mailbox)
+    state.messages = state.unseen = state.deleted = state.octets = 0
+    for modseq, runs in rows.expunged(txn, mailbox):
+        state.modseq = max(state.modseq, modseq)
+        state.uidnext = max(state.uidnext, *(last + 1 for _, last in runs))
+    there: list[Record] = []
+    known = {record.uid: record for record in index}
+    named = (1 << (SYSTEM_FLAGS + len(state.keywords))) - 1
+    for uid, message in list(rows.messages(txn, mailbox)):
+        if rows.object(txn, message.object) is None:
+            txn.delete(MESSAGE.pack(mailbox, 2, uid), db=rows.tables["mail"])
+            continue
+        record = known.get(uid) or Record(uid, 0, state.modseq)
+        record = record._replace(flags=record.flags & named)
+        there.append(record)
+        references[message.object] += 1
+        tally(state, owner, record.flags, message.size, 1)
+        state.uidnext = max(state.uidnext, uid + 1)
+        state.modseq = max(state.modseq, record.modseq)
+    if there != list(known.values()):
+        index.write_all(there)
+    txn.put(STATE.pack(mailbox, 0), encode(state), db=rows.tables["mail"])

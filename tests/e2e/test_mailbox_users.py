@@ -1,0 +1,204 @@
+"""What operators do with users whose mail is kept here: delete, rename, move, back up, restore, verify; while mail comes in, and
+when processes are killed meanwhile."""
+
+import json
+import os
+import signal
+import smtplib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.daemon import Relay, wait_for
+from tests.support.mailboxes import Load, create, kept, shown, verified
+
+
+def listed(relay: Relay) -> dict[str, dict[str, object]]:
+    rows = [json.loads(line) for line in relay.cli("mailbox", "list", "--json").stdout.splitlines()]
+    return {row["user"].partition("@")[0]: row for row in rows}
+
+
+def code(relay: Relay, name: str) -> int:
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as client:
+        client.ehlo()
+        client.mail("s@x.example")
+        return client.rcpt(f"{name}@local.example")[0]
+
+
+def test_a_deleted_user_can_come_back_until_the_mail_is_removed(tmp_path):
+    with kept(tmp_path, workers=2) as relay:
+        create(relay, "alice", "bob")
+        relay.send("Subject: x\r\n\r\nx\r\n", "s@x.example", "bob@local.example", "alice@local.example")
+        wait_for(lambda: shown(relay, "bob")["INBOX"] == ["x"], what="delivery")
+        relay.cli("mailbox", "alias", "team@local.example", "alice@local.example", "bob@local.example")
+        found = relay.cli("mailbox", "delete", "bob@local.example", check=False)
+        assert found.returncode == 69 and "team@local.example would lead to nobody" in found.stderr
+        relay.cli("mailbox", "alias", "team@local.example", "alice@local.example")
+        relay.cli("mailbox", "delete", "bob@local.example")
+        assert code(relay, "bob") == 550 and listed(relay)["bob"]["state"] == "deleted"
+        for words, sentence in (
+            (("create", "bob@local.example"), "bob@local.example was deleted: `relaymta mailbox enable` brings the user back"),
+            (("alias", "team@local.example", "bob@local.example"), "nobody has bob@local.example"),
+            (("move", "bob@local.example", "0"), "bob@local.example is deleted"),
+        ):
+            found = relay.cli("mailbox", *words, check=False)
+            assert found.returncode == 69 and sentence in found.stderr
+        relay.cli("mailbox", "enable", "bob@local.example")
+        assert code(relay, "bob") == 250 and shown(relay, "bob")["INBOX"] == ["x"]
+        relay.cli("mailbox", "delete", "--now", "bob@local.example")
+        assert code(relay, "bob") == 550 and list(listed(relay)) == ["alice"]
+        create(relay, "bob")
+        assert shown(relay, "bob")["INBOX"] == []
+        verified(relay)
+        assert relay.stop() == 0
+    verified(relay)
+
+
+def test_a_renamed_user_keeps_the_old_address(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice", "bob")
+        relay.cli("mailbox", "rename", "alice@local.example", "anna@local.example")
+        relay.send("Subject: x\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: shown(relay, "anna")["INBOX"] == ["x"], what="delivery")
+        for words, status, sentence in (
+            (("show", "alice@local.example"), 1, "it is an address of anna@local.example"),
+            (("rename", "anna@local.example", "bob@local.example"), 69, "bob@local.example exists already"),
+            (("rename", "anna@local.example", "anna@other.example"), 69, "no route keeps mail for other.example"),
+            (("move", "anna@local.example", "3"), 69, "there is no shard 3 (there are 0 to 0)"),
+            (("move", "anna@local.example", "0"), 69, "anna@local.example is in shard 0"),
+        ):
+            found = relay.cli("mailbox", *words, check=False)
+            assert (found.returncode, sentence in found.stderr) == (status, True), found
+
+
+def test_a_user_is_moved_while_mail_comes_in(tmp_path):
+    relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
+    try:
+        create(relay, "alice", "bob")
+        load = Load(relay, ["alice", "bob"], 3)
+        try:
+            for shard in (1, 0, 1):
+                for name in ("alice", "bob"):
+                    if listed(relay)[name]["shard"] != shard:
+                        relay.cli("mailbox", "move", f"{name}@local.example", str(shard))
+                        assert listed(relay)[name]["shard"] == shard
+        finally:
+            load.end()
+        wait_for(lambda: relay.summary() == [], what="the queue to be empty")
+        load.check()
+        verified(relay)
+        assert relay.stop() == 0
+        verified(relay)
+    finally:
+        if relay.process is not None and relay.process.poll() is None:
+            relay.kill()
+
+
+@pytest.mark.parametrize("what", ["group", "source", "target"])
+def test_a_move_that_was_interrupted_goes_on(tmp_path, what):
+    relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
+    try:
+        create(relay, "alice")
+        here = int(str(listed(relay)["alice"]["shard"]))
+        text = "Subject: {}\r\n\r\n" + ("y" * 70 + "\r\n") * 12_000
+        for number in range(40):
+            relay.send(text.format(number), "s@x.example", "alice@local.example")
+        wait_for(lambda: len(shown(relay, "alice")["INBOX"]) == 40, what="delivery")
+        pids = relay.worker_pids()
+        words = ["mailbox", "move", "alice@local.example", str(1 - here), "--spool", str(relay.spool)]
+        moving = subprocess.Popen([sys.executable, "-m", "relaymta", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for(lambda: listed(relay)["alice"]["state"] != "active" or moving.poll() is not None, what="the move to begin")
+        time.sleep(0.05)
+        if what == "group":
+            relay.kill()
+            relay.start()
+        else:
+            os.kill(pids[here if what == "source" else 1 - here], signal.SIGKILL)
+        moving.communicate(timeout=60)
+        wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
+        wait_for(lambda: listed(relay)["alice"]["state"] == "active", 60, "the move to go on")
+        assert listed(relay)["alice"]["shard"] in (here, 1 - here)
+        assert sorted(map(int, shown(relay, "alice")["INBOX"])) == list(range(40))
+        relay.send("Subject: 40\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: "40" in shown(relay, "alice")["INBOX"], what="delivery after the move")
+        verified(relay)
+        assert relay.stop() == 0
+        verified(relay)
+    finally:
+        if relay.process is not None and relay.process.poll() is None:
+            relay.kill()
+
+
+def test_a_backup_under_load_is_a_state_that_was(tmp_path):
+    users = [f"u{number}" for number in range(4)]
+    (tmp_path / "a").mkdir()
+    relay = kept(tmp_path / "a", workers=2).start()
+    backups = []
+    try:
+        create(relay, *users)
+        relay.cli("mailbox", "alias", "all@local.example", *(f"{name}@local.example" for name in users))
+        relay.send("Subject: large\r\n\r\n" + ("y" * 70 + "\r\n") * 30_000, "s@x.example", "u0@local.example")
+        load = Load(relay, users, 3)
+        try:
+            for number in range(2):
+                before = dict(load.acknowledged)
+                time.sleep(0.5)
+                relay.cli("mailbox", "backup", str(tmp_path / f"backup-{number}"))
+                backups.append((before, tmp_path / f"backup-{number}"))
+        finally:
+            load.end()
+        found = relay.cli("mailbox", "backup", str(tmp_path / "backup-0"), check=False)
+        assert found.returncode == 69 and "is not empty" in found.stderr
+        found = relay.cli("mailbox", "restore", str(tmp_path / "backup-0"), check=False)
+        assert found.returncode == 75 and "the relay is running" in found.stderr
+        found = relay.cli("mailbox", "restore", str(tmp_path / "backup-0"), "u0@local.example", check=False)
+        assert found.returncode == 69 and "u0@local.example exists already" in found.stderr
+        had = shown(relay, "u0")["INBOX"]
+        relay.cli("mailbox", "delete", "--now", "u1@local.example", check=False)
+        relay.cli("mailbox", "alias", "--remove", "all@local.example")
+        relay.cli("mailbox", "delete", "--now", "u0@local.example")
+        relay.cli("mailbox", "restore", str(tmp_path / "backup-1"), "u0@local.example")
+        again = shown(relay, "u0")["INBOX"]
+        assert again == had[: len(again)] and {subject for name, subject in backups[1][0] if name == "u0"} <= set(again)
+        assert not list((relay.spool / "mail").glob("backup-*"))
+        verified(relay)
+        assert relay.stop() == 0
+    finally:
+        if relay.process is not None and relay.process.poll() is None:
+            relay.kill()
+    for number, (before, folder) in enumerate(backups):
+        (tmp_path / f"new-{number}").mkdir()
+        other = kept(tmp_path / f"new-{number}", workers=2)
+        assert "4 users are restored" in other.cli("mailbox", "restore", str(folder)).stdout
+        verified(other)
+        found = other.cli("mailbox", "restore", str(folder), check=False)
+        assert found.returncode == 69 and "has 4 users already" in found.stderr
+        with other:
+            there = {(name, subject) for name in users for subject in shown(other, name)["INBOX"]}
+            assert set(before) <= there
+            other.send("Subject: later\r\n\r\nx\r\n", "s@x.example", "all@local.example")
+            for name in users:
+                wait_for(lambda other=other, name=name: "later" in shown(other, name)["INBOX"], what="delivery")
+            verified(other)
+            assert other.stop() == 0
+
+
+def test_what_is_damaged_is_named(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        for number in range(3):
+            relay.send(f"Subject: {number}\r\n\r\n{'x' * 500}\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: len(shown(relay, "alice")["INBOX"]) == 3, what="delivery")
+        assert relay.stop() == 0
+    (segment,) = (relay.spool / "mail" / "shard-0" / "bodies").glob("*.seg")
+    data = bytearray(segment.read_bytes())
+    data[300] ^= 1
+    segment.write_bytes(data)
+    found = relay.cli("mailbox", "verify", check=False)
+    assert found.returncode == 65 and "does not match its checksum" in found.stdout and "1 contradiction" in found.stderr
+    messages = relay.cli("mailbox", "show", "--messages", "alice@local.example").stdout
+    assert "does not match its checksum" in messages and messages.count("500") == 0
+    found = relay.cli("mailbox", "show", "alice@other.example", check=False)
+    assert found.returncode == 1
