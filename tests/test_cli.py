@@ -89,7 +89,9 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
     ("dkim", "rotate"): ["d.example", "--selector", "s", "--out", "k"],
     ("doctor", "domain"): ["d.example", "--address", "127.0.0.1"],
-    **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password")},
+    **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password", "delete")},
+    ("mailbox", "rename"): ["a@b.example", "c@b.example"], ("mailbox", "move"): ["a@b.example", "0"],
+    ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"],
     ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
@@ -102,7 +104,10 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
 }  # fmt: skip
 NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
 ASKING = [
-    p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in (("shaping", "diff"), ("shaping", "profiles")))
+    p
+    for p in ALL
+    if p == ("app", "usage")
+    or (p[0] not in NO_DAEMON and p not in (("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore")))
 ]
 
 
@@ -518,6 +523,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "password"): SECRETS, ("app", "expire"): CONFIG, ("app", "remove"): CONFIG, ("app", "list"): CONFIG,
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
+    **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip
 SLOW = {
@@ -526,6 +532,7 @@ SLOW = {
     ("config", "check"),
     ("doctor", "domain"),
     ("dkim", "rotate"),
+    ("mailbox", "restore"),
 }  # serve for ever, or do all there is
 
 

@@ -1,22 +1,17 @@
 """`relaymta mailbox`: users whose mail is kept here, their addresses, and what they have."""
 
 import sys
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import click
 
 from relaymta.cli.console import record, say, say_json, table
-from relaymta.cli.mailbox_files import backup, mail_files, restore, verify
 from relaymta.cli.options import Configuration, configured, fail, group
-from relaymta.cli.peer import answered, as_json, asked, counted, daemon, given, size
+from relaymta.cli.peer import as_json, asked, counted, daemon, given, size
 from relaymta.duration import parse_size
-from relaymta.store.files import MailFiles
-from relaymta.store.shown import row_of, shown
 
 __all__ = ["mailbox"]
-
-TOGETHER = 500  # users of one table
 
 
 @group
@@ -66,16 +61,16 @@ def create(read: Configuration, address: str, password: bool, quota: str, messag
 @configured
 def list_users(read: Configuration, as_json: bool) -> None:
     """List the users; the relay need not run."""
+    from relaymta.cli import mail_files  # here and below: it imports the store
+
     found = False
-    with mail_files(read) as files:
-        users = files.users()
-        while page := answered(lambda: [row_of(user) for user in islice(users, TOGETHER)]):
-            found = True
-            if as_json:
-                for row in page:
-                    say_json(row)
-            else:
-                table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
+    for page in mail_files.users(read):
+        found = True
+        if as_json:
+            for row in page:
+                say_json(row)
+        else:
+            table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
     if not found and not as_json:
         say("there are no users", err=True)
 
@@ -95,8 +90,9 @@ def _quota(row: dict[str, Any]) -> str:
 @configured
 def show(read: Configuration, address: str, messages: bool, as_json: bool) -> None:
     """Show a user: addresses, mailboxes, what is used; the relay need not run."""
-    with mail_files(read) as files:
-        found = answered(lambda: _shown(files, address, messages))
+    from relaymta.cli import mail_files
+
+    found = mail_files.show(read, address, messages)
     if as_json:
         say_json(found)
         return
@@ -108,12 +104,6 @@ def show(read: Configuration, address: str, messages: bool, as_json: bool) -> No
         record(f"  {row['name']}{special}: {counted(row['messages'], 'message', 'messages')}, {row['unseen']} unseen")
         for message in row.get("list", []):
             record(f"    {message['uid']}  {size(message['size'])}  {' '.join(message['flags']) or '-'}  {message['subject']}")
-
-
-def _shown(files: MailFiles, address: str, messages: bool) -> dict[str, Any]:
-    user = files.directory.known(address)
-    mailboxes = shown(files.shard(user.shard), user.ident, messages)
-    return row_of(user) | {"addresses": files.directory.owned(user.ident)} | mailboxes
 
 
 @mailbox.command()
@@ -173,26 +163,35 @@ def move(read: Configuration, address: str, shard: int) -> None:
     say(f"{found['user']} is in shard {found['shard']} now")
 
 
-for command in (backup, restore, verify):
-    mailbox.add_command(command)
+_folder = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 
 
 @mailbox.command()
-@click.argument("address", callback=given)
+@_folder
 @configured
-def password(read: Configuration, address: str) -> None:
-    """Set a user's password, which is asked for or read from standard input."""
-    asked(daemon(read), "mailbox_change", address=address, changes={"secret": _password(True)})
-    say(f"{address} has a new password")
+def backup(read: Configuration, folder: Path) -> None:
+    """Back up all mailboxes into a new folder; the relay may run."""
+    from relaymta.cli import mail_files
+
+    mail_files.backup(read, folder)
 
 
 @mailbox.command()
-@click.argument("address", callback=given)
-@click.argument("octets")
-@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@_folder
+@click.argument("address", default="")
 @configured
-def quota(read: Configuration, address: str, octets: str, messages: int) -> None:
-    """Set a user's quota: a size such as 5G, "none", or "default"."""
-    changes = {"octets": 0 if octets == "default" else _octets("quota", octets), "messages": messages}
-    asked(daemon(read), "mailbox_change", address=address, changes=changes)
-    say(f"the quota of {address} is {octets}")
+def restore(read: Configuration, folder: Path, address: str) -> None:
+    """Restore all mailboxes from a backup, into a spool that has none, or one user, into the running relay."""
+    from relaymta.cli import mail_files
+
+    mail_files.restore(read, folder, address)
+
+
+@mailbox.command()
+@click.option("--repair", is_flag=True, help="Correct what can be; the relay must not run.")
+@configured
+def verify(read: Configuration, repair: bool) -> None:
+    """Read every body, count everything anew, and say what is wrong; the relay need not run."""
+    from relaymta.cli import mail_files
+
+    mail_files.verify(read, repair)

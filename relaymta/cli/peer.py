@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given", "given_domain",
-    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "running", "seconds_of", "size", "until", "when",
+    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of", "size", "spool_of",
+    "until", "unused_spool", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -44,12 +45,12 @@ class Offline:
         from relaymta.route.table import RouteTable
 
         self.routes = RouteTable(config).labels
-        self._spool = Path(config.spool)
+        self.spool = Path(config.spool).absolute()
         self._answer = offline.answer
 
     def ask(self, op: str, **args: Any) -> Any:
         """The answer to a reading request; RelayError for all others."""
-        return self._answer(self._spool, op, **args)
+        return self._answer(self.spool, op, **args)
 
     def begin(self, op: str, **args: Any) -> Callable[[], Any]:
         """A function that answers the request, as `ask`."""
@@ -103,7 +104,7 @@ def connect(read: Configuration) -> Daemon | Offline:
         names = os.listdir(config.spool)
     except PermissionError as error:
         _forbidden(error, config.spool)
-    if "secret" not in names and not any(name.startswith("shard-") for name in names):
+    if not {"secret", "mail"}.intersection(names) and not any(name.startswith("shard-") for name in names):
         fail(69, f"{absolute(config.spool)} is no spool of relaymta, and no daemon answers at {absolute(config.control_path)}")
     return Offline(config)
 
@@ -116,16 +117,18 @@ def daemon(read: Configuration) -> Daemon:
     return peer
 
 
-def running(read: Configuration) -> tuple[Daemon | None, Path]:
-    """The daemon of this configuration, if it runs, and its spool, which may be anything."""
-    path = read.control_path()
-    if path is None or not _answers(path):
-        config = loaded(read, ANY_LISTENER)
-        if not _answers(config.control_path):
-            return None, Path(config.spool).absolute()
-        path = config.control_path
-    peer = Daemon(path)
-    return peer, Path(asked(peer, "status")["spool"])
+def spool_of(read: Configuration) -> tuple[Daemon | None, Path]:
+    """The daemon of this configuration, if it runs, and its spool; ends the program when there is neither."""
+    peer = connect(read)
+    return (None, peer.spool) if isinstance(peer, Offline) else (peer, Path(asked(peer, "status")["spool"]))
+
+
+def unused_spool(read: Configuration) -> Path:
+    """The spool of this configuration, which need not be there; ends the program (75) while its daemon runs."""
+    config = loaded(read, ANY_LISTENER)
+    if _answers(config.control_path):
+        fail(75, "the relay is running: stop it first")
+    return Path(config.spool).absolute()
 
 
 def _answers(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-__all__ = ["shard_numbers"]
+__all__ = ["MAIL", "shard_numbers"]
+
+MAIL = "mail"  # the mailboxes' folder in the spool
 
 
 def shard_numbers(folder: Path) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from relaymta.control import Late
+from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
 from relaymta.store.backup import copy_shard
 from relaymta.store.carry import Carried, Part, convert_part
@@ -22,9 +23,8 @@ from relaymta.store.shard import Shard
 from relaymta.store.shown import flags_from
 from relaymta.store.writer import Result, Target
 
-__all__ = ["FOLDER", "OF_PEERS", "OF_SUPERVISOR", "Mailboxes"]
+__all__ = ["OF_PEERS", "OF_SUPERVISOR", "Mailboxes"]
 
-FOLDER = "mail"  # in the spool
 OWNER_SECONDS = 30.0  # for an answer of another owner
 REPLACED_SECONDS = 10.0  # for which the successor of an owner that has ended is waited for
 
@@ -44,7 +44,7 @@ class Mailboxes:
     one of them."""
 
     def __init__(self, spool: Path, own: list[int], told: Callable[[dict[int, int]], None] = lambda touched: None) -> None:
-        folder = spool / FOLDER
+        folder = spool / MAIL
         self.directory = Directory(folder / "directory")
         self.shards = {number: Shard(folder, number, told) for number in own}
         self._peers: dict[int, Peer] = {}  # by the shard that each owns

@@ -14,11 +14,10 @@ import msgspec
 from relaymta.auth.passwords import PEOPLE_ITERATIONS, scram
 from relaymta.config import Config
 from relaymta.control import Channel, Refused
-from relaymta.disk.shards import shard_numbers
+from relaymta.disk.shards import MAIL, shard_numbers
 from relaymta.errors import RelayError, near
 from relaymta.proto.address import comparable, domain_matches, domain_of, plain
 from relaymta.store.directory import Directory, User
-from relaymta.store.mailboxes import FOLDER
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.upkeep import REMOVING, Upkeep
 
@@ -38,15 +37,15 @@ class MachineMailboxes:
     directory cannot be opened."""
 
     def __init__(self, spool: Path, workers: int, slots: Slots) -> None:
-        self.directory = Directory(spool / FOLDER / "directory", writable=True)
+        self.directory = Directory(spool / MAIL / "directory", writable=True)
         self._workers = workers
         self._slots = slots
-        self.shards = max([workers, *(number + 1 for number in shard_numbers(spool / FOLDER))])
+        self.shards = max([workers, *(number + 1 for number in shard_numbers(spool / MAIL))])
         self._joined: dict[tuple[int, int], tuple[Channel, Channel]] = {}  # by the slots; changed by `_keep_joined` alone
         self._joining: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # one change of the directory at a time: each looks first
         self._placed = self.directory.count()
-        self.upkeep = Upkeep(self.directory, self.owner, spool / FOLDER, self.shards)
+        self.upkeep = Upkeep(self.directory, self.owner, spool / MAIL, self.shards)
 
     def start(self) -> None:
         """Keep the owners joined from now on."""

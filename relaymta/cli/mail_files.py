@@ -1,4 +1,4 @@
-"""What `relaymta mailbox` does with files: backup, restore and verification."""
+"""What `relaymta mailbox` does with the files of mailboxes. (Apart from mailbox.py, since it imports the store.)"""
 
 import json
 import os
@@ -7,49 +7,68 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-
-import click
+from typing import Any
 
 from relaymta import __version__
 from relaymta.cli.console import say
-from relaymta.cli.options import Configuration, configured, fail
-from relaymta.cli.peer import Daemon, answered, asked, counted, running
+from relaymta.cli.options import Configuration, fail
+from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of, unused_spool
+from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
 from relaymta.privileges import owner_of
 from relaymta.store.backup import copy_shard, renumber
 from relaymta.store.carry import Carried
 from relaymta.store.directory import User
 from relaymta.store.files import MailFiles
-from relaymta.store.mailboxes import FOLDER
 from relaymta.store.repair import repair
+from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["backup", "mail_files", "restore", "verify"]
+__all__ = ["backup", "restore", "show", "users", "verify"]
 
+TOGETHER = 500  # users of a page
 MARK = "relaymta-backup.json"  # the last file of a backup
 
 
 @contextmanager
 def mail_files(read: Configuration) -> Iterator[MailFiles]:
     """The mailboxes of the spool, whether the relay runs or not."""
-    _, spool = running(read)
-    with answered(lambda: MailFiles(spool / FOLDER)) as files:
+    _, spool = spool_of(read)
+    with answered(lambda: MailFiles(spool / MAIL)) as files:
         yield files
+
+
+def users(read: Configuration) -> Iterator[list[dict[str, Any]]]:
+    """All users as the command line shows them, in pages."""
+    with mail_files(read) as files:
+        found = files.users()
+        while page := answered(lambda: [row_of(user) for user in islice(found, TOGETHER)]):
+            yield page
+
+
+def show(read: Configuration, address: str, messages: bool) -> dict[str, Any]:
+    """A user, with addresses and mailboxes; `messages`: with the first messages of each."""
+    with mail_files(read) as files:
+        return answered(lambda: _shown(files, address, messages))
+
+
+def _shown(files: MailFiles, address: str, messages: bool) -> dict[str, Any]:
+    user = files.directory.known(address)
+    mailboxes = shown(files.shard(user.shard), user.ident, messages)
+    return row_of(user) | {"addresses": files.directory.owned(user.ident)} | mailboxes
 
 
 # Backup and restore
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@configured
 def backup(read: Configuration, folder: Path) -> None:
-    """Back up all mailboxes into a new folder; the relay may run meanwhile."""
-    peer, spool = running(read)
+    """Back up all mailboxes into a new folder."""
+    peer, spool = spool_of(read)
     folder = folder.absolute()
     _check_empty(folder, "a backup needs a new one")
-    made = Path(asked(peer, "mailbox_back_up")) if peer is not None else answered(lambda: _copied(spool / FOLDER))
+    made = Path(asked(peer, "mailbox_back_up")) if peer is not None else answered(lambda: _copied(spool / MAIL))
     try:
         answered(lambda: _collect(made, folder))
     finally:
@@ -113,28 +132,20 @@ def _sync_all(folder: Path) -> None:
             os.close(descriptor)
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
-@click.argument("address", default="")
-@configured
 def restore(read: Configuration, folder: Path, address: str) -> None:
-    """Restore all mailboxes from a backup into a spool that has none, or (ADDRESS) one user into the running relay."""
-    peer, spool = running(read)
+    """Restore all mailboxes from a backup into a spool that has none, or one user into the running relay."""
     folder = folder.absolute()
     if not (folder / MARK).is_file():
         fail(65, f"{folder} is no complete backup (there is no {MARK})")
     if address:
-        if peer is None:
-            fail(69, "a user is restored into the running daemon (start it with `relaymta serve`)")
-        _restore_user(peer, folder, address)
-    elif peer is not None:
-        fail(75, "the relay is running: stop it first, or name a user")
+        _restore_user(daemon(read), folder, address)
     else:
+        spool = unused_spool(read)
         answered(lambda: _restore_all(folder, spool))
 
 
 def _restore_all(folder: Path, spool: Path) -> None:
-    mail, made = spool / FOLDER, spool / f"{FOLDER}.restoring"
+    mail, made = spool / MAIL, spool / f"{MAIL}.restoring"
     if (mail / "directory" / "data.mdb").exists():
         with MailFiles(mail) as files:
             if count := files.directory.count():
@@ -153,7 +164,7 @@ def _restore_all(folder: Path, spool: Path) -> None:
             os.chown(path, owner.pw_uid, owner.pw_gid)
         _sync_all(made)
         if mail.exists():
-            mail.rename(spool / f"{FOLDER}.before-{time.time_ns()}")
+            mail.rename(spool / f"{MAIL}.before-{time.time_ns()}")
         made.rename(mail)
         _sync(spool)
     except OSError as error:
@@ -189,19 +200,16 @@ def _restore_user(peer: Daemon, folder: Path, address: str) -> None:
 # Verification
 
 
-@click.command()
-@click.option("--repair", "mends", is_flag=True, help="Correct what can be; the relay must not run.")
-@configured
 def verify(read: Configuration, mends: bool) -> None:
-    """Read every body, count everything anew, and say what is wrong; the relay need not run."""
-    peer, spool = running(read)
+    """Say what is wrong with the mailboxes; `mends`: correct what can be."""
+    peer, spool = spool_of(read)
     if mends and peer is not None:
         fail(75, "the relay is running: stop it first")
     if mends:
-        for sentence in answered(lambda: list(repair(spool / FOLDER))):
+        for sentence in answered(lambda: list(repair(spool / MAIL))):
             say(sentence)
     wrong = 0
-    with answered(lambda: MailFiles(spool / FOLDER)) as files:
+    with answered(lambda: MailFiles(spool / MAIL)) as files:
         shards = files.shards()
         placed: dict[int, set[int]] = {number: set() for number in shards}
         for user in answered(lambda: list(files.users())):
