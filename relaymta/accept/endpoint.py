@@ -1,7 +1,7 @@
 """What a listener offers to its clients: TLS and AUTH, from its settings and the current certificates and accounts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from relaymta.accept import tls
 from relaymta.accept.tls import Certificates
 from relaymta.auth import logins
+from relaymta.auth.identity import MailUser
 from relaymta.auth.logins import Logins
 from relaymta.auth.passwords import Checker
 from relaymta.config import Config, Listener
@@ -65,9 +66,18 @@ class Endpoint:
     certificate STARTTLS is not offered."""
 
     def __init__(
-        self, config: Config, rates: Rates, limits: Limits, resolver: Resolver, counters: Counters, log: Log, tickets: bytes
+        self,
+        config: Config,
+        rates: Rates,
+        limits: Limits,
+        resolver: Resolver,
+        counters: Counters,
+        log: Log,
+        tickets: bytes,
+        mail_user: Callable[[str], MailUser | None] | None = None,
     ) -> None:
-        """`tickets`: TLS session ticket keys (tickets.OCTETS)."""
+        """`tickets`: TLS session ticket keys (tickets.OCTETS); `mail_user`: as of Logins."""
+        self._mail_user = mail_user
         self._tickets = tickets
         self._resolver = resolver
         self._rates, self._limits, self._counters, self._log = rates, limits, counters, log
@@ -96,7 +106,7 @@ class Endpoint:
         parts = Parts(
             Certificates(config, self._tickets),
             [SigningKey(one) for one in config.dkim],
-            Logins(config, self._checker, self._rates, self._limits, self._counters, self._log),
+            Logins(config, self._checker, self._rates, self._limits, self._counters, self._log, self._mail_user),
             Watched([path] if path else [], lambda: _recipients(path)),
             self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from relaymta.proto.address import in_a_labels
 
-__all__ = ["QUOTAS", "Identity", "Unavailable", "folded", "group_of", "plain_address", "possible", "wider_group_of"]
+__all__ = ["QUOTAS", "Identity", "MailUser", "Unavailable", "folded", "group_of", "plain_address", "possible", "wider_group_of"]
 
 QUOTAS = ("messages", "recipients", "octets")  # the kinds of an account's quotas
 SENDERS_KEPT = 4096
@@ -43,6 +43,16 @@ class Identity(NamedTuple):
             own in (f"{local}@{domain}", f"@{domain}") or (own.startswith("@.") and domain.endswith(own[1:]))
             for own in map(_comparable, self.senders)
         )
+
+
+class MailUser(NamedTuple):
+    """A user whose mail is kept here, as one who logs in. `secret`: as of `auth.passwords`, "": a back end knows it; `active`:
+    false for one who may not log in; `senders`: the user's addresses."""
+
+    name: str
+    secret: str
+    active: bool
+    senders: tuple[str, ...]
 
 
 @lru_cache(SENDERS_KEPT)

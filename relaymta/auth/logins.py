@@ -1,22 +1,24 @@
 """Login attempts: limits, the accounts file and authentication back ends.
 
-The limits (brute_force.py) are checked first. An account with secrets in the accounts file is verified by those alone; all other
-users are verified by the back end, whose user name for them is used. Replies and their timing do not distinguish an unknown user
-from a wrong password; only the log does.
+The limits (brute_force.py) are checked first. An account with secrets in the accounts file is verified by those alone, then a
+user whose mail is kept here by the password that is stored with the mailboxes; all other users are verified by the back end,
+whose user name for them is used. Replies and their timing do not distinguish an unknown user from a wrong password; only the log
+does.
 """
 
 import hashlib
 import hmac
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.auth.brute_force import LoginAttempt, LoginLimits
 from relaymta.auth.dovecot import Dovecot
-from relaymta.auth.identity import QUOTAS, Identity, Unavailable, folded, possible
-from relaymta.auth.passwords import Busy, Checker, argon2id, matches, scram_keys
+from relaymta.auth.identity import QUOTAS, Identity, MailUser, Unavailable, folded, possible
+from relaymta.auth.passwords import PEOPLE_ITERATIONS, Busy, Checker, argon2id, matches, scram_keys
 from relaymta.config import Account, Config, Secret, load_accounts
 from relaymta.errors import redacted
 from relaymta.log import Log
@@ -85,10 +87,21 @@ def _scram_from(account: Account) -> float:
 
 
 class Logins:
-    """Login verification in one worker. `checker`: the thread that verifies passwords."""
+    """Login verification in one worker. `checker`: the thread that verifies passwords; `mail_user(name)`: a user whose mail is
+    kept here, None: where no mailboxes are kept."""
 
-    def __init__(self, config: Config, checker: Checker, rates: Rates, limits: Limits, counters: Counters, log: Log) -> None:
+    def __init__(
+        self,
+        config: Config,
+        checker: Checker,
+        rates: Rates,
+        limits: Limits,
+        counters: Counters,
+        log: Log,
+        mail_user: Callable[[str], MailUser | None] | None = None,
+    ) -> None:
         settings = self._settings = config.accounts
+        self._mail_user = mail_user
         path = settings.file
         self.watched = Watched([path] if path else [], lambda: _read(path))
         self._back_end: Dovecot | Passwords | None = Dovecot(settings.dovecot) if settings.dovecot else None
@@ -116,10 +129,13 @@ class Logins:
     def mechanisms(self) -> tuple[str, ...]:
         """The SASL mechanisms that AUTH offers."""
         found: list[str] = []
-        # Clients take the first mechanism that they support: SCRAM is offered only if it works for all accounts.
-        if self._accounts_file.scram_from <= time.time() and self._back_end is None:
+        # Clients take the first mechanism that they support: SCRAM is offered only if it works for all accounts. The passwords of
+        # users whose mail is kept here are stored so that it does.
+        accounts = self._accounts_file
+        by_scram = accounts.scram_from <= time.time() or (self._mail_user is not None and not accounts.accounts)
+        if by_scram and self._back_end is None:
             found.append("SCRAM-SHA-256")
-        if self._settings.file or self._back_end is not None:
+        if self._settings.file or self._back_end is not None or self._mail_user is not None:
             found += ["PLAIN", "LOGIN"]
         if self._bearer is not None:
             found += ["OAUTHBEARER", "XOAUTH2"]
@@ -143,13 +159,19 @@ class Logins:
             same_salt = (one for one in found[1:] if (one.salt, one.iterations) == (first.salt, first.iterations))
             return first._replace(others=tuple((one.stored_key, one.server_key) for one in same_salt))
         salt, stored, server = (hmac.digest(self._secret, f"{n} {user}".encode(), "sha256") for n in range(3))
-        likely = self._accounts_file.iterations or [4096]
+        likely = self._accounts_file.iterations or [PEOPLE_ITERATIONS if self._mail_user is not None else 4096]
         return Keys(salt[:16], stored, server, likely[int.from_bytes(salt[16:20], "big") % len(likely)])
 
     def _hashes(self, user: str) -> list[str]:
         """The stored secrets of an account that have not expired."""
         account = self._accounts_file.accounts.get(user)
-        return [secret.hash for secret in account.secrets if not _expired(secret)] if account is not None else []
+        if account is not None and account.secrets:
+            return [secret.hash for secret in account.secrets if not _expired(secret)]
+        mail_user = self._kept_here(user)
+        return [mail_user.secret] if mail_user is not None and mail_user.secret and mail_user.active else []
+
+    def _kept_here(self, user: str) -> MailUser | None:
+        return self._mail_user(user) if self._mail_user is not None else None
 
     async def check(self, claim: Claim, address: str, behind: str = "") -> tuple[Identity | None, bytes]:
         """The identity of a client at `address` (an unknown one: `behind` that proxy) and the reply to its AUTH command (235,
@@ -175,10 +197,15 @@ class Logins:
         return self._finish(found, claim, address, reply.LOGGED_IN, GOOD)
 
     def _uses_back_end(self, user: str) -> bool:
-        """Whether a user's password is verified by the back end: not if the account has secrets in the file, even expired
-        ones."""
+        """Whether a user's password is verified by the back end: not if the account has secrets in the file, even expired ones,
+        nor if it is a user whose mail is kept here and who has a password here, or may not log in."""
+        if self._back_end is None:
+            return False
         account = self._accounts_file.accounts.get(user)
-        return self._back_end is not None and not (account is not None and account.secrets)
+        if account is not None and account.secrets:
+            return False
+        mail_user = self._kept_here(user)
+        return mail_user is None or (mail_user.active and not mail_user.secret)
 
     def _canonical(self, user: str) -> str:
         """The back end's name for a user, if it has given one before; else the name itself."""
@@ -189,7 +216,7 @@ class Logins:
         if self.watched.value is None:
             raise Unavailable(self.watched.problem)
         if isinstance(claim, Proof):
-            return self.with_account(Identity(claim.user)) if claim.good and self._hashes(claim.user) else None
+            return self.with_account(self._known(claim.user)) if claim.good and self._hashes(claim.user) else None
         if isinstance(claim, Password):
             return await self._by_password(claim, address, attempt)
         if self._bearer is None:
@@ -212,7 +239,7 @@ class Logins:
                 kept, found = "", await self._back_end.password(claim.user, claim.password, address)
             else:
                 kept = await self._computed(hashes, claim.password, attempt)
-                found = Identity(claim.user) if kept else None
+                found = self._known(claim.user) if kept else None
             if found is not None and self._settings.remember:
                 if len(self._remembered) >= REMEMBERED:
                     self._remembered.clear()
@@ -236,6 +263,13 @@ class Logins:
         # Clients with failures, or with many attempts at once, are served after the others.
         behind = int(attempt.failed) + max(0, self._login_limits.under_way(attempt) - 1)
         return found if await self._checker.run(compute, behind) else ""
+
+    def _known(self, user: str) -> Identity:
+        """The identity of a user whose secret is stored here: one whose mail is kept here has one name and the senders of that,
+        whichever of the addresses was given."""
+        account = self._accounts_file.accounts.get(user)
+        mail_user = self._kept_here(user) if account is None or not account.secrets else None
+        return Identity(mail_user.name, senders=mail_user.senders) if mail_user is not None else Identity(user)
 
     def _mapped(self, found: Identity) -> Identity | None:
         """An identity from a back end, with the name of its account in the file, if there is one; None when the name is invalid

@@ -202,6 +202,13 @@ class Directory:
         raw = txn.get(key, db=self._addresses) if 0 < len(key) <= _KEY_MOST else None
         return None if raw is None else _decode_address(raw)
 
+    def owner(self, address: str) -> tuple[User, tuple[str, ...]] | None:
+        """The user who has an address (not by way of other addresses, a detail or a catch-all), and all addresses of the user."""
+        with self._env.begin() as txn:
+            found = self._address(txn, comparable(address))
+            user = self._user(txn, found.user) if found is not None and found.user else None
+            return None if user is None else (user, tuple(self._owned(txn, user.ident)))
+
     def users(self, after: int = 0, most: int = 1000) -> list[User]:
         """A page of the users behind the id `after`, in the order of their ids."""
         with self._env.begin() as txn:

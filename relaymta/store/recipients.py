@@ -1,7 +1,9 @@
-"""Recipients at RCPT: whether an address of a domain whose mail is kept here exists, and which addresses an alias stands for."""
+"""What the directory says to those who accept mail and logins: whether an address of a domain whose mail is kept here exists,
+which addresses an alias stands for, and who logs in."""
 
 from collections.abc import Callable
 
+from relaymta.auth.identity import MailUser
 from relaymta.config import Mailboxes as Settings
 from relaymta.errors import RelayError
 from relaymta.proto.said import Reply
@@ -30,6 +32,14 @@ class Recipients:
             return UNKNOWN
         refused = [status_of(user) for user in found.users]
         return None if found.others or None in refused else refused[0]
+
+    def login(self, name: str) -> MailUser | None:
+        """A user as one who logs in, by any address of the user."""
+        found = self._mailboxes.directory.owner(name)
+        if found is None:
+            return None
+        user, addresses = found
+        return MailUser(user.address, user.secret, not (user.disabled or user.deleted), addresses)
 
     def expanded(self, recipients: list[str], kept_here: Callable[[str], bool]) -> list[str]:
         """A message's recipients, with aliases of addresses elsewhere replaced by all that they stand for; aliases of users stay,

@@ -160,11 +160,12 @@ class Worker:
                 text = f"message {format_id(culprit)} was probed when a worker died again: it is quarantined"
                 self.log.event("warning", text=text + " (`relaymta queue list --held` shows it, `release` tries it once more)")
         taking = self.shards[shards[0]].queue
-        endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets)
+        known = Recipients(self.mail, lambda: self.config.mailboxes) if self.mail is not None else None
+        login = known.login if known is not None else None
+        endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
-        if self.mail is not None:
-            known = Recipients(self.mail, lambda: self.config.mailboxes)
+        if known is not None:
             self.intake.local = LocalRecipients(known.refusal, known.expanded)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"))
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
