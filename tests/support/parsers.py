@@ -2,6 +2,7 @@
 lists, `benchmarks/hostile.py` measures and `tests/test_linear.py` holds to linear time."""
 
 import contextlib
+import io
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
-from relaymta.proto import address, authres, dkim, dsn, header, mailbox, proxy, sasl
+from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
+from relaymta.store import mbox
 from relaymta.toml import keys_of
 
 __all__ = ["PARSERS", "Parser"]
@@ -395,6 +397,35 @@ def _parameters(text: bytes) -> None:
     address.parse_parameters(text.decode("utf-8", "surrogateescape"))
 
 
+_MAILBOX_NAMES = {
+    "ampersands": times(b"&"), "shifts": times(b"&AOk-"), "a shift": times(b"AOkA", b"&", b"-"),
+    "its beginning": times(b"A", b"&"), "beginnings": times(b"&AA"), "a letter": times(b"a"),
+}  # fmt: skip
+
+
+def _mailbox_name(text: bytes) -> None:
+    for lenient in (False, True):
+        with contextlib.suppress(ValueError):
+            mailbox_name.decode(text.decode(), lenient=lenient)
+
+
+_ENVELOPE = b"From a@b.test Fri Nov 27 21:48:43 2026\n"
+_MBOXES = {
+    "no mbox": times(b"From "), "lines": times(b"From \n"), "empty messages": times(_ENVELOPE), "a line": times(b"\0", _ENVELOPE),
+    "quotes": times(b">", _ENVELOPE), "quoted": times(b">From \n", _ENVELOPE), "dates": times(b" Fri Nov 27 21:48", b"From "),
+    "empty lines": times(b"\n", _ENVELOPE), "state": times(b"Status: R\n", _ENVELOPE),
+    "folds": times(b" R\n", _ENVELOPE + b"Status:\n"),
+    "blanks": times(b" ", _ENVELOPE + b"Status", b"\n"), "keywords": times(b" a", _ENVELOPE + b"X-Keywords:", b"\n"),
+    "marks": times(b"X-Relaymta-Export: mboxrd\n", _ENVELOPE),
+    "prefixes": times(b"X-Relaymta-", _ENVELOPE + b"X-Relaymta-Export: mboxrd\n"),
+}  # fmt: skip
+
+
+def _mbox(text: bytes) -> None:
+    for _ in mbox.read(io.BytesIO(text)):
+        pass
+
+
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
@@ -480,6 +511,8 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("toml.keys_of", keys, worst, "the operator's own files")
     yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
     yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 4096 characters of a reply")
+    yield Parser("proto.mailbox_name.decode", _mailbox_name, _MAILBOX_NAMES)
+    yield Parser("store.mbox.read", _mbox, _MBOXES, "64 MB of a message; the operator's own files")
 
 
 PARSERS = list(_parsers())
