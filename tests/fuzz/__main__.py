@@ -11,7 +11,7 @@ from relaymta.accept.connection import Connection
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.filter import published, signatures
-from relaymta.proto import authres, proxy, sasl, session, smtp_server, verbs
+from relaymta.proto import authres, pop3_maildrop, pop3_server, pop3_session, pop3_verbs, proxy, sasl, session, smtp_server, verbs
 from relaymta.proto import header as header_fields
 from tests.fuzz import targets
 
@@ -30,8 +30,9 @@ def main() -> None:
     target = targets.TARGETS[name]
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
     assert len(interpreted) == 2
+    instrument(pop3_maildrop.Maildrop, pop3_maildrop.Wanted, pop3_session.Session, pop3_server.ServerSession)
     instrument(*interpreted, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction, Rights)
-    for module in (authres, header_fields, proxy, sasl, signatures, published, verbs):
+    for module in (authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs):
         for member in list(vars(module).values()):
             if isinstance(member, FunctionType) and member.__module__ == module.__name__:
                 atheris.instrument_func(member)

@@ -22,6 +22,7 @@ from tests.accept.test_transactions import connected, idle
 from tests.speedups import oracle, test_replies, test_smtp
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
 from tests.support.connection import BIG, DISK_FAILS, Machine
+from tests.support.pop3 import caller
 
 OFFERS = Offers(mechanisms=("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"), clear=True)
 KEYS = Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
@@ -129,6 +130,32 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
     return said, mails
 
 
+def pop3(data: bytes) -> None:
+    """A POP3 session: the same replies and deletions for every split, however long the caller takes. (Without STLS, behind which
+    nothing may be pipelined.)"""
+    options, cuts, wire = taken_apart(data)
+    found = _pop3_run(options, wire, cuts, bool(options & 1))
+    assert found == _pop3_run(options, wire, [], False)
+    said, left, seen = found
+    assert said == b"" or said.endswith(b"\r\n")
+    assert len(left) == 3 or re.search(rb"(?i)quit", wire)
+    assert not seen or re.search(rb"(?i)retr", wire)
+
+
+def _pop3_run(options: int, wire: bytes, cuts: list[int], slow: bool) -> tuple[bytes, list[int], set[int]]:
+    one = caller(b"A: b\r\n\r\n.\r\nc\r\n", b".", b"", login=bool(options & 2), piece=1 if options & 4 else 65536)
+    one.mailbox.stuck = {20} if options & 8 else set()
+    out = []
+    for piece in test_smtp.pieces(wire, cuts):
+        out.append(one.session.receive(piece))
+        if not slow:
+            out.append(one.run())
+    out.append(one.run())
+    one.drop()
+    assert one.session.deletions == () and one.mailbox.session is None
+    return b"".join(out), list(one.mailbox.messages), one.mailbox.seen
+
+
 def connection(data: bytes) -> None:
     """A whole connection: what is stored depends neither on the limit of memory, above which message data goes to a file, nor
     (without DATA, behind which nothing may be pipelined) on how the octets were cut; and nothing is left when it ends."""
@@ -219,6 +246,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
     "session": session,
+    "pop3": pop3,
     "connection": connection,
     "sasl": sasl,
     "header": header,

@@ -13,12 +13,14 @@ from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
 from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
+from relaymta.proto.pop3_maildrop import Wanted
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
 from relaymta.store import mbox
 from relaymta.toml import keys_of
+from tests.support import pop3
 
 __all__ = ["PARSERS", "Parser"]
 
@@ -311,6 +313,39 @@ def _session(normalize: bool) -> Callable[[bytes], None]:
     return talk
 
 
+_POP3 = {
+    "commands": times(b"NOOP\r\n"),
+    "messages": times(b"RETR 1\r\n"),
+    "tops": times(b"TOP 1 9999999999\r\n"),
+    "deletions": times(b"DELE 1\r\nRSET\r\n"),
+    "line feeds": times(b"\n"),
+    "carriage returns": times(b"\r"),
+    "a line without an end": times(b"a"),
+    "a long line": times(b"a", b"", b"\r\n"),
+    "arguments": times(b"LIST" + b" 1" * 120 + b"\r\n"),
+}
+_MESSAGES = {
+    "header lines": times(b"a\n"),
+    "blanks": times(b" "),
+    "carriage returns": times(b"\r"),
+    "lines of the body": times(b"a\r\n", b"\r\n"),
+    "empty lines of the body": times(b"\n", b"\n"),
+    "dots": times(b".\r\n", b"\r\n"),
+}
+
+
+def _pop3(wire: bytes) -> None:
+    one = pop3.caller(b"a: b\r\n\r\n.\r\n")
+    for at in range(0, len(wire), 65536):
+        one.feed(wire[at : at + 65536])
+
+
+def _top(message: bytes) -> None:
+    one = Wanted(1, 1, 1 << 30)
+    for at in range(0, len(message), 16384):
+        one.feed(message[at : at + 16384])
+
+
 def _sasl(mechanism: str) -> Callable[[bytes], None]:
     keys = sasl.Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
 
@@ -494,6 +529,8 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("accept.identity.may_send_as", may, {"ats": times(b"@"), "an atom": times(b"a", b"", b"@b.test")})
     yield Parser("proto.smtp_server", _session(False), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
     yield Parser("proto.smtp_server (normalizing)", _session(True), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
+    yield Parser("proto.pop3_server", _pop3, _POP3, "a command of 255 octets (12,288 of AUTH)")
+    yield Parser("proto.pop3_maildrop.Wanted", _top, _MESSAGES, "-")
     for mechanism in sorted(sasl.MECHANISMS):
         yield Parser(f"proto.sasl {mechanism}", _sasl(mechanism), _RESPONSES, "12,288 octets in base64", 9000)
     first = {"version 1": times(b"x", b"PROXY TCP4 "), "digits": times(b"1", b"PROXY TCP4 1.1.1.1 1.1.1.1 ", b" 1\r\n")}

@@ -18,6 +18,7 @@ PACKAGES = {
     "haproxy": "haproxy",
     "opendkim": "opendkim",
     "patch": "patch",
+    "curl": "curl",
 }
 
 
