@@ -132,13 +132,14 @@ def test_rfc_1939_empty_maildrop():
 
 
 def test_rfc_1939_top():
-    made = caller(b"A: b\r\n\r\n1\r\n.2\r\n3\r\n")
     ok = b"+OK Top of the message follows\r\nA: b\r\n\r\n"
-    assert made.feed(b"TOP 1 0\r\n") == ok + b".\r\n"
-    assert made.feed(b"TOP 1 2\r\n") == ok + b"1\r\n..2\r\n.\r\n"
-    assert made.feed(b"TOP 1 10\r\n") == ok + b"1\r\n..2\r\n3\r\n.\r\n"
-    assert made.feed(b"TOP 100 3\r\n").startswith(b"-ERR ")
-    assert not made.session.maildrop.retrieved
+    for piece in range(1, 22):
+        made = caller(b"A: b\r\n\r\n1\r\n.2\r\n3\r\n", piece=piece)
+        assert made.feed(b"TOP 1 0\r\n") == ok + b".\r\n"
+        assert made.feed(b"TOP 1 2\r\n") == ok + b"1\r\n..2\r\n.\r\n"
+        assert made.feed(b"TOP 1 10\r\n") == ok + b"1\r\n..2\r\n3\r\n.\r\n"
+        assert made.feed(b"TOP 100 3\r\n").startswith(b"-ERR ")
+        assert not made.session.maildrop.retrieved
 
 
 def test_rfc_2449_capabilities():
@@ -157,6 +158,9 @@ def test_rfc_2449_capabilities():
     assert capabilities(caller(offers=WITH_TLS, secure=True, login=False)) == login
     assert capabilities(caller(offers=WITH_TLS, secure=True)) == login
     assert capabilities(caller(offers=CLEAR, login=False)) == login
+    both = Offers(starttls=True, mechanisms=("PLAIN", "LOGIN"), clear=True)
+    assert capabilities(caller(offers=both, login=False)) == login | {b"STLS"}
+    assert capabilities(caller(offers=both)) == login
     assert capabilities(caller(offers=tokens, login=False)) == {b"SASL OAUTHBEARER", b"UTF8"}
     assert capabilities(caller(offers=Offers(starttls=True), login=False)) == {b"STLS", b"UTF8"}
 
@@ -197,6 +201,7 @@ def test_rfc_3206_codes():
     made.mailbox.session = "another"
     assert made.feed(LOGIN).endswith(b"-ERR [IN-USE] The maildrop is in use by another session\r\n")
     assert made.feed(b"STAT\r\n") == pop3_reply.NOT_LOGGED_IN
+    assert made.feed(b"AUTH PLAIN =\r\n") == b"-ERR Malformed authentication response\r\n" and not made.session.closing
     made.mailbox.session = None
     assert made.feed(LOGIN).endswith(b"+OK 0 messages (0 octets)\r\n")
 
@@ -235,6 +240,16 @@ def test_user_and_pass_make_the_claim_of_plain():
 def test_names_and_passwords_that_are_not_utf8():
     assert talk(b"USER \xff\r\n") == pop3_reply.NOT_UTF8
     assert talk(b"USER bob\r\nPASS \xff\r\nPASS secret\r\n").endswith(pop3_reply.NOT_UTF8 + pop3_reply.NEED_USER)
+
+
+@pytest.mark.parametrize("between", [b"USER \xff", b"AUTH PLAIN\r\n*", b"PASS wrong"])
+def test_pass_follows_user(between):
+    assert talk(b"USER bob\r\n" + between + b"\r\nPASS secret\r\n").endswith(pop3_reply.NEED_USER)
+
+
+def test_the_tenth_message():
+    made = caller(*[MESSAGE] * 10)
+    assert made.feed(b"LIST 10\r\nLIST 0010\r\nLIST 11\r\n") == b"+OK 10 24\r\n" * 2 + b"-ERR No such message; there are 10\r\n"
 
 
 def test_logins_that_are_not_offered():
