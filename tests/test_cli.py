@@ -91,7 +91,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("doctor", "domain"): ["d.example", "--address", "127.0.0.1"],
     **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password", "delete")},
     ("mailbox", "rename"): ["a@b.example", "c@b.example"], ("mailbox", "move"): ["a@b.example", "0"],
-    ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"],
+    ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"], ("mailbox", "export"): ["a@b.example", "new"],
+    ("mailbox", "import"): ["a@b.example", __file__],
     ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
@@ -523,7 +524,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "password"): SECRETS, ("app", "expire"): CONFIG, ("app", "remove"): CONFIG, ("app", "list"): CONFIG,
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
-    **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify")},
+    **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip
 SLOW = {

@@ -26,7 +26,7 @@ from relaymta.store.repair import repair
 from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["backup", "restore", "show", "users", "verify"]
+__all__ = ["backup", "check_empty", "restore", "show", "users", "verify"]
 
 TOGETHER = 500  # users of a page
 MARK = "relaymta-backup.json"  # the last file of a backup
@@ -67,7 +67,7 @@ def backup(read: Configuration, folder: Path) -> None:
     """Back up all mailboxes into a new folder."""
     peer, spool = spool_of(read)
     folder = folder.absolute()
-    _check_empty(folder, "a backup needs a new one")
+    check_empty(folder, "a backup needs a new one")
     made = Path(asked(peer, "mailbox_back_up")) if peer is not None else answered(lambda: _copied(spool / MAIL))
     try:
         answered(lambda: _collect(made, folder))
@@ -77,7 +77,8 @@ def backup(read: Configuration, folder: Path) -> None:
         say(f"{folder} is a backup of {counted(files.directory.count(), 'user', 'users')}")
 
 
-def _check_empty(folder: Path, why: str) -> None:
+def check_empty(folder: Path, why: str) -> None:
+    """End the program (69) unless a folder is new or empty."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
             fail(69, f"{folder} is not empty: {why}")

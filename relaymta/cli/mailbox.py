@@ -195,3 +195,29 @@ def verify(read: Configuration, repair: bool) -> None:
     from relaymta.cli import mail_files
 
     mail_files.verify(read, repair)
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@_folder
+@click.option(
+    "--format", "form", type=click.Choice(["maildir", "mbox"]), default="maildir", help="Maildir++, or an mbox file each."
+)
+@configured
+def export(read: Configuration, address: str, folder: Path, form: str) -> None:
+    """Write a user's mail to a new folder, as other programs read it; the relay need not run."""
+    from relaymta.cli import mail_transfer
+
+    mail_transfer.export(read, address, folder, form)
+
+
+@mailbox.command(name="import")
+@click.argument("address", callback=given)
+@click.argument("source", metavar="PATH", type=click.Path(path_type=Path, exists=True))
+@click.option("--mailbox", "below", default="", metavar="NAME", help="Into this mailbox, and others below it; default: INBOX.")
+@configured
+def import_mail(read: Configuration, address: str, source: Path, below: str) -> None:
+    """Import a Maildir, an mbox file, or a folder of .mbox files; what is there already is left out."""
+    from relaymta.cli import mail_transfer
+
+    mail_transfer.import_from(read, address, source, below)
