@@ -89,7 +89,9 @@ def _quota(row: dict[str, Any]) -> str:
 @as_json
 @configured
 def show(read: Configuration, address: str, messages: bool, as_json: bool) -> None:
-    """Show a user: addresses, mailboxes, what is used; the relay need not run."""
+    """Show a user: addresses, mailboxes, what is used.
+
+    The relay need not run."""
     from relaymta.cli import mail_files
 
     found = mail_files.show(read, address, messages)
@@ -148,7 +150,9 @@ def delete(read: Configuration, address: str, now: bool) -> None:
 @click.argument("new", callback=given)
 @configured
 def rename(read: Configuration, address: str, new: str) -> None:
-    """Give a user another name; the old address remains one of the user's."""
+    """Give a user another name.
+
+    The old address remains one of the user's."""
     found = asked(daemon(read), "mailbox_rename", address=address, new=new)
     say(f"{address} is {found['user']} now")
 
@@ -158,9 +162,34 @@ def rename(read: Configuration, address: str, new: str) -> None:
 @click.argument("shard", type=click.IntRange(0))
 @configured
 def move(read: Configuration, address: str, shard: int) -> None:
-    """Move a user to another shard; mail for the user is deferred meanwhile."""
+    """Move a user to another shard.
+
+    Mail for the user is deferred meanwhile."""
     found = asked(daemon(read), "mailbox_move", address=address, shard=shard)
     say(f"{found['user']} is in shard {found['shard']} now")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@configured
+def password(read: Configuration, address: str) -> None:
+    """Set a user's password.
+
+    It is asked for, or read from standard input."""
+    asked(daemon(read), "mailbox_change", address=address, changes={"secret": _password(True)})
+    say(f"{address} has a new password")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.argument("octets")
+@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@configured
+def quota(read: Configuration, address: str, octets: str, messages: int) -> None:
+    """Set a user's quota: a size such as 5G, "none", or "default"."""
+    changes = {"octets": 0 if octets == "default" else _octets("quota", octets), "messages": messages}
+    asked(daemon(read), "mailbox_change", address=address, changes=changes)
+    say(f"the quota of {address} is {octets}")
 
 
 _folder = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
@@ -181,7 +210,9 @@ def backup(read: Configuration, folder: Path) -> None:
 @click.argument("address", default="")
 @configured
 def restore(read: Configuration, folder: Path, address: str) -> None:
-    """Restore all mailboxes from a backup, into a spool that has none, or one user, into the running relay."""
+    """Restore all mailboxes, or one user, from a backup.
+
+    All: into a spool that has none; ADDRESS: into the running relay."""
     from relaymta.cli import mail_files
 
     mail_files.restore(read, folder, address)
@@ -191,7 +222,9 @@ def restore(read: Configuration, folder: Path, address: str) -> None:
 @click.option("--repair", is_flag=True, help="Correct what can be; the relay must not run.")
 @configured
 def verify(read: Configuration, repair: bool) -> None:
-    """Read every body, count everything anew, and say what is wrong; the relay need not run."""
+    """Read and count everything, and say what is wrong.
+
+    The relay need not run."""
     from relaymta.cli import mail_files
 
     mail_files.verify(read, repair)
@@ -205,7 +238,9 @@ def verify(read: Configuration, repair: bool) -> None:
 )
 @configured
 def export(read: Configuration, address: str, folder: Path, form: str) -> None:
-    """Write a user's mail to a new folder, as other programs read it; the relay need not run."""
+    """Write a user's mail to a new folder as Maildir or mbox.
+
+    The relay need not run."""
     from relaymta.cli import mail_transfer
 
     mail_transfer.export(read, address, folder, form)
@@ -217,7 +252,9 @@ def export(read: Configuration, address: str, folder: Path, form: str) -> None:
 @click.option("--mailbox", "below", default="", metavar="NAME", help="Into this mailbox, and others below it; default: INBOX.")
 @configured
 def import_mail(read: Configuration, address: str, source: Path, below: str) -> None:
-    """Import a Maildir, an mbox file, or a folder of .mbox files; what is there already is left out."""
+    """Import a Maildir, an mbox file, or a folder of .mbox files.
+
+    What is there already is left out."""
     from relaymta.cli import mail_transfer
 
     mail_transfer.import_from(read, address, source, below)
