@@ -2,7 +2,7 @@
 
 from relaymta.config import Route
 
-__all__ = ["cure"]
+__all__ = ["cure", "cure_here"]
 
 _CURES = {
     "refused": "start the program that should listen at {hosts}, or correct {where}",
@@ -19,6 +19,21 @@ _CURES = {
     "message": "use a host that accepts such messages: {hosts} does not",
     "local": "correct what the reason names; the log of the relay may say more",
 }
+
+_HERE = {  # by the enhanced status of a mailbox's reply
+    "4.2.0": "wait: the mailbox is there again soon (`relaymta mailbox show` says more)",
+    "4.2.2": "raise the quota (`relaymta mailbox quota`), or have the user delete mail",
+    "4.2.4": "correct the alias (`relaymta mailbox alias`)",
+    "4.3.0": "see the log of the relay: the disk with the mailboxes, or the worker that owns them",
+    "4.3.1": "make room on the disk with the spool",
+    "4.3.5": "restart the relay",
+}
+
+
+def cure_here(reply: str) -> str:
+    """A sentence about a mailbox that has refused a message with this reply; "" where there is nothing to do."""
+    words = reply.split()
+    return _HERE.get(words[1], "") if len(words) > 1 else ""
 
 
 def cure(category: str, route: Route, hosts: list[str]) -> str:

@@ -12,7 +12,7 @@ from relaymta.proto.address import compared
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import wall_ms
 from relaymta.route.table import Asked
-from relaymta.send.cures import cure
+from relaymta.send.cures import cure, cure_here
 from relaymta.send.dispatch import Dispatcher
 from relaymta.send.session import MESSAGE_DATA
 from relaymta.send.view import SiteView, View
@@ -112,7 +112,9 @@ def _with_cure(wait: dict[str, Any], view: View, name: QueueName, attempts: list
     category = down or (attempts[-1]["cause"] if attempts else "")
     if wait["command"] in ("", "queue flush ID"):
         hosts = view.site.names if view.site is not None else []
-        wait["cure"] = cure(category, view.site.route if view.site is not None else view.routes.route_of(name), hosts)
+        route = view.site.route if view.site is not None else view.routes.route_of(name)
+        here = route.is_local and bool(attempts)
+        wait["cure"] = cure_here(attempts[-1]["reply"]) if here else cure(category, route, hosts)
     if wait["command"].endswith(" ID"):
         wait["command"] = wait["command"].removesuffix("ID") + format_id(ident)
     if wait["command"] and not wait["released by"]:

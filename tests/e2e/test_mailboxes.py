@@ -87,6 +87,9 @@ def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
         assert found[0]["recipient"] == "carol@local.example" and found[0]["reply"].startswith(code)
         assert [shown(relay, name)["INBOX"] for name in ("alice", "bob", "carol")] == [["x"], ["x"], []]
         if over == "defer":
+            explained = relay.cli("message", "explain", found[0]["id"]).stdout
+            assert "452 4.2.2 the mailbox is full" in explained and "cure: raise the quota" in explained
+            assert "filed" in relay.cli("message", "history", found[0]["id"]).stdout
             relay.cli("mailbox", "quota", "carol@local.example", "none")
             relay.cli("queue", "flush", "--all")
             wait_for(lambda: shown(relay, "carol")["INBOX"] == ["x"], what="the retry")
