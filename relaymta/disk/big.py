@@ -1,17 +1,85 @@
 """Large bodies: each in a file of its own, named by the id of what it is the body of (Segments.big_path)."""
 
+import errno
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
-from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, digest_of
-from relaymta.errors import StoreError
+from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of
+from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
 
-__all__ = ["BigBody"]
+__all__ = ["BigBody", "BigFile", "copy_big"]
 
 SYNC_EVERY = 4 * MEGABYTE
+
+
+class BigFile(NamedTuple):
+    """A large body where it lies: the file, the id of what it is the body of, and the Body."""
+
+    path: str
+    ident: int
+    body: Body
+
+
+def copy_big(source: BigFile, path: Path, ident: int) -> Body:
+    """Copy a large body into a file of another store, where it is the body of `ident`; without reading it into memory, and on a
+    file system that can share octets between files without copying them. It is verified and synced. Blocks. StoreError: there is
+    no copy."""
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"cannot read the body of {source.ident:016x}: {error}") from error
+    try:
+        return _copied(descriptor, source, path, ident)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise store_error(error) from None
+    except StoreError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _copied(source: int, what: BigFile, path: Path, ident: int) -> Body:
+    head, length = os.pread(source, FRAME.size, what.body.offset), what.body.length
+    new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        place = 0
+        while place < length:
+            place += _copy_range(source, new, length - place, what.body.offset + FRAME.size + place, FRAME.size + place)
+        checksum, found = digest_of(new, FRAME.size)
+        check_frame(head, what.ident, what.body, found, checksum)
+        os.pwrite(new, FRAME.pack(MAGIC, 1, ident, length, checksum), 0)
+        os.fdatasync(new)
+    finally:
+        os.close(new)
+    sync_folder(path.parent)
+    return Body(0, 1, 0, length)
+
+
+def _copy_range(source: int, new: int, octets: int, offset: int, place: int) -> int:
+    try:
+        done = os.copy_file_range(source, new, octets, offset, place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        done = os.pwrite(new, os.pread(source, min(octets, MEGABYTE), offset), place)
+    if not done:
+        raise Corrupt("a body is cut short")
+    return done
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names of new files durable."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 class BigBody:
@@ -61,11 +129,7 @@ class BigBody:
         os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, checksum), offset)
         os.fdatasync(self._fd)
         self._close()
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(self.path.parent)
         return Body(0, 1, offset, self.length)
 
     def discard(self) -> None:

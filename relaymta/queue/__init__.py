@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from relaymta.control.filters import Filter
-from relaymta.disk.big import BigBody
+from relaymta.disk.big import BigBody, BigFile
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.ident import IdSource
@@ -216,6 +216,13 @@ class Queue:
     def big_limit(self) -> int:
         """Octets above which message data has to be streamed into a `BigBody`."""
         return self.segments.big_limit
+
+    def big_file(self, entry: Entry) -> BigFile | None:
+        """Where a large message's data lies until the entry is ended; None for any other."""
+        body = entry.envelope.body
+        if body is None or body.segment:
+            return None
+        return BigFile(str(self.segments.big_path(entry.ident)), entry.ident, body)
 
     def big_body(self, ident: int, room: int = 0) -> BigBody:
         """A file for a large body, with `room` octets reserved in front of it. Blocks: call it on a thread."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
+from relaymta.disk.big import BigFile
 from relaymta.errors import Failure, StoreError
 from relaymta.ident import format_id
 from relaymta.log import Log
@@ -29,7 +30,7 @@ class Store(NamedTuple):
     data)`: a reply for each recipient by index, and the shards that were asked; `forget(queue_id, recipients, shards)`: the queue
     does not ask for these again."""
 
-    deliver: Callable[[int, str, Iterable[tuple[int, str]], list[bytes]], Awaitable[tuple[dict[int, Reply], list[int]]]]
+    deliver: Callable[[int, str, Iterable[tuple[int, str]], list[bytes] | BigFile], Awaitable[tuple[dict[int, Reply], list[int]]]]
     forget: Callable[[int, list[int], list[int]], None]
 
 
@@ -120,13 +121,13 @@ class Local:
         entry.route = {}
         self.queue.finish(entry, results)
 
-    async def _data(self, entry: Entry) -> list[bytes]:
-        """The message data, all of it. StoreError when it cannot be read."""
+    async def _data(self, entry: Entry) -> list[bytes] | BigFile:
+        """The message data, or the file of a large message. StoreError when it cannot be read."""
         if entry.data is not None:
             return entry.data
-        body = entry.envelope.body
-        if body is not None and not body.segment:
-            return [piece async for piece in self.queue.stream(entry)]
+        large = self.queue.big_file(entry)
+        if large is not None:
+            return large
         (found,) = await self.queue.read([entry])
         if found is None:
             raise StoreError("there is no room in memory")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from relaymta.config import Mailboxes as Settings
+from relaymta.disk.big import BigFile
 from relaymta.errors import RelayError, StoreError, StoreFull
 from relaymta.proto.said import Reply
 from relaymta.store.change import LIMIT, OVERQUOTA, Limits
@@ -43,7 +44,7 @@ class Delivery:
         self._settings = settings
 
     async def deliver(
-        self, queue_id: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes]
+        self, queue_id: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes] | BigFile
     ) -> tuple[dict[int, Reply], list[int]]:
         """File a message for its recipients (index, address). The reply to each, and the shards that were asked. A recipient that
         was filed before, by an attempt whose outcome was lost, is not filed again."""

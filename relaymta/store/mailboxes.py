@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from relaymta.control import Late
+from relaymta.disk.big import BigFile
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
 from relaymta.store.backup import copy_shard
@@ -72,9 +73,9 @@ class Mailboxes:
         """As `Directory.find`."""
         return self.directory.find(recipient, separator)
 
-    async def file(self, data: list[bytes], targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
-        """File a message, `data` in pieces, for targets (shard, target): the result for each, in their order; StoreError in place
-        of those whose shard could not commit, or whose owner did not answer."""
+    async def file(self, data: list[bytes] | BigFile, targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
+        """File a message, `data` in pieces or a large one's file, for targets (shard, target): the result for each, in their
+        order; StoreError in place of those whose shard could not commit, or whose owner did not answer."""
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, (number, _) in enumerate(targets):
             by_shard[number].append(place)
@@ -84,12 +85,13 @@ class Mailboxes:
             found.update(zip(places, results, strict=True))
         return [found[place] for place in range(len(targets))]
 
-    async def _file_in(self, number: int, data: list[bytes], targets: list[Target]) -> list[Result] | list[StoreError]:
+    async def _file_in(self, number: int, data: list[bytes] | BigFile, targets: list[Target]) -> list[Result] | list[StoreError]:
         try:
             shard = self.shards.get(number)
             if shard is not None:
                 return await shard.file(data, targets)
-            answer = await self._asked(number, "mail_file", shard=number, data=b"".join(data), targets=targets)
+            sent = data if isinstance(data, BigFile) else b"".join(data)
+            answer = await self._asked(number, "mail_file", shard=number, data=sent, targets=targets)
             return msgspec.convert(answer, list[Result])
         except StoreError as error:
             return [error] * len(targets)
@@ -118,9 +120,10 @@ class Mailboxes:
                 except TimeoutError:
                     raise error from None
 
-    async def filed_for_peer(self, shard: int, data: bytes, targets: list[Any]) -> list[Result]:
+    async def filed_for_peer(self, shard: int, data: Any, targets: list[Any]) -> list[Result]:
         """What another process has asked for by `mail_file`. StoreError."""
-        return await self._own(shard).file([data], msgspec.convert(targets, list[Target]))
+        what = [data] if isinstance(data, bytes) else msgspec.convert(data, BigFile)
+        return await self._own(shard).file(what, msgspec.convert(targets, list[Target]))
 
     def _own(self, number: int) -> Shard:
         if number not in self.shards:

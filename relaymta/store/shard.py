@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relaymta.disk.big import BigBody
+from relaymta.disk.big import BigBody, BigFile, copy_big
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
 from relaymta.disk.ident import IdSource
@@ -87,18 +87,19 @@ class Shard:
         self.rows.close()
         os.close(self._lock)
 
-    async def file(self, data: list[bytes], targets: list[Target]) -> list[Result]:
-        """File a message, `data` in pieces; the result for each target, when that is durable. StoreError: nothing is filed. Once
-        begun it is done, also where the caller is cancelled. StoreFull while there is no more room than is kept for deletes."""
+    async def file(self, data: list[bytes] | BigFile, targets: list[Target]) -> list[Result]:
+        """File a message, `data` in pieces or a large one's file; the result for each target, when that is durable. StoreError:
+        nothing is filed. Once begun it is done, also where the caller is cancelled. StoreFull while there is no more room than is
+        kept for deletes."""
         return list((await self._file(self._ids.next(), data, targets)).results)
 
-    async def _file(self, ident: int, data: list[bytes] | None, targets: list[Target]) -> File:
+    async def _file(self, ident: int, data: list[bytes] | BigFile | None, targets: list[Target]) -> File:
         """File a message, or (None) another copy of the object `ident`; errors as of `file`."""
         if self.disk.full:
             raise StoreFull("there is no room for mail")
         future = self._loop.create_future()
         done = partial(_resolve, future)
-        if data is None or sum(map(len, data)) <= self.segments.big_limit:
+        if data is None or (not isinstance(data, BigFile) and sum(map(len, data)) <= self.segments.big_limit):
             self.writer.submit(File(ident, data, targets, done))
         else:
             writing = self.readers.submit(self._written, ident, data)
@@ -115,8 +116,10 @@ class Shard:
         if not written.cancelled() and written.exception() is None:
             self.writer.submit(File(ident, None, targets, done, written.result()))
 
-    def _written(self, ident: int, data: list[bytes]) -> Body:
+    def _written(self, ident: int, data: list[bytes] | BigFile) -> Body:
         """Reader thread: a large body, in a file of its own."""
+        if isinstance(data, BigFile):
+            return copy_big(data, self.segments.big_path(ident), ident)
         try:
             file = BigBody(self.segments.big_path(ident), ident)
             try:

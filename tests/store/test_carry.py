@@ -5,9 +5,10 @@ import random
 import msgspec
 import pytest
 
+from relaymta.disk.big import BigBody, BigFile
 from relaymta.disk.segments import Segments
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import encode
+from relaymta.proto.envelope import Body, encode
 from relaymta.store.backup import copy_shard, renumber
 from relaymta.store.carry import Carried, convert_part
 from relaymta.store.change import EXISTS, MOVING, Refusal
@@ -211,3 +212,29 @@ async def test_what_is_counted_is_repaired(tmp_path, damage):
         left = {text for _, _, text in bench.messages(1)}
         assert left <= texts and len(left) >= len(texts) - (damage == "an object")
         assert list(contradictions(bench.shard.rows, bench.shard.segments, {1})) == []
+
+
+async def test_a_large_body_is_copied_from_the_queues_file(tmp_path):
+    data = b"x" * 3_000_000 + b"\r\n"
+    file = BigBody(tmp_path / "queued", 42, 100)
+    file.write([data])
+    body = file.finish([b"Received: x\r\n"])
+    source = BigFile(str(tmp_path / "queued"), 42, body)
+    async with Bench(tmp_path / "a") as bench:
+        await bench.user(1)
+        (result,) = await bench.shard.file(source, [Target(1, prefix=b"P: x\r\n")])
+        assert result.filed.uid == 1
+        assert bench.messages(1) == [(1, 0, b"P: x\r\nReceived: x\r\n" + data)]
+        for wrong in (
+            source._replace(ident=43),
+            source._replace(path=str(tmp_path / "none")),
+            source._replace(body=Body(0, 1, body.offset, 7)),
+        ):
+            with pytest.raises(StoreError):
+                await bench.shard.file(wrong, [Target(1)])
+        with (tmp_path / "queued").open("r+b") as changed:
+            changed.seek(5000)
+            changed.write(b"y")
+        with pytest.raises(StoreError, match="checksum"):
+            await bench.shard.file(source, [Target(1)])
+        assert len(bench.shard.segments.big_files()) == 1 and len(bench.messages(1)) == 1
