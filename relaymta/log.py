@@ -31,9 +31,10 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "reloaded": ("applied", "restart"),
     "warning": ("text",),
     "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
+    "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
-    "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt"),
+    "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),
     "next_host": ("id", "recipients", "route", "phase", "peer", "reply", "attempt"),
     "deferred": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "next", "attempt"),
     "bounced": ("id", "recipient", "route", "phase", "peer", "reply", "cause", "dsn", "attempt"),
@@ -47,7 +48,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 
 # Fields that an event has only got after 0.1: "" where they are not given.
-ADDED = {"message_id"}
+ADDED = {"message_id", "users"}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:

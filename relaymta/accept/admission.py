@@ -8,8 +8,10 @@ from functools import partial
 from typing import Protocol
 
 from relaymta.accept.endpoint import Endpoint
-from relaymta.accept.intake import Client, Intake
+from relaymta.accept.filing import Filing
+from relaymta.accept.intake import Intake
 from relaymta.accept.lateness import Lateness
+from relaymta.accept.origin import Client
 from relaymta.accept.turns import Turns
 from relaymta.config import Config
 from relaymta.proto import reply
@@ -37,7 +39,7 @@ class Admitted(Protocol):
 class Admission:
     """Admits connections and the files of large messages, each for as long as its Reservation is held. `connections`: those that
     hold one (each adds itself before SMTP, and leaves at its end); `files`: descriptors of large messages, as a socket takes
-    one."""
+    one; `filing`: large messages of LMTP clients."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Admission:
         self.lateness = Lateness(self.now, lambda text: intake.log.event("warning", text=text))
         self.connections: set[Admitted] = set()
         self.files = 0
+        self.filing = Filing()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
         self._tasks: set[asyncio.Task[None]] = set()

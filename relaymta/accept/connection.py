@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from relaymta.accept.admission import DRAIN_REPLY, Admission
-from relaymta.accept.intake import Client
 from relaymta.accept.line import BEHIND, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING, Line
 from relaymta.accept.listening import unread
+from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.config import Listener
@@ -120,6 +120,11 @@ class Connection(Line):
         admission, rights = self.admission, self.rights
         assert rights is not None
         rights.offers = admission.endpoint.offers(self.listener, rights.client.xclient)
+        if rights.useless:
+            self.count_refused()
+            self.write(reply.NO_LMTP_FOR_YOU)
+            self.close()
+            return
         self.session = ServerSession(admission.intake.hostname, rights, secure)
         self.write(self.session.greet())
 
@@ -225,7 +230,7 @@ class Connection(Line):
         self.active_at = self.admission.time
         self.go_on(SPILLING)
 
-    def answer(self, transaction: Transaction, answer: bytes) -> None:
+    def answer(self, transaction: Transaction, answer: bytes | list[bytes]) -> None:
         """The reply to a complete message: its transaction ends. Of several only the first counts: a later one is not taken for
         that to the next message, which would be acknowledged before it is stored."""
         session = self.session
@@ -291,8 +296,8 @@ class Connection(Line):
             transport.close()
         else:
             self._greet(True)
-            assert self.session is not None
-            self.session.tls = _described(transport)
+            if self.session is not None:
+                self.session.tls = _described(transport)
 
     def _log_in(self, session: ServerSession) -> None:
         assert session.claim is not None

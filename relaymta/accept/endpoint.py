@@ -139,6 +139,7 @@ class Endpoint:
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
             xclient=xclient,
+            lmtp=listener.protocol == "lmtp",
         )
 
     def keys(self, user: str) -> Keys:

@@ -4,13 +4,14 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.local import LocalRecipients
+from relaymta.accept.origin import Client, Origin, Taken, protocol_of
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity, group_of, plain_address
-from relaymta.config import Config, Listener, PeerNetwork
+from relaymta.config import Config, PeerNetwork
 from relaymta.errors import StoreError, StoreFull, redacted
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
@@ -35,7 +36,7 @@ from relaymta.queue import Queue, format_id, wall_ms
 from relaymta.route.staging import Redirection
 from relaymta.route.table import RouteTable
 
-__all__ = ["Client", "Intake", "Origin"]
+__all__ = ["Intake"]
 
 CONNECTIONS_REFUSED = index("relaymta_connections_total", "refused")
 RECEIVED = index("relaymta_messages_received_total")
@@ -46,79 +47,17 @@ REFUSED_STORE = index("relaymta_messages_refused_total", "store")
 REFUSED_FILTER = index("relaymta_messages_refused_total", "filter")
 REFUSED_FULL = index("relaymta_messages_refused_total", "full")
 RECIPIENTS_REFUSED = index("relaymta_recipients_refused_total")
+DELIVERED = index("relaymta_recipients_total", "delivered")
+DELIVERED_OCTETS = index("relaymta_delivered_octets_total")
 
 DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", "fail", "permerror", "temperror")}
 
 # A local part that a later host could take for a source route: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
-_NOBODY = Identity("")
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """A client, and what the rules for its address allow."""
-
-    address: str
-    group: str  # by which its connections and rates are counted
-    trusted: bool
-    connections: int
-    application: str
-    priority: str  # "" where the listener decides
-    limits: Limits
-    xclient: bool
-    connection_rate: str
-    message_rate: str
-    recipient_rate: str
-    behind: str = ""  # the address of the proxy whose client this is, where its own is unknown
-    domain: str = ""  # completes its addresses without one, "": nothing does; and
-    login_domain: str = ""  # those of a user who is logged in
-    postmaster: str = ""  # relay.postmaster
-
-
-class Origin(NamedTuple):
-    """Where a message comes from, and what follows for it. `identity`: the authenticated user; `may_relay`: the client is
-    authenticated or in a network that may relay; `free`: its recipients need no check, but for those whose mail
-    is kept here; `submission`: Date and Message-ID are
-    added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
-    `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
-    are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
-    (RFC 8601 5)."""
-
-    client: Client
-    identity: Identity | None
-    application: str
-    priority: str
-    submission: bool
-    may_relay: bool
-    free: bool
-    submitted: bool
-    domain: str
-    postmaster: str
-    trusted: bool
-
-    @classmethod
-    def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
-        """Of a client of a listener."""
-        user = identity if identity is not None else _NOBODY
-        may_relay = identity is not None or client.trusted
-        domain = client.domain or (client.login_domain if identity is not None else "")
-        return cls(
-            client,
-            identity,
-            user.application or client.application or listener.application,
-            user.priority or client.priority or listener.priority,
-            listener.submission,
-            may_relay,
-            may_relay and not (client.message_rate or client.recipient_rate or user.quotas),
-            listener.submission or identity is not None,
-            domain,
-            client.postmaster or (f"postmaster@{domain}" if domain else ""),
-            identity is None and may_relay,
-        )
 
 
 @dataclass(slots=True)
@@ -232,8 +171,10 @@ class Intake:
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
         elif self.local is not None and self._is_local(address):
-            found = self.local.refusal(address)
+            found = self.local.refusal(address, transaction.announced)
             refused = reply.format_reply(*found) if found is not None else None
+        elif origin.lmtp:
+            refused = reply.NOT_KEPT_HERE
         else:
             refused = None if origin.may_relay else self._refusal(address)
         if refused is not None:
@@ -333,9 +274,7 @@ class Intake:
             return reply.TOO_MANY_HOPS
         now = wall_ms() // 1000
         name = format_id(ident)
-        protocol = "SMTP" if not session.extended else "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
-        if session.extended:  # RFC 3848, 6531 4.3
-            protocol += ("S" if session.secure else "") + ("A" if identity is not None else "")
+        protocol = protocol_of(origin, session, transaction.smtputf8)
         recipients = transaction.recipients
         fields = received_field(
             hostname=self.hostname,
@@ -366,14 +305,15 @@ class Intake:
         self,
         ident: int,
         transaction: Transaction,
+        recipients: list[str],
         origin: Origin,
         helo: str,
         data: list[bytes] | Body,
         size: int,
         done: Callable[[StoreError | None], None],
     ) -> None:
-        """Submit a complete message to the queue. `size`: octets, our fields included; `done(None)` is called once it is synced,
-        `done(error)` if it could not be stored."""
+        """Submit a complete message to the queue, for these recipients. `size`: octets, our fields included; `done(None)` is
+        called once it is synced, `done(error)` if it could not be stored."""
         flags = HELD if transaction.held else 0
         if transaction.eight_bit:
             flags |= EIGHT_BIT
@@ -381,7 +321,6 @@ class Intake:
             flags |= SMTPUTF8
         if transaction.utf8_header:
             flags |= UTF8_HEADER
-        recipients = transaction.recipients
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
         if self.local is not None:
@@ -436,6 +375,28 @@ class Intake:
         add(RECEIVED, 1)
         add(OCTETS, size)
         add(RECIPIENTS, recipients)
+
+    def landed(self, ident: int, transaction: Transaction, origin: Origin, helo: str, size: int, taken: Taken) -> None:
+        """Count and log a message of an LMTP client, as it is answered."""
+        for address, answer in taken.refused:
+            self.counters.add(RECIPIENTS_REFUSED, 1)
+            self._rejected(origin.client, helo, transaction.sender, [address], answer)
+        if not taken.recipients:
+            return
+        self.accepted(size, len(taken.recipients))
+        name = format_id(ident)
+        self.log.event(
+            "received", id=name, sender=transaction.sender, recipients=taken.recipients, size=size, client=origin.client.address,
+            helo=helo, user=origin.identity.name if origin.identity is not None else "", application=origin.application,
+            message_id=transaction.message_id,
+        )  # fmt: skip
+        if taken.filed:
+            self.counters.add(DELIVERED, len(taken.filed))
+            self.counters.add(DELIVERED_OCTETS, size)
+            self.log.event(
+                "delivered", id=name, recipients=taken.filed, route="", peer="mailbox", address="", port=0, tls="", cipher="",
+                reply="250 2.1.5 filed", delay=taken.delay, attempt=1, users=taken.users,
+            )  # fmt: skip
 
     def failed(self, error: StoreError) -> bytes:
         """Count a message that could not be stored; the reply for it (452 or 451)."""

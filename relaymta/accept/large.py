@@ -17,7 +17,7 @@ ROOM = 65536  # octets reserved before the message data for fields computed from
 
 class Large:
     """A large message while it is received. It is to be signed (`draft`), verified (`look`), or neither. `front`: the fields that
-    this relay adds. Called on threads, one at a time: `write` for all message data, then `finish` or `discard`."""
+    this relay adds. Called on threads, one at a time: `write` for all message data, then `read`, `finish` or `discard`."""
 
     def __init__(
         self, make: Callable[[int], BigBody], front: list[bytes], draft: Draft | None = None, look: "Look | None" = None
@@ -40,6 +40,11 @@ class Large:
         if digest is not None:
             for piece in data:
                 digest.body.feed(piece)
+
+    def read(self) -> list[bytes]:
+        """The message so far, `front` included, in pieces. It is neither signed nor verified."""
+        assert self._file is not None
+        return self._file.read()
 
     def finish(self, fields: bytes) -> Body:
         """Write `fields` before everything else and sync the file. Where the message data lies then."""

@@ -11,7 +11,8 @@ Each of the two has one owner and one end:
 from functools import partial
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.intake import Client, Origin
+from relaymta.accept.lmtp import FiledTransaction
+from relaymta.accept.origin import Client, Origin
 from relaymta.accept.transaction import Flow, IncomingTransaction
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
@@ -82,6 +83,12 @@ class Rights(Host):
         """Whether the connection is counted: `end` was not called."""
         return self._place.held
 
+    @property
+    def useless(self) -> bool:
+        """Whether the client can do nothing here: it may not deliver by LMTP, and nothing that it might say would change that."""
+        offers, origin = self.offers, self.origin
+        return offers.lmtp and not (origin.may_relay or offers.mechanisms or offers.xclient)
+
     def end(self) -> None:
         """The connection has ended: give back all places. Called wherever that may be noticed first; further calls do nothing."""
         self._place.give_back()
@@ -105,13 +112,16 @@ class Rights(Host):
     def begin(self, session: Session, sender: str, size: int, smtputf8: bool) -> Transaction | bytes:
         intake, login, flow = self._admission.intake, self.login, self._flow
         assert flow is not None  # nothing is parsed once the connection is closed
+        if self.origin.lmtp and not self.origin.may_relay:
+            return reply.NO_LMTP
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             name = login.identity.name
             return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")
         refused = intake.accept_sender(sender, size)
         if refused is not None:
             return refused
-        return IncomingTransaction(sender, smtputf8, self.origin, session, flow, self._admission)
+        made = FiledTransaction if self.origin.lmtp else IncomingTransaction
+        return made(sender, smtputf8, self.origin, session, flow, self._admission)
 
     def keys(self, user: str) -> Keys:
         return self._admission.endpoint.keys(user)

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.intake import Origin
 from relaymta.accept.large import Large
+from relaymta.accept.origin import Origin
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
 from relaymta.filter.signing import Unsignable
@@ -44,8 +44,8 @@ class Flow(Protocol):
     def written(self) -> None:
         """Go on reading."""
 
-    def answer(self, transaction: Transaction, answer: bytes) -> None:
-        """The reply to a complete message; its transaction ends."""
+    def answer(self, transaction: Transaction, answer: bytes | list[bytes]) -> None:
+        """The reply to a complete message (see Session.finish); its transaction ends."""
 
 
 class IncomingTransaction(Transaction):
@@ -304,7 +304,11 @@ class IncomingTransaction(Transaction):
             if refused is not None:
                 self._reject(refused)
                 return
-        intake.admit(self._ident, self, self.origin, self._session.helo, data, self.octets, self._stored)
+        self._hand_over(data)
+
+    def _hand_over(self, data: list[bytes] | Body) -> None:
+        helo, octets = self._session.helo, self.octets
+        self._admission.intake.admit(self._ident, self, self.recipients, self.origin, helo, data, octets, self._stored)
 
     def _stored(self, error: StoreError | None) -> None:
         """Called by the queue: the group commit has returned, or the message could not be stored."""
@@ -312,9 +316,7 @@ class IncomingTransaction(Transaction):
         if error is not None:
             self._reject(intake.failed(error))
             return
-        if self._descriptor is not None:
-            self.large = None  # the queue owns the file now
-            self._descriptor.give_back()
+        self._keep_file()
         if self._units is not None:
             self._units.keep()
         intake.accepted(self.octets, len(self.recipients))
@@ -325,6 +327,12 @@ class IncomingTransaction(Transaction):
             admission.loop.call_later(delay, self._flow.answer, self, answer)
         else:
             self._flow.answer(self, answer)
+
+    def _keep_file(self) -> None:
+        """The queue has the message, and owns its file."""
+        if self._descriptor is not None:
+            self.large = None
+            self._descriptor.give_back()
 
     def _reject(self, answer: bytes) -> None:
         """Send a negative reply (4xx or 5xx) to the complete message, in a turn of its own: one segment may hold hundreds of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from relaymta.config.names import has_one_label, helo_name
 from relaymta.config.networks import everywhere, widest
 from relaymta.config.patterns import never
-from relaymta.config.values import in_clear, near, parse_hostport, repeated
+from relaymta.config.values import in_clear, is_loopback, near, parse_hostport, repeated
 
 if TYPE_CHECKING:
     from relaymta.config.whole import Config
@@ -32,6 +32,7 @@ def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
         yield from ((key, what + meant) for key, what in _open_to_all(config))
     yield from _sent_in_clear(config)
     yield from _needs_of_listeners(config)
+    yield from _needs_of_lmtp(config)
     if config.verify.dmarc == "enforce" and not config.verify.results:
         yield "verify.dmarc", "'enforce' needs verify.results = true: nothing is checked without it"
     known = {source.name for source in config.source}
@@ -95,7 +96,7 @@ def notes(config: "Config") -> list[str]:
             "senders when the next hop rejects the address"
         )
         pairs.append(("relay.domains", what))
-    pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *never(config)]
+    pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
     if not config.route_map:  # else what it names is not known here
         pairs += [(f"route.{number}", what) for number, what in never_used(config)]
     pairs += _relative(config)
@@ -256,3 +257,25 @@ def _needs_of_listeners(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"listener.{number}.auth", "needs a [[certificate]]: AUTH is offered over TLS only"
         if listener.auth != "off" and not config.accounts:
             yield f"listener.{number}.auth", "needs accounts.file or a back end: no client could log in"
+
+
+def _needs_of_lmtp(config: "Config") -> Iterator[tuple[str, str]]:
+    """What LMTP listeners need: mailboxes, of which mail is not taken elsewhere by staging."""
+    for number, listener in enumerate(config.listener):
+        if listener.protocol == "lmtp":
+            if not config.local_domains:
+                yield f"listener.{number}.protocol", '"lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'
+            if config.staging.redirect:
+                yield f"listener.{number}.protocol", '"lmtp" with staging.redirect: mail would be filed, and not redirected'
+
+
+def _for_nobody(config: "Config") -> Iterator[tuple[str, str]]:
+    """LMTP listeners that other hosts reach and may not use."""
+    relaying = [*config.relay.networks, *(text for peer in config.network if peer.relay for text in peer.networks)]
+    if any(not ipaddress.ip_network(text).is_loopback for text in relaying):
+        return
+    for number, listener in enumerate(config.listener):
+        host = _bound(listener.address)[0]
+        if listener.protocol == "lmtp" and listener.auth == "off" and not is_loopback(host):
+            what = "other hosts can connect, but none may deliver: name them in relay.networks, or listen on 127.0.0.1"
+            yield f"listener.{number}.address", what

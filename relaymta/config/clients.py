@@ -29,6 +29,10 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
+    protocol: Restart[Literal["smtp", "lmtp"]] = Field(
+        "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
+        "recipient follows when the mailbox has the message",
+    )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
     )
@@ -56,6 +60,15 @@ class Listener(Table):
             yield "auth_in_clear", f"{self.address} is not a loopback address: passwords would be sent in clear"
         if self.auth != "off" and self.tls == "off" and not self.auth_in_clear:
             yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
+        if self.protocol == "lmtp":
+            yield from self._not_for_lmtp()
+
+    def _not_for_lmtp(self) -> Iterator[tuple[str, str]]:
+        for key, given in (("submission", self.submission), ("proxy", self.proxy)):
+            if given:
+                yield key, 'it has no meaning with protocol = "lmtp": a mail server delivers there'
+        if self.auth == "may":
+            yield "auth", '"may" has no meaning with protocol = "lmtp": "require" a login, or name the clients in relay.networks'
 
 
 class Certificate(Table):

@@ -110,6 +110,18 @@ class BigBody:
             os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
             self._synced = self.length
 
+    def read(self) -> list[bytes]:
+        """All that was written, in pieces; before `finish`. OSError."""
+        pieces: list[bytes] = []
+        place, left = self._room + FRAME.size, self.length
+        while left:
+            piece = os.pread(self._fd, min(left, MEGABYTE), place)
+            if not piece:
+                raise OSError(errno.EIO, f"{self.path} ends early")
+            pieces.append(piece)
+            place, left = place + len(piece), left - len(piece)
+        return pieces
+
     def finish(self, front: list[bytes]) -> Body:
         """Prepend `front`, sync the file and its directory; where the body lies. StoreError when `front` exceeds the room,
         OSError when it cannot be written; the file is removed then."""

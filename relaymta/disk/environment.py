@@ -18,6 +18,7 @@ __all__ = ["MAP_SIZE", "SEGMENT", "Environment"]
 
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
+READERS_MOST = 1024  # threads of all processes that read at once: of each worker, and of commands
 SEGMENT = struct.Struct(">I")  # a segment's key
 
 _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
@@ -49,7 +50,7 @@ class Environment:
             str(self._path),
             map_size=self._map_size,
             max_dbs=16,
-            max_readers=1024,
+            max_readers=READERS_MOST,
             sync=True,
             metasync=True,
             mode=0o600,
@@ -85,11 +86,11 @@ class Environment:
             self._gate.notify_all()
 
     @contextmanager
-    def reading(self) -> Iterator[Any]:
+    def reading(self, patience: float = READ_PATIENCE) -> Iterator[Any]:
         """A read transaction, on any thread but the writer's; not within another one. While it is under way the environment stays
-        open. StoreError when the environment cannot be opened again after a failed commit."""
+        open. StoreError when the environment is not opened again within `patience` seconds after a failed commit."""
         with self._gate:
-            if not self._gate.wait_for(lambda: not self._shut, READ_PATIENCE):
+            if self._shut and not self._gate.wait_for(lambda: not self._shut, patience):
                 raise StoreError("the store could not be opened again after a failed commit")
             self._inside += 1
         try:

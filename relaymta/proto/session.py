@@ -1,4 +1,4 @@
-"""The state of an SMTP session on the server side, and what a session asks of its caller."""
+"""The state of an SMTP or LMTP session on the server side, and what a session asks of its caller."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +27,7 @@ WRONG_LOGINS = 3  # in one session
 @dataclass(frozen=True, slots=True)
 class Offers:
     """The extensions that a session offers, and what it requires before MAIL. `mechanisms`: of AUTH, which is offered
-    over TLS, and without when `clear`."""
+    over TLS, and without when `clear`; `lmtp`: it is one of LMTP (RFC 2033)."""
 
     starttls: bool = False
     tls_needed: bool = False
@@ -35,6 +35,7 @@ class Offers:
     clear: bool = False
     login_needed: bool = False
     xclient: bool = False
+    lmtp: bool = False
 
 
 _LIMITS, _OFFERS = Limits(), Offers()
@@ -130,7 +131,7 @@ class Session:
     def greet(self) -> bytes:
         """The 220 greeting, for which a client has to wait (RFC 5321 3.1); from now on commands are parsed."""
         self.parser.commands()
-        return f"220 {self.hostname} ESMTP relaymta\r\n".encode()
+        return f"220 {self.hostname} {'LMTP' if self.host.offers.lmtp else 'ESMTP'} relaymta\r\n".encode()
 
     def keep(self, data: bytes) -> None:
         """Keep octets from the client for a later `receive(b"")`."""
@@ -140,12 +141,23 @@ class Session:
         """The caller stores the complete message: whatever happens to the connection, it calls `finish` once."""
         self.state = STORING
 
-    def finish(self, answer: bytes) -> bytes:
-        """The complete message was stored or rejected, with the reply `answer`, which is returned: its transaction ends."""
-        if not answer.startswith(b"2") and self.transaction is not None:
-            self.transaction.refused(answer)
+    def finish(self, answer: bytes | list[bytes]) -> bytes:
+        """The complete message was stored, or rejected as a whole, with the reply `answer`; or, of LMTP, a list: one reply for
+        each recipient, in their order. Its transaction ends. Returns what to write."""
+        if isinstance(answer, list):
+            out = b"".join(answer)
+        else:
+            if not answer.startswith(b"2") and self.transaction is not None:
+                self.transaction.refused(answer)
+            out = self.for_each(answer)
         self.drop()
         self.go_on()
+        return out
+
+    def for_each(self, answer: bytes) -> bytes:
+        """The reply to the message data of the transaction under way: of LMTP once for each recipient (RFC 2033 4.2)."""
+        if self.host.offers.lmtp and self.transaction is not None:
+            return answer * len(self.transaction.recipients)
         return answer
 
     def close(self) -> None:

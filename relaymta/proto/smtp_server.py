@@ -1,4 +1,5 @@
-"""The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531, 3207, 4954), without I/O.
+"""The server side of an SMTP session (RFC 5321, 2920, 1870, 6152, 2034, 3030, 6531, 3207, 4954), or of one of LMTP (RFC 2033),
+without I/O.
 
 The caller passes octets to `receive()` and writes what it returns. `state` says what is to be done then:
 
@@ -21,6 +22,9 @@ once, and `receive()` returns. `behind` is set when there is more to do then, an
     MAIL           503    ->    554   554   -> none
     RCPT           503    ->    354   ->    -> none
     data                             END    -> COMPLETE -> STORING -> finish() -> none
+
+LMTP differs in three places: LHLO is there in place of EHLO and HELO; without recipients DATA and BDAT get 503, not 554; and the
+end of the message data has one reply for each recipient. A message that is refused as a whole counts as one error.
 """
 
 from typing import Any
@@ -99,9 +103,10 @@ class ServerSession(Session):
             self.state = COMPLETE
             return b""
         transaction.refused(answer)
+        out = self.for_each(answer)
         self.drop()
         self.parser.commands()
-        return self.error_if_5xx(answer)
+        return self.error_if_5xx(out)
 
     def _chunk_ended(self) -> bytes:
         self.parser.commands()

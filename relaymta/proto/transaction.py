@@ -28,8 +28,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id", "recipients", "refusal",
-        "sender", "size", "smtputf8", "tail", "utf8_header",
+        "announced", "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id", "recipients",
+        "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -37,6 +37,7 @@ class Transaction:
         self.smtputf8 = smtputf8
         self.limits = limits
         self.recipients: list[str] = []
+        self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False

@@ -31,6 +31,19 @@ def _hello(session: Session, argument: bytes, extended: bool) -> bool:
 
 
 def _ehlo(session: Session, argument: bytes) -> bytes:
+    if session.host.offers.lmtp:
+        return session.error(reply.UNKNOWN_COMMAND)
+    return _extended_hello(session, argument)
+
+
+def _lhlo(session: Session, argument: bytes) -> bytes:
+    """RFC 2033 4.1"""
+    if not session.host.offers.lmtp:
+        return session.error(reply.UNKNOWN_COMMAND)
+    return _extended_hello(session, argument)
+
+
+def _extended_hello(session: Session, argument: bytes) -> bytes:
     if not _hello(session, argument, True):
         return session.error(reply.BAD_HELLO)
     host, offers = session.host, session.host.offers
@@ -45,6 +58,8 @@ def _ehlo(session: Session, argument: bytes) -> bytes:
 
 
 def _helo(session: Session, argument: bytes) -> bytes:
+    if session.host.offers.lmtp:
+        return session.error(reply.UNKNOWN_COMMAND)
     if not _hello(session, argument, False):
         return session.error(reply.BAD_HELLO)
     return f"250 {session.hostname}\r\n".encode()
@@ -53,7 +68,7 @@ def _helo(session: Session, argument: bytes) -> bytes:
 def _mail(session: Session, argument: bytes) -> bytes:
     host, offers = session.host, session.host.offers
     if not session.helo:
-        return session.error(reply.NEED_HELLO)
+        return session.error(reply.NEED_LHLO if offers.lmtp else reply.NEED_HELLO)
     if session.transaction is not None:
         return session.error(reply.NESTED_MAIL)
     if offers.tls_needed and not session.secure:
@@ -78,6 +93,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
     if isinstance(begun, bytes):
         return session.error_if_5xx(begun)
     session.transaction = begun
+    begun.announced = size
     return reply.SENDER_OK
 
 
@@ -104,6 +120,11 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
     return reply.RECIPIENT_OK
 
 
+def _no_recipient(session: Session) -> bytes:
+    """The reply to DATA, or to a chunk, without recipients (RFC 2033 4.2)."""
+    return reply.NEED_RECIPIENT_LMTP if session.host.offers.lmtp else reply.NEED_RECIPIENT
+
+
 def _data(session: Session, argument: bytes) -> bytes:
     transaction = session.transaction
     refused = None
@@ -114,7 +135,7 @@ def _data(session: Session, argument: bytes) -> bytes:
     elif transaction.chunked:
         refused = reply.IN_CHUNKS
     elif not transaction.recipients:
-        refused = reply.NEED_RECIPIENT
+        refused = _no_recipient(session)
     if refused is not None or transaction is None:
         session.parser.commands()
         return session.error(refused or reply.NEED_SENDER)
@@ -136,7 +157,7 @@ def _bdat(session: Session, argument: bytes) -> bytes:
     transaction, octets = session.transaction, int(words[0])
     if transaction is None or not transaction.recipients:
         session.drop()
-        session.refusal = reply.NEED_SENDER if transaction is None else reply.NEED_RECIPIENT
+        session.refusal = reply.NEED_SENDER if transaction is None else _no_recipient(session)
         session.state = DATA
         session.parser.chunk(octets, True)
         return b""
@@ -169,7 +190,7 @@ def _vrfy(session: Session, argument: bytes) -> bytes:
 
 
 def _help(session: Session, argument: bytes) -> bytes:
-    return reply.HELP
+    return reply.HELP_LMTP if session.host.offers.lmtp else reply.HELP
 
 
 def _starttls(session: Session, argument: bytes) -> bytes:
@@ -217,7 +238,7 @@ def _auth(session: Session, argument: bytes) -> bytes:
     if not offers.mechanisms:
         refused = reply.NOT_IMPLEMENTED
     elif not session.helo:
-        refused = reply.NEED_HELLO
+        refused = reply.NEED_LHLO if offers.lmtp else reply.NEED_HELLO
     elif not (session.secure or offers.clear):
         refused = reply.TLS_FOR_LOGIN
     elif session.host.user:
@@ -273,6 +294,7 @@ _HOLDING = {_verb(word) for word in (b"DATA", b"BDAT", b"AUTH")}  # what follows
 
 VERBS: dict[int, Callable[[Session, bytes], bytes]] = {
     _verb(b"EHLO"): _ehlo,
+    _verb(b"LHLO"): _lhlo,
     _verb(b"HELO"): _helo,
     _verb(b"MAIL"): _mail,
     _verb(b"RCPT"): _rcpt,

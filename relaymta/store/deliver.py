@@ -1,6 +1,8 @@
-"""A message of the queue for its recipients' mailboxes: one reply for each recipient, as LMTP has (RFC 2033 4.2)."""
+"""A message for its recipients' mailboxes, of the queue or of an LMTP client: one reply for each recipient (RFC 2033 4.2)."""
 
+import asyncio
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from relaymta.config import Mailboxes as Settings
 from relaymta.disk.big import BigFile
@@ -11,12 +13,11 @@ from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.writer import Result, Target
 
-__all__ = ["UNKNOWN", "Delivery", "limits_of", "status_of"]
-
+__all__ = ["FULL", "REFUSED", "UNKNOWN", "Delivery", "Landed", "limits_of", "status_of"]
 
 UNKNOWN = Reply(550, "5.1.1", "no such user here")
 _DISABLED = Reply(550, "5.2.1", "the mailbox is disabled")
-_FULL, _REFUSED = Reply(452, "4.2.2", "the mailbox is full"), Reply(552, "5.2.2", "the mailbox is full")
+FULL, REFUSED = Reply(452, "4.2.2", "the mailbox is full"), Reply(552, "5.2.2", "the mailbox is full")
 _FILED = Reply(250, "2.1.5", "filed")
 
 
@@ -29,6 +30,16 @@ def limits_of(user: User, settings: Settings) -> Limits:
     return Limits(own(user.octets, settings.quota), own(user.messages, settings.messages))
 
 
+class Landed(NamedTuple):
+    """What has become of a message for one recipient. `users`: in whose mailboxes it is; `rest`: addresses that get it by way of
+    the queue, before `reply` holds: those elsewhere that an alias leads to, and users of an alias who cannot have it now while
+    others have it."""
+
+    reply: Reply
+    users: list[str]
+    rest: list[str]
+
+
 def status_of(user: User) -> Reply | None:
     """Why a user gets no mail at all; None: mail is filed."""
     if user.deleted:
@@ -37,11 +48,15 @@ def status_of(user: User) -> Reply | None:
 
 
 class Delivery:
-    """Files messages of the queue. `settings()`: the configuration in use."""
+    """Files messages. `settings()`: the configuration in use; `count(result)`: called for each mailbox that a message is for."""
 
-    def __init__(self, mailboxes: Mailboxes, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self, mailboxes: Mailboxes, settings: Callable[[], Settings], count: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._mailboxes = mailboxes
         self._settings = settings
+        self._count = count
+        self._tasks: set[asyncio.Task[list[Landed]]] = set()
 
     async def deliver(
         self, queue_id: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes] | BigFile
@@ -61,16 +76,62 @@ class Delivery:
             if isinstance(users, Reply):
                 replies[index] = users
                 continue
-            prefix = f"Return-Path: <{sender}>\r\nDelivered-To: {address}\r\n".encode()
+            prefix = _prefix(sender, address)
             for user in users:
                 once = (queue_id, index, user.ident)
                 targets.append((user.shard, Target(user.ident, prefix=prefix, limits=limits_of(user, settings), once=once)))
                 owners.append(index)
         for index, result in zip(owners, await self._mailboxes.file(data, targets), strict=True):
-            reply = _reply(result, settings)
+            reply = self._counted(result, settings)
             if index not in replies or reply.code > replies[index].code:  # filed for some: the others are tried again
                 replies[index] = reply
         return replies, sorted({shard for shard, _ in targets})
+
+    def file(
+        self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]
+    ) -> None:
+        """As `deliver_now`, whoever waits for it: `done(landed)` is called at its end, or `done(error)`."""
+
+        def ended(task: "asyncio.Task[list[Landed]]") -> None:
+            self._tasks.discard(task)
+            error = StoreError("the relay stops") if task.cancelled() else task.exception()
+            if error is None:
+                done(task.result())
+            else:
+                done(error if isinstance(error, Exception) else StoreError(repr(error)))
+
+        task = asyncio.get_running_loop().create_task(self.deliver_now(sender, recipients, data))
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    async def deliver_now(self, sender: str, recipients: list[str], data: list[bytes]) -> list[Landed]:
+        """File a message of an LMTP client; what has become of it for each recipient. An address that is there twice gets one
+        copy. What was filed is not remembered: a client that has no reply and tries again is the one who decides that."""
+        settings = self._settings()
+        ways = {address: self._way(address, settings) for address in recipients}
+        targets: list[tuple[int, Target]] = []
+        for address, way in ways.items():
+            prefix = _prefix(sender, address)
+            targets += [(user.shard, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users]
+        results = iter([self._counted(result, settings) for result in await self._mailboxes.file(data, targets)])
+        landed = {address: way.landed([next(results) for _ in way.users]) for address, way in ways.items()}
+        return [landed[address] for address in recipients]
+
+    def _way(self, address: str, settings: Settings) -> "_Way":
+        try:
+            found = self._mailboxes.find(address, settings.subaddress)
+        except RelayError as error:
+            return _Way(Reply(450, "4.2.4", str(error)), [], [])
+        if found is None:
+            return _Way(UNKNOWN, [], [])
+        good = [user for user in found.users if status_of(user) is None]
+        refused = _FILED if good or found.others else status_of(found.users[0])
+        return _Way(refused or UNKNOWN, good, found.others)
+
+    def _counted(self, result: Result | StoreError, settings: Settings) -> Reply:
+        reply = _reply(result, settings)
+        self._count("filed" if reply.code < 300 else "full" if reply.enhanced.endswith(".2.2") else "failed")
+        return reply
 
     def _users(self, address: str, settings: Settings) -> list[User] | Reply:
         """The users that an address leads to, or the reply that refuses it. RelayError: it leads to nobody now."""
@@ -84,6 +145,29 @@ class Delivery:
         return good or refused[0]
 
 
+class _Way(NamedTuple):
+    """Where a message for an address goes: to users, and to addresses elsewhere. `reply`: what holds where it goes to neither."""
+
+    reply: Reply
+    users: list[User]
+    others: list[str]
+
+    def landed(self, replies: list[Reply]) -> Landed:
+        """What has become of it, by the reply of each user's mailbox. Where all that it is for cannot have it now, the client
+        tries again; where it has been filed for some, it must not: those would get it twice."""
+        said = list(zip(self.users, replies, strict=True))
+        filed = [user.address for user, reply in said if reply.code < 300]
+        later = [user.address for user, reply in said if 400 <= reply.code < 500]
+        if not said or (len(later) == len(said) and not self.others):
+            return Landed(replies[0] if replies else self.reply, [], self.others)
+        worst = max((reply for reply in replies if not 400 <= reply.code < 500), default=_FILED)
+        return Landed(worst, filed, [*self.others, *later])
+
+
+def _prefix(sender: str, address: str) -> bytes:
+    return f"Return-Path: <{sender}>\r\nDelivered-To: {address}\r\n".encode()
+
+
 def _reply(result: Result | StoreError, settings: Settings) -> Reply:
     if isinstance(result, StoreFull):
         return Reply(452, "4.3.1", "there is no room for mail now")
@@ -92,7 +176,7 @@ def _reply(result: Result | StoreError, settings: Settings) -> Reply:
     if result.filed is not None or not result.code:
         return _FILED
     if result.code == OVERQUOTA:
-        return _REFUSED if settings.over_quota == "refuse" else _FULL
+        return REFUSED if settings.over_quota == "refuse" else FULL
     if result.code == LIMIT:
         return Reply(452, "4.2.2", result.text)
     return Reply(450, "4.2.0", result.text)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import lmdb
 import msgspec
 
 from relaymta.control import Late
@@ -20,6 +21,9 @@ from relaymta.store.backup import copy_shard
 from relaymta.store.carry import Carried, Part, convert_part
 from relaymta.store.change import Change, Refusal
 from relaymta.store.directory import Directory, Found
+from relaymta.store.others import ReadOnly
+from relaymta.store.reading import Readable
+from relaymta.store.rows import UserRow
 from relaymta.store.shard import Shard
 from relaymta.store.shown import flags_from
 from relaymta.store.writer import Result, Target
@@ -48,6 +52,7 @@ class Mailboxes:
         folder = spool / MAIL
         self.directory = Directory(folder / "directory")
         self.shards = {number: Shard(folder, number, told) for number in own}
+        self._others = ReadOnly(folder)
         self._peers: dict[int, Peer] = {}  # by the shard that each owns
         self._changed = asyncio.Event()  # set, and replaced, when there is a new one
 
@@ -60,6 +65,7 @@ class Mailboxes:
         """Commit what is pending and close."""
         for shard in self.shards.values():
             await shard.stop()
+        self._others.close()
         self.directory.close()
 
     def reach(self, shards: list[int], peer: Peer) -> None:
@@ -72,6 +78,21 @@ class Mailboxes:
     def find(self, recipient: str, separator: str) -> Found | None:
         """As `Directory.find`."""
         return self.directory.find(recipient, separator)
+
+    def readable(self, shard: int) -> Readable | None:
+        """A shard, whoever owns it, as it can be read here; None when it cannot be now."""
+        return self.shards.get(shard) or self._others.shard(shard)
+
+    def used(self, shard: int, user: int) -> UserRow | None:
+        """What a user has used by the last commit; None: unknown. Some microseconds, on the loop; nothing is waited for."""
+        found = self.readable(shard)
+        if found is None:
+            return None
+        try:
+            with found.rows.reading(0) as txn:
+                return found.rows.user(txn, user)
+        except (StoreError, lmdb.Error, msgspec.MsgspecError):
+            return None
 
     async def file(self, data: list[bytes] | BigFile, targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
         """File a message, `data` in pieces or a large one's file, for targets (shard, target): the result for each, in their

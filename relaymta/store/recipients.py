@@ -7,7 +7,8 @@ from relaymta.auth.identity import MailUser
 from relaymta.config import Mailboxes as Settings
 from relaymta.errors import RelayError
 from relaymta.proto.said import Reply
-from relaymta.store.deliver import UNKNOWN, status_of
+from relaymta.store.deliver import FULL, REFUSED, UNKNOWN, limits_of, status_of
+from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 
 __all__ = ["Recipients"]
@@ -22,16 +23,38 @@ class Recipients:
         self._mailboxes = mailboxes
         self._settings = settings
 
-    def refusal(self, address: str) -> Reply | None:
-        """Why an address gets no mail; None: it does."""
+    def refusal(self, address: str, size: int) -> Reply | None:
+        """Why an address gets no message of `size` octets (0: unknown); None: it does. One of several users gets none when all
+        of them get none."""
+        settings = self._settings()
         try:
-            found = self._mailboxes.find(address, self._settings().subaddress)
+            found = self._mailboxes.find(address, settings.subaddress)
         except RelayError as error:
             return Reply(450, "4.2.4", str(error))
         if found is None:
             return UNKNOWN
-        refused = [status_of(user) for user in found.users]
-        return None if found.others or None in refused else refused[0]
+        if found.others:
+            return None
+        refused: list[Reply] = []
+        for user in found.users:
+            why = status_of(user) or self._full(user, size, settings)
+            if why is None:
+                return None
+            refused.append(why)
+        return min(refused)  # what may pass before what does not
+
+    def _full(self, user: User, size: int, settings: Settings) -> Reply | None:
+        """The reply while a user's quota has no room for a message; None where it has, or where that is not known."""
+        limits = limits_of(user, settings)
+        if not limits.octets and not limits.messages:
+            return None
+        used = self._mailboxes.used(user.shard, user.ident)
+        if used is None:
+            return None
+        over = limits.octets and used.octets + max(size, 1) > limits.octets
+        if over or (limits.messages and used.messages >= limits.messages):
+            return REFUSED if settings.over_quota == "refuse" else FULL
+        return None
 
     def login(self, name: str) -> MailUser | None:
         """A user as one who logs in, by any address of the user."""

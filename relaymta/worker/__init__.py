@@ -55,6 +55,7 @@ TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same re
 
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
 DNS_HITS = index("relaymta_dns_lookups_total", "hit")
+FILED = {result: index("relaymta_mailbox_deliveries_total", result) for result in ("filed", "full", "failed")}
 
 
 class Shard:
@@ -66,9 +67,8 @@ class Shard:
             config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
-        if worker.mail is not None:
-            delivery = Delivery(worker.mail, lambda: worker.config.mailboxes)
-            self.dispatcher.keep_mail(Store(delivery.deliver, worker.mail.forget))
+        if worker.mail is not None and worker.delivery is not None:
+            self.dispatcher.keep_mail(Store(worker.delivery.deliver, worker.mail.forget))
         self.queue = Queue(
             Path(config.spool),
             number,
@@ -99,6 +99,7 @@ class Worker:
         self.shards: dict[int, Shard] = {}
         self.intake: Intake | None = None
         self.mail: Mailboxes | None = None
+        self.delivery: Delivery | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
         self.reloading = Reloading(self)
@@ -150,6 +151,7 @@ class Worker:
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         if mail is not None:
             self.mail = Mailboxes(Path(self.config.spool), mail)
+            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed)
             await self.mail.start()
         for number in shards:
             self.shards[number] = Shard(self, number)
@@ -165,8 +167,8 @@ class Worker:
         endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
-        if known is not None:
-            self.intake.local = LocalRecipients(known.refusal, known.expanded)
+        if known is not None and self.delivery is not None:
+            self.intake.local = LocalRecipients(known.refusal, known.expanded, self.delivery.file)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"))
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
@@ -174,6 +176,9 @@ class Worker:
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
+
+    def _count_filed(self, result: str) -> None:
+        self.counters.add(FILED[result], 1)
 
     def send_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
         """Send a learned state (None: the one with `key` is forgotten) to the supervisor, which stores it and sends it to all

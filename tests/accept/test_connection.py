@@ -11,8 +11,8 @@ import pytest
 
 from relaymta.accept.connection import Connection
 from relaymta.accept.endpoint import Endpoint, _recipients
-from relaymta.accept.intake import Origin
 from relaymta.accept.line import LINGER, OUTPUT_SECONDS, UNSENT
+from relaymta.accept.origin import Origin
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
 from relaymta.metrics import index

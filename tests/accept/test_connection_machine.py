@@ -3,7 +3,7 @@ every count is that of what there is, and returns to zero."""
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
@@ -51,6 +51,7 @@ class Known:
     mail: Mail | None = None
     wire: list[tuple[bytes, Callable[[int | None], None]]] = field(default_factory=list)
     synchronizes: bool = False  # the last command's reply has to be waited for
+    codes: Iterator[int] = field(default_factory=lambda: iter(()))  # of the replies to what was sent, from the next on
 
     @property
     def alive(self) -> bool:
@@ -286,10 +287,12 @@ class Clients(RuleBasedStateMachine):
         if lost and one.made.transport is not None:
             one.made.connection_lost(None) if random.random() < 0.5 else one.made.transport.abort()
         idle(one.made)
-        codes = [int(line[:3]) for line in one.said()[before:].split(b"\r\n") if line[3:4] == b" "]
-        for number, (_, reply_to) in enumerate(wire):
-            reply_to(codes[number] if number < len(codes) else None)
-        assert (len(codes) == len(wire)) if one.alive else one.made.transport is None  # each command has its reply
+        one.codes = iter([int(line[:3]) for line in one.said()[before:].split(b"\r\n") if line[3:4] == b" "])
+        for _, reply_to in wire:
+            code = next(one.codes, None)
+            assert code is not None or not one.alive  # each command has its reply
+            reply_to(code)
+        assert (next(one.codes, None) is None) if one.alive else one.made.transport is None
         if not one.alive:
             one.user, one.mail, one.wire, one.synchronizes = "", None, [], False
 

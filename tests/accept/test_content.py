@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from relaymta.accept.connection import Connection
-from relaymta.accept.intake import Origin
+from relaymta.accept.origin import Origin
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
 from relaymta.proto.envelope import UTF8_HEADER, Envelope

@@ -21,8 +21,8 @@ import trustme
 
 from relaymta.accept import acceptor
 from relaymta.accept.acceptor import Acceptor
-from relaymta.accept.intake import Client
 from relaymta.accept.listening import Guarded, Listening, client_address
+from relaymta.accept.origin import Client
 from relaymta.config import Config, Listener
 from relaymta.proto.proxy import Header
 from relaymta.proto.transaction import Limits as SessionLimits

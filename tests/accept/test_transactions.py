@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relaymta.accept.connection import Connection
-from relaymta.config import Listener
 from tests.conftest import PROVE
 from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, Machine, Transport
 
@@ -96,7 +95,7 @@ LARGE_THEN_SMALL = [Mail(size=3 * BIG, spoiled="long line"), Mail()]
 
 
 def connected(machine: Machine) -> Connection:
-    made = Connection(machine, Listener(address="127.0.0.1:25"))
+    made = Connection(machine, machine.config.listener[0])
     made.enter(machine.intake.client("127.0.0.1"))
     made.connection_made(Transport(machine.steps, made))  # type: ignore[arg-type]
     return made

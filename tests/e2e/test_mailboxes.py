@@ -82,7 +82,9 @@ def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
         create(relay, "alice", "bob")
         create(relay, "carol", options=("--quota", "1k"))
         everybody = [f"{name}@local.example" for name in ("alice", "carol", "bob")]
-        relay.send("Subject: x\r\n\r\n" + "x" * 70 + "\r\n" * 600, "", *everybody)
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+            client.helo()  # without SIZE it is known when it is filed
+            assert client.sendmail("", everybody, "Subject: x\r\n\r\n" + "x" * 70 + "\r\n" * 600) == {}
         found = wait_for(lambda: relay.events(event), what=event)
         assert found[0]["recipient"] == "carol@local.example" and found[0]["reply"].startswith(code)
         assert [shown(relay, name)["INBOX"] for name in ("alice", "bob", "carol")] == [["x"], ["x"], []]
@@ -94,6 +96,29 @@ def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
             relay.cli("queue", "flush", "--all")
             wait_for(lambda: shown(relay, "carol")["INBOX"] == ["x"], what="the retry")
             assert [shown(relay, name)["INBOX"] for name in ("alice", "bob")] == [["x"], ["x"]]
+
+
+@pytest.mark.parametrize(("over", "text"), [("defer", "452 4.2.2"), ("refuse", "552 5.2.2")])
+def test_a_full_user_is_known_at_rcpt(tmp_path, over, text):
+    with kept(tmp_path, f"mailboxes.over_quota={over}", workers=2) as relay:
+        create(relay, "alice", "dave")
+        create(relay, "bob", "carol", options=("--quota", "1k"))  # one in each shard
+        relay.cli("mailbox", "alias", "poor@local.example", "bob@local.example", "carol@local.example")
+        relay.cli("mailbox", "alias", "all@local.example", "bob@local.example", "carol@local.example", "alice@local.example")
+        for _ in range(4):  # connections are spread over both workers
+            with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+                client.ehlo()
+                for size, codes in ((2000, "GFFFG"), (0, "GGGGG")):
+                    client.mail("s@x.example", (f"SIZE={size}",))
+                    found = [client.rcpt(f"{name}@local.example") for name in ("alice", "bob", "carol", "poor", "all")]
+                    said = ["G" if code == 250 else "F" for code, _ in found]
+                    assert "".join(said) == codes
+                    assert all(f"{code} {reply.decode()}".startswith(text) for code, reply in found if code != 250)
+                    client.rset()
+        relay.send("Subject: x\r\n\r\n" + "x" * 500, "s@x.example", "carol@local.example")
+        wait_for(lambda: relay.events("delivered"), what="delivery")
+        relay.cli("mailbox", "quota", "carol@local.example", "100")
+        assert [code for code, _ in replies(relay, "carol@local.example", "poor@local.example")] == [int(text[:3]), 250]
 
 
 SENTENCES = [

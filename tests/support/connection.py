@@ -11,7 +11,9 @@ from typing import Any
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.connection import Connection
+from relaymta.accept.filing import Filing
 from relaymta.accept.intake import Intake
+from relaymta.accept.local import LocalRecipients
 from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
@@ -20,12 +22,15 @@ from relaymta.metrics import CELLS, Counters
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body, Envelope
 from relaymta.proto.header import header_end
+from relaymta.proto.said import Reply
 from relaymta.proto.smtp_server import Offers
 from relaymta.route.table import RouteTable
+from relaymta.store.deliver import Landed
 
 BIG = 6000  # octets of message data above which it is large, and some more: connection.py leaves room for added fields
 DISK_FAILS = b"X-Disk-Fails"  # in message data: its file cannot be written
 COMMIT_FAILS = b"X-Commit-Fails"
+QUEUE_FAILS = b"X-Queue-Fails"  # the mailboxes have it, but the queue does not take the rest
 WRONG = "wrong"  # a password
 REFUSED = b"X-Refused"  # in a header: DMARC rejects the message
 
@@ -186,6 +191,7 @@ class Machine(Admission):
         self.logs_in: Identity | None = None
         self.signer: Any = self if signs else None
         self.verifier = self if looks else None
+        self.mailboxes: list[tuple[str, str, bytes]] = []  # sender, user and message of what was filed
         self.certificates = SimpleNamespace(context=object())
         self.logins = SimpleNamespace(check=self.login, with_account=lambda identity: identity)
         self.cells = Cells()
@@ -197,18 +203,21 @@ class Machine(Admission):
         intake = Intake(config, RouteTable(config), self, self, self.quotas, counters, log)  # type: ignore[arg-type]
         super().__init__(config, intake, self, limits, None, steps)  # type: ignore[arg-type]
         self.steps, self.counts = steps, limits.counts
+        if config.local_domains:
+            intake.local = LocalRecipients(lambda address, size: None, lambda recipients, kept: recipients, self.file_now)
+            self.filing = Filing(2 * big)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.steps.spawn(coroutine)
 
     def held(self) -> Counter[str]:
         """All that is held of limits; empty when everything was given back."""
-        return +(self.counts + Counter(files=self.files, connections_in_set=len(self.connections)))
+        return +(self.counts + Counter(files=self.files, filing=self.filing.octets, connections_in_set=len(self.connections)))
 
     # As the endpoint.
 
     def offers(self, listener: Listener, xclient: bool) -> Offers:
-        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient)
+        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient, lmtp=listener.protocol == "lmtp")
 
     async def login(self, claim: object, address: str, behind: str) -> tuple[Identity | None, bytes]:
         found = self.logs_in if getattr(claim, "password", "") != WRONG else None
@@ -241,6 +250,24 @@ class Machine(Admission):
         dmarc = SimpleNamespace(result="none")
         return SimpleNamespace(refusal=refusal, dmarc=dmarc, held=False, field=b"X-Signed: %d\r\n" % octets)
 
+    # As the mailboxes: "x" has one, "y" is full, "z" is an alias of a user and an address elsewhere.
+
+    def file_now(self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[Any], None]) -> None:
+        whole = b"".join(data)
+        assert len(whole) < self.big_limit or self.filing.octets  # a large message waits for its turn
+
+        def commit() -> None:
+            if COMMIT_FAILS in whole:
+                done(StoreError("it cannot"))
+                return
+            users = {address: address[0] for address in recipients if not address.startswith("y")}
+            self.mailboxes += [(sender, user, whole) for user in users.values()]
+            full, filed = Reply(452, "4.2.2", "the mailbox is full"), Reply(250, "2.1.5", "filed")
+            rest = {"z": ["z@far.example"]}
+            done([Landed(full, [], []) if a[0] == "y" else Landed(filed, [a[0]], rest.get(a[0], [])) for a in recipients])
+
+        self.steps.threads.append(lambda: self.steps.call_soon(commit))
+
     # As the queue.
 
     def ident(self) -> int:
@@ -262,7 +289,7 @@ class Machine(Admission):
         whole = b"".join(data) if isinstance(data, list) else self.written[data.segment].front + self.written[data.segment].data
 
         def commit() -> None:
-            if COMMIT_FAILS in whole:
+            if COMMIT_FAILS in whole or (self.mailboxes and QUEUE_FAILS in whole):
                 done(StoreError("it cannot"))
             else:
                 self.stored.append((envelope, whole))
@@ -344,6 +371,10 @@ class File:
         if DISK_FAILS in whole:
             raise OSError(errno.EIO, "it cannot")
         self.data += whole
+
+    def read(self) -> list[bytes]:
+        assert not self.discarded and not self.finished
+        return [self.data]
 
     def finish(self, front: list[bytes]) -> Body:
         assert not self.discarded and not self.finished
