@@ -14,6 +14,8 @@ L = '[[listener]]\naddress = "127.0.0.1:25"\n'
 SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
 DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
 ROUTE = '[[route]]\nhosts = ["h"]\n'
+LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
+HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
 ALLOWED = "is not allowed in a host name: letters, digits and hyphens are (RFC 5321 4.1.2)"
 LITERAL = 'an address literal is written "[192.0.2.1]" or "[IPv6:2001:db8::1]"'
@@ -182,6 +184,18 @@ TABLES = [
     (f'{L}tls = "require"\n', "3: listener.0.tls: 'require' needs a [[certificate]]"),
     (f'{L}[verify]\ndmarc = "enforce"\n',
      "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it"),
+    (f'{L}protocol = "lmpt"\n',
+     "3: listener.0.protocol: Input should be 'smtp' or 'lmtp' (it is 'lmpt') (did you mean \"lmtp\"?)"),
+    (LMTP, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
+    (LMTP + ROUTE, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
+    (f"{LMTP}submission = true\n{HERE}",
+     '4: listener.0.submission: it has no meaning with protocol = "lmtp": a mail server delivers there'),
+    (f'{LMTP}proxy = ["192.0.2.1/32"]\n{HERE}',
+     '4: listener.0.proxy: it has no meaning with protocol = "lmtp": a mail server delivers there'),
+    (f'{LMTP}auth_in_clear = true\nauth = "may"\n{HERE}[accounts]\nfile = "/a"\n',
+     '5: listener.0.auth: "may" has no meaning with protocol = "lmtp": "require" a login, or name the clients in relay.networks'),
+    (f'{LMTP}{HERE}[staging]\nredirect = "a@b.example"\n',
+     '3: listener.0.protocol: "lmtp" with staging.redirect: mail would be filed, and not redirected'),
     (f'{L}[[rule]]\nmatch = "("\naction = "bounce"\n', "4: rule.0.match: missing ), unterminated subpattern at position 0"),
 ]  # fmt: skip
 
@@ -289,6 +303,11 @@ NOTES = [
     (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', None),  # it makes a permanent failure temporary
     (GOOD + DKIM + 'oversigned = ["from", "Received"]\n',
      "9: dkim.0.oversigned: received: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)"),
+    (GOOD + 'protocol = "lmtp"\n' + HERE, None),
+    (GOOD.replace("127.0.0.1", "0.0.0.0") + 'protocol = "lmtp"\n' + HERE + '[relay]\nnetworks = ["192.0.2.0/24"]\n', None),
+    (GOOD.replace("127.0.0.1", "192.0.2.1") + 'protocol = "lmtp"\n' + HERE,
+     "4: listener.0.address: other hosts can connect, but none may deliver: name them in relay.networks, or listen on "
+     "127.0.0.1"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
 ]  # fmt: skip
 

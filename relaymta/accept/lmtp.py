@@ -46,7 +46,7 @@ class FiledTransaction(IncomingTransaction):
     # Filing
 
     def _finish_file(self, fields: bytes) -> None:
-        self._admission.filing.take(self.size, self._read)
+        self._admission.filing.take(self.size, lambda turn: self._try(self._read, turn))
 
     def _read(self, turn: Reservation) -> None:
         self._turn = turn

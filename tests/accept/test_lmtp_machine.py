@@ -69,6 +69,8 @@ class LmtpClients(Clients):
     def what_is_stored_was_sent_and_counts_are_those_of_what_there_is(self) -> None:
         if self.of is None:
             return
+        texts = [event["text"] for event in self.of.events if "text" in event]
+        assert all("StoreError: it cannot" in text for text in texts), texts  # nothing else goes wrong inside
         filed, queued = set(), set()
         for sender, user, data in self.of.mailboxes:
             number = int(sender.partition("@")[0])

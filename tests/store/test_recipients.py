@@ -1,0 +1,200 @@
+"""Who gets a message, at RCPT and by LMTP: users, aliases, quotas, also of users whose shard another process owns."""
+
+import asyncio
+from itertools import product
+
+import pytest
+
+from relaymta.config.mailboxes import Mailboxes as Settings
+from relaymta.errors import StoreError
+from relaymta.proto.said import Reply
+from relaymta.store import others
+from relaymta.store.deliver import FULL, REFUSED, UNKNOWN, Delivery, Landed
+from relaymta.store.directory import Directory, User
+from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.recipients import Recipients
+from relaymta.store.rows import UserRow
+from relaymta.store.shard import Shard
+
+FILED = Reply(250, "2.1.5", "filed")
+
+
+class Bench:
+    """The mailboxes of a process that owns shard 0, and shard 1 of another."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.settings = Settings()
+        self.counted = []
+
+    async def __aenter__(self):
+        self.directory = Directory(self.folder / "mail/directory", writable=True)
+        self.other = Shard(self.folder / "mail", 1)
+        await self.other.start()
+        self.mailboxes = Mailboxes.__new__(Mailboxes)  # the directory is opened once in a process
+        self.mailboxes.directory = self.directory
+        self.mailboxes.shards = {0: Shard(self.folder / "mail", 0)}
+        self.mailboxes._others = Foreign({1: self.other.rows})
+        self.mailboxes._peers = {1: Channel(self.other)}
+        self.mailboxes._changed = asyncio.Event()
+        await self.mailboxes.shards[0].start()
+        self.known = Recipients(self.mailboxes, lambda: self.settings)
+        self.delivery = Delivery(self.mailboxes, lambda: self.settings, self.counted.append)
+        return self
+
+    async def __aexit__(self, *error):
+        await self.mailboxes.shards[0].stop()
+        await self.other.stop()
+        self.directory.close()
+
+    async def user(self, name, shard=0, **fields):
+        ident = self.directory.next_ident()
+        self.directory.add(User(ident, f"{name}@a.example", shard, **fields))
+        own = self.mailboxes.shards.get(shard, self.other)
+        await own.task(lambda change: change.add_user(ident, [], 1))
+        return ident
+
+    def alias(self, address, targets):
+        self.directory.set_alias(address, targets, lambda target: target.endswith("@a.example"), "+")
+
+    async def file(self, data, *names, sender="s@x.example"):
+        return await self.delivery.deliver_now(sender, [f"{name}@a.example" for name in names], [data])
+
+
+class Foreign:
+    def __init__(self, shards):
+        self.shards = shards
+
+    def rows(self, number):
+        return self.shards.get(number)
+
+
+class Channel:
+    def __init__(self, shard):
+        self.shard = shard
+
+    async def ask(self, op, descriptors=None, seconds=None, /, *, shard, data, targets):
+        return [[list(one.filed) if one.filed else None, one.code, one.text] for one in await self.shard.file([data], targets)]
+
+
+async def test_a_full_user_is_refused_at_rcpt_and_an_alias_when_all_are_full(tmp_path):
+    async with Bench(tmp_path) as bench:
+        for number, shard in enumerate((0, 1)):
+            await bench.user(f"small{number}", shard, octets=1000)
+            await bench.user(f"few{number}", shard, messages=1)
+            await bench.user(f"any{number}", shard)
+        await bench.user("off", disabled=True)
+        bench.alias("small@a.example", ["small0@a.example", "small1@a.example"])
+        bench.alias("mixed@a.example", ["off@a.example", "small1@a.example"])
+        bench.alias("far@a.example", ["small0@a.example", "x@far.example"])
+
+        def said(name, size):
+            return bench.known.refusal(f"{name}@a.example", size)
+
+        for number in (0, 1):
+            assert [said(f"small{number}", size) for size in (0, 1000, 1001)] == [None, None, FULL]
+            assert said(f"few{number}", 1 << 40) is None and said(f"any{number}", 1 << 40) is None
+        assert said("small", 1001) == said("mixed", 1001) == FULL and said("far", 1001) is None
+        await bench.file(b"x" * 900, "small0", "few0", "few1")
+        assert [said("small0", size) for size in (0, 10, 100)] == [None, None, FULL]
+        assert said("small", 100) is None  # small1 has room
+        assert said("few0", 0) == said("few1", 0) == FULL
+        bench.settings = Settings(over_quota="refuse")
+        assert said("few0", 0) == REFUSED and said("off", 0).enhanced == "5.2.1" and said("none", 0) == UNKNOWN
+        bench.settings = Settings(quota=100)
+        assert said("any0", 101).code == 452 and said("small0", 10) is None  # the user's own quota comes first
+
+
+async def test_what_cannot_be_read_is_no_refusal(tmp_path):
+    async with Bench(tmp_path) as bench:
+        user = await bench.user("a", messages=1)
+        far = await bench.user("b", 1, messages=1)
+        await bench.file(b"x", "a", "b")
+        assert bench.mailboxes.used(0, user).messages == 1 and bench.mailboxes.used(1, far).messages == 1
+        assert bench.mailboxes.used(0, 999) is None and bench.mailboxes.used(7, user) is None
+        rows = bench.other.rows
+        rows._shut = True  # as while it is opened again after a failed commit: nothing waits for that
+        assert bench.mailboxes.used(1, far) is None and bench.known.refusal("b@a.example", 0) is None
+        rows._shut = False
+        assert bench.known.refusal("b@a.example", 0) == FULL
+
+
+async def test_the_shard_of_another_process_is_opened_when_it_is_there(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(others.time, "monotonic", lambda: now)
+    seen = others.ReadOnly(tmp_path)
+    assert seen.rows(3) is None and not list(tmp_path.iterdir())
+    shard = Shard(tmp_path, 3)
+    await shard.start()
+    await shard.task(lambda change: change.add_user(1, [], 1))
+    await shard.stop()
+    assert seen.rows(3) is None  # not looked for at every recipient
+    now = others.AGAIN
+    rows = seen.rows(3)
+    with rows.reading() as txn:
+        assert isinstance(rows.user(txn, 1), UserRow)
+    assert seen.rows(3) is rows
+    seen.close()
+    (tmp_path / "shard-4/lmdb").mkdir(parents=True)
+    (tmp_path / "shard-4/lmdb/data.mdb").write_bytes(b"rubbish" * 1000)
+    assert seen.rows(4) is None
+
+
+async def test_each_recipient_has_what_became_of_it_there(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user("alice")
+        await bench.user("bob", 1)
+        await bench.user("full", octets=10)
+        await bench.user("off", disabled=True)
+        bench.alias("both@a.example", ["alice@a.example", "bob@a.example", "off@a.example"])
+        bench.alias("some@a.example", ["bob@a.example", "full@a.example"])
+        bench.alias("away@a.example", ["x@far.example"])
+        bench.alias("mixed@a.example", ["full@a.example", "x@far.example"])
+        alice, bob, full = "alice@a.example", "bob@a.example", "full@a.example"
+        found = await bench.file(b"x" * 20, "alice", "none", "off", "both", "some", "away", "mixed", "full", "alice")
+        assert found == [
+            Landed(FILED, [alice], []),
+            Landed(UNKNOWN, [], []),
+            Landed(Reply(550, "5.2.1", "the mailbox is disabled"), [], []),
+            Landed(FILED, [alice, bob], []),
+            Landed(FILED, [bob], [full]),
+            Landed(FILED, [], ["x@far.example"]),
+            Landed(FILED, [], ["x@far.example", full]),
+            Landed(FULL, [], []),
+            Landed(FILED, [alice], []),
+        ]
+        assert sorted(bench.counted) == ["filed"] * 4 + ["full"] * 3
+        assert bench.mailboxes.used(0, 1).messages == 2  # by name and by the alias, and once for the name that was given twice
+        bench.settings = Settings(over_quota="refuse")
+        found = await bench.file(b"x" * 20, "some", "mixed", "full")
+        assert found == [Landed(REFUSED, [bob], []), Landed(REFUSED, [], ["x@far.example"]), Landed(REFUSED, [], [])]
+
+
+async def test_filing_ends_with_one_call_whatever_happens(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user("alice")
+        ended = []
+        bench.delivery.file("", ["alice@a.example"], [b"x"], ended.append)
+        bench.delivery.file("", ["alice@a.example"], [b"y"], ended.append)
+        cancelled = next(iter(bench.delivery._tasks))
+        cancelled.cancel()
+        while len(ended) < 2:
+            await asyncio.sleep(0.01)
+        assert sorted(map(type, ended), key=str) == sorted((list, StoreError), key=str) and not bench.delivery._tasks
+
+
+@pytest.mark.parametrize(("first", "second", "elsewhere"), list(product("FTP", "FTP", (False, True))))
+async def test_an_alias_of_two_loses_nothing_and_doubles_nothing(tmp_path, first, second, elsewhere):
+    """F: filed, T: not now, P: never. When the client is told to try again, nobody must have it."""
+    from relaymta.store.deliver import _Way
+
+    replies = {"F": FILED, "T": FULL, "P": REFUSED}
+    users = [User(1, "a", 0), User(2, "b", 0)]
+    found = _Way(FILED, users, ["x@far"] if elsewhere else []).landed([replies[first], replies[second]])
+    results = dict(zip("ab", first + second, strict=True))
+    assert found.users == [name for name in "ab" if results[name] == "F"]
+    if found.reply.code == 452:
+        assert not found.users and not found.rest and set(results.values()) == {"T"}
+    else:
+        assert found.rest == ["x@far"] * elsewhere + [name for name in "ab" if results[name] == "T"]
+        assert found.reply == (REFUSED if "P" in results.values() else FILED)
