@@ -122,7 +122,7 @@ class Connection(Line):
         rights.offers = admission.endpoint.offers(self.listener, rights.client.xclient)
         if rights.useless:
             self.count_refused()
-            self.write(reply.NO_LMTP_FOR_YOU)
+            self.write(reply.LMTP_CLOSED)
             self.close()
             return
         self.session = ServerSession(admission.intake.hostname, rights, secure)

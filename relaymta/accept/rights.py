@@ -113,7 +113,7 @@ class Rights(Host):
         intake, login, flow = self._admission.intake, self.login, self._flow
         assert flow is not None  # nothing is parsed once the connection is closed
         if self.origin.lmtp and not self.origin.may_relay:
-            return reply.NO_LMTP
+            return reply.LMTP_DENIED
         if login is not None and login.identity.senders and sender and not login.identity.may_send_as(sender):
             name = login.identity.name
             return reply.format_reply(550, "5.7.1", f"{name} may not send as <{sender}> (senders of its account)")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.accept.test_endpoints import Endpoint
+from tests.e2e.test_lmtp import Kept
+from tests.e2e.test_mailboxes import create, shown
 from tests.support.daemon import wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.hostile import Crowd
@@ -99,3 +101,22 @@ def test_a_tls_client_on_a_plain_port_is_rejected_at_once(relays):
             with contextlib.suppress(ConnectionError):
                 sock.sendall(bytes([octet]))
         assert b"".join(iter(lambda: _octets(sock), b"")).startswith(b"421 4.7.0 ")
+
+
+def test_hostile_clients_of_lmtp_take_little_leave_nothing_and_nothing_of_theirs_is_filed(tmp_path):
+    kinds = {kind: count for kind, count in KINDS.items() if kind not in ("do not read, by TLS", "speak HTTP")}
+    network = f'network=[{{networks=["127.0.0.1/32"],connections={sum(kinds.values()) + 5}}}]'
+    with Kept(tmp_path, network, f"intake.command_timeout={PATIENCE}", f"intake.data_timeout={PATIENCE}") as relay:
+        create(relay, "alice")
+        (pid,) = relay.worker_pids()
+        before = anonymous(pid)
+        crowd = Crowd(kinds, relay.lmtp, lmtp="alice")
+        for _ in range(3):
+            crowd.tick()
+            assert anonymous(pid) - before <= 50
+            with relay.client() as client:
+                assert client.deliver("Subject: in the middle of it\r\n\r\nx\r\n", "alice")[0].startswith("250")
+        wait_for(lambda: relay.metric("relaymta_connections") == 0, 60, "the end of them all")
+        crowd.close()
+        wait_for(lambda: not list((relay.spool / "shard-0/bodies/big").iterdir()))
+        assert shown(relay, "alice")["INBOX"] == ["in the middle of it"] * 3 and relay.summary() == []

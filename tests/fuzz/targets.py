@@ -6,6 +6,7 @@ An input is: one octet of options, one for the number of cuts, the cuts (two oct
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from relaymta.accept.transaction import FIELDS
@@ -98,11 +99,14 @@ def session(data: bytes) -> None:
     options, cuts, wire = taken_apart(data)
     behind_data = [match.end() for match in re.finditer(rb"(?i)data[ \t]*\r?\n", wire)]
     limits = Limits(message_size=2000, recipients=5, errors=6, normalize=bool(options & 1), long_lines=bool(options & 2))
-    assert _session_run(limits, wire, [*cuts, *behind_data]) == _session_run(limits, wire, behind_data)
+    lmtp = bool(options & 4)
+    assert _session_run(limits, wire, [*cuts, *behind_data], lmtp) == _session_run(limits, wire, behind_data, lmtp)
 
 
-def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
-    one = ServerSession("relay.example", Host(limits, OFFERS))
+def _session_run(
+    limits: Limits, wire: bytes, cuts: list[int], lmtp: bool = False
+) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
+    one = ServerSession("relay.example", Host(limits, replace(OFFERS, lmtp=lmtp)))
     one.greet()
     out, mails = [], []
     for piece in test_smtp.pieces(wire, cuts):
@@ -122,7 +126,7 @@ def _session_run(limits: Limits, wire: bytes, cuts: list[int]) -> tuple[bytes, l
             assert len(message) <= limits.message_size and 0 < len(mail.recipients) <= limits.recipients
             assert oracle.bare(message) == (False, False) and b"\0" not in message
             mails.append((mail.sender, mail.recipients, message))
-            out.append(one.finish(b"250 2.0.0 taken\r\n"))
+            out.append(one.finish([b"250 2.1.5 filed\r\n"] * len(mail.recipients) if lmtp else b"250 2.0.0 taken\r\n"))
         if one.closing:
             break
     said = b"".join(out)

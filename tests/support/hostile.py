@@ -13,9 +13,14 @@ LARGE = b"Subject: large\r\n\r\n" + b"never to be delivered to anybody\r\n" * 60
 
 
 class Crowd:
-    """So many (`counts`) of each kind at the ports of a plain, a TLS and a PROXY listener."""
+    """So many (`counts`) of each kind at the ports of a plain, a TLS and a PROXY listener. `lmtp`: the user of local.example to
+    whom they deliver by LMTP."""
 
-    def __init__(self, counts: dict[str, int], plain: int, implicit: int = 0, proxy: int = 0) -> None:
+    def __init__(self, counts: dict[str, int], plain: int, implicit: int = 0, proxy: int = 0, lmtp: str = "") -> None:
+        self._flood, self._envelope = FLOOD, ENVELOPE
+        if lmtp:
+            self._flood = FLOOD.replace(b"EHLO", b"LHLO")
+            self._envelope = ENVELOPE.replace(b"EHLO", b"LHLO").replace(b"c@d.example", f"{lmtp}@local.example".encode())
         self._plain, self._implicit, self._proxy = plain, implicit, proxy
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
@@ -48,14 +53,14 @@ class Crowd:
     def _silent(self) -> Callable[[], object]:
         sock = self._connected(self._plain)
         sock.setblocking(False)
-        return lambda: [sock.send(FLOOD) for _ in range(20)]
+        return lambda: [sock.send(self._flood) for _ in range(20)]
 
     def _silent_by_tls(self) -> Callable[[], object]:
         sock = self._context.wrap_socket(self._connected(self._implicit, said=False))
         self._open.append(sock)
         sock.recv(100)
         sock.setblocking(False)
-        return lambda: [sock.send(FLOOD[:16_000]) for _ in range(200)]
+        return lambda: [sock.send(self._flood[:16_000]) for _ in range(200)]
 
     def _dripping(self) -> Callable[[], object]:
         sock = self._connected(self._plain)
@@ -63,7 +68,7 @@ class Crowd:
 
         def tick() -> None:
             with contextlib.suppress(BlockingIOError):
-                sock.send(FLOOD)
+                sock.send(self._flood)
             sock.recv(1)
 
         return tick
@@ -71,7 +76,7 @@ class Crowd:
     def _half_closing(self) -> Callable[[], object]:
         sock = self._connected(self._plain)
         sock.setblocking(False)
-        sock.send(FLOOD[:100_000])
+        sock.send(self._flood[:100_000])
         sock.shutdown(socket.SHUT_WR)
         return lambda: None
 
@@ -82,14 +87,14 @@ class Crowd:
             sock.recv(100)
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
-                sock.send(ENVELOPE + b"BDAT %d\r\n" % len(LARGE) + LARGE[:-1])
+                sock.send(self._envelope + b"BDAT %d\r\n" % len(LARGE) + LARGE[:-1])
             sock.close()
 
         return tick
 
     def _in_data(self) -> Callable[[], object]:
         sock = self._connected(self._plain)
-        sock.sendall(ENVELOPE + b"BDAT %d\r\n" % len(LARGE))
+        sock.sendall(self._envelope + b"BDAT %d\r\n" % len(LARGE))
         rest = memoryview(LARGE)[:-1]
         sock.setblocking(False)
 
@@ -111,7 +116,7 @@ class Crowd:
         def tick() -> None:
             with socket.create_connection(("127.0.0.1", self._plain), 20) as sock:
                 sock.recv(100)
-                body = ENVELOPE + b"BDAT 2 LAST\r\nhi"
+                body = self._envelope + b"BDAT 2 LAST\r\nhi"
                 sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
                 sock.recv(100)
 
