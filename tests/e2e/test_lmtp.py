@@ -16,9 +16,9 @@ import pytest
 import trustme
 
 from relaymta.store.deliver import FULL
-from tests.e2e.test_mailboxes import LOCAL, _check, create, shown
 from tests.support.daemon import PATIENCE, Relay, free_port, heard, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.mailboxes import LOCAL, create, shown, verified
 
 SMALL = "Subject: {}\r\n\r\nx\r\n"
 
@@ -112,7 +112,7 @@ def test_each_recipient_has_a_reply_of_its_own(tmp_path):
         assert "received" in text and "delivered" in text
         assert not list((relay.spool / "shard-0/bodies/big").iterdir())
         assert relay.stop() == 0
-    _check(relay.spool)
+    verified(relay)
 
 
 def test_users_of_two_workers_and_an_alias_of_both(tmp_path):
@@ -136,7 +136,7 @@ def test_users_of_two_workers_and_an_alias_of_both(tmp_path):
         for number in range(2):
             wait_for(lambda: not list((relay.spool / f"shard-{number}/bodies/big").iterdir()), what="the files to go")  # noqa: B023
         assert relay.stop() == 0
-    _check(relay.spool)
+    verified(relay)
 
 
 def test_addresses_elsewhere_get_it_by_way_of_the_queue(tmp_path):
@@ -271,4 +271,4 @@ def test_what_was_acknowledged_is_there_when_processes_are_killed(tmp_path, what
     finally:
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
-    _check(relay.spool)
+    verified(relay)

@@ -34,7 +34,7 @@ class Bench:
         self.mailboxes = Mailboxes.__new__(Mailboxes)  # the directory is opened once in a process
         self.mailboxes.directory = self.directory
         self.mailboxes.shards = {0: Shard(self.folder / "mail", 0)}
-        self.mailboxes._others = Foreign({1: self.other.rows})
+        self.mailboxes._others = Foreign({1: self.other})
         self.mailboxes._peers = {1: Channel(self.other)}
         self.mailboxes._changed = asyncio.Event()
         await self.mailboxes.shards[0].start()
@@ -65,7 +65,7 @@ class Foreign:
     def __init__(self, shards):
         self.shards = shards
 
-    def rows(self, number):
+    def shard(self, number):
         return self.shards.get(number)
 
 
@@ -123,21 +123,21 @@ async def test_the_shard_of_another_process_is_opened_when_it_is_there(tmp_path,
     now = 0.0
     monkeypatch.setattr(others.time, "monotonic", lambda: now)
     seen = others.ReadOnly(tmp_path)
-    assert seen.rows(3) is None and not list(tmp_path.iterdir())
+    assert seen.shard(3) is None and not list(tmp_path.iterdir())
     shard = Shard(tmp_path, 3)
     await shard.start()
     await shard.task(lambda change: change.add_user(1, [], 1))
     await shard.stop()
-    assert seen.rows(3) is None  # not looked for at every recipient
+    assert seen.shard(3) is None  # not looked for at every recipient
     now = others.AGAIN
-    rows = seen.rows(3)
-    with rows.reading() as txn:
-        assert isinstance(rows.user(txn, 1), UserRow)
-    assert seen.rows(3) is rows
+    found = seen.shard(3)
+    with found.rows.reading() as txn:
+        assert isinstance(found.rows.user(txn, 1), UserRow)
+    assert seen.shard(3) is found
     seen.close()
     (tmp_path / "shard-4/lmdb").mkdir(parents=True)
     (tmp_path / "shard-4/lmdb/data.mdb").write_bytes(b"rubbish" * 1000)
-    assert seen.rows(4) is None
+    assert seen.shard(4) is None
 
 
 async def test_each_recipient_has_what_became_of_it_there(tmp_path):
