@@ -6,12 +6,15 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
+from typing import Any
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.arrival import Arrival
-from relaymta.accept.connection import STRESS_PATIENCE, Connection
+from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
+from relaymta.accept.connection import Connection
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.lateness import BEAT
@@ -27,11 +30,23 @@ ARRIVAL_SECONDS = 35.0  # seconds from accept to SMTP: PROXY header (5) and hand
 CHECK_EVERY = 2.0  # seconds between two checks of all deadlines
 STRESS_SHARE = 80  # per cent of the connections or descriptors above which timeouts are shortened (stress)
 
+Make = Callable[[Admission, Listener], ClientConnection[Any]]
+
 
 class Acceptor(Admission):
     """All listening sockets and connections of one worker."""
 
-    def __init__(self, config: Config, intake: Intake, endpoint: Endpoint, limits: Limits, threads: Executor | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        intake: Intake,
+        endpoint: Endpoint,
+        limits: Limits,
+        threads: Executor | None,
+        others: dict[str, Make] | None = None,
+    ) -> None:
+        """`others`: how connections of other protocols than SMTP and LMTP are made."""
+        self._others = others or {}
         super().__init__(config, intake, endpoint, limits, threads, asyncio.get_running_loop())
         self.arriving: dict[Arrival, asyncio.Task[None]] = {}  # before SMTP (PROXY header, TLS), oldest first
         self._sockets: list[Listening] = []
@@ -48,7 +63,7 @@ class Acceptor(Admission):
         if listener.tls == "implicit" or listener.proxy:
             listening = Guarded(self.loop, bound, partial(self._arrived, listener), self.scarce)
         else:
-            listening = Listening(self.loop, bound, partial(Connection, self, listener))
+            listening = Listening(self.loop, bound, self._maker(listener))
         self._sockets.append(listening)
         try:
             if not self.paused:
@@ -59,10 +74,14 @@ class Acceptor(Admission):
             self.scarce()
         return listening
 
+    def _maker(self, listener: Listener) -> Callable[[], ClientConnection[Any]]:
+        """Makes the connections of a listener."""
+        return partial(self._others.get(listener.protocol, Connection), self, listener)
+
     def _arrived(self, listener: Listener, sock: socket.socket, peer: str) -> None:
         """A client has connected to a socket where something comes before SMTP. It is counted now; the end of its task releases
         what no session has taken over."""
-        arrival = Arrival(Connection(self, listener), sock, peer)
+        arrival = Arrival(self._maker(listener)(), sock, peer)
         if not arrival.admit():
             sock.close()
             return

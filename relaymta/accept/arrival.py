@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from typing import Any
 
-from relaymta.accept.connection import TLS_TIMEOUTS, Connection
+from relaymta.accept.client import TLS_TIMEOUTS, ClientConnection
 from relaymta.accept.listening import ProxyHeaderReader, client_address, in_networks, readable, unread
 from relaymta.proto import reply
 
@@ -17,7 +18,7 @@ class Arrival:
     balancer's. Then `run` is a task, and `over` is called when that has ended, was cancelled or never ran. `since`: when it was
     accepted (loop time)."""
 
-    def __init__(self, connection: Connection, sock: socket.socket, peer: str) -> None:
+    def __init__(self, connection: ClientConnection[Any], sock: socket.socket, peer: str) -> None:
         self.connection = connection
         self.since = connection.admission.now()
         self._socket = sock
@@ -55,7 +56,7 @@ class Arrival:
         """Whether a client is admitted (`refusal` is None); else send it the refusal."""
         if refusal is not None and self.connection.listener.tls != "implicit":  # a client that expects TLS could not read it
             with contextlib.suppress(OSError):
-                self._socket.send(refusal)
+                self._socket.send(self.connection.refusal(refusal))
         return refusal is None
 
     async def run(self) -> None:

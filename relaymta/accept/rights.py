@@ -58,10 +58,10 @@ class Rights(Host):
 
     __slots__ = ("_admission", "_flow", "_listener", "_place", "_proxy", "client", "login", "origin")
 
-    def __init__(self, admission: Admission, listener: Listener, flow: Flow, client: Client, place: Reservation) -> None:
+    def __init__(self, admission: Admission, listener: Listener, flow: Flow | None, client: Client, place: Reservation) -> None:
         super().__init__(client.limits)
         self._admission = admission
-        self._flow: Flow | None = flow
+        self._flow = flow
         self._place = place
         self._proxy: Client | None = None  # that named `client` by XCLIENT
         self._listener = listener
@@ -71,7 +71,7 @@ class Rights(Host):
 
     @classmethod
     def admit(
-        cls, admission: Admission, listener: Listener, flow: Flow, client: Client, is_client: bool = True
+        cls, admission: Admission, listener: Listener, flow: Flow | None, client: Client, is_client: bool = True
     ) -> "Rights | bytes":
         """The rights of a new connection, which is counted from now on; or the reply that rejects it. `is_client`: see
         `Admission.enter`."""
