@@ -188,6 +188,8 @@ TABLES = [
      "3: listener.0.protocol: Input should be 'smtp' or 'lmtp' (it is 'lmpt') (did you mean \"lmtp\"?)"),
     (LMTP, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
     (LMTP + ROUTE, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
+    (f'{L}protocol = "lmtp"\n{HERE}',
+     "2: listener.0.address: 127.0.0.1:25: LMTP must not be spoken on port 25, which is that of SMTP (RFC 2033 1)"),
     (f"{LMTP}submission = true\n{HERE}",
      '4: listener.0.submission: it has no meaning with protocol = "lmtp": a mail server delivers there'),
     (f'{LMTP}proxy = ["192.0.2.1/32"]\n{HERE}',
@@ -303,9 +305,9 @@ NOTES = [
     (f'{GOOD}[[rule]]\nmatch = "x"\naction = "suspend"\nfor = 0\n', None),  # it makes a permanent failure temporary
     (GOOD + DKIM + 'oversigned = ["from", "Received"]\n',
      "9: dkim.0.oversigned: received: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)"),
-    (GOOD + 'protocol = "lmtp"\n' + HERE, None),
-    (GOOD.replace("127.0.0.1", "0.0.0.0") + 'protocol = "lmtp"\n' + HERE + '[relay]\nnetworks = ["192.0.2.0/24"]\n', None),
-    (GOOD.replace("127.0.0.1", "192.0.2.1") + 'protocol = "lmtp"\n' + HERE,
+    (GOOD.replace(L, LMTP) + HERE, None),
+    (GOOD.replace(L, LMTP.replace("127.0.0.1", "0.0.0.0")) + HERE + '[relay]\nnetworks = ["192.0.2.0/24"]\n', None),
+    (GOOD.replace(L, LMTP.replace("127.0.0.1", "192.0.2.1")) + HERE,
      "4: listener.0.address: other hosts can connect, but none may deliver: name them in relay.networks, or listen on "
      "127.0.0.1"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),

@@ -64,6 +64,8 @@ class Listener(Table):
             yield from self._not_for_lmtp()
 
     def _not_for_lmtp(self) -> Iterator[tuple[str, str]]:
+        if parse_hostport(self.address)[1] == 25:
+            yield "address", f"{self.address}: LMTP must not be spoken on port 25, which is that of SMTP (RFC 2033 1)"
         for key, given in (("submission", self.submission), ("proxy", self.proxy)):
             if given:
                 yield key, 'it has no meaning with protocol = "lmtp": a mail server delivers there'

@@ -97,6 +97,9 @@ class Mailboxes:
     async def file(self, data: list[bytes] | BigFile, targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
         """File a message, `data` in pieces or a large one's file, for targets (shard, target): the result for each, in their
         order; StoreError in place of those whose shard could not commit, or whose owner did not answer."""
+        shards = {number for number, _ in targets}
+        if len(shards) == 1:  # without a task for each
+            return [*await self._file_in(shards.pop(), data, [target for _, target in targets])]
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, (number, _) in enumerate(targets):
             by_shard[number].append(place)
