@@ -104,6 +104,15 @@ class Delivery:
         self._tasks.add(task)
         task.add_done_callback(ended)
 
+    async def end(self, seconds: float) -> None:
+        """Wait for what `file` has begun, `seconds` at most, and give up the rest. Nothing may be begun any more."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+
     async def deliver_now(self, sender: str, recipients: list[str], data: list[bytes]) -> list[Landed]:
         """File a message of an LMTP client; what has become of it for each recipient. An address that is there twice gets one
         copy. What was filed is not remembered: a client that has no reply and tries again is the one who decides that."""

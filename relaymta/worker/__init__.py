@@ -50,6 +50,7 @@ __all__ = ["Shard", "Worker", "main"]
 
 DRAIN_SECONDS = 10.0
 DATA_SECONDS = 30.0
+FILING_SECONDS = 3.0  # behind these, for messages of LMTP clients that have gone
 ORPHAN_SECONDS = DRAIN_SECONDS + DATA_SECONDS + 10.0  # after the supervisor's end, the worker's: whatever it is doing
 TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same refresh token
 
@@ -297,6 +298,8 @@ class Worker:
             self.acceptor.drained(DRAIN_SECONDS),
             *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
         )
+        if self.delivery is not None:
+            await self.delivery.end(FILING_SECONDS)
         self.gauges.stop()
         self.acceptor.endpoint.signer.end()
         for shard in self.shards.values():

@@ -170,6 +170,21 @@ async def test_each_recipient_has_what_became_of_it_there(tmp_path):
         assert found == [Landed(REFUSED, [bob], []), Landed(REFUSED, [], ["x@far.example"]), Landed(REFUSED, [], [])]
 
 
+async def test_at_the_end_what_is_being_filed_is_waited_for_but_not_for_ever(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user("alice")
+        await bench.user("bob", 1)
+        ended = []
+        await bench.delivery.end(1)
+        bench.delivery.file("", ["alice@a.example"], [b"x"], ended.append)
+        await bench.delivery.end(5)
+        assert ended == [[Landed(FILED, ["alice@a.example"], [])]]
+        bench.mailboxes._peers.clear()  # the owner of bob's shard is gone
+        bench.delivery.file("", ["bob@a.example"], [b"x"], ended.append)
+        await bench.delivery.end(0.05)
+        assert isinstance(ended[1], StoreError) and not bench.delivery._tasks
+
+
 async def test_filing_ends_with_one_call_whatever_happens(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.user("alice")
