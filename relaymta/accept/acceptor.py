@@ -6,7 +6,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ class Acceptor(Admission):
         endpoint: Endpoint,
         limits: Limits,
         threads: Executor | None,
-        others: dict[str, Make] | None = None,
+        others: Mapping[str, Make] | None = None,
     ) -> None:
         """`others`: how connections of other protocols than SMTP and LMTP are made."""
         self._others = others or {}

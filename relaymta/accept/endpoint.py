@@ -135,7 +135,7 @@ class Endpoint:
         return _offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
-            mechanisms=self.logins.mechanisms if listener.auth != "off" else (),
+            mechanisms=self.logins.mechanisms if listener.auth != "off" or listener.reads_mail else (),
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
             xclient=xclient,

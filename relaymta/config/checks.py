@@ -32,7 +32,7 @@ def contradictions(config: "Config") -> Iterator[tuple[str, str]]:
         yield from ((key, what + meant) for key, what in _open_to_all(config))
     yield from _sent_in_clear(config)
     yield from _needs_of_listeners(config)
-    yield from _needs_of_lmtp(config)
+    yield from _needs_of_mailboxes(config)
     if config.verify.dmarc == "enforce" and not config.verify.results:
         yield "verify.dmarc", "'enforce' needs verify.results = true: nothing is checked without it"
     known = {source.name for source in config.source}
@@ -255,13 +255,19 @@ def _needs_of_listeners(config: "Config") -> Iterator[tuple[str, str]]:
             yield f"listener.{number}.tls", f"{listener.tls!r} needs a [[certificate]]"
         if listener.auth != "off" and not (config.certificate or listener.auth_in_clear):
             yield f"listener.{number}.auth", "needs a [[certificate]]: AUTH is offered over TLS only"
-        if listener.auth != "off" and not config.accounts:
+        if listener.auth != "off" and not config.accounts and not config.local_domains:
             yield f"listener.{number}.auth", "needs accounts.file or a back end: no client could log in"
 
 
-def _needs_of_lmtp(config: "Config") -> Iterator[tuple[str, str]]:
-    """What LMTP listeners need: mailboxes, of which mail is not taken elsewhere by staging."""
+def _needs_of_mailboxes(config: "Config") -> Iterator[tuple[str, str]]:
+    """What listeners of mailboxes need: that there are any, and for LMTP that their mail is not taken elsewhere by staging."""
     for number, listener in enumerate(config.listener):
+        if listener.reads_mail:
+            if not config.local_domains:
+                what = f'{listener.protocol!r} needs a [[route]] with protocol = "mailbox": no mail is kept here'
+                yield f"listener.{number}.protocol", what
+            if not (config.certificate or listener.auth_in_clear):
+                yield f"listener.{number}.protocol", f"{listener.protocol!r} needs a [[certificate]]: logins need TLS"
         if listener.protocol == "lmtp":
             if not config.local_domains:
                 yield f"listener.{number}.protocol", '"lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'

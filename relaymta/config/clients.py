@@ -29,9 +29,9 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
-    protocol: Restart[Literal["smtp", "lmtp"]] = Field(
+    protocol: Restart[Literal["smtp", "lmtp", "pop3"]] = Field(
         "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
-        "recipient follows when the mailbox has the message",
+        "recipient follows when the mailbox has the message; pop3 (RFC 1939): users read their mail",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
@@ -62,6 +62,20 @@ class Listener(Table):
             yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
         if self.protocol == "lmtp":
             yield from self._not_for_lmtp()
+        if self.reads_mail:
+            yield from self._not_for_readers()
+
+    @property
+    def reads_mail(self) -> bool:
+        """Whether users log in here to read their mail."""
+        return self.protocol == "pop3"
+
+    def _not_for_readers(self) -> Iterator[tuple[str, str]]:
+        for key in ("submission", "application", "priority", "auth"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield key, f'it has no meaning with protocol = "{self.protocol}": users log in there to read mail'
+        if self.tls == "off" and not self.auth_in_clear:
+            yield "tls", '"off" needs auth_in_clear, on a loopback address: no user could log in'
 
     def _not_for_lmtp(self) -> Iterator[tuple[str, str]]:
         if parse_hostport(self.address)[1] == 25:

@@ -337,22 +337,8 @@ class Segments:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
 
     def open_big(self, ident: int, body: Body) -> int:
-        """A descriptor of a large body's file, which is read and verified first (message data begins at the body's offset +
-        FRAME.size). Corrupt when it does not match, StoreError when it cannot be read."""
-        try:
-            descriptor = os.open(self.big_path(ident), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
-        try:
-            digest, length = digest_of(descriptor, body.offset + FRAME.size)
-            check_frame(os.pread(descriptor, FRAME.size, body.offset), ident, body, length, digest)
-        except OSError as error:
-            os.close(descriptor)
-            raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
-        except Corrupt:
-            os.close(descriptor)
-            raise
-        return descriptor
+        """As `open_verified`, of a large body's file."""
+        return open_verified(self.big_path(ident), ident, body)
 
     def movable(self, segment: Segment) -> bool:
         """Whether bodies may be moved out of a segment: it holds some, and nothing is appended to it."""
@@ -388,6 +374,25 @@ def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
         while done < total:
             done += os.pwrite(fd, rest[done:], offset + done)
     return total
+
+
+def open_verified(path: Path, ident: int, body: Body) -> int:
+    """A descriptor of a large body's file, which is read and verified first (message data begins at the body's offset +
+    FRAME.size). Corrupt when it does not match, StoreError when it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+    try:
+        digest, length = digest_of(descriptor, body.offset + FRAME.size)
+        check_frame(os.pread(descriptor, FRAME.size, body.offset), ident, body, length, digest)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+    except Corrupt:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_frame(descriptor: int, ident: int, body: Body) -> bytes:

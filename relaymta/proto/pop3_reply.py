@@ -56,6 +56,7 @@ NEED_USER = err("Say USER first")
 
 IN_USE = err("The maildrop is in use by another session", "IN-USE")
 LOGIN_DELAY = err("Logins are too frequent; try again later", "LOGIN-DELAY")
+NO_MAILDROP = err("No mail of this user is kept here", "AUTH")
 UNAVAILABLE = err("The maildrop is temporarily not available; try again later", "SYS/TEMP")
 MESSAGE_GONE = err("This message has been deleted by another client")
 MESSAGE_UNAVAILABLE = err("The message cannot be read now; try again later", "SYS/TEMP")

@@ -288,6 +288,23 @@ class Change(Transaction):
         state.keywords = [*state.keywords, *new]
         return sum(1 << (SYSTEM_FLAGS + state.keywords.index(known[word])) for word in {keyword.lower() for keyword in keywords})
 
+    def change_flags(self, user: int, mailbox: int, uids: list[int], add: int, remove: int = 0) -> list[Record]:
+        """Set and clear flags of messages (UIDs in order; those that are gone are left out); the records that have changed, all
+        with one MODSEQ. A message that has them already does not change (RFC 7162 3.1)."""
+        owner, state = self._owner(user), self._state(mailbox)
+        index = self._shard.index(self.txn, mailbox)
+        there = [record for uid in uids if (record := index.get(uid)) is not None]
+        changed = [(record, flags) for record in there if (flags := (record.flags | add) & ~remove) != record.flags]
+        if not changed:
+            return []
+        modseq = self._change_mailbox(mailbox, state)
+        for record, flags in changed:
+            tally(state, owner, record.flags, 0, -1)
+            tally(state, owner, flags, 0, 1)
+        records = [record._replace(flags=flags, modseq=modseq) for record, flags in changed]
+        index.replace(records)
+        return records
+
     def expunge(self, user: int, mailbox: int, uids: list[int]) -> int:
         """Remove messages (UIDs in order; those that are gone are left out); the MODSEQ of that, 0 when all were gone."""
         return self._expunge(self._owner(user), mailbox, uids)

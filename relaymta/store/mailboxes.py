@@ -154,6 +154,19 @@ class Mailboxes:
             raise StoreError(f"shard {number} of the mailboxes is not owned here")
         return self.shards[number]
 
+    async def change(self, number: int, what: str, user: int, mailbox: int, uids: list[int], **how: int) -> None:
+        """A change of messages that sessions ask for (`CHANGES`), by the shard's owner, or its successor; each may be asked for
+        twice. Refusal, StoreError, RelayError, ConnectionError: it may have been done in part."""
+        args: dict[str, Any] = {"user": user, "mailbox": mailbox, "uids": uids, **how}
+        if number in self.shards:
+            await CHANGES[what](self.shards[number], **args)
+        else:
+            await self._asked(number, "mail_change", shard=number, what=what, args=args)
+
+    async def change_for_peer(self, shard: int, what: str, args: dict[str, Any]) -> None:
+        """What another process has asked for by `mail_change`."""
+        await CHANGES[what](self._own(shard), **args)
+
     def forget(self, queue_id: int, recipients: list[int], shards: list[int]) -> None:
         """The queue has ended these recipients of a message, which were filed in these shards."""
         for number in shards:
@@ -222,6 +235,8 @@ class Mailboxes:
         await own.readers.run(copy_shard, own.rows, own.path / "bodies", Path(folder))
 
 
+# What sessions ask of the owner of a shard.
+CHANGES: dict[str, Callable[..., Awaitable[None]]] = {"expunge": Shard.expunge, "flags": Shard.change_flags}
 # What the supervisor asks of the owner of a shard, and what other owners ask.
 OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_user": Mailboxes.add_user,
@@ -235,5 +250,6 @@ OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
 OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_file": Mailboxes.filed_for_peer,
     "mail_forget": Mailboxes.forget_for_peer,
+    "mail_change": Mailboxes.change_for_peer,
     "mail_take": Mailboxes.take_part,
 }

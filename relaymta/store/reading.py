@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from relaymta.disk.segments import body_file, read_frame
+from relaymta.disk.segments import body_file, open_verified, read_frame
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 from relaymta.store.blocks import LAST_UID, Record
@@ -27,6 +27,9 @@ class Bodies(Protocol):
     def read(self, ident: int, body: Body) -> bytes:
         """A message's data, verified. StoreError."""
 
+    def open_big(self, ident: int, body: Body) -> int:
+        """A descriptor of the file of a large body (`body.segment` is 0), verified. StoreError."""
+
 
 class _Files:
     def __init__(self, directory: Path) -> None:
@@ -38,6 +41,9 @@ class _Files:
                 return read_frame(file.fileno(), ident, body)
         except OSError as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+
+    def open_big(self, ident: int, body: Body) -> int:
+        return open_verified(body_file(self._directory, ident, body), ident, body)
 
 
 class Readable(Protocol):

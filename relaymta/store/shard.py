@@ -188,6 +188,21 @@ class Shard:
                 raise Refusal(file.results[0].code, file.results[0].text)
         return [file.ident for file in files if isinstance(file, File)]
 
+    # What sessions change
+
+    async def expunge(self, user: int, mailbox: int, uids: list[int]) -> None:
+        """Remove messages (UIDs in order), in slices: each is seen by others before the next. Refusal, StoreError: not all of
+        them are gone."""
+        for start in range(0, len(uids), SLICE):
+            part = uids[start : start + SLICE]
+            await self.task(lambda change, part=part: change.expunge(user, mailbox, part))  # type: ignore[misc]
+
+    async def change_flags(self, user: int, mailbox: int, uids: list[int], add: int, remove: int) -> None:
+        """As `Change.change_flags`, in slices."""
+        for start in range(0, len(uids), SLICE):
+            part = uids[start : start + SLICE]
+            await self.task(lambda change, part=part: change.change_flags(user, mailbox, part, add, remove))  # type: ignore[misc]
+
     async def freeze(self, user: int) -> None:
         """As `Change.freeze`."""
         await self.task(lambda change: change.freeze(user))

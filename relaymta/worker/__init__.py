@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from relaymta.shm import Shared
 from relaymta.store.deliver import Delivery
 from relaymta.store.mailboxes import OF_PEERS, OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
+from relaymta.view.access import Access
+from relaymta.view.pop3 import Pop3Connection
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import Gauges, busy
@@ -101,6 +104,7 @@ class Worker:
         self.intake: Intake | None = None
         self.mail: Mailboxes | None = None
         self.delivery: Delivery | None = None
+        self.access: Access | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
         self.reloading = Reloading(self)
@@ -170,7 +174,11 @@ class Worker:
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
         if known is not None and self.delivery is not None:
             self.intake.local = LocalRecipients(known.refusal, known.expanded, self.delivery.file)
-        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"))
+        others = {}
+        if self.mail is not None:
+            self.access = Access(self.mail)
+            others["pop3"] = partial(Pop3Connection, self.access)
+        self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
