@@ -4,13 +4,17 @@ import contextlib
 import json
 import random
 import smtplib
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
-from tests.support.daemon import Relay
+import trustme
 
-__all__ = ["LOCAL", "Load", "create", "kept", "shown", "verified"]
+from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
+
+__all__ = ["LOCAL", "Load", "Readable", "create", "kept", "shown", "verified"]
 
 LOCAL = '{name="here",protocol="mailbox",recipient_domain=["local.example"]}'
 
@@ -72,3 +76,48 @@ class Load:
         found = Counter((name, subject) for name in self.users for subject in shown(self.relay, name)["INBOX"])
         assert [pair for pair in self.acknowledged if not found[pair]] == []
         assert [pair for pair, count in found.items() if count > 1] == []
+
+
+class Readable(Relay):
+    """A relay that keeps the mail of local.example, with an SMTP listener and, for each protocol in `ports`, one in the clear
+    (with STARTTLS) and one with TLS from the first octet (`PROTOCOLs`). `ca`: a file with the certificate's issuer."""
+
+    def __init__(self, folder: Path, *settings: str, workers: int = 1, protocols: tuple[str, ...] = ("pop3",)) -> None:
+        super().__init__(folder, None, *settings, workers=workers)
+        authority = trustme.CA()
+        self.ca = str(folder / "ca.pem")
+        authority.cert_pem.write_to_path(self.ca)
+        authority.issue_cert("localhost", "127.0.0.1", common_name="localhost").private_key_and_cert_chain_pem.write_to_path(
+            folder / "cert.pem"
+        )
+        listeners = [f'[[listener]]\naddress = "127.0.0.1:{self.port}"\nauth = "may"\nauth_in_clear = true\n']
+        self.ports: dict[str, int] = {}
+        for protocol in protocols:
+            self.ports[protocol], self.ports[protocol + "s"] = free_port(), free_port()
+            clear = f'address = "127.0.0.1:{self.ports[protocol]}"\nprotocol = "{protocol}"\nauth_in_clear = true\n'
+            secure = f'address = "127.0.0.1:{self.ports[protocol + "s"]}"\nprotocol = "{protocol}"\ntls = "implicit"\n'
+            listeners += [f"[[listener]]\n{clear}", f"[[listener]]\n{secure}"]
+        self.config = folder / "relay.toml"
+        tables = f'[[certificate]]\nchain = "{folder}/cert.pem"\n'
+        self.config.write_text("".join(listeners) + tables)
+
+    def command(self) -> list[str]:
+        found = super().command()
+        at = found.index("--listen")
+        return [*found[:at], "--config", str(self.config), *found[at + 2 :], "--set", f"route=[{LOCAL}]"]
+
+    def user(self, name: str, password: str) -> None:
+        """Create a user with a password."""
+        words = ["mailbox", "create", "--password", f"{name}@local.example", "--spool", str(self.spool)]
+        subprocess.run(
+            [sys.executable, "-m", "relaymta", *words],
+            input=password + "\n", text=True, check=True, capture_output=True, timeout=PATIENCE,
+        )  # fmt: skip
+
+    def mail(self, name: str, *subjects: str, text: str = "x") -> None:
+        """Send messages to a user, and wait until they are there."""
+        before = len(shown(self, name)["INBOX"])
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
+            for subject in subjects:
+                client.sendmail("s@x.example", [f"{name}@local.example"], f"Subject: {subject}\r\n\r\n{text}\r\n")
+        wait_for(lambda: len(shown(self, name)["INBOX"]) == before + len(subjects), what="delivery")

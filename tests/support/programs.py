@@ -19,6 +19,8 @@ PACKAGES = {
     "opendkim": "opendkim",
     "patch": "patch",
     "curl": "curl",
+    "fetchmail": "fetchmail",
+    "getmail": "getmail6",
 }
 
 
