@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of
+from relaymta.disk.folders import sync_folder
+from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of, write_all
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
 
@@ -53,7 +54,7 @@ def _copied(source: int, what: BigFile, path: Path, ident: int) -> Body:
             place += _copy_range(source, new, length - place, what.body.offset + FRAME.size + place, FRAME.size + place)
         checksum, found = digest_of(new, FRAME.size)
         check_frame(head, what.ident, what.body, found, checksum)
-        os.pwrite(new, FRAME.pack(MAGIC, 1, ident, length, checksum), 0)
+        write_all(new, [FRAME.pack(MAGIC, 1, ident, length, checksum)], 0)
         os.fdatasync(new)
     finally:
         os.close(new)
@@ -71,15 +72,6 @@ def _copy_range(source: int, new: int, octets: int, offset: int, place: int) -> 
     if not done:
         raise Corrupt("a body is cut short")
     return done
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names of new files durable."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class BigBody:
@@ -135,10 +127,10 @@ class BigBody:
         offset = self._room - len(first)
         if offset < 0:
             raise StoreError(f"{len(first)} octets do not fit in front of the body of {self.ident:016x}")
-        os.pwrite(self._fd, first, offset + FRAME.size)
+        write_all(self._fd, [first], offset + FRAME.size)
         self.length += len(first)
         checksum = self._digest.intdigest() if not first else digest_of(self._fd, offset + FRAME.size)[0]
-        os.pwrite(self._fd, FRAME.pack(MAGIC, 1, self.ident, self.length, checksum), offset)
+        write_all(self._fd, [FRAME.pack(MAGIC, 1, self.ident, self.length, checksum)], offset)
         os.fdatasync(self._fd)
         self._close()
         sync_folder(self.path.parent)

@@ -1,6 +1,5 @@
 """A shard's LMDB environment: opened, read by any thread, and opened again after a failed commit."""
 
-import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import lmdb
 import msgspec
 
+from relaymta.disk.folders import make_folder, sync_folder
 from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
 
@@ -44,8 +44,7 @@ class Environment:
 
     def _open(self) -> None:
         created = not (self._path / "data.mdb").exists()
-        if created:
-            self._path.mkdir(mode=0o700, exist_ok=True)
+        make_folder(self._path)
         self.env = lmdb.open(
             str(self._path),
             map_size=self._map_size,
@@ -63,11 +62,7 @@ class Environment:
         with self.env.begin() as txn:
             self._opened(txn)
         if created:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(self._path)
 
     def _opened(self, txn: Any) -> None:
         """Called each time that the environment has been opened: a store reads anew what it keeps in memory of the tables. What

@@ -24,10 +24,13 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from relaymta.disk.folders import make_folder
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
-__all__ = ["FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "body_file", "segment_file", "segment_size_for"]
+__all__ = [
+    "FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "body_file", "segment_file", "segment_size_for", "write_all",
+]  # fmt: skip
 
 FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
 MAGIC = b"rmB1"
@@ -101,7 +104,7 @@ class Segments:
         self.size = size
         self.big_limit = min(BIG, size - FRAME.size)
         self._big = directory / "big"
-        self._big.mkdir(mode=0o700, exist_ok=True)
+        make_folder(self._big)
         self._dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
@@ -121,10 +124,10 @@ class Segments:
             segment = self._segments[number] = Segment(number, fd, row)
             if row.live == 0:
                 self._retire(segment)
-        self._next = max(rows, default=0) + 1
-        for path in self._directory.glob("*.seg"):
-            if int(path.stem) not in self._segments:
-                path.unlink()
+        files = {int(path.stem): path for path in self._directory.glob("*.seg")}
+        self._next = max([*rows, *files], default=0) + 1
+        for number in files.keys() - rows.keys():
+            _remove(files[number])
 
     def close(self) -> None:
         """Close every file."""
@@ -142,6 +145,10 @@ class Segments:
     def big_files(self) -> list[tuple[int, Path]]:
         """The ids and files of all bodies above 1 MB, those that are being written included."""
         return [(int(path.name, 16), path) for path in self._big.iterdir() if _IDENT.fullmatch(path.name)]
+
+    def remove_big(self, ident: int) -> None:
+        """Remove the file of a large body that nothing points at. (One that cannot be removed is swept later.)"""
+        _remove(self.big_path(ident))
 
     # Writing: append -> sync -> rows -> settle | forget
 
@@ -174,13 +181,14 @@ class Segments:
 
     def write(self) -> None:
         """Write what `append` staged. OSError: the segment is sealed, and no body of the group may be committed."""
-        plan, self._plan = self._plan, {}
-        for number, (offset, buffers) in plan.items():
+        while self._plan:
+            number = next(iter(self._plan))
+            offset, buffers = self._plan.pop(number)
             segment = self._segments[number]
             self._dirty.add(segment)
             try:
                 for start in range(0, len(buffers), IOV_LIMIT):
-                    offset += _write_all(segment.fd, buffers[start : start + IOV_LIMIT], offset)
+                    offset += write_all(segment.fd, buffers[start : start + IOV_LIMIT], offset)
             except OSError:
                 self._seal(segment)
                 raise
@@ -245,7 +253,9 @@ class Segments:
                 self._retire(segment)
 
     def forget(self) -> None:
-        """The commit failed: drop what was staged and freed (the space of staged bodies stays used)."""
+        """The commit failed: drop what was staged and freed (the space of bodies that were written stays used)."""
+        for number, (offset, _) in self._plan.items():  # nothing of it was written: no gap, since a segment is read by its frames
+            self._segments[number].row.position = offset
         self._plan = {}
         for segment in self._changed:
             segment.staged = segment.staged_bytes = segment.freed = segment.freed_bytes = 0
@@ -256,8 +266,7 @@ class Segments:
                 self._dirty.discard(segment)
                 del self._segments[segment.number]
                 os.close(segment.fd)
-                with contextlib.suppress(OSError):  # else `load` removes it
-                    self._path(segment.number).unlink()
+                _remove(self._path(segment.number))
         self._created = [segment for segment in self._created if not segment.row.sealed]
 
     def _retire(self, segment: Segment) -> None:
@@ -284,7 +293,7 @@ class Segments:
         for segment in doomed:
             del self._segments[segment.number]
             os.close(segment.fd)
-            self._path(segment.number).unlink(missing_ok=True)
+            _remove(self._path(segment.number))
 
     def _open_segment(self, kind: int, need: int) -> Segment:
         """Begin to append to another segment of this kind: an emptied one, or a new file."""
@@ -356,6 +365,12 @@ class Segments:
         return len(self._segments) * self.size, live, len(self._segments)
 
 
+def _remove(path: Path) -> None:
+    """Remove a file that nothing points at. One that cannot be removed costs room until the next start, and harms nobody."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def digest_of(descriptor: int, offset: int) -> tuple[int, int]:
     """The checksum of a file's octets from `offset` on, and how many they are."""
     digest, length = xxhash.xxh3_64(), 0
@@ -365,8 +380,8 @@ def digest_of(descriptor: int, offset: int) -> tuple[int, int]:
     return digest.intdigest(), length
 
 
-def _write_all(fd: int, buffers: list[bytes], offset: int) -> int:
-    """Write all of `buffers` at `offset`; how many octets they are. (A write may be short when the disk is nearly full.)"""
+def write_all(fd: int, buffers: list[bytes], offset: int) -> int:
+    """Write all of `buffers` at `offset` (on a nearly full disk a write may be short); how many octets they are. OSError."""
     total = sum(map(len, buffers))
     done = os.pwritev(fd, buffers, offset)
     if done != total:

@@ -16,6 +16,7 @@ from relaymta.control.filters import Filter
 from relaymta.disk.big import BigBody, BigFile
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
+from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
 from relaymta.disk.lock import lock
 from relaymta.disk.operations import Task
@@ -81,13 +82,13 @@ class Queue:
         self._awake = deliverer.awake
         self._materializing: set[int] = set()  # to be submitted to the writer at the end of this loop iteration
         self.path = spool / f"shard-{shard}"
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path)
         self._lock = lock(self.path)
         self.store = Store(self.path / "lmdb")
         self.clock = ShardClock(self.store.meta(b"seen"))
         self._ids = IdSource(shard, self.store.meta(b"highest"), self.clock.now)
         bodies = self.path / "bodies"
-        bodies.mkdir(mode=0o700, exist_ok=True)
+        make_folder(bodies)
         self.segments = Segments(bodies, segment_size_for(self.path))
         self.segments.load(self.store.segments())
         self._big = BigBodies(self.segments, self.store)

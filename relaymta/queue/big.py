@@ -55,10 +55,10 @@ class BigBodies:
             if ident not in self._received and ident not in self._submitted and (not seconds or _written(path) < before)
         ]
         with self._store.reading() as txn:
-            for ident, path in left:
+            for ident, _ in left:
                 envelope = self._store.envelope(txn, ident)
                 if envelope is None or envelope.body is None or envelope.body.segment:
-                    path.unlink(missing_ok=True)
+                    self._segments.remove_big(ident)
 
 
 def _written(path: Path) -> float:

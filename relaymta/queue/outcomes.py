@@ -170,7 +170,7 @@ class Outcomes:
         """An outcome was not recorded: remove what `write` has put into a file of its own for it."""
         dsn, outcome.dsn = outcome.dsn, None
         if dsn is not None and dsn.envelope.body is not None and not dsn.envelope.body.segment:
-            self._segments.big_path(dsn.ident).unlink(missing_ok=True)
+            self._segments.remove_big(dsn.ident)
 
     def free_body(self, ident: int, body: Body | None) -> None:
         """Free a body in the group under way, in which its message ends."""

@@ -72,7 +72,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         self._try(group)
         for put in group.puts:
             if put.error is not None and put.data is None:  # its file has no message, and the client is told to try again
-                self._segments.big_path(put.ident).unlink(missing_ok=True)
+                self._segments.remove_big(put.ident)
         return group
 
     def _try(self, group: Committed) -> None:
@@ -158,7 +158,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
         if error is None:
             for ident, body in self._outcomes.freed:
                 if not body.segment:
-                    self._segments.big_path(ident).unlink(missing_ok=True)
+                    self._segments.remove_big(ident)
         self._outcomes.freed.clear()
         return error
 

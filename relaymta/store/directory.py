@@ -18,6 +18,7 @@ from typing import Any
 import lmdb
 import msgspec
 
+from relaymta.disk.folders import make_folder
 from relaymta.errors import NoSuch, RelayError, StoreError, near, store_error
 from relaymta.proto.address import comparable, domain_of
 
@@ -75,7 +76,7 @@ class Directory:
     def __init__(self, path: Path, writable: bool = False, locked: bool = True) -> None:
         try:
             if writable:
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folder(path)
             self._env = lmdb.open(
                 str(path), map_size=_MAP_SIZE, max_dbs=4, max_readers=1024, mode=0o600, readonly=not writable, lock=locked
             )

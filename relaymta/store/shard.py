@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from relaymta.disk.big import BigBody, BigFile, copy_big
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
+from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
 from relaymta.disk.lock import lock
 from relaymta.disk.operations import Task
@@ -42,23 +43,24 @@ class Shard:
         self._told = told
         self.number = number
         self.path = folder / f"shard-{number}"
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path)
         self._lock = lock(self.path)
         self.rows = MailShard(self.path / "lmdb")
         seen, highest, self._schema = map(self.rows.meta, (b"seen", b"highest", b"schema"))
         self.clock = ShardClock(seen)
         self._ids = IdSource(number, highest, self.clock.now)
         bodies = self.path / "bodies"
-        bodies.mkdir(mode=0o700, exist_ok=True)
+        make_folder(bodies)
         self.segments = Segments(bodies, segment_size_for(self.path))
         self.segments.load(self.rows.segments())
         self.bodies: Bodies = self.segments
         self.disk = Disk(self.path, self.rows.used)
         self.readers = Readers(self._loop, "mail-reader")
-        self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self._committed)
+        self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self.disk.ballast, self._committed)
         self._compactor = Compactor(self.rows, self.segments, self.writer, self.rows.points_at, self.readers.start)
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
 
     async def start(self) -> None:
         """Begin to commit. Returns when messages can be filed."""
@@ -72,17 +74,18 @@ class Shard:
     def _sweep(self) -> None:
         """Reader thread: remove the files of large bodies that no object points at; before anything is filed."""
         with self.rows.reading() as txn:
-            for ident, path in self.segments.big_files():
+            for ident, _ in self.segments.big_files():
                 row = self.rows.object(txn, ident)
                 if row is None or row.body.segment:
-                    path.unlink(missing_ok=True)
+                    self.segments.remove_big(ident)
 
     async def stop(self) -> None:
-        """Commit what is pending and close."""
+        """Commit what is pending and close; what is asked for meanwhile is refused."""
+        self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        await self.readers.close()  # first: large messages that are being written are submitted then
         await self.writer.close()
-        await self.readers.close()
         self.segments.close()
         self.rows.close()
         os.close(self._lock)
@@ -95,6 +98,7 @@ class Shard:
 
     async def _file(self, ident: int, data: list[bytes] | BigFile | None, targets: list[Target]) -> File:
         """File a message, or (None) another copy of the object `ident`; errors as of `file`."""
+        self._check_open()
         if self.disk.full:
             raise StoreFull("there is no room for mail")
         future = self._loop.create_future()
@@ -136,8 +140,14 @@ class Shard:
         self.writer.submit(Forget(queue_id, recipients))
 
     async def task(self, run: Callable[[Change], T]) -> T:
-        """Run a change on the writer thread; its result once it is durable. Refusal, or StoreError when the commit failed."""
+        """Run a change on the writer thread; its result once it is durable. Refusal, or StoreError when the commit failed. `run`
+        may be called again, after a transaction that found no room."""
+        self._check_open()
         return await self.writer.task(run)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise StoreError(f"{self.path} is being closed")
 
     def data(self, message: MessageRow) -> bytes:
         """Reader thread: as `reading.data_of`."""

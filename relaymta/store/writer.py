@@ -1,13 +1,16 @@
 """The mailboxes' group commit (disk/writer.py: how operations come together): messages that are filed, and every other change as
 a Task.
 
-When it fails: nothing of the group has happened, and each operation is told so. A message that only some of its mailboxes take is
-filed in those.
+When it fails: nothing of the group has happened, and each operation is told so. But where it failed since the disk or the map is
+full, its tasks are run again in small groups, with the room of the ballast: those that expunge make room. A message that only
+some of its mailboxes take is filed in those.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,12 +19,15 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.operations import Group, Move, Task, refuse
 from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
-from relaymta.errors import StoreError
+from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
 from relaymta.store.change import Change, Filed, Limits, Refusal
 from relaymta.store.rows import INBOX, MailShard, MessageRow
 
 __all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target"]
+
+
+SMALL_GROUP = 10  # tasks at a full disk or map: larger groups fail
 
 
 class Target(msgspec.Struct, array_like=True, frozen=True):
@@ -109,7 +115,7 @@ class Filings(Group):
 
 
 class MailWriter(GroupWriter[Operation, Filings, Change]):
-    """Owns the write side of one shard of mailboxes."""
+    """Owns the write side of one shard of mailboxes. `ballast`: a file that is removed when there is no room for tasks."""
 
     def __init__(
         self,
@@ -117,10 +123,12 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         shard: MailShard,
         segments: Segments,
         clock: ShardClock,
+        ballast: Path,
         on_commit: Callable[[Filings], None],
     ) -> None:
         begin = partial(Change, shard)
         super().__init__(loop, shard, segments, clock, begin=begin, on_commit=on_commit, unawaited=Forget, name="mail-writer")
+        self._ballast = ballast
         self._touched: dict[int, int] = {}  # by the transaction under way
         self._freed: list[tuple[int, Body]] = []  # bodies that nothing points at once the group under way is committed
 
@@ -134,33 +142,59 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         if error is not None:
             refuse([*files, *moves], error)
             files, moves = [], []
-        self._freed.clear()
-        error = self._transact(partial(self._fill, group, files, moves))
-        if error is None:
-            group.touched = self._touched
-        else:
+        error = self._record(group, files, group.forgotten, group.tasks, moves)
+        if error is not None:
             refuse([*files, *moves, *group.tasks], error)
-            self._freed.clear()
-        self._freed += [(one.ident, one.body) for one in group.files if one.error and one.data is None and one.body is not None]
-        for ident, body in self._freed:
-            if not body.segment:
-                self._segments.big_path(ident).unlink(missing_ok=True)
+            if isinstance(error, StoreFull):
+                self._insist(group)
+        for file in group.files:
+            if file.error is not None and file.data is None:
+                self._segments.remove_big(file.ident)
         self.stalled = False
         return group
+
+    def _insist(self, group: Filings) -> None:
+        """Run the tasks of a group that found no room again, with that of the ballast, a few at a time."""
+        with contextlib.suppress(OSError):
+            self._ballast.unlink()
+        forgotten = group.forgotten
+        for start in range(0, len(group.tasks), SMALL_GROUP):
+            tasks = group.tasks[start : start + SMALL_GROUP]
+            refuse(tasks, None)
+            error = self._record(group, [], forgotten, tasks, [])
+            if error is None:
+                forgotten = []
+            else:
+                refuse(tasks, error)
+
+    def _record(
+        self, group: Filings, files: list[File], forgotten: list[Forget], tasks: list[Task], moves: list[Move]
+    ) -> StoreError | None:
+        """Commit these operations of a group in one transaction; the error when it failed: then nothing of them is committed."""
+        self._freed.clear()
+        error = self._transact(partial(self._fill, files, forgotten, tasks, moves))
+        if error is None:
+            group.touched |= self._touched
+            for ident, body in self._freed:
+                if not body.segment:
+                    self._segments.remove_big(ident)
+        return error
 
     def _stage(self, files: list[File]) -> None:
         for file in files:
             if file.data is not None:
                 file.body = self._segments.append(file.ident, file.data, file.size, HOT)
 
-    def _fill(self, group: Filings, files: list[File], moves: list[Move], change: Change, now: int) -> None:
+    def _fill(
+        self, files: list[File], forgotten: list[Forget], tasks: list[Task], moves: list[Move], change: Change, now: int
+    ) -> None:
         wall = wall_ms()
         for file in files:
             self._file(change, file, now, wall)
-        for forgotten in group.forgotten:  # behind what was asked for before
-            for recipient in forgotten.recipients:
-                change.forget_done(forgotten.queue_id, recipient)
-        for task in group.tasks:
+        for ended in forgotten:  # behind what was asked for before
+            for recipient in ended.recipients:
+                change.forget_done(ended.queue_id, recipient)
+        for task in tasks:
             self._run_task(change, task)
         for move in moves:
             assert move.body is not None

@@ -71,6 +71,38 @@ async def test_a_large_body_that_could_not_be_finished_leaves_no_file(tmp_path, 
         monkeypatch.undo()
 
 
+async def test_a_file_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+    """It is left until the next start: a failed unlink must not end the thread that commits."""
+    async with Large(tmp_path) as bench:
+        assert await bench.give(bench.receive()) is None
+        (entry,) = await bench.next()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "EROFS")))
+            bench.queue.finish(entry, None)
+            await until(lambda: len(bench.events.outcomes) == 1)
+            patched.setattr(Change, "finish", fails)
+            assert isinstance(await bench.give(bench.receive()), StoreError)
+        await bench.put()
+        assert len(bench.files) == 2
+    async with Large(tmp_path) as bench:
+        assert bench.files == []
+
+
+@pytest.mark.parametrize("front", [b"", b"Received: x\r\n" * 1000])
+def test_a_large_body_whose_front_is_written_in_parts_is_whole(tmp_path, monkeypatch, front):
+    """As a nearly full disk takes it."""
+    pwritev, pwrite = os.pwritev, os.pwrite
+    segments = Segments(tmp_path, MEGABYTE)
+    file = BigBody(segments.big_path(1), 1, room=16384)
+    file.write([b"x" * SIZE])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", lambda fd, parts, at: pwritev(fd, [b"".join(parts)[:20]], at))
+        patched.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:4096], at))
+        body = file.finish([front])
+    assert segments.read(1, body) == front + b"x" * SIZE
+    segments.close()
+
+
 async def test_a_sweep_removes_what_nobody_will_commit_and_nothing_else(tmp_path, monkeypatch):
     async with Large(tmp_path) as bench:
         queue, sweep = bench.queue, bench.queue._big.sweep

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from relaymta.disk.segments import FREE_MOST, HOT, MEGABYTE, SegmentRow, Segments
+from relaymta.disk.segments import COLD, FRAME, FREE_MOST, HOT, MEGABYTE, SegmentRow, Segments
 
 
 class Shard:
@@ -76,4 +76,32 @@ def test_a_removal_whose_commit_failed_is_repeated(shard):
     shard.commit(10)
     shard.check()
     assert not shard.segments.doomed()
+    shard.reopen()
+
+
+def test_what_was_not_written_leaves_no_gap(shard, monkeypatch):
+    """A group that could not be written, behind which other bodies come: compaction reads a segment from frame to frame."""
+    (first,) = shard.commit(1000)
+    segments = shard.segments
+    segments.append(7, [b"x" * 500], 500, HOT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "ENOSPC")))
+        with pytest.raises(OSError, match="ENOSPC"):
+            segments.append(8, [b"y"], 1, COLD)
+    segments.forget()
+    (second,) = shard.commit(2000)
+    assert second.offset == first.offset + FRAME.size + first.length
+
+    def fails(fd, buffers, offset):
+        raise OSError(5, "EIO")
+
+    segments.append(9, [b"y"], 1, COLD)
+    segments.append(10, [b"x" * 500], 500, HOT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", fails)
+        with pytest.raises(OSError, match="EIO"):
+            segments.write()  # the cold one, which is sealed, and not the other
+    segments.forget()
+    (third,) = shard.commit(3000)
+    assert (third.segment, third.offset) == (second.segment, second.offset + FRAME.size + second.length)
     shard.reopen()

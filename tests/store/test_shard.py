@@ -3,12 +3,14 @@
 import asyncio
 import random
 import shutil
+import time
 from functools import partial
 
 import pytest
 
 from relaymta.disk import compact
-from relaymta.errors import SpoolBusy
+from relaymta.disk.big import BigBody
+from relaymta.errors import SpoolBusy, StoreError, StoreFull
 from relaymta.store.change import EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
 from relaymta.store.rows import DELETED, INBOX, KEYWORDS_MOST, SEEN
 from relaymta.store.shard import Shard
@@ -173,6 +175,39 @@ async def test_a_task_that_fails_leaves_nothing_behind(tmp_path):
             assert [row.name for row in bench.shard.rows.mailboxes(txn, 1)] == [INBOX, "Other"]
 
 
+async def test_tasks_that_find_no_room_take_that_of_the_ballast(tmp_path, monkeypatch):
+    """In groups of ten; mail of the same group is refused, and a task that is refused is refused alone."""
+    told: list[dict[int, int]] = []
+    async with Bench(tmp_path, told=told.append) as bench:
+        await bench.user(1)
+        (target,) = await bench.file(b"x", Target(1, once=(7, 0, 1)))
+        box, ballast, finish = target.filed.mailbox, bench.shard.disk.ballast, Change.finish
+        monkeypatch.setattr(bench.shard.disk, "check", lambda: None)  # which writes it again
+        ballast.write_bytes(b"\0" * 4096)
+        commits = []
+
+        def full(change: Change, now: int) -> None:
+            if ballast.exists():
+                raise StoreFull("no room")
+            commits.append(change)
+            finish(change, now)
+
+        monkeypatch.setattr(Change, "finish", full)
+        bench.shard.forget(7, [0])
+        refused, expunged, *created = await asyncio.gather(
+            bench.file(b"y", Target(1)),
+            bench.shard.task(partial(_expunge, 1, box, [1])),
+            *(bench.shard.task(lambda change, name=str(n // 2): change.create_mailbox(1, name)) for n in range(24)),
+            return_exceptions=True,
+        )
+        assert isinstance(refused, StoreFull)
+        assert told[-1] == {box: expunged}
+        assert len(commits) == 3 and not ballast.exists()
+        assert [isinstance(one, Refusal) for one in created] == [False, True] * 12
+        (again,) = await bench.file(b"x", Target(1, once=(7, 0, 1)))
+        assert again.filed, "it was forgotten, too"
+
+
 async def test_a_large_message_has_a_file_of_its_own(tmp_path):
     async with Bench(tmp_path / "a") as bench:
         await bench.user(1)
@@ -194,6 +229,27 @@ async def test_a_large_message_has_a_file_of_its_own(tmp_path):
     async with Bench(tmp_path / "b") as bench:
         assert [path.name != "0" * 16 for path in (tmp_path / "b" / "shard-0" / "bodies" / "big").iterdir()] == [True]
         assert bench.messages(1) == [(1, 0, data)]
+
+
+async def test_a_large_message_that_is_being_written_is_filed_before_the_end(tmp_path, monkeypatch):
+    write = BigBody.write
+
+    def slow(file: BigBody, buffers: list[bytes]) -> None:
+        time.sleep(0.2)
+        write(file, buffers)
+
+    monkeypatch.setattr(BigBody, "write", slow)
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        filing = asyncio.ensure_future(bench.file(b"x" * 2_000_000, Target(1)))
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(10):
+        (result,) = await filing
+        for late in (bench.file(b"x", Target(1)), bench.file(b"x" * 2_000_000, Target(1)), bench.shard.task(lambda change: None)):
+            with pytest.raises(StoreError, match="is being closed"):
+                await late
+    async with Bench(tmp_path) as bench:
+        assert [uid for uid, _, _ in bench.messages(1)] == [result.filed.uid]
 
 
 async def test_a_shard_has_one_owner(tmp_path):
