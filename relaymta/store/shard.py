@@ -17,7 +17,7 @@ from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
-from relaymta.errors import StoreFull, store_error
+from relaymta.errors import StoreError, StoreFull, store_error
 from relaymta.proto.envelope import Body
 from relaymta.store.carry import CarriedMailbox, CarriedMessages, CarriedUser, Entry, Part
 from relaymta.store.change import Change, Refusal

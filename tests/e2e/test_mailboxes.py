@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import smtplib
 import threading
@@ -13,6 +14,8 @@ import pytest
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.mailboxes import LOCAL, Load, create, kept, shown, verified
+from tests.support.programs import need
+from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
 
 def replies(relay: Relay, *recipients: str, sender: str = "s@x.example") -> list[tuple[int, str]]:
@@ -163,6 +166,44 @@ def test_without_a_mailbox_route_there_are_no_mailboxes(tmp_path):
         assert not (relay.spool / "mail").exists()
 
 
+def test_strace_shows_that_a_message_leaves_the_queue_when_its_mailbox_has_it(tmp_path):
+    """In this order: the queue's syncs, 250, the store's syncs, the queue's commit of the outcome, and only then the commit by
+    which the store forgets what it has filed."""
+    trace = tmp_path / "trace"
+    wrap = (need("strace"), "-f", "-y", "-s", "60", "-o", str(trace), "-e", f"trace={CALLS}")
+    relay = Relay(tmp_path, None, f"route=[{LOCAL}]", wrap=wrap)
+    count = 3
+    with relay:
+        create(relay, "alice")
+        for number in range(count + 1):  # the end of the last one may be missing from the trace
+            relay.send(f"Subject: {number}\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+            wait_for(lambda: len(relay.events("delivered")) == number + 1, what="delivery")  # noqa: B023
+            wait_for(lambda: not _remembered(relay.spool), what="the store to forget it")
+    queue, store = Syncs("spool/shard-0"), Syncs("mail/shard-0")
+    steps: list[str] = []
+    for when, call in moments(trace.read_text()):
+        queue.take(when, call)
+        store.take(when, call)
+        if when == BEGINS and "queued as" in call and re.match(r"(write|sendto|sendmsg|writev)\(", call):
+            assert queue.state == "committed", f"{call} in state {queue.state}"
+            steps.append("queued")
+            queue.clear()
+            store.clear()
+        elif steps and steps[-1] == "queued":
+            assert not queue.begun, "the queue was changed before the mailbox had the message"
+            if store.state == "committed":
+                steps.append("filed")
+                store.clear()
+        elif steps and steps[-1] == "filed":
+            assert not store.begun, "the store was changed before the queue had recorded the outcome"
+            if queue.committed:
+                steps.append("ended")
+        elif steps and steps[-1] == "ended" and store.committed:
+            steps.append("forgotten")
+            queue.clear()
+    assert steps[: 4 * count] == ["queued", "filed", "ended", "forgotten"] * count
+
+
 @pytest.mark.parametrize("what", ["group", "workers"])
 def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what):
     users, chance = [f"u{number}" for number in range(8)], random.Random(what)
@@ -193,3 +234,15 @@ def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
     verified(relay)
+
+
+def _remembered(spool: Path) -> int:
+    """How many recipients the first shard remembers to have filed."""
+    from relaymta.store.rows import MailShard
+
+    shard = MailShard(spool / "mail/shard-0/lmdb", readonly=True)
+    try:
+        with shard.reading() as txn:
+            return int(txn.stat(shard.tables["done"])["entries"])
+    finally:
+        shard.close()

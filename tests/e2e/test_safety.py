@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tests.support.daemon import Relay, dialog, free_port, wait_for
 from tests.support.fake_mx import SILENT, FakeMx
 from tests.support.programs import need
 from tests.support.source import Source
+from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
 KILLS = 30 if PROVE else 4
 
@@ -219,57 +220,25 @@ def test_a_second_relay_is_told_that_the_spool_is_in_use(tmp_path):
         assert second.returncode == 75 and f"{relay.spool}/shard-0 is in use by another relaymta" in second.stderr
 
 
-def calls(trace: str) -> Iterator[str]:
-    """The traced calls, each at the time it ended; a reply at the time it began."""
-    begun = {}
-    for line in trace.splitlines():
-        thread, _, call = line.partition(" ")
-        whole = begun.pop(thread, "") + call.strip()
-        if whole.endswith("<unfinished ...>"):
-            begun[thread] = whole
-            if "queued as" in whole:
-                yield whole
-        elif "queued as" not in whole or "resumed>" not in whole:
-            yield whole
-
-
 def test_strace_shows_both_syncs_before_every_250(tmp_path, ledger):
-    """In this order: the write of the body, its fdatasync, LMDB's write, then "250 queued"."""
+    """In this order: the write of the body, its fdatasync, LMDB's pages and its meta page, then "250 queued"."""
     trace = tmp_path / "trace"
-    strace = need("strace")
-    wrap = (
-        strace,
-        "-f",
-        "-y",
-        "-s",
-        "60",
-        "-o",
-        str(trace),
-        "-e",
-        "trace=pwritev,pwritev2,pwrite64,fdatasync,fsync,write,writev,sendto,sendmsg",
-    )
+    wrap = (need("strace"), "-f", "-y", "-s", "60", "-o", str(trace), "-e", f"trace={CALLS}")
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}", wrap=wrap) as relay:
         for number in range(5):
             relay.send(f"X-Ledger: t{number}\r\n\r\nx\r\n")
         wait_for(lambda: len(ledger.taken) == 5, 30)
-    state = "none"
-    acknowledged = 0
-    directory_synced = False
-    for line in calls(trace.read_text()):
-        if re.search(r"pwritev2?\(\d+<[^>]*\.seg>", line):
-            state = "written"
-        elif re.search(r"fsync\(\d+<[^>]*bodies>", line):
-            directory_synced = True
-        elif re.search(r"fdatasync\(\d+<[^>]*\.seg>", line) and state == "written":
-            state = "synced"
-        elif re.search(r"(pwrite64|pwritev2?|writev?)\(\d+<[^>]*data\.mdb>", line) and state in ("synced", "committing"):
-            state = "committing"
-        elif "queued as" in line and re.search(r"(write|sendto|sendmsg|writev)\(", line):
-            assert state == "committing", f"250 without both syncs: {line} in state {state}"
-            state = "none"
+    queue = Syncs("spool/shard-0")
+    named, acknowledged = [], 0
+    for when, call in moments(trace.read_text()):
+        queue.take(when, call)
+        named.append(queue.state == "named")
+        if when == BEGINS and "queued as" in call and re.match(r"(write|sendto|sendmsg|writev)\(", call):
+            assert queue.state == "committed", f"250 without both syncs: {call} in state {queue.state}"
+            queue.clear()
             acknowledged += 1
     assert acknowledged == 5
-    assert directory_synced, "the new segment's name was synced"
+    assert any(named), "the new segment's name was synced"
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev,pwritev2", "fsync"])
