@@ -8,6 +8,7 @@ import re
 import signal
 import smtplib
 import threading
+from pathlib import Path
 
 import pytest
 
