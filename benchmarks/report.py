@@ -1,7 +1,7 @@
 """Writes the measured part of docs/benchmarks.md: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json and endpoint.json, as
-the benchmarks print them. What is missing is reported as not measured.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json, endpoint.json and
+mailboxes.json, as the benchmarks print them. What is missing is reported as not measured.
 """
 
 import json
@@ -51,6 +51,16 @@ def most(name: str, killed: bool = False) -> Callable[[Found], float]:
 
 def part(which: str, name: str) -> Callable[[Found], float]:
     return lambda found: float(found["sites"][which][name])
+
+
+def filed(part: str, number: int, name: str, of: str = "relaymta") -> Callable[[Found], float]:
+    """A value of one load into mailboxes, of the relay or (`of`: "") of the load as a whole."""
+
+    def measured(found: Found) -> float:
+        row = found["mailboxes"][part]["rows"][number]
+        return float((row[of] if of else row)[name])
+
+    return measured
 
 
 REUSED, EACH, LARGE = "sessions reused, 4 kB", "one connection a message, 4 kB", "200 kB"
@@ -152,6 +162,15 @@ AIMS: list[tuple[str, Callable[[Found], float], str, float, str]] = [
     ("... of memory", lambda f: f["endpoint"]["attack"]["memory more MB"], "-", 200, "{:.0f} MB"),
     ("... the right password logs in after", lambda f: max(f["endpoint"]["attack"]["right passwords logged in after s"]),
      "-", 1, "{:.2f} s"),
+    ("LMTP into mailboxes, 50 connections: Dovecot's CPU vs. it", filed("lmtp", 0, "fewer", ""), "+", 10, "{:.1f} x"),
+    ("... messages a second, one worker", filed("lmtp", 0, "rate"), "+", 2500, "{:,.0f}"),
+    ("... 8 connections: Dovecot's CPU vs. it", filed("lmtp", 1, "fewer", ""), "+", 6, "{:.1f} x"),
+    ("... 20 recipients: Dovecot's CPU a recipient vs. it", filed("lmtp", 2, "fewer", ""), "+", 20, "{:.1f} x"),
+    ("... bodies on disk for each message", lambda f: f["mailboxes"]["lmtp"]["on disk"]["bodies for each message"],
+     "-", 1, "{:.2f}"),
+    ("SMTP, queue, mailbox, one worker: CPU", filed("queue", 0, "cpu_us"), "-", 260, "{:.0f} us"),
+    ("... messages a second, until they are in the mailbox", filed("queue", 0, "end to end"), "+", 2500, "{:,.0f}"),
+    ("... Postfix's and Dovecot's CPU vs. it", filed("queue", 0, "fewer", ""), "+", 15, "{:.1f} x"),
     ("Ledger: messages a second", lambda f: f["run"]["ledger"]["rate"], "+", 2000, "{:,.0f}"),
     ("... lost or altered", lambda f: f["run"]["ledger"]["lost"] + f["run"]["ledger"]["altered"], "-", 0, "{:.0f}"),
 ]  # fmt: skip
@@ -196,6 +215,29 @@ def loads(rows: list[Found]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def delivery(mailboxes: Found) -> str:
+    """The loads of benchmarks.mailboxes, with Dovecot, and the shard alone, as Markdown tables."""
+
+    def cell(server: Found | None) -> str:
+        if server is None:
+            return ""
+        return f"{server['end to end']:,.0f}, {server['cpu_us']:,.0f}, {server['p50 ms']:.1f}, {server['p99 ms']:.1f}"
+
+    lines = [
+        "| into mailboxes: msg/s, CPU us/msg, p50, p99 ms | relaymta | Dovecot mdbox | Maildir | the better's CPU vs. ours |",
+        "|---|---|---|---|---|",
+    ]
+    for row in [row for part in ("lmtp", "queue") for row in mailboxes.get(part, {}).get("rows", [])]:
+        servers = " | ".join(cell(row.get(name)) for name in ("relaymta", "mdbox", "Maildir"))
+        each = ", ".join(f"{one:.1f}" for one in row.get("fewer in each trial", []))
+        ratio = f"{row['fewer']:.1f} x ({each})" if each else ""
+        lines.append(f"| {row['load']} | {servers} | {ratio} |")
+    lines += ["", "| the shard of the mailboxes alone | CPU us/msg | msg/s |", "|---|---|---|"]
+    for name, found in mailboxes.get("store", {}).items():
+        lines.append(f"| {name} | {found['cpu us']:.0f} | {found['rate']:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables(run: Found) -> str:
     """What benchmarks.run measured, as Markdown tables."""
     shown = {
@@ -210,7 +252,8 @@ def main() -> None:
     states = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {time.strftime('%F')}."
     head, rest = path.read_text().split("<!-- measured -->")
     tail = rest.split("<!-- end -->")[1]
-    measured = f"{states}\n\n{tables(found['run'])}\n{aims(found)}"
+    mailboxes = delivery(found["mailboxes"]) + "\n" if "mailboxes" in found else ""
+    measured = f"{states}\n\n{tables(found['run'])}\n{mailboxes}{aims(found)}"
     path.write_text(f"{head}<!-- measured -->\n{measured}<!-- end -->{tail}")
 
 

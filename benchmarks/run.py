@@ -117,6 +117,8 @@ class Relaymta:
         wait_for(self._ready, 30, "the relay")
 
     def _ready(self) -> bool:
+        if self.process.poll() is not None:
+            sys.exit("the relay has ended at its start")
         try:
             return (
                 self.counter("relaymta_build_info") > 0
@@ -144,11 +146,11 @@ class Relaymta:
 
 
 class Postfix:
-    """A private Postfix instance with its defaults, relaying to the sink."""
+    """A private Postfix instance with its defaults, relaying to the sink. `settings`: more lines of its main.cf."""
 
     name = "Postfix"
 
-    def __init__(self, folder: Path, sink: int) -> None:
+    def __init__(self, folder: Path, sink: int, settings: str = "") -> None:
         self.port = free_port()
         self.config = folder / "etc"
         shutil.copytree("/etc/postfix", self.config, symlinks=True)
@@ -163,7 +165,7 @@ class Postfix:
             f"compatibility_level=3.6\nqueue_directory={queue}\ndata_directory={data}\nmynetworks=127.0.0.0/8\ninet_protocols=ipv4\n"
             f"inet_interfaces=127.0.0.1\nmyhostname=postfix.example\nmydestination=\nrelayhost=[127.0.0.1]:{sink}\nalias_maps=\n"
             f"smtp_tls_security_level=none\nsmtpd_tls_security_level=none\nmaillog_file={self.log}\nmaillog_file_prefixes={folder}\n"
-            "smtpd_peername_lookup=no\n"
+            f"smtpd_peername_lookup=no\n{settings}"
         )
         lines = []
         for line in (self.config / "master.cf").read_text().splitlines():
