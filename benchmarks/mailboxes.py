@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["lmtp", "queue", "store"])
     parser.add_argument("--python", default=sys.executable, help="the interpreter of another build")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("ended by SIGTERM"))  # and the servers with it
     postfix = "" if shutil.which("postfix", path=PATH) else "Postfix is missing: apt-get install postfix"
     lacking = [text for text in (dovecot.lacking(), postfix) if text]
     for text in lacking:

@@ -103,6 +103,8 @@ class Mailboxes:
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, (number, _) in enumerate(targets):
             by_shard[number].append(place)
+        if len(by_shard) == 1:  # as for most messages: then without a task
+            return list(await self._file_in(number, data, [target for _, target in targets]))
         asked = [self._file_in(number, data, [targets[place][1] for place in places]) for number, places in by_shard.items()]
         found: dict[int, Result | StoreError] = {}
         for places, results in zip(by_shard.values(), await asyncio.gather(*asked), strict=True):

@@ -109,7 +109,7 @@ class Shard:
             writing = self.readers.submit(self._written, ident, data)
             writing.add_done_callback(lambda written: self._submit_large(written, ident, targets, done))
             await asyncio.shield(writing)
-        file: File = await future
+        file: File = await future  # a caller who is cancelled cancels it: then nobody is told
         if file.error is not None:
             raise file.error
         return file

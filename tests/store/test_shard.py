@@ -64,6 +64,20 @@ async def test_a_message_is_filed_once_for_all_its_mailboxes(tmp_path):
         assert bench.messages(7) == [(1, 0, b"Delivered-To: 7\r\n" + b"x" * 1000)]
 
 
+@pytest.mark.parametrize("size", [1000, 2_000_000])
+async def test_what_was_begun_is_filed_though_the_caller_is_cancelled(tmp_path, size):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        calls = [asyncio.create_task(bench.file(b"x" * size, Target(1))) for _ in range(3)]
+        await asyncio.sleep(0)
+        calls[1].cancel()
+        await asyncio.gather(calls[0], calls[2])
+        assert calls[1].cancelled()
+        while len(bench.messages(1)) < 3:
+            await asyncio.sleep(0.01)
+        assert {len(text) for _, _, text in bench.messages(1)} == {size}
+
+
 async def test_what_was_filed_is_there_after_a_crash(tmp_path):
     async with Bench(tmp_path / "a") as bench:
         await bench.user(1, "Sent")
