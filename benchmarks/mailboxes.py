@@ -1,6 +1,6 @@
 """Delivery into mailboxes beside Debian's Dovecot: `python -m benchmarks.mailboxes [--scale X] [--only PART] [--python PYTHON]`.
 
-lmtp   LMTP in: 50 connections, 8, and 8 with 20 recipients a message
+lmtp   LMTP in: 50 connections, 8, and both with 20 recipients a message
 queue  SMTP in, queue, mailbox: 50 connections; beside it Postfix, which delivers to Dovecot by LMTP
 store  the shard alone, by the size of the groups (benchmarks.filing)
 
@@ -59,6 +59,7 @@ class Load:
 LMTP = [
     Load("LMTP, 50 connections", 50, 15_000, 1_500),
     Load("LMTP, 8 connections", 8, 8_000, 1_500),
+    Load("LMTP, 50 connections, 20 recipients", 50, 2_000, 150, 20),
     Load("LMTP, 8 connections, 20 recipients", 8, 1_500, 100, 20),
 ]
 QUEUE = [Load("SMTP, queue, mailbox (Postfix and Dovecot), 50 connections", 50, 15_000, 1_500)]
