@@ -1,4 +1,5 @@
-"""`make run`: starts a relay and a sink on loopback, sends a message through them, and suggests commands to try."""
+"""`make run`: starts a relay and a sink on loopback, sends a message through them, to a mailbox and to the sink, and suggests
+commands to try."""
 
 import contextlib
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 from relaymta.cli.console import say
 from relaymta.control import program
 
-RELAY_PORT, SINK_PORT, METRICS_PORT = 2525, 2526, 9125
+RELAY_PORT, SINK_PORT, METRICS_PORT, POP3_PORT = 2525, 2526, 9125, 2110
+USER, PASSWORD = "you@demo.invalid", "demo"
 CONFIG = Path("config/demo.toml")
 SPOOL = Path("var/demo-spool")
 LOG = Path("var/demo.log")
@@ -20,7 +22,7 @@ LOG = Path("var/demo.log")
 
 def main() -> int:
     """Run until Ctrl-C; the exit status."""
-    for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics")):
+    for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics"), (POP3_PORT, "POP3")):
         if _busy(port):
             say(
                 f"Port {port} on 127.0.0.1, which {what} needs, is in use. "
@@ -37,6 +39,7 @@ def main() -> int:
         if not _wait(RELAY_PORT, relay) or not _wait(SINK_PORT, sink):
             say("The relay did not start; see its messages above.")
             return 1
+        _create_user()
         _send()
         _explain()
         return relay.wait()
@@ -74,11 +77,17 @@ def _wait(port: int, process: "subprocess.Popen[bytes]") -> bool:
     return False
 
 
+def _create_user() -> None:
+    """Where the spool has the user already, this changes nothing."""
+    command = [*program("relaymta.cli"), "mailbox", "create", "--password", USER, "-c", str(CONFIG)]
+    subprocess.run(command, input=PASSWORD + "\n", text=True, capture_output=True, timeout=30)
+
+
 def _send() -> None:
     with smtplib.SMTP("127.0.0.1", RELAY_PORT, local_hostname="demo.invalid") as client:
-        client.sendmail("you@demo.invalid", ["friend@example.com"], "Subject: hello from relaymta\r\n\r\nIt works.\r\n")
+        client.sendmail(USER, ["friend@example.com", USER], "Subject: hello from relaymta\r\n\r\nIt works.\r\n")
     for _ in range(100):
-        if LOG.exists() and '"delivered"' in LOG.read_text(encoding="utf-8"):
+        if LOG.exists() and LOG.read_text(encoding="utf-8").count('"delivered"') == 2:
             return
         time.sleep(0.05)
 
@@ -86,13 +95,16 @@ def _send() -> None:
 def _explain() -> None:
     say(*f"""
 The relay is running. It accepted one message on 127.0.0.1:{RELAY_PORT}, stored it in {SPOOL.absolute()},
-and delivered it to the sink (the line above that begins with "sink:"). Its log, one JSON object for each event:
-{LOG.absolute()}
+and delivered it to the sink (the line above that begins with "sink:") and to the mailbox of {USER}.
+Its log, one JSON object for each event: {LOG.absolute()}
 
 Try, in another terminal:
   export PATH={Path(sys.executable).parent}:$PATH RELAYMTA_CONFIG={CONFIG.absolute()}
   cd {Path.cwd()}
   relaymta status
+  relaymta mailbox show --messages {USER}
+  curl -s pop3://127.0.0.1:{POP3_PORT}/1 -u {USER}:{PASSWORD}     # reads it, as does:
+  mutt -n -e 'set ssl_starttls=no' -f 'pop://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{POP3_PORT}/'
   printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
     --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
   relaymta site suspend sink                 # what is sent now waits
