@@ -1,8 +1,8 @@
 """Memory shared by the supervisor and the workers: counters for metrics, limits and rates of all workers, messages in flight.
 
-One memfd, mapped by all processes. Layout: a block of counters for each worker slot, limits, ids in flight, rates. A worker
-writes only its own cells, except for rates and the keys of rows, which all workers change by compare-and-swap. The supervisor
-reads all cells, also those of a worker that has died.
+One memfd, mapped by all processes. Layout: a block of counters for each worker slot, limits, ids in flight, rates, the version of
+the directory of mailboxes. A worker writes only its own cells, except for rates and the keys of rows, which all workers change by
+compare-and-swap. The supervisor reads all cells, also those of a worker that has died; it alone writes the version.
 """
 
 import mmap
@@ -29,7 +29,8 @@ RATE_IDLE_US = 60_000_000  # a rate that has been free for so long may lose its 
 
 _IN_FLIGHT_AT = SLOTS * COUNTERS + ROWS * ROW
 _RATES_AT = _IN_FLIGHT_AT + SLOTS * IN_FLIGHT
-_CELLS = _RATES_AT + 2 * RATE_ROW * RATE_ROWS
+_DIRECTORY_AT = _RATES_AT + 2 * RATE_ROW * RATE_ROWS
+_CELLS = _DIRECTORY_AT + 1
 
 SUPERVISOR = SLOTS  # who changes a table, where it is not the worker of a slot
 
@@ -73,6 +74,10 @@ class Shared:
 
     def _rate_cells(self, table: int) -> Cells:
         return Cells(self._map, 8 * (_RATES_AT + table * RATE_ROW * RATE_ROWS), RATE_ROW * RATE_ROWS)
+
+    def directory(self) -> Cells:
+        """The version of the directory of mailboxes: one cell."""
+        return Cells(self._map, 8 * _DIRECTORY_AT, 1)
 
     def clear_limits(self, slot: int) -> None:
         """Release all units of limits that a dead worker held, and undo what it was changing in the tables. Called before its

@@ -98,6 +98,7 @@ class Intake:
         self._routes = routes
         self._domains = {compared(domain.rstrip(".")) for domain in config.relay.domains}
         self._local_domains = config.local_domains
+        self._is_local_domain: dict[str, bool] = {}  # by the domain of a recipient
         self._trusted = _Networks.of(config.relay.networks)
         self._normalized = _Networks.of(config.intake.normalize_networks)
         self._long_lines = _Networks.of(config.intake.long_line_networks)
@@ -185,7 +186,13 @@ class Intake:
 
     def _is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
-        return domain_matches(domain_of(address), self._local_domains)
+        domain = domain_of(address)
+        found = self._is_local_domain.get(domain)
+        if found is None:
+            if len(self._is_local_domain) > 10_000:
+                self._is_local_domain.clear()
+            found = self._is_local_domain[domain] = domain_matches(domain, self._local_domains)
+        return found
 
     def _refusal(self, address: str) -> bytes | None:
         """The reply that rejects a recipient of an unauthenticated client, or None."""

@@ -76,6 +76,8 @@ async def _respond(
 
 
 async def _write(writer: asyncio.StreamWriter, frame: Frame) -> None:
+    if writer.is_closing():  # uvloop raises RuntimeError for a write
+        raise ConnectionResetError("the other end has gone")
     writer.write(pack(frame))
     try:
         async with asyncio.timeout(READER_SECONDS):

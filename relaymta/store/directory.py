@@ -13,7 +13,7 @@ an address is there once.
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lmdb
 import msgspec
@@ -22,13 +22,14 @@ from relaymta.disk.folders import make_folder
 from relaymta.errors import NoSuch, RelayError, StoreError, near, store_error
 from relaymta.proto.address import comparable, domain_of
 
-__all__ = ["Address", "Directory", "Found", "User"]
+__all__ = ["Address", "Directory", "Found", "User", "Version"]
 
 SCHEMA = 1
 _MAP_SIZE = 8 << 30
 DEEPEST = 10  # aliases of aliases
 TARGETS_MOST = 1000  # addresses of one alias
 ADDRESSES_MOST = 5000  # that an alias leads to in all, aliases on the way included
+FOUND_MOST = 20_000  # looked up addresses in memory
 _KEY_MOST = 500  # octets of an address: LMDB's keys have 511
 _ID = struct.Struct(">Q")
 
@@ -68,12 +69,25 @@ _decode_user = msgspec.msgpack.Decoder(User).decode
 _decode_address = msgspec.msgpack.Decoder(Address).decode
 
 
-class Directory:
-    """The directory in `path`. `writable`: this is the one process that changes it; `locked`: as of disk.environment.Environment.
-    All methods block: some microseconds where
-    they read, until the disk has it where they write. StoreError."""
+class Version(Protocol):
+    """The number of changes of the directory, in memory that all processes share (shm)."""
 
-    def __init__(self, path: Path, writable: bool = False, locked: bool = True) -> None:
+    def get(self, index: int) -> int:
+        """Cell 0."""
+
+    def add(self, index: int, n: int) -> int:
+        """Add to cell 0."""
+
+
+class Directory:
+    """The directory in `path`. `writable`: this is the one process that changes it; `locked`: as of disk.environment.Environment;
+    `version`: raised by each change, so that what others have in memory is looked up again. All methods block: some microseconds
+    where they read, until the disk has it where they write. StoreError."""
+
+    def __init__(self, path: Path, writable: bool = False, locked: bool = True, version: Version | None = None) -> None:
+        self._version = version
+        self._found: dict[tuple[str, str], Found | None] = {}  # by `find` since the version `_found_at`
+        self._found_at = -1
         try:
             if writable:
                 make_folder(path)
@@ -112,14 +126,30 @@ class Directory:
     # Reading
 
     def find(self, recipient: str, separator: str = "") -> Found | None:
+        """As `look_up`, from memory where nothing has changed since the last time."""
+        if self._version is None:
+            return self.look_up(recipient, separator)
+        now = self._version.get(0)  # before the look: what is committed meanwhile is looked up again
+        if now != self._found_at or len(self._found) > FOUND_MOST:
+            self._found.clear()
+            self._found_at = now
+        key = recipient, separator
+        if key not in self._found:
+            self._found[key] = self.look_up(recipient, separator)
+        return self._found[key]
+
+    def look_up(self, recipient: str, separator: str = "") -> Found | None:
         """Where mail for a recipient goes; None when nobody has the address. Looked for in this order: the address itself;
         without the detail behind `separator`; the catch-all of its domain. RelayError when an alias leads to nobody, too deep or
         to too many."""
-        with self._env.begin() as txn:
-            address = comparable(recipient)
-            users: dict[int, User] = {}
-            others: dict[str, None] = {}
-            self._walk(txn, address, separator, users, others)
+        address = comparable(recipient)
+        users: dict[int, User] = {}
+        others: dict[str, None] = {}
+        try:
+            with self._env.begin() as txn:
+                self._walk(txn, address, separator, users, others)
+        except lmdb.Error as error:
+            raise store_error(error) from None
         if address in others:
             return None
         if not users and not others:
@@ -247,6 +277,9 @@ class Directory:
                 return change(txn)
         except lmdb.Error as error:
             raise store_error(error) from None
+        finally:
+            if self._version is not None:
+                self._version.add(0, 1)
 
     def next_ident(self) -> int:
         """A new user's id, which is never given again."""

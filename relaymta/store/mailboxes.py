@@ -20,7 +20,7 @@ from relaymta.errors import RelayError, StoreError
 from relaymta.store.backup import copy_shard
 from relaymta.store.carry import Carried, Part, convert_part
 from relaymta.store.change import Change, Refusal
-from relaymta.store.directory import Directory, Found
+from relaymta.store.directory import Directory, Found, Version
 from relaymta.store.others import ReadOnly
 from relaymta.store.reading import Readable
 from relaymta.store.rows import UserRow
@@ -45,12 +45,18 @@ class Peer(Protocol):
 
 
 class Mailboxes:
-    """`own`: the numbers of the shards that this process owns. `told(touched)`: as of Shard. SpoolBusy when another process owns
-    one of them."""
+    """`own`: the numbers of the shards that this process owns. `told(touched)`: as of Shard; `version`: as of Directory.
+    SpoolBusy when another process owns one of them."""
 
-    def __init__(self, spool: Path, own: list[int], told: Callable[[dict[int, int]], None] = lambda touched: None) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        own: list[int],
+        told: Callable[[dict[int, int]], None] = lambda touched: None,
+        version: Version | None = None,
+    ) -> None:
         folder = spool / MAIL
-        self.directory = Directory(folder / "directory")
+        self.directory = Directory(folder / "directory", version=version)
         self.shards = {number: Shard(folder, number, told) for number in own}
         self._others = ReadOnly(folder)
         self._peers: dict[int, Peer] = {}  # by the shard that each owns

@@ -17,7 +17,7 @@ from relaymta.control import Channel, Refused
 from relaymta.disk.shards import MAIL, shard_numbers
 from relaymta.errors import RelayError, near
 from relaymta.proto.address import comparable, domain_matches, domain_of, plain
-from relaymta.store.directory import Directory, User
+from relaymta.store.directory import Directory, User, Version
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.upkeep import REMOVING, Upkeep
 
@@ -36,8 +36,8 @@ class MachineMailboxes:
     """Owner of the directory, and of which slot has which shards: shard K is of slot K modulo their number. StoreError when the
     directory cannot be opened."""
 
-    def __init__(self, spool: Path, workers: int, slots: Slots) -> None:
-        self.directory = Directory(spool / MAIL / "directory", writable=True)
+    def __init__(self, spool: Path, workers: int, slots: Slots, version: Version) -> None:
+        self.directory = Directory(spool / MAIL / "directory", writable=True, version=version)
         self._workers = workers
         self._slots = slots
         self.shards = max([workers, *(number + 1 for number in shard_numbers(spool / MAIL))])

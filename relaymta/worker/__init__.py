@@ -155,7 +155,7 @@ class Worker:
             import aiohttp  # noqa: F401 (at start, rather than while mail waits)
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         if mail is not None:
-            self.mail = Mailboxes(Path(self.config.spool), mail)
+            self.mail = Mailboxes(Path(self.config.spool), mail, version=shared.directory())
             self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed)
             await self.mail.start()
         for number in shards:

@@ -8,6 +8,7 @@ import threading
 from contextlib import aclosing
 
 import pytest
+import uvloop
 
 from relaymta import control
 from relaymta.control import Answer, Channel, Late, Refused, converse, frames
@@ -257,6 +258,35 @@ async def test_garbage_on_the_control_socket_is_answered_with_a_sentence(tmp_pat
 
     await asyncio.to_thread(talk)
     server.close()
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_no_error(tmp_path):
+    """On uvloop, whose transports raise RuntimeError when something is written after the end."""
+
+    async def run():
+        wrong, began, go_on = [], asyncio.Event(), asyncio.Event()
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context))
+
+        async def answer(op, args):
+            began.set()
+            await go_on.wait()
+            return Answer("x" * 500_000, [])
+
+        path, server = await served(tmp_path, answer, lambda op, error: wrong.append(error))
+        for _ in range(5):
+            began.clear()
+            go_on.clear()
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(path))
+                sock.sendall(pack(Frame(1, "status")))
+                await began.wait()
+            await asyncio.sleep(0.05)
+            go_on.set()
+            await asyncio.sleep(0.05)
+        server.close()
+        assert wrong == []
+
+    uvloop.run(run())
 
 
 def test_a_program_that_only_answers():

@@ -7,6 +7,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
+from relaymta._speedups.cells import Cells
 from relaymta.errors import NoSuch, RelayError
 from relaymta.store.directory import DEEPEST, Directory, User
 
@@ -202,3 +203,24 @@ def test_readers_see_what_was_written(directory, tmp_path):
 def test_a_directory_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(RelayError, match="No such file"):
         Directory(tmp_path / "nowhere")
+
+
+def test_what_was_found_is_in_memory_until_something_changes(tmp_path, monkeypatch):
+    directory = Directory(tmp_path, writable=True, version=Cells(bytearray(8), 0, 1))
+    directory.add(User(1, "alice@local.example", 0))
+    looked_up = []
+    look_up = Directory.look_up
+    monkeypatch.setattr(Directory, "look_up", lambda self, *what: looked_up.append(what) or look_up(self, *what))
+    for _ in range(3):
+        assert [user.ident for user in directory.find("alice+x@local.example", "+").users] == [1]
+        assert directory.find("info@local.example", "+") is None
+    assert len(looked_up) == 2
+    directory.set_alias("info@local.example", ["alice@local.example"], lambda domain: True)
+    assert [user.ident for user in directory.find("info@local.example", "+").users] == [1]
+    directory.replace("alice@local.example", lambda user: replace(user, disabled=True))
+    assert directory.find("alice+x@local.example", "+").users[0].disabled
+    monkeypatch.setattr("relaymta.store.directory.FOUND_MOST", 10)
+    for number in range(100):
+        directory.find(f"x{number}@local.example")
+    assert len(directory._found) <= 11
+    directory.close()
