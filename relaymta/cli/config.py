@@ -52,6 +52,10 @@ def check(read: Configuration) -> None:
     if problems:
         fail(78, "\n".join(dict.fromkeys(problems)))
     remarks += checks.closed_socket(config)
+    if config.local_domains and made_by_root is not None:
+        from relaymta.cli import mail_files
+
+        remarks += mail_files.missing_addresses(config)
     for sentence in remarks:
         say(f"note: {sentence}")
     say("the configuration is valid")

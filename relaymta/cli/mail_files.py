@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relaymta import __version__
 from relaymta.cli.console import say
@@ -26,7 +26,10 @@ from relaymta.store.repair import repair
 from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["backup", "check_empty", "restore", "show", "users", "verify"]
+__all__ = ["backup", "check_empty", "missing_addresses", "restore", "show", "users", "verify"]
+
+if TYPE_CHECKING:
+    from relaymta.config import Config
 
 TOGETHER = 500  # users of a page
 MARK = "relaymta-backup.json"  # the last file of a backup
@@ -38,6 +41,20 @@ def mail_files(read: Configuration) -> Iterator[MailFiles]:
     _, spool = spool_of(read)
     with answered(lambda: MailFiles(spool / MAIL)) as files:
         yield files
+
+
+def missing_addresses(config: "Config") -> Iterator[str]:
+    """A sentence for each address that a domain with mailboxes must have (RFC 5321 4.5.1, RFC 2142), and nobody has. None where
+    the mailboxes cannot be read, or are not there yet."""
+    try:
+        with MailFiles(Path(config.spool) / MAIL) as files:
+            for domain in config.local_domains:
+                for name in ("postmaster", "abuse"):
+                    address = f"{name}@{domain}"
+                    if not domain.startswith(".") and files.directory.find(address, config.mailboxes.subaddress) is None:
+                        yield f"nobody has {address}, as somebody must: `relaymta mailbox alias {address} ADDRESS`"
+    except (RelayError, OSError):
+        return
 
 
 def users(read: Configuration) -> Iterator[list[dict[str, Any]]]:

@@ -202,3 +202,40 @@ def test_what_is_damaged_is_named(tmp_path):
     assert "does not match its checksum" in messages and messages.count("500") == 0
     found = relay.cli("mailbox", "show", "alice@other.example", check=False)
     assert found.returncode == 1
+
+
+def test_addresses_that_a_domain_must_have_are_named(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        relay.cli("mailbox", "alias", "abuse@local.example", "alice@local.example")
+        (tmp_path / "r.toml").write_text(
+            f'hostname = "mx.local.example"\nspool = "{relay.spool}"\n[[listener]]\naddress = "127.0.0.1:{relay.port}"\n'
+            '[[route]]\nname = "here"\nprotocol = "mailbox"\nrecipient_domain = ["local.example"]\n'
+        )
+        found = relay.cli("config", "check", "-c", str(tmp_path / "r.toml")).stdout
+        assert "nobody has postmaster@local.example" in found and "abuse@" not in found
+        relay.cli("mailbox", "alias", "postmaster@local.example", "alice@local.example")
+        assert "nobody has" not in relay.cli("config", "check", "-c", str(tmp_path / "r.toml")).stdout
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path):
+    import lmdb
+
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+    for path, table in ((relay.spool / "mail/shard-0/lmdb", b"meta"), (relay.spool / "mail/directory", b"meta")):
+        environment = lmdb.open(str(path), max_dbs=16)
+        with environment.begin(write=True) as txn:
+            database = environment.open_db(table, txn)
+            before = txn.get(b"schema", db=database)
+            txn.put(b"schema", b"99", db=database)
+        environment.close()
+        found = relay.cli("mailbox", "show", "alice@local.example", check=False)
+        assert found.returncode == 69 and "was written by a newer relaymta" in found.stderr and "Traceback" not in found.stderr
+        with pytest.raises((AssertionError, TimeoutError)):
+            relay.start()
+        assert "was written by a newer relaymta" in (tmp_path / "stderr").read_text() + relay.log.read_text()
+        environment = lmdb.open(str(path), max_dbs=16)
+        with environment.begin(write=True) as txn:
+            txn.put(b"schema", before, db=environment.open_db(table, txn))
+        environment.close()
