@@ -104,7 +104,7 @@ Try, in another terminal:
   relaymta status
   relaymta mailbox show --messages {USER}
   curl -s pop3://127.0.0.1:{POP3_PORT}/1 -u {USER}:{PASSWORD}     # reads it, as does:
-  mutt -n -e 'set ssl_starttls=no' -f 'pop://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{POP3_PORT}/'
+  mutt -n -e 'set ssl_force_tls=no' -f 'pop://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{POP3_PORT}/'
   printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
     --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
   relaymta site suspend sink                 # what is sent now waits
