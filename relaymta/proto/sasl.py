@@ -28,12 +28,18 @@ class Password(NamedTuple):
     user: str
     password: str
 
+    def __repr__(self) -> str:  # a traceback, or a log, may show it
+        return f"Password(user={self.user!r}, password=***)"
+
 
 class Token(NamedTuple):
     """A bearer token; `user`: "" where the client names none."""
 
     user: str
     token: str
+
+    def __repr__(self) -> str:
+        return f"Token(user={self.user!r}, token=***)"
 
 
 class Proof(NamedTuple):
@@ -101,7 +107,7 @@ def _scram(keys: Callable[[str], Keys]) -> Exchange:
 
     servers = [mechanism.make_server(first_keys, s_nonce=nonce)]
     try:
-        first = _text((yield b""))
+        first, header = _without_authzid(_text((yield b"")))
         servers[0].set_client_first(first)
         (user, found), server_first = known[0], servers[0].get_server_first()
         for stored, server in found.others:  # the server-first-message is the same for each
@@ -109,6 +115,8 @@ def _scram(keys: Callable[[str], Keys]) -> Exchange:
             servers.append(mechanism.make_server(lambda name, keys_of_it=keys_of_it: keys_of_it, s_nonce=nonce))
             servers[-1].set_client_first(first)
             servers[-1].get_server_first()
+        for one in servers if header is not None else ():
+            one.gs2_header = header  # which the client's final message repeats (RFC 5802 6)
         response = _text((yield server_first.encode()))
     except scramp.ScramException as error:
         raise Malformed(str(error)) from None
@@ -119,6 +127,28 @@ def _scram(keys: Callable[[str], Keys]) -> Exchange:
             continue
         return Proof(user, True, one.get_server_final().encode())
     return Proof(user, False)
+
+
+class _Header(NamedTuple):
+    """The gs2-header of a client that names an authorization identity, which scramp does not take."""
+
+    text: str
+
+    def make_cbind_input(self, binding: object) -> bytes:
+        """What the channel binding of the client's final message must be."""
+        return self.text.encode()
+
+
+def _without_authzid(first: str) -> tuple[str, _Header | None]:
+    """A client-first-message without the authorization identity, which must be the user (mutt sends it); and the header that has
+    it."""
+    flag, _, rest = first.partition(",")
+    authzid, _, bare = rest.partition(",")
+    if not authzid or flag not in ("n", "y"):
+        return first, None
+    if not authzid.startswith("a=") or not bare.startswith(f"n={authzid[2:]},"):
+        raise Malformed("the authorization identity differs from the user")
+    return f"{flag},,{bare}", _Header(f"{flag},{authzid},")
 
 
 def _oauthbearer(keys: Callable[[str], Keys]) -> Exchange:

@@ -1,6 +1,8 @@
 """STARTTLS and AUTH as dialogues, without sockets: the same for every split of the client's input."""
 
 import base64
+import hashlib
+import hmac
 
 import pytest
 import scramp
@@ -134,6 +136,34 @@ def test_scram_proves_that_both_have_the_password(password):
         assert made.receive(b"\r\nNOOP\r\n") == reply.LOGGED_IN + reply.NOOP and made.host.user == "user"
     else:
         assert codes(checked(made, "", reply.WRONG_CREDENTIALS)) == [535] and made.host.user == ""
+
+
+@pytest.mark.parametrize(
+    ("authzid", "password", "good"), [("a=user", "pencil", True), ("a=user", "pen", False), ("a=root", "pencil", None)]
+)
+def test_scram_of_a_client_that_names_whom_it_acts_for(authzid, password, good):
+    """RFC 5802 7: the gs2-header may have an authorization identity (mutt sends one); it must be the user."""
+    made = session()
+    made.receive(EHLO)
+    bare = "n=user,r=abcdefgh"
+    out = made.receive(b"AUTH SCRAM-SHA-256 " + b64(f"n,{authzid},{bare}") + b"\r\n")
+    if good is None:
+        assert codes(out) == [501]
+        return
+    server_first = base64.b64decode(out[4:]).decode()
+    fields = dict(part.split("=", 1) for part in server_first.split(","))
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), base64.b64decode(fields["s"]), int(fields["i"]))
+    client_key = hmac.digest(salted, b"Client Key", "sha256")
+    final = f"c={b64(f'n,{authzid},').decode()},r={fields['r']}"
+    proof = hmac.digest(hashlib.sha256(client_key).digest(), f"{bare},{server_first},{final}".encode(), "sha256")
+    joined = bytes(a ^ b for a, b in zip(client_key, proof, strict=True))
+    whole = f"{final},p={base64.b64encode(joined).decode()}"
+    made.receive(b64(whole) + b"\r\n")
+    assert isinstance(made.claim, Proof) and made.claim[:2] == ("user", good)
+
+
+def test_no_claim_shows_its_secret():
+    assert "pencil" not in repr(Password("user", "pencil")) and "ticket" not in repr(Token("user", "ticket"))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
