@@ -166,7 +166,10 @@ class Worker:
             if culprit and shard.queue.quarantined:
                 text = f"message {format_id(culprit)} was probed when a worker died again: it is quarantined"
                 self.log.event("warning", text=text + " (`relaymta queue list --held` shows it, `release` tries it once more)")
-        taking = self.shards[shards[0]].queue
+        await self._listen(self.shards[shards[0]].queue, tickets, descriptors[1:])
+
+    async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
+        """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
         known = Recipients(self.mail, lambda: self.config.mailboxes) if self.mail is not None else None
         login = known.login if known is not None else None
         endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
@@ -180,7 +183,7 @@ class Worker:
             others["pop3"] = partial(Pop3Connection, self.access)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
-        for listener, descriptor in zip(self.config.listener, descriptors[1:], strict=True):
+        for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
             await self.acceptor.listen(socket.socket(fileno=descriptor), listener)
 
     def _count_dns(self, what: str) -> None:
@@ -312,6 +315,8 @@ class Worker:
         self.acceptor.endpoint.signer.end()
         for shard in self.shards.values():
             await shard.queue.stop()
+        if self.access is not None:
+            self.access.close()
         if self.mail is not None:
             for channel in list(self._peers):
                 channel.close()
