@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Upkeep:
         self._folder = folder
         self._shards = shards
         self._steady = asyncio.Lock()  # held by whatever copies or removes
+        self._failed = asyncio.Event()  # something that an operator has begun has to go on
         self._looking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -57,7 +58,12 @@ class Upkeep:
         await asyncio.to_thread(self._remove_stale_backups)
         seconds = FIRST_SECONDS
         while True:
-            await asyncio.sleep(seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._failed.wait()
+            if self._failed.is_set():
+                self._failed.clear()
+                await asyncio.sleep(FIRST_SECONDS)
             try:
                 await self._all()
                 seconds = LOOK_SECONDS
@@ -77,6 +83,16 @@ class Upkeep:
 
     async def _update(self, ident: int, change: Callable[[User], User]) -> User:
         return await asyncio.to_thread(self._directory.update, ident, change)
+
+    @contextlib.asynccontextmanager
+    async def _until_done(self) -> AsyncIterator[None]:
+        """One at a time; what fails is looked for soon."""
+        try:
+            async with self._steady:
+                yield
+        except BaseException:
+            self._failed.set()
+            raise
 
     # Removal
 
@@ -107,7 +123,7 @@ class Upkeep:
             await self._remove(ident)
 
     async def _remove(self, ident: int) -> None:
-        async with self._steady:
+        async with self._until_done():
             for shard in range(self._shards):
                 await self._owner("mail_purge", LONG, shard=shard, user=ident)
             await asyncio.to_thread(self._directory.remove, ident)
@@ -132,7 +148,7 @@ class Upkeep:
         return await self._carry((await self._update(user.ident, change)).ident) or user
 
     async def _carry(self, ident: int) -> User | None:
-        async with self._steady:
+        async with self._until_done():
             user = await asyncio.to_thread(self._directory.user, ident)
             if user is None or user.moving < 0:
                 return user

@@ -43,6 +43,10 @@ def test_mail_is_filed_and_shown(tmp_path, workers):
         listed = [json.loads(line) for line in relay.cli("mailbox", "list", "--json").stdout.splitlines()]
         assert [row["user"] for row in listed] == ["alice@local.example", "bob@local.example"]
         assert {row["shard"] for row in listed} == set(range(workers))
+        text = relay.cli("mailbox", "show", "--messages", "alice@local.example").stdout
+        assert "INBOX: 3 messages, 3 unseen" in text and text.count("  two") == 2
+        found = json.loads(relay.cli("mailbox", "show", "--messages", "--json", "alice@local.example").stdout)
+        assert [row["subject"] for row in found["mailboxes"][2]["list"]] == shown(relay, "alice")["INBOX"]
         assert relay.stop() == 0
     with relay:
         assert sorted(shown(relay, "alice")["INBOX"]) == ["one", "two", "two"]

@@ -1,7 +1,6 @@
 """A relay that keeps mail, its users, and clients that send to them."""
 
 import contextlib
-import json
 import random
 import smtplib
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import trustme
 
+from relaymta.store.files import MailFiles
+from relaymta.store.shown import shown as store_shown
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 
 __all__ = ["LOCAL", "Load", "Readable", "create", "kept", "shown", "verified"]
@@ -29,8 +30,10 @@ def create(relay: Relay, *names: str, options: tuple[str, ...] = ()) -> None:
 
 
 def shown(relay: Relay, name: str) -> dict[str, list[str]]:
-    """The subjects of a user's messages, by mailbox."""
-    found = json.loads(relay.cli("mailbox", "show", "--messages", "--json", f"{name}@local.example").stdout)
+    """The subjects of a user's messages, by mailbox; read as `relaymta mailbox show` does, but without a process for it."""
+    with MailFiles(relay.spool / "mail") as files:
+        user = files.directory.known(f"{name}@local.example")
+        found = store_shown(files.shard(user.shard), user.ident, True)
     return {row["name"]: [message["subject"] for message in row["list"]] for row in found["mailboxes"]}
 
 
