@@ -5,6 +5,7 @@ root's. So root creates and gives away only files in folders that no other user 
 privileges are dropped.
 """
 
+import contextlib
 import difflib
 import grp
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from relaymta.errors import ConfigError
 
-__all__ = ["account", "append_to", "become", "give", "group", "owner_of", "roots_alone"]
+__all__ = ["account", "acting_as_owner", "append_to", "become", "give", "group", "owner_of", "roots_alone"]
 
 _LINKS = 40  # symbolic links in a path, as the kernel's limit
 _ACL = "system.posix_acl_access"
@@ -63,6 +64,26 @@ def become(user: pwd.struct_passwd) -> None:
             pass
     if left:
         raise ConfigError([f"user: root could not become {user.pw_name or user.pw_uid} for good"])
+
+
+@contextlib.contextmanager
+def acting_as_owner(path: Path) -> Iterator[None]:
+    """Touch what is in a folder of another user's with the rights of that user, and then be root again. Without effect for others
+    than root. Everything that is used within must have been imported before: the user may not be able to read our files."""
+    found = path.stat()
+    if os.geteuid() != 0 or found.st_uid == 0:
+        yield
+        return
+    group, groups = os.getegid(), os.getgroups()
+    os.setgroups([])
+    os.setegid(found.st_gid)
+    os.seteuid(found.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
 
 
 def roots_alone(folder: Path, user: pwd.struct_passwd | None = None) -> bool:

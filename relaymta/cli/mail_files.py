@@ -15,32 +15,42 @@ from relaymta import __version__
 from relaymta.cli.console import say
 from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of, unused_spool
+from relaymta.disk.lock import locked_shard
 from relaymta.disk.shards import MAIL
-from relaymta.errors import RelayError, StoreError
-from relaymta.privileges import owner_of
+from relaymta.errors import RelayError, SpoolBusy, StoreError
+from relaymta.privileges import acting_as_owner
 from relaymta.store.backup import copy_shard, renumber
 from relaymta.store.carry import Carried
-from relaymta.store.directory import User
-from relaymta.store.files import MailFiles
+from relaymta.store.directory import REMOVING, User
+from relaymta.store.files import MailFiles, import_all
 from relaymta.store.repair import repair
 from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["backup", "check_empty", "missing_addresses", "restore", "show", "users", "verify"]
+__all__ = ["as_owner", "backup", "check_empty", "missing_addresses", "restore", "show", "users", "verify"]
 
 if TYPE_CHECKING:
     from relaymta.config import Config
 
 TOGETHER = 500  # users of a page
+TRIES = 5
 MARK = "relaymta-backup.json"  # the last file of a backup
 
 
 @contextmanager
 def mail_files(read: Configuration) -> Iterator[MailFiles]:
-    """The mailboxes of the spool, whether the relay runs or not."""
+    """The mailboxes of the spool, whether the relay runs or not, with the rights of the spool's owner."""
     _, spool = spool_of(read)
-    with answered(lambda: MailFiles(spool / MAIL)) as files:
+    with as_owner(spool), answered(lambda: MailFiles(spool / MAIL)) as files:
         yield files
+
+
+@contextmanager
+def as_owner(spool: Path) -> Iterator[None]:
+    """As `privileges.acting_as_owner`: what the relay's user can write, such as links, must not lead root elsewhere."""
+    import_all()
+    with acting_as_owner(spool):
+        yield
 
 
 def missing_addresses(config: "Config") -> Iterator[str]:
@@ -82,14 +92,16 @@ def _shown(files: MailFiles, address: str, messages: bool) -> dict[str, Any]:
 
 def backup(read: Configuration, folder: Path) -> None:
     """Back up all mailboxes into a new folder."""
-    peer, spool = spool_of(read)
+    _, spool = spool_of(read)
     folder = folder.absolute()
     check_empty(folder, "a backup needs a new one")
-    made = Path(asked(peer, "mailbox_back_up")) if peer is not None else answered(lambda: _copied(spool / MAIL))
+    with as_owner(spool):
+        made = answered(lambda: _steady_copy(spool / MAIL))
     try:
-        answered(lambda: _collect(made, folder))
+        answered(lambda: _collect(spool, made, folder))
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        with as_owner(spool):
+            shutil.rmtree(made, ignore_errors=True)
     with answered(lambda: MailFiles(folder)) as files:
         say(f"{folder} is a backup of {counted(files.directory.count(), 'user', 'users')}")
 
@@ -103,42 +115,74 @@ def check_empty(folder: Path, why: str) -> None:
         fail(77 if isinstance(error, PermissionError) else 74, f"{folder}: {error.strerror}")
 
 
-def _copied(mail: Path) -> Path:
-    """As the daemon's `mailbox_back_up`, while none runs."""
-    folder = mail / f"backup-{time.time_ns()}"
-    with MailFiles(mail) as files:
+def _steady_copy(mail: Path) -> Path:
+    """A copy of all mailboxes in a folder of the spool; made again when a user was moved or removed meanwhile."""
+    for _ in range(TRIES):
+        folder = mail / f"backup-{time.time_ns()}"
         try:
-            files.directory.copy(folder / "directory")
-            for number in files.shards():
-                copy_shard(files.shard(number).rows, mail / f"shard-{number}" / "bodies", folder / f"shard-{number}")
+            with MailFiles(mail) as files:
+                before = _placed(files)
+                missing = {shard for shard, _ in before.values()} - set(files.shards())
+                if missing:
+                    raise StoreError(f"shards {', '.join(map(str, sorted(missing)))} of the mailboxes are missing in {mail}")
+                files.directory.copy(folder / "directory")
+                for number in files.shards():
+                    copy_shard(files.shard(number).rows, mail / f"shard-{number}" / "bodies", folder / f"shard-{number}")
+                after = _placed(files)
+            if all(moving < 0 and after.get(user) == (shard, moving) for user, (shard, moving) in before.items()):
+                return folder
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(1)
+    raise StoreError("users are being moved or removed; try again")
 
 
-def _collect(made: Path, folder: Path) -> None:
-    """Give the files of a backup in the spool names in `folder`, or copy them where that is on another file system."""
+def _placed(files: MailFiles) -> dict[int, tuple[int, int]]:
+    """(shard, shard to which it is moved) of each user."""
+    return {user.ident: (user.shard, user.moving) for user in files.users() if user.deleted != REMOVING}
+
+
+def _collect(spool: Path, made: Path, folder: Path) -> None:
+    """Give the files of a copy in the spool names in `folder`, or copy them where that is on another file system."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in sorted(made.rglob("*")):
+        with as_owner(spool):
+            found = sorted((path, path.is_dir()) for path in made.rglob("*"))
+        if (made / "directory" / "data.mdb", False) not in found:
+            raise StoreError(f"{made} was removed while it was collected")
+        for path, is_folder in found:
             new = folder / path.relative_to(made)
-            if path.is_dir():
+            if is_folder:
                 new.mkdir(mode=0o700, exist_ok=True)
-            else:
-                _take(path, new)
-        (folder / MARK).write_text(json.dumps({"version": __version__, "created": round(time.time())}) + "\n")
+                continue
+            with as_owner(spool):
+                source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                _take(source, new)
+            finally:
+                os.close(source)
         _sync_all(folder)
+        mark = folder / MARK
+        mark.write_text(json.dumps({"version": __version__, "created": round(time.time())}) + "\n")
+        _sync(mark)
+        _sync(folder)
     except OSError as error:
         raise StoreError(f"{error.filename or folder}: {error.strerror}") from None
 
 
-def _take(path: Path, new: Path) -> None:
+def _take(source: int, new: Path) -> None:
     try:
-        os.link(path, new)
+        os.link(f"/proc/self/fd/{source}", new, follow_symlinks=True)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(path, new)
-    new.chmod(0o600)
+        _copy(source, new)
+
+
+def _copy(source: int, new: Path) -> None:
+    target = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(source, "rb", closefd=False) as one, open(target, "wb") as other:
+        shutil.copyfileobj(one, other, 1 << 20)
 
 
 def _sync_all(folder: Path) -> None:
@@ -168,26 +212,51 @@ def _restore_all(folder: Path, spool: Path) -> None:
         with MailFiles(mail) as files:
             if count := files.directory.count():
                 raise RelayError(f"{mail} has {counted(count, 'user', 'users')} already: restore into another spool, or one user")
+    busy = locked_shard(spool)
+    if busy is not None:
+        raise SpoolBusy(f"{busy} is in use by another relaymta")
     try:
         spool.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(folder, made, ignore=lambda path, names: [MARK] if Path(path) == folder else [])
-        with MailFiles(made) as files:
-            count, shards = files.directory.count(), files.shards()
-        for number in shards:
-            renumber(made / f"shard-{number}", int(time.time()))
-        owner = owner_of(spool)
-        for path in [made, *made.rglob("*")]:
-            path.chmod(0o700 if path.is_dir() else 0o600)
-            os.chown(path, owner.pw_uid, owner.pw_gid)
-        _sync_all(made)
-        if mail.exists():
-            mail.rename(spool / f"{MAIL}.before-{time.time_ns()}")
-        made.rename(mail)
-        _sync(spool)
+        with as_owner(spool):
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(mode=0o700)
+        for path in sorted(folder.rglob("*")):
+            new = made / path.relative_to(folder)
+            if path.is_dir():
+                with as_owner(spool):
+                    new.mkdir(mode=0o700)
+            elif path != folder / MARK:
+                _restore_file(spool, path, new)
+        with as_owner(spool):
+            count = _renumbered(made)
+            _sync_all(made)
+            if mail.exists():
+                mail.rename(spool / f"{MAIL}.before-{time.time_ns()}")
+            made.rename(mail)
+            _sync(spool)
     except OSError as error:
         raise StoreError(f"{error.filename or spool}: {error.strerror}") from None
     say(f"{counted(count, 'user is', 'users are')} restored; all mailboxes have new UIDVALIDITYs, so clients load them again")
+
+
+def _restore_file(spool: Path, path: Path, new: Path) -> None:
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with as_owner(spool):
+            _copy(source, new)
+    finally:
+        os.close(source)
+
+
+def _renumbered(made: Path) -> int:
+    """Give all mailboxes of a copy new UIDVALIDITYs, and remove what no user of its directory has; the number of users."""
+    with MailFiles(made) as files:
+        count, shards = files.directory.count(), files.shards()
+    for _ in repair(made, read_bodies=False):
+        pass
+    for number in shards:
+        renumber(made / f"shard-{number}", int(time.time()))
+    return count
 
 
 def _sync(path: Path) -> None:
@@ -201,8 +270,9 @@ def _sync(path: Path) -> None:
 def _restore_user(peer: Daemon, folder: Path, address: str) -> None:
     with answered(lambda: MailFiles(folder)) as files:
         user = answered(lambda: files.directory.known(address))
-        ident, shard = asked(peer, "mailbox_begin_restore", address=user.address)
-        carried = Carried(answered(lambda: files.shard(user.shard)), user.ident, int(time.time()))
+        ident, shard, uidvalidity = asked(peer, "mailbox_begin_restore", address=user.address)
+        damaged: list[str] = []
+        carried = Carried(answered(lambda: files.shard(user.shard)), user.ident, uidvalidity, damaged.append)
         parts, count = carried.parts(), 0
         while (part := answered(lambda: next(parts, None))) is not None:
             objects = asked(peer, "mailbox_restore", ident=ident, shard=shard, part=part)
@@ -213,6 +283,9 @@ def _restore_user(peer: Daemon, folder: Path, address: str) -> None:
     say(f"{user.address} is restored with {counted(count, 'message', 'messages')}")
     if refused:
         say(f"these addresses belong to others now: {', '.join(refused)}", err=True)
+    if damaged:
+        say(*damaged, f"{counted(len(damaged), 'message was', 'messages were')} left out", err=True)
+        sys.exit(65)
 
 
 # Verification
@@ -223,26 +296,41 @@ def verify(read: Configuration, mends: bool) -> None:
     peer, spool = spool_of(read)
     if mends and peer is not None:
         fail(75, "the relay is running: stop it first")
-    if mends:
-        for sentence in answered(lambda: list(repair(spool / MAIL))):
-            say(sentence)
-    wrong = 0
-    with answered(lambda: MailFiles(spool / MAIL)) as files:
-        shards = files.shards()
-        placed: dict[int, set[int]] = {number: set() for number in shards}
-        for user in answered(lambda: list(files.users())):
-            placed.setdefault(user.shard, set()).add(user.ident)
-        for number in shards:
-            known = placed[number] if peer is None else None  # users come and go while the relay runs
-            for sentence in answered(lambda: _wrong(files, number, known)):  # noqa: B023 (called at once)
-                wrong += 1
-                say(f"shard {number}: {sentence}")
+    with as_owner(spool):
+        if mends:
+            for sentence in answered(lambda: list(repair(spool / MAIL))):
+                say(sentence)
+        wrong, shards = _verified(spool / MAIL, offline=peer is None)
     if wrong:
         say(f"{counted(wrong, 'contradiction', 'contradictions')}", err=True)
         sys.exit(65)
     say(f"{counted(len(shards), 'shard', 'shards')}: nothing is wrong")
 
 
-def _wrong(files: MailFiles, number: int, known: set[int] | None) -> list[str]:
+def _verified(mail: Path, offline: bool) -> tuple[int, list[int]]:
+    """How many contradictions were said, and the shards."""
+    wrong = 0
+    with answered(lambda: MailFiles(mail)) as files:
+        shards = files.shards()
+        placed: dict[int, set[int]] = {number: set() for number in shards}
+        on_the_way: set[int] = set()  # where these are is known when what was begun has ended
+        for user in answered(lambda: list(files.users())):
+            placed.setdefault(user.shard, set()).add(user.ident)
+            if user.moving >= 0 or user.deleted == REMOVING:
+                on_the_way.add(user.ident)
+        for number, users in sorted(placed.items()):
+            if number not in shards:
+                wrong += 1
+                say(f"shard {number} is missing, with {counted(len(users), 'user', 'users')}")
+                continue
+            known = (users, on_the_way) if offline else None  # users come and go while the relay runs
+            for sentence in answered(lambda: _wrong(files, number, known)):  # noqa: B023 (called at once)
+                wrong += 1
+                say(f"shard {number}: {sentence}")
+    return wrong, shards
+
+
+def _wrong(files: MailFiles, number: int, known: tuple[set[int], set[int]] | None) -> list[str]:
     reader = files.shard(number)
-    return list(contradictions(reader.rows, reader.bodies, known))
+    users, free = known if known is not None else (None, set())
+    return list(contradictions(reader.rows, reader.bodies, users, free))

@@ -1,15 +1,18 @@
 """`relaymta mailbox export` and `import`: a user's mail as Maildir++ or mbox."""
 
 import json
+import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 from relaymta.cli.console import say
-from relaymta.cli.mail_files import check_empty
+from relaymta.cli.mail_files import as_owner, check_empty
 from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of
 from relaymta.disk.shards import MAIL
@@ -29,6 +32,7 @@ __all__ = ["export", "import_from"]
 MARK = "relaymta-export.json"  # in a folder whose export has not ended
 SUFFIX, PART = ".mbox", ".part"
 TOGETHER, OCTETS_TOGETHER = 200, 4 << 20  # messages of one request
+NAME_MOST = 255  # octets of a file name
 MOST = 60 << 20  # octets of a message: a request has at most 64 MB
 
 
@@ -56,13 +60,14 @@ def export(read: Configuration, address: str, folder: Path, form: str) -> None:
     """Export a user's mailboxes into a folder, which is new, or has an export of them that was interrupted."""
     _, spool = spool_of(read)
     folder, wrong = folder.absolute(), _Complaints()
-    with answered(lambda: MailFiles(spool / MAIL)) as files:
-        user = answered(lambda: files.directory.known(address))
-        mark = {"user": user.address, "format": form}
-        _begin(folder, mark)
-        reader = answered(lambda: files.shard(user.shard))
+    with _opened(spool) as files:
+        with as_owner(spool):
+            user = answered(lambda: files.directory.known(address))
+            reader = answered(lambda: files.shard(user.shard))
+            mailboxes = _mailboxes(reader, user)
+        _begin(folder, {"user": user.address, "format": form})
         try:
-            count = sum(_EXPORTS[form](reader, row, folder, wrong) for row in _mailboxes(reader, user))
+            count = sum(_EXPORTS[form](Source(spool, reader, row, wrong), folder) for row in mailboxes)
             (folder / MARK).unlink()
         except OSError as error:
             _failed(error, folder)
@@ -75,11 +80,21 @@ def _begin(folder: Path, mark: dict[str, str]) -> None:
         if not (folder / MARK).exists():
             check_empty(folder, "an export needs a new one")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_own(folder)
             (folder / MARK).write_text(json.dumps(mark) + "\n")
-        elif json.loads((folder / MARK).read_text()) != mark:
+            return
+        _check_own(folder)
+        if json.loads((folder / MARK).read_text()) != mark:
             fail(69, f"{folder} has another export that was interrupted ({(folder / MARK).read_text().strip()})")
     except OSError as error:
         _failed(error, folder)
+
+
+def _check_own(folder: Path) -> None:
+    """End the program (77) where others could prepare links in a folder."""
+    found = folder.lstat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode):
+        fail(77, f"{folder} is not a folder of yours that only you can write to: name a new one")
 
 
 def _failed(error: OSError, folder: Path) -> NoReturn:
@@ -91,51 +106,76 @@ def _mailboxes(reader: ShardReader, user: User) -> list[MailboxRow]:
         return [row for row in reader.rows.mailboxes(txn, user.ident) if row.mailbox]
 
 
-def _stored(reader: ShardReader, row: MailboxRow, wrong: _Complaints) -> Iterator[tuple[int, MessageRow, list[str]]]:
-    """(UID, row, names of flags) of the messages of a mailbox."""
-    for page in pages(reader.rows, row.mailbox):
-        with reader.rows.reading() as txn:
-            state = reader.rows.state(txn, row.mailbox)
-        if state is None:
-            return
-        for record, message in page:
-            yield record.uid, message, flags_of(record.flags, state)
+@contextmanager
+def _opened(spool: Path) -> Iterator[MailFiles]:
+    """The mailboxes, opened with the rights of the spool's owner."""
+    with as_owner(spool):
+        files = answered(lambda: MailFiles(spool / MAIL))
+    with files:
+        yield files
 
 
-def _message(reader: ShardReader, message: MessageRow, names: list[str], place: str, wrong: _Complaints) -> Stored | None:
-    try:
-        data = data_of(reader.rows, reader.bodies, message)
-    except Refusal:  # expunged meanwhile
-        return None
-    except StoreError as error:
-        wrong(place, str(error))
-        return None
-    flags = [name for name in names if name in FLAGS]
-    return Stored(data, message.date / 1000, flags, atoms([name for name in names if name not in FLAGS]))
+class Source:
+    """A mailbox that is exported. What is read in the spool is read with the rights of its owner."""
+
+    def __init__(self, spool: Path, reader: ShardReader, row: MailboxRow, wrong: _Complaints) -> None:
+        self._spool = spool
+        self._reader = reader
+        self.row = row
+        self.wrong = wrong
+
+    def messages(self) -> Iterator[tuple[str, MessageRow, list[str]]]:
+        """(a key for good, row, names of flags) of each."""
+        found = pages(self._reader.rows, self.row.mailbox)
+        while True:
+            with as_owner(self._spool):
+                page = next(found, None)
+                with self._reader.rows.reading() as txn:
+                    state = self._reader.rows.state(txn, self.row.mailbox)
+            if page is None or state is None:
+                return
+            for record, message in page:
+                yield f"{state.uidvalidity}-{record.uid}", message, flags_of(record.flags, state)
+
+    def stored(self, key: str, message: MessageRow, names: list[str]) -> Stored | None:
+        """A message; None when it is gone, or cannot be read, which is said."""
+        try:
+            with as_owner(self._spool):
+                data = data_of(self._reader.rows, self._reader.bodies, message)
+        except Refusal:  # expunged meanwhile
+            return None
+        except StoreError as error:
+            self.wrong(f"{self.row.name}, UID {key.partition('-')[2]}", str(error))
+            return None
+        flags = [name for name in names if name in FLAGS]
+        return Stored(data, message.date / 1000, flags, atoms([name for name in names if name not in FLAGS]))
 
 
-def _to_maildir(reader: ShardReader, row: MailboxRow, folder: Path, wrong: _Complaints) -> int:
+def _to_maildir(source: Source, folder: Path) -> int:
     count = 0
     try:
-        with maildir.Writer(folder, row.name) as writer:
-            for uid, message, names in _stored(reader, row, wrong):
-                key = f"{row.mailbox}-{uid}"
+        with maildir.Writer(folder, source.row.name) as writer:
+            for key, message, names in source.messages():
                 if key in writer:
                     count += 1
-                elif (stored := _message(reader, message, names, f"{row.name}, UID {uid}", wrong)) is not None:
+                elif (stored := source.stored(key, message, names)) is not None:
                     count += writer.write(key, stored)
     except ValueError as error:
-        wrong(row.name, str(error))
+        source.wrong(source.row.name, str(error))
     return count
 
 
-def _to_mbox(reader: ShardReader, row: MailboxRow, folder: Path, wrong: _Complaints) -> int:
-    name = INBOX if row.name == INBOX else maildir.folder_of(folder, row.name).name[1:]
+def _to_mbox(source: Source, folder: Path) -> int:
+    name = INBOX if source.row.name == INBOX else maildir.folder_of(folder, source.row.name).name[1:]
     path, part = folder / (name + SUFFIX), folder / (name + SUFFIX + PART)
+    if len(os.fsencode(part.name)) > NAME_MOST:
+        source.wrong(source.row.name, "the name is too long for a file: export it as Maildir")
+        return 0
+    part.unlink(missing_ok=True)
     count = 0
-    with part.open("wb") as file:
-        for uid, message, names in _stored(reader, row, wrong):
-            stored = _message(reader, message, names, f"{row.name}, UID {uid}", wrong)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
+        for key, message, names in source.messages():
+            stored = source.stored(key, message, names)
             if stored is not None:
                 mbox.write(file, stored)
                 count += 1
@@ -157,16 +197,18 @@ def import_from(read: Configuration, address: str, path: Path, mailbox: str) -> 
     peer = daemon(read)
     _, spool = spool_of(read)
     wrong = _Complaints()
-    with answered(lambda: MailFiles(spool / MAIL)) as files:
-        user = answered(lambda: files.directory.known(address))
-        reader = answered(lambda: files.shard(user.shard))
-        put = there = 0
+    put = there = 0
+    with _opened(spool) as files:
+        with as_owner(spool):
+            user = answered(lambda: files.directory.known(address))
         try:
             for name, messages in _sources(path, mailbox, wrong):
                 if reason := problem(name):
                     wrong(str(path), f"mailbox {name[:60]!r}: {reason}")
                     continue
-                new, old = _put(peer, user, name, messages, answered(lambda: _known(reader, user, name)))  # noqa: B023
+                with as_owner(spool):
+                    known = answered(lambda: _known(files, user, name))  # noqa: B023 (called at once)
+                new, old = _put(peer, user, name, messages, known, wrong)
                 put, there = put + new, there + old
         except OSError as error:
             _failed(error, path)
@@ -178,7 +220,7 @@ def _sources(path: Path, mailbox: str, wrong: _Complaints) -> Iterator[tuple[str
     """(mailbox, its messages) of what is imported."""
     if not path.is_dir():
         with path.open("rb") as file:
-            yield mailbox or INBOX, _good(str(path), mbox.read(file, MOST), wrong)
+            yield _below("", mailbox or INBOX), _good(str(path), mbox.read(file, MOST), wrong)
     elif (path / "cur").is_dir():
         yield from _folders(path, mailbox, wrong)
     else:
@@ -186,6 +228,9 @@ def _sources(path: Path, mailbox: str, wrong: _Complaints) -> Iterator[tuple[str
         if not files:
             fail(65, f"{path} is neither a Maildir (it has no cur/) nor a folder of {SUFFIX} files")
         for one in files:
+            if not one.is_file():
+                wrong(str(one), "not a file")
+                continue
             name = "/".join(decode(level, lenient=True) for level in one.stem.split("."))
             with one.open("rb") as file:
                 yield _below(mailbox, name), _good(str(one), mbox.read(file, MOST), wrong)
@@ -202,6 +247,9 @@ def _folders(path: Path, mailbox: str, wrong: _Complaints) -> Iterator[tuple[str
 
 def _below(mailbox: str, name: str) -> str:
     """A mailbox of what is imported, below the one that --mailbox names, which gets INBOX."""
+    first, _, rest = name.partition("/")
+    if first.upper() == INBOX:  # RFC 9051 5.1: in any case
+        name = f"{INBOX}/{rest}" if rest else INBOX
     return name if not mailbox else mailbox if name == INBOX else f"{mailbox}/{name}"
 
 
@@ -213,8 +261,9 @@ def _good(path: str, read: Iterator[Stored | Broken], wrong: _Complaints) -> Ite
             yield found
 
 
-def _known(reader: ShardReader, user: User, name: str) -> Counter[tuple[bytes, int]]:
-    """The messages of a mailbox by what tells them apart."""
+def _known(files: MailFiles, user: User, name: str) -> Counter[tuple[bytes, int]]:
+    """The messages of a mailbox by what tells them apart. Where the user is now: the user may have been moved."""
+    reader = files.shard(files.directory.known(user.address).shard)
     with reader.rows.reading() as txn:
         row = reader.rows.mailbox(txn, user.ident, name)
     found: Counter[tuple[bytes, int]] = Counter()
@@ -227,7 +276,9 @@ def _known(reader: ShardReader, user: User, name: str) -> Counter[tuple[bytes, i
     return found
 
 
-def _put(peer: Daemon, user: User, name: str, messages: Iterable[Stored], known: Counter[tuple[bytes, int]]) -> tuple[int, int]:
+def _put(
+    peer: Daemon, user: User, name: str, messages: Iterable[Stored], known: Counter[tuple[bytes, int]], wrong: _Complaints
+) -> tuple[int, int]:
     """How many messages were put into a mailbox, and how many were there."""
     batch: list[Any] = []
     octets = put = there = 0
@@ -238,11 +289,18 @@ def _put(peer: Daemon, user: User, name: str, messages: Iterable[Stored], known:
             there += 1
             continue
         if batch and (len(batch) >= TOGETHER or octets + len(stored.data) > OCTETS_TOGETHER):
-            asked(peer, "mailbox_import", address=user.address, name=name, messages=batch)
+            put += _sent(peer, user, name, batch, wrong)
             batch, octets = [], 0
         batch.append((stored.flags, stored.keywords, int(stored.date * 1000), stored.data))
         octets += len(stored.data)
-        put += 1
-    if batch:
-        asked(peer, "mailbox_import", address=user.address, name=name, messages=batch)
-    return put, there
+    return put + _sent(peer, user, name, batch, wrong), there
+
+
+def _sent(peer: Daemon, user: User, name: str, batch: list[Any], wrong: _Complaints) -> int:
+    """How many messages of a batch are there now; those that are refused are named."""
+    if not batch:
+        return 0
+    refused = [reason for reason in asked(peer, "mailbox_import", address=user.address, name=name, messages=batch) if reason]
+    for reason in refused:
+        wrong(name, reason)
+    return len(batch) - len(refused)

@@ -296,7 +296,6 @@ REQUESTS: dict[str, Request] = {
         Request("mailbox_delete", MailboxDelete, Where.SUPERVISOR, HOURS, changes=True),
         Request("mailbox_move", MailboxMove, Where.SUPERVISOR, HOURS, changes=True),
         Request("mailbox_import", MailboxImport, Where.SUPERVISOR, 120, changes=True),
-        Request("mailbox_back_up", Nothing, Where.SUPERVISOR, HOURS, changes=True),
         Request("mailbox_begin_restore", MailboxAddress, Where.SUPERVISOR, 30, changes=True),
         Request("mailbox_restore", MailboxRestore, Where.SUPERVISOR, 120, changes=True),
         Request("mailbox_end_restore", MailboxRestored, Where.SUPERVISOR, 30, changes=True),

@@ -106,6 +106,7 @@ class Segments:
         self._big = directory / "big"
         make_folder(self._big)
         self._dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.lost: list[Path] = []
         self._segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
         self._active: list[Segment | None] = [None, None]
@@ -118,9 +119,14 @@ class Segments:
         self._created: list[Segment] = []  # whose rows were in no transaction yet, not even in one that failed
 
     def load(self, rows: dict[int, SegmentRow]) -> None:
-        """Open the segments that have a row in LMDB. Files without a row were never committed and are removed."""
+        """Open the segments that have a row in LMDB. Files without a row were never committed and are removed. A file that is
+        lost (`lost`) costs the bodies that were in it: it is made anew, empty, and never written."""
         for number, row in rows.items():
-            fd = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
+            path = self._path(number)
+            if not path.exists():
+                self.lost.append(path)
+                row.sealed = True
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             segment = self._segments[number] = Segment(number, fd, row)
             if row.live == 0:
                 self._retire(segment)

@@ -10,7 +10,7 @@ from typing import Any
 
 import lmdb
 
-from relaymta.disk.segments import body_file, segment_file
+from relaymta.disk.segments import FRAME, SegmentRow, body_file, segment_file
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import encode
 from relaymta.store.rows import ID, STATE, MailShard, UserRow
@@ -27,7 +27,7 @@ def copy_shard(rows: MailShard, bodies: Path, folder: Path) -> None:
         (folder / "bodies" / "big").mkdir(mode=0o700, parents=True)
         for _ in range(TRIES):
             _link_all(bodies, folder / "bodies")  # first: what is emptied from now on stays
-            _copy_rows(rows, folder / "lmdb")
+            _copy_rows(rows, bodies, folder)
             if _complete(folder, bodies):
                 return
     except (OSError, lmdb.Error) as error:
@@ -54,19 +54,22 @@ def _link(path: Path, new: Path) -> bool:
     return True
 
 
-def _copy_rows(rows: MailShard, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    with rows.reading():
-        rows.env.copy(str(folder), compact=True)
+def _copy_rows(rows: MailShard, bodies: Path, folder: Path) -> None:
+    shutil.rmtree(folder / "lmdb", ignore_errors=True)
+    (folder / "lmdb").mkdir(mode=0o700)
+    with rows.reading() as txn:
+        _link_all(bodies, folder / "bodies")  # again: segments that were begun until then
+        rows.env.copy(str(folder / "lmdb"), compact=True, txn=txn)
 
 
 def _complete(folder: Path, bodies: Path) -> bool:
-    """Whether all that the copy names is there; what it does not name is removed then."""
+    """Whether all that the copy names is there, and was not used again before it got its second name; what it does not name is
+    removed then."""
     copy = MailShard(folder / "lmdb", readonly=True, locked=False)
     try:
         with copy.reading() as txn:
-            named = {segment_file(folder / "bodies", number) for number, _ in copy.segment_rows(txn)}
+            segments = {segment_file(folder / "bodies", number): row for number, row in copy.segment_rows(txn)}
+            named = set(segments)
             for ident, row in copy.objects(txn):
                 if not row.body.segment:
                     named.add(body_file(folder / "bodies", ident, row.body))
@@ -75,11 +78,22 @@ def _complete(folder: Path, bodies: Path) -> bool:
     for path in named:
         if not path.exists() and not _link(bodies / path.relative_to(folder / "bodies"), path):
             return False
+    if not all(_is_of(path, row) for path, row in segments.items()):
+        return False
     for pattern in ("*.seg", "big/*"):
         for path in (folder / "bodies").glob(pattern):
             if path not in named:
                 path.unlink()
     return True
+
+
+def _is_of(path: Path, row: SegmentRow) -> bool:
+    """Whether a segment's file is of the generation that its row says."""
+    if not row.position or not row.live:
+        return True
+    with path.open("rb") as file:
+        head = file.read(FRAME.size)
+    return len(head) == FRAME.size and FRAME.unpack(head)[1] == row.generation
 
 
 def renumber(path: Path, uidvalidity: int) -> None:

@@ -5,11 +5,12 @@ UIDs, MODSEQs, flags and what was expunged stay as they are.
 the user was, the row is frozen; where the user comes to, nobody knows the user yet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
+from relaymta.errors import StoreError
 from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import MailboxRow, MailboxState
 
@@ -72,9 +73,11 @@ def convert_part(found: Any) -> Part:
 class Carried:
     """Reads a user's parts from a shard. Whoever puts a part of messages notes by `put` as which objects, so that data of several
     mailboxes is carried once. `uidvalidity`: new UIDVALIDITYs from this one on (0: those that are); the UIDs of a backup may have
-    been given to other messages since."""
+    been given to other messages since. `damaged(sentence)`: called for each message whose data cannot be read, which is left out;
+    without it, that ends in StoreError."""
 
-    def __init__(self, reader: Readable, user: int, uidvalidity: int = 0) -> None:
+    def __init__(self, reader: Readable, user: int, uidvalidity: int = 0, damaged: Callable[[str], None] | None = None) -> None:
+        self._damaged = damaged
         self._reader = reader
         self._user = user
         self._uidvalidity = uidvalidity
@@ -98,6 +101,8 @@ class Carried:
             mailboxes = [(row, rows.state(txn, row.mailbox)) for row in rows.mailboxes(txn, self._user)]
             done = list(rows.done_of(txn, self._user))
         kept = [row for row, state in mailboxes if state is not None]
+        if self._uidvalidity:
+            self._uidvalidity = max(self._uidvalidity, owner.uidvalidity)
         yield CarriedUser(self._uidvalidity + len(kept) if self._uidvalidity else owner.uidvalidity)
         for row, state in mailboxes:
             yield self._mailbox(row, state)
@@ -111,34 +116,42 @@ class Carried:
             return CarriedMailbox(row, None, [])
         with self._reader.rows.reading() as txn:
             expunged = list(self._reader.rows.expunged(txn, row.mailbox))[-EXPUNGED_MOST:]
-        if self._uidvalidity:
+        if self._uidvalidity:  # higher than those that were
             state = msgspec.structs.replace(state, uidvalidity=self._uidvalidity)
             self._uidvalidity += 1
             expunged = []
         return CarriedMailbox(row, state, expunged)
 
     def _messages(self, row: MailboxRow) -> Iterator[Part]:
-        rows, entries, octets = self._reader.rows, list[Entry](), 0
-        for page in pages(rows, row.mailbox):
+        entries, octets = list[Entry](), 0
+        for page in pages(self._reader.rows, row.mailbox):
             for record, message in page:
-                entry = Entry(
-                    record.uid, record.modseq, record.flags, message.date, message.saved, message.prefix, message.object
-                )
-                if self._shared.get(entry.was) == 0 and entries:
+                date, saved, prefix = message.date, message.saved, message.prefix
+                entry = Entry(record.uid, record.modseq, record.flags, date, saved, prefix, message.object)
+                if entries and (len(entries) >= MESSAGES or octets + message.size > OCTETS or self._shared.get(entry.was) == 0):
                     yield CarriedMessages(row.name, entries)
                     entries, octets = [], 0
-                entry.object = self._shared.get(entry.was, 0)
-                if not entry.object:
-                    entry.data = body_of(rows, self._reader.bodies, entry.was)
-                    octets += len(entry.data)
-                    if self._is_shared(entry.was):
-                        self._shared[entry.was] = 0
-                entries.append(entry)
-                if octets >= OCTETS or len(entries) >= MESSAGES:
-                    yield CarriedMessages(row.name, entries)
-                    entries, octets = [], 0
+                if self._fill(row, entry):
+                    entries.append(entry)
+                    octets += len(entry.data or b"") + len(prefix)
         if entries:
             yield CarriedMessages(row.name, entries)
+
+    def _fill(self, row: MailboxRow, entry: Entry) -> bool:
+        """The data of a message, or what has it there already; whether it can be carried."""
+        entry.object = self._shared.get(entry.was, 0)
+        if entry.object:
+            return True
+        try:
+            entry.data = body_of(self._reader.rows, self._reader.bodies, entry.was)
+        except StoreError as error:
+            if self._damaged is None:
+                raise
+            self._damaged(f"{row.name}, UID {entry.uid}: {error}")
+            return False
+        if self._is_shared(entry.was):
+            self._shared[entry.was] = 0
+        return True
 
     def _is_shared(self, ident: int) -> bool:
         with self._reader.rows.reading() as txn:

@@ -134,29 +134,30 @@ class Change(Transaction):
         for name, special in ((INBOX, ""), *mailboxes):
             self.create_mailbox(user, name, special, subscribed=True)
 
-    def freeze(self, user: int) -> None:
-        """Change nothing of a user from now on but by `purge`."""
-        self._user(user).frozen = True
+    def freeze(self, user: int, frozen: bool = True) -> None:
+        """Change nothing of a user from now on but by `purge`; or again."""
+        self._user(user).frozen = frozen
 
-    def purge(self, user: int, most: int) -> bool:
-        """Remove a user with all mailboxes, or a part of that: at most so many messages. Whether the user is gone."""
+    def purge(self, user: int, most: int) -> int:
+        """Remove a user with all mailboxes, or a part of that: at most so many messages. 0 while the user is there; then a
+        UIDVALIDITY (1 at least) that is higher than all that the user's mailboxes have had."""
         if user not in self._users and self._shard.user(self.txn, user) is None:
-            return True
+            return 1
         owner = self._user(user)
         for row in list(self._shard.mailboxes(self.txn, user)):
             if row.mailbox:
                 uids = [record.uid for record, _ in zip(self._shard.index(self.txn, row.mailbox), range(most), strict=False)]
                 self._expunge(owner, row.mailbox, uids)
                 most -= len(uids)
-                if self._state(row.mailbox).messages:
-                    return False
+                if next(iter(self._shard.index(self.txn, row.mailbox)), None) is not None:
+                    return 0
                 self._remove_rows(row.mailbox)
             self.txn.delete(name_key(user, row.name), db=self._tables["mailbox"])
             if most <= 0:
-                return False
+                return 0
         del self._users[user]
         self.txn.delete(ID.pack(user), db=self._tables["user"])
-        return True
+        return max(owner.uidvalidity, 1)
 
     # A user who comes from another shard, or a backup
 

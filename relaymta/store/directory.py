@@ -11,7 +11,7 @@ an address is there once.
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,11 @@ from relaymta.disk.folders import make_folder
 from relaymta.errors import NoSuch, RelayError, StoreError, near, store_error
 from relaymta.proto.address import comparable, domain_of
 
-__all__ = ["Address", "Directory", "Found", "User", "Version"]
+__all__ = ["REMOVING", "Address", "Directory", "Found", "User", "Version"]
 
 SCHEMA = 1
 _MAP_SIZE = 8 << 30
+REMOVING = 1  # User.deleted of one who does not come back
 DEEPEST = 10  # aliases of aliases
 TARGETS_MOST = 1000  # addresses of one alias
 ADDRESSES_MOST = 5000  # that an alias leads to in all, aliases on the way included
@@ -281,6 +282,31 @@ class Directory:
             if self._version is not None:
                 self._version.add(0, 1)
 
+    def highest(self) -> int:
+        """The highest id of a user so far."""
+        with self._env.begin() as txn:
+            return int(txn.get(b"highest", b"0", db=self._meta))
+
+    def raise_uidvalidity(self, least: int) -> int:
+        """The UIDVALIDITY of a new user's first mailbox: `least` or higher, and higher than all that removed users have had."""
+
+        def change(txn: Any) -> int:
+            found = max(least, int(txn.get(b"uidvalidity", b"0", db=self._meta)))
+            txn.put(b"uidvalidity", str(found).encode(), db=self._meta)
+            return found
+
+        return int(self._write(change))
+
+    def give(self, ident: int, address: str) -> None:
+        """Let an address that nobody has lead to a user. RelayError when it is taken."""
+        address = comparable(address)
+
+        def change(txn: Any) -> None:
+            self._free(txn, address)
+            self._give(txn, ident, address)
+
+        self._write(change)
+
     def next_ident(self) -> int:
         """A new user's id, which is never given again."""
 
@@ -415,11 +441,12 @@ class Directory:
 
         def change(txn: Any) -> None:
             before = self._address(txn, address)
+            dangling = set(self._dangling(txn, kept_here, separator))
             if not wanted:
                 self._remove_alias(txn, address, before)
             else:
                 self._put_alias(txn, address, before, wanted, separator)
-            self._check_aliases(txn, address, kept_here, separator)
+            self._check_aliases(txn, address, dangling, kept_here, separator)
 
         self._write(change)
 
@@ -442,15 +469,25 @@ class Directory:
         else:
             txn.put(address.encode(), _encode(Address(0, wanted)), db=self._addresses)
 
-    def _check_aliases(self, txn: Any, address: str, kept_here: Callable[[str], bool], separator: str) -> None:
-        """All aliases after a change of one: RelayError undoes it. That one first, so that a problem names it."""
+    def _dangling(self, txn: Any, kept_here: Callable[[str], bool], separator: str) -> Iterator[tuple[str, str]]:
+        """(alias, target) of the targets that nobody has."""
+        for name, row in self._aliases(txn):
+            for target in row.targets:
+                if not self._leads(txn, target, separator) and kept_here(domain_of(target)):
+                    yield name, target
+
+    def _check_aliases(
+        self, txn: Any, address: str, before: set[tuple[str, str]], kept_here: Callable[[str], bool], separator: str
+    ) -> None:
+        """All aliases after a change of one: RelayError undoes it. That one first, so that a problem names it. `before`: what was
+        dangling then, which is not this change's fault."""
+        for name, target in sorted(self._dangling(txn, kept_here, separator), key=lambda pair: pair[0] != address):
+            if (name, target) not in before or name == address:
+                names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
+                raise RelayError(f"nobody has {target}{near(target, names)}, and {name} leads there")
         for name, row in sorted(self._aliases(txn), key=lambda row: row[0] != address):
             if name in row.targets:
                 raise RelayError(f"{name} would be an alias of itself")
-            for target in row.targets:
-                if not self._leads(txn, target, separator) and kept_here(domain_of(target)):
-                    names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
-                    raise RelayError(f"nobody has {target}{near(target, names)}, and {name} leads there")
             circle = self._walk(txn, name, separator, {}, {})
             if circle:
                 raise RelayError(f"{name} would lead back to itself: {' -> '.join(circle)}")
@@ -461,11 +498,28 @@ class Directory:
         user = self._user(txn, found[1].user) if found is not None and found[1].user else None
         return found is not None and (not found[1].user or (user is not None and not user.deleted))
 
-    def leading_to(self, ident: int) -> list[str]:
-        """The aliases of other addresses that name an address of a user."""
-        with self._env.begin() as txn:
-            own = set(self._owned(txn, ident))
-            return [name for name, row in self._aliases(txn) if own.intersection(row.targets)]
+    def delete(self, address: str, since: int, separator: str) -> User:
+        """Mark a user as deleted since then (ms), or as one who is being removed (REMOVING). NoSuch; RelayError: an alias leads
+        to the user, or the user is being moved."""
+
+        def change(txn: Any) -> User:
+            user = self._named(txn, comparable(address))
+            if user is None:
+                raise self._unknown(txn, comparable(address))
+            if user.moving >= 0:
+                raise RelayError(f"{user.address} is being moved to shard {user.moving}; try again, or move the user back")
+            leading = [name for name, row in self._aliases(txn) if self._one_leads_to(txn, row.targets, user.ident, separator)]
+            if leading and not user.deleted:
+                raise RelayError(f"{', '.join(leading)} would lead to nobody: change it first (`relaymta mailbox alias`)")
+            new = msgspec.structs.replace(user, deleted=since if since == REMOVING else user.deleted or since)
+            self._put(txn, new)
+            return new
+
+        return self._write(change)  # type: ignore[no-any-return]
+
+    def _one_leads_to(self, txn: Any, targets: list[str], ident: int, separator: str) -> bool:
+        matches = (self._match(txn, target, separator) for target in targets)
+        return any(found is not None and found[1].user == ident for found in matches)
 
     def _aliases(self, txn: Any) -> list[tuple[str, Address]]:
         """The addresses that lead to others."""

@@ -1,6 +1,7 @@
 """The mailboxes of a spool, or of a backup, as they are read from their files: by the command line, whether the relay runs or
 not."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from relaymta.errors import StoreError
 from relaymta.store.directory import Directory, User
 from relaymta.store.reading import ShardReader
 
-__all__ = ["MailFiles"]
+__all__ = ["MailFiles", "import_all"]
 
 PAGE = 1000
 
@@ -62,6 +63,12 @@ class MailFiles:
         while page := self.directory.users(after, PAGE):
             yield from page
             after = page[-1].ident
+
+
+def import_all() -> None:
+    """Have LMDB import what it needs to open a database, before root is dropped."""
+    with suppress(OSError, lmdb.Error), tempfile.TemporaryDirectory() as folder:
+        lmdb.open(folder).close()
 
 
 def _has_lock(path: Path) -> bool:

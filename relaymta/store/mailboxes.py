@@ -17,9 +17,8 @@ from relaymta.control import Late
 from relaymta.disk.big import BigFile
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
-from relaymta.store.backup import copy_shard
 from relaymta.store.carry import Carried, Part, convert_part
-from relaymta.store.change import Change, Refusal
+from relaymta.store.change import LIMIT, MOVING, Change, Refusal
 from relaymta.store.directory import Directory, Found, Version
 from relaymta.store.others import ReadOnly
 from relaymta.store.reading import Readable
@@ -195,13 +194,23 @@ class Mailboxes:
 
         await self._own(shard).task(add)
 
-    async def freeze_user(self, shard: int, user: int) -> None:
-        """Change nothing of a user in a shard of this process from now on. Refusal, StoreError."""
-        await self._own(shard).freeze(user)
+    async def freeze_user(self, shard: int, user: int, frozen: bool = True) -> None:
+        """Change nothing of a user in a shard of this process from now on; or again. Refusal, StoreError."""
+        await self._own(shard).freeze(user, frozen)
 
-    async def purge_user(self, shard: int, user: int) -> None:
-        """Remove a user, if there, from a shard of this process. StoreError."""
-        await self._own(shard).purge(user)
+    async def purge_user(self, shard: int, user: int) -> int:
+        """Remove a user, if there, from a shard of this process; as `Shard.purge`. StoreError."""
+        return await self._own(shard).purge(user)
+
+    async def users_of(self, shard: int) -> list[int]:
+        """The ids of all users that a shard of this process has."""
+        own = self._own(shard)
+
+        def read() -> list[int]:
+            with own.rows.reading() as txn:
+                return [user for user, _ in own.rows.users(txn)]
+
+        return await own.readers.run(read)
 
     async def carry_user(self, shard: int, user: int, target: int) -> None:
         """Put all of a user, who is frozen, into another shard, which does not have the user. When it fails, a part may be there.
@@ -225,22 +234,24 @@ class Mailboxes:
         """As `Shard.take`, in a shard of this process. Refusal, StoreError."""
         return await self._own(shard).take(user, convert_part(part))
 
-    async def import_messages(self, shard: int, user: int, name: str, messages: list[Any]) -> None:
-        """Add messages to a mailbox of a user in a shard of this process, which is created if missing; quotas do not count.
-        Refusal, StoreError: not all are there."""
+    async def import_messages(self, shard: int, user: int, name: str, messages: list[Any]) -> list[str]:
+        """Add messages to a mailbox of a user in a shard of this process, which is created if missing; quotas do not count. Why
+        each is refused, "" for those that are there; what has too many keywords is there without any. Refusal, StoreError: not
+        all are there."""
         own = self._own(shard)
         filing = []
         for flags, keywords, date, data in messages:
-            target = Target(user, name, flags=flags_from(flags), keywords=keywords, date=date, create=True)
-            filing.append(own.file([data], [target]))
-        for result in await asyncio.gather(*filing):
-            if result[0].filed is None:
-                raise Refusal(result[0].code, result[0].text)
+            target = Target(user, name, flags=flags_from(flags), keywords=keywords, date=date or 1, create=True)
+            filing.append(self._imported(own, target, data))
+        return list(await asyncio.gather(*filing))
 
-    async def back_up(self, shard: int, folder: str) -> None:
-        """Copy a shard of this process, as it is at one moment, into a folder that is not there. StoreError."""
-        own = self._own(shard)
-        await own.readers.run(copy_shard, own.rows, own.path / "bodies", Path(folder))
+    async def _imported(self, own: Shard, target: Target, data: bytes) -> str:
+        (result,) = await own.file([data], [target])
+        if result.code == LIMIT and target.keywords:
+            (result,) = await own.file([data], [msgspec.structs.replace(target, keywords=[])])
+        if result.code == MOVING:
+            raise Refusal(result.code, result.text)
+        return result.text if result.code else ""
 
 
 # What sessions ask of the owner of a shard.
@@ -253,7 +264,7 @@ OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_carry": Mailboxes.carry_user,
     "mail_take": Mailboxes.take_part,
     "mail_import": Mailboxes.import_messages,
-    "mail_back_up": Mailboxes.back_up,
+    "mail_users": Mailboxes.users_of,
 }
 OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_file": Mailboxes.filed_for_peer,

@@ -16,7 +16,7 @@ from relaymta.store.blocks import LAST_UID, Record
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.rows import MailShard, MessageRow
 
-__all__ = ["Bodies", "Readable", "ShardReader", "body_of", "data_of", "pages"]
+__all__ = ["Bodies", "Files", "Readable", "ShardReader", "body_of", "data_of", "pages"]
 
 PAGE = 500  # messages of one read transaction
 
@@ -31,11 +31,14 @@ class Bodies(Protocol):
         """A descriptor of the file of a large body (`body.segment` is 0), verified. StoreError."""
 
 
-class _Files:
+class Files:
+    """The files of a shard's bodies, whoever owns them."""
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def read(self, ident: int, body: Body) -> bytes:
+        """As of Bodies."""
         try:
             with body_file(self._directory, ident, body).open("rb", buffering=0) as file:
                 return read_frame(file.fileno(), ident, body)
@@ -43,6 +46,7 @@ class _Files:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
 
     def open_big(self, ident: int, body: Body) -> int:
+        """As of Bodies."""
         return open_verified(body_file(self._directory, ident, body), ident, body)
 
 
@@ -58,7 +62,7 @@ class ShardReader:
 
     def __init__(self, path: Path, locked: bool = True) -> None:
         self.rows = MailShard(path / "lmdb", readonly=True, locked=locked)
-        self.bodies: Bodies = _Files(path / "bodies")
+        self.bodies: Bodies = Files(path / "bodies")
 
     def close(self) -> None:
         """Close the environment."""

@@ -13,52 +13,49 @@ import msgspec
 from relaymta.disk.environment import SEGMENT
 from relaymta.disk.lock import lock
 from relaymta.disk.segments import FRAME
-from relaymta.errors import store_error
+from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import encode
 from relaymta.store.blocks import Record
 from relaymta.store.change import Change, tally
 from relaymta.store.files import MailFiles
+from relaymta.store.reading import Files
 from relaymta.store.rows import ID, MESSAGE, STATE, SYSTEM_FLAGS, MailboxState, MailShard, UserRow
 from relaymta.store.verify import contradictions
 
 __all__ = ["repair"]
 
 
-def repair(folder: Path) -> Iterator[str]:
-    """Correct the shards in SPOOL/mail; a sentence for each that was corrected. SpoolBusy, StoreError. Blocks."""
+def repair(folder: Path, read_bodies: bool = True) -> Iterator[str]:
+    """Correct the shards in SPOOL/mail; a sentence for each that was corrected. `read_bodies`: those that cannot be read go, too.
+    SpoolBusy, StoreError. Blocks."""
     with MailFiles(folder) as files:
         placed: dict[int, set[int]] = defaultdict(set)
         for user in files.users():
             placed[user.shard].add(user.ident)
+            if user.moving >= 0:  # whose mail is in two shards, of which one is complete
+                placed[user.moving].add(user.ident)
         shards = files.shards()
     for number in shards:
         path = folder / f"shard-{number}"
         descriptor = lock(path)
         try:
-            rows = MailShard(path / "lmdb")
+            rows, bodies = MailShard(path / "lmdb"), Files(path / "bodies") if read_bodies else None
             try:
-                wrong = list(contradictions(rows, None, placed[number]))
+                wrong = list(contradictions(rows, bodies, placed[number]))
                 if wrong:
-                    _repair(rows, placed[number])
-                    left = len(list(contradictions(rows, None, placed[number])))
+                    _repair(rows, bodies, placed[number])
+                    left = len(list(contradictions(rows, bodies, placed[number])))
                     yield f"shard {number}: {len(wrong) - left} of {len(wrong)} contradictions corrected"
             finally:
                 rows.close()
-                _give_back(path, folder.stat())
         except lmdb.Error as error:
             raise store_error(error) from None
         finally:
             os.close(descriptor)
 
 
-def _give_back(path: Path, owner: os.stat_result) -> None:
-    """What root has created belongs to the spool's owner."""
-    for name in ("lock", "lmdb/lock.mdb"):
-        os.chown(path / name, owner.st_uid, owner.st_gid)
-
-
-def _repair(rows: MailShard, known: set[int]) -> None:
-    """One transaction: all or nothing."""
+def _repair(rows: MailShard, bodies: Files | None, known: set[int]) -> None:
+    """One transaction: all or nothing. A message whose data cannot be read goes."""
     change = Change(rows)
     try:
         for user, _ in list(rows.users(change.txn)):
@@ -66,6 +63,12 @@ def _repair(rows: MailShard, known: set[int]) -> None:
                 change.purge(user, 1 << 62)
         change.begin_part()
         change.keep_part()
+        for ident, row in list(rows.objects(change.txn)) if bodies is not None else ():
+            try:
+                assert bodies is not None
+                bodies.read(ident, row.body)
+            except StoreError:
+                change.txn.delete(ID.pack(ident), db=rows.tables["object"])
         _recount(rows, change.txn)
         change.finish(rows.meta_in(change.txn, b"seen"))
     except BaseException:

@@ -213,14 +213,16 @@ class Shard:
             part = uids[start : start + SLICE]
             await self.task(lambda change, part=part: change.change_flags(user, mailbox, part, add, remove))  # type: ignore[misc]
 
-    async def freeze(self, user: int) -> None:
+    async def freeze(self, user: int, frozen: bool = True) -> None:
         """As `Change.freeze`."""
-        await self.task(lambda change: change.freeze(user))
+        await self.task(lambda change: change.freeze(user, frozen))
 
-    async def purge(self, user: int) -> None:
-        """Remove a user and all mail, in slices. What a cancellation leaves is removed by the next call."""
-        while not await self.task(lambda change: change.purge(user, SLICE)):
+    async def purge(self, user: int) -> int:
+        """Remove a user and all mail, in slices; a UIDVALIDITY as of `Change.purge`. What a cancellation leaves is removed by the
+        next call."""
+        while not (found := await self.task(lambda change: change.purge(user, SLICE))):
             pass
+        return found
 
     def _committed(self, group: Filings) -> None:
         """On the loop, after a group. What one of those who waited for it raises must not keep the others from being told."""

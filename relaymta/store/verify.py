@@ -17,10 +17,12 @@ __all__ = ["contradictions"]
 PAGE = 1000  # objects of one transaction
 
 
-def contradictions(shard: MailShard, bodies: Bodies | None = None, known_users: set[int] | None = None) -> Iterator[str]:
+def contradictions(
+    shard: MailShard, bodies: Bodies | None = None, known_users: set[int] | None = None, free: set[int] | None = None
+) -> Iterator[str]:
     """A sentence for each contradiction in one snapshot of a shard. `bodies`: they are read, too; `known_users`: those that the
-    directory places here, where nobody changes it meanwhile. Blocks."""
-    yield from list(_rows(shard, known_users))
+    directory places here, where nobody changes it meanwhile; `free`: users who may be here or not. Blocks."""
+    yield from list(_rows(shard, known_users, free or set()))
     if bodies is not None:
         yield from _damaged(shard, bodies)
 
@@ -43,15 +45,15 @@ def _damaged(shard: MailShard, bodies: Bodies) -> Iterator[str]:
         after = page[-1][0]
 
 
-def _rows(shard: MailShard, known_users: set[int] | None) -> Iterator[str]:
+def _rows(shard: MailShard, known_users: set[int] | None, free: set[int]) -> Iterator[str]:
     with shard.reading() as txn:
         references: Counter[int] = Counter()
         known: set[int] = set()
         users = list(shard.users(txn))
         if known_users is not None:
-            yield from (f"user {user} is not in the directory" for user, _ in users if user not in known_users)
+            yield from (f"user {user} is not in the directory" for user, _ in users if user not in known_users | free)
             there = {user for user, _ in users}
-            yield from (f"user {user} of the directory has no mailboxes" for user in sorted(known_users - there))
+            yield from (f"user {user} of the directory has no mailboxes" for user in sorted(known_users - there - free))
         for user, row in users:
             octets = messages = 0
             for found in shard.mailboxes(txn, user):

@@ -148,7 +148,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             if isinstance(error, StoreFull):
                 self._insist(group)
         for file in group.files:
-            if file.error is not None and file.data is None:
+            if file.error is not None and file.data is None and file.body is not None:
                 self._segments.remove_big(file.ident)
         self.stalled = False
         return group

@@ -69,7 +69,9 @@ class Supervisor:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
-        self.mail = MachineMailboxes(spool, workers, self.slots, self.shared.directory()) if keeps_mail(config) else None
+        self.mail = None
+        if keeps_mail(config):
+            self.mail = MachineMailboxes(spool, workers, self.slots, self.shared.directory(), self._warn)
         self.configuration.note(config)
         existing = shard_numbers(spool)
         for number, own in enumerate(sockets):

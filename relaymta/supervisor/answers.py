@@ -258,21 +258,17 @@ class Answers:
 
     async def mailbox_delete(self, args: MailboxDelete) -> dict[str, Any]:
         """As `Upkeep.delete`."""
-        return row_of(await self._mail().upkeep.delete(args.address, args.now))
+        return row_of(await self._mail().upkeep.delete(args.address, args.now, self._supervisor.config.mailboxes.subaddress))
 
     async def mailbox_move(self, args: MailboxMove) -> dict[str, Any]:
         """As `Upkeep.move`."""
         return row_of(await self._mail().upkeep.move(args.address, args.shard))
 
-    async def mailbox_import(self, args: MailboxImport) -> None:
+    async def mailbox_import(self, args: MailboxImport) -> list[str]:
         """As `Mailboxes.import_messages`, for a user by address."""
-        await self._mail().owner_of(args.address, "mail_import", name=args.name, messages=args.messages)
+        return list(await self._mail().owner_of(args.address, "mail_import", name=args.name, messages=args.messages))
 
-    async def mailbox_back_up(self, args: Nothing) -> str:
-        """As `Upkeep.back_up`."""
-        return await self._mail().back_up()
-
-    async def mailbox_begin_restore(self, args: MailboxAddress) -> tuple[int, int]:
+    async def mailbox_begin_restore(self, args: MailboxAddress) -> tuple[int, int, int]:
         """As `MachineMailboxes.begin_restore`."""
         return await self._mail().begin_restore(self._supervisor.config, args.address)
 

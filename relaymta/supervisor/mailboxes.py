@@ -5,6 +5,7 @@ import asyncio
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from relaymta.control import Channel, Refused
 from relaymta.disk.shards import MAIL, shard_numbers
 from relaymta.errors import RelayError, near
 from relaymta.proto.address import comparable, domain_matches, domain_of, plain
-from relaymta.store.directory import Directory, User, Version
+from relaymta.store.directory import REMOVING, Directory, User, Version
 from relaymta.supervisor.slots import Slot, Slots
-from relaymta.supervisor.upkeep import REMOVING, Upkeep
+from relaymta.supervisor.upkeep import Upkeep
 
 __all__ = ["MachineMailboxes", "keeps_mail"]
 
@@ -36,7 +37,7 @@ class MachineMailboxes:
     """Owner of the directory, and of which slot has which shards: shard K is of slot K modulo their number. StoreError when the
     directory cannot be opened."""
 
-    def __init__(self, spool: Path, workers: int, slots: Slots, version: Version) -> None:
+    def __init__(self, spool: Path, workers: int, slots: Slots, version: Version, warn: Callable[[str], None]) -> None:
         self.directory = Directory(spool / MAIL / "directory", writable=True, version=version)
         self._workers = workers
         self._slots = slots
@@ -45,7 +46,7 @@ class MachineMailboxes:
         self._joining: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # one change of the directory at a time: each looks first
         self._placed = self.directory.count()
-        self.upkeep = Upkeep(self.directory, self.owner, spool / MAIL, self.shards)
+        self.upkeep = Upkeep(self.directory, self.owner, spool / MAIL, self.shards, warn)
 
     def start(self) -> None:
         """Keep the owners joined from now on."""
@@ -101,7 +102,8 @@ class MachineMailboxes:
         ident = await asyncio.to_thread(self.directory.next_ident)
         user = User(ident, address, self._next_shard(), octets, messages, secret)
         special = [list(pair) for pair in config.mailboxes.special.items()]
-        await self.owner("mail_user", shard=user.shard, user=ident, mailboxes=special, uidvalidity=int(time.time()))
+        uidvalidity = await asyncio.to_thread(self.directory.raise_uidvalidity, int(time.time()))
+        await self.owner("mail_user", shard=user.shard, user=ident, mailboxes=special, uidvalidity=uidvalidity)
         await asyncio.to_thread(self.directory.add, user)
         return user
 
@@ -165,17 +167,14 @@ class MachineMailboxes:
         async with self._changing:
             return await asyncio.to_thread(self.directory.rename, address, new)
 
-    async def back_up(self) -> str:
-        """As `Upkeep.back_up`; no user is added meanwhile."""
-        async with self._changing:
-            return await self.upkeep.back_up()
-
     # Users from elsewhere
 
-    async def begin_restore(self, config: Config, address: str) -> tuple[int, int]:
-        """(id, shard) for a user who is to be restored, part by part, before `end_restore`. RelayError: the address is taken."""
+    async def begin_restore(self, config: Config, address: str) -> tuple[int, int, int]:
+        """(id, shard, least UIDVALIDITY) for a user who is to be restored, part by part, before `end_restore`. RelayError: the
+        address is taken."""
         self.directory.check_free(self._address(config, address))
-        return await asyncio.to_thread(self.directory.next_ident), self._next_shard()
+        uidvalidity = await asyncio.to_thread(self.directory.raise_uidvalidity, int(time.time()))
+        return await asyncio.to_thread(self.directory.next_ident), self._next_shard(), uidvalidity
 
     async def owner_of(self, address: str, op: str, **args: Any) -> Any:
         """The answer of the worker that has a user. NoSuch, RelayError."""
@@ -187,17 +186,18 @@ class MachineMailboxes:
         address = self._address(config, user.address)
         async with self._changing:
             await asyncio.to_thread(self.directory.add, msgspec.structs.replace(user, address=address))
-            return await asyncio.to_thread(self._given, config, address, addresses)
+            return await asyncio.to_thread(self._given, config, user, addresses)
 
-    def _given(self, config: Config, address: str, addresses: list[str]) -> list[str]:
+    def _given(self, config: Config, user: User, addresses: list[str]) -> list[str]:
+        """Give a user the addresses that nobody has; the others."""
         refused = []
-        for other in addresses:
+        for address in addresses:
             try:
-                if other != address:
-                    here = partial(kept_here, config)
-                    self.directory.set_alias(other, [address], here, config.mailboxes.subaddress)
+                if address != user.address:
+                    self._check_domain(config, domain_of(comparable(address)))
+                    self.directory.give(user.ident, address)
             except RelayError:
-                refused.append(other)
+                refused.append(address)
         return refused
 
 

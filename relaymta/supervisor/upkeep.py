@@ -1,4 +1,4 @@
-"""What takes long, one at a time: users who are moved to another shard or removed, and backups.
+"""What takes long, one at a time: users who are moved to another shard or removed.
 
 Each step of a move is safe to end at, and is begun again after a restart, by what the directory says:
 
@@ -10,6 +10,7 @@ Each step of a move is safe to end at, and is begun again after a restart, by wh
 
 import asyncio
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,14 +20,16 @@ from typing import Any
 import msgspec
 
 from relaymta.errors import RelayError
-from relaymta.store.directory import Directory, User
+from relaymta.store.directory import REMOVING, Directory, User
 
 __all__ = ["KEPT_DAYS", "REMOVING", "Upkeep"]
 
 KEPT_DAYS = 7  # a deleted user, who may come back
-REMOVING = 1  # User.deleted of one who does not come back
 LOOK_SECONDS = 600.0  # between two looks for what is to be done
 FIRST_SECONDS = 5.0  # from the start, and after a failure
+AGAIN_SECONDS = 60.0  # after one that a further attempt may not mend
+STALE_SECONDS = 86400.0
+STAGED = re.compile(r"backup-\d+")
 LONG = 24 * 3600.0  # seconds for which a worker may copy or remove a user, or copy a shard
 PAGE = 1000
 
@@ -36,12 +39,17 @@ Owner = Callable[..., Awaitable[Any]]
 class Upkeep:
     """`owner(op, seconds, shard=..., ...)`: the answer of the worker that has a shard; `folder`: the mailboxes' in the spool."""
 
-    def __init__(self, directory: Directory, owner: Owner, folder: Path, shards: int) -> None:
+    def __init__(
+        self, directory: Directory, owner: Owner, folder: Path, shards: int, warn: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._warn = warn
         self._directory = directory
         self._owner = owner
         self._folder = folder
         self._shards = shards
         self._steady = asyncio.Lock()  # held by whatever copies or removes
+        self._begun = directory.highest()  # ids of users above this one are given by this process
+        self._swept = False
         self._failed = asyncio.Event()  # something that an operator has begun has to go on
         self._looking: asyncio.Task[None] | None = None
 
@@ -65,21 +73,41 @@ class Upkeep:
                 self._failed.clear()
                 await asyncio.sleep(FIRST_SECONDS)
             try:
-                await self._all()
-                seconds = LOOK_SECONDS
-            except (RelayError, OSError):  # a worker was not ready
-                seconds = FIRST_SECONDS
+                if not self._swept:
+                    await self._sweep()
+                seconds = LOOK_SECONDS if await self._all() else AGAIN_SECONDS
+            except Exception as error:
+                seconds = FIRST_SECONDS  # a worker was not ready
+                if not isinstance(error, (RelayError, OSError)):
+                    self._warn(f"the mailboxes' upkeep failed: {type(error).__name__}: {error}")
 
-    async def _all(self) -> None:
-        expired = (time.time() - KEPT_DAYS * 86400) * 1000
+    async def _all(self) -> bool:
+        """Do what is to be done; whether all of it is. What fails for one user is done for the others."""
+        expired, good = (time.time() - KEPT_DAYS * 86400) * 1000, True
         page = await asyncio.to_thread(self._directory.users, 0, PAGE)
         while page:
             for user in page:
-                if user.deleted and user.deleted < expired:
-                    await self._remove_expired(user.ident, expired)
-                elif user.moving >= 0:
-                    await self._carry(user.ident)
+                try:
+                    if user.deleted and user.deleted < expired:
+                        await self._remove_expired(user.ident, expired)
+                    elif user.moving >= 0:
+                        await self._carry(user.ident)
+                except (RelayError, OSError) as error:
+                    good = False
+                    what = "removed" if user.deleted else f"moved to shard {user.moving}"
+                    self._warn(f"{user.address} cannot be {what}: {error}")
             page = await asyncio.to_thread(self._directory.users, page[-1].ident, PAGE)
+        self._failed.clear()
+        return good
+
+    async def _sweep(self) -> None:
+        """Remove users that the directory does not know: a restore, or the creation of a user, was interrupted."""
+        for shard in range(self._shards):
+            for ident in await self._owner("mail_users", shard=shard):
+                if ident <= self._begun and await asyncio.to_thread(self._directory.user, ident) is None:
+                    async with self._steady:
+                        await self._owner("mail_purge", LONG, shard=shard, user=ident)
+        self._swept = True
 
     async def _update(self, ident: int, change: Callable[[User], User]) -> User:
         return await asyncio.to_thread(self._directory.update, ident, change)
@@ -96,21 +124,11 @@ class Upkeep:
 
     # Removal
 
-    async def delete(self, address: str, now: bool) -> User:
+    async def delete(self, address: str, now: bool, separator: str) -> User:
         """Delete a user: nobody can send mail to the user or log in any more. `now`: the mail is removed at once, else after
-        KEPT_DAYS. NoSuch; RelayError: an alias leads to the user, or the user is being moved."""
-        user = await asyncio.to_thread(self._directory.known, address)
-        leading = await asyncio.to_thread(self._directory.leading_to, user.ident)
-        if leading:
-            raise RelayError(f"{', '.join(leading)} would lead to nobody: change it first (`relaymta mailbox alias`)")
-
-        def change(row: User) -> User:
-            if row.moving >= 0:
-                raise RelayError(f"{row.address} is being moved to shard {row.moving}; try again")
-            since = row.deleted or time.time_ns() // 1_000_000
-            return msgspec.structs.replace(row, deleted=REMOVING if now else since)
-
-        user = await self._update(user.ident, change)
+        KEPT_DAYS. Errors as of `Directory.delete`."""
+        since = REMOVING if now else time.time_ns() // 1_000_000
+        user = await asyncio.to_thread(self._directory.delete, address, since, separator)
         if now:
             await self._remove(user.ident)
         return user
@@ -124,8 +142,8 @@ class Upkeep:
 
     async def _remove(self, ident: int) -> None:
         async with self._until_done():
-            for shard in range(self._shards):
-                await self._owner("mail_purge", LONG, shard=shard, user=ident)
+            highest = [await self._owner("mail_purge", LONG, shard=shard, user=ident) for shard in range(self._shards)]
+            await asyncio.to_thread(self._directory.raise_uidvalidity, max(highest))
             await asyncio.to_thread(self._directory.remove, ident)
 
     # Moves
@@ -136,16 +154,29 @@ class Upkeep:
         if not 0 <= shard < self._shards:
             raise RelayError(f"there is no shard {shard} (there are 0 to {self._shards - 1})")
 
+        if user.moving not in (-1, user.shard) and user.shard == shard:
+            return await self._move_back(user.ident)
+
         def change(row: User) -> User:
             if row.deleted:
                 raise RelayError(f"{row.address} is deleted")
             if row.moving not in (-1, shard):
-                raise RelayError(f"{row.address} is being moved to shard {row.moving}; try again")
+                raise RelayError(f"{row.address} is being moved to shard {row.moving}; try again, or move the user back")
             if row.shard == shard and row.moving < 0:
                 raise RelayError(f"{row.address} is in shard {shard}")
             return msgspec.structs.replace(row, moving=shard)
 
         return await self._carry((await self._update(user.ident, change)).ident) or user
+
+    async def _move_back(self, ident: int) -> User:
+        """Give up a move whose copy is not complete: the user stays, and may be changed again."""
+        async with self._steady:
+            user = await asyncio.to_thread(self._directory.user, ident)
+            if user is None or user.moving in (-1, user.shard):
+                raise RelayError("the move has ended meanwhile")
+            await self._owner("mail_purge", LONG, shard=user.moving, user=ident)
+            await self._owner("mail_freeze", shard=user.shard, user=ident, frozen=False)
+            return await self._update(ident, lambda row: msgspec.structs.replace(row, moving=-1))
 
     async def _carry(self, ident: int) -> User | None:
         async with self._until_done():
@@ -162,24 +193,9 @@ class Upkeep:
                     await self._owner("mail_purge", LONG, shard=shard, user=ident)
             return await self._update(ident, lambda row: msgspec.structs.replace(row, moving=-1))
 
-    # Backups
-
-    async def back_up(self) -> str:
-        """Copy all mailboxes, each shard as it is at one moment, to a folder in the spool, whose path is returned. RelayError."""
-        async with self._steady:
-            await asyncio.to_thread(self._remove_stale_backups)
-            folder = self._folder / f"backup-{time.time_ns()}"
-            try:
-                # First: a user is added to a shard before the directory, and removed after it.
-                await asyncio.to_thread(self._directory.copy, folder / "directory")
-                for shard in range(self._shards):
-                    await self._owner("mail_back_up", LONG, shard=shard, folder=str((folder / f"shard-{shard}").absolute()))
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            return str(folder.absolute())
-
     def _remove_stale_backups(self) -> None:
+        """Remove what the end of `relaymta mailbox backup` should have removed: it keeps segments from being used again."""
         for folder in self._folder.glob("backup-*"):
             with contextlib.suppress(OSError):
-                shutil.rmtree(folder)
+                if STAGED.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(folder)

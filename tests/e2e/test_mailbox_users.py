@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from relaymta import control
+from relaymta.store.files import MailFiles
 from tests.support.daemon import Relay, wait_for
 from tests.support.mailboxes import Load, create, kept, shown, verified
 
@@ -239,3 +241,102 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path):
         with environment.begin(write=True) as txn:
             txn.put(b"schema", before, db=environment.open_db(table, txn))
         environment.close()
+
+
+def uidvalidities(relay: Relay, name: str) -> list[int]:
+    with MailFiles(relay.spool / "mail") as files:
+        user = files.directory.known(f"{name}@local.example")
+        rows = files.shard(user.shard).rows
+        with rows.reading() as txn:
+            return [rows.state(txn, row.mailbox).uidvalidity for row in rows.mailboxes(txn, user.ident)]
+
+
+def test_a_name_that_comes_back_has_higher_uidvalidities(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        for _ in range(3):
+            before = max(uidvalidities(relay, "alice"))
+            relay.cli("mailbox", "delete", "--now", "alice@local.example")
+            create(relay, "alice")
+            assert min(uidvalidities(relay, "alice")) > before
+
+
+def test_a_lost_file_of_a_shard_costs_what_was_in_it_alone(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        relay.send("Subject: lost\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: shown(relay, "alice")["INBOX"] == ["lost"], what="delivery")
+        assert relay.stop() == 0
+    (segment,) = (relay.spool / "mail/shard-0/bodies").glob("*.seg")
+    segment.unlink()
+    with relay:
+        assert any(f"{segment} is missing" in event["text"] for event in relay.events("warning"))
+        relay.send("Subject: new\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: shown(relay, "alice")["INBOX"][1:] == ["new"], what="delivery")
+        assert relay.cli("mailbox", "verify", check=False).returncode == 65
+        assert relay.stop() == 0
+    assert "corrected" in relay.cli("mailbox", "verify", "--repair").stdout
+    with relay:
+        assert shown(relay, "alice")["INBOX"] == ["new"]
+        verified(relay)
+
+
+def test_a_move_that_cannot_end_is_taken_back_and_hurts_nobody_else(tmp_path):
+    relay = kept(tmp_path, "delivery.first_retry=1", workers=2)
+    with relay:
+        create(relay, "alice", "bob")
+        for name in ("alice", "bob"):
+            relay.send(f"Subject: {name}\r\n\r\n{'x' * 500}\r\n", "s@x.example", f"{name}@local.example")
+            wait_for(lambda name=name: shown(relay, name)["INBOX"] == [name], what="delivery")
+        home = int(str(listed(relay)["alice"]["shard"]))
+        assert relay.stop() == 0
+    (segment,) = (relay.spool / f"mail/shard-{home}/bodies").glob("*.seg")
+    data = bytearray(segment.read_bytes())
+    data[300] ^= 1
+    segment.write_bytes(data)
+    with relay:
+        found = relay.cli("mailbox", "move", "alice@local.example", str(1 - home), check=False)
+        assert found.returncode == 69 and "checksum" in found.stderr and listed(relay)["alice"]["state"] == "moving"
+        wait_for(lambda: any("cannot be moved" in event["text"] for event in relay.events("warning")), what="a warning")
+        relay.send("Subject: meanwhile\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        relay.cli("mailbox", "move", "bob@local.example", str(home))
+        relay.cli("mailbox", "move", "alice@local.example", str(home))
+        assert listed(relay)["alice"]["state"] == "active"
+        relay.cli("queue", "flush", "--all")
+        wait_for(lambda: "meanwhile" in shown(relay, "alice")["INBOX"], what="delivery")
+        assert relay.stop() == 0
+
+
+def test_a_restored_user_gets_no_address_of_others(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice", "bob", "carol")
+        relay.cli("mailbox", "alias", "sales@local.example", "alice@local.example")
+        relay.cli("mailbox", "alias", "info@local.example", "alice@local.example")
+        relay.cli("mailbox", "backup", str(tmp_path / "backup"))
+        relay.cli("mailbox", "delete", "--now", "alice@local.example")
+        relay.cli("mailbox", "alias", "sales@local.example", "bob@local.example")
+        relay.cli("mailbox", "alias", "info@local.example", "bob@local.example", "carol@local.example")
+        found = relay.cli("mailbox", "restore", str(tmp_path / "backup"), "alice@local.example")
+        assert "these addresses belong to others now: info@local.example, sales@local.example" in found.stderr
+        with MailFiles(relay.spool / "mail") as files:
+            assert [user.address for user in files.directory.find("sales@local.example").users] == ["bob@local.example"]
+
+
+def test_what_an_interrupted_restore_has_left_is_removed_at_the_next_start(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        ident, shard, _ = control.begin(relay.spool / "control.sock", "mailbox_begin_restore", address="bob@local.example")()
+        control.begin(relay.spool / "control.sock", "mailbox_restore", ident=ident, shard=shard, part=["CarriedUser", 7])()
+        assert relay.stop() == 0
+    assert "is not in the directory" in relay.cli("mailbox", "verify", check=False).stdout
+    with relay:
+        wait_for(lambda: shard_users(relay) == 1, 30, "the rest to be removed")
+        assert relay.stop() == 0
+    verified(relay)
+
+
+def shard_users(relay: Relay) -> int:
+    with MailFiles(relay.spool / "mail") as files:
+        rows = files.shard(0).rows
+        with rows.reading() as txn:
+            return sum(1 for _ in rows.users(txn))

@@ -224,3 +224,35 @@ def test_what_was_found_is_in_memory_until_something_changes(tmp_path, monkeypat
         directory.find(f"x{number}@local.example")
     assert len(directory._found) <= 11
     directory.close()
+
+
+def test_a_user_to_whom_aliases_lead_by_a_detail_or_a_catch_all_is_not_deleted(directory):
+    def everywhere(domain):
+        return domain == "local.example"
+
+    directory.set_alias("info@local.example", ["alice+info@local.example"], everywhere, "+")
+    directory.set_alias("@local.example", ["bob@local.example"], everywhere, "+")
+    directory.set_alias("team@local.example", ["whoever@local.example"], everywhere, "+")
+    for name, alias in (("alice", "info"), ("bob", "team")):
+        with pytest.raises(RelayError, match=f"{alias}@local.example would lead to nobody"):
+            directory.delete(f"{name}@local.example", 1_900_000_000_000, "+")
+    assert directory.delete("carol@local.example", 1_900_000_000_000, "+").deleted == 1_900_000_000_000
+
+
+def test_an_alias_that_has_come_to_lead_to_nobody_hinders_no_other(directory):
+    directory.set_alias("info@local.example", ["alice@local.example", "bob@local.example"], lambda domain: True)
+    directory.replace("alice@local.example", lambda user: replace(user, deleted=5))
+    directory.set_alias("other@local.example", ["carol@local.example"], lambda domain: True)
+    with pytest.raises(RelayError, match=r"nobody has alice@local\.example"):
+        directory.set_alias("info@local.example", ["alice@local.example", "carol@local.example"], lambda domain: True)
+    directory.set_alias("info@local.example", ["bob@local.example", "carol@local.example"], lambda domain: True)
+
+
+def test_an_address_is_given_where_nobody_has_it(directory):
+    directory.give(2, "new@local.example")
+    assert directory.find("new@local.example").users[0].address == "bob@local.example"
+    with pytest.raises(RelayError):
+        directory.give(1, "new@local.example")
+    directory.set_alias("list@local.example", ["bob@local.example", "carol@local.example"], lambda domain: True)
+    with pytest.raises(RelayError):
+        directory.give(1, "list@local.example")
