@@ -14,6 +14,8 @@ KERNELS = {
     "relaymta._speedups.replies": "relaymta/_speedups/replies.py",
     "relaymta._speedups.dkim": "relaymta/_speedups/dkim.py",
     "relaymta._speedups.dots": "relaymta/_speedups/dots.py",
+    "relaymta._speedups.mime": "relaymta/_speedups/mime.py",
+    "relaymta._speedups.text": "relaymta/_speedups/text.py",
     "relaymta._speedups.cells": "relaymta/_speedups/cells.pyx",
 }
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RELAYMTA_SANITIZE") == "1" else []

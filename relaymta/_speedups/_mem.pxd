@@ -1,5 +1,8 @@
 from libc.string cimport memchr, memcpy
 
+cdef extern from "strings.h" nogil:
+    int strncasecmp(const char *one, const char *other, size_t size)
+
 
 cpdef inline Py_ssize_t find(const unsigned char *p, int byte, Py_ssize_t start, Py_ssize_t end) noexcept:
     """Index of the first `byte` in p[start:end], or -1."""
@@ -58,3 +61,17 @@ cpdef inline Py_ssize_t dot(const unsigned char *p, Py_ssize_t start, Py_ssize_t
                     return i
         start = stop
     return -1
+
+
+cpdef inline bint same(const unsigned char *p, Py_ssize_t start, Py_ssize_t end, bytes word) noexcept:
+    """Whether p[start:end] is `word`, which is in lower case and has no NUL, in any case."""
+    return end - start == len(word) and strncasecmp(<const char *> p + start, <const char *> word, end - start) == 0
+
+
+cpdef inline void lower(unsigned char *w, Py_ssize_t end) noexcept:
+    """Make the ASCII letters of w[:end] lower case."""
+    cdef Py_ssize_t i
+    cdef unsigned char c
+    for i in range(end):
+        c = w[i]
+        w[i] = c + 32 * (<unsigned char> (c - 65) < 26)

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["clean", "copy", "dot", "find", "high"]
+__all__ = ["clean", "copy", "dot", "find", "high", "lower", "same"]
 
 _DOT = re.compile(rb"(?<=[\r\n])\.")
 
@@ -35,3 +35,13 @@ def dot(p: bytes, start: int, end: int) -> int:
     """Index of the first "." in p[start:end] that follows a CR or LF, or -1; `start` is at least 1."""
     found = _DOT.search(p, start, end)
     return -1 if found is None else found.start()
+
+
+def same(p: bytes, start: int, end: int, word: bytes) -> bool:
+    """Whether p[start:end] is `word`, which is in lower case and has no NUL, in any case."""
+    return end - start == len(word) and p[start:end].lower() == word
+
+
+def lower(w: bytearray, end: int) -> None:
+    """Make the ASCII letters of w[:end] lower case."""
+    w[:end] = w[:end].lower()

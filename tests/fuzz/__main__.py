@@ -11,7 +11,19 @@ from relaymta.accept.connection import Connection
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.filter import published, signatures
-from relaymta.proto import authres, pop3_maildrop, pop3_server, pop3_session, pop3_verbs, proxy, sasl, session, smtp_server, verbs
+from relaymta.proto import (
+    authres,
+    mime_envelope,
+    pop3_maildrop,
+    pop3_server,
+    pop3_session,
+    pop3_verbs,
+    proxy,
+    sasl,
+    session,
+    smtp_server,
+    verbs,
+)
 from relaymta.proto import header as header_fields
 from tests.fuzz import targets
 
@@ -31,8 +43,11 @@ def main() -> None:
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
     assert len(interpreted) == 2
     instrument(pop3_maildrop.Maildrop, pop3_maildrop.Wanted, pop3_session.Session, pop3_server.ServerSession)
+    for kernel in (targets.MIME[1], targets.TEXTS[1]):
+        instrument(*(one for one in vars(kernel).values() if isinstance(one, type)))
+    modules = (authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, mime_envelope)
     instrument(*interpreted, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction, Rights)
-    for module in (authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs):
+    for module in (*modules, targets.MIME[1], targets.TEXTS[1]):
         for member in list(vars(module).values()):
             if isinstance(member, FunctionType) and member.__module__ == module.__name__:
                 atheris.instrument_func(member)

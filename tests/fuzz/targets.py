@@ -15,13 +15,16 @@ from relaymta.filter.signatures import arc, claims, verify
 from relaymta.proto import mailbox, reply
 from relaymta.proto.authres import without_forged
 from relaymta.proto.header import header_end
+from relaymta.proto.mime import Section, body_of, describe, section
+from relaymta.proto.mime_text import header_text, text_parts
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
 from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
 from relaymta.proto.session import COMMANDS, DATA
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from tests.accept.test_transactions import connected, idle
-from tests.speedups import oracle, test_replies, test_smtp
+from tests.speedups import mime_oracle, oracle, test_mime, test_replies, test_smtp, test_text
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
+from tests.support import imap_grammar
 from tests.support.connection import BIG, DISK_FAILS, Machine
 from tests.support.pop3 import caller
 
@@ -30,6 +33,8 @@ KEYS = Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
 KEY = "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="  # RFC 8463 A.2
 OURS = re.compile(rb"(?:X-Signed: \d+\r\n)?Received: from [^\n]*\n(?:[ \t][^\n]*\n)*")  # the fields in front of a message
 PARSERS = [parameter.values[0] for parameter in test_smtp.PARSERS]
+MIME = [parameter.values[0] for parameter in test_mime.KERNELS]
+TEXTS = [parameter.values[0] for parameter in test_text.KERNELS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
 
 
@@ -246,6 +251,25 @@ def proxy(data: bytes) -> None:
     assert parse(data[: found.length]) == found and all(parse(data[:end]) is None for end in range(found.length))
 
 
+def mime(data: bytes) -> None:
+    """Message data: what the kernels find is what their oracles find, and all replies about it are what the grammar allows."""
+    for kernel in MIME:
+        assert test_mime.found(kernel, data) == mime_oracle.parts(data)
+    found = describe(data)
+    imap_grammar.envelope(found.envelope)
+    imap_grammar.body(found.structure)
+    imap_grammar.body(body_of(found.structure), extended=False)
+    for wanted in map(Section.parse, (b"", b"1", b"1.MIME", b"2.HEADER", b"1.2.TEXT", b"HEADER.FIELDS (Subject)")):
+        slices = section(data, found.parts, wanted)
+        assert slices is None or wanted.names or b"".join(slices) in data
+    for kernel in TEXTS:
+        assert kernel.base64(data) == mime_oracle.base64(data)
+        assert kernel.quoted_printable(data) == mime_oracle.quoted_printable(data)
+        assert kernel.folded(data, True) == mime_oracle.folded(data, True)
+    header_text(data)
+    list(text_parts(data))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -255,4 +279,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "sasl": sasl,
     "header": header,
     "proxy": proxy,
+    "mime": mime,
 }

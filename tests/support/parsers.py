@@ -6,12 +6,13 @@ import io
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 
+from relaymta._speedups import text
 from relaymta._speedups.replies import Replies
 from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
-from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, proxy, sasl
+from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.pop3_maildrop import Wanted
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
@@ -461,6 +462,67 @@ def _mbox(text: bytes) -> None:
         pass
 
 
+_TYPES = {
+    "types in parentheses": times(b"(", b"Content-Type: ", b"\r\n\r\n"),
+    "closed comments": times(b"()", b"Content-Type: ", b"\r\n\r\n"),
+    "a string": times(b'\\"', b'Content-Type: a/b; c="'),
+    "strings": times(b';a="";', b"Content-Type: a/b"),
+    "parameters": times(b";a=b", b"Content-Type: a/b", b"\r\n\r\n"),
+    "comments in parameters": times(b";a(", b"Content-Type: a/b"),
+    "no parameters": times(b";=", b"Content-Disposition: a"),
+    "tags": times(b"a,", b"Content-Language: ", b"\r\n\r\n"),
+    "folds": times(b"\r\n ", b"Content-Type: a/b; boundary=", b"x\r\n\r\n"),
+}
+_TREES = {
+    "dashes": times(b"-", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n"),
+    "half delimiters": times(b"--\r\n", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n"),
+    "delimiters": times(b"--a\r\n", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n"),
+    "blanks behind them": times(b" ", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n--a", b"x\r\n"),
+    "nested": times(b"Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"),
+    "in a deep tree": times(
+        b"--99 --\r\n",
+        b"".join(b"Content-Type: multipart/mixed; boundary=%d\r\n\r\n--%d\r\n" % (n, n) for n in range(9)),
+    ),
+    "of each depth": lambda n: b"".join(
+        b"Content-Type: multipart/mixed; boundary=%d\r\n\r\n--%d\r\n" % (k, k) for k in range(n // 50)
+    ),
+    "a digest": times(b"--a\r\n\r\n", b"Content-Type: multipart/digest; boundary=a\r\n\r\n"),
+    "attached messages": times(b"Content-Type: message/rfc822\r\n\r\n"),
+    "a boundary": lambda n: b'Content-Type: multipart/mixed; boundary="%b"\r\n\r\n--%b\r\n' % (b"a" * (n // 2), b"a" * (n // 2)),
+    "empty lines": times(b"\r\n"),
+    "line feeds": times(b"\n", b"\n"),
+    "NULs": times(b"\0"),
+}
+_ENCODED = {
+    "padding": times(b"="), "equals signs": times(b"=\r\n"), "octets": times(b"=00"), "letters": times(b"QUJD"),
+    "half": times(b"Q="),
+    "blanks": times(b" "), "blanks behind equals signs": times(b" ", b"=", b"x"), "line ends": times(b"\r\n"),
+    "CRs": times(b"\r"),
+}  # fmt: skip
+_SHOWN = {
+    "encoded words": times(b"=?utf-8?q?=C3=A4?= "), "beginnings": times(b"=?"), "questions": times(b"?"),
+    "halves": times(b"=?a?q?"),
+    "charsets": times(b"=?x?b?eA==?=\r\n "), "characters": times("\u00e4\u0300".encode()), "folds": times(b"\r\n "),
+    "marks": lambda n: "\u0345\u0316".encode() * (n // 8) + "\u0316\u0345".encode() * (n // 8),
+    "ligatures": times("\ufdfa".encode()),
+    "backslashes": times(b"\\"), "stars": times(b"=?a*"),
+}  # fmt: skip
+_SECTIONS = {
+    "numbers": times(b"1."),
+    "names": times(b"a ", b"HEADER.FIELDS (", b"a)"),
+    "quotes": times(b'"\\"" ', b"HEADER.FIELDS ("),
+}
+
+
+def _search(data: bytes) -> None:
+    assert not mime_text.in_header(data, "nowhere")
+
+
+def _section(text: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        mime.Section.parse(text)
+
+
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
@@ -549,6 +611,13 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("route.shaping.rule", _rule, _SAID, "500 characters; expressions of the configuration are the operator's", 4000)
     yield Parser("proto.dsn.failure_dsn", _dsn, _BLOCKS, "64 kB of the header, 4096 characters of a reply")
     yield Parser("proto.mailbox_name.decode", _mailbox_name, _MAILBOX_NAMES)
+    bound = "1 MB of a header, 1000 fields, 10,000 addresses, 10,000 parts, 100 deep"
+    worst = {**_TREES, **_TYPES, **{f"to {name}": lists[name] for name in _ADDRESS_LISTS}, **_BLOCKS}
+    yield Parser("proto.mime.describe", mime.describe, worst, bound)
+    yield Parser("proto.mime.Section.parse", _section, _SECTIONS, "64 kB of a command")
+    yield Parser("_speedups.text.base64", text.base64, _ENCODED, "-")
+    yield Parser("_speedups.text.quoted_printable", text.quoted_printable, _ENCODED, "-")
+    yield Parser("proto.mime_text.in_header", _search, _SHOWN, "1 MB of a header")
     yield Parser("store.mbox.read", _mbox, _MBOXES, "64 MB of a message; the operator's own files")
 
 

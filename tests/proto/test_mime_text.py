@@ -1,0 +1,200 @@
+"""Text as people see it: encoded words, charsets, transfer encodings, and what SEARCH finds in it."""
+
+import base64
+import unicodedata
+from email.header import Header
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relaymta._speedups.mime import scan
+from relaymta.proto import mime_text
+from relaymta.proto.mime_text import comparable, contains, decoded, header_text, in_header, in_text, is_text, text_parts
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"(=?ISO-8859-1?Q?a?=)", "(a)"),
+        (b"(=?ISO-8859-1?Q?a?= b)", "(a b)"),
+        (b"(=?ISO-8859-1?Q?a?= =?ISO-8859-1?Q?b?=)", "(ab)"),
+        (b"(=?ISO-8859-1?Q?a?=  =?ISO-8859-1?Q?b?=)", "(ab)"),
+        (b"(=?ISO-8859-1?Q?a?=\r\n    =?ISO-8859-1?Q?b?=)", "(ab)"),
+        (b"(=?ISO-8859-1?Q?a_b?=)", "(a b)"),
+        (b"(=?ISO-8859-1?Q?a?= =?ISO-8859-2?Q?_b?=)", "(a b)"),
+        (b"=?US-ASCII?Q?Keith_Moore?= <moore@cs.utk.edu>", "Keith Moore <moore@cs.utk.edu>"),
+        (b"=?ISO-8859-1?B?SWYgeW91IGNhbiByZWFkIHRoaXMgeW8=?=\r\n =?ISO-8859-2?B?dSB1bmRlcnN0YW5kIHRoZSBleGFtcGxlLg==?=",
+         "If you can read this you understand the example."),
+        (b"=?iso-8859-8?b?7eXs+SDv4SDp7Oj08A==?=", "םולש ן\u05d1 ילטפנ"),
+    ],
+)  # fmt: skip
+def test_the_examples_of_rfc_2047(value, expected):
+    """Section 8."""
+    assert header_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"=?utf-8?q?Gr=C3=BC=C3?= =?UTF-8?Q?=9Fe?=", "Grüße"),  # a character divided among two words
+        (b"=?utf-8?b?R3LDvMOf?= =?utf-8?b?ZQ?=", "Grüße"),  # without padding
+        (b"=?utf-8*de?q?a?=", "a"),  # RFC 2231 5
+        (b'"=?utf-8?q?a?=" x=?utf-8?q?b?=y', '"a" xby'),
+        (b"=?utf-8?x?a?= =?utf-8?q?a", "=?utf-8?x?a?= =?utf-8?q?a"),
+        (b"=?no-such-charset?q?a=E4?=", "aä"),
+        (b"=?utf-8?q?=FF?=", "\ufffd"),
+        (b"=?utf-8?q??=x", "x"),
+        (b"=??q?a?=", "a"),
+        (b"Gr\xc3\xbc\xc3\x9fe", "Grüße"),
+        (b"Gr\xfc\xdfe", "Grüße"),
+        (b"", ""),
+        (b" a\r\n b ", "a b"),
+        (b"=?utf-8?q?a_=?= b", "a  b"),
+    ],
+)
+def test_encoded_words(value, expected):
+    assert header_text(value) == expected
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=100), charset=st.sampled_from(["utf-8", "utf-16"]))
+def test_encoded_words_of_python_are_decoded(text, charset):
+    text = " ".join(text.split())
+    encoded = Header(text, "utf-8").encode(linesep="\r\n").encode()
+    assert header_text(encoded).split() == text.split()
+
+
+@pytest.mark.parametrize(
+    ("charset", "octets", "expected"),
+    [
+        ("utf-8", "ä".encode(), "ä"), ("UTF8", "ä".encode(), "ä"), ("iso-8859-1", b"\xe4\x80", "ä€"), ("ISO_8859-15", b"\xa4",
+        "€"),
+        ("windows-1252", b"\x80", "€"), ("koi8-u", b"\xa4", "є"), ("gb2312", "龙".encode("gb18030"), "龙"), ("IBM850", b"\x84",
+        "ä"),
+        ("shift_jis", "表".encode("cp932"), "表"), ("iso-2022-jp", "表".encode("iso2022_jp"), "表"), ("utf-7", b"+AOQ-", "ä"),
+        ("ks_c_5601-1987", "가".encode("euc_kr"), "가"), ("windows-874", b"\xa1", "ก"), ("x-unknown", b"\xe4", "ä"),
+        ("", b"\xe4", "ä"), ("us-ascii", "ä".encode(), "ä"), ("utf-16", "ä".encode("utf-16"), "ä"), ("utf-16le", b"\xe4",
+        "\ufffd"),
+        # not charsets: what takes the square of the time, or makes much of little
+        ("idna", b"\xe4", "ä"), ("punycode", b"\xe4", "ä"), ("zlib", b"\xe4", "ä"), ("rot13", b"a", "a"), ("hex", b"61", "61"),
+        ("unicode_escape", b"\\x61", "\\x61"), ("undefined", b"a", "a"), ("mbcs", b"a", "a"), ("../x", b"a", "a"), ("\0",
+        b"a", "a"),
+        ("x" * 1000, b"a", "a"),
+    ],
+)  # fmt: skip
+def test_charsets(charset, octets, expected):
+    assert decoded(octets, charset) == expected
+    assert decoded(octets, charset.encode()) == expected
+
+
+def test_each_charset_that_is_listed_is_known_to_python():
+    for name in mime_text._ALL:
+        assert isinstance(decoded(b"a\xff", name), str)
+        codec = mime_text._codec(name)
+        assert codec == "latin_1" or codec == mime_text._ALL[name], name
+        b"".decode(codec)
+
+
+@given(data=st.binary(max_size=60), charset=st.sampled_from(sorted(mime_text._ALL)))
+def test_any_octets_are_decoded_in_any_charset(data, charset):
+    assert isinstance(decoded(data, charset), str)
+
+
+@given(data=st.binary(max_size=60) | st.text("=?utf8qb-= \r\n_", max_size=40).map(str.encode))
+def test_any_header_is_shown(data):
+    assert isinstance(header_text(data), str)
+
+
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        ("GRÜSSE", "grüße"), ("Straße", "STRASSE"), ("ﬁn", "FIN"), ("Ａ１", "a1"), ("ΣΊΣΥΦΟΣ", "σίσυφος"), ("e\u0301", "é"),
+        ("İ", "i̇"),
+    ],
+)  # fmt: skip
+def test_text_is_compared_by_the_casefold_of_nfkc(text, needle):
+    assert contains(f"x{text}y", comparable(needle))
+
+
+@given(text=st.text(max_size=40))
+def test_comparable_text_stays_as_it_is(text):
+    once = comparable(text)
+    assert contains(text, once)
+    if max(text, default="") < "\u0300":
+        assert once == unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def test_many_combining_characters_do_not_take_the_square_of_the_time():
+    assert len(comparable("\u0345\u0316" * 100_000)) >= 200_000
+
+
+LETTER = (
+    b"""\
+Subject: =?iso-8859-1?q?=DCber?= =?iso-8859-1?q?fluss?= and more
+ folded
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: quoted-printable
+
+a word that is bro=
+ken, gr=C3=
+=BCn
+--b
+Content-Type: text/plain; charset="ISO-8859-1"
+
+M\xf6we
+--b
+Content-Type: text/html
+Content-Transfer-Encoding: base64
+
+%b
+--b
+Content-Type: application/octet-stream
+
+hidden
+--b
+Content-Type: message/rfc822
+
+Subject: x
+
+attached
+--b--
+""".replace(b"\n", b"\r\n")
+    % base64.b64encode(b"<p>caf&eacute; noir</p>")
+)
+
+
+def found(needle: str) -> bool:
+    """Whether BODY finds it, by both ways."""
+    needle = comparable(needle)
+    by_text = any(contains(text, needle) for text in text_parts(LETTER))
+    assert by_text == any(in_text(LETTER, part, needle) for part in scan(LETTER) if is_text(LETTER, part))
+    return by_text
+
+
+def test_search_finds_what_people_see():
+    """Case 13: Subject in RFC 2047, quoted-printable broken amid a word, base64, ISO-8859-1; an HTML entity is left alone."""
+    subject = LETTER[len("Subject:") : LETTER.index(b"Content-Type")]
+    assert all(in_header(subject, comparable(needle)) for needle in ("überfluss", "FLUSS AND", "more folded", ""))
+    assert not any(in_header(subject, comparable(needle)) for needle in ("iso-8859", "=?", "moreover"))
+    assert all(found(needle) for needle in ("broken", "GRÜN", "möwe", "noir", "caf&eacute;", "attached", "word that"))
+    assert not any(found(needle) for needle in ("café", "hidden", "brok=", "subject", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("value", "needle", "expected"),
+    [
+        (b" Plain Text", "plain text", True), (b" a\r\n b", "a b", True), (b" a\r\n b", "ä", False), (b" a\nb", "a b", False),
+        (b" \xc3\x84", "ä", True), (b" \xc4", "ä", True), (b" =?utf-8?q?=C3=84?=", "ä", True),
+    ],
+)  # fmt: skip
+def test_headers_are_searched(value, needle, expected):
+    assert in_header(value, needle) == expected
+
+
+def test_7_bit_charsets_are_not_taken_for_ascii():
+    data = b"Content-Type: text/plain; charset=utf-7\r\n\r\n+AOQ-"
+    (part,) = scan(data)
+    assert in_text(data, part, "ä") and not in_text(data, part, "aoq")
