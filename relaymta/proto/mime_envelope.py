@@ -33,10 +33,10 @@ _QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 # The common forms of an address, where nothing has to be unquoted: (quoted name, name, local part, domain, and both without <>).
 _LOCAL = rb"([A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,256}+)"
 _DOMAIN = rb"([A-Za-z0-9._-]{1,255}+)"
+_NAME = rb'(?:"([ !#-\[\]-~]{0,500}+)"[ \t]*+|' + rb"([A-Za-z0-9!#$%&'*+/=?^_`{|}~. -]{0,500}+))"
 _COMMON = re.compile(
-    rb'[ \t]*+(?:(?:"([ !#-\[\]-~]{0,500}+)"[ \t]*+|([A-Za-z0-9!#$%&' + rb"'*+/=?^_`{|}~. -]{0,500}+))<" + _LOCAL + rb"@" + _DOMAIN + rb">|"
-    + _LOCAL + rb"@" + _DOMAIN + rb")[ \t]*+(?:,|\Z)"
-)  # fmt: skip
+    rb"[ \t]*+(?:" + _NAME + rb"<" + _LOCAL + rb"@" + _DOMAIN + rb">|" + _LOCAL + rb"@" + _DOMAIN + rb")[ \t]*+(?:,|\Z)"
+)
 _TOKEN = re.compile(
     rb'(?P<space>[ \t]++)|"(?P<quoted>(?:[^"\\]++|\\.)*+)(?:"|\\?\Z)|(?P<comment>\()|(?P<special>[<>,;:@])'
     rb'|(?P<literal>(?<=@)\[[^\[\]@<>,;" \t]*+\])|(?P<atom>(?:[^ \t"(<>,;:@\\]++|\\.)++|\\)',

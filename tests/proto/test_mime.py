@@ -135,6 +135,11 @@ ADDRESSES = {
         (None, None, b"A Group", None), (b"Chris Jones", None, b"c", b"public.example"), (None, None, b"joe", b"example.org"),
         (b"John", None, b"jdoe", b"one.test"), (None, None, None, None),
     ],
+    b"g: a@b.test, h: c@d.test;": [
+        (None, None, b"g", None), (None, None, b"a", b"b.test"), (None, None, None, None), (None, None, b"h", None),
+        (None, None, b"c", b"d.test"), (None, None, None, None),
+    ],
+    b"a@b@c.test (one) (two)": [(b"two", None, b"a@b", b"c.test")],
     b"a . b @ c . test": [(None, None, b"a.b", b"c.test")],
     b"root": [(None, None, b"root", b"")],
     b"A B <>": [(b"A B", None, b"", b"")],
@@ -221,6 +226,25 @@ def test_the_structure_of_an_attached_tree():
 def test_the_structure_of_what_breaks_the_rules(name, kind, lines):
     found = structure(NASTY[name])
     assert (f"{found.type}/{found.subtype}", found.lines) == (kind, lines)
+
+
+def test_of_fields_that_are_repeated_the_first_counts():
+    found = structure(b"Content-ID: <1>\r\nContent-ID: <2>\r\nContent-Disposition: inline\r\nContent-Disposition: x\r\n\r\n")
+    assert found.ident == b"<1>" and found.extension is not None and found.extension[1] == (b"inline", None)
+
+
+def test_values_that_are_empty_or_no_values():
+    found = structure(b'Content-Type: text/html; a=b\\c; d="e\\f"\r\nContent-Disposition: ; x=y\r\nContent-Language:\r\n\r\n')
+    assert found.parameters == {b"a": b"b\\c", b"d": b"ef"} and found.extension == (None, None, None, None)
+    assert structure(NASTY["an empty encoding"]).encoding == "7BIT"
+    assert structure(NASTY["an encoding with more"]).encoding == "BASE64"
+
+
+def test_an_opaque_part_of_type_text_has_no_lines():
+    data = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\nContent-Type: text/html\r\n\r\nx\r\n" * 11_000
+    found = structure(data)
+    last = found.children[-1]
+    assert len(found.children) == 9999 and (last.type, last.subtype, last.lines) == ("APPLICATION", "OCTET-STREAM", None)
 
 
 def strict(data: bytes) -> None:

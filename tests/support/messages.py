@@ -114,6 +114,7 @@ NASTY: dict[str, bytes] = {
     "an attached message in base64": b"Content-Type: message/rfc822\r\n"
     b"Content-Transfer-Encoding: base64\r\n\r\nU3ViamVjdDogeA0K\r\n",
     "an attached message of nothing": b"Content-Type: message/rfc822\r\n\r\n",
+    "an attached message in UTF-8": "Content-Type: message/global\r\n\r\nSubject: \u00e4\r\n\r\n\u00f6".encode(),
     "messages within messages": b"Content-Type: message/rfc822\r\n\r\n" * 150,
     "multiparts within multiparts": b"".join(b"Content-Type: multipart/mixed; boundary=%d\r\n\r\n--%d\r\n" % (n,
     n) for n in range(150)),
