@@ -405,6 +405,12 @@ def test_a_message_that_is_an_attached_message():
     assert part(data, "1.HEADER") == b"Subject: x\r\n\r\n" and part(data, "1.1") == part(data, "1.TEXT") == b"body"
 
 
+def test_parts_of_a_multipart_are_not_those_of_the_next():
+    inner = "--b\nContent-Type: multipart/mixed; boundary=c\n\n--c\n\n{}\n--c--\n"
+    data = crlf("Content-Type: multipart/mixed; boundary=b\n\n" + inner.format("x") + inner.format("y") + "--b--\n")
+    assert (part(data, "1.1"), part(data, "2.1"), part(data, "1.2")) == (b"x", b"y", None)
+
+
 FIELDS = b"To: a\r\nX: 1\r\n 2\r\nto : b\r\ngarbage\r\nX-Y: z\r\n\r\nbody"
 
 
@@ -487,6 +493,11 @@ def test_binary():
     assert binary(ATTACHED, found.parts, (9,)) is None
     data = b"Content-Transfer-Encoding: Quoted-Printable\r\n\r\na=00=\r\nb=E4 \r\n"
     assert binary(data, describe(data).parts, (1,)) == [b"a\0b\xe4\r\n"]
+
+
+def test_binary_of_a_message_is_the_message():
+    data = b"Content-Type: message/rfc822\r\nContent-Transfer-Encoding: x\r\n\r\nSubject: y\r\n\r\nz"
+    assert b"".join(binary(data, describe(data).parts, (1,)) or ()) == b"Subject: y\r\n\r\nz"
 
 
 def test_binary_of_an_unknown_encoding():

@@ -39,6 +39,8 @@ def test_the_examples_of_rfc_2047(value, expected):
     [
         (b"=?utf-8?q?Gr=C3=BC=C3?= =?UTF-8?Q?=9Fe?=", "Grüße"),  # a character divided among two words
         (b"=?utf-8?b?R3LDvMOf?= =?utf-8?b?ZQ?=", "Grüße"),  # without padding
+        (b"=?iso-8859-1?q?=B1?= =?iso-8859-2?q?=B1?=", "\u00b1\u0105"),
+        (b"=?utf-8?q?=41_?=b", "A b"),
         (b"=?utf-8*de?q?a?=", "a"),  # RFC 2231 5
         (b'"=?utf-8?q?a?=" x=?utf-8?q?b?=y', '"a" xby'),
         (b"=?utf-8?x?a?= =?utf-8?q?a", "=?utf-8?x?a?= =?utf-8?q?a"),
