@@ -24,7 +24,7 @@ from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from tests.accept.test_transactions import connected, idle
 from tests.speedups import mime_oracle, oracle, test_mime, test_replies, test_smtp, test_text
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
-from tests.support import imap_grammar
+from tests.support import mime_grammar
 from tests.support.connection import BIG, DISK_FAILS, Machine
 from tests.support.pop3 import caller
 
@@ -256,9 +256,9 @@ def mime(data: bytes) -> None:
     for kernel in MIME:
         assert test_mime.found(kernel, data) == mime_oracle.parts(data)
     found = describe(data)
-    imap_grammar.envelope(found.envelope)
-    imap_grammar.body(found.structure)
-    imap_grammar.body(body_of(found.structure), extended=False)
+    mime_grammar.envelope(found.envelope)
+    mime_grammar.body(found.structure)
+    mime_grammar.body(body_of(found.structure), extended=False)
     for wanted in map(Section.parse, (b"", b"1", b"1.MIME", b"2.HEADER", b"1.2.TEXT", b"HEADER.FIELDS (Subject)")):
         slices = section(data, found.parts, wanted)
         assert slices is None or wanted.names or b"".join(slices) in data

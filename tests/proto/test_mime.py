@@ -11,13 +11,13 @@ from relaymta._speedups.mime import scan
 from relaymta.proto import mime, mime_envelope, mime_structure
 from relaymta.proto.mime import Section, describe, section
 from tests.speedups.test_mime import DATA, bodies
-from tests.support import imap_grammar
+from tests.support import mime_grammar
 from tests.support.messages import ATTACHED, NASTY, crlf
 
 
-def shown(header: bytes) -> imap_grammar.Envelope:
+def shown(header: bytes) -> mime_grammar.Envelope:
     """The ENVELOPE of a message with these fields, read by the grammar."""
-    return imap_grammar.envelope(describe(header + b"\r\n").envelope)
+    return mime_grammar.envelope(describe(header + b"\r\n").envelope)
 
 
 def part(data: bytes, text: str, prefix: bytes = b"") -> bytes | None:
@@ -114,7 +114,7 @@ def test_a_string_is_quoted_or_a_literal_as_the_grammar_allows(value, expected, 
     """Case 11: folded, with quotes, backslash, 8-bit, NUL; one line."""
     found = describe(b"Subject:" + value + b"\r\n\r\n").envelope
     assert found.startswith(b"(NIL " + octets + b" NIL ")
-    assert imap_grammar.envelope(found).subject == expected
+    assert mime_grammar.envelope(found).subject == expected
     assert b"\n" not in expected and b"\r" not in expected
 
 
@@ -190,8 +190,8 @@ def test_addresses_are_as_for_pythons_email(pairs):
 # BODYSTRUCTURE
 
 
-def structure(data: bytes) -> imap_grammar.Body:
-    return imap_grammar.body(describe(data).structure)
+def structure(data: bytes) -> mime_grammar.Body:
+    return mime_grammar.body(describe(data).structure)
 
 
 def test_extension_data():
@@ -251,16 +251,16 @@ def strict(data: bytes) -> None:
     """Every reply about a message is what the grammar allows, and the replies agree with each other."""
     found = describe(data)
     parts = scan(data)
-    imap_grammar.envelope(found.envelope)
-    whole = imap_grammar.body(found.structure)
+    mime_grammar.envelope(found.envelope)
+    whole = mime_grammar.body(found.structure)
     short = mime.body_of(found.structure)
     assert short == mime_structure.body(data, parts)
-    imap_grammar.body(short, extended=False)
+    mime_grammar.body(short, extended=False)
     assert len(found.parts) == mime.PLACE.size * len(parts)
     same_sizes(data, found.parts, whole, ())
 
 
-def same_sizes(data: bytes, parts: bytes, body: imap_grammar.Body, path: tuple[int, ...]) -> None:
+def same_sizes(data: bytes, parts: bytes, body: mime_grammar.Body, path: tuple[int, ...]) -> None:
     """The sections that a structure promises are there, of the sizes it says."""
     children = body.children
     if body.type == "MESSAGE" and children:
