@@ -16,6 +16,7 @@ KERNELS = {
     "relaymta._speedups.dots": "relaymta/_speedups/dots.py",
     "relaymta._speedups.mime": "relaymta/_speedups/mime.py",
     "relaymta._speedups.text": "relaymta/_speedups/text.py",
+    "relaymta._speedups.imap": "relaymta/_speedups/imap.py",
     "relaymta._speedups.cells": "relaymta/_speedups/cells.pyx",
 }
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RELAYMTA_SANITIZE") == "1" else []

@@ -30,6 +30,11 @@ cpdef inline Py_ssize_t copy(unsigned char *w, Py_ssize_t k, const unsigned char
     return k
 
 
+cpdef inline bytes cut(const unsigned char *p, Py_ssize_t start, Py_ssize_t end):
+    """p[start:end] as bytes."""
+    return p[start:end]
+
+
 cpdef inline bint clean(const unsigned char *p, Py_ssize_t start, Py_ssize_t end) noexcept:
     """Whether p[start:end] has no TAB, no two spaces side by side, and none at its end."""
     cdef unsigned char bad = 0

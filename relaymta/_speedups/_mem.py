@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["clean", "copy", "dot", "find", "high", "lower", "same"]
+__all__ = ["clean", "copy", "cut", "dot", "find", "high", "lower", "same"]
 
 _DOT = re.compile(rb"(?<=[\r\n])\.")
 
@@ -23,6 +23,11 @@ def copy(w: bytearray, k: int, p: bytes, start: int, end: int) -> int:
         return k
     w[k : k + end - start] = p[start:end]
     return k + end - start
+
+
+def cut(p: bytes, start: int, end: int) -> bytes:
+    """p[start:end] as bytes."""
+    return bytes(p[start:end])
 
 
 def clean(p: bytes, start: int, end: int) -> bool:

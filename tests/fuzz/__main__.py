@@ -14,6 +14,12 @@ from relaymta.filter import published, signatures
 from relaymta.proto import (
     authres,
     mime_envelope,
+    imap_grammar,
+    imap_messages,
+    imap_search,
+    imap_server,
+    imap_session,
+    imap_words,
     pop3_maildrop,
     pop3_server,
     pop3_session,
@@ -41,11 +47,16 @@ def main() -> None:
     name, seconds, *flags = sys.argv[1:]
     target = targets.TARGETS[name]
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
-    assert len(interpreted) == 2
+    interpreted += [one for one in targets.IMAP if isinstance(one.event, FunctionType)]
+    assert len(interpreted) == 3
+    instrument(imap_session.Session, imap_server.ServerSession, imap_words.Words)
     instrument(pop3_maildrop.Maildrop, pop3_maildrop.Wanted, pop3_session.Session, pop3_server.ServerSession)
     for kernel in (targets.MIME[1], targets.TEXTS[1]):
         instrument(*(one for one in vars(kernel).values() if isinstance(one, type)))
-    modules = (authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, mime_envelope)
+    modules = (
+        authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, mime_envelope, imap_grammar, imap_messages,
+        imap_search,
+    )  # fmt: skip
     instrument(*interpreted, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction, Rights)
     for module in (*modules, targets.MIME[1], targets.TEXTS[1]):
         for member in list(vars(module).values()):

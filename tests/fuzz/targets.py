@@ -22,10 +22,12 @@ from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Pr
 from relaymta.proto.session import COMMANDS, DATA
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from tests.accept.test_transactions import connected, idle
-from tests.speedups import mime_oracle, oracle, test_mime, test_replies, test_smtp, test_text
+from tests.speedups import imap_oracle, mime_oracle, oracle, test_imap, test_mime, test_replies, test_smtp, test_text
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
+from tests.support import imap as imap_caller
 from tests.support import mime_grammar
 from tests.support.connection import BIG, DISK_FAILS, Machine
+from tests.support.imap_grammar import responses
 from tests.support.pop3 import caller
 
 OFFERS = Offers(mechanisms=("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"), clear=True)
@@ -36,6 +38,7 @@ PARSERS = [parameter.values[0] for parameter in test_smtp.PARSERS]
 MIME = [parameter.values[0] for parameter in test_mime.KERNELS]
 TEXTS = [parameter.values[0] for parameter in test_text.KERNELS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
+IMAP = [parameter.values[0] for parameter in test_imap.PARSERS]
 
 
 def taken_apart(data: bytes) -> tuple[int, list[int], bytes]:
@@ -165,6 +168,36 @@ def _pop3_run(options: int, wire: bytes, cuts: list[int], slow: bool) -> tuple[b
     return b"".join(out), list(one.mailbox.messages), one.mailbox.seen
 
 
+def imap(data: bytes) -> None:
+    """An IMAP session: the parser agrees with its oracle; the same responses, commands and messages for every split, however long
+    the caller takes; and all that is said passes the grammar. (Without STARTTLS, behind which nothing may be pipelined.)"""
+    options, cuts, wire = taken_apart(data)
+    if options & 1:
+        for parser in IMAP:
+            assert test_imap.run(parser, wire, cuts) == imap_oracle.events(wire, test_imap.LIMIT)
+        return
+    found = _imap_run(options, wire, cuts, bool(options & 2))
+    assert found == _imap_run(options, wire, [], False)
+    assert found[0] == b"" or found[0].endswith(b"\r\n")
+    assert len(found[2]) == sum(command.arguments.count for command in found[1] if command.name == "APPEND")
+
+
+def _imap_run(options: int, wire: bytes, cuts: list[int], slow: bool) -> tuple[bytes, list, list]:
+    one = imap_caller.caller(login=bool(options & 4), selected=bool(options & 4), append_limit=200)
+    if options & 8:
+        one.feed(b"e ENABLE IMAP4rev2 UTF8=ACCEPT QRESYNC\r\n")
+    out = []
+    for piece in test_smtp.pieces(wire, cuts):
+        out.append(one.session.receive(piece))
+        if not slow:
+            out.append(one.run())
+    out.append(one.run())
+    assert one.session.waiting() <= len(wire)
+    said = b"".join(out)
+    responses(said, utf8=True)
+    return said, one.commands, one.messages
+
+
 def connection(data: bytes) -> None:
     """A whole connection: what is stored depends neither on the limit of memory, above which message data goes to a file, nor
     (without DATA, behind which nothing may be pipelined) on how the octets were cut; and nothing is left when it ends."""
@@ -275,6 +308,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "replies": replies,
     "session": session,
     "pop3": pop3,
+    "imap": imap,
     "connection": connection,
     "sasl": sasl,
     "header": header,

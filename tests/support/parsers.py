@@ -21,7 +21,7 @@ from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
 from relaymta.store import mbox
 from relaymta.toml import keys_of
-from tests.support import pop3
+from tests.support import imap_worst, pop3
 
 __all__ = ["PARSERS", "Parser"]
 
@@ -593,6 +593,8 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.smtp_server (normalizing)", _session(True), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
     yield Parser("proto.pop3_server", _pop3, _POP3, "a command of 255 octets (12,288 of AUTH)")
     yield Parser("proto.pop3_maildrop.Wanted", _top, _MESSAGES, "-")
+    for row in imap_worst.rows(times):
+        yield Parser(*row)
     for mechanism in sorted(sasl.MECHANISMS):
         yield Parser(f"proto.sasl {mechanism}", _sasl(mechanism), _RESPONSES, "12,288 octets in base64", 9000)
     first = {"version 1": times(b"x", b"PROXY TCP4 "), "digits": times(b"1", b"PROXY TCP4 1.1.1.1 1.1.1.1 ", b" 1\r\n")}
