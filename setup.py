@@ -17,6 +17,8 @@ KERNELS = {
     "relaymta._speedups.mime": "relaymta/_speedups/mime.py",
     "relaymta._speedups.text": "relaymta/_speedups/text.py",
     "relaymta._speedups.imap": "relaymta/_speedups/imap.py",
+    "relaymta._speedups.records": "relaymta/_speedups/records.py",
+    "relaymta._speedups.uids": "relaymta/_speedups/uids.py",
     "relaymta._speedups.cells": "relaymta/_speedups/cells.pyx",
 }
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RELAYMTA_SANITIZE") == "1" else []

@@ -3,6 +3,7 @@ lists, `benchmarks/hostile.py` measures and `tests/test_linear.py` holds to line
 
 import contextlib
 import io
+import struct
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,11 @@ from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
 from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
+from relaymta.proto.imap_found import Found
+from relaymta.proto.imap_resync import Known, Mismatched, resync
+from relaymta.proto.imap_program import Batch, BodyText, InBody, Or, Program, fold
+from relaymta.proto.imap_uids import NoSuchNumber, Ranges, Shared
+from relaymta.proto.imap_view import Changes, Mailbox, View
 from relaymta.proto.pop3_maildrop import Wanted
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
@@ -521,6 +527,95 @@ def _search(data: bytes) -> None:
 def _section(text: bytes) -> None:
     with contextlib.suppress(ValueError):
         mime.Section.parse(text)
+# Sets of message numbers and UIDs, 8 octets a range; and what is done with a mailbox of 10,000
+
+_MANY = 10_000
+_EVEN = struct.pack(f"<{_MANY}I", *range(2, 2 * _MANY + 2, 2))
+_BIGGEST = 0xFFFFFFFF
+
+
+def _ends(end: Callable[[int, int], tuple[int, int]]) -> Callable[[int], bytes]:
+    """As many ranges as make n octets: `end` of each, and of how many."""
+    return lambda n: b"".join(struct.pack("<II", *end(at, n // 8)) for at in range(n // 8))
+
+
+_UID_SETS = {
+    "numbers": _ends(lambda at, count: (2 * at + 1, 2 * at + 1)),
+    "from the last on": _ends(lambda at, count: (2 * (count - at), 2 * (count - at))),
+    "one number": _ends(lambda at, count: (7, 7)),
+    "ranges within ranges": _ends(lambda at, count: (at + 1, 2 * count - at)),
+    "ranges that overlap": _ends(lambda at, count: (at + 9, at + 1)),
+    "all": _ends(lambda at, count: (1, 0)),
+    "four billion": _ends(lambda at, count: (1, _BIGGEST)),
+}
+
+
+def _view() -> View:
+    mailbox = Mailbox(7, 2 * _MANY + 2, 5)
+    return View(Shared(), "box", mailbox, _EVEN, condstore=True, qresync=True)
+
+
+_selected = _view()
+
+
+def _ranges(data: bytes) -> Ranges:
+    return list(struct.iter_unpack("<II", data))
+
+
+def _set(data: bytes) -> None:
+    ranges = _ranges(data)
+    for by_uid in (True, False):
+        with contextlib.suppress(NoSuchNumber):
+            _selected.targets(ranges, by_uid)
+
+
+def _resync(data: bytes) -> None:
+    ranges = _ranges(data)
+    with contextlib.suppress(Mismatched):
+        for _ in resync(_selected, Known(7, 1, ranges, ranges, ranges), b"", None):
+            pass
+
+
+def _advance(data: bytes) -> None:
+    """Of n octets of records the first half are new messages; as many of those that were there have changed or gone."""
+    count = len(data) // 24
+    view, uids = _view(), range(2, 2 * min(count, _MANY) + 2, 2)
+    flagged = [uid for at, uid in enumerate(uids) if at % 2]
+    gone = [(uid, uid) for at, uid in enumerate(uids) if not at % 2]
+    new = range(2 * _MANY + 2, 2 * _MANY + 2 + count)
+    records = b"".join(struct.pack("<IIQQ", uid, 0, uid % 32, 6) for uid in (*flagged, *new))
+    for _ in view.advance(Changes(6, new.stop, _MANY - len(gone) + count, [], records, gone), True):
+        pass
+
+
+def _found(data: bytes) -> None:
+    """What was found comes in slices from the last one on."""
+    found = Found({"MIN", "MAX", "COUNT", "ALL", "SAVE"})
+    for uid in range(len(data) // 24, 0, -1):
+        found.add(struct.pack("<IIQQ", uid, 0, 0, uid))
+    for _ in found.esearch(b"A", _selected, True, True):
+        pass
+
+
+_SEARCH_TEXTS = {
+    "a letter": times(b"a"),
+    "half of it": lambda n: b"a" * (n // 4) + b"b" + b"a" * (n - n // 4 - 1),
+    "periods": times(b"ab"),
+    "words": times(b"abcabd"),
+    "capitals": times("\u00c4A".encode()),
+    "ligatures": times("\ufb03".encode()),
+    "marks": times("\u0323\u0301".encode()),
+}
+
+
+def _searched(data: bytes) -> None:
+    """The first quarter of a text is looked for in the rest, and in front of a letter that it does not have."""
+    text = fold(data.decode("utf-8", "replace"))
+    sought = text[: len(text) // 4]
+    program = Program(Or(InBody(sought + "z"), InBody("z" + sought)), _selected, 0)
+    batch = Batch(struct.pack("<IIQQ", 2, 0, 0, 1))
+    batch.bodies = [BodyText("", text)]
+    program.run(batch)
 
 
 def _parsers() -> Iterable[Parser]:
@@ -620,6 +715,12 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("_speedups.text.base64", text.base64, _ENCODED, "-")
     yield Parser("_speedups.text.quoted_printable", text.quoted_printable, _ENCODED, "-")
     yield Parser("proto.mime_text.in_header", _search, _SHOWN, "1 MB of a header")
+    yield Parser("proto.imap_uids (sets)", _set, _UID_SETS, "64 kB a command")
+    yield Parser("proto.imap_resync", _resync, _UID_SETS, "64 kB a command")
+    records = {"records": times(bytes(24))}
+    yield Parser("proto.imap_view.advance", _advance, records, "the mailbox; some 200 kB of a reply at once")
+    yield Parser("proto.imap_program (texts)", _searched, _SEARCH_TEXTS, "a message; 64 kB a command, 500 keys")
+    yield Parser("proto.imap_found", _found, records, "the mailbox")
     yield Parser("store.mbox.read", _mbox, _MBOXES, "64 MB of a message; the operator's own files")
 
 
