@@ -174,7 +174,8 @@ def _collect(spool: Path, made: Path, folder: Path) -> None:
 
 def _take(source: int, new: Path) -> None:
     try:
-        os.link(f"/proc/self/fd/{source}", new, follow_symlinks=True)
+        # With a descriptor of a folder, though the path is absolute: else this is link(2), which does not follow.
+        os.link(f"/proc/self/fd/{source}", new, src_dir_fd=source, follow_symlinks=True)
     except OSError:  # another file system, or one without hard links
         _copy(source, new)
 

@@ -165,6 +165,7 @@ def test_a_backup_under_load_is_a_state_that_was(tmp_path):
         again = shown(relay, "u0")["INBOX"]
         assert again == had[: len(again)] and {subject for name, subject in backups[1][0] if name == "u0"} <= set(again)
         assert not list((relay.spool / "mail").glob("backup-*"))
+        assert min(path.stat().st_nlink for path in (tmp_path / "backup-0").rglob("*.seg")) > 1
         verified(relay)
         assert relay.stop() == 0
     finally:

@@ -527,6 +527,8 @@ def _search(data: bytes) -> None:
 def _section(text: bytes) -> None:
     with contextlib.suppress(ValueError):
         mime.Section.parse(text)
+
+
 # Sets of message numbers and UIDs, 8 octets a range; and what is done with a mailbox of 10,000
 
 _MANY = 10_000
