@@ -35,6 +35,8 @@ def copy_big(source: BigFile, path: Path, ident: int) -> Body:
         raise StoreError(f"cannot read the body of {source.ident:016x}: {error}") from error
     try:
         return _copied(descriptor, source, path, ident)
+    except FileExistsError as error:  # not made here
+        raise store_error(error) from None
     except OSError as error:
         path.unlink(missing_ok=True)
         raise store_error(error) from None

@@ -2,6 +2,7 @@
 only the supervisor writes."""
 
 import asyncio
+import contextlib
 import itertools
 import socket
 import time
@@ -54,11 +55,10 @@ class MachineMailboxes:
         self.upkeep.start()
 
     def close(self) -> None:
-        """Close the directory."""
+        """End what runs in the background. The directory stays open, since a thread may be reading it: the process ends."""
         if self._joining is not None:
             self._joining.cancel()
         self.upkeep.stop()
-        self.directory.close()
 
     def of(self, slot: int) -> list[int]:
         """The shards that the worker of a slot owns."""
@@ -70,8 +70,9 @@ class MachineMailboxes:
         while True:
             for (one, first), (other, second) in itertools.combinations(self._slots.ready(), 2):
                 pair = one.number, other.number
-                if self._joined.get(pair) != (first, second) and await self._join((one, first), (other, second)):
-                    self._joined[pair] = first, second
+                with contextlib.suppress(OSError):  # no descriptor is left: tried again
+                    if self._joined.get(pair) != (first, second) and await self._join((one, first), (other, second)):
+                        self._joined[pair] = first, second
             await asyncio.sleep(JOIN_SECONDS)
 
     async def _join(self, one: tuple[Slot, Channel], other: tuple[Slot, Channel]) -> bool:

@@ -13,13 +13,13 @@ from relaymta.accept.transaction import IncomingTransaction
 from relaymta.filter import published, signatures
 from relaymta.proto import (
     authres,
-    mime_envelope,
     imap_grammar,
     imap_messages,
     imap_search,
     imap_server,
     imap_session,
     imap_words,
+    mime_envelope,
     pop3_maildrop,
     pop3_server,
     pop3_session,

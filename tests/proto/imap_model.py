@@ -5,9 +5,9 @@ import re
 from random import Random
 
 from relaymta.proto.imap_found import Found
+from relaymta.proto.imap_program import And, Flag, Numbers, Or, Program, Saved, Uids
 from relaymta.proto.imap_records import load
 from relaymta.proto.imap_resync import Known, resync
-from relaymta.proto.imap_program import And, Flag, Numbers, Or, Program, Saved, Uids
 from relaymta.proto.imap_uids import SAVED, STAR, Shared
 from relaymta.proto.imap_view import SYSTEM_FLAGS, Changes, Mailbox, View
 from tests.speedups.index import Rec, pack, unpack32

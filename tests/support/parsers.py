@@ -16,8 +16,8 @@ from relaymta.filter import dmarc, signatures, spf
 from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.imap_found import Found
-from relaymta.proto.imap_resync import Known, Mismatched, resync
 from relaymta.proto.imap_program import Batch, BodyText, InBody, Or, Program, fold
+from relaymta.proto.imap_resync import Known, Mismatched, resync
 from relaymta.proto.imap_uids import NoSuchNumber, Ranges, Shared
 from relaymta.proto.imap_view import Changes, Mailbox, View
 from relaymta.proto.pop3_maildrop import Wanted
