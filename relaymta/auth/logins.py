@@ -2,8 +2,9 @@
 
 The limits (brute_force.py) are checked first. An account with secrets in the accounts file is verified by those alone, then a
 user whose mail is kept here by the password that is stored with the mailboxes; all other users are verified by the back end,
-whose user name for them is used. Replies and their timing do not distinguish an unknown user from a wrong password; only the log
-does.
+whose user name for them is used. Whoever has verified it, the name that is found has the rules of its account and of the user
+whose mail is kept here (`_granted`). Replies and their timing do not distinguish an unknown user from a wrong password; only the
+log does.
 """
 
 import hashlib
@@ -151,20 +152,23 @@ class Logins:
         return self.watched.value or _AccountsFile({}, {}, [], math.inf)
 
     def keys(self, user: str) -> Keys:
-        """The keys for a SCRAM exchange. For an unknown user they are derived from the name, constant, and look like those of an
-        account."""
+        """The keys for a SCRAM exchange. For an unknown user they are derived from the name, the same for all of its spellings,
+        and look like those of an account."""
         found = [keys for keys in map(scram_keys, self._hashes(user)) if keys is not None]
         if found:
             first = found[0]
             same_salt = (one for one in found[1:] if (one.salt, one.iterations) == (first.salt, first.iterations))
             return first._replace(others=tuple((one.stored_key, one.server_key) for one in same_salt))
-        salt, stored, server = (hmac.digest(self._secret, f"{n} {user}".encode(), "sha256") for n in range(3))
+        name = self._one_spelling(user)
+        salt, stored, server = (hmac.digest(self._secret, f"{n} {name}".encode(), "sha256") for n in range(3))
         likely = self._accounts_file.iterations or [PEOPLE_ITERATIONS if self._mail_user is not None else 4096]
+        if self._mail_user is not None and "@" in user:
+            likely = [PEOPLE_ITERATIONS]
         return Keys(salt[:16], stored, server, likely[int.from_bytes(salt[16:20], "big") % len(likely)])
 
     def _hashes(self, user: str) -> list[str]:
         """The stored secrets of an account that have not expired."""
-        account = self._accounts_file.accounts.get(user)
+        account = self._account(user)
         if account is not None and account.secrets:
             return [secret.hash for secret in account.secrets if not _expired(secret)]
         mail_user = self._kept_here(user)
@@ -172,6 +176,20 @@ class Logins:
 
     def _kept_here(self, user: str) -> MailUser | None:
         return self._mail_user(user) if self._mail_user is not None else None
+
+    def _account(self, user: str) -> Account | None:
+        """The account in the file of this name, or of the user whose mail is kept here who is called so, in any
+        spelling."""
+        file = self._accounts_file
+        account = file.accounts.get(user)
+        mail_user = self._kept_here(user) if account is None and file.accounts else None
+        if mail_user is None:
+            return account
+        return file.accounts.get(mail_user.name) or file.by_folded.get(folded(mail_user.name))
+
+    def _one_spelling(self, user: str) -> str:
+        """A name as the directory of the mailboxes compares it."""
+        return comparable(user) if self._mail_user is not None and "@" in user else user
 
     async def check(self, claim: Claim, address: str, behind: str = "") -> tuple[Identity | None, bytes]:
         """The identity of a client at `address` (an unknown one: `behind` that proxy) and the reply to its AUTH command (235,
@@ -201,32 +219,35 @@ class Logins:
         nor if it is a user whose mail is kept here and who has a password here, or may not log in."""
         if self._back_end is None:
             return False
-        account = self._accounts_file.accounts.get(user)
+        account = self._account(user)
         if account is not None and account.secrets:
             return False
         mail_user = self._kept_here(user)
         return mail_user is None or (mail_user.active and not mail_user.secret)
 
     def _canonical(self, user: str) -> str:
-        """The back end's name for a user, if it has given one before; else the name itself."""
-        return self._back_end.names.get(user, user) if self._back_end is not None else user
+        """What failures are counted by: the back end's name for a user, if it has given one before, else the name itself; that of
+        the user whose mail is kept here, where there is one, so that no spelling and no other address has a budget of its own."""
+        name = self._back_end.names.get(user, user) if self._back_end is not None else user
+        mail_user = self._kept_here(name)
+        return mail_user.name if mail_user is not None else self._one_spelling(name)
 
     async def _identify(self, claim: Claim, address: str, attempt: LoginAttempt) -> Identity | None:
         """The identity of the client; None for wrong credentials. Busy or Unavailable when they cannot be verified."""
         if self.watched.value is None:
             raise Unavailable(self.watched.problem)
         if isinstance(claim, Proof):
-            return self.with_account(self._known(claim.user)) if claim.good and self._hashes(claim.user) else None
+            return self._granted(self._known(claim.user)) if claim.good and self._hashes(claim.user) else None
         if isinstance(claim, Password):
             return await self._by_password(claim, address, attempt)
         if self._bearer is None:
             return None
         user = await self._bearer.user(claim.token)
         found = self._mapped(Identity(user)) if user and claim.user in ("", user) else None
-        account = self._accounts_file.accounts.get(found.name) if found is not None else None
+        account = self._account(found.name) if found is not None else None
         if account is not None and account.secrets and all(map(_expired, account.secrets)):
             return None
-        return self.with_account(found) if found is not None else None
+        return self._granted(found) if found is not None else None
 
     async def _by_password(self, claim: Password, address: str, attempt: LoginAttempt) -> Identity | None:
         by_back_end, hashes = self._uses_back_end(claim.user), self._hashes(claim.user)
@@ -246,10 +267,9 @@ class Logins:
                 self._remembered[digest] = (time.monotonic() + self._settings.remember, kept, found)
         if by_back_end and found is not None:
             found = self._mapped(found)
-            account = self._accounts_file.accounts.get(found.name) if found is not None else None
-            if account is not None and account.secrets:
+            if found is not None and not self._uses_back_end(found.name):  # by the name that it has given
                 return None
-        return self.with_account(found) if found is not None else None
+        return self._granted(found) if found is not None else None
 
     async def _computed(self, hashes: list[str], password: str, attempt: LoginAttempt) -> str:
         """The stored secret that a password matches, "" for none. For an unknown user it takes as long as for a known one."""
@@ -265,11 +285,13 @@ class Logins:
         return found if await self._checker.run(compute, behind) else ""
 
     def _known(self, user: str) -> Identity:
-        """The identity of a user whose secret is stored here: one whose mail is kept here has one name and the senders of that,
-        whichever of the addresses was given."""
-        account = self._accounts_file.accounts.get(user)
-        mail_user = self._kept_here(user) if account is None or not account.secrets else None
-        return Identity(mail_user.name, senders=mail_user.senders) if mail_user is not None else Identity(user)
+        """The identity of a user whose secret is stored here: one whose mail is kept here has one name, whichever address
+        was given."""
+        account = self._account(user)
+        if account is not None and account.secrets:
+            return Identity(account.name)
+        mail_user = self._kept_here(user)
+        return Identity(mail_user.name if mail_user is not None else user)
 
     def _mapped(self, found: Identity) -> Identity | None:
         """An identity from a back end, with the name of its account in the file, if there is one; None when the name is invalid
@@ -281,13 +303,21 @@ class Logins:
         account = self._accounts_file.by_folded.get(folded(found.name))
         return found._replace(name=account.name) if account is not None else found
 
+    def _granted(self, found: Identity) -> Identity | None:
+        """An identity that was verified, as `with_account`; None: mail of this user is kept here, and the user may not log in."""
+        mail_user = self._kept_here(found.name)
+        return self.with_account(found) if mail_user is None or mail_user.active else None
+
     def with_account(self, found: Identity) -> Identity:
-        """An identity with the settings of its account in the file, which take precedence over those from a back end."""
-        account = self._accounts_file.accounts.get(found.name)
+        """An identity with the settings of its account in the file, which take precedence over those from a back end. A user
+        whose mail is kept here has one name, and sends as any of the user's addresses where nothing else is said."""
+        account, mail_user = self._account(found.name), self._kept_here(found.name)
+        if mail_user is not None:
+            found = found._replace(name=mail_user.name, senders=found.senders or mail_user.senders)
         if account is None:
             return found
         return Identity(
-            found.name,
+            account.name,
             account.application or found.application,
             account.priority or found.priority,
             tuple(map(comparable, account.senders)) or found.senders,

@@ -163,7 +163,7 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
                 f"{name}: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)",
             )
     for number, listener in enumerate(config.listener):
-        if listener.auth_in_clear and listener.auth == "off":
+        if listener.auth_in_clear and listener.auth == "off" and not listener.reads_mail:
             yield f"listener.{number}.auth_in_clear", 'it has no effect with auth = "off"'
     earlier: list[Any] = []
     for number, row in enumerate(config.network):

@@ -35,7 +35,7 @@ _BAD = 1  # an event kind of _speedups.smtp (a C integer there)
 _BAD_LINES = {1: reply.LINE_TOO_LONG, 2: reply.BARE_IN_COMMAND, 3: reply.NUL_IN_COMMAND}
 COMMAND_LIMIT = 255  # octets with CRLF (RFC 2449 4)
 ENOUGH = 64  # replies of one call
-ENOUGH_OCTETS = 262144  # of replies of one call
+ENOUGH_OCTETS = 65536  # of replies of one call
 
 
 class ServerSession(Session):

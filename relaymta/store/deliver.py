@@ -83,7 +83,7 @@ class Delivery:
                 owners.append(index)
         for index, result in zip(owners, await self._mailboxes.file(data, targets), strict=True):
             reply = self._counted(result, settings)
-            if index not in replies or reply.code > replies[index].code:  # filed for some: the others are tried again
+            if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
         return replies, sorted({shard for shard, _ in targets})
 
@@ -171,6 +171,12 @@ class _Way(NamedTuple):
             return Landed(replies[0] if replies else self.reply, [], self.others)
         worst = max((reply for reply in replies if not 400 <= reply.code < 500), default=_FILED)
         return Landed(worst, filed, [*self.others, *later])
+
+
+def _rank(reply: Reply) -> tuple[bool, int]:
+    """Which reply of several users holds for their alias: while one can have the message later it is asked for again (those who
+    have it are left out then); what is refused for good is said once nobody is waited for."""
+    return 400 <= reply.code < 500, reply.code
 
 
 def _prefix(sender: str, address: str) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from relaymta.auth.identity import MailUser
 from relaymta.config import Mailboxes as Settings
 from relaymta.errors import RelayError
+from relaymta.proto.address import comparable
 from relaymta.proto.said import Reply
 from relaymta.store.deliver import FULL, REFUSED, UNKNOWN, limits_of, status_of
 from relaymta.store.directory import User
@@ -57,12 +58,14 @@ class Recipients:
         return None
 
     def login(self, name: str) -> MailUser | None:
-        """A user as one who logs in, by any address of the user."""
-        found = self._mailboxes.directory.owner(name)
+        """A user as one who logs in, by any address of the user. A catch-all is no address: the user who gets the mail of a
+        domain's other addresses is not called so, and does not send as all of the domain."""
+        found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
         if found is None:
             return None
         user, addresses = found
-        return MailUser(user.address, user.secret, not (user.disabled or user.deleted), addresses)
+        own = tuple(address for address in addresses if not address.startswith("@"))
+        return MailUser(user.address, user.secret, not (user.disabled or user.deleted), own)
 
     def expanded(self, recipients: list[str], kept_here: Callable[[str], bool]) -> list[str]:
         """A message's recipients, with aliases of addresses elsewhere replaced by all that they stand for; aliases of users stay,

@@ -4,14 +4,18 @@ owner of the user's shard; everything is read here, on reader threads.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import lmdb
 
-from relaymta.disk.segments import FRAME
+from relaymta.disk.segments import FRAME, Corrupt, body_file, check_frame, open_verified
 from relaymta.errors import StoreError
+from relaymta.proto.address import comparable
+from relaymta.proto.envelope import Body
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
@@ -22,6 +26,8 @@ __all__ = ["Access", "Inbox"]
 
 THREADS = 4
 PIECE = 256 << 10  # octets of a large message that are read together
+SLICE = 64 << 10  # octets that are sent together: what TLS has been given it keeps, encrypted, until the client reads
+PAGE = 2000  # index records of one read transaction
 
 T = TypeVar("T")
 
@@ -47,8 +53,9 @@ class Access:
         self._threads.shutdown(wait=False)
 
     def user(self, name: str) -> User | None:
-        """The user who has logged in; None when no mail of such a user is kept here, or the user may not log in."""
-        found = self._mailboxes.directory.owner(name)
+        """The user who has logged in; None when no mail of such a user is kept here, or the user may not log in. A catch-all is
+        nobody's name."""
+        found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
         return found[0] if found is not None and not (found[0].disabled or found[0].deleted) else None
 
     def _shard(self, user: User) -> Readable:
@@ -69,40 +76,26 @@ class Access:
         return await self._read(lambda: _inbox(shard, user.ident))
 
     async def left(self, user: User, mailbox: int, uids: list[int]) -> int:
-        """How many of these messages are there. StoreError."""
+        """How many of these messages (one at least, UIDs in order) are there. StoreError; Refusal: the mailbox is gone."""
         shard = self._shard(user)
+        return await self._read(lambda: _left(shard, mailbox, uids))
 
-        def count() -> int:
-            with shard.rows.reading() as txn:
-                index = shard.rows.index(txn, mailbox)
-                return sum(index.get(uid) is not None for uid in uids)
-
-        return await self._read(count)
-
-    async def message(self, user: User, mailbox: int, uid: int) -> AsyncGenerator[bytes, None]:
-        """A message in pieces: a large one is not in memory as a whole. Refusal when it is gone, StoreError when it cannot be
-        read: both before the first piece; a large one's file that ends early: StoreError."""
+    async def message(self, user: User, mailbox: int, uid: int, whole: bool = True) -> AsyncGenerator[bytes, None]:
+        """A message in pieces of SLICE octets: a large one is not in memory as a whole, and no descriptor is held between the
+        pieces. `whole`: all of it is wanted, so that it is verified first. Refusal when it is gone, StoreError when it cannot be
+        read: both before the first piece; a large one's file that ends early, or is gone meanwhile: StoreError."""
         shard = self._shard(user)
-        opening = asyncio.ensure_future(self._read(lambda: _opened(shard, mailbox, uid)))
-        try:
-            opened = await asyncio.shield(opening)
-        except asyncio.CancelledError:  # the thread still opens the file: close it then
-            opening.add_done_callback(_close_opened)
-            raise
-        if opened.descriptor < 0:
-            yield opened.prefix + opened.data
-            return
-        try:
-            yield opened.prefix
-            place, left = opened.start, opened.length
-            while left:
-                piece = await self._read(lambda: os.pread(opened.descriptor, min(PIECE, left), place))  # noqa: B023
-                if not piece:
-                    raise StoreError("a message ends early")
-                place, left = place + len(piece), left - len(piece)
+        found = await self._read(lambda: _found(shard, mailbox, uid, whole))
+        for piece in _slices(found.data):
+            yield piece
+        place, left = found.start, found.length
+        while left:
+            data = await self._read(lambda: _read_at(found.path, min(PIECE, left), place))  # noqa: B023
+            if not data:
+                raise StoreError("a message ends early")
+            place, left = place + len(data), left - len(data)
+            for piece in _slices(data):
                 yield piece
-        finally:
-            os.close(opened.descriptor)
 
     async def expunge(self, user: User, mailbox: int, uids: list[int]) -> None:
         """Remove messages. Errors as of `Mailboxes.change`."""
@@ -113,17 +106,11 @@ class Access:
         await self._mailboxes.change(user.shard, "flags", user.ident, mailbox, uids, add=SEEN, remove=0)
 
 
-def _close_opened(opening: "asyncio.Future[_Opened]") -> None:
-    if not opening.cancelled() and opening.exception() is None and opening.result().descriptor >= 0:
-        os.close(opening.result().descriptor)
+class _Found(NamedTuple):
+    """A message: its data; of a large one the prefix, its file, and where in that the rest begins and how long it is."""
 
-
-class _Opened(NamedTuple):
-    """A message: its data, or (a large one) the descriptor of its file, where it begins and how long it is."""
-
-    prefix: bytes
-    data: bytes = b""
-    descriptor: int = -1
+    data: bytes
+    path: Path = Path()
     start: int = 0
     length: int = 0
 
@@ -138,13 +125,54 @@ def _inbox(shard: Readable, user: int) -> Inbox:
     return Inbox(row.mailbox, state.uidvalidity, [uid for uid, _ in found], [size for _, size in found])
 
 
-def _opened(shard: Readable, mailbox: int, uid: int) -> _Opened:
+def _left(shard: Readable, mailbox: int, uids: list[int]) -> int:
+    wanted, count, after = set(uids), 0, uids[0] - 1
+    while True:
+        with shard.rows.reading() as txn:
+            if shard.rows.state(txn, mailbox) is None:
+                raise Refusal(MISSING, "the mailbox is gone")
+            page = list(islice(shard.rows.index(txn, mailbox).range(after + 1, uids[-1]), PAGE))
+        if not page:
+            return count
+        count += sum(record.uid in wanted for record in page)
+        after = page[-1].uid
+
+
+def _slices(data: bytes) -> Iterator[bytes]:
+    return (data[start : start + SLICE] for start in range(0, len(data), SLICE))
+
+
+def _found(shard: Readable, mailbox: int, uid: int, whole: bool) -> _Found:
     with shard.rows.reading() as txn:
         message = shard.rows.message(txn, mailbox, uid)
         row = shard.rows.object(txn, message.object) if message is not None else None
     if message is None or row is None:
         raise Refusal(MISSING, "the message has been expunged")
     if row.body.segment:
-        return _Opened(message.prefix, body_of(shard.rows, shard.bodies, message.object))
-    descriptor = shard.bodies.open_big(message.object, row.body)
-    return _Opened(message.prefix, b"", descriptor, row.body.offset + FRAME.size, row.body.length)
+        return _Found(message.prefix + body_of(shard.rows, shard.bodies, message.object))
+    path = body_file(shard.rows._path.parent / "bodies", message.object, row.body)
+    if whole:
+        os.close(open_verified(path, message.object, row.body))
+    else:
+        _check_header(path, message.object, row.body)
+    return _Found(message.prefix, path, row.body.offset + FRAME.size, row.body.length)
+
+
+def _check_header(path: Path, ident: int, body: Body) -> None:
+    """As `open_verified`, without reading the data. Corrupt, StoreError."""
+    raw = _read_at(path, FRAME.size, body.offset)
+    if len(raw) != FRAME.size:
+        raise Corrupt(f"the body of {ident:016x} is cut short")
+    check_frame(raw, ident, body, body.length, FRAME.unpack(raw)[-1])
+
+
+def _read_at(path: Path, size: int, place: int) -> bytes:
+    """Octets of a file that is open only meanwhile: a client that does not read its message holds no descriptor. StoreError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, size, place)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StoreError(f"cannot read the body of {path.name}: {error}") from error

@@ -16,6 +16,7 @@ from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
 from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
+from relaymta.control import Refused
 from relaymta.errors import RelayError, StoreError
 from relaymta.metrics import index
 from relaymta.proto import pop3_reply as reply
@@ -36,13 +37,13 @@ READ_OCTETS = index("relaymta_mailbox_read_octets_total")
 EXPUNGED = index("relaymta_mailbox_expunged_total")
 
 IDLE_SECONDS = 600.0  # RFC 1939 3: at least ten minutes
-LOGIN_SECONDS = 60.0  # for the login
+LOGIN_SECONDS = 60.0  # for the login, from the greeting or the end of TLS, whatever the client says meanwhile
 
 
 class Pop3Connection(ClientConnection[ServerSession]):
     """`_user`, `_inbox`, `_seat`: set by the login; `_leave` gives back the seat."""
 
-    __slots__ = ("_access", "_began", "_inbox", "_seat", "_user", "_writable")
+    __slots__ = ("_access", "_began", "_greeted_at", "_inbox", "_seat", "_user", "_writable")
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
@@ -51,15 +52,22 @@ class Pop3Connection(ClientConnection[ServerSession]):
         self._inbox: Inbox | None = None
         self._seat: Reservation | None = None
         self._began = 0.0  # the login (loop time)
+        self._greeted_at = 0.0  # the greeting, or the end of TLS (loop time)
         self._writable = asyncio.Event()  # the client has read what was written
         self._writable.set()
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         endpoint = self.admission.endpoint
+        self._greeted_at = self.admission.now()
         return ServerSession(self.admission.intake.hostname, endpoint.offers(self.listener, False), endpoint.keys, secure)
 
     def refusal(self, answer: bytes) -> bytes:
         return reply.of_login(answer)
+
+    def secured(self, described: str) -> None:
+        self._greeted_at = self.admission.now()
+        if not self.waits & BLOCKED:  # what was written before the handshake has been read
+            self._writable.set()
 
     # Steps: each returns what to write
 
@@ -114,6 +122,8 @@ class Pop3Connection(ClientConnection[ServerSession]):
 
     async def _send(self, session: ServerSession) -> bytes:
         """Send the message that is wanted, as fast as the client reads."""
+        if session.wanted is None:  # the client has gone meanwhile
+            return b""
         counters = self.admission.intake.counters
         counters.add(READ, 1)
         try:
@@ -129,7 +139,7 @@ class Pop3Connection(ClientConnection[ServerSession]):
     async def _pieces(self, session: ServerSession) -> int:
         wanted, user, inbox, octets = session.wanted, self._user, self._inbox, 0
         assert wanted is not None and user is not None and inbox is not None
-        async with aclosing(self._access.message(user, inbox.mailbox, wanted.uid)) as pieces:
+        async with aclosing(self._access.message(user, inbox.mailbox, wanted.uid, whole=wanted.lines is None)) as pieces:
             async for piece in pieces:
                 octets += len(piece)
                 self.write(session.piece(piece))
@@ -142,21 +152,31 @@ class Pop3Connection(ClientConnection[ServerSession]):
         return octets
 
     async def _quit(self, session: ServerSession) -> bytes:
-        """QUIT: remove what is marked, in one operation."""
+        """QUIT: remove what is marked, in one operation. Another session may have the maildrop once the client has the reply."""
         uids, left = list(session.deletions), 0
         if uids:
-            user, inbox = self._user, self._inbox
-            assert user is not None and inbox is not None
-            try:
-                await self._access.expunge(user, inbox.mailbox, uids)
-            except (RelayError, ConnectionError) as error:
-                self._warn(f"messages could not be removed: {error}")
-            try:
-                left = await self._access.left(user, inbox.mailbox, uids)
-            except StoreError:
-                left = len(uids)
+            left = await self._left_by_expunge(uids)
             self.admission.intake.counters.add(EXPUNGED, len(uids) - left)
+        self._leave()
         return session.committed(left)
+
+    async def _left_by_expunge(self, uids: list[int]) -> int:
+        """Remove messages; how many of them are there still. What was refused has removed nothing, even where nothing of it is
+        seen here (the user has been moved); after other errors it may have been done."""
+        user, inbox = self._user, self._inbox
+        assert user is not None and inbox is not None
+        try:
+            await self._access.expunge(user, inbox.mailbox, uids)
+            return 0
+        except (Refusal, Refused) as error:
+            self._warn(f"messages could not be removed: {error}")
+            return len(uids)
+        except (RelayError, ConnectionError) as error:
+            self._warn(f"messages could not be removed: {error}")
+        try:
+            return await self._access.left(user, inbox.mailbox, uids)
+        except (StoreError, Refusal):
+            return len(uids)
 
     # The end
 
@@ -213,7 +233,11 @@ class Pop3Connection(ClientConnection[ServerSession]):
             self.drain()
         if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING):
             return
-        if now - self.active_at > (IDLE_SECONDS if session.maildrop is not None else LOGIN_SECONDS * patience):
+        if session.maildrop is not None:
+            late = now - self.active_at > IDLE_SECONDS
+        else:
+            late = now - self._greeted_at > LOGIN_SECONDS * patience
+        if late:
             self._close(session)  # without a reply (RFC 1939 3)
 
     def _close(self, session: ServerSession, answer: bytes = b"") -> None:
