@@ -122,26 +122,17 @@ class Mailboxes:
             if shard is not None:
                 return await shard.file(data, targets)
             sent = data if isinstance(data, BigFile) else b"".join(data)
-            ask = self._asked
-            if any(target.once is None for target in targets):  # asked for again it would be filed twice: the client decides that
-                ask = self._asked_once
-            answer = await ask(number, "mail_file", shard=number, data=sent, targets=targets)
+            again = all(target.once is not None for target in targets)  # else it would be filed twice: the client decides that
+            answer = await self._asked(number, "mail_file", again, shard=number, data=sent, targets=targets)
             return msgspec.convert(answer, list[Result])
         except StoreError as error:
             return [error] * len(targets)
         except (ConnectionError, RelayError) as error:
             return [StoreError(str(error))] * len(targets)
 
-    async def _asked_once(self, number: int, op: str, **args: Any) -> Any:
-        """As `_asked`, of the owner that is there now alone."""
-        peer = self._peers.get(number)
-        if peer is None:
-            raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
-        return await peer.ask(op, None, OWNER_SECONDS, **args)
-
-    async def _asked(self, number: int, op: str, **args: Any) -> Any:
-        """The answer of a shard's owner to what may be asked twice: of its successor, where it ends first. ConnectionError,
-        Refused."""
+    async def _asked(self, number: int, op: str, again: bool = True, /, **args: Any) -> Any:
+        """The answer of a shard's owner: to what may be asked twice (`again`), of its successor, where it ends first.
+        ConnectionError, Refused."""
         loop = asyncio.get_running_loop()
         until = loop.time() + REPLACED_SECONDS
         while True:
@@ -153,6 +144,8 @@ class Mailboxes:
             except Late:
                 raise
             except ConnectionError as error:
+                if peer is not None and not again:
+                    raise
                 try:
                     async with asyncio.timeout_at(until):
                         while self._peers.get(number) is peer:

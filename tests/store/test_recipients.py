@@ -213,3 +213,48 @@ async def test_an_alias_of_two_loses_nothing_and_doubles_nothing(tmp_path, first
     else:
         assert found.rest == ["x@far"] * elsewhere + [name for name in "ab" if results[name] == "T"]
         assert found.reply == (REFUSED if "P" in results.values() else FILED)
+
+
+class Down:
+    """The channel to an owner who answers nothing."""
+
+    async def ask(self, *request, **args):
+        raise StoreError("not now")
+
+
+async def test_of_an_alias_one_refused_for_good_does_not_lose_the_mail_of_another_who_cannot_have_it_now(tmp_path):
+    """By way of the queue: it is asked for again while one has to wait, and nobody has it twice."""
+    async with Bench(tmp_path) as bench:
+        waits, has = await bench.user("waits", 1), await bench.user("has")
+        await bench.user("full", octets=1)
+        bench.settings = Settings(over_quota="refuse")
+        bench.alias("team@a.example", ["has@a.example", "full@a.example", "waits@a.example"])
+
+        async def deliver():
+            return (await bench.delivery.deliver(1, "s@x.example", [(0, "team@a.example")], [b"x"]))[0][0]
+
+        channels, bench.mailboxes._peers = bench.mailboxes._peers, {1: Down()}
+        assert (await deliver()).code == 451
+        bench.mailboxes._peers = channels
+        assert await deliver() == REFUSED  # once nobody is waited for
+        assert bench.mailboxes.used(1, waits).messages == bench.mailboxes.used(0, has).messages == 1
+
+
+async def test_what_is_not_remembered_is_not_asked_for_again_at_the_successor(tmp_path):
+    """The owner commits a message of an LMTP client and ends before it has answered."""
+    async with Bench(tmp_path) as bench:
+        user, peers = await bench.user("a", 1), bench.mailboxes._peers
+        before = peers[1]
+
+        class Dies:
+            async def ask(self, *request, **args):
+                await before.ask(*request, **args)
+                peers[1] = before  # its successor
+                raise ConnectionError("the owner has ended")
+
+        peers[1] = Dies()
+        assert [landed.reply.code for landed in await bench.file(b"x", "a")] == [451]
+        assert bench.mailboxes.used(1, user).messages == 1
+        peers[1] = Dies()
+        replies, _ = await bench.delivery.deliver(1, "", [(0, "a@a.example")], [b"x"])  # the queue's is remembered
+        assert replies == {0: FILED} and bench.mailboxes.used(1, user).messages == 2

@@ -1,0 +1,126 @@
+"""What sessions ask of the mailboxes: messages in pieces, without descriptors between them; what is left of some messages."""
+
+import asyncio
+import os
+
+import pytest
+
+from relaymta.errors import StoreError
+from relaymta.store.change import Refusal
+from relaymta.store.writer import Target
+from relaymta.view import access as module
+from relaymta.view.access import SLICE, Access
+from tests.store.test_recipients import Bench
+
+LARGE = b"Subject: x\r\n\r\n" + b"y" * 70 * 40_000
+
+
+@pytest.fixture
+async def kept(tmp_path):
+    """The mailboxes, those who ask, a user, and the id of INBOX once there are messages in it."""
+    async with Bench(tmp_path) as bench:
+        ident = await bench.user("a")
+        access = Access(bench.mailboxes)
+        yield bench, access, access.user("a@a.example"), ident
+        access.close()
+
+
+async def filed(bench, ident, *messages):
+    own = bench.mailboxes.shards[0]
+    for one in await asyncio.gather(*(own.file([data], [Target(ident, prefix=b"P: p\r\n")]) for data in messages)):
+        assert one[0].filed is not None
+
+
+def opened(folder):
+    """The files of large messages that this process has open."""
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            continue
+    return [link for link in links if link.startswith(str(folder)) and "/big/" in link]
+
+
+@pytest.mark.parametrize("size", [0, 10, SLICE, 900_000, len(LARGE)])
+async def test_a_message_comes_in_small_pieces(kept, size):
+    bench, access, user, ident = kept
+    await filed(bench, ident, LARGE[:size])
+    inbox = await access.inbox(user)
+    for whole in (True, False):
+        pieces = [piece async for piece in access.message(user, inbox.mailbox, inbox.uids[0], whole)]
+        assert b"".join(pieces) == b"P: p\r\n" + LARGE[:size]
+        assert max(map(len, pieces)) <= SLICE
+
+
+async def test_no_descriptor_is_held_between_the_pieces(kept, tmp_path):
+    bench, access, user, ident = kept
+    await filed(bench, ident, LARGE)
+    inbox = await access.inbox(user)
+    reading = access.message(user, inbox.mailbox, inbox.uids[0])
+    got = 0
+    while got < len(LARGE):
+        got += len(await anext(reading))
+        assert not opened(tmp_path)
+    await reading.aclose()
+
+
+async def test_a_damaged_large_message_is_noticed_before_its_first_piece(kept, tmp_path):
+    bench, access, user, ident = kept
+    await filed(bench, ident, LARGE)
+    inbox = await access.inbox(user)
+    (path,) = (tmp_path / "mail/shard-0/bodies/big").iterdir()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(StoreError, match="checksum"):
+        await anext(access.message(user, inbox.mailbox, inbox.uids[0]))
+    top = access.message(user, inbox.mailbox, inbox.uids[0], whole=False)  # reads no more than it needs
+    assert b"".join([await anext(top), await anext(top)]).startswith(b"P: p\r\nSubject: x")
+    await top.aclose()
+    with path.open("r+b") as file:
+        file.write(b"!")
+    with pytest.raises(StoreError, match="not where its row says"):
+        await anext(access.message(user, inbox.mailbox, inbox.uids[0], whole=False))
+    path.unlink()
+    with pytest.raises(StoreError, match="No such file"):
+        await anext(access.message(user, inbox.mailbox, inbox.uids[0], whole=False))
+
+
+async def test_a_large_message_that_goes_while_it_is_sent_is_an_error(kept, tmp_path):
+    bench, access, user, ident = kept
+    await filed(bench, ident, LARGE)
+    inbox = await access.inbox(user)
+    reading = access.message(user, inbox.mailbox, inbox.uids[0])
+    await anext(reading)
+    (path,) = (tmp_path / "mail/shard-0/bodies/big").iterdir()
+    path.unlink()
+    with pytest.raises(StoreError, match="cannot read the body"):
+        [piece async for piece in reading]
+
+
+async def test_what_is_left_is_counted_in_pages(kept, monkeypatch):
+    bench, access, user, ident = kept
+    monkeypatch.setattr(module, "PAGE", 7)
+    await filed(bench, ident, *[b"x"] * 50)
+    inbox = await access.inbox(user)
+    await access.expunge(user, inbox.mailbox, inbox.uids[10:20])
+    rows, begun = bench.mailboxes.shards[0].rows, []
+    reading = rows.reading
+    monkeypatch.setattr(rows, "reading", lambda *given: begun.append(1) or reading(*given))
+    monkeypatch.setattr(type(rows.index(None, 0)), "get", None)  # one pass
+    assert await access.left(user, inbox.mailbox, inbox.uids[5:40]) == 25
+    assert len(begun) == 5
+    assert await access.left(user, inbox.mailbox, inbox.uids[10:20]) == 0
+    assert await access.left(user, inbox.mailbox, inbox.uids[::2]) == 20
+
+
+async def test_of_a_mailbox_that_is_gone_nothing_is_said_to_be_removed(kept):
+    bench, access, user, ident = kept
+    await filed(bench, ident, b"x")
+    inbox = await access.inbox(user)
+    await bench.mailboxes.shards[0].purge(ident)
+    with pytest.raises(Refusal):
+        await access.left(user, inbox.mailbox, inbox.uids)
+    with pytest.raises(Refusal):
+        await access.expunge(user, inbox.mailbox, inbox.uids)
