@@ -311,6 +311,7 @@ NOTES = [
      "4: listener.0.address: other hosts can connect, but none may deliver: name them in relay.networks, or listen on "
      "127.0.0.1"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
+    (GOOD.replace(L, LMTP.replace("lmtp", "pop3")) + "auth_in_clear = true\n" + HERE, None),
 ]  # fmt: skip
 
 

@@ -138,7 +138,7 @@ async def test_scram_does_not_tell_who_exists(tmp_path):
     bench.user(ALICE, "right")
     keys = bench.workers[0].keys
     for name in (ALICE, "nobody@x.example"):
-        found = {keys(one)[:1] + (keys(one).iterations,) for one in (name, name.upper(), name.replace("@", "(x)@"))}
+        found = {(keys(one).salt, keys(one).iterations) for one in (name, name.upper(), name.replace("@", "(x)@"))}
         assert len(found) == 1 and found.pop()[1] == PEOPLE_ITERATIONS
     assert keys("nobody@x.example").salt != keys("nobody@y.example").salt
     assert keys("other").iterations == keys("app").iterations == 4096

@@ -42,7 +42,7 @@ def test_the_work_of_one_call_is_bounded():
         replies = [session.receive(command + b"\r\nNOOP\r\n")]
         while session.behind:
             replies.append(session.receive(b""))
-        assert len(replies) > 5 and max(map(len, replies)) < ENOUGH_OCTETS + SLICE * 32
+        assert len(replies) > 5 and max(map(len, replies)) < ENOUGH_OCTETS + SLICE * 32 < 100_000
         lines = b"".join(line % ((number,) * line.count(b"%d")) for number in range(1, count + 1))
         assert b"".join(replies).split(b"\r\n", 1)[1] == lines + b".\r\n" + pop3_reply.NOOP
 
