@@ -29,7 +29,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
 __all__ = [
-    "FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "body_file", "segment_file", "segment_size_for", "write_all",
+    "FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "big_file", "body_file", "segment_file", "segment_size_for", "write_all",
 ]  # fmt: skip
 
 FRAME = struct.Struct("<4sIQQQ")  # magic, generation, id, length, xxh3-64
@@ -89,10 +89,11 @@ def segment_file(directory: Path, number: int) -> Path:
 
 def body_file(directory: Path, ident: int, body: Body) -> Path:
     """The file that a body is in."""
-    return segment_file(directory, body.segment) if body.segment else _big_file(directory, ident)
+    return segment_file(directory, body.segment) if body.segment else big_file(directory, ident)
 
 
-def _big_file(directory: Path, ident: int) -> Path:
+def big_file(directory: Path, ident: int) -> Path:
+    """The file of a large body."""
     return directory / "big" / f"{ident:016x}"
 
 
@@ -146,7 +147,7 @@ class Segments:
 
     def big_path(self, ident: int) -> Path:
         """The file of a body above 1 MB."""
-        return _big_file(self._directory, ident)
+        return big_file(self._directory, ident)
 
     def big_files(self) -> list[tuple[int, Path]]:
         """The ids and files of all bodies above 1 MB, those that are being written included."""

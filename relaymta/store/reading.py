@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from relaymta.disk.segments import body_file, open_verified, read_frame
+from relaymta.disk.segments import big_file, body_file, read_frame
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 from relaymta.store.blocks import LAST_UID, Record
@@ -27,8 +27,8 @@ class Bodies(Protocol):
     def read(self, ident: int, body: Body) -> bytes:
         """A message's data, verified. StoreError."""
 
-    def open_big(self, ident: int, body: Body) -> int:
-        """A descriptor of the file of a large body (`body.segment` is 0), verified. StoreError."""
+    def big_path(self, ident: int) -> Path:
+        """The file of a large body."""
 
 
 class Files:
@@ -45,9 +45,9 @@ class Files:
         except OSError as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
 
-    def open_big(self, ident: int, body: Body) -> int:
+    def big_path(self, ident: int) -> Path:
         """As of Bodies."""
-        return open_verified(body_file(self._directory, ident, body), ident, body)
+        return big_file(self._directory, ident)
 
 
 class Readable(Protocol):

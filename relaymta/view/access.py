@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import lmdb
 
-from relaymta.disk.segments import FRAME, Corrupt, body_file, check_frame, open_verified
+from relaymta.disk.segments import FRAME, Corrupt, check_frame, open_verified
 from relaymta.errors import StoreError
 from relaymta.proto.address import comparable
 from relaymta.proto.envelope import Body
@@ -150,7 +150,7 @@ def _found(shard: Readable, mailbox: int, uid: int, whole: bool) -> _Found:
         raise Refusal(MISSING, "the message has been expunged")
     if row.body.segment:
         return _Found(message.prefix + body_of(shard.rows, shard.bodies, message.object))
-    path = body_file(shard.rows._path.parent / "bodies", message.object, row.body)
+    path = shard.bodies.big_path(message.object)
     if whole:
         os.close(open_verified(path, message.object, row.body))
     else:

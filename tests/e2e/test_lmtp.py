@@ -110,7 +110,7 @@ def test_each_recipient_has_a_reply_of_its_own(tmp_path):
         assert relay.metric('relaymta_mailbox_deliveries_total{result="full"}') == 1
         text = relay.cli("message", "history", received[0]["id"]).stdout
         assert "received" in text and "delivered" in text
-        assert not list((relay.spool / "shard-0/bodies/big").iterdir())
+        wait_for(lambda: not list((relay.spool / "shard-0/bodies/big").iterdir()), what="the file to go")
         assert relay.stop() == 0
     verified(relay)
 
@@ -166,7 +166,7 @@ def test_addresses_elsewhere_get_it_by_way_of_the_queue(tmp_path):
             assert shown(relay, "carol")["INBOX"] == ["1"]
             wait_for(lambda: relay.events("deferred"), what="the deferral")
             assert relay.events("deferred")[0]["recipient"] == "carol@local.example"
-            assert not list((relay.spool / "shard-0/bodies/big").iterdir())
+            wait_for(lambda: not list((relay.spool / "shard-0/bodies/big").iterdir()), what="the file to go")
 
 
 def test_only_clients_that_may_relay_deliver(tmp_path):

@@ -202,7 +202,7 @@ def test_what_is_damaged_is_named(tmp_path):
     found = relay.cli("mailbox", "verify", check=False)
     assert found.returncode == 65 and "does not match its checksum" in found.stdout and "1 contradiction" in found.stderr
     messages = relay.cli("mailbox", "show", "--messages", "alice@local.example").stdout
-    assert "does not match its checksum" in messages and messages.count("500") == 0
+    assert "does not match its checksum" in messages
     found = relay.cli("mailbox", "show", "alice@other.example", check=False)
     assert found.returncode == 1
 
