@@ -286,6 +286,14 @@ async def test_a_listener_that_a_reload_leaves_out_is_named(tmp_path, monkeypatc
     assert (done.exit_code, done.stdout.splitlines()) == (int(bool(said)), answer.split("\n"))
 
 
+def test_the_first_route_that_keeps_mail_needs_a_restart():
+    here = {"name": "here", "protocol": "mailbox", "recipient_domain": ["local.example"]}
+    other = {"name": "there", "protocol": "mailbox", "recipient_domain": ["other.example"]}
+    said = ["route here: there are no mailboxes before a restart, and mail for them is deferred until then"]
+    assert merge(config(), config(route=[here])).left_out == said
+    assert merge(config(route=[here]), config(route=[here, other])).left_out == []
+
+
 def test_a_merge_keeps_what_needs_a_restart_and_nothing_else():
     running = config(**{"log.file": "/a", "metrics.listen": "off", "limits.connections": 7, "route": [{"hosts": ["a"]}]})
     fresh = config(**{"log.history": 0, "user": "x", "limits.memory": 5, "route": [{"hosts": ["b"]}, {"name": "c"}],

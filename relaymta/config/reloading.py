@@ -41,7 +41,15 @@ def merge(running: Config, fresh: Config) -> Change:
         raise ConfigError([kept + problem for problem in problems_of(Config, Origin(), error)]) from None
     config._origin = fresh._origin
     applied = [key for key, mark in changed if mark is When.RELOAD]
-    return Change(config, applied, restart, list(_left_out(running.listener, fresh.listener)))
+    left_out = [*_left_out(running.listener, fresh.listener), *_mailboxes(running, fresh)]
+    return Change(config, applied, restart, left_out)
+
+
+def _mailboxes(running: Config, fresh: Config) -> Iterator[str]:
+    """A sentence about the first route that keeps mail here."""
+    named = [route.label for route in fresh.route if route.is_local]
+    if named and not any(route.is_local for route in running.route):
+        yield f"route {named[0]}: there are no mailboxes before a restart, and mail for them is deferred until then"
 
 
 def _left_out(running: list[Listener], fresh: list[Listener]) -> Iterator[str]:
