@@ -34,6 +34,7 @@ from typing import Any
 
 from relaymta.proto import imap_grammar
 from relaymta.proto import imap_response as response
+from relaymta.proto.access_session import KEPT
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.imap_command import (
     Authenticate,
@@ -55,7 +56,6 @@ from relaymta.proto.imap_session import (
     COMMANDS,
     FIRST_LITERAL,
     IDLE,
-    KEPT,
     LITERAL,
     MESSAGE,
     TLS,

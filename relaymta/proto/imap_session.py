@@ -6,7 +6,7 @@ from typing import Final
 from relaymta._speedups.imap import Parser
 from relaymta.proto import imap_response as response
 from relaymta.proto import sasl
-from relaymta.proto.auth_exchange import AuthExchange
+from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSession, no_keys
 from relaymta.proto.imap_command import Append, Command
 from relaymta.proto.imap_words import Refused
 from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
@@ -14,9 +14,6 @@ from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
 __all__ = ["APPENDED", "CANCELLED", "CLAIMED", "COMMAND", "COMMANDS", "IDLE", "LITERAL", "MESSAGE", "TLS", "Session"]
 
 # Session.state, see imap_server.py
-COMMANDS: Final = 0
-TLS: Final = 1
-CLAIMED: Final = 2
 COMMAND: Final = 3
 LITERAL: Final = 4
 MESSAGE: Final = 5
@@ -24,8 +21,6 @@ APPENDED: Final = 6
 CANCELLED: Final = 7
 IDLE: Final = 8
 
-ERRORS = 20  # BADs in one session
-KEPT = 1 << 20  # octets that are kept while something is waited for
 FIRST_LIMIT = 8192  # octets of a command before login
 LIMIT = 65536  # and after it, APPEND's messages apart
 FIRST_LITERAL = 4096  # octets of a literal before login
@@ -39,11 +34,7 @@ AFTER_LOGIN = (
 REVISIONS = ("IMAP4rev1", "IMAP4rev2")
 
 
-def _no_keys(user: str) -> sasl.Keys:
-    raise KeyError(user)
-
-
-class Session:
+class Session(AccessSession):
     """The state of an IMAP session, and every change of it that is not one command's. `hostname`: our name; `offers`: of these
     `starttls`, `tls_needed`, `mechanisms` and `clear` count; `keys`: for SCRAM, see `sasl.begin`; `secure`: TLS is active;
     `hide`: capabilities that are not offered, which the caller may change until a login is over; `append_limit`: octets of a
@@ -53,72 +44,50 @@ class Session:
     `qresync` what the client has enabled; `client`: what it has said of itself (ID)."""
 
     __slots__ = (
-        "accepted",
         "append",
         "append_limit",
         "appending",
-        "behind",
-        "claim",
         "client",
-        "closing",
         "command",
         "condstore",
-        "errors",
-        "exchange",
-        "foreign",
         "hide",
-        "hostname",
-        "keys",
         "logged_in",
-        "offers",
         "parser",
         "pieces",
         "qresync",
         "read_only",
         "refusal",
         "rev2",
-        "secure",
         "selected",
-        "state",
         "tag",
         "utf8_accept",
-        "wrong_logins",
     )
+
+    TOO_MANY_ERRORS = response.bye("Too many errors")
+    OTHER_PROTOCOL = response.bye("This is an IMAP server, and that was not IMAP")
 
     def __init__(
         self,
         hostname: str,
         offers: Offers,
-        keys: Callable[[str], sasl.Keys] = _no_keys,
+        keys: Callable[[str], sasl.Keys] = no_keys,
         secure: bool = False,
         hide: frozenset[str] = frozenset(),
         append_limit: int = 50 << 20,
     ) -> None:
-        self.hostname = hostname
-        self.offers = offers
-        self.keys = keys
-        self.secure = secure
+        super().__init__(hostname, offers, keys, secure)
         self.hide = hide
         self.append_limit = append_limit
-        self.state = COMMANDS
         self.tag = "*"  # of the command under way
         self.command: Command | None = None
-        self.claim: sasl.Claim | None = None
-        self.exchange: AuthExchange | None = None
-        self.accepted = False  # the caller has accepted a login, and the exchange is not over
         self.append: Append | None = None
         self.appending = False  # the caller has messages of an APPEND that is not over
         self.pieces: list[bytes] = []
         self.refusal: Refused | None = None  # why a command is refused, of which the rest is dropped first
         self.parser = _parser()
-        self.behind = False
-        self.closing = False
-        self.foreign = False
         self.logged_in = self.selected = self.read_only = False
         self.rev2 = self.utf8_accept = self.condstore = self.qresync = False
         self.client: dict[str, str | None] = {}
-        self.errors = 0
-        self.wrong_logins = 0
 
     @property
     def utf8(self) -> bool:
@@ -161,17 +130,6 @@ class Session:
             self.client = {}
             self.parser = _parser()
             self.behind = False
-
-    def checked(self, answer: bytes) -> bytes:
-        """The claim was verified. `answer`: as for SMTP's AUTH (RFC 4954 6), 235, or the reply that refuses it. Returns what to
-        write."""
-        claim, self.claim = self.claim, None
-        if claim is None or not self._over(CLAIMED):
-            return b""
-        if answer.startswith(b"5"):
-            self.wrong_logins += 1
-        self.accepted = answer.startswith(b"2")
-        return self.exchanged(self.exchange.checked(claim, answer) if self.exchange is not None else answer)
 
     def write(self, octets: bytes) -> bytes:
         """Untagged responses to the command, or in IDLE; also while nothing is under way, except EXPUNGE and VANISHED. Returns
@@ -224,11 +182,6 @@ class Session:
 
     # What commands do
 
-    @property
-    def may_log_in(self) -> bool:
-        """Whether a login is allowed on this connection as it is now."""
-        return bool(self.offers.mechanisms) and (self.secure or (self.offers.clear and not self.offers.tls_needed))
-
     def capabilities(self) -> list[str]:
         """What is offered now, in the order of RFC 9051 7.2.2: the revisions first."""
         names = [*REVISIONS, *(AFTER_LOGIN if self.logged_in else BEFORE_LOGIN)]
@@ -279,39 +232,10 @@ class Session:
             return said + response.bye("Too many failed logins")
         return self.error(said)
 
-    def wait(self, state: int) -> bytes:
-        """The caller is to do what `state` says, before anything else is parsed; the response follows then."""
-        self.state = state
-        self.behind = False
-        return b""
-
-    def reject_protocol(self) -> bytes:
-        """The client speaks another protocol: close before commands within it are reached (cross-protocol attack)."""
-        self.foreign = True
-        self.close()
-        return response.bye("This is an IMAP server, and that was not IMAP")
-
     def said(self, refused: Refused) -> bytes:
         """The end of the command under way, which is refused."""
         answer = response.tagged(self.tag, refused.status, refused.text, refused.code)
         return self.error(answer) if refused.status == "BAD" else answer
-
-    def error(self, answer: bytes) -> bytes:
-        """Count an error of the client, for which `answer` is the response."""
-        self.errors += 1
-        if self.errors >= ERRORS:
-            self.close()
-            return answer + response.bye("Too many errors")
-        return answer
-
-    def _over(self, state: int) -> bool:
-        """What was waited for in `state` is there: go on with commands, of which some may have arrived. False: it was not waited
-        for."""
-        if self.state != state or self.closing:
-            return False
-        self.state = COMMANDS
-        self.behind = self.waiting() > 0
-        return True
 
 
 def _parser() -> Parser:

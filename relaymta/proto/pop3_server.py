@@ -23,8 +23,9 @@ At every other end of the session nothing is deleted. `maildrop.retrieved` says 
 """
 
 from relaymta.proto import pop3_reply as reply
+from relaymta.proto.access_session import KEPT
 from relaymta.proto.pop3_maildrop import Maildrop, Wanted
-from relaymta.proto.pop3_session import KEPT, Session
+from relaymta.proto.pop3_session import Session
 from relaymta.proto.pop3_verbs import VERBS
 from relaymta.proto.session import Offers
 from relaymta.proto.verbs import OTHERS

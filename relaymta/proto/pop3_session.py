@@ -6,78 +6,46 @@ from typing import Final
 from relaymta._speedups.smtp import Parser
 from relaymta.proto import pop3_reply as reply
 from relaymta.proto import sasl
-from relaymta.proto.auth_exchange import AuthExchange
+from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSession, no_keys
 from relaymta.proto.pop3_maildrop import Maildrop, Wanted
 from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
 
 __all__ = ["CLAIMED", "COMMANDS", "COMMITTING", "OPENING", "SENDING", "TLS", "Session"]
 
 # Session.state, see pop3_server.py
-COMMANDS: Final = 0
-TLS: Final = 1
-CLAIMED: Final = 2
 OPENING: Final = 3
 SENDING: Final = 4
 COMMITTING: Final = 5
 
-ERRORS = 20  # in one session
-KEPT = 1 << 20  # octets that are kept while something is waited for; a read from a socket has a quarter of that at most
 
-
-def _no_keys(user: str) -> sasl.Keys:
-    raise KeyError(user)
-
-
-class Session:
+class Session(AccessSession):
     """The state of a POP3 session, and every change of it that is not one command's. `hostname`: our name; `offers`: of these
     `starttls`, `tls_needed`, `mechanisms` and `clear` count; `keys`: for SCRAM, see `sasl.begin`; `secure`: TLS is active.
 
     `maildrop` is None in the AUTHORIZATION state of RFC 1939, and set in TRANSACTION."""
 
     __slots__ = (
-        "accepted",
-        "behind",
-        "claim",
-        "closing",
-        "errors",
-        "exchange",
-        "foreign",
-        "hostname",
-        "keys",
         "late",
         "listing",
         "maildrop",
         "name",
-        "offers",
         "parser",
-        "secure",
-        "state",
         "utf8",
         "wanted",
-        "wrong_logins",
     )
 
-    def __init__(self, hostname: str, offers: Offers, keys: Callable[[str], sasl.Keys] = _no_keys, secure: bool = False) -> None:
-        self.hostname = hostname
-        self.offers = offers
-        self.keys = keys
-        self.secure = secure
-        self.state = COMMANDS
+    TOO_MANY_ERRORS = reply.TOO_MANY_ERRORS
+    OTHER_PROTOCOL = reply.NOT_POP3
+
+    def __init__(self, hostname: str, offers: Offers, keys: Callable[[str], sasl.Keys] = no_keys, secure: bool = False) -> None:
+        super().__init__(hostname, offers, keys, secure)
         self.maildrop: Maildrop | None = None
         self.wanted: Wanted | None = None
         self.listing: Iterator[bytes] | None = None  # the rest of a multi-line reply
         self.name: str | None = None  # what USER said
-        self.claim: sasl.Claim | None = None
-        self.exchange: AuthExchange | None = None
-        self.accepted = False  # the caller has accepted a login, and the exchange is not over
         self.parser = _parser()
         self.late = bytearray()  # what has arrived behind that which the parser has
-        self.behind = False
-        self.closing = False
-        self.foreign = False
         self.utf8 = False  # the client has said UTF8
-        self.errors = 0
-        self.wrong_logins = 0
 
     def greet(self) -> bytes:
         """The greeting (RFC 1939 4). There is no timestamp in it: APOP is not offered."""
@@ -120,17 +88,6 @@ class Session:
             self.parser = _parser()
             self.late.clear()
             self.behind = False
-
-    def checked(self, answer: bytes) -> bytes:
-        """The claim was verified. `answer`: as for SMTP's AUTH (RFC 4954 6), 235, or the reply that refuses it. Returns what to
-        write."""
-        claim, self.claim = self.claim, None
-        if claim is None or not self._over(CLAIMED):
-            return b""
-        if answer.startswith(b"5"):
-            self.wrong_logins += 1
-        self.accepted = answer.startswith(b"2")
-        return self.exchanged(self.exchange.checked(claim, answer) if self.exchange is not None else answer)
 
     def opened(self, found: Maildrop | bytes) -> bytes:
         """The maildrop of the user, whose session alone may have it until its end (RFC 1939 4); or the reply that refuses it,
@@ -193,11 +150,6 @@ class Session:
 
     # What commands do
 
-    @property
-    def may_log_in(self) -> bool:
-        """Whether a login is allowed on this connection as it is now."""
-        return bool(self.offers.mechanisms) and (self.secure or (self.offers.clear and not self.offers.tls_needed))
-
     def exchanged(self, answer: bytes | sasl.Claim) -> bytes:
         """Go on after a step of a login."""
         if not isinstance(answer, bytes):
@@ -221,39 +173,10 @@ class Session:
             return answer + reply.TOO_MANY_WRONG
         return self.error(answer)
 
-    def wait(self, state: int) -> bytes:
-        """The caller is to do what `state` says, before anything else is parsed; the reply follows then."""
-        self.state = state
-        self.behind = False
-        return b""
-
-    def reject_protocol(self) -> bytes:
-        """The client speaks another protocol: close before commands within it are reached (cross-protocol attack)."""
-        self.foreign = True
-        self.close()
-        return reply.NOT_POP3
-
-    def error(self, answer: bytes) -> bytes:
-        """Count an error of the client, for which `answer` is the reply."""
-        self.errors += 1
-        if self.errors >= ERRORS:
-            self.close()
-            return answer + reply.TOO_MANY_ERRORS
-        return answer
-
     def _status(self, wanted: Wanted) -> bytes:
         if wanted.lines is not None or self.maildrop is None:
             return reply.ok("Top of the message follows")
         return reply.ok(f"{self.maildrop.size(wanted.number)} octets")
-
-    def _over(self, state: int) -> bool:
-        """What was waited for in `state` is there: go on with commands, of which some may have arrived. False: it was not waited
-        for."""
-        if self.state != state or self.closing:
-            return False
-        self.state = COMMANDS
-        self.behind = self.waiting() > 0
-        return True
 
 
 def described(maildrop: Maildrop) -> str:

@@ -1,13 +1,9 @@
 """Mail by LMTP into mailboxes: one reply for each recipient, after which the message is there, whatever is killed."""
 
 import contextlib
-import os
-import random
-import signal
 import smtplib
 import socket
 import ssl
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +15,7 @@ from relaymta.store.deliver import FULL
 from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, free_port, heard, wait_for
 from tests.support.fake_mx import FakeMx
-from tests.support.mailboxes import LOCAL, create, shown, verified
+from tests.support.mailboxes import LOCAL, Load, create, kill_under_load, shown, verified
 
 SMALL = "Subject: {}\r\n\r\nx\r\n"
 
@@ -214,53 +210,25 @@ def test_starttls_a_login_and_chunks(tmp_path):
     assert b"with LMTPSA id" in whole and b"with UTF8LMTPSA id" in whole
 
 
-class Load:
-    """LMTP clients that deliver messages with a subject of their own, and note which recipients had a 250."""
+class Deliveries(Load):
+    """LMTP clients that deliver messages, and note which recipients had a 250."""
 
-    def __init__(self, relay: Kept, users: list[str], clients: int) -> None:
-        self.relay, self.users = relay, users
-        self.acknowledged: Counter[tuple[str, str]] = Counter()  # (user, subject)
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
-        for thread in self._threads:
-            thread.start()
+    def client(self):
+        return self.relay.client()
 
-    def _run(self, number: int) -> None:
-        chance, count = random.Random(number), 0
-        while not self._stop.is_set():
-            with contextlib.suppress(OSError, smtplib.SMTPException), self.relay.client() as client:
-                while not self._stop.is_set():
-                    count += 1
-                    to, subject = chance.sample(self.users, chance.choice((1, 1, 3))), f"{number}-{count}"
-                    said = client.deliver(SMALL.format(subject) + "x" * chance.choice((10, 3000)) + "\r\n", *to)
-                    self.acknowledged.update((name, subject) for name, one in zip(to, said, strict=True) if one[0] == "2")
-            self._stop.wait(0.05)
-
-    def end(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def deliver(self, client, to, text):
+        said = client.deliver(text, *to)
+        return [name for name, one in zip(to, said, strict=True) if one[0] == "2"]
 
 
 @pytest.mark.parametrize("what", ["group", "workers"])
 def test_what_was_acknowledged_is_there_when_processes_are_killed(tmp_path, what):
-    users, chance = [f"u{number}" for number in range(8)], random.Random(what)
+    users = [f"u{number}" for number in range(8)]
     relay = Kept(tmp_path, workers=2)
     relay.start()
     create(relay, *users)
-    load = Load(relay, users, 4)
-    try:
-        for _ in range(30 if PROVE else 3):
-            threading.Event().wait(chance.uniform(0.3, 1.0))
-            if what == "group":
-                relay.kill()
-                relay.start()
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(chance.choice(wait_for(relay.worker_pids)), signal.SIGKILL)
-        threading.Event().wait(0.5)
-    finally:
-        load.end()
+    load = Deliveries(relay, users, 4)
+    kill_under_load(relay, load, what, 30 if PROVE else 3)
     try:
         wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
         found = Counter((name, subject) for name in users for subject in shown(relay, name)["INBOX"])

@@ -1,13 +1,8 @@
 """Mail that stays: from SMTP through the queue into mailboxes, and what becomes of it when processes are killed."""
 
-import contextlib
 import json
-import os
-import random
 import re
-import signal
 import smtplib
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +10,7 @@ import pytest
 from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
-from tests.support.mailboxes import LOCAL, Load, create, kept, shown, verified
+from tests.support.mailboxes import LOCAL, Load, create, kept, kill_under_load, shown, verified
 from tests.support.programs import need
 from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
@@ -214,22 +209,11 @@ def test_strace_shows_that_a_message_leaves_the_queue_when_its_mailbox_has_it(tm
 
 @pytest.mark.parametrize("what", ["group", "workers"])
 def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what):
-    users, chance = [f"u{number}" for number in range(8)], random.Random(what)
+    users = [f"u{number}" for number in range(8)]
     relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
     create(relay, *users)
     load = Load(relay, users, 4)
-    try:
-        for _ in range(ROUNDS):
-            threading.Event().wait(chance.uniform(0.3, 1.0))
-            if what == "group":
-                relay.kill()
-                relay.start()
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(chance.choice(wait_for(relay.worker_pids)), signal.SIGKILL)
-        threading.Event().wait(0.5)
-    finally:
-        load.end()
+    kill_under_load(relay, load, what, ROUNDS)
     try:
         wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
         relay.cli("queue", "release", "--all")  # what was probed when a worker was killed again

@@ -5,8 +5,9 @@ import tracemalloc
 
 import pytest
 
+from relaymta.proto.access_session import KEPT
 from relaymta.proto.imap_server import ENOUGH, ServerSession
-from relaymta.proto.imap_session import CANCELLED, COMMAND, COMMANDS, FIRST_LIMIT, FIRST_LITERAL, KEPT, LIMIT, MESSAGE
+from relaymta.proto.imap_session import CANCELLED, COMMAND, COMMANDS, FIRST_LIMIT, FIRST_LITERAL, LIMIT, MESSAGE
 from relaymta.proto.imap_words import TAG_MOST
 from tests.support.imap import CLEAR, LOGIN, caller
 

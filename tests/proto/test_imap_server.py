@@ -8,9 +8,10 @@ import scramp
 
 from relaymta.proto import imap_response as response
 from relaymta.proto import reply
+from relaymta.proto.access_session import ERRORS
 from relaymta.proto.imap_command import Nothing, Select
 from relaymta.proto.imap_server import Offers, ServerSession
-from relaymta.proto.imap_session import AFTER_LOGIN, CLAIMED, COMMAND, COMMANDS, ERRORS, IDLE, TLS
+from relaymta.proto.imap_session import AFTER_LOGIN, CLAIMED, COMMAND, COMMANDS, IDLE, TLS
 from relaymta.proto.imap_verbs import VERBS
 from relaymta.proto.sasl import Keys, Password, Token
 from relaymta.proto.session import WRONG_LOGINS

@@ -3,9 +3,10 @@
 import pytest
 
 from relaymta.proto import pop3_reply, reply
+from relaymta.proto.access_session import ERRORS, KEPT
 from relaymta.proto.pop3_maildrop import SLICE, Maildrop
 from relaymta.proto.pop3_server import ENOUGH, ENOUGH_OCTETS, ServerSession
-from relaymta.proto.pop3_session import CLAIMED, COMMANDS, ERRORS, KEPT, OPENING, SENDING
+from relaymta.proto.pop3_session import CLAIMED, COMMANDS, OPENING, SENDING
 from tests.support.pop3 import CLEAR, LOGIN, caller
 
 MESSAGE = b"Subject: a\r\n\r\none\r\ntwo\r\n"

@@ -7,8 +7,9 @@ import pytest
 import scramp
 
 from relaymta.proto import pop3_reply, reply
+from relaymta.proto.access_session import ERRORS
 from relaymta.proto.pop3_server import Offers, ServerSession
-from relaymta.proto.pop3_session import CLAIMED, COMMANDS, COMMITTING, ERRORS, SENDING, TLS
+from relaymta.proto.pop3_session import CLAIMED, COMMANDS, COMMITTING, SENDING, TLS
 from relaymta.proto.pop3_verbs import VERBS
 from relaymta.proto.sasl import Keys, Password, Token
 from relaymta.proto.session import WRONG_LOGINS

@@ -1,7 +1,9 @@
 """A relay that keeps mail, its users, and clients that send to them."""
 
 import contextlib
+import os
 import random
+import signal
 import smtplib
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from relaymta.store.files import MailFiles
 from relaymta.store.shown import shown as store_shown
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
 
-__all__ = ["LOCAL", "Load", "Readable", "create", "kept", "shown", "verified"]
+__all__ = ["LOCAL", "Load", "Readable", "create", "kept", "kill_under_load", "shown", "verified"]
 
 LOCAL = '{name="here",protocol="mailbox",recipient_domain=["local.example"]}'
 
@@ -55,18 +57,24 @@ class Load:
         for thread in self._threads:
             thread.start()
 
+    def client(self) -> smtplib.SMTP:
+        """A client, connected to the relay."""
+        return smtplib.SMTP("127.0.0.1", self.relay.port, timeout=10)
+
+    def deliver(self, client: smtplib.SMTP, to: list[str], text: str) -> list[str]:
+        """Send a message; returns those of `to` for whom it was acknowledged."""
+        return [] if client.sendmail("s@x.example", [f"{name}@local.example" for name in to], text) else to
+
     def _run(self, number: int) -> None:
         chance, count = random.Random(number), 0
         while not self._stop.is_set():
-            with contextlib.suppress(OSError, smtplib.SMTPException):
-                with smtplib.SMTP("127.0.0.1", self.relay.port, timeout=10) as client:
-                    while not self._stop.is_set():
-                        count += 1
-                        to = chance.sample(self.users, min(len(self.users), chance.choice((1, 1, 3))))
-                        subject = f"{number}-{count}"
-                        text = f"Subject: {subject}\r\n\r\n" + "x" * chance.choice((10, 3000)) + "\r\n"
-                        if not client.sendmail("s@x.example", [f"{name}@local.example" for name in to], text):
-                            self.acknowledged.update((name, subject) for name in to)
+            with contextlib.suppress(OSError, smtplib.SMTPException), self.client() as client:
+                while not self._stop.is_set():
+                    count += 1
+                    to = chance.sample(self.users, min(len(self.users), chance.choice((1, 1, 3))))
+                    subject = f"{number}-{count}"
+                    text = f"Subject: {subject}\r\n\r\n" + "x" * chance.choice((10, 3000)) + "\r\n"
+                    self.acknowledged.update((name, subject) for name in self.deliver(client, to, text))
             self._stop.wait(0.05)
 
     def end(self) -> None:
@@ -79,6 +87,23 @@ class Load:
         found = Counter((name, subject) for name in self.users for subject in shown(self.relay, name)["INBOX"])
         assert [pair for pair in self.acknowledged if not found[pair]] == []
         assert [pair for pair, count in found.items() if count > 1] == []
+
+
+def kill_under_load(relay: Relay, load: Load, what: str, rounds: int) -> None:
+    """Kill the group of processes (`what` is "group") or one of the workers at random moments while `load` runs; ends it."""
+    chance = random.Random(what)
+    try:
+        for _ in range(rounds):
+            threading.Event().wait(chance.uniform(0.3, 1.0))
+            if what == "group":
+                relay.kill()
+                relay.start()
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(wait_for(relay.worker_pids)), signal.SIGKILL)
+        threading.Event().wait(0.5)
+    finally:
+        load.end()
 
 
 class Readable(Relay):
