@@ -297,7 +297,10 @@ def test_a_move_that_cannot_end_is_taken_back_and_hurts_nobody_else(tmp_path):
     data[300] ^= 1
     segment.write_bytes(data)
     with relay:
-        found = relay.cli("mailbox", "move", "alice@local.example", str(1 - home), check=False)
+        move = ("mailbox", "move", "alice@local.example", str(1 - home))
+        found = wait_for(  # READY is said when the first worker has its shard: the other one's may have no owner yet
+            lambda: (tried := relay.cli(*move, check=False)) and "nobody owns" not in tried.stderr and tried, what="owners"
+        )
         assert found.returncode == 69 and "checksum" in found.stderr and listed(relay)["alice"]["state"] == "moving"
         wait_for(lambda: any("cannot be moved" in event["text"] for event in relay.events("warning")), what="a warning")
         relay.send("Subject: meanwhile\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
