@@ -32,7 +32,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "warning": ("text",),
     "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
-    "session": ("protocol", "client", "user", "seconds", "retrieved"),
+    "session": ("protocol", "client", "user", "seconds", "retrieved", "commands", "program"),
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),
     "delivered": ("id", "recipients", "route", "peer", "address", "port", "tls", "cipher", "reply", "delay", "attempt", "users"),
@@ -49,7 +49,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 
 # Fields that an event has only got after 0.1: "" where they are not given.
-ADDED = {"message_id", "users"}
+ADDED = {"message_id", "users", "retrieved", "commands", "program"}
 
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:

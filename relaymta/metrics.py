@@ -54,7 +54,19 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Messages for mailboxes, one for each mailbox, by result (full: a quota is used up)", "result",
         ("filed", "full", "failed"),
     ),
-    "relaymta_mailbox_sessions_total": ("Sessions of users who read their mail", "protocol", ("pop3",)),
+    "relaymta_mailbox_sessions_total": ("Sessions of users who read their mail", "protocol", ("pop3", "imap")),
+    "relaymta_imap_commands_total": (
+        "Commands of IMAP clients (those of UIDs with the others)", "verb",
+        (
+            "NOOP", "SELECT", "EXAMINE", "CREATE", "DELETE", "RENAME", "SUBSCRIBE", "UNSUBSCRIBE", "LIST", "LSUB", "NAMESPACE",
+            "STATUS", "APPEND", "IDLE", "GETQUOTA", "GETQUOTAROOT", "SETQUOTA", "CHECK", "CLOSE", "UNSELECT", "EXPUNGE",
+            "SEARCH", "FETCH", "STORE", "COPY", "MOVE",
+        ),
+    ),
+    "relaymta_imap_results_total": (
+        "Commands of IMAP clients by their end (failed: by a defect, or since the client was gone)", "result",
+        ("ok", "no", "bad", "failed"),
+    ),
     "relaymta_mailbox_messages_read_total": ("Messages that users have read", "", ("",)),
     "relaymta_mailbox_read_octets_total": ("Octets of messages that users have read", "", ("",)),
     "relaymta_mailbox_expunged_total": ("Messages that users have removed", "", ("",)),
@@ -81,6 +93,9 @@ RENAMED = {
 # name: (help, upper bounds in seconds or messages)
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "relaymta_accept_seconds": ("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
+    "relaymta_imap_command_seconds": (
+        "From an IMAP command to its end", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
+    ),
     "relaymta_delivery_delay_seconds": ("From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)),
     "relaymta_messages_per_session": ("Messages sent over one outgoing connection", (1, 2, 5, 10, 50, 100, 500, 1000)),
 }

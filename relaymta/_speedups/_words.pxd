@@ -30,6 +30,12 @@ cpdef inline void put32(unsigned char *w, Py_ssize_t at, unsigned int n) noexcep
     w[at + 3] = <unsigned char> (n >> 24)
 
 
+cpdef inline void put64(unsigned char *w, Py_ssize_t at, unsigned long long n) noexcept:
+    """Write a number of 64 bits to w[at:], little-endian."""
+    put32(w, at, <unsigned int> n)
+    put32(w, at + 4, <unsigned int> (n >> 32))
+
+
 cpdef inline Py_ssize_t digits(unsigned char *w, Py_ssize_t k, unsigned long long n) noexcept:
     """Write a number in decimal to w[k:]; the new k."""
     cdef unsigned char text[20]

@@ -1,6 +1,6 @@
 """What the kernels' numbers in octets (`_words.pxd`) do, for interpreted runs. Never compiled itself."""
 
-__all__ = ["digits", "get32", "get64", "lowest", "put32", "seek"]
+__all__ = ["digits", "get32", "get64", "lowest", "put32", "put64", "seek"]
 
 
 def get32(p: bytes, at: int) -> int:
@@ -16,6 +16,11 @@ def get64(p: bytes, at: int) -> int:
 def put32(w: bytearray, at: int, n: int) -> None:
     """Write a number of 32 bits to w[at:], little-endian."""
     w[at : at + 4] = n.to_bytes(4, "little")
+
+
+def put64(w: bytearray, at: int, n: int) -> None:
+    """Write a number of 64 bits to w[at:], little-endian."""
+    w[at : at + 8] = n.to_bytes(8, "little")
 
 
 def digits(w: bytearray, k: int, n: int) -> int:

@@ -1,7 +1,7 @@
 cimport cython
 
 from relaymta._speedups._mem cimport copy
-from relaymta._speedups._words cimport digits, get32, get64, lowest, put32, seek
+from relaymta._speedups._words cimport digits, get32, get64, lowest, put32, put64, seek
 
 cdef int SIZE, FLAGS, MODSEQ, LINE
 
@@ -29,6 +29,10 @@ cpdef bytes within(bytes records, bytes ranges)
 @cython.locals(p="const unsigned char *", b="const unsigned char *", w="unsigned char *", out=bytearray, i=Py_ssize_t, k=Py_ssize_t)
 cpdef bytes pick(bytes records, bytes bits)
 
+@cython.locals(p="const unsigned char *", w="unsigned char *", out=bytearray, old="unsigned long long",
+               flags="unsigned long long", i=Py_ssize_t)
+cpdef bytes apply(bytes records, unsigned long long keep, unsigned long long add, unsigned long long modseq)
+
 @cython.locals(p="const unsigned char *", q="const unsigned char *", w="unsigned char *", out=bytearray, uid="unsigned int",
                n=Py_ssize_t, end=Py_ssize_t, i=Py_ssize_t, j=Py_ssize_t, k=Py_ssize_t)
 cpdef bytes merged(bytes records, bytes changes)
@@ -40,7 +44,7 @@ cpdef bytes untold(bytes records, bytes told)
 @cython.locals(p="const unsigned char *", u="const unsigned char *", w="unsigned char *", out=bytearray, uid="unsigned int",
                flags="unsigned long long", old="unsigned long long", fresh=bint, total=Py_ssize_t, k=Py_ssize_t, at=Py_ssize_t,
                i=Py_ssize_t, start=Py_ssize_t, stop=Py_ssize_t)
-cpdef bytes lines(bytes records, bytes uids, list names, unsigned long long recent, int items)
+cpdef bytes lines(bytes records, bytes uids, list names, unsigned long long recent, unsigned long long until, int items)
 
 @cython.locals(p="const unsigned char *", flags="unsigned long long", old="unsigned long long", n=Py_ssize_t, size=Py_ssize_t,
                length=Py_ssize_t, i=Py_ssize_t, bit=int)

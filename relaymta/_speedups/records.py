@@ -8,7 +8,7 @@ Time is linear in what goes in. Records are trusted; what is behind the last who
 """
 
 from relaymta._speedups._mem import copy
-from relaymta._speedups._words import digits, get32, get64, lowest, put32, seek
+from relaymta._speedups._words import digits, get32, get64, lowest, put32, put64, seek
 
 SIZE = 24
 FLAGS = 8  # where they are in a record
@@ -125,6 +125,20 @@ def pick(records, bits):  # type: ignore[no-untyped-def]
     return bytes(out)
 
 
+def apply(records, keep, add, modseq):  # type: ignore[no-untyped-def]
+    """The records with the flags that they have of `keep`, and those of `add`; where others than before, with this MODSEQ."""
+    p = records
+    out = bytearray(p[: len(records) // SIZE * SIZE])
+    w = out
+    for i in range(len(records) // SIZE):
+        old = get64(p, i * SIZE + FLAGS)
+        flags = (old & keep) | add
+        if flags != old:
+            put64(w, i * SIZE + FLAGS, flags)
+            put64(w, i * SIZE + MODSEQ, modseq)
+    return bytes(out)
+
+
 def merged(records, changes):  # type: ignore[no-untyped-def]
     """The records of both; of two with the same UID, that of `changes`."""
     p = records
@@ -166,10 +180,10 @@ def untold(records, told):  # type: ignore[no-untyped-def]
     return bytes(out)
 
 
-def lines(records, uids, names, recent, items):  # type: ignore[no-untyped-def]
+def lines(records, uids, names, recent, until, items):  # type: ignore[no-untyped-def]
     """FETCH responses for those records whose UIDs are in `uids`, which are the messages by their numbers. `names`: of the flags,
-    by their bits (those of other bits are left out); `recent`: the UID from which on messages are \\Recent. `items`: 1 with
-    FLAGS, 2 with MODSEQ; UID is always there."""
+    by their bits (those of other bits are left out); messages from the UID `recent` to before `until` are \\Recent. `items`: 1
+    with FLAGS, 2 with MODSEQ; UID is always there."""
     p = records
     u = uids
     total = len(uids) // 4
@@ -194,12 +208,13 @@ def lines(records, uids, names, recent, items):  # type: ignore[no-untyped-def]
         k = digits(w, k, uid)
         if items & 1:
             flags = get64(p, i * SIZE + FLAGS)
-            if start >= 0 and flags == old and fresh == (uid >= recent):
+            new = recent <= uid < until
+            if start >= 0 and flags == old and fresh == new:
                 k = copy(w, k, w, start, stop)
                 start = k - stop + start
             else:
                 old = flags
-                fresh = uid >= recent
+                fresh = new
                 start = k
                 k = _flags(w, k, flags, names, fresh)
             stop = k

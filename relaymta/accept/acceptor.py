@@ -22,7 +22,7 @@ from relaymta.accept.listening import SCARCE, Guarded, Listening
 from relaymta.config import Config, Listener
 from relaymta.shm import Limits
 
-__all__ = ["Acceptor"]
+__all__ = ["Acceptor", "Make"]
 
 ARRIVING_SHARE = 2  # one in so many connections or descriptors may be before SMTP (PROXY header, TLS handshake),
 ARRIVING = 400  # and at most this many: a stalled handshake holds 0.1 MB

@@ -107,6 +107,10 @@ class ClientConnection(Line, Generic[S]):
         """A refusal of SMTP (4xx or 5xx) as the client can read it."""
         return answer
 
+    def admit_login(self) -> bytes | None:
+        """A user has logged in; the reply that refuses that, or None."""
+        return None
+
     def flow(self) -> Flow | None:
         """What mail transactions ask of the connection, where there are any."""
         return None
@@ -331,9 +335,15 @@ class ClientConnection(Line, Generic[S]):
         if self.gone:
             return
         if identity is not None:
-            answer = rights.log_in(identity) or answer
+            answer = rights.log_in(identity) or self._admit(rights) or answer
         self.active_at = admission.now()
         self.more(session, session.checked(answer))
+
+    def _admit(self, rights: Rights) -> bytes | None:
+        refused = self.admit_login()
+        if refused is not None:
+            rights.log_out()
+        return refused
 
 
 def _described(transport: asyncio.Transport) -> str:

@@ -67,7 +67,7 @@ class Line(asyncio.Protocol):
             self.transport.resume_reading()
             self.paused = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Send replies."""
         if self.transport is not None and data:
             self.transport.write(data)

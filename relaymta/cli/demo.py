@@ -13,7 +13,7 @@ from pathlib import Path
 from relaymta.cli.console import say
 from relaymta.control import program
 
-RELAY_PORT, SINK_PORT, METRICS_PORT, POP3_PORT = 2525, 2526, 9125, 2110
+RELAY_PORT, SINK_PORT, METRICS_PORT, IMAP_PORT = 2525, 2526, 9125, 2143
 USER, PASSWORD = "you@demo.invalid", "demo"
 CONFIG = Path("config/demo.toml")
 SPOOL = Path("var/demo-spool")
@@ -22,7 +22,7 @@ LOG = Path("var/demo.log")
 
 def main() -> int:
     """Run until Ctrl-C; the exit status."""
-    for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics"), (POP3_PORT, "POP3")):
+    for port, what in ((RELAY_PORT, "the relay"), (SINK_PORT, "the sink"), (METRICS_PORT, "metrics"), (IMAP_PORT, "IMAP")):
         if _busy(port):
             say(
                 f"Port {port} on 127.0.0.1, which {what} needs, is in use. "
@@ -103,8 +103,8 @@ Try, in another terminal:
   cd {Path.cwd()}
   relaymta status
   relaymta mailbox show --messages {USER}
-  curl -s pop3://127.0.0.1:{POP3_PORT}/1 -u {USER}:{PASSWORD}     # reads it, as does:
-  mutt -n -e 'set ssl_force_tls=no' -f 'pop://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{POP3_PORT}/'
+  curl -s 'imap://127.0.0.1:{IMAP_PORT}/INBOX;UID=1' -u {USER}:{PASSWORD}     # reads it, as does:
+  mutt -n -e 'set ssl_force_tls=no' -f 'imap://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{IMAP_PORT}/INBOX'
   printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
     --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
   relaymta site suspend sink                 # what is sent now waits

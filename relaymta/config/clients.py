@@ -29,9 +29,9 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
-    protocol: Restart[Literal["smtp", "lmtp", "pop3"]] = Field(
+    protocol: Restart[Literal["smtp", "lmtp", "pop3", "imap"]] = Field(
         "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
-        "recipient follows when the mailbox has the message; pop3 (RFC 1939): users read their mail",
+        "recipient follows when the mailbox has the message; pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
@@ -68,7 +68,7 @@ class Listener(Table):
     @property
     def reads_mail(self) -> bool:
         """Whether users log in here to read their mail."""
-        return self.protocol == "pop3"
+        return self.protocol in ("pop3", "imap")
 
     def _not_for_readers(self) -> Iterator[tuple[str, str]]:
         for key in ("submission", "application", "priority", "auth"):

@@ -24,6 +24,7 @@ class LimitsTable(Table):
         description="concurrent connections from one address (IPv6: one /64, as in all limits by address); relay networks: at "
         "least 200",
     )
+    sessions_per_user: Reload[int] = Field(100, ge=1, description="concurrent IMAP sessions of one user")
     connection_rate: Reload[Quota] = Field(
         "", description='rate of new connections from one address, such as "60/m"; empty: unlimited'
     )

@@ -6,8 +6,10 @@ from typing import Literal
 from pydantic import Field
 
 from relaymta.config.values import Reload, Size, Table
+from relaymta.errors import near
+from relaymta.proto.imap_capability import HIDEABLE
 
-__all__ = ["Mailboxes"]
+__all__ = ["Imap", "Mailboxes"]
 
 SPECIAL = {
     "Drafts": "\\Drafts", "Sent": "\\Sent", "Junk": "\\Junk", "Trash": "\\Trash", "Archive": "\\Archive",
@@ -38,3 +40,16 @@ class Mailboxes(Table):
                 yield f"special.{name}", f"{name!r} cannot be the name of a mailbox here"
             if use and use not in _USES:
                 yield f"special.{name}", f"{use!r} is no special use ({', '.join(sorted(_USES))})"
+
+
+class Imap(Table):
+    """What is offered to IMAP clients. `[imap]`"""
+
+    hide: Reload[list[str]] = Field(
+        [], description='capabilities that are not offered, for a client that fails on one, such as "QRESYNC"'
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in self.hide:
+            if name not in HIDEABLE:
+                yield "hide", f"{name!r} is no capability that can be hidden{near(name, HIDEABLE)}"

@@ -9,7 +9,7 @@ from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
-from relaymta.config.mailboxes import Mailboxes
+from relaymta.config.mailboxes import Imap, Mailboxes
 from relaymta.config.names import Hostname, own_name
 from relaymta.config.origin import Origin
 from relaymta.config.routes import Route, Rule, SiteTable, Source, Staging
@@ -44,6 +44,7 @@ class Config(Table):
     verify: Verify = Verify()
     accounts: AccountsTable = AccountsTable()
     mailboxes: Mailboxes = Mailboxes()
+    imap: Imap = Imap()
     staging: Staging = Staging()
     relay: Relay = Relay()
     intake: Intake = Intake()

@@ -1,9 +1,9 @@
 """A shard's LMDB environment: opened, read by any thread, and opened again after a failed commit."""
 
+import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,28 @@ __all__ = ["MAP_SIZE", "SEGMENT", "Environment"]
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
 READERS_MOST = 1024  # threads of all processes that read at once: of each worker, and of commands
+CRAMPED = 1 << 20  # octets that are left
 SEGMENT = struct.Struct(">I")  # a segment's key
 
 _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
+
+
+class Reading:
+    """A read transaction within `with`."""
+
+    __slots__ = ("_environment", "_patience", "_txn")
+
+    def __init__(self, environment: "Environment", patience: float) -> None:
+        self._environment = environment
+        self._patience = patience
+
+    def __enter__(self) -> Any:
+        self._txn = self._environment._enter(self._patience)
+        return self._txn
+
+    def __exit__(self, *error: object) -> None:
+        self._txn.abort()  # a transaction that has only read
+        self._environment._leave()
 
 
 class Environment:
@@ -37,7 +56,8 @@ class Environment:
         self._map_size = map_size
         self._readonly = readonly
         self._locked = locked
-        self._gate = threading.Condition()
+        self._lock = threading.Lock()
+        self._gate = threading.Condition(self._lock)
         self._inside = 0  # read transactions under way, by the gate
         self._shut = False  # the environment is closed, or about to be
         self._open()
@@ -80,22 +100,27 @@ class Environment:
             self._shut = False
             self._gate.notify_all()
 
-    @contextmanager
-    def reading(self, patience: float = READ_PATIENCE) -> Iterator[Any]:
+    def reading(self, patience: float = READ_PATIENCE) -> "Reading":
         """A read transaction, on any thread but the writer's; not within another one. While it is under way the environment stays
         open. StoreError when the environment is not opened again within `patience` seconds after a failed commit."""
-        with self._gate:
+        return Reading(self, patience)
+
+    def _enter(self, patience: float) -> Any:
+        with self._lock:
             if self._shut and not self._gate.wait_for(lambda: not self._shut, patience):
                 raise StoreError("the store could not be opened again after a failed commit")
             self._inside += 1
         try:
-            with self.env.begin() as txn:
-                yield txn
-        finally:
-            with self._gate:
-                self._inside -= 1
-                if self._shut and not self._inside:
-                    self._gate.notify_all()
+            return self.env.begin()
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._gate.notify_all()
 
     def meta(self, key: bytes) -> int:
         """A number in meta; 0 when there is none."""
@@ -116,6 +141,11 @@ class Environment:
         """(number, row) of each segment."""
         for key, value in txn.cursor(db=self.tables["segment"]):
             yield SEGMENT.unpack(key)[0], _decode_segment(value)
+
+    def is_cramped(self) -> bool:
+        """Whether the file system is full: LMDB reports what was written in part as an I/O error."""
+        stats = os.statvfs(self._path)
+        return stats.f_bavail * stats.f_frsize < CRAMPED
 
     def close(self) -> None:
         """Close the environment."""

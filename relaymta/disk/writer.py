@@ -131,9 +131,9 @@ class GroupWriter(Generic[O, G, C]):
             else:
                 self._hand_over()
 
-    async def task(self, run: Callable[[C], T]) -> T:
+    async def task(self, run: Callable[[C], T], kind: Callable[..., Task] = Task) -> T:
         """Run `run(transaction)` in a group and return its result once that is durable. Raises what `run` raised, or StoreError
-        when the commit failed."""
+        when the commit failed. `kind`: of a task that the store has."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def done(task: Task) -> None:
@@ -143,7 +143,7 @@ class GroupWriter(Generic[O, G, C]):
                 else:
                     future.set_result(task.result)
 
-        self.submit(Task(run, done))  # type: ignore[arg-type]  # every store's operations include Task
+        self.submit(kind(run, done))  # type: ignore[arg-type]  # every store's operations include Task
         return await future
 
     async def close(self) -> None:
@@ -221,7 +221,8 @@ class GroupWriter(Generic[O, G, C]):
 
     def _explain(self, failure: Exception) -> StoreError:
         self.last_error = str(failure)
-        return StoreFull(str(failure)) if isinstance(failure, lmdb.MapFullError) else store_error(failure)
+        full = isinstance(failure, lmdb.MapFullError) or (isinstance(failure, lmdb.Error) and self._environment.is_cramped())
+        return StoreFull(str(failure)) if full else store_error(failure)
 
     def _run_task(self, change: C, task: Task) -> None:
         """Run a task; when it raises, undo what it has written, and go on with the group."""

@@ -117,11 +117,12 @@ class Qresync(NamedTuple):
 
 
 class Select(msgspec.Struct, frozen=True):
-    """SELECT and EXAMINE."""
+    """SELECT and EXAMINE. `given`: the name as the client wrote it, if that is not in NFC (OLDNAME: RFC 9051 6.3.2)."""
 
     name: str
     condstore: bool = False
     qresync: Qresync | None = None
+    given: str = ""
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -329,12 +330,14 @@ Key = And | Or | Not | Flagged | Text | Field | Day | Size | Within | Age | Modi
 
 class Search(msgspec.Struct, frozen=True):
     """SEARCH and UID SEARCH. `returns`: MIN, MAX, ALL, COUNT, SAVE, of RETURN; None without it. `modseq`: the response has the
-    highest MODSEQ (RFC 7162 3.1.5)."""
+    highest MODSEQ (RFC 7162 3.1.5). `refusal`: text and response code of a NO that the search gets instead, and which empties the
+    result that it was to SAVE (RFC 9051 6.4.4.1)."""
 
     key: Key
     returns: frozenset[str] | None = None
     modseq: bool = False
     uid: bool = False
+    refusal: tuple[str, bytes] | None = None
 
 
 Arguments = (

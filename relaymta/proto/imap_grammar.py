@@ -139,7 +139,8 @@ def mailbox(words: Words) -> Mailbox:
 def select(words: Words) -> Select:
     """SELECT mailbox [(CONDSTORE), (QRESYNC (...))]."""
     words.space()
-    name = words.mailbox()
+    given = words.named()
+    name = canonical(given)
     condstore, qresync = False, None
     if words.kinds[words.at]:
         words.space()
@@ -158,7 +159,7 @@ def select(words: Words) -> Select:
                 words.reject("expected CONDSTORE or QRESYNC")
             more = words.more()
     words.end()
-    return Select(name, condstore, qresync)
+    return Select(name, condstore, qresync, given if given != name and not given.isascii() else "")
 
 
 def _qresync(words: Words) -> Qresync:

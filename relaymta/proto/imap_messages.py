@@ -156,7 +156,7 @@ def _fields(words: Words) -> tuple[str, ...]:
             words.reject("expected the name of a header field")
         found.append(name)
         more = words.more()
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 def _modifiers(words: Words) -> tuple[int | None, bool]:

@@ -1,4 +1,4 @@
-"""SEARCH (RFC 9051 6.4.4, RFC 5032, RFC 7162 3.1.5, RFC 8474, RFC 8514): search keys, and the program that they are compiled to.
+"""SEARCH (RFC 9051 6.4.4, RFC 5032, RFC 7162 3.1.5, RFC 8474, RFC 8514): the program that search keys are compiled to.
 
 A program decides about messages in stages, from what is at hand to what is dear: index records, rows, the cached ENVELOPE, the
 header, the body. After each stage a message matches, does not, or is undecided; only undecided ones go on to the next. The caller
@@ -10,149 +10,42 @@ brings the data, for as many messages at a time as it likes:
         if batch:
             batch.rows = [...]                      # or what else `program.next_stage(batch)` names, for batch.uids
 
-Text is compared as `fold` makes it: the caller folds what it brings (decoded: RFC 2047, transfer encoding, charset), the program
-its strings. Three-valued logic on bitmaps, one bit for each message: (true, undecided).
+Three-valued logic on bitmaps, one bit for each message: (true, undecided).
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from enum import IntEnum
-from itertools import compress, pairwise
+from itertools import compress
 from operator import eq, ge, gt, le, lt
-from typing import Any, Literal, NamedTuple
-from unicodedata import normalize
+from typing import Any, NamedTuple, Protocol
 
+from relaymta.proto.imap_command import (
+    Age,
+    And,
+    Day,
+    Field,
+    Flagged,
+    Key,
+    Modified,
+    Not,
+    Numbers,
+    ObjectId,
+    Or,
+    Size,
+    Text,
+    Within,
+)
 from relaymta.proto.imap_records import LAST_UID, RECORD_SIZE, load, lower, pick, ranges_of, select, values, within
-from relaymta.proto.imap_uids import SAVED, Ranges
+from relaymta.proto.imap_text import FIELDS, EnvelopeText, FileText, HeaderText, MessageText
 from relaymta.proto.imap_view import View
+from relaymta.proto.mime_text import comparable
 
-__all__ = [
-    "All", "And", "Batch", "BodyText", "Date", "Envelope", "EnvelopeText", "Flag", "Header", "HeaderText", "Identifier", "InBody",
-    "InText", "Key", "ModSeq", "Not", "Numbers", "Or", "Program", "Row", "Saved", "Size", "Stage", "Uids", "Within", "fold",
-]  # fmt: skip
+__all__ = ["Batch", "Program", "Row", "Stage"]
 
 DAY = 86_400_000  # ms
 EPOCH = date(1970, 1, 1).toordinal()
 RECENT = "\\recent"
-_MARKS = re.compile(r"(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){32}")  # all that NFKC makes combining marks of, and symbols
-
-
-# Search keys, as the grammar makes them
-
-
-class All(NamedTuple):
-    """ALL; SAVEDATESUPPORTED."""
-
-
-class Flag(NamedTuple):
-    """A system flag ("\\\\Seen"), \\\\Recent or a keyword, in any case: SEEN, KEYWORD, RECENT; UNSEEN, UNKEYWORD, OLD, NEW with
-    Not."""
-
-    name: str
-
-
-class Numbers(NamedTuple):
-    """A set of message numbers."""
-
-    ranges: Ranges
-
-
-class Uids(NamedTuple):
-    """UID with a set."""
-
-    ranges: Ranges
-
-
-class Saved(NamedTuple):
-    """The messages that SEARCH has saved: $, UID $."""
-
-
-class ModSeq(NamedTuple):
-    """MODSEQ: at least `modseq`. Entry names are ignored (RFC 7162 3.1.5)."""
-
-    modseq: int
-
-
-class Date(NamedTuple):
-    """BEFORE, ON, SINCE; with SENT and SAVED in front. Without time and time zone: a day as the message says it, an INTERNALDATE
-    and a save date in UTC, as they are shown."""
-
-    kind: Literal["internal", "sent", "saved"]
-    relation: Literal["before", "on", "since"]
-    day: date
-
-
-class Within(NamedTuple):
-    """YOUNGER, OLDER (RFC 5032)."""
-
-    relation: Literal["younger", "older"]
-    seconds: int
-
-
-class Size(NamedTuple):
-    """LARGER, SMALLER."""
-
-    relation: Literal["larger", "smaller"]
-    octets: int
-
-
-class Identifier(NamedTuple):
-    """EMAILID, THREADID (RFC 8474 5.3)."""
-
-    kind: Literal["email", "thread"]
-    text: str
-
-
-class Envelope(NamedTuple):
-    """FROM, TO, CC, BCC, SUBJECT: a string in a field of the ENVELOPE; `name` in lower case."""
-
-    name: Literal["from", "to", "cc", "bcc", "subject"]
-    text: str
-
-
-class Header(NamedTuple):
-    """HEADER: a string in a field, or the field's presence when it is empty."""
-
-    name: str
-    text: str
-
-
-class InBody(NamedTuple):
-    """BODY."""
-
-    text: str
-
-
-class InText(NamedTuple):
-    """TEXT: in the header, in headers of parts, or in the body."""
-
-    text: str
-
-
-class Not(NamedTuple):
-    """NOT."""
-
-    key: "Key"
-
-
-class Or(NamedTuple):
-    """OR."""
-
-    one: "Key"
-    other: "Key"
-
-
-class And(NamedTuple):
-    """Keys that must all match: the whole program, or a list in parentheses."""
-
-    keys: "Sequence[Key]"
-
-
-Key = (
-    All | Flag | Numbers | Uids | Saved | ModSeq | Date | Within | Size | Identifier | Envelope | Header | InBody | InText | Not
-    | Or | And
-)  # fmt: skip
 
 
 # What the caller brings
@@ -168,37 +61,15 @@ class Stage(IntEnum):
     BODY = 4
 
 
-class Row(NamedTuple):
-    """A message's row. `date`, `saved`: INTERNALDATE and save date (ms, UTC); `size`: RFC822.SIZE; `email`, `thread`: EMAILID and
-    THREADID."""
+class Row(Protocol):
+    """A message's row. `date`, `saved`: INTERNALDATE and save date (ms, UTC); `size`: RFC822.SIZE."""
 
     date: int
     saved: int
     size: int
-    email: str = ""
-    thread: str = ""
 
 
-class EnvelopeText(NamedTuple):
-    """The cached ENVELOPE. `sent`: the day of Date: as it stands there; `fields`: by name in lower case, folded: from, to, cc,
-    bcc (each `name <address>, ...`), subject, message-id, in-reply-to; those that the header does not have are left out."""
-
-    sent: date | None
-    fields: Mapping[str, str]
-
-
-class HeaderText(NamedTuple):
-    """The header. `fields`: what is behind the colon, by name in lower case, folded; `whole`: all of it, folded, with names."""
-
-    fields: Mapping[str, Sequence[str]]
-    whole: str
-
-
-class BodyText(NamedTuple):
-    """The body. `parts`: headers of its MIME parts, folded, with names; `text`: the text of all parts, folded."""
-
-    parts: str
-    text: str
+_BROUGHT = ("rows", "envelopes", "headers", "bodies")
 
 
 class Batch:
@@ -212,7 +83,7 @@ class Batch:
         self.rows: Sequence[Row] | None = None
         self.envelopes: Sequence[EnvelopeText] | None = None
         self.headers: Sequence[HeaderText] | None = None
-        self.bodies: Sequence[BodyText] | None = None
+        self.bodies: Sequence[MessageText | FileText] | None = None
 
     def __len__(self) -> int:
         return len(self.records) // RECORD_SIZE
@@ -226,33 +97,26 @@ class Batch:
         """What the caller has brought for a stage."""
         return (self.records, self.rows, self.envelopes, self.headers, self.bodies)[stage]
 
+    def divided(self, count: int) -> "tuple[Batch, Batch]":
+        """The first messages, and the others."""
+        return self._part(0, count), self._part(count, len(self))
+
+    def _part(self, start: int, end: int) -> "Batch":
+        batch = Batch(self.records[start * RECORD_SIZE : end * RECORD_SIZE])
+        for name in _BROUGHT:
+            if (found := getattr(self, name)) is not None:
+                setattr(batch, name, found[start:end])
+        return batch
+
     def kept(self, bits: int) -> "Batch":
         """The messages whose bits are set, with what is known of them."""
         octets = _octets(bits, len(self))
         batch = Batch(pick(self.records, octets))
         wanted = [octets[at >> 3] >> (at & 7) & 1 for at in range(len(self))]
-        for name in ("rows", "envelopes", "headers", "bodies"):
+        for name in _BROUGHT:
             if (found := getattr(self, name)) is not None:
                 setattr(batch, name, list(compress(found, wanted)))
         return batch
-
-
-def fold(text: str) -> str:
-    """Text as it is compared: without case, in a normal form (RFC 9051 6.4.4; i;unicode-casemap in spirit)."""
-    if text.isascii():
-        return text.lower()
-    return _normal(_normal(text).casefold())
-
-
-def _normal(text: str) -> str:
-    """NFKC, in linear time: it sorts combining marks, at the cost of the square of how many follow each other, so after each 32
-    in a row the text is divided."""
-    return "".join([normalize("NFKC", part) for part in _parts(text)])
-
-
-def _parts(text: str) -> list[str]:
-    ends = [run.end() for run in _MARKS.finditer(text)]
-    return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
 
 
 # The program
@@ -268,12 +132,12 @@ class _Node(NamedTuple):
 
 class Program:
     """A search. `stages`: which data it may need; `by_number`: it names message numbers, so no EXPUNGE may be told during UID
-    SEARCH; `by_modseq`: it has a MODSEQ key, so results tell theirs."""
+    SEARCH."""
 
     def __init__(self, key: Key, view: View, now: int) -> None:
-        """Compile a search key for a session. `now`: ms, for YOUNGER and OLDER. NoSuchNumber (BAD)."""
+        """Compile a search key for a session. `now`: ms, for YOUNGER and OLDER."""
         self._last = view.uids.last
-        self.by_number = self.by_modseq = False
+        self.by_number = False
         self._root = self._node(key, view, now)
         self.stages = self._root.stages
 
@@ -301,10 +165,8 @@ class Program:
                 return _any_of([self._node(one, view, now), self._node(other, view, now)])
             case Not(inner):
                 return _inverse(self._node(inner, view, now))
-            case Numbers():
-                self.by_number = True
-            case ModSeq():
-                self.by_modseq = True
+            case Within(numbers, uid):
+                self.by_number |= not uid and not numbers.saved
         return _COMPILED[type(key)](key, view, now)
 
 
@@ -351,24 +213,27 @@ def _constant(result: bool) -> _Node:
     return _Node(frozenset(), lambda batch, care: (care if result else 0, 0))
 
 
-def _flag(key: Flag, view: View, now: int) -> _Node:
-    if key.name.lower() == RECENT:
-        return _in_ranges(ranges_of([(view.recent, LAST_UID)] if view.recent <= LAST_UID else []))
-    bit = view.flag_bit(key.name)
+def _flagged(key: Flagged, view: View, now: int) -> _Node:
+    if key.flag.lower() == RECENT:
+        return _in_ranges(ranges_of([(view.recent, view.until - 1)] if view.recent < view.until else []))
+    bit = view.flag_bit(key.flag)
     return _constant(False) if bit is None else _indexed(lambda records: select(records, 1 << bit, 0, 0, 0))
+
+
+def _within_set(key: Within, view: View, now: int) -> _Node:
+    """Message numbers beyond the last one match nothing: elsewhere they are an error, but programs search for them."""
+    numbers = key.numbers
+    if not key.uid and not numbers.saved:
+        last = len(view)
+        numbers = Numbers(tuple((low, min(high, last)) for low, high in numbers.resolved(last) if low <= last))
+    return _in_ranges(view.ranges(numbers, key.uid))
 
 
 def _in_ranges(ranges: bytes) -> _Node:
     return _indexed(lambda records: within(records, ranges)) if ranges else _constant(False)
 
 
-def _numbered(key: Numbers, view: View, now: int) -> _Node:
-    if not len(view) and any(0 in ends for ends in key.ranges):
-        return _constant(False)  # "1:*" of an empty mailbox finds nothing
-    return _in_ranges(view.ranges(key.ranges, by_uid=False))
-
-
-def _modseq(key: ModSeq, view: View, now: int) -> _Node:
+def _modified(key: Modified, view: View, now: int) -> _Node:
     return _indexed(lambda records: select(records, 0, 0, 0, key.modseq))
 
 
@@ -395,71 +260,64 @@ def _where(test: Callable[[Any], bool], data: Sequence[Any], care: int) -> int:
     return int.from_bytes(marks, "little")
 
 
-_RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
-    "before": lt, "on": eq, "since": ge, "younger": ge, "older": le, "larger": gt, "smaller": lt,
-}  # fmt: skip
+_RELATIONS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "=": eq, ">": ge}
 
 
-def _date(key: Date, view: View, now: int) -> _Node:
-    holds = _RELATIONS[key.relation]
-    if key.kind == "sent":
-        return _decided(Stage.ENVELOPE, lambda found: found.sent is not None and holds(found.sent, key.day))
-    wanted, which = key.day.toordinal() - EPOCH, Row._fields.index("date" if key.kind == "internal" else "saved")
-    return _decided(Stage.ROW, lambda row: holds(row[which] // DAY, wanted))
+def _day(key: Day, view: View, now: int) -> _Node:
+    """A day as Date: says it; of an INTERNALDATE and a save date in UTC, as they are shown."""
+    holds, wanted = _RELATIONS[key.how], key.day.toordinal() - EPOCH
+    match key.which:
+        case "SENT":
+            return _decided(Stage.ENVELOPE, lambda found: (sent := found.sent()) is not None and holds(sent, key.day))
+        case "SAVED":
+            return _decided(Stage.ROW, lambda row: holds(row.saved // DAY, wanted))
+        case _:
+            return _decided(Stage.ROW, lambda row: holds(row.date // DAY, wanted))
 
 
-def _within(key: Within, view: View, now: int) -> _Node:
-    holds, target = _RELATIONS[key.relation], now // 1000 - key.seconds
+def _age(key: Age, view: View, now: int) -> _Node:
+    holds, target = le if key.older else ge, now // 1000 - key.seconds
     return _decided(Stage.ROW, lambda row: holds(row.date // 1000, target))
 
 
 def _size(key: Size, view: View, now: int) -> _Node:
-    holds = _RELATIONS[key.relation]
+    holds = gt if key.larger else lt
     return _decided(Stage.ROW, lambda row: holds(row.size, key.octets))
 
 
-def _identifier(key: Identifier, view: View, now: int) -> _Node:
-    return _decided(Stage.ROW, lambda row: key.text == (row.email if key.kind == "email" else row.thread))
+def _object_id(key: ObjectId, view: View, now: int) -> _Node:
+    if key.which == "THREADID":  # no message has one
+        return _constant(False)
+    return _decided(Stage.ENVELOPE, lambda found: key.ident == found.ident())
 
 
-def _envelope(name: str, text: str) -> _Node:
-    sought = fold(text)
-    return _decided(Stage.ENVELOPE, lambda found: sought in found.fields.get(name, "") if sought else name in found.fields)
-
-
-def _header(key: Header, view: View, now: int) -> _Node:
-    name, sought = key.name.lower(), fold(key.text)
+def _field(key: Field, view: View, now: int) -> _Node:
+    name, sought = key.name.lower(), comparable(key.what)
     if name in ("subject", "message-id", "in-reply-to"):  # the ENVELOPE has the same text
-        return _envelope(name, key.text)
-    return _decided(Stage.HEADER, lambda found: any(sought in text for text in found.fields.get(name, ())))
+        return _decided(Stage.ENVELOPE, lambda found: found.has(name, sought))
+    octets = name.encode()
+    return _decided(Stage.HEADER, lambda found: found.has(octets, sought))
 
 
-def _in_body(key: InBody, view: View, now: int) -> _Node:
-    sought = fold(key.text)
-    return _decided(Stage.BODY, lambda found: sought in found.text)
-
-
-def _in_text(key: InText, view: View, now: int) -> _Node:
-    """Found in the header, or else in the body."""
-    sought = fold(key.text)
-    header = _decided(Stage.HEADER, lambda found: sought in found.whole)
-    body = _decided(Stage.BODY, lambda found: sought in found.parts or sought in found.text)
-    return _any_of([header, body])
+def _text(key: Text, view: View, now: int) -> _Node:
+    name, sought = key.where.lower(), comparable(key.what)
+    if name in FIELDS:
+        return _decided(Stage.ENVELOPE, lambda found: found.has(name, sought))
+    if not sought:
+        return _constant(True)
+    if name == "body":
+        return _decided(Stage.BODY, lambda found: found.in_body(sought))
+    return _decided(Stage.BODY, lambda found: found.in_text(sought))
 
 
 _COMPILED: dict[type, Callable[[Any, View, int], _Node]] = {
-    All: lambda key, view, now: _constant(True),
-    Flag: _flag,
-    Numbers: _numbered,
-    Uids: lambda key, view, now: _in_ranges(view.ranges(key.ranges, by_uid=True)),
-    Saved: lambda key, view, now: _in_ranges(view.ranges(SAVED, by_uid=True)),
-    ModSeq: _modseq,
-    Date: _date,
-    Within: _within,
+    Age: _age,
+    Day: _day,
+    Field: _field,
+    Flagged: _flagged,
+    Modified: _modified,
+    ObjectId: _object_id,
     Size: _size,
-    Identifier: _identifier,
-    Envelope: lambda key, view, now: _envelope(key.name, key.text),
-    Header: _header,
-    InBody: _in_body,
-    InText: _in_text,
+    Text: _text,
+    Within: _within_set,
 }

@@ -2,50 +2,45 @@
 3.2.6)."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
 
+from relaymta.proto.imap_command import Numbers, Qresync
 from relaymta.proto.imap_records import LAST_UID, formatted, pairs, pick, ranges_of, runs, within
-from relaymta.proto.imap_uids import Ranges, Uids
+from relaymta.proto.imap_uids import Uids
 from relaymta.proto.imap_view import View
 
-__all__ = ["Known", "Mismatched", "resync", "vanished_earlier"]
+__all__ = ["resync", "vanished_earlier"]
 
 LINE_RANGES = 400  # of one response: some 8 kB at most
 
-
-class Mismatched(ValueError):
-    """Message numbers and UIDs of the sequence match data are not as many, or not in ascending order: BAD."""
+Ranges = Sequence[tuple[int, int]]
 
 
-class Known(NamedTuple):
-    """The QRESYNC parameter of SELECT or EXAMINE: what the client knew. `uids`: of which it wants to hear (None: of all);
-    `numbers` and `matching`: message numbers and the UIDs that they had. None of them has "*"."""
-
-    uidvalidity: int
-    modseq: int
-    uids: Ranges | None = None
-    numbers: Ranges = ()
-    matching: Ranges = ()
-
-
-def resync(view: View, known: Known, records: bytes, expunged: Iterable[tuple[int, int]] | None) -> Iterator[bytes]:
+def resync(view: View, known: Qresync, records: bytes, expunged: Iterable[tuple[int, int]] | None) -> Iterator[bytes]:
     """The untagged responses that follow those of SELECT: VANISHED (EARLIER), then FETCH of changed flags; nothing when
     UIDVALIDITY is another one. `records`: with a MODSEQ above `known.modseq`; `expunged`: UIDs above it (first, last), in any
-    order; None when the store does not remember all of them. Mismatched."""
-    sampled = _last_match(view.uids, known.numbers, known.matching)
+    order; None when the store does not remember all of them."""
     if known.uidvalidity != view.uidvalidity:
         return iter(())
-    wanted = ranges_of(_sorted(known.uids if known.uids is not None else [(1, LAST_UID)]))
+    sampled = 0
+    if known.numbers is not None and known.at is not None:
+        sampled = _last_match(view.uids, known.numbers.ranges, known.at.ranges)
+    wanted = ranges_of(known.uids.ranges if known.uids is not None else [(1, LAST_UID)])
     changed = pick(records, within(records, wanted))
-    return chain(vanished_earlier(view, wanted, expunged, sampled), view.lines(changed, modseq=True))
+    return chain(_vanished(view, wanted, expunged, sampled), view.lines(changed, modseq=True))
 
 
-def vanished_earlier(view: View, wanted: bytes, expunged: Iterable[tuple[int, int]] | None, sampled: int = 0) -> Iterator[bytes]:
-    """VANISHED (EARLIER) of those UIDs of packed ranges that were expunged, as of `resync`. When the store does not remember all
-    that were, these are all UIDs above `sampled` without a message. Messages that the client still has numbers for are not named:
-    `advance` tells of them, in a VANISHED of its own (3.2.10)."""
+def vanished_earlier(view: View, chosen: Numbers, expunged: Iterable[tuple[int, int]] | None) -> Iterator[bytes]:
+    """VANISHED (EARLIER) of UID FETCH (VANISHED): those of a set of UIDs that were expunged (as of `resync`). "*" is the highest
+    UID that there ever was, or what was expunged at the end would not be in `1:*`."""
+    ranges = view.ranges(chosen, by_uid=True) if chosen.saved else ranges_of(chosen.resolved(view.uidnext - 1))
+    return _vanished(view, ranges, expunged)
+
+
+def _vanished(view: View, wanted: bytes, expunged: Iterable[tuple[int, int]] | None, sampled: int = 0) -> Iterator[bytes]:
+    """When the store does not remember all that were expunged, these are all UIDs above `sampled` without a message. Messages
+    that the client still has numbers for are not named: `advance` tells of them, in a VANISHED of its own (3.2.10)."""
     low, high = 1 if expunged is not None else sampled + 1, view.uidnext - 1
     gone = _both(pairs(wanted), [(low, high)] if low <= high else [])
     if expunged is not None:
@@ -53,10 +48,6 @@ def vanished_earlier(view: View, wanted: bytes, expunged: Iterable[tuple[int, in
     found = ranges_of(_without(gone, pairs(runs(view.uids.data))))
     size = 8 * LINE_RANGES
     return (b"* VANISHED (EARLIER) %s\r\n" % formatted(found[at : at + size]) for at in range(0, len(found), size))
-
-
-def _sorted(ranges: Ranges) -> Iterator[tuple[int, int]]:
-    return ((min(pair), max(pair)) for pair in ranges)
 
 
 def _both(one: Iterable[tuple[int, int]], other: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -104,17 +95,7 @@ def _last_match(uids: Uids, numbers: Ranges, matching: Ranges) -> int:
 
 
 def _aligned(numbers: Ranges, matching: Ranges) -> Iterator[tuple[int, int, int]]:
-    """(message number, UID, length) of runs in which both go up by one."""
-    for ranges in (numbers, matching):
-        ends = [end for low, high in ranges for end in (low - 1, high)]
-        if ends != sorted(ends):
-            raise Mismatched("not in ascending order")
-    if sum(high - low + 1 for low, high in numbers) != sum(high - low + 1 for low, high in matching):
-        raise Mismatched("not as many message numbers as UIDs")
-    return _runs(list(numbers), list(matching))
-
-
-def _runs(numbers: list[tuple[int, int]], matching: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(message number, UID, length) of runs in which both go up by one. There are as many numbers as UIDs."""
     at = other = skipped = passed = 0
     while at < len(numbers):
         number, uid = numbers[at][0] + skipped, matching[other][0] + passed

@@ -49,14 +49,24 @@ def search(words: Words, uid: bool = False) -> Search:
     """SEARCH [RETURN (options)] [CHARSET name] key ..."""
     words.space()
     returns = _returns(words) if _next(words) == "RETURN" else None
+    try:
+        key = _keys(words)
+    except Refused as refused:
+        if refused.status == "NO" and returns is not None and "SAVE" in returns:
+            return Search(And(), returns, uid=uid, refusal=(refused.text, refused.code))
+        raise
+    return Search(key, returns, _asks_modseq(key), uid)
+
+
+def _keys(words: Words) -> Key:
+    """[CHARSET name] key ..."""
     if _next(words) == "CHARSET":
         _charset(words)
     keys = [_key(words, 0)]
     while words.kinds[words.at]:
         words.space()
         keys.append(_key(words, 0))
-    modseq = any(map(_asks_modseq, keys))
-    return Search(keys[0] if len(keys) == 1 else And(tuple(keys)), returns, modseq, uid)
+    return keys[0] if len(keys) == 1 else And(tuple(keys))
 
 
 def uid_search(words: Words) -> Search:

@@ -7,6 +7,7 @@ from relaymta._speedups.imap import Parser
 from relaymta.proto import imap_response as response
 from relaymta.proto import sasl
 from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSession, no_keys
+from relaymta.proto.imap_capability import AFTER_LOGIN, BEFORE_LOGIN, REVISIONS
 from relaymta.proto.imap_command import Append, Command
 from relaymta.proto.imap_words import Refused
 from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
@@ -21,17 +22,9 @@ APPENDED: Final = 6
 CANCELLED: Final = 7
 IDLE: Final = 8
 
-FIRST_LIMIT = 8192  # octets of a command before login
+FIRST_LIMIT = 32768  # octets of a command before login: an ID may have so many (RFC 2971 3.3)
 LIMIT = 65536  # and after it, APPEND's messages apart
 FIRST_LITERAL = 4096  # octets of a literal before login
-
-BEFORE_LOGIN = ("SASL-IR", "LITERAL+", "ID", "ENABLE")
-AFTER_LOGIN = (
-    "LITERAL+", "ID", "ENABLE", "IDLE", "NAMESPACE", "CHILDREN", "UNSELECT", "UIDPLUS", "MOVE", "ESEARCH", "SEARCHRES",
-    "CONDSTORE", "QRESYNC", "LIST-EXTENDED", "LIST-STATUS", "SPECIAL-USE", "CREATE-SPECIAL-USE", "STATUS=SIZE", "APPENDLIMIT",
-    "QUOTA", "QUOTA=RES-STORAGE", "QUOTA=RES-MESSAGE", "MULTIAPPEND", "OBJECTID", "SAVEDATE", "WITHIN", "BINARY", "UTF8=ACCEPT",
-)  # fmt: skip
-REVISIONS = ("IMAP4rev1", "IMAP4rev2")
 
 
 class Session(AccessSession):
@@ -220,6 +213,8 @@ class Session(AccessSession):
         text = answer.decode("utf-8", "replace").strip("\r\n").partition(" ")[2].partition(" ")[2]
         if answer.startswith(b"535"):
             said = response.tagged(self.tag, "NO", text, response.AUTHENTICATIONFAILED)
+        elif answer.startswith(b"550"):
+            said = response.tagged(self.tag, "NO", text, response.AUTHORIZATIONFAILED)
         elif answer.startswith(b"4"):
             said = response.tagged(self.tag, "NO", text, response.UNAVAILABLE)
         else:

@@ -1,18 +1,12 @@
 """The UIDs of a selected mailbox in the order of their message numbers, and sequence sets of either (RFC 9051 2.3.1, 9)."""
 
-from collections.abc import Hashable, Sequence
-from typing import Final, Literal
+from collections.abc import Hashable
 from weakref import WeakValueDictionary
 
-from relaymta.proto.imap_records import LAST_UID, cut, lower, packed, ranges_of, values
+from relaymta.proto.imap_command import Numbers
+from relaymta.proto.imap_records import cut, lower, packed, ranges_of
 
-__all__ = ["SAVED", "STAR", "NoSuchNumber", "Ranges", "SequenceSet", "Shared", "Uids"]
-
-STAR: Final = 0  # "*" in a range
-SAVED: Final = "$"  # instead of ranges: what SEARCH has saved (RFC 9051 6.4.4.1)
-
-Ranges = Sequence[tuple[int, int]]  # both ends belong to a range, and may be in either order; STAR is "*"
-SequenceSet = Ranges | Literal["$"]
+__all__ = ["NoSuchNumber", "Shared", "Uids"]
 
 
 class NoSuchNumber(ValueError):
@@ -46,31 +40,21 @@ class Uids:
         """The highest UID; 0 when there is none."""
         return self.uid(len(self)) if self.data else 0
 
-    def of_uids(self, ranges: Ranges) -> bytes:
+    def of_uids(self, chosen: Numbers) -> bytes:
         """Packed ranges of UIDs; "*" is the highest UID. UIDs that are not there are no error."""
-        star = self.last or LAST_UID
-        return ranges_of(_ordered(ranges, star))
+        return ranges_of(chosen.resolved(self.last))
 
-    def of_numbers(self, ranges: Ranges) -> bytes:
-        """Packed ranges of the UIDs that messages have by their numbers; "*" is the highest number. NoSuchNumber."""
-        numbered = _ordered(ranges, len(self))
-        if any(low < 1 or high > len(self) for low, high in numbered):
+    def of_numbers(self, chosen: Numbers) -> bytes:
+        """Packed ranges of the UIDs that messages have by their numbers; "*" is the highest number, and names nothing where there
+        is no message. NoSuchNumber."""
+        ranges = chosen.resolved(len(self))
+        if ranges and ranges[-1][1] > len(self):
             raise NoSuchNumber("no such message number")
-        return ranges_of((self.uid(low), self.uid(high)) for low, high in _joined(numbered))
+        return ranges_of((self.uid(low), self.uid(high)) for low, high in ranges)
 
     def cut(self, ranges: bytes) -> bytes:
         """The UIDs within packed ranges, packed."""
         return cut(self.data, ranges)
-
-
-def _ordered(ranges: Ranges, star: int) -> list[tuple[int, int]]:
-    ends = [(one or star, other or star) for one, other in ranges]
-    return [(min(pair), max(pair)) for pair in ends]
-
-
-def _joined(numbered: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    found = values(ranges_of(numbered))
-    return list(zip(found[::2], found[1::2], strict=True))
 
 
 class Shared:

@@ -19,8 +19,10 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from relaymta.proto.imap_command import Numbers
 from relaymta.proto.imap_records import (
     LAST_UID,
+    RECORD,
     RECORD_SIZE,
     changed,
     cut,
@@ -40,7 +42,7 @@ from relaymta.proto.imap_records import (
     untold,
     values,
 )
-from relaymta.proto.imap_uids import SequenceSet, Shared, Uids
+from relaymta.proto.imap_uids import Shared, Uids
 
 __all__ = ["SYSTEM_FLAGS", "Changes", "Desynchronized", "Mailbox", "View"]
 
@@ -48,6 +50,7 @@ SYSTEM_FLAGS = (b"\\Seen", b"\\Answered", b"\\Flagged", b"\\Deleted", b"\\Draft"
 KEYWORDS_MOST = 64 - len(SYSTEM_FLAGS)
 NONE_RECENT = LAST_UID + 1
 FLAGS, MODSEQ = 1, 2  # `items` of `lines`
+COVERED_MOST = 1000  # records
 SET_RUNS = 400  # ranges in one VANISHED response: some 8 kB at most
 
 
@@ -56,8 +59,8 @@ class Desynchronized(Exception):
 
 
 class Mailbox(NamedTuple):
-    """A mailbox as it was in one transaction. `recent`: the first UID that no session was told of as \\Recent (RFC 3501 2.3.2); a
-    session that may write sets it to UIDNEXT at SELECT, and after `advance` has told of new messages."""
+    """A mailbox as it was in one transaction. `recent`: the first UID of those messages that no other session was told of as
+    \\Recent (RFC 3501 2.3.2)."""
 
     uidvalidity: int
     uidnext: int
@@ -84,12 +87,12 @@ class Changes(NamedTuple):
 
 class View:
     """The picture. `uids`: by message number; `modseq`: all changes of flags up to it were told; `saved`: the result that SEARCH
-    has saved, packed UIDs; `condstore`, `qresync`: what the client has enabled; `recent`: messages from this UID on are \\Recent;
-    `read_only`: by EXAMINE."""
+    has saved, packed UIDs; `condstore`, `qresync`: what the client has enabled; messages from the UID `recent` to before `until`
+    are \\Recent; `read_only`: by EXAMINE."""
 
     __slots__ = (
-        "_held", "_keywords", "_names", "_safe", "_shared", "_told", "condstore", "key", "modseq", "qresync", "read_only",
-        "recent", "rev2", "saved", "uidnext", "uids", "uidvalidity",
+        "_held", "_keywords", "_names", "_own", "_recent_told", "_safe", "_shared", "_told", "condstore", "key", "modseq",
+        "qresync", "read_only", "recent", "rev2", "saved", "uidnext", "uids", "uidvalidity", "until",
     )  # fmt: skip
 
     def __init__(
@@ -100,12 +103,16 @@ class View:
         self._shared, self.key = shared, key
         self.uidvalidity, self.uidnext, self.modseq = mailbox.uidvalidity, mailbox.uidnext, mailbox.modseq
         self.uids = shared.keep(key, mailbox.modseq, Uids(uids))
-        self.recent = NONE_RECENT if rev2 else mailbox.recent
+        self.recent = self.until = NONE_RECENT
+        if not rev2:
+            self.take_recent(mailbox.recent, mailbox.uidnext)
         self.condstore, self.qresync, self.rev2, self.read_only = condstore or qresync, qresync, rev2, read_only
         self.saved = b""
+        self._recent_told = 0  # the last RECENT
         self._held = b""  # UIDs that are gone, and that the client still has numbers for
         self._safe = self.modseq  # below the MODSEQ of all that is held
         self._told: list[bytes] = []  # records above `modseq` that the client knows
+        self._own: set[int] = set()  # MODSEQs above it of changes of this session
         self._keywords: tuple[str, ...] = ()
         self._names = list(SYSTEM_FLAGS)
         self._learn(mailbox.keywords)
@@ -131,7 +138,8 @@ class View:
         that is not seen, or 0."""
         out = [*self._flags_response(), b"* %d EXISTS\r\n" % len(self.uids)]
         if not self.rev2:
-            out.append(b"* %d RECENT\r\n" % self._count_recent())
+            self._recent_told = self._count_recent()
+            out.append(b"* %d RECENT\r\n" % self._recent_told)
             if number := self.uids.number(unseen):
                 out.append(b"* OK [UNSEEN %d] First unseen\r\n" % number)
         out.append(b"* OK [UIDVALIDITY %d] UIDs valid\r\n* OK [UIDNEXT %d] Next UID\r\n" % (self.uidvalidity, self.uidnext))
@@ -148,7 +156,16 @@ class View:
         return b"* OK [HIGHESTMODSEQ %d] Highest\r\n" % self.highest
 
     def _count_recent(self) -> int:
-        return len(self.uids) - lower(self.uids.data, self.recent) if self.recent <= LAST_UID else 0
+        if self.recent == self.until:
+            return 0
+        end = lower(self.uids.data, self.until) if self.until <= LAST_UID else len(self.uids)
+        return end - lower(self.uids.data, self.recent)
+
+    def take_recent(self, first: int, until: int) -> None:
+        """This session is the first that is told of the messages from `first` to before `until` (RFC 3501 2.3.2): there were none
+        so far, or they end at `first`. Before `advance`, which tells of them."""
+        if first < until:
+            self.recent, self.until = (first, until) if self.recent == self.until else (self.recent, until)
 
     # Flags
 
@@ -176,25 +193,25 @@ class View:
 
     def flag_list(self, uid: int, flags: int) -> bytes:
         """The flags of a message as FETCH shows them, without parentheses."""
-        names = [b"\\Recent"] if uid >= self.recent else []
+        names = [b"\\Recent"] if self.recent <= uid < self.until else []
         return b" ".join([*names, *(name for bit, name in enumerate(self._names) if flags >> bit & 1)])
 
     def lines(self, records: bytes, flags: bool = True, modseq: bool | None = None) -> Iterator[bytes]:
         """FETCH responses with UID, and with FLAGS or MODSEQ (None: if CONDSTORE is enabled), in pieces of 4096 messages; of
         those records whose messages the client has numbers for."""
         items = FLAGS * flags + MODSEQ * (self.condstore if modseq is None else modseq)
-        uids, names, recent = self.uids.data, self._names, self.recent
-        return (lines(part, uids, names, recent, items) for part in slices(records))
+        uids, names, recent, until = self.uids.data, self._names, self.recent, self.until
+        return (lines(part, uids, names, recent, until, items) for part in slices(records))
 
     # Sequence sets
 
-    def ranges(self, chosen: SequenceSet, by_uid: bool) -> bytes:
+    def ranges(self, chosen: Numbers, by_uid: bool) -> bytes:
         """A set of UIDs, or of message numbers, as packed ranges of UIDs. NoSuchNumber (BAD)."""
-        if isinstance(chosen, str):
+        if chosen.saved:
             return runs(self.saved)  # what has been expunged is in no array any more
         return self.uids.of_uids(chosen) if by_uid else self.uids.of_numbers(chosen)
 
-    def targets(self, chosen: SequenceSet, by_uid: bool) -> bytes:
+    def targets(self, chosen: Numbers, by_uid: bool) -> bytes:
         """The UIDs of the messages of a set, packed. NoSuchNumber (BAD)."""
         return self.uids.cut(self.ranges(chosen, by_uid))
 
@@ -211,11 +228,23 @@ class View:
             nameless = ~((1 << len(self._names)) - 1) & (1 << 64) - 1
             self._told.append(untold(new, pick(new, select(new, 0, nameless, 0, 0))) if nameless else new)
 
+    def changed_here(self, before: bytes, after: bytes) -> None:
+        """This session has changed flags: the records of all messages that it applied to, as of `stored`. What others have done
+        has other MODSEQs."""
+        if len(after) <= COVERED_MOST * RECORD_SIZE:
+            self._own.update(modseq for _, _, _, modseq in RECORD.iter_unpack(untold(after, before)))
+
+    def covers(self, modseq: int) -> bool:
+        """Whether all changes up to this MODSEQ are known to be this session's own. False, too, where that would take long to
+        find out."""
+        return modseq - self.modseq <= len(self._own) and all(one in self._own for one in range(self.modseq + 1, modseq + 1))
+
     def stored(self, before: bytes, after: bytes, silent: bool, conditional: bool = False) -> Iterator[bytes]:
         """FETCH responses of this session's STORE (RFC 9051 6.4.6, RFC 7162 3.1.3). `before`, `after`: the records of the
         messages that it applied to, as they were right before and are now, in the same order; `conditional`: with UNCHANGEDSINCE.
         Flags that others have changed meanwhile are told, silent or not. `learn` comes first when the mailbox got a keyword."""
         others = select(before, 0, 0, 0, self.modseq + 1)
+        self.changed_here(before, after)
         self.told(after)
         if not silent:
             return self.lines(after)
@@ -249,6 +278,7 @@ class View:
         keywords, exists = self.learn(changes.keywords), self._exists(arrived)
         flagged = untold(flagged, joined(self._told))
         self._told.clear()
+        self._own.clear()
         end = self._highest_response() if self.condstore and (held or (self.qresync and telling)) else b""
         return filter(None, chain([keywords], self._expunges(telling, removed), [exists], self.lines(flagged), [end]))
 
@@ -276,10 +306,12 @@ class View:
         return uids if self._held else self._shared.keep(self.key, modseq, uids)
 
     def _exists(self, arrived: bytes) -> bytes:
-        if not arrived:
-            return b""
-        recent = b"" if self.rev2 else b"* %d RECENT\r\n" % self._count_recent()
-        return b"* %d EXISTS\r\n%s" % (len(self.uids), recent)
+        """EXISTS where there are more messages; RECENT (RFC 3501) there, and where their number has changed."""
+        exists = b"* %d EXISTS\r\n" % len(self.uids) if arrived else b""
+        if self.rev2:
+            return exists
+        told, self._recent_told = self._recent_told, self._count_recent()
+        return b"%s* %d RECENT\r\n" % (exists, self._recent_told) if arrived or told != self._recent_told else exists
 
     def _expunges(self, gone: bytes, removed: bytes) -> Iterator[bytes]:
         """EXPUNGE, or VANISHED, of packed UIDs that had these numbers. From the highest on: so each number is what it was."""

@@ -282,9 +282,13 @@ class Words:
         return self._name(self.astring("the name of a mailbox"))
 
     def pattern(self) -> str:
-        """A pattern of LIST, decoded."""
+        """A pattern of LIST, decoded; as it is where that is not possible: it matches no name then."""
         what = "a pattern"
-        return self._name(self._match(_PATTERN, what) if self.kinds[self.at] == WORD else self.string(what))
+        value = self._match(_PATTERN, what) if self.kinds[self.at] == WORD else self.string(what)
+        try:
+            return self._name(value)
+        except Refused:
+            return value.decode("latin-1")
 
     def _name(self, value: bytes) -> str:
         try:

@@ -26,45 +26,55 @@ def _below_inbox(name: str) -> bool:
 
 
 class Pattern:
-    """A pattern of LIST: `*` is any octets, `%` any within one level. A name is matched in time proportional to its length, times
-    that of the pattern divided by 64, whatever the two are: all places in the pattern that may be reached are bits of one
-    number."""
+    """Patterns of LIST, of which one has to match: `*` is any octets, `%` any within one level. A name is matched in time
+    proportional to its length, times that of the patterns divided by 64, whatever they are: all places in the patterns that may
+    be reached are bits of one number. Memory: the number of different characters, times that length."""
 
-    __slots__ = ("_any", "_at", "_empty", "_end", "_exact", "_level")
+    __slots__ = ("_any", "_at", "_begin", "_end", "_every", "_exact", "_level")
 
-    def __init__(self, pattern: str) -> None:
-        pattern = _WILDCARDS.sub(lambda run: "*" if "*" in run[0] else "%", canonical(pattern))
-        self._exact = pattern if "*" not in pattern and "%" not in pattern else None
-        self._empty = len(pattern) > 2 * NAME_MOST + 1  # there is no such name
-        self._at: dict[str, int] = {}  # where in the pattern a character is
-        self._any = self._level = 0  # where it has a `*`, and either of the two
-        self._end = 1 << len(pattern)
-        for place, character in enumerate("" if self._empty else pattern):
-            if character == "*":
-                self._any |= 1 << place
-            if character in "*%":
-                self._level |= 1 << place
-            else:
-                self._at[character] = self._at.get(character, 0) | 1 << place
+    def __init__(self, *patterns: str) -> None:
+        self._exact: set[str] = set()  # those without wildcards
+        self._every = False
+        self._at: dict[str, int] = {}  # where in the patterns a character is
+        self._any = self._level = 0  # where they have a `*`, and either of the two
+        self._begin = self._end = 0
+        place = 0
+        for given in patterns:
+            pattern = _WILDCARDS.sub(lambda run: "*" if "*" in run[0] else "%", canonical(given))
+            if "*" not in pattern and "%" not in pattern:
+                self._exact.add(pattern)
+            elif pattern == "*":
+                self._every = True
+            elif len(pattern) <= 2 * NAME_MOST + 1:  # else there is no such name
+                self._begin |= 1 << place
+                for character in pattern:
+                    self._place(character, 1 << place)
+                    place += 1
+                self._end |= 1 << place
+                place += 1
+
+    def _place(self, character: str, bit: int) -> None:
+        if character == "*":
+            self._any |= bit
+        if character in "*%":
+            self._level |= bit
+        else:
+            self._at[character] = self._at.get(character, 0) | bit
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern matches the name, which is canonical. The INBOX in it is matched in any case."""
-        if self._exact is not None:
-            return name == self._exact
-        if self._empty:
-            return False
-        if self._any == 1 and self._end == 2:
+        """Whether one of the patterns matches the name, which is canonical. The INBOX in it is matched in any case."""
+        if self._every or name in self._exact:
             return True
         anycase = len(INBOX) if _below_inbox(name) else 0
-        places = self._behind_wildcards(1)
+        places = self._behind_wildcards(self._begin)
         for number, character in enumerate(name):
+            if not places:
+                return False
             at = self._at.get(character, 0)
             if number < anycase:
                 at |= self._at.get(character.lower(), 0)
             stays = self._any if character == DELIMITER else self._level
             places = self._behind_wildcards((places & at) << 1 | (places & stays))
-            if not places:
-                return False
         return bool(places & self._end)
 
     def _behind_wildcards(self, places: int) -> int:

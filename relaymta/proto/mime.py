@@ -15,8 +15,8 @@ from relaymta.proto.mime_envelope import envelope, string
 from relaymta.proto.mime_structure import MESSAGE, MULTIPART, body_of, bodystructure
 
 __all__ = [
-    "VERSION", "Description", "Extent", "Section", "UnknownEncoding", "binary", "body_of", "cut", "describe", "extent",
-    "header_fields", "literal", "section",
+    "VERSION", "Description", "Extent", "Section", "UnknownEncoding", "binary", "body_of", "cut", "decoded_part", "describe",
+    "extent", "header_fields", "literal", "section",
 ]  # fmt: skip
 
 VERSION: Final = 1  # of what `describe` makes: a row with another one is made anew from the message
@@ -222,13 +222,22 @@ def binary(data: bytes, parts: bytes, path: Sequence[int], prefix: bytes = b"") 
     place = _find(parts, path)
     if place is None or not path:
         return section(data, parts, Section(tuple(path)), prefix)
-    whole = memoryview(data)[place.body : place.end]
+    return _decoded(place, memoryview(data)[place.body : place.end])
+
+
+def decoded_part(body: bytes, parts: bytes, path: Sequence[int]) -> list[Octets] | None:
+    """BINARY[path] as `binary`, where only the part's body is at hand. `path` is not empty."""
+    place = _find(parts, path)
+    return None if place is None else _decoded(place, memoryview(body))
+
+
+def _decoded(place: _Place, body: memoryview) -> list[Octets]:
     if place.kind in (MULTIPART, MESSAGE):
-        return [whole] if whole else []
+        return [body] if body else []
     if place.encoding not in _ENCODINGS:
         raise UnknownEncoding("unknown Content-Transfer-Encoding")
     decode = _ENCODINGS[place.encoding]
-    decoded = whole if decode is None else decode(whole.tobytes())
+    decoded = body if decode is None else decode(body.tobytes())
     return [decoded] if decoded else []
 
 

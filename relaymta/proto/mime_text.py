@@ -7,16 +7,20 @@ Linear in the length of the text. A charset that is not known is read as ISO-885
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from encodings.aliases import aliases
 from functools import lru_cache
-from typing import Final
+from itertools import pairwise
+from typing import Final, NamedTuple
 
 from relaymta._speedups.mime import Part, scan
-from relaymta._speedups.text import base64, holds, quoted_printable
+from relaymta._speedups.text import base64, folded, holds, quoted_printable
 from relaymta.proto.mime_envelope import unfolded
 
-__all__ = ["comparable", "contains", "decoded", "header_text", "in_header", "in_text", "is_text", "part_text", "text_parts"]
+__all__ = [
+    "charset_of", "comparable", "contains", "decoded", "header_text", "in_header", "in_pieces", "in_text", "is_text", "part_text",
+    "text_parts",
+]  # fmt: skip
 
 _WORD = re.compile(rb"=\?([^?\s*]*+)(?:\*[^?\s]*+)?\?([BbQq])\?([^?]*+)\?=")
 _BLANK = re.compile(rb"\s*+\Z")
@@ -32,8 +36,13 @@ _ALL: Final = {**{one: one for one in aliases.values()}, **aliases, **_MORE}
 _NO_TEXT: Final = frozenset(
     ("base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "rot_13", "uu_codec", "zlib_codec", "mbcs", "idna", "punycode")
 )
-_ASCII_IS_ASCII = ("ascii", "utf_8", "latin_1", "iso8859_", "cp125")  # codecs in which octets below 128 are ASCII
-MARKS_MOST = 30  # combining characters in a row (UAX #15, 13): sorting them takes the square of their number
+BASE64: Final = 2
+_UNDO: Final[dict[int, Callable[[bytes], bytes]]] = {0: bytes, 1: quoted_printable, BASE64: base64, 3: bytes}  # by Part.encoding
+MARKS_MOST = 32  # combining characters in a row that are normalized together (UAX #15, 13: text has 30 at most)
+PIECE: Final = 1 << 18  # octets of a part that are decoded together
+_NO_BASE64 = bytes(octet for octet in range(256) if octet > 127 or not (chr(octet).isalnum() or octet in b"+/="))
+_MAY_COMBINE = re.compile("[\u0300-\U0010ffff]")
+_BEYOND = "\U00010000-\U0010ffff"  # in a set of characters: all that a regular expression looks for one by one, so none of them
 
 
 @lru_cache(256)
@@ -96,15 +105,11 @@ def _q_decoded(text: bytes) -> bytes:
 
 def part_text(data: bytes, part: Part) -> str:
     """The text of a part, decoded by its encoding and charset."""
-    body = data[part.body : part.end]
-    if part.encoding == 1:
-        body = quoted_printable(body)
-    elif part.encoding == 2:
-        body = base64(body)
-    return decoded(body, _charset(data, part))
+    return decoded(_UNDO[part.encoding](data[part.body : part.end]), charset_of(data, part))
 
 
-def _charset(data: bytes, part: Part) -> bytes:
+def charset_of(data: bytes, part: Part) -> bytes:
+    """The charset that a part names; b"": none."""
     for name, name_end, start, end in part.parameters or ():
         if data[name:name_end].lower() == b"charset":
             return data[start:end]
@@ -122,24 +127,41 @@ def is_text(data: bytes, part: Part) -> bool:
 
 
 def comparable(text: str) -> str:
-    """Text in the form in which it is compared: casefold of NFKC, so that upper and lower case, and compatibility forms, are the
-    same."""
+    """Text in the form in which it is compared (RFC 9051 6.4.4): casefold of NFKC, so that upper and lower case, and
+    compatibility forms, are the same."""
     if text.isascii():
         return text.lower()
-    text = unicodedata.normalize("NFKC", _streamed(text)).casefold()
-    return text if text.isascii() else unicodedata.normalize("NFKC", text)
+    text = _normal(text).casefold()
+    return text if text.isascii() else _normal(text)
 
 
-def _streamed(text: str) -> str:
-    """Text in which no run of combining characters is longer than MARKS_MOST."""
-    return text if max(text) < "\u0300" else _marks().sub("\\1\u034f", text)
+def _normal(text: str) -> str:
+    """NFKC, in linear time: it sorts combining characters, which takes the square of how many follow each other, so behind each
+    MARKS_MOST in a row the text is divided."""
+    ends = [run.end() for run in _marks().finditer(text)] if _MAY_COMBINE.search(text) else []
+    if not ends:
+        return unicodedata.normalize("NFKC", text)
+    return "".join([unicodedata.normalize("NFKC", text[start:end]) for start, end in pairwise([0, *ends, len(text)])])
 
 
 @lru_cache(1)
 def _marks() -> re.Pattern[str]:
-    """MARKS_MOST combining characters in a row."""
-    marks = "".join(chr(code) for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code)))
-    return re.compile(f"([{marks}]{{{MARKS_MOST}}})")
+    """MARKS_MOST characters in a row that normalization makes combining ones of, or that are beyond 16 bits."""
+    marks = [one for one in map(chr, range(0x300, 0x10000)) if unicodedata.combining(unicodedata.normalize("NFKD", one)[0])]
+    return re.compile(f"[{''.join(marks)}{_BEYOND}]{{{MARKS_MOST}}}")
+
+
+@lru_cache(1)
+def _forms() -> dict[str, str]:
+    """By ASCII character, all others of 16 bits that are compared as it, or as something that has it: NBSP by the blank, U+00DF
+    by s."""
+    found = dict.fromkeys(map(chr, range(128)), "")
+    for one in map(chr, range(128, 0x10000)):
+        form = unicodedata.normalize("NFKC", one).casefold()
+        if form != one:
+            for character in {*comparable(one)} & found.keys():
+                found[character] += one
+    return found
 
 
 def contains(text: str, needle: str) -> bool:
@@ -156,8 +178,103 @@ def in_header(value: bytes, needle: str) -> bool:
 
 def in_text(data: bytes, part: Part, needle: str) -> bool:
     """The same of a part's text."""
-    if part.encoding == 0 and _codec(_charset(data, part)[:40].decode("latin-1")).startswith(_ASCII_IS_ASCII):
-        body = data[part.body : part.end]
-        if body.isascii():
-            return needle.isascii() and holds(body, needle.encode(), False)
-    return contains(part_text(data, part), needle)
+    charset = charset_of(data, part)
+    if part.end - part.body > PIECE:
+        return in_pieces(lambda start, end: data[start:end], part.body, part.end, part.encoding, charset, needle)
+    return _has(_UNDO[part.encoding](data[part.body : part.end]), charset, needle)
+
+
+def in_pieces(read: Callable[[int, int], bytes], start: int, end: int, encoding: int, charset: bytes, needle: str) -> bool:
+    """The same of a long text, from `start` to `end` of what `read` reads: in memory there are some pieces of it alone, of PIECE
+    octets. `encoding`: as of _speedups.mime.Part."""
+    before = ""
+    for text in _lines(_decoded_pieces(read, start, end, encoding), _codec(charset[:40].decode("latin-1"))):
+        before += comparable(text)
+        if needle in before:
+            return True
+        before = before[max(0, len(before) - len(needle) + 1) :]
+    return False
+
+
+def _has(text: bytes, charset: bytes, needle: str) -> bool:
+    """Whether text in a charset has `needle` in it. Where octets below 128 are ASCII it is decoded only when that may matter."""
+    if not _has_ascii(charset):
+        return contains(decoded(text, charset), needle)
+    sought = _sought(needle)
+    if sought is None:
+        return not text.isascii() and contains(decoded(text, charset), needle)
+    at = folded(text, False).find(sought.octets)
+    if text.isascii():
+        return at >= 0
+    if at >= 0:  # its last letter and a combining character behind it may be another one
+        behind = at + len(needle)
+        return text[behind : behind + 1] < b"\x80" or contains(decoded(text, charset), needle)
+    shown = decoded(text, charset)
+    return sought.hidden(shown) and contains(shown, needle)
+
+
+@lru_cache(256)
+def _has_ascii(charset: bytes) -> bool:
+    """Whether octets below 128 are ASCII in a charset."""
+    return _codec(charset[:40].decode("latin-1")).startswith(("ascii", "utf_8", "latin_1", "iso8859_", "cp125"))
+
+
+class _Sought(NamedTuple):
+    """A needle of ASCII. `few`, `many`: other characters in which a part of it may be found, below U+0100 and from there on."""
+
+    octets: bytes
+    few: str
+    many: re.Pattern[str]
+
+    def hidden(self, text: str) -> bool:
+        """Whether there may be a needle in a text, though not in its ASCII characters."""
+        try:
+            text.encode("latin_1")
+        except UnicodeEncodeError:
+            if self.many.search(text):
+                return True
+        return any(character in text for character in self.few)
+
+
+@lru_cache(100)
+def _sought(needle: str) -> _Sought | None:
+    """None: it is not of ASCII."""
+    if not needle.isascii():
+        return None
+    forms = "".join([_forms()[character] for character in set(needle)])
+    many = re.escape("".join(one for one in forms if one > "\xff"))
+    return _Sought(needle.encode(), "".join(one for one in forms if one <= "\xff"), re.compile(f"[{many}{_BEYOND}]"))
+
+
+def _decoded_pieces(read: Callable[[int, int], bytes], start: int, end: int, encoding: int) -> Iterator[bytes]:
+    """Pieces without their transfer encoding; each of whole lines, where there are any."""
+    rest = b""
+    while start < end:
+        piece = read(start, min(start + PIECE, end))
+        if not piece:
+            return
+        if start + len(piece) < end:
+            piece = piece[: piece.rfind(b"\n") + 1] or piece
+        start += len(piece)
+        if encoding == BASE64:
+            piece = rest + piece.translate(None, _NO_BASE64)
+            whole = len(piece) if start == end else len(piece) & ~3
+            piece, rest = piece[:whole], piece[whole:]
+        yield _UNDO[encoding](piece)
+
+
+def _lines(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
+    """The text of pieces, up to a line end each time: characters in front of it and behind it have nothing to do with each
+    other."""
+    decoder = codecs.getincrementaldecoder("utf_8" if codec == "ascii" else codec)("strict" if codec == "ascii" else "replace")
+    rest = ""
+    for piece in pieces:
+        try:
+            rest += decoder.decode(piece)
+        except UnicodeError:
+            decoder = codecs.getincrementaldecoder("latin_1")()
+            rest += decoder.decode(piece)
+        end = rest.rfind("\n") + 1 or len(rest)
+        yield rest[:end]
+        rest = rest[end:]
+    yield rest

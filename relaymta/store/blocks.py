@@ -5,21 +5,20 @@ Values stay below 2 kB, so LMDB needs no overflow pages; emptied blocks go, and 
 """
 
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
+from relaymta.proto.imap_records import LAST_UID, RECORD, merged, packed, pick, runs, within
 
-__all__ = ["MOST", "RECORD", "Blocks", "Record"]
+__all__ = ["LAST_UID", "MOST", "RECORD", "Blocks", "Chosen", "Record"]
 
-RECORD = struct.Struct("<IIQQ")  # UID, unused, flags, MODSEQ
 MOST = 80
 SMALL = MOST // 4  # a block with fewer records is joined with the next when both fit into one
 
 KEY = struct.Struct(">QBI")
 KIND = 1
-LAST_UID = 0xFFFFFFFF
 
 
 class Record(NamedTuple):
@@ -30,9 +29,21 @@ class Record(NamedTuple):
     modseq: int
 
 
+class Chosen(NamedTuple):
+    """Some messages of a block, by their records: `key` and `block` are the block as it is."""
+
+    key: bytes
+    block: bytes
+    records: bytes
+
+
 def records_of(block: bytes) -> list[Record]:
     """The records of a block."""
     return [Record(uid, flags, modseq) for uid, _, flags, modseq in RECORD.iter_unpack(block)]
+
+
+def _last_of(block: bytes) -> int:
+    return int(RECORD.unpack_from(block, len(block) - RECORD.size)[0])
 
 
 def _pack(record: Record) -> bytes:
@@ -70,6 +81,11 @@ class Blocks:
         found = cursor.prev() if found else cursor.last()
         return bool(found) and cursor.key()[:9] == self._prefix
 
+    def block(self, uid: int) -> bytes:
+        """The block in which a message is, if it is there; none where no block can have it."""
+        cursor = self._txn.cursor(db=self._table)
+        return cursor.value() if self._seek(cursor, uid) else b""
+
     def get(self, uid: int) -> Record | None:
         """A message's record; None when it is not in the mailbox."""
         cursor = self._txn.cursor(db=self._table)
@@ -88,25 +104,67 @@ class Blocks:
                 if first <= record.uid <= last:
                     yield record
 
+    def choose(self, uids: list[int]) -> list[Chosen]:
+        """The messages with these UIDs (in order) that are there, by their blocks."""
+        found, done = [], 0
+        cursor = self._txn.cursor(db=self._table)
+        while done < len(uids):
+            if not self._seek(cursor, uids[done]) and not cursor.set_range(KEY.pack(self._mailbox, KIND, uids[done])):
+                break
+            if cursor.key()[:9] != self._prefix:
+                break
+            key, block = cursor.item()
+            end = bisect_right(uids, _last_of(block), done)
+            if end > done:
+                records = pick(block, within(block, runs(packed(uids[done:end]))))
+                if records:
+                    found.append(Chosen(key, block, records))
+                done = end
+            elif cursor.next() and cursor.key()[:9] == self._prefix:  # the UID is between two blocks
+                done = bisect_left(uids, KEY.unpack(cursor.key())[2], done)
+            else:
+                break
+        return found
+
     def append(self, record: Record) -> None:
         """Add a message whose UID is higher than all that are there."""
-        cursor = self._txn.cursor(db=self._table)
-        if self._seek(cursor, LAST_UID):
-            block = cursor.value()
-            if RECORD.unpack_from(block, len(block) - RECORD.size)[0] >= record.uid:
-                raise StoreError(f"UID {record.uid} of mailbox {self._mailbox} is not the highest")
-            if len(block) < MOST * RECORD.size:
-                self._txn.put(cursor.key(), block + _pack(record), db=self._table)
-                return
-        self._txn.put(KEY.pack(self._mailbox, KIND, record.uid), _pack(record), db=self._table)
+        self.extend(_pack(record))
 
-    def replace(self, records: list[Record]) -> None:
-        """Write the records of messages that are there, in the order of their UIDs."""
-        self._rewrite({record.uid: record for record in records}, [record.uid for record in records])
+    def extend(self, records: bytes) -> None:
+        """Add messages, by their records, whose UIDs are higher than all that are there."""
+        cursor = self._txn.cursor(db=self._table)
+        start = 0
+        if self._seek(cursor, LAST_UID):
+            key, block = cursor.item()
+            uid = RECORD.unpack_from(records)[0]
+            if _last_of(block) >= uid:
+                raise StoreError(f"UID {uid} of mailbox {self._mailbox} is not the highest")
+            start = max(MOST * RECORD.size - len(block), 0)
+            if start:
+                self._txn.put(key, block + records[:start], db=self._table)
+        for begin in range(start, len(records), MOST * RECORD.size):
+            block = records[begin : begin + MOST * RECORD.size]
+            self._txn.put(KEY.pack(self._mailbox, KIND, RECORD.unpack_from(block)[0]), block, db=self._table)
+
+    def replace(self, chosen: Chosen, records: bytes) -> None:
+        """Write messages that were chosen anew, by their records; nothing else has changed since."""
+        self._txn.put(chosen.key, merged(chosen.block, records), db=self._table)
 
     def remove(self, uids: list[int]) -> None:
         """Remove messages that are there; `uids` in order."""
-        self._rewrite({}, uids)
+        cursor, done = self._txn.cursor(db=self._table), 0
+        while done < len(uids):
+            if not self._seek(cursor, uids[done]):
+                raise KeyError(uids[done])
+            key, block = cursor.item()
+            records = records_of(block)
+            end = bisect_right(uids, records[-1].uid, done)
+            gone = set(uids[done:end])
+            missing = gone - {record.uid for record in records}
+            if missing or not gone:
+                raise KeyError(min(missing, default=uids[done]))
+            self._write(key, [record for record in records if record.uid not in gone])
+            done = end
 
     def write_all(self, records: list[Record]) -> None:
         """Write the index anew."""
@@ -117,32 +175,14 @@ class Blocks:
             block = records[start : start + MOST]
             self._txn.put(KEY.pack(self._mailbox, KIND, block[0].uid), b"".join(map(_pack, block)), db=self._table)
 
-    def _rewrite(self, new: dict[int, Record], uids: list[int]) -> None:
-        """Replace the records of `uids` by those in `new`, or remove those that are not in it; block by block."""
-        cursor, done = self._txn.cursor(db=self._table), 0
-        while done < len(uids):
-            if not self._seek(cursor, uids[done]):
-                raise KeyError(uids[done])
-            key = bytes(cursor.key())
-            records = records_of(cursor.value())
-            touched = set()
-            while done < len(uids) and uids[done] <= records[-1].uid:
-                touched.add(uids[done])
-                done += 1
-            missing = touched - {record.uid for record in records}
-            if missing or not touched:
-                raise KeyError(min(missing, default=uids[min(done, len(uids) - 1)]))
-            kept = [new.get(record.uid, record) for record in records if record.uid in new or record.uid not in touched]
-            self._write(key, kept, shrunk=len(kept) < len(records))
-
-    def _write(self, key: bytes, records: list[Record], shrunk: bool) -> None:
-        """Write a block; one that has become small is joined with its neighbours where both fit into one."""
+    def _write(self, key: bytes, records: list[Record]) -> None:
+        """Write what is left of a block; one that has become small is joined with its neighbours where both fit into one."""
         first = KEY.pack(self._mailbox, KIND, records[0].uid) if records else b""
         if key != first:
             self._txn.delete(key, db=self._table)
         if not records:
             return
-        if shrunk and len(records) < SMALL:
+        if len(records) < SMALL:
             before, behind = self._neighbour(first, back=True), self._neighbour(first, back=False)
             for other, both in ((before, [*before, *records]), (behind, [*records, *behind])):
                 if other and len(both) <= MOST:

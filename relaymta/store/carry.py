@@ -115,7 +115,10 @@ class Carried:
         if state is None:
             return CarriedMailbox(row, None, [])
         with self._reader.rows.reading() as txn:
-            expunged = list(self._reader.rows.expunged(txn, row.mailbox))[-EXPUNGED_MOST:]
+            expunged = list(self._reader.rows.expunged(txn, row.mailbox))
+        if len(expunged) > EXPUNGED_MOST:
+            state = msgspec.structs.replace(state, forgotten=expunged[-EXPUNGED_MOST - 1][0])
+            expunged = expunged[-EXPUNGED_MOST:]
         if self._uidvalidity:  # higher than those that were
             state = msgspec.structs.replace(state, uidvalidity=self._uidvalidity)
             self._uidvalidity += 1

@@ -1,7 +1,5 @@
 """One write transaction of a shard: what happens to users, mailboxes and messages. Each method is all or nothing: it checks
 first, and raises Refusal before it has changed anything.
-
-States of mailboxes, users' rows and references of objects are collected, and written once by `finish` (or before a part).
 """
 
 from collections.abc import Iterable
@@ -9,10 +7,23 @@ from typing import NamedTuple
 
 import msgspec
 
-from relaymta.disk.transaction import Transaction
-from relaymta.errors import RelayError
-from relaymta.proto.envelope import Body, encode
-from relaymta.store.blocks import LAST_UID, Record
+from relaymta.disk.clock import wall_ms
+from relaymta.proto.envelope import encode
+from relaymta.proto.imap_records import LAST_UID, RECORD, apply, changed, count, load, untold, values
+from relaymta.store.asked import Copied, Stored
+from relaymta.store.blocks import Record, records_of
+from relaymta.store.collected import (
+    CANNOT,
+    EXISTS,
+    LIMIT,
+    MAILBOXES_MOST,
+    MISSING,
+    MOVING,
+    OVERQUOTA,
+    Collected,
+    Refusal,
+    tally,
+)
 from relaymta.store.rows import (
     DELETED,
     DONE,
@@ -21,35 +32,29 @@ from relaymta.store.rows import (
     INBOX,
     KEYWORDS_MOST,
     MESSAGE,
-    RUN,
+    MESSAGE_KIND,
     SEEN,
-    STATE,
     SYSTEM_FLAGS,
+    UNFINISHED,
     MailboxRow,
     MailboxState,
-    MailShard,
     MessageRow,
-    ObjectRow,
+    UnfinishedRow,
     UserRow,
-    name_key,
-    pairs,
+    decode_message,
+    expunged_of,
+    expunged_value,
+    runs_of,
 )
 
-__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "MOVING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal", "tally"]
+__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "MOVING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal"]
 
-# Why something is refused (the response codes of RFC 5530 and RFC 9208).
-MISSING, EXISTS, OVERQUOTA, LIMIT, CANNOT = "nonexistent", "alreadyexists", "overquota", "limit", "cannot"
-MOVING = "unavailable"
+EXPUNGED_MOST = 100_000  # UIDs of a mailbox that are known to have been expunged
+EXPUNGED_SECONDS = 90 * 86400
+FORGOTTEN_TOGETHER = 10  # rows
 
-MAILBOXES_MOST = 10_000  # of a user
-
-
-class Refusal(RelayError):
-    """The store does not do what was asked; nothing has changed. `code`: why, for programs."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
+_ALL = (1 << 64) - 1
+SYSTEM = (1 << SYSTEM_FLAGS) - 1
 
 
 class Limits(NamedTuple):
@@ -57,6 +62,9 @@ class Limits(NamedTuple):
 
     octets: int = 0
     messages: int = 0
+
+
+NO_LIMITS = Limits()
 
 
 class Filed(NamedTuple):
@@ -68,287 +76,295 @@ class Filed(NamedTuple):
     modseq: int
 
 
-class Change(Transaction):
-    """One write transaction, used on one thread: methods, then `finish`, or `abort` after an exception. `freed`: bodies that
-    nothing points at any more. `touched`: the MODSEQ of each mailbox that has changed."""
-
-    def __init__(self, shard: MailShard) -> None:
-        super().__init__(shard)
-        self._shard = shard
-        self._states: dict[int, MailboxState] = {}
-        self._users: dict[int, UserRow] = {}
-        self._objects: dict[int, ObjectRow] = {}
-        self._before: tuple[int, dict[int, int]] = (0, {})  # what `undo_part` restores
-        self._meta: dict[bytes, int] = {}
-        self.freed: list[tuple[int, Body]] = []
-        self.touched: dict[int, int] = {}
-
-    # What is collected
-
-    def _user(self, user: int) -> UserRow:
-        row = self._users.get(user) or self._shard.user(self.txn, user)
-        if row is None:
-            raise Refusal(MISSING, "no such user")
-        self._users[user] = row
-        return row
-
-    def _owner(self, user: int) -> UserRow:
-        """The row of a user who is to be changed."""
-        row = self._user(user)
-        if row.frozen:
-            raise Refusal(MOVING, "the user is being moved; try again")
-        return row
-
-    def _state(self, mailbox: int) -> MailboxState:
-        state = self._states.get(mailbox) or self._shard.state(self.txn, mailbox)
-        if state is None:
-            raise Refusal(MISSING, "no such mailbox")
-        self._states[mailbox] = state
-        return state
-
-    def _object(self, ident: int) -> ObjectRow:
-        row = self._objects.get(ident) or self._shard.object(self.txn, ident)
-        if row is None:
-            raise Refusal(MISSING, "no such message")
-        self._objects[ident] = row
-        return row
-
-    def _number(self, key: bytes) -> int:
-        value = self._meta.get(key)
-        return self._shard.meta_in(self.txn, key) if value is None else value
-
-    def _change_mailbox(self, mailbox: int, state: MailboxState) -> int:
-        """The MODSEQ of a change of a mailbox."""
-        state.modseq += 1
-        self.touched[mailbox] = state.modseq
-        return state.modseq
+class Change(Collected):
+    """One write transaction: methods, then `finish`, or `abort` after an exception."""
 
     # Users
 
     def add_user(self, user: int, mailboxes: Iterable[tuple[str, str]], uidvalidity: int) -> None:
         """Add a user with INBOX and these mailboxes (name and special use), subscribed to all. `uidvalidity`: of the first, by
         the wall clock (s)."""
-        if self._shard.user(self.txn, user) is not None or user in self._users:
-            raise Refusal(EXISTS, "the user exists")
-        self._users[user] = UserRow(uidvalidity=uidvalidity)
+        self.take_user(user, uidvalidity)
         for name, special in ((INBOX, ""), *mailboxes):
             self.create_mailbox(user, name, special, subscribed=True)
 
     def freeze(self, user: int, frozen: bool = True) -> None:
         """Change nothing of a user from now on but by `purge`; or again."""
-        self._user(user).frozen = frozen
+        self.user(user).frozen = frozen
 
     def purge(self, user: int, most: int) -> int:
-        """Remove a user with all mailboxes, or a part of that: at most so many messages. 0 while the user is there; then a
-        UIDVALIDITY (1 at least) that is higher than all that the user's mailboxes have had."""
-        if user not in self._users and self._shard.user(self.txn, user) is None:
+        """Remove a user with all mailboxes, whose names go first, or a part of that: at most so many rows. 0 while the user is
+        there; then a UIDVALIDITY (1 at least) that is higher than all that the user's mailboxes have had."""
+        if not self.is_user(user):
             return 1
-        owner = self._user(user)
-        for row in list(self._shard.mailboxes(self.txn, user)):
+        for row in list(self.shard.mailboxes(self.txn, user)):
             if row.mailbox:
-                uids = [record.uid for record, _ in zip(self._shard.index(self.txn, row.mailbox), range(most), strict=False)]
-                self._expunge(owner, row.mailbox, uids)
-                most -= len(uids)
-                if next(iter(self._shard.index(self.txn, row.mailbox)), None) is not None:
+                self.abandon(user, row.mailbox)
+            self.remove_name(user, row.name)
+        for _, number, unfinished in list(self.shard.unfinished(self.txn, user)):
+            if unfinished.removed:
+                most -= self.purge_mailbox(unfinished.mailbox, most)
+                if most <= 0:
                     return 0
-                self._remove_rows(row.mailbox)
-            self.txn.delete(name_key(user, row.name), db=self._tables["mailbox"])
-            if most <= 0:
-                return 0
-        del self._users[user]
-        self.txn.delete(ID.pack(user), db=self._tables["user"])
-        return max(owner.uidvalidity, 1)
+            self.remove_unfinished(user, number)
+        uidvalidity = self.user(user).uidvalidity
+        self.remove_user(user)
+        return max(uidvalidity, 1)
 
     # A user who comes from another shard, or a backup
 
     def take_user(self, user: int, uidvalidity: int) -> None:
         """Add a user without mailboxes, which `take_mailbox` brings. `uidvalidity`: of the next mailbox."""
-        if self._shard.user(self.txn, user) is not None or user in self._users:
+        if self.is_user(user):
             raise Refusal(EXISTS, "the user exists")
-        self._users[user] = UserRow(uidvalidity=uidvalidity)
+        self.put_user(user, UserRow(uidvalidity=uidvalidity))
 
     def take_mailbox(
         self, user: int, row: MailboxRow, state: MailboxState | None, expunged: list[tuple[int, list[tuple[int, int]]]]
     ) -> None:
         """Add a mailbox as it was elsewhere, without its messages, which `file` brings with their UIDs."""
-        self._user(user)
-        if self._shard.mailbox(self.txn, user, row.name) is not None:
+        self.user(user)
+        if self.shard.mailbox(self.txn, user, row.name) is not None:
             raise Refusal(EXISTS, f"there is a mailbox {row.name}")
         number = 0
         if state is not None:
-            self._meta[b"mailboxes"] = number = self._number(b"mailboxes") + 1
-            self._states[number] = msgspec.structs.replace(state, messages=0, unseen=0, deleted=0, octets=0)
+            vanished = sum(last - first + 1 for _, runs in expunged for first, last in runs)
+            empty = msgspec.structs.replace(state, messages=0, unseen=0, deleted=0, octets=0, vanished=vanished)
+            number = self.put_state(empty)
             for modseq, runs in expunged:
-                packed = b"".join(RUN.pack(*run) for run in runs)
-                self.txn.put(EXPUNGED.pack(number, 3, modseq), packed, db=self._tables["mail"])
-        self._put_mailbox(user, msgspec.structs.replace(row, mailbox=number))
+                value = expunged_value(runs, wall_ms() // 1000)
+                self.txn.put(EXPUNGED.pack(number, 3, modseq), value, db=self._tables["mail"])
+        self.put_mailbox(user, msgspec.structs.replace(row, mailbox=number))
 
     # Mailboxes
 
     def create_mailbox(self, user: int, name: str, special: str = "", subscribed: bool = False) -> MailboxRow:
         """Add a mailbox."""
-        row = self._owner(user)
-        old = self._shard.mailbox(self.txn, user, name)
+        row = self.owner(user)
+        old = self.shard.mailbox(self.txn, user, name)
         if old is not None and old.mailbox:
             raise Refusal(EXISTS, f"there is a mailbox {name}")
-        if sum(1 for _ in self._shard.mailboxes(self.txn, user)) >= MAILBOXES_MOST:
-            raise Refusal(LIMIT, f"{MAILBOXES_MOST} mailboxes are the most that a user may have")
-        number = self._number(b"mailboxes") + 1
-        self._meta[b"mailboxes"] = number
-        self._states[number] = MailboxState(row.uidvalidity)
+        if old is None:
+            self.check_names(user)
+        number = self.put_state(MailboxState(row.uidvalidity))
         row.uidvalidity += 1
         new = MailboxRow(name, number, special, subscribed or (old is not None and old.subscribed))
-        self._put_mailbox(user, new)
+        self.put_mailbox(user, new)
         return new
 
-    def _put_mailbox(self, user: int, row: MailboxRow) -> None:
-        self.txn.put(name_key(user, row.name), encode(row), db=self._tables["mailbox"])
+    def check_names(self, user: int, more: int = 1) -> None:
+        """Whether a user may have so many more names. Refusal."""
+        if self.shard.count_names(self.txn, user) + more > MAILBOXES_MOST:
+            raise Refusal(LIMIT, f"{MAILBOXES_MOST} mailboxes are the most that a user may have")
 
-    def remove_mailbox(self, user: int, name: str) -> None:
-        """Remove a mailbox whose messages are gone; its name stays while it is subscribed."""
-        self._owner(user)
-        row = self._shard.mailbox(self.txn, user, name)
-        if row is None or not row.mailbox:
-            raise Refusal(MISSING, f"there is no mailbox {name}")
-        if self._state(row.mailbox).messages:
-            raise Refusal(CANNOT, f"{name} has messages")
-        self._remove_rows(row.mailbox)
-        if row.subscribed:
-            self._put_mailbox(user, MailboxRow(name, 0, "", True))
-        else:
-            self.txn.delete(name_key(user, name), db=self._tables["mailbox"])
+    def abandon(self, user: int, mailbox: int) -> None:
+        """A mailbox has lost its name: it is there for nobody from now on, and counts no more. Its rows go by `purge_mailbox`."""
+        owner, state = self.user(user), self.state(mailbox)
+        owner.messages -= state.messages
+        owner.octets -= state.octets
+        self.touched[mailbox] = state.modseq + 1
+        self.remove_state(mailbox)
+        self.put_unfinished(user, mailbox, UnfinishedRow(mailbox, removed=True))
 
-    def _remove_rows(self, mailbox: int) -> None:
-        """Remove what is left of a mailbox without messages."""
-        self._states.pop(mailbox, None)
+    def purge_mailbox(self, mailbox: int, most: int) -> int:
+        """Remove rows of an abandoned mailbox; how many: `most` while there may be more."""
         cursor = self.txn.cursor(db=self._tables["mail"])
         prefix = ID.pack(mailbox)
-        while cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+        for removed in range(most):
+            if not cursor.set_range(prefix) or cursor.key()[:8] != prefix:
+                return removed
+            key, value = cursor.item()
+            if key[8] == MESSAGE_KIND:
+                self.unreference(decode_message(value).object)
             cursor.delete()
+        return most
+
+    def put_unfinished(self, user: int, number: int, row: UnfinishedRow) -> None:
+        """Write what a user has begun."""
+        self.txn.put(UNFINISHED.pack(0, 4, user, number), encode(row), db=self._tables["mail"])
+
+    def remove_unfinished(self, user: int, number: int) -> None:
+        """It has come to its end."""
+        self.txn.delete(UNFINISHED.pack(0, 4, user, number), db=self._tables["mail"])
 
     # Messages
 
-    def add_object(self, ident: int, body: Body, references: int) -> None:
-        """Add a message's data, to which so many messages have been or will be filed in this transaction."""
-        self._objects[ident] = ObjectRow(references, body)
-        self._meta[b"highest"] = max(ident, self._number(b"highest"))
-
     def refer(self, ident: int, references: int) -> None:
         """Further messages of data that is there."""
-        self._object(ident).references += references
+        self.object(ident).references += references
 
     def size(self, ident: int) -> int:
         """The octets of a message's data. Refusal when it is not there."""
-        return self._object(ident).body.length
+        return self.object(ident).body.length
 
     def file(
         self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits, create: bool = False,
         place: tuple[int, int] | None = None,
     ) -> Filed:  # fmt: skip
-        """Add a message to a mailbox (of which the caller counts a reference by `add_object` or `refer`). `place`: UID and MODSEQ
+        """Add a message to a mailbox (of which the caller counts a reference by `put_object` or `refer`). `place`: UID and MODSEQ
         that it has, in a mailbox of `take_mailbox`; in the order of UIDs."""
-        owner = self._owner(user)
-        self._check_room(owner, limits, 1, message.size)
+        owner, row = self.owner(user), self.shard.mailbox(self.txn, user, name)
+        missing = row is None or not row.mailbox
+        if missing and not create:
+            raise Refusal(MISSING, f"there is no mailbox {name}")
+        self.check_room(owner, limits, 1, message.size)
         if len(keywords) > KEYWORDS_MOST:
             raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a message may have")
-        row = self._shard.mailbox(self.txn, user, name)
-        if row is None or not row.mailbox:
-            if not create:
-                raise Refusal(MISSING, f"there is no mailbox {name}")
+        if row is None or missing:
             row = self.create_mailbox(user, name, subscribed=True)
-        state = self._state(row.mailbox)
+        return self.add(user, row.mailbox, message, flags, keywords, place)
+
+    def add(
+        self, user: int, mailbox: int, message: MessageRow, flags: int, keywords: list[str], place: tuple[int, int] | None = None
+    ) -> Filed:
+        """As `file`, into a mailbox by its id, whatever the user's quota is."""
+        owner, state = self.owner(user), self.state(mailbox)
         if state.uidnext > LAST_UID:
-            raise Refusal(LIMIT, f"{name} has had as many messages as it can")
-        flags |= self._bits(state, keywords)
+            raise Refusal(LIMIT, "the mailbox has had as many messages as it can")
+        flags |= self.bits(state, keywords)
         if place is not None:
             uid, modseq = place
         else:
             uid, state.uidnext = state.uidnext, state.uidnext + 1
-            modseq = self._change_mailbox(row.mailbox, state)
-        self._shard.index(self.txn, row.mailbox).append(Record(uid, flags, modseq))
-        self.txn.put(MESSAGE.pack(row.mailbox, 2, uid), encode(message), db=self._tables["mail"])
+            modseq = self.raised(mailbox, state)
+        self.shard.index(self.txn, mailbox).append(Record(uid, flags, modseq))
+        self.txn.put(MESSAGE.pack(mailbox, MESSAGE_KIND, uid), encode(message), db=self._tables["mail"])
         tally(state, owner, flags, message.size, 1)
-        return Filed(row.mailbox, state.uidvalidity, uid, modseq)
+        return Filed(mailbox, state.uidvalidity, uid, modseq)
 
-    def _check_room(self, owner: UserRow, limits: Limits, messages: int, octets: int) -> None:
+    def check_room(self, owner: UserRow, limits: Limits, messages: int, octets: int) -> None:
+        """Whether a user may have so much more. Refusal."""
         if limits.octets and owner.octets + octets > limits.octets:
             raise Refusal(OVERQUOTA, f"{owner.octets} of {limits.octets} octets are used")
         if limits.messages and owner.messages + messages > limits.messages:
             raise Refusal(OVERQUOTA, f"there are {owner.messages} of {limits.messages} messages")
 
-    def _bits(self, state: MailboxState, keywords: list[str]) -> int:
-        """The bits of keywords (any case); those that the mailbox does not have yet are added to it."""
-        if not keywords:
-            return 0
-        known = {keyword.lower(): keyword for keyword in (*reversed(keywords), *state.keywords)}
-        new = [
-            known[word] for word in dict.fromkeys(keyword.lower() for keyword in keywords) if known[word] not in state.keywords
-        ]
-        if len(state.keywords) + len(new) > KEYWORDS_MOST:
-            raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a mailbox may have")
-        state.keywords = [*state.keywords, *new]
-        return sum(1 << (SYSTEM_FLAGS + state.keywords.index(known[word])) for word in {keyword.lower() for keyword in keywords})
+    def store_flags(
+        self, user: int, mailbox: int, uids: list[int], how: str, flags: int, keywords: list[str], unchanged_since: int | None
+    ) -> Stored:
+        """Add ("+"), remove ("-") or replace ("") flags of messages (UIDs in order; those that are gone are left out). Those that
+        have changed since MODSEQ `unchanged_since` are left alone; a message that has the flags already does not change."""
+        self.owner(user)
+        state, index = self.state(mailbox), self.shard.index(self.txn, mailbox)
+        chosen, modified = index.choose(uids), list[int]()
+        if unchanged_since is not None:
+            modified = [*values(load([changed([one.records], unchanged_since) for one in chosen]))]
+            chosen = [one._replace(records=untold(one.records, changed([one.records], unchanged_since))) for one in chosen]
+        before = [one.records for one in chosen if one.records]
+        after = before
+        if before:
+            keep, add = self._masks(state, how, flags, keywords)
+            after = [apply(records, keep, add, state.modseq + 1) for records in before]
+        if after != before:
+            self.raised(mailbox, state)
+            state.unseen += count(after, 0, SEEN) - count(before, 0, SEEN)
+            state.deleted += count(after, DELETED, 0) - count(before, DELETED, 0)
+            for one, records in zip((one for one in chosen if one.records), after, strict=True):
+                if records != one.records:
+                    index.replace(one, records)
+        return Stored(b"".join(before), b"".join(after), modified, state.keywords)
 
-    def change_flags(self, user: int, mailbox: int, uids: list[int], add: int, remove: int = 0) -> list[Record]:
-        """Set and clear flags of messages (UIDs in order; those that are gone are left out); the records that have changed, all
-        with one MODSEQ. A message that has them already does not change (RFC 7162 3.1)."""
-        owner, state = self._owner(user), self._state(mailbox)
-        index = self._shard.index(self.txn, mailbox)
-        there = [record for uid in uids if (record := index.get(uid)) is not None]
-        changed = [(record, flags) for record in there if (flags := (record.flags | add) & ~remove) != record.flags]
-        if not changed:
-            return []
-        modseq = self._change_mailbox(mailbox, state)
-        for record, flags in changed:
-            tally(state, owner, record.flags, 0, -1)
-            tally(state, owner, flags, 0, 1)
-        records = [record._replace(flags=flags, modseq=modseq) for record, flags in changed]
-        index.replace(records)
-        return records
+    def _masks(self, state: MailboxState, how: str, flags: int, keywords: list[str]) -> tuple[int, int]:
+        """The flags that messages keep, and those that they get."""
+        if how == "-":
+            known = {keyword.lower() for keyword in state.keywords}
+            return _ALL ^ (flags | self.bits(state, [keyword for keyword in keywords if keyword.lower() in known])), 0
+        return _ALL if how == "+" else 0, flags | self.bits(state, keywords)
 
-    def expunge(self, user: int, mailbox: int, uids: list[int]) -> int:
-        """Remove messages (UIDs in order; those that are gone are left out); the MODSEQ of that, 0 when all were gone."""
-        return self._expunge(self._owner(user), mailbox, uids)
+    def copy(
+        self, user: int, mailbox: int, uids: list[int], target: int, now: int, limits: Limits = NO_LIMITS, move: bool = False
+    ) -> Copied:
+        """Copy messages (UIDs in order; those that are gone are left out) to the user's mailbox `target`, or move them there.
+        `now`: ms, wall clock."""
+        owner, into = self.owner(user), self.state(target)
+        source = self.shard.state(self.txn, mailbox) if mailbox != target else into
+        if source is None:
+            raise Refusal(CANNOT, "the mailbox is gone")
+        found = self._there(mailbox, uids)
+        copied = Copied(target, into.uidvalidity, [record.uid for record, _ in found])
+        if not found:
+            return copied
+        self.check_room(owner, limits, len(found), sum(message.size for _, message in found))
+        if into.uidnext + len(found) - 1 > LAST_UID:
+            raise Refusal(LIMIT, "the mailbox has had as many messages as it can")
+        words = self._translated(source, into, {record.flags >> SYSTEM_FLAGS for record, _ in found})
+        modseq, records = self.raised(target, into), bytearray()
+        for uid, (record, message) in enumerate(found, into.uidnext):
+            flags = record.flags & SYSTEM | words[record.flags >> SYSTEM_FLAGS]
+            records += RECORD.pack(uid, 0, flags, modseq)
+            row = msgspec.structs.replace(message, saved=now)
+            self.txn.put(MESSAGE.pack(target, MESSAGE_KIND, uid), encode(row), db=self._tables["mail"])
+            tally(into, owner, flags, message.size, 1)
+            copied.copies.append(uid)
+            if not move:
+                self.object(message.object).references += 1
+        into.uidnext += len(found)
+        self.shard.index(self.txn, target).extend(bytes(records))
+        if move:
+            self._remove(owner, mailbox, found, referred=True)
+        return copied
 
-    def _expunge(self, owner: UserRow, mailbox: int, uids: list[int]) -> int:
-        state, index = self._state(mailbox), self._shard.index(self.txn, mailbox)
-        there = [record for uid in uids if (record := index.get(uid)) is not None]
-        if not there:
-            return 0
-        modseq = self._change_mailbox(mailbox, state)
-        for record in there:
-            message = self._shard.message(self.txn, mailbox, record.uid)
-            assert message is not None
-            self.txn.delete(MESSAGE.pack(mailbox, 2, record.uid), db=self._tables["mail"])
+    def _there(self, mailbox: int, uids: list[int]) -> list[tuple[Record, MessageRow]]:
+        """The messages with these UIDs that are there."""
+        chosen = self.shard.index(self.txn, mailbox).choose(uids)
+        records = records_of(b"".join(one.records for one in chosen))
+        found = ((record, self.shard.message(self.txn, mailbox, record.uid)) for record in records)
+        return [(record, message) for record, message in found if message is not None]
+
+    def _translated(self, source: MailboxState, into: MailboxState, keywords: set[int]) -> dict[int, int]:
+        """Bits of keywords of one mailbox: those of the same keywords in another."""
+        return {
+            bits: self.bits(into, [word for number, word in enumerate(source.keywords) if bits >> number & 1])
+            for bits in sorted(keywords)
+        }
+
+    def expunge(self, user: int, mailbox: int, uids: list[int], marked: bool = False) -> int:
+        """Remove messages (UIDs in order; those that are gone are left out, and, where `marked`, those without \\Deleted); the
+        MODSEQ of that, 0 when all were gone."""
+        return self.expunge_as(self.owner(user), mailbox, uids, marked)
+
+    def expunge_as(self, owner: UserRow, mailbox: int, uids: list[int], marked: bool = False) -> int:
+        """As `expunge`, also while the user is frozen."""
+        self.state(mailbox)
+        there = self._there(mailbox, uids)
+        gone = [one for one in there if one[0].flags & DELETED] if marked else there
+        return self._remove(owner, mailbox, gone) if gone else 0
+
+    def _remove(self, owner: UserRow, mailbox: int, messages: list[tuple[Record, MessageRow]], referred: bool = False) -> int:
+        """Remove messages that are there. `referred`: other messages point at their objects instead."""
+        state = self.state(mailbox)
+        modseq = self.raised(mailbox, state)
+        for record, message in messages:
+            self.txn.delete(MESSAGE.pack(mailbox, MESSAGE_KIND, record.uid), db=self._tables["mail"])
             tally(state, owner, record.flags, message.size, -1)
-            self._unreference(message.object)
-        gone = [record.uid for record in there]
-        index.remove(gone)
-        self.txn.put(EXPUNGED.pack(mailbox, 3, modseq), pairs(gone), db=self._tables["mail"])
+            if not referred:
+                self.unreference(message.object)
+        gone, now = [record.uid for record, _ in messages], wall_ms() // 1000
+        self.shard.index(self.txn, mailbox).remove(gone)
+        self.txn.put(EXPUNGED.pack(mailbox, 3, modseq), expunged_value(runs_of(gone), now), db=self._tables["mail"])
+        state.vanished += len(gone)
+        self._forget_expunged(mailbox, state, now - EXPUNGED_SECONDS)
         return modseq
 
-    def _unreference(self, ident: int) -> None:
-        row = self._object(ident)
-        row.references -= 1
-        if not row.references:
-            del self._objects[ident]
-            self.txn.delete(ID.pack(ident), db=self._tables["object"])
-            self.freed.append((ident, row.body))
-
-    def relocate(self, ident: int, was: Body, body: Body) -> bool:
-        """Point an object at the copy of its body; False when it is gone or has moved meanwhile."""
-        row = self._objects.get(ident) or self._shard.object(self.txn, ident)
-        if row is None or row.body != was:
-            return False
-        row.body = body
-        self._objects[ident] = row
-        return True
+    def _forget_expunged(self, mailbox: int, state: MailboxState, before: int) -> None:
+        """Forget some of what was expunged first, where it is more than is kept, or older (s, wall clock)."""
+        cursor = self.txn.cursor(db=self._tables["mail"])
+        prefix = EXPUNGED.pack(mailbox, 3, 0)[:9]
+        for _ in range(FORGOTTEN_TOGETHER):
+            if not cursor.set_range(prefix) or cursor.key()[:9] != prefix:
+                return
+            when, runs = expunged_of(cursor.value())
+            if state.vanished <= EXPUNGED_MOST and not 0 < when < before:
+                return
+            state.forgotten = EXPUNGED.unpack(cursor.key())[2]
+            state.vanished = max(state.vanished - sum(last - first + 1 for first, last in runs), 0)
+            cursor.delete()
 
     # Deliveries of the queue
 
     def is_done(self, queue_id: int, recipient: int, user: int) -> bool:
         """Whether this recipient's message was filed for a user."""
-        return self._shard.is_done(self.txn, queue_id, recipient, user)
+        return self.shard.is_done(self.txn, queue_id, recipient, user)
 
     def done(self, queue_id: int, recipient: int, user: int, now: int) -> None:
         """Note that a recipient's message is filed for a user (`now`: ms of the shard's clock)."""
@@ -360,60 +376,3 @@ class Change(Transaction):
         prefix = DONE.pack(queue_id, recipient, 0)[:12]
         while cursor.set_range(prefix) and cursor.key()[:12] == prefix:
             cursor.delete()
-
-    # The transaction
-
-    def set_meta(self, key: bytes, value: int) -> None:
-        """Write a number in meta."""
-        self._meta[key] = value
-
-    def _settle(self) -> None:
-        """Write what was collected."""
-        put, tables = self.txn.put, self._tables
-        for mailbox, state in self._states.items():
-            put(STATE.pack(mailbox, 0), encode(state), db=tables["mail"])
-        for user, row in self._users.items():
-            put(ID.pack(user), encode(row), db=tables["user"])
-        for ident, found in self._objects.items():
-            put(ID.pack(ident), encode(found), db=tables["object"])
-        for key, value in self._meta.items():
-            put(key, str(value).encode(), db=tables["meta"])
-        self._forget()
-
-    def _forget(self) -> None:
-        for collected in (self._states, self._users, self._objects, self._meta):
-            collected.clear()
-
-    def begin_part(self) -> None:
-        """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
-        self._settle()  # so that what is undone can be read again as it was
-        self._before = len(self.freed), dict(self.touched)
-        super().begin_part()
-
-    def keep_part(self) -> None:
-        """Keep the part: it is committed if the whole transaction is."""
-        self._settle()
-        super().keep_part()
-
-    def undo_part(self) -> None:
-        """Undo all changes of the part."""
-        super().undo_part()
-        self._forget()
-        freed, self.touched = self._before
-        del self.freed[freed:]
-
-    def finish(self, now: int) -> None:
-        """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
-        self._meta[b"seen"] = now
-        self._settle()
-        self.txn.commit()
-
-
-def tally(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:
-    """Count a message that comes (`sign` 1) or goes (-1)."""
-    state.messages += sign
-    state.unseen += sign * (not flags & SEEN)
-    state.deleted += sign * bool(flags & DELETED)
-    state.octets += sign * size
-    owner.messages += sign
-    owner.octets += sign * size

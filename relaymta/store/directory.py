@@ -126,6 +126,11 @@ class Directory:
 
     # Reading
 
+    @property
+    def version(self) -> int:
+        """The number of changes so far; -1 where that is not known."""
+        return self._version.get(0) if self._version is not None else -1
+
     def find(self, recipient: str, separator: str = "") -> Found | None:
         """As `look_up`, from memory where nothing has changed since the last time."""
         if self._version is None:

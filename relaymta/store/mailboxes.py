@@ -7,6 +7,7 @@ ends before it has answered, the caller is told so (the queue asks again, and no
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,46 +18,46 @@ from relaymta.control import Late
 from relaymta.disk.big import BigFile
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
+from relaymta.store.asked import Answer, Copied, Message, Partial, Stored
 from relaymta.store.carry import Carried, Part, convert_part
-from relaymta.store.change import LIMIT, MOVING, Change, Refusal
+from relaymta.store.change import LIMIT, MOVING, Change, Limits, Refusal
 from relaymta.store.directory import Directory, Found, Version
 from relaymta.store.others import ReadOnly
 from relaymta.store.reading import Readable
 from relaymta.store.rows import UserRow
 from relaymta.store.shard import Shard
 from relaymta.store.shown import flags_from
+from relaymta.store.watching import Listener, Told, Watches
 from relaymta.store.writer import Result, Target
 
-__all__ = ["OF_PEERS", "OF_SUPERVISOR", "Mailboxes"]
+__all__ = ["OF_SUPERVISOR", "Copied", "Mailboxes", "Message", "Partial", "Stored"]
 
 OWNER_SECONDS = 30.0  # for an answer of another owner
+CHANGE_SECONDS = 600.0  # for one of a session, which may concern many messages
 REPLACED_SECONDS = 10.0  # for which the successor of an owner that has ended is waited for
 
 
-class Peer(Protocol):
+class Peer(Listener, Protocol):
     """The channel to another owner (control.Channel)."""
 
     async def ask(self, op: str, descriptors: list[int] | None = None, seconds: float | None = None, /, **args: Any) -> Any:
         """Its answer to a request."""
 
-    def notify(self, op: str, /, **args: Any) -> None:
-        """Tell it something."""
-
 
 class Mailboxes:
-    """`own`: the numbers of the shards that this process owns. `told(touched)`: as of Shard; `version`: as of Directory.
-    SpoolBusy when another process owns one of them."""
+    """`own`: the numbers of the shards that this process owns. `version`: as of Directory. SpoolBusy when another process owns
+    one of them."""
 
     def __init__(
         self,
         spool: Path,
         own: list[int],
-        told: Callable[[dict[int, int]], None] = lambda touched: None,
         version: Version | None = None,
     ) -> None:
         folder = spool / MAIL
         self.directory = Directory(folder / "directory", version=version)
-        self.shards = {number: Shard(folder, number, told) for number in own}
+        self.shards = {number: Shard(folder, number, partial(self._told, number)) for number in own}
+        self._watches = Watches()
         self._others = ReadOnly(folder)
         self._peers: dict[int, Peer] = {}  # by the shard that each owns
         self._changed = asyncio.Event()  # set, and replaced, when there is a new one
@@ -77,8 +78,14 @@ class Mailboxes:
         """The owner of these shards is at the other end of a channel."""
         for number in shards:
             self._peers[number] = peer
+            if mailboxes := self._watches.mailboxes(number):
+                peer.notify("mail_watch", shard=number, mailboxes=mailboxes)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def leave(self, peer: Peer) -> None:
+        """The channel to another process is closed."""
+        self._watches.forget(peer)
 
     def find(self, recipient: str, separator: str) -> Found | None:
         """As `Directory.find`."""
@@ -130,7 +137,7 @@ class Mailboxes:
         except (ConnectionError, RelayError) as error:
             return [StoreError(str(error))] * len(targets)
 
-    async def _asked(self, number: int, op: str, again: bool = True, /, **args: Any) -> Any:
+    async def _asked(self, number: int, op: str, again: bool = True, seconds: float = OWNER_SECONDS, /, **args: Any) -> Any:
         """The answer of a shard's owner: to what may be asked twice (`again`), of its successor, where it ends first.
         ConnectionError, Refused."""
         loop = asyncio.get_running_loop()
@@ -140,7 +147,7 @@ class Mailboxes:
             try:
                 if peer is None:
                     raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
-                return await peer.ask(op, None, OWNER_SECONDS, **args)
+                return await peer.ask(op, None, seconds, **args)
             except Late:
                 raise
             except ConnectionError as error:
@@ -164,18 +171,59 @@ class Mailboxes:
             raise StoreError(f"shard {number} of the mailboxes is not owned here")
         return self.shards[number]
 
-    async def change(self, number: int, what: str, user: int, mailbox: int, uids: list[int], **how: int) -> None:
-        """A change of messages that sessions ask for (`CHANGES`), by the shard's owner, or its successor; each may be asked for
-        twice. Refusal, StoreError, RelayError, ConnectionError: it may have been done in part."""
-        args: dict[str, Any] = {"user": user, "mailbox": mailbox, "uids": uids, **how}
+    async def change(self, number: int, what: str, *args: Any) -> Any:
+        """What a session asks of a shard's owner: an operation of `CHANGES`, with the arguments and the result of the Shard's
+        method. What may be done twice is asked of the owner's successor, where it ends first. Refusal; StoreError, RelayError,
+        ConnectionError: it may have been done, or in part."""
+        method, _, result, again = CHANGES[what]
         if number in self.shards:
-            await CHANGES[what](self.shards[number], **args)
-        else:
-            await self._asked(number, "mail_change", shard=number, what=what, args=args)
+            return await method(self.shards[number], *args)
+        if what == "store_flags" and args[-1] is not None:
+            again = False  # what it has changed itself would be said to be modified by others
+        answer = await self._asked(number, "mail_change", again, CHANGE_SECONDS, shard=number, what=what, args=args)
+        return msgspec.convert(answer, Answer).taken(result)
 
-    async def change_for_peer(self, shard: int, what: str, args: dict[str, Any]) -> None:
+    async def change_for_peer(self, shard: int, what: str, args: list[Any]) -> Answer:
         """What another process has asked for by `mail_change`."""
-        await CHANGES[what](self._own(shard), **args)
+        method, kinds, _, _ = CHANGES[what]
+        given = [msgspec.convert(value, kind) for value, kind in zip(args, kinds, strict=False)]
+        return await Answer.of(method(self._own(shard), *given))
+
+    def watch(self, shard: int, mailbox: int, told: Told) -> Callable[[], None]:
+        """Call `told(modseq)` on the loop after each commit that has changed a mailbox, or removed it, once in a turn of the
+        loop, until what this returns is called. MODSEQ 0: something may have changed; that is told when another process that owns
+        the shard has begun to tell, and so whenever a new one does."""
+        if self._watches.add(shard, mailbox, told):
+            self._tell_owner(shard, "mail_watch", mailbox)
+        watching = True
+
+        def stop() -> None:
+            nonlocal watching
+            if watching and self._watches.remove(shard, mailbox, told):
+                self._tell_owner(shard, "mail_unwatch", mailbox)
+            watching = False
+
+        return stop
+
+    def _tell_owner(self, shard: int, op: str, mailbox: int) -> None:
+        peer = self._peers.get(shard)
+        if shard not in self.shards and peer is not None:
+            peer.notify(op, shard=shard, mailboxes=[mailbox])
+
+    def _told(self, shard: int, touched: dict[int, int]) -> None:
+        self._watches.changed(shard, touched)
+
+    async def asked_by(self, peer: Peer, op: str, args: dict[str, Any]) -> Any:
+        """The answer to what another process asks for, or notifies. RelayError."""
+        if op == "mail_watch":
+            return self._watches.listen(peer, **args)
+        if op == "mail_unwatch":
+            return self._watches.ignore(peer, **args)
+        if op == "mail_told":
+            return self._told(args["shard"], dict(args["touched"]))
+        if op not in OF_PEERS:
+            raise RelayError(f"no such request of a peer: {op}")
+        return await OF_PEERS[op](self, **args)
 
     def forget(self, queue_id: int, recipients: list[int], shards: list[int]) -> None:
         """The queue has ended these recipients of a message, which were filed in these shards."""
@@ -257,8 +305,19 @@ class Mailboxes:
         return result.text if result.code else ""
 
 
-# What sessions ask of the owner of a shard.
-CHANGES: dict[str, Callable[..., Awaitable[None]]] = {"expunge": Shard.expunge, "flags": Shard.change_flags}
+# What sessions ask of the owner of a shard: the types of the arguments (the last may be left out where it has a default) and of
+# the result, and whether it may be done twice.
+CHANGES: dict[str, tuple[Callable[..., Awaitable[Any]], tuple[Any, ...], Any, bool]] = {
+    "store_flags": (Shard.store_flags, (int, int, list[int], str, int, list[str], int | None), Stored, True),
+    "expunge": (Shard.expunge, (int, int, list[int], bool), None, True),
+    "claim_recent": (Shard.claim_recent, (int, int, int, int, bool), int, True),
+    "copy": (Shard.copy, (int, int, list[int], str, Limits, bool), Copied, False),
+    "append": (Shard.append, (int, str, list[Message], Limits), Copied, False),
+    "create": (Shard.create, (int, str, str), None, False),
+    "delete": (Shard.delete, (int, str), None, False),
+    "rename": (Shard.rename, (int, str, str), None, False),
+    "subscribe": (Shard.subscribe, (int, str, bool), None, True),
+}
 # What the supervisor asks of the owner of a shard, and what other owners ask.
 OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_user": Mailboxes.add_user,

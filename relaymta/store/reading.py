@@ -4,12 +4,13 @@ A body may move while it is read (compaction), or its place may be used again: t
 once more. No read transaction is open while a file is read.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from relaymta.disk.segments import big_file, body_file, read_frame
+from relaymta.disk.segments import big_file, body_file, read_cached, read_frame
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 from relaymta.store.blocks import LAST_UID, Record
@@ -26,6 +27,9 @@ class Bodies(Protocol):
 
     def read(self, ident: int, body: Body) -> bytes:
         """A message's data, verified. StoreError."""
+
+    def read_now(self, ident: int, body: Body) -> bytes | None:
+        """The same of a body in a segment, where nothing has to be waited for; else None."""
 
     def big_path(self, ident: int) -> Path:
         """The file of a large body."""
@@ -44,6 +48,17 @@ class Files:
                 return read_frame(file.fileno(), ident, body)
         except OSError as error:
             raise StoreError(f"cannot read the body of {ident:016x}: {error}") from error
+
+    def read_now(self, ident: int, body: Body) -> bytes | None:
+        """As of Bodies."""
+        try:
+            descriptor = os.open(body_file(self._directory, ident, body), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return read_cached(descriptor, ident, body)
+        finally:
+            os.close(descriptor)
 
     def big_path(self, ident: int) -> Path:
         """As of Bodies."""

@@ -16,10 +16,11 @@ from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import encode
 from relaymta.store.blocks import Record
-from relaymta.store.change import Change, tally
+from relaymta.store.change import Change
+from relaymta.store.collected import tally
 from relaymta.store.files import MailFiles
 from relaymta.store.reading import Files
-from relaymta.store.rows import ID, MESSAGE, STATE, SYSTEM_FLAGS, MailboxState, MailShard, UserRow
+from relaymta.store.rows import ID, MESSAGE, MESSAGE_KIND, STATE, SYSTEM_FLAGS, MailboxState, MailShard, MessageRow, UserRow
 from relaymta.store.verify import contradictions
 
 __all__ = ["repair"]
@@ -84,6 +85,11 @@ def _recount(rows: MailShard, txn: Any) -> None:
             state = rows.state(txn, found.mailbox) if found.mailbox else None
             if state is not None:
                 _recount_mailbox(rows, txn, found.mailbox, state, owner, references)
+        for _, _, unfinished in list(rows.unfinished(txn, user)):
+            owner.messages += unfinished.messages
+            owner.octets += unfinished.octets
+            if unfinished.removed:
+                references.update(message.object for _, message in _kept(rows, txn, unfinished.mailbox))
         txn.put(ID.pack(user), encode(owner), db=rows.tables["user"])
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for ident, found_object in list(rows.objects(txn)):
@@ -103,22 +109,33 @@ def _recount(rows: MailShard, txn: Any) -> None:
             txn.put(SEGMENT.pack(number), encode(new), db=rows.tables["segment"])
 
 
+def _kept(rows: MailShard, txn: Any, mailbox: int) -> list[tuple[int, MessageRow]]:
+    """The messages of a mailbox. One without its data goes."""
+    kept = []
+    for uid, message in list(rows.messages(txn, mailbox)):
+        if rows.object(txn, message.object) is None:
+            txn.delete(MESSAGE.pack(mailbox, MESSAGE_KIND, uid), db=rows.tables["mail"])
+        else:
+            kept.append((uid, message))
+    return kept
+
+
 def _recount_mailbox(
     rows: MailShard, txn: Any, mailbox: int, state: MailboxState, owner: UserRow, references: Counter[int]
 ) -> None:
-    """Count a mailbox anew. A message without its data goes; one that the index does not have is put there, without flags."""
+    """Count a mailbox anew. A message that the index does not have is put there, without flags."""
     index = rows.index(txn, mailbox)
     state.messages = state.unseen = state.deleted = state.octets = 0
+    state.vanished = 0
     for modseq, runs in rows.expunged(txn, mailbox):
+        state.vanished += sum(last - first + 1 for first, last in runs)
+        state.forgotten = min(state.forgotten, modseq - 1)
         state.modseq = max(state.modseq, modseq)
         state.uidnext = max(state.uidnext, *(last + 1 for _, last in runs))
     there: list[Record] = []
     known = {record.uid: record for record in index}
     named = (1 << (SYSTEM_FLAGS + len(state.keywords))) - 1
-    for uid, message in list(rows.messages(txn, mailbox)):
-        if rows.object(txn, message.object) is None:
-            txn.delete(MESSAGE.pack(mailbox, 2, uid), db=rows.tables["mail"])
-            continue
+    for uid, message in _kept(rows, txn, mailbox):
         record = known.get(uid) or Record(uid, 0, state.modseq)
         record = record._replace(flags=record.flags & named)
         there.append(record)

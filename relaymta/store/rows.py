@@ -1,9 +1,10 @@
 """One shard of the mailboxes: its LMDB environment, the tables, and how they are read.
 
-    mail      mailbox, 0              MailboxState
+    mail      0, 4, user, number      UnfinishedRow (the ids of mailboxes begin with 1)
+              mailbox, 0              MailboxState
               mailbox, 1, first UID   a block of index records (blocks.py)
               mailbox, 2, UID         MessageRow
-              mailbox, 3, MODSEQ      UIDs expunged then, as pairs of first and last
+              mailbox, 3, MODSEQ      UIDs expunged then, as pairs of first and last; the first pair is 0 and the time (s)
     mailbox   user, name              MailboxRow
     object    id                      ObjectRow: a message's data, once for all mailboxes of the shard
     user      id                      UserRow
@@ -12,12 +13,14 @@
     meta      word                    schema, last committed time ("seen"), highest object id, highest mailbox id
 
 Keys begin with the mailbox, so that what a delivery changes lies together; they are big-endian, so that every query is a prefix
-scan. Values stay below 2 kB but for those of objects with many parts. What a group commit changes: change.py.
+scan. Values stay below 2 kB but for those of objects with many parts, and of what is unfinished. What a group commit changes:
+change.py.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,14 +29,15 @@ import msgspec
 from relaymta.disk.environment import MAP_SIZE, Environment
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
+from relaymta.proto.mime import Description
 from relaymta.store.blocks import Blocks
 
 __all__ = [
     "ANSWERED", "DELETED", "DRAFT", "FLAGGED", "INBOX", "KEYWORDS_MOST", "SEEN", "MailShard", "MailboxRow", "MailboxState",
-    "MessageRow", "ObjectRow", "UserRow",
+    "MessageRow", "ObjectRow", "UnfinishedRow", "UserRow",
 ]  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2
 INBOX: Final = "INBOX"
 
 # Flags of an index record; the bits above are the mailbox's keywords, in the order of MailboxState.keywords.
@@ -47,6 +51,8 @@ EXPUNGED = struct.Struct(">QBQ")
 ID = struct.Struct(">Q")
 DONE = struct.Struct(">QIQ")
 RUN = struct.Struct("<II")  # first and last UID
+MESSAGE_KIND = 2
+UNFINISHED = struct.Struct(">QBQQ")
 
 _NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all
 
@@ -55,7 +61,8 @@ _TABLES = ("mail", "mailbox", "object", "user", "done", "segment", "meta")
 
 class MailboxState(msgspec.Struct, array_like=True, gc=False):
     """What a mailbox's next message gets, and what SELECT and STATUS tell. `recent`: the first UID that no session was told of as
-    \\Recent; `octets`: sum of the sizes of its messages."""
+    \\Recent; `octets`: sum of the sizes of its messages; `forgotten`: the MODSEQ up to which it is not known what was expunged;
+    `vanished`: how many UIDs are known to be expunged."""
 
     uidvalidity: int
     uidnext: int = 1
@@ -66,6 +73,8 @@ class MailboxState(msgspec.Struct, array_like=True, gc=False):
     octets: int = 0
     recent: int = 1
     keywords: list[str] = []
+    forgotten: int = 0
+    vanished: int = 0
 
 
 class MessageRow(msgspec.Struct, array_like=True, gc=False):
@@ -80,10 +89,26 @@ class MessageRow(msgspec.Struct, array_like=True, gc=False):
 
 
 class ObjectRow(msgspec.Struct, array_like=True, gc=False):
-    """A message's data. `references`: rows of mailboxes that point at it."""
+    """A message's data. `references`: rows of mailboxes that point at it; `described`: what FETCH needs of it, None when that is
+    too long to be kept (or has not been made: then it is made of the data); `digest`: the first 16 octets of its SHA-256, b""
+    where it has not been made."""
 
     references: int
     body: Body
+    described: Description | None = None
+    digest: bytes = b""
+
+
+class UnfinishedRow(msgspec.Struct, array_like=True, gc=False):
+    """What has been begun for a user and has not come to its end. `mailbox`: `removed`, it has no name any more, and all that is
+    left of it goes; else messages are being filed there: those in `uids` (first and last) go if the others do not come. For those
+    others, `messages` and `octets` are reserved: the user has used them already."""
+
+    mailbox: int
+    removed: bool
+    uids: list[tuple[int, int]] = []
+    messages: int = 0
+    octets: int = 0
 
 
 class MailboxRow(msgspec.Struct, array_like=True, gc=False):
@@ -106,8 +131,9 @@ class UserRow(msgspec.Struct, array_like=True, gc=False):
 
 
 _decode_state = msgspec.msgpack.Decoder(MailboxState).decode
-_decode_message = msgspec.msgpack.Decoder(MessageRow).decode
+decode_message = msgspec.msgpack.Decoder(MessageRow).decode
 _decode_object = msgspec.msgpack.Decoder(ObjectRow).decode
+_decode_unfinished = msgspec.msgpack.Decoder(UnfinishedRow).decode
 _decode_mailbox = msgspec.msgpack.Decoder(MailboxRow).decode
 _decode_user = msgspec.msgpack.Decoder(UserRow).decode
 
@@ -157,9 +183,22 @@ class MailShard(Environment):
                     return
                 yield _decode_mailbox(value)
 
+    def count_names(self, txn: Any, user: int) -> int:
+        """How many names a user has."""
+        prefix = ID.pack(user)
+        cursor = txn.cursor(db=self.tables["mailbox"])
+        if not cursor.set_range(prefix):
+            return 0
+        return sum(1 for _ in takewhile(lambda key: key[:8] == prefix, cursor.iternext(keys=True, values=False)))
+
+    def raw_state(self, txn: Any, mailbox: int) -> bytes | None:
+        """A mailbox's state as it is stored."""
+        raw: bytes | None = txn.get(STATE.pack(mailbox, 0), db=self.tables["mail"])
+        return raw
+
     def state(self, txn: Any, mailbox: int) -> MailboxState | None:
         """A mailbox's state; None when there is no such mailbox."""
-        raw = txn.get(STATE.pack(mailbox, 0), db=self.tables["mail"])
+        raw = self.raw_state(txn, mailbox)
         return None if raw is None else _decode_state(raw)
 
     def index(self, txn: Any, mailbox: int) -> Blocks:
@@ -168,18 +207,18 @@ class MailShard(Environment):
 
     def message(self, txn: Any, mailbox: int, uid: int) -> MessageRow | None:
         """A message's row; None when it is not in the mailbox."""
-        raw = txn.get(MESSAGE.pack(mailbox, 2, uid), db=self.tables["mail"])
-        return None if raw is None else _decode_message(raw)
+        raw = txn.get(MESSAGE.pack(mailbox, MESSAGE_KIND, uid), db=self.tables["mail"])
+        return None if raw is None else decode_message(raw)
 
     def messages(self, txn: Any, mailbox: int, after: int = 0) -> Iterator[tuple[int, MessageRow]]:
         """(UID, row) of the messages of a mailbox with UIDs above `after`, in their order."""
         cursor = txn.cursor(db=self.tables["mail"])
-        prefix = MESSAGE.pack(mailbox, 2, 0)[:9]
-        if cursor.set_range(MESSAGE.pack(mailbox, 2, after + 1)):
+        prefix = MESSAGE.pack(mailbox, MESSAGE_KIND, 0)[:9]
+        if cursor.set_range(MESSAGE.pack(mailbox, MESSAGE_KIND, after + 1)):
             for key, value in cursor:
                 if key[:9] != prefix:
                     return
-                yield MESSAGE.unpack(key)[2], _decode_message(value)
+                yield MESSAGE.unpack(key)[2], decode_message(value)
 
     def expunged(self, txn: Any, mailbox: int, after: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """(MODSEQ, UIDs as pairs of first and last) of what was expunged above MODSEQ `after`, in its order."""
@@ -189,7 +228,23 @@ class MailShard(Environment):
             for key, value in cursor:
                 if key[:9] != prefix:
                     return
-                yield EXPUNGED.unpack(key)[2], list(RUN.iter_unpack(value))
+                yield EXPUNGED.unpack(key)[2], expunged_of(value)[1]
+
+    def unfinished(self, txn: Any, user: int | None = None) -> Iterator[tuple[int, int, UnfinishedRow]]:
+        """(user, number, row) of what has not come to its end: for a user, or for all."""
+        cursor = txn.cursor(db=self.tables["mail"])
+        prefix = UNFINISHED.pack(0, 4, user or 0, 0)[: 9 if user is None else 17]
+        if cursor.set_range(prefix):
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                _, _, owner, number = UNFINISHED.unpack(key)
+                yield owner, number, _decode_unfinished(value)
+
+    def unfinished_row(self, txn: Any, user: int, number: int) -> UnfinishedRow | None:
+        """What a user has begun under a number; None when it has come to its end."""
+        raw = txn.get(UNFINISHED.pack(0, 4, user, number), db=self.tables["mail"])
+        return None if raw is None else _decode_unfinished(raw)
 
     def object(self, txn: Any, ident: int) -> ObjectRow | None:
         """The row of a message's data; None when no mailbox has it (any more)."""
@@ -220,12 +275,23 @@ class MailShard(Environment):
         return txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"]) is not None
 
 
-def pairs(uids: list[int]) -> bytes:
-    """UIDs, in order, as pairs of first and last of each run."""
-    runs: list[list[int]] = []
+def runs_of(uids: Iterable[int]) -> list[tuple[int, int]]:
+    """UIDs, in order, as first and last of each run."""
+    runs: list[tuple[int, int]] = []
     for uid in uids:
         if runs and uid == runs[-1][1] + 1:
-            runs[-1][1] = uid
+            runs[-1] = runs[-1][0], uid
         else:
-            runs.append([uid, uid])
-    return b"".join(RUN.pack(*run) for run in runs)
+            runs.append((uid, uid))
+    return runs
+
+
+def expunged_value(runs: list[tuple[int, int]], when: int) -> bytes:
+    """The value of a row of UIDs that were expunged (s, wall clock)."""
+    return b"".join(RUN.pack(*run) for run in ((0, when), *runs))
+
+
+def expunged_of(value: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """When UIDs were expunged (s; 0: unknown), and the UIDs."""
+    runs = list(RUN.iter_unpack(value))
+    return (0, runs) if runs[0][0] else (runs[0][1], runs[1:])

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relaymta.disk.big import BigBody, BigFile, copy_big
+from relaymta.disk.big import BigFile
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
@@ -17,10 +17,12 @@ from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
-from relaymta.errors import StoreError, StoreFull, store_error
+from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
+from relaymta.store.appending import Appends
 from relaymta.store.carry import CarriedMailbox, CarriedMessages, CarriedUser, Entry, Part
 from relaymta.store.change import Change, Refusal
+from relaymta.store.noted import NOTHING, Noted, noted, write_large
 from relaymta.store.reading import Bodies, data_of
 from relaymta.store.rows import SCHEMA, MailShard, MessageRow
 from relaymta.store.writer import File, Filings, Forget, MailWriter, Result, Target
@@ -29,16 +31,16 @@ __all__ = ["Shard"]
 
 TICK = 0.05  # seconds
 CHECK_TICKS = 20
-SLICE = 1000  # messages that one transaction removes
 
 T = TypeVar("T")
 
 
-class Shard:
+class Shard(Appends):
     """Shard `number` in `folder` (SPOOL/mail). `told(touched)` is called on the loop after each commit, with the MODSEQ of each
     mailbox that it has changed. SpoolBusy when another process owns the shard."""
 
     def __init__(self, folder: Path, number: int, told: Callable[[dict[int, int]], None] = lambda touched: None) -> None:
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._told = told
         self.number = number
@@ -60,7 +62,6 @@ class Shard:
         self._compactor = Compactor(self.rows, self.segments, self.writer, self.rows.points_at, self.readers.start)
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._closing = False
 
     async def start(self) -> None:
         """Begin to commit. Returns when messages can be filed."""
@@ -69,6 +70,7 @@ class Shard:
         await self.readers.run(self._sweep)
         if self._schema != SCHEMA:  # not written again, so that an existing shard starts on a full disk
             await self.task(lambda change: change.set_meta(b"schema", SCHEMA))
+        await self._take_back_all()
         self._tick()
 
     def _sweep(self) -> None:
@@ -81,9 +83,12 @@ class Shard:
 
     async def stop(self) -> None:
         """Commit what is pending and close; what is asked for meanwhile is refused."""
+        if self._recent:
+            await self._write_recent()
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        await self._end_changes()
         await self.readers.close()  # first: large messages that are being written are submitted then
         await self.writer.close()
         self.segments.close()
@@ -98,15 +103,13 @@ class Shard:
 
     async def _file(self, ident: int, data: list[bytes] | BigFile | None, targets: list[Target]) -> File:
         """File a message, or (None) another copy of the object `ident`; errors as of `file`."""
-        self._check_open()
-        if self.disk.full:
-            raise StoreFull("there is no room for mail")
+        self._check_room()
         future = self._loop.create_future()
         done = partial(_resolve, future)
         if data is None or (not isinstance(data, BigFile) and sum(map(len, data)) <= self.segments.big_limit):
-            self.writer.submit(File(ident, data, targets, done))
+            self.writer.submit(File(ident, data, targets, done, noted=NOTHING if data is None else noted(b"".join(data))))
         else:
-            writing = self.readers.submit(self._written, ident, data)
+            writing = self.readers.submit(write_large, self.segments.big_path(ident), ident, data)
             writing.add_done_callback(lambda written: self._submit_large(written, ident, targets, done))
             await asyncio.shield(writing)
         file: File = await future  # a caller who is cancelled cancels it: then nobody is told
@@ -115,25 +118,10 @@ class Shard:
         return file
 
     def _submit_large(
-        self, written: "asyncio.Future[Body]", ident: int, targets: list[Target], done: Callable[[File], None]
+        self, written: "asyncio.Future[tuple[Body, Noted]]", ident: int, targets: list[Target], done: Callable[[File], None]
     ) -> None:
         if not written.cancelled() and written.exception() is None:
-            self.writer.submit(File(ident, None, targets, done, written.result()))
-
-    def _written(self, ident: int, data: list[bytes] | BigFile) -> Body:
-        """Reader thread: a large body, in a file of its own."""
-        if isinstance(data, BigFile):
-            return copy_big(data, self.segments.big_path(ident), ident)
-        try:
-            file = BigBody(self.segments.big_path(ident), ident)
-            try:
-                file.write(data)
-                return file.finish([])
-            except BaseException:
-                file.discard()
-                raise
-        except OSError as error:
-            raise store_error(error) from None
+            self.writer.submit(File(ident, None, targets, done, *written.result()))
 
     def forget(self, queue_id: int, recipients: list[int]) -> None:
         """The queue has ended these recipients of a message: see Forget."""
@@ -148,6 +136,11 @@ class Shard:
     def _check_open(self) -> None:
         if self._closing:
             raise StoreError(f"{self.path} is being closed")
+
+    def _check_room(self) -> None:
+        self._check_open()
+        if self.disk.full:
+            raise StoreFull("there is no room for mail")
 
     def data(self, message: MessageRow) -> bytes:
         """Reader thread: as `reading.data_of`."""
@@ -198,35 +191,9 @@ class Shard:
                 raise Refusal(file.results[0].code, file.results[0].text)
         return [file.ident for file in files if isinstance(file, File)]
 
-    # What sessions change
-
-    async def expunge(self, user: int, mailbox: int, uids: list[int]) -> None:
-        """Remove messages (UIDs in order), in slices: each is seen by others before the next. Refusal, StoreError: not all of
-        them are gone."""
-        for start in range(0, len(uids), SLICE):
-            part = uids[start : start + SLICE]
-            await self.task(lambda change, part=part: change.expunge(user, mailbox, part))  # type: ignore[misc]
-
-    async def change_flags(self, user: int, mailbox: int, uids: list[int], add: int, remove: int) -> None:
-        """As `Change.change_flags`, in slices."""
-        for start in range(0, len(uids), SLICE):
-            part = uids[start : start + SLICE]
-            await self.task(lambda change, part=part: change.change_flags(user, mailbox, part, add, remove))  # type: ignore[misc]
-
-    async def freeze(self, user: int, frozen: bool = True) -> None:
-        """As `Change.freeze`."""
-        await self.task(lambda change: change.freeze(user, frozen))
-
-    async def purge(self, user: int) -> int:
-        """Remove a user and all mail, in slices; a UIDVALIDITY as of `Change.purge`. What a cancellation leaves is removed by the
-        next call."""
-        while not (found := await self.task(lambda change: change.purge(user, SLICE))):
-            pass
-        return found
-
     def _committed(self, group: Filings) -> None:
         """On the loop, after a group. What one of those who waited for it raises must not keep the others from being told."""
-        for operation in (*group.files, *group.tasks, *group.moves):
+        for operation in (*group.files, *group.together, *group.tasks, *group.moves):
             _tell(operation, self._loop)
         if group.touched:
             self._told(group.touched)

@@ -68,9 +68,17 @@ def _rows(shard: MailShard, known_users: set[int] | None, free: set[int]) -> Ite
                 messages += state.messages
                 wrong = _mailbox(shard, txn, found.mailbox, state, references)
                 yield from (f"user {user}: {found.name}: {what}" for what in wrong)
+            for _, _, unfinished in shard.unfinished(txn, user):
+                octets += unfinished.octets
+                messages += unfinished.messages
+                if unfinished.removed:
+                    known.add(unfinished.mailbox)
+                    references.update(message.object for _, message in shard.messages(txn, unfinished.mailbox))
             if (octets, messages) != (row.octets, row.messages):
                 yield f"user {user}: {row.messages} messages, {row.octets} octets, but its mailboxes have {messages}, {octets}"
-        yield from (f"rows of mailbox {number}, which nobody has" for number in _mailboxes(shard, txn) - known)
+        yield from (f"rows of mailbox {number}, which nobody has" for number in _mailboxes(shard, txn) - known - {0})
+        strangers = {user for user, _, _ in shard.unfinished(txn)} - {user for user, _ in users}
+        yield from (f"user {user}, who is not here, has something unfinished" for user in strangers)
         yield from _objects(shard, txn, references)
 
 
@@ -107,6 +115,10 @@ def _mailbox(shard: MailShard, txn: Any, mailbox: int, state: MailboxState, refe
     if counted != (state.messages, state.unseen, state.deleted, state.octets):
         yield f"counted {counted}, but its state says {(state.messages, state.unseen, state.deleted, state.octets)}"
     expunged = list(shard.expunged(txn, mailbox))
+    if state.vanished > sum(last - first + 1 for _, runs in expunged for first, last in runs):
+        yield f"{state.vanished} UIDs should be known to be expunged"
+    if expunged and expunged[0][0] <= state.forgotten:
+        yield f"what was expunged at MODSEQ {expunged[0][0]} should be forgotten"
     gone = {uid for _, runs in expunged for first, last in runs for uid in range(first, last + 1)}
     if gone & set(uids):
         yield f"UIDs {sorted(gone & set(uids))} are expunged and there"

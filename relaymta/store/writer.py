@@ -22,9 +22,10 @@ from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
 from relaymta.store.change import Change, Filed, Limits, Refusal
-from relaymta.store.rows import INBOX, MailShard, MessageRow
+from relaymta.store.noted import NOTHING, Noted
+from relaymta.store.rows import INBOX, MailShard, MessageRow, ObjectRow
 
-__all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target"]
+__all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target", "Together"]
 
 
 SMALL_GROUP = 10  # tasks at a full disk or map: larger groups fail
@@ -62,18 +63,19 @@ _BEFORE = Result()
 
 class File:
     """A message to file: `data` in pieces, once for all `targets`, or (None) `body` of `size` octets, a large one that has been
-    written, or (None, too) the data of the object `ident`, which is there. `done(file)` is called on the loop; `results`: one for
-    each target; `error`: why nothing is filed."""
+    written, or (None, too) the data of the object `ident`, which is there. `noted`: of its data. `done(file)` is called on the
+    loop; `results`: one for each target; `error`: why nothing is filed."""
 
-    __slots__ = ("body", "data", "done", "error", "ident", "results", "size", "targets")
+    __slots__ = ("body", "data", "done", "error", "ident", "noted", "results", "size", "targets")
 
     def __init__(
         self,
         ident: int,
         data: list[bytes] | None,
         targets: list[Target],
-        done: "Callable[[File], None]",
+        done: "Callable[[File], None] | None" = None,
         body: Body | None = None,
+        noted: Noted = NOTHING,
     ) -> None:
         self.ident = ident
         self.data = data
@@ -81,6 +83,7 @@ class File:
         self.targets = targets
         self.done = done
         self.body = body
+        self.noted = noted
         self.results: list[Result] = []
         self.error: StoreError | None = None
 
@@ -96,22 +99,37 @@ class Forget:
         self.recipients = recipients
 
 
-Operation = File | Forget | Task | Move
+class Together(Task):
+    """Messages that are filed by one change, or none of them: `run(change)` finds the `files` (without targets) written."""
+
+    __slots__ = ("files",)
+
+    def __init__(self, files: list[File], run: Callable[[Change], Any], done: Callable[[Task], None] | None = None) -> None:
+        super().__init__(run, done)
+        self.files = files
+
+
+Operation = File | Forget | Together | Task | Move
 
 
 class Filings(Group):
     """The operations of one group. `touched`: the MODSEQ of each mailbox that it has changed."""
 
-    __slots__ = ("files", "forgotten", "touched")
+    __slots__ = ("files", "forgotten", "together", "touched")
 
     def __init__(self) -> None:
         super().__init__()
         self.files: list[File] = []
+        self.together: list[Together] = []
         self.forgotten: list[Forget] = []
         self.touched: dict[int, int] = {}
 
     def _lists(self) -> dict[type, list[Any]]:
-        return super()._lists() | {File: self.files, Forget: self.forgotten}
+        return super()._lists() | {File: self.files, Forget: self.forgotten, Together: self.together}
+
+    def every_file(self) -> list[File]:
+        """All messages of the group."""
+        return [*self.files, *(file for together in self.together for file in together.files)]
 
 
 class MailWriter(GroupWriter[Operation, Filings, Change]):
@@ -137,21 +155,27 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
     def _commit(self, batch: list[Operation]) -> Filings:
         group = Filings()
         group.add(batch)
-        files, moves = group.files, group.moves
-        error = self._append(group, partial(self._stage, files), moves)
+        files, together, moves = group.files, group.together, group.moves
+        error = self._append(group, partial(self._stage, group.every_file()), moves)
         if error is not None:
-            refuse([*files, *moves], error)
-            files, moves = [], []
-        error = self._record(group, files, group.forgotten, group.tasks, moves)
+            refuse([*files, *together, *moves], error)
+            files, together, moves = [], [], []
+        error = self._record(group, files, together, group.forgotten, group.tasks, moves)
         if error is not None:
-            refuse([*files, *moves, *group.tasks], error)
+            refuse([*files, *together, *moves, *group.tasks], error)
             if isinstance(error, StoreFull):
                 self._insist(group)
-        for file in group.files:
-            if file.error is not None and file.data is None and file.body is not None:
-                self._segments.remove_big(file.ident)
+        self._remove_large(group)
         self.stalled = False
         return group
+
+    def _remove_large(self, group: Filings) -> None:
+        """Remove the files of large messages that have not been filed."""
+        failed = [file for file in group.files if file.error is not None]
+        failed += [file for one in group.together if one.error is not None for file in one.files]
+        for file in failed:
+            if file.data is None and file.body is not None:
+                self._segments.remove_big(file.ident)
 
     def _insist(self, group: Filings) -> None:
         """Run the tasks of a group that found no room again, with that of the ballast, a few at a time."""
@@ -161,18 +185,24 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         for start in range(0, len(group.tasks), SMALL_GROUP):
             tasks = group.tasks[start : start + SMALL_GROUP]
             refuse(tasks, None)
-            error = self._record(group, [], forgotten, tasks, [])
+            error = self._record(group, [], [], forgotten, tasks, [])
             if error is None:
                 forgotten = []
             else:
                 refuse(tasks, error)
 
     def _record(
-        self, group: Filings, files: list[File], forgotten: list[Forget], tasks: list[Task], moves: list[Move]
+        self,
+        group: Filings,
+        files: list[File],
+        together: list[Together],
+        forgotten: list[Forget],
+        tasks: list[Task],
+        moves: list[Move],
     ) -> StoreError | None:
         """Commit these operations of a group in one transaction; the error when it failed: then nothing of them is committed."""
         self._freed.clear()
-        error = self._transact(partial(self._fill, files, forgotten, tasks, moves))
+        error = self._transact(partial(self._fill, files, together, forgotten, tasks, moves))
         if error is None:
             group.touched |= self._touched
             for ident, body in self._freed:
@@ -186,11 +216,22 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 file.body = self._segments.append(file.ident, file.data, file.size, HOT)
 
     def _fill(
-        self, files: list[File], forgotten: list[Forget], tasks: list[Task], moves: list[Move], change: Change, now: int
+        self,
+        files: list[File],
+        together: list[Together],
+        forgotten: list[Forget],
+        tasks: list[Task],
+        moves: list[Move],
+        change: Change,
+        now: int,
     ) -> None:
         wall = wall_ms()
         for file in files:
             self._file(change, file, now, wall)
+        for one in together:
+            self._run_task(change, one)
+            if one.error is not None:
+                self._freed += [(file.ident, file.body) for file in one.files if file.body is not None]
         for ended in forgotten:  # behind what was asked for before
             for recipient in ended.recipients:
                 change.forget_done(ended.queue_id, recipient)
@@ -230,7 +271,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         if there:
             change.refer(file.ident, filed)
         elif file.body is not None and filed:
-            change.add_object(file.ident, file.body, filed)
+            change.put_object(file.ident, ObjectRow(filed, file.body, *file.noted))
         elif file.body is not None:
             self._freed.append((file.ident, file.body))
 

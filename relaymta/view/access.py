@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 
@@ -16,11 +16,13 @@ from relaymta.disk.segments import FRAME, Corrupt, check_frame, open_verified
 from relaymta.errors import StoreError
 from relaymta.proto.address import comparable
 from relaymta.proto.envelope import Body
+from relaymta.proto.imap_uids import Shared
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable, body_of, pages
-from relaymta.store.rows import INBOX, SEEN
+from relaymta.store.rows import INBOX, SEEN, UserRow
+from relaymta.view.reading import TooMuch
 
 __all__ = ["Access", "Inbox"]
 
@@ -28,6 +30,9 @@ THREADS = 4
 PIECE = 256 << 10  # octets of a large message that are read together
 SLICE = 64 << 10  # octets that are sent together: what TLS has been given it keeps, encrypted, until the client reads
 PAGE = 2000  # index records of one read transaction
+RECORDS_ON_LOOP = 5000  # index records that are read on the loop: some 0.1 ms
+RECORDS_MOST = 1 << 32
+CLAIMED_MOST = 10_000  # mailboxes
 
 T = TypeVar("T")
 
@@ -42,11 +47,13 @@ class Inbox(NamedTuple):
 
 
 class Access:
-    """Used on the loop; what reads files runs on threads."""
+    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected."""
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
+        self.shared = Shared()
+        self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more
 
     def close(self) -> None:
         """End the threads, once they have read what they read."""
@@ -58,13 +65,31 @@ class Access:
         found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
         return found[0] if found is not None and not (found[0].disabled or found[0].deleted) else None
 
-    def _shard(self, user: User) -> Readable:
+    def shard(self, user: User) -> Readable:
+        """The shard in which a user's mail is. StoreError: it cannot be read now."""
         found = self._mailboxes.readable(user.shard)
         if found is None:
             raise StoreError(f"shard {user.shard} of the mailboxes cannot be read now")
         return found
 
-    async def _read(self, function: Callable[[], T]) -> T:
+    def read_here(self, function: Callable[[], T]) -> T:
+        """The result of a function that reads little, on the loop. As `read`."""
+        try:
+            return function()
+        except lmdb.Error as error:
+            raise StoreError(str(error)) from None
+
+    async def read_some(self, function: Callable[[int], T]) -> T:
+        """The result of a function that reads index records, as of reading.py: on the loop where they are few. As `read`."""
+        try:
+            return function(RECORDS_ON_LOOP)
+        except TooMuch:
+            return await self.read(lambda: function(RECORDS_MOST))
+        except lmdb.Error as error:
+            raise StoreError(str(error)) from None
+
+    async def read(self, function: Callable[[], T]) -> T:
+        """The result of a function that reads much, on a reader thread. StoreError where LMDB fails, and what it raises."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function)
         except lmdb.Error as error:
@@ -72,25 +97,25 @@ class Access:
 
     async def inbox(self, user: User) -> Inbox:
         """The user's INBOX as it is now. StoreError, Refusal."""
-        shard = self._shard(user)
-        return await self._read(lambda: _inbox(shard, user.ident))
+        shard = self.shard(user)
+        return await self.read(lambda: _inbox(shard, user.ident))
 
     async def left(self, user: User, mailbox: int, uids: list[int]) -> int:
         """How many of these messages (one at least, UIDs in order) are there. StoreError; Refusal: the mailbox is gone."""
-        shard = self._shard(user)
-        return await self._read(lambda: _left(shard, mailbox, uids))
+        shard = self.shard(user)
+        return await self.read(lambda: _left(shard, mailbox, uids))
 
     async def message(self, user: User, mailbox: int, uid: int, whole: bool = True) -> AsyncGenerator[bytes, None]:
         """A message in pieces of SLICE octets: a large one is not in memory as a whole, and no descriptor is held between the
         pieces. `whole`: all of it is wanted, so that it is verified first. Refusal when it is gone, StoreError when it cannot be
         read: both before the first piece; a large one's file that ends early, or is gone meanwhile: StoreError."""
-        shard = self._shard(user)
-        found = await self._read(lambda: _found(shard, mailbox, uid, whole))
+        shard = self.shard(user)
+        found = await self.read(lambda: _found(shard, mailbox, uid, whole))
         for piece in _slices(found.data):
             yield piece
         place, left = found.start, found.length
         while left:
-            data = await self._read(lambda: _read_at(found.path, min(PIECE, left), place))  # noqa: B023
+            data = await self.read(lambda: _read_at(found.path, min(PIECE, left), place))  # noqa: B023
             if not data:
                 raise StoreError("a message ends early")
             place, left = place + len(data), left - len(data)
@@ -103,7 +128,42 @@ class Access:
 
     async def see(self, user: User, mailbox: int, uids: list[int]) -> None:
         """Set \\Seen. Errors as of `Mailboxes.change`."""
-        await self._mailboxes.change(user.shard, "flags", user.ident, mailbox, uids, add=SEEN, remove=0)
+        await self._mailboxes.change(user.shard, "store_flags", user.ident, mailbox, uids, "+", SEEN, [], None)
+
+    async def change(self, user: User, what: str, *args: Any) -> Any:
+        """What an IMAP session changes (`store.mailboxes.CHANGES`), by the owner of the user's shard. Errors as of
+        `Mailboxes.change`."""
+        if user.shard not in self._mailboxes.shards:
+            await asyncio.sleep(0)  # what waits for a peer with a time-out has to be a task (eager.py)
+        return await self._mailboxes.change(user.shard, what, user.ident, *args)
+
+    @property
+    def version(self) -> int:
+        """As of Directory."""
+        return self._mailboxes.directory.version
+
+    def used(self, user: User) -> UserRow:
+        """What a user has used. StoreError."""
+        found = self._mailboxes.used(user.shard, user.ident)
+        if found is None:
+            raise StoreError("the quota cannot be read now")
+        return found
+
+    def watch(self, user: User, mailbox: int, told: Callable[[int], None]) -> Callable[[], None]:
+        """As `Mailboxes.watch`."""
+        return self._mailboxes.watch(user.shard, mailbox, told)
+
+    async def claim_recent(self, user: User, mailbox: int, behind: int, until: int, keep: bool = False) -> int:
+        """As `Shard.claim_recent`, without asking the owner for messages of which a session of this process was told."""
+        key = user.shard, mailbox
+        if self._claimed.get(key, 0) >= until:
+            return until
+        first: int = await self.change(user, "claim_recent", mailbox, behind, until, keep)
+        if not keep and (first < until or not behind):
+            if len(self._claimed) >= CLAIMED_MOST:
+                self._claimed.clear()
+            self._claimed[key] = until
+        return first
 
 
 class _Found(NamedTuple):

@@ -4,16 +4,14 @@ The maildrop of a user is one session's from login (`_open`) to its end: the sea
 What RETR has sent becomes \\Seen, and what DELE has marked is removed at QUIT, each by the owner of the shard.
 """
 
-import asyncio
 import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from functools import partial
 from typing import Any, ClassVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
-from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
+from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
 from relaymta.control import Refused
@@ -24,37 +22,28 @@ from relaymta.proto.pop3_maildrop import Maildrop
 from relaymta.proto.pop3_server import ServerSession
 from relaymta.proto.pop3_session import CLAIMED, OPENING, SENDING, TLS
 from relaymta.proto.pop3_session import COMMITTING as COMMITTED
-from relaymta.reservation import Reservation
 from relaymta.store.change import Refusal
 from relaymta.store.directory import User
 from relaymta.view.access import Access, Inbox
+from relaymta.view.connection import LOGIN_SECONDS, READ, READ_OCTETS, ReadingConnection
 
 __all__ = ["Pop3Connection"]
 
-SESSIONS = index("relaymta_mailbox_sessions_total", "pop3")
-READ = index("relaymta_mailbox_messages_read_total")
-READ_OCTETS = index("relaymta_mailbox_read_octets_total")
 EXPUNGED = index("relaymta_mailbox_expunged_total")
 
 IDLE_SECONDS = 600.0  # RFC 1939 3: at least ten minutes
-LOGIN_SECONDS = 60.0  # for the login, from the greeting or the end of TLS, whatever the client says meanwhile
 
 
-class Pop3Connection(ClientConnection[ServerSession]):
-    """`_user`, `_inbox`, `_seat`: set by the login; `_leave` gives back the seat."""
+class Pop3Connection(ReadingConnection[ServerSession]):
+    """`_inbox`: set by the login."""
 
-    __slots__ = ("_access", "_began", "_greeted_at", "_inbox", "_seat", "_user", "_writable")
+    protocol = "pop3"
+
+    __slots__ = ("_inbox",)
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
-        super().__init__(admission, listener)
-        self._access = access
-        self._user: User | None = None
+        super().__init__(access, admission, listener)
         self._inbox: Inbox | None = None
-        self._seat: Reservation | None = None
-        self._began = 0.0  # the login (loop time)
-        self._greeted_at = 0.0  # the greeting, or the end of TLS (loop time)
-        self._writable = asyncio.Event()  # the client has read what was written
-        self._writable.set()
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         endpoint = self.admission.endpoint
@@ -63,11 +52,6 @@ class Pop3Connection(ClientConnection[ServerSession]):
 
     def refusal(self, answer: bytes) -> bytes:
         return reply.of_login(answer)
-
-    def secured(self, described: str) -> None:
-        self._greeted_at = self.admission.now()
-        if not self.waits & BLOCKED:  # what was written before the handshake has been read
-            self._writable.set()
 
     # Steps: each returns what to write
 
@@ -83,13 +67,13 @@ class Pop3Connection(ClientConnection[ServerSession]):
             out = await step(session)
         except Exception as error:  # a defect: this session ends, the others go on
             where = traceback.extract_tb(error.__traceback__)[-1]
-            self._warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+            self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
             session.close()
         finally:
             self.waits &= ~COMMITTING
             self.active_at = self.admission.now()
             if self.gone:
-                self._leave()
+                self.leave()
         if not self.gone:
             self.more(session, out)
 
@@ -99,25 +83,21 @@ class Pop3Connection(ClientConnection[ServerSession]):
         try:
             found = await self._maildrop()
         except (StoreError, Refusal) as error:
-            self._warn(f"the maildrop cannot be opened: {error}")
+            self.warn(f"the maildrop cannot be opened: {error}")
         if isinstance(found, bytes):
-            self._leave()
+            self.leave()
             if self.rights is not None:
                 self.rights.log_out()
         return session.opened(found)
 
     async def _maildrop(self) -> Maildrop | bytes:
         assert self.rights is not None
-        self._user = user = self._access.user(self.rights.user)
+        user = self._access.user(self.rights.user)
         if user is None:
             return reply.NO_MAILDROP
-        seat = f"pop3 {user.ident}"
-        if not self.admission.limits.take(seat, 1):
+        if not self.sit(user, 1):
             return reply.IN_USE
-        self._seat = Reservation(partial(self.admission.limits.give, seat))
         self._inbox = inbox = await self._access.inbox(user)
-        self._began = self.admission.now()
-        self.admission.intake.counters.add(SESSIONS, 1)
         return Maildrop(inbox.uidvalidity, inbox.uids, inbox.sizes)
 
     async def _send(self, session: ServerSession) -> bytes:
@@ -131,7 +111,7 @@ class Pop3Connection(ClientConnection[ServerSession]):
         except Refusal:
             return session.refused(reply.MESSAGE_GONE)
         except StoreError as error:
-            self._warn(f"a message cannot be read: {error}")
+            self.warn(f"a message cannot be read: {error}")
             return session.refused(reply.MESSAGE_UNAVAILABLE)
         counters.add(READ_OCTETS, octets)
         return session.sent()
@@ -157,7 +137,7 @@ class Pop3Connection(ClientConnection[ServerSession]):
         if uids:
             left = await self._left_by_expunge(uids)
             self.admission.intake.counters.add(EXPUNGED, len(uids) - left)
-        self._leave()
+        self.leave()
         return session.committed(left)
 
     async def _left_by_expunge(self, uids: list[int]) -> int:
@@ -169,10 +149,10 @@ class Pop3Connection(ClientConnection[ServerSession]):
             await self._access.expunge(user, inbox.mailbox, uids)
             return 0
         except (Refusal, Refused) as error:
-            self._warn(f"messages could not be removed: {error}")
+            self.warn(f"messages could not be removed: {error}")
             return len(uids)
         except (RelayError, ConnectionError) as error:
-            self._warn(f"messages could not be removed: {error}")
+            self.warn(f"messages could not be removed: {error}")
         try:
             return await self._access.left(user, inbox.mailbox, uids)
         except (StoreError, Refusal):
@@ -183,47 +163,21 @@ class Pop3Connection(ClientConnection[ServerSession]):
     def connection_lost(self, exc: Exception | None) -> None:
         session = self.session
         super().connection_lost(exc)
-        self._writable.set()
         if session is not None and session.maildrop is not None:
-            self._log(session, session.maildrop)
+            self.log_session(retrieved=len(session.maildrop.retrieved))
             retrieved = sorted(session.maildrop.retrieved)
             if retrieved and self._user is not None and self._inbox is not None:
                 self.admission.spawn(self._saw(self._user, self._inbox.mailbox, retrieved))
         if not self.waits & COMMITTING:  # else the step that is under way ends with it
-            self._leave()
-
-    def _leave(self) -> None:
-        """The maildrop is free for another session. Further calls do nothing."""
-        if self._seat is not None:
-            self._seat.give_back()
+            self.leave()
 
     async def _saw(self, user: User, mailbox: int, uids: list[int]) -> None:
         try:
             await self._access.see(user, mailbox, uids)
         except (RelayError, ConnectionError) as error:
-            self._warn(f"\\Seen could not be set: {error}")
-
-    def _log(self, session: ServerSession, maildrop: Maildrop) -> None:
-        assert self.rights is not None and self._user is not None
-        self.admission.intake.log.event(
-            "session", protocol="pop3", client=self.rights.client.address, user=self._user.address,
-            seconds=round(self.admission.now() - self._began, 3), retrieved=len(maildrop.retrieved),
-        )  # fmt: skip
-
-    def _warn(self, text: str) -> None:
-        user = self._user.address if self._user is not None else ""
-        self.admission.intake.log.event("warning", text=f"POP3 session of {user}: {text}")
+            self.warn(f"\\Seen could not be set: {error}")
 
     # Deadlines
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._writable.clear()
-
-    def go_on(self, reason: int) -> None:
-        if reason == BLOCKED:
-            self._writable.set()
-        super().go_on(reason)
 
     def check(self, now: float) -> None:
         session, patience = self.session, STRESS_PATIENCE if self.admission.stressed else 1.0

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from relaymta.accept.acceptor import Acceptor
+from relaymta.accept.acceptor import Acceptor, Make
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
@@ -39,9 +39,10 @@ from relaymta.send.local import Store
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import Shared
 from relaymta.store.deliver import Delivery
-from relaymta.store.mailboxes import OF_PEERS, OF_SUPERVISOR, Mailboxes
+from relaymta.store.mailboxes import OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
 from relaymta.view.access import Access
+from relaymta.view.imap import ImapConnection
 from relaymta.view.pop3 import Pop3Connection
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
@@ -185,10 +186,11 @@ class Worker:
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
         if known is not None and self.delivery is not None:
             self.intake.local = LocalRecipients(known.refusal, known.expanded, self.delivery.file)
-        others = {}
+        others: dict[str, Make] = {}
         if self.mail is not None:
             self.access = Access(self.mail)
             others["pop3"] = partial(Pop3Connection, self.access)
+            others["imap"] = partial(ImapConnection, self.access)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
@@ -273,14 +275,19 @@ class Worker:
         if self.mail is None:
             sock.close()
             return
-        channel = Channel(sock, self._from_peer, lambda: self._peers.discard(channel))
+        channel = Channel(sock, lambda op, args, _: self._from_peer(channel, op, args), lambda: self._peer_gone(channel))
         self._peers.add(channel)
         self.mail.reach(shards, channel)
 
-    async def _from_peer(self, op: str, args: dict[str, Any], descriptors: list[int]) -> Any:
-        if self.mail is None or op not in OF_PEERS:
-            raise RelayError(f"no such request of a peer: {op}")
-        return await OF_PEERS[op](self.mail, **args)
+    def _peer_gone(self, channel: Channel) -> None:
+        self._peers.discard(channel)
+        if self.mail is not None:
+            self.mail.leave(channel)
+
+    async def _from_peer(self, channel: Channel, op: str, args: dict[str, Any]) -> Any:
+        if self.mail is None:
+            raise RelayError("no mailboxes are kept here")
+        return await self.mail.asked_by(channel, op, args)
 
     async def _of_mailboxes(self, op: str, args: dict[str, Any]) -> Any:
         if self.mail is None:

@@ -4,16 +4,26 @@ by the rules of the RFCs, and knows nothing else."""
 import re
 from random import Random
 
+from relaymta.proto.imap_command import And, Flagged, Numbers, Or, Qresync, Within
 from relaymta.proto.imap_found import Found
-from relaymta.proto.imap_program import And, Flag, Numbers, Or, Program, Saved, Uids
+from relaymta.proto.imap_program import Program
 from relaymta.proto.imap_records import load
-from relaymta.proto.imap_resync import Known, resync
-from relaymta.proto.imap_uids import SAVED, STAR, Shared
+from relaymta.proto.imap_resync import resync
+from relaymta.proto.imap_uids import Shared
 from relaymta.proto.imap_view import SYSTEM_FLAGS, Changes, Mailbox, View
+from relaymta.proto.imap_words import Words
 from tests.speedups.index import Rec, pack, unpack32
 
 DELETED = 8
 ALL = (1 << 7) - 1
+STAR = 0  # "*" in the ranges of these tests
+SAVED = Numbers((), saved=True)
+
+
+def numbers(ranges: list[tuple[int, int]]) -> Numbers:
+    """A sequence set, as the grammar reads it."""
+    text = ",".join(":".join(str(end or "*") for end in ends) for ends in ranges)
+    return Words(b"a", [text.encode()]).numbers()
 
 
 class Store:
@@ -199,35 +209,35 @@ class Session:
                 assert not self.view.condstore or entry.modseq == modseq
         assert self.client.highest <= self.store.modseq
 
-    def chosen(self, numbers: list[tuple[int, int]], by_uid: bool) -> list[int]:
+    def chosen(self, ranges: list[tuple[int, int]], by_uid: bool) -> list[int]:
         """The UIDs of a set, by the oracle."""
         star = (self.told[-1] if by_uid else len(self.told)) if self.told else 0
         found = set()
-        for ends in numbers:
+        for ends in ranges:
             low, high = sorted(end or star for end in ends)
             found |= {uid for at, uid in enumerate(self.told, 1) if low <= (uid if by_uid else at) <= high}
         return sorted(found)
 
-    def targets(self, numbers: list[tuple[int, int]], by_uid: bool) -> list[int]:
-        found = unpack32(self.view.targets(numbers, by_uid))
-        assert found == self.chosen(numbers, by_uid)
+    def targets(self, ranges: list[tuple[int, int]], by_uid: bool) -> list[int]:
+        found = unpack32(self.view.targets(numbers(ranges), by_uid))
+        assert found == self.chosen(ranges, by_uid)
         return found
 
-    def command_fetch(self, numbers: list[tuple[int, int]], by_uid: bool) -> None:
+    def command_fetch(self, ranges: list[tuple[int, int]], by_uid: bool) -> None:
         if not by_uid and not self.told:
             return
-        records = self.store.records(self.targets(numbers, by_uid))
+        records = self.store.records(self.targets(ranges, by_uid))
         self.client.feed(b"".join(self.view.lines(records)), False)
         self.view.told(records)
         self.advance(may_expunge=by_uid)
 
     def command_store(
-        self, numbers: list[tuple[int, int]], by_uid: bool, sign: str, flags: int, silent: bool, since: int | None, meanwhile
+        self, ranges: list[tuple[int, int]], by_uid: bool, sign: str, flags: int, silent: bool, since: int | None, meanwhile
     ) -> None:
         """In two slices, between which others do something."""
         if not by_uid and not self.told:
             return
-        uids = self.targets(numbers, by_uid)
+        uids = self.targets(ranges, by_uid)
         for part in (uids[: len(uids) // 2], uids[len(uids) // 2 :]):
             before, after, _ = self.store.store(part, sign, flags, since)
             if silent:
@@ -249,13 +259,13 @@ class Session:
         self.store.expunge([uid for uid, (flags, _) in self.store.messages.items() if flags & DELETED])
         self.advance(may_expunge=True)
 
-    def command_search(self, numbers: list[tuple[int, int]], by_uid: bool, flags: int, save: bool) -> None:
+    def command_search(self, ranges: list[tuple[int, int]], by_uid: bool, flags: int, save: bool) -> None:
         """Messages of a set, or those that were saved, with a flag."""
         if not by_uid and not self.told:
             return
-        inside = Uids(numbers) if by_uid else Numbers(numbers)
-        wanted = {*self.chosen(numbers, by_uid), *self.saved}
-        program = Program(And([Flag(SYSTEM_FLAGS[flags].decode()), Or(inside, Saved())]), self.view, 0)
+        inside = Or(Within(numbers(ranges), by_uid), Within(SAVED, by_uid))
+        wanted = {*self.chosen(ranges, by_uid), *self.saved}
+        program = Program(And((Flagged(SYSTEM_FLAGS[flags].decode()), inside)), self.view, 0)
         found, batch = Found({"ALL", "SAVE"} if save else {"ALL"}), program.batch(self.store.records())
         if batch is not None:
             found.add(program.run(batch)[0])
@@ -273,16 +283,16 @@ class Session:
         """Flags by UID, as the client keeps them when the connection ends."""
         return {entry.uid: entry.flags for entry in self.client.entries if entry.uid is not None and entry.flags is not None}
 
-    def known(self, random: Random) -> Known:
+    def known(self, random: Random) -> Qresync:
         """What the client says in SELECT: all that it knows, or a part of it."""
         uids = [(1, max(self.cache(), default=1))] if random.random() < 0.5 else [(uid, uid) for uid in self.cache()] or [(1, 1)]
         sample = sorted(random.sample(range(len(self.told)), random.randint(0, min(3, len(self.told)))))
         sample = [at for at in sample if self.client.entries[at].uid is not None]
-        numbers = [(at + 1, at + 1) for at in sample]
-        return Known(7, self.client.highest, uids, numbers, [(self.told[at], self.told[at]) for at in sample])
+        had = [(at + 1, at + 1) for at in sample], [(self.told[at], self.told[at]) for at in sample]
+        return Qresync(7, self.client.highest, numbers(uids), *(map(numbers, had) if sample else (None, None)))
 
 
-def comes_back(cache: dict[int, int], known: Known, store: Store, shared: Shared, remembers: bool) -> None:
+def comes_back(cache: dict[int, int], known: Qresync, store: Store, shared: Shared, remembers: bool) -> None:
     """After SELECT with QRESYNC the cache is as the mailbox is, but for messages that it never had."""
     mailbox = Mailbox(7, store.uidnext, store.modseq, store.keywords, 1)
     view = View(shared, "box", mailbox, load([store.records()]), condstore=True, qresync=True)

@@ -5,9 +5,9 @@ from random import Random
 import pytest
 
 from relaymta.proto.imap_records import load
-from relaymta.proto.imap_uids import SAVED, STAR, NoSuchNumber, Shared
+from relaymta.proto.imap_uids import NoSuchNumber, Shared
 from relaymta.proto.imap_view import Desynchronized, Mailbox, View
-from tests.proto.imap_model import DELETED, Session, Store, comes_back
+from tests.proto.imap_model import DELETED, SAVED, STAR, Session, Store, comes_back, numbers
 from tests.speedups.index import Rec, pack, pack32, unpack32
 
 SEEN, FLAGGED = 1, 4
@@ -134,15 +134,15 @@ def test_2_expunge_waits_and_numbers_hold():
     store.expunge([2])
     for _ in range(2):  # FETCH, STORE, SEARCH
         assert advanced(view, store, may_expunge=False) == []
-        assert unpack32(view.targets([(1, STAR)], False)) == [1, 2, 3]
+        assert unpack32(view.targets(numbers([(1, STAR)]), False)) == [1, 2, 3]
         assert b"".join(view.lines(store.records())) == b"* 1 FETCH (UID 1 FLAGS ())\r\n* 3 FETCH (UID 3 FLAGS ())\r\n"
         assert b"".join(view.lines(store.records([2]))) == b""  # never a neighbour's
     store.deliver()
     assert advanced(view, store, may_expunge=False) == [b"* 4 EXISTS", b"* 0 RECENT"]
-    assert unpack32(view.targets([(4, 4)], False)) == [4]
+    assert unpack32(view.targets(numbers([(4, 4)]), False)) == [4]
     assert view.holds
     assert advanced(view, store, may_expunge=True) == [b"* 2 EXPUNGE"]
-    assert unpack32(view.targets([(2, 3)], False)) == [3, 4]
+    assert unpack32(view.targets(numbers([(2, 3)]), False)) == [3, 4]
     assert not view.holds
 
 
@@ -293,7 +293,12 @@ def test_recent_of_the_first_session():
     assert b"".join(view.lines(store.records())) == b"* 1 FETCH (UID 1 FLAGS ())\r\n* 2 FETCH (UID 2 FLAGS (\\Recent))\r\n"
     assert view.flag_list(2, SEEN) == b"\\Recent \\Seen"
     store.deliver()
-    assert advanced(view, store, may_expunge=False) == [b"* 3 EXISTS", b"* 2 RECENT"]
+    assert advanced(view, store, may_expunge=False) == [b"* 3 EXISTS", b"* 1 RECENT"]  # another session was told of it before
+    store.deliver()
+    view.take_recent(3, 5)
+    assert advanced(view, store, may_expunge=False) == [b"* 4 EXISTS", b"* 3 RECENT"]
+    store.deliver()
+    assert advanced(view, store, may_expunge=False) == [b"* 5 EXISTS", b"* 3 RECENT"]
 
 
 def test_condstore_is_enabled_once():
@@ -322,34 +327,39 @@ def test_sequence_sets():
     store = mailbox_of(0, 0, 0, 0, 0, 0)
     store.expunge([2, 5])
     view = opened(store)  # 1 3 4 6
-    for numbers, uids in (
+    for ranges, uids in (
         ([(4, 2), (3, 3)], [3, 4, 6]),
         ([(STAR, STAR)], [6]),
         ([(STAR, 3)], [4, 6]),
         ([(1, STAR), (2, 2)], [1, 3, 4, 6]),
+        ([(5, STAR)], [6]),
+        ([(1, 1), (9, STAR)], [1, 6]),
     ):
-        assert unpack32(view.targets(numbers, by_uid=False)) == uids
-    for numbers, uids in (
+        assert unpack32(view.targets(numbers(ranges), by_uid=False)) == uids
+    for ranges, uids in (
         ([(5, 2)], [3, 4]),
         ([(99, STAR)], [6]),
         ([(5, 5), (7, 0xFFFFFFFF)], []),
         ([(5, 5)], []),
         ([(STAR, 6)], [6]),
     ):
-        assert unpack32(view.targets(numbers, by_uid=True)) == uids
-    for numbers in ([(1, 5)], [(5, STAR)], [(2, 0xFFFFFFFF)], [(1, 1), (5, 5)]):
+        assert unpack32(view.targets(numbers(ranges), by_uid=True)) == uids
+    for ranges in ([(1, 5)], [(2, 0xFFFFFFFF)], [(1, 1), (5, 5)], [(1, STAR), (5, 5)]):
         with pytest.raises(NoSuchNumber):
-            view.targets(numbers, by_uid=False)
+            view.targets(numbers(ranges), by_uid=False)
     assert view.uids.number(5) == 0
     assert view.named(pack32([1, 4, 6]), by_uid=False) == b"1,3:4"
 
 
 def test_an_empty_mailbox_has_no_numbers():
     view = opened(Store())
-    for numbers in ([(1, STAR)], [(STAR, STAR)], [(1, 1)]):
+    for ranges in ([(1, STAR)], [(STAR, STAR)], [(1, 1)]):
+        assert view.targets(numbers(ranges), by_uid=True) == b""
+    for ranges in ([(1, STAR)], [(STAR, STAR)]):
+        assert view.targets(numbers(ranges), by_uid=False) == b""
+    for ranges in ([(1, 1)], [(1, 1), (STAR, STAR)]):
         with pytest.raises(NoSuchNumber):
-            view.targets(numbers, by_uid=False)
-        assert view.targets(numbers, by_uid=True) == b""
+            view.targets(numbers(ranges), by_uid=False)
 
 
 def test_what_is_saved_loses_what_is_expunged():
@@ -419,3 +429,20 @@ def test_changes_that_are_told_twice_do_no_harm():
     assert b"".join(view.advance(changes, may_expunge=True)) == b"* 2 EXPUNGE\r\n* 3 EXISTS\r\n* 0 RECENT\r\n"
     assert b"".join(view.advance(changes, may_expunge=True)) == b"* 3 FETCH (UID 4 FLAGS ())\r\n"
     assert unpack32(view.uids.data) == [1, 3, 4]
+
+
+def test_own_changes_need_no_look():
+    store = mailbox_of(0, 0, 0)
+    view = opened(store)
+    assert view.covers(view.modseq) and not view.covers(view.modseq + 1)
+    store.store([3], "+", SEEN)  # another session's
+    stored(view, store, [1], "+", SEEN, silent=True)
+    assert not view.covers(store.modseq)
+    advanced(view, store, may_expunge=False)
+    stored(view, store, [1, 2, 3], "-", SEEN, silent=True)
+    stored(view, store, [1], "-", SEEN, silent=False)  # which has it not
+    stored(view, store, [2], "+", SEEN, silent=False)
+    assert view.covers(store.modseq) and not view.covers(store.modseq + 1)
+    store.store([1, 2], "+", SEEN | DELETED)
+    view.told(store.records()[:24])  # by a FETCH, which has not told all of that change
+    assert not view.covers(store.modseq)

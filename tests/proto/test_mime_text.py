@@ -1,6 +1,8 @@
 """Text as people see it: encoded words, charsets, transfer encodings, and what SEARCH finds in it."""
 
 import base64
+import codecs
+import contextlib
 import unicodedata
 from email.header import Header
 
@@ -10,7 +12,18 @@ from hypothesis import strategies as st
 
 from relaymta._speedups.mime import scan
 from relaymta.proto import mime_text
-from relaymta.proto.mime_text import comparable, contains, decoded, header_text, in_header, in_text, is_text, text_parts
+from relaymta.proto.mime_text import (
+    MARKS_MOST,
+    comparable,
+    contains,
+    decoded,
+    header_text,
+    in_header,
+    in_text,
+    is_text,
+    part_text,
+    text_parts,
+)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,21 @@ def test_comparable_text_stays_as_it_is(text):
 
 
 def test_many_combining_characters_do_not_take_the_square_of_the_time():
+    """Nor do other characters that normalization makes combining ones of."""
+    marks = [
+        chr(code)
+        for code in (*range(0xD800), *range(0xE000, 0x110000))
+        if any(unicodedata.combining(one) for one in unicodedata.normalize("NFKD", chr(code))[:1])
+    ]
+    assert len(marks) > 900
+    assert [mark for mark in marks if not mime_text._marks().fullmatch(mark * MARKS_MOST)] == []
     assert len(comparable("\u0345\u0316" * 100_000)) >= 200_000
+    assert len(comparable("\u0f73\uff9e" * 100_000)) >= 200_000
+
+
+def test_combining_characters_within_the_bound_are_in_order():
+    text = "a" + "\u0323\u0301" * 16 + "b"
+    assert comparable(text) == unicodedata.normalize("NFKC", text)
 
 
 LETTER = (
@@ -200,3 +227,92 @@ def test_7_bit_charsets_are_not_taken_for_ascii():
     data = b"Content-Type: text/plain; charset=utf-7\r\n\r\n+AOQ-"
     (part,) = scan(data)
     assert in_text(data, part, "ä") and not in_text(data, part, "aoq")
+
+
+def test_characters_that_stand_for_ascii_are_known():
+    missing = [
+        (one, character)
+        for one in map(chr, (*range(128, 0xD800), *range(0xE000, 0x10000)))
+        for character in comparable(one)
+        if character < "\x80" and one not in mime_text._forms()[character]
+    ]
+    assert missing == []
+
+
+TRICKY = "aesfit \n1\u00e9\u0301\u00df\u017f\ufb01\uff21\u00a0\u2026\u212a\u0130\u00aa\u2019\u4e2d\U0001d41a\U0001f600"
+CHARSETS = ("utf-8", "iso-8859-1", "windows-1252", "us-ascii", "", "koi8-r", "utf-16", "unknown")
+
+
+def letter(text: str, charset: str, encoding: str, width: int) -> bytes:
+    try:
+        octets = text.encode(charset or "utf-8", "replace")
+    except LookupError:
+        octets = text.encode()
+    if encoding == "base64":
+        encoded = base64.b64encode(octets)
+        octets = b"".join(encoded[at : at + width] + b"\r\n" for at in range(0, len(encoded), width))
+    elif encoding:
+        octets = b"".join(b"=%02X%s" % (one, b"=\r\n" * (at % width == 0)) for at, one in enumerate(octets))
+    kind = f"; charset={charset}" if charset else ""
+    return f"Content-Type: text/plain{kind}\r\nContent-Transfer-Encoding: {encoding or '8bit'}\r\n\r\n".encode() + octets
+
+
+LETTERS = st.builds(
+    letter, st.text(TRICKY, max_size=30), st.sampled_from(CHARSETS), st.sampled_from(["", "base64", "quoted-printable"]),
+    st.integers(3, 20),
+)  # fmt: skip
+
+
+@given(LETTERS, st.text(TRICKY, min_size=1, max_size=4), st.data())
+def test_octets_are_searched_as_their_text_is(data, needle, more):
+    """Also where they are not decoded."""
+    (part,) = scan(data)
+    text = comparable(part_text(data, part))
+    start = more.draw(st.integers(0, len(text)))
+    for sought in (comparable(needle), text[start : start + 3] or "x"):
+        assert in_text(data, part, sought) == (sought in text), sought
+
+
+@given(
+    st.lists(st.text(TRICKY.replace("\n", ""), max_size=12), max_size=8), st.sampled_from(("utf-8", "iso-8859-1", "", "utf-16")),
+    st.sampled_from(["", "base64", "quoted-printable"]), st.integers(3, 20), st.integers(0, 60), st.integers(1, 9),
+)  # fmt: skip
+def test_a_long_text_is_searched_in_pieces(lines, charset, encoding, width, start, length):
+    data = letter("\n".join(lines), charset, encoding, width)
+    (part,) = scan(data)
+    text = comparable(part_text(data, part))
+    sought = text[start : start + length] or "x"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mime_text, "PIECE", 64)
+        assert in_text(data, part, sought) or sought not in text
+        assert in_text(data, part, sought + "\u4e00") == (sought + "\u4e00" in text)
+
+
+def test_each_charset_can_be_decoded_in_pieces():
+    for name in {*mime_text._ALL.values()} - mime_text._NO_TEXT:
+        with contextlib.suppress(UnicodeError):  # UTF-16 without a mark of its order: it is read as ISO-8859-1
+            assert isinstance(codecs.getincrementaldecoder(name)("replace").decode(b"abc"), str)
+
+
+def test_a_piece_that_is_not_utf_8_is_iso_8859_1(monkeypatch):
+    monkeypatch.setattr(mime_text, "PIECE", 16)
+    data = b"Content-Type: text/plain\r\n\r\n" + "f\u00fcr\n".encode() * 20 + b"M\xf6we\n" * 20
+    (part,) = scan(data)
+    assert in_text(data, part, "f\u00fcr\nf\u00fcr") and in_text(data, part, "m\u00f6we\nm\u00f6we")
+
+
+def test_a_text_that_two_pieces_share(monkeypatch):
+    monkeypatch.setattr(mime_text, "PIECE", 16)
+    data = b"\r\n" + b"".join(b"line %d\r\n" % number for number in range(20))
+    (part,) = scan(data)
+    text = part_text(data, part)
+    missing = [
+        text[at : at + size] for at in range(len(text)) for size in range(1, 24) if not in_text(data, part, text[at : at + size])
+    ]
+    assert missing == []
+
+
+def test_a_letter_and_a_combining_character_are_another_letter():
+    data = "Content-Type: text/plain; charset=utf-8\r\n\r\ncafe\u0301".encode()
+    (part,) = scan(data)
+    assert in_text(data, part, "caf") and in_text(data, part, "caf\u00e9") and not in_text(data, part, "cafe")

@@ -44,7 +44,7 @@ def bitmap(wanted: list[bool]) -> bytes:
     return sum(bit << i for i, bit in enumerate(wanted)).to_bytes((len(wanted) + 7) // 8, "little")
 
 
-def lines(records: list[Rec], uids: list[int], names: list[bytes], recent: int, items: int) -> bytes:
+def lines(records: list[Rec], uids: list[int], names: list[bytes], recent: int, until: int, items: int) -> bytes:
     """FETCH responses."""
     out = b""
     for record in records:
@@ -52,7 +52,7 @@ def lines(records: list[Rec], uids: list[int], names: list[bytes], recent: int, 
             continue
         parts = [b"UID %d" % record.uid]
         if items & 1:
-            flags = [b"\\Recent"] if record.uid >= recent else []
+            flags = [b"\\Recent"] if recent <= record.uid < until else []
             flags += [name for bit, name in enumerate(names) if record.flags >> bit & 1]
             parts.append(b"FLAGS (%s)" % b" ".join(flags))
         if items & 2:

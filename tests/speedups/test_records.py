@@ -74,12 +74,31 @@ def test_two_runs_of_records_equal_the_oracle(form, found, changes):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@given(found=RECORDS, more=SETS, names=st.integers(0, 6), recent=st.one_of(UIDS, st.just(LAST + 1)), items=st.integers(0, 3))
-def test_fetch_lines_equal_the_oracle(form, found, more, names, recent, items):
+@given(found=RECORDS, keep=FLAGS, add=FLAGS, modseq=MODSEQS)
+def test_flags_that_are_stored_equal_the_oracle(form, found, keep, add, modseq):
+    kernel, _ = form
+    after = []
+    for one in found:
+        flags = one.flags & keep | add
+        after.append(one if flags == one.flags else Rec(one.uid, flags, modseq))
+    assert kernel.apply(index.pack(found), keep, add, modseq) == index.pack(after)
+    assert kernel.apply(index.pack(found) + b"cut", keep, add, modseq) == index.pack(after)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(
+    found=RECORDS,
+    more=SETS,
+    names=st.integers(0, 6),
+    recent=UIDS,
+    until=st.one_of(UIDS, st.just(LAST + 1)),
+    items=st.integers(0, 3),
+)
+def test_fetch_lines_equal_the_oracle(form, found, more, names, recent, until, items):
     kernel, _ = form
     numbered = sorted({*more, *[one.uid for one in found if one.flags & 3]})
-    lines = kernel.lines(index.pack(found), index.pack32(numbered), NAMES[:names], recent, items)
-    assert lines == index.lines(found, numbered, NAMES[:names], recent, items)
+    lines = kernel.lines(index.pack(found), index.pack32(numbered), NAMES[:names], recent, until, items)
+    assert lines == index.lines(found, numbered, NAMES[:names], recent, until, items)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,7 +122,7 @@ def test_a_last_record_that_is_cut_is_ignored(form):
     assert kernel.load([packed[:40]]) == index.pack32([1])
     assert kernel.count([packed[:40]], 0, 0) == 1
     assert kernel.changed([packed[:40]], 0) == packed[:24]
-    assert kernel.lines(packed[:40], index.pack32([1, 2]), [], LAST, 2) == b"* 1 FETCH (UID 1 MODSEQ (1))\r\n"
+    assert kernel.lines(packed[:40], index.pack32([1, 2]), [], LAST, LAST, 2) == b"* 1 FETCH (UID 1 MODSEQ (1))\r\n"
     assert numbers.runs(index.pack32([1, 2])[:7]) == index.pack32([1, 1])
 
 
@@ -111,7 +130,8 @@ def test_a_long_list_of_flags_fits():
     names = [b"$" + b"k" * 200] * 64
     found = [Rec(uid, (1 << 64) - 1, (1 << 63) - 1) for uid in range(LAST - 99, LAST + 1)]
     numbered = [one.uid for one in found]
-    assert records.lines(index.pack(found), index.pack32(numbered), names, 1, 3) == index.lines(found, numbered, names, 1, 3)
+    lines = records.lines(index.pack(found), index.pack32(numbered), names, 1, LAST, 3)
+    assert lines == index.lines(found, numbered, names, 1, LAST, 3)
 
 
 def best_of(call, repeats: int = 5) -> float:
@@ -131,4 +151,4 @@ def test_a_mailbox_of_100_000_is_fast():
     slices = [whole[at : at + 24 * 4096] for at in range(0, len(whole), 24 * 4096)]
     assert best_of(lambda: records.load(blocks)) < 10  # 0.3
     assert best_of(lambda: records.changed(blocks, 100_000)) < 5  # 0.2
-    assert best_of(lambda: [records.lines(part, numbered, NAMES, LAST, 1) for part in slices]) < 50  # 3 to 5
+    assert best_of(lambda: [records.lines(part, numbered, NAMES, LAST, LAST, 1) for part in slices]) < 50  # 3 to 5

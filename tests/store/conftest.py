@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.store.sessions import settled
+from tests.store.test_shard import Bench
+
 
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
@@ -13,3 +16,18 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+async def bench(memory_path):
+    async with Bench(memory_path / "mail") as bench:
+        await bench.user(1, "Sent")
+        yield bench
+        await settled(bench.shard)
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    """Slices of three messages."""
+    for module in ("sessions", "appending"):
+        monkeypatch.setattr(f"relaymta.store.{module}.SLICE", 3)

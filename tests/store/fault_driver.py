@@ -18,7 +18,7 @@ from relaymta.disk import compact
 from relaymta.store.shard import Shard
 from tests.conftest import PROVE
 from tests.store.ledger import Ledger
-from tests.store.workload import Work
+from tests.store.workload import Work, use_small_slices
 
 NOT_MADE, MADE, SHORT = 0, 1, 2  # kinds of failing_calls.c
 MISSES = 8  # rounds without a failure that end a sweep
@@ -44,6 +44,7 @@ class Owner:
 
     async def __aenter__(self) -> "Owner":
         compact.SPARE = 0
+        use_small_slices()
         shard = self.shard = Shard(self.folder / "mail", 0)
         shard.segments.size = 1 << 15
         await shard.start()
@@ -98,6 +99,8 @@ class Owner:
         await work.file_once()
         await work.create()
         await work.remove()
+        await work.append()
+        await work.copy()
         await asyncio.gather(work.expunge(), work.expunge(), work.expunge(), work.file(), work.forget())
         shard._compactor._pause = 0
         shard._compactor.tick()

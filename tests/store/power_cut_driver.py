@@ -11,7 +11,7 @@ from typing import Any
 
 from relaymta.disk import compact
 from relaymta.store.shard import Shard
-from tests.store.workload import Work
+from tests.store.workload import Work, use_small_slices
 
 ENOUGH = 100  # bodies that moved
 
@@ -23,6 +23,7 @@ def tell(*fact: Any) -> None:
 async def main(folder: Path, groups: int, seed: int) -> None:
     """`groups` groups of operations, and more until enough bodies have moved."""
     compact.SPARE = 0
+    use_small_slices()
     compact.SLICE_BYTES = 1 << 14
     shard = Shard(folder, 0)
     shard.segments.size = 1 << 17  # so that segments change and are used again; `big_limit` stays as it is

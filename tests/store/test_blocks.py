@@ -5,7 +5,7 @@ import random
 import lmdb
 import pytest
 
-from relaymta.store.blocks import MOST, Blocks, Record
+from relaymta.store.blocks import MOST, RECORD, Blocks, Record, records_of
 
 
 @pytest.fixture
@@ -36,9 +36,16 @@ def test_blocks_hold_what_a_dict_holds(table, seed):
         elif model:
             uids = sorted(chance.sample(sorted(model), chance.randint(1, min(len(model), chance.choice((1, 5, 200))))))
             if what < 0.75:
-                new = [Record(uid, chance.getrandbits(64), step) for uid in uids]
-                blocks.replace(new)
-                model |= {record.uid: record for record in new}
+                new = {uid: Record(uid, chance.getrandbits(64), step) for uid in uids if uid in model}
+                chosen = blocks.choose(
+                    sorted({*uids, *(chance.randint(1, uidnext + 3) for _ in range(5))} - (model.keys() - new.keys()))
+                )
+                assert [record for one in chosen for record in records_of(one.records)] == [model[uid] for uid in new]
+                for one in chosen:
+                    blocks.replace(
+                        one, b"".join(RECORD.pack(uid, 0, *new[uid][1:]) for uid, *_ in RECORD.iter_unpack(one.records))
+                    )
+                model |= new
             else:
                 blocks.remove(uids)
                 model = {uid: record for uid, record in model.items() if uid not in uids}
@@ -60,8 +67,7 @@ def test_what_is_not_there_is_not_changed(table):
             blocks.remove(uids)
     blocks.append(Record(2, 0, 1))
     for uid in (1, 3):
-        with pytest.raises(KeyError):
-            blocks.replace([Record(uid, 0, 1)])
+        assert blocks.choose([uid]) == []
     assert list(blocks) == [Record(2, 0, 1)]
     assert blocks.get(1) is None
 

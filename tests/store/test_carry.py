@@ -9,6 +9,7 @@ from relaymta.disk.big import BigBody, BigFile
 from relaymta.disk.segments import Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body, encode
+from relaymta.store import names
 from relaymta.store.backup import copy_shard, renumber
 from relaymta.store.carry import Carried, convert_part
 from relaymta.store.change import EXISTS, MOVING, Refusal
@@ -98,7 +99,7 @@ async def test_nothing_is_changed_of_a_frozen_user(tmp_path):
         for change in (
             lambda change: change.expunge(1, number, [6]),
             lambda change: change.create_mailbox(1, "new"),
-            lambda change: change.remove_mailbox(1, "Sent"),
+            lambda change: names.delete(change, 1, "Sent", 10),
         ):
             with pytest.raises(Refusal, match="is being moved"):
                 await bench.shard.task(change)
@@ -106,7 +107,7 @@ async def test_nothing_is_changed_of_a_frozen_user(tmp_path):
 
 
 async def test_a_user_is_removed_in_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr("relaymta.store.shard.SLICE", 3)
+    monkeypatch.setattr("relaymta.store.sessions.SLICE", 3)
     async with Bench(tmp_path) as bench:
         await filled(bench, 1, 20)
         await filled(bench, 2, 5)

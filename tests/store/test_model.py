@@ -4,7 +4,7 @@ which a copy of the files is opened. After each opening, all that is in the shar
 import asyncio
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relaymta.disk import compact
+from relaymta.proto.imap_records import RECORD
+from relaymta.store import appending, sessions
+from relaymta.store.asked import Message
 from relaymta.store.change import CANNOT, EXISTS, MISSING, OVERQUOTA, Change, Limits, Refusal
-from relaymta.store.rows import DELETED, INBOX, SEEN, SYSTEM_FLAGS, UserRow
+from relaymta.store.rows import DELETED, INBOX, SEEN, UserRow
 from relaymta.store.shard import Shard
 from relaymta.store.verify import contradictions
 from relaymta.store.writer import Target
 from tests.conftest import PROVE
+from tests.store.model import SLICE, Box, User
+from tests.store.sessions import settled
 
 NAMES = [INBOX, "Sent", "A/B", "x" * 500 + "1", "x" * 500 + "2"]
 SIZES = [0, 10, 700, 3000]
@@ -35,6 +40,12 @@ _filing = st.tuples(
     st.booleans(),  # create what is missing
     st.booleans(),  # with a quota
 )
+_names = st.sampled_from(["Sent", "A", "A/B", "A/B/C", "D", "D/B", INBOX])
+_uids = st.sets(st.integers(1, 12), max_size=10).map(sorted)
+_flags = st.sampled_from([0, SEEN, DELETED, SEEN | DELETED])
+_words = st.sampled_from([[], ["$Work"], ["$work", "Later"], ["later"]])
+_since = st.one_of(st.none(), st.none(), st.integers(1, 12))
+_appended = st.tuples(st.sampled_from([*SIZES, LARGE]), _flags, _words)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("file"), st.lists(_filing, min_size=1, max_size=6)),
@@ -43,57 +54,21 @@ STEPS = st.lists(
         st.tuples(st.just("once"), st.lists(_which, min_size=1, max_size=3)),
         st.tuples(st.sampled_from(["again", "forget", "add user", "remove user"]), _which),
         st.tuples(st.just("expunge"), st.tuples(_place, st.sets(st.integers(1, 12), max_size=8))),
-        st.tuples(st.sampled_from(["create", "remove"]), _place),
+        st.tuples(st.just("create"), _place),
         st.tuples(st.just("fail"), _filing),
+        st.tuples(st.just("store"), st.tuples(_place, _uids, st.sampled_from(["+", "-", ""]), _flags, _words, _since)),
+        st.tuples(st.just("store"), st.tuples(_place, _uids, st.sampled_from(["+", "-", ""]), _flags, _words, _since)),
+        st.tuples(st.just("copy"), st.tuples(_place, _uids, _names, st.booleans(), st.booleans())),
+        st.tuples(st.just("copy"), st.tuples(_place, _uids, _names, st.booleans(), st.booleans())),
+        st.tuples(st.just("append"), st.tuples(_place, st.lists(_appended, min_size=1, max_size=8), st.booleans())),
+        st.tuples(st.just("rename"), st.tuples(_which, _names, _names)),
+        st.tuples(st.just("subscribe"), st.tuples(_which, _names, st.booleans())),
+        st.tuples(st.sampled_from(["create tree", "delete"]), _place),
         st.tuples(st.sampled_from(["compact", "crash", "restart"]), st.none()),
     ),
     min_size=10,
     max_size=40,
 )
-
-
-@dataclass
-class Box:
-    uidvalidity: int
-    uidnext: int = 1
-    modseq: int = 1
-    keywords: list[str] = field(default_factory=list)
-    messages: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # UID: flags, text
-    expunged: list[tuple[int, list[int]]] = field(default_factory=list)  # MODSEQ, UIDs
-
-    def add(self, flags: int, keywords: list[str], text: bytes) -> tuple[int, int]:
-        for word in keywords:
-            if word.lower() not in map(str.lower, self.keywords):
-                self.keywords.append(word)
-            flags |= 1 << SYSTEM_FLAGS + list(map(str.lower, self.keywords)).index(word.lower())
-        self.messages[self.uidnext] = flags, text
-        self.uidnext, self.modseq = self.uidnext + 1, self.modseq + 1
-        return self.uidnext - 1, self.modseq
-
-    def expunge(self, uids: list[int]) -> int:
-        there = [uid for uid in uids if self.messages.pop(uid, None) is not None]
-        if there:
-            self.modseq += 1
-            self.expunged.append((self.modseq, there))
-        return self.modseq if there else 0
-
-
-@dataclass
-class User:
-    uidvalidity: int  # of the next mailbox
-    boxes: dict[str, Box] = field(default_factory=dict)
-    subscribed: set[str] = field(default_factory=set)  # names without a mailbox
-
-    def create(self, name: str, subscribed: bool) -> Box:
-        box = self.boxes[name] = Box(self.uidvalidity)
-        self.uidvalidity += 1
-        if subscribed:
-            self.subscribed.add(name)
-        return box
-
-    @property
-    def messages(self) -> int:
-        return sum(len(box.messages) for box in self.boxes.values())
 
 
 class World:
@@ -113,6 +88,7 @@ class World:
         self.shard.segments.size = 1 << 13
         self.shard.segments.big_limit = LARGE // 2
         await self.shard.start()
+        await settled(self.shard)
         self.check()
 
     async def restart(self, _: None) -> None:
@@ -129,6 +105,7 @@ class World:
         await self.open()
 
     async def end(self) -> None:
+        await settled(self.shard)
         self.check()
         for shard in (self.shard, *self.left):
             await shard.stop()
@@ -174,12 +151,10 @@ class World:
         user = self.users.get(target.user)
         if target.once in self.done:
             assert (result.filed, result.code) == (None, "")
-        elif user is None:
+        elif user is None or (target.name not in user.boxes and not target.create):
             assert result.code == MISSING
         elif target.limits.messages and user.messages >= target.limits.messages:
             assert result.code == OVERQUOTA
-        elif target.name not in user.boxes and not target.create:
-            assert result.code == MISSING
         else:
             box = user.boxes.get(target.name) or user.create(target.name, subscribed=True)
             uid, modseq = box.add(target.flags, target.keywords, target.prefix + text)
@@ -221,9 +196,9 @@ class World:
         await self.shard.purge(number)  # of a user who is not there, nothing
         self.users.pop(number, None)
 
-    async def _refused(self, code: str, change: Any) -> None:
+    async def _refused(self, code: str, call: Awaitable[Any]) -> None:
         with pytest.raises(Refusal) as refused:
-            await self.shard.task(change)
+            await call
         assert refused.value.code == code
 
     async def create(self, place: tuple[int, str]) -> None:
@@ -231,21 +206,10 @@ class World:
         user = self.users.get(number)
         change = lambda change: change.create_mailbox(number, name)  # noqa: E731
         if user is None or name in user.boxes:
-            await self._refused(EXISTS if user else MISSING, change)
+            await self._refused(EXISTS if user else MISSING, self.shard.task(change))
         else:
             await self.shard.task(change)
             user.create(name, subscribed=False)
-
-    async def remove(self, place: tuple[int, str]) -> None:
-        """Remove a mailbox: refused while it has messages."""
-        number, name = self._user(place[0]), place[1]
-        box = self.users[number].boxes.get(name) if self.users else None
-        change = lambda change: change.remove_mailbox(number, name)  # noqa: E731
-        if box is None or box.messages:
-            await self._refused(CANNOT if box else MISSING, change)
-        else:
-            await self.shard.task(change)
-            del self.users[number].boxes[name]
 
     async def expunge(self, what: tuple[tuple[int, str], set[int]]) -> None:
         number, name, uids = self._user(what[0][0]), what[0][1], sorted(what[1])
@@ -256,6 +220,98 @@ class World:
             assert row is not None
             assert await self.shard.task(lambda change: change.expunge(number, row.mailbox, uids)) == box.expunge(uids)
 
+    # What sessions change
+
+    def _box(self, place: tuple[int, str]) -> tuple[int, Box | None, int]:
+        """A user, a mailbox of the user's and its id, if it is there."""
+        number, name = self._user(place[0]), place[1]
+        box = self.users[number].boxes.get(name) if self.users else None
+        with self.shard.rows.reading() as txn:
+            row = self.shard.rows.mailbox(txn, number, name)
+        return number, box, row.mailbox if row is not None else 0
+
+    async def store(self, what: Any) -> None:
+        place, uids, how, flags, keywords, since = what
+        number, box, mailbox = self._box(place)
+        if box is None:
+            return
+        before = {uid: (old, modseq) for uid, (old, _, modseq) in box.messages.items()}
+        stored = await self.shard.store_flags(number, mailbox, uids, how, flags, keywords, since)
+        applied, modified = box.store(uids, how, flags, keywords, since)
+        assert stored.modified == modified and stored.keywords == box.keywords
+        assert _unpacked(stored.before) == [(uid, *before[uid]) for uid in applied]
+        assert _unpacked(stored.after) == [(uid, box.messages[uid][0], box.messages[uid][2]) for uid in applied]
+
+    async def copy(self, what: Any) -> None:
+        place, uids, name, move, quota = what
+        number, box, mailbox = self._box(place)
+        if box is None:
+            return
+        user, count = self.users[number], sum(uid in box.messages for uid in uids)
+        call = self.shard.copy(number, mailbox, uids, name, Limits(messages=QUOTA) if quota else Limits(), move)
+        if name not in user.boxes:
+            await self._refused(MISSING, call)
+        elif quota and not move and count and user.messages + count > QUOTA:
+            await self._refused(OVERQUOTA, call)
+        else:
+            copied = await call
+            assert (copied.sources, copied.copies) == box.copy(uids, user.boxes[name], move)
+
+    async def append(self, what: Any) -> None:
+        place, messages, quota = what
+        number, box, mailbox = self._box(place)
+        if not self.users:
+            return
+        found = [Message(self._text(size), flags, keywords) for size, flags, keywords in messages]
+        limits = Limits(messages=QUOTA) if quota else Limits()
+        call = self.shard.append(number, place[1], found, limits)
+        full = quota and self.users[number].messages + len(found) > QUOTA
+        if box is None or full:
+            await self._refused(OVERQUOTA if box is not None else MISSING, call)
+            return
+        copied = await call
+        assert (copied.mailbox, copied.uidvalidity, copied.sources) == (mailbox, box.uidvalidity, [])
+        assert copied.copies == [box.add(message.flags, message.keywords, message.data)[0] for message in found]
+
+    async def create_tree(self, place: tuple[int, str]) -> None:
+        number, name = self._user(place[0]), place[1]
+        user = self.users.get(number)
+        if user is None or name in user.boxes:
+            await self._refused(EXISTS if user else MISSING, self.shard.create(number, name))
+        elif len(name) > 250:
+            await self._refused(CANNOT, self.shard.create(number, name))
+        else:
+            await self.shard.create(number, name)
+            user.create_with_parents(name)
+
+    async def delete(self, place: tuple[int, str]) -> None:
+        number, box, _ = self._box(place)
+        call = self.shard.delete(number, place[1])
+        if box is None or place[1] == INBOX:
+            await self._refused(CANNOT if box else MISSING, call)
+        else:
+            await call
+            del self.users[number].boxes[place[1]]
+
+    async def rename(self, what: tuple[int, str, str]) -> None:
+        which, old, new = what
+        number = self._user(which)
+        if not self.users:
+            return
+        call = self.shard.rename(number, old, new)
+        problem = self.users[number].rename(old, new)
+        if problem:
+            await self._refused({"missing": MISSING, "exists": EXISTS, "within": CANNOT}[problem], call)
+        else:
+            await call
+
+    async def subscribe(self, what: tuple[int, str, bool]) -> None:
+        which, name, subscribed = what
+        number = self._user(which)
+        if self.users:
+            await self.shard.subscribe(number, name, subscribed)
+            self.users[number].subscribed ^= {name} if (name in self.users[number].subscribed) != subscribed else set()
+
     async def fail(self, filing: Any) -> None:
         """A task that changes much, and fails then, in one group with a message."""
 
@@ -265,7 +321,8 @@ class World:
                     if row.mailbox:
                         uids = [record.uid for record in self.shard.rows.index(change.txn, row.mailbox)]
                         change.expunge(number, row.mailbox, uids)
-                        change.remove_mailbox(number, row.name)
+                        change.abandon(number, row.mailbox)
+                        change.remove_name(number, row.name)
                 change.create_mailbox(number, "new")
             raise ZeroDivisionError
 
@@ -293,7 +350,7 @@ class World:
                 octets = 0
                 for name, box in user.boxes.items():
                     octets += self._check_box(txn, found[name].mailbox, box)
-                    texts |= {text.partition(b"\r\n")[2] or text for _, text in box.messages.values()}
+                    texts |= {text.partition(b"\r\n")[2] or text for _, text, _ in box.messages.values()}
                 assert rows.user(txn, number) == UserRow(octets, user.messages, user.uidvalidity)
             objects = list(rows.objects(txn))
         assert len(objects) == len(texts)
@@ -312,10 +369,10 @@ class World:
         assert state is not None
         assert (state.uidvalidity, state.uidnext, state.modseq) == (box.uidvalidity, box.uidnext, box.modseq)
         assert state.keywords == box.keywords
-        flags = {record.uid: record.flags for record in rows.index(txn, mailbox)}
-        assert flags == {uid: bits for uid, (bits, _) in box.messages.items()}
+        records = {record.uid: (record.flags, record.modseq) for record in rows.index(txn, mailbox)}
+        assert records == {uid: (bits, modseq) for uid, (bits, _, modseq) in box.messages.items()}
         found = dict(rows.messages(txn, mailbox))
-        for uid, (_, text) in box.messages.items():
+        for uid, (_, text, _) in box.messages.items():
             row, stored = found[uid], rows.object(txn, found[uid].object)
             assert stored is not None and row.prefix + shard.segments.read(row.object, stored.body) == text
             assert row.size == len(text)
@@ -324,7 +381,11 @@ class World:
             for modseq, runs in rows.expunged(txn, mailbox)
         ]
         assert expunged == box.expunged
-        return sum(len(text) for _, text in box.messages.values())
+        return sum(len(text) for _, text, _ in box.messages.values())
+
+
+def _unpacked(packed: bytes) -> list[tuple[int, int, int]]:
+    return [(uid, flags, modseq) for uid, _, flags, modseq in RECORD.iter_unpack(packed)]
 
 
 @given(STEPS)
@@ -337,6 +398,8 @@ async def test_a_shard_is_what_dicts_say(memory_path, steps):
     folder = Path(tempfile.mkdtemp(dir=memory_path))
     world = World(folder)
     spare, compact.SPARE = compact.SPARE, 0
+    before = sessions.SLICE
+    sessions.SLICE = appending.SLICE = SLICE
     try:
         await world.open()
         for _ in range(2):
@@ -347,4 +410,5 @@ async def test_a_shard_is_what_dicts_say(memory_path, steps):
         await world.end()
     finally:
         compact.SPARE = spare
+        sessions.SLICE = appending.SLICE = before
         shutil.rmtree(folder)

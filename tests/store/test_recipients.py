@@ -15,6 +15,7 @@ from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.recipients import Recipients
 from relaymta.store.rows import UserRow
 from relaymta.store.shard import Shard
+from relaymta.store.watching import Watches
 
 FILED = Reply(250, "2.1.5", "filed")
 
@@ -37,6 +38,7 @@ class Bench:
         self.mailboxes._others = Foreign({1: self.other})
         self.mailboxes._peers = {1: Channel(self.other)}
         self.mailboxes._changed = asyncio.Event()
+        self.mailboxes._watches = Watches()
         await self.mailboxes.shards[0].start()
         self.known = Recipients(self.mailboxes, lambda: self.settings)
         self.delivery = Delivery(self.mailboxes, lambda: self.settings, self.counted.append)

@@ -9,21 +9,11 @@ from relaymta.proto.envelope import Body
 from relaymta.proto.imap_records import changed, first, load
 from relaymta.proto.imap_uids import Shared
 from relaymta.proto.imap_view import Changes, Mailbox, View
-from relaymta.store.blocks import Record
 from relaymta.store.change import Change, Limits
-from relaymta.store.rows import INBOX, SEEN, MailShard, MessageRow
+from relaymta.store.rows import INBOX, SEEN, MailShard, MessageRow, ObjectRow
 from tests.speedups.index import unpack32
 
 BOX = 1
-
-
-class Changing(Change):
-    """A change that can also store flags."""
-
-    def flag(self, uids: list[int], flags: int) -> None:
-        index = self._shard.index(self.txn, BOX)
-        modseq = self._change_mailbox(BOX, self._state(BOX))
-        index.replace([Record(uid, flags, modseq) for uid in uids])
 
 
 def changes_since(rows: MailShard, modseq: int) -> Changes:
@@ -39,22 +29,22 @@ def changes_since(rows: MailShard, modseq: int) -> Changes:
 def test_views_follow_a_shard(tmp_path, seed):
     chance = random.Random(seed)
     rows = MailShard(tmp_path)
-    change = Changing(rows)
+    change = Change(rows)
     change.add_user(1, [], 7)
     change.finish(0)
     views = [View(Shared(), BOX, Mailbox(7, 1, rows_modseq(rows)), b"") for _ in range(2)]
     for step in range(40):
-        change = Changing(rows)
+        change = Change(rows)
         there = [record.uid for record in rows.index(change.txn, BOX)]
         some = sorted(chance.sample(there, min(len(there), chance.choice((1, 20, 150)))))
         what = chance.random()
         if what < 0.5 or not some:
             for _ in range(chance.choice((1, 50, 200))):
                 ident = chance.getrandbits(60)
-                change.add_object(ident, Body(1, 1, 0, 1), 1)
+                change.put_object(ident, ObjectRow(1, Body(1, 1, 0, 1)))
                 change.file(1, INBOX, MessageRow(ident, 0, 0, 1), chance.choice((0, SEEN)), [], Limits())
         elif what < 0.75:
-            change.flag(some, chance.getrandbits(5))
+            change.store_flags(1, BOX, some, "", chance.getrandbits(5), [], None)
         else:
             change.expunge(1, BOX, some)
         change.finish(step)

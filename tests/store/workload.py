@@ -2,22 +2,31 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from relaymta.disk.segments import MEGABYTE
 from relaymta.errors import StoreError
-from relaymta.store.change import Change, Refusal
+from relaymta.store import appending, names, sessions
+from relaymta.store.asked import Copied, Message, Partial
+from relaymta.store.change import Change, Limits, Refusal
 from relaymta.store.rows import DELETED, INBOX, SEEN
 from relaymta.store.shard import Shard
 from relaymta.store.writer import Result, Target
 from tests.store.ledger import digest_of
 
-__all__ = ["Work"]
+__all__ = ["Work", "use_small_slices"]
 
 NAMES = [INBOX, "Sent", "Archive/2026", "n" * 600]
 SIZES = [10, 300, 3000, 6000]
 LARGE = MEGABYTE + 5000
+SLICE = 4
+
+
+def use_small_slices() -> None:
+    """In a process of its own: what concerns many messages is done a few at a time."""
+    sessions.SLICE = appending.SLICE = SLICE
+    sessions.AGAIN_SECONDS = 0.05
 
 
 class Work:
@@ -32,13 +41,16 @@ class Work:
         self.users: list[int] = []
         self.refused: list[StoreError] = []
         self.acknowledged = 0
+        self._known: dict[tuple[int, int], str] = {}  # the digest of each (mailbox, UID) that was acknowledged
         self._asked: list[tuple[int, list[tuple[int, str]]]] = []  # queue ids, and the places of their recipients
 
     async def some(self, count: int) -> None:
         """So many operations at once."""
         verbs = self.chance.choices(
-            [self.file, self.file_once, self.expunge, self.create, self.remove, self.forget], [10, 4, 6, 1, 1, 1], k=count
-        )
+            [self.file, self.file_once, self.append, self.copy, self.expunge, self.create, self.remove, self.forget],
+            [10, 4, 2, 4, 6, 1, 1, 1],
+            k=count,
+        )  # fmt: skip
         await asyncio.gather(*(verb() for verb in verbs))
 
     async def _done(self, change: Callable[[Change], Any]) -> Any:
@@ -106,10 +118,63 @@ class Work:
         self.acknowledged += 1
         for target, result in zip(targets, results, strict=True):
             if result.filed is not None:
-                self.tell("filed", target.user, target.name, list(result.filed), digest)
+                self._filed(target.user, target.name, list(result.filed), digest)
             if target.once is not None and not result.code:
                 self.tell("done", *target.once)
         return results
+
+    def _filed(self, user: int, name: str, place: list[int], digest: str) -> None:
+        mailbox, _, uid, _ = place
+        self._known[mailbox, uid] = digest
+        self.tell("filed", user, name, place, digest)
+
+    async def append(self) -> None:
+        """Append a few messages to a mailbox, all or none."""
+        found = self._some_mailbox()
+        if found is None:
+            return
+        user, name, _ = found
+        messages = [Message(self._data()) for _ in range(self.chance.randint(2, 2 * SLICE))]
+        digests = [digest_of(message.data) for message in messages if isinstance(message.data, bytes)]
+        self.tell("offered", digests)
+        appended = await self._moved(self.shard.append(user, name, messages, Limits()))
+        if appended is not None:
+            for uid, digest in zip(appended.copies, digests, strict=True):
+                self._filed(user, name, [appended.mailbox, appended.uidvalidity, uid, 0], digest)
+
+    async def copy(self) -> None:
+        """Copy or move some messages to another mailbox, or the same."""
+        found = self._some_mailbox()
+        if found is None:
+            return
+        user, _, mailbox = found
+        name, move = self.chance.choice(NAMES), self.chance.random() < 0.6
+        with self.shard.rows.reading() as txn:
+            uids = [record.uid for record in self.shard.rows.index(txn, mailbox)]
+        known = [uid for uid in uids if (mailbox, uid) in self._known]
+        uids = sorted(self.chance.sample(known, min(len(known), self.chance.randint(1, 3 * SLICE))))
+        if move:
+            self.tell("expunged?", mailbox, uids)
+        copied = await self._moved(self.shard.copy(user, mailbox, uids, name, Limits(), move))
+        if copied is not None:
+            for source, uid in zip(copied.sources, copied.copies, strict=True):
+                self._filed(user, name, [copied.mailbox, copied.uidvalidity, uid, 0], self._known[mailbox, source])
+            if move:
+                self.tell("expunged", mailbox, copied.sources, 0)
+
+    async def _moved(self, call: Awaitable[Copied]) -> Copied | None:
+        """The result of a copy, or of the part of a move that was done; None when it was refused."""
+        try:
+            copied = await call
+        except Partial as stopped:
+            return stopped.copied
+        except Refusal:
+            return None
+        except StoreError as error:
+            self.refused.append(error)
+            return None
+        self.acknowledged += 1
+        return copied
 
     async def expunge(self) -> None:
         """Expunge half of a mailbox's messages."""
@@ -147,8 +212,7 @@ class Work:
             row = self.shard.rows.mailbox(change.txn, user, name)
             if row is None or row.mailbox != mailbox:
                 return False
-            change.expunge(user, mailbox, [record.uid for record in self.shard.rows.index(change.txn, mailbox)])
-            change.remove_mailbox(user, name)
+            assert not names.delete(change, user, name, 1 << 30)
             return True
 
         self.tell("removed?", mailbox)

@@ -15,11 +15,14 @@ from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
 from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
 from relaymta.proto.envelope import Attempt, Envelope
+from relaymta.proto.imap_command import Numbers, Or, Qresync, Text
 from relaymta.proto.imap_found import Found
-from relaymta.proto.imap_program import Batch, BodyText, InBody, Or, Program, fold
-from relaymta.proto.imap_resync import Known, Mismatched, resync
-from relaymta.proto.imap_uids import NoSuchNumber, Ranges, Shared
+from relaymta.proto.imap_program import Batch, Program
+from relaymta.proto.imap_resync import resync
+from relaymta.proto.imap_text import FIELDS, EnvelopeText, MessageText
+from relaymta.proto.imap_uids import NoSuchNumber, Shared
 from relaymta.proto.imap_view import Changes, Mailbox, View
+from relaymta.proto.imap_words import Words
 from relaymta.proto.pop3_maildrop import Wanted
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
@@ -560,22 +563,22 @@ def _view() -> View:
 _selected = _view()
 
 
-def _ranges(data: bytes) -> Ranges:
-    return list(struct.iter_unpack("<II", data))
+def _numbers(data: bytes) -> Numbers:
+    text = b",".join(b"%d:%d" % ends for ends in struct.iter_unpack("<II", data)).replace(b":0", b":*")
+    return Words(b"a", [text]).numbers() if text else Numbers(())
 
 
 def _set(data: bytes) -> None:
-    ranges = _ranges(data)
+    chosen = _numbers(data)
     for by_uid in (True, False):
         with contextlib.suppress(NoSuchNumber):
-            _selected.targets(ranges, by_uid)
+            _selected.targets(chosen, by_uid)
 
 
 def _resync(data: bytes) -> None:
-    ranges = _ranges(data)
-    with contextlib.suppress(Mismatched):
-        for _ in resync(_selected, Known(7, 1, ranges, ranges, ranges), b"", None):
-            pass
+    chosen = _numbers(data)
+    for _ in resync(_selected, Qresync(7, 1, chosen, chosen, chosen), b"", None):
+        pass
 
 
 def _advance(data: bytes) -> None:
@@ -612,12 +615,28 @@ _SEARCH_TEXTS = {
 
 def _searched(data: bytes) -> None:
     """The first quarter of a text is looked for in the rest, and in front of a letter that it does not have."""
-    text = fold(data.decode("utf-8", "replace"))
+    text = data.decode("utf-8", "replace")
     sought = text[: len(text) // 4]
-    program = Program(Or(InBody(sought + "z"), InBody("z" + sought)), _selected, 0)
+    program = Program(Or(Text("BODY", sought + "z"), Text("BODY", "z" + sought)), _selected, 0)
     batch = Batch(struct.pack("<IIQQ", 2, 0, 0, 1))
-    batch.bodies = [BodyText("", text)]
+    batch.bodies = [MessageText(b"", b"Content-Type: text/plain; charset=utf-8\r\n\r\n" + data)]
     program.run(batch)
+
+
+def _in_envelope(octets: bytes) -> None:
+    found = EnvelopeText(octets, str)
+    for name in FIELDS:
+        found.has(name, "\u00e4")
+    found.sent()
+
+
+_ENVELOPES = {
+    "parentheses": times(b"("), "lists": times(b"(NIL NIL NIL NIL)", b'(NIL "\xc3\xa4" ('), "quotes": times(b'"'),
+    "backslashes": times(b"\\", b'("'), "literals": times(b" {1}\r\na", b"("), "digits": times(b"1", b"({"),
+    "NIL": times(b" NIL", b"(NIL"), "days": times(b"1 ", b'("', b'"'), "months": times(b"Nov ", b'("', b'"'),
+    "blanks": times(b" ", b'("1', b'"'), "encoded words": times(b"=?utf-8?q?=C3=A4?= ", b'(NIL "', b'"'),
+    "addresses": times(b'(NIL NIL "\xc3\xa4" "b")', b"(NIL NIL ("),
+}  # fmt: skip
 
 
 def _parsers() -> Iterable[Parser]:
@@ -721,6 +740,7 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.imap_resync", _resync, _UID_SETS, "64 kB a command")
     records = {"records": times(bytes(24))}
     yield Parser("proto.imap_view.advance", _advance, records, "the mailbox; some 200 kB of a reply at once")
+    yield Parser("proto.imap_text.EnvelopeText", _in_envelope, _ENVELOPES)
     yield Parser("proto.imap_program (texts)", _searched, _SEARCH_TEXTS, "a message; 64 kB a command, 500 keys")
     yield Parser("proto.imap_found", _found, records, "the mailbox")
     yield Parser("store.mbox.read", _mbox, _MBOXES, "64 MB of a message; the operator's own files")

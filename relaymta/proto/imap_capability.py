@@ -1,0 +1,12 @@
+"""What IMAP sessions offer, in the order in which it is told."""
+
+__all__ = ["AFTER_LOGIN", "BEFORE_LOGIN", "HIDEABLE", "REVISIONS"]
+
+BEFORE_LOGIN = ("SASL-IR", "LITERAL+", "ID", "ENABLE")
+AFTER_LOGIN = (
+    "LITERAL+", "ID", "ENABLE", "IDLE", "NAMESPACE", "CHILDREN", "UNSELECT", "UIDPLUS", "MOVE", "ESEARCH", "SEARCHRES",
+    "CONDSTORE", "QRESYNC", "LIST-EXTENDED", "LIST-STATUS", "SPECIAL-USE", "CREATE-SPECIAL-USE", "STATUS=SIZE", "APPENDLIMIT",
+    "QUOTA", "QUOTA=RES-STORAGE", "QUOTA=RES-MESSAGE", "MULTIAPPEND", "OBJECTID", "SAVEDATE", "WITHIN", "BINARY", "UTF8=ACCEPT",
+)  # fmt: skip
+REVISIONS = ("IMAP4rev1", "IMAP4rev2")
+HIDEABLE = tuple(dict.fromkeys(("IMAP4rev2", *BEFORE_LOGIN, *AFTER_LOGIN)))  # what may be withheld from clients

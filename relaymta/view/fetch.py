@@ -1,0 +1,299 @@
+"""FETCH (RFC 3501 and 9051 6.4.5, 7.5.2): from the rows and data of messages to the items of its responses.
+
+What a FETCH needs of a message is known before anything is read (`Plan.level`): index records, its row, its description, or its
+data. A large message is not in memory: its sections are places in its file (`FilePart`).
+"""
+
+import mmap
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from relaymta.disk.segments import FRAME
+from relaymta.errors import StoreError
+from relaymta.proto import imap_response as response
+from relaymta.proto import mime
+from relaymta.proto.imap_command import Fetch, Section
+from relaymta.proto.imap_view import View
+from relaymta.store.change import MISSING, Refusal
+from relaymta.store.reading import Readable, body_of
+from relaymta.store.rows import MessageRow, ObjectRow
+from relaymta.view.reading import Message
+
+__all__ = [
+    "FilePart", "Level", "Piece", "Plan", "Text", "described_now", "email_id", "read_at", "text_now", "text_of",
+    "with_description",
+]  # fmt: skip
+
+DECODED_MOST = 4 << 20  # octets of a part of a large message that BINARY decodes: it is in memory then
+DESCRIBED_MOST = 64 << 20  # octets of a message that are looked at for its description
+
+
+class Level(IntEnum):
+    """What is needed of a message."""
+
+    INDEX = 0
+    ROW = 1
+    DESCRIPTION = 2
+    DATA = 3
+
+
+class FilePart(NamedTuple):
+    """Octets in a large message's file. `text`: a NUL becomes 0x80."""
+
+    path: Path
+    start: int
+    length: int
+    text: bool = False
+
+    def cut(self, first: int, octets: int) -> "FilePart":
+        """`octets` of it from `first` on, as far as there are so many."""
+        first = min(first, self.length)
+        return FilePart(self.path, self.start + first, min(octets, self.length - first), self.text)
+
+
+Piece = bytes | memoryview | FilePart
+
+
+class Text(NamedTuple):
+    """The data of a message. `prefix`: header fields in front of it; `parts`: as of mime.Description; `data`: in memory, or
+    (None) `file`."""
+
+    prefix: bytes
+    parts: bytes
+    data: bytes | None
+    file: FilePart = FilePart(Path(), 0, 0)
+
+    def slice(self, start: int, end: int) -> Piece:
+        """Octets of the data, without the prefix."""
+        if self.data is not None:
+            return memoryview(self.data)[start:end]
+        return self.file.cut(start, end - start)
+
+    def read(self, start: int, end: int) -> bytes:
+        """The same, in memory. StoreError."""
+        return read_at(self.file.path, self.file.start + start, end - start)
+
+
+def read_at(path: Path, start: int, octets: int) -> bytes:
+    """Octets of a file, which is open only meanwhile: a client that does not read its message holds no descriptor. StoreError
+    when they are not all there."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            found = file.read(octets) or b""
+    except OSError as error:
+        raise StoreError(f"cannot read the body of {path.name}: {error}") from error
+    if len(found) < octets:
+        raise StoreError(f"the body of {path.name} ends early")
+    return found
+
+
+def text_of(shard: Readable, message: Message) -> Text:
+    """Reader thread: the data of a message, verified where it is read whole, and (parts) its description. Refusal when it is
+    gone, StoreError."""
+    with_it = with_description(shard, message)
+    described = with_it.object.described
+    assert described is not None
+    row, body = message.row, message.object.body
+    if body.segment:
+        return Text(row.prefix, described.parts, body_of(shard.rows, shard.bodies, row.object))
+    path = shard.bodies.big_path(row.object)
+    return Text(row.prefix, described.parts, None, FilePart(path, body.offset + FRAME.size, body.length))
+
+
+def described_now(message: Message) -> bool:
+    """Whether the description of a message is at hand."""
+    described = message.object.described
+    return described is not None and described.version == mime.VERSION
+
+
+def text_now(shard: Readable, message: Message) -> Text | None:
+    """As `text_of`, where nothing has to be waited for; else None."""
+    described, body = message.object.described, message.object.body
+    if described is None or not described_now(message) or not body.segment:
+        return None
+    data = shard.bodies.read_now(message.row.object, body)
+    return None if data is None else Text(message.row.prefix, described.parts, data)
+
+
+def with_description(shard: Readable, message: Message) -> Message:
+    """Reader thread: the same, its description made anew where none is kept, or one of another version. Errors as of
+    `text_of`."""
+    if described_now(message):
+        return message
+    body = message.object.body
+    if body.segment:
+        data: bytes = body_of(shard.rows, shard.bodies, message.row.object)
+        described = mime.describe(data)
+    else:
+        described = _describe_file(shard.bodies.big_path(message.row.object), body.offset + FRAME.size, body.length)
+    row = message.object
+    return message._replace(object=ObjectRow(row.references, row.body, described, row.digest))
+
+
+def _describe_file(path: Path, start: int, octets: int) -> mime.Description:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            return mime.describe(mapped[start : start + min(octets, DESCRIBED_MOST)])
+    except FileNotFoundError:
+        raise Refusal(MISSING, "the message has been expunged") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read the body of {path.name}: {error}") from error
+
+
+def email_id(found: ObjectRow, row: MessageRow) -> str:
+    """EMAILID (RFC 8474 5.1): the same for the same octets, also in another mailbox or shard."""
+    digest = found.digest or sha256(row.object.to_bytes(8, "big")).digest()[:16]
+    if row.prefix:
+        digest = sha256(digest + row.prefix).digest()[:16]
+    return "E" + digest.hex()
+
+
+# Sections
+
+
+def _shape(asked: Section) -> mime.Section:
+    return mime.Section(asked.part, asked.text, tuple(field.encode() for field in asked.fields))
+
+
+def _pieces(text: Text, asked: Section) -> list[Piece] | None:
+    """A section in pieces; None (NIL): there is no such part. UnknownEncoding, StoreError."""
+    if asked.name.startswith("BINARY"):
+        return _decoded(text, asked.part)
+    if text.data is not None and not (asked.part or asked.text):
+        return [text.prefix, text.data]
+    which = _shape(asked)
+    if text.data is not None:
+        return mime.section(text.data, text.parts, which, text.prefix)  # type: ignore[return-value]
+    found = mime.extent(text.parts, which)
+    if found is None:
+        return None
+    if which.names:
+        header = text.read(found.start, found.end)
+        return mime.section(header, _one_header(len(header)), which._replace(path=()), b"" if which.path else text.prefix)  # type: ignore[return-value]
+    front = text.prefix if not which.path and which.what != "TEXT" else b""
+    return [front, text.slice(found.start, found.end)]
+
+
+def _one_header(octets: int) -> bytes:
+    """The places of a message that is a header of so many octets."""
+    return mime.PLACE.pack(0, 0, 0, octets, 0)
+
+
+def _decoded(text: Text, path: tuple[int, ...]) -> list[Piece] | None:
+    """As of mime.binary."""
+    if text.data is not None:
+        return mime.binary(text.data, text.parts, path, text.prefix)  # type: ignore[return-value]
+    found = mime.extent(text.parts, mime.Section(path))
+    if found is None or not path:
+        return None if found is None else [text.prefix, text.slice(found.start, found.end)]
+    if found.end - found.start > DECODED_MOST:
+        raise mime.UnknownEncoding("a part that is too large to be decoded here")
+    return mime.decoded_part(text.read(found.start, found.end), text.parts, path)  # type: ignore[return-value]
+
+
+def _cut(pieces: Sequence[Piece], first: int, octets: int) -> list[Piece]:
+    """`<first.octets>` of pieces; nothing where it begins behind their end."""
+    found: list[Piece] = []
+    for one in pieces:
+        size = _size(one)
+        part = one.cut(first, octets) if isinstance(one, FilePart) else one[first : first + octets]
+        first = max(0, first - size)
+        octets -= _size(part)
+        if _size(part):
+            found.append(part)
+        if octets <= 0:
+            break
+    return found
+
+
+def _size(piece: Piece) -> int:
+    return piece.length if isinstance(piece, FilePart) else len(piece)
+
+
+def _section(text: Text, asked: Section) -> list[Piece]:
+    """A section as FETCH tells it. A client stalls on a literal of no octets, so nothing is `""`; NUL is sent in BINARY alone (in
+    a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better choice for."""
+    pieces = _pieces(text, asked)
+    name = response.section(asked)
+    if pieces is None:
+        return [name, b" NIL"]
+    total = sum(map(_size, pieces))
+    if asked.name == "BINARY.SIZE":
+        return [b"%b %d" % (name, total)]
+    if asked.partial is not None:
+        pieces = _cut(pieces, *asked.partial)
+        total = sum(map(_size, pieces))
+    if not total:
+        return [name, b' ""']
+    eight = asked.name == "BINARY" and any(isinstance(one, FilePart) or b"\0" in bytes(one) for one in pieces)
+    if not eight:
+        pieces = [_without_nul(one) for one in pieces]
+    return [b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), *pieces]
+
+
+def _without_nul(piece: Piece) -> Piece:
+    if isinstance(piece, FilePart):
+        return piece._replace(text=True)
+    data = bytes(piece)
+    return data.replace(b"\0", b"\x80") if b"\0" in data else data
+
+
+# Items
+
+
+def _described(message: Message) -> mime.Description:
+    assert message.object.described is not None
+    return message.object.described
+
+
+Show = Callable[[View, Message], bytes]
+_ITEMS: dict[str, tuple[Level, Show]] = {
+    "FLAGS": (Level.INDEX, lambda view, message: b"FLAGS (%b)" % view.flag_list(message.uid, message.flags)),
+    "UID": (Level.INDEX, lambda view, message: response.uid(message.uid)),
+    "MODSEQ": (Level.INDEX, lambda view, message: response.modseq(message.modseq)),
+    "INTERNALDATE": (Level.ROW, lambda view, message: response.internaldate(message.row.date // 1000)),
+    "SAVEDATE": (Level.ROW, lambda view, message: response.savedate(message.row.saved // 1000)),
+    "RFC822.SIZE": (Level.ROW, lambda view, message: response.size(message.row.size)),
+    "EMAILID": (Level.ROW, lambda view, message: response.object_id("EMAILID", email_id(message.object, message.row))),
+    "THREADID": (Level.ROW, lambda view, message: response.object_id("THREADID", None)),
+    "ENVELOPE": (Level.DESCRIPTION, lambda view, message: b"ENVELOPE " + _described(message).envelope),
+    "BODYSTRUCTURE": (Level.DESCRIPTION, lambda view, message: b"BODYSTRUCTURE " + _described(message).structure),
+    "BODY": (Level.DESCRIPTION, lambda view, message: b"BODY " + mime.body_of(_described(message).structure)),
+}
+
+
+class Plan:
+    """A FETCH. `level`: what it needs of each message; `sees`: it sets \\Seen; `tells_flags`: FLAGS is among its items."""
+
+    __slots__ = ("_if_seen", "_items", "_sections", "_view", "level", "sees", "tells_flags")
+
+    def __init__(self, fetch: Fetch, view: View) -> None:
+        self._view = view
+        self._items = [_ITEMS[item][1] for item in fetch.items]
+        told = ("FLAGS", "UID", "MODSEQ") if view.condstore else ("FLAGS",)  # RFC 7162 3.2.4
+        self._if_seen = [_ITEMS[item][1] for item in told if item not in fetch.items]
+        self._sections = fetch.sections
+        self.level = Level.DATA if fetch.sections else max((_ITEMS[item][0] for item in fetch.items), default=Level.INDEX)
+        self.sees = any(not section.peek for section in fetch.sections) and not view.read_only
+        self.tells_flags = "FLAGS" in fetch.items
+
+    def response(self, message: Message, text: Text | None, seen: bool) -> list[Piece]:
+        """The response for a message; none where it has no number (any more). `seen`: \\Seen has been set, so that its flags are
+        told. UnknownEncoding, StoreError."""
+        view = self._view
+        number = view.uids.number(message.uid)
+        if not number:
+            return []
+        items = [show(view, message) for show in (self._items + self._if_seen if seen else self._items)]
+        out: list[Piece] = [b"* %d FETCH (" % number, b" ".join(items)]
+        for place, asked in enumerate(self._sections):
+            assert text is not None
+            if place or items:
+                out.append(b" ")
+            out += _section(text, asked)
+        out.append(b")\r\n")
+        return out

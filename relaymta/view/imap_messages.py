@@ -1,0 +1,345 @@
+"""IMAP commands about messages of the mailbox that is selected (RFC 3501 and 9051 6.4; RFC 3516, 4315, 6851, 7162)."""
+
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+
+from relaymta.errors import RelayError
+from relaymta.metrics import index
+from relaymta.proto import imap_response as response
+from relaymta.proto.imap_command import Command, Copy, Expunge, Fetch, Search, Store
+from relaymta.proto.imap_found import Found
+from relaymta.proto.imap_program import Program
+from relaymta.proto.imap_records import RECORD, load, packed, pick, runs, values, within
+from relaymta.proto.imap_resync import vanished_earlier
+from relaymta.store.asked import Copied, Partial
+from relaymta.store.change import MISSING, Refusal
+from relaymta.store.rows import SEEN
+from relaymta.view import reading, search
+from relaymta.view.access import RECORDS_ON_LOOP
+from relaymta.view.connection import READ, READ_OCTETS
+from relaymta.view.fetch import Level, Plan, Text, described_now, text_now, text_of, with_description
+from relaymta.view.incoming import SYSTEM
+from relaymta.view.reader import Done, Reader, try_create
+from relaymta.view.reading import Message
+from relaymta.view.selected import ALL, Selected
+
+__all__ = ["COMMANDS", "ranges_of"]
+
+RECORDS = 20_000  # index records of one slice of a FETCH
+ROWS = 256  # messages with their rows that a thread reads together
+ROWS_ON_LOOP = 64
+BODIES_ON_LOOP = 8
+BODIES = 32  # messages whose data a thread reads together,
+OCTETS = 256 << 10  # or until it is so much
+
+EXPUNGED = index("relaymta_mailbox_expunged_total")
+EXPUNGE_ISSUED = Done("OK", "Some of the messages have been expunged", response.EXPUNGEISSUED)
+
+
+async def noop(reader: Reader, command: Command) -> Done:
+    """NOOP, CHECK, and the end of IDLE: what is new is told behind every command."""
+    return Done("OK", "Done")
+
+
+async def unselect(reader: Reader, command: Command) -> Done:
+    """UNSELECT (RFC 3691)."""
+    reader.selected = None
+    return Done("OK", "Unselected")
+
+
+async def close(reader: Reader, command: Command) -> Done:
+    """CLOSE: as UNSELECT, and messages with \\Deleted go, without a word of it."""
+    selected = reader.chosen()
+    if not selected.view.read_only:
+        try:
+            await _expunge(reader, selected, ALL)
+        except Refusal as refusal:
+            if refusal.code != MISSING:  # it has been deleted: it is closed all the same
+                raise
+    reader.selected = None
+    return Done("OK", "Closed")
+
+
+async def expunge(reader: Reader, command: Command) -> Done:
+    """EXPUNGE, UID EXPUNGE (RFC 4315 2.1)."""
+    arguments, selected = command.arguments, reader.chosen()
+    assert isinstance(arguments, Expunge)
+    view = selected.view
+    some = await _expunge(reader, selected, ALL if arguments.numbers is None else view.ranges(arguments.numbers, True))
+    if not (some and view.qresync):
+        return Done("OK", "Expunged")
+    await reader.sync(True)
+    return Done("OK", "Expunged", response.highestmodseq(view.highest))  # RFC 7162 3.2.7
+
+
+async def _expunge(reader: Reader, selected: Selected, ranges: bytes) -> bool:
+    """Whether there were any."""
+    uids = await selected.marked(ranges)
+    if uids:
+        await reader.access.change(reader.user, "expunge", selected.mailbox, uids, True)
+        reader.counters.add(EXPUNGED, len(uids))
+    return bool(uids)
+
+
+# FETCH
+
+
+async def fetch(reader: Reader, command: Command) -> Done:
+    """FETCH, UID FETCH."""
+    asked, selected = command.arguments, reader.chosen()
+    assert isinstance(asked, Fetch)
+    view = selected.view
+    uids = view.targets(asked.numbers, asked.uid)
+    plan = Plan(asked, view)
+    if asked.changed_since is not None:
+        records, expunged = await selected.since(asked.changed_since)
+        if asked.vanished:
+            await reader.tell(vanished_earlier(view, asked.numbers, expunged))
+        uids = load([pick(records, within(records, runs(uids)))]) if uids else b""
+    fetched = _Fetching(reader, selected, plan, asked)
+    if uids:
+        await fetched.all(uids)
+    if fetched.unreadable:
+        return Done("NO", "Some of the messages cannot be read now", response.UNAVAILABLE)
+    missing = fetched.found < len(uids) // 4 and not asked.uid
+    return EXPUNGE_ISSUED if missing else Done("OK", "Fetched")
+
+
+class _Fetching:
+    """One FETCH. `found`: messages that were there; `unreadable`: some could not be read."""
+
+    def __init__(self, reader: Reader, selected: Selected, plan: Plan, asked: Fetch) -> None:
+        self._reader, self._selected, self._plan = reader, selected, plan
+        self._modseq = "MODSEQ" in asked.items
+        self.found = 0
+        self.unreadable = False
+
+    async def all(self, uids: bytes) -> None:
+        """Tell of all these messages (packed UIDs, one at least), slice by slice."""
+        step = self._index if self._plan.level == Level.INDEX else self._rows
+        while uids := await step(uids):
+            await self._reader.pause()
+
+    async def _index(self, uids: bytes) -> bytes:
+        """What index records say; the UIDs that are left."""
+        reader, selected, plan = self._reader, self._selected, self._plan
+        part, rest = uids[: RECORDS * 4], uids[RECORDS * 4 :]
+
+        read = partial(reading.records, selected.shard, selected.mailbox, runs(part))
+        records = reader.access.read_here(read) if len(part) <= RECORDS_ON_LOOP * 4 else await reader.access.read(read)
+        self.found += len(records) // RECORD.size
+        await reader.tell(selected.view.lines(records, plan.tells_flags, self._modseq))
+        if plan.tells_flags and (self._modseq or not selected.view.condstore):
+            selected.view.told(records)
+        return rest
+
+    async def _rows(self, uids: bytes) -> bytes:
+        """What needs more than the index; the UIDs that are left."""
+        plan, reader = self._plan, self._reader
+        most = BODIES if plan.level == Level.DATA else ROWS
+        part = uids[: most * 4]
+        read = partial(_read, self._selected, runs(part), plan.level)
+        if len(uids) > (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
+            found, last, unreadable = await reader.access.read(read)
+        else:
+            now = reader.access.read_here(partial(_read_now, self._selected, runs(part), plan.level))
+            found, last, unreadable = (now, None, []) if now is not None else await reader.access.read(read)
+        for why in unreadable:
+            self.unreadable = True
+            reader.warn(why)
+        self.found += len(found) + len(unreadable)
+        seen = await self._see([message for message, _ in found])
+        for message, text in found:
+            after = seen.get(message.uid)
+            if after is not None:
+                message = message._replace(flags=after[0], modseq=after[1])
+            await reader.tell(plan.response(message, text, after is not None))
+        if plan.level == Level.DATA:
+            reader.counters.add(READ, len(found))
+            reader.counters.add(READ_OCTETS, sum(message.row.size for message, _ in found))
+        return uids[len(part) :] if last is None else uids[(values(uids).index(last) + 1) * 4 :]
+
+    async def _see(self, messages: list[Message]) -> dict[int, tuple[int, int]]:
+        """Set \\Seen where the FETCH does that; (flags, MODSEQ) by UID of those that have got it."""
+        unseen = [message.uid for message in messages if not message.flags & SEEN]
+        if not (self._plan.sees and unseen):
+            return {}
+        reader, selected = self._reader, self._selected
+        try:
+            stored = await reader.access.change(reader.user, "store_flags", selected.mailbox, unseen, "+", SEEN, [], None)
+        except (RelayError, ConnectionError) as error:  # the client gets its messages all the same
+            reader.warn(f"\\Seen could not be set: {error}")
+            return {}
+        await reader.tell([selected.view.learn(stored.keywords)])
+        selected.view.changed_here(stored.before, stored.after)
+        selected.view.told(stored.after)
+        return {uid: (flags, modseq) for uid, _, flags, modseq in RECORD.iter_unpack(stored.after)}
+
+
+def _read_now(selected: Selected, ranges: bytes, level: Level) -> "list[tuple[Message, Text | None]] | None":
+    """As `_read`, on the loop; None where something would have to be waited for."""
+    found: list[tuple[Message, Text | None]] = []
+    octets = 0
+    for message in reading.messages(selected.shard, selected.mailbox, ranges):
+        octets += message.row.size
+        if level == Level.DATA:
+            text = text_now(selected.shard, message) if octets <= OCTETS else None
+            if text is None:
+                return None
+            found.append((message, text))
+        elif level == Level.DESCRIPTION and not described_now(message):
+            return None
+        else:
+            found.append((message, None))
+    return found
+
+
+def _read(selected: Selected, ranges: bytes, level: Level) -> tuple[list[tuple[Message, Text | None]], int | None, list[str]]:
+    """Messages with what a FETCH needs of them; the UID of the last one that was read, where not all were; why some could not be
+    read."""
+    found: list[tuple[Message, Text | None]] = []
+    unreadable: list[str] = []
+    octets = 0
+    for message in reading.messages(selected.shard, selected.mailbox, ranges):
+        try:
+            text = None
+            if level >= Level.DESCRIPTION:
+                message = with_description(selected.shard, message)
+            if level == Level.DATA:
+                text = text_of(selected.shard, message)
+        except Refusal:
+            continue  # it has been expunged
+        except RelayError as error:
+            unreadable.append(f"message {message.uid} of {selected.name}: {error}")
+            continue
+        found.append((message, text))
+        octets += len(text.data or b"") if text is not None else 0
+        if octets >= OCTETS:
+            return found, message.uid, unreadable
+    return found, None, unreadable
+
+
+# STORE, COPY, MOVE
+
+
+async def store(reader: Reader, command: Command) -> Done:
+    """STORE, UID STORE."""
+    asked, selected = command.arguments, reader.chosen()
+    assert isinstance(asked, Store)
+    view = selected.view
+    uids = values(view.targets(asked.numbers, asked.uid)).tolist()
+    bits = sum(SYSTEM.get(flag, 0) for flag in asked.flags)
+    keywords = [flag for flag in asked.flags if flag not in SYSTEM]
+    if any(word.startswith("\\") for word in keywords):
+        return Done("NO", "There is no such system flag", response.CANNOT)
+    if not uids:
+        return Done("OK", "Stored")
+    stored = await reader.access.change(
+        reader.user, "store_flags", selected.mailbox, uids, asked.how, bits, keywords, asked.unchanged_since
+    )
+    await reader.tell([view.learn(stored.keywords)])
+    await reader.tell(view.stored(stored.before, stored.after, asked.silent, asked.unchanged_since is not None))
+    if stored.modified:
+        named = view.named(packed(stored.modified), asked.uid)
+        return Done("OK", "Some have changed meanwhile, and were left alone", b"MODIFIED " + named)
+    missing = len(stored.after) // RECORD.size < len(uids) and not asked.uid
+    return EXPUNGE_ISSUED if missing else Done("OK", "Stored")
+
+
+async def copy(reader: Reader, command: Command) -> Done:
+    """COPY, MOVE, and those of UIDs."""
+    asked, selected = command.arguments, reader.chosen()
+    assert isinstance(asked, Copy)
+    uids = values(selected.view.targets(asked.numbers, asked.uid)).tolist()
+    moves = command.name.endswith("MOVE")
+    if not uids:
+        return Done("OK", "There is nothing to copy")
+    if not asked.uid and (missing := await _missing(reader, selected, uids)):
+        return missing
+    try:
+        copied = await reader.access.change(reader.user, "copy", selected.mailbox, uids, asked.name, reader.limits, moves)
+    except Partial as error:
+        await reader.tell([response.untagged("OK", "Moved so far", _copyuid(error.copied))])
+        return Done("NO", "Not all could be moved; try again", response.UNAVAILABLE)
+    except Refusal as refusal:
+        raise try_create(reader, refusal, asked.name) from None
+    if not copied.copies:
+        return Done("OK", "The messages have been expunged")
+    if moves:
+        await reader.tell([response.untagged("OK", "Moved", _copyuid(copied))])
+        return Done("OK", "Done")
+    return Done("OK", "Copied", _copyuid(copied))
+
+
+async def _missing(reader: Reader, selected: Selected, uids: list[int]) -> Done | None:
+    """The refusal of a COPY by message numbers when some of the messages are gone: all or nothing (RFC 9051 6.4.7)."""
+    ranges = runs(packed(uids))
+    records = await reader.access.read(partial(reading.records, selected.shard, selected.mailbox, ranges))
+    if len(records) // RECORD.size == len(uids):
+        return None
+    return Done("NO", "Some of the messages have been expunged", response.EXPUNGEISSUED)
+
+
+def _copyuid(copied: Copied) -> bytes:
+    return response.copyuid(copied.uidvalidity, ranges_of(copied.sources), ranges_of(copied.copies))
+
+
+def ranges_of(uids: list[int]) -> Iterator[tuple[int, int]]:
+    """UIDs in order, as ranges."""
+    start = last = 0
+    for uid in uids:
+        if uid != last + 1 and last:
+            yield start, last
+        if uid != last + 1 or not last:
+            start = uid
+        last = uid
+    if last:
+        yield start, last
+
+
+# SEARCH
+
+
+async def find(reader: Reader, command: Command) -> Done:
+    """SEARCH, UID SEARCH."""
+    asked, selected = command.arguments, reader.chosen()
+    assert isinstance(asked, Search)
+    view, returns = selected.view, asked.returns
+    program = Program(asked.key, view, search.now_ms())
+    if returns is not None and "SAVE" in returns:
+        view.saved = b""  # also where the search fails (RFC 9051 6.4.4.1)
+    if asked.refusal is not None:
+        return Done("NO", *asked.refusal)
+    found = Found(returns if returns is not None else frozenset())
+    after: int | None = 0
+    while after is not None and not found.enough:
+        matching, after = await search.slice_of(reader.access, selected, program, after)
+        found.add(matching)
+        await reader.pause()
+    found.save(view)
+    if returns is None and not reader.session.rev2:
+        await reader.tell(found.search(view, asked.uid, asked.modseq))
+    else:
+        await reader.tell(found.esearch(command.tag.encode(), view, asked.uid, asked.modseq))
+    return Done("OK", "Searched", expunges=not program.by_number)
+
+
+COMMANDS: dict[str, Callable[[Reader, Command], Awaitable[Done]]] = {
+    "NOOP": noop,
+    "CHECK": noop,
+    "IDLE": noop,
+    "CLOSE": close,
+    "UNSELECT": unselect,
+    "EXPUNGE": expunge,
+    "UID EXPUNGE": expunge,
+    "FETCH": fetch,
+    "UID FETCH": fetch,
+    "STORE": store,
+    "UID STORE": store,
+    "COPY": copy,
+    "UID COPY": copy,
+    "MOVE": copy,
+    "UID MOVE": copy,
+    "SEARCH": find,
+    "UID SEARCH": find,
+}

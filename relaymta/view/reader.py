@@ -1,0 +1,171 @@
+"""A user's IMAP session between the protocol and the store: what its commands work with (imap_mailboxes.py, imap_messages.py,
+imap_append.py), and how what goes wrong is answered.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NamedTuple
+
+from relaymta.accept.admission import Admission
+from relaymta.errors import StoreFull
+from relaymta.metrics import Counters
+from relaymta.proto import imap_response as response
+from relaymta.proto.imap_server import ServerSession
+from relaymta.proto.imap_uids import NoSuchNumber
+from relaymta.proto.mime import UnknownEncoding
+from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, MOVING, OVERQUOTA, Limits, Refusal
+from relaymta.store.deliver import limits_of
+from relaymta.store.directory import User
+from relaymta.store.reading import Readable
+from relaymta.view import reading
+from relaymta.view.access import Access
+from relaymta.view.fetch import Piece
+from relaymta.view.incoming import Incoming
+from relaymta.view.reading import Removed
+from relaymta.view.selected import Selected
+
+__all__ = ["MISTAKES", "TRY_CREATE", "Done", "Gone", "Reader", "answer_to", "try_create"]
+
+
+class Gone(Exception):
+    """The client is gone: nothing that is written reaches it."""
+
+
+class Done(NamedTuple):
+    """The tagged response of a command. `expunges`: EXPUNGE may be told in front of it, where its verb allows that."""
+
+    status: str
+    text: str
+    code: bytes = b""
+    expunges: bool = True
+
+
+class Reader:
+    """`user`: as the directory has it; `selected`: the mailbox that is selected; `tell`: writes untagged responses as fast as the
+    client reads (Gone); `pause`: lets others run, when a command has taken long; `warn`: logs what could not be done; `incoming`:
+    the messages of an APPEND that has come."""
+
+    __slots__ = ("_admission", "_version", "access", "incoming", "pause", "selected", "session", "tell", "user", "warn")
+
+    def __init__(
+        self,
+        access: Access,
+        user: User,
+        session: ServerSession,
+        admission: Admission,
+        tell: Callable[[Iterable[Piece]], Awaitable[None]],
+        pause: Callable[[], Awaitable[None]],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.access = access
+        self.user = user
+        self.session = session
+        self._admission = admission
+        self._version = access.version
+        self.tell = tell
+        self.pause = pause
+        self.warn = warn
+        self.selected: Selected | None = None
+        self.incoming: Incoming | None = None
+
+    def refresh(self) -> bool:
+        """Look whether the user may go on here: False when the directory says disabled, deleted, or in another shard."""
+        version = self.access.version
+        if version == self._version and version >= 0:
+            return True
+        self._version = version
+        user = self.access.user(self.user.address)
+        if user is None or user.ident != self.user.ident or user.shard != self.user.shard:
+            return False
+        self.user = user
+        return True
+
+    @property
+    def counters(self) -> Counters:
+        """The metrics of this process."""
+        return self._admission.intake.counters
+
+    @property
+    def shard(self) -> Readable:
+        """The shard of the user. StoreError."""
+        return self.access.shard(self.user)
+
+    @property
+    def limits(self) -> Limits:
+        """The user's quota."""
+        return limits_of(self.user, self._admission.config.mailboxes)
+
+    def chosen(self) -> Selected:
+        """The mailbox that is selected: the session lets no command pass that needs one where there is none."""
+        assert self.selected is not None
+        return self.selected
+
+    @property
+    def holds(self) -> bool:
+        """Whether the client has numbers of messages that are known to be gone."""
+        return self.selected is not None and self.selected.view.holds
+
+    def unselect(self) -> None:
+        """None is selected any more."""
+        self.selected = None
+        self.session.unselected()
+
+    async def sync(self, may_expunge: bool) -> None:
+        """Tell what the mailbox that is selected has become."""
+        if self.selected is None or self.selected.unchanged():
+            return
+        try:
+            told = await self.selected.sync(may_expunge)
+        except Refusal:  # it has been deleted
+            self.unselect()
+            await self.tell([response.untagged("NO", "The mailbox that was selected has been deleted", response.CLOSED)])
+            return
+        await self.tell(told)
+
+
+# Of a COPY or APPEND into a mailbox that is missing
+TRY_CREATE = "trycreate"
+# Response codes (RFC 5530, RFC 9208) by the code of a Refusal
+_CODES = {
+    TRY_CREATE: response.TRYCREATE,
+    MISSING: response.NONEXISTENT,
+    EXISTS: response.ALREADYEXISTS,
+    OVERQUOTA: response.OVERQUOTA,
+    LIMIT: response.LIMIT,
+    CANNOT: response.CANNOT,
+    MOVING: response.UNAVAILABLE,
+}
+
+
+# What `answer_to` answers beside RelayError and ConnectionError.
+MISTAKES = (NoSuchNumber, UnknownEncoding, Removed)
+
+
+def answer_to(error: Exception) -> Done:
+    """The response to a command that has failed, by none of our defects."""
+    match error:
+        case Refusal():
+            return Done("NO", _sentence(str(error)), _CODES.get(error.code, b""))
+        case NoSuchNumber():
+            return Done("BAD", "expected message numbers of this mailbox")
+        case UnknownEncoding():
+            return Done("NO", _sentence(str(error)), response.UNKNOWN_CTE)
+        case StoreFull():
+            return Done("NO", "There is no room for mail now; try again later", response.UNAVAILABLE)
+        case Removed():
+            return Done("NO", "The user's mailboxes are not here any more; log in again", response.UNAVAILABLE)
+    return Done("NO", "The mailbox cannot be used now; try again", response.UNAVAILABLE)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def try_create(reader: Reader, refusal: Refusal, name: str) -> Refusal:
+    """The refusal of a COPY or APPEND to a mailbox: TRY_CREATE where that is missing, and not another."""
+    if refusal.code != MISSING:
+        return refusal
+    try:
+        reading.named(reader.shard, reader.user.ident, name)
+    except Refusal:
+        return Refusal(TRY_CREATE, "there is no such mailbox")
+    return refusal

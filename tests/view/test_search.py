@@ -1,0 +1,271 @@
+"""SEARCH of a mailbox in a store: what people see is found, in slices; messages that go meanwhile, and large ones."""
+
+import asyncio
+import contextlib
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relaymta.disk.segments import segment_file
+from relaymta.proto.imap_command import Search
+from relaymta.proto.imap_found import Found
+from relaymta.proto.imap_program import Batch, Program, Stage
+from relaymta.proto.imap_records import load, values
+from relaymta.proto.imap_uids import Shared
+from relaymta.proto.imap_view import Mailbox, View
+from relaymta.proto.imap_words import Refused
+from relaymta.store.rows import SEEN
+from relaymta.store.writer import Target
+from relaymta.view import reading, search
+from relaymta.view.access import Access
+from relaymta.view.fetch import email_id
+from relaymta.view.reading import Message
+from relaymta.view.selected import Selected
+from tests.proto.test_imap_grammar import parsed
+from tests.store import test_recipients
+from tests.store.test_shard import Bench
+
+NOW = 1_700_000_000_000
+
+
+class Box:
+    """A user's INBOX in a shard, and a session that has selected it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.shard = bench, bench.shard
+        self.view: View | None = None
+
+    async def file(self, *messages: bytes, **options) -> None:
+        given = {"prefix": b"Delivered-To: me@local.example\r\n", "date": NOW} | options
+        for data in messages:
+            (result,) = await self.bench.file(data, Target(1, **given))
+            assert result.filed is not None
+
+    def select(self) -> None:
+        self.number, state = self.bench.mailbox(1)
+        uids = load([reading.after(self.shard, self.number, 0, 10_000)])
+        self.view = View(Shared(), 1, Mailbox(state.uidvalidity, state.uidnext, state.modseq, state.keywords), uids)
+
+    def slices(self, key) -> list[bytes]:
+        """What each slice of a search finds."""
+        if self.view is None:
+            self.select()
+        program, found, behind = Program(key, self.view, NOW + 1000), [], 0
+        while behind is not None:
+            matching, after = search.searched(self.shard, self.number, program, behind)
+            assert after is None or after > behind
+            found.append(matching)
+            behind = after
+        return found
+
+    def search(self, line: str) -> list[int]:
+        """The UIDs that SEARCH finds."""
+        found = Found()
+        for one in self.slices(parsed(f"SEARCH {line}").key):
+            found.add(one)
+        return values(found.uids()).tolist()
+
+    def messages(self, stage: Stage) -> list[Message]:
+        records = reading.after(self.shard, self.number, 0, 10_000)
+        return [one for one in search._messages(self.shard, self.number, Batch(records), stage) if one is not None]
+
+
+@pytest.fixture
+async def box(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        yield Box(bench)
+
+
+ALL = (
+    # 1: encoded words in a row, which divide a character
+    "From: =?iso-8859-1?q?J=FCrgen?= <j@far.example>\r\nTo: me@local.example\r\nSubject: =?utf-8?b?R3LDvMOf?=\r\n"
+    " =?utf-8?q?e_aus?= Zürich\r\nDate: Fri, 27 Nov 2026 23:30:00 -0800\r\nMessage-ID: <1@far.example>\r\n\r\nplain\r\n".encode(),
+    # 2: quoted-printable, broken amid a word and a character
+    b"Subject: second\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"
+    b"a word that is bro=\r\nken, gr=C3=\r\n=BCn, stra=C3=9Fe\r\n",
+    # 3: base64, HTML with an entity
+    b"Subject: third\r\nContent-Type: text/html\r\nContent-Transfer-Encoding: base64\r\n\r\nPHA+Y2FmJmVhY3V0ZTsgbm9pcjwvcD4=\r\n",
+    # 4: ISO-8859-1, without an encoding
+    b"Subject: fourth\r\nList-Id: <list.far.example>\r\nContent-Type: text/plain; charset=ISO-8859-1\r\n\r\nM\xf6we\r\n",
+    # 5: an attachment that is no text, and a message
+    b"Subject: fifth\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nContent-Type: application/pdf; name=plan.pdf\r\n"
+    b"\r\nunseen\r\n--b\r\nContent-Type: message/rfc822\r\n\r\nSubject: inner\r\n\r\nattached\r\n--b--\r\n",
+)  # fmt: skip
+SEARCHES = {
+    'SUBJECT "grüße aus zürich"': [1], 'SUBJECT "GRÜSSE"': [1], "SUBJECT utf-8": [], 'FROM "jürgen"': [1],
+    'FROM "JÜRGEN <j@far.example>"': [1], "TO me@local": [1], "BODY broken": [2], 'BODY "GRÜN, STRASSE"': [2], "BODY noir": [3],
+    "BODY caf&eacute;": [3], 'BODY "café"': [], 'BODY "MÖWE"': [4], "BODY unseen": [], "BODY attached": [5], "BODY inner": [],
+    "TEXT inner": [5], "TEXT plan.pdf": [5], 'TEXT "zürich"': [1], "TEXT me@local.example": [1, 2, 3, 4, 5],
+    "HEADER List-Id FAR.example": [4], 'HEADER list-id ""': [4], "HEADER Delivered-To me": [1, 2, 3, 4, 5],
+    'HEADER Message-ID "<1@FAR"': [1], 'HEADER Subject ""': [1, 2, 3, 4, 5], 'HEADER X ""': [], 'BODY ""': [1, 2, 3, 4, 5],
+    "OR BODY broken SUBJECT third": [2, 3], "NOT OR BODY broken (SUBJECT third NOT BODY x)": [1, 4, 5],
+    "OR (SUBJECT second NOT BODY broken) NOT TEXT subject": [], "CHARSET US-ASCII BODY broken": [2],
+    'CHARSET UTF-8 BODY "möwe"': [4], "SENTON 27-Nov-2026": [1], "SENTSINCE 28-Nov-2026": [],
+    "NOT SENTBEFORE 1-Jan-2030": [2, 3, 4, 5], "2:4 NOT SUBJECT third": [2, 4], "UID 1,5 TEXT subject": [1, 5],
+}  # fmt: skip
+
+
+async def test_13_search_finds_what_people_see(box):
+    """Case 13 (MailKit 348, wildduck 562): RFC 9051 6.4.4."""
+    await box.file(*ALL)
+    assert {line: box.search(line) for line in SEARCHES} == SEARCHES
+    with pytest.raises(Refused) as refused:
+        parsed("SEARCH CHARSET KOI8-R BODY x")
+    assert refused.value.code == b"BADCHARSET (US-ASCII UTF-8)"
+
+
+async def test_13_returned_and_saved_results(box):
+    """RFC 9051 6.4.4, 6.4.4.1: UID SEARCH with RETURN (MIN COUNT), SAVE and `$`."""
+    await box.file(*ALL)
+    box.select()
+
+    def answer(line: str) -> bytes:
+        asked = parsed(line)
+        assert isinstance(asked, Search) and asked.returns is not None
+        found = Found(asked.returns)
+        for one in box.slices(asked.key):
+            found.add(one)
+        found.save(box.view)
+        return b"".join(found.esearch(b"a", box.view, asked.uid, asked.modseq))
+
+    assert answer("UID SEARCH RETURN (MIN COUNT) TEXT subject NOT 1") == b'* ESEARCH (TAG "a") UID MIN 2 COUNT 4\r\n'
+    assert answer("UID SEARCH RETURN (SAVE) BODY o") == b""
+    assert values(box.view.saved).tolist() == [2, 3]
+    assert answer('UID SEARCH RETURN (ALL) $ NOT BODY "möwe" NOT BODY noir') == b'* ESEARCH (TAG "a") UID ALL 2\r\n'
+
+
+async def test_what_a_row_says(box):
+    day = 86_400_000
+    await box.file(b"x" * 100, date=NOW - day, flags=SEEN)
+    await box.file(b"x" * 200, b"x" * 200)
+    today = datetime.datetime.fromtimestamp(NOW / 1000, datetime.UTC).strftime("%d-%b-%Y")
+    assert [message.row.size for message in select(box).messages(Stage.ROW)] == [132, 232, 232]
+    idents = [email_id(message.object, message.row) for message in box.messages(Stage.ENVELOPE)]
+    assert idents[1] == idents[2] != idents[0]
+    for line, uids in {
+        "LARGER 132": [2, 3], "SMALLER 133": [1], f"ON {today}": [2, 3], f"BEFORE {today}": [1], "YOUNGER 3600": [2, 3],
+        "OLDER 3600": [1], f"SAVEDSINCE {today}": [1, 2, 3], f"SAVEDBEFORE {today}": [], f"EMAILID {idents[0]}": [1],
+        f"EMAILID {idents[1]}": [2, 3], "EMAILID x": [], "THREADID x": [], "UNSEEN": [2, 3], "UNSEEN SMALLER 1000 BODY x": [2, 3],
+    }.items():  # fmt: skip
+        assert box.search(line) == uids, line
+
+
+def select(box: Box) -> Box:
+    box.select()
+    return box
+
+
+@contextlib.contextmanager
+def renamed(path: Path) -> Iterator[None]:
+    path.rename(path.with_suffix(".gone"))
+    yield
+    path.with_suffix(".gone").rename(path)
+
+
+@contextlib.contextmanager
+def damaged(path: Path, offset: int) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(before[:offset] + b"damage" + before[offset + 6 :])
+    yield
+    path.write_bytes(before)
+
+
+def large(first: bytes, last: bytes) -> bytes:
+    return b"Subject: large\r\nX-A: b\r\n\r\n" + first + b"\r\n" + b"some words\r\n" * 200_000 + last + b"\r\n"
+
+
+async def test_a_large_message_is_searched_in_its_file(box):
+    await box.file(large(b"begins", b"ends here"), large(b"", b""))
+    select(box)
+    assert [one.object.body.segment for one in box.messages(Stage.BODY)] == [0, 0]
+    for line in "BODY begins", 'TEXT "ends here"', "TEXT begins", "BODY {12+}\r\nwords\r\nends ":
+        assert box.search(line) == [1]
+    for line in "SUBJECT large", "HEADER X-A b", 'TEXT "x-a: b"', 'BODY "some words"', "TEXT local.example":
+        assert box.search(line) == [1, 2]
+    assert box.search("BODY subject") == []
+    with renamed(box.shard.path / "bodies" / "big"):
+        assert box.search("BODY begins") == box.search("HEADER X-A b") == []
+        assert box.search("SUBJECT large") == [1, 2]
+
+
+async def test_a_message_without_a_description(box):
+    """It has too many parts for one to be kept."""
+    parts = b"".join(b"--b\r\nContent-Type: text/plain; name=n%d\r\n\r\nx\r\n" % number for number in range(3000))
+    head = b"Subject: many\r\nX-A: b\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+    await box.file(head + parts, head + parts * 8)
+    assert [one.object.described for one in select(box).messages(Stage.BODY)] == [None, None]
+    for line in "SUBJECT many", "HEADER X-A b", "BODY x", "TEXT n2999":
+        assert box.search(line) == [1, 2]
+    assert box.search("BODY n2999") == box.search('HEADER name ""') == []
+
+
+async def test_messages_that_go_meanwhile_are_left_out(box):
+    await box.file(b"Subject: a\r\n\r\nx", b"Subject: a\r\n\r\nx", b"Subject: a\r\n\r\nx")
+    records = reading.after(select(box).shard, box.number, 0, 10)
+    await box.shard.task(lambda change: change.expunge(1, box.number, [2]))
+    for stage in Stage.ROW, Stage.ENVELOPE, Stage.HEADER, Stage.BODY:
+        first, rest = search.bring(box.shard, box.number, Batch(records), stage)
+        assert (list(first.uids), len(first.data(stage)), len(rest)) == ([1, 3], 2, 0)
+    assert box.search("BODY x") == [1, 3]
+
+
+async def test_a_body_that_was_moved_is_found(box):
+    await box.file(b"Subject: a\r\n\r\nneedle", b"Subject: b\r\n\r\nneedle")
+    one, other = select(box).messages(Stage.BODY)
+    moved = other._replace(object=one.object)
+    assert search._data(box.shard, moved) == b"Subject: b\r\n\r\nneedle"
+    await box.shard.task(lambda change: change.expunge(1, box.number, [2]))
+    assert search._data(box.shard, moved) is None
+
+
+async def test_damage_hides_a_message_from_its_text_alone(box):
+    await box.file(b"Subject: a\r\n\r\nneedle", b"Subject: a\r\n\r\nneedle")
+    one, _ = select(box).messages(Stage.BODY)
+    body = one.object.body
+    with damaged(segment_file(box.shard.path / "bodies", body.segment), body.offset + 40):
+        assert box.search("BODY needle") == [2]
+        assert box.search("SUBJECT a") == [1, 2]
+
+
+async def test_slices(box, monkeypatch):
+    """However little is searched at a time, each slice comes to an end of its own, and all together find the same."""
+    await box.file(*(ALL[number % 5] for number in range(60)))
+    select(box)
+    keys = [parsed(f"SEARCH {line}").key for line in SEARCHES]
+    whole = [b"".join(box.slices(key)) for key in keys]
+    for together, room in ((1, 1), (7, 400), (7, 2000)):
+        monkeypatch.setattr(search, "MILLISECONDS", 0)
+        monkeypatch.setattr(search, "TOGETHER", together)
+        monkeypatch.setattr(search, "ROOM", room)
+        for key, found in zip(keys, whole, strict=True):
+            assert b"".join(box.slices(key)) == found
+        assert len(box.slices(parsed("SEARCH BODY broken").key)) > 60 // together
+    monkeypatch.setattr(search, "RECORDS", 1)
+    assert [b"".join(box.slices(key)) for key in keys] == whole
+
+
+async def test_new_messages_have_no_number_yet(box):
+    await box.file(b"Subject: a\r\n\r\nx")
+    select(box)
+    await box.file(b"Subject: a\r\n\r\nx")
+    assert box.search("SUBJECT a") == box.search("ALL") == [1]
+
+
+async def test_on_the_loop_and_on_threads(tmp_path):
+    async with test_recipients.Bench(tmp_path) as bench:
+        ident = await bench.user("a")
+        access = Access(bench.mailboxes)
+        user = access.user("a@a.example")
+        own = bench.mailboxes.shards[0]
+        await asyncio.gather(*(own.file([b"Subject: x\r\n\r\nneedle"], [Target(ident)]) for _ in range(3)))
+        options = {"read_only": True, "rev2": True, "condstore": False, "qresync": False}
+        selected, _ = await Selected.open(access, user, "INBOX", **options)
+        for line in "ALL", "BODY needle", "SUBJECT x":
+            program = Program(parsed(f"SEARCH {line}").key, selected.view, search.now_ms())
+            matching, behind = await search.slice_of(access, selected, program, 0)
+            assert (values(load([matching])).tolist(), behind) == ([1, 2, 3], 3)
+            assert await search.slice_of(access, selected, program, behind) == (b"", None)
+        access.close()
