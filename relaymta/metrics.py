@@ -94,7 +94,8 @@ RENAMED = {
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "relaymta_accept_seconds": ("From the final dot to 250", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)),
     "relaymta_imap_command_seconds": (
-        "From an IMAP command to its end", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
+        "From an IMAP command to its end",
+        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10),
     ),
     "relaymta_delivery_delay_seconds": ("From acceptance to delivery", (0.01, 0.05, 0.1, 0.5, 1, 5, 60, 600, 3600, 86400)),
     "relaymta_messages_per_session": ("Messages sent over one outgoing connection", (1, 2, 5, 10, 50, 100, 500, 1000)),
