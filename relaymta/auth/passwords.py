@@ -22,7 +22,7 @@ __all__ = ["KEY_ITERATIONS", "PEOPLE_ITERATIONS", "Busy", "Checker", "argon2id",
 # OWASP's least for argon2id: 19 MiB, two passes, one lane.
 _ARGON2 = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 KEY_ITERATIONS = 4096  # of SCRAM for a key of an application, which brute force cannot find
-# Of SCRAM for a password that people choose: the most that Cyrus SASL's clients compute (mbsync, for one); 13 ms of CPU to verify.
+# Of SCRAM for a password that people choose: the most that clients with Cyrus SASL compute (mbsync); 13 ms of CPU to verify.
 PEOPLE_ITERATIONS = 65_536
 NICE = 10
 MOST_WAITING = 500

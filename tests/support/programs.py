@@ -21,6 +21,11 @@ PACKAGES = {
     "curl": "curl",
     "fetchmail": "fetchmail",
     "getmail": "getmail6",
+    "doveadm": "dovecot-imapd",
+    "mbsync": "isync",
+    "mutt": "mutt",
+    "offlineimap": "offlineimap3",
+    "s-nail": "s-nail",
 }
 
 
