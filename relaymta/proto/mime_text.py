@@ -274,7 +274,15 @@ def _lines(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
         except UnicodeError:
             decoder = codecs.getincrementaldecoder("latin_1")()
             rest += decoder.decode(piece)
-        end = rest.rfind("\n") + 1 or len(rest)
+        end = rest.rfind("\n") + 1 or _last_start(rest)
         yield rest[:end]
         rest = rest[end:]
     yield rest
+
+
+def _last_start(text: str) -> int:
+    """Where the last character begins that does not join the one in front of it in a normal form (of the last 64)."""
+    at = len(text) - 1
+    while at > 0 and len(text) - at < 64 and (unicodedata.combining(text[at]) or "\u1160" <= text[at] <= "\u11ff"):
+        at -= 1
+    return max(at, 0)

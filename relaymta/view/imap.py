@@ -6,6 +6,8 @@ written in slices, each once the client has read the one before.
 """
 
 import asyncio
+import contextlib
+import socket
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
@@ -280,6 +282,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
         refused = self._refused(session, reader, append, reader.incoming)
         if refused is None:
             self.write(session.go_ahead())
+            self._acknowledge()
             return
         self._drop_incoming()
         self.write(session.refuse(refused.text, refused.code))
@@ -295,6 +298,13 @@ class ImapConnection(ReadingConnection[ServerSession]):
         except Exception as error:
             self._mistaken(error)
             return Done("NO", "Internal error; it has been logged", response.SERVERBUG)
+
+    def _acknowledge(self) -> None:
+        """Acknowledge the message's first segment at once: some clients (imaplib) send its end only then (Nagle's algorithm)."""
+        sock = self.transport.get_extra_info("socket") if self.transport is not None else None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def _arrived(self, session: ServerSession) -> None:
         """Octets of a message of APPEND have come."""

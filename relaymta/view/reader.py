@@ -72,11 +72,10 @@ class Reader:
         version = self.access.version
         if version == self._version and version >= 0:
             return True
-        self._version = version
         user = self.access.user(self.user.address)
         if user is None or user.ident != self.user.ident or user.shard != self.user.shard:
             return False
-        self.user = user
+        self._version, self.user = version, user
         return True
 
     @property

@@ -214,10 +214,9 @@ def test_case_14_full(relay, user):
     assert a.ok("COPY 1:5 Archive").code == "COPYUID" and a.command("UID COPY 1 Archive").code == "OVERQUOTA"
     assert a.ok("MOVE 1:10 Trash").untagged[0].code[1][1:] == ([(1, 10)], [(1, 10)])  # though not one more fits
     assert a.status("Trash", "MESSAGES") == [10] and a.ok("GETQUOTAROOT INBOX").named("QUOTA")[0].data[1] == {"MESSAGE": (15, 15)}
-    for arguments in ("", "(\\Seen)"):
-        for plus in (False, True):
-            answer = a.append("INBOX", message("more"), arguments, plus)
-            assert (answer.status, answer.code, answer.untagged) == ("NO", "OVERQUOTA", [])  # before `+`: `append` would say
+    for command in ("APPEND INBOX {20}", "APPEND INBOX (\\Seen) {20}", "APPEND INBOX {3+}\r\nx: "):
+        answer = a.command(command)
+        assert (answer.status, answer.code, answer.untagged) == ("NO", "OVERQUOTA", []), command  # without a `+` before it
     relay.quota(user, octets=5000)
     answer = a.append("INBOX", message("more", "x" * 5000))
     assert (answer.status, answer.code) == ("NO", "OVERQUOTA") and a.append("INBOX", message("small")).status == "OK"

@@ -204,6 +204,7 @@ def test_mutt_comes_back_with_its_cache(account, tmp_path, settings):
         for what, to in (("~F", "Arbeit"), ("~A", NORD))
     ]
     programs.mutt(account, tmp_path, "=INBOX", *copies, settings=settings)
+    assert ("VANISHED (EARLIER) 2\n" in (tmp_path / ".muttdebug0").read_text(errors="replace")) == ("qresync" in settings)
     flagged = [changed(mail, *mail.flags, "\\Flagged") for mail in (MAILS[0], MAILS[3], MAILS[4])]
     everything = [*flagged, changed(MAILS[2]), *without(INBOX, "one", "two", "three", "dots", "mixed"), *numbered(1)]
     same(contents(account), expected({"INBOX": everything, NORD: everything, "Arbeit": flagged}))

@@ -288,6 +288,15 @@ def test_a_long_text_is_searched_in_pieces(lines, charset, encoding, width, star
         assert in_text(data, part, sought + "\u4e00") == (sought + "\u4e00" in text)
 
 
+def test_a_long_line_is_not_divided_in_front_of_a_combining_character(monkeypatch):
+    for text, sought in (("\U0001d41a" * 40 + "\u0301", "a" * 7 + "\u00e1"), ("\u1112\u1161\u11ab" * 40, "\ud55c" * 40)):
+        data = letter(text, "utf-8", "", 20)
+        (part,) = scan(data)
+        for size in range(16, 80):
+            monkeypatch.setattr(mime_text, "PIECE", size)
+            assert in_text(data, part, sought), size
+
+
 def test_each_charset_can_be_decoded_in_pieces():
     for name in {*mime_text._ALL.values()} - mime_text._NO_TEXT:
         with contextlib.suppress(UnicodeError):  # UTF-16 without a mark of its order: it is read as ISO-8859-1

@@ -190,7 +190,7 @@ class _Threading:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
-    def Condition(self) -> Condition:
+    def Condition(self, lock: object = None) -> Condition:
         return Condition(self._stage)
 
     def Thread(self, target: Callable[[], None], name: str = "", daemon: bool = False) -> Thread:

@@ -244,7 +244,8 @@ def s_nail(account: Account, home: Path, *commands: str) -> str:
 
 
 def mutt(account: Account, home: Path, mailbox: str, *keys: str, settings: str = "") -> str:
-    """Open a mailbox (a name, or a path) on a terminal and type keys; what was on the terminal. `=NAME` is a mailbox."""
+    """Open a mailbox (a name, or a path) on a terminal and type keys; what was on the terminal. `=NAME` is a mailbox. The
+    dialog with the server is in home/.muttdebug0."""
     scheme = "imaps" if account.security == "implicit" else "imap"
     starttls = "yes" if account.security == "starttls" else "no"
     for name in ("cache", "mail"):
@@ -259,7 +260,7 @@ bind editor <space> noop
 {settings}
 push '{"".join(keys)}<quit>'
 """)
-    return on_terminal(home, need("mutt"), "-n", "-F", str(home / "muttrc"), "-f", mailbox)
+    return on_terminal(home, need("mutt"), "-d2", "-n", "-F", str(home / "muttrc"), "-f", mailbox)
 
 
 def on_terminal(home: Path, *command: str) -> str:
