@@ -176,6 +176,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
                 if said:
                     await self._tell([said])
             done = await row.run(reader, command)
+            if done.fresh:
+                return done
             expunges = row.expunges and done.expunges
             await reader.sync(expunges)
             # The client has numbers of messages that are gone.

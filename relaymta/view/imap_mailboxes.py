@@ -39,7 +39,7 @@ async def select(reader: Reader, command: Command) -> Done:
     if known is not None and known.uidvalidity == reader.selected.view.uidvalidity:
         records, expunged = await reader.selected.since(known.modseq)
         await reader.tell(resync(reader.selected.view, known, records, expunged))
-    return Done("OK", "Selected", response.READ_ONLY if read_only else response.READ_WRITE)
+    return Done("OK", "Selected", response.READ_ONLY if read_only else response.READ_WRITE, fresh=True)
 
 
 async def create(reader: Reader, command: Command) -> Done:

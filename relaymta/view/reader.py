@@ -31,12 +31,14 @@ class Gone(Exception):
 
 
 class Done(NamedTuple):
-    """The tagged response of a command. `expunges`: EXPUNGE may be told in front of it, where its verb allows that."""
+    """The tagged response of a command. `expunges`: EXPUNGE may be told in front of it, where its verb allows that; `fresh`: the
+    mailbox has just been selected, and what has changed since is told with the next command."""
 
     status: str
     text: str
     code: bytes = b""
     expunges: bool = True
+    fresh: bool = False
 
 
 class Reader:
