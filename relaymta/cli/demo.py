@@ -104,7 +104,7 @@ Try, in another terminal:
   relaymta status
   relaymta mailbox show --messages {USER}
   curl -s 'imap://127.0.0.1:{IMAP_PORT}/INBOX;UID=1' -u {USER}:{PASSWORD}     # reads it, as does:
-  mutt -n -e 'set ssl_force_tls=no' -f 'imap://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{IMAP_PORT}/INBOX'
+  mutt -n -e 'set ssl_force_tls=no folder=~' -f 'imap://{USER.replace("@", "%40")}:{PASSWORD}@127.0.0.1:{IMAP_PORT}/INBOX'
   printf 'Subject: mine\\n\\nhi\\n' | curl --crlf -T - --mail-from me@demo.invalid \\
     --mail-rcpt you@example.com smtp://127.0.0.1:{RELAY_PORT}
   relaymta site suspend sink                 # what is sent now waits
