@@ -39,8 +39,7 @@ class Selected:
         self.mailbox = opened.row.mailbox
         self.ident = mailbox_id(user, opened.state)
         self.view = view
-        self._known: bytes | None = None  # the row of the mailbox's state, or of an earlier one, that `view` has
-        self._looked: bytes | None = None
+        self._known = self._looked = b""  # rows of the mailbox's state that `view` has, and that was seen last; b"": not yet
         self.claims = not (view.read_only or view.rev2)
 
     @classmethod
@@ -71,9 +70,9 @@ class Selected:
     def unchanged(self) -> bool:
         """Whether there is nothing to tell: the mailbox's state is, octet for octet, what it was when `sync` looked last."""
         raw = self._access.read_here(partial(reading.raw_state, self.shard, self.mailbox))
-        if raw == self._known and not self.view.holds:
+        if raw is not None and raw == self._known and not self.view.holds:
             return True
-        self._looked = raw
+        self._looked = raw or b""
         return False
 
     async def sync(self, may_expunge: bool) -> Iterator[bytes]:
