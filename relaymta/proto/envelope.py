@@ -4,13 +4,13 @@ Times are milliseconds: `arrived` and attempt times by the wall clock (UTC), `de
 """
 
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 __all__ = [
-    "Attempt", "Body", "Envelope", "Placement", "QueueName", "RecipientState", "category_of", "decode_envelope", "encode",
-    "reply_text",
+    "Attempt", "Body", "Envelope", "Onward", "Placement", "QueueName", "RecipientState", "category_of", "decode_envelope",
+    "encode", "reply_text",
 ]  # fmt: skip
 
 # Envelope.flags
@@ -107,6 +107,16 @@ class Envelope(msgspec.Struct, array_like=True):
     headers: list[str] = []  # the `header` conditions of routes that its header matches
     user: str = ""  # the login it was submitted with; "": none
     message_id: str = ""  # the value of its Message-ID, MESSAGE_ID_SHOWN characters at most
+
+
+class Onward(NamedTuple):
+    """A message that a recipient's Sieve script sends: from `sender` ("": null) to `recipient`, `front` (header fields) with
+    `data` behind it, or (None) with the data of the message at hand."""
+
+    sender: str
+    recipient: str
+    front: bytes
+    data: bytes | None
 
 
 def reply_text(code: int, enhanced: str, text: str) -> str:

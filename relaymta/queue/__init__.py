@@ -62,7 +62,7 @@ MATERIALIZE_MS = 5_000  # fresh mail that has not left after so long gets rows o
 
 class Queue:
     """One shard in `spool`. `assign(envelope, attempts)` names the queues of a message's recipients after that many attempts;
-    `sign(data)`: header fields to prepend to a DSN's message data, called on the writer thread.
+    `sign(data)`: header fields to prepend to the data of a message of our own, a DSN for one; called on any thread.
     SpoolBusy when another process owns the shard."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Queue:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
-        self.assign = assign
+        self.assign, self.sign = assign, sign
         self._events = events
         self._awake = deliverer.awake
         self._materializing: set[int] = set()  # to be submitted to the writer at the end of this loop iteration
@@ -110,7 +110,7 @@ class Queue:
         )
         self.schedule = Schedule(self.store, self.clock, self._readers, self.entries)
         self._replies = Replies(events, self.entries, self.schedule, self._big, self._materialize)
-        self.ends = Ends(self.writer, self.clock, settings, assign, events)
+        self.ends = Ends(self.writer, self.clock, settings, assign, events, self._big)
         self.begin, self.finish = self.entries.begin, self.ends.finish
         self.compactor = Compactor(self.store, self.segments, self.writer, self.store.points_at, self._readers.start)
         self._expiry = Expiry(self.store, self.clock, self.schedule, self.entries, self.ends)

@@ -1,6 +1,6 @@
 """A message in memory: an Entry for each of its placements in the window or in flight; and the operations of the writer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relaymta.errors import StoreError
@@ -102,10 +102,13 @@ class Put:
 class Outcome:
     """The outcome of an attempt: a result for each recipient of the entry (`results`, by index, or `success` for all of
     them), and when (`retry_at`, ms of the queue's clock) and in which queue (`name`) the deferred ones wait. `failed`: address,
-    last attempt and whether it expired, for the DSN. `refused`: why it was not recorded ("": it was); `gone`: because the
-    message had left the queue before."""
+    last attempt and whether it expired, for the DSN. `sent`: messages that the recipients' Sieve scripts send; they are in the
+    queue by the commit that records the outcome. `refused`: why it was not recorded ("": it was); `gone`: because the message had
+    left the queue before."""
 
-    __slots__ = ("dsn", "entry", "expired", "failed", "gone", "moved", "name", "refused", "results", "retry_at", "success")
+    __slots__ = (
+        "dsn", "entry", "expired", "failed", "gone", "moved", "name", "refused", "results", "retry_at", "sent", "success",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class Outcome:
         name: QueueName | None = None,
         failed: list[tuple[str, Attempt, bool]] | None = None,
         expired: bool = False,
+        sent: Sequence[Put] = (),
     ) -> None:
         self.entry = entry
         self.success = results is None
@@ -123,7 +127,13 @@ class Outcome:
         self.name = name
         self.failed = failed or []
         self.expired = expired
+        self.sent = sent
         self.dsn: Put | None = None
         self.moved: Body | None = None
         self.refused = ""
         self.gone = False
+
+    @property
+    def puts(self) -> list[Put]:
+        """All messages that come into the queue with it."""
+        return [*self.sent] if self.dsn is None else [*self.sent, self.dsn]

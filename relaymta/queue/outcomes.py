@@ -48,24 +48,27 @@ class Outcomes:
             outcome.dsn = self._dsns.make(entry, outcome.failed)
 
     def write(self, outcome: Outcome) -> None:
-        """Stage the bodies that an outcome writes: that of its DSN, and the copy of a deferred one."""
-        if outcome.dsn is not None:
-            self._place_dsn(outcome.dsn)
+        """Stage the bodies that an outcome writes: those of its messages, and the copy of a deferred one."""
+        for put in outcome.puts:
+            self._place(put)
         if outcome.moved is not None:
             self._move(outcome)
 
-    def _place_dsn(self, dsn: Put) -> None:
-        """Write a DSN's body; that of a DSN about very many recipients is a large one."""
-        segments, data, size = self._segments, dsn.data or [], dsn.envelope.size
-        if size <= segments.big_limit:
-            dsn.envelope.body = segments.append(dsn.ident, data, size, HOT)
+    def _place(self, put: Put) -> None:
+        """Write the body of a message that an outcome adds, where it is not there; that of a DSN about very many recipients is a
+        large one."""
+        segments, data, size = self._segments, put.data, put.envelope.size
+        if data is None:
             return
-        path = segments.big_path(dsn.ident)
+        if size <= segments.big_limit:
+            put.envelope.body = segments.append(put.ident, data, size, HOT)
+            return
+        path = segments.big_path(put.ident)
         path.unlink(missing_ok=True)  # of a group that failed
-        file = BigBody(path, dsn.ident)
+        file = BigBody(path, put.ident)
         try:
             file.write(data)
-            dsn.envelope.body = file.finish([])
+            put.envelope.body = file.finish([])
         except BaseException:
             file.discard()
             raise
@@ -88,6 +91,8 @@ class Outcomes:
             histories = entry.attempts > 0 or entry.indexes is not None  # of recipients in other queues, too
             if change.end_inlined(entry.ident) or change.finish_message(entry.ident, entry.envelope, histories):
                 self.free_body(entry.ident, entry.envelope.body)
+                for put in outcome.sent:
+                    put_rows(change, put, now)
             else:
                 self._ended_before(outcome)
             return
@@ -123,15 +128,15 @@ class Outcomes:
                 self._segments.release(envelope.body)
                 envelope.body = outcome.moved
             change.replace(entry.ident, envelope)
-        if outcome.dsn is not None:
-            put_rows(change, outcome.dsn, now)
+        for put in outcome.puts:
+            put_rows(change, put, now)
 
     def _ended_before(self, outcome: Outcome) -> None:
         """Refuse an outcome whose message has left the queue: it changes nothing, and the bodies written for it are freed."""
         outcome.refused, outcome.gone = "the message had left the queue before", True
-        if outcome.dsn is not None:
-            self.free_body(outcome.dsn.ident, outcome.dsn.envelope.body)
-            outcome.dsn = None
+        for put in outcome.puts:
+            self.free_body(put.ident, put.envelope.body)
+        outcome.dsn = None
         if outcome.moved is not None:
             self.free_body(outcome.entry.ident, outcome.moved)
             outcome.moved = None
@@ -166,11 +171,12 @@ class Outcomes:
                 pending.append(index)
         return pending
 
-    def discard_dsn(self, outcome: Outcome) -> None:
-        """An outcome was not recorded: remove what `write` has put into a file of its own for it."""
-        dsn, outcome.dsn = outcome.dsn, None
-        if dsn is not None and dsn.envelope.body is not None and not dsn.envelope.body.segment:
-            self._segments.remove_big(dsn.ident)
+    def discard(self, outcome: Outcome) -> None:
+        """An outcome was not recorded: remove what is in files of their own for it."""
+        for put in outcome.puts:
+            if put.envelope.body is not None and not put.envelope.body.segment:
+                self._segments.remove_big(put.ident)
+        outcome.dsn = None
 
     def free_body(self, ident: int, body: Body | None) -> None:
         """Free a body in the group under way, in which its message ends."""

@@ -73,6 +73,9 @@ class Replies:
     def _recorded(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             entry = outcome.entry
+            for put in outcome.sent:
+                if put.data is None:
+                    self._big.settled(put.ident)
             if outcome.refused:
                 if outcome.gone:  # else it is ending for good: what cannot be recorded is not tried again
                     self._entries.record(entry)
@@ -83,14 +86,15 @@ class Replies:
                 self._schedule.wake_at(outcome.retry_at)
             if not entry.sole:
                 self._schedule.wake()  # other recipients may have been deferred to this queue meanwhile
-            dsn = outcome.dsn
-            try:
-                self._events.ended(outcome)
-                if dsn is not None:
-                    self._events.queued(dsn)
-            except Exception as raised:
-                self.raised(raised)
-            if dsn is not None and not self._entries.add_fresh(_entries(dsn)):
+            self._call(self._events.ended, outcome)
+            if outcome.dsn is not None or outcome.sent:
+                self._added(outcome.puts)
+
+    def _added(self, puts: list[Put]) -> None:
+        """An outcome has put these messages into the queue."""
+        for put in puts:
+            self._call(self._events.queued, put)
+            if not self._entries.add_fresh(_entries(put)):
                 self._schedule.wake()
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:

@@ -117,12 +117,12 @@ class Writer(GroupWriter[Operation, Committed, Change]):
                 most = 1  # one of them contradicts the store: find it
             else:
                 part[0].refused = str(error)
-                self._outcomes.discard_dsn(part[0])
+                self._outcomes.discard(part[0])
                 left, most = left[1:], SMALL_GROUP
         self.stalled = False
 
     def _write_bodies(self, group: Committed, puts: list[Put], moves: list[Move]) -> StoreError | None:
-        """Append and sync the bodies of `puts`, of the outcomes' DSNs, and of those that move to cold segments."""
+        """Append and sync the bodies of `puts`, of the outcomes' messages, and of those that move to cold segments."""
 
         def stage() -> None:
             segments = self._segments
@@ -131,7 +131,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
                     envelope = put.envelope
                     envelope.body = segments.append(put.ident, put.data, envelope.size, HOT)
             for outcome in group.outcomes:
-                if outcome.dsn is not None or outcome.moved is not None:
+                if outcome.dsn is not None or outcome.moved is not None or outcome.sent:
                     self._outcomes.write(outcome)
 
         return self._append(group, stage, moves)

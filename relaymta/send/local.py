@@ -11,9 +11,10 @@ from relaymta.errors import Failure, StoreError
 from relaymta.ident import format_id
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt
+from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt, Onward
 from relaymta.proto.said import Reply
 from relaymta.queue import Entry, Queue, wall_ms
+from relaymta.send.onward import puts_of
 from relaymta.send.outcomes import Outcomes
 from relaymta.send.tasks import Tasks
 from relaymta.shm import InFlight
@@ -25,12 +26,16 @@ MOST, MOST_OCTETS = 512, 64 << 20  # entries under way, and their octets (one at
 PEER = "mailbox"
 
 
+Delivered = tuple[dict[int, Reply], list[int], list[Onward]]
+
+
 class Store(NamedTuple):
-    """What the store offers; the worker hands it over, since send/ does not know it. `deliver(queue_id, sender, recipients,
-    data)`: a reply for each recipient by index, and the shards that were asked; `forget(queue_id, recipients, shards)`: the queue
+    """What the store offers; the worker hands it over, since send/ does not know it. `deliver(queue_id, attempt, sender,
+    recipients, data)`, with the number of attempts before this one: a reply for each recipient by index, the shards that were
+    asked, and the messages that are to come into the queue with the outcome; `forget(queue_id, recipients, shards)`: the queue
     does not ask for these again."""
 
-    deliver: Callable[[int, str, Iterable[tuple[int, str]], list[bytes] | BigFile], Awaitable[tuple[dict[int, Reply], list[int]]]]
+    deliver: Callable[[int, int, str, Iterable[tuple[int, str]], list[bytes] | BigFile], Awaitable[Delivered]]
     forget: Callable[[int, list[int], list[int]], None]
 
 
@@ -103,7 +108,9 @@ class Local:
     async def _attempt(self, entry: Entry) -> None:
         data = await self._data(entry)
         assert self.store is not None
-        replies, shards = await self.store.deliver(entry.ident, entry.envelope.sender, entry.recipients, data)
+        envelope = entry.envelope
+        replies, shards, onward = await self.store.deliver(entry.ident, entry.attempts, envelope.sender, entry.recipients, data)
+        sent = await puts_of(self.queue, entry, data, onward) if onward else ()
         filed = [position for position, said in replies.items() if said.code < 300]
         ended = [position for position, said in replies.items() if not 400 <= said.code < 500]
         if ended:
@@ -111,7 +118,7 @@ class Local:
         said = next(iter(replies.values()))
         if len(filed) == len(replies):
             entry.route = (PEER, (said.code, f"{said.enhanced} {said.text}".encode()), ("", 0, "", ""))
-            self.queue.finish(entry, None)
+            self.queue.finish(entry, None, sent=sent)
             return
         now = wall_ms()
         results = {
@@ -119,7 +126,7 @@ class Local:
             for position, said in replies.items()
         }
         entry.route = {}
-        self.queue.finish(entry, results)
+        self.queue.finish(entry, results, sent=sent)
 
     async def _data(self, entry: Entry) -> list[bytes] | BigFile:
         """The message data, or the file of a large message. StoreError when it cannot be read."""

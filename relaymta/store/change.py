@@ -47,7 +47,7 @@ from relaymta.store.rows import (
     runs_of,
 )
 
-__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "MOVING", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal"]
+__all__ = ["CANNOT", "EXISTS", "LIMIT", "MISSING", "MOVING", "NO_LIMITS", "OVERQUOTA", "Change", "Filed", "Limits", "Refusal"]
 
 EXPUNGED_MOST = 100_000  # UIDs of a mailbox that are known to have been expunged
 EXPUNGED_SECONDS = 90 * 86400

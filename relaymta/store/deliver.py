@@ -7,6 +7,7 @@ from typing import NamedTuple
 from relaymta.config import Mailboxes as Settings
 from relaymta.disk.big import BigFile
 from relaymta.errors import RelayError, StoreError, StoreFull
+from relaymta.proto.envelope import Onward
 from relaymta.proto.said import Reply
 from relaymta.store.change import LIMIT, OVERQUOTA, Limits
 from relaymta.store.directory import User
@@ -59,10 +60,11 @@ class Delivery:
         self._tasks: set[asyncio.Task[list[Landed]]] = set()
 
     async def deliver(
-        self, queue_id: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes] | BigFile
-    ) -> tuple[dict[int, Reply], list[int]]:
-        """File a message for its recipients (index, address). The reply to each, and the shards that were asked. A recipient that
-        was filed before, by an attempt whose outcome was lost, is not filed again."""
+        self, queue_id: int, attempt: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes] | BigFile
+    ) -> tuple[dict[int, Reply], list[int], list[Onward]]:
+        """File a message for its recipients (index, address). The reply to each, the shards that were asked, and messages that
+        are to come into the queue with the outcome. A recipient that was filed before, by an attempt whose outcome was lost, is
+        not filed again. `attempt`: the number of attempts whose outcomes are recorded."""
         settings = self._settings()
         replies: dict[int, Reply] = {}
         targets: list[tuple[int, Target]] = []
@@ -85,7 +87,7 @@ class Delivery:
             reply = self._counted(result, settings)
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
-        return replies, sorted({shard for shard, _ in targets})
+        return replies, sorted({shard for shard, _ in targets}), []
 
     def file(
         self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]

@@ -21,20 +21,31 @@ from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
-from relaymta.store.change import Change, Filed, Limits, Refusal
+from relaymta.store.change import LIMIT, NO_LIMITS, Change, Filed, Limits, Refusal
 from relaymta.store.noted import NOTHING, Noted
 from relaymta.store.rows import INBOX, MailShard, MessageRow, ObjectRow
 
-__all__ = ["File", "Filings", "Forget", "MailWriter", "Result", "Target", "Together"]
+__all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together"]
 
 
 SMALL_GROUP = 10  # tasks at a full disk or map: larger groups fail
 
 
+class Place(msgspec.Struct, array_like=True, frozen=True):
+    """A mailbox of a user's, by its name, and the flags that a message gets there. `create`: it is created if missing."""
+
+    name: str = INBOX
+    flags: int = 0
+    keywords: list[str] = []
+    create: bool = False
+
+
 class Target(msgspec.Struct, array_like=True, frozen=True):
     """One mailbox that a message is for. `prefix`: header fields of this copy; `date`: INTERNALDATE (ms, wall clock; 0: now);
     `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for;
-    `place`: as of `Change.file`; `saved`: when it came into the mailbox (ms, wall clock; 0: now)."""
+    `place`: as of `Change.file`; `saved`: when it came into the mailbox (ms, wall clock; 0: now); `places`: where a Sieve script
+    files it, instead of all that this says of one mailbox: in each of them, or (there is no room) in none. A place that cannot
+    be had is INBOX then; none: it is filed nowhere."""
 
     user: int
     name: str = INBOX
@@ -47,15 +58,17 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
     once: tuple[int, int, int] | None = None
     place: tuple[int, int] | None = None
     saved: int = 0
+    places: list[Place] | None = None
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
     """What became of a message for one target: `filed`; or `code` and `text` say why it is refused; neither when it had been
-    filed before."""
+    filed before. `copies`: in how many mailboxes it is."""
 
     filed: Filed | None = None
     code: str = ""
     text: str = ""
+    copies: int = 0
 
 
 _BEFORE = Result()
@@ -264,10 +277,9 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         for target in file.targets:
             result = self._file_in(change, file, target, wall)
             file.results.append(result)
-            if result.filed is not None:
-                filed += 1
-                if target.once is not None:
-                    change.done(*target.once, now)
+            filed += result.copies
+            if target.once is not None and not result.code and result is not _BEFORE:
+                change.done(*target.once, now)
         if there:
             change.refer(file.ident, filed)
         elif file.body is not None and filed:
@@ -281,9 +293,32 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         size, saved = file.size + len(target.prefix), target.saved or wall
         row = MessageRow(file.ident, target.date or wall, saved, size, target.prefix)
         try:
+            if target.places is not None:
+                return self._file_in_places(change, row, target, target.places)
             filed = change.file(
                 target.user, target.name, row, target.flags, target.keywords, target.limits, target.create, target.place
             )
-            return Result(filed)
+            return Result(filed, copies=1)
         except Refusal as refusal:
             return Result(None, refusal.code, str(refusal))
+
+    def _file_in_places(self, change: Change, row: MessageRow, target: Target, places: list[Place]) -> Result:
+        """File a message where a Sieve script wants it: nothing that has been asked of one mailbox may lose it."""
+        change.check_room(change.owner(target.user), target.limits, len(places), row.size * len(places))
+        found = [self._file_at(change, row, target.user, one) for one in places]
+        if None in found and not any(one.name == INBOX for one in places):
+            found.append(self._file_at(change, row, target.user, Place()))
+        taken = [one for one in found if one is not None]
+        if places and not taken:
+            raise Refusal(LIMIT, "no mailbox takes it")
+        return Result(taken[0] if taken else None, copies=len(taken))
+
+    def _file_at(self, change: Change, row: MessageRow, user: int, place: Place) -> Filed | None:
+        """None: the mailbox cannot take it."""
+        for keywords in (place.keywords, []):
+            try:
+                return change.file(user, place.name, row, place.flags, keywords, NO_LIMITS, place.create)
+            except Refusal as refusal:
+                if refusal.code != LIMIT or not keywords:
+                    break
+        return None

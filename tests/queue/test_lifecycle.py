@@ -62,7 +62,7 @@ def test_the_ways_that_do_not_read_the_table_agree_with_it(state, event):
         entries=entries, _events=events, schedule=SimpleNamespace(wake=lambda: None), store=SimpleNamespace(fresh={})
     )
     writer = SimpleNamespace(submit=lambda outcome: None)
-    ends = Ends(writer, SimpleNamespace(now=lambda: 0), QueueSettings("x"), lambda *_: [], events)
+    ends = Ends(writer, SimpleNamespace(now=lambda: 0), QueueSettings("x"), lambda *_: [], events, SimpleNamespace())
     allowed = event in TRANSITIONS[state]
 
     def act() -> object:

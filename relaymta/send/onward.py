@@ -1,0 +1,76 @@
+"""Messages that recipients' Sieve scripts send: redirected ones and replies. They come into the queue by the commit that records
+the outcome of the message at hand, so that a crash neither loses nor doubles them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from relaymta.disk.big import BigFile
+from relaymta.errors import store_error
+from relaymta.ident import format_id
+from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Body, Envelope, Onward
+from relaymta.queue import Entry, Put, Queue, wall_ms
+
+__all__ = ["puts_of"]
+
+LIKE_BEFORE = EIGHT_BIT | SMTPUTF8 | UTF8_HEADER  # flags that a redirected message has like the one at hand
+
+
+async def puts_of(queue: Queue, entry: Entry, data: list[bytes] | BigFile, messages: Sequence[Onward]) -> list[Put]:
+    """What to give `Queue.finish` for these messages, of an entry with this data. StoreError: they cannot be stored now."""
+    return [await (_redirected if one.data is None else _made)(queue, entry, data, one) for one in messages]
+
+
+async def _made(queue: Queue, entry: Entry, _: object, message: Onward) -> Put:
+    """A message of our own, signed as a DSN is."""
+    ident, data = queue.ident(), message.front + (message.data or b"")
+    data = await asyncio.get_running_loop().run_in_executor(None, queue.sign, data) + data
+    flags = 0 if data.isascii() else EIGHT_BIT
+    return _put(queue, entry, message, ident, [data], len(data), flags, f"<{format_id(ident)}>")
+
+
+async def _redirected(queue: Queue, entry: Entry, data: list[bytes] | BigFile, message: Onward) -> Put:
+    """The message at hand, with some header fields in front."""
+    ident, flags = queue.ident(), entry.envelope.flags & LIKE_BEFORE
+    pieces = None if isinstance(data, BigFile) else [message.front, *data]
+    if pieces is not None and sum(map(len, pieces)) <= queue.big_limit:
+        size = sum(map(len, pieces))
+        return _put(queue, entry, message, ident, pieces, size, flags, entry.envelope.message_id)
+    body = await _written(queue, ident, message.front, queue.stream(entry) if pieces is None else _each(pieces[1:]))
+    put = _put(queue, entry, message, ident, None, body.length, flags, entry.envelope.message_id)
+    put.envelope.body = body
+    return put
+
+
+def _put(
+    queue: Queue, entry: Entry, message: Onward, ident: int, data: list[bytes] | None, size: int, flags: int, message_id: str
+) -> Put:
+    wide = 0 if message.sender.isascii() and message.recipient.isascii() else SMTPUTF8
+    envelope = Envelope(
+        sender=message.sender,
+        recipients=[message.recipient],
+        size=size,
+        flags=flags | wide,
+        arrived=wall_ms(),
+        deadline=queue.deadline(),
+        application=entry.envelope.application,
+        message_id=message_id,
+    )
+    return Put(ident, envelope, queue.assign(envelope, 0), data, None)
+
+
+async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+async def _written(queue: Queue, ident: int, front: bytes, pieces: AsyncIterator[bytes]) -> Body:
+    """A large message's file; it is removed some time later where it does not get into the queue. StoreError."""
+    loop = asyncio.get_running_loop()
+    try:
+        file = await loop.run_in_executor(None, queue.big_body, ident)
+        await loop.run_in_executor(None, file.write, [front])
+        async for piece in pieces:
+            await loop.run_in_executor(None, file.write, [piece])
+        return await loop.run_in_executor(None, file.finish, [])
+    except OSError as error:
+        raise store_error(error) from None
