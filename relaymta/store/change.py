@@ -288,8 +288,9 @@ class Change(Collected):
         if into.uidnext + len(found) - 1 > LAST_UID:
             raise Refusal(LIMIT, "the mailbox has had as many messages as it can")
         words = self._translated(source, into, {record.flags >> SYSTEM_FLAGS for record, _ in found})
-        modseq, records = self.raised(target, into), bytearray()
+        records = bytearray()
         for uid, (record, message) in enumerate(found, into.uidnext):
+            modseq = self.raised(target, into)  # each its own: see `reading.changes` of view/
             flags = record.flags & SYSTEM | words[record.flags >> SYSTEM_FLAGS]
             records += RECORD.pack(uid, 0, flags, modseq)
             row = msgspec.structs.replace(message, saved=now)

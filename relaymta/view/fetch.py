@@ -5,8 +5,9 @@ data. A large message is not in memory: its sections are places in its file (`Fi
 """
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -17,18 +18,22 @@ from relaymta.proto import imap_response as response
 from relaymta.proto import mime
 from relaymta.proto.imap_command import Fetch, Section
 from relaymta.proto.imap_view import View
-from relaymta.store.change import MISSING, Refusal
+from relaymta.store.change import LIMIT, MISSING, Refusal
 from relaymta.store.reading import Readable, body_of
 from relaymta.store.rows import MessageRow, ObjectRow
 from relaymta.view.reading import Message
 
 __all__ = [
-    "FilePart", "Level", "Piece", "Plan", "Text", "described_now", "email_id", "read_at", "text_now", "text_of",
-    "with_description",
+    "FilePart", "Level", "Making", "Piece", "Plan", "Sections", "Text", "described_now", "email_id", "read_at", "text_now",
+    "text_of", "with_description",
 ]  # fmt: skip
 
 DECODED_MOST = 4 << 20  # octets of a part of a large message that BINARY decodes: it is in memory then
 DESCRIBED_MOST = 64 << 20  # octets of a message that are looked at for its description
+LIGHT = 256 << 10  # octets that are looked at for one message's sections on the loop,
+WORK_MOST = 32 << 20  # and in all
+TOO_MANY = "so many sections of so large a message cannot be made"
+CHEAP = 16  # how many octets are copied while one is decoded
 
 
 class Level(IntEnum):
@@ -55,6 +60,7 @@ class FilePart(NamedTuple):
 
 
 Piece = bytes | memoryview | FilePart
+Making = partial[list[Piece]]  # what takes long: called on a reader thread
 
 
 class Text(NamedTuple):
@@ -155,27 +161,111 @@ def email_id(found: ObjectRow, row: MessageRow) -> str:
 # Sections
 
 
+class Sections:
+    """The sections of one message, made one after another: what was read or decoded for the one before is kept for the next."""
+
+    __slots__ = ("_decoded", "_header", "_path", "_text", "costs")
+
+    def __init__(self, text: Text, asked: Sequence[Section]) -> None:
+        """`asked`: what will be made. UnknownEncoding: not all of it can be made; Refusal (LIMIT): it would take too long."""
+        self._text = text
+        self._path: tuple[int, ...] | None = None
+        self._decoded: Sequence[Piece] | None = None
+        self._header: tuple[mime.Extent, bytes] = mime.Extent(0, 0), b""
+        if len(text.parts) * len(asked) > WORK_MOST:
+            raise Refusal(LIMIT, TOO_MANY)
+        self.costs = [self._cost(one) for one in asked]
+        if sum(self.costs) > WORK_MOST:
+            raise Refusal(LIMIT, TOO_MANY)
+
+    def at_once(self, asked: Section, spent: int) -> bool:
+        """Whether a section may be made on the loop, where `spent` are the costs up to this one."""
+        return spent <= LIGHT and (self._text.data is not None or not (asked.fields or asked.name.startswith("BINARY")))
+
+    def _cost(self, asked: Section) -> int:
+        """How many octets are looked at one by one to make a section, about. UnknownEncoding."""
+        text = self._text
+        found = mime.extent(text.parts, _shape(asked))
+        if found is None:
+            return 0
+        size = found.end - found.start + (len(text.parts) if asked.part else 0)
+        if asked.name.startswith("BINARY"):
+            if not asked.part:
+                return size // CHEAP
+            mime.decoded_part(b"", text.parts, asked.part)
+            if text.data is None and size > DECODED_MOST:
+                raise mime.UnknownEncoding("a part that is too large to be decoded here")
+            return size
+        return size if asked.fields else min(size, asked.partial[1]) // CHEAP if asked.partial is not None else size // CHEAP
+
+    def make(self, asked: Section) -> list[Piece]:
+        """A section as FETCH tells it. A client stalls on a literal of no octets, so nothing is `""`; NUL is sent in BINARY alone
+        (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better choice for. StoreError."""
+        pieces = self._pieces(asked)
+        name = response.section(asked)
+        if pieces is None:
+            return [name, b" NIL"]
+        total = sum(map(_size, pieces))
+        if asked.name == "BINARY.SIZE":
+            return [b"%b %d" % (name, total)]
+        if asked.partial is not None:
+            pieces = _cut(pieces, *asked.partial)
+            total = sum(map(_size, pieces))
+        if not total:
+            return [name, b' ""']
+        eight = asked.name == "BINARY" and any(isinstance(one, FilePart) or b"\0" in bytes(one) for one in pieces)
+        if not eight:
+            pieces = [_without_nul(one) for one in pieces]
+        return [b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), *pieces]
+
+    def _pieces(self, asked: Section) -> Sequence[Piece] | None:
+        """A section in pieces; None (NIL): there is no such part."""
+        text = self._text
+        if asked.name.startswith("BINARY") and asked.part:
+            return self._decoded_part(asked.part)
+        if not (asked.part or asked.text):
+            return [text.prefix, text.data if text.data is not None else text.file]
+        which = _shape(asked)
+        if text.data is not None:
+            return mime.section(text.data, text.parts, which, text.prefix)
+        found = self._extent(which)
+        if found is None:
+            return None
+        if which.names:
+            header = self._header_at(found)
+            front = b"" if which.path else text.prefix
+            return mime.section(header, _one_header(len(header)), which._replace(path=()), front)
+        front = text.prefix if not which.path and which.what != "TEXT" else b""
+        return [front, text.slice(found.start, found.end)]
+
+    def _extent(self, which: mime.Section) -> mime.Extent | None:
+        """As of `mime`; what ends where the look at a very large message ended goes on to the message's end."""
+        found, octets = mime.extent(self._text.parts, which), self._text.file.length
+        if found is not None and found.end == DESCRIBED_MOST < octets:
+            return found._replace(end=octets)
+        return found
+
+    def _header_at(self, where: mime.Extent) -> bytes:
+        if self._header[0] != where:
+            self._header = where, self._text.read(where.start, where.end)
+        return self._header[1]
+
+    def _decoded_part(self, path: tuple[int, ...]) -> Sequence[Piece] | None:
+        """As of mime.binary."""
+        if self._path != path:
+            self._path, self._decoded = path, self._decode(path)
+        return self._decoded
+
+    def _decode(self, path: tuple[int, ...]) -> Sequence[Piece] | None:
+        text = self._text
+        if text.data is not None:
+            return mime.binary(text.data, text.parts, path, text.prefix)
+        found = self._extent(mime.Section(path))
+        return None if found is None else mime.decoded_part(text.read(found.start, found.end), text.parts, path)
+
+
 def _shape(asked: Section) -> mime.Section:
     return mime.Section(asked.part, asked.text, tuple(field.encode() for field in asked.fields))
-
-
-def _pieces(text: Text, asked: Section) -> list[Piece] | None:
-    """A section in pieces; None (NIL): there is no such part. UnknownEncoding, StoreError."""
-    if asked.name.startswith("BINARY"):
-        return _decoded(text, asked.part)
-    if text.data is not None and not (asked.part or asked.text):
-        return [text.prefix, text.data]
-    which = _shape(asked)
-    if text.data is not None:
-        return mime.section(text.data, text.parts, which, text.prefix)  # type: ignore[return-value]
-    found = mime.extent(text.parts, which)
-    if found is None:
-        return None
-    if which.names:
-        header = text.read(found.start, found.end)
-        return mime.section(header, _one_header(len(header)), which._replace(path=()), b"" if which.path else text.prefix)  # type: ignore[return-value]
-    front = text.prefix if not which.path and which.what != "TEXT" else b""
-    return [front, text.slice(found.start, found.end)]
 
 
 def _one_header(octets: int) -> bytes:
@@ -183,24 +273,12 @@ def _one_header(octets: int) -> bytes:
     return mime.PLACE.pack(0, 0, 0, octets, 0)
 
 
-def _decoded(text: Text, path: tuple[int, ...]) -> list[Piece] | None:
-    """As of mime.binary."""
-    if text.data is not None:
-        return mime.binary(text.data, text.parts, path, text.prefix)  # type: ignore[return-value]
-    found = mime.extent(text.parts, mime.Section(path))
-    if found is None or not path:
-        return None if found is None else [text.prefix, text.slice(found.start, found.end)]
-    if found.end - found.start > DECODED_MOST:
-        raise mime.UnknownEncoding("a part that is too large to be decoded here")
-    return mime.decoded_part(text.read(found.start, found.end), text.parts, path)  # type: ignore[return-value]
-
-
 def _cut(pieces: Sequence[Piece], first: int, octets: int) -> list[Piece]:
     """`<first.octets>` of pieces; nothing where it begins behind their end."""
     found: list[Piece] = []
     for one in pieces:
         size = _size(one)
-        part = one.cut(first, octets) if isinstance(one, FilePart) else one[first : first + octets]
+        part = one.cut(first, octets) if isinstance(one, FilePart) else memoryview(one)[first : first + octets]
         first = max(0, first - size)
         octets -= _size(part)
         if _size(part):
@@ -212,27 +290,6 @@ def _cut(pieces: Sequence[Piece], first: int, octets: int) -> list[Piece]:
 
 def _size(piece: Piece) -> int:
     return piece.length if isinstance(piece, FilePart) else len(piece)
-
-
-def _section(text: Text, asked: Section) -> list[Piece]:
-    """A section as FETCH tells it. A client stalls on a literal of no octets, so nothing is `""`; NUL is sent in BINARY alone (in
-    a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better choice for."""
-    pieces = _pieces(text, asked)
-    name = response.section(asked)
-    if pieces is None:
-        return [name, b" NIL"]
-    total = sum(map(_size, pieces))
-    if asked.name == "BINARY.SIZE":
-        return [b"%b %d" % (name, total)]
-    if asked.partial is not None:
-        pieces = _cut(pieces, *asked.partial)
-        total = sum(map(_size, pieces))
-    if not total:
-        return [name, b' ""']
-    eight = asked.name == "BINARY" and any(isinstance(one, FilePart) or b"\0" in bytes(one) for one in pieces)
-    if not eight:
-        pieces = [_without_nul(one) for one in pieces]
-    return [b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), *pieces]
 
 
 def _without_nul(piece: Piece) -> Piece:
@@ -281,19 +338,32 @@ class Plan:
         self.sees = any(not section.peek for section in fetch.sections) and not view.read_only
         self.tells_flags = "FLAGS" in fetch.items
 
-    def response(self, message: Message, text: Text | None, seen: bool) -> list[Piece]:
+    def sections(self, text: Text) -> Sections:
+        """The sections of a message. Errors as of `Sections`."""
+        return Sections(text, self._sections)
+
+    def is_light(self, text: Text) -> bool:
+        """Whether `sections` takes little time."""
+        return len(text.parts) * len(self._sections) <= LIGHT
+
+    def response(self, message: Message, sections: Sections | None, seen: bool) -> Iterator[Piece | Making]:
         """The response for a message; none where it has no number (any more). `seen`: \\Seen has been set, so that its flags are
-        told. UnknownEncoding, StoreError."""
+        told. Each section is made when it is asked for; behind the first ones (LIGHT) by a function that may take long.
+        StoreError."""
         view = self._view
         number = view.uids.number(message.uid)
         if not number:
-            return []
+            return
         items = [show(view, message) for show in (self._items + self._if_seen if seen else self._items)]
-        out: list[Piece] = [b"* %d FETCH (" % number, b" ".join(items)]
-        for place, asked in enumerate(self._sections):
-            assert text is not None
-            if place or items:
-                out.append(b" ")
-            out += _section(text, asked)
-        out.append(b")\r\n")
-        return out
+        yield b"* %d FETCH (%b" % (number, b" ".join(items))
+        spent, between = 0, b" " if items else b""
+        if sections is not None:
+            for asked, cost in zip(self._sections, sections.costs, strict=True):
+                yield between
+                spent += cost
+                if sections.at_once(asked, spent):
+                    yield from sections.make(asked)
+                else:
+                    yield partial(sections.make, asked)
+                between = b" "
+        yield b")\r\n"

@@ -11,7 +11,7 @@ import socket
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
@@ -31,12 +31,14 @@ from relaymta.view import imap_append, imap_mailboxes, imap_messages
 from relaymta.view.access import PIECE, SLICE, Access
 from relaymta.view.connection import LOGIN_SECONDS, ReadingConnection
 from relaymta.view.eager import begin
-from relaymta.view.fetch import FilePart, Piece, read_at
+from relaymta.view.fetch import FilePart, Making, Piece, read_at
 from relaymta.view.incoming import Incoming
 from relaymta.view.reader import MISTAKES, Done, Gone, Reader, answer_to
 from relaymta.view.reading import Removed
 
 __all__ = ["ImapConnection"]
+
+T = TypeVar("T")
 
 SILENCE_SECONDS = 1800.0  # without a command (RFC 9051 5.4)
 STILL_HERE_SECONDS = 120.0  # between two signs of life in IDLE
@@ -72,13 +74,16 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     protocol = "imap"
 
-    __slots__ = ("_commands", "_eager", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch")
+    __slots__ = (
+        "_commands", "_eager", "_late_news", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch",
+    )  # fmt: skip
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
         super().__init__(access, admission, listener)
         self._reader: Reader | None = None
         self._unwatch: Callable[[], None] | None = None
         self._news = False  # in IDLE: there is something new that was not told
+        self._late_news = False  # telling it has failed: it is tried again
         self._eager = False  # a command has begun, and has not waited yet
         self._out: list[bytes | memoryview] = []  # what is told, and not written yet
         self._octets = 0  # of it
@@ -171,23 +176,23 @@ class ImapConnection(ReadingConnection[ServerSession]):
         try:
             if not reader.refresh():
                 return self._dismissed(session)
-            if reader.selected is not None:
-                said = reader.selected.enabled(session.condstore, session.qresync, session.rev2)
-                if said:
-                    await self._tell([said])
+            await reader.enable()
             done = await row.run(reader, command)
-            if done.fresh:
-                return done
-            expunges = row.expunges and done.expunges
-            await reader.sync(expunges)
-            # The client has numbers of messages that are gone.
-            if not expunges and reader.holds and done.status == "OK" and not done.code:
-                done = done._replace(code=response.EXPUNGEISSUED)
         except (RelayError, ConnectionError, *MISTAKES) as error:
-            answer = answer_to(error)
-            if answer.code == response.UNAVAILABLE:
+            done = answer_to(error)
+            if done.code == response.UNAVAILABLE:
                 self.warn(f"{command.name}: {error or type(error).__name__}")
-            return answer
+            return done
+        if done.fresh:
+            return done
+        expunges = row.expunges and done.expunges
+        try:
+            await reader.sync(expunges)
+        except (RelayError, ConnectionError, Removed) as error:  # what the command has done is done; the next one tells the news
+            self.warn(f"news behind {command.name}: {error or type(error).__name__}")
+        # The client has numbers of messages that are gone.
+        if not expunges and reader.holds and done.status == "OK" and not done.code:
+            done = done._replace(code=response.EXPUNGEISSUED)
         return done
 
     def _dismissed(self, session: ServerSession) -> Done:
@@ -197,18 +202,29 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     # Output
 
-    async def _tell(self, pieces: Iterable[Piece]) -> None:
+    async def _tell(self, pieces: Iterable[Piece | Making]) -> None:
         """Write untagged responses, as fast as the client reads. Gone."""
         for piece in pieces:
             if isinstance(piece, FilePart):
                 await self._stream(piece)
-                continue
-            if not piece:
-                continue
-            self._out.append(piece)
-            self._octets += len(piece)
-            if self._octets >= SLICE:
-                await self._flush()
+            elif isinstance(piece, partial):
+                await self._pause()
+                await self._tell(await self._read_on(piece))
+            elif piece:
+                self._out.append(piece)
+                self._octets += len(piece)
+                if self._octets >= SLICE:
+                    await self._flush()
+
+    async def _read_on(self, read: Callable[[], T]) -> T:
+        """What is read amid a response: where it cannot be read the connection ends. Gone."""
+        try:
+            return await self._access.read(read)
+        except StoreError as error:
+            self.warn(f"a message cannot be read: {error}")
+            if self.transport is not None:
+                self.transport.abort()
+            raise Gone from None
 
     async def _end_command(self, last: bytes) -> None:
         """Write what was told, and the tagged response. Gone."""
@@ -239,17 +255,11 @@ class ImapConnection(ReadingConnection[ServerSession]):
             raise Gone
 
     async def _stream(self, part: FilePart) -> None:
-        """Write octets of a large message, which are a literal's: where they cannot be read the connection ends. Gone."""
+        """Write octets of a large message. Gone."""
         await self._flush()
         place, left = part.start, part.length
         while left:
-            try:
-                data = await self._access.read(partial(read_at, part.path, place, min(PIECE, left)))
-            except StoreError as error:
-                self.warn(f"a message cannot be read: {error}")
-                if self.transport is not None:
-                    self.transport.abort()
-                raise Gone from None
+            data = await self._read_on(partial(read_at, part.path, place, min(PIECE, left)))
             place, left = place + len(data), left - len(data)
             await self._tell([data.replace(b"\0", b"\x80") if part.text else data])
 
@@ -381,13 +391,15 @@ class ImapConnection(ReadingConnection[ServerSession]):
         self._since = self.admission.now()
         try:
             while self._news and self._reader is not None:
-                self._news = False
+                self._news = self._late_news = False
+                await self._reader.enable()
                 await self._reader.sync(True)
                 await self._flush()
         except Gone:
             self._drop_output()
-        except (StoreError, Removed) as error:  # the next command says so
+        except (RelayError, ConnectionError, Removed) as error:
             self.warn(f"IDLE: {error or type(error).__name__}")
+            self._late_news = True  # `check` tries again
         except Exception as error:
             self._mistaken(error)
         self._said_at = self.admission.now()
@@ -395,7 +407,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     def _stop_watching(self) -> None:
         unwatch, self._unwatch = self._unwatch, None
-        self._news = False
+        self._news = self._late_news = False
         if unwatch is not None:
             unwatch()
 
@@ -430,6 +442,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
             late = now - self.active_at > SILENCE_SECONDS
         if late:
             self._end(session, response.TIMEOUT)
+        elif session.state == IDLE and self._late_news and self._unwatch is not None:
+            self._noticed(0)
         elif session.state == IDLE and now - self._said_at > STILL_HERE_SECONDS and self._reader is not None:
             self._said_at = now
             if self._reader.refresh():

@@ -1,8 +1,10 @@
 """IMAP commands about mailboxes (RFC 3501 and 9051 6.3; RFC 5258, 5819, 6154, 8474, 9208)."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
+from relaymta.errors import RelayError
 from relaymta.proto import imap_response as response
 from relaymta.proto.imap_command import Command, Create, List, Mailbox, Rename, Select, SetQuota, Status
 from relaymta.proto.imap_list import Name, listed
@@ -28,7 +30,7 @@ async def select(reader: Reader, command: Command) -> Done:
         if session.rev2 or session.qresync:
             await reader.tell([response.untagged("OK", "The mailbox that was selected is closed", response.CLOSED)])
     read_only = command.name == "EXAMINE"
-    reader.selected, opened = await Selected.open(
+    selected, opened = await Selected.open(
         reader.access, reader.user, arguments.name, read_only=read_only, rev2=session.rev2, condstore=session.condstore,
         qresync=session.qresync,
     )  # fmt: skip
@@ -36,9 +38,10 @@ async def select(reader: Reader, command: Command) -> Done:
     if session.rev2:
         await reader.tell([response.list_((), arguments.name, session.utf8, arguments.given)])
     known = arguments.qresync
-    if known is not None and known.uidvalidity == reader.selected.view.uidvalidity:
-        records, expunged = await reader.selected.since(known.modseq)
-        await reader.tell(resync(reader.selected.view, known, records, expunged))
+    if known is not None and known.uidvalidity == selected.view.uidvalidity:
+        records, expunged = await selected.since(known.modseq)
+        await reader.tell(resync(selected.view, known, records, expunged))
+    reader.selected = selected
     return Done("OK", "Selected", response.READ_ONLY if read_only else response.READ_WRITE, fresh=True)
 
 
@@ -101,7 +104,8 @@ async def list_(reader: Reader, command: Command) -> Done:
         if name is not None and arguments.status:
             row, state = found[name]
             if state is not None:
-                await reader.tell([await _status(reader, row, state, arguments.status)])
+                with suppress(RelayError, ConnectionError):  # without it, then (RFC 5819 2): it has just been deleted, for one
+                    await reader.tell([await _status(reader, row, state, arguments.status)])
         await reader.pause()
     return Done("OK", "Listed")
 

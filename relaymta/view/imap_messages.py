@@ -11,13 +11,14 @@ from relaymta.proto.imap_found import Found
 from relaymta.proto.imap_program import Program
 from relaymta.proto.imap_records import RECORD, load, packed, pick, runs, values, within
 from relaymta.proto.imap_resync import vanished_earlier
+from relaymta.proto.mime import UnknownEncoding
 from relaymta.store.asked import Copied, Partial
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.rows import SEEN
 from relaymta.view import reading, search
 from relaymta.view.access import RECORDS_ON_LOOP
 from relaymta.view.connection import READ, READ_OCTETS
-from relaymta.view.fetch import Level, Plan, Text, described_now, text_now, text_of, with_description
+from relaymta.view.fetch import Level, Plan, Sections, Text, described_now, text_now, text_of, with_description
 from relaymta.view.incoming import SYSTEM
 from relaymta.view.reader import Done, Reader, try_create
 from relaymta.view.reading import Message
@@ -101,18 +102,22 @@ async def fetch(reader: Reader, command: Command) -> Done:
         await fetched.all(uids)
     if fetched.unreadable:
         return Done("NO", "Some of the messages cannot be read now", response.UNAVAILABLE)
+    if fetched.undecodable is not None:
+        raise fetched.undecodable
     missing = fetched.found < len(uids) // 4 and not asked.uid
     return EXPUNGE_ISSUED if missing else Done("OK", "Fetched")
 
 
 class _Fetching:
-    """One FETCH. `found`: messages that were there; `unreadable`: some could not be read."""
+    """One FETCH. `found`: messages that were there; `unreadable`: some could not be read; `undecodable`: why sections of some
+    could not be made."""
 
     def __init__(self, reader: Reader, selected: Selected, plan: Plan, asked: Fetch) -> None:
         self._reader, self._selected, self._plan = reader, selected, plan
         self._modseq = "MODSEQ" in asked.items
         self.found = 0
         self.unreadable = False
+        self.undecodable: UnknownEncoding | None = None
 
     async def all(self, uids: bytes) -> None:
         """Tell of all these messages (packed UIDs, one at least), slice by slice."""
@@ -138,26 +143,26 @@ class _Fetching:
         plan, reader = self._plan, self._reader
         most = BODIES if plan.level == Level.DATA else ROWS
         part = uids[: most * 4]
-        read = partial(_read, self._selected, runs(part), plan.level)
-        if len(uids) > (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
-            found, last, unreadable = await reader.access.read(read)
-        else:
-            now = reader.access.read_here(partial(_read_now, self._selected, runs(part), plan.level))
-            found, last, unreadable = (now, None, []) if now is not None else await reader.access.read(read)
-        for why in unreadable:
+        now = None
+        if len(uids) <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
+            now = reader.access.read_here(partial(_read_now, self._selected, runs(part), plan))
+        found = now if now is not None else await reader.access.read(partial(_read, self._selected, runs(part), plan))
+        for why in found.unreadable:
             self.unreadable = True
             reader.warn(why)
-        self.found += len(found) + len(unreadable)
-        seen = await self._see([message for message, _ in found])
-        for message, text in found:
+        self.undecodable = found.undecodable or self.undecodable
+        self.found += found.count
+        seen = await self._see([message for message, _ in found.messages])
+        for message, sections in found.messages:
             after = seen.get(message.uid)
             if after is not None:
                 message = message._replace(flags=after[0], modseq=after[1])
-            await reader.tell(plan.response(message, text, after is not None))
+            await reader.tell(plan.response(message, sections, after is not None))
+            await reader.pause()
         if plan.level == Level.DATA:
-            reader.counters.add(READ, len(found))
-            reader.counters.add(READ_OCTETS, sum(message.row.size for message, _ in found))
-        return uids[len(part) :] if last is None else uids[(values(uids).index(last) + 1) * 4 :]
+            reader.counters.add(READ, len(found.messages))
+            reader.counters.add(READ_OCTETS, sum(message.row.size for message, _ in found.messages))
+        return uids[len(part) :] if not found.last else uids[(values(uids).index(found.last) + 1) * 4 :]
 
     async def _see(self, messages: list[Message]) -> dict[int, tuple[int, int]]:
         """Set \\Seen where the FETCH does that; (flags, MODSEQ) by UID of those that have got it."""
@@ -176,47 +181,66 @@ class _Fetching:
         return {uid: (flags, modseq) for uid, _, flags, modseq in RECORD.iter_unpack(stored.after)}
 
 
-def _read_now(selected: Selected, ranges: bytes, level: Level) -> "list[tuple[Message, Text | None]] | None":
-    """As `_read`, on the loop; None where something would have to be waited for."""
-    found: list[tuple[Message, Text | None]] = []
-    octets = 0
+class _Found:
+    """Messages that were read, with their sections (None: none are asked for). `last`: the UID of the last one, where not all
+    were; `count`: how many were there; `unreadable`: why some could not be read; `undecodable`: why sections of some cannot be
+    made."""
+
+    __slots__ = ("count", "last", "messages", "undecodable", "unreadable")
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Message, Sections | None]] = []
+        self.last = self.count = 0
+        self.unreadable: list[str] = []
+        self.undecodable: UnknownEncoding | None = None
+
+    def add(self, plan: Plan, message: Message, text: Text | None) -> None:
+        """Refusal (LIMIT)."""
+        try:
+            self.messages.append((message, None if text is None else plan.sections(text)))
+        except UnknownEncoding as error:
+            self.undecodable = error
+        self.count += 1
+
+
+def _read_now(selected: Selected, ranges: bytes, plan: Plan) -> _Found | None:
+    """As `_read`, on the loop; None where something would have to be waited for, or take long."""
+    found, octets, level = _Found(), 0, plan.level
     for message in reading.messages(selected.shard, selected.mailbox, ranges):
         octets += message.row.size
+        text = None
         if level == Level.DATA:
             text = text_now(selected.shard, message) if octets <= OCTETS else None
-            if text is None:
+            if text is None or not plan.is_light(text):
                 return None
-            found.append((message, text))
         elif level == Level.DESCRIPTION and not described_now(message):
             return None
-        else:
-            found.append((message, None))
+        found.add(plan, message, text)
     return found
 
 
-def _read(selected: Selected, ranges: bytes, level: Level) -> tuple[list[tuple[Message, Text | None]], int | None, list[str]]:
-    """Messages with what a FETCH needs of them; the UID of the last one that was read, where not all were; why some could not be
-    read."""
-    found: list[tuple[Message, Text | None]] = []
-    unreadable: list[str] = []
-    octets = 0
+def _read(selected: Selected, ranges: bytes, plan: Plan) -> _Found:
+    """Messages with what a FETCH needs of them. Refusal (LIMIT)."""
+    found, octets = _Found(), 0
     for message in reading.messages(selected.shard, selected.mailbox, ranges):
+        text = None
         try:
-            text = None
-            if level >= Level.DESCRIPTION:
+            if plan.level >= Level.DESCRIPTION:
                 message = with_description(selected.shard, message)
-            if level == Level.DATA:
+            if plan.level == Level.DATA:
                 text = text_of(selected.shard, message)
         except Refusal:
             continue  # it has been expunged
         except RelayError as error:
-            unreadable.append(f"message {message.uid} of {selected.name}: {error}")
+            found.unreadable.append(f"message {message.uid} of {selected.name}: {error}")
+            found.count += 1
             continue
-        found.append((message, text))
+        found.add(plan, message, text)
         octets += len(text.data or b"") if text is not None else 0
         if octets >= OCTETS:
-            return found, message.uid, unreadable
-    return found, None, unreadable
+            found.last = message.uid
+            break
+    return found
 
 
 # STORE, COPY, MOVE

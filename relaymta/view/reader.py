@@ -18,7 +18,7 @@ from relaymta.store.directory import User
 from relaymta.store.reading import Readable
 from relaymta.view import reading
 from relaymta.view.access import Access
-from relaymta.view.fetch import Piece
+from relaymta.view.fetch import Making, Piece
 from relaymta.view.incoming import Incoming
 from relaymta.view.reading import Removed
 from relaymta.view.selected import Selected
@@ -54,7 +54,7 @@ class Reader:
         user: User,
         session: ServerSession,
         admission: Admission,
-        tell: Callable[[Iterable[Piece]], Awaitable[None]],
+        tell: Callable[[Iterable[Piece | Making]], Awaitable[None]],
         pause: Callable[[], Awaitable[None]],
         warn: Callable[[str], None],
     ) -> None:
@@ -109,6 +109,12 @@ class Reader:
         """None is selected any more."""
         self.selected = None
         self.session.unselected()
+
+    async def enable(self) -> None:
+        """Let the mailbox that is selected speak as the client has enabled by now."""
+        session = self.session
+        if self.selected is not None and (said := self.selected.enabled(session.condstore, session.qresync, session.rev2)):
+            await self.tell([said])
 
     async def sync(self, may_expunge: bool) -> None:
         """Tell what the mailbox that is selected has become."""

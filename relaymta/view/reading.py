@@ -121,9 +121,8 @@ def changes(
             return found
         index = shard.rows.index(txn, mailbox)
         if not whole and state.modseq - modseq == state.uidnext - uidnext <= NEW_MOST:
-            new = changed([block for _, block in index.blocks(uidnext)], modseq)
-            if len({number for _, _, _, number in RECORD.iter_unpack(new)}) == state.modseq - modseq:
-                return found._replace(records=new)  # each MODSEQ since then is that of a message that is new and unchanged
+            # Each new message has got a MODSEQ of its own, and each other change another one: there was none.
+            return found._replace(records=changed([block for _, block in index.blocks(uidnext)], modseq))
         _check(state, most)
         blocks = [block for _, block in index.blocks()]
         gone = _expunged(shard, txn, mailbox, state, modseq)

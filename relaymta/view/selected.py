@@ -78,10 +78,10 @@ class Selected:
     async def sync(self, may_expunge: bool) -> Iterator[bytes]:
         """What the client has to be told to know the mailbox as it is now; behind `unchanged`. Refusal (MISSING): it is gone;
         StoreError."""
-        view = self.view
+        view, looked = self.view, self._looked
         changes = await self._changes(False)
-        self._known = self._looked
         if changes.modseq == view.modseq and not view.holds:
+            self._known = looked
             return iter(())
         if self.claims and changes.uidnext > view.uidnext:
             behind = 0 if view.recent == view.until else view.until
@@ -92,6 +92,7 @@ class Selected:
         except Desynchronized:
             changes = await self._changes(True)
             told = view.advance(changes, may_expunge)
+        self._known = looked  # at last: what was not told because something failed is told the next time
         return told
 
     async def _changes(self, whole: bool) -> Changes:

@@ -74,12 +74,12 @@ class Box:
         sources, copies = [], []
         for part in slices(uids):
             there = [uid for uid in part if uid in self.messages]
-            target.modseq += bool(there)
             for words in sorted({self.messages[uid][0] >> SYSTEM_FLAGS for uid in there}):
                 target.bits(self.words(words << SYSTEM_FLAGS))
             for uid in there:
                 flags, text, _ = self.messages[uid]
                 bits = flags & (1 << SYSTEM_FLAGS) - 1 | target.bits(self.words(flags))
+                target.modseq += 1
                 target.messages[target.uidnext] = bits, text, target.modseq
                 copies.append(target.uidnext)
                 target.uidnext += 1

@@ -1,0 +1,208 @@
+"""What IMAP sessions are told when something fails amid a command, and what a command may take of others: nothing is said to have
+failed that was done, and nothing is lost that was to be told."""
+
+import asyncio
+import re
+
+import pytest
+
+from relaymta.errors import StoreError
+from relaymta.proto.imap_response import UNKNOWN_CTE
+from relaymta.store import noted
+from relaymta.store.change import MISSING, Limits, Refusal
+from relaymta.store.writer import Target
+from relaymta.view import fetch
+from relaymta.view.access import SLICE
+from relaymta.view.selected import Selected
+from tests.store.test_recipients import Bench
+from tests.view.test_imap import Desk
+
+SMALL = b"Subject: x\r\n\r\nb\r\n"
+ODD = b"Subject: odd\r\nMIME-Version: 1.0\r\nContent-Type: text/plain\r\nContent-Transfer-Encoding: x-foo\r\n\r\nb\r\n"
+
+
+class Room(Desk):
+    """A desk whose user gets mail by `file`."""
+
+    async def file(self, *messages: bytes) -> None:
+        own, user = self.access._mailboxes.shards[0], self.access.user("a@a.example")
+        assert user is not None
+        for one in messages:
+            await own.file([one], [Target(user.ident)])
+
+    async def told(self, command: bytes) -> bytes:
+        """The reply to a command, by a client that reads it piece by piece."""
+        self.made.data_received(b"x %b\r\n" % command)
+        while not re.search(rb"^x [^\r\n]*\r\n\Z", self.transport.said[-200:], re.M):
+            self.transport.read()
+            await asyncio.sleep(0.0005)
+            await self.settled()
+        return self.heard()
+
+
+@pytest.fixture
+async def desk(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user("a")
+        (tmp_path / "large").mkdir()
+        desk = Room(bench, tmp_path / "large")
+        yield desk
+        desk.made.connection_lost(None)
+        await asyncio.gather(*desk.tasks)
+        desk.access.close()
+
+
+async def test_seen_is_set_for_messages_alone_whose_sections_can_be_made(desk):
+    await desk.file(SMALL, ODD, SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    said = await desk.say(b"2 FETCH 1:* (BINARY[1])\r\n")
+    assert said.count(b"BINARY[1] {3}\r\nb\r\n") == 2 and b"* 2 FETCH" not in said
+    assert said.count(b"\\Seen") == 2 and b"2 NO [%b]" % UNKNOWN_CTE in said
+    flags = await desk.say(b"3 FETCH 1:* FLAGS\r\n")
+    assert re.findall(rb"\* (\d) FETCH \(UID . FLAGS \([^)]*\\Seen", flags) == [b"1", b"3"]
+
+
+async def test_idle_speaks_as_the_client_has_enabled_before_it(desk):
+    await desk.file(SMALL, SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    await desk.say(b"2 ENABLE QRESYNC\r\n")
+    assert b"HIGHESTMODSEQ" in await desk.say(b"3 IDLE\r\n") + await later(desk)
+    user, own = desk.access.user("a@a.example"), desk.access._mailboxes.shards[0]
+    mailbox = desk.made._reader.selected.mailbox
+    await own.store_flags(user.ident, mailbox, [2], "+", 4, [], None)
+    await own.expunge(user.ident, mailbox, [1])
+    said = await later(desk)
+    assert b"MODSEQ (" in said and b"* VANISHED 1\r\n" in said and b"EXPUNGE" not in said
+    await desk.say(b"DONE\r\n")
+
+
+async def later(desk: Room) -> bytes:
+    await asyncio.sleep(0.05)
+    await desk.settled()
+    return desk.heard()
+
+
+async def test_a_change_of_an_old_message_is_told_whatever_comes_with_it(desk):
+    """Copies of one COPY, then a STORE of an old and of a new message, between two looks."""
+    user, own = desk.access.user("a@a.example"), desk.access._mailboxes.shards[0]
+    await asyncio.gather(*(own.file([SMALL], [Target(user.ident)]) for _ in range(200)))
+    await own.create(user.ident, "other", "")
+    for _ in range(2):
+        await own.file([SMALL], [Target(user.ident, "other")])
+    await desk.say(b"1 SELECT other\r\n")
+    other = desk.made._reader.selected.mailbox
+    await desk.say(b"2 SELECT INBOX\r\n")
+    inbox = desk.made._reader.selected.mailbox
+    await own.copy(user.ident, other, [1, 2], "INBOX", Limits(), False)
+    await own.store_flags(user.ident, inbox, [1, 202], "+", 4, [], None)
+    said = await desk.say(b"3 NOOP\r\n")
+    assert b"* 202 EXISTS" in said and re.search(rb"\* 1 FETCH \([^\r]*\\Flagged", said), said
+
+
+async def test_so_many_sections_of_a_large_header_are_refused_and_some_are_made_beside_the_loop(desk, monkeypatch):
+    await desk.file(b"".join(b"A%d: x\r\n" % (number % 10) for number in range(50_000)) + b"\r\nx\r\n")
+    await desk.say(b"1 SELECT INBOX\r\n")
+    many = b" ".join(b"BODY.PEEK[HEADER.FIELDS (X%d)]" % number for number in range(1000))
+    assert (await desk.say(b"2 FETCH 1 (%b)\r\n" % many)).startswith(b"2 NO [LIMIT]")
+    read, beside = desk.access.read, []
+
+    async def counted(function):
+        beside.append(function)
+        return await read(function)
+
+    monkeypatch.setattr(desk.access, "read", counted)
+    some = b" ".join(b"BODY.PEEK[HEADER.FIELDS (X%d)]" % number for number in range(20))
+    said = await desk.say(b"3 FETCH 1 (%b)\r\n" % some)
+    assert said.count(b"HEADER.FIELDS (X") == 20 and b"3 OK" in said and len(beside) >= 20
+
+
+async def test_a_part_is_decoded_once_for_many_pieces_of_it_which_are_told_as_the_client_reads(desk, monkeypatch):
+    text = b"MIME-Version: 1.0\r\nContent-Type: application/octet-stream\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    await desk.file(text + b"eHh4\r\n" * 30_000, text + b"eHh4\r\n" * 400_000)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    decoded, decode = [], fetch.Sections._decode
+    monkeypatch.setattr(fetch.Sections, "_decode", lambda self, path: decoded.append(path) or decode(self, path))
+    for number, pieces, octets in ((1, 100, 80_000), (2, 8, 1_000_000)):
+        asked = b" ".join(b"BINARY.PEEK[1]<%d.%d>" % (place, octets) for place in range(pieces))
+        said = await desk.told(b"FETCH %d (%b)" % (number, asked))
+        assert said.count(b"{%d}" % octets) == pieces and len(decoded) == number
+        assert desk.transport.most < octets + 4 * SLICE
+
+
+async def test_a_very_large_message_is_told_to_its_end(desk, monkeypatch):
+    monkeypatch.setattr(fetch, "DESCRIBED_MOST", 2_000_000)
+    monkeypatch.setattr(noted, "SCANNED_MOST", 2_000_000)
+    text = (b"y" * 98 + b"\r\n") * 25_000 + b"end"
+    parts = b"\r\n--b\r\n\r\none\r\n--b\r\n\r\n" + text
+    message = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + parts
+    await desk.file(message)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    for asked, whole in (
+        (b"BODY.PEEK[]", message),
+        (b"RFC822", message),
+        (b"BODY.PEEK[TEXT]", parts),
+        (b"BODY.PEEK[2]", text),
+        (b"BINARY.PEEK[2]", text),
+    ):
+        said = await desk.told(b"FETCH 1 " + asked)
+        assert b"{%d}\r\n%b" % (len(whole), whole) in said, asked
+
+
+# What fails behind a command, or amid it
+
+
+def failing(error):
+    async def fails(*given, **named):
+        raise error
+
+    return fails
+
+
+async def test_what_a_command_has_done_is_said_though_the_news_behind_it_fail(desk, monkeypatch):
+    await desk.file(SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    with monkeypatch.context() as owner_is_gone:
+        owner_is_gone.setattr(desk.access, "claim_recent", failing(ConnectionError("the owner is gone")))
+        said = await desk.say(b"2 APPEND INBOX {17+}\r\n%b\r\n" % SMALL)
+        assert said.startswith(b"2 OK [APPENDUID ") and "the owner is gone" in desk.warned[-1]
+    assert b"* 2 EXISTS" in await desk.say(b"3 NOOP\r\n")
+
+
+@pytest.mark.parametrize("error", [StoreError("no"), ConnectionError("gone")])
+async def test_news_in_idle_that_cannot_be_told_are_told_a_moment_later(desk, monkeypatch, error):
+    await desk.file(SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    await desk.say(b"2 IDLE\r\n")
+    with monkeypatch.context() as owner_is_gone:
+        owner_is_gone.setattr(desk.access, "claim_recent", failing(error))
+        await desk.file(SMALL)
+        assert await later(desk) == b"" and ": IDLE: " in desk.warned[-1]
+    desk.made.check(desk.time)
+    assert b"* 2 EXISTS" in await later(desk)
+    desk.made.check(desk.time)
+    assert await later(desk) == b""
+    assert await desk.say(b"DONE\r\n") == b"2 OK Done\r\n"
+
+
+async def test_a_select_that_fails_selects_nothing(desk, monkeypatch):
+    await desk.file(SMALL)
+    await desk.say(b"1 ENABLE QRESYNC\r\n")
+    said = await desk.say(b"2 SELECT INBOX\r\n")
+    uidvalidity = re.search(rb"UIDVALIDITY (\d+)", said)
+    assert uidvalidity is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(Selected, "since", failing(StoreError("no")))
+        said = await desk.say(b"3 SELECT INBOX (QRESYNC (%b 1))\r\n" % uidvalidity[1])
+        assert b"3 NO [UNAVAILABLE]" in said
+    await desk.file(SMALL)
+    assert await desk.say(b"4 NOOP\r\n") == b"4 OK Done\r\n"
+    assert b"4 BAD" in await desk.say(b"4 FETCH 1 UID\r\n")
+
+
+async def test_list_goes_on_where_the_status_of_one_mailbox_cannot_be_had(desk, monkeypatch):
+    for name in (b"a", b"b"):
+        await desk.say(b"1 CREATE %b\r\n" % name)
+        await desk.say(b"1 APPEND %b {17+}\r\n%b\r\n" % (name, SMALL))
+    monkeypatch.setattr(desk.access, "claim_recent", failing(Refusal(MISSING, "there is no such mailbox")))
+    said = await desk.say(b'2 LIST "" "*" RETURN (STATUS (RECENT))\r\n')
+    assert said.count(b"* LIST ") == 3 and b"2 OK" in said
