@@ -8,11 +8,11 @@ from typing import NamedTuple
 import xxhash
 
 from relaymta.disk.folders import sync_folder
-from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of, write_all
+from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of, read_frame, write_all
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
 
-__all__ = ["BigBody", "BigFile", "copy_big"]
+__all__ = ["BigBody", "BigFile", "copy_big", "read_big"]
 
 SYNC_EVERY = 4 * MEGABYTE
 
@@ -23,6 +23,18 @@ class BigFile(NamedTuple):
     path: str
     ident: int
     body: Body
+
+
+def read_big(source: BigFile) -> bytes:
+    """The data of a large body, verified. Blocks. StoreError."""
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return read_frame(descriptor, source.ident, source.body)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StoreError(f"cannot read the body of {source.ident:016x}: {error}") from error
 
 
 def copy_big(source: BigFile, path: Path, ident: int) -> Body:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from relaymta.disk.big import BigFile
+from relaymta.disk.big import BigFile, read_big
 from relaymta.disk.clock import wall_ms
 from relaymta.disk.segments import MEGABYTE, Segments
 from relaymta.store import unfinished
@@ -83,6 +83,8 @@ class Appends(SessionChanges):
     async def _prepared(self, message: Message) -> File:
         ident = self._ids.next()
         data = message.data
+        if isinstance(data, BigFile) and data.body.length <= self.segments.big_limit:
+            data = await self.readers.run(read_big, data)
         if isinstance(data, bytes) and len(data) <= self.segments.big_limit:
             return File(ident, [data], [], noted=noted(data))
         path = self.segments.big_path(ident)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relaymta.disk.big import BigFile
+from relaymta.disk.big import BigFile, read_big
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
@@ -106,6 +106,8 @@ class Shard(Appends):
         self._check_room()
         future = self._loop.create_future()
         done = partial(_resolve, future)
+        if isinstance(data, BigFile) and data.body.length <= self.segments.big_limit:
+            data = [await self.readers.run(read_big, data)]
         if data is None or (not isinstance(data, BigFile) and sum(map(len, data)) <= self.segments.big_limit):
             self.writer.submit(File(ident, data, targets, done, noted=NOTHING if data is None else noted(b"".join(data))))
         else:

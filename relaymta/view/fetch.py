@@ -33,6 +33,7 @@ DESCRIBED_MOST = 64 << 20  # octets of a message that are looked at for its desc
 LIGHT = 256 << 10  # octets that are looked at for one message's sections on the loop,
 WORK_MOST = 32 << 20  # and in all
 TOO_MANY = "so many sections of so large a message cannot be made"
+SHORT = 4 << 10  # octets of BODYSTRUCTURE of which BODY is made on the loop
 CHEAP = 16  # how many octets are copied while one is decoded
 
 
@@ -323,10 +324,15 @@ _ITEMS: dict[str, tuple[Level, Show]] = {
 }
 
 
+def _head(view: View, message: Message, number: int, items: "list[Show]") -> list[Piece]:
+    """The beginning of a response, up to its sections."""
+    return [b"* %d FETCH (%b" % (number, b" ".join([show(view, message) for show in items]))]
+
+
 class Plan:
     """A FETCH. `level`: what it needs of each message; `sees`: it sets \\Seen; `tells_flags`: FLAGS is among its items."""
 
-    __slots__ = ("_if_seen", "_items", "_sections", "_view", "level", "sees", "tells_flags")
+    __slots__ = ("_if_seen", "_items", "_sections", "_shortens", "_view", "level", "sees", "tells_flags")
 
     def __init__(self, fetch: Fetch, view: View) -> None:
         self._view = view
@@ -335,6 +341,7 @@ class Plan:
         self._if_seen = [_ITEMS[item][1] for item in told if item not in fetch.items]
         self._sections = fetch.sections
         self.level = Level.DATA if fetch.sections else max((_ITEMS[item][0] for item in fetch.items), default=Level.INDEX)
+        self._shortens = "BODY" in fetch.items
         self.sees = any(not section.peek for section in fetch.sections) and not view.read_only
         self.tells_flags = "FLAGS" in fetch.items
 
@@ -354,8 +361,12 @@ class Plan:
         number = view.uids.number(message.uid)
         if not number:
             return
-        items = [show(view, message) for show in (self._items + self._if_seen if seen else self._items)]
-        yield b"* %d FETCH (%b" % (number, b" ".join(items))
+        items = self._items + self._if_seen if seen else self._items
+        head = partial(_head, view, message, number, items)
+        if self._shortens and len(_described(message).structure) > SHORT:
+            yield head
+        else:
+            yield from head()
         spent, between = 0, b" " if items else b""
         if sections is not None:
             for asked, cost in zip(self._sections, sections.costs, strict=True):

@@ -351,6 +351,9 @@ class ImapConnection(ReadingConnection[ServerSession]):
             self._drop_incoming()
             out = session.refuse("The message cannot be stored now; try again", response.UNAVAILABLE)
         if not out:
+            incoming = self._reader.incoming if self._reader is not None else None
+            if incoming is not None:
+                incoming.written()
             then()
         self.write(out)
         self.go_on(SPILLING)

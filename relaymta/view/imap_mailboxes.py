@@ -8,7 +8,7 @@ from relaymta.errors import RelayError
 from relaymta.proto import imap_response as response
 from relaymta.proto.imap_command import Command, Create, List, Mailbox, Rename, Select, SetQuota, Status
 from relaymta.proto.imap_list import Name, listed
-from relaymta.proto.imap_records import LAST_UID, RECORD_SIZE, ranges_of
+from relaymta.proto.imap_records import LAST_UID, RECORD_SIZE, changed, ranges_of, untold
 from relaymta.proto.imap_resync import resync
 from relaymta.store.change import CANNOT, Refusal
 from relaymta.store.rows import MailboxRow, MailboxState
@@ -40,7 +40,8 @@ async def select(reader: Reader, command: Command) -> Done:
     known = arguments.qresync
     if known is not None and known.uidvalidity == selected.view.uidvalidity:
         records, expunged = await selected.since(known.modseq)
-        await reader.tell(resync(selected.view, known, records, expunged))
+        records = untold(records, changed([records], selected.view.modseq))  # what is newer is told with all that came before it
+        await reader.tell(await reader.worked_out(lambda: resync(selected.view, known, records, expunged), selected))
     reader.selected = selected
     return Done("OK", "Selected", response.READ_ONLY if read_only else response.READ_WRITE, fresh=True)
 
@@ -173,27 +174,30 @@ async def namespace(reader: Reader, command: Command) -> Done:
 
 async def quota(reader: Reader, command: Command) -> Done:
     """GETQUOTA."""
-    if _name(command).lower() != reader.user.address:
+    found = _quota(reader) if _name(command).lower() == reader.user.address else b""
+    if not found:
         return Done("NO", "There is no such quota root", response.NONEXISTENT)
-    await reader.tell([_quota(reader)])
+    await reader.tell([found])
     return Done("OK", "That is the quota")
 
 
 async def quotaroot(reader: Reader, command: Command) -> Done:
     """GETQUOTAROOT; also of a mailbox that is not there (yet): RFC 9208 4.1.2."""
     name = _name(command)
-    await reader.tell([response.quotaroot(name, [reader.user.address], reader.session.utf8), _quota(reader)])
+    found = _quota(reader)
+    await reader.tell([response.quotaroot(name, [reader.user.address] if found else [], reader.session.utf8), found])
     return Done("OK", "That is the quota")
 
 
 def _quota(reader: Reader) -> bytes:
+    """b"": the user has no quota, so there is no quota root either."""
     used, limits = reader.access.used(reader.user), reader.limits
     resources = {}
     if limits.octets:
         resources["STORAGE"] = -(-used.octets // 1024), limits.octets // 1024
     if limits.messages:
         resources["MESSAGE"] = used.messages, limits.messages
-    return response.quota(reader.user.address, resources)
+    return response.quota(reader.user.address, resources) if resources else b""
 
 
 async def set_quota(reader: Reader, command: Command) -> Done:

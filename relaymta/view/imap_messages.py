@@ -95,7 +95,7 @@ async def fetch(reader: Reader, command: Command) -> Done:
     if asked.changed_since is not None:
         records, expunged = await selected.since(asked.changed_since)
         if asked.vanished:
-            await reader.tell(vanished_earlier(view, asked.numbers, expunged))
+            await reader.tell(await reader.worked_out(lambda: vanished_earlier(view, asked.numbers, expunged)))
         uids = load([pick(records, within(records, runs(uids)))]) if uids else b""
     fetched = _Fetching(reader, selected, plan, asked)
     if uids:

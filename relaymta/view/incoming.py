@@ -1,7 +1,7 @@
 """The messages of an APPEND while they come: small ones in memory, large ones in files (disk/big.py), until they are filed.
 
-Each file holds a place among the descriptors, and is gone with `discard`, which is called at every end: filed, refused, or the
-client gone. Files are written on threads, one write at a time.
+Each file holds a place among the descriptors while it is written, and is gone with `discard`, which is called at every end:
+filed, refused, or the client gone. Files are written on threads, one write at a time.
 """
 
 from collections.abc import Callable
@@ -82,6 +82,11 @@ class Incoming:
         keywords = [flag for flag in announced.flags if flag not in SYSTEM]
         date = 0 if announced.date is None else announced.date * 1000 or 1
         self.messages.append(Message(data, flags, keywords, date))
+
+    def written(self) -> None:
+        """On the loop, behind `write` and `end`: a file that is complete needs no descriptor any more."""
+        if self._file is None and self._files:
+            self._files[-1][1].give_back()
 
     @property
     def in_file(self) -> bool:

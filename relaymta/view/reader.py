@@ -2,7 +2,7 @@
 imap_append.py), and how what goes wrong is answered.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from relaymta.accept.admission import Admission
@@ -17,7 +17,7 @@ from relaymta.store.deliver import limits_of
 from relaymta.store.directory import User
 from relaymta.store.reading import Readable
 from relaymta.view import reading
-from relaymta.view.access import Access
+from relaymta.view.access import RECORDS_ON_LOOP, Access
 from relaymta.view.fetch import Making, Piece
 from relaymta.view.incoming import Incoming
 from relaymta.view.reading import Removed
@@ -115,6 +115,13 @@ class Reader:
         session = self.session
         if self.selected is not None and (said := self.selected.enabled(session.condstore, session.qresync, session.rev2)):
             await self.tell([said])
+
+    async def worked_out(self, lines: Callable[[], Iterator[bytes]], selected: Selected | None = None) -> Iterable[bytes]:
+        """Responses that take long to be worked out in a large mailbox (`selected`, or the one that is): on a reader thread."""
+        chosen = selected or self.chosen()
+        if len(chosen.view.uids) <= RECORDS_ON_LOOP:
+            return lines()
+        return await self.access.read(lambda: list(lines()))
 
     async def sync(self, may_expunge: bool) -> None:
         """Tell what the mailbox that is selected has become."""

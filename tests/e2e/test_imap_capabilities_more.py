@@ -283,12 +283,13 @@ def test_appendlimit(relay, user):
 def test_quota(relay, user):
     a = relay.session(user)
     root = f"{user}@local.example"
+    answer = a.ok("GETQUOTAROOT Sent")  # nothing is limited, and a quota root has one resource at least (RFC 9208 7)
+    assert answer.names == ["QUOTAROOT"] and answer.untagged[0].data == ("Sent", [])
+    assert a.command(f'GETQUOTA "{root}"').code == a.command('GETQUOTA ""').code == "NONEXISTENT"
+    relay.quota(user, octets=100_000, messages=10)
     answer = a.ok("GETQUOTAROOT Sent")
     assert answer.names == ["QUOTAROOT", "QUOTA"] and answer.untagged[0].data == ("Sent", [root])
     assert a.ok("GETQUOTAROOT not/yet/there").untagged[0].data == ("not/yet/there", [root])  # RFC 9208 4.1.2
-    assert a.ok(f'GETQUOTA "{root}"').untagged[0].data == (root, {})  # nothing is limited: 4.2.1
-    assert a.command('GETQUOTA ""').code == "NONEXISTENT"
-    relay.quota(user, octets=100_000, messages=10)
     a.put("INBOX", "one")
     assert a.ok(f"GETQUOTA {root}").untagged[0].data == (root, {"STORAGE": (1, 97), "MESSAGE": (1, 10)})
     answer = a.command(f"SETQUOTA {root} (STORAGE 5)")

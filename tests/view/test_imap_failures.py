@@ -206,3 +206,96 @@ async def test_list_goes_on_where_the_status_of_one_mailbox_cannot_be_had(desk, 
     monkeypatch.setattr(desk.access, "claim_recent", failing(Refusal(MISSING, "there is no such mailbox")))
     said = await desk.say(b'2 LIST "" "*" RETURN (STATUS (RECENT))\r\n')
     assert said.count(b"* LIST ") == 3 and b"2 OK" in said
+
+
+# What a client takes of others
+
+
+async def test_a_message_that_has_come_holds_no_descriptor_and_small_ones_no_file_of_their_own(desk):
+    places = []
+
+    class Place:
+        def __init__(self):
+            self.held = 1
+            places.append(self)
+
+        def give_back(self):
+            self.held = 0
+
+    desk.admission.file = Place
+    many = b"".join(b" {17+}\r\n%b" % SMALL for _ in range(20))
+    full = b"".join(b" {%d+}\r\n%b" % (256 << 10, b"x" * (256 << 10)) for _ in range(4))
+    octets = b"1 APPEND INBOX" + full + many + b" {300000+}\r\n" + b"y" * 299_999
+    for start in range(0, len(octets), 1 << 16):
+        assert await desk.say(octets[start : start + (1 << 16)]) == b""
+    for _ in range(1000):
+        if len(places) == 21 and not places[19].held:
+            break
+        await desk.settled()
+    assert [one.held for one in places] == [0] * 20 + [1]
+    assert b"1 OK [APPENDUID " in await desk.say(b"y\r\n")
+    assert not any(one.held for one in places)
+    own = desk.access._mailboxes.shards[0]
+    assert list(own.segments.big_files()) == []
+    await desk.say(b"2 APPEND INBOX {300000}\r\n")
+    assert b"2 OK [APPENDUID " in await desk.say(b"y" * 300_000 + b"\r\n")
+    assert list(own.segments.big_files()) == []
+    await desk.say(b"3 SELECT INBOX\r\n")
+    assert (await desk.told(b"FETCH 25:26 BODY.PEEK[]")).count(b"y" * 300_000) == 2
+
+
+async def test_what_takes_long_in_a_large_mailbox_is_worked_out_beside_the_loop(desk, monkeypatch):
+    monkeypatch.setattr("relaymta.view.reader.RECORDS_ON_LOOP", 2)
+    await desk.file(SMALL, SMALL, SMALL, SMALL)
+    await desk.say(b"1 ENABLE QRESYNC\r\n")
+    said = await desk.say(b"2 SELECT INBOX\r\n")
+    uidvalidity = re.search(rb"UIDVALIDITY (\d+)", said)
+    assert uidvalidity is not None
+    await desk.say(b"3 UID STORE 2 +FLAGS.SILENT (\\Deleted)\r\n")
+    await desk.say(b"3 EXPUNGE\r\n")
+    said = await desk.say(b"4 SELECT INBOX (QRESYNC (%b 5))\r\n" % uidvalidity[1])
+    assert b"* VANISHED (EARLIER) 2\r\n" in said
+    said = await desk.say(b"5 UID FETCH 1:* (FLAGS) (CHANGEDSINCE 1 VANISHED)\r\n")
+    assert b"* VANISHED (EARLIER) 2\r\n" in said and said.count(b" FETCH ") == 3
+
+
+async def test_select_tells_no_change_that_is_newer_than_one_that_it_does_not_tell(desk, monkeypatch):
+    await desk.file(SMALL, SMALL, SMALL)
+    await desk.say(b"1 ENABLE QRESYNC\r\n")
+    said = await desk.say(b"2 SELECT INBOX\r\n")
+    uidvalidity = re.search(rb"UIDVALIDITY (\d+)", said)
+    assert uidvalidity is not None
+    user, own, since = desk.access.user("a@a.example"), desk.access._mailboxes.shards[0], Selected.since
+
+    async def meanwhile(self, modseq):
+        await own.expunge(user.ident, self.mailbox, [1])
+        await own.store_flags(user.ident, self.mailbox, [2], "+", 4, [], None)
+        return await since(self, modseq)
+
+    with monkeypatch.context() as others:
+        others.setattr(Selected, "since", meanwhile)
+        said = await desk.say(b"3 SELECT INBOX (QRESYNC (%b 1))\r\n" % uidvalidity[1])
+    highest = re.search(rb"HIGHESTMODSEQ (\d+)", said)
+    assert highest is not None
+    assert max(map(int, re.findall(rb"MODSEQ \((\d+)\)", said))) <= int(highest[1])
+    said = await desk.say(b"4 NOOP\r\n")
+    assert b"* VANISHED 1\r\n" in said and b"\\Flagged" in said
+
+
+async def test_a_user_without_a_quota_has_no_quota_root(desk):
+    assert await desk.say(b"1 GETQUOTAROOT INBOX\r\n") == b'* QUOTAROOT "INBOX"\r\n1 OK That is the quota\r\n'
+    assert (await desk.say(b"2 GETQUOTA a@a.example\r\n")).startswith(b"2 NO [NONEXISTENT]")
+
+
+async def test_body_of_many_parts_is_made_beside_the_loop(desk, monkeypatch):
+    part = b"--b\r\n\r\nx\r\n"
+    await desk.file(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 500 + b"--b--\r\n", SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    read, beside = desk.access.read, []
+
+    async def counted(function):
+        beside.append(function)
+        return await read(function)
+
+    monkeypatch.setattr(desk.access, "read", counted)
+    assert (await desk.say(b"2 FETCH 1:* (UID BODY)\r\n")).count(b"FETCH (UID") == 2 and len(beside) == 1
