@@ -20,7 +20,7 @@ FIELDS_MOST, PARAMETERS_MOST, KEPT_MOST = 1000, 100, 100000
 DEPTH_MOST, PARTS_MOST = 100, 10000
 LEAF, MULTIPART, MESSAGE, OPAQUE = 0, 1, 2, 3  # kinds of parts
 IDENTITY, QUOTED_PRINTABLE, BASE64, OTHER = 0, 1, 2, 3  # encodings; the first: 7bit, 8bit, binary
-CONTENT_ENCODING, CONTENT_TYPE = 16, 17  # numbers of fields: proto/mime.py has the names of all
+CONTENT_ENCODING, CONTENT_TYPE = 16, 17  # numbers of fields: proto/mime_envelope.py has the names of all
 
 
 class Part:

@@ -9,10 +9,11 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from relaymta._speedups.mime import Part, fields, scan
+from relaymta._speedups.mime import fields
+from relaymta._speedups.structure import describe as described
 from relaymta._speedups.text import base64, quoted_printable
-from relaymta.proto.mime_envelope import envelope, string
-from relaymta.proto.mime_structure import MESSAGE, MULTIPART, body_of, bodystructure
+from relaymta.proto.mime_envelope import string
+from relaymta.proto.mime_structure import MESSAGE, MULTIPART, body_of
 
 __all__ = [
     "VERSION", "Description", "Extent", "Section", "UnknownEncoding", "binary", "body_of", "cut", "decoded_part", "describe",
@@ -36,13 +37,15 @@ Octets = bytes | memoryview
 
 class Description(NamedTuple):
     """What is kept of a message. `version`: VERSION; `envelope`, `structure`: ENVELOPE and BODYSTRUCTURE as they are sent (BODY:
-    `body_of`); `header_end`: the offset of the body; `parts`: offsets of all parts, for `section`."""
+    `body_of`); `header_end`: the offset of the body; `parts`: offsets of all parts, for `section`; `thread`: keys of its
+    Message-ID and of those that it refers to, as of mime_thread.thread_keys (b"": they have not been made)."""
 
     version: int
     envelope: bytes
     structure: bytes
     header_end: int
     parts: bytes
+    thread: bytes = b""
 
 
 class Extent(NamedTuple):
@@ -106,14 +109,8 @@ def _names(text: bytes) -> tuple[bytes, ...]:
 
 def describe(data: bytes) -> Description:
     """The description of a message."""
-    parts = scan(data)
-    return Description(
-        VERSION, envelope(data, parts[0].fields), bodystructure(data, parts), parts[0].body, b"".join(map(_place, parts))
-    )
-
-
-def _place(part: Part) -> bytes:
-    return PLACE.pack(part.kind | part.encoding << 4, part.depth, part.header, part.body - part.header, part.end - part.body)
+    envelope, tree, header_end, parts = described(data)
+    return Description(VERSION, envelope, tree, header_end, parts)
 
 
 class _Place(NamedTuple):

@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relaymta._speedups import mime as compiled
+from relaymta.proto.mime_envelope import FIELDS
 from tests.speedups import mime_oracle
-from tests.speedups.mime_oracle import LEAF, MESSAGE, MULTIPART, NAMES, OPAQUE
+from tests.speedups.mime_oracle import LEAF, MESSAGE, MULTIPART, OPAQUE
 from tests.speedups.test_smtp import interpreted_twin
 
 KERNELS = [pytest.param(compiled, id="compiled"), pytest.param(interpreted_twin("mime"), id="interpreted")]
@@ -47,7 +48,7 @@ def found(kernel, data: bytes) -> list[mime_oracle.Node]:
         mime_oracle.Node(
             part.depth, part.kind, part.header, part.body, part.end, part.lines, part.encoding, part.boundary,
             data[part.type : part.type_end] + b"/" + data[part.subtype : part.subtype_end] if part.type >= 0 else None,
-            [(NAMES[number], data[start:end]) for number, start, end in part.fields],
+            [(FIELDS[number], data[start:end]) for number, start, end in part.fields],
         )
         for part in kernel.scan(data)
     ]  # fmt: skip

@@ -1,0 +1,4 @@
+from relaymta._speedups.octets import Octets
+
+class Addresses:
+    def __init__(self, out: Octets) -> None: ...
