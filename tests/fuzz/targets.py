@@ -20,6 +20,12 @@ from relaymta.proto.mime_text import header_text, text_parts
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
 from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
 from relaymta.proto.session import COMMANDS, DATA
+from relaymta.proto.sieve import EXTENSIONS, SieveError
+from relaymta.proto.sieve import compile as compile_sieve
+from relaymta.proto.sieve_message import Message as SieveMessage
+from relaymta.proto.sieve_outcome import Answered
+from relaymta.proto.sieve_replies import vacation_reply
+from relaymta.proto.sieve_run import run as run_sieve
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from tests.accept.test_transactions import connected, idle
 from tests.speedups import imap_oracle, mime_oracle, oracle, test_imap, test_mime, test_replies, test_smtp, test_text
@@ -39,6 +45,10 @@ MIME = [parameter.values[0] for parameter in test_mime.KERNELS]
 TEXTS = [parameter.values[0] for parameter in test_text.KERNELS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
 IMAP = [parameter.values[0] for parameter in test_imap.PARSERS]
+SIEVE_REQUIRE = b"require [%b];\n" % b",".join(b'"%b"' % one.encode() for one in EXTENSIONS)
+SIEVE_MESSAGE = (
+    b"From: ann@a.example\r\nTo: bob@b.example\r\nSubject: =?utf-8?q?=C3=A4?= b\r\nDate: 1 Jan 2026 0:00 -0100\r\n\r\ntext\r\n"
+)
 
 
 def taken_apart(data: bytes) -> tuple[int, list[int], bytes]:
@@ -303,6 +313,27 @@ def mime(data: bytes) -> None:
     list(text_parts(data))
 
 
+def sieve(data: bytes) -> None:
+    """A Sieve script, with all extensions required or none: an error that says where, or a script that runs over a message, which
+    is what is behind an octet 255 or a fixed one."""
+    text, _, message = data[1:].partition(b"\xff")
+    if data[:1] > b"\x7f":
+        text = SIEVE_REQUIRE + text
+    try:
+        script = compile_sieve(text)
+    except SieveError as error:
+        lines = text.split(b"\n")
+        assert 1 <= error.line <= len(lines) and 1 <= error.column <= len(lines[error.line - 1]) + 1 and error.what
+        return
+    made = run_sieve(script, SieveMessage(message or SIEVE_MESSAGE), sender="ann@a.example", recipient="bob+x@b.example")
+    assert made.actions and bool(made.error) == bool(made.line)
+    for action in made.actions:
+        if isinstance(action, Answered):
+            reply_header = vacation_reply(action, hostname="b.example", ident="x", seconds=1).partition(b"\r\n\r\n")[0]
+            assert reply_header.count(b"\r\n") == reply_header.count(b"\n") == reply_header.count(b"\r")
+            assert not re.search(rb"(?im)^bcc:", reply_header)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -314,4 +345,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "proxy": proxy,
     "mime": mime,
+    "sieve": sieve,
 }

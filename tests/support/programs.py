@@ -26,6 +26,7 @@ PACKAGES = {
     "mutt": "mutt",
     "offlineimap": "offlineimap3",
     "s-nail": "s-nail",
+    "sieve-test": "dovecot-sieve",
 }
 
 
