@@ -54,13 +54,13 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Messages for mailboxes, one for each mailbox, by result (full: a quota is used up)", "result",
         ("filed", "full", "failed"),
     ),
-    "relaymta_mailbox_sessions_total": ("Sessions of users who read their mail", "protocol", ("pop3", "imap")),
+    "relaymta_mailbox_sessions_total": ("Sessions of users who read their mail", "protocol", ("pop3", "imap", "managesieve")),
     "relaymta_imap_commands_total": (
         "Commands of IMAP clients (those of UIDs with the others)", "verb",
         (
             "NOOP", "SELECT", "EXAMINE", "CREATE", "DELETE", "RENAME", "SUBSCRIBE", "UNSUBSCRIBE", "LIST", "LSUB", "NAMESPACE",
             "STATUS", "APPEND", "IDLE", "GETQUOTA", "GETQUOTAROOT", "SETQUOTA", "CHECK", "CLOSE", "UNSELECT", "EXPUNGE",
-            "SEARCH", "FETCH", "STORE", "COPY", "MOVE",
+            "SEARCH", "SORT", "THREAD", "FETCH", "STORE", "COPY", "MOVE",
         ),
     ),
     "relaymta_imap_results_total": (

@@ -1,5 +1,6 @@
 """A shard's LMDB environment: opened, read by any thread, and opened again after a failed commit."""
 
+import asyncio
 import os
 import struct
 import threading
@@ -14,7 +15,7 @@ from relaymta.disk.folders import make_folder, sync_folder
 from relaymta.disk.segments import SegmentRow
 from relaymta.errors import StoreError
 
-__all__ = ["MAP_SIZE", "SEGMENT", "Environment"]
+__all__ = ["MAP_SIZE", "SEGMENT", "Environment", "Shut"]
 
 MAP_SIZE = 64 << 30  # sparse: costs address space only
 READ_PATIENCE = 1.0  # seconds that a read waits while the environment is opened again
@@ -23,6 +24,10 @@ CRAMPED = 1 << 20  # octets that are left
 SEGMENT = struct.Struct(">I")  # a segment's key
 
 _decode_segment = msgspec.msgpack.Decoder(SegmentRow).decode
+
+
+class Shut(StoreError):
+    """The environment is being opened again."""
 
 
 class Reading:
@@ -78,11 +83,24 @@ class Environment:
         )
         if self._locked:
             self.env.reader_check()
-        self.tables: dict[str, Any] = {name: self.env.open_db(name.encode(), create=not self._readonly) for name in self._names}
+        self.tables: dict[str, Any] = {}
+        self.complete()
         with self.env.begin() as txn:
             self._opened(txn)
         if created:
             sync_folder(self._path)
+
+    def complete(self) -> bool:
+        """Open the tables that are not open; whether all are. Only where the environment is read may one be missing: an older
+        version wrote it, and its owner adds the table. Not within a transaction of this thread."""
+        for name in self._names:
+            if name not in self.tables:
+                try:
+                    self.tables[name] = self.env.open_db(name.encode(), create=not self._readonly)
+                except lmdb.NotFoundError:
+                    if not self._readonly:
+                        raise
+        return len(self.tables) == len(self._names)
 
     def _opened(self, txn: Any) -> None:
         """Called each time that the environment has been opened: a store reads anew what it keeps in memory of the tables. What
@@ -102,13 +120,14 @@ class Environment:
 
     def reading(self, patience: float = READ_PATIENCE) -> "Reading":
         """A read transaction, on any thread but the writer's; not within another one. While it is under way the environment stays
-        open. StoreError when the environment is not opened again within `patience` seconds after a failed commit."""
+        open. Shut when the environment is not opened again within `patience` seconds after a failed commit; on an event loop, at
+        once: others must not wait for it."""
         return Reading(self, patience)
 
     def _enter(self, patience: float) -> Any:
         with self._lock:
-            if self._shut and not self._gate.wait_for(lambda: not self._shut, patience):
-                raise StoreError("the store could not be opened again after a failed commit")
+            if self._shut and (_on_loop() or not self._gate.wait_for(lambda: not self._shut, patience)):
+                raise Shut("the store could not be opened again after a failed commit")
             self._inside += 1
         try:
             return self.env.begin()
@@ -157,3 +176,12 @@ class Environment:
             tables = [txn.stat(table) for table in self.tables.values()]
             pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in tables)
             return pages * tables[0]["psize"], self.env.info()["map_size"]
+
+
+def _on_loop() -> bool:
+    """Whether the thread runs an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

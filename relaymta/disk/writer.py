@@ -229,6 +229,7 @@ class GroupWriter(Generic[O, G, C]):
         change.begin_part()
         try:
             task.result = task.run(change)
+            change.settle()  # what cannot be written fails here
         except (lmdb.Error, OSError):
             raise
         except Exception as error:  # a defect in `run` fails the task, not the group

@@ -42,9 +42,11 @@ __all__ = [
     "Select",
     "SetQuota",
     "Size",
+    "Sort",
     "Status",
     "Store",
     "Text",
+    "Thread",
     "Within",
 ]
 
@@ -190,8 +192,9 @@ class Expunge(msgspec.Struct, frozen=True):
 
 class Section(NamedTuple):
     """A part of a message. `name`: BODY, BINARY, BINARY.SIZE, or RFC822, RFC822.HEADER, RFC822.TEXT, which are `text` "", HEADER
-    and TEXT under another name. `part`: part numbers; `text`: HEADER, HEADER.FIELDS, HEADER.FIELDS.NOT, TEXT, MIME or "";
-    `fields` of these, as the client wrote them; `partial`: (first octet, octets at most); `peek`: \\Seen is not set."""
+    and TEXT under another name; or PREVIEW (RFC 8970), with `text` LAZY or "".
+    `part`: part numbers; `text`: HEADER, HEADER.FIELDS, HEADER.FIELDS.NOT, TEXT, MIME or ""; `fields` of these, as the client
+    wrote them; `partial`: (first octet, octets at most); `peek`: \\Seen is not set."""
 
     name: str
     part: tuple[int, ...] = ()
@@ -340,9 +343,28 @@ class Search(msgspec.Struct, frozen=True):
     refusal: tuple[str, bytes] | None = None
 
 
+class Sort(msgspec.Struct, frozen=True):
+    """SORT and UID SORT (RFC 5256). `criteria`: names of imap_sort.CRITERIA, each with whether it is REVERSE; the rest as of
+    Search."""
+
+    criteria: tuple[tuple[str, bool], ...]
+    key: Key
+    modseq: bool = False
+    uid: bool = False
+
+
+class Thread(msgspec.Struct, frozen=True):
+    """THREAD and UID THREAD (RFC 5256). `references`: the algorithm is REFERENCES, else ORDEREDSUBJECT; the rest as of Search."""
+
+    references: bool
+    key: Key
+    modseq: bool = False
+    uid: bool = False
+
+
 Arguments = (
     Nothing | Login | Authenticate | Id | Enable | Mailbox | Select | Create | Rename | List | Status | Appended | Expunge | Fetch
-    | Store | Copy | SetQuota | Search
+    | Store | Copy | SetQuota | Search | Sort | Thread
 )  # fmt: skip
 
 

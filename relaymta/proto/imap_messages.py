@@ -34,6 +34,7 @@ WHOLE = {
     "RFC822.HEADER": Section("RFC822.HEADER", text="HEADER", peek=True),
     "RFC822.TEXT": Section("RFC822.TEXT", text="TEXT"),
 }
+PREVIEW = Section("PREVIEW", peek=True)
 DEEPEST = 100  # part numbers of a section
 SECTIONS = 1000  # of one FETCH
 KNOWN_WORDS, KNOWN_OCTETS = 200, 2000  # what is remembered of a FETCH: 256 times as much at most
@@ -103,6 +104,8 @@ def _item(words: Words, items: dict[str, None], sections: dict[Section, Section]
         items[name] = None
     elif name in WHOLE:
         sections[WHOLE[name]] = WHOLE[name]
+    elif name == "PREVIEW":
+        sections.setdefault(PREVIEW, PREVIEW._replace(text=_lazy(words)))
     elif "[" in name:
         found = _section(words, name)
         label = found._replace(peek=True)
@@ -112,6 +115,21 @@ def _item(words: Words, items: dict[str, None], sections: dict[Section, Section]
     else:
         words.expected("a FETCH item")
     words.at += 1
+
+
+def _lazy(words: Words) -> str:
+    """The modifier of PREVIEW (RFC 8970 3.1), if there is one. Its last word is the current one then."""
+    if words.kinds[words.at + 1 : words.at + 3] != b" (":
+        return ""
+    if words.kinds[words.at + 3] != WORD or words.values[words.at + 3].upper() != b"LAZY":
+        return ""
+    words.at += 2
+    words.open()
+    if words.keyword("LAZY") != "LAZY":
+        words.reject("expected LAZY")
+    words.close()
+    words.at -= 1
+    return "LAZY"
 
 
 def _section(words: Words, name: str) -> Section:

@@ -17,17 +17,22 @@ from relaymta.proto.imap_command import (
     Or,
     Search,
     Size,
+    Sort,
     Text,
+    Thread,
     Within,
 )
+from relaymta.proto.imap_sort import CRITERIA
 from relaymta.proto.imap_words import CLOSE, NUMBER_MOST, OPEN, QUOTED, WORD, Refused, Words
 
-__all__ = ["CHARSETS", "search", "uid_search"]
+__all__ = ["CHARSETS", "search", "sort", "thread", "uid_search", "uid_sort", "uid_thread"]
 
 KEYS: Final = 500
 DEPTH: Final = 20
 CHARSETS: Final = (b"US-ASCII", b"UTF-8")
 RETURNS: Final = frozenset(("MIN", "MAX", "ALL", "COUNT", "SAVE"))
+ALGORITHMS: Final = frozenset(("REFERENCES", "ORDEREDSUBJECT"))
+CRITERIA_MOST: Final = 20
 OCTETS_MOST: Final = 0x7FFFFFFFFFFFFFFF  # number64 (RFC 9051 9)
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -61,7 +66,15 @@ def search(words: Words, uid: bool = False) -> Search:
 def _keys(words: Words) -> Key:
     """[CHARSET name] key ..."""
     if _next(words) == "CHARSET":
+        if words.accept:
+            words.expected("no CHARSET after ENABLE UTF8=ACCEPT (RFC 6855 3)")
+        words.at += 1
+        words.space()
         _charset(words)
+    return _all_keys(words)
+
+
+def _all_keys(words: Words) -> Key:
     keys = [_key(words, 0)]
     while words.kinds[words.at]:
         words.space()
@@ -72,6 +85,54 @@ def _keys(words: Words) -> Key:
 def uid_search(words: Words) -> Search:
     """UID SEARCH."""
     return search(words, uid=True)
+
+
+def sort(words: Words, uid: bool = False) -> Sort:
+    """SORT (criterion ...) charset key ... (RFC 5256)."""
+    words.space()
+    words.open()
+    criteria = [_criterion(words)]
+    while words.more():
+        criteria.append(_criterion(words))
+        if len(criteria) > CRITERIA_MOST:
+            raise Refused(f"more than {CRITERIA_MOST} sort criteria", "NO", b"LIMIT")
+    words.space()
+    _charset(words)
+    key = _all_keys(words)
+    return Sort(tuple(criteria), key, _asks_modseq(key), uid)
+
+
+def _criterion(words: Words) -> tuple[str, bool]:
+    name = words.keyword("a sort criterion")
+    reverse = name == "REVERSE"
+    if reverse:
+        words.space()
+        name = words.keyword("a sort criterion")
+    if name not in CRITERIA:
+        words.reject("expected a sort criterion")
+    return name, reverse
+
+
+def uid_sort(words: Words) -> Sort:
+    """UID SORT."""
+    return sort(words, uid=True)
+
+
+def thread(words: Words, uid: bool = False) -> Thread:
+    """THREAD algorithm charset key ... (RFC 5256)."""
+    words.space()
+    algorithm = words.keyword("REFERENCES or ORDEREDSUBJECT")
+    if algorithm not in ALGORITHMS:
+        words.reject("expected REFERENCES or ORDEREDSUBJECT")
+    words.space()
+    _charset(words)
+    key = _all_keys(words)
+    return Thread(algorithm == "REFERENCES", key, _asks_modseq(key), uid)
+
+
+def uid_thread(words: Words) -> Thread:
+    """UID THREAD."""
+    return thread(words, uid=True)
 
 
 def _asks_modseq(key: Key) -> bool:
@@ -104,10 +165,6 @@ def _returns(words: Words) -> frozenset[str]:
 
 
 def _charset(words: Words) -> None:
-    if words.accept:
-        words.expected("no CHARSET after ENABLE UTF8=ACCEPT (RFC 6855 3)")
-    words.at += 1
-    words.space()
     if words.astring("a charset").upper() not in CHARSETS:
         raise Refused("the charset is not supported", "NO", b"BADCHARSET (%b)" % b" ".join(CHARSETS))
     words.space()

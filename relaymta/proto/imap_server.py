@@ -46,8 +46,10 @@ from relaymta.proto.imap_command import (
     Login,
     Search,
     Select,
+    Sort,
     Status,
     Store,
+    Thread,
 )
 from relaymta.proto.imap_session import (
     APPENDED,
@@ -367,6 +369,8 @@ _CONDSTORE: dict[type, Callable[[Any], bool]] = {
     Fetch: lambda arguments: "MODSEQ" in arguments.items,
     Store: lambda arguments: arguments.unchanged_since is not None,
     Search: lambda arguments: arguments.modseq,
+    Sort: lambda arguments: arguments.modseq,
+    Thread: lambda arguments: arguments.modseq,
 }
 _EVENTS: dict[int, Callable[[ServerSession, tuple[Any, ...]], bytes]] = {
     0: ServerSession._whole,

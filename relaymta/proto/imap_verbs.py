@@ -21,7 +21,8 @@ ANY: Final = CLEAR | LOGGED_IN
 
 class Verb(NamedTuple):
     """A command: the states in which it is allowed, and what makes its arguments of its words. `expunges`: EXPUNGE and VANISHED
-    may be told before its end, so that message numbers change: not in FETCH, STORE and SEARCH by number (RFC 9051 7.5.1).
+    may be told before its end, so that message numbers change: not in FETCH, STORE, SEARCH, SORT, THREAD by number (RFC 9051
+    7.5.1).
     `writes`: it changes mailboxes (FETCH only by setting \\Seen). `alters`: the one that is selected, which has to be selected
     read-write."""
 
@@ -64,12 +65,16 @@ VERBS: dict[str, Verb] = {
     "UNSELECT": Verb(SELECTED, grammar.nothing, expunges=False),
     "EXPUNGE": Verb(SELECTED, messages.expunge, writes=True, alters=True),
     "SEARCH": Verb(SELECTED, imap_search.search, expunges=False),
+    "SORT": Verb(SELECTED, imap_search.sort, expunges=False),
+    "THREAD": Verb(SELECTED, imap_search.thread, expunges=False),
     "FETCH": Verb(SELECTED, messages.fetch, expunges=False),
     "STORE": Verb(SELECTED, messages.store, expunges=False, writes=True, alters=True),
     "COPY": Verb(SELECTED, messages.copy, writes=True),
     "MOVE": Verb(SELECTED, messages.copy, writes=True, alters=True),
     "UID EXPUNGE": Verb(SELECTED, messages.uid_expunge, writes=True, alters=True),
     "UID SEARCH": Verb(SELECTED, imap_search.uid_search),
+    "UID SORT": Verb(SELECTED, imap_search.uid_sort),
+    "UID THREAD": Verb(SELECTED, imap_search.uid_thread),
     "UID FETCH": Verb(SELECTED, messages.uid_fetch),
     "UID STORE": Verb(SELECTED, messages.uid_store, writes=True, alters=True),
     "UID COPY": Verb(SELECTED, messages.uid_copy, writes=True),

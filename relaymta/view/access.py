@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 
+from relaymta.disk.environment import Shut
 from relaymta.disk.segments import FRAME, Corrupt, check_frame, open_verified
 from relaymta.errors import StoreError
 from relaymta.proto.address import comparable
@@ -79,11 +80,18 @@ class Access:
         except lmdb.Error as error:
             raise StoreError(str(error)) from None
 
+    async def read_little(self, function: Callable[[], T]) -> T:
+        """As `read_here`; where the store is being opened again, as `read`."""
+        try:
+            return self.read_here(function)
+        except Shut:
+            return await self.read(function)
+
     async def read_some(self, function: Callable[[int], T]) -> T:
         """The result of a function that reads index records, as of reading.py: on the loop where they are few. As `read`."""
         try:
             return function(RECORDS_ON_LOOP)
-        except TooMuch:
+        except (TooMuch, Shut):
             return await self.read(lambda: function(RECORDS_MOST))
         except lmdb.Error as error:
             raise StoreError(str(error)) from None

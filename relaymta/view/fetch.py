@@ -18,6 +18,7 @@ from relaymta.proto import imap_response as response
 from relaymta.proto import mime
 from relaymta.proto.imap_command import Fetch, Section
 from relaymta.proto.imap_view import View
+from relaymta.proto.preview import READ_MOST, preview
 from relaymta.store.change import LIMIT, MISSING, Refusal
 from relaymta.store.reading import Readable, body_of
 from relaymta.store.rows import MessageRow, ObjectRow
@@ -181,11 +182,14 @@ class Sections:
 
     def at_once(self, asked: Section, spent: int) -> bool:
         """Whether a section may be made on the loop, where `spent` are the costs up to this one."""
-        return spent <= LIGHT and (self._text.data is not None or not (asked.fields or asked.name.startswith("BINARY")))
+        reads = asked.fields or asked.name.startswith(("BINARY", "PREVIEW"))
+        return spent <= LIGHT and not (reads and self._text.data is None)
 
     def _cost(self, asked: Section) -> int:
         """How many octets are looked at one by one to make a section, about. UnknownEncoding."""
         text = self._text
+        if asked.name == "PREVIEW":
+            return READ_MOST
         found = mime.extent(text.parts, _shape(asked))
         if found is None:
             return 0
@@ -202,6 +206,8 @@ class Sections:
     def make(self, asked: Section) -> list[Piece]:
         """A section as FETCH tells it. A client stalls on a literal of no octets, so nothing is `""`; NUL is sent in BINARY alone
         (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better choice for. StoreError."""
+        if asked.name == "PREVIEW":
+            return [self._preview(asked)]
         pieces = self._pieces(asked)
         name = response.section(asked)
         if pieces is None:
@@ -218,6 +224,15 @@ class Sections:
         if not eight:
             pieces = [_without_nul(one) for one in pieces]
         return [b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), *pieces]
+
+    def _preview(self, asked: Section) -> bytes:
+        """PREVIEW (RFC 8970 3.2). LAZY: NIL where it would have to be read from a large message's file. StoreError."""
+        text = self._text
+        if text.data is None and asked.text:
+            return b"PREVIEW NIL"
+        data = text.data
+        read = text.read if data is None else lambda start, end: data[start:end]
+        return b"PREVIEW " + response.string(preview(text.parts, read).encode())
 
     def _pieces(self, asked: Section) -> Sequence[Piece] | None:
         """A section in pieces; None (NIL): there is no such part."""

@@ -6,7 +6,7 @@ from functools import partial
 from relaymta.errors import RelayError
 from relaymta.metrics import index
 from relaymta.proto import imap_response as response
-from relaymta.proto.imap_command import Command, Copy, Expunge, Fetch, Search, Store
+from relaymta.proto.imap_command import Command, Copy, Expunge, Fetch, Search, Sort, Store, Thread
 from relaymta.proto.imap_found import Found
 from relaymta.proto.imap_program import Program
 from relaymta.proto.imap_records import RECORD, load, packed, pick, runs, values, within
@@ -23,6 +23,7 @@ from relaymta.view.incoming import SYSTEM
 from relaymta.view.reader import Done, Reader, try_create
 from relaymta.view.reading import Message
 from relaymta.view.selected import ALL, Selected
+from relaymta.view.sort import sorted_, threaded
 
 __all__ = ["COMMANDS", "ranges_of"]
 
@@ -131,7 +132,8 @@ class _Fetching:
         part, rest = uids[: RECORDS * 4], uids[RECORDS * 4 :]
 
         read = partial(reading.records, selected.shard, selected.mailbox, runs(part))
-        records = reader.access.read_here(read) if len(part) <= RECORDS_ON_LOOP * 4 else await reader.access.read(read)
+        few = len(part) <= RECORDS_ON_LOOP * 4
+        records = await (reader.access.read_little(read) if few else reader.access.read(read))
         self.found += len(records) // RECORD.size
         await reader.tell(selected.view.lines(records, plan.tells_flags, self._modseq))
         if plan.tells_flags and (self._modseq or not selected.view.condstore):
@@ -145,7 +147,7 @@ class _Fetching:
         part = uids[: most * 4]
         now = None
         if len(uids) <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
-            now = reader.access.read_here(partial(_read_now, self._selected, runs(part), plan))
+            now = await reader.access.read_little(partial(_read_now, self._selected, runs(part), plan))
         found = now if now is not None else await reader.access.read(partial(_read, self._selected, runs(part), plan))
         for why in found.unreadable:
             self.unreadable = True
@@ -348,6 +350,19 @@ async def find(reader: Reader, command: Command) -> Done:
     return Done("OK", "Searched", expunges=not program.by_number)
 
 
+async def arrange(reader: Reader, command: Command) -> Done:
+    """SORT, THREAD, and those of UIDs (RFC 5256)."""
+    asked, selected = command.arguments, reader.chosen()
+    assert isinstance(asked, Sort | Thread)
+    program = Program(asked.key, selected.view, search.now_ms())
+    if isinstance(asked, Sort):
+        told = await sorted_(reader, selected, asked, program)
+    else:
+        told = await threaded(reader, selected, asked, program)
+    await reader.tell(told)
+    return Done("OK", "Sorted" if isinstance(asked, Sort) else "Threaded", expunges=not program.by_number)
+
+
 COMMANDS: dict[str, Callable[[Reader, Command], Awaitable[Done]]] = {
     "NOOP": noop,
     "CHECK": noop,
@@ -366,4 +381,5 @@ COMMANDS: dict[str, Callable[[Reader, Command], Awaitable[Done]]] = {
     "UID MOVE": copy,
     "SEARCH": find,
     "UID SEARCH": find,
+    **dict.fromkeys(("SORT", "UID SORT", "THREAD", "UID THREAD"), arrange),
 }

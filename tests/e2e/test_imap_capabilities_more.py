@@ -364,3 +364,29 @@ def test_savedate(relay, user):
     assert saved() == first  # of the source (RFC 8514 3)
     a.ok("SELECT Sent")
     assert saved() >= first and a.fetch("1 (INTERNALDATE)")[1]["INTERNALDATE"].startswith(" 1-Feb-2001")
+
+
+# Webmail
+
+
+def test_sort(relay, user):
+    a = relay.session(user)
+    a.put("INBOX", "b", "Re: a", "c")
+    a.ok("SELECT INBOX")
+    assert a.ok("SORT (SUBJECT) UTF-8 ALL").named("SORT")[0].data == ([2, 1, 3], None)
+    assert a.ok("UID SORT (REVERSE SUBJECT) US-ASCII 1:2").named("SORT")[0].data == ([1, 2], None)
+
+
+@pytest.mark.parametrize("algorithm", ["REFERENCES", "ORDEREDSUBJECT"])
+def test_thread(relay, user, algorithm):
+    a = relay.session(user)
+    a.put("INBOX", "b", "a", "Re: b")
+    a.ok("SELECT INBOX")
+    assert sorted(a.ok(f"THREAD {algorithm} UTF-8 ALL").named("THREAD")[0].data) == [[1, 3], [2]]
+
+
+def test_preview(relay, user):
+    a = relay.session(user)
+    a.put("INBOX", "one")
+    a.ok("SELECT INBOX")
+    assert a.fetch("1 (PREVIEW)")[1]["PREVIEW"] == b"x" == a.fetch("1 (PREVIEW (LAZY))")[1]["PREVIEW"]

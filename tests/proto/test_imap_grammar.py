@@ -37,9 +37,11 @@ from relaymta.proto.imap_command import (
     Select,
     SetQuota,
     Size,
+    Sort,
     Status,
     Store,
     Text,
+    Thread,
     Within,
 )
 from relaymta.proto.imap_verbs import VERBS
@@ -253,6 +255,14 @@ GOOD = {
     "UID SEARCH RETURN () CHARSET utf-8 SEEN": Search(SEEN, frozenset(("ALL",)), uid=True),
     "SEARCH RETURN (SAVE) SEEN": Search(SEEN, frozenset(("SAVE",))),
     'SEARCH CHARSET "US-ASCII" SEEN': Search(SEEN),
+    "SORT (DATE) UTF-8 SEEN": Sort((("DATE", False),), SEEN),
+    'sort (reverse date subject) "us-ascii" all seen': Sort((("DATE", True), ("SUBJECT", False)), And((And(), SEEN))),
+    "UID SORT (CC) US-ASCII MODSEQ 5": Sort((("CC", False),), Modified(5), True, True),
+    "THREAD REFERENCES UTF-8 SEEN": Thread(True, SEEN),
+    "UID THREAD OrderedSubject UTF-8 SEEN": Thread(False, SEEN, uid=True),
+    "FETCH 1 PREVIEW": Fetch(ONE, (), (Section("PREVIEW", peek=True),)),
+    "FETCH 1 (PREVIEW (LAZY) UID)": Fetch(ONE, ("UID",), (Section("PREVIEW", text="LAZY", peek=True),)),
+    "FETCH 1 PREVIEW (CHANGEDSINCE 5)": Fetch(ONE, ("MODSEQ",), (Section("PREVIEW", peek=True),), 5),
 }
 
 NO_VANISHED = "BAD VANISHED is allowed with CHANGEDSINCE in UID FETCH after ENABLE QRESYNC (RFC 7162 3.2.6)"
@@ -284,6 +294,14 @@ BAD = {
     "SELECT a&b": "NO [CANNOT] the name is not modified UTF-7 (RFC 3501 5.1.3)",
     'SELECT "ü"': "NO [CANNOT] the name is not modified UTF-7 (RFC 3501 5.1.3)",
     "SELECT x ()": 'BAD expected a parameter of SELECT at ")"',
+    "SORT": "BAD expected a space at the end",
+    "SORT () UTF-8 ALL": 'BAD expected a sort criterion at ")"',
+    "SORT (REVERSE REVERSE DATE) UTF-8 ALL": 'BAD expected a sort criterion at "REVERSE"',
+    "SORT (DATE) UTF-8": "BAD expected a space at the end",
+    "SORT (DATE) x ALL": "NO [BADCHARSET (US-ASCII UTF-8)] the charset is not supported",
+    f"UID SORT ({' '.join(['DATE'] * 21)}) UTF-8 ALL": "NO [LIMIT] more than 20 sort criteria",
+    "THREAD REFS UTF-8 ALL": 'BAD expected REFERENCES or ORDEREDSUBJECT at "REFS"',
+    "UID THREAD REFERENCES": "BAD expected a space at the end",
     "SELECT x (FOO)": 'BAD expected CONDSTORE or QRESYNC at "FOO"',
     "SELECT x (QRESYNC (0 1))": 'BAD expected a UIDVALIDITY at "0"',
     "SELECT x (QRESYNC (1 2 *))": 'BAD expected a set of numbers without "*" at "*"',

@@ -52,7 +52,9 @@ ALLOWED = {
     ),
     **dict.fromkeys(
         (b"CHECK", b"CLOSE", b"UNSELECT", b"EXPUNGE", b"SEARCH ALL", b"FETCH 1 UID", b"STORE 1 FLAGS a", b"COPY 1 a", b"MOVE 1 a",
-         b"UID EXPUNGE 1", b"UID SEARCH ALL", b"UID FETCH 1 UID", b"UID STORE 1 FLAGS a", b"UID COPY 1 a", b"UID MOVE 1 a"),
+         b"SORT (DATE) UTF-8 ALL", b"UID SORT (DATE) UTF-8 ALL", b"THREAD REFERENCES UTF-8 ALL",
+         b"UID THREAD REFERENCES UTF-8 ALL", b"UID EXPUNGE 1", b"UID SEARCH ALL", b"UID FETCH 1 UID", b"UID STORE 1 FLAGS a",
+         b"UID COPY 1 a", b"UID MOVE 1 a"),
         (FIRST, FIRST, NONE, OK),
     ),
 }  # fmt: skip
@@ -78,7 +80,9 @@ def test_the_table_has_every_command():
 
 def test_what_may_be_told_during_which_command():
     """RFC 9051 7.5.1, RFC 2180 4."""
-    assert {name for name, verb in VERBS.items() if not verb.expunges} == {"FETCH", "STORE", "SEARCH", "CLOSE", "UNSELECT"}
+    assert {name for name, verb in VERBS.items() if not verb.expunges} == {
+        "FETCH", "STORE", "SEARCH", "SORT", "THREAD", "CLOSE", "UNSELECT",
+    }  # fmt: skip
 
 
 def test_what_changes_mailboxes():

@@ -204,6 +204,37 @@ class _Reader(Terminals):
 
         return dict(self.many(field))
 
+    def sorted_(self) -> tuple[list[int], int | None]:
+        """RFC 5256 4, RFC 7162 7."""
+        return self.search()
+
+    def threads(self) -> list[Any]:
+        """RFC 5256 4: threads as lists of numbers and lists."""
+        found: list[Any] = []
+        open_ = [found]
+        if self.maybe(rb" "):
+            while len(open_) > 1 or self.octets[self.at : self.at + 1] == b"(":
+                self._thread_token(open_)
+        return found
+
+    def _thread_token(self, open_: list[list[Any]]) -> None:
+        here = open_[-1]
+        nested = bool(here) and isinstance(here[-1], list)
+        if self.maybe(rb"\("):
+            here.append([])
+            open_.append(here[-1])
+        elif len(open_) > 1 and here and self.maybe(rb"\)"):
+            if nested and len([one for one in here if isinstance(one, list)]) < 2:
+                raise self.fail("two threads that are nested")
+            open_.pop()
+        elif len(open_) > 1 and not nested:
+            here.append(int(self.take(NZ, "a number")))
+            behind = self.octets[self.at : self.at + 1]
+            if behind != b")":
+                self.literally(b" ")
+        else:
+            raise self.fail("a thread")
+
     def vanished(self) -> tuple[bool, list[tuple[int, int]]]:
         earlier = self.maybe(rb" \(EARLIER\)") is not None
         self.literally(b" ")
@@ -405,6 +436,8 @@ _UNTAGGED: dict[str, Callable[[_Reader], Any]] = {
     "FLAGS": _Reader.flags,
     "SEARCH": _Reader.search,
     "ESEARCH": _Reader.esearch,
+    "SORT": _Reader.sorted_,
+    "THREAD": _Reader.threads,
     "QUOTA": _Reader.quota,
     "QUOTAROOT": _Reader.quotaroot,
     "ID": _Reader.identity,
@@ -417,6 +450,7 @@ _ITEMS: dict[str, Callable[[_Reader], Any]] = {
     "SAVEDATE": lambda reader: None if reader.maybe(rb"NIL") else _date_time(reader),
     "RFC822.SIZE": lambda reader: reader.number(most=2**63 - 1),
     "RFC822": _Reader.nstring,
+    "PREVIEW": _Reader.nstring,
     "RFC822.HEADER": _Reader.nstring,
     "RFC822.TEXT": _Reader.nstring,
     "ENVELOPE": _Reader.envelope,

@@ -1,0 +1,137 @@
+"""SORT and THREAD (RFC 5256): the messages that a search finds, with what they are sorted or threaded by, in slices on reader
+threads. A message that cannot be read now is one without fields.
+"""
+
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Final
+
+from relaymta.disk.segments import FRAME
+from relaymta.errors import StoreError
+from relaymta.proto.imap_command import Sort, Thread
+from relaymta.proto.imap_program import Program
+from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, numbers, runs, values
+from relaymta.proto.imap_sort import Sorted
+from relaymta.proto.imap_thread import Threads, shown
+from relaymta.proto.imap_view import View
+from relaymta.proto.mime import describe
+from relaymta.proto.mime_thread import thread_keys
+from relaymta.store.change import Refusal
+from relaymta.store.reading import Readable, body_of
+from relaymta.store.rows import ObjectRow
+from relaymta.view import reading, search
+from relaymta.view.fetch import read_at, with_description
+from relaymta.view.reader import Reader
+from relaymta.view.reading import Message
+from relaymta.view.selected import Selected
+
+__all__ = ["sorted_", "threaded"]
+
+TOGETHER: Final = 64  # messages that are read in one transaction
+SECONDS: Final = 0.005  # of one slice
+HEADER_MOST: Final = 1 << 20  # octets of a header
+PIECE: Final = 4096  # numbers of a piece of the response
+
+_UNREADABLE = describe(b"")
+
+Add = Callable[[Readable, Message], None]
+
+
+async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Program) -> Iterable[bytes]:
+    """The SORT response, in pieces. StoreError."""
+    records, order = await _found(reader, selected, program), Sorted(asked.criteria)
+
+    def add(shard: Readable, message: Message) -> None:
+        envelope = _described(shard, message).object.described if order.needs_envelope else None
+        order.add(b"" if envelope is None else envelope.envelope, message.row.date, message.row.size)
+
+    there = await _added(reader, selected, records, add)
+    modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
+    return await reader.worked_out(partial(_sort_response, order, there, selected.view, asked.uid, modseq))
+
+
+def _sort_response(order: Sorted, there: bytes, view: View, by_uid: bool, modseq: int) -> Iterator[bytes]:
+    names = values(there if by_uid else numbers(view.uids.data, there))
+    yield b"* SORT"
+    piece: list[bytes] = []
+    for one in order.order():
+        piece.append(b" %d" % names[one])
+        if len(piece) >= PIECE:
+            yield b"".join(piece)
+            piece = []
+    yield b"".join(piece) + (b" (MODSEQ %d)\r\n" % modseq if modseq and names else b"\r\n")  # RFC 7162 7
+
+
+async def threaded(reader: Reader, selected: Selected, asked: Thread, program: Program) -> Iterable[bytes]:
+    """The THREAD response, in pieces. StoreError."""
+    records, threads = await _found(reader, selected, program), Threads(asked.references)
+
+    def add(shard: Readable, message: Message) -> None:
+        message = _described(shard, message)
+        described = message.object.described or _UNREADABLE
+        keys = (described.thread or _keys(shard, message)) if asked.references else b""
+        threads.add(described.envelope, message.row.date, keys)
+
+    there = await _added(reader, selected, records, add)
+    return await reader.worked_out(partial(_thread_response, threads, there, selected.view, asked.uid))
+
+
+def _thread_response(threads: Threads, there: bytes, view: View, by_uid: bool) -> Iterator[bytes]:
+    names = values(there if by_uid else numbers(view.uids.data, there))
+    return shown(threads.forest(), names.__getitem__)
+
+
+async def _found(reader: Reader, selected: Selected, program: Program) -> bytes:
+    """The records of the messages that a search finds, packed."""
+    found: list[bytes] = []
+    after: int | None = 0
+    while after is not None:
+        matching, after = await search.slice_of(reader.access, selected, program, after)
+        found += [matching] if matching else []
+        await reader.pause()
+    return joined(found) if found else b""
+
+
+async def _added(reader: Reader, selected: Selected, records: bytes, add: Add) -> bytes:
+    """Add all messages that are there, slice by slice; their UIDs, packed."""
+    there = array("I")
+    at = 0
+    while at < len(records):
+        at += await reader.access.read(partial(_slice, selected, records, at, add, there))
+        await reader.pause()
+    return values(there.tobytes()).tobytes()
+
+
+def _slice(selected: Selected, records: bytes, start: int, add: Add, there: "array[int]") -> int:
+    """Reader thread: add messages while there is time; how many octets of the records that were."""
+    until = time.monotonic() + SECONDS
+    at = start
+    while at < len(records) and (at == start or time.monotonic() < until):
+        part = records[at : at + TOGETHER * RECORD_SIZE]
+        for message in reading.messages(selected.shard, selected.mailbox, runs(load([part]))):
+            add(selected.shard, message)
+            there.append(message.uid)
+        at += len(part)
+    return at - start
+
+
+def _described(shard: Readable, message: Message) -> Message:
+    try:
+        return with_description(shard, message)
+    except (Refusal, StoreError):
+        row = message.object
+        return message._replace(object=ObjectRow(row.references, row.body, _UNREADABLE, row.digest))
+
+
+def _keys(shard: Readable, message: Message) -> bytes:
+    """The keys of a message whose row has none."""
+    described, body, ident = message.object.described, message.object.body, message.row.object
+    end = min(described.header_end if described is not None else 0, body.length, HEADER_MOST)
+    try:
+        if body.segment:
+            return thread_keys(bytes(body_of(shard.rows, shard.bodies, ident)[:end]))
+        return thread_keys(read_at(shard.bodies.big_path(ident), body.offset + FRAME.size, end))
+    except (Refusal, StoreError):
+        return thread_keys(b"")
