@@ -11,10 +11,14 @@ from typing import Any
 import msgspec
 
 from relaymta.errors import StoreError
+from relaymta.store import scripts
 from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import MailboxRow, MailboxState
 
-__all__ = ["Carried", "CarriedDone", "CarriedMailbox", "CarriedMessages", "CarriedUser", "Entry", "Part", "convert_part"]
+__all__ = [
+    "Carried", "CarriedDone", "CarriedMailbox", "CarriedMessages", "CarriedScripts", "CarriedUser", "Entry", "Part",
+    "convert_part",
+]  # fmt: skip
 
 OCTETS, MESSAGES = 4 << 20, 500  # of one part, but for a single larger message
 EXPUNGED_MOST = 100_000
@@ -62,7 +66,14 @@ class CarriedDone(msgspec.Struct, array_like=True, tag=True):
     rows: list[tuple[int, int, int]]
 
 
-Part = CarriedUser | CarriedMailbox | CarriedMessages | CarriedDone
+class CarriedScripts(msgspec.Struct, array_like=True, tag=True):
+    """Sieve scripts (name, text, whether it is active), and the vacation replies that are remembered (key, until when)."""
+
+    scripts: list[tuple[str, bytes, bool]]
+    replies: list[tuple[bytes, int]]
+
+
+Part = CarriedUser | CarriedMailbox | CarriedMessages | CarriedDone | CarriedScripts
 
 
 def convert_part(found: Any) -> Part:
@@ -100,12 +111,15 @@ class Carried:
                 return
             mailboxes = [(row, rows.state(txn, row.mailbox)) for row in rows.mailboxes(txn, self._user)]
             done = list(rows.done_of(txn, self._user))
+            found = CarriedScripts(scripts.all_scripts(rows, txn, self._user), scripts.replies(rows, txn, self._user))
         kept = [row for row, state in mailboxes if state is not None]
         if self._uidvalidity:
             self._uidvalidity = max(self._uidvalidity, owner.uidvalidity)
         yield CarriedUser(self._uidvalidity + len(kept) if self._uidvalidity else owner.uidvalidity)
         for row, state in mailboxes:
             yield self._mailbox(row, state)
+        if found.scripts or found.replies:
+            yield found
         for row in kept:
             yield from self._messages(row)
         for start in range(0, len(done), MESSAGES):

@@ -10,6 +10,7 @@ import msgspec
 from relaymta.disk.clock import wall_ms
 from relaymta.proto.envelope import encode
 from relaymta.proto.imap_records import LAST_UID, RECORD, apply, changed, count, load, untold, values
+from relaymta.store import scripts
 from relaymta.store.asked import Copied, Stored
 from relaymta.store.blocks import Record, records_of
 from relaymta.store.collected import (
@@ -101,6 +102,9 @@ class Change(Collected):
             if row.mailbox:
                 self.abandon(user, row.mailbox)
             self.remove_name(user, row.name)
+        most -= scripts.clear(self.shard, self.txn, user, most)
+        if most <= 0:
+            return 0
         for _, number, unfinished in list(self.shard.unfinished(self.txn, user)):
             if unfinished.removed:
                 most -= self.purge_mailbox(unfinished.mailbox, most)
@@ -159,11 +163,12 @@ class Change(Collected):
 
     def abandon(self, user: int, mailbox: int) -> None:
         """A mailbox has lost its name: it is there for nobody from now on, and counts no more. Its rows go by `purge_mailbox`."""
-        owner, state = self.user(user), self.state(mailbox)
-        owner.messages -= state.messages
-        owner.octets -= state.octets
-        self.touched[mailbox] = state.modseq + 1
-        self.remove_state(mailbox)
+        owner, state = self.user(user), self.shard.state(self.txn, mailbox) and self.state(mailbox)
+        if state is not None:
+            owner.messages -= state.messages
+            owner.octets -= state.octets
+            self.touched[mailbox] = state.modseq + 1
+            self.remove_state(mailbox)
         self.put_unfinished(user, mailbox, UnfinishedRow(mailbox, removed=True))
 
     def purge_mailbox(self, mailbox: int, most: int) -> int:
@@ -219,7 +224,7 @@ class Change(Collected):
     ) -> Filed:
         """As `file`, into a mailbox by its id, whatever the user's quota is."""
         owner, state = self.owner(user), self.state(mailbox)
-        if state.uidnext > LAST_UID:
+        if state.uidnext >= LAST_UID:  # UIDNEXT has to be a UID, too
             raise Refusal(LIMIT, "the mailbox has had as many messages as it can")
         flags |= self.bits(state, keywords)
         if place is not None:
@@ -285,7 +290,7 @@ class Change(Collected):
         if not found:
             return copied
         self.check_room(owner, limits, len(found), sum(message.size for _, message in found))
-        if into.uidnext + len(found) - 1 > LAST_UID:
+        if into.uidnext + len(found) > LAST_UID:
             raise Refusal(LIMIT, "the mailbox has had as many messages as it can")
         words = self._translated(source, into, {record.flags >> SYSTEM_FLAGS for record, _ in found})
         records = bytearray()

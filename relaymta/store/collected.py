@@ -181,7 +181,7 @@ class Collected(Transaction):
         """Write a number in meta."""
         self._meta[key] = value
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Write what was collected."""
         put, tables = self.txn.put, self._tables
         for mailbox, state in self._states.items():
@@ -200,13 +200,13 @@ class Collected(Transaction):
 
     def begin_part(self) -> None:
         """Begin a nested transaction, which `keep_part` or `undo_part` ends."""
-        self._settle()  # so that what is undone can be read again as it was
+        self.settle()  # so that what is undone can be read again as it was
         self._before = len(self.freed), dict(self.touched)
         super().begin_part()
 
     def keep_part(self) -> None:
         """Keep the part: it is committed if the whole transaction is."""
-        self._settle()
+        self.settle()
         super().keep_part()
 
     def undo_part(self) -> None:
@@ -219,7 +219,7 @@ class Collected(Transaction):
     def finish(self, now: int) -> None:
         """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
         self._meta[b"seen"] = now
-        self._settle()
+        self.settle()
         self.txn.commit()
 
 

@@ -34,6 +34,7 @@ __all__ = ["OF_SUPERVISOR", "Copied", "Mailboxes", "Message", "Partial", "Stored
 
 OWNER_SECONDS = 30.0  # for an answer of another owner
 CHANGE_SECONDS = 600.0  # for one of a session, which may concern many messages
+OWNERS_MOST = 5  # that are asked for one thing, each having ended before it answered
 REPLACED_SECONDS = 10.0  # for which the successor of an owner that has ended is waited for
 
 
@@ -86,6 +87,7 @@ class Mailboxes:
     def leave(self, peer: Peer) -> None:
         """The channel to another process is closed."""
         self._watches.forget(peer)
+        self._peers = {number: one for number, one in self._peers.items() if one is not peer}
 
     def find(self, recipient: str, separator: str) -> Found | None:
         """As `Directory.find`."""
@@ -140,9 +142,7 @@ class Mailboxes:
     async def _asked(self, number: int, op: str, again: bool = True, seconds: float = OWNER_SECONDS, /, **args: Any) -> Any:
         """The answer of a shard's owner: to what may be asked twice (`again`), of its successor, where it ends first.
         ConnectionError, Refused."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + REPLACED_SECONDS
-        while True:
+        for _ in range(OWNERS_MOST):
             peer, changed = self._peers.get(number), self._changed
             try:
                 if peer is None:
@@ -154,12 +154,13 @@ class Mailboxes:
                 if peer is not None and not again:
                     raise
                 try:
-                    async with asyncio.timeout_at(until):
+                    async with asyncio.timeout(REPLACED_SECONDS):
                         while self._peers.get(number) is peer:
                             await changed.wait()
                             changed = self._changed
                 except TimeoutError:
                     raise error from None
+        raise ConnectionError(f"the owners of shard {number} of the mailboxes end one after another")
 
     async def filed_for_peer(self, shard: int, data: Any, targets: list[Any]) -> list[Result]:
         """What another process has asked for by `mail_file`. StoreError."""
@@ -253,6 +254,10 @@ class Mailboxes:
         """Remove a user, if there, from a shard of this process; as `Shard.purge`. StoreError."""
         return await self._own(shard).purge(user)
 
+    async def change_script(self, shard: int, user: int, what: str, args: list[Any]) -> None:
+        """A change of a user's Sieve scripts (`CHANGES`) in a shard of this process. Refusal, StoreError."""
+        await CHANGES[what][0](self._own(shard), user, *args)
+
     async def users_of(self, shard: int) -> list[int]:
         """The ids of all users that a shard of this process has."""
         own = self._own(shard)
@@ -317,6 +322,11 @@ CHANGES: dict[str, tuple[Callable[..., Awaitable[Any]], tuple[Any, ...], Any, bo
     "delete": (Shard.delete, (int, str), None, False),
     "rename": (Shard.rename, (int, str, str), None, False),
     "subscribe": (Shard.subscribe, (int, str, bool), None, True),
+    "put_script": (Shard.put_script, (int, str, bytes), None, True),
+    "activate_script": (Shard.activate_script, (int, str), None, True),
+    "remove_script": (Shard.remove_script, (int, str), None, False),
+    "rename_script": (Shard.rename_script, (int, str, str), None, False),
+    "remember_reply": (Shard.remember_reply, (int, bytes, int, int), bool, False),
 }
 # What the supervisor asks of the owner of a shard, and what other owners ask.
 OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
@@ -327,6 +337,7 @@ OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_take": Mailboxes.take_part,
     "mail_import": Mailboxes.import_messages,
     "mail_users": Mailboxes.users_of,
+    "mail_script": Mailboxes.change_script,
 }
 OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_file": Mailboxes.filed_for_peer,

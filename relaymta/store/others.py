@@ -10,7 +10,8 @@ from relaymta.store.reading import ShardReader
 
 __all__ = ["ReadOnly"]
 
-AGAIN = 5.0  # seconds until a shard that could not be opened is looked for again
+AGAIN = 5.0  # seconds until a shard that could not be opened, or has no table yet, is looked at again
+INFINITE = float("inf")
 
 
 class ReadOnly:
@@ -19,12 +20,15 @@ class ReadOnly:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[int, ShardReader] = {}
-        self._not_before: dict[int, float] = {}  # of those that could not be opened (monotonic seconds)
+        self._not_before: dict[int, float] = {}  # monotonic seconds; INFINITE: it is open, with all tables
 
     def shard(self, number: int) -> ShardReader | None:
         """A shard; None when it is not there, or cannot be read now."""
         found = self._open.get(number)
-        if found is not None or time.monotonic() < self._not_before.get(number, 0.0):
+        if time.monotonic() < self._not_before.get(number, 0.0):
+            return found
+        if found is not None:
+            self._not_before[number] = INFINITE if found.rows.complete() else time.monotonic() + AGAIN
             return found
         path = self._folder / f"shard-{number}"
         try:

@@ -15,12 +15,24 @@ from relaymta.disk.lock import lock
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import encode
+from relaymta.store import scripts
 from relaymta.store.blocks import Record
 from relaymta.store.change import Change
 from relaymta.store.collected import tally
 from relaymta.store.files import MailFiles
 from relaymta.store.reading import Files
-from relaymta.store.rows import ID, MESSAGE, MESSAGE_KIND, STATE, SYSTEM_FLAGS, MailboxState, MailShard, MessageRow, UserRow
+from relaymta.store.rows import (
+    EXPUNGED,
+    ID,
+    MESSAGE,
+    MESSAGE_KIND,
+    STATE,
+    SYSTEM_FLAGS,
+    MailboxState,
+    MailShard,
+    MessageRow,
+    UserRow,
+)
 from relaymta.store.verify import contradictions
 
 __all__ = ["repair"]
@@ -62,8 +74,12 @@ def _repair(rows: MailShard, bodies: Files | None, known: set[int]) -> None:
         for user, _ in list(rows.users(change.txn)):
             if user not in known:
                 change.purge(user, 1 << 62)
-        change.begin_part()
-        change.keep_part()
+        known_here = {user for user, _ in rows.users(change.txn)}
+        for user, number, _ in list(rows.unfinished(change.txn)):
+            if user not in known_here:
+                change.remove_unfinished(user, number)
+        scripts.mend(rows, change.txn, known_here)
+        change.settle()
         for ident, row in list(rows.objects(change.txn)) if bodies is not None else ():
             try:
                 assert bodies is not None
@@ -82,9 +98,13 @@ def _recount(rows: MailShard, txn: Any) -> None:
     for user, row in list(rows.users(txn)):
         owner = UserRow(uidvalidity=row.uidvalidity, frozen=row.frozen)
         for found in list(rows.mailboxes(txn, user)):
-            state = rows.state(txn, found.mailbox) if found.mailbox else None
-            if state is not None:
-                _recount_mailbox(rows, txn, found.mailbox, state, owner, references)
+            if not found.mailbox:
+                continue
+            state = rows.state(txn, found.mailbox)
+            if state is None:  # lost: clients have to synchronise anew
+                state = MailboxState(owner.uidvalidity)
+                owner.uidvalidity += 1
+            _recount_mailbox(rows, txn, found.mailbox, state, owner, references)
         for _, _, unfinished in list(rows.unfinished(txn, user)):
             owner.messages += unfinished.messages
             owner.octets += unfinished.octets
@@ -123,26 +143,31 @@ def _kept(rows: MailShard, txn: Any, mailbox: int) -> list[tuple[int, MessageRow
 def _recount_mailbox(
     rows: MailShard, txn: Any, mailbox: int, state: MailboxState, owner: UserRow, references: Counter[int]
 ) -> None:
-    """Count a mailbox anew. A message that the index does not have is put there, without flags."""
+    """Count a mailbox anew. A message that the index does not have is put there, without flags. Where one went or came, MODSEQ is
+    raised, and what was expunged before that is forgotten, so that clients look at all of it."""
     index = rows.index(txn, mailbox)
-    state.messages = state.unseen = state.deleted = state.octets = 0
-    state.vanished = 0
-    for modseq, runs in rows.expunged(txn, mailbox):
-        state.vanished += sum(last - first + 1 for first, last in runs)
-        state.forgotten = min(state.forgotten, modseq - 1)
-        state.modseq = max(state.modseq, modseq)
-        state.uidnext = max(state.uidnext, *(last + 1 for _, last in runs))
-    there: list[Record] = []
+    state.messages = state.unseen = state.deleted = state.octets = state.vanished = 0
     known = {record.uid: record for record in index}
+    kept, gone = _kept(rows, txn, mailbox), list(rows.expunged(txn, mailbox))
+    state.modseq = max([state.modseq, *(record.modseq for record in known.values()), *(modseq for modseq, _ in gone)])
+    if [uid for uid, _ in kept] != list(known):
+        state.modseq += 1
+        state.forgotten = state.modseq
+    for modseq, runs in gone:
+        state.uidnext = max(state.uidnext, *(last + 1 for _, last in runs))
+        if modseq <= state.forgotten:
+            txn.delete(EXPUNGED.pack(mailbox, 3, modseq), db=rows.tables["mail"])
+        else:
+            state.vanished += sum(last - first + 1 for first, last in runs)
+    there: list[Record] = []
     named = (1 << (SYSTEM_FLAGS + len(state.keywords))) - 1
-    for uid, message in _kept(rows, txn, mailbox):
+    for uid, message in kept:
         record = known.get(uid) or Record(uid, 0, state.modseq)
         record = record._replace(flags=record.flags & named)
         there.append(record)
         references[message.object] += 1
         tally(state, owner, record.flags, message.size, 1)
         state.uidnext = max(state.uidnext, uid + 1)
-        state.modseq = max(state.modseq, record.modseq)
     if there != list(known.values()):
         index.write_all(there)
     txn.put(STATE.pack(mailbox, 0), encode(state), db=rows.tables["mail"])

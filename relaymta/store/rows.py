@@ -9,6 +9,7 @@
     object    id                      ObjectRow: a message's data, once for all mailboxes of the shard
     user      id                      UserRow
     done      queue id, n, user       when that recipient's message was filed for the user: it is not filed again
+    sieve     user, kind, ...         Sieve scripts, and to whom vacation replies went (scripts.py)
     segment   number                  SegmentRow
     meta      word                    schema, last committed time ("seen"), highest object id, highest mailbox id
 
@@ -37,7 +38,7 @@ __all__ = [
     "MessageRow", "ObjectRow", "UnfinishedRow", "UserRow",
 ]  # fmt: skip
 
-SCHEMA = 2
+SCHEMA = 3  # 3: the table `sieve`
 INBOX: Final = "INBOX"
 
 # Flags of an index record; the bits above are the mailbox's keywords, in the order of MailboxState.keywords.
@@ -56,7 +57,7 @@ UNFINISHED = struct.Struct(">QBQQ")
 
 _NAME_MOST = 480  # octets of a mailbox name that are in its key; LMDB takes 511 in all
 
-_TABLES = ("mail", "mailbox", "object", "user", "done", "segment", "meta")
+_TABLES = ("mail", "mailbox", "object", "user", "done", "sieve", "segment", "meta")
 
 
 class MailboxState(msgspec.Struct, array_like=True, gc=False):

@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from relaymta.disk.clock import wall_ms
+from relaymta.disk.environment import Shut
 from relaymta.disk.ident import IdSource
 from relaymta.disk.readers import Readers
 from relaymta.errors import RelayError, StoreError
+from relaymta.proto import sieve
 from relaymta.proto.imap_records import load, values
-from relaymta.store import names, unfinished
+from relaymta.store import names, scripts, unfinished
 from relaymta.store.asked import Copied, Partial, Stored
-from relaymta.store.change import MISSING, MOVING, Change, Limits, Refusal
-from relaymta.store.rows import INBOX, MailShard
+from relaymta.store.change import MISSING, MOVING, OVERQUOTA, Change, Limits, Refusal
+from relaymta.store.rows import INBOX, MailboxState, MailShard
 
 __all__ = ["SLICE", "SessionChanges", "joined"]
 
@@ -56,8 +58,13 @@ class SessionChanges:
         """The result of an operation that is done to its end, also where the caller is cancelled."""
         task = asyncio.get_running_loop().create_task(operation)
         self._begun.add(task)
-        task.add_done_callback(self._begun.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._begun.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be there any more who wants to know
 
     async def _end_changes(self) -> None:
         """Wait for what is done to its end, which is refused further transactions now; the next start takes it back."""
@@ -95,8 +102,10 @@ class SessionChanges:
         """A session is told of the messages with UIDs below `until`: the first UID of those that no session was told of before,
         which are \\Recent to this one alone (RFC 3501 2.3.2); `until`: there are none. `behind`: only where they begin with this
         UID (0: wherever); `keep`: it only asks. It is written a while later: after a crash some are \\Recent once more."""
-        with self.rows.reading() as txn:
-            state = self.rows.state(txn, mailbox)
+        try:
+            state = self._state(mailbox)
+        except Shut:
+            state = await self.readers.run(self._state, mailbox)
         if state is None:
             raise Refusal(MISSING, "there is no such mailbox")
         first = min(max(state.recent, self._recent.get(mailbox, 0)), until)
@@ -107,6 +116,10 @@ class SessionChanges:
             if self._writing_recent is None:
                 self._writing_recent = asyncio.get_running_loop().create_task(self._write_recent_later())
         return first
+
+    def _state(self, mailbox: int) -> MailboxState | None:
+        with self.rows.reading() as txn:
+            return self.rows.state(txn, mailbox)
 
     async def _write_recent_later(self) -> None:
         await asyncio.sleep(RECENT_SECONDS)
@@ -218,6 +231,36 @@ class SessionChanges:
         """As `names.subscribe`."""
         await self.task(lambda change: names.subscribe(change, user, name, subscribed))
 
+    # Sieve
+
+    async def put_script(self, user: int, name: str, text: bytes) -> None:
+        """As `scripts.put`. Refusal with INVALID, too: the script does not compile."""
+        await self.readers.run(_compile, text)
+        await self._scripts(user, lambda change: scripts.put(change.shard, change.txn, user, name, text))
+
+    async def activate_script(self, user: int, name: str) -> None:
+        """As `scripts.activate`."""
+        await self._scripts(user, lambda change: scripts.activate(change.shard, change.txn, user, name))
+
+    async def remove_script(self, user: int, name: str) -> None:
+        """As `scripts.remove`."""
+        await self._scripts(user, lambda change: scripts.remove(change.shard, change.txn, user, name))
+
+    async def rename_script(self, user: int, old: str, new: str) -> None:
+        """As `scripts.rename`."""
+        await self._scripts(user, lambda change: scripts.rename(change.shard, change.txn, user, old, new))
+
+    async def remember_reply(self, user: int, key: bytes, until: int, now: int) -> bool:
+        """As `scripts.remember_reply`."""
+        return await self._scripts(user, lambda change: scripts.remember_reply(change.shard, change.txn, user, key, until, now))
+
+    async def _scripts(self, user: int, run: Callable[[Change], T]) -> T:
+        def changed(change: Change) -> T:
+            change.owner(user)
+            return run(change)
+
+        return await self.task(changed)
+
     # What has not come to its end
 
     @asynccontextmanager
@@ -259,11 +302,18 @@ class SessionChanges:
     async def _take_all_back(self) -> None:
         try:
             while self._left:
-                user, number = next(iter(self._left))
-                try:
-                    await self._end(user, number)
-                    self._left.discard((user, number))
-                except RelayError:
+                failed = 0
+                for user, number in [*self._left]:
+                    try:
+                        await self._end(user, number)
+                        self._left.discard((user, number))
+                    except Exception as error:  # also a defect: the others are taken back all the same
+                        failed += 1
+                        if not isinstance(error, RelayError):
+                            asyncio.get_running_loop().call_exception_handler(
+                                {"message": "what a user had begun could not be taken back", "exception": error}
+                            )
+                if failed:
                     await asyncio.sleep(AGAIN_SECONDS)
         finally:
             self._taking_back = None
@@ -292,6 +342,16 @@ class SessionChanges:
         while not (found := await self.task(lambda change: change.purge(user, SLICE))):
             pass
         return found
+
+
+def _compile(text: bytes) -> None:
+    """Reader thread: whether a script compiles. Refusal."""
+    if len(text) > sieve.SCRIPT_MOST:
+        raise Refusal(OVERQUOTA, f"a script has {sieve.SCRIPT_MOST} octets at most")
+    try:
+        sieve.compile(text)
+    except sieve.SieveError as error:
+        raise Refusal(scripts.INVALID, str(error)) from None
 
 
 def _slices(uids: list[int]) -> Iterator[list[int]]:

@@ -19,8 +19,9 @@ from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
 from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
+from relaymta.store import scripts
 from relaymta.store.appending import Appends
-from relaymta.store.carry import CarriedMailbox, CarriedMessages, CarriedUser, Entry, Part
+from relaymta.store.carry import CarriedMailbox, CarriedMessages, CarriedScripts, CarriedUser, Entry, Part
 from relaymta.store.change import Change, Refusal
 from relaymta.store.noted import NOTHING, Noted, noted, write_large
 from relaymta.store.reading import Bodies, data_of
@@ -161,6 +162,8 @@ class Shard(Appends):
                 change.take_user(user, part.uidvalidity)
             elif isinstance(part, CarriedMailbox):
                 change.take_mailbox(user, part.row, part.state, part.expunged)
+            elif isinstance(part, CarriedScripts):
+                scripts.take(change.shard, change.txn, user, part.scripts, part.replies)
             else:
                 for queue_id, recipient, _ in part.rows:
                     change.done(queue_id, recipient, user, self.clock.now())

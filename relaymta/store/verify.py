@@ -7,6 +7,7 @@ from typing import Any
 
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
+from relaymta.store import scripts
 from relaymta.store.blocks import MOST, RECORD, Record, records_of
 from relaymta.store.change import Refusal
 from relaymta.store.reading import Bodies, body_of
@@ -79,6 +80,7 @@ def _rows(shard: MailShard, known_users: set[int] | None, free: set[int]) -> Ite
         yield from (f"rows of mailbox {number}, which nobody has" for number in _mailboxes(shard, txn) - known - {0})
         strangers = {user for user, _, _ in shard.unfinished(txn)} - {user for user, _ in users}
         yield from (f"user {user}, who is not here, has something unfinished" for user in strangers)
+        yield from scripts.contradictions(shard, txn, {user for user, _ in users})
         yield from _objects(shard, txn, references)
 
 

@@ -2,17 +2,20 @@
 a Task.
 
 When it fails: nothing of the group has happened, and each operation is told so. But where it failed since the disk or the map is
-full, its tasks are run again in small groups, with the room of the ballast: those that expunge make room. A message that only
-some of its mailboxes take is filed in those.
+full, its tasks are run again in small groups, with the room of the ballast: those that expunge make room. Where a message cannot
+be filed because of a defect, or contradicts the store, the group is committed without it. A message that only some of its
+mailboxes take is filed in those.
 """
 
 import asyncio
 import contextlib
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import msgspec
 
 from relaymta.disk.clock import ShardClock, wall_ms
@@ -160,6 +163,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         begin = partial(Change, shard)
         super().__init__(loop, shard, segments, clock, begin=begin, on_commit=on_commit, unawaited=Forget, name="mail-writer")
         self._ballast = ballast
+        self._mistaken = False  # in the transaction under way, a message could not be filed
         self._touched: dict[int, int] = {}  # by the transaction under way
         self._freed: list[tuple[int, Body]] = []  # bodies that nothing points at once the group under way is committed
 
@@ -168,19 +172,27 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
     def _commit(self, batch: list[Operation]) -> Filings:
         group = Filings()
         group.add(batch)
+        error = self._try(group, apart=False)
+        if self._mistaken:
+            refuse([*group.files, *group.together, *group.moves, *group.tasks], None)
+            error = self._try(group, apart=True)
+        if isinstance(error, StoreFull):
+            self._insist(group)
+        self._remove_large(group)
+        self.stalled = False
+        return group
+
+    def _try(self, group: Filings, apart: bool) -> StoreError | None:
+        """Write a group; the error when its transaction failed. `apart`: as of `_fill`."""
         files, together, moves = group.files, group.together, group.moves
         error = self._append(group, partial(self._stage, group.every_file()), moves)
         if error is not None:
             refuse([*files, *together, *moves], error)
             files, together, moves = [], [], []
-        error = self._record(group, files, together, group.forgotten, group.tasks, moves)
+        error = self._record(group, files, together, group.forgotten, group.tasks, moves, apart)
         if error is not None:
             refuse([*files, *together, *moves, *group.tasks], error)
-            if isinstance(error, StoreFull):
-                self._insist(group)
-        self._remove_large(group)
-        self.stalled = False
-        return group
+        return error
 
     def _remove_large(self, group: Filings) -> None:
         """Remove the files of large messages that have not been filed."""
@@ -212,10 +224,11 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         forgotten: list[Forget],
         tasks: list[Task],
         moves: list[Move],
+        apart: bool = False,
     ) -> StoreError | None:
         """Commit these operations of a group in one transaction; the error when it failed: then nothing of them is committed."""
-        self._freed.clear()
-        error = self._transact(partial(self._fill, files, together, forgotten, tasks, moves))
+        self._mistaken = False
+        error = self._transact(partial(self._fill, files, together, forgotten, tasks, moves, apart))
         if error is None:
             group.touched |= self._touched
             for ident, body in self._freed:
@@ -235,12 +248,18 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         forgotten: list[Forget],
         tasks: list[Task],
         moves: list[Move],
+        apart: bool,
         change: Change,
         now: int,
     ) -> None:
+        """`apart`: each message is a part of the transaction, which is undone where it cannot be filed."""
         wall = wall_ms()
+        self._freed.clear()
         for file in files:
-            self._file(change, file, now, wall)
+            if apart:
+                self._file_apart(change, file, now, wall)
+            else:
+                self._file_with_others(change, file, now, wall)
         for one in together:
             self._run_task(change, one)
             if one.error is not None:
@@ -262,6 +281,31 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             if body.segment:
                 self._segments.release(body)
         self._touched = change.touched
+
+    def _file_with_others(self, change: Change, file: File, now: int, wall: int) -> None:
+        try:
+            self._file(change, file, now, wall)
+        except (lmdb.Error, OSError):
+            raise
+        except Exception as error:
+            self._mistaken = True
+            raise StoreError(repr(error)) from error
+
+    def _file_apart(self, change: Change, file: File, now: int, wall: int) -> None:
+        change.begin_part()
+        try:
+            self._file(change, file, now, wall)
+            change.settle()
+        except (lmdb.Error, OSError):
+            raise
+        except Exception as error:
+            change.undo_part()
+            traceback.print_exc()
+            file.error = StoreError(f"the message cannot be filed: {error!r}")
+            if file.body is not None:
+                self._freed.append((file.ident, file.body))
+        else:
+            change.keep_part()
 
     def _file(self, change: Change, file: File, now: int, wall: int) -> None:
         """File a message in those of its mailboxes that take it."""

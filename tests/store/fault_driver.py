@@ -110,7 +110,7 @@ class Owner:
         """The shard works, and holds what was acknowledged."""
         try:
             await self._until_it_works(patience)
-            self.ledger.check(self.shard)
+            await asyncio.to_thread(self.ledger.check, self.shard)  # which waits while the store is opened again
             self._compare_segments()
         except Exception as error:
             error.add_note(where)
