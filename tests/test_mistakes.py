@@ -185,7 +185,8 @@ TABLES = [
     (f'{L}[verify]\ndmarc = "enforce"\n',
      "4: verify.dmarc: 'enforce' needs verify.results = true: nothing is checked without it"),
     (f'{L}protocol = "lmpt"\n',
-     "3: listener.0.protocol: Input should be 'smtp', 'lmtp', 'pop3' or 'imap' (it is 'lmpt') (did you mean \"lmtp\"?)"),
+     "3: listener.0.protocol: Input should be 'smtp', 'lmtp', 'pop3', 'imap' or 'managesieve' (it is 'lmpt') "
+     '(did you mean "lmtp"?)'),
     (LMTP, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
     (LMTP + ROUTE, '3: listener.0.protocol: "lmtp" needs a [[route]] with protocol = "mailbox": no mail is kept here'),
     (f'{L}protocol = "lmtp"\n{HERE}',

@@ -40,6 +40,7 @@ VERBS = {
     "route": Verb("route", "Test the routes."),
     "serve": Verb("serve", "Run the relay until SIGTERM or Ctrl-C."),
     "shaping": Verb("site", "Show and clear decisions about sites."),
+    "sieve": Verb("sieve", "Manage users' Sieve scripts, which sort mail as it is delivered."),
     "sink": Verb("sink", "Run a smart host for tests."),
     "site": Verb("site", "The sites that mail is sent to."),
     "standing": Verb("policy"),

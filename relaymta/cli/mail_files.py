@@ -27,7 +27,7 @@ from relaymta.store.repair import repair
 from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["as_owner", "backup", "check_empty", "missing_addresses", "restore", "show", "users", "verify"]
+__all__ = ["as_owner", "backup", "check_empty", "mail_files", "missing_addresses", "restore", "show", "users", "verify"]
 
 if TYPE_CHECKING:
     from relaymta.config import Config

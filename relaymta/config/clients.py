@@ -29,9 +29,10 @@ class Listener(Table):
     """An address to accept mail on. `[[listener]]`, repeatable."""
 
     address: Restart[Address] = Field(description="host:port to listen on")
-    protocol: Restart[Literal["smtp", "lmtp", "pop3", "imap"]] = Field(
+    protocol: Restart[Literal["smtp", "lmtp", "pop3", "imap", "managesieve"]] = Field(
         "smtp", description="lmtp (RFC 2033): clients that may relay deliver into mailboxes, past the queue; the reply for each "
-        "recipient follows when the mailbox has the message; pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail",
+        "recipient follows when the mailbox has the message; pop3 (RFC 1939), imap (RFC 9051, 3501): users read their mail; "
+        "managesieve (RFC 5804, port 4190): they edit their Sieve scripts",
     )  # fmt: skip
     application: Restart[str] = Field(
         "", description="application of mail accepted here, as routes, limits and log records name it"
@@ -67,8 +68,8 @@ class Listener(Table):
 
     @property
     def reads_mail(self) -> bool:
-        """Whether users log in here to read their mail."""
-        return self.protocol in ("pop3", "imap")
+        """Whether users log in here to read their mail, or to edit their scripts."""
+        return self.protocol in ("pop3", "imap", "managesieve")
 
     def _not_for_readers(self) -> Iterator[tuple[str, str]]:
         for key in ("submission", "application", "priority", "auth"):

@@ -191,6 +191,15 @@ class MailboxChange(_Arguments, frozen=True):
     changes: MailboxFields
 
 
+class SieveChange(_Arguments, frozen=True):
+    """A change of a user's Sieve scripts (store.mailboxes.CHANGES); `text`: of the one that is put."""
+
+    address: Text
+    what: Literal["put_script", "activate_script", "remove_script"]
+    name: Text
+    text: bytes
+
+
 # How answers are merged: the workers' answers and the request's arguments -> one answer
 
 Rows = list[dict[str, Any]]
@@ -299,6 +308,7 @@ REQUESTS: dict[str, Request] = {
         Request("mailbox_begin_restore", MailboxAddress, Where.SUPERVISOR, 30, changes=True),
         Request("mailbox_restore", MailboxRestore, Where.SUPERVISOR, 120, changes=True),
         Request("mailbox_end_restore", MailboxRestored, Where.SUPERVISOR, 30, changes=True),
+        Request("sieve_change", SieveChange, Where.SUPERVISOR, 40, changes=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

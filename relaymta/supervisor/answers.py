@@ -34,6 +34,7 @@ from relaymta.control.requests import (
     OfMessage,
     Policy,
     Request,
+    SieveChange,
     Suspension,
     Where,
 )
@@ -284,6 +285,11 @@ class Answers:
     async def mailbox_alias(self, args: MailboxAlias) -> None:
         """As `Directory.set_alias`."""
         await self._mail().alias(self._supervisor.config, args.address, args.targets)
+
+    async def sieve_change(self, args: SieveChange) -> None:
+        """A change of a user's Sieve scripts."""
+        words = [args.name, args.text] if args.what == "put_script" else [args.name]
+        await self._mail().owner_of(args.address, "mail_script", what=args.what, args=words)
 
     async def mailbox_change(self, args: MailboxChange) -> dict[str, Any]:
         """Change a user's row."""

@@ -43,6 +43,7 @@ from relaymta.store.mailboxes import OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
 from relaymta.view.access import Access
 from relaymta.view.imap import ImapConnection
+from relaymta.view.managesieve import ManageSieveConnection
 from relaymta.view.pop3 import Pop3Connection
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
@@ -191,6 +192,7 @@ class Worker:
             self.access = Access(self.mail)
             others["pop3"] = partial(Pop3Connection, self.access)
             others["imap"] = partial(ImapConnection, self.access)
+            others["managesieve"] = partial(ManageSieveConnection, self.access)
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):

@@ -1,0 +1,237 @@
+"""The connection of a ManageSieve client: what it does beside what all do (accept/client.py).
+
+Scripts are read here, and changed by the owner of the user's shard.
+"""
+
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar
+
+from relaymta.accept.admission import Admission
+from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
+from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
+from relaymta.accept.rights import Rights
+from relaymta.config import Listener
+from relaymta.errors import RelayError
+from relaymta.proto import managesieve_reply as reply
+from relaymta.proto import sieve
+from relaymta.proto.managesieve_server import ASKED, CLAIMED, TLS, Asked, Listed, ServerSession
+from relaymta.store import scripts
+from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Refusal
+from relaymta.store.directory import User
+from relaymta.view.access import Access
+from relaymta.view.connection import LOGIN_SECONDS, ReadingConnection
+
+__all__ = ["ManageSieveConnection"]
+
+IDLE_SECONDS = 1800.0  # RFC 5804 1.2: at least 30 minutes
+NO_MAILBOXES = b"550 5.7.1 No mail is kept for this user\r\n"
+TOO_MANY_SESSIONS = b"454 4.7.0 Too many sessions of this user; close one, or try again later\r\n"
+# Response codes (RFC 5804 1.3).
+CODES = {
+    MISSING: reply.NONEXISTENT, EXISTS: reply.ALREADYEXISTS, LIMIT: reply.MAXSCRIPTS, OVERQUOTA: reply.MAXSIZE,
+    CANNOT: b"", scripts.INVALID: b"",
+}  # fmt: skip
+
+
+class ManageSieveConnection(ReadingConnection[ServerSession]):
+    """`_told`: the client has the capabilities of this connection as it is now."""
+
+    protocol = "managesieve"
+
+    __slots__ = ("_commands", "_told")
+
+    def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
+        super().__init__(access, admission, listener)
+        self._commands = 0
+        self._told = False
+
+    def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
+        endpoint = self.admission.endpoint
+        self._greeted_at = self.admission.now()
+        self._told = secure
+        return ServerSession(self.admission.intake.hostname, endpoint.offers(self.listener, False), endpoint.keys, secure)
+
+    def refusal(self, answer: bytes) -> bytes:
+        """A refusal of SMTP as BYE."""
+        text = answer.decode("utf-8", "replace").strip().partition(" ")[2].partition(" ")[2]
+        return reply.bye(text, reply.TRYLATER if answer.startswith(b"4") else b"")
+
+    def secured(self, described: str) -> None:
+        super().secured(described)
+        if not self._told and self.session is not None:
+            self._told = True
+            self.write(self.session.greet())
+
+    def admit_login(self) -> bytes | None:
+        assert self.rights is not None and self.session is not None
+        user = self._access.user(self.rights.user)
+        if user is None:
+            return NO_MAILBOXES
+        if not self.sit(user, self.admission.config.limits.sessions_per_user):
+            return TOO_MANY_SESSIONS
+        self.session.name_owner(user.address)
+        return None
+
+    # Commands
+
+    def _begin(self, session: ServerSession) -> None:
+        self.waits |= COMMITTING
+        self.pause()
+        self.admission.spawn(self._run(session))
+
+    async def _run(self, session: ServerSession) -> None:
+        out, asked = b"", session.asked
+        try:
+            if asked is not None:
+                out = await self._answer(session, asked)
+        except Exception as error:  # a defect: this command fails, the session and the others go on
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+            out = session.refused("The server has failed; try again later", reply.TRYLATER)
+        finally:
+            self._commands += 1
+            self.waits &= ~COMMITTING
+            self.active_at = self.admission.now()
+            if self.gone:
+                self.leave()
+        if not self.gone:
+            self.more(session, out)
+
+    async def _answer(self, session: ServerSession, asked: Asked) -> bytes:
+        """Do what is asked; what to write."""
+        assert self._user is not None
+        user = self._access.user(self._user.address)
+        if user is None or user.ident != self._user.ident:  # disabled, deleted, renamed
+            session.close()
+            return reply.DISMISSED
+        try:
+            return session.done(await DOINGS[asked.what](self._access, user, asked))
+        except Refusal as refusal:
+            code = CODES.get(refusal.code, reply.TRYLATER)
+            if asked.what == "remove" and refusal.code == CANNOT:
+                code = reply.ACTIVE
+            return session.refused(str(refusal), code)
+        except (RelayError, ConnectionError) as error:
+            self.warn(f"{asked.what}: {error or type(error).__name__}")
+            return session.refused("The scripts are temporarily not available; try again later", reply.TRYLATER)
+
+    # The end
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        session = self.session
+        super().connection_lost(exc)
+        if session is not None and self._user is not None and session.owner:
+            self.log_session(commands=self._commands)
+            session.owner = ""  # this may be called again
+        if not self.waits & COMMITTING:  # else the command that is under way ends with it
+            self.leave()
+
+    # Deadlines
+
+    def check(self, now: float) -> None:
+        session, patience = self.session, STRESS_PATIENCE if self.admission.stressed else 1.0
+        if self.check_output(now, OUTPUT_SECONDS * patience):
+            return
+        if self.admission.intake.draining:
+            self.drain()
+        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING):
+            return
+        if session.owner:
+            late = now - self.active_at > IDLE_SECONDS
+        else:
+            late = now - self._greeted_at > LOGIN_SECONDS * patience
+        if late:
+            self._close(session, reply.IDLE_TOO_LONG)
+
+    def _close(self, session: ServerSession, answer: bytes) -> None:
+        self.write(answer)
+        session.close()
+        self.close()
+
+    def drain(self) -> None:
+        session = self.session
+        if session is None or self.gone or self.waits & (COMMITTING | SHAKING):
+            return
+        out, self.delayed = self.delayed, b""
+        self._close(session, out + reply.SHUTTING_DOWN)
+
+    steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
+        TLS: ClientConnection.start_tls,
+        CLAIMED: ClientConnection.log_in,
+        ASKED: lambda self, session: self._begin(session),
+    }
+
+
+# What is asked, one function each. RelayError, ConnectionError.
+
+
+async def _list(access: Access, user: User, asked: Asked) -> list[Listed]:
+    return [Listed(one.name, one.active) for one in await _scripts(access, user)]
+
+
+async def _scripts(access: Access, user: User) -> list[scripts.Script]:
+    shard = access.shard(user)
+
+    def read() -> list[scripts.Script]:
+        with shard.rows.reading() as txn:
+            return scripts.scripts(shard.rows, txn, user.ident)
+
+    return await access.read(read)
+
+
+async def _get(access: Access, user: User, asked: Asked) -> bytes | None:
+    shard = access.shard(user)
+
+    def read() -> bytes | None:
+        with shard.rows.reading() as txn:
+            return scripts.text(shard.rows, txn, user.ident, asked.name)
+
+    return await access.read(read)
+
+
+async def _put(access: Access, user: User, asked: Asked) -> None:
+    await access.change(user, "put_script", asked.name, asked.text)
+
+
+async def _check(access: Access, user: User, asked: Asked) -> None:
+    try:
+        await access.read(lambda: sieve.compile(asked.text))
+    except sieve.SieveError as error:
+        raise Refusal(scripts.INVALID, str(error)) from None
+
+
+async def _activate(access: Access, user: User, asked: Asked) -> None:
+    await access.change(user, "activate_script", asked.name)
+
+
+async def _remove(access: Access, user: User, asked: Asked) -> None:
+    await access.change(user, "remove_script", asked.name)
+
+
+async def _rename(access: Access, user: User, asked: Asked) -> None:
+    await access.change(user, "rename_script", asked.name, asked.new)
+
+
+async def _room(access: Access, user: User, asked: Asked) -> None:
+    """Whether a script of that name and size could be kept (RFC 5804 2.5)."""
+    problem = scripts.name_problem(asked.name)
+    if problem is not None:
+        raise Refusal(CANNOT, problem)
+    if asked.size > sieve.SCRIPT_MOST:
+        raise Refusal(OVERQUOTA, f"a script has {sieve.SCRIPT_MOST} octets at most")
+    found = await _scripts(access, user)
+    if len(found) >= scripts.SCRIPTS_MOST and asked.name not in {one.name for one in found}:
+        raise Refusal(LIMIT, f"{scripts.SCRIPTS_MOST} scripts are the most that a user may have")
+
+
+DOINGS: dict[str, Callable[[Access, User, Asked], Awaitable[Any]]] = {
+    "list": _list,
+    "get": _get,
+    "put": _put,
+    "check": _check,
+    "activate": _activate,
+    "remove": _remove,
+    "rename": _rename,
+    "room": _room,
+}
