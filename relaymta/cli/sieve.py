@@ -96,7 +96,7 @@ def _script(read: Configuration, address: str, name: str) -> bytes:
         with rows.reading() as txn:
             if name:
                 return scripts.text(rows, txn, user.ident, name)
-            active = scripts.active(rows, txn, user.ident)
+            active = scripts.active_text(rows, txn, user.ident)
             return active[1] if active is not None else None
 
     with mail_files(read) as files:

@@ -110,7 +110,11 @@ class Local:
         assert self.store is not None
         envelope = entry.envelope
         replies, shards, onward = await self.store.deliver(entry.ident, entry.attempts, envelope.sender, entry.recipients, data)
-        sent = await puts_of(self.queue, entry, data, onward) if onward else ()
+        try:
+            sent = await puts_of(self.queue, entry, data, onward) if onward else []
+        except StoreError:  # the next attempt has to send them, though it may file the message once more
+            self.store.forget(entry.ident, list(replies), shards)
+            raise
         filed = [position for position, said in replies.items() if said.code < 300]
         ended = [position for position, said in replies.items() if not 400 <= said.code < 500]
         if ended:

@@ -26,9 +26,11 @@ from relaymta.store.collected import (
     tally,
 )
 from relaymta.store.rows import (
+    ANY_ATTEMPT,
     DELETED,
     DONE,
     EXPUNGED,
+    FILED,
     ID,
     INBOX,
     KEYWORDS_MOST,
@@ -372,9 +374,9 @@ class Change(Collected):
         """Whether this recipient's message was filed for a user."""
         return self.shard.is_done(self.txn, queue_id, recipient, user)
 
-    def done(self, queue_id: int, recipient: int, user: int, now: int) -> None:
+    def done(self, queue_id: int, recipient: int, user: int, now: int, attempt: int = ANY_ATTEMPT) -> None:
         """Note that a recipient's message is filed for a user (`now`: ms of the shard's clock)."""
-        self.txn.put(DONE.pack(queue_id, recipient, user), ID.pack(now), db=self._tables["done"])
+        self.txn.put(DONE.pack(queue_id, recipient, user), FILED.pack(now, attempt), db=self._tables["done"])
 
     def forget_done(self, queue_id: int, recipient: int) -> None:
         """The queue has ended a recipient of a message: nobody asks for it again."""

@@ -2,7 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from relaymta.config import Mailboxes as Settings
 from relaymta.disk.big import BigFile
@@ -12,6 +15,7 @@ from relaymta.proto.said import Reply
 from relaymta.store.change import LIMIT, OVERQUOTA, Limits
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.sieving import Sieved, Sieving
 from relaymta.store.writer import Result, Target
 
 __all__ = ["FULL", "REFUSED", "UNKNOWN", "Delivery", "Landed", "limits_of", "status_of"]
@@ -20,6 +24,7 @@ UNKNOWN = Reply(550, "5.1.1", "no such user here")
 _DISABLED = Reply(550, "5.2.1", "the mailbox is disabled")
 FULL, REFUSED = Reply(452, "4.2.2", "the mailbox is full"), Reply(552, "5.2.2", "the mailbox is full")
 _FILED = Reply(250, "2.1.5", "filed")
+_NOT_NOW = Reply(451, "4.3.0", "the mailbox cannot be used now")
 
 
 def limits_of(user: User, settings: Settings) -> Limits:
@@ -52,11 +57,16 @@ class Delivery:
     """Files messages. `settings()`: the configuration in use; `count(result)`: called for each mailbox that a message is for."""
 
     def __init__(
-        self, mailboxes: Mailboxes, settings: Callable[[], Settings], count: Callable[[str], None] = lambda _: None
+        self,
+        mailboxes: Mailboxes,
+        settings: Callable[[], Settings],
+        count: Callable[[str], None] = lambda _: None,
+        sieving: Sieving | None = None,
     ) -> None:
         self._mailboxes = mailboxes
         self._settings = settings
         self._count = count
+        self._sieving = sieving
         self._tasks: set[asyncio.Task[list[Landed]]] = set()
 
     async def deliver(
@@ -67,8 +77,7 @@ class Delivery:
         not filed again. `attempt`: the number of attempts whose outcomes are recorded."""
         settings = self._settings()
         replies: dict[int, Reply] = {}
-        targets: list[tuple[int, Target]] = []
-        owners: list[int] = []  # the recipient of each target
+        copies: list[_Copy] = []
         for index, address in recipients:
             try:
                 users = self._users(address, settings)
@@ -78,16 +87,61 @@ class Delivery:
             if isinstance(users, Reply):
                 replies[index] = users
                 continue
-            prefix = _prefix(sender, address)
             for user in users:
                 once = (queue_id, index, user.ident)
-                targets.append((user.shard, Target(user.ident, prefix=prefix, limits=limits_of(user, settings), once=once)))
-                owners.append(index)
-        for index, result in zip(owners, await self._mailboxes.file(data, targets), strict=True):
-            reply = self._counted(result, settings)
+                target = Target(
+                    user.ident, prefix=_prefix(sender, address), limits=limits_of(user, settings), once=once, attempt=attempt
+                )
+                copies.append(_Copy(index, address, user, target))
+        await self._sieve(copies, sender, data, queue_id, attempt)
+        onward: list[Onward] = []
+        for copy, reply in zip(copies, await self._filed(copies, data, settings), strict=True):
+            if copy.sieved is not None and self._sieving is not None:
+                if reply.code < 300 and copy.sieved.sends:
+                    reply = await self._send(copy, sender, queue_id, reply, onward)
+                self._sieving.note(copy.user, copy.sieved, queue_id)
+            index = copy.index
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
-        return replies, sorted({shard for shard, _ in targets}), []
+        return replies, sorted({copy.user.shard for copy in copies}), onward
+
+    async def _send(self, copy: "_Copy", sender: str, queue_id: int, reply: Reply, onward: list[Onward]) -> Reply:
+        """Add what a script sends to `onward`; the reply: `reply`, or one that asks for the message again."""
+        assert self._sieving is not None and copy.sieved is not None
+        try:
+            onward += await self._sieving.onward(copy.user, copy.sieved, sender, copy.address, queue_id, copy.index)
+        except (RelayError, ConnectionError) as error:
+            copy.sieved.cause = str(error)
+            return _NOT_NOW
+        return reply
+
+    async def _sieve(
+        self, copies: "list[_Copy]", sender: str, data: list[bytes] | BigFile, queue_id: int = 0, attempt: int = 0
+    ) -> None:
+        """Let users' scripts say what becomes of copies, where there are any."""
+        sieving = self._sieving
+        if sieving is None:
+            return
+        for copy, ident in zip(copies, sieving.active([copy.user for copy in copies]), strict=True):
+            if ident == 0:
+                continue
+            try:
+                if ident is None:
+                    raise StoreError("it is not known whether there is a script")
+                if queue_id and sieving.sent_before(copy.user, queue_id, copy.index, attempt):
+                    continue
+                copy.sieved = await sieving.run(copy.user, ident, sender, copy.address, data)
+            except StoreError:
+                copy.reply = _NOT_NOW
+                continue
+            copy.reply = copy.sieved.refusal
+            copy.target = msgspec.structs.replace(copy.target, places=copy.sieved.places)
+
+    async def _filed(self, copies: "list[_Copy]", data: list[bytes] | BigFile, settings: Settings) -> list[Reply]:
+        """File the copies that nothing has been said of yet; the reply to each."""
+        targets = [(copy.user.shard, copy.target) for copy in copies if copy.reply is None]
+        results = iter([self._counted(result, settings) for result in await self._mailboxes.file(data, targets)])
+        return [copy.reply or next(results) for copy in copies]
 
     def file(
         self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]
@@ -120,12 +174,20 @@ class Delivery:
         copy. What was filed is not remembered: a client that has no reply and tries again is the one who decides that."""
         settings = self._settings()
         ways = {address: self._way(address, settings) for address in recipients}
-        targets: list[tuple[int, Target]] = []
+        copies: dict[str, list[_Copy]] = {}
         for address, way in ways.items():
             prefix = _prefix(sender, address)
-            targets += [(user.shard, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users]
-        results = iter([self._counted(result, settings) for result in await self._mailboxes.file(data, targets)])
-        landed = {address: way.landed([next(results) for _ in way.users]) for address, way in ways.items()}
+            copies[address] = [
+                _Copy(0, address, user, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users
+            ]
+            await self._sieve(copies[address], sender, data)
+            ways[address], copies[address] = _sent_by_the_queue(way, copies[address])
+        every = [copy for some in copies.values() for copy in some]
+        replies = iter(await self._filed(every, data, settings))
+        for copy in every:
+            if copy.sieved is not None and self._sieving is not None:
+                self._sieving.note(copy.user, copy.sieved, 0)
+        landed = {address: way.landed([next(replies) for _ in way.users]) for address, way in ways.items()}
         return [landed[address] for address in recipients]
 
     def _way(self, address: str, settings: Settings) -> "_Way":
@@ -154,6 +216,31 @@ class Delivery:
         refused = [status for user in found.users if (status := status_of(user)) is not None]
         good = [user for user in found.users if status_of(user) is None]
         return good or refused[0]
+
+
+@dataclass
+class _Copy:
+    """A message for one user, of the recipient `index`. `reply`: what is said without filing it, or None; `sieved`: what the
+    user's script says, where there is one."""
+
+    index: int
+    address: str
+    user: User
+    target: Target
+    reply: Reply | None = None
+    sieved: Sieved | None = None
+
+
+def _sent_by_the_queue(way: "_Way", copies: list[_Copy]) -> "tuple[_Way, list[_Copy]]":
+    """What an LMTP client has given goes by way of the queue to users whose scripts send something: that is done once, also after
+    a crash. The rest of the way, and of the copies."""
+    later = [copy for copy in copies if copy.sieved is not None and copy.sieved.sends]
+    if not later:
+        return way, copies
+    alone = len(copies) == 1 and not way.others
+    others = [*way.others, *(copy.address if alone else copy.user.address for copy in later)]
+    rest = [copy for copy in copies if copy not in later]
+    return _Way(_FILED, [copy.user for copy in rest], others), rest
 
 
 class _Way(NamedTuple):

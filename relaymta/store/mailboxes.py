@@ -326,7 +326,7 @@ CHANGES: dict[str, tuple[Callable[..., Awaitable[Any]], tuple[Any, ...], Any, bo
     "activate_script": (Shard.activate_script, (int, str), None, True),
     "remove_script": (Shard.remove_script, (int, str), None, False),
     "rename_script": (Shard.rename_script, (int, str, str), None, False),
-    "remember_reply": (Shard.remember_reply, (int, bytes, int, int), bool, False),
+    "remember_reply": (Shard.remember_reply, (int, bytes, int, int, bytes), bool, True),
 }
 # What the supervisor asks of the owner of a shard, and what other owners ask.
 OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {

@@ -8,7 +8,7 @@
     mailbox   user, name              MailboxRow
     object    id                      ObjectRow: a message's data, once for all mailboxes of the shard
     user      id                      UserRow
-    done      queue id, n, user       when that recipient's message was filed for the user: it is not filed again
+    done      queue id, n, user       when that recipient's message was filed for the user, and by which attempt: it is not again
     sieve     user, kind, ...         Sieve scripts, and to whom vacation replies went (scripts.py)
     segment   number                  SegmentRow
     meta      word                    schema, last committed time ("seen"), highest object id, highest mailbox id
@@ -51,6 +51,8 @@ MESSAGE = struct.Struct(">QBI")
 EXPUNGED = struct.Struct(">QBQ")
 ID = struct.Struct(">Q")
 DONE = struct.Struct(">QIQ")
+FILED = struct.Struct(">QI")
+ANY_ATTEMPT: Final = (1 << 32) - 1
 RUN = struct.Struct("<II")  # first and last UID
 MESSAGE_KIND = 2
 UNFINISHED = struct.Struct(">QBQQ")
@@ -269,7 +271,12 @@ class MailShard(Environment):
         for key, value in txn.cursor(db=self.tables["done"]):
             queue_id, recipient, owner = DONE.unpack(key)
             if owner == user:
-                yield queue_id, recipient, ID.unpack(value)[0]
+                yield queue_id, recipient, ID.unpack_from(value)[0]
+
+    def filed_by(self, txn: Any, queue_id: int, recipient: int, user: int) -> int | None:
+        """The attempt that has filed this recipient's message for a user (ANY_ATTEMPT: not known); None: none has."""
+        raw = txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"])
+        return None if raw is None else FILED.unpack(raw)[1] if len(raw) == FILED.size else ANY_ATTEMPT
 
     def is_done(self, txn: Any, queue_id: int, recipient: int, user: int) -> bool:
         """Whether this recipient's message was filed for a user."""

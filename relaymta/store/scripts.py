@@ -3,7 +3,7 @@
     user, 0                 ScriptsRow
     user, 1, name           ScriptRow
     user, 2, id, number     a piece of the script's text (PIECE octets): no value needs pages of its own
-    user, 3, key            until when (s, wall clock) no vacation reply of this key is sent again
+    user, 3, key            until when (s, wall clock) no vacation reply of this key is sent again, and for whom one is sent
 
 The text of an id never changes: a script that is replaced has a new id. What reads takes any transaction; what changes takes that
 of a `Change`, for a Task, which is undone when it is refused.
@@ -23,9 +23,10 @@ from relaymta.store.collected import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, 
 from relaymta.store.rows import MailShard
 
 __all__ = [
-    "INVALID", "NAME_MOST", "REPLIES_MOST", "SCRIPTS_MOST", "Script", "activate", "active", "all_scripts", "clear",
+    "INVALID", "NAME_MOST", "REPLIES_MOST", "SCRIPTS_MOST", "Script", "activate", "active_ident",
+    "active_text", "all_scripts", "clear",
     "contradictions", "mend", "name_problem", "put", "remember_reply", "remove", "rename", "replied_until", "replies", "scripts",
-    "take", "text",
+    "take", "text", "text_of",
 ]  # fmt: skip
 
 INVALID: Final = "invalid"  # why a script is refused: it does not compile
@@ -99,10 +100,20 @@ def text(shard: MailShard, txn: Any, user: int, name: str) -> bytes | None:
     return None if row is None else _text(shard, txn, user, row.ident)
 
 
-def active(shard: MailShard, txn: Any, user: int) -> tuple[int, bytes] | None:
-    """The id and the text of the script that is run for a user; None when there is none."""
-    ident = _own(shard, txn, user).active
-    return (ident, _text(shard, txn, user, ident)) if ident else None
+def active_ident(shard: MailShard, txn: Any, user: int) -> int:
+    """The id of the script that is run for a user; 0: none."""
+    return _own(shard, txn, user).active
+
+
+def active_text(shard: MailShard, txn: Any, user: int) -> tuple[int, bytes] | None:
+    """The id and the text of that script."""
+    ident = active_ident(shard, txn, user)
+    return (ident, text_of(shard, txn, user, ident)) if ident else None
+
+
+def text_of(shard: MailShard, txn: Any, user: int, ident: int) -> bytes:
+    """The text of a script by its id."""
+    return _text(shard, txn, user, ident)
 
 
 def all_scripts(shard: MailShard, txn: Any, user: int) -> list[tuple[str, bytes, bool]]:
@@ -114,12 +125,12 @@ def all_scripts(shard: MailShard, txn: Any, user: int) -> list[tuple[str, bytes,
 def replied_until(shard: MailShard, txn: Any, user: int, key: bytes) -> int:
     """Until when (s, wall clock) no reply of this key is sent again; 0: it may be."""
     raw = None if _table(shard) is None else txn.get(_reply_key(user, key), db=_table(shard))
-    return 0 if raw is None else int(_UNTIL.unpack(raw)[0])
+    return 0 if raw is None else int(_UNTIL.unpack_from(raw)[0])
 
 
 def replies(shard: MailShard, txn: Any, user: int) -> list[tuple[bytes, int]]:
     """(key, until when) of all replies that are remembered."""
-    return [(key[9:], _UNTIL.unpack(value)[0]) for key, value in _scan(shard, txn, _HEAD.pack(user, _REPLY))]
+    return [(key[9:], _UNTIL.unpack_from(value)[0]) for key, value in _scan(shard, txn, _HEAD.pack(user, _REPLY))]
 
 
 # Changing
@@ -169,16 +180,17 @@ def rename(shard: MailShard, txn: Any, user: int, old: str, new: str) -> None:
     _put_row(shard, txn, user, msgspec.structs.replace(row, name=new))
 
 
-def remember_reply(shard: MailShard, txn: Any, user: int, key: bytes, until: int, now: int) -> bool:
+def remember_reply(shard: MailShard, txn: Any, user: int, key: bytes, until: int, now: int, claimant: bytes) -> bool:
     """Remember that a vacation reply is sent now, and not again before `until` (both s, wall clock); False: one was, and its time
-    is not over. What is over is forgotten by and by; of more than REPLIES_MOST, some that are over soonest."""
-    if replied_until(shard, txn, user, key) > now:
-        return False
-    own = _own(shard, txn, user)
+    is not over. Whoever asks again, as the same `claimant`, gets the same answer. What is over is forgotten by and by; of more
+    than REPLIES_MOST, some that are over soonest."""
     place = _reply_key(user, key)
+    if replied_until(shard, txn, user, key) > now:
+        return bool(txn.get(place, db=_table(shard))[_UNTIL.size :] == claimant)
+    own = _own(shard, txn, user)
     own.replies += not txn.delete(place, db=_table(shard))
     own.replies -= _prune(shard, txn, user, place, now, own.replies > REPLIES_MOST)
-    txn.put(place, _UNTIL.pack(until), db=_table(shard))
+    txn.put(place, _UNTIL.pack(until) + claimant, db=_table(shard))
     _put_own(shard, txn, user, own)
     return True
 
@@ -349,7 +361,7 @@ def _prune(shard: MailShard, txn: Any, user: int, place: bytes, now: int, too_ma
         if (not found and at == head) or (found and cursor.key() in seen):
             break
         if found:
-            seen[cursor.key()] = _UNTIL.unpack(cursor.value())[0]
+            seen[cursor.key()] = _UNTIL.unpack_from(cursor.value())[0]
         at = cursor.key() + b"\x00" if found else head
     gone = [key for key, until in seen.items() if until <= now]
     if too_many and not gone and seen:

@@ -250,9 +250,13 @@ class SessionChanges:
         """As `scripts.rename`."""
         await self._scripts(user, lambda change: scripts.rename(change.shard, change.txn, user, old, new))
 
-    async def remember_reply(self, user: int, key: bytes, until: int, now: int) -> bool:
+    async def remember_reply(self, user: int, key: bytes, until: int, now: int, claimant: bytes) -> bool:
         """As `scripts.remember_reply`."""
-        return await self._scripts(user, lambda change: scripts.remember_reply(change.shard, change.txn, user, key, until, now))
+
+        def remember(change: Change) -> bool:
+            return scripts.remember_reply(change.shard, change.txn, user, key, until, now, claimant)
+
+        return await self._scripts(user, remember)
 
     async def _scripts(self, user: int, run: Callable[[Change], T]) -> T:
         def changed(change: Change) -> T:

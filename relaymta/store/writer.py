@@ -24,9 +24,10 @@ from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
 from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
+from relaymta.store import names
 from relaymta.store.change import LIMIT, NO_LIMITS, Change, Filed, Limits, Refusal
 from relaymta.store.noted import NOTHING, Noted
-from relaymta.store.rows import INBOX, MailShard, MessageRow, ObjectRow
+from relaymta.store.rows import ANY_ATTEMPT, INBOX, MailShard, MessageRow, ObjectRow
 
 __all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together"]
 
@@ -45,10 +46,10 @@ class Place(msgspec.Struct, array_like=True, frozen=True):
 
 class Target(msgspec.Struct, array_like=True, frozen=True):
     """One mailbox that a message is for. `prefix`: header fields of this copy; `date`: INTERNALDATE (ms, wall clock; 0: now);
-    `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for;
-    `place`: as of `Change.file`; `saved`: when it came into the mailbox (ms, wall clock; 0: now); `places`: where a Sieve script
-    files it, instead of all that this says of one mailbox: in each of them, or (there is no room) in none. A place that cannot
-    be had is INBOX then; none: it is filed nowhere."""
+    `limits`: the user's quota; `once`: queue id, recipient and user, so that it is filed once however often it is asked for, and
+    `attempt`: by which; `place`: as of `Change.file`; `saved`: when it came into the mailbox (ms, wall clock; 0: now); `places`:
+    where a Sieve script files it, instead of all that this says of one mailbox: in each of them, or (there is no room) in none. A
+    place that cannot be had is INBOX then; none: it is filed nowhere."""
 
     user: int
     name: str = INBOX
@@ -62,6 +63,7 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
     place: tuple[int, int] | None = None
     saved: int = 0
     places: list[Place] | None = None
+    attempt: int = ANY_ATTEMPT
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
@@ -323,7 +325,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             file.results.append(result)
             filed += result.copies
             if target.once is not None and not result.code and result is not _BEFORE:
-                change.done(*target.once, now)
+                change.done(*target.once, now, target.attempt)
         if there:
             change.refer(file.ident, filed)
         elif file.body is not None and filed:
@@ -357,11 +359,19 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             raise Refusal(LIMIT, "no mailbox takes it")
         return Result(taken[0] if taken else None, copies=len(taken))
 
+    def _created(self, change: Change, user: int, place: Place) -> None:
+        """Create a mailbox that is to be created if missing, with its parents."""
+        row = change.shard.mailbox(change.txn, user, place.name) if place.create else None
+        if place.create and (row is None or not row.mailbox):
+            names.create(change, user, place.name)
+            names.subscribe(change, user, place.name, True)
+
     def _file_at(self, change: Change, row: MessageRow, user: int, place: Place) -> Filed | None:
         """None: the mailbox cannot take it."""
         for keywords in (place.keywords, []):
             try:
-                return change.file(user, place.name, row, place.flags, keywords, NO_LIMITS, place.create)
+                self._created(change, user, place)
+                return change.file(user, place.name, row, place.flags, keywords, NO_LIMITS)
             except Refusal as refusal:
                 if refusal.code != LIMIT or not keywords:
                     break

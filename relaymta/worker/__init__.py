@@ -41,6 +41,7 @@ from relaymta.shm import Shared
 from relaymta.store.deliver import Delivery
 from relaymta.store.mailboxes import OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
+from relaymta.store.sieving import Sieving
 from relaymta.view.access import Access
 from relaymta.view.imap import ImapConnection
 from relaymta.view.managesieve import ManageSieveConnection
@@ -158,7 +159,10 @@ class Worker:
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         if mail is not None:
             self.mail = Mailboxes(Path(self.config.spool), mail, version=shared.directory())
-            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed)
+            sieving = Sieving(
+                self.mail, lambda: self.config.mailboxes.subaddress, self.config.hostname, partial(self.log.event, "sieve")
+            )
+            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed, sieving)
             await self.mail.start()
         for number in shards:
             self.shards[number] = Shard(self, number)

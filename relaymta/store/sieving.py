@@ -1,0 +1,254 @@
+"""Users' active Sieve scripts, run over messages that are delivered to them (proto/sieve_run.py): where a message is filed, what
+its sender is told, and what is sent on.
+
+A script is run on a thread. What it sends comes into the queue with the outcome of the message (send/onward.py); by whom a reply
+has been asked for is remembered before, so that what is asked again after a crash is sent once.
+"""
+
+import asyncio
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import lmdb
+
+from relaymta.disk.big import BigFile
+from relaymta.disk.segments import FRAME
+from relaymta.errors import StoreError
+from relaymta.ident import format_id
+from relaymta.proto import sieve
+from relaymta.proto.envelope import Onward
+from relaymta.proto.header import header_end
+from relaymta.proto.said import Reply
+from relaymta.proto.sieve_message import Message
+from relaymta.proto.sieve_outcome import Answered, Discarded, Filed, Kept, Outcome, Redirected, Rejected
+from relaymta.proto.sieve_replies import answered, redirected, rejection
+from relaymta.proto.sieve_run import run
+from relaymta.store import scripts
+from relaymta.store.directory import User
+from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.reading import Readable
+from relaymta.store.rows import ANSWERED, DELETED, DRAFT, FLAGGED, INBOX, SEEN
+from relaymta.store.writer import Place
+
+__all__ = ["Sieved", "Sieving"]
+
+COMPILED_MOST: Final = 1000  # scripts that are kept compiled
+HEADER_MOST: Final = 1 << 20  # octets of a large message's header, and
+BODY_MOST: Final = 64 << 20  # of it in all, that a script sees
+_SYSTEM: Final = {"\\seen": SEEN, "\\answered": ANSWERED, "\\flagged": FLAGGED, "\\deleted": DELETED, "\\draft": DRAFT}
+
+
+@dataclass
+class Sieved:
+    """What a user's script says of a message. `places`: where it is filed; `refusal`: the reply that refuses it, instead;
+    `redirects`: addresses that get it as well; `answers`: replies to its sender; `done`: what was sent by an earlier attempt is
+    not sent again. `shown`, `cause`: for the log."""
+
+    places: list[Place]
+    refusal: Reply | None = None
+    redirects: list[str] = field(default_factory=list)
+    answers: list[Answered] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    cause: str = ""
+
+    @property
+    def sends(self) -> bool:
+        """Whether messages are to be sent."""
+        return bool(self.redirects or self.answers)
+
+
+class Sieving:
+    """`separator()`: of the +detail of addresses; `hostname`: in Message-IDs of replies; `log(**fields)`: the event of each
+    message."""
+
+    def __init__(self, mailboxes: Mailboxes, separator: Callable[[], str], hostname: str, log: Callable[..., None]) -> None:
+        self._mailboxes = mailboxes
+        self._separator = separator
+        self._hostname = hostname
+        self._log = log
+        self._compiled: OrderedDict[tuple[int, int, int], sieve.Script | sieve.SieveError] = OrderedDict()
+
+    def active(self, users: list[User]) -> list[int | None]:
+        """The ids of the scripts that users have activated; 0: none, None: that cannot be read now. A microsecond each, on the
+        loop."""
+        found: dict[int, int | None] = {}
+        for number in {user.shard for user in users}:
+            some = [user.ident for user in users if user.shard == number]
+            shard = self._mailboxes.readable(number)
+            try:
+                if shard is None:
+                    raise StoreError("it is not there")
+                with shard.rows.reading() as txn:
+                    found |= {user: scripts.active_ident(shard.rows, txn, user) for user in some}
+            except (lmdb.Error, StoreError):
+                found |= dict.fromkeys(some)
+        return [found[user.ident] for user in users]
+
+    def sent_before(self, user: User, queue_id: int, recipient: int, attempt: int) -> bool:
+        """Whether an attempt before this one has filed a message for a user, and its outcome was recorded, with what the script
+        sends. StoreError."""
+        shard = self._shard(user)
+        try:
+            with shard.rows.reading() as txn:
+                found = shard.rows.filed_by(txn, queue_id, recipient, user.ident)
+        except lmdb.Error as error:
+            raise StoreError(str(error)) from None
+        return found is not None and found < attempt
+
+    async def run(self, user: User, ident: int, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+        """What the script `ident` of a user says of a message. StoreError."""
+        work = partial(self._run, user, ident, sender, recipient, data)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, work)
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(str(error)) from None
+
+    def _run(self, user: User, ident: int, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+        shard = self._shard(user)
+        script = self._script(shard, user, ident)
+        if isinstance(script, sieve.SieveError):
+            return Sieved([Place()], cause=str(script))
+        found = self._mailboxes.directory.owner(user.address)
+        addresses = [user.address, *(found[1] if found is not None else ())]
+        outcome = run(
+            script,
+            _message(data, script.reads_body),
+            sender=sender,
+            recipient=recipient,
+            addresses=[one for one in addresses if not one.startswith("@")],
+            exists=partial(_exists, shard, user.ident),
+            seconds=int(time.time()),
+            separator=self._separator(),
+        )
+        return _sieved(outcome, partial(_exists, shard, user.ident))
+
+    def _script(self, shard: Readable, user: User, ident: int) -> sieve.Script | sieve.SieveError:
+        key = user.shard, user.ident, ident
+        known = self._compiled.get(key)
+        if known is None:
+            with shard.rows.reading() as txn:
+                text = scripts.text_of(shard.rows, txn, user.ident, ident)
+            try:
+                known = sieve.compile(text)
+            except sieve.SieveError as error:  # by an older version it was right
+                known = error
+            self._compiled[key] = known
+            while len(self._compiled) > COMPILED_MOST:
+                self._compiled.popitem(last=False)
+        return known
+
+    def _shard(self, user: User) -> Readable:
+        shard = self._mailboxes.readable(user.shard)
+        if shard is None:
+            raise StoreError(f"shard {user.shard} of the mailboxes cannot be read now")
+        return shard
+
+    async def onward(self, user: User, sieved: Sieved, sender: str, recipient: str, queue_id: int, index: int) -> list[Onward]:
+        """The messages that a script sends, of a recipient (by index) of a message of the queue. StoreError, RelayError,
+        ConnectionError."""
+        found = [redirected(address, sender=sender, recipient=recipient) for address in sieved.redirects]
+        now = int(time.time())
+        claimant = queue_id.to_bytes(8, "big") + index.to_bytes(4, "big")
+        for answer in sieved.answers:
+            key, until = answer.key + answer.recipient.lower().encode(), now + answer.days * 86400
+            if await self._mailboxes.change(user.shard, "remember_reply", user.ident, key, until, now, claimant):
+                ident = f"{format_id(queue_id)}.{index}.{user.ident}"
+                found.append(answered(answer, hostname=self._hostname, ident=ident, seconds=now))
+            else:
+                sieved.shown.append("no vacation reply: this sender has had one")
+        return found
+
+    def note(self, user: User, sieved: Sieved, queue_id: int) -> None:
+        """Log what has been done."""
+        self._log(id=format_id(queue_id) if queue_id else "", user=user.address, actions=sieved.shown, cause=sieved.cause)
+
+
+def _exists(shard: Readable, user: int, name: str) -> bool:
+    with shard.rows.reading() as txn:
+        row = shard.rows.mailbox(txn, user, name)
+    return row is not None and bool(row.mailbox)
+
+
+def _message(data: list[bytes] | BigFile, whole: bool) -> Message:
+    if isinstance(data, BigFile):
+        size, most = data.body.length, BODY_MOST if whole else HEADER_MOST
+        descriptor = os.open(data.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = os.pread(descriptor, min(size, most), data.body.offset + FRAME.size)
+        finally:
+            os.close(descriptor)
+    else:
+        found = b"".join(data)
+        size = len(found)
+    return Message(found if whole else found[: header_end(found)], size)
+
+
+def _place(name: str, flags: Iterable[str], create: bool = False) -> Place:
+    bits, keywords = 0, list[str]()
+    for flag in flags:
+        if flag.lower() in _SYSTEM:
+            bits |= _SYSTEM[flag.lower()]
+        else:
+            keywords.append(flag)
+    return Place(name, bits, keywords, create)
+
+
+def _sieved(outcome: Outcome, exists: Callable[[str], bool]) -> Sieved:
+    found = Sieved([], cause=outcome.loop or (outcome.error and f"line {outcome.line}: {outcome.error}"))
+    for action in outcome.actions:
+        _ACTIONS[type(action)](found, action, exists)
+    found.shown += [f"line {line}: no reply: {text}" for line, text in outcome.notes]
+    return found
+
+
+def _keep(found: Sieved, action: Kept, exists: Callable[[str], bool]) -> None:
+    _file_in(found, _place(INBOX, action.flags))
+    found.shown.append("keep" if not action.line else f"line {action.line}: keep")
+
+
+def _file(found: Sieved, action: Filed, exists: Callable[[str], bool]) -> None:
+    if action.create or exists(action.mailbox):
+        _file_in(found, _place(action.mailbox, action.flags, action.create))
+        found.shown.append(f"line {action.line}: fileinto {action.mailbox}")
+    else:
+        _file_in(found, _place(INBOX, action.flags))
+        found.shown.append(f"line {action.line}: there is no mailbox {action.mailbox}: keep")
+
+
+def _file_in(found: Sieved, place: Place) -> None:
+    if all(one.name != place.name for one in found.places):
+        found.places.append(place)
+
+
+def _redirect(found: Sieved, action: Redirected, exists: Callable[[str], bool]) -> None:
+    found.redirects.append(action.address)
+    found.shown.append(f"line {action.line}: redirect {action.address}")
+
+
+def _reject(found: Sieved, action: Rejected, exists: Callable[[str], bool]) -> None:
+    found.refusal = Reply(550, "5.7.1", rejection(action.reason).encode("ascii", "replace").decode())
+    found.shown.append(f"line {action.line}: reject")
+
+
+def _discard(found: Sieved, action: Discarded, exists: Callable[[str], bool]) -> None:
+    found.shown.append(f"line {action.line}: discard")
+
+
+def _answer(found: Sieved, action: Answered, exists: Callable[[str], bool]) -> None:
+    found.answers.append(action)
+    found.shown.append(f"line {action.line}: vacation")
+
+
+_ACTIONS: Final[dict[type, Callable[[Sieved, Any, Callable[[str], bool]], None]]] = {
+    Kept: _keep,
+    Filed: _file,
+    Redirected: _redirect,
+    Rejected: _reject,
+    Discarded: _discard,
+    Answered: _answer,
+}

@@ -1,0 +1,185 @@
+"""Users' Sieve scripts at delivery: where a message is filed, what its sender is told, what is sent on, and that it is once."""
+
+from functools import partial
+
+import pytest
+
+from relaymta.disk.big import BigBody, BigFile
+from relaymta.errors import StoreError
+from relaymta.proto.said import Reply
+from relaymta.store.deliver import Delivery
+from relaymta.store.sieving import Sieving
+from tests.store.test_recipients import FILED, Bench
+
+MESSAGE = b"From: s@x.example\r\nTo: a@a.example\r\nSubject: hello\r\nMessage-ID: <1@x.example>\r\n\r\nbody\r\n"
+SENDER = "s@x.example"
+
+
+class Sorted(Bench):
+    """A bench whose delivery runs scripts. `noted`: what was logged."""
+
+    async def __aenter__(self):
+        await super().__aenter__()
+        self.noted = []
+        sieving = Sieving(self.mailboxes, lambda: "+", "mx.example", lambda **fields: self.noted.append(fields))
+        self.sieving = sieving
+        self.delivery = Delivery(self.mailboxes, lambda: self.settings, self.counted.append, sieving)
+        return self
+
+    async def script(self, name, text, shard=0):
+        """A user with an active script."""
+        ident = await self.user(name, shard)
+        own = self.mailboxes.shards.get(shard, self.other)
+        await own.put_script(ident, "main", text.encode())
+        await own.activate_script(ident, "main")
+        return ident
+
+    async def change(self, ident, text):
+        await self.mailboxes.shards[0].put_script(ident, "main", text.encode())
+
+    async def deliver(self, *names, queue_id=1, attempt=0, data=MESSAGE, sender=SENDER):
+        given = list(enumerate(name if "@" in name else f"{name}@a.example" for name in names))
+        replies, _, onward = await self.delivery.deliver(queue_id, attempt, sender, given, [data])
+        return [replies[index] for index, _ in given], onward
+
+    def found(self, ident):
+        """(flags, keywords) of the messages in each mailbox of a user that has any."""
+        rows, out = self.mailboxes.shards[0].rows, {}
+        with rows.reading() as txn:
+            for row in rows.mailboxes(txn, ident):
+                state = rows.state(txn, row.mailbox)
+                some = [(one.flags & 31, [word for n, word in enumerate(state.keywords) if one.flags >> 5 + n & 1])
+                        for one in rows.index(txn, row.mailbox)]  # fmt: skip
+                if some:
+                    out[row.name] = some
+        return out
+
+
+@pytest.fixture
+async def bench(tmp_path):
+    async with Sorted(tmp_path) as bench:
+        yield bench
+
+
+async def test_a_message_is_filed_where_the_script_says_with_its_flags(bench):
+    user = await bench.script(
+        "a",
+        'require ["fileinto", "mailbox", "imap4flags", "copy"];\n'
+        'if header :contains "subject" "hello" { fileinto :create :flags ["\\\\Seen", "$Work"] "Work/New"; }\n'
+        'fileinto :copy "nowhere";',
+    )
+    assert await bench.deliver("a") == ([FILED], [])
+    assert bench.found(user) == {"Work/New": [(1, ["$Work"])], "INBOX": [(0, [])]}
+    assert bench.noted == [
+        {"id": "0000000000001", "user": "a@a.example", "cause": "",
+         "actions": ["line 2: fileinto Work/New", "line 3: there is no mailbox nowhere: keep"]},
+    ]  # fmt: skip
+    with bench.mailboxes.shards[0].rows.reading() as txn:
+        names = {row.name: row.subscribed for row in bench.mailboxes.shards[0].rows.mailboxes(txn, user)}
+    assert names == {"INBOX": True, "Work": False, "Work/New": True}
+    assert await bench.deliver("a") == ([FILED], []), "it was filed before"
+    assert len(bench.found(user)["INBOX"]) == 1
+
+
+async def test_discard_and_reject(bench):
+    user = await bench.script("a", "discard;")
+    assert await bench.deliver("a") == ([FILED], []) and bench.found(user) == {}
+    await bench.change(user, 'require "reject"; reject "No,\r\nthank you\xfc";')
+    assert await bench.deliver("a", queue_id=2) == ([Reply(550, "5.7.1", "No, thank you?")], [])
+    assert await bench.deliver("a", queue_id=3, sender="") == ([FILED], []), "nobody would hear of it"
+    assert bench.found(user) == {}
+
+
+async def test_all_mailboxes_or_none_when_there_is_no_room(bench):
+    user = await bench.script("a", 'require ["fileinto", "copy"]; fileinto :copy "INBOX/a"; fileinto :copy "INBOX/b";')
+    own = bench.mailboxes.shards[0]
+    for name in ("INBOX/a", "INBOX/b"):
+        await own.create(user, name)
+    bench.settings = type(bench.settings)(messages=2)
+    ((reply,), _) = await bench.deliver("a")
+    assert reply.code == 452 and bench.found(user) == {}
+    bench.settings = type(bench.settings)(messages=3)
+    assert (await bench.deliver("a"))[0] == [FILED] and sorted(bench.found(user)) == ["INBOX", "INBOX/a", "INBOX/b"]
+
+
+async def test_a_script_that_fails_or_loops_keeps_the_message(bench):
+    user = await bench.script("a", 'require "reject"; reject "a"; keep;')
+    assert (await bench.deliver("a"))[0] == [FILED] and list(bench.found(user)) == ["INBOX"]
+    assert bench.noted[-1]["cause"].startswith("line 1: ")
+    await bench.change(user, "discard;")
+    await bench.deliver("a", queue_id=2, data=b"Delivered-To: a@a.example\r\n" + MESSAGE)
+    assert len(bench.found(user)["INBOX"]) == 2 and "delivered to a@a.example before" in bench.noted[-1]["cause"]
+
+
+async def test_what_is_sent_comes_with_the_outcome_of_the_attempt_and_once(bench):
+    user = await bench.script("a", 'require ["vacation", "copy"]; redirect :copy "new@z.example"; vacation "away";')
+    replies, onward = await bench.deliver("a+x")
+    assert replies == [FILED] and [(one.sender, one.recipient) for one in onward] == [(SENDER, "new@z.example"), ("", SENDER)]
+    assert onward[0].front == b"Delivered-To: a+x@a.example\r\n" and onward[0].data is None
+    assert b"Auto-Submitted: auto-replied" in onward[1].data and b"In-Reply-To: <1@x.example>" in onward[1].data
+    assert await bench.deliver("a+x") == (replies, onward), "the outcome was lost: it is asked for again"
+    assert len(bench.found(user)["INBOX"]) == 1
+    assert await bench.deliver("a+x", attempt=1) == ([FILED], []), "the outcome was recorded, with what was sent"
+    replies, onward = await bench.deliver("a", queue_id=2)
+    assert [one.recipient for one in onward] == ["new@z.example"], "one reply in seven days"
+    assert bench.noted[-1]["actions"][-1] == "no vacation reply: this sender has had one"
+
+
+async def test_an_alias_of_whom_one_cannot_have_it_now(bench):
+    one = await bench.script("a", 'redirect "new@z.example"; keep;')
+    await bench.user("b", messages=1)
+    bench.alias("team@a.example", ["a@a.example", "b@a.example"])
+    await bench.file(b"x", "b")
+    ((reply,), onward) = await bench.deliver("team", queue_id=5)
+    assert reply.code == 452 and [one.recipient for one in onward] == ["new@z.example"]
+    ((reply,), onward) = await bench.deliver("team", queue_id=5, attempt=1)
+    assert reply.code == 452 and onward == [] and len(bench.found(one)["INBOX"]) == 1
+
+
+async def test_a_script_of_a_user_whose_shard_another_process_owns(bench):
+    await bench.script("far", "discard;", shard=1)
+    assert await bench.deliver("far") == ([FILED], [])
+    with bench.other.rows.reading() as txn:
+        assert [row.messages for _, row in bench.other.rows.users(txn)] == [0]
+
+
+async def test_what_cannot_be_read_now_is_asked_for_again(bench, monkeypatch):
+    await bench.script("a", "discard;")
+
+    def fails(*given):
+        raise StoreError("no")
+
+    monkeypatch.setattr(bench.sieving, "_script", fails)
+    ((reply,), onward) = await bench.deliver("a")
+    assert reply.code == 451 and onward == [] and bench.noted == []
+
+
+async def test_an_lmtp_client_has_its_answer_or_the_queue_sends_what_is_to_be_sent(bench):
+    user = await bench.script("a", 'require ["fileinto", "reject", "copy"];\n'
+        'if header :contains "subject" "no" { reject "no"; }\n'
+        'elsif header :contains "subject" "on" { redirect :copy "new@z.example"; }\n'
+        'else { fileinto "Box"; }')  # fmt: skip
+    await bench.mailboxes.shards[0].create(user, "Box")
+    await bench.user("b")
+    bench.alias("team@a.example", ["a@a.example", "b@a.example"])
+    (landed,) = await bench.file(b"Subject: x\r\n\r\n", "a")
+    assert (landed.reply, landed.users, landed.rest) == (FILED, ["a@a.example"], []) and list(bench.found(user)) == ["Box"]
+    (landed,) = await bench.file(b"Subject: no\r\n\r\n", "a")
+    assert (landed.reply, landed.rest) == (Reply(550, "5.7.1", "no"), [])
+    (landed,) = await bench.file(b"Subject: on\r\n\r\n", "a+x")
+    assert (landed.reply.code, landed.users, landed.rest) == (250, [], ["a+x@a.example"])
+    (landed,) = await bench.file(b"Subject: on\r\n\r\n", "team")
+    assert (landed.reply.code, landed.users, landed.rest) == (250, ["b@a.example"], ["a@a.example"])
+
+
+@pytest.mark.parametrize("sought", ["needle", "absent"])
+async def test_a_large_message_is_looked_into_as_far_as_the_script_needs(bench, tmp_path, sought):
+    user = await bench.script(
+        "a", f'require ["body", "fileinto"]; if allof (size :over 1M, body :raw :contains "{sought}") {{ discard; }}'
+    )
+    file = BigBody(tmp_path / "big", 7)
+    file.write([MESSAGE, b"x" * 70 + b"\r\n", b"y" * 1_500_000, b"needle\r\n"])
+    data = BigFile(str(tmp_path / "big"), 7, file.finish([]))
+    deliver = partial(bench.delivery.deliver, 1, 0, SENDER, [(0, "a@a.example")])
+    replies, _, _ = await deliver(data)
+    assert replies == {0: FILED} and bool(bench.found(user)) == (sought == "absent")
