@@ -100,6 +100,9 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("queue", "show"): ["q"], ("queue", "reroute"): ["--all", "--to", "r"],
     **{("queue", verb): ["--all"] for verb in ("flush", "hold", "release", "delete", "bounce")},
     ("route", "test"): ["--to", "a@b.example"],
+    ("sieve", "put"): ["a@b.example", "/dev/null"], ("sieve", "check"): ["/dev/null"], ("sieve", "list"): ["a@b.example"],
+    ("sieve", "get"): ["a@b.example", "x"], ("sieve", "activate"): ["a@b.example", "x"],
+    ("sieve", "remove"): ["a@b.example", "x"],
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"],
 }  # fmt: skip
@@ -108,7 +111,10 @@ ASKING = [
     p
     for p in ALL
     if p == ("app", "usage")
-    or (p[0] not in NO_DAEMON and p not in (("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore")))
+    or (
+        p[0] not in NO_DAEMON
+        and p not in (("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("sieve", "check"))
+    )
 ]
 
 
@@ -525,6 +531,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
     **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
+    **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip
 SLOW = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from relaymta.cli.console import say, say_json, table
+from relaymta.cli.console import say, say_json, say_message, table
 from relaymta.cli.options import Configuration, configured, fail, group
 from relaymta.cli.peer import answered, as_json, asked, counted, daemon, given, size
 
@@ -81,9 +81,7 @@ def get(read: Configuration, address: str, name: str) -> None:
     """Write a script, by default the active one, to standard output.
 
     The relay need not run."""
-    found = _script(read, address, name)
-    sys.stdout.buffer.write(found)
-    sys.stdout.buffer.flush()
+    say_message([_script(read, address, name)])
 
 
 def _script(read: Configuration, address: str, name: str) -> bytes:

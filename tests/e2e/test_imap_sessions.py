@@ -462,6 +462,7 @@ def test_a_user_is_deleted(relay, user):
 
 def test_a_user_is_renamed(relay, user):
     a, _ = relay.pair(user, 1)
+    relay.quota(user, messages=10)
     relay.asked("mailbox_rename", user, new=f"{user}-new@local.example")
     assert a.ok("GETQUOTAROOT INBOX").named("QUOTAROOT")[0].data == ("INBOX", [f"{user}-new@local.example"])
     a.ok("STORE 1 +FLAGS (x)")

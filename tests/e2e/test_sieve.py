@@ -94,7 +94,7 @@ def test_the_commands(tmp_path):
         assert found.stderr.strip().endswith('wrong.sieve:3:3: unknown command "filinto" (did you mean "fileinto"?)')
         put(relay, "alice", "keep;\n", tmp_path)
         rows = [json.loads(line) for line in relay.cli("sieve", "list", "--json", "alice@local.example").stdout.splitlines()]
-        assert [(row["name"], row["active"]) for row in rows] == [("alice", True)]
+        assert [(row["script"], row["active"]) for row in rows] == [("alice", True)]
         assert relay.cli("sieve", "get", "alice@local.example").stdout == "keep;\n"
         assert relay.cli("sieve", "remove", "alice@local.example", "alice", check=False).returncode != 0
         assert relay.cli("sieve", "get", "alice@local.example", "other", check=False).returncode == 69
