@@ -120,6 +120,8 @@ class Reader:
             self._broken = self._broken or reply.BARE_LF
         text = line.rstrip(b"\r\n")
         announced = _LITERAL.search(text)
+        if announced is not None and not announced.start() and self._tokens:  # a blank is between two literals
+            self._broken = self._broken or reply.BAD_SYNTAX
         self._add(text[: announced.start()] if announced is not None else text)
         if announced is None:
             return Broken(self._broken, self._start) if self._broken else Command(self._tokens, self._start)

@@ -151,7 +151,7 @@ class ServerSession(AccessSession):
         if verb.logged_in is not None and verb.logged_in != bool(self.owner):
             return self.error(reply.LOGGED_IN_ALREADY if self.owner else reply.NOT_LOGGED_IN)
         given = arguments_of(verb, tokens[1:])
-        return self.error(given) if isinstance(given, bytes) else verb.run(self, given)
+        return self.error(given) if isinstance(given, bytes) else verb.run(self, *given)
 
     # What the caller answers. After `close` each of these does nothing.
 
