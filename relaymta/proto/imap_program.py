@@ -132,12 +132,13 @@ class _Node(NamedTuple):
 
 class Program:
     """A search. `stages`: which data it may need; `by_number`: it names message numbers, so no EXPUNGE may be told during UID
-    SEARCH."""
+    SEARCH; `bodies`: how many keys look into all of a message."""
 
     def __init__(self, key: Key, view: View, now: int) -> None:
         """Compile a search key for a session. `now`: ms, for YOUNGER and OLDER."""
         self._last = view.uids.last
         self.by_number = False
+        self.bodies = 0
         self._root = self._node(key, view, now)
         self.stages = self._root.stages
 
@@ -167,7 +168,9 @@ class Program:
                 return _inverse(self._node(inner, view, now))
             case Within(numbers, uid):
                 self.by_number |= not uid and not numbers.saved
-        return _COMPILED[type(key)](key, view, now)
+        node = _COMPILED[type(key)](key, view, now)
+        self.bodies += Stage.BODY in node.stages
+        return node
 
 
 def _all_of(nodes: list[_Node]) -> _Node:

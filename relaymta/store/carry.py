@@ -67,10 +67,11 @@ class CarriedDone(msgspec.Struct, array_like=True, tag=True):
 
 
 class CarriedScripts(msgspec.Struct, array_like=True, tag=True):
-    """Sieve scripts (name, text, whether it is active), and the vacation replies that are remembered (key, until when)."""
+    """Sieve scripts (name, text, whether it is active), and the vacation replies that are remembered (key, until when, for
+    whom)."""
 
     scripts: list[tuple[str, bytes, bool]]
-    replies: list[tuple[bytes, int]]
+    replies: list[tuple[bytes, int, bytes]]
 
 
 Part = CarriedUser | CarriedMailbox | CarriedMessages | CarriedDone | CarriedScripts

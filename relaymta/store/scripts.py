@@ -128,9 +128,10 @@ def replied_until(shard: MailShard, txn: Any, user: int, key: bytes) -> int:
     return 0 if raw is None else int(_UNTIL.unpack_from(raw)[0])
 
 
-def replies(shard: MailShard, txn: Any, user: int) -> list[tuple[bytes, int]]:
-    """(key, until when) of all replies that are remembered."""
-    return [(key[9:], _UNTIL.unpack_from(value)[0]) for key, value in _scan(shard, txn, _HEAD.pack(user, _REPLY))]
+def replies(shard: MailShard, txn: Any, user: int) -> list[tuple[bytes, int, bytes]]:
+    """(key, until when, claimant) of all replies that are remembered."""
+    found = _scan(shard, txn, _HEAD.pack(user, _REPLY))
+    return [(key[9:], _UNTIL.unpack_from(value)[0], value[_UNTIL.size :]) for key, value in found]
 
 
 # Changing
@@ -196,7 +197,7 @@ def remember_reply(shard: MailShard, txn: Any, user: int, key: bytes, until: int
 
 
 def take(
-    shard: MailShard, txn: Any, user: int, given: list[tuple[str, bytes, bool]], remembered: list[tuple[bytes, int]]
+    shard: MailShard, txn: Any, user: int, given: list[tuple[str, bytes, bool]], remembered: list[tuple[bytes, int, bytes]]
 ) -> None:
     """What `all_scripts` and `replies` have told elsewhere, of a user who has none here."""
     for name, data, is_active in given:
@@ -204,8 +205,8 @@ def take(
         if is_active:
             activate(shard, txn, user, name)
     own = _own(shard, txn, user)
-    for key, until in remembered:
-        txn.put(_HEAD.pack(user, _REPLY) + key, _UNTIL.pack(until), db=_table(shard))
+    for key, until, claimant in remembered:
+        txn.put(_HEAD.pack(user, _REPLY) + key, _UNTIL.pack(until) + claimant, db=_table(shard))
     own.replies = len(remembered)
     if given or remembered:
         _put_own(shard, txn, user, own)

@@ -27,7 +27,7 @@ from relaymta.view.reading import TooMuch
 
 __all__ = ["Access", "Inbox"]
 
-THREADS = 4
+THREADS, SEARCHERS = 4, 2
 PIECE = 256 << 10  # octets of a large message that are read together
 SLICE = 64 << 10  # octets that are sent together: what TLS has been given it keeps, encrypted, until the client reads
 PAGE = 2000  # index records of one read transaction
@@ -53,12 +53,14 @@ class Access:
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
+        self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
         self.shared = Shared()
         self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more
 
     def close(self) -> None:
         """End the threads, once they have read what they read."""
         self._threads.shutdown(wait=False)
+        self._searchers.shutdown(wait=False)
 
     def user(self, name: str) -> User | None:
         """The user who has logged in; None when no mail of such a user is kept here, or the user may not log in. A catch-all is
@@ -98,8 +100,15 @@ class Access:
 
     async def read(self, function: Callable[[], T]) -> T:
         """The result of a function that reads much, on a reader thread. StoreError where LMDB fails, and what it raises."""
+        return await self._run(self._threads, function)
+
+    async def search(self, function: Callable[[], T]) -> T:
+        """As `read`, for a slice of a SEARCH: on threads of their own, so that nobody waits for them to read a message."""
+        return await self._run(self._searchers, function)
+
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
         except lmdb.Error as error:
             raise StoreError(str(error)) from None
 

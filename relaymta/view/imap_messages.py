@@ -336,6 +336,8 @@ async def find(reader: Reader, command: Command) -> Done:
         view.saved = b""  # also where the search fails (RFC 9051 6.4.4.1)
     if asked.refusal is not None:
         return Done("NO", *asked.refusal)
+    if program.bodies > search.BODIES_MOST:
+        return Done("NO", f"At most {search.BODIES_MOST} keys may look into all of a message", response.LIMIT)
     found = Found(returns if returns is not None else frozenset())
     after: int | None = 0
     while after is not None and not found.enough:

@@ -33,6 +33,7 @@ RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER: Final = 64  # messages
 ROOM: Final = 2 << 20  # octets of message data in memory; or one message
 HEADER_MOST: Final = 1 << 20  # octets of a header
+BODIES_MOST: Final = 32  # keys that look into all of a message
 
 _NO_DATA = ObjectRow(0, Body(0, 0, 0, 0))
 _UNREADABLE = describe(b"")
@@ -47,7 +48,7 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
     goes on; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
-    return await access.read(search) if program.stages else access.read_here(search)
+    return await access.search(search) if program.stages else await access.read_little(search)
 
 
 def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tuple[bytes, int | None]:
@@ -60,7 +61,7 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tu
     last = _uid(records, len(records) - RECORD_SIZE)
     if batch is None:
         return matching, last
-    found, end = _decided(program, batch, partial(bring, shard, mailbox), behind)
+    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=ROOM // max(program.bodies, 1)), behind)
     matching = joined([matching, *found])
     if end is None:
         return matching, last
@@ -92,11 +93,11 @@ def _decided(
     return found, None
 
 
-def bring(shard: Readable, mailbox: int, batch: Batch, stage: Stage) -> tuple[Batch, Batch]:
+def bring(shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM) -> tuple[Batch, Batch]:
     """The first messages of a batch, one at least, with what a stage needs of them, and the others, which have to wait until
-    there is room; those that have been expunged are in neither. StoreError."""
+    there is room (octets); those that have been expunged are in neither. StoreError."""
     name, make = _STAGES[stage]
-    room, taken, bits, data = ROOM, 0, 0, []
+    taken, bits, data = 0, 0, []
     for message in _messages(shard, mailbox, batch, stage):
         if room <= 0:
             break

@@ -49,7 +49,7 @@ async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Prog
 
     there = await _added(reader, selected, records, add)
     modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
-    return await reader.worked_out(partial(_sort_response, order, there, selected.view, asked.uid, modseq))
+    return await reader.access.search(lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
 
 
 def _sort_response(order: Sorted, there: bytes, view: View, by_uid: bool, modseq: int) -> Iterator[bytes]:
@@ -75,7 +75,7 @@ async def threaded(reader: Reader, selected: Selected, asked: Thread, program: P
         threads.add(described.envelope, message.row.date, keys)
 
     there = await _added(reader, selected, records, add)
-    return await reader.worked_out(partial(_thread_response, threads, there, selected.view, asked.uid))
+    return await reader.access.search(lambda: list(_thread_response(threads, there, selected.view, asked.uid)))
 
 
 def _thread_response(threads: Threads, there: bytes, view: View, by_uid: bool) -> Iterator[bytes]:
@@ -99,7 +99,7 @@ async def _added(reader: Reader, selected: Selected, records: bytes, add: Add) -
     there = array("I")
     at = 0
     while at < len(records):
-        at += await reader.access.read(partial(_slice, selected, records, at, add, there))
+        at += await reader.access.search(partial(_slice, selected, records, at, add, there))
         await reader.pause()
     return values(there.tobytes()).tobytes()
 

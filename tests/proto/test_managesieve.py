@@ -1,7 +1,10 @@
 """The server side of ManageSieve: dialogues, input in any pieces, hostile input, bounds."""
 
 import base64
+import hashlib
+import hmac
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -147,15 +150,12 @@ def test_a_login_with_challenges_and_by_literals():
 
 
 def test_scram_proves_to_the_client_with_the_ok():
-    import hashlib
-    import hmac
-
-    salt = b"12345678"
+    salt = b"a salt of its own"
     salted = hashlib.pbkdf2_hmac("sha256", b"secret", salt, 4096)
     client = hmac.digest(salted, b"Client Key", "sha256")
     stored, server = hashlib.sha256(client).digest(), hmac.digest(salted, b"Server Key", "sha256")
     caller = Caller(keys=lambda user: sasl.Keys(salt, stored, server, 4096), login=False)
-    first = b"n=bob,r=abc"
+    first = b"n=bob,r=a-nonce-of-the-client"
     said = caller.feed(b'AUTHENTICATE "SCRAM-SHA-256" "%b"\r\n' % base64.b64encode(b"n,," + first))
     challenge = base64.b64decode(said.strip().strip(b'"'))
     nonce = challenge.split(b",")[0][2:]
@@ -204,10 +204,11 @@ def test_three_wrong_logins_end_the_session():
 @pytest.mark.parametrize(
     "octets",
     [
-        b"\r\n", b"FILINTO\r\n", b'"LISTSCRIPTS"\r\n', b"LISTSCRIPTS 1\r\n", b"SETACTIVE x\r\n", b"HAVESPACE \"a\" \"1\"\r\n",
-        b'HAVESPACE "a" 4294967296\r\n', b'HAVESPACE "a" -1\r\n', b'PUTSCRIPT "a"\r\n', b'SETACTIVE "a\r\n', b'SETACTIVE "\\x"\r\n',
-        b'SETACTIVE "\xff"\r\n', b'SETACTIVE "a\0"\r\n', b"LISTSCRIPTS\n", b'RENAMESCRIPT "a""b"\r\n', b'RENAMESCRIPT {1+}\r\na"b"\r\n',
-        b"RENAMESCRIPT {1+}\r\na{1+}\r\nb\r\n", b'PUTSCRIPT "a" {3+}\r\nxyz "more"\r\n', b"UNAUTHENTICATE\r\n",
+        b"\r\n", b"FILINTO\r\n", b'"LISTSCRIPTS"\r\n', b"LISTSCRIPTS 1\r\n", b"SETACTIVE x\r\n", b'HAVESPACE "a" "1"\r\n',
+        b'HAVESPACE "a" 4294967296\r\n', b'HAVESPACE "a" -1\r\n', b'PUTSCRIPT "a"\r\n', b'SETACTIVE "a\r\n',
+        b'SETACTIVE "\\x"\r\n', b'SETACTIVE "\xff"\r\n', b'SETACTIVE "a\0"\r\n', b"LISTSCRIPTS\n",
+        b'RENAMESCRIPT "a""b"\r\n', b'RENAMESCRIPT {1+}\r\na"b"\r\n', b"RENAMESCRIPT {1+}\r\na{1+}\r\nb\r\n",
+        b'PUTSCRIPT "a" {3+}\r\nxyz "more"\r\n', b"UNAUTHENTICATE\r\n",
     ],
 )  # fmt: skip
 def test_malformed_commands_are_refused_and_what_follows_is_run(octets):
@@ -299,7 +300,7 @@ _COMMAND = st.builds(
 @settings(max_examples=300 if "CI" not in os.environ else 1000, deadline=None)
 def test_any_pieces_of_the_input_have_the_same_effect(wire, cuts, login):
     places = [0, *sorted(min(cut, len(wire)) for cut in cuts), len(wire)]
-    pieces = [wire[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [wire[start:end] for start, end in pairwise(places)]
     whole, apart = Caller(login=login), Caller(login=login)
     assert b"".join(map(apart.feed, pieces)) == whole.feed(wire)
     assert (apart.asked, apart.session.closing, apart.session.errors) == (

@@ -11,10 +11,12 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 from relaymta.disk import compact, environment
+from relaymta.disk.segments import SegmentRow
 from relaymta.store.shard import Shard
 from tests.conftest import PROVE
 from tests.store.ledger import Ledger
@@ -32,6 +34,10 @@ def failing_calls() -> ctypes.CDLL:
     calls.failed_call.restype, calls.failed_calls.restype = ctypes.c_char_p, ctypes.c_long
     calls.fail_calls.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_int, ctypes.c_int]
     return calls
+
+
+def _live(row: SegmentRow) -> tuple[int, int]:
+    return row.live, row.live_bytes
 
 
 class Owner:
@@ -130,11 +136,15 @@ class Owner:
         return len(_open_files()) - len(self.shard.segments._segments)
 
     def _compare_segments(self) -> None:
-        """What the owner knows of the segments is what is committed."""
-        known = self.shard.segments._segments
-        for number, row in self.shard.rows.segments().items():
-            now = known[number].row
-            assert (row.live, row.live_bytes) == (now.live, now.live_bytes), f"segment {number}: {row}, {now}"
+        """What the owner knows of the segments is what is committed, once nothing is being committed in the background."""
+        known, until = self.shard.segments._segments, time.monotonic() + 5
+        while True:
+            rows = self.shard.rows.segments()
+            wrong = [(number, row, known[number].row) for number, row in rows.items() if _live(row) != _live(known[number].row)]
+            if not wrong:
+                return
+            assert time.monotonic() < until, wrong
+            time.sleep(0.01)
 
     async def _crash(self) -> None:
         """A copy of the files, opened, holds what was acknowledged, and no file that nothing points at."""

@@ -289,7 +289,8 @@ async def test_an_append_that_fails_between_slices_leaves_nothing(bench, small_s
 
 async def test_an_append_is_done_though_the_caller_is_cancelled(bench, small_slices):
     call = asyncio.create_task(bench.shard.append(1, INBOX, [Message(text(size)) for size in range(8)], ANY))
-    await asyncio.sleep(0.001)
+    while not bench.shard._begun:
+        await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
