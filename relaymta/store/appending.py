@@ -9,13 +9,14 @@ from relaymta.disk.segments import MEGABYTE, Segments
 from relaymta.store import unfinished
 from relaymta.store.asked import Copied, Message
 from relaymta.store.change import Change, Limits, Refusal
-from relaymta.store.noted import noted, write_large
+from relaymta.store.noted import Noted, noted, write_large
 from relaymta.store.rows import MessageRow, ObjectRow
 from relaymta.store.sessions import SLICE, SessionChanges, joined
 from relaymta.store.writer import File, MailWriter, Result, Target, Together
 
 __all__ = ["Appends"]
 
+FEW = 16  # messages that are looked at on the loop
 OCTETS = 16 * MEGABYTE  # of messages that are filed together, but for a single larger one
 
 
@@ -69,9 +70,10 @@ class Appends(SessionChanges):
     async def _together(self, messages: list[Message], put: Callable[[Change, list[File]], Copied]) -> Copied:
         """File messages by one transaction, in which `put` is called when their data is written."""
         files: list[File] = []
+        known = await self.readers.run(self._noted, messages) if len(messages) > FEW else [None] * len(messages)
         try:
-            for message in messages:
-                files.append(await self._prepared(message))
+            for message, found in zip(messages, known, strict=True):
+                files.append(await self._prepared(message, found))
             self._check_room()
         except BaseException:
             for file in files:
@@ -80,13 +82,18 @@ class Appends(SessionChanges):
             raise
         return await self.writer.task(lambda change: put(change, files), partial(Together, files))
 
-    async def _prepared(self, message: Message) -> File:
+    def _noted(self, messages: list[Message]) -> list[Noted | None]:
+        """Reader thread: what is kept beside the data of those that are small."""
+        most = self.segments.big_limit
+        return [noted(one.data) if isinstance(one.data, bytes) and len(one.data) <= most else None for one in messages]
+
+    async def _prepared(self, message: Message, known: Noted | None) -> File:
         ident = self._ids.next()
         data = message.data
         if isinstance(data, BigFile) and data.body.length <= self.segments.big_limit:
             data = await self.readers.run(read_big, data)
         if isinstance(data, bytes) and len(data) <= self.segments.big_limit:
-            return File(ident, [data], [], noted=noted(data))
+            return File(ident, [data], [], noted=known or noted(data))
         path = self.segments.big_path(ident)
         body, found = await self.readers.run(write_large, path, ident, [data] if isinstance(data, bytes) else data)
         return File(ident, None, [], body=body, noted=found)

@@ -93,6 +93,7 @@ class Carried:
         self._reader = reader
         self._user = user
         self._uidvalidity = uidvalidity
+        self._unfinished: dict[int, list[tuple[int, int]]] = {}  # UIDs of a COPY or APPEND that has not come to its end
         self._shared: dict[int, int] = {}  # objects of several mailboxes: id here -> id there, 0: on its way
 
     def put(self, part: Part, objects: list[int]) -> None:
@@ -112,6 +113,8 @@ class Carried:
                 return
             mailboxes = [(row, rows.state(txn, row.mailbox)) for row in rows.mailboxes(txn, self._user)]
             done = list(rows.done_of(txn, self._user))
+            for _, _, unfinished in rows.unfinished(txn, self._user):
+                self._unfinished.setdefault(unfinished.mailbox, []).extend(unfinished.uids)
             found = CarriedScripts(scripts.all_scripts(rows, txn, self._user), scripts.replies(rows, txn, self._user))
         kept = [row for row, state in mailboxes if state is not None]
         if self._uidvalidity:
@@ -144,6 +147,8 @@ class Carried:
         entries, octets = list[Entry](), 0
         for page in pages(self._reader.rows, row.mailbox):
             for record, message in page:
+                if any(first <= record.uid <= last for first, last in self._unfinished.get(row.mailbox, ())):
+                    continue
                 date, saved, prefix = message.date, message.saved, message.prefix
                 entry = Entry(record.uid, record.modseq, record.flags, date, saved, prefix, message.object)
                 if entries and (len(entries) >= MESSAGES or octets + message.size > OCTETS or self._shared.get(entry.was) == 0):

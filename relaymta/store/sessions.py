@@ -135,8 +135,12 @@ class SessionChanges:
                     state = change.state(mailbox)
                     state.recent = max(state.recent, until)
 
-        with suppress(StoreError):
+        try:
             await self.task(run)
+        except StoreError:  # it is not forgotten: else others would be told the same
+            if self._writing_recent is None and not self._closing:
+                self._writing_recent = asyncio.get_running_loop().create_task(self._write_recent_later())
+            return
         for mailbox, until in claimed.items():
             if self._recent.get(mailbox) == until:
                 del self._recent[mailbox]

@@ -123,14 +123,15 @@ class _Fetching:
     async def all(self, uids: bytes) -> None:
         """Tell of all these messages (packed UIDs, one at least), slice by slice."""
         step = self._index if self._plan.level == Level.INDEX else self._rows
-        while uids := await step(uids):
+        at = await step(uids, 0)
+        while at < len(uids):
             await self._reader.pause()
+            at = await step(uids, at)
 
-    async def _index(self, uids: bytes) -> bytes:
-        """What index records say; the UIDs that are left."""
+    async def _index(self, uids: bytes, at: int) -> int:
+        """What index records say of UIDs from an offset on; the offset of the others."""
         reader, selected, plan = self._reader, self._selected, self._plan
-        part, rest = uids[: RECORDS * 4], uids[RECORDS * 4 :]
-
+        part = uids[at : at + RECORDS * 4]
         read = partial(reading.records, selected.shard, selected.mailbox, runs(part))
         few = len(part) <= RECORDS_ON_LOOP * 4
         records = await (reader.access.read_little(read) if few else reader.access.read(read))
@@ -138,15 +139,15 @@ class _Fetching:
         await reader.tell(selected.view.lines(records, plan.tells_flags, self._modseq))
         if plan.tells_flags and (self._modseq or not selected.view.condstore):
             selected.view.told(records)
-        return rest
+        return at + len(part)
 
-    async def _rows(self, uids: bytes) -> bytes:
-        """What needs more than the index; the UIDs that are left."""
+    async def _rows(self, uids: bytes, at: int) -> int:
+        """As `_index`, of what needs more than that."""
         plan, reader = self._plan, self._reader
         most = BODIES if plan.level == Level.DATA else ROWS
-        part = uids[: most * 4]
+        part = uids[at : at + most * 4]
         now = None
-        if len(uids) <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
+        if len(uids) - at <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
             now = await reader.access.read_little(partial(_read_now, self._selected, runs(part), plan))
         found = now if now is not None else await reader.access.read(partial(_read, self._selected, runs(part), plan))
         for why in found.unreadable:
@@ -164,7 +165,7 @@ class _Fetching:
         if plan.level == Level.DATA:
             reader.counters.add(READ, len(found.messages))
             reader.counters.add(READ_OCTETS, sum(message.row.size for message, _ in found.messages))
-        return uids[len(part) :] if not found.last else uids[(values(uids).index(found.last) + 1) * 4 :]
+        return at + (len(part) if not found.last else (values(part).index(found.last) + 1) * 4)
 
     async def _see(self, messages: list[Message]) -> dict[int, tuple[int, int]]:
         """Set \\Seen where the FETCH does that; (flags, MODSEQ) by UID of those that have got it."""
@@ -238,11 +239,16 @@ def _read(selected: Selected, ranges: bytes, plan: Plan) -> _Found:
             found.count += 1
             continue
         found.add(plan, message, text)
-        octets += len(text.data or b"") if text is not None else 0
+        octets += len(text.data or b"") if text is not None else _described_octets(message)
         if octets >= OCTETS:
             found.last = message.uid
             break
     return found
+
+
+def _described_octets(message: Message) -> int:
+    described = message.object.described
+    return 0 if described is None else len(described.envelope) + len(described.structure) + len(described.parts)
 
 
 # STORE, COPY, MOVE

@@ -124,6 +124,8 @@ def changes(
             # Each new message has got a MODSEQ of its own, and each other change another one: there was none.
             return found._replace(records=changed([block for _, block in index.blocks(uidnext)], modseq))
         _check(state, most)
+        if min(state.modseq - modseq, state.vanished) > most:  # each of them may be a row of what was expunged
+            raise TooMuch
         blocks = [block for _, block in index.blocks()]
         gone = _expunged(shard, txn, mailbox, state, modseq)
         everything = load(blocks) if whole or gone is None else None

@@ -61,7 +61,7 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tu
     last = _uid(records, len(records) - RECORD_SIZE)
     if batch is None:
         return matching, last
-    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=ROOM // max(program.bodies, 1)), behind)
+    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=max(ROOM // max(program.bodies, 1), 1)), behind)
     matching = joined([matching, *found])
     if end is None:
         return matching, last
