@@ -32,6 +32,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "warning": ("text",),
     "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
+    "quota_warning": ("user", "filled"),
     "sieve": ("id", "user", "actions", "cause"),
     "session": ("protocol", "client", "user", "seconds", "retrieved", "commands", "program"),
     "login": ("client", "user", "good", "reply"),

@@ -39,6 +39,7 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_recipients_total", {"result": "deferred"}, (0.5,), (0.5,)),
         ("relaymta_recipients_total", {"result": "expired"}, (0.0,), (0.0,)),
     ],
+    "RelaymtaMailboxesFail": [("relaymta_mailbox_deliveries_total", {"result": "failed"}, (0.1,), (0.0,))],
     "RelaymtaCorruptBody": [("relaymta_corrupt_bodies_total", {}, (0.01,), (0.0,))],
     "RelaymtaLogDropped": [("relaymta_log_dropped_total", {}, (1.0,), (0.0,))],
     "RelaymtaCertificate": [("relaymta_tls_certificate_errors", {}, 1, 0)],

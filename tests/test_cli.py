@@ -107,15 +107,8 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"],
 }  # fmt: skip
 NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
-ASKING = [
-    p
-    for p in ALL
-    if p == ("app", "usage")
-    or (
-        p[0] not in NO_DAEMON
-        and p not in (("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("sieve", "check"))
-    )
-]
+ALONE = {("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check")}  # likewise
+ASKING = [p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in ALONE)]
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -183,6 +176,51 @@ def test_an_unknown_account_is_no_such_account(path, kind, others, tmp_path):
     near = ' (did you mean "shop"?)' if others else ""
     assert (found.exit_code, found.stderr, found.stdout) == (1, f"no such {kind}: shob{near}\n", "")
     assert call("user", "add", "shop", "--password", "x", *settings).exit_code == bool(others)
+
+
+LISTENERS = """hostname = "mx.b.example"
+[[route]]
+name = "here"
+protocol = "mailbox"
+recipient_domain = ["b.example", ".c.example"]
+[[listener]]
+address = "0.0.0.0:25"
+[[listener]]
+address = "0.0.0.0:587"
+auth = "may"
+tls = "may"
+[[listener]]
+address = "[::]:993"
+protocol = "imap"
+tls = "implicit"
+[[listener]]
+address = "127.0.0.1:1430"
+protocol = "imap"
+tls = "may"
+[[certificate]]
+chain = "none.pem"
+"""
+
+
+def test_the_records_by_which_programs_find_the_listeners(tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text(LISTENERS)
+    (tmp_path / "none.pem").touch()
+    found = call("mailbox", "dns", "--config", str(config))
+    assert found.exit_code == 0 and [line.split("  ") for line in found.stdout.splitlines()] == [
+        ["b.example.", "MX", "10 mx.b.example."],
+        ["_imaps._tcp.b.example.", "SRV", "0 1 993 mx.b.example."],
+        ["_imap._tcp.b.example.", "SRV", "0 0 0 ."],
+        ["_pop3s._tcp.b.example.", "SRV", "0 0 0 ."],
+        ["_pop3._tcp.b.example.", "SRV", "0 0 0 ."],
+        ["_submissions._tcp.b.example.", "SRV", "0 0 0 ."],
+        ["_submission._tcp.b.example.", "SRV", "0 1 587 mx.b.example."],
+        ["_sieve._tcp.b.example.", "SRV", "0 0 0 ."],
+    ]
+    found = call("mailbox", "dns", "x.c.example", "--json", "--config", str(config))
+    assert json.loads(found.stdout.splitlines()[0]) == {"name": "x.c.example.", "kind": "MX", "value": "10 mx.b.example."}
+    found = call("mailbox", "dns", "bb.example", "--config", str(config))
+    assert found.exit_code == 69 and 'no route keeps mail for bb.example (did you mean "b.example"?)' in found.stderr
 
 
 NO_SUCH = [  # words, the beginning of the message
@@ -541,6 +579,7 @@ SLOW = {
     ("doctor", "domain"),
     ("dkim", "rotate"),
     ("mailbox", "restore"),
+    ("mailbox", "dns"),
 }  # serve for ever, or do all there is
 
 

@@ -258,3 +258,28 @@ def import_mail(read: Configuration, address: str, source: Path, below: str) -> 
     from relaymta.cli import mail_transfer
 
     mail_transfer.import_from(read, address, source, below)
+
+
+@mailbox.command()
+@click.argument("domain", required=False)
+@as_json
+@configured
+def dns(read: Configuration, domain: str | None, as_json: bool) -> None:
+    """Show the DNS records by which mail, and mail programs, find this relay: MX, and SRV of its listeners.
+
+    DOMAIN: one whose mail is kept here; default: all. The relay need not run."""
+    from relaymta.cli.mail_dns import records
+    from relaymta.errors import near
+    from relaymta.proto.address import domain_matches
+
+    config = read()
+    if not config.local_domains:
+        fail(69, 'no route has protocol = "mailbox": no mail is kept here')
+    if domain is not None and not domain_matches(domain.lower(), config.local_domains):
+        fail(69, f"no route keeps mail for {domain}{near(domain, config.local_domains)}")
+    for one in [domain.lower()] if domain is not None else [name for name in config.local_domains if name[0] != "."]:
+        for row in records(config, one):
+            if as_json:
+                say_json(row._asdict())
+            else:
+                say(f"{row.name}  {row.kind}  {row.value}")

@@ -16,6 +16,7 @@ from relaymta.store.change import LIMIT, OVERQUOTA, Limits
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.sieving import Sieved, Sieving
+from relaymta.store.warning import WARNED_AT, Warnings
 from relaymta.store.writer import Result, Target
 
 __all__ = ["FULL", "REFUSED", "UNKNOWN", "Delivery", "Landed", "limits_of", "status_of"]
@@ -62,11 +63,13 @@ class Delivery:
         settings: Callable[[], Settings],
         count: Callable[[str], None] = lambda _: None,
         sieving: Sieving | None = None,
+        warnings: Warnings | None = None,
     ) -> None:
         self._mailboxes = mailboxes
         self._settings = settings
         self._count = count
         self._sieving = sieving
+        self._warnings = warnings
         self._tasks: set[asyncio.Task[list[Landed]]] = set()
 
     async def deliver(
@@ -139,9 +142,13 @@ class Delivery:
 
     async def _filed(self, copies: "list[_Copy]", data: list[bytes] | BigFile, settings: Settings) -> list[Reply]:
         """File the copies that nothing has been said of yet; the reply to each."""
-        targets = [(copy.user.shard, copy.target) for copy in copies if copy.reply is None]
-        results = iter([self._counted(result, settings) for result in await self._mailboxes.file(data, targets)])
-        return [copy.reply or next(results) for copy in copies]
+        asked = [copy for copy in copies if copy.reply is None]
+        results = await self._mailboxes.file(data, [(copy.user.shard, copy.target) for copy in asked])
+        for copy, result in zip(asked, results, strict=True):
+            if self._warnings is not None and isinstance(result, Result) and result.filled >= WARNED_AT:
+                await self._warnings.consider(copy.user, copy.target.limits, result.filled)
+        said = iter([self._counted(result, settings) for result in results])
+        return [copy.reply or next(said) for copy in copies]
 
     def file(
         self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]

@@ -68,12 +68,13 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
     """What became of a message for one target: `filed`; or `code` and `text` say why it is refused; neither when it had been
-    filed before. `copies`: in how many mailboxes it is."""
+    filed before. `copies`: in how many mailboxes it is; `filled`: per cent of the user's quota that are used now."""
 
     filed: Filed | None = None
     code: str = ""
     text: str = ""
     copies: int = 0
+    filled: int = 0
 
 
 _BEFORE = Result()
@@ -344,7 +345,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             filed = change.file(
                 target.user, target.name, row, target.flags, target.keywords, target.limits, target.create, target.place
             )
-            return Result(filed, copies=1)
+            return Result(filed, copies=1, filled=_filled(change, target))
         except Refusal as refusal:
             return Result(None, refusal.code, str(refusal))
 
@@ -357,7 +358,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         taken = [one for one in found if one is not None]
         if places and not taken:
             raise Refusal(LIMIT, "no mailbox takes it")
-        return Result(taken[0] if taken else None, copies=len(taken))
+        return Result(taken[0] if taken else None, copies=len(taken), filled=_filled(change, target))
 
     def _created(self, change: Change, user: int, place: Place) -> None:
         """Create a mailbox that is to be created if missing, with its parents."""
@@ -376,3 +377,9 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 if refusal.code != LIMIT or not keywords:
                     break
         return None
+
+
+def _filled(change: Change, target: Target) -> int:
+    limits, owner = target.limits, change.user(target.user)
+    octets = owner.octets * 100 // limits.octets if limits.octets else 0
+    return max(octets, owner.messages * 100 // limits.messages if limits.messages else 0)

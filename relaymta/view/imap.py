@@ -197,8 +197,12 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     def _dismissed(self, session: ServerSession) -> Done:
         """The user may not be here any more (disabled, deleted, or moved to another shard): the session ends."""
-        self.admission.loop.call_soon(self._end, session, DISMISSED)
+        self._dismiss(session)
         return Done("NO", "The session has ended", response.UNAVAILABLE)
+
+    def _dismiss(self, session: ServerSession) -> None:
+        """End the session behind what is being done now."""
+        self.admission.loop.call_soon(self._end, session, DISMISSED)
 
     # Output
 
@@ -395,6 +399,9 @@ class ImapConnection(ReadingConnection[ServerSession]):
         try:
             while self._news and self._reader is not None:
                 self._news = self._late_news = False
+                if not self._reader.refresh():
+                    self._dismiss(session)
+                    break
                 await self._reader.enable()
                 await self._reader.sync(True)
                 await self._flush()

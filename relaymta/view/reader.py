@@ -124,12 +124,14 @@ class Reader:
         return await self.access.read(lambda: list(lines()))
 
     async def sync(self, may_expunge: bool) -> None:
-        """Tell what the mailbox that is selected has become."""
+        """Tell what the mailbox that is selected has become. Removed."""
         if self.selected is None or self.selected.unchanged():
             return
         try:
             told = await self.selected.sync(may_expunge)
         except Refusal:  # it has been deleted
+            if not self.refresh():
+                raise Removed from None  # with the user, who may be elsewhere
             self.unselect()
             await self.tell([response.untagged("NO", "The mailbox that was selected has been deleted", response.CLOSED)])
             return

@@ -42,6 +42,7 @@ from relaymta.store.deliver import Delivery
 from relaymta.store.mailboxes import OF_SUPERVISOR, Mailboxes
 from relaymta.store.recipients import Recipients
 from relaymta.store.sieving import Sieving
+from relaymta.store.warning import Warnings
 from relaymta.view.access import Access
 from relaymta.view.imap import ImapConnection
 from relaymta.view.managesieve import ManageSieveConnection
@@ -162,7 +163,8 @@ class Worker:
             sieving = Sieving(
                 self.mail, lambda: self.config.mailboxes.subaddress, self.config.hostname, partial(self.log.event, "sieve")
             )
-            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed, sieving)
+            warnings = Warnings(self.mail, self.config.hostname, partial(self.log.event, "quota_warning"))
+            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed, sieving, warnings)
             await self.mail.start()
         for number in shards:
             self.shards[number] = Shard(self, number)
