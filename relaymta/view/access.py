@@ -115,7 +115,11 @@ class Access:
     async def inbox(self, user: User) -> Inbox:
         """The user's INBOX as it is now. StoreError, Refusal."""
         shard = self.shard(user)
-        return await self.read(lambda: _inbox(shard, user.ident))
+        found = await self.read(lambda: _inbox(shard, user.ident))
+        now = self.user(user.address)
+        if now is None or now.shard != user.shard:  # moved meanwhile: some of it may have been gone already
+            raise StoreError(f"{user.address} has been moved")
+        return found
 
     async def left(self, user: User, mailbox: int, uids: list[int]) -> int:
         """How many of these messages (one at least, UIDs in order) are there. StoreError; Refusal: the mailbox is gone."""

@@ -52,15 +52,16 @@ COMMANDS: dict[str, Callable[[Reader, Command], Awaitable[Done]]] = {
 
 
 class Row(NamedTuple):
-    """A command. `expunges`: as of Verb; `counter`: the metric of its verb."""
+    """A command. `expunges`, `writes`: as of Verb; `counter`: the metric of its verb."""
 
     run: Callable[[Reader, Command], Awaitable[Done]]
     expunges: bool
+    writes: bool
     counter: int
 
 
 ROWS = {
-    name: Row(run, VERBS[name].expunges, index("relaymta_imap_commands_total", name.removeprefix("UID ")))
+    name: Row(run, VERBS[name].expunges, VERBS[name].writes, index("relaymta_imap_commands_total", name.removeprefix("UID ")))
     for name, run in COMMANDS.items()
 }
 RESULTS = {status: index("relaymta_imap_results_total", status.lower()) for status in ("OK", "NO", "BAD", "failed")}
@@ -178,11 +179,13 @@ class ImapConnection(ReadingConnection[ServerSession]):
                 return self._dismissed(session)
             await reader.enable()
             done = await row.run(reader, command)
+            if not row.writes and not reader.refresh():  # moved meanwhile: some of what was read may have been gone already
+                return self._dismissed(session)
         except (RelayError, ConnectionError, *MISTAKES) as error:
             done = answer_to(error)
             if done.code == response.UNAVAILABLE:
                 self.warn(f"{command.name}: {error or type(error).__name__}")
-            return done
+            return self._dismissed(session) if done.code == response.NONEXISTENT and not reader.refresh() else done
         if done.fresh:
             return done
         expunges = row.expunges and done.expunges

@@ -393,14 +393,15 @@ def test_a_user_is_disabled(relay, user):
 def test_a_user_is_moved(relay, user):
     a, b = relay.pair(user, 3)
     idle = relay.session(user, "SELECT INBOX", worker=1)
-    tag = idle.idle()
+    idle.idle()
     a.ok("STORE 2 +FLAGS (kept)")
     before = a.status("INBOX", "UIDVALIDITY", "UIDNEXT", "MAILBOXID", "HIGHESTMODSEQ")
     relay.asked("mailbox_move", user, shard=1 - relay.homes[user])
     dismissed(a)
     dismissed(b, "UID STORE 1 +FLAGS (lost)")
-    idle.send(b"DONE\r\n")
-    assert idle.finish(tag).last.tag == tag and idle.ended().startswith(b"* BYE")
+    with contextlib.suppress(OSError):  # it has heard of it already
+        idle.send(b"DONE\r\n")
+    assert b"* BYE [UNAVAILABLE] " in idle.ended()
     for worker in (0, 1):
         again = relay.session(user, "SELECT INBOX", worker=worker)
         assert again.flags() == {1: set(), 2: {"kept"}, 3: set()}
