@@ -125,15 +125,15 @@ class Delivery:
         sieving = self._sieving
         if sieving is None:
             return
-        for copy, ident in zip(copies, sieving.active([copy.user for copy in copies]), strict=True):
-            if ident == 0:
+        for copy, active in zip(copies, sieving.active([copy.user for copy in copies]), strict=True):
+            if active is False:
                 continue
             try:
-                if ident is None:
+                if active is None:
                     raise StoreError("it is not known whether there is a script")
                 if queue_id and sieving.sent_before(copy.user, queue_id, copy.index, attempt):
                     continue
-                copy.sieved = await sieving.run(copy.user, ident, sender, copy.address, data)
+                copy.sieved = await sieving.run(copy.user, sender, copy.address, data)
             except StoreError:
                 copy.reply = _NOT_NOW
                 continue
@@ -187,7 +187,8 @@ class Delivery:
             copies[address] = [
                 _Copy(0, address, user, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users
             ]
-            await self._sieve(copies[address], sender, data)
+        await self._sieve([copy for some in copies.values() for copy in some], sender, data)
+        for address, way in ways.items():
             ways[address], copies[address] = _sent_by_the_queue(way, copies[address])
         every = [copy for some in copies.values() for copy in some]
         replies = iter(await self._filed(every, data, settings))

@@ -5,8 +5,8 @@
     user, 2, id, number     a piece of the script's text (PIECE octets): no value needs pages of its own
     user, 3, key            until when (s, wall clock) no vacation reply of this key is sent again, and for whom one is sent
 
-The text of an id never changes: a script that is replaced has a new id. What reads takes any transaction; what changes takes that
-of a `Change`, for a Task, which is undone when it is refused.
+A script that is replaced has a new id; where a user comes to from another shard, ids begin anew. What reads takes any
+transaction; what changes takes that of a `Change`, for a Task, which is undone when it is refused.
 """
 
 import struct
@@ -26,7 +26,7 @@ __all__ = [
     "INVALID", "NAME_MOST", "REPLIES_MOST", "SCRIPTS_MOST", "Script", "activate", "active_ident",
     "active_text", "all_scripts", "clear",
     "contradictions", "mend", "name_problem", "put", "remember_reply", "remove", "rename", "replied_until", "replies", "scripts",
-    "take", "text", "text_of",
+    "take", "text",
 ]  # fmt: skip
 
 INVALID: Final = "invalid"  # why a script is refused: it does not compile
@@ -108,12 +108,7 @@ def active_ident(shard: MailShard, txn: Any, user: int) -> int:
 def active_text(shard: MailShard, txn: Any, user: int) -> tuple[int, bytes] | None:
     """The id and the text of that script."""
     ident = active_ident(shard, txn, user)
-    return (ident, text_of(shard, txn, user, ident)) if ident else None
-
-
-def text_of(shard: MailShard, txn: Any, user: int, ident: int) -> bytes:
-    """The text of a script by its id."""
-    return _text(shard, txn, user, ident)
+    return (ident, _text(shard, txn, user, ident)) if ident else None
 
 
 def all_scripts(shard: MailShard, txn: Any, user: int) -> list[tuple[str, bytes, bool]]:

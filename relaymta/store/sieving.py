@@ -8,10 +8,9 @@ has been asked for is remembered before, so that what is asked again after a cra
 import asyncio
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import lmdb
@@ -46,8 +45,7 @@ _SYSTEM: Final = {"\\seen": SEEN, "\\answered": ANSWERED, "\\flagged": FLAGGED, 
 @dataclass
 class Sieved:
     """What a user's script says of a message. `places`: where it is filed; `refusal`: the reply that refuses it, instead;
-    `redirects`: addresses that get it as well; `answers`: replies to its sender; `done`: what was sent by an earlier attempt is
-    not sent again. `shown`, `cause`: for the log."""
+    `redirects`: addresses that get it as well; `answers`: replies to its sender. `shown`, `cause`: for the log."""
 
     places: list[Place]
     refusal: Reply | None = None
@@ -71,12 +69,10 @@ class Sieving:
         self._separator = separator
         self._hostname = hostname
         self._log = log
-        self._compiled: OrderedDict[tuple[int, int, int], sieve.Script | sieve.SieveError] = OrderedDict()
 
-    def active(self, users: list[User]) -> list[int | None]:
-        """The ids of the scripts that users have activated; 0: none, None: that cannot be read now. A microsecond each, on the
-        loop."""
-        found: dict[int, int | None] = {}
+    def active(self, users: list[User]) -> list[bool | None]:
+        """Whether users have activated a script; None: that cannot be read now. A microsecond each, on the loop."""
+        found: dict[int, bool | None] = {}
         for number in {user.shard for user in users}:
             some = [user.ident for user in users if user.shard == number]
             shard = self._mailboxes.readable(number)
@@ -84,7 +80,7 @@ class Sieving:
                 if shard is None:
                     raise StoreError("it is not there")
                 with shard.rows.reading() as txn:
-                    found |= {user: scripts.active_ident(shard.rows, txn, user) for user in some}
+                    found |= {user: scripts.active_ident(shard.rows, txn, user) > 0 for user in some}
             except (lmdb.Error, StoreError):
                 found |= dict.fromkeys(some)
         return [found[user.ident] for user in users]
@@ -100,17 +96,17 @@ class Sieving:
             raise StoreError(str(error)) from None
         return found is not None and found < attempt
 
-    async def run(self, user: User, ident: int, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
-        """What the script `ident` of a user says of a message. StoreError."""
-        work = partial(self._run, user, ident, sender, recipient, data)
+    async def run(self, user: User, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+        """What the active script of a user says of a message. StoreError."""
+        work = partial(self._run, user, sender, recipient, data)
         try:
             return await asyncio.get_running_loop().run_in_executor(None, work)
         except (lmdb.Error, OSError) as error:
             raise StoreError(str(error)) from None
 
-    def _run(self, user: User, ident: int, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+    def _run(self, user: User, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
         shard = self._shard(user)
-        script = self._script(shard, user, ident)
+        script = self._script(shard, user)
         if isinstance(script, sieve.SieveError):
             return Sieved([Place()], cause=str(script))
         found = self._mailboxes.directory.owner(user.address)
@@ -127,20 +123,10 @@ class Sieving:
         )
         return _sieved(outcome, partial(_exists, shard, user.ident))
 
-    def _script(self, shard: Readable, user: User, ident: int) -> sieve.Script | sieve.SieveError:
-        key = user.shard, user.ident, ident
-        known = self._compiled.get(key)
-        if known is None:
-            with shard.rows.reading() as txn:
-                text = scripts.text_of(shard.rows, txn, user.ident, ident)
-            try:
-                known = sieve.compile(text)
-            except sieve.SieveError as error:  # by an older version it was right
-                known = error
-            self._compiled[key] = known
-            while len(self._compiled) > COMPILED_MOST:
-                self._compiled.popitem(last=False)
-        return known
+    def _script(self, shard: Readable, user: User) -> sieve.Script | sieve.SieveError:
+        with shard.rows.reading() as txn:
+            found = scripts.active_text(shard.rows, txn, user.ident)
+        return _compiled(found[1] if found is not None else b"")  # it may have been deactivated just now
 
     def _shard(self, user: User) -> Readable:
         shard = self._mailboxes.readable(user.shard)
@@ -166,6 +152,15 @@ class Sieving:
     def note(self, user: User, sieved: Sieved, queue_id: int) -> None:
         """Log what has been done."""
         self._log(id=format_id(queue_id) if queue_id else "", user=user.address, actions=sieved.shown, cause=sieved.cause)
+
+
+@lru_cache(COMPILED_MOST)
+def _compiled(text: bytes) -> sieve.Script | sieve.SieveError:
+    """By its text, which alone says what a script does."""
+    try:
+        return sieve.compile(text)
+    except sieve.SieveError as error:  # by an older version it was right
+        return error
 
 
 def _exists(shard: Readable, user: int, name: str) -> bool:

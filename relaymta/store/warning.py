@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from secrets import token_bytes
 from typing import Final
 
 import lmdb
@@ -37,7 +38,7 @@ class Warnings:
         try:
             if self._is_warned(user, now):
                 return
-            until, claimant = now + EACH_SECONDS, b""
+            until, claimant = now + EACH_SECONDS, token_bytes(8)  # each message that comes now is somebody else
             if await self._mailboxes.change(user.shard, "remember_reply", user.ident, _KEY, until, now, claimant):
                 target = Target(user.ident, prefix=f"Return-Path: <>\r\nDelivered-To: {user.address}\r\n".encode())
                 await self._mailboxes.file([_message(user, limits, filled, self._hostname, now)], [(user.shard, target)])

@@ -143,6 +143,18 @@ async def test_a_script_of_a_user_whose_shard_another_process_owns(bench):
         assert [row.messages for _, row in bench.other.rows.users(txn)] == [0]
 
 
+async def test_a_user_who_comes_back_to_a_shard_has_the_script_of_now(bench):
+    """Ids of scripts begin anew where a user comes to, as by a move and another one back."""
+    user, own = await bench.script("a", "discard;"), bench.mailboxes.shards[0]
+    await bench.deliver("a")
+    await own.purge(user)
+    await own.task(lambda change: change.add_user(user, [], 2))
+    await own.put_script(user, "main", b"keep;")
+    await own.activate_script(user, "main")
+    await bench.deliver("a", queue_id=2)
+    assert list(bench.found(user)) == ["INBOX"]
+
+
 async def test_what_cannot_be_read_now_is_asked_for_again(bench, monkeypatch):
     await bench.script("a", "discard;")
 

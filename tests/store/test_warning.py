@@ -1,5 +1,7 @@
 """A user whose quota is nearly used up is told so, once a day."""
 
+import asyncio
+
 import pytest
 
 from relaymta.errors import StoreError
@@ -47,6 +49,14 @@ async def test_once_a_day_by_lmtp_and_from_the_queue(bench, monkeypatch):
     monkeypatch.setattr(warning.time, "time", lambda: now() + 86401)
     await bench.delivery.deliver(8, 0, "s@x.example", [(0, "a@a.example")], [b"x"])
     assert [one["filled"] for one in bench.logged] == [90, 100] and len(texts(bench, ident)) == 21, "beyond the quota"
+
+
+async def test_once_though_much_mail_comes_together(bench):
+    ident = await bench.user("a", messages=100)
+    for _ in range(89):
+        await bench.file(b"x", "a")
+    await asyncio.gather(*(bench.file(b"x", "a") for _ in range(8)))
+    assert len(bench.logged) == 1 and sum(b"% full" in text for text in texts(bench, ident)) == 1
 
 
 async def test_octets_count_and_who_has_no_quota_is_not_warned(bench):
