@@ -1,4 +1,4 @@
-"""What sessions of POP3 and IMAP have in common: waiting for the caller, the login, and the count of errors."""
+"""What sessions of POP3, IMAP and ManageSieve have in common: waiting for the caller, the login, and the count of errors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 from relaymta.proto import sasl
 from relaymta.proto.auth_exchange import AuthExchange
-from relaymta.proto.session import Offers
+from relaymta.proto.session import WRONG_LOGINS, Offers
 
 __all__ = ["CLAIMED", "COMMANDS", "ERRORS", "KEPT", "TLS", "AccessSession", "no_keys"]
 
@@ -45,6 +45,7 @@ class AccessSession(ABC):
     )
 
     TOO_MANY_ERRORS: ClassVar[bytes]  # follows the reply to the last of ERRORS
+    TOO_MANY_WRONG: ClassVar[bytes]  # follows the reply to the last of WRONG_LOGINS
     OTHER_PROTOCOL: ClassVar[bytes]  # the reply to a client of another protocol
 
     def __init__(self, hostname: str, offers: Offers, keys: Callable[[str], sasl.Keys], secure: bool) -> None:
@@ -84,6 +85,17 @@ class AccessSession(ABC):
             self.wrong_logins += 1
         self.accepted = answer.startswith(b"2")
         return self.exchanged(self.exchange.checked(claim, answer) if self.exchange is not None else answer)
+
+    def login_failed(self, answer: bytes, wrong: bool = False) -> bytes:
+        """A login has ended with the reply `answer`; `wrong`: because of what the client sent as proof. Returns what to write."""
+        self.exchange = None
+        if self.accepted:  # the client rejects our proof: it must not go on as the user
+            self.close()
+            return answer
+        if wrong and self.wrong_logins >= WRONG_LOGINS:
+            self.close()
+            return answer + self.TOO_MANY_WRONG
+        return self.error(answer)
 
     @property
     def may_log_in(self) -> bool:

@@ -225,7 +225,7 @@ class ServerSession(Session):
         """A command that is none, or was refused."""
         why, start = event[1], event[2]
         if self.exchange is not None:
-            return self.login_failed(b"501 5.5.2 Line too long\r\n" if why == _TOO_LONG else b"501 5.5.2 Not base64\r\n")
+            return self.refuse_login(b"501 5.5.2 Line too long\r\n" if why == _TOO_LONG else b"501 5.5.2 Not base64\r\n")
         refusal, self.refusal = self.refusal, None
         if self.state == IDLE and why != _ENDLESS:
             return self._idle_over(False)

@@ -10,7 +10,7 @@ from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSe
 from relaymta.proto.imap_capability import AFTER_LOGIN, BEFORE_LOGIN, REVISIONS
 from relaymta.proto.imap_command import Append, Command
 from relaymta.proto.imap_words import Refused
-from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
+from relaymta.proto.session import LOGIN_LINE_LIMIT, Offers
 
 __all__ = ["APPENDED", "CANCELLED", "CLAIMED", "COMMAND", "COMMANDS", "IDLE", "LITERAL", "MESSAGE", "TLS", "Session"]
 
@@ -57,6 +57,7 @@ class Session(AccessSession):
     )
 
     TOO_MANY_ERRORS = response.bye("Too many errors")
+    TOO_MANY_WRONG = response.bye("Too many failed logins")
     OTHER_PROTOCOL = response.bye("This is an IMAP server, and that was not IMAP")
 
     def __init__(
@@ -201,15 +202,14 @@ class Session(AccessSession):
             return response.continuation(answer[4:-2])
         self.exchange = None
         if not answer.startswith(b"2"):
-            return self.login_failed(answer)
+            return self.refuse_login(answer)
         self.accepted = False
         self.logged_in = True
         self.parser.limit = LIMIT
         return response.tagged(self.tag, "OK", "Logged in", self.capability_code())
 
-    def login_failed(self, answer: bytes) -> bytes:
+    def refuse_login(self, answer: bytes) -> bytes:
         """A login has ended with this reply of SMTP's AUTH: 535, 4xx, or 501."""
-        self.exchange = None
         text = answer.decode("utf-8", "replace").strip("\r\n").partition(" ")[2].partition(" ")[2]
         if answer.startswith(b"535"):
             said = response.tagged(self.tag, "NO", text, response.AUTHENTICATIONFAILED)
@@ -219,13 +219,7 @@ class Session(AccessSession):
             said = response.tagged(self.tag, "NO", text, response.UNAVAILABLE)
         else:
             said = response.tagged(self.tag, "BAD", text)
-        if self.accepted:  # the client rejects our proof: it must not go on as the user
-            self.close()
-            return said
-        if answer.startswith(b"535") and self.wrong_logins >= WRONG_LOGINS:
-            self.close()
-            return said + response.bye("Too many failed logins")
-        return self.error(said)
+        return self.login_failed(said, answer.startswith(b"535"))
 
     def said(self, refused: Refused) -> bytes:
         """The end of the command under way, which is refused."""

@@ -23,7 +23,7 @@ from relaymta.proto import sasl, sieve
 from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSession, no_keys
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.managesieve_grammar import Broken, Command, Reader, String, Word
-from relaymta.proto.session import WRONG_LOGINS, Offers
+from relaymta.proto.session import Offers
 from relaymta.proto.sieve_run import REDIRECTS_MOST
 from relaymta.proto.verbs import OTHERS
 
@@ -62,6 +62,7 @@ class ServerSession(AccessSession):
     __slots__ = ("_final", "_reader", "asked", "owner")
 
     TOO_MANY_ERRORS = reply.TOO_MANY_ERRORS
+    TOO_MANY_WRONG = reply.TOO_MANY_WRONG
     OTHER_PROTOCOL = reply.NOT_MANAGESIEVE
 
     def __init__(self, hostname: str, offers: Offers, keys: Callable[[str], sasl.Keys] = no_keys, secure: bool = False) -> None:
@@ -205,17 +206,6 @@ class ServerSession(AccessSession):
         self._reader.most = AFTER_LOGIN
         final, self._final = self._final, b""
         return reply.final(final) if final else reply.LOGGED_IN
-
-    def login_failed(self, answer: bytes, wrong: bool = False) -> bytes:
-        """A login has ended with the response `answer`; `wrong`: because of what the client sent as proof."""
-        self.exchange = None
-        if self.accepted:
-            self.close()
-            return answer
-        if wrong and self.wrong_logins >= WRONG_LOGINS:
-            self.close()
-            return answer + reply.TOO_MANY_WRONG
-        return self.error(answer)
 
     def ask(self, asked: Asked) -> bytes:
         """The caller is to do something with the scripts; the response follows then."""

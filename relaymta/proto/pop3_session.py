@@ -8,7 +8,7 @@ from relaymta.proto import pop3_reply as reply
 from relaymta.proto import sasl
 from relaymta.proto.access_session import CLAIMED, COMMANDS, KEPT, TLS, AccessSession, no_keys
 from relaymta.proto.pop3_maildrop import Maildrop, Wanted
-from relaymta.proto.session import LOGIN_LINE_LIMIT, WRONG_LOGINS, Offers
+from relaymta.proto.session import LOGIN_LINE_LIMIT, Offers
 
 __all__ = ["CLAIMED", "COMMANDS", "COMMITTING", "OPENING", "SENDING", "TLS", "Session"]
 
@@ -35,6 +35,7 @@ class Session(AccessSession):
     )
 
     TOO_MANY_ERRORS = reply.TOO_MANY_ERRORS
+    TOO_MANY_WRONG = reply.TOO_MANY_WRONG
     OTHER_PROTOCOL = reply.NOT_POP3
 
     def __init__(self, hostname: str, offers: Offers, keys: Callable[[str], sasl.Keys] = no_keys, secure: bool = False) -> None:
@@ -161,17 +162,6 @@ class Session(AccessSession):
             self.exchange = None
             return self.wait(OPENING)
         return self.login_failed(reply.of_login(answer), answer.startswith(b"535"))
-
-    def login_failed(self, answer: bytes, wrong: bool = False) -> bytes:
-        """A login has ended with the reply `answer`; `wrong`: because of what the client sent as proof."""
-        self.exchange = None
-        if self.accepted:  # the client rejects our proof: it must not go on as the user
-            self.close()
-            return answer
-        if wrong and self.wrong_logins >= WRONG_LOGINS:
-            self.close()
-            return answer + reply.TOO_MANY_WRONG
-        return self.error(answer)
 
     def _status(self, wanted: Wanted) -> bytes:
         if wanted.lines is not None or self.maildrop is None:

@@ -1,17 +1,18 @@
 """The connection of a user who reads mail, whatever the client speaks: the seat among the sessions of the user, what is written
-as fast as the client reads, and how long a login may take.
+as fast as the client reads, how long a login and silence may take, and its end.
 
 `_user` and `_seat` are set by the login; `leave` gives back the seat. `_writable` is cleared by the transport alone, while the
 client does not read, and set when it does, or is gone.
 """
 
 import asyncio
+import traceback
 from functools import partial
 from typing import ClassVar, TypeVar
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.client import AnySession, ClientConnection
-from relaymta.accept.line import BLOCKED
+from relaymta.accept.client import STRESS_PATIENCE, AnySession, ClientConnection
+from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
 from relaymta.config import Listener
 from relaymta.metrics import index
 from relaymta.reservation import Reservation
@@ -24,14 +25,20 @@ READ = index("relaymta_mailbox_messages_read_total")
 READ_OCTETS = index("relaymta_mailbox_read_octets_total")
 
 LOGIN_SECONDS = 60.0  # for the login, from the greeting or the end of TLS, whatever the client says meanwhile
+NO_MAILBOXES = b"550 5.7.1 No mail is kept for this user\r\n"
+TOO_MANY_SESSIONS = b"454 4.7.0 Too many sessions of this user; close one, or try again later\r\n"
 
 S = TypeVar("S", bound=AnySession)
 
 
 class ReadingConnection(ClientConnection[S]):
-    """`protocol`: as log records name it."""
+    """`protocol`: as log records name it; `silence`: seconds after which a user who says nothing is logged out; `too_late`,
+    `shutting_down`: what the client is told then, and when we shut down."""
 
     protocol: ClassVar[str]
+    silence: ClassVar[float]
+    too_late: ClassVar[bytes]
+    shutting_down: ClassVar[bytes]
 
     __slots__ = ("_access", "_began", "_greeted_at", "_seat", "_user", "_writable")
 
@@ -49,6 +56,18 @@ class ReadingConnection(ClientConnection[S]):
         self._greeted_at = self.admission.now()
         if not self.waits & BLOCKED:  # what was written before the handshake has been read
             self._writable.set()
+
+    def logged_in(self, session: S) -> bool:
+        """Whether a user has logged in."""
+        raise NotImplementedError
+
+    def seated(self) -> User | bytes:
+        """The user who logs in, and who may have another session; or the reply of SMTP that refuses that."""
+        assert self.rights is not None
+        user = self._access.user(self.rights.user)
+        if user is None:
+            return NO_MAILBOXES
+        return user if self.sit(user, self.admission.config.limits.sessions_per_user) else TOO_MANY_SESSIONS
 
     def sit(self, user: User, most: int) -> bool:
         """The session of a user begins; whether the user has fewer than `most`, in all processes."""
@@ -83,6 +102,11 @@ class ReadingConnection(ClientConnection[S]):
         user = self._user.address if self._user is not None else ""
         self.admission.intake.log.event("warning", text=f"{self.protocol.upper()} session of {user}: {text}")
 
+    def mistaken(self, error: Exception) -> None:
+        """Log a defect of ours, with the place of it."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+
     def log_session(self, **fields: object) -> None:
         """Log the end of a session; `fields`: what it has done."""
         assert self.rights is not None and self._user is not None
@@ -90,3 +114,40 @@ class ReadingConnection(ClientConnection[S]):
             "session", protocol=self.protocol, client=self.rights.client.address, user=self._user.address,
             seconds=round(self.admission.now() - self._began, 3), **fields,
         )  # fmt: skip
+
+    # Deadlines, and the end
+
+    def check(self, now: float) -> None:
+        patience = STRESS_PATIENCE if self.admission.stressed else 1.0
+        if self.check_output(now, OUTPUT_SECONDS * patience):
+            return
+        if self.admission.intake.draining:
+            self.drain()
+        session = self.session
+        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING | SPILLING):
+            return
+        if self.logged_in(session):
+            late = now - self.active_at > self.silence
+        else:
+            late = now - self._greeted_at > LOGIN_SECONDS * patience
+        if late:
+            self.end(session, self.too_late)
+        else:
+            self.look_after(session, now)
+
+    def look_after(self, session: S, now: float) -> None:
+        """Called with the deadlines, of which none has passed, while nothing is waited for."""
+
+    def drain(self) -> None:
+        session = self.session
+        if session is None or self.gone or self.waits & (COMMITTING | SHAKING | SPILLING):
+            return
+        out, self.delayed = self.delayed, b""
+        self.end(session, out + self.shutting_down)
+
+    def end(self, session: S, last: bytes) -> None:
+        """Close the connection, with a last word."""
+        if not self.gone:
+            self.write(last)
+            session.close()
+            self.close()

@@ -8,14 +8,13 @@ written in slices, each once the client has read the one before.
 import asyncio
 import contextlib
 import socket
-import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
-from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
+from relaymta.accept.client import ClientConnection
+from relaymta.accept.line import COMMITTING, SPILLING
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
 from relaymta.disk.big import BigBody
@@ -29,7 +28,7 @@ from relaymta.proto.imap_verbs import VERBS
 from relaymta.reservation import Reservation
 from relaymta.view import imap_append, imap_mailboxes, imap_messages
 from relaymta.view.access import PIECE, SLICE, Access
-from relaymta.view.connection import LOGIN_SECONDS, ReadingConnection
+from relaymta.view.connection import ReadingConnection
 from relaymta.view.eager import begin
 from relaymta.view.fetch import FilePart, Making, Piece, read_at
 from relaymta.view.incoming import Incoming
@@ -66,14 +65,15 @@ ROWS = {
 }
 RESULTS = {status: index("relaymta_imap_results_total", status.lower()) for status in ("OK", "NO", "BAD", "failed")}
 DISMISSED = response.bye("The session has ended; log in again", response.UNAVAILABLE)
-NO_MAILBOXES = b"550 5.7.1 No mail is kept for this user\r\n"
-TOO_MANY_SESSIONS = b"454 4.7.0 Too many sessions of this user; close one, or try again later\r\n"
 
 
 class ImapConnection(ReadingConnection[ServerSession]):
     """`_reader`: from the login to the end; `_unwatch`: while in IDLE with a mailbox that is selected."""
 
     protocol = "imap"
+    silence = SILENCE_SECONDS
+    too_late = response.TIMEOUT
+    shutting_down = response.SHUTTING_DOWN
 
     __slots__ = (
         "_commands", "_eager", "_late_news", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch",
@@ -107,14 +107,15 @@ class ImapConnection(ReadingConnection[ServerSession]):
         return response.bye(text, response.UNAVAILABLE)
 
     def admit_login(self) -> bytes | None:
-        assert self.rights is not None and self.session is not None
-        user = self._access.user(self.rights.user)
-        if user is None:
-            return NO_MAILBOXES
-        if not self.sit(user, self.admission.config.limits.sessions_per_user):
-            return TOO_MANY_SESSIONS
+        assert self.session is not None
+        user = self.seated()
+        if isinstance(user, bytes):
+            return user
         self._reader = Reader(self._access, user, self.session, self.admission, self._tell, self._pause, self.warn)
         return None
+
+    def logged_in(self, session: ServerSession) -> bool:
+        return self._reader is not None
 
     # Commands
 
@@ -154,7 +155,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
             except Gone:
                 self._drop_output()
             except Exception as error:  # a defect: this command fails, the session and the others go on
-                self._mistaken(error)
+                self.mistaken(error)
                 self.write(session.failed())
             self._commands += 1
             counters = self.admission.intake.counters
@@ -166,11 +167,10 @@ class ImapConnection(ReadingConnection[ServerSession]):
     def _drop_output(self) -> None:
         self._out, self._octets = [], 0
 
-    def _mistaken(self, error: Exception) -> None:
+    def mistaken(self, error: Exception) -> None:
         """Log a defect; what was told and is not written yet is not written."""
         self._drop_output()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+        super().mistaken(error)
 
     async def _answer(self, reader: Reader, session: ServerSession, command: Command, row: Row) -> Done:
         """Run a command; what its end says. Errors that are none of ours are answered."""
@@ -205,7 +205,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     def _dismiss(self, session: ServerSession) -> None:
         """End the session behind what is being done now."""
-        self.admission.loop.call_soon(self._end, session, DISMISSED)
+        self.admission.loop.call_soon(self.end, session, DISMISSED)
 
     # Output
 
@@ -315,7 +315,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
         except (RelayError, ConnectionError, *MISTAKES) as error:
             return answer_to(error)
         except Exception as error:
-            self._mistaken(error)
+            self.mistaken(error)
             return Done("NO", "Internal error; it has been logged", response.SERVERBUG)
 
     def _acknowledge(self) -> None:
@@ -414,7 +414,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
             self.warn(f"IDLE: {error or type(error).__name__}")
             self._late_news = True  # `check` tries again
         except Exception as error:
-            self._mistaken(error)
+            self.mistaken(error)
         self._said_at = self.admission.now()
         self._ended(session)
 
@@ -424,7 +424,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
         if unwatch is not None:
             unwatch()
 
-    # The end, and deadlines
+    # The end, and what is due
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -441,42 +441,17 @@ class ImapConnection(ReadingConnection[ServerSession]):
         self._reader = None
         self.leave()
 
-    def check(self, now: float) -> None:
-        session, patience = self.session, STRESS_PATIENCE if self.admission.stressed else 1.0
-        if self.check_output(now, OUTPUT_SECONDS * patience):
+    def look_after(self, session: ServerSession, now: float) -> None:
+        if session.state != IDLE:
             return
-        if self.admission.intake.draining:
-            self.drain()
-        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING | SPILLING):
-            return
-        if self._reader is None:
-            late = now - self._greeted_at > LOGIN_SECONDS * patience
-        else:
-            late = now - self.active_at > SILENCE_SECONDS
-        if late:
-            self._end(session, response.TIMEOUT)
-        elif session.state == IDLE and self._late_news and self._unwatch is not None:
+        if self._late_news and self._unwatch is not None:
             self._noticed(0)
-        elif session.state == IDLE and now - self._said_at > STILL_HERE_SECONDS and self._reader is not None:
+        elif now - self._said_at > STILL_HERE_SECONDS and self._reader is not None:
             self._said_at = now
             if self._reader.refresh():
                 self.write(session.write(response.STILL_HERE))
             else:
-                self._end(session, DISMISSED)
-
-    def _end(self, session: ServerSession, last: bytes) -> None:
-        """Close the connection, with BYE."""
-        if not self.gone:
-            self.write(last)
-            session.close()
-            self.close()
-
-    def drain(self) -> None:
-        session = self.session
-        if session is None or self.gone or self.waits & (COMMITTING | SHAKING | SPILLING):
-            return
-        out, self.delayed = self.delayed, b""
-        self._end(session, out + response.SHUTTING_DOWN)
+                self.end(session, DISMISSED)
 
     steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
         TLS: ClientConnection.start_tls,

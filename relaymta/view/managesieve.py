@@ -3,13 +3,12 @@
 Scripts are read here, and changed by the owner of the user's shard.
 """
 
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
-from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
+from relaymta.accept.client import ClientConnection
+from relaymta.accept.line import COMMITTING
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
 from relaymta.errors import RelayError
@@ -20,13 +19,11 @@ from relaymta.store import scripts
 from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Refusal
 from relaymta.store.directory import User
 from relaymta.view.access import Access
-from relaymta.view.connection import LOGIN_SECONDS, ReadingConnection
+from relaymta.view.connection import ReadingConnection
 
 __all__ = ["ManageSieveConnection"]
 
 IDLE_SECONDS = 1800.0  # RFC 5804 1.2: at least 30 minutes
-NO_MAILBOXES = b"550 5.7.1 No mail is kept for this user\r\n"
-TOO_MANY_SESSIONS = b"454 4.7.0 Too many sessions of this user; close one, or try again later\r\n"
 # Response codes (RFC 5804 1.3).
 CODES = {
     MISSING: reply.NONEXISTENT, EXISTS: reply.ALREADYEXISTS, LIMIT: reply.MAXSCRIPTS, OVERQUOTA: reply.MAXSIZE,
@@ -38,6 +35,9 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
     """`_told`: the client has the capabilities of this connection as it is now."""
 
     protocol = "managesieve"
+    silence = IDLE_SECONDS
+    too_late = reply.IDLE_TOO_LONG
+    shutting_down = reply.SHUTTING_DOWN
 
     __slots__ = ("_commands", "_told")
 
@@ -64,14 +64,15 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
             self.write(self.session.greet())
 
     def admit_login(self) -> bytes | None:
-        assert self.rights is not None and self.session is not None
-        user = self._access.user(self.rights.user)
-        if user is None:
-            return NO_MAILBOXES
-        if not self.sit(user, self.admission.config.limits.sessions_per_user):
-            return TOO_MANY_SESSIONS
+        assert self.session is not None
+        user = self.seated()
+        if isinstance(user, bytes):
+            return user
         self.session.name_owner(user.address)
         return None
+
+    def logged_in(self, session: ServerSession) -> bool:
+        return bool(session.owner)
 
     # Commands
 
@@ -86,8 +87,7 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
             if asked is not None:
                 out = await self._answer(session, asked)
         except Exception as error:  # a defect: this command fails, the session and the others go on
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+            self.mistaken(error)
             out = session.refused("The server has failed; try again later", reply.TRYLATER)
         finally:
             self._commands += 1
@@ -126,35 +126,6 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
             session.owner = ""  # this may be called again
         if not self.waits & COMMITTING:  # else the command that is under way ends with it
             self.leave()
-
-    # Deadlines
-
-    def check(self, now: float) -> None:
-        session, patience = self.session, STRESS_PATIENCE if self.admission.stressed else 1.0
-        if self.check_output(now, OUTPUT_SECONDS * patience):
-            return
-        if self.admission.intake.draining:
-            self.drain()
-        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING):
-            return
-        if session.owner:
-            late = now - self.active_at > IDLE_SECONDS
-        else:
-            late = now - self._greeted_at > LOGIN_SECONDS * patience
-        if late:
-            self._close(session, reply.IDLE_TOO_LONG)
-
-    def _close(self, session: ServerSession, answer: bytes) -> None:
-        self.write(answer)
-        session.close()
-        self.close()
-
-    def drain(self) -> None:
-        session = self.session
-        if session is None or self.gone or self.waits & (COMMITTING | SHAKING):
-            return
-        out, self.delayed = self.delayed, b""
-        self._close(session, out + reply.SHUTTING_DOWN)
 
     steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
         TLS: ClientConnection.start_tls,

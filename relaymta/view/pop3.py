@@ -4,14 +4,13 @@ The maildrop of a user is one session's from login (`_open`) to its end: the sea
 What RETR has sent becomes \\Seen, and what DELE has marked is removed at QUIT, each by the owner of the shard.
 """
 
-import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, ClassVar
 
 from relaymta.accept.admission import Admission
-from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
-from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING
+from relaymta.accept.client import ClientConnection
+from relaymta.accept.line import COMMITTING
 from relaymta.accept.rights import Rights
 from relaymta.config import Listener
 from relaymta.control import Refused
@@ -25,7 +24,7 @@ from relaymta.proto.pop3_session import COMMITTING as COMMITTED
 from relaymta.store.change import Refusal
 from relaymta.store.directory import User
 from relaymta.view.access import Access, Inbox
-from relaymta.view.connection import LOGIN_SECONDS, READ, READ_OCTETS, ReadingConnection
+from relaymta.view.connection import READ, READ_OCTETS, ReadingConnection
 
 __all__ = ["Pop3Connection"]
 
@@ -38,6 +37,9 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     """`_inbox`: set by the login."""
 
     protocol = "pop3"
+    silence = IDLE_SECONDS
+    too_late = b""  # RFC 1939 3: without a reply
+    shutting_down = reply.SHUTTING_DOWN
 
     __slots__ = ("_inbox",)
 
@@ -53,6 +55,9 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     def refusal(self, answer: bytes) -> bytes:
         return reply.of_login(answer)
 
+    def logged_in(self, session: ServerSession) -> bool:
+        return session.maildrop is not None
+
     # Steps: each returns what to write
 
     def _begin(self, step: Callable[[ServerSession], Coroutine[Any, Any, bytes]], session: ServerSession) -> None:
@@ -66,8 +71,7 @@ class Pop3Connection(ReadingConnection[ServerSession]):
         try:
             out = await step(session)
         except Exception as error:  # a defect: this session ends, the others go on
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
+            self.mistaken(error)
             session.close()
         finally:
             self.waits &= ~COMMITTING
@@ -177,35 +181,8 @@ class Pop3Connection(ReadingConnection[ServerSession]):
         except (RelayError, ConnectionError) as error:
             self.warn(f"\\Seen could not be set: {error}")
 
-    # Deadlines
-
-    def check(self, now: float) -> None:
-        session, patience = self.session, STRESS_PATIENCE if self.admission.stressed else 1.0
-        if self.check_output(now, OUTPUT_SECONDS * patience):
-            return
-        if self.admission.intake.draining:
-            self.drain()
-        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING):
-            return
-        if session.maildrop is not None:
-            late = now - self.active_at > IDLE_SECONDS
-        else:
-            late = now - self._greeted_at > LOGIN_SECONDS * patience
-        if late:
-            self._close(session)  # without a reply (RFC 1939 3)
-
-    def _close(self, session: ServerSession, answer: bytes = b"") -> None:
-        if not session.within_reply:
-            self.write(answer)
-        session.close()
-        self.close()
-
-    def drain(self) -> None:
-        session = self.session
-        if session is None or self.gone or self.waits & (COMMITTING | SHAKING):
-            return
-        out, self.delayed = self.delayed, b""
-        self._close(session, out + reply.SHUTTING_DOWN)
+    def end(self, session: ServerSession, last: bytes) -> None:
+        super().end(session, b"" if session.within_reply else last)
 
     steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
         TLS: ClientConnection.start_tls,

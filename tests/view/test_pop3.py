@@ -14,7 +14,8 @@ from relaymta.proto.pop3_server import Offers, ServerSession
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.writer import Target
 from relaymta.view.access import SLICE, Access
-from relaymta.view.pop3 import IDLE_SECONDS, LOGIN_SECONDS, Pop3Connection
+from relaymta.view.connection import LOGIN_SECONDS
+from relaymta.view.pop3 import IDLE_SECONDS, Pop3Connection
 from tests.store.test_recipients import Bench
 
 MESSAGE = b"Subject: x\r\n\r\n" + (b"y" * 70 + b"\r\n") * 7000
