@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from heapq import merge
 from typing import Final, NamedTuple
 
+from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
 from relaymta.proto.mime_text import comparable, header_text
 
 __all__ = ["CRITERIA", "Sortable", "Sorted", "base_subject", "sent", "sortable"]
@@ -17,8 +18,6 @@ STRING_MOST: Final = 200  # octets
 SUBJECT_MOST: Final = 4000  # octets of a subject that are looked at
 RUN: Final = 4096  # keys that are sorted at once: some milliseconds
 
-_TOKEN = re.compile(rb' ?(?:(\()|(\))|NIL|"([^"\\]*+(?:\\.[^"\\]*+)*+)"|\{([0-9]+)\}\r\n)', re.S)
-_QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 _PLACES: Final = {"FROM": 2, "TO": 5, "CC": 6}  # in an ENVELOPE
 _INVERTED: Final = bytes(range(255, -1, -1))
 _BLANK = re.compile(r"[ \t\r\n]+")
@@ -29,8 +28,6 @@ _DATE = re.compile(
     r"([0-9]{1,2})[\s-]+([A-Za-z]{3})[A-Za-z]*[\s-]+([0-9]{2,4})"
     r"\s+([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?\s*([+-][0-9]{4}|[A-Z]{3})?"
 )
-_NAMES = "jan feb mar apr may jun jul aug sep oct nov dec"
-_MONTHS = {name: number for number, name in enumerate(_NAMES.split(), 1)}
 _ZONES = {"EDT": -400, "EST": -500, "CDT": -500, "CST": -600, "MDT": -600, "MST": -700, "PDT": -700, "PST": -800}
 
 
@@ -46,24 +43,20 @@ class Sortable(NamedTuple):
 def sortable(envelope: bytes) -> Sortable:
     """The parts of an ENVELOPE, as `mime_envelope.envelope` makes it."""
     strings: dict[tuple[int, int], bytes | None] = {}  # by place, and by place among the strings of addresses
-    at = depth = place = inner = 0
-    while place <= _PLACES["CC"] and (match := _TOKEN.match(envelope, at)):
-        at = match.end()
-        opening, closing, quoted, literal = match.groups()
-        if opening or closing:
-            depth += 1 if opening else -1
-            place, inner = (place + 1, 0) if closing and depth == 1 else (place, inner)
-            continue
-        found = None if quoted is None else _QUOTED_PAIR.sub(rb"\1", quoted)
-        if literal is not None:
-            found = envelope[at : at + int(literal)]
-            at += int(literal)
-        if depth > 1:
-            strings.setdefault((place, inner), found)
+    depth = place = inner = 0
+    for token in tokens(envelope):
+        if isinstance(token, str):
+            depth += 1 if token == "(" else -1
+            if token == ")" and depth == 1:
+                place, inner = place + 1, 0
+        elif depth > 1:
+            strings.setdefault((place, inner), token)
             inner += 1
         else:
-            strings[place, 0] = found
+            strings[place, 0] = token
             place += 1
+        if place > _PLACES["CC"]:
+            break
     mailboxes = {name: strings.get((where, 2)) or b"" for name, where in _PLACES.items()}
     return Sortable(strings.get((0, 0)), strings.get((1, 0)) or b"", mailboxes)
 
@@ -74,8 +67,8 @@ def sent(date: bytes | None) -> int | None:
     if match is None:
         return None
     day, month, year, hour, minute, second, zone = match.groups()
-    full = int(year) if len(year) == 4 else int(year) + (2000 if int(year) < 50 else 1900)  # RFC 5322 4.3
-    number = _MONTHS.get(month.lower(), 0)
+    full = full_year(year)
+    number = MONTHS.get(month.lower(), 0)
     if not number or full < 1 or not 1 <= int(day) <= calendar.monthrange(full, number)[1]:
         return None
     if int(hour) > 23 or int(minute) > 59 or int(second or 0) > 60:

@@ -4,13 +4,14 @@ are decoded only where that may matter. A needle is `mime_text.comparable`, and 
 
 import datetime
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 
 from relaymta._speedups.mime import Part, scan
 from relaymta._speedups.text import holds
 from relaymta.proto.mime import PLACE, header_fields
+from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
 from relaymta.proto.mime_text import charset_of, comparable, header_text, in_header, in_pieces, in_text, is_text
 
 __all__ = ["FIELDS", "EnvelopeText", "FileText", "HeaderText", "MessageText"]
@@ -19,15 +20,11 @@ FIELDS = {name: place for place, name in enumerate(
     ("date", "subject", "from", "sender", "reply-to", "to", "cc", "bcc", "in-reply-to", "message-id")
 )}  # fmt: skip  # of an ENVELOPE, in its order
 
-_TOKEN = re.compile(rb' ?(?:(\()|(\))|NIL|"([^"\\]*+(?:\\.[^"\\]*+)*+)"|\{([0-9]+)\}\r\n)', re.S)
-_QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 _PIECE = re.compile(r'[^\x00-\x1f"(),:;<>@\\\x7f-\U0010ffff]+')  # stands in an ENVELOPE as it does in what is made of it
 _DAY = re.compile(
     r"(?<![0-9])(?P<day>[0-9]{1,2})[\s-]+(?P<month>[A-Za-z]{3})[A-Za-z]*[\s-]+(?P<year>[0-9]{2,4})(?![0-9])"
     r"|(?P<month2>[A-Za-z]{3})\s+(?P<day2>[0-9]{1,2})\s+[0-9]+:[0-9]+(?::[0-9]+)?\s+(?:[A-Z]+\s+)?(?P<year2>[0-9]{4})(?![0-9])"
 )
-_NAMES = "jan feb mar apr may jun jul aug sep oct nov dec"
-_MONTHS = {name: number for number, name in enumerate(_NAMES.split(), 1)}
 
 
 class EnvelopeText:
@@ -56,9 +53,8 @@ class EnvelopeText:
         if match is None:
             return None
         day, month, year = (match[name] or match[name + "2"] for name in ("day", "month", "year"))
-        number = int(year) if len(year) == 4 else int(year) + (2000 if int(year) < 50 else 1900)  # RFC 5322 4.3
         try:
-            return datetime.date(number, _MONTHS.get(month.lower(), 0), int(day))
+            return datetime.date(full_year(year), MONTHS.get(month.lower(), 0), int(day))
         except ValueError:
             return None
 
@@ -66,7 +62,7 @@ class EnvelopeText:
         """A field: a string, or those of its addresses, four of each; None: NIL."""
         depth = 0
         strings: list[bytes | None] = []
-        for token in _tokens(self._octets):
+        for token in tokens(self._octets):
             if token in ("(", ")"):
                 depth += 1 if token == "(" else -1
                 if token == "(" or depth != 1:
@@ -79,23 +75,6 @@ class EnvelopeText:
                 return strings or token  # type: ignore[return-value]
             place -= 1
         return None
-
-
-def _tokens(octets: bytes) -> Iterator[bytes | str | None]:
-    """Parentheses as text, strings as octets, NIL as None."""
-    at = 0
-    while match := _TOKEN.match(octets, at):
-        at = match.end()
-        opening, closing, quoted, literal = match.groups()
-        if opening or closing:
-            yield "(" if opening else ")"
-        elif quoted is not None:
-            yield _QUOTED_PAIR.sub(rb"\1", quoted) if b"\\" in quoted else quoted
-        elif literal is not None:
-            at += int(literal)
-            yield octets[match.end() : at]
-        else:
-            yield None
 
 
 def _addresses(strings: Sequence[bytes | None]) -> str:

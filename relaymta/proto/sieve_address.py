@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 from relaymta.proto.address import quoted_if_needed
 from relaymta.proto.mime import describe
-from relaymta.proto.mime_envelope import unfolded
+from relaymta.proto.mime_envelope import tokens, unfolded
 
 __all__ = ["NULL", "Address", "addresses_in", "part_of", "split"]
 
 _FRONT = b"(NIL NIL NIL NIL NIL ("  # of the ENVELOPE of a message with nothing but addresses in To
-_STRING = re.compile(rb' ?(?:NIL|"((?:[^"\\]++|\\.)*+)"|\{([0-9]+)\}\r\n)', re.S)
-_QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 
 
 class Address(NamedTuple):
@@ -49,19 +47,15 @@ def addresses_in(value: bytes) -> list[Address]:
 
 def _structures(envelope: bytes, at: int) -> Iterator[list[bytes | None]]:
     """The structures of addresses from here on: four strings each."""
-    while envelope[at : at + 1] == b"(":
-        at += 1
-        found: list[bytes | None] = []
-        while len(found) < 4 and (match := _STRING.match(envelope, at)) is not None:
-            at = match.end()
-            if match[2] is not None:
-                found.append(envelope[at : at + int(match[2])])
-                at += int(match[2])
-            else:
-                found.append(None if match[1] is None else _QUOTED_PAIR.sub(rb"\1", match[1]))
-        at += 1
-        if len(found) == 4:
+    found: list[bytes | None] = []
+    for token in tokens(envelope, at):
+        if not isinstance(token, str):
+            found.append(token)
+        elif token == ")":
+            if len(found) != 4:  # the end of the list
+                return
             yield found
+            found = []
 
 
 def split(address: str) -> Address:

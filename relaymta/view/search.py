@@ -26,7 +26,7 @@ from relaymta.view.fetch import email_id, read_at, with_description
 from relaymta.view.reading import Message, after
 from relaymta.view.selected import Selected
 
-__all__ = ["bring", "now_ms", "searched", "slice_of"]
+__all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "searched", "slice_of"]
 
 MILLISECONDS: Final = 5
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
@@ -36,7 +36,7 @@ HEADER_MOST: Final = 1 << 20  # octets of a header
 BODIES_MOST: Final = 32  # keys that look into all of a message
 
 _NO_DATA = ObjectRow(0, Body(0, 0, 0, 0))
-_UNREADABLE = describe(b"")
+UNREADABLE: Final = describe(b"")  # of a message that cannot be read
 
 
 def now_ms() -> int:
@@ -132,24 +132,23 @@ def _row(shard: Readable, message: Message) -> MessageRow:
 
 
 def _envelope(shard: Readable, message: Message) -> EnvelopeText | None:
-    described = _described(shard, message)
+    described = described_of(shard, message)
     if described is None:
         return None
     return EnvelopeText(described.envelope, partial(email_id, message.object, message.row))
 
 
 def _header(shard: Readable, message: Message) -> HeaderText | None:
-    described, body = message.object.described, message.object.body
-    end = HEADER_MOST if described is None else min(described.header_end, HEADER_MOST)
-    data = _data(shard, message) if body.segment else _large(shard, message)(0, min(end, body.length))
-    return None if data is None else HeaderText(message.row.prefix + data[:end])
+    described = message.object.described
+    data = first_octets(shard, message, HEADER_MOST if described is None else described.header_end)
+    return None if data is None else HeaderText(message.row.prefix + data)
 
 
 def _text(shard: Readable, message: Message) -> MessageText | FileText | None:
     if message.object.body.segment:
         data = _data(shard, message)
         return None if data is None else MessageText(message.row.prefix, data)
-    described = _described(shard, message)
+    described = described_of(shard, message)
     return None if described is None else FileText(message.row.prefix, described.parts, _large(shard, message))
 
 
@@ -161,13 +160,21 @@ _STAGES: dict[Stage, tuple[str, Callable[[Readable, Message], Any]]] = {
 }
 
 
-def _described(shard: Readable, message: Message) -> Description | None:
+def described_of(shard: Readable, message: Message) -> Description | None:
+    """Reader thread: the description of a message; None: it is gone."""
     try:
         return with_description(shard, message).object.described
     except Refusal:
         return None
     except StoreError:
-        return _UNREADABLE
+        return UNREADABLE
+
+
+def first_octets(shard: Readable, message: Message, end: int) -> bytes | None:
+    """Reader thread: the data of a message up to `end`, HEADER_MOST at most; b"" where it cannot be read; None: it is gone."""
+    body, end = message.object.body, min(end, HEADER_MOST)
+    data = _data(shard, message) if body.segment else _large(shard, message)(0, min(end, body.length))
+    return None if data is None else data[:end]
 
 
 def _data(shard: Readable, message: Message) -> bytes | None:

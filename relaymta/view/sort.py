@@ -8,21 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
 
-from relaymta.disk.segments import FRAME
-from relaymta.errors import StoreError
 from relaymta.proto.imap_command import Sort, Thread
 from relaymta.proto.imap_program import Program
 from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, numbers, runs, values
 from relaymta.proto.imap_sort import Sorted
 from relaymta.proto.imap_thread import Threads, shown
 from relaymta.proto.imap_view import View
-from relaymta.proto.mime import describe
 from relaymta.proto.mime_thread import thread_keys
-from relaymta.store.change import Refusal
-from relaymta.store.reading import Readable, body_of
-from relaymta.store.rows import ObjectRow
+from relaymta.store.reading import Readable
 from relaymta.view import reading, search
-from relaymta.view.fetch import read_at, with_description
 from relaymta.view.reader import Reader
 from relaymta.view.reading import Message
 from relaymta.view.selected import Selected
@@ -31,10 +25,7 @@ __all__ = ["sorted_", "threaded"]
 
 TOGETHER: Final = 64  # messages that are read in one transaction
 SECONDS: Final = 0.005  # of one slice
-HEADER_MOST: Final = 1 << 20  # octets of a header
 PIECE: Final = 4096  # numbers of a piece of the response
-
-_UNREADABLE = describe(b"")
 
 Add = Callable[[Readable, Message], None]
 
@@ -44,8 +35,8 @@ async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Prog
     records, order = await _found(reader, selected, program), Sorted(asked.criteria)
 
     def add(shard: Readable, message: Message) -> None:
-        envelope = _described(shard, message).object.described if order.needs_envelope else None
-        order.add(b"" if envelope is None else envelope.envelope, message.row.date, message.row.size)
+        described = search.described_of(shard, message) if order.needs_envelope else None
+        order.add(b"" if described is None else described.envelope, message.row.date, message.row.size)
 
     there = await _added(reader, selected, records, add)
     modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
@@ -69,9 +60,9 @@ async def threaded(reader: Reader, selected: Selected, asked: Thread, program: P
     records, threads = await _found(reader, selected, program), Threads(asked.references)
 
     def add(shard: Readable, message: Message) -> None:
-        message = _described(shard, message)
-        described = message.object.described or _UNREADABLE
-        keys = (described.thread or _keys(shard, message)) if asked.references else b""
+        described, keys = search.described_of(shard, message) or search.UNREADABLE, b""
+        if asked.references:
+            keys = described.thread or thread_keys(search.first_octets(shard, message, described.header_end) or b"")
         threads.add(described.envelope, message.row.date, keys)
 
     there = await _added(reader, selected, records, add)
@@ -115,23 +106,3 @@ def _slice(selected: Selected, records: bytes, start: int, add: Add, there: "arr
             there.append(message.uid)
         at += len(part)
     return at - start
-
-
-def _described(shard: Readable, message: Message) -> Message:
-    try:
-        return with_description(shard, message)
-    except (Refusal, StoreError):
-        row = message.object
-        return message._replace(object=ObjectRow(row.references, row.body, _UNREADABLE, row.digest))
-
-
-def _keys(shard: Readable, message: Message) -> bytes:
-    """The keys of a message whose row has none."""
-    described, body, ident = message.object.described, message.object.body, message.row.object
-    end = min(described.header_end if described is not None else 0, body.length, HEADER_MOST)
-    try:
-        if body.segment:
-            return thread_keys(bytes(body_of(shard.rows, shard.bodies, ident)[:end]))
-        return thread_keys(read_at(shard.bodies.big_path(ident), body.offset + FRAME.size, end))
-    except (Refusal, StoreError):
-        return thread_keys(b"")
