@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from relaymta.config.values import is_loopback, parse_hostport
+
 if TYPE_CHECKING:
     from relaymta.config import Config, Listener
 
@@ -35,11 +37,11 @@ def records(config: "Config", domain: str) -> Iterator[Record]:
 
 def _offered(listener: "Listener") -> Iterator[tuple[str, int]]:
     """The service that a listener is; none for SMTP without logins, on loopback addresses, or without TLS."""
-    host, _, port = listener.address.rpartition(":")
-    loopback = host.startswith("127.") or host in ("localhost", "[::1]")
+    host, port = parse_hostport(listener.address)
+    loopback = host == "localhost" or is_loopback(host)
     if loopback or listener.protocol not in _SERVICES or (listener.protocol == "smtp" and listener.auth == "off"):
         return
     secure, starttls = _SERVICES[listener.protocol]
     name = secure if listener.tls == "implicit" else starttls if listener.tls != "off" else ""
     if name:
-        yield name, int(port)
+        yield name, port

@@ -226,15 +226,27 @@ class GroupWriter(Generic[O, G, C]):
 
     def _run_task(self, change: C, task: Task) -> None:
         """Run a task; when it raises, undo what it has written, and go on with the group."""
+
+        def run() -> None:
+            task.result = task.run(change)
+
+        error = self._attempt(change, run)
+        if error is not None:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            task.error, task.mistake = error, f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+
+    @staticmethod
+    def _attempt(change: C, run: Callable[[], None]) -> Exception | None:
+        """Do something as a part of a transaction, which is undone when `run` raises; what that was, a defect as a rule: it
+        fails this part, not the group. What the disk or LMDB refuses is raised."""
         change.begin_part()
         try:
-            task.result = task.run(change)
+            run()
             change.settle()  # what cannot be written fails here
         except (lmdb.Error, OSError):
             raise
-        except Exception as error:  # a defect in `run` fails the task, not the group
+        except Exception as error:
             change.undo_part()
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            task.error, task.mistake = error, f"{where.filename.rpartition('/')[2]}:{where.lineno}"
-        else:
-            change.keep_part()
+            return error
+        change.keep_part()
+        return None

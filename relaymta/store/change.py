@@ -165,7 +165,7 @@ class Change(Collected):
 
     def abandon(self, user: int, mailbox: int) -> None:
         """A mailbox has lost its name: it is there for nobody from now on, and counts no more. Its rows go by `purge_mailbox`."""
-        owner, state = self.user(user), self.shard.state(self.txn, mailbox) and self.state(mailbox)
+        owner, state = self.user(user), self.find_state(mailbox)
         if state is not None:
             owner.messages -= state.messages
             owner.octets -= state.octets

@@ -86,10 +86,16 @@ class Collected(Transaction):
 
     def state(self, mailbox: int) -> MailboxState:
         """A mailbox's state. Refusal."""
-        state = self._states.get(mailbox) or self.shard.state(self.txn, mailbox)
+        state = self.find_state(mailbox)
         if state is None:
             raise Refusal(MISSING, "no such mailbox")
-        self._states[mailbox] = state
+        return state
+
+    def find_state(self, mailbox: int) -> MailboxState | None:
+        """A mailbox's state; None: it is not there."""
+        state = self._states.get(mailbox) or self.shard.state(self.txn, mailbox)
+        if state is not None:
+            self._states[mailbox] = state
         return state
 
     def put_state(self, state: MailboxState) -> int:

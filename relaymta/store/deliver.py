@@ -17,7 +17,7 @@ from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.sieving import Sieved, Sieving
 from relaymta.store.warning import WARNED_AT, Warnings
-from relaymta.store.writer import Result, Target
+from relaymta.store.writer import Result, Target, prefix_of
 
 __all__ = ["FULL", "REFUSED", "UNKNOWN", "Delivery", "Landed", "limits_of", "status_of"]
 
@@ -93,7 +93,7 @@ class Delivery:
             for user in users:
                 once = (queue_id, index, user.ident)
                 target = Target(
-                    user.ident, prefix=_prefix(sender, address), limits=limits_of(user, settings), once=once, attempt=attempt
+                    user.ident, prefix=prefix_of(sender, address), limits=limits_of(user, settings), once=once, attempt=attempt
                 )
                 copies.append(_Copy(index, address, user, target))
         await self._sieve(copies, sender, data, queue_id, attempt)
@@ -183,7 +183,7 @@ class Delivery:
         ways = {address: self._way(address, settings) for address in recipients}
         copies: dict[str, list[_Copy]] = {}
         for address, way in ways.items():
-            prefix = _prefix(sender, address)
+            prefix = prefix_of(sender, address)
             copies[address] = [
                 _Copy(0, address, user, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users
             ]
@@ -274,10 +274,6 @@ def _rank(reply: Reply) -> tuple[bool, int]:
     """Which reply of several users holds for their alias: while one can have the message later it is asked for again (those who
     have it are left out then); what is refused for good is said once nobody is waited for."""
     return 400 <= reply.code < 500, reply.code
-
-
-def _prefix(sender: str, address: str) -> bytes:
-    return f"Return-Path: <{sender}>\r\nDelivered-To: {address}\r\n".encode()
 
 
 def _reply(result: Result | StoreError, settings: Settings) -> Reply:

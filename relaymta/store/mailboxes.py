@@ -97,6 +97,13 @@ class Mailboxes:
         """A shard, whoever owns it, as it can be read here; None when it cannot be now."""
         return self.shards.get(shard) or self._others.shard(shard)
 
+    def reading(self, shard: int) -> Readable:
+        """As `readable`. StoreError when it cannot be read now."""
+        found = self.readable(shard)
+        if found is None:
+            raise StoreError(f"shard {shard} of the mailboxes cannot be read now")
+        return found
+
     def used(self, shard: int, user: int) -> UserRow | None:
         """What a user has used by the last commit; None: unknown. Some microseconds, on the loop; nothing is waited for."""
         found = self.readable(shard)

@@ -17,14 +17,14 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from relaymta.proto import sieve
 from relaymta.proto.envelope import encode
-from relaymta.proto.sieve import SCRIPT_MOST
 from relaymta.store.collected import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Refusal
 from relaymta.store.rows import MailShard
 
 __all__ = [
     "INVALID", "NAME_MOST", "REPLIES_MOST", "SCRIPTS_MOST", "Script", "activate", "active_ident",
-    "active_text", "all_scripts", "clear",
+    "active_text", "all_scripts", "check", "check_size", "clear",
     "contradictions", "mend", "name_problem", "put", "remember_reply", "remove", "rename", "replied_until", "replies", "scripts",
     "take", "text",
 ]  # fmt: skip
@@ -85,6 +85,20 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+def check_size(octets: int) -> None:
+    """Whether a script may be as long. Refusal."""
+    if octets > sieve.SCRIPT_MOST:
+        raise Refusal(OVERQUOTA, f"a script has {sieve.SCRIPT_MOST} octets at most")
+
+
+def check(text: bytes) -> None:
+    """Whether a script compiles: some ms. Refusal."""
+    try:
+        sieve.compile(text)
+    except sieve.SieveError as error:
+        raise Refusal(INVALID, str(error)) from None
+
+
 # Reading
 
 
@@ -135,8 +149,7 @@ def replies(shard: MailShard, txn: Any, user: int) -> list[tuple[bytes, int, byt
 def put(shard: MailShard, txn: Any, user: int, name: str, data: bytes) -> None:
     """Keep a script, which the caller has compiled; one of that name is replaced, and stays active. Refusal."""
     _check_name(name)
-    if len(data) > SCRIPT_MOST:
-        raise Refusal(OVERQUOTA, f"a script has {SCRIPT_MOST} octets at most")
+    check_size(len(data))
     own, before = _own(shard, txn, user), _script(shard, txn, user, name)
     if before is None and sum(1 for _ in _rows(shard, txn, user)) >= SCRIPTS_MOST:
         raise Refusal(LIMIT, f"{SCRIPTS_MOST} scripts are the most that a user may have")

@@ -14,11 +14,10 @@ from relaymta.disk.environment import Shut
 from relaymta.disk.ident import IdSource
 from relaymta.disk.readers import Readers
 from relaymta.errors import RelayError, StoreError
-from relaymta.proto import sieve
 from relaymta.proto.imap_records import load, values
 from relaymta.store import names, scripts, unfinished
 from relaymta.store.asked import Copied, Partial, Stored
-from relaymta.store.change import MISSING, MOVING, OVERQUOTA, Change, Limits, Refusal
+from relaymta.store.change import MISSING, MOVING, Change, Limits, Refusal
 from relaymta.store.rows import INBOX, MailboxState, MailShard
 
 __all__ = ["SLICE", "SessionChanges", "joined"]
@@ -239,7 +238,7 @@ class SessionChanges:
 
     async def put_script(self, user: int, name: str, text: bytes) -> None:
         """As `scripts.put`. Refusal with INVALID, too: the script does not compile."""
-        await self.readers.run(_compile, text)
+        await self.readers.run(_check, text)
         await self._scripts(user, lambda change: scripts.put(change.shard, change.txn, user, name, text))
 
     async def activate_script(self, user: int, name: str) -> None:
@@ -352,14 +351,10 @@ class SessionChanges:
         return found
 
 
-def _compile(text: bytes) -> None:
-    """Reader thread: whether a script compiles. Refusal."""
-    if len(text) > sieve.SCRIPT_MOST:
-        raise Refusal(OVERQUOTA, f"a script has {sieve.SCRIPT_MOST} octets at most")
-    try:
-        sieve.compile(text)
-    except sieve.SieveError as error:
-        raise Refusal(scripts.INVALID, str(error)) from None
+def _check(text: bytes) -> None:
+    """Reader thread: whether a script can be kept. Refusal."""
+    scripts.check_size(len(text))
+    scripts.check(text)
 
 
 def _slices(uids: list[int]) -> Iterator[list[int]]:

@@ -31,7 +31,8 @@ from relaymta.store import scripts
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable
-from relaymta.store.rows import ANSWERED, DELETED, DRAFT, FLAGGED, INBOX, SEEN
+from relaymta.store.rows import INBOX
+from relaymta.store.shown import flags_from
 from relaymta.store.writer import Place
 
 __all__ = ["Sieved", "Sieving"]
@@ -39,7 +40,6 @@ __all__ = ["Sieved", "Sieving"]
 COMPILED_MOST: Final = 1000  # scripts that are kept compiled
 HEADER_MOST: Final = 1 << 20  # octets of a large message's header, and
 BODY_MOST: Final = 64 << 20  # of it in all, that a script sees
-_SYSTEM: Final = {"\\seen": SEEN, "\\answered": ANSWERED, "\\flagged": FLAGGED, "\\deleted": DELETED, "\\draft": DRAFT}
 
 
 @dataclass
@@ -75,10 +75,8 @@ class Sieving:
         found: dict[int, bool | None] = {}
         for number in {user.shard for user in users}:
             some = [user.ident for user in users if user.shard == number]
-            shard = self._mailboxes.readable(number)
             try:
-                if shard is None:
-                    raise StoreError("it is not there")
+                shard = self._mailboxes.reading(number)
                 with shard.rows.reading() as txn:
                     found |= {user: scripts.active_ident(shard.rows, txn, user) > 0 for user in some}
             except (lmdb.Error, StoreError):
@@ -88,7 +86,7 @@ class Sieving:
     def sent_before(self, user: User, queue_id: int, recipient: int, attempt: int) -> bool:
         """Whether an attempt before this one has filed a message for a user, and its outcome was recorded, with what the script
         sends. StoreError."""
-        shard = self._shard(user)
+        shard = self._mailboxes.reading(user.shard)
         try:
             with shard.rows.reading() as txn:
                 found = shard.rows.filed_by(txn, queue_id, recipient, user.ident)
@@ -105,7 +103,7 @@ class Sieving:
             raise StoreError(str(error)) from None
 
     def _run(self, user: User, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
-        shard = self._shard(user)
+        shard = self._mailboxes.reading(user.shard)
         script = self._script(shard, user)
         if isinstance(script, sieve.SieveError):
             return Sieved([Place()], cause=str(script))
@@ -127,12 +125,6 @@ class Sieving:
         with shard.rows.reading() as txn:
             found = scripts.active_text(shard.rows, txn, user.ident)
         return _compiled(found[1] if found is not None else b"")  # it may have been deactivated just now
-
-    def _shard(self, user: User) -> Readable:
-        shard = self._mailboxes.readable(user.shard)
-        if shard is None:
-            raise StoreError(f"shard {user.shard} of the mailboxes cannot be read now")
-        return shard
 
     async def onward(self, user: User, sieved: Sieved, sender: str, recipient: str, queue_id: int, index: int) -> list[Onward]:
         """The messages that a script sends, of a recipient (by index) of a message of the queue. StoreError, RelayError,
@@ -184,13 +176,8 @@ def _message(data: list[bytes] | BigFile, whole: bool) -> Message:
 
 
 def _place(name: str, flags: Iterable[str], create: bool = False) -> Place:
-    bits, keywords = 0, list[str]()
-    for flag in flags:
-        if flag.lower() in _SYSTEM:
-            bits |= _SYSTEM[flag.lower()]
-        else:
-            keywords.append(flag)
-    return Place(name, bits, keywords, create)
+    """`flags`: as of sieve_values.flag_names."""
+    return Place(name, flags_from(list(flags)), [flag for flag in flags if not flag.startswith("\\")], create)
 
 
 def _sieved(outcome: Outcome, exists: Callable[[str], bool]) -> Sieved:

@@ -14,7 +14,7 @@ from relaymta.store import scripts
 from relaymta.store.change import Limits
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
-from relaymta.store.writer import Target
+from relaymta.store.writer import Target, prefix_of
 
 __all__ = ["WARNED_AT", "Warnings"]
 
@@ -36,22 +36,17 @@ class Warnings:
         the last day. What goes wrong is no reason not to deliver."""
         now = int(time.time())
         try:
-            if self._is_warned(user, now):
-                return
+            shard = self._mailboxes.reading(user.shard)
+            with shard.rows.reading() as txn:
+                if scripts.replied_until(shard.rows, txn, user.ident, _KEY) > now:
+                    return
             until, claimant = now + EACH_SECONDS, token_bytes(8)  # each message that comes now is somebody else
             if await self._mailboxes.change(user.shard, "remember_reply", user.ident, _KEY, until, now, claimant):
-                target = Target(user.ident, prefix=f"Return-Path: <>\r\nDelivered-To: {user.address}\r\n".encode())
+                target = Target(user.ident, prefix=prefix_of("", user.address))
                 await self._mailboxes.file([_message(user, limits, filled, self._hostname, now)], [(user.shard, target)])
                 self._log(user=user.address, filled=filled)
         except (RelayError, ConnectionError, lmdb.Error):
             return
-
-    def _is_warned(self, user: User, now: int) -> bool:
-        shard = self._mailboxes.readable(user.shard)
-        if shard is None:
-            return True
-        with shard.rows.reading() as txn:
-            return scripts.replied_until(shard.rows, txn, user.ident, _KEY) > now
 
 
 def _message(user: User, limits: Limits, filled: int, hostname: str, now: int) -> bytes:

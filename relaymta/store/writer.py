@@ -29,7 +29,7 @@ from relaymta.store.change import LIMIT, NO_LIMITS, Change, Filed, Limits, Refus
 from relaymta.store.noted import NOTHING, Noted
 from relaymta.store.rows import ANY_ATTEMPT, INBOX, MailShard, MessageRow, ObjectRow
 
-__all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together"]
+__all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together", "prefix_of"]
 
 
 SMALL_GROUP = 10  # tasks at a full disk or map: larger groups fail
@@ -64,6 +64,11 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
     saved: int = 0
     places: list[Place] | None = None
     attempt: int = ANY_ATTEMPT
+
+
+def prefix_of(sender: str, address: str) -> bytes:
+    """The header fields of one copy: from whom (RFC 5321 4.4), and for which address it came."""
+    return f"Return-Path: <{sender}>\r\nDelivered-To: {address}\r\n".encode()
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):
@@ -295,20 +300,12 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             raise StoreError(repr(error)) from error
 
     def _file_apart(self, change: Change, file: File, now: int, wall: int) -> None:
-        change.begin_part()
-        try:
-            self._file(change, file, now, wall)
-            change.settle()
-        except (lmdb.Error, OSError):
-            raise
-        except Exception as error:
-            change.undo_part()
-            traceback.print_exc()
+        error = self._attempt(change, partial(self._file, change, file, now, wall))
+        if error is not None:
+            traceback.print_exception(error)
             file.error = StoreError(f"the message cannot be filed: {error!r}")
             if file.body is not None:
                 self._freed.append((file.ident, file.body))
-        else:
-            change.keep_part()
 
     def _file(self, change: Change, file: File, now: int, wall: int) -> None:
         """File a message in those of its mailboxes that take it."""

@@ -70,10 +70,7 @@ class Access:
 
     def shard(self, user: User) -> Readable:
         """The shard in which a user's mail is. StoreError: it cannot be read now."""
-        found = self._mailboxes.readable(user.shard)
-        if found is None:
-            raise StoreError(f"shard {user.shard} of the mailboxes cannot be read now")
-        return found
+        return self._mailboxes.reading(user.shard)
 
     def read_here(self, function: Callable[[], T]) -> T:
         """The result of a function that reads little, on the loop. As `read`."""

@@ -13,7 +13,6 @@ from relaymta.accept.rights import Rights
 from relaymta.config import Listener
 from relaymta.errors import RelayError
 from relaymta.proto import managesieve_reply as reply
-from relaymta.proto import sieve
 from relaymta.proto.managesieve_server import ASKED, CLAIMED, TLS, Asked, Listed, ServerSession
 from relaymta.store import scripts
 from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Refusal
@@ -166,10 +165,7 @@ async def _put(access: Access, user: User, asked: Asked) -> None:
 
 
 async def _check(access: Access, user: User, asked: Asked) -> None:
-    try:
-        await access.read(lambda: sieve.compile(asked.text))
-    except sieve.SieveError as error:
-        raise Refusal(scripts.INVALID, str(error)) from None
+    await access.read(lambda: scripts.check(asked.text))
 
 
 async def _activate(access: Access, user: User, asked: Asked) -> None:
@@ -189,8 +185,7 @@ async def _room(access: Access, user: User, asked: Asked) -> None:
     problem = scripts.name_problem(asked.name)
     if problem is not None:
         raise Refusal(CANNOT, problem)
-    if asked.size > sieve.SCRIPT_MOST:
-        raise Refusal(OVERQUOTA, f"a script has {sieve.SCRIPT_MOST} octets at most")
+    scripts.check_size(asked.size)
     found = await _scripts(access, user)
     if len(found) >= scripts.SCRIPTS_MOST and asked.name not in {one.name for one in found}:
         raise Refusal(LIMIT, f"{scripts.SCRIPTS_MOST} scripts are the most that a user may have")
