@@ -1,6 +1,7 @@
 """`message explain` and `message history`, with a running relay and with a stopped one."""
 
 import json
+import re
 import socket
 
 from tests.support.daemon import Relay, free_port, wait_for
@@ -57,7 +58,8 @@ def test_explain_of_a_connection_that_is_being_opened(tmp_path):
         (ident,) = wait_for(lambda: [event["id"] for event in relay.events("queued")])
         why = "a connection to its site, which is being opened"
         wait_for(lambda: explained(relay, ident)["waits"][0]["wait"]["why"] == why)
-        assert "0 connections (1 being opened)" in relay.cli("site", "show", "smarthost").stdout
+        shown = relay.cli("site", "show", "smarthost").stdout
+        assert re.search(r"0 connections \([1-9] being opened\)", shown), shown  # the longer it takes, the more are tried
 
 
 def test_history_of_a_finished_message(tmp_path):
