@@ -7,22 +7,25 @@ from pathlib import Path
 
 from relaymta.errors import SpoolBusy
 
-__all__ = ["lock", "locked_shard"]
+__all__ = ["OWNER_SECONDS", "lock", "locked_shard"]
 
-TRIES, TRY_SECONDS = 10, 0.005
+OWNER_SECONDS = 5.0  # a process that was killed has its locks until its last write to the disk has ended
+TRY_SECONDS = 0.005
 
 
-def lock(path: Path) -> int:
-    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked. Blocks for
-    some milliseconds where one only looks (`locked_shard`)."""
+def lock(path: Path, seconds: float = 0.05) -> int:
+    """Lock the shard in `path` until the returned descriptor is closed. SpoolBusy when another process has it locked, and does
+    not end within `seconds`, for which this blocks; where one only looks (`locked_shard`) that takes a moment."""
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    for left in reversed(range(TRIES)):
+    until = time.monotonic() + seconds
+    while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
         except OSError:
-            if left:
-                time.sleep(TRY_SECONDS)
+            if time.monotonic() > until:
+                break
+            time.sleep(TRY_SECONDS)
     os.close(descriptor)
     raise SpoolBusy(f"{path.absolute()} is in use by another relaymta")
 

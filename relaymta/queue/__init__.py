@@ -18,7 +18,7 @@ from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
-from relaymta.disk.lock import lock
+from relaymta.disk.lock import OWNER_SECONDS, lock
 from relaymta.disk.operations import Task
 from relaymta.disk.room import Disk
 from relaymta.disk.segments import Segments, segment_size_for
@@ -83,7 +83,7 @@ class Queue:
         self._materializing: set[int] = set()  # to be submitted to the writer at the end of this loop iteration
         self.path = spool / f"shard-{shard}"
         make_folder(self.path)
-        self._lock = lock(self.path)
+        self._lock = lock(self.path, OWNER_SECONDS)
         self.store = Store(self.path / "lmdb")
         self.clock = ShardClock(self.store.meta(b"seen"))
         self._ids = IdSource(shard, self.store.meta(b"highest"), self.clock.now)

@@ -12,7 +12,7 @@ from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
 from relaymta.disk.folders import make_folder
 from relaymta.disk.ident import IdSource
-from relaymta.disk.lock import lock
+from relaymta.disk.lock import OWNER_SECONDS, lock
 from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.disk.room import Disk
@@ -47,7 +47,7 @@ class Shard(Appends):
         self.number = number
         self.path = folder / f"shard-{number}"
         make_folder(self.path)
-        self._lock = lock(self.path)
+        self._lock = lock(self.path, OWNER_SECONDS)
         self.rows = MailShard(self.path / "lmdb")
         seen, highest, self._schema = map(self.rows.meta, (b"seen", b"highest", b"schema"))
         self.clock = ShardClock(seen)

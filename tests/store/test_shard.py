@@ -1,8 +1,10 @@
 """One shard of mailboxes: random operations against dicts, with ends of the process in between; and what must not go wrong."""
 
 import asyncio
+import os
 import random
 import shutil
+import threading
 import time
 from functools import partial
 
@@ -10,6 +12,7 @@ import pytest
 
 from relaymta.disk import compact
 from relaymta.disk.big import BigBody
+from relaymta.disk.lock import lock
 from relaymta.errors import SpoolBusy, StoreError, StoreFull
 from relaymta.store import names
 from relaymta.store.change import EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
@@ -271,6 +274,15 @@ async def test_a_shard_has_one_owner(tmp_path):
     async with Bench(tmp_path):
         with pytest.raises(SpoolBusy):
             Shard(tmp_path, 0)
+
+
+async def test_an_owner_waits_for_one_that_is_being_ended(tmp_path):
+    async with Bench(tmp_path) as bench:
+        path = bench.shard.path
+    held = lock(path)
+    threading.Timer(0.3, os.close, [held]).start()
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
 
 
 async def test_watchers_are_told_what_has_changed(tmp_path):
