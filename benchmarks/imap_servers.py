@@ -7,14 +7,17 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trustme
 
@@ -27,12 +30,14 @@ from relaymta import control
 from tests.support.daemon import free_port, wait_for
 
 __all__ = [
-    "OURS", "TWO", "USERS", "Figures", "Row", "Server", "append", "beside", "better", "fill", "holders", "judged", "measured",
-    "memory", "message", "middle", "spread", "started", "user",
+    "OURS", "TWO", "USERS", "Figures", "Ours", "Row", "Server", "append", "beside", "better", "fill", "holders", "judged",
+    "measured", "memory", "message", "middle", "of_ours", "peak", "processes", "said_by", "spread", "started", "user",
 ]  # fmt: skip
 
 Figures = dict[str, float]  # of one server
 Row = dict[str, Any]  # "what" was measured; Figures by server; of a row with a target, "measured", "at most" and "met"
+
+T = TypeVar("T")
 
 USERS = 100
 DOMAIN = "local.example"
@@ -91,7 +96,8 @@ class Ours:
             f'route=[{{name="here",protocol="mailbox",recipient_domain=["{DOMAIN}"]}}]',
             "limits.connections=30000", "limits.connections_per_client=30000",
         )  # fmt: skip
-        self.relay = Relaymta(folder, 0, workers, settings, python=python)
+        self._start = partial(Relaymta, folder, 0, workers, settings, python=python)
+        self.relay = self._start()
         self.root = self.relay.root
         try:
             for number in range(USERS):
@@ -105,6 +111,12 @@ class Ours:
 
     def cpu(self) -> float:
         return cpu_seconds(self.root)
+
+    def restart(self) -> None:
+        """The same mail, and a memory in which nothing is."""
+        self.relay.close()
+        self.relay = self._start()
+        self.root = self.relay.root
 
     def close(self) -> None:
         self.relay.close()
@@ -207,6 +219,47 @@ def memory(server: Server) -> int:
     return sum(map(anonymous, processes(server.root)))
 
 
+async def peak(server: Server, work: Awaitable[T]) -> tuple[T, float]:
+    """The result of some work, and how many MB more than before all processes of a server had meanwhile, at most."""
+    before = most = memory(server)
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.wait([task], timeout=0.02)
+        most = max(most, memory(server))
+    return task.result(), (most - before) / 1024
+
+
+def said_by(spool: Path, *command: str) -> Figures:
+    """A command of the relay's CLI: when its first line comes, and the end; the most anonymous memory that it has."""
+    began = time.perf_counter()
+    line = [sys.executable, "-m", "relaymta", *command, "--spool", str(spool)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE) as process, ThreadPoolExecutor(1) as other:
+        most = other.submit(_most, process.pid)
+        assert process.stdout
+        lines = int(bool(process.stdout.readline()))
+        first = time.perf_counter() - began
+        lines += sum(1 for _ in process.stdout)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = status
+        seconds = time.perf_counter() - began
+    if status:
+        sys.exit(f"{' '.join(command)}: status {status}")
+    return {
+        "first line ms": first * 1000, "s": seconds, "cpu s": used.ru_utime + used.ru_stime, "MB": most.result() / 1024,
+        "lines": lines,
+    }  # fmt: skip
+
+
+def _most(pid: int) -> int:
+    """RssAnon of a process until its end, kB at most."""
+    found = 0
+    with suppress(OSError, StopIteration):  # it has ended
+        while True:
+            found = max(found, anonymous(pid))
+            time.sleep(0.02)
+    return found
+
+
 def holders(server: Server) -> dict[int, int]:
     """The process that has the server's end of each connection, by the port of the client's end."""
     inodes = {}
@@ -251,6 +304,11 @@ def middle(trials: list[Figures]) -> Figures:
 def better(found: dict[str, Figures], key: str = "cpu us") -> float | None:
     """The lower value of Dovecot's; None when it was not measured."""
     return min((figures[key] for name, figures in found.items() if name in LOCATIONS), default=None)
+
+
+def of_ours(what: str, figures: Figures, value: float | None = None, most: float | None = None) -> Row:
+    """A row about the relay alone."""
+    return judged(what, {OURS: figures}, value, most)
 
 
 def judged(what: str, found: dict[str, Figures], value: float | None, most: float | None) -> Row:

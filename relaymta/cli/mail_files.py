@@ -315,10 +315,13 @@ def _verified(mail: Path, offline: bool) -> tuple[int, list[int]]:
         shards = files.shards()
         placed: dict[int, set[int]] = {number: set() for number in shards}
         on_the_way: set[int] = set()  # where these are is known when what was begun has ended
-        for user in answered(lambda: list(files.users())):
-            placed.setdefault(user.shard, set()).add(user.ident)
-            if user.moving >= 0 or user.deleted == REMOVING:
-                on_the_way.add(user.ident)
+        found = answered(
+            lambda: [(user.ident, user.shard, user.moving >= 0 or user.deleted == REMOVING) for user in files.users()]
+        )
+        for ident, shard, moves in found:
+            placed.setdefault(shard, set()).add(ident)
+            if moves:
+                on_the_way.add(ident)
         for number, users in sorted(placed.items()):
             if number not in shards:
                 wrong += 1

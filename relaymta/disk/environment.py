@@ -166,6 +166,12 @@ class Environment:
         stats = os.statvfs(self._path)
         return stats.f_bavail * stats.f_frsize < CRAMPED
 
+    def forget_dead_readers(self) -> None:
+        """Let go of what processes that were killed while they read would have seen still: else LMDB uses no page again that was
+        there then, and its file grows."""
+        with self.reading():
+            self.env.reader_check()
+
     def close(self) -> None:
         """Close the environment."""
         self.env.close()

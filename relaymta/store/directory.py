@@ -13,7 +13,7 @@ an address is there once.
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import lmdb
 import msgspec
@@ -31,6 +31,7 @@ DEEPEST = 10  # aliases of aliases
 TARGETS_MOST = 1000  # addresses of one alias
 ADDRESSES_MOST = 5000  # that an alias leads to in all, aliases on the way included
 FOUND_MOST = 20_000  # looked up addresses in memory
+LIKE_MOST = 10_000  # addresses that a wrong one is compared with
 _KEY_MOST = 500  # octets of an address: LMDB's keys have 511
 _ID = struct.Struct(">Q")
 
@@ -68,6 +69,7 @@ class Found(msgspec.Struct, frozen=True):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_user = msgspec.msgpack.Decoder(User).decode
 _decode_address = msgspec.msgpack.Decoder(Address).decode
+_NO_USER: Final = 0  # the octet behind the array's first of an Address without a user (MessagePack)
 
 
 class Version(Protocol):
@@ -258,6 +260,11 @@ class Directory:
                         break
             return found
 
+    def known_idents(self, idents: Iterable[int]) -> set[int]:
+        """Those of some ids that are users'."""
+        with self._env.begin() as txn:
+            return {ident for ident in idents if txn.get(_ID.pack(ident), db=self._users) is not None}
+
     def addresses(self, after: str = "", most: int = 1000) -> list[tuple[str, Address]]:
         """A page of the addresses behind `after`, in their order."""
         with self._env.begin() as txn:
@@ -396,17 +403,21 @@ class Directory:
         owner = self._user(txn, found.user) if found is not None else None
         if owner is not None:
             return NoSuch("mailbox user", f"{address} (it is an address of {owner.address})")
+        return NoSuch("mailbox user", address, self._like(txn, address))
+
+    def _like(self, txn: Any, address: str) -> list[str]:
+        """Addresses of the same domain that begin with the same character; not more than can be compared soon."""
         domain = "@" + domain_of(address)
         cursor = txn.cursor(db=self._addresses)
         known: list[str] = []
         if cursor.set_range(address[:1].encode()):
             for key in cursor.iternext(values=False):
                 name = key.decode()
-                if name[:1] != address[:1] or len(known) == 10_000:
+                if name[:1] != address[:1] or len(known) == LIKE_MOST:
                     break
                 if name.endswith(domain):
                     known.append(name)
-        return NoSuch("mailbox user", address, known)
+        return known
 
     def remove(self, ident: int) -> None:
         """Remove a user for good, with all addresses."""
@@ -488,8 +499,7 @@ class Directory:
         dangling then, which is not this change's fault."""
         for name, target in sorted(self._dangling(txn, kept_here, separator), key=lambda pair: pair[0] != address):
             if (name, target) not in before or name == address:
-                names = (key.decode() for key, _ in txn.cursor(db=self._addresses))
-                raise RelayError(f"nobody has {target}{near(target, names)}, and {name} leads there")
+                raise RelayError(f"nobody has {target}{near(target, self._like(txn, target))}, and {name} leads there")
         for name, row in sorted(self._aliases(txn), key=lambda row: row[0] != address):
             if name in row.targets:
                 raise RelayError(f"{name} would be an alias of itself")
@@ -528,8 +538,8 @@ class Directory:
 
     def _aliases(self, txn: Any) -> list[tuple[str, Address]]:
         """The addresses that lead to others."""
-        rows = ((key.decode(), _decode_address(raw)) for key, raw in txn.cursor(db=self._addresses))
-        return [(name, row) for name, row in rows if not row.user]
+        rows = ((key, raw) for key, raw in txn.cursor(db=self._addresses) if raw[1] == _NO_USER)  # most are users': not decoded
+        return [(key.decode(), _decode_address(raw)) for key, raw in rows]
 
     def owned(self, ident: int) -> list[str]:
         """The addresses of a user, in their order."""

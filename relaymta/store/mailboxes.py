@@ -8,6 +8,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -265,13 +266,13 @@ class Mailboxes:
         """A change of a user's Sieve scripts (`CHANGES`) in a shard of this process. Refusal, StoreError."""
         await CHANGES[what][0](self._own(shard), user, *args)
 
-    async def users_of(self, shard: int) -> list[int]:
-        """The ids of all users that a shard of this process has."""
+    async def users_of(self, shard: int, after: int, most: int) -> list[int]:
+        """A page of the ids above `after` of the users that a shard of this process has, in their order."""
         own = self._own(shard)
 
         def read() -> list[int]:
             with own.rows.reading() as txn:
-                return [user for user, _ in own.rows.users(txn)]
+                return list(islice(own.rows.user_idents(txn, after), most))
 
         return await own.readers.run(read)
 

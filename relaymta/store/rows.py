@@ -171,6 +171,13 @@ class MailShard(Environment):
         for key, value in txn.cursor(db=self.tables["user"]):
             yield ID.unpack(key)[0], _decode_user(value)
 
+    def user_idents(self, txn: Any, after: int = 0) -> Iterator[int]:
+        """The ids of the shard's users above `after`, in their order."""
+        cursor = txn.cursor(db=self.tables["user"])
+        if cursor.set_range(ID.pack(after + 1)):
+            for key in cursor.iternext(values=False):
+                yield ID.unpack(key)[0]
+
     def mailbox(self, txn: Any, user: int, name: str) -> MailboxRow | None:
         """A user's mailbox by its name."""
         raw = txn.get(name_key(user, name), db=self.tables["mailbox"])

@@ -23,6 +23,7 @@ from relaymta.store.rows import INBOX, MailboxState, MailShard
 __all__ = ["SLICE", "SessionChanges", "joined"]
 
 SLICE = 1000  # messages that one transaction changes
+FEW = 50  # that come or go in a transaction together with those of others
 RECENT_SECONDS = 1.0  # until it is written which messages are \\Recent to nobody any more
 AGAIN_SECONDS = 5.0  # until what could not be taken back is tried again
 
@@ -40,6 +41,7 @@ class SessionChanges:
     def __init__(self) -> None:
         self._closing = False
         self._begun: set[asyncio.Task[Any]] = set()  # what is done to its end, also where the caller is cancelled
+        self._turn = asyncio.Lock()  # held while more than FEW come or go: whoever else wants that waits
         self._left: set[tuple[int, int]] = set()  # users and numbers of what is to be taken back
         self._taking_back: asyncio.Task[None] | None = None
         self._recent: dict[int, int] = {}  # by mailbox: up to which UID sessions were told, where that is not written yet
@@ -48,6 +50,14 @@ class SessionChanges:
     async def task(self, run: Callable[[Change], T]) -> T:
         """As of Shard."""
         raise NotImplementedError
+
+    async def _slice(self, messages: int, run: Callable[[Change], T]) -> T:
+        """As `task`, for a slice in which so many messages come or go. One large slice is in a group, however many sessions ask
+        for such at once, so that its commit stays short for those who file a message meanwhile."""
+        if messages <= FEW:
+            return await self.task(run)
+        async with self._turn:
+            return await self.task(run)
 
     def _check_room(self) -> None:
         """StoreFull while there is no more room than is kept for deletes."""
@@ -95,7 +105,7 @@ class SessionChanges:
             return change.expunge(user, mailbox, part, marked)
 
         for part in _slices(uids):
-            await self.task(partial(run, part))
+            await self._slice(len(part), partial(run, part))
 
     async def claim_recent(self, user: int, mailbox: int, behind: int, until: int, keep: bool) -> int:
         """A session is told of the messages with UIDs below `until`: the first UID of those that no session was told of before,
@@ -158,7 +168,7 @@ class SessionChanges:
             change.owner(user)
             return change.copy(user, mailbox, uids, change.mailbox(user, name).mailbox, wall_ms(), limits)
 
-        return await self.task(run)
+        return await self._slice(len(uids), run)
 
     async def _copy_many(self, user: int, mailbox: int, uids: list[int], name: str, limits: Limits) -> Copied:
         messages, octets = await self.readers.run(self._counted, mailbox, uids)
@@ -170,7 +180,7 @@ class SessionChanges:
                 unfinished.filed(change, user, number, copied.copies, change.owner(user).octets - before)
                 return copied
 
-            parts = [await self.task(partial(run, part)) for part in _slices(uids)]
+            parts = [await self._slice(len(part), partial(run, part)) for part in _slices(uids)]
         return joined(parts)
 
     def _counted(self, mailbox: int, uids: list[int]) -> tuple[int, int]:
@@ -192,7 +202,7 @@ class SessionChanges:
         parts: list[Copied] = []
         for part in _slices(uids):
             try:
-                parts.append(await self.task(partial(run, part)))
+                parts.append(await self._slice(len(part), partial(run, part)))
             except (Refusal, StoreError) as error:
                 raise _stopped(error, parts) from None
             target = parts[0].mailbox
@@ -209,7 +219,7 @@ class SessionChanges:
         await self._whole(self._delete(user, name))
 
     async def _delete(self, user: int, name: str) -> None:
-        number = await self.task(lambda change: names.delete(change, user, name, SLICE))
+        number = await self._slice(SLICE, lambda change: names.delete(change, user, name, SLICE))
         if number:
             self._take_back(user, number)
 
@@ -288,7 +298,7 @@ class SessionChanges:
             raise
 
     async def _end(self, user: int, number: int) -> None:
-        while not await self.task(lambda change: unfinished.take_back(change, user, number, SLICE)):
+        while not await self._slice(SLICE, lambda change: unfinished.take_back(change, user, number, SLICE)):
             pass
 
     async def _settled(self, user: int, number: int) -> None:
@@ -346,7 +356,7 @@ class SessionChanges:
     async def purge(self, user: int) -> int:
         """Remove a user and all mail, in slices; a UIDVALIDITY as of `Change.purge`. What a cancellation leaves is removed by the
         next call."""
-        while not (found := await self.task(lambda change: change.purge(user, SLICE))):
+        while not (found := await self._slice(SLICE, lambda change: change.purge(user, SLICE))):
             pass
         return found
 

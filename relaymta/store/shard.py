@@ -32,6 +32,7 @@ __all__ = ["Shard"]
 
 TICK = 0.05  # seconds
 CHECK_TICKS = 20
+READERS_TICKS = 1200  # a minute
 
 T = TypeVar("T")
 
@@ -209,6 +210,8 @@ class Shard(Appends):
         self._compactor.tick()
         if self._ticks % CHECK_TICKS == 0:
             self.readers.start(self.disk.check, lambda result: None)
+        if self._ticks % READERS_TICKS == 0:
+            self.readers.start(self.rows.forget_dead_readers, lambda result: None)
 
 
 def _tell(operation: Any, loop: asyncio.AbstractEventLoop) -> None:

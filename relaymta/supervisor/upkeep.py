@@ -103,10 +103,14 @@ class Upkeep:
     async def _sweep(self) -> None:
         """Remove users that the directory does not know: a restore, or the creation of a user, was interrupted."""
         for shard in range(self._shards):
-            for ident in await self._owner("mail_users", shard=shard):
-                if ident <= self._begun and await asyncio.to_thread(self._directory.user, ident) is None:
-                    async with self._steady:
-                        await self._owner("mail_purge", LONG, shard=shard, user=ident)
+            after = 0
+            while there := await self._owner("mail_users", shard=shard, after=after, most=PAGE):
+                after = there[-1]
+                known = await asyncio.to_thread(self._directory.known_idents, there)
+                for ident in there:
+                    if ident <= self._begun and ident not in known:
+                        async with self._steady:
+                            await self._owner("mail_purge", LONG, shard=shard, user=ident)
         self._swept = True
 
     async def _update(self, ident: int, change: Callable[[User], User]) -> User:
