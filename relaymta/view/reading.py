@@ -2,7 +2,9 @@
 little, on a reader thread for much. `most`: how many index records may be read; TooMuch beyond that.
 """
 
+from array import array
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from relaymta.proto.imap_records import (
@@ -18,6 +20,7 @@ from relaymta.proto.imap_records import (
     within,
 )
 from relaymta.proto.imap_view import Changes
+from relaymta.store.blocks import Blocks
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.reading import Readable
 from relaymta.store.rows import DELETED, SEEN, MailboxRow, MailboxState, MessageRow, ObjectRow
@@ -27,6 +30,7 @@ __all__ = [
     "names", "opened", "raw_state", "records",
 ]  # fmt: skip
 
+TOGETHER = 64  # blocks
 NEW_MOST = 1000  # new messages of which is told without a look at the whole index
 
 
@@ -88,12 +92,24 @@ def opened(shard: Readable, user: int, name: str, known: Callable[[int, int], by
     with shard.rows.reading() as txn:
         row, state = _named(shard, txn, user, name)
         uids = known(row.mailbox, state.modseq)
-        blocks: list[bytes] = []
         look = unseen and state.unseen > 0
         if uids is None or look:
             _check(state, most)
-            blocks = [block for _, block in shard.rows.index(txn, row.mailbox).blocks()]
-    return Opened(row, state, load(blocks) if uids is None else uids, first(blocks, 0, SEEN) if look else 0)
+        found, where = array("I"), 0
+        for piece in _pieces(shard.rows.index(txn, row.mailbox)) if uids is None or look else ():
+            where = where or (first(piece, 0, SEEN) if look else 0)
+            if uids is None:
+                found.frombytes(load(piece))
+            elif where:
+                break
+    return Opened(row, state, found.tobytes() if uids is None else uids, where)
+
+
+def _pieces(index: Blocks) -> Iterator[list[bytes]]:
+    """All blocks, some together: those of a large mailbox are many megabytes, which a process would not give back."""
+    blocks = (block for _, block in index.blocks())
+    while piece := list(islice(blocks, TOGETHER)):
+        yield piece
 
 
 def _check(state: MailboxState, most: int) -> None:
@@ -126,10 +142,14 @@ def changes(
         _check(state, most)
         if min(state.modseq - modseq, state.vanished) > most:  # each of them may be a row of what was expunged
             raise TooMuch
-        blocks = [block for _, block in index.blocks()]
-        gone = _expunged(shard, txn, mailbox, state, modseq)
-        everything = load(blocks) if whole or gone is None else None
-        return found._replace(records=changed(blocks, modseq), expunged=None if everything is not None else gone, uids=everything)
+        gone = None if whole else _expunged(shard, txn, mailbox, state, modseq)
+        records, everything = bytearray(), array("I")
+        for piece in _pieces(index):
+            records += changed(piece, modseq)
+            if gone is None:
+                everything.frombytes(load(piece))
+        uids = everything.tobytes() if gone is None else None
+        return found._replace(records=bytes(records), expunged=gone, uids=uids)
 
 
 def expunged(shard: Readable, mailbox: int, modseq: int) -> list[tuple[int, int]] | None:
@@ -203,16 +223,19 @@ def marked(shard: Readable, mailbox: int, ranges: bytes, most: int) -> bytes:
         if not state.deleted:
             return b""
         _check(state, most)
-        found = b"".join(_blocks(shard, txn, mailbox, ranges))
-    found = pick(found, select(found, DELETED, 0, 0, 0))
+        found = b"".join(map(_deleted, _blocks(shard, txn, mailbox, ranges)))
     return load([pick(found, within(found, ranges))])
+
+
+def _deleted(block: bytes) -> bytes:
+    """The records of a block that have \\Deleted."""
+    return pick(block, select(block, DELETED, 0, 0, 0))
 
 
 def deleted_octets(shard: Readable, mailbox: int) -> int:
     """The sizes of all messages with \\Deleted in a mailbox."""
     with shard.rows.reading() as txn:
-        blocks = b"".join(block for _, block in shard.rows.index(txn, mailbox).blocks())
-        found = pick(blocks, select(blocks, DELETED, 0, 0, 0))
+        found = b"".join(_deleted(block) for _, block in shard.rows.index(txn, mailbox).blocks())
         rows = (shard.rows.message(txn, mailbox, uid) for uid, _, _, _ in RECORD.iter_unpack(found))
         return sum(row.size for row in rows if row is not None)
 
