@@ -2,8 +2,8 @@
 little, on a reader thread for much. `most`: how many index records may be read; TooMuch beyond that.
 """
 
-from array import array
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -95,14 +95,14 @@ def opened(shard: Readable, user: int, name: str, known: Callable[[int, int], by
         look = unseen and state.unseen > 0
         if uids is None or look:
             _check(state, most)
-        found, where = array("I"), 0
+        found, where = BytesIO(), 0  # which gives what it has without a copy
         for piece in _pieces(shard.rows.index(txn, row.mailbox)) if uids is None or look else ():
             where = where or (first(piece, 0, SEEN) if look else 0)
             if uids is None:
-                found.frombytes(load(piece))
+                found.write(load(piece))
             elif where:
                 break
-    return Opened(row, state, found.tobytes() if uids is None else uids, where)
+    return Opened(row, state, found.getvalue() if uids is None else uids, where)
 
 
 def _pieces(index: Blocks) -> Iterator[list[bytes]]:
@@ -143,13 +143,13 @@ def changes(
         if min(state.modseq - modseq, state.vanished) > most:  # each of them may be a row of what was expunged
             raise TooMuch
         gone = None if whole else _expunged(shard, txn, mailbox, state, modseq)
-        records, everything = bytearray(), array("I")
+        records, everything = BytesIO(), BytesIO()
         for piece in _pieces(index):
-            records += changed(piece, modseq)
+            records.write(changed(piece, modseq))
             if gone is None:
-                everything.frombytes(load(piece))
-        uids = everything.tobytes() if gone is None else None
-        return found._replace(records=bytes(records), expunged=gone, uids=uids)
+                everything.write(load(piece))
+        uids = everything.getvalue() if gone is None else None
+        return found._replace(records=records.getvalue(), expunged=gone, uids=uids)
 
 
 def expunged(shard: Readable, mailbox: int, modseq: int) -> list[tuple[int, int]] | None:
