@@ -51,7 +51,7 @@ class Threads:
             self._links.add(memoryview(keys).cast("Q"))
 
     def forest(self) -> Forest:
-        """The threads."""
+        """The threads; asked for once, behind the last message."""
         return self._referred() if self.by_references else self._ordered()
 
     def _ordered(self) -> Forest:
@@ -65,7 +65,8 @@ class Threads:
     def _referred(self) -> Forest:
         """REFERENCES, steps 2 to 6."""
         count = len(self._dates)
-        roots, children = _pruned(self._links.parents(), count)
+        parents, self._links = self._links.parents(), _Links()  # what is not needed any more is freed
+        roots, children = _pruned(parents, count)
         order = _Order(self._dates, children, count)
         for root in roots:
             if root >= count:
@@ -87,32 +88,41 @@ class Threads:
 
 
 class _Order:
-    """The key by which siblings are sorted: sent date, then number; of a dummy those of its first child."""
+    """The key by which siblings are sorted: sent date, then number; of a dummy those of its first child. One number: a tuple
+    takes twice the memory."""
 
     def __init__(self, dates: Sequence[int], children: dict[int, list[int]], count: int) -> None:
         self._dates, self._children, self._count = dates, children, count
 
-    def __call__(self, node: int) -> tuple[int, int]:
+    def __call__(self, node: int) -> int:
         if node >= self._count:
-            return min((self._dates[one], one) for one in self._children[node])
-        return self._dates[node], node
+            return min(self._dates[one] << 32 | one for one in self._children[node])
+        return self._dates[node] << 32 | node
 
 
 def _pruned(parents: Sequence[int], count: int) -> tuple[list[int], dict[int, list[int]]]:
     """Step 3: roots, and children by their parents, without dummies but those that keep several threads together."""
-    below: dict[int, list[int]] = {}
-    for node, parent in enumerate(parents):
-        below.setdefault(parent, []).append(node)
+    eldest, younger = array("i", [NONE]) * len(parents), array("i", [NONE]) * len(parents)  # a node's first child, next sibling
+    for node in range(len(parents) - 1, -1, -1):
+        if (parent := parents[node]) != NONE:
+            younger[node], eldest[parent] = eldest[parent], node
     roots: list[int] = []
     children: dict[int, list[int]] = {}
-    for top in below.get(NONE, ()):
-        todo = [(top, top)]  # nodes, and of which node their children are children
+    for top, parent in enumerate(parents):
+        if parent != NONE:
+            continue
+        todo, holders = array("i", [top]), array("i", [top])  # nodes, and of which node their children are children
         while todo:
-            node, holder = todo.pop()
-            for child in below.get(node, ()):
-                if child < count:
-                    children.setdefault(holder, []).append(child)
-                todo.append((child, child if child < count else holder))
+            node, holder = todo.pop(), holders.pop()
+            child = eldest[node]
+            while child != NONE:
+                if child < count and holder in children:
+                    children[holder].append(child)
+                elif child < count:
+                    children[holder] = [child]
+                todo.append(child)
+                holders.append(child if child < count else holder)
+                child = younger[child]
         if top < count or len(children.get(top, ())) > 1:
             roots.append(top)
         else:
@@ -128,28 +138,25 @@ class _Gathering:
         self._next = max(count, max(children, default=0) + 1)
 
     def gathered(self, roots: list[int]) -> list[int]:
-        """The roots that are left."""
+        """The roots that are left, in any order."""
         table: dict[int, int] = {}
-        subjects = [self._threads.subject(root, self._children) for root in roots]
+        subjects = array("Q", (self._threads.subject(root, self._children) for root in roots))
         for root, subject in zip(roots, subjects, strict=True):
             if subject and (subject not in table or self._better(root, table[subject])):
                 table[subject] = root
-        kept: dict[int, None] = {}
-        below: set[int] = set()  # a dummy that was made for them
+        gone: set[int] = set()  # below others
+        new: list[int] = []  # dummies that were made for them
         for root, subject in zip(roots, subjects, strict=True):
-            if root in below:
-                continue
             head = table.get(subject, root)
-            if head == root:
-                kept[root] = None
+            if head == root or root in gone:
                 continue
             merged = self._merged(root, head)
             if merged != head:
                 table[subject] = merged
-                kept.pop(head, None)
-                below.add(head)
-            kept[merged] = None
-        return list(kept)
+                gone.add(head)
+                new.append(merged)
+            gone.add(root)
+        return [root for root in roots if root not in gone] + new
 
     def _better(self, root: int, head: int) -> bool:
         """Whether a thread is rather the head of its subject than another one (5.B)."""
@@ -176,8 +183,8 @@ class _Links:
 
     def __init__(self) -> None:
         self._nodes: dict[int, int] = {}  # by key: below 0 where no message of it has come yet, -1 - its place among the missing
-        self._parent = array("q")  # by place; places are given to messages and to those that are missing as they come
-        self._message: array[int] = array("q")  # by place: its number; NONE: it is missing
+        self._parent = array("i")  # by place; places are given to messages and to those that are missing as they come
+        self._message: array[int] = array("i")  # by place: its number; NONE: it is missing
         self._has_child = bytearray()
         self._count = 0
         self._trees = _Trees()
@@ -223,13 +230,13 @@ class _Links:
         self._parent[child] = parent
         self._has_child[parent] = 1
 
-    def parents(self) -> list[int]:
+    def parents(self) -> Sequence[int]:
         """By node, its parent, or NONE: messages first, by their numbers, then those that are missing."""
-        nodes, missing = array("q"), self._count
+        nodes, missing = array("i"), self._count
         for message in self._message:
             nodes.append(message if message != NONE else missing)
             missing += message == NONE
-        found = [NONE] * len(nodes)
+        found = array("i", [NONE]) * len(nodes)
         for place, parent in enumerate(self._parent):
             found[nodes[place]] = nodes[parent] if parent != NONE else NONE
         return found
@@ -239,9 +246,9 @@ class _Trees:
     """Trees that are linked and cut, whose roots are found in log n, amortized: paths are splay trees, ordered by depth."""
 
     def __init__(self) -> None:
-        self._up = array("q")  # in the splay tree; of its root: the parent of the path
-        self._left = array("q")
-        self._right = array("q")
+        self._up = array("i")  # in the splay tree; of its root: the parent of the path
+        self._left = array("i")
+        self._right = array("i")
 
     def add(self) -> None:
         """Another node."""

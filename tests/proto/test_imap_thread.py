@@ -1,6 +1,7 @@
 """THREAD: the algorithms of RFC 5256 3 against a naive and recursive reading of them, and what is hostile."""
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -226,6 +227,22 @@ def test_links_to_the_end_of_a_long_chain():
         threads.add(text, 0, keys(10 * many + one, many))
     forest = threads.forest()
     assert len(forest.roots) == 1 and len(forest.children[many - 1]) == many
+
+
+def test_threads_take_little_memory():
+    """Each message answers one that is not there, and begins a thread of its own."""
+    many = 5000
+    messages = [(envelope(f"subject {ident}", ident), keys(ident, many + ident)) for ident in range(1, many + 1)]
+    tracemalloc.start()
+    try:
+        threads = Threads(True)
+        for text, some in messages:
+            threads.add(text, 0, some)
+        assert len(threads.forest().roots) == many
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most / many < 400  # octets; twice as many, where what is not needed any more is kept
 
 
 # Keys
