@@ -1,7 +1,7 @@
 """Writes the measured part of docs/benchmarks.md: `python -m benchmarks.report FOLDER docs/benchmarks.md`.
 
-FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json, endpoint.json and
-mailboxes.json, as the benchmarks print them. What is missing is reported as not measured.
+FOLDER holds run.json, idle.json, large.json, backlog.json, stragglers.json, sites.json, crowd.json, endpoint.json,
+mailboxes.json, imap.json and imap_large.json, as the benchmarks print them. What is missing is reported as not measured.
 """
 
 import json
@@ -239,6 +239,25 @@ def delivery(mailboxes: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reading(found: Found) -> str:
+    """What benchmarks.imap and benchmarks.imap_large have measured and have a target for, as Markdown tables."""
+    lines: list[str] = []
+    for which, title in (("imap", "reading mail"), ("imap_large", "large mailboxes, many users")):
+        if which in found:
+            scale = found[which].get("scale", 1)
+            lines += [f"| {title}{f' (at {scale:g} of the size)' * (scale != 1)} | at most | measured | |", "|---|---|---|---|"]
+            lines += [judged(row) for rows in found[which].values() if isinstance(rows, list) for row in rows if "met" in row]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def judged(row: Found) -> str:
+    """A row of a Markdown table: one of those of benchmarks.imap_servers that has a target."""
+    value, most = row["measured"], row["at most"]
+    missed = f"**missed by {value / most:.2f} x**" if most > 0 else "**missed**"
+    return f"| {row['what']} | {most:.4g} | {value:.3g} | {'met' if row['met'] else missed} |"
+
+
 def tables(run: Found) -> str:
     """What benchmarks.run measured, as Markdown tables."""
     shown = {
@@ -254,7 +273,8 @@ def main() -> None:
     head, rest = path.read_text().split("<!-- measured -->")
     tail = rest.split("<!-- end -->")[1]
     mailboxes = delivery(found["mailboxes"]) + "\n" if "mailboxes" in found else ""
-    measured = f"{states}\n\n{tables(found['run'])}\n{mailboxes}{aims(found)}"
+    read = reading(found) + "\n" if {"imap", "imap_large"} & set(found) else ""
+    measured = f"{states}\n\n{tables(found['run'])}\n{mailboxes}{read}{aims(found)}"
     path.write_text(f"{head}<!-- measured -->\n{measured}<!-- end -->{tail}")
 
 
