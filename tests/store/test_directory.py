@@ -102,6 +102,22 @@ def test_an_alias_that_cannot_be_is_refused(directory, address, targets, sentenc
     assert directory.addresses() == before
 
 
+def test_a_wrong_target_is_compared_with_some_addresses(directory, monkeypatch):
+    """All of them would take seconds where there are very many."""
+    compared = []
+    monkeypatch.setattr("relaymta.store.directory.near", lambda word, known: compared.extend(known) or "")
+    monkeypatch.setattr("relaymta.store.directory.LIKE_MOST", 2)
+    for name in ("a1@local.example", "a2@else.example", "a3@local.example", "a4@local.example", "bo@local.example"):
+        directory.add(User(directory.next_ident(), name, 0))
+    with pytest.raises(RelayError, match="nobody has ax@"):
+        alias(directory, "list@local.example", "ax@local.example", "bob@local.example")
+    assert compared == ["a1@local.example", "a3@local.example"]
+
+
+def test_idents_of_users(directory):
+    assert directory.known_idents([1, 3, 4, 0, 1 << 60]) == {1, 3}
+
+
 def test_an_alias_may_lead_to_a_detail(directory):
     alias(directory, "list@local.example", "alice+list@local.example", "bob@local.example")
     assert names(directory, "list@local.example") == (["alice", "bob"], [])
