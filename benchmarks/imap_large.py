@@ -2,7 +2,7 @@
 
 million  a mailbox of 1,000,000 messages: SELECT, FLAGS, memory of one session and of ten, delivery into it; verify, backup
 bulk     one of 100,000: SORT, THREAD (CPU and memory), STORE and EXPUNGE of all, and others' deliveries meanwhile
-users    100,000 users with 3 messages each: the start, memory, deliveries at random, `relaymta mailbox list` (imap_users)
+users    100,000 users with 3 messages each: the start, memory, deliveries at random; mailbox list, verify (imap_users)
 reclaim  1,000,000 messages are delivered to mailboxes, and expunged, while others' mail flows: disk, LMDB, CPU (imap_reclaim)
 
 The relay alone, with one worker. (100,000 messages in a mailbox, beside Dovecot: `benchmarks.imap --only large`.) CPU is that of

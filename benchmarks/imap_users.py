@@ -173,8 +173,9 @@ async def users(options: argparse.Namespace) -> list[Row]:
             relay = WithUsers(Path(folder), number, options.python)
             try:
                 found.append(used(relay, messages))
-                relay.close()  # and again, on a shard that has been used
-                relay.start()
+                relay.close()
+                found[-1]["verify"] = said_by(relay.relay.spool, "mailbox", "verify")
+                relay.start()  # again, on a shard that has been used
                 found[-1]["start again"] = relay.begun()
             finally:
                 relay.close()
@@ -194,6 +195,8 @@ async def users(options: argparse.Namespace) -> list[Row]:
         of_ours(f"{what}: delivery to {FEW} of them", few),
         of_ours(f"{what}: delivery to all, of the CPU to {FEW}", every, every["cpu us"] / few["cpu us"], 1.25),
         of_ours("10 users: mailbox list --json", ten["list"]),
-        of_ours(f"{what}: mailbox list --json, ms more to a line", listed, more("list", "first line ms"), 100),
+        of_ours(f"{what}: mailbox list --json, CPU ms more to a line", listed, more("list", "first line cpu ms"), 100),
+        of_ours(f"{what}: mailbox verify, CPU us a user", all_["verify"], more("verify", "cpu s") / many * 1e6, 200),
+        of_ours(f"{what}: mailbox verify, MB more", all_["verify"], more("verify", "MB"), 64),
         of_ours(f"{what}: mailbox list --json, MB more", listed, more("list", "MB"), 5),
     ]
