@@ -39,7 +39,8 @@ _ID = struct.Struct(">Q")
 class User(msgspec.Struct, array_like=True, frozen=True):
     """A user. `address`: the name to log in with, which is one of the addresses. `octets`, `messages`: quota, 0: that of the
     configuration, -1: none. `secret`: as of `auth.passwords`, "": an authentication back end knows it. `deleted`: since when
-    (ms, wall clock), 0: it is not. `moving`: the shard to which it is being moved, -1: none."""
+    (ms, wall clock), 0: it is not. `moving`: the shard to which it is being moved, -1: none. `moves`: how often it has been
+    moved: the mailboxes have other numbers then, also where it is back in a shard."""
 
     ident: int
     address: str
@@ -50,6 +51,7 @@ class User(msgspec.Struct, array_like=True, frozen=True):
     disabled: bool = False
     deleted: int = 0
     moving: int = -1
+    moves: int = 0
 
 
 class Address(msgspec.Struct, array_like=True, frozen=True):

@@ -191,7 +191,7 @@ class Upkeep:
                 await self._owner("mail_freeze", shard=user.shard, user=ident)
                 await self._owner("mail_purge", LONG, shard=user.moving, user=ident)
                 await self._owner("mail_carry", LONG, shard=user.shard, user=ident, target=user.moving)
-                user = await self._update(ident, lambda row: msgspec.structs.replace(row, shard=row.moving))
+                user = await self._update(ident, lambda row: msgspec.structs.replace(row, shard=row.moving, moves=row.moves + 1))
             for shard in range(self._shards):
                 if shard != user.shard:
                     await self._owner("mail_purge", LONG, shard=shard, user=ident)

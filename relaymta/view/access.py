@@ -68,6 +68,13 @@ class Access:
         found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
         return found[0] if found is not None and not (found[0].disabled or found[0].deleted) else None
 
+    def check_stayed(self, user: User) -> None:
+        """Behind what was read of a user. StoreError where the user has been moved since `user` was looked up: some of it may
+        have been gone already."""
+        now = self.user(user.address)
+        if now is None or now.moves != user.moves:
+            raise StoreError(f"{user.address} has been moved")
+
     def shard(self, user: User) -> Readable:
         """The shard in which a user's mail is. StoreError: it cannot be read now."""
         return self._mailboxes.reading(user.shard)
@@ -113,9 +120,7 @@ class Access:
         """The user's INBOX as it is now. StoreError, Refusal."""
         shard = self.shard(user)
         found = await self.read(lambda: _inbox(shard, user.ident))
-        now = self.user(user.address)
-        if now is None or now.shard != user.shard:  # moved meanwhile: some of it may have been gone already
-            raise StoreError(f"{user.address} has been moved")
+        self.check_stayed(user)
         return found
 
     async def left(self, user: User, mailbox: int, uids: list[int]) -> int:

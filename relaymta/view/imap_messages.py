@@ -56,7 +56,7 @@ async def close(reader: Reader, command: Command) -> Done:
         try:
             await _expunge(reader, selected, ALL)
         except Refusal as refusal:
-            if refusal.code != MISSING:  # it has been deleted: it is closed all the same
+            if refusal.code != MISSING or not reader.refresh():  # it has been deleted: it is closed all the same
                 raise
     reader.selected = None
     return Done("OK", "Closed")

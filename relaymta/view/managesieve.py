@@ -4,7 +4,7 @@ Scripts are read here, and changed by the owner of the user's shard.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.client import ClientConnection
@@ -21,6 +21,8 @@ from relaymta.view.access import Access
 from relaymta.view.connection import ReadingConnection
 
 __all__ = ["ManageSieveConnection"]
+
+T = TypeVar("T")
 
 IDLE_SECONDS = 1800.0  # RFC 5804 1.2: at least 30 minutes
 # Response codes (RFC 5804 1.3).
@@ -147,7 +149,7 @@ async def _scripts(access: Access, user: User) -> list[scripts.Script]:
         with shard.rows.reading() as txn:
             return scripts.scripts(shard.rows, txn, user.ident)
 
-    return await access.read(read)
+    return await _read(access, user, read)
 
 
 async def _get(access: Access, user: User, asked: Asked) -> bytes | None:
@@ -157,7 +159,13 @@ async def _get(access: Access, user: User, asked: Asked) -> bytes | None:
         with shard.rows.reading() as txn:
             return scripts.text(shard.rows, txn, user.ident, asked.name)
 
-    return await access.read(read)
+    return await _read(access, user, read)
+
+
+async def _read(access: Access, user: User, read: Callable[[], T]) -> T:
+    found = await access.read(read)
+    access.check_stayed(user)
+    return found
 
 
 async def _put(access: Access, user: User, asked: Asked) -> None:

@@ -62,7 +62,7 @@ class Reader:
         self.user = user
         self.session = session
         self._admission = admission
-        self._version = access.version
+        self._version = -1  # of the directory that says so of `user`: not looked at yet
         self.tell = tell
         self.pause = pause
         self.warn = warn
@@ -70,12 +70,12 @@ class Reader:
         self.incoming: Incoming | None = None
 
     def refresh(self) -> bool:
-        """Look whether the user may go on here: False when the directory says disabled, deleted, or in another shard."""
+        """Look whether the user may go on here: False when the directory says disabled, deleted, or moved since the login."""
         version = self.access.version
         if version == self._version and version >= 0:
             return True
         user = self.access.user(self.user.address)
-        if user is None or user.ident != self.user.ident or user.shard != self.user.shard:
+        if user is None or (user.ident, user.moves) != (self.user.ident, self.user.moves):
             return False
         self._version, self.user = version, user
         return True

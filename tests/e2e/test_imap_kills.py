@@ -25,19 +25,21 @@ def different(found: State, expected: State) -> dict[str, tuple[object, object]]
     """The messages that are not as expected: what was found and what is expected, by mailbox and subject."""
     return {
         f"{box} {subject}": (found[box].get(subject), expected[box].get(subject))
-        for box in BOXES
+        for box in found
         for subject in sorted(found[box].keys() | expected[box].keys())
         if found[box].get(subject) != expected[box].get(subject)
     }
 
 
 class Client:
-    """One user's client: it changes mail at random, and knows after each answer what there has to be."""
+    """One user's client: it changes mail at random in mailboxes (`boxes`), and knows after each answer what there has to be."""
+
+    boxes = BOXES
 
     def __init__(self, relay: ImapRelay, number: int, stop: threading.Event) -> None:
         self.relay, self.name, self.stop = relay, f"client{number}", stop
         self.random = random.Random(number)
-        self.state: State = {box: {} for box in BOXES}
+        self.state: State = {box: {} for box in self.boxes}
         self.known: dict[tuple[str, int, int], str] = {}  # subject by mailbox, UIDVALIDITY and UID
         self.highest: dict[tuple[str, int], tuple[int, int]] = {}  # UIDNEXT and HIGHESTMODSEQ by mailbox and UIDVALIDITY
         self.acknowledged = self.lost = self.count = 0
@@ -85,7 +87,7 @@ class Client:
     def look(self, session: Session) -> State:
         """What there is, and that no number has gone back."""
         found: State = {}
-        for box in BOXES:
+        for box in self.boxes:
             validity, uidnext, modseq = session.status(box, "UIDVALIDITY", "UIDNEXT", "HIGHESTMODSEQ")
             before = self.highest.get((box, validity), (0, 0))
             assert (uidnext, modseq) >= before and uidnext >= before[0] and modseq >= before[1], (box, before, uidnext, modseq)
@@ -102,7 +104,7 @@ class Client:
     def plan(self, session: Session) -> tuple[State, bytes]:
         """What there is behind a command, and the command."""
         after = {box: dict(messages) for box, messages in self.state.items()}
-        box, other = self.random.sample(BOXES, 2)
+        box, other = self.random.sample(self.boxes, 2)
         what = self.random.choice(("append", "append", "copy", "move", "store", "delete", "expunge"))
         there = sorted(after[box])
         if len(there) > KEPT:

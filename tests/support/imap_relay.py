@@ -172,9 +172,14 @@ class ImapRelay(Readable):
             made = self.connect()
             made.greeting()
             made.pid = self._pids[worker]
-            if self._inode(made.sock) in _sockets(made.pid):
+            if self.serves(worker, made.sock):
                 return made
             made.sock.close()
+
+    def serves(self, worker: int, sock: socket.socket) -> bool:
+        """Whether a connection, which has been greeted, is that worker's."""
+        self._pids = self._pids or self.worker_pids()
+        return self._inode(sock) in _sockets(self._pids[worker])
 
     def _inode(self, sock: socket.socket) -> str:
         """The daemon's end of a connection."""

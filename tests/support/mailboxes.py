@@ -46,14 +46,15 @@ def verified(relay: Relay) -> None:
 
 
 class Load:
-    """Clients that send messages with a subject of their own to some of the users, and note which were acknowledged."""
+    """Clients (the first has the number `first`) that send messages with a subject of their own to some of the users, and note
+    which were acknowledged."""
 
-    def __init__(self, relay: Relay, users: list[str], clients: int) -> None:
+    def __init__(self, relay: Relay, users: list[str], clients: int, first: int = 0) -> None:
         self.relay = relay
         self.users = users
         self.acknowledged: Counter[tuple[str, str]] = Counter()  # (user, subject)
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(first, first + clients)]
         for thread in self._threads:
             thread.start()
 

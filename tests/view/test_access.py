@@ -2,13 +2,19 @@
 
 import asyncio
 import os
+import threading
+from functools import partial
 
+import msgspec
 import pytest
 
+from relaymta.disk.environment import Shut
 from relaymta.errors import StoreError
+from relaymta.proto.managesieve_server import Asked
 from relaymta.store.change import Refusal
 from relaymta.store.writer import Target
 from relaymta.view import access as module
+from relaymta.view import managesieve, reading
 from relaymta.view.access import SLICE, Access
 from tests.store.test_recipients import Bench
 
@@ -124,3 +130,68 @@ async def test_of_a_mailbox_that_is_gone_nothing_is_said_to_be_removed(kept):
         await access.left(user, inbox.mailbox, inbox.uids)
     with pytest.raises(Refusal):
         await access.expunge(user, inbox.mailbox, inbox.uids)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_was_read_of_a_user_who_is_moved_meanwhile_is_refused(kept, monkeypatch, times):
+    """Also when the user is back: the maildrop and the scripts are whole, or are not told."""
+    bench, access, user, ident = kept
+    await filed(bench, ident, b"one", b"two")
+    await bench.mailboxes.change_script(0, ident, "put_script", ["name", b"keep;"])
+    asked = Asked("get", "name")
+
+    async def read():
+        return [
+            await access.inbox(user),
+            await managesieve._list(access, user, asked),
+            await managesieve._get(access, user, asked),
+        ]
+
+    assert [len(found) for found in await read()] == [4, 1, 5]
+    read_ = access.read
+
+    async def moved_meanwhile(function):
+        found = await read_(function)
+        bench.directory.update(ident, lambda row: msgspec.structs.replace(row, shard=times % 2, moves=row.moves + times))
+        return found
+
+    monkeypatch.setattr(access, "read", moved_meanwhile)
+    for call in (access.inbox(user), managesieve._list(access, user, asked), managesieve._get(access, user, asked)):
+        with pytest.raises(StoreError, match="has been moved"):
+            await call
+
+
+async def test_while_the_store_is_opened_again_nothing_is_read_on_the_loop(kept, monkeypatch):
+    """A read there fails at once; what can wait does so on a thread, and has its result when the store is open."""
+    monkeypatch.setattr("relaymta.disk.environment.READ_PATIENCE", 60.0)
+    bench, access, user, ident = kept
+    await filed(bench, ident, b"one")
+    inbox = await access.inbox(user)
+    shard, rows = access.shard(user), bench.mailboxes.shards[0].rows
+    read = partial(reading.raw_state, shard, inbox.mailbox)
+    right = access.read_here(read)
+    threads = []
+
+    def look(most=0):
+        found = read()
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return found
+
+    with rows._gate:
+        rows._shut = True
+    try:
+        with pytest.raises(Shut):
+            access.read_here(look)
+        assert bench.mailboxes.used(0, ident) is None, "nobody waits for that"
+        waiting = [asyncio.create_task(one) for one in (access.read_little(look), access.read_some(look))]
+        claim = asyncio.create_task(bench.mailboxes.shards[0].claim_recent(ident, inbox.mailbox, 0, 2, True))
+        for _ in range(20):
+            await asyncio.sleep(0.002)  # the loop is free
+        assert threads == [] and not any(task.done() for task in (*waiting, claim))
+    finally:
+        with rows._gate:
+            rows._shut = False
+            rows._gate.notify_all()
+    assert [await task for task in waiting] == [right] * 2 and threads == [True] * 2
+    assert await claim == 1
+    assert await access.read_little(look) == right and threads.pop() is False
