@@ -114,6 +114,36 @@ async def test_what_cannot_be_taken_back_now_is_taken_back_later(bench, small_sl
     assert bench.messages(1, "Sent") == [] and used(bench.shard) == before and failed == 7
 
 
+async def test_what_cannot_be_taken_back_holds_up_nothing_else(bench, small_slices, monkeypatch):
+    """Of two COPYs that have failed one cannot be undone, by a defect; it is tried again, and the other is undone."""
+    monkeypatch.setattr(sessions, "AGAIN_SECONDS", 0.01)
+    await bench.user(2, "Sent")
+    await filed(bench, 8)
+    await bench.shard.append(2, INBOX, [Message(text(number)) for number in range(1, 9)], ANY)
+    end, stuck, reported = Shard._end, True, []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
+
+    async def fails(shard, user, number):
+        if user == 1 and stuck:
+            raise ZeroDivisionError
+        await end(shard, user, number)
+
+    monkeypatch.setattr(Shard, "_end", fails)
+    for user in (1, 2):
+        failing = Failing(bench.shard, 4, asyncio.CancelledError())  # two slices are done, and it is undone in the background
+        with pytest.raises(asyncio.CancelledError):
+            await bench.shard.copy(user, bench.mailbox(user)[0], list(range(1, 9)), "Sent", ANY, False)
+        assert failing.count >= 4
+    async with asyncio.timeout(20):
+        while {user for user, *_ in unfinished(bench.shard)} != {1} or len(reported) < 3:
+            await asyncio.sleep(0.002)
+    assert bench.messages(2, "Sent") == [] and len(bench.messages(1, "Sent")) == 6
+    assert {type(error) for error in reported} == {ZeroDivisionError}
+    stuck = False
+    await settled(bench.shard)
+    assert bench.messages(1, "Sent") == [] and used(bench.shard)[0] == 8
+
+
 async def test_a_move_that_is_stopped_tells_what_was_moved(bench, small_slices):
     await filed(bench, 8)
     box, sent = bench.mailbox(1)[0], bench.mailbox(1, "Sent")[0]

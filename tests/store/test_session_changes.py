@@ -4,11 +4,14 @@ import asyncio
 import random
 from functools import partial
 
+from relaymta.errors import StoreError
+from relaymta.proto.imap_records import LAST_UID
 from relaymta.store import change as module
 from relaymta.store.asked import Message
 from relaymta.store.change import CANNOT, LIMIT, MISSING, MOVING
 from relaymta.store.rows import ANSWERED, DELETED, FLAGGED, INBOX, KEYWORDS_MOST, SEEN
-from tests.store.sessions import ANY, WORK, filed, refused, unpacked
+from relaymta.store.writer import Target
+from tests.store.sessions import ANY, WORK, Failing, filed, refused, unpacked
 
 
 async def test_flags_are_added_removed_and_replaced(bench):
@@ -170,6 +173,58 @@ async def test_what_was_told_as_recent_is_written_at_the_end(bench, monkeypatch)
     await bench.shard.stop()
     await bench.__aenter__()
     assert bench.mailbox(1)[1].recent == 3
+
+
+async def test_a_message_is_recent_once_though_that_could_not_be_written(bench, monkeypatch):
+    monkeypatch.setattr("relaymta.store.sessions.RECENT_SECONDS", 0.01)
+    await filed(bench, 3)
+    box, _ = bench.mailbox(1)
+    failed = 0
+
+    async def fail(number):
+        nonlocal failed
+        if number <= 3:
+            failed += 1
+            raise StoreError("no disk")
+
+    failing = Failing(bench.shard, before=fail)
+    claim = partial(bench.shard.claim_recent, 1, box)
+    assert await claim(0, 4, False) == 1
+    while failed < 3:
+        assert await claim(0, 4, False) == 4, "another session"
+        await asyncio.sleep(0.002)
+    while bench.mailbox(1)[1].recent != 4:
+        assert await claim(0, 4, False) == 4
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(0.05)
+    assert failing.count == 4 and await claim(0, 4, False) == 4, "it is written once"
+
+
+async def test_a_mailbox_whose_uids_are_used_up(bench):
+    """UIDNEXT has to be a UID, too: the last one that is given is 2^32 - 2. What is there can be read, changed and moved away."""
+    await filed(bench, 3)
+    await filed(bench, 1, "Sent")
+    (box, _), (sent, _) = bench.mailbox(1), bench.mailbox(1, "Sent")
+
+    def raise_(change, mailbox=box):
+        change.state(mailbox).uidnext = LAST_UID - 2
+
+    await bench.shard.task(raise_)
+    await refused(bench.shard.append(1, INBOX, [Message(b"x")] * 3, ANY), LIMIT)
+    assert bench.mailbox(1)[1].messages == 3, "all of them or none"
+    copied = await bench.shard.append(1, INBOX, [Message(b"x")] * 2, ANY)
+    assert copied.copies == [LAST_UID - 2, LAST_UID - 1] and bench.mailbox(1)[1].uidnext == LAST_UID
+    (result,) = await bench.file(b"x", Target(1))
+    assert result.code == LIMIT
+    for move in (False, True):
+        await refused(bench.shard.copy(1, sent, [1], INBOX, ANY, move), LIMIT)
+    assert bench.mailbox(1, "Sent")[1].messages == 1
+    stored = await bench.shard.store_flags(1, box, [1, LAST_UID - 1, LAST_UID], "+", SEEN, [], None)
+    assert [uid for uid, *_ in unpacked(stored.after)] == [1, LAST_UID - 1]
+    moved = await bench.shard.copy(1, box, [LAST_UID - 2, LAST_UID - 1], "Sent", ANY, True)
+    assert moved.copies == [2, 3]
+    await bench.shard.expunge(1, box, [1, 2])
+    assert [uid for uid, *_ in bench.messages(1)] == [3] and bench.mailbox(1)[1].uidnext == LAST_UID
 
 
 async def test_what_was_expunged_long_ago_is_forgotten(bench, monkeypatch):

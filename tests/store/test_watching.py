@@ -5,14 +5,15 @@ import socket
 
 import pytest
 
-from relaymta.control import Channel
-from relaymta.errors import StoreFull
+from relaymta.control import Channel, Late
+from relaymta.errors import StoreError, StoreFull
 from relaymta.store.asked import Copied, Message, Partial
 from relaymta.store.change import MISSING, OVERQUOTA, Limits, Refusal
 from relaymta.store.directory import Directory
-from relaymta.store.mailboxes import Mailboxes
+from relaymta.store.mailboxes import OF_PEERS, OWNERS_MOST, Mailboxes
 from relaymta.store.rows import INBOX, SEEN
 from relaymta.store.verify import contradictions
+from relaymta.store.writer import Target
 
 ANY = Limits()
 
@@ -268,3 +269,75 @@ async def test_what_may_not_be_done_twice_is_not_asked_of_a_successor(started):
     await meets_its_end("expunge", 2, inbox, [1])
     await meets_its_end("subscribe", 2, "x", True)
     assert await meets_its_end("claim_recent", 2, inbox, 0, 3, False) == 1
+
+
+async def test_what_is_asked_of_nobody_waits_for_an_owner(started, monkeypatch):
+    """Also what may not be done twice: nobody was asked for it yet."""
+    here, there = await started([0], [1])
+    inbox = box(there, 1)
+    asked = [
+        asyncio.create_task(here.mailboxes.change(1, *one))
+        for one in (
+            ("append", 2, INBOX, [Message(b"x")], ANY),
+            ("create", 2, "new", ""),
+            ("subscribe", 2, "other", True),
+            ("store_flags", 2, inbox, [1], "+", SEEN, [], 1),
+        )
+    ]
+    filing = asyncio.create_task(here.mailboxes.file([b"y"], [(1, Target(2))]))
+    await asyncio.sleep(0.02)
+    assert not any(task.done() for task in (*asked, filing))
+    here.join(there)
+    assert (await asked[0]).copies and (await filing)[0].filed
+    await asyncio.gather(*asked)
+    with there.mailboxes.shards[1].rows.reading() as txn:
+        rows = {row.name: row for row in there.mailboxes.shards[1].rows.mailboxes(txn, 2)}
+        state = there.mailboxes.shards[1].rows.state(txn, inbox)
+    assert rows.keys() == {INBOX, "Sent", "new", "other"} and state.messages == 2, "each once"
+
+
+async def test_an_owner_is_not_waited_for_without_end(started, monkeypatch):
+    here, _ = await started([0], [1])
+    monkeypatch.setattr("relaymta.store.mailboxes.REPLACED_SECONDS", 0.05)
+    with pytest.raises(ConnectionError, match="nobody owns shard 1"):
+        await here.mailboxes.change(1, "subscribe", 2, "x", True)
+    (result,) = await here.mailboxes.file([b"y"], [(1, Target(2, once=(1, 0, 2)))])
+    assert isinstance(result, StoreError)
+    asked = []
+
+    async def ends(op, args, descriptors):
+        asked.append(op)
+        dead.pop().close()
+        successor()
+
+    dead = []
+
+    def successor():
+        ours, theirs = socket.socketpair()
+        channel = Channel(ours, None, lambda: None)
+        dead.append(Channel(theirs, ends, lambda: None))
+        here.mailboxes.reach([1], channel)
+
+    successor()
+    with pytest.raises(ConnectionError, match="end one after another"):
+        await here.mailboxes.change(1, "subscribe", 2, "x", True)
+    assert len(asked) == OWNERS_MOST
+    dead.pop().close()
+
+
+async def test_an_owner_that_does_not_answer_is_not_asked_again(started, monkeypatch):
+    """It may do it still."""
+    here, there = await started([0], [1])
+    here.join(there)
+    monkeypatch.setattr("relaymta.store.mailboxes.OWNER_SECONDS", 0.05)
+    monkeypatch.setattr("relaymta.store.mailboxes.CHANGE_SECONDS", 0.05)
+    asked = []
+
+    async def slow(*given, **named):
+        asked.append(given)
+        await asyncio.sleep(0.2)
+
+    monkeypatch.setitem(OF_PEERS, "mail_change", slow)
+    with pytest.raises(Late):
+        await here.mailboxes.change(1, "subscribe", 2, "x", True)
+    assert len(asked) == 1
