@@ -41,6 +41,7 @@ class AnySession(Protocol):
     closing: bool
     behind: bool
     foreign: bool
+    parting: bool
     errors: int
     claim: Claim | None
 
@@ -190,6 +191,9 @@ class ClientConnection(Line, Generic[S]):
 
     def data_received(self, data: bytes) -> None:
         session = self.session
+        if self.lingers:
+            self.drop(data)
+            return
         if session is None:
             self.early = True
             return
@@ -227,7 +231,7 @@ class ClientConnection(Line, Generic[S]):
         """A client that half-closes after the final dot still gets its reply, except over TLS: asyncio always closes that, and
         logs a warning when asked to keep it open."""
         self.ended = True
-        return self.waits != 0 and self.session is not None and not self.session.secure
+        return not self.lingers and self.waits != 0 and self.session is not None and not self.session.secure
 
     def advance(self, session: S, out: bytes) -> None:
         """After each step of the session: write `out`, then do what its state requires."""
@@ -244,7 +248,10 @@ class ClientConnection(Line, Generic[S]):
         if session.closing or (self.ended and not self.waits):
             if session.foreign and self.rights is not None:
                 self.admission.intake.foreign(self.rights.client, self.helo())
-            self.close()
+            if self.ended or session.parting:
+                self.close()
+            else:
+                self.linger()
 
     def more(self, session: S, out: bytes) -> None:
         """A wait is over, with the reply `out`: go on with what has arrived meanwhile, unless something else is waited for."""

@@ -112,7 +112,7 @@ class Connection(ClientConnection[ServerSession]):
         self.write(answer)
         if self.session is not None:
             self.session.close()
-        self.close()
+        self.linger()
 
     def drain(self) -> None:
         """Shutting down: close a session with a 421 now, also one whose login is checked or whose reply is delayed; one with a

@@ -13,6 +13,7 @@ __all__ = ["LINGER", "OUTPUT_SECONDS", "UNSENT", "Line"]
 UNSENT, UNSENT_LOW = 16384, 4096  # octets of unsent replies above which reading stops, and below which it resumes
 OUTPUT_SECONDS = 300.0  # seconds for a client to read its replies until they are below UNSENT_LOW; at most the command timeout
 LINGER = 5.0  # seconds for a client to read the last replies, once its connection is being closed
+LINGER_OCTETS = 64 << 20  # octets that are read and dropped of a client that still sends meanwhile: a message and some more
 DECRYPTED = 65536  # octets that TLS buffers while reading is paused
 
 # Flags of `waits`:
@@ -27,7 +28,7 @@ SHAKING = 32  # the TLS handshake after STARTTLS
 class Line(asyncio.Protocol):
     """The transport of one connection. `waits`: what is waited for; while that is not 0 nothing is parsed."""
 
-    __slots__ = ("active_at", "admission", "blocked_at", "closed_at", "paused", "transport", "waits")
+    __slots__ = ("active_at", "admission", "blocked_at", "closed_at", "dropped", "lingers", "paused", "transport", "waits")
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -37,6 +38,8 @@ class Line(asyncio.Protocol):
         self.active_at = 0.0  # when the client last sent, or was last made to wait (loop time): timeouts count from it
         self.blocked_at = 0.0  # when it became BLOCKED (loop time), 0.0 once it has read its replies
         self.closed_at = 0.0  # when the connection was first found being closed (loop time)
+        self.lingers = False  # it is being closed, and what the client still sends is dropped
+        self.dropped = 0  # octets of that
 
     def go_on(self, reason: int) -> None:
         """Clear a flag of `waits`; if none is left, parse what came meanwhile and resume reading."""
@@ -45,7 +48,7 @@ class Line(asyncio.Protocol):
     @property
     def gone(self) -> bool:
         """Whether the connection is closed or being closed."""
-        return self.transport is None or self.transport.is_closing()
+        return self.lingers or self.transport is None or self.transport.is_closing()
 
     def set_buffer_limits(self) -> None:
         """Limit the unsent replies, and what TLS buffers while reading is paused."""
@@ -57,13 +60,13 @@ class Line(asyncio.Protocol):
 
     def pause(self) -> None:
         """Read nothing."""
-        if not self.paused and self.transport is not None and not self.transport.is_closing():
+        if not self.paused and self.transport is not None and not self.gone:
             self.transport.pause_reading()
             self.paused = True
 
     def resume(self) -> None:
         """Read again, unless something is still waited for."""
-        if self.paused and not self.waits and self.transport is not None and not self.transport.is_closing():
+        if self.paused and not self.waits and self.transport is not None and not self.gone:
             self.transport.resume_reading()
             self.paused = False
 
@@ -93,13 +96,34 @@ class Line(asyncio.Protocol):
         if self.transport is not None:
             self.transport.close()
 
+    def linger(self) -> None:
+        """Close the connection of a client that may be sending, as `close`: it is told of the end at once, and what it sends is
+        read and dropped until it closes, for LINGER seconds and LINGER_OCTETS at most. Without that the kernel would reset the
+        connection, and the client lose the last reply. (TLS reads until the client's close_notify by itself.)"""
+        transport = self.transport
+        if transport is None or self.gone:
+            return
+        if not transport.can_write_eof() or self.admission.intake.draining:  # a shutdown does not wait for clients
+            transport.close()
+            return
+        transport.write_eof()
+        if self.paused:
+            transport.resume_reading()
+        self.lingers = True
+
+    def drop(self, data: bytes) -> None:
+        """Octets of a client whose connection lingers."""
+        self.dropped += len(data)
+        if self.dropped > LINGER_OCTETS and self.transport is not None:
+            self.transport.close()
+
     def check_output(self, now: float, patience: float) -> bool:
         """Abort the connection of a client that has not read for `patience` seconds, or LINGER where it is being closed. Whether
         there is nothing else to check."""
         transport = self.transport
         if transport is None:
             return True
-        if transport.is_closing():
+        if self.gone:
             if not self.closed_at:
                 self.closed_at = now
             elif now - self.closed_at > LINGER:

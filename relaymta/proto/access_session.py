@@ -39,6 +39,7 @@ class AccessSession(ABC):
         "hostname",
         "keys",
         "offers",
+        "parting",
         "secure",
         "state",
         "wrong_logins",
@@ -60,6 +61,7 @@ class AccessSession(ABC):
         self.behind = False
         self.closing = False
         self.foreign = False
+        self.parting = False
         self.errors = 0
         self.wrong_logins = 0
 

@@ -15,8 +15,8 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
 
 In COMMANDS, MESSAGE and IDLE octets are parsed; in all others they are kept (KEPT at most; better, nothing is read). Commands run
 strictly one after another. `closing`: the connection is to be closed after what was returned is written (`foreign`: because the
-client speaks another protocol). `behind` is set when there is more than the work of one call, and when octets have arrived
-meanwhile: `receive(b"")` goes on.
+client speaks another protocol; `parting`: the client has asked for it). `behind` is set when there is more than the work of one
+call, and when octets have arrived meanwhile: `receive(b"")` goes on.
 
     not authenticated    logged_in False    LOGIN, AUTHENTICATE -> CLAIMED -> checked() -> authenticated     STARTTLS
     authenticated        logged_in          SELECT, EXAMINE -> COMMAND -> done("OK") -> selected
@@ -295,6 +295,7 @@ class ServerSession(Session):
         return response.capability(self.capabilities()) + response.tagged(self.tag, "OK", "That is all")
 
     def _logout(self, command: Command) -> bytes:
+        self.parting = True
         self.close()
         return response.bye("Logging out") + response.tagged(self.tag, "OK", "Bye")
 

@@ -9,8 +9,8 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     ASKED         `asked` is to be done with the scripts of the user who has logged in: `done(result)` or `refused(code, text)`
 
 In all but the first nothing is parsed, and input is kept (KEPT octets at most). `closing`: the connection is to be closed after
-what was returned is written (`foreign`: because the client speaks another protocol). `behind` is set when there is more than the
-work of one call, and when commands have arrived meanwhile: `receive(b"")` goes on.
+what was returned is written (`foreign`: because the client speaks another protocol; `parting`: the client has asked for it).
+`behind` is set when there is more than the work of one call, and when commands have arrived meanwhile: `receive(b"")` goes on.
 
 The session is authenticated when `owner` is set: by `checked`, whose caller has named the user in `name_owner`.
 """
@@ -248,6 +248,7 @@ def _starttls(session: ServerSession) -> bytes:
 
 
 def _logout(session: ServerSession) -> bytes:
+    session.parting = True
     session.close()
     return reply.BYE
 

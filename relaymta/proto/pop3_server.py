@@ -11,8 +11,8 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     COMMITTING    the client has said QUIT: `deletions` is to be carried out, in one operation, then `committed(left)`
 
 In all but the first nothing is parsed, and input is kept (KEPT octets at most). `closing`: the connection is to be closed after
-what was returned is written (`foreign`: because the client speaks another protocol). `behind` is set when there is more than the
-work of one call, and when commands have arrived meanwhile: `receive(b"")` goes on.
+what was returned is written (`foreign`: because the client speaks another protocol; `parting`: the client has asked for it).
+`behind` is set when there is more than the work of one call, and when commands have arrived meanwhile: `receive(b"")` goes on.
 
     AUTHORIZATION    maildrop is None    USER PASS  AUTH -> CLAIMED -> OPENING -> opened() -> TRANSACTION    STLS UTF8
     TRANSACTION      maildrop is set     STAT LIST UIDL DELE RSET NOOP    RETR TOP -> SENDING -> sent()

@@ -139,6 +139,7 @@ def _capa(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _quit(session: Session, arguments: list[bytes]) -> bytes:
+    session.parting = True
     if session.maildrop is None:
         session.close()
         return reply.BYE

@@ -88,6 +88,7 @@ class Session:
         "host",
         "hostname",
         "parser",
+        "parting",
         "pending",
         "refusal",
         "returns",
@@ -114,6 +115,7 @@ class Session:
         self.behind = False
         self.closing = False
         self.foreign = False
+        self.parting = False
         self.helo = ""
         self.extended = False
         self.errors = 0

@@ -11,7 +11,7 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     TLS         a TLS handshake is to be done, before anything is read: then `tls_started()`
 
 In all but the first two nothing is parsed, and input is kept. `closing`: the connection is to be closed after what was returned
-is written (`foreign`: because the client speaks another protocol).
+is written (`foreign`: because the client speaks another protocol; `parting`: the client has asked for it).
 
 A transaction begins at MAIL. Whatever ends it, it is ended before anything behind that is parsed, `Transaction.end` is called
 once, and `receive()` returns. `behind` is set when there is more to do then, and when there is more than the work of one call:

@@ -177,6 +177,7 @@ def _rset(session: Session, argument: bytes) -> bytes:
 
 
 def _quit(session: Session, argument: bytes) -> bytes:
+    session.parting = True
     session.close()
     return reply.BYE
 

@@ -150,4 +150,4 @@ class ReadingConnection(ClientConnection[S]):
         if not self.gone:
             self.write(last)
             session.close()
-            self.close()
+            self.linger()

@@ -127,6 +127,40 @@ def test_a_client_that_does_not_read_is_disconnected(way):
     assert transport.closed and transport.owed and not of.held()
 
 
+@pytest.mark.parametrize("end", ["closes", "sends without end", "stays"])
+def test_a_client_that_sends_on_behind_the_last_reply_is_read_and_dropped(monkeypatch, end):
+    """Else the kernel resets the connection, and the reply may be lost."""
+    monkeypatch.setattr("relaymta.accept.line.LINGER_OCTETS", 10_000)
+    of = machine()
+    made = connected(of)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    idle(made)
+    transport.reads = False
+    made.data_received(b"BDAT many\r\n" + MESSAGE)
+    while of.steps.turns:
+        of.steps.step()
+    assert transport.said.count(b"501 ") == 1 and transport.ending and not transport.closing and made.gone
+    for _ in range(10):
+        made.data_received(MESSAGE * 10)
+    assert not transport.closing and not transport.paused and not of.stored
+    if end == "closes":
+        transport.reads = True
+        transport.read()
+    elif end == "sends without end":
+        made.data_received(b"x" * 10_000)
+        assert transport.closing
+        transport.abort()
+    else:
+        made.check(of.steps.now)
+        made.check(of.steps.now + LINGER - 1)
+        assert not transport.closing
+        made.check(of.steps.now + LINGER + 1)
+    while of.steps.turns:
+        of.steps.step()
+    assert transport.closed and not of.held()
+
+
 def test_a_client_that_sends_and_never_reads_is_disconnected():
     """What it sends does not prolong that: over TLS some of it still arrives after reading has stopped."""
     of = machine()

@@ -55,7 +55,7 @@ class Known:
 
     @property
     def alive(self) -> bool:
-        return self.made.transport is not None and not self.made.transport.is_closing()
+        return not self.made.gone
 
     def said(self) -> bytes:
         if isinstance(self.made.transport, Transport) and self.made.transport is not self.transports[-1]:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import PROVE
 from tests.support.daemon import wait_for
-from tests.support.imap_relay import ImapRelay, message
+from tests.support.imap_relay import PASSWORD, ImapRelay, message
 from tests.support.mailboxes import shown, verified
 
 _count = itertools.count()
@@ -154,6 +154,21 @@ def test_literals_that_end_early(relay, user):
     assert [one.name for one in a.until("x1")] == ["SEARCH", "EXISTS", "RECENT", "OK"]
     assert a.status("INBOX", "MESSAGES") == [1]
     wait_for(lambda: not list(relay.spool.glob("shard-*/bodies/big/*")), what="the files to go")
+
+
+@pytest.mark.parametrize("place", ["imap", "imaps"])
+def test_a_client_that_sends_on_reads_why_it_was_refused(relay, user, place):
+    """A literal of 20 MB that is refused: more than is dropped of a command. The client sends all of it, and reads then."""
+    for begin in (b"x1 LOGIN", b"x1 APPEND none"):
+        session = relay.connect(place)
+        session.greeting()
+        if b"APPEND" in begin:
+            session.ok(f"LOGIN {user}@local.example {PASSWORD}")
+        session.send(begin + b" {%d+}\r\n" % (20 << 20))
+        for _ in range(20):
+            session.send(b"x" * (1 << 20))
+        assert [one.name for one in (session.response(), session.response())] == ["BAD" if b"LOGIN" in begin else "NO", "BYE"]
+        assert session.ended() == b""
 
 
 def test_twenty_errors(relay, user):

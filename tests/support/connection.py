@@ -120,7 +120,7 @@ class Transport:
         self.said = b""
         self.owed = self.most_owed = 0
         self.reads = True
-        self.paused = self.blocked = self.closing = self.closed = False
+        self.paused = self.blocked = self.closing = self.closed = self.ending = False
         self.limits = (1 << 30, 1 << 30)
 
     def get_extra_info(self, name: str) -> object:
@@ -157,8 +157,19 @@ class Transport:
         if self.blocked:
             self.blocked = False
             self.protocol.resume_writing()
+        if self.ending and not self.protocol.eof_received():
+            self.closing = True
         if self.closing:
             self._lost()
+
+    def can_write_eof(self) -> bool:
+        return not self.secure
+
+    def write_eof(self) -> None:
+        """The client closes when it has read all."""
+        self.ending = True
+        if not self.owed:
+            self.loop.call_soon(self.read)
 
     def close(self) -> None:
         self.closing = True
