@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from relaymta import __version__
 from relaymta.cli.console import say
 from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of, unused_spool
+from relaymta.disk.big import BigFile, check_big
 from relaymta.disk.lock import locked_shard
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, SpoolBusy, StoreError
@@ -201,7 +202,7 @@ def restore(read: Configuration, folder: Path, address: str) -> None:
     if not (folder / MARK).is_file():
         fail(65, f"{folder} is no complete backup (there is no {MARK})")
     if address:
-        _restore_user(daemon(read), folder, address)
+        _restore_user(daemon(read), spool_of(read)[1], folder, address)
     else:
         spool = unused_spool(read)
         answered(lambda: _restore_all(folder, spool))
@@ -268,12 +269,36 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _restore_user(peer: Daemon, folder: Path, address: str) -> None:
-    with answered(lambda: MailFiles(folder)) as files:
+@contextmanager
+def _staged(spool: Path) -> Iterator[Callable[[BigFile], BigFile]]:
+    """Copies large messages of a backup into the spool, where the relay can read them. There is one at a time."""
+    folder = spool / MAIL / f"backup-{time.time_ns()}"  # what is left of such the relay removes
+
+    def stage(file: BigFile) -> BigFile:
+        check_big(file)  # here it can be left out
+        new = folder / f"{file.ident:016x}"
+        try:
+            with as_owner(spool):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(mode=0o700)
+            _restore_file(spool, Path(file.path), new)
+        except OSError as error:
+            raise StoreError(f"{error.filename or new}: {error.strerror}") from None
+        return file._replace(path=str(new))
+
+    try:
+        yield stage
+    finally:
+        with as_owner(spool):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore_user(peer: Daemon, spool: Path, folder: Path, address: str) -> None:
+    with _staged(spool) as stage, answered(lambda: MailFiles(folder)) as files:
         user = answered(lambda: files.directory.known(address))
         ident, shard, uidvalidity = asked(peer, "mailbox_begin_restore", address=user.address)
         damaged: list[str] = []
-        carried = Carried(answered(lambda: files.shard(user.shard)), user.ident, uidvalidity, damaged.append)
+        carried = Carried(answered(lambda: files.shard(user.shard)), user.ident, uidvalidity, damaged.append, stage)
         parts, count = carried.parts(), 0
         while (part := answered(lambda: next(parts, None))) is not None:
             objects = asked(peer, "mailbox_restore", ident=ident, shard=shard, part=part)

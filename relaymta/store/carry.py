@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from relaymta.disk.big import BigFile, read_big
 from relaymta.errors import StoreError
 from relaymta.store import scripts
 from relaymta.store.reading import Readable, body_of, pages
@@ -25,7 +26,8 @@ EXPUNGED_MOST = 100_000
 
 
 class Entry(msgspec.Struct, array_like=True):
-    """A message. `data`: its data, or None where `object` (there) is the same; `date`, `saved`: as of rows.MessageRow; `was`: the
+    """A message. `data`: its data, or a large one's file, which stays until the part is put; None where `object` (there) is the
+    same; `date`, `saved`: as of rows.MessageRow; `was`: the
     object's id here."""
 
     uid: int
@@ -36,7 +38,7 @@ class Entry(msgspec.Struct, array_like=True):
     prefix: bytes
     was: int
     object: int = 0
-    data: bytes | None = None
+    data: bytes | BigFile | None = None
 
 
 class CarriedUser(msgspec.Struct, array_like=True, tag=True):
@@ -86,10 +88,19 @@ class Carried:
     """Reads a user's parts from a shard. Whoever puts a part of messages notes by `put` as which objects, so that data of several
     mailboxes is carried once. `uidvalidity`: new UIDVALIDITYs from this one on (0: those that are); the UIDs of a backup may have
     been given to other messages since. `damaged(sentence)`: called for each message whose data cannot be read, which is left out;
-    without it, that ends in StoreError."""
+    without it, that ends in StoreError. `large(file)`: the data of a message in a file of its own as whoever puts the part can
+    read it. StoreError."""
 
-    def __init__(self, reader: Readable, user: int, uidvalidity: int = 0, damaged: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        reader: Readable,
+        user: int,
+        uidvalidity: int = 0,
+        damaged: Callable[[str], None] | None = None,
+        large: Callable[[BigFile], bytes | BigFile] = read_big,
+    ) -> None:
         self._damaged = damaged
+        self._large = large
         self._reader = reader
         self._user = user
         self._uidvalidity = uidvalidity
@@ -156,7 +167,7 @@ class Carried:
                     entries, octets = [], 0
                 if self._fill(row, entry):
                     entries.append(entry)
-                    octets += len(entry.data or b"") + len(prefix)
+                    octets += message.size if entry.data is not None else len(prefix)
         if entries:
             yield CarriedMessages(row.name, entries)
 
@@ -166,7 +177,7 @@ class Carried:
         if entry.object:
             return True
         try:
-            entry.data = body_of(self._reader.rows, self._reader.bodies, entry.was)
+            entry.data = self._data(entry.was)
         except StoreError as error:
             if self._damaged is None:
                 raise
@@ -175,6 +186,13 @@ class Carried:
         if self._is_shared(entry.was):
             self._shared[entry.was] = 0
         return True
+
+    def _data(self, ident: int) -> bytes | BigFile:
+        with self._reader.rows.reading() as txn:
+            row = self._reader.rows.object(txn, ident)
+        if row is not None and not row.body.segment:
+            return self._large(BigFile(str(self._reader.bodies.big_path(ident)), ident, row.body))
+        return body_of(self._reader.rows, self._reader.bodies, ident)
 
     def _is_shared(self, ident: int) -> bool:
         with self._reader.rows.reading() as txn:

@@ -280,7 +280,7 @@ class Mailboxes:
         """Put all of a user, who is frozen, into another shard, which does not have the user. When it fails, a part may be there.
         Refusal, StoreError, ConnectionError, Refused."""
         own = self._own(shard)
-        carried = Carried(own, user)
+        carried = Carried(own, user, large=lambda file: file)
         parts = carried.parts()
         while (part := await own.readers.run(next, parts, None)) is not None:
             carried.put(part, await self._take(target, user, part))
@@ -292,7 +292,7 @@ class Mailboxes:
         peer = self._peers.get(number)
         if peer is None:
             raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")
-        return list(await peer.ask("mail_take", None, OWNER_SECONDS, shard=number, user=user, part=part))
+        return list(await peer.ask("mail_take", None, CHANGE_SECONDS, shard=number, user=user, part=part))
 
     async def take_part(self, shard: int, user: int, part: Any) -> list[int]:
         """As `Shard.take`, in a shard of this process. Refusal, StoreError."""

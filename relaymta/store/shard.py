@@ -177,10 +177,13 @@ class Shard(Appends):
         entries = part.entries
         while len(taken) < len(entries):
             start = len(taken)
-            large = (place for place in range(start, len(entries)) if len(entries[place].data or b"") > self.segments.big_limit)
+            large = (place for place in range(start, len(entries)) if self._is_large(entries[place].data))
             end = next(large, len(entries))  # in the order of UIDs: a large one is filed later than what is asked for with it
             taken += await self._take_together(user, part.name, entries[start : max(end, start + 1)])
         return taken
+
+    def _is_large(self, data: bytes | BigFile | None) -> bool:
+        return isinstance(data, BigFile) or len(data or b"") > self.segments.big_limit
 
     async def _take_together(self, user: int, name: str, entries: list[Entry]) -> list[int]:
         filing = []
@@ -188,7 +191,7 @@ class Shard(Appends):
             ident = self._ids.next() if entry.data is not None else entry.object
             place = entry.uid, entry.modseq
             target = Target(user, name, entry.prefix, entry.flags, date=entry.date, saved=entry.saved, place=place)
-            filing.append(self._file(ident, None if entry.data is None else [entry.data], [target]))
+            filing.append(self._file(ident, [entry.data] if isinstance(entry.data, bytes) else entry.data, [target]))
         files = await asyncio.gather(*filing, return_exceptions=True)
         for file in files:
             if isinstance(file, BaseException):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from relaymta import control
+from relaymta.control import frames
 from relaymta.store.files import MailFiles
 from tests.conftest import PROVE
 from tests.support.daemon import Relay, wait_for
@@ -97,6 +98,27 @@ def test_a_user_is_moved_while_mail_comes_in(tmp_path):
     finally:
         if relay.process is not None and relay.process.poll() is None:
             relay.kill()
+
+
+def test_a_message_larger_than_a_request_is_moved_and_restored(tmp_path):
+    """From file to file: no frame between processes (64 MB) could hold it."""
+    octets = frames.LIMIT + (1 << 20)
+    with kept(tmp_path, f"limits.message_size={2 * octets}", workers=2) as relay:
+        create(relay, "alice")
+        line = "y" * 70 + "\r\n"
+        relay.send("Subject: large\r\n\r\n" + line * (octets // len(line)), "s@x.example", "alice@local.example")
+        relay.send("Subject: small\r\n\r\nx\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: sorted(shown(relay, "alice")["INBOX"]) == ["large", "small"], what="delivery")
+        had = shown(relay, "alice")
+        relay.cli("mailbox", "move", "alice@local.example", str(1 - listed(relay)["alice"]["shard"]))
+        assert shown(relay, "alice") == had
+        assert len(list(relay.spool.glob("mail/shard-*/bodies/big/*"))) == 1
+        verified(relay)
+        relay.cli("mailbox", "backup", str(tmp_path / "backup"))
+        relay.cli("mailbox", "delete", "--now", "alice@local.example")
+        relay.cli("mailbox", "restore", str(tmp_path / "backup"), "alice@local.example")
+        assert shown(relay, "alice") == had and not list((relay.spool / "mail").glob("backup-*"))
+        verified(relay)
 
 
 @pytest.mark.parametrize("what", ["group", "source", "target"] if PROVE else ["group", "source"])

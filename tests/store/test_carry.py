@@ -11,7 +11,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body, encode
 from relaymta.store import names
 from relaymta.store.backup import copy_shard, renumber
-from relaymta.store.carry import Carried, convert_part
+from relaymta.store.carry import Carried, CarriedMessages, convert_part
 from relaymta.store.change import EXISTS, MOVING, Refusal
 from relaymta.store.directory import Directory, User
 from relaymta.store.reading import ShardReader
@@ -86,6 +86,28 @@ async def test_a_user_is_carried_with_all_that_clients_know(tmp_path, small_part
         (filed,) = await other.file(b"next", Target(1))
         assert filed.filed.uid == before[2][INBOX][2].uidnext
         assert await other.file(b"again", Target(1, "Sent", once=(3, 7, 1))) == [type(filed)()]
+
+
+async def test_a_large_message_is_carried_from_file_to_file_and_verified(tmp_path):
+    async with Bench(tmp_path / "a") as one, Bench(tmp_path / "b") as other:
+        await one.user(1)
+        for number in range(3):
+            await one.file(b"%d" % number + b"large" * 400_000, Target(1))
+        await one.shard.freeze(1)
+        carried = Carried(one.shard, 1, large=lambda file: file)
+        for part in carried.parts():
+            sent = msgspec.msgpack.encode(part)
+            assert len(sent) < 1000 and (not isinstance(part, CarriedMessages) or len(part.entries) <= 3)
+            carried.put(part, await other.shard.take(1, convert_part(msgspec.msgpack.decode(sent))))
+        assert everything(other, 1) == everything(one, 1)
+        damaged = sorted((tmp_path / "a").rglob("bodies/big/*"))[1]
+        before = damaged.read_bytes()
+        damaged.write_bytes(before[:-1] + b"?")
+        with pytest.raises(StoreError, match="checksum"):
+            for part in Carried(one.shard, 1, large=lambda file: file).parts():
+                await other.shard.take(2, part)
+        assert len(list((tmp_path / "b").rglob("bodies/big/*"))) == 4
+        damaged.write_bytes(before)
 
 
 async def test_nothing_is_changed_of_a_frozen_user(tmp_path):
