@@ -384,3 +384,13 @@ class Change(Collected):
         prefix = DONE.pack(queue_id, recipient, 0)[:12]
         while cursor.set_range(prefix) and cursor.key()[:12] == prefix:
             cursor.delete()
+
+    def forget_ended(self, queue_ids: list[int], most: int) -> int:
+        """The queue has ended these messages: as `forget_done`, of so many rows at most; of how many."""
+        cursor, removed = self.txn.cursor(db=self._tables["done"]), 0
+        for queue_id in queue_ids:
+            prefix = ID.pack(queue_id)
+            while removed < most and cursor.set_range(prefix) and cursor.key()[:8] == prefix:
+                cursor.delete()
+                removed += 1
+        return removed

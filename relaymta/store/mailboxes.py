@@ -36,6 +36,7 @@ __all__ = ["OF_SUPERVISOR", "Copied", "Mailboxes", "Message", "Partial", "Stored
 OWNER_SECONDS = 30.0  # for an answer of another owner
 CHANGE_SECONDS = 600.0  # for one of a session, which may concern many messages
 OWNERS_MOST = 5  # that are asked for one thing, each having ended before it answered
+DONE_TOGETHER = 1000  # messages, and rows of what was filed of them
 REPLACED_SECONDS = 10.0  # for which the successor of an owner that has ended is waited for
 
 
@@ -276,6 +277,22 @@ class Mailboxes:
 
         return await own.readers.run(read)
 
+    async def done_by_queue(self, shard: int, after: int) -> list[int]:
+        """As `MailShard.done_by_queue`, of a shard of this process, DONE_TOGETHER at most."""
+        own = self._own(shard)
+
+        def read() -> list[int]:
+            with own.rows.reading() as txn:
+                return own.rows.done_by_queue(txn, after, DONE_TOGETHER)
+
+        return await own.readers.run(read)
+
+    async def forget_ended(self, shard: int, queue_ids: list[int]) -> None:
+        """The queue has ended these messages: that they were filed in a shard of this process is forgotten. StoreError."""
+        own = self._own(shard)
+        while await own.task(lambda change: change.forget_ended(queue_ids, DONE_TOGETHER)) == DONE_TOGETHER:
+            pass
+
     async def carry_user(self, shard: int, user: int, target: int) -> None:
         """Put all of a user, who is frozen, into another shard, which does not have the user. When it fails, a part may be there.
         Refusal, StoreError, ConnectionError, Refused."""
@@ -345,6 +362,8 @@ OF_SUPERVISOR: dict[str, Callable[..., Awaitable[Any]]] = {
     "mail_take": Mailboxes.take_part,
     "mail_import": Mailboxes.import_messages,
     "mail_users": Mailboxes.users_of,
+    "mail_done": Mailboxes.done_by_queue,
+    "mail_ended": Mailboxes.forget_ended,
     "mail_script": Mailboxes.change_script,
 }
 OF_PEERS: dict[str, Callable[..., Awaitable[Any]]] = {

@@ -280,6 +280,15 @@ class MailShard(Environment):
             if owner == user:
                 yield queue_id, recipient, ID.unpack_from(value)[0]
 
+    def done_by_queue(self, txn: Any, after: int, most: int) -> list[int]:
+        """The ids of messages of the queue of which it is noted that they were filed: so many, above `after`, in order."""
+        found: list[int] = []
+        cursor = txn.cursor(db=self.tables["done"])
+        while len(found) < most and cursor.set_range(ID.pack(after + 1)):
+            after = ID.unpack_from(cursor.key())[0]
+            found.append(after)
+        return found
+
     def filed_by(self, txn: Any, queue_id: int, recipient: int, user: int) -> int | None:
         """The attempt that has filed this recipient's message for a user (ANY_ATTEMPT: not known); None: none has."""
         raw = txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"])

@@ -6,6 +6,9 @@ Each step of a move is safe to end at, and is begun again after a restart, by wh
     shard = moving = target   the copy is complete, and all see it; what other shards have of the user is removed
     moving = -1               done
     deleted = REMOVING        all of the user is removed, last the row of the directory
+
+A shard notes what it has filed of a message in the queue until the queue has ended that. Where the queue or the shard was killed
+before it was told so, the note is removed here: when the message is in no shard of the queue any more, nobody asks for it.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from typing import Any
 import msgspec
 
 from relaymta.errors import RelayError
+from relaymta.queue.presence import ended
 from relaymta.store.directory import REMOVING, Directory, User
 
 __all__ = ["KEPT_DAYS", "REMOVING", "Upkeep"]
@@ -29,6 +33,7 @@ LOOK_SECONDS = 600.0  # between two looks for what is to be done
 FIRST_SECONDS = 5.0  # from the start, and after a failure
 AGAIN_SECONDS = 60.0  # after one that a further attempt may not mend
 STALE_SECONDS = 86400.0
+NOTES_SECONDS = 86400.0  # between two looks for notes of messages that have ended
 STAGED = re.compile(r"backup-\d+")
 LONG = 24 * 3600.0  # seconds for which a worker may copy or remove a user, or copy a shard
 PAGE = 1000
@@ -50,6 +55,7 @@ class Upkeep:
         self._steady = asyncio.Lock()  # held by whatever copies or removes
         self._begun = directory.highest()  # ids of users above this one are given by this process
         self._swept = False
+        self._noted_at = -NOTES_SECONDS  # when notes were looked through (monotonic clock)
         self._failed = asyncio.Event()  # something that an operator has begun has to go on
         self._looking: asyncio.Task[None] | None = None
 
@@ -75,6 +81,8 @@ class Upkeep:
             try:
                 if not self._swept:
                     await self._sweep()
+                if time.monotonic() - self._noted_at > NOTES_SECONDS:
+                    await self._forget_ended()
                 seconds = LOOK_SECONDS if await self._all() else AGAIN_SECONDS
             except Exception as error:
                 seconds = FIRST_SECONDS  # a worker was not ready
@@ -112,6 +120,18 @@ class Upkeep:
                         async with self._steady:
                             await self._owner("mail_purge", LONG, shard=shard, user=ident)
         self._swept = True
+
+    async def _forget_ended(self) -> None:
+        """Remove notes of what was filed of messages that the queue has ended. They are read first, and then the queue, which has
+        had each of these messages before."""
+        for shard in range(self._shards):
+            after = 0
+            while noted := await self._owner("mail_done", shard=shard, after=after):
+                gone = await asyncio.to_thread(ended, self._folder.parent, noted)
+                if gone:
+                    await self._owner("mail_ended", shard=shard, queue_ids=gone)
+                after = noted[-1]
+        self._noted_at = time.monotonic()
 
     async def _update(self, ident: int, change: Callable[[User], User]) -> User:
         return await asyncio.to_thread(self._directory.update, ident, change)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from relaymta.ident import parse_id
+from relaymta.store.files import MailFiles
+from relaymta.store.rows import DONE, FILED, MailShard
 from tests.conftest import PROVE
 from tests.support.daemon import PATIENCE, Relay, wait_for
 from tests.support.fake_mx import FakeMx
@@ -228,11 +231,38 @@ def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what
     verified(relay)
 
 
-def _remembered(spool: Path) -> int:
-    """How many recipients the first shard remembers to have filed."""
-    from relaymta.store.rows import MailShard
+def test_what_was_filed_of_messages_that_have_ended_is_forgotten(tmp_path):
+    """As kills of the queue and the store at the same time leave it: notes that the queue has had no time to remove."""
+    with kept(tmp_path, workers=2) as relay:
+        create(relay, "alice")
+        create(relay, "carol", options=("--quota", "1k"))
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+            client.helo()
+            client.sendmail("", ["carol@local.example"], "Subject: x\r\n\r\n" + "x" * 70 + "\r\n" * 600)
+        (deferred,) = wait_for(lambda: relay.events("deferred"), what="deferred")
+        assert relay.stop() == 0
+        waiting = parse_id(deferred["id"])
+        with MailFiles(relay.spool / "mail") as files:
+            users = {user.address.partition("@")[0]: user for user in files.directory.users(0, 10)}
+        notes = {(waiting, 0, users["carol"].ident)}  # filed, though the queue does not know it
+        past = {(waiting - number, recipient, users["alice"].ident) for number in range(1, 1200) for recipient in (0, 7)}
+        for name, rows in (("carol", notes), ("alice", past)):
+            shard = MailShard(relay.spool / f"mail/shard-{users[name].shard}/lmdb")
+            with shard.env.begin(write=True) as txn:
+                for row in rows:
+                    txn.put(DONE.pack(*row), FILED.pack(1, 0), db=shard.tables["done"])
+            shard.close()
+        relay.start()
+        wait_for(lambda: sum(map(_remembered, (relay.spool, relay.spool), (0, 1))) == 1, what="the notes to go")
+        relay.cli("mailbox", "quota", "carol@local.example", "none")
+        relay.cli("queue", "flush", "--all")
+        wait_for(lambda: relay.summary() == [], what="the queue to be empty")
+        assert shown(relay, "carol")["INBOX"] == []  # what is noted is not filed again
 
-    shard = MailShard(spool / "mail/shard-0/lmdb", readonly=True)
+
+def _remembered(spool: Path, number: int = 0) -> int:
+    """How many recipients a shard remembers to have filed."""
+    shard = MailShard(spool / f"mail/shard-{number}/lmdb", readonly=True)
     try:
         with shard.reading() as txn:
             return int(txn.stat(shard.tables["done"])["entries"])
