@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from relaymta.proto.imap_sort import base_subject, sent, sortable
+from relaymta.proto.imap_sort import base_subject, in_order, sent, sortable
 
 __all__ = ["Forest", "Threads", "shown"]
 
@@ -57,7 +57,7 @@ class Threads:
     def _ordered(self) -> Forest:
         """ORDEREDSUBJECT."""
         dates, threads = self._dates, dict[int, list[int]]()
-        for message in sorted(range(len(dates)), key=dates.__getitem__):
+        for message in in_order(range(len(dates)), dates.__getitem__):
             threads.setdefault(self._subjects[message], []).append(message)
         children = {thread[0]: thread[1:] for thread in threads.values() if len(thread) > 1}
         return Forest(len(dates), [thread[0] for thread in threads.values()], children)
@@ -70,13 +70,12 @@ class Threads:
         order = _Order(self._dates, children, count)
         for root in roots:
             if root >= count:
-                children[root].sort(key=order)
-        roots.sort(key=order)
-        roots = _Gathering(self, children, count).gathered(roots)
-        for siblings in children.values():
-            siblings.sort(key=order)
-        roots.sort(key=order)
-        return Forest(count, roots, children)
+                children[root] = in_order(children[root], order)
+        roots = _Gathering(self, children, count).gathered(in_order(roots, order))
+        for parent, siblings in children.items():
+            if len(siblings) > 1:
+                children[parent] = in_order(siblings, order)
+        return Forest(count, in_order(roots, order), children)
 
     def subject(self, node: int, children: dict[int, list[int]]) -> int:
         """The subject of a thread."""

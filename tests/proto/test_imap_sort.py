@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relaymta.proto.imap_sort import Sorted, base_subject, sent, sortable
+from relaymta.proto.imap_sort import Sorted, base_subject, in_order, sent, sortable
 from relaymta.proto.mime import describe
 
 
@@ -125,3 +125,11 @@ def test_many():
     for number in range(20_000):
         found.add(b"", 0, number % 7)
     assert list(found.order()) == sorted(range(20_000), key=lambda number: -(number % 7))
+
+
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_in_order_is_sorted(items):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relaymta.proto.imap_sort.RUN", 4)
+        numbers = list(range(len(items)))
+        assert in_order(numbers, items.__getitem__) == sorted(numbers, key=items.__getitem__)

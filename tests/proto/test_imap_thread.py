@@ -1,13 +1,14 @@
 """THREAD: the algorithms of RFC 5256 3 against a naive and recursive reading of them, and what is hostile."""
 
 import random
+import re
 import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relaymta.proto.imap_sort import base_subject
+from relaymta.proto.imap_sort import RUN, base_subject
 from relaymta.proto.imap_thread import Forest, Threads, shown
 from relaymta.proto.mime_thread import REFERENCES_MOST, thread_keys
 
@@ -215,6 +216,24 @@ def test_all_have_one_subject():
         threads.add(text, 0, keys(ident))
     forest = threads.forest()
     assert len(forest.roots) == 1 and len(forest.children[forest.roots[0]]) == 100_000
+
+
+@pytest.mark.parametrize("by_references", [True, False])
+@pytest.mark.parametrize("shape", ["many threads", "one thread", "one subject"])
+def test_no_sort_keeps_other_threads_waiting(monkeypatch, by_references, shape):
+    """No more than RUN at once are given to what does not let go of the interpreter until it is done."""
+    sizes, many = [], 2 * RUN + 5
+    monkeypatch.setattr(
+        "relaymta.proto.imap_sort.sorted", lambda items, **how: (sizes.append(len(items)), sorted(items, **how))[1], raising=False
+    )
+    threads = Threads(by_references)
+    for ident in range(1, many + 1):
+        refers = [many + 1] if shape == "one thread" else []
+        threads.add(envelope("same" if shape == "one subject" else "", many - ident), 0, keys(ident, *refers))
+    forest = threads.forest()
+    assert max(sizes) == RUN and sum(size for size in sizes if size > 1) == (2 * many if by_references else many)
+    told = b"".join(shown(forest, lambda one: one)).decode()
+    assert [int(one) for one in re.findall("[0-9]+", told)] == list(reversed(range(many)))
 
 
 def test_links_to_the_end_of_a_long_chain():
