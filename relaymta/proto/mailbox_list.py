@@ -11,13 +11,14 @@ INBOX = "INBOX"
 DELIMITER = "/"
 
 _WILDCARDS = re.compile(r"[*%]{2,}")
+_IN_ANY_CASE = re.compile(r"inbox(?:/|\Z)", re.I | re.A)  # of ASCII: to str.upper a dotless i is an I, too
 
 
 def canonical(name: str) -> str:
     """The name as it is stored: in NFC, and INBOX in upper case, also where other mailboxes lie below it. Linear time."""
     if not name.isascii() and len(name) <= NAME_MOST:  # longer ones cannot be, and normalization is not linear
         name = unicodedata.normalize("NFC", name)
-    return INBOX + name[len(INBOX) :] if _below_inbox(name[: len(INBOX) + 1].upper()) else name
+    return INBOX + name[len(INBOX) :] if _IN_ANY_CASE.match(name) else name
 
 
 def _below_inbox(name: str) -> bool:

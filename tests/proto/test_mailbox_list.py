@@ -19,6 +19,7 @@ from relaymta.proto.mailbox_list import Pattern, canonical
         ("", ""),
         ("inbox%", "inbox%"),
         ("u\u0308", "\xfc"),
+        ("\u0131nbox", "\u0131nbox"),
     ],
 )
 def test_inbox_in_any_case(name, expected):
