@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 
-from relaymta.errors import store_error
+from relaymta.errors import StoreFull, store_error
 from relaymta.proto import imap_response as response
 from relaymta.proto.imap_command import Append, Appended, Command
 from relaymta.store.change import OVERQUOTA, Refusal
@@ -30,6 +30,8 @@ def refusal(reader: Reader, append: Append, incoming: Incoming) -> Done | None:
     over = limits.octets and used.octets + incoming.octets + append.octets > limits.octets
     if over or (limits.messages and used.messages + append.number >= limits.messages):
         raise Refusal(OVERQUOTA, "the quota is used up")
+    if incoming.octets + append.octets > reader.room:
+        raise StoreFull("there is no room for mail")
     try:
         room = incoming.begin(append)
     except OSError as error:

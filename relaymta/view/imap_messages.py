@@ -331,6 +331,8 @@ def ranges_of(uids: list[int]) -> Iterator[tuple[int, int]]:
 
 # SEARCH
 
+TOO_MANY_BODIES = Done("NO", f"At most {search.BODIES_MOST} keys may look into all of a message", response.LIMIT)
+
 
 async def find(reader: Reader, command: Command) -> Done:
     """SEARCH, UID SEARCH."""
@@ -343,7 +345,7 @@ async def find(reader: Reader, command: Command) -> Done:
     if asked.refusal is not None:
         return Done("NO", *asked.refusal)
     if program.bodies > search.BODIES_MOST:
-        return Done("NO", f"At most {search.BODIES_MOST} keys may look into all of a message", response.LIMIT)
+        return TOO_MANY_BODIES
     found = Found(returns if returns is not None else frozenset())
     after: int | None = 0
     while after is not None and not found.enough:
@@ -363,6 +365,8 @@ async def arrange(reader: Reader, command: Command) -> Done:
     asked, selected = command.arguments, reader.chosen()
     assert isinstance(asked, Sort | Thread)
     program = Program(asked.key, selected.view, search.now_ms())
+    if program.bodies > search.BODIES_MOST:
+        return TOO_MANY_BODIES
     if isinstance(asked, Sort):
         told = await sorted_(reader, selected, asked, program)
     else:

@@ -95,6 +95,12 @@ class Reader:
         """The user's quota."""
         return limits_of(self.user, self._admission.config.mailboxes)
 
+    @property
+    def room(self) -> int:
+        """Octets of mail for which the disk has room."""
+        queue = self._admission.intake.queue
+        return 0 if queue.full else queue.room
+
     def chosen(self) -> Selected:
         """The mailbox that is selected: the session lets no command pass that needs one where there is none."""
         assert self.selected is not None

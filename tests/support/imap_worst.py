@@ -63,7 +63,7 @@ def rows(times: Callable[..., Callable[[int], bytes]]) -> Iterator[Row]:
         "patterns": times(b"% ", b'1 LIST "" (', b"%)\r\n"),
         "names": times(b"&", b"1 SELECT ", b"\r\n"),
     }
-    yield "proto.imap_server", _session, wires, "a command of 64 kB with its literals (8 kB before login), messages apart"
+    yield "proto.imap_server", _session, wires, "a command of 64 kB with its literals (32 kB before login), messages apart"
     sets = {
         "numbers": times(b"1,", b"", b"1"),
         "ranges that fall": lambda n: b",".join(b"%d:%d" % (2 * k + 2, 2 * k + 1) for k in range(n // 14, 0, -1)),

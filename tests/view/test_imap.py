@@ -23,10 +23,11 @@ MESSAGE = b"Subject: x\r\n\r\n" + (b"y" * 70 + b"\r\n") * 7000
 
 
 class Files:
-    """The queue's folder of large messages."""
+    """The queue's folder of large messages, and what it says of the disk."""
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
+        self.full, self.room = False, 1 << 40
 
     def ident(self):
         self.count += 1
@@ -237,6 +238,18 @@ async def test_append_in_memory_and_in_a_file(desk, size):
     desk.transport.said = b""
     found = responses(said)[0].data
     assert found["BODY[]"] == text and set(found["FLAGS"]) >= {"\\Seen", "kw"}
+
+
+async def test_append_asks_for_room_on_the_disk_before_the_message_comes(desk):
+    full = b"There is no room for mail now; try again later\r\n"
+    desk.files.room = 20
+    assert await desk.say(b"1 APPEND INBOX {20}\r\n") == b"+ Ready for the message\r\n"
+    assert await desk.say(b"Subject: x\r\n\r\n123456 {1}\r\n") == b"1 NO [UNAVAILABLE] " + full  # of both
+    assert await desk.say(b"2 APPEND INBOX {21}\r\n3 APPEND INBOX {21+}\r\n" + b"x" * 21 + b"\r\n4 NOOP\r\n") == (
+        b"2 NO [UNAVAILABLE] " + full + b"3 NO [UNAVAILABLE] " + full + b"4 OK Done\r\n"
+    )
+    desk.files.full = True
+    assert await desk.say(b"5 APPEND INBOX {1}\r\n") == b"5 NO [UNAVAILABLE] " + full
 
 
 async def test_an_append_that_does_not_come_to_its_end_leaves_nothing(desk):

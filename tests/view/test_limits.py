@@ -1,0 +1,87 @@
+"""The bounds of docs/mailboxes.md that are the store's or a session's at it, each from both sides; see also
+tests/proto/test_mailbox_limits.py."""
+
+import pytest
+
+from relaymta.store.rows import KEYWORDS_MOST
+from relaymta.view.imap_append import MESSAGES_MOST
+from relaymta.view.search import BODIES_MOST
+from tests.view.test_imap_failures import SMALL, desk
+
+__all__ = ["desk"]  # the fixture
+
+BODIES = b"1 NO [LIMIT] At most 32 keys may look into all of a message\r\n"
+
+
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        (b"SEARCH", b"* SEARCH 1\r\n1 OK Searched\r\n"),
+        (b"UID SEARCH RETURN (COUNT)", b'* ESEARCH (TAG "1") UID COUNT 1\r\n1 OK Searched\r\n'),
+        (b"SORT (DATE) UTF-8", b"* SORT 1\r\n1 OK Sorted\r\n"),
+        (b"THREAD REFERENCES UTF-8", b"* THREAD (1)\r\n1 OK Threaded\r\n"),
+    ],
+)  # fmt: skip
+async def test_keys_into_bodies(desk, front, said):
+    await desk.file(SMALL)
+    await desk.say(b"0 SELECT INBOX\r\n")
+    assert await desk.say(b"1 " + front + b" NOT BODY y NOT TEXT q" * (BODIES_MOST // 2) + b" ALL" * 100 + b"\r\n") == said
+    assert await desk.say(b"1 " + front + b" NOT BODY y NOT TEXT q" * (BODIES_MOST // 2) + b" OR BODY b SEEN\r\n") == BODIES
+
+
+async def test_messages_of_one_append(desk):
+    message, many = b" {17+}\r\n" + SMALL, MESSAGES_MOST
+    assert len(SMALL) == 17
+    assert (await desk.told(b"APPEND INBOX" + message * many)).startswith(b"x OK [APPENDUID ")
+    refused = b"x NO [LIMIT] 1000 messages are the most of one APPEND\r\n"
+    assert await desk.told(b"APPEND INBOX" + message * (many + 1)) == refused
+    assert b" (MESSAGES 1000)" in await desk.say(b"3 STATUS INBOX (MESSAGES)\r\n")
+
+
+async def test_keywords_of_a_mailbox(desk):
+    await desk.file(SMALL, SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    words = b" ".join(b"k%d" % number for number in range(KEYWORDS_MOST))
+    assert b"2 OK" in await desk.say(b"2 STORE 1 FLAGS.SILENT (%b)\r\n" % words)
+    for command in (b"STORE 2 +FLAGS (more)", b"APPEND INBOX (more) {17+}\r\n" + SMALL):
+        assert await desk.say(b"3 " + command + b"\r\n") == (
+            b"3 NO [LIMIT] 59 keywords are the most that a mailbox may have\r\n"
+        ), command
+    assert b"4 OK" in await desk.say(b"4 STORE 2 +FLAGS.SILENT (K0 k58)\r\n")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "says"),
+    [
+        (b"a" * 255, b"a" * 256, b"a level of the name has more than 255 octets"),
+        (b"b/" * 19 + b"b", b"b/" * 20 + b"b", b"the name has more than 20 levels"),
+        (b"/".join([b"c" * 249] * 4) + b"d", b"/".join([b"c" * 249] * 4) + b"de", b"the name has more than 1000 octets"),
+        (b"d", b'""', b"the name is empty"),
+        (b"e/f", b"e//f", b"a level of the name is empty"),
+        (b"g/", b"/g", b"a level of the name is empty"),
+        (b'"h h"', b'"h%"', b"the name has a wildcard (* or %)"),
+        (b"&AKA-", b"&AJ8-", b"the name has a control character"),
+    ],
+)  # fmt: skip
+async def test_names_that_are_created(desk, good, bad, says):
+    """And renamed to: the same bounds, the same replies."""
+    for number, command in enumerate((b"CREATE ", b"CREATE old\r\n9 RENAME old ")):
+        assert b"9 OK" in await desk.say(b"9 " + command + (good if not number else b"new") + b"\r\n")
+    for command in (b"CREATE ", b"RENAME new "):
+        assert await desk.say(b"1 " + command + bad + b"\r\n") == b"1 NO [CANNOT] " + says + b"\r\n"
+
+
+async def test_mailboxes_of_a_user(desk, monkeypatch):
+    """Parents that are missing count, and names that are only subscribed."""
+    for module in ("change", "names"):
+        monkeypatch.setattr(f"relaymta.store.{module}.MAILBOXES_MOST", 10)
+    before = (await desk.say(b'1 LIST "" *\r\n')).count(b"* LIST")
+    path = b"/".join([b"x"] * (10 - before))
+    full = b"1 NO [LIMIT] 10 mailboxes are the most that a user may have\r\n"
+    assert await desk.say(b"1 CREATE " + path + b"/y\r\n") == full
+    assert (await desk.say(b"1 CREATE " + path + b"\r\n")).startswith(b"1 OK ")
+    for command in (b"CREATE y", b"SUBSCRIBE y", b"RENAME x/x x/y/z"):
+        assert await desk.say(b"1 " + command + b"\r\n") == full, command
+    assert (await desk.say(b"1 DELETE " + path + b"\r\n")).startswith(b"1 OK ")
+    assert (await desk.say(b"1 SUBSCRIBE y\r\n")).startswith(b"1 OK ")
+    assert await desk.say(b"1 CREATE z\r\n") == full
