@@ -312,9 +312,9 @@ def test_mail_of_a_user_who_is_being_moved_is_read_and_not_changed(relay, user):
         answer = b.append("INBOX", message("three"), plus=True)
         assert (answer.status, answer.code) == ("NO", "UNAVAILABLE")
         with pytest.raises(smtplib.SMTPDataError) as refused:
-            deliver(by_lmtp, user, "lmtp")
+            deliver(by_lmtp, "lmtp", user)
         assert 400 <= refused.value.smtp_code < 500
-        deliver(by_smtp, user, "smtp")  # safe in the queue
+        deliver(by_smtp, "smtp", user)  # safe in the queue
     finally:
         os.kill(target, signal.SIGCONT)
     moving.join(PATIENCE)
@@ -323,7 +323,7 @@ def test_mail_of_a_user_who_is_being_moved_is_read_and_not_changed(relay, user):
         assert re.fullmatch(rb"raw NO \[UNAVAILABLE\] .*\r\n\* BYE \[UNAVAILABLE\] .*\r\n", session.ended())
     said = idle.ended()
     assert said.splitlines()[-1].startswith(GONE) and said.count(b"* BYE") == 1 and b"deleted" not in said, said
-    deliver(by_lmtp, user, "lmtp again")
+    deliver(by_lmtp, "lmtp again", user)
     wait_for(lambda: len(shown(relay, user)["INBOX"]) == 4, what="the delivery of what was deferred")
     again = relay.session(user, "SELECT INBOX")
     assert sorted(again.subjects().values()) == ["lmtp again", "one", "smtp", "two"]

@@ -8,13 +8,15 @@ import smtplib
 import threading
 from collections.abc import Callable
 
+from relaymta.store.files import MailFiles
+from relaymta.store.reading import data_of, pages
 from tests.support.daemon import PATIENCE, wait_for
 from tests.support.imap_relay import ImapRelay, Session, message
 from tests.support.mailboxes import Load
 
 __all__ = [
-    "LmtpLoad", "Paced", "Work", "answered", "deliver", "fill", "flags_of", "kill", "neighbours", "rest", "served", "status_of",
-    "tombstones",
+    "LmtpLoad", "Paced", "Work", "answered", "came", "deliver", "fill", "flags_of", "kill", "neighbours", "rest", "served",
+    "status_of", "tombstones",
 ]  # fmt: skip
 
 _FETCHED = re.compile(rb"^\* [0-9]+ FETCH \((.*)\)\r$", re.MULTILINE)
@@ -110,32 +112,57 @@ def served(relay: ImapRelay, worker: int, kind: type[smtplib.SMTP] = smtplib.LMT
         client.close()
 
 
-def deliver(client: smtplib.SMTP, name: str, subject: str) -> None:
-    """A message that a user has (or, by SMTP, will have) when this returns. SMTPException."""
-    client.sendmail("s@x.example", [f"{name}@local.example"], f"Subject: {subject}\r\n\r\nx\r\n")
+def deliver(client: smtplib.SMTP, subject: str, *names: str) -> None:
+    """A message that these users have (or, by SMTP, will have) when this returns. SMTPException."""
+    client.sendmail("s@x.example", [f"{name}@local.example" for name in names], f"Subject: {subject}\r\n\r\nx\r\n")
+    if isinstance(client, smtplib.LMTP):
+        replies = [client.getreply() for _ in names[1:]]  # which `sendmail` does not read
+        assert [reply for reply in replies if reply[0] != 250] == []
+
+
+def came(relay: ImapRelay, name: str) -> list[str]:
+    """The subjects of all messages in a user's INBOX but those of `fill`."""
+    subjects: dict[int, str] = {}  # by object: many messages have the same
+    found: list[str] = []
+    with MailFiles(relay.spool / "mail") as files:
+        user = files.directory.known(f"{name}@local.example")
+        shard = files.shard(user.shard)
+        with shard.rows.reading() as txn:
+            row = shard.rows.mailbox(txn, user.ident, "INBOX")
+        assert row is not None
+        for page in pages(shard.rows, row.mailbox):
+            for _, one in page:
+                if one.object not in subjects:
+                    match = re.search(rb"^Subject: (.*)\r$", data_of(shard.rows, shard.bodies, one), re.MULTILINE)
+                    subjects[one.object] = match[1].decode() if match else ""
+                found.append(subjects[one.object])
+    return [subject for subject in found if not re.fullmatch("m[0-9]+", subject)]
 
 
 class Paced(Load):
-    """A load that leaves the relay time for what is tested beside it."""
+    """A load that leaves the relay time for what is tested beside it, to users with many other messages."""
 
     def deliver(self, client: smtplib.SMTP, to: list[str], text: str) -> list[str]:
         self._stop.wait(0.02)
         return super().deliver(client, to, text)
 
+    def found(self, name: str) -> list[str]:
+        assert isinstance(self.relay, ImapRelay)
+        return came(self.relay, name)
 
-class LmtpLoad(Load):
-    """A load that comes by LMTP: what is acknowledged is in the mailbox."""
+
+class LmtpLoad(Paced):
+    """Comes by LMTP: what is acknowledged is in the mailbox."""
 
     def client(self) -> smtplib.SMTP:
-        return smtplib.LMTP("127.0.0.1", self.relay.ports["lmtp"], timeout=PATIENCE)  # type: ignore[attr-defined]
+        assert isinstance(self.relay, ImapRelay)
+        return smtplib.LMTP("127.0.0.1", self.relay.ports["lmtp"], timeout=PATIENCE)
 
     def deliver(self, client: smtplib.SMTP, to: list[str], text: str) -> list[str]:
-        self._stop.wait(0.02)
         found = []
         for name in to:
             with contextlib.suppress(smtplib.SMTPDataError, smtplib.SMTPRecipientsRefused):
-                client.sendmail("s@x.example", [f"{name}@local.example"], text)
-                found.append(name)
+                found += super().deliver(client, [name], text)
         return found
 
 

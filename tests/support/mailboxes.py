@@ -83,11 +83,16 @@ class Load:
         for thread in self._threads:
             thread.join()
 
+    def found(self, name: str) -> list[str]:
+        """The subjects that a user has."""
+        return shown(self.relay, name)["INBOX"]
+
     def check(self) -> None:
         """All that was acknowledged is there, and nothing twice."""
-        found = Counter((name, subject) for name in self.users for subject in shown(self.relay, name)["INBOX"])
-        assert [pair for pair in self.acknowledged if not found[pair]] == []
-        assert [pair for pair, count in found.items() if count > 1] == []
+        found = Counter((name, subject) for name in self.users for subject in self.found(name))
+        lost = [pair for pair in self.acknowledged if not found[pair]]
+        twice = [pair for pair, count in found.items() if count > 1]
+        assert not lost and not twice, (lost[:20], twice[:20])
 
 
 def kill_under_load(relay: Relay, load: Load, what: str, rounds: int) -> None:
