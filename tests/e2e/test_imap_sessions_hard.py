@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from relaymta.store.rows import ID, MailShard
 from tests.conftest import PROVE
 from tests.support.daemon import wait_for
 from tests.support.imap_relay import PASSWORD, ImapRelay, message
@@ -87,6 +88,35 @@ def test_the_owner_of_the_mailboxes_is_killed(tmp_path):
         relay.changed_workers()
         relay.close_sessions()
         verified(relay)
+        assert relay.stop() == 0
+
+
+def test_a_client_that_synchronises_hears_of_what_was_repaired(tmp_path):
+    with ImapRelay(tmp_path) as relay:
+        relay.user("alice")
+        a = relay.session("alice", "ENABLE QRESYNC")
+        a.put("INBOX", *(f"s{number}" for number in range(1, 9)))
+        a.ok("SELECT INBOX")
+        a.expunge("2")
+        validity, modseq = a.status("INBOX", "UIDVALIDITY", "HIGHESTMODSEQ")
+        relay.close_sessions()
+        assert relay.stop() == 0
+        rows = MailShard(relay.spool / f"mail/shard-{relay.homes['alice']}/lmdb")
+        with rows.env.begin(write=True) as txn:
+            ((user, _),) = rows.users(txn)
+            mailbox = rows.mailbox(txn, user, "INBOX").mailbox
+            txn.delete(ID.pack(rows.message(txn, mailbox, 5).object), db=rows.tables["object"])
+        rows.close()
+        assert relay.cli("mailbox", "verify", check=False).returncode == 65
+        relay.cli("mailbox", "verify", "--repair", check=False)
+        verified(relay)
+        relay.start()
+        b = relay.session("alice", "ENABLE QRESYNC")
+        told = b.ok(f"SELECT INBOX (QRESYNC ({validity} {modseq} 1:8))")
+        (vanished,) = told.named("VANISHED")
+        assert vanished.data == (True, [(2, 2), (5, 5)]) and [one.number for one in told.named("EXISTS")] == [6]
+        assert b.flags().keys() == {1, 3, 4, 6, 7, 8} and b.status("INBOX", "HIGHESTMODSEQ")[0] > modseq
+        relay.close_sessions()
         assert relay.stop() == 0
 
 
