@@ -33,6 +33,7 @@ ROWS_ON_LOOP = 64
 BODIES_ON_LOOP = 8
 BODIES = 32  # messages whose data a thread reads together,
 OCTETS = 256 << 10  # or until it is so much
+STORED_TOGETHER = 100_000  # messages of a change: the answer, 48 octets for each, may come in one frame from another process
 
 EXPUNGED = index("relaymta_mailbox_expunged_total")
 EXPUNGE_ISSUED = Done("OK", "Some of the messages have been expunged", response.EXPUNGEISSUED)
@@ -259,22 +260,27 @@ async def store(reader: Reader, command: Command) -> Done:
     asked, selected = command.arguments, reader.chosen()
     assert isinstance(asked, Store)
     view = selected.view
-    uids = values(view.targets(asked.numbers, asked.uid)).tolist()
+    uids = values(view.targets(asked.numbers, asked.uid))
     bits = sum(SYSTEM.get(flag, 0) for flag in asked.flags)
     keywords = [flag for flag in asked.flags if flag not in SYSTEM]
     if any(word.startswith("\\") for word in keywords):
         return Done("NO", "There is no such system flag", response.CANNOT)
     if not uids:
         return Done("OK", "Stored")
-    stored = await reader.access.change(
-        reader.user, "store_flags", selected.mailbox, uids, asked.how, bits, keywords, asked.unchanged_since
-    )
-    await reader.tell([view.learn(stored.keywords)])
-    await reader.tell(view.stored(stored.before, stored.after, asked.silent, asked.unchanged_since is not None))
-    if stored.modified:
-        named = view.named(packed(stored.modified), asked.uid)
+    count, modified = 0, list[int]()
+    for start in range(0, len(uids), STORED_TOGETHER):
+        part = uids[start : start + STORED_TOGETHER].tolist()
+        stored = await reader.access.change(
+            reader.user, "store_flags", selected.mailbox, part, asked.how, bits, keywords, asked.unchanged_since
+        )
+        await reader.tell([view.learn(stored.keywords)])
+        await reader.tell(view.stored(stored.before, stored.after, asked.silent, asked.unchanged_since is not None))
+        count += len(stored.after) // RECORD.size
+        modified += stored.modified
+    if modified:
+        named = view.named(packed(modified), asked.uid)
         return Done("OK", "Some have changed meanwhile, and were left alone", b"MODIFIED " + named)
-    missing = len(stored.after) // RECORD.size < len(uids) and not asked.uid
+    missing = count < len(uids) and not asked.uid
     return EXPUNGE_ISSUED if missing else Done("OK", "Stored")
 
 

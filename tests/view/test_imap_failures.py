@@ -259,6 +259,24 @@ async def test_what_takes_long_in_a_large_mailbox_is_worked_out_beside_the_loop(
     assert b"* VANISHED (EARLIER) 2\r\n" in said and said.count(b" FETCH ") == 3
 
 
+async def test_a_store_of_very_many_is_done_in_parts(desk, monkeypatch):
+    monkeypatch.setattr("relaymta.view.imap_messages.STORED_TOGETHER", 2)
+    asked, change = [], desk.access.change
+    monkeypatch.setattr(desk.access, "change", lambda user, what, *args: asked.append(args[1]) or change(user, what, *args))
+    await desk.file(SMALL, SMALL, SMALL, SMALL, SMALL)
+    await desk.say(b"1 SELECT INBOX (CONDSTORE)\r\n")
+    since = await desk.say(b"2 FETCH 1:3 (MODSEQ)\r\n")
+    asked.clear()
+    said = await desk.say(b"3 STORE 1:5 +FLAGS (x \\Seen)\r\n")
+    assert asked == [[1, 2], [3, 4], [5]] and said.count(b"* FLAGS (") == 1
+    told = re.findall(rb"\* (\d+) FETCH \(UID \d+ FLAGS \(([^)]*)\)", said)
+    assert [(number, b"x" in flags.split()) for number, flags in told] == [(b"%d" % number, True) for number in range(1, 6)]
+    highest = max(map(int, re.findall(rb"MODSEQ \((\d+)\)", since)))
+    said = await desk.say(b"4 STORE 1:5 (UNCHANGEDSINCE %d) -FLAGS.SILENT (x)\r\n" % highest)
+    assert b"4 OK [MODIFIED 1:5] " in said and b" FETCH (" not in said
+    assert await desk.say(b"5 NOOP\r\n") == b"5 OK Done\r\n"
+
+
 async def test_select_tells_no_change_that_is_newer_than_one_that_it_does_not_tell(desk, monkeypatch):
     await desk.file(SMALL, SMALL, SMALL)
     await desk.say(b"1 ENABLE QRESYNC\r\n")
