@@ -130,7 +130,7 @@ async def flow(server: Ours, kept: int, messages: int) -> tuple[list[Figures], F
     run = await Flow.of(server, kept)
     alone, ended = [await run.alone()], False
     filing = [partial(delivered, await delivering(server.lmtp), user(number), message(number)) for number in OTHERS]
-    others = asyncio.ensure_future(all_paced(filing, 25, lambda: ended))
+    others = asyncio.ensure_future(all_paced(filing, 10, lambda: ended))
     steps = [await run.step(max(SOURCES, messages // STEPS)) for _ in range(STEPS)]
     ended = True
     seen = spread(await others)
