@@ -7,7 +7,6 @@ from itertools import count
 
 import pytest
 
-from relaymta.disk.segments import segment_size_for
 from relaymta.store.rows import INBOX
 from relaymta.store.sessions import FEW
 from relaymta.store.writer import Target
@@ -16,6 +15,7 @@ from tests.store.test_shard import Bench
 
 MESSAGES = 1_000_000 if PROVE else 50_000
 BOXES, KEPT, TOGETHER = 8, 500, 250
+SEGMENT = 1 << 20  # octets
 
 
 def message(number: int, chance: random.Random) -> bytes:
@@ -23,7 +23,8 @@ def message(number: int, chance: random.Random) -> bytes:
 
 
 @pytest.mark.timeout(3600)
-async def test_messages_that_come_and_go_leave_nothing(memory_path):
+async def test_messages_that_come_and_go_leave_nothing(memory_path, monkeypatch):
+    monkeypatch.setattr("relaymta.store.shard.segment_size_for", lambda path: SEGMENT)
     chance, serial = random.Random(1), count()
     async with Bench(memory_path / "mail") as bench:
         for user in range(1, BOXES + 1):
@@ -41,12 +42,12 @@ async def test_messages_that_come_and_go_leave_nothing(memory_path):
             uids[user] = [*set(uids[user]).difference(gone)]
             await shard.expunge(user, boxes[user], gone)
 
-        segment, path = segment_size_for(shard.path), shard.path / "lmdb/data.mdb"
+        path = shard.path / "lmdb/data.mdb"
         while next(serial) < MESSAGES:
             await asyncio.gather(*(deliver(user) for user in uids for _ in range(TOGETHER)))
             await asyncio.gather(*(remove(user) for user in uids if len(uids[user]) > KEPT))
             async with asyncio.timeout(60):  # what is moved is moved between the commits: here these come one after the other
-                while shard.segments.usage()[0] > 2 * shard.segments.usage()[1] + 16 * segment:
+                while shard.segments.usage()[0] > 2 * shard.segments.usage()[1] + 16 * SEGMENT:
                     await asyncio.sleep(0.05)
             assert path.stat().st_size <= 2 * shard.rows.used()[0] + (8 << 20)
         for user in uids:
