@@ -340,6 +340,7 @@ class Queue:
         if self._ticks % SWEEP_TICKS == 0:
             self.writer.submit(Task(lambda change: change.sweep()))
             self._readers.start(self._big.sweep, lambda result: None)
+            self._readers.start(self.store.forget_dead_readers, lambda result: None)
         if self._ticks % CHECK_TICKS == 0:
             self._readers.read_rows(self._housekeep, self._expiry.expire)
             late = self.clock.now() - MATERIALIZE_MS

@@ -18,6 +18,7 @@ from relaymta.proto.envelope import PERMANENT, TRANSIENT, Attempt, Envelope, Que
 from relaymta.queue import Entry, Events, Filter, Outcome, Queue, QueueSettings, inspect, wall_ms
 from relaymta.queue.schedule import RETRY_STEPS, retry_delay
 from tests.support.daemon import PATIENCE
+from tests.support.dead_reader import is_forgotten
 
 
 class Recorder(Events):
@@ -552,3 +553,12 @@ async def test_fields_that_are_only_known_at_the_end_are_prepended_to_a_large_bo
         with pytest.raises(StoreError, match="do not fit"):
             other.finish([bytes(room + 1)])
         other.discard()
+
+
+async def test_a_reader_that_was_killed_pins_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("relaymta.queue.SWEEP_TICKS", 2)
+    async with Bench(tmp_path) as bench:
+        await bench.put()
+        (path,) = tmp_path.rglob("data.mdb")
+        await is_forgotten(bench.queue.store.env, path.parent)
+        await bench.put()

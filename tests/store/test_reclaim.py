@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import sys
 from itertools import count
 
 import pytest
@@ -12,6 +11,7 @@ from relaymta.store.sessions import FEW
 from relaymta.store.writer import Target
 from tests.conftest import PROVE
 from tests.store.test_shard import Bench
+from tests.support.dead_reader import is_forgotten
 
 MESSAGES = 1_000_000 if PROVE else 50_000
 BOXES, KEPT, TOGETHER = 8, 500, 250
@@ -57,32 +57,12 @@ async def test_messages_that_come_and_go_leave_nothing(memory_path, monkeypatch)
             assert list(shard.rows.objects(txn)) == [] and [row.octets for _, row in shard.rows.users(txn)] == [0] * BOXES
 
 
-READ = """
-import sys, time
-from pathlib import Path
-from relaymta.store.rows import MailShard
-rows = MailShard(Path(sys.argv[1]), readonly=True)
-with rows.reading() as txn:
-    list(rows.users(txn))
-    print("reading", flush=True)
-    time.sleep(600)
-"""
-
-
 async def test_a_reader_that_was_killed_pins_nothing(memory_path, monkeypatch):
     """Without a look at who is alive, no page that it could have read is used again: the file grows with each commit."""
     monkeypatch.setattr("relaymta.store.shard.READERS_TICKS", 2)
     async with Bench(memory_path / "mail") as bench:
         await bench.user(1, "Sent")
-        path = bench.shard.path / "lmdb"
-        reading = await asyncio.create_subprocess_exec(sys.executable, "-c", READ, str(path), stdout=asyncio.subprocess.PIPE)
-        assert await reading.stdout.readline() == b"reading\n"
-        reading.kill()
-        await reading.wait()
-        assert str(reading.pid) in bench.shard.rows.env.readers()
-        async with asyncio.timeout(60):
-            while str(reading.pid) in bench.shard.rows.env.readers():
-                await asyncio.sleep(0.05)
+        await is_forgotten(bench.shard.rows.env, bench.shard.path / "lmdb")
         await bench.file(b"Subject: x\r\n\r\n", Target(1))
 
 
