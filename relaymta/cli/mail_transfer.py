@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -247,6 +248,7 @@ def _folders(path: Path, mailbox: str, wrong: _Complaints) -> Iterator[tuple[str
 
 def _below(mailbox: str, name: str) -> str:
     """A mailbox of what is imported, below the one that --mailbox names, which gets INBOX."""
+    name = unicodedata.normalize("NFC", name)  # macOS writes other forms
     first, _, rest = name.partition("/")
     if first.upper() == INBOX:  # RFC 9051 5.1: in any case
         name = f"{INBOX}/{rest}" if rest else INBOX

@@ -33,7 +33,6 @@ from relaymta.store.rows import (
     FILED,
     ID,
     INBOX,
-    KEYWORDS_MOST,
     MESSAGE,
     MESSAGE_KIND,
     SEEN,
@@ -205,20 +204,13 @@ class Change(Collected):
         return self.object(ident).body.length
 
     def file(
-        self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits, create: bool = False,
+        self, user: int, name: str, message: MessageRow, flags: int, keywords: list[str], limits: Limits,
         place: tuple[int, int] | None = None,
     ) -> Filed:  # fmt: skip
         """Add a message to a mailbox (of which the caller counts a reference by `put_object` or `refer`). `place`: UID and MODSEQ
         that it has, in a mailbox of `take_mailbox`; in the order of UIDs."""
-        owner, row = self.owner(user), self.shard.mailbox(self.txn, user, name)
-        missing = row is None or not row.mailbox
-        if missing and not create:
-            raise Refusal(MISSING, f"there is no mailbox {name}")
+        owner, row = self.owner(user), self.mailbox(user, name)
         self.check_room(owner, limits, 1, message.size)
-        if len(keywords) > KEYWORDS_MOST:
-            raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a message may have")
-        if row is None or missing:
-            row = self.create_mailbox(user, name, subscribed=True)
         return self.add(user, row.mailbox, message, flags, keywords, place)
 
     def add(

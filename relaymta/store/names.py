@@ -1,4 +1,5 @@
-"""The names of a user's mailboxes, by transactions: each function is for a Task, which is undone when it is refused.
+"""The names of a user's mailboxes, by transactions: each function but `create`, which is all or nothing by itself, is for a Task,
+which is undone when it is refused.
 
 Levels are divided by "/"; a missing parent of a new mailbox is created, as a mailbox of its own. A subscription is the name's: it
 stays when the mailbox goes, or gets another name (RFC 9051 6.3.6).
@@ -23,18 +24,25 @@ def create(change: Change, user: int, name: str, special: str = "") -> MailboxRo
     _check(name)
     if special and any(row.special == special for row in change.shard.mailboxes(change.txn, user)):
         raise Refusal(CANNOT, f"another mailbox is {special}")
-    create_parents(change, user, name)
+    parents = _missing_parents(change, user, name)
+    new = [one for one in (*parents, name) if change.shard.mailbox(change.txn, user, one) is None]
+    change.check_names(user, len(new))  # all of them or none
+    for parent in parents:
+        change.create_mailbox(user, parent)
     return change.create_mailbox(user, name, special)
 
 
 def create_parents(change: Change, user: int, name: str) -> None:
-    """Add the parents of a mailbox that are missing."""
+    """Add the parents of a mailbox that are missing. Refusal: some of them may be there."""
+    for parent in _missing_parents(change, user, name):
+        change.create_mailbox(user, parent)
+
+
+def _missing_parents(change: Change, user: int, name: str) -> list[str]:
     levels = name.split("/")
-    for count in range(1, len(levels)):
-        parent = "/".join(levels[:count])
-        row = change.shard.mailbox(change.txn, user, parent)
-        if row is None or not row.mailbox:
-            change.create_mailbox(user, parent)
+    parents = ["/".join(levels[:count]) for count in range(1, len(levels))]
+    found = {parent: change.shard.mailbox(change.txn, user, parent) for parent in parents}
+    return [parent for parent, row in found.items() if row is None or not row.mailbox]
 
 
 def _check(name: str) -> None:

@@ -27,7 +27,7 @@ from relaymta.proto.envelope import Body
 from relaymta.store import names
 from relaymta.store.change import LIMIT, NO_LIMITS, Change, Filed, Limits, Refusal
 from relaymta.store.noted import NOTHING, Noted
-from relaymta.store.rows import ANY_ATTEMPT, INBOX, MailShard, MessageRow, ObjectRow
+from relaymta.store.rows import ANY_ATTEMPT, INBOX, KEYWORDS_MOST, MailShard, MessageRow, ObjectRow
 
 __all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together", "prefix_of"]
 
@@ -339,9 +339,11 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         try:
             if target.places is not None:
                 return self._file_in_places(change, row, target, target.places)
-            filed = change.file(
-                target.user, target.name, row, target.flags, target.keywords, target.limits, target.create, target.place
-            )
+            if target.create:
+                change.check_room(change.owner(target.user), target.limits, 1, size)
+                _check_keywords(target.keywords)
+                _create(change, target.user, target.name)
+            filed = change.file(target.user, target.name, row, target.flags, target.keywords, target.limits, target.place)
             return Result(filed, copies=1, filled=_filled(change, target))
         except Refusal as refusal:
             return Result(None, refusal.code, str(refusal))
@@ -357,23 +359,31 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             raise Refusal(LIMIT, "no mailbox takes it")
         return Result(taken[0] if taken else None, copies=len(taken), filled=_filled(change, target))
 
-    def _created(self, change: Change, user: int, place: Place) -> None:
-        """Create a mailbox that is to be created if missing, with its parents."""
-        row = change.shard.mailbox(change.txn, user, place.name) if place.create else None
-        if place.create and (row is None or not row.mailbox):
-            names.create(change, user, place.name)
-            names.subscribe(change, user, place.name, True)
-
     def _file_at(self, change: Change, row: MessageRow, user: int, place: Place) -> Filed | None:
         """None: the mailbox cannot take it."""
         for keywords in (place.keywords, []):
             try:
-                self._created(change, user, place)
+                _check_keywords(keywords)
+                if place.create:
+                    _create(change, user, place.name)
                 return change.file(user, place.name, row, place.flags, keywords, NO_LIMITS)
             except Refusal as refusal:
                 if refusal.code != LIMIT or not keywords:
                     break
         return None
+
+
+def _create(change: Change, user: int, name: str) -> None:
+    """Create a mailbox if it is missing, with its parents, as CREATE does, and subscribe it. Refusal: there is none of them."""
+    row = change.shard.mailbox(change.txn, user, name)
+    if row is None or not row.mailbox:
+        names.create(change, user, name)
+        names.subscribe(change, user, name, True)
+
+
+def _check_keywords(keywords: list[str]) -> None:
+    if len(keywords) > KEYWORDS_MOST:
+        raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a message may have")
 
 
 def _filled(change: Change, target: Target) -> int:

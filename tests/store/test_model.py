@@ -25,7 +25,7 @@ from tests.conftest import PROVE
 from tests.store.model import SLICE, Box, User
 from tests.store.sessions import settled
 
-NAMES = [INBOX, "Sent", "A/B", "x" * 500 + "1", "x" * 500 + "2"]
+NAMES = [INBOX, "Sent", "A/B", f"{'x' * 250}/{'x' * 250}1", f"{'x' * 250}/{'x' * 250}2"]
 SIZES = [0, 10, 700, 3000]
 LARGE = 10_000
 QUOTA = 4  # messages, for those that have one
@@ -156,7 +156,10 @@ class World:
         elif target.limits.messages and user.messages >= target.limits.messages:
             assert result.code == OVERQUOTA
         else:
-            box = user.boxes.get(target.name) or user.create(target.name, subscribed=True)
+            if target.name not in user.boxes:
+                user.create_with_parents(target.name)
+                user.subscribed.add(target.name)
+            box = user.boxes[target.name]
             uid, modseq = box.add(target.flags, target.keywords, target.prefix + text)
             assert result.filed is not None and result.filed[1:] == (box.uidvalidity, uid, modseq)
             if target.once is not None:

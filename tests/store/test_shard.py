@@ -14,12 +14,12 @@ from relaymta.disk import compact
 from relaymta.disk.big import BigBody
 from relaymta.disk.lock import lock
 from relaymta.errors import SpoolBusy, StoreError, StoreFull
-from relaymta.store import names
-from relaymta.store.change import EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
+from relaymta.store import change, names
+from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
 from relaymta.store.rows import DELETED, INBOX, KEYWORDS_MOST, SEEN
 from relaymta.store.shard import Shard
 from relaymta.store.verify import contradictions
-from relaymta.store.writer import Target
+from relaymta.store.writer import Place, Target
 
 
 class Bench:
@@ -56,6 +56,34 @@ class Bench:
             records = list(self.shard.rows.index(txn, number))
             rows = dict(self.shard.rows.messages(txn, number))
         return [(record.uid, record.flags, self.shard.data(rows[record.uid])) for record in records]
+
+
+@pytest.mark.parametrize("script", [False, True])
+async def test_filing_creates_parents_as_create_does_all_of_them_or_none(tmp_path, monkeypatch, script):
+    def target(name, **more):
+        return Target(1, places=[Place(name, create=True)], **more) if script else Target(1, name, create=True, **more)
+
+    def there():
+        with bench.shard.rows.reading() as txn:
+            return {row.name: row.subscribed for row in bench.shard.rows.mailboxes(txn, 1) if row.mailbox}
+
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        await bench.file(b"x", target("A/B/C"))
+        await bench.shard.task(lambda change: names.create(change, 1, "D/E/F"))
+        assert there() == {INBOX: True, "A": False, "A/B": False, "A/B/C": True, "D": False, "D/E": False, "D/E/F": False}
+        before = there()
+        for name in ("G/*", "G//H"):
+            (refused,) = await bench.file(b"x", target(name))
+            assert refused.filed.mailbox == bench.mailbox(1)[0] if script else refused.code == CANNOT
+        (refused,) = await bench.file(b"x", target("G/H", limits=Limits(messages=1)))
+        assert refused.code == OVERQUOTA and there() == before
+        monkeypatch.setattr(change, "MAILBOXES_MOST", len(before) + 2)
+        (refused,) = await bench.file(b"x", target("A/G/H/I"))
+        assert refused.filed.mailbox == bench.mailbox(1)[0] if script else refused.code == LIMIT
+        assert there() == before
+        (filed,) = await bench.file(b"x", target("A/G/H"))
+        assert filed.filed.mailbox == bench.mailbox(1, "A/G/H")[0]
 
 
 async def test_a_message_is_filed_once_for_all_its_mailboxes(tmp_path):
@@ -167,7 +195,8 @@ async def test_names_that_are_too_long_for_a_key_are_different_names(tmp_path):
         await bench.user(1)
         names = ["x" * 1000, "x" * 999 + "y", "x" * 480]
         for name in names:
-            await bench.file(name[-1].encode(), Target(1, name, create=True))
+            await bench.shard.task(lambda change, name=name: change.create_mailbox(1, name))
+            await bench.file(name[-1].encode(), Target(1, name))
         with bench.shard.rows.reading() as txn:
             assert sorted(row.name for row in bench.shard.rows.mailboxes(txn, 1)) == sorted([INBOX, *names])
         assert bench.messages(1, names[1])[0][2] == b"y"

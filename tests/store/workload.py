@@ -17,7 +17,7 @@ from tests.store.ledger import digest_of
 
 __all__ = ["Work", "use_small_slices"]
 
-NAMES = [INBOX, "Sent", "Archive/2026", "n" * 600]
+NAMES = [INBOX, "Sent", "Archive/2026", "/".join(["n" * 200] * 3)]
 SIZES = [10, 300, 3000, 6000]
 LARGE = MEGABYTE + 5000
 SLICE = 4
