@@ -281,8 +281,6 @@ class World:
         user = self.users.get(number)
         if user is None or name in user.boxes:
             await self._refused(EXISTS if user else MISSING, self.shard.create(number, name))
-        elif len(name) > 250:
-            await self._refused(CANNOT, self.shard.create(number, name))
         else:
             await self.shard.create(number, name)
             user.create_with_parents(name)
