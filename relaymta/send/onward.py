@@ -2,7 +2,9 @@
 the outcome of the message at hand, so that a crash neither loses nor doubles them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from relaymta.disk.big import BigFile
 from relaymta.errors import store_error
@@ -17,7 +19,16 @@ LIKE_BEFORE = EIGHT_BIT | SMTPUTF8 | UTF8_HEADER  # flags that a redirected mess
 
 async def puts_of(queue: Queue, entry: Entry, data: list[bytes] | BigFile, messages: Sequence[Onward]) -> list[Put]:
     """What to give `Queue.finish` for these messages, of an entry with this data. StoreError: they cannot be stored now."""
-    return [await (_redirected if one.data is None else _made)(queue, entry, data, one) for one in messages]
+    puts: list[Put] = []
+    try:
+        for one in messages:
+            puts.append(await (_redirected if one.data is None else _made)(queue, entry, data, one))
+    except BaseException:
+        for put in puts:
+            if put.data is None:
+                _remove(queue.segments.big_path(put.ident))
+        raise
+    return puts
 
 
 async def _made(queue: Queue, entry: Entry, _: object, message: Onward) -> Put:
@@ -64,7 +75,7 @@ async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _written(queue: Queue, ident: int, front: bytes, pieces: AsyncIterator[bytes]) -> Body:
-    """A large message's file; it is removed some time later where it does not get into the queue. StoreError."""
+    """A large message's file. StoreError: there is none."""
     loop = asyncio.get_running_loop()
     try:
         file = await loop.run_in_executor(None, queue.big_body, ident)
@@ -72,5 +83,19 @@ async def _written(queue: Queue, ident: int, front: bytes, pieces: AsyncIterator
         async for piece in pieces:
             await loop.run_in_executor(None, file.write, [piece])
         return await loop.run_in_executor(None, file.finish, [])
-    except OSError as error:
-        raise store_error(error) from None
+    except BaseException as error:
+        _remove(queue.segments.big_path(ident))
+        if isinstance(error, OSError):
+            raise store_error(error) from None
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a large message's file, on a thread, whatever becomes of the caller: what was cancelled may still write to it. What
+    fails is left to the queue's sweep."""
+    asyncio.get_running_loop().run_in_executor(None, _unlink, path)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

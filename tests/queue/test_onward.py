@@ -2,6 +2,8 @@
 
 import pytest
 
+from relaymta.disk.big import BigBody
+from relaymta.errors import StoreError
 from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SMTPUTF8, SUCCESS, TRANSIENT, Onward
 from relaymta.queue import Outcome
 from relaymta.queue.change import Change
@@ -103,6 +105,25 @@ async def test_a_large_message_is_redirected_by_a_file_of_its_own(tmp_path):
         bench.queue.writer.submit(Outcome(last, sent=gone))
         await bench.settled()
         assert [ident for ident, _ in bench.queue.segments.big_files()] == []
+        await bench.empty()
+
+
+@pytest.mark.parametrize("fails", ["write", "finish", "the next one"])
+async def test_what_fails_half_way_leaves_no_file(tmp_path, monkeypatch, fails):
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    async with Watched(tmp_path) as bench:
+        await bench.put(DATA)
+        (entry,) = await bench.next()
+        if fails == "the next one":
+            monkeypatch.setattr(bench.queue, "sign", fail)
+        else:
+            monkeypatch.setattr(BigBody, fails, fail)
+        with pytest.raises((StoreError, OSError)):
+            await sent(bench, entry, [REDIRECT, REPLY], [b"x" * (3 << 20)])
+        await until(lambda: [ident for ident, _ in bench.queue.segments.big_files()] == [])
+        bench.queue.finish(entry, None)
         await bench.empty()
 
 
