@@ -54,6 +54,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Messages for mailboxes, one for each mailbox, by result (full: a quota is used up)", "result",
         ("filed", "full", "failed"),
     ),
+    "relaymta_sieve_scripts_total": (
+        "Messages on which users' Sieve scripts have decided, by what was done, which may be several (failed: kept)", "result",
+        ("kept", "filed", "discarded", "rejected", "redirected", "replied", "failed"),
+    ),
     "relaymta_mailbox_sessions_total": ("Sessions of users who read their mail", "protocol", ("pop3", "imap", "managesieve")),
     "relaymta_imap_commands_total": (
         "Commands of IMAP clients (those of UIDs with the others)", "verb",

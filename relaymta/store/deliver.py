@@ -15,7 +15,7 @@ from relaymta.proto.said import Reply
 from relaymta.store.change import LIMIT, OVERQUOTA, Limits
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
-from relaymta.store.sieving import Sieved, Sieving
+from relaymta.store.sieving import Mail, Sieved, Sieving
 from relaymta.store.warning import WARNED_AT, Warnings
 from relaymta.store.writer import Result, Target, prefix_of
 
@@ -102,7 +102,7 @@ class Delivery:
             if copy.sieved is not None and self._sieving is not None:
                 if reply.code < 300 and copy.sieved.sends:
                     reply = await self._send(copy, sender, queue_id, reply, onward)
-                self._sieving.note(copy.user, copy.sieved, queue_id)
+                self._note(copy, reply, queue_id)
             index = copy.index
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
@@ -118,6 +118,12 @@ class Delivery:
             return _NOT_NOW
         return reply
 
+    def _note(self, copy: "_Copy", reply: Reply, queue_id: int) -> None:
+        """A copy has been filed, or refused for good: log what the user's script has done. One that is asked for again is noted
+        then, also where that is done by way of the queue."""
+        if copy.sieved is not None and self._sieving is not None and not 400 <= reply.code < 500:
+            self._sieving.note(copy.user, copy.sieved, queue_id)
+
     async def _sieve(
         self, copies: "list[_Copy]", sender: str, data: list[bytes] | BigFile, queue_id: int = 0, attempt: int = 0
     ) -> None:
@@ -125,6 +131,7 @@ class Delivery:
         sieving = self._sieving
         if sieving is None:
             return
+        mail = Mail(data)
         for copy, active in zip(copies, sieving.active([copy.user for copy in copies]), strict=True):
             if active is False:
                 continue
@@ -133,7 +140,7 @@ class Delivery:
                     raise StoreError("it is not known whether there is a script")
                 if queue_id and sieving.sent_before(copy.user, queue_id, copy.index, attempt):
                     continue
-                copy.sieved = await sieving.run(copy.user, sender, copy.address, data)
+                copy.sieved = await sieving.run(copy.user, sender, copy.address, mail)
             except StoreError:
                 copy.reply = _NOT_NOW
                 continue
@@ -168,13 +175,16 @@ class Delivery:
         task.add_done_callback(ended)
 
     async def end(self, seconds: float) -> None:
-        """Wait for what `file` has begun, `seconds` at most, and give up the rest. Nothing may be begun any more."""
+        """Wait for what `file` has begun, `seconds` at most, and give up the rest. Nothing may be begun any more, nor be under
+        way for the queue."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+        if self._sieving is not None:
+            self._sieving.close()
 
     async def deliver_now(self, sender: str, recipients: list[str], data: list[bytes]) -> list[Landed]:
         """File a message of an LMTP client; what has become of it for each recipient. An address that is there twice gets one
@@ -191,10 +201,10 @@ class Delivery:
         for address, way in ways.items():
             ways[address], copies[address] = _sent_by_the_queue(way, copies[address])
         every = [copy for some in copies.values() for copy in some]
-        replies = iter(await self._filed(every, data, settings))
-        for copy in every:
-            if copy.sieved is not None and self._sieving is not None:
-                self._sieving.note(copy.user, copy.sieved, 0)
+        said = await self._filed(every, data, settings)
+        for copy, reply in zip(every, said, strict=True):
+            self._note(copy, reply, 0)
+        replies = iter(said)
         landed = {address: way.landed([next(replies) for _ in way.users]) for address, way in ways.items()}
         return [landed[address] for address in recipients]
 

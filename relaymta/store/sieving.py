@@ -1,17 +1,20 @@
 """Users' active Sieve scripts, run over messages that are delivered to them (proto/sieve_run.py): where a message is filed, what
 its sender is told, and what is sent on.
 
-A script is run on a thread. What it sends comes into the queue with the outcome of the message (send/onward.py); by whom a reply
-has been asked for is remembered before, so that what is asked again after a crash is sent once.
+A script is run on a thread of a pool of its own, one of a user at a time: scripts that take long delay nothing but scripts. What
+it sends comes into the queue with the outcome of the message (send/onward.py); by whom a reply has been asked for is remembered
+before, so that what is asked again after a crash is sent once.
 """
 
 import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import lmdb
 
@@ -35,9 +38,10 @@ from relaymta.store.rows import INBOX
 from relaymta.store.shown import flags_from
 from relaymta.store.writer import Place
 
-__all__ = ["Sieved", "Sieving"]
+__all__ = ["Mail", "Sieved", "Sieving"]
 
 COMPILED_MOST: Final = 1000  # scripts that are kept compiled
+THREADS: Final = 2
 HEADER_MOST: Final = 1 << 20  # octets of a large message's header, and
 BODY_MOST: Final = 64 << 20  # of it in all, that a script sees
 
@@ -45,7 +49,8 @@ BODY_MOST: Final = 64 << 20  # of it in all, that a script sees
 @dataclass
 class Sieved:
     """What a user's script says of a message. `places`: where it is filed; `refusal`: the reply that refuses it, instead;
-    `redirects`: addresses that get it as well; `answers`: replies to its sender. `shown`, `cause`: for the log."""
+    `redirects`: addresses that get it as well; `answers`: replies to its sender. `shown`, `cause`: for the log; `results`: to be
+    counted."""
 
     places: list[Place]
     refusal: Reply | None = None
@@ -53,6 +58,7 @@ class Sieved:
     answers: list[Answered] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     cause: str = ""
+    results: set[str] = field(default_factory=set)
 
     @property
     def sends(self) -> bool:
@@ -60,11 +66,36 @@ class Sieved:
         return bool(self.redirects or self.answers)
 
 
+class Mail:
+    """Message data as scripts see it, parsed once for the scripts of all recipients. On one thread at a time."""
+
+    def __init__(self, data: list[bytes] | BigFile) -> None:
+        self._data = data
+        self._made: dict[bool, Message] = {}
+
+    def message(self, whole: bool) -> Message:
+        """`whole`: with its body. OSError."""
+        found = self._made.get(True) or self._made.get(whole)
+        if found is None:
+            found = self._made[whole] = _message(self._data, whole)
+        return found
+
+
 class Sieving:
     """`separator()`: of the +detail of addresses; `hostname`: in Message-IDs of replies; `log(**fields)`: the event of each
-    message."""
+    message; `count(result)`: called for each kind of thing that a script has done with a message."""
 
-    def __init__(self, mailboxes: Mailboxes, separator: Callable[[], str], hostname: str, log: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        mailboxes: Mailboxes,
+        separator: Callable[[], str],
+        hostname: str,
+        log: Callable[..., None],
+        count: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._count = count
+        self._threads = ThreadPoolExecutor(THREADS, "sieve")
+        self._running: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # by user
         self._mailboxes = mailboxes
         self._separator = separator
         self._hostname = hostname
@@ -94,24 +125,30 @@ class Sieving:
             raise StoreError(str(error)) from None
         return found is not None and found < attempt
 
-    async def run(self, user: User, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+    async def run(self, user: User, sender: str, recipient: str, mail: Mail) -> Sieved:
         """What the active script of a user says of a message. StoreError."""
-        work = partial(self._run, user, sender, recipient, data)
+        work = partial(self._run, user, sender, recipient, mail)
+        lock = self._running.setdefault(user.ident, asyncio.Lock())
         try:
-            return await asyncio.get_running_loop().run_in_executor(None, work)
+            async with lock:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except (lmdb.Error, OSError) as error:
             raise StoreError(str(error)) from None
 
-    def _run(self, user: User, sender: str, recipient: str, data: list[bytes] | BigFile) -> Sieved:
+    def close(self) -> None:
+        """No script is run any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, user: User, sender: str, recipient: str, mail: Mail) -> Sieved:
         shard = self._mailboxes.reading(user.shard)
         script = self._script(shard, user)
         if isinstance(script, sieve.SieveError):
-            return Sieved([Place()], cause=str(script))
+            return Sieved([Place()], cause=str(script), results={"failed"})
         found = self._mailboxes.directory.owner(user.address)
         addresses = [user.address, *(found[1] if found is not None else ())]
         outcome = run(
             script,
-            _message(data, script.reads_body),
+            mail.message(script.reads_body),
             sender=sender,
             recipient=recipient,
             addresses=[one for one in addresses if not one.startswith("@")],
@@ -137,12 +174,15 @@ class Sieving:
             if await self._mailboxes.change(user.shard, "remember_reply", user.ident, key, until, now, claimant):
                 ident = f"{format_id(queue_id)}.{index}.{user.ident}"
                 found.append(answered(answer, hostname=self._hostname, ident=ident, seconds=now))
+                sieved.results.add("replied")
             else:
                 sieved.shown.append("no vacation reply: this sender has had one")
         return found
 
     def note(self, user: User, sieved: Sieved, queue_id: int) -> None:
-        """Log what has been done."""
+        """Log and count what has been done."""
+        for result in sorted(sieved.results):
+            self._count(result)
         self._log(id=format_id(queue_id) if queue_id else "", user=user.address, actions=sieved.shown, cause=sieved.cause)
 
 
@@ -184,21 +224,26 @@ def _sieved(outcome: Outcome, exists: Callable[[str], bool]) -> Sieved:
     found = Sieved([], cause=outcome.loop or (outcome.error and f"line {outcome.line}: {outcome.error}"))
     for action in outcome.actions:
         _ACTIONS[type(action)](found, action, exists)
+    if outcome.error:
+        found.results = {"failed"}
     found.shown += [f"line {line}: no reply: {text}" for line, text in outcome.notes]
     return found
 
 
 def _keep(found: Sieved, action: Kept, exists: Callable[[str], bool]) -> None:
     _file_in(found, _place(INBOX, action.flags))
+    found.results.add("kept")
     found.shown.append("keep" if not action.line else f"line {action.line}: keep")
 
 
 def _file(found: Sieved, action: Filed, exists: Callable[[str], bool]) -> None:
     if action.create or exists(action.mailbox):
         _file_in(found, _place(action.mailbox, action.flags, action.create))
+        found.results.add("filed")
         found.shown.append(f"line {action.line}: fileinto {action.mailbox}")
     else:
         _file_in(found, _place(INBOX, action.flags))
+        found.results.add("kept")
         found.shown.append(f"line {action.line}: there is no mailbox {action.mailbox}: keep")
 
 
@@ -209,15 +254,18 @@ def _file_in(found: Sieved, place: Place) -> None:
 
 def _redirect(found: Sieved, action: Redirected, exists: Callable[[str], bool]) -> None:
     found.redirects.append(action.address)
+    found.results.add("redirected")
     found.shown.append(f"line {action.line}: redirect {action.address}")
 
 
 def _reject(found: Sieved, action: Rejected, exists: Callable[[str], bool]) -> None:
     found.refusal = Reply(550, "5.7.1", rejection(action.reason).encode("ascii", "replace").decode())
+    found.results.add("rejected")
     found.shown.append(f"line {action.line}: reject")
 
 
 def _discard(found: Sieved, action: Discarded, exists: Callable[[str], bool]) -> None:
+    found.results.add("discarded")
     found.shown.append(f"line {action.line}: discard")
 
 

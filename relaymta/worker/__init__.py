@@ -30,7 +30,7 @@ from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
 from relaymta.log import History, Log
-from relaymta.metrics import Counters, index
+from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.node import SiteState, SiteStates
 from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
@@ -64,6 +64,8 @@ TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same re
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
 DNS_HITS = index("relaymta_dns_lookups_total", "hit")
 FILED = {result: index("relaymta_mailbox_deliveries_total", result) for result in ("filed", "full", "failed")}
+SIEVE = "relaymta_sieve_scripts_total"
+SIEVED = {result: index(SIEVE, result) for result in COUNTERS[SIEVE][2]}
 
 
 class Shard:
@@ -161,8 +163,9 @@ class Worker:
         if mail is not None:
             self.mail = Mailboxes(Path(self.config.spool), mail, version=shared.directory())
             sieving = Sieving(
-                self.mail, lambda: self.config.mailboxes.subaddress, self.config.hostname, partial(self.log.event, "sieve")
-            )
+                self.mail, lambda: self.config.mailboxes.subaddress, self.config.hostname, partial(self.log.event, "sieve"),
+                self._count_sieved,
+            )  # fmt: skip
             warnings = Warnings(self.mail, self.config.hostname, partial(self.log.event, "quota_warning"))
             self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed, sieving, warnings)
             await self.mail.start()
@@ -206,6 +209,9 @@ class Worker:
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
+
+    def _count_sieved(self, result: str) -> None:
+        self.counters.add(SIEVED[result], 1)
 
     def _count_filed(self, result: str) -> None:
         self.counters.add(FILED[result], 1)

@@ -1,6 +1,8 @@
 """Users' Sieve scripts at delivery: where a message is filed, what its sender is told, what is sent on, and that it is once."""
 
+import asyncio
 import re
+import threading
 from functools import partial
 
 import pytest
@@ -8,9 +10,12 @@ import pytest
 from relaymta.disk.big import BigBody, BigFile
 from relaymta.errors import StoreError
 from relaymta.proto.said import Reply
+from relaymta.proto.sieve_message import Message
+from relaymta.store import sieving
 from relaymta.store.deliver import Delivery
 from relaymta.store.sieving import Sieving
 from tests.store.test_recipients import FILED, Bench
+from tests.support.daemon import PATIENCE
 
 MESSAGE = b"From: s@x.example\r\nTo: a@a.example\r\nSubject: hello\r\nMessage-ID: <1@x.example>\r\n\r\nbody\r\n"
 SENDER = "s@x.example"
@@ -22,7 +27,9 @@ class Sorted(Bench):
     async def __aenter__(self):
         await super().__aenter__()
         self.noted = []
-        sieving = Sieving(self.mailboxes, lambda: "+", "mx.example", lambda **fields: self.noted.append(fields))
+        self.results = []
+        log = lambda **fields: self.noted.append(fields)  # noqa: E731
+        sieving = Sieving(self.mailboxes, lambda: "+", "mx.example", log, self.results.append)
         self.sieving = sieving
         self.delivery = Delivery(self.mailboxes, lambda: self.settings, self.counted.append, sieving)
         return self
@@ -85,6 +92,80 @@ async def test_a_message_is_filed_where_the_script_says_with_its_flags(bench):
     assert names == {"INBOX": True, "Work": False, "Work/New": True}
     assert await bench.deliver("a") == ([FILED], []), "it was filed before"
     assert len(bench.found(user)["INBOX"]) == 1
+
+
+async def test_what_is_done_is_logged_and_counted_once_when_it_is_done(bench):
+    user = await bench.script("a", 'require "fileinto"; fileinto "INBOX";')
+    bench.settings = type(bench.settings)(messages=1)
+    assert (await bench.deliver("a"))[0][0].code == 250
+    assert (await bench.deliver("a", queue_id=2))[0][0].code == 452 and len(bench.noted) == 1
+    (landed,) = await bench.delivery.deliver_now(SENDER, ["a@a.example"], [MESSAGE])
+    assert landed.reply.code == 452 and len(bench.noted) == 1 and bench.results == ["filed"]
+    bench.settings = type(bench.settings)()
+    await bench.deliver("a", queue_id=2)
+    await bench.delivery.deliver_now(SENDER, ["a@a.example"], [MESSAGE])
+    assert [one["id"][-1:] for one in bench.noted] == ["1", "2", ""] and bench.results == ["filed"] * 3
+    await bench.change(user, 'redirect "new@z.example";')
+    (landed,) = await bench.delivery.deliver_now(SENDER, ["a@a.example"], [MESSAGE])
+    assert landed.rest == ["a@a.example"] and len(bench.noted) == 3, "it goes by way of the queue,"
+    await bench.deliver("a", queue_id=3)
+    assert len(bench.noted) == 4 and bench.noted[3]["actions"] == ["line 1: redirect new@z.example"], "which notes it"
+
+
+@pytest.mark.parametrize(("text", "results"), [
+    ("keep;", ["kept"]),
+    ("discard;", ["discarded"]),
+    ('require "reject"; reject "no";', ["rejected"]),
+    ('require "reject"; reject "a"; keep;', ["failed"]),
+    ('require ["copy", "vacation"]; redirect :copy "b@z.example"; vacation "away";', ["kept", "redirected", "replied"]),
+    ('require "fileinto"; fileinto "nowhere";', ["kept"]),
+])  # fmt: skip
+async def test_what_scripts_do_is_counted(bench, text, results):
+    await bench.script("a", text)
+    await bench.deliver("a")
+    assert bench.results == results
+
+
+async def test_a_message_is_parsed_once_for_all_scripts(bench, monkeypatch):
+    made = []
+
+    class Counted(Message):
+        def __init__(self, *given):
+            made.append(self)
+            super().__init__(*given)
+
+    monkeypatch.setattr(sieving, "Message", Counted)
+    script = 'require "fileinto"; if header :is "subject" "hello" { fileinto "INBOX"; }'
+    users = [await bench.script(name, script) for name in "abc"]
+    assert (await bench.deliver(*"abc"))[0] == [FILED] * 3 and len(made) == 1
+    await bench.change(users[1], f'require ["body", "fileinto"]; if body :contains "body" {{ {script[20:]} }}')
+    assert (await bench.deliver(*"bca", queue_id=2))[0] == [FILED] * 3 and len(made) == 2
+    assert [one["actions"] for one in bench.noted] == [["line 1: fileinto INBOX"]] * 6
+
+
+async def test_a_script_that_takes_long_delays_scripts_alone_and_those_of_others_little(bench, monkeypatch):
+    """It runs in a pool of its own, one of a user at a time."""
+    users = [await bench.script(name, "keep;") for name in "ab"]
+    go_on, begun = threading.Event(), []
+    run = sieving.run
+
+    def slow(*given, **more):
+        begun.append(more["recipient"])
+        assert threading.current_thread().name.startswith("sieve")
+        if more["recipient"].startswith("a@"):
+            assert go_on.wait(PATIENCE)
+        return run(*given, **more)
+
+    monkeypatch.setattr(sieving, "run", slow)
+    hostile = [asyncio.ensure_future(bench.deliver("a", queue_id=number)) for number in range(1, 20)]
+    try:
+        async with asyncio.timeout(PATIENCE):
+            assert (await bench.deliver("b", queue_id=30))[0] == [FILED]
+        assert begun.count("a@a.example") == 1 and not any(one.done() for one in hostile)
+    finally:
+        go_on.set()
+    await asyncio.gather(*hostile)
+    assert len(bench.found(users[0])["INBOX"]) == 19
 
 
 async def test_discard_and_reject(bench):
