@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -97,26 +97,27 @@ class Delivery:
                 )
                 copies.append(_Copy(index, address, user, target))
         await self._sieve(copies, sender, data, queue_id, attempt)
+        for copy in copies:
+            await self._prepare(copy, sender, queue_id)
         onward: list[Onward] = []
         for copy, reply in zip(copies, await self._filed(copies, data, settings), strict=True):
             if copy.sieved is not None and self._sieving is not None:
-                if reply.code < 300 and copy.sieved.sends:
-                    reply = await self._send(copy, sender, queue_id, reply, onward)
+                onward += copy.onward if reply.code < 300 else []
                 self._note(copy, reply, queue_id)
             index = copy.index
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
         return replies, sorted({copy.user.shard for copy in copies}), onward
 
-    async def _send(self, copy: "_Copy", sender: str, queue_id: int, reply: Reply, onward: list[Onward]) -> Reply:
-        """Add what a script sends to `onward`; the reply: `reply`, or one that asks for the message again."""
-        assert self._sieving is not None and copy.sieved is not None
+    async def _prepare(self, copy: "_Copy", sender: str, queue_id: int) -> None:
+        """Make what a script sends, before the copy is filed: once that is noted, the script is not run again."""
+        if self._sieving is None or copy.sieved is None or not copy.sieved.sends:
+            return
         try:
-            onward += await self._sieving.onward(copy.user, copy.sieved, sender, copy.address, queue_id, copy.index)
+            copy.onward = await self._sieving.onward(copy.user, copy.sieved, sender, copy.address, queue_id, copy.index)
         except (RelayError, ConnectionError) as error:
             copy.sieved.cause = str(error)
-            return _NOT_NOW
-        return reply
+            copy.reply = _NOT_NOW
 
     def _note(self, copy: "_Copy", reply: Reply, queue_id: int) -> None:
         """A copy has been filed, or refused for good: log what the user's script has done. One that is asked for again is noted
@@ -239,7 +240,7 @@ class Delivery:
 @dataclass
 class _Copy:
     """A message for one user, of the recipient `index`. `reply`: what is said without filing it, or None; `sieved`: what the
-    user's script says, where there is one."""
+    user's script says, where there is one; `onward`: the messages that it sends, once the copy is filed."""
 
     index: int
     address: str
@@ -247,6 +248,7 @@ class _Copy:
     target: Target
     reply: Reply | None = None
     sieved: Sieved | None = None
+    onward: list[Onward] = field(default_factory=list)
 
 
 def _sent_by_the_queue(way: "_Way", copies: list[_Copy]) -> "tuple[_Way, list[_Copy]]":

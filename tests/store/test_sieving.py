@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from relaymta.disk.big import BigBody, BigFile
-from relaymta.errors import StoreError
+from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.said import Reply
 from relaymta.proto.sieve_message import Message
 from relaymta.store import sieving
@@ -222,6 +222,31 @@ async def test_an_alias_of_whom_one_cannot_have_it_now(bench):
     assert reply.code == 452 and [one.recipient for one in onward] == ["new@z.example"]
     ((reply,), onward) = await bench.deliver("team", queue_id=5, attempt=1)
     assert reply.code == 452 and onward == [] and len(bench.found(one)["INBOX"]) == 1
+
+
+async def test_what_a_script_sends_is_not_lost_when_a_reply_cannot_be_remembered(bench, monkeypatch):
+    user = await bench.script("a", 'require "vacation"; redirect "new@z.example"; vacation "away";')
+
+    async def fails(*given):
+        raise StoreFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.mailboxes, "change", fails)
+        ((reply,), onward) = await bench.deliver("a")
+        assert reply.code == 451 and onward == []
+    replies, onward = await bench.deliver("a", attempt=1)
+    assert replies == [FILED] and [one.recipient for one in onward] == ["new@z.example", SENDER]
+    assert bench.found(user) == {}
+
+
+async def test_nothing_is_sent_of_a_message_that_is_not_filed(bench):
+    await bench.script("a", 'require ["vacation", "copy"]; redirect :copy "new@z.example"; vacation "away";')
+    bench.settings = type(bench.settings)(quota=1)
+    ((reply,), onward) = await bench.deliver("a")
+    assert reply.code == 452 and onward == []
+    bench.settings = type(bench.settings)()
+    replies, onward = await bench.deliver("a", attempt=1)
+    assert replies == [FILED] and [one.recipient for one in onward] == ["new@z.example", SENDER]
 
 
 async def test_a_script_of_a_user_whose_shard_another_process_owns(bench):
