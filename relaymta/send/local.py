@@ -33,10 +33,11 @@ class Store(NamedTuple):
     """What the store offers; the worker hands it over, since send/ does not know it. `deliver(queue_id, attempt, sender,
     recipients, data)`, with the number of attempts before this one: a reply for each recipient by index, the shards that were
     asked, and the messages that are to come into the queue with the outcome; `forget(queue_id, recipients, shards)`: the queue
-    does not ask for these again."""
+    does not ask for these again; `expanded(recipients)`: recipients with aliases of addresses elsewhere replaced by these."""
 
     deliver: Callable[[int, int, str, Iterable[tuple[int, str]], list[bytes] | BigFile], Awaitable[Delivered]]
     forget: Callable[[int, list[int], list[int]], None]
+    expanded: Callable[[list[str]], list[str]]
 
 
 class Local:
@@ -111,8 +112,8 @@ class Local:
         envelope = entry.envelope
         replies, shards, onward = await self.store.deliver(entry.ident, entry.attempts, envelope.sender, entry.recipients, data)
         try:
-            sent = await puts_of(self.queue, entry, data, onward) if onward else []
-        except StoreError:  # the next attempt has to send them, though it may file the message once more
+            sent = await puts_of(self.queue, entry, data, onward, self.store.expanded) if onward else []
+        except Exception:  # the next attempt has to send them, though it may file the message once more
             self.store.forget(entry.ident, list(replies), shards)
             raise
         filed = [position for position, said in replies.items() if said.code < 300]

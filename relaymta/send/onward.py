@@ -3,7 +3,7 @@ the outcome of the message at hand, so that a crash neither loses nor doubles th
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from relaymta.disk.big import BigFile
@@ -17,12 +17,19 @@ __all__ = ["puts_of"]
 LIKE_BEFORE = EIGHT_BIT | SMTPUTF8 | UTF8_HEADER  # flags that a redirected message has like the one at hand
 
 
-async def puts_of(queue: Queue, entry: Entry, data: list[bytes] | BigFile, messages: Sequence[Onward]) -> list[Put]:
-    """What to give `Queue.finish` for these messages, of an entry with this data. StoreError: they cannot be stored now."""
+async def puts_of(
+    queue: Queue,
+    entry: Entry,
+    data: list[bytes] | BigFile,
+    messages: Sequence[Onward],
+    expanded: Callable[[list[str]], list[str]],
+) -> list[Put]:
+    """What to give `Queue.finish` for these messages, of an entry with this data; `expanded`: as of send.local.Store. StoreError:
+    they cannot be stored now."""
     puts: list[Put] = []
     try:
         for one in messages:
-            puts.append(await (_redirected if one.data is None else _made)(queue, entry, data, one))
+            puts.append(await (_redirected if one.data is None else _made)(queue, entry, data, one, expanded([one.recipient])))
     except BaseException:
         for put in puts:
             if put.data is None:
@@ -31,34 +38,42 @@ async def puts_of(queue: Queue, entry: Entry, data: list[bytes] | BigFile, messa
     return puts
 
 
-async def _made(queue: Queue, entry: Entry, _: object, message: Onward) -> Put:
+async def _made(queue: Queue, entry: Entry, _: object, message: Onward, recipients: list[str]) -> Put:
     """A message of our own, signed as a DSN is."""
     ident, data = queue.ident(), message.front + (message.data or b"")
     data = await asyncio.get_running_loop().run_in_executor(None, queue.sign, data) + data
     flags = 0 if data.isascii() else EIGHT_BIT
-    return _put(queue, entry, message, ident, [data], len(data), flags, f"<{format_id(ident)}>")
+    return _put(queue, entry, message, recipients, ident, [data], len(data), flags, f"<{format_id(ident)}>")
 
 
-async def _redirected(queue: Queue, entry: Entry, data: list[bytes] | BigFile, message: Onward) -> Put:
+async def _redirected(queue: Queue, entry: Entry, data: list[bytes] | BigFile, message: Onward, recipients: list[str]) -> Put:
     """The message at hand, with some header fields in front."""
     ident, flags = queue.ident(), entry.envelope.flags & LIKE_BEFORE
     pieces = None if isinstance(data, BigFile) else [message.front, *data]
     if pieces is not None and sum(map(len, pieces)) <= queue.big_limit:
         size = sum(map(len, pieces))
-        return _put(queue, entry, message, ident, pieces, size, flags, entry.envelope.message_id)
+        return _put(queue, entry, message, recipients, ident, pieces, size, flags, entry.envelope.message_id)
     body = await _written(queue, ident, message.front, queue.stream(entry) if pieces is None else _each(pieces[1:]))
-    put = _put(queue, entry, message, ident, None, body.length, flags, entry.envelope.message_id)
+    put = _put(queue, entry, message, recipients, ident, None, body.length, flags, entry.envelope.message_id)
     put.envelope.body = body
     return put
 
 
 def _put(
-    queue: Queue, entry: Entry, message: Onward, ident: int, data: list[bytes] | None, size: int, flags: int, message_id: str
+    queue: Queue,
+    entry: Entry,
+    message: Onward,
+    recipients: list[str],
+    ident: int,
+    data: list[bytes] | None,
+    size: int,
+    flags: int,
+    message_id: str,
 ) -> Put:
-    wide = 0 if message.sender.isascii() and message.recipient.isascii() else SMTPUTF8
+    wide = 0 if message.sender.isascii() and all(map(str.isascii, recipients)) else SMTPUTF8
     envelope = Envelope(
         sender=message.sender,
-        recipients=[message.recipient],
+        recipients=recipients,
         size=size,
         flags=flags | wide,
         arrived=wall_ms(),

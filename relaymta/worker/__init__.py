@@ -32,6 +32,7 @@ from relaymta.errors import RelayError
 from relaymta.log import History, Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.node import SiteState, SiteStates
+from relaymta.proto.address import domain_matches, domain_of
 from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
@@ -78,7 +79,7 @@ class Shard:
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
         if worker.mail is not None and worker.delivery is not None:
-            self.dispatcher.keep_mail(Store(worker.delivery.deliver, worker.mail.forget))
+            self.dispatcher.keep_mail(Store(worker.delivery.deliver, worker.mail.forget, worker.expanded))
         self.queue = Queue(
             Path(config.spool),
             number,
@@ -124,6 +125,14 @@ class Worker:
     def assign(self, envelope: Any, attempts: int) -> Any:
         """The queues of a message, by the current route table."""
         return self.routes.assign(envelope, attempts)
+
+    def expanded(self, recipients: list[str]) -> list[str]:
+        """Recipients of a message of our own, with aliases of addresses elsewhere replaced by these, as of accepted mail."""
+        if self.mail is None:
+            return recipients
+        here = self.config.local_domains
+        known = Recipients(self.mail, lambda: self.config.mailboxes)
+        return known.expanded(recipients, lambda address: domain_matches(domain_of(address), here))
 
     async def start(
         self,

@@ -73,6 +73,19 @@ def test_a_redirect_in_a_circle_ends(tmp_path, peer):
         assert shown(relay, "bob")["INBOX"] == [] and peer.messages == []
 
 
+def test_a_redirect_to_an_alias_reaches_all_that_it_stands_for(tmp_path, peer):
+    with kept(tmp_path, routes=to_outside(peer)) as relay:
+        create(relay, "alice", "bob", "carol")
+        relay.cli("mailbox", "alias", "team@local.example", "bob@local.example", "x@far.example")
+        relay.cli("mailbox", "alias", "away@local.example", "y@far.example")
+        put(relay, "alice", 'redirect "team@local.example";', tmp_path)
+        put(relay, "carol", 'redirect "away@local.example";', tmp_path)
+        relay.send("Subject: x\r\n\r\nx\r\n", "s@x.example", "alice@local.example", "carol@local.example")
+        wait_for(lambda: relay.summary() == [], what="an empty queue")
+        assert sorted(to for _, to, _ in peer.messages) == [["x@far.example"], ["y@far.example"]]
+        assert shown(relay, "bob")["INBOX"] == ["x"]
+
+
 def test_a_large_message_is_redirected_whole(tmp_path, peer):
     with kept(tmp_path, routes=to_outside(peer)) as relay:
         create(relay, "alice")
