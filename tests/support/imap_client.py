@@ -62,6 +62,13 @@ class Client:
             self.utf8 = self.utf8 or self.rev2 or "UTF8=ACCEPT" in found.data
         return found
 
+    def octets(self) -> bytes:
+        """The next response as it was said; it has passed the grammar."""
+        end = self._end()
+        found = self._rest[:end]
+        self.response()
+        return found
+
     def _end(self) -> int:
         """Where the next response ends, with its literals."""
         at = 0

@@ -150,8 +150,12 @@ class Readable(Relay):
 
     def mail(self, name: str, *subjects: str, text: str = "x") -> None:
         """Send messages to a user, and wait until they are there."""
+        self.deliver(name, *(f"Subject: {subject}\r\n\r\n{text}\r\n".encode() for subject in subjects))
+
+    def deliver(self, name: str, *messages: bytes) -> None:
+        """Send messages to a user by SMTP, and wait until they are in INBOX."""
         before = len(shown(self, name)["INBOX"])
         with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
-            for subject in subjects:
-                client.sendmail("s@x.example", [f"{name}@local.example"], f"Subject: {subject}\r\n\r\n{text}\r\n")
-        wait_for(lambda: len(shown(self, name)["INBOX"]) == before + len(subjects), what="delivery")
+            for message in messages:
+                client.sendmail("s@x.example", [f"{name}@local.example"], message)
+        wait_for(lambda: len(shown(self, name)["INBOX"]) == before + len(messages), what="delivery")
