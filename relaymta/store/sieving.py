@@ -8,11 +8,13 @@ before, so that what is asked again after a crash is sent once.
 
 import asyncio
 import os
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -40,10 +42,11 @@ from relaymta.store.writer import Place
 
 __all__ = ["Mail", "Sieved", "Sieving"]
 
-COMPILED_MOST: Final = 1000  # scripts that are kept compiled
+SCRIPT_COST: Final = 1024  # octets, of the smallest
+COMPILED_OCTETS: Final = 4 << 20  # of texts of scripts that are kept compiled, which take some times as much
 THREADS: Final = 2
 HEADER_MOST: Final = 1 << 20  # octets of a large message's header, and
-BODY_MOST: Final = 64 << 20  # of it in all, that a script sees
+BODY_MOST: Final = 4 << 20  # of it in all, that a script sees: decoding and comparing take several times as much, and the GIL
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Sieving:
     ) -> None:
         self._count = count
         self._threads = ThreadPoolExecutor(THREADS, "sieve")
+        self._compiled = _Compiled()
         self._running: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # by user
         self._mailboxes = mailboxes
         self._separator = separator
@@ -161,7 +165,7 @@ class Sieving:
     def _script(self, shard: Readable, user: User) -> sieve.Script | sieve.SieveError:
         with shard.rows.reading() as txn:
             found = scripts.active_text(shard.rows, txn, user.ident)
-        return _compiled(found[1] if found is not None else b"")  # it may have been deactivated just now
+        return self._compiled.script(found[1] if found is not None else b"")  # it may have been deactivated just now
 
     async def onward(self, user: User, sieved: Sieved, sender: str, recipient: str, queue_id: int, index: int) -> list[Onward]:
         """The messages that a script sends, of a recipient (by index) of a message of the queue. StoreError, RelayError,
@@ -186,13 +190,32 @@ class Sieving:
         self._log(id=format_id(queue_id) if queue_id else "", user=user.address, actions=sieved.shown, cause=sieved.cause)
 
 
-@lru_cache(COMPILED_MOST)
-def _compiled(text: bytes) -> sieve.Script | sieve.SieveError:
-    """By its text, which alone says what a script does."""
-    try:
-        return sieve.compile(text)
-    except sieve.SieveError as error:  # by an older version it was right
-        return error
+class _Compiled:
+    """Scripts by their texts, which alone say what a script does; those that were run last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the rest
+        self._scripts: OrderedDict[bytes, sieve.Script | sieve.SieveError] = OrderedDict()
+        self._octets = 0
+
+    def script(self, text: bytes) -> sieve.Script | sieve.SieveError:
+        """On any thread."""
+        with self._lock:
+            found = self._scripts.get(text)
+            if found is not None:
+                self._scripts.move_to_end(text)
+                return found
+        try:
+            found = sieve.compile(text)
+        except sieve.SieveError as error:  # by an older version it was right
+            found = error
+        with self._lock:
+            if text not in self._scripts:
+                self._scripts[text] = found
+                self._octets += SCRIPT_COST + len(text)
+            while self._octets > COMPILED_OCTETS:
+                self._octets -= SCRIPT_COST + len(self._scripts.popitem(last=False)[0])
+        return found
 
 
 def _exists(shard: Readable, user: int, name: str) -> bool:

@@ -308,3 +308,32 @@ async def test_a_large_message_is_looked_into_as_far_as_the_script_needs(bench, 
     deliver = partial(bench.delivery.deliver, 1, 0, SENDER, [(0, "a@a.example")])
     replies, _, _ = await deliver(data)
     assert replies == {0: FILED} and bool(bench.found(user)) == (sought == "absent")
+
+
+def test_the_scripts_that_were_run_last_are_kept_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sieving.sieve, "compile", lambda text: compiled.append(text) or text)
+    scripts = sieving._Compiled()
+    many = sieving.COMPILED_OCTETS // sieving.SCRIPT_COST
+    for number in range(2 * many):
+        assert scripts.script(b"%d" % number) == b"%d" % number
+        scripts.script(b"0")
+    assert len(compiled) == 2 * many and len(scripts._scripts) <= many
+    scripts.script(b"1")
+    assert compiled[-1] == b"1" and len(compiled) == 2 * many + 1
+    scripts.script(b"x" * sieving.COMPILED_OCTETS)
+    assert len(scripts._scripts) <= 1
+
+
+async def test_of_a_large_message_a_script_sees_the_first_part_and_the_size(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(sieving, "BODY_MOST", 2000)
+    user = await bench.script(
+        "a",
+        'require ["body", "imap4flags"]; if body :contains "first" { addflag "first"; }'
+        'if body :contains "last" { addflag "last"; } if size :over 3000 { addflag "large"; }',
+    )
+    file = BigBody(tmp_path / "large", 7)
+    file.write([MESSAGE, b"first ", b"x" * 4000, b" last\r\n"])
+    body = file.finish([])
+    replies, _, _ = await bench.delivery.deliver(1, 0, SENDER, [(0, "a@a.example")], BigFile(str(tmp_path / "large"), 7, body))
+    assert replies[0] == FILED and bench.found(user) == {"INBOX": [(0, ["first", "large"])]}
