@@ -50,6 +50,11 @@ class Threads:
         if self.by_references:
             self._links.add(memoryview(keys).cast("Q"))
 
+    @property
+    def nodes(self) -> int:
+        """How many messages there are, with those that are missing and referred to: some 135 octets each."""
+        return len(self._links) if self.by_references else len(self._dates)
+
     def forest(self) -> Forest:
         """The threads; asked for once, behind the last message."""
         return self._referred() if self.by_references else self._ordered()
@@ -187,6 +192,9 @@ class _Links:
         self._has_child = bytearray()
         self._count = 0
         self._trees = _Trees()
+
+    def __len__(self) -> int:
+        return len(self._parent)
 
     def add(self, keys: Sequence[int]) -> None:
         """A message: its key (0: none), and those of the messages that it refers to."""

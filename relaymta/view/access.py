@@ -24,6 +24,7 @@ from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import INBOX, SEEN, UserRow
 from relaymta.view.reading import TooMuch
+from relaymta.view.turns import Turns
 
 __all__ = ["Access", "Inbox"]
 
@@ -48,13 +49,15 @@ class Inbox(NamedTuple):
 
 
 class Access:
-    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected."""
+    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected;
+    `turns`: of those who sort or thread much."""
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
         self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
         self.shared = Shared()
+        self.turns = Turns()
         self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more
 
     def close(self) -> None:

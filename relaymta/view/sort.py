@@ -15,6 +15,7 @@ from relaymta.proto.imap_sort import Sorted
 from relaymta.proto.imap_thread import Threads, shown
 from relaymta.proto.imap_view import View
 from relaymta.proto.mime_thread import thread_keys
+from relaymta.store.change import LIMIT, Refusal
 from relaymta.store.reading import Readable
 from relaymta.view import reading, search
 from relaymta.view.reader import Reader
@@ -25,6 +26,7 @@ __all__ = ["sorted_", "threaded"]
 
 TOGETHER: Final = 64  # messages that are read in one transaction
 SECONDS: Final = 0.005  # of one slice
+NODES_MOST: Final = 2_500_000  # messages of a THREAD, with those that they refer to and that are missing
 PIECE: Final = 4096  # numbers of a piece of the response
 
 Add = Callable[[Readable, Message], None]
@@ -38,9 +40,10 @@ async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Prog
         described = search.described_of(shard, message) if order.needs_envelope else None
         order.add(b"" if described is None else described.envelope, message.row.date, message.row.size)
 
-    there = await _added(reader, selected, records, add)
-    modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
-    return await reader.access.search(lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
+    async with reader.access.turns.taken(reader.user.ident, len(records) // RECORD_SIZE):
+        there = await _added(reader, selected, records, add)
+        modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
+        return await reader.access.search(lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
 
 
 def _sort_response(order: Sorted, there: bytes, view: View, by_uid: bool, modseq: int) -> Iterator[bytes]:
@@ -56,7 +59,7 @@ def _sort_response(order: Sorted, there: bytes, view: View, by_uid: bool, modseq
 
 
 async def threaded(reader: Reader, selected: Selected, asked: Thread, program: Program) -> Iterable[bytes]:
-    """The THREAD response, in pieces. StoreError."""
+    """The THREAD response, in pieces. Refusal (LIMIT), StoreError."""
     records, threads = await _found(reader, selected, program), Threads(asked.references)
 
     def add(shard: Readable, message: Message) -> None:
@@ -64,9 +67,12 @@ async def threaded(reader: Reader, selected: Selected, asked: Thread, program: P
         if asked.references:
             keys = described.thread or thread_keys(search.first_octets(shard, message, described.header_end) or b"")
         threads.add(described.envelope, message.row.date, keys)
+        if threads.nodes > NODES_MOST:
+            raise Refusal(LIMIT, "the messages refer to too many others")
 
-    there = await _added(reader, selected, records, add)
-    return await reader.access.search(lambda: list(_thread_response(threads, there, selected.view, asked.uid)))
+    async with reader.access.turns.taken(reader.user.ident, len(records) // RECORD_SIZE):
+        there = await _added(reader, selected, records, add)
+        return await reader.access.search(lambda: list(_thread_response(threads, there, selected.view, asked.uid)))
 
 
 def _thread_response(threads: Threads, there: bytes, view: View, by_uid: bool) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from relaymta.proto.imap_response import UNKNOWN_CTE
 from relaymta.store import noted
 from relaymta.store.change import MISSING, Limits, Refusal
 from relaymta.store.writer import Target
-from relaymta.view import fetch
+from relaymta.view import fetch, sort
 from relaymta.view.access import SLICE
 from relaymta.view.selected import Selected
 from tests.store.test_recipients import Bench
@@ -317,3 +317,14 @@ async def test_body_of_many_parts_is_made_beside_the_loop(desk, monkeypatch):
 
     monkeypatch.setattr(desk.access, "read", counted)
     assert (await desk.say(b"2 FETCH 1:* (UID BODY)\r\n")).count(b"FETCH (UID") == 2 and len(beside) == 1
+
+
+async def test_a_thread_of_messages_that_refer_to_too_many_is_refused(desk, monkeypatch):
+    refers = b"Message-ID: <%d@x>\r\nReferences:" + b"".join(b" <%d.%%d@x>" % one for one in range(4)) + b"\r\n\r\nb\r\n"
+    await desk.file(*[refers % (number, *[number] * 4) for number in range(3)])
+    await desk.say(b"1 SELECT INBOX\r\n")
+    assert b"(1)" in await desk.told(b"THREAD REFERENCES UTF-8 1")
+    monkeypatch.setattr(sort, "NODES_MOST", 14)
+    said = await desk.told(b"THREAD REFERENCES UTF-8 ALL")
+    assert said.startswith(b"x NO [LIMIT] ") and b"THREAD (" in await desk.told(b"THREAD REFERENCES UTF-8 1:2")
+    assert b"THREAD (" in await desk.told(b"THREAD ORDEREDSUBJECT UTF-8 ALL")
