@@ -5,6 +5,7 @@ import asyncio
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from relaymta.errors import StoreError
 from relaymta.proto.imap_response import UNKNOWN_CTE
@@ -328,3 +329,57 @@ async def test_a_thread_of_messages_that_refer_to_too_many_is_refused(desk, monk
     said = await desk.told(b"THREAD REFERENCES UTF-8 ALL")
     assert said.startswith(b"x NO [LIMIT] ") and b"THREAD (" in await desk.told(b"THREAD REFERENCES UTF-8 1:2")
     assert b"THREAD (" in await desk.told(b"THREAD ORDEREDSUBJECT UTF-8 ALL")
+
+
+async def moved(desk: Room, back: bool) -> None:
+    """The user is in another shard now, or is back in this one."""
+    own, user = desk.access._mailboxes.shards[0], desk.access.user("a@a.example")
+    await own.purge(user.ident)
+    if back:
+        await own.task(lambda change: change.add_user(user.ident, [("Sent", "")], 1_700_000_000))
+    moves = user.moves + 1 + back
+    desk.access._mailboxes.directory.update(user.ident, lambda row: replace(row, shard=int(not back), moves=moves))
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_a_mailbox_whose_user_is_moved_amid_a_command_has_not_been_deleted(desk, monkeypatch, back):
+    """What the command has done is said; the next one is refused, and the session ends."""
+    await desk.file(SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    change = desk.access.change
+
+    async def moved_behind(*asked):
+        found = await change(*asked)
+        await moved(desk, back)
+        return found
+
+    monkeypatch.setattr(desk.access, "change", moved_behind)
+    said = await desk.say(b"2 UID STORE 1 +FLAGS.SILENT (\\Flagged)\r\n")
+    assert said == b"2 OK Stored\r\n"
+    said = await desk.say(b"3 NOOP\r\n")
+    assert re.fullmatch(rb"3 NO \[UNAVAILABLE\] .*\r\n\* BYE \[UNAVAILABLE\] .*\r\n", said), said
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("command", [b"CLOSE", b"EXPUNGE", b"UID SEARCH DELETED", b"FETCH 1:* (FLAGS)", b"SELECT Sent"])
+async def test_a_command_is_refused_whose_user_is_moved_before_it_has_looked(desk, monkeypatch, command, back):
+    """CLOSE would say that the marked messages are gone, the others that there are none."""
+    await desk.file(SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    await desk.say(b"2 UID STORE 1 +FLAGS.SILENT (\\Deleted)\r\n")
+    reads = {name: getattr(desk.access, name) for name in ("read_some", "read_little", "read", "search")}
+    done = []
+
+    def moving(read):
+        async def run(function):
+            if not done:
+                done.append(read)
+                await moved(desk, back)
+            return await read(function)
+
+        return run
+
+    for name, read in reads.items():
+        monkeypatch.setattr(desk.access, name, moving(read))
+    said = await desk.say(b"3 %b\r\n" % command)
+    assert done and re.search(rb"^3 NO \[UNAVAILABLE\] ", said, re.MULTILINE) and b"deleted" not in said, said
