@@ -4,6 +4,7 @@ from the rows of messages. What rows say of bodies that are lost cannot be."""
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from relaymta.store.rows import (
     MailboxState,
     MailShard,
     MessageRow,
+    ObjectRow,
     UserRow,
 )
-from relaymta.store.verify import contradictions
+from relaymta.store.verify import PAGE, contradictions
 
 __all__ = ["repair"]
 
@@ -80,17 +82,25 @@ def _repair(rows: MailShard, bodies: Files | None, known: set[int]) -> None:
                 change.remove_unfinished(user, number)
         scripts.mend(rows, change.txn, known_here)
         change.settle()
-        for ident, row in list(rows.objects(change.txn)) if bodies is not None else ():
-            try:
-                assert bodies is not None
-                bodies.read(ident, row.body)
-            except StoreError:
-                change.txn.delete(ID.pack(ident), db=rows.tables["object"])
+        if bodies is not None:
+            for ident, row in _objects(rows, change.txn):
+                try:
+                    bodies.read(ident, row.body)
+                except StoreError:
+                    change.txn.delete(ID.pack(ident), db=rows.tables["object"])
         _recount(rows, change.txn)
         change.finish(rows.meta_in(change.txn, b"seen"))
     except BaseException:
         change.abort()
         raise
+
+
+def _objects(rows: MailShard, txn: Any) -> Iterator[tuple[int, ObjectRow]]:
+    """All objects, of which the caller may change or remove the one that it has; not all in memory at once."""
+    after = -1
+    while page := list(islice(rows.objects(txn, after), PAGE)):
+        yield from page
+        after = page[-1][0]
 
 
 def _recount(rows: MailShard, txn: Any) -> None:
@@ -112,7 +122,7 @@ def _recount(rows: MailShard, txn: Any) -> None:
                 references.update(message.object for _, message in _kept(rows, txn, unfinished.mailbox))
         txn.put(ID.pack(user), encode(owner), db=rows.tables["user"])
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for ident, found_object in list(rows.objects(txn)):
+    for ident, found_object in _objects(rows, txn):
         count = references.get(ident, 0)
         if not count:
             txn.delete(ID.pack(ident), db=rows.tables["object"])

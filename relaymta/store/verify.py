@@ -19,7 +19,7 @@ from relaymta.store.change import Refusal
 from relaymta.store.reading import Bodies, body_of
 from relaymta.store.rows import DELETED, ID, SEEN, SYSTEM_FLAGS, MailboxState, MailShard
 
-__all__ = ["contradictions"]
+__all__ = ["PAGE", "contradictions"]
 
 PAGE = 1000  # objects of one transaction
 RUN = 1 << 16  # references that are sorted together
