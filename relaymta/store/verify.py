@@ -1,6 +1,7 @@
 """Whether a shard contradicts itself: counts against rows, references against messages, bodies against checksums.
 
-In time that is linear in its rows. Kept in memory: 12 octets of each message of the largest mailbox, 8 of all others.
+In time that is linear in its rows. Kept in memory: the ids of users, 8 octets of each message and each mailbox, and 8 more of
+each message of one mailbox.
 """
 
 from array import array
@@ -55,15 +56,12 @@ def _damaged(shard: MailShard, bodies: Bodies) -> Iterator[str]:
 
 def _rows(shard: MailShard, known_users: set[int] | None, free: set[int]) -> Iterator[str]:
     with shard.reading() as txn:
-        references = _References()
-        known: set[int] = set()
-        users = list(shard.users(txn))
+        references, known, there = _Idents(), _Idents(), set(shard.user_idents(txn))
         if known_users is not None:
-            expected = known_users | free
-            yield from (f"user {user} is not in the directory" for user, _ in users if user not in expected)
-            there = {user for user, _ in users}
+            strange = (user for user in sorted(there) if user not in known_users and user not in free)
+            yield from (f"user {user} is not in the directory" for user in strange)
             yield from (f"user {user} of the directory has no mailboxes" for user in sorted(known_users - there - free))
-        for user, row in users:
+        for user, row in shard.users(txn):
             octets = messages = 0
             for found in shard.mailboxes(txn, user):
                 if not found.mailbox:
@@ -86,24 +84,23 @@ def _rows(shard: MailShard, known_users: set[int] | None, free: set[int]) -> Ite
                         references.add(message.object)
             if (octets, messages) != (row.octets, row.messages):
                 yield f"user {user}: {row.messages} messages, {row.octets} octets, but its mailboxes have {messages}, {octets}"
-        yield from (
-            f"rows of mailbox {number}, which nobody has" for number in _mailboxes(shard, txn) if number and number not in known
-        )
-        strangers = {user for user, _, _ in shard.unfinished(txn)} - {user for user, _ in users}
+        nobodys = _without(_mailboxes(shard, txn), known)
+        yield from (f"rows of mailbox {number}, which nobody has" for number in nobodys if number)
+        strangers = {user for user, _, _ in shard.unfinished(txn)} - there
         yield from (f"user {user}, who is not here, has something unfinished" for user in strangers)
-        yield from scripts.contradictions(shard, txn, {user for user, _ in users})
+        yield from scripts.contradictions(shard, txn, there)
         yield from _objects(shard, txn, references)
 
 
-class _References:
-    """Which objects messages point at."""
+class _Idents:
+    """Ids, such as those of the objects that messages point at, each perhaps several times."""
 
     def __init__(self) -> None:
         self._runs: list[array[int]] = []  # each sorted
         self._run = array("Q")
 
     def add(self, ident: int) -> None:
-        """A message points at an object."""
+        """Add one."""
         self._run.append(ident)
         if len(self._run) >= RUN:
             self._end_run()
@@ -113,10 +110,21 @@ class _References:
         self._run = array("Q")
 
     def counted(self) -> Iterator[tuple[int, int]]:
-        """(object, how many messages point at it), by id."""
+        """(id, how many times it was added), by id; asked for once."""
         self._end_run()
         for ident, same in groupby(merge(*self._runs)):
             yield ident, sum(1 for _ in same)
+
+
+def _without(idents: Iterator[int], others: _Idents) -> Iterator[int]:
+    """Those of some ids, in their order, that are not among others."""
+    counts = others.counted()
+    other, _ = next(counts, (None, 0))
+    for ident in idents:
+        while other is not None and other < ident:
+            other, _ = next(counts, (None, 0))
+        if other != ident:
+            yield ident
 
 
 def _mailboxes(shard: MailShard, txn: Any) -> Iterator[int]:
@@ -152,7 +160,7 @@ class _Index:
         self.flags |= record.flags
 
 
-def _mailbox(shard: MailShard, txn: Any, mailbox: int, state: MailboxState, references: _References) -> Iterator[str]:
+def _mailbox(shard: MailShard, txn: Any, mailbox: int, state: MailboxState, references: _Idents) -> Iterator[str]:
     index = _Index(shard, txn, mailbox)
     yield from index.wrong
     uids, rows, octets = index.uids, array("I"), 0
@@ -182,7 +190,7 @@ def _mailbox(shard: MailShard, txn: Any, mailbox: int, state: MailboxState, refe
         yield "there are flags without a keyword"
 
 
-def _objects(shard: MailShard, txn: Any, references: _References) -> Iterator[str]:
+def _objects(shard: MailShard, txn: Any, references: _Idents) -> Iterator[str]:
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     counts = references.counted()
     wanted = next(counts, None)
