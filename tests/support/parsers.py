@@ -13,7 +13,22 @@ from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
 from relaymta.filter import dmarc, signatures, spf
-from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
+from relaymta.proto import (
+    address,
+    authres,
+    dkim,
+    dsn,
+    header,
+    mailbox,
+    mailbox_name,
+    managesieve_server,
+    mime,
+    mime_text,
+    proxy,
+    sasl,
+    sieve,
+    sieve_run,
+)
 from relaymta.proto.envelope import Attempt, Envelope
 from relaymta.proto.imap_command import Numbers, Or, Qresync, Text
 from relaymta.proto.imap_found import Found
@@ -23,7 +38,9 @@ from relaymta.proto.imap_text import FIELDS, EnvelopeText, MessageText
 from relaymta.proto.imap_uids import NoSuchNumber, Shared
 from relaymta.proto.imap_view import Changes, Mailbox, View
 from relaymta.proto.imap_words import Words
+from relaymta.proto.managesieve_grammar import Broken, Reader
 from relaymta.proto.pop3_maildrop import Wanted
+from relaymta.proto.sieve_message import Message as SieveMessage
 from relaymta.proto.smtp_client import LINE_LIMIT, LINES_LIMIT, Said
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.submitted import submitted
@@ -639,6 +656,85 @@ _ENVELOPES = {
 }  # fmt: skip
 
 
+# ManageSieve, and Sieve scripts
+
+_MANAGESIEVE = {
+    "commands": times(b"NOOP\r\n"),
+    "strings": times(b'NOOP "a"\r\n'),
+    "quoted pairs": times(b'NOOP "' + b'\\"' * 100 + b'"\r\n'),
+    "half a string": times(b"\\", b'NOOP "', b"\r\n"),
+    "quotes": times(b'"', b"NOOP ", b"\r\n"),
+    "words": times(b" a", b"NOOP", b"\r\n"),
+    "blanks": times(b" ", b"NOOP", b"\r\n"),
+    "literals": times(b"NOOP {1+}\r\na\r\n"),
+    "empty literals": times(b" {0+}\r\n", b"NOOP"),
+    "a literal": lambda n: b"NOOP {%d+}\r\n" % n + b"x" * n + b"\r\n",
+    "braces": times(b" {", b"NOOP", b"1+}\r\n"),
+    "digits": times(b"1", b"NOOP {", b"+}\r\n"),
+    "line feeds": times(b"\n"),
+    "carriage returns": times(b"\r"),
+    "a line without an end": times(b"a"),
+}
+_SCRIPTS = {
+    "commands": times(b"keep;\n"),
+    "blocks": times(b"if true {", b"", b""),
+    "tests": times(b"if not true {}\n"),
+    "nested tests": times(b"anyof(", b"if ", b""),
+    "else": times(b"elsif false {}\n", b"if true {}\n"),
+    "strings": times(b'"a",', b'require ["fileinto"]; if header ["b",', b'"c"] "d" {}'),
+    "a string": times(b"a", b'redirect "', b'";'),
+    "quoted pairs": times(b'\\"', b'redirect "', b'";'),
+    "half a string": times(b"\\\\", b'redirect "'),
+    "quotes": times(b'"'),
+    "comments": times(b"/**/"),
+    "half a comment": times(b"/*", b"/"),
+    "hashes": times(b"#\n"),
+    "texts": times(b"text:\r\n.\r\n"),
+    "a text of dots": times(b"..\r\n", b"redirect text:\r\n", b".\r\n;"),
+    "half a text": times(b".\r.", b"redirect text:\r\n"),
+    "blanks": times(b" "),
+    "digits": times(b"1", b"if size :over ", b" {}"),
+    "tags": times(b":a ", b"keep "),
+    "brackets": times(b"["),
+    "encoded characters": times(b"${hex:41}", b'require "encoded-character"; redirect "', b'";'),
+    "variables": times(b"${a}", b'require ["variables", "fileinto"]; fileinto "', b'";'),
+    "half a variable": times(b"${", b'require ["variables", "fileinto"]; fileinto "', b'";'),
+    "require": times(b'require "copy";\n'),
+}
+
+
+def _managesieve(wire: bytes) -> None:
+    """By a session before the login, whose errors are no end, and by its reader after it."""
+    one = managesieve_server.ServerSession("relay.test", Offers(mechanisms=("PLAIN",), clear=True))
+    reader = Reader(managesieve_server.AFTER_LOGIN)
+    for at in range(0, len(wire), 65536):
+        one.receive(wire[at : at + 65536])
+        while one.behind:
+            one.receive(b"")
+    for at in range(0, len(wire), 1024):
+        reader.feed(wire[at : at + 1024])
+        while (found := reader.next()) is not None:
+            if isinstance(found, Broken) and found.fatal:
+                return
+
+
+_SORTING = sieve.compile(
+    b'require ["body", "date", "envelope", "fileinto", "variables", "relational"];'
+    b'if header :contains ["subject", "to", "x", "a"] "nowhere" {} if address :domain ["from", "to", "sender"] "no.test" {}'
+    b'if header :matches "subject" "*a*b*" { fileinto "${1}"; } if date :value "ge" "date" "hour" "9" {}'
+    b'if body :content "text" :contains "nowhere" {} if body :raw :contains "nowhere" {} if exists ["list-id", "nothing"] {}'
+)
+
+
+def _sorted(message: bytes) -> None:
+    sieve_run.run(_SORTING, SieveMessage(message), sender="a@b.test", recipient="c@d.test", seconds=1)
+
+
+def _script(text: bytes) -> None:
+    with contextlib.suppress(sieve.SieveError):
+        sieve.compile(text)
+
+
 def _parsers() -> Iterable[Parser]:
     whole = "128 kB, 5000 lines: refused"
     yield Parser("proto.mailbox.addresses", _addresses, _ADDRESS_LISTS, "8 kB, 250 domains: refused", 8000)
@@ -709,6 +805,12 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.smtp_server (normalizing)", _session(True), _SESSIONS, "a command of 2048 octets (12,288 of AUTH)")
     yield Parser("proto.pop3_server", _pop3, _POP3, "a command of 255 octets (12,288 of AUTH)")
     yield Parser("proto.pop3_maildrop.Wanted", _top, _MESSAGES, "-")
+    yield Parser("proto.managesieve_server", _managesieve, _MANAGESIEVE, "a command of 8 kB, 68 kB after the login")
+    yield Parser("proto.sieve.compile", _script, _SCRIPTS, "64 kB, 15 deep", 65_000)
+    subjects = {f"subject of {name}": lambda n, make=make: b"Subject: " + make(n) + b"\r\n" for name, make in _SHOWN.items()}
+    dates = {"dates": times(b"Date: 1 Jan 2026 0:00 +0000\r\n"), "a date": times(b"1 ", b"Date: ", b"\r\n")}
+    worst = {**_TREES, **_TYPES, **{f"to {name}": lists[name] for name in _ADDRESS_LISTS}, **_BLOCKS, **subjects, **dates}
+    yield Parser("proto.sieve_run", _sorted, worst, "1 MB of a header, 64 MB of a body; 10,000 steps, 128 MB of comparisons")
     for row in imap_worst.rows(times):
         yield Parser(*row)
     for mechanism in sorted(sasl.MECHANISMS):
