@@ -3,7 +3,7 @@ kernels. Findings are written to crash-* here, new inputs to build/corpus; the r
 
 import sys
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import atheris
 
@@ -12,6 +12,8 @@ from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.filter import published, signatures
 from relaymta.proto import (
+    access_session,
+    auth_exchange,
     authres,
     imap_grammar,
     imap_messages,
@@ -19,7 +21,12 @@ from relaymta.proto import (
     imap_server,
     imap_session,
     imap_words,
+    managesieve_grammar,
+    managesieve_reply,
+    managesieve_server,
     mime_envelope,
+    mime_structure,
+    mime_text,
     pop3_maildrop,
     pop3_server,
     pop3_session,
@@ -27,20 +34,64 @@ from relaymta.proto import (
     proxy,
     sasl,
     session,
+    sieve,
+    sieve_actions,
+    sieve_address,
+    sieve_arguments,
+    sieve_dates,
+    sieve_grammar,
+    sieve_lexer,
+    sieve_match,
+    sieve_message,
+    sieve_outcome,
+    sieve_program,
+    sieve_replies,
+    sieve_run,
+    sieve_strings,
+    sieve_tests,
+    sieve_vacation,
+    sieve_values,
     smtp_server,
     verbs,
 )
 from relaymta.proto import header as header_fields
+from relaymta.proto import mime as mime_section
 from tests.fuzz import targets
 
 CORPUS = Path(__file__).parent / "corpus"
 
 
+MODULES = (
+    authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar, imap_messages,
+    imap_search, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar, managesieve_reply,
+    managesieve_server, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates, sieve_grammar,
+    sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings, sieve_tests,
+    sieve_vacation, sieve_values,
+)  # fmt: skip
+CLASSES = (
+    imap_session.Session, imap_server.ServerSession, imap_words.Words, pop3_maildrop.Maildrop, pop3_maildrop.Wanted,
+    pop3_session.Session, pop3_server.ServerSession, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction,
+    Rights, access_session.AccessSession,
+)  # fmt: skip
+
+
 def instrument(*classes: type) -> None:
+    """The methods of classes."""
     for one in classes:
         for name, member in list(vars(one).items()):
             if isinstance(member, FunctionType):
                 setattr(one, name, atheris.instrument_func(member))
+
+
+def instrument_module(module: ModuleType) -> None:
+    """All functions and classes of a module; also where tables have the functions already, since their code is changed."""
+    for member in list(vars(module).values()):
+        if getattr(member, "__module__", None) != module.__name__:
+            continue
+        if isinstance(member, FunctionType):
+            atheris.instrument_func(member)
+        elif isinstance(member, type):
+            instrument(member)
 
 
 def main() -> None:
@@ -49,19 +100,10 @@ def main() -> None:
     interpreted = [one for one in (*targets.PARSERS, *targets.REPLIES) if isinstance(one.feed, FunctionType)]
     interpreted += [one for one in targets.IMAP if isinstance(one.event, FunctionType)]
     assert len(interpreted) == 3
-    instrument(imap_session.Session, imap_server.ServerSession, imap_words.Words)
-    instrument(pop3_maildrop.Maildrop, pop3_maildrop.Wanted, pop3_session.Session, pop3_server.ServerSession)
-    for kernel in (targets.MIME[1], targets.TEXTS[1]):
-        instrument(*(one for one in vars(kernel).values() if isinstance(one, type)))
-    modules = (
-        authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, mime_envelope, imap_grammar, imap_messages,
-        imap_search,
-    )  # fmt: skip
-    instrument(*interpreted, session.Session, smtp_server.ServerSession, Connection, IncomingTransaction, Rights)
-    for module in (*modules, targets.MIME[1], targets.TEXTS[1]):
-        for member in list(vars(module).values()):
-            if isinstance(member, FunctionType) and member.__module__ == module.__name__:
-                atheris.instrument_func(member)
+    structure = targets.STRUCTURES[1]
+    instrument(*interpreted, *CLASSES, structure.Addresses, structure.Octets)
+    for module in (*MODULES, targets.MIME[1], targets.TEXTS[1], structure):
+        instrument_module(module)
     found = Path("build/corpus") / name
     found.mkdir(parents=True, exist_ok=True)
 

@@ -28,7 +28,19 @@ from relaymta.proto.sieve_replies import vacation_reply
 from relaymta.proto.sieve_run import run as run_sieve
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from tests.accept.test_transactions import connected, idle
-from tests.speedups import imap_oracle, mime_oracle, oracle, test_imap, test_mime, test_replies, test_smtp, test_text
+from tests.proto.test_managesieve import Caller as ManageSieveCaller
+from tests.speedups import (
+    imap_oracle,
+    mime_oracle,
+    oracle,
+    structure_oracle,
+    test_imap,
+    test_mime,
+    test_replies,
+    test_smtp,
+    test_structure,
+    test_text,
+)
 from tests.speedups.test_smtp import BARE_CR, BARE_LF, NUL
 from tests.support import imap as imap_caller
 from tests.support import mime_grammar
@@ -43,6 +55,7 @@ OURS = re.compile(rb"(?:X-Signed: \d+\r\n)?Received: from [^\n]*\n(?:[ \t][^\n]*
 PARSERS = [parameter.values[0] for parameter in test_smtp.PARSERS]
 MIME = [parameter.values[0] for parameter in test_mime.KERNELS]
 TEXTS = [parameter.values[0] for parameter in test_text.KERNELS]
+STRUCTURES = [parameter.values[0] for parameter in test_structure.KERNELS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
 IMAP = [parameter.values[0] for parameter in test_imap.PARSERS]
 SIEVE_REQUIRE = b"require [%b];\n" % b",".join(b'"%b"' % one.encode() for one in EXTENSIONS)
@@ -298,6 +311,7 @@ def mime(data: bytes) -> None:
     """Message data: what the kernels find is what their oracles find, and all replies about it are what the grammar allows."""
     for kernel in MIME:
         assert test_mime.found(kernel, data) == mime_oracle.parts(data)
+    assert STRUCTURES[0].describe(data) == STRUCTURES[1].describe(data) == structure_oracle.describe(data)
     found = describe(data)
     mime_grammar.envelope(found.envelope)
     mime_grammar.body(found.structure)
@@ -311,6 +325,21 @@ def mime(data: bytes) -> None:
         assert kernel.folded(data, True) == mime_oracle.folded(data, True)
     header_text(data)
     list(text_parts(data))
+
+
+def managesieve(data: bytes) -> None:
+    """A ManageSieve session: the same replies and scripts for every split. (Without STARTTLS, behind which nothing may be
+    pipelined.)"""
+    options, cuts, wire = taken_apart(data)
+    found = _managesieve_run(options, wire, cuts)
+    assert found == _managesieve_run(options, wire, [])
+    assert found[0] == b"" or found[0].endswith(b"\r\n")
+
+
+def _managesieve_run(options: int, wire: bytes, cuts: list[int]) -> tuple[bytes, dict[str, bytes], str, bool, int]:
+    one = ManageSieveCaller(login=bool(options & 1))
+    said = b"".join([one.feed(piece) for piece in test_smtp.pieces(wire, cuts)])
+    return said, one.scripts, one.active, one.session.closing, one.session.errors
 
 
 def sieve(data: bytes) -> None:
@@ -346,4 +375,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "proxy": proxy,
     "mime": mime,
     "sieve": sieve,
+    "managesieve": managesieve,
 }
