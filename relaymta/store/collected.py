@@ -10,6 +10,7 @@ from relaymta.proto.envelope import Body, encode
 from relaymta.store.rows import (
     DELETED,
     ID,
+    KEYWORD_OCTETS,
     KEYWORDS_MOST,
     SEEN,
     STATE,
@@ -139,6 +140,8 @@ class Collected(Transaction):
         new = [
             known[word] for word in dict.fromkeys(keyword.lower() for keyword in keywords) if known[word] not in state.keywords
         ]
+        if any(len(word.encode()) > KEYWORD_OCTETS for word in new):
+            raise Refusal(LIMIT, f"{KEYWORD_OCTETS} octets are the most that a keyword may have")
         if len(state.keywords) + len(new) > KEYWORDS_MOST:
             raise Refusal(LIMIT, f"{KEYWORDS_MOST} keywords are the most that a mailbox may have")
         state.keywords = [*state.keywords, *new]

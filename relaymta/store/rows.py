@@ -14,8 +14,9 @@
     meta      word                    schema, last committed time ("seen"), highest object id, highest mailbox id
 
 Keys begin with the mailbox, so that what a delivery changes lies together; they are big-endian, so that every query is a prefix
-scan. Values stay below 2 kB but for those of objects with many parts, and of what is unfinished. What a group commit changes:
-change.py.
+scan. Values stay below 2 kB, so that they need no pages of their own, but for these: objects of which ENVELOPE and BODYSTRUCTURE
+are long (64 kB at most), what was expunged at once and is not adjacent (8 kB: SLICE of sessions.py), states with many long
+keywords (6 kB), and what is unfinished. What a group commit changes: change.py.
 """
 
 import struct
@@ -34,8 +35,8 @@ from relaymta.proto.mime import Description
 from relaymta.store.blocks import Blocks
 
 __all__ = [
-    "ANSWERED", "DELETED", "DRAFT", "FLAGGED", "INBOX", "KEYWORDS_MOST", "SEEN", "MailShard", "MailboxRow", "MailboxState",
-    "MessageRow", "ObjectRow", "UnfinishedRow", "UserRow",
+    "ANSWERED", "DELETED", "DRAFT", "FLAGGED", "INBOX", "KEYWORDS_MOST", "KEYWORD_OCTETS", "SEEN", "MailShard", "MailboxRow",
+    "MailboxState", "MessageRow", "ObjectRow", "UnfinishedRow", "UserRow",
 ]  # fmt: skip
 
 SCHEMA = 3  # 3: the table `sieve`
@@ -45,6 +46,7 @@ INBOX: Final = "INBOX"
 SEEN, ANSWERED, FLAGGED, DELETED, DRAFT = 1, 2, 4, 8, 16
 SYSTEM_FLAGS = 5
 KEYWORDS_MOST = 64 - SYSTEM_FLAGS
+KEYWORD_OCTETS: Final = 100  # of each: all of them are in the row that every delivery writes
 
 STATE = struct.Struct(">QB")
 MESSAGE = struct.Struct(">QBI")

@@ -16,7 +16,7 @@ from relaymta.disk.lock import lock
 from relaymta.errors import SpoolBusy, StoreError, StoreFull
 from relaymta.store import change, names
 from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
-from relaymta.store.rows import DELETED, INBOX, KEYWORDS_MOST, SEEN
+from relaymta.store.rows import DELETED, INBOX, KEYWORD_OCTETS, KEYWORDS_MOST, SEEN
 from relaymta.store.shard import Shard
 from relaymta.store.verify import contradictions
 from relaymta.store.writer import Place, Target
@@ -171,6 +171,19 @@ async def test_keywords_are_of_any_case_and_bounded(tmp_path):
         refused, fits = await bench.file(b"x", Target(1, keywords=[*many]), Target(1, keywords=many[: KEYWORDS_MOST - 1]))
         assert refused.code == LIMIT and fits.filed
         assert len(bench.mailbox(1)[1].keywords) == KEYWORDS_MOST
+
+
+async def test_the_row_that_each_delivery_writes_is_bounded_whatever_keywords_there_are(tmp_path):
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        (refused,) = await bench.file(b"x", Target(1, keywords=["k" * (KEYWORD_OCTETS + 1)]))
+        (script,) = await bench.file(b"x", Target(1, places=[Place(keywords=["k" * (KEYWORD_OCTETS + 1)])]))
+        assert refused.code == LIMIT and script.filed and bench.mailbox(1)[1].keywords == []
+        many = [f"{n:0{KEYWORD_OCTETS}}" for n in range(KEYWORDS_MOST)]
+        (filed,) = await bench.file(b"x", Target(1, keywords=many))
+        number, state = bench.mailbox(1)
+        with bench.shard.rows.reading() as txn:
+            assert filed.filed and state.keywords == many and len(bench.shard.rows.raw_state(txn, number)) < 6200
 
 
 async def test_a_name_that_comes_back_has_a_higher_uidvalidity(tmp_path):
