@@ -1,11 +1,13 @@
 """The connection of a user who reads mail, whatever the client speaks: the seat among the sessions of the user, what is written
-as fast as the client reads, how long a login and silence may take, and its end.
+as fast as the client reads, how long a login and silence may take, and its end: also that of the sessions of a user who is
+disabled, deleted or moved, which is looked for whenever the directory has changed.
 
 `_user` and `_seat` are set by the login; `leave` gives back the seat. `_writable` is cleared by the transport alone, while the
 client does not read, and set when it does, or is gone.
 """
 
 import asyncio
+import contextlib
 import traceback
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -14,6 +16,7 @@ from relaymta.accept.admission import Admission
 from relaymta.accept.client import STRESS_PATIENCE, AnySession, ClientConnection
 from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
 from relaymta.config import Listener
+from relaymta.errors import StoreError
 from relaymta.metrics import index
 from relaymta.reservation import Reservation
 from relaymta.store.directory import User
@@ -33,14 +36,15 @@ S = TypeVar("S", bound=AnySession)
 
 class ReadingConnection(ClientConnection[S]):
     """`protocol`: as log records name it; `silence`: seconds after which a user who says nothing is logged out; `too_late`,
-    `shutting_down`: what the client is told then, and when we shut down."""
+    `shutting_down`, `dismissed`: what the client is told then, when we shut down, and when the user may not go on."""
 
     protocol: ClassVar[str]
     silence: ClassVar[float]
     too_late: ClassVar[bytes]
     shutting_down: ClassVar[bytes]
+    dismissed: ClassVar[bytes]
 
-    __slots__ = ("_access", "_began", "_greeted_at", "_seat", "_user", "_writable")
+    __slots__ = ("_access", "_began", "_greeted_at", "_looks", "_seat", "_user", "_version", "_writable")
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
@@ -48,6 +52,8 @@ class ReadingConnection(ClientConnection[S]):
         self._user: User | None = None
         self._seat: Reservation | None = None
         self._began = 0.0  # the login (loop time)
+        self._version = -1  # of the directory by which the user may go on
+        self._looks = False  # it is about to be looked up whether the user may
         self._greeted_at = 0.0  # the greeting, or the end of TLS (loop time)
         self._writable = asyncio.Event()  # the client has read what was written
         self._writable.set()
@@ -74,6 +80,7 @@ class ReadingConnection(ClientConnection[S]):
         seat = f"{self.protocol} {user.ident}"
         if not self.admission.limits.take(seat, most):
             return False
+        self._version = -1  # it may have changed since the user was looked up
         self._user, self._seat = user, Reservation(partial(self.admission.limits.give, seat))
         self._began = self.admission.now()
         self.admission.intake.counters.add(index("relaymta_mailbox_sessions_total", self.protocol), 1)
@@ -134,6 +141,32 @@ class ReadingConnection(ClientConnection[S]):
             self.end(session, self.too_late)
         else:
             self.look_after(session, now)
+            self._look(session)
+
+    def _look(self, session: S) -> None:
+        """Look whether the user may go on, where the directory has changed: one connection in each turn of the loop."""
+        version = self._access.version
+        if self.logged_in(session) and not self._looks and (version != self._version or version < 0):
+            self._looks = True
+            self.admission.turns.wait(self._look_up)
+
+    def _look_up(self) -> None:
+        self._looks = False
+        session, version = self.session, self._access.version
+        if self.gone or session is None or not self.logged_in(session) or self.waits & (COMMITTING | CHECKING | SPILLING):
+            return
+        with contextlib.suppress(StoreError):  # looked up again
+            if self.allowed():
+                self._version = version
+            else:
+                self.end(session, self.dismissed)
+
+    def allowed(self) -> bool:
+        """Whether the user who has logged in may go on: False when the directory says disabled, deleted, or in another shard.
+        StoreError."""
+        assert self._user is not None
+        user = self._access.user(self._user.address)
+        return user is not None and user.ident == self._user.ident and user.shard == self._user.shard
 
     def look_after(self, session: S, now: float) -> None:
         """Called with the deadlines, of which none has passed, while nothing is waited for."""

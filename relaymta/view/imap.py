@@ -74,6 +74,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
     silence = SILENCE_SECONDS
     too_late = response.TIMEOUT
     shutting_down = response.SHUTTING_DOWN
+    dismissed = DISMISSED
 
     __slots__ = (
         "_commands", "_eager", "_late_news", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch",
@@ -116,6 +117,9 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     def logged_in(self, session: ServerSession) -> bool:
         return self._reader is not None
+
+    def allowed(self) -> bool:
+        return self._reader is None or self._reader.refresh()
 
     # Commands
 

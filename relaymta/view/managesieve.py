@@ -39,6 +39,7 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
     silence = IDLE_SECONDS
     too_late = reply.IDLE_TOO_LONG
     shutting_down = reply.SHUTTING_DOWN
+    dismissed = reply.DISMISSED
 
     __slots__ = ("_commands", "_told")
 
@@ -75,6 +76,15 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
     def logged_in(self, session: ServerSession) -> bool:
         return bool(session.owner)
 
+    def allowed(self) -> bool:
+        """A user who has been moved may go on: the next command goes to the other shard."""
+        return self._current() is not None
+
+    def _current(self) -> User | None:
+        assert self._user is not None
+        user = self._access.user(self._user.address)
+        return user if user is not None and user.ident == self._user.ident else None
+
     # Commands
 
     def _begin(self, session: ServerSession) -> None:
@@ -101,9 +111,8 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
 
     async def _answer(self, session: ServerSession, asked: Asked) -> bytes:
         """Do what is asked; what to write."""
-        assert self._user is not None
-        user = self._access.user(self._user.address)
-        if user is None or user.ident != self._user.ident:  # disabled, deleted, renamed
+        user = self._current()
+        if user is None:  # disabled, deleted
             session.close()
             return reply.DISMISSED
         try:

@@ -40,6 +40,7 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     silence = IDLE_SECONDS
     too_late = b""  # RFC 1939 3: without a reply
     shutting_down = reply.SHUTTING_DOWN
+    dismissed = reply.DISMISSED
 
     __slots__ = ("_inbox",)
 
@@ -69,7 +70,11 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     async def _run(self, step: Callable[[ServerSession], Coroutine[Any, Any, bytes]], session: ServerSession) -> None:
         out = b""
         try:
-            out = await step(session)
+            if self.logged_in(session) and not self.allowed():
+                session.close()
+                out = reply.DISMISSED
+            else:
+                out = await step(session)
         except Exception as error:  # a defect: this session ends, the others go on
             self.mistaken(error)
             session.close()

@@ -358,8 +358,13 @@ def test_a_mailbox_is_renamed_while_it_is_selected(relay, user):
 
 
 def dismissed(session: Session, command: str = "NOOP") -> None:
-    """The session ends with the next command."""
-    answer = session.command(command)
+    """The session ends with the next command, or has ended already."""
+    try:
+        answer = session.command(command)
+    except EOFError:
+        last = session.said[-1]
+        assert last.name == "BYE" and last.code and last.code[0] == "UNAVAILABLE", last
+        return
     assert (answer.status, answer.code) == ("NO", "UNAVAILABLE"), answer
     assert session.ended().startswith(b"* BYE [UNAVAILABLE] ")
 
@@ -375,16 +380,14 @@ def refused(relay: ImapRelay, name: str) -> str:
 
 def test_a_user_is_disabled(relay, user):
     a, b = relay.pair(user, 1)
-    c, d = relay.session(user, worker=0), relay.session(user, "SELECT INBOX", worker=1)
-    tag = d.idle()
+    c, d = relay.session(user, "SELECT INBOX", worker=0), relay.session(user, "SELECT INBOX", worker=1)
+    d.idle()
     relay.asked("mailbox_change", user, changes={"disabled": True})
     assert refused(relay, user) == "AUTHENTICATIONFAILED"
     dismissed(a, "STORE 1 +FLAGS (x)")
     dismissed(b, "FETCH 1 (BODY[])")
-    answer = c.append("INBOX", message("x"))
-    assert (answer.status, answer.code) == ("NO", "UNAVAILABLE") and c.ended().startswith(b"* BYE")
-    d.send(b"DONE\r\n")
-    assert d.finish(tag).status == "NO" and d.ended().startswith(b"* BYE")
+    for silent in (c, d):  # who says nothing hears of it as well
+        assert silent.ended().startswith(b"* BYE [UNAVAILABLE] ")
     relay.asked("mailbox_change", user, changes={"disabled": False})
     again = relay.session(user, "SELECT INBOX")
     assert again.flags() == {1: set()}

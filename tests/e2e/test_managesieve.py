@@ -150,6 +150,7 @@ def test_a_script_that_was_acknowledged_survives_a_kill(relay):
 
 
 def test_a_user_who_is_disabled_is_dismissed(relay):
-    hand = Hand(relay).login("eve")
+    hand, silent = Hand(relay).login("eve"), Hand(relay).login("eve")
     relay.cli("mailbox", "disable", "eve@local.example")
     assert hand.say(b"LISTSCRIPTS\r\n").startswith(b"BYE")
+    assert silent.answer().startswith(b"BYE") and silent.file.read() == b""

@@ -96,6 +96,15 @@ def test_one_session_a_user_in_all_workers(relay):
     wait_for(free, what="the maildrop to be free")
 
 
+def test_a_user_who_is_disabled_is_dismissed(relay):
+    user(relay, "gone", "one")
+    session = client(relay, "gone")
+    session.dele(1)
+    relay.cli("mailbox", "disable", "gone@local.example")
+    assert session.file.readline().startswith(b"-ERR [SYS/TEMP] The session has ended") and session.file.read() == b""
+    assert shown(relay, "gone")["INBOX"] == ["one"]
+
+
 def test_a_cut_connection_removes_nothing(relay):
     user(relay, "cut", "one", "two")
     session = client(relay, "cut")

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from relaymta.accept.line import BLOCKED, COMMITTING, OUTPUT_SECONDS, UNSENT
@@ -197,6 +198,28 @@ async def test_quit_says_that_messages_are_removed_only_where_they_are(desk, mon
     done = desk.transport.unsent.endswith(b"+OK 2 messages deleted; bye\r\n")
     assert done == (removed and not gone) and (done or desk.transport.unsent.endswith(reply.NOT_REMOVED))
     assert not desk.limits.taken
+
+
+@pytest.mark.parametrize("asked", [b"", b"QUIT\r\n", b"RETR 2\r\n"])
+@pytest.mark.parametrize("change", [{"disabled": True}, {"deleted": 1}, {"shard": 1}])
+async def test_the_session_of_a_user_who_may_not_be_here_ends_and_removes_nothing(desk, change, asked):
+    await desk.log_in()
+    await desk.say(b"DELE 1\r\n")
+    desk.made.check(desk.time)
+    await asyncio.sleep(0)
+    assert not desk.transport.closing
+    directory = desk.access._mailboxes.directory
+    user = directory.owner("a@a.example")[0]
+    directory.update(user.ident, lambda row: msgspec.structs.replace(row, **change))
+    if asked:
+        await desk.say(asked)
+    else:
+        desk.made.check(desk.time)
+        await asyncio.sleep(0)
+    desk.transport.read()
+    assert desk.transport.said.endswith(reply.DISMISSED) and desk.transport.closing
+    directory.update(user.ident, lambda row: user)
+    assert desk.access._mailboxes.used(0, user.ident).messages == 3
 
 
 async def test_the_time_for_a_login_is_that_from_the_greeting_whatever_is_said(desk):
