@@ -18,6 +18,7 @@ __all__ = ["EACH", "OCTETS_MOST", "STEPS_MOST", "Meter", "Pattern", "RunError", 
 STEPS_MOST: Final = 10_000  # commands and tests of a run
 OCTETS_MOST: Final = 1 << 27  # that a run compares, each comparison counted as EACH more
 EACH: Final = 1024
+PIECE_COST: Final = 128  # octets that are compared in the time in which a piece of a pattern is compiled, or looked for
 
 _WILDCARD = re.compile(rb"\\(?P<escaped>.)|(?P<wildcard>[*?])|(?P<octets>[^\\*?]++|\\)", re.S)
 _DIGITS = re.compile(rb"[0-9]*+")
@@ -67,11 +68,12 @@ class _Piece(NamedTuple):
         if not self.literals:
             return start if start + self.length <= end else -1
         offset, octets = self.literals[self.longest]
+        each = EACH + PIECE_COST * len(self.literals)
         end -= self.length - offset - len(octets)
         at = start + offset
         while True:
             found = text.find(octets, at, end) if at < end else -1
-            meter.spend(EACH + (end if found < 0 else found) - at)
+            meter.spend(each + (end if found < 0 else found) - at)
             if found < 0 or self.at(text, found - offset):
                 return found - offset if found >= 0 else -1
             at = found + 1
@@ -156,7 +158,7 @@ def compare(match: Match, values: Iterable[bytes], keys: Sequence[bytes], meter:
     """Whether one of the values matches one of the keys: None if not; for `:matches` what the match variables are, else ()."""
     fold: Callable[[bytes], Any] = _FOLDED[match.comparator]
     if match.kind == "matches":
-        return _wildcards(values, [Pattern(fold(key)) for key in keys], fold, meter)
+        return _wildcards(values, [_compiled(fold(key), meter) for key in keys], fold, meter)
     folded = [fold(key) for key in keys]
     if match.kind == "is":
         return _equal(values, frozenset(folded), fold, meter)
@@ -170,6 +172,11 @@ def compare(match: Match, values: Iterable[bytes], keys: Sequence[bytes], meter:
             if related(form, key):
                 return ()
     return None
+
+
+def _compiled(key: bytes, meter: Meter) -> Pattern:
+    meter.spend(EACH + PIECE_COST * (key.count(b"*") + key.count(b"?") + key.count(b"\\")))
+    return Pattern(key)
 
 
 def _equal(values: Iterable[bytes], keys: frozenset[Any], fold: Callable[[bytes], Any], meter: Meter) -> tuple[bytes, ...] | None:

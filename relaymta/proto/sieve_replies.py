@@ -4,7 +4,7 @@ about come from outsiders: nothing in them begins a line of the header.
 
 import re
 from binascii import b2a_base64, b2a_qp
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from relaymta.proto.address import quoted_if_needed
@@ -28,10 +28,11 @@ def answered(answer: Answered, *, hostname: str, ident: str, seconds: int) -> On
     return Onward("", answer.recipient, b"", vacation_reply(answer, hostname=hostname, ident=ident, seconds=seconds))
 
 
-def redirected(address: str, *, sender: str, recipient: str) -> Onward:
-    """The message at hand for another address, with its own sender; `recipient`: whose script says so, which Delivered-To
-    remembers, so that a loop is noticed."""
-    return Onward(sender, address, f"Delivered-To: {_line(recipient)}\r\n".encode("utf-8", "replace"), None)
+def redirected(address: str, *, sender: str, recipients: Iterable[str]) -> Onward:
+    """The message at hand for another address, with its own sender; `recipients`: addresses of whose script says so, which
+    Delivered-To remembers, so that a loop is noticed."""
+    fields = "".join(f"Delivered-To: {_line(recipient)}\r\n" for recipient in recipients)
+    return Onward(sender, address, fields.encode("utf-8", "replace"), None)
 
 
 def rejection(reason: bytes) -> str:

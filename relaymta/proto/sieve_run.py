@@ -10,6 +10,7 @@ from typing import Final
 
 from relaymta.proto import sieve_program as program
 from relaymta.proto.address import comparable
+from relaymta.proto.printable import printable
 from relaymta.proto.sieve_address import Address, part_of, split
 from relaymta.proto.sieve_dates import date_in, date_part, now, shifted
 from relaymta.proto.sieve_match import EACH, Meter, RunError, compare
@@ -45,10 +46,11 @@ def run(
     """What is to become of a message. `sender` ("": null), `recipient`: of the envelope, the recipient with its +detail;
     `addresses`: all of the user's, the first one being that of replies; `exists`: whether the user has a mailbox; `seconds`: now,
     wall clock, UTC; `separator`: of the detail in an address, "": there is none. No exception is raised but those of `exists`."""
-    why = _loop(message, recipient)
+    own_addresses = tuple(addresses)
+    why = _loop(message, (recipient, *own_addresses), separator)
     if why:
         return Outcome((Kept(),), loop=why)
-    one = _Run(script, message, sender, recipient, tuple(addresses), exists, seconds, separator)
+    one = _Run(script, message, sender, recipient, own_addresses, exists, seconds, separator)
     try:
         one.block(script.block)
     except RunError as error:
@@ -56,14 +58,25 @@ def run(
     return Outcome(one.actions(), notes=tuple(one.notes))
 
 
-def _loop(message: Message, recipient: str) -> str:
-    """Why a message seems to be on its way in a loop; "": it does not."""
-    mine = comparable(recipient)
-    for value in message.raw(b"delivered-to")[:DELIVERED_SEEN]:
-        if comparable(value[:1024].decode("utf-8", "replace").strip(" \t<>")) == mine:
-            return f"it was delivered to {recipient} before"
-    count = len(message.raw(b"received"))
-    return f"it has {count} Received fields" if count > RECEIVED_MOST else ""
+def _loop(message: Message, addresses: Iterable[str], separator: str) -> str:
+    """Why a message seems to be on its way in a loop; "": it does not. `addresses`: of the user, whatever the detail is: scripts
+    may give each round another one."""
+    mine = {_without_detail(comparable(address), separator) for address in addresses}
+    delivered = message.raw(b"delivered-to")
+    for value in delivered[:DELIVERED_SEEN]:
+        before = comparable(value[:1024].decode("utf-8", "replace").strip(" \t<>"))
+        if _without_detail(before, separator) in mine:
+            return f"it was delivered to {printable(before)} before"
+    for count, name in ((len(delivered), "Delivered-To"), (len(message.raw(b"received")), "Received")):
+        if count > RECEIVED_MOST:
+            return f"it has {count} {name} fields"
+    return ""
+
+
+def _without_detail(address: str, separator: str) -> str:
+    local, _, domain = address.rpartition("@")
+    user = local.partition(separator)[0] if separator else local
+    return f"{user or local}@{domain}"
 
 
 class _Run:
@@ -157,11 +170,19 @@ class _Run:
         """Whether a value matches a key. `count`: of the values, if it is not their number; `keys`: if they are not those of the
         test."""
         if match.kind == "count":
-            values = [str(len(list(values)) if count is None else count).encode()]
+            values = [str(self.counted(values) if count is None else count).encode()]
         found = compare(match, values, self.texts(match.keys) if keys is None else keys, self.meter)
         if match.kind == "matches" and found is not None:
             self.groups = found
         return found is not None
+
+    def counted(self, values: Iterable[bytes]) -> int:
+        """How many values there are."""
+        count = 0
+        for _ in values:
+            self.meter.spend(EACH)
+            count += 1
+        return count
 
     def parts(self, part: str, addresses: Iterable[Address]) -> Iterator[bytes]:
         """A part of each address that has it."""

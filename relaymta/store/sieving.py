@@ -25,6 +25,7 @@ from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
 from relaymta.ident import format_id
 from relaymta.proto import sieve
+from relaymta.proto.address import comparable
 from relaymta.proto.envelope import Onward
 from relaymta.proto.header import header_end
 from relaymta.proto.said import Reply
@@ -32,6 +33,7 @@ from relaymta.proto.sieve_message import Message
 from relaymta.proto.sieve_outcome import Answered, Discarded, Filed, Kept, Outcome, Redirected, Rejected
 from relaymta.proto.sieve_replies import answered, redirected, rejection
 from relaymta.proto.sieve_run import run
+from relaymta.proto.sieve_vacation import own
 from relaymta.store import scripts
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
@@ -170,7 +172,10 @@ class Sieving:
     async def onward(self, user: User, sieved: Sieved, sender: str, recipient: str, queue_id: int, index: int) -> list[Onward]:
         """The messages that a script sends, of a recipient (by index) of a message of the queue. StoreError, RelayError,
         ConnectionError."""
-        found = [redirected(address, sender=sender, recipient=recipient) for address in sieved.redirects]
+        here = [recipient]  # and the user, where a catch-all or an alias gives each round another recipient
+        if comparable(user.address) not in own(recipient, (), self._separator()):
+            here.append(user.address)
+        found = [redirected(address, sender=sender, recipients=here) for address in sieved.redirects]
         now = int(time.time())
         claimant = queue_id.to_bytes(8, "big") + index.to_bytes(4, "big")
         for answer in sieved.answers:

@@ -116,6 +116,10 @@ def test_a_run_may_not_cost_too_much() -> None:
         compare(match._replace(kind="value", relation="eq"), [b""] * 1000, [b"a"] * 1000, Meter())
     with pytest.raises(RunError, match="too much"):  # what looks like the longest piece is everywhere, and never it
         compare(match._replace(kind="matches"), [b"a" * 300_000], [b"*a?a?a?b*"], Meter())
+    with pytest.raises(RunError, match="too much"):  # each place costs a look at all of its pieces
+        compare(match._replace(kind="matches"), [b"a" * 20_000], [b"*" + b"a?" * 2000 + b"b*"], Meter())
+    with pytest.raises(RunError, match="too much"):  # patterns that are made of variables
+        compare(match._replace(kind="matches"), [b""], [b"?*" * 30_000] * 20, Meter())
     meter = Meter()
     for _ in range(STEPS_MOST):
         meter.step()

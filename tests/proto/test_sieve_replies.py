@@ -92,10 +92,12 @@ def test_messages_for_the_queue() -> None:
     assert answered(ANSWER, hostname="mx.b.example", ident="abc", seconds=1_795_842_000) == Onward(
         "", "ann@a.example", b"", made(ANSWER)
     )
-    assert redirected("x@y.example", sender="ann@a.example", recipient="bob@b.example") == Onward(
+    assert redirected("x@y.example", sender="ann@a.example", recipients=["bob@b.example"]) == Onward(
         "ann@a.example", "x@y.example", b"Delivered-To: bob@b.example\r\n", None
     )
-    assert redirected("x@y.example", sender="", recipient="b\r\nX: y@b.example").front == b"Delivered-To: b  X: y@b.example\r\n"
+    assert (
+        redirected("x@y.example", sender="", recipients=["b\r\nX: y@b.example"]).front == b"Delivered-To: b  X: y@b.example\r\n"
+    )
 
 
 def test_refusals_are_one_line() -> None:

@@ -565,9 +565,21 @@ def test_loops() -> None:
     found = outcome('redirect "x@y.example";', ME + b"Delivered-To: Bob@B.example\r\n\r\n")
     assert found == Outcome((Kept(),), loop="it was delivered to bob@b.example before")
     assert not outcome("", ME + b"Delivered-To: eve@b.example\r\n\r\n").loop
+    for before in (b"bob+1@b.example", b"robert@b.example", b"<robert+1@B.example>"):
+        message = ME + b"Delivered-To: %b\r\n\r\n" % before
+        assert outcome("discard;", message, recipient="bob+2@b.example", addresses=["robert@b.example"]).loop
+    assert not outcome("", ME + b"Delivered-To: bob+1@b.example\r\n\r\n", recipient="bob+2@b.example", separator="").loop
+    found = outcome("discard;", ME + b"Delivered-To: eve@b.example\r\n" * 51 + b"\r\n")
+    assert found == Outcome((Kept(),), loop="it has 51 Delivered-To fields")
     found = outcome('redirect "x@y.example";', ME + b"Received: x\r\n" * 51 + b"\r\n")
     assert found == Outcome((Kept(),), loop="it has 51 Received fields")
     assert not outcome("", ME + b"Received: x\r\n" * 50 + b"\r\n").loop
+
+
+def test_what_is_counted_costs() -> None:
+    people = b"To: " + b"a@b.example," * 2000 + b"c@b.example\r\n\r\n"
+    assert outcome('if address :count "lt" "to" "1" { discard; }' * 10, people).error == ""
+    assert outcome('if address :count "lt" "to" "1" { discard; }' * 100, people).error == "too much has to be compared"
 
 
 def test_numbers_of_actions() -> None:

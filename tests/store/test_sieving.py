@@ -239,6 +239,15 @@ async def test_what_a_script_sends_is_not_lost_when_a_reply_cannot_be_remembered
     assert bench.found(user) == {}
 
 
+async def test_a_loop_through_a_catch_all_is_noticed_at_its_user(bench):
+    user = await bench.script("a", 'require "variables"; redirect "x@c.example";')
+    bench.alias("@a.example", ["a@a.example"])
+    _, (one,) = await bench.deliver("any1")
+    assert one.front == b"Delivered-To: any1@a.example\r\nDelivered-To: a@a.example\r\n"
+    replies, onward = await bench.deliver("any2", queue_id=2, data=one.front + MESSAGE)
+    assert replies == [FILED] and onward == [] and list(bench.found(user)) == ["INBOX"]
+
+
 async def test_nothing_is_sent_of_a_message_that_is_not_filed(bench):
     await bench.script("a", 'require ["vacation", "copy"]; redirect :copy "new@z.example"; vacation "away";')
     bench.settings = type(bench.settings)(quota=1)
