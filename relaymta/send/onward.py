@@ -10,6 +10,7 @@ from relaymta.disk.big import BigFile
 from relaymta.errors import store_error
 from relaymta.ident import format_id
 from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Body, Envelope, Onward
+from relaymta.proto.header import header_end
 from relaymta.queue import Entry, Put, Queue, wall_ms
 
 __all__ = ["puts_of"]
@@ -42,13 +43,13 @@ async def _made(queue: Queue, entry: Entry, _: object, message: Onward, recipien
     """A message of our own, signed as a DSN is."""
     ident, data = queue.ident(), message.front + (message.data or b"")
     data = await asyncio.get_running_loop().run_in_executor(None, queue.sign, data) + data
-    flags = 0 if data.isascii() else EIGHT_BIT
+    flags = (0 if data.isascii() else EIGHT_BIT) | _wide(data[: header_end(data)])
     return _put(queue, entry, message, recipients, ident, [data], len(data), flags, f"<{format_id(ident)}>")
 
 
 async def _redirected(queue: Queue, entry: Entry, data: list[bytes] | BigFile, message: Onward, recipients: list[str]) -> Put:
     """The message at hand, with some header fields in front."""
-    ident, flags = queue.ident(), entry.envelope.flags & LIKE_BEFORE
+    ident, flags = queue.ident(), entry.envelope.flags & LIKE_BEFORE | _wide(message.front)
     pieces = None if isinstance(data, BigFile) else [message.front, *data]
     if pieces is not None and sum(map(len, pieces)) <= queue.big_limit:
         size = sum(map(len, pieces))
@@ -57,6 +58,11 @@ async def _redirected(queue: Queue, entry: Entry, data: list[bytes] | BigFile, m
     put = _put(queue, entry, message, recipients, ident, None, body.length, flags, entry.envelope.message_id)
     put.envelope.body = body
     return put
+
+
+def _wide(header: bytes) -> int:
+    """The flags of a message with this header, or part of it: addresses of ours in it may be in UTF-8."""
+    return 0 if header.isascii() else EIGHT_BIT | SMTPUTF8 | UTF8_HEADER
 
 
 def _put(
