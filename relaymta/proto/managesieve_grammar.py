@@ -12,11 +12,11 @@ from relaymta.proto import managesieve_reply as reply
 __all__ = ["Broken", "Command", "Reader", "String", "Word"]
 
 SKIPPED_MOST: Final = 1 << 20  # octets of a literal that is too long, and is read nevertheless
+TOKENS_MOST: Final = 8  # of a command: more than any takes
 SHOWN = 64  # octets of the beginning of a line
 
 _LITERAL = re.compile(rb"(?:\A|(?<=[ ]))\{([0-9]{1,19})(\+?)\}\Z")
 _TOKEN = re.compile(rb'(?:"(?P<quoted>(?:[^"\\\x00\r\n]|\\["\\])*+)"|(?P<word>[A-Za-z0-9*=+/._-]++))(?:[ ]++|\Z)')
-_ESCAPED = re.compile(rb"\\(.)", re.S)
 
 
 class String(bytes):
@@ -125,6 +125,8 @@ class Reader:
         self._add(text[: announced.start()] if announced is not None else text)
         if announced is None:
             return Broken(self._broken, self._start) if self._broken else Command(self._tokens, self._start)
+        if len(self._tokens) >= TOKENS_MOST:
+            return self._too_long()
         if not announced[2]:
             return Broken(reply.NOT_SYNCHRONISING, self._start, True)
         self._literal = int(announced[1])
@@ -145,10 +147,18 @@ class Reader:
             self._broken = reply.BAD_SYNTAX
             return
         while at < len(text):
+            if len(self._tokens) >= TOKENS_MOST:
+                self._broken = reply.BAD_ARGUMENTS
+                return
             found = _TOKEN.match(text, at)
             if found is None:
                 self._broken = reply.BAD_SYNTAX
                 return
             quoted = found["quoted"]
-            self._tokens.append(Word(found["word"]) if quoted is None else String(_ESCAPED.sub(rb"\1", quoted)))
+            self._tokens.append(Word(found["word"]) if quoted is None else String(_unescaped(quoted)))
             at = found.end()
+
+
+def _unescaped(quoted: bytes) -> bytes:
+    """What a quoted string means, whose escaped characters are all there are behind backslashes."""
+    return b"\\".join(part.replace(b"\\", b"") for part in quoted.split(b"\\\\"))

@@ -250,6 +250,15 @@ def test_bounds_before_and_after_the_login():
     assert early.feed(b"N" * (BEFORE_LOGIN + 1)) == reply.TOO_LONG and early.session.closing
 
 
+def test_more_arguments_than_any_command_has_are_not_read():
+    reader = Reader(AFTER_LOGIN)
+    reader.feed(b"NOOP" + b" a" * 30_000 + b"\r\nNOOP\r\n")
+    assert reader.next().answer == reply.BAD_ARGUMENTS and len(reader._tokens) == 0
+    assert reader.next() == Command([Word(b"NOOP")], b"NOOP\r\n")
+    reader.feed(b"NOOP" + b" {0+}\r\n" * 10_000)
+    assert reader.next().fatal and len(reader.buffer) > 50_000
+
+
 def test_many_errors_end_the_session():
     caller = Caller()
     out = caller.feed(b"FILINTO\r\n" * 100)
@@ -320,6 +329,8 @@ def test_any_octets_are_commands_or_broken(pieces):
     for piece in pieces:
         other.feed(piece)
         other_found += list(_all(other))
+        if other_found and isinstance(other_found[-1], Broken) and other_found[-1].fatal:
+            break  # the session has ended
     assert list(_all(one)) == other_found
 
 
