@@ -63,7 +63,7 @@ class CarriedMessages(msgspec.Struct, array_like=True, tag=True):
 
 
 class CarriedDone(msgspec.Struct, array_like=True, tag=True):
-    """What the queue may ask for again: (queue id, recipient, when it was filed)."""
+    """What the queue may ask for again: (queue id, recipient, the attempt that has filed it)."""
 
     rows: list[tuple[int, int, int]]
 

@@ -276,11 +276,11 @@ class MailShard(Environment):
         return row is not None and row.body == body
 
     def done_of(self, txn: Any, user: int) -> Iterator[tuple[int, int, int]]:
-        """(queue id, recipient, when) of what was filed for a user, of all that is noted in the shard."""
+        """(queue id, recipient, attempt: as of `filed_by`) of what was filed for a user, of all that is noted in the shard."""
         for key, value in txn.cursor(db=self.tables["done"]):
             queue_id, recipient, owner = DONE.unpack(key)
             if owner == user:
-                yield queue_id, recipient, ID.unpack_from(value)[0]
+                yield queue_id, recipient, _attempt_of(value)
 
     def done_by_queue(self, txn: Any, after: int, most: int) -> list[int]:
         """The ids of messages of the queue of which it is noted that they were filed: so many, above `after`, in order."""
@@ -294,11 +294,16 @@ class MailShard(Environment):
     def filed_by(self, txn: Any, queue_id: int, recipient: int, user: int) -> int | None:
         """The attempt that has filed this recipient's message for a user (ANY_ATTEMPT: not known); None: none has."""
         raw = txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"])
-        return None if raw is None else FILED.unpack(raw)[1] if len(raw) == FILED.size else ANY_ATTEMPT
+        return None if raw is None else _attempt_of(raw)
 
     def is_done(self, txn: Any, queue_id: int, recipient: int, user: int) -> bool:
         """Whether this recipient's message was filed for a user."""
         return txn.get(DONE.pack(queue_id, recipient, user), db=self.tables["done"]) is not None
+
+
+def _attempt_of(value: bytes) -> int:
+    attempt: int = FILED.unpack(value)[1] if len(value) == FILED.size else ANY_ATTEMPT
+    return attempt
 
 
 def runs_of(uids: Iterable[int]) -> list[tuple[int, int]]:

@@ -166,8 +166,8 @@ class Shard(Appends):
             elif isinstance(part, CarriedScripts):
                 scripts.take(change.shard, change.txn, user, part.scripts, part.replies)
             else:
-                for queue_id, recipient, _ in part.rows:
-                    change.done(queue_id, recipient, user, self.clock.now())
+                for queue_id, recipient, attempt in part.rows:
+                    change.done(queue_id, recipient, user, self.clock.now(), attempt)
 
         await self.task(change)
         return []

@@ -30,7 +30,7 @@ async def filled(bench: Bench, user: int, count: int, seed: int = 0) -> None:
         flags = chance.choice((0, SEEN, SEEN | DELETED))
         targets = [Target(user, flags=flags, keywords=["$Work"] * chance.choice((0, 1)), prefix=b"Delivered-To: x\r\n")]
         if number % 3 == 0:
-            targets += [Target(user, "Sent", once=(number, 7, user)), Target(user, date=1_600_000_000_000)]
+            targets += [Target(user, "Sent", once=(number, 7, user), attempt=number), Target(user, date=1_600_000_000_000)]
         await bench.file(b"%d %s\r\n" % (number, b"x" * chance.choice((10, 3000))), *targets)
     number, _ = bench.mailbox(user)
     await bench.shard.task(lambda change: change.expunge(user, number, list(range(1, 5))))
@@ -42,7 +42,7 @@ def everything(bench: Bench, user: int):
     with rows.reading() as txn:
         names = list(rows.mailboxes(txn, user))
         owner = rows.user(txn, user)
-        done = sorted((queue_id, recipient) for queue_id, recipient, _ in rows.done_of(txn, user))
+        done = sorted(rows.done_of(txn, user))
         for row in names:
             dates = [(uid, message.date, message.saved, message.size) for uid, message in rows.messages(txn, row.mailbox)]
             state, expunged = rows.state(txn, row.mailbox), list(rows.expunged(txn, row.mailbox))
