@@ -24,6 +24,8 @@ from relaymta.reservation import Reservation
 
 __all__ = ["FiledTransaction"]
 
+TEXT_MOST = 500  # characters of a reply, in which a user's script may say why: its line has 512 octets (RFC 5321 4.5.3.1.5)
+
 
 class FiledTransaction(IncomingTransaction):
     """See above."""
@@ -122,7 +124,7 @@ class FiledTransaction(IncomingTransaction):
     def _said(self, address: str, landed: Landed) -> bytes:
         said, name = landed.reply, format_id(self._ident)
         if said.code >= 300:
-            return reply.format_reply(said.code, said.enhanced, f"<{address}> {said.text}")
+            return reply.format_reply(said.code, said.enhanced, f"<{address}> {said.text}"[:TEXT_MOST])
         if landed.rest and not landed.users:
             return reply.format_reply(250, "2.0.0", f"<{address}> queued as {name}")
         return reply.format_reply(said.code, said.enhanced, f"<{address}> {said.text} as {name}")

@@ -7,6 +7,7 @@ import pytest
 from relaymta.accept.connection import Connection
 from relaymta.accept.filing import Filing
 from relaymta.auth.identity import Identity
+from relaymta.proto.said import Reply
 from relaymta.proto.smtp_server import Offers
 from relaymta.reservation import Reservation
 from tests.accept.test_lmtp_machine import ROUTE
@@ -70,6 +71,22 @@ def test_each_recipient_has_a_reply_and_the_rest_goes_through_the_queue(size):
     ]  # fmt: skip
     assert names[2]["users"] == ["x", "z"] and not of.held()["files"] and not of.held()["filing"]
     assert all(file.kept for file in of.written)
+
+
+def test_the_reply_of_a_user_who_says_much_is_a_line_of_smtp():
+    of = machine()
+    made = connected(of)
+    landed = of.intake.local.file
+    answer = Reply(550, "5.7.1", "n" * 500)
+    of.intake.local = of.intake.local._replace(
+        file=lambda sender, names, data, done: landed(
+            sender, names, data, lambda some: done([one._replace(reply=answer, rest=[]) for one in some])
+        )
+    )
+    send(made, BEGUN + chunk())
+    idle(made)
+    lines = [line for line in made.transport.said.split(b"\r\n") if line.startswith(b"550 5.7.1 <")]
+    assert [len(line) for line in lines] == [510] * 3 and lines[0].startswith(b"550 5.7.1 <x@d.example> nnn")
 
 
 @SIZES
