@@ -350,7 +350,9 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
 
     def _file_in_places(self, change: Change, row: MessageRow, target: Target, places: list[Place]) -> Result:
         """File a message where a Sieve script wants it: nothing that has been asked of one mailbox may lose it."""
-        change.check_room(change.owner(target.user), target.limits, len(places), row.size * len(places))
+        owner = change.owner(target.user)
+        if places:  # else it needs no room, also where more is used than there may be
+            change.check_room(owner, target.limits, len(places), row.size * len(places))
         found = [self._file_at(change, row, target.user, one) for one in places]
         if None in found and not any(one.name == INBOX for one in places):
             found.append(self._file_at(change, row, target.user, Place()))

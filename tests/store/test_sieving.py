@@ -248,6 +248,24 @@ async def test_a_loop_through_a_catch_all_is_noticed_at_its_user(bench):
     assert replies == [FILED] and onward == [] and list(bench.found(user)) == ["INBOX"]
 
 
+def test_few_large_scripts_are_kept_compiled():
+    for number in range(sieving.COMPILED_LARGE + 8):
+        sieving._compiled(b"#" * sieving.SMALL + b"%d" % number)
+    assert sieving._large.cache_info().currsize == sieving.COMPILED_LARGE
+    before = sieving._small.cache_info().currsize
+    sieving._compiled(b"# small")
+    assert sieving._small.cache_info().currsize == before + 1
+
+
+async def test_what_is_filed_nowhere_needs_no_room(bench):
+    user = await bench.script("a", "keep;")
+    await bench.deliver("a")
+    await bench.change(user, 'redirect "new@z.example";')
+    bench.settings = type(bench.settings)(quota=1)
+    replies, onward = await bench.deliver("a", queue_id=2)
+    assert replies == [FILED] and [one.recipient for one in onward] == ["new@z.example"]
+
+
 async def test_nothing_is_sent_of_a_message_that_is_not_filed(bench):
     await bench.script("a", 'require ["vacation", "copy"]; redirect :copy "new@z.example"; vacation "away";')
     bench.settings = type(bench.settings)(quota=1)
