@@ -45,7 +45,7 @@ from relaymta.store.writer import Place
 __all__ = ["Mail", "Sieved", "Sieving"]
 
 SCRIPT_COST: Final = 1024  # octets, of the smallest
-COMPILED_OCTETS: Final = 4 << 20  # of texts of scripts that are kept compiled, which take some times as much
+COMPILED_OCTETS: Final = 2 << 20  # of texts of scripts that are kept compiled, which may take 25 times as much
 THREADS: Final = 2
 HEADER_MOST: Final = 1 << 20  # octets of a large message's header, and
 BODY_MOST: Final = 4 << 20  # of it in all, that a script sees: decoding and comparing take several times as much, and the GIL

@@ -248,15 +248,6 @@ async def test_a_loop_through_a_catch_all_is_noticed_at_its_user(bench):
     assert replies == [FILED] and onward == [] and list(bench.found(user)) == ["INBOX"]
 
 
-def test_few_large_scripts_are_kept_compiled():
-    for number in range(sieving.COMPILED_LARGE + 8):
-        sieving._compiled(b"#" * sieving.SMALL + b"%d" % number)
-    assert sieving._large.cache_info().currsize == sieving.COMPILED_LARGE
-    before = sieving._small.cache_info().currsize
-    sieving._compiled(b"# small")
-    assert sieving._small.cache_info().currsize == before + 1
-
-
 async def test_what_is_filed_nowhere_needs_no_room(bench):
     user = await bench.script("a", "keep;")
     await bench.deliver("a")
