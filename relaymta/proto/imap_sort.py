@@ -142,7 +142,10 @@ class Sorted:
     all of them are in the order in which they are added."""
 
     def __init__(self, criteria: Sequence[tuple[str, bool]]) -> None:
-        self._criteria = criteria
+        firsts: dict[str, bool] = {}  # a criterion that comes again decides nothing
+        for name, reverse in criteria:
+            firsts.setdefault(name, reverse)
+        self._criteria = tuple(firsts.items())
         self._runs: list[list[bytes]] = []
         self._run: list[bytes] = []
         self._count = 0

@@ -1,6 +1,7 @@
 """Which messages a message answers (RFC 5256 3, REFERENCES): keys of the Message-IDs in its header."""
 
 import re
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -29,15 +30,20 @@ def thread_keys(header: bytes) -> bytes:
         name = header[begin:name_end].lower()
         if name in _NAMES and name not in found:
             found[name] = header[start:end]
-    own = _keys(found.get(b"message-id", b""), 1) or [NO_KEY]
-    references = _keys(found.get(b"references", b"")) or _keys(found.get(b"in-reply-to", b""), 1)
-    return b"".join(own + references[-REFERENCES_MOST:])
+    own = _keys(_idents(found.get(b"message-id", b"")), 1) or [NO_KEY]
+    references = _keys(reversed([*_idents(found.get(b"references", b""))]), REFERENCES_MOST)[::-1]
+    return b"".join(own + (references or _keys(_idents(found.get(b"in-reply-to", b"")), 1)))
 
 
-def _keys(value: bytes, most: int | None = None) -> list[bytes]:
-    """Keys of the valid Message-IDs in a field's value: the first ones."""
-    idents = (_normal(match[1]) for match in _ID.finditer(value))
-    return list(islice((_key(ident) for ident in idents if ident), most))
+def _idents(value: bytes) -> Iterator[bytes]:
+    """What is between < and > in a field's value."""
+    return (match[1] for match in _ID.finditer(value))
+
+
+def _keys(idents: Iterable[bytes], most: int) -> list[bytes]:
+    """Keys of the first valid ones of Message-IDs."""
+    normal = (_normal(ident) for ident in idents)
+    return list(islice((_key(ident) for ident in normal if ident), most))
 
 
 def _normal(ident: bytes) -> bytes:

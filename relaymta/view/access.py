@@ -4,11 +4,13 @@ owner of the user's shard; everything is read here, on reader threads.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import lmdb
 
@@ -24,11 +26,12 @@ from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import INBOX, SEEN, UserRow
 from relaymta.view.reading import TooMuch
-from relaymta.view.turns import Turns
 
 __all__ = ["Access", "Inbox"]
 
 THREADS, SEARCHERS = 4, 2
+ARRANGED = 1  # SORT and THREAD commands of large mailboxes at a time: each has some hundred octets of every message in memory
+FEW = 20_000  # messages of a mailbox that is sorted at any time
 PIECE = 256 << 10  # octets of a large message that are read together
 SLICE = 64 << 10  # octets that are sent together: what TLS has been given it keeps, encrypted, until the client reads
 PAGE = 2000  # index records of one read transaction
@@ -49,15 +52,15 @@ class Inbox(NamedTuple):
 
 
 class Access:
-    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected;
-    `turns`: of those who sort or thread much."""
+    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected."""
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
         self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
         self.shared = Shared()
-        self.turns = Turns()
+        self._turns: WeakValueDictionary[tuple[str, int], asyncio.Lock] = WeakValueDictionary()
+        self._arranged = asyncio.Semaphore(ARRANGED)
         self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more
 
     def close(self) -> None:
@@ -109,9 +112,28 @@ class Access:
         """The result of a function that reads much, on a reader thread. StoreError where LMDB fails, and what it raises."""
         return await self._run(self._threads, function)
 
-    async def search(self, function: Callable[[], T]) -> T:
-        """As `read`, for a slice of a SEARCH: on threads of their own, so that nobody waits for them to read a message."""
-        return await self._run(self._searchers, function)
+    async def search(self, user: User, function: Callable[[], T]) -> T:
+        """As `read`, for a slice of a user's SEARCH: on threads of their own, so that nobody waits for them to read a message,
+        and one of each user at a time, so that others wait for one of the user's searches, however many there are."""
+        async with self._turn("search", user):
+            return await self._run(self._searchers, function)
+
+    @asynccontextmanager
+    async def arranging(self, user: User, messages: int) -> AsyncIterator[None]:
+        """While a SORT or THREAD of a mailbox of so many messages collects them: of large ones ARRANGED at a time, and one of
+        each user."""
+        if messages <= FEW:
+            yield
+            return
+        async with self._turn("arrange", user), self._arranged:
+            yield
+
+    def _turn(self, what: str, user: User) -> asyncio.Lock:
+        """What a user does one at a time; kept while it is held or waited for."""
+        turn = self._turns.get((what, user.ident))
+        if turn is None:
+            turn = self._turns[what, user.ident] = asyncio.Lock()
+        return turn
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         try:

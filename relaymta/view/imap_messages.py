@@ -373,10 +373,11 @@ async def arrange(reader: Reader, command: Command) -> Done:
     program = Program(asked.key, selected.view, search.now_ms())
     if program.bodies > search.BODIES_MOST:
         return TOO_MANY_BODIES
-    if isinstance(asked, Sort):
-        told = await sorted_(reader, selected, asked, program)
-    else:
-        told = await threaded(reader, selected, asked, program)
+    async with reader.access.arranging(reader.user, len(selected.view.uids)):
+        if isinstance(asked, Sort):
+            told = await sorted_(reader, selected, asked, program)
+        else:
+            told = await threaded(reader, selected, asked, program)
     await reader.tell(told)
     return Done("OK", "Sorted" if isinstance(asked, Sort) else "Threaded", expunges=not program.by_number)
 

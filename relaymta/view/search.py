@@ -17,7 +17,7 @@ from relaymta.proto.envelope import Body
 from relaymta.proto.imap_program import Batch, Program, Stage
 from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, lower
 from relaymta.proto.imap_text import EnvelopeText, FileText, HeaderText, MessageText
-from relaymta.proto.mime import Description, describe
+from relaymta.proto.mime import PLACE, Description, describe
 from relaymta.store.change import Refusal
 from relaymta.store.reading import Readable, body_of
 from relaymta.store.rows import MessageRow, ObjectRow
@@ -31,7 +31,10 @@ __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "sea
 MILLISECONDS: Final = 5
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER: Final = 64  # messages
-ROOM: Final = 2 << 20  # octets of message data in memory; or one message
+ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What takes longer to look into counts for more:
+WEIGHTS: Final = {Stage.ROW: 0, Stage.ENVELOPE: 32, Stage.HEADER: 4, Stage.BODY: 1}
+PART: Final = 512  # octets of the place of a part
+PARTS_MOST: Final = 10_000
 HEADER_MOST: Final = 1 << 20  # octets of a header
 BODIES_MOST: Final = 32  # keys that look into all of a message
 
@@ -48,7 +51,7 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
     goes on; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
-    return await access.search(search) if program.stages else await access.read_little(search)
+    return await access.search(selected.user, search) if program.stages else await access.read_little(search)
 
 
 def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tuple[bytes, int | None]:
@@ -104,13 +107,22 @@ def bring(shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int =
         if message is not None and (made := make(shard, message)) is not None:
             bits |= 1 << taken
             data.append(made)
-            if stage >= Stage.HEADER:
-                room -= min(message.object.body.length, HEADER_MOST)
+            room -= _weight(message, stage)
         taken += 1
     first, rest = batch.divided(taken)
     first = first.kept(bits)
     setattr(first, name, data)
     return first, rest
+
+
+def _weight(message: Message, stage: Stage) -> int:
+    """How much of the room a message takes."""
+    described, octets = message.object.described, min(message.object.body.length, HEADER_MOST)
+    if stage == Stage.BODY:
+        return octets + PART * (PARTS_MOST if described is None else len(described.parts) // PLACE.size)
+    if described is not None:
+        octets = min(len(described.envelope) if stage == Stage.ENVELOPE else described.header_end, HEADER_MOST)
+    return WEIGHTS[stage] * octets
 
 
 def _messages(shard: Readable, mailbox: int, batch: Batch, stage: Stage) -> list[Message | None]:

@@ -10,7 +10,7 @@ from typing import Final
 
 from relaymta.proto.imap_command import Sort, Thread
 from relaymta.proto.imap_program import Program
-from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, numbers, runs, values
+from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, lower, numbers, runs, values
 from relaymta.proto.imap_sort import Sorted
 from relaymta.proto.imap_thread import Threads, shown
 from relaymta.proto.imap_view import View
@@ -40,10 +40,9 @@ async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Prog
         described = search.described_of(shard, message) if order.needs_envelope else None
         order.add(b"" if described is None else described.envelope, message.row.date, message.row.size)
 
-    async with reader.access.turns.taken(reader.user.ident, len(records) // RECORD_SIZE):
-        there = await _added(reader, selected, records, add)
-        modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
-        return await reader.access.search(lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
+    there = await _added(reader, selected, records, add)
+    modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
+    return await reader.access.search(reader.user, lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
 
 
 def _sort_response(order: Sorted, there: bytes, view: View, by_uid: bool, modseq: int) -> Iterator[bytes]:
@@ -70,9 +69,8 @@ async def threaded(reader: Reader, selected: Selected, asked: Thread, program: P
         if threads.nodes > NODES_MOST:
             raise Refusal(LIMIT, "the messages refer to too many others")
 
-    async with reader.access.turns.taken(reader.user.ident, len(records) // RECORD_SIZE):
-        there = await _added(reader, selected, records, add)
-        return await reader.access.search(lambda: list(_thread_response(threads, there, selected.view, asked.uid)))
+    there = await _added(reader, selected, records, add)
+    return await reader.access.search(reader.user, lambda: list(_thread_response(threads, there, selected.view, asked.uid)))
 
 
 def _thread_response(threads: Threads, there: bytes, view: View, by_uid: bool) -> Iterator[bytes]:
@@ -96,7 +94,7 @@ async def _added(reader: Reader, selected: Selected, records: bytes, add: Add) -
     there = array("I")
     at = 0
     while at < len(records):
-        at += await reader.access.search(partial(_slice, selected, records, at, add, there))
+        at += await reader.access.search(reader.user, partial(_slice, selected, records, at, add, there))
         await reader.pause()
     return values(there.tobytes()).tobytes()
 
@@ -105,10 +103,14 @@ def _slice(selected: Selected, records: bytes, start: int, add: Add, there: "arr
     """Reader thread: add messages while there is time; how many octets of the records that were."""
     until = time.monotonic() + SECONDS
     at = start
-    while at < len(records) and (at == start or time.monotonic() < until):
+    first = True
+    while at < len(records) and (first or time.monotonic() < until):
         part = records[at : at + TOGETHER * RECORD_SIZE]
         for message in reading.messages(selected.shard, selected.mailbox, runs(load([part]))):
+            if not first and time.monotonic() >= until:
+                return at + lower(load([part]), message.uid) * RECORD_SIZE - start
             add(selected.shard, message)
             there.append(message.uid)
+            first = False
         at += len(part)
     return at - start

@@ -133,3 +133,11 @@ def test_in_order_is_sorted(items):
         patch.setattr("relaymta.proto.imap_sort.RUN", 4)
         numbers = list(range(len(items)))
         assert in_order(numbers, items.__getitem__) == sorted(numbers, key=items.__getitem__)
+
+
+def test_a_criterion_that_comes_again_costs_nothing():
+    once, often = Sorted([("SUBJECT", False)]), Sorted([("SUBJECT", False), ("SUBJECT", True)] * 10)
+    for one in (once, often):
+        for subject in (b"b", b"a" * 300, b"c"):
+            one.add(describe(b"Subject: " + subject + b"\r\n\r\n").envelope, 0, 0)
+    assert once._run == often._run and list(once.order()) == list(often.order()) == [1, 0, 2]

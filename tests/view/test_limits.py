@@ -1,9 +1,15 @@
 """The bounds of docs/mailboxes.md that are the store's or a session's at it, each from both sides; see also
 tests/proto/test_mailbox_limits.py."""
 
+import asyncio
+import threading
+
+import msgspec
 import pytest
 
 from relaymta.store.rows import KEYWORDS_MOST
+from relaymta.view import search, sort
+from relaymta.view.access import ARRANGED, FEW
 from relaymta.view.imap_append import MESSAGES_MOST
 from relaymta.view.search import BODIES_MOST
 from tests.view.test_imap_failures import SMALL, desk
@@ -85,3 +91,66 @@ async def test_mailboxes_of_a_user(desk, monkeypatch):
     assert (await desk.say(b"1 DELETE " + path + b"\r\n")).startswith(b"1 OK ")
     assert (await desk.say(b"1 SUBSCRIBE y\r\n")).startswith(b"1 OK ")
     assert await desk.say(b"1 CREATE z\r\n") == full
+
+
+# What many searches, or many of one user, may take of others
+
+
+async def test_a_slice_of_sort_ends_with_the_message_amid_which_its_time_is_over(desk, monkeypatch):
+    await desk.file(*(b"Subject: %d\r\n\r\n" % (number % 3) for number in range(7)))
+    await desk.say(b"0 SELECT INBOX\r\n")
+    slices, run = [], sort._slice
+    monkeypatch.setattr(sort, "_slice", lambda *given: (slices.append(run(*given)), slices[-1])[1])
+    monkeypatch.setattr(sort, "SECONDS", -1.0)
+    assert await desk.told(b"SORT (SUBJECT) UTF-8 ALL") == b"* SORT 1 4 7 2 5 3 6\r\nx OK Sorted\r\n"
+    assert slices == [24] * 7
+
+
+async def test_what_takes_long_to_look_into_is_looked_into_by_itself(desk, monkeypatch):
+    """Of messages of many parts, or with a large header, two at most."""
+    parts = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\nx\r\n" * 5000
+    header = b"".join(b"X-%d: %b\r\n" % (number, b"y" * 70) for number in range(8000)) + b"\r\n"
+    subject = b"Subject: " + b"=?utf-8?q?=C3=A4?=\r\n " * 9000 + b"\r\n\r\n"
+    together, bring = [], search.bring
+    monkeypatch.setattr(search, "bring", lambda *given, **how: (found := bring(*given, **how), together.append(len(found[0])))[0])
+    for text, keys in ((parts, b"BODY q"), (header, b"HEADER X-1 q"), (subject, b"SUBJECT q"), (SMALL, b"SUBJECT q")):
+        await desk.file(*[text] * 3)
+        await desk.say(b"0 SELECT INBOX\r\n")
+        together.clear()
+        await desk.told(
+            b"UID SEARCH UID %d:* %b" % (int((await desk.say(b"1 STATUS INBOX (UIDNEXT)\r\n")).split()[4][:-1]) - 3, keys)
+        )
+        assert together == [3] if text is SMALL else max(together) <= 2, (keys, together)
+
+
+async def test_a_users_searches_wait_for_one_another(desk):
+    """One slice of each user at a time; of SORTs of large mailboxes one at a time, in the order of users."""
+    access, one = desk.access, desk.access.user("a@a.example")
+    other, go, begun = msgspec.structs.replace(one, ident=one.ident + 1), threading.Event(), []
+    running = [asyncio.ensure_future(access.search(one, lambda n=n: (begun.append(n), go.wait(60)))) for n in range(5)]
+    running.append(asyncio.ensure_future(access.search(other, lambda: (begun.append("other"), go.wait(60)))))
+    while len(begun) < 2:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    assert begun == [0, "other"]
+    go.set()
+    await asyncio.gather(*running)
+    assert sorted(begun, key=str) == [0, 1, 2, 3, 4, "other"] and not access._turns
+    inside, end = [], asyncio.Event()
+
+    async def arrange(user, messages=FEW + 1):
+        async with access.arranging(user, messages):
+            inside.append(user.ident)
+            await end.wait()
+
+    users = [msgspec.structs.replace(one, ident=number // 2) for number in range(8)]
+    running = [asyncio.ensure_future(arrange(user)) for user in users]
+    await asyncio.sleep(0.01)
+    assert inside == [0] and len(inside) == ARRANGED
+    running.append(asyncio.ensure_future(arrange(one, FEW)))
+    await asyncio.sleep(0)
+    assert inside == [0, one.ident], "a small one waits for nobody"
+    inside.pop()
+    end.set()
+    await asyncio.gather(*running)
+    assert inside == [0, 1, 2, 3, 0, 1, 2, 3] and not access._turns
