@@ -5,14 +5,14 @@ by a link-cut tree (Sleator and Tarjan, 1983).
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import xxhash
 
 from relaymta.proto.imap_sort import base_subject, in_order, sent, sortable
 
-__all__ = ["Forest", "Threads", "shown"]
+__all__ = ["Children", "Forest", "Threads", "shown"]
 
 NONE: Final = -1
 OPEN: Final = -2
@@ -25,8 +25,53 @@ class Forest(NamedTuple):
     message, by its number among those that were added, from 0; others are dummies, which have two children at least."""
 
     messages: int
-    roots: list[int]
-    children: dict[int, list[int]]
+    roots: Sequence[int]
+    children: "Children"
+
+
+class Children:
+    """Children of `nodes` nodes, and of others that are added. Most have one or none, which takes 4 octets and nothing that the
+    garbage collector looks at, during which no other thread runs."""
+
+    __slots__ = ("_only", "_several")
+
+    def __init__(self, nodes: int) -> None:
+        self._only = array("i", [NONE]) * nodes
+        self._several: dict[int, list[int]] = {}
+
+    def get(self, node: int) -> Sequence[int]:
+        """The children of a node."""
+        several = self._several.get(node)
+        if several is not None:
+            return several
+        only = self._only[node] if node < len(self._only) else NONE
+        return () if only == NONE else (only,)
+
+    def add(self, node: int, child: int) -> None:
+        """Another child, the last one."""
+        several = self._several.get(node)
+        if several is not None:
+            several.append(child)
+        elif self._only[node] == NONE:
+            self._only[node] = child
+        else:
+            self._several[node] = [self._only[node], child]
+
+    def put(self, node: int, children: list[int]) -> None:
+        """These are the children."""
+        self._several[node] = children
+
+    def take(self, node: int) -> Sequence[int]:
+        """The children of a node, which has none then."""
+        found = self.get(node)
+        self._several.pop(node, None)
+        if node < len(self._only):
+            self._only[node] = NONE
+        return found
+
+    def siblings(self) -> Iterable[tuple[int, list[int]]]:
+        """Nodes with several children, and these."""
+        return self._several.items()
 
 
 class Threads:
@@ -64,27 +109,29 @@ class Threads:
         dates, threads = self._dates, dict[int, list[int]]()
         for message in in_order(range(len(dates)), dates.__getitem__):
             threads.setdefault(self._subjects[message], []).append(message)
-        children = {thread[0]: thread[1:] for thread in threads.values() if len(thread) > 1}
+        children = Children(0)
+        for thread in threads.values():
+            if len(thread) > 1:
+                children.put(thread[0], thread[1:])
         return Forest(len(dates), [thread[0] for thread in threads.values()], children)
 
     def _referred(self) -> Forest:
         """REFERENCES, steps 2 to 6."""
         count = len(self._dates)
-        parents, self._links = self._links.parents(), _Links()  # what is not needed any more is freed
+        parents, self._links = self._links.parents(), _Links()  # the links are not needed any more
         roots, children = _pruned(parents, count)
         order = _Order(self._dates, children, count)
         for root in roots:
             if root >= count:
-                children[root] = in_order(children[root], order)
-        roots = _Gathering(self, children, count).gathered(in_order(roots, order))
-        for parent, siblings in children.items():
-            if len(siblings) > 1:
-                children[parent] = in_order(siblings, order)
+                children.put(root, in_order(children.get(root), order))
+        roots = _Gathering(self, children, count, len(parents)).gathered(in_order(roots, order))
+        for parent, siblings in children.siblings():
+            children.put(parent, in_order(siblings, order))
         return Forest(count, in_order(roots, order), children)
 
-    def subject(self, node: int, children: dict[int, list[int]]) -> int:
+    def subject(self, node: int, children: Children) -> int:
         """The subject of a thread."""
-        return self._subjects[node if node < len(self._dates) else children[node][0]]
+        return self._subjects[node if node < len(self._dates) else children.get(node)[0]]
 
     def is_reply(self, node: int) -> bool:
         """Whether a message's subject is one of a reply."""
@@ -95,72 +142,67 @@ class _Order:
     """The key by which siblings are sorted: sent date, then number; of a dummy those of its first child. One number: a tuple
     takes twice the memory."""
 
-    def __init__(self, dates: Sequence[int], children: dict[int, list[int]], count: int) -> None:
+    def __init__(self, dates: Sequence[int], children: Children, count: int) -> None:
         self._dates, self._children, self._count = dates, children, count
 
     def __call__(self, node: int) -> int:
         if node >= self._count:
-            return min(self._dates[one] << 32 | one for one in self._children[node])
+            return min(self._dates[one] << 32 | one for one in self._children.get(node))
         return self._dates[node] << 32 | node
 
 
-def _pruned(parents: Sequence[int], count: int) -> tuple[list[int], dict[int, list[int]]]:
+def _pruned(parents: Sequence[int], count: int) -> tuple[list[int], Children]:
     """Step 3: roots, and children by their parents, without dummies but those that keep several threads together."""
-    eldest, younger = array("i", [NONE]) * len(parents), array("i", [NONE]) * len(parents)  # a node's first child, next sibling
-    for node in range(len(parents) - 1, -1, -1):
-        if (parent := parents[node]) != NONE:
-            younger[node], eldest[parent] = eldest[parent], node
-    roots: list[int] = []
-    children: dict[int, list[int]] = {}
-    for top, parent in enumerate(parents):
+    below, children = Children(len(parents)), Children(len(parents))
+    for node, parent in enumerate(parents):
         if parent != NONE:
-            continue
-        todo, holders = array("i", [top]), array("i", [top])  # nodes, and of which node their children are children
+            below.add(parent, node)
+    roots: list[int] = []
+    for top in (node for node, parent in enumerate(parents) if parent == NONE):
+        todo = [(top, top)]  # nodes, and of which node their children are children
         while todo:
-            node, holder = todo.pop(), holders.pop()
-            child = eldest[node]
-            while child != NONE:
-                if child < count and holder in children:
-                    children[holder].append(child)
-                elif child < count:
-                    children[holder] = [child]
-                todo.append(child)
-                holders.append(child if child < count else holder)
-                child = younger[child]
-        if top < count or len(children.get(top, ())) > 1:
+            node, holder = todo.pop()
+            for child in below.get(node):
+                if child < count:
+                    children.add(holder, child)
+                todo.append((child, child if child < count else holder))
+        if top < count or len(children.get(top)) > 1:
             roots.append(top)
         else:
-            roots += children.pop(top, [])
+            roots += children.take(top)
     return roots, children
 
 
 class _Gathering:
     """Step 5: threads with the same subject become one."""
 
-    def __init__(self, threads: Threads, children: dict[int, list[int]], count: int) -> None:
-        self._threads, self._children, self._count = threads, children, count
-        self._next = max(count, max(children, default=0) + 1)
+    def __init__(self, threads: Threads, children: Children, count: int, free: int) -> None:
+        """`free`: the first number of a node that is not in use."""
+        self._threads, self._children, self._count, self._next = threads, children, count, free
 
     def gathered(self, roots: list[int]) -> list[int]:
-        """The roots that are left, in any order."""
+        """The roots that are left."""
         table: dict[int, int] = {}
         subjects = array("Q", (self._threads.subject(root, self._children) for root in roots))
         for root, subject in zip(roots, subjects, strict=True):
             if subject and (subject not in table or self._better(root, table[subject])):
                 table[subject] = root
-        gone: set[int] = set()  # below others
-        new: list[int] = []  # dummies that were made for them
+        kept: dict[int, None] = {}
+        below: set[int] = set()  # a dummy that was made for them
         for root, subject in zip(roots, subjects, strict=True):
+            if root in below:
+                continue
             head = table.get(subject, root)
-            if head == root or root in gone:
+            if head == root:
+                kept[root] = None
                 continue
             merged = self._merged(root, head)
             if merged != head:
                 table[subject] = merged
-                gone.add(head)
-                new.append(merged)
-            gone.add(root)
-        return [root for root in roots if root not in gone] + new
+                kept.pop(head, None)
+                below.add(head)
+            kept[merged] = None
+        return list(kept)
 
     def _better(self, root: int, head: int) -> bool:
         """Whether a thread is rather the head of its subject than another one (5.B)."""
@@ -172,13 +214,14 @@ class _Gathering:
         """The head of a subject, when a thread has been merged with it (5.C)."""
         children, dummy = self._children, root >= self._count
         if head >= self._count:
-            children[head] += children.pop(root) if dummy else [root]
+            for one in children.take(root) if dummy else (root,):
+                children.add(head, one)
             return head
         if self._threads.is_reply(root) and not self._threads.is_reply(head):
-            children.setdefault(head, []).append(root)
+            children.add(head, root)
             return head
         new, self._next = self._next, self._next + 1
-        children[new] = [head, root]
+        children.put(new, [head, root])
         return new
 
 
@@ -332,7 +375,7 @@ def shown(forest: Forest, number: Callable[[int], int]) -> Iterator[bytes]:
             if node < 0:
                 out.append(b"(" if node == OPEN else b")")
                 continue
-            below = forest.children.get(node, ())
+            below = forest.children.get(node)
             if node < forest.messages:
                 out.append(b"%d " % number(node) if below else b"%d" % number(node))
             if len(below) == 1:
