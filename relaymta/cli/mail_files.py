@@ -338,15 +338,7 @@ def _verified(mail: Path, offline: bool) -> tuple[int, list[int]]:
     wrong = 0
     with answered(lambda: MailFiles(mail)) as files:
         shards = files.shards()
-        placed: dict[int, set[int]] = {number: set() for number in shards}
-        on_the_way: set[int] = set()  # where these are is known when what was begun has ended
-        found = answered(
-            lambda: [(user.ident, user.shard, user.moving >= 0 or user.deleted == REMOVING) for user in files.users()]
-        )
-        for ident, shard, moves in found:
-            placed.setdefault(shard, set()).add(ident)
-            if moves:
-                on_the_way.add(ident)
+        placed, on_the_way = answered(lambda: _expected(files, shards))
         for number, users in sorted(placed.items()):
             if number not in shards:
                 wrong += 1
@@ -357,6 +349,18 @@ def _verified(mail: Path, offline: bool) -> tuple[int, list[int]]:
                 wrong += 1
                 say(f"shard {number}: {sentence}")
     return wrong, shards
+
+
+def _expected(files: MailFiles, shards: list[int]) -> tuple[dict[int, set[int]], set[int]]:
+    """The users that the directory places in each shard; those of whom it is not known where they are until what was begun has
+    ended."""
+    placed: dict[int, set[int]] = {number: set() for number in shards}
+    on_the_way: set[int] = set()
+    for user in files.users():
+        placed.setdefault(user.shard, set()).add(user.ident)
+        if user.moving >= 0 or user.deleted == REMOVING:
+            on_the_way.add(user.ident)
+    return placed, on_the_way
 
 
 def _wrong(files: MailFiles, number: int, known: tuple[set[int], set[int]] | None) -> list[str]:
