@@ -1,6 +1,7 @@
 """BODY of a message (RFC 9051 7.5.2, RFC 3501 7.4.2), made from its BODYSTRUCTURE (_speedups/structure.py)."""
 
 import re
+from array import array
 from collections.abc import Iterator
 
 __all__ = ["MESSAGE", "MULTIPART", "body_of"]
@@ -21,7 +22,10 @@ class _Shortener:
 
     def __init__(self, structure: bytes) -> None:
         self._structure = structure
-        self._tokens = list(_tokens(structure))
+        self._starts, self._ends = array("Q"), array("Q")  # of the tokens, of which a structure may have 100,000
+        for start, end in _tokens(structure):
+            self._starts.append(start)
+            self._ends.append(end)
         self._at = 0
         self._out: list[bytes] = []
 
@@ -33,8 +37,8 @@ class _Shortener:
         return b"".join(self._out)
 
     def _token(self, offset: int = 0) -> bytes:
-        start, end = self._tokens[self._at + offset]
-        return self._structure[start:end]
+        at = self._at + offset
+        return self._structure[self._starts[at] : self._ends[at]]
 
     def _body(self) -> None:
         self._at += 1
@@ -59,10 +63,10 @@ class _Shortener:
 
     def _copy(self, count: int) -> None:
         """Copy `count` elements, each a string, a number or a list."""
-        start = self._tokens[self._at][0]
+        start = self._starts[self._at]
         for _ in range(count):
             self._skip()
-        self._out.append(self._structure[start : self._tokens[self._at - 1][1]])
+        self._out.append(self._structure[start : self._ends[self._at - 1]])
 
     def _skip(self) -> None:
         depth = 0

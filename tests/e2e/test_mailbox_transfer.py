@@ -20,6 +20,11 @@ TEXTS = [
     b"\r\nno header\r\n",
     b"Subject: mixed\r\n\r\na\rb\nc\r\n",
     b"Subject: empty\r\n\r\n",
+    b"Subject: header only\r\nFrom: a@b.example\r\n",
+    b"Subject: header without end",
+    b"Subject: from\r\n\r\nFrom a@b Mon Jan  1 00:00:00 2024\r\n\r\nFrom \r\n\nFrom x\r\r\n",
+    b"Subject: empty lines\r\n\r\n\r\n\r\n",
+    b"From a@b Mon Jan  1 00:00:00 2024\r\nSubject: begins with From\r\n\r\nx\r\n",
     b"Subject: large\r\n\r\n" + (b"y" * 70 + b"\r\n") * 20_000,
     b"Subject: twice\r\n\r\nx\r\n",
     b"Subject: twice\r\n\r\nx\r\n",
@@ -72,14 +77,14 @@ def test_what_was_exported_is_imported_the_same(tmp_path, form):
         before = contents(relay, "alice")
         assert len(before["INBOX"]) == len(TEXTS)
         said = relay.cli("mailbox", "export", "--format", form, "alice@local.example", str(tmp_path / "out")).stdout
-        assert "19 messages in" in said
+        assert "24 messages in" in said
         found = relay.cli("mailbox", "export", "--format", form, "alice@local.example", str(tmp_path / "out"), check=False)
         assert found.returncode == 69 and "is not empty" in found.stderr
         said = relay.cli("mailbox", "import", "bob@local.example", str(tmp_path / "out")).stdout
-        assert "19 messages imported\n" in said
+        assert "24 messages imported\n" in said
         assert contents(relay, "bob") == before
         said = relay.cli("mailbox", "import", "bob@local.example", str(tmp_path / "out")).stdout
-        assert "0 messages imported, 19 were there already" in said
+        assert "0 messages imported, 24 were there already" in said
         assert contents(relay, "bob") == before
         relay.cli("mailbox", "import", "--mailbox", "Old", "bob@local.example", str(tmp_path / "out"))
         again = contents(relay, "bob")

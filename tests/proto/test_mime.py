@@ -2,6 +2,7 @@
 break the rules, whose replies have to be what an independent grammar allows."""
 
 import email.utils
+import tracemalloc
 
 import pytest
 from hypothesis import example, given
@@ -310,6 +311,16 @@ def test_a_structure_that_is_not_ours():
     for wrong in (b"", b"(", b'("text"', b"x", b"*", b'(("text" "plain"))'):
         with pytest.raises(ValueError):
             mime.body_of(wrong)
+
+
+def test_body_of_many_parts_takes_little_more_memory_than_itself():
+    whole = mime.describe(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\nx\r\n" * 9_000).structure
+    tracemalloc.start()
+    try:
+        assert mime.body_of(whole).count(b'"text" "plain"') == 9_000
+        assert tracemalloc.get_traced_memory()[1] < 16 * len(whole)
+    finally:
+        tracemalloc.stop()
 
 
 def test_many_addresses_are_cut():
