@@ -162,11 +162,11 @@ class ReadingConnection(ClientConnection[S]):
                 self.end(session, self.dismissed)
 
     def allowed(self) -> bool:
-        """Whether the user who has logged in may go on: False when the directory says disabled, deleted, or in another shard.
-        StoreError."""
+        """Whether the user who has logged in may go on: False when the directory says disabled, deleted, or moved since the
+        login. StoreError."""
         assert self._user is not None
         user = self._access.user(self._user.address)
-        return user is not None and user.ident == self._user.ident and user.shard == self._user.shard
+        return user is not None and (user.ident, user.moves) == (self._user.ident, self._user.moves)
 
     def look_after(self, session: S, now: float) -> None:
         """Called with the deadlines, of which none has passed, while nothing is waited for."""
