@@ -11,10 +11,10 @@ from relaymta.errors import Failure, StoreError
 from relaymta.ident import format_id
 from relaymta.log import Log
 from relaymta.metrics import Counters, index
-from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt, Onward
+from relaymta.proto.envelope import PERMANENT, SUCCESS, TRANSIENT, Attempt
 from relaymta.proto.said import Reply
-from relaymta.queue import Entry, Queue, wall_ms
-from relaymta.send.onward import puts_of
+from relaymta.queue import Entry, Put, Queue, wall_ms
+from relaymta.send.onward import Outbox
 from relaymta.send.outcomes import Outcomes
 from relaymta.send.tasks import Tasks
 from relaymta.shm import InFlight
@@ -26,16 +26,17 @@ MOST, MOST_OCTETS = 512, 64 << 20  # entries under way, and their octets (one at
 PEER = "mailbox"
 
 
-Delivered = tuple[dict[int, Reply], list[int], list[Onward]]
+Delivered = tuple[dict[int, Reply], list[int], list[Put]]
 
 
 class Store(NamedTuple):
     """What the store offers; the worker hands it over, since send/ does not know it. `deliver(queue_id, attempt, sender,
-    recipients, data)`, with the number of attempts before this one: a reply for each recipient by index, the shards that were
-    asked, and the messages that are to come into the queue with the outcome; `forget(queue_id, recipients, shards)`: the queue
-    does not ask for these again; `expanded(recipients)`: recipients with aliases of addresses elsewhere replaced by these."""
+    recipients, data, outbox)`, with the number of attempts before this one: a reply for each recipient by index, the shards that
+    were asked, and what the outbox has made of the messages that are to come into the queue with the outcome;
+    `forget(queue_id, recipients, shards)`: the queue does not ask for these again; `expanded(recipients)`: recipients with
+    aliases of addresses elsewhere replaced by these."""
 
-    deliver: Callable[[int, int, str, Iterable[tuple[int, str]], list[bytes] | BigFile], Awaitable[Delivered]]
+    deliver: Callable[[int, int, str, Iterable[tuple[int, str]], list[bytes] | BigFile, Outbox], Awaitable[Delivered]]
     forget: Callable[[int, list[int], list[int]], None]
     expanded: Callable[[list[str]], list[str]]
 
@@ -110,11 +111,13 @@ class Local:
         data = await self._data(entry)
         assert self.store is not None
         envelope = entry.envelope
-        replies, shards, onward = await self.store.deliver(entry.ident, entry.attempts, envelope.sender, entry.recipients, data)
+        outbox = Outbox(self.queue, entry, data, self.store.expanded)
         try:
-            sent = await puts_of(self.queue, entry, data, onward, self.store.expanded) if onward else []
-        except Exception:  # the next attempt has to send them, though it may file the message once more
-            self.store.forget(entry.ident, list(replies), shards)
+            replies, shards, sent = await self.store.deliver(
+                entry.ident, entry.attempts, envelope.sender, entry.recipients, data, outbox
+            )
+        except BaseException:
+            outbox.drop()
             raise
         filed = [position for position, said in replies.items() if said.code < 300]
         ended = [position for position, said in replies.items() if not 400 <= said.code < 500]

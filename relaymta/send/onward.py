@@ -13,30 +13,42 @@ from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Body, Enve
 from relaymta.proto.header import header_end
 from relaymta.queue import Entry, Put, Queue, wall_ms
 
-__all__ = ["puts_of"]
+__all__ = ["Outbox"]
 
 LIKE_BEFORE = EIGHT_BIT | SMTPUTF8 | UTF8_HEADER  # flags that a redirected message has like the one at hand
 
 
-async def puts_of(
-    queue: Queue,
-    entry: Entry,
-    data: list[bytes] | BigFile,
-    messages: Sequence[Onward],
-    expanded: Callable[[list[str]], list[str]],
-) -> list[Put]:
-    """What to give `Queue.finish` for these messages, of an entry with this data; `expanded`: as of send.local.Store. StoreError:
-    they cannot be stored now."""
-    puts: list[Put] = []
-    try:
-        for one in messages:
-            puts.append(await (_redirected if one.data is None else _made)(queue, entry, data, one, expanded([one.recipient])))
-    except BaseException:
-        for put in puts:
+class Outbox:
+    """Messages that are sent on account of an entry with this data. `expanded`: as of send.local.Store."""
+
+    def __init__(
+        self, queue: Queue, entry: Entry, data: list[bytes] | BigFile, expanded: Callable[[list[str]], list[str]]
+    ) -> None:
+        self._queue = queue
+        self._entry = entry
+        self._data = data
+        self._expanded = expanded
+        self._made: list[Put] = []
+
+    async def make(self, messages: Sequence[Onward]) -> list[Put]:
+        """What to give `Queue.finish` for these messages: all that can fail of them is done. StoreError: they cannot be stored
+        now."""
+        puts: list[Put] = []
+        try:
+            for one in messages:
+                make = _redirected if one.data is None else _made
+                puts.append(await make(self._queue, self._entry, self._data, one, self._expanded([one.recipient])))
+        except BaseException:
+            self.drop(puts)
+            raise
+        self._made += puts
+        return puts
+
+    def drop(self, puts: Sequence[Put] | None = None) -> None:
+        """These do not come into the queue, or none (None)."""
+        for put in self._made if puts is None else puts:
             if put.data is None:
-                _remove(queue.segments.big_path(put.ident))
-        raise
-    return puts
+                _remove(self._queue.segments.big_path(put.ident))
 
 
 async def _made(queue: Queue, entry: Entry, _: object, message: Onward, recipients: list[str]) -> Put:

@@ -1,9 +1,9 @@
 """A message for its recipients' mailboxes, of the queue or of an LMTP client: one reply for each recipient (RFC 2033 4.2)."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ from relaymta.store.writer import Result, Target, prefix_of
 
 __all__ = ["FULL", "REFUSED", "UNKNOWN", "Delivery", "Landed", "limits_of", "status_of"]
 
+T = TypeVar("T")
+
 UNKNOWN = Reply(550, "5.1.1", "no such user here")
 _DISABLED = Reply(550, "5.2.1", "the mailbox is disabled")
 FULL, REFUSED = Reply(452, "4.2.2", "the mailbox is full"), Reply(552, "5.2.2", "the mailbox is full")
@@ -35,6 +37,16 @@ def limits_of(user: User, settings: Settings) -> Limits:
         return max(value, 0) if value else general
 
     return Limits(own(user.octets, settings.quota), own(user.messages, settings.messages))
+
+
+class Outbox(Protocol):
+    """What makes the messages that scripts send ready for the queue (send.onward.Outbox)."""
+
+    async def make(self, messages: Sequence[Onward]) -> list[Any]:
+        """What comes into the queue with the outcome. RelayError: not now."""
+
+    def drop(self, made: Sequence[Any]) -> None:
+        """That does not come into the queue."""
 
 
 class Landed(NamedTuple):
@@ -70,14 +82,21 @@ class Delivery:
         self._count = count
         self._sieving = sieving
         self._warnings = warnings
-        self._tasks: set[asyncio.Task[list[Landed]]] = set()
+        self._warned: set[int] = set()  # users for whom it is being considered
+        self._tasks: set[asyncio.Task[Any]] = set()  # what is done beside: for LMTP clients, and warnings
 
     async def deliver(
-        self, queue_id: int, attempt: int, sender: str, recipients: Iterable[tuple[int, str]], data: list[bytes] | BigFile
-    ) -> tuple[dict[int, Reply], list[int], list[Onward]]:
-        """File a message for its recipients (index, address). The reply to each, the shards that were asked, and messages that
-        are to come into the queue with the outcome. A recipient that was filed before, by an attempt whose outcome was lost, is
-        not filed again. `attempt`: the number of attempts whose outcomes are recorded."""
+        self,
+        queue_id: int,
+        attempt: int,
+        sender: str,
+        recipients: Iterable[tuple[int, str]],
+        data: list[bytes] | BigFile,
+        outbox: Outbox,
+    ) -> tuple[dict[int, Reply], list[int], list[Any]]:
+        """File a message for its recipients (index, address). The reply to each, the shards that were asked, and what `outbox`
+        has made of the messages that are to come into the queue with the outcome. A recipient that was filed before, by an
+        attempt whose outcome was lost, is not filed again. `attempt`: the number of attempts whose outcomes are recorded."""
         settings = self._settings()
         replies: dict[int, Reply] = {}
         copies: list[_Copy] = []
@@ -98,23 +117,28 @@ class Delivery:
                 copies.append(_Copy(index, address, user, target))
         await self._sieve(copies, sender, data, queue_id, attempt)
         for copy in copies:
-            await self._prepare(copy, sender, queue_id)
-        onward: list[Onward] = []
+            await self._prepare(copy, sender, queue_id, outbox)
+        sent: list[Any] = []
         for copy, reply in zip(copies, await self._filed(copies, data, settings), strict=True):
             if copy.sieved is not None and self._sieving is not None:
-                onward += copy.onward if reply.code < 300 else []
+                if reply.code < 300:
+                    sent += copy.sent
+                else:
+                    outbox.drop(copy.sent)
                 self._note(copy, reply, queue_id)
             index = copy.index
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply
-        return replies, sorted({copy.user.shard for copy in copies}), onward
+        return replies, sorted({copy.user.shard for copy in copies}), sent
 
-    async def _prepare(self, copy: "_Copy", sender: str, queue_id: int) -> None:
-        """Make what a script sends, before the copy is filed: once that is noted, the script is not run again."""
+    async def _prepare(self, copy: "_Copy", sender: str, queue_id: int, outbox: Outbox) -> None:
+        """Make what a script sends, before the copy is filed: once that is noted, and an outcome recorded, the script is not run
+        again. Behind it nothing fails but the commit of the outcome."""
         if self._sieving is None or copy.sieved is None or not copy.sieved.sends:
             return
         try:
-            copy.onward = await self._sieving.onward(copy.user, copy.sieved, sender, copy.address, queue_id, copy.index)
+            onward = await self._sieving.onward(copy.user, copy.sieved, sender, copy.address, queue_id, copy.index)
+            copy.sent = await outbox.make(onward)
         except (RelayError, ConnectionError) as error:
             copy.sieved.cause = str(error)
             copy.reply = _NOT_NOW
@@ -154,9 +178,17 @@ class Delivery:
         results = await self._mailboxes.file(data, [(copy.user.shard, copy.target) for copy in asked])
         for copy, result in zip(asked, results, strict=True):
             if self._warnings is not None and isinstance(result, Result) and result.filled >= WARNED_AT:
-                await self._warnings.consider(copy.user, copy.target.limits, result.filled)
+                self._warn(self._warnings, copy, result.filled)
         said = iter([self._counted(result, settings) for result in results])
         return [copy.reply or next(said) for copy in copies]
+
+    def _warn(self, warnings: Warnings, copy: "_Copy", filled: int) -> None:
+        """Beside: nobody waits for that, and one for each user at a time."""
+        user = copy.user
+        if user.ident not in self._warned:
+            self._warned.add(user.ident)
+            task = self._begin(warnings.consider(user, copy.target.limits, filled))
+            task.add_done_callback(lambda _: self._warned.discard(user.ident))
 
     def file(
         self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]
@@ -164,19 +196,23 @@ class Delivery:
         """As `deliver_now`, whoever waits for it: `done(landed)` is called at its end, or `done(error)`."""
 
         def ended(task: "asyncio.Task[list[Landed]]") -> None:
-            self._tasks.discard(task)
             error = StoreError("the relay stops") if task.cancelled() else task.exception()
             if error is None:
                 done(task.result())
             else:
                 done(error if isinstance(error, Exception) else StoreError(repr(error)))
 
-        task = asyncio.get_running_loop().create_task(self.deliver_now(sender, recipients, data))
+        self._begin(self.deliver_now(sender, recipients, data)).add_done_callback(ended)
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Do something that `end` waits for."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(ended)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def end(self, seconds: float) -> None:
-        """Wait for what `file` has begun, `seconds` at most, and give up the rest. Nothing may be begun any more, nor be under
+        """Wait for what was begun here, `seconds` at most, and give up the rest. Nothing may be begun any more, nor be under
         way for the queue."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
@@ -240,7 +276,7 @@ class Delivery:
 @dataclass
 class _Copy:
     """A message for one user, of the recipient `index`. `reply`: what is said without filing it, or None; `sieved`: what the
-    user's script says, where there is one; `onward`: the messages that it sends, once the copy is filed."""
+    user's script says, where there is one; `sent`: what is made of the messages that it sends, once the copy is filed."""
 
     index: int
     address: str
@@ -248,7 +284,7 @@ class _Copy:
     target: Target
     reply: Reply | None = None
     sieved: Sieved | None = None
-    onward: list[Onward] = field(default_factory=list)
+    sent: list[Any] = field(default_factory=list)
 
 
 def _sent_by_the_queue(way: "_Way", copies: list[_Copy]) -> "tuple[_Way, list[_Copy]]":

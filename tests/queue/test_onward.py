@@ -4,10 +4,10 @@ import pytest
 
 from relaymta.disk.big import BigBody
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SMTPUTF8, SUCCESS, TRANSIENT, Onward
+from relaymta.proto.envelope import EIGHT_BIT, PERMANENT, SMTPUTF8, SUCCESS, TRANSIENT, UTF8_HEADER, Onward
 from relaymta.queue import Outcome
 from relaymta.queue.change import Change
-from relaymta.send.onward import puts_of
+from relaymta.send.onward import Outbox
 from tests.queue.test_one_end import DATA, Watched
 from tests.queue.test_queue import Bench, answer, until
 
@@ -20,7 +20,11 @@ async def data_of(bench: Bench, ident: int) -> bytes:
 
 
 async def sent(bench: Bench, entry, messages, data=(DATA,)):
-    return await puts_of(bench.queue, entry, list(data), messages)
+    return await outbox(bench, entry, list(data)).make(messages)
+
+
+def outbox(bench: Bench, entry, data) -> Outbox:
+    return Outbox(bench.queue, entry, data, lambda recipients: recipients)
 
 
 @pytest.mark.parametrize("result", [SUCCESS, TRANSIENT, PERMANENT])
@@ -95,11 +99,16 @@ async def test_a_large_message_is_redirected_by_a_file_of_its_own(tmp_path):
         bench.queue.finish(entry, None, sent=small)
         (large,) = await bench.next()
         assert await data_of(bench, large.ident) == REDIRECT.front + data
-        twice = await puts_of(bench.queue, large, bench.queue.big_file(large), [REDIRECT])
+        twice = await outbox(bench, large, bench.queue.big_file(large)).make([REDIRECT])
         bench.queue.finish(large, None, sent=twice)
         (last,) = await bench.next()
         assert await data_of(bench, last.ident) == REDIRECT.front * 2 + data
-        gone = await puts_of(bench.queue, last, bench.queue.big_file(last), [REDIRECT])
+        dropped = outbox(bench, last, bench.queue.big_file(last))
+        for which in (await dropped.make([REDIRECT]), None):  # one of several, and all of them
+            await dropped.make([REDIRECT])
+            dropped.drop(which)
+        await until(lambda: len(bench.queue.segments.big_files()) == 1)
+        gone = await outbox(bench, last, bench.queue.big_file(last)).make([REDIRECT])
         bench.queue.finish(last, None)
         await until(lambda: len(bench.queue.entries) == 0)
         bench.queue.writer.submit(Outcome(last, sent=gone))
@@ -133,5 +142,5 @@ async def test_what_is_wide_is_said_to_be_wide(tmp_path):
         (entry,) = await bench.next()
         wide = Onward("", "grün@z.example", b"", "Subject: ü\r\n\r\n".encode())
         one, other = await sent(bench, entry, [wide, REPLY])
-        assert one.envelope.flags == SMTPUTF8 | EIGHT_BIT and other.envelope.flags == 0
+        assert one.envelope.flags == SMTPUTF8 | EIGHT_BIT | UTF8_HEADER and other.envelope.flags == 0
         assert other.envelope.sender == ""

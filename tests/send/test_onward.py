@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Onward
-from relaymta.send.onward import puts_of
+from relaymta.send.onward import Outbox
 
 QUEUE = SimpleNamespace(
     ident=lambda: 7, sign=lambda data: b"", big_limit=1 << 20, deadline=lambda: 1, assign=lambda envelope, attempts: []
@@ -25,5 +25,5 @@ ENTRY = SimpleNamespace(envelope=SimpleNamespace(flags=0, application="", messag
 )
 async def test_a_header_that_is_not_ascii_needs_smtputf8(front, data, flags):
     message = Onward("s@x.example", "r@y.example", front.encode(), None if data is None else data.encode())
-    (put,) = await puts_of(QUEUE, ENTRY, [b"Subject: x\r\n\r\n"], [message], lambda recipients: [*recipients, "z@y.example"])
+    (put,) = await Outbox(QUEUE, ENTRY, [b"Subject: x\r\n\r\n"], lambda recipients: [*recipients, "z@y.example"]).make([message])
     assert put.envelope.flags == flags and put.envelope.recipients == ["r@y.example", "z@y.example"]

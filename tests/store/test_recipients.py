@@ -20,6 +20,19 @@ from relaymta.store.watching import Watches
 FILED = Reply(250, "2.1.5", "filed")
 
 
+class Outbox:
+    """Messages that are sent, as they are. `dropped`: those that are not sent after all."""
+
+    def __init__(self):
+        self.dropped = []
+
+    async def make(self, messages):
+        return list(messages)
+
+    def drop(self, made):
+        self.dropped += made
+
+
 class Bench:
     """The mailboxes of a process that owns shard 0, and shard 1 of another."""
 
@@ -233,7 +246,7 @@ async def test_of_an_alias_one_refused_for_good_does_not_lose_the_mail_of_anothe
         bench.alias("team@a.example", ["has@a.example", "full@a.example", "waits@a.example"])
 
         async def deliver():
-            return (await bench.delivery.deliver(1, 0, "s@x.example", [(0, "team@a.example")], [b"x"]))[0][0]
+            return (await bench.delivery.deliver(1, 0, "s@x.example", [(0, "team@a.example")], [b"x"], Outbox()))[0][0]
 
         channels, bench.mailboxes._peers = bench.mailboxes._peers, {1: Down()}
         assert (await deliver()).code == 451
@@ -258,5 +271,7 @@ async def test_what_is_not_remembered_is_not_asked_for_again_at_the_successor(tm
         assert [landed.reply.code for landed in await bench.file(b"x", "a")] == [451]
         assert bench.mailboxes.used(1, user).messages == 1
         peers[1] = Dies()
-        replies, _, _ = await bench.delivery.deliver(1, 0, "", [(0, "a@a.example")], [b"x"])  # the queue's is remembered
+        replies, _, _ = await bench.delivery.deliver(
+            1, 0, "", [(0, "a@a.example")], [b"x"], Outbox()
+        )  # the queue's is remembered
         assert replies == {0: FILED} and bench.mailboxes.used(1, user).messages == 2

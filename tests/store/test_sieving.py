@@ -14,7 +14,7 @@ from relaymta.proto.sieve_message import Message
 from relaymta.store import sieving
 from relaymta.store.deliver import Delivery
 from relaymta.store.sieving import Sieving
-from tests.store.test_recipients import FILED, Bench
+from tests.store.test_recipients import FILED, Bench, Outbox
 from tests.support.daemon import PATIENCE
 
 MESSAGE = b"From: s@x.example\r\nTo: a@a.example\r\nSubject: hello\r\nMessage-ID: <1@x.example>\r\n\r\nbody\r\n"
@@ -27,6 +27,7 @@ class Sorted(Bench):
     async def __aenter__(self):
         await super().__aenter__()
         self.noted = []
+        self.outbox = Outbox()
         self.results = []
         log = lambda **fields: self.noted.append(fields)  # noqa: E731
         sieving = Sieving(self.mailboxes, lambda: "+", "mx.example", log, self.results.append)
@@ -47,7 +48,7 @@ class Sorted(Bench):
 
     async def deliver(self, *names, queue_id=1, attempt=0, data=MESSAGE, sender=SENDER):
         given = list(enumerate(name if "@" in name else f"{name}@a.example" for name in names))
-        replies, _, onward = await self.delivery.deliver(queue_id, attempt, sender, given, [data])
+        replies, _, onward = await self.delivery.deliver(queue_id, attempt, sender, given, [data], self.outbox)
         return [replies[index] for index, _ in given], onward
 
     def found(self, ident):
@@ -239,6 +240,25 @@ async def test_what_a_script_sends_is_not_lost_when_a_reply_cannot_be_remembered
     assert bench.found(user) == {}
 
 
+async def test_what_a_script_sends_is_made_before_the_message_is_filed(bench, monkeypatch):
+    """Behind that nothing can fail which would have to be sent and is not: whether it is filed is not asked again."""
+    user = await bench.script("a", 'require "copy"; redirect :copy "new@z.example";')
+
+    async def fails(messages):
+        raise StoreFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.outbox, "make", fails)
+        ((reply,), onward) = await bench.deliver("a")
+        assert reply.code == 451 and onward == [] and bench.found(user) == {} and bench.noted == []
+    bench.settings = type(bench.settings)(quota=1)
+    ((reply,), onward) = await bench.deliver("a", attempt=1)
+    assert reply.code == 452 and onward == [] and [one.recipient for one in bench.outbox.dropped] == ["new@z.example"]
+    bench.settings = type(bench.settings)()
+    ((reply,), onward) = await bench.deliver("a", attempt=2)
+    assert reply == FILED and [one.recipient for one in onward] == ["new@z.example"] and len(bench.outbox.dropped) == 1
+
+
 async def test_a_loop_through_a_catch_all_is_noticed_at_its_user(bench):
     user = await bench.script("a", 'require "variables"; redirect "x@c.example";')
     bench.alias("@a.example", ["a@a.example"])
@@ -323,8 +343,8 @@ async def test_a_large_message_is_looked_into_as_far_as_the_script_needs(bench, 
     file = BigBody(tmp_path / "big", 7)
     file.write([MESSAGE, b"x" * 70 + b"\r\n", b"y" * 1_500_000, b"needle\r\n"])
     data = BigFile(str(tmp_path / "big"), 7, file.finish([]))
-    deliver = partial(bench.delivery.deliver, 1, 0, SENDER, [(0, "a@a.example")])
-    replies, _, _ = await deliver(data)
+    deliver = partial(bench.delivery.deliver, 1, 0, SENDER, [(0, "a@a.example")], outbox=bench.outbox)
+    replies, _, _ = await deliver(data=data)
     assert replies == {0: FILED} and bool(bench.found(user)) == (sought == "absent")
 
 
@@ -353,5 +373,7 @@ async def test_of_a_large_message_a_script_sees_the_first_part_and_the_size(benc
     file = BigBody(tmp_path / "large", 7)
     file.write([MESSAGE, b"first ", b"x" * 4000, b" last\r\n"])
     body = file.finish([])
-    replies, _, _ = await bench.delivery.deliver(1, 0, SENDER, [(0, "a@a.example")], BigFile(str(tmp_path / "large"), 7, body))
+    replies, _, _ = await bench.delivery.deliver(
+        1, 0, SENDER, [(0, "a@a.example")], BigFile(str(tmp_path / "large"), 7, body), Outbox()
+    )
     assert replies[0] == FILED and bench.found(user) == {"INBOX": [(0, ["first", "large"])]}
