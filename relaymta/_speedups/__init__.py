@@ -13,7 +13,8 @@ INTERPRETED = os.environ.get("RELAYMTA_INTERPRETED") == "1"
 
 if not INTERPRETED:
     for _name in (
-        "smtp", "replies", "dkim", "dots", "mime", "octets", "addresses", "structure", "text", "imap", "records", "uids", "cells"
+        "smtp", "replies", "dkim", "dots", "mime", "octets", "addresses", "structure", "text", "packed", "search", "envelopes",
+        "imap", "records", "uids", "cells",
     ):  # fmt: skip
         _module = importlib.import_module(f"relaymta._speedups.{_name}")
         if not isinstance(_module.__loader__, ExtensionFileLoader):

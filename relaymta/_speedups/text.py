@@ -17,15 +17,18 @@ HEX = bytes(int(chr(octet), 16) if chr(octet) in "0123456789abcdefABCDEF" else N
 def base64(data):  # type: ignore[no-untyped-def]
     """What `data` is in base64. Octets that are not in its alphabet are passed over; behind padding it goes on (several pieces in
     a row, each with padding, are one text); an unfinished group gives the octets that are whole."""
-    p = data
     n = len(data)
-    values = VALUES
     out = bytearray(n // 4 * 3 + 4)
-    w = out
+    del out[from_base64(out, data, 0, n) :]
+    return bytes(out)
+
+
+def from_base64(w, p, pos, n):  # type: ignore[no-untyped-def]
+    """Write what p[pos:n] is in base64 to w, which has room for three octets for each four begun: how many they are."""
+    values = VALUES
     k = 0
     group = 0
     count = 0  # characters of the group at hand
-    pos = 0
     while pos < n:
         if count == 0 and pos + 4 <= n:
             a = values[p[pos]]
@@ -55,9 +58,7 @@ def base64(data):  # type: ignore[no-untyped-def]
             k = _rest(w, k, group, count)
             group = 0
             count = 0
-    k = _rest(w, k, group, count)
-    del out[k:]
-    return bytes(out)
+    return _rest(w, k, group, count)
 
 
 def _rest(w, k, group, count):  # type: ignore[no-untyped-def]
@@ -75,13 +76,16 @@ def _rest(w, k, group, count):  # type: ignore[no-untyped-def]
 def quoted_printable(data):  # type: ignore[no-untyped-def]
     """What `data` is in quoted-printable. White space at the end of a line is left out (6.7, rule 3), a "=" at the end of a line
     or of the data joins lines; any other "=" without two hexadecimal digits stands for itself."""
-    p = data
     n = len(data)
     out = bytearray(n)
-    w = out
+    del out[from_quoted(out, data, 0, n) :]
+    return bytes(out)
+
+
+def from_quoted(w, p, pos, n):  # type: ignore[no-untyped-def]
+    """Write what p[pos:n] is in quoted-printable to w, which has room for as many octets: how many they are."""
     digits = HEX
     k = 0
-    pos = 0
     while pos < n:
         i = find(p, LF, pos, n)
         stop = n if i < 0 else i  # the text of the line is p[pos:end]
@@ -111,8 +115,7 @@ def quoted_printable(data):  # type: ignore[no-untyped-def]
         if not joined:
             k = copy(w, k, p, line_end, i + 1)
         pos = i + 1
-    del out[k:]
-    return bytes(out)
+    return k
 
 
 def folded(data, unfold):  # type: ignore[no-untyped-def]
@@ -121,9 +124,16 @@ def folded(data, unfold):  # type: ignore[no-untyped-def]
     n = len(data)
     out = bytearray(n)
     w = out
+    k = unfolded(w, p, 0, n) if unfold else copy(w, 0, p, 0, n)
+    lower(w, k)
+    del out[k:]
+    return bytes(out)
+
+
+def unfolded(w, p, pos, n):  # type: ignore[no-untyped-def]
+    """Write p[pos:n] without line ends in front of white space to w, which has room for as many octets: how many they are."""
     k = 0
-    pos = 0
-    while unfold and pos < n:
+    while pos < n:
         i = find(p, LF, pos, n)
         if i < 0:
             break
@@ -132,10 +142,7 @@ def folded(data, unfold):  # type: ignore[no-untyped-def]
             stop = i - 1 if i > pos and p[i - 1] == CR else i
         k = copy(w, k, p, pos, stop)
         pos = i + 1
-    k = copy(w, k, p, pos, n)
-    lower(w, k)
-    del out[k:]
-    return bytes(out)
+    return copy(w, k, p, pos, n)
 
 
 def holds(data, needle, unfold):  # type: ignore[no-untyped-def]

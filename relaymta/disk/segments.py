@@ -18,7 +18,8 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
 __all__ = [
-    "FRAME", "MAGIC", "Corrupt", "Segment", "Segments", "big_file", "body_file", "read_cached",
+    "FRAME", "MAGIC", "Corrupt", "Place", "Segment", "Segments", "big_file", "body_file", "read_cached", "read_frames",
     "segment_file", "segment_size_for", "write_all",
 ]  # fmt: skip
 
@@ -39,8 +40,11 @@ MEGABYTE = 1 << 20
 IOV_LIMIT = 512  # buffers per pwritev; IOV_MAX is 1024
 FREE_MOST = 8  # emptied segments kept for reuse
 BIG = MEGABYTE  # octets; a larger body is a file of its own
+RUN, GAP = 256 << 10, 4 << 10  # octets that are read together, about, and between two bodies of them
 
 HOT, COLD = 0, 1
+
+Place = tuple[int, int, int, int]  # of a body in a segment: segment, generation, offset, length
 
 _IDENT = re.compile("[0-9a-f]{16}")
 
@@ -358,6 +362,10 @@ class Segments:
         segment = self._segments.get(body.segment)
         return None if segment is None else read_cached(segment.fd, ident, body)
 
+    def read_many(self, idents: Sequence[int], places: Sequence[Place]) -> list[bytes | None]:
+        """As `read_frames`."""
+        return read_frames(lambda segment: self._segments[segment].fd, idents, places)
+
     def open_big(self, ident: int, body: Body) -> int:
         """As `open_verified`, of a large body's file."""
         return open_verified(self.big_path(ident), ident, body)
@@ -443,6 +451,30 @@ def read_cached(descriptor: int, ident: int, body: Body) -> bytes | None:
     except (OSError, Corrupt):
         return None
     return data
+
+
+def read_frames(descriptor_of: Callable[[int], int], idents: Sequence[int], places: Sequence[Place]) -> list[bytes | None]:
+    """The message data of bodies in segments, verified; None where it cannot be read, or where the frame does not match. Those
+    that lie behind each other are read together. `descriptor_of(segment)`: OSError, KeyError: there is none."""
+    found: list[bytes | None] = []
+    while (first := len(found)) < len(places):
+        segment, _, start, length = places[first]
+        last, end = first + 1, start + FRAME.size + length
+        for other, _, offset, length in islice(places, last, None):
+            if other != segment or not end <= offset <= end + GAP or end - start > RUN:
+                break
+            last, end = last + 1, offset + FRAME.size + length
+        try:
+            run = os.pread(descriptor_of(segment), end - start, start)
+        except (OSError, KeyError):
+            run = b""
+        whole = len(run) == end - start
+        for ident, (_, generation, offset, length) in zip(idents[first:last], islice(places, first, last), strict=True):
+            at = offset - start
+            data = run[at + FRAME.size : at + FRAME.size + length]
+            frame = FRAME.pack(MAGIC, generation, ident, length, xxhash.xxh3_64_intdigest(data))
+            found.append(data if whole and run.startswith(frame, at) else None)
+    return found
 
 
 def check_frame(raw: bytes | bytearray, ident: int, body: Body, length: int, checksum: int) -> None:

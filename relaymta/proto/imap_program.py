@@ -37,7 +37,17 @@ from relaymta.proto.imap_command import (
     Within,
 )
 from relaymta.proto.imap_records import LAST_UID, RECORD_SIZE, load, lower, pick, ranges_of, select, values, within
-from relaymta.proto.imap_text import FIELDS, EnvelopeText, FileText, HeaderText, MessageText
+from relaymta.proto.imap_text import (
+    FIELDS,
+    EnvelopeText,
+    FileText,
+    HeaderText,
+    Look,
+    MessageText,
+    Stored,
+    look_at_envelopes,
+    look_at_texts,
+)
 from relaymta.proto.imap_view import View
 from relaymta.proto.mime_text import comparable
 
@@ -115,7 +125,7 @@ class Batch:
         wanted = [octets[at >> 3] >> (at & 7) & 1 for at in range(len(self))]
         for name in _BROUGHT:
             if (found := getattr(self, name)) is not None:
-                setattr(batch, name, list(compress(found, wanted)))
+                setattr(batch, name, found.chosen(wanted) if isinstance(found, Stored) else list(compress(found, wanted)))
         return batch
 
 
@@ -245,10 +255,22 @@ def _modified(key: Modified, view: View, now: int) -> _Node:
 
 def _decided(stage: Stage, test: Callable[[Any], bool]) -> _Node:
     """`test`: whether a message matches, by the data of a stage."""
+    return _looked_at(stage, None, test)
+
+
+def _looked_at(stage: Stage, look: Look | None, *tests: Callable[[Any], bool]) -> _Node:
+    """`look`: what tells of most messages whether they match; `tests`: of those of each of its other bitmaps."""
 
     def bits(batch: Batch, care: int) -> tuple[int, int]:
         data = batch.data(stage)
-        return (0, care) if data is None else (_where(test, data, care), 0)
+        if data is None:
+            return 0, care
+        if look is None or not isinstance(data, Stored):
+            return _where(tests[0], data, care), 0
+        true, *asked = (int.from_bytes(told, "little") for told in look(data.messages, _octets(care, len(data))))
+        for test, some in zip(tests, asked, strict=True):
+            true |= _where(test, data, some) if some else 0
+        return true, 0
 
     return _Node(frozenset({stage}), bits)
 
@@ -257,8 +279,8 @@ def _where(test: Callable[[Any], bool], data: Sequence[Any], care: int) -> int:
     """A bitmap of the data among `care` that passes a test."""
     marks = bytearray((len(data) + 7) // 8)
     cared = care.to_bytes(len(marks), "little")
-    for at, one in enumerate(data):
-        if cared[at >> 3] >> (at & 7) & 1 and test(one):
+    for at in range(len(data)):
+        if cared[at >> 3] >> (at & 7) & 1 and test(data[at]):
             marks[at >> 3] |= 1 << (at & 7)
     return int.from_bytes(marks, "little")
 
@@ -297,20 +319,30 @@ def _object_id(key: ObjectId, view: View, now: int) -> _Node:
 def _field(key: Field, view: View, now: int) -> _Node:
     name, sought = key.name.lower(), comparable(key.what)
     if name in ("subject", "message-id", "in-reply-to"):  # the ENVELOPE has the same text
-        return _decided(Stage.ENVELOPE, lambda found: found.has(name, sought))
+        return _in_envelope(name, sought)
     octets = name.encode()
     return _decided(Stage.HEADER, lambda found: found.has(octets, sought))
+
+
+def _in_envelope(name: str, sought: str) -> _Node:
+    look = look_at_envelopes(name, sought) if sought else None
+    return _looked_at(Stage.ENVELOPE, look, lambda found: found.has(name, sought))
 
 
 def _text(key: Text, view: View, now: int) -> _Node:
     name, sought = key.where.lower(), comparable(key.what)
     if name in FIELDS:
-        return _decided(Stage.ENVELOPE, lambda found: found.has(name, sought))
+        return _in_envelope(name, sought)
     if not sought:
         return _constant(True)
     if name == "body":
-        return _decided(Stage.BODY, lambda found: found.in_body(sought))
-    return _decided(Stage.BODY, lambda found: found.in_text(sought))
+
+        def in_body(found: MessageText | FileText) -> bool:
+            return found.in_body(sought)
+
+        return _looked_at(Stage.BODY, look_at_texts(sought, False), in_body, in_body)
+    look = None if "\r" in sought or "\n" in sought else look_at_texts(sought, True)
+    return _looked_at(Stage.BODY, look, lambda found: found.in_text(sought), lambda found: found.in_headers(sought))
 
 
 _COMPILED: dict[type, Callable[[Any, View, int], _Node]] = {

@@ -6,15 +6,23 @@ import datetime
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, compress
+from typing import Any, TypeVar, overload
 
+from relaymta._speedups.envelopes import envelopes
 from relaymta._speedups.mime import Part, scan
+from relaymta._speedups.packed import bodies, objects, undescribed
 from relaymta._speedups.text import holds
-from relaymta.proto.mime import PLACE, header_fields
+from relaymta.proto.mime import PLACE, VERSION, header_fields
 from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
-from relaymta.proto.mime_text import charset_of, comparable, header_text, in_header, in_pieces, in_text, is_text
+from relaymta.proto.mime_text import charset_of, comparable, header_text, in_header, in_pieces, in_text, is_text, needle_of
 
-__all__ = ["FIELDS", "EnvelopeText", "FileText", "HeaderText", "MessageText"]
+__all__ = [
+    "FIELDS", "EnvelopeText", "FileText", "HeaderText", "Look", "MessageText", "Stored", "bodies", "look_at_envelopes",
+    "look_at_texts", "objects", "undescribed",
+]  # fmt: skip
+
+T = TypeVar("T")
 
 FIELDS = {name: place for place, name in enumerate(
     ("date", "subject", "from", "sender", "reply-to", "to", "cc", "bcc", "in-reply-to", "message-id")
@@ -25,6 +33,52 @@ _DAY = re.compile(
     r"(?<![0-9])(?P<day>[0-9]{1,2})[\s-]+(?P<month>[A-Za-z]{3})[A-Za-z]*[\s-]+(?P<year>[0-9]{2,4})(?![0-9])"
     r"|(?P<month2>[A-Za-z]{3})\s+(?P<day2>[0-9]{1,2})\s+[0-9]+:[0-9]+(?::[0-9]+)?\s+(?:[A-Z]+\s+)?(?P<year2>[0-9]{4})(?![0-9])"
 )
+
+
+class Stored(Sequence[T]):
+    """Texts of messages. `messages`: of each what the store has of it, from which `make` makes its text when that is asked for
+    (a tuple, as the functions below take them), or its text."""
+
+    __slots__ = ("_make", "messages")
+
+    def __init__(self, messages: list[Any], make: Callable[..., T]) -> None:
+        self.messages = messages
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Stored[T]": ...
+    def __getitem__(self, at: int | slice) -> "T | Stored[T]":
+        if isinstance(at, slice):
+            return Stored(self.messages[at], self._make)
+        found = self.messages[at]
+        made: T = self._make(*found) if isinstance(found, tuple) else found
+        return made
+
+    def chosen(self, wanted: Iterable[int]) -> "Stored[T]":
+        """Those of them that are wanted."""
+        return Stored(list(compress(self.messages, wanted)), self._make)
+
+
+Told = tuple[bytes, ...]  # bitmaps: messages that have what is sought, and those that a look does not tell of
+Look = Callable[[list[Any], bytes], Told]  # at those of the messages of a Stored whose bits are set
+
+
+def look_at_envelopes(name: str, needle: str) -> Look:
+    """What tells of (MessageRow, ObjectRow with a description), as they are stored, what EnvelopeText.has does."""
+    place, sought = FIELDS[name], needle_of(needle)
+    return lambda messages, care: envelopes(sought, messages, care, place, VERSION)
+
+
+def look_at_texts(needle: str, headers: bool) -> Look:
+    """What tells of (MessageRow, ObjectRow, data) what MessageText.in_body (`headers`: in_text) does; a third bitmap: those that
+    in_headers tells of. There is no line end in what is sought in headers."""
+    sought = needle_of(needle)
+    return lambda messages, care: sought.texts(messages, care, headers, VERSION)
 
 
 class EnvelopeText:
@@ -145,10 +199,14 @@ class MessageText:
 
     def in_text(self, needle: str) -> bool:
         """Whether it is in the text or the header of a part, or in the message's own header."""
+        return self.in_headers(needle) or self.in_body(needle)
+
+    def in_headers(self, needle: str) -> bool:
+        """Whether it is in the header of a part, or in the message's own header."""
         data = self._data
         headers = [self._prefix, *[data[part.header : part.body] for part in self.parts]]
         every = b"".join(headers)
-        return _in_headers([every] if _is_plain(every) else headers, needle) or self.in_body(needle)
+        return _in_headers([every] if _is_plain(every) else headers, needle)
 
 
 class FileText:
@@ -178,8 +236,12 @@ class FileText:
 
     def in_text(self, needle: str) -> bool:
         """As of MessageText."""
+        return self.in_headers(needle) or self.in_body(needle)
+
+    def in_headers(self, needle: str) -> bool:
+        """As of MessageText."""
         headers = (self._read(start, start + size) for _, _, start, size, _ in PLACE.iter_unpack(self._parts))
-        return _in_headers(chain([self._prefix], headers), needle) or self.in_body(needle)
+        return _in_headers(chain([self._prefix], headers), needle)
 
 
 def _is_plain(header: bytes) -> bool:

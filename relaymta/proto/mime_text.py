@@ -9,17 +9,18 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from encodings.aliases import aliases
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 from relaymta._speedups.mime import Part, scan
+from relaymta._speedups.search import Needle
 from relaymta._speedups.text import base64, folded, holds, quoted_printable
 from relaymta.proto.mime_envelope import unfolded
 
 __all__ = [
-    "charset_of", "comparable", "contains", "decoded", "header_text", "in_header", "in_pieces", "in_text", "is_text", "part_text",
-    "text_parts",
+    "charset_of", "comparable", "contains", "decoded", "header_text", "in_header", "in_pieces", "in_text", "is_text",
+    "needle_of", "part_text", "text_parts",
 ]  # fmt: skip
 
 _WORD = re.compile(rb"=\?([^?\s*]*+)(?:\*[^?\s]*+)?\?([BbQq])\?([^?]*+)\?=")
@@ -42,6 +43,8 @@ MARKS_MOST = 32  # combining characters in a row that are normalized together (U
 PIECE: Final = 1 << 18  # octets of a part that are decoded together
 _NO_BASE64 = bytes(octet for octet in range(256) if octet > 127 or not (chr(octet).isalnum() or octet in b"+/="))
 _MAY_COMBINE = re.compile("[\u0300-\U0010ffff]")
+_ASCII = re.compile("[\0-\x7f]+")
+_COMMON = " etaoinsrhldcumfpgwyb.,v-k"  # in text, the most common first
 _BEYOND = "\U00010000-\U0010ffff"  # in a set of characters: all that a regular expression looks for one by one, so none of them
 
 
@@ -217,6 +220,35 @@ def _has(text: bytes, charset: bytes, needle: str) -> bool:
 def _has_ascii(charset: bytes) -> bool:
     """Whether octets below 128 are ASCII in a charset."""
     return _codec(charset[:40].decode("latin-1")).startswith(("ascii", "utf_8", "latin_1", "iso8859_", "cp125"))
+
+
+@lru_cache(1000)
+def _part_kind(field: bytes) -> int:
+    """What a Content-Type, the whole field, makes of a part without others in it: as of _speedups.search."""
+    part = scan(field)[0]
+    if not is_text(field, part):
+        return 0
+    charset = charset_of(field, part)
+    if _codec(charset[:40].decode("latin-1")) in ("ascii", "utf_8"):
+        return 1
+    return 2 if _has_ascii(charset) else 3
+
+
+def needle_of(needle: str) -> Needle:
+    """What looks for a needle (which is `comparable`): for the longest part of it that is of ASCII. For one thread."""
+    piece = max(_ASCII.findall(needle), key=len, default="")
+    rare = sorted(range(len(piece)), key=lambda at: _COMMON.find(piece[at]) % 100, reverse=True)
+    first, second, third, *_ = [*rare, *rare[:1] * 2, 0, 0, 0]
+    return Needle(piece.encode(), piece == needle, (first, second, third), _part_kind, partial(_hiding, piece))
+
+
+def _hiding(needle: str) -> bytes:
+    """A bitmap of the characters of 16 bits in which a needle of ASCII may be found, though not in ASCII characters."""
+    flags = bytearray(1 << 13)
+    for character in {*needle}:
+        for code in map(ord, _forms()[character]):
+            flags[code >> 3] |= 1 << (code & 7)
+    return bytes(flags)
 
 
 class _Sought(NamedTuple):

@@ -5,12 +5,14 @@ once more. No read transaction is open while a file is read.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from relaymta.disk.segments import big_file, body_file, read_cached, read_frame
+from relaymta.disk.segments import Place, big_file, body_file, read_cached, read_frame, read_frames, segment_file
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 from relaymta.store.blocks import LAST_UID, Record
@@ -30,6 +32,9 @@ class Bodies(Protocol):
 
     def read_now(self, ident: int, body: Body) -> bytes | None:
         """The same of a body in a segment, where nothing has to be waited for; else None."""
+
+    def read_many(self, idents: Sequence[int], places: Sequence[Place]) -> list[bytes | None]:
+        """The data of messages in segments, verified; None where it cannot be read there."""
 
     def big_path(self, ident: int) -> Path:
         """The file of a large body."""
@@ -59,6 +64,17 @@ class Files:
             return read_cached(descriptor, ident, body)
         finally:
             os.close(descriptor)
+
+    def read_many(self, idents: Sequence[int], places: Sequence[Place]) -> list[bytes | None]:
+        """As of Bodies."""
+        with ExitStack() as stack:
+
+            @cache
+            def descriptor_of(segment: int) -> int:
+                path = segment_file(self._directory, segment)
+                return stack.enter_context(path.open("rb", buffering=0)).fileno()
+
+            return read_frames(descriptor_of, idents, places)
 
     def big_path(self, ident: int) -> Path:
         """As of Bodies."""

@@ -137,7 +137,7 @@ class UserRow(msgspec.Struct, array_like=True, gc=False):
 
 _decode_state = msgspec.msgpack.Decoder(MailboxState).decode
 decode_message = msgspec.msgpack.Decoder(MessageRow).decode
-_decode_object = msgspec.msgpack.Decoder(ObjectRow).decode
+decode_object = msgspec.msgpack.Decoder(ObjectRow).decode
 _decode_unfinished = msgspec.msgpack.Decoder(UnfinishedRow).decode
 _decode_mailbox = msgspec.msgpack.Decoder(MailboxRow).decode
 _decode_user = msgspec.msgpack.Decoder(UserRow).decode
@@ -222,6 +222,11 @@ class MailShard(Environment):
         raw = txn.get(MESSAGE.pack(mailbox, MESSAGE_KIND, uid), db=self.tables["mail"])
         return None if raw is None else decode_message(raw)
 
+    def raw_messages(self, txn: Any, mailbox: int, uids: Iterable[int]) -> list[bytes | None]:
+        """The rows of messages, as they are stored; None: it is not in the mailbox."""
+        prefix = MESSAGE.pack(mailbox, MESSAGE_KIND, 0)[:9]
+        return _values(txn.cursor(db=self.tables["mail"]), [prefix + uid.to_bytes(4, "big") for uid in uids])
+
     def messages(self, txn: Any, mailbox: int, after: int = 0) -> Iterator[tuple[int, MessageRow]]:
         """(UID, row) of the messages of a mailbox with UIDs above `after`, in their order."""
         cursor = txn.cursor(db=self.tables["mail"])
@@ -261,14 +266,18 @@ class MailShard(Environment):
     def object(self, txn: Any, ident: int) -> ObjectRow | None:
         """The row of a message's data; None when no mailbox has it (any more)."""
         raw = txn.get(ID.pack(ident), db=self.tables["object"])
-        return None if raw is None else _decode_object(raw)
+        return None if raw is None else decode_object(raw)
+
+    def raw_objects(self, txn: Any, keys: list[bytes]) -> list[bytes | None]:
+        """The rows of messages' data by their keys (ids), as they are stored; None as of `object`."""
+        return _values(txn.cursor(db=self.tables["object"]), keys)
 
     def objects(self, txn: Any, after: int = -1) -> Iterator[tuple[int, ObjectRow]]:
         """The objects of the shard with ids above `after`, by id."""
         cursor = txn.cursor(db=self.tables["object"])
         if cursor.set_range(ID.pack(after + 1)):
             for key, value in cursor:
-                yield ID.unpack(key)[0], _decode_object(value)
+                yield ID.unpack(key)[0], decode_object(value)
 
     def points_at(self, txn: Any, ident: int, body: Body) -> bool:
         """Whether an object's row points at this body."""
@@ -304,6 +313,20 @@ class MailShard(Environment):
 def _attempt_of(value: bytes) -> int:
     attempt: int = FILED.unpack(value)[1] if len(value) == FILED.size else ANY_ATTEMPT
     return attempt
+
+
+def _values(cursor: Any, keys: list[bytes]) -> list[bytes | None]:
+    """What a table has under keys. As long as one follows the other in it, it is not searched for them."""
+    found: list[bytes | None] = []
+    if keys and cursor.set_range(keys[0]):
+        for key, (at, value) in zip(keys, cursor.iternext(keys=True, values=True), strict=False):
+            if at != key:
+                break
+            found.append(value)
+    if len(found) < len(keys):
+        rest = keys[len(found) :]
+        found += map(dict(cursor.getmulti(rest)).get, rest)
+    return found
 
 
 def runs_of(uids: Iterable[int]) -> list[tuple[int, int]]:

@@ -5,40 +5,40 @@ is read in pieces, and searched as far as its description goes: 64 MB at most (D
 be read is searched as if it had none; `mailbox verify` says what is wrong with it.
 """
 
+import struct
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import Body
 from relaymta.proto.imap_program import Batch, Program, Stage
 from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, lower
-from relaymta.proto.imap_text import EnvelopeText, FileText, HeaderText, MessageText
-from relaymta.proto.mime import PLACE, Description, describe
+from relaymta.proto.imap_text import EnvelopeText, FileText, HeaderText, MessageText, Stored, bodies, objects, undescribed
+from relaymta.proto.mime import VERSION, Description, describe
 from relaymta.store.change import Refusal
 from relaymta.store.reading import Readable, body_of
-from relaymta.store.rows import MessageRow, ObjectRow
+from relaymta.store.rows import decode_message, decode_object
 from relaymta.view.access import Access
 from relaymta.view.fetch import email_id, read_at, with_description
 from relaymta.view.reading import Message, after
 from relaymta.view.selected import Selected
+
+T = TypeVar("T")
 
 __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "searched", "slice_of"]
 
 MILLISECONDS: Final = 5
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER: Final = 64  # messages
-ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What takes longer to look into counts for more:
-WEIGHTS: Final = {Stage.ROW: 0, Stage.ENVELOPE: 32, Stage.HEADER: 4, Stage.BODY: 1}
-PART: Final = 512  # octets of the place of a part
-PARTS_MOST: Final = 10_000
+ROOM: Final = 2 << 20  # octets of message data in memory; or one message
 HEADER_MOST: Final = 1 << 20  # octets of a header
 BODIES_MOST: Final = 32  # keys that look into all of a message
 
-_NO_DATA = ObjectRow(0, Body(0, 0, 0, 0))
 UNREADABLE: Final = describe(b"")  # of a message that cannot be read
 
 
@@ -51,7 +51,7 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
     goes on; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
-    return await access.search(selected.user, search) if program.stages else await access.read_little(search)
+    return await access.search(search) if program.stages else await access.read_little(search)
 
 
 def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tuple[bytes, int | None]:
@@ -99,48 +99,79 @@ def _decided(
 def bring(shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM) -> tuple[Batch, Batch]:
     """The first messages of a batch, one at least, with what a stage needs of them, and the others, which have to wait until
     there is room (octets); those that have been expunged are in neither. StoreError."""
-    name, make = _STAGES[stage]
-    taken, bits, data = 0, 0, []
-    for message in _messages(shard, mailbox, batch, stage):
-        if room <= 0:
-            break
-        if message is not None and (made := make(shard, message)) is not None:
-            bits |= 1 << taken
-            data.append(made)
-            room -= _weight(message, stage)
-        taken += 1
-    first, rest = batch.divided(taken)
-    first = first.kept(bits)
-    setattr(first, name, data)
+    name, brought, make = _STAGES[stage]
+    batch, rows = _there(batch, _rows(shard, mailbox, batch, stage))
+    data = brought(shard, rows, room)
+    first, rest = batch.divided(len(data))
+    first, data = _there(first, data)
+    setattr(first, name, Stored(data, make) if make else data)
     return first, rest
 
 
-def _weight(message: Message, stage: Stage) -> int:
-    """How much of the room a message takes."""
-    described, octets = message.object.described, min(message.object.body.length, HEADER_MOST)
-    if stage == Stage.BODY:
-        return octets + PART * (PARTS_MOST if described is None else len(described.parts) // PLACE.size)
-    if described is not None:
-        octets = min(len(described.envelope) if stage == Stage.ENVELOPE else described.header_end, HEADER_MOST)
-    return WEIGHTS[stage] * octets
+def _there(batch: Batch, found: list[T | None]) -> tuple[Batch, list[T]]:
+    """The messages of a batch of which something was found, and that."""
+    there = [one for one in found if one is not None]
+    if len(there) < len(found):
+        batch = batch.kept(sum(1 << at for at, one in enumerate(found) if one is not None))
+    return batch, there
 
 
-def _messages(shard: Readable, mailbox: int, batch: Batch, stage: Stage) -> list[Message | None]:
-    """The messages of a batch, those that a row alone is needed of without the row of their data; None: it is gone."""
-    rows, found = shard.rows, list[Message | None]()
+_Rows = tuple[bytes, bytes, bytes]  # of a message as they are stored, its own and that of its data, and the key of the latter
+
+
+def _rows(shard: Readable, mailbox: int, batch: Batch, stage: Stage) -> list[_Rows | None]:
+    """The rows of the messages of a batch, of a row alone where no more is needed; None: it is gone."""
+    rows = shard.rows
     with rows.reading() as txn:
-        for uid, _, flags, modseq in RECORD.iter_unpack(batch.records):
-            row = rows.message(txn, mailbox, uid)
-            data = None if row is None else _NO_DATA if stage == Stage.ROW else rows.object(txn, row.object)
-            found.append(None if row is None or data is None else Message(uid, flags, modseq, row, data))
+        messages = rows.raw_messages(txn, mailbox, batch.uids)
+        if stage == Stage.ROW:
+            return [None if row is None else (row, b"", b"") for row in messages]
+        keys = objects(messages)
+        data = rows.raw_objects(txn, keys)
+    every: Any = list(zip(messages, data, keys, strict=True))
+    return [None if found is None else (row, found, key) for row, found, key in every] if None in data else every
+
+
+def _message(row: bytes, found: bytes, *_: bytes) -> Message:
+    """A message, without what the index has of it."""
+    return Message(0, 0, 0, decode_message(row), decode_object(found))
+
+
+# What each stage needs of messages, of as many as there is room for: as a `Look` takes it, or made; None: it is gone
+
+
+def _decoded(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+    return [decode_message(row) for row, *_ in rows]
+
+
+def _envelopes(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+    found: list[Any] = [*rows]
+    for at in undescribed([data for _, data, _ in rows], VERSION):
+        found[at] = _envelope(shard, _message(*rows[at]))
     return found
 
 
-# What each stage needs of a message; None: it is gone
+def _headers(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+    return _with_data(shard, rows, room, _header)
 
 
-def _row(shard: Readable, message: Message) -> MessageRow:
-    return message.row
+def _texts(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+    return _with_data(shard, rows, room, _text)
+
+
+def _with_data(shard: Readable, rows: list[_Rows], room: int, make: Callable[[Readable, Message], Any]) -> list[Any]:
+    """`make`: for those whose data is not where its row says, in a segment."""
+    messages, objects, keys = zip(*rows, strict=True) if rows else ((), (), ())
+    places = bodies([*objects])
+    octets = list(accumulate((min(length, HEADER_MOST) for *_, length in places), initial=0))
+    count = min(bisect_left(octets, room, 1), len(rows))
+    idents = struct.unpack(f">{count}Q", b"".join(keys[:count]))
+    data = shard.bodies.read_many(idents, places[:count])
+    found: list[Any] = list(zip(messages, objects, data, strict=False))
+    if None in data:
+        for at in [at for at, text in enumerate(data) if text is None]:
+            found[at] = make(shard, _message(*rows[at]))
+    return found
 
 
 def _envelope(shard: Readable, message: Message) -> EnvelopeText | None:
@@ -164,11 +195,29 @@ def _text(shard: Readable, message: Message) -> MessageText | FileText | None:
     return None if described is None else FileText(message.row.prefix, described.parts, _large(shard, message))
 
 
-_STAGES: dict[Stage, tuple[str, Callable[[Readable, Message], Any]]] = {
-    Stage.ROW: ("rows", _row),
-    Stage.ENVELOPE: ("envelopes", _envelope),
-    Stage.HEADER: ("headers", _header),
-    Stage.BODY: ("bodies", _text),
+# What a text is made from, as it was brought
+
+
+def _envelope_text(row: bytes, found: bytes, key: bytes) -> EnvelopeText:
+    message = _message(row, found)
+    assert message.object.described is not None
+    return EnvelopeText(message.object.described.envelope, partial(email_id, message.object, message.row))
+
+
+def _header_text(row: bytes, found: bytes, data: bytes) -> HeaderText:
+    described = decode_object(found).described
+    return HeaderText(decode_message(row).prefix + data[: HEADER_MOST if described is None else described.header_end])
+
+
+def _message_text(row: bytes, found: bytes, data: bytes) -> MessageText:
+    return MessageText(decode_message(row).prefix, data)
+
+
+_STAGES: dict[Stage, tuple[str, Callable[[Readable, list[_Rows], int], list[Any]], Callable[..., Any] | None]] = {
+    Stage.ROW: ("rows", _decoded, None),
+    Stage.ENVELOPE: ("envelopes", _envelopes, _envelope_text),
+    Stage.HEADER: ("headers", _headers, _header_text),
+    Stage.BODY: ("bodies", _texts, _message_text),
 }
 
 

@@ -69,7 +69,9 @@ class Box:
 
     def messages(self, stage: Stage) -> list[Message]:
         records = reading.after(self.shard, self.number, 0, 10_000)
-        return [one for one in search._messages(self.shard, self.number, Batch(records), stage) if one is not None]
+        return [
+            search._message(*rows) for rows in search._rows(self.shard, self.number, Batch(records), stage) if rows is not None
+        ]
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ async def test_what_a_row_says(box):
     await box.file(b"x" * 100, date=NOW - day, flags=SEEN)
     await box.file(b"x" * 200, b"x" * 200)
     today = datetime.datetime.fromtimestamp(NOW / 1000, datetime.UTC).strftime("%d-%b-%Y")
-    assert [message.row.size for message in select(box).messages(Stage.ROW)] == [132, 232, 232]
+    assert [message.row.size for message in select(box).messages(Stage.BODY)] == [132, 232, 232]
     idents = [email_id(message.object, message.row) for message in box.messages(Stage.ENVELOPE)]
     assert idents[1] == idents[2] != idents[0]
     for line, uids in {
