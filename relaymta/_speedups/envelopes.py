@@ -49,7 +49,7 @@ def _field(needle, p, pos, end, place):  # type: ignore[no-untyped-def]
     c = p[pos]
     if c == ord("N"):
         return NO
-    if c == ord("{") or high(p, pos, stop) or find(p, ord("\\"), pos, stop) >= 0 or encoded(p, pos, stop):
+    if high(p, pos, stop) or find(p, ord("\\"), pos, stop) >= 0 or find(p, ord("{"), pos, stop) >= 0 or encoded(p, pos, stop):
         return ASK
     if not needle.whole:
         return NO
