@@ -5,6 +5,9 @@ import os
 import pytest
 
 from relaymta.disk.segments import COLD, FRAME, FREE_MOST, HOT, MEGABYTE, SegmentRow, Segments
+from relaymta.errors import StoreError
+from relaymta.proto.envelope import Body
+from relaymta.store.reading import Files
 
 
 class Shard:
@@ -105,3 +108,45 @@ def test_what_was_not_written_leaves_no_gap(shard, monkeypatch):
     (third,) = shard.commit(3000)
     assert (third.segment, third.offset) == (second.segment, second.offset + FRAME.size + second.length)
     shard.reopen()
+
+
+@pytest.mark.parametrize("of_owner", [True, False])
+def test_bodies_that_are_read_together_are_those_that_are_read_alone(shard, of_owner, monkeypatch):
+    """Whatever their order, and what lies between; None where one alone cannot be read."""
+    bodies = shard.commit(10, 0, 300_000, 400_000, 5, 5000, 7) + shard.commit(20, 900_000, 30)
+    idents = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    shard.commit(free=[bodies[7]])
+    segments = shard.segments
+    reader = segments if of_owner else Files(shard.folder)
+
+    def read(chosen: list[int]) -> list[bytes | None]:
+        places = [(body.segment, body.generation, body.offset, body.length) for body in (bodies[one] for one in chosen)]
+        return reader.read_many([idents[one] for one in chosen], places)
+
+    def alone(chosen: list[int]) -> list[bytes | None]:
+        found = []
+        for one in chosen:
+            try:
+                found.append(reader.read(idents[one], bodies[one]))
+            except StoreError:
+                found.append(None)
+        return found
+
+    orders = [[], [3], [*range(10)], [*range(9, -1, -1)], [0, 0, 2, 4, 6], [1, 5, 6, 8, 9, 0]]
+    assert len({body.segment for body in bodies}) > 1
+    assert [read(order) for order in orders] == [alone(order) for order in orders]
+    assert None not in read([*range(7)]) and [len(one) for one in read([4, 5])] == [5, 5000]
+    path = segments._path(bodies[5].segment)
+    octets = bytearray(path.read_bytes())
+    for at in (0, 5, 9, 17, 25, FRAME.size, FRAME.size + 4999):  # all of the frame, and the data
+        octets[bodies[5].offset + at] ^= 1
+        path.write_bytes(octets)
+        assert read([4, 5, 6]) == alone([4, 5, 6]) == [bytes(5), None, bytes(7)]
+        octets[bodies[5].offset + at] ^= 1
+    path.write_bytes(octets[: bodies[6].offset + FRAME.size + 6])
+    assert read([6]) == alone([6]) == [None]
+    bodies[0] = Body(999, 1, 0, 10)
+    assert read([0, 1]) == alone([0, 1]) == [None, b""]
+    for order in orders:
+        monkeypatch.setattr("relaymta.disk.segments.RUN", 1)
+        assert read(order) == alone(order)
