@@ -9,7 +9,7 @@ cdef int TAB, LF, SP
 cdef int NO, YES, ASK, ASK_HEADERS
 cdef int NO_TEXT, UTF8, ASCII, OTHER
 cdef Py_ssize_t BLOCK, PLACE, PIECE, HEADERS_MOST, PARTS_MOST, FIELD_MOST
-cdef bytes LOWER
+cdef bytes NONE, LOWER
 
 
 @cython.final
@@ -17,6 +17,7 @@ cdef class Needle:
     cdef bytes octets
     cdef bint whole
     cdef Py_ssize_t size
+    cdef bint eight
     cdef Py_ssize_t first
     cdef Py_ssize_t second
     cdef Py_ssize_t third
@@ -55,12 +56,12 @@ cdef class Needle:
     @cython.locals(stop=Py_ssize_t, i=Py_ssize_t)
     cdef int kind(self, const unsigned char *p, Py_ssize_t pos, Py_ssize_t end) except -1
 
-    @cython.locals(at=Py_ssize_t)
+    @cython.locals(at=Py_ssize_t, sure=bint)
     cdef int text(self, const unsigned char *p, Py_ssize_t start, Py_ssize_t end, int kind) except -1
 
-    @cython.locals(flags="const unsigned char *", stop=Py_ssize_t, c=int, d=int, e=int, size=int)
-    cdef bint bare(self, const unsigned char *p, Py_ssize_t i, Py_ssize_t end) except -1
 
+@cython.locals(stop=Py_ssize_t, c=int, d=int, e=int, size=int)
+cdef bint _bare(const unsigned char *p, Py_ssize_t i, Py_ssize_t end, const unsigned char *flags) noexcept
 
 @cython.locals(i=Py_ssize_t)
 cdef Py_ssize_t _line_end(const unsigned char *p, Py_ssize_t pos, Py_ssize_t end) noexcept

@@ -16,18 +16,21 @@ BLOCK = 128  # octets
 PLACE = 14  # octets, as of structure.py
 PIECE = 262144  # octets of a part, as of proto/mime_text.py
 HEADERS_MOST, PARTS_MOST, FIELD_MOST = 65536, 1000, 500  # octets, parts, and octets of a Content-Type
+NONE = bytes(8192)
 LOWER = bytes(range(256)).lower()
 
 
 class Needle:
-    """What is looked for: `octets`, in lower case, perhaps none. `whole`: they are all of it; else it has more, which is not
-    ASCII. `rare`: indices of three of the octets, rare ones. `kind_of(field)`: what a Content-Type makes of a part;
-    `hidden()`: a bitmap of the characters of 16 bits in which the octets may be found though they are not there."""
+    """What is looked for: `octets`, in lower case, perhaps none. `whole`: they are all of it; else it has more, and is not ASCII.
+    Octets that are not ASCII are UTF-8, of characters that none behind them joins but combining ones. `rare`: indices of three of
+    the octets, rare ones. `kind_of(field)`: what a Content-Type makes of a part; `hidden()`: a bitmap of the characters of 16
+    bits in which the octets may be found though they are not there."""
 
     def __init__(self, octets, whole, rare, kind_of, hidden):  # type: ignore[no-untyped-def]
         self.octets = octets
         self.whole = whole
         self.size = len(octets)
+        self.eight = not octets.isascii()
         self.first, self.second, self.third = rare
         self.kind_of = kind_of
         self.hidden = hidden
@@ -195,41 +198,46 @@ class Needle:
             return ASK
         if not high(p, start, end):
             return YES if at >= 0 and self.whole else NO
+        if self.eight and kind != UTF8:
+            return ASK
         if at >= 0:  # its last letter and a combining character behind it may be another one
-            return YES if self.whole and (at + self.size == end or p[at + self.size] < 128) else ASK
-        return NO if self.size and kind == UTF8 and self.bare(p, start, end) else ASK
-
-    def bare(self, p, i, end):  # type: ignore[no-untyped-def]
-        """Whether p[i:end] is UTF-8 in which the octets are hidden in no character."""
+            sure = self.whole and (at + self.size == end or p[at + self.size] < 128)
+            return YES if sure and (not self.eight or _bare(p, start, end, NONE)) else ASK
+        if self.size == 0 or kind != UTF8:
+            return ASK
         if self.flags is None:
             self.flags = self.hidden()
-        flags = self.flags
-        while i < end:
-            stop = min(i + 64, end)
-            if not high(p, i, stop):
-                i = stop
+        return NO if _bare(p, start, end, self.flags) else ASK
+
+
+def _bare(p, i, end, flags):  # type: ignore[no-untyped-def]
+    """Whether p[i:end] is UTF-8 without characters of a bitmap; of those beyond 16 bits, with pictures alone."""
+    while i < end:
+        stop = min(i + 64, end)
+        if not high(p, i, stop):
+            i = stop
+            continue
+        while i < stop:
+            c = p[i]
+            if c < 128:
+                i += 1
                 continue
-            while i < stop:
-                c = p[i]
-                if c < 128:
-                    i += 1
-                    continue
-                size = 2 if 0xC2 <= c < 0xE0 else 3 if 0xE0 <= c < 0xF0 else 4
-                if c < 0xC2 or c > 0xF0 or i + size > end:
+            size = 2 if 0xC2 <= c < 0xE0 else 3 if 0xE0 <= c < 0xF0 else 4
+            if c < 0xC2 or c > 0xF0 or i + size > end:
+                return False
+            d = p[i + 1]
+            e = p[i + 2] if size > 2 else 0x80
+            if d & 0xC0 != 0x80 or e & 0xC0 != 0x80:
+                return False
+            if size == 4:  # U+1F300 to U+1FAFF
+                if d != 0x9F or e < 0x8C or e > 0xAB or p[i + 3] & 0xC0 != 0x80:
                     return False
-                d = p[i + 1]
-                e = p[i + 2] if size > 2 else 0x80
-                if d & 0xC0 != 0x80 or e & 0xC0 != 0x80:
+            else:
+                c = (c & 0x1F) << 6 | (d & 0x3F) if size == 2 else (c & 0x0F) << 12 | (d & 0x3F) << 6 | (e & 0x3F)
+                if (size == 3 and (c < 0x800 or 0xD800 <= c < 0xE000)) or flags[c >> 3] >> (c & 7) & 1:
                     return False
-                if size == 4:  # of those beyond 16 bits, pictures alone: U+1F300 to U+1FAFF
-                    if d != 0x9F or e < 0x8C or e > 0xAB or p[i + 3] & 0xC0 != 0x80:
-                        return False
-                else:
-                    c = (c & 0x1F) << 6 | (d & 0x3F) if size == 2 else (c & 0x0F) << 12 | (d & 0x3F) << 6 | (e & 0x3F)
-                    if (size == 3 and (c < 0x800 or 0xD800 <= c < 0xE000)) or flags[c >> 3] >> (c & 7) & 1:
-                        return False
-                i += size
-        return True
+            i += size
+    return True
 
 
 def _line_end(p, pos, end):  # type: ignore[no-untyped-def]

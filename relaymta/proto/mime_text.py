@@ -44,6 +44,7 @@ PIECE: Final = 1 << 18  # octets of a part that are decoded together
 _NO_BASE64 = bytes(octet for octet in range(256) if octet > 127 or not (chr(octet).isalnum() or octet in b"+/="))
 _MAY_COMBINE = re.compile("[\u0300-\U0010ffff]")
 _ASCII = re.compile("[\0-\x7f]+")
+_FORMED = "\u0530"  # below are Latin, Greek, Cyrillic
 _COMMON = " etaoinsrhldcumfpgwyb.,v-k"  # in text, the most common first
 _BEYOND = "\U00010000-\U0010ffff"  # in a set of characters: all that a regular expression looks for one by one, so none of them
 
@@ -141,24 +142,30 @@ def comparable(text: str) -> str:
 def _normal(text: str) -> str:
     """NFKC, in linear time: it sorts combining characters, which takes the square of how many follow each other, so behind each
     MARKS_MOST in a row the text is divided."""
-    ends = [run.end() for run in _marks().finditer(text)] if _MAY_COMBINE.search(text) else []
+    ends = [run.end() for run in _marked().finditer(text)] if _MAY_COMBINE.search(text) else []
     if not ends:
         return unicodedata.normalize("NFKC", text)
     return "".join([unicodedata.normalize("NFKC", text[start:end]) for start, end in pairwise([0, *ends, len(text)])])
 
 
 @lru_cache(1)
-def _marks() -> re.Pattern[str]:
+def _marks() -> str:
+    """Characters of 16 bits that normalization makes combining ones of."""
+    every = map(chr, range(0x300, 0x10000))
+    return "".join([one for one in every if unicodedata.combining(unicodedata.normalize("NFKD", one)[0])])
+
+
+@lru_cache(1)
+def _marked() -> re.Pattern[str]:
     """MARKS_MOST characters in a row that normalization makes combining ones of, or that are beyond 16 bits."""
-    marks = [one for one in map(chr, range(0x300, 0x10000)) if unicodedata.combining(unicodedata.normalize("NFKD", one)[0])]
-    return re.compile(f"[{''.join(marks)}{_BEYOND}]{{{MARKS_MOST}}}")
+    return re.compile(f"[{_marks()}{_BEYOND}]{{{MARKS_MOST}}}")
 
 
 @lru_cache(1)
 def _forms() -> dict[str, str]:
-    """By ASCII character, all others of 16 bits that are compared as it, or as something that has it: NBSP by the blank, U+00DF
-    by s."""
-    found = dict.fromkeys(map(chr, range(128)), "")
+    """By character below _FORMED, all others of 16 bits, ASCII left out, that are compared as it, or as something that has it:
+    NBSP by the blank, U+00DF by s."""
+    found = dict.fromkeys(map(chr, range(ord(_FORMED))), "")
     for one in map(chr, range(128, 0x10000)):
         form = unicodedata.normalize("NFKC", one).casefold()
         if form != one:
@@ -235,19 +242,23 @@ def _part_kind(field: bytes) -> int:
 
 
 def needle_of(needle: str) -> Needle:
-    """What looks for a needle (which is `comparable`): for the longest part of it that is of ASCII. For one thread."""
-    piece = max(_ASCII.findall(needle), key=len, default="")
-    rare = sorted(range(len(piece)), key=lambda at: _COMMON.find(piece[at]) % 100, reverse=True)
+    """What looks for a needle (which is `comparable`), or where it has other characters than those of European scripts, or marks,
+    for the longest part of it that is of ASCII. For one thread."""
+    whole = all(character < _FORMED and not unicodedata.combining(character) for character in needle)
+    part = needle if whole else max(_ASCII.findall(needle), key=len, default="")
+    octets = part.encode()
+    rare = sorted(range(len(octets)), key=lambda at: _COMMON.find(chr(octets[at])) % 100, reverse=True)
     first, second, third, *_ = [*rare, *rare[:1] * 2, 0, 0, 0]
-    return Needle(piece.encode(), piece == needle, (first, second, third), _part_kind, partial(_hiding, piece))
+    return Needle(octets, whole, (first, second, third), _part_kind, partial(_hiding, part))
 
 
 def _hiding(needle: str) -> bytes:
-    """A bitmap of the characters of 16 bits in which a needle of ASCII may be found, though not in ASCII characters."""
+    """A bitmap of the characters of 16 bits in which a needle of characters below _FORMED may be found, though it is not there;
+    where it is not ASCII, of all marks, too."""
     flags = bytearray(1 << 13)
-    for character in {*needle}:
-        for code in map(ord, _forms()[character]):
-            flags[code >> 3] |= 1 << (code & 7)
+    hiding = "".join([_forms()[character] for character in {*needle}])
+    for code in map(ord, hiding if needle.isascii() else hiding + _marks()):
+        flags[code >> 3] |= 1 << (code & 7)
     return bytes(flags)
 
 

@@ -198,6 +198,14 @@ PLAIN = b"Subject: the first\r\n one\r\nX-A: =b\r\nContent-Type: %b\r\nContent-T
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "words", "yes"),
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "wordy", "ask"),
         (b"text/plain; charset=utf-7", b"7bit", b"words", "words", "ask"),
+        (b"text/plain; charset=utf-8", b"quoted-printable", b"In Z=C3=BCRich.", "z\xfcrich", "yes"),
+        (b"text/plain; charset=utf-8", b"8bit", "Zürcher Rhein –".encode(), "z\xfcrich", "no"),
+        (b"text/plain; charset=utf-8", b"8bit", "Über".encode(), "\xfcber", "ask"),
+        (b"text/plain; charset=utf-8", b"8bit", "u\u0308ber".encode(), "\xfcber", "ask"),
+        (b"text/plain; charset=utf-8", b"8bit", "über".encode() + b"\xff", "\xfcber", "ask"),
+        (b"text/plain", b"8bit", "über".encode() + b"\xff", "\xfcber", "ask"),
+        (b"text/plain; charset=iso-8859-1", b"8bit", "über".encode(), "\xfcber", "ask"),
+        (b"text/plain; charset=utf-8", b"8bit", "привет мир".encode(), "\u043c\u0438\u0440", "yes"),
     ],
 )  # fmt: skip
 def test_what_is_told_without_decoding(kernels, kind, encoding, text, sought, said):
