@@ -468,12 +468,11 @@ def read_frames(descriptor_of: Callable[[int], int], idents: Sequence[int], plac
             run = os.pread(descriptor_of(segment), end - start, start)
         except (OSError, KeyError):
             run = b""
-        whole = len(run) == end - start
         for ident, (_, generation, offset, length) in zip(idents[first:last], islice(places, first, last), strict=True):
             at = offset - start
             data = run[at + FRAME.size : at + FRAME.size + length]
             frame = FRAME.pack(MAGIC, generation, ident, length, xxhash.xxh3_64_intdigest(data))
-            found.append(data if whole and run.startswith(frame, at) else None)
+            found.append(data if run.startswith(frame, at) else None)
     return found
 
 

@@ -34,7 +34,7 @@ __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "sea
 
 MILLISECONDS: Final = 5
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
-TOGETHER: Final = 64  # messages
+TOGETHER, TOGETHER_MOST = 64, 256  # messages, and where they take little time
 ROOM: Final = 2 << 20  # octets of message data in memory; or one message
 HEADER_MOST: Final = 1 << 20  # octets of a header
 BODIES_MOST: Final = 32  # keys that look into all of a message
@@ -81,18 +81,24 @@ def _decided(
 ) -> tuple[list[bytes], int | None]:
     """The records of messages that match, of those that are undecided; and, when time was short, the UID (above `behind`) up to
     which all is decided."""
-    until = time.monotonic() + MILLISECONDS / 1000
+    slice_ = MILLISECONDS / 1000
+    until, together = time.monotonic() + slice_, TOGETHER
     found: list[bytes] = []
     todo = [batch]  # each is in front of the one before it
     while todo:
-        end = _uid(todo[-1].records, 0) - 1
-        if end > behind and time.monotonic() > until:
+        end, now = _uid(todo[-1].records, 0) - 1, time.monotonic()
+        if end > behind and now > until:
             return found, end
-        batch, later = todo.pop().divided(TOGETHER)
+        batch, later = todo.pop().divided(together)
         batch, rest = brought(batch, program.next_stage(batch))
         matching, undecided = program.run(batch)
         found.append(matching)
         todo += [one for one in (later, rest, undecided) if one]
+        took = time.monotonic() - now
+        if took > slice_ / 4:
+            together = TOGETHER
+        elif took < slice_ / 10:
+            together = min(2 * together, TOGETHER_MOST)
     return found, None
 
 

@@ -120,6 +120,7 @@ FIELD_LINES = st.lists(
 @pytest.mark.parametrize("kernels", KERNELS)
 @given(FIELD_LINES, st.text('abA "(<>@,s\u00df', min_size=1, max_size=4))
 @example(b"From: " + b"a" * 1001 + b"\r\n\r\n", "a")
+@example(b'From: <" a"@b>\r\n\r\n', " a")
 @example(b"From: a:;, Bob <b@c>\r\n\r\n", ", b")
 @example(b'From: " A" <@b>, <c@>\r\n\r\n', "a <")
 def test_envelopes(kernels, data, sought):
@@ -197,13 +198,14 @@ PLAIN = b"Subject: the first\r\n one\r\nX-A: =b\r\nContent-Type: %b\r\nContent-T
         (b"text/plain; charset=utf-8", b"8bit", b"K\xf6ln", "words", "ask"),
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "words", "yes"),
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "wordy", "ask"),
+        (b"text/plain; charset=iso-8859-1", b"8bit", b"\xc3\xb2", "2", "ask"),
         (b"text/plain; charset=utf-7", b"7bit", b"words", "words", "ask"),
         (b"text/plain; charset=utf-8", b"quoted-printable", b"In Z=C3=BCRich.", "z\xfcrich", "yes"),
         (b"text/plain; charset=utf-8", b"8bit", "Zürcher Rhein –".encode(), "z\xfcrich", "no"),
         (b"text/plain; charset=utf-8", b"8bit", "Über".encode(), "\xfcber", "ask"),
         (b"text/plain; charset=utf-8", b"8bit", "u\u0308ber".encode(), "\xfcber", "ask"),
         (b"text/plain; charset=utf-8", b"8bit", "über".encode() + b"\xff", "\xfcber", "ask"),
-        (b"text/plain", b"8bit", "über".encode() + b"\xff", "\xfcber", "ask"),
+        (b"text/plain", b"8bit", "über ".encode() + b"\xff", "\xfcber", "ask"),
         (b"text/plain; charset=iso-8859-1", b"8bit", "über".encode(), "\xfcber", "ask"),
         (b"text/plain; charset=utf-8", b"8bit", "привет мир".encode(), "\u043c\u0438\u0440", "yes"),
     ],
@@ -214,6 +216,15 @@ def test_what_is_told_without_decoding(kernels, kind, encoding, text, sought, sa
     assert told(kernels, data, sought, False) == ("no" if header else said)
     assert told(kernels, data, sought, True) == ("yes" if header else said)
     agree(kernels, data, sought)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_header_begins_amid_a_line(kernels):
+    """That of the message, where what is in front of it in this copy does not end with its line."""
+    data = PLAIN % (b"text/plain", b"7bit", b"Some words")
+    assert MessageText(b"X: no", data).in_headers("nosubject")
+    assert told(kernels, data, "nosubject", True, b"X: no") == "ask headers"
+    agree(kernels, data, "nosubject", b"X: no")
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

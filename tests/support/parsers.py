@@ -30,11 +30,13 @@ from relaymta.proto import (
     sieve_run,
 )
 from relaymta.proto.envelope import Attempt, Envelope
+from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
+from relaymta.proto.envelope import Attempt, Body, Envelope, encode
 from relaymta.proto.imap_command import Numbers, Or, Qresync, Text
 from relaymta.proto.imap_found import Found
 from relaymta.proto.imap_program import Batch, Program
 from relaymta.proto.imap_resync import resync
-from relaymta.proto.imap_text import FIELDS, EnvelopeText, MessageText
+from relaymta.proto.imap_text import FIELDS, EnvelopeText, MessageText, Stored
 from relaymta.proto.imap_uids import NoSuchNumber, Shared
 from relaymta.proto.imap_view import Changes, Mailbox, View
 from relaymta.proto.imap_words import Words
@@ -46,6 +48,7 @@ from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
 from relaymta.proto.submitted import submitted
 from relaymta.route.shaping import Shaping
 from relaymta.store import mbox
+from relaymta.store.rows import MessageRow, ObjectRow
 from relaymta.toml import keys_of
 from tests.support import imap_worst, pop3
 
@@ -636,7 +639,11 @@ def _searched(data: bytes) -> None:
     sought = text[: len(text) // 4]
     program = Program(Or(Text("BODY", sought + "z"), Text("BODY", "z" + sought)), _selected, 0)
     batch = Batch(struct.pack("<IIQQ", 2, 0, 0, 1))
-    batch.bodies = [MessageText(b"", b"Content-Type: text/plain; charset=utf-8\r\n\r\n" + data)]
+    message = b"Content-Type: text/plain; charset=utf-8\r\n\r\n" + data
+    batch.bodies = [MessageText(b"", message)]
+    program.run(batch)
+    rows = encode(MessageRow(1, 1, 1, 1)), encode(ObjectRow(1, Body(1, 1, 1, len(message)), mime.describe(message)))
+    batch.bodies = Stored([(*rows, message)], lambda _, __, data: MessageText(b"", data))
     program.run(batch)
 
 
