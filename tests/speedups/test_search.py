@@ -93,7 +93,7 @@ def test_broken_rows_are_told(kernels, octets, cut, body):
             finder.texts([(b"", row, octets)], b"\1", True, VERSION),
         )
         if not rows.undescribed([row], VERSION):
-            assert describe(octets).envelope in row
+            assert describe(octets).envelope in row and describe(octets).parts in row
         else:
             assert told == ((b"\0", b"\1"), (b"\0", b"\1", b"\0"))
 
@@ -199,6 +199,9 @@ PLAIN = b"Subject: the first\r\n one\r\nX-A: =b\r\nContent-Type: %b\r\nContent-T
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "words", "yes"),
         (b"text/plain; charset=iso-8859-1", b"8bit", b"K\xf6ln words", "wordy", "ask"),
         (b"text/plain; charset=iso-8859-1", b"8bit", b"\xc3\xb2", "2", "ask"),
+        (b"text/plain", b"8bit", b"\xc1\xb2", "2", "ask"),
+        (b"text/plain", b"8bit", b"\xe0\x80\xb2", "2", "ask"),
+        (b"text/plain", b"8bit", b"\xed\xa0\xb2", "2", "ask"),
         (b"text/plain; charset=utf-7", b"7bit", b"words", "words", "ask"),
         (b"text/plain; charset=utf-8", b"quoted-printable", b"In Z=C3=BCRich.", "z\xfcrich", "yes"),
         (b"text/plain; charset=utf-8", b"8bit", "Zürcher Rhein –".encode(), "z\xfcrich", "no"),
@@ -241,6 +244,7 @@ def test_long_needles_in_repeated_text(kernels):
     assert told(kernels, data, "a" * 5000 + "c", False) in ("no", "ask")
     assert told(kernels, data, "ab" + "a" * 5000, False) in ("no", "ask")
     agree(kernels, data, "a" * 5000 + "b")
+    assert told(kernels, b"\r\n" + b"ab" * 10000, "ab" * 2000 + "ba", False) == "ask"
 
 
 def test_pictures_hide_no_letter():
