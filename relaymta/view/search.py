@@ -8,7 +8,7 @@ be read is searched as if it had none; `mailbox verify` says what is wrong with 
 import struct
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +35,9 @@ __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "sea
 MILLISECONDS: Final = 5
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER, TOGETHER_MOST = 64, 256  # messages, and where they take little time
-ROOM: Final = 2 << 20  # octets of message data in memory; or one message
+ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What takes longer to look into counts for more:
+WEIGHTS: Final = {Stage.ENVELOPE: (0, 32), Stage.HEADER: (4, 0), Stage.BODY: (1, 16)}  # octets: of data, and of its row
+UNDESCRIBED: Final = 4 << 20  # a message that has to be read first
 HEADER_MOST: Final = 1 << 20  # octets of a header
 BODIES_MOST: Final = 32  # keys that look into all of a message
 
@@ -51,7 +53,7 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
     goes on; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
-    return await access.search(search) if program.stages else await access.read_little(search)
+    return await access.search(selected.user, search) if program.stages else await access.read_little(search)
 
 
 def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tuple[bytes, int | None]:
@@ -151,26 +153,37 @@ def _decoded(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
 
 
 def _envelopes(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
-    found: list[Any] = [*rows]
-    for at in undescribed([data for _, data, _ in rows], VERSION):
+    found: list[Any] = rows[: _fitting(rows, [0] * len(rows), room, Stage.ENVELOPE)]
+    for at in undescribed([data for _, data, _ in found], VERSION):
         found[at] = _envelope(shard, _message(*rows[at]))
     return found
 
 
+def _fitting(rows: list[_Rows], lengths: Iterable[int], room: int, stage: Stage) -> int:
+    """How many messages there is room for, one at least. `lengths`: of their data, as far as it is brought."""
+    each, stored = WEIGHTS[stage]
+    weights = [each * length + stored * len(row) for length, (_, row, _) in zip(lengths, rows, strict=True)]
+    if stored:
+        for at in undescribed([data for _, data, _ in rows], VERSION):
+            weights[at] += UNDESCRIBED
+    return min(bisect_left(list(accumulate(weights, initial=0)), room, 1), len(rows))
+
+
 def _headers(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
-    return _with_data(shard, rows, room, _header)
+    return _with_data(shard, rows, room, Stage.HEADER, _header)
 
 
 def _texts(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
-    return _with_data(shard, rows, room, _text)
+    return _with_data(shard, rows, room, Stage.BODY, _text)
 
 
-def _with_data(shard: Readable, rows: list[_Rows], room: int, make: Callable[[Readable, Message], Any]) -> list[Any]:
+def _with_data(
+    shard: Readable, rows: list[_Rows], room: int, stage: Stage, make: Callable[[Readable, Message], Any]
+) -> list[Any]:
     """`make`: for those whose data is not where its row says, in a segment."""
     messages, objects, keys = zip(*rows, strict=True) if rows else ((), (), ())
     places = bodies([*objects])
-    octets = list(accumulate((min(length, HEADER_MOST) for *_, length in places), initial=0))
-    count = min(bisect_left(octets, room, 1), len(rows))
+    count = _fitting(rows, (min(length, HEADER_MOST) for *_, length in places), room, stage)
     idents = struct.unpack(f">{count}Q", b"".join(keys[:count]))
     data = shard.bodies.read_many(idents, places[:count])
     found: list[Any] = list(zip(messages, objects, data, strict=False))

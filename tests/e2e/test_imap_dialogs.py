@@ -103,7 +103,7 @@ def held(relay, user, folder: Path, text: str, dial: Callable[[], Session] | Non
     ("was", "becomes", "message"),
     [
         ("MESSAGES 1 UID", "MESSAGES 2 UID", "11: expected '* STATUS \"INBOX\" (MESSAGES 2 UIDVALIDITY <uid"),
-        ("[UIDVALIDITY <uidvalidity>]", "[UIDVALIDITY <n>1]", "16: expected '* OK [UIDVALIDITY <n>1] <any>' or '* OK [UIDNEXT "),
+        ("[UIDVALIDITY <uidvalidity>]", "[UIDVALIDITY <n>x]", "16: expected '* OK [UIDVALIDITY <n>x] <any>' or '* OK [UIDNEXT "),
         ("\nS: a OK <any>", "", "10: expected '* STATUS"),
         ("S?: * 2 EXISTS\n", "", "29: expected '* 2 RECENT', got b'* 2 EXISTS"),
         ("|*2 x", "|*3 x", ""),

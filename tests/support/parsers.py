@@ -29,8 +29,6 @@ from relaymta.proto import (
     sieve,
     sieve_run,
 )
-from relaymta.proto.envelope import Attempt, Envelope
-from relaymta.proto import address, authres, dkim, dsn, header, mailbox, mailbox_name, mime, mime_text, proxy, sasl
 from relaymta.proto.envelope import Attempt, Body, Envelope, encode
 from relaymta.proto.imap_command import Numbers, Or, Qresync, Text
 from relaymta.proto.imap_found import Found

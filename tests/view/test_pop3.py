@@ -201,7 +201,7 @@ async def test_quit_says_that_messages_are_removed_only_where_they_are(desk, mon
 
 
 @pytest.mark.parametrize("asked", [b"", b"QUIT\r\n", b"RETR 2\r\n"])
-@pytest.mark.parametrize("change", [{"disabled": True}, {"deleted": 1}, {"shard": 1}])
+@pytest.mark.parametrize("change", [{"disabled": True}, {"deleted": 1}, {"shard": 1, "moves": 1}, {"moves": 2}])
 async def test_the_session_of_a_user_who_may_not_be_here_ends_and_removes_nothing(desk, change, asked):
     await desk.log_in()
     await desk.say(b"DELE 1\r\n")
