@@ -3,7 +3,7 @@ cimport cython
 from relaymta._speedups._mem cimport find, same
 
 cdef int TAB, LF, CR, SP, DASH
-cdef Py_ssize_t HEADER_MOST, FIELDS_MOST, PARAMETERS_MOST, KEPT_MOST, DEPTH_MOST, PARTS_MOST
+cdef Py_ssize_t HEADER_MOST, TURN, FIELDS_MOST, PARAMETERS_MOST, KEPT_MOST, DEPTH_MOST, PARTS_MOST
 cdef int LEAF, MULTIPART, MESSAGE, OPAQUE
 cdef int IDENTITY, QUOTED_PRINTABLE, BASE64, OTHER
 cdef int CONTENT_ENCODING, CONTENT_TYPE
@@ -43,7 +43,7 @@ cdef class Scanner:
     cdef bint closing
     cdef Py_ssize_t kept
 
-    @cython.locals(p="const unsigned char *", n=Py_ssize_t, pos=Py_ssize_t, i=Py_ssize_t)
+    @cython.locals(p="const unsigned char *", n=Py_ssize_t, pos=Py_ssize_t, i=Py_ssize_t, due=Py_ssize_t)
     cdef list run(self)
 
     @cython.locals(part=Part, encoded=bint, full=bint)
@@ -61,7 +61,7 @@ cdef class Scanner:
     cdef Part _match(self, const unsigned char *p, Py_ssize_t pos, Py_ssize_t stop)
 
     @cython.locals(n=Py_ssize_t, pos=Py_ssize_t, number=int, start=Py_ssize_t, stop=Py_ssize_t, c="unsigned char", i=Py_ssize_t,
-                   end=Py_ssize_t, colon=Py_ssize_t)
+                   end=Py_ssize_t, colon=Py_ssize_t, due=Py_ssize_t)
     cdef Py_ssize_t _header(self, const unsigned char *p, Part part) except -1
 
     cdef int _field(self, const unsigned char *p, Part part, int number, Py_ssize_t start, Py_ssize_t stop) except -1

@@ -12,10 +12,12 @@ PARTS_MOST parts, is one opaque part.
 """
 
 from relaymta._speedups._mem import find, same
+from relaymta._speedups._turns import give_way
 
 TAB, LF, CR, SP, DASH = 9, 10, 13, 32, 45
 
 HEADER_MOST = 1048576  # octets
+TURN = 262144  # octets after which other threads may run: a millisecond, where lines are short
 FIELDS_MOST, PARAMETERS_MOST, KEPT_MOST = 1000, 100, 100000
 DEPTH_MOST, PARTS_MOST = 100, 10000
 LEAF, MULTIPART, MESSAGE, OPAQUE = 0, 1, 2, 3  # kinds of parts
@@ -61,7 +63,11 @@ class Scanner:
         p = self.data
         n = self.size
         pos = self._begin(p, 0, False)
+        due = pos + TURN
         while pos < n:
+            if pos > due:
+                give_way()
+                due = pos + TURN
             i = -1
             if p[pos] == DASH and pos + 1 < n and p[pos + 1] == DASH and len(self.open):
                 i = self._delimiter(p, pos)
@@ -154,7 +160,11 @@ class Scanner:
         pos = part.header
         number = -1  # of the field at hand, whose value is p[start:stop]
         start = stop = 0
+        due = pos + TURN
         while pos < n:
+            if pos > due:
+                give_way()
+                due = pos + TURN
             c = p[pos]
             if c == LF or (c == CR and pos + 1 < n and p[pos + 1] == LF):
                 pos += 1 if c == LF else 2

@@ -199,6 +199,16 @@ def test_what_is_behind_the_last_part_that_may_be_is_opaque(kernel):
     assert parts[-1].end == len(data) and parts[-1].lines == 3 * 10_001 + 1
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("data", [b"\r\n" + b"\n" * 2_000_000, b"a: b\r\n" * 400_000, b"\r\n" + (b"x" * 70 + b"\r\n") * 30_000])
+def test_other_threads_run_while_much_is_taken_apart(monkeypatch, kernel, data):
+    """A thread that waits for the interpreter gets it a few times in each megabyte."""
+    calls = []
+    monkeypatch.setattr(kernel, "give_way", lambda: calls.append(1))
+    kernel.scan(data)
+    assert len(data) // 300_000 <= len(calls) <= len(data) // 200_000
+
+
 def crlf_parts(header: bytes, count: int) -> bytes:
     """A multipart of parts with the same header."""
     return b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + (b"--b\r\n" + header + b"\r\nx\r\n") * count
