@@ -173,7 +173,7 @@ class MailShard(Environment):
         for key, value in txn.cursor(db=self.tables["user"]):
             yield ID.unpack(key)[0], _decode_user(value)
 
-    def user_idents(self, txn: Any, after: int = 0) -> Iterator[int]:
+    def user_idents(self, txn: Any, after: int = -1) -> Iterator[int]:
         """The ids of the shard's users above `after`, in their order."""
         cursor = txn.cursor(db=self.tables["user"])
         if cursor.set_range(ID.pack(after + 1)):

@@ -44,6 +44,13 @@ async def opened(folder: Path, ledger: Ledger) -> None:
     """Open an image, compare it, and file more: what is given out then is above all that was given out before."""
     shard = Shard(folder, 0)
     await shard.start()
+    try:
+        await compared(shard, ledger)
+    finally:
+        await shard.stop()
+
+
+async def compared(shard: Shard, ledger: Ledger) -> None:
     ledger.check(shard)
     highest = shard.rows.meta(b"highest")
     filed: list[list[int]] = []
@@ -61,4 +68,3 @@ async def opened(folder: Path, ledger: Ledger) -> None:
         box = ledger.boxes.get(mailbox)
         assert box is None or (uid >= box.uidnext and modseq > box.modseq), (uid, modseq, box)
     assert shard.rows.meta(b"highest") > highest
-    await shard.stop()
