@@ -5,6 +5,7 @@ ends before it has answered, the caller is told so (the queue asks again, and no
 """
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -163,13 +164,17 @@ class Mailboxes:
                 if peer is not None and not again:
                     raise
                 try:
-                    async with asyncio.timeout(REPLACED_SECONDS):
-                        while self._peers.get(number) is peer:
-                            await changed.wait()
-                            changed = self._changed
+                    await self._replaced(number, peer, changed)
                 except TimeoutError:
                     raise error from None
         raise ConnectionError(f"the owners of shard {number} of the mailboxes end one after another")
+
+    async def _replaced(self, number: int, peer: Peer | None, changed: asyncio.Event) -> None:
+        """Wait for another owner of a shard than this one. TimeoutError: there is none."""
+        async with asyncio.timeout(REPLACED_SECONDS):
+            while self._peers.get(number) is peer:
+                await changed.wait()
+                changed = self._changed
 
     async def filed_for_peer(self, shard: int, data: Any, targets: list[Any]) -> list[Result]:
         """What another process has asked for by `mail_file`. StoreError."""
@@ -306,6 +311,9 @@ class Mailboxes:
         shard = self.shards.get(number)
         if shard is not None:
             return await shard.take(user, part)
+        if number not in self._peers:  # it is being replaced
+            with contextlib.suppress(TimeoutError):
+                await self._replaced(number, None, self._changed)
         peer = self._peers.get(number)
         if peer is None:
             raise ConnectionError(f"nobody owns shard {number} of the mailboxes now")

@@ -91,6 +91,12 @@ class ReadingConnection(ClientConnection[S]):
         if self._seat is not None:
             self._seat.give_back()
 
+    def linger(self) -> None:
+        """As of Line: nothing is done for the client any more, so that another session need not wait."""
+        super().linger()
+        if not self.waits & (COMMITTING | SPILLING):  # else what is under way ends with it
+            self.leave()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._writable.set()

@@ -13,6 +13,7 @@ import smtplib
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -132,13 +133,15 @@ service auth {{
 
 
 @pytest.fixture
-def dovecot(tmp_path: Path) -> Iterator[Dovecot]:
+def dovecot() -> Iterator[Dovecot]:
+    """In a folder of its own, since paths of sockets are short."""
     need("dovecot")
     if os.geteuid():
         pytest.skip("this Dovecot's configuration is root's")
-    made = Dovecot(tmp_path / "dovecot")
-    yield made
-    made.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Dovecot(Path(folder) / "dovecot")
+        yield made
+        made.stop()
 
 
 def test_dovecot_verifies_users_who_are_not_in_the_accounts_file(dovecot, tmp_path):
