@@ -132,7 +132,7 @@ def test_limits(relay):
     assert hand.say(b"FILINTO\r\n").startswith(b"NO")
     for octets in (100_000, 20 << 20):
         huge = Hand(relay)
-        huge.sock.sendall(b'PUTSCRIPT "a" {%d+}\r\n' % octets + b"x" * octets)  # the client reads when it has sent all
+        huge.sock.sendall(b'PUTSCRIPT "a" {%d+}\r\n' % octets + b"x" * octets + b"\r\n")  # the client reads when it has sent all
         assert huge.answer().startswith((b"NO", b"BYE"))
 
 
