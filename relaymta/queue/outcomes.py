@@ -143,13 +143,14 @@ class Outcomes:
 
     def _wait(self, change: Change, ident: int, envelope: Envelope, places: list[Placement], new: Placement) -> None:
         """Add the placement `new` to `places` and to its queue. When the message has one in that queue already, they are joined,
-        due at the later time of the two."""
+        due at the later time of the two, and with the attempts of that with more: by these the store knows what it was given in
+        an attempt whose outcome is recorded."""
         same = next((place for place in places if place.queue == new.queue), None)
         if same is not None:
             change.unplace(ident, envelope, same)
             places.remove(same)
             new.indexes = sorted({*(new.indexes or []), *(same.indexes or [])})
-            new.due = max(new.due, same.due)
+            new.due, new.attempts = max(new.due, same.due), max(new.attempts, same.attempts)
         places.append(new)
         change.place(ident, envelope, new)
 

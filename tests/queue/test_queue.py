@@ -529,6 +529,25 @@ async def test_a_recipient_that_joins_a_queue_in_which_its_message_is_in_flight_
         await until(lambda: bench.summary() == [])
 
 
+async def test_of_placements_that_join_the_attempts_are_those_of_that_with_more(tmp_path):
+    async with Bench(tmp_path) as bench:
+        bench.queue.ends.assign = lambda envelope, attempts: (
+            assign(envelope, 0) if attempts < 3 else [(QueueName("mx", "d"), None)]
+        )
+        await bench.put(to=("x@d", "y@e"))
+        one, other = sorted(await bench.next(2), key=lambda entry: entry.name.domain)
+        for count in range(1, 4):
+            bench.queue.finish(other, {1: answer(TRANSIENT)}, 1)
+            await until(lambda: len(bench.events.outcomes) == count)  # noqa: B023
+            if count < 3:
+                (other,) = await bench.next(1)
+        bench.queue.finish(one, {0: answer(TRANSIENT)}, 1)
+        (rest,) = await bench.next(1)
+        assert (str(rest.name), len(rest.recipients), rest.attempts) == ("mx/d", 2, 3)
+        bench.queue.finish(rest, None)
+        await until(lambda: bench.summary() == [])
+
+
 @pytest.mark.parametrize("room", [0, 4096])
 async def test_fields_that_are_only_known_at_the_end_are_prepended_to_a_large_body(tmp_path, room):
     async with Bench(tmp_path) as bench:

@@ -220,7 +220,7 @@ def test_a_changed_resolv_conf_is_noticed_by_a_running_relay(tmp_path: Path):
             with nameserver_at_port_53(tmp_path) as address:
                 conf.write_text(f"nameserver {address}\n")
                 wait_for(lambda: peer.messages)
-            assert any("resolv.conf has changed" in event["text"] for event in relay.events("warning"))
+            wait_for(lambda: any("resolv.conf has changed" in event["text"] for event in relay.events("warning")))
 
 
 @contextmanager
