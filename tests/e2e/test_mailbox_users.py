@@ -77,29 +77,6 @@ def test_a_renamed_user_keeps_the_old_address(tmp_path):
             assert (found.returncode, sentence in found.stderr) == (status, True), found
 
 
-def test_a_user_is_moved_while_mail_comes_in(tmp_path):
-    relay = kept(tmp_path, "delivery.first_retry=1", workers=2).start()
-    try:
-        create(relay, "alice", "bob")
-        load = Load(relay, ["alice", "bob"], 3)
-        try:
-            for shard in (1, 0, 1):
-                for name in ("alice", "bob"):
-                    if listed(relay)[name]["shard"] != shard:
-                        relay.cli("mailbox", "move", f"{name}@local.example", str(shard))
-                        assert listed(relay)[name]["shard"] == shard
-        finally:
-            load.end()
-        wait_for(lambda: relay.summary() == [], what="the queue to be empty")
-        load.check()
-        verified(relay)
-        assert relay.stop() == 0
-        verified(relay)
-    finally:
-        if relay.process is not None and relay.process.poll() is None:
-            relay.kill()
-
-
 def test_a_message_larger_than_a_request_is_moved_and_restored(tmp_path):
     """From file to file: no frame between processes (64 MB) could hold it."""
     octets = frames.LIMIT + (1 << 20)

@@ -13,7 +13,7 @@ from tests.conftest import PROVE
 from tests.store.test_shard import Bench
 from tests.support.dead_reader import is_forgotten
 
-MESSAGES = 1_000_000 if PROVE else 50_000
+MESSAGES = 1_000_000 if PROVE else 25_000
 BOXES, KEPT, TOGETHER = 8, 500, 250
 SEGMENT = 1 << 20  # octets
 
