@@ -253,8 +253,12 @@ async def test_tasks_that_find_no_room_take_that_of_the_ballast(tmp_path, monkey
             finish(change, now)
 
         monkeypatch.setattr(Change, "finish", full)
-        bench.shard.forget(7, [0])
-        refused, expunged, *created = await asyncio.gather(
+
+        async def forget() -> None:
+            bench.shard.forget(7, [0])
+
+        _, refused, expunged, *created = await asyncio.gather(
+            forget(),  # in the same group
             bench.file(b"y", Target(1)),
             bench.shard.task(partial(_expunge, 1, box, [1])),
             *(bench.shard.task(lambda change, name=str(n // 2): change.create_mailbox(1, name)) for n in range(24)),
