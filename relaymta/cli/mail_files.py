@@ -15,8 +15,9 @@ from relaymta import __version__
 from relaymta.cli.console import say
 from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of, unused_spool
-from relaymta.disk.big import BigFile, check_big
+from relaymta.disk.big import BigFile
 from relaymta.disk.lock import locked_shard
+from relaymta.disk.segments import open_verified
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, SpoolBusy, StoreError
 from relaymta.privileges import acting_as_owner
@@ -275,7 +276,7 @@ def _staged(spool: Path) -> Iterator[Callable[[BigFile], BigFile]]:
     folder = spool / MAIL / f"backup-{time.time_ns()}"  # what is left of such the relay removes
 
     def stage(file: BigFile) -> BigFile:
-        check_big(file)  # here it can be left out
+        os.close(open_verified(Path(file.path), file.ident, file.body))  # here it can be left out
         new = folder / f"{file.ident:016x}"
         try:
             with as_owner(spool):

@@ -4,7 +4,6 @@ import json
 import os
 import stat
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of
 from relaymta.disk.shards import MAIL
 from relaymta.errors import StoreError
+from relaymta.proto.mailbox_list import canonical
 from relaymta.proto.mailbox_name import decode, problem
 from relaymta.store import maildir, mbox
 from relaymta.store.change import Refusal
@@ -248,10 +248,7 @@ def _folders(path: Path, mailbox: str, wrong: _Complaints) -> Iterator[tuple[str
 
 def _below(mailbox: str, name: str) -> str:
     """A mailbox of what is imported, below the one that --mailbox names, which gets INBOX."""
-    name = unicodedata.normalize("NFC", name)  # macOS writes other forms
-    first, _, rest = name.partition("/")
-    if first.upper() == INBOX:  # RFC 9051 5.1: in any case
-        name = f"{INBOX}/{rest}" if rest else INBOX
+    name = canonical(name)
     return name if not mailbox else mailbox if name == INBOX else f"{mailbox}/{name}"
 
 

@@ -12,7 +12,7 @@ from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame,
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
 
-__all__ = ["BigBody", "BigFile", "check_big", "copy_big", "read_big"]
+__all__ = ["BigBody", "BigFile", "copy_big", "read_big"]
 
 SYNC_EVERY = 4 * MEGABYTE
 
@@ -31,20 +31,6 @@ def read_big(source: BigFile) -> bytes:
         descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return read_frame(descriptor, source.ident, source.body)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StoreError(f"cannot read the body of {source.ident:016x}: {error}") from error
-
-
-def check_big(source: BigFile) -> None:
-    """Verify a large body, without reading it into memory. Blocks. StoreError."""
-    try:
-        descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            head = os.pread(descriptor, FRAME.size, source.body.offset)
-            checksum, found = digest_of(descriptor, source.body.offset + FRAME.size)
-            check_frame(head, source.ident, source.body, found, checksum)
         finally:
             os.close(descriptor)
     except OSError as error:

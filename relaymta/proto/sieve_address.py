@@ -10,7 +10,7 @@ from relaymta.proto.address import quoted_if_needed
 from relaymta.proto.mime import describe
 from relaymta.proto.mime_envelope import tokens, unfolded
 
-__all__ = ["NULL", "Address", "addresses_in", "part_of", "split"]
+__all__ = ["NULL", "Address", "addresses_in", "part_of", "split", "without_detail"]
 
 _FRONT = b"(NIL NIL NIL NIL NIL ("  # of the ENVELOPE of a message with nothing but addresses in To
 
@@ -83,3 +83,10 @@ def part_of(address: Address, part: str, separator: bytes) -> bytes | None:
     if part == "user":
         return user
     return detail if found else None
+
+
+def without_detail(address: str, separator: str) -> str:
+    """An address without its +detail, where it has one and a user in front of it."""
+    local, _, domain = address.rpartition("@")
+    user = local.partition(separator)[0] if separator else ""
+    return f"{user}@{domain}" if user else address

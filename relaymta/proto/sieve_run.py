@@ -11,7 +11,7 @@ from typing import Final
 from relaymta.proto import sieve_program as program
 from relaymta.proto.address import comparable
 from relaymta.proto.printable import printable
-from relaymta.proto.sieve_address import Address, part_of, split
+from relaymta.proto.sieve_address import Address, part_of, split, without_detail
 from relaymta.proto.sieve_dates import date_in, date_part, now, shifted
 from relaymta.proto.sieve_match import EACH, Meter, RunError, compare
 from relaymta.proto.sieve_message import Message
@@ -61,22 +61,16 @@ def run(
 def _loop(message: Message, addresses: Iterable[str], separator: str) -> str:
     """Why a message seems to be on its way in a loop; "": it does not. `addresses`: of the user, whatever the detail is: scripts
     may give each round another one."""
-    mine = {_without_detail(comparable(address), separator) for address in addresses}
+    mine = {without_detail(comparable(address), separator) for address in addresses}
     delivered = message.raw(b"delivered-to")
     for value in delivered[:DELIVERED_SEEN]:
         before = comparable(value[:1024].decode("utf-8", "replace").strip(" \t<>"))
-        if _without_detail(before, separator) in mine:
+        if without_detail(before, separator) in mine:
             return f"it was delivered to {printable(before)} before"
     for count, name in ((len(delivered), "Delivered-To"), (len(message.raw(b"received")), "Received")):
         if count > RECEIVED_MOST:
             return f"it has {count} {name} fields"
     return ""
-
-
-def _without_detail(address: str, separator: str) -> str:
-    local, _, domain = address.rpartition("@")
-    user = local.partition(separator)[0] if separator else local
-    return f"{user or local}@{domain}"
 
 
 class _Run:

@@ -6,7 +6,7 @@ from typing import Final
 
 from relaymta.proto.address import comparable
 from relaymta.proto.mime_text import header_text
-from relaymta.proto.sieve_address import addresses_in
+from relaymta.proto.sieve_address import addresses_in, without_detail
 from relaymta.proto.sieve_message import Message
 
 __all__ = ["message_ids", "own", "sender_of", "subject_of", "why_not"]
@@ -22,11 +22,7 @@ _LIST = b"list-"
 
 def own(recipient: str, given: Iterable[str], separator: str) -> frozenset[str]:
     """All addresses that count as the user's: the recipient with +detail and without, and those given."""
-    local, _, domain = recipient.rpartition("@")
-    found = {comparable(recipient), *map(comparable, given)}
-    if separator and local.partition(separator)[0]:
-        found.add(comparable(f"{local.partition(separator)[0]}@{domain}"))
-    return frozenset(found)
+    return frozenset(map(comparable, (recipient, without_detail(recipient, separator), *given)))
 
 
 def why_not(message: Message, sender: str, mine: frozenset[str]) -> str:

@@ -120,12 +120,11 @@ class Delivery:
             await self._prepare(copy, sender, queue_id, outbox)
         sent: list[Any] = []
         for copy, reply in zip(copies, await self._filed(copies, data, settings), strict=True):
-            if copy.sieved is not None and self._sieving is not None:
-                if reply.code < 300:
-                    sent += copy.sent
-                else:
-                    outbox.drop(copy.sent)
-                self._note(copy, reply, queue_id)
+            if reply.code < 300:
+                sent += copy.sent
+            else:
+                outbox.drop(copy.sent)
+            self._note(copy, reply, queue_id)
             index = copy.index
             if index not in replies or _rank(reply) > _rank(replies[index]):
                 replies[index] = reply

@@ -74,11 +74,15 @@ class Access:
         found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
         return found[0] if found is not None and not (found[0].disabled or found[0].deleted) else None
 
-    def check_stayed(self, user: User) -> None:
-        """Behind what was read of a user. StoreError where the user has been moved since `user` was looked up: some of it may
-        have been gone already."""
+    def stayed(self, user: User) -> User | None:
+        """The user as the directory has it now; None: that is another one, may not be here any more, or has been moved since
+        `user` was looked up."""
         now = self.user(user.address)
-        if now is None or now.moves != user.moves:
+        return now if now is not None and (now.ident, now.moves) == (user.ident, user.moves) else None
+
+    def check_stayed(self, user: User) -> None:
+        """Behind what was read of a user. StoreError where the user has not `stayed`: some of it may have been gone already."""
+        if self.stayed(user) is None:
             raise StoreError(f"{user.address} has been moved")
 
     def shard(self, user: User) -> Readable:
@@ -130,10 +134,7 @@ class Access:
 
     def _turn(self, what: str, user: User) -> asyncio.Lock:
         """What a user does one at a time; kept while it is held or waited for."""
-        turn = self._turns.get((what, user.ident))
-        if turn is None:
-            turn = self._turns[what, user.ident] = asyncio.Lock()
-        return turn
+        return self._turns.setdefault((what, user.ident), asyncio.Lock())
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         try:

@@ -171,8 +171,7 @@ class ReadingConnection(ClientConnection[S]):
         """Whether the user who has logged in may go on: False when the directory says disabled, deleted, or moved since the
         login. StoreError."""
         assert self._user is not None
-        user = self._access.user(self._user.address)
-        return user is not None and (user.ident, user.moves) == (self._user.ident, self._user.moves)
+        return self._access.stayed(self._user) is not None
 
     def look_after(self, session: S, now: float) -> None:
         """Called with the deadlines, of which none has passed, while nothing is waited for."""

@@ -74,8 +74,8 @@ class Reader:
         version = self.access.version
         if version == self._version and version >= 0:
             return True
-        user = self.access.user(self.user.address)
-        if user is None or (user.ident, user.moves) != (self.user.ident, self.user.moves):
+        user = self.access.stayed(self.user)
+        if user is None:
             return False
         self._version, self.user = version, user
         return True

@@ -153,19 +153,21 @@ def _decoded(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
 
 
 def _envelopes(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
-    found: list[Any] = rows[: _fitting(rows, [0] * len(rows), room, Stage.ENVELOPE)]
-    for at in undescribed([data for _, data, _ in found], VERSION):
+    missing = undescribed([data for _, data, _ in rows], VERSION)
+    count = _fitting(rows, [0] * len(rows), missing, room, Stage.ENVELOPE)
+    found: list[Any] = rows[:count]
+    for at in missing[: bisect_left(missing, count)]:
         found[at] = _envelope(shard, _message(*rows[at]))
     return found
 
 
-def _fitting(rows: list[_Rows], lengths: Iterable[int], room: int, stage: Stage) -> int:
-    """How many messages there is room for, one at least. `lengths`: of their data, as far as it is brought."""
+def _fitting(rows: list[_Rows], lengths: Iterable[int], missing: list[int], room: int, stage: Stage) -> int:
+    """How many messages there is room for, one at least. `lengths`: of their data, as far as it is brought; `missing`: those that
+    have to be described first."""
     each, stored = WEIGHTS[stage]
     weights = [each * length + stored * len(row) for length, (_, row, _) in zip(lengths, rows, strict=True)]
-    if stored:
-        for at in undescribed([data for _, data, _ in rows], VERSION):
-            weights[at] += UNDESCRIBED
+    for at in missing:
+        weights[at] += UNDESCRIBED
     return min(bisect_left(list(accumulate(weights, initial=0)), room, 1), len(rows))
 
 
@@ -183,7 +185,8 @@ def _with_data(
     """`make`: for those whose data is not where its row says, in a segment."""
     messages, objects, keys = zip(*rows, strict=True) if rows else ((), (), ())
     places = bodies([*objects])
-    count = _fitting(rows, (min(length, HEADER_MOST) for *_, length in places), room, stage)
+    missing = undescribed([*objects], VERSION) if stage == Stage.BODY else []  # a header alone needs no description
+    count = _fitting(rows, (min(length, HEADER_MOST) for *_, length in places), missing, room, stage)
     idents = struct.unpack(f">{count}Q", b"".join(keys[:count]))
     data = shard.bodies.read_many(idents, places[:count])
     found: list[Any] = list(zip(messages, objects, data, strict=False))

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,17 @@ class Worker:
         """The queues of a message, by the current route table."""
         return self.routes.assign(envelope, attempts)
 
+    @cached_property
+    def recipients(self) -> Recipients | None:
+        """What the directory says, from the start on; None where no mail is kept."""
+        return Recipients(self.mail, lambda: self.config.mailboxes) if self.mail is not None else None
+
     def expanded(self, recipients: list[str]) -> list[str]:
         """Recipients of a message of our own, with aliases of addresses elsewhere replaced by these, as of accepted mail."""
-        if self.mail is None:
+        if self.recipients is None:
             return recipients
         here = self.config.local_domains
-        known = Recipients(self.mail, lambda: self.config.mailboxes)
-        return known.expanded(recipients, lambda address: domain_matches(domain_of(address), here))
+        return self.recipients.expanded(recipients, lambda address: domain_matches(domain_of(address), here))
 
     async def start(
         self,
@@ -198,7 +202,7 @@ class Worker:
 
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
-        known = Recipients(self.mail, lambda: self.config.mailboxes) if self.mail is not None else None
+        known = self.recipients
         login = known.login if known is not None else None
         endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
         quotas = Quotas(self.client_rates, self.counters)

@@ -195,3 +195,13 @@ async def test_while_the_store_is_opened_again_nothing_is_read_on_the_loop(kept,
     assert [await task for task in waiting] == [right] * 2 and threads == [True] * 2
     assert await claim == 1
     assert await access.read_little(look) == right and threads.pop() is False
+
+
+async def test_another_user_of_the_address_or_one_who_was_moved_has_not_stayed(kept):
+    _, access, user, ident = kept
+    assert access.stayed(user) == user
+    for other in ({"ident": ident + 1}, {"moves": 1}, {"address": "nobody@a.example"}):
+        before = msgspec.structs.replace(user, **other)
+        assert access.stayed(before) is None
+        with pytest.raises(StoreError, match="has been moved"):
+            access.check_stayed(before)
