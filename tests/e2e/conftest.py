@@ -1,6 +1,7 @@
-"""A ledger sink in a thread of its own, and relays whose smart host it is."""
+"""A ledger sink in a thread of its own, and relays whose smart host it is; users of relays that keep mail."""
 
 import asyncio
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support import sink
 from tests.support.daemon import Relay
+from tests.support.imap_relay import ImapRelay
 
 
 class SinkThread:
@@ -51,3 +53,15 @@ def ledger() -> Iterator[SinkThread]:
 def relay(tmp_path: Path, ledger: SinkThread) -> Iterator[Relay]:
     with Relay(tmp_path, f"127.0.0.1:{ledger.port}") as running:
         yield running
+
+
+_count = itertools.count()
+
+
+@pytest.fixture
+def user(relay: ImapRelay) -> Iterator[str]:
+    """A new user, where the module's `relay` is an ImapRelay, whose sessions are closed at the end."""
+    name = f"user{next(_count)}"
+    relay.user(name)
+    yield name
+    relay.close_sessions()

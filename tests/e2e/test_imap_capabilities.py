@@ -2,7 +2,6 @@
 mailboxes, quota and synchronization: test_imap_capabilities_more.py."""
 
 import datetime
-import itertools
 import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ AFTER = [
     "STATUS=SIZE", "APPENDLIMIT=3000000", "QUOTA", "QUOTA=RES-STORAGE", "QUOTA=RES-MESSAGE", "MULTIAPPEND", "OBJECTID",
     "SAVEDATE", "WITHIN", "BINARY", "UTF8=ACCEPT", "SORT", "THREAD=REFERENCES", "THREAD=ORDEREDSUBJECT", "PREVIEW",
 ]  # fmt: skip
-_count = itertools.count()
 
 
 class Offering(ImapRelay):
@@ -51,14 +49,6 @@ def relay(tmp_path_factory) -> Iterator[Offering]:
     with Offering(tmp_path_factory.mktemp("offers"), f"limits.message_size={LIMIT}") as relay:
         yield relay
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 def offered(answer: Answer) -> list[str]:

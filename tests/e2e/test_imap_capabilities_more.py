@@ -1,7 +1,6 @@
 """Capabilities that are offered to IMAP clients, as their RFCs have them: mailboxes, quota, synchronization, APPEND."""
 
 import datetime
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,6 @@ from tests.support.imap_relay import ImapRelay, message
 from tests.support.mailboxes import verified
 
 LIMIT = 3_000_000
-_count = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +16,6 @@ def relay(tmp_path_factory) -> Iterator[ImapRelay]:
     with ImapRelay(tmp_path_factory.mktemp("offers"), f"limits.message_size={LIMIT}") as relay:
         yield relay
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 # Synchronization

@@ -1,7 +1,6 @@
 """Cases that other IMAP servers got wrong, as the RFCs have them: the session and mailboxes (the rest: test_imap_cases_mail.py).
 `a` and `b` are two sessions of one user, on two workers."""
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,22 +9,12 @@ from tests.support.imap_client import Answer
 from tests.support.imap_relay import ImapRelay
 from tests.support.mailboxes import verified
 
-_count = itertools.count()
-
 
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory) -> Iterator[ImapRelay]:
     with ImapRelay(tmp_path_factory.mktemp("cases")) as relay:
         yield relay
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 @pytest.mark.parametrize("octets", [600, 1_500_000], ids=["small", "in a file"])

@@ -2,7 +2,6 @@
 user, on two workers."""
 
 import contextlib
-import itertools
 import poplib
 import smtplib
 from collections.abc import Iterator
@@ -13,22 +12,12 @@ from tests.support.daemon import PATIENCE, wait_for
 from tests.support.imap_relay import ImapRelay, message
 from tests.support.mailboxes import shown, verified
 
-_count = itertools.count()
-
 
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory) -> Iterator[ImapRelay]:
     with ImapRelay(tmp_path_factory.mktemp("cases"), protocols=("imap", "pop3", "lmtp")) as relay:
         yield relay
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 NOBODY = (None, None, None, None)  # the end of a group

@@ -1,6 +1,5 @@
 """What mail programs say to an IMAP server that cannot run here (tests/dialogs), in the clear and over TLS."""
 
-import itertools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from tests.support.imap_relay import ImapRelay, Session
 from tests.support.mailboxes import verified
 
 DIALOGS = sorted((Path(__file__).parent.parent / "dialogs").glob("*.dialog"))
-_count = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +20,6 @@ def relay(tmp_path_factory) -> Iterator[ImapRelay]:
         relay.close_sessions()
         assert [one["text"] for one in relay.events("warning") if one["worker"] >= 0] == []
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 @pytest.mark.parametrize("place", ["imap", "imaps"])

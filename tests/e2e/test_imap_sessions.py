@@ -2,7 +2,6 @@
 meanwhile."""
 
 import contextlib
-import itertools
 import random
 import socket
 import threading
@@ -18,7 +17,6 @@ from tests.support.imap_relay import PASSWORD, ImapRelay, Session, message
 from tests.support.mailboxes import verified
 
 MOST = 60  # sessions of a user
-_count = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +27,6 @@ def relay(tmp_path_factory) -> Iterator[ImapRelay]:
         said = [one["text"] for one in relay.events("warning") if one["worker"] >= 0]
         assert [text for text in said if "is being moved" not in text] == []
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 # What sessions are told of each other

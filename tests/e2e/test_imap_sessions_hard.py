@@ -1,7 +1,6 @@
 """IMAP sessions when workers are killed or the relay stops, and clients that behave badly."""
 
 import contextlib
-import itertools
 import json
 import os
 import select
@@ -19,8 +18,6 @@ from tests.support.daemon import wait_for
 from tests.support.imap_relay import PASSWORD, ImapRelay, message
 from tests.support.mailboxes import shown, verified
 
-_count = itertools.count()
-
 
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory) -> Iterator[ImapRelay]:
@@ -30,14 +27,6 @@ def relay(tmp_path_factory) -> Iterator[ImapRelay]:
         said = [one["text"] for one in relay.events("warning") if one["worker"] >= 0]
         assert said == []
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 # Workers

@@ -2,7 +2,6 @@
 is lost or there twice, no session is told that a part is all, and whoever was told BYE logs in again and goes on."""
 
 import contextlib
-import itertools
 import os
 import poplib
 import re
@@ -25,7 +24,6 @@ from tests.support.mailboxes import shown, verified
 MOVING, GONE = "NO [UNAVAILABLE]", b"* BYE [UNAVAILABLE] "
 # A session is ended with the command, or before it comes, when it is looked at
 DISMISSED = re.compile(rb"(?:raw NO \[UNAVAILABLE\] .*\r\n)?\* BYE \[UNAVAILABLE\] .*\r\n")
-_count = itertools.count()
 
 
 class Moving(ImapRelay):
@@ -44,14 +42,6 @@ def relay(tmp_path_factory) -> Iterator[Moving]:
         relay.close_sessions()
         wait_for(lambda: relay.summary() == [], what="the queue to be empty")
         verified(relay)
-
-
-@pytest.fixture
-def user(relay) -> Iterator[str]:
-    name = f"user{next(_count)}"
-    relay.user(name)
-    yield name
-    relay.close_sessions()
 
 
 def entered(relay: Moving, name: str) -> Session | None:
