@@ -132,6 +132,19 @@ GAUGES: dict[str, tuple[str, bool]] = {
     "relaymta_store_slow": ("1 while the disk is nearly full and 250 is delayed", True),
     "relaymta_store_full": ("1 while the disk or the LMDB map is too full to accept mail", True),
     "relaymta_store_stalled": ("1 while the store cannot commit deletes and delivery pauses", True),
+    "relaymta_imap_sessions": ("Open sessions of IMAP clients that have logged in", False),
+    "relaymta_pop3_sessions": ("Open sessions of POP3 clients that have logged in", False),
+    "relaymta_managesieve_sessions": ("Open sessions of ManageSieve clients that have logged in", False),
+    "relaymta_mailbox_bodies": ("Messages stored for mailboxes; one that is in several of them counts once", False),
+    "relaymta_mailbox_segment_octets": ("Octets of the mailboxes' segment files", False),
+    "relaymta_mailbox_segment_live_octets": ("Octets of messages in the mailboxes' segment files that a mailbox has", False),
+    "relaymta_mailbox_view_octets": ("Memory of what sessions know of the mailboxes that they have selected", False),
+    "relaymta_mailbox_oldest_reader_seconds": (
+        "For how long somebody has been reading a state of the mailboxes from before a commit: LMDB files grow meanwhile",
+        True,
+    ),
+    "relaymta_mailbox_store_full": ("1 while the disk or the LMDB map is too full to file messages in mailboxes", True),
+    "relaymta_mailbox_store_stalled": ("1 while the mailboxes cannot be opened again after a failed commit", True),
 }
 
 # Gauges of the SITES_SHOWN busiest sites, labelled with the site: help, and the key in a row of `site list --json`.

@@ -40,6 +40,9 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_recipients_total", {"result": "expired"}, (0.0,), (0.0,)),
     ],
     "RelaymtaMailboxesFail": [("relaymta_mailbox_deliveries_total", {"result": "failed"}, (0.1,), (0.0,))],
+    "RelaymtaMailboxesFull": [("relaymta_mailbox_store_full", {}, 1, 0)],
+    "RelaymtaMailboxesStalled": [("relaymta_mailbox_store_stalled", {}, 1, 0)],
+    "RelaymtaMailboxReader": [("relaymta_mailbox_oldest_reader_seconds", {}, 601, 0)],
     "RelaymtaCorruptBody": [("relaymta_corrupt_bodies_total", {}, (0.01,), (0.0,))],
     "RelaymtaLogDropped": [("relaymta_log_dropped_total", {}, (1.0,), (0.0,))],
     "RelaymtaCertificate": [("relaymta_tls_certificate_errors", {}, 1, 0)],
@@ -55,6 +58,7 @@ HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
     "RelaymtaSiteDown": [("relaymta_site_down", {"site": "mx/old.example", "hosts": "mx", "cause": "timeout"}, 1, 1)],
     "RelaymtaManySitesDown": [("relaymta_sites_down", {}, 20, 20)],
     "RelaymtaOldMessage": [("relaymta_oldest_message_seconds", {}, 4 * 3600, 4 * 3600)],
+    "RelaymtaMailboxReader": [("relaymta_mailbox_oldest_reader_seconds", {}, 600, 600)],
     "RelaymtaQueueGrows": [("relaymta_queue_messages", {}, 20_000, 20_000)],
     "RelaymtaNothingDelivered": [
         ("relaymta_queue_messages", {}, 5, 5),

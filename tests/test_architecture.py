@@ -84,7 +84,7 @@ def test_the_log_document_names_every_event_and_field():
 
 
 def used_metrics(text: str) -> set[str]:
-    found = set(re.findall(r"\brelaymta_[a-z_]+", text))
+    found = set(re.findall(r"\brelaymta_[a-z0-9_]+", text))
     return {
         re.sub(r"_(bucket|sum|count)$", "", name) if re.sub(r"_(bucket|sum|count)$", "", name) in metrics.HISTOGRAMS else name
         for name in found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from relaymta.disk.folders import sync_folder
+from relaymta.disk.folders import remove_file, sync_folder
 from relaymta.disk.segments import FRAME, MAGIC, MEGABYTE, Corrupt, check_frame, digest_of, read_frame, write_all
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
@@ -50,10 +50,10 @@ def copy_big(source: BigFile, path: Path, ident: int) -> Body:
     except FileExistsError as error:  # not made here
         raise store_error(error) from None
     except OSError as error:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         raise store_error(error) from None
     except StoreError:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         raise
     finally:
         os.close(descriptor)
@@ -155,7 +155,7 @@ class BigBody:
         and stays."""
         self._close()
         if not self.submitted:
-            self.path.unlink(missing_ok=True)
+            remove_file(self.path)
 
     def _close(self) -> None:
         descriptor, self._fd = self._fd, -1

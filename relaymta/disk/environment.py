@@ -172,6 +172,14 @@ class Environment:
         with self.reading():
             self.env.reader_check()
 
+    def readers_behind(self) -> list[str]:
+        """Who reads a state from before the last commit now: a line each, which is another one for each transaction."""
+        with self.reading() as txn:
+            last = self.env.info()["last_txnid"]
+            lines = self.env.readers().splitlines()[1:]
+            own = txn.id()
+        return [line for line in lines if (fields := line.split())[-1] != "-" and int(fields[-1]) < min(last, own)]
+
     def close(self) -> None:
         """Close the environment."""
         self.env.close()

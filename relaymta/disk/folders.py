@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["make_folder", "sync_folder"]
+__all__ = ["make_folder", "remove_file", "sync_folder"]
 
 
 def make_folder(path: Path) -> None:
@@ -19,6 +19,13 @@ def make_folder(path: Path) -> None:
         with contextlib.suppress(OSError):
             path.rmdir()  # or the next start would take its name for durable
         raise
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that nothing points at, where it is there. One that cannot be removed costs room until the next start, and
+    harms nobody."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def sync_folder(path: Path) -> None:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from relaymta.disk.folders import remove_file
+
 __all__ = ["Disk"]
 
 BALLAST_LEAST, BALLAST_MOST = 512 << 10, 4 << 20
@@ -51,4 +53,4 @@ def _write_ballast(path: Path, size: int) -> None:
     try:
         path.write_bytes(b"\0" * size)
     except OSError:
-        path.unlink(missing_ok=True)
+        remove_file(path)

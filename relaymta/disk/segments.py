@@ -14,7 +14,6 @@ A segment on which a write or sync failed is *sealed*: never written again, remo
 writeback error once and then marks the pages clean: a second fdatasync would report success.)
 """
 
-import contextlib
 import os
 import re
 import struct
@@ -25,7 +24,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from relaymta.disk.folders import make_folder
+from relaymta.disk.folders import make_folder, remove_file
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import Body
 
@@ -139,7 +138,7 @@ class Segments:
         files = {int(path.stem): path for path in self._directory.glob("*.seg")}
         self._next = max([*rows, *files], default=0) + 1
         for number in files.keys() - rows.keys():
-            _remove(files[number])
+            remove_file(files[number])
 
     def close(self) -> None:
         """Close every file."""
@@ -160,7 +159,7 @@ class Segments:
 
     def remove_big(self, ident: int) -> None:
         """Remove the file of a large body that nothing points at. (One that cannot be removed is swept later.)"""
-        _remove(self.big_path(ident))
+        remove_file(self.big_path(ident))
 
     # Writing: append -> sync -> rows -> settle | forget
 
@@ -278,7 +277,7 @@ class Segments:
                 self._dirty.discard(segment)
                 del self._segments[segment.number]
                 os.close(segment.fd)
-                _remove(self._path(segment.number))
+                remove_file(self._path(segment.number))
         self._created = [segment for segment in self._created if not segment.row.sealed]
 
     def _retire(self, segment: Segment) -> None:
@@ -305,7 +304,7 @@ class Segments:
         for segment in doomed:
             del self._segments[segment.number]
             os.close(segment.fd)
-            _remove(self._path(segment.number))
+            remove_file(self._path(segment.number))
 
     def _open_segment(self, kind: int, need: int) -> Segment:
         """Begin to append to another segment of this kind: an emptied one, or a new file."""
@@ -384,12 +383,6 @@ class Segments:
         """(octets of the files, live octets, number of segments), without large bodies."""
         live = sum(s.row.live_bytes for s in list(self._segments.values()))
         return len(self._segments) * self.size, live, len(self._segments)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file that nothing points at. One that cannot be removed costs room until the next start, and harms nobody."""
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def digest_of(descriptor: int, offset: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import msgspec
 
 from relaymta.disk.big import BigBody
+from relaymta.disk.folders import remove_file
 from relaymta.disk.segments import COLD, HOT, Segments
 from relaymta.errors import StoreError
 from relaymta.proto.envelope import (
@@ -64,7 +65,7 @@ class Outcomes:
             put.envelope.body = segments.append(put.ident, data, size, HOT)
             return
         path = segments.big_path(put.ident)
-        path.unlink(missing_ok=True)  # of a group that failed
+        remove_file(path)  # of a group that failed
         file = BigBody(path, put.ident)
         try:
             file.write(data)

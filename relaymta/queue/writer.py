@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from relaymta.disk.clock import ShardClock
+from relaymta.disk.folders import remove_file
 from relaymta.disk.ident import IdSource
 from relaymta.disk.operations import Move, Task, refuse
 from relaymta.disk.segments import HOT, Segments
@@ -110,7 +111,7 @@ class Writer(GroupWriter[Operation, Committed, Change]):
             if error is None:
                 left, most, pause = left[len(part) :], SMALL_GROUP, RETRY_SECONDS
             elif not self._contradicted:
-                self._ballast.unlink(missing_ok=True)
+                remove_file(self._ballast)
                 time.sleep(pause)
                 pause = min(2 * pause, RETRY_MOST)
             elif len(part) > 1:

@@ -2,11 +2,11 @@
 the outcome of the message at hand, so that a crash neither loses nor doubles them."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from relaymta.disk.big import BigFile
+from relaymta.disk.folders import remove_file
 from relaymta.errors import store_error
 from relaymta.ident import format_id
 from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Body, Envelope, Onward
@@ -126,9 +126,4 @@ async def _written(queue: Queue, ident: int, front: bytes, pieces: AsyncIterator
 def _remove(path: Path) -> None:
     """Remove a large message's file, on a thread, whatever becomes of the caller: what was cancelled may still write to it. What
     fails is left to the queue's sweep."""
-    asyncio.get_running_loop().run_in_executor(None, _unlink, path)
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
+    asyncio.get_running_loop().run_in_executor(None, remove_file, path)

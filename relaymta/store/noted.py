@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relaymta.disk.big import BigBody, BigFile, copy_big
+from relaymta.disk.folders import remove_file
 from relaymta.disk.segments import FRAME, MEGABYTE
 from relaymta.errors import StoreError, store_error
 from relaymta.proto.envelope import Body
@@ -48,7 +49,7 @@ def write_large(path: Path, ident: int, data: list[bytes] | BigFile) -> tuple[Bo
     try:
         return body, _noted_of(path, body)
     except BaseException:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         raise
 
 

@@ -157,6 +157,11 @@ class MailShard(Environment):
     def __init__(self, path: Path, map_size: int = MAP_SIZE, readonly: bool = False, locked: bool = True) -> None:
         super().__init__(path, _TABLES, map_size, readonly, locked)
 
+    def bodies(self) -> int:
+        """How many messages there are; one that is in several mailboxes counts once."""
+        with self.reading() as txn:
+            return int(txn.stat(self.tables["object"])["entries"])
+
     def _opened(self, txn: Any) -> None:
         """StoreError when a newer version wrote the shard."""
         schema = self.meta_in(txn, b"schema")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from relaymta.disk.behind import Behind
 from relaymta.disk.big import BigFile, read_big
 from relaymta.disk.clock import ShardClock
 from relaymta.disk.compact import Compactor
@@ -59,6 +60,8 @@ class Shard(Appends):
         self.segments.load(self.rows.segments())
         self.bodies: Bodies = self.segments
         self.disk = Disk(self.path, self.rows.used)
+        self.behind = Behind(self.rows.readers_behind)
+        self.usage = (0, 0, 0)  # octets of segments, live ones of them, and bodies, large ones included
         self.readers = Readers(self._loop, "mail-reader")
         self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self.disk.ballast, self._committed)
         self._compactor = Compactor(self.rows, self.segments, self.writer, self.rows.points_at, self.readers.start)
@@ -212,9 +215,16 @@ class Shard(Appends):
         self._ticks += 1
         self._compactor.tick()
         if self._ticks % CHECK_TICKS == 0:
-            self.readers.start(self.disk.check, lambda result: None)
+            self.readers.start(self._look, lambda result: None)
         if self._ticks % READERS_TICKS == 0:
             self.readers.start(self.rows.forget_dead_readers, lambda result: None)
+
+    def _look(self) -> None:
+        """Reader thread, each second."""
+        self.disk.check()
+        self.behind.look()
+        octets, live, _ = self.segments.usage()
+        self.usage = octets, live, self.rows.bodies()
 
 
 def _tell(operation: Any, loop: asyncio.AbstractEventLoop) -> None:

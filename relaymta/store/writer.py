@@ -8,7 +8,6 @@ mailboxes take is filed in those.
 """
 
 import asyncio
-import contextlib
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ import lmdb
 import msgspec
 
 from relaymta.disk.clock import ShardClock, wall_ms
+from relaymta.disk.folders import remove_file
 from relaymta.disk.operations import Group, Move, Task, refuse
 from relaymta.disk.segments import HOT, Segments
 from relaymta.disk.writer import GroupWriter
@@ -212,8 +212,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
 
     def _insist(self, group: Filings) -> None:
         """Run the tasks of a group that found no room again, with that of the ballast, a few at a time."""
-        with contextlib.suppress(OSError):
-            self._ballast.unlink()
+        remove_file(self._ballast)
         forgotten = group.forgotten
         for start in range(0, len(group.tasks), SMALL_GROUP):
             tasks = group.tasks[start : start + SMALL_GROUP]

@@ -4,6 +4,7 @@ owner of the user's shard; everything is read here, on reader threads.
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -52,13 +53,15 @@ class Inbox(NamedTuple):
 
 
 class Access:
-    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected."""
+    """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected;
+    `sessions`: changed by `connection.py` alone."""
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
         self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
         self.shared = Shared()
+        self.sessions: Counter[str] = Counter()  # that have logged in, by protocol
         self._turns: WeakValueDictionary[tuple[str, int], asyncio.Lock] = WeakValueDictionary()
         self._arranged = asyncio.Semaphore(ARRANGED)
         self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more

@@ -81,10 +81,15 @@ class ReadingConnection(ClientConnection[S]):
         if not self.admission.limits.take(seat, most):
             return False
         self._version = -1  # it may have changed since the user was looked up
-        self._user, self._seat = user, Reservation(partial(self.admission.limits.give, seat))
+        self._user, self._seat = user, Reservation(partial(self._rise, seat))
+        self._access.sessions[self.protocol] += 1
         self._began = self.admission.now()
         self.admission.intake.counters.add(index("relaymta_mailbox_sessions_total", self.protocol), 1)
         return True
+
+    def _rise(self, seat: str) -> None:
+        self._access.sessions[self.protocol] -= 1
+        self.admission.limits.give(seat)
 
     def leave(self) -> None:
         """Another session may have the seat. Further calls do nothing."""

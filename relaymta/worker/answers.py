@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from relaymta.control import sentence
 from relaymta.control.filters import Filter
 from relaymta.control.requests import REQUESTS, Change, Move, Nothing, OfMessage, Page, Queues
+from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
 from relaymta.queue import parse_id
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
@@ -146,14 +147,16 @@ class Answers:
     async def status(self, args: Nothing) -> dict[str, Any]:
         """What this worker says of itself."""
         acceptor, shards = self._worker.acceptor, self._shards.values()
+        mail = self._worker.mail.shards.values() if self._worker.mail is not None else ()
+        writers: list[GroupWriter[Any, Any, Any]] = [*(shard.queue.writer for shard in shards), *(shard.writer for shard in mail)]
         return {
             "pid": os.getpid(),
             "shards": list(self._shards),
             "connections": len(acceptor.connections) if acceptor else 0,
             "in flight": sum(shard.dispatcher.in_flight() for shard in shards),
-            "full": any(shard.queue.full for shard in shards),
-            "stalled": any(shard.queue.writer.stalled for shard in shards),
-            "last store error": next((s.queue.writer.last_error for s in shards if s.queue.writer.last_error), ""),
+            "full": any(shard.queue.full for shard in shards) or any(shard.disk.full for shard in mail),
+            "stalled": any(writer.stalled for writer in writers),
+            "last store error": next((writer.last_error for writer in writers if writer.last_error), ""),
             "sites down": {
                 pool.key: pool.reason for shard in shards for pool in shard.dispatcher.pools.values() if pool.failures
             },

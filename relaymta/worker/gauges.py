@@ -10,6 +10,8 @@ from relaymta import memory
 from relaymta.hosts import RESOLV_CONF
 from relaymta.metrics import index
 from relaymta.queue import Totals
+from relaymta.store.mailboxes import Mailboxes
+from relaymta.worker.mail_gauges import mail_state, set_mail_gauges
 
 if TYPE_CHECKING:
     from relaymta.worker import Shard, Worker
@@ -56,7 +58,7 @@ class Gauges:
 
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
-        self._store_state = "ok"
+        self._store_state = self._mail_state = "ok"
         self._log_dropped = 0
         self._memory_level = 0
         self._timer: asyncio.TimerHandle
@@ -93,6 +95,8 @@ class Gauges:
         gauge("relaymta_stressed", worker.acceptor is not None and worker.acceptor.stressed)
         gauge("relaymta_store_stalled", stalled)
         self._watch_memory()
+        if worker.mail is not None:
+            set_mail_gauges(gauge, worker.mail, worker.access)
         brim = any(shard.queue.brim for shard in worker.shards.values())
         worker.log.muted = brim and worker.log.shares_disk_with(Path(worker.config.spool))
         worker.counters.add(LOG_DROPPED, worker.log.dropped - self._log_dropped)
@@ -102,6 +106,15 @@ class Gauges:
             reason = next((s.queue.writer.last_error for s in worker.shards.values() if s.queue.writer.last_error), "")
             worker.log.event("store", state=state, reason="" if state == "ok" else reason or _STORE_REASONS.get(state, ""))
             self._store_state = state
+        if worker.mail is not None:
+            self._note_mail(worker.mail)
+
+    def _note_mail(self, mailboxes: Mailboxes) -> None:
+        """Log that the mailboxes take no mail now, and that they do again."""
+        state, reason = mail_state(mailboxes)
+        if state != self._mail_state:
+            self._worker.log.event("store", state=state, reason=reason and f"mailboxes: {reason}")
+            self._mail_state = state
 
     def _watch_memory(self) -> None:
         """When memory is tight, keep no message data in it; when it is used up, reject new mail temporarily."""

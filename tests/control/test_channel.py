@@ -138,7 +138,7 @@ async def test_each_piece_of_a_long_list_gets_the_whole_time(pair, monkeypatch):
 
     monkeypatch.setattr(asyncio.Timeout, "reschedule", reschedule)
     assert await pair.near.ask("rows", None, 1000.0, upto=10 * frames.ROWS_TOGETHER) == list(range(10 * frames.ROWS_TOGETHER))
-    assert sum(seconds == pytest.approx(1000.0) for seconds in granted) == 11  # for the first, and after each
+    assert sum(seconds == pytest.approx(1000.0, abs=60.0) for seconds in granted) == 11  # for the first, and after each
 
 
 async def test_pieces_arrive_in_order_and_wait_until_they_are_wanted(pair):
