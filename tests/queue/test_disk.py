@@ -220,6 +220,29 @@ async def test_a_failed_commit_without_outcomes_does_not_leave_the_store_stalled
         assert not bench.queue.stalled
 
 
+async def test_outcomes_are_tried_again_also_where_the_ballast_cannot_be_removed(tmp_path, monkeypatch):
+    """The thread that commits must not end by it, nor its worker."""
+    async with Watched(tmp_path) as bench:
+        await bench.put()
+        (entry,) = await bench.next()
+        ballast = tmp_path / "shard-0" / "ballast"
+        ballast.unlink(missing_ok=True)
+        ballast.mkdir()
+        monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+        finish, failures = Change.finish, []
+
+        def fails_for_a_while(change, now) -> None:
+            if len(failures) < 4:
+                failures.append(1)
+                raise lmdb.DiskError("EIO")
+            finish(change, now)
+
+        monkeypatch.setattr(Change, "finish", fails_for_a_while)
+        bench.queue.finish(entry, {0: answer(PERMANENT)})
+        await until(lambda: len(bench.events.outcomes) == 1)
+        assert len(failures) == 4 and not bench.queue.stalled
+
+
 async def test_a_dsn_that_cannot_be_written_for_long_takes_no_file_and_no_descriptor_each_time(tmp_path, monkeypatch):
     """The outcome is tried again until it is committed; each time that its DSN could not be written seals a segment."""
     async with Watched(tmp_path) as bench:

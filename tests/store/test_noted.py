@@ -5,6 +5,7 @@ from hashlib import sha256
 
 import pytest
 
+from relaymta.errors import StoreError
 from relaymta.proto.envelope import encode
 from relaymta.proto.mime import describe
 from relaymta.store import noted
@@ -65,3 +66,18 @@ async def test_rows_of_older_versions_are_read_and_repair_keeps_what_is_there(tm
         assert list(repair(tmp_path))
         await bench.__aenter__()
         assert described(bench.shard) == [(before[0][0], ObjectRow(1, row.body)), *before[1:]]
+
+
+async def test_a_large_body_that_can_be_neither_read_nor_removed_is_a_store_error(bench, monkeypatch):
+    """Whoever asked for it is told so, and goes on."""
+
+    def unreadable(path, body):
+        path.unlink()
+        path.mkdir()  # which cannot be removed as a file is
+        raise StoreError("EIO")
+
+    monkeypatch.setattr(noted, "_noted_of", unreadable)
+    with pytest.raises(StoreError, match="EIO"):
+        await bench.file(b"Subject: x\r\n\r\n" + b"x" * 1_500_000, Target(1))
+    monkeypatch.undo()
+    await bench.file(b"Subject: x\r\n\r\n" + b"x" * 1_500_000, Target(1))
