@@ -1,10 +1,10 @@
 """Limits on failed login attempts by address and account, shared by all workers.
 
-An attempt takes one unit of its address's failure budget (IPv6: of the /64's, and of the /48's, which is larger; where the
-address is unknown, of that of all such clients of one proxy) and one of its account's before it is checked, and gives them back
-unless it fails. So no more attempts are under way at once than may fail. An attempt that finds no unit while others are under
-way waits for them, since they may succeed. An address without failures is not limited by its account's budget: an attack on an
-account cannot lock its owner out.
+An attempt holds one unit of its address's failure budget (IPv6: of the /64's, and of the /48's, which is larger; where the
+address is unknown, of that of all such clients of one proxy) and one of its account's while it is checked; only when it fails
+they are used up. So no more attempts are under way at once than may fail, and what a worker held that was killed is free again.
+An attempt that finds no unit while others are under way waits for them, since they may succeed. An address without failures is
+not limited by its account's budget: an attack on an account cannot lock its owner out.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class LoginAttempt:
         self.failed = failed
 
     def end(self, wrong: bool, user: str = "") -> None:
-        """The attempt has ended. `wrong`: the credentials were wrong, so its units stay taken; otherwise they are given back.
+        """The attempt has ended. `wrong`: the credentials were wrong, so its units are used up; otherwise they are free again.
         `user`: the account's name, if the back end has another for it than the client."""
         taken, self._taken = self._taken, None
         if taken is not None:
@@ -93,7 +93,7 @@ class LoginLimits:
         if any(self._under_way[group] >= at_once * times for group, times in groups):
             return True
         where = f"login from {groups[0][0]}"
-        failed = self._rates.wait(where, self._rate, 1 + self._limits.taken(where)) > 0
+        failed = self._rates.wait(where, self._rate) > 0
         account = self._key(user) if user else ""
         taken: list[str] = []
         for group, times in groups:
@@ -111,16 +111,15 @@ class LoginLimits:
         return LoginAttempt(self, groups, account, taken, failed)
 
     def _took(self, key: str, most: int) -> bool:
-        # The attempt is counted as under way for longer than it holds its unit, so no unit under way is mistaken for a failure.
+        # Of two workers that take the last unit at the same time none gets it, since each has counted itself before it looks.
         self._limits.take(key, ANY)
-        if not self._rates.take(key, self._rate, most):
+        if self._limits.taken(key) + self._rates.used(key, self._rate) <= most:
             return True
         self._limits.give(key)
         return False
 
     def _give(self, keys: Iterable[str]) -> None:
         for key in keys:
-            self._rates.give(key, self._rate)
             self._limits.give(key)
 
     def ended(self, attempt: LoginAttempt, taken: list[str], wrong: bool, user: str) -> None:
@@ -130,12 +129,11 @@ class LoginLimits:
             if not self._under_way[group]:
                 del self._under_way[group]
         if wrong:
-            for key in taken:
-                self._limits.give(key)
+            for key in taken:  # first, so that what fails is not free in between
+                self._rates.take(key, self._rate, ANY)
             if user and (account := self._key(user)) != attempt.account:
                 self._rates.take(account, self._rate, self._most)
-        else:
-            self._give(taken)
+        self._give(taken)
         queue = self._waiting.get(attempt.groups[0][0])
         if queue:
             queue.popleft().set_result(None)

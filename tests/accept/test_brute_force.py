@@ -87,7 +87,7 @@ class Bench:
         return int(answer[:3])
 
     def left(self) -> tuple[int, int]:
-        """The units taken from the limits, and the attempts under way, of the addresses and accounts of these tests."""
+        """The failures, and the units that attempts under way hold, of the addresses and accounts of these tests."""
         rates, limits = self.shared.client_rates(2), self.shared.limits(0, 2)
         login_limits = self.workers[0]._login_limits
         keys = [f"login from {HERE}", *(login_limits._key(user) for user in ("ann", "bob"))]
@@ -149,7 +149,7 @@ async def test_an_attempt_that_could_not_be_checked_is_no_failure(tmp_path, how)
         bench.back_end.gate.clear()
         attempt = asyncio.create_task(bench.login("ann", "x"))
         await asyncio.sleep(0)
-        assert bench.left() == (1, 2)  # one of the address, one of the account
+        assert bench.left() == (0, 2)  # one of the address, one of the account
         if how == "cancelled":
             attempt.cancel()
         bench.back_end.gate.set()
@@ -200,7 +200,37 @@ async def test_ending_twice_gives_back_once(tmp_path):
     first.end(False)
     first.end(False)
     first.end(True)
-    assert bench.left() == (1, 2)
+    assert bench.left() == (0, 2)
+    second.end(True)
+    second.end(True)
+    assert bench.left() == (1, 0)
+
+
+async def test_attempts_of_a_worker_that_was_killed_are_no_failures(tmp_path):
+    """Webmail logs in all of its users from one address."""
+    bench = Bench(tmp_path, right)
+    silent = bench.workers[1]._back_end = BackEnd(right)  # type: ignore[assignment]
+    silent.gate.clear()
+    lost = [asyncio.create_task(bench.login("ann", "right", worker=1)) for _ in range(3)]
+    waiting = asyncio.create_task(bench.login("ann", "right"))
+    await asyncio.sleep(0.01)
+    assert silent.at_once == 3 and not waiting.done()
+    bench.shared.clear_limits(1)  # as the supervisor does
+    assert await waiting == 235
+    assert await bench.login("bob", "right") == 235
+    for one in lost:
+        one.cancel()
+
+
+async def test_two_workers_never_let_more_attempts_begin_than_may_fail(tmp_path):
+    bench = Bench(tmp_path, right)
+    bench.back_end.gate.clear()
+    tried = [asyncio.create_task(bench.login("ann", "wrong", worker=n % 2)) for n in range(10)]
+    await asyncio.sleep(0.01)
+    assert bench.back_end.at_once == 3
+    bench.back_end.gate.set()
+    assert sorted(await asyncio.gather(*tried)) == [454] * 7 + [535] * 3
+    assert len(bench.back_end.asked) == 3
 
 
 async def test_one_ipv6_site_has_a_limit_beside_that_of_each_64(tmp_path):
