@@ -34,6 +34,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "quota_warning": ("user", "filled"),
     "sieve": ("id", "user", "actions", "cause"),
+    "changed": ("protocol", "client", "user", "action", "mailbox", "into", "messages"),
     "session": ("protocol", "client", "user", "seconds", "retrieved", "commands", "program"),
     "login": ("client", "user", "good", "reply"),
     "rejected": ("client", "helo", "sender", "recipients", "reply"),

@@ -125,6 +125,14 @@ class ReadingConnection(ClientConnection[S]):
         where = traceback.extract_tb(error.__traceback__)[-1]
         self.warn(f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})")
 
+    def log_change(self, action: str, mailbox: str, messages: int = 0, into: str = "") -> None:
+        """Log what the user has done with a mailbox: with so many messages, or (0) with the mailbox itself."""
+        assert self.rights is not None and self._user is not None
+        self.admission.intake.log.event(
+            "changed", protocol=self.protocol, client=self.rights.client.address, user=self._user.address, action=action,
+            mailbox=mailbox, into=into, messages=messages,
+        )  # fmt: skip
+
     def log_session(self, **fields: object) -> None:
         """Log the end of a session; `fields`: what it has done."""
         assert self.rights is not None and self._user is not None

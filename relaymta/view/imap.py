@@ -112,7 +112,9 @@ class ImapConnection(ReadingConnection[ServerSession]):
         user = self.seated()
         if isinstance(user, bytes):
             return user
-        self._reader = Reader(self._access, user, self.session, self.admission, self._tell, self._pause, self.warn)
+        self._reader = Reader(
+            self._access, user, self.session, self.admission, self._tell, self._pause, self.warn, self.log_change
+        )  # fmt: skip
         return None
 
     def logged_in(self, session: ServerSession) -> bool:

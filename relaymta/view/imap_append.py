@@ -50,6 +50,7 @@ async def append(reader: Reader, command: Command) -> Done:
     finally:
         reader.incoming = None
         incoming.discard()
+    reader.log_change("append", asked.name, len(filed.copies))
     return Done("OK", "Appended", response.appenduid(filed.uidvalidity, ranges_of(filed.copies)))
 
 

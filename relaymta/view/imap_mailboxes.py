@@ -58,6 +58,7 @@ async def create(reader: Reader, command: Command) -> Done:
         if refusal.code == CANNOT and arguments.use:
             return Done("NO", str(refusal), response.USEATTR)
         raise
+    reader.log_change("create", arguments.name)
     if arguments.given and reader.session.rev2:
         await reader.tell([response.list_((), arguments.name, reader.session.utf8, arguments.given)])
     _, state = reading.named(reader.shard, reader.user.ident, arguments.name)
@@ -66,7 +67,9 @@ async def create(reader: Reader, command: Command) -> Done:
 
 async def delete(reader: Reader, command: Command) -> Done:
     """DELETE."""
-    await reader.access.change(reader.user, "delete", _name(command))
+    name = _name(command)
+    await reader.access.change(reader.user, "delete", name)
+    reader.log_change("delete", name)
     return Done("OK", "Deleted")
 
 
@@ -75,6 +78,7 @@ async def rename(reader: Reader, command: Command) -> Done:
     arguments = command.arguments
     assert isinstance(arguments, Rename)
     await reader.access.change(reader.user, "rename", arguments.old, arguments.new)
+    reader.log_change("rename", arguments.old, into=arguments.new)
     if reader.session.rev2:
         await reader.tell([response.list_((), arguments.new, reader.session.utf8, arguments.old)])
     return Done("OK", "Renamed")

@@ -81,6 +81,7 @@ async def _expunge(reader: Reader, selected: Selected, ranges: bytes) -> bool:
     if uids:
         await reader.access.change(reader.user, "expunge", selected.mailbox, uids, True)
         reader.counters.add(EXPUNGED, len(uids))
+        reader.log_change("expunge", selected.name, len(uids))
     return bool(uids)
 
 
@@ -297,12 +298,14 @@ async def copy(reader: Reader, command: Command) -> Done:
     try:
         copied = await reader.access.change(reader.user, "copy", selected.mailbox, uids, asked.name, reader.limits, moves)
     except Partial as error:
+        reader.log_change("move", selected.name, len(error.copied.copies), asked.name)
         await reader.tell([response.untagged("OK", "Moved so far", _copyuid(error.copied))])
         return Done("NO", "Not all could be moved; try again", response.UNAVAILABLE)
     except Refusal as refusal:
         raise try_create(reader, refusal, asked.name) from None
     if not copied.copies:
         return Done("OK", "The messages have been expunged")
+    reader.log_change("move" if moves else "copy", selected.name, len(copied.copies), asked.name)
     if moves:
         await reader.tell([response.untagged("OK", "Moved", _copyuid(copied))])
         return Done("OK", "Done")

@@ -23,6 +23,7 @@ from relaymta.proto.pop3_session import CLAIMED, OPENING, SENDING, TLS
 from relaymta.proto.pop3_session import COMMITTING as COMMITTED
 from relaymta.store.change import Refusal
 from relaymta.store.directory import User
+from relaymta.store.rows import INBOX
 from relaymta.view.access import Access, Inbox
 from relaymta.view.connection import READ, READ_OCTETS, ReadingConnection
 
@@ -146,6 +147,8 @@ class Pop3Connection(ReadingConnection[ServerSession]):
         if uids:
             left = await self._left_by_expunge(uids)
             self.admission.intake.counters.add(EXPUNGED, len(uids) - left)
+            if left < len(uids):
+                self.log_change("expunge", INBOX, len(uids) - left)
         self.leave()
         return session.committed(left)
 

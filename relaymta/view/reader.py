@@ -43,10 +43,12 @@ class Done(NamedTuple):
 
 class Reader:
     """`user`: as the directory has it; `selected`: the mailbox that is selected; `tell`: writes untagged responses as fast as the
-    client reads (Gone); `pause`: lets others run, when a command has taken long; `warn`: logs what could not be done; `incoming`:
-    the messages of an APPEND that has come."""
+    client reads (Gone); `pause`: lets others run, when a command has taken long; `warn`: logs what could not be done;
+    `log_change`: as of ReadingConnection; `incoming`: the messages of an APPEND that has come."""
 
-    __slots__ = ("_admission", "_version", "access", "incoming", "pause", "selected", "session", "tell", "user", "warn")
+    __slots__ = (
+        "_admission", "_version", "access", "incoming", "log_change", "pause", "selected", "session", "tell", "user", "warn",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Reader:
         tell: Callable[[Iterable[Piece | Making]], Awaitable[None]],
         pause: Callable[[], Awaitable[None]],
         warn: Callable[[str], None],
+        log_change: Callable[..., None],
     ) -> None:
         self.access = access
         self.user = user
@@ -66,6 +69,7 @@ class Reader:
         self.tell = tell
         self.pause = pause
         self.warn = warn
+        self.log_change = log_change
         self.selected: Selected | None = None
         self.incoming: Incoming | None = None
 

@@ -1,4 +1,4 @@
-"""What the metrics say of the mailboxes now."""
+"""What the metrics say of the mailboxes now, and the log of what users have done with them."""
 
 import imaplib
 import poplib
@@ -74,3 +74,48 @@ def test_a_reader_of_an_old_state_is_seen_until_it_ends(relay):
         wait_for(lambda: relay.metric("relaymta_mailbox_oldest_reader_seconds") >= 2, what="the age of the reader")
         reader.stdin.close()
     shows(relay, mailbox_oldest_reader_seconds=0)
+
+
+def test_the_log_says_what_users_have_done(relay):
+    relay.mail("alice", "one", "two", "three", "four")
+    mail = imaplib.IMAP4("127.0.0.1", relay.ports["imap"])
+    mail.login(USER, "geheim")
+    mail.select()
+    for command in (
+        lambda: mail.create("Work"),
+        lambda: mail.append("Work", "", "", b"Subject: new\r\n\r\n"),
+        lambda: mail.copy("1:2", "Work"),
+        lambda: mail.xatom("MOVE", "3", "Work"),
+        lambda: mail.store("1", "+FLAGS", r"\Deleted"),  # is not told
+        mail.expunge,
+        mail.expunge,  # of nothing
+        lambda: mail.rename("Work", "Play"),
+        lambda: mail.delete("Play"),
+    ):
+        assert command()[0] == "OK"
+    assert mail.copy("1", "Nowhere")[0] == "NO"
+    mail.logout()
+    drop = poplib.POP3("127.0.0.1", relay.ports["pop3"])
+    drop.user(USER)
+    drop.pass_("geheim")
+    drop.dele(1)
+    drop.quit()
+    names = ("protocol", "action", "mailbox", "into", "messages")
+
+    def changes():
+        found = relay.events("changed")
+        assert all(event["client"] == "127.0.0.1" and event["user"] == USER for event in found)
+        return [tuple(event[name] for name in names) for event in found]
+
+    expected = [
+        ("imap", "create", "Work", "", 0),
+        ("imap", "append", "Work", "", 1),
+        ("imap", "copy", "INBOX", "Work", 2),
+        ("imap", "move", "INBOX", "Work", 1),
+        ("imap", "expunge", "INBOX", "", 1),
+        ("imap", "rename", "Work", "Play", 0),
+        ("imap", "delete", "Play", "", 0),
+        ("pop3", "expunge", "INBOX", "", 1),
+    ]
+    wait_for(lambda: len(changes()) >= len(expected), what="the events")
+    assert changes() == expected
