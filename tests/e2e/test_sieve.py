@@ -121,6 +121,8 @@ def test_nothing_is_lost_or_filed_twice_when_processes_are_killed(tmp_path, what
             put(relay, name, f'require "copy"; redirect :copy "{name}@far.example";', tmp_path)
         load = Load(relay, ["alice", "bob"], 4)
         kill_under_load(relay, load, what, ROUNDS)
+        wait_for(lambda: all(row["messages"] == row["held"] for row in relay.summary()), seconds=4 * PATIENCE)
+        relay.cli("queue", "release", "--all")  # what was probed when a worker was killed again
         wait_for(lambda: relay.summary() == [], what="an empty queue", seconds=4 * PATIENCE)
         load.check()
         redirected = {(to[0].partition("@")[0], _subject(data)) for _, to, data in peer.messages}
