@@ -188,15 +188,17 @@ RESULTS = {"accepted": index("relaymta_messages_received_total")} | {
 class Counters:
     """One worker's metrics, in `cells`."""
 
-    __slots__ = ("add", "cells")
+    __slots__ = ("_observers", "add", "cells")
 
     def __init__(self, cells: Cells) -> None:
         self.cells = cells
         self.add = cells.add
+        self._observers: dict[str, Callable[[float], None]] = {}  # by their histograms, as far as they were asked for
 
     def observe(self, name: str, value: float) -> None:
         """Add an observation (seconds, or messages) to a histogram."""
-        self.histogram(name)(value)
+        observer = self._observers.get(name) or self.histogram(name)
+        observer(value)
 
     def histogram(self, name: str) -> Callable[[float], None]:
         """`observe` for one histogram, with the look-ups done in advance: for hot paths."""
@@ -207,6 +209,7 @@ class Counters:
             add(base + bisect_left(bounds, value), 1)
             add(total, int(value * 1000))
 
+        self._observers[name] = observe
         return observe
 
     def gauge(self, name: str, value: float) -> None:

@@ -4,6 +4,7 @@ Each method takes what it is named after and raises `Refused` when something els
 
 import datetime
 import re
+from functools import lru_cache
 from typing import Final, NoReturn
 
 from relaymta.proto import mailbox_name
@@ -25,11 +26,14 @@ END: Final = 0
 NUMBER_MOST: Final = 0xFFFFFFFF
 MODSEQ_MOST: Final = 0x7FFFFFFFFFFFFFFF  # 63 bits (RFC 7162 7)
 TAG_MOST: Final = 64
+SHORT: Final = 10  # digits of which a number with fewer is below NUMBER_MOST
 FLAG_MOST: Final = 255
 SHOWN: Final = 40  # octets of a word in an error
+KNOWN: Final = 32  # octets of a keyword that is remembered: all that mean something are shorter
 
 _ATOM = re.compile(rb"[!#$&'+,\-./0-9:;<=>?@A-Z\[^_`a-z|}~]+")
 _ASTRING = re.compile(rb"[!#$&'+,\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]+")
+_TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,%d}" % TAG_MOST)
 _PATTERN = re.compile(rb"[!#$%&'*+,\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]+")
 _NUMBERS = re.compile(
     rb"(?:[1-9][0-9]{0,9}|\*)(?::(?:[1-9][0-9]{0,9}|\*))?+(?:,(?:[1-9][0-9]{0,9}|\*)(?::(?:[1-9][0-9]{0,9}|\*))?+)*+"
@@ -140,10 +144,19 @@ class Words:
 
     def keyword(self, what: str) -> str:
         """An atom, in upper case."""
-        return self._match(_ATOM, what).decode().upper()
+        if self.kinds[self.at] != WORD or len(self.values[self.at]) > KNOWN:
+            return self._match(_ATOM, what).decode().upper()
+        found = _keyword(self.values[self.at])
+        if not found:
+            self.expected(what)
+        self.at += 1
+        return found
 
     def tag(self) -> str:
         """The tag of a command: of printable ASCII, without "+" (RFC 9051 9)."""
+        if self.kinds[0] == WORD and not self.at and _TAG.fullmatch(self.values[0]):
+            self.at = 1
+            return self.values[0].decode()
         value = self._match(_ASTRING, "a tag")
         if b"+" in value:
             self.reject('expected a tag without "+"')
@@ -203,6 +216,10 @@ class Words:
         if value == b"$" and saved:
             self.at += 1
             return Numbers((), saved=True)
+        if len(value) < SHORT and value.isdigit() and value[:1] != b"0":  # most are one number
+            self.at += 1
+            number = int(value)
+            return Numbers(((number, number),))
         if not _NUMBERS.fullmatch(value):
             self.expected("a sequence set")
         self.at += 1
@@ -296,6 +313,12 @@ class Words:
         except ValueError:
             how = "UTF-8" if self.utf8 else "modified UTF-7 (RFC 3501 5.1.3)"
             raise Refused(f"the name is not {how}", "NO", b"CANNOT") from None
+
+
+@lru_cache(512)
+def _keyword(value: bytes) -> str:
+    """A word in upper case; "" where it is no atom."""
+    return value.decode().upper() if _ATOM.fullmatch(value) else ""
 
 
 def _numbers(value: bytes) -> Numbers | None:

@@ -156,7 +156,9 @@ class ImapConnection(ReadingConnection[ServerSession]):
             row, result = ROWS[command.name], "failed"
             try:
                 done = await self._answer(reader, session, command, row)
-                await self._end_command(session.done(done.status, done.text, done.code))
+                if self._octets > SLICE:
+                    await self._flush()
+                self._end_command(session.done(done.status, done.text, done.code))
                 result = done.status
             except Gone:
                 self._drop_output()
@@ -183,7 +185,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
         try:
             if not reader.refresh():
                 return self._dismissed(session)
-            await reader.enable()
+            if said := reader.enabled():
+                await reader.tell([said])
             done = await row.run(reader, command)
             if not row.writes and not reader.refresh():  # moved meanwhile: some of what was read may have been gone already
                 return self._dismissed(session)
@@ -196,7 +199,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
             return done
         expunges = row.expunges and done.expunges
         try:
-            await reader.sync(expunges)
+            if reader.behind():
+                await reader.sync(expunges)
         except (RelayError, ConnectionError, Removed) as error:  # what the command has done is done; the next one tells the news
             self.warn(f"news behind {command.name}: {error or type(error).__name__}")
         # The client has numbers of messages that are gone.
@@ -239,10 +243,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
                 self.transport.abort()
             raise Gone from None
 
-    async def _end_command(self, last: bytes) -> None:
-        """Write what was told, and the tagged response. Gone."""
-        if self._octets > SLICE:
-            await self._flush()
+    def _end_command(self, last: bytes) -> None:
+        """Write what was told, and the tagged response."""
         self._out.append(last)
         self.write(b"".join(self._out))
         self._drop_output()
@@ -411,8 +413,10 @@ class ImapConnection(ReadingConnection[ServerSession]):
                 if not self._reader.refresh():
                     self._dismiss(session)
                     break
-                await self._reader.enable()
-                await self._reader.sync(True)
+                if said := self._reader.enabled():
+                    await self._tell([said])
+                if self._reader.behind():
+                    await self._reader.sync(True)
                 await self._flush()
         except Gone:
             self._drop_output()

@@ -71,7 +71,8 @@ async def expunge(reader: Reader, command: Command) -> Done:
     some = await _expunge(reader, selected, ALL if arguments.numbers is None else view.ranges(arguments.numbers, True))
     if not (some and view.qresync):
         return Done("OK", "Expunged")
-    await reader.sync(True)
+    if reader.behind():
+        await reader.sync(True)
     return Done("OK", "Expunged", response.highestmodseq(view.highest))  # RFC 7162 3.2.7
 
 

@@ -120,11 +120,10 @@ class Reader:
         self.selected = None
         self.session.unselected()
 
-    async def enable(self) -> None:
-        """Let the mailbox that is selected speak as the client has enabled by now."""
-        session = self.session
-        if self.selected is not None and (said := self.selected.enabled(session.condstore, session.qresync, session.rev2)):
-            await self.tell([said])
+    def enabled(self) -> bytes:
+        """Let the mailbox that is selected speak as the client has enabled by now; what to tell of that."""
+        session, selected = self.session, self.selected
+        return selected.enabled(session.condstore, session.qresync, session.rev2) if selected is not None else b""
 
     async def worked_out(self, lines: Callable[[], Iterator[bytes]], selected: Selected | None = None) -> Iterable[bytes]:
         """Responses that take long to be worked out in a large mailbox (`selected`, or the one that is): on a reader thread."""
@@ -133,10 +132,13 @@ class Reader:
             return lines()
         return await self.access.read(lambda: list(lines()))
 
+    def behind(self) -> bool:
+        """Whether there may be something new to tell of the mailbox that is selected: then `sync`. StoreError."""
+        return self.selected is not None and not self.selected.unchanged()
+
     async def sync(self, may_expunge: bool) -> None:
-        """Tell what the mailbox that is selected has become. Removed."""
-        if self.selected is None or self.selected.unchanged():
-            return
+        """Tell what the mailbox that is selected has become, where the client is `behind`. Removed."""
+        assert self.selected is not None
         try:
             told = await self.selected.sync(may_expunge)
         except Refusal:  # it has been deleted
