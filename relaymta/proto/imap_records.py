@@ -23,6 +23,7 @@ __all__ = [
 LAST_UID = 0xFFFFFFFF
 RECORD = struct.Struct("<IIQQ")  # UID, unused, flags, MODSEQ
 RECORD_SIZE = RECORD.size
+RANGE = struct.Struct("<II")  # first and last
 SLICE = 4096  # records of one piece of a reply: some 200 KB
 
 
@@ -50,6 +51,8 @@ def pairs(ranges: bytes) -> Iterator[tuple[int, int]]:
 
 def ranges_of(found: Iterable[tuple[int, int]]) -> bytes:
     """Ranges (first at most last, in any order, which may overlap), packed."""
+    if isinstance(found, tuple) and len(found) == 1:
+        return RANGE.pack(*found[0])
     ends, highest = array("I"), -1
     for low, high in sorted(found):
         if low > highest + 1 or not ends:

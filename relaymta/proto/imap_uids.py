@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from weakref import WeakValueDictionary
 
 from relaymta.proto.imap_command import Numbers
-from relaymta.proto.imap_records import cut, lower, packed, ranges_of
+from relaymta.proto.imap_records import cut, lower, ranges_of
 
 __all__ = ["NoSuchNumber", "Shared", "Uids"]
 
@@ -33,7 +33,7 @@ class Uids:
     def number(self, uid: int) -> int:
         """The number of a message by its UID; 0 when it is not there."""
         at = lower(self.data, uid)
-        return at + 1 if self.data[at * 4 : at * 4 + 4] == packed([uid]) else 0
+        return at + 1 if self.data[at * 4 : at * 4 + 4] == uid.to_bytes(4, "little") else 0
 
     @property
     def last(self) -> int:
@@ -42,7 +42,7 @@ class Uids:
 
     def of_uids(self, chosen: Numbers) -> bytes:
         """Packed ranges of UIDs; "*" is the highest UID. UIDs that are not there are no error."""
-        return ranges_of(chosen.resolved(self.last))
+        return ranges_of(chosen.ranges if chosen.star is None else chosen.resolved(self.last))
 
     def of_numbers(self, chosen: Numbers) -> bytes:
         """Packed ranges of the UIDs that messages have by their numbers; "*" is the highest number, and names nothing where there

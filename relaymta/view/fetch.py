@@ -7,7 +7,7 @@ data. A large message is not in memory: its sections are places in its file (`Fi
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from relaymta.store.rows import MessageRow, ObjectRow
 from relaymta.view.reading import Message
 
 __all__ = [
-    "FilePart", "Level", "Making", "Piece", "Plan", "Sections", "Text", "described_now", "email_id", "read_at", "text_now",
-    "text_of", "with_description",
+    "FilePart", "Level", "Making", "Piece", "Plan", "Sections", "Text", "described_now", "email_id", "plan_of", "read_at",
+    "text_now", "text_of", "with_description",
 ]  # fmt: skip
 
 DECODED_MOST = 4 << 20  # octets of a part of a large message that BINARY decodes: it is in memory then
@@ -35,6 +35,7 @@ LIGHT = 256 << 10  # octets that are looked at for one message's sections on the
 WORK_MOST = 32 << 20  # and in all
 TOO_MANY = "so many sections of so large a message cannot be made"
 SHORT = 4 << 10  # octets of BODYSTRUCTURE of which BODY is made on the loop
+FEW, FIELDS = 8, 64  # sections, and names of header fields in them, of a FETCH whose plan is remembered
 CHEAP = 16  # how many octets are copied while one is decoded
 
 
@@ -182,48 +183,54 @@ class Sections:
 
     def at_once(self, asked: Section, spent: int) -> bool:
         """Whether a section may be made on the loop, where `spent` are the costs up to this one."""
-        reads = asked.fields or asked.name.startswith(("BINARY", "PREVIEW"))
-        return spent <= LIGHT and not (reads and self._text.data is None)
+        reads = self._text.data is None and (asked.fields or asked.name.startswith(("BINARY", "PREVIEW")))
+        return spent <= LIGHT and not reads
 
     def _cost(self, asked: Section) -> int:
         """How many octets are looked at one by one to make a section, about. UnknownEncoding."""
         text = self._text
         if asked.name == "PREVIEW":
             return READ_MOST
+        if not (asked.part or asked.text):
+            size = len(text.data) if text.data is not None else min(text.file.length, DESCRIBED_MOST)
+            return (min(size, asked.partial[1]) if asked.partial is not None else size) // CHEAP
         found = mime.extent(text.parts, _shape(asked))
         if found is None:
             return 0
         size = found.end - found.start + (len(text.parts) if asked.part else 0)
         if asked.name.startswith("BINARY"):
-            if not asked.part:
-                return size // CHEAP
             mime.decoded_part(b"", text.parts, asked.part)
             if text.data is None and size > DECODED_MOST:
                 raise mime.UnknownEncoding("a part that is too large to be decoded here")
             return size
         return size if asked.fields else min(size, asked.partial[1]) // CHEAP if asked.partial is not None else size // CHEAP
 
-    def make(self, asked: Section) -> list[Piece]:
-        """A section as FETCH tells it. A client stalls on a literal of no octets, so nothing is `""`; NUL is sent in BINARY alone
-        (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better choice for. StoreError."""
+    def make(self, asked: Section, name: bytes) -> tuple[bytes, Sequence[Piece]]:
+        """A section as FETCH tells it by its `name`: what precedes its octets, and these. A client stalls on a literal of no
+        octets, so nothing is `""`; NUL is sent in BINARY alone (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3
+        leaves no better choice for. StoreError."""
         if asked.name == "PREVIEW":
-            return [self._preview(asked)]
+            return self._preview(asked), ()
         pieces = self._pieces(asked)
-        name = response.section(asked)
         if pieces is None:
-            return [name, b" NIL"]
+            return name + b" NIL", ()
         total = sum(map(_size, pieces))
         if asked.name == "BINARY.SIZE":
-            return [b"%b %d" % (name, total)]
+            return b"%b %d" % (name, total), ()
         if asked.partial is not None:
             pieces = _cut(pieces, *asked.partial)
             total = sum(map(_size, pieces))
         if not total:
-            return [name, b' ""']
+            return name + b' ""', ()
         eight = asked.name == "BINARY" and any(isinstance(one, FilePart) or b"\0" in bytes(one) for one in pieces)
         if not eight:
             pieces = [_without_nul(one) for one in pieces]
-        return [b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), *pieces]
+        return b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), pieces
+
+    def made(self, asked: Section, name: bytes) -> list[Piece]:
+        """The same, all of it."""
+        first, pieces = self.make(asked, name)
+        return [first, *pieces]
 
     def _preview(self, asked: Section) -> bytes:
         """PREVIEW (RFC 8970 3.2). LAZY: NIL where it would have to be read from a large message's file. StoreError."""
@@ -240,7 +247,8 @@ class Sections:
         if asked.name.startswith("BINARY") and asked.part:
             return self._decoded_part(asked.part)
         if not (asked.part or asked.text):
-            return [text.prefix, text.data if text.data is not None else text.file]
+            whole = text.data if text.data is not None else text.file
+            return [text.prefix, whole] if text.prefix else [whole]
         which = _shape(asked)
         if text.data is not None:
             return mime.section(text.data, text.parts, which, text.prefix)
@@ -339,26 +347,32 @@ _ITEMS: dict[str, tuple[Level, Show]] = {
 }
 
 
-def _head(view: View, message: Message, number: int, items: "list[Show]") -> list[Piece]:
+def _head(view: View, message: Message, number: int, items: "list[Show]") -> bytes:
     """The beginning of a response, up to its sections."""
-    return [b"* %d FETCH (%b" % (number, b" ".join([show(view, message) for show in items]))]
+    return b"* %d FETCH (%b" % (number, b" ".join([show(view, message) for show in items]))
+
+
+def _long_head(view: View, message: Message, number: int, items: "list[Show]") -> list[Piece]:
+    """Reader thread: the same."""
+    return [_head(view, message, number, items)]
 
 
 class Plan:
-    """A FETCH. `level`: what it needs of each message; `sees`: it sets \\Seen; `tells_flags`: FLAGS is among its items."""
+    """A FETCH of some items and sections, whatever the mailbox: it never changes, and sessions share it (`plan_of`). `level`:
+    what it needs of each message; `sees`: it sets \\Seen; `tells_flags`, `tells_modseq`: FLAGS, MODSEQ is among its items."""
 
-    __slots__ = ("_if_seen", "_items", "_sections", "_shortens", "_view", "level", "sees", "tells_flags")
+    __slots__ = ("_if_seen", "_items", "_names", "_sections", "_shortens", "level", "sees", "tells_flags", "tells_modseq")
 
-    def __init__(self, fetch: Fetch, view: View) -> None:
-        self._view = view
-        self._items = [_ITEMS[item][1] for item in fetch.items]
-        told = ("FLAGS", "UID", "MODSEQ") if view.condstore else ("FLAGS",)  # RFC 7162 3.2.4
-        self._if_seen = [_ITEMS[item][1] for item in told if item not in fetch.items]
-        self._sections = fetch.sections
-        self.level = Level.DATA if fetch.sections else max((_ITEMS[item][0] for item in fetch.items), default=Level.INDEX)
-        self._shortens = "BODY" in fetch.items
-        self.sees = any(not section.peek for section in fetch.sections) and not view.read_only
-        self.tells_flags = "FLAGS" in fetch.items
+    def __init__(self, items: tuple[str, ...], sections: tuple[Section, ...], condstore: bool, read_only: bool) -> None:
+        self._items = [_ITEMS[item][1] for item in items]
+        told = ("FLAGS", "UID", "MODSEQ") if condstore else ("FLAGS",)  # RFC 7162 3.2.4
+        self._if_seen = [_ITEMS[item][1] for item in told if item not in items]
+        self._sections = sections
+        self._names = [response.section(one) for one in sections]
+        self.level = Level.DATA if sections else max((_ITEMS[item][0] for item in items), default=Level.INDEX)
+        self._shortens = "BODY" in items
+        self.sees = any(not section.peek for section in sections) and not read_only
+        self.tells_flags, self.tells_modseq = "FLAGS" in items, "MODSEQ" in items
 
     def sections(self, text: Text) -> Sections:
         """The sections of a message. Errors as of `Sections`."""
@@ -368,28 +382,38 @@ class Plan:
         """Whether `sections` takes little time."""
         return len(text.parts) * len(self._sections) <= LIGHT
 
-    def response(self, message: Message, sections: Sections | None, seen: bool) -> Iterator[Piece | Making]:
+    def response(self, view: View, message: Message, sections: Sections | None, seen: bool) -> Iterator[Piece | Making]:
         """The response for a message; none where it has no number (any more). `seen`: \\Seen has been set, so that its flags are
         told. Each section is made when it is asked for; behind the first ones (LIGHT) by a function that may take long.
         StoreError."""
-        view = self._view
         number = view.uids.number(message.uid)
         if not number:
             return
         items = self._items + self._if_seen if seen else self._items
-        head = partial(_head, view, message, number, items)
         if self._shortens and len(_described(message).structure) > SHORT:
-            yield head
+            yield partial(_long_head, view, message, number, items)
+            front = b""
         else:
-            yield from head()
-        spent, between = 0, b" " if items else b""
+            front = _head(view, message, number, items)
         if sections is not None:
-            for asked, cost in zip(self._sections, sections.costs, strict=True):
-                yield between
+            spent, between = 0, b" " if items else b""
+            for asked, name, cost in zip(self._sections, self._names, sections.costs, strict=True):
                 spent += cost
                 if sections.at_once(asked, spent):
-                    yield from sections.make(asked)
+                    first, pieces = sections.make(asked, name)
+                    yield front + between + first
+                    yield from pieces
                 else:
-                    yield partial(sections.make, asked)
-                between = b" "
-        yield b")\r\n"
+                    yield front + between
+                    yield partial(sections.made, asked, name)
+                front, between = b"", b" "
+        yield front + b")\r\n"
+
+
+def plan_of(asked: Fetch, view: View) -> Plan:
+    """The plan of a FETCH in a mailbox: that of the last one like it, unless it is a long one."""
+    few = not asked.sections or (len(asked.sections) <= FEW and sum(len(one.fields) for one in asked.sections) <= FIELDS)
+    return (_known_plan if few else Plan)(asked.items, asked.sections, view.condstore, view.read_only)
+
+
+_known_plan = lru_cache(64)(Plan)  # some 64 kB each at most

@@ -182,6 +182,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     async def _answer(self, reader: Reader, session: ServerSession, command: Command, row: Row) -> Done:
         """Run a command; what its end says. Errors that are none of ours are answered."""
+        reader.looked = None
         try:
             if not reader.refresh():
                 return self._dismissed(session)
@@ -199,7 +200,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
             return done
         expunges = row.expunges and done.expunges
         try:
-            if reader.behind():
+            if reader.behind(reader.looked if self._eager else None):
                 await reader.sync(expunges)
         except (RelayError, ConnectionError, Removed) as error:  # what the command has done is done; the next one tells the news
             self.warn(f"news behind {command.name}: {error or type(error).__name__}")
@@ -222,16 +223,16 @@ class ImapConnection(ReadingConnection[ServerSession]):
     async def _tell(self, pieces: Iterable[Piece | Making]) -> None:
         """Write untagged responses, as fast as the client reads. Gone."""
         for piece in pieces:
-            if isinstance(piece, FilePart):
-                await self._stream(piece)
-            elif isinstance(piece, partial):
-                await self._pause()
-                await self._tell(await self._read_on(piece))
-            elif piece:
+            if isinstance(piece, bytes | memoryview):
                 self._out.append(piece)
                 self._octets += len(piece)
                 if self._octets >= SLICE:
                     await self._flush()
+            elif isinstance(piece, FilePart):
+                await self._stream(piece)
+            else:
+                await self._pause()
+                await self._tell(await self._read_on(piece))
 
     async def _read_on(self, read: Callable[[], T]) -> T:
         """What is read amid a response: where it cannot be read the connection ends. Gone."""

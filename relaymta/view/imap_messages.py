@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from itertools import chain
 
 from relaymta.errors import RelayError
 from relaymta.metrics import index
@@ -18,7 +19,17 @@ from relaymta.store.rows import SEEN
 from relaymta.view import reading, search
 from relaymta.view.access import RECORDS_ON_LOOP
 from relaymta.view.connection import READ, READ_OCTETS
-from relaymta.view.fetch import Level, Plan, Sections, Text, described_now, text_now, text_of, with_description
+from relaymta.view.fetch import (
+    Level,
+    Plan,
+    Sections,
+    Text,
+    described_now,
+    plan_of,
+    text_now,
+    text_of,
+    with_description,
+)
 from relaymta.view.incoming import SYSTEM
 from relaymta.view.reader import Done, Reader, try_create
 from relaymta.view.reading import Message
@@ -95,15 +106,18 @@ async def fetch(reader: Reader, command: Command) -> Done:
     assert isinstance(asked, Fetch)
     view = selected.view
     uids = view.targets(asked.numbers, asked.uid)
-    plan = Plan(asked, view)
+    plan = plan_of(asked, view)
     if asked.changed_since is not None:
         records, expunged = await selected.since(asked.changed_since)
         if asked.vanished:
             await reader.tell(await reader.worked_out(lambda: vanished_earlier(view, asked.numbers, expunged)))
         uids = load([pick(records, within(records, runs(uids)))]) if uids else b""
-    fetched = _Fetching(reader, selected, plan, asked)
-    if uids:
-        await fetched.all(uids)
+    fetched = _Fetching(reader, selected, plan)
+    step, at = fetched.index if plan.level == Level.INDEX else fetched.rows, 0
+    while at < len(uids):
+        if at:
+            await reader.pause()
+        at = await step(uids, at)
     if fetched.unreadable:
         return Done("NO", "Some of the messages cannot be read now", response.UNAVAILABLE)
     if fetched.undecodable is not None:
@@ -116,64 +130,65 @@ class _Fetching:
     """One FETCH. `found`: messages that were there; `unreadable`: some could not be read; `undecodable`: why sections of some
     could not be made."""
 
-    def __init__(self, reader: Reader, selected: Selected, plan: Plan, asked: Fetch) -> None:
+    def __init__(self, reader: Reader, selected: Selected, plan: Plan) -> None:
         self._reader, self._selected, self._plan = reader, selected, plan
-        self._modseq = "MODSEQ" in asked.items
         self.found = 0
         self.unreadable = False
         self.undecodable: UnknownEncoding | None = None
 
-    async def all(self, uids: bytes) -> None:
-        """Tell of all these messages (packed UIDs, one at least), slice by slice."""
-        step = self._index if self._plan.level == Level.INDEX else self._rows
-        at = await step(uids, 0)
-        while at < len(uids):
-            await self._reader.pause()
-            at = await step(uids, at)
-
-    async def _index(self, uids: bytes, at: int) -> int:
-        """What index records say of UIDs from an offset on; the offset of the others."""
+    async def index(self, uids: bytes, at: int) -> int:
+        """Tell what index records say of messages, by their packed UIDs from an offset on; the offset of those that are left."""
         reader, selected, plan = self._reader, self._selected, self._plan
         part = uids[at : at + RECORDS * 4]
-        read = partial(reading.records, selected.shard, selected.mailbox, runs(part))
+        read = partial(reading.records_now, selected.shard, selected.mailbox, runs(part))
         few = len(part) <= RECORDS_ON_LOOP * 4
-        records = await (reader.access.read_little(read) if few else reader.access.read(read))
+        records, reader.looked = await (reader.access.read_little(read) if few else reader.access.read(read))
         self.found += len(records) // RECORD.size
-        await reader.tell(selected.view.lines(records, plan.tells_flags, self._modseq))
-        if plan.tells_flags and (self._modseq or not selected.view.condstore):
+        await reader.tell(selected.view.lines(records, plan.tells_flags, plan.tells_modseq))
+        if plan.tells_flags and (plan.tells_modseq or not selected.view.condstore):
             selected.view.told(records)
         return at + len(part)
 
-    async def _rows(self, uids: bytes, at: int) -> int:
-        """As `_index`, of what needs more than that."""
+    async def rows(self, uids: bytes, at: int) -> int:
+        """As `index`, of what needs more than that."""
         plan, reader = self._plan, self._reader
         most = BODIES if plan.level == Level.DATA else ROWS
         part = uids[at : at + most * 4]
         now = None
         if len(uids) - at <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
-            now = await reader.access.read_little(partial(_read_now, self._selected, runs(part), plan))
+            read = partial(_read_now, self._selected, runs(part), plan)
+            now, reader.looked = await reader.access.read_little(read)
         found = now if now is not None else await reader.access.read(partial(_read, self._selected, runs(part), plan))
         for why in found.unreadable:
             self.unreadable = True
             reader.warn(why)
         self.undecodable = found.undecodable or self.undecodable
         self.found += found.count
-        seen = await self._see([message for message, _ in found.messages])
-        for message, sections in found.messages:
+        if plan.level == Level.DATA:
+            await self._tell_data(found)
+        else:
+            told = [plan.response(self._selected.view, message, None, False) for message, _ in found.messages]
+            await reader.tell(chain.from_iterable(told))
+        return at + (len(part) if not found.last else (values(part).index(found.last) + 1) * 4)
+
+    async def _tell_data(self, found: "_Found") -> None:
+        """Tell of messages with their sections."""
+        reader, view = self._reader, self._selected.view
+        seen = await self._see([message for message, _ in found.messages]) if self._plan.sees else {}
+        for number, (message, sections) in enumerate(found.messages):
+            if number:
+                await reader.pause()
             after = seen.get(message.uid)
             if after is not None:
                 message = message._replace(flags=after[0], modseq=after[1])
-            await reader.tell(plan.response(message, sections, after is not None))
-            await reader.pause()
-        if plan.level == Level.DATA:
-            reader.counters.add(READ, len(found.messages))
-            reader.counters.add(READ_OCTETS, sum(message.row.size for message, _ in found.messages))
-        return at + (len(part) if not found.last else (values(part).index(found.last) + 1) * 4)
+            await reader.tell(self._plan.response(view, message, sections, after is not None))
+        reader.counters.add(READ, len(found.messages))
+        reader.counters.add(READ_OCTETS, sum([message.row.size for message, _ in found.messages]))
 
     async def _see(self, messages: list[Message]) -> dict[int, tuple[int, int]]:
-        """Set \\Seen where the FETCH does that; (flags, MODSEQ) by UID of those that have got it."""
+        """Set \\Seen; (flags, MODSEQ) by UID of those that have got it."""
         unseen = [message.uid for message in messages if not message.flags & SEEN]
-        if not (self._plan.sees and unseen):
+        if not unseen:
             return {}
         reader, selected = self._reader, self._selected
         try:
@@ -209,20 +224,21 @@ class _Found:
         self.count += 1
 
 
-def _read_now(selected: Selected, ranges: bytes, plan: Plan) -> _Found | None:
-    """As `_read`, on the loop; None where something would have to be waited for, or take long."""
+def _read_now(selected: Selected, ranges: bytes, plan: Plan) -> tuple[_Found | None, bytes | None]:
+    """As `_read`, on the loop, None where something would have to be waited for, or take long; and as of `reading.raw_state`."""
     found, octets, level = _Found(), 0, plan.level
-    for message in reading.messages(selected.shard, selected.mailbox, ranges):
+    messages, state = reading.messages_now(selected.shard, selected.mailbox, ranges)
+    for message in messages:
         octets += message.row.size
         text = None
         if level == Level.DATA:
             text = text_now(selected.shard, message) if octets <= OCTETS else None
             if text is None or not plan.is_light(text):
-                return None
+                return None, state
         elif level == Level.DESCRIPTION and not described_now(message):
-            return None
+            return None, state
         found.add(plan, message, text)
-    return found
+    return found, state
 
 
 def _read(selected: Selected, ranges: bytes, plan: Plan) -> _Found:

@@ -44,10 +44,12 @@ class Done(NamedTuple):
 class Reader:
     """`user`: as the directory has it; `selected`: the mailbox that is selected; `tell`: writes untagged responses as fast as the
     client reads (Gone); `pause`: lets others run, when a command has taken long; `warn`: logs what could not be done;
-    `log_change`: as of ReadingConnection; `incoming`: the messages of an APPEND that has come."""
+    `log_change`: as of ReadingConnection; `incoming`: the messages of an APPEND that has come; `looked`: the row of the selected
+    mailbox's state, as the command under way has read it with something else."""
 
     __slots__ = (
-        "_admission", "_version", "access", "incoming", "log_change", "pause", "selected", "session", "tell", "user", "warn",
+        "_admission", "_version", "access", "incoming", "log_change", "looked", "pause", "selected", "session", "tell", "user",
+        "warn",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +74,7 @@ class Reader:
         self.log_change = log_change
         self.selected: Selected | None = None
         self.incoming: Incoming | None = None
+        self.looked: bytes | None = None
 
     def refresh(self) -> bool:
         """Look whether the user may go on here: False when the directory says disabled, deleted, or moved since the login."""
@@ -132,9 +135,10 @@ class Reader:
             return lines()
         return await self.access.read(lambda: list(lines()))
 
-    def behind(self) -> bool:
-        """Whether there may be something new to tell of the mailbox that is selected: then `sync`. StoreError."""
-        return self.selected is not None and not self.selected.unchanged()
+    def behind(self, looked: bytes | None = None) -> bool:
+        """Whether there may be something new to tell of the mailbox that is selected: then `sync`. `looked`: its state's row,
+        where that has just been read. StoreError."""
+        return self.selected is not None and not self.selected.unchanged(looked)
 
     async def sync(self, may_expunge: bool) -> None:
         """Tell what the mailbox that is selected has become, where the client is `behind`. Removed."""

@@ -26,8 +26,8 @@ from relaymta.store.reading import Readable
 from relaymta.store.rows import DELETED, SEEN, MailboxRow, MailboxState, MessageRow, ObjectRow
 
 __all__ = [
-    "Message", "Opened", "Removed", "TooMuch", "after", "changes", "deleted_octets", "expunged", "marked", "messages", "named",
-    "names", "opened", "raw_state", "records",
+    "Message", "Opened", "Removed", "TooMuch", "after", "changes", "deleted_octets", "expunged", "marked", "messages",
+    "messages_now", "named", "names", "opened", "raw_state", "records", "records_now",
 ]  # fmt: skip
 
 TOGETHER = 64  # blocks
@@ -175,6 +175,13 @@ def records(shard: Readable, mailbox: int, ranges: bytes) -> bytes:
     return pick(found, within(found, ranges))
 
 
+def records_now(shard: Readable, mailbox: int, ranges: bytes) -> tuple[bytes, bytes | None]:
+    """The same, and as of `raw_state`."""
+    with shard.rows.reading() as txn:
+        found, state = _found(shard, txn, mailbox, ranges), shard.rows.raw_state(txn, mailbox)
+    return pick(found, within(found, ranges)), state
+
+
 def _found(shard: Readable, txn: Any, mailbox: int, ranges: bytes) -> bytes:
     """The blocks that hold messages of these ranges."""
     if ranges[:4] == ranges[4:]:  # one message
@@ -242,13 +249,21 @@ def deleted_octets(shard: Readable, mailbox: int) -> int:
 
 def messages(shard: Readable, mailbox: int, ranges: bytes) -> list[Message]:
     """The messages in packed ranges of UIDs, with their rows."""
-    rows = shard.rows
-    with rows.reading() as txn:
-        found = _found(shard, txn, mailbox, ranges)
-        out = []
-        for uid, _, flags, modseq in RECORD.iter_unpack(pick(found, within(found, ranges))):
-            row = rows.message(txn, mailbox, uid)
-            body = rows.object(txn, row.object) if row is not None else None
-            if row is not None and body is not None:
-                out.append(Message(uid, flags, modseq, row, body))
-        return out
+    with shard.rows.reading() as txn:
+        return _messages(shard, txn, mailbox, ranges)
+
+
+def messages_now(shard: Readable, mailbox: int, ranges: bytes) -> tuple[list[Message], bytes | None]:
+    """The same, and as of `raw_state`."""
+    with shard.rows.reading() as txn:
+        return _messages(shard, txn, mailbox, ranges), shard.rows.raw_state(txn, mailbox)
+
+
+def _messages(shard: Readable, txn: Any, mailbox: int, ranges: bytes) -> list[Message]:
+    found, rows, out = _found(shard, txn, mailbox, ranges), shard.rows, []
+    for uid, _, flags, modseq in RECORD.iter_unpack(pick(found, within(found, ranges))):
+        row = rows.message(txn, mailbox, uid)
+        body = rows.object(txn, row.object) if row is not None else None
+        if row is not None and body is not None:
+            out.append(Message(uid, flags, modseq, row, body))
+    return out

@@ -67,9 +67,11 @@ class Selected:
         ident = b"* OK [%b] Mailbox id\r\n" % mailboxid(selected.ident)
         return selected, view.opened(opened.unseen) + ident
 
-    def unchanged(self) -> bool:
-        """Whether there is nothing to tell: the mailbox's state is, octet for octet, what it was when `sync` looked last."""
-        raw = self._access.read_here(partial(reading.raw_state, self.shard, self.mailbox))
+    def unchanged(self, raw: bytes | None = None) -> bool:
+        """Whether there is nothing to tell: the mailbox's state is, octet for octet, what it was when `sync` looked last. `raw`:
+        its row, where that has just been read. StoreError."""
+        if raw is None:
+            raw = self._access.read_here(partial(reading.raw_state, self.shard, self.mailbox))
         if raw is not None and raw == self._known and not self.view.holds:
             return True
         self._looked = raw or b""
