@@ -98,17 +98,15 @@ Ranges = Iterable[tuple[int, int]]
 # Status responses
 
 
-def _said(text: str, code: bytes) -> bytes:
+def tagged(tag: str, status: str, text: str, code: bytes = b"") -> bytes:
+    """The response that ends a command: `status` OK, NO or BAD; `tag` "*" where the command had none."""
     if not text or not text.isascii() or not text.isprintable():
         text = _TEXT.sub("?", text) or "Done"
     if code:
-        return b"[%b] %b" % (code, text.encode())
-    return text.encode() if text[0] != "[" else b"?" + text[1:].encode()  # it would be taken for a response code
-
-
-def tagged(tag: str, status: str, text: str, code: bytes = b"") -> bytes:
-    """The response that ends a command: `status` OK, NO or BAD; `tag` "*" where the command had none."""
-    return b"%b %b %b\r\n" % (tag.encode(), status.encode(), _said(text, code))
+        return b"%b [%b] %b\r\n" % (f"{tag} {status}".encode(), code, text.encode())
+    if text[0] == "[":  # it would be taken for a response code
+        text = f"?{text[1:]}"
+    return f"{tag} {status} {text}\r\n".encode()
 
 
 def untagged(status: str, text: str, code: bytes = b"") -> bytes:

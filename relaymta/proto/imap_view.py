@@ -201,6 +201,8 @@ class View:
         those records whose messages the client has numbers for."""
         items = FLAGS * flags + MODSEQ * (self.condstore if modseq is None else modseq)
         uids, names, recent, until = self.uids.data, self._names, self.recent, self.until
+        if len(records) == RECORD_SIZE:
+            return iter((lines(records, uids, names, recent, until, items),))
         return (lines(part, uids, names, recent, until, items) for part in slices(records))
 
     # Sequence sets

@@ -75,8 +75,9 @@ class Blocks:
 
     def _seek(self, cursor: Any, uid: int) -> bool:
         """Put the cursor on the last block whose first UID is at most `uid`; False when there is none."""
-        found = cursor.set_range(KEY.pack(self._mailbox, KIND, uid))
-        if found and cursor.key()[:9] == self._prefix and KEY.unpack(cursor.key())[2] == uid:
+        key = self._prefix + uid.to_bytes(4, "big")
+        found = cursor.set_range(key)
+        if found and cursor.key() == key:
             return True
         found = cursor.prev() if found else cursor.last()
         return bool(found) and cursor.key()[:9] == self._prefix

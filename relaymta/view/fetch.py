@@ -6,11 +6,10 @@ data. A large message is not in memory: its sections are places in its file (`Fi
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from enum import IntEnum
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
@@ -39,13 +38,13 @@ FEW, FIELDS = 8, 64  # sections, and names of header fields in them, of a FETCH 
 CHEAP = 16  # how many octets are copied while one is decoded
 
 
-class Level(IntEnum):
-    """What is needed of a message."""
+class Level:
+    """What is needed of a message: each more than the one before."""
 
-    INDEX = 0
-    ROW = 1
-    DESCRIPTION = 2
-    DATA = 3
+    INDEX: Final = 0
+    ROW: Final = 1
+    DESCRIPTION: Final = 2
+    DATA: Final = 3
 
 
 class FilePart(NamedTuple):
@@ -332,7 +331,7 @@ def _described(message: Message) -> mime.Description:
 
 
 Show = Callable[[View, Message], bytes]
-_ITEMS: dict[str, tuple[Level, Show]] = {
+_ITEMS: dict[str, tuple[int, Show]] = {
     "FLAGS": (Level.INDEX, lambda view, message: b"FLAGS (%b)" % view.flag_list(message.uid, message.flags)),
     "UID": (Level.INDEX, lambda view, message: response.uid(message.uid)),
     "MODSEQ": (Level.INDEX, lambda view, message: response.modseq(message.modseq)),

@@ -47,12 +47,13 @@ OCTETS = 256 << 10  # or until it is so much
 STORED_TOGETHER = 100_000  # messages of a change: the answer, 48 octets for each, may come in one frame from another process
 
 EXPUNGED = index("relaymta_mailbox_expunged_total")
+DONE, FETCHED = Done("OK", "Done"), Done("OK", "Fetched")
 EXPUNGE_ISSUED = Done("OK", "Some of the messages have been expunged", response.EXPUNGEISSUED)
 
 
 async def noop(reader: Reader, command: Command) -> Done:
     """NOOP, CHECK, and the end of IDLE: what is new is told behind every command."""
-    return Done("OK", "Done")
+    return DONE
 
 
 async def unselect(reader: Reader, command: Command) -> Done:
@@ -123,7 +124,7 @@ async def fetch(reader: Reader, command: Command) -> Done:
     if fetched.undecodable is not None:
         raise fetched.undecodable
     missing = fetched.found < len(uids) // 4 and not asked.uid
-    return EXPUNGE_ISSUED if missing else Done("OK", "Fetched")
+    return EXPUNGE_ISSUED if missing else FETCHED
 
 
 class _Fetching:
