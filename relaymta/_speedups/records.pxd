@@ -29,6 +29,10 @@ cpdef bytes within(bytes records, bytes ranges)
 @cython.locals(p="const unsigned char *", b="const unsigned char *", w="unsigned char *", out=bytearray, i=Py_ssize_t, k=Py_ssize_t)
 cpdef bytes pick(bytes records, bytes bits)
 
+@cython.locals(p="const unsigned char *", r="const unsigned char *", out=bytearray, uid="unsigned int", n=Py_ssize_t, i=Py_ssize_t,
+               k=Py_ssize_t, end=Py_ssize_t, start=Py_ssize_t)
+cpdef bytes chosen(bytes records, bytes ranges)
+
 @cython.locals(p="const unsigned char *", w="unsigned char *", out=bytearray, old="unsigned long long",
                flags="unsigned long long", i=Py_ssize_t)
 cpdef bytes apply(bytes records, unsigned long long keep, unsigned long long add, unsigned long long modseq)

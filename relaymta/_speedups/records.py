@@ -125,6 +125,36 @@ def pick(records, bits):  # type: ignore[no-untyped-def]
     return bytes(out)
 
 
+def chosen(records, ranges):  # type: ignore[no-untyped-def]
+    """The records with UIDs in ranges: `records` itself where all are."""
+    p = records
+    r = ranges
+    n = len(records) // SIZE
+    end = len(ranges) // 8
+    out = bytearray()
+    k = 0
+    start = -1  # of the run of such records that has begun
+    i = 0
+    while i < n:
+        uid = get32(p, i * SIZE)
+        while k < end and get32(r, k * 8 + 4) < uid:
+            k += 1
+        if k == end:
+            break
+        if uid >= get32(r, k * 8):
+            if start < 0:
+                start = i
+        elif start >= 0:
+            out += p[start * SIZE : i * SIZE]
+            start = -1
+        i += 1
+    if start == 0 and i * SIZE == len(records):
+        return records
+    if start >= 0:
+        out += p[start * SIZE : i * SIZE]
+    return bytes(out)
+
+
 def apply(records, keep, add, modseq):  # type: ignore[no-untyped-def]
     """The records with the flags that they have of `keep`, and those of `add`; where others than before, with this MODSEQ."""
     p = records

@@ -40,7 +40,16 @@ class Reading:
         self._patience = patience
 
     def __enter__(self) -> Any:
-        self._txn = self._environment._enter(self._patience)
+        environment = self._environment
+        with environment._lock:
+            if environment._shut:
+                environment._wait(self._patience)
+            environment._inside += 1
+        try:
+            self._txn = environment.env.begin()
+        except BaseException:
+            environment._leave()
+            raise
         return self._txn
 
     def __exit__(self, *error: object) -> None:
@@ -124,16 +133,10 @@ class Environment:
         once: others must not wait for it."""
         return Reading(self, patience)
 
-    def _enter(self, patience: float) -> Any:
-        with self._lock:
-            if self._shut and (_on_loop() or not self._gate.wait_for(lambda: not self._shut, patience)):
-                raise Shut("the store could not be opened again after a failed commit")
-            self._inside += 1
-        try:
-            return self.env.begin()
-        except BaseException:
-            self._leave()
-            raise
+    def _wait(self, patience: float) -> None:
+        """Within the gate: wait until the environment has been opened again. Shut."""
+        if _on_loop() or not self._gate.wait_for(lambda: not self._shut, patience):
+            raise Shut("the store could not be opened again after a failed commit")
 
     def _leave(self) -> None:
         with self._lock:

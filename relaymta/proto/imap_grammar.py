@@ -58,13 +58,14 @@ PATTERNS = 100  # of one LIST
 FIELDS = 30  # of ID (RFC 2971 3.3), with FIELD_NAME octets in a name and FIELD_VALUE in a value
 FIELD_NAME = 30
 FIELD_VALUE = 1024
+NOTHING = Nothing()
 OCTETS_MOST = 0x7FFFFFFFFFFFFFFF
 
 
 def nothing(words: Words) -> Nothing:
     """No arguments."""
     words.end()
-    return Nothing()
+    return NOTHING
 
 
 # The session

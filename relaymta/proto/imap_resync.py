@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from relaymta.proto.imap_command import Numbers, Qresync
-from relaymta.proto.imap_records import LAST_UID, formatted, pairs, pick, ranges_of, runs, within
+from relaymta.proto.imap_records import LAST_UID, chosen, formatted, pairs, ranges_of, runs
 from relaymta.proto.imap_uids import Uids
 from relaymta.proto.imap_view import View
 
@@ -27,7 +27,7 @@ def resync(view: View, known: Qresync, records: bytes, expunged: Iterable[tuple[
     if known.numbers is not None and known.at is not None:
         sampled = _last_match(view.uids, known.numbers.ranges, known.at.ranges)
     wanted = ranges_of(known.uids.ranges if known.uids is not None else [(1, LAST_UID)])
-    changed = pick(records, within(records, wanted))
+    changed = chosen(records, wanted)
     return chain(_vanished(view, wanted, expunged, sampled), view.lines(changed, modseq=True))
 
 

@@ -10,7 +10,7 @@ from relaymta.proto import imap_response as response
 from relaymta.proto.imap_command import Command, Copy, Expunge, Fetch, Search, Sort, Store, Thread
 from relaymta.proto.imap_found import Found
 from relaymta.proto.imap_program import Program
-from relaymta.proto.imap_records import RECORD, load, packed, pick, runs, values, within
+from relaymta.proto.imap_records import RECORD, chosen, load, packed, runs, values
 from relaymta.proto.imap_resync import vanished_earlier
 from relaymta.proto.mime import UnknownEncoding
 from relaymta.store.asked import Copied, Partial
@@ -112,7 +112,7 @@ async def fetch(reader: Reader, command: Command) -> Done:
         records, expunged = await selected.since(asked.changed_since)
         if asked.vanished:
             await reader.tell(await reader.worked_out(lambda: vanished_earlier(view, asked.numbers, expunged)))
-        uids = load([pick(records, within(records, runs(uids)))]) if uids else b""
+        uids = load([chosen(records, runs(uids))]) if uids else b""
     fetched = _Fetching(reader, selected, plan)
     step, at = fetched.index if plan.level == Level.INDEX else fetched.rows, 0
     while at < len(uids):

@@ -12,12 +12,12 @@ from relaymta.proto.imap_records import (
     RECORD,
     RECORD_SIZE,
     changed,
+    chosen,
     first,
     load,
     pairs,
     pick,
     select,
-    within,
 )
 from relaymta.proto.imap_view import Changes
 from relaymta.store.blocks import Blocks
@@ -172,14 +172,14 @@ def records(shard: Readable, mailbox: int, ranges: bytes) -> bytes:
     """The index records of the messages in packed ranges of UIDs."""
     with shard.rows.reading() as txn:
         found = _found(shard, txn, mailbox, ranges)
-    return pick(found, within(found, ranges))
+    return chosen(found, ranges)
 
 
 def records_now(shard: Readable, mailbox: int, ranges: bytes) -> tuple[bytes, bytes | None]:
     """The same, and as of `raw_state`."""
     with shard.rows.reading() as txn:
         found, state = _found(shard, txn, mailbox, ranges), shard.rows.raw_state(txn, mailbox)
-    return pick(found, within(found, ranges)), state
+    return chosen(found, ranges), state
 
 
 def _found(shard: Readable, txn: Any, mailbox: int, ranges: bytes) -> bytes:
@@ -214,7 +214,7 @@ def after(shard: Readable, mailbox: int, uid: int, most: int) -> bytes:
             if octets >= most * RECORD_SIZE:
                 break
     data = b"".join(found)
-    return pick(data, within(data, _range(uid + 1, LAST_UID))) if uid and data else data
+    return chosen(data, _range(uid + 1, LAST_UID)) if uid and data else data
 
 
 def _range(low: int, high: int) -> bytes:
@@ -231,7 +231,7 @@ def marked(shard: Readable, mailbox: int, ranges: bytes, most: int) -> bytes:
             return b""
         _check(state, most)
         found = b"".join(map(_deleted, _blocks(shard, txn, mailbox, ranges)))
-    return load([pick(found, within(found, ranges))])
+    return load([chosen(found, ranges)])
 
 
 def _deleted(block: bytes) -> bytes:
@@ -261,7 +261,7 @@ def messages_now(shard: Readable, mailbox: int, ranges: bytes) -> tuple[list[Mes
 
 def _messages(shard: Readable, txn: Any, mailbox: int, ranges: bytes) -> list[Message]:
     found, rows, out = _found(shard, txn, mailbox, ranges), shard.rows, []
-    for uid, _, flags, modseq in RECORD.iter_unpack(pick(found, within(found, ranges))):
+    for uid, _, flags, modseq in RECORD.iter_unpack(chosen(found, ranges)):
         row = rows.message(txn, mailbox, uid)
         body = rows.object(txn, row.object) if row is not None else None
         if row is not None and body is not None:

@@ -57,7 +57,10 @@ def test_bitmaps_equal_the_oracle(form, found, every, some, none, modseq, ends):
     bitmap = kernel.select(packed, every, some, none, modseq)
     assert (index.bits(bitmap, len(found)), bitmap) == (wanted, index.bitmap(wanted))
     inside = [any(first <= one.uid <= last for first, last in ranges) for one in found]
-    assert kernel.within(packed, index.pack32([end for pair in ranges for end in pair])) == index.bitmap(inside)
+    packed_ranges = index.pack32([end for pair in ranges for end in pair])
+    assert kernel.within(packed, packed_ranges) == index.bitmap(inside)
+    assert kernel.chosen(packed, packed_ranges) == index.pack([one for one, bit in zip(found, inside, strict=True) if bit])
+    assert kernel.chosen(packed + b"rest", packed_ranges) == kernel.chosen(packed, packed_ranges)
     assert kernel.pick(packed, bitmap) == index.pack([one for one, bit in zip(found, wanted, strict=True) if bit])
 
 
