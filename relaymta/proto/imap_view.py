@@ -16,6 +16,7 @@ What a command does with the view, always in this order:
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ __all__ = ["SYSTEM_FLAGS", "Changes", "Desynchronized", "Mailbox", "View"]
 
 SYSTEM_FLAGS = (b"\\Seen", b"\\Answered", b"\\Flagged", b"\\Deleted", b"\\Draft")  # bits 0 to 4 of a record; keywords follow
 KEYWORDS_MOST = 64 - len(SYSTEM_FLAGS)
+KEYWORDS_KNOWN = 64  # mailboxes whose keywords (some 6 kB at most) are remembered: most have none, or what all have
 NONE_RECENT = LAST_UID + 1
 FLAGS, MODSEQ = 1, 2  # `items` of `lines`
 COVERED_MOST = 1000  # records
@@ -85,6 +87,21 @@ class Changes(NamedTuple):
     uids: bytes | None = None
 
 
+@lru_cache(KEYWORDS_KNOWN)
+def _names_of(keywords: tuple[str, ...]) -> list[bytes]:
+    """The names of flags by their bits. The list is shared: it is never changed."""
+    return [*SYSTEM_FLAGS, *(word.encode() for word in keywords)]
+
+
+@lru_cache(KEYWORDS_KNOWN)
+def _flags_told(keywords: tuple[str, ...], read_only: bool) -> bytes:
+    """FLAGS and PERMANENTFLAGS of a mailbox with these keywords."""
+    names = b" ".join(_names_of(keywords))
+    more = b" \\*" if len(keywords) < KEYWORDS_MOST else b""
+    permanent = b"" if read_only else names + more
+    return b"* FLAGS (%s)\r\n* OK [PERMANENTFLAGS (%s)] Flags that are kept\r\n" % (names, permanent)
+
+
 class View:
     """The picture. `uids`: by message number; `modseq`: all changes of flags up to it were told; `saved`: the result that SEARCH
     has saved, packed UIDs; `condstore`, `qresync`: what the client has enabled; messages from the UID `recent` to before `until`
@@ -113,9 +130,8 @@ class View:
         self._safe = self.modseq  # below the MODSEQ of all that is held
         self._told: list[bytes] = []  # records above `modseq` that the client knows
         self._own: set[int] = set()  # MODSEQs above it of changes of this session
-        self._keywords: tuple[str, ...] = ()
-        self._names = list(SYSTEM_FLAGS)
-        self._learn(mailbox.keywords)
+        self._keywords = tuple(mailbox.keywords)
+        self._names = _names_of(self._keywords)
 
     # What the client was told
 
@@ -136,14 +152,16 @@ class View:
     def opened(self, unseen: int) -> bytes:
         """The untagged responses of SELECT and EXAMINE (RFC 9051 6.3.2, RFC 3501 6.3.1). `unseen`: the UID of the first message
         that is not seen, or 0."""
-        out = [*self._flags_response(), b"* %d EXISTS\r\n" % len(self.uids)]
+        old = b""  # what IMAP4rev2 has not
         if not self.rev2:
             self._recent_told = self._count_recent()
-            out.append(b"* %d RECENT\r\n" % self._recent_told)
+            old = b"* %d RECENT\r\n" % self._recent_told
             if number := self.uids.number(unseen):
-                out.append(b"* OK [UNSEEN %d] First unseen\r\n" % number)
-        out.append(b"* OK [UIDVALIDITY %d] UIDs valid\r\n* OK [UIDNEXT %d] Next UID\r\n" % (self.uidvalidity, self.uidnext))
-        return b"".join([*out, self._highest_response()])
+                old += b"* OK [UNSEEN %d] First unseen\r\n" % number
+        return (
+            b"%b* %d EXISTS\r\n%b* OK [UIDVALIDITY %d] UIDs valid\r\n* OK [UIDNEXT %d] Next UID\r\n"
+            b"* OK [HIGHESTMODSEQ %d] Highest\r\n"
+        ) % (_flags_told(self._keywords, self.read_only), len(self.uids), old, self.uidvalidity, self.uidnext, self.highest)
 
     def enable_condstore(self) -> bytes:
         """The client has issued a command that enables CONDSTORE (RFC 7162 3.1); what to write, once."""
@@ -171,20 +189,11 @@ class View:
 
     def learn(self, keywords: Sequence[str]) -> bytes:
         """The mailbox has these keywords now; what to write before one of them occurs in FETCH. `advance` does this itself."""
-        return b"".join(self._flags_response()) if self._learn(keywords) else b""
-
-    def _learn(self, keywords: Sequence[str]) -> bool:
         if len(keywords) <= len(self._keywords):  # keywords are only added
-            return False
+            return b""
         self._keywords = tuple(keywords)
-        self._names = [*SYSTEM_FLAGS, *(word.encode() for word in keywords)]
-        return True
-
-    def _flags_response(self) -> tuple[bytes, bytes]:
-        names = b" ".join(self._names)
-        more = b" \\*" if len(self._keywords) < KEYWORDS_MOST else b""
-        permanent = b"" if self.read_only else names + more
-        return b"* FLAGS (%s)\r\n" % names, b"* OK [PERMANENTFLAGS (%s)] Flags that are kept\r\n" % permanent
+        self._names = _names_of(self._keywords)
+        return _flags_told(self._keywords, self.read_only)
 
     def flag_bit(self, name: str) -> int | None:
         """The bit of a flag (in any case) in records; None when the mailbox does not know the keyword."""

@@ -31,6 +31,8 @@ class Selected:
     """`mailbox`: its number in the user's shard; `view`: what the client was told; `claims`: messages that it is told
     of first are \\Recent (RFC 3501 2.3.2)."""
 
+    __slots__ = ("_access", "_known", "_looked", "claims", "ident", "mailbox", "name", "shard", "user", "view")
+
     def __init__(self, access: Access, user: User, opened: reading.Opened, view: View) -> None:
         self._access = access
         self.user = user
