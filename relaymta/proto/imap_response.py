@@ -7,6 +7,7 @@ allows both). A response code is given without brackets."""
 import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 from relaymta.proto import mailbox_name
@@ -235,10 +236,15 @@ def number_set(ranges: Ranges) -> bytes:
 
 def date_time(seconds: int) -> bytes:
     """A time (seconds since 1970), in UTC, quoted; of the years that four digits can say."""
-    when = _EPOCH + datetime.timedelta(seconds=min(max(seconds, _FIRST), _LAST))
-    return b'"%2d-%b-%04d %02d:%02d:%02d +0000"' % (
-        when.day, _MONTHS[when.month - 1], when.year, when.hour, when.minute, when.second,
-    )  # fmt: skip
+    days, second = divmod(min(max(seconds, _FIRST), _LAST), 86400)
+    return b'"%b %02d:%02d:%02d +0000"' % (_date(days), second // 3600, second // 60 % 60, second % 60)
+
+
+@lru_cache(1024)
+def _date(days: int) -> bytes:
+    """The date so many days after that of the epoch."""
+    when = _EPOCH + datetime.timedelta(days)
+    return b"%2d-%b-%04d" % (when.day, _MONTHS[when.month - 1], when.year)
 
 
 # Of the session

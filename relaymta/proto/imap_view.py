@@ -93,6 +93,12 @@ def _names_of(keywords: tuple[str, ...]) -> list[bytes]:
     return [*SYSTEM_FLAGS, *(word.encode() for word in keywords)]
 
 
+@lru_cache(4 * KEYWORDS_KNOWN)
+def _named(keywords: tuple[str, ...], flags: int) -> bytes:
+    """The names of some flags."""
+    return b" ".join([name for bit, name in enumerate(_names_of(keywords)) if flags >> bit & 1])
+
+
 @lru_cache(KEYWORDS_KNOWN)
 def _flags_told(keywords: tuple[str, ...], read_only: bool) -> bytes:
     """FLAGS and PERMANENTFLAGS of a mailbox with these keywords."""
@@ -202,8 +208,10 @@ class View:
 
     def flag_list(self, uid: int, flags: int) -> bytes:
         """The flags of a message as FETCH shows them, without parentheses."""
-        names = [b"\\Recent"] if self.recent <= uid < self.until else []
-        return b" ".join([*names, *(name for bit, name in enumerate(self._names) if flags >> bit & 1)])
+        names = _named(self._keywords, flags)
+        if self.recent <= uid < self.until:
+            return b"\\Recent " + names if names else b"\\Recent"
+        return names
 
     def lines(self, records: bytes, flags: bool = True, modseq: bool | None = None) -> Iterator[bytes]:
         """FETCH responses with UID, and with FLAGS or MODSEQ (None: if CONDSTORE is enabled), in pieces of 4096 messages; of

@@ -163,12 +163,26 @@ def email_id(found: ObjectRow, row: MessageRow) -> str:
 # Sections
 
 
+class Asked(NamedTuple):
+    """A section that a FETCH asks for. `name`: as its response has it; `shape`: where it is in a message."""
+
+    section: Section
+    name: bytes
+    shape: mime.Section
+
+    @classmethod
+    def of(cls, asked: Section) -> "Asked":
+        """The section with what follows of it."""
+        shape = mime.Section(asked.part, asked.text, tuple(field.encode() for field in asked.fields))
+        return cls(asked, response.section(asked), shape)
+
+
 class Sections:
     """The sections of one message, made one after another: what was read or decoded for the one before is kept for the next."""
 
     __slots__ = ("_decoded", "_header", "_path", "_text", "costs")
 
-    def __init__(self, text: Text, asked: Sequence[Section]) -> None:
+    def __init__(self, text: Text, asked: Sequence[Asked]) -> None:
         """`asked`: what will be made. UnknownEncoding: not all of it can be made; Refusal (LIMIT): it would take too long."""
         self._text = text
         self._path: tuple[int, ...] | None = None
@@ -176,7 +190,7 @@ class Sections:
         self._header: tuple[mime.Extent, bytes] = mime.Extent(0, 0), b""
         if len(text.parts) * len(asked) > WORK_MOST:
             raise Refusal(LIMIT, TOO_MANY)
-        self.costs = [self._cost(one) for one in asked]
+        self.costs = [self._cost(one.section, one.shape) for one in asked]
         if sum(self.costs) > WORK_MOST:
             raise Refusal(LIMIT, TOO_MANY)
 
@@ -185,7 +199,7 @@ class Sections:
         reads = self._text.data is None and (asked.fields or asked.name.startswith(("BINARY", "PREVIEW")))
         return spent <= LIGHT and not reads
 
-    def _cost(self, asked: Section) -> int:
+    def _cost(self, asked: Section, shape: mime.Section) -> int:
         """How many octets are looked at one by one to make a section, about. UnknownEncoding."""
         text = self._text
         if asked.name == "PREVIEW":
@@ -193,7 +207,7 @@ class Sections:
         if not (asked.part or asked.text):
             size = len(text.data) if text.data is not None else min(text.file.length, DESCRIBED_MOST)
             return (min(size, asked.partial[1]) if asked.partial is not None else size) // CHEAP
-        found = mime.extent(text.parts, _shape(asked))
+        found = mime.extent(text.parts, shape)
         if found is None:
             return 0
         size = found.end - found.start + (len(text.parts) if asked.part else 0)
@@ -204,13 +218,14 @@ class Sections:
             return size
         return size if asked.fields else min(size, asked.partial[1]) // CHEAP if asked.partial is not None else size // CHEAP
 
-    def make(self, asked: Section, name: bytes) -> tuple[bytes, Sequence[Piece]]:
-        """A section as FETCH tells it by its `name`: what precedes its octets, and these. A client stalls on a literal of no
-        octets, so nothing is `""`; NUL is sent in BINARY alone (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3
-        leaves no better choice for. StoreError."""
+    def make(self, one: Asked) -> tuple[bytes, Sequence[Piece]]:
+        """A section as FETCH tells it: what precedes its octets, and these. A client stalls on a literal of no octets, so nothing
+        is `""`; NUL is sent in BINARY alone (in a literal8), and becomes 0x80 elsewhere, which RFC 9051 4.3 leaves no better
+        choice for. StoreError."""
+        asked, name, shape = one
         if asked.name == "PREVIEW":
             return self._preview(asked), ()
-        pieces = self._pieces(asked)
+        pieces = self._pieces(asked, shape)
         if pieces is None:
             return name + b" NIL", ()
         total = sum(map(_size, pieces))
@@ -226,9 +241,9 @@ class Sections:
             pieces = [_without_nul(one) for one in pieces]
         return b"%b %b{%d}\r\n" % (name, b"~" if eight else b"", total), pieces
 
-    def made(self, asked: Section, name: bytes) -> list[Piece]:
+    def made(self, asked: Asked) -> list[Piece]:
         """The same, all of it."""
-        first, pieces = self.make(asked, name)
+        first, pieces = self.make(asked)
         return [first, *pieces]
 
     def _preview(self, asked: Section) -> bytes:
@@ -240,7 +255,7 @@ class Sections:
         read = text.read if data is None else lambda start, end: data[start:end]
         return b"PREVIEW " + response.string(preview(text.parts, read).encode())
 
-    def _pieces(self, asked: Section) -> Sequence[Piece] | None:
+    def _pieces(self, asked: Section, which: mime.Section) -> Sequence[Piece] | None:
         """A section in pieces; None (NIL): there is no such part."""
         text = self._text
         if asked.name.startswith("BINARY") and asked.part:
@@ -248,9 +263,9 @@ class Sections:
         if not (asked.part or asked.text):
             whole = text.data if text.data is not None else text.file
             return [text.prefix, whole] if text.prefix else [whole]
-        which = _shape(asked)
         if text.data is not None:
-            return mime.section(text.data, text.parts, which, text.prefix)
+            there = mime.section(text.data, text.parts, which, text.prefix)
+            return [b"".join(there)] if there and which.names else there
         found = self._extent(which)
         if found is None:
             return None
@@ -285,10 +300,6 @@ class Sections:
             return mime.binary(text.data, text.parts, path, text.prefix)
         found = self._extent(mime.Section(path))
         return None if found is None else mime.decoded_part(text.read(found.start, found.end), text.parts, path)
-
-
-def _shape(asked: Section) -> mime.Section:
-    return mime.Section(asked.part, asked.text, tuple(field.encode() for field in asked.fields))
 
 
 def _one_header(octets: int) -> bytes:
@@ -360,14 +371,13 @@ class Plan:
     """A FETCH of some items and sections, whatever the mailbox: it never changes, and sessions share it (`plan_of`). `level`:
     what it needs of each message; `sees`: it sets \\Seen; `tells_flags`, `tells_modseq`: FLAGS, MODSEQ is among its items."""
 
-    __slots__ = ("_if_seen", "_items", "_names", "_sections", "_shortens", "level", "sees", "tells_flags", "tells_modseq")
+    __slots__ = ("_if_seen", "_items", "_sections", "_shortens", "level", "sees", "tells_flags", "tells_modseq")
 
     def __init__(self, items: tuple[str, ...], sections: tuple[Section, ...], condstore: bool, read_only: bool) -> None:
         self._items = [_ITEMS[item][1] for item in items]
         told = ("FLAGS", "UID", "MODSEQ") if condstore else ("FLAGS",)  # RFC 7162 3.2.4
         self._if_seen = [_ITEMS[item][1] for item in told if item not in items]
-        self._sections = sections
-        self._names = [response.section(one) for one in sections]
+        self._sections = [Asked.of(one) for one in sections]
         self.level = Level.DATA if sections else max((_ITEMS[item][0] for item in items), default=Level.INDEX)
         self._shortens = "BODY" in items
         self.sees = any(not section.peek for section in sections) and not read_only
@@ -396,15 +406,15 @@ class Plan:
             front = _head(view, message, number, items)
         if sections is not None:
             spent, between = 0, b" " if items else b""
-            for asked, name, cost in zip(self._sections, self._names, sections.costs, strict=True):
+            for asked, cost in zip(self._sections, sections.costs, strict=True):
                 spent += cost
-                if sections.at_once(asked, spent):
-                    first, pieces = sections.make(asked, name)
+                if sections.at_once(asked.section, spent):
+                    first, pieces = sections.make(asked)
                     yield front + between + first
                     yield from pieces
                 else:
                     yield front + between
-                    yield partial(sections.made, asked, name)
+                    yield partial(sections.made, asked)
                 front, between = b"", b" "
         yield front + b")\r\n"
 
