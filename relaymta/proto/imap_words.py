@@ -30,6 +30,7 @@ SHORT: Final = 10  # digits of which a number with fewer is below NUMBER_MOST
 FLAG_MOST: Final = 255
 SHOWN: Final = 40  # octets of a word in an error
 KNOWN: Final = 32  # octets of a keyword that is remembered: all that mean something are shorter
+KNOWN_NAME: Final = 100  # octets of the name of a mailbox that is remembered
 
 _ATOM = re.compile(rb"[!#$&'+,\-./0-9:;<=>?@A-Z\[^_`a-z|}~]+")
 _ASTRING = re.compile(rb"[!#$&'+,\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]+")
@@ -309,10 +310,18 @@ class Words:
 
     def _name(self, value: bytes) -> str:
         try:
-            return value.decode("utf-8") if self.utf8 else mailbox_name.decode(value.decode("ascii"))
+            return (_known_name if len(value) <= KNOWN_NAME else _decoded_name)(value, self.utf8)
         except ValueError:
             how = "UTF-8" if self.utf8 else "modified UTF-7 (RFC 3501 5.1.3)"
             raise Refused(f"the name is not {how}", "NO", b"CANNOT") from None
+
+
+def _decoded_name(value: bytes, utf8: bool) -> str:
+    """The name of a mailbox. ValueError."""
+    return value.decode("utf-8") if utf8 else mailbox_name.decode(value.decode("ascii"))
+
+
+_known_name = lru_cache(512)(_decoded_name)
 
 
 @lru_cache(512)

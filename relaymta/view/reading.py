@@ -4,7 +4,6 @@ little, on a reader thread for much. `most`: how many index records may be read;
 
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from itertools import islice
 from typing import Any, NamedTuple
 
 from relaymta.proto.imap_records import (
@@ -107,8 +106,13 @@ def opened(shard: Readable, user: int, name: str, known: Callable[[int, int], by
 
 def _pieces(index: Blocks) -> Iterator[list[bytes]]:
     """All blocks, some together: those of a large mailbox are many megabytes, which a process would not give back."""
-    blocks = (block for _, block in index.blocks())
-    while piece := list(islice(blocks, TOGETHER)):
+    piece: list[bytes] = []
+    for _, block in index.blocks():
+        piece.append(block)
+        if len(piece) == TOGETHER:
+            yield piece
+            piece = []
+    if piece:
         yield piece
 
 

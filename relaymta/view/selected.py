@@ -12,6 +12,7 @@ from relaymta.proto.imap_records import LAST_UID, values
 from relaymta.proto.imap_response import mailboxid
 from relaymta.proto.imap_view import Changes, Desynchronized, Mailbox, View
 from relaymta.store.directory import User
+from relaymta.store.reading import Readable
 from relaymta.store.rows import MailboxState
 from relaymta.view import reading
 from relaymta.view.access import Access
@@ -33,10 +34,10 @@ class Selected:
 
     __slots__ = ("_access", "_known", "_looked", "claims", "ident", "mailbox", "name", "shard", "user", "view")
 
-    def __init__(self, access: Access, user: User, opened: reading.Opened, view: View) -> None:
+    def __init__(self, access: Access, user: User, shard: Readable, opened: reading.Opened, view: View) -> None:
         self._access = access
         self.user = user
-        self.shard = access.shard(user)
+        self.shard = shard
         self.name = opened.row.name
         self.mailbox = opened.row.mailbox
         self.ident = mailbox_id(user, opened.state)
@@ -65,7 +66,7 @@ class Selected:
             access.shared, (user.shard, opened.row.mailbox), shown, opened.uids, condstore=condstore, qresync=qresync, rev2=rev2,
             read_only=read_only,
         )  # fmt: skip
-        selected = cls(access, user, opened, view)
+        selected = cls(access, user, shard, opened, view)
         ident = b"* OK [%b] Mailbox id\r\n" % mailboxid(selected.ident)
         return selected, view.opened(opened.unseen) + ident
 
