@@ -1,5 +1,7 @@
 """Words of IMAP commands: dates with times, and sets of numbers against a naive reading."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +54,37 @@ def test_a_set_has_the_numbers_that_it_names(ranges, largest):
     assert {n for n in (*range(1, 51), STAR - 1, STAR) if any(low <= n <= high for low, high in resolved)} == expected
     assert all(low <= high for low, high in resolved)
     assert all(high + 1 < low for (_, high), (low, _) in zip(found.ranges, found.ranges[1:], strict=False))
+
+
+@given(st.one_of(st.from_regex(rb"[0-9]{1,11}", fullmatch=True), st.binary(max_size=12)))
+def test_one_number_is_read_as_in_a_set_of_several(value):
+    """Most sets are one number, for which there is a shorter way."""
+
+    def read(text: bytes) -> object:
+        try:
+            return Words(b"a", [text]).numbers(saved=False)
+        except Refused:
+            return None
+
+    if not re.search(rb"[,:*]", value):
+        assert read(value) == read(value + b"," + value)
+
+
+@pytest.mark.parametrize("word", [b"fetch", b"x" * 40, b"a*", b"", "ß".encode(), b"a]"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_keyword_is_an_atom_whether_it_has_been_seen_before_or_not(word, times):
+    for _ in range(times):
+        if re.fullmatch(rb"[a-z]+", word):
+            assert Words(b"a", [word]).keyword("a word") == word.decode().upper()
+            continue
+        with pytest.raises(Refused, match="expected a word"):
+            Words(b"a", [word]).keyword("a word")
+
+
+def test_a_name_is_decoded_as_the_session_says_whatever_another_has_said_of_it():
+    for _ in range(2):
+        assert Words(b"a", [b"Entw&APw-rfe"]).mailbox() == "Entw\u00fcrfe"
+        assert Words(b"a", [b"Entw&APw-rfe"], utf8=True).mailbox() == "Entw&APw-rfe"
+        with pytest.raises(Refused, match="UTF-7"):
+            Words(b"a", [b"A&B"]).mailbox()
+        assert Words(b"a", [b"A&B"], utf8=True).mailbox() == "A&B"

@@ -12,7 +12,7 @@ from relaymta.proto.imap_response import UNKNOWN_CTE
 from relaymta.store import noted
 from relaymta.store.change import MISSING, Limits, Refusal
 from relaymta.store.writer import Target
-from relaymta.view import fetch, sort
+from relaymta.view import fetch, imap_messages, sort
 from relaymta.view.access import SLICE
 from relaymta.view.selected import Selected
 from tests.store.test_recipients import Bench
@@ -61,6 +61,43 @@ async def test_seen_is_set_for_messages_alone_whose_sections_can_be_made(desk):
     assert said.count(b"\\Seen") == 2 and b"2 NO [%b]" % UNKNOWN_CTE in said
     flags = await desk.say(b"3 FETCH 1:* FLAGS\r\n")
     assert re.findall(rb"\* (\d) FETCH \(UID . FLAGS \([^)]*\\Seen", flags) == [b"1", b"3"]
+
+
+async def test_what_came_behind_a_fetch_that_has_failed_is_told_by_the_next_command(desk):
+    """A FETCH reads the mailbox's state with its messages: that is old when the next command looks for news."""
+    await desk.file(ODD)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    await desk.say(b"2 NOOP\r\n")
+    assert b"3 NO [%b]" % UNKNOWN_CTE in await desk.say(b"3 UID FETCH 1 BINARY.PEEK[1]\r\n")
+    await desk.file(SMALL)
+    assert b"* 2 EXISTS" in await desk.say(b"4 NOOP\r\n")
+
+
+async def test_what_comes_while_a_fetch_waits_for_messages_is_told_at_its_end(desk, monkeypatch):
+    await desk.file(SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    await desk.say(b"2 NOOP\r\n")
+    read = desk.access.read
+
+    async def late(function):
+        await desk.file(SMALL)
+        return await read(function)
+
+    monkeypatch.setattr(imap_messages, "text_now", lambda shard, message: None)
+    monkeypatch.setattr(desk.access, "read", late)
+    said = await desk.say(b"3 UID FETCH 1 BODY.PEEK[]\r\n")
+    assert b"BODY[] {" in said and b"* 2 EXISTS" in said, said
+
+
+async def test_a_plan_is_that_of_what_the_session_has_enabled(desk):
+    """Sessions share what is known of a FETCH like theirs."""
+    await desk.file(SMALL, SMALL, SMALL)
+    await desk.say(b"1 EXAMINE INBOX\r\n")
+    assert b"\\Seen" not in await desk.say(b"2 UID FETCH 1 BODY[]\r\n")
+    await desk.say(b"3 SELECT INBOX\r\n")
+    assert b"\\Seen" in await desk.say(b"4 UID FETCH 1 BODY[]\r\n")
+    await desk.say(b"5 ENABLE CONDSTORE\r\n")
+    assert re.search(rb"\* 2 FETCH \(UID 2 FLAGS \([^)]*\\Seen[^)]*\) MODSEQ \(", await desk.say(b"6 UID FETCH 2 BODY[]\r\n"))
 
 
 async def test_idle_speaks_as_the_client_has_enabled_before_it(desk):
