@@ -34,7 +34,7 @@ LIGHT = 256 << 10  # octets that are looked at for one message's sections on the
 WORK_MOST = 32 << 20  # and in all
 TOO_MANY = "so many sections of so large a message cannot be made"
 SHORT = 4 << 10  # octets of BODYSTRUCTURE of which BODY is made on the loop
-FEW, FIELDS = 8, 64  # sections, and names of header fields in them, of a FETCH whose plan is remembered
+FEW, NAMES = 8, 1000  # sections, and octets of names of header fields in them, of a FETCH whose plan is remembered
 CHEAP = 16  # how many octets are copied while one is decoded
 
 
@@ -421,8 +421,8 @@ class Plan:
 
 def plan_of(asked: Fetch, view: View) -> Plan:
     """The plan of a FETCH in a mailbox: that of the last one like it, unless it is a long one."""
-    few = not asked.sections or (len(asked.sections) <= FEW and sum(len(one.fields) for one in asked.sections) <= FIELDS)
-    return (_known_plan if few else Plan)(asked.items, asked.sections, view.condstore, view.read_only)
+    short = len(asked.sections) <= FEW and sum([len(name) for one in asked.sections for name in one.fields]) <= NAMES
+    return (_known_plan if short else Plan)(asked.items, asked.sections, view.condstore, view.read_only)
 
 
-_known_plan = lru_cache(64)(Plan)  # some 64 kB each at most
+_known_plan = lru_cache(64)(Plan)  # some kB each
