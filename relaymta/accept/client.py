@@ -7,10 +7,11 @@ for.
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from relaymta.accept.admission import Admission
+from relaymta.accept.eager import begin
 from relaymta.accept.line import BEHIND, CHECKING, SHAKING, Line
 from relaymta.accept.listening import unread
 from relaymta.accept.origin import Client
@@ -74,6 +75,7 @@ class ClientConnection(Line, Generic[S]):
 
     __slots__ = (
         "delayed",
+        "eager",
         "early",
         "ended",
         "listener",
@@ -86,6 +88,7 @@ class ClientConnection(Line, Generic[S]):
         self.listener = listener
         self.rights: Rights | None = None
         self.session: S | None = None
+        self.eager = False  # what `run` has begun has not waited yet
         self.early = False  # the client sent data before the banner
         self.ended = False  # the client has sent its EOF
         self.delayed = b""  # replies that the tarpit holds back
@@ -253,9 +256,16 @@ class ClientConnection(Line, Generic[S]):
             else:
                 self.linger()
 
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run what the session's state requires, and what ends in `more`: up to where it first waits, the rest as a task."""
+        before, self.eager = self.eager, True
+        begin(coroutine, self.admission.spawn)
+        self.eager = before
+
     def more(self, session: S, out: bytes) -> None:
-        """A wait is over, with the reply `out`: go on with what has arrived meanwhile, unless something else is waited for."""
-        if session.behind and not self.waits:
+        """A wait is over, with the reply `out`: go on with what has arrived meanwhile, unless something else is waited for. Where
+        nothing was waited for, that has a turn of its own: however many commands are there, they do not call each other."""
+        if session.behind and not self.waits and not self.eager:
             out += session.receive(b"")
         self.advance(session, out)
         if self.paused:
@@ -325,7 +335,7 @@ class ClientConnection(Line, Generic[S]):
     def log_in(self, session: S) -> None:
         assert session.claim is not None
         self.waits |= CHECKING
-        self.admission.spawn(self._check_login(session, session.claim))
+        self.run(self._check_login(session, session.claim))
 
     async def _check_login(self, session: S, claim: Claim) -> None:
         admission, rights, began = self.admission, self.rights, self.admission.now()

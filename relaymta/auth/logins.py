@@ -7,6 +7,7 @@ whose mail is kept here (`_granted`). Replies and their timing do not distinguis
 log does.
 """
 
+import asyncio
 import hashlib
 import hmac
 import math
@@ -242,6 +243,7 @@ class Logins:
             return await self._by_password(claim, address, attempt)
         if self._bearer is None:
             return None
+        await asyncio.sleep(0)  # what has a time-out has to be a task (accept/eager.py)
         user = await self._bearer.user(claim.token)
         found = self._mapped(Identity(user)) if user and claim.user in ("", user) else None
         account = self._account(found.name) if found is not None else None
@@ -257,6 +259,7 @@ class Logins:
         until, kept, found = self._remembered.get(digest, (0.0, "", None))
         if found is None or until <= time.monotonic() or not (kept in hashes or (by_back_end and not kept)):
             if by_back_end and self._back_end is not None:
+                await asyncio.sleep(0)  # what has a time-out has to be a task (accept/eager.py)
                 kept, found = "", await self._back_end.password(claim.user, claim.password, address)
             else:
                 kept = await self._computed(hashes, claim.password, attempt)

@@ -78,6 +78,11 @@ class Session(AccessSession):
         if self.state != COMMITTING:
             self.state = COMMANDS
 
+    def dismiss(self) -> None:
+        """As `close`, from the caller that was to do what `state` says, and will not: nothing is left to do."""
+        self.close()
+        self.state = COMMANDS
+
     # What the caller answers. After `close` each of these does nothing.
 
     def tls_started(self) -> None:

@@ -20,13 +20,14 @@ from relaymta.disk.segments import FRAME, Corrupt, check_frame, open_verified
 from relaymta.errors import StoreError
 from relaymta.proto.address import comparable
 from relaymta.proto.envelope import Body
+from relaymta.proto.imap_records import RECORD
 from relaymta.proto.imap_uids import Shared
 from relaymta.store.change import MISSING, Refusal
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import INBOX, SEEN, UserRow
-from relaymta.view.reading import TooMuch
+from relaymta.view.reading import TooMuch, records
 
 __all__ = ["Access", "Inbox"]
 
@@ -37,7 +38,9 @@ PIECE = 256 << 10  # octets of a large message that are read together
 SLICE = 64 << 10  # octets that are sent together: what TLS has been given it keeps, encrypted, until the client reads
 PAGE = 2000  # index records of one read transaction
 RECORDS_ON_LOOP = 5000  # index records that are read on the loop: some 0.1 ms
-RECORDS_MOST = 1 << 32
+RECORDS_MOST = 1 << 40
+ROW = 20  # how many index records are read while a message's row is
+LIGHT = 256 << 10  # octets of a message that are read and verified on the loop, where they are in memory
 CLAIMED_MOST = 10_000  # mailboxes
 
 T = TypeVar("T")
@@ -148,7 +151,7 @@ class Access:
     async def inbox(self, user: User) -> Inbox:
         """The user's INBOX as it is now. StoreError, Refusal."""
         shard = self.shard(user)
-        found = await self.read(lambda: _inbox(shard, user.ident))
+        found = await self.read_some(lambda most: _inbox(shard, user.ident, most))
         self.check_stayed(user)
         return found
 
@@ -162,7 +165,9 @@ class Access:
         pieces. `whole`: all of it is wanted, so that it is verified first. Refusal when it is gone, StoreError when it cannot be
         read: both before the first piece; a large one's file that ends early, or is gone meanwhile: StoreError."""
         shard = self.shard(user)
-        found = await self.read(lambda: _found(shard, mailbox, uid, whole))
+        found = await self.read_little(lambda: _found_now(shard, mailbox, uid))
+        if found is None:
+            found = await self.read(lambda: _found(shard, mailbox, uid, whole))
         for piece in _slices(found.data):
             yield piece
         place, left = found.start, found.length
@@ -176,17 +181,22 @@ class Access:
 
     async def expunge(self, user: User, mailbox: int, uids: list[int]) -> None:
         """Remove messages. Errors as of `Mailboxes.change`."""
-        await self._mailboxes.change(user.shard, "expunge", user.ident, mailbox, uids)
+        await self.change(user, "expunge", mailbox, uids)
+
+    async def unseen(self, user: User, mailbox: int, uids: list[int]) -> list[int]:
+        """Those of these messages (UIDs in order) that are there and do not have \\Seen. StoreError."""
+        shard = self.shard(user)
+        return await self.read_some(lambda most: _unseen(shard, mailbox, uids, most))
 
     async def see(self, user: User, mailbox: int, uids: list[int]) -> None:
         """Set \\Seen. Errors as of `Mailboxes.change`."""
-        await self._mailboxes.change(user.shard, "store_flags", user.ident, mailbox, uids, "+", SEEN, [], None)
+        await self.change(user, "store_flags", mailbox, uids, "+", SEEN, [], None)
 
     async def change(self, user: User, what: str, *args: Any) -> Any:
         """What an IMAP session changes (`store.mailboxes.CHANGES`), by the owner of the user's shard. Errors as of
         `Mailboxes.change`."""
         if user.shard not in self._mailboxes.shards:
-            await asyncio.sleep(0)  # what waits for a peer with a time-out has to be a task (eager.py)
+            await asyncio.sleep(0)  # what waits for a peer with a time-out has to be a task (accept/eager.py)
         return await self._mailboxes.change(user.shard, what, user.ident, *args)
 
     @property
@@ -227,12 +237,15 @@ class _Found(NamedTuple):
     length: int = 0
 
 
-def _inbox(shard: Readable, user: int) -> Inbox:
+def _inbox(shard: Readable, user: int, most: int) -> Inbox:
+    """TooMuch: there are more messages than may be looked up there, each of which has a row of its own."""
     with shard.rows.reading() as txn:
         row = shard.rows.mailbox(txn, user, INBOX)
         state = shard.rows.state(txn, row.mailbox) if row is not None else None
     if row is None or state is None:
         raise Refusal(MISSING, "there is no INBOX")
+    if state.messages * ROW > most:
+        raise TooMuch
     found = [(record.uid, message.size) for page in pages(shard.rows, row.mailbox) for record, message in page]
     return Inbox(row.mailbox, state.uidvalidity, [uid for uid, _ in found], [size for _, size in found])
 
@@ -252,6 +265,26 @@ def _left(shard: Readable, mailbox: int, uids: list[int]) -> int:
 
 def _slices(data: bytes) -> Iterator[bytes]:
     return (data[start : start + SLICE] for start in range(0, len(data), SLICE))
+
+
+def _unseen(shard: Readable, mailbox: int, uids: list[int], most: int) -> list[int]:
+    if len(uids) * ROW > most:
+        raise TooMuch
+    ranges = b"".join(uid.to_bytes(4, "little") * 2 for uid in uids)
+    return [uid for uid, _, flags, _ in RECORD.iter_unpack(records(shard, mailbox, ranges)) if not flags & SEEN]
+
+
+def _found_now(shard: Readable, mailbox: int, uid: int) -> _Found | None:
+    """As `_found`, on the loop; None where something would have to be waited for, or take long."""
+    with shard.rows.reading() as txn:
+        message = shard.rows.message(txn, mailbox, uid)
+        row = shard.rows.object(txn, message.object) if message is not None else None
+    if message is None or row is None:
+        raise Refusal(MISSING, "the message has been expunged")
+    if not row.body.segment or row.body.length > LIGHT:
+        return None
+    data = shard.bodies.read_now(message.object, row.body)
+    return None if data is None else _Found(message.prefix + data if message.prefix else data)
 
 
 def _found(shard: Readable, mailbox: int, uid: int, whole: bool) -> _Found:

@@ -182,9 +182,15 @@ class ReadingConnection(ClientConnection[S]):
 
     def allowed(self) -> bool:
         """Whether the user who has logged in may go on: False when the directory says disabled, deleted, or moved since the
-        login. StoreError."""
+        login. Looked up where the directory has changed since it was last. StoreError."""
         assert self._user is not None
-        return self._access.stayed(self._user) is not None
+        version = self._access.version  # before the look: what is changed meanwhile is looked up again
+        if version == self._version and version >= 0:
+            return True
+        if self._access.stayed(self._user) is None:
+            return False
+        self._version = version
+        return True
 
     def look_after(self, session: S, now: float) -> None:
         """Called with the deadlines, of which none has passed, while nothing is waited for."""

@@ -1,6 +1,6 @@
 """The connection of an IMAP client: what it does beside what all do (accept/client.py, connection.py).
 
-A command is run up to where it first waits (eager.py), so that most need no task. Until its end (`waits & COMMITTING`) nothing is
+A command is run up to where it first waits (`run`), so that most need no task. Until its end (`waits & COMMITTING`) nothing is
 parsed, and it alone uses `_reader` and writes; what is told in IDLE does the same. What the client is told is collected, and
 written in slices, each once the client has read the one before.
 """
@@ -29,7 +29,6 @@ from relaymta.reservation import Reservation
 from relaymta.view import imap_append, imap_mailboxes, imap_messages
 from relaymta.view.access import PIECE, SLICE, Access
 from relaymta.view.connection import ReadingConnection
-from relaymta.view.eager import begin
 from relaymta.view.fetch import FilePart, Making, Piece, read_at
 from relaymta.view.incoming import Incoming
 from relaymta.view.reader import MISTAKES, Done, Gone, Reader, answer_to
@@ -77,7 +76,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
     dismissed = DISMISSED
 
     __slots__ = (
-        "_commands", "_eager", "_late_news", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch",
+        "_commands", "_late_news", "_news", "_octets", "_out", "_reader", "_said_at", "_since", "_unwatch",
     )  # fmt: skip
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
@@ -86,7 +85,6 @@ class ImapConnection(ReadingConnection[ServerSession]):
         self._unwatch: Callable[[], None] | None = None
         self._news = False  # in IDLE: there is something new that was not told
         self._late_news = False  # telling it has failed: it is tried again
-        self._eager = False  # a command has begun, and has not waited yet
         self._out: list[bytes | memoryview] = []  # what is told, and not written yet
         self._octets = 0  # of it
         self._said_at = 0.0  # in IDLE: when something was written (loop time)
@@ -132,16 +130,14 @@ class ImapConnection(ReadingConnection[ServerSession]):
     def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what ends in `_ended`. Nothing is parsed until then."""
         self.waits |= COMMITTING
-        self._eager = True
-        begin(coroutine, self.admission.spawn)
-        self._eager = False
+        self.run(coroutine)
         if self.waits & COMMITTING:
             self.pause()
 
     def _ended(self, session: ServerSession) -> None:
         """Parse again. Where nothing was waited for, `advance` goes on, which has begun it."""
         self.active_at = self.admission.now()
-        if self._eager:
+        if self.eager:
             self.waits &= ~COMMITTING
         else:
             self.go_on(COMMITTING)

@@ -63,22 +63,23 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     # Steps: each returns what to write
 
     def _begin(self, step: Callable[[ServerSession], Coroutine[Any, Any, bytes]], session: ServerSession) -> None:
-        """Run a step that takes long; nothing is parsed meanwhile. It goes on when the client has gone."""
+        """Run a step; nothing is parsed meanwhile. It goes on when the client has gone."""
         self.waits |= COMMITTING
-        self.pause()
-        self.admission.spawn(self._run(step, session))
+        self.run(self._run(step, session))
+        if self.waits & COMMITTING:
+            self.pause()
 
     async def _run(self, step: Callable[[ServerSession], Coroutine[Any, Any, bytes]], session: ServerSession) -> None:
         out = b""
         try:
             if self.logged_in(session) and not self.allowed():
-                session.close()
+                session.dismiss()
                 out = reply.DISMISSED
             else:
                 out = await step(session)
         except Exception as error:  # a defect: this session ends, the others go on
             self.mistaken(error)
-            session.close()
+            session.dismiss()
         finally:
             self.waits &= ~COMMITTING
             self.active_at = self.admission.now()
@@ -133,13 +134,16 @@ class Pop3Connection(ReadingConnection[ServerSession]):
             async for piece in pieces:
                 octets += len(piece)
                 self.write(session.piece(piece))
-                if wanted.enough:
-                    break
-                await self._writable.wait()
-                self.active_at = self.admission.now()
-                if self.gone:
+                if wanted.enough or not await self._written():
                     break
         return octets
+
+    async def _written(self) -> bool:
+        """Wait until the client has read what was written; False: it has gone."""
+        if not self._writable.is_set():
+            await self._writable.wait()
+            self.active_at = self.admission.now()
+        return not self.gone
 
     async def _quit(self, session: ServerSession) -> bytes:
         """QUIT: remove what is marked, in one operation. Another session may have the maildrop once the client has the reply."""
@@ -179,13 +183,15 @@ class Pop3Connection(ReadingConnection[ServerSession]):
             self.log_session(retrieved=len(session.maildrop.retrieved))
             retrieved = sorted(session.maildrop.retrieved)
             if retrieved and self._user is not None and self._inbox is not None:
-                self.admission.spawn(self._saw(self._user, self._inbox.mailbox, retrieved))
+                self.run(self._saw(self._user, self._inbox.mailbox, retrieved))
         if not self.waits & COMMITTING:  # else the step that is under way ends with it
             self.leave()
 
     async def _saw(self, user: User, mailbox: int, uids: list[int]) -> None:
         try:
-            await self._access.see(user, mailbox, uids)
+            unseen = await self._access.unseen(user, mailbox, uids)
+            if unseen:
+                await self._access.see(user, mailbox, unseen)
         except (RelayError, ConnectionError) as error:
             self.warn(f"\\Seen could not be set: {error}")
 

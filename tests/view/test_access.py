@@ -156,6 +156,7 @@ async def test_what_was_read_of_a_user_who_is_moved_meanwhile_is_refused(kept, m
         return found
 
     monkeypatch.setattr(access, "read", moved_meanwhile)
+    monkeypatch.setattr(module, "RECORDS_ON_LOOP", 0)
     for call in (access.inbox(user), managesieve._list(access, user, asked), managesieve._get(access, user, asked)):
         with pytest.raises(StoreError, match="has been moved"):
             await call

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from relaymta.view.eager import begin
+from relaymta.accept.eager import begin
 
 
 class Spawned:
