@@ -115,28 +115,39 @@ class Pop3Connection(ReadingConnection[ServerSession]):
         """Send the message that is wanted, as fast as the client reads."""
         if session.wanted is None:  # the client has gone meanwhile
             return b""
-        counters = self.admission.intake.counters
-        counters.add(READ, 1)
+        self.admission.intake.counters.add(READ, 1)
         try:
-            octets = await self._pieces(session)
-        except Refusal:
-            return session.refused(reply.MESSAGE_GONE)
-        except StoreError as error:
-            self.warn(f"a message cannot be read: {error}")
-            return session.refused(reply.MESSAGE_UNAVAILABLE)
-        counters.add(READ_OCTETS, octets)
-        return session.sent()
+            last = await self._pieces(session)
+        except (Refusal, StoreError) as error:
+            return self._unsent(session, error)
+        return b"" if self.gone else last + session.sent()  # to one who has gone it was not sent
 
-    async def _pieces(self, session: ServerSession) -> int:
-        wanted, user, inbox, octets = session.wanted, self._user, self._inbox, 0
+    def _unsent(self, session: ServerSession, error: Refusal | StoreError) -> bytes:
+        """A message could not be read: as the user may have been moved meanwhile, what is not seen here is not gone."""
+        if not session.within_reply and not self.allowed():
+            session.dismiss()
+            return reply.DISMISSED
+        if isinstance(error, Refusal):
+            return session.refused(reply.MESSAGE_GONE)
+        self.warn(f"a message cannot be read: {error}")
+        return session.refused(reply.MESSAGE_UNAVAILABLE)
+
+    async def _pieces(self, session: ServerSession) -> bytes:
+        """Write the message but for its last piece, which is written together with what follows it. That is returned."""
+        wanted, user, inbox, last = session.wanted, self._user, self._inbox, b""
+        counters = self.admission.intake.counters
         assert wanted is not None and user is not None and inbox is not None
         async with aclosing(self._access.message(user, inbox.mailbox, wanted.uid, whole=wanted.lines is None)) as pieces:
             async for piece in pieces:
-                octets += len(piece)
-                self.write(session.piece(piece))
-                if wanted.enough or not await self._written():
+                if last:
+                    self.write(last)
+                    if not await self._written():
+                        break
+                counters.add(READ_OCTETS, len(piece))
+                last = session.piece(piece)
+                if wanted.enough:
                     break
-        return octets
+        return last
 
     async def _written(self) -> bool:
         """Wait until the client has read what was written; False: it has gone."""
