@@ -14,6 +14,7 @@ from relaymta.store.mailboxes import Mailboxes
 
 __all__ = ["Recipients"]
 
+LOGINS_MOST = 10_000  # addresses of those who have logged in
 MOST = 5000  # addresses that those of one message stand for
 
 
@@ -23,6 +24,8 @@ class Recipients:
     def __init__(self, mailboxes: Mailboxes, settings: Callable[[], Settings]) -> None:
         self._mailboxes = mailboxes
         self._settings = settings
+        self._logins: dict[str, MailUser] = {}  # by address since the directory's version `_logins_at`
+        self._logins_at = -1
 
     def refusal(self, address: str, size: int) -> Reply | None:
         """Why an address gets no message of `size` octets (0: unknown); None: it does. One of several users gets none when all
@@ -59,8 +62,22 @@ class Recipients:
 
     def login(self, name: str) -> MailUser | None:
         """A user as one who logs in, by any address of the user. A catch-all is no address: the user who gets the mail of a
-        domain's other addresses is not called so, and does not send as all of the domain."""
-        found = None if comparable(name).startswith("@") else self._mailboxes.directory.owner(name)
+        domain's other addresses is not called so, and does not send as all of the domain. From memory where nothing has changed
+        since the last time: a login asks some times."""
+        version = self._mailboxes.directory.version  # before the look: what is changed meanwhile is looked up again
+        if version != self._logins_at or version < 0 or len(self._logins) >= LOGINS_MOST:
+            self._logins.clear()
+            self._logins_at = version
+        address = comparable(name)
+        known = self._logins.get(address)
+        if known is None:
+            known = self._look_up(address)
+            if known is not None:  # of names that nobody has any number might be asked for
+                self._logins[address] = known
+        return known
+
+    def _look_up(self, address: str) -> MailUser | None:
+        found = None if address.startswith("@") else self._mailboxes.directory.owner(address)
         if found is None:
             return None
         user, addresses = found

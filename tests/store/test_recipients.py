@@ -3,6 +3,7 @@
 import asyncio
 from itertools import product
 
+import msgspec
 import pytest
 
 from relaymta.config.mailboxes import Mailboxes as Settings
@@ -275,3 +276,29 @@ async def test_what_is_not_remembered_is_not_asked_for_again_at_the_successor(tm
             1, 0, "", [(0, "a@a.example")], [b"x"], Outbox()
         )  # the queue's is remembered
         assert replies == {0: FILED} and bench.mailboxes.used(1, user).messages == 2
+
+
+async def test_who_logs_in_is_looked_up_again_when_the_directory_has_changed(tmp_path):
+    class Version:
+        changes = 0
+
+        def get(self, index):
+            return self.changes
+
+        def add(self, index, n):
+            self.changes += n
+            return self.changes
+
+    async with Bench(tmp_path) as bench:
+        ident = await bench.user("a", secret="one")
+        directory, looked, owner = bench.directory, [], bench.directory.owner
+        directory._version = Version()
+        directory.owner = lambda address: looked.append(address) or owner(address)
+        assert [bench.known.login(name).secret for name in ("a@a.example", "A@A.example", "a@a.example")] == ["one"] * 3
+        assert looked == ["a@a.example"]
+        directory.update(ident, lambda row: msgspec.structs.replace(row, secret="two", disabled=True))
+        now = bench.known.login("a@a.example")
+        assert (now.secret, now.active) == ("two", False)
+        assert bench.known.login("b@a.example") is None and bench.known.login("b@a.example") is None
+        await bench.user("b")
+        assert bench.known.login("b@a.example").active and looked[-3:] == ["b@a.example"] * 3

@@ -241,3 +241,81 @@ async def test_one_who_has_logged_in_has_the_time_of_rfc_1939(desk):
         desk.made.check(desk.time)
         assert desk.transport.closing == (seconds > IDLE_SECONDS)
     assert IDLE_SECONDS > OUTPUT_SECONDS
+
+
+async def small(desk, *messages):
+    """Messages of a line each, behind those that are there."""
+    own = desk.access._mailboxes.shards[0]
+    ident = desk.access._mailboxes.directory.owner("a@a.example")[0].ident
+    await asyncio.gather(*(own.file([message], [Target(ident)]) for message in messages))
+
+
+async def drained(desk, end):
+    """Read until the replies end so."""
+    while not desk.transport.said.endswith(end):
+        await asyncio.sleep(0)
+        desk.transport.read()
+
+
+async def test_pipelined_commands_do_not_call_each_other(desk):
+    """None of them waits for anything."""
+    await small(desk, b"x\r\n")
+    await desk.log_in()
+    desk.made.data_received(b"RETR 4\r\n" * 3000 + b"DELE 4\r\nQUIT\r\n")
+    await drained(desk, b"+OK 1 message deleted; bye\r\n")
+    assert desk.transport.said.count(b"+OK 3 octets\r\nx\r\n.\r\n") == 3000 and desk.access._mailboxes.used(0, 1).messages == 3
+
+
+async def test_a_message_in_the_page_cache_needs_no_task(desk):
+    await small(desk, b"x\r\n")
+    await desk.log_in()
+    tasks = len(desk.tasks)
+    desk.made.data_received(b"RETR 4\r\n")
+    assert desk.transport.unsent.endswith(b"+OK 3 octets\r\nx\r\n.\r\n") and len(desk.tasks) == tasks
+
+
+@pytest.mark.parametrize("error", [Refusal(MISSING, "the message has been expunged"), StoreError("cannot be read")])
+@pytest.mark.parametrize("moved", [False, True])
+async def test_of_a_user_who_has_been_moved_meanwhile_no_message_is_said_to_be_gone(desk, monkeypatch, error, moved):
+    await desk.log_in()
+    directory = desk.access._mailboxes.directory
+
+    def read(*given):
+        if moved:
+            directory.update(1, lambda row: msgspec.structs.replace(row, moves=row.moves + 1))
+        raise error
+
+    monkeypatch.setattr("relaymta.view.access._found_now", read)
+    await desk.say(b"RETR 1\r\n")
+    said = reply.MESSAGE_GONE if isinstance(error, Refusal) else reply.MESSAGE_UNAVAILABLE
+    assert desk.transport.unsent.endswith(reply.DISMISSED if moved else said) and desk.transport.closing == moved
+
+
+async def test_a_message_whose_client_goes_amid_it_is_not_seen(desk):
+    """The transport knows of it (a write has failed) before the connection is told."""
+    await desk.log_in()
+    desk.transport.write = lambda data: desk.transport.close()  # type: ignore[method-assign]
+    desk.made.data_received(b"RETR 1\r\n")
+    await asyncio.gather(*desk.tasks)
+    assert desk.session.maildrop is not None and not desk.session.maildrop.retrieved and not desk.warned
+
+
+async def test_the_owner_is_asked_for_messages_that_are_not_seen_alone(desk, monkeypatch):
+    asked, see = [], desk.access.see
+
+    async def saw(user, mailbox, uids):
+        asked.append(uids)
+        await see(user, mailbox, uids)
+
+    monkeypatch.setattr(desk.access, "see", saw)
+    for numbers in ([2], [1, 2], [1, 2]):
+        await desk.log_in()
+        for number in numbers:
+            desk.session.maildrop.retrieved.add(number)
+        desk.made.connection_lost(None)
+        await asyncio.gather(*desk.tasks)
+        desk.made._seat = None
+        desk.limits.taken.clear()
+        desk.session = desk.made.session = desk.made.begin_session(desk.made.rights, False)
+        desk.made.transport = desk.transport
+    assert asked == [[2], [1]]
