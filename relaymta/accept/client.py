@@ -259,8 +259,10 @@ class ClientConnection(Line, Generic[S]):
     def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what the session's state requires, and what ends in `more`: up to where it first waits, the rest as a task."""
         before, self.eager = self.eager, True
-        begin(coroutine, self.admission.spawn)
-        self.eager = before
+        try:
+            begin(coroutine, self.admission.spawn)
+        finally:
+            self.eager = before
 
     def more(self, session: S, out: bytes) -> None:
         """A wait is over, with the reply `out`: go on with what has arrived meanwhile, unless something else is waited for. Where

@@ -144,11 +144,13 @@ class Session(AccessSession):
 
     def committed(self, left: int) -> bytes:
         """`deletions` was carried out, but for `left` messages, which are still there (those that others have removed are not).
-        The session is closing. Returns what to write (RFC 1939 6)."""
-        if self.state != COMMITTING or self.closing:
+        The session is closing, and nothing is left to do. Returns what to write (RFC 1939 6)."""
+        if self.state != COMMITTING:
             return b""
-        self.close()
-        self.state = COMMANDS
+        lost = self.closing
+        self.dismiss()
+        if lost:
+            return b""
         if left:
             return reply.NOT_REMOVED
         removed = len(self.maildrop.deleted) if self.maildrop is not None else 0

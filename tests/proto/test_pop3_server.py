@@ -391,6 +391,12 @@ def test_a_connection_that_is_lost_during_quit():
     made.session.receive(b"DELE 1\r\nQUIT\r\n")
     made.session.close()
     assert made.session.deletions == (10,) and made.session.committed(0) == b""
+    assert made.session.state == COMMANDS and made.session.deletions == (), "it is not carried out again"
+
+
+def test_an_end_of_quit_that_nobody_has_asked_for():
+    made = caller(MESSAGE)
+    assert made.session.committed(0) == b"" and not made.session.closing
 
 
 # Messages
