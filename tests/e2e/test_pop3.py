@@ -115,6 +115,37 @@ def test_a_cut_connection_removes_nothing(relay):
     assert shown(relay, "cut")["INBOX"] == ["one", "two"]
 
 
+def said_at_once(relay: Readable, octets: bytes, step: int, closes: bool) -> bytes:
+    """What comes behind the greeting, to the end. `closes`: the client's side, before it reads."""
+    with socket.create_connection(("127.0.0.1", relay.ports["pop3"]), PATIENCE) as sock, sock.makefile("rb") as file:
+        assert file.readline().startswith(b"+OK")
+        for start in range(0, len(octets), step):
+            sock.sendall(octets[start : start + step])
+        if closes:
+            sock.shutdown(socket.SHUT_WR)
+        return file.read()
+
+
+def test_a_whole_session_at_once_in_any_pieces(relay):
+    """Some of the messages are read at once, one is waited for."""
+    user(relay, "piped", "one", text=".x")
+    relay.mail("piped", "large", text=("y" * 70 + "\r\n") * 30_000)
+    relay.mail("piped", "three", text="last\r\n.")
+    name = b"USER piped@local.example\r\nPASS geheim\r\n"
+    octets = name + b"STAT\r\n" + b"RETR 1\r\nRETR 2\r\nTOP 2 1\r\nRETR 3\r\nLIST\r\n" * 3 + b"UIDL\r\nNOOP\r\nQUIT\r\n"
+    whole = said_at_once(relay, octets, len(octets), False)
+    assert (
+        whole.count(b"\r\n.\r\n") == 16
+        and whole.count(b"\r\n..x") == 3
+        and whole.endswith(b"\r\n.\r\n+OK Nothing done\r\n+OK Bye\r\n")
+    )
+    for step, closes in ((len(octets), True), (1, False), (7, True), (100, False)):
+        assert said_at_once(relay, octets, step, closes) == whole
+    deleted = said_at_once(relay, name + b"DELE 2\r\nQUIT\r\nNOOP\r\n", 1000, True)
+    assert deleted.endswith(b"+OK 1 message deleted; bye\r\n")
+    assert shown(relay, "piped")["INBOX"] == ["one", "three"]
+
+
 def test_a_wrong_password_and_an_unknown_user_are_the_same(relay):
     said = []
     for name, password in (("alice", "wrong"), ("nobody", "geheim"), ("", "x")):
