@@ -151,6 +151,28 @@ def texts(what: str, count: int) -> Callable[[Stage], None]:
     return attack
 
 
+LINE = "a line of some words, as they are in mail, für jedermann\r\n"
+BODIES = {
+    "8bit; charset=utf-8": LINE.encode() * 680_000,
+    "8bit; charset=iso-8859-1": LINE.encode("latin-1") * 690_000,
+    "base64; charset=utf-8": base64.encodebytes(LINE.encode() * 19_000).replace(b"\n", b"\r\n") * 26,
+    "quoted-printable; charset=utf-8": LINE.replace("ü", "=C3=BC").encode() * 640_000,
+}
+
+
+def large_bodies(stage: Stage) -> None:
+    """All users look into texts of 40 MB, by two sessions each."""
+    for number in range(len(EVIL)):
+        session = stage.session(number)
+        session.command("CREATE large")
+        for what, body in BODIES.items():
+            encoding, charset = what.split("; ")
+            head = f"Content-Type: text/plain; {charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+            session.append("large", HEAD + head.encode() + body, plus=True)
+    looks = ("UID SEARCH BODY nothing", "UID SEARCH TEXT anything")
+    stage.together(*((lambda n=n: stage.again(stage.session(n, "SELECT large"), *looks)) for n in range(2 * len(EVIL))))
+
+
 def half_literals(stage: Stage) -> None:
     for number in range(60):
         if number % 2:
@@ -256,6 +278,7 @@ ATTACKS: dict[str, Callable[[Stage], None]] = {
     "half literals": half_literals,
     "lines of 10 MB": long_lines(b"y"),
     "parentheses": long_lines(b"("),
+    "bodies of 40 MB": large_bodies,
     **{what: texts(what, 2 if len(data) > 1 << 21 else 10) for what, data in TEXTS.items()},
     "slow readers": slow_readers,
     "ten searches": on_the_large(10, "UID SEARCH TEXT nothing", "UID SEARCH NOT FROM zzz"),

@@ -16,6 +16,7 @@ Three-valued logic on bitmaps, one bit for each message: (true, undecided).
 from collections.abc import Callable, Sequence
 from datetime import date
 from enum import IntEnum
+from functools import partial
 from itertools import compress
 from operator import eq, ge, gt, le, lt
 from typing import Any, NamedTuple, Protocol
@@ -38,13 +39,17 @@ from relaymta.proto.imap_command import (
 )
 from relaymta.proto.imap_records import LAST_UID, RECORD_SIZE, load, lower, pick, ranges_of, select, values, within
 from relaymta.proto.imap_text import (
+    BODY,
     FIELDS,
+    HEADERS,
+    TEXT,
     EnvelopeText,
     FileText,
     HeaderText,
     Look,
     MessageText,
     Stored,
+    Turns,
     look_at_envelopes,
     look_at_texts,
 )
@@ -86,10 +91,12 @@ class Batch:
     """Messages about which nothing is decided yet. `records`: of the index; the rest: for each of them in that order, set by the
     caller stage by stage."""
 
-    __slots__ = ("bodies", "envelopes", "headers", "records", "rows")
+    __slots__ = ("bodies", "envelopes", "headers", "records", "rows", "turns")
 
-    def __init__(self, records: bytes) -> None:
+    def __init__(self, records: bytes, turns: Turns | None = None) -> None:
+        """`turns`: of the search, when it is done in slices."""
         self.records = records
+        self.turns = Turns() if turns is None else turns
         self.rows: Sequence[Row] | None = None
         self.envelopes: Sequence[EnvelopeText] | None = None
         self.headers: Sequence[HeaderText] | None = None
@@ -112,7 +119,7 @@ class Batch:
         return self._part(0, count), self._part(count, len(self))
 
     def _part(self, start: int, end: int) -> "Batch":
-        batch = Batch(self.records[start * RECORD_SIZE : end * RECORD_SIZE])
+        batch = Batch(self.records[start * RECORD_SIZE : end * RECORD_SIZE], self.turns)
         for name in _BROUGHT:
             if (found := getattr(self, name)) is not None:
                 setattr(batch, name, found[start:end])
@@ -121,7 +128,7 @@ class Batch:
     def kept(self, bits: int) -> "Batch":
         """The messages whose bits are set, with what is known of them."""
         octets = _octets(bits, len(self))
-        batch = Batch(pick(self.records, octets))
+        batch = Batch(pick(self.records, octets), self.turns)
         wanted = [octets[at >> 3] >> (at & 7) & 1 for at in range(len(self))]
         for name in _BROUGHT:
             if (found := getattr(self, name)) is not None:
@@ -142,30 +149,32 @@ class _Node(NamedTuple):
 
 class Program:
     """A search. `stages`: which data it may need; `by_number`: it names message numbers, so no EXPUNGE may be told during UID
-    SEARCH; `bodies`: how many keys look into all of a message."""
+    SEARCH; `bodies`: how many keys look into all of a message; `turns`: how far it has come in those that it is amid."""
 
     def __init__(self, key: Key, view: View, now: int) -> None:
         """Compile a search key for a session. `now`: ms, for YOUNGER and OLDER."""
         self._last = view.uids.last
         self.by_number = False
         self.bodies = 0
+        self.turns = Turns()
         self._root = self._node(key, view, now)
         self.stages = self._root.stages
 
     def batch(self, records: bytes) -> Batch | None:
         """The messages of a slice of the index that the client has numbers for; None when there are none."""
         known = records[: lower(load([records]), self._last + 1) * RECORD_SIZE] if self._last < LAST_UID else records
-        return Batch(known) if known else None
+        return Batch(known, self.turns) if known else None
 
     def run(self, batch: Batch) -> tuple[bytes, Batch | None]:
-        """The records of messages that match, packed; those that are undecided, for which `next_stage` names what is missing."""
+        """The records of messages that match, packed; those that are undecided, for which `next_stage` names what is missing, or
+        whose texts have not been searched in this turn."""
         every = (1 << len(batch)) - 1
         true, open_ = self._root.bits(batch, every)
         matching = pick(batch.records, _octets(true, len(batch))) if true else b""
         return matching, batch.kept(open_) if open_ else None
 
     def next_stage(self, batch: Batch) -> Stage:
-        """The data that an undecided batch lacks."""
+        """The data that an undecided batch lacks, before the turn is over."""
         return min(stage for stage in self.stages if batch.data(stage) is None)
 
     def _node(self, key: Key, view: View, now: int) -> _Node:
@@ -258,19 +267,17 @@ def _decided(stage: Stage, test: Callable[[Any], bool]) -> _Node:
     return _looked_at(stage, None, test)
 
 
-def _looked_at(stage: Stage, look: Look | None, *tests: Callable[[Any], bool]) -> _Node:
-    """`look`: what tells of most messages whether they match; `tests`: of those of each of its other bitmaps."""
+def _looked_at(stage: Stage, look: Look | None, test: Callable[[Any], bool]) -> _Node:
+    """`look`: what tells of most messages whether they match; `test`: of those of its other bitmap."""
 
     def bits(batch: Batch, care: int) -> tuple[int, int]:
         data = batch.data(stage)
         if data is None:
             return 0, care
         if look is None or not isinstance(data, Stored):
-            return _where(tests[0], data, care), 0
-        true, *asked = (int.from_bytes(told, "little") for told in look(data.messages, _octets(care, len(data))))
-        for test, some in zip(tests, asked, strict=True):
-            true |= _where(test, data, some) if some else 0
-        return true, 0
+            return _where(test, data, care), 0
+        true, asked = (int.from_bytes(told, "little") for told in look(data.messages, _octets(care, len(data))))
+        return true | (_where(test, data, asked) if asked else 0), 0
 
     return _Node(frozenset({stage}), bits)
 
@@ -336,13 +343,41 @@ def _text(key: Text, view: View, now: int) -> _Node:
     if not sought:
         return _constant(True)
     if name == "body":
-
-        def in_body(found: MessageText | FileText) -> bool:
-            return found.in_body(sought)
-
-        return _looked_at(Stage.BODY, look_at_texts(sought, False), in_body, in_body)
+        return _in_texts(sought, look_at_texts(sought, False), BODY, BODY)
     look = None if "\r" in sought or "\n" in sought else look_at_texts(sought, True)
-    return _looked_at(Stage.BODY, look, lambda found: found.in_text(sought), lambda found: found.in_headers(sought))
+    return _in_texts(sought, look, TEXT, HEADERS)
+
+
+def _in_texts(sought: str, look: Look | None, *where: str) -> _Node:
+    """`look`: what tells of most messages whether they match; `where`: the needle is looked for in those of each of its other
+    bitmaps, as of TextSearch, or (of all) in the first."""
+
+    def bits(batch: Batch, care: int) -> tuple[int, int]:
+        data = batch.bodies
+        if data is None:
+            return 0, care
+        true, asked = 0, [care]
+        if look is not None and isinstance(data, Stored):
+            true, *asked = (int.from_bytes(told, "little") for told in look(data.messages, _octets(care, len(data))))
+        open_ = 0
+        for place, some in zip(where, asked, strict=False):
+            matching, undecided = _searched(batch, data, some, place, sought)
+            true, open_ = true | matching, open_ | undecided
+        return true, open_
+
+    return _Node(frozenset({Stage.BODY}), bits)
+
+
+def _searched(batch: Batch, data: Sequence[Any], care: int, where: str, sought: str) -> tuple[int, int]:
+    """(true, undecided): of the messages among `care`, whose texts are searched as far as their turn goes."""
+    true = open_ = 0
+    uids = batch.uids
+    while care:
+        at = (care & -care).bit_length() - 1
+        told = batch.turns.told(uids[at], where, sought, partial(data.__getitem__, at))
+        true, open_ = true | (told is True) << at, open_ | (told is None) << at
+        care &= care - 1
+    return true, open_
 
 
 _COMPILED: dict[type, Callable[[Any, View, int], _Node]] = {

@@ -4,7 +4,7 @@ are decoded only where that may matter. A needle is `mime_text.comparable`, and 
 
 import datetime
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, TypeVar, overload
@@ -12,14 +12,14 @@ from typing import Any, TypeVar, overload
 from relaymta._speedups.envelopes import envelopes
 from relaymta._speedups.mime import Part, scan
 from relaymta._speedups.packed import bodies, objects, undescribed
-from relaymta._speedups.text import holds
-from relaymta.proto.mime import PLACE, VERSION, header_fields
+from relaymta._speedups.text import folded, holds
+from relaymta.proto.mime import PLACE, VERSION, Description, header_fields
 from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
-from relaymta.proto.mime_text import charset_of, comparable, header_text, in_header, in_pieces, in_text, is_text, needle_of
+from relaymta.proto.mime_text import PIECE, PartSearch, charset_of, comparable, header_text, in_header, is_text, needle_of
 
 __all__ = [
-    "FIELDS", "EnvelopeText", "FileText", "HeaderText", "Look", "MessageText", "Stored", "bodies", "look_at_envelopes",
-    "look_at_texts", "objects", "undescribed",
+    "BODY", "FIELDS", "HEADERS", "TEXT", "EnvelopeText", "FileText", "HeaderText", "Look", "MessageText", "Stored", "TextSearch",
+    "Turns", "bodies", "look_at_envelopes", "look_at_texts", "objects", "undescribed",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -28,7 +28,12 @@ FIELDS = {name: place for place, name in enumerate(
     ("date", "subject", "from", "sender", "reply-to", "to", "cc", "bcc", "in-reply-to", "message-id")
 )}  # fmt: skip  # of an ENVELOPE, in its order
 
+BODY, TEXT, HEADERS = "body", "text", "headers"  # where a needle is looked for: in the text of parts, in both, in headers alone
+HEADER_MOST = 1 << 20  # octets of a part's header that say what it is, as of _speedups.mime
+FIELD_MOST = 1 << 18  # octets of a field that are decoded together
+
 _PIECE = re.compile(r'[^\x00-\x1f"(),:;<>@\\\x7f-\U0010ffff]+')  # stands in an ENVELOPE as it does in what is made of it
+_FIELDS = re.compile(rb".*\n(?=[^ \t])", re.S)
 _DAY = re.compile(
     r"(?<![0-9])(?P<day>[0-9]{1,2})[\s-]+(?P<month>[A-Za-z]{3})[A-Za-z]*[\s-]+(?P<year>[0-9]{2,4})(?![0-9])"
     r"|(?P<month2>[A-Za-z]{3})\s+(?P<day2>[0-9]{1,2})\s+[0-9]+:[0-9]+(?::[0-9]+)?\s+(?:[A-Z]+\s+)?(?P<year2>[0-9]{4})(?![0-9])"
@@ -175,13 +180,48 @@ class HeaderText:
         return False
 
 
-class MessageText:
-    """A message in memory. `prefix`: header fields in front of `data`."""
+class _Text:
+    """The text of a message, of which `read(start, end)` is octets, less where there are not so many. `prefix`: header fields in
+    front of them."""
 
-    __slots__ = ("_data", "_parts", "_prefix")
+    __slots__ = ("prefix", "read")
+
+    def __init__(self, prefix: bytes, read: Callable[[int, int], bytes]) -> None:
+        self.prefix = prefix
+        self.read = read
+
+    def __len__(self) -> int:
+        """How many MIME parts there are."""
+        raise NotImplementedError
+
+    def header(self, number: int) -> tuple[int, int]:
+        """Where the header of a part is."""
+        raise NotImplementedError
+
+    def search_of(self, number: int, needle: str) -> PartSearch | None:
+        """What looks for a needle in the text of a part; None: it has none."""
+        raise NotImplementedError
+
+    def in_body(self, needle: str) -> bool:
+        """Whether the text of a part has the needle in it, also in a message that is attached."""
+        return TextSearch(BODY, needle).end(self)
+
+    def in_text(self, needle: str) -> bool:
+        """Whether it is in the text or the header of a part, or in the message's own header."""
+        return TextSearch(TEXT, needle).end(self)
+
+    def in_headers(self, needle: str) -> bool:
+        """Whether it is in the header of a part, or in the message's own header."""
+        return TextSearch(HEADERS, needle).end(self)
+
+
+class MessageText(_Text):
+    """A message in memory."""
+
+    __slots__ = ("_data", "_parts")
 
     def __init__(self, prefix: bytes, data: bytes) -> None:
-        self._prefix = prefix
+        super().__init__(prefix, lambda start, end: data[start:end])
         self._data = data
         self._parts: list[Part] | None = None
 
@@ -192,56 +232,163 @@ class MessageText:
             self._parts = scan(self._data)
         return self._parts
 
-    def in_body(self, needle: str) -> bool:
-        """Whether the text of a part has the needle in it, also in a message that is attached."""
-        data = self._data
-        return any(is_text(data, part) and in_text(data, part, needle) for part in self.parts)
+    def __len__(self) -> int:
+        return len(self.parts)
 
-    def in_text(self, needle: str) -> bool:
-        """Whether it is in the text or the header of a part, or in the message's own header."""
-        return self.in_headers(needle) or self.in_body(needle)
+    def header(self, number: int) -> tuple[int, int]:
+        """As of _Text."""
+        part = self.parts[number]
+        return part.header, part.body
 
-    def in_headers(self, needle: str) -> bool:
-        """Whether it is in the header of a part, or in the message's own header."""
-        data = self._data
-        headers = [self._prefix, *[data[part.header : part.body] for part in self.parts]]
-        every = b"".join(headers)
-        return _in_headers([every] if _is_plain(every) else headers, needle)
+    def search_of(self, number: int, needle: str) -> PartSearch | None:
+        """As of _Text."""
+        data, part = self._data, self.parts[number]
+        if not is_text(data, part):
+            return None
+        return PartSearch(part.body, part.end, part.encoding, charset_of(data, part), needle)
 
 
-class FileText:
-    """A message that is not in memory. `parts`: as of mime.Description; `read(start, end)`: octets of its data, less where there
-    are not so many."""
+class FileText(_Text):
+    """A message that is not in memory. `parts`: as of mime.Description."""
 
-    __slots__ = ("_parts", "_prefix", "_read")
+    __slots__ = ("_parts",)
 
     def __init__(self, prefix: bytes, parts: bytes, read: Callable[[int, int], bytes]) -> None:
-        self._prefix = prefix
+        super().__init__(prefix, read)
         self._parts = parts
-        self._read = read
 
-    def in_body(self, needle: str) -> bool:
-        """As of MessageText."""
-        for kind, _, start, header_size, size in PLACE.iter_unpack(self._parts):
-            if kind & 15:
-                continue
-            body = start + header_size
-            header = self._read(start, body)
-            part = scan(header)[0]
-            if is_text(header, part) and in_pieces(
-                self._read, body, body + size, part.encoding, charset_of(header, part), needle
-            ):
-                return True
-        return False
+    def __len__(self) -> int:
+        return len(self._parts) // PLACE.size
 
-    def in_text(self, needle: str) -> bool:
-        """As of MessageText."""
-        return self.in_headers(needle) or self.in_body(needle)
+    def header(self, number: int) -> tuple[int, int]:
+        """As of _Text."""
+        _, _, start, header_size, _ = PLACE.unpack_from(self._parts, number * PLACE.size)
+        return start, start + header_size
 
-    def in_headers(self, needle: str) -> bool:
-        """As of MessageText."""
-        headers = (self._read(start, start + size) for _, _, start, size, _ in PLACE.iter_unpack(self._parts))
-        return _in_headers(chain([self._prefix], headers), needle)
+    def search_of(self, number: int, needle: str) -> PartSearch | None:
+        """As of _Text."""
+        kind, _, start, header_size, size = PLACE.unpack_from(self._parts, number * PLACE.size)
+        if kind & 15:
+            return None
+        body = start + header_size
+        header = self.read(start, min(body, start + HEADER_MOST))
+        part = scan(header)[0]
+        return PartSearch(body, body + size, part.encoding, charset_of(header, part), needle) if is_text(header, part) else None
+
+
+class TextSearch:
+    """Looks for a needle in headers or texts of a message (BODY, TEXT, HEADERS), a step at a time, of a piece of PIECE octets
+    mostly. Between two steps it keeps some of those, and the text may be made anew."""
+
+    __slots__ = ("_needle", "_steps", "_text")
+
+    def __init__(self, where: str, needle: str) -> None:
+        self._text: _Text | None = None
+        self._needle = needle
+        self._steps = chain(self._headers() if where != BODY else (), self._bodies() if where != HEADERS else ())
+
+    def step(self, text: _Text) -> bool | None:
+        """Go on; None: it is not known yet whether the needle is there."""
+        self._text = text
+        found = next(self._steps, None)
+        self._text = None
+        return False if found is None else found or None
+
+    def end(self, text: _Text) -> bool:
+        """Go on until it is known."""
+        while (found := self.step(text)) is None:
+            pass
+        return found
+
+    @property
+    def _now(self) -> _Text:
+        assert self._text is not None
+        return self._text
+
+    def _headers(self) -> Iterator[bool]:
+        """Whether it has been found, behind each step."""
+        found, before = _in_header(self._now.prefix, self._needle, b"")
+        yield found
+        number = 0
+        while number < len(self._now):
+            start, end = self._now.header(number)
+            while start < end:
+                found, before, octets = self._header(start, end, before)
+                yield found
+                start += octets
+            number += 1
+
+    def _header(self, start: int, end: int, before: bytes) -> tuple[bool, bytes, int]:
+        """As of _in_header, of the next fields of a header; and how many octets they have."""
+        for most in (PIECE, FIELD_MOST):
+            octets = self._now.read(start, min(start + most, end))
+            whole = len(octets) if start + len(octets) >= end else _whole_fields(octets)
+            if whole:
+                break
+        octets = octets[: whole or octets.rfind(b"\n") + 1 or len(octets)]
+        return *_in_header(octets, self._needle, before), len(octets) or end - start
+
+    def _bodies(self) -> Iterator[bool]:
+        """Whether it has been found, behind each step."""
+        number = 0
+        while number < len(self._now):
+            search = self._now.search_of(number, self._needle)
+            while search is not None:
+                found = search.step(self._now.read)
+                yield found is True
+                search = search if found is None else None
+            number += 1
+
+
+class Turns:
+    """The searches of the texts of some messages that take turns with those of others: each turn is over at a time, but has a
+    step at least, and the next one goes on where it was over. `described`: the message that was described last to be searched,
+    and that description."""
+
+    __slots__ = ("_begun", "_late", "_searches", "described")
+
+    def __init__(self) -> None:
+        self._late: Callable[[], bool] = lambda: False
+        self._begun = False
+        self._searches: dict[tuple[int, str, str], TextSearch | bool] = {}
+        self.described: tuple[int, Description | None] = 0, None
+
+    def begin(self, late: Callable[[], bool], behind: int) -> None:
+        """Begin a turn, with messages of UIDs above `behind`. `late`: whether its time is over."""
+        self._late, self._begun = late, False
+        self._searches = {key: one for key, one in self._searches.items() if key[0] > behind}
+
+    def __len__(self) -> int:
+        """How many searches have begun, with those that are over, of messages that are not behind all of it."""
+        return len(self._searches)
+
+    @property
+    def over(self) -> bool:
+        """Whether it is others' turn: there was a step, and it is late."""
+        return self._begun and self._late()
+
+    def told(self, uid: int, where: str, needle: str, text: Callable[[], Any]) -> bool | None:
+        """Whether the needle is in a text of a message (`where`: as of TextSearch); None: that is told in another turn."""
+        key = uid, where, needle
+        search = self._searches.get(key)
+        if isinstance(search, bool):
+            return search
+        if self.over:
+            return None
+        if search is None:
+            search = TextSearch(where, needle)
+        at_hand, found = text(), None
+        while found is None and not self.over:
+            found = search.step(at_hand)
+            self._begun = True
+        self._searches[key] = search if found is None else found
+        return found
+
+
+def _whole_fields(header: bytes) -> int:
+    """How many octets of the beginning of a header are whole fields, as far as that is seen."""
+    found = _FIELDS.match(header)
+    return found.end() if found else 0
 
 
 def _is_plain(header: bytes) -> bool:
@@ -249,13 +396,14 @@ def _is_plain(header: bytes) -> bool:
     return header.isascii() and b"=?" not in header
 
 
-def _in_headers(headers: Iterable[bytes], needle: str) -> bool:
-    """Whether fields, names and all, have the needle in them."""
-    for octets in headers:
-        if _is_plain(octets):
-            found = needle.isascii() and holds(octets, needle.encode(), True)
-        else:
-            found = any(in_header(octets[begin:end], needle) for begin, _, _, end in header_fields(octets, 0, len(octets)))
-        if found:
-            return True
-    return False
+def _in_header(octets: bytes, needle: str, before: bytes) -> tuple[bool, bytes]:
+    """Whether fields, names and all, have the needle in them, or the needle begins in `before`, the end of those in front of
+    them; and the end of these."""
+    if not _is_plain(octets):
+        if octets[:1] in (b" ", b"\t") and in_header(octets, needle):  # the rest of a field
+            return True, b""
+        return any(in_header(octets[begin:end], needle) for begin, _, _, end in header_fields(octets, 0, len(octets))), b""
+    if not needle.isascii():
+        return False, b""
+    shown = before + folded(octets, True)
+    return needle.encode() in shown, shown[max(0, len(shown) - len(needle) + 1) :]

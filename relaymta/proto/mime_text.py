@@ -6,6 +6,7 @@ Linear in the length of the text. A charset that is not known is read as ISO-885
 
 import codecs
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from encodings.aliases import aliases
@@ -19,7 +20,7 @@ from relaymta._speedups.text import base64, folded, holds, quoted_printable
 from relaymta.proto.mime_envelope import unfolded
 
 __all__ = [
-    "charset_of", "comparable", "contains", "decoded", "header_text", "in_header", "in_pieces", "in_text", "is_text",
+    "PIECE", "PartSearch", "charset_of", "comparable", "contains", "decoded", "header_text", "in_header", "in_text", "is_text",
     "needle_of", "part_text", "text_parts",
 ]  # fmt: skip
 
@@ -37,12 +38,17 @@ _ALL: Final = {**{one: one for one in aliases.values()}, **aliases, **_MORE}
 _NO_TEXT: Final = frozenset(
     ("base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "rot_13", "uu_codec", "zlib_codec", "mbcs", "idna", "punycode")
 )
+QUOTED_PRINTABLE: Final = 1
 BASE64: Final = 2
 _UNDO: Final[dict[int, Callable[[bytes], bytes]]] = {0: bytes, 1: quoted_printable, BASE64: base64, 3: bytes}  # by Part.encoding
 MARKS_MOST = 32  # combining characters in a row that are normalized together (UAX #15, 13: text has 30 at most)
-PIECE: Final = 1 << 18  # octets of a part that are decoded together
+WHOLE: Final = 1 << 18  # octets of a part that are looked at together, where they need not be decoded
+PIECE: Final = 1 << 14  # octets of a part that are decoded together: 1 to 5 ms in the slowest charset
+HELD_MOST: Final = 1 << 14  # octets that wait for those behind them
 _NO_BASE64 = bytes(octet for octet in range(256) if octet > 127 or not (chr(octet).isalnum() or octet in b"+/="))
 _MAY_COMBINE = re.compile("[\u0300-\U0010ffff]")
+_UTF_8: Final = ("ascii", "utf_8", "utf_8_sig")
+_MARKS_OF_ORDER: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _ASCII = re.compile("[\0-\x7f]+")
 _FORMED = "\u0530"  # below are Latin, Greek, Cyrillic
 _COMMON = " etaoinsrhldcumfpgwyb.,v-k"  # in text, the most common first
@@ -188,39 +194,29 @@ def in_header(value: bytes, needle: str) -> bool:
 
 def in_text(data: bytes, part: Part, needle: str) -> bool:
     """The same of a part's text."""
-    charset = charset_of(data, part)
-    if part.end - part.body > PIECE:
-        return in_pieces(lambda start, end: data[start:end], part.body, part.end, part.encoding, charset, needle)
-    return _has(_UNDO[part.encoding](data[part.body : part.end]), charset, needle)
+    search, told = PartSearch(part.body, part.end, part.encoding, charset_of(data, part), needle), None
+    while told is None:
+        told = search.step(lambda start, end: data[start:end])
+    return told
 
 
-def in_pieces(read: Callable[[int, int], bytes], start: int, end: int, encoding: int, charset: bytes, needle: str) -> bool:
-    """The same of a long text, from `start` to `end` of what `read` reads: in memory there are some pieces of it alone, of PIECE
-    octets. `encoding`: as of _speedups.mime.Part."""
-    before = ""
-    for text in _lines(_decoded_pieces(read, start, end, encoding), _codec(charset[:40].decode("latin-1"))):
-        before += comparable(text)
-        if needle in before:
-            return True
-        before = before[max(0, len(before) - len(needle) + 1) :]
-    return False
-
-
-def _has(text: bytes, charset: bytes, needle: str) -> bool:
-    """Whether text in a charset has `needle` in it. Where octets below 128 are ASCII it is decoded only when that may matter."""
+def _told(text: bytes, charset: bytes, needle: str) -> bool | None:
+    """Whether text in a charset has `needle` in it; None: it has to be decoded to tell. Where octets below 128 are ASCII that is
+    done only when it may matter."""
     if not _has_ascii(charset):
-        return contains(decoded(text, charset), needle)
+        return None
     sought = _sought(needle)
     if sought is None:
-        return not text.isascii() and contains(decoded(text, charset), needle)
+        return False if text.isascii() else None
     at = folded(text, False).find(sought.octets)
     if text.isascii():
         return at >= 0
     if at >= 0:  # its last letter and a combining character behind it may be another one
         behind = at + len(needle)
-        return text[behind : behind + 1] < b"\x80" or contains(decoded(text, charset), needle)
-    shown = decoded(text, charset)
-    return sought.hidden(shown) and contains(shown, needle)
+        return True if text[behind : behind + 1] < b"\x80" else None
+    size = len(text) if _codec(charset[:40].decode("latin-1")) in _UTF_8 else PIECE  # of others each octet is a character
+    shown = (decoded(text[start : start + size], charset) for start in range(0, len(text), size))
+    return None if any(map(sought.hidden, shown)) else False
 
 
 @lru_cache(256)
@@ -289,43 +285,119 @@ def _sought(needle: str) -> _Sought | None:
     return _Sought(needle.encode(), "".join(one for one in forms if one <= "\xff"), re.compile(f"[{many}{_BEYOND}]"))
 
 
-def _decoded_pieces(read: Callable[[int, int], bytes], start: int, end: int, encoding: int) -> Iterator[bytes]:
-    """Pieces without their transfer encoding; each of whole lines, where there are any."""
-    rest = b""
-    while start < end:
-        piece = read(start, min(start + PIECE, end))
-        if not piece:
-            return
-        if start + len(piece) < end:
-            piece = piece[: piece.rfind(b"\n") + 1] or piece
-        start += len(piece)
-        if encoding == BASE64:
-            piece = rest + piece.translate(None, _NO_BASE64)
-            whole = len(piece) if start == end else len(piece) & ~3
-            piece, rest = piece[:whole], piece[whole:]
-        yield _UNDO[encoding](piece)
+class PartSearch:
+    """Looks for a needle (which is `comparable`) in the text of a part, a piece at a time: between two of them it keeps some
+    PIECE octets. Up to WHOLE octets are looked at together first, where that tells; 8-bit text that is said to be ASCII, and is
+    longer, is ISO-8859-1 from the first octet on that is not UTF-8."""
 
+    __slots__ = ("_at", "_before", "_charset", "_codec", "_decoder", "_encoding", "_end", "_needle", "_octets", "_text", "_whole")
 
-def _lines(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
-    """The text of pieces, up to a line end each time: characters in front of it and behind it have nothing to do with each
-    other."""
-    decoder = codecs.getincrementaldecoder("utf_8" if codec == "ascii" else codec)("strict" if codec == "ascii" else "replace")
-    rest = ""
-    for piece in pieces:
+    def __init__(self, start: int, end: int, encoding: int, charset: bytes, needle: str) -> None:
+        """`start`, `end`: of the part's body; `encoding`: as of _speedups.mime.Part."""
+        self._at, self._end = start, end
+        self._encoding = encoding
+        self._charset, self._codec = charset, _codec(charset[:40].decode("latin-1"))
+        self._needle = needle
+        self._whole = end - start <= WHOLE
+        self._octets = b""  # that wait for those behind them to be decoded
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._text = ""  # in a line whose end has not come
+        self._before = ""  # in front of that, in which the needle may begin
+
+    def step(self, read: Callable[[int, int], bytes]) -> bool | None:
+        """Look at the next piece; None: it is not known yet. `read(start, end)`: octets of the message, less where there are not
+        so many."""
+        if self._whole:
+            self._whole = False
+            return self._at_once(_UNDO[self._encoding](read(self._at, self._end)))
+        piece = read(self._at, min(self._at + PIECE, self._end))
+        self._at += len(piece)
+        last = not piece or self._at >= self._end
+        text = self._text + self._decoded(self._undone(piece, last), last)
+        end = len(text) if last else text.rfind("\n") + 1 or _last_start(text)
+        before = self._before + comparable(text[:end])
+        if last or self._needle in before:
+            return self._needle in before
+        self._text, self._before = text[end:], before[max(0, len(before) - len(self._needle) + 1) :]
+        return None
+
+    def _at_once(self, octets: bytes) -> bool | None:
+        if self._codec == "ascii":
+            self._codec = "utf_8" if _valid(octets) else "latin_1"
+        return _told(octets, self._charset, self._needle)
+
+    def _undone(self, piece: bytes, last: bool) -> bytes:
+        """The next octets without their transfer encoding."""
+        octets = self._octets + (piece.translate(None, _NO_BASE64) if self._encoding == BASE64 else piece)
+        end = len(octets) if last else _whole_groups(octets, self._encoding)
+        if not end and len(octets) > HELD_MOST:  # of white space
+            self._octets = b""
+            return octets
+        self._octets = octets[end:]
+        return _UNDO[self._encoding](octets[:end])
+
+    def _decoded(self, octets: bytes, last: bool) -> str:
+        if self._decoder is None:
+            self._decoder = _decoder(self._codec, octets)
         try:
-            rest += decoder.decode(piece)
-        except UnicodeError:
-            decoder = codecs.getincrementaldecoder("latin_1")()
-            rest += decoder.decode(piece)
-        end = rest.rfind("\n") + 1 or _last_start(rest)
-        yield rest[:end]
-        rest = rest[end:]
-    yield rest
+            text = self._decoder.decode(octets, last)
+        except UnicodeDecodeError as error:
+            self._decoder = _decoder("latin_1", b"")
+            octets = error.object
+            return octets[: error.start].decode() + octets[error.start :].decode("latin_1")
+        if len(getattr(self._decoder, "buffer", b"")) > HELD_MOST:  # UTF-7 would keep all of it
+            text += self._decoder.decode(b"", True)
+            self._decoder.reset()
+        return text
+
+
+def _valid(octets: bytes) -> bool:
+    """Whether octets are UTF-8."""
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decoder(codec: str, octets: bytes) -> codecs.IncrementalDecoder:
+    """Of a text that begins with these octets: it decodes piece by piece as `decoded` does all of it."""
+    if (codec == "utf_16" and octets[:2] not in _MARKS_OF_ORDER) or (codec == "utf_32" and octets[:4] not in _MARKS_OF_ORDER):
+        codec += "_le" if sys.byteorder == "little" else "_be"
+    return codecs.getincrementaldecoder("utf_8" if codec == "ascii" else codec)("strict" if codec == "ascii" else "replace")
+
+
+def _whole_groups(octets: bytes, encoding: int) -> int:
+    """How many of the octets can be decoded without those behind them; perhaps none."""
+    if encoding == BASE64:  # in which padding ends a group, wherever it is
+        return len(octets) - (len(octets) - octets.rfind(b"=") - 1) % 4
+    if encoding != QUOTED_PRINTABLE:
+        return len(octets)
+    if end := octets.rfind(b"\n") + 1:
+        return end
+    end = len(octets.rstrip(b" \t\r"))
+    escape = octets.rfind(b"=", max(0, end - 2), end)
+    return end if escape < 0 else escape
 
 
 def _last_start(text: str) -> int:
     """Where the last character begins that does not join the one in front of it in a normal form (of the last 64)."""
     at = len(text) - 1
-    while at > 0 and len(text) - at < 64 and (unicodedata.combining(text[at]) or "\u1160" <= text[at] <= "\u11ff"):
+    while at > 0 and len(text) - at < 64 and _joins(text[at]):
         at -= 1
     return max(at, 0)
+
+
+def _joins(character: str) -> bool:
+    """Whether a character may become one with the one in front of it, or change places with it."""
+    if character < "\u0300":
+        return False
+    first = unicodedata.normalize("NFKD", character)[:1]
+    return unicodedata.combining(first) > 0 or "\u1160" <= first <= "\u11ff" or first in _joining()
+
+
+@lru_cache(1)
+def _joining() -> frozenset[str]:
+    """Characters that are no marks, and which others have at the end of their canonical decomposition."""
+    ends = (unicodedata.decomposition(chr(code)).split() for code in (*range(0x300, 0x10000), *range(0x11000, 0x12000)))
+    return frozenset(chr(int(end[1], 16)) for end in ends if len(end) == 2 and "<" not in end[0])

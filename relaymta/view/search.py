@@ -1,8 +1,9 @@
 """SEARCH: what a program (proto/imap_program.py) asks of the store, on reader threads.
 
-A slice of the index is searched at a time, some messages of it together, for MILLISECONDS; then others may run. A large message
-is read in pieces, and searched as far as its description goes: 64 MB at most (DESCRIBED_MOST of fetch.py). One whose data cannot
-be read is searched as if it had none; `mailbox verify` says what is wrong with it.
+A slice of the index is searched at a time, some messages of it together, for MILLISECONDS; then others may run, also amid a
+message: the next slice goes on there (`Program.turns`). A large message is read in pieces, and searched as far as its description
+goes: 64 MB at most (DESCRIBED_MOST of fetch.py). One whose data cannot be read is searched as if it had none; `mailbox verify`
+says what is wrong with it.
 """
 
 import struct
@@ -18,13 +19,13 @@ from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
 from relaymta.proto.imap_program import Batch, Program, Stage
 from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, lower
-from relaymta.proto.imap_text import EnvelopeText, FileText, HeaderText, MessageText, Stored, bodies, objects, undescribed
+from relaymta.proto.imap_text import EnvelopeText, FileText, HeaderText, MessageText, Stored, Turns, bodies, objects, undescribed
 from relaymta.proto.mime import VERSION, Description, describe
 from relaymta.store.change import Refusal
 from relaymta.store.reading import Readable, body_of
 from relaymta.store.rows import decode_message, decode_object
 from relaymta.view.access import Access
-from relaymta.view.fetch import email_id, read_at, with_description
+from relaymta.view.fetch import described_now, email_id, read_at, with_description
 from relaymta.view.reading import Message, after
 from relaymta.view.selected import Selected
 
@@ -39,6 +40,7 @@ ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What 
 WEIGHTS: Final = {Stage.ENVELOPE: (0, 32), Stage.HEADER: (4, 0), Stage.BODY: (1, 16)}  # octets: of data, and of its row
 UNDESCRIBED: Final = 4 << 20  # a message that has to be read first
 HEADER_MOST: Final = 1 << 20  # octets of a header
+READ: Final = 1 << 17  # octets of a large message that are read together
 BODIES_MOST: Final = 32  # keys that look into all of a message
 
 UNREADABLE: Final = describe(b"")  # of a message that cannot be read
@@ -51,7 +53,7 @@ def now_ms() -> int:
 
 async def slice_of(access: Access, selected: Selected, program: Program, behind: int) -> tuple[bytes, int | None]:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
-    goes on; None: it is over. StoreError."""
+    goes on, perhaps the same; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
     return await access.search(selected.user, search) if program.stages else await access.read_little(search)
 
@@ -66,7 +68,8 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tu
     last = _uid(records, len(records) - RECORD_SIZE)
     if batch is None:
         return matching, last
-    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=max(ROOM // max(program.bodies, 1), 1)), behind)
+    room = max(ROOM // max(program.bodies, 1), 1)
+    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=room, turns=program.turns), behind)
     matching = joined([matching, *found])
     if end is None:
         return matching, last
@@ -81,15 +84,17 @@ def _uid(records: bytes, at: int) -> int:
 def _decided(
     program: Program, batch: Batch, brought: Callable[[Batch, Stage], tuple[Batch, Batch]], behind: int
 ) -> tuple[list[bytes], int | None]:
-    """The records of messages that match, of those that are undecided; and, when time was short, the UID (above `behind`) up to
-    which all is decided."""
+    """The records of messages that match, of those that are undecided; and, when time was short, the UID (`behind` itself, amid
+    the first message) up to which all is decided."""
     slice_ = MILLISECONDS / 1000
-    until, together = time.monotonic() + slice_, TOGETHER
+    until = time.monotonic() + slice_
+    program.turns.begin(lambda: time.monotonic() >= until, behind)
+    together = 1 if program.turns else TOGETHER
     found: list[bytes] = []
     todo = [batch]  # each is in front of the one before it
     while todo:
         end, now = _uid(todo[-1].records, 0) - 1, time.monotonic()
-        if end > behind and now > until:
+        if now >= until and (end > behind or program.turns.over):
             return found, end
         batch, later = todo.pop().divided(together)
         batch, rest = brought(batch, program.next_stage(batch))
@@ -104,12 +109,14 @@ def _decided(
     return found, None
 
 
-def bring(shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM) -> tuple[Batch, Batch]:
+def bring(
+    shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM, turns: Turns | None = None
+) -> tuple[Batch, Batch]:
     """The first messages of a batch, one at least, with what a stage needs of them, and the others, which have to wait until
     there is room (octets); those that have been expunged are in neither. StoreError."""
     name, brought, make = _STAGES[stage]
     batch, rows = _there(batch, _rows(shard, mailbox, batch, stage))
-    data = brought(shard, rows, room)
+    data = brought(shard, rows, room, Turns() if turns is None else turns)
     first, rest = batch.divided(len(data))
     first, data = _there(first, data)
     setattr(first, name, Stored(data, make) if make else data)
@@ -148,16 +155,16 @@ def _message(row: bytes, found: bytes, *_: bytes) -> Message:
 # What each stage needs of messages, of as many as there is room for: as a `Look` takes it, or made; None: it is gone
 
 
-def _decoded(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+def _decoded(shard: Readable, rows: list[_Rows], room: int, turns: Turns) -> list[Any]:
     return [decode_message(row) for row, *_ in rows]
 
 
-def _envelopes(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+def _envelopes(shard: Readable, rows: list[_Rows], room: int, turns: Turns) -> list[Any]:
     missing = undescribed([data for _, data, _ in rows], VERSION)
     count = _fitting(rows, [0] * len(rows), missing, room, Stage.ENVELOPE)
     found: list[Any] = rows[:count]
     for at in missing[: bisect_left(missing, count)]:
-        found[at] = _envelope(shard, _message(*rows[at]))
+        found[at] = _envelope(shard, _message(*rows[at]), turns)
     return found
 
 
@@ -171,12 +178,12 @@ def _fitting(rows: list[_Rows], lengths: Iterable[int], missing: list[int], room
     return min(bisect_left(list(accumulate(weights, initial=0)), room, 1), len(rows))
 
 
-def _headers(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
+def _headers(shard: Readable, rows: list[_Rows], room: int, turns: Turns) -> list[Any]:
     return _with_data(shard, rows, room, Stage.HEADER, _header)
 
 
-def _texts(shard: Readable, rows: list[_Rows], room: int) -> list[Any]:
-    return _with_data(shard, rows, room, Stage.BODY, _text)
+def _texts(shard: Readable, rows: list[_Rows], room: int, turns: Turns) -> list[Any]:
+    return _with_data(shard, rows, room, Stage.BODY, partial(_text, turns=turns))
 
 
 def _with_data(
@@ -196,8 +203,8 @@ def _with_data(
     return found
 
 
-def _envelope(shard: Readable, message: Message) -> EnvelopeText | None:
-    described = described_of(shard, message)
+def _envelope(shard: Readable, message: Message, turns: Turns) -> EnvelopeText | None:
+    described = _kept(shard, message, turns)
     if described is None:
         return None
     return EnvelopeText(described.envelope, partial(email_id, message.object, message.row))
@@ -209,11 +216,22 @@ def _header(shard: Readable, message: Message) -> HeaderText | None:
     return None if data is None else HeaderText(message.row.prefix + data)
 
 
-def _text(shard: Readable, message: Message) -> MessageText | FileText | None:
+def _kept(shard: Readable, message: Message, turns: Turns) -> Description | None:
+    """As `described_of`; what had to be described for the turn before is not described anew."""
+    ident, described = turns.described
+    if ident != message.row.object:
+        described = described_of(shard, message)
+        if described is not None and not described_now(message):
+            described = described._replace(structure=b"")
+            turns.described = message.row.object, described
+    return described
+
+
+def _text(shard: Readable, message: Message, turns: Turns) -> MessageText | FileText | None:
     if message.object.body.segment:
         data = _data(shard, message)
         return None if data is None else MessageText(message.row.prefix, data)
-    described = described_of(shard, message)
+    described = _kept(shard, message, turns)
     return None if described is None else FileText(message.row.prefix, described.parts, _large(shard, message))
 
 
@@ -235,7 +253,7 @@ def _message_text(row: bytes, found: bytes, data: bytes) -> MessageText:
     return MessageText(decode_message(row).prefix, data)
 
 
-_STAGES: dict[Stage, tuple[str, Callable[[Readable, list[_Rows], int], list[Any]], Callable[..., Any] | None]] = {
+_STAGES: dict[Stage, tuple[str, Callable[[Readable, list[_Rows], int, Turns], list[Any]], Callable[..., Any] | None]] = {
     Stage.ROW: ("rows", _decoded, None),
     Stage.ENVELOPE: ("envelopes", _envelopes, _envelope_text),
     Stage.HEADER: ("headers", _headers, _header_text),
@@ -277,11 +295,29 @@ def _data(shard: Readable, message: Message) -> bytes | None:
 
 def _large(shard: Readable, message: Message) -> Callable[[int, int], bytes]:
     """What reads the data of a large message."""
-    return partial(_octets, shard.bodies.big_path(message.row.object), message.object.body.offset + FRAME.size)
+    body = message.object.body
+    return _File(shard.bodies.big_path(message.row.object), body.offset + FRAME.size, body.length).read
 
 
-def _octets(path: Path, offset: int, start: int, end: int) -> bytes:
-    try:
-        return read_at(path, offset + start, end - start)
-    except StoreError:
-        return b""
+class _File:
+    """The data of a large message: `length` octets of a file, of which READ are read together."""
+
+    __slots__ = ("_at", "_length", "_offset", "_path", "_read")
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._path, self._offset, self._length = path, offset, length
+        self._at, self._read = 0, b""
+
+    def read(self, start: int, end: int) -> bytes:
+        """Octets of it; b"" where they are not all there, or cannot be read."""
+        if start < self._at or end > self._at + len(self._read):
+            if end - start >= READ:
+                return self._octets(start, end)
+            self._at, self._read = start, self._octets(start, min(start + READ, self._length)) or self._octets(start, end)
+        return self._read[start - self._at : end - self._at]
+
+    def _octets(self, start: int, end: int) -> bytes:
+        try:
+            return read_at(self._path, self._offset + start, end - start)
+        except StoreError:
+            return b""

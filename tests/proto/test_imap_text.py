@@ -154,7 +154,9 @@ PARTS = st.lists(
 def test_a_message_in_a_file_is_searched_as_one_in_memory(data, needle):
     one, other = texts(data)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mime_text, "WHOLE", 0)
         patch.setattr(mime_text, "PIECE", 16)
+        patch.setattr(imap_text, "PIECE", 16)
         found = other.in_text(needle), other.in_body(needle)
     assert found == (one.in_text(needle), one.in_body(needle))
 

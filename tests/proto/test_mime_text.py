@@ -240,6 +240,8 @@ def test_characters_that_stand_for_ascii_are_known():
 
 
 TRICKY = "aesfit \n1\u00e9\u0301\u00df\u017f\ufb01\uff21\u00a0\u2026\u212a\u0130\u00aa\u2019\u4e2d\U0001d41a\U0001f600"
+JOINING = "\u1112\u1161\u11ab\uac00\u09c7\u09be\u30ab\uff76\uff9e\u3099\u0345\u0323"
+STATEFUL = ("utf-7", "iso-2022-jp", "hz", "gb18030", "shift_jis", "euc-kr", "utf-32", "utf-16-be", "utf-8-sig")
 CHARSETS = ("utf-8", "iso-8859-1", "windows-1252", "us-ascii", "", "koi8-r", "utf-16", "unknown")
 
 
@@ -274,18 +276,21 @@ def test_octets_are_searched_as_their_text_is(data, needle, more):
 
 
 @given(
-    st.lists(st.text(TRICKY.replace("\n", ""), max_size=12), max_size=8), st.sampled_from(("utf-8", "iso-8859-1", "", "utf-16")),
+    st.text(TRICKY + JOINING, max_size=80), st.sampled_from((*CHARSETS, *STATEFUL)),
     st.sampled_from(["", "base64", "quoted-printable"]), st.integers(3, 20), st.integers(0, 60), st.integers(1, 9),
+    st.integers(1, 40),
 )  # fmt: skip
-def test_a_long_text_is_searched_in_pieces(lines, charset, encoding, width, start, length):
-    data = letter("\n".join(lines), charset, encoding, width)
+def test_a_long_text_is_searched_in_pieces(text, charset, encoding, width, start, length, size):
+    data = letter(text, charset, encoding, width)
     (part,) = scan(data)
     text = comparable(part_text(data, part))
     sought = text[start : start + length] or "x"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mime_text, "PIECE", 64)
-        assert in_text(data, part, sought) or sought not in text
-        assert in_text(data, part, sought + "\u4e00") == (sought + "\u4e00" in text)
+    for whole, piece in ((0, size), (1 << 18, size)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mime_text, "WHOLE", whole)
+            patch.setattr(mime_text, "PIECE", piece)
+            assert in_text(data, part, sought) == (sought in text)
+            assert in_text(data, part, sought + "\u4e00") == (sought + "\u4e00" in text)
 
 
 def test_a_long_line_is_not_divided_in_front_of_a_combining_character(monkeypatch):
@@ -293,6 +298,7 @@ def test_a_long_line_is_not_divided_in_front_of_a_combining_character(monkeypatc
         data = letter(text, "utf-8", "", 20)
         (part,) = scan(data)
         for size in range(16, 80):
+            monkeypatch.setattr(mime_text, "WHOLE", 0)
             monkeypatch.setattr(mime_text, "PIECE", size)
             assert in_text(data, part, sought), size
 
@@ -304,6 +310,7 @@ def test_each_charset_can_be_decoded_in_pieces():
 
 
 def test_a_piece_that_is_not_utf_8_is_iso_8859_1(monkeypatch):
+    monkeypatch.setattr(mime_text, "WHOLE", 0)
     monkeypatch.setattr(mime_text, "PIECE", 16)
     data = b"Content-Type: text/plain\r\n\r\n" + "f\u00fcr\n".encode() * 20 + b"M\xf6we\n" * 20
     (part,) = scan(data)
@@ -311,6 +318,7 @@ def test_a_piece_that_is_not_utf_8_is_iso_8859_1(monkeypatch):
 
 
 def test_a_text_that_two_pieces_share(monkeypatch):
+    monkeypatch.setattr(mime_text, "WHOLE", 0)
     monkeypatch.setattr(mime_text, "PIECE", 16)
     data = b"\r\n" + b"".join(b"line %d\r\n" % number for number in range(20))
     (part,) = scan(data)

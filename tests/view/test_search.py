@@ -1,6 +1,7 @@
 """SEARCH of a mailbox in a store: what people see is found, in slices; messages that go meanwhile, and large ones."""
 
 import asyncio
+import base64
 import contextlib
 import datetime
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from relaymta.proto.imap_records import load, values
 from relaymta.proto.imap_uids import Shared
 from relaymta.proto.imap_view import Mailbox, View
 from relaymta.proto.imap_words import Refused
+from relaymta.proto.mime_text import PIECE
 from relaymta.store.rows import SEEN
 from relaymta.store.writer import Target
 from relaymta.view import reading, search
-from relaymta.view.access import Access
+from relaymta.view.access import SEARCHERS, Access
 from relaymta.view.fetch import email_id
 from relaymta.view.reading import Message
 from relaymta.view.selected import Selected
@@ -55,7 +57,7 @@ class Box:
         program, found, behind = Program(key, self.view, NOW + 1000), [], 0
         while behind is not None:
             matching, after = search.searched(self.shard, self.number, program, behind)
-            assert after is None or after > behind
+            assert after is None or after > behind or program.turns.over
             found.append(matching)
             behind = after
         return found
@@ -247,6 +249,80 @@ async def test_slices(box, monkeypatch):
         assert len(box.slices(parsed("SEARCH BODY broken").key)) > 60 // together
     monkeypatch.setattr(search, "RECORDS", 1)
     assert [b"".join(box.slices(key)) for key in keys] == whole
+
+
+LONG = {
+    "8bit": b"some words, f\xfcr jedermann\r\n" * 50_000,
+    "base64": base64.encodebytes(b"some words, f\xfcr jedermann\r\n" * 40_000),
+    "quoted-printable": b"some words, f=FCr jeder=\r\nmann\r\n" * 50_000,
+}
+
+
+@pytest.mark.parametrize("encoding", LONG)
+async def test_a_large_message_is_searched_in_many_slices(box, monkeypatch, encoding):
+    """A slice has one step of one message, and the next goes on behind it."""
+    head = f"Content-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n".encode()
+    last = {"8bit": b"needle", "base64": base64.encodebytes(b"needle"), "quoted-printable": b"nee=\r\ndle"}[encoding]
+    await box.file(b"\r\nneedle", head + LONG[encoding], head + LONG[encoding] + last, b"\r\nneedle")
+    select(box)
+    monkeypatch.setattr(search, "MILLISECONDS", 0)
+    read, steps = search._File.read, []
+    monkeypatch.setattr(search._File, "read", lambda self, *where: (steps.append(where), read(self, *where))[1])
+    for line, found in (("BODY needle", [1, 3, 4]), ("NOT TEXT needle", [2]), ("BODY missing OR BODY needle BODY some", [])):
+        steps.clear()
+        slices = box.slices(parsed(f"SEARCH {line}").key)
+        assert [uid for one in slices for uid in values(load([one]))] == found, line
+        assert len(slices) > 2 * len(LONG[encoding]) // PIECE
+        pieces = [(start, end) for start, end in steps if end - start == PIECE]
+        assert len(pieces) == len({*pieces}) * 2  # of both messages each once
+        assert all(end - start <= PIECE for start, end in steps)
+
+
+async def test_a_message_that_has_to_be_described_is_described_once(box, monkeypatch):
+    part = b"--b\r\nContent-Type: text/plain; name=" + b"n" * 100 + b"\r\n\r\nsome words\r\n"
+    await box.file(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 9000)
+    select(box)
+    (message,) = box.messages(Stage.BODY)
+    assert message.object.described is None and not message.object.body.segment
+    monkeypatch.setattr(search, "MILLISECONDS", 0)
+    described, done = search.described_of, []
+    monkeypatch.setattr(search, "described_of", lambda *given: (done.append(given), described(*given))[1])
+    assert len(box.slices(parsed("SEARCH SUBJECT x BODY needle").key)) == 2
+    assert len(box.slices(parsed("SEARCH NOT SUBJECT x BODY needle").key)) > 9000
+    assert len(done) == 2
+
+
+async def test_others_have_their_turns_amid_a_large_message(tmp_path, monkeypatch):
+    """Between two slices of one user's there is one of each other user at most, and one on each other thread."""
+    monkeypatch.setattr(search, "MILLISECONDS", 0)
+    async with test_recipients.Bench(tmp_path) as bench:
+        access, own, programs = Access(bench.mailboxes), bench.mailboxes.shards[0], {}
+        for name in "abcd":
+            ident = await bench.user(name)
+            await own.file([b"\r\n" + (LONG["8bit"] if name != "d" else b"words")], [Target(ident)])
+            options = {"read_only": True, "rev2": True, "condstore": False, "qresync": False}
+            selected, _ = await Selected.open(access, access.user(f"{name}@a.example"), "INBOX", **options)
+            programs[name] = selected, Program(parsed("SEARCH BODY needle").key, selected.view, search.now_ms())
+        turns, searched = [], search.searched
+        names = {program: name for name, (_, program) in programs.items()}
+        monkeypatch.setattr(search, "searched", lambda *given: (turns.append(names[given[2]]), searched(*given))[1])
+
+        async def find(name: str) -> None:
+            behind = 0
+            while behind is not None:
+                _, behind = await search.slice_of(access, *programs[name], behind)
+
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+            many = [group.create_task(find(name)) for name in "abc"]
+            while len(turns) < 20:
+                await asyncio.sleep(0)
+            before = len(turns)
+            await find("d")
+            assert not any(one.done() for one in many)
+        assert turns[before:].count("d") + turns[:before].count("d") == 2
+        assert [*turns[before:], "d"].index("d") <= len(programs) + SEARCHERS
+        assert {name: turns.count(name) for name in "abc"} == dict.fromkeys("abc", turns.count("a"))
+        access.close()
 
 
 async def test_new_messages_have_no_number_yet(box):
