@@ -330,11 +330,12 @@ class PartSearch:
         """The next octets without their transfer encoding."""
         octets = self._octets + (piece.translate(None, _NO_BASE64) if self._encoding == BASE64 else piece)
         end = len(octets) if last else _whole_groups(octets, self._encoding)
-        if not end and len(octets) > HELD_MOST:  # of white space
-            self._octets = b""
-            return octets
+        if not end and len(octets) > HELD_MOST:
+            end = len(octets)
         self._octets = octets[end:]
-        return _UNDO[self._encoding](octets[:end])
+        if last or self._encoding != QUOTED_PRINTABLE:
+            return _UNDO[self._encoding](octets[:end])
+        return quoted_printable(octets[:end] + b"x")[:-1]  # the line goes on: white space stays
 
     def _decoded(self, octets: bytes, last: bool) -> str:
         if self._decoder is None:
@@ -375,7 +376,7 @@ def _whole_groups(octets: bytes, encoding: int) -> int:
         return len(octets)
     if end := octets.rfind(b"\n") + 1:
         return end
-    end = len(octets.rstrip(b" \t\r"))
+    end = len(octets.rstrip(b" \t\r"))  # more of it may follow, and a line end
     escape = octets.rfind(b"=", max(0, end - 2), end)
     return end if escape < 0 else escape
 

@@ -303,6 +303,27 @@ def test_a_long_line_is_not_divided_in_front_of_a_combining_character(monkeypatc
             assert in_text(data, part, sought), size
 
 
+@pytest.mark.parametrize(
+    ("head", "octets"),
+    [
+        (b"Content-Transfer-Encoding: base64", b"YWI=YWI=YQ==YWJjZGVm=YWI=YQYQ==YWJjYWJj" * 3),  # padding anywhere
+        (b"Content-Transfer-Encoding: quoted-printable", b"a  \t =20= \r\nb =  \r\n=3D=3=41 \r c \r\n" * 4),
+        (b"Content-Type: text/plain; charset=utf-8", "\u09c7\u09be\u1112\u1161\u11ab\uff76\uff9e".encode() * 6),
+        (b"Content-Type: text/plain; charset=utf-8", b"ab\xc3"),
+        (b"Content-Type: text/plain; charset=utf-16", "some words".encode("utf-16-le")),
+        (b"Content-Type: text/plain; charset=utf-7", b"+" + b"AOQ" * 40),
+    ],
+)  # fmt: skip
+def test_the_seams_of_pieces_are_not_seen(monkeypatch, head, octets):
+    monkeypatch.setattr(mime_text, "WHOLE", 0)
+    data = head + b"\r\n\r\n" + octets
+    (part,) = scan(data)
+    text = comparable(part_text(data, part))
+    for size in range(3, 40):
+        monkeypatch.setattr(mime_text, "PIECE", size)
+        assert in_text(data, part, text) and not in_text(data, part, text + "x"), size
+
+
 def test_each_charset_can_be_decoded_in_pieces():
     for name in {*mime_text._ALL.values()} - mime_text._NO_TEXT:
         with contextlib.suppress(UnicodeError):  # UTF-16 without a mark of its order: it is read as ISO-8859-1

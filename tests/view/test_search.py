@@ -278,6 +278,17 @@ async def test_a_large_message_is_searched_in_many_slices(box, monkeypatch, enco
         assert all(end - start <= PIECE for start, end in steps)
 
 
+async def test_a_file_that_ends_early_is_searched_up_to_there(box):
+    await box.file(b"\r\n" + LONG["8bit"][: 80 * PIECE] + b"needle" + b"x" * 2 * PIECE)
+    select(box)
+    (path,) = (box.shard.path / "bodies" / "big").iterdir()
+    octets = path.read_bytes()
+    assert box.search("BODY needle") == [1]
+    path.write_bytes(octets[: 100 - PIECE])
+    assert box.search("BODY needle") == [1] and box.search("BODY missing") == []
+    path.write_bytes(octets)
+
+
 async def test_a_message_that_has_to_be_described_is_described_once(box, monkeypatch):
     part = b"--b\r\nContent-Type: text/plain; name=" + b"n" * 100 + b"\r\n\r\nsome words\r\n"
     await box.file(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 9000)
