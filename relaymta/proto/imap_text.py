@@ -33,6 +33,7 @@ HEADER_MOST = 1 << 20  # octets of a part's header that say what it is, as of _s
 FIELD_MOST = 1 << 18  # octets of a field that are decoded together
 
 _PIECE = re.compile(r'[^\x00-\x1f"(),:;<>@\\\x7f-\U0010ffff]+')  # stands in an ENVELOPE as it does in what is made of it
+_AMID_FIELD = (b" ", b"\t", b"\r", b"\n")
 _FIELDS = re.compile(rb".*\n(?=[^ \t])", re.S)
 _DAY = re.compile(
     r"(?<![0-9])(?P<day>[0-9]{1,2})[\s-]+(?P<month>[A-Za-z]{3})[A-Za-z]*[\s-]+(?P<year>[0-9]{2,4})(?![0-9])"
@@ -325,7 +326,7 @@ class TextSearch:
             whole = len(octets) if start + len(octets) >= end else _whole_fields(octets)
             if whole:
                 break
-        octets = octets[: whole or octets.rfind(b"\n") + 1 or len(octets)]
+        octets = octets[: whole or len(octets[: octets.rfind(b"\n") + 1].rstrip(b"\r\n")) or len(octets)]
         return *_in_header(octets, self._needle, before), len(octets) or end - start
 
     def _bodies(self) -> Iterator[bool]:
@@ -400,7 +401,7 @@ def _in_header(octets: bytes, needle: str, before: bytes) -> tuple[bool, bytes]:
     """Whether fields, names and all, have the needle in them, or the needle begins in `before`, the end of those in front of
     them; and the end of these."""
     if not _is_plain(octets):
-        if octets[:1] in (b" ", b"\t") and in_header(octets, needle):  # the rest of a field
+        if octets[:1] in _AMID_FIELD and in_header(octets, needle):  # the rest of a field
             return True, b""
         return any(in_header(octets[begin:end], needle) for begin, _, _, end in header_fields(octets, 0, len(octets))), b""
     if not needle.isascii():
