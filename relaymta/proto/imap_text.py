@@ -13,7 +13,7 @@ from relaymta._speedups.envelopes import envelopes
 from relaymta._speedups.mime import Part, scan
 from relaymta._speedups.packed import bodies, objects, undescribed
 from relaymta._speedups.text import folded, holds
-from relaymta.proto.mime import PLACE, VERSION, Description, header_fields
+from relaymta.proto.mime import PLACE, VERSION, Description, header_fields, whole_fields
 from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
 from relaymta.proto.mime_text import PIECE, PartSearch, charset_of, comparable, header_text, in_header, is_text, needle_of
 
@@ -34,7 +34,6 @@ FIELD_MOST = 1 << 18  # octets of a field that are decoded together
 
 _PIECE = re.compile(r'[^\x00-\x1f"(),:;<>@\\\x7f-\U0010ffff]+')  # stands in an ENVELOPE as it does in what is made of it
 _AMID_FIELD = (b" ", b"\t", b"\r", b"\n")
-_FIELDS = re.compile(rb".*\n(?=[^ \t])", re.S)
 _DAY = re.compile(
     r"(?<![0-9])(?P<day>[0-9]{1,2})[\s-]+(?P<month>[A-Za-z]{3})[A-Za-z]*[\s-]+(?P<year>[0-9]{2,4})(?![0-9])"
     r"|(?P<month2>[A-Za-z]{3})\s+(?P<day2>[0-9]{1,2})\s+[0-9]+:[0-9]+(?::[0-9]+)?\s+(?:[A-Z]+\s+)?(?P<year2>[0-9]{4})(?![0-9])"
@@ -323,7 +322,7 @@ class TextSearch:
         """As of _in_header, of the next fields of a header; and how many octets they have."""
         for most in (PIECE, FIELD_MOST):
             octets = self._now.read(start, min(start + most, end))
-            whole = len(octets) if start + len(octets) >= end else _whole_fields(octets)
+            whole = len(octets) if start + len(octets) >= end else whole_fields(octets)
             if whole:
                 break
         octets = octets[: whole or len(octets[: octets.rfind(b"\n") + 1].rstrip(b"\r\n")) or len(octets)]
@@ -384,12 +383,6 @@ class Turns:
             self._begun = True
         self._searches[key] = search if found is None else found
         return found
-
-
-def _whole_fields(header: bytes) -> int:
-    """How many octets of the beginning of a header are whole fields, as far as that is seen."""
-    found = _FIELDS.match(header)
-    return found.end() if found else 0
 
 
 def _is_plain(header: bytes) -> bool:

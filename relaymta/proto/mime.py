@@ -6,7 +6,7 @@ Part offsets (`Description.parts`) are records of PLACE, one for each part of `s
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from relaymta._speedups.mime import fields
@@ -16,13 +16,14 @@ from relaymta.proto.mime_envelope import string
 from relaymta.proto.mime_structure import MESSAGE, MULTIPART, body_of
 
 __all__ = [
-    "VERSION", "Description", "Extent", "Section", "UnknownEncoding", "binary", "body_of", "cut", "decoded_part", "describe",
-    "extent", "header_fields", "literal", "section",
+    "VERSION", "Description", "Extent", "Section", "UnknownEncoding", "binary", "body_of", "chosen_fields", "cut", "decoded_part",
+    "describe", "extent", "header_fields", "literal", "section", "whole_fields",
 ]  # fmt: skip
 
 VERSION: Final = 1  # of what `describe` makes: a row with another one is made anew from the message
 PLACE = struct.Struct("<BBIII")  # kind and encoding (4 bits each), depth, offset of the header, length of header and of body
 _FIELDS_AT_ONCE = 1000  # FIELDS_MOST of _speedups.mime (a C integer there)
+READ: Final = 1 << 16  # octets of a header that are read together
 DEPTH_MOST: Final = 100  # numbers in a section
 
 _ENCODINGS = {0: None, 1: quoted_printable, 2: base64}  # encodings of _speedups.mime (C integers there)
@@ -30,6 +31,7 @@ _NUMBERS = rb"([1-9][0-9]{0,8}(?:\.[1-9][0-9]{0,8})*+)"
 _SECTION = re.compile(rb"(?:" + _NUMBERS + rb"(?:\.(?=[A-Z])|\Z))?(?:([A-Z.]+)(?: \((.+)\))?)?\Z", re.I | re.S)
 _NAME = re.compile(rb'(?:"((?:[^"\\]|\\.)*+)"|([^\x00-\x20(){%*"\\\x7f-\xff]++))(?: |\Z)')
 _ATOM = re.compile(rb'[^\x00-\x20(){%*"\\\]\x7f-\xff]++\Z')
+_WHOLE = re.compile(rb".*\n(?=[^ \t])", re.S)
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.S)
 
 Octets = bytes | memoryview
@@ -185,8 +187,7 @@ def section(data: bytes, parts: bytes, which: Section, prefix: bytes = b"") -> l
         return None
     front = prefix if not which.path and which.what != "TEXT" else b""
     if which.names:
-        header = front + data[found.start : found.end]
-        return _chosen(header, {name.lower() for name in which.names}, which.what.endswith(".NOT"))
+        return chosen_fields(lambda start, end: data[start:end], found, which, front)
     slices: list[Octets] = [front, memoryview(data)[found.start : found.end]]
     return [one for one in slices if len(one)]
 
@@ -202,15 +203,38 @@ def header_fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int,
         start = found[-1][3]
 
 
-def _chosen(header: bytes, names: set[bytes], others: bool) -> list[Octets]:
-    """The fields of a header with these names (lower case), or those without, and an empty line."""
+def chosen_fields(read: Callable[[int, int], bytes], where: Extent, which: Section, prefix: bytes = b"") -> list[Octets]:
+    """The fields that a section names, or all others, of the header at `where` of what `read(start, end)` reads, and an empty
+    line; some READ octets of it are in memory at a time, or a field that is longer. `prefix`: as of `section`."""
+    names = {name.lower() for name in which.names}
     found: list[Octets] = []
-    for name, name_end, _, end in header_fields(header, 0, len(header)):
-        if (header[name:name_end].lower() in names) != others:
-            found.append(header[name:end])
+    start, most = where.start, READ
+    while start < where.end or prefix:
+        octets = read(start, min(start + most, where.end))
+        whole = len(octets) if start + most >= where.end else whole_fields(octets)
+        if not whole:  # it is amid a field
+            most *= 2
+            continue
+        if some := _chosen(prefix + octets[:whole], names, which.what.endswith(".NOT")):
+            found.append(some)
+        start, most, prefix = start + whole, READ, b""
+        if not octets:
+            break
     if found and found[-1][-1:] != b"\n":
         found.append(b"\r\n")
     return [*found, b"\r\n"]
+
+
+def _chosen(header: bytes, names: set[bytes], others: bool) -> bytes:
+    """The fields of a header with these names (lower case), or those without."""
+    fields = header_fields(header, 0, len(header))
+    return b"".join([header[name:end] for name, name_end, _, end in fields if (header[name:name_end].lower() in names) != others])
+
+
+def whole_fields(header: bytes) -> int:
+    """How many octets of the beginning of a header are whole fields, as far as that is seen."""
+    found = _WHOLE.match(header)
+    return found.end() if found else 0
 
 
 def binary(data: bytes, parts: bytes, path: Sequence[int], prefix: bytes = b"") -> list[Octets] | None:

@@ -180,14 +180,13 @@ class Asked(NamedTuple):
 class Sections:
     """The sections of one message, made one after another: what was read or decoded for the one before is kept for the next."""
 
-    __slots__ = ("_decoded", "_header", "_path", "_text", "costs")
+    __slots__ = ("_decoded", "_path", "_text", "costs")
 
     def __init__(self, text: Text, asked: Sequence[Asked]) -> None:
         """`asked`: what will be made. UnknownEncoding: not all of it can be made; Refusal (LIMIT): it would take too long."""
         self._text = text
         self._path: tuple[int, ...] | None = None
         self._decoded: Sequence[Piece] | None = None
-        self._header: tuple[mime.Extent, bytes] = mime.Extent(0, 0), b""
         if len(text.parts) * len(asked) > WORK_MOST:
             raise Refusal(LIMIT, TOO_MANY)
         self.costs = [self._cost(one.section, one.shape) for one in asked]
@@ -269,11 +268,9 @@ class Sections:
         found = self._extent(which)
         if found is None:
             return None
-        if which.names:
-            header = self._header_at(found)
-            front = b"" if which.path else text.prefix
-            return mime.section(header, _one_header(len(header)), which._replace(path=()), front)
         front = text.prefix if not which.path and which.what != "TEXT" else b""
+        if which.names:
+            return mime.chosen_fields(text.read, found, which, front)
         return [front, text.slice(found.start, found.end)]
 
     def _extent(self, which: mime.Section) -> mime.Extent | None:
@@ -282,11 +279,6 @@ class Sections:
         if found is not None and found.end == DESCRIBED_MOST < octets:
             return found._replace(end=octets)
         return found
-
-    def _header_at(self, where: mime.Extent) -> bytes:
-        if self._header[0] != where:
-            self._header = where, self._text.read(where.start, where.end)
-        return self._header[1]
 
     def _decoded_part(self, path: tuple[int, ...]) -> Sequence[Piece] | None:
         """As of mime.binary."""
@@ -300,11 +292,6 @@ class Sections:
             return mime.binary(text.data, text.parts, path, text.prefix)
         found = self._extent(mime.Section(path))
         return None if found is None else mime.decoded_part(text.read(found.start, found.end), text.parts, path)
-
-
-def _one_header(octets: int) -> bytes:
-    """The places of a message that is a header of so many octets."""
-    return mime.PLACE.pack(0, 0, 0, octets, 0)
 
 
 def _cut(pieces: Sequence[Piece], first: int, octets: int) -> list[Piece]:

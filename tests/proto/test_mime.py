@@ -349,3 +349,25 @@ def test_the_fields_of_a_header():
     data = b"".join(b"A%d: x\r\n" % n for n in range(3000)) + b"\r\n"
     assert len(list(mime.header_fields(data, 0, len(data)))) == 3000
     assert part(data, "HEADER.FIELDS (A0 a1000 A2999)") == b"A0: x\r\nA1000: x\r\nA2999: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("read", [4, 16, 40, 1000])
+@pytest.mark.parametrize("text", ["HEADER.FIELDS (X-B to)", "HEADER.FIELDS.NOT (X-B TO)", "HEADER.FIELDS (X-None)"])
+def test_fields_are_chosen_in_pieces_of_a_header(monkeypatch, read, text):
+    """Of whole fields, however long they are."""
+    data = b"".join(b"X-A: %d\r\n\tfolded\r\nX-B: %d\r\n  and\r\n  more\r\nno field\r\n" % (n, n) for n in range(9)) + b"To: last"
+    whole = part(data + b"\r\n\r\nbody", text, b"To: first\r\n")
+    monkeypatch.setattr(mime, "READ", read)
+    assert part(data + b"\r\n\r\nbody", text, b"To: first\r\n") == whole == part(data, text, b"To: first\r\n")
+    assert whole.count(b"X-B: ") == (9 if "(X-B to" in text else 0) and whole.count(b"To: ") == (2 if "(X-B to" in text else 0)
+
+
+def test_fields_of_a_large_header_take_little_memory():
+    header = b"X: y\r\n" + b"X-1: y\r\n" * 200_000
+    tracemalloc.start()
+    found = mime.chosen_fields(
+        lambda start, end: header[start:end], mime.Extent(0, len(header)), Section((), "HEADER.FIELDS", (b"X",))
+    )
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [b"X: y\r\n", b"\r\n"] and most < len(header) // 2
