@@ -125,6 +125,8 @@ TEXTS = {
     "10,000 parts": BOUNDARY % b"b" + b"--b\r\n\r\nx\r\n" * 9_998 + b"--b--\r\n",
     "10,000 parts of base64": BOUNDARY % b"b"
     + b"--b\r\nContent-Transfer-Encoding: base64\r\n\r\neHh4eA==\r\n" * 9_998 + b"--b--\r\n",
+    "10,000 parts of 40 MB": BOUNDARY % b"b"
+    + (b"--b\r\nContent-Type: text/plain; name=" + b"n" * 40 + b"\r\n\r\n" + b"a line of words\r\n" * 230 + b"\r\n") * 9_998,
     "base64 of 40 MB": b"Content-Transfer-Encoding: base64\r\n\r\n"
     + base64.encodebytes(b"\xc3\xa4x " * 14_000).replace(b"\n", b"\r\n") * 520,
     "encoded words": b"Subject: " + (WORD + b"\r\n ") * 14_000 + b"\r\n\r\nx\r\n",

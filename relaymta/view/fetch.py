@@ -5,6 +5,7 @@ data. A large message is not in memory: its sections are places in its file (`Fi
 """
 
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -142,9 +143,12 @@ def with_description(shard: Readable, message: Message) -> Message:
     return message._replace(object=ObjectRow(row.references, row.body, described, row.digest))
 
 
+_describing = threading.Lock()  # all of a large message is in memory while it is described: of one at a time
+
+
 def _describe_file(path: Path, start: int, octets: int) -> mime.Description:
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        with _describing, path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
             return mime.describe(mapped[start : start + min(octets, DESCRIBED_MOST)])
     except FileNotFoundError:
         raise Refusal(MISSING, "the message has been expunged") from None

@@ -5,11 +5,13 @@ import base64
 import contextlib
 import datetime
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from relaymta.disk.segments import segment_file
+from relaymta.proto import mime
 from relaymta.proto.imap_command import Search
 from relaymta.proto.imap_found import Found
 from relaymta.proto.imap_program import Batch, Program, Stage
@@ -17,6 +19,7 @@ from relaymta.proto.imap_records import load, values
 from relaymta.proto.imap_uids import Shared
 from relaymta.proto.imap_view import Mailbox, View
 from relaymta.proto.imap_words import Refused
+from relaymta.proto.mime import Description
 from relaymta.proto.mime_text import PIECE
 from relaymta.store.rows import SEEN
 from relaymta.store.writer import Target
@@ -301,6 +304,28 @@ async def test_a_message_that_has_to_be_described_is_described_once(box, monkeyp
     assert len(box.slices(parsed("SEARCH SUBJECT x BODY needle").key)) == 2
     assert len(box.slices(parsed("SEARCH NOT SUBJECT x BODY needle").key)) > 9000
     assert len(done) == 2
+
+
+async def test_one_large_message_is_described_at_a_time(box, monkeypatch):
+    """All of it is in memory meanwhile."""
+    part = b"--b\r\nContent-Type: text/plain; name=" + b"n" * 100 + b"\r\n\r\nsome words\r\n"
+    await box.file(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 9000)
+    select(box)
+    (message,) = box.messages(Stage.BODY)
+    describe, now, most = mime.describe, [], []
+
+    def counted(data: bytes) -> Description:
+        now.append(data)
+        most.append(len(now))
+        try:
+            return describe(data)
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(mime, "describe", counted)
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda _: search.described_of(box.shard, message), range(12)))
+    assert most == [1] * 12 and all(len(one.parts) == len(found[0].parts) > 9000 for one in found)
 
 
 async def test_others_have_their_turns_amid_a_large_message(tmp_path, monkeypatch):
