@@ -20,6 +20,7 @@ from relaymta.proto import (
     imap_search,
     imap_server,
     imap_session,
+    imap_text,
     imap_words,
     managesieve_grammar,
     managesieve_reply,
@@ -63,7 +64,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 MODULES = (
     authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar, imap_messages,
-    imap_search, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar, managesieve_reply,
+    imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar, managesieve_reply,
     managesieve_server, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates, sieve_grammar,
     sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings, sieve_tests,
     sieve_vacation, sieve_values,
@@ -102,7 +103,7 @@ def main() -> None:
     assert len(interpreted) == 3
     structure = targets.STRUCTURES[1]
     instrument(*interpreted, *CLASSES, structure.Addresses, structure.Octets)
-    for module in (*MODULES, targets.MIME[1], targets.TEXTS[1], structure):
+    for module in (*MODULES, targets.MIME[1], targets.TEXTS[1], structure, *targets.SEARCHES[1]):
         instrument_module(module)
     found = Path("build/corpus") / name
     found.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,20 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
+from unicodedata import normalize
 
+from relaymta._speedups.mime import Part, scan
 from relaymta.accept.transaction import FIELDS
 from relaymta.auth.identity import Identity
 from relaymta.filter.signatures import arc, claims, verify
-from relaymta.proto import mailbox, reply
+from relaymta.proto import mailbox, mime_text, reply
 from relaymta.proto.authres import without_forged
 from relaymta.proto.header import header_end
-from relaymta.proto.mime import Section, body_of, describe, section
-from relaymta.proto.mime_text import header_text, text_parts
+from relaymta.proto.imap_text import FIELDS as FIELDS_OF_ENVELOPE
+from relaymta.proto.imap_text import EnvelopeText
+from relaymta.proto.mime import VERSION, Section, body_of, describe, section
+from relaymta.proto.mime_text import charset_of, comparable, header_text, in_text, is_text, part_text, text_parts
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
 from relaymta.proto.sasl import MECHANISMS, Claim, Keys, Malformed, Password, Proof, begin
 from relaymta.proto.session import COMMANDS, DATA
@@ -37,6 +42,7 @@ from tests.speedups import (
     test_imap,
     test_mime,
     test_replies,
+    test_search,
     test_smtp,
     test_structure,
     test_text,
@@ -57,6 +63,7 @@ MIME = [parameter.values[0] for parameter in test_mime.KERNELS]
 TEXTS = [parameter.values[0] for parameter in test_text.KERNELS]
 STRUCTURES = [parameter.values[0] for parameter in test_structure.KERNELS]
 REPLIES = [parameter.values[0] for parameter in test_replies.PARSERS]
+SEARCHES = [parameter.values[0] for parameter in test_search.KERNELS]
 IMAP = [parameter.values[0] for parameter in test_imap.PARSERS]
 SIEVE_REQUIRE = b"require [%b];\n" % b",".join(b'"%b"' % one.encode() for one in EXTENSIONS)
 SIEVE_MESSAGE = (
@@ -363,6 +370,74 @@ def sieve(data: bytes) -> None:
             assert not re.search(rb"(?im)^bcc:", reply_header)
 
 
+def search(data: bytes) -> None:
+    """SEARCH: an octet of options, what is sought up to a line end, and a message behind it. What the kernels tell of its rows
+    and data is what the code that they ask decides; a part is searched in pieces as it is at once; of rows that are none both
+    kernels say the same."""
+    octets, _, message = data[1:].partition(b"\n")
+    sought = comparable(octets.decode("utf-8", "replace"))
+    if not sought:
+        return
+    row, envelope = test_search.row_of(message), EnvelopeText(describe(message).envelope, str)
+    there = comparable("".join(text_parts(message)))[data[0] :][: 1 + data[0] % 9]
+    prefix = (test_search.PREFIX, b"", b"X: =?utf-8?q?=41?=\r\n", b"no end")[data[0] & 3]
+    for kernels in SEARCHES:
+        test_search.agree(kernels, message, sought, prefix)
+        for some in filter(None, (there, normalize("NFD", there)[: 1 + data[0] % 3])):  # a letter without its mark
+            test_search.agree(kernels, message, some, prefix)
+        finder = test_search.needle(kernels, sought)
+        for name, place in FIELDS_OF_ENVELOPE.items():
+            yes, ask = kernels[2].envelopes(finder, [(b"", row)], b"\1", place, VERSION)
+            assert ask == b"\1" or yes == bytes([envelope.has(name, sought)])
+    damaged = row[: data[0]] + message[: data[0] & 7] + row[data[0] :]
+    for one, there in ((message, message), (row[: data[0]], message), (damaged, message), (row, message[: -1 - data[0] % 8])):
+        assert _of_row(SEARCHES[0], one, there, sought) == _of_row(SEARCHES[1], one, there, sought)
+    _search_in_pieces(message, sought, 16 + data[0] % 64)
+
+
+def _of_row(kernels: Any, row: bytes, message: bytes, sought: str) -> list[Any]:
+    finder, found = test_search.needle(kernels, sought), list[Any]()
+    for say in (
+        lambda: kernels[0].objects([row]),
+        lambda: kernels[0].bodies([row]),
+        lambda: kernels[0].undescribed([row], VERSION),
+        lambda: kernels[2].envelopes(finder, [(row, row)], b"\1", 1, VERSION),
+        lambda: finder.texts([(row, row, message)], b"\1", True, VERSION),
+    ):
+        try:
+            found.append(say())
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def _search_in_pieces(message: bytes, sought: str, size: int) -> None:
+    """Parts whose charset has no state, and where not so many combining characters follow each other that they are divided."""
+    for part in scan(message):
+        charset = charset_of(message, part)
+        if not is_text(message, part) or not mime_text._has_ascii(charset):
+            continue
+        text = part_text(message, part)
+        if mime_text._marked().search(text) or text != _as_utf_8(message, part, charset):
+            continue
+        kept = mime_text.WHOLE, mime_text.PIECE
+        mime_text.WHOLE, mime_text.PIECE = 0, size  # type: ignore[misc]
+        try:
+            shown = comparable(text)
+            assert in_text(message, part, sought) == (sought in shown)
+            assert not shown or in_text(message, part, shown)
+        finally:
+            mime_text.WHOLE, mime_text.PIECE = kept  # type: ignore[misc]
+
+
+def _as_utf_8(message: bytes, part: Part, charset: bytes) -> str:
+    """The text of a part, in UTF-8 where its charset is ASCII: such a text is ISO-8859-1 in pieces from the first octet on that
+    is not UTF-8."""
+    if mime_text._codec(charset[:40].decode("latin-1")) != "ascii":
+        return part_text(message, part)
+    return mime_text._UNDO[part.encoding](message[part.body : part.end]).decode("utf-8", "replace")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -374,6 +449,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "proxy": proxy,
     "mime": mime,
+    "search": search,
     "sieve": sieve,
     "managesieve": managesieve,
 }
