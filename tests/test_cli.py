@@ -13,6 +13,7 @@ import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -219,8 +220,45 @@ def test_the_records_by_which_programs_find_the_listeners(tmp_path):
     ]
     found = call("mailbox", "dns", "x.c.example", "--json", "--config", str(config))
     assert json.loads(found.stdout.splitlines()[0]) == {"name": "x.c.example.", "kind": "MX", "value": "10 mx.b.example."}
+    for spelled in ("B.example.", "b.EXAMPLE"):
+        assert call("mailbox", "dns", spelled, "--config", str(config)).stdout.startswith("b.example.  MX  ")
+    for wrong, reason in (("", "DOMAIN: it is empty"), ("a..b", "'a..b' is not a domain"), (".", "'.' is not a domain")):
+        found = call("mailbox", "dns", wrong, "--config", str(config))
+        assert (found.exit_code, reason in found.stderr) == (64, True)
     found = call("mailbox", "dns", "bb.example", "--config", str(config))
     assert found.exit_code == 69 and 'no route keeps mail for bb.example (did you mean "b.example"?)' in found.stderr
+
+
+def test_records_of_a_domain_in_u_labels_are_as_zone_files_have_them(tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text(LISTENERS.replace('"b.example"', '"bücher.example"'))
+    (tmp_path / "none.pem").touch()
+    for words in ((), ("bücher.example",), ("xn--bcher-kva.example",)):
+        found = call("mailbox", "dns", *words, "--config", str(config))
+        assert found.exit_code == 0 and found.stdout.startswith("xn--bcher-kva.example.  MX  10 mx.b.example.\n")
+        assert found.stdout.isascii()
+
+
+def test_the_file_of_autoconfig_has_the_listeners(tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text(LISTENERS)
+    (tmp_path / "none.pem").touch()
+    found = call("mailbox", "dns", "--autoconfig", "--config", str(config))
+    provider = ElementTree.fromstring(found.stdout).find("emailProvider")
+    assert provider is not None and [one.text for one in provider.findall("domain")] == ["b.example"]
+    servers = [(one.tag, one.attrib["type"], *(field.text for field in one)) for one in provider if one.tag != "domain"]
+    name = "%EMAILADDRESS%", "password-cleartext"
+    assert servers == [
+        ("incomingServer", "imap", "mx.b.example", "993", "SSL", *name),
+        ("outgoingServer", "smtp", "mx.b.example", "587", "STARTTLS", *name),
+    ]
+
+
+def test_records_of_a_configuration_that_is_wrong(tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text("hostname = 3\n")
+    found = call("mailbox", "dns", "--config", str(config))
+    assert (found.exit_code, found.exception.__class__, f"{config}:1: hostname" in found.stderr) == (78, SystemExit, True)
 
 
 NO_SUCH = [  # words, the beginning of the message

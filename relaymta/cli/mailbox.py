@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from relaymta.cli.console import record, say, say_json, table
-from relaymta.cli.options import Configuration, configured, fail, group
+from relaymta.cli.options import Configuration, configured, fail, group, loaded
 from relaymta.cli.peer import as_json, asked, counted, daemon, given, size
 from relaymta.duration import parse_size
 
@@ -261,23 +261,32 @@ def import_mail(read: Configuration, address: str, source: Path, below: str) -> 
 
 
 @mailbox.command()
-@click.argument("domain", required=False)
+@click.argument("domain", required=False, callback=given)
+@click.option("--autoconfig", is_flag=True, help="The file by which Thunderbird and others find the listeners, instead.")
 @as_json
 @configured
-def dns(read: Configuration, domain: str | None, as_json: bool) -> None:
+def dns(read: Configuration, domain: str | None, autoconfig: bool, as_json: bool) -> None:
     """Show the DNS records by which mail, and mail programs, find this relay: MX, and SRV of its listeners.
 
     DOMAIN: one whose mail is kept here; default: all. The relay need not run."""
-    from relaymta.cli.mail_dns import records
+    from relaymta.cli.mail_dns import autoconfig_of, records
     from relaymta.errors import near
-    from relaymta.proto.address import domain_matches
+    from relaymta.proto.address import domain_matches, in_a_labels, in_dns
 
-    config = read()
+    config = loaded(read)
     if not config.local_domains:
         fail(69, 'no route has protocol = "mailbox": no mail is kept here')
-    if domain is not None and not domain_matches(domain.lower(), config.local_domains):
-        fail(69, f"no route keeps mail for {domain}{near(domain, config.local_domains)}")
-    for one in [domain.lower()] if domain is not None else [name for name in config.local_domains if name[0] != "."]:
+    domains = [in_a_labels(name) for name in config.local_domains if name[0] != "."]
+    if domain is not None:
+        domains = [in_a_labels(domain.removesuffix("."))]
+        if not in_dns(domains[0]):
+            fail(64, f"{domain!r} is not a domain")
+        if not domain_matches(domains[0], config.local_domains):
+            fail(69, f"no route keeps mail for {domain}{near(domain, config.local_domains)}")
+    if autoconfig:
+        say(*autoconfig_of(config, domains))
+        return
+    for one in domains:
         for row in records(config, one):
             if as_json:
                 say_json(row._asdict())
