@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 
 __all__ = [
-    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Failure", "NoSuch", "RelayError", "SpoolBusy", "StoreError", "StoreFull",
-    "check_all", "near", "redacted", "store_error", "told", "without",
+    "DNS", "NETWORK", "PEER", "US", "ConfigError", "Exists", "Failure", "NoSuch", "RelayError", "SpoolBusy", "StoreError",
+    "StoreFull", "check_all", "near", "redacted", "store_error", "told", "without",
 ]  # fmt: skip
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,7 +34,8 @@ _SECRETS = (
 
 
 class RelayError(Exception):
-    """Base of our errors; str() is a message for operators. `absent`: it says that what it is about does not exist."""
+    """Base of our errors; str() is a message for operators. `absent`: it says that what it is about does not exist, or does
+    so already where it was to be made."""
 
     absent = False
 
@@ -46,6 +47,12 @@ class NoSuch(RelayError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str] = ()) -> None:
         super().__init__(f"no such {kind}: {name}{near(name, known)}")
+
+
+class Exists(RelayError):
+    """What was to be made is there already."""
+
+    absent = True
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import Configuration, configured, fail, group, loaded
-from relaymta.cli.peer import as_json, asked, counted, daemon, given, size
+from relaymta.cli.peer import GivenPath, as_json, asked, counted, daemon, given, given_address, size
 from relaymta.duration import parse_size
 
 __all__ = ["mailbox"]
@@ -19,16 +19,30 @@ def mailbox() -> None:
     """Manage users whose mail is kept here: their mailboxes, addresses and quotas."""
 
 
-def _octets(option: str, text: str) -> int:
-    """The octets of a size; 0 for "" (that of the configuration), -1 for "none"."""
-    if not text:
+_MOST = 1 << 60  # octets or messages of a quota
+_messages = click.option(
+    "--messages",
+    type=click.IntRange(-1, _MOST),
+    help="Messages, -1 for any, 0 for mailboxes.messages (the default of a new user).",
+)
+
+
+def _octets(option: str, text: str | None) -> int:
+    """The octets of a size; 0 for None and "default" (that of the configuration), -1 for "none"."""
+    if text is None or text == "default":
         return 0
     if text == "none":
         return -1
     try:
-        return parse_size(text) or -1
+        octets = parse_size(text)
     except ValueError:
-        fail(64, f'{option} {text}: expected a size such as "5G", or "none"')
+        fail(64, f'{option} {text}: expected a size such as "5G", "none" or "default"')
+    if octets > _MOST:
+        fail(64, f'{option} {text}: expected at most "{_MOST >> 30}G", or "none"')
+    return octets or -1
+
+
+PASSWORD_MOST = 1000  # characters
 
 
 def _password(given: bool) -> str:
@@ -40,19 +54,24 @@ def _password(given: bool) -> str:
     password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         fail(64, "--password: there is none on standard input")
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in password):  # the second: octets that are not UTF-8
+        fail(64, "--password: it has a NUL, or is not UTF-8")
+    if len(password) > PASSWORD_MOST:
+        fail(64, f"--password: it has more than {PASSWORD_MOST} characters")
     return password
 
 
 @mailbox.command()
-@click.argument("address", callback=given)
+@click.argument("address", callback=given_address)
 @click.option("--password", is_flag=True, help="Ask for a password, or read it from standard input.")
-@click.option("--quota", default="", metavar="SIZE", help='Octets, such as 5G, or "none"; default: mailboxes.quota.')
-@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@click.option("--quota", callback=given, metavar="SIZE", help='Octets, such as 5G, or "none"; default: mailboxes.quota.')
+@_messages
 @configured
-def create(read: Configuration, address: str, password: bool, quota: str, messages: int) -> None:
+def create(read: Configuration, address: str, password: bool, quota: str | None, messages: int | None) -> None:
     """Create a user and the mailboxes."""
     octets = _octets("--quota", quota)
-    found = asked(daemon(read), "mailbox_create", address=address, password=_password(password), octets=octets, messages=messages)
+    peer, limits = daemon(read), {"octets": octets, "messages": messages or 0}
+    found = asked(peer, "mailbox_create", address=address, password=_password(password), **limits)
     say(f"{found['user']} has mailboxes in shard {found['shard']}")
 
 
@@ -73,6 +92,12 @@ def list_users(read: Configuration, as_json: bool) -> None:
             table("", _HEAD, [[row["user"], row["state"], str(row["shard"]), _quota(row), row["login"]] for row in page])
     if not found and not as_json:
         say("there are no users", err=True)
+
+
+def _given_alias(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """An address, or "@domain"."""
+    given_address(context, parameter, f"x{value}" if value.startswith("@") else value)
+    return value
 
 
 _HEAD = ["user", "state", "shard", "quota", "login"]
@@ -109,8 +134,8 @@ def show(read: Configuration, address: str, messages: bool, as_json: bool) -> No
 
 
 @mailbox.command()
-@click.argument("address", callback=given)
-@click.argument("targets", nargs=-1)
+@click.argument("address", callback=_given_alias)
+@click.argument("targets", nargs=-1, callback=given_address)
 @click.option("--remove", is_flag=True, help="Remove the alias.")
 @configured
 def alias(read: Configuration, address: str, targets: tuple[str, ...], remove: bool) -> None:
@@ -147,7 +172,7 @@ def delete(read: Configuration, address: str, now: bool) -> None:
 
 @mailbox.command()
 @click.argument("address", callback=given)
-@click.argument("new", callback=given)
+@click.argument("new", callback=given_address)
 @configured
 def rename(read: Configuration, address: str, new: str) -> None:
     """Give a user another name.
@@ -182,17 +207,20 @@ def password(read: Configuration, address: str) -> None:
 
 @mailbox.command()
 @click.argument("address", callback=given)
-@click.argument("octets")
-@click.option("--messages", default=0, type=click.IntRange(-1), help="Messages, -1 for any; default: mailboxes.messages.")
+@click.argument("octets", callback=given)
+@_messages
 @configured
-def quota(read: Configuration, address: str, octets: str, messages: int) -> None:
-    """Set a user's quota: a size such as 5G, "none", or "default"."""
-    changes = {"octets": 0 if octets == "default" else _octets("quota", octets), "messages": messages}
+def quota(read: Configuration, address: str, octets: str, messages: int | None) -> None:
+    """Set a user's quota: a size such as 5G, "none", or "default".
+
+    The number of messages stays as it is without --messages."""
+    size_of = _octets("quota", octets)
+    changes = {"octets": size_of} | ({} if messages is None else {"messages": messages})
     asked(daemon(read), "mailbox_change", address=address, changes=changes)
-    say(f"the quota of {address} is {octets}")
+    say(f"the quota of {address} is {'none' if size_of < 0 else octets}")
 
 
-_folder = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+_folder = click.argument("folder", type=GivenPath(path_type=Path, file_okay=False))
 
 
 @mailbox.command()
@@ -207,7 +235,7 @@ def backup(read: Configuration, folder: Path) -> None:
 
 @mailbox.command()
 @_folder
-@click.argument("address", default="")
+@click.argument("address", default="", callback=given)
 @configured
 def restore(read: Configuration, folder: Path, address: str) -> None:
     """Restore all mailboxes, or one user, from a backup.
@@ -248,8 +276,15 @@ def export(read: Configuration, address: str, folder: Path, form: str) -> None:
 
 @mailbox.command(name="import")
 @click.argument("address", callback=given)
-@click.argument("source", metavar="PATH", type=click.Path(path_type=Path, exists=True))
-@click.option("--mailbox", "below", default="", metavar="NAME", help="Into this mailbox, and others below it; default: INBOX.")
+@click.argument("source", metavar="PATH", type=GivenPath(path_type=Path, exists=True))
+@click.option(
+    "--mailbox",
+    "below",
+    default="",
+    callback=given,
+    metavar="NAME",
+    help="Into this mailbox, and others below it; default: INBOX.",
+)
 @configured
 def import_mail(read: Configuration, address: str, source: Path, below: str) -> None:
     """Import a Maildir, an mbox file, or a folder of .mbox files.

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from relaymta.config import Config
 
 __all__ = [
-    "Daemon", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given", "given_domain",
-    "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of", "size", "spool_of",
-    "until", "unused_spool", "when",
+    "Daemon", "GivenPath", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given",
+    "given_address", "given_domain", "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of",
+    "size", "spool_of", "until", "unused_spool", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -199,6 +199,26 @@ def given(context: click.Context, parameter: click.Parameter, value: Any) -> Any
     if value == "" and context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
         fail(64, f"{parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name}: it is empty")
     return value
+
+
+def given_address(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """As `given`: one or several arguments that are addresses with a domain."""
+    from relaymta.proto.address import plain
+
+    for one in value if isinstance(value, tuple) else (value,):
+        if "@" not in one or plain(one) is None:
+            fail(64, f"{given(context, parameter, one)!r} is not an address")
+    return value
+
+
+class GivenPath(click.Path):
+    """As click.Path, but "" is wrong usage, not the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path. click.BadParameter."""
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def given_sender(context: click.Context, parameter: click.Parameter, value: str) -> str:

@@ -8,11 +8,11 @@ import click
 
 from relaymta.cli.console import say, say_json, say_message, table
 from relaymta.cli.options import Configuration, configured, fail, group
-from relaymta.cli.peer import answered, as_json, asked, counted, daemon, given, size
+from relaymta.cli.peer import GivenPath, answered, as_json, asked, counted, daemon, given, size
 
 __all__ = ["sieve"]
 
-_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
+_file = click.argument("file", type=GivenPath(path_type=Path, dir_okay=False, allow_dash=True))
 
 
 @group
@@ -31,7 +31,7 @@ def _compiled(file: Path) -> bytes:
             with file.open("rb") as opened:
                 text = opened.read(SCRIPT_MOST + 1)
     except OSError as error:
-        fail(77 if isinstance(error, PermissionError) else 66, f"{file}: {error.strerror}")
+        fail(77 if isinstance(error, PermissionError) else 74, f"{file}: {error.strerror}")
     try:
         compile(text)
     except SieveError as error:
@@ -57,7 +57,7 @@ def check(read: Configuration, file: Path) -> None:
 @sieve.command()
 @click.argument("address", callback=given)
 @_file
-@click.option("--name", default="", help="The script's name; default: that of the file, without .sieve.")
+@click.option("--name", default="", callback=given, help="The script's name; default: that of the file, without .sieve.")
 @click.option("--activate", is_flag=True, help="Run it from now on.")
 @configured
 def put(read: Configuration, address: str, file: Path, name: str, activate: bool) -> None:
@@ -75,7 +75,7 @@ def put(read: Configuration, address: str, file: Path, name: str, activate: bool
 
 @sieve.command()
 @click.argument("address", callback=given)
-@click.argument("name", default="")
+@click.argument("name", default="", callback=given)
 @configured
 def get(read: Configuration, address: str, name: str) -> None:
     """Write a script, by default the active one, to standard output.
@@ -100,7 +100,7 @@ def _script(read: Configuration, address: str, name: str) -> bytes:
     with mail_files(read) as files:
         found = answered(find)
     if found is None:
-        fail(69, f"{address} has no script {name}" if name else f"{address} has no active script")
+        fail(1, f"{address} has no script {name}" if name else f"{address} has no active script")
     return found
 
 

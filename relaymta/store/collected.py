@@ -38,6 +38,7 @@ class Refusal(RelayError):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
         self.code = code
+        self.absent = code in (MISSING, EXISTS)
 
 
 class Collected(Transaction):

@@ -19,7 +19,7 @@ import lmdb
 import msgspec
 
 from relaymta.disk.folders import make_folder
-from relaymta.errors import NoSuch, RelayError, StoreError, near, store_error
+from relaymta.errors import Exists, NoSuch, RelayError, StoreError, near, store_error
 from relaymta.proto.address import comparable, domain_of
 
 __all__ = ["REMOVING", "Address", "Directory", "Found", "User", "Version"]
@@ -354,15 +354,15 @@ class Directory:
         if found is None:
             return
         if not found.user:
-            raise RelayError(f"{address} is an alias of {', '.join(found.targets)}")
+            raise Exists(f"{address} is an alias of {', '.join(found.targets)}")
         owner = self._user(txn, found.user)
         if owner is not None and owner.deleted:
             back = "`relaymta mailbox enable` brings the user back, `relaymta mailbox delete --now` frees the address"
             whose = f" belongs to {owner.address}, who" if owner.address != address else ""
-            raise RelayError(f"{address}{whose} was deleted: {back}")
+            raise Exists(f"{address}{whose} was deleted: {back}")
         if owner is not None and owner.address != address:
-            raise RelayError(f"{address} is an address of {owner.address}")
-        raise RelayError(f"{address} exists already")
+            raise Exists(f"{address} is an address of {owner.address}")
+        raise Exists(f"{address} exists already")
 
     def _give(self, txn: Any, ident: int, address: str) -> None:
         """Let an address lead to a user."""
@@ -405,6 +405,8 @@ class Directory:
         owner = self._user(txn, found.user) if found is not None else None
         if owner is not None:
             return NoSuch("mailbox user", f"{address} (it is an address of {owner.address})")
+        if found is not None and found.targets:
+            return NoSuch("mailbox user", f"{address} (it is an alias of {', '.join(found.targets[:3])})")
         return NoSuch("mailbox user", address, self._like(txn, address))
 
     def _like(self, txn: Any, address: str) -> list[str]:

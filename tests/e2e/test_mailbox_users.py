@@ -48,7 +48,7 @@ def test_a_deleted_user_can_come_back_until_the_mail_is_removed(tmp_path):
             (("move", "bob@local.example", "0"), "bob@local.example is deleted"),
         ):
             found = relay.cli("mailbox", *words, check=False)
-            assert found.returncode == 69 and sentence in found.stderr
+            assert found.returncode == (1 if words[0] == "create" else 69) and sentence in found.stderr
         relay.cli("mailbox", "enable", "bob@local.example")
         assert code(relay, "bob") == 250 and shown(relay, "bob")["INBOX"] == ["x"]
         relay.cli("mailbox", "delete", "--now", "bob@local.example")
@@ -68,7 +68,7 @@ def test_a_renamed_user_keeps_the_old_address(tmp_path):
         wait_for(lambda: shown(relay, "anna")["INBOX"] == ["x"], what="delivery")
         for words, status, sentence in (
             (("show", "alice@local.example"), 1, "it is an address of anna@local.example"),
-            (("rename", "anna@local.example", "bob@local.example"), 69, "bob@local.example exists already"),
+            (("rename", "anna@local.example", "bob@local.example"), 1, "bob@local.example exists already"),
             (("rename", "anna@local.example", "anna@other.example"), 69, "no route keeps mail for other.example"),
             (("move", "anna@local.example", "3"), 69, "there is no shard 3 (there are 0 to 0)"),
             (("move", "anna@local.example", "0"), 69, "anna@local.example is in shard 0"),
@@ -156,7 +156,7 @@ def test_a_backup_under_load_is_a_state_that_was(tmp_path):
         found = relay.cli("mailbox", "restore", str(tmp_path / "backup-0"), check=False)
         assert found.returncode == 75 and "the relay is running" in found.stderr
         found = relay.cli("mailbox", "restore", str(tmp_path / "backup-0"), "u0@local.example", check=False)
-        assert found.returncode == 69 and "u0@local.example exists already" in found.stderr
+        assert found.returncode == 1 and "u0@local.example exists already" in found.stderr
         had = shown(relay, "u0")["INBOX"]
         relay.cli("mailbox", "delete", "--now", "u1@local.example", check=False)
         relay.cli("mailbox", "alias", "--remove", "all@local.example")

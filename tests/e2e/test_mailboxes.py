@@ -3,10 +3,12 @@
 import json
 import re
 import smtplib
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from relaymta.control import program
 from relaymta.ident import parse_id
 from relaymta.store.files import MailFiles
 from relaymta.store.rows import DONE, FILED, MailShard
@@ -132,14 +134,14 @@ def test_a_full_user_is_known_at_rcpt(tmp_path, over, text):
 
 SENTENCES = [
     (("create", "eve@other.example"), 69, 'no route keeps mail for other.example (did you mean "local.example"?)'),
-    (("create", "alice@local.example"), 69, "alice@local.example exists already"),
-    (("create", "--quota", "5GG", "x@local.example"), 64, 'expected a size such as "5G", or "none"'),
-    (("create", "nobody"), 69, "is not an address"),
+    (("create", "alice@local.example"), 1, "alice@local.example exists already"),
+    (("create", "--quota", "5GG", "x@local.example"), 64, 'expected a size such as "5G", "none" or "default"'),
+    (("create", "nobody"), 64, "is not an address"),
     (("create", ""), 64, "it is empty"),
-    (("create", "a b@local.example"), 69, "'a b@local.example' is not an address"),
-    (("create", "@local.example"), 69, "'@local.example' is not an address"),
-    (("alias", "a@local.example", "x\r\nDATA@far.example"), 69, "is not an address"),
-    (("alias", "a@local.example", "root"), 69, "'root' is not an address"),
+    (("create", "a b@local.example"), 64, "'a b@local.example' is not an address"),
+    (("create", "@local.example"), 64, "'@local.example' is not an address"),
+    (("alias", "a@local.example", "x\r\nDATA@far.example"), 64, "is not an address"),
+    (("alias", "a@local.example", "root"), 64, "'root' is not an address"),
     (("alias", "@far.example", "alice@local.example"), 69, "no route keeps mail for far.example"),
     (("alias", "a@local.example", "a@local.example"), 69, "a@local.example would be an alias of itself"),
     (
@@ -152,6 +154,25 @@ SENTENCES = [
     (("show", "alise@local.example"), 1, 'no such mailbox user: alise@local.example (did you mean "alice@local.example"?)'),
     (("disable", "alise@local.example"), 1, "no such mailbox user: alise@local.example"),
     (("quota", "alice@local.example", "lots"), 64, "expected a size"),
+    (("quota", "alice@local.example", ""), 64, "OCTETS: it is empty"),
+    (("quota", "alice@local.example", "99999999999999G"), 64, 'expected at most "1073741824G"'),
+    (("quota", "alice@local.example", "1G", "--messages", "9" * 30), 64, "is not in the range"),
+    (("create", "--quota", "", "x@local.example"), 64, "--quota: it is empty"),
+    (("create", b"a\xff@local.example"), 64, "is not an address"),
+    (("alias", "@", "alice@local.example"), 64, "is not an address"),
+    (("alias", "a@local.example", ""), 64, "TARGETS: it is empty"),
+    (("alias", "known@local.example", "alice@local.example", "far@far.example"), 0, ""),
+    (("create", "known@local.example"), 1, "known@local.example is an alias of alice@local.example, far@far.example"),
+    (
+        ("show", "known@local.example"),
+        1,
+        "no such mailbox user: known@local.example (it is an alias of alice@local.example, far@",
+    ),
+    (("rename", "alice@local.example", "bad"), 64, "'bad' is not an address"),
+    (("backup", ""), 64, "it is empty"),
+    (("export", "alice@local.example", ""), 64, "it is empty"),
+    (("import", "alice@local.example", ""), 64, "it is empty"),
+    (("restore", ".", ""), 64, "ADDRESS: it is empty"),
 ]
 
 
@@ -163,6 +184,35 @@ def test_mistakes_are_named(tmp_path):
             assert (found.returncode, sentence in found.stderr, "Traceback" in found.stderr) == (status, True, False), found
     found = relay.cli("mailbox", "create", "x@local.example", check=False)
     assert found.returncode == 69 and "needs the running daemon" in found.stderr
+
+
+PASSWORDS = [
+    (b"", "there is none on standard input"),
+    (b"a\0b\n", "it has a NUL"),
+    (b"\xff\xfe\n", "or is not UTF-8"),
+    (b"x" * 100_000, "it has more than 1000 characters"),
+]
+
+
+def test_what_cannot_be_a_password_is_named_and_not_shown(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "a")
+        for given, sentence in PASSWORDS:
+            command = [*program("relaymta.cli"), "mailbox", "password", "a@local.example", "--spool", str(relay.spool)]
+            found = subprocess.run(command, input=given, capture_output=True, timeout=PATIENCE)
+            assert (found.returncode, sentence in found.stderr.decode(), b"xxx" in found.stderr) == (64, True, False), found
+
+
+def test_a_quota_of_octets_leaves_that_of_messages_alone(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice", options=("--messages", "2"))
+        relay.cli("mailbox", "quota", "alice@local.example", "1G")
+        for number in range(2):
+            relay.send(f"Subject: {number}\r\n\r\n", "s@x.example", "alice@local.example")
+        wait_for(lambda: len(relay.events("delivered")) == 2, what="delivery")
+        assert [code for code, _ in replies(relay, "alice@local.example")] == [452]
+        assert "is none" in relay.cli("mailbox", "quota", "alice@local.example", "0", "--messages", "-1").stdout
+        assert [code for code, _ in replies(relay, "alice@local.example")] == [250]
 
 
 def test_without_a_mailbox_route_there_are_no_mailboxes(tmp_path):
