@@ -196,7 +196,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
             return done
         expunges = row.expunges and done.expunges
         try:
-            if reader.behind(reader.looked if self._eager else None):
+            if reader.behind(reader.looked if self.eager else None):
                 await reader.sync(expunges)
         except (RelayError, ConnectionError, Removed) as error:  # what the command has done is done; the next one tells the news
             self.warn(f"news behind {command.name}: {error or type(error).__name__}")
