@@ -3,7 +3,7 @@
 A group is: bodies appended to segments and synced, then one LMDB transaction with everything else. Invariant: nothing in it is
 acknowledged before both have returned. What is submitted meanwhile is in the next group. A single operation never waits: when no
 group is under way it is committed at the end of the loop's iteration. But a group costs as much CPU as several messages, so
-  - after a group, when a few operations are pending, the next one is delayed a little to collect more;
+  - behind a group of several, the next one is delayed a little, until as many have come again: who has been answered goes on;
   - operations that nobody waits for are delayed a few milliseconds to be committed together with one that somebody does.
 
 This is the skeleton; a store derives its writer from it, and says what its operations do and what becomes of them when a group
@@ -35,6 +35,7 @@ GROUP_LIMIT = 1000
 # messages a second); 200 kB: 609 without, 565 us with delayed outcomes alone, 540 with both.
 GATHER_LEAST, GATHER_MOST = 4, 64
 GATHER_SECONDS = 0.001
+EXPECTED_SECONDS = 0.002  # behind a group, for which those who have been answered are expected to go on
 UNAWAITED_SECONDS = 0.003
 
 
@@ -73,6 +74,10 @@ class GroupWriter(Generic[O, G, C]):
         self._pending: list[O] = []
         self._awaited = 0  # how many of them a caller waits for
         self._busy = False  # a group is under way, or about to begin
+        self._under_way = 0  # how many a caller waits for in the group that is under way, or was last
+        self._expected = 0  # how many will be pending soon, when those who have been answered by it go on,
+        self._expected_until = 0.0  # and until when (loop time)
+        self._gathering: asyncio.TimerHandle | None = None  # when the next group begins without them
         self._timer: asyncio.TimerHandle | None = None  # when operations that nobody waits for and that came alone are committed
         self._inbox: queues.SimpleQueue[list[O] | None] = queues.SimpleQueue()
         self.stalled = False
@@ -90,13 +95,26 @@ class GroupWriter(Generic[O, G, C]):
         awaited = type(operation) is not self._unawaited
         self._awaited += awaited
         if self._busy:
-            return
-        if awaited:
-            self._busy = True
-            # At the end of this loop iteration, so that all that it submits is in one group.
-            self._loop.call_soon(self._hand_over)
+            if self._gathering is not None and self._awaited >= self._expected:
+                self._gathering.cancel()
+                self._begin_soon()
+        elif awaited:
+            self._gather()
         else:
             self._delay_unawaited()
+
+    def _gather(self) -> None:
+        """Begin the next group: now, or when those are there who are expected."""
+        self._busy = True
+        if self._expected >= GATHER_LEAST and self._awaited < self._expected and self._loop.time() < self._expected_until:
+            self._gathering = self._loop.call_later(GATHER_SECONDS, self._begin_soon)
+        else:
+            self._begin_soon()
+
+    def _begin_soon(self) -> None:
+        """At the end of this loop iteration, so that all that it submits is in one group."""
+        self._gathering = None
+        self._loop.call_soon(self._hand_over)
 
     def _delay_unawaited(self) -> None:
         if self._timer is None:
@@ -110,6 +128,7 @@ class GroupWriter(Generic[O, G, C]):
 
     def _hand_over(self) -> None:
         """Give the pending operations, at most GROUP_LIMIT, to the thread as one group."""
+        self._under_way = self._awaited
         if len(self._pending) <= GROUP_LIMIT:
             batch, self._pending, self._awaited = self._pending, [], 0
         else:
@@ -119,17 +138,17 @@ class GroupWriter(Generic[O, G, C]):
 
     def _posted(self, group: G) -> None:
         """On the loop, after a group: report it, then begin the next one."""
+        self._expected = min(self._under_way + self._awaited, GATHER_MOST)
+        self._expected_until = self._loop.time() + EXPECTED_SECONDS
         try:
             self._on_commit(group)
         finally:  # an exception there must not stop the commits
-            if not self._awaited:
+            if self._awaited:
+                self._gather()
+            else:
                 self._busy = False
                 if self._pending:
                     self._delay_unawaited()
-            elif GATHER_LEAST <= len(self._pending) < GATHER_MOST:
-                self._loop.call_later(GATHER_SECONDS, self._hand_over)
-            else:
-                self._hand_over()
 
     async def task(self, run: Callable[[C], T], kind: Callable[..., Task] = Task) -> T:
         """Run `run(transaction)` in a group and return its result once that is durable. Raises what `run` raised, or StoreError
