@@ -119,7 +119,7 @@ class FiledTransaction(IncomingTransaction):
         intake.accept_seconds(seconds)
         helo = self._session.helo
         intake.landed(self._ident, self, self.origin, helo, self.octets, self._taken(answers, round(seconds, 3)))
-        admission.loop.call_soon(self._flow.answer, self, answers)
+        self._flow.answer(self, answers)  # not within `complete`: what files and what queues call back in turns of their own
 
     def _said(self, address: str, landed: Landed) -> bytes:
         said, name = landed.reply, format_id(self._ident)
@@ -130,12 +130,16 @@ class FiledTransaction(IncomingTransaction):
         return reply.format_reply(said.code, said.enhanced, f"<{address}> {said.text} as {name}")
 
     def _taken(self, answers: list[bytes], delay: float) -> Taken:
-        rows = list(zip(self.recipients, answers, self._landed, strict=True))
-        taken = [(address, one) for address, answer, one in rows if answer.startswith(b"2")]
-        filed = [(address, one) for address, one in taken if one.users]
-        users = list(dict.fromkeys(user for _, one in filed for user in one.users))
-        refused = [(address, answer) for address, answer, _ in rows if not answer.startswith(b"2")]
-        return Taken([address for address, _ in taken], [address for address, _ in filed], users, refused, delay)
+        recipients, filed, users, refused = list[str](), list[str](), dict[str, None](), list[tuple[str, bytes]]()
+        for address, answer, one in zip(self.recipients, answers, self._landed, strict=True):
+            if not answer.startswith(b"2"):
+                refused.append((address, answer))
+                continue
+            recipients.append(address)
+            if one.users:
+                filed.append(address)
+                users |= dict.fromkeys(one.users)
+        return Taken(recipients, filed, list(users), refused, delay)
 
     def end(self) -> None:
         super().end()

@@ -103,6 +103,7 @@ class Change(Collected):
             if row.mailbox:
                 self.abandon(user, row.mailbox)
             self.remove_name(user, row.name)
+        self.scripted.add(user)
         most -= scripts.clear(self.shard, self.txn, user, most)
         if most <= 0:
             return 0

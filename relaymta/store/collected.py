@@ -43,7 +43,7 @@ class Refusal(RelayError):
 
 class Collected(Transaction):
     """One write transaction, used on one thread. `freed`: bodies that nothing points at any more. `touched`: the MODSEQ of each
-    mailbox that has changed."""
+    mailbox that has changed; `scripted`: users whose Sieve scripts may have changed."""
 
     def __init__(self, shard: MailShard) -> None:
         super().__init__(shard)
@@ -55,6 +55,7 @@ class Collected(Transaction):
         self._meta: dict[bytes, int] = {}
         self.freed: list[tuple[int, Body]] = []
         self.touched: dict[int, int] = {}
+        self.scripted: set[int] = set()
 
     # What is collected: rows that are got here may be changed, and are written
 

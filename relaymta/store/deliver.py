@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -32,11 +34,8 @@ _NOT_NOW = Reply(451, "4.3.0", "the mailbox cannot be used now")
 
 def limits_of(user: User, settings: Settings) -> Limits:
     """A user's quota: the user's own, else that of the configuration."""
-
-    def own(value: int, general: int) -> int:
-        return max(value, 0) if value else general
-
-    return Limits(own(user.octets, settings.quota), own(user.messages, settings.messages))
+    octets, messages = user.octets or settings.quota, user.messages or settings.messages
+    return Limits(octets if octets > 0 else 0, messages if messages > 0 else 0)
 
 
 class Outbox(Protocol):
@@ -84,6 +83,7 @@ class Delivery:
         self._warnings = warnings
         self._warned: set[int] = set()  # users for whom it is being considered
         self._tasks: set[asyncio.Task[Any]] = set()  # what is done beside: for LMTP clients, and warnings
+        self._submitted = 0  # messages of LMTP clients that are being filed without a task
 
     async def deliver(
         self,
@@ -148,6 +148,10 @@ class Delivery:
         if copy.sieved is not None and self._sieving is not None and not 400 <= reply.code < 500:
             self._sieving.note(copy.user, copy.sieved, queue_id)
 
+    def _has_script(self, copies: "list[_Copy]") -> bool:
+        """Whether a script may have to be run for one of these users."""
+        return self._sieving is not None and any(active is not False for active in self._sieving.active(_users_of(copies)))
+
     async def _sieve(
         self, copies: "list[_Copy]", sender: str, data: list[bytes] | BigFile, queue_id: int = 0, attempt: int = 0
     ) -> None:
@@ -156,7 +160,7 @@ class Delivery:
         if sieving is None:
             return
         mail = Mail(data)
-        for copy, active in zip(copies, sieving.active([copy.user for copy in copies]), strict=True):
+        for copy, active in zip(copies, sieving.active(_users_of(copies)), strict=True):
             if active is False:
                 continue
             try:
@@ -175,11 +179,16 @@ class Delivery:
         """File the copies that nothing has been said of yet; the reply to each."""
         asked = [copy for copy in copies if copy.reply is None]
         results = await self._mailboxes.file(data, [(copy.user.shard, copy.target) for copy in asked])
-        for copy, result in zip(asked, results, strict=True):
-            if self._warnings is not None and isinstance(result, Result) and result.filled >= WARNED_AT:
-                self._warn(self._warnings, copy, result.filled)
-        said = iter([self._counted(result, settings) for result in results])
+        said = iter(self._said(asked, results, settings))
         return [copy.reply or next(said) for copy in copies]
+
+    def _said(self, asked: "list[_Copy]", results: Sequence[Result | StoreError], settings: Settings) -> list[Reply]:
+        """The replies to copies that were to be filed."""
+        if self._warnings is not None:
+            for copy, result in zip(asked, results, strict=True):
+                if isinstance(result, Result) and result.filled >= WARNED_AT:
+                    self._warn(self._warnings, copy, result.filled)
+        return [self._counted(result, settings) for result in results]
 
     def _warn(self, warnings: Warnings, copy: "_Copy", filled: int) -> None:
         """Beside: nobody waits for that, and one for each user at a time."""
@@ -192,7 +201,26 @@ class Delivery:
     def file(
         self, sender: str, recipients: list[str], data: list[bytes], done: Callable[[list[Landed] | Exception], None]
     ) -> None:
-        """As `deliver_now`, whoever waits for it: `done(landed)` is called at its end, or `done(error)`."""
+        """As `deliver_now`, whoever waits for it: `done(landed)` is called at its end, in another turn of the loop, or
+        `done(error)`. Nearly all messages need no task: those for one shard of this process, and for users without a script."""
+        settings = self._settings()
+        ways = self._ways(sender, recipients, settings)
+        copies = _every(ways)
+        shards = {copy.user.shard for copy in copies}
+        if len(shards) == 1 and not self._has_script(copies):
+
+            def filed(results: list[Result] | list[StoreError]) -> None:
+                self._submitted -= 1
+                try:
+                    landed = self._landed(recipients, ways, copies, self._said(copies, results, settings))
+                except Exception as error:
+                    done(error)
+                else:
+                    done(landed)
+
+            if self._mailboxes.submit(shards.pop(), data, [copy.target for copy in copies], filed):
+                self._submitted += 1
+                return
 
         def ended(task: "asyncio.Task[list[Landed]]") -> None:
             error = StoreError("the relay stops") if task.cancelled() else task.exception()
@@ -201,7 +229,7 @@ class Delivery:
             else:
                 done(error if isinstance(error, Exception) else StoreError(repr(error)))
 
-        self._begin(self.deliver_now(sender, recipients, data)).add_done_callback(ended)
+        self._begin(self._deliver_now(sender, recipients, data, settings, ways)).add_done_callback(ended)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """Do something that `end` waits for."""
@@ -213,6 +241,10 @@ class Delivery:
     async def end(self, seconds: float) -> None:
         """Wait for what was begun here, `seconds` at most, and give up the rest. Nothing may be begun any more, nor be under
         way for the queue."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._submitted:
+                    await asyncio.sleep(0.01)
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
@@ -226,23 +258,32 @@ class Delivery:
         """File a message of an LMTP client; what has become of it for each recipient. An address that is there twice gets one
         copy. What was filed is not remembered: a client that has no reply and tries again is the one who decides that."""
         settings = self._settings()
-        ways = {address: self._way(address, settings) for address in recipients}
-        copies: dict[str, list[_Copy]] = {}
-        for address, way in ways.items():
-            prefix = prefix_of(sender, address)
-            copies[address] = [
-                _Copy(0, address, user, Target(user.ident, prefix=prefix, limits=limits_of(user, settings))) for user in way.users
-            ]
-        await self._sieve([copy for some in copies.values() for copy in some], sender, data)
-        for address, way in ways.items():
-            ways[address], copies[address] = _sent_by_the_queue(way, copies[address])
-        every = [copy for some in copies.values() for copy in some]
-        said = await self._filed(every, data, settings)
-        for copy, reply in zip(every, said, strict=True):
+        return await self._deliver_now(sender, recipients, data, settings, self._ways(sender, recipients, settings))
+
+    async def _deliver_now(
+        self, sender: str, recipients: list[str], data: list[bytes], settings: Settings, ways: "_Ways"
+    ) -> list[Landed]:
+        await self._sieve(_every(ways), sender, data)
+        ways = {address: _sent_by_the_queue(way, copies) for address, (way, copies) in ways.items()}
+        copies = _every(ways)
+        return self._landed(recipients, ways, copies, await self._filed(copies, data, settings))
+
+    def _landed(self, recipients: list[str], ways: "_Ways", copies: "list[_Copy]", said: list[Reply]) -> list[Landed]:
+        """What has become of a message for each recipient, by the replies to its copies."""
+        for copy, reply in zip(copies, said, strict=True):
             self._note(copy, reply, 0)
         replies = iter(said)
-        landed = {address: way.landed([next(replies) for _ in way.users]) for address, way in ways.items()}
+        landed = {address: way.landed([*islice(replies, len(way.users))]) for address, (way, _) in ways.items()}
         return [landed[address] for address in recipients]
+
+    def _ways(self, sender: str, recipients: list[str], settings: Settings) -> "_Ways":
+        ways: _Ways = {}
+        for address in recipients:
+            if address not in ways:
+                way, prefix = self._way(address, settings), prefix_of(sender, address)
+                targets = [Target(user.ident, prefix=prefix, limits=limits_of(user, settings)) for user in way.users]
+                ways[address] = way, [_Copy(0, address, *both) for both in zip(way.users, targets, strict=True)]
+        return ways
 
     def _way(self, address: str, settings: Settings) -> "_Way":
         try:
@@ -272,7 +313,7 @@ class Delivery:
         return good or refused[0]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Copy:
     """A message for one user, of the recipient `index`. `reply`: what is said without filing it, or None; `sieved`: what the
     user's script says, where there is one; `sent`: what is made of the messages that it sends, once the copy is filed."""
@@ -283,7 +324,11 @@ class _Copy:
     target: Target
     reply: Reply | None = None
     sieved: Sieved | None = None
-    sent: list[Any] = field(default_factory=list)
+    sent: Sequence[Any] = ()
+
+
+def _users_of(copies: list[_Copy]) -> list[User]:
+    return [copy.user for copy in copies]
 
 
 def _sent_by_the_queue(way: "_Way", copies: list[_Copy]) -> "tuple[_Way, list[_Copy]]":
@@ -308,6 +353,8 @@ class _Way(NamedTuple):
     def landed(self, replies: list[Reply]) -> Landed:
         """What has become of it, by the reply of each user's mailbox. Where all that it is for cannot have it now, the client
         tries again; where it has been filed for some, it must not: those would get it twice."""
+        if len(replies) == 1 and replies[0].code < 300:  # as of nearly all
+            return Landed(replies[0], [self.users[0].address], self.others)
         said = list(zip(self.users, replies, strict=True))
         filed = [user.address for user, reply in said if reply.code < 300]
         later = [user.address for user, reply in said if 400 <= reply.code < 500]
@@ -317,6 +364,13 @@ class _Way(NamedTuple):
         return Landed(worst, filed, [*self.others, *later])
 
 
+_Ways = dict[str, tuple[_Way, list[_Copy]]]  # by address
+
+
+def _every(ways: _Ways) -> list[_Copy]:
+    return [copy for _, copies in ways.values() for copy in copies]
+
+
 def _rank(reply: Reply) -> tuple[bool, int]:
     """Which reply of several users holds for their alias: while one can have the message later it is asked for again (those who
     have it are left out then); what is refused for good is said once nobody is waited for."""
@@ -324,12 +378,12 @@ def _rank(reply: Reply) -> tuple[bool, int]:
 
 
 def _reply(result: Result | StoreError, settings: Settings) -> Reply:
+    if isinstance(result, Result) and not result.code:
+        return _FILED
     if isinstance(result, StoreFull):
         return Reply(452, "4.3.1", "there is no room for mail now")
     if isinstance(result, StoreError):
         return Reply(451, "4.3.0", "the mailbox cannot be written to now")
-    if result.filed is not None or not result.code:
-        return _FILED
     if result.code == OVERQUOTA:
         return REFUSED if settings.over_quota == "refuse" else FULL
     if result.code == LIMIT:

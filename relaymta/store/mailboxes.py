@@ -20,6 +20,7 @@ from relaymta.control import Late
 from relaymta.disk.big import BigFile
 from relaymta.disk.shards import MAIL
 from relaymta.errors import RelayError, StoreError
+from relaymta.store import scripts
 from relaymta.store.asked import Answer, Copied, Message, Partial, Stored
 from relaymta.store.carry import Carried, Part, convert_part
 from relaymta.store.change import LIMIT, MOVING, Change, Limits, Refusal
@@ -30,7 +31,7 @@ from relaymta.store.rows import UserRow
 from relaymta.store.shard import Shard
 from relaymta.store.shown import flags_from
 from relaymta.store.watching import Listener, Told, Watches
-from relaymta.store.writer import Result, Target
+from relaymta.store.writer import File, Result, Target
 
 __all__ = ["OF_SUPERVISOR", "Copied", "Mailboxes", "Message", "Partial", "Stored"]
 
@@ -118,12 +119,18 @@ class Mailboxes:
         except (StoreError, lmdb.Error, msgspec.MsgspecError):
             return None
 
+    def has_script(self, shard: int, user: int) -> bool:
+        """Whether a Sieve script is run for a user. A microsecond, on the loop; nothing is waited for. lmdb.Error, StoreError."""
+        own = self.shards.get(shard)
+        if own is not None:
+            return own.has_script(user)
+        rows = self.reading(shard).rows
+        with rows.reading() as txn:
+            return scripts.active_ident(rows, txn, user) > 0
+
     async def file(self, data: list[bytes] | BigFile, targets: list[tuple[int, Target]]) -> list[Result | StoreError]:
         """File a message, `data` in pieces or a large one's file, for targets (shard, target): the result for each, in their
         order; StoreError in place of those whose shard could not commit, or whose owner did not answer."""
-        shards = {number for number, _ in targets}
-        if len(shards) == 1:  # without a task for each
-            return [*await self._file_in(shards.pop(), data, [target for _, target in targets])]
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, (number, _) in enumerate(targets):
             by_shard[number].append(place)
@@ -134,6 +141,24 @@ class Mailboxes:
         for places, results in zip(by_shard.values(), await asyncio.gather(*asked), strict=True):
             found.update(zip(places, results, strict=True))
         return [found[place] for place in range(len(targets))]
+
+    def submit(
+        self, number: int, data: list[bytes], targets: list[Target], done: Callable[[list[Result] | list[StoreError]], None]
+    ) -> bool:
+        """As `file`, for targets in one shard, whoever waits for it: `done(results)` is called in another turn of the loop.
+        False: that is for `file`, since the shard is another process's, or the message a large one."""
+        shard = self.shards.get(number)
+        if shard is None or not shard.is_small(data):
+            return False
+
+        def filed(file: File) -> None:
+            done(file.results if file.error is None else [file.error] * len(targets))
+
+        try:
+            shard.submit(data, targets, filed)
+        except StoreError as error:
+            asyncio.get_running_loop().call_soon(done, [error] * len(targets))
+        return True
 
     async def _file_in(self, number: int, data: list[bytes] | BigFile, targets: list[Target]) -> list[Result] | list[StoreError]:
         try:

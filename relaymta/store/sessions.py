@@ -274,6 +274,7 @@ class SessionChanges:
     async def _scripts(self, user: int, run: Callable[[Change], T]) -> T:
         def changed(change: Change) -> T:
             change.owner(user)
+            change.scripted.add(user)
             return run(change)
 
         return await self.task(changed)

@@ -34,6 +34,7 @@ __all__ = ["Shard"]
 TICK = 0.05  # seconds
 CHECK_TICKS = 20
 READERS_TICKS = 1200  # a minute
+SIEVED_MOST = 20_000  # users of whom it is remembered whether there is a script
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class Shard(Appends):
         self.readers = Readers(self._loop, "mail-reader")
         self.writer = MailWriter(self._loop, self.rows, self.segments, self.clock, self.disk.ballast, self._committed)
         self._compactor = Compactor(self.rows, self.segments, self.writer, self.rows.points_at, self.readers.start)
+        self._sieved: dict[int, bool] = {}  # by user, as of `has_script`: what no group has changed since it was read
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -106,6 +108,16 @@ class Shard(Appends):
         kept for deletes."""
         return list((await self._file(self._ids.next(), data, targets)).results)
 
+    def is_small(self, data: list[bytes]) -> bool:
+        """Whether a message is kept among others, not in a file of its own."""
+        return sum(map(len, data)) <= self.segments.big_limit
+
+    def submit(self, data: list[bytes], targets: list[Target], done: Callable[[File], None]) -> None:
+        """As `file`, of a message that `is_small`: `done(file)` is called when it is durable, or has an `error`. StoreError,
+        StoreFull: it is not called."""
+        self._check_room()
+        self.writer.submit(File(self._ids.next(), data, targets, done, noted=noted(b"".join(data))))
+
     async def _file(self, ident: int, data: list[bytes] | BigFile | None, targets: list[Target]) -> File:
         """File a message, or (None) another copy of the object `ident`; errors as of `file`."""
         self._check_room()
@@ -113,7 +125,7 @@ class Shard(Appends):
         done = partial(_resolve, future)
         if isinstance(data, BigFile) and data.body.length <= self.segments.big_limit:
             data = [await self.readers.run(read_big, data)]
-        if data is None or (not isinstance(data, BigFile) and sum(map(len, data)) <= self.segments.big_limit):
+        if data is None or (not isinstance(data, BigFile) and self.is_small(data)):
             self.writer.submit(File(ident, data, targets, done, noted=NOTHING if data is None else noted(b"".join(data))))
         else:
             writing = self.readers.submit(write_large, self.segments.big_path(ident), ident, data)
@@ -149,6 +161,16 @@ class Shard(Appends):
         if self.disk.full:
             raise StoreFull("there is no room for mail")
 
+    def has_script(self, user: int) -> bool:
+        """On the loop: whether a Sieve script is run for a user, by the last commit that was reported. lmdb.Error, StoreError."""
+        found = self._sieved.get(user)
+        if found is None:
+            if len(self._sieved) >= SIEVED_MOST:
+                self._sieved.clear()
+            with self.rows.reading() as txn:
+                found = self._sieved[user] = scripts.active_ident(self.rows, txn, user) > 0
+        return found
+
     def data(self, message: MessageRow) -> bytes:
         """Reader thread: as `reading.data_of`."""
         return data_of(self.rows, self.bodies, message)
@@ -167,6 +189,7 @@ class Shard(Appends):
             elif isinstance(part, CarriedMailbox):
                 change.take_mailbox(user, part.row, part.state, part.expunged)
             elif isinstance(part, CarriedScripts):
+                change.scripted.add(user)
                 scripts.take(change.shard, change.txn, user, part.scripts, part.replies)
             else:
                 for queue_id, recipient, attempt in part.rows:
@@ -205,6 +228,8 @@ class Shard(Appends):
 
     def _committed(self, group: Filings) -> None:
         """On the loop, after a group. What one of those who waited for it raises must not keep the others from being told."""
+        for user in group.scripted:
+            self._sieved.pop(user, None)
         for operation in (*group.files, *group.together, *group.tasks, *group.moves):
             _tell(operation, self._loop)
         if group.touched:

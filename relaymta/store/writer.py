@@ -137,9 +137,10 @@ Operation = File | Forget | Together | Task | Move
 
 
 class Filings(Group):
-    """The operations of one group. `touched`: the MODSEQ of each mailbox that it has changed."""
+    """The operations of one group. `touched`: the MODSEQ of each mailbox that it has changed; `scripted`: users whose Sieve
+    scripts may have changed, also where that failed."""
 
-    __slots__ = ("files", "forgotten", "together", "touched")
+    __slots__ = ("files", "forgotten", "scripted", "together", "touched")
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,6 +148,7 @@ class Filings(Group):
         self.together: list[Together] = []
         self.forgotten: list[Forget] = []
         self.touched: dict[int, int] = {}
+        self.scripted: set[int] = set()
 
     def _lists(self) -> dict[type, list[Any]]:
         return super()._lists() | {File: self.files, Forget: self.forgotten, Together: self.together}
@@ -173,6 +175,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         self._ballast = ballast
         self._mistaken = False  # in the transaction under way, a message could not be filed
         self._touched: dict[int, int] = {}  # by the transaction under way
+        self._scripted: set[int] = set()  # by it, too
         self._freed: list[tuple[int, Body]] = []  # bodies that nothing points at once the group under way is committed
 
     # All that follows runs on the thread
@@ -236,6 +239,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         """Commit these operations of a group in one transaction; the error when it failed: then nothing of them is committed."""
         self._mistaken = False
         error = self._transact(partial(self._fill, files, together, forgotten, tasks, moves, apart))
+        group.scripted |= self._scripted
         if error is None:
             group.touched |= self._touched
             for ident, body in self._freed:
@@ -261,6 +265,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
     ) -> None:
         """`apart`: each message is a part of the transaction, which is undone where it cannot be filed."""
         wall = wall_ms()
+        self._scripted = change.scripted
         self._freed.clear()
         for file in files:
             if apart:

@@ -17,6 +17,7 @@ from relaymta.store.recipients import Recipients
 from relaymta.store.rows import UserRow
 from relaymta.store.shard import Shard
 from relaymta.store.watching import Watches
+from tests.support.daemon import PATIENCE
 
 FILED = Reply(250, "2.1.5", "filed")
 
@@ -201,13 +202,55 @@ async def test_at_the_end_what_is_being_filed_is_waited_for_but_not_for_ever(tmp
         assert isinstance(ended[1], StoreError) and not bench.delivery._tasks
 
 
+async def test_filing_without_a_task_is_as_with_one(tmp_path):
+    """Messages of LMTP clients for one shard of this process are filed by `submit`; what becomes of them is the same."""
+    async with Bench(tmp_path) as bench:
+        for name in ("alice", "bob"):
+            await bench.user(name)
+        await bench.user("small", messages=1)
+        await bench.user("off", disabled=True)
+        bench.alias("mixed@a.example", ["alice@a.example", "x@far.example"])
+        bench.alias("two@a.example", ["bob@a.example", "small@a.example"])
+        shard, said, found = bench.mailboxes.shards[0], [], []
+        names = ["alice", "bob", "alice", "small", "off", "nobody", "mixed", "two"]
+        addresses = [f"{name}@a.example" for name in names]
+        await bench.file(b"x", "small")
+        expected = await bench.file(b"x" * 20, *names)
+        bench.delivery.file("s@x.example", addresses, [b"x" * 10, b"x" * 10], said.append)
+        assert not said and not bench.delivery._tasks
+        await bench.delivery.end(PATIENCE)
+        assert said == [expected]
+        with shard.rows.reading() as txn:
+            for user in (1, 2):
+                state = shard.rows.state(txn, shard.rows.mailbox(txn, user, "INBOX").mailbox)
+                found.append(state.messages)
+        assert found == [4, 4], "by each way once for the name and once for the alias"
+        shard.disk.full = True
+        bench.delivery.file("", addresses[:2], [b"x"], said.append)
+        assert len(said) == 1, "not within the call"
+        await bench.delivery.end(PATIENCE)
+        assert [one.reply.enhanced for one in said[1]] == ["4.3.1"] * 2
+        shard.disk.full = False
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(bench.delivery, "_count", lambda result: 1 / 0)
+            bench.delivery.file("", addresses[:1], [b"x"], said.append)
+            await bench.delivery.end(PATIENCE)
+        assert isinstance(said[2], ZeroDivisionError), "the client is answered, whatever goes wrong"
+        large = [b"x" * (shard.segments.big_limit + 1)]
+        bench.delivery.file("", addresses[:1], large, said.append)
+        assert bench.delivery._tasks, "a large one is written on a thread"
+        await bench.delivery.end(PATIENCE)
+        assert said[3][0].reply == FILED
+
+
 async def test_filing_ends_with_one_call_whatever_happens(tmp_path):
     async with Bench(tmp_path) as bench:
         await bench.user("alice")
+        await bench.user("bob", 1)
         ended = []
         bench.delivery.file("", ["alice@a.example"], [b"x"], ended.append)
-        bench.delivery.file("", ["alice@a.example"], [b"y"], ended.append)
-        cancelled = next(iter(bench.delivery._tasks))
+        bench.delivery.file("", ["bob@a.example"], [b"y"], ended.append)
+        (cancelled,) = bench.delivery._tasks
         cancelled.cancel()
         while len(ended) < 2:
             await asyncio.sleep(0.01)

@@ -150,6 +150,7 @@ async def test_random_operations_against_a_dictionary(bench):
             assert (refusal.code == MISSING) == (name not in known)
         assert listed(rows) == {one: (len(data), one == now) for one, data in sorted(known.items())}
         assert active(rows) == known.get(now)
+        assert bench.shard.has_script(1) == (now in known), "what is remembered follows each change"
     with rows.reading() as txn:
         assert list(scripts.contradictions(rows, txn, {1})) == []
 
@@ -211,15 +212,18 @@ async def test_a_user_takes_scripts_and_replies_along(tmp_path):
         await one.user(1)
         await other.user(7)
         await filled(one)
+        assert one.shard.has_script(1) and not other.shard.has_script(1)
         await one.shard.freeze(1)
         carried = Carried(one.shard, 1)
         for part in carried.parts():
             carried.put(part, await other.shard.take(1, convert_part(msgspec.msgpack.decode(msgspec.msgpack.encode(part)))))
         assert listed(other.shard.rows) == listed(one.shard.rows) and active(other.shard.rows) == LARGE
+        assert other.shard.has_script(1)
         assert not await other.shard.remember_reply(1, b"5", 200, 99, b"q2")
         assert await other.shard.remember_reply(1, b"5", 200, 99, b"q1"), "for the same message it is the same answer"
         assert await other.shard.remember_reply(1, b"x", 9, 1, b"q1")
         assert await one.shard.purge(1)
+        assert not one.shard.has_script(1)
         with one.shard.rows.reading() as txn:
             assert txn.stat(one.shard.rows.tables["sieve"])["entries"] == 0
 
