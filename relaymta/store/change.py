@@ -244,7 +244,7 @@ class Change(Collected):
     ) -> Stored:
         """Add ("+"), remove ("-") or replace ("") flags of messages (UIDs in order; those that are gone are left out). Those that
         have changed since MODSEQ `unchanged_since` are left alone; a message that has the flags already does not change."""
-        self.owner(user)
+        self.check_owner(user)
         state, index = self.state(mailbox), self.shard.index(self.txn, mailbox)
         chosen, modified = index.choose(uids), list[int]()
         if unchanged_since is not None:

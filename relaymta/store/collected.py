@@ -30,6 +30,7 @@ MISSING, EXISTS, OVERQUOTA, LIMIT, CANNOT = "nonexistent", "alreadyexists", "ove
 MOVING = "unavailable"
 
 MAILBOXES_MOST: Final = 10_000  # names of a user
+KEPT_MOST = 10_000  # rows of each kind that are in memory
 
 
 class Refusal(RelayError):
@@ -41,13 +42,34 @@ class Refusal(RelayError):
         self.absent = code in (MISSING, EXISTS)
 
 
+class Kept:
+    """Rows as the last commit has left them, in memory for the next transactions, which are one behind the other: those that are
+    changed are taken out, and put back by the commit."""
+
+    __slots__ = ("names", "states", "users")
+
+    def __init__(self) -> None:
+        self.states: dict[int, MailboxState] = {}
+        self.users: dict[int, UserRow] = {}
+        self.names: dict[tuple[int, str], MailboxRow] = {}  # nobody changes these
+
+    def put_back(self, states: dict[int, MailboxState], users: dict[int, UserRow]) -> None:
+        """These have been committed."""
+        if max(len(self.states), len(self.users), len(self.names)) > KEPT_MOST:
+            self.states, self.users, self.names = {}, {}, {}
+        self.states |= states
+        self.users |= users
+
+
 class Collected(Transaction):
     """One write transaction, used on one thread. `freed`: bodies that nothing points at any more. `touched`: the MODSEQ of each
-    mailbox that has changed; `scripted`: users whose Sieve scripts may have changed."""
+    mailbox that has changed; `scripted`: users whose Sieve scripts may have changed. `kept`: as the transaction before has left
+    it."""
 
-    def __init__(self, shard: MailShard) -> None:
+    def __init__(self, shard: MailShard, kept: Kept | None = None) -> None:
         super().__init__(shard)
         self.shard = shard
+        self._kept = kept or Kept()
         self._states: dict[int, MailboxState] = {}
         self._users: dict[int, UserRow] = {}
         self._objects: dict[int, ObjectRow] = {}
@@ -61,18 +83,27 @@ class Collected(Transaction):
 
     def user(self, user: int) -> UserRow:
         """A user's row. Refusal."""
-        row = self._users.get(user) or self.shard.user(self.txn, user)
+        row = self._users.get(user)
+        if row is None:
+            row = self._user(user)
+            self._kept.users.pop(user, None)
+            self._users[user] = row
+        return row
+
+    def _user(self, user: int) -> UserRow:
+        """A user's row, which is not changed. Refusal."""
+        row = self._users.get(user) or self._kept.users.get(user) or self.shard.user(self.txn, user)
         if row is None:
             raise Refusal(MISSING, "no such user")
-        self._users[user] = row
         return row
 
     def owner(self, user: int) -> UserRow:
         """The row of a user who is to be changed. Refusal."""
-        row = self.user(user)
-        if row.frozen:
-            raise Refusal(MOVING, "the user is being moved; try again")
-        return row
+        return _here(self.user(user))
+
+    def check_owner(self, user: int) -> None:
+        """As `owner`, of one whose row does not change."""
+        _here(self._user(user))
 
     def is_user(self, user: int) -> bool:
         """Whether the user is here."""
@@ -81,6 +112,7 @@ class Collected(Transaction):
     def remove_user(self, user: int) -> None:
         """Remove a user's row."""
         self._users.pop(user, None)
+        self._kept.users.pop(user, None)
         self.txn.delete(ID.pack(user), db=self._tables["user"])
 
     def put_user(self, user: int, row: UserRow) -> None:
@@ -96,9 +128,11 @@ class Collected(Transaction):
 
     def find_state(self, mailbox: int) -> MailboxState | None:
         """A mailbox's state; None: it is not there."""
-        state = self._states.get(mailbox) or self.shard.state(self.txn, mailbox)
-        if state is not None:
-            self._states[mailbox] = state
+        state = self._states.get(mailbox)
+        if state is None:
+            state = self._kept.states.pop(mailbox, None) or self.shard.state(self.txn, mailbox)
+            if state is not None:
+                self._states[mailbox] = state
         return state
 
     def put_state(self, state: MailboxState) -> int:
@@ -111,6 +145,7 @@ class Collected(Transaction):
     def remove_state(self, mailbox: int) -> None:
         """Remove a mailbox's state: it is not there any more."""
         self._states.pop(mailbox, None)
+        self._kept.states.pop(mailbox, None)
         self.txn.delete(STATE.pack(mailbox, 0), db=self._tables["mail"])
 
     def raised(self, mailbox: int, state: MailboxState) -> int:
@@ -121,17 +156,22 @@ class Collected(Transaction):
 
     def mailbox(self, user: int, name: str) -> MailboxRow:
         """The row of a mailbox by its name. Refusal, also where the name is only subscribed."""
-        row = self.shard.mailbox(self.txn, user, name)
-        if row is None or not row.mailbox:
-            raise Refusal(MISSING, f"there is no mailbox {name}")
+        row = self._kept.names.get((user, name))
+        if row is None:
+            row = self.shard.mailbox(self.txn, user, name)
+            if row is None or not row.mailbox:
+                raise Refusal(MISSING, f"there is no mailbox {name}")
+            self._kept.names[user, name] = row
         return row
 
     def put_mailbox(self, user: int, row: MailboxRow) -> None:
         """Write the row of a name."""
+        self._kept.names.pop((user, row.name), None)
         self.txn.put(name_key(user, row.name), encode(row), db=self._tables["mailbox"])
 
     def remove_name(self, user: int, name: str) -> None:
         """Remove the row of a name."""
+        self._kept.names.pop((user, name), None)
         self.txn.delete(name_key(user, name), db=self._tables["mailbox"])
 
     def bits(self, state: MailboxState, keywords: list[str]) -> int:
@@ -224,14 +264,28 @@ class Collected(Transaction):
         """Undo all changes of the part."""
         super().undo_part()
         self._forget()
+        self._kept.names.clear()  # those of the part may be among them
         freed, self.touched = self._before
         del self.freed[freed:]
 
     def finish(self, now: int) -> None:
         """Write what was collected, and commit. lmdb.Error: nothing of it is committed (then call `abort`)."""
         self._meta[b"seen"] = now
+        states, users = dict(self._states), dict(self._users)
         self.settle()
         self.txn.commit()
+        self._kept.put_back(states, users)
+
+    def abort(self) -> None:
+        """Undo the whole transaction."""
+        super().abort()
+        self._kept.names.clear()
+
+
+def _here(row: UserRow) -> UserRow:
+    if row.frozen:
+        raise Refusal(MOVING, "the user is being moved; try again")
+    return row
 
 
 def tally(state: MailboxState, owner: UserRow, flags: int, size: int, sign: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from relaymta.disk.clock import wall_ms
 from relaymta.disk.environment import Shut
 from relaymta.disk.ident import IdSource
+from relaymta.disk.operations import Task
 from relaymta.disk.readers import Readers
 from relaymta.errors import RelayError, StoreError
 from relaymta.proto.imap_records import load, values
@@ -19,6 +20,7 @@ from relaymta.store import names, scripts, unfinished
 from relaymta.store.asked import Copied, Partial, Stored
 from relaymta.store.change import MISSING, MOVING, Change, Limits, Refusal
 from relaymta.store.rows import INBOX, MailboxState, MailShard
+from relaymta.store.writer import Step
 
 __all__ = ["SLICE", "SessionChanges", "joined"]
 
@@ -47,7 +49,7 @@ class SessionChanges:
         self._recent: dict[int, int] = {}  # by mailbox: up to which UID sessions were told, where that is not written yet
         self._writing_recent: asyncio.Task[None] | None = None
 
-    async def task(self, run: Callable[[Change], T]) -> T:
+    async def task(self, run: Callable[[Change], T], kind: type[Task] = Task) -> T:
         """As of Shard."""
         raise NotImplementedError
 
@@ -93,7 +95,9 @@ class SessionChanges:
         def run(part: list[int], change: Change) -> Stored:
             return change.store_flags(user, mailbox, part, how, flags, keywords, unchanged_since)
 
-        parts = [await self.task(partial(run, part)) for part in _slices(uids)]
+        parts = [await self.task(partial(run, part), Step) for part in _slices(uids)]
+        if len(parts) == 1:
+            return parts[0]
         modified = [uid for part in parts for uid in part.modified]
         before, after = b"".join(part.before for part in parts), b"".join(part.after for part in parts)
         return Stored(before, after, modified, parts[-1].keywords)

@@ -146,11 +146,11 @@ class Shard(Appends):
         """The queue has ended these recipients of a message: see Forget."""
         self.writer.submit(Forget(queue_id, recipients))
 
-    async def task(self, run: Callable[[Change], T]) -> T:
+    async def task(self, run: Callable[[Change], T], kind: type[Task] = Task) -> T:
         """Run a change on the writer thread; its result once it is durable. Refusal, or StoreError when the commit failed. `run`
-        may be called again, after a transaction that found no room."""
+        may be called again, after a transaction that failed. `kind`: Task or Step."""
         self._check_open()
-        return await self.writer.task(run)
+        return await self.writer.task(run, kind)
 
     def _check_open(self) -> None:
         if self._closing:

@@ -3,8 +3,8 @@ a Task.
 
 When it fails: nothing of the group has happened, and each operation is told so. But where it failed since the disk or the map is
 full, its tasks are run again in small groups, with the room of the ballast: those that expunge make room. Where a message cannot
-be filed because of a defect, or contradicts the store, the group is committed without it. A message that only some of its
-mailboxes take is filed in those.
+be filed because of a defect, or contradicts the store, the group is committed without it, and so with a step. A message that only
+some of its mailboxes take is filed in those.
 """
 
 import asyncio
@@ -26,10 +26,11 @@ from relaymta.errors import StoreError, StoreFull
 from relaymta.proto.envelope import Body
 from relaymta.store import names
 from relaymta.store.change import LIMIT, NO_LIMITS, Change, Filed, Limits, Refusal
+from relaymta.store.collected import Kept
 from relaymta.store.noted import NOTHING, Noted
 from relaymta.store.rows import ANY_ATTEMPT, INBOX, KEYWORDS_MOST, MailShard, MessageRow, ObjectRow
 
-__all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Target", "Together", "prefix_of"]
+__all__ = ["File", "Filings", "Forget", "MailWriter", "Place", "Result", "Step", "Target", "Together", "prefix_of"]
 
 
 SMALL_GROUP = 10  # tasks at a full disk or map: larger groups fail
@@ -133,7 +134,14 @@ class Together(Task):
         self.files = files
 
 
-Operation = File | Forget | Together | Task | Move
+class Step(Task):
+    """A task that is one method of Change, which is refused before it has changed anything: it needs no part of the transaction,
+    to be undone alone."""
+
+    __slots__ = ()
+
+
+Operation = File | Forget | Together | Step | Task | Move
 
 
 class Filings(Group):
@@ -151,7 +159,12 @@ class Filings(Group):
         self.scripted: set[int] = set()
 
     def _lists(self) -> dict[type, list[Any]]:
-        return super()._lists() | {File: self.files, Forget: self.forgotten, Together: self.together}
+        return super()._lists() | {
+            File: self.files,
+            Forget: self.forgotten,
+            Together: self.together,
+            Step: self.tasks,
+        }
 
     def every_file(self) -> list[File]:
         """All messages of the group."""
@@ -170,7 +183,8 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         ballast: Path,
         on_commit: Callable[[Filings], None],
     ) -> None:
-        begin = partial(Change, shard)
+        self.kept = Kept()
+        begin = partial(Change, shard, self.kept)
         super().__init__(loop, shard, segments, clock, begin=begin, on_commit=on_commit, unawaited=Forget, name="mail-writer")
         self._ballast = ballast
         self._mistaken = False  # in the transaction under way, a message could not be filed
@@ -220,7 +234,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         for start in range(0, len(group.tasks), SMALL_GROUP):
             tasks = group.tasks[start : start + SMALL_GROUP]
             refuse(tasks, None)
-            error = self._record(group, [], [], forgotten, tasks, [])
+            error = self._record(group, [], [], forgotten, tasks, [], apart=True)
             if error is None:
                 forgotten = []
             else:
@@ -263,7 +277,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
         change: Change,
         now: int,
     ) -> None:
-        """`apart`: each message is a part of the transaction, which is undone where it cannot be filed."""
+        """`apart`: each message, and each step, is a part of the transaction, which is undone where it fails."""
         wall = wall_ms()
         self._scripted = change.scripted
         self._freed.clear()
@@ -271,7 +285,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             if apart:
                 self._file_apart(change, file, now, wall)
             else:
-                self._file_with_others(change, file, now, wall)
+                self._with_others(self._file, change, file, now, wall)
         for one in together:
             self._run_task(change, one)
             if one.error is not None:
@@ -280,7 +294,10 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
             for recipient in ended.recipients:
                 change.forget_done(ended.queue_id, recipient)
         for task in tasks:
-            self._run_task(change, task)
+            if apart or type(task) is not Step:
+                self._run_task(change, task)
+            else:
+                self._with_others(_step, change, task)
         for move in moves:
             assert move.body is not None
             if change.relocate(move.ident, move.was, move.body):
@@ -294,9 +311,11 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 self._segments.release(body)
         self._touched = change.touched
 
-    def _file_with_others(self, change: Change, file: File, now: int, wall: int) -> None:
+    def _with_others(self, run: Callable[..., None], *arguments: Any) -> None:
+        """Do something that is no part of its own. What fails by a defect takes the transaction with it, which is written again
+        then, with each as a part."""
         try:
-            self._file(change, file, now, wall)
+            run(*arguments)
         except (lmdb.Error, OSError):
             raise
         except Exception as error:
@@ -377,6 +396,13 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 if refusal.code != LIMIT or not keywords:
                     break
         return None
+
+
+def _step(change: Change, step: Step) -> None:
+    try:
+        step.result = step.run(change)
+    except Refusal as refusal:
+        step.error = refusal
 
 
 def _create(change: Change, user: int, name: str) -> None:

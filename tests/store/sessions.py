@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from relaymta.disk.operations import Task
 from relaymta.proto.imap_records import RECORD
 from relaymta.store.asked import Message
 from relaymta.store.change import Limits, Refusal
@@ -67,6 +68,18 @@ async def refused(call, code):
     return error.value
 
 
+def assert_kept(shard):
+    """What the writer keeps of rows in memory is what the shard has."""
+    kept, rows = shard.writer.kept, shard.rows
+    with rows.reading() as txn:
+        for mailbox, state in kept.states.items():
+            assert rows.state(txn, mailbox) == state
+        for user, row in kept.users.items():
+            assert rows.user(txn, user) == row
+        for (user, name), row in kept.names.items():
+            assert rows.mailbox(txn, user, name) == row
+
+
 class Failing:
     """The tasks of a shard, what is filed together among them; the `number`-th from now on fails. `before(number)` is awaited in
     front of each."""
@@ -77,14 +90,14 @@ class Failing:
         self._task, shard.task = shard.task, self._run
         self._together, shard.writer.task = shard.writer.task, self._run_together
 
-    async def _run(self, run):
+    async def _run(self, run, kind=Task):
         if await self._is_next():
             raise self._error
-        return await self._task(run)
+        return await self._task(run, kind)
 
-    async def _run_together(self, run, kind=None):
-        if kind is None:  # a task, which was counted
-            return await self._together(run)
+    async def _run_together(self, run, kind):
+        if isinstance(kind, type):  # a task, which was counted
+            return await self._together(run, kind)
         return await self._together(self._fail if await self._is_next() else run, kind)
 
     async def _is_next(self):

@@ -23,7 +23,7 @@ from relaymta.store.verify import contradictions
 from relaymta.store.writer import Target
 from tests.conftest import PROVE
 from tests.store.model import SLICE, Box, User
-from tests.store.sessions import settled
+from tests.store.sessions import assert_kept, settled
 
 NAMES = [INBOX, "Sent", "A/B", f"{'x' * 250}/{'x' * 250}1", f"{'x' * 250}/{'x' * 250}2"]
 SIZES = [0, 10, 700, 3000]
@@ -340,6 +340,7 @@ class World:
         """All of the shard is as the model says."""
         shard, rows = self.shard, self.shard.rows
         assert list(contradictions(rows, shard.segments)) == []
+        assert_kept(shard)
         texts = set()
         with rows.reading() as txn:
             assert [number for number, _ in rows.users(txn)] == sorted(self.users)

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,11 @@ from relaymta.disk.lock import lock
 from relaymta.errors import SpoolBusy, StoreError, StoreFull
 from relaymta.store import change, names
 from relaymta.store.change import CANNOT, EXISTS, LIMIT, MISSING, OVERQUOTA, Change, Limits, Refusal
-from relaymta.store.rows import DELETED, INBOX, KEYWORD_OCTETS, KEYWORDS_MOST, SEEN
+from relaymta.store.rows import DELETED, FLAGGED, INBOX, KEYWORD_OCTETS, KEYWORDS_MOST, SEEN
 from relaymta.store.shard import Shard
 from relaymta.store.verify import contradictions
-from relaymta.store.writer import Place, Target
+from relaymta.store.writer import Place, Step, Target
+from tests.store.sessions import assert_kept
 
 
 class Bench:
@@ -36,6 +38,7 @@ class Bench:
 
     async def __aexit__(self, *error):
         assert list(contradictions(self.shard.rows, self.shard.segments)) == []
+        assert_kept(self.shard)
         await self.shard.stop()
 
     async def user(self, user, *mailboxes):
@@ -222,6 +225,7 @@ async def test_a_task_that_fails_leaves_nothing_behind(tmp_path):
 
         def fails(change: Change) -> None:
             change.create_mailbox(1, "New")
+            change.mailbox(1, "New")  # which is not remembered
             change.expunge(1, target.filed.mailbox, [1])
             raise ZeroDivisionError
 
@@ -233,6 +237,40 @@ async def test_a_task_that_fails_leaves_nothing_behind(tmp_path):
         assert bench.messages(1) == [(1, 0, b"x")]
         with bench.shard.rows.reading() as txn:
             assert [row.name for row in bench.shard.rows.mailboxes(txn, 1)] == [INBOX, "Other"]
+
+
+async def test_a_step_that_is_refused_or_fails_leaves_the_others(tmp_path):
+    """A step is no part of the transaction of its own, until it fails by a defect."""
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        await bench.file(b"x", Target(1))
+        inbox, _ = bench.mailbox(1)
+        calls = []
+
+        def fails(change: Change) -> None:
+            calls.append(change)
+            change.store_flags(1, inbox, [1], "+", DELETED, [], None)
+            if len(calls) == 1:
+                change.create_mailbox(1, "Lost")
+                change.mailbox(1, "Lost")
+            raise ZeroDivisionError
+
+        def flag(mailbox: int) -> Any:
+            return bench.shard.store_flags(1, mailbox, [1], "+", FLAGGED, [], None)
+
+        refused, filed, stored = await asyncio.gather(flag(99), bench.file(b"y", Target(1)), flag(inbox), return_exceptions=True)
+        assert isinstance(refused, Refusal) and filed[0].filed is not None and stored.after != stored.before
+        assert bench.messages(1) == [(1, FLAGGED, b"x"), (2, 0, b"y")]
+        failed, filed, stored, task = await asyncio.gather(
+            bench.shard.task(fails, Step),
+            bench.file(b"z", Target(1)),
+            bench.shard.store_flags(1, inbox, [1], "+", SEEN, [], None),
+            bench.shard.task(lambda change: change.create_mailbox(1, "Other")),
+            return_exceptions=True,
+        )
+        assert isinstance(failed, ZeroDivisionError) and len(calls) == 2, "the second time it is undone alone"
+        assert filed[0].filed.uid == 3 and stored.after != stored.before and task.name == "Other"
+        assert bench.messages(1) == [(1, FLAGGED | SEEN, b"x"), (2, 0, b"y"), (3, 0, b"z")]
 
 
 async def test_tasks_that_find_no_room_take_that_of_the_ballast(tmp_path, monkeypatch):

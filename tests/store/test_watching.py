@@ -217,11 +217,11 @@ async def test_errors_of_another_process_are_as_ones_own(started, monkeypatch):
     owner = there.mailboxes.shards[1]
     task, calls = owner.task, []
 
-    async def failing(run):
+    async def failing(run, *kind):
         calls.append(run)
         if len(calls) == 2:
             raise Refusal(OVERQUOTA, "no")
-        return await task(run)
+        return await task(run, *kind)
 
     monkeypatch.setattr(owner, "task", failing)
     with pytest.raises(Partial) as stopped:
