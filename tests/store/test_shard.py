@@ -250,10 +250,14 @@ async def test_a_step_that_is_refused_or_fails_leaves_the_others(tmp_path):
         def fails(change: Change) -> None:
             calls.append(change)
             change.store_flags(1, inbox, [1], "+", DELETED, [], None)
-            if len(calls) == 1:
-                change.create_mailbox(1, "Lost")
-                change.mailbox(1, "Lost")
             raise ZeroDivisionError
+
+        def succeeds_later(change: Change) -> None:
+            calls.append(change)
+            if len(calls) == 3:
+                change.create_mailbox(1, "Lost")
+                change.mailbox(1, "Lost")  # which is not remembered
+                raise ZeroDivisionError
 
         def flag(mailbox: int) -> Any:
             return bench.shard.store_flags(1, mailbox, [1], "+", FLAGGED, [], None)
@@ -271,6 +275,8 @@ async def test_a_step_that_is_refused_or_fails_leaves_the_others(tmp_path):
         assert isinstance(failed, ZeroDivisionError) and len(calls) == 2, "the second time it is undone alone"
         assert filed[0].filed.uid == 3 and stored.after != stored.before and task.name == "Other"
         assert bench.messages(1) == [(1, FLAGGED | SEEN, b"x"), (2, 0, b"y"), (3, 0, b"z")]
+        await bench.shard.task(succeeds_later, Step)
+        assert len(calls) == 4
 
 
 async def test_tasks_that_find_no_room_take_that_of_the_ballast(tmp_path, monkeypatch):
