@@ -127,10 +127,6 @@ class Blocks:
                 break
         return found
 
-    def append(self, record: Record) -> None:
-        """Add a message whose UID is higher than all that are there."""
-        self.extend(_pack(record))
-
     def extend(self, records: bytes) -> None:
         """Add messages, by their records, whose UIDs are higher than all that are there."""
         cursor = self._txn.cursor(db=self._table)

@@ -227,7 +227,7 @@ class Change(Collected):
         else:
             uid, state.uidnext = state.uidnext, state.uidnext + 1
             modseq = self.raised(mailbox, state)
-        self.shard.index(self.txn, mailbox).append(Record(uid, flags, modseq))
+        self.add_record(mailbox, RECORD.pack(uid, 0, flags, modseq))
         self.txn.put(MESSAGE.pack(mailbox, MESSAGE_KIND, uid), encode(message), db=self._tables["mail"])
         tally(state, owner, flags, message.size, 1)
         return Filed(mailbox, state.uidvalidity, uid, modseq)
@@ -245,7 +245,7 @@ class Change(Collected):
         """Add ("+"), remove ("-") or replace ("") flags of messages (UIDs in order; those that are gone are left out). Those that
         have changed since MODSEQ `unchanged_since` are left alone; a message that has the flags already does not change."""
         self.check_owner(user)
-        state, index = self.state(mailbox), self.shard.index(self.txn, mailbox)
+        state, index = self.state(mailbox), self.index(mailbox)
         chosen, modified = index.choose(uids), list[int]()
         if unchanged_since is not None:
             modified = [*values(load([changed([one.records], unchanged_since) for one in chosen]))]
@@ -300,14 +300,14 @@ class Change(Collected):
             if not move:
                 self.object(message.object).references += 1
         into.uidnext += len(found)
-        self.shard.index(self.txn, target).extend(bytes(records))
+        self.index(target).extend(bytes(records))
         if move:
             self._remove(owner, mailbox, found, referred=True)
         return copied
 
     def _there(self, mailbox: int, uids: list[int]) -> list[tuple[Record, MessageRow]]:
         """The messages with these UIDs that are there."""
-        chosen = self.shard.index(self.txn, mailbox).choose(uids)
+        chosen = self.index(mailbox).choose(uids)
         records = records_of(b"".join(one.records for one in chosen))
         found = ((record, self.shard.message(self.txn, mailbox, record.uid)) for record in records)
         return [(record, message) for record, message in found if message is not None]
@@ -341,7 +341,7 @@ class Change(Collected):
             if not referred:
                 self.unreference(message.object)
         gone, now = [record.uid for record, _ in messages], wall_ms() // 1000
-        self.shard.index(self.txn, mailbox).remove(gone)
+        self.index(mailbox).remove(gone)
         self.txn.put(EXPUNGED.pack(mailbox, 3, modseq), expunged_value(runs_of(gone), now), db=self._tables["mail"])
         state.vanished += len(gone)
         self._forget_expunged(mailbox, state, now - EXPUNGED_SECONDS)

@@ -2,11 +2,13 @@
 once by `finish` (or before a part). Why something is refused.
 """
 
+from collections import defaultdict
 from typing import Final
 
 from relaymta.disk.transaction import Transaction
 from relaymta.errors import RelayError
 from relaymta.proto.envelope import Body, encode
+from relaymta.store.blocks import Blocks
 from relaymta.store.rows import (
     DELETED,
     ID,
@@ -73,6 +75,7 @@ class Collected(Transaction):
         self._states: dict[int, MailboxState] = {}
         self._users: dict[int, UserRow] = {}
         self._objects: dict[int, ObjectRow] = {}
+        self._records: defaultdict[int, bytearray] = defaultdict(bytearray)  # index records to add, by mailbox
         self._before: tuple[int, dict[int, int]] = (0, {})  # what `undo_part` restores
         self._meta: dict[bytes, int] = {}
         self.freed: list[tuple[int, Body]] = []
@@ -134,6 +137,22 @@ class Collected(Transaction):
             if state is not None:
                 self._states[mailbox] = state
         return state
+
+    def add_record(self, mailbox: int, record: bytes) -> None:
+        """Add a message to the index of a mailbox: with others, by `index` or `settle_records`."""
+        self._records[mailbox] += record
+
+    def index(self, mailbox: int) -> Blocks:
+        """The index of a mailbox."""
+        blocks = self.shard.index(self.txn, mailbox)
+        if mailbox in self._records:
+            blocks.extend(bytes(self._records.pop(mailbox)))
+        return blocks
+
+    def settle_records(self) -> None:
+        """Write what has been added to indexes. StoreError: a UID is not the highest."""
+        for mailbox in [*self._records]:
+            self.index(mailbox)
 
     def put_state(self, state: MailboxState) -> int:
         """Add a mailbox's state; the mailbox's id."""
@@ -234,6 +253,7 @@ class Collected(Transaction):
 
     def settle(self) -> None:
         """Write what was collected."""
+        self.settle_records()
         put, tables = self.txn.put, self._tables
         for mailbox, state in self._states.items():
             put(STATE.pack(mailbox, 0), encode(state), db=tables["mail"])
@@ -246,7 +266,7 @@ class Collected(Transaction):
         self._forget()
 
     def _forget(self) -> None:
-        for collected in (self._states, self._users, self._objects, self._meta):
+        for collected in (self._states, self._users, self._objects, self._records, self._meta):
             collected.clear()
 
     def begin_part(self) -> None:

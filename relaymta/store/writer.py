@@ -286,6 +286,7 @@ class MailWriter(GroupWriter[Operation, Filings, Change]):
                 self._file_apart(change, file, now, wall)
             else:
                 self._with_others(self._file, change, file, now, wall)
+        self._with_others(change.settle_records)
         for one in together:
             self._run_task(change, one)
             if one.error is not None:
