@@ -110,13 +110,14 @@ class Envelope(msgspec.Struct, array_like=True):
 
 
 class Onward(NamedTuple):
-    """A message that a recipient's Sieve script sends: from `sender` ("": null) to `recipient`, `front` (header fields) with
-    `data` behind it, or (None) with the data of the message at hand."""
+    """A message that a delivery sends, such as one of a recipient's Sieve script: from `sender` ("": null) to `recipient` and
+    `others`, `front` (header fields) with `data` behind it, or (None) with the data of the message at hand."""
 
     sender: str
     recipient: str
     front: bytes
     data: bytes | None
+    others: tuple[str, ...] = ()
 
 
 def reply_text(code: int, enhanced: str, text: str) -> str:

@@ -1,5 +1,6 @@
-"""Messages that recipients' Sieve scripts send: redirected ones and replies. They come into the queue by the commit that records
-the outcome of the message at hand, so that a crash neither loses nor doubles them."""
+"""Messages that deliveries send: what recipients' Sieve scripts redirect, their replies, what an alias leads to elsewhere. They
+come into the queue by the commit that records the outcome of the message at hand, so that a crash neither loses nor doubles them.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -37,7 +38,7 @@ class Outbox:
         try:
             for one in messages:
                 make = _redirected if one.data is None else _made
-                puts.append(await make(self._queue, self._entry, self._data, one, self._expanded([one.recipient])))
+                puts.append(await make(self._queue, self._entry, self._data, one, self._expanded([one.recipient, *one.others])))
         except BaseException:
             self.drop(puts)
             raise

@@ -100,16 +100,12 @@ class Delivery:
         settings = self._settings()
         replies: dict[int, Reply] = {}
         copies: list[_Copy] = []
+        ways: dict[int, _Way] = {}
         for index, address in recipients:
-            try:
-                users = self._users(address, settings)
-            except RelayError as error:
-                replies[index] = Reply(450, "4.2.4", str(error))
-                continue
-            if isinstance(users, Reply):
-                replies[index] = users
-                continue
-            for user in users:
+            way = ways[index] = self._way(address, settings)
+            if not (way.users or way.others):
+                replies[index] = way.reply
+            for user in way.users:
                 once = (queue_id, index, user.ident)
                 target = Target(
                     user.ident, prefix=prefix_of(sender, address), limits=limits_of(user, settings), once=once, attempt=attempt
@@ -119,16 +115,29 @@ class Delivery:
         for copy in copies:
             await self._prepare(copy, sender, queue_id, outbox)
         sent: list[Any] = []
+        said: dict[int, list[Reply]] = {index: [] for index in ways if index not in replies}
         for copy, reply in zip(copies, await self._filed(copies, data, settings), strict=True):
             if reply.code < 300:
                 sent += copy.sent
             else:
                 outbox.drop(copy.sent)
             self._note(copy, reply, queue_id)
-            index = copy.index
-            if index not in replies or _rank(reply) > _rank(replies[index]):
-                replies[index] = reply
+            said[copy.index].append(reply)
+        for index, some in said.items():
+            replies[index] = max(some, key=_rank) if some else _FILED
+            if ways[index].others:
+                replies[index] = await self._relayed(ways[index].landed(some), sender, outbox, sent)
         return replies, sorted({copy.user.shard for copy in copies}), sent
+
+    async def _relayed(self, landed: Landed, sender: str, outbox: Outbox, sent: list[Any]) -> Reply:
+        """The rest of an alias that leads elsewhere, too, gets the message by way of the queue, which `sent` is told of; the
+        reply. (In accepted mail such an alias is replaced by what it leads to; not in a DSN, nor where it has changed since.)"""
+        first, *others = landed.rest
+        try:
+            sent += await outbox.make([Onward(sender, first, b"", None, tuple(others))])
+        except (RelayError, ConnectionError):
+            return _NOT_NOW
+        return landed.reply
 
     async def _prepare(self, copy: "_Copy", sender: str, queue_id: int, outbox: Outbox) -> None:
         """Make what a script sends, before the copy is filed: once that is noted, and an outcome recorded, the script is not run
@@ -300,17 +309,6 @@ class Delivery:
         reply = _reply(result, settings)
         self._count("filed" if reply.code < 300 else "full" if reply.enhanced.endswith(".2.2") else "failed")
         return reply
-
-    def _users(self, address: str, settings: Settings) -> list[User] | Reply:
-        """The users that an address leads to, or the reply that refuses it. RelayError: it leads to nobody now."""
-        found = self._mailboxes.find(address, settings.subaddress)
-        if found is None:
-            return UNKNOWN
-        if found.others and not found.users:  # those of mail that comes by SMTP are replaced when it is accepted
-            raise RelayError(f"{address} is an alias of addresses elsewhere only")
-        refused = [status for user in found.users if (status := status_of(user)) is not None]
-        good = [user for user in found.users if status_of(user) is None]
-        return good or refused[0]
 
 
 @dataclass(slots=True)

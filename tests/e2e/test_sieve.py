@@ -149,3 +149,18 @@ def test_scripts_stay_with_the_user_who_is_moved_and_are_gone_with_the_user(tmp_
         relay.cli("mailbox", "delete", "--now", "alice@local.example")
         assert relay.stop() == 0
     verified(relay)
+
+
+def test_a_dsn_for_an_alias_goes_to_where_it_leads_elsewhere(tmp_path, peer):
+    peer.rules["RCPT"] = {"nobody@far.example": b"550 5.1.1 no such user\r\n"}
+    with kept(tmp_path, routes=to_outside(peer)) as relay:
+        create(relay, "alice")
+        relay.cli("mailbox", "alias", "list@local.example", "alice@local.example", "owner@far.example")
+        relay.cli("mailbox", "alias", "away@local.example", "owner@far.example")
+        relay.send("Subject: x\r\n\r\nx\r\n", "list@local.example", "nobody@far.example")
+        relay.send("Subject: x\r\n\r\nx\r\n", "away@local.example", "nobody@far.example")
+        wait_for(lambda: len(peer.messages) == 2, what="both DSNs")
+        wait_for(lambda: relay.summary() == [], what="an empty queue")
+        assert [(sender, to) for sender, to, _ in peer.messages] == [("", ["owner@far.example"])] * 2
+        assert all(b"multipart/report" in data and b"nobody@far.example" in data for _, _, data in peer.messages)
+        assert len(shown(relay, "alice")["INBOX"]) == 1

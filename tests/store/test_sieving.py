@@ -9,6 +9,7 @@ import pytest
 
 from relaymta.disk.big import BigBody, BigFile
 from relaymta.errors import StoreError, StoreFull
+from relaymta.proto.envelope import Onward
 from relaymta.proto.said import Reply
 from relaymta.proto.sieve_message import Message
 from relaymta.store import sieving
@@ -377,3 +378,24 @@ async def test_of_a_large_message_a_script_sees_the_first_part_and_the_size(benc
         1, 0, SENDER, [(0, "a@a.example")], BigFile(str(tmp_path / "large"), 7, body), Outbox()
     )
     assert replies[0] == FILED and bench.found(user) == {"INBOX": [(0, ["first", "large"])]}
+
+
+async def test_what_an_alias_leads_to_elsewhere_is_sent_there_when_it_is_delivered(bench):
+    """As of a DSN, or of mail that was accepted before the alias led there."""
+    a, b = await bench.user("a"), await bench.user("b")
+    bench.alias("far@a.example", ["x@far.example", "y@far.example"])
+    bench.alias("mixed@a.example", ["a@a.example", "b@a.example", "x@far.example"])
+    to = lambda first, *others: [Onward(SENDER, first, b"", None, others)]  # noqa: E731
+    assert await bench.deliver("far") == ([FILED], to("x@far.example", "y@far.example"))
+    assert await bench.deliver("mixed", queue_id=2) == ([FILED], to("x@far.example"))
+    assert [len(bench.found(one)["INBOX"]) for one in (a, b)] == [1, 1]
+    bench.settings = type(bench.settings)(messages=1)
+    assert await bench.deliver("mixed", queue_id=3) == ([FILED], to("x@far.example", "a@a.example", "b@a.example"))
+
+    async def fails(messages):
+        raise StoreError("full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.outbox, "make", fails)
+        (reply,), sent = await bench.deliver("mixed", queue_id=4)
+        assert (reply.code, sent) == (451, [])
