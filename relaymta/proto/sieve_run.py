@@ -42,15 +42,17 @@ def run(
     exists: Callable[[str], bool] = lambda mailbox: False,
     seconds: int = 0,
     separator: str = "+",
+    shared: bool = False,
 ) -> Outcome:
     """What is to become of a message. `sender` ("": null), `recipient`: of the envelope, the recipient with its +detail;
     `addresses`: all of the user's, the first one being that of replies; `exists`: whether the user has a mailbox; `seconds`: now,
-    wall clock, UTC; `separator`: of the detail in an address, "": there is none. No exception is raised but those of `exists`."""
+    wall clock, UTC; `separator`: of the detail in an address, "": there is none; `shared`: the recipient is an address of others,
+    too: who writes to it has not written to the user (RFC 5230 4.5). No exception is raised but those of `exists`."""
     own_addresses = tuple(addresses)
     why = _loop(message, (recipient, *own_addresses), separator)
     if why:
         return Outcome((Kept(),), loop=why)
-    one = _Run(script, message, sender, recipient, own_addresses, exists, seconds, separator)
+    one = _Run(script, message, sender, recipient, own_addresses, exists, seconds, separator, shared)
     try:
         one.block(script.block)
     except RunError as error:
@@ -78,11 +80,11 @@ class _Run:
 
     def __init__(
         self, script: Script, message: Message, sender: str, recipient: str, addresses: tuple[str, ...],
-        exists: Callable[[str], bool], seconds: int, separator: str,
+        exists: Callable[[str], bool], seconds: int, separator: str, shared: bool,
     ) -> None:  # fmt: skip
         self.script, self.message = script, message
         self.sender, self.recipient, self.addresses = sender, recipient, addresses
-        self.exists, self.moment, self.separator = exists, now(seconds), separator
+        self.exists, self.moment, self.separator, self.shared = exists, now(seconds), separator, shared
         self.meter = Meter()
         self.variables: dict[str, bytes] = {}  # "": the internal variable of flags
         self.groups: tuple[bytes, ...] = ()  # the match variables
@@ -360,7 +362,7 @@ def _vacation(one: _Run, command: program.Vacation) -> None:
     if one.vacation is not None:
         raise RunError("vacation twice")
     one.vacation = command
-    mine = own(one.recipient, one.addresses, one.separator)
+    mine = own("" if one.shared else one.recipient, one.addresses, one.separator) - {""}
     also = frozenset(comparable(value[:1024].decode("utf-8", "replace")) for value in one.texts(command.addresses))
     why = why_not(one.message, one.sender, mine | also)
     if why:

@@ -22,7 +22,7 @@ import lmdb
 
 from relaymta.disk.big import BigFile
 from relaymta.disk.segments import FRAME
-from relaymta.errors import StoreError
+from relaymta.errors import RelayError, StoreError
 from relaymta.ident import format_id
 from relaymta.proto import sieve
 from relaymta.proto.address import comparable
@@ -158,8 +158,17 @@ class Sieving:
             exists=partial(_exists, shard, user.ident),
             seconds=int(time.time()),
             separator=self._separator(),
+            shared=self._is_shared(recipient, user),
         )
         return _sieved(outcome, partial(_exists, shard, user.ident))
+
+    def _is_shared(self, recipient: str, user: User) -> bool:
+        """On any thread: whether mail for an address goes to others than this user, too."""
+        try:
+            found = self._mailboxes.directory.look_up(recipient, self._separator())
+        except RelayError:
+            return True
+        return found is None or bool(found.others) or [one.ident for one in found.users] != [user.ident]
 
     def _script(self, shard: Readable, user: User) -> sieve.Script | sieve.SieveError:
         with shard.rows.reading() as txn:

@@ -399,3 +399,20 @@ async def test_what_an_alias_leads_to_elsewhere_is_sent_there_when_it_is_deliver
         patch.setattr(bench.outbox, "make", fails)
         (reply,), sent = await bench.deliver("mixed", queue_id=4)
         assert (reply.code, sent) == (451, [])
+
+
+async def test_mail_for_an_alias_of_several_is_not_replied_to(bench):
+    """RFC 5230 4.5: each would tell the sender, who has written to none of them, that this one is away."""
+    await bench.script("a", 'require "vacation"; vacation "I am away";')
+    await bench.user("b")
+    bench.alias("team@a.example", ["a@a.example", "b@a.example"])
+    bench.alias("far@a.example", ["a@a.example", "x@far.example"])
+    bench.alias("sales@a.example", ["a@a.example"])
+    for number, name in enumerate(("team", "team+x", "far")):
+        text = MESSAGE.replace(b"To: a@", b"To: %b@" % name.encode())
+        (reply,), sent = await bench.deliver(name, queue_id=10 + number, data=text)
+        assert reply == FILED and [one.recipient for one in sent] == ["x@far.example"] * (name == "far")
+    _, sent = await bench.deliver("team", queue_id=20, data=MESSAGE.replace(b"To: a@", b"To: team@a.example, a@"))
+    assert [one.recipient for one in sent] == [SENDER], "a is named as well"
+    _, sent = await bench.deliver("sales", queue_id=21, data=MESSAGE.replace(b"To: a@", b"To: sales@"), sender="t@x.example")
+    assert [one.recipient for one in sent] == ["t@x.example"]
