@@ -105,7 +105,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("sieve", "get"): ["a@b.example", "x"], ("sieve", "activate"): ["a@b.example", "x"],
     ("sieve", "remove"): ["a@b.example", "x"],
     ("site", "show"): ["s"], ("site", "limits"): ["s"], ("site", "suspend"): ["s"], ("site", "resume"): ["s"],
-    ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"],
+    ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
 NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
 ALONE = {("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check")}  # likewise

@@ -46,6 +46,7 @@ VERBS = {
     "standing": Verb("policy"),
     "status": Verb("queue", "Show the state of the daemon and its workers."),
     "user": Verb("account", "Manage people who log in to send mail."),
+    "view": Verb("view", "Show and end the sessions of users who read mail that is kept here."),
 }
 
 

@@ -173,7 +173,7 @@ def routes(peer: Daemon | Offline) -> list[str]:
     return peer.routes if isinstance(peer, Offline) else asked(peer, "routes")
 
 
-def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[bytes]:
+def read_pieces(peer: Daemon | Offline, op: str, **args: Any) -> Iterator[Any]:
     """The pieces of an answer, with errors as in `asked`."""
     found = answered(lambda: peer.pieces(op, **args))
     while (piece := answered(lambda: next(found, None))) is not None:

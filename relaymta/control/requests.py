@@ -30,6 +30,7 @@ class Where(Enum):
     FIRST = "the first worker that has the message `ident`"
     ANY = "a worker: they share what it is about"
     ALL = "all workers; their answers are merged"
+    EACH = "all workers; the pieces of their answers follow each other"
 
 
 # Arguments
@@ -168,6 +169,12 @@ class MailboxAddress(_Arguments, frozen=True):
     address: Text
 
 
+class OfUser(_Arguments, frozen=True):
+    """A user's id (0: all users)."""
+
+    user: Number = 0
+
+
 class MailboxAlias(_Arguments, frozen=True):
     """`targets`: none to remove the alias."""
 
@@ -246,6 +253,10 @@ def _moved(parts: list[list[int] | None], args: Any) -> list[int] | None:
     return None if len(found) < len(parts) else [sum(column) for column in zip(*found, strict=True)] or [0, 0]
 
 
+def _sum(parts: list[int], args: Any) -> int:
+    return sum(parts)
+
+
 def _latest(parts: list[list[float]], args: Any) -> list[float]:
     return max(parts, default=[0, 0.0])
 
@@ -253,7 +264,7 @@ def _latest(parts: list[list[float]], args: Any) -> list[float]:
 @dataclass(frozen=True)
 class Request:
     """One row. `seconds`: for one worker's answer, or the next piece of it. `changes`: it changes something, so an answer without
-    a worker's part is a failure. `offline`: the spool's files answer it, too. `pieces`: its answer is message data in pieces."""
+    a worker's part is a failure. `offline`: the spool's files answer it, too. `pieces`: its answer comes in pieces."""
 
     name: str
     arguments: type[_Arguments]
@@ -309,6 +320,9 @@ REQUESTS: dict[str, Request] = {
         Request("mailbox_restore", MailboxRestore, Where.SUPERVISOR, 120, changes=True),
         Request("mailbox_end_restore", MailboxRestored, Where.SUPERVISOR, 30, changes=True),
         Request("sieve_change", SieveChange, Where.SUPERVISOR, 40, changes=True),
+        Request("mailbox_owner", MailboxAddress, Where.SUPERVISOR),
+        Request("sessions", OfUser, Where.EACH, pieces=True),
+        Request("disconnect", OfUser, Where.ALL, 30, _sum, changes=True),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

@@ -145,11 +145,38 @@ class Answers:
         return Answer(None, missing)
 
     async def _pieces(self, slot: Slot, row: Request, args: Any) -> AsyncGenerator[Any, None]:
-        if slot.channel is None:
+        if not slot.ready or slot.channel is None:
             raise Late(f"worker {slot.number} is not ready")
         async with aclosing(slot.channel.stream(row.name, row.seconds, **msgspec.to_builtins(args))) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def by_each(self, row: Request, args: Any) -> Answer:
+        """The pieces of all workers' answers: those of one worker behind those of another."""
+        missing: list[int] = []
+        return Answer(self._pieces_of_each(row, args, missing), missing)
+
+    async def _pieces_of_each(self, row: Request, args: Any, missing: list[int]) -> AsyncGenerator[Any, None]:
+        """All are asked at once, so that several who are late delay the answer no more than one. `missing`: gets the numbers of
+        those whose part is not there, or not all of it."""
+        loop = asyncio.get_running_loop()
+        streams = [(slot, self._pieces(slot, row, args)) for slot in self._slots]
+        firsts = [loop.create_task(_next(pieces)) for _, pieces in streams]
+        try:
+            for (slot, pieces), first in zip(streams, firsts, strict=True):
+                try:
+                    piece = await first
+                    while piece is not None:
+                        yield piece
+                        piece = await _next(pieces)
+                except ConnectionError:
+                    missing.append(slot.number)
+        finally:
+            for first in firsts:
+                first.cancel()
+            await asyncio.gather(*firsts, return_exceptions=True)
+            for _, pieces in streams:
+                await pieces.aclose()
 
     # By the supervisor
 
@@ -269,6 +296,12 @@ class Answers:
         """As `Mailboxes.import_messages`, for a user by address."""
         return list(await self._mail().owner_of(args.address, "mail_import", name=args.name, messages=args.messages))
 
+    async def mailbox_owner(self, args: MailboxAddress) -> dict[str, Any]:
+        """The user who has an address. NoSuch."""
+        directory = self._mail().directory
+        found = await asyncio.to_thread(directory.owner, args.address)
+        return row_of(found[0] if found is not None else await asyncio.to_thread(directory.known, args.address))
+
     async def mailbox_begin_restore(self, args: MailboxAddress) -> tuple[int, int, int]:
         """As `MachineMailboxes.begin_restore`."""
         return await self._mail().begin_restore(self._supervisor.config, args.address)
@@ -309,7 +342,12 @@ _BY: dict[Where, Callable[[Answers, Request, Any], Awaitable[Answer]]] = {
     Where.FIRST: Answers._by_first,
     Where.ANY: Answers.by_any,
     Where.ALL: Answers.by_all,
+    Where.EACH: Answers.by_each,
 }
+
+
+async def _next(pieces: AsyncGenerator[Any, None]) -> Any:
+    return await anext(pieces, None)
 
 
 def _number(ident: str) -> int:

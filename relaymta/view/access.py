@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import lmdb
@@ -29,7 +29,7 @@ from relaymta.store.reading import Readable, body_of, pages
 from relaymta.store.rows import INBOX, SEEN, UserRow
 from relaymta.view.reading import TooMuch, records
 
-__all__ = ["Access", "Inbox"]
+__all__ = ["Access", "Inbox", "OpenSession"]
 
 THREADS, SEARCHERS = 4, 2
 ARRANGED = 1  # SORT and THREAD commands of large mailboxes at a time: each has some hundred octets of every message in memory
@@ -55,9 +55,25 @@ class Inbox(NamedTuple):
     sizes: list[int]
 
 
+class OpenSession(Protocol):
+    """The session of a user who has logged in. `owner`: the user's id; `gone`: it has ended, or is about to."""
+
+    @property
+    def owner(self) -> int: ...
+
+    @property
+    def gone(self) -> bool: ...
+
+    def shown(self) -> dict[str, Any]:
+        """What operators see of it."""
+
+    def disconnect(self) -> None:
+        """End it: at once, or once the command under way has ended."""
+
+
 class Access:
     """Used on the loop; what reads files runs on threads. `shared`: the UIDs of mailboxes that sessions have selected;
-    `sessions`: changed by `connection.py` alone."""
+    `sessions`, `open`: changed by `connection.py` alone."""
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self._mailboxes = mailboxes
@@ -65,6 +81,7 @@ class Access:
         self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
         self.shared = Shared()
         self.sessions: Counter[str] = Counter()  # that have logged in, by protocol
+        self.open: dict[OpenSession, None] = {}  # these, in the order of their logins
         self._turns: WeakValueDictionary[tuple[str, int], asyncio.Lock] = WeakValueDictionary()
         self._arranged = asyncio.Semaphore(ARRANGED)
         self._claimed: dict[tuple[int, int], int] = {}  # up to which UID messages of a mailbox are \\Recent to nobody any more

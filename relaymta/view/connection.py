@@ -2,15 +2,16 @@
 as fast as the client reads, how long a login and silence may take, and its end: also that of the sessions of a user who is
 disabled, deleted or moved, which is looked for whenever the directory has changed.
 
-`_user` and `_seat` are set by the login; `leave` gives back the seat. `_writable` is cleared by the transport alone, while the
-client does not read, and set when it does, or is gone.
+`_user` and `_seat` are set by the login; `leave` gives back the seat. `_unwanted` is set by `disconnect`. `_writable` is cleared
+by the transport alone, while the client does not read, and set when it does, or is gone.
 """
 
 import asyncio
 import contextlib
+import time
 import traceback
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.client import STRESS_PATIENCE, AnySession, ClientConnection
@@ -44,7 +45,7 @@ class ReadingConnection(ClientConnection[S]):
     shutting_down: ClassVar[bytes]
     dismissed: ClassVar[bytes]
 
-    __slots__ = ("_access", "_began", "_greeted_at", "_looks", "_seat", "_user", "_version", "_writable")
+    __slots__ = ("_access", "_began", "_greeted_at", "_looks", "_seat", "_unwanted", "_user", "_version", "_writable")
 
     def __init__(self, access: Access, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
@@ -52,6 +53,7 @@ class ReadingConnection(ClientConnection[S]):
         self._user: User | None = None
         self._seat: Reservation | None = None
         self._began = 0.0  # the login (loop time)
+        self._unwanted = False  # it ends with the command under way
         self._version = -1  # of the directory by which the user may go on
         self._looks = False  # it is about to be looked up whether the user may
         self._greeted_at = 0.0  # the greeting, or the end of TLS (loop time)
@@ -83,12 +85,14 @@ class ReadingConnection(ClientConnection[S]):
         self._version = -1  # it may have changed since the user was looked up
         self._user, self._seat = user, Reservation(partial(self._rise, seat))
         self._access.sessions[self.protocol] += 1
+        self._access.open[self] = None
         self._began = self.admission.now()
         self.admission.intake.counters.add(index("relaymta_mailbox_sessions_total", self.protocol), 1)
         return True
 
     def _rise(self, seat: str) -> None:
         self._access.sessions[self.protocol] -= 1
+        self._access.open.pop(self, None)
         self.admission.limits.give(seat)
 
     def leave(self) -> None:
@@ -141,6 +145,49 @@ class ReadingConnection(ClientConnection[S]):
             seconds=round(self.admission.now() - self._began, 3), **fields,
         )  # fmt: skip
 
+    # For operators
+
+    @property
+    def owner(self) -> int:
+        """The id of the user who has logged in; 0: nobody has."""
+        return self._user.ident if self._user is not None else 0
+
+    def shown(self) -> dict[str, Any]:
+        """The session as operators see it; once somebody has logged in. `since`: the login (seconds UTC); `silent`: seconds since
+        the client last sent something, or read what it was sent."""
+        assert self.rights is not None and self._user is not None
+        now, tls = self.admission.now(), None
+        if self.transport is not None:
+            tls = self.transport.get_extra_info("ssl_object")
+        return {
+            "user": self._user.address, "protocol": self.protocol, "client": self.rights.client.address,
+            "tls": (tls.version() or "") if tls is not None else "", "since": round(time.time() - (now - self._began), 3),
+            "silent": round(max(0.0, now - self.active_at), 1), "state": "command" if self.waits & COMMITTING else "waits",
+            "mailbox": "", "commands": 0, "retrieved": 0, "program": "", **self.doing(),
+        }  # fmt: skip
+
+    def doing(self) -> dict[str, Any]:
+        """What is not of all protocols in `shown`."""
+        return {}
+
+    def disconnect(self) -> None:
+        """End the session: at once, or once the command under way has ended. A command of which a part has not come yet is not
+        under way, as when we shut down."""
+        self._unwanted = True
+        session = self.session
+        if session is not None and not self.gone and not self.waits & (COMMITTING | SHAKING | SPILLING):
+            out, self.delayed = self.delayed, b""
+            self.write(out)
+            self.end(session, self.dismissed)
+
+    def done(self, session: S, out: bytes) -> None:
+        """A command has ended, with the reply `out`: go on, or (`disconnect`) end the session."""
+        if self._unwanted and not session.closing:
+            self.write(out)
+            self.end(session, self.dismissed)
+        else:
+            self.more(session, out)
+
     # Deadlines, and the end
 
     def check(self, now: float) -> None:
@@ -149,6 +196,8 @@ class ReadingConnection(ClientConnection[S]):
             return
         if self.admission.intake.draining:
             self.drain()
+        elif self._unwanted:
+            self.disconnect()
         session = self.session
         if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SHAKING | SPILLING):
             return

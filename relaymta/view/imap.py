@@ -118,6 +118,17 @@ class ImapConnection(ReadingConnection[ServerSession]):
     def logged_in(self, session: ServerSession) -> bool:
         return self._reader is not None
 
+    def doing(self) -> dict[str, Any]:
+        reader = self._reader
+        if reader is None:
+            return {}
+        selected, program = reader.selected, reader.session.client.get("name") or ""
+        found = {
+            "mailbox": selected.name if selected is not None else "", "commands": self._commands,
+            "program": program.encode("utf-8", "replace").decode(),
+        }  # fmt: skip
+        return found | ({"state": "idle"} if reader.session.state == IDLE else {})
+
     def allowed(self) -> bool:
         return self._reader is None or self._reader.refresh()
 
@@ -137,6 +148,8 @@ class ImapConnection(ReadingConnection[ServerSession]):
     def _ended(self, session: ServerSession) -> None:
         """Parse again. Where nothing was waited for, `advance` goes on, which has begun it."""
         self.active_at = self.admission.now()
+        if self._unwanted and not self.gone:
+            self.end(session, DISMISSED)
         if self.eager:
             self.waits &= ~COMMITTING
         else:

@@ -76,6 +76,9 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
     def logged_in(self, session: ServerSession) -> bool:
         return bool(session.owner)
 
+    def doing(self) -> dict[str, Any]:
+        return {"commands": self._commands}
+
     def allowed(self) -> bool:
         """A user who has been moved may go on: the next command goes to the other shard."""
         return self._current() is not None
@@ -107,7 +110,7 @@ class ManageSieveConnection(ReadingConnection[ServerSession]):
             if self.gone:
                 self.leave()
         if not self.gone:
-            self.more(session, out)
+            self.done(session, out)
 
     async def _answer(self, session: ServerSession, asked: Asked) -> bytes:
         """Do what is asked; what to write."""

@@ -60,6 +60,10 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     def logged_in(self, session: ServerSession) -> bool:
         return session.maildrop is not None
 
+    def doing(self) -> dict[str, Any]:
+        maildrop = self.session.maildrop if self.session is not None else None
+        return {"mailbox": INBOX, "retrieved": len(maildrop.retrieved) if maildrop is not None else 0}
+
     # Steps: each returns what to write
 
     def _begin(self, step: Callable[[ServerSession], Coroutine[Any, Any, bytes]], session: ServerSession) -> None:
@@ -86,7 +90,7 @@ class Pop3Connection(ReadingConnection[ServerSession]):
             if self.gone:
                 self.leave()
         if not self.gone:
-            self.more(session, out)
+            self.done(session, out)
 
     async def _open(self, session: ServerSession) -> bytes:
         """The user has logged in: take the seat, and a snapshot of INBOX."""
