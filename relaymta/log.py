@@ -5,13 +5,14 @@ counted. The thread writes to the log and to the history, each of which drops an
 logged once records can be written again.
 """
 
+import heapq
 import mmap
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import msgspec
 from relaymta.privileges import append_to
 from relaymta.proto.printable import printable_json
 
-__all__ = ["EVENTS", "History", "Log", "find_history"]
+__all__ = ["EVENTS", "USERS", "History", "Log", "find_history", "history_of_user"]
 
 BUFFER = 50_000  # records
+USERS = "users"  # the folder of the history of users, in that of messages
+LINE_MOST = 4 << 20  # octets of a record that is read
 
 # Every event and the fields it has beside ts (seconds, UTC), v (schema version), event and worker.
 EVENTS: dict[str, tuple[str, ...]] = {
@@ -70,11 +73,14 @@ def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
     return msgspec.defstruct(name, head + tail, tag_field="event", tag=name, gc=False, namespace=namespace)
 
 
-# Events about one message: its history.
+# Events about one message: its history. About users whose mail is kept here, and no message: likewise.
 _OF_MESSAGES = frozenset(name for name, fields in EVENTS.items() if "id" in fields)
+
+_OF_USERS = frozenset(name for name, fields in EVENTS.items() if "user" in fields and "id" not in fields)
 
 _RECORDS = {name: _record(name, fields) for name, fields in EVENTS.items()}
 _KEPT = frozenset(_RECORDS[name] for name in _OF_MESSAGES)
+_KEPT_OF_USERS = frozenset(_RECORDS[name] for name in _OF_USERS)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -99,8 +105,8 @@ def _sound(value: Any) -> Any:
 
 
 class History:
-    """The events of messages, kept in `folder` in addition to the log: FILES files for each worker, `octets` in all at most, of
-    which the oldest is removed when a new one is begun. Used by the log's thread only."""
+    """The events of messages, or those of users, kept in `folder` in addition to the log: FILES files for each worker, `octets`
+    in all at most, of which the oldest is removed when a new one is begun. Used by the log's thread only."""
 
     FILES = 8
 
@@ -154,6 +160,68 @@ def find_history(folder: Path, ident: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: float(event["ts"]))
 
 
+class _About(msgspec.Struct):
+    """Whom a record is about."""
+
+    event: str
+    ts: float
+    user: Any = ""
+    users: Any = ""
+    recipients: Any = ""
+    recipient: Any = ""
+
+
+# The fields of the events in the history of a user: logins, and addresses.
+_LOGINS = {**dict.fromkeys(_OF_USERS, "user"), "sieve": "user"}
+_ADDRESSES = {
+    "delivered": ("users", "recipients"), "received": ("recipients",), "deferred": ("recipient",), "bounced": ("recipient",),
+}  # fmt: skip
+
+
+def history_of_user(
+    folder: Path, is_login: Callable[[str], bool], is_address: Callable[[str], bool], since: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """The events of a user that `folder` still has, in the order of their times: mail for the user, logins and sessions, and
+    what they have done. `is_login(name)`, `is_address(recipient)`: whether that is the user; `since`: seconds UTC. All records
+    are read, a line of each process at a time. Files that may not be read: OSError."""
+    about = msgspec.json.Decoder(_About)
+
+    def matches(found: _About) -> bool:
+        if found.event in _LOGINS:
+            return is_login(found.user)
+        named = (getattr(found, field) for field in _ADDRESSES.get(found.event, ()))
+        return any(is_address(one) for value in named for one in ((value,) if isinstance(value, str) else value) if one)
+
+    def read(paths: Iterable[Path]) -> Iterator[tuple[float, dict[str, Any]]]:
+        for line in _lines_of(paths, since):
+            try:
+                found = about.decode(line)
+                if found.ts >= since and matches(found):
+                    yield found.ts, msgspec.json.decode(line)
+            except msgspec.DecodeError:  # cut off, or being written
+                continue
+
+    writers: dict[tuple[Path, str], list[tuple[int, Path]]] = {}  # by folder and process
+    for path in (*folder.glob("*.jsonl"), *(folder / USERS).glob("*.jsonl")):
+        worker, number = path.name.split(".")[:2]
+        writers.setdefault((path.parent, worker), []).append((int(number), path))
+    streams = [read([path for _, path in sorted(paths)]) for paths in writers.values()]
+    return (event for _, event in heapq.merge(*streams, key=lambda pair: pair[0]))
+
+
+def _lines_of(paths: Iterable[Path], since: float) -> Iterator[bytes]:
+    """The lines of files, without those that were last written before `since`."""
+    for path in paths:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # removed meanwhile, as the oldest
+            continue
+        with file:
+            if os.fstat(file.fileno()).st_mtime >= since:
+                while line := file.readline(LINE_MOST):
+                    yield line
+
+
 class _Sink:
     """Where lines are written: the log, or the history. `write(octets)` returns how many were written, or raises OSError. Used by
     the log's thread only, but for reading `dropped`."""
@@ -181,14 +249,15 @@ class _Sink:
 
 class Log:
     """The log of one process. `file`: path, "-" for standard error. `worker`: the number of the process in each record, -1 for
-    the supervisor. `history`: gets the events of messages, too."""
+    the supervisor. `history`, `users`: get the events of messages, and those of users, too."""
 
-    def __init__(self, file: str, worker: int, history: History | None = None) -> None:
+    def __init__(self, file: str, worker: int, history: History | None = None, users: History | None = None) -> None:
         self._file = file
         self._worker = worker
         self._descriptor = self._open()
         self._log = _Sink(lambda text: os.write(self._descriptor, text))
-        self._history = _Sink(history.write) if history is not None else None
+        kept = ((history, _KEPT), (users, _KEPT_OF_USERS))
+        self._kept = [(_Sink(one.write), records) for one, records in kept if one is not None]
         self._pending: deque[msgspec.Struct] = deque()  # one thread appends, the other takes from the front
         self._wanted = threading.Event()
         self._closing = False
@@ -205,7 +274,7 @@ class Log:
     @property
     def history_dropped(self) -> int:
         """The number of records that could not be written to the history, which are in the log."""
-        return self._history.dropped if self._history is not None else 0
+        return sum(sink.dropped for sink, _ in self._kept)
 
     def _open(self) -> int:
         if self._file == "-":
@@ -234,8 +303,8 @@ class Log:
             if self._pending:  # appended meanwhile, to a buffer that was not empty: nobody else wakes us
                 self._wanted.set()
             lines = _lines(batch)
-            if self._history is not None:
-                self._history.write([line for line, record in zip(lines, batch, strict=True) if type(record) in _KEPT], [])
+            for sink, records in self._kept:
+                sink.write([line for line, record in zip(lines, batch, strict=True) if type(record) in records], [])
             missing = self.dropped, self.history_dropped
             if self._log.write(lines, _lines(self._lost(missing, reported))):
                 reported = missing

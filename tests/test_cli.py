@@ -90,7 +90,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("dkim", "keygen"): ["d.example", "--selector", "s", "--out", "k"],
     ("dkim", "rotate"): ["d.example", "--selector", "s", "--out", "k"],
     ("doctor", "domain"): ["d.example", "--address", "127.0.0.1"],
-    **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password", "delete")},
+    **{("mailbox", verb): ["a@b.example"] for verb in ("create", "show", "disable", "enable", "password", "delete", "history")},
     ("mailbox", "rename"): ["a@b.example", "c@b.example"], ("mailbox", "move"): ["a@b.example", "0"],
     ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"], ("mailbox", "export"): ["a@b.example", "new"],
     ("mailbox", "import"): ["a@b.example", __file__],
@@ -607,6 +607,7 @@ NEEDS = {  # what a verb may import beside the light; all others: nothing of HEA
     ("user", "remove"): CONFIG, ("user", "list"): CONFIG, ("config", "show"): CONFIG, ("config", "describe"): CONFIG,
     ("dkim", "keygen"): CONFIG | {"asyncio", "cryptography", "idna"}, ("dkim", "check"): DNS, ("route", "test"): DNS,
     **{("mailbox", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "show", "backup", "verify", "export", "import")},
+    ("mailbox", "history"): CONFIG | {"lmdb", "asyncio"},
     **{("sieve", verb): {"lmdb", "asyncio", "email"} for verb in ("list", "get")},
     ("shaping", "diff"): CONFIG | {"lmdb"}, ("shaping", "profiles"): CONFIG,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from relaymta.log import History, Log, find_history
+from relaymta.log import USERS, History, Log, find_history, history_of_user
 from tests.support.daemon import wait_for
 
 OF_NOBODY = {"client": "", "helo": "", "user": "", "application": "", "message_id": ""}
@@ -40,6 +40,51 @@ def test_only_events_of_messages_are_kept_in_order(tmp_path):
     log.close()
     assert [event["event"] for event in find_history(tmp_path / "history", "ONE")] == ["queued", "delivered"]
     assert (tmp_path / "log").read_text().count("\n") == 3
+
+
+def session(ts: float, user: str, pad: int = 0) -> bytes:
+    return b'{"event":"session","ts":%r,"user":"%b","client":"%b"}\n' % (ts, user.encode(), b"c" * pad)
+
+
+def of_user(folder: Path, user: str, since: float = 0.0) -> list[float]:
+    return [one["ts"] for one in history_of_user(folder, lambda name: name == user, lambda name: name == user, since)]
+
+
+def test_the_history_of_a_user_is_in_the_order_of_time_over_processes_and_files(tmp_path):
+    users = [History(tmp_path / USERS, worker, 8 * 4096) for worker in (0, 1, 10)]
+    mail = History(tmp_path, 1, 8 * 4096)
+    for number in range(300):
+        users[number % 3].write(session(number, "ann" if number % 2 else "bob", 200))
+        if number % 50 == 0:
+            mail.write(b'{"event":"delivered","ts":%d.5,"id":"A","recipients":["x","ann"]}\n' % number)
+            mail.write(b'{"event":"delivered","ts":%d.6,"id":"B","recipients":["x"],"users":"","route":"ann"}\n' % number)
+            mail.write(b'{"event":"queued","ts":%d.7,"id":"C","recipients":["ann"],"user":"ann"}\n' % number)
+    assert len(list((tmp_path / USERS).iterdir())) > 20  # ten files or so have gone
+    found = of_user(tmp_path, "ann")
+    assert found == sorted(found) and {ts for ts in found if ts % 1} == {number + 0.5 for number in range(0, 300, 50)}
+    assert found[-1] == 299 and len([ts for ts in found if not ts % 1]) > 100
+    assert of_user(tmp_path, "ann", 290.5) == [291, 293, 295, 297, 299]
+    assert of_user(tmp_path, "ann", time.time() + 100) == [] and of_user(tmp_path / "none", "ann") == []
+
+
+def test_records_that_are_cut_off_or_no_records_are_passed_over(tmp_path):
+    (tmp_path / USERS).mkdir()
+    (tmp_path / USERS / "0.0.jsonl").write_bytes(
+        session(1, "ann") + b'{"event":"sess' + b"\n" + b"\0" * 5000 + b"\n[1]\n\n" + session(2, "ann") + session(3, "ann")[:-5]
+    )
+    (tmp_path / USERS / "1.0.jsonl").write_bytes(b"")
+    assert of_user(tmp_path, "ann") == [1, 2]
+
+
+def test_events_of_users_are_kept_apart_from_those_of_messages(tmp_path):
+    log = Log(str(tmp_path / "log"), 0, History(tmp_path / "h", 0, 1 << 20), History(tmp_path / "h" / USERS, 0, 1 << 20))
+    queued(log, "ONE")
+    log.event("login", client="c", user="ann", good=True, reply="235")
+    log.event("sieve", id="ONE", user="ann", actions="keep", cause="")
+    log.event("warning", text="x")
+    log.close()
+    kept = [[record["event"] for record in records(tmp_path / "h" / place / "0.0.jsonl")] for place in ("", USERS)]
+    assert kept == [["queued", "sieve"], ["login"]]
 
 
 def queued(log: Log, ident: str, sender: str = "a") -> None:

@@ -1,6 +1,7 @@
 """`relaymta mailbox`: users whose mail is kept here, their addresses, and what they have."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 
 from relaymta.cli.console import record, say, say_json, table
 from relaymta.cli.options import Configuration, configured, fail, group, loaded
-from relaymta.cli.peer import GivenPath, as_json, asked, counted, daemon, given, given_address, size
+from relaymta.cli.peer import GivenPath, as_json, asked, counted, daemon, given, given_address, seconds_of, size
 from relaymta.duration import parse_size
 
 __all__ = ["mailbox"]
@@ -218,6 +219,29 @@ def quota(read: Configuration, address: str, octets: str, messages: int | None) 
     changes = {"octets": size_of} | ({} if messages is None else {"messages": messages})
     asked(daemon(read), "mailbox_change", address=address, changes=changes)
     say(f"the quota of {address} is {'none' if size_of < 0 else octets}")
+
+
+@mailbox.command()
+@click.argument("address", callback=given)
+@click.option("--since", callback=given, metavar="DURATION", help="Only of the last 2h, 5d ...; default: as far back as is kept.")
+@as_json
+@configured
+def history(read: Configuration, address: str, since: str | None, as_json: bool) -> None:
+    """Show what happened to a user's mail, and what the user has done: deliveries, logins, sessions, changes.
+
+    The relay need not run."""
+    from relaymta.cli import mail_history
+
+    earliest = time.time() - seconds_of("--since", since) if since is not None else 0.0
+    found = False
+    for event in mail_history.events(read, address, earliest):
+        found = True
+        if as_json:
+            say_json(event)
+        else:
+            mail_history.show(event)
+    if not found and not as_json:
+        say(f"there is nothing about {address} in the history", err=True)
 
 
 _folder = click.argument("folder", type=GivenPath(path_type=Path, file_okay=False))

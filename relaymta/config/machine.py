@@ -53,5 +53,6 @@ class Log(Table):
     file: Restart[str] = Field("-", description='path, "-" for standard error')
     history: Restart[Size] = Field(
         256 << 20,
-        description="octets of the history that `message history` shows, of all workers together; 0: off",
+        description="octets of the history that `message history` shows, of all workers together; 0: off. Where mail is kept in "
+        "mailboxes, a quarter as much again for `mailbox history`",
     )

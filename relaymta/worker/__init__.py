@@ -29,7 +29,7 @@ from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
-from relaymta.log import History, Log
+from relaymta.log import USERS, History, Log
 from relaymta.metrics import COUNTERS, Counters, index
 from relaymta.node import SiteState, SiteStates
 from relaymta.proto.address import domain_matches, domain_of
@@ -60,6 +60,7 @@ DRAIN_SECONDS = 10.0
 DATA_SECONDS = 30.0
 FILING_SECONDS = 3.0  # behind these, for messages of LMTP clients that have gone
 ORPHAN_SECONDS = DRAIN_SECONDS + DATA_SECONDS + 10.0  # after the supervisor's end, the worker's: whatever it is doing
+USERS_SHARE = 4  # the history of users has one in so many octets of that of messages, in addition
 TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same refresh token
 
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
@@ -166,8 +167,10 @@ class Worker:
         self.in_flight = shared.in_flight(slot)
         self.probed = dict(probed)
         kept = self.config.log.history // workers
-        history = History(Path(self.config.spool) / "history", slot, kept) if kept else None
-        self.log = Log(self.config.log.file, slot, history)
+        folder = Path(self.config.spool) / "history"
+        history = History(folder, slot, kept) if kept else None
+        users = History(folder / USERS, slot, kept // USERS_SHARE) if kept and mail is not None else None
+        self.log = Log(self.config.log.file, slot, history, users)
         self.routes = RouteTable(self.config)
         self.tokens = Tokens(self._exchange)
         if any(route.lookup for route in self.config.route):
