@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from relaymta import __version__
 from relaymta.cli.console import say
@@ -29,7 +30,7 @@ from relaymta.store.repair import repair
 from relaymta.store.shown import row_of, shown
 from relaymta.store.verify import contradictions
 
-__all__ = ["as_owner", "backup", "check_empty", "mail_files", "missing_addresses", "restore", "show", "users", "verify"]
+__all__ = ["as_owner", "backup", "check_empty", "failed", "mail_files", "missing_addresses", "restore", "show", "users", "verify"]
 
 if TYPE_CHECKING:
     from relaymta.config import Config
@@ -97,6 +98,7 @@ def backup(read: Configuration, folder: Path) -> None:
     _, spool = spool_of(read)
     folder = folder.absolute()
     check_empty(folder, "a backup needs a new one")
+    _check_writable(folder)
     with as_owner(spool):
         made = answered(lambda: _steady_copy(spool / MAIL))
     try:
@@ -115,6 +117,21 @@ def check_empty(folder: Path, why: str) -> None:
             fail(69, f"{folder} is not empty: {why}")
     except OSError as error:
         fail(77 if isinstance(error, PermissionError) else 74, f"{folder}: {error.strerror}")
+
+
+def failed(error: OSError, folder: Path) -> NoReturn:
+    """End the program (77, 74) since something in a folder cannot be read or written."""
+    fail(77 if isinstance(error, PermissionError) else 74, f"{error.filename or folder}: {error.strerror or error}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Make a folder, and end the program (77, 74) where nothing can be written to it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        failed(error, folder)
 
 
 def _steady_copy(mail: Path) -> Path:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from relaymta.cli.console import say
-from relaymta.cli.mail_files import as_owner, check_empty
+from relaymta.cli.mail_files import as_owner, check_empty, failed
 from relaymta.cli.options import Configuration, fail
 from relaymta.cli.peer import Daemon, answered, asked, counted, daemon, spool_of
 from relaymta.disk.shards import MAIL
@@ -71,7 +71,7 @@ def export(read: Configuration, address: str, folder: Path, form: str) -> None:
             count = sum(_EXPORTS[form](Source(spool, reader, row, wrong), folder) for row in mailboxes)
             (folder / MARK).unlink()
         except OSError as error:
-            _failed(error, folder)
+            failed(error, folder)
     say(f"{user.address}: {counted(count, 'message', 'messages')} in {folder}")
     wrong.end()
 
@@ -88,7 +88,7 @@ def _begin(folder: Path, mark: dict[str, str]) -> None:
         if json.loads((folder / MARK).read_text()) != mark:
             fail(69, f"{folder} has another export that was interrupted ({(folder / MARK).read_text().strip()})")
     except OSError as error:
-        _failed(error, folder)
+        failed(error, folder)
 
 
 def _check_own(folder: Path) -> None:
@@ -96,10 +96,6 @@ def _check_own(folder: Path) -> None:
     found = folder.lstat()
     if found.st_uid != os.geteuid() or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode):
         fail(77, f"{folder} is not a folder of yours that only you can write to: name a new one")
-
-
-def _failed(error: OSError, folder: Path) -> NoReturn:
-    fail(77 if isinstance(error, PermissionError) else 74, f"{error.filename or folder}: {error.strerror or error}")
 
 
 def _mailboxes(reader: ShardReader, user: User) -> list[MailboxRow]:
@@ -195,6 +191,8 @@ def import_from(read: Configuration, address: str, path: Path, mailbox: str) -> 
     out, so that an import that was interrupted can be repeated."""
     if mailbox and (reason := problem(mailbox)):
         fail(64, f"--mailbox: {reason}")
+    if not (path.is_file() or path.is_dir()):  # a fifo would be waited for, and a device may have no end
+        fail(65, f"{path} is neither a file nor a folder: write what is to be imported to a file first")
     peer = daemon(read)
     _, spool = spool_of(read)
     wrong = _Complaints()
@@ -212,7 +210,7 @@ def import_from(read: Configuration, address: str, path: Path, mailbox: str) -> 
                 new, old = _put(peer, user, name, messages, known, wrong)
                 put, there = put + new, there + old
         except OSError as error:
-            _failed(error, path)
+            failed(error, path)
     say(f"{user.address}: {counted(put, 'message', 'messages')} imported" + (f", {there} were there already" if there else ""))
     wrong.end()
 

@@ -190,9 +190,9 @@ def rename(read: Configuration, address: str, new: str) -> None:
 def move(read: Configuration, address: str, shard: int) -> None:
     """Move a user to another shard.
 
-    Mail for the user is deferred meanwhile."""
+    Mail for the user is deferred meanwhile. One who is there already stays."""
     found = asked(daemon(read), "mailbox_move", address=address, shard=shard)
-    say(f"{found['user']} is in shard {found['shard']} now")
+    say(f"{found['user']} is in shard {found['shard']} {'now' if found['moved'] else 'already'}")
 
 
 @mailbox.command()

@@ -471,7 +471,9 @@ class Directory:
         self._write(change)
 
     def _remove_alias(self, txn: Any, address: str, before: Address | None) -> None:
-        if before is None or (before.user and self._named(txn, address) is not None):
+        if before is not None and before.user and self._named(txn, address) is not None:
+            raise NoSuch("alias", f"{address} (it is a user)")
+        if before is None:
             raise NoSuch("alias", address, (name for name, _ in self._aliases(txn)))
         txn.delete(address.encode(), db=self._addresses)
         txn.delete(_ID.pack(before.user) + address.encode(), db=self._own)
@@ -480,7 +482,10 @@ class Directory:
         if before is not None and before.user and self._named(txn, address) is None:  # not by this name: it may lead elsewhere
             txn.delete(_ID.pack(before.user) + address.encode(), db=self._own)
         elif before is None or before.user:
-            self._free(txn, address)  # raises where it is a user's name
+            user = self._named(txn, address)
+            if user is not None and not user.deleted:
+                raise Exists(f"{address} is a user, and so no alias: mail for it goes to the user's mailboxes")
+            self._free(txn, address)
         if len(wanted) > TARGETS_MOST:
             raise RelayError(f"{len(wanted)} addresses: an alias has at most {TARGETS_MOST}")
         one = self._named(txn, wanted[0]) if len(wanted) == 1 else None

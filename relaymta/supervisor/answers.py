@@ -289,8 +289,11 @@ class Answers:
         return row_of(await self._mail().upkeep.delete(args.address, args.now, self._supervisor.config.mailboxes.subaddress))
 
     async def mailbox_move(self, args: MailboxMove) -> dict[str, Any]:
-        """As `Upkeep.move`."""
-        return row_of(await self._mail().upkeep.move(args.address, args.shard))
+        """As `Upkeep.move`. `moved`: False where the user was there already."""
+        mail = self._mail()
+        before = await asyncio.to_thread(mail.directory.known, args.address)
+        found = await mail.upkeep.move(args.address, args.shard)
+        return row_of(found) | {"moved": before.moving >= 0 or before.shard != found.shard}
 
     async def mailbox_import(self, args: MailboxImport) -> list[str]:
         """As `Mailboxes.import_messages`, for a user by address."""

@@ -173,7 +173,8 @@ class Upkeep:
     # Moves
 
     async def move(self, address: str, shard: int) -> User:
-        """Move a user, with all mail, to another shard; until it has ended, mail for the user is deferred. NoSuch, RelayError."""
+        """Move a user, with all mail, to another shard; until it has ended, mail for the user is deferred. Nothing happens
+        to one who is there already. NoSuch, RelayError."""
         user = await asyncio.to_thread(self._directory.known, address)
         if not 0 <= shard < self._shards:
             raise RelayError(f"there is no shard {shard} (there are 0 to {self._shards - 1})")
@@ -187,7 +188,7 @@ class Upkeep:
             if row.moving not in (-1, shard):
                 raise RelayError(f"{row.address} is being moved to shard {row.moving}; try again, or move the user back")
             if row.shard == shard and row.moving < 0:
-                raise RelayError(f"{row.address} is in shard {shard}")
+                return row
             return msgspec.structs.replace(row, moving=shard)
 
         return await self._carry((await self._update(user.ident, change)).ident) or user

@@ -4,6 +4,7 @@ for; and files that are wrong."""
 import json
 import mailbox
 import os
+import socket
 
 import pytest
 
@@ -145,3 +146,20 @@ def test_files_that_are_wrong_are_named_and_the_others_are_in(tmp_path):
             found = relay.cli("mailbox", *words, check=False)
             assert (found.returncode, sentence in found.stderr, "Traceback" in found.stderr) == (status, True, False), found
         wait_for(lambda: relay.summary() == [], what="nothing")
+
+
+@pytest.mark.parametrize("place", ["fifo", "/dev/zero", "/dev/null", "socket"])
+def test_what_is_neither_a_file_nor_a_folder_is_not_imported(tmp_path, place):
+    """Not waited for, and not read for ever; whether the relay runs or not."""
+    path = place if place.startswith("/") else str(tmp_path / place)
+    if place == "fifo":
+        os.mkfifo(path)
+    listening = socket.socket(socket.AF_UNIX)
+    if place == "socket":
+        listening.bind(path)
+    with listening, kept(tmp_path) as relay:
+        create(relay, "alice")
+        found = relay.cli("mailbox", "import", "alice@local.example", path, check=False)
+        assert (found.returncode, found.stdout) == (65, "")
+        assert f"{path} is neither a file nor a folder" in found.stderr
+        assert shown(relay, "alice")["INBOX"] == []

@@ -71,10 +71,35 @@ def test_a_renamed_user_keeps_the_old_address(tmp_path):
             (("rename", "anna@local.example", "bob@local.example"), 1, "bob@local.example exists already"),
             (("rename", "anna@local.example", "anna@other.example"), 69, "no route keeps mail for other.example"),
             (("move", "anna@local.example", "3"), 69, "there is no shard 3 (there are 0 to 0)"),
-            (("move", "anna@local.example", "0"), 69, "anna@local.example is in shard 0"),
         ):
             found = relay.cli("mailbox", *words, check=False)
             assert (found.returncode, sentence in found.stderr) == (status, True), found
+        found = relay.cli("mailbox", "move", "anna@local.example", "0")
+        assert (found.stdout, found.stderr) == ("anna@local.example is in shard 0 already\n", "")
+
+
+def test_a_backup_into_a_place_that_cannot_be_written_is_refused_before_it(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice")
+        (tmp_path / "file").write_text("")
+        for place, sentence in (("file/new", "Not a directory"), ("file", "File exists")):
+            for words in (["backup"], ["export", "alice@local.example"]):
+                found = relay.cli("mailbox", *words, str(tmp_path / place), check=False)
+                assert (found.returncode, found.stdout) == (74 if place == "file/new" else 64, ""), found
+                assert place == "file" or sentence in found.stderr
+        relay.cli("mailbox", "backup", str(tmp_path / "new"))
+
+
+def test_a_user_is_no_alias(tmp_path):
+    with kept(tmp_path) as relay:
+        create(relay, "alice", "bob")
+        for words, status, sentence in (
+            (["bob@local.example"], 1, "alice@local.example is a user, and so no alias"),
+            (["--remove"], 1, "no such alias: alice@local.example (it is a user)"),
+        ):
+            found = relay.cli("mailbox", "alias", "alice@local.example", *words, check=False)
+            assert (found.returncode, sentence in found.stderr) == (status, True), found
+        assert list(listed(relay)) == ["alice", "bob"]
 
 
 def test_a_message_larger_than_a_request_is_moved_and_restored(tmp_path):

@@ -82,7 +82,7 @@ def test_an_internationalized_domain_is_found_in_both_forms(directory):
     [
         ("a@local.example", ["a@local.example"], "a@local.example would be an alias of itself"),
         ("a@local.example", ["alise@local.example"], 'nobody has alise@local.example (did you mean "alice@local.example"?)'),
-        ("alice@local.example", ["bob@local.example"], "alice@local.example exists already"),
+        ("alice@local.example", ["bob@local.example"], "alice@local.example is a user"),
         ("one@local.example", ["three@local.example"], "would lead back to itself: one@local.example -> three@local.example -> "),
         ("@local.example", ["ghost@local.example"], "@local.example would lead back to itself"),
         ("z@local.example", ["z+detail@local.example", "bob@local.example"], "z@local.example would lead back to itself"),
