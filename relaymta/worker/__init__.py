@@ -166,11 +166,7 @@ class Worker:
         self.states = SiteStates(msgspec.convert(states, list[SiteState]))
         self.in_flight = shared.in_flight(slot)
         self.probed = dict(probed)
-        kept = self.config.log.history // workers
-        folder = Path(self.config.spool) / "history"
-        history = History(folder, slot, kept) if kept else None
-        users = History(folder / USERS, slot, kept // USERS_SHARE) if kept and mail is not None else None
-        self.log = Log(self.config.log.file, slot, history, users)
+        self.log = self._open_log(mail is not None)
         self.routes = RouteTable(self.config)
         self.tokens = Tokens(self._exchange)
         if any(route.lookup for route in self.config.route):
@@ -202,6 +198,13 @@ class Worker:
                     "warning", text=f"{path} is missing: the messages in it are lost (`relaymta mailbox verify` names them)"
                 )
         await self._listen(self.shards[shards[0]].queue, tickets, descriptors[1:])
+
+    def _open_log(self, keeps_mail: bool) -> Log:
+        """The log, with the histories."""
+        kept, folder = self.config.log.history // self.workers, Path(self.config.spool) / "history"
+        history = History(folder, self.slot, kept) if kept else None
+        users = History(folder / USERS, self.slot, kept // USERS_SHARE) if kept and keeps_mail else None
+        return Log(self.config.log.file, self.slot, history, users)
 
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""

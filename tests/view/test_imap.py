@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relaymta.accept.line import BLOCKED, COMMITTING, OUTPUT_SECONDS, SPILLING
+from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SPILLING
 from relaymta.proto import reply
 from relaymta.proto.imap_server import Offers, ServerSession
 from relaymta.reservation import Reservation
@@ -110,7 +110,7 @@ async def desk(tmp_path):
         desk.made.connection_lost(None)
         await asyncio.gather(*desk.tasks)
         desk.access.close()
-        assert not list((tmp_path / "large").iterdir())
+        assert not list((tmp_path / "large").iterdir()) and not desk.access.open
 
 
 async def test_a_client_that_does_not_read_has_one_slice_of_what_it_asked_for(desk):
@@ -125,6 +125,25 @@ async def test_a_client_that_does_not_read_has_one_slice_of_what_it_asked_for(de
     said = desk.transport.said
     assert said.count(b"y" * 70) == 21000 and said.endswith(b"2 OK Fetched\r\n")
     assert desk.transport.most < 2.2 * SLICE
+
+
+async def test_a_session_is_disconnected_once_nothing_is_under_way(desk):
+    bye = b"* BYE [UNAVAILABLE] The session has ended; log in again\r\n"
+    assert list(desk.access.open) == [desk.made] and desk.made.owner == desk.made._user.ident
+    desk.made.waits |= SPILLING  # a thread writes a part of an APPEND
+    desk.made.disconnect()
+    desk.made.check(desk.time)
+    assert desk.heard() == b"" and not desk.made.gone
+    desk.made.waits &= ~SPILLING
+    desk.made.check(desk.time)
+    assert desk.heard() == bye and desk.made.gone and not desk.access.open
+
+
+async def test_a_reply_that_is_delayed_is_told_to_one_who_is_disconnected(desk):
+    desk.made.waits |= CHECKING  # too many errors
+    desk.made.delayed = b"9 BAD wrong\r\n"
+    desk.made.disconnect()
+    assert desk.heard().startswith(b"9 BAD wrong\r\n* BYE [UNAVAILABLE]") and desk.made.gone
 
 
 async def test_octets_that_come_while_a_reply_is_written_are_parsed_behind_it(desk):
