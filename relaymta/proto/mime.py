@@ -212,7 +212,7 @@ def chosen_fields(read: Callable[[int, int], bytes], where: Extent, which: Secti
     while start < where.end or prefix:
         octets = read(start, min(start + most, where.end))
         whole = len(octets) if start + most >= where.end else whole_fields(octets)
-        if not whole:  # it is amid a field
+        if octets and not whole:  # it is amid a field
             most *= 2
             continue
         if some := _chosen(prefix + octets[:whole], names, which.what.endswith(".NOT")):

@@ -362,6 +362,11 @@ def test_fields_are_chosen_in_pieces_of_a_header(monkeypatch, read, text):
     assert whole.count(b"X-B: ") == (9 if "(X-B to" in text else 0) and whole.count(b"To: ") == (2 if "(X-B to" in text else 0)
 
 
+def test_fields_in_front_of_a_message_of_no_octets():
+    assert part(b"", "HEADER.FIELDS (TO)", b"To: first\r\n") == b"To: first\r\n\r\n"
+    assert part(b"", "HEADER.FIELDS (X-None)", b"To: first\r\n") == b"\r\n"
+
+
 def test_fields_of_a_large_header_take_little_memory():
     header = b"X: y\r\n" + b"X-1: y\r\n" * 200_000
     tracemalloc.start()
