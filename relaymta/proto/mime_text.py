@@ -45,10 +45,13 @@ MARKS_MOST = 32  # combining characters in a row that are normalized together (U
 WHOLE: Final = 1 << 18  # octets of a part that are looked at together, where they need not be decoded
 PIECE: Final = 1 << 14  # octets of a part that are decoded together: 1 to 5 ms in the slowest charset
 HELD_MOST: Final = 1 << 14  # octets that wait for those behind them
+MARK: Final = 4  # octets of the longest mark of byte order,
+SEQUENCE_MOST: Final = 16  # and of what a decoder of ISO 2022 takes for the beginning of an escape sequence
 _NO_BASE64 = bytes(octet for octet in range(256) if octet > 127 or not (chr(octet).isalnum() or octet in b"+/="))
 _MAY_COMBINE = re.compile("[\u0300-\U0010ffff]")
 _UTF_8: Final = ("ascii", "utf_8", "utf_8_sig")
 _MARKS_OF_ORDER: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_ENDED = re.compile(rb"[A-Z@]")  # a sequence
 _ASCII = re.compile("[\0-\x7f]+")
 _FORMED = "\u0530"  # below are Latin, Greek, Cyrillic
 _COMMON = " etaoinsrhldcumfpgwyb.,v-k"  # in text, the most common first
@@ -290,7 +293,10 @@ class PartSearch:
     PIECE octets. Up to WHOLE octets are looked at together first, where that tells; 8-bit text that is said to be ASCII, and is
     longer, is ISO-8859-1 from the first octet on that is not UTF-8."""
 
-    __slots__ = ("_at", "_before", "_charset", "_codec", "_decoder", "_encoding", "_end", "_needle", "_octets", "_text", "_whole")
+    __slots__ = (
+        "_at", "_before", "_charset", "_codec", "_decoder", "_encoding", "_end", "_needle", "_octets", "_text", "_undecoded",
+        "_whole",
+    )  # fmt: skip
 
     def __init__(self, start: int, end: int, encoding: int, charset: bytes, needle: str) -> None:
         """`start`, `end`: of the part's body; `encoding`: as of _speedups.mime.Part."""
@@ -299,7 +305,8 @@ class PartSearch:
         self._charset, self._codec = charset, _codec(charset[:40].decode("latin-1"))
         self._needle = needle
         self._whole = end - start <= WHOLE
-        self._octets = b""  # that wait for those behind them to be decoded
+        self._octets = b""  # that wait for those behind them, in the transfer encoding
+        self._undecoded = b""  # and without it
         self._decoder: codecs.IncrementalDecoder | None = None
         self._text = ""  # in a line whose end has not come
         self._before = ""  # in front of that, in which the needle may begin
@@ -338,14 +345,25 @@ class PartSearch:
         return quoted_printable(octets[:end] + b"x")[:-1]  # the line goes on: white space stays
 
     def _decoded(self, octets: bytes, last: bool) -> str:
+        octets = self._undecoded + octets
+        end = len(octets) if last else _whole_sequences(octets)
         if self._decoder is None:
-            self._decoder = _decoder(self._codec, octets)
+            if end < MARK and not last:
+                end = 0
+            else:
+                self._decoder = _decoder(self._codec, octets)
+        octets, self._undecoded = octets[:end], octets[end:]
+        if self._decoder is None:
+            return ""
         try:
             text = self._decoder.decode(octets, last)
         except UnicodeDecodeError as error:
             self._decoder = _decoder("latin_1", b"")
             octets = error.object
             return octets[: error.start].decode() + octets[error.start :].decode("latin_1")
+        except UnicodeError:  # it cannot keep what it has not decoded: no text has such
+            self._decoder.reset()
+            text = self._decoder.decode(octets, True)
         if len(getattr(self._decoder, "buffer", b"")) > HELD_MOST:  # UTF-7 would keep all of it
             text += self._decoder.decode(b"", True)
             self._decoder.reset()
@@ -366,6 +384,15 @@ def _decoder(codec: str, octets: bytes) -> codecs.IncrementalDecoder:
     if (codec == "utf_16" and octets[:2] not in _MARKS_OF_ORDER) or (codec == "utf_32" and octets[:4] not in _MARKS_OF_ORDER):
         codec += "_le" if sys.byteorder == "little" else "_be"
     return codecs.getincrementaldecoder("utf_8" if codec == "ascii" else codec)("strict" if codec == "ascii" else "replace")
+
+
+def _whole_sequences(octets: bytes) -> int:
+    """How many octets are no beginning of an escape sequence (ISO 2022), of which a decoder cannot keep more than 8; or all, where
+    there are too many to wait."""
+    end = len(octets)
+    while (escape := octets.rfind(b"\x1b", max(0, end - SEQUENCE_MOST), end)) >= 0 and not _ENDED.search(octets, escape, end):
+        end = escape
+    return end or (len(octets) if len(octets) > HELD_MOST else 0)
 
 
 def _whole_groups(octets: bytes, encoding: int) -> int:

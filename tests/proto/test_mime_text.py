@@ -312,6 +312,10 @@ def test_a_long_line_is_not_divided_in_front_of_a_combining_character(monkeypatc
         (b"Content-Type: text/plain; charset=utf-8", b"ab\xc3"),
         (b"Content-Type: text/plain; charset=utf-16", "some words".encode("utf-16-le")),
         (b"Content-Type: text/plain; charset=utf-7", b"+" + b"AOQ" * 40),
+        (b"Content-Type: text/plain; charset=utf-16", "some words".encode("utf-16")),
+        (b"Content-Type: text/plain; charset=utf-32", b"\0\0\xfe\xff" + "some words".encode("utf-32-be")),
+        (b"Content-Type: text/plain; charset=iso-2022-jp", "\u65e5\u672c words \u8a9e".encode("iso2022_jp") * 3),
+        (b"Content-Type: text/plain; charset=iso-2022-jp", b"a\x1b$bcdefghijklm\x1bopqrst\x1b" * 3 + b"uvwxyz\x1b$$0123456789"),
     ],
 )  # fmt: skip
 def test_the_seams_of_pieces_are_not_seen(monkeypatch, head, octets):
@@ -319,9 +323,24 @@ def test_the_seams_of_pieces_are_not_seen(monkeypatch, head, octets):
     data = head + b"\r\n\r\n" + octets
     (part,) = scan(data)
     text = comparable(part_text(data, part))
-    for size in range(3, 40):
+    for size in range(1, 40):
         monkeypatch.setattr(mime_text, "PIECE", size)
         assert in_text(data, part, text) and not in_text(data, part, text + "x"), size
+
+
+def test_escape_sequences_without_end_are_not_waited_for():
+    data = b"Content-Type: text/plain; charset=iso-2022-jp\r\n\r\n" + b"\x1b$bcdefghij" * 100_000 + b"\x1b(B here"
+    (part,) = scan(data)
+    assert in_text(data, part, "here") and not in_text(data, part, "there")
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "utf-32"])
+def test_a_mark_of_order_behind_a_piece_of_nothing(charset):
+    text = base64.b64encode("\ufeffM\xf6we".encode(f"{charset}-be"))
+    head = f"Content-Type: text/plain; charset={charset}\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    data = head.encode() + b"\r\n" * mime_text.PIECE + text
+    (part,) = scan(data)
+    assert in_text(data, part, "m\xf6we")
 
 
 def test_each_charset_can_be_decoded_in_pieces():
