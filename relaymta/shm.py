@@ -364,6 +364,10 @@ class Limits:
         if row >= 0:
             self._cells.add(row + 1 + self._slot, -1)
 
+    def apart(self, key: str) -> bool:
+        """Whether this worker has taken units of `key` for which there was no row: the others do not see them."""
+        return key in self._fallback
+
     def wait(self, key: str, claim: int) -> None:
         """Record that this worker waits for a unit of `key`, with what priority (`claim`: 1 and up; 0: it does not wait)."""
         name = "wait " + key

@@ -88,7 +88,7 @@ class LoginLimits:
         return found
 
     def _reserve(self, user: str, groups: _Groups, at_once: int) -> LoginAttempt | bool:
-        """Take an attempt's units. True: none is left now, but attempts under way may give some back; False: too many
+        """Take an attempt's units. True: attempts under way hold what is left, and may give it back; False: too many
         failures."""
         if any(self._under_way[group] >= at_once * times for group, times in groups):
             return True
@@ -100,23 +100,30 @@ class LoginLimits:
             key = f"login from {group}"
             if not self._took(key, self._most * times):
                 self._give(taken)
-                return self._limits.taken(key) > 0
+                return self._left(key, self._most * times) >= 1
             taken.append(key)
         if account and self._took(account, self._most):
             taken.append(account)
         elif account and failed:
             self._give(taken)
-            return self._limits.taken(account) > 0
+            return self._left(account, self._most) >= 1
         self._under_way.update(group for group, _ in groups)
         return LoginAttempt(self, groups, account, taken, failed)
 
     def _took(self, key: str, most: int) -> bool:
         # Of two workers that take the last unit at the same time none gets it, since each has counted itself before it looks.
         self._limits.take(key, ANY)
-        if self._limits.taken(key) + self._rates.used(key, self._rate) <= most:
+        left = self._left(key, most)
+        if self._limits.apart(key):  # what the others hold is not seen: this worker has its share of what is left
+            left = min(left, max(1, left // self._limits.workers))
+        if self._limits.taken(key) <= left:
             return True
         self._limits.give(key)
         return False
+
+    def _left(self, key: str, most: int) -> float:
+        """The units of which failures have not used up."""
+        return most - self._rates.used(key, self._rate)
 
     def _give(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -18,7 +18,7 @@ from relaymta.auth.passwords import Checker, argon2id, scram
 from relaymta.config import AccountsTable, Config
 from relaymta.metrics import Counters
 from relaymta.proto.sasl import Password, Proof, Token
-from relaymta.shm import Shared
+from relaymta.shm import ROWS, Shared
 
 HERE = "192.0.2.1"
 EXPIRED = '{{ hash = "{}", expires = 2020-01-01T00:00:00Z }}'
@@ -231,6 +231,45 @@ async def test_two_workers_never_let_more_attempts_begin_than_may_fail(tmp_path)
     bench.back_end.gate.set()
     assert sorted(await asyncio.gather(*tried)) == [454] * 7 + [535] * 3
     assert len(bench.back_end.asked) == 3
+
+
+async def test_where_the_table_of_limits_is_full_each_worker_has_its_share(tmp_path):
+    """Each session of a user has a row of it. A share is one unit at least, so the last one may be taken by each."""
+    bench = Bench(tmp_path, right)
+    others = bench.shared.limits(2, 2)
+    for number in range(30 * ROWS):
+        others.take(f"imap {number}", 9)
+    bench.back_end.gate.clear()
+    tried = [asyncio.create_task(bench.login("ann", "wrong", worker=n % 2)) for n in range(10)]
+    await asyncio.sleep(0.01)
+    assert 1 <= bench.back_end.at_once <= 3
+    bench.back_end.gate.set()
+    codes = await asyncio.gather(*tried)
+    assert 3 <= codes.count(535) <= 4 and codes.count(535) + codes.count(454) == 10
+
+
+async def test_an_attempt_that_met_another_ones_is_not_refused(tmp_path):
+    """Each has seen the other, and none has the last unit: that is not used up."""
+    bench = Bench(tmp_path, right, failures=1)
+    other, limits = bench.shared.limits(1, 2), bench.workers[0]._login_limits._limits
+    met: list[str] = []
+
+    class Met:
+        def taken(self, key: str) -> int:
+            if key in met:
+                return limits.taken(key)
+            met.append(key)
+            other.take(key, 1 << 30)
+            found = limits.taken(key)
+            other.give(key)
+            return found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(limits, name)
+
+    bench.workers[0]._login_limits._limits = Met()  # type: ignore[assignment]
+    assert await bench.login("ann", "right") == 235
+    assert met and bench.left() == (0, 0)
 
 
 async def test_one_ipv6_site_has_a_limit_beside_that_of_each_64(tmp_path):
