@@ -387,8 +387,8 @@ def _decoder(codec: str, octets: bytes) -> codecs.IncrementalDecoder:
 
 
 def _whole_sequences(octets: bytes) -> int:
-    """How many octets are no beginning of an escape sequence (ISO 2022), of which a decoder cannot keep more than 8; or all, where
-    there are too many to wait."""
+    """How many octets are no beginning of an escape sequence (ISO 2022), of which a decoder cannot keep more than 8; or all,
+    where there are too many to wait."""
     end = len(octets)
     while (escape := octets.rfind(b"\x1b", max(0, end - SEQUENCE_MOST), end)) >= 0 and not _ENDED.search(octets, escape, end):
         end = escape
