@@ -194,13 +194,13 @@ class Pop3Connection(ReadingConnection[ServerSession]):
     def connection_lost(self, exc: Exception | None) -> None:
         session = self.session
         super().connection_lost(exc)
+        if not self.waits & COMMITTING:  # else the step that is under way ends with it
+            self.leave()
         if session is not None and session.maildrop is not None:
             self.log_session(retrieved=len(session.maildrop.retrieved))
             retrieved = sorted(session.maildrop.retrieved)
             if retrieved and self._user is not None and self._inbox is not None:
                 self.run(self._saw(self._user, self._inbox.mailbox, retrieved))
-        if not self.waits & COMMITTING:  # else the step that is under way ends with it
-            self.leave()
 
     async def _saw(self, user: User, mailbox: int, uids: list[int]) -> None:
         try:
@@ -209,6 +209,8 @@ class Pop3Connection(ReadingConnection[ServerSession]):
                 await self._access.see(user, mailbox, unseen)
         except (RelayError, ConnectionError) as error:
             self.warn(f"\\Seen could not be set: {error}")
+        except Exception as error:
+            self.mistaken(error)
 
     def end(self, session: ServerSession, last: bytes) -> None:
         super().end(session, b"" if session.within_reply else last)

@@ -300,6 +300,17 @@ async def test_a_message_whose_client_goes_amid_it_is_not_seen(desk):
     assert desk.session.maildrop is not None and not desk.session.maildrop.retrieved and not desk.warned
 
 
+async def test_a_defect_behind_the_end_of_a_session_keeps_no_seat(desk, monkeypatch):
+    async def broken(*given):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(desk.access, "unseen", broken)
+    await desk.log_in()
+    desk.session.maildrop.retrieved.add(1)
+    desk.made.connection_lost(None)
+    assert not desk.limits.taken and "ZeroDivisionError: ours (test_pop3.py:" in desk.warned[-1]
+
+
 async def test_the_owner_is_asked_for_messages_that_are_not_seen_alone(desk, monkeypatch):
     asked, see = [], desk.access.see
 
