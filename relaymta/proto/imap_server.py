@@ -98,7 +98,8 @@ class ServerSession(Session):
     __slots__ = ()
 
     def receive(self, data: bytes) -> bytes:
-        """Take octets from the client; returns the octets to write."""
+        """Take octets from the client; returns the octets to write. A defect of ours in a command is told to `mistaken`, and the
+        command refused; where there is none, it is raised."""
         if self.closing or self.state not in _PARSING:
             self.keep(data)
             return b""
@@ -109,7 +110,10 @@ class ServerSession(Session):
             if len(out) >= ENOUGH:
                 self.behind = self.waiting() > 0
                 break
-            answer = self._step()
+            try:
+                answer = self._step()
+            except Exception as error:
+                answer = self._defect(error)
             if answer is None:
                 break
             if answer:
@@ -118,6 +122,15 @@ class ServerSession(Session):
             self.close()
             out.append(response.bye("Too many commands were sent without waiting for their responses"))
         return b"".join(out)
+
+    def _defect(self, error: Exception) -> bytes:
+        """The command under way has met a defect of ours; it counts as an error, so that it is not met for ever."""
+        if self.mistaken is None:
+            raise error
+        self.mistaken(error)
+        if self.exchange is not None:
+            return self.refuse_login(b"454 4.3.0 Internal error; it has been logged\r\n")
+        return self.error(self._refused(Refused("Internal error; it has been logged", "NO", response.SERVERBUG)))
 
     def refuse(self, text: str, code: bytes = b"") -> bytes:
         """APPEND ends here with NO: in LITERAL, MESSAGE and APPENDED. The caller forgets all messages of it. Returns what to
@@ -210,7 +223,7 @@ class ServerSession(Session):
                 raise Refused("Log in first")
             raise Refused("Already logged in" if verb.states == CLEAR else "No mailbox is selected")
         if verb.alters and self.read_only:
-            raise Refused("The mailbox is selected read-only", "NO")
+            raise Refused("The mailbox is selected read-only", "NO", response.READ_ONLY)
         return verb
 
     def _refused(self, refused: Refused) -> bytes:
@@ -266,7 +279,7 @@ class ServerSession(Session):
         elif octets > self.append_limit:
             raise Refused(f"The message is larger than {self.append_limit} octets", "NO", response.TOOBIG)
         elif not octets:
-            raise Refused("The message is empty: APPEND is cancelled (RFC 3502 6.3.11)", "NO")
+            raise Refused("The message is empty: APPEND is cancelled (RFC 3502 6.3.11)", "NO", response.CANNOT)
 
     def _piece(self, event: tuple[Any, ...]) -> bytes:
         self.pieces.append(event[1])

@@ -45,6 +45,7 @@ class Session(AccessSession):
         "condstore",
         "hide",
         "logged_in",
+        "mistaken",
         "parser",
         "pieces",
         "qresync",
@@ -68,8 +69,10 @@ class Session(AccessSession):
         secure: bool = False,
         hide: frozenset[str] = frozenset(),
         append_limit: int = 50 << 20,
+        mistaken: Callable[[Exception], None] | None = None,
     ) -> None:
         super().__init__(hostname, offers, keys, secure)
+        self.mistaken = mistaken
         self.hide = hide
         self.append_limit = append_limit
         self.tag = "*"  # of the command under way
@@ -109,7 +112,7 @@ class Session(AccessSession):
         self.closing = True
         self.behind = False
         self.state = COMMANDS
-        self.command = self.claim = self.exchange = self.append = None
+        self.command = self.claim = self.exchange = self.append = self.mistaken = None
         self.appending = False
         self.pieces = []
         self.parser = _parser()

@@ -97,7 +97,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
         config = admission.config
         return ServerSession(
             admission.intake.hostname, endpoint.offers(self.listener, False), endpoint.keys, secure,
-            frozenset(config.imap.hide), config.limits.message_size,
+            frozenset(config.imap.hide), config.limits.message_size, self.mistaken,
         )  # fmt: skip
 
     def refusal(self, answer: bytes) -> bytes:

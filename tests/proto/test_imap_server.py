@@ -257,7 +257,7 @@ def test_a_mailbox_is_selected_and_is_not():
     made.feed(b"2 EXAMINE a\r\n")
     assert session.selected and session.read_only
     for line in (b"STORE 1 FLAGS x", b"EXPUNGE", b"MOVE 1 x", b"UID EXPUNGE 1", b"UID STORE 1 FLAGS x"):
-        assert made.feed(b"3 " + line + b"\r\n") == b"3 NO The mailbox is selected read-only\r\n"
+        assert made.feed(b"3 " + line + b"\r\n") == b"3 NO [READ-ONLY] The mailbox is selected read-only\r\n"
     assert made.feed(b"3 COPY 1 x\r\n4 CREATE b\r\n5 CLOSE\r\n") == (
         b"3 OK COPY completed\r\n4 OK CREATE completed\r\n5 OK CLOSE completed\r\n"
     )

@@ -10,6 +10,7 @@ import pytest
 from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SPILLING
 from relaymta.proto import reply
 from relaymta.proto.imap_server import Offers, ServerSession
+from relaymta.proto.imap_verbs import VERBS
 from relaymta.reservation import Reservation
 from relaymta.store.writer import Target
 from relaymta.view import imap_messages
@@ -168,6 +169,18 @@ async def test_a_defect_in_one_command_is_said_and_the_session_goes_on(desk, mon
     assert await desk.say(b"1 NAMESPACE\r\n") == b"1 NO [SERVERBUG] Internal error; it has been logged\r\n"
     assert "ValueError: ours (test_imap.py:" in desk.warned[-1]
     assert await desk.say(b"2 NOOP\r\n") == b"2 OK Done\r\n"
+
+
+async def test_a_defect_in_the_parser_of_a_command_is_said_and_the_session_goes_on(desk, monkeypatch):
+    def broken(words):
+        raise ValueError("ours")
+
+    monkeypatch.setitem(VERBS, "STATUS", VERBS["STATUS"]._replace(parse=broken))
+    said = b"1 NO [SERVERBUG] Internal error; it has been logged\r\n2 OK Done\r\n"
+    assert await desk.say(b"1 STATUS INBOX (MESSAGES)\r\n2 NOOP\r\n") == said
+    assert "ValueError: ours (test_imap.py:" in desk.warned[-1]
+    monkeypatch.setattr(ServerSession, "_literal", broken)
+    assert (await desk.say(b"3 STATUS {5+}\r\nINBOX (MESSAGES)\r\n4 NOOP\r\n")).endswith(b"4 OK Done\r\n")
 
 
 async def test_a_hundred_pipelined_commands_are_answered_in_order(desk):
