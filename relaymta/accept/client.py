@@ -345,9 +345,7 @@ class ClientConnection(Line, Generic[S]):
         try:
             identity, answer = await admission.endpoint.logins.check(claim, rights.client.address, rights.client.behind)
         except Exception as error:  # after an internal error, too, the client gets a reply
-            text = redacted(f"a login attempt could not be checked: {type(error).__name__}: {error}")
-            admission.intake.log.event("warning", text=text)
-            identity, answer = None, reply.LOGIN_UNAVAILABLE
+            identity, answer = None, self._unchecked(error)
         if answer.startswith(b"535"):
             await asyncio.sleep(began + admission.config.accounts.answer_after - admission.now())
         self.waits &= ~CHECKING
@@ -359,10 +357,19 @@ class ClientConnection(Line, Generic[S]):
         self.more(session, session.checked(answer))
 
     def _admit(self, rights: Rights) -> bytes | None:
-        refused = self.admit_login()
+        try:
+            refused = self.admit_login()
+        except Exception as error:
+            refused = self._unchecked(error)
         if refused is not None:
             rights.log_out()
         return refused
+
+    def _unchecked(self, error: Exception) -> bytes:
+        """Log why a login could not be checked; the reply to it."""
+        text = redacted(f"a login attempt could not be checked: {type(error).__name__}: {error}")
+        self.admission.intake.log.event("warning", text=text)
+        return reply.LOGIN_UNAVAILABLE
 
 
 def _described(transport: asyncio.Transport) -> str:

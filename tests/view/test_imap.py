@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from relaymta.accept.line import BLOCKED, CHECKING, COMMITTING, OUTPUT_SECONDS, SPILLING
+from relaymta.auth.identity import Identity
+from relaymta.errors import StoreError
 from relaymta.proto import reply
 from relaymta.proto.imap_server import Offers, ServerSession
 from relaymta.proto.imap_verbs import VERBS
@@ -169,6 +171,24 @@ async def test_a_defect_in_one_command_is_said_and_the_session_goes_on(desk, mon
     assert await desk.say(b"1 NAMESPACE\r\n") == b"1 NO [SERVERBUG] Internal error; it has been logged\r\n"
     assert "ValueError: ours (test_imap.py:" in desk.warned[-1]
     assert await desk.say(b"2 NOOP\r\n") == b"2 OK Done\r\n"
+
+
+async def test_a_login_whose_user_cannot_be_looked_up_is_answered(desk, monkeypatch):
+    def broken(name):
+        raise StoreError("cannot read")
+
+    async def check(claim, *client):
+        return Identity("a"), reply.LOGGED_IN
+
+    monkeypatch.setattr(desk.access, "user", broken)
+    desk.admission.endpoint.logins = SimpleNamespace(check=check)
+    desk.made.rights.log_in, desk.made.rights.client.behind = lambda identity: None, ""
+    reader, desk.made._reader = desk.made._reader, None
+    desk.made.session = desk.session = desk.made.begin_session(desk.made.rights, False)
+    said = await desk.say(b"1 LOGIN a x\r\n2 NOOP\r\n")
+    assert said.startswith(b"1 NO [UNAVAILABLE]") and said.count(b"2 OK") == 1
+    assert desk.warned[-1] == "a login attempt could not be checked: StoreError: cannot read"
+    desk.made._reader = reader
 
 
 async def test_a_defect_in_the_parser_of_a_command_is_said_and_the_session_goes_on(desk, monkeypatch):
