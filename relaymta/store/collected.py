@@ -6,8 +6,9 @@ from collections import defaultdict
 from typing import Final
 
 from relaymta.disk.transaction import Transaction
-from relaymta.errors import RelayError
+from relaymta.errors import RelayError, StoreError
 from relaymta.proto.envelope import Body, encode
+from relaymta.proto.imap_records import RECORD
 from relaymta.store.blocks import Blocks
 from relaymta.store.rows import (
     DELETED,
@@ -139,8 +140,12 @@ class Collected(Transaction):
         return state
 
     def add_record(self, mailbox: int, record: bytes) -> None:
-        """Add a message to the index of a mailbox: with others, by `index` or `settle_records`."""
-        self._records[mailbox] += record
+        """Add a message to the index of a mailbox: with others, by `index` or `settle_records`. StoreError: its UID is not higher
+        than theirs."""
+        waiting = self._records[mailbox]
+        if waiting and (uid := RECORD.unpack_from(record)[0]) <= RECORD.unpack_from(waiting, len(waiting) - RECORD.size)[0]:
+            raise StoreError(f"UID {uid} of mailbox {mailbox} is not the highest")
+        waiting += record
 
     def index(self, mailbox: int) -> Blocks:
         """The index of a mailbox."""

@@ -430,3 +430,16 @@ async def _random(bench, chance, model, uidnext, texts):
 
 def _expunge(user, number, uids, change):
     return change.expunge(user, number, uids)
+
+
+@pytest.mark.parametrize("uids", [[5, 3], [5, 5], [5, 6, 2]])
+async def test_uids_of_one_group_that_do_not_ascend_are_refused_and_the_others_filed(tmp_path, uids):
+    """As of a damaged backup: in one mailbox, in one group, whose index records are written together."""
+    async with Bench(tmp_path) as bench:
+        await bench.user(1)
+        await bench.shard.task(lambda change: setattr(change.state(bench.mailbox(1)[0]), "uidnext", 10))
+        targets = [Target(1, place=(uid, 1)) for uid in uids]
+        filing = (bench.file(b"%d" % number, target) for number, target in enumerate(targets))
+        *found, last = await asyncio.gather(*filing, return_exceptions=True)
+        assert isinstance(last, StoreError) and all(one[0].filed is not None for one in found)
+        assert [uid for uid, *_ in bench.messages(1)] == uids[:-1]
