@@ -1,6 +1,7 @@
 """Who gets a message, at RCPT and by LMTP: users, aliases, quotas, also of users whose shard another process owns."""
 
 import asyncio
+import random
 from itertools import product
 
 import msgspec
@@ -345,3 +346,86 @@ async def test_who_logs_in_is_looked_up_again_when_the_directory_has_changed(tmp
         assert bench.known.login("b@a.example") is None and bench.known.login("b@a.example") is None
         await bench.user("b")
         assert bench.known.login("b@a.example").active and looked[-3:] == ["b@a.example"] * 3
+
+
+class Ways:
+    """A delivery that files with a task, and one without, each for users of its own of the same kinds."""
+
+    kinds = ["any", "any", "few", "few", "off", "frozen", "gone", "far"]
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.names = {way: [f"{way}-{number}-{kind}" for number, kind in enumerate(self.kinds)] for way in ("task", "none")}
+
+    async def begin(self):
+        for names in self.names.values():
+            for name, kind in zip(names, self.kinds, strict=True):
+                fields = {"messages": 3} if kind == "few" else {"disabled": True} if kind == "off" else {}
+                ident = await self.bench.user(name, int(kind == "far"), **fields)
+                own = self.bench.mailboxes.shards[0]
+                if kind == "frozen":
+                    await own.freeze(ident)
+                elif kind == "gone":
+                    await own.purge(ident)
+
+    def addresses(self, way, wanted):
+        """`wanted`: numbers of users; tuples are aliases of them, "x" is elsewhere, "?" nobody."""
+        return [self._address(way, one) for one in wanted]
+
+    def _address(self, way, one):
+        if isinstance(one, int):
+            return f"{self.names[way][one]}@a.example"
+        if isinstance(one, str):
+            return f"{one}@far.example" if one == "x" else "nobody@a.example"
+        address = f"{way}-{'-'.join(map(str, one))}@a.example"
+        if self.bench.directory.find(address) is None:
+            self.bench.alias(address, self.addresses(way, one))
+        return address
+
+    def plain(self, way, landed):
+        """What has become of a message, without the names of the way."""
+        return [
+            (one.reply, [user.removeprefix(way) for user in one.users], [rest.removeprefix(way) for rest in one.rest])
+            for one in landed
+        ]
+
+    def count(self, way):
+        """The messages of each user of this process."""
+        owned = [name for name, kind in zip(self.names[way], self.kinds, strict=True) if kind != "far"]
+        rows = [self.bench.mailboxes.used(0, self.bench.directory.named(f"{name}@a.example").ident) for name in owned]
+        return [row and row.messages for row in rows]
+
+
+async def test_any_recipients_have_the_same_replies_with_and_without_a_task(tmp_path):
+    draw = random.Random(5)
+    async with Bench(tmp_path) as bench:
+        ways, shard, without, replies = Ways(bench), bench.mailboxes.shards[0], [], set()
+        await ways.begin()
+        for _ in range(150):
+            size = draw.choice([1, 1, 2, 3, 20])
+            kinds = draw.choice([[0, 1, 2, 3], [*range(7)], [*range(8)]])
+            wanted = [
+                draw.choice([*kinds, *kinds, (0, 1), (0, 2), (2, 3), (1, 5), (5, 6), (4, 0), (0, "x"), (5, "x"), (3, "x"), "?"])
+                for _ in range(size)
+            ]
+            bench.settings = Settings(over_quota=draw.choice(["defer", "refuse"]))
+            shard.disk.full = draw.random() < 0.1
+            failing = draw.random() < 0.1
+            with pytest.MonkeyPatch.context() as patched:
+                if failing:
+                    patched.setattr(shard.segments, "sync", lambda: no_sync())
+                expected = await bench.delivery.deliver_now("s@x.example", ways.addresses("task", wanted), [b"x" * 9])
+                said = []
+                bench.delivery.file("s@x.example", ways.addresses("none", wanted), [b"x" * 4, b"x" * 5], said.append)
+                without.append(not bench.delivery._tasks)
+                assert not said
+                await bench.delivery.end(PATIENCE)
+            assert [ways.plain("none", one) for one in said] == [ways.plain("task", expected)], wanted
+            assert ways.count("none") == ways.count("task"), wanted
+            replies |= {one.reply.enhanced for one in expected}
+        assert sum(without) > 50 and not all(without)
+        assert replies == {"2.1.5", "4.2.0", "4.2.2", "4.3.0", "4.3.1", "5.1.1", "5.2.1", "5.2.2"}
+
+
+def no_sync():
+    raise OSError(5, "a fault")
