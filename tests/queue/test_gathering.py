@@ -1,12 +1,15 @@
 """When the group commit begins a group: behind one of several it waits a little for those who have been answered by it."""
 
 import asyncio
+import random
 from types import SimpleNamespace
+
+import pytest
 
 from relaymta.disk import writer as module
 from relaymta.disk.operations import Group, Task
 from relaymta.disk.writer import GroupWriter
-from tests.support.daemon import wait_for
+from tests.support.daemon import PATIENCE, wait_for
 
 
 class Unawaited:
@@ -92,3 +95,59 @@ async def test_long_after_a_group_nobody_is_expected(monkeypatch):
     bench.submit(1)
     await bench.turns()
     assert bench.groups == [5, 1]
+
+
+class Committing(GroupWriter):
+    """A writer whose groups are written at once: `written` has the numbers of its operations, in their order."""
+
+    def __init__(self, on_commit):
+        loop = asyncio.get_running_loop()
+        super().__init__(loop, None, None, None, begin=None, on_commit=on_commit, unawaited=Numbered, name="writer")
+        self.written = []
+        self.largest = 0
+
+    def _commit(self, batch):
+        self.largest = max(self.largest, len(batch))
+        self.written += [operation.number for operation in batch]
+        return batch
+
+
+class Numbered:
+    """An operation that nobody waits for."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+class Awaited(Numbered):
+    """An operation that somebody waits for."""
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_each_operation_is_in_one_group_in_its_turn_whatever_happens(monkeypatch, seed):
+    """Groups that are full, those whose report fails, operations that are submitted by it, and callers who do not come again."""
+    draw, numbers, failed = random.Random(seed), iter(range(1_000_000)), []
+    monkeypatch.setattr(module, "GROUP_LIMIT", 7)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failed.append(context["exception"]))
+
+    def submit(most):
+        for _ in range(draw.randrange(most)):
+            writer.submit((Awaited if draw.random() < 0.6 else Numbered)(next(numbers)))
+
+    def report(batch):
+        if draw.random() < 0.4:
+            submit(4)
+        if draw.random() < 0.1:
+            raise ZeroDivisionError
+
+    writer = Committing(report)
+    writer.start()
+    for _ in range(150):
+        submit(draw.choice([2, 6, 30]))
+        await asyncio.sleep(draw.choice([0, 0, 0.0005, 0.002, 0.005]))
+    async with asyncio.timeout(PATIENCE):
+        while writer._busy or writer._pending:  # which is not left to the next one who submits something
+            await asyncio.sleep(0.001)
+    await writer.close()
+    assert writer.written == list(range(next(numbers)))
+    assert writer.largest <= 7 and failed and all(isinstance(one, ZeroDivisionError) for one in failed)

@@ -18,7 +18,7 @@ from relaymta.store import names, scripts
 from relaymta.store.asked import Message
 from relaymta.store.carry import CarriedScripts, CarriedUser
 from relaymta.store.change import Change, Limits, Refusal
-from relaymta.store.rows import DELETED, INBOX, SEEN
+from relaymta.store.rows import DELETED, INBOX, KEYWORDS_MOST, SEEN
 from relaymta.store.shard import Shard
 from relaymta.store.verify import contradictions
 from relaymta.store.writer import Place, Step, Target
@@ -251,3 +251,47 @@ async def test_rows_in_memory_are_those_of_the_shard_whatever_fails(memory_path,
         if any(fault is not None and fault[0] == "committed" for _, fault in groups):
             found = [one for one in found if not one.startswith("segment")]  # LMDB takes such a commit back, but not here
         assert found == [] and faults.wrong == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 9]),
+            st.sampled_from([INBOX, "full", "gone"]),
+            st.lists(st.integers(0, 9), max_size=6),
+            st.sampled_from(["+", "-", ""]),
+            st.lists(st.sampled_from(["k1", "K1", "new", "other", "x" * 300, "\ud800"]), max_size=3),
+            st.sampled_from([None, 0, 3, 1 << 60]),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(max_examples=400 if PROVE else 25, deadline=None, suppress_health_check=list(HealthCheck))
+async def test_flags_that_are_refused_have_changed_nothing(memory_path, asked):
+    """`store_flags` is a Step: what it has changed before it is refused would be committed."""
+    with tempfile.TemporaryDirectory(dir=memory_path) as folder:
+        shard = Shard(Path(folder), 0)
+        await shard.start()
+        await shard.task(lambda change: change.add_user(1, [("full", "")], 1000))
+        await shard.task(lambda change: change.add_user(2, [], 1000))
+        for name, words in ((INBOX, []), ("full", [f"k{number}" for number in range(KEYWORDS_MOST)])):
+            for _ in range(4):
+                await shard.file([b"x"], [Target(1, name, keywords=words)])
+        await shard.freeze(2)
+        await shard.store_flags(1, 1, [1, 2], "+", SEEN, [], None)
+
+        def all_rows() -> dict[str, list[tuple[bytes, bytes]]]:
+            with shard.rows.reading() as txn:
+                return {name: list(txn.cursor(db=shard.rows.tables[name])) for name in ("mail", "user", "mailbox", "object")}
+
+        with shard.rows.reading() as txn:
+            mailboxes = {row.name: row.mailbox for row in shard.rows.mailboxes(txn, 1)}
+        for user, name, uids, how, words, since in asked:
+            before = all_rows()
+            try:
+                await shard.store_flags(user, mailboxes.get(name, 99), sorted(set(uids)), how, SEEN, words, since)
+            except (Refusal, UnicodeEncodeError):
+                assert all_rows() == before
+            assert_kept(shard)
+        await shard.stop()

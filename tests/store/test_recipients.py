@@ -348,18 +348,19 @@ async def test_who_logs_in_is_looked_up_again_when_the_directory_has_changed(tmp
         assert bench.known.login("b@a.example").active and looked[-3:] == ["b@a.example"] * 3
 
 
+KINDS = ["any", "any", "few", "few", "off", "frozen", "gone", "far"]
+
+
 class Ways:
     """A delivery that files with a task, and one without, each for users of its own of the same kinds."""
 
-    kinds = ["any", "any", "few", "few", "off", "frozen", "gone", "far"]
-
     def __init__(self, bench):
         self.bench = bench
-        self.names = {way: [f"{way}-{number}-{kind}" for number, kind in enumerate(self.kinds)] for way in ("task", "none")}
+        self.names = {way: [f"{way}-{number}-{kind}" for number, kind in enumerate(KINDS)] for way in ("task", "none")}
 
     async def begin(self):
         for names in self.names.values():
-            for name, kind in zip(names, self.kinds, strict=True):
+            for name, kind in zip(names, KINDS, strict=True):
                 fields = {"messages": 3} if kind == "few" else {"disabled": True} if kind == "off" else {}
                 ident = await self.bench.user(name, int(kind == "far"), **fields)
                 own = self.bench.mailboxes.shards[0]
@@ -391,7 +392,7 @@ class Ways:
 
     def count(self, way):
         """The messages of each user of this process."""
-        owned = [name for name, kind in zip(self.names[way], self.kinds, strict=True) if kind != "far"]
+        owned = [name for name, kind in zip(self.names[way], KINDS, strict=True) if kind != "far"]
         rows = [self.bench.mailboxes.used(0, self.bench.directory.named(f"{name}@a.example").ident) for name in owned]
         return [row and row.messages for row in rows]
 
