@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -250,12 +249,12 @@ class Delivery:
     async def end(self, seconds: float) -> None:
         """Wait for what was begun here, `seconds` at most, and give up the rest. Nothing may be begun any more, nor be under
         way for the queue."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self._submitted:
-                    await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self._submitted and loop.time() < until:
+            await asyncio.sleep(0.01)
         if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            _, late = await asyncio.wait(self._tasks, timeout=max(until - loop.time(), 0.0))
             for task in late:
                 task.cancel()
             if late:

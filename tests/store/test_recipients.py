@@ -203,6 +203,21 @@ async def test_at_the_end_what_is_being_filed_is_waited_for_but_not_for_ever(tmp
         assert isinstance(ended[1], StoreError) and not bench.delivery._tasks
 
 
+async def test_the_end_waits_once_for_what_is_filed_with_and_without_a_task(tmp_path, monkeypatch):
+    waited, wait = [], asyncio.wait
+
+    def noted(tasks, timeout=None):
+        waited.append(timeout)
+        return wait(tasks, timeout=timeout)
+
+    async with Bench(tmp_path) as bench:
+        monkeypatch.setattr(asyncio, "wait", noted)
+        bench.delivery._submitted = 1  # as of a disk that does not answer
+        task = bench.delivery._begin(asyncio.sleep(3600))
+        await bench.delivery.end(0.2)
+        assert task.cancelled() and waited[0] < 0.1
+
+
 async def test_filing_without_a_task_is_as_with_one(tmp_path):
     """Messages of LMTP clients for one shard of this process are filed by `submit`; what becomes of them is the same."""
     async with Bench(tmp_path) as bench:
