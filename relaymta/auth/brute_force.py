@@ -122,7 +122,7 @@ class LoginLimits:
         return False
 
     def _left(self, key: str, most: int) -> float:
-        """The units of which failures have not used up."""
+        """The units of a budget that failures have not used up."""
         return most - self._rates.used(key, self._rate)
 
     def _give(self, keys: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from relaymta.errors import StoreError
-from relaymta.proto.imap_records import LAST_UID, RECORD, merged, packed, pick, runs, within
+from relaymta.proto.imap_records import LAST_UID, RECORD, chosen, merged, packed, runs
 
 __all__ = ["LAST_UID", "MOST", "RECORD", "Blocks", "Chosen", "Record"]
 
@@ -117,7 +117,7 @@ class Blocks:
             key, block = cursor.item()
             end = bisect_right(uids, _last_of(block), done)
             if end > done:
-                records = pick(block, within(block, runs(packed(uids[done:end]))))
+                records = chosen(block, runs(packed(uids[done:end])))
                 if records:
                     found.append(Chosen(key, block, records))
                 done = end

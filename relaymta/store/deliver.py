@@ -123,9 +123,10 @@ class Delivery:
             self._note(copy, reply, queue_id)
             said[copy.index].append(reply)
         for index, some in said.items():
-            replies[index] = max(some, key=_rank) if some else _FILED
             if ways[index].others:
                 replies[index] = await self._relayed(ways[index].landed(some), sender, outbox, sent)
+            else:
+                replies[index] = max(some, key=_rank)
         return replies, sorted({copy.user.shard for copy in copies}), sent
 
     async def _relayed(self, landed: Landed, sender: str, outbox: Outbox, sent: list[Any]) -> Reply:

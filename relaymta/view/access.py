@@ -26,7 +26,7 @@ from relaymta.store.change import MISSING, Refusal
 from relaymta.store.directory import User
 from relaymta.store.mailboxes import Mailboxes
 from relaymta.store.reading import Readable, body_of, pages
-from relaymta.store.rows import INBOX, SEEN, UserRow
+from relaymta.store.rows import INBOX, SEEN, MessageRow, ObjectRow, UserRow
 from relaymta.view.reading import TooMuch, records
 
 __all__ = ["Access", "Inbox", "OpenSession"]
@@ -291,13 +291,19 @@ def _unseen(shard: Readable, mailbox: int, uids: list[int], most: int) -> list[i
     return [uid for uid, _, flags, _ in RECORD.iter_unpack(records(shard, mailbox, ranges)) if not flags & SEEN]
 
 
-def _found_now(shard: Readable, mailbox: int, uid: int) -> _Found | None:
-    """As `_found`, on the loop; None where something would have to be waited for, or take long."""
+def _there(shard: Readable, mailbox: int, uid: int) -> tuple[MessageRow, ObjectRow]:
+    """The rows of a message. Refusal when it is gone."""
     with shard.rows.reading() as txn:
         message = shard.rows.message(txn, mailbox, uid)
         row = shard.rows.object(txn, message.object) if message is not None else None
     if message is None or row is None:
         raise Refusal(MISSING, "the message has been expunged")
+    return message, row
+
+
+def _found_now(shard: Readable, mailbox: int, uid: int) -> _Found | None:
+    """As `_found`, on the loop; None where something would have to be waited for, or take long."""
+    message, row = _there(shard, mailbox, uid)
     if not row.body.segment or row.body.length > LIGHT:
         return None
     data = shard.bodies.read_now(message.object, row.body)
@@ -305,11 +311,7 @@ def _found_now(shard: Readable, mailbox: int, uid: int) -> _Found | None:
 
 
 def _found(shard: Readable, mailbox: int, uid: int, whole: bool) -> _Found:
-    with shard.rows.reading() as txn:
-        message = shard.rows.message(txn, mailbox, uid)
-        row = shard.rows.object(txn, message.object) if message is not None else None
-    if message is None or row is None:
-        raise Refusal(MISSING, "the message has been expunged")
+    message, row = _there(shard, mailbox, uid)
     if row.body.segment:
         return _Found(message.prefix + body_of(shard.rows, shard.bodies, message.object))
     path = shard.bodies.big_path(message.object)
