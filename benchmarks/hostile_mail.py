@@ -36,7 +36,10 @@ def reads_mail(port: int, times: "multiprocessing.Queue[list[float]]", stop: "mu
         session.greeting()
         session.ok(f"LOGIN good@local.example {PASSWORD}")
         session.ok("SELECT INBOX")
-        commands = ["NOOP", "UID FETCH 1:* (FLAGS)", "UID FETCH 1:5 (BODY.PEEK[])", 'LIST "" "*"', "UID SEARCH SUBJECT x"]
+        commands = [
+            "NOOP", "UID FETCH 1:* (FLAGS)", "UID FETCH 1:5 (BODY.PEEK[])", 'LIST "" "*"', "UID SEARCH SUBJECT x",
+            "UID SEARCH TEXT x", "UID STORE 1 +FLAGS (x)", "UID FETCH 1:* (ENVELOPE BODY.PEEK[HEADER])",
+        ]  # fmt: skip
         while not stop.is_set():
             for command in commands:
                 began = time.monotonic()

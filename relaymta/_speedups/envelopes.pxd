@@ -5,11 +5,15 @@ from relaymta._speedups.search cimport Needle, encoded
 
 cdef int TAB, SP
 cdef int NO, YES, ASK
+cdef int PLACES
 
 
 @cython.locals(c="const unsigned char *", yes=bytearray, ask=bytearray, y="unsigned char *", a="unsigned char *", at=Py_ssize_t,
                told=int)
 cpdef tuple envelopes(Needle needle, list messages, bytes care, int place, int version)
+
+@cython.locals(p="const unsigned char *", end=Py_ssize_t, found=list, pos=Py_ssize_t)
+cpdef list elements(bytes envelope)
 
 @cython.locals(stop=Py_ssize_t, c="unsigned char")
 cdef int _field(Needle needle, const unsigned char *p, Py_ssize_t pos, Py_ssize_t end, int place) except -1

@@ -7,6 +7,7 @@ from relaymta._speedups.search import encoded
 
 TAB, SP = 9, 32
 NO, YES, ASK = 0, 1, 2
+PLACES = 10  # fields of an ENVELOPE
 
 
 def envelopes(needle, messages, care, place, version):  # type: ignore[no-untyped-def]
@@ -31,6 +32,18 @@ def envelopes(needle, messages, care, place, version):  # type: ignore[no-untype
         elif told:
             a[at >> 3] |= 1 << (at & 7)
     return bytes(yes), bytes(ask)
+
+
+def elements(envelope):  # type: ignore[no-untyped-def]
+    """Where the fields of an ENVELOPE begin, in their order; where it is none, those in front of what is wrong."""
+    p = envelope
+    end = len(envelope)
+    found = []  # type: ignore[var-annotated]
+    pos = 1
+    while 0 < pos < end and len(found) < PLACES:
+        found.append(pos)
+        pos = _next(p, pos, end)
+    return found
 
 
 def _field(needle, p, pos, end, place):  # type: ignore[no-untyped-def]

@@ -17,7 +17,8 @@ from relaymta._speedups._turns import give_way
 TAB, LF, CR, SP, DASH = 9, 10, 13, 32, 45
 
 HEADER_MOST = 1048576  # octets
-TURN = 262144  # octets after which other threads may run: a millisecond, where lines are short
+TURN = 65536  # octets after which other threads may run: a quarter of a millisecond, where lines are short
+PARTS_TURN = 256  # and parts
 FIELDS_MOST, PARAMETERS_MOST, KEPT_MOST = 1000, 100, 100000
 DEPTH_MOST, PARTS_MOST = 100, 10000
 LEAF, MULTIPART, MESSAGE, OPAQUE = 0, 1, 2, 3  # kinds of parts
@@ -86,6 +87,8 @@ class Scanner:
         while True:
             part = Part(len(self.stack), pos)
             self.parts.append(part)
+            if len(self.parts) % PARTS_TURN == 0:
+                give_way()
             self.stack.append(part)
             pos = self._header(p, part)
             part.body = pos

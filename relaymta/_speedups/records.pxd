@@ -12,6 +12,9 @@ cpdef bytes load(list blocks)
 @cython.locals(p="const unsigned char *", block=bytes, flags="unsigned long long", found=Py_ssize_t, i=Py_ssize_t)
 cpdef Py_ssize_t count(list blocks, unsigned long long every, unsigned long long none) except -1
 
+@cython.locals(p="const unsigned char *", found="unsigned long long", i=Py_ssize_t)
+cpdef unsigned long long highest(bytes records) except? 0
+
 @cython.locals(p="const unsigned char *", block=bytes, flags="unsigned long long", i=Py_ssize_t)
 cpdef unsigned int first(list blocks, unsigned long long every, unsigned long long none) except? 0
 

@@ -54,6 +54,15 @@ def first(blocks, every, none):  # type: ignore[no-untyped-def]
     return 0
 
 
+def highest(records):  # type: ignore[no-untyped-def]
+    """The highest MODSEQ of records; 0 without any."""
+    p = records
+    found = 0
+    for i in range(len(records) // SIZE):
+        found = max(found, get64(p, i * SIZE + MODSEQ))
+    return found
+
+
 def changed(blocks, modseq):  # type: ignore[no-untyped-def]
     """The records with a MODSEQ above `modseq`."""
     out = bytearray()

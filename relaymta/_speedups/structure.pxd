@@ -6,7 +6,7 @@ from relaymta._speedups.addresses cimport Addresses
 from relaymta._speedups.mime cimport Part, scan, value
 from relaymta._speedups.octets cimport Octets
 
-cdef Py_ssize_t FIELDS_MOST, ADDRESSES_MOST, VALUE_MOST, TAGS_MOST, PLACE
+cdef Py_ssize_t FIELDS_MOST, ADDRESSES_MOST, VALUE_MOST, TURN, TAGS_MOST, PLACE
 cdef int LEAF, MULTIPART, MESSAGE, OPAQUE, FIELDS
 cdef int DATE, SUBJECT, FROM, SENDER, REPLY_TO, TO, CC, BCC, IN_REPLY_TO, MESSAGE_ID
 cdef int ID, DESCRIPTION, DISPOSITION, LANGUAGE, LOCATION, MD5, ENCODING

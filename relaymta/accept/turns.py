@@ -26,3 +26,9 @@ class Turns:
         if self._waiting:
             self._loop.call_soon(self._next)
         go_on()
+
+    async def turn(self) -> None:
+        """Go on in a turn of one's own, behind all that wait already."""
+        come = self._loop.create_future()
+        self.wait(lambda: None if come.done() else come.set_result(None))
+        await come

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Set
 
-from relaymta.proto.imap_records import RECORD, RECORD_SIZE, formatted, joined, load, numbers, runs, values
+from relaymta.proto.imap_records import RECORD_SIZE, formatted, highest, joined, load, numbers, runs, values
 from relaymta.proto.imap_view import View
 
 __all__ = ["Found"]
@@ -47,7 +47,7 @@ class Found:
 
     def _highest(self) -> int:
         """The highest MODSEQ of what is returned; 0 when nothing is."""
-        return max((modseq for _, _, _, modseq in RECORD.iter_unpack(self._returned())), default=0)
+        return highest(self._returned())
 
     def save(self, view: View) -> None:
         """Do what SAVE asks for."""

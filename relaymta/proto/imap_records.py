@@ -11,13 +11,53 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from relaymta._speedups.records import apply, changed, chosen, count, first, lines, load, merged, pick, select, untold, within
+from relaymta._speedups.records import (
+    apply,
+    changed,
+    chosen,
+    count,
+    first,
+    highest,
+    lines,
+    load,
+    merged,
+    pick,
+    select,
+    untold,
+    within,
+)
 from relaymta._speedups.uids import cut, lower, minus, numbers, runs
 
 __all__ = [
-    "LAST_UID", "RECORD", "RECORD_SIZE", "apply", "changed", "chosen", "count", "cut", "first", "formatted", "joined",
-    "lines", "load", "lower", "merged", "minus", "numbers", "packed", "pairs", "pick", "ranges_of", "runs", "select",
-    "slices", "union", "untold", "values", "within",
+    "LAST_UID",
+    "RECORD",
+    "RECORD_SIZE",
+    "apply",
+    "changed",
+    "chosen",
+    "count",
+    "cut",
+    "first",
+    "formatted",
+    "highest",
+    "joined",
+    "lines",
+    "load",
+    "lower",
+    "merged",
+    "minus",
+    "numbers",
+    "packed",
+    "pairs",
+    "pick",
+    "ranges_of",
+    "runs",
+    "select",
+    "slices",
+    "union",
+    "untold",
+    "values",
+    "within",
 ]  # fmt: skip
 
 LAST_UID = 0xFFFFFFFF

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from heapq import merge
 from typing import Any, Final, NamedTuple
 
+from relaymta._speedups.envelopes import elements
 from relaymta.proto.mime_envelope import MONTHS, full_year, tokens
 from relaymta.proto.mime_text import comparable, header_text
 
@@ -42,23 +43,24 @@ class Sortable(NamedTuple):
 
 def sortable(envelope: bytes) -> Sortable:
     """The parts of an ENVELOPE, as `mime_envelope.envelope` makes it."""
-    strings: dict[tuple[int, int], bytes | None] = {}  # by place, and by place among the strings of addresses
-    depth = place = inner = 0
-    for token in tokens(envelope):
+    places = elements(envelope)
+    mailboxes = {name: _string(envelope, places, where, 2) or b"" for name, where in _PLACES.items()}
+    return Sortable(_string(envelope, places, 0), _string(envelope, places, 1) or b"", mailboxes)
+
+
+def _string(envelope: bytes, places: list[int], field: int, number: int = 0) -> bytes | None:
+    """A string of a field of an ENVELOPE: the field itself, or one in its addresses; None: it is NIL, or there is none."""
+    depth = 0
+    for token in tokens(envelope, places[field]) if field < len(places) else ():
         if isinstance(token, str):
             depth += 1 if token == "(" else -1
-            if token == ")" and depth == 1:
-                place, inner = place + 1, 0
-        elif depth > 1:
-            strings.setdefault((place, inner), token)
-            inner += 1
+        elif not number:
+            return token
         else:
-            strings[place, 0] = token
-            place += 1
-        if place > _PLACES["CC"]:
+            number -= 1
+        if depth <= 0:
             break
-    mailboxes = {name: strings.get((where, 2)) or b"" for name, where in _PLACES.items()}
-    return Sortable(strings.get((0, 0)), strings.get((1, 0)) or b"", mailboxes)
+    return None
 
 
 def sent(date: bytes | None) -> int | None:

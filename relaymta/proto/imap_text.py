@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, TypeVar, overload
 
-from relaymta._speedups.envelopes import envelopes
+from relaymta._speedups.envelopes import elements, envelopes
 from relaymta._speedups.mime import Part, scan
 from relaymta._speedups.packed import bodies, objects, undescribed
 from relaymta._speedups.text import folded, holds
@@ -119,21 +119,21 @@ class EnvelopeText:
 
     def _field(self, place: int) -> bytes | list[bytes | None] | None:
         """A field: a string, or those of its addresses, four of each; None: NIL."""
+        places = elements(self._octets)
+        if place >= len(places):
+            return None
         depth = 0
         strings: list[bytes | None] = []
-        for token in tokens(self._octets):
-            if token in ("(", ")"):
+        for token in tokens(self._octets, places[place]):
+            if isinstance(token, str):
                 depth += 1 if token == "(" else -1
-                if token == "(" or depth != 1:
-                    continue
-            elif depth > 1:
-                if not place:
-                    strings.append(token)  # type: ignore[arg-type]
-                continue
-            if not place:
-                return strings or token  # type: ignore[return-value]
-            place -= 1
-        return None
+            elif not depth:
+                return token
+            else:
+                strings.append(token)
+            if depth <= 0:
+                break
+        return strings or None
 
 
 def _addresses(strings: Sequence[bytes | None]) -> str:

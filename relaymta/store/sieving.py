@@ -244,9 +244,19 @@ def _message(data: list[bytes] | BigFile, whole: bool) -> Message:
         finally:
             os.close(descriptor)
     else:
-        found = b"".join(data)
-        size = len(found)
+        size, found = sum(map(len, data)), _first_octets(data, BODY_MOST)
     return Message(found if whole else found[: header_end(found)], size)
+
+
+def _first_octets(data: list[bytes], most: int) -> bytes:
+    """The first `most` octets of pieces."""
+    found: list[bytes] = []
+    for piece in data:
+        found.append(piece[:most])
+        most -= len(found[-1])
+        if not most:
+            break
+    return b"".join(found)
 
 
 def _place(name: str, flags: Iterable[str], create: bool = False) -> Place:

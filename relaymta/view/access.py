@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -31,7 +32,7 @@ from relaymta.view.reading import TooMuch, records
 
 __all__ = ["Access", "Inbox", "OpenSession"]
 
-THREADS, SEARCHERS = 4, 2
+THREADS, SEARCHERS, WORKERS = 4, 2, 1  # that read, that search, and for what takes long
 ARRANGED = 1  # SORT and THREAD commands of large mailboxes at a time: each has some hundred octets of every message in memory
 FEW = 20_000  # messages of a mailbox that is sorted at any time
 PIECE = 256 << 10  # octets of a large message that are read together
@@ -79,6 +80,7 @@ class Access:
         self._mailboxes = mailboxes
         self._threads = ThreadPoolExecutor(THREADS, "view-reader")
         self._searchers = ThreadPoolExecutor(SEARCHERS, "view-search")
+        self._workers = ThreadPoolExecutor(WORKERS, "view-work")
         self.shared = Shared()
         self.sessions: Counter[str] = Counter()  # that have logged in, by protocol
         self.open: dict[OpenSession, None] = {}  # these, in the order of their logins
@@ -90,6 +92,7 @@ class Access:
         """End the threads, once they have read what they read."""
         self._threads.shutdown(wait=False)
         self._searchers.shutdown(wait=False)
+        self._workers.shutdown(wait=False)
 
     def user(self, name: str) -> User | None:
         """The user who has logged in; None when no mail of such a user is kept here, or the user may not log in. A catch-all is
@@ -126,18 +129,25 @@ class Access:
         except Shut:
             return await self.read(function)
 
-    async def read_some(self, function: Callable[[int], T]) -> T:
-        """The result of a function that reads index records, as of reading.py: on the loop where they are few. As `read`."""
+    async def read_some(self, function: Callable[[int], T], user: User | None = None) -> T:
+        """The result of a function that reads index records, as of reading.py: on the loop where they are few. As `read`; or,
+        for a user, as `work`."""
         try:
             return function(RECORDS_ON_LOOP)
         except (TooMuch, Shut):
-            return await self.read(lambda: function(RECORDS_MOST))
+            everything = partial(function, RECORDS_MOST)
+            return await (self.read(everything) if user is None else self.work(user, everything))
         except lmdb.Error as error:
             raise StoreError(str(error)) from None
 
     async def read(self, function: Callable[[], T]) -> T:
         """The result of a function that reads much, on a reader thread. StoreError where LMDB fails, and what it raises."""
         return await self._run(self._threads, function)
+
+    async def work(self, user: User, function: Callable[[], T]) -> T:
+        """As `read`, of what takes long: not on the threads that all readers wait for, and one of a user at a time."""
+        async with self._turn("work", user):
+            return await self._run(self._workers, function)
 
     async def search(self, user: User, function: Callable[[], T]) -> T:
         """As `read`, for a slice of a user's SEARCH: on threads of their own, so that nobody waits for them to read a message,
@@ -168,14 +178,14 @@ class Access:
     async def inbox(self, user: User) -> Inbox:
         """The user's INBOX as it is now. StoreError, Refusal."""
         shard = self.shard(user)
-        found = await self.read_some(lambda most: _inbox(shard, user.ident, most))
+        found = await self.read_some(lambda most: _inbox(shard, user.ident, most), user)
         self.check_stayed(user)
         return found
 
     async def left(self, user: User, mailbox: int, uids: list[int]) -> int:
         """How many of these messages (one at least, UIDs in order) are there. StoreError; Refusal: the mailbox is gone."""
         shard = self.shard(user)
-        return await self.read(lambda: _left(shard, mailbox, uids))
+        return await self.work(user, lambda: _left(shard, mailbox, uids))
 
     async def message(self, user: User, mailbox: int, uid: int, whole: bool = True) -> AsyncGenerator[bytes, None]:
         """A message in pieces of SLICE octets: a large one is not in memory as a whole, and no descriptor is held between the

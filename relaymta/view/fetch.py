@@ -4,9 +4,9 @@ What a FETCH needs of a message is known before anything is read (`Plan.level`):
 data. A large message is not in memory: its sections are places in its file (`FilePart`).
 """
 
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
 
 DECODED_MOST = 4 << 20  # octets of a part of a large message that BINARY decodes: it is in memory then
 DESCRIBED_MOST = 64 << 20  # octets of a message that are looked at for its description
+LIGHT_DESCRIBED = 32 << 10  # octets of messages that are described side by side
 LIGHT = 256 << 10  # octets that are looked at for one message's sections on the loop,
 WORK_MOST = 32 << 20  # and in all
 TOO_MANY = "so many sections of so large a message cannot be made"
@@ -136,23 +137,26 @@ def with_description(shard: Readable, message: Message) -> Message:
     body = message.object.body
     if body.segment:
         data: bytes = body_of(shard.rows, shard.bodies, message.row.object)
-        described = mime.describe(data)
+        with _describing if len(data) > LIGHT_DESCRIBED else nullcontext():
+            described = mime.describe(data)
     else:
         described = _describe_file(shard.bodies.big_path(message.row.object), body.offset + FRAME.size, body.length)
     row = message.object
     return message._replace(object=ObjectRow(row.references, row.body, described, row.digest))
 
 
-_describing = threading.Lock()  # all of a large message is in memory while it is described: of one at a time
+# One at a time: all of a large message is in memory meanwhile, and threads that are at work keep the loop waiting.
+_describing = threading.Lock()
 
 
 def _describe_file(path: Path, start: int, octets: int) -> mime.Description:
     try:
-        with _describing, path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            return mime.describe(mapped[start : start + min(octets, DESCRIBED_MOST)])
+        with _describing, path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return mime.describe(file.read(min(octets, DESCRIBED_MOST)) or b"")
     except FileNotFoundError:
         raise Refusal(MISSING, "the message has been expunged") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise StoreError(f"cannot read the body of {path.name}: {error}") from error
 
 
@@ -381,6 +385,14 @@ class Plan:
     def is_light(self, text: Text) -> bool:
         """Whether `sections` takes little time."""
         return len(text.parts) * len(self._sections) <= LIGHT
+
+    def is_heavy(self, message: Message) -> bool:
+        """Whether it takes long to find what is needed of a message."""
+        if self.level < Level.DESCRIPTION:
+            return False
+        if not described_now(message):
+            return message.row.size > LIGHT_DESCRIBED
+        return len(_described(message).parts) * len(self._sections) > LIGHT
 
     def response(self, view: View, message: Message, sections: Sections | None, seen: bool) -> Iterator[Piece | Making]:
         """The response for a message; none where it has no number (any more). `seen`: \\Seen has been set, so that its flags are

@@ -5,7 +5,6 @@ parsed, and it alone uses `_reader` and writes; what is told in IDLE does the sa
 written in slices, each once the client has read the one before.
 """
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -40,7 +39,7 @@ T = TypeVar("T")
 
 SILENCE_SECONDS = 1800.0  # without a command (RFC 9051 5.4)
 STILL_HERE_SECONDS = 120.0  # between two signs of life in IDLE
-LONG = 0.005  # seconds after which a command lets others run
+LONG = 0.002  # seconds after which a command lets others run
 
 COMMANDS: dict[str, Callable[[Reader, Command], Awaitable[Done]]] = {
     **imap_mailboxes.COMMANDS,
@@ -231,6 +230,7 @@ class ImapConnection(ReadingConnection[ServerSession]):
 
     async def _tell(self, pieces: Iterable[Piece | Making]) -> None:
         """Write untagged responses, as fast as the client reads. Gone."""
+        assert self._reader is not None
         for piece in pieces:
             if isinstance(piece, bytes | memoryview):
                 self._out.append(piece)
@@ -241,12 +241,12 @@ class ImapConnection(ReadingConnection[ServerSession]):
                 await self._stream(piece)
             else:
                 await self._pause()
-                await self._tell(await self._read_on(piece))
+                await self._tell(await self._amid(self._access.work(self._reader.user, piece)))
 
-    async def _read_on(self, read: Callable[[], T]) -> T:
+    async def _amid(self, reading: Awaitable[T]) -> T:
         """What is read amid a response: where it cannot be read the connection ends. Gone."""
         try:
-            return await self._access.read(read)
+            return await reading
         except StoreError as error:
             self.warn(f"a message cannot be read: {error}")
             if self.transport is not None:
@@ -284,14 +284,14 @@ class ImapConnection(ReadingConnection[ServerSession]):
         await self._flush()
         place, left = part.start, part.length
         while left:
-            data = await self._read_on(partial(read_at, part.path, place, min(PIECE, left)))
+            data = await self._amid(self._access.read(partial(read_at, part.path, place, min(PIECE, left))))
             place, left = place + len(data), left - len(data)
             await self._tell([data.replace(b"\0", b"\x80") if part.text else data])
 
     async def _pause(self) -> None:
         """Let others run, when the command has taken long since it began, or waited. Gone."""
         if self.admission.now() - self._since > LONG:
-            await asyncio.sleep(0)
+            await self.admission.turns.turn()  # one session in each turn of the loop, however many have long commands
             self._since = self.admission.now()
         if self.gone:
             raise Gone

@@ -32,7 +32,7 @@ from relaymta.view.fetch import (
 )
 from relaymta.view.incoming import SYSTEM
 from relaymta.view.reader import Done, Reader, try_create
-from relaymta.view.reading import Message
+from relaymta.view.reading import Message, TooMuch
 from relaymta.view.selected import ALL, Selected
 from relaymta.view.sort import sorted_, threaded
 
@@ -159,7 +159,7 @@ class _Fetching:
         if len(uids) - at <= (BODIES_ON_LOOP if plan.level == Level.DATA else ROWS_ON_LOOP) * 4:
             read = partial(_read_now, self._selected, runs(part), plan)
             now, reader.looked = await reader.access.read_little(read)
-        found = now if now is not None else await reader.access.read(partial(_read, self._selected, runs(part), plan))
+        found = now if now is not None else await self._read(partial(_read, self._selected, runs(part), plan))
         for why in found.unreadable:
             self.unreadable = True
             reader.warn(why)
@@ -171,6 +171,14 @@ class _Fetching:
             told = [plan.response(self._selected.view, message, None, False) for message, _ in found.messages]
             await reader.tell(chain.from_iterable(told))
         return at + (len(part) if not found.last else (values(part).index(found.last) + 1) * 4)
+
+    async def _read(self, read: "partial[_Found]") -> "_Found":
+        """Messages by `_read`: the first one by itself, where it takes long."""
+        access = self._reader.access
+        try:
+            return await access.read(read)
+        except TooMuch:
+            return await access.work(self._reader.user, partial(read, heavy=True))
 
     async def _tell_data(self, found: "_Found") -> None:
         """Tell of messages with their sections."""
@@ -242,11 +250,18 @@ def _read_now(selected: Selected, ranges: bytes, plan: Plan) -> tuple[_Found | N
     return found, state
 
 
-def _read(selected: Selected, ranges: bytes, plan: Plan) -> _Found:
-    """Messages with what a FETCH needs of them. Refusal (LIMIT)."""
-    found, octets = _Found(), 0
+def _read(selected: Selected, ranges: bytes, plan: Plan, heavy: bool = False) -> _Found:
+    """Messages with what a FETCH needs of them, up to one of which that takes long to be found. TooMuch: this is the first one,
+    for which (`heavy`) there is another thread. Refusal (LIMIT)."""
+    found, octets, last = _Found(), 0, 0
     for message in reading.messages(selected.shard, selected.mailbox, ranges):
         text = None
+        if not heavy and plan.is_heavy(message):
+            if not last:
+                raise TooMuch
+            found.last = last
+            break
+        last = message.uid
         try:
             if plan.level >= Level.DESCRIPTION:
                 message = with_description(selected.shard, message)
@@ -260,7 +275,7 @@ def _read(selected: Selected, ranges: bytes, plan: Plan) -> _Found:
             continue
         found.add(plan, message, text)
         octets += len(text.data or b"") if text is not None else _described_octets(message)
-        if octets >= OCTETS:
+        if octets >= OCTETS or heavy:
             found.last = message.uid
             break
     return found
@@ -378,7 +393,8 @@ async def find(reader: Reader, command: Command) -> Done:
     while after is not None and not found.enough:
         matching, after = await search.slice_of(reader.access, selected, program, after)
         found.add(matching)
-        await reader.pause()
+        if after is not None:
+            await reader.pause()
     found.save(view)
     if returns is None and not reader.session.rev2:
         await reader.tell(found.search(view, asked.uid, asked.modseq))

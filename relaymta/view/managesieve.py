@@ -185,7 +185,7 @@ async def _put(access: Access, user: User, asked: Asked) -> None:
 
 
 async def _check(access: Access, user: User, asked: Asked) -> None:
-    await access.read(lambda: scripts.check(asked.text))
+    await access.work(user, lambda: scripts.check(asked.text))
 
 
 async def _activate(access: Access, user: User, asked: Asked) -> None:

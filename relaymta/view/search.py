@@ -10,11 +10,13 @@ import struct
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from relaymta.disk.environment import Shut
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
 from relaymta.proto.imap_program import Batch, Program, Stage
@@ -26,7 +28,7 @@ from relaymta.store.reading import Readable, body_of
 from relaymta.store.rows import decode_message, decode_object
 from relaymta.view.access import Access
 from relaymta.view.fetch import described_now, email_id, read_at, with_description
-from relaymta.view.reading import Message, after
+from relaymta.view.reading import Message, TooMuch, after
 from relaymta.view.selected import Selected
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ T = TypeVar("T")
 __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "searched", "slice_of"]
 
 MILLISECONDS: Final = 5
+FEW: Final = 200  # messages of a mailbox that is searched on the loop,
+ON_LOOP: Final = 3  # and milliseconds of that
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER, TOGETHER_MOST = 64, 256  # messages, and where they take little time
 ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What takes longer to look into counts for more:
@@ -55,11 +59,16 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     """Search some messages with UIDs above `behind`: the records of those that match, packed, and the UID above which the search
     goes on, perhaps the same; None: it is over. StoreError."""
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
-    return await access.search(selected.user, search) if program.stages else await access.read_little(search)
+    if not program.stages:
+        return await access.read_little(search)
+    if not behind and len(selected.view.uids) <= FEW and max(program.stages) <= Stage.ENVELOPE:
+        with suppress(TooMuch, Shut):  # a thread would wait hundreds of times for the interpreter while others have much to do
+            return access.read_here(partial(search, now=True))
+    return await access.search(selected.user, search)
 
 
-def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tuple[bytes, int | None]:
-    """As `slice_of`, on the thread at hand."""
+def searched(shard: Readable, mailbox: int, program: Program, behind: int, now: bool = False) -> tuple[bytes, int | None]:
+    """As `slice_of`, on the thread at hand. `now`: on the loop; TooMuch, and nothing is done, where one is not described."""
     records = after(shard, mailbox, behind, RECORDS)
     if not records:
         return b"", None
@@ -69,7 +78,8 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int) -> tu
     if batch is None:
         return matching, last
     room = max(ROOM // max(program.bodies, 1), 1)
-    found, end = _decided(program, batch, partial(bring, shard, mailbox, room=room, turns=program.turns), behind)
+    bringing = partial(bring, shard, mailbox, room=room, turns=program.turns, now=now)
+    found, end = _decided(program, batch, bringing, behind, ON_LOOP if now else MILLISECONDS)
     matching = joined([matching, *found])
     if end is None:
         return matching, last
@@ -82,11 +92,11 @@ def _uid(records: bytes, at: int) -> int:
 
 
 def _decided(
-    program: Program, batch: Batch, brought: Callable[[Batch, Stage], tuple[Batch, Batch]], behind: int
+    program: Program, batch: Batch, brought: Callable[[Batch, Stage], tuple[Batch, Batch]], behind: int, milliseconds: int
 ) -> tuple[list[bytes], int | None]:
     """The records of messages that match, of those that are undecided; and, when time was short, the UID (`behind` itself, amid
     the first message) up to which all is decided."""
-    slice_ = MILLISECONDS / 1000
+    slice_ = milliseconds / 1000
     until = time.monotonic() + slice_
     program.turns.begin(lambda: time.monotonic() >= until, behind)
     together = 1 if program.turns else TOGETHER
@@ -110,12 +120,14 @@ def _decided(
 
 
 def bring(
-    shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM, turns: Turns | None = None
+    shard: Readable, mailbox: int, batch: Batch, stage: Stage, room: int = ROOM, turns: Turns | None = None, now: bool = False
 ) -> tuple[Batch, Batch]:
     """The first messages of a batch, one at least, with what a stage needs of them, and the others, which have to wait until
-    there is room (octets); those that have been expunged are in neither. StoreError."""
+    there is room (octets); those that have been expunged are in neither. `now`: as of `searched`. StoreError."""
     name, brought, make = _STAGES[stage]
     batch, rows = _there(batch, _rows(shard, mailbox, batch, stage))
+    if now and stage != Stage.ROW and undescribed([data for _, data, _ in rows], VERSION):
+        raise TooMuch
     data = brought(shard, rows, room, Turns() if turns is None else turns)
     first, rest = batch.divided(len(data))
     first, data = _there(first, data)

@@ -10,7 +10,7 @@ from typing import Final
 
 from relaymta.proto.imap_command import Sort, Thread
 from relaymta.proto.imap_program import Program
-from relaymta.proto.imap_records import RECORD, RECORD_SIZE, joined, load, lower, numbers, runs, values
+from relaymta.proto.imap_records import RECORD_SIZE, highest, joined, load, lower, numbers, runs, values
 from relaymta.proto.imap_sort import Sorted
 from relaymta.proto.imap_thread import Threads, shown
 from relaymta.proto.imap_view import View
@@ -41,7 +41,7 @@ async def sorted_(reader: Reader, selected: Selected, asked: Sort, program: Prog
         order.add(b"" if described is None else described.envelope, message.row.date, message.row.size)
 
     there = await _added(reader, selected, records, add)
-    modseq = max((modseq for _, _, _, modseq in RECORD.iter_unpack(records)), default=0) if asked.modseq else 0
+    modseq = highest(records) if asked.modseq else 0
     return await reader.access.search(reader.user, lambda: list(_sort_response(order, there, selected.view, asked.uid, modseq)))
 
 

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relaymta.proto.imap_sort import Sorted, base_subject, in_order, sent, sortable
+from relaymta.proto.imap_sort import Sortable, Sorted, base_subject, in_order, sent, sortable
+from relaymta.proto.imap_text import FIELDS, EnvelopeText
 from relaymta.proto.mime import describe
+from relaymta.proto.mime_envelope import tokens
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,42 @@ def test_a_criterion_that_comes_again_costs_nothing():
         for subject in (b"b", b"a" * 300, b"c"):
             one.add(describe(b"Subject: " + subject + b"\r\n\r\n").envelope, 0, 0)
     assert once._run == often._run and list(once.order()) == list(often.order()) == [1, 0, 2]
+
+
+def walked(envelope: bytes) -> list[list[bytes | None]]:
+    """All strings of each field of an ENVELOPE, in one walk over it."""
+    fields: list[list[bytes | None]] = []
+    depth = 0
+    for token in tokens(envelope):
+        if depth == 1 and token != ")":
+            fields.append([])
+        if isinstance(token, str):
+            depth += 1 if token == "(" else -1
+        else:
+            fields[-1].append(token)
+    return fields
+
+
+LINES = st.builds(
+    lambda name, words: name + b": " + b"".join(words) + b"\r\n",
+    st.sampled_from([b"From", b"To", b"Cc", b"Reply-To", b"Subject", b"Date", b"In-Reply-To", b"X"]),
+    st.lists(st.sampled_from([b"a@b", b", ", b'"x y" <c@d>', b"\xe4", b"g: ", b"; ", b"(c)", b'"q\\"(" <e@f>', b"l" * 90, b"<"])),
+)
+
+
+@given(st.lists(LINES, max_size=12).map(b"".join))
+def test_fields_are_found_without_a_look_at_all_that_is_in_them(header):
+    envelope = describe(header + b"\r\n").envelope
+    fields = walked(envelope)
+    assert len(fields) == 10
+    third = [one[2] or b"" if len(one) > 2 else b"" for one in fields]
+    assert sortable(envelope) == Sortable(fields[0][0], fields[1][0] or b"", {"FROM": third[2], "TO": third[5], "CC": third[6]})
+    text = EnvelopeText(envelope, str)
+    assert [text.has(name, "") for name in FIELDS] == [one != [None] for one in fields]
+
+
+def test_an_envelope_that_is_cut_off_has_the_fields_in_front():
+    envelope = describe(b"Date: x\r\nSubject: y\r\nTo: a@b\r\n\r\n").envelope
+    for end in range(len(envelope)):
+        assert sortable(envelope[:end]).date in (b"x", None)
+    assert sortable(b"") == Sortable(None, b"", dict.fromkeys(("FROM", "TO", "CC"), b""))

@@ -290,6 +290,17 @@ def test_keys_of_a_header():
     many = made("References: " + " ".join(f"<{number}@x>" for number in range(10_000)) + "\r\n")
     assert len(many) == REFERENCES_MOST + 1 and many[-1] == made("Message-ID: <9999@x>\r\n")[0]
     assert len(made("References: " + "<" * 1_000_000 + "\r\n")) == 1
+    assert made("Message-ID: <a@b>\r\nReferences: <c@d>" + " <x>" * 999 + "\r\n") == [one, two]
+    assert made("Message-ID: <a@b>\r\nReferences: <c@d>" + " <x>" * 1000 + "\r\n") == [one]  # so many are looked at
+    assert made(f"Message-ID: <{'a' * 4095}@b>\r\n") == [bytes(8)] != made(f"Message-ID: <{'a' * 4094}@b>\r\n")
+
+
+def test_fields_are_where_lines_begin_in_the_header():
+    own = thread_keys(b"Message-ID: <a@b>\r\n")
+    assert thread_keys(b"Subject: x\r\n Message-ID: <c@d>\r\nMESSAGE-ID \t: <a@b>\r\n") == own
+    assert thread_keys(b"XMessage-ID: <c@d>\r\nMessage-IDs: <c@d>\r\nMessage-ID: <a@b>\nMessage-ID: <c@d>\n") == own
+    assert thread_keys(b"Message-ID: <a@b>\r\n\r\nReferences: <c@d>\r\n") == own
+    assert thread_keys(b"\r\nMessage-ID: <a@b>\r\n") == bytes(8)
 
 
 @given(st.binary(max_size=300))

@@ -43,6 +43,7 @@ def test_blocks_equal_the_oracle(form, found, size, every, none, modseq):
     assert kernel.count(blocks, every, none) == len(matching)
     assert kernel.first(blocks, every, none) == (matching[0] if matching else 0)
     assert kernel.changed(blocks, modseq) == index.pack([one for one in found if one.modseq > modseq])
+    assert kernel.highest(index.pack(found)) == max([one.modseq for one in found], default=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -364,19 +364,18 @@ def test_the_scripts_that_were_run_last_are_kept_compiled(monkeypatch):
     assert len(scripts._scripts) <= 1
 
 
-async def test_of_a_large_message_a_script_sees_the_first_part_and_the_size(bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_memory", [False, True])
+async def test_of_a_large_message_a_script_sees_the_first_part_and_the_size(bench, tmp_path, monkeypatch, in_memory):
     monkeypatch.setattr(sieving, "BODY_MOST", 2000)
     user = await bench.script(
         "a",
         'require ["body", "imap4flags"]; if body :contains "first" { addflag "first"; }'
         'if body :contains "last" { addflag "last"; } if size :over 3000 { addflag "large"; }',
     )
-    file = BigBody(tmp_path / "large", 7)
-    file.write([MESSAGE, b"first ", b"x" * 4000, b" last\r\n"])
-    body = file.finish([])
-    replies, _, _ = await bench.delivery.deliver(
-        1, 0, SENDER, [(0, "a@a.example")], BigFile(str(tmp_path / "large"), 7, body), Outbox()
-    )
+    file, pieces = BigBody(tmp_path / "large", 7), [MESSAGE, b"first ", b"x" * 4000, b" last\r\n"]
+    file.write(pieces)
+    data = pieces if in_memory else BigFile(str(tmp_path / "large"), 7, file.finish([]))
+    replies, _, _ = await bench.delivery.deliver(1, 0, SENDER, [(0, "a@a.example")], data, Outbox())
     assert replies[0] == FILED and bench.found(user) == {"INBOX": [(0, ["first", "large"])]}
 
 

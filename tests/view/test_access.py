@@ -150,12 +150,13 @@ async def test_what_was_read_of_a_user_who_is_moved_meanwhile_is_refused(kept, m
     assert [len(found) for found in await read()] == [4, 1, 5]
     read_ = access.read
 
-    async def moved_meanwhile(function):
-        found = await read_(function)
+    async def moved_meanwhile(*of_whom_and_what):
+        found = await read_(of_whom_and_what[-1])
         bench.directory.update(ident, lambda row: msgspec.structs.replace(row, shard=times % 2, moves=row.moves + times))
         return found
 
     monkeypatch.setattr(access, "read", moved_meanwhile)
+    monkeypatch.setattr(access, "work", moved_meanwhile)
     monkeypatch.setattr(module, "RECORDS_ON_LOOP", 0)
     for call in (access.inbox(user), managesieve._list(access, user, asked), managesieve._get(access, user, asked)):
         with pytest.raises(StoreError, match="has been moved"):

@@ -3,10 +3,12 @@ failed that was done, and nothing is lost that was to be told."""
 
 import asyncio
 import re
+import threading
 
 import pytest
 from msgspec.structs import replace
 
+from relaymta.accept.turns import Turns
 from relaymta.errors import StoreError
 from relaymta.proto.imap_response import UNKNOWN_CTE
 from relaymta.store import noted
@@ -39,6 +41,18 @@ class Room(Desk):
             await asyncio.sleep(0.0005)
             await self.settled()
         return self.heard()
+
+
+def counted(desk: Room, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is done where what takes long is, from now on."""
+    work, beside = desk.access.work, list[object]()
+
+    async def noted(user, function):
+        beside.append(function)
+        return await work(user, function)
+
+    monkeypatch.setattr(desk.access, "work", noted)
+    return beside
 
 
 @pytest.fixture
@@ -142,13 +156,7 @@ async def test_so_many_sections_of_a_large_header_are_refused_and_some_are_made_
     await desk.say(b"1 SELECT INBOX\r\n")
     many = b" ".join(b"BODY.PEEK[HEADER.FIELDS (X%d)]" % number for number in range(1000))
     assert (await desk.say(b"2 FETCH 1 (%b)\r\n" % many)).startswith(b"2 NO [LIMIT]")
-    read, beside = desk.access.read, []
-
-    async def counted(function):
-        beside.append(function)
-        return await read(function)
-
-    monkeypatch.setattr(desk.access, "read", counted)
+    beside = counted(desk, monkeypatch)
     some = b" ".join(b"BODY.PEEK[HEADER.FIELDS (X%d)]" % number for number in range(20))
     said = await desk.say(b"3 FETCH 1 (%b)\r\n" % some)
     assert said.count(b"HEADER.FIELDS (X") == 20 and b"3 OK" in said and len(beside) >= 20
@@ -347,14 +355,67 @@ async def test_body_of_many_parts_is_made_beside_the_loop(desk, monkeypatch):
     part = b"--b\r\n\r\nx\r\n"
     await desk.file(b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 500 + b"--b--\r\n", SMALL)
     await desk.say(b"1 SELECT INBOX\r\n")
-    read, beside = desk.access.read, []
-
-    async def counted(function):
-        beside.append(function)
-        return await read(function)
-
-    monkeypatch.setattr(desk.access, "read", counted)
+    beside = counted(desk, monkeypatch)
     assert (await desk.say(b"2 FETCH 1:* (UID BODY)\r\n")).count(b"FETCH (UID") == 2 and len(beside) == 1
+
+
+@pytest.mark.parametrize("items", [b"ENVELOPE", b"BODYSTRUCTURE", b"PREVIEW", b"BODY.PEEK[2.MIME]", b"BODY.PEEK[HEADER]"])
+async def test_a_message_that_takes_long_to_describe_is_read_by_itself_and_not_where_all_read(desk, monkeypatch, items):
+    """It is not described: what is kept of it would be too much. The others are read together, in front of it and behind it."""
+    large = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\nx\r\n" * 9000 + b"--b--\r\n"
+    await desk.file(SMALL, SMALL, large, SMALL, large, large)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    beside, read = counted(desk, monkeypatch), imap_messages._read
+    found = []
+
+    def seen(selected, ranges, plan, heavy=False):
+        one = read(selected, ranges, plan, heavy)
+        found.append((heavy, one.count))
+        return one
+
+    monkeypatch.setattr(imap_messages, "_read", seen)
+    assert (await desk.told(b"FETCH 1:* (%b)" % items)).count(b" FETCH (") == 6
+    assert found == [(False, 2), (True, 1), (False, 1), (True, 1), (True, 1)]
+    assert len(beside) >= 3
+
+
+async def test_while_one_users_long_work_is_done_others_read(desk):
+    """However many there are, and the user's own light reads."""
+    access, user, going, over = desk.access, desk.access.user("a@a.example"), threading.Event(), threading.Event()
+
+    def long() -> None:
+        going.set()
+        over.wait(30)
+
+    work = [asyncio.create_task(access.work(user, long)) for _ in range(8)]
+    while not going.is_set():
+        await asyncio.sleep(0.001)
+    assert await access.read(lambda: "read") == "read" and await access.search(user, lambda: "found") == "found"
+    over.set()
+    await asyncio.gather(*work)
+
+
+async def test_sessions_with_long_commands_take_turns_however_many_they_are():
+    """In each turn of the loop one of them goes on."""
+    loop = asyncio.get_running_loop()
+    turns, steps, iterations = Turns(loop), list[int](), [0]
+
+    def count() -> None:
+        iterations[0] += 1
+        loop.call_soon(count)
+
+    async def session(number: int) -> None:
+        for _ in range(5):
+            await turns.turn()
+            steps.append(iterations[0])
+
+    count()
+    tasks = [asyncio.create_task(session(number)) for number in range(10)]
+    cancelled = asyncio.create_task(session(10))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert len(steps) == 50 and len(set(steps)) == 50
 
 
 async def test_a_thread_of_messages_that_refer_to_too_many_is_refused(desk, monkeypatch):
