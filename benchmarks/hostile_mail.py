@@ -38,7 +38,7 @@ def reads_mail(port: int, times: "multiprocessing.Queue[list[float]]", stop: "mu
         session.ok("SELECT INBOX")
         commands = [
             "NOOP", "UID FETCH 1:* (FLAGS)", "UID FETCH 1:5 (BODY.PEEK[])", 'LIST "" "*"', "UID SEARCH SUBJECT x",
-            "UID SEARCH TEXT x", "UID STORE 1 +FLAGS (x)", "UID FETCH 1:* (ENVELOPE BODY.PEEK[HEADER])",
+            "UID SEARCH TEXT x", "UID FETCH 1:* (ENVELOPE BODY.PEEK[HEADER])",
         ]  # fmt: skip
         while not stop.is_set():
             for command in commands:
