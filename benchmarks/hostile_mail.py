@@ -43,7 +43,8 @@ def reads_mail(port: int, times: "multiprocessing.Queue[list[float]]", stop: "mu
         while not stop.is_set():
             for command in commands:
                 began = time.monotonic()
-                session.ok(command)
+                session.send(f"x {command}\r\n".encode())
+                drain(session)
                 took.append(time.monotonic() - began)
                 time.sleep(0.01)
         times.put(took)
