@@ -17,7 +17,7 @@ from relaymta.log import Log
 from relaymta.metrics import Counters, index
 from relaymta.proto import reply
 from relaymta.proto.address import compared, domain_matches, domain_of, in_u_labels
-from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UTF8_HEADER, Body, Envelope
+from relaymta.proto.envelope import EIGHT_BIT, HELD, SMTPUTF8, UTF8_HEADER, Body, Envelope, held_because
 from relaymta.proto.header import (
     HEADER_SEEN,
     begins_well,
@@ -349,6 +349,7 @@ class Intake:
             headers=transaction.headers,
             user=origin.identity.name if origin.identity is not None else "",
             message_id=transaction.message_id,
+            held_for=held_because(transaction.held) if transaction.held else "",
         )
         queue.submit(ident, envelope, data, done)
 

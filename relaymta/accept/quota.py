@@ -84,7 +84,7 @@ class Units:
 
     def account(self, identity: Identity, kind: str, units: int, transaction: Transaction) -> bytes | None:
         """Take `units` of an account's quota. The 452 when it is used up, or None; where the account says `hold`, None with
-        `transaction.held` set."""
+        `transaction.held` set, unless it is already."""
         quota = identity.quotas.get(kind, "")
         wait = self._take(_key(identity.name, kind), quota, units) if quota else 0.0
         if not wait:
@@ -92,7 +92,7 @@ class Units:
         if identity.hold:
             if not transaction.held:
                 self._quotas.count(HELD)
-            transaction.held = True
+                transaction.held = f"quota: {kind} {quota} of {identity.name} is used up"
             return None
         self._quotas.count(REJECTED)
         text = f"The quota of {identity.name} is used up ({kind} {quota}); try again in {wait:.0f} s"

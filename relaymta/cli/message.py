@@ -44,6 +44,8 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
     client = f"{found['client']} ({found['helo']}){_by(found)}"
     say(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
     say(f"attempts {found['attempts']}, next {due(found['next'])}, expires {when(found['expires'])}")
+    if found["held_for"]:
+        say(f"{found['state']}: {found['held_for']}")
     for recipient in found["recipients"]:
         say(f"  <{recipient['address']}>: {recipient['state']}")
         for attempt in recipient.get("attempts", []):

@@ -175,8 +175,8 @@ def _in_order(peer: Daemon | Offline, chosen: dict[str, Any]) -> Iterator[list[b
 @as_json
 @configured
 def list_messages(read: Configuration, as_json: bool, **chosen: Any) -> None:
-    """List the messages, the oldest first: id, state, size, arrival, next attempt, sender and recipients, and the result of the
-    last attempt."""
+    """List the messages, the oldest first: id, state, size, arrival, next attempt, sender and recipients, why it is held, and
+    the result of the last attempt."""
     empty, peer = True, connect(read)
     for lines in _in_order(peer, chosen):
         empty = empty and not lines
@@ -199,6 +199,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['id']}  {row['state']:<11}  {size(row['size']):>8}  {schedule}",
         f"<{row['sender']}> -> <{waiting[0]['address']}>{more}",
+        row["held_for"],
         waiting[0]["last"],
     ]
 

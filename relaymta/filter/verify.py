@@ -64,9 +64,10 @@ class Verdict(NamedTuple):
         return reply.DMARC_REJECT if self.dmarc.policy == "reject" else None
 
     @property
-    def held(self) -> bool:
-        """Whether the message is held until an operator releases it."""
-        return self.enforced and self.dmarc.policy == "quarantine"
+    def held(self) -> str:
+        """Why the message is held until an operator releases it; "": it is not."""
+        wanted = self.enforced and self.dmarc.policy == "quarantine"
+        return f"DMARC: it fails, and {self.dmarc.domain} asks for quarantine" if wanted else ""
 
 
 class Verifier:

@@ -8,9 +8,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from relaymta.proto.printable import printable
+
 __all__ = [
     "Attempt", "Body", "Envelope", "Onward", "Placement", "QueueName", "RecipientState", "category_of", "decode_envelope",
-    "encode", "reply_text",
+    "encode", "held_because", "reply_text",
 ]  # fmt: skip
 
 # Envelope.flags
@@ -39,6 +41,7 @@ CATEGORIES: Final = (
 )  # fmt: skip
 
 ATTEMPTS_KEPT: Final = 8
+HELD_SHOWN: Final = 200  # characters of the reason why a message is held
 ATTEMPT_SHOWN: Final = 500  # characters of a reply to an attempt that is not the last one
 
 # Priority classes; the lower number is delivered first.
@@ -88,7 +91,7 @@ class Placement(msgspec.Struct, array_like=True):
     indexes: list[int] | None = None
 
 
-class Envelope(msgspec.Struct, array_like=True):
+class Envelope(msgspec.Struct, array_like=True, gc=False):
     """Everything about a message but its message data and its recipients' histories. `size`: octets of message data."""
 
     sender: str
@@ -107,6 +110,7 @@ class Envelope(msgspec.Struct, array_like=True):
     headers: list[str] = []  # the `header` conditions of routes that its header matches
     user: str = ""  # the login it was submitted with; "": none
     message_id: str = ""  # the value of its Message-ID, MESSAGE_ID_SHOWN characters at most
+    held_for: str = ""  # why it is held (`held_because`); "": it is not, or an older version has held it
 
 
 class Onward(NamedTuple):
@@ -118,6 +122,18 @@ class Onward(NamedTuple):
     front: bytes
     data: bytes | None
     others: tuple[str, ...] = ()
+
+
+# Reasons why a message is held, but for those that quotas, DMARC and filters give.
+BY_OPERATOR: Final = "by the operator (queue hold)"
+BY_POLICY: Final = "hold policy"  # and which
+BY_CRASHES: Final = "a worker died twice while delivering it"
+
+
+def held_because(reason: str) -> str:
+    """A reason why a message is held, for an operator to read: one line of HELD_SHOWN characters at most, what is not printable
+    escaped."""
+    return printable(reason[:HELD_SHOWN])[:HELD_SHOWN]
 
 
 def reply_text(code: int, enhanced: str, text: str) -> str:

@@ -45,7 +45,7 @@ class Transaction:
         self.last_chunk = False
         self.tail = b""  # the last two octets of message data
         self.refusal = b""  # the reply to its message data, which is discarded; b"": it is kept
-        self.held = False  # to be held in the queue until it is released
+        self.held = ""  # why it is to be held in the queue until it is released; "": it is not
         self.message_id = ""
         self.utf8_header = False  # it is not ASCII, and was given with SMTPUTF8
         self.headers: list[str] = []  # the conditions of routes that its header fields meet

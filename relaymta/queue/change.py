@@ -145,15 +145,16 @@ class Change(Transaction):
         """Write one recipient's history."""
         self.txn.put(RECIPIENT.pack(ident, index), encode(state), db=self._tables["recipient"])
 
-    def hold(self, ident: int, envelope: Envelope, flags: int = HELD) -> None:
-        """Hold a message: it is neither due nor expires. `flags`: HELD, and QUARANTINED or POLICY_HELD. One that is held already
-        is left alone."""
+    def hold(self, ident: int, envelope: Envelope, why: str, flags: int = HELD) -> None:
+        """Hold a message: it is neither due nor expires. `why`: as of `Envelope.held_for`; `flags`: HELD, and QUARANTINED or
+        POLICY_HELD. One that is held already is left alone."""
         if not envelope.flags & HELD:
             placements = envelope.placements
             for placement in placements:
                 self.unplace(ident, envelope, placement)
             self.txn.delete(EXPIRY.pack(envelope.deadline, ident), db=self._tables["expiry"])
             envelope.flags |= flags
+            envelope.held_for = why
             for placement in placements:
                 self.place(ident, envelope, placement)
             self.replace(ident, envelope)
@@ -164,6 +165,7 @@ class Change(Transaction):
             for placement in envelope.placements:
                 self.unplace(ident, envelope, placement)
             envelope.flags &= ~(HELD | QUARANTINED | POLICY_HELD)
+            envelope.held_for = ""
             envelope.deadline = deadline
             for placement in envelope.placements:
                 placement.due = now

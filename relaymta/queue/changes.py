@@ -4,7 +4,7 @@ A change claims what it is about (lifecycle.py), runs in group commits on the wr
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 AtSite = Callable[[QueueName, str], bool]
 Rename = Callable[[QueueName], QueueName]
 Idents = list[int] | Callable[[], list[int]]
+Word = str | Mapping[int, str]  # what a verb is about, or for each message
 
 
 class Changes:
@@ -87,21 +88,22 @@ class Changes:
 
     # Messages
 
-    async def change_messages(self, verb: str, idents: Idents, word: str = "") -> tuple[int, int]:
-        """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies), release, release policy (only
-        what a policy holds), delete, bounce (`word`: the reason) or reroute (`word`: the route). (changed, skipped because in
-        flight, ending or being changed.) `idents` may be a function, which names them when those before have been made. A
-        cancelled caller does not stop the change. StoreError when a commit failed."""
+    async def change_messages(self, verb: str, idents: Idents, word: Word = "") -> tuple[int, int]:
+        """Change messages, at most 1,000: flush, hold, policy (hold until no hold policy applies; `word`: the policy's name, or
+        that of each message), release, release policy (only what a policy holds), delete, bounce (`word`: the reason) or reroute
+        (`word`: the route). (changed, skipped because in flight, ending or being changed.) `idents` may be a function, which
+        names them when those before have been made, and may fill `word` then. A cancelled caller does not stop the change.
+        StoreError when a commit failed."""
         return await self._in_turn(lambda: self._change(verb, idents() if callable(idents) else idents, word))
 
-    async def _change(self, verb: str, idents: list[int], word: str) -> tuple[int, int]:
+    async def _change(self, verb: str, idents: list[int], word: Word) -> tuple[int, int]:
         claimed = self._entries.claim(idents)
         refused = False
         try:
             wanted = [ident for ident in dict.fromkeys(idents) if ident in claimed]
             parts = [wanted[start : start + TOGETHER] for start in range(0, len(wanted), TOGETHER)]
             if verb == "bounce":
-                changed = sum([await self._bounce(part, word) for part in parts])
+                changed = sum([await self._bounce(part, str(word)) for part in parts])
             else:
                 changed = sum([await self._writer.task(partial(self._apply, verb, part, word)) for part in parts])
         except StoreError:
@@ -119,10 +121,10 @@ class Changes:
         self._entries.wake(idents)
         self._schedule.wake()
 
-    def _apply(self, verb: str, idents: list[int], word: str, change: Change) -> int:
+    def _apply(self, verb: str, idents: list[int], word: Word, change: Change) -> int:
         if verb == "reroute":
-            return inspect.reroute(change, self._store, self._clock, self._assign, idents, word)
-        return inspect.apply(verb, change, self._store, self._writer, self._clock, self.max_age_ms, idents)
+            return inspect.reroute(change, self._store, self._clock, self._assign, idents, str(word))
+        return inspect.apply(verb, change, self._store, self._writer, self._clock, self.max_age_ms, idents, word)
 
     async def _bounce(self, idents: list[int], reason: str) -> int:
         """Fail the pending recipients of messages that this change has claimed, with a DSN to each sender; how many messages."""

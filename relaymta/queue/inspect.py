@@ -2,14 +2,25 @@
 inside a group commit. Messages in flight are not changed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 from relaymta.control.filters import Filter
 from relaymta.disk.clock import ShardClock, wall_ms
 from relaymta.disk.segments import Segments
-from relaymta.proto.envelope import HELD, POLICY_HELD, QUARANTINED, Envelope, Placement, QueueName
+from relaymta.proto.envelope import (
+    BY_CRASHES,
+    BY_OPERATOR,
+    BY_POLICY,
+    HELD,
+    POLICY_HELD,
+    QUARANTINED,
+    Envelope,
+    Placement,
+    QueueName,
+    held_because,
+)
 from relaymta.queue.ages import add, columns
 from relaymta.queue.change import Change
 from relaymta.queue.group import Assign
@@ -210,8 +221,18 @@ def move(change: Change, rows: list[QueueRow], rename: Callable[[QueueName], Que
     return sum(change.move(row.number, rename(row.name)) for row in rows)
 
 
-def apply(verb: str, change: Change, store: Store, writer: Writer, clock: ShardClock, max_age_ms: int, idents: list[int]) -> int:
-    """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed."""
+def apply(
+    verb: str,
+    change: Change,
+    store: Store,
+    writer: Writer,
+    clock: ShardClock,
+    max_age_ms: int,
+    idents: list[int],
+    policies: str | Mapping[int, str] = "",
+) -> int:
+    """Writer thread, inside a group commit: apply `verb` to these messages, none of which is in memory; how many it changed.
+    `policies`: the name of the hold policy that holds them ("": not known), or that of each message."""
     changed = 0
     now = clock.now()
     for ident in idents:
@@ -222,10 +243,14 @@ def apply(verb: str, change: Change, store: Store, writer: Writer, clock: ShardC
         if verb == "delete":
             change.finish_message(ident, envelope, histories=True)
             writer.free_body(ident, envelope.body)
-        elif verb in ("hold", "policy") and not envelope.flags & HELD:
-            change.hold(ident, envelope, HELD | (POLICY_HELD if verb == "policy" else 0))
+        elif verb == "policy" and not envelope.flags & HELD:
+            name = policies if isinstance(policies, str) else policies.get(ident, "")
+            change.hold(ident, envelope, held_because(f"{BY_POLICY} {name}".rstrip()), HELD | POLICY_HELD)
+        elif verb == "hold" and not envelope.flags & HELD:
+            change.hold(ident, envelope, BY_OPERATOR)
         elif verb == "hold" and envelope.flags & POLICY_HELD:  # from now on held until it is released
             envelope.flags &= ~POLICY_HELD
+            envelope.held_for = BY_OPERATOR
             change.replace(ident, envelope)
         elif (verb == "release" and envelope.flags & HELD) or (verb == "release policy" and envelope.flags & POLICY_HELD):
             change.release(ident, envelope, now, now + max_age_ms)
@@ -248,5 +273,5 @@ def quarantine(change: Change, store: Store, ident: int) -> bool:
     envelope = change.envelope(ident)
     if envelope is None:
         return False
-    change.hold(ident, envelope, HELD | QUARANTINED)
+    change.hold(ident, envelope, BY_CRASHES, HELD | QUARANTINED)
     return True

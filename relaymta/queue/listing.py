@@ -36,7 +36,7 @@ class Recipient(msgspec.Struct):
 class Row(msgspec.Struct):
     """One message as `queue list --json` prints it. Times are seconds since 1970 UTC, 0: never. `state`: "queued" (not yet
     tried), "in flight", "deferred" (tried, and to be tried again), "held" or "quarantined"; `next`: when it is due and its queue
-    does not sleep any more."""
+    does not sleep any more; `held_for`: why it is held ("": it is not, or an older version has held it)."""
 
     id: str
     state: str
@@ -50,6 +50,7 @@ class Row(msgspec.Struct):
     attempts: int
     next: float
     expires: float
+    held_for: str
 
 
 class _Reader:
@@ -99,6 +100,7 @@ class _Reader:
             attempts,
             (due + behind) / 1000 if scheduled and placements else 0,
             (envelope.deadline + behind) / 1000 if scheduled else 0,
+            envelope.held_for,
         )
 
     def _recipients(self, envelope: Envelope, states: dict[int, RecipientState]) -> list[Recipient]:

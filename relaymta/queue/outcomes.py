@@ -192,7 +192,7 @@ def put_rows(change: Change, put: Put, now: int) -> None:
     if envelope.flags & HELD:  # held on arrival: `hold` needs the rows of a message that is not held
         envelope.flags &= ~HELD
         put_rows(change, put, now)
-        change.hold(put.ident, envelope)
+        change.hold(put.ident, envelope, envelope.held_for)
         return
     if len(put.names) == 1:
         row = change.row(put.names[0][0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from relaymta.ident import format_id
 from relaymta.proto.address import compared
-from relaymta.proto.envelope import QueueName
+from relaymta.proto.envelope import BY_POLICY, QueueName
 from relaymta.queue import wall_ms
 from relaymta.route.table import Asked
 from relaymta.send.cures import cure, cure_here
@@ -68,7 +68,9 @@ async def explain(dispatcher: Dispatcher, ident: int) -> dict[str, Any] | None:
         view = dispatcher.view(name, entry, found["sender"], everyone)
         due = queue.clock.wall(placement.due) / 1000 if placement.due > queue.clock.now() else 0.0
         attempts = pending[0].get("attempts", []) if pending else []
-        wait = _waits_for(view, found["state"], name, due, entry is not None and not entry.waiting)
+        held = found["state"] in ("held", "quarantined")
+        in_flight = entry is not None and not entry.waiting
+        wait = _held(view, found["state"], found["held_for"]) if held else _waits_for(view, name, due, in_flight)
         found["waits"].append(
             {
                 "queue": str(name),
@@ -122,15 +124,13 @@ def _with_cure(wait: dict[str, Any], view: View, name: QueueName, attempts: list
     return wait
 
 
-def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: bool) -> dict[str, Any]:
+def _waits_for(view: View, name: QueueName, due: float, in_flight: bool) -> dict[str, Any]:
     """Why a message in the queue `name` is not delivered, as `{"why", "until", "released by", "command", "cure", "position",
     "limit"}`: what it waits for, until when at the latest (seconds since the epoch, 0: not known), what would release it ("":
     the command), the words of the command line for that ("": none; `_with_cure`), how many messages are before it (-1: not
-    known), and which limit applies. `state`: as of `inspect.message`; `due`: seconds since the epoch, 0: now; `in_flight`: it
-    is, or its outcome is being written."""
+    known), and which limit applies. `due`: seconds since the epoch, 0: now; `in_flight`: it is, or its outcome is being
+    written."""
     now = time.time()
-    if state in ("held", "quarantined"):
-        return _held(view, state)
     if in_flight:
         return _in_flight(view)
     if due:
@@ -155,9 +155,11 @@ def _waits_for(view: View, state: str, name: QueueName, due: float, in_flight: b
     return _in_line(site, view.position)
 
 
-def _held(view: View, state: str) -> dict[str, Any]:
-    if state != "held" or view.policy is None:
-        return _answer(f"it is {state}", 0, "", "queue release ID")
+def _held(view: View, state: str, held_for: str) -> dict[str, Any]:
+    """As `_waits_for`, of a message that is held or quarantined."""
+    by_policy = state == "held" and (held_for.startswith(BY_POLICY) or not held_for)
+    if view.policy is None or not by_policy:
+        return _answer(f"it is {state}{held_for and ': '}{held_for}", 0, "", "queue release ID")
     why, remove = f"hold policy {view.policy.site}: {view.policy.reason}", ["policy", "remove", "hold", view.policy.site]
     return _answer(why, view.policy_until, "", shlex.join(remove))
 

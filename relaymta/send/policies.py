@@ -126,33 +126,35 @@ class Policies:
         """Hold those of these entries that a hold policy matches when it is this change's turn; the others are put back. What
         somebody else has taken until then is left alone: it may be in another queue by now."""
 
-        holds = self._holding_policies()
+        holds, names = self._holding_policies(), dict[int, str]()
 
         def chosen() -> list[int]:
             nonlocal holds
             holds |= self._holding_policies()  # one that has begun while this waited may be the reason
             found = []
             for entry in entries:
-                if entry.waiting and self._is_held(entry):
+                policy = self._holding_policy(entry) if entry.waiting else None
+                if policy is not None:
                     found.append(entry.ident)
+                    names[entry.ident] = policy.site
                 elif entry.waiting:
                     self._put_back(entry)
             return found
 
         try:
-            await self._queue().change_messages("policy", chosen)
+            await self._queue().change_messages("policy", chosen, names)
         except StoreError:
             pass  # which the queue reports; some may be held all the same
         finally:
             if holds - self._holding_policies():  # one ended during this change, and `tick` checked before
                 self._to_check = True
 
-    def _holds(self, name: QueueName, sender: str, recipients: list[str]) -> bool:
-        """Whether a hold policy matches mail in a queue now."""
+    def _holds(self, name: QueueName, sender: str, recipients: list[str]) -> SiteState | None:
+        """The hold policy that matches mail in a queue now, if one does."""
         policy = self.find(name, sender, recipients)
-        return policy is not None and policy.kind == HOLD
+        return policy if policy is not None and policy.kind == HOLD else None
 
-    def _is_held(self, entry: Entry) -> bool:
+    def _holding_policy(self, entry: Entry) -> SiteState | None:
         return self._holds(entry.name, entry.envelope.sender, [address for _, address in entry.recipients])
 
     def held(self, about: str) -> None:
@@ -180,7 +182,7 @@ class Policies:
             return
         still, self._refused = [entry for entry in self._refused if entry.waiting], []
         for entry in still:
-            if self._is_held(entry):
+            if self._holding_policy(entry) is not None:
                 self._refused.append(entry)
             else:
                 self._put_back(entry)
@@ -203,7 +205,7 @@ class Policies:
                 self._to_check = True  # the next tick tries again
 
     def _held_still(self, envelope: Envelope, names: list[QueueName]) -> bool:
-        return any(self._holds(name, envelope.sender, envelope.recipients) for name in names)
+        return any(self._holds(name, envelope.sender, envelope.recipients) is not None for name in names)
 
 
 def _matches(chosen: Filter, name: QueueName, sender: str, recipients: list[str]) -> bool:

@@ -100,7 +100,7 @@ def test_quotas_of_accounts_reject_or_hold(peer, tmp_path):
         send("held", "held@d.example")
         wait_for(lambda: [row["held"] for row in endpoint.summary()] == [1])
         (row,) = [json.loads(line) for line in endpoint.cli("queue", "list", "--json").stdout.splitlines()]
-        assert row["state"] == "held"
+        assert row["state"] == "held" and row["held_for"] == "quota: messages 1/d of held is used up"
         assert len(arrived(peer, "held@d.example")) == 1
         endpoint.cli("queue", "release", row["id"])
         wait_for(lambda: len(arrived(peer, "held@d.example")) == 2)

@@ -430,11 +430,15 @@ def test_a_rejected_recipient_takes_nothing_from_quotas(quotas, rates, expected)
 
 def test_a_message_above_a_quota_stays_held():
     of = machine()
-    identity = Identity("ann", quotas={"recipients": "1/h"}, hold=True)
+    identity = Identity("ann", quotas={"recipients": "1/h", "octets": "1/d"}, hold=True)
     transaction = Transaction("a@b", False, Limits())
     origin = Origin.of(of.intake.client("127.0.0.1"), identity, LISTENER)
-    for held in (False, True, True):
+    why = "quota: recipients 1/h of ann is used up"
+    for held in ("", why, why):
         assert of.intake.accept_recipient(origin, "a@d.example", transaction) is None and transaction.held == held
+    with of.intake.quotas.units() as units:
+        assert units.account(identity, "octets", 2, transaction) is None
+    assert transaction.held == why, "the first reason is the one that is told"
 
 
 @pytest.mark.parametrize("outcome", ["stored", "not stored", "quota used up"])

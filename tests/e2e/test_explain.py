@@ -30,7 +30,9 @@ def test_explain_shows_what_a_message_waits_for(tmp_path):
             text = relay.cli("message", "explain", ident).stdout
             assert "450 4.2.1 not now" in text and "would be released by `relaymta queue flush " in text
             relay.cli("queue", "hold", ident)
-            assert explained(relay, ident)["waits"][0]["wait"]["why"] == "it is held"
+            assert explained(relay, ident)["waits"][0]["wait"]["why"] == "it is held: by the operator (queue hold)"
+            assert "held: by the operator (queue hold)\n" in relay.cli("message", "show", ident).stdout
+            assert "  by the operator (queue hold)  450 4.2.1 not now" in relay.cli("queue", "list").stdout
             relay.cli("queue", "release", ident)
             wait_for(lambda: relay.events("delivered"))
 

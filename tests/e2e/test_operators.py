@@ -92,13 +92,16 @@ def test_policies_hold_and_bounce_queued_and_new_mail(tmp_path):
             held = json.loads(relay.cli("queue", "list", "--held", "--json").stdout.splitlines()[-1])
             explained = json.loads(relay.cli("message", "explain", held["id"], "--json").stdout)
             why = explained["waits"][0]["wait"]["why"]
-            assert "policy" in why and "application=news" in why
+            assert why == "hold policy application=news: held by the operator"
+            assert held["held_for"] == "hold policy application=news"
             assert relay.cli("shaping", "active").stderr.startswith("nothing is suspended")
             relay.stop()
             relay.start()  # policies outlive a restart
             relay.send_from("127.0.0.9")
             wait_for(lambda: sum(row["held"] for row in relay.summary()) == 7)
             relay.cli("queue", "hold", held["id"])  # by hand, and so beyond the end of the policy
+            wait = json.loads(relay.cli("message", "explain", held["id"], "--json").stdout)["waits"][0]["wait"]
+            assert (wait["why"], wait["command"]) == ("it is held: by the operator (queue hold)", f"queue release {held['id']}")
             assert relay.cli("policy", "remove", "hold", "application=other", check=False).returncode == 1
             relay.cli("policy", "remove", "hold", "application=news")
             wait_for(lambda: len(peer.messages) == 6)

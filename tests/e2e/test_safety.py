@@ -381,7 +381,7 @@ def test_a_message_in_flight_in_two_crashes_goes_to_quarantine(tmp_path):
         (row,) = relay.summary()
         assert row["held"] == 1
         listed = relay.cli("queue", "list", "--held").stdout
-        assert "quarantined" in listed
+        assert "quarantined" in listed and "a worker died twice while delivering it" in listed
         wait_for(lambda: any("quarantined" in event["text"] for event in relay.events("warning")))
 
 

@@ -438,6 +438,7 @@ def test_mail_of_unauthenticated_clients_arrives_with_its_results(peer, tmp_path
             assert send("127.0.0.5", "eve@shop.test", MESSAGE) == 550
             assert send("127.0.0.5", "eve@evil.test", b"From: a@bank.test\r\n\r\nx\r\n") == 250
             wait_for(lambda: [row["held"] for row in relay.summary()] == [1])
+            assert "  DMARC: it fails, and bank.test asks for quarantine\n" in relay.cli("queue", "list", "--held").stdout
             # However From: is written, and when it cannot be parsed.
             for value, code in ((b"a@ shop.test", 550), (b"a@(b (c))shop . test", 550), (b"<a@\r\n shop.test>", 550),
                                 (b"a@shop.test(x)evil.test", 550), (b"a@quiet.test, <a@shop.test", 550), (b"", 550)):  # fmt: skip

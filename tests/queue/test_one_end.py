@@ -2,10 +2,12 @@
 pages, slow reads of the disk, and outcomes that contradict the store."""
 
 import asyncio
+import json
 import os
 import threading
 
 import lmdb
+import msgspec
 import pytest
 
 from relaymta.cli.queue import pages
@@ -13,7 +15,20 @@ from relaymta.disk.environment import MAP_SIZE
 from relaymta.disk.operations import Task
 from relaymta.disk.segments import FRAME
 from relaymta.errors import StoreError
-from relaymta.proto.envelope import ATTEMPT_SHOWN, DSN, HELD, PERMANENT, TRANSIENT, Attempt, Envelope
+from relaymta.proto.envelope import (
+    ATTEMPT_SHOWN,
+    DSN,
+    HELD,
+    HELD_SHOWN,
+    PERMANENT,
+    TRANSIENT,
+    Attempt,
+    Envelope,
+    decode_envelope,
+    encode,
+    held_because,
+)
+from relaymta.proto.printable import printable
 from relaymta.queue import Entry, Filter, Outcome, dsns, expiry, listing, wall_ms
 from relaymta.queue.change import Change
 from tests.queue.test_queue import Bench, Recorder, answer, until
@@ -160,7 +175,7 @@ def unplace_half(bench: Watched, ident: int, change: Change) -> None:
 
 def hold_half(bench: Watched, ident: int, change: Change) -> None:
     change.materialize(ident)
-    change.hold(ident, bench.queue.store.envelope(change.txn, ident))
+    change.hold(ident, bench.queue.store.envelope(change.txn, ident), "why")
 
 
 def move_half(bench: Watched, ident: int, change: Change) -> None:
@@ -553,13 +568,52 @@ async def test_a_deferred_body_that_cannot_be_read_does_not_fail_its_group(tmp_p
 async def test_only_what_a_policy_holds_is_released_with_it(tmp_path):
     async with Watched(tmp_path) as bench:
         idents = [await bench.put() for _ in range(2)]
-        await bench.queue.change_messages("policy", idents)
+        await bench.queue.change_messages("policy", idents, {ident: f"queue={ident}\x1b" for ident in idents})
+        reasons = [(await bench.queue.message(ident))["held_for"] for ident in idents]
+        assert reasons == [f"hold policy queue={ident}\\x1b" for ident in idents]
         await bench.queue.change_messages("hold", idents[:1])  # by an operator, before the policy's end releases them
+        assert (await bench.queue.message(idents[0]))["held_for"] == "by the operator (queue hold)"
         assert await bench.queue.change_messages("release policy", idents) == (1, 0)
         states = [(await bench.queue.message(ident))["state"] for ident in idents]
         assert states[0] == "held" and states[1] != "held"
         with bench.queue.store.env.begin() as txn:
             assert bench.queue.store.envelope(txn, idents[0]).flags & HELD
+        assert (await bench.queue.message(idents[1]))["held_for"] == ""
+
+
+async def test_why_a_message_is_held_is_kept_until_it_is_released(tmp_path):
+    async with Watched(tmp_path / "before") as bench:
+        queue, futures = bench.queue, []
+        idents = [queue.ident() for _ in range(2)]
+        for ident, reason in zip(idents, ("quota: x", ""), strict=True):  # "": as an older version has held it
+            envelope = Envelope("a@b", ["c@d"], 1, HELD, wall_ms(), queue.deadline(), held_for=reason)
+            futures.append(asyncio.get_running_loop().create_future())
+            queue.submit(ident, envelope, [b"x"], futures[-1].set_result)
+        assert await asyncio.gather(*futures) == [None, None]
+        await queue.change_messages("hold", idents)  # they are held already: the reason stays
+        await queue.change_messages("policy", idents, "queue=x")
+        await bench.copied(tmp_path / "after")
+    async with Watched(tmp_path / "after") as bench:
+        found = [await bench.queue.message(ident) for ident in idents]
+        assert [(one["state"], one["held_for"]) for one in found] == [("held", "quota: x"), ("held", "")]
+        page = await bench.queue.page(Filter(held=True), 0, lambda name, site: True)
+        assert [json.loads(line)["held_for"] for line in page["lines"].splitlines()] == ["quota: x", ""]
+        assert await bench.queue.change_messages("release", idents) == (2, 0)
+        assert [(await bench.queue.message(ident))["held_for"] for ident in idents] == ["", ""]
+
+
+@pytest.mark.parametrize("reason", ["x" * 999, "\x1b" * 999, "two\r\nlines", "\udc80 no UTF-8", "\u202e"])
+def test_the_reason_for_a_hold_is_one_line_that_is_safe_to_show_and_to_store(reason):
+    shown = held_because(reason)
+    assert shown == printable(reason)[:HELD_SHOWN] and shown.isprintable() and len(shown) <= 200
+    assert decode_envelope(encode(Envelope("", [], 0, HELD, 0, 0, held_for=shown))).held_for == shown
+
+
+def test_an_envelope_of_an_older_version_is_held_for_no_reason():
+    fields = msgspec.msgpack.decode(encode(Envelope("a@b", ["c@d"], 1, HELD, 0, 0, message_id="<x@y>", held_for="why")))
+    assert fields[-1] == "why", "fields are only ever appended"
+    older = decode_envelope(msgspec.msgpack.encode(fields[:-1]))
+    assert older.held_for == "" and older.message_id == "<x@y>" and older.flags == HELD
 
 
 async def test_the_reply_to_the_last_attempt_is_kept_whole_and_of_those_before_their_beginning(tmp_path):

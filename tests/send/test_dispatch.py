@@ -40,6 +40,7 @@ class FakeQueue:
         self.finished: list[tuple[Entry, Any, int]] = []
         self.parked: dict[int, int] = {}
         self.held: list[list[int]] = []  # ids of each `change_messages`
+        self.held_by: dict[int, str] = {}  # the policies of all of them
         self.entries: list[Entry] = []  # that it claims
         self.releases = 0  # how often mail of hold policies that ended was asked for
         self.changes: list[Callable[[], Any]] = []  # results of `change_messages`, in order
@@ -70,9 +71,10 @@ class FakeQueue:
         for number in numbers or list(self.parked):
             self.parked.pop(number, None)
 
-    async def change_messages(self, verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+    async def change_messages(self, verb: str, chosen: Callable[[], list[int]], names: Any) -> tuple[int, int]:
         idents = chosen()
         self.held += [idents] if idents else []
+        self.held_by |= names
         if self.changes:
             return self.changes.pop(0)()
         for one in self.entries:
@@ -279,6 +281,7 @@ async def test_a_policy_that_could_not_be_applied_is_applied_later(made):
     made.policies.tick()
     await ticks()
     assert made.queue.held == [[0], [1], [0]]
+    assert made.queue.held_by == dict.fromkeys((0, 1), "recipient_domain=smart.test")
     assert made.queue.returned == [], "what is put back would be offered again at once, and again"
     assert made.policies._to_hold == []
     assert not made.policies._holding
@@ -301,7 +304,7 @@ def _slow_changes(made: Dispatcher) -> asyncio.Event:
     """Let the queue's changes of messages wait for this event."""
     over = asyncio.Event()
 
-    async def slowly(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+    async def slowly(verb: str, chosen: Callable[[], list[int]], names: Any) -> tuple[int, int]:
         idents = chosen()
         made.queue.held += [idents] if idents else []
         await over.wait()
@@ -351,7 +354,7 @@ async def test_a_hold_that_fails_half_way_while_its_policy_ends_is_checked(made)
     """The disk refuses the second part of the change: the first is held."""
     over = asyncio.Event()
 
-    async def fails(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+    async def fails(verb: str, chosen: Callable[[], list[int]], names: Any) -> tuple[int, int]:
         await over.wait()
         raise StoreError("the disk is full")
 
@@ -388,7 +391,7 @@ async def test_mail_that_an_earlier_change_takes_is_not_held(made):
     """The hold waits for its turn behind a reroute."""
     found, turn = [], asyncio.Event()
 
-    async def in_turn(verb: str, chosen: Callable[[], list[int]]) -> tuple[int, int]:
+    async def in_turn(verb: str, chosen: Callable[[], list[int]], names: Any) -> tuple[int, int]:
         await turn.wait()
         found.append(chosen())
         return 0, 0
