@@ -21,7 +21,7 @@ from relaymta.errors import StoreError, store_error
 from relaymta.filter.signing import Unsignable
 from relaymta.proto import reply
 from relaymta.proto.envelope import Body
-from relaymta.proto.header import HEADER_SEEN, begins_well
+from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets
 from relaymta.proto.session import Session
 from relaymta.proto.transaction import Transaction
 from relaymta.queue import format_id
@@ -182,7 +182,7 @@ class IncomingTransaction(Transaction):
                 return
             data, start = [edited] if edited else [], edited
         elif len(data) > 1 and b"\r\n\r\n" not in start:
-            start = _start_of(data)
+            start = first_octets(data, HEADER_SEEN)
         front = intake.prepend(self._ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             self._reject(front)
@@ -358,13 +358,3 @@ class IncomingTransaction(Transaction):
         """Do `work(argument)`, or `work()` without one, on a thread; then call `done(future)` on the loop."""
         arguments = () if argument is None else (argument,)
         self._admission.loop.run_in_executor(self._admission.threads, work, *arguments).add_done_callback(done)
-
-
-def _start_of(data: list[bytes]) -> bytes:
-    """The first HEADER_SEEN octets of message data."""
-    found = bytearray()
-    for piece in data:
-        found += piece[: HEADER_SEEN - len(found)]
-        if len(found) == HEADER_SEEN:
-            break
-    return bytes(found)

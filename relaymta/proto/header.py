@@ -4,8 +4,8 @@ import re
 from email.utils import formatdate
 
 __all__ = [
-    "HEADER_SEEN", "LINES_SEEN", "begins_well", "begun", "count_received", "field_names", "fields", "header_end", "message_id",
-    "received_field", "too_long",
+    "HEADER_SEEN", "LINES_SEEN", "begins_well", "begun", "count_received", "field_names", "fields", "first_octets",
+    "header_end", "message_id", "received_field", "too_long",
 ]  # fmt: skip
 
 HEADER_SEEN = 131072  # octets of message data within which its header must end
@@ -40,6 +40,17 @@ def header_end(data: bytes) -> int:
         return 0
     end = data.find(b"\r\n\r\n")
     return len(data) if end < 0 else end + 4
+
+
+def first_octets(data: list[bytes], most: int) -> bytes:
+    """The first `most` octets of message data in pieces."""
+    found: list[bytes] = []
+    for piece in data:
+        found.append(piece[:most])
+        most -= len(found[-1])
+        if not most:
+            break
+    return b"".join(found)
 
 
 def begins_well(data: bytes) -> bool:

@@ -27,7 +27,7 @@ from relaymta.ident import format_id
 from relaymta.proto import sieve
 from relaymta.proto.address import comparable
 from relaymta.proto.envelope import Onward
-from relaymta.proto.header import header_end
+from relaymta.proto.header import first_octets, header_end
 from relaymta.proto.said import Reply
 from relaymta.proto.sieve_message import Message
 from relaymta.proto.sieve_outcome import Answered, Discarded, Filed, Kept, Outcome, Redirected, Rejected
@@ -244,19 +244,8 @@ def _message(data: list[bytes] | BigFile, whole: bool) -> Message:
         finally:
             os.close(descriptor)
     else:
-        size, found = sum(map(len, data)), _first_octets(data, BODY_MOST)
+        size, found = sum(map(len, data)), first_octets(data, BODY_MOST)
     return Message(found if whole else found[: header_end(found)], size)
-
-
-def _first_octets(data: list[bytes], most: int) -> bytes:
-    """The first `most` octets of pieces."""
-    found: list[bytes] = []
-    for piece in data:
-        found.append(piece[:most])
-        most -= len(found[-1])
-        if not most:
-            break
-    return b"".join(found)
 
 
 def _place(name: str, flags: Iterable[str], create: bool = False) -> Place:
