@@ -149,13 +149,14 @@ class _Node(NamedTuple):
 
 class Program:
     """A search. `stages`: which data it may need; `by_number`: it names message numbers, so no EXPUNGE may be told during UID
-    SEARCH; `bodies`: how many keys look into all of a message; `turns`: how far it has come in those that it is amid."""
+    SEARCH; `keys`: how many keys need more than the index; `bodies`: how many look into all of a message; `turns`: how far it
+    has come in those that it is amid."""
 
     def __init__(self, key: Key, view: View, now: int) -> None:
         """Compile a search key for a session. `now`: ms, for YOUNGER and OLDER."""
         self._last = view.uids.last
         self.by_number = False
-        self.bodies = 0
+        self.keys = self.bodies = 0
         self.turns = Turns()
         self._root = self._node(key, view, now)
         self.stages = self._root.stages
@@ -188,6 +189,7 @@ class Program:
             case Within(numbers, uid):
                 self.by_number |= not uid and not numbers.saved
         node = _COMPILED[type(key)](key, view, now)
+        self.keys += bool(node.stages)
         self.bodies += Stage.BODY in node.stages
         return node
 

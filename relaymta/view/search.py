@@ -37,7 +37,10 @@ __all__ = ["UNREADABLE", "bring", "described_of", "first_octets", "now_ms", "sea
 
 MILLISECONDS: Final = 5
 FEW: Final = 200  # messages of a mailbox that is searched on the loop,
-ON_LOOP: Final = 3  # and milliseconds of that
+KEYS: Final = 10  # where so many keys at most need more than the index,
+ON_LOOP: Final = 3  # and milliseconds of that,
+AT_FIRST: Final = 8  # with so many messages together, or where they take little time more,
+LIGHT: Final = 256 << 10  # and as much as of ROOM for all keys: what has to be decoded takes up to 1 ms for 1 kB of a row
 RECORDS: Final = 4000  # of the index in one slice: some 0.1 ms
 TOGETHER, TOGETHER_MOST = 64, 256  # messages, and where they take little time
 ROOM: Final = 2 << 20  # octets of message data in memory; or one message. What takes longer to look into counts for more:
@@ -61,14 +64,16 @@ async def slice_of(access: Access, selected: Selected, program: Program, behind:
     search = partial(searched, selected.shard, selected.mailbox, program, behind)
     if not program.stages:
         return await access.read_little(search)
-    if not behind and len(selected.view.uids) <= FEW and max(program.stages) <= Stage.ENVELOPE:
+    few = len(selected.view.uids) <= FEW and program.keys <= KEYS
+    if few and not behind and max(program.stages) <= Stage.ENVELOPE:
         with suppress(TooMuch, Shut):  # a thread would wait hundreds of times for the interpreter while others have much to do
             return access.read_here(partial(search, now=True))
     return await access.search(selected.user, search)
 
 
 def searched(shard: Readable, mailbox: int, program: Program, behind: int, now: bool = False) -> tuple[bytes, int | None]:
-    """As `slice_of`, on the thread at hand. `now`: on the loop; TooMuch, and nothing is done, where one is not described."""
+    """As `slice_of`, on the thread at hand. `now`: on the loop; TooMuch, and nothing is done, where one is not described,
+    or more than LIGHT."""
     records = after(shard, mailbox, behind, RECORDS)
     if not records:
         return b"", None
@@ -77,9 +82,9 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int, now: 
     last = _uid(records, len(records) - RECORD_SIZE)
     if batch is None:
         return matching, last
-    room = max(ROOM // max(program.bodies, 1), 1)
+    room = max(LIGHT // program.keys if now else ROOM // max(program.bodies, 1), 1)
     bringing = partial(bring, shard, mailbox, room=room, turns=program.turns, now=now)
-    found, end = _decided(program, batch, bringing, behind, ON_LOOP if now else MILLISECONDS)
+    found, end = _decided(program, batch, bringing, behind, *((ON_LOOP, AT_FIRST) if now else (MILLISECONDS, TOGETHER)))
     matching = joined([matching, *found])
     if end is None:
         return matching, last
@@ -92,14 +97,19 @@ def _uid(records: bytes, at: int) -> int:
 
 
 def _decided(
-    program: Program, batch: Batch, brought: Callable[[Batch, Stage], tuple[Batch, Batch]], behind: int, milliseconds: int
+    program: Program,
+    batch: Batch,
+    brought: Callable[[Batch, Stage], tuple[Batch, Batch]],
+    behind: int,
+    milliseconds: int,
+    at_first: int,
 ) -> tuple[list[bytes], int | None]:
     """The records of messages that match, of those that are undecided; and, when time was short, the UID (`behind` itself, amid
     the first message) up to which all is decided."""
     slice_ = milliseconds / 1000
     until = time.monotonic() + slice_
     program.turns.begin(lambda: time.monotonic() >= until, behind)
-    together = 1 if program.turns else TOGETHER
+    together = 1 if program.turns else at_first
     found: list[bytes] = []
     todo = [batch]  # each is in front of the one before it
     while todo:
@@ -113,7 +123,7 @@ def _decided(
         todo += [one for one in (later, rest, undecided) if one]
         took = time.monotonic() - now
         if took > slice_ / 4:
-            together = TOGETHER
+            together = at_first
         elif took < slice_ / 10:
             together = min(2 * together, TOGETHER_MOST)
     return found, None
@@ -126,7 +136,7 @@ def bring(
     there is room (octets); those that have been expunged are in neither. `now`: as of `searched`. StoreError."""
     name, brought, make = _STAGES[stage]
     batch, rows = _there(batch, _rows(shard, mailbox, batch, stage))
-    if now and stage != Stage.ROW and undescribed([data for _, data, _ in rows], VERSION):
+    if now and stage != Stage.ROW and (undescribed([data for _, data, _ in rows], VERSION) or _alone(rows, stage) > room):
         raise TooMuch
     data = brought(shard, rows, room, Turns() if turns is None else turns)
     first, rest = batch.divided(len(data))
@@ -188,6 +198,11 @@ def _fitting(rows: list[_Rows], lengths: Iterable[int], missing: list[int], room
     for at in missing:
         weights[at] += UNDESCRIBED
     return min(bisect_left(list(accumulate(weights, initial=0)), room, 1), len(rows))
+
+
+def _alone(rows: list[_Rows], stage: Stage) -> int:
+    """How much room the first message takes, which is brought where there is too little, too."""
+    return WEIGHTS[stage][1] * len(rows[0][1]) if rows else 0
 
 
 def _headers(shard: Readable, rows: list[_Rows], room: int, turns: Turns) -> list[Any]:

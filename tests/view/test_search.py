@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -382,4 +383,39 @@ async def test_on_the_loop_and_on_threads(tmp_path):
             matching, behind = await search.slice_of(access, selected, program, 0)
             assert (values(load([matching])).tolist(), behind) == ([1, 2, 3], 3)
             assert await search.slice_of(access, selected, program, behind) == (b"", None)
+        access.close()
+
+
+async def test_no_more_is_searched_on_the_loop_than_takes_little_time(tmp_path, monkeypatch):
+    """Each key may have to decode all of what is brought together: what is too much is searched on a thread."""
+    looked, bring = [], search.bring
+
+    def noted(*given, **named):
+        first, rest = bring(*given, **named)
+        stored = first.envelopes.messages if first.envelopes is not None else []
+        looked.append((threading.current_thread() is threading.main_thread(), sum(len(row) for _, row, _ in stored)))
+        return first, rest
+
+    monkeypatch.setattr(search, "bring", noted)
+    async with test_recipients.Bench(tmp_path) as bench:
+        access, own = Access(bench.mailboxes), bench.mailboxes.shards[0]
+        options = {"read_only": True, "rev2": True, "condstore": False, "qresync": False}
+        words = {"short": b"words", "some": "wörter ".encode() * 100, "long": "wörter ".encode() * 1200}
+        for name, subject in words.items():
+            ident = await bench.user(name)
+            await asyncio.gather(*(own.file([b"Subject: %b\r\n\r\n" % subject], [Target(ident)]) for _ in range(30)))
+        several = " ".join(f"NOT SUBJECT a{number}" for number in range(100))
+        here = {}
+        for name in words:
+            selected, _ = await Selected.open(access, access.user(f"{name}@a.example"), "INBOX", **options)
+            for line in "NOT SUBJECT needle", "NOT SENTON 1-Jan-2020", several, several.replace("SUBJECT a", "LARGER 99999"):
+                program, found, behind = Program(parsed(f"SEARCH {line}").key, selected.view, search.now_ms()), 0, 0
+                looked.clear()
+                while behind is not None:
+                    matching, behind = await search.slice_of(access, selected, program, behind)
+                    found += len(values(load([matching])))
+                assert found == 30
+                here.setdefault(name, []).append(looked[0][0])
+                assert all(octets * line.count("NOT") < 2 * 8192 for on_loop, octets in looked if on_loop)
+        assert here == {"short": [True, True, False, False], "some": [True, True, False, False], "long": [False] * 4}
         access.close()
