@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,9 @@ async def test_a_worker_that_cannot_listen_ends_in_order(tmp_path):
         os.fstat(worker.shards[0].queue._lock)
     os.close(no_socket)
     ours.close()
+
+
+def test_a_worker_that_only_relays_has_nothing_of_mailboxes_in_memory():
+    code = "import sys, relaymta.worker; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [one for one in found.stdout.split() if one.startswith(("relaymta.store", "relaymta.view"))] == []

@@ -5,9 +5,8 @@ compiled: importing an interpreted kernel by accident (a missing or foreign .so)
 RELAYMTA_INTERPRETED=1 asks for it (coverage, fuzzing, debugging).
 """
 
-import importlib
 import os
-from importlib.machinery import ExtensionFileLoader
+from importlib.machinery import ExtensionFileLoader, PathFinder
 
 INTERPRETED = os.environ.get("RELAYMTA_INTERPRETED") == "1"
 
@@ -16,8 +15,8 @@ if not INTERPRETED:
         "smtp", "replies", "dkim", "dots", "mime", "octets", "addresses", "structure", "text", "packed", "search", "envelopes",
         "imap", "records", "uids", "cells",
     ):  # fmt: skip
-        _module = importlib.import_module(f"relaymta._speedups.{_name}")
-        if not isinstance(_module.__loader__, ExtensionFileLoader):
+        _found = PathFinder.find_spec(f"{__name__}.{_name}", __path__)  # not imported: a relay alone needs half of them
+        if _found is None or not isinstance(_found.loader, ExtensionFileLoader):
             raise ImportError(
                 f"relaymta._speedups.{_name} is not compiled for this Python; run `make build` "
                 "(or set RELAYMTA_INTERPRETED=1 to run it interpreted, slowly)"

@@ -24,10 +24,10 @@ from relaymta.errors import RelayError, SpoolBusy, StoreError
 from relaymta.privileges import acting_as_owner
 from relaymta.store.backup import copy_shard, renumber
 from relaymta.store.carry import Carried
-from relaymta.store.directory import REMOVING, User
+from relaymta.store.directory import REMOVING, User, row_of
 from relaymta.store.files import MailFiles, import_all
 from relaymta.store.repair import repair
-from relaymta.store.shown import row_of, shown
+from relaymta.store.shown import shown
 from relaymta.store.verify import contradictions
 
 __all__ = ["as_owner", "backup", "check_empty", "failed", "mail_files", "missing_addresses", "restore", "show", "users", "verify"]

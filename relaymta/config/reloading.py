@@ -48,7 +48,7 @@ def merge(running: Config, fresh: Config) -> Change:
 def _mailboxes(running: Config, fresh: Config) -> Iterator[str]:
     """A sentence about the first route that keeps mail here."""
     named = [route.label for route in fresh.route if route.is_local]
-    if named and not any(route.is_local for route in running.route):
+    if named and not running.keeps_mail:
         yield f"route {named[0]}: there are no mailboxes before a restart, and mail for them is deferred until then"
 
 

@@ -107,6 +107,11 @@ class Config(Table):
         return Path(self.control.socket) if self.control.socket else Path(self.spool) / "control.sock"
 
     @property
+    def keeps_mail(self) -> bool:
+        """Whether any route leads into mailboxes."""
+        return any(route.is_local for route in self.route)
+
+    @property
     def local_domains(self) -> list[str]:
         """The domains of routes into mailboxes, as they are written."""
         return [domain for route in self.route if route.is_local for domain in route.recipient_domain]

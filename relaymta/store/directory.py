@@ -22,7 +22,7 @@ from relaymta.disk.folders import make_folder
 from relaymta.errors import Exists, NoSuch, RelayError, StoreError, near, store_error
 from relaymta.proto.address import comparable, domain_of
 
-__all__ = ["REMOVING", "Address", "Directory", "Found", "User", "Version"]
+__all__ = ["REMOVING", "Address", "Directory", "Found", "User", "Version", "row_of"]
 
 SCHEMA = 1
 _MAP_SIZE = 8 << 30
@@ -52,6 +52,15 @@ class User(msgspec.Struct, array_like=True, frozen=True):
     deleted: int = 0
     moving: int = -1
     moves: int = 0
+
+
+def row_of(user: User) -> dict[str, Any]:
+    """A user as the command line shows one."""
+    state = "deleted" if user.deleted else "disabled" if user.disabled else "moving" if user.moving >= 0 else "active"
+    return {
+        "id": user.ident, "user": user.address, "state": state, "shard": user.shard, "quota": user.octets,
+        "messages quota": user.messages, "login": "password" if user.secret else "back end",
+    }  # fmt: skip
 
 
 class Address(msgspec.Struct, array_like=True, frozen=True):

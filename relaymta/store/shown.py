@@ -5,24 +5,14 @@ from typing import Any
 from relaymta.errors import StoreError
 from relaymta.proto.header import fields, header_end
 from relaymta.store.change import MISSING, Refusal
-from relaymta.store.directory import User
 from relaymta.store.reading import Readable, data_of
 from relaymta.store.rows import ANSWERED, DELETED, DRAFT, FLAGGED, SEEN, SYSTEM_FLAGS, MailboxState
 
-__all__ = ["flags_from", "flags_of", "row_of", "shown"]
+__all__ = ["flags_from", "flags_of", "shown"]
 
 MESSAGES_MOST = 10_000  # of a mailbox
 SUBJECT_SHOWN = 60
 _NAMES = {SEEN: "\\Seen", ANSWERED: "\\Answered", FLAGGED: "\\Flagged", DELETED: "\\Deleted", DRAFT: "\\Draft"}
-
-
-def row_of(user: User) -> dict[str, Any]:
-    """A user as the command line shows one."""
-    state = "deleted" if user.deleted else "disabled" if user.disabled else "moving" if user.moving >= 0 else "active"
-    return {
-        "id": user.ident, "user": user.address, "state": state, "shard": user.shard, "quota": user.octets,
-        "messages quota": user.messages, "login": "password" if user.secret else "back end",
-    }  # fmt: skip
 
 
 def flags_from(names: list[str]) -> int:

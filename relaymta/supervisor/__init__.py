@@ -13,7 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
@@ -33,9 +33,11 @@ from relaymta.supervisor.busiest import busiest
 from relaymta.supervisor.checks import check_files, check_program
 from relaymta.supervisor.configuration import Configuration
 from relaymta.supervisor.machine import Machine
-from relaymta.supervisor.mailboxes import MachineMailboxes, keeps_mail
 from relaymta.supervisor.root import drop_root, group_of, make_folder, prepare_as_root
 from relaymta.supervisor.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from relaymta.supervisor.mailboxes import MachineMailboxes
 
 __all__ = ["Supervisor", "serve"]
 
@@ -70,7 +72,9 @@ class Supervisor:
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
         self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
         self.mail = None
-        if keeps_mail(config):
+        if config.keeps_mail:
+            from relaymta.supervisor.mailboxes import MachineMailboxes  # where it is needed: others do without
+
             self.mail = MachineMailboxes(spool, workers, self.slots, self.shared.directory(), self._warn)
         self.configuration.note(config)
         existing = shard_numbers(spool)

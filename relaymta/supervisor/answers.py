@@ -45,13 +45,12 @@ from relaymta.metrics import RESULTS
 from relaymta.node import DEAD, SUSPENDED, TOKEN, SiteState, site_state_row
 from relaymta.route.sites import counted_as
 from relaymta.send.policies import filter_of
-from relaymta.store.directory import User
-from relaymta.store.shown import row_of
-from relaymta.supervisor.mailboxes import MachineMailboxes
+from relaymta.store.directory import User, row_of
 from relaymta.supervisor.slots import Slot
 
 if TYPE_CHECKING:
     from relaymta.supervisor import Supervisor
+    from relaymta.supervisor.mailboxes import MachineMailboxes
 
 __all__ = ["Answers", "serve_cli", "usage"]
 
@@ -268,7 +267,7 @@ class Answers:
 
     # Mailboxes
 
-    def _mail(self) -> MachineMailboxes:
+    def _mail(self) -> "MachineMailboxes":
         found = self._supervisor.mail
         if found is None:
             hint = 'no route has protocol = "mailbox"'

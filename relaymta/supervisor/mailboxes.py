@@ -23,15 +23,10 @@ from relaymta.store.directory import REMOVING, Directory, User, Version
 from relaymta.supervisor.slots import Slot, Slots
 from relaymta.supervisor.upkeep import Upkeep
 
-__all__ = ["MachineMailboxes", "keeps_mail"]
+__all__ = ["MachineMailboxes"]
 
 JOIN_SECONDS = 0.2  # between two looks at who is ready
 ANSWER_SECONDS = 5.0
-
-
-def keeps_mail(config: Config) -> bool:
-    """Whether any route keeps mail in mailboxes."""
-    return any(route.is_local for route in config.route)
 
 
 class MachineMailboxes:

@@ -12,9 +12,8 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
@@ -23,36 +22,27 @@ from relaymta.accept.acceptor import Acceptor, Make
 from relaymta.accept.endpoint import Endpoint
 from relaymta.accept.intake import Intake
 from relaymta.accept.listening import Listening
-from relaymta.accept.local import LocalRecipients
 from relaymta.accept.quota import Quotas
 from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
 from relaymta.log import USERS, History, Log
-from relaymta.metrics import COUNTERS, Counters, index
+from relaymta.metrics import Counters, index
 from relaymta.node import SiteState, SiteStates
-from relaymta.proto.address import domain_matches, domain_of
 from relaymta.queue import Outcome, Queue, Totals, format_id
 from relaymta.route.table import RouteTable
 from relaymta.send.dispatch import Dispatcher
-from relaymta.send.local import Store
 from relaymta.send.oauth import TokenError, Tokens
 from relaymta.shm import Shared
-from relaymta.store.deliver import Delivery
-from relaymta.store.mailboxes import OF_SUPERVISOR, Mailboxes
-from relaymta.store.recipients import Recipients
-from relaymta.store.sieving import Sieving
-from relaymta.store.warning import Warnings
-from relaymta.view.access import Access
-from relaymta.view.imap import ImapConnection
-from relaymta.view.managesieve import ManageSieveConnection
-from relaymta.view.pop3 import Pop3Connection
 from relaymta.worker.accounting import Witness
 from relaymta.worker.answers import answer
 from relaymta.worker.gauges import Gauges, busy
 from relaymta.worker.orphaned import end_with_supervisor
 from relaymta.worker.reloading import Reloading, queue_settings
+
+if TYPE_CHECKING:
+    from relaymta.worker.mail import Mail
 
 __all__ = ["Shard", "Worker", "main"]
 
@@ -65,9 +55,6 @@ TOKEN_SECONDS = 60.0  # for an exchange, and one before it that uses the same re
 
 DNS_QUERIES = index("relaymta_dns_lookups_total", "query")
 DNS_HITS = index("relaymta_dns_lookups_total", "hit")
-FILED = {result: index("relaymta_mailbox_deliveries_total", result) for result in ("filed", "full", "failed")}
-SIEVE = "relaymta_sieve_scripts_total"
-SIEVED = {result: index(SIEVE, result) for result in COUNTERS[SIEVE][2]}
 
 
 class Shard:
@@ -79,8 +66,8 @@ class Shard:
             config, worker.routes, worker.limits, worker.rates, worker.in_flight, worker.counters, worker.log, worker.resolver,
             worker.probed, worker.states, worker.send_site_state, worker.tokens,
         )  # fmt: skip
-        if worker.mail is not None and worker.delivery is not None:
-            self.dispatcher.keep_mail(Store(worker.delivery.deliver, worker.mail.forget, worker.expanded))
+        if worker.mail is not None:
+            self.dispatcher.keep_mail(worker.mail.store())
         self.queue = Queue(
             Path(config.spool),
             number,
@@ -110,9 +97,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.shards: dict[int, Shard] = {}
         self.intake: Intake | None = None
-        self.mail: Mailboxes | None = None
-        self.delivery: Delivery | None = None
-        self.access: Access | None = None
+        self.mail: Mail | None = None
         self._peers: set[Channel] = set()
         self.acceptor: Acceptor | None = None
         self.reloading = Reloading(self)
@@ -126,18 +111,6 @@ class Worker:
     def assign(self, envelope: Any, attempts: int) -> Any:
         """The queues of a message, by the current route table."""
         return self.routes.assign(envelope, attempts)
-
-    @cached_property
-    def recipients(self) -> Recipients | None:
-        """What the directory says, from the start on; None where no mail is kept."""
-        return Recipients(self.mail, lambda: self.config.mailboxes) if self.mail is not None else None
-
-    def expanded(self, recipients: list[str]) -> list[str]:
-        """Recipients of a message of our own, with aliases of addresses elsewhere replaced by these, as of accepted mail."""
-        if self.recipients is None:
-            return recipients
-        here = self.config.local_domains
-        return self.recipients.expanded(recipients, lambda address: domain_matches(domain_of(address), here))
 
     async def start(
         self,
@@ -173,14 +146,10 @@ class Worker:
             import aiohttp  # noqa: F401 (at start, rather than while mail waits)
         self.resolver = Resolver(self.config.delivery.nameservers, self._count_dns)
         if mail is not None:
-            self.mail = Mailboxes(Path(self.config.spool), mail, version=shared.directory())
-            sieving = Sieving(
-                self.mail, lambda: self.config.mailboxes.subaddress, self.config.hostname, partial(self.log.event, "sieve"),
-                self._count_sieved,
-            )  # fmt: skip
-            warnings = Warnings(self.mail, self.config.hostname, partial(self.log.event, "quota_warning"))
-            self.delivery = Delivery(self.mail, lambda: self.config.mailboxes, self._count_filed, sieving, warnings)
-            await self.mail.start()
+            from relaymta.worker.mail import Mail
+
+            self.mail = Mail(self, mail, shared)
+            await self.mail.mailboxes.start()
         for number in shards:
             self.shards[number] = Shard(self, number)
         for shard in self.shards.values():
@@ -208,19 +177,14 @@ class Worker:
 
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
-        known = self.recipients
-        login = known.login if known is not None else None
+        login = self.mail.recipients.login if self.mail is not None else None
         endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
-        if known is not None and self.delivery is not None:
-            self.intake.local = LocalRecipients(known.refusal, known.expanded, self.delivery.file)
         others: dict[str, Make] = {}
         if self.mail is not None:
-            self.access = Access(self.mail)
-            others["pop3"] = partial(Pop3Connection, self.access)
-            others["imap"] = partial(ImapConnection, self.access)
-            others["managesieve"] = partial(ManageSieveConnection, self.access)
+            self.intake.local = self.mail.local()
+            others = self.mail.connections()
         self.acceptor = Acceptor(self.config, self.intake, endpoint, self.limits, ThreadPoolExecutor(4, "spill"), others)
         self.gauges = Gauges(self)  # `run` ends them wherever it ends the acceptor
         for listener, descriptor in zip(self.config.listener, descriptors, strict=True):
@@ -228,12 +192,6 @@ class Worker:
 
     def _count_dns(self, what: str) -> None:
         self.counters.add(DNS_QUERIES if what == "query" else DNS_HITS, 1)
-
-    def _count_sieved(self, result: str) -> None:
-        self.counters.add(SIEVED[result], 1)
-
-    def _count_filed(self, result: str) -> None:
-        self.counters.add(FILED[result], 1)
 
     def send_site_state(self, state: SiteState | None, key: tuple[str, str, str]) -> None:
         """Send a learned state (None: the one with `key` is forgotten) to the supervisor, which stores it and sends it to all
@@ -273,8 +231,8 @@ class Worker:
             return {"pid": os.getpid()}
         if op in _OWN_REQUESTS:
             return await _OWN_REQUESTS[op](self, descriptors, **args)
-        if op in OF_SUPERVISOR:
-            return await self._of_mailboxes(op, args)
+        if self.mail is not None and op in self.mail.requests:
+            return await self.mail.answer(op, args)
         return await answer(self, op, args)
 
     async def _stop(self, descriptors: list[int]) -> None:
@@ -310,22 +268,17 @@ class Worker:
             return
         channel = Channel(sock, lambda op, args, _: self._from_peer(channel, op, args), lambda: self._peer_gone(channel))
         self._peers.add(channel)
-        self.mail.reach(shards, channel)
+        self.mail.mailboxes.reach(shards, channel)
 
     def _peer_gone(self, channel: Channel) -> None:
         self._peers.discard(channel)
         if self.mail is not None:
-            self.mail.leave(channel)
+            self.mail.mailboxes.leave(channel)
 
     async def _from_peer(self, channel: Channel, op: str, args: dict[str, Any]) -> Any:
         if self.mail is None:
             raise RelayError("no mailboxes are kept here")
-        return await self.mail.asked_by(channel, op, args)
-
-    async def _of_mailboxes(self, op: str, args: dict[str, Any]) -> Any:
-        if self.mail is None:
-            raise RelayError("no mailboxes are kept here")
-        return await OF_SUPERVISOR[op](self.mail, **args)
+        return await self.mail.mailboxes.asked_by(channel, op, args)
 
     async def _borrow(self, descriptors: list[int], slot: int) -> None:
         """Accept connections on the sockets of a slot whose worker does not, until they are given back."""
@@ -357,18 +310,17 @@ class Worker:
             self.acceptor.drained(DRAIN_SECONDS),
             *(shard.dispatcher.drain(DRAIN_SECONDS, DATA_SECONDS) for shard in self.shards.values()),
         )
-        if self.delivery is not None:
-            await self.delivery.end(FILING_SECONDS)
+        if self.mail is not None:
+            await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
         self.acceptor.endpoint.signer.end()
         for shard in self.shards.values():
             await shard.queue.stop()
-        if self.access is not None:
-            self.access.close()
         if self.mail is not None:
+            self.mail.access.close()
             for channel in list(self._peers):
                 channel.close()
-            await self.mail.stop()
+            await self.mail.mailboxes.stop()
         await self.resolver.close()
         self.log.close()
 

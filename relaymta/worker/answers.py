@@ -13,11 +13,10 @@ from relaymta.disk.writer import GroupWriter
 from relaymta.errors import NoSuch, RelayError
 from relaymta.queue import parse_id
 from relaymta.send.explain import explain, goes_to, site_rows, throttled
-from relaymta.view import sessions
-from relaymta.view.access import Access
 
 if TYPE_CHECKING:
     from relaymta.worker import Shard, Worker
+    from relaymta.worker.mail import Mail
 
 __all__ = ["Answers", "answer"]
 
@@ -139,25 +138,20 @@ class Answers:
         """As `send.explain.site_rows`, of all shards."""
         return [row for shard in self._shards.values() for row in await site_rows(shard.dispatcher)]
 
-    def _access(self) -> Access:
-        if self._worker.access is None:
+    def _mail(self) -> "Mail":
+        if self._worker.mail is None:
             raise RelayError("no mailboxes are kept here")
-        return self._worker.access
+        return self._worker.mail
 
     async def sessions(self, args: OfUser) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """As `view.sessions.rows`, with the number of this worker."""
-        return self._sessions(args.user)
-
-    async def _sessions(self, user: int) -> AsyncGenerator[list[dict[str, Any]], None]:
-        async with aclosing(sessions.rows(self._access(), user)) as pages:
-            async for page in pages:
-                yield [{**row, "worker": self._worker.slot} for row in page]
+        """As `Mail.sessions`."""
+        return self._mail().sessions(args.user)
 
     async def disconnect(self, args: OfUser) -> int:
         """As `view.sessions.disconnect`."""
         if not args.user:
             raise RelayError("disconnect: which user?")
-        return await sessions.disconnect(self._access(), args.user)
+        return await self._mail().disconnect(args.user)
 
     async def usage(self, args: Nothing) -> list[Any]:
         """The use of accounts' quotas, which all workers share."""

@@ -10,11 +10,10 @@ from relaymta import memory
 from relaymta.hosts import RESOLV_CONF
 from relaymta.metrics import index
 from relaymta.queue import Totals
-from relaymta.store.mailboxes import Mailboxes
-from relaymta.worker.mail_gauges import mail_state, set_mail_gauges
 
 if TYPE_CHECKING:
     from relaymta.worker import Shard, Worker
+    from relaymta.worker.mail import Mail
 
 __all__ = ["Gauges", "busy"]
 
@@ -96,7 +95,7 @@ class Gauges:
         gauge("relaymta_store_stalled", stalled)
         self._watch_memory()
         if worker.mail is not None:
-            set_mail_gauges(gauge, worker.mail, worker.access)
+            worker.mail.set_gauges(gauge)
         brim = any(shard.queue.brim for shard in worker.shards.values())
         worker.log.muted = brim and worker.log.shares_disk_with(Path(worker.config.spool))
         worker.counters.add(LOG_DROPPED, worker.log.dropped - self._log_dropped)
@@ -109,9 +108,9 @@ class Gauges:
         if worker.mail is not None:
             self._note_mail(worker.mail)
 
-    def _note_mail(self, mailboxes: Mailboxes) -> None:
+    def _note_mail(self, mail: "Mail") -> None:
         """Log that the mailboxes take no mail now, and that they do again."""
-        state, reason = mail_state(mailboxes)
+        state, reason = mail.state()
         if state != self._mail_state:
             self._worker.log.event("store", state=state, reason=reason and f"mailboxes: {reason}")
             self._mail_state = state
