@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, compress
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from relaymta._speedups.envelopes import elements, envelopes
 from relaymta._speedups.mime import Part, scan
@@ -42,7 +42,8 @@ _DAY = re.compile(
 
 class Stored(Sequence[T]):
     """Texts of messages. `messages`: of each what the store has of it, from which `make` makes its text when that is asked for
-    (a tuple, as the functions below take them), or its text."""
+    (a tuple, as the functions below take them), or its text, as soon as it was made: what a key has decoded the next ones need
+    not decode again."""
 
     __slots__ = ("_make", "messages")
 
@@ -61,7 +62,9 @@ class Stored(Sequence[T]):
         if isinstance(at, slice):
             return Stored(self.messages[at], self._make)
         found = self.messages[at]
-        made: T = self._make(*found) if isinstance(found, tuple) else found
+        if isinstance(found, tuple):
+            found = self.messages[at] = self._make(*found)
+        made: T = found
         return made
 
     def chosen(self, wanted: Iterable[int]) -> "Stored[T]":
@@ -89,21 +92,26 @@ def look_at_texts(needle: str, headers: bool) -> Look:
 class EnvelopeText:
     """The ENVELOPE of a message, as `mime_envelope.envelope` makes it. `ident`: makes its EMAILID."""
 
-    __slots__ = ("_octets", "ident")
+    __slots__ = ("_octets", "_shown", "ident")
 
     def __init__(self, octets: bytes, ident: Callable[[], str]) -> None:
         self._octets = octets
+        self._shown: dict[str, str | None] = {}  # fields as they are compared; None: there is none
         self.ident = ident
 
     def has(self, name: str, needle: str) -> bool:
         """Whether a field (of FIELDS) has the needle in it; "": whether there is such a field. Addresses are as `name <address>,
         ...`."""
-        if not _may_have(self._octets, needle):
-            return False
-        found = self._field(FIELDS[name])
-        if not needle or found is None:
-            return found is not None
-        return needle in comparable(_addresses(found) if isinstance(found, list) else header_text(found))
+        if name not in self._shown:
+            if not _may_have(self._octets, needle):
+                return False
+            found = self._field(FIELDS[name])
+            if not needle:
+                return found is not None
+            shown = None if found is None else _addresses(found) if isinstance(found, list) else header_text(found)
+            self._shown[name] = None if shown is None else comparable(shown)
+        text = self._shown[name]
+        return text is not None and needle in text
 
     def sent(self) -> datetime.date | None:
         """The day that Date: names, whatever the time zone; None: it names none."""
@@ -161,23 +169,43 @@ def _needed(needle: str) -> list[bytes]:
     return [piece.strip(" ").encode() for piece in _PIECE.findall(needle)]
 
 
+class _Values(NamedTuple):
+    """The values of all fields of a name: those that need no decoding as they are, the others as they are compared."""
+
+    fields: int
+    plain: bytes
+    shown: str
+
+
 class HeaderText:
     """The header of a message, or more of it."""
 
-    __slots__ = ("_octets",)
+    __slots__ = ("_named", "_octets")
 
     def __init__(self, octets: bytes) -> None:
         self._octets = octets
+        self._named: dict[bytes, _Values] = {}  # those that were asked for, by their names in lower case
 
     def has(self, name: bytes, needle: str) -> bool:
         """Whether a field of this name (in lower case) has the needle in it; "": whether there is such a field."""
-        octets = self._octets
-        if not holds(octets, name, False):
-            return False
-        for begin, name_end, start, end in header_fields(octets, 0, len(octets)):
-            if octets[begin:name_end].lower() == name and (not needle or in_header(octets[start:end], needle)):
-                return True
-        return False
+        found = self._named.get(name)
+        if found is None:
+            found = self._named[name] = self._values(name)
+        if not needle:
+            return found.fields > 0
+        return needle in found.shown or (needle.isascii() and holds(found.plain, needle.encode(), True))
+
+    def _values(self, name: bytes) -> "_Values":
+        octets, plain, shown = self._octets, list[bytes](), list[str]()
+        if holds(octets, name, False):
+            for begin, name_end, start, end in header_fields(octets, 0, len(octets)):
+                if octets[begin:name_end].lower() == name:
+                    value = octets[start:end]
+                    if value.isascii() and b"=?" not in value:
+                        plain.append(value)
+                    else:
+                        shown.append(comparable(header_text(value)))
+        return _Values(len(plain) + len(shown), b"\xff".join(plain), "\udfff".join(shown))  # what no needle has between them
 
 
 class _Text:

@@ -82,7 +82,7 @@ def searched(shard: Readable, mailbox: int, program: Program, behind: int, now: 
     last = _uid(records, len(records) - RECORD_SIZE)
     if batch is None:
         return matching, last
-    room = max(LIGHT // program.keys if now else ROOM // max(program.bodies, 1), 1)
+    room = max((LIGHT if now else ROOM) // max(program.keys, 1), 1)
     bringing = partial(bring, shard, mailbox, room=room, turns=program.turns, now=now)
     found, end = _decided(program, batch, bringing, behind, *((ON_LOOP, AT_FIRST) if now else (MILLISECONDS, TOGETHER)))
     matching = joined([matching, *found])
