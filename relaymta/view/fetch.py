@@ -391,7 +391,8 @@ class Plan:
         if self.level < Level.DESCRIPTION:
             return False
         if not described_now(message):
-            return message.row.size > LIGHT_DESCRIBED
+            size = message.row.size  # there may be as many octets of parts
+            return size > LIGHT_DESCRIBED or size * len(self._sections) > LIGHT
         return len(_described(message).parts) * len(self._sections) > LIGHT
 
     def response(self, view: View, message: Message, sections: Sections | None, seen: bool) -> Iterator[Piece | Making]:

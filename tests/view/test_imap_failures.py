@@ -379,6 +379,26 @@ async def test_a_message_that_takes_long_to_describe_is_read_by_itself_and_not_w
     assert len(beside) >= 3
 
 
+async def test_many_sections_of_a_small_message_of_many_parts_are_found_not_where_all_read(desk, monkeypatch):
+    """Its description was not kept either: each section is looked for among all parts."""
+    parts = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\n" * 4000 + b"--b--\r\n"
+    assert len(parts) < fetch.LIGHT_DESCRIBED
+    await desk.file(parts, SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    found, read = list[tuple[bool, int]](), imap_messages._read
+
+    def seen(selected, ranges, plan, heavy=False):
+        one = read(selected, ranges, plan, heavy)
+        found.append((heavy, one.count))
+        return one
+
+    monkeypatch.setattr(imap_messages, "_read", seen)
+    assert b"PREVIEW" in await desk.told(b"FETCH 1:* (PREVIEW)")
+    some = b" ".join(b"BODY.PEEK[%d.MIME]" % (4000 - number) for number in range(20))
+    assert (await desk.told(b"FETCH 1:* (%b)" % some)).count(b".MIME]") == 40
+    assert found == [(False, 2), (True, 1)]  # the last one on the loop
+
+
 async def test_while_one_users_long_work_is_done_others_read(desk):
     """However many there are, and the user's own light reads."""
     access, user, going, over = desk.access, desk.access.user("a@a.example"), threading.Event(), threading.Event()
