@@ -150,10 +150,14 @@ _describing = threading.Lock()
 
 
 def _describe_file(path: Path, start: int, octets: int) -> mime.Description:
+    wanted = min(octets, DESCRIBED_MOST)
     try:
         with _describing, path.open("rb", buffering=0) as file:
             file.seek(start)
-            return mime.describe(file.read(min(octets, DESCRIBED_MOST)) or b"")
+            data = file.read(wanted) or b""
+            if len(data) < wanted:
+                raise StoreError(f"the body of {path.name} ends early")
+            return mime.describe(data)
     except FileNotFoundError:
         raise Refusal(MISSING, "the message has been expunged") from None
     except OSError as error:

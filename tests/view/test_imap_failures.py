@@ -399,6 +399,20 @@ async def test_many_sections_of_a_small_message_of_many_parts_are_found_not_wher
     assert found == [(False, 2), (True, 1)]  # the last one on the loop
 
 
+@pytest.mark.parametrize("left", [0, 50, 600_000])
+async def test_a_large_message_whose_file_ends_early_is_not_described_as_if_it_were_whole(desk, left):
+    part = b"--b\r\nContent-Type: text/plain; name=" + b"n" * 100 + b"\r\n\r\nsome words\r\n"
+    await desk.file(b"Subject: x\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n" + part * 9000, SMALL)
+    await desk.say(b"1 SELECT INBOX\r\n")
+    assert desk.made._reader.selected is not None
+    (path,) = (desk.made._reader.selected.shard.path / "bodies" / "big").iterdir()
+    path.write_bytes(path.read_bytes()[:left])
+    for items in (b"ENVELOPE", b"BODYSTRUCTURE", b"BODY.PEEK[HEADER]"):
+        said = await desk.told(b"FETCH 1:* (%b)" % items)
+        assert b"* 1 FETCH" not in said and b"* 2 FETCH (" in said, items
+        assert said.endswith(b"x NO [UNAVAILABLE] Some of the messages cannot be read now\r\n")
+
+
 async def test_while_one_users_long_work_is_done_others_read(desk):
     """However many there are, and the user's own light reads."""
     access, user, going, over = desk.access, desk.access.user("a@a.example"), threading.Event(), threading.Event()
