@@ -123,6 +123,36 @@ async def test_what_takes_long_to_look_into_is_looked_into_by_itself(desk, monke
         assert together == [3] if text is SMALL else max(together) <= 2, (keys, together)
 
 
+WORDS = b"To: " + b",\r\n ".join(b"=?utf-8?q?J=C3=BCrg?= <%d@b.example>" % number for number in range(20)) + b"\r\n"
+KEYS = b" ".join(b"NOT TO z%d" % number for number in range(240))
+
+
+@pytest.mark.parametrize("text, keys, on_loop", [
+    (SMALL, b"OR SUBJECT q FROM q", True), (SMALL, b"LARGER 10", True), (WORDS + SMALL, b"TO q", True),
+    (WORDS + SMALL, KEYS, False), (b"Subject: " + b"=?utf-8?q?=C3=A4?=\r\n " * 900 + SMALL, b"SUBJECT q", False),
+])  # fmt: skip
+async def test_what_is_searched_on_the_loop_is_little_at_a_time_however_many_keys_look_into_it(
+    desk, monkeypatch, text, keys, on_loop
+):
+    """Octets of rows times keys; the rest is searched on a thread."""
+    await desk.file(*[text] * 100)
+    await desk.say(b"0 SELECT INBOX\r\n")
+    loop, steps, bring = threading.current_thread(), list[tuple[bool, int, int]](), search.bring
+
+    def noted(shard, mailbox, batch, stage, **how):
+        first, rest = bring(shard, mailbox, batch, stage, **how)
+        octets = sum(len(row) for _, row, _ in search._rows(shard, mailbox, first, stage))
+        steps.append((threading.current_thread() is loop, octets * max(keys.count(b"TO z"), 1), len(first)))
+        return first, rest
+
+    monkeypatch.setattr(search, "bring", noted)
+    assert b"x OK Searched" in await desk.told(b"SEARCH " + keys)
+    assert [octets for here, octets, _ in steps if here and octets > 20_000] == []
+    assert any(here for here, _, _ in steps) == on_loop
+    if keys is KEYS:
+        assert max(messages for _, _, messages in steps) <= 2
+
+
 async def test_a_users_searches_wait_for_one_another(desk):
     """One slice of each user at a time; of SORTs of large mailboxes one at a time, in the order of users."""
     access, one = desk.access, desk.access.user("a@a.example")
