@@ -163,6 +163,8 @@ async def test_a_script_that_takes_long_delays_scripts_alone_and_those_of_others
     try:
         async with asyncio.timeout(PATIENCE):
             assert (await bench.deliver("b", queue_id=30))[0] == [FILED]
+            while "a@a.example" not in begun:
+                await asyncio.sleep(0.01)
         assert begun.count("a@a.example") == 1 and not any(one.done() for one in hostile)
     finally:
         go_on.set()
