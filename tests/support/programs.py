@@ -27,6 +27,7 @@ PACKAGES = {
     "offlineimap": "offlineimap3",
     "s-nail": "s-nail",
     "sieve-test": "dovecot-sieve",
+    "clamd": "clamav-daemon",
 }
 
 
