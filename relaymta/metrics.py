@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 __all__ = [
-    "GAUGES", "HISTOGRAMS", "NAMES", "RESULTS", "SITES_SHOWN", "SITE_GAUGES", "Counters", "down_families", "families",
-    "row_families",
+    "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS", "SITES_SHOWN",
+    "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "clear_filter_gauges", "down_families", "families",
+    "filter_families", "row_families",
 ]  # fmt: skip
 
 
@@ -160,6 +161,19 @@ DOWN_GAUGE, DOWN_TOTAL = "relaymta_site_down", "relaymta_sites_down"
 QUOTA_GAUGE = "relaymta_quota_used_ratio"
 ACCOUNTS_SHOWN = 50
 
+# Of each configured filter, by its name; its cells in a worker's block of `shm.Named`, in this order.
+FILTER_VERDICTS = ("accept", "tag", "discard", "hold", "tempfail", "reject")
+FILTER_FAILURES = ("connect", "timeout", "protocol", "refused", "oversize")
+FILTER_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2, 10)
+FILTER_METRICS = {
+    "seconds": "relaymta_filter_seconds", "verdicts": "relaymta_filter_verdicts_total", "failures":
+    "relaymta_filter_failures_total", "up": "relaymta_filter_up", "waiting": "relaymta_filter_waiting",
+}  # fmt: skip
+_FAILURES_AT = len(FILTER_VERDICTS)
+_BUCKETS_AT = _FAILURES_AT + len(FILTER_FAILURES)
+_SUM_AT = _BUCKETS_AT + len(FILTER_BOUNDS) + 1  # microseconds
+_DOWN_AT, _WAITING_AT, _FILTER_CELLS = _SUM_AT + 1, _SUM_AT + 2, _SUM_AT + 3
+
 _index: dict[tuple[str, str], int] = {}
 for _name, (_, _, _values) in COUNTERS.items():
     for _value in _values:
@@ -171,7 +185,8 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
     _next += len(_bounds) + 2  # +Inf, and the sum in milli-units
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
-NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL])
+HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, *FILTER_METRICS.values()])
 
 
 def index(name: str, label: str = "") -> int:
@@ -220,6 +235,91 @@ class Counters:
         """Set all gauges to 0, of a worker that has died. Its counters stay."""
         for cell in _gauge.values():
             self.cells.set(cell, 0)
+
+
+class FilterCounters:
+    """What one worker counts of one filter. `at`: where its cells begin; negative: nothing is counted."""
+
+    __slots__ = ("_at", "_cells")
+
+    def __init__(self, cells: Cells, at: int) -> None:
+        self._cells = cells
+        self._at = at
+
+    def _add(self, cell: int, n: int = 1) -> None:
+        if self._at >= 0:
+            self._cells.add(self._at + cell, n)
+
+    def verdict(self, word: str) -> None:
+        """A verdict was given, one of FILTER_VERDICTS."""
+        self._add(FILTER_VERDICTS.index(word))
+
+    def failure(self, reason: str) -> None:
+        """There was none, for one of FILTER_FAILURES."""
+        self._add(_FAILURES_AT + FILTER_FAILURES.index(reason))
+
+    def took(self, seconds: float) -> None:
+        """It was asked, and has answered or failed after so long."""
+        self._add(_BUCKETS_AT + bisect_left(FILTER_BOUNDS, seconds))
+        self._add(_SUM_AT, int(seconds * 1e6))
+
+    def set_state(self, down: bool, waiting: int) -> None:
+        """Whether it is down for this worker, and how many messages wait for a place."""
+        if self._at >= 0:
+            self._cells.set(self._at + _DOWN_AT, down)
+            self._cells.set(self._at + _WAITING_AT, waiting)
+
+
+def clear_filter_gauges(cells: Cells, each: int, count: int) -> None:
+    """Set the gauges of all filters to 0, of a worker that has died: `count` filters of `each` cells. Its counters stay."""
+    for at in range(0, count * each, each):
+        FilterCounters(cells, at).set_state(False, 0)
+
+
+class FilterTotals:
+    """The counters of all workers for one filter: `blocks`, the cells of each."""
+
+    def __init__(self, blocks: list[list[int]]) -> None:
+        self._sums = [sum(cells) for cells in zip(*blocks, strict=True)] if blocks else [0] * _FILTER_CELLS
+        self.up = not self._sums[_DOWN_AT]
+        self.waiting = self._sums[_WAITING_AT]
+        self.verdicts = dict(zip(FILTER_VERDICTS, self._sums, strict=False))
+        self.failures = dict(zip(FILTER_FAILURES, self._sums[_FAILURES_AT:], strict=False))
+        self.buckets = self._sums[_BUCKETS_AT:_SUM_AT]
+        self.seconds = self._sums[_SUM_AT] / 1e6
+
+    def within(self, share: float) -> float | None:
+        """How many seconds at most so many of its answers took (0.5: half of them), as far as buckets tell; None: it was never
+        asked, or longer than the last bound tells."""
+        wanted, asked = share * sum(self.buckets), 0
+        for bound, count in zip([*FILTER_BOUNDS, None], self.buckets, strict=True):
+            asked += count
+            if count and asked >= wanted:
+                return bound
+        return None
+
+
+def filter_families(totals: dict[str, FilterTotals]) -> list[object]:
+    """Metrics of filters, by their names, as prometheus_client metric families."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    seconds = HistogramMetricFamily(FILTER_METRICS["seconds"], "What filters took to answer or to fail", labels=["filter"])
+    verdicts = CounterMetricFamily(FILTER_METRICS["verdicts"], "Verdicts of filters", labels=["filter", "verdict"])
+    failures = CounterMetricFamily(FILTER_METRICS["failures"], "Messages without a verdict", labels=["filter", "reason"])
+    up = GaugeMetricFamily(FILTER_METRICS["up"], "0 while a filter is down for a worker, and not asked", labels=["filter"])
+    waiting = GaugeMetricFamily(FILTER_METRICS["waiting"], "Messages that wait for a place at a filter", labels=["filter"])
+    for name, total in totals.items():
+        running, buckets = 0, []
+        for bound, count in zip([*map(str, FILTER_BOUNDS), "+Inf"], total.buckets, strict=True):
+            running += count
+            buckets.append((bound, running))
+        seconds.add_metric([name], buckets, sum_value=total.seconds)
+        for family, counts in ((verdicts, total.verdicts), (failures, total.failures)):
+            for word, count in counts.items():
+                family.add_metric([name, word], count)
+        up.add_metric([name], total.up)
+        waiting.add_metric([name], total.waiting)
+    return [seconds, verdicts, failures, up, waiting]
 
 
 def row_families(sites: list[dict[str, Any]], quotas: list[dict[str, Any]]) -> list[object]:

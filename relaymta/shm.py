@@ -1,8 +1,9 @@
 """Memory shared by the supervisor and the workers: counters for metrics, limits and rates of all workers, messages in flight.
 
 One memfd, mapped by all processes. Layout: a block of counters for each worker slot, limits, ids in flight, rates, the version of
-the directory of mailboxes. A worker writes only its own cells, except for rates and the keys of rows, which all workers change by
-compare-and-swap. The supervisor reads all cells, also those of a worker that has died; it alone writes the version.
+the directory of mailboxes, counters of what is known by its name. A worker writes only its own cells, except for rates and the
+keys of rows, which all workers change by compare-and-swap. The supervisor reads all cells, also those of a worker that has died;
+it alone writes the version.
 """
 
 import mmap
@@ -14,7 +15,7 @@ import xxhash
 
 from relaymta._speedups.cells import Cells
 
-__all__ = ["InFlight", "Limits", "Rates", "Shared"]
+__all__ = ["NAMED", "NAMED_CELLS", "InFlight", "Limits", "Named", "Rates", "Shared"]
 
 SLOTS = 64  # worker slots
 COUNTERS = 256  # cells of one worker
@@ -25,12 +26,14 @@ ROW = SLOTS + 1  # a row of limits: the key, then one cell for each worker slot
 RATE_ROWS = 4096  # rates in use at the same time, in each of two tables
 RATE_ROW = 2  # a row of rates: the key, and when the rate is free again (us, CLOCK_BOOTTIME)
 PROBES = 16  # rows in which a key is looked for
+NAMED, NAMED_CELLS = 256, 32  # names that have counters, and the counters of each worker for one
 RATE_IDLE_US = 60_000_000  # a rate that has been free for so long may lose its row to another key
 
 _IN_FLIGHT_AT = SLOTS * COUNTERS + ROWS * ROW
 _RATES_AT = _IN_FLIGHT_AT + SLOTS * IN_FLIGHT
 _DIRECTORY_AT = _RATES_AT + 2 * RATE_ROW * RATE_ROWS
-_CELLS = _DIRECTORY_AT + 1
+_NAMED_AT = _DIRECTORY_AT + 1
+_CELLS = _NAMED_AT + NAMED + SLOTS * NAMED * NAMED_CELLS
 
 SUPERVISOR = SLOTS  # who changes a table, where it is not the worker of a slot
 
@@ -79,11 +82,17 @@ class Shared:
         """The version of the directory of mailboxes: one cell."""
         return Cells(self._map, 8 * _DIRECTORY_AT, 1)
 
+    def named(self, slot: int = SUPERVISOR) -> "Named":
+        """The counters of what is known by its name, as used by a slot's worker."""
+        values = [Cells(self._map, 8 * (_NAMED_AT + NAMED * (1 + n * NAMED_CELLS)), NAMED * NAMED_CELLS) for n in range(SLOTS)]
+        return Named(Cells(self._map, 8 * _NAMED_AT, NAMED), values, slot)
+
     def clear_limits(self, slot: int) -> None:
         """Release all units of limits that a dead worker held, and undo what it was changing in the tables. Called before its
         successor starts."""
         _clear_units(self._rows, slot)
-        for cells, width in ((self._rows, ROW), (self._rate_cells(0), RATE_ROW), (self._rate_cells(1), RATE_ROW)):
+        names = Cells(self._map, 8 * _NAMED_AT, NAMED)
+        for cells, width in ((self._rows, ROW), (self._rate_cells(0), RATE_ROW), (self._rate_cells(1), RATE_ROW), (names, 1)):
             _undo_changes(cells, width, slot)
 
 
@@ -308,6 +317,34 @@ def _clear_units(cells: Cells, slot: int) -> None:
     """Set a worker's cell in each row of limits to 0."""
     for row in range(0, cells.count, ROW):
         cells.set(row + 1 + slot, 0)
+
+
+class Named:
+    """NAMED_CELLS counters of each worker for each of NAMED names, such as those of filters. A name keeps its counters until the
+    next start of the supervisor, also while no configuration has it. Only the worker of a slot writes its counters."""
+
+    def __init__(self, names: Cells, values: list[Cells], slot: int) -> None:
+        self._values = values
+        self._slot = slot
+        self._table = _Table(names, 1, slot, lambda row: False)
+
+    def row(self, name: str) -> int:
+        """Where the counters of a name begin, which it has from now on; -1: too many names have some."""
+        _, row = self._table.claim(name)
+        return row * NAMED_CELLS if row >= 0 else -1
+
+    def own(self) -> Cells:
+        """The counters of the worker of this slot, of all names."""
+        return self._values[self._slot]
+
+    def of(self, name: str) -> list[list[int]]:
+        """The counters of a name, of each slot that has counted anything; empty: it has none."""
+        row = self._table.find(name)
+        if row < 0:
+            return []
+        at = row * NAMED_CELLS
+        found = [[cells.get(at + cell) for cell in range(NAMED_CELLS)] for cells in self._values]
+        return [one for one in found if any(one)]
 
 
 class Limits:

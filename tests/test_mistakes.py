@@ -15,6 +15,7 @@ SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
 DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
 ROUTE = '[[route]]\nhosts = ["h"]\n'
 LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
+FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
 ALLOWED = "is not allowed in a host name: letters, digits and hyphens are (RFC 5321 4.1.2)"
@@ -199,6 +200,48 @@ TABLES = [
      '5: listener.0.auth: "may" has no meaning with protocol = "lmtp": "require" a login, or name the clients in relay.networks'),
     (f'{LMTP}{HERE}[staging]\nredirect = "a@b.example"\n',
      '3: listener.0.protocol: "lmtp" with staging.redirect: mail would be filed, and not redirected'),
+    (f'{FILTER}verdicts = {{ found = "hold" }}\n',
+     "7: filter.0.verdicts.found: clamd does not say 'found' (did you mean \"FOUND\"?); it says \"OK\", \"FOUND\""),
+    (f'{FILTER}verdicts = {{ ERROR = "accept" }}\n',
+     "7: filter.0.verdicts.ERROR: clamd does not say 'ERROR'; it says \"OK\", \"FOUND\""),
+    (f'{FILTER}verdicts = {{ FOUND = "holt" }}\n',
+     "7: filter.0.verdicts.FOUND: Input should be 'accept', 'tag', 'hold', 'discard', 'tempfail' or 'reject' (it is 'holt') "
+     '(did you mean "hold"?)'),
+    (f'{FILTER}verdicts = ["hold"]\n', '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" }'),
+    (f'{FILTER}verdicts = "hold"\n', '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" } (it is \'hold\')'),
+    (f'{FILTER}[[filter.verdicts]]\nFOUND = "hold"\n',
+     '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" }'),
+    (FILTER.replace("clamd", "clam"), '5: filter.0.type: there is no type \'clam\' (did you mean "clamd"?); there are "clamd", "rspamd", "spamd"'),
+    (FILTER.replace("clamd", "milter"), '5: filter.0.type: "milter" is not there yet: there are "clamd", "rspamd", "spamd"'),
+    (FILTER.replace("unix:", ""), "6: filter.0.address.0: '/x': a socket is written \"unix:/x\""),
+    (FILTER.replace("unix:/", "unix:"),
+     "6: filter.0.address.0: 'unix:x': the whole path of a socket is needed, such as \"unix:/run/clamav/clamd.ctl\""),
+    (FILTER.replace("/x", "/x\\u0000y"),
+     "6: filter.0.address.0: 'unix:/x\\x00y': the path of a socket has no control characters in it"),
+    (FILTER.replace("unix:/x", "3310"),
+     "6: filter.0.address.0: '3310': expected host:port; all addresses are \"0.0.0.0:3310\" (IPv4) and \"[::]:3310\" (IPv6)"),
+    (FILTER.replace('["unix:/x"]', "[]"), '6: filter.0.address: is empty: give "unix:/PATH" or "HOST:PORT"'),
+    (FILTER + FILTER.removeprefix(L), "8: filter.1.name: two filters are called 'v': give one of them another name"),
+    (f'{FILTER}on_failure = "later"\n',
+     '7: filter.0.on_failure: "later" is not there yet: there are "accept", "tempfail", "hold" and "disconnect"'),
+    (f'{FILTER}budget = "30s"\n', "7: filter.0.budget: no such key (it is a key of [filters])"),
+    (f"{L}[filters]\nenforce = false\n", "4: filters.enforce: no such key (it is a key of [[filter]])"),
+    (f"{L}[filters]\nbudget = 0\n", "4: filters.budget: must be more than 0"),
+    (f'{L}[filters]\ntag = ["X-{{filter}}: y"]\n',
+     "4: filters.tag: 'X-{filter}: y': nothing is filled in in the name of a field"),
+    (f'{L}[filters]\ntag = ["X-Spam: {{reason}} {{reason}}"]\n',
+     "4: filters.tag: 'X-Spam: {reason} {reason}': {reason} is there twice"),
+    (f'{L}[filters]\ntag = ["X-Spam: {{reason!r}}"]\n',
+     "4: filters.tag: {reason!r} in 'X-Spam: {reason!r}': {filter}, {reason}, {score} can be filled in "
+     '(did you mean "reason"?)'),
+    (f'{L}[filters]\ntag = ["Subject: spam"]\n',
+     "4: filters.tag: 'Subject: spam': Subject: is a field that other programs write"),
+    (f'{L}[filters]\nsubject = "[SPAM]"\n',
+     "4: filters.subject: '[SPAM]' has to have \"{subject}\" in it once, where the words of the message go"),
+    (f'{L}[filters]\nreply = "450 4.7.1 no"\n',
+     "4: filters.reply: '450 4.7.1 no' is not a reply such as \"554 5.7.1 Refused by {filter}: {reason}\""),
+    (f'{L}[filters]\nreply = "550 5.7.1 {{{{filter}}}}"\n',
+     "4: filters.reply: { in '550 5.7.1 {{filter}}': {filter}, {reason} can be filled in"),
     (f'{L}[[rule]]\nmatch = "("\naction = "bounce"\n', "4: rule.0.match: missing ), unterminated subpattern at position 0"),
 ]  # fmt: skip
 
@@ -312,6 +355,13 @@ NOTES = [
      "4: listener.0.address: other hosts can connect, but none may deliver: name them in relay.networks, or listen on "
      "127.0.0.1"),
     (GOOD + 'auth_in_clear = true\n', '5: listener.0.auth_in_clear: it has no effect with auth = "off"'),
+    (GOOD + FILTER.removeprefix(L) + 'listener = ["127.0.0.1:25"]\n', None),
+    (GOOD + FILTER.removeprefix(L) + 'listener = ["127.0.0.1:26"]\n',
+     '9: filter.0.listener: there is no [[listener]] \'127.0.0.1:26\' (did you mean "127.0.0.1:25"?)'),
+    (GOOD + FILTER.removeprefix(L).replace('"]', '", "unix:/y", "unix:/x"]'), "8: filter.0.address: unix:/x is given twice"),
+    (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\n',
+     "9: filter.0.verdicts.FOUND: \"tag\" has no effect: filters.tag and filters.subject are empty"),
+    (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\nsubject = "[x] {subject}"\n', None),
     (GOOD.replace(L, LMTP.replace("lmtp", "pop3")) + "auth_in_clear = true\n" + HERE, None),
 ]  # fmt: skip
 

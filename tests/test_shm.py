@@ -108,3 +108,18 @@ def test_waiting_workers_are_visible_until_they_die():
     second.wait("site", 3)
     second.wait("site", 0)
     assert first.waiting("site") == 0
+
+
+def test_counters_by_name_are_those_of_all_workers_and_stay_with_the_name():
+    shared = Shared.create()
+    one, other = shared.named(0), shared.named(1)
+    for named, n in ((one, 2), (other, 3)):
+        named.own().add(named.row("virus") + 5, n)
+        named.own().add(named.row("spam") + 6, 10 * n)
+    assert sorted(row[5] for row in shared.named().of("virus")) == [2, 3]
+    assert sum(row[6] for row in shared.named().of("spam")) == 50 and shared.named().of("none") == []
+    assert one.row("virus") == other.row("virus") == shared.named(0).row("virus")
+    rows = {one.row(f"name{n}") for n in range(1000)}
+    assert -1 in rows and one.row("virus") == other.row("virus") >= 0  # the table is full, and nobody loses a row
+    shared.clear_limits(0)
+    assert sum(row[5] for row in shared.named().of("virus")) == 5  # counters outlive their worker

@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from relaymta import __version__
 from relaymta.control import Refused
 from relaymta.errors import RelayError
-from relaymta.metrics import Cells, down_families, families, row_families
+from relaymta.metrics import Cells, FilterTotals, down_families, families, filter_families, row_families
 
 __all__ = ["serve_http"]
 
@@ -34,9 +34,15 @@ async def _rows(asked: Awaitable[Rows]) -> Rows:
 class _Collector:
     """Collects all metrics from shared memory at each scrape."""
 
-    def __init__(self, blocks: Callable[[], Iterable[Cells]], down: Callable[[], tuple[int, Rows]]) -> None:
+    def __init__(
+        self,
+        blocks: Callable[[], Iterable[Cells]],
+        down: Callable[[], tuple[int, Rows]],
+        filters: Callable[[], dict[str, FilterTotals]],
+    ) -> None:
         self._blocks = blocks
         self._down = down
+        self._filters = filters
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -46,6 +52,7 @@ class _Collector:
         yield from families(self._blocks())
         yield from row_families(self.sites, self.quotas)
         yield from down_families(*self._down())
+        yield from filter_families(self._filters())
 
 
 async def serve_http(
@@ -56,12 +63,13 @@ async def serve_http(
     quotas: Callable[[], Awaitable[Rows]],
     healthy: Callable[[], str],
     down: Callable[[], tuple[int, Rows]] = lambda: (0, []),
+    filters: Callable[[], dict[str, FilterTotals]] = dict,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
-    down, as `supervisor.outages` counts them. OSError when the address is in use."""
+    down, as `supervisor.outages` counts them; `filters()`: of each configured filter. OSError when the address is in use."""
     registry = CollectorRegistry(auto_describe=False)
-    collector = _Collector(blocks, down)
+    collector = _Collector(blocks, down, filters)
     registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:

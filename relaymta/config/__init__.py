@@ -4,8 +4,8 @@ The type, bounds, default and description of a key, and whether a reload applies
 and nowhere else: `config describe`, the reference file, the answer of `reload` and the error messages are made from them.
 
 values.py types and the base of tables (names.py: our names); clients.py, accounts.py, signing.py, routes.py, delivery.py,
-machine.py the tables; whole.py all of them, checks.py what they require of each other; loading.py the file (origin.py where each
-key is, sentences.py what is wrong with it); reloading.py what changes at a reload; describing.py the reference.
+filters.py, machine.py the tables; whole.py all of them, checks.py what they require of each other; loading.py the file (origin.py
+where each key is, sentences.py what is wrong with it); reloading.py what changes at a reload; describing.py the reference.
 """
 
 from relaymta.config.accounts import Account, AccountsTable, OAuth, Secret, TokensTable
@@ -13,6 +13,7 @@ from relaymta.config.checks import notes
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
 from relaymta.config.describing import describe, given_values
+from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.loading import load, load_accounts
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
 from relaymta.config.mailboxes import Mailboxes
@@ -24,8 +25,9 @@ from relaymta.config.values import check_each, near, parse_duration, parse_hostp
 from relaymta.config.whole import Config
 
 __all__ = [
-    "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Intake",
-    "LimitsTable", "Listener", "Log", "Mailboxes", "Metrics", "OAuth", "PeerNetwork", "QueueTable", "Relay", "Route", "Rule",
-    "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe", "everywhere", "given_values",
-    "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration", "parse_hostport", "parse_quota",
+    "Account", "AccountsTable", "Application", "Certificate", "Change", "Config", "Control", "Delivery", "Dkim", "Filter",
+    "FiltersTable", "Intake", "LimitsTable", "Listener", "Log", "Mailboxes", "Metrics", "OAuth", "PeerNetwork", "QueueTable",
+    "Relay", "Route", "Rule", "Secret", "SiteTable", "Source", "Staging", "TokensTable", "Verify", "check_each", "describe",
+    "everywhere", "given_values", "header_condition", "load", "load_accounts", "merge", "near", "notes", "parse_duration",
+    "parse_hostport", "parse_quota",
 ]  # fmt: skip

@@ -52,6 +52,7 @@ def _twice(config: "Config") -> Iterator[tuple[str, str]]:
         ("source", "name", [source.name for source in config.source], "two sources are called {!r}"),
         ("application", "name", [one.name for one in config.application], "there are two tables for the application {!r}"),
         ("certificate", "chain", [one.chain for one in config.certificate], "two certificates are in {!r}"),
+        ("filter", "name", [one.name for one in config.filter], "two filters are called {!r}: give one of them another name"),
         ("dkim", "selector", keys, "the same key is given twice: it would sign twice"),
     ]
     for table, key, values, what in tables:
@@ -97,6 +98,7 @@ def notes(config: "Config") -> list[str]:
         )
         pairs.append(("relay.domains", what))
     pairs += [*_open_to_all(config), *_doubtful_names(config), *_without_effect(config), *_for_nobody(config), *never(config)]
+    pairs += _of_filters(config)
     if not config.route_map:  # else what it names is not known here
         pairs += [(f"route.{number}", what) for number, what in never_used(config)]
     pairs += _relative(config)
@@ -162,6 +164,10 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
                 f"dkim.{number}.oversigned",
                 f"{name}: a host on the way may add one, which no signature survives (RFC 6376 5.4.1)",
             )
+    for number, one in enumerate(config.filter):
+        if one.timeout > config.filters.budget and "timeout" in one.model_fields_set:
+            what = f"{one.timeout:g} s are more than all filters have together (filters.budget, {config.filters.budget:g} s)"
+            yield f"filter.{number}.timeout", what
     for number, listener in enumerate(config.listener):
         if listener.auth_in_clear and listener.auth == "off" and not listener.reads_mail:
             yield f"listener.{number}.auth_in_clear", 'it has no effect with auth = "off"'
@@ -173,6 +179,21 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
         elif all(any(one.version == wide.version and one.subnet_of(wide) for wide in earlier) for one in networks):
             yield f"network.{number}", "it is never used: earlier [[network]] tables have all of its clients"
         earlier += networks
+
+
+def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
+    """What filters do not do, though it looks as if they did."""
+    listeners = [one.address for one in config.listener]
+    for number, row in enumerate(config.filter):
+        for address in row.listener:
+            if address not in listeners:
+                yield f"filter.{number}.listener", f"there is no [[listener]] {address!r}{near(address, listeners)}"
+        for _, address in repeated(row.address):
+            yield f"filter.{number}.address", f"{address} is given twice"
+        for word, verdict in row.verdicts.items():
+            if verdict == "tag" and not config.filters.tag and not config.filters.subject:
+                what = '"tag" has no effect: filters.tag and filters.subject are empty'
+                yield f"filter.{number}.verdicts.{word}", what
 
 
 def _is_number(host: str) -> bool:

@@ -56,7 +56,8 @@ def describe() -> str:
         lines += ["", *_comment(model), f"#[[{name}]]" if repeated else f"[{name}]"]
         lines += _describe_fields(model)
         for inner, below in _tables_of(model):
-            lines += ["", *_comment(below), f"#[{name}.{inner}]", *_describe_fields(below)]
+            several = is_list(model.model_fields[inner].annotation)
+            lines += ["", *_comment(below), f"#[[{name}.{inner}]]" if several else f"#[{name}.{inner}]", *_describe_fields(below)]
     return "\n".join(lines) + "\n"
 
 

@@ -67,6 +67,8 @@ def _problem(model: type[BaseModel], origin: Origin, entry: Any) -> str:
     elif entry["type"] == "model_type" and not isinstance(given, dict):
         single = "write [{}] in single brackets: there is one" if isinstance(given, list) else "a table: write [{}]"
         what = ("tables: write [[{}]] for each" if isinstance(place[-1], int) else single).format(_name(place))
+    elif entry["type"] == "dict_type":
+        what = f'a table: write {place[-1]} = {{ NAME = "VALUE" }}' + _shown(given, "")
     elif entry["type"] == "greater_than":
         what = f"must be more than {entry['ctx']['gt']:g}" + _shown(given, "0")
     else:

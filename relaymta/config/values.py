@@ -16,15 +16,16 @@ from relaymta.errors import ConfigError, near
 from relaymta.proto.address import DomainError, normalize_domain, plain
 
 __all__ = [
-    "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate", "Reload",
-    "Restart", "Size", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http", "is_loopback", "near",
-    "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
+    "Address", "Domain", "Duration", "Host", "Mailbox", "Nameserver", "Network", "Place", "Problems", "Quota", "Rate",
+    "Reload", "Restart", "Size", "SocketAddress", "Table", "When", "check_each", "dotted", "in_clear", "in_dns", "is_http",
+    "is_loopback", "near", "parse_duration", "parse_hostport", "parse_quota", "place_of", "repeated",
 ]  # fmt: skip
 
 _QUOTA = re.compile(r"(\d{1,15})\s*/\s*(s|m|h|d)\Z")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h|d)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ANY_HOST = re.compile(r"(?:\*:|:)?(\d+)\Z")
+SOCKET_PATH = 107  # octets (unix(7))
 _PORT = re.compile(r"[0-9]{1,9}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
 
@@ -193,6 +194,23 @@ def _host(value: object) -> object:
     return value
 
 
+def _socket_address(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.startswith("/"):
+        raise ValueError(f'{value!r}: a socket is written "unix:{value}"')
+    path = value.removeprefix("unix:")
+    if path is value:
+        return _address(value)
+    if not path.startswith("/") or path.endswith("/"):
+        raise ValueError(f'{value!r}: the whole path of a socket is needed, such as "unix:/run/clamav/clamd.ctl"')
+    if not path.isprintable():
+        raise ValueError(f"{value!r}: the path of a socket has no control characters in it")
+    if len(path.encode()) > SOCKET_PATH:
+        raise ValueError(f"{value!r}: the path of a socket has {SOCKET_PATH} octets at most")
+    return value
+
+
 def _nameserver(text: str) -> str:
     bare = text if text.count(":") < 2 or text.startswith("[") else f"[{text}]"
     host, _ = parse_hostport(bare, 53)
@@ -276,6 +294,7 @@ Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 Quota = Annotated[str, BeforeValidator(_quota)]
 Address = Annotated[str, BeforeValidator(_address)]
+SocketAddress = Annotated[str, BeforeValidator(_socket_address)]  # host:port or unix:/PATH
 Host = Annotated[str, BeforeValidator(_host)]
 Nameserver = Annotated[str, AfterValidator(_nameserver)]
 Network = Annotated[str, BeforeValidator(_network)]

@@ -8,6 +8,7 @@ from relaymta.config.accounts import AccountsTable
 from relaymta.config.checks import contradictions
 from relaymta.config.clients import Application, Certificate, Intake, Listener, PeerNetwork, Relay
 from relaymta.config.delivery import Delivery, QueueTable
+from relaymta.config.filters import Filter, FiltersTable
 from relaymta.config.machine import Control, LimitsTable, Log, Metrics
 from relaymta.config.mailboxes import Imap, Mailboxes
 from relaymta.config.names import Hostname, own_name
@@ -41,7 +42,9 @@ class Config(Table):
     network: list[PeerNetwork] = Field([], description="settings for clients in some networks")
     certificate: list[Certificate] = Field([], description="certificates for TLS with clients")
     dkim: list[Dkim] = Field([], description="DKIM keys")
+    filter: list[Filter] = Field([], description="programs that judge mail")
     verify: Verify = Verify()
+    filters: FiltersTable = FiltersTable()
     accounts: AccountsTable = AccountsTable()
     mailboxes: Mailboxes = Mailboxes()
     imap: Imap = Imap()

@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relaymta.control import Channel, Refused, program
-from relaymta.metrics import Counters
-from relaymta.shm import Shared
+from relaymta.metrics import Counters, clear_filter_gauges
+from relaymta.shm import NAMED, NAMED_CELLS, Shared
 
 __all__ = ["Slot", "Slots", "State"]
 
@@ -368,6 +368,7 @@ class Slots:
         slot.process = slot.channel = None
         self._shared.clear_limits(slot.number)
         Counters(self._shared.counters(slot.number)).clear_gauges()
+        clear_filter_gauges(self._shared.named(slot.number).own(), NAMED_CELLS, NAMED)
         probed, culprit = self._shared.in_flight(slot.number).take()
         slot.probed, slot.culprit = list(dict.fromkeys([*slot.probed, *probed])), culprit or slot.culprit
         if self._stopping.is_set():

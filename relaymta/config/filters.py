@@ -1,0 +1,210 @@
+"""Filters: programs that judge mail on its way in."""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
+
+__all__ = ["Filter", "FiltersTable", "Score", "Words"]
+
+# The words of each type, and what they mean unless a table says otherwise.
+DEFAULTS: dict[str, dict[str, str]] = {
+    "clamd": {"OK": "accept", "FOUND": "reject"},
+    "rspamd": {
+        "no action": "accept", "greylist": "accept", "add header": "tag", "rewrite subject": "tag", "soft reject": "tempfail",
+        "reject": "reject", "quarantine": "hold", "discard": "discard",
+    },
+    "spamd": {"False": "accept", "True": "tag"},
+}  # fmt: skip
+SCORED = ("rspamd", "spamd")  # types that say how likely it is
+NOT_YET = ("milter", "policy", "dnsbl", "greylist", "smtp", "http", "python")
+VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
+_FIELD = re.compile(r"([!-9;-~]+): ?(.*)\Z")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}|[{}]")
+_REPLY = re.compile(r"5\d\d 5\.\d{1,3}\.\d{1,3} \S")
+# Characters as configured. With what is put into it, at most once each (a name, a reason of 200 octets, a score), a field stays
+# below 998 octets (RFC 5322 2.1.1), and a reply within 512 (RFC 5321 4.5.3.1.5).
+LONGEST, LONGEST_REPLY = 400, 270
+
+Words = Literal["accept", "tag", "hold", "discard", "tempfail", "reject"]
+OnFailure = Literal["accept", "tempfail", "hold", "disconnect"]
+
+
+class Score(Table):
+    """A verdict from a score on, such as rspamd's; of several tables that of the highest score that is reached. Where there is
+    one, it decides in place of the filter's word, but for one that means tempfail. `[[filter.score]]`"""
+
+    at: Reload[float] = Field(description="the score")
+    verdict: Reload[Words] = Field(description="accept, tag, hold, discard, tempfail or reject")
+
+
+class Filter(Table):
+    """A program that judges mail behind its final dot. `[[filter]]`, repeatable; those that apply to a client are asked side by
+    side, and the strictest verdict counts: reject, tempfail, hold, discard, tag, accept. docs/filters.md."""
+
+    name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
+    type: Reload[str] = Field(description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd"')
+    address: Reload[list[SocketAddress]] = Field(
+        description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
+    )
+    clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
+        "all", description="whose mail; trusted: of clients that may relay, since they have logged in or by their network"
+    )
+    listener: Reload[list[Address]] = Field([], description="only mail accepted on these listeners; empty: on all")
+    application: Reload[list[str]] = Field([], description="only mail of these applications; empty: of all")
+    networks: Reload[list[Network]] = Field([], description="only mail of clients in these networks; empty: of all")
+    recipient_domain: Reload[list[str]] = Field(
+        [], description='only messages with a recipient in these domains (".example": below it); empty: all'
+    )
+    timeout: Reload[Duration] = Field(
+        10, gt=0, le=300, description="for its answer: waiting for a place, connecting and talking, all in all"
+    )
+    concurrency: Reload[int] = Field(16, ge=1, le=1000, description="messages that it is asked about at once, by all workers")
+    max_size: Reload[Size] = Field(50_000_000, gt=0, description="octets of a message above which `oversize` is done")
+    oversize: Reload[Literal["skip", "head", "hold", "reject"]] = Field(
+        "skip", description="with larger messages. skip: it is not asked; head: it is shown the first max_size octets"
+    )
+    on_failure: Reload[OnFailure] = Field(
+        "tempfail", description="when it does not answer, or with nonsense. accept: the message passes unseen; tempfail: 451; "
+        "disconnect: 421",
+    )  # fmt: skip
+    on_failure_trusted: Reload[OnFailure | None] = Field(
+        None, description="the same for mail of clients that may relay; empty: as on_failure"
+    )
+    enforce: Reload[bool] = Field(True, description="false: it is asked, logged and counted, and nothing follows from it")
+    verdicts: Reload[dict[str, Words]] = Field(
+        {}, description='what its words mean, such as { FOUND = "hold" }: accept, tag, hold, discard, tempfail or reject'
+    )
+
+    must_work: Reload[list[str]] = Field(
+        [], description="rspamd: symbols by which a part of it says that it did not work, such as CLAM_VIRUS_FAIL; a message "
+        "with one has not been judged (on_failure)",
+    )  # fmt: skip
+    score: Reload[list[Score]] = Field([], description="verdicts by score")
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not _NAME.match(name):
+            raise ValueError(f"{name!r}: letters, digits, '.', '-' and '_', 32 at most")
+        return name
+
+    @field_validator("type")
+    @classmethod
+    def _is_type(cls, word: str) -> str:
+        if word in NOT_YET:
+            raise ValueError(f'"{word}" is not there yet: there are {_listed(DEFAULTS)}')
+        if word not in DEFAULTS:
+            raise ValueError(f"there is no type {word!r}{near(word, [*DEFAULTS, *NOT_YET])}; there are {_listed(DEFAULTS)}")
+        return word
+
+    @field_validator("recipient_domain")
+    @classmethod
+    def _are_domains(cls, names: list[str]) -> list[str]:
+        return ["." * name.startswith(".") + in_dns(name.removeprefix(".")) for name in names]
+
+    @field_validator("on_failure", "on_failure_trusted", mode="before")
+    @classmethod
+    def _is_there(cls, word: object) -> object:
+        if word == "later":
+            raise ValueError('"later" is not there yet: there are "accept", "tempfail", "hold" and "disconnect"')
+        return word
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.address:
+            yield "address", 'is empty: give "unix:/PATH" or "HOST:PORT"'
+        known = DEFAULTS.get(self.type, {})
+        for word in self.verdicts.keys() - known.keys():
+            meant = near(word, known) or near(word.upper(), known)
+            yield f"verdicts.{word}", f"{self.type} does not say {word!r}{meant}; it says {_listed(known)}"
+
+        if self.score and self.type not in SCORED:
+            yield "score", f"{self.type} has no score"
+        if self.must_work and self.type != "rspamd":
+            yield "must_work", f"{self.type} has no symbols"
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        """The verdict for each of its words."""
+        return DEFAULTS[self.type] | self.verdicts
+
+
+class FiltersTable(Table):
+    """All filters together. `[filters]`"""
+
+    budget: Reload[Duration] = Field(30, gt=0, le=300, description="for all filters of a message; what is late then has failed")
+    tag: Reload[list[str]] = Field(
+        ["X-Spam: Yes"], description="header fields that the verdict `tag` adds; {filter}, {reason} and {score} are filled in. "
+        "Copies in mail of unauthenticated clients are removed where a filter looks",
+    )  # fmt: skip
+    subject: Reload[str] = Field("", description='the Subject: of what is tagged, such as "[SPAM] {subject}"; empty: as it was')
+    reply: Reload[str] = Field(
+        "554 5.7.1 Refused by {filter}: {reason}", description="the reply to what is refused; {filter} and {reason} are filled in"
+    )
+
+    @field_validator("tag")
+    @classmethod
+    def _are_fields(cls, fields: list[str]) -> list[str]:
+        for text in fields:
+            match = _FIELD.match(text)
+            if match is None or not _is_line(text):
+                raise ValueError(f'{text!r} is not a header field such as "X-Spam: Yes"')
+            if "{" in match[1] or "}" in match[1]:
+                raise ValueError(f"{text!r}: nothing is filled in in the name of a field")
+            if match[1].lower() in _OURS:
+                raise ValueError(f"{text!r}: {match[1]}: is a field that other programs write")
+            _check_placeholders(text, ("filter", "reason", "score"))
+        return fields
+
+    @field_validator("subject")
+    @classmethod
+    def _has_subject(cls, text: str) -> str:
+        if text and (text.count("{subject}") != 1 or not _is_line(text, ascii_only=False)):
+            raise ValueError(f'{text!r} has to have "{{subject}}" in it once, where the words of the message go')
+        _check_placeholders(text, ("subject",))
+        return text
+
+    @field_validator("reply")
+    @classmethod
+    def _is_reply(cls, text: str) -> str:
+        if not _REPLY.match(text) or not _is_line(text) or len(text) > LONGEST_REPLY:
+            raise ValueError(f'{text!r} is not a reply such as "554 5.7.1 Refused by {{filter}}: {{reason}}"')
+        _check_placeholders(text, ("filter", "reason"))
+        return text
+
+    @property
+    def tag_names(self) -> frozenset[bytes]:
+        """The names of the fields that the verdict `tag` adds, in lower case."""
+        return frozenset(text.partition(":")[0].lower().encode() for text in self.tag)
+
+
+# Fields that tags must not be: those of every message, and of its way.
+_OURS = {
+    "arc-authentication-results", "arc-message-signature", "arc-seal", "authentication-results", "bcc", "cc",
+    "content-transfer-encoding", "content-type", "date", "dkim-signature", "from", "in-reply-to", "message-id",
+    "mime-version", "received", "references", "reply-to", "return-path", "sender", "subject", "to",
+}  # fmt: skip
+
+
+def _listed(words: object) -> str:
+    return ", ".join(f'"{word}"' for word in words)  # type: ignore[attr-defined]
+
+
+def _is_line(text: str, ascii_only: bool = True) -> bool:
+    return text.isprintable() and len(text) <= LONGEST and (text.isascii() or not ascii_only)
+
+
+def _check_placeholders(text: str, known: tuple[str, ...]) -> None:
+    for word in known:
+        if text.count(f"{{{word}}}") > 1:
+            raise ValueError(f"{text!r}: {{{word}}} is there twice")
+    for match in _PLACEHOLDER.finditer(text):
+        word = match[1]
+        if word not in known:
+            names = ", ".join(f"{{{one}}}" for one in known)
+            raise ValueError(f"{match[0]} in {text!r}: {names} can be filled in{near(word or '', known)}")
