@@ -68,11 +68,12 @@ class Admission:
         self.most = descriptors - min(DESCRIPTORS_KEPT, descriptors // 2)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run a coroutine of a connection as a task."""
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def enter(self, client: Client, is_client: bool = True) -> Reservation | bytes:
         """Count a connection by the limits of the machine and of its client; or the reply that rejects it (instead of the

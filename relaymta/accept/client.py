@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.eager import begin
-from relaymta.accept.line import BEHIND, CHECKING, SHAKING, Line
+from relaymta.accept.line import BEHIND, CHECKING, COMMITTING, SHAKING, Line
 from relaymta.accept.listening import unread
 from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
@@ -31,6 +31,7 @@ REFUSED = index("relaymta_connections_total", "refused")
 STRESS_PATIENCE = 0.1  # factor of the timeouts under stress
 # Seconds for the handshake, and for the client's close_notify.
 TLS_TIMEOUTS: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
+KEPT = 4096  # octets behind a complete message that are read until its reply
 SOFT_ERRORS = 3  # errors above which each is delayed (tarpit)
 
 
@@ -78,6 +79,7 @@ class ClientConnection(Line, Generic[S]):
         "eager",
         "early",
         "ended",
+        "kept",
         "listener",
         "rights",
         "session",
@@ -91,6 +93,7 @@ class ClientConnection(Line, Generic[S]):
         self.eager = False  # what `run` has begun has not waited yet
         self.early = False  # the client sent data before the banner
         self.ended = False  # the client has sent its EOF
+        self.kept = 0  # octets that have arrived while something was waited for, since it was last not so
         self.delayed = b""  # replies that the tarpit holds back
 
     # What each protocol does in its own way
@@ -125,6 +128,9 @@ class ClientConnection(Line, Generic[S]):
 
     def secured(self, described: str) -> None:
         """TLS is active now: version and cipher."""
+
+    def hung_up(self) -> None:
+        """The client has hung up, or sends no more, while its message is signed, verified, filtered or committed."""
 
     # Begin and end
 
@@ -178,6 +184,8 @@ class ClientConnection(Line, Generic[S]):
         self.transport = None
         if self.session is not None:
             self.session.close()
+            if self.waits & COMMITTING:
+                self.hung_up()
         self.release()
         if self.rights is not None:
             self.rights.detach()
@@ -203,8 +211,11 @@ class ClientConnection(Line, Generic[S]):
         self.active_at = self.admission.time
         if self.waits:
             session.keep(data)
-            self.pause()
+            self.kept += len(data)
+            if self.waits != COMMITTING or self.kept > KEPT:  # a client that says QUIT and goes is to be noticed
+                self.pause()
             return
+        self.kept = 0
         errors = session.errors
         out = session.receive(data)
         if session.errors > errors and session.errors > SOFT_ERRORS and not self._trusted():
@@ -231,9 +242,11 @@ class ClientConnection(Line, Generic[S]):
             self.go_on(0)
 
     def eof_received(self) -> bool:
-        """A client that half-closes after the final dot still gets its reply, except over TLS: asyncio always closes that, and
-        logs a warning when asked to keep it open."""
+        """A client that half-closes after the final dot still gets its reply (where filters look, that its message is not taken),
+        except over TLS: asyncio always closes that, and logs a warning when asked to keep it open."""
         self.ended = True
+        if self.waits & COMMITTING:
+            self.hung_up()
         return not self.lingers and self.waits != 0 and self.session is not None and not self.session.secure
 
     def advance(self, session: S, out: bytes) -> None:

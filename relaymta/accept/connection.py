@@ -69,9 +69,15 @@ class Connection(ClientConnection[ServerSession]):
         self.active_at = self.admission.time
         self.go_on(SPILLING)
 
-    def answer(self, transaction: Transaction, answer: bytes | list[bytes]) -> None:
-        """The reply to a complete message: its transaction ends. Of several only the first counts: a later one is not taken for
-        that to the next message, which would be acknowledged before it is stored."""
+    def hung_up(self) -> None:
+        """As of ClientConnection: what filters look at is given up, and nothing of it is queued."""
+        transaction = self.session.transaction if self.session is not None else None
+        if isinstance(transaction, IncomingTransaction):
+            transaction.abandon()
+
+    def answer(self, transaction: Transaction, answer: bytes | list[bytes], closes: bool = False) -> None:
+        """As of Flow. Of several only the first counts: a later one is not taken for that to the next message, which would be
+        acknowledged before it is stored."""
         session = self.session
         if session is None or session.state != STORING or session.transaction is not transaction:
             return
@@ -81,6 +87,8 @@ class Connection(ClientConnection[ServerSession]):
             session.finish(answer)
             return
         out = session.finish(answer)
+        if closes:
+            session.close()
         if self.admission.intake.draining:
             session.close()
             out += DRAIN_REPLY

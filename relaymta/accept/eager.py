@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["begin"]
 
 
-def begin(coroutine: Coroutine[Any, Any, None], spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+def begin(coroutine: Coroutine[Any, Any, None], spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
     """Run a coroutine; what comes behind its first wait is given to `spawn`, which makes a task of it. Up to there no task is
     current: `asyncio.timeout` cannot be used before that."""
     try:

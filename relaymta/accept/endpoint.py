@@ -1,5 +1,6 @@
 """What a listener offers to its clients: TLS and AUTH, from its settings and the current certificates and accounts."""
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -23,10 +24,11 @@ from relaymta.proto.address import comparable, plain
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
-from relaymta.shm import Limits, Rates
+from relaymta.shm import Limits, Named, Rates
 from relaymta.watch import Watched
 
 if TYPE_CHECKING:
+    from relaymta.filter.chain import Chains
     from relaymta.filter.verify import Verifier
 
 __all__ = ["Endpoint", "check"]
@@ -48,6 +50,7 @@ class Parts(NamedTuple):
     logins: Logins
     recipients: Watched[frozenset[str] | None]
     verifier: "Verifier | None"
+    chains: "Chains | None"
 
     def refresh(self) -> None:
         """Read the files that have changed. Blocks."""
@@ -75,8 +78,13 @@ class Endpoint:
         log: Log,
         tickets: bytes,
         mail_user: Callable[[str], MailUser | None] | None = None,
+        named: Named | None = None,
     ) -> None:
-        """`tickets`: TLS session ticket keys (tickets.OCTETS); `mail_user`: as of Logins."""
+        """`tickets`: TLS session ticket keys (tickets.OCTETS); `mail_user`: as of Logins; `named`: counters of filters. Called on
+        the loop."""
+        self._named = named
+        self._loop = asyncio.get_running_loop()
+        self.chains: Chains | None = None  # None: there are no filters
         self._mail_user = mail_user
         self._tickets = tickets
         self._resolver = resolver
@@ -109,6 +117,7 @@ class Endpoint:
             Logins(config, self._checker, self._rates, self._limits, self._counters, self._log, self._mail_user),
             Watched([path] if path else [], lambda: _recipients(path)),
             self._verifier(config) if config.verify.results or config.verify.no_author == "reject" else None,
+            self._chains(config) if config.filter else None,
         )
         parts.refresh()
         return parts
@@ -117,6 +126,11 @@ class Endpoint:
         self._parts = parts
         self.certificates, self.logins, self.verifier = parts.certificates, parts.logins, parts.verifier
         self.signer.configure(parts.keys)
+        before, self.chains = self.chains, parts.chains
+        if self.chains is not None:
+            self.chains.begin(before)
+        elif before is not None:
+            before.close()
         self._reported: set[str] = set()
         self._report()
 
@@ -129,6 +143,18 @@ class Endpoint:
         from relaymta.filter.verify import Verifier  # with its libraries, only where it is configured
 
         return Verifier(config.verify, config.hostname, self._resolver, lambda: wall_ms() // 1000)
+
+    def _chains(self, config: Config) -> "Chains":
+        from relaymta.filter.chain import Chains  # likewise
+
+        assert self._named is not None
+        return Chains(config, self._limits, self._named, self._log, self._loop, self.chains)
+
+    def end(self) -> None:
+        """The worker ends: stop the signing process, leave the filters."""
+        self.signer.end()
+        if self.chains is not None:
+            self.chains.close()
 
     def offers(self, listener: Listener, xclient: bool) -> Offers:
         """What a new session on a listener may use. `xclient`: the client may use XCLIENT."""

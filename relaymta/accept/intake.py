@@ -377,6 +377,11 @@ class Intake:
         if refusal is not None and refusal.startswith(b"4"):
             self.counters.add(REFUSED_FILTER, 1)
 
+    def count_filtered(self, answer: bytes) -> None:
+        """Count a message that a filter has refused; 5xx is counted as content (see `refused`)."""
+        if answer.startswith(b"4"):
+            self.counters.add(REFUSED_FILTER, 1)
+
     def accepted(self, size: int, recipients: int) -> None:
         """Count a message that was acknowledged."""
         add = self.counters.add

@@ -1,12 +1,15 @@
 """Where a message comes from: the client, and what its address, its login and the listener make of it."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.auth.identity import Identity
 from relaymta.config import Listener
 from relaymta.proto.session import Session
 from relaymta.proto.transaction import Limits
+
+if TYPE_CHECKING:
+    from relaymta.filter.chain import Chain
 
 __all__ = ["Client", "Origin", "Taken", "protocol_of"]
 
@@ -41,7 +44,7 @@ class Origin(NamedTuple):
     added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
     `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
     are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
-    (RFC 8601 5); `lmtp`: it goes into mailboxes, past the queue."""
+    (RFC 8601 5); `lmtp`: it goes into mailboxes, past the queue; `chain`: the filters that look at it, None: none does."""
 
     client: Client
     identity: Identity | None
@@ -55,6 +58,7 @@ class Origin(NamedTuple):
     postmaster: str
     trusted: bool
     lmtp: bool
+    chain: "Chain | None" = None
 
     @classmethod
     def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":

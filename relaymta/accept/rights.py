@@ -105,6 +105,10 @@ class Rights(Host):
         self.limits = self.client.limits
         self.user = identity.name if identity is not None else ""
         self.origin = Origin.of(self.client, identity, self._listener)
+        chains = self._admission.endpoint.chains
+        if chains is not None:
+            chain = chains.chain_for(self._listener, self.client.address, self.origin.application, self.origin.may_relay)
+            self.origin = self.origin._replace(chain=chain)
         self.domain = self.origin.domain
 
     # What the session asks

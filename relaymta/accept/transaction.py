@@ -2,14 +2,15 @@
 
 receiving   RCPT by RCPT and piece by piece. What exceeds the memory for it is written to a file (`Large`) by a thread,
             meanwhile nothing is read.
-completing  the session is STORING: our fields are added, the message is signed or verified, and handed to the queue.
-            This goes on whether the client stays or not, and always ends with one reply (`Flow.answer`), which ends the
-            session's transaction.
+completing  the session is STORING: our fields are added, the message is verified, shown to filters, signed, and handed to the
+            queue. This goes on whether the client stays or not, but for the filters, and always ends with one reply
+            (`Flow.answer`), which ends the session's transaction.
 ended       `end`, called once by the session, whatever ended it: the file is discarded unless the queue has it, units of
             quotas that were not used are given back. If a thread still writes, that happens when it returns.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,16 +19,19 @@ from relaymta.accept.large import Large
 from relaymta.accept.origin import Origin
 from relaymta.accept.quota import Units
 from relaymta.errors import StoreError, store_error
+from relaymta.filter.judgement import Mail, Text, Verdict
 from relaymta.filter.signing import Unsignable
 from relaymta.proto import reply
+from relaymta.proto.edits import edited, without
 from relaymta.proto.envelope import Body
-from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets
+from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets, header_end
 from relaymta.proto.session import Session
 from relaymta.proto.transaction import Transaction
 from relaymta.queue import format_id
 from relaymta.reservation import Reservation
 
 if TYPE_CHECKING:
+    from relaymta.filter.chain import Chain
     from relaymta.filter.verify import Look, Verifier
 
 __all__ = ["Flow", "IncomingTransaction"]
@@ -44,15 +48,16 @@ class Flow(Protocol):
     def written(self) -> None:
         """Go on reading."""
 
-    def answer(self, transaction: Transaction, answer: bytes | list[bytes]) -> None:
-        """The reply to a complete message (see Session.finish); its transaction ends."""
+    def answer(self, transaction: Transaction, answer: bytes | list[bytes], closes: bool = False) -> None:
+        """The reply to a complete message (see Session.finish); its transaction ends. `closes`: the connection, too."""
 
 
 class IncomingTransaction(Transaction):
     """See above. `began_at`: when its message data began to arrive (loop time), 0.0 before."""
 
     __slots__ = (
-        "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_over", "_session", "_units", "_writing",
+        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_session", "_units",
+        "_writing",
         "began_at", "large", "octets", "origin",
     )  # fmt: skip
 
@@ -71,6 +76,8 @@ class IncomingTransaction(Transaction):
         self._units: Units | None = None  # of a quota of octets
         self._writing = False  # a thread has `large`
         self._over = False
+        self._judging: asyncio.Task[None] | None = None  # from its verification on, until filters have said what they say
+        self._abandoned = False  # the client has hung up meanwhile
 
     # Receiving
 
@@ -120,9 +127,15 @@ class IncomingTransaction(Transaction):
             if look is None:
                 return reply.HEADER_TOO_LONG
             look.body.skip(look.end)
+        chain = self.origin.chain
+        if chain is not None and header_end(start) == len(start):
+            return reply.HEADER_TOO_LONG  # it is shown to filters, and may be changed
         front = intake.prepend(ident, self, self.origin, self._session, start[:HEADER_SEEN])
         if isinstance(front, bytes):
             return front
+        if chain is not None:
+            header = start[: header_end(start)]
+            return Large(lambda room: intake.queue.big_body(ident, room), front, None, look, header, True), [start]
         if self._signs():
             try:
                 draft = endpoint.signer.draft(front[0], start, self.origin.application)
@@ -189,7 +202,9 @@ class IncomingTransaction(Transaction):
             return
         if self.chunked:
             self._end_line(data)
-        if self._signs():
+        if self.origin.chain is not None:
+            self._judge(self._judge_whole(self.origin.chain, front, b"".join(data)))
+        elif self._signs():
             application = self.origin.application
             endpoint.signer.sign(front[0], data, application, lambda found: self._try(self._signed, front, data, found))
         elif endpoint.verifier is not None and not self.origin.may_relay:
@@ -239,7 +254,8 @@ class IncomingTransaction(Transaction):
         try:
             verdict = await verifier.check(self.origin.client.address, self._session.helo, self.sender, look, body)
         except BaseException as error:  # after an internal error, or when this is cancelled, the client tries again
-            intake.not_verified(error)
+            if not self._abandoned:
+                intake.not_verified(error)
             self._reject(reply.NOT_VERIFIED)
             if not isinstance(error, Exception):
                 raise
@@ -265,6 +281,10 @@ class IncomingTransaction(Transaction):
         assert large is not None
         if error is not None:
             self._stored(store_error(error))
+        elif self.origin.chain is not None and self._abandoned:
+            self._reject(reply.NOT_FILTERED)
+        elif self.origin.chain is not None:
+            self._judge(self._judge_large(self.origin.chain, large))
         elif large.draft is not None:
             endpoint.signer.finish(large.draft, lambda found: self._try(self._large_signed, found))
         elif large.look is not None and endpoint.verifier is not None:
@@ -282,6 +302,126 @@ class IncomingTransaction(Transaction):
         field = await self._verified(verifier, look, b"")
         if field is not None:
             self._try(self._finish_file, field)
+
+    # Filtering: verify, ask the filters, change the header, sign
+
+    def _judge(self, work: Coroutine[object, object, None]) -> None:
+        self._judging = self._admission.spawn(work)
+        self._judging.add_done_callback(self._judged)
+
+    def _judged(self, task: "asyncio.Task[None]") -> None:
+        """However that has ended, also before it has begun: there is a reply."""
+        self._judging = None
+        if task.cancelled():
+            self._reject(reply.NOT_FILTERED)
+        elif (error := task.exception()) is not None:
+            if isinstance(error, OSError):
+                self._stored(store_error(error))
+            elif isinstance(error, Exception):
+                self._failed(error)
+
+    def abandon(self) -> None:
+        """The client has hung up: it will send the message again, so that what filters are still asked about, or are to be asked
+        about, is not taken. What they have let pass is stored all the same."""
+        self._abandoned = True
+        if self._judging is not None:
+            self._judging.cancel()
+
+    async def _judge_whole(self, chain: "Chain", front: list[bytes], whole: bytes) -> None:
+        """Of a message in memory."""
+        verifier, end, results = self._admission.endpoint.verifier, header_end(whole), b""
+        header, body = whole[:end], whole[end:]
+        if verifier is not None and not self.origin.may_relay:
+            look = verifier.look(whole)
+            if look is None:
+                self._reject(reply.HEADER_TOO_LONG)
+                return
+            found = await self._verified(verifier, look, body)
+            if found is None:
+                return
+            results = found
+        changed = await self._filtered(chain, front, header, lambda head: Text(results + head, body))
+        if changed is None:
+            return
+        above, header = changed
+        fields, data = [above + results + _without_empty_line(front, end)], [header, body]
+        self._judging = None  # from here on it is stored, whether the client stays or not
+        if self._signs():
+            application, signer = self.origin.application, self._admission.endpoint.signer
+            signer.sign(fields[0], data, application, lambda found: self._try(self._signed, fields, data, found))
+        else:
+            self._submit(fields + data)
+
+    async def _judge_large(self, chain: "Chain", large: Large) -> None:
+        """Of a message in a file."""
+        admission, results = self._admission, b""
+        endpoint = admission.endpoint
+        if large.look is not None and endpoint.verifier is not None:
+            found = await self._verified(endpoint.verifier, large.look, b"")
+            if found is None:
+                return
+            results = found
+
+        async def read(at: int, most: int) -> bytes:
+            return await admission.loop.run_in_executor(admission.threads, large.piece, at, most)
+
+        octets = large.body_octets
+        changed = await self._filtered(chain, large.front, large.header, lambda head: Text(results + head, b"", octets, read))
+        if changed is None:
+            return
+        above, header = changed
+        front = above + results + _without_empty_line(large.front, len(large.header))
+        self._judging = None
+        large.change([front, header])
+        if not self._signs():
+            self._finish_file(b"")
+            return
+        try:
+            draft = endpoint.signer.draft(front, header, self.origin.application)
+        except Unsignable as error:
+            self._reject(error.reply)
+            return
+        if draft is None:
+            self._finish_file(b"")
+            return
+        draft.body.feed(header)
+        await admission.loop.run_in_executor(admission.threads, large.hash_body, draft)
+        endpoint.signer.finish(draft, lambda found: self._try(self._large_signed, found))
+
+    async def _filtered(
+        self, chain: "Chain", front: list[bytes], header: bytes, shown: Callable[[bytes], Text]
+    ) -> tuple[bytes, bytes] | None:
+        """Ask the filters about a message, of which `shown(header)` is what they see. What they want above our fields, and the
+        header as it is to be; None: it is refused or discarded, and that is answered."""
+        origin = self.origin
+        if chain.forged:
+            header = without(header, chain.forged)
+        if not header:
+            header = b"\r\n"
+        mail = Mail(
+            format_id(self._ident), self.sender, self.recipients, origin.client.address, self._session.helo,
+            origin.identity.name if origin.identity is not None else "", self._session.tls, shown(header),
+        )  # fmt: skip
+        outcome = await chain.judge(mail)
+        if outcome.verdict is Verdict.HOLD and origin.lmtp:
+            outcome = outcome._replace(verdict=Verdict.TEMPFAIL, reply=reply.NOT_HELD)
+        if outcome.reply:
+            self._admission.intake.count_filtered(outcome.reply)
+            self._admission.loop.call_soon(self._flow.answer, self, outcome.reply, outcome.closes)
+            return None
+        if outcome.verdict is Verdict.DISCARD:
+            self._admission.intake.accepted(mail.text.size, len(self.recipients))
+            answer = f"250 2.0.0 Ok: queued as {mail.ident}\r\n".encode()  # as if it had been
+            self._admission.loop.call_soon(self._flow.answer, self, answer)
+            return None
+        self.held = self.held or outcome.held
+        above, changed, _ = edited(header, outcome.edits)
+        if header_end(changed) == len(changed):
+            return above, changed
+        # Without its first field, a header whose next line is none is no header any more: it stays as it is, and what is added
+        # stands above our fields.
+        above, added, _ = edited(b"", outcome.edits)
+        return above + added.removesuffix(b"\r\n"), header
 
     def _finish_file(self, fields: bytes) -> None:
         assert self.large is not None
@@ -358,3 +498,10 @@ class IncomingTransaction(Transaction):
         """Do `work(argument)`, or `work()` without one, on a thread; then call `done(future)` on the loop."""
         arguments = () if argument is None else (argument,)
         self._admission.loop.run_in_executor(self._admission.threads, work, *arguments).add_done_callback(done)
+
+
+def _without_empty_line(front: list[bytes], header_octets: int) -> bytes:
+    """Our fields in front of a header. Where the message has none, they end with the empty line in front of its body, which
+    belongs to the header that it gets."""
+    fields = b"".join(front)
+    return fields if header_octets else fields.removesuffix(b"\r\n")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,7 @@ class BigBody:
         self._room = room
         self._synced = 0
         self._digest = xxhash.xxh3_64()
+        self._using = threading.Lock()  # of what reads a piece, while others may close it
         self._fd = -1
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.lseek(self._fd, room + FRAME.size, os.SEEK_SET)
@@ -116,10 +118,18 @@ class BigBody:
             os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
             self._synced = self.length
 
-    def read(self) -> list[bytes]:
-        """All that was written, in pieces; before `finish`. OSError."""
+    def piece(self, at: int, most: int) -> bytes:
+        """At most `most` octets of what was written, from `at` on; before `finish`, from any thread and several at a time.
+        OSError, also once it is closed."""
+        with self._using:
+            if self._fd < 0:
+                raise OSError(errno.EBADF, f"{self.path} is closed")
+            return os.pread(self._fd, max(min(most, self.length - at), 0), self._room + FRAME.size + at)
+
+    def read(self, skip: int = 0) -> list[bytes]:
+        """All that was written, but for the first `skip` octets, in pieces; before `finish`. OSError."""
         pieces: list[bytes] = []
-        place, left = self._room + FRAME.size, self.length
+        place, left = self._room + FRAME.size + skip, self.length - skip
         while left:
             piece = os.pread(self._fd, min(left, MEGABYTE), place)
             if not piece:
@@ -128,22 +138,22 @@ class BigBody:
             place, left = place + len(piece), left - len(piece)
         return pieces
 
-    def finish(self, front: list[bytes]) -> Body:
-        """Prepend `front`, sync the file and its directory; where the body lies. StoreError when `front` exceeds the room,
-        OSError when it cannot be written; the file is removed then."""
+    def finish(self, front: list[bytes], skip: int = 0) -> Body:
+        """Write `front` in place of the first `skip` octets, sync the file and its directory; where the body lies. StoreError
+        when `front` exceeds these and the room, OSError when it cannot be written; the file is removed then."""
         try:
-            return self._finish(b"".join(front))
+            return self._finish(b"".join(front), skip)
         except BaseException:
             self.discard()
             raise
 
-    def _finish(self, first: bytes) -> Body:
-        offset = self._room - len(first)
+    def _finish(self, first: bytes, skip: int) -> Body:
+        offset = self._room + skip - len(first)
         if offset < 0:
             raise StoreError(f"{len(first)} octets do not fit in front of the body of {self.ident:016x}")
         write_all(self._fd, [first], offset + FRAME.size)
-        self.length += len(first)
-        checksum = self._digest.intdigest() if not first else digest_of(self._fd, offset + FRAME.size)[0]
+        self.length += len(first) - skip
+        checksum = self._digest.intdigest() if not first and not skip else digest_of(self._fd, offset + FRAME.size)[0]
         write_all(self._fd, [FRAME.pack(MAGIC, 1, self.ident, self.length, checksum)], offset)
         os.fdatasync(self._fd)
         self._close()
@@ -158,9 +168,10 @@ class BigBody:
             remove_file(self.path)
 
     def _close(self) -> None:
-        descriptor, self._fd = self._fd, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        with self._using:
+            descriptor, self._fd = self._fd, -1
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def __del__(self) -> None:
         self._close()  # neither finished nor discarded: its receiver was cancelled

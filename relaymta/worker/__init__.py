@@ -138,6 +138,7 @@ class Worker:
         self.client_rates = shared.client_rates(workers, slot)
         self.states = SiteStates(msgspec.convert(states, list[SiteState]))
         self.in_flight = shared.in_flight(slot)
+        self.named = shared.named(slot)
         self.probed = dict(probed)
         self.log = self._open_log(mail is not None)
         self.routes = RouteTable(self.config)
@@ -178,7 +179,9 @@ class Worker:
     async def _listen(self, taking: Queue, tickets: bytes, descriptors: list[int]) -> None:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
         login = self.mail.recipients.login if self.mail is not None else None
-        endpoint = Endpoint(self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login)
+        endpoint = Endpoint(
+            self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login, self.named
+        )
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
         others: dict[str, Make] = {}
@@ -313,7 +316,7 @@ class Worker:
         if self.mail is not None:
             await self.mail.delivery.end(FILING_SECONDS)
         self.gauges.stop()
-        self.acceptor.endpoint.signer.end()
+        self.acceptor.endpoint.end()
         for shard in self.shards.values():
             await shard.queue.stop()
         if self.mail is not None:

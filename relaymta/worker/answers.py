@@ -153,6 +153,12 @@ class Answers:
             raise RelayError("disconnect: which user?")
         return await self._mail().disconnect(args.user)
 
+    async def filters(self, args: Nothing) -> list[Any]:
+        """As `Chains.rows`."""
+        acceptor = self._worker.acceptor
+        chains = acceptor.endpoint.chains if acceptor is not None else None
+        return chains.rows() if chains is not None else []
+
     async def usage(self, args: Nothing) -> list[Any]:
         """The use of accounts' quotas, which all workers share."""
         worker = self._worker

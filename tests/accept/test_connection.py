@@ -479,9 +479,6 @@ def test_a_transaction_ends_with_a_reply_whatever_fails_inside(monkeypatch, step
     if step in ("verify", "cancel"):
         monkeypatch.setattr(of, "check", fails_later)
     made.data_received(b"BDAT 0 LAST\r\nNOOP\r\n")
-    if step == "cancel":
-        with pytest.raises(asyncio.CancelledError):
-            idle(made)
     idle(made)
     assert isinstance(made.transport, Transport) and made.session is not None and made.session.transaction is None
     refused = step != "prepend" or size == 10  # a large one has got its fields before

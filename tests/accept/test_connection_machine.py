@@ -15,11 +15,28 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from relaymta.accept.connection import Connection
 from relaymta.auth.identity import Identity
+from relaymta.proto.header import header_end
 from tests.accept.test_transactions import connected, idle
 from tests.conftest import PROVE
-from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, REFUSED, WRONG, Machine, Transport
+from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, FILTER_FAILS, FILTERED, REFUSED, WRONG, Machine, Transport
 
-SPOILED = (b"", b"", b"", b"", DISK_FAILS, COMMIT_FAILS, REFUSED + b": x", b"x\ny", b"x" * 1100, b"\0", b"Received: x\r\n" * 60)
+SPOILED = (
+    b"",
+    b"",
+    b"",
+    b"",
+    DISK_FAILS,
+    COMMIT_FAILS,
+    REFUSED + b": x",
+    FILTERED + b": x",
+    FILTER_FAILS + b": x",
+    b"x\ny",
+    b"x" * 1100,
+    b"\0",
+    b"Received: x\r\n" * 60,
+)
+WAYS = ("", "signs", "looks", "filters", "signs, filters", "looks, filters")
+BELOW = b"X-Below: ours\r\n"  # what filters add to the header
 SIZES = (10, 300, BIG, 4 * BIG)
 DOMAINS = ("d.example", "d.example", "far.example")
 ADDRESSES = ("192.0.2.7", "198.51.100.7", "127.0.0.1", "[UNAVAILABLE]")
@@ -99,17 +116,17 @@ class Clients(RuleBasedStateMachine):
         self.of: Machine = None  # type: ignore[assignment]
 
     @precondition(lambda self: self.of is None)
-    @rule(seed=st.integers(0, 1 << 32), way=st.sampled_from(("", "signs", "looks")), tarpit=st.sampled_from((0, 5)))
+    @rule(seed=st.integers(0, 1 << 32), way=st.sampled_from(WAYS), tarpit=st.sampled_from((0, 5)))
     def start(self, seed: int, way: str, tarpit: int) -> None:
         configured: dict[str, Any] = {
-            "relay": {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if way == "signs" else []},
+            "relay": {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if "signs" in way else []},
             "network": [{"networks": ["127.0.0.1/32"], "xclient": True, "long_lines": False}],
             "intake": {"errors": 30, "tarpit": tarpit, "long_line_networks": []},
             "accounts": {"answer_after": 0},
             "limits": {"message_size": 10 * BIG, "recipient_rate": "60/h"},
         }
-        self.random, self.relays = Random(seed), way == "signs"
-        self.of = Machine(self.random, way == "signs", way == "looks", **configured)
+        self.random, self.relays, self.filters = Random(seed), "signs" in way, "filters" in way
+        self.of = Machine(self.random, "signs" in way, "looks" in way, filters=self.filters, **configured)
         self.of.logs_in = ANN
 
     started = precondition(lambda self: self.of is not None)
@@ -325,7 +342,15 @@ class Clients(RuleBasedStateMachine):
             front = data.removesuffix(sent)
             assert front != data and b"line of mail" not in front and front.count(b"Received: from") == 1
             signed = re.search(rb"X-Signed: (\d+)", front)
-            assert signed is None or int(signed[1]) == len(sent)
+            below = front.endswith((b"\r\n" + BELOW, b"\r\n" + BELOW + b"\r\n"))
+            header = sent[: header_end(sent)]
+            added = (len(BELOW) + 2 * (not header)) * (below and self.relays)
+            assert signed is None or int(signed[1]) == len(sent) + added
+            shown = re.search(rb"X-Filter: (\d+)\r\n", front)
+            assert (shown is not None) == self.filters == below, front
+            assert not self.filters or not any(word in header for word in (FILTERED, FILTER_FAILS))
+            results = len(signed[0]) + 2 if signed is not None and not self.relays else 0
+            assert shown is None or int(shown[1]) == results + len(header or b"\r\n") + len(sent) - len(header)
         assert self.acknowledged <= seen
         alive = [one for one in self.known if one.alive]
         held = self.of.held()

@@ -541,7 +541,7 @@ class Bench:
             counters=SimpleNamespace(add=lambda cell, count: self.counted.update({cell: count})),
             draining=False,
         )
-        endpoint = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None))
+        endpoint = SimpleNamespace(refresh=lambda loop, threads: None, certificates=SimpleNamespace(context=None), chains=None)
         self.limits = Shared.create().limits(0, 1)
         self.acceptor = Acceptor(config, intake, endpoint, self.limits, None)  # type: ignore[arg-type]
         self.config = config

@@ -1,9 +1,10 @@
 """A Connection of accept/ without a socket, a disk or a clock: the test runs every step of its loop, in any order that a real
 loop and its threads could have."""
 
+import asyncio
 import errno
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from random import Random
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ from relaymta.accept.quota import Quotas
 from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError
+from relaymta.filter.chain import Outcome
+from relaymta.filter.judgement import Mail, Verdict
 from relaymta.metrics import CELLS, Counters
 from relaymta.proto import reply
+from relaymta.proto.edits import Insert
 from relaymta.proto.envelope import Body, Envelope
 from relaymta.proto.header import header_end
 from relaymta.proto.said import Reply
@@ -32,6 +36,8 @@ DISK_FAILS = b"X-Disk-Fails"  # in message data: its file cannot be written
 COMMIT_FAILS = b"X-Commit-Fails"
 QUEUE_FAILS = b"X-Queue-Fails"  # the mailboxes have it, but the queue does not take the rest
 WRONG = "wrong"  # a password
+FILTERED = b"X-Refuse-Me"  # in a header: a filter refuses the message
+FILTER_FAILS = b"X-Fails-Filter"
 REFUSED = b"X-Refused"  # in a header: DMARC rejects the message
 
 
@@ -73,7 +79,7 @@ class Loop:
         self.timers.append(lambda: call(*arguments))
 
     def run_in_executor(self, threads: object, call: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        future: Future[Any] = Future()
+        future: Future[Any] = Promise()
 
         def run() -> None:
             try:
@@ -87,16 +93,8 @@ class Loop:
         self.threads.append(run)
         return future
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        def run() -> None:
-            try:
-                waited_for = coroutine.send(None)
-            except StopIteration:
-                return
-            assert waited_for is None, "waits for something outside of this loop"
-            self.turns.append(run)
-
-        self.turns.append(run)
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> "Task":
+        return Task(self, coroutine)
 
     async def start_tls(self, transport: "Transport", protocol: Connection, context: object, **patience: object) -> "Transport":
         assert transport.paused, "what arrives now belongs to the handshake"
@@ -110,6 +108,62 @@ class Loop:
             return False
         (self.random.choice(ready) if ready else self.timers).popleft()()
         return True
+
+
+class Promise(Future[Any]):
+    """What a thread job returns, for coroutines, too."""
+
+    def __await__(self) -> Generator[None, None, Any]:
+        while not self.done():
+            yield
+        return self.result()
+
+
+class Task:
+    """A coroutine on a Loop."""
+
+    def __init__(self, loop: Loop, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._loop, self._coroutine = loop, coroutine
+        self._calls: list[Callable[[Any], object]] = []
+        self._cancels = self._cancelled = False
+        self._error: BaseException | None = None
+        self.over = False
+        loop.turns.append(self._run)
+
+    def _run(self) -> None:
+        try:
+            cancels, self._cancels = self._cancels, False
+            waited_for = self._coroutine.throw(asyncio.CancelledError()) if cancels else self._coroutine.send(None)
+        except StopIteration:
+            self._end()
+        except asyncio.CancelledError:
+            self._cancelled = True
+            self._end()
+        except Exception as error:
+            self._error = error
+            self._end()
+        else:
+            assert waited_for is None, "waits for something outside of this loop"
+            self._loop.turns.append(self._run)
+
+    def _end(self) -> None:
+        self.over = True
+        assert self._calls or self._error is None, self._error
+        for call in self._calls:
+            self._loop.call_soon(call, self)
+
+    def add_done_callback(self, call: Callable[[Any], object]) -> None:
+        self._calls.append(call)
+
+    def cancel(self) -> bool:
+        self._cancels = not self.over
+        return self._cancels
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def exception(self) -> BaseException | None:
+        return self._error
 
 
 class Transport:
@@ -190,7 +244,9 @@ class Machine(Admission):
     """What the connections of one worker share. `big`: as BIG; `signs`: mail is signed; `looks`: mail of unauthenticated clients
     is verified."""
 
-    def __init__(self, random: Random, signs: bool = False, looks: bool = False, big: int = BIG, **settings: Any) -> None:
+    def __init__(
+        self, random: Random, signs: bool = False, looks: bool = False, big: int = BIG, filters: bool = False, **settings: Any
+    ) -> None:
         steps, limits = Loop(random), Limits()
         found: dict[str, Any] = {"hostname": "relay.example", "relay": {"domains": ["d.example"], "networks": []}}
         found["listener"] = [{"address": "127.0.0.1:25"}]
@@ -202,6 +258,8 @@ class Machine(Admission):
         self.logs_in: Identity | None = None
         self.signer: Any = self if signs else None
         self.verifier = self if looks else None
+        self.chains: Any = self if filters else None
+        self.forged: frozenset[bytes] = frozenset()
         self.mailboxes: list[tuple[str, str, bytes]] = []  # sender, user and message of what was filed
         self.certificates = SimpleNamespace(context=object())
         self.logins = SimpleNamespace(check=self.login, with_account=lambda identity: identity)
@@ -218,8 +276,8 @@ class Machine(Admission):
             intake.local = LocalRecipients(lambda address, size: None, lambda recipients, kept: recipients, self.file_now)
             self.filing = Filing(2 * big)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.steps.spawn(coroutine)
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> Any:
+        return self.steps.spawn(coroutine)
 
     def held(self) -> Counter[str]:
         """All that is held of limits; empty when everything was given back."""
@@ -236,6 +294,24 @@ class Machine(Admission):
 
     def recipient_exists(self, address: str, domain: str) -> bool:
         return True
+
+    # As the filters.
+
+    def chain_for(self, *sender: object) -> "Machine":
+        return self
+
+    async def judge(self, mail: Mail) -> Outcome:
+        """Reads all of it, and does what the header says. The size of what it has seen stands above all other fields."""
+        octets = 0
+        async for piece in mail.text.pieces():
+            octets += len(piece)
+            await asyncio.sleep(0)
+        assert octets == mail.text.size
+        if FILTER_FAILS in mail.text.head:
+            raise ValueError("a defect")
+        if FILTERED in mail.text.head:
+            return Outcome(Verdict.REJECT, b"554 5.7.1 Refused\r\n")
+        return Outcome(Verdict.ACCEPT, edits=[Insert(1, b"X-Below", b" ours"), Insert(0, b"X-Filter", b" %d" % octets)])
 
     # As the signer and the verifier: the digest is the message data itself, so that it can be compared.
 
@@ -382,13 +458,21 @@ class File:
             raise OSError(errno.EIO, "it cannot")
         self.data += whole
 
-    def read(self) -> list[bytes]:
-        assert not self.discarded and not self.finished
-        return [self.data]
+    @property
+    def length(self) -> int:
+        return len(self.data)
 
-    def finish(self, front: list[bytes]) -> Body:
+    def piece(self, at: int, most: int) -> bytes:
         assert not self.discarded and not self.finished
-        self.finished, self.front = True, b"".join(front)
+        return self.data[at : at + most]
+
+    def read(self, skip: int = 0) -> list[bytes]:
+        assert not self.discarded and not self.finished
+        return [self.data[skip:]]
+
+    def finish(self, front: list[bytes], skip: int = 0) -> Body:
+        assert not self.discarded and not self.finished
+        self.finished, self.front, self.data = True, b"".join(front), self.data[skip:]
         return Body(self.number, 1, 0, len(self.front) + len(self.data))
 
     def discard(self) -> None:

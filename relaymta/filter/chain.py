@@ -1,0 +1,260 @@
+"""The chain: all filters that look at a message, and what is done with it because of what they say.
+
+A filter gives a verdict and changes; the chain alone decides, at its end and all at once. Order: verification (SPF, DKIM, DMARC),
+the chain, our signatures, the commit. The strictest verdict counts, and of equals that of the filter that comes first in the
+file. A sure refusal ends the others' work; whatever one filter does, or does not, costs another nothing.
+"""
+
+import asyncio
+import ipaddress
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from relaymta.config import Config, FiltersTable, Listener
+from relaymta.config import Filter as Settings
+from relaymta.filter.guard import Finding, Guard
+from relaymta.filter.judgement import Filter, Mail, Verdict
+from relaymta.log import Log
+from relaymta.metrics import FilterCounters, FilterTotals
+from relaymta.proto import reply
+from relaymta.proto.address import domain_matches, domain_of
+from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
+from relaymta.proto.printable import printable
+from relaymta.shm import Limits, Named
+
+__all__ = ["Chain", "Chains", "Outcome", "Sender", "made"]
+
+REASON_SHOWN = 200  # characters of a filter's reason in a reply, a field, or the reason of a held message
+CHAINS_KEPT = 1000  # by what decides which filters apply
+
+
+class Outcome(NamedTuple):
+    """What is done with a message. `reply`: where it is refused, for good or for now; `closes`: the client is disconnected then;
+    `held`: why it is held, or ""; `edits`: changes to its header."""
+
+    verdict: Verdict
+    reply: bytes = b""
+    closes: bool = False
+    held: str = ""
+    edits: Sequence[Edit] = ()
+
+
+class Sender(NamedTuple):
+    """What decides which filters look at a client's mail. `trusted`: it may relay."""
+
+    listener: str
+    address: str
+    application: str
+    trusted: bool
+
+
+class Chain:
+    """The filters for the mail of one client, in the order of the file. `forged`: names of fields that are removed from mail of
+    clients that may not relay, since they are those of our tags."""
+
+    def __init__(
+        self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.guards = guards
+        self.forged = frozenset() if trusted else table.tag_names
+        self._table = table
+        self._trusted = trusted
+        self._log = log
+        self._loop = loop
+
+    async def judge(self, mail: Mail) -> Outcome:
+        """Ask all filters that apply, and say what is done. OSError: the message cannot be read. Cancelled: they are left alone,
+        and nothing is logged."""
+        findings = await self.ask(mail)
+        for one in findings:
+            self._told(mail, one)
+        return self.outcome(findings, mail)
+
+    async def ask(self, mail: Mail) -> list[Finding]:
+        """Ask all filters that apply, side by side: what they say, in the order of the file."""
+        until = self._loop.time() + self._table.budget
+        asked = [guard for guard in self.guards if _applies(guard.settings, mail.recipients)]
+        if len(asked) == 1:
+            return [await asked[0].ask(mail, self._trusted, until)]
+        return await self._side_by_side(asked, mail, until)
+
+    async def _side_by_side(self, asked: list[Guard], mail: Mail, until: float) -> list[Finding]:
+        """The findings, in the order of the file: of all, or up to a refusal that nothing can change."""
+        tasks = [self._loop.create_task(guard.ask(mail, self._trusted, until)) for guard in asked]
+        pending = set(tasks)
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if any(task.result().is_sure for task in done):
+                    break
+        finally:
+            for task in pending:
+                task.cancel()
+            if pending:
+                await asyncio.wait(pending)
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.exception()  # one is told of, and asyncio would log the others
+        return [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+
+    def _told(self, mail: Mail, one: Finding) -> None:
+        self._log.event(
+            "filtered", id=mail.ident, client=mail.client, sender=mail.sender, recipients=mail.recipients, filter=one.guard.name,
+            verdict=one.word, action=one.action.word, score=one.score, seconds=round(one.seconds, 4), changes=len(one.edits),
+            reason=f"{one.failure}: {one.reason}" if one.failure else one.reason,
+        )  # fmt: skip
+
+    def outcome(self, findings: list[Finding], mail: Mail) -> Outcome:
+        """What is done because of what they say."""
+        first = max(findings, key=lambda one: one.action, default=None)  # of equals, `max` finds the first
+        if first is None or first.action is Verdict.DISCARD:
+            return Outcome(Verdict.ACCEPT if first is None else Verdict.DISCARD)
+        if first.action >= Verdict.TEMPFAIL:
+            return Outcome(first.action, self._reply(first), first.closes)
+        tag = next((one for one in findings if one.action is Verdict.TAG), None)
+        edits = self._tags(tag, mail) if tag is not None else []  # first: what filters want may be more than there is room for
+        edits += [edit for one in findings for edit in one.edits]
+        held = f"filter {first.guard.name}: {_short(first.reason)}" if first.action is Verdict.HOLD else ""
+        return Outcome(first.action, held=held, edits=edits)
+
+    def _reply(self, one: Finding) -> bytes:
+        """It names the filter, and never an address or a version."""
+        name = one.guard.name
+        if one.closes:
+            return reply.format_reply(421, "4.7.1", f"{name} does not answer now; closing")
+        if one.word == "failed":
+            return reply.format_reply(451, "4.7.1", f"{name} does not answer now; try again later")
+        if one.word == "skipped":
+            return reply.format_reply(552, "5.3.4", f"The message is too large for {name}")
+        if one.action is Verdict.TEMPFAIL:
+            return reply.format_reply(451, "4.7.1", f"Not taken now by {name}: {_ascii(one.reason)}".rstrip(": "))
+        code, enhanced, text = self._table.reply.split(" ", 2)
+        return reply.format_reply(int(code), enhanced, _filled(text, one).strip(": ") or f"Refused by {name}")
+
+    def _tags(self, one: Finding, mail: Mail) -> list[Edit]:
+        """They stand first in the header: what is behind a line that is no field some readers do not see."""
+        edits: list[Edit] = []
+        for text in reversed(self._table.tag):
+            name, _, value = _filled(text, one).partition(":")
+            edits.append(Insert(1, name.encode(), spaced(value.strip().encode())))
+        if self._table.subject:
+            edits += subject_edits(mail.text.head, self._table.subject)
+        return edits
+
+
+class Chains:
+    """All configured filters of one worker. Made on any thread; used on the loop from `begin` on."""
+
+    def __init__(
+        self, config: Config, limits: Limits, named: Named, log: Log, loop: asyncio.AbstractEventLoop, before: "Chains | None"
+    ) -> None:
+        """`before`: what is in use now: filters that are configured as before go on as they are."""
+        self._table = config.filters
+        self._named = named
+        self._log = log
+        self._loop = loop
+        self._chains: dict[Sender, Chain | None] = {}
+        known = {} if before is None else {guard.name: guard for guard in before.guards}
+        self.guards: list[Guard] = [
+            known[one.name] if one.name in known and known[one.name].settings == one
+            else Guard(one, made(one), limits, FilterCounters(named.own(), named.row(one.name)), log, loop)
+            for one in config.filter
+        ]  # fmt: skip
+
+    def begin(self, before: "Chains | None") -> None:
+        """Use it from now on, in place of `before`."""
+        kept = {id(guard) for guard in self.guards}
+        for guard in [] if before is None else before.guards:
+            if id(guard) not in kept:
+                guard.close()
+        for guard in self.guards:
+            guard.begin()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For operators: of each filter its state for this worker, and what all workers have counted."""
+        found = []
+        for guard in self.guards:
+            total = FilterTotals(self._named.of(guard.name))
+            half, nearly_all = total.within(0.5), total.within(0.99)
+            found.append(
+                guard.state()
+                | {"asked": sum(total.buckets), "p50": half, "p99": nearly_all}
+                | {"verdicts": total.verdicts, "failures": total.failures}
+            )
+        return found
+
+    def close(self) -> None:
+        """The worker ends."""
+        for guard in self.guards:
+            guard.close()
+
+    def chain_for(self, listener: Listener, address: str, application: str, trusted: bool) -> Chain | None:
+        """The filters that look at the mail of a client; None: none does."""
+        sender = Sender(listener.address, address, application, trusted)
+        if sender not in self._chains:
+            if len(self._chains) >= CHAINS_KEPT:
+                self._chains.clear()
+            guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
+            self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop) if guards else None
+        return self._chains[sender]
+
+
+def made(settings: Settings) -> Filter:
+    """What speaks to a filter of the type that is configured."""
+    return _TYPES[settings.type](settings)
+
+
+def _clamd(settings: Settings) -> Filter:
+    from relaymta.filter.clamd import Clamd  # where it is configured
+
+    return Clamd(settings.address, settings.timeout)
+
+
+def _rspamd(settings: Settings) -> Filter:
+    from relaymta.filter.rspamd import Rspamd
+
+    return Rspamd(settings.address, settings.timeout, settings.must_work)
+
+
+def _spamd(settings: Settings) -> Filter:
+    from relaymta.filter.spamd import Spamd
+
+    return Spamd(settings.address, settings.timeout)
+
+
+_TYPES: dict[str, Callable[[Settings], Filter]] = {"clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd}
+
+
+def _is_for(settings: Settings, sender: Sender) -> bool:
+    """Whether a filter looks at a client's mail, whoever its recipients are."""
+    if settings.clients != "all" and sender.trusted != (settings.clients == "trusted"):
+        return False
+    if settings.listener and sender.listener not in settings.listener:
+        return False
+    if settings.application and sender.application not in settings.application:
+        return False
+    if not settings.networks:
+        return True
+    address = ipaddress.ip_address(sender.address)
+    return any(address in ipaddress.ip_network(network) for network in settings.networks)
+
+
+def _applies(settings: Settings, recipients: Sequence[str]) -> bool:
+    wanted = settings.recipient_domain
+    return not wanted or any(domain_matches(domain_of(address), wanted) for address in recipients)
+
+
+def _filled(template: str, one: Finding) -> str:
+    """A reply or a field, with its placeholders filled in: one line of ASCII."""
+    score = "" if one.score is None else f"{one.score:g}"
+    for word, value in (("{filter}", one.guard.name), ("{score}", score), ("{reason}", _ascii(one.reason))):
+        template = template.replace(word, value)
+    return template
+
+
+def _short(reason: str) -> str:
+    return printable(reason)[:REASON_SHOWN]
+
+
+def _ascii(reason: str) -> str:
+    return _short(reason).encode("ascii", "replace").decode()

@@ -1,0 +1,233 @@
+"""One configured filter, as one worker asks it: within its time, on one of its places, and not at all while it is down.
+
+Circuit: three failures in a row within 10 seconds (no answer, or one that makes no sense), and the filter is *down* for this
+worker: nobody waits for it, what `on_failure` says is done at once. Once a second it is probed; as soon as it answers it is asked
+again.
+
+State, all of it changed on the loop: `_failed_at` and `_down` by `_note_failure` and `_note_answer`; `_probing` by these and
+`close`.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from relaymta.errors import redacted
+from relaymta.filter.judgement import Answer, Filter, FilterFailure, Mail, Verdict
+from relaymta.filter.places import Places
+from relaymta.log import Log
+from relaymta.metrics import FilterCounters
+from relaymta.proto.edits import Edit
+from relaymta.shm import Limits
+
+if TYPE_CHECKING:
+    from relaymta.config import Filter as Settings
+
+__all__ = ["Finding", "Guard"]
+
+FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
+PROBE_EVERY = 1.0  # seconds
+WARN_EVERY = 10.0  # seconds between two warnings about answers that make no sense
+
+
+class Finding(NamedTuple):
+    """What has come of asking one filter. `word`: its verdict, "failed", or "skipped" for a message that is too large for it;
+    `action`: what follows from that; `failure`: the reason as FilterFailure has it, or ""; `closes`: the client is disconnected;
+    `seconds`: what it took."""
+
+    guard: "Guard"
+    word: str
+    action: Verdict
+    reason: str = ""
+    score: float | None = None
+    edits: Sequence[Edit] = ()
+    failure: str = ""
+    closes: bool = False
+    seconds: float = 0.0
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nothing that another filter says can change what is done."""
+        return self.action is Verdict.REJECT
+
+
+class Guard:
+    """See above. `settings`: as configured; `filter`: what speaks to it."""
+
+    def __init__(
+        self,
+        settings: "Settings",
+        asked: Filter,
+        limits: Limits,
+        counters: FilterCounters,
+        log: Log,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.filter = asked
+        self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
+        self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
+        self._places = Places(settings.name, settings.concurrency, limits, loop, self._show)
+        self._counters = counters
+        self._log = log
+        self._loop = loop
+        self._failed_at: deque[float] = deque(maxlen=FAILURES)
+        self._down: tuple[float, str] | None = None  # since when (loop time), and why
+        self._probing: asyncio.Task[None] | None = None
+        self._warn_after = 0.0
+        self._closed = False
+
+    def begin(self) -> None:
+        """The configuration that has it is in use from now on."""
+        self._show()
+
+    def close(self) -> None:
+        """No configuration has it any more. What asks it now, from sessions that began before, gets its answer; it is never down,
+        since nothing would find that it is up again."""
+        self._closed = True
+        if self._probing is not None:
+            self._probing.cancel()
+        self._down = self._probing = None
+        self.filter.close()
+
+    def state(self) -> dict[str, object]:
+        """For operators: whether it is down for this worker, for how many seconds and why, and how many messages wait."""
+        down = self._down
+        return {
+            "name": self.name, "type": self.settings.type, "up": down is None, "waiting": self._places.waiting,
+            "down for": 0 if down is None else round(self._loop.time() - down[0]), "why": "" if down is None else down[1],
+        }  # fmt: skip
+
+    async def ask(self, mail: Mail, trusted: bool, until: float) -> Finding:
+        """Ask it about a message, until a loop time at most. `trusted`: the client may relay. OSError: the message itself cannot
+        be read; any other failure is in what is returned."""
+        settings = self.settings
+        if mail.text.size > settings.max_size and settings.oversize != "head":
+            return self._oversize()
+        if self._down is not None:
+            return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
+        began = self._loop.time()
+        deadline = min(began + settings.timeout, until)
+        if not self._places.take_now():
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._places.take()
+            except TimeoutError:
+                return self._failed(trusted, FilterFailure("timeout", "no place was free in time"), self._loop.time() - began)
+        try:
+            return await self._asked(mail, trusted, deadline)
+        finally:
+            self._places.give()
+
+    async def _asked(self, mail: Mail, trusted: bool, deadline: float) -> Finding:
+        """Ask it, now that there is a place."""
+        began, settings = self._loop.time(), self.settings
+        try:
+            async with asyncio.timeout_at(deadline):
+                answer = await self.filter.judge(mail if mail.text.size <= settings.max_size else mail.head(settings.max_size))
+            verdict = self._verdict(answer)
+        except TimeoutError:
+            failure = FilterFailure("timeout", f"no answer in {self._loop.time() - began:.1f} s")
+        except FilterFailure as error:
+            failure = error
+        except OSError:  # of the message's own file
+            raise
+        except Exception as error:  # a defect of ours costs no more than the filter's failure
+            failure = FilterFailure("protocol", redacted(f"{type(error).__name__}: {error}"))
+        else:
+            self._note_answer()
+            seconds = self._loop.time() - began
+            self._counters.took(seconds)
+            self._counters.verdict(verdict.word)
+            action, edits = (verdict, answer.edits) if settings.enforce else (Verdict.ACCEPT, ())
+            return Finding(self, verdict.word, action, answer.reason, answer.score, edits, seconds=seconds)
+        seconds = self._loop.time() - began
+        self._counters.took(seconds)
+        if failure.reason in ("oversize", "refused"):  # it has answered: crafted messages do not take it from the others
+            self._note_answer()
+        else:
+            self._note_failure(failure)
+        if failure.reason == "oversize" and settings.oversize != "head":
+            return self._oversize(seconds)
+        return self._failed(trusted, failure, seconds)
+
+    def _verdict(self, answer: Answer) -> Verdict:
+        """What its word means, or, where there are verdicts by score, its score."""
+        verdict = self._meaning.get(answer.word)
+        if verdict is None:
+            raise FilterFailure("protocol", f"it says {answer.word[:64]!r}")
+        if not self._scores or answer.score is None or verdict is Verdict.TEMPFAIL:
+            return verdict
+        reached = [found for at, found in self._scores if answer.score >= at]
+        return reached[-1] if reached else Verdict.ACCEPT
+
+    # What follows where there is no verdict
+
+    def _oversize(self, seconds: float = 0.0) -> Finding:
+        """The message is larger than it takes, by its own word or by `max_size`."""
+        self._counters.failure("oversize")
+        action = {"hold": Verdict.HOLD, "reject": Verdict.REJECT}.get(self.settings.oversize, Verdict.ACCEPT)
+        if not self.settings.enforce:
+            action = Verdict.ACCEPT
+        return Finding(self, "skipped", action, "the message is too large for it", failure="oversize", seconds=seconds)
+
+    def _failed(self, trusted: bool, failure: FilterFailure, seconds: float) -> Finding:
+        settings = self.settings
+        self._counters.failure(failure.reason)
+        what = (settings.on_failure_trusted if trusted else None) or settings.on_failure
+        if not settings.enforce:
+            what = "accept"
+        action = Verdict.TEMPFAIL if what == "disconnect" else Verdict[what.upper()]
+        return Finding(self, "failed", action, str(failure), failure=failure.reason, closes=what == "disconnect", seconds=seconds)
+
+    # The circuit
+
+    def _note_answer(self) -> None:
+        self._failed_at.clear()
+        if self._down is not None:  # asked before it went down
+            self._up()
+
+    def _note_failure(self, failure: FilterFailure) -> None:
+        now = self._loop.time()
+        if failure.reason == "protocol" and now >= self._warn_after:
+            self._warn_after = now + WARN_EVERY
+            self._log.event("warning", text=f"filter {self.name}: an answer that makes no sense: {failure}")
+        self._failed_at.append(now)
+        if self._down is None and len(self._failed_at) == FAILURES and now - self._failed_at[0] <= WITHIN and not self._closed:
+            self._down = now, f"{failure.reason}: {failure}"
+            self._log.event("filter", filter=self.name, state="down", reason=self._down[1])
+            self._probing = self._loop.create_task(self._probe())
+            self._show()
+
+    async def _probe(self) -> None:
+        """Until it answers."""
+        while self._down is not None:
+            await asyncio.sleep(PROBE_EVERY)
+            try:
+                async with asyncio.timeout(self.settings.timeout):
+                    await self.filter.probe()
+            except (FilterFailure, OSError) as failure:  # TimeoutError is one
+                since = self._down[0] if self._down is not None else self._loop.time()
+                self._down = since, str(failure) or "no answer in time"
+            except Exception as error:  # a defect: it stays down, and says why
+                self._down = self._loop.time(), redacted(f"{type(error).__name__}: {error}")
+            else:
+                self._up()
+
+    def _up(self) -> None:
+        if self._down is None:
+            return
+        since, self._down = self._down[0], None
+        probing, self._probing = self._probing, None
+        if probing is not None and probing is not asyncio.current_task():
+            probing.cancel()
+        self._failed_at.clear()
+        seconds = round(self._loop.time() - since, 1)
+        self._log.event("filter", filter=self.name, state="up", reason=f"it was down for {seconds} s")
+        self._show()
+
+    def _show(self) -> None:
+        if not self._closed:  # another guard of this name may show its state now
+            self._counters.set_state(self._down is not None, self._places.waiting)

@@ -1,0 +1,96 @@
+"""A message that filters look at, step by step: what becomes of it whatever they say and whenever its client goes."""
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from relaymta.filter.chain import Outcome
+from relaymta.filter.judgement import Verdict
+from relaymta.proto.edits import Append, Insert, without
+from relaymta.proto.header import header_end
+from tests.accept.test_transactions import connected, idle
+from tests.support.connection import BIG, Machine, Transport
+
+SIZES = pytest.mark.parametrize("size", [10, 3 * BIG], ids=["small", "large"])
+ENVELOPE = b"EHLO client.example\r\nMAIL FROM:<a@b>\r\nRCPT TO:<a@d.example>\r\n"
+
+
+def machine(**settings: Any) -> Machine:
+    return Machine(Random(1), filters=True, **settings)
+
+
+def bdat(message: bytes) -> tuple[bytes, bytes]:
+    """All but the last octets, with the envelope; and these."""
+    return ENVELOPE + b"BDAT %d\r\n" % (len(message) - 2) + message[:-2], b"BDAT 2 LAST\r\n" + message[-2:]
+
+
+@SIZES
+@pytest.mark.parametrize("lost", [False, True], ids=["it sends no more", "its connection is lost"])
+def test_a_client_that_hangs_up_before_filters_are_asked_will_send_again_and_nothing_is_taken(size, lost):
+    """While the rest of a large message is written, too."""
+    of = machine()
+    made = connected(of)
+    before, last = bdat(b"Subject: x\r\n\r\n" + b"line\r\n" * (size // 6))
+    made.data_received(before)
+    idle(made)
+    made.data_received(last)
+    transport = made.transport
+    if lost:
+        made.connection_lost(None)
+    else:
+        made.eof_received()
+    idle(made)
+    assert not of.stored and all(file.discarded for file in of.written)
+    assert isinstance(transport, Transport) and (b"\r\n451 4.3.0 " in transport.said) == (not lost)
+    assert made.transport is None and not of.held()
+
+
+@SIZES
+def test_what_filters_add_stays_where_a_removed_field_was_all_that_made_a_header(monkeypatch, size):
+    """A client that is to be tagged must not be able to prevent that."""
+    of = machine()
+    of.forged = frozenset({b"x-spam"})
+
+    async def judge(mail: object) -> Outcome:
+        return Outcome(Verdict.TAG, edits=[Append(b"X-Spam", b" Yes"), Insert(0, b"X-First", b" 1")])
+
+    monkeypatch.setattr(of, "judge", judge)
+    made = connected(of)
+    rest = b"no field\r\nSubject: x\r\n\r\n" + b"line\r\n" * (size // 6)
+    before, last = bdat(b"X-Spam: No\r\n" + rest)
+    made.data_received(before)
+    idle(made)
+    made.data_received(last)
+    idle(made)
+    ((_, stored),) = of.stored
+    assert stored.endswith(rest) and b"X-Spam: No" not in stored
+    front = stored.removesuffix(rest)
+    assert front.startswith(b"X-First: 1\r\nX-Spam: Yes\r\n") and front.count(b"\r\nReceived: from") == 1, front
+    assert b"\r\n\r\n" not in front and header_end(stored) == stored.index(b"Subject: x\r\n\r\n") + 14
+    assert without(stored, {b"x-spam"}) != stored
+
+
+@SIZES
+@pytest.mark.parametrize("behind", [b"QUIT\r\n", b"NOOP\r\n" * 600, b"NOOP\r\n" * 60_000], ids=["a word", "some", "much"])
+def test_a_client_that_says_something_and_goes_is_noticed(size, behind):
+    """Unless it says so much that nothing more is read of it: then it is as if it waited."""
+    of = machine()
+    made = connected(of)
+    before, last = bdat(b"Subject: x\r\n\r\n" + b"line\r\n" * (size // 6))
+    made.data_received(before)
+    idle(made)
+    made.data_received(last)
+    transport = made.transport
+    assert isinstance(transport, Transport)
+    for at in range(0, len(behind), 1000):
+        if not transport.paused:
+            made.data_received(behind[at : at + 1000])
+    assert transport.paused == (len(behind) > 4096)
+    if not transport.paused:
+        made.connection_lost(None)
+    idle(made)
+    assert len(of.stored) == (len(behind) > 4096)
+    if made.transport is not None:
+        made.connection_lost(None)
+    assert not of.held() and all(file.kept != file.discarded for file in of.written)
