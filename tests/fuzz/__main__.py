@@ -15,6 +15,7 @@ from relaymta.proto import (
     access_session,
     auth_exchange,
     authres,
+    clamd,
     imap_grammar,
     imap_messages,
     imap_search,
@@ -53,6 +54,7 @@ from relaymta.proto import (
     sieve_vacation,
     sieve_values,
     smtp_server,
+    spamc,
     verbs,
 )
 from relaymta.proto import header as header_fields
@@ -63,11 +65,11 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 MODULES = (
-    authres, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar, imap_messages,
-    imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar, managesieve_reply,
-    managesieve_server, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates, sieve_grammar,
-    sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings, sieve_tests,
-    sieve_vacation, sieve_values,
+    authres, clamd, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar,
+    imap_messages, imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar,
+    managesieve_reply, managesieve_server, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates, sieve_grammar,
+    sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings,
+    sieve_tests, sieve_vacation, sieve_values, spamc,
 )  # fmt: skip
 CLASSES = (
     imap_session.Session, imap_server.ServerSession, imap_words.Words, pop3_maildrop.Maildrop, pop3_maildrop.Wanted,

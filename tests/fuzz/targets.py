@@ -4,6 +4,7 @@ the result depends on how the input was cut, or when anything but a protocol err
 An input is: one octet of options, one for the number of cuts, the cuts (two octets each), and what arrives on the wire.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,14 @@ from unicodedata import normalize
 from relaymta._speedups.mime import Part, scan
 from relaymta.accept.transaction import FIELDS
 from relaymta.auth.identity import Identity
+from relaymta.filter.judgement import FilterFailure
+from relaymta.filter.rspamd import edits_of, object_of
 from relaymta.filter.signatures import arc, claims, verify
 from relaymta.proto import mailbox, mime_text, reply
 from relaymta.proto.authres import without_forged
+from relaymta.proto.clamd import LONGEST as LONGEST_OF_CLAMD
+from relaymta.proto.clamd import SHOWN, ClamdError, Replies
+from relaymta.proto.edits import edited
 from relaymta.proto.header import header_end
 from relaymta.proto.imap_text import FIELDS as FIELDS_OF_ENVELOPE
 from relaymta.proto.imap_text import EnvelopeText
@@ -32,6 +38,7 @@ from relaymta.proto.sieve_outcome import Answered
 from relaymta.proto.sieve_replies import vacation_reply
 from relaymta.proto.sieve_run import run as run_sieve
 from relaymta.proto.smtp_server import Host, Limits, Offers, ServerSession
+from relaymta.proto.spamc import SpamdError, judged
 from tests.accept.test_transactions import connected, idle
 from tests.proto.test_managesieve import Caller as ManageSieveCaller
 from tests.speedups import (
@@ -55,6 +62,7 @@ from tests.support.imap_grammar import responses
 from tests.support.pop3 import caller
 
 OFFERS = Offers(mechanisms=("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2"), clear=True)
+FILTERED_HEADER = b"From: a@b\r\nX-Spam: 1\r\nSubject: x\r\n y\r\nx-spam: 2\r\n\r\n"
 KEYS = Keys(b"salt", b"x" * 32, b"y" * 32, 4096)
 KEY = "v=DKIM1; k=ed25519; p=11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="  # RFC 8463 A.2
 OURS = re.compile(rb"(?:X-Signed: \d+\r\n)?Received: from [^\n]*\n(?:[ \t][^\n]*\n)*")  # the fields in front of a message
@@ -438,6 +446,43 @@ def _as_utf_8(message: bytes, part: Part, charset: bytes) -> str:
     return mime_text._UNDO[part.encoding](message[part.body : part.end]).decode("utf-8", "replace")
 
 
+def clamd(data: bytes) -> None:
+    """Replies of clamd: the same for every split, to commands that were sent, each once."""
+    options, cuts, wire = taken_apart(data)
+    found, broken = _clamd_run(options % 8, test_smtp.pieces(wire, cuts))
+    assert (found, broken) == _clamd_run(options % 8, [wire]) == _clamd_run(options % 8, [bytes([octet]) for octet in wire])
+    assert len(found) == len({one.number for one in found}) == sum(0 < one.number <= options % 8 for one in found)
+    assert all(len(one.text) <= SHOWN and one.text.isprintable() for one in found)
+    assert broken or len(found) == wire.count(0)
+
+
+def _clamd_run(asked: int, parts: list[bytes]) -> tuple[list[Any], bool]:
+    one, found = Replies(), list[Any]()
+    for _ in range(asked):
+        one.asked()
+    try:
+        for part in parts:
+            found.extend(one.feed(part))
+            assert len(one._rest) <= LONGEST_OF_CLAMD
+    except ClamdError as error:
+        assert str(error).isprintable()
+        return found, True
+    return found, False
+
+
+def spamd(data: bytes) -> None:
+    """Answers of spamd and rspamd: a verdict or a failure; what they want changed makes no other header."""
+    options, _, wire = taken_apart(data)
+    with contextlib.suppress(SpamdError):
+        found = judged(wire)
+        assert all(rule.isprintable() for rule in found.rules)
+    with contextlib.suppress(FilterFailure):
+        wanted = edits_of(object_of(wire), FILTERED_HEADER, "rewrite subject" if options & 1 else "")
+        assert len(wanted) <= 200
+        header = edited(FILTERED_HEADER, wanted).header
+        assert header.endswith(b"\r\n\r\n") and header_end(header) == len(header)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "smtp": smtp,
     "replies": replies,
@@ -452,4 +497,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "search": search,
     "sieve": sieve,
     "managesieve": managesieve,
+    "clamd": clamd,
+    "spamd": spamd,
 }

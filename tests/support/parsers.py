@@ -12,12 +12,15 @@ from relaymta._speedups.replies import Replies
 from relaymta.auth.identity import Identity
 from relaymta.config import Config
 from relaymta.dns import NoData
-from relaymta.filter import dmarc, signatures, spf
+from relaymta.filter import dmarc, rspamd, signatures, spf
+from relaymta.filter.judgement import FilterFailure
 from relaymta.proto import (
     address,
     authres,
+    clamd,
     dkim,
     dsn,
+    edits,
     header,
     mailbox,
     mailbox_name,
@@ -28,6 +31,7 @@ from relaymta.proto import (
     sasl,
     sieve,
     sieve_run,
+    spamc,
 )
 from relaymta.proto.envelope import Attempt, Body, Envelope, encode
 from relaymta.proto.imap_command import Numbers, Or, Qresync, Text
@@ -185,6 +189,49 @@ _RESULTS = {
     "many with marks": times(b'Authentication-Results:"' + "\u0301\u0323".encode() * 190 + b'"\r\n'),
     "blanks of many": times(b"Authentication-Results:   (a)  x\r\n"),
 }
+
+_TAGS = {
+    **_BLOCKS,
+    "tags": times(b"X-Spam:\r\n"),
+    "names of tags": times(b"x-spam"),
+    "folds in front of a colon": times(b"\r\n ", b"A: b\r\nX-Spam", b":\r\n"),
+    "control characters": times(b"\x0b", b"A: b\r\n", b"X-Spam:\r\n"),
+    "lines of control characters": times(b"\x0b\r\n", b"X-Spam: b\r\n"),
+}
+_SUBJECTS = {
+    **_TAGS,
+    "Subjects": times(b"Subject:a\r\n"),
+    "words": times(b"a ", b"Subject:", b"\r\n"),
+    "long words": times(b"a" * 999 + b" ", b"Subject:", b"\r\n"),
+    "one word": times(b"a", b"Subject:", b"\r\n"),
+    "encoded words": times(b"=?a?q?a?= ", b"Subject:", b"\r\n"),
+    "one encoded word": times(b"=FF", b"Subject:=?a?q?", b"?=\r\n"),
+    "beginnings of encoded words": times(b"=?", b"Subject:", b"\r\n"),
+    "octets within characters": times(b"\x80", b"Subject:", b"\r\n"),
+}
+_FIELD_VALUES = {
+    "LFs": times(b"\n"), "CRs": times(b"\r"), "NULs": times(b"\0"), "blanks": times(b" ", b"", b"a"), "letters": times(b"a"),
+    "words": times(b"a "), "long words": times(b"a" * 997 + b" "), "empty lines": times(b" \n"), "lines": times(b"a\n"),
+    "long lines": times(b"a" * 500 + b" " + b"a" * 500 + b"\n", b"", b"a"),
+    "blanks and a word": times(b" " * 997 + b"a", b"", b"b"),
+}  # fmt: skip
+
+
+def _edits(kind: str) -> Callable[[bytes], object]:
+    """All edits there may be, of this kind, to a header; as many as it has four octets."""
+    make: dict[str, Callable[[int], edits.Edit]] = {
+        "inserts": lambda at: edits.Insert(at * 7919 % 5000, b"X-Spam", b" Yes"),
+        "inserts at one place": lambda at: edits.Insert(2, b"X-Spam", b" Yes"),
+        "changes": lambda at: edits.Change(b"a", at % 500, b" Yes" if at % 2 else b""),
+        "new names": lambda at: edits.Change(b"a%d" % at, 1, b" Yes"),
+    }
+    all_of_them = [make[kind](at) for at in range(edits.EDITS_MOST)]
+    return lambda block: edits.edited(block, all_of_them[: max(1, len(block) // 4)])
+
+
+def _edited_values(value: bytes) -> None:
+    edits.edited(b"A: b\r\n\r\n", [edits.Append(b"X", value), edits.Insert(2, b"X", value), edits.Change(b"a", 1, value)])
+
 
 _SIGNED = b"v=1; a=rsa-sha256; d=d.test; s=s; h=from; bh=" + b"A" * 43 + b"=; b="
 _KEY = (  # RFC 6376 C.2
@@ -416,6 +463,51 @@ _REPLIES = {
 def _replies(wire: bytes) -> None:
     Replies(LINE_LIMIT, LINES_LIMIT).feed(wire)
 
+
+_CLAMD = {
+    "replies": lambda n: b"".join(b"%d: stream: OK\0" % (number + 1) for number in range(n // 20)),
+    "names": lambda n: b"".join(b"%d: stream: %b FOUND\0" % (number + 1, b"a " * 450) for number in range(n // 1000)),
+    "errors": lambda n: b"".join(b"%d: %b ERROR\0" % (number + 1, b"ERROR" * 190) for number in range(n // 1000)),
+    "without an end": times(b"x", b"1: "),
+    "digits": times(b"1"),
+    "NULs": times(b"\0"),
+}
+
+
+def _clamd(wire: bytes) -> None:
+    """In pieces of every length, as they come."""
+    one, at, size = clamd.Replies(), 0, 1
+    for _ in range(len(wire) // 20):
+        one.asked()
+    with contextlib.suppress(clamd.ClamdError):
+        while at < len(wire):
+            for _ in one.feed(wire[at : at + size]):
+                pass
+            at, size = at + size, size % 100 + 1
+
+
+def _spamd(wire: bytes) -> None:
+    with contextlib.suppress(spamc.SpamdError):
+        spamc.judged(wire)
+
+
+def _rspamd(wire: bytes) -> None:
+    with contextlib.suppress(FilterFailure):
+        rspamd.edits_of(rspamd.object_of(wire), _HEADER_OF_FILTERED)
+
+
+_HEADER_OF_FILTERED = b"X-Spam: x\r\n" * 1000 + b"\r\n"
+_SPAMD = {
+    "rules": times(b"A,", b"SPAMD/1.1 0 EX_OK\r\nSpam: True ; 1 / 2\r\n\r\n"),
+    "blanks": times(b" ", b"SPAMD/1.1 0 EX_OK\r\nSpam:"), "lines": times(b"Spam: True\r\n", b"SPAMD/1.1 0 EX_OK\r\n"),
+    "digits": times(b"1", b"SPAMD/1.1 0 EX_OK\r\nSpam: True ; "), "odd": times(b"\xff"),
+}  # fmt: skip
+_RSPAMD = {
+    "lists": times(b"[", b'{"a":'), "symbols": times(b'"A":{},', b'{"symbols":{', b'"B":{}}}'),
+    "removals": times(b'"x-spam":0,', b'{"milter":{"remove_headers":{', b'"X-Spam":0}}}'),
+    "names": lambda n: b'{"milter":{"remove_headers":{%b"X-Spam":0}}}' % b"".join(b'"x-%d":0,' % at for at in range(n // 9)),
+    "additions": times(b'"x",', b'{"milter":{"add_headers":{"X-A":[', b'"x"]}}}'),
+}  # fmt: skip
 
 _shaping = Shaping(Config.model_validate({"listener": [{"address": "127.0.0.1:2525"}]}))
 _SAID = {
@@ -766,6 +858,13 @@ def _parsers() -> Iterable[Parser]:
     yield Parser("proto.dkim.Signature", sign, _BLOCKS, whole, refused=header.too_long)
     forged: Callable[[bytes], object] = lambda block: authres.without_forged(block, "relay.test")  # noqa: E731
     yield Parser("proto.authres.without_forged", forged, _RESULTS, whole, refused=header.too_long)
+    bound = "64 kB and 1000 fields that are added"
+    for kind in ("inserts", "inserts at one place", "changes", "new names"):
+        yield Parser(f"proto.edits.edited ({kind})", _edits(kind), _BLOCKS, bound)
+    yield Parser("proto.edits.edited (values)", _edited_values, _FIELD_VALUES, bound)
+    tags = frozenset((b"x-spam", b"x-spam-score"))
+    yield Parser("proto.edits.without", lambda block: edits.without(block, tags), _TAGS)
+    yield Parser("proto.edits.subject_edits", lambda block: edits.subject_edits(block, "[SPAM] {subject}"), _SUBJECTS)
     sets = "5 signatures, 10 ARC sets; 200 names of each, in 500 fields"
     yield Parser("filter.signatures", _verify, _SIGNATURES, sets, refused=header.too_long)
     yield Parser("filter.signatures (a key)", _key, _KEYS, "4096 octets, RSA of 4096 bits", 4000)
@@ -826,6 +925,9 @@ def _parsers() -> Iterable[Parser]:
     yield Parser(
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
+    yield Parser("proto.clamd.Replies", _clamd, _CLAMD, "1024 octets of a reply")
+    yield Parser("proto.spamc.judged", _spamd, _SPAMD, "65,536 octets")
+    yield Parser("filter.rspamd", _rspamd, _RSPAMD, "1 MB; 200 changes")
     keys: Callable[[bytes], object] = lambda text: sum(1 for _ in keys_of(text.decode()))  # noqa: E731
     worst = {
         "open lists": times(b"y=[\n"), "blanks": times(b" ", b"["), "quotes": times(b'\\"', b'y=[\n"'),

@@ -1,0 +1,57 @@
+"""Spam filtering by SpamAssassin's spamd (proto/spamc.py): a connection for each message, as spamd wants it."""
+
+from collections.abc import AsyncIterable, Sequence
+
+from relaymta.filter.exchange import exchange, nothing
+from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text
+from relaymta.proto import spamc
+
+__all__ = ["Spamd"]
+
+RULES_SHOWN = 8  # in a reason
+_GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-", b"STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"  # in two: this file is no spam
+
+
+class Spamd:
+    """A judgement.Filter. Its words are True (spam) and False; the reason: rules that match."""
+
+    def __init__(self, addresses: Sequence[str], timeout: float) -> None:
+        """`addresses`: "host:port" or "unix:/path"; the first that can be connected to is asked. `timeout`: seconds for a
+        connection."""
+        self._addresses = list(addresses)
+        self._timeout = timeout
+
+    async def judge(self, mail: Mail) -> Answer:
+        """As in judgement.Filter. FilterFailure; OSError: the text cannot be read."""
+        text = mail.text
+        octets = text.size if mail.most is None else min(mail.most, text.size)
+        answer = await self._asked(spamc.request(octets, mail.user), text.pieces(mail.most))
+        try:
+            found = spamc.judged(answer)
+        except spamc.SpamdError as error:
+            raise FilterFailure("refused" if error.refused else "protocol", str(error)) from None
+        return Answer(str(found.spam), ", ".join(found.rules[:RULES_SHOWN]), found.score)
+
+    async def probe(self) -> None:
+        """As in judgement.Filter: PING."""
+        answer = await self._asked(spamc.PING, nothing())
+        try:
+            good = spamc.is_pong(answer)
+        except spamc.SpamdError as error:
+            raise FilterFailure("protocol", str(error)) from None
+        if not good:
+            raise FilterFailure("protocol", f"answers PING by {answer[: spamc.SHOWN]!r}")
+
+    async def prove(self) -> str:
+        """As in judgement.Filter: GTUBE."""
+        proof = Text(b"From: a@example.org\r\nSubject: GTUBE\r\n\r\n", b"".join(_GTUBE) + b"\r\n")
+        answer = await self.judge(Mail("prove", "a@example.org", ["b@example.org"], "192.0.2.1", "localhost", "", "", proof))
+        if answer.word != "True":
+            raise FilterFailure("refused", "does not find GTUBE, the test text of all spam filters")
+        return f"GTUBE (score {answer.score:g})"
+
+    def close(self) -> None:
+        """As in judgement.Filter: no connection is ever idle."""
+
+    async def _asked(self, request: bytes, pieces: AsyncIterable[bytes]) -> bytes:
+        return await exchange(self._addresses, request, pieces, self._timeout, spamc.LARGEST, True)

@@ -1,0 +1,60 @@
+"""rspamd and spamd in the running relay: refused, tagged, accepted."""
+
+import json
+import smtplib
+
+import pytest
+
+from tests.support import rspamd as patterns
+from tests.support.daemon import PATIENCE, Relay, wait_for
+from tests.support.fake_mx import FakeMx
+from tests.support.rspamd import rspamd
+from tests.support.spamd import GTUBE, spamd
+
+HEAD = "From: a@b.example\r\nX-Spam: No\r\nSubject: =?utf-8?q?h=C3=A4?=\r\n\r\n"
+
+
+def test_rspamd_refuses_tags_and_rewrites(tmp_path):
+    with rspamd() as scanner, FakeMx({}) as peer:
+        keys = f'name="spam",type="rspamd",address=["{scanner.address}"],verdicts={{greylist="accept"}}'
+        settings = (
+            f"filter=[{{{keys}}}]", 'filters.tag=["X-Spam: Yes","X-Spam-Score: {score}"]', "relay.networks=[]",
+            'relay.domains=["d.example"]',
+        )  # fmt: skip
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
+            with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+                with pytest.raises(smtplib.SMTPDataError) as refused:
+                    client.sendmail("a@b.example", ["c@d.example"], HEAD + patterns.REJECT + "\r\n")
+                assert refused.value.smtp_error == b"5.7.1 Refused by spam: Gtube pattern"
+                for body in (patterns.ADD_HEADER, patterns.REWRITE, "hello"):
+                    client.sendmail("a@b.example", ["c@d.example"], HEAD.replace("X-Spam: No\r\n", "") + body + "\r\n")
+                client.sendmail("a@b.example", ["c@d.example"], HEAD + patterns.ADD_HEADER + "\r\n")
+            wait_for(lambda: len(peer.messages) == 4)
+            headers = [data.partition(b"\r\n\r\n")[0] for _, _, data in peer.messages]
+            tagged = b"\r\nX-Spam: Yes\r\nX-Spam-Score: %d\r\nFrom: a@b.example\r\nSubject: "
+            assert headers[0].endswith(tagged % 6 + b"=?utf-8?q?h=C3=A4?=")
+            rewritten = b"\r\nSubject: =?UTF-8?Q?=2A=2A=2A_SPAM_=2A=2A=2A_h=C3=A4?="
+            assert headers[1].endswith(rewritten) and headers[1].count(b"Subject:") == 1
+            assert tagged % 0 in headers[1]
+            assert headers[3].count(b"X-Spam:") == 1 and b"X-Spam: No" not in headers[3]
+            row = json.loads(relay.cli("filter", "list", "--json").stdout)
+            assert row["type"] == "rspamd" and row["verdicts"]["reject"] == 1 and row["verdicts"]["tag"] >= 3
+            found = relay.events("filtered")
+            assert found[0]["score"] == 15.0 and found[0]["reason"] == "Gtube pattern"
+
+
+def test_spamd_with_verdicts_by_score(tmp_path):
+    with spamd() as address, FakeMx({}) as peer:
+        scores = 'score=[{at=1000.0,verdict="reject"},{at=1.0,verdict="tag"}]'
+        settings = (f'filter=[{{name="sa",type="spamd",address=["{address}"],{scores}}}]', 'filters.subject="[SPAM] {subject}"')
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", *settings) as relay:
+            with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+                with pytest.raises(smtplib.SMTPDataError) as refused:
+                    client.sendmail("a@b.example", ["c@d.example"], HEAD + GTUBE + "\r\n")
+                assert refused.value.smtp_code == 554 and b"Refused by sa: GTUBE" in refused.value.smtp_error
+                client.sendmail("a@b.example", ["c@d.example"], HEAD + "hello\r\n")  # it lacks a date
+            wait_for(lambda: peer.messages)
+            header = peer.messages[0][2].partition(b"\r\n\r\n")[0]
+            assert b"\r\nX-Spam: Yes\r\nFrom:" in header and header.endswith(b"\r\nSubject: [SPAM] =?utf-8?q?h=C3=A4?=")
+            checked = relay.cli("filter", "list").stdout
+            assert "sa" in checked and "spamd" in checked
