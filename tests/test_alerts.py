@@ -39,6 +39,17 @@ TROUBLE: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
         ("relaymta_recipients_total", {"result": "deferred"}, (0.5,), (0.5,)),
         ("relaymta_recipients_total", {"result": "expired"}, (0.0,), (0.0,)),
     ],
+    "RelaymtaFilterDown": [("relaymta_filter_up", {"filter": "virus"}, 0, 1)],
+    "RelaymtaFilterFails": [
+        ("relaymta_filter_failures_total", {"filter": "virus", "reason": "timeout"}, (0.02,), (0.0,)),
+        ("relaymta_filter_failures_total", {"filter": "virus", "reason": "oversize"}, (0.0,), (1.0,)),
+        ("relaymta_filter_seconds_count", {"filter": "virus"}, (1.0,), (1.0,)),
+    ],
+    "RelaymtaFilterSlow": [
+        ("relaymta_filter_seconds_bucket", {"filter": "virus", "le": "2"}, (0.9,), (1.0,)),
+        ("relaymta_filter_seconds_bucket", {"filter": "virus", "le": "10"}, (1.0,), (1.0,)),
+        ("relaymta_filter_seconds_bucket", {"filter": "virus", "le": "+Inf"}, (1.0,), (1.0,)),
+    ],
     "RelaymtaMailboxesFail": [("relaymta_mailbox_deliveries_total", {"result": "failed"}, (0.1,), (0.0,))],
     "RelaymtaMailboxesFull": [("relaymta_mailbox_store_full", {}, 1, 0)],
     "RelaymtaMailboxesStalled": [("relaymta_mailbox_store_stalled", {}, 1, 0)],
@@ -59,6 +70,11 @@ HARMLESS: dict[str, list[tuple[str, dict[str, str], object, object]]] = {
     "RelaymtaManySitesDown": [("relaymta_sites_down", {}, 20, 20)],
     "RelaymtaOldMessage": [("relaymta_oldest_message_seconds", {}, 4 * 3600, 4 * 3600)],
     "RelaymtaMailboxReader": [("relaymta_mailbox_oldest_reader_seconds", {}, 600, 600)],
+    "RelaymtaFilterFails": [
+        ("relaymta_filter_failures_total", {"filter": "virus", "reason": "timeout"}, (0.005,), (0.005,)),
+        ("relaymta_filter_failures_total", {"filter": "virus", "reason": "oversize"}, (0.5,), (0.5,)),
+        ("relaymta_filter_seconds_count", {"filter": "virus"}, (1.0,), (1.0,)),
+    ],
     "RelaymtaQueueGrows": [("relaymta_queue_messages", {}, 20_000, 20_000)],
     "RelaymtaNothingDelivered": [
         ("relaymta_queue_messages", {}, 5, 5),
@@ -95,7 +111,10 @@ def _series(rows: list[tuple[str, dict[str, str], object, object]], instance: st
 
 def _resting(rows: list[tuple[str, dict[str, str], object, object]]) -> list[tuple[str, dict[str, str], object, object]]:
     """The series of a relay without trouble."""
-    still = [(name, labels, (0.0,) if isinstance(trouble, tuple) else 0, rest) for name, labels, trouble, rest in rows]
+    still = [
+        (name, labels, (0.0,) if isinstance(trouble, tuple) else 0 if trouble else rest, rest)
+        for name, labels, trouble, rest in rows
+    ]
     return [(name, labels, trouble, trouble) for name, labels, trouble, rest in still if rest is not None]
 
 
@@ -122,6 +141,7 @@ def firing(tmp_path: Path, alert: str, rows: list[tuple[str, dict[str, str], obj
 def test_every_alert_is_tested():
     assert {rule["alert"] for rule in ALL} == TROUBLE.keys()
     named = {name for rows in [*TROUBLE.values(), *HARMLESS.values()] for name, *_ in rows}
+    named -= {f"{name}_{part}" for name in metrics.HISTOGRAM_NAMES for part in ("bucket", "count", "sum")}
     assert named <= metrics.NAMES
 
 

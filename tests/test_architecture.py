@@ -56,6 +56,8 @@ def test_the_reference_configuration_is_fresh(tmp_path):
         "[[application]]": 'name = "shop"',
         "[[certificate]]": 'chain = "/etc/relaymta/mail.pem"',
         "[[dkim]]": 'domain = "shop.example"\nselector = "s1"\nkey = "/etc/relaymta/s1.pem"',
+        "[[filter]]": 'name = "spam"\ntype = "rspamd"\naddress = ["127.0.0.1:11333"]',
+        "[[filter.score]]": 'at = 6.0\nverdict = "tag"',
         "[[network]]": 'networks = ["192.0.2.0/24"]',
         "[[source]]": 'name = "one"\naddress = "192.0.2.1"',
         "[[site]]": 'hosts = [".example"]',
@@ -85,10 +87,8 @@ def test_the_log_document_names_every_event_and_field():
 
 def used_metrics(text: str) -> set[str]:
     found = set(re.findall(r"\brelaymta_[a-z0-9_]+", text))
-    return {
-        re.sub(r"_(bucket|sum|count)$", "", name) if re.sub(r"_(bucket|sum|count)$", "", name) in metrics.HISTOGRAMS else name
-        for name in found
-    }
+    parts = {f"{name}_{part}": name for name in metrics.HISTOGRAM_NAMES for part in ("bucket", "sum", "count")}
+    return {parts.get(name, name) for name in found}
 
 
 def test_dashboard_and_alerts_use_metrics_that_exist():

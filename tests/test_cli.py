@@ -95,6 +95,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"], ("mailbox", "export"): ["a@b.example", "new"],
     ("mailbox", "import"): ["a@b.example", __file__],
     ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
+    ("filter", "test"): ["/dev/null"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
@@ -108,7 +109,10 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("shaping", "why"): ["s"], ("shaping", "clear"): ["s"], ("view", "disconnect"): ["a@b.example"],
 }  # fmt: skip
 NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
-ALONE = {("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check")}  # likewise
+ALONE = {
+    ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
+    ("filter", "check"), ("filter", "test"),
+}  # fmt: skip  # likewise
 ASKING = [p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in ALONE)]
 
 
@@ -619,6 +623,8 @@ SLOW = {
     ("dkim", "rotate"),
     ("mailbox", "restore"),
     ("mailbox", "dns"),
+    ("filter", "check"),
+    ("filter", "test"),
 }  # serve for ever, or do all there is
 
 

@@ -2,6 +2,8 @@
 
 import os
 
+import click
+
 from relaymta import control
 from relaymta.cli.console import say, say_json_lines
 from relaymta.cli.options import Configuration, configured, fail, group, loaded
@@ -19,11 +21,13 @@ def config() -> None:
 
 
 @config.command()
+@click.option("--no-connect", is_flag=True, help="Do not ask the filters whether they answer.")
 @configured
-def check(read: Configuration) -> None:
+def check(read: Configuration, no_connect: bool) -> None:
     """Check the configuration, and the files, folders and addresses that it names, with the rights of the relay's user. Every
     problem is reported as `file:line: key: what` (exit status 78), probable mistakes as notes: so is a port on which a program
-    listens now that is not the relay of this configuration. Whether another program uses the spool is not checked."""
+    listens now that is not the relay of this configuration, and a filter that does not answer. Whether another program uses the
+    spool is not checked."""
     from relaymta.route import ourselves, shaping  # imported here: other verbs start in half the time
     from relaymta.route.table import map_notes, unnamed
     from relaymta.supervisor import checks
@@ -56,6 +60,10 @@ def check(read: Configuration) -> None:
         from relaymta.cli import mail_files
 
         remarks += mail_files.missing_addresses(config)
+    if config.filter and not no_connect:
+        from relaymta.cli.filter import silent
+
+        remarks += config.located(silent(config))
     for sentence in remarks:
         say(f"note: {sentence}")
     say("the configuration is valid")

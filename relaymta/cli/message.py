@@ -145,4 +145,13 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{reply}")
+        filtered = _filtered(event) if event["event"] == "filtered" else ""
+        record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
+
+
+def _filtered(event: dict[str, Any]) -> str:
+    """What a filter has said: ` by virus: reject (Eicar-Test-Signature)`, and what was done, where that is something else."""
+    score = "" if event["score"] is None else f" {event['score']:g}"
+    reason = f" ({event['reason']})" if event["reason"] else ""
+    done = f", done: {event['action']}" if event["action"] != event["verdict"] else ""
+    return f" by {event['filter']}: {event['verdict']}{score}{reason}{done}"

@@ -248,6 +248,14 @@ def _sites(parts: list[Rows], args: Any) -> Rows:
     return sorted(rows, key=lambda row: (-row["waiting"], -row["connections"], -row["deferred"], row["pool"]))
 
 
+def _filters(parts: list[Rows], args: Any) -> Rows:
+    def join(known: dict[str, Any], row: dict[str, Any]) -> None:
+        if not row["up"] and (known["up"] or row["down for"] > known["down for"]):
+            known |= {key: row[key] for key in ("up", "down for", "why")}
+
+    return _by("name", ("waiting",), join, parts)
+
+
 def _moved(parts: list[list[int] | None], args: Any) -> list[int] | None:
     found = [part for part in parts if part is not None]
     return None if len(found) < len(parts) else [sum(column) for column in zip(*found, strict=True)] or [0, 0]
@@ -323,6 +331,7 @@ REQUESTS: dict[str, Request] = {
         Request("mailbox_owner", MailboxAddress, Where.SUPERVISOR),
         Request("sessions", OfUser, Where.EACH, pieces=True),
         Request("disconnect", OfUser, Where.ALL, 30, _sum, changes=True),
+        Request("filters", Nothing, Where.ALL, 10, _filters),
         Request("usage", Nothing, Where.ANY, 5),
         Request("reload", Nothing, Where.SUPERVISOR, 60, changes=True),
     )

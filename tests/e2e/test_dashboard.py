@@ -54,7 +54,8 @@ def asked(url: str, expression: str) -> list[dict[str, Any]]:
 
 
 class Busy(Relay):
-    """A relay with a listener for logins, an application with a quota, and a route to a host that is down."""
+    """A relay with a listener for logins, an application with a quota, a filter that nobody answers for, and a route to a host
+    that is down."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__(folder, None, "delivery.idle=1")
@@ -71,6 +72,11 @@ auth_in_clear = true
 submission = true
 [accounts]
 file = "{folder}/accounts.toml"
+[[filter]]
+name = "gone"
+type = "clamd"
+address = ["127.0.0.1:1"]
+on_failure = "accept"
 [[route]]
 name = "down"
 recipient_domain = ["down.example"]
@@ -124,4 +130,5 @@ def test_panels_show_what_happened(board):
     (row,) = wait_for(lambda: asked(board, "sum by (site, cause, hosts) (relaymta_site_down)"))
     assert row["metric"] == {"site": "down", "cause": "refused", "hosts": "smart"}
     wait_for(lambda: value("max(relaymta_oldest_message_seconds)") >= 1)
+    wait_for(lambda: value('sum by (reason) (relaymta_filter_failures_total{filter="gone", reason="connect"})') >= 2)
     wait_for(lambda: value("max by (account, what) (relaymta_quota_used_ratio)") > 0)

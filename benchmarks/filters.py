@@ -1,0 +1,108 @@
+"""What filters cost: `python -m benchmarks.filters [--starts N] [--pairs N] [--json FILE]`.
+
+Relays with and without filters run side by side, and get the same load (4 kB messages) in turn, as in benchmarks.pairs; what
+counts is the CPU of the worker a message. "clamd": every message is shown to a real clamd, which has two signatures; "others":
+a filter for unauthenticated clients is configured, and the mail is that of clients that may relay. The filter's own CPU is told
+beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import Load, Relaymta, Sink, cpu_seconds
+from tests.support.clamd import RealClamd, clamd
+from tests.support.daemon import wait_for
+
+WARM_UP = 2  # bursts before it counts
+LOADS = {True: 3_000, False: 2_000}  # messages of a burst, with sessions reused or not
+
+
+class Side:
+    """A relay, and the sink behind it."""
+
+    def __init__(self, folder: Path, settings: tuple[str, ...]) -> None:
+        folder.mkdir()
+        self.sink = Sink()
+        self.relay = Relaymta(folder, self.sink.port, settings=settings)
+        self.workers = subprocess.run(
+            ["pgrep", "-P", str(self.relay.root)], check=True, capture_output=True, text=True
+        ).stdout.split()
+
+    def _spent(self) -> int:
+        tasks = [task for pid in self.workers for task in Path(f"/proc/{pid}/task").iterdir()]
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+
+    def burst(self, load: Load) -> float:
+        """CPU of the worker a message (us)."""
+        before, expected = self._spent(), self.relay.delivered() + load.messages
+        subprocess.run(load.command(self.relay.port), check=True, timeout=600)
+        wait_for(lambda: self.relay.delivered() >= expected, 300, load.name)
+        return (self._spent() - before) / load.messages / 1000
+
+    def close(self) -> None:
+        self.relay.close()
+        self.sink.close()
+
+
+def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
+    """The CPU a message of a relay with a filter (`keys`: of its table, as TOML) and of one without, and of clamd (us)."""
+    filtered = (f'filter=[{{name="virus",type="clamd",address=["{scanner.address}"]{keys}}}]',)
+    rows: list[list[float]] = []
+    own: list[float] = []
+    assert scanner.process is not None
+    for start in range(starts):
+        with tempfile.TemporaryDirectory() as folder:
+            order = ["with", "without"] if start % 2 else ["without", "with"]
+            sides = {name: Side(Path(folder) / name, filtered if name == "with" else ()) for name in order}
+            try:
+                for number in range(-WARM_UP, pairs):
+                    found = {}
+                    for name in order if number % 2 else order[::-1]:
+                        before = cpu_seconds(scanner.process.pid)
+                        found[name] = sides[name].burst(load)
+                        if name == "with" and number >= 0:
+                            own.append((cpu_seconds(scanner.process.pid) - before) / load.messages * 1e6)
+                    if number >= 0:
+                        rows.append([found["with"], found["without"]])
+            finally:
+                for side in sides.values():
+                    side.close()
+    with_, without = (statistics.median(row[side] for row in rows) for side in (0, 1))
+    return {
+        "load": load.name, "with": with_, "without": without, "more": statistics.median(a - b for a, b in rows),
+        "ratio": statistics.median(a / b for a, b in rows), "filter": statistics.median(own), "pairs": rows,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=4, help="how often both relays are started (default: 4)")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of each start (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured to this file")
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        sys.exit("it reads /proc")
+    found = []
+    with clamd() as scanner:
+        for what, keys in (("clamd", ""), ("others", ',clients="unauthenticated"')):
+            for reuse, messages in LOADS.items():
+                load = Load("sessions reused" if reuse else "one connection a message", messages, reuse=reuse)
+                row = {"what": what} | measured(scanner, keys, load, arguments.starts, arguments.pairs)
+                found.append(row)
+                print(
+                    f"{what}, {row['load']}: {row['with']:.0f} us with, {row['without']:.0f} without: {row['more']:+.0f} us, "
+                    f"{row['ratio']:.3f} x; the filter itself {row['filter']:.0f} us",
+                    flush=True,
+                )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
