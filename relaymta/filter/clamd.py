@@ -279,11 +279,14 @@ class Clamd:
 
     async def _ask(self, say: _Say, words: tuple[str, ...]) -> clamd.Reply:
         """What the first address that can be connected to replies: one of `words`. FilterFailure. An address that fails, or is so
-        slow that the caller's time is up, is the last to be asked for SKIPPED seconds."""
+        slow that the caller's time is up, is the last to be asked for SKIPPED seconds. Then one message finds out whether it is
+        up again: others do not wait for that."""
         now = asyncio.get_running_loop().time
         began, failures = now(), []
         for place in self._places if len(self._places) == 1 else sorted(self._places, key=lambda one: one.skipped_until > began):
             began = now()
+            if place.skipped_until:
+                place.skipped_until = began + max(SKIPPED, self._timeout)
             try:
                 reply = await self._ask_at(place, say, words)
             except _Unreached as failure:

@@ -560,6 +560,29 @@ async def test_one_that_says_nothing_until_the_time_is_up_is_skipped(tmp_path):
             assert (one.connections, len(other.texts)) == (1, 1)
 
 
+async def test_one_message_finds_out_whether_an_address_is_still_silent(tmp_path):
+    """The others do not wait for that."""
+
+    async def silent(fake: Fake, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def judged(ours: Clamd) -> object:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                return await ours.judge(mail())
+
+    async with fake_clamd(*[silent] * 9, path=tmp_path / "1") as (one, first), fake_clamd(path=tmp_path / "2") as (_, second):
+        async with asking(first, second, timeout=0.1) as ours:
+            assert await judged(ours) is None
+            ours._places[0].skipped_until = asyncio.get_running_loop().time()
+            answers = await asyncio.gather(*(judged(ours) for _ in range(8)))
+            assert sorted(map(repr, answers)) == [repr(CLEAN)] * 7 + ["None"]
+            one.acts.clear()
+            ours._places[0].skipped_until = asyncio.get_running_loop().time()
+            assert await asyncio.gather(*(judged(ours) for _ in range(8))) == [CLEAN] * 8
+            assert ours._places[0].skipped_until == 0 and await judged(ours) == CLEAN and len(one.texts) == 2
+
+
 # Connections
 
 
