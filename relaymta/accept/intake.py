@@ -1,5 +1,6 @@
 """Rules for clients, and the only way for a message into the queue: `prepend` adds the fields, `admit` submits it."""
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Callable
@@ -307,6 +308,16 @@ class Intake:
         if not end:
             fields += b"\r\n"  # there is no header: the first line of the body must not become part of our fields
         return [fields]
+
+    def changed(self, transaction: Transaction, header: bytes) -> None:
+        """Filters have changed the header of a message: what follows from it."""
+        if not header.isascii():
+            transaction.eight_bit, transaction.utf8_header = True, transaction.smtputf8
+        if self._routes.looks_at_headers:
+            from relaymta.proto.mailbox import Malformed
+
+            with contextlib.suppress(Malformed):  # as it came it was not
+                transaction.headers = self._routes.headers_met(header[:HEADER_SEEN])
 
     def admit(
         self,

@@ -393,7 +393,7 @@ class IncomingTransaction(Transaction):
     ) -> tuple[bytes, bytes] | None:
         """Ask the filters about a message, of which `shown(header)` is what they see. What they want above our fields, and the
         header as it is to be; None: it is refused or discarded, and that is answered."""
-        origin = self.origin
+        origin, given = self.origin, header
         if chain.forged:
             header = without(header, chain.forged)
         if not header:
@@ -416,12 +416,14 @@ class IncomingTransaction(Transaction):
             return None
         self.held = self.held or outcome.held
         above, changed, _ = edited(header, outcome.edits)
-        if header_end(changed) == len(changed):
-            return above, changed
-        # Without its first field, a header whose next line is none is no header any more: it stays as it is, and what is added
-        # stands above our fields.
-        above, added, _ = edited(b"", outcome.edits)
-        return above + added.removesuffix(b"\r\n"), header
+        if header_end(changed) != len(changed):
+            # Without its first field, a header whose next line is none is no header any more: it stays as it is, and what is
+            # added stands above our fields.
+            above, added, _ = edited(b"", outcome.edits)
+            above, changed = above + added.removesuffix(b"\r\n"), header
+        if above or changed is not given:
+            self._admission.intake.changed(self, above + changed)
+        return above, changed
 
     def _finish_file(self, fields: bytes) -> None:
         assert self.large is not None

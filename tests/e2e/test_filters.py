@@ -280,3 +280,17 @@ def test_by_hand_a_message_is_tried_and_a_wrong_address_is_named(tmp_path, scann
     wrong = relay.cli("-c", str(config), "filter", "check", check=False)
     assert wrong.returncode == 75 and "No such file or directory" in wrong.stdout
     assert relay.cli("-c", str(config), "filter", "test", str(file), check=False).returncode == 75
+
+
+def test_what_filters_tag_is_routed_by_the_tag_and_no_forged_one_is(tmp_path, scanner):
+    with FakeMx({}) as peer, FakeMx({}) as junk:
+        routes = (
+            f'route=[{{name="junk",header=["X-Spam: ^Yes"],hosts=["127.0.0.1:{junk.port}"]}},'
+            f'{{name="out",hosts=["127.0.0.1:{peer.port}"]}}]'
+        )
+        settings = (virus(scanner, 'verdicts={FOUND="tag"}'), "relay.networks=[]", 'relay.domains=["d.example"]', routes)
+        with Relay(tmp_path, None, *settings) as relay:
+            for text in (VIRUS, "X-Spam: Yes\r\n" + TEXT, VIRUS + "x\r\n" * 150_000):
+                relay.send(text)
+            wait_for(lambda: len(junk.messages) == 2 and len(peer.messages) == 1)
+            assert EICAR not in peer.messages[0][2] and b"X-Spam" not in peer.messages[0][2]
