@@ -96,10 +96,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._inode = os.fstat(transport.get_extra_info("socket").fileno()).st_ino
-        self.place.connections.add(self)
         if self.ended:
             self._transport.abort()
+            return
+        self._inode = os.fstat(transport.get_extra_info("socket").fileno()).st_ino
+        self.place.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.ended:
@@ -187,6 +188,7 @@ class _Place:
                 await (self._by_path(made) if self._path else self._by_port(made))
         except BaseException as error:
             made.drop()
+            self.connections.discard(made)  # uvloop does not tell of the end of one that is given up as it is connected
             if isinstance(error, TimeoutError):
                 raise _Unreached("timeout", f"{self.name}: does not take the connection within {timeout:g} s") from None
             if isinstance(error, OSError):

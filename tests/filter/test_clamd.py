@@ -605,6 +605,20 @@ async def test_idle_connections_are_closed(tmp_path, monkeypatch):
         assert await ours.judge(mail()) == CLEAN and fake.connections == 5
 
 
+async def test_what_is_given_up_as_it_is_connected_is_forgotten(tmp_path, monkeypatch):
+    """uvloop does not say that it has closed such a connection."""
+    made = module._Connection.connection_made
+
+    async with fake_clamd(path=tmp_path / "c") as (fake, address), asking(address) as ours:
+        task = asyncio.create_task(ours.judge(mail()))
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Connection, "connection_made", lambda self, transport: (made(self, transport), task.cancel()))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert ours.open == 0
+        assert await ours.judge(mail()) == CLEAN and fake.connections == 2
+
+
 async def test_a_connection_closed_meanwhile_is_forgotten(tmp_path):
     async with fake_clamd(said(b"%d: stream: OK\0", close=True), path=tmp_path / "c") as (fake, address), asking(address) as ours:
         assert await ours.judge(mail()) == CLEAN
