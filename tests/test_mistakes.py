@@ -239,6 +239,8 @@ TABLES = [
      "4: filters.tag: 'Subject: spam': Subject: is a field that other programs write"),
     (f'{L}[filters]\nsubject = "[SPAM]"\n',
      "4: filters.subject: '[SPAM]' has to have \"{subject}\" in it once, where the words of the message go"),
+    (f'{L}[filters]\nsubject = "=?utf-8?q?=5BB=C3=BCro=5D?= {{subject}}"\n',
+     "4: filters.subject: '=?utf-8?q?=5BB=C3=BCro=5D?= {subject}': write it as it is shown: it is encoded where it has to be"),
     (f'{L}[filters]\nreply = "450 4.7.1 no"\n',
      "4: filters.reply: '450 4.7.1 no' is not a reply such as \"554 5.7.1 Refused by {filter}: {reason}\""),
     (f'{L}[filters]\nreply = "550 5.7.1 {{{{filter}}}}"\n',

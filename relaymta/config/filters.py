@@ -166,6 +166,8 @@ class FiltersTable(Table):
     def _has_subject(cls, text: str) -> str:
         if text and (text.count("{subject}") != 1 or not _is_line(text, ascii_only=False)):
             raise ValueError(f'{text!r} has to have "{{subject}}" in it once, where the words of the message go')
+        if "=?" in text:
+            raise ValueError(f"{text!r}: write it as it is shown: it is encoded where it has to be")
         _check_placeholders(text, ("subject",))
         return text
 
