@@ -95,7 +95,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
     ("mailbox", "backup"): ["new"], ("mailbox", "restore"): ["none"], ("mailbox", "export"): ["a@b.example", "new"],
     ("mailbox", "import"): ["a@b.example", __file__],
     ("mailbox", "alias"): ["a@b.example", "c@b.example"], ("mailbox", "quota"): ["a@b.example", "5G"],
-    ("filter", "test"): ["/dev/null"],
+    ("filter", "test"): ["/dev/null"], ("filter", "learn"): ["spam", "/dev/null"],
     ("message", "show"): [UNKNOWN], ("message", "raw"): [UNKNOWN], ("message", "explain"): [UNKNOWN],
     ("message", "history"): [UNKNOWN],
     ("policy", "hold"): ["--app", "a"], ("policy", "bounce"): ["--app", "a"], ("policy", "remove"): ["hold", "application=a"],
@@ -111,7 +111,7 @@ ARGUMENTS = {  # what a verb needs to get as far as its configuration
 NO_DAEMON = {"app", "user", "config", "dkim", "doctor", "route", "serve", "sink"}  # verbs that do not ask it
 ALONE = {
     ("shaping", "diff"), ("shaping", "profiles"), ("mailbox", "restore"), ("mailbox", "dns"), ("sieve", "check"),
-    ("filter", "check"), ("filter", "test"),
+    ("filter", "check"), ("filter", "learn"), ("filter", "test"),
 }  # fmt: skip  # likewise
 ASKING = [p for p in ALL if p == ("app", "usage") or (p[0] not in NO_DAEMON and p not in ALONE)]
 
@@ -624,6 +624,7 @@ SLOW = {
     ("mailbox", "restore"),
     ("mailbox", "dns"),
     ("filter", "check"),
+    ("filter", "learn"),
     ("filter", "test"),
 }  # serve for ever, or do all there is
 

@@ -13,8 +13,22 @@ import click
 
 from relaymta.cli.console import say, say_json, table
 from relaymta.cli.options import ANY_LISTENER, Configuration, configured, fail, group, loaded
-from relaymta.cli.peer import GivenPath, as_json, asked, daemon, given, given_address, given_sender, lasting, no_such
+from relaymta.cli.peer import (
+    GivenPath,
+    absent,
+    as_json,
+    asked,
+    connect,
+    daemon,
+    given,
+    given_address,
+    given_sender,
+    lasting,
+    no_such,
+    read_pieces,
+)
 from relaymta.errors import ConfigError
+from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
     import asyncio
@@ -185,6 +199,65 @@ def _status(findings: list["Finding"], outcome: "Outcome | None") -> int:
     failed = any(one.word == "failed" and one.guard.settings.enforce for one in findings)
     refused = decides is not None and decides.word != "failed" and _STATUS[outcome.verdict.word] == REFUSED
     return FAILED if failed and not refused else _STATUS[outcome.verdict.word]
+
+
+@filter.command()
+@click.argument("what", type=click.Choice(["spam", "ham"]))
+@click.argument("messages", nargs=-1, required=True, callback=given, metavar="FILE|ID...")
+@click.option("--only", default="", callback=given, metavar="FILTER", help="Teach this filter alone.")
+@as_json
+@configured
+def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, as_json: bool) -> None:
+    """Teach filters by messages that are spam, or that are none (ham): files ("-": standard input), or ids of messages in the
+    queue, such as held ones.
+
+    rspamd learns by its controller (filter.controller), spamd if it was started with --allow-tell. Exit status 75 when a message
+    was not learned."""
+    import asyncio
+
+    from relaymta.filter.chain import made
+
+    config = _with_filters(read)
+    learners = [one for one in config.filter if hasattr(made(one), "learn") and only in ("", one.name)]
+    if not learners:
+        fail(64 if only else 78, f"--only: {only} does not learn" if only else "no [[filter]] learns: rspamd and spamd do")
+    failed = False
+    for message in messages:
+        text = _message(read, message)
+        for settings, (done, error) in zip(learners, asyncio.run(_taught(learners, text, what == "spam")), strict=True):
+            row = {"message": message, "filter": settings.name, "done": done or "", "error": error}
+            failed = failed or bool(error)
+            if as_json:
+                say_json(row)
+            else:
+                say(f"{message}: {settings.name}: {error or done}")
+    if failed:
+        sys.exit(FAILED)
+
+
+async def _taught(learners: "list[Settings]", text: bytes, spam: bool) -> list[tuple[str | None, str]]:
+    import asyncio
+
+    from relaymta.filter.judgement import Text
+
+    async def one(settings: "Settings") -> tuple[str | None, str]:
+        return await _asked(settings, settings.address[0], lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
+
+    return list(await asyncio.gather(*map(one, learners)))
+
+
+def _message(read: Configuration, message: str) -> bytes:
+    """The octets of a file, or of a message in the queue as it would be sent."""
+    if message == "-" or Path(message).exists():
+        return _BARE_LF.sub(b"\r\n", _text(Path(message)))
+    try:
+        parse_id(message)
+    except ValueError:
+        fail(74, f"{message}: neither a file nor the id of a message")
+    octets = b"".join(read_pieces(connect(read), "raw", ident=message))
+    if not octets:
+        absent(no_such("message", message))
+    return octets
 
 
 def _with_filters(read: Configuration) -> "Config":

@@ -85,6 +85,9 @@ class Filter(Table):
         [], description="rspamd: symbols by which a part of it says that it did not work, such as CLAM_VIRUS_FAIL; a message "
         "with one has not been judged (on_failure)",
     )  # fmt: skip
+    controller: Reload[SocketAddress | Literal[""]] = Field(
+        "", description="rspamd: address of its controller, for `relaymta filter learn`"
+    )
     score: Reload[list[Score]] = Field([], description="verdicts by score")
 
     @field_validator("name")
@@ -127,6 +130,8 @@ class Filter(Table):
             yield "score", f"{self.type} has no score"
         if self.must_work and self.type != "rspamd":
             yield "must_work", f"{self.type} has no symbols"
+        if self.controller and self.type != "rspamd":
+            yield "controller", f"{self.type} has none"
 
     @property
     def meaning(self) -> dict[str, str]:

@@ -213,7 +213,7 @@ def _clamd(settings: Settings) -> Filter:
 def _rspamd(settings: Settings) -> Filter:
     from relaymta.filter.rspamd import Rspamd
 
-    return Rspamd(settings.address, settings.timeout, settings.must_work)
+    return Rspamd(settings.address, settings.timeout, settings.must_work, settings.controller)
 
 
 def _spamd(settings: Settings) -> Filter:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from relaymta.proto.edits import Edit
 
-__all__ = ["PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "Mail", "Text", "Verdict"]
+__all__ = ["PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "Learner", "Mail", "Text", "Verdict"]
 
 PIECE = 65536  # octets of message data that a filter gets at once
 
@@ -101,6 +101,14 @@ class Answer(NamedTuple):
     reason: str = ""
     score: float | None = None
     edits: Sequence[Edit] = ()
+
+
+class Learner(Protocol):
+    """A filter that learns from messages that people have judged."""
+
+    async def learn(self, text: Text, spam: bool) -> str:
+        """Show it spam, or what is none: "learned" or "known already". FilterFailure: it does not learn; OSError: the text cannot
+        be read."""
 
 
 class Filter(Protocol):

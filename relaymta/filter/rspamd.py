@@ -32,13 +32,14 @@ class Rspamd:
     """A judgement.Filter. Its words are rspamd's actions ("no action", "reject", ...); the reason: its own sentence for a
     refusal, or the symbols that weigh most."""
 
-    def __init__(self, addresses: Sequence[str], timeout: float, must_work: Sequence[str] = ()) -> None:
+    def __init__(self, addresses: Sequence[str], timeout: float, must_work: Sequence[str] = (), controller: str = "") -> None:
         """`addresses`: "host:port" or "unix:/path"; the first that answers is asked. `timeout`: seconds for a connection.
         `must_work`: symbols that say that a part of it did not work, such as CLAM_VIRUS_FAIL: a message with one has not been
-        judged."""
+        judged. `controller`: the address of what learns, or ""."""
         self._addresses = list(addresses)
         self._timeout = timeout
         self._must_work = frozenset(must_work)
+        self._controller = controller
 
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter. FilterFailure; OSError: the text cannot be read."""
@@ -72,34 +73,47 @@ class Rspamd:
             raise FilterFailure("refused", f"does not refuse GTUBE, the test text of all spam filters, but says {answer.word!r}")
         return f"GTUBE ({answer.word}, score {answer.score:g})"
 
+    async def learn(self, text: Text, spam: bool) -> str:
+        """As in judgement.Learner: by its controller."""
+        if not self._controller:
+            raise FilterFailure("refused", "no `controller` is configured, which learns")
+        told = [("Content-Length", str(text.size))]
+        request = f"POST /learn{'spam' if spam else 'ham'}"
+        status, body = await _exchanged([self._controller], request, told, text.pieces(), self._timeout)
+        if status == 208:
+            return "known already"
+        found = object_of(body)
+        if status != 200 or found.get("success") is not True:
+            why = found.get("error")
+            text_of_it = f": {printable(why)[:200]}" if isinstance(why, str) else ""
+            raise FilterFailure("refused", f"answers HTTP {status}{text_of_it}")
+        return "learned"
+
     def close(self) -> None:
         """As in judgement.Filter: no connection is ever idle."""
 
     async def _asked(self, request: str, told: list[tuple[str, str]], pieces: AsyncIterable[bytes]) -> bytes:
-        """The body of the answer. FilterFailure; OSError of the text."""
-        lines = [
-            f"{request} HTTP/1.0",
-            "Connection: close",
-            *(f"{name}: {value}" for name, value in told),
-            "",
-            "",
-        ]
-        octets = "\r\n".join(lines).encode()
-        return _body(await exchange(self._addresses, octets, pieces, self._timeout, LARGEST, False))
+        """The body of an answer with status 200. FilterFailure; OSError of the text."""
+        status, body = await _exchanged(self._addresses, request, told, pieces, self._timeout)
+        if status != 200:
+            raise FilterFailure("refused", f"answers HTTP {status}")
+        return body
 
 
-def _body(answer: bytes) -> bytes:
-    """The body of an answer (HTTP/1.0: it ends with the connection) whose status is 200. FilterFailure."""
+async def _exchanged(
+    addresses: Sequence[str], request: str, told: list[tuple[str, str]], pieces: AsyncIterable[bytes], timeout: float
+) -> tuple[int, bytes]:
+    """Status and body of an answer. HTTP/1.0: it ends with the connection. FilterFailure; OSError of the text."""
+    lines = [f"{request} HTTP/1.0", "Connection: close", *(f"{name}: {value}" for name, value in told), "", ""]
+    answer = await exchange(addresses, "\r\n".join(lines).encode(), pieces, timeout, LARGEST, False)
     head, separator, body = answer.partition(b"\r\n\r\n")
     status = _STATUS.match(head)
     if status is None:
         raise FilterFailure("protocol", f"answers, but not as rspamd: {_begin(answer)}" if answer else "closes the connection")
-    if status[1] != b"200":
-        raise FilterFailure("refused", f"answers HTTP {printable(status[0][9:].decode('latin-1'))[:100]}")
     length = _LENGTH.search(head)
-    if not separator or (length is not None and len(body) < int(length[1])):
+    if status[1] == b"200" and (not separator or (length is not None and len(body) < int(length[1]))):
         raise FilterFailure("protocol", "its answer is cut short")
-    return body
+    return int(status[1]), body
 
 
 def object_of(body: bytes) -> dict[str, Any]:

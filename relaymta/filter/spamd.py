@@ -50,6 +50,14 @@ class Spamd:
             raise FilterFailure("refused", "does not find GTUBE, the test text of all spam filters")
         return f"GTUBE (score {answer.score:g})"
 
+    async def learn(self, text: Text, spam: bool) -> str:
+        """As in judgement.Learner. spamd needs --allow-tell for that."""
+        answer = await self._asked(spamc.teaching(text.size, spam), text.pieces())
+        try:
+            return "learned" if spamc.has_learned(answer) else "known already"
+        except spamc.SpamdError as error:
+            raise FilterFailure("refused" if error.refused else "protocol", str(error)) from None
+
     def close(self) -> None:
         """As in judgement.Filter: no connection is ever idle."""
 

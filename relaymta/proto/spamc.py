@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from relaymta.proto.printable import printable
 
-__all__ = ["LARGEST", "PING", "Judged", "SpamdError", "is_pong", "judged", "request"]
+__all__ = ["LARGEST", "PING", "Judged", "SpamdError", "has_learned", "is_pong", "judged", "request", "teaching"]
 
 LARGEST = 65536  # octets of an answer: names of rules
 SHOWN = 64  # octets of what makes no sense
 
 PING = b"PING SPAMC/1.5\r\n\r\n"
 _STATUS = re.compile(rb"SPAMD/[0-9.]{1,8} ([0-9]{1,3}) ([^\r\n]*)\r?\n")
+_LEARNED = re.compile(rb"^DidSet:[ \t]*local", re.I | re.M)
 _SPAM = re.compile(
     rb"^Spam:[ \t]*(True|Yes|False|No)[ \t]*;[ \t]*(-?[0-9.]{1,12})[ \t]*/[ \t]*(-?[0-9.]{1,12})[ \t]*\r?$", re.I | re.M
 )
@@ -41,6 +42,20 @@ def request(octets: int, user: str = "") -> bytes:
     """What stands in front of a message of so many octets that is to be judged."""
     lines = ["SYMBOLS SPAMC/1.5", f"Content-length: {octets}", *([f"User: {printable(user)}"] if user else []), "", ""]
     return "\r\n".join(lines).encode()
+
+
+def teaching(octets: int, spam: bool) -> bytes:
+    """What stands in front of a message from which is to be learned."""
+    return (
+        f"TELL SPAMC/1.5\r\nContent-length: {octets}\r\nMessage-class: {'spam' if spam else 'ham'}\r\nSet: local\r\n\r\n".encode()
+    )
+
+
+def has_learned(answer: bytes) -> bool:
+    """Whether something was learned; False: it was known already. SpamdError: it does not learn."""
+    header = answer.replace(b"\r\n", b"\n").partition(b"\n\n")[0]
+    _check(header + b"\n" if header else b"")
+    return _LEARNED.search(header) is not None
 
 
 def judged(answer: bytes) -> Judged:

@@ -2,6 +2,7 @@
 
 import json
 import smtplib
+from pathlib import Path
 
 import pytest
 
@@ -56,5 +57,30 @@ def test_spamd_with_verdicts_by_score(tmp_path):
             wait_for(lambda: peer.messages)
             header = peer.messages[0][2].partition(b"\r\n\r\n")[0]
             assert b"\r\nX-Spam: Yes\r\nFrom:" in header and header.endswith(b"\r\nSubject: [SPAM] =?utf-8?q?h=C3=A4?=")
+            _teach(tmp_path, relay, address)
             checked = relay.cli("filter", "list").stdout
             assert "sa" in checked and "spamd" in checked
+
+
+def _teach(folder: Path, relay: Relay, address: str) -> None:
+    """From files, and from a message in the queue."""
+    config, file = folder / "teach.toml", folder / "spam.eml"
+    clamd = '[[filter]]\nname = "virus"\ntype = "clamd"\naddress = ["127.0.0.1:1"]\n'
+    sa = f'[[filter]]\nname = "sa"\ntype = "spamd"\naddress = ["{address}"]\n'
+    config.write_text(f'spool = "{relay.spool}"\n{clamd}{sa}[[listener]]\naddress = "127.0.0.1:2525"\n')
+    file.write_text("Message-ID: <1@b.example>\nSubject: cheap\n\n" + "buy cheap things now\n" * 20)
+
+    def taught(*words: str) -> tuple[int, str]:
+        found = relay.cli("-c", str(config), "filter", "learn", *words, check=False)
+        return found.returncode, found.stdout + found.stderr
+
+    assert taught("spam", str(file)) == (0, f"{file}: sa: learned\n")
+    assert taught("spam", str(file)) == (0, f"{file}: sa: known already\n")
+    relay.cli("policy", "hold", "--domain", "held.example")
+    relay.send("Message-ID: <2@b.example>\r\nSubject: dear\r\n\r\n" + "a letter\r\n" * 20, "a@b.example", "c@held.example")
+    ident = wait_for(lambda: [one["id"] for one in relay.events("queued") if one["recipients"] == ["c@held.example"]])[0]
+    assert taught("ham", ident) == (0, f"{ident}: sa: learned\n")
+    assert taught("ham", "nothing")[0] == 74 and taught("ham", "1ZZZZZZZZZZZZ")[0] == 1
+    assert taught("spam", str(file), "--only", "virus") == (64, "--only: virus does not learn\n")
+    config.write_text(config.read_text().replace(address, "127.0.0.1:1"))
+    assert taught("spam", str(file)) == (75, f"{file}: sa: Connection refused\n")

@@ -222,3 +222,20 @@ async def test_a_new_subject_is_for_who_says_so():
         header = edited(HEADER, (await one.judge(mail())).edits).header
         assert b"Subject: =?utf-8?q?h=C3=A4?=\r\n\tX-Evil: 1\r\n" in header
         assert [list((await one.judge(mail())).edits) for _ in range(2)] == [[], []]
+
+
+async def test_learning_is_its_controllers():
+    success, known = said({"success": True}), said({"error": "<x> has been already learned as spam"}, "208 Already")
+    failed, odd = said({"error": "no classifier\x1b is there"}, "500 No"), said(b"<html>")
+    async with fake(success, known, failed, odd) as (seen, address), asked("127.0.0.1:1", controller=address) as one:
+        text = Text(HEADER, b"x")
+        assert await one.learn(text, True) == "learned"
+        assert seen.seen[0].startswith(b"POST /learnspam HTTP/1.0\r\n") and seen.seen[0].endswith(HEADER + b"x")
+        assert await one.learn(text, False) == "known already" and b"POST /learnham " in seen.seen[1]
+        for reason, what in (("refused", r"answers HTTP 500: no classifier\\x1b is there"), ("protocol", "not as rspamd")):
+            with pytest.raises(FilterFailure, match=what) as failure:
+                await one.learn(text, True)
+            assert failure.value.reason == reason
+    async with asked("127.0.0.1:1") as none:
+        with pytest.raises(FilterFailure, match="no `controller` is configured"):
+            await none.learn(text, True)

@@ -69,6 +69,12 @@ async def test_the_real_one():
             assert found.word == "True" and found.score > 900 and "GTUBE" in found.reason
             found = await one.judge(mail())
             assert found.word == "False" and 0 < found.score < 5
+            text = Text(
+                b"From: a@b.example\r\nMessage-ID: <1@b.example>\r\nSubject: cheap\r\n\r\n", b"buy cheap things now\r\n" * 20
+            )
+            assert await one.learn(text, True) == "learned"
+            assert await one.learn(text, True) == "known already"
+            assert await one.learn(text, False) == "learned"
             both = await asyncio.gather(one.judge(mail()), one.judge(mail(GTUBE.encode() + b"\r\n")))
             assert [answer.word for answer in both] == ["False", "True"]
 
@@ -109,6 +115,20 @@ async def test_an_answer_amid_the_message_counts():
     async with fake(b"SPAMD/1.0 65 EX_DATAERR\r\n", early=True) as (_, one):
         with pytest.raises(FilterFailure, match="answers 65 EX_DATAERR"):
             await one.judge(mail(b"x" * 30_000_000))
+
+
+async def test_one_that_does_not_learn_says_so():
+    async with fake(b"SPAMD/1.0 69 Service Unavailable: TELL commands are not enabled\r\n", b"?", b"") as (seen, one):
+        with pytest.raises(FilterFailure, match="answers 69 Service Unavailable") as failure:
+            await one.learn(Text(HEADER, b"x"), True)
+        assert failure.value.reason == "refused"
+        assert (
+            seen.seen[0] == b"TELL SPAMC/1.5\r\nContent-length: 38\r\nMessage-class: spam\r\nSet: local\r\n\r\n" + HEADER + b"x"
+        )
+        for _ in range(2):
+            with pytest.raises(FilterFailure) as failure:
+                await one.learn(Text(HEADER, b"x"), False)
+            assert failure.value.reason == "protocol"
 
 
 async def test_nobody_there_and_silence():

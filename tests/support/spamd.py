@@ -23,9 +23,9 @@ def spamd() -> Iterator[str]:
     folder, port = Path(tempfile.mkdtemp(prefix="spamd")), free_port()
     for path in Path("/etc/spamassassin").glob("*.pre"):  # without them every child dies at once
         shutil.copy(path, folder)
-    (folder / "local.cf").write_text("use_bayes 0\n")
-    folder.chmod(0o755)  # as root it becomes another user
-    command = [program, "-L", "-x", "-m", "2", f"--listen=127.0.0.1:{port}", f"--siteconfigpath={folder}"]
+    (folder / "local.cf").write_text(f"bayes_path {folder}/bayes\nbayes_auto_learn 0\n")
+    folder.chmod(0o777)  # as root it becomes another user
+    command = [program, "-L", "-x", "-m", "2", "--allow-tell", f"--listen=127.0.0.1:{port}", f"--siteconfigpath={folder}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
