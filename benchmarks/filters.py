@@ -9,45 +9,16 @@ beside it.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import Load, Relaymta, Sink, cpu_seconds
+from benchmarks.pairs import WARM_UP, Build
+from benchmarks.run import Load, cpu_seconds
 from tests.support.clamd import RealClamd, clamd
-from tests.support.daemon import wait_for
 
-WARM_UP = 2  # bursts before it counts
 LOADS = {True: 3_000, False: 2_000}  # messages of a burst, with sessions reused or not
-
-
-class Side:
-    """A relay, and the sink behind it."""
-
-    def __init__(self, folder: Path, settings: tuple[str, ...]) -> None:
-        folder.mkdir()
-        self.sink = Sink()
-        self.relay = Relaymta(folder, self.sink.port, settings=settings)
-        self.workers = subprocess.run(
-            ["pgrep", "-P", str(self.relay.root)], check=True, capture_output=True, text=True
-        ).stdout.split()
-
-    def _spent(self) -> int:
-        tasks = [task for pid in self.workers for task in Path(f"/proc/{pid}/task").iterdir()]
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
-
-    def burst(self, load: Load) -> float:
-        """CPU of the worker a message (us)."""
-        before, expected = self._spent(), self.relay.delivered() + load.messages
-        subprocess.run(load.command(self.relay.port), check=True, timeout=600)
-        wait_for(lambda: self.relay.delivered() >= expected, 300, load.name)
-        return (self._spent() - before) / load.messages / 1000
-
-    def close(self) -> None:
-        self.relay.close()
-        self.sink.close()
 
 
 def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
@@ -59,7 +30,7 @@ def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int)
     for start in range(starts):
         with tempfile.TemporaryDirectory() as folder:
             order = ["with", "without"] if start % 2 else ["without", "with"]
-            sides = {name: Side(Path(folder) / name, filtered if name == "with" else ()) for name in order}
+            sides = {name: Build(sys.executable, Path(folder) / name, filtered if name == "with" else ()) for name in order}
             try:
                 for number in range(-WARM_UP, pairs):
                     found = {}

@@ -26,10 +26,10 @@ WARM_UP = 2  # bursts before it counts
 class Build:
     """A relay of one build, and the sink behind it."""
 
-    def __init__(self, python: str, folder: Path) -> None:
+    def __init__(self, python: str, folder: Path, settings: tuple[str, ...] = ()) -> None:
         folder.mkdir()
         self.sink = Sink()
-        self.relay = Relaymta(folder, self.sink.port, python=python)
+        self.relay = Relaymta(folder, self.sink.port, python=python, settings=settings)
         children = subprocess.run(["pgrep", "-P", str(self.relay.root)], check=True, capture_output=True, text=True).stdout
         self.workers = children.split()
 

@@ -25,6 +25,7 @@ from relaymta.cli.peer import (
     given_sender,
     lasting,
     no_such,
+    read_file,
     read_pieces,
 )
 from relaymta.errors import ConfigError
@@ -287,14 +288,7 @@ def _ip(text: str) -> str:
 
 
 def _text(file: Path) -> bytes:
-    try:
-        if str(file) == "-":
-            data = sys.stdin.buffer.read(MOST + 1)
-        else:
-            with file.open("rb") as opened:
-                data = opened.read(MOST + 1)
-    except OSError as error:
-        fail(77 if isinstance(error, PermissionError) else 74, f"{file}: {error.strerror}")
+    data = read_file(file, MOST + 1)
     if len(data) > MOST:
         fail(65, f"{file}: it has more than {MOST >> 20} MB")
     return data

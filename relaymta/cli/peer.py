@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Daemon", "GivenPath", "Offline", "absent", "answered", "as_json", "asked", "connect", "counted", "daemon", "due", "given",
-    "given_address", "given_domain", "given_sender", "lasting", "no_such", "number_of", "read_pieces", "routes", "seconds_of",
-    "size", "spool_of", "until", "unused_spool", "when",
+    "given_address", "given_domain", "given_sender", "lasting", "no_such", "number_of", "read_file", "read_pieces", "routes",
+    "seconds_of", "size", "spool_of", "until", "unused_spool", "when",
 ]  # fmt: skip
 
 CONNECT_SECONDS = 10.0
@@ -232,6 +232,18 @@ def given_sender(context: click.Context, parameter: click.Parameter, value: str)
     if address is None:
         fail(64, f"{parameter.opts[0]} {value}: neither an address nor <> (the null sender)")
     return address
+
+
+def read_file(file: Path, most: int) -> bytes:
+    """The first `most` octets of a file that was given ("-": standard input); ends the program (77, 74) when there are none to
+    read."""
+    try:
+        if str(file) == "-":
+            return sys.stdin.buffer.read(most)
+        with file.open("rb") as opened:
+            return opened.read(most)
+    except OSError as error:
+        fail(77 if isinstance(error, PermissionError) else 74, f"{file}: {error.strerror}")
 
 
 def given_domain(context: click.Context, parameter: click.Parameter, value: str) -> str:

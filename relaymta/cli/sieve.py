@@ -1,6 +1,5 @@
 """`relaymta sieve`: the Sieve scripts of users whose mail is kept here."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import click
 
 from relaymta.cli.console import say, say_json, say_message, table
 from relaymta.cli.options import Configuration, configured, fail, group
-from relaymta.cli.peer import GivenPath, answered, as_json, asked, counted, daemon, given, size
+from relaymta.cli.peer import GivenPath, answered, as_json, asked, counted, daemon, given, read_file, size
 
 __all__ = ["sieve"]
 
@@ -24,14 +23,7 @@ def _compiled(file: Path) -> bytes:
     """The text of a script that compiles; else ends the program (65)."""
     from relaymta.proto.sieve import SCRIPT_MOST, SieveError, compile  # here and below: the other verbs do not need it
 
-    try:
-        if str(file) == "-":
-            text = sys.stdin.buffer.read(SCRIPT_MOST + 1)
-        else:
-            with file.open("rb") as opened:
-                text = opened.read(SCRIPT_MOST + 1)
-    except OSError as error:
-        fail(77 if isinstance(error, PermissionError) else 74, f"{file}: {error.strerror}")
+    text = read_file(file, SCRIPT_MOST + 1)
     try:
         compile(text)
     except SieveError as error:
