@@ -162,7 +162,7 @@ def edits_of(found: dict[str, Any], header: bytes, action: str = "") -> list[Edi
         edits += _additions(milter.get("add_headers"))
     subject = found.get("subject")
     if action == "rewrite subject" and isinstance(subject, str) and subject:
-        edits.append(Change(b"Subject", 1, spaced(subject.encode())))
+        edits.append(Change(b"Subject", 1, spaced(_octets(subject))))
     return edits[:EDITS_MOST]
 
 
@@ -175,9 +175,9 @@ def _removals(wanted: Any, header: bytes) -> list[Edit]:
     for name, number in wanted.items():
         if not isinstance(number, int) or len(edits) >= EDITS_MOST:
             continue
-        count = counts[name.lower().encode()]
+        count = counts[_octets(name.lower())]
         which = range(1, count + 1) if not number else [number if number > 0 else count + 1 + number]
-        edits += [Change(name.encode(), instance, b"") for instance in which if 0 < instance <= count]
+        edits += [Change(_octets(name), instance, b"") for instance in which if 0 < instance <= count]
     return edits
 
 
@@ -192,7 +192,12 @@ def _additions(wanted: Any) -> list[Edit]:
             if not isinstance(value, str):
                 continue
             if isinstance(order, int) and order >= 0:
-                edits.append(Insert(order, name.encode(), spaced(value.encode())))
+                edits.append(Insert(order, _octets(name), spaced(_octets(value))))
             else:
-                edits.append(Append(name.encode(), spaced(value.encode())))
+                edits.append(Append(_octets(name), spaced(_octets(value))))
     return edits
+
+
+def _octets(text: str) -> bytes:
+    """JSON may have halves of a pair of surrogates in it, which UTF-8 has not."""
+    return text.encode("utf-8", "replace")

@@ -201,6 +201,7 @@ CHANGES = [
     ({"add_headers": {"X-A": {"value": "1", "order": 1}}}, b"X-A: 1\r\n" + HEADER),
     ({"add_headers": {"X-A": {"value": "1\nX-B: 2\n\nbody", "order": 1}}}, b"X-A: 1\r\n\tX-B: 2\r\n\tbody\r\n" + HEADER),
     ({"add_headers": {"X A": "1", "": "x", "X-A": 5, "X-B": None, "X-C": [[]]}}, HEADER),
+    ({"add_headers": {"X-A": "\ud800", "\ud800": "x"}, "remove_headers": {"\ud800": 0}}, HEADER[:-2] + b"X-A: ?\r\n?: x\r\n\r\n"),
     ({"add_headers": [], "remove_headers": "x"}, HEADER),
     ([], HEADER),
 ]  # fmt: skip

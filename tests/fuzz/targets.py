@@ -480,7 +480,7 @@ def spamd(data: bytes) -> None:
         wanted = edits_of(object_of(wire), FILTERED_HEADER, "rewrite subject" if options & 1 else "")
         assert len(wanted) <= 200
         header = edited(FILTERED_HEADER, wanted).header
-        assert header.endswith(b"\r\n\r\n") and header_end(header) == len(header)
+        assert (b"\r\n" + header).endswith(b"\r\n\r\n") and header_end(header) == len(header)
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
