@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple, Protocol
 
 from relaymta.proto.edits import Edit
 
-__all__ = ["PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "Learner", "Mail", "Text", "Verdict"]
+__all__ = ["PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "Learner", "Mail", "Text", "Verdict", "gtube"]
 
 PIECE = 65536  # octets of message data that a filter gets at once
+
+_GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-", b"STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"  # in two: this file is no spam
 
 FailureReason = Literal["connect", "timeout", "protocol", "refused", "oversize"]
 
@@ -88,9 +90,20 @@ class Mail:
     text: Text
     most: int | None = None
 
+    @property
+    def octets(self) -> int:
+        """How many octets of the text it gets."""
+        return self.text.size if self.most is None else min(self.most, self.text.size)
+
     def head(self, octets: int) -> "Mail":
         """The same message, of which only so many octets are shown."""
         return replace(self, most=octets)
+
+
+def gtube() -> Mail:
+    """The message that every spam filter has to find, from a client elsewhere."""
+    proof = Text(b"From: a@example.org\r\nSubject: GTUBE\r\n\r\n", b"".join(_GTUBE) + b"\r\n")
+    return Mail("prove", "a@example.org", ["b@example.org"], "192.0.2.1", "localhost", "", "", proof)
 
 
 class Answer(NamedTuple):

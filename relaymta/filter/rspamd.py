@@ -12,7 +12,7 @@ from collections.abc import AsyncIterable, Sequence
 from typing import Any
 
 from relaymta.filter.exchange import exchange, nothing
-from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text
+from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text, gtube
 from relaymta.proto.edits import Append, Change, Edit, Insert, shown, spaced
 from relaymta.proto.printable import printable
 
@@ -24,8 +24,6 @@ HEADER_MOST = 998  # characters of what is told in a header field of HTTP
 EDITS_MOST = 200
 _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [^\r\n]*)?")
 _LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$", re.I | re.M)
-
-_GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-", b"STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"  # in two: this file is no spam
 
 
 class Rspamd:
@@ -66,9 +64,7 @@ class Rspamd:
 
     async def prove(self) -> str:
         """As in judgement.Filter: GTUBE."""
-        proof = Text(b"Subject: GTUBE\r\n\r\n", b"".join(_GTUBE) + b"\r\n")
-        mail = Mail("prove", "a@example.org", ["b@example.org"], "192.0.2.1", "localhost", "", "", proof)
-        answer = await self.judge(mail)
+        answer = await self.judge(gtube())
         if answer.word != "reject":
             raise FilterFailure("refused", f"does not refuse GTUBE, the test text of all spam filters, but says {answer.word!r}")
         return f"GTUBE ({answer.word}, score {answer.score:g})"
@@ -133,9 +129,7 @@ def _begin(body: bytes) -> str:
 
 def _headers(mail: Mail) -> list[tuple[str, str]]:
     """What rspamd is told beside the message (its protocol: "HTTP headers")."""
-    text = mail.text
-    octets = text.size if mail.most is None else min(mail.most, text.size)
-    told = [("Content-Length", str(octets)), ("Queue-Id", mail.ident), ("From", mail.sender), ("IP", mail.client)]
+    told = [("Content-Length", str(mail.octets)), ("Queue-Id", mail.ident), ("From", mail.sender), ("IP", mail.client)]
     told += [("Rcpt", address) for address in mail.recipients]
     told += [(name, value) for name, value in (("Helo", mail.helo), ("User", mail.user)) if value]
     if mail.tls:

@@ -3,13 +3,12 @@
 from collections.abc import AsyncIterable, Sequence
 
 from relaymta.filter.exchange import exchange, nothing
-from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text
+from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text, gtube
 from relaymta.proto import spamc
 
 __all__ = ["Spamd"]
 
 RULES_SHOWN = 8  # in a reason
-_GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-", b"STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"  # in two: this file is no spam
 
 
 class Spamd:
@@ -23,9 +22,7 @@ class Spamd:
 
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter. FilterFailure; OSError: the text cannot be read."""
-        text = mail.text
-        octets = text.size if mail.most is None else min(mail.most, text.size)
-        answer = await self._asked(spamc.request(octets, mail.user), text.pieces(mail.most))
+        answer = await self._asked(spamc.request(mail.octets, mail.user), mail.text.pieces(mail.most))
         try:
             found = spamc.judged(answer)
         except spamc.SpamdError as error:
@@ -44,8 +41,7 @@ class Spamd:
 
     async def prove(self) -> str:
         """As in judgement.Filter: GTUBE."""
-        proof = Text(b"From: a@example.org\r\nSubject: GTUBE\r\n\r\n", b"".join(_GTUBE) + b"\r\n")
-        answer = await self.judge(Mail("prove", "a@example.org", ["b@example.org"], "192.0.2.1", "localhost", "", "", proof))
+        answer = await self.judge(gtube())
         if answer.word != "True":
             raise FilterFailure("refused", "does not find GTUBE, the test text of all spam filters")
         return f"GTUBE (score {answer.score:g})"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from relaymta.accept.connection import Connection
 from relaymta.filter.chain import Outcome
 from relaymta.filter.judgement import Verdict
 from relaymta.proto.edits import Append, Insert, without
@@ -25,16 +26,22 @@ def bdat(message: bytes) -> tuple[bytes, bytes]:
     return ENVELOPE + b"BDAT %d\r\n" % (len(message) - 2) + message[:-2], b"BDAT 2 LAST\r\n" + message[-2:]
 
 
-@SIZES
-@pytest.mark.parametrize("lost", [False, True], ids=["it sends no more", "its connection is lost"])
-def test_a_client_that_hangs_up_before_filters_are_asked_will_send_again_and_nothing_is_taken(size, lost):
-    """While the rest of a large message is written, too."""
-    of = machine()
+def complete(of: Machine, size: int) -> Connection:
+    """A client whose message of so many octets is complete, and nothing is done about it yet."""
     made = connected(of)
     before, last = bdat(b"Subject: x\r\n\r\n" + b"line\r\n" * (size // 6))
     made.data_received(before)
     idle(made)
     made.data_received(last)
+    return made
+
+
+@SIZES
+@pytest.mark.parametrize("lost", [False, True], ids=["it sends no more", "its connection is lost"])
+def test_a_client_that_hangs_up_before_filters_are_asked_will_send_again_and_nothing_is_taken(size, lost):
+    """While the rest of a large message is written, too."""
+    of = machine()
+    made = complete(of, size)
     transport = made.transport
     if lost:
         made.connection_lost(None)
@@ -76,11 +83,7 @@ def test_what_filters_add_stays_where_a_removed_field_was_all_that_made_a_header
 def test_a_client_that_says_something_and_goes_is_noticed(size, behind):
     """Unless it says so much that nothing more is read of it: then it is as if it waited."""
     of = machine()
-    made = connected(of)
-    before, last = bdat(b"Subject: x\r\n\r\n" + b"line\r\n" * (size // 6))
-    made.data_received(before)
-    idle(made)
-    made.data_received(last)
+    made = complete(of, size)
     transport = made.transport
     assert isinstance(transport, Transport)
     for at in range(0, len(behind), 1000):
