@@ -7,6 +7,7 @@ from types import FrameType
 import pytest
 
 from relaymta.accept.connection import Connection
+from relaymta.ident import format_id
 from tests.accept.test_connection import EHLO, machine, say
 from tests.accept.test_transactions import connected, idle
 from tests.support.connection import Transport
@@ -23,6 +24,7 @@ def message(lines: int) -> bytes:
 def calls(made: Connection, data: bytes) -> Counter[str]:
     """The calls of functions of the relay that a client's octets cause, up to the replies."""
     found: Counter[str] = Counter()
+    format_id.cache_clear()  # other tests have had messages with these ids
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         name = frame.f_code.co_filename
@@ -39,16 +41,16 @@ def calls(made: Connection, data: bytes) -> Counter[str]:
 
 
 @pytest.mark.parametrize("lines, settings, expected", [
-    (1, {}, 67), (1, {"looks": True}, 72), (1, {"signs": True, "relay": TRUSTED}, 53), (322, {}, 66),
+    (1, {}, 67), (1, {"looks": True}, 73), (1, {"signs": True, "relay": TRUSTED}, 54), (322, {}, 67),
 ], ids=["small", "verified", "signed", "large"])  # fmt: skip
-def test_a_message_that_no_filter_looks_at_takes_no_more_calls_than_before_there_were_filters(lines, settings, expected):
+def test_a_message_that_no_filter_looks_at_takes_as_many_calls_as_before_there_were_filters(lines, settings, expected):
     """Counted in the tree before filters; whoever changes the way of a message for another reason counts anew."""
     made = connected(machine(**settings))
     say(made, EHLO)
     calls(made, message(1))
     found = calls(made, message(lines))
     assert not [name for name in found if "ilter" in name or "udge" in name or "Chain" in name]
-    assert found.total() <= expected, dict(found)
+    assert found.total() == expected, dict(found)
 
 
 @pytest.mark.parametrize("ends", ["lost", "half-closed"])
