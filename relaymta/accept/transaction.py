@@ -254,7 +254,7 @@ class IncomingTransaction(Transaction):
         try:
             verdict = await verifier.check(self.origin.client.address, self._session.helo, self.sender, look, body)
         except BaseException as error:  # after an internal error, or when this is cancelled, the client tries again
-            if not self._abandoned:
+            if not (self._abandoned and isinstance(error, asyncio.CancelledError)):
                 intake.not_verified(error)
             self._reject(reply.NOT_VERIFIED)
             if not isinstance(error, Exception):
@@ -340,7 +340,7 @@ class IncomingTransaction(Transaction):
             if found is None:
                 return
             results = found
-        changed = await self._filtered(chain, front, header, lambda head: Text(results + head, body))
+        changed = await self._filtered(chain, header, lambda head: Text(results + head, body))
         if changed is None:
             return
         above, header = changed
@@ -366,7 +366,7 @@ class IncomingTransaction(Transaction):
             return await admission.loop.run_in_executor(admission.threads, large.piece, at, most)
 
         octets = large.body_octets
-        changed = await self._filtered(chain, large.front, large.header, lambda head: Text(results + head, b"", octets, read))
+        changed = await self._filtered(chain, large.header, lambda head: Text(results + head, b"", octets, read))
         if changed is None:
             return
         above, header = changed
@@ -388,9 +388,7 @@ class IncomingTransaction(Transaction):
         await admission.loop.run_in_executor(admission.threads, large.hash_body, draft)
         endpoint.signer.finish(draft, lambda found: self._try(self._large_signed, found))
 
-    async def _filtered(
-        self, chain: "Chain", front: list[bytes], header: bytes, shown: Callable[[bytes], Text]
-    ) -> tuple[bytes, bytes] | None:
+    async def _filtered(self, chain: "Chain", header: bytes, shown: Callable[[bytes], Text]) -> tuple[bytes, bytes] | None:
         """Ask the filters about a message, of which `shown(header)` is what they see. What they want above our fields, and the
         header as it is to be; None: it is refused or discarded, and that is answered."""
         origin, given = self.origin, header
@@ -407,7 +405,7 @@ class IncomingTransaction(Transaction):
             outcome = outcome._replace(verdict=Verdict.TEMPFAIL, reply=reply.NOT_HELD)
         if outcome.reply:
             self._admission.intake.count_filtered(outcome.reply)
-            self._admission.loop.call_soon(self._flow.answer, self, outcome.reply, outcome.closes)
+            self._reject(outcome.reply, outcome.closes)
             return None
         if outcome.verdict is Verdict.DISCARD:
             self._admission.intake.accepted(mail.text.size, len(self.recipients))
@@ -476,10 +474,10 @@ class IncomingTransaction(Transaction):
             self.large = None
             self._descriptor.give_back()
 
-    def _reject(self, answer: bytes) -> None:
+    def _reject(self, answer: bytes, closes: bool = False) -> None:
         """Send a negative reply (4xx or 5xx) to the complete message, in a turn of its own: one segment may hold hundreds of
-        them, which would recurse."""
-        self._admission.loop.call_soon(self._flow.answer, self, answer)
+        them, which would recurse. `closes`: as of Flow.answer."""
+        self._admission.loop.call_soon(self._flow.answer, self, answer, closes)
 
     # Ended
 
