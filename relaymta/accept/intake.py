@@ -172,7 +172,7 @@ class Intake:
         recipient, or None."""
         if "@" not in address:  # postmaster
             refused = None if origin.postmaster else reply.NO_POSTMASTER
-        elif self.local is not None and self._is_local(address):
+        elif self.local is not None and self.is_local(address):
             found = self.local.refusal(address, transaction.announced)
             refused = reply.format_reply(*found) if found is not None else None
         elif origin.lmtp:
@@ -185,7 +185,7 @@ class Intake:
             return refused
         return self._spend(origin.client, origin.identity, transaction)
 
-    def _is_local(self, address: str) -> bool:
+    def is_local(self, address: str) -> bool:
         """Whether mail for an address is kept here, in mailboxes."""
         domain = domain_of(address)
         found = self._is_local_domain.get(domain)
@@ -342,7 +342,7 @@ class Intake:
         if len(recipients) > 1 or "@" not in recipients[0]:
             recipients = list(dict.fromkeys(a if "@" in a else origin.postmaster for a in recipients))
         if self.local is not None:
-            recipients = self.local.expanded(recipients, self._is_local)
+            recipients = self.local.expanded(recipients, self.is_local)
         if self._staging is not None:
             recipients = self._staging.recipients(recipients)
         queue = self.queue

@@ -83,7 +83,7 @@ class IncomingTransaction(Transaction):
 
     def accept(self, address: str) -> bytes | None:
         intake = self._admission.intake
-        if self.origin.free and intake.local is None and "@" in address:
+        if self.origin.free and "@" in address and (intake.local is None or not intake.is_local(address)):
             return None
         return intake.accept_recipient(self.origin, address, self)
 
