@@ -2,16 +2,18 @@
 (transaction.py).
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from relaymta.accept.admission import DRAIN_REPLY
+from relaymta.accept.admission import DRAIN_REPLY, Admission
 from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
 from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import Flow, IncomingTransaction
+from relaymta.config import Listener
 from relaymta.proto import reply
-from relaymta.proto.session import CLAIMED, COMPLETE, DATA, STORING, TLS
+from relaymta.proto.session import ASKED, CLAIMED, COMPLETE, DATA, STORING, TLS
 from relaymta.proto.smtp_server import ServerSession
 from relaymta.proto.transaction import Transaction
 
@@ -23,7 +25,11 @@ RATE_GRACE = 60.0  # seconds until the rate of message data is checked
 class Connection(ClientConnection[ServerSession]):
     """The connection of an SMTP or LMTP client."""
 
-    __slots__ = ()
+    __slots__ = ("asking",)
+
+    def __init__(self, admission: Admission, listener: Listener) -> None:
+        super().__init__(admission, listener)
+        self.asking: asyncio.Task[None] | None = None  # filters about MAIL or RCPT
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         admission = self.admission
@@ -58,6 +64,36 @@ class Connection(ClientConnection[ServerSession]):
         self.waits |= COMMITTING
         session.store()
         transaction.complete()
+
+    def _ask(self, session: ServerSession) -> None:
+        """Filters are asked about MAIL or RCPT; nothing behind it is parsed before they have answered."""
+        self.waits |= CHECKING
+        self.asking = self.admission.spawn(self._asked(session))
+
+    async def _asked(self, session: ServerSession) -> None:
+        transaction, question = session.transaction, session.question
+        assert isinstance(transaction, IncomingTransaction) and question is not None
+        try:
+            answer = await transaction.asked(question)
+        except Exception as error:
+            self.admission.intake.not_stored(error)
+            answer = reply.STORE_ERROR
+        self.asking = None
+        self.waits &= ~CHECKING
+        if self.gone or session.closing:
+            return
+        self.active_at = self.admission.now()
+        self.more(session, session.answered(answer))
+
+    def _give_up_asking(self) -> None:
+        """The client has gone, or is sent away."""
+        if self.asking is not None:
+            self.asking.cancel()
+            self.asking = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._give_up_asking()
+        super().connection_lost(exc)
 
     def writing(self) -> None:
         """A thread writes message data: read nothing until it has."""
@@ -128,12 +164,14 @@ class Connection(ClientConnection[ServerSession]):
         session = self.session
         if session is None or self.gone or self.waits & (COMMITTING | SPILLING | SHAKING) or session.state == DATA:
             return
+        self._give_up_asking()
         out, self.delayed = self.delayed, b""
         self._give_up(out + DRAIN_REPLY)
 
     steps: ClassVar[dict[int, Callable[[Any, Any], None]]] = {
         DATA: _receiving,
         COMPLETE: _store,
+        ASKED: _ask,
         CLAIMED: ClientConnection.log_in,
         TLS: ClientConnection.start_tls,
     }

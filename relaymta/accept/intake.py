@@ -231,6 +231,12 @@ class Intake:
             self.counters.add(REFUSED_CONTENT, 1)
         self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
 
+    def not_wanted(self, transaction: Transaction, client: Client, helo: str, recipient: str, answer: bytes) -> None:
+        """Count and log that a filter refuses a recipient ("": the sender)."""
+        if recipient:
+            self.counters.add(RECIPIENTS_REFUSED, 1)
+        self._rejected(client, helo, transaction.sender, [recipient] if recipient else [], answer)
+
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""
         self.counters.add(CONNECTIONS_REFUSED, 1)

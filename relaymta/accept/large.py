@@ -19,7 +19,7 @@ ROOM = 65536  # octets reserved before the message data for fields computed from
 class Large:
     """A large message while it is received. It is to be signed (`draft`), verified (`look`), or neither. `front`: the fields that
     this relay adds; `header`: that of the message, where filters may change it, else b"". Called on threads, one at a time:
-    `write` for all message data, then `read`, `finish` or `discard`; `piece` at any time between, by several."""
+    `write` for all message data, then `take_place_of`, `read`, `finish` or `discard`; `piece` at any time between, by several."""
 
     def __init__(
         self,
@@ -29,13 +29,15 @@ class Large:
         look: "Look | None" = None,
         header: bytes = b"",
         changes: bool = False,
+        room: int = 0,
     ) -> None:
         """`make(room)` creates the file, with `room` octets reserved before what is written; `changes`: it is reserved whatever
-        else there is."""
+        else there is, `room` more than otherwise."""
         self.draft, self.look = draft, look
         self.header = header
         self._skip = 0  # octets of the header as it was written, where another one is in `front`
         self._changes = changes
+        self._room = room
         self._make = make
         self.front = front
         self._file: BigBody | None = None
@@ -45,7 +47,8 @@ class Large:
         digest = self.draft or self.look
         if self._file is None:
             reserves = digest is not None or self._changes
-            self._file = self._make(2 * ROOM if self._changes else ROOM if reserves else 0)  # edits.MOST is as much again
+            room = 2 * ROOM + self._room if self._changes else ROOM if reserves else 0  # edits.MOST is as much again
+            self._file = self._make(room)
             if not reserves:  # no field will be added before ours
                 self._file.write(self.front)
                 self.front = []
@@ -67,6 +70,14 @@ class Large:
     def change(self, front: list[bytes]) -> None:
         """What is stored in front of the body, in place of the header and of our fields."""
         self.front, self._skip = front, len(self.header)
+
+    def take_place_of(self, old: "Large | None", move: Callable[[BigBody], None]) -> None:
+        """It is what the message has from now on, in place of `old`, which is removed; `move(file)` gives its file the name of
+        the message's. OSError."""
+        assert self._file is not None
+        if old is not None:
+            old.discard()
+        move(self._file)
 
     def hash_body(self, draft: Draft) -> None:
         """Feed all that is behind the header to a signature of another header. OSError."""

@@ -44,7 +44,8 @@ class Origin(NamedTuple):
     added; `submitted`: its header may be changed (submitted.py); `domain`: completes addresses without one, "": they are refused;
     `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
     are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
-    (RFC 8601 5); `lmtp`: it goes into mailboxes, past the queue; `chain`: the filters that look at it, None: none does."""
+    (RFC 8601 5); `lmtp`: it goes into mailboxes, past the queue; `listener`: its address; `chain`: the filters that look at it,
+    None: none does."""
 
     client: Client
     identity: Identity | None
@@ -58,6 +59,7 @@ class Origin(NamedTuple):
     postmaster: str
     trusted: bool
     lmtp: bool
+    listener: str
     chain: "Chain | None" = None
 
     @classmethod
@@ -80,6 +82,7 @@ class Origin(NamedTuple):
             client.postmaster or (f"postmaster@{domain}" if domain else ""),
             identity is None and may_relay,
             lmtp,
+            listener.address,
         )
 
 

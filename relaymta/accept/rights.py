@@ -6,9 +6,12 @@ Each of the two has one owner and one end:
     Rights    begins in `admit` with a place among the connections       ends with `end`: the connection's end
     Login     begins in `log_in` with a place among the account's       ends with `log_out`: XCLIENT, STARTTLS, another login,
                                                                         or the end of the rights
+
+The dialogue with filters that follow the client begins with its first message, and ends whenever one of the two is another one.
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.lmtp import FiledTransaction
@@ -21,6 +24,9 @@ from relaymta.proto.sasl import Keys
 from relaymta.proto.session import Host, Session
 from relaymta.proto.transaction import Transaction
 from relaymta.reservation import Reservation
+
+if TYPE_CHECKING:
+    from relaymta.filter.dialogue import Dialogue
 
 __all__ = ["Login", "Rights"]
 
@@ -56,7 +62,7 @@ class Rights(Host):
     """The client of one connection. `client`: the rules for its address; `login`: its user. `limits`, `user` and `origin` follow
     from these two."""
 
-    __slots__ = ("_admission", "_flow", "_listener", "_place", "_proxy", "client", "login", "origin")
+    __slots__ = ("_admission", "_dialogue", "_flow", "_listener", "_place", "_proxy", "client", "login", "origin")
 
     def __init__(self, admission: Admission, listener: Listener, flow: Flow | None, client: Client, place: Reservation) -> None:
         super().__init__(client.limits)
@@ -65,6 +71,7 @@ class Rights(Host):
         self._place = place
         self._proxy: Client | None = None  # that named `client` by XCLIENT
         self._listener = listener
+        self._dialogue: Dialogue | None = None
         self.client = client
         self.login: Login | None = None
         self._settle()
@@ -93,6 +100,12 @@ class Rights(Host):
         """The connection has ended: give back all places. Called wherever that may be noticed first; further calls do nothing."""
         self._place.give_back()
         self.log_out()
+        self._end_dialogue()
+
+    def _end_dialogue(self) -> None:
+        dialogue, self._dialogue = self._dialogue, None
+        if dialogue is not None:
+            dialogue.end()
 
     def detach(self) -> None:
         """The connection is closed: no transaction begins any more. Connection and rights refer to each other until then; left to
@@ -101,6 +114,7 @@ class Rights(Host):
 
     def _settle(self) -> None:
         """The client or the login has changed."""
+        self._end_dialogue()
         identity = self.login.identity if self.login is not None else None
         self.limits = self.client.limits
         self.user = identity.name if identity is not None else ""
@@ -125,7 +139,12 @@ class Rights(Host):
         if refused is not None:
             return refused
         made = FiledTransaction if self.origin.lmtp else IncomingTransaction
-        return made(sender, smtputf8, self.origin, session, flow, self._admission)
+        transaction = made(sender, smtputf8, self.origin, session, flow, self._admission)
+        chain = self.origin.chain
+        if chain is not None and chain.follows:
+            self._dialogue = self._dialogue or chain.dialogue()
+            transaction.dialogue, transaction.asks = self._dialogue, chain.asks
+        return transaction
 
     def keys(self, user: str) -> Keys:
         return self._admission.endpoint.keys(user)

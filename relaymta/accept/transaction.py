@@ -12,7 +12,8 @@ ended       `end`, called once by the session, whatever ended it: the file is di
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.large import Large
@@ -22,20 +23,26 @@ from relaymta.errors import StoreError, store_error
 from relaymta.filter.judgement import Mail, Text, Verdict
 from relaymta.filter.signing import Unsignable
 from relaymta.proto import reply
-from relaymta.proto.edits import edited, without
+from relaymta.proto.edits import without
 from relaymta.proto.envelope import Body
 from relaymta.proto.header import HEADER_SEEN, begins_well, first_octets, header_end
-from relaymta.proto.session import Session
+from relaymta.proto.session import Question, Session
 from relaymta.proto.transaction import Transaction
-from relaymta.queue import format_id
+from relaymta.queue import BigBody, format_id
 from relaymta.reservation import Reservation
 
 if TYPE_CHECKING:
-    from relaymta.filter.chain import Chain
+    from relaymta.accept.rewritten import Rewritten
+    from relaymta.filter.chain import Chain, Outcome
+    from relaymta.filter.dialogue import Dialogue
+    from relaymta.filter.revision import Revision
     from relaymta.filter.verify import Look, Verifier
 
 __all__ = ["Flow", "IncomingTransaction"]
 
+T = TypeVar("T")
+
+REWRITTEN_MEMORY = 262144  # octets of a new body that are kept in memory
 FIELDS = 4096  # octets of `queue.big_limit` that are left for the fields added here
 
 
@@ -53,12 +60,13 @@ class Flow(Protocol):
 
 
 class IncomingTransaction(Transaction):
-    """See above. `began_at`: when its message data began to arrive (loop time), 0.0 before."""
+    """See above. `began_at`: when its message data began to arrive (loop time), 0.0 before; `dialogue`: that of filters with this
+    client, None: no filter follows it."""
 
     __slots__ = (
-        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_session", "_units",
-        "_writing",
-        "began_at", "large", "octets", "origin",
+        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_parameters",
+        "_session", "_units", "_writing",
+        "began_at", "dialogue", "large", "octets", "origin",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, origin: Origin, session: Session, flow: Flow, admission: Admission) -> None:
@@ -78,6 +86,8 @@ class IncomingTransaction(Transaction):
         self._over = False
         self._judging: asyncio.Task[None] | None = None  # from its verification on, until filters have said what they say
         self._abandoned = False  # the client has hung up meanwhile
+        self.dialogue: Dialogue | None = None
+        self._parameters: tuple[str, ...] = ()  # of MAIL, for filters
 
     # Receiving
 
@@ -86,6 +96,35 @@ class IncomingTransaction(Transaction):
         if self.origin.free and "@" in address and (intake.local is None or not intake.is_local(address)):
             return None
         return intake.accept_recipient(self.origin, address, self)
+
+    async def asked(self, question: Question) -> bytes | None:
+        """What filters that follow the client say to MAIL, or to RCPT: the refusal, or None. Cancelled: no filter is left in the
+        middle of it."""
+        dialogue, chain, intake = self.dialogue, self.origin.chain, self._admission.intake
+        assert dialogue is not None and chain is not None
+        self._ident = self._ident or intake.queue.ident()
+        self._parameters = question.parameters or self._parameters
+        mail, is_recipient = self._mail(Text(b"")), question.verb == "RCPT"
+        found = await (dialogue.rcpt(mail, question.address) if is_recipient else dialogue.mail(mail))
+        if found is None:
+            return None
+        answer = chain.reply(found)
+        intake.not_wanted(self, self.origin.client, self._session.helo, question.address, answer)
+        return answer
+
+    def rejects(self, address: str, answer: bytes) -> None:
+        if self.dialogue is not None:
+            self.dialogue.refused(address, answer)
+
+    def _mail(self, text: Text) -> Mail:
+        """As filters see it."""
+        origin, session = self.origin, self._session
+        user, mechanism = (origin.identity.name, session.mechanism) if origin.identity is not None else ("", "")
+        return Mail(
+            format_id(self._ident), self.sender, self.recipients, origin.client.address, session.helo, user, session.tls, text,
+            mechanism=mechanism, listener=origin.listener, parameters=self._parameters,
+            rewritten=partial(self._rewritten, len(text.head)),
+        )  # fmt: skip
 
     def arrived(self, now: float) -> None:
         """As of `Transaction`; `now`: loop time."""
@@ -99,7 +138,7 @@ class IncomingTransaction(Transaction):
         """Pass the message data received so far to a thread, and read nothing until it is written."""
         data = self.take()
         if self.large is None:
-            self._ident = self._admission.intake.queue.ident()
+            self._ident = self._ident or self._admission.intake.queue.ident()
             found = self._opened(b"".join(data))
             if not isinstance(found, bytes):
                 self._descriptor = self._admission.file()
@@ -185,7 +224,7 @@ class IncomingTransaction(Transaction):
     def _prepare(self) -> None:
         """A message in memory: add our fields; then it is signed, verified, or neither."""
         intake, endpoint = self._admission.intake, self._admission.endpoint
-        self._ident = intake.queue.ident()
+        self._ident = self._ident or intake.queue.ident()
         data = self.take()
         start = data[0] if data else b""
         if self.origin.submitted or not self.origin.trusted or not begins_well(start):
@@ -315,7 +354,7 @@ class IncomingTransaction(Transaction):
         if task.cancelled():
             self._reject(reply.NOT_FILTERED)
         elif (error := task.exception()) is not None:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | StoreError):
                 self._stored(store_error(error))
             elif isinstance(error, Exception):
                 self._failed(error)
@@ -340,17 +379,9 @@ class IncomingTransaction(Transaction):
             if found is None:
                 return
             results = found
-        changed = await self._filtered(chain, header, lambda head: Text(results + head, body))
-        if changed is None:
-            return
-        above, header = changed
-        fields, data = [above + results + _without_empty_line(front, end)], [header, body]
-        self._judging = None  # from here on it is stored, whether the client stays or not
-        if self._signs():
-            application, signer = self.origin.application, self._admission.endpoint.signer
-            signer.sign(fields[0], data, application, lambda found: self._try(self._signed, fields, data, found))
-        else:
-            self._submit(fields + data)
+        revision = await self._filtered(chain, results, header, lambda head: Text(results + head, body))
+        if revision is not None:
+            await self._store_revised(revision, _without_empty_line(front, end), body)
 
     async def _judge_large(self, chain: "Chain", large: Large) -> None:
         """Of a message in a file."""
@@ -366,18 +397,92 @@ class IncomingTransaction(Transaction):
             return await admission.loop.run_in_executor(admission.threads, large.piece, at, most)
 
         octets = large.body_octets
-        changed = await self._filtered(chain, large.header, lambda head: Text(results + head, b"", octets, read))
-        if changed is None:
+        revision = await self._filtered(chain, results, large.header, lambda head: Text(results + head, b"", octets, read))
+        if revision is not None:
+            await self._store_revised(revision, _without_empty_line(large.front, len(large.header)), b"")
+
+    async def _filtered(self, chain: "Chain", results: bytes, header: bytes, shown: Callable[[bytes], Text]) -> "Revision | None":
+        """Ask the filters about a message, of which `shown(header)` is what they see. As it is to be; None: it is refused or
+        discarded, and that is answered."""
+        from relaymta.filter.revision import Revision
+
+        given = header
+        if chain.forged:
+            header = without(header, chain.forged)
+        revision = Revision(self._mail(shown(header or b"\r\n")), results)
+        try:
+            outcome = await chain.judge(revision, self.dialogue)
+        except BaseException:
+            revision.discard()
+            raise
+        if outcome.verdict is Verdict.HOLD and self.origin.lmtp:
+            outcome = outcome._replace(verdict=Verdict.TEMPFAIL, reply=reply.NOT_HELD)
+        if outcome.reply or outcome.verdict is Verdict.DISCARD:
+            revision.discard()
+            self._not_taken(outcome, revision)
+            return None
+        self.held = self.held or outcome.held
+        self._revised(revision, results, given)
+        return revision
+
+    def _not_taken(self, outcome: "Outcome", revision: "Revision") -> None:
+        """Filters have refused it, or it is discarded: then the client is told as if it had been queued."""
+        intake = self._admission.intake
+        if outcome.reply:
+            intake.count_filtered(outcome.reply)
+            self._reject(outcome.reply, outcome.closes)
             return
-        above, header = changed
-        front = above + results + _without_empty_line(large.front, len(large.header))
-        self._judging = None
-        large.change([front, header])
+        intake.accepted(revision.mail.text.size, len(self.recipients))
+        answer = f"250 2.0.0 Ok: queued as {revision.mail.ident}\r\n".encode()
+        self._admission.loop.call_soon(self._flow.answer, self, answer)
+
+    def _revised(self, revision: "Revision", results: bytes, given: bytes) -> None:
+        """What follows from the changes of filters. By LMTP each recipient has a reply: the envelope stays as it was."""
+        if revision.header != given or revision.above != results:
+            self._admission.intake.changed(self, revision.above + revision.header)
+        if revision.body is not None and revision.body.eight_bit:
+            self.eight_bit = True
+        if not self.origin.lmtp:
+            self.sender = self.sender if revision.sender is None else revision.sender
+            self.recipients = self.recipients if revision.recipients is None else revision.recipients
+
+    async def _store_revised(self, revision: "Revision", front: bytes, body: bytes) -> None:
+        """Store a message that filters let pass; `front`: our fields; `body`: its own body, where it is in memory."""
+        front, header, new = revision.above + front, revision.header, revision.body
+        self._judging = None  # from here on it is stored, whether the client stays or not
+        if new is not None:
+            rewritten = cast("Rewritten", new)
+            body = rewritten.body
+            await self._take_over(rewritten)
+        if self.large is not None:
+            self.large.change([front, header])
+            await self._sign_large(self.large, front, header)
+        elif self._signs():
+            application, signer, data = self.origin.application, self._admission.endpoint.signer, [header, body]
+            signer.sign(front, data, application, lambda found: self._try(self._signed, [front], data, found))
+        else:
+            self._submit([front, header, body])
+
+    async def _take_over(self, new: "Rewritten") -> None:
+        """The message has this body from now on. OSError or StoreError: it cannot have it."""
+        old, descriptor = self.large, self._descriptor
+        self.large, self._descriptor = new.large, new.place if new.large is not None else None
+        try:
+            if new.large is not None:
+                await self._thread(new.large.take_place_of, old, self._move)
+            elif old is not None:
+                await self._thread(old.discard)
+        finally:
+            if old is not None and descriptor is not None:
+                descriptor.give_back()
+
+    async def _sign_large(self, large: Large, front: bytes, header: bytes) -> None:
         if not self._signs():
             self._finish_file(b"")
             return
+        signer = self._admission.endpoint.signer
         try:
-            draft = endpoint.signer.draft(front, header, self.origin.application)
+            draft = signer.draft(front, header, self.origin.application)
         except Unsignable as error:
             self._reject(error.reply)
             return
@@ -385,43 +490,30 @@ class IncomingTransaction(Transaction):
             self._finish_file(b"")
             return
         draft.body.feed(header)
-        await admission.loop.run_in_executor(admission.threads, large.hash_body, draft)
-        endpoint.signer.finish(draft, lambda found: self._try(self._large_signed, found))
+        await self._thread(large.hash_body, draft)
+        signer.finish(draft, lambda found: self._try(self._large_signed, found))
 
-    async def _filtered(self, chain: "Chain", header: bytes, shown: Callable[[bytes], Text]) -> tuple[bytes, bytes] | None:
-        """Ask the filters about a message, of which `shown(header)` is what they see. What they want above our fields, and the
-        header as it is to be; None: it is refused or discarded, and that is answered."""
-        origin, given = self.origin, header
-        if chain.forged:
-            header = without(header, chain.forged)
-        if not header:
-            header = b"\r\n"
-        mail = Mail(
-            format_id(self._ident), self.sender, self.recipients, origin.client.address, self._session.helo,
-            origin.identity.name if origin.identity is not None else "", self._session.tls, shown(header),
-        )  # fmt: skip
-        outcome = await chain.judge(mail)
-        if outcome.verdict is Verdict.HOLD and origin.lmtp:
-            outcome = outcome._replace(verdict=Verdict.TEMPFAIL, reply=reply.NOT_HELD)
-        if outcome.reply:
-            self._admission.intake.count_filtered(outcome.reply)
-            self._reject(outcome.reply, outcome.closes)
-            return None
-        if outcome.verdict is Verdict.DISCARD:
-            self._admission.intake.accepted(mail.text.size, len(self.recipients))
-            answer = f"250 2.0.0 Ok: queued as {mail.ident}\r\n".encode()  # as if it had been
-            self._admission.loop.call_soon(self._flow.answer, self, answer)
-            return None
-        self.held = self.held or outcome.held
-        above, changed, _ = edited(header, outcome.edits)
-        if header_end(changed) != len(changed):
-            # Without its first field, a header whose next line is none is no header any more: it stays as it is, and what is
-            # added stands above our fields.
-            above, added, _ = edited(b"", outcome.edits)
-            above, changed = above + added.removesuffix(b"\r\n"), header
-        if above or changed is not given:
-            self._admission.intake.changed(self, above + changed)
-        return above, changed
+    def _rewritten(self, header_octets: int) -> "Rewritten":
+        """What takes a new body from a filter. StoreError: no descriptor is left for its file."""
+        from relaymta.accept.rewritten import Rewritten
+
+        admission, queue = self._admission, self._admission.intake.queue
+        place = admission.file()
+        if place is None:
+            raise StoreError("no file descriptor is left for it")
+        memory = 0 if self.large is not None else REWRITTEN_MEMORY
+        ident = queue.ident()  # its own, until it is the message's
+
+        def make() -> Large:
+            return Large(lambda room: queue.big_body(ident, room), [], changes=True, room=header_octets)
+
+        return Rewritten(make, memory, self.limits.message_size, self._thread, place)
+
+    def _move(self, file: BigBody) -> None:
+        self._admission.intake.queue.become(file, self._ident)
+
+    def _thread(self, work: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":
+        return self._admission.loop.run_in_executor(self._admission.threads, work, *arguments)
 
     def _finish_file(self, fields: bytes) -> None:
         assert self.large is not None
@@ -483,6 +575,8 @@ class IncomingTransaction(Transaction):
 
     def end(self) -> None:
         self._over = True
+        if self.dialogue is not None:
+            self.dialogue.reset()
         if not self._writing and (self.large is not None or self._units is not None):
             self._release()
 

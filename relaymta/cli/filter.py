@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from relaymta.filter.chain import Chain, Chains, Outcome
     from relaymta.filter.guard import Finding
     from relaymta.filter.judgement import Filter, Mail
+    from relaymta.filter.revision import Revision
 
 __all__ = ["filter", "silent"]
 
@@ -104,7 +105,8 @@ def check(read: Configuration, as_json: bool) -> None:
         if as_json:
             say_json(row)
         else:
-            say(f"{row['filter']} at {row['address']}: " + (f"finds {row['found']}" if row["found"] else row["error"]))
+            says = "is" if row["type"] == "milter" else "finds"
+            say(f"{row['filter']} at {row['address']}: " + (f"{says} {row['found']}" if row["found"] else row["error"]))
     if any(row["error"] for row in rows):
         sys.exit(FAILED)
 
@@ -113,21 +115,23 @@ async def _proved(config: "Config") -> list[dict[str, str]]:
     import asyncio
 
     async def prove(settings: "Settings", address: str) -> dict[str, str]:
-        found, error = await _asked(settings, address, lambda one: one.prove())
-        return {"filter": settings.name, "address": address, "found": found or "", "error": error}
+        found, error = await _asked(settings, address, config.hostname, lambda one: one.prove())
+        return {"filter": settings.name, "type": settings.type, "address": address, "found": found or "", "error": error}
 
     every = [(settings, address) for settings in config.filter for address in settings.address]
     return list(await asyncio.gather(*(prove(*one) for one in every)))
 
 
-async def _asked(settings: "Settings", address: str, ask: Callable[["Filter"], Awaitable[T]]) -> tuple[T | None, str]:
+async def _asked(
+    settings: "Settings", address: str, hostname: str, ask: Callable[["Filter"], Awaitable[T]]
+) -> tuple[T | None, str]:
     """Ask a filter at one of its addresses: the answer; and what is wrong, or ""."""
     import asyncio
 
     from relaymta.filter.chain import made
     from relaymta.filter.judgement import FilterFailure
 
-    one = made(settings.model_copy(update={"address": [address]}))
+    one = made(settings.model_copy(update={"address": [address]}), hostname)
     try:
         async with asyncio.timeout(settings.timeout):
             return await ask(one), ""
@@ -145,14 +149,27 @@ def silent(config: "Config") -> list[str]:
 
     async def ask() -> list[str]:
         places = [(n, at, one) for n, one in enumerate(config.filter) for at in range(len(one.address))]
-        answers = await asyncio.gather(*(_asked(one, one.address[at], lambda one: one.probe()) for _, at, one in places))
+        answers = await asyncio.gather(*(_asked(one, one.address[at], config.hostname, _remark(one)) for _, at, one in places))
         return [
-            f"filter.{n}.address.{at}: {one.address[at]}: {what}"
-            for (n, at, one), (_, what) in zip(places, answers, strict=True)
-            if what
+            f"filter.{n}.address.{at}: {one.address[at]}: {what or remark}"
+            for (n, at, one), (remark, what) in zip(places, answers, strict=True)
+            if what or remark
         ]
 
     return asyncio.run(ask()) if config.filter else []
+
+
+def _remark(settings: "Settings") -> Callable[["Filter"], Awaitable[str]]:
+    """Asks whether a filter answers: what is to be known of it, or ""."""
+
+    async def ask(one: "Filter") -> str:
+        if not hasattr(one, "wants"):
+            await one.probe()
+            return ""
+        others = [word for word in await one.wants() if word not in settings.may]
+        return f"may want to change: {', '.join(others)}, which `may` does not allow; that is left out" if others else ""
+
+    return ask
 
 
 @filter.command()
@@ -183,9 +200,10 @@ def test(
     with _chains(config) as (loop, chains):
         chain = _chain(config, chains, listener, address, application)
         mail, header = _mail(chain, data, sender, recipients or ("postmaster@" + config.hostname,), address, helo, application)
-        findings = loop.run_until_complete(chain.ask(mail)) if chain is not None else []
-        outcome = chain.outcome(findings, mail) if chain is not None else None
-    changes = _changes(outcome, header, mail)
+        revision = _revision(mail)
+        findings = loop.run_until_complete(chain.ask(revision)) if chain is not None else []
+        outcome = chain.outcome(findings, revision) if chain is not None else None
+    changes = _changes(outcome, header, mail, revision)
     if as_json:
         say_json(_shown(findings, outcome, changes))
     else:
@@ -242,7 +260,7 @@ async def _taught(learners: "list[Settings]", text: bytes, spam: bool) -> list[t
     from relaymta.filter.judgement import Text
 
     async def one(settings: "Settings") -> tuple[str | None, str]:
-        return await _asked(settings, settings.address[0], lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
+        return await _asked(settings, settings.address[0], "", lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
 
     return list(await asyncio.gather(*map(one, learners)))
 
@@ -343,17 +361,28 @@ def _mail(
     return Mail("test", sender, recipients, address, helo, application, "", text), data[:end]
 
 
-def _changes(outcome: "Outcome | None", header: bytes, mail: "Mail") -> list[str]:
-    """What would be changed in a header, as lines of a diff: those that go, then those that come."""
-    from relaymta.proto.edits import edited
+def _revision(mail: "Mail") -> "Revision":
+    from relaymta.filter.revision import Revision
 
+    return Revision(mail)
+
+
+def _changes(outcome: "Outcome | None", header: bytes, mail: "Mail", revision: "Revision") -> list[str]:
+    """What would be changed in a message, as lines of a diff: those that go, then those that come; and in its envelope."""
     if outcome is None or outcome.verdict.word not in ("accept", "tag", "hold"):
         return []
-    above, changed, _ = edited(mail.text.head, outcome.edits)
-    before, after = (text.decode("utf-8", "replace").split("\r\n") for text in (header, above + changed))
+    before, after = (text.decode("utf-8", "replace").split("\r\n") for text in (header, revision.above + revision.header))
     gone, new = Counter(before), Counter(after)
     gone, new = gone - new, new - gone
-    return [*(f"- {line}" for line in _of(gone, before)), *(f"+ {line}" for line in _of(new, after))]
+    found = [*(f"- {line}" for line in _of(gone, before)), *(f"+ {line}" for line in _of(new, after))]
+    if revision.body is not None:
+        found.append(f"+ another body, of {revision.body.octets} octets")
+    if revision.sender is not None and revision.sender != mail.sender:
+        found += [f"- sender <{mail.sender}>", f"+ sender <{revision.sender}>"]
+    if revision.recipients is not None:
+        found += [f"- recipient <{one}>" for one in mail.recipients if one not in revision.recipients]
+        found += [f"+ recipient <{one}>" for one in revision.recipients if one not in mail.recipients]
+    return found
 
 
 def _of(counts: Counter[str], lines: list[str]) -> Iterator[str]:

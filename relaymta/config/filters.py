@@ -18,9 +18,13 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "reject": "reject", "quarantine": "hold", "discard": "discard",
     },
     "spamd": {"False": "accept", "True": "tag"},
+    "milter": {
+        "accept": "accept", "discard": "discard", "quarantine": "hold", "tempfail": "tempfail", "reject": "reject",
+    },
 }  # fmt: skip
 SCORED = ("rspamd", "spamd")  # types that say how likely it is
-NOT_YET = ("milter", "policy", "dnsbl", "greylist", "smtp", "http", "python")
+STAGES = ("mail", "message")  # of a milter
+NOT_YET = ("policy", "dnsbl", "greylist", "smtp", "http", "python")
 VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
@@ -44,13 +48,20 @@ class Score(Table):
 
 
 class Filter(Table):
-    """A program that judges mail behind its final dot. `[[filter]]`, repeatable; those that apply to a client are asked side by
-    side, and the strictest verdict counts: reject, tempfail, hold, discard, tag, accept. docs/filters.md."""
+    """A program that judges mail. `[[filter]]`, repeatable; those that apply to a client are asked side by side, but a milter
+    alone, and in this order; the strictest verdict counts: reject, tempfail, hold, discard, tag, accept. docs/filters.md."""
 
     name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
-    type: Reload[str] = Field(description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd"')
+    type: Reload[str] = Field(description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd", "milter"')
     address: Reload[list[SocketAddress]] = Field(
         description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
+    )
+    stage: Reload[Literal["", "mail", "message"]] = Field(
+        "", description='when it is asked. mail: at MAIL, at each RCPT, and about the message: the default of a milter; message: '
+        "behind the final dot, about all of it: that of the others, which have no other",
+    )  # fmt: skip
+    may: Reload[list[Literal["header", "body", "recipients", "sender"]]] = Field(
+        ["header", "body"], description="milter: what it may change; other changes are left out"
     )
     clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
         "all", description="whose mail; trusted: of clients that may relay, since they have logged in or by their network"
@@ -111,6 +122,13 @@ class Filter(Table):
     def _are_domains(cls, names: list[str]) -> list[str]:
         return ["." * name.startswith(".") + in_dns(name.removeprefix(".")) for name in names]
 
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _is_stage(cls, word: object) -> object:
+        if word in ("connect", "rcpt", "data", "queued"):
+            raise ValueError(f'"{word}" is not there yet: there are "mail" and "message"')
+        return word
+
     @field_validator("on_failure", "on_failure_trusted", mode="before")
     @classmethod
     def _is_there(cls, word: object) -> object:
@@ -132,6 +150,14 @@ class Filter(Table):
             yield "must_work", f"{self.type} has no symbols"
         if self.controller and self.type != "rspamd":
             yield "controller", f"{self.type} has none"
+
+        if self.type != "milter":
+            if self.stage == "mail":
+                yield "stage", f"{self.type} is asked about whole messages: leave it out"
+            if self.may != ["header", "body"]:
+                yield "may", f"{self.type} changes nothing but the header: it is for a milter"
+        elif self.stage != "message" and self.recipient_domain:
+            yield "recipient_domain", 'at MAIL no recipient is known: give stage = "message", too'
 
     @property
     def meaning(self) -> dict[str, str]:

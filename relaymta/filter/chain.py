@@ -1,19 +1,24 @@
 """The chain: all filters that look at a message, and what is done with it because of what they say.
 
 A filter gives a verdict and changes; the chain alone decides, at its end and all at once. Order: verification (SPF, DKIM, DMARC),
-the chain, our signatures, the commit. The strictest verdict counts, and of equals that of the filter that comes first in the
-file. A sure refusal ends the others' work; whatever one filter does, or does not, costs another nothing.
+the chain, our signatures, the commit. They are asked in the order of the file: neighbours that can do no more than add fields
+side by side, one that may change anything alone, and it sees what those before it have changed. The strictest verdict counts, and
+of equals that of the filter that comes first in the file. A sure refusal ends the others' work; whatever one filter does, or does
+not, costs another nothing.
 """
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from relaymta.config import Config, FiltersTable, Listener
 from relaymta.config import Filter as Settings
+from relaymta.filter.dialogue import Dialogue
 from relaymta.filter.guard import Finding, Guard
 from relaymta.filter.judgement import Filter, Mail, Verdict
+from relaymta.filter.revision import Revision
 from relaymta.log import Log
 from relaymta.metrics import FilterCounters, FilterTotals
 from relaymta.proto import reply
@@ -24,19 +29,19 @@ from relaymta.shm import Limits, Named
 
 __all__ = ["Chain", "Chains", "Outcome", "Sender", "made"]
 
+TAGS_MOST = 16384  # octets by which tags let a header grow
 REASON_SHOWN = 200  # characters of a filter's reason in a reply, a field, or the reason of a held message
 CHAINS_KEPT = 1000  # by what decides which filters apply
 
 
 class Outcome(NamedTuple):
     """What is done with a message. `reply`: where it is refused, for good or for now; `closes`: the client is disconnected then;
-    `held`: why it is held, or ""; `edits`: changes to its header."""
+    `held`: why it is held, or ""."""
 
     verdict: Verdict
     reply: bytes = b""
     closes: bool = False
     held: str = ""
-    edits: Sequence[Edit] = ()
 
 
 class Sender(NamedTuple):
@@ -49,38 +54,83 @@ class Sender(NamedTuple):
 
 
 class Chain:
-    """The filters for the mail of one client, in the order of the file. `forged`: names of fields that are removed from mail of
-    clients that may not relay, since they are those of our tags."""
+    """The filters for the mail of one client, in the order of the file. `follows`: one of them follows the client, and needs a
+    `Dialogue`; `asks`: also about the envelope; `forged`: names of fields that are removed from mail of clients that may not
+    relay, since they are those of our tags."""
 
     def __init__(
         self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.guards = guards
+        self.follows = any(guard.follows for guard in guards)
+        self.asks = any(guard.asks for guard in guards)
         self.forged = frozenset() if trusted else table.tag_names
         self._table = table
-        self._trusted = trusted
+        self.trusted = trusted
         self._log = log
         self._loop = loop
 
-    async def judge(self, mail: Mail) -> Outcome:
-        """Ask all filters that apply, and say what is done. OSError: the message cannot be read. Cancelled: they are left alone,
+    async def judge(self, revision: Revision, dialogue: Dialogue | None = None) -> Outcome:
+        """Ask all filters that apply, and say what is done; what they change, `revision` has then. `dialogue`: that with the
+        client, where there is one. OSError or StoreError: the message cannot be read or written. Cancelled: they are left alone,
         and nothing is logged."""
-        findings = await self.ask(mail)
+        findings = await self.ask(revision, dialogue)
         for one in findings:
-            self._told(mail, one)
-        return self.outcome(findings, mail)
+            self.told(revision.mail, one)
+        return self.outcome(findings, revision)
 
-    async def ask(self, mail: Mail) -> list[Finding]:
-        """Ask all filters that apply, side by side: what they say, in the order of the file."""
-        until = self._loop.time() + self._table.budget
-        asked = [guard for guard in self.guards if _applies(guard.settings, mail.recipients)]
-        if len(asked) == 1:
-            return [await asked[0].ask(mail, self._trusted, until)]
-        return await self._side_by_side(asked, mail, until)
+    async def ask(self, revision: Revision, dialogue: Dialogue | None = None) -> list[Finding]:
+        """Ask all filters that apply: what they say, in the order of the file, or up to a refusal that nothing can change."""
+        until, findings = self.deadline(), list[Finding]()
+        for group in self._groups():
+            mail = revision.mail
+            asked = [guard for guard in group if _applies(guard.settings, mail.recipients)]
+            if len(asked) != 1:
+                found = await self._side_by_side(asked, mail, until)
+            elif dialogue is None:
+                found = [await asked[0].ask(mail, self.trusted, until)]
+            else:
+                found = [await dialogue.judge(asked[0], mail, self.trusted, until)]
+            findings += found
+            if any(one.is_sure for one in found):
+                break
+            for one in found:
+                self._apply(one, revision)
+        return findings
+
+    def dialogue(self) -> Dialogue:
+        """For a new client, where one of them follows it."""
+        return Dialogue(self)
+
+    def deadline(self) -> float:
+        """Until when (loop time) all filters together may take for what they are asked now."""
+        return self._loop.time() + self._table.budget
+
+    def _groups(self) -> Iterator[list[Guard]]:
+        """Filters that are asked at the same time."""
+        if not self.follows:
+            yield self.guards
+            return
+        for alone, guards in groupby(self.guards, key=lambda guard: guard.follows):
+            if alone:
+                yield from ([guard] for guard in guards)
+            else:
+                yield list(guards)
+
+    def _apply(self, one: Finding, revision: Revision) -> None:
+        """Make the changes that a filter wants."""
+        dropped = one.dropped + revision.edit(one.edits)
+        if one.body is not None:
+            revision.rewrite(one.body)
+        if one.envelope is not None:
+            revision.readdress(one.envelope)
+        if dropped:
+            text = f"filter {one.guard.name}: {dropped} of its changes to {revision.mail.ident} were not made"
+            self._log.event("warning", text=text)
 
     async def _side_by_side(self, asked: list[Guard], mail: Mail, until: float) -> list[Finding]:
         """The findings, in the order of the file: of all, or up to a refusal that nothing can change."""
-        tasks = [self._loop.create_task(guard.ask(mail, self._trusted, until)) for guard in asked]
+        tasks = [self._loop.create_task(guard.ask(mail, self.trusted, until)) for guard in asked]
         pending = set(tasks)
         try:
             while pending:
@@ -97,29 +147,38 @@ class Chain:
                     task.exception()  # one is told of, and asyncio would log the others
         return [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
 
-    def _told(self, mail: Mail, one: Finding) -> None:
+    def told(self, mail: Mail, one: Finding) -> None:
+        """Log what a filter has said."""
+        changes = len(one.edits) + (one.body is not None)
+        if one.envelope is not None:
+            changes += len(one.envelope.added) + len(one.envelope.removed) + (one.envelope.sender is not None)
         self._log.event(
             "filtered", id=mail.ident, client=mail.client, sender=mail.sender, recipients=mail.recipients, filter=one.guard.name,
-            verdict=one.word, action=one.action.word, score=one.score, seconds=round(one.seconds, 4), changes=len(one.edits),
+            verdict=one.word, action=one.action.word, score=one.score, seconds=round(one.seconds, 4), changes=changes,
             reason=f"{one.failure}: {one.reason}" if one.failure else one.reason,
         )  # fmt: skip
 
-    def outcome(self, findings: list[Finding], mail: Mail) -> Outcome:
-        """What is done because of what they say."""
+    def outcome(self, findings: list[Finding], revision: Revision) -> Outcome:
+        """What is done because of what they say, where their changes are made already; a tag is added here."""
         first = max(findings, key=lambda one: one.action, default=None)  # of equals, `max` finds the first
-        if first is None or first.action is Verdict.DISCARD:
-            return Outcome(Verdict.ACCEPT if first is None else Verdict.DISCARD)
+        if first is None:
+            return Outcome(Verdict.ACCEPT)
         if first.action >= Verdict.TEMPFAIL:
-            return Outcome(first.action, self._reply(first), first.closes)
+            return Outcome(first.action, self.reply(first), first.closes)
+        if first.action is Verdict.DISCARD or not revision.mail.recipients:
+            return Outcome(Verdict.DISCARD)
         tag = next((one for one in findings if one.action is Verdict.TAG), None)
-        edits = self._tags(tag, mail) if tag is not None else []  # first: what filters want may be more than there is room for
-        edits += [edit for one in findings for edit in one.edits]
+        if tag is not None:
+            revision.edit(self._tags(tag, revision.mail), TAGS_MOST)
         held = f"filter {first.guard.name}: {_short(first.reason)}" if first.action is Verdict.HOLD else ""
-        return Outcome(first.action, held=held, edits=edits)
+        return Outcome(first.action, held=held)
 
-    def _reply(self, one: Finding) -> bytes:
-        """It names the filter, and never an address or a version."""
+    def reply(self, one: Finding) -> bytes:
+        """The refusal that follows: the filter's own, where it gives one; else it names the filter, and never an address or a
+        version."""
         name = one.guard.name
+        if one.reply and one.reply.startswith(b"4" if one.action is Verdict.TEMPFAIL else b"5"):
+            return one.reply
         if one.closes:
             return reply.format_reply(421, "4.7.1", f"{name} does not answer now; closing")
         if one.word == "failed":
@@ -157,7 +216,7 @@ class Chains:
         known = {} if before is None else {guard.name: guard for guard in before.guards}
         self.guards: list[Guard] = [
             known[one.name] if one.name in known and known[one.name].settings == one
-            else Guard(one, made(one), limits, FilterCounters(named.own(), named.row(one.name)), log, loop)
+            else Guard(one, made(one, config.hostname), limits, FilterCounters(named.own(), named.row(one.name)), log, loop)
             for one in config.filter
         ]  # fmt: skip
 
@@ -199,30 +258,36 @@ class Chains:
         return self._chains[sender]
 
 
-def made(settings: Settings) -> Filter:
-    """What speaks to a filter of the type that is configured."""
-    return _TYPES[settings.type](settings)
+def made(settings: Settings, hostname: str = "") -> Filter:
+    """What speaks to a filter of the type that is configured. `hostname`: ours."""
+    return _TYPES[settings.type](settings, hostname)
 
 
-def _clamd(settings: Settings) -> Filter:
+def _clamd(settings: Settings, hostname: str) -> Filter:
     from relaymta.filter.clamd import Clamd  # where it is configured
 
     return Clamd(settings.address, settings.timeout)
 
 
-def _rspamd(settings: Settings) -> Filter:
+def _rspamd(settings: Settings, hostname: str) -> Filter:
     from relaymta.filter.rspamd import Rspamd
 
     return Rspamd(settings.address, settings.timeout, settings.must_work, settings.controller)
 
 
-def _spamd(settings: Settings) -> Filter:
+def _spamd(settings: Settings, hostname: str) -> Filter:
     from relaymta.filter.spamd import Spamd
 
     return Spamd(settings.address, settings.timeout)
 
 
-_TYPES: dict[str, Callable[[Settings], Filter]] = {"clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd}
+def _milter(settings: Settings, hostname: str) -> Filter:
+    from relaymta.filter.milter import Milter
+
+    return Milter(settings.address, settings.timeout, hostname)
+
+
+_TYPES: dict[str, Callable[[Settings, str], Filter]] = {"clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter}
 
 
 def _is_for(settings: Settings, sender: Sender) -> bool:

@@ -8,27 +8,21 @@ import asyncio
 import base64
 import contextlib
 import os
-import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import cast
 
-from relaymta.config import parse_hostport
 from relaymta.filter.judgement import PIECE, Answer, FailureReason, FilterFailure, Mail, Text
+from relaymta.filter.reach import Unreached, check_address, reach
 from relaymta.proto import clamd
 
 __all__ = ["CLAMD_IDLE", "Clamd"]
 
 CLAMD_IDLE = 10.0  # seconds that a connection is kept for the next message: fewer than clamd keeps it (CommandReadTimeout, 30)
 SKIPPED = 5.0  # seconds for which an address that failed is asked only if the others fail, too
-FULL = 0.05  # seconds until a unix socket is tried again whose queue of connections is full
 
 _EICAR = (b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR", b"-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*")  # in two: this file is no virus
 _FAILURES: dict[clamd.Word, FailureReason] = {"OVERSIZE": "oversize", "ERROR": "refused"}
 _VERDICTS = ("OK", "FOUND")
-
-
-class _Unreached(FilterFailure):
-    """There is no connection."""
 
 
 class _Lost(FilterFailure):
@@ -169,8 +163,7 @@ class _Place:
         self.skipped_until = 0.0  # loop time
         self.connections: set[_Connection] = set()
         self.idle: list[_Connection] = []
-        self._path = name.removeprefix("unix:") if name.startswith("unix:/") else ""
-        self._host, self._port = ("", 0) if self._path else parse_hostport(name)
+        check_address(name)
 
     def kept(self) -> _Connection | None:
         """A connection that can be used again."""
@@ -181,39 +174,13 @@ class _Place:
         return None
 
     async def connect(self, timeout: float) -> _Connection:
-        """A new connection, within `timeout` seconds. _Unreached."""
+        """A new connection, within `timeout` seconds. Unreached."""
         made = _Connection(self)
         try:
-            async with asyncio.timeout(timeout):
-                await (self._by_path(made) if self._path else self._by_port(made))
-        except BaseException as error:
+            return await reach(self.name, lambda: made, timeout)
+        except BaseException:
             made.drop()
             self.connections.discard(made)  # uvloop does not tell of the end of one that is given up as it is connected
-            if isinstance(error, TimeoutError):
-                raise _Unreached("timeout", f"{self.name}: does not take the connection within {timeout:g} s") from None
-            if isinstance(error, OSError):
-                why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-                raise _Unreached("connect", f"{self.name}: {why}") from None
-            raise
-        return made
-
-    async def _by_port(self, made: _Connection) -> None:
-        await asyncio.get_running_loop().create_connection(lambda: made, self._host, self._port)
-
-    async def _by_path(self, made: _Connection) -> None:
-        """connect(2) to a unix socket does not wait: EAGAIN means that its queue is full, and not, as for the event loop, that it
-        will be connected."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            while True:
-                try:
-                    sock.connect(self._path)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(FULL)
-            await asyncio.get_running_loop().create_unix_connection(lambda: made, sock=sock)
-        except BaseException:
-            sock.close()
             raise
 
 
@@ -291,7 +258,7 @@ class Clamd:
                 place.skipped_until = began + max(SKIPPED, self._timeout)
             try:
                 reply = await self._ask_at(place, say, words)
-            except _Unreached as failure:
+            except Unreached as failure:
                 place.skipped_until = now() + SKIPPED
                 failures.append(failure)
             except _Lost:

@@ -10,11 +10,20 @@ State, all of it changed on the loop: `_failed_at` and `_down` by `_note_failure
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relaymta.errors import redacted
-from relaymta.filter.judgement import Answer, Filter, FilterFailure, Mail, Verdict
+from relaymta.errors import StoreError, redacted
+from relaymta.filter.judgement import (
+    Answer,
+    Filter,
+    FilterFailure,
+    FilterSession,
+    Mail,
+    NewBody,
+    NewEnvelope,
+    Verdict,
+)
 from relaymta.filter.places import Places
 from relaymta.log import Log
 from relaymta.metrics import FilterCounters
@@ -34,7 +43,7 @@ WARN_EVERY = 10.0  # seconds between two warnings about answers that make no sen
 class Finding(NamedTuple):
     """What has come of asking one filter. `word`: its verdict, "failed", or "skipped" for a message that is too large for it;
     `action`: what follows from that; `failure`: the reason as FilterFailure has it, or ""; `closes`: the client is disconnected;
-    `seconds`: what it took."""
+    `seconds`: what it took. The others as of Answer: changes are those that are to be made."""
 
     guard: "Guard"
     word: str
@@ -45,6 +54,10 @@ class Finding(NamedTuple):
     failure: str = ""
     closes: bool = False
     seconds: float = 0.0
+    body: NewBody | None = None
+    envelope: NewEnvelope | None = None
+    dropped: int = 0
+    reply: bytes = b""
 
     @property
     def is_sure(self) -> bool:
@@ -53,7 +66,8 @@ class Finding(NamedTuple):
 
 
 class Guard:
-    """See above. `settings`: as configured; `filter`: what speaks to it."""
+    """See above. `settings`: as configured; `filter`: what speaks to it; `follows`: it is a judgement.Follower; `asks`: it is
+    asked about the envelope as that comes."""
 
     def __init__(
         self,
@@ -67,6 +81,8 @@ class Guard:
         self.settings = settings
         self.name = settings.name
         self.filter = asked
+        self.follows = hasattr(asked, "session")
+        self.asks = self.follows and settings.stage != "message"
         self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
         self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
         self._places = Places(settings.name, settings.concurrency, limits, loop, self._show)
@@ -100,12 +116,29 @@ class Guard:
             "down for": 0 if down is None else round(self._loop.time() - down[0]), "why": "" if down is None else down[1],
         }  # fmt: skip
 
-    async def ask(self, mail: Mail, trusted: bool, until: float) -> Finding:
-        """Ask it about a message, until a loop time at most. `trusted`: the client may relay. OSError: the message itself cannot
-        be read; any other failure is in what is returned."""
+    async def ask(self, mail: Mail, trusted: bool, until: float, session: FilterSession | None = None) -> Finding:
+        """Ask it about a message, until a loop time at most. `trusted`: the client may relay; `session`: by which it follows the
+        client. OSError or StoreError: the message itself cannot be read or written; any other failure is in what is returned."""
         settings = self.settings
-        if mail.text.size > settings.max_size and settings.oversize != "head":
-            return self._oversize()
+        if mail.text.size > settings.max_size:
+            if settings.oversize != "head":
+                return self._oversize()
+            mail = mail.head(settings.max_size)
+        asked = self.filter if session is None else session
+        return await self._put(lambda: asked.judge(mail), trusted, until, session)
+
+    async def put(
+        self, question: Callable[[], Awaitable[Answer]], trusted: bool, until: float, session: FilterSession
+    ) -> Finding | None:
+        """A question about the envelope; None: it has nothing against it so far."""
+        found = await self._put(question, trusted, until, session)
+        return None if found.word == "continue" else found
+
+    async def _put(
+        self, question: Callable[[], Awaitable[Answer]], trusted: bool, until: float, session: FilterSession | None
+    ) -> Finding:
+        """Put a question, until a loop time at most, when there is a place for it."""
+        settings = self.settings
         if self._down is not None:
             return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
         began = self._loop.time()
@@ -117,22 +150,31 @@ class Guard:
             except TimeoutError:
                 return self._failed(trusted, FilterFailure("timeout", "no place was free in time"), self._loop.time() - began)
         try:
-            return await self._asked(mail, trusted, deadline)
+            return await self._asked(question, trusted, deadline, until, session)
         finally:
             self._places.give()
 
-    async def _asked(self, mail: Mail, trusted: bool, deadline: float) -> Finding:
+    async def _asked(
+        self, question: Callable[[], Awaitable[Answer]], trusted: bool, deadline: float, until: float,
+        session: FilterSession | None,
+    ) -> Finding:  # fmt: skip
         """Ask it, now that there is a place."""
         began, settings = self._loop.time(), self.settings
+        answer = None
         try:
-            async with asyncio.timeout_at(deadline):
-                answer = await self.filter.judge(mail if mail.text.size <= settings.max_size else mail.head(settings.max_size))
+            async with asyncio.timeout_at(deadline) as timer:
+                if session is not None:
+                    session.renew = lambda: timer.reschedule(min(self._loop.time() + settings.timeout, until))
+                answer = await question()
+            if answer.word == "continue":
+                self._note_answer()
+                return Finding(self, answer.word, Verdict.ACCEPT)
             verdict = self._verdict(answer)
         except TimeoutError:
             failure = FilterFailure("timeout", f"no answer in {self._loop.time() - began:.1f} s")
         except FilterFailure as error:
             failure = error
-        except OSError:  # of the message's own file
+        except (OSError, StoreError):  # of the message's own file
             raise
         except Exception as error:  # a defect of ours costs no more than the filter's failure
             failure = FilterFailure("protocol", redacted(f"{type(error).__name__}: {error}"))
@@ -141,8 +183,9 @@ class Guard:
             seconds = self._loop.time() - began
             self._counters.took(seconds)
             self._counters.verdict(verdict.word)
-            action, edits = (verdict, answer.edits) if settings.enforce else (Verdict.ACCEPT, ())
-            return Finding(self, verdict.word, action, answer.reason, answer.score, edits, seconds=seconds)
+            return self._found(answer, verdict, seconds)
+        if answer is not None and answer.body is not None:
+            answer.body.discard()
         seconds = self._loop.time() - began
         self._counters.took(seconds)
         if failure.reason in ("oversize", "refused"):  # it has answered: crafted messages do not take it from the others
@@ -152,6 +195,35 @@ class Guard:
         if failure.reason == "oversize" and settings.oversize != "head":
             return self._oversize(seconds)
         return self._failed(trusted, failure, seconds)
+
+    def _found(self, answer: Answer, verdict: Verdict, seconds: float) -> Finding:
+        """What follows from an answer: without `enforce` nothing, and of the changes what it may do."""
+        found = Finding(
+            self, verdict.word, verdict, answer.reason, answer.score, answer.edits, seconds=seconds, body=answer.body,
+            envelope=answer.envelope, dropped=answer.dropped, reply=answer.reply,
+        )  # fmt: skip
+        if self.settings.enforce and verdict < Verdict.TEMPFAIL:
+            return self._allowed(found)
+        if found.body is not None:
+            found.body.discard()
+        action = verdict if self.settings.enforce else Verdict.ACCEPT
+        return found._replace(action=action, edits=(), body=None, envelope=None, dropped=0)
+
+    def _allowed(self, found: Finding) -> Finding:
+        """A finding without the changes that the filter may not make."""
+        may, dropped, body, envelope = self.settings.may, found.dropped, found.body, found.envelope
+        if body is not None and "body" not in may:
+            body.discard()
+            found, dropped = found._replace(body=None), dropped + 1
+        if found.edits and "header" not in may:
+            found, dropped = found._replace(edits=()), dropped + len(found.edits)
+        if envelope is not None and "recipients" not in may:
+            dropped += len(envelope.added) + len(envelope.removed)
+            envelope = envelope._replace(added=(), removed=())
+        if envelope is not None and "sender" not in may:
+            dropped += envelope.sender is not None
+            envelope = envelope._replace(sender=None)
+        return found._replace(envelope=envelope, dropped=dropped)
 
     def _verdict(self, answer: Answer) -> Verdict:
         """What its word means, or, where there are verdicts by score, its score."""

@@ -8,7 +8,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from relaymta.proto.edits import Edit
 
-__all__ = ["PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "Learner", "Mail", "Text", "Verdict", "gtube"]
+__all__ = [
+    "PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "FilterSession", "Follower", "Learner", "Mail", "NewBody",
+    "NewEnvelope", "Text", "Verdict", "gtube",
+]  # fmt: skip
 
 PIECE = 65536  # octets of message data that a filter gets at once
 
@@ -46,7 +49,7 @@ class Text:
     """Message data as filters see it: our Authentication-Results, then the message as it came, without our Received. `head`: the
     header, with the empty line behind it if there is one; `size`: octets, all in all."""
 
-    __slots__ = ("_body", "_read", "head", "size")
+    __slots__ = ("_body", "_octets", "_read", "head", "size")
 
     def __init__(
         self, head: bytes, body: bytes = b"", octets: int = 0, read: Callable[[int, int], Awaitable[bytes]] | None = None
@@ -55,19 +58,26 @@ class Text:
         self.head = head
         self._body = body
         self._read = read
-        self.size = len(head) + (octets if read is not None else len(body))
+        self._octets = octets if read is not None else len(body)
+        self.size = len(head) + self._octets
 
-    async def pieces(self, most: int | None = None) -> AsyncIterator[bytes]:
-        """The first `most` octets (None: all of them) in order, in pieces of at most PIECE octets, none of them empty. OSError: a
-        file cannot be read."""
-        left = self.size if most is None else min(most, self.size)
-        for part in (self.head, self._body):
-            for at in range(0, min(len(part), left), PIECE):
-                yield part[at : min(at + PIECE, left)] if at or len(part) > min(PIECE, left) else part
+    def below(self, head: bytes) -> "Text":
+        """The same body below another header."""
+        return Text(head, self._body, self._octets, self._read)
+
+    async def pieces(self, most: int | None = None, body_only: bool = False) -> AsyncIterator[bytes]:
+        """The first `most` octets (None: all of them) in order, in pieces of at most PIECE octets, none of them empty; or, of
+        these, those behind the header, in pieces of at most 65,535. OSError: a file cannot be read."""
+        left, each = self.size if most is None else min(most, self.size), PIECE - body_only
+        if body_only:
+            left = max(left - len(self.head), 0)
+        for part in (self._body,) if body_only else (self.head, self._body):
+            for at in range(0, min(len(part), left), each):
+                yield part[at : min(at + each, left)] if at or len(part) > min(each, left) else part
             left -= min(len(part), left)
         at = 0
         while self._read is not None and left > 0:
-            piece = await self._read(at, min(PIECE, left))
+            piece = await self._read(at, min(each, left))
             if not piece:
                 raise OSError("the file of the message is shorter than it was")
             yield piece
@@ -75,10 +85,30 @@ class Text:
             left -= len(piece)
 
 
+class NewBody(Protocol):
+    """What takes the body that a filter writes in place of a message's; see accept/rewritten.py."""
+
+    octets: int  # so far
+    eight_bit: bool  # they are not all ASCII
+
+    async def write(self, piece: bytes) -> None:
+        """More of it. OSError or StoreError: it cannot be written; FilterFailure: it is too large."""
+
+    async def end(self) -> None:
+        """That was all. As `write`."""
+
+    def discard(self) -> None:
+        """It is not used. Whatever is under way."""
+
+    def text(self, head: bytes) -> Text:
+        """The message with this body."""
+
+
 @dataclass(slots=True)
 class Mail:
-    """A message that is judged. `client`: the client's address; `user`: who logged in, or ""; `tls`: version and cipher, or "";
-    `most`: octets of the text that this filter gets (its max_size where `oversize` is "head"), None for all."""
+    """A message that is judged. `client`: the client's address; `user`: who logged in, or "", and `mechanism`: how; `tls`:
+    version and cipher, or ""; `listener`: its address; `parameters`: of MAIL; `rewritten`: makes what takes a new body, None:
+    there can be none; `most`: octets of the text that it gets (max_size where `oversize` is "head"), None: all."""
 
     ident: str
     sender: str
@@ -89,6 +119,10 @@ class Mail:
     tls: str
     text: Text
     most: int | None = None
+    mechanism: str = ""
+    listener: str = ""
+    parameters: tuple[str, ...] = ()
+    rewritten: Callable[[], NewBody] | None = None
 
     @property
     def octets(self) -> int:
@@ -106,14 +140,28 @@ def gtube() -> Mail:
     return Mail("prove", "a@example.org", ["b@example.org"], "192.0.2.1", "localhost", "", "", proof)
 
 
+class NewEnvelope(NamedTuple):
+    """Changes to an envelope: recipients that are added and removed, in this order, and another sender (None: as it was)."""
+
+    added: Sequence[str] = ()
+    removed: Sequence[str] = ()
+    sender: str | None = None
+
+
 class Answer(NamedTuple):
     """What a filter says, in its own words. `word` is looked up in the filter's table of verdicts; `reason`: a virus's name, a
-    rule, a sentence: printable, SHOWN characters at most; `edits`: changes to the header that it wants."""
+    rule, a sentence: printable, SHOWN characters at most. Changes that it wants: `edits` of the header, `body`, `envelope`;
+    `dropped`: how many of its changes were none that can be made. `reply`: the SMTP reply that it wants a refusal to have, b"":
+    none."""
 
     word: str
     reason: str = ""
     score: float | None = None
     edits: Sequence[Edit] = ()
+    body: NewBody | None = None
+    envelope: NewEnvelope | None = None
+    dropped: int = 0
+    reply: bytes = b""
 
 
 class Learner(Protocol):
@@ -139,3 +187,36 @@ class Filter(Protocol):
 
     def close(self) -> None:
         """Close what is open and idle. What is under way ends by itself, and closes its connection then."""
+
+
+class FilterSession(Protocol):
+    """A filter that follows the dialogue with one client. One question at a time; an Answer whose word is "continue" is none yet.
+    Of each: FilterFailure; cancelled: as of `Filter.judge`."""
+
+    renew: Callable[[], None]  # called when it says that it is still at work
+    decided: bool  # what it has said last is about all of the message: it is asked no more in this transaction
+
+    async def mail(self, mail: Mail) -> Answer:
+        """MAIL: a transaction begins. Any other word is about all of the message."""
+
+    async def rcpt(self, mail: Mail, address: str) -> Answer:
+        """RCPT. "reject" and "tempfail" are about this recipient, any other word about all of the message."""
+
+    def refused(self, address: str, answer: bytes) -> None:
+        """A recipient was refused by the relay itself, with this reply."""
+
+    async def judge(self, mail: Mail) -> Answer:
+        """As of Filter. It may not have been told of the envelope before."""
+
+    def reset(self) -> None:
+        """The transaction is over."""
+
+    def close(self) -> None:
+        """The client has gone, or is another one. What is under way is cancelled, or ends by itself."""
+
+
+class Follower(Filter, Protocol):
+    """A filter that may change anything, and so is asked alone; and that can follow a client."""
+
+    def session(self) -> FilterSession:
+        """For a new client."""

@@ -20,12 +20,13 @@ class AuthExchange:
     """An exchange of challenges and responses. Each step returns the next challenge (334), the reply that ends the exchange, or a
     claim, which the caller verifies and answers with `checked`."""
 
-    __slots__ = ("_first", "_steps")
+    __slots__ = ("_first", "_steps", "mechanism")
 
     def __init__(self, mechanism: str, keys: Callable[[str], sasl.Keys]) -> None:
         """`keys`: for SCRAM, see `sasl.begin`. KeyError: an unknown mechanism."""
         self._steps, first = sasl.begin(mechanism, keys)
         self._first = first or b""
+        self.mechanism = mechanism
 
     def begin(self, initial: list[bytes]) -> bytes | sasl.Claim:
         """The first step; `initial`: the initial response, if there is one ("=" is an empty one)."""

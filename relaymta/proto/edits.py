@@ -83,17 +83,17 @@ def spaced(value: bytes) -> bytes:
     return b" " + value.lstrip(b" \t\r\n\0") if value else value
 
 
-def edited(header: bytes, edits: Sequence[Edit]) -> Edited:
+def edited(header: bytes, edits: Sequence[Edit], most: int | None = None) -> Edited:
     """A header (b"": none) with these changes made, in order. Values are the octets behind the colon. LF and CRLF are folds in
     them, and a line behind one that does not begin with a space or tab gets a tab; CR, NUL and empty lines are left out; lines of
     more than 998 octets are folded at a blank. An edit is dropped whose name is none (RFC 5322 3.6.8), that cannot be folded, or
-    by which the header would grow by more than MOST octets; and of those that write a field all behind the first EDITS_MOST. The
-    same object where the header is not changed; where it is, a last line without an end gets one. Linear in the length of header
-    and edits."""
+    by which the header would grow by more than `most` octets (None: MOST); and of those that write a field all behind the first
+    EDITS_MOST. The same object where the header is not changed; where it is, a last line without an end gets one. Linear in the
+    length of header and edits."""
     if not edits:
         return Edited(b"", header, 0)
     end = header_end(header)
-    draft = _Draft(header[:end])
+    draft = _Draft(header[:end], MOST if most is None else most)
     plain = _are_plain(edits)
     dropped = written = 0
     for edit in edits:
@@ -159,7 +159,7 @@ def subject_edits(header: bytes, template: str) -> list[Edit]:
 class _Draft:
     """A header that is being changed."""
 
-    def __init__(self, block: bytes) -> None:
+    def __init__(self, block: bytes, most: int) -> None:
         self._block, self._tail = _core(block)
         self._begins = bool(block)
         self._lines: list[bytes | None] = []  # None: removed. Empty until they are needed: most changes do without
@@ -171,7 +171,7 @@ class _Draft:
         self._order: list[int] = []
         self._behind: list[int] = []
         self._instances: dict[bytes, list[int]] | None = None  # by name: indices of lines; -1, -2 ... of added fields
-        self._room = MOST
+        self._room = most
         self._changed = False  # the header itself, not what is above it
 
     def write(self, edit: Edit, field: bytes) -> bool:

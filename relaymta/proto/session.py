@@ -1,14 +1,14 @@
 """The state of an SMTP or LMTP session on the server side, and what a session asks of its caller."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from relaymta._speedups.smtp import Parser
 from relaymta.proto import reply, sasl
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.transaction import Limits, Transaction
 
-__all__ = ["CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Session"]
+__all__ = ["ASKED", "CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Question", "Session"]
 
 # Session.state, see smtp_server.py
 COMMANDS: Final = 0
@@ -17,6 +17,7 @@ COMPLETE: Final = 2
 STORING: Final = 3
 CLAIMED: Final = 4
 TLS: Final = 5
+ASKED: Final = 6
 
 LINE_LIMIT = 2048  # 512 (RFC 5321 4.5.3.1.4) plus what extensions add; Postfix: line_length_limit 2048
 LOGIN_LINE_LIMIT = 12288  # RFC 4954 4
@@ -36,6 +37,15 @@ class Offers:
     login_needed: bool = False
     xclient: bool = False
     lmtp: bool = False
+
+
+class Question(NamedTuple):
+    """A command that the caller has to ask others about. `verb`: MAIL, with its `parameters` as they came, or RCPT, with an
+    `address`."""
+
+    verb: str
+    address: str = ""
+    parameters: tuple[str, ...] = ()
 
 
 _LIMITS, _OFFERS = Limits(), Offers()
@@ -74,7 +84,7 @@ class Host:
 
 class Session:
     """The state of an SMTP session, and every change of it that is not one command's. `hostname`: our name; `secure`: TLS is
-    active."""
+    active; `mechanism`: by which the user has logged in, where that was here."""
 
     __slots__ = (
         "behind",
@@ -87,9 +97,11 @@ class Session:
         "helo",
         "host",
         "hostname",
+        "mechanism",
         "parser",
         "parting",
         "pending",
+        "question",
         "refusal",
         "returns",
         "secure",
@@ -108,6 +120,8 @@ class Session:
         self.transaction: Transaction | None = None
         self.claim: sasl.Claim | None = None
         self.exchange: AuthExchange | None = None
+        self.mechanism = ""
+        self.question: Question | None = None
         self.refusal = b""  # the reply to a chunk that belongs to no transaction
         self.parser = self._parser()
         self.pending: list[Any] = []  # events behind the end of a transaction
@@ -194,6 +208,30 @@ class Session:
         self.behind = not self.closing and self.parser.runnable()
         return found
 
+    def ask(self, question: Question) -> bytes:
+        """A command that is to be answered by `answered`: nothing behind it is parsed before."""
+        self.question, self.state, self.returns = question, ASKED, True
+        return b""
+
+    def answered(self, answer: bytes | None) -> bytes:
+        """What was asked is answered. `answer`: the reply that refuses it, None: it is accepted. Returns what to write."""
+        question, transaction = self.question, self.transaction
+        assert question is not None and transaction is not None
+        self.question, self.state = None, COMMANDS
+        if answer is None and question.verb == "MAIL":
+            out = reply.SENDER_OK
+        elif answer is None:
+            transaction.recipients.append(question.address)
+            out = reply.RECIPIENT_OK
+        else:
+            if question.verb == "MAIL":
+                self.drop()
+            out = self.error_if_5xx(answer)
+            if answer.startswith(b"421"):
+                self.close()
+        self.behind = not self.closing and (bool(self.pending) or self.parser.runnable())
+        return out
+
     def exchanged(self, answer: bytes | sasl.Claim) -> bytes:
         """Go on after a step of an AUTH exchange."""
         if not isinstance(answer, bytes):
@@ -202,6 +240,8 @@ class Session:
         if answer.startswith(b"334"):
             self.parser.line()
             return answer
+        if self.exchange is not None and answer.startswith(b"235"):
+            self.mechanism = self.exchange.mechanism
         self.exchange = None
         self.parser.commands()
         if answer.startswith(b"235"):

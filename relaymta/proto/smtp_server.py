@@ -8,6 +8,7 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     COMPLETE    the message data of `transaction` has been received: `store()`
     STORING     the caller stores it, and ends it by `finish(reply)`
     CLAIMED     a login is to be verified: `claim`, answered by `checked(reply)`
+    ASKED       others are to be asked about MAIL or RCPT (`Transaction.asks`): `question`, answered by `answered(reply or None)`
     TLS         a TLS handshake is to be done, before anything is read: then `tls_started()`
 
 In all but the first two nothing is parsed, and input is kept. `closing`: the connection is to be closed after what was returned
@@ -30,7 +31,7 @@ end of the message data has one reply for each recipient. A message that is refu
 from typing import Any
 
 from relaymta.proto import reply
-from relaymta.proto.session import COMPLETE, Host, Offers, Session
+from relaymta.proto.session import ASKED, COMPLETE, Host, Offers, Session
 from relaymta.proto.transaction import Limits, Transaction
 from relaymta.proto.verbs import OTHERS, VERBS, unknown
 
@@ -77,7 +78,7 @@ class ServerSession(Session):
                 if self.returns:
                     if not self.closing:
                         self.pending = list(rest)
-                        self.behind = bool(self.pending) or parser.runnable()
+                        self.behind = self.state != ASKED and (bool(self.pending) or parser.runnable())
                     return b"".join(out)
             if not events or not parser.runnable():
                 return b"".join(out)

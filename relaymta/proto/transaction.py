@@ -28,8 +28,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id", "recipients",
-        "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
+        "announced", "asks", "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id",
+        "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -38,6 +38,7 @@ class Transaction:
         self.limits = limits
         self.recipients: list[str] = []
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
+        self.asks = False  # others are asked about its sender and its recipients
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False
@@ -53,6 +54,9 @@ class Transaction:
     def accept(self, address: str) -> bytes | None:
         """RCPT: the reply that rejects a recipient, or None."""
         return None
+
+    def rejects(self, address: str, answer: bytes) -> None:
+        """A recipient was refused by `accept`, with this reply."""
 
     def received(self, data: bytes) -> None:
         """More message data has arrived."""

@@ -7,7 +7,7 @@ from relaymta.proto import reply
 from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argument
 from relaymta.proto.arguments import XCLIENT, attributes, hello_name, mail_parameters
 from relaymta.proto.auth_exchange import AuthExchange
-from relaymta.proto.session import DATA, TLS, Session
+from relaymta.proto.session import DATA, TLS, Question, Session
 
 __all__ = ["OTHERS", "VERBS", "unknown"]
 
@@ -94,6 +94,8 @@ def _mail(session: Session, argument: bytes) -> bytes:
         return session.error_if_5xx(begun)
     session.transaction = begun
     begun.announced = size
+    if begun.asks:
+        return session.ask(Question("MAIL", "", tuple(parameters.split())))
     return reply.SENDER_OK
 
 
@@ -115,7 +117,10 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
         return reply.TOO_MANY_RECIPIENTS
     refused = transaction.accept(address)
     if refused is not None:
+        transaction.rejects(address, refused)
         return session.error_if_5xx(refused)
+    if transaction.asks:
+        return session.ask(Question("RCPT", address))
     transaction.recipients.append(address)
     return reply.RECIPIENT_OK
 

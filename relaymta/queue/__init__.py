@@ -229,6 +229,10 @@ class Queue:
         """A file for a large body, with `room` octets reserved in front of it. Blocks: call it on a thread."""
         return self._big.make(ident, room)
 
+    def become(self, file: BigBody, ident: int) -> None:
+        """The file of a large body, made for an id of its own, is that of message `ident` from now on. Blocks, too. OSError."""
+        self._big.become(file, ident)
+
     def delay(self, flow: float) -> float:
         """Seconds to delay a 250: `flow` while message data arrives faster than it leaves, up to SLOWEST as the disk fills."""
         return max(self.disk.pressure * SLOWEST, flow if self.entries.crowded else 0.0)

@@ -85,7 +85,7 @@ def test_a_client_that_hangs_up_while_filters_look_has_sent_nothing(lines, steps
 def test_a_reply_that_says_so_ends_the_connection(monkeypatch):
     of = machine(filters=True)
 
-    async def judge(mail):
+    async def judge(revision, dialogue):
         from relaymta.filter.chain import Outcome
         from relaymta.filter.judgement import Verdict
 

@@ -8,6 +8,7 @@ import pytest
 from relaymta.accept.connection import Connection
 from relaymta.filter.chain import Outcome
 from relaymta.filter.judgement import Verdict
+from relaymta.filter.revision import Revision
 from relaymta.proto.edits import Append, Insert, without
 from relaymta.proto.header import header_end
 from tests.accept.test_transactions import connected, idle
@@ -59,8 +60,9 @@ def test_what_filters_add_stays_where_a_removed_field_was_all_that_made_a_header
     of = machine()
     of.forged = frozenset({b"x-spam"})
 
-    async def judge(mail: object) -> Outcome:
-        return Outcome(Verdict.TAG, edits=[Append(b"X-Spam", b" Yes"), Insert(0, b"X-First", b" 1")])
+    async def judge(revision: Revision, dialogue: object) -> Outcome:
+        revision.edit([Append(b"X-Spam", b" Yes"), Insert(0, b"X-First", b" 1")])
+        return Outcome(Verdict.TAG)
 
     monkeypatch.setattr(of, "judge", judge)
     made = connected(of)

@@ -15,8 +15,9 @@ from relaymta.filter import guard as guard_module
 from relaymta.filter import places as places_module
 from relaymta.filter.chain import Chains
 from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text, Verdict
+from relaymta.filter.revision import Revision
 from relaymta.metrics import FilterTotals
-from relaymta.proto.edits import Append, edited
+from relaymta.proto.edits import Append
 from relaymta.shm import Shared
 
 PATIENCE = 60
@@ -107,8 +108,10 @@ class Bench:
         return self.chains
 
     async def judge(self, client: str = STRANGER, text: bytes = b"Subject: x\r\n\r\nx\r\n", **more: Any) -> Any:
+        """What is done with a message; what it is then is in `revision`."""
         chain = self.chain(client)
-        return None if chain is None else await chain.judge(mail(text, client=client, **more))
+        self.revision = Revision(mail(text, client=client, **more))
+        return None if chain is None else await chain.judge(self.revision)
 
     def chain(self, client: str = STRANGER, listener: int = 0, application: str = "") -> Any:
         assert self.chains is not None
@@ -136,7 +139,8 @@ async def bench_of(shared: Shared, slot: int = 0, workers: int = 1) -> AsyncIter
 @pytest.fixture
 async def bench(monkeypatch):
     async with bench_of(Shared.create()) as made:
-        monkeypatch.setattr(chains_module, "_TYPES", {"clamd": lambda settings: made.told.setdefault(settings.name, Told())})
+        told = made.told
+        monkeypatch.setattr(chains_module, "_TYPES", {"clamd": lambda settings, _: told.setdefault(settings.name, Told())})
         monkeypatch.setattr(guard_module, "PROBE_EVERY", 0.01)
         monkeypatch.setattr(places_module, "LOOK_EVERY", 0.001)
         yield made
@@ -193,9 +197,8 @@ async def test_replies_and_tags_as_long_as_can_be(bench):
         tag=[f"{'X' * (LONGEST - 25)}: {{filter}}{{reason}}{{score}}"],
     )  # fmt: skip
     bench.told[name].says = Answer("OK", "r" * 300, -1.23456e-200)
-    (tag,) = (await bench.judge()).edits
-    above, header, dropped = edited(b"Subject: x\r\n\r\n", [tag])
-    assert (above, dropped, header.count(b"\r\n")) == (b"", 0, 3)
+    await bench.judge()
+    assert (bench.revision.above, bench.revision.header.count(b"\r\n")) == (b"", 3)
     bench.told[name].says = Answer("FOUND", "r" * 300)
     reply = (await bench.judge()).reply
     assert reply.endswith(b"x\r\n") and len(reply) <= 512
@@ -231,7 +234,7 @@ async def test_what_is_not_enforced_is_counted_and_logged_and_nothing_follows(be
     bench.told["f0"].says = Answer("OK", "it", edits=[Append(b"X-A", b" b")])
     bench.told["f1"].says = FilterFailure("connect", "nobody")
     outcome = await bench.judge()
-    assert (outcome.verdict, list(outcome.edits), outcome.reply) == (Verdict.ACCEPT, [], b"")
+    assert (outcome.verdict, bench.revision.header, outcome.reply) == (Verdict.ACCEPT, b"Subject: x\r\n\r\n", b"")
     assert [(one["verdict"], one["action"]) for one in bench.of("filtered")] == [
         ("reject", "accept"), ("failed", "accept"), ("tag", "accept"),
     ]  # fmt: skip
@@ -333,15 +336,15 @@ async def test_a_session_from_before_a_reload_asks_its_filter_again_though_that_
     told = bench.told.pop("f0")
     told.says = FilterFailure("connect", "nobody is there")
     for _ in range(3):
-        assert (await old.judge(mail())).verdict is Verdict.ACCEPT
+        assert (await old.judge(Revision(mail()))).verdict is Verdict.ACCEPT
     assert not bench.totals("f0").up
     bench.configure({"on_failure": "accept", "timeout": 3})
     assert bench.totals("f0").up
     told.says = Answer("FOUND", "it")
-    assert (await old.judge(mail())).verdict is Verdict.REJECT
+    assert (await old.judge(Revision(mail()))).verdict is Verdict.REJECT
     told.says = FilterFailure("connect", "nobody is there")
     for _ in range(4):
-        assert (await old.judge(mail())).verdict is Verdict.ACCEPT
+        assert (await old.judge(Revision(mail()))).verdict is Verdict.ACCEPT
     assert bench.totals("f0").up and len(told.shown) == 8
 
 
@@ -360,7 +363,7 @@ async def test_a_filter_that_is_down_does_not_keep_another_ones_mail(bench):
 
 async def test_no_more_are_asked_about_at_once_than_there_are_places_in_all_workers(monkeypatch):
     shared, told = Shared.create(), Told()
-    monkeypatch.setattr(chains_module, "_TYPES", {"clamd": lambda settings: told})
+    monkeypatch.setattr(chains_module, "_TYPES", {"clamd": lambda *_: told})
     monkeypatch.setattr(places_module, "LOOK_EVERY", 0.001)
     told.says = asyncio.Event()
     async with bench_of(shared, 0, 2) as one, bench_of(shared, 1, 2) as other, asyncio.timeout(PATIENCE):
@@ -436,7 +439,7 @@ async def test_tags_are_those_of_the_first_filter_that_says_so(bench):
     bench.told["f1"].says = Answer("OK", "näh\r\nX-Evil: 1", 6.25)
     outcome = await bench.judge(text=b"Subject: hello\r\n\r\nx")
     assert outcome.verdict is Verdict.TAG
-    header = edited(b"Subject: hello\r\n\r\n", outcome.edits).header
+    header = bench.revision.header
     assert header == b"X-Spam: Yes\r\nX-Spam-Info: f1 6.25 n?h\\r\\nX-Evil: 1\r\nSubject: [SPAM] hello\r\n\r\n"
     assert bench.chain(STRANGER).forged == {b"x-spam", b"x-spam-info"} and bench.chain(TRUSTED) is not None
     assert bench.chain(TRUSTED).forged == frozenset()
@@ -460,7 +463,8 @@ async def test_what_filters_change_is_gathered_in_the_order_of_the_file(bench):
     bench.configure({}, {})
     bench.told["f0"].says = Answer("OK", edits=[Append(b"X-A", b" 1")])
     bench.told["f1"].says = Answer("OK", edits=[Append(b"X-B", b" 2")])
-    assert list((await bench.judge()).edits) == [Append(b"X-A", b" 1"), Append(b"X-B", b" 2")]
+    await bench.judge()
+    assert bench.revision.header == b"Subject: x\r\nX-A: 1\r\nX-B: 2\r\n\r\n"
 
 
 async def test_a_reload_leaves_what_is_configured_as_before_and_closes_the_others(bench):

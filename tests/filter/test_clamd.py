@@ -267,7 +267,7 @@ async def test_a_reply_octet_by_octet_or_late(tmp_path):
     acts = [said(REPLY, pieces=True), late, said(REPLY)]
     async with fake_clamd(*acts, path=tmp_path / "c") as (fake, address), asking(address) as ours:
         for _ in range(3):
-            assert await ours.judge(mail()) == ("FOUND", "A.Virus", None, ())
+            assert await ours.judge(mail()) == Answer("FOUND", "A.Virus")
         assert await ours.judge(mail()) == CLEAN and fake.connections == 1
 
 

@@ -20,7 +20,8 @@ from relaymta.auth.identity import Identity
 from relaymta.config import Config, Listener
 from relaymta.errors import StoreError
 from relaymta.filter.chain import Outcome
-from relaymta.filter.judgement import Mail, Verdict
+from relaymta.filter.judgement import Verdict
+from relaymta.filter.revision import Revision
 from relaymta.metrics import CELLS, Counters
 from relaymta.proto import reply
 from relaymta.proto.edits import Insert
@@ -300,9 +301,11 @@ class Machine(Admission):
     def chain_for(self, *sender: object) -> "Machine":
         return self
 
-    async def judge(self, mail: Mail) -> Outcome:
+    follows = False
+
+    async def judge(self, revision: Revision, dialogue: object) -> Outcome:
         """Reads all of it, and does what the header says. The size of what it has seen stands above all other fields."""
-        octets = 0
+        mail, octets = revision.mail, 0
         async for piece in mail.text.pieces():
             octets += len(piece)
             await asyncio.sleep(0)
@@ -311,7 +314,8 @@ class Machine(Admission):
             raise ValueError("a defect")
         if FILTERED in mail.text.head:
             return Outcome(Verdict.REJECT, b"554 5.7.1 Refused\r\n")
-        return Outcome(Verdict.ACCEPT, edits=[Insert(1, b"X-Below", b" ours"), Insert(0, b"X-Filter", b" %d" % octets)])
+        revision.edit([Insert(1, b"X-Below", b" ours"), Insert(0, b"X-Filter", b" %d" % octets)])
+        return Outcome(Verdict.ACCEPT)
 
     # As the signer and the verifier: the digest is the message data itself, so that it can be compared.
 

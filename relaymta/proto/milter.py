@@ -1,0 +1,463 @@
+"""The milter protocol of Sendmail and Postfix, version 6, on the MTA's side, without I/O: what is said over one connection.
+
+A frame is its length (4 octets), a letter, and data. The MTA negotiates (`O`), then tells events; to most of them the filter owes
+one answer. Its letters:
+
+    C connect   H HELO   M MAIL   R RCPT   T DATA   L a header field   N end of the header   B body   E end of the message
+    A the message is over (no answer)   U unknown command   Q quit (no answer)   D macros for the event behind them (no answer)
+
+Events may be told before those in front of them are answered: `due` has what is still to be answered, in order. Once a filter has
+said its last word, it may be silent about all that it was told behind that, or not: such a conversation is `spent`.
+
+There is no specification; https://github.com/avar/sendmail-pmilter/blob/master/doc/milter-protocol.txt describes version 2, and
+the include files of libmilter (mfdef.h) name the rest. Macros: https://www.postfix.org/MILTER_README.html#macros
+"""
+
+import ipaddress
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from relaymta.proto.address import mail_argument, rcpt_argument
+from relaymta.proto.edits import EDITS_MOST, Append, Change, Edit, Insert, shown, spaced
+from relaymta.proto.printable import printable
+
+__all__ = [
+    "ACTIONS", "STEPS", "VERSION", "Changes", "Conversation", "MilterError", "Piece", "Progress", "Said", "Terms", "smtp_reply",
+]  # fmt: skip
+
+VERSION: Final = 6
+ACTIONS: Final = 0x1FF
+STEPS: Final = 0x1FFFFF
+DATA_MOST: Final = 65535  # octets in a frame: libmilter closes the connection for more
+FRAME_MOST: Final = (1 << 20) + 1  # octets of a frame of the filter's
+RECIPIENTS_MOST: Final = 100  # that are added
+REMOVED_MOST: Final = 1000
+CHANGES_MOST: Final = 262144  # octets of all changes of a message, but its body
+REASON_MOST: Final = 200
+LINES_MOST, LINE_MOST = 20, 480  # of a reply; RFC 5321 4.5.3.1.5 has 512 octets for a line
+
+# Steps (SMFIP_*): by the letter of an event, that it is not told, and that it is not answered.
+_NOT_TOLD = {"C": 0x1, "H": 0x2, "M": 0x4, "R": 0x8, "B": 0x10, "L": 0x20, "N": 0x40, "U": 0x100, "T": 0x200}
+_NOT_ANSWERED = {
+    "L": 0x80, "C": 0x1000, "H": 0x2000, "M": 0x4000, "R": 0x8000, "T": 0x10000, "U": 0x20000, "N": 0x40000, "B": 0x80000,
+}  # fmt: skip
+_SPACES = 0x100000  # behind the colon of a field all is told and written as it is (SMFIP_HDR_LEADSPC)
+_STAGES = "CHMRTEN"  # as SYMLIST numbers them
+_WORDS = {"a": "accept", "r": "reject", "t": "tempfail", "d": "discard", "4": "shutdown", "f": "conn_fail"}
+_CODE = re.compile(rb"([45][0-5][0-9])(?:[ -]|\Z)")
+_ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?= |\Z)")
+_NOT_SHOWN = re.compile(rb"[^ -~]")
+
+
+class MilterError(Exception):
+    """An answer that makes no sense; the connection cannot be used any more."""
+
+
+class Terms(NamedTuple):
+    """What was agreed upon: version, actions (SMFIF_*) and steps (SMFIP_*); `macros`: the names that the filter asked for, by the
+    letter of an event, where it has asked."""
+
+    version: int
+    actions: int
+    steps: int
+    macros: dict[str, frozenset[str]]
+
+
+class Said(NamedTuple):
+    """The answer to an event: "continue", "skip" (no more of the body), accept, reject, tempfail, discard, shutdown or conn_fail.
+    `reply`: a whole SMTP reply, for a refusal that has its own; b"" for others."""
+
+    event: str
+    word: str
+    reply: bytes = b""
+
+
+class Piece(NamedTuple):
+    """Of a new body."""
+
+    octets: bytes
+
+
+class Progress(NamedTuple):
+    """It is still at work."""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a filter wants to have changed of a message. `added`: recipients with their parameters; `sender` as well;
+    `quarantine`: why the message is to be held; `dropped`: changes that cannot be made."""
+
+    edits: list[Edit] = field(default_factory=list)
+    added: list[tuple[str, str]] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    sender: tuple[str, str] | None = None
+    quarantine: str | None = None
+    replaced: bool = False
+    dropped: int = 0
+
+
+class Conversation:
+    """See above. Methods that tell something return the frames to write, without such as the filter does not want. `last`: the
+    word that has ended the message, or the session (at C and H); `error`: an answer that made no sense: nothing behind it is
+    read; `unshown`: header fields that were too long."""
+
+    __slots__ = ("_buffer", "_needs", "_room", "changes", "due", "error", "last", "skips", "spent", "terms", "unshown")
+
+    def __init__(self) -> None:
+        self.terms: Terms | None = None
+        self.due: deque[str] = deque()
+        self.changes = Changes()
+        self.last: Said | None = None
+        self.error: MilterError | None = None
+        self.skips = self.spent = False
+        self.unshown = 0
+        self._room = CHANGES_MOST
+        self._buffer = bytearray()
+        self._needs = 0  # octets in `_buffer`, until there is anything to be read in it
+
+    # What the filter is told
+
+    def negotiate(self) -> bytes:
+        """The first frame of all."""
+        self.due.append("O")
+        return _frame(b"O", b"".join(number.to_bytes(4, "big") for number in (VERSION, ACTIONS, STEPS)))
+
+    def connect(self, host: str, address: str, port: int, macros: Mapping[str, str]) -> bytes:
+        """A client. `host`: its verified name, else its address in brackets; `port`: 0 if it is unknown."""
+        try:
+            family = b"6" if ipaddress.ip_address(address).version == 6 else b"4"
+            told = family + port.to_bytes(2, "big") + address.encode() + b"\0"
+        except ValueError:
+            told = b"U"
+        return self._told("C", _octets(host) + b"\0" + told, macros)
+
+    def helo(self, name: str, macros: Mapping[str, str]) -> bytes:
+        """EHLO or HELO."""
+        return self._told("H", _octets(name) + b"\0", macros)
+
+    def mail(self, sender: str, parameters: Sequence[str], macros: Mapping[str, str]) -> bytes:
+        """MAIL: a message begins."""
+        self.changes, self.last, self.skips, self.unshown, self._room = Changes(), None, False, 0, CHANGES_MOST
+        return self._told("M", _arguments(sender, parameters), macros)
+
+    def rcpt(self, recipient: str, parameters: Sequence[str], macros: Mapping[str, str]) -> bytes:
+        """RCPT."""
+        return self._told("R", _arguments(recipient, parameters), macros)
+
+    def data(self, macros: Mapping[str, str]) -> bytes:
+        """DATA."""
+        return self._told("T", b"", macros)
+
+    def header(self, head: bytes, macros: Mapping[str, str]) -> list[bytes]:
+        """All fields of a header, as `edits.shown` has them, and its end. Folds are LF; behind the colon one space is left out,
+        unless it was agreed that none is."""
+        steps = self.terms.steps if self.terms is not None else 0
+        frames: list[bytes] = []
+        if not steps & 0x20:
+            eaten = not steps & _SPACES
+            for name, line in shown(head):
+                value = line[line.index(b":", len(name)) + 1 :]
+                if b"\r" in value or b"\0" in value:
+                    value = value.replace(b"\r\n", b"\n").partition(b"\0")[0]
+                if eaten and value[:1] == b" ":
+                    value = value[1:]
+                octets = len(name) + len(value) + 2
+                if octets > DATA_MOST:
+                    self.unshown += 1
+                    continue
+                frames.append(b"%bL%b\0%b\0" % ((octets + 1).to_bytes(4, "big"), name, value))
+            if not steps & 0x80:
+                self.due.extend("L" * len(frames))
+        if not steps & 0x40:
+            frames.append(self._told("N", b"", macros))
+        return frames
+
+    def body(self, octets: bytes) -> list[bytes]:
+        """More of the body; none, where the filter does not want it."""
+        steps = self.terms.steps if self.terms is not None else 0
+        if steps & 0x10 or self.skips or self.last is not None:
+            return []
+        pieces = [octets[at : at + DATA_MOST] for at in range(0, len(octets), DATA_MOST)]
+        if not steps & 0x80000:
+            self.due.extend("B" * len(pieces))
+        return [part for piece in pieces for part in ((len(piece) + 1).to_bytes(4, "big") + b"B", piece)]
+
+    def end(self, macros: Mapping[str, str]) -> bytes:
+        """The end of the message, to which there always is an answer."""
+        return self._told("E", b"", macros)
+
+    def unknown(self, line: bytes) -> bytes:
+        """An unknown command."""
+        return self._told("U", line[: DATA_MOST - 1].replace(b"\0", b"") + b"\0", {})
+
+    def abort(self) -> bytes:
+        """The message is over, whatever has become of it. Nothing may be due."""
+        assert not self.due
+        self.last = None
+        return _frame(b"A")
+
+    def quit(self) -> bytes:
+        """The connection is closed behind this."""
+        return _frame(b"Q")
+
+    def _told(self, letter: str, data: bytes, macros: Mapping[str, str]) -> bytes:
+        """An event, behind its macros: those are told even where the event is not, as Sendmail and Postfix have it."""
+        terms, octet = self.terms, letter.encode()
+        assert terms is not None
+        wanted = terms.macros.get(letter)
+        told = [
+            f"{name}\0{value}\0"
+            for name, value in macros.items()
+            if value and "\0" not in value and (wanted is None or name in wanted)
+        ]
+        front = _frame(b"D", octet + _octets("".join(told))) if told else b""
+        if len(front) > DATA_MOST:
+            front = b""
+        if terms.steps & _NOT_TOLD.get(letter, 0) or len(data) > DATA_MOST:
+            return front
+        if not terms.steps & _NOT_ANSWERED.get(letter, 0):
+            self.due.append(letter)
+        return front + _frame(octet, data)
+
+    # What it answers
+
+    def feed(self, data: bytes) -> list[Said | Piece | Progress]:
+        """Take octets from the filter. Look at `error` then."""
+        events: list[Said | Piece | Progress] = []
+        if self.error is not None or self.spent:
+            return events
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._needs:
+                return events
+            data = bytes(self._buffer)
+            self._buffer.clear()
+        at, size = 0, len(data)
+        try:
+            while size - at >= 4 and not self.spent:
+                length = int.from_bytes(data[at : at + 4], "big")
+                if not 0 < length <= FRAME_MOST:
+                    raise MilterError(f"begins with {_begin(data[at : at + 64])}")
+                end = at + 4 + length
+                if end > size:
+                    break
+                self._answer(data[at + 4], data[at + 5 : end], events)
+                at = end
+        except MilterError as error:
+            self.error = error
+            return events
+        if at < size and not self.spent:
+            self._buffer += data[at:]
+            self._needs = 4 if size - at < 4 else 4 + length
+        return events
+
+    def _answer(self, octet: int, data: bytes, events: list[Said | Piece | Progress]) -> None:
+        """One frame."""
+        letter, due = chr(octet), self.due[0] if self.due else ""
+        if letter == "c" and due and due != "O":
+            self._say(Said(self.due.popleft(), "continue"), events)
+        elif not due:
+            raise MilterError(f"says {printable(letter)!r}, which nobody has asked for")
+        elif due == "O":
+            self._agree(letter, data)
+        elif letter == "p":
+            events.append(Progress())
+        elif letter in _WORDS:
+            self._say(Said(self.due.popleft(), _WORDS[letter]), events)
+        elif letter == "y":
+            word, reply = smtp_reply(_text(data))
+            self._say(Said(self.due.popleft(), word, reply), events)
+        elif letter == "s" and due == "B":
+            self.skips = True
+            events.append(Said(self.due.popleft(), "skip"))
+        elif letter in _CHANGES and due == "E":
+            self._change(letter, data, events)
+        else:
+            raise MilterError(f"says {printable(letter)!r} as an answer to {due!r}")
+
+    def _say(self, said: Said, events: list[Said | Piece | Progress]) -> None:
+        events.append(said)
+        if said.word == "continue":
+            if said.event == "E":
+                self.last = said
+            return
+        if said.event in "CH" and said.word == "discard":
+            raise MilterError(f"discards at {said.event}, where there is no message")
+        if said.event == "R" and said.word in ("reject", "tempfail"):
+            return
+        self.last = said
+        self.spent = bool(self.due)
+
+    def _agree(self, letter: str, data: bytes) -> None:
+        if letter != "O" or len(data) < 12:
+            raise MilterError(f"begins with {_begin(letter.encode('latin-1') + data)}")
+        version, actions, steps = (int.from_bytes(data[at : at + 4], "big") for at in (0, 4, 8))
+        if not 2 <= version <= VERSION or actions & ~ACTIONS or steps & ~STEPS:
+            wants = f"version {version}, actions {actions:#x}, steps {steps:#x}"
+            raise MilterError(f"wants {wants}, of the offer of {VERSION}, {ACTIONS:#x}, {STEPS:#x}")
+        if version < 4:
+            steps |= _NOT_TOLD["T"]
+        if version < 3:
+            steps |= _NOT_TOLD["U"]
+        self.due.popleft()
+        self.terms = Terms(version, actions, steps, _lists(data[12:]))
+
+    def _change(self, letter: str, data: bytes, events: list[Said | Piece | Progress]) -> None:
+        assert self.terms is not None
+        needed, change = _CHANGES[letter]
+        if not self.terms.actions & needed:
+            raise MilterError(f"says {letter!r}, though it has not asked to be allowed that")
+        if letter == "b":
+            self.changes.replaced = True
+            if data:
+                events.append(Piece(data))
+            return
+        self._room -= len(data)
+        if self._room < 0 or not change(self, data):
+            self.changes.dropped += 1
+
+    # Each takes the data of a frame; False: the change cannot be made. MilterError: the frame is none.
+
+    def _add(self, data: bytes) -> bool:
+        name, value = _texts(data, 2)
+        return self._edit(Append(name, self._value(value)))
+
+    def _insert(self, data: bytes) -> bool:
+        at, (name, value) = _number(data), _texts(data[4:], 2)
+        return self._edit(Insert(at, name, self._value(value)))
+
+    def _replace(self, data: bytes) -> bool:
+        at, (name, value) = _number(data), _texts(data[4:], 2)
+        return self._edit(Change(name, at, self._value(value)))
+
+    def _value(self, value: bytes) -> bytes:
+        """What stands behind the colon."""
+        assert self.terms is not None
+        return value if self.terms.steps & _SPACES else spaced(value)
+
+    def _edit(self, edit: Edit) -> bool:
+        if len(self.changes.edits) >= EDITS_MOST:
+            return False
+        self.changes.edits.append(edit)
+        return True
+
+    def _add_recipient(self, data: bytes) -> bool:
+        found = rcpt_argument(b"TO:" + _bracketed(_text(data)))
+        if found is None or "@" not in found[0] or not found[0].isascii() or len(self.changes.added) >= RECIPIENTS_MOST:
+            return False
+        self.changes.added.append((found[0], _parameters(data)))
+        return True
+
+    def _remove_recipient(self, data: bytes) -> bool:
+        found = rcpt_argument(b"TO:" + _bracketed(_text(data)))
+        if found is None or len(self.changes.removed) >= REMOVED_MOST:
+            return False
+        self.changes.removed.append(found[0])
+        return True
+
+    def _change_sender(self, data: bytes) -> bool:
+        found = mail_argument(b"FROM:" + _bracketed(_text(data)))
+        if found is None or not found[0].isascii():
+            return False
+        self.changes.sender = found[0], _parameters(data)
+        return True
+
+    def _quarantine(self, data: bytes) -> bool:
+        self.changes.quarantine = printable(_text(data).decode("utf-8", "replace"))[:REASON_MOST]
+        return True
+
+
+# By letter: the action that must have been agreed upon (one of these bits), and what is done.
+_CHANGES: Final[dict[str, tuple[int, Callable[[Conversation, bytes], bool]]]] = {
+    "h": (0x1, Conversation._add),
+    "i": (0x1 | 0x10, Conversation._insert),
+    "m": (0x10, Conversation._replace),
+    "b": (0x2, lambda conversation, data: True),
+    "+": (0x4, Conversation._add_recipient),
+    "2": (0x80, Conversation._add_recipient),
+    "-": (0x8, Conversation._remove_recipient),
+    "e": (0x40, Conversation._change_sender),
+    "q": (0x20, Conversation._quarantine),
+}
+
+
+def smtp_reply(text: bytes) -> tuple[str, bytes]:
+    """A refusal in a filter's words ("550 5.7.1 a text", lines divided by CRLF, "%%" for "%"): "reject" or "tempfail", and the
+    whole reply, of lines of ASCII of at most 512 octets, with an enhanced status code (RFC 2034). Where the codes make no sense,
+    the reply has 550."""
+    lines = text.replace(b"%%", b"%").replace(b"\r\n", b"\n").rstrip(b"\r\n").split(b"\n")[:LINES_MOST]
+    codes = {match[1] if (match := _CODE.match(line)) is not None else b"" for line in lines}
+    (code,) = codes if len(codes) == 1 and codes != {b""} else (b"550",)
+    texts = [line[4:] if _CODE.match(line) is not None else line for line in lines]
+    enhanced = code[:1] + b".7.1"
+    match = _ENHANCED.match(texts[0])
+    if match is not None and match[1] == code[:1]:
+        enhanced = match[0]
+    written = []
+    for line in texts:
+        found = _ENHANCED.match(line)
+        rest = line[found.end() + 1 :] if found is not None else line
+        written.append(enhanced + b" " + (_NOT_SHOWN.sub(b"?", rest[:LINE_MOST]).strip() or b"Refused"))
+    *first, last = written
+    answer = b"".join(code + b"-" + line + b"\r\n" for line in first) + code + b" " + last + b"\r\n"
+    return "reject" if code.startswith(b"5") else "tempfail", answer
+
+
+def _frame(letter: bytes, data: bytes = b"") -> bytes:
+    return (len(data) + 1).to_bytes(4, "big") + letter + data
+
+
+def _octets(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _arguments(address: str, parameters: Sequence[str]) -> bytes:
+    return _octets(f"<{address}>\0" + "".join(f"{one}\0" for one in parameters))
+
+
+def _begin(data: bytes) -> str:
+    return repr(printable(data[:64].decode("utf-8", "replace")))
+
+
+def _lists(data: bytes) -> dict[str, frozenset[str]]:
+    """The names of macros that a filter asks for (SMFIR_SETSYMLIST), with braces where they have more than one letter."""
+    found: dict[str, frozenset[str]] = {}
+    while data:
+        stage, (names,) = _number(data), _texts(data[4:], 1)
+        if stage >= len(_STAGES):
+            raise MilterError(f"asks for macros of stage {stage}")
+        words = (word.strip("{}") for word in names.decode("ascii", "replace").replace(",", " ").split())
+        found[_STAGES[stage]] = frozenset(word if len(word) == 1 else f"{{{word}}}" for word in words)
+        data = data[4 + len(names) + 1 :]
+    return found
+
+
+def _number(data: bytes) -> int:
+    if len(data) < 4:
+        raise MilterError("leaves out a number")
+    return int.from_bytes(data[:4], "big")
+
+
+def _texts(data: bytes, count: int) -> list[bytes]:
+    """So many texts, each up to its NUL."""
+    found = data.split(b"\0", count)
+    if len(found) <= count:
+        raise MilterError("leaves out the end of a text")
+    return found[:count]
+
+
+def _text(data: bytes) -> bytes:
+    return _texts(data, 1)[0]
+
+
+def _parameters(data: bytes) -> str:
+    """Those behind an address."""
+    return printable(data.split(b"\0")[1].decode("utf-8", "replace"))[:REASON_MOST]
+
+
+def _bracketed(address: bytes) -> bytes:
+    address = address.strip()
+    return address if address.startswith(b"<") else b"<" + address + b">"
