@@ -84,6 +84,11 @@ class _Link(asyncio.Protocol):
         assert self._transport is not None
         self._transport.writelines(frames)
 
+    async def agreed(self) -> None:
+        """Wait until the terms are agreed upon. FilterFailure."""
+        while self.talk.terms is None:
+            await self._wait()
+
     async def room(self) -> None:
         """Wait until more can be written, or nothing has to be. FilterFailure."""
         while self._full and self.talk.last is None:
@@ -242,8 +247,7 @@ class Milter:
             try:
                 await reach(address, lambda made=link: made, self._timeout)  # type: ignore[misc]
                 link.send([link.talk.negotiate()])
-                while link.talk.terms is None:
-                    await link.events()
+                await link.agreed()
             except (Unreached, _Lost) as failure:
                 link.drop()
                 self._skipped_until[address] = now() + SKIPPED
