@@ -2,31 +2,66 @@
 
 Relays with and without filters run side by side, and get the same load (4 kB messages) in turn, as in benchmarks.pairs; what
 counts is the CPU of the worker a message. "clamd": every message is shown to a real clamd, which has two signatures; "others":
-a filter for unauthenticated clients is configured, and the mail is that of clients that may relay. The filter's own CPU is told
-beside it.
+a filter for unauthenticated clients is configured, and the mail is that of clients that may relay; "milter": every message is
+shown to a milter (null_milter.c, on libmilter) that answers each of the 25 events, "milter, quiet": to one that answers the last
+alone; both are asked behind the final dot ("message"), or as the dialogue goes ("mail"). The filter's own CPU is told beside it.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.pairs import WARM_UP, Build
 from benchmarks.run import Load, cpu_seconds
-from tests.support.clamd import RealClamd, clamd
+from tests.support.clamd import clamd
+from tests.support.daemon import wait_for
 
 LOADS = {True: 3_000, False: 2_000}  # messages of a burst, with sessions reused or not
 
 
-def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
-    """The CPU a message of a relay with a filter (`keys`: of its table, as TOML) and of one without, and of clamd (us)."""
-    filtered = (f'filter=[{{name="virus",type="clamd",address=["{scanner.address}"]{keys}}}]',)
+class Running(NamedTuple):
+    """A filter: its process, and what is configured for it (TOML)."""
+
+    pid: int
+    keys: str
+
+
+@contextmanager
+def _clamd() -> Iterator[Running]:
+    with clamd() as scanner:
+        assert scanner.process is not None
+        yield Running(scanner.process.pid, f'type="clamd",address=["{scanner.address}"]')
+
+
+@contextmanager
+def _milter(*words: str) -> Iterator[Running]:
+    """One that is built here."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, path = f"{folder}/null_milter", f"{folder}/socket"
+        source = Path(__file__).with_name("null_milter.c")
+        subprocess.run(["cc", "-O2", "-o", program, source, "-lmilter", "-lpthread"], check=True)
+        process = subprocess.Popen([program, f"unix:{path}", *words])
+        try:
+            wait_for(lambda: Path(path).exists(), what="the milter")
+            yield Running(process.pid, f'type="milter",address=["unix:{path}"]')
+        finally:
+            process.kill()
+            process.wait()
+
+
+def measured(filter: Running, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
+    """The CPU a message of a relay with a filter (`keys`: more of its table) and of one without, and of the filter (us)."""
+    filtered = (f'filter=[{{name="one",{filter.keys}{keys}}}]',)
     rows: list[list[float]] = []
     own: list[float] = []
-    assert scanner.process is not None
     for start in range(starts):
         with tempfile.TemporaryDirectory() as folder:
             order = ["with", "without"] if start % 2 else ["without", "with"]
@@ -35,10 +70,10 @@ def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int)
                 for number in range(-WARM_UP, pairs):
                     found = {}
                     for name in order if number % 2 else order[::-1]:
-                        before = cpu_seconds(scanner.process.pid)
+                        before = cpu_seconds(filter.pid)
                         found[name] = sides[name].burst(load)
                         if name == "with" and number >= 0:
-                            own.append((cpu_seconds(scanner.process.pid) - before) / load.messages * 1e6)
+                            own.append((cpu_seconds(filter.pid) - before) / load.messages * 1e6)
                     if number >= 0:
                         rows.append([found["with"], found["without"]])
             finally:
@@ -51,20 +86,34 @@ def measured(scanner: RealClamd, keys: str, load: Load, starts: int, pairs: int)
     }  # fmt: skip
 
 
+_QUIET = partial(_milter, "quiet")
+CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
+    "clamd": (_clamd, ""),
+    "others": (_clamd, ',clients="unauthenticated"'),
+    "milter": (_milter, ',stage="message"'),
+    "milter, mail": (_milter, ',stage="mail"'),
+    "milter, quiet": (_QUIET, ',stage="message"'),
+    "milter, quiet, mail": (_QUIET, ',stage="mail"'),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=4, help="how often both relays are started (default: 4)")
     parser.add_argument("--pairs", type=int, default=5, help="pairs of each start (default: 5)")
+    parser.add_argument("--only", metavar="WORD", default="", help="measure those alone whose name begins with it")
     parser.add_argument("--json", metavar="FILE", help="write what was measured to this file")
     arguments = parser.parse_args()
     if sys.platform != "linux":
         sys.exit("it reads /proc")
     found = []
-    with clamd() as scanner:
-        for what, keys in (("clamd", ""), ("others", ',clients="unauthenticated"')):
+    for what, (run, keys) in CASES.items():
+        if not what.startswith(arguments.only):
+            continue
+        with run() as filter:
             for reuse, messages in LOADS.items():
                 load = Load("sessions reused" if reuse else "one connection a message", messages, reuse=reuse)
-                row = {"what": what} | measured(scanner, keys, load, arguments.starts, arguments.pairs)
+                row = {"what": what} | measured(filter, keys, load, arguments.starts, arguments.pairs)
                 found.append(row)
                 print(
                     f"{what}, {row['load']}: {row['with']:.0f} us with, {row['without']:.0f} without: {row['more']:+.0f} us, "

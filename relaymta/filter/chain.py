@@ -164,7 +164,8 @@ class Chain:
         if first is None:
             return Outcome(Verdict.ACCEPT)
         if first.action >= Verdict.TEMPFAIL:
-            return Outcome(first.action, self.reply(first), first.closes)
+            answer = self.reply(first)
+            return Outcome(first.action, answer, answer.startswith(b"421"))
         if first.action is Verdict.DISCARD or not revision.mail.recipients:
             return Outcome(Verdict.DISCARD)
         tag = next((one for one in findings if one.action is Verdict.TAG), None)

@@ -95,8 +95,8 @@ class _Link(asyncio.Protocol):
             await self._wait()
 
     async def events(self) -> list[Said | Piece | Progress]:
-        """Wait for answers, if there are none. FilterFailure."""
-        while not self._events:
+        """What it has answered, after waiting for more if that is nothing yet: it may still be nothing. FilterFailure."""
+        if not self._events:
             await self._wait()
         events, self._events = self._events, []
         if self._paused and self._transport is not None:
@@ -530,7 +530,7 @@ def _connect_macros(mail: Mail, hostname: str) -> dict[str, str]:
     host, port = parse_hostport(mail.listener) if mail.listener else ("", 0)
     date = time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime())
     found = {"j": hostname, "_": f"[{mail.client}]", "v": f"relaymta {__version__}", "b": date, "{daemon_name}": mail.listener}
-    return found | {"{daemon_addr}": host, "{daemon_port}": str(port), "{if_addr}": host, "{client_addr}": mail.client}
+    return found | {"{daemon_addr}": host, "{daemon_port}": str(port) if port else "", "{if_addr}": host, "{client_addr}": mail.client}
 
 
 def _helo_macros(mail: Mail) -> dict[str, str]:

@@ -67,12 +67,16 @@ class Terms(NamedTuple):
 
 
 class Said(NamedTuple):
-    """The answer to an event: "continue", "skip" (no more of the body), accept, reject, tempfail, discard, shutdown or conn_fail.
-    `reply`: a whole SMTP reply, for a refusal that has its own; b"" for others."""
+    """The answer to an event: accept, reject, tempfail, discard, shutdown, conn_fail, and, to R and E, continue: to others nothing
+    follows from that. `reply`: a whole SMTP reply, for a refusal that has its own; b"" for others."""
 
     event: str
     word: str
     reply: bytes = b""
+
+
+_TAKEN, _DONE = Said("R", "continue"), Said("E", "continue")
+_CONTINUE = b"\0\0\0\1c"
 
 
 class Piece(NamedTuple):
@@ -123,13 +127,13 @@ class Conversation:
     def negotiate(self) -> bytes:
         """The first frame of all."""
         self.due.append("O")
-        return _frame(b"O", b"".join(number.to_bytes(4, "big") for number in (VERSION, ACTIONS, STEPS)))
+        return _frame(b"O", b"".join(number.to_bytes(4) for number in (VERSION, ACTIONS, STEPS)))
 
     def connect(self, host: str, address: str, port: int, macros: Mapping[str, str]) -> bytes:
         """A client. `host`: its verified name, else its address in brackets; `port`: 0 if it is unknown."""
         try:
             family = b"6" if ipaddress.ip_address(address).version == 6 else b"4"
-            told = family + port.to_bytes(2, "big") + address.encode() + b"\0"
+            told = family + port.to_bytes(2) + address.encode() + b"\0"
         except ValueError:
             told = b"U"
         return self._told("C", _octets(host) + b"\0" + told, macros)
@@ -157,18 +161,18 @@ class Conversation:
         steps = self.terms.steps if self.terms is not None else 0
         frames: list[bytes] = []
         if not steps & 0x20:
-            eaten = not steps & _SPACES
+            eaten, plain = not steps & _SPACES, b"\0" not in head
             for name, line in shown(head):
                 value = line[line.index(b":", len(name)) + 1 :]
-                if b"\r" in value or b"\0" in value:
+                if not plain or b"\r" in value:
                     value = value.replace(b"\r\n", b"\n").partition(b"\0")[0]
                 if eaten and value[:1] == b" ":
                     value = value[1:]
-                octets = len(name) + len(value) + 2
-                if octets > DATA_MOST:
+                octets = len(name) + len(value) + 3
+                if octets > DATA_MOST + 1:
                     self.unshown += 1
-                    continue
-                frames.append(b"%bL%b\0%b\0" % ((octets + 1).to_bytes(4, "big"), name, value))
+                else:
+                    frames.append(b"%bL%b\0%b\0" % (octets.to_bytes(4), name, value))
             if not steps & 0x80:
                 self.due.extend("L" * len(frames))
         if not steps & 0x40:
@@ -183,7 +187,7 @@ class Conversation:
         pieces = [octets[at : at + DATA_MOST] for at in range(0, len(octets), DATA_MOST)]
         if not steps & 0x80000:
             self.due.extend("B" * len(pieces))
-        return [part for piece in pieces for part in ((len(piece) + 1).to_bytes(4, "big") + b"B", piece)]
+        return [part for piece in pieces for part in ((len(piece) + 1).to_bytes(4) + b"B", piece)]
 
     def end(self, macros: Mapping[str, str]) -> bytes:
         """The end of the message, to which there always is an answer."""
@@ -235,10 +239,13 @@ class Conversation:
                 return events
             data = bytes(self._buffer)
             self._buffer.clear()
-        at, size = 0, len(data)
+        at, size, due = 0, len(data), len(self.due)
+        if due and size >= 5 * due and self.due[0] != "O" and data.startswith(_CONTINUE * due):
+            at = 5 * due
+            self._go_on(events)
         try:
             while size - at >= 4 and not self.spent:
-                length = int.from_bytes(data[at : at + 4], "big")
+                length = int.from_bytes(data[at : at + 4])
                 if not 0 < length <= FRAME_MOST:
                     raise MilterError(f"begins with {_begin(data[at : at + 64])}")
                 end = at + 4 + length
@@ -258,7 +265,7 @@ class Conversation:
         """One frame."""
         letter, due = chr(octet), self.due[0] if self.due else ""
         if letter == "c" and due and due != "O":
-            self._say(Said(self.due.popleft(), "continue"), events)
+            self._continue(self.due.popleft(), events)
         elif not due:
             raise MilterError(f"says {printable(letter)!r}, which nobody has asked for")
         elif due == "O":
@@ -272,18 +279,28 @@ class Conversation:
             self._say(Said(self.due.popleft(), word, reply), events)
         elif letter == "s" and due == "B":
             self.skips = True
-            events.append(Said(self.due.popleft(), "skip"))
+            self.due.popleft()
         elif letter in _CHANGES and due == "E":
             self._change(letter, data, events)
         else:
             raise MilterError(f"says {printable(letter)!r} as an answer to {due!r}")
 
+    def _go_on(self, events: list[Said | Piece | Progress]) -> None:
+        """All that is due is answered, and may go on: most answers come like this."""
+        for event in self.due:
+            if event == "R" or event == "E":
+                self._continue(event, events)
+        self.due.clear()
+
+    def _continue(self, event: str, events: list[Said | Piece | Progress]) -> None:
+        if event == "E":
+            self.last = _DONE
+            events.append(_DONE)
+        elif event == "R":
+            events.append(_TAKEN)
+
     def _say(self, said: Said, events: list[Said | Piece | Progress]) -> None:
         events.append(said)
-        if said.word == "continue":
-            if said.event == "E":
-                self.last = said
-            return
         if said.event in "CH" and said.word == "discard":
             raise MilterError(f"discards at {said.event}, where there is no message")
         if said.event == "R" and said.word in ("reject", "tempfail"):
@@ -294,7 +311,7 @@ class Conversation:
     def _agree(self, letter: str, data: bytes) -> None:
         if letter != "O" or len(data) < 12:
             raise MilterError(f"begins with {_begin(letter.encode('latin-1') + data)}")
-        version, actions, steps = (int.from_bytes(data[at : at + 4], "big") for at in (0, 4, 8))
+        version, actions, steps = (int.from_bytes(data[at : at + 4]) for at in (0, 4, 8))
         if not 2 <= version <= VERSION or actions & ~ACTIONS or steps & ~STEPS:
             wants = f"version {version}, actions {actions:#x}, steps {steps:#x}"
             raise MilterError(f"wants {wants}, of the offer of {VERSION}, {ACTIONS:#x}, {STEPS:#x}")
@@ -334,9 +351,10 @@ class Conversation:
         return self._edit(Change(name, at, self._value(value)))
 
     def _value(self, value: bytes) -> bytes:
-        """What stands behind the colon."""
+        """What stands behind the colon: where spaces were agreed upon (some filters still leave it out), and there is one, as it
+        is."""
         assert self.terms is not None
-        return value if self.terms.steps & _SPACES else spaced(value)
+        return value if self.terms.steps & _SPACES and value[:1] in (b" ", b"\t", b"\n", b"\r") else spaced(value)
 
     def _edit(self, edit: Edit) -> bool:
         if len(self.changes.edits) >= EDITS_MOST:
@@ -407,7 +425,7 @@ def smtp_reply(text: bytes) -> tuple[str, bytes]:
 
 
 def _frame(letter: bytes, data: bytes = b"") -> bytes:
-    return (len(data) + 1).to_bytes(4, "big") + letter + data
+    return (len(data) + 1).to_bytes(4) + letter + data
 
 
 def _octets(text: str) -> bytes:
@@ -438,7 +456,7 @@ def _lists(data: bytes) -> dict[str, frozenset[str]]:
 def _number(data: bytes) -> int:
     if len(data) < 4:
         raise MilterError("leaves out a number")
-    return int.from_bytes(data[:4], "big")
+    return int.from_bytes(data[:4])
 
 
 def _texts(data: bytes, count: int) -> list[bytes]:
