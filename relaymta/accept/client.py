@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from relaymta.accept.admission import Admission
 from relaymta.accept.eager import begin
-from relaymta.accept.line import BEHIND, CHECKING, COMMITTING, SHAKING, Line
+from relaymta.accept.line import ASKING, BEHIND, CHECKING, COMMITTING, SHAKING, Line
 from relaymta.accept.listening import unread
 from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
@@ -23,7 +23,7 @@ from relaymta.metrics import index
 from relaymta.proto import reply
 from relaymta.proto.sasl import Claim
 
-__all__ = ["STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
+__all__ = ["KEPT", "STRESS_PATIENCE", "TLS_TIMEOUTS", "ClientConnection"]
 
 FULL, RESUMED, FAILED = (index("relaymta_tls_handshakes_total", result) for result in ("full", "resumed", "failed"))
 ACCEPTED = index("relaymta_connections_total", "accepted")
@@ -31,7 +31,7 @@ REFUSED = index("relaymta_connections_total", "refused")
 STRESS_PATIENCE = 0.1  # factor of the timeouts under stress
 # Seconds for the handshake, and for the client's close_notify.
 TLS_TIMEOUTS: dict[str, Any] = {"ssl_handshake_timeout": 30.0, "ssl_shutdown_timeout": 5.0}
-KEPT = 4096  # octets behind a complete message that are read until its reply
+KEPT = 4096  # octets behind a complete message, or a command about which filters are asked, that are read until its reply
 SOFT_ERRORS = 3  # errors above which each is delayed (tarpit)
 
 
@@ -130,7 +130,8 @@ class ClientConnection(Line, Generic[S]):
         """TLS is active now: version and cipher."""
 
     def hung_up(self) -> None:
-        """The client has hung up, or sends no more, while its message is signed, verified, filtered or committed."""
+        """The client has hung up, or sends no more, while its message is signed, verified, filtered or committed, or filters are
+        asked about its command."""
 
     # Begin and end
 
@@ -184,7 +185,7 @@ class ClientConnection(Line, Generic[S]):
         self.transport = None
         if self.session is not None:
             self.session.close()
-            if self.waits & COMMITTING:
+            if self.waits & (COMMITTING | ASKING):
                 self.hung_up()
         self.release()
         if self.rights is not None:
@@ -212,7 +213,7 @@ class ClientConnection(Line, Generic[S]):
         if self.waits:
             session.keep(data)
             self.kept += len(data)
-            if self.waits != COMMITTING or self.kept > KEPT:  # a client that says QUIT and goes is to be noticed
+            if self.waits not in (COMMITTING, ASKING) or self.kept > KEPT:  # a client that says QUIT and goes is to be noticed
                 self.pause()
             return
         self.kept = 0
@@ -243,9 +244,10 @@ class ClientConnection(Line, Generic[S]):
 
     def eof_received(self) -> bool:
         """A client that half-closes after the final dot still gets its reply (where filters look, that its message is not taken),
-        except over TLS: asyncio always closes that, and logs a warning when asked to keep it open."""
+        except over TLS: asyncio always closes that, and logs a warning when asked to keep it open. One about whose command
+        filters are asked is taken for gone."""
         self.ended = True
-        if self.waits & COMMITTING:
+        if self.waits & (COMMITTING | ASKING):
             self.hung_up()
         return not self.lingers and self.waits != 0 and self.session is not None and not self.session.secure
 

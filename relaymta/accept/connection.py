@@ -4,22 +4,30 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 from relaymta.accept.admission import DRAIN_REPLY, Admission
-from relaymta.accept.client import STRESS_PATIENCE, ClientConnection
-from relaymta.accept.line import CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
+from relaymta.accept.client import KEPT, STRESS_PATIENCE, ClientConnection
+from relaymta.accept.line import ASKING, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import Flow, IncomingTransaction
 from relaymta.config import Listener
+from relaymta.errors import redacted
 from relaymta.proto import reply
-from relaymta.proto.session import ASKED, CLAIMED, COMPLETE, DATA, STORING, TLS
+from relaymta.proto.session import ASKED, CLAIMED, COMPLETE, DATA, STORING, TLS, Question
 from relaymta.proto.smtp_server import ServerSession
 from relaymta.proto.transaction import Transaction
 
 __all__ = ["Connection"]
 
 RATE_GRACE = 60.0  # seconds until the rate of message data is checked
+
+
+class Asks(Protocol):
+    """What a transaction that `asks` has."""
+
+    async def asked(self, question: Question) -> bytes | None:
+        """The reply by which filters refuse a command, or None. Cancelled: no filter is left in the middle of it."""
 
 
 class Connection(ClientConnection[ServerSession]):
@@ -29,7 +37,7 @@ class Connection(ClientConnection[ServerSession]):
 
     def __init__(self, admission: Admission, listener: Listener) -> None:
         super().__init__(admission, listener)
-        self.asking: asyncio.Task[None] | None = None  # filters about MAIL or RCPT
+        self.asking: asyncio.Task[None] | None = None  # filters, about the session's question
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         admission = self.admission
@@ -66,34 +74,49 @@ class Connection(ClientConnection[ServerSession]):
         transaction.complete()
 
     def _ask(self, session: ServerSession) -> None:
-        """Filters are asked about MAIL or RCPT; nothing behind it is parsed before they have answered."""
-        self.waits |= CHECKING
-        self.asking = self.admission.spawn(self._asked(session))
+        """Ask filters about MAIL or RCPT, unless the client has hung up already. One that goes meanwhile is to be noticed, so
+        that what it sends ahead is read, as far as it is little."""
+        if self.ended:
+            session.close()
+            return
+        if self.kept <= KEPT:
+            self.resume()
+        self.waits |= ASKING
+        question = session.question
+        assert question is not None
+        self.asking = self.admission.spawn(self._asked(session, cast(Asks, session.transaction), question))
 
-    async def _asked(self, session: ServerSession) -> None:
-        transaction, question = session.transaction, session.question
-        assert isinstance(transaction, IncomingTransaction) and question is not None
+    async def _asked(self, session: ServerSession, transaction: Asks, question: Question) -> None:
         try:
             answer = await transaction.asked(question)
-        except Exception as error:
-            self.admission.intake.not_stored(error)
-            answer = reply.STORE_ERROR
-        self.asking = None
-        self.waits &= ~CHECKING
-        if self.gone or session.closing:
+        except asyncio.CancelledError as error:
+            if self.asking is not None:  # not by `_stop_asking`: the client still waits for a reply
+                self._answered(session, self._not_asked(error))
+            raise
+        except Exception as error:  # after an internal error, too, the client gets a reply
+            answer = self._not_asked(error)
+        self._answered(session, answer)
+
+    def _answered(self, session: ServerSession, answer: bytes | None) -> None:
+        asking, self.asking = self.asking, None
+        self.waits &= ~ASKING
+        if asking is None or self.gone or session.closing:
             return
         self.active_at = self.admission.now()
         self.more(session, session.answered(answer))
 
-    def _give_up_asking(self) -> None:
-        """The client has gone, or is sent away."""
-        if self.asking is not None:
-            self.asking.cancel()
-            self.asking = None
+    def _not_asked(self, error: BaseException) -> bytes:
+        """Log why filters could not be asked about a command; the reply to it."""
+        text = redacted(f"filters could not be asked about a command: {type(error).__name__}: {error}")
+        self.admission.intake.log.event("warning", text=text)
+        return reply.NOT_ASKED
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._give_up_asking()
-        super().connection_lost(exc)
+    def _stop_asking(self) -> None:
+        """The client has gone, or is sent away: the question is not answered any more."""
+        asking, self.asking = self.asking, None
+        self.waits &= ~ASKING
+        if asking is not None:
+            asking.cancel()
 
     def writing(self) -> None:
         """A thread writes message data: read nothing until it has."""
@@ -106,8 +129,13 @@ class Connection(ClientConnection[ServerSession]):
         self.go_on(SPILLING)
 
     def hung_up(self) -> None:
-        """As of ClientConnection: what filters look at is given up, and nothing of it is queued."""
-        transaction = self.session.transaction if self.session is not None else None
+        """As of ClientConnection: what filters look at is given up, and nothing of it is queued; so is a question."""
+        session = self.session
+        if self.waits & ASKING:
+            self._stop_asking()
+            if session is not None:
+                session.close()
+        transaction = session.transaction if session is not None else None
         if isinstance(transaction, IncomingTransaction):
             transaction.abandon()
 
@@ -141,7 +169,7 @@ class Connection(ClientConnection[ServerSession]):
             return
         if self.admission.intake.draining:  # since `drain`, its handshake may have ended, or its message data been rejected
             self.drain()
-        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SPILLING | SHAKING):
+        if self.gone or session is None or self.waits & (COMMITTING | CHECKING | SPILLING | SHAKING | ASKING):
             return
         quiet = now - self.active_at
         transaction = session.transaction
@@ -159,12 +187,12 @@ class Connection(ClientConnection[ServerSession]):
         self.linger()
 
     def drain(self) -> None:
-        """Shutting down: close a session with a 421 now, also one whose login is checked or whose reply is delayed; one with a
-        message under way gets it after its final dot."""
+        """Shutting down: close a session with a 421 now, also one whose login is checked, whose reply is delayed or about whose
+        command filters are asked; one with a message under way gets it after its final dot."""
         session = self.session
         if session is None or self.gone or self.waits & (COMMITTING | SPILLING | SHAKING) or session.state == DATA:
             return
-        self._give_up_asking()
+        self._stop_asking()
         out, self.delayed = self.delayed, b""
         self._give_up(out + DRAIN_REPLY)
 

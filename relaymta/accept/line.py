@@ -23,6 +23,7 @@ SPILLING = 4  # a thread writes message data
 BLOCKED = 8  # the client does not read its replies
 BEHIND = 16  # more input than is parsed in one turn: `turns` schedules the rest
 SHAKING = 32  # the TLS handshake after STARTTLS
+ASKING = 64  # filters are asked about a command
 
 
 class Line(asyncio.Protocol):

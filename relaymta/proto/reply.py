@@ -87,6 +87,7 @@ NOT_VERIFIED = format_reply(451, "4.7.5", "The message could not be verified; tr
 DNS_SILENT = format_reply(451, "4.4.3", "The message could not be authenticated: no answer from the DNS; try again later")
 NOT_SIGNED = format_reply(451, "4.7.5", "The message could not be signed; try again later")
 NOT_FILTERED = format_reply(451, "4.3.0", "You have hung up while filters looked at the message; it is not taken")
+NOT_ASKED = format_reply(451, "4.3.0", "Filters could not be asked; try again later")
 NOT_HELD = format_reply(451, "4.7.1", "The message would have to be held, which cannot be done with LMTP; try again later")
 DMARC_REJECT = format_reply(550, "5.7.1", "Refused by the policy of the author's domain (DMARC, RFC 7489)")
 TIMEOUT = format_reply(421, "4.4.2", "Timed out waiting for you; closing")

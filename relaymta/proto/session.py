@@ -84,7 +84,7 @@ class Host:
 
 class Session:
     """The state of an SMTP session, and every change of it that is not one command's. `hostname`: our name; `secure`: TLS is
-    active; `mechanism`: by which the user has logged in, where that was here."""
+    active; `mechanism`: by which the user has logged in, "" where that was not here."""
 
     __slots__ = (
         "behind",
@@ -183,6 +183,7 @@ class Session:
             return
         self.closing = self.returns = True
         self.behind = False
+        self.question = None
         self.pending = []
         if self.state != STORING:
             self.drop()
@@ -191,7 +192,7 @@ class Session:
         """The TLS handshake is done: the session starts anew (RFC 3207 4.2)."""
         self.drop()
         self.secure = True
-        self.helo, self.extended = "", False
+        self.helo, self.extended, self.mechanism = "", False, ""
         self.host.log_out()
         self.parser = self._parser()
         self.parser.commands()
@@ -209,12 +210,13 @@ class Session:
         return found
 
     def ask(self, question: Question) -> bytes:
-        """A command that is to be answered by `answered`: nothing behind it is parsed before."""
+        """What a command's function returns when its reply is left to `answered`: nothing behind it is parsed before that."""
         self.question, self.state, self.returns = question, ASKED, True
         return b""
 
     def answered(self, answer: bytes | None) -> bytes:
-        """What was asked is answered. `answer`: the reply that refuses it, None: it is accepted. Returns what to write."""
+        """What was asked is answered, which ends the state ASKED; not to be called once the session is closing. `answer`: the
+        reply that refuses it (4xx or 5xx; 421 ends the session), None: it is accepted. Returns what to write."""
         question, transaction = self.question, self.transaction
         assert question is not None and transaction is not None
         self.question, self.state = None, COMMANDS

@@ -11,12 +11,13 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     ASKED       others are to be asked about MAIL or RCPT (`Transaction.asks`): `question`, answered by `answered(reply or None)`
     TLS         a TLS handshake is to be done, before anything is read: then `tls_started()`
 
-In all but the first two nothing is parsed, and input is kept. `closing`: the connection is to be closed after what was returned
-is written (`foreign`: because the client speaks another protocol; `parting`: the client has asked for it).
+In all but the first two nothing is parsed, and input is kept: also what is behind a question in the same segment. `closing`: the
+connection is to be closed after what was returned is written (`foreign`: because the client speaks another protocol; `parting`:
+the client has asked for it).
 
 A transaction begins at MAIL. Whatever ends it, it is ended before anything behind that is parsed, `Transaction.end` is called
-once, and `receive()` returns. `behind` is set when there is more to do then, and when there is more than the work of one call:
-`receive(b"")` goes on.
+once, and `receive()` returns, as it does at a question. `behind` is set when there is more to do then, and when there is more
+than the work of one call: `receive(b"")` goes on.
 
     transaction    MAIL  RCPT  DATA  BDAT   EHLO HELO RSET STARTTLS QUIT, and every other end of the session
     none            ->    503   503   503
@@ -51,6 +52,9 @@ class ServerSession(Session):
     def receive(self, data: bytes) -> bytes:
         """Take octets from the client; returns the octets to write."""
         if self.closing:
+            return b""
+        if self.state == ASKED:  # unlike in the other states, the parser itself does not hold
+            self.parser.keep(data)
             return b""
         self.behind = self.returns = False
         parser = self.parser

@@ -38,7 +38,7 @@ class Transaction:
         self.limits = limits
         self.recipients: list[str] = []
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
-        self.asks = False  # others are asked about its sender and its recipients
+        self.asks = False  # others are asked about its sender and its recipients (see Session.answered); set by Host.begin
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False
@@ -56,7 +56,7 @@ class Transaction:
         return None
 
     def rejects(self, address: str, answer: bytes) -> None:
-        """A recipient was refused by `accept`, with this reply."""
+        """A recipient was refused by `accept`, with this reply: nobody is asked about it."""
 
     def received(self, data: bytes) -> None:
         """More message data has arrived."""

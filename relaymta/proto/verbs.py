@@ -227,6 +227,8 @@ def _xclient(session: Session, argument: bytes) -> bytes:
         refused = reply.BAD_ARGUMENT
     else:
         refused = session.host.assume(found)
+        if not session.host.user or found.get("LOGIN"):
+            session.mechanism = ""
     if refused is not None or found is None:
         session.parser.commands()
         if refused is not None and refused.startswith(b"4"):
