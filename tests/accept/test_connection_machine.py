@@ -1,9 +1,11 @@
 """Clients that do anything in any order, against a model: what is stored is what was sent in that transaction, nothing else, and
 every count is that of what there is, and returns to zero."""
 
+import asyncio
 import base64
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
@@ -16,8 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from relaymta.accept.connection import Connection
 from relaymta.auth.identity import Identity
 from relaymta.proto.header import header_end
+from relaymta.proto.session import Question
 from tests.accept.test_transactions import connected, idle
 from tests.conftest import PROVE
+from tests.support.asking import Filters, asking
 from tests.support.connection import BIG, COMMIT_FAILS, DISK_FAILS, FILTER_FAILS, FILTERED, REFUSED, WRONG, Machine, Transport
 
 SPOILED = (
@@ -35,7 +39,12 @@ SPOILED = (
     b"\0",
     b"Received: x\r\n" * 60,
 )
-WAYS = ("", "signs", "looks", "filters", "signs, filters", "looks, filters")
+WAYS = ("", "signs", "looks", "filters", "signs, filters", "looks, filters", "asks", "looks, asks", "signs, filters, asks")
+# What filters say to MAIL and RCPT, sooner or later.
+ANSWERS: tuple[bytes | BaseException | None, ...] = (
+    None, None, None, None, None, None, b"554 5.7.1 Refused\r\n", b"451 4.7.1 Not now\r\n", b"421 4.7.0 Closing\r\n",
+    ValueError("a defect"), asyncio.CancelledError(),
+)  # fmt: skip
 BELOW = b"X-Below: ours\r\n"  # what filters add to the header
 SIZES = (10, 300, BIG, 4 * BIG)
 DOMAINS = ("d.example", "d.example", "far.example")
@@ -80,6 +89,28 @@ class Known:
         return b"".join(transport.said for transport in self.transports)
 
 
+class Undecided(Filters):
+    """Filters that answer anything, at any time."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self.random = random
+        self.now = 0
+
+    async def ask(self, question: Question) -> bytes | None:
+        self.asked.append(question)
+        self.now += 1
+        try:
+            for _ in range(self.random.choice((0, 0, 1, 5, 30))):
+                await asyncio.sleep(0)
+            answer = self.random.choice(ANSWERS)
+            if isinstance(answer, BaseException):
+                raise answer
+        finally:
+            self.now -= 1
+        return answer
+
+
 Word = tuple[object, ...]  # a method of Clients, and its arguments
 _DATA = st.tuples(st.just("say_data"), st.sampled_from(SIZES), st.sampled_from(SPOILED))
 _CHUNK = st.tuples(st.just("chunk"), st.sampled_from(SIZES), st.sampled_from(SPOILED), st.booleans())
@@ -114,6 +145,8 @@ class Clients(RuleBasedStateMachine):
         self.acknowledged: set[int] = set()
         self.unknown: set[int] = set()  # sent as a whole, but the reply was lost
         self.of: Machine = None  # type: ignore[assignment]
+        self.asking: Undecided | None = None
+        self.stack = ExitStack()
 
     @precondition(lambda self: self.of is None)
     @rule(seed=st.integers(0, 1 << 32), way=st.sampled_from(WAYS), tarpit=st.sampled_from((0, 5)))
@@ -128,6 +161,12 @@ class Clients(RuleBasedStateMachine):
         self.random, self.relays, self.filters = Random(seed), "signs" in way, "filters" in way
         self.of = Machine(self.random, "signs" in way, "looks" in way, filters=self.filters, **configured)
         self.of.logs_in = ANN
+        if "asks" in way:
+            self.ask()
+
+    def ask(self) -> None:
+        self.asking = Undecided(self.random)
+        self.stack.enter_context(asking(self.of, self.asking))
 
     started = precondition(lambda self: self.of is not None)
 
@@ -357,8 +396,10 @@ class Clients(RuleBasedStateMachine):
         assert held["connections"] == held["connections_in_set"] == len(alive)
         assert held["logged in as ann"] == sum(one.user == "ann" for one in alive)
         assert held["files"] <= sum(one.mail is not None for one in alive)
+        assert self.asking is None or not self.asking.now  # nothing is waited for between two of these steps
 
     def teardown(self) -> None:
+        self.stack.close()
         if self.of is None:
             return
         for one in self.known:
