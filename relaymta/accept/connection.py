@@ -98,9 +98,9 @@ class Connection(ClientConnection[ServerSession]):
         self._answered(session, answer)
 
     def _answered(self, session: ServerSession, answer: bytes | None) -> None:
-        asking, self.asking = self.asking, None
+        self.asking = None
         self.waits &= ~ASKING
-        if asking is None or self.gone or session.closing:
+        if self.gone or session.closing:
             return
         self.active_at = self.admission.now()
         self.more(session, session.answered(answer))

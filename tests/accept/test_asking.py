@@ -270,6 +270,30 @@ def test_what_arrives_while_filters_are_asked_is_bounded_and_read_on_afterwards(
     assert codes(transport.said) == [220, 250, 250] + [250] * count and not transport.paused
 
 
+def test_a_client_that_sends_a_lot_ahead_is_not_read_from_one_question_to_the_next(of, filters):
+    made = begun(of, MAIL)
+    transport = of_client(made)
+    made.data_received(RCPT * 300)
+    assert transport.paused
+    for _ in range(20):
+        filters.say()
+        run(of)
+        assert filters.waiting and transport.paused
+    made.connection_lost(None)
+    run(of)
+    assert filters.cancelled == 1 and len(filters.asked) == 21 and not of.held()
+
+
+def test_an_answer_to_a_client_whose_connection_is_being_closed_is_not_sent(of, filters):
+    made = begun(of, MAIL + RCPT)
+    transport = of_client(made)
+    said = transport.said
+    filters.say()
+    transport.abort()  # of which the connection is told later
+    run(of)
+    assert transport.closed and transport.said == said and len(filters.asked) == 1 and not of.held()
+
+
 def test_a_client_is_noticed_whose_command_was_asked_about_after_a_lot_of_others(of, filters):
     made = connected(of)
     made.data_received(EHLO + b"NOOP\r\n" * 500 + MAIL)
@@ -300,11 +324,15 @@ def test_a_drain_gives_the_question_up(of, filters, verb, by):
     made = begun(of, MAIL + RCPT + b"NOOP\r\n", verb)
     transport = of_client(made)
     before = transport.said
+    transport.reads = False  # the filters need not wait for that, too
     of.intake.draining = True
     made.drain() if by == "drain" else made.check(of.steps.now)
     assert transport.said == before + reply.SHUTTING_DOWN and transport.closing
     run(of)
-    assert filters.cancelled == 1 and transport.said == before + reply.SHUTTING_DOWN and transport.closed and not of.held()
+    assert filters.cancelled == 1 and transport.said == before + reply.SHUTTING_DOWN and not transport.closed
+    transport.read()
+    run(of)
+    assert transport.closed and not of.held() and filters.cancelled == 1
 
 
 def test_the_deadline_of_commands_does_not_apply_to_filters_and_counts_from_their_answer(of, filters):
@@ -360,14 +388,17 @@ def test_replies_that_the_tarpit_holds_back_come_before_the_question():
         assert len(filters.asked) == 1 and of.held() == {}  # it had gone before that
 
 
-def test_a_late_answer_to_a_client_that_has_gone_changes_nothing(of, filters):
-    class Stubborn(Filters):
-        async def ask(self, question):
-            try:
-                return await Filters.ask(self, question)
-            except asyncio.CancelledError:
-                return None
+class Stubborn(Filters):
+    """Answer also when they are cancelled."""
 
+    async def ask(self, question):
+        try:
+            return await Filters.ask(self, question)
+        except asyncio.CancelledError:
+            return None
+
+
+def test_a_late_answer_to_a_client_that_has_gone_changes_nothing(of):
     with asking(of, Stubborn()) as filters:
         made = begun(of, MAIL)
         transport = of_client(made)
@@ -375,6 +406,22 @@ def test_a_late_answer_to_a_client_that_has_gone_changes_nothing(of, filters):
         made.connection_lost(None)
         run(of)
         assert filters.cancelled == 1 and transport.said == said and not of.held() and not made.waits
+
+
+def test_a_client_that_does_not_read_and_half_closes_gets_what_is_written_and_no_more(of):
+    with asking(of, Stubborn()) as filters:
+        made = begun(of, MAIL + RCPT)
+        transport = of_client(made)
+        transport.reads = False
+        transport.write(b"x" * 20_000)
+        said = transport.said
+        assert transport.blocked and made.eof_received()  # it may read that still
+        run(of)
+        assert filters.cancelled == 1 and not transport.closing and made.asking is None
+        transport.reads = True
+        transport.read()
+        run(of)
+        assert transport.closed and transport.said == said and len(filters.asked) == 1 and not of.held()
 
 
 # The real thing

@@ -301,9 +301,10 @@ def test_the_octets_of_a_chunk_behind_questions_stay_with_it(sender, code, step)
 
 @pytest.mark.parametrize("verb", ["MAIL", "RCPT"])
 @pytest.mark.parametrize("answer", [CLOSING, b"421-4.7.0 More\r\n421 4.7.0 than one line\r\n"])
-def test_a_421_ends_the_session_and_nothing_behind_it_is_parsed(verb, answer):
+@pytest.mark.parametrize("behind", [b"BDAT 2 LAST\r\nhi" + MAIL, b"NOOP\r\n" * 100], ids=["BDAT", "NOOP"])
+def test_a_421_ends_the_session_and_nothing_behind_it_is_parsed(verb, answer, behind):
     made = Talk(Filtered(True)).made
-    made.receive(EHLO + MAIL + RCPT + b"BDAT 2 LAST\r\nhi" + MAIL)
+    made.receive(EHLO + MAIL + RCPT + behind)
     if verb == "RCPT":
         assert made.answered(None) == reply.SENDER_OK and made.receive(b"") == b""
     assert made.question is not None and made.question.verb == verb
