@@ -72,8 +72,8 @@ class Large:
         self.front, self._skip = front, len(self.header)
 
     def take_place_of(self, old: "Large | None", move: Callable[[BigBody], None]) -> None:
-        """It is what the message has from now on, in place of `old`, which is removed; `move(file)` gives its file the name of
-        the message's. OSError."""
+        """All of it was written: it is what the message has from now on, in place of `old`, which is discarded (None: that was in
+        memory); `move(file)` gives its file the name of the message's. OSError: neither is, `discard` it."""
         assert self._file is not None
         if old is not None:
             old.discard()

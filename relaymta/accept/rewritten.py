@@ -3,13 +3,11 @@
 It is kept in memory as long as it is small, and then in a file of its own, which takes the place of the message's in the end.
 What a filter writes becomes message data: lines end with CRLF, and there is no NUL in them.
 
-State: changed on the loop by `write`, `end` and `discard`; the file by threads, one at a time (`_using`), and by none any more
-once `_gone` is set, whenever that is: a `write` whose caller was cancelled may still be under way.
+State: changed on the loop by `write`, `end` and `discard`. The file is written by one thread at a time (`_working`), which goes
+on when whoever waits for it is cancelled; `discard` has the file removed when that thread has returned, never meanwhile.
 """
 
 import asyncio
-import re
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,103 +18,147 @@ from relaymta.reservation import Reservation
 
 __all__ = ["Rewritten"]
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")
+TOGETHER = 256 << 10  # octets that are written together
+PIECES = 1024  # in memory, until they are joined: each costs more memory than it may hold
 
 
 class Rewritten:
-    """A judgement.NewBody. `octets`: so far; `large`: the file, None: it is in memory; `place`: the descriptor for a file, which
-    is given back where there is none."""
+    """A judgement.NewBody. `octets`: so far; `large`: the file, None: it is in memory; `body`: all of it, where it is in memory,
+    after `end`; `place`: the descriptor for a file, which is given back where there is none.
+
+    A call of `write` or `end` that has failed, or was cancelled, is the last one but for `discard`: others fail, too. Whose
+    `large` has been taken over is not discarded here."""
 
     def __init__(
         self, make: Callable[[], Large], memory: int, most: int, thread: Callable[..., "asyncio.Future[Any]"], place: Reservation
     ) -> None:
-        """`make()` makes a file for it; up to `memory` octets it is in memory; it may have `most` octets. `thread(work,
-        *arguments)` does work on a thread."""
+        """`make()` makes a file for it, on a thread; up to `memory` octets it is in memory; it may have `most` octets.
+        `thread(work, *arguments)` does work on a thread; its future is done when the work is, unless it is cancelled."""
         self.octets = 0
         self.eight_bit = False
+        self.body = b""
         self.large: Large | None = None
         self.place = place
         self._make = make
         self._memory = memory
         self._most = most
         self._thread = thread
-        self._pieces: list[bytes] = []
-        self._cr = False  # a CR has come, and what is behind it has not
-        self._last = b""  # the last octet
-        self._using = threading.Lock()
+        self._tail = b"\r\n"  # its last two octets; at first it is between lines
+        self._pieces: list[bytes] = []  # that are in no file
+        self._joined = 0  # so many of these, in front, are long enough
+        self._waiting = 0  # octets of these
+        self._failure: Exception | None = None  # why nothing more is taken
+        self._working: asyncio.Future[Any] | None = None  # the thread that has the file, or had it last
         self._gone = False
 
     async def write(self, piece: bytes) -> None:
         """As of NewBody."""
-        if self._cr:
-            piece = b"\r" + piece
-        self._cr = piece.endswith(b"\r")
-        await self._add(_lines(piece[:-1] if self._cr else piece))
+        self._check()
+        if not piece:
+            return
+        made, tail = _message_data(piece, self._tail)
+        if self.octets + len(made) + len(_missing(tail)) > self._most:
+            self._failure = FilterFailure("protocol", f"writes a body of more than {self._most} octets")
+            raise self._failure
+        self.eight_bit = self.eight_bit or not piece.isascii()
+        self._add(made, tail)
+        if self.octets > self._memory and self._waiting >= TOGETHER:
+            await self._write()
 
     async def end(self) -> None:
         """As of NewBody."""
-        if self._cr or self._last not in (b"", b"\n"):
-            await self._add(b"\r\n")
-        if self.large is None:
+        self._check()
+        missing = _missing(self._tail)
+        if missing:
+            self._add(missing, b"\r\n")
+        if self.octets <= self._memory:
+            self.body, self._pieces = b"".join(self._pieces), []
             self.place.give_back()
-
-    @property
-    def body(self) -> bytes:
-        """All of it, where it is in memory."""
-        return b"".join(self._pieces)
+        elif self._pieces:
+            await self._write()
 
     def text(self, head: bytes) -> Text:
         """As of NewBody."""
         return Text(head, self.body) if self.large is None else Text(head, b"", self.octets, self._read)
 
     def discard(self) -> None:
-        """As of NewBody. Further calls do nothing."""
+        """As of NewBody. Further calls do nothing. `place` is given back when the file is gone."""
         if self._gone:
             return
         self._gone = True
-        self._pieces.clear()
-        if self.large is None:
-            self.place.give_back()
+        self._failure = self._failure or StoreError("it is not wanted any more")
+        self.body, self._pieces = b"", []
+        if self._working is not None:
+            self._working.add_done_callback(self._remove)  # of one that is done it is called, too
         else:
-            self._thread(self._remove, self.large).add_done_callback(lambda _: self.place.give_back())
+            self.place.give_back()
 
-    async def _add(self, octets: bytes) -> None:
-        if not octets:
-            return
-        self.octets += len(octets)
-        if self.octets > self._most:
-            raise FilterFailure("protocol", f"writes a body of more than {self._most} octets")
-        self.eight_bit = self.eight_bit or not octets.isascii()
-        self._last = octets[-1:]
-        self._pieces.append(octets)
-        if self.octets > self._memory or self.large is not None:
-            pieces, self._pieces = self._pieces, []
-            self.large = self.large or self._make()
-            await self._thread(self._write, self.large, pieces)
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _add(self, made: bytes, tail: bytes) -> None:
+        """Take message data that is not empty, and ends in the two octets `tail`."""
+        self._tail = tail
+        self.octets += len(made)
+        self._waiting += len(made)
+        self._pieces.append(made)
+        if len(self._pieces) - self._joined >= PIECES:
+            self._pieces[self._joined :] = [b"".join(self._pieces[self._joined :])]
+            self._joined += 1
+
+    async def _write(self) -> None:
+        """Write to the file what is in memory. Cancelled, the thread goes on."""
+        pieces, self._pieces, self._joined, self._waiting = self._pieces, [], 0, 0
+        self._failure = StoreError("some of it was not written")  # until it is
+        self._working = self._thread(self._write_now, pieces)
+        await asyncio.shield(self._working)
+        if not self._gone:
+            self._failure = None
 
     async def _read(self, at: int, most: int) -> bytes:
         assert self.large is not None
         octets: bytes = await self._thread(self.large.piece, at, most)
         return octets
 
-    # On threads
+    def _remove(self, done: "asyncio.Future[Any]") -> None:
+        """No thread has the file any more."""
+        if not done.cancelled():
+            done.exception()  # nobody else may have asked: its caller was cancelled
+        if self.large is None:  # it could not be made, or was not
+            self.place.give_back()
+        else:
+            self._thread(self.large.discard).add_done_callback(self._removed)
 
-    def _write(self, large: Large, pieces: list[bytes]) -> None:
-        with self._using:
-            if self._gone:
-                raise StoreError("it is not wanted any more")
-            large.write(pieces)
+    def _removed(self, done: "asyncio.Future[Any]") -> None:
+        if not done.cancelled():
+            done.exception()  # a sweep removes what could not be removed
+        self.place.give_back()
 
-    def _remove(self, large: Large) -> None:
-        with self._using:
-            large.discard()
+    def _write_now(self, pieces: list[bytes]) -> None:
+        """On a thread."""
+        if self._gone:
+            return
+        if self.large is None:
+            self.large = self._make()
+        self.large.write(pieces)
 
 
-def _lines(octets: bytes) -> bytes:
-    """Lines that end with CRLF, whatever they ended with; without NUL."""
-    if b"\0" in octets:
-        octets = octets.replace(b"\0", b" ")
-    ends = octets.count(b"\r\n")
-    if octets.count(b"\n") == ends and octets.count(b"\r") == ends:
-        return octets
-    return _LINE_END.sub(b"\r\n", octets)
+def _missing(tail: bytes) -> bytes:
+    """What is missing to a CRLF at the end of octets that end in `tail`."""
+    return b"" if tail == b"\r\n" else b"\n" if tail.endswith(b"\r") else b"\r\n"
+
+
+def _message_data(piece: bytes, before: bytes) -> tuple[bytes, bytes]:
+    """`piece`, behind what ends in the two octets `before`, as message data, and the two octets that it ends in then. A CR at its
+    end is left open: the LF of what follows, or the one that is put in front of that, completes it."""
+    opened, closes = before.endswith(b"\r"), piece.endswith(b"\r")
+    continues = opened and piece.startswith(b"\n")
+    if opened == continues and b"\0" not in piece:
+        lines = piece.count(b"\r\n")
+        if piece.count(b"\n") == lines + continues and piece.count(b"\r") == lines + closes:
+            return piece, (before + piece[-2:])[-2:]
+    inner = piece[continues : len(piece) - closes].replace(b"\0", b" ")
+    inner = inner.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    made = b"\n" * opened + inner + b"\r" * closes
+    return made, (before + made[-2:])[-2:]

@@ -90,7 +90,9 @@ def _copy_range(source: int, new: int, octets: int, offset: int, place: int) -> 
 
 
 class BigBody:
-    """A large body that is streamed into a file of its own. Each method blocks: call it from a thread, one at a time."""
+    """A large body that is streamed into a file of its own. Each method blocks: call it from a thread, one at a time. Where
+    `discard` is called in the middle of another one all the same, it waits, and what comes behind it is an OSError: nothing is
+    written to a descriptor whose number another file may have by then."""
 
     def __init__(self, path: Path, ident: int, room: int = 0) -> None:
         """`room`: octets reserved in front of the body for what `finish` prepends."""
@@ -101,29 +103,31 @@ class BigBody:
         self._room = room
         self._synced = 0
         self._digest = xxhash.xxh3_64()
-        self._using = threading.Lock()  # of what reads a piece, while others may close it
+        self._using = threading.Lock()  # of the descriptor, while others may close it; and of the name
+        self._owns = True  # the file at `path`
         self._fd = -1
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.lseek(self._fd, room + FRAME.size, os.SEEK_SET)
 
     def write(self, buffers: list[bytes]) -> None:
-        """Append `buffers`. OSError when they cannot be written."""
-        for piece in buffers:
-            self._digest.update(piece)
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(self._fd, view) :]
-            self.length += len(piece)
-        if self.length - self._synced > SYNC_EVERY:
-            os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
-            self._synced = self.length
+        """Append `buffers`. OSError when they cannot be written, also once it is closed."""
+        with self._using:
+            self._require_open()
+            for piece in buffers:
+                self._digest.update(piece)
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(self._fd, view) :]
+                self.length += len(piece)
+            if self.length - self._synced > SYNC_EVERY:
+                os.fdatasync(self._fd)  # a little at a time, so that the last sync does not delay the commits of others
+                self._synced = self.length
 
     def piece(self, at: int, most: int) -> bytes:
         """At most `most` octets of what was written, from `at` on; before `finish`, from any thread and several at a time.
         OSError, also once it is closed."""
         with self._using:
-            if self._fd < 0:
-                raise OSError(errno.EBADF, f"{self.path} is closed")
+            self._require_open()
             return os.pread(self._fd, max(min(most, self.length - at), 0), self._room + FRAME.size + at)
 
     def read(self, skip: int = 0) -> list[bytes]:
@@ -138,11 +142,21 @@ class BigBody:
             place, left = place + len(piece), left - len(piece)
         return pieces
 
+    def move(self, path: Path, ident: int) -> None:
+        """From now on it is the file `path`, in the same folder, of the body of `ident`; what had that name is replaced. Before
+        `finish`, which makes the name durable. OSError: it stays what it was."""
+        with self._using:
+            self._require_open()
+            os.rename(self.path, path)
+            self.path, self.ident = path, ident
+
     def finish(self, front: list[bytes], skip: int = 0) -> Body:
         """Write `front` in place of the first `skip` octets, sync the file and its directory; where the body lies. StoreError
         when `front` exceeds these and the room, OSError when it cannot be written; the file is removed then."""
         try:
-            return self._finish(b"".join(front), skip)
+            with self._using:
+                self._require_open()
+                return self._finish(b"".join(front), skip)
         except BaseException:
             self.discard()
             raise
@@ -162,16 +176,21 @@ class BigBody:
 
     def discard(self) -> None:
         """Remove the file: the message was rejected, or its client disconnected. Once it was submitted the file is the queue's,
-        and stays."""
-        self._close()
-        if not self.submitted:
-            remove_file(self.path)
+        and stays. Further calls do nothing: what has its name by then is another body."""
+        with self._using:
+            self._close()
+            if self._owns and not self.submitted:
+                self._owns = False
+                remove_file(self.path)
+
+    def _require_open(self) -> None:
+        if self._fd < 0:
+            raise OSError(errno.EBADF, f"{self.path} is closed")
 
     def _close(self) -> None:
-        with self._using:
-            descriptor, self._fd = self._fd, -1
-            if descriptor >= 0:
-                os.close(descriptor)
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self._close()  # neither finished nor discarded: its receiver was cancelled

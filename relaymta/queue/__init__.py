@@ -230,7 +230,8 @@ class Queue:
         return self._big.make(ident, room)
 
     def become(self, file: BigBody, ident: int) -> None:
-        """The file of a large body, made for an id of its own, is that of message `ident` from now on. Blocks, too. OSError."""
+        """The file of a large body, made for an id of its own (`ident()`), is that of message `ident` from now on, whose former
+        one, if it had any, was discarded. Before it is finished, and before `submit`. Blocks, too. OSError."""
         self._big.become(file, ident)
 
     def delay(self, flow: float) -> float:

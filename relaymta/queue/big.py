@@ -1,12 +1,14 @@
 """Large bodies: files of their own in `bodies/big`, named by the message's id, and who owns them.
 
 A file belongs to its receiver from `make` to `submitted`, then to the queue: the writer removes it when the message could not be
-stored, or after the commit that ended it. What is written in place of another body has an id of its own until it takes its place.
-Whatever else happens (a receiver that was cancelled, a removal that failed), `sweep` removes what has no message. Invariant: a
-file whose message is committed, or may be, is not removed.
+stored, or after the commit that ended it. Whatever else happens (a receiver that was cancelled, a removal that failed), `sweep`
+removes what has no message. Invariant: a file whose message is committed, or may be, is not removed.
+
+What is written in place of a body that is still read has an id of its own, which no message gets. `become` gives it its message's
+name before it is finished, and so before that message is submitted: wherever the process is killed, a file that is left has no
+message, or is what its message was committed with.
 """
 
-import os
 import time
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -36,12 +38,10 @@ class BigBodies:
         return file
 
     def become(self, file: BigBody, ident: int) -> None:
-        """A file that was made for another id is that of `ident` from now on, whose own, if it had one, is gone. Blocks: called
-        on a thread, before the body is finished. OSError."""
-        self._received[ident] = file  # first: a sweep leaves it alone
-        path = self._segments.big_path(ident)
-        os.rename(file.path, path)
-        file.path, file.ident = path, ident
+        """A file that was made for another id is that of `ident` from now on. Whoever had one for that has discarded it. Blocks:
+        called on a thread, before the body is finished. OSError: it is not, and stays what it was."""
+        self._received[ident] = file  # first: a sweep leaves it alone, and `submitted` finds it
+        file.move(self._segments.big_path(ident), ident)
 
     def submitted(self, ident: int) -> None:
         """On the loop: the body is given to the writer."""
