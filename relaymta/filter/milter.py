@@ -530,7 +530,9 @@ def _connect_macros(mail: Mail, hostname: str) -> dict[str, str]:
     host, port = parse_hostport(mail.listener) if mail.listener else ("", 0)
     date = time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime())
     found = {"j": hostname, "_": f"[{mail.client}]", "v": f"relaymta {__version__}", "b": date, "{daemon_name}": mail.listener}
-    return found | {"{daemon_addr}": host, "{daemon_port}": str(port) if port else "", "{if_addr}": host, "{client_addr}": mail.client}
+    if port:
+        found |= {"{daemon_addr}": host, "{daemon_port}": str(port), "{if_addr}": host}
+    return found | {"{client_addr}": mail.client}
 
 
 def _helo_macros(mail: Mail) -> dict[str, str]:

@@ -67,8 +67,8 @@ class Terms(NamedTuple):
 
 
 class Said(NamedTuple):
-    """The answer to an event: accept, reject, tempfail, discard, shutdown, conn_fail, and, to R and E, continue: to others nothing
-    follows from that. `reply`: a whole SMTP reply, for a refusal that has its own; b"" for others."""
+    """The answer to an event: accept, reject, tempfail, discard, shutdown, conn_fail, and, to R and E, continue: to others
+    nothing follows from that. `reply`: a whole SMTP reply, for a refusal that has its own; b"" for others."""
 
     event: str
     word: str
