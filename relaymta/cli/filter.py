@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from relaymta.config import Filter as Settings
     from relaymta.filter.chain import Chain, Chains, Outcome
     from relaymta.filter.guard import Finding
-    from relaymta.filter.judgement import Filter, Mail
+    from relaymta.filter.judgement import Filter, Mail, NewBody
     from relaymta.filter.revision import Revision
 
 __all__ = ["filter", "silent"]
@@ -198,8 +198,11 @@ def test(
     address = _ip(client or "192.0.2.1")
     data = _BARE_LF.sub(b"\r\n", _text(file))
     with _chains(config) as (loop, chains):
+        at = listener or config.listener[0].address
         chain = _chain(config, chains, listener, address, application)
-        mail, header = _mail(chain, data, sender, recipients or ("postmaster@" + config.hostname,), address, helo, application)
+        mail, header = _mail(
+            chain, data, sender, recipients or ("postmaster@" + config.hostname,), address, helo, application, at
+        )
         revision = _revision(mail)
         findings = loop.run_until_complete(chain.ask(revision)) if chain is not None else []
         outcome = chain.outcome(findings, revision) if chain is not None else None
@@ -348,7 +351,14 @@ def _chain(config: "Config", chains: "Chains", listener: str, address: str, appl
 
 
 def _mail(
-    chain: "Chain | None", data: bytes, sender: str, recipients: tuple[str, ...], address: str, helo: str, application: str
+    chain: "Chain | None",
+    data: bytes,
+    sender: str,
+    recipients: tuple[str, ...],
+    address: str,
+    helo: str,
+    application: str,
+    listener: str,
 ) -> tuple["Mail", bytes]:
     """The message as filters are shown it, without what passes for our tags; and its header as it came."""
     from relaymta.filter.judgement import Mail, Text
@@ -358,7 +368,19 @@ def _mail(
     end = header_end(data)
     head = without(data[:end], chain.forged) if chain is not None else data[:end]
     text = Text(head or b"\r\n", data[end:])
-    return Mail("test", sender, recipients, address, helo, application, "", text), data[:end]
+    mail = Mail("test", sender, recipients, address, helo, application, "", text, listener=listener, rewritten=_new_body)
+    return mail, data[:end]
+
+
+def _new_body() -> "NewBody":
+    """It is kept in memory, whatever its size."""
+    from relaymta.accept.rewritten import Rewritten
+    from relaymta.reservation import Reservation
+
+    def nothing(*arguments: object) -> None:
+        raise AssertionError("it is in no file")
+
+    return Rewritten(nothing, MOST, MOST, nothing, Reservation(lambda: None))  # type: ignore[arg-type]
 
 
 def _revision(mail: "Mail") -> "Revision":

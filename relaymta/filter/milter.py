@@ -411,7 +411,7 @@ class _Session:
                 if refused:
                     answer = _refusal_of(refused)
                 else:
-                    return answer._replace(body=await body.ended())
+                    return answer._replace(body=await body.ended(talk.changes.replaced))
             body.discard()
             return answer
         except BaseException:
@@ -481,8 +481,10 @@ class _Taken:
         if self._body is not None:
             await self._body.write(piece)
 
-    async def ended(self) -> NewBody | None:
-        """All of it, None: there is none."""
+    async def ended(self, replaced: bool) -> NewBody | None:
+        """All of it, None: there is none. `replaced`: there is one, though it may be empty."""
+        if self._body is None and replaced and self._make is not None:
+            self._body = self._make()
         if self._body is not None:
             await self._body.end()
         return self._body
