@@ -26,6 +26,7 @@ from relaymta.proto.edits import edited
 from relaymta.proto.header import header_end
 from relaymta.proto.imap_text import FIELDS as FIELDS_OF_ENVELOPE
 from relaymta.proto.imap_text import EnvelopeText
+from relaymta.proto.milter import Conversation, smtp_reply
 from relaymta.proto.mime import VERSION, Section, body_of, describe, section
 from relaymta.proto.mime_text import charset_of, comparable, header_text, in_text, is_text, part_text, text_parts
 from relaymta.proto.proxy import LONGEST, BadHeader, parse
@@ -470,6 +471,38 @@ def _clamd_run(asked: int, parts: list[bytes]) -> tuple[list[Any], bool]:
     return found, False
 
 
+def milter(data: bytes) -> None:
+    """Answers of a milter to all of a session with one message: the same for every split; what it wants changed makes no other
+    header, and what it says is a reply."""
+    options, cuts, wire = taken_apart(data)
+    found = _milter_run(options, test_smtp.pieces(wire, cuts))
+    assert found == _milter_run(options, [wire]) == _milter_run(options, [bytes([octet]) for octet in wire])
+    above, header, _ = edited(FILTERED_HEADER, found[1].edits)
+    assert header_end(header) == len(header) and b"\0" not in above + header
+    for _, answer in [smtp_reply(wire), *((one.word, one.reply) for one in found[0] if getattr(one, "reply", b""))]:
+        lines = answer.split(b"\r\n")
+        assert lines.pop() == b"" and all(re.fullmatch(rb"[45]\d\d[ -][45]\.[\d.]+ [!-~][ -~]*", line) for line in lines), answer
+        assert max(map(len, lines)) <= 510 and len(lines) <= 20
+
+
+def _milter_run(options: int, parts: list[bytes]) -> tuple[Any, ...]:
+    one, told = Conversation(), {"i": "ID"}
+    one.negotiate()
+    events = list[Any]()
+    if not options & 1:
+        one.feed(b"\0\0\0\x0dO\0\0\0\6\0\0\1\xff\0\x10" + bytes([options & 0x84]) + b"\0")
+    for at, part in enumerate(parts):
+        if one.terms is not None and at == 0:
+            one.connect("x", "192.0.2.1", 0, told)
+            one.mail("a@b", (), told)
+            one.rcpt("c@d", (), told)
+            one.header(b"A: b\r\n\r\n", told)
+            one.end(told)
+        events += one.feed(part)
+        assert len(one._buffer) <= len(b"".join(parts))
+    return events, one.changes, one.last, one.spent, list(one.due), one.error is None, one.terms
+
+
 def spamd(data: bytes) -> None:
     """Answers of spamd and rspamd: a verdict or a failure; what they want changed makes no other header."""
     options, _, wire = taken_apart(data)
@@ -499,4 +532,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "managesieve": managesieve,
     "clamd": clamd,
     "spamd": spamd,
+    "milter": milter,
 }

@@ -110,8 +110,8 @@ class DkimKey:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "key.pem"
-        subprocess.run(["openssl", "genrsa", "-out", self.path, "2048"], check=True, capture_output=True)
-        public = ["openssl", "rsa", "-in", self.path, "-pubout", "-outform", "DER"]
+        subprocess.run(["openssl", "genrsa", "-out", str(self.path), "2048"], check=True, capture_output=True)
+        public = ["openssl", "rsa", "-in", str(self.path), "-pubout", "-outform", "DER"]
         found = subprocess.run(public, check=True, capture_output=True).stdout
         self.record = f"v=DKIM1; k=rsa; p={base64.b64encode(found).decode()}"
         self.path.chmod(0o644)
