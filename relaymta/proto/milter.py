@@ -37,6 +37,7 @@ RECIPIENTS_MOST: Final = 100  # that are added
 REMOVED_MOST: Final = 1000
 CHANGES_MOST: Final = 262144  # octets of all changes of a message, but its body
 REASON_MOST: Final = 200
+ADDRESS_MOST: Final = 2048  # octets, as of a command
 LINES_MOST, LINE_MOST = 20, 480  # of a reply; RFC 5321 4.5.3.1.5 has 512 octets for a line
 
 # Steps (SMFIP_*): by the letter of an event, that it is not told, and that it is not answered.
@@ -363,28 +364,28 @@ class Conversation:
         return True
 
     def _add_recipient(self, data: bytes) -> bool:
-        found = rcpt_argument(b"TO:" + _bracketed(_text(data)))
+        found = rcpt_argument(b"TO:" + _bracketed(data))
         if found is None or "@" not in found[0] or not found[0].isascii() or len(self.changes.added) >= RECIPIENTS_MOST:
             return False
         self.changes.added.append((found[0], _parameters(data)))
         return True
 
     def _remove_recipient(self, data: bytes) -> bool:
-        found = rcpt_argument(b"TO:" + _bracketed(_text(data)))
+        found = rcpt_argument(b"TO:" + _bracketed(data))
         if found is None or len(self.changes.removed) >= REMOVED_MOST:
             return False
         self.changes.removed.append(found[0])
         return True
 
     def _change_sender(self, data: bytes) -> bool:
-        found = mail_argument(b"FROM:" + _bracketed(_text(data)))
+        found = mail_argument(b"FROM:" + _bracketed(data))
         if found is None or not found[0].isascii():
             return False
         self.changes.sender = found[0], _parameters(data)
         return True
 
     def _quarantine(self, data: bytes) -> bool:
-        self.changes.quarantine = printable(_text(data).decode("utf-8", "replace"))[:REASON_MOST]
+        self.changes.quarantine = printable(_text(data)[: 4 * REASON_MOST].decode("utf-8", "replace"))[:REASON_MOST]
         return True
 
 
@@ -445,8 +446,8 @@ def _lists(data: bytes) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     while data:
         stage, (names,) = _number(data), _texts(data[4:], 1)
-        if stage >= len(_STAGES):
-            raise MilterError(f"asks for macros of stage {stage}")
+        if stage >= len(_STAGES) or _STAGES[stage] in found:
+            raise MilterError(f"asks for macros of stage {stage}, which is none, or twice")
         words = (word.strip("{}") for word in names.decode("ascii", "replace").replace(",", " ").split())
         found[_STAGES[stage]] = frozenset(word if len(word) == 1 else f"{{{word}}}" for word in words)
         data = data[4 + len(names) + 1 :]
@@ -473,9 +474,10 @@ def _text(data: bytes) -> bytes:
 
 def _parameters(data: bytes) -> str:
     """Those behind an address."""
-    return printable(data.split(b"\0")[1].decode("utf-8", "replace"))[:REASON_MOST]
+    return printable(data.split(b"\0", 2)[1][: 4 * REASON_MOST].decode("utf-8", "replace"))[:REASON_MOST]
 
 
-def _bracketed(address: bytes) -> bytes:
-    address = address.strip()
+def _bracketed(data: bytes) -> bytes:
+    """The address at its beginning, as MAIL and RCPT have it; as far as one of theirs may be long."""
+    address = _text(data)[:ADDRESS_MOST].strip()
     return address if address.startswith(b"<") else b"<" + address + b">"

@@ -18,6 +18,7 @@ from tests.support.daemon import PATIENCE, Relay, heard, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.milters import (
     Acting,
+    DkimKey,
     Program,
     acting,
     clamav_milter,
@@ -27,6 +28,7 @@ from tests.support.milters import (
     pyspf_milter,
     spamass_milter,
 )
+from tests.support.rspamd import ADD_HEADER, REJECT, REWRITE, rspamd
 from tests.support.spamd import GTUBE, spamd
 
 STAGES = pytest.mark.parametrize("stage", ["mail", "message"])
@@ -114,24 +116,20 @@ def test_changes_of_header_body_and_envelope(tmp_path, acts, stage):
             wait_for(lambda: len(peer.messages) == 1)
             client.sendmail("a@b.example", to, text(*envelope))
             wait_for(lambda: len(peer.messages) == 2)
-            for octets, body in (
-                (100, "x\r\n"),
-                (3_000_000, "x\r\n"),
-                (100, "line\r\n" * 300_000),
-                (3_000_000, "line\r\n" * 300_000),
-            ):
+            large = ("x" * 900 + "\r\n") * 2000
+            for octets, body in ((2000, "x\r\n"), (3_000_000, "x\r\n"), (2000, large), (3_000_000, large)):
                 client.sendmail("a@b.example", to, text(f"body {octets}", body=body))
             wait_for(lambda: len(peer.messages) == 6)
         first, second, *bodies = [(sender, sorted(to), data) for sender, to, data in peer.messages]
         assert header(first[2]) == [b"X-First: 2", b"X-Second: 3", b"Subject: new", b"X-Last: 1"]
         assert (second[0], second[1]) == ("changed@b.example", ["e@d.example", "new@d.example"])
-        line, found = b"a line of a new body\r\n", [data.partition(b"\r\n\r\n")[2] for _, _, data in bodies]
+        line, found = b"a line of a new body " * 40 + b"\r\n", [data.partition(b"\r\n\r\n")[2] for _, _, data in bodies]
         assert all(set(body.splitlines(True)) == {line} for body in found)
-        assert sorted(len(body) for body in found) == [4 * len(line)] * 2 + [47 * (65000 // 21) * len(line)] * 2
+        assert sorted(len(body) for body in found) == [2 * len(line)] * 2 + [47 * (65000 // 841) * len(line)] * 2
 
 
 def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts):
-    acts_of = "to <new@d.example>", "from <changed@b.example>", "add X-A=1", "body 100"
+    acts_of = "to <new@d.example>", "from <changed@b.example>", "add X-A=1", "body 2000"
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, "may=[]")) as relay:
         relay.send(text(*acts_of))
         wait_for(lambda: len(peer.messages) == 1)
@@ -147,9 +145,9 @@ def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts):
     assert shown.stdout == f"one at {acts.address}: is a milter of version 6, which may want to change: " + (
         "header, body, recipients, sender, quarantine\n"
     )
-    (tmp_path / "x.eml").write_text(text("add X-A=1", "body 100", "quarantine it is odd"))
+    (tmp_path / "x.eml").write_text(text("add X-A=1", "body 2000", "quarantine it is odd"))
     tested = relay.cli("-c", config, "filter", "test", str(tmp_path / "x.eml"), check=False)
-    assert tested.returncode == 1 and "+ X-A: 1\n+ another body, of 88 octets\n" in tested.stdout
+    assert tested.returncode == 1 and "+ X-A: 1\n+ another body, of 1684 octets\n" in tested.stdout
     assert "held (filter one: it is odd)" in tested.stdout
 
 
@@ -384,3 +382,33 @@ def test_pyspf_milter_says_what_it_has_found(tmp_path):
             relay.send(text(), "a@[127.0.0.1]")
             wait_for(lambda: len(peer.messages) == 1)
             assert b"spf=" in peer.messages[0][2], peer.messages[0][2]
+
+
+@STAGES
+def test_rspamds_proxy_refuses_marks_and_rewrites(tmp_path, stage):
+    with rspamd(proxy=True) as scanner, FakeMx({}) as peer:
+        keys = f'name="one",type="milter",address=["{scanner.milter}"],stage="{stage}",timeout="30s"'
+        with Relay(tmp_path, f"127.0.0.1:{peer.port}", f"filter=[{{{keys}}}]") as relay:
+            assert refusal(relay, text(body=REJECT + "\r\n")) == (554, b"5.7.1 Gtube pattern")
+            for data in sent_twice(relay, peer, text()):
+                assert b"Subject: x\r\n" in data
+            relay.send(text(body=ADD_HEADER + "\r\n"))
+            relay.send(text(body=REWRITE + "\r\n"))
+            wait_for(lambda: len(peer.messages) == 2 * MESSAGES + 2)
+            added, rewritten = (data.partition(b"\r\n\r\n")[0] for _, _, data in peer.messages[-2:])
+            assert b"\r\nX-Spam: Yes" in added
+            assert b"\r\nSubject: *** SPAM *** x" in rewritten and rewritten.count(b"\r\nSubject:") == 1
+
+
+@pytest.mark.parametrize("lines", [1, 2000], ids=["small", "large"])
+def test_our_signature_is_over_what_a_milter_has_made_of_a_message(tmp_path, acts, lines):
+    """A banner that is added does not break it."""
+    key = DkimKey(tmp_path)
+    key.path.chmod(0o600)
+    signing = f'dkim=[{{domain="b.example",selector="s",key="{key.path}"}}]'
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts), signing) as relay:
+        relay.send(text("body 300000", "add X-Last=1", "change 1 Subject=new", body=("x" * 900 + "\r\n") * lines))
+        relay.send(text("add X-Last=1", body=("x" * 900 + "\r\n") * lines))
+        wait_for(lambda: len(peer.messages) == 2)
+        for _, _, data in peer.messages:
+            assert b"\r\nX-Last: 1\r\n" in data and dkim.verify(data, dnsfunc=lambda name, timeout=5: key.record.encode())

@@ -491,13 +491,12 @@ def _milter_run(options: int, parts: list[bytes]) -> tuple[Any, ...]:
     events = list[Any]()
     if not options & 1:
         one.feed(b"\0\0\0\x0dO\0\0\0\6\0\0\1\xff\0\x10" + bytes([options & 0x84]) + b"\0")
-    for at, part in enumerate(parts):
-        if one.terms is not None and at == 0:
-            one.connect("x", "192.0.2.1", 0, told)
-            one.mail("a@b", (), told)
-            one.rcpt("c@d", (), told)
-            one.header(b"A: b\r\n\r\n", told)
-            one.end(told)
+        one.connect("x", "192.0.2.1", 0, told)
+        one.mail("a@b", (), told)
+        one.rcpt("c@d", (), told)
+        one.header(b"A: b\r\n\r\n", told)
+        one.end(told)
+    for part in parts:
         events += one.feed(part)
         assert len(one._buffer) <= len(b"".join(parts))
     return events, one.changes, one.last, one.spent, list(one.due), one.error is None, one.terms

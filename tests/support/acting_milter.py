@@ -9,6 +9,7 @@ import sys
 import Milter
 
 FLAGS = Milter.ADDHDRS | Milter.CHGHDRS | Milter.CHGBODY | Milter.ADDRCPT | Milter.DELRCPT | Milter.CHGFROM | Milter.QUARANTINE
+LINE = "a line of a new body " * 40 + "\n"
 MACROS = ("j", "_", "i", "v", "{auth_type}", "{auth_authen}", "{tls_version}", "{cipher}", "{rcpt_addr}", "{daemon_addr}")
 
 
@@ -80,7 +81,7 @@ class Acting(Milter.Base):
                 self.chgheader(name, int(at), value)
             elif word == "body":
                 for _ in range(int(rest) // 65000 + 1):
-                    self.replacebody("a line of a new body\n" * (min(int(rest), 65000) // 21))
+                    self.replacebody(LINE * (min(int(rest), 65000) // len(LINE)))
             elif word == "to":
                 self.addrcpt(rest)
             elif word == "not-to":

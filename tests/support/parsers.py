@@ -25,6 +25,7 @@ from relaymta.proto import (
     mailbox,
     mailbox_name,
     managesieve_server,
+    milter,
     mime,
     mime_text,
     proxy,
@@ -472,6 +473,35 @@ _CLAMD = {
     "digits": times(b"1"),
     "NULs": times(b"\0"),
 }
+
+
+_MILTER = {
+    "answers": times(b"\0\0\0\1c"),
+    "work": times(b"\0\0\0\1p", b"\0\0\0\1c" * 5),
+    "fields": times(b"\0\0\0\x06hX\0y\0", b"\0\0\0\1c" * 5),
+    "addresses": times(b"\0\0\0\x07+<a@b\0", b"\0\0\0\1c" * 5),
+    "one address": lambda n: b"\0\0\0\1c" * 5 + (n + 2).to_bytes(4) + b"+" + b"<" * n + b"\0",
+    "a body": lambda n: b"\0\0\0\1c" * 5 + (n + 1).to_bytes(4) + b"b" + b"x" * n,
+    "lines": lambda n: (n + 2).to_bytes(4) + b"y" + b"550\r\n" * (n // 5) + b"\0",
+    "macros": lambda n: b"\0\0\0\1c" * 5 + b"O" + b"\0\0\0\1i\0" * (n // 6),
+}
+
+
+def _milter(wire: bytes) -> None:
+    """In pieces of every length, as they come; and as the terms of a filter."""
+    for terms in (b"\0\0\0\x0dO\0\0\0\6\0\0\1\xff\0\0\0\0", b""):
+        one, at, size = milter.Conversation(), 0, 1
+        one.negotiate()
+        one.feed(terms or (len(wire) + 13).to_bytes(4) + b"O\0\0\0\6\0\0\1\xff\0\0\0\0")
+        if terms:
+            for told in (one.connect("x", "192.0.2.1", 0, {}), one.mail("a@b", (), {}), one.rcpt("c@d", (), {})):
+                assert told
+            one.header(b"\r\n", {})
+            one.body(b"x")
+            one.end({})
+        while at < len(wire):
+            one.feed(wire[at : at + size])
+            at, size = at + size, size % 100 + 1
 
 
 def _clamd(wire: bytes) -> None:
@@ -926,6 +956,7 @@ def _parsers() -> Iterable[Parser]:
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
     yield Parser("proto.clamd.Replies", _clamd, _CLAMD, "1024 octets of a reply")
+    yield Parser("proto.milter.Conversation", _milter, _MILTER, "1 MB of an answer, 256 kB of changes but the body")
     yield Parser("proto.spamc.judged", _spamd, _SPAMD, "65,536 octets")
     yield Parser("filter.rspamd", _rspamd, _RSPAMD, "1 MB; 200 changes")
     keys: Callable[[bytes], object] = lambda text: sum(1 for _ in keys_of(text.decode()))  # noqa: E731

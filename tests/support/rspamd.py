@@ -27,9 +27,10 @@ _MAIN = "/etc/rspamd/rspamd.conf"
 
 
 class RealRspamd:
-    """`address`: of its normal worker."""
+    """`address`: of its normal worker; `milter`: of its proxy, where there is one (`proxy`)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, proxy: bool = False) -> None:
+        self.milter = f"127.0.0.1:{free_port()}"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -48,6 +49,14 @@ class RealRspamd:
         (local / "local.d/worker-normal.inc").write_text(f'bind_socket = "{self.address}";\ncount = 1;\n')
         for name in ("controller", "proxy", "fuzzy"):
             (local / f"local.d/worker-{name}.inc").write_text("enabled = false;\n")
+        if proxy:
+            (local / "local.d/worker-proxy.inc").write_text(
+                f'bind_socket = "{self.milter}";\nmilter = yes;\ntimeout = 20s;\ncount = 1;\n'
+                'upstream "local" { default = yes; self_scan = yes; }\n'
+            )
+            (local / "local.d/milter_headers.conf").write_text(
+                'use = ["x-spam-status"];\nauthenticated_headers = ["x-spam-status"];\n'
+            )
         (local / "local.d/logging.inc").write_text(f'type = "file";\nfilename = "{folder}/log/rspamd.log";\nlevel = "error";\n')
 
     def start(self) -> None:
@@ -86,11 +95,11 @@ class RealRspamd:
 
 
 @contextlib.contextmanager
-def rspamd() -> Iterator[RealRspamd]:
-    """A running rspamd."""
+def rspamd(proxy: bool = False) -> Iterator[RealRspamd]:
+    """A running rspamd. `proxy`: with its proxy as a milter."""
     need("rspamd")
     folder = Path(tempfile.mkdtemp(prefix="rspamd"))
-    made = RealRspamd(folder)
+    made = RealRspamd(folder, proxy)
     try:
         made.start()
         yield made
