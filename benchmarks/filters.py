@@ -32,26 +32,35 @@ class Running(NamedTuple):
 
     pid: int
     keys: str
+    address: str
 
 
 @contextmanager
 def _clamd() -> Iterator[Running]:
     with clamd() as scanner:
         assert scanner.process is not None
-        yield Running(scanner.process.pid, f'type="clamd",address=["{scanner.address}"]')
+        yield Running(scanner.process.pid, f'type="clamd",address=["{scanner.address}"]', scanner.address)
+
+
+@contextmanager
+def null_milter(*words: str) -> Iterator[str]:
+    """The address of a running null_milter.c, which is built here."""
+    with _milter(*words) as running:
+        yield running.address
 
 
 @contextmanager
 def _milter(*words: str) -> Iterator[Running]:
-    """One that is built here."""
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
         program, path = f"{folder}/null_milter", f"{folder}/socket"
         source = Path(__file__).with_name("null_milter.c")
         subprocess.run(["cc", "-O2", "-o", program, source, "-lmilter", "-lpthread"], check=True)
         process = subprocess.Popen([program, f"unix:{path}", *words])
         try:
             wait_for(lambda: Path(path).exists(), what="the milter")
-            yield Running(process.pid, f'type="milter",address=["unix:{path}"]')
+            Path(path).chmod(0o666)
+            yield Running(process.pid, f'type="milter",address=["unix:{path}"]', f"unix:{path}")
         finally:
             process.kill()
             process.wait()

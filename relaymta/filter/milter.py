@@ -82,7 +82,7 @@ class _Link(asyncio.Protocol):
         """Write them. FilterFailure: it cannot be used any more."""
         self._check()
         assert self._transport is not None
-        self._transport.writelines(frames)
+        self._transport.write(b"".join(frames))
 
     async def agreed(self) -> None:
         """Wait until the terms are agreed upon. FilterFailure."""
