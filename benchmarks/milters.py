@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import smtplib
+import socket
 import statistics
 import sys
 import tempfile
@@ -40,6 +41,7 @@ class Probe(threading.Thread):
     def run(self) -> None:
         with smtplib.SMTP("127.0.0.1", self.port, timeout=60) as client:
             client.ehlo()
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not self.stopped.wait(0.02):
                 client.mail("a@b.example")
                 client.rcpt("c@d.example")

@@ -371,6 +371,9 @@ NOTES = [
     (GOOD + FILTER.removeprefix(L) + 'listener = ["127.0.0.1:26"]\n',
      '9: filter.0.listener: there is no [[listener]] \'127.0.0.1:26\' (did you mean "127.0.0.1:25"?)'),
     (GOOD + FILTER.removeprefix(L).replace('"]', '", "unix:/y", "unix:/x"]'), "8: filter.0.address: unix:/x is given twice"),
+    (GOOD + '[[filter]]\nname = "m"\ntype = "milter"\naddress = ["unix:/run/opendmarc.sock"]\n'
+     '[[filter]]\nname = "k"\ntype = "milter"\naddress = ["unix:/run/opendkim.sock"]\n',
+     "5: filter.0: m comes before k, and finds no DKIM results of that: put it behind"),
     (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\n',
      "9: filter.0.verdicts.FOUND: \"tag\" has no effect: filters.tag and filters.subject are empty"),
     (GOOD + FILTER.removeprefix(L) + 'verdicts = { FOUND = "tag" }\n[filters]\ntag = []\nsubject = "[x] {subject}"\n', None),

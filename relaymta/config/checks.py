@@ -12,6 +12,7 @@ from relaymta.config.patterns import never
 from relaymta.config.values import in_clear, is_loopback, near, parse_hostport, repeated
 
 if TYPE_CHECKING:
+    from relaymta.config.filters import Filter
     from relaymta.config.whole import Config
 
 __all__ = ["contradictions", "never_used", "notes"]
@@ -190,10 +191,19 @@ def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
                 yield f"filter.{number}.listener", f"there is no [[listener]] {address!r}{near(address, listeners)}"
         for _, address in repeated(row.address):
             yield f"filter.{number}.address", f"{address} is given twice"
+        behind = [one.name for one in config.filter[number + 1 :] if one.type == "milter" and "dkim" in _called(one)]
+        if row.type == "milter" and "dmarc" in _called(row) and behind:
+            what = f"{row.name} comes before {behind[0]}, and finds no DKIM results of that: put it behind"
+            yield f"filter.{number}", what
         for word, verdict in row.verdicts.items():
             if verdict == "tag" and not config.filters.tag and not config.filters.subject:
                 what = '"tag" has no effect: filters.tag and filters.subject are empty'
                 yield f"filter.{number}.verdicts.{word}", what
+
+
+def _called(row: "Filter") -> str:
+    """The names by which a filter may be known, in one."""
+    return " ".join([row.name, *row.address]).lower()
 
 
 def _is_number(host: str) -> bool:

@@ -125,8 +125,7 @@ class Chain:
         if one.envelope is not None:
             revision.readdress(one.envelope)
         if dropped:
-            text = f"filter {one.guard.name}: {dropped} of its changes to {revision.mail.ident} were not made"
-            self._log.event("warning", text=text)
+            one.guard.warn(f"{dropped} of its changes to {revision.mail.ident} were not made")
 
     async def _side_by_side(self, asked: list[Guard], mail: Mail, until: float) -> list[Finding]:
         """The findings, in the order of the file: of all, or up to a refusal that nothing can change."""

@@ -37,7 +37,7 @@ __all__ = ["Finding", "Guard"]
 
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
 PROBE_EVERY = 1.0  # seconds
-WARN_EVERY = 10.0  # seconds between two warnings about answers that make no sense
+WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
 
 class Finding(NamedTuple):
@@ -235,6 +235,13 @@ class Guard:
         reached = [found for at, found in self._scores if answer.score >= at]
         return reached[-1] if reached else Verdict.ACCEPT
 
+    def warn(self, text: str) -> None:
+        """Log what is wrong with its answers, unless that was done a moment ago."""
+        now = self._loop.time()
+        if now >= self._warn_after:
+            self._warn_after = now + WARN_EVERY
+            self._log.event("warning", text=f"filter {self.name}: {text}")
+
     # What follows where there is no verdict
 
     def _oversize(self, seconds: float = 0.0) -> Finding:
@@ -263,9 +270,8 @@ class Guard:
 
     def _note_failure(self, failure: FilterFailure) -> None:
         now = self._loop.time()
-        if failure.reason == "protocol" and now >= self._warn_after:
-            self._warn_after = now + WARN_EVERY
-            self._log.event("warning", text=f"filter {self.name}: an answer that makes no sense: {failure}")
+        if failure.reason == "protocol":
+            self.warn(f"an answer that makes no sense: {failure}")
         self._failed_at.append(now)
         if self._down is None and len(self._failed_at) == FAILURES and now - self._failed_at[0] <= WITHIN and not self._closed:
             self._down = now, f"{failure.reason}: {failure}"

@@ -434,8 +434,9 @@ class _Session:
                     await link.room()
                     if talk.last is not None:
                         return
-        frames.append(talk.end({"i": mail.ident}))
-        link.send(frames)
+        if talk.last is None:  # it may have been said while the body was read
+            frames.append(talk.end({"i": mail.ident}))
+            link.send(frames)
 
     async def _heard(self, link: _Link, body: "_Taken | None") -> list[tuple[str, Said]]:
         """Wait for all answers that are due: which recipients are refused, and how."""
