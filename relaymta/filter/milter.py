@@ -28,7 +28,7 @@ __all__ = ["Milter"]
 
 SKIPPED = 5.0  # seconds for which an address that failed is asked only if the others fail, too
 TOGETHER = 65536  # octets in one write
-WAITING = 4  # pieces of a new body that wait to be written, until no more are read
+WAITING = 2  # pieces of a new body that wait to be written, until no more are read
 REASON_MOST = 200
 
 _REFUSED_RECIPIENTS: Final = 0x800  # a step (SMFIP_RCPT_REJ): it wants to be told of them
