@@ -9,8 +9,10 @@ State, all of it changed on the loop: `_failed_at` and `_down` by `_note_failure
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from relaymta.errors import StoreError, redacted
@@ -164,7 +166,7 @@ class Guard:
         try:
             async with asyncio.timeout_at(deadline) as timer:
                 if session is not None:
-                    session.renew = lambda: timer.reschedule(min(self._loop.time() + settings.timeout, until))
+                    session.renew = partial(self._renew, timer, until)
                 answer = await question()
             if answer.word == "continue":
                 self._note_answer()
@@ -195,6 +197,11 @@ class Guard:
         if failure.reason == "oversize" and settings.oversize != "head":
             return self._oversize(seconds)
         return self._failed(trusted, failure, seconds)
+
+    def _renew(self, timer: asyncio.Timeout, until: float) -> None:
+        """It is still at work: its time begins anew."""
+        with contextlib.suppress(RuntimeError):  # time is up in this very turn
+            timer.reschedule(min(self._loop.time() + self.settings.timeout, until))
 
     def _found(self, answer: Answer, verdict: Verdict, seconds: float) -> Finding:
         """What follows from an answer: without `enforce` nothing, and of the changes what it may do."""
