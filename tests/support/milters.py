@@ -86,7 +86,8 @@ class Acting(Program):
 
     def told(self) -> list[list[Any]]:
         """What it was told: [connection, letter, ..., macros] each."""
-        return [json.loads(line) for line in (self.folder / "events").read_text().splitlines()]
+        events = self.folder / "events"
+        return [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
 
     def letters(self) -> str:
         return "".join(event[1] for event in self.told())
