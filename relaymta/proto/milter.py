@@ -9,6 +9,10 @@ one answer. Its letters:
 Events may be told before those in front of them are answered: `due` has what is still to be answered, in order. Once a filter has
 said its last word, it may be silent about all that it was told behind that, or not: such a conversation is `spent`.
 
+An event that the filter does not want is not told, but its macros are, as Postfix has it; not those of the end of the header, nor
+of events that the filter's version does not know. Data behind an answer that has none (`c`) is ignored, as by Sendmail; Postfix
+closes the connection.
+
 There is no specification; https://github.com/avar/sendmail-pmilter/blob/master/doc/milter-protocol.txt describes version 2, and
 the include files of libmilter (mfdef.h) name the rest. Macros: https://www.postfix.org/MILTER_README.html#macros
 """
@@ -20,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from relaymta.proto.address import mail_argument, rcpt_argument
+from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argument
 from relaymta.proto.edits import EDITS_MOST, Append, Change, Edit, Insert, shown, spaced
 from relaymta.proto.printable import printable
 
@@ -37,7 +41,8 @@ RECIPIENTS_MOST: Final = 100  # that are added
 REMOVED_MOST: Final = 1000
 CHANGES_MOST: Final = 262144  # octets of all changes of a message, but its body
 REASON_MOST: Final = 200
-ADDRESS_MOST: Final = 2048  # octets, as of a command
+ADDRESS_MOST, PARAMETERS_MOST = 1026, 1024  # octets; a path of the dialogue has no more
+LISTS_MOST: Final = 16384  # octets of the names of macros for all events
 LINES_MOST, LINE_MOST = 20, 480  # of a reply; RFC 5321 4.5.3.1.5 has 512 octets for a line
 
 # Steps (SMFIP_*): by the letter of an event, that it is not told, and that it is not answered.
@@ -47,6 +52,7 @@ _NOT_ANSWERED = {
 }  # fmt: skip
 _SPACES = 0x100000  # behind the colon of a field all is told and written as it is (SMFIP_HDR_LEADSPC)
 _STAGES = "CHMRTEN"  # as SYMLIST numbers them
+_SINCE = {"U": 3, "T": 4}  # versions that have these events; all have the others
 _WORDS = {"a": "accept", "r": "reject", "t": "tempfail", "d": "discard", "4": "shutdown", "f": "conn_fail"}
 _CODE = re.compile(rb"([45][0-5][0-9])(?:[ -]|\Z)")
 _ENHANCED = re.compile(rb"([245])\.[0-9]{1,3}\.[0-9]{1,3}(?= |\Z)")
@@ -77,7 +83,8 @@ class Said(NamedTuple):
 
 
 _TAKEN, _DONE = Said("R", "continue"), Said("E", "continue")
-_CONTINUE = b"\0\0\0\1c"
+_C = 0x63
+_CONTINUES = re.compile(rb"(?:\x00\x00\x00\x01c)++")
 
 
 class Piece(NamedTuple):
@@ -162,20 +169,23 @@ class Conversation:
         steps = self.terms.steps if self.terms is not None else 0
         frames: list[bytes] = []
         if not steps & 0x20:
-            eaten, plain = not steps & _SPACES, b"\0" not in head
+            eaten, nul = not steps & _SPACES, b"\0" in head
+            parts: list[bytes] = []
             for name, line in shown(head):
                 value = line[line.index(b":", len(name)) + 1 :]
-                if not plain or b"\r" in value:
+                if nul or b"\r" in value:
                     value = value.replace(b"\r\n", b"\n").partition(b"\0")[0]
                 if eaten and value[:1] == b" ":
                     value = value[1:]
-                octets = len(name) + len(value) + 3
-                if octets > DATA_MOST + 1:
+                octets = len(name) + len(value) + 2
+                if octets > DATA_MOST:
                     self.unshown += 1
                 else:
-                    frames.append(b"%bL%b\0%b\0" % (octets.to_bytes(4), name, value))
+                    parts += ((octets + 1).to_bytes(4), b"L", name, b"\0", value, b"\0")
+            if parts:
+                frames.append(b"".join(parts))
             if not steps & 0x80:
-                self.due.extend("L" * len(frames))
+                self.due.extend("L" * (len(parts) // 6))
         if not steps & 0x40:
             frames.append(self._told("N", b"", macros))
         return frames
@@ -209,14 +219,16 @@ class Conversation:
         return _frame(b"Q")
 
     def _told(self, letter: str, data: bytes, macros: Mapping[str, str]) -> bytes:
-        """An event, behind its macros: those are told even where the event is not, as Sendmail and Postfix have it."""
+        """An event, behind its macros."""
         terms, octet = self.terms, letter.encode()
         assert terms is not None
+        if terms.version < 4 and terms.version < _SINCE.get(letter, 0):
+            return b""
         wanted = terms.macros.get(letter)
         told = [
             f"{name}\0{value}\0"
             for name, value in macros.items()
-            if value and "\0" not in value and (wanted is None or name in wanted)
+            if name and value and "\0" not in value and (wanted is None or name in wanted)
         ]
         front = _frame(b"D", octet + _octets("".join(told))) if told else b""
         if len(front) > DATA_MOST:
@@ -240,10 +252,7 @@ class Conversation:
                 return events
             data = bytes(self._buffer)
             self._buffer.clear()
-        at, size, due = 0, len(data), len(self.due)
-        if due and size >= 5 * due and self.due[0] != "O" and data.startswith(_CONTINUE * due):
-            at = 5 * due
-            self._go_on(events)
+        at, size = 0, len(data)
         try:
             while size - at >= 4 and not self.spent:
                 length = int.from_bytes(data[at : at + 4])
@@ -252,31 +261,35 @@ class Conversation:
                 end = at + 4 + length
                 if end > size:
                     break
-                self._answer(data[at + 4], data[at + 5 : end], events)
+                octet = data[at + 4]
+                if octet == _C and self.due and self.due[0] != "O" and (run := _CONTINUES.match(data, at)) is not None:
+                    at += 5 * self._go_on((run.end() - at) // 5, events)
+                    continue
+                self._answer(octet, data[at + 5 : end], events)
                 at = end
         except MilterError as error:
             self.error = error
             return events
         if at < size and not self.spent:
             self._buffer += data[at:]
-            self._needs = 4 if size - at < 4 else 4 + length
+            self._needs = 4 if size - at < 4 else 4 + int.from_bytes(data[at : at + 4])
         return events
 
     def _answer(self, octet: int, data: bytes, events: list[Said | Piece | Progress]) -> None:
         """One frame."""
         letter, due = chr(octet), self.due[0] if self.due else ""
-        if letter == "c" and due and due != "O":
-            self._continue(self.due.popleft(), events)
-        elif not due:
-            raise MilterError(f"says {printable(letter)!r}, which nobody has asked for")
-        elif due == "O":
+        if not due:
+            raise MilterError(f"says {_begin(letter.encode('latin-1'))}, which nobody has asked for")
+        if due == "O":
             self._agree(letter, data)
+        elif letter == "c":
+            self._go_on(1, events)
         elif letter == "p":
             events.append(Progress())
         elif letter in _WORDS:
             self._say(Said(self.due.popleft(), _WORDS[letter]), events)
         elif letter == "y":
-            word, reply = smtp_reply(_text(data))
+            word, reply = smtp_reply(data.partition(b"\0")[0])
             self._say(Said(self.due.popleft(), word, reply), events)
         elif letter == "s" and due == "B":
             self.skips = True
@@ -284,27 +297,28 @@ class Conversation:
         elif letter in _CHANGES and due == "E":
             self._change(letter, data, events)
         else:
-            raise MilterError(f"says {printable(letter)!r} as an answer to {due!r}")
+            raise MilterError(f"says {_begin(letter.encode('latin-1'))} as an answer to {due}")
 
-    def _go_on(self, events: list[Said | Piece | Progress]) -> None:
-        """All that is due is answered, and may go on: most answers come like this."""
-        for event in self.due:
-            if event == "R" or event == "E":
-                self._continue(event, events)
-        self.due.clear()
-
-    def _continue(self, event: str, events: list[Said | Piece | Progress]) -> None:
-        if event == "E":
-            self.last = _DONE
-            events.append(_DONE)
-        elif event == "R":
-            events.append(_TAKEN)
+    def _go_on(self, count: int, events: list[Said | Piece | Progress]) -> int:
+        """So many events, or all that are due, are answered: it may go on. Most answers are that. How many."""
+        due = self.due
+        count = min(count, len(due))
+        answered = due if count == len(due) else [due.popleft() for _ in range(count)]
+        for event in answered:
+            if event == "E":
+                self.last = _DONE
+                events.append(_DONE)
+            elif event == "R":
+                events.append(_TAKEN)
+        if answered is due:
+            due.clear()
+        return count
 
     def _say(self, said: Said, events: list[Said | Piece | Progress]) -> None:
-        events.append(said)
         if said.event in "CH" and said.word == "discard":
             raise MilterError(f"discards at {said.event}, where there is no message")
-        if said.event == "R" and said.word in ("reject", "tempfail"):
+        events.append(said)
+        if said.event in "RU" and said.word in ("reject", "tempfail"):
             return
         self.last = said
         self.spent = bool(self.due)
@@ -313,13 +327,13 @@ class Conversation:
         if letter != "O" or len(data) < 12:
             raise MilterError(f"begins with {_begin(letter.encode('latin-1') + data)}")
         version, actions, steps = (int.from_bytes(data[at : at + 4]) for at in (0, 4, 8))
-        if not 2 <= version <= VERSION or actions & ~ACTIONS or steps & ~STEPS:
-            wants = f"version {version}, actions {actions:#x}, steps {steps:#x}"
-            raise MilterError(f"wants {wants}, of the offer of {VERSION}, {ACTIONS:#x}, {STEPS:#x}")
-        if version < 4:
-            steps |= _NOT_TOLD["T"]
-        if version < 3:
-            steps |= _NOT_TOLD["U"]
+        beyond = (("actions", actions & ~ACTIONS), ("steps", steps & ~STEPS))
+        too_much = [f"{what} {bits:#x}" for what, bits in beyond if bits]
+        if not 2 <= version <= VERSION:
+            too_much.insert(0, f"version {version}")
+        if too_much:
+            offered = f"version 2 to {VERSION}, actions {ACTIONS:#x}, steps {STEPS:#x}"
+            raise MilterError(f"wants {', '.join(too_much)}, beyond {offered}")
         self.due.popleft()
         self.terms = Terms(version, actions, steps, _lists(data[12:]))
 
@@ -333,9 +347,12 @@ class Conversation:
             if data:
                 events.append(Piece(data))
             return
-        self._room -= len(data)
-        if self._room < 0 or not change(self, data):
+        if letter == "q":  # it is never dropped: the message would not be held
+            self._quarantine(data)
+        elif len(data) > self._room or not change(self, data):
             self.changes.dropped += 1
+        else:
+            self._room -= len(data)
 
     # Each takes the data of a frame; False: the change cannot be made. MilterError: the frame is none.
 
@@ -364,28 +381,31 @@ class Conversation:
         return True
 
     def _add_recipient(self, data: bytes) -> bool:
-        found = rcpt_argument(b"TO:" + _bracketed(data))
-        if found is None or "@" not in found[0] or not found[0].isascii() or len(self.changes.added) >= RECIPIENTS_MOST:
+        found, parameters = _address(rcpt_argument, b"TO:", data), _parameters(data)
+        if not found or "@" not in found or not found.isascii() or parameters is None:
             return False
-        self.changes.added.append((found[0], _parameters(data)))
+        if len(self.changes.added) >= RECIPIENTS_MOST:
+            return False
+        self.changes.added.append((found, parameters))
         return True
 
     def _remove_recipient(self, data: bytes) -> bool:
-        found = rcpt_argument(b"TO:" + _bracketed(data))
-        if found is None or len(self.changes.removed) >= REMOVED_MOST:
+        found = _address(rcpt_argument, b"TO:", data)
+        if not found or len(self.changes.removed) >= REMOVED_MOST:
             return False
-        self.changes.removed.append(found[0])
+        self.changes.removed.append(found)
         return True
 
     def _change_sender(self, data: bytes) -> bool:
-        found = mail_argument(b"FROM:" + _bracketed(data))
-        if found is None or not found[0].isascii():
+        found, parameters = _address(mail_argument, b"FROM:", data), _parameters(data)
+        if found is None or not found.isascii() or parameters is None:
             return False
-        self.changes.sender = found[0], _parameters(data)
+        self.changes.sender = found, parameters
         return True
 
     def _quarantine(self, data: bytes) -> bool:
-        self.changes.quarantine = printable(_text(data)[: 4 * REASON_MOST].decode("utf-8", "replace"))[:REASON_MOST]
+        reason = data.partition(b"\0")[0][: 4 * REASON_MOST]  # Postfix does without the NUL, here and in a reply
+        self.changes.quarantine = printable(reason.decode("utf-8", "replace"))[:REASON_MOST]
         return True
 
 
@@ -406,10 +426,12 @@ _CHANGES: Final[dict[str, tuple[int, Callable[[Conversation, bytes], bool]]]] = 
 def smtp_reply(text: bytes) -> tuple[str, bytes]:
     """A refusal in a filter's words ("550 5.7.1 a text", lines divided by CRLF, "%%" for "%"): "reject" or "tempfail", and the
     whole reply, of lines of ASCII of at most 512 octets, with an enhanced status code (RFC 2034). Where the codes make no sense,
-    the reply has 550."""
-    lines = text.replace(b"%%", b"%").replace(b"\r\n", b"\n").rstrip(b"\r\n").split(b"\n")[:LINES_MOST]
-    codes = {match[1] if (match := _CODE.match(line)) is not None else b"" for line in lines}
-    (code,) = codes if len(codes) == 1 and codes != {b""} else (b"550",)
+    the reply has 451 if the first begins with a 4, and otherwise 550."""
+    lines = text.replace(b"%%", b"%").replace(b"\r\n", b"\n").rstrip(b"\r\n").split(b"\n", LINES_MOST)[:LINES_MOST]
+    codes = [match[1] if (match := _CODE.match(line)) is not None else b"" for line in lines]
+    code = codes[0]
+    if not code or codes.count(code) < len(codes):
+        code = b"451" if code[:1] == b"4" else b"550"
     texts = [line[4:] if _CODE.match(line) is not None else line for line in lines]
     enhanced = code[:1] + b".7.1"
     match = _ENHANCED.match(texts[0])
@@ -438,19 +460,25 @@ def _arguments(address: str, parameters: Sequence[str]) -> bytes:
 
 
 def _begin(data: bytes) -> str:
-    return repr(printable(data[:64].decode("utf-8", "replace")))
+    return f"'{printable(data[:64].decode('utf-8', 'replace'))}'"
 
 
 def _lists(data: bytes) -> dict[str, frozenset[str]]:
-    """The names of macros that a filter asks for (SMFIR_SETSYMLIST), with braces where they have more than one letter."""
+    """The names of macros that a filter asks for (SMFIR_SETSYMLIST), with braces where they have more than one letter. As for
+    Postfix, the last list for an event counts, and others than we know of are ignored."""
+    if len(data) > LISTS_MOST:
+        raise MilterError(f"asks for macros in {len(data)} octets")
     found: dict[str, frozenset[str]] = {}
-    while data:
-        stage, (names,) = _number(data), _texts(data[4:], 1)
-        if stage >= len(_STAGES) or _STAGES[stage] in found:
-            raise MilterError(f"asks for macros of stage {stage}, which is none, or twice")
-        words = (word.strip("{}") for word in names.decode("ascii", "replace").replace(",", " ").split())
-        found[_STAGES[stage]] = frozenset(word if len(word) == 1 else f"{{{word}}}" for word in words)
-        data = data[4 + len(names) + 1 :]
+    at = 0
+    while at < len(data):
+        stage, end = _number(data[at : at + 4]), data.find(b"\0", at + 4)
+        if end < 0:
+            raise MilterError("leaves out the end of a text")
+        if stage < len(_STAGES):
+            names = data[at + 4 : end].decode("ascii", "replace").replace(",", " ").split()
+            words = (name.strip("{}") for name in names)
+            found[_STAGES[stage]] = frozenset(word if len(word) == 1 else f"{{{word}}}" for word in words if word)
+        at = end + 1
     return found
 
 
@@ -468,16 +496,23 @@ def _texts(data: bytes, count: int) -> list[bytes]:
     return found[:count]
 
 
-def _text(data: bytes) -> bytes:
-    return _texts(data, 1)[0]
+def _address(parse: Callable[[bytes], tuple[str, str] | None], word: bytes, data: bytes) -> str | None:
+    """The address at the beginning, with its brackets or without, as MAIL and RCPT have it. None: it is none."""
+    (text,) = _texts(data, 1)
+    text = text.strip()
+    if not text or len(text) > ADDRESS_MOST:
+        return None
+    found = parse(word + (text if text.startswith(b"<") else b"<" + text + b">"))
+    return found[0] if found is not None and not found[1] else None
 
 
-def _parameters(data: bytes) -> str:
-    """Those behind an address."""
-    return printable(data.split(b"\0", 2)[1][: 4 * REASON_MOST].decode("utf-8", "replace"))[:REASON_MOST]
-
-
-def _bracketed(data: bytes) -> bytes:
-    """The address at its beginning, as MAIL and RCPT have it; as far as one of theirs may be long."""
-    address = _text(data)[:ADDRESS_MOST].strip()
-    return address if address.startswith(b"<") else b"<" + address + b">"
+def _parameters(data: bytes) -> str | None:
+    """Those behind an address; "" if there are none. None: they are no ESMTP parameters."""
+    behind = data.partition(b"\0")[2]
+    if not behind:
+        return ""
+    (text,) = _texts(behind, 1)
+    if len(text) > PARAMETERS_MOST or not text.isascii():
+        return None
+    found = " ".join(text.decode().split())
+    return found if parse_parameters(found) is not None else None

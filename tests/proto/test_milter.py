@@ -89,7 +89,7 @@ def test_the_macros_that_a_filter_asks_for_are_those_that_it_is_told():
     told = {"i": "ID", "{mail_addr}": "a@b", "{mail_host}": "b", "{auth_type}": ""}
     assert frames(one.mail("a@b", (), told))[0] == ("D", b"Mi\0ID\0{mail_addr}\0a@b\0")
     assert frames(one.connect("x", "192.0.2.1", 0, {"j": "x"}))[0][0] == "C"
-    for wrong in (b"\0", (9).to_bytes(4, "big") + b"i\0", (0).to_bytes(4, "big") + b"i"):
+    for wrong in (b"\0", (2).to_bytes(4, "big"), (0).to_bytes(4, "big") + b"i"):
         broken = Conversation()
         broken.negotiate()
         assert broken.feed(terms(more=wrong)) == [] and broken.error is not None
@@ -204,7 +204,7 @@ def test_each_word_at_each_event(at, letter):
 
 @pytest.mark.parametrize("wrong", [
     b"\0\0\0\0", b"UNKNOWN COMMAND", b"\x7f\xff\xff\xff", b"\0\x10\0\2", frame(b"z"), frame(b"O", b"x" * 12), frame(b"s"),
-    frame(b"\xff"),     frame(b"y", b"550 no end"),
+    frame(b"\xff"), frame(b"+", b"<a@b>"), frame(b"2", b"<a@b>\0NOTIFY=NEVER"),
     frame(b"h", b"X\0no end"), frame(b"i", b"\0\0"), frame(b"m", b"\0\0\0\1X"), frame(b"l", b"x\0"),
 ])  # fmt: skip
 @pytest.mark.parametrize("at", [0, 3, 13])
@@ -229,13 +229,13 @@ def test_an_answer_that_nobody_waits_for_is_not_taken_for_the_next_ones():
 def test_terms_that_were_not_offered(given):
     one = Conversation()
     one.negotiate()
-    assert one.feed(terms(**given)) == [] and one.error is not None and "wants version" in str(one.error)
+    assert one.feed(terms(**given)) == [] and one.error is not None and str(one.error).startswith("wants ")
 
 
 def test_another_protocol_is_told_by_its_first_octets():
     one = Conversation()
     one.negotiate()
-    assert one.feed(b"UNKNOWN COMMAND\0") == [] and str(one.error) == "begins with 'UNKNOWN COMMAND\\\\x00'"
+    assert one.feed(b"UNKNOWN COMMAND\0") == [] and str(one.error) == "begins with 'UNKNOWN COMMAND\\x00'"
     late = Conversation()
     late.negotiate()
     assert late.feed(CONTINUE) == [] and late.error is not None

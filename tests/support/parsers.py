@@ -483,7 +483,10 @@ _MILTER = {
     "one address": lambda n: b"\0\0\0\1c" * 5 + (n + 2).to_bytes(4) + b"+" + b"<" * n + b"\0",
     "a body": lambda n: b"\0\0\0\1c" * 5 + (n + 1).to_bytes(4) + b"b" + b"x" * n,
     "lines": lambda n: (n + 2).to_bytes(4) + b"y" + b"550\r\n" * (n // 5) + b"\0",
-    "macros": lambda n: b"\0\0\0\1c" * 5 + b"O" + b"\0\0\0\1i\0" * (n // 6),
+    "macros": times(b"\0\0\0\1i\0"),
+    "names of macros": times(b"a ", b"\0\0\0\1", b"\0"),
+    "parameters": lambda n: b"\0\0\0\1c" * 5 + (n // 2 * 2 + 8).to_bytes(4) + b"2<a@b>\0" + b"A " * (n // 2) + b"\0",
+    "blanks": lambda n: b"\0\0\0\1c" * 5 + (n + 2).to_bytes(4) + b"-" + b" " * n + b"\0",
 }
 
 
@@ -956,7 +959,12 @@ def _parsers() -> Iterable[Parser]:
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
     yield Parser("proto.clamd.Replies", _clamd, _CLAMD, "1024 octets of a reply")
-    yield Parser("proto.milter.Conversation", _milter, _MILTER, "1 MB of an answer, 256 kB of changes but the body")
+    yield Parser(
+        "proto.milter.Conversation",
+        _milter,
+        _MILTER,
+        "1 MB of an answer, 256 kB of changes but the body, 16 kB of names of macros",
+    )
     yield Parser("proto.spamc.judged", _spamd, _SPAMD, "65,536 octets")
     yield Parser("filter.rspamd", _rspamd, _RSPAMD, "1 MB; 200 changes")
     keys: Callable[[bytes], object] = lambda text: sum(1 for _ in keys_of(text.decode()))  # noqa: E731
