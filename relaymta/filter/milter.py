@@ -109,6 +109,11 @@ class _Link(asyncio.Protocol):
         """Whether there are answers that nobody has got, or some are due."""
         return bool(self._events) or (bool(self.talk.due) and self.talk.last is None)
 
+    def in_step(self) -> None:
+        """FilterFailure: behind its answers it has said what nobody has asked for."""
+        if self.talk.error is not None:
+            self._check()
+
     def close(self) -> None:
         """It is not used any more; the filter is told so if it is not in the middle of anything."""
         if self._transport is None or self.ended or self.talk.due:
@@ -450,6 +455,7 @@ class _Session:
                     address = link.asked.popleft()
                     if address and event.word in ("reject", "tempfail"):
                         refused.append((address, event))
+        link.in_step()
         return refused
 
     def _final(self, link: _Link, last: Said) -> Answer:
