@@ -28,7 +28,7 @@ __all__ = ["Milter"]
 
 SKIPPED = 5.0  # seconds for which an address that failed is asked only if the others fail, too
 TOGETHER = 65536  # octets in one write
-WAITING = 2  # pieces of a new body that wait to be written, until no more are read
+WAITING = 4  # pieces of a new body that wait to be written, until no more are read
 REASON_MOST = 200
 
 _REFUSED_RECIPIENTS: Final = 0x800  # a step (SMFIP_RCPT_REJ): it wants to be told of them
@@ -82,7 +82,7 @@ class _Link(asyncio.Protocol):
         """Write them. FilterFailure: it cannot be used any more."""
         self._check()
         assert self._transport is not None
-        self._transport.write(b"".join(frames))
+        self._transport.writelines(frames)
 
     async def agreed(self) -> None:
         """Wait until the terms are agreed upon. FilterFailure."""
@@ -437,11 +437,10 @@ class _Session:
                     link.send(frames)
                     frames, octets = [], 0
                     await link.room()
-                    if talk.last is not None:
-                        return
-        if talk.last is None:  # it may have been said while the body was read
-            frames.append(talk.end({"i": mail.ident}))
-            link.send(frames)
+        if talk.last is not None:  # nothing more is due: nobody waits for what it would say to the end
+            return
+        frames.append(talk.end({"i": mail.ident}))
+        link.send(frames)
 
     async def _heard(self, link: _Link, body: "_Taken | None") -> list[tuple[str, Said]]:
         """Wait for all answers that are due: which recipients are refused, and how."""
