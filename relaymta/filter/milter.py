@@ -164,7 +164,9 @@ class _Link(asyncio.Protocol):
                     self.progress()
             else:
                 self._events.append(event)
-        if len(self._events) > WAITING and self._transport is not None and not self._paused:
+        # Only of pieces there may be any number. What else there is to read may be its last word.
+        is_much = len(self._events) > WAITING and isinstance(self._events[-1], Piece)
+        if is_much and self._transport is not None and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         if self.talk.error is not None:
