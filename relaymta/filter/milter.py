@@ -116,7 +116,7 @@ class _Link(asyncio.Protocol):
 
     def close(self) -> None:
         """It is not used any more; the filter is told so if it is not in the middle of anything."""
-        if self._transport is None or self.ended or self.talk.due:
+        if self._transport is None or self.ended or self.talk.due or self._transport.get_write_buffer_size():
             self.drop()
             return
         self._transport.write(self.talk.quit())
