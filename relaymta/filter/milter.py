@@ -526,8 +526,9 @@ def _refusal_of(refused: list[tuple[str, Said]]) -> Answer:
     """Of a message of which recipients are refused whose RCPT was answered before: the first one is named."""
     address, said = next((one for one in refused if one[1].word == "reject"), refused[0])
     first = said.reply.decode().split("\r\n")[0]
-    code, enhanced, text = (first[:3], *first[4:].split(" ", 1)) if first.count(" ") > 1 else ("", "", "")
-    if not code:
+    if first:
+        code, (enhanced, text) = first[:3], first[4:].split(" ", 1)
+    else:
         code, enhanced, text = ("550", "5.7.1", "refused") if said.word == "reject" else ("451", "4.7.1", "not taken now")
     line = f"<{address}>: {text}".encode("ascii", "replace").decode()
     return Answer(said.word, f"{code} {enhanced} {line}"[:REASON_MOST], reply=reply.format_reply(int(code), enhanced, line[:450]))
