@@ -37,7 +37,6 @@ ACTIONS: Final = 0x1FF
 STEPS: Final = 0x1FFFFF
 DATA_MOST: Final = 65535  # octets in a frame: libmilter closes the connection for more
 FRAME_MOST: Final = (1 << 20) + 1  # octets of a frame of the filter's
-TERMS_MOST: Final = 16384  # octets of its answer to the offer: the names of macros, seven times
 RECIPIENTS_MOST: Final = 100  # that are added
 REMOVED_MOST: Final = 1000
 CHANGES_MOST: Final = 262144  # octets of all changes of a message, but its body
@@ -327,8 +326,6 @@ class Conversation:
     def _agree(self, letter: str, data: bytes) -> None:
         if letter != "O" or len(data) < 12:
             raise MilterError(f"begins with {_begin(letter.encode('latin-1') + data)}")
-        if len(data) > TERMS_MOST:
-            raise MilterError(f"answers the offer with {len(data)} octets")
         version, actions, steps = (int.from_bytes(data[at : at + 4]) for at in (0, 4, 8))
         beyond = (("actions", actions & ~ACTIONS), ("steps", steps & ~STEPS))
         too_much = [f"{what} {bits:#x}" for what, bits in beyond if bits]

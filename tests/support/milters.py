@@ -50,11 +50,14 @@ class Program:
             return not sock.connect_ex(str(self.path))
 
     def send(self, number: signal.Signals) -> None:
-        """A signal. SIGKILL: it is gone afterwards."""
+        """A signal. SIGKILL: it is gone afterwards; SIGSTOP: all of its threads stand still."""
         assert self.process is not None
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
+        elif number == signal.SIGSTOP:
+            tasks = Path(f"/proc/{self.process.pid}/task")
+            wait_for(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()), what="the signal")
 
     def stop(self) -> None:
         if self.process is not None:
