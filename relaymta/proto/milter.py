@@ -40,6 +40,7 @@ FRAME_MOST: Final = (1 << 20) + 1  # octets of a frame of the filter's
 RECIPIENTS_MOST: Final = 100  # that are added
 REMOVED_MOST: Final = 1000
 CHANGES_MOST: Final = 262144  # octets of all changes of a message, but its body
+CHANGE_LEAST: Final = 32  # octets for which each of them counts beside its own, and one that cannot be made
 REASON_MOST: Final = 200
 ADDRESS_MOST, PARAMETERS_MOST = 1026, 1024  # octets; a path of the dialogue has no more
 LISTS_MOST: Final = 16384  # octets of the names of macros for all events
@@ -349,10 +350,11 @@ class Conversation:
             return
         if letter == "q":  # it is never dropped: the message would not be held
             self._quarantine(data)
-        elif len(data) > self._room or not change(self, data):
-            self.changes.dropped += 1
+        elif len(data) + CHANGE_LEAST <= self._room and change(self, data):
+            self._room -= len(data) + CHANGE_LEAST
         else:
-            self._room -= len(data)
+            self.changes.dropped += 1
+            self._room -= CHANGE_LEAST
 
     # Each takes the data of a frame; False: the change cannot be made. MilterError: the frame is none.
 

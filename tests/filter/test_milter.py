@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import re
+import tracemalloc
 from collections import deque
 from collections.abc import AsyncIterator
 from itertools import pairwise
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from relaymta.filter.judgement import Answer, FilterFailure, Mail, Text
 from relaymta.filter.milter import Milter, _Session
 from relaymta.filter.revision import Revision
+from relaymta.proto import milter as module
 from relaymta.proto.edits import Append, edited, shown
 from relaymta.proto.header import header_end
 from relaymta.proto.milter import FRAME_MOST, Conversation, Piece, Said, smtp_reply
@@ -169,7 +171,7 @@ def allowed(script: Script, events: str, actions: int = 0x1FF) -> set[str]:
         letter, data, octets = octets[4:5], octets[5 : 4 + size], octets[4 + size :]
         event = due[0]
         if letter == b"p" or (letter.decode("latin-1") in NEEDS and event == "E" and actions & NEEDS[letter.decode()]):
-            if letter not in b"pb" and (data[4:] if letter in b"im" else data).count(b"\0") < (2 if letter in b"him" else 1):
+            if letter not in b"pbq" and (data[4:] if letter in b"im" else data).count(b"\0") < (2 if letter in b"him" else 1):
                 return {"!protocol"}
             quarantined = quarantined or letter == b"q"
             continue
@@ -182,8 +184,8 @@ def allowed(script: Script, events: str, actions: int = 0x1FF) -> set[str]:
             continue
         elif letter in WORDS:
             word = WORDS[letter]
-        elif letter == b"y" and b"\0" in data:
-            word = "reject" if data[:1] == b"5" else "tempfail"
+        elif letter == b"y":
+            word = "tempfail" if data[:1] == b"4" else "reject"
         else:
             return {"!protocol"}
         if event in "CH" and word == "discard":
@@ -755,14 +757,47 @@ async def test_two_thousand_dialogues(seed):
 
 
 async def test_no_memory_for_a_frame_that_is_announced():
-    import tracemalloc
-
     talk = at_the_end()
     tracemalloc.start()
     talk.feed(OVERSIZED[:4])
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert talk.error is not None and "UNKN" in str(talk.error) and most < 100_000
+
+
+LONG = {
+    "a reply of lines": change("y", b"aa\n" * 300_000), "a reply of one": change("y", b"550 " + b"%" * 1_000_000),
+    "a reason": change("q", b"\xff" * 250_000), "an address": change("+", b"a." * 125_000),
+    "a sender": change("e", b"a." * 125_000),
+    "parameters": change("e", b"<a@b.example>", b"\xff" * 250_000), "a value": change("h", b"X-A", b"x" * 250_000),
+    "a name": change("h", b"x" * 250_000, b"1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("octets", LONG.values(), ids=LONG)
+def test_a_long_text_takes_a_few_times_its_own_length(octets):
+    talk = at_the_end()
+    tracemalloc.start()
+    talk.feed(octets)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert talk.error is None and most < 5 * len(octets)
+    assert (talk.changes.added, talk.changes.sender and talk.changes.sender[0]) in (([], None), ([], "a@b.example"))
+
+
+@pytest.mark.parametrize("octets", [change("-", b""), change("+", b"a@b.example"), change("h", b"A", b"")])
+def test_changes_without_number_are_soon_not_read_any_more(octets, monkeypatch):
+    talk, read = at_the_end(), 0
+    needed, change = module._CHANGES[letter := chr(octets[4])]
+
+    def counted(talk: Conversation, data: bytes) -> bool:
+        nonlocal read
+        read += 1
+        return change(talk, data)
+
+    monkeypatch.setitem(module._CHANGES, letter, (needed, counted))
+    talk.feed(octets * 50_000 + frame("c"))
+    assert talk.last is not None and 1000 < read < 10_000 and talk.changes.dropped >= 40_000
 
 
 # In the chain
