@@ -246,7 +246,7 @@ async def test_it_stays_in_memory_up_to_a_bound_and_then_all_of_it_is_in_a_file(
 @pytest.mark.parametrize("piece", [LINE * 1365, b"\n" * 65_535, b"a line\n", b"\r\n"], ids=["large", "LF", "small", "tiny"])
 async def test_memory_is_bounded(desk, piece):
     """Also by that of many small pieces; and threads write many of them together."""
-    octets = 50_000_000 if len(piece) > 1000 else 600_000
+    octets = 50_000_000 if len(piece) > 1000 else 300_000
     new = desk.body(262_144)
     writes, thread = 0, desk.thread
 
@@ -261,7 +261,7 @@ async def test_memory_is_bounded(desk, piece):
         for _ in range(octets // len(piece)):
             await new.write(piece)
         await new.end()
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000  # other threads are counted, too
     finally:
         tracemalloc.stop()
     assert new.octets >= octets - len(piece) and writes <= new.octets // TOGETHER + 2
