@@ -58,10 +58,13 @@ class Revision:
         return dropped
 
     def rewrite(self, body: NewBody) -> None:
-        """Another body, which is this revision's from now on."""
+        """Another body, which is this revision's from now on. A message that has none yet may lack the empty line, without which
+        the body's first lines would be fields."""
         if self.body is not None:
             self.body.discard()
         self.body = body
+        if self.header != b"\r\n" and not self.header.endswith(b"\r\n\r\n"):
+            self.header += b"\r\n"
         self._show()
 
     def readdress(self, envelope: NewEnvelope) -> None:

@@ -128,6 +128,18 @@ def test_changes_of_header_body_and_envelope(tmp_path, acts, stage):
         assert sorted(len(body) for body in found) == [2 * len(line)] * 2 + [47 * (65000 // 841) * len(line)] * 2
 
 
+def test_a_new_body_does_not_become_header(tmp_path, acts):
+    """Also where the message has no empty line, for whose body there is one."""
+    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts)) as relay:
+        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+            for octets in (2000, 3_000_000):
+                client.sendmail("a@b.example", ["c@d.example"], f"Subject: x\r\nX-Act: body {octets}\r\n")
+        wait_for(lambda: len(peer.messages) == 2)
+        bodies = [data.partition(b"\r\n\r\n") for _, _, data in peer.messages]
+        assert all(fields.endswith(b"Subject: x\r\nX-Act: body %d" % octets) for (fields, _, _), octets in zip(bodies, ()))
+        assert all(body.startswith(b"a line of a new body") for _, _, body in bodies)
+
+
 def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts):
     acts_of = "to <new@d.example>", "from <changed@b.example>", "add X-A=1", "body 2000"
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, "may=[]")) as relay:

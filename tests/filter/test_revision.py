@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,43 @@ def test_all_filters_together_have_the_room_of_one_and_tags_their_own():
     dropped = sum(one.edit([big] * 30) for _ in range(4))
     assert dropped > 0 and len(one.header) <= len(HEADER) + MOST
     assert one.edit([Append(b"T", b" tag")], 100) == 0 and b"\r\nT: tag\r\n" in one.header
+
+
+class Body:
+    """A new body in memory."""
+
+    octets, eight_bit, left = 12, False, False
+
+    def text(self, head: bytes) -> Text:
+        return Text(head, b"Bcc: evil\r\n\r\n")
+
+    def discard(self) -> None:
+        self.left = True
+
+
+@pytest.mark.parametrize("results", [b"", RESULTS])
+@pytest.mark.parametrize(
+    ("header", "edits", "ends"),
+    [
+        (b"Subject: x\r\n", [], b"Subject: x\r\n\r\n"),
+        (b"Subject: x\r\nno field\r\n", [], b"Subject: x\r\nno field\r\n\r\n"),
+        (b"Subject: x\r\n", [Change(b"Subject", 1, b"")], b"\r\n"),
+        (b"Subject: x\r\n", [Append(b"X", b" 1")], b"Subject: x\r\nX: 1\r\n\r\n"),
+        (b"\r\n", [], b"\r\n"),
+        (b"\r\n", [Append(b"X", b" 1")], b"X: 1\r\n\r\n"),
+        (HEADER, [], HEADER),
+    ],
+)
+def test_a_new_body_is_behind_an_empty_line_whatever_was_there(results: bytes, header: bytes, edits: list[Edit], ends: bytes):
+    """Whether the header is changed before it is there, or behind that."""
+    for before in (True, False):
+        one = revision(header, results)
+        one.edit(edits if before else [])
+        one.rewrite(Body())  # type: ignore[arg-type]
+        one.edit([] if before else edits)
+        assert one.header == ends and one.mail.text.head == results + ends
+        one.rewrite(Body())  # type: ignore[arg-type]
+        assert one.header == ends
 
 
 NAMES = st.sampled_from([b"From", b"X-A", b"Subject", b"Authentication-Results"])
