@@ -177,12 +177,13 @@ async def test_a_sweep_removes_what_its_receiver_has_dropped(tmp_path):
         assert bench.files == []
 
 
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("call", ["rename", "unlink"])
-async def test_it_is_given_up_while_it_takes_the_place(tmp_path, monkeypatch, call):
+async def test_it_is_given_up_while_it_takes_the_place(tmp_path, monkeypatch, call, done):
     """The end of a connection, and of the loop, discards both whatever a thread does with them."""
     async with Incoming(tmp_path) as bench:
         new, old = await bench.rewritten(), bench.old
-        stop = Stop(monkeypatch, os, call)
+        stop = Stop(monkeypatch, os, call, done)
         taken = new.large
         assert taken is not None and old is not None
         taking = bench.thread(taken.take_place_of, old, bench.become)
