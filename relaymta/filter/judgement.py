@@ -9,14 +9,15 @@ from typing import Literal, NamedTuple, Protocol
 from relaymta.proto.edits import Edit
 
 __all__ = [
-    "PIECE", "Answer", "FailureReason", "Filter", "FilterFailure", "FilterSession", "Follower", "Learner", "Mail", "NewBody",
-    "NewEnvelope", "Text", "Verdict", "gtube",
+    "PIECE", "Answer", "Condition", "FailureReason", "Filter", "FilterFailure", "FilterSession", "Follower", "Learner", "Mail",
+    "NewBody", "NewEnvelope", "Text", "Verdict", "gtube",
 ]  # fmt: skip
 
 PIECE = 65536  # octets of message data that a filter gets at once
 
 _GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-", b"STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"  # in two: this file is no spam
 
+Condition = Literal["", "if permitted", "if rejected"]
 FailureReason = Literal["connect", "timeout", "protocol", "refused", "oversize"]
 
 
@@ -107,7 +108,8 @@ class NewBody(Protocol):
 @dataclass(slots=True)
 class Mail:
     """A message that is judged. `client`: the client's address; `user`: who logged in, or "", and `mechanism`: how; `tls`:
-    version and cipher, or ""; `listener`: its address; `parameters`: of MAIL; `rewritten`: makes what takes a new body, None:
+    version and cipher, or ""; `listener`: its address; `parameters`: of MAIL, and `announced`: its SIZE, octets, 0: none;
+    `protocol`: SMTP, ESMTP or LMTP; `rewritten`: makes what takes a new body, None:
     there can be none; `most`: octets of the text that it gets (max_size where `oversize` is "head"), None: all."""
 
     ident: str
@@ -122,6 +124,8 @@ class Mail:
     mechanism: str = ""
     listener: str = ""
     parameters: tuple[str, ...] = ()
+    announced: int = 0
+    protocol: str = "ESMTP"
     rewritten: Callable[[], NewBody] | None = None
 
     @property
@@ -152,7 +156,8 @@ class Answer(NamedTuple):
     """What a filter says, in its own words. `word` is looked up in the filter's table of verdicts; `reason`: a virus's name, a
     rule, a sentence: printable, SHOWN characters at most. Changes that it wants: `edits` of the header, `body`, `envelope`;
     `dropped`: how many of its changes were none that can be made. `reply`: the SMTP reply that it wants a refusal to have, b"":
-    none."""
+    none. `condition`: "if permitted": a refusal that holds only where no other filter refuses; "if rejected": no refusal, but
+    `reply` (4xx) is said in place of another filter's 5xx. `note`: what it wants to have logged, "": nothing."""
 
     word: str
     reason: str = ""
@@ -162,6 +167,8 @@ class Answer(NamedTuple):
     envelope: NewEnvelope | None = None
     dropped: int = 0
     reply: bytes = b""
+    condition: Condition = ""
+    note: str = ""
 
 
 class Learner(Protocol):
@@ -191,7 +198,7 @@ class Filter(Protocol):
 
 class FilterSession(Protocol):
     """A filter that follows the dialogue with one client. One question at a time; an Answer whose word is "continue" is none yet.
-    Of each: FilterFailure; cancelled: as of `Filter.judge`."""
+    Of each: FilterFailure; cancelled: as of `Filter.judge`. It is asked what `Follower.asks` names."""
 
     renew: Callable[[], None]  # called when it says that it is still at work
     decided: bool  # what it has said last is about all of the message: it is asked no more in this transaction
@@ -201,6 +208,9 @@ class FilterSession(Protocol):
 
     async def rcpt(self, mail: Mail, address: str) -> Answer:
         """RCPT. "reject" and "tempfail" are about this recipient, any other word about all of the message."""
+
+    async def data(self, mail: Mail) -> Answer:
+        """DATA, or the first BDAT: the envelope is complete. Any word is about all of the message."""
 
     def refused(self, address: str, answer: bytes) -> None:
         """A recipient was refused by the relay itself, with this reply."""
@@ -216,7 +226,11 @@ class FilterSession(Protocol):
 
 
 class Follower(Filter, Protocol):
-    """A filter that may change anything, and so is asked alone; and that can follow a client."""
+    """A filter that can follow a client."""
 
-    def session(self) -> FilterSession:
-        """For a new client."""
+    alone: bool  # it may change what others look at: nobody is asked beside it
+    asks: frozenset[str]  # of "MAIL", "RCPT" and "DATA": when its sessions are asked
+    looks: bool  # they are asked about the message, too
+
+    def session(self, client: str) -> FilterSession:
+        """For a new client, of which the address is known."""

@@ -136,7 +136,6 @@ def test_a_new_body_does_not_become_header(tmp_path, acts):
                 client.sendmail("a@b.example", ["c@d.example"], f"Subject: x\r\nX-Act: body {octets}\r\n")
         wait_for(lambda: len(peer.messages) == 2)
         bodies = [data.partition(b"\r\n\r\n") for _, _, data in peer.messages]
-        assert all(fields.endswith(b"Subject: x\r\nX-Act: body %d" % octets) for (fields, _, _), octets in zip(bodies, ()))
         assert all(body.startswith(b"a line of a new body") for _, _, body in bodies)
 
 

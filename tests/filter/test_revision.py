@@ -60,15 +60,19 @@ def test_all_filters_together_have_the_room_of_one_and_tags_their_own():
 
 
 class Body:
-    """A new body in memory."""
+    """As of NewBody."""
 
-    octets, eight_bit, left = 12, False, False
+    eight_bit = False
 
-    def text(self, head: bytes) -> Text:
-        return Text(head, b"Bcc: evil\r\n\r\n")
+    def __init__(self) -> None:
+        self.octets = 3
+        self.discarded = 0
 
     def discard(self) -> None:
-        self.left = True
+        self.discarded += 1
+
+    def text(self, head: bytes) -> Text:
+        return Text(head, b"new")
 
 
 @pytest.mark.parametrize("results", [b"", RESULTS])
@@ -132,22 +136,6 @@ def test_the_envelope():
     assert (one.mail.sender, one.mail.recipients) == ("x@y.example", ["e@f.example", "g@h.example"])
     one.readdress(NewEnvelope([], ["e@f.example", "g@h.example"]))
     assert (one.sender, one.recipients) == ("x@y.example", [])
-
-
-class Body:
-    """As of NewBody."""
-
-    eight_bit = False
-
-    def __init__(self) -> None:
-        self.octets = 3
-        self.discarded = 0
-
-    def discard(self) -> None:
-        self.discarded += 1
-
-    def text(self, head: bytes) -> Text:
-        return Text(head, b"new")
 
 
 async def test_a_body_that_another_one_replaces_is_discarded_and_the_next_filter_sees_the_last():
