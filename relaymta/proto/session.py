@@ -40,12 +40,14 @@ class Offers:
 
 
 class Question(NamedTuple):
-    """A command that the caller has to ask others about. `verb`: MAIL, with its `parameters` as they came, or RCPT, with an
-    `address`."""
+    """A command that the caller has to ask others about. `verb`: MAIL, with its `parameters` as they came; RCPT, with an
+    `address`; or DATA, also for the first BDAT, with `again`: the command, which is taken once more when the answer is there, and
+    with LAST among its parameters where it is the only one."""
 
     verb: str
     address: str = ""
     parameters: tuple[str, ...] = ()
+    again: tuple[int, int, bytes] | None = None
 
 
 _LIMITS, _OFFERS = Limits(), Offers()
@@ -216,23 +218,40 @@ class Session:
 
     def answered(self, answer: bytes | None) -> bytes:
         """What was asked is answered, which ends the state ASKED; not to be called once the session is closing. `answer`: the
-        reply that refuses it (4xx or 5xx; 421 ends the session), None: it is accepted. Returns what to write."""
+        reply that refuses it (4xx or 5xx; 421 and 521 end the session), None: it is accepted. Returns what to write."""
         question, transaction = self.question, self.transaction
         assert question is not None and transaction is not None
         self.question, self.state = None, COMMANDS
-        if answer is None and question.verb == "MAIL":
-            out = reply.SENDER_OK
-        elif answer is None:
-            transaction.recipients.append(question.address)
-            out = reply.RECIPIENT_OK
-        else:
-            if question.verb == "MAIL":
-                self.drop()
-            out = self.error_if_5xx(answer)
-            if answer.startswith(b"421"):
-                self.close()
+        out = self._accepted(question, transaction) if answer is None else self._refused(question, transaction, answer)
         self.behind = not self.closing and (bool(self.pending) or self.parser.runnable())
         return out
+
+    def _accepted(self, question: Question, transaction: Transaction) -> bytes:
+        if question.verb == "MAIL":
+            return reply.SENDER_OK
+        if question.verb == "RCPT":
+            transaction.recipients.append(question.address)
+            return reply.RECIPIENT_OK
+        transaction.cleared = True
+        self.pending.insert(0, question.again)
+        return b""
+
+    def _refused(self, question: Question, transaction: Transaction, answer: bytes) -> bytes:
+        if answer.startswith((b"421", b"521")):  # RFC 7504 3: with 521, too, there is nothing more to say
+            out = self.error_if_5xx(answer)
+            self.close()
+            return out
+        if question.verb == "DATA" and question.parameters:  # BDAT: the chunk follows, whatever it is told (RFC 3030 2)
+            refusal = self.for_each(answer) if "LAST" in question.parameters else answer
+            self.drop()
+            self.refusal = refusal
+            self.pending.insert(0, question.again)
+            return b""
+        if question.verb == "MAIL":
+            self.drop()
+        elif question.verb == "DATA":
+            self.parser.commands()
+        return self.error_if_5xx(answer)
 
     def exchanged(self, answer: bytes | sasl.Claim) -> bytes:
         """Go on after a step of an AUTH exchange."""

@@ -8,7 +8,7 @@ The caller passes octets to `receive()` and writes what it returns. `state` says
     COMPLETE    the message data of `transaction` has been received: `store()`
     STORING     the caller stores it, and ends it by `finish(reply)`
     CLAIMED     a login is to be verified: `claim`, answered by `checked(reply)`
-    ASKED       others are to be asked about MAIL or RCPT (`Transaction.asks`): `question`, answered by `answered(reply or None)`
+    ASKED       others are to be asked about a command (`Transaction.asks`): `question`, answered by `answered(reply or None)`
     TLS         a TLS handshake is to be done, before anything is read: then `tls_started()`
 
 In all but the first two nothing is parsed, and input is kept: also what is behind a question in the same segment. `closing`: the
@@ -118,5 +118,5 @@ class ServerSession(Session):
         if self.transaction is None:
             answer = self.refusal
             self.drop()
-            return self.error(answer)
+            return self.error_if_5xx(answer)
         return reply.RESET

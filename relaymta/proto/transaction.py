@@ -8,6 +8,7 @@ __all__ = ["Limits", "Transaction"]
 
 # Flags of _speedups.smtp (C integers there).
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
+NOBODY: frozenset[str] = frozenset()
 PIECES = 1024  # of message data in memory, until they are joined: each costs more memory than it may hold
 
 
@@ -28,8 +29,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "asks", "chunked", "data", "eight_bit", "headers", "held", "last_chunk", "limits", "message_id",
-        "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
+        "announced", "asks", "chunked", "cleared", "data", "eight_bit", "headers", "held", "last_chunk", "limits",
+        "message_id", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -38,7 +39,8 @@ class Transaction:
         self.limits = limits
         self.recipients: list[str] = []
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
-        self.asks = False  # others are asked about its sender and its recipients (see Session.answered); set by Host.begin
+        self.asks = NOBODY  # of MAIL, RCPT and DATA: about what others are asked (see Session.answered); set by Host.begin
+        self.cleared = False  # the answer to DATA was that it is accepted
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False

@@ -94,7 +94,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
         return session.error_if_5xx(begun)
     session.transaction = begun
     begun.announced = size
-    if begun.asks:
+    if "MAIL" in begun.asks:
         return session.ask(Question("MAIL", "", tuple(parameters.split())))
     return reply.SENDER_OK
 
@@ -119,7 +119,7 @@ def _rcpt(session: Session, argument: bytes) -> bytes:
     if refused is not None:
         transaction.rejects(address, refused)
         return session.error_if_5xx(refused)
-    if transaction.asks:
+    if "RCPT" in transaction.asks:
         return session.ask(Question("RCPT", address))
     transaction.recipients.append(address)
     return reply.RECIPIENT_OK
@@ -147,6 +147,8 @@ def _data(session: Session, argument: bytes) -> bytes:
     if session.parser.waiting():
         session.close()
         return reply.TALKING_EARLY
+    if "DATA" in transaction.asks and not transaction.cleared:
+        return session.ask(Question("DATA", again=(0, _verb(b"DATA"), argument)))
     session.state = DATA
     session.parser.normalize = transaction.limits.normalize
     session.parser.data()
@@ -161,11 +163,14 @@ def _bdat(session: Session, argument: bytes) -> bytes:
         return reply.BAD_ARGUMENT
     transaction, octets = session.transaction, int(words[0])
     if transaction is None or not transaction.recipients:
+        refused = session.refusal or (reply.NEED_SENDER if transaction is None else _no_recipient(session))
         session.drop()
-        session.refusal = reply.NEED_SENDER if transaction is None else _no_recipient(session)
+        session.refusal = refused
         session.state = DATA
         session.parser.chunk(octets, True)
         return b""
+    if "DATA" in transaction.asks and not transaction.cleared:
+        return session.ask(Question("DATA", "", tuple(word.decode() for word in words), (0, _verb(b"BDAT"), argument)))
     first = not transaction.chunked
     transaction.chunked, transaction.last_chunk = True, len(words) > 1
     session.state = DATA

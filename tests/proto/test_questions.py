@@ -1,4 +1,4 @@
-"""A session that stands still while others are asked about MAIL and RCPT, against one that decides the same by itself at once."""
+"""A session that stands still while others are asked about a command, against one that decides the same by itself at once."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ REFUSED, LATER = b"554 5.7.1 Refused by a filter\r\n", b"451 4.7.1 A filter does
 CLOSING = b"421 4.7.0 A filter wants no more of this\r\n"
 ANSWERS = {"spam": REFUSED, "later": LATER}
 MAIL, RCPT, LHLO = b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n", b"LHLO client.example\r\n"
+ALL, ENVELOPE = frozenset({"MAIL", "RCPT", "DATA"}), frozenset({"MAIL", "RCPT"})
 LOGIN = b"AUTH PLAIN " + base64.b64encode(b"\0ann\0secret") + b"\r\n"
 
 
@@ -34,7 +35,7 @@ class Mail(Transaction):
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits, host: "Filtered") -> None:
         super().__init__(sender, smtputf8, limits)
-        self.asks, self.host = host.asks, host
+        self.asks, self.host = host.verbs if host.asks else frozenset(), host
 
     def accept(self, address: str) -> bytes | None:
         if address.endswith("@no.example"):
@@ -54,6 +55,7 @@ class Filtered(Host):
     def __init__(self, asks: bool, lmtp: bool = False, limits: Limits | None = None) -> None:
         super().__init__(limits or Limits(), Offers(starttls=True, mechanisms=("PLAIN", "LOGIN"), clear=True, lmtp=lmtp))
         self.asks = asks
+        self.verbs = ENVELOPE
         self.ends: list[tuple[str, tuple[str, ...], int]] = []
         self.refusals: list[tuple[str, bytes]] = []
 
@@ -98,7 +100,7 @@ class Talk:
             assert question is not None and transaction is not None and made.complete is None and not made.behind
             assert made.receive(b"") == b"" and made.state == ASKED
             self.questions.append((question, transaction.sender))
-            self.out += made.answered(filters(question.address if question.verb == "RCPT" else transaction.sender))
+            self.out += made.answered(self.answer(question, transaction.sender))
             assert made.question is None
         elif made.state == CLAIMED:
             self.out += made.checked(reply.WRONG_CREDENTIALS)
@@ -114,6 +116,13 @@ class Talk:
         else:
             self.out += made.receive(b"")
 
+    @staticmethod
+    def answer(question: Question, sender: str) -> bytes | None:
+        """To DATA a sender whose name begins with a `d` is refused."""
+        if question.verb == "DATA":
+            return filters(sender[1:]) if sender.startswith("d") else None
+        return filters(question.address if question.verb == "RCPT" else sender)
+
     def settle(self) -> None:
         """All that has come is answered; a TLS handshake is done."""
         while self.waits or self.made.behind:
@@ -125,6 +134,7 @@ class Talk:
 def play(wire: bytes, asks: bool, step: int = 0, lmtp: bool = False) -> Talk:
     """A dialogue, cut where the wire has a `|`, at which the client waits for all replies, and at each `step`th octet."""
     talk = Talk(Filtered(asks, lmtp))
+    talk.host.verbs = ALL
     for flight in wire.split(b"|"):
         for at in range(0, len(flight), step or len(flight) or 1):
             talk.say(flight[at : at + (step or len(flight))])
@@ -296,6 +306,79 @@ def test_the_octets_of_a_chunk_behind_questions_stay_with_it(sender, code, step)
     assert talk.messages == ([(f"{sender.decode()}@b", ("c@d.example",), chunk + b"QUIT")] if accepted else [])
 
 
+def asked_about_data(wire: bytes, lmtp: bool = False, errors: int = 20) -> ServerSession:
+    """A session that asks about DATA alone, and has taken this."""
+    host = Filtered(True, lmtp, Limits(errors=errors))
+    host.verbs = frozenset({"DATA"})
+    made = Talk(host).made
+    made.receive((LHLO if lmtp else EHLO) + MAIL + RCPT * 2 + wire)
+    return made
+
+
+def test_data_waits_for_its_question():
+    made = asked_about_data(b"DATA\r\n")
+    assert made.question is not None and made.question[:3] == ("DATA", "", ()) and made.state == ASKED
+    assert made.answered(None) == b"" and made.behind and made.receive(b"") == reply.GO_AHEAD and made.state == DATA
+    made.receive(b"x: y\r\n\r\n.\r\n")
+    assert made.complete is not None and made.complete.data == [b"x: y\r\n\r\n"]
+
+
+def test_octets_behind_data_that_is_asked_about_are_early():
+    made = asked_about_data(b"DATA\r\n")
+    assert made.receive(b"Subject: x\r\n") == b""
+    assert made.answered(None) == b"" and made.receive(b"") == reply.TALKING_EARLY and made.closing
+
+
+@pytest.mark.parametrize("answer, errors", [(REFUSED, 1), (LATER, 0)])
+def test_data_that_is_refused_leaves_the_transaction_and_is_asked_about_anew(answer, errors):
+    made = asked_about_data(b"DATA\r\n")
+    made.keep(b"NOOP\r\nDATA\r\n")
+    assert made.answered(answer) == answer and made.behind and made.errors == errors
+    assert made.receive(b"") == reply.NOOP and made.state == ASKED
+    assert made.answered(None) == b"" and made.receive(b"") == reply.GO_AHEAD
+    assert made.transaction is not None and len(made.transaction.recipients) == 2
+
+
+@pytest.mark.parametrize("lmtp", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("answer, errors", [(REFUSED, 1), (LATER, 0)])
+def test_a_chunk_that_is_refused_is_read_and_its_transaction_is_over(answer, errors, last, lmtp):
+    made = asked_about_data(b"BDAT 6%b\r\nRSET" % (b" LAST" if last else b""), lmtp)
+    assert made.question is not None and made.question.parameters == (("6", "LAST") if last else ("6",))
+    before = made.transaction
+    assert made.answered(answer) == b"" and made.behind and made.transaction is None and before is not None
+    assert (
+        made.receive(b"") == b""
+        and made.receive(b"\r\nBDAT 2 LAST\r\nhi") == answer * (2 if lmtp and last else 1) + reply.NEED_SENDER
+    )
+    assert made.errors == errors + 1 and made.state == COMMANDS and made.receive(b"NOOP\r\n") == reply.NOOP
+    assert len(made.host.ends) == 1
+
+
+def test_only_the_first_chunk_is_asked_about():
+    made = asked_about_data(b"BDAT 2\r\nhi")
+    assert made.answered(None) == b"" and made.receive(b"") == reply.RESET
+    assert made.receive(b"BDAT 4 LAST\r\n\r\n\r\n") == b"" and made.complete is not None
+    assert b"".join(made.complete.take()) == b"hi\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [CLOSING, b"521 5.3.2 No mail here\r\n"])
+@pytest.mark.parametrize("wire", [b"DATA\r\n", b"BDAT 6 LAST\r\nRSET\r\n", b"BDAT 0 LAST\r\n"])
+def test_a_reply_to_data_that_ends_the_session(wire, answer):
+    made = asked_about_data(wire)
+    assert made.answered(answer) == answer and made.closing and not made.behind and made.transaction is None
+    assert made.receive(b"") == b""
+
+
+def test_too_many_refusals_of_data_end_the_session():
+    made = asked_about_data(b"DATA\r\n", errors=2)
+    made.answered(REFUSED)
+    made.receive(b"DATA\r\n")
+    assert made.answered(REFUSED) == REFUSED + reply.TOO_MANY_ERRORS and made.closing and not made.behind
+    made = asked_about_data(b"BDAT 2\r\nhi", errors=1)
+    assert made.answered(REFUSED) == b"" and made.receive(b"") == REFUSED + reply.TOO_MANY_ERRORS and made.closing
+
+
 # Ends
 
 
@@ -410,6 +493,8 @@ def test_neither_cuts_nor_the_timing_of_answers_change_anything(words, cuts, see
     wire, limits = (LHLO if lmtp else EHLO) + b"".join(words), Limits(message_size=100, errors=12)
     talks = [Talk(Filtered(False, lmtp, limits)), Talk(Filtered(True, lmtp, limits))]
     talks.append(Talk(Filtered(True, lmtp, limits), dice(Random(seed))))
+    for talk in talks:
+        talk.host.verbs = ALL
     for number, talk in enumerate(talks):
         for flight in wire.split(b"|"):
             for piece in pieces(flight, cuts if number == 2 else []):
@@ -424,6 +509,31 @@ def test_neither_cuts_nor_the_timing_of_answers_change_anything(words, cuts, see
             known.made.errors, known.made.foreign, known.made.parting, known.made.secure
         )  # fmt: skip
     assert late.questions == at_once.questions and late.host.refusals == at_once.host.refusals == known.host.refusals
+
+
+REFUSED_LATER = st.sampled_from([
+    b"MAIL FROM:<dspam@b>\r\n" + RCPT, b"MAIL FROM:<dlater@b>\r\n" + RCPT * 2, b"MAIL FROM:<a@b>\r\n" + RCPT,
+    b"DATA\r\n|" + DATA_OF, b"DATA\r\n|", b"DATA\r\nearly\r\n", b"BDAT 6\r\nRSET\r\n", b"BDAT 6 LAST\r\nMAIL\r\n",
+    b"BDAT 0 LAST\r\n", b"RSET\r\n", b"NOOP\r\n",
+])  # fmt: skip
+
+
+@given(words=st.lists(REFUSED_LATER, max_size=14), seed=st.integers(0, 1 << 32), lmtp=st.booleans())
+@settings(max_examples=5000 if PROVE else 300, deadline=None)
+def test_neither_does_the_timing_of_refusals_of_data(words, seed, lmtp):
+    """Octets that come while it is asked are, behind DATA, as early as those of the same segment; behind BDAT they are its."""
+    wire, limits = (LHLO if lmtp else EHLO) + b"".join(words), Limits(errors=12)
+    talks = [Talk(Filtered(True, lmtp, limits)), Talk(Filtered(True, lmtp, limits), dice(Random(seed)))]
+    for talk in talks:
+        talk.host.verbs = ALL
+        for flight in wire.split(b"|"):
+            talk.say(flight)
+            talk.settle()
+        talk.made.close()
+    at_once, late = talks
+    assert late.out == at_once.out and late.messages == at_once.messages and late.host.ends == at_once.host.ends
+    assert late.questions == at_once.questions and late.made.errors == at_once.made.errors
+    assert not any(sender.startswith("d") for sender, _, _ in late.messages)
 
 
 def pieces(flight: bytes, cuts: list[int]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Transactions that ask about MAIL and RCPT: what the filters of a Machine say to that is the test's to decide."""
+"""Transactions that ask about commands: what the filters of a Machine say to that is the test's to decide."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ from relaymta.accept.lmtp import FiledTransaction
 from relaymta.accept.transaction import IncomingTransaction
 from relaymta.proto.session import Question
 from tests.support.connection import Machine, Promise
+
+VERBS = frozenset({"MAIL", "RCPT"})
 
 
 class Filters:
@@ -48,7 +50,7 @@ class _Asking(IncomingTransaction):
 
     def __init__(self, *arguments: Any) -> None:
         IncomingTransaction.__init__(self, *arguments)
-        self.asks = getattr(self._admission, "filters", None) is not None
+        self.asks = VERBS if getattr(self._admission, "filters", None) is not None else frozenset()
 
     async def asked(self, question: Question) -> bytes | None:
         found: bytes | None = await self._admission.filters.ask(question)  # type: ignore[attr-defined]
@@ -64,7 +66,7 @@ class _Filed(FiledTransaction):
 
     def __init__(self, *arguments: Any) -> None:
         FiledTransaction.__init__(self, *arguments)
-        self.asks = getattr(self._admission, "filters", None) is not None
+        self.asks = VERBS if getattr(self._admission, "filters", None) is not None else frozenset()
 
     asked, rejects = _Asking.asked, _Asking.rejects
 
