@@ -7,7 +7,8 @@ Each of the two has one owner and one end:
     Login     begins in `log_in` with a place among the account's       ends with `log_out`: XCLIENT, STARTTLS, another login,
                                                                         or the end of the rights
 
-The dialogue with filters that follow the client begins with its first message, and ends whenever one of the two is another one.
+The dialogue with filters that follow the client begins with its first message, or, where they have something to look up, now;
+it ends whenever one of the two is another one.
 """
 
 from functools import partial
@@ -123,6 +124,8 @@ class Rights(Host):
         if chains is not None:
             chain = chains.chain_for(self._listener, self.client.address, self.origin.application, self.origin.may_relay)
             self.origin = self.origin._replace(chain=chain)
+            if chain is not None and chain.begins and self.admitted:
+                self._dialogue = chain.dialogue(self.client.address)
         self.domain = self.origin.domain
 
     # What the session asks
@@ -142,7 +145,7 @@ class Rights(Host):
         transaction = made(sender, smtputf8, self.origin, session, flow, self._admission)
         chain = self.origin.chain
         if chain is not None and chain.follows:
-            self._dialogue = self._dialogue or chain.dialogue()
+            self._dialogue = self._dialogue or chain.dialogue(self.client.address)
             transaction.dialogue, transaction.asks = self._dialogue, chain.asks
         return transaction
 

@@ -98,14 +98,18 @@ class IncomingTransaction(Transaction):
         return intake.accept_recipient(self.origin, address, self)
 
     async def asked(self, question: Question) -> bytes | None:
-        """What filters that follow the client say to MAIL, or to RCPT: the refusal, or None. Cancelled: no filter is left in the
+        """What filters that follow the client say to MAIL, RCPT or DATA: the refusal, or None. Cancelled: no filter is left in the
         middle of it."""
         dialogue, chain, intake = self.dialogue, self.origin.chain, self._admission.intake
         assert dialogue is not None and chain is not None
         self._ident = self._ident or intake.queue.ident()
-        self._parameters = question.parameters or self._parameters
-        mail, is_recipient = self._mail(Text(b"")), question.verb == "RCPT"
-        found = await (dialogue.rcpt(mail, question.address) if is_recipient else dialogue.mail(mail))
+        if question.verb == "MAIL":
+            self._parameters = question.parameters
+        mail = self._mail(Text(b""))
+        if question.verb == "RCPT":
+            found = await dialogue.rcpt(mail, question.address)
+        else:
+            found = await (dialogue.data(mail) if question.verb == "DATA" else dialogue.mail(mail))
         if found is None:
             return None
         answer = chain.reply(found)
@@ -122,7 +126,8 @@ class IncomingTransaction(Transaction):
         user, mechanism = (origin.identity.name, session.mechanism) if origin.identity is not None else ("", "")
         return Mail(
             format_id(self._ident), self.sender, self.recipients, origin.client.address, session.helo, user, session.tls, text,
-            mechanism=mechanism, listener=origin.listener, parameters=self._parameters,
+            mechanism=mechanism, listener=origin.listener, parameters=self._parameters, announced=self.announced,
+            protocol="LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP",
             rewritten=partial(self._rewritten, len(text.head)),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ not, costs another nothing.
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from relaymta.filter.revision import Revision
 from relaymta.log import Log
 from relaymta.metrics import FilterCounters, FilterTotals
 from relaymta.proto import reply
-from relaymta.proto.address import domain_matches, domain_of
 from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
 from relaymta.proto.printable import printable
 from relaymta.shm import Limits, Named
@@ -55,7 +54,7 @@ class Sender(NamedTuple):
 
 class Chain:
     """The filters for the mail of one client, in the order of the file. `follows`: one of them follows the client, and needs a
-    `Dialogue`; `asks`: also about the envelope; `forged`: names of fields that are removed from mail of clients that may not
+    `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: the commands that it is asked about; `forged`: names of fields that are removed from mail of clients that may not
     relay, since they are those of our tags."""
 
     def __init__(
@@ -63,7 +62,8 @@ class Chain:
     ) -> None:
         self.guards = guards
         self.follows = any(guard.follows for guard in guards)
-        self.asks = any(guard.asks for guard in guards)
+        self.asks = frozenset[str]().union(*(guard.asks for guard in guards))
+        self.begins = any(guard.begins for guard in guards)
         self.forged = frozenset() if trusted else table.tag_names
         self._table = table
         self.trusted = trusted
@@ -84,13 +84,11 @@ class Chain:
         until, findings = self.deadline(), list[Finding]()
         for group in self._groups():
             mail = revision.mail
-            asked = [guard for guard in group if _applies(guard.settings, mail.recipients)]
+            asked = [one for one in group if one.looks_at(mail.recipients) and (one.looks or dialogue is not None)]
             if len(asked) != 1:
-                found = await self._side_by_side(asked, mail, until)
-            elif dialogue is None:
-                found = [await asked[0].ask(mail, self.trusted, until)]
+                found = await self._side_by_side(asked, mail, dialogue, until)
             else:
-                found = [await dialogue.judge(asked[0], mail, self.trusted, until)]
+                found = [await self._one(asked[0], mail, dialogue, until)]
             findings += found
             if any(one.is_sure for one in found):
                 break
@@ -98,9 +96,9 @@ class Chain:
                 self._apply(one, revision)
         return findings
 
-    def dialogue(self) -> Dialogue:
-        """For a new client, where one of them follows it."""
-        return Dialogue(self)
+    def dialogue(self, client: str) -> Dialogue:
+        """For a new client, whose address it is, where one of them follows it."""
+        return Dialogue(self, client)
 
     def deadline(self) -> float:
         """Until when (loop time) all filters together may take for what they are asked now."""
@@ -108,10 +106,7 @@ class Chain:
 
     def _groups(self) -> Iterator[list[Guard]]:
         """Filters that are asked at the same time."""
-        if not self.follows:
-            yield self.guards
-            return
-        for alone, guards in groupby(self.guards, key=lambda guard: guard.follows):
+        for alone, guards in groupby(self.guards, key=lambda guard: guard.alone):
             if alone:
                 yield from ([guard] for guard in guards)
             else:
@@ -127,9 +122,14 @@ class Chain:
         if dropped:
             one.guard.warn(f"{dropped} of its changes to {revision.mail.ident} were not made")
 
-    async def _side_by_side(self, asked: list[Guard], mail: Mail, until: float) -> list[Finding]:
+    def _one(self, guard: Guard, mail: Mail, dialogue: Dialogue | None, until: float) -> Coroutine[object, object, Finding]:
+        if dialogue is None:
+            return guard.ask(mail, self.trusted, until)
+        return dialogue.judge(guard, mail, self.trusted, until)
+
+    async def _side_by_side(self, asked: list[Guard], mail: Mail, dialogue: Dialogue | None, until: float) -> list[Finding]:
         """The findings, in the order of the file: of all, or up to a refusal that nothing can change."""
-        tasks = [self._loop.create_task(guard.ask(mail, self.trusted, until)) for guard in asked]
+        tasks = [self._loop.create_task(self._one(guard, mail, dialogue, until)) for guard in asked]
         pending = set(tasks)
         try:
             while pending:
@@ -162,6 +162,9 @@ class Chain:
         first = max(findings, key=lambda one: one.action, default=None)  # of equals, `max` finds the first
         if first is None:
             return Outcome(Verdict.ACCEPT)
+        if first.is_sure:
+            instead = next((one for one in findings if one.condition == "if rejected"), None)
+            first = first if instead is None else instead._replace(action=Verdict.TEMPFAIL)
         if first.action >= Verdict.TEMPFAIL:
             answer = self.reply(first)
             return Outcome(first.action, answer, answer.startswith(b"421"))
@@ -284,7 +287,7 @@ def _spamd(settings: Settings, hostname: str) -> Filter:
 def _milter(settings: Settings, hostname: str) -> Filter:
     from relaymta.filter.milter import Milter
 
-    return Milter(settings.address, settings.timeout, hostname)
+    return Milter(settings.address, settings.timeout, hostname, settings.stage)
 
 
 _TYPES: dict[str, Callable[[Settings, str], Filter]] = {"clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter}
@@ -302,11 +305,6 @@ def _is_for(settings: Settings, sender: Sender) -> bool:
         return True
     address = ipaddress.ip_address(sender.address)
     return any(address in ipaddress.ip_network(network) for network in settings.networks)
-
-
-def _applies(settings: Settings, recipients: Sequence[str]) -> bool:
-    wanted = settings.recipient_domain
-    return not wanted or any(domain_matches(domain_of(address), wanted) for address in recipients)
 
 
 def _filled(template: str, one: Finding) -> str:

@@ -1,15 +1,15 @@
-"""The filters that follow one client (milters): each has a session of its own with it, as long as the client's lasts.
+"""The filters that follow one client: each has a session of its own with it, as long as the client's lasts.
 
 State, all of it changed on the loop, by the one question that is under way or by `reset` and `end`: `_decided`, what a filter
 has said of the whole message before it has seen it, or why it could not be asked: it is not asked again in this transaction;
-`_noted`, what it has said of a recipient where no refusal follows from that.
+`_noted`, what else it has said of the envelope, as far as no refusal has followed from that.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from relaymta.filter.guard import Finding, Guard
-from relaymta.filter.judgement import Answer, FilterSession, Follower, Mail, Verdict
+from relaymta.filter.judgement import Answer, FilterSession, Mail, Verdict
 
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chain
@@ -18,38 +18,56 @@ __all__ = ["Dialogue"]
 
 
 class Dialogue:
-    """See above."""
+    """See above. `client`: its address."""
 
-    __slots__ = ("_chain", "_decided", "_noted", "_sessions")
+    __slots__ = ("_chain", "_client", "_decided", "_noted", "_sessions")
 
-    def __init__(self, chain: "Chain") -> None:
+    def __init__(self, chain: "Chain", client: str) -> None:
         self._chain = chain
+        self._client = client
         self._sessions: dict[Guard, FilterSession] = {}
         self._decided: dict[Guard, Finding] = {}
         self._noted: dict[Guard, Finding] = {}
+        for guard in chain.guards:
+            if guard.begins:
+                self._session(guard)
 
     async def mail(self, mail: Mail) -> Finding | None:
         """MAIL: what refuses it, or None. As all questions here: cancelled, no filter is left in the middle of one."""
-        return await self._ask(mail, lambda session: session.mail(mail))
+        return await self._ask("MAIL", mail, (), lambda session: session.mail(mail))
 
     async def rcpt(self, mail: Mail, address: str) -> Finding | None:
         """RCPT: what refuses it, or None."""
-        return await self._ask(mail, lambda session: session.rcpt(mail, address))
+        return await self._ask("RCPT", mail, [address], lambda session: session.rcpt(mail, address))
 
-    async def _ask(self, mail: Mail, question: Callable[[FilterSession], Awaitable[Answer]]) -> Finding | None:
-        """Ask one after the other, as they may change what they are told of; up to a refusal."""
-        chain = self._chain
+    async def data(self, mail: Mail) -> Finding | None:
+        """DATA: what refuses it, or None."""
+        return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
+
+    async def _ask(
+        self, verb: str, mail: Mail, recipients: Sequence[str], question: Callable[[FilterSession], Awaitable[Answer]]
+    ) -> Finding | None:
+        """Ask one after the other, as they may change what they are told of; up to a refusal that holds whatever others say."""
+        chain, refusal, instead = self._chain, None, None
         until = chain.deadline()
         for guard in chain.guards:
-            if not guard.asks:
+            if verb not in guard.asks or not (verb == "MAIL" or guard.looks_at(recipients)):
                 continue
-            found = self._decided.get(guard)
+            found = self._decided.get(guard) or await self._put(guard, question, until)
             if found is None:
-                found = await self._put(guard, question, until)
-            if found is not None and found.action >= Verdict.TEMPFAIL:
-                chain.told(mail, found)
-                return found
-        return None
+                continue
+            if found.condition == "if rejected":
+                instead = instead or found
+            elif found.action >= Verdict.TEMPFAIL and (refusal is None or found.action > refusal.action):
+                refusal = found
+                if not found.condition:
+                    break
+        if refusal is None:
+            return None
+        if instead is not None and refusal.action is Verdict.REJECT:
+            refusal = instead._replace(action=Verdict.TEMPFAIL)
+        chain.told(mail, refusal)
+        return refusal
 
     async def _put(self, guard: Guard, question: Callable[[FilterSession], Awaitable[Answer]], until: float) -> Finding | None:
         session = self._session(guard)
@@ -59,9 +77,8 @@ class Dialogue:
         if session.decided or found.failure:
             self._decided[guard] = found
         elif found.action < Verdict.TEMPFAIL:
-            before = self._noted.get(guard)
-            if before is None or found.action > before.action:
-                self._noted[guard] = found
+            before, noted = self._noted.get(guard), found._replace(condition="")
+            self._noted[guard] = noted if before is None else noted.joined(before)
         return found
 
     def refused(self, address: str, answer: bytes) -> None:
@@ -70,20 +87,23 @@ class Dialogue:
             session.refused(address, answer)
 
     async def judge(self, guard: Guard, mail: Mail, trusted: bool, until: float) -> Finding:
-        """As of `Guard.ask`, also for a filter that follows nobody."""
+        """As of `Guard.ask`, also for a filter that follows nobody; and for one that is asked about the envelope alone: what it
+        has said of that."""
         if not guard.follows:
             return await guard.ask(mail, trusted, until)
-        found = self._decided.get(guard) or await guard.ask(mail, trusted, until, self._session(guard))
-        noted = self._noted.get(guard)
-        if noted is None or noted.action <= found.action:
-            return found
-        return found._replace(word=noted.word, action=noted.action, reason=noted.reason)
+        decided, noted = self._decided.get(guard), self._noted.get(guard)
+        if guard.looks:
+            found = decided or await guard.ask(mail, trusted, until, self._session(guard))
+        elif decided is not None and decided.action < Verdict.TEMPFAIL:
+            found = decided
+        else:  # what it has refused are recipients, and they were refused
+            found = Finding(guard, "accept", Verdict.ACCEPT)
+        return found if noted is None else found.joined(noted)
 
     def _session(self, guard: Guard) -> FilterSession:
         session = self._sessions.get(guard)
         if session is None:
-            follower: Follower = guard.filter  # type: ignore[assignment]
-            session = self._sessions[guard] = follower.session()
+            session = self._sessions[guard] = guard.session(self._client)
         return session
 
     def reset(self) -> None:

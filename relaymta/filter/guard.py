@@ -13,14 +13,16 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relaymta.errors import StoreError, redacted
 from relaymta.filter.judgement import (
     Answer,
+    Condition,
     Filter,
     FilterFailure,
     FilterSession,
+    Follower,
     Mail,
     NewBody,
     NewEnvelope,
@@ -29,6 +31,7 @@ from relaymta.filter.judgement import (
 from relaymta.filter.places import Places
 from relaymta.log import Log
 from relaymta.metrics import FilterCounters
+from relaymta.proto.address import domain_matches, domain_of
 from relaymta.proto.edits import Edit
 from relaymta.shm import Limits
 
@@ -37,8 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Guard"]
 
+EDITS_MOST = 100  # of one filter, where it is asked more than once about a message
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
 PROBE_EVERY = 1.0  # seconds
+NOTHING: frozenset[str] = frozenset()
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
 
@@ -60,6 +65,18 @@ class Finding(NamedTuple):
     envelope: NewEnvelope | None = None
     dropped: int = 0
     reply: bytes = b""
+    condition: Condition = ""
+
+    def joined(self, before: "Finding") -> "Finding":
+        """With what the same filter has said before, of another part of the same message: the stricter word, all changes."""
+        edits, envelope = [*before.edits, *self.edits], before.envelope
+        if self.envelope is not None:
+            envelope = self.envelope if envelope is None else envelope.joined(self.envelope)
+        word = before if before.action > self.action else self
+        return word._replace(
+            edits=edits[-EDITS_MOST:], envelope=envelope, body=self.body, seconds=before.seconds + self.seconds,
+            dropped=before.dropped + self.dropped + max(len(edits) - EDITS_MOST, 0),
+        )  # fmt: skip
 
     @property
     def is_sure(self) -> bool:
@@ -68,8 +85,8 @@ class Finding(NamedTuple):
 
 
 class Guard:
-    """See above. `settings`: as configured; `filter`: what speaks to it; `follows`: it is a judgement.Follower; `asks`: it is
-    asked about the envelope as that comes."""
+    """See above. `settings`: as configured; `filter`: what speaks to it; `follows`: it is a judgement.Follower, by whose session
+    it is asked; `alone`, `asks`, `begins`, `looks`: as of that."""
 
     def __init__(
         self,
@@ -83,8 +100,11 @@ class Guard:
         self.settings = settings
         self.name = settings.name
         self.filter = asked
-        self.follows = hasattr(asked, "session")
-        self.asks = self.follows and settings.stage != "message"
+        self._follower = cast(Follower, asked) if hasattr(asked, "session") else None
+        one = self._follower
+        self.alone, self.asks = (False, NOTHING) if one is None else (one.alone, one.asks)
+        self.begins, self.looks = (False, True) if one is None else (one.begins, one.looks)
+        self.follows = one is not None and (one.alone or bool(one.asks))
         self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
         self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
         self._places = Places(settings.name, settings.concurrency, limits, loop, self._show)
@@ -118,6 +138,16 @@ class Guard:
             "down for": 0 if down is None else round(self._loop.time() - down[0]), "why": "" if down is None else down[1],
         }  # fmt: skip
 
+    def session(self, client: str) -> FilterSession:
+        """With a client, where the filter `follows` it."""
+        assert self._follower is not None
+        return self._follower.session(client)
+
+    def looks_at(self, recipients: Sequence[str]) -> bool:
+        """Whether it is asked about mail to these."""
+        wanted = self.settings.recipient_domain
+        return not wanted or any(domain_matches(domain_of(address), wanted) for address in recipients)
+
     async def ask(self, mail: Mail, trusted: bool, until: float, session: FilterSession | None = None) -> Finding:
         """Ask it about a message, until a loop time at most. `trusted`: the client may relay; `session`: by which it follows the
         client. OSError or StoreError: the message itself cannot be read or written; any other failure is in what is returned."""
@@ -143,6 +173,8 @@ class Guard:
         settings = self.settings
         if self._down is not None:
             return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
+        if not settings.address:  # it is no program: it has no places, and bounds its own time
+            return await self._asked(question, trusted, None, until, session)
         began = self._loop.time()
         deadline = min(began + settings.timeout, until)
         if not self._places.take_now():
@@ -157,7 +189,7 @@ class Guard:
             self._places.give()
 
     async def _asked(
-        self, question: Callable[[], Awaitable[Answer]], trusted: bool, deadline: float, until: float,
+        self, question: Callable[[], Awaitable[Answer]], trusted: bool, deadline: float | None, until: float,
         session: FilterSession | None,
     ) -> Finding:  # fmt: skip
         """Ask it, now that there is a place."""
@@ -207,14 +239,17 @@ class Guard:
         """What follows from an answer: without `enforce` nothing, and of the changes what it may do."""
         found = Finding(
             self, verdict.word, verdict, answer.reason, answer.score, answer.edits, seconds=seconds, body=answer.body,
-            envelope=answer.envelope, dropped=answer.dropped, reply=answer.reply,
+            envelope=answer.envelope, dropped=answer.dropped, reply=answer.reply, condition=answer.condition,
         )  # fmt: skip
+        if answer.note:
+            self.warn(answer.note)
         if self.settings.enforce and verdict < Verdict.TEMPFAIL:
             return self._allowed(found)
         if found.body is not None:
             found.body.discard()
-        action = verdict if self.settings.enforce else Verdict.ACCEPT
-        return found._replace(action=action, edits=(), body=None, envelope=None, dropped=0)
+        if not self.settings.enforce:
+            found = found._replace(action=Verdict.ACCEPT, condition="")
+        return found._replace(edits=(), body=None, envelope=None, dropped=0)
 
     def _allowed(self, found: Finding) -> Finding:
         """A finding without the changes that the filter may not make."""

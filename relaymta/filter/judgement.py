@@ -151,6 +151,11 @@ class NewEnvelope(NamedTuple):
     removed: Sequence[str] = ()
     sender: str | None = None
 
+    def joined(self, later: "NewEnvelope") -> "NewEnvelope":
+        """With what the same filter wants later."""
+        sender = self.sender if later.sender is None else later.sender
+        return NewEnvelope([*self.added, *later.added], [*self.removed, *later.removed], sender)
+
 
 class Answer(NamedTuple):
     """What a filter says, in its own words. `word` is looked up in the filter's table of verdicts; `reason`: a virus's name, a
@@ -230,6 +235,7 @@ class Follower(Filter, Protocol):
 
     alone: bool  # it may change what others look at: nobody is asked beside it
     asks: frozenset[str]  # of "MAIL", "RCPT" and "DATA": when its sessions are asked
+    begins: bool  # its sessions begin with the connection, not with the first MAIL
     looks: bool  # they are asked about the message, too
 
     def session(self, client: str) -> FilterSession:

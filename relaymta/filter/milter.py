@@ -199,16 +199,20 @@ class _Link(asyncio.Protocol):
 class Milter:
     """A judgement.Follower. Its words: accept, reject, tempfail, discard, quarantine."""
 
-    def __init__(self, addresses: Sequence[str], timeout: float, hostname: str) -> None:
+    alone, begins, looks = True, False, True
+
+    def __init__(self, addresses: Sequence[str], timeout: float, hostname: str, stage: str = "mail") -> None:
         """`addresses`: "unix:/path", "host:port" or "[::1]:port"; the first that is up is asked. `timeout`: seconds for a
-        connection; how long all else may take is its caller's to say. `hostname`: ours. ValueError: an address is none."""
+        connection; how long all else may take is its caller's to say. `hostname`: ours; `stage`: as configured. ValueError: an
+        address is none."""
+        self.asks = frozenset({"MAIL", "RCPT"}) if stage != "message" else frozenset[str]()
         for address in addresses:
             check_address(address)
         self._skipped_until = dict.fromkeys(addresses, 0.0)  # loop time, by address
         self._timeout = timeout
         self.hostname = hostname
 
-    def session(self) -> "_Session":
+    def session(self, client: str = "") -> "_Session":
         """As in judgement.Follower."""
         return _Session(self)
 
@@ -291,6 +295,10 @@ class _Session:
     async def rcpt(self, mail: Mail, address: str) -> Answer:
         """As in judgement.FilterSession."""
         return await self._twice(mail, lambda: self._tell(mail, address))
+
+    async def data(self, mail: Mail) -> Answer:
+        """As in judgement.FilterSession: it is told of DATA with the message."""
+        return _CONTINUE
 
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter."""

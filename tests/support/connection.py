@@ -301,7 +301,7 @@ class Machine(Admission):
     def chain_for(self, *sender: object) -> "Machine":
         return self
 
-    follows = False
+    follows = begins = False
 
     async def judge(self, revision: Revision, dialogue: object) -> Outcome:
         """Reads all of it, and does what the header says. The size of what it has seen stands above all other fields."""
