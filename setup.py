@@ -26,6 +26,7 @@ KERNELS = {
     "relaymta._speedups.records": "relaymta/_speedups/records.py",
     "relaymta._speedups.uids": "relaymta/_speedups/uids.py",
     "relaymta._speedups.cells": "relaymta/_speedups/cells.pyx",
+    "relaymta._speedups.pairs": "relaymta/_speedups/pairs.pyx",
 }
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RELAYMTA_SANITIZE") == "1" else []
 

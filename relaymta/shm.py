@@ -1,9 +1,9 @@
 """Memory shared by the supervisor and the workers: counters for metrics, limits and rates of all workers, messages in flight.
 
 One memfd, mapped by all processes. Layout: a block of counters for each worker slot, limits, ids in flight, rates, the version of
-the directory of mailboxes, counters of what is known by its name. A worker writes only its own cells, except for rates and the
-keys of rows, which all workers change by compare-and-swap. The supervisor reads all cells, also those of a worker that has died;
-it alone writes the version.
+the directory of mailboxes, counters of what is known by its name, triplets (triplets.py). A worker writes only its own cells,
+except for rates, triplets and the keys of rows, which all workers change by compare-and-swap. The supervisor reads all cells,
+also those of a worker that has died; it alone writes the version.
 """
 
 import mmap
@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 
 import xxhash
 
+from relaymta import triplets
 from relaymta._speedups.cells import Cells
+from relaymta._speedups.pairs import Pairs
 
 __all__ = ["NAMED", "NAMED_CELLS", "InFlight", "Limits", "Named", "Rates", "Shared"]
 
@@ -33,7 +35,8 @@ _IN_FLIGHT_AT = SLOTS * COUNTERS + ROWS * ROW
 _RATES_AT = _IN_FLIGHT_AT + SLOTS * IN_FLIGHT
 _DIRECTORY_AT = _RATES_AT + 2 * RATE_ROW * RATE_ROWS
 _NAMED_AT = _DIRECTORY_AT + 1
-_CELLS = _NAMED_AT + NAMED + SLOTS * NAMED * NAMED_CELLS
+_TRIPLETS_AT = (_NAMED_AT + NAMED + SLOTS * NAMED * NAMED_CELLS + 511) // 512 * 512  # on a page: pairs are aligned
+_CELLS = _TRIPLETS_AT + triplets.CELLS
 
 SUPERVISOR = SLOTS  # who changes a table, where it is not the worker of a slot
 
@@ -86,6 +89,10 @@ class Shared:
         """The counters of what is known by its name, as used by a slot's worker."""
         values = [Cells(self._map, 8 * (_NAMED_AT + NAMED * (1 + n * NAMED_CELLS)), NAMED * NAMED_CELLS) for n in range(SLOTS)]
         return Named(Cells(self._map, 8 * _NAMED_AT, NAMED), values, slot)
+
+    def triplets(self, secret: bytes, stale: Callable[[int, int, int], bool]) -> triplets.Triplets:
+        """The triplets of greylisting, with the secret of the spool. Its memory is used from the first one on."""
+        return triplets.Triplets(Pairs(self._map, 8 * _TRIPLETS_AT, triplets.ROWS), secret, stale)
 
     def clear_limits(self, slot: int) -> None:
         """Release all units of limits that a dead worker held, and undo what it was changing in the tables. Called before its

@@ -1,4 +1,4 @@
-"""The compiled kernels: small, hot, bytes in and events out. Reached through `proto` and `shm` only.
+"""The compiled kernels: small, hot, bytes in and events out. Reached through `proto`, `shm` and `triplets` only.
 
 Each `.py` kernel has a `.pxd` beside it that types it for Cython; the same source runs interpreted. Production is
 compiled: importing an interpreted kernel by accident (a missing or foreign .so) raises ImportError, unless
@@ -13,7 +13,7 @@ INTERPRETED = os.environ.get("RELAYMTA_INTERPRETED") == "1"
 if not INTERPRETED:
     for _name in (
         "smtp", "replies", "dkim", "dots", "mime", "octets", "addresses", "structure", "text", "packed", "search", "envelopes",
-        "imap", "records", "uids", "cells",
+        "imap", "records", "uids", "cells", "pairs",
     ):  # fmt: skip
         _found = PathFinder.find_spec(f"{__name__}.{_name}", __path__)  # not imported: a relay alone needs half of them
         if _found is None or not isinstance(_found.loader, ExtensionFileLoader):

@@ -1,5 +1,5 @@
 """What the machine keeps across restarts: site states (suspended and dead sites, learned limits), policies, refreshed tokens,
-rates of clients, the provider profiles in use.
+rates of clients, triplets of greylisting, the provider profiles in use.
 
 The supervisor owns the site states: it stores them (`Store`, a small LMDB environment in the spool) and sends every change to all
 workers. A worker sends a change that it wants to the supervisor, and uses its own copy (`SiteStates`). Times are milliseconds of
@@ -8,6 +8,7 @@ the wall clock (UTC).
 
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
@@ -16,6 +17,7 @@ from typing import Any
 
 import lmdb
 import msgspec
+import xxhash
 
 from relaymta.errors import RelayError, StoreError, store_error
 
@@ -36,17 +38,21 @@ __all__ = [
     "keep_profiles",
     "keep_rates",
     "keep_secret",
+    "keep_triplets",
     "kept_rates",
+    "kept_triplets",
     "site_state_row",
 ]  # fmt: skip
 
 SUSPENDED, DEAD, SLOW, LEARNED = "suspended", "dead", "slow", "learned"
 HOLD, BOUNCE = "hold", "bounce"  # policies
 TOKEN = "token"  # a refresh token that an OAuth endpoint has replaced ours by: a secret, never shown
-RATES = "rates"
+RATES, TRIPLETS = "rates", "triplets"
 PROFILES, PROFILES_BEFORE = "providers.toml", "providers-before.toml"  # in use, and in use before the last change
 MOST = 50_000  # states; beyond that, those that end first are dropped
 _MAP_SIZE = 1 << 30
+_TRIPLETS = struct.Struct("<8sLQQ")  # what it is, version, octets that follow, their hash (XXH3)
+_TRIPLETS_ARE, _TRIPLETS_MOST = (b"triplets", 1), 1 << 26
 
 
 class SiteState(msgspec.Struct, frozen=True):
@@ -189,12 +195,38 @@ def keep_rates(path: Path, rows: list[tuple[int, int]]) -> None:
     _put(path / RATES, _encode((_wall(), rows)))
 
 
-def _put(file: Path, octets: bytes) -> None:
-    """Replace a file atomically. A link in its place is replaced, not followed."""
+def keep_triplets(path: Path, octets: bytes) -> None:
+    """Store the triplets (triplets.Triplets.dump) in `path`, durably. Blocks; OSError, after which those stored
+    before are still there."""
+    head = _TRIPLETS.pack(*_TRIPLETS_ARE, len(octets), xxhash.xxh3_64_intdigest(octets))
+    try:
+        _put(path / TRIPLETS, head, octets, sync=True)
+    except OSError:
+        (path / TRIPLETS).with_suffix(".new").unlink(missing_ok=True)  # many octets, and the disk may be full
+        raise
+
+
+def kept_triplets(path: Path) -> bytes:
+    """The octets stored by `keep_triplets`; none if there is no such file, or it is not as it was stored. Blocks."""
+    try:
+        with (path / TRIPLETS).open("rb") as file:
+            *kind, size, checksum = _TRIPLETS.unpack(file.read(_TRIPLETS.size))
+            octets = file.read(size + 1) if tuple(kind) == _TRIPLETS_ARE and size <= _TRIPLETS_MOST else b""
+    except (OSError, struct.error):
+        return b""
+    return octets if len(octets) == size and xxhash.xxh3_64_intdigest(octets) == checksum else b""
+
+
+def _put(file: Path, *parts: bytes, sync: bool = False) -> None:
+    """Replace a file atomically. A link in its place is replaced, not followed. `sync`: its octets are on the disk before."""
     fresh = file.with_suffix(".new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as opened:
-        opened.write(octets)
+        for octets in parts:
+            opened.write(octets)
+        if sync:
+            opened.flush()
+            os.fsync(opened.fileno())
     fresh.replace(file)
 
 

@@ -5,7 +5,6 @@ import errno
 import gc
 import os
 import re
-import subprocess
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -303,14 +302,6 @@ async def test_a_file_that_cannot_be_made(desk, monkeypatch):
     assert desk.given_back == 0
     new.discard()
     await desk.gone()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """1 MB."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
