@@ -53,7 +53,7 @@ prove: build
 
 fuzz: build
 	$(BIN)/pip install -q "atheris>=3"
-	for target in smtp replies session pop3 imap connection sasl header proxy mime search sieve managesieve clamd spamd milter; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
+	for target in smtp replies session pop3 imap connection sasl header proxy mime search sieve managesieve clamd spamd milter policy; do $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) -verbosity=0 || exit 1; done
 
 bench: build
 	$(BIN)/python -m benchmarks.run

@@ -145,16 +145,19 @@ def gtube() -> Mail:
 
 
 class NewEnvelope(NamedTuple):
-    """Changes to an envelope: recipients that are added and removed, in this order, and another sender (None: as it was)."""
+    """Changes to an envelope: one recipient that replaces all there are by then (None: they stay), recipients that are added and
+    removed, in this order, and another sender (None: as it was)."""
 
     added: Sequence[str] = ()
     removed: Sequence[str] = ()
     sender: str | None = None
+    only: str | None = None
 
     def joined(self, later: "NewEnvelope") -> "NewEnvelope":
         """With what the same filter wants later."""
         sender = self.sender if later.sender is None else later.sender
-        return NewEnvelope([*self.added, *later.added], [*self.removed, *later.removed], sender)
+        only = self.only if later.only is None else later.only
+        return NewEnvelope([*self.added, *later.added], [*self.removed, *later.removed], sender, only)
 
 
 class Answer(NamedTuple):

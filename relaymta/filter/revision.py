@@ -71,9 +71,10 @@ class Revision:
         """Another envelope."""
         if envelope.sender is not None:
             self.sender = envelope.sender
-        if envelope.added or envelope.removed:
+        if envelope.added or envelope.removed or envelope.only is not None:
             gone = {compared(address) for address in envelope.removed}
-            recipients = {compared(address): address for address in self.mail.recipients}
+            before = self.mail.recipients if envelope.only is None else [envelope.only]
+            recipients = {compared(address): address for address in before}
             recipients |= {key: address for address in envelope.added if (key := compared(address)) not in recipients}
             self.recipients = [address for key, address in recipients.items() if key not in gone]
         sender = self.mail.sender if self.sender is None else self.sender

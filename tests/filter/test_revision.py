@@ -138,6 +138,18 @@ def test_the_envelope():
     assert (one.sender, one.recipients) == ("x@y.example", [])
 
 
+def test_one_recipient_instead_of_all():
+    one = revision(recipients=["c@d.example", "e@f.example"])
+    one.readdress(NewEnvelope(only="x@y.example"))
+    assert one.recipients == one.mail.recipients == ["x@y.example"] and one.sender is None
+    one.readdress(NewEnvelope(["b@c.example", "X@y.example"], ["g@h.example"]))
+    assert one.recipients == ["x@y.example", "b@c.example"]
+    one.readdress(NewEnvelope(["z@y.example"], ["b@c.example"], only="c@d.example"))
+    assert one.recipients == ["c@d.example", "z@y.example"]
+    one.readdress(NewEnvelope(removed=["C@d.example"], only="c@d.example", sender=""))
+    assert one.recipients == one.mail.recipients == [] and one.sender == ""
+
+
 async def test_a_body_that_another_one_replaces_is_discarded_and_the_next_filter_sees_the_last():
     one, first, second = revision(), Body(), Body()
     one.rewrite(first)  # type: ignore[arg-type]

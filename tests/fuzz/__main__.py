@@ -30,6 +30,7 @@ from relaymta.proto import (
     mime_envelope,
     mime_structure,
     mime_text,
+    policy,
     pop3_maildrop,
     pop3_server,
     pop3_session,
@@ -68,7 +69,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MODULES = (
     authres, clamd, header_fields, proxy, sasl, signatures, published, verbs, pop3_verbs, auth_exchange, imap_grammar,
     imap_messages, imap_search, imap_text, mime_section, mime_envelope, mime_structure, mime_text, managesieve_grammar,
-    managesieve_reply, managesieve_server, milter, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates,
+    managesieve_reply, managesieve_server, milter, policy, sieve, sieve_actions, sieve_address, sieve_arguments, sieve_dates,
     sieve_grammar, sieve_lexer, sieve_match, sieve_message, sieve_outcome, sieve_program, sieve_replies, sieve_run, sieve_strings,
     sieve_tests, sieve_vacation, sieve_values, spamc,
 )  # fmt: skip

@@ -19,6 +19,7 @@ from relaymta.filter.judgement import FilterFailure
 from relaymta.filter.rspamd import edits_of, object_of
 from relaymta.filter.signatures import arc, claims, verify
 from relaymta.proto import mailbox, mime_text, reply
+from relaymta.proto import policy as policy_replies
 from relaymta.proto.authres import without_forged
 from relaymta.proto.clamd import LONGEST as LONGEST_OF_CLAMD
 from relaymta.proto.clamd import SHOWN, ClamdError, Replies
@@ -502,6 +503,31 @@ def _milter_run(options: int, parts: list[bytes]) -> tuple[Any, ...]:
     return events, one.changes, one.last, one.spent, list(one.due), one.error is None, one.terms
 
 
+def policy(data: bytes) -> None:
+    """Replies of a policy service: the same for every split; what it says makes one line of a reply, and one field."""
+    _, cuts, wire = taken_apart(data)
+    found = _policy_run(test_smtp.pieces(wire, cuts))
+    assert found == _policy_run([wire]) == _policy_run([bytes([octet]) for octet in wire])
+    for action in found[0]:
+        assert action.word.isprintable() and action.text.isprintable()
+        if action.word in ("REJECT", "5xx", "DEFER", "DEFER_IF_PERMIT", "DEFER_IF_REJECT", "4xx"):
+            answer = policy_replies.refusal(action, action.text)
+            assert re.fullmatch(rb"([45])\d\d \1\.[\d.]+ [!-~][ -~]*\r\n", answer) and len(answer) <= 512, answer
+        if (field := policy_replies.field(action.text)) is not None:
+            above, header, _ = edited(FILTERED_HEADER, [field])
+            assert header == FILTERED_HEADER and header_end(above + header) == len(above + header)
+        if (address := policy_replies.recipient(action.text)) is not None:
+            assert address.isprintable() and "@" in address and not set(address) & set("<>\\")
+
+
+def _policy_run(parts: list[bytes]) -> tuple[list[policy_replies.Action], str]:
+    one, found = policy_replies.Replies(), list[policy_replies.Action]()
+    for part in parts:
+        found += one.feed(part)
+    assert one.error is None or str(one.error).isprintable()
+    return found, str(one.error or "")
+
+
 def spamd(data: bytes) -> None:
     """Answers of spamd and rspamd: a verdict or a failure; what they want changed makes no other header."""
     options, _, wire = taken_apart(data)
@@ -532,4 +558,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "clamd": clamd,
     "spamd": spamd,
     "milter": milter,
+    "policy": policy,
 }

@@ -28,6 +28,7 @@ from relaymta.proto import (
     milter,
     mime,
     mime_text,
+    policy,
     proxy,
     sasl,
     sieve,
@@ -475,6 +476,22 @@ _CLAMD = {
 }
 
 
+_POLICY = {
+    "replies": times(b"action=\n\n"),
+    "attributes": times(b"a=\n"),
+    "actions": times(b"action=DUNNO\n\n"),
+    "a name": times(b"a"),
+    "a value": times(b"x", b"action="),
+    "carriage returns": times(b"\r", b"action="),
+    "blanks": times(b"action=" + b" " * 900 + b"x\n\n"),
+    "controls": times(b"action=WARN " + b"\1" * 900 + b"\n\n"),
+    "digits": times(b"action=" + b"1" * 900 + b"\n\n"),
+    "a field": times(b"action=PREPEND " + b"x" * 900 + b":\n\n"),
+    "an address": times(b"action=REDIRECT " + b"<" * 900 + b"\n\n"),
+    "a refusal": times(b"action=REJECT " + b"5.1.1 " * 150 + b"\n\n"),
+}
+
+
 _MILTER = {
     "answers": times(b"\0\0\0\1c"),
     "work": times(b"\0\0\0\1p", b"\0\0\0\1c" * 5),
@@ -505,6 +522,18 @@ def _milter(wire: bytes) -> None:
         while at < len(wire):
             one.feed(wire[at : at + size])
             at, size = at + size, size % 100 + 1
+
+
+def _policy(wire: bytes) -> None:
+    """In pieces of every length, as they come; and what follows from the actions."""
+    one, at, size = policy.Replies(), 0, 1
+    while at < len(wire):
+        for action in one.feed(wire[at : at + size]):
+            policy.field(action.text)
+            policy.recipient(action.text)
+            if action.word in ("REJECT", "4xx"):
+                policy.refusal(action, action.text)
+        at, size = at + size, size % 100 + 1
 
 
 def _clamd(wire: bytes) -> None:
@@ -959,6 +988,7 @@ def _parsers() -> Iterable[Parser]:
         "proto.smtp_client.Said", lambda text: Said(550, text, "rcpt"), {**_SAID, "codes": times(b"5.1.1 x\n")}, "as above"
     )
     yield Parser("proto.clamd.Replies", _clamd, _CLAMD, "1024 octets of a reply")
+    yield Parser("proto.policy.Replies", _policy, _POLICY, "16,384 octets of a reply")
     yield Parser(
         "proto.milter.Conversation",
         _milter,
