@@ -1,0 +1,81 @@
+"""Lists of addresses and domains in the DNS (RFC 5782): the names that are asked, and what the answers mean."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+__all__ = ["Codes", "Result", "reversed_address"]
+
+_RANGE = re.compile(r"(\d{1,3}\.\d{1,3}\.\d{1,3}\.)(\d{1,3})-(\d{1,3})\Z", re.ASCII)
+_LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
+# With these a list says that it does not answer the one who asks (https://www.spamhaus.org/faqs/dnsbl-usage/, RFC 5782 5).
+_REFUSALS = ipaddress.IPv4Network("127.255.255.0/24")
+_TEST = ipaddress.IPv4Address("127.0.0.1")
+
+Kind = Literal["listed", "other", "refused"]
+
+
+class Result(NamedTuple):
+    """What the answers to one question mean. listed: with these `codes`, of those that count; other: none of them does; refused:
+    the list does not answer us, or a resolver lies; `codes` are those answers then."""
+
+    kind: Kind
+    codes: Sequence[str]
+
+
+def reversed_address(address: str) -> str:
+    """An address as it is asked for: its octets, of IPv6 its 32 digits, turned round (RFC 5782 2.1, 2.4). An IPv4 address in one
+    of IPv6 is that one. ValueError: it is no address."""
+    found = ipaddress.ip_address(address)
+    mapped = getattr(found, "ipv4_mapped", None)
+    digits = (mapped or found).reverse_pointer
+    return digits.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
+
+
+class Codes:
+    """Answers of a list that count."""
+
+    __slots__ = ("_ranges",)
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """`texts`: "127.0.0.2", "127.0.0.2-11" (in the last octet), "127.0.0.0/24". ValueError: with what is wrong."""
+        self._ranges: list[tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]] = []
+        for text in texts:
+            first, last = _bounds(text)
+            if first not in _LOOPBACK or last not in _LOOPBACK:
+                raise ValueError(f"{text!r}: answers of lists are within 127.0.0.0/8")
+            if first == last == _TEST or (first in _REFUSALS and last in _REFUSALS):
+                raise ValueError(f"{text!r}: with this a list says that it does not answer us; it cannot count")
+            self._ranges.append((first, last))
+
+    def match(self, answers: Sequence[str]) -> Result:
+        """What the A records of one answer mean."""
+        listed, refused = [], []
+        for text in answers:
+            try:
+                code = ipaddress.IPv4Address(text)
+            except ValueError:
+                refused.append(text)
+                continue
+            if code not in _LOOPBACK or code in _REFUSALS or code == _TEST:
+                refused.append(text)
+            elif any(first <= code <= last for first, last in self._ranges):
+                listed.append(text)
+        if refused:
+            return Result("refused", refused)
+        return Result("listed", listed) if listed else Result("other", ())
+
+
+def _bounds(text: str) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
+    match = _RANGE.match(text)
+    try:
+        if match is not None:
+            first, last = (ipaddress.IPv4Address(match[1] + octet) for octet in match.groups()[1:])
+            if first > last:
+                raise ValueError
+            return first, last
+        network = ipaddress.IPv4Network(text)
+    except ValueError:
+        raise ValueError(f'{text!r} is none of "127.0.0.2", "127.0.0.2-11" and "127.0.0.0/24"') from None
+    return network.network_address, network.broadcast_address
