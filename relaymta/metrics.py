@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 __all__ = [
-    "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS", "SITES_SHOWN",
-    "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "clear_filter_gauges", "down_families", "families",
-    "filter_families", "row_families",
+    "DNSBL_RESULTS", "FILTER_FAILURES", "FILTER_VERDICTS", "GAUGES", "HISTOGRAMS", "HISTOGRAM_NAMES", "NAMES", "RESULTS",
+    "SITES_SHOWN", "SITE_GAUGES", "Counters", "FilterCounters", "FilterTotals", "ListCounters", "clear_filter_gauges",
+    "down_families", "families", "filter_families", "list_families", "list_name", "row_families",
 ]  # fmt: skip
 
 
@@ -36,6 +36,10 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "relaymta_dmarc_total": (
         "Messages of unauthenticated clients that were verified, by DMARC result", "result",
         ("pass", "none", "fail", "permerror", "temperror"),
+    ),
+    "relaymta_greylist_total": (
+        "Messages that greylisting has judged, by what is known of their sender (passed: it has waited; early: not long enough)",
+        "result", ("known", "passed", "early", "new"),
     ),
     "relaymta_quota_exceeded_total": (
         "Times a quota was exceeded: an account's (rejected or held), or a client's rate", "result",
@@ -169,6 +173,9 @@ FILTER_METRICS = {
     "seconds": "relaymta_filter_seconds", "verdicts": "relaymta_filter_verdicts_total", "failures":
     "relaymta_filter_failures_total", "up": "relaymta_filter_up", "waiting": "relaymta_filter_waiting",
 }  # fmt: skip
+# Of a list in the DNS: what it answers (refused: it does not answer us; failed: no answer), or that it is not asked (paused).
+DNSBL_RESULTS = ("listed", "clean", "refused", "failed", "paused")
+DNSBL_TOTAL = "relaymta_dnsbl_total"
 _FAILURES_AT = len(FILTER_VERDICTS)
 _BUCKETS_AT = _FAILURES_AT + len(FILTER_FAILURES)
 _SUM_AT = _BUCKETS_AT + len(FILTER_BOUNDS) + 1  # microseconds
@@ -186,7 +193,8 @@ for _name, (_, _bounds) in HISTOGRAMS.items():
 _gauge = {name: _next + position for position, name in enumerate(GAUGES)}
 CELLS = _next + len(GAUGES)
 HISTOGRAM_NAMES = frozenset([*HISTOGRAMS, FILTER_METRICS["seconds"]])
-NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, *FILTER_METRICS.values()])
+_ROWS = (QUOTA_GAUGE, DOWN_GAUGE, DOWN_TOTAL, DNSBL_TOTAL)
+NAMES = frozenset([*COUNTERS, *HISTOGRAMS, *GAUGES, *SITE_GAUGES, *_ROWS, *FILTER_METRICS.values()])
 
 
 def index(name: str, label: str = "") -> int:
@@ -274,6 +282,37 @@ def clear_filter_gauges(cells: Cells, each: int, count: int) -> None:
     """Set the gauges of all filters to 0, of a worker that has died: `count` filters of `each` cells. Its counters stay."""
     for at in range(0, count * each, each):
         FilterCounters(cells, at).set_state(False, 0)
+
+
+class ListCounters:
+    """What one worker counts of a list in the DNS. `at`: where its cells begin; negative: nothing is counted."""
+
+    __slots__ = ("_at", "_cells")
+
+    def __init__(self, cells: Cells, at: int) -> None:
+        self._cells = cells
+        self._at = at
+
+    def result(self, word: str) -> None:
+        """It was asked, or is not now; with one of DNSBL_RESULTS."""
+        if self._at >= 0:
+            self._cells.add(self._at + DNSBL_RESULTS.index(word), 1)
+
+
+def list_name(zone: str) -> str:
+    """The name under which a list's counters are known, which is no filter's."""
+    return f"dnsbl {zone}"
+
+
+def list_families(zones: dict[str, list[list[int]]]) -> list[object]:
+    """Metrics of lists in the DNS, from the cells of each worker, as prometheus_client metric families."""
+    from prometheus_client.core import CounterMetricFamily
+
+    found = CounterMetricFamily(DNSBL_TOTAL, "Answers of lists in the DNS", labels=["zone", "result"])
+    for zone, blocks in zones.items():
+        for cell, word in enumerate(DNSBL_RESULTS):
+            found.add_metric([zone, word], sum(cells[cell] for cells in blocks))
+    return [found]
 
 
 class FilterTotals:

@@ -15,6 +15,8 @@ SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
 DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
 ROUTE = '[[route]]\nhosts = ["h"]\n'
 LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
+GREYLIST = L + '[[filter]]\nname = "v"\ntype = "greylist"\n'
+DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n'
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
 HERE = '[[route]]\nprotocol = "mailbox"\nrecipient_domain = ["a.example"]\n'
 DOUBLE = "in double brackets: there can be several"
@@ -212,12 +214,39 @@ TABLES = [
     (f'{FILTER}[[filter.verdicts]]\nFOUND = "hold"\n',
      '7: filter.0.verdicts: a table: write verdicts = { NAME = "VALUE" }'),
     (FILTER.replace("clamd", "clam"),
-     '5: filter.0.type: there is no type \'clam\' (did you mean "clamd"?); there are "clamd", "rspamd", "spamd", "milter"'),
-    (FILTER.replace("clamd", "policy"),
-     '5: filter.0.type: "policy" is not there yet: there are "clamd", "rspamd", "spamd", "milter"'),
-    (FILTER + 'stage = "mail"\n', "7: filter.0.stage: clamd is asked about whole messages: leave it out"),
-    (FILTER + 'stage = "queued"\n', '7: filter.0.stage: "queued" is not there yet: there are "mail" and "message"'),
-    (FILTER + 'may = ["sender"]\n', "7: filter.0.may: clamd changes nothing but the header: it is for a milter"),
+     '5: filter.0.type: there is no type \'clam\' (did you mean "clamd"?); there are "clamd", "rspamd", "spamd", "milter", '
+     '"policy", "dnsbl", "greylist"'),
+    (FILTER.replace("clamd", "python"),
+     '5: filter.0.type: "python" is not there yet: there are "clamd", "rspamd", "spamd", "milter", "policy", "dnsbl", '
+     '"greylist"'),
+    (FILTER + 'stage = "mail"\n', "7: filter.0.stage: clamd has no choice of that: leave it out"),
+    (FILTER.replace("clamd", "policy") + 'stage = "mail"\n',
+     '7: filter.0.stage: policy is asked at stage "rcpt", "data", "message"'),
+    (FILTER + 'stage = "queued"\n',
+     '7: filter.0.stage: "queued" is not there yet: there are "mail", "rcpt", "data" and "message"'),
+    (FILTER + 'may = ["sender"]\n',
+     "7: filter.0.may: clamd changes nothing but the header: it is for a milter or a policy service"),
+    (FILTER + 'delay = "7m"\n', "7: filter.0.delay: is for greylist, not for clamd"),
+    (FILTER.replace("clamd", "greylist"), "6: filter.0.address: greylist has none: it is no program"),
+    (GREYLIST + 'clients = "trusted"\n', "6: filter.0.clients: greylist looks at unauthenticated clients alone"),
+    (GREYLIST + 'on_failure = "hold"\n', "6: filter.0.on_failure: has no meaning for greylist: leave it out"),
+    (GREYLIST + 'delay = "0s"\n', "6: filter.0.delay: Input should be greater than or equal to 1 (it is 0.0)"),
+    (GREYLIST + 'lists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n',
+     "6: filter.0.lists: is for dnsbl, not for greylist"),
+    (GREYLIST + "[[filter.score]]\nat = 1.0\nverdict = \"tag\"\n", "6: filter.0.score: greylist has no score"),
+    (GREYLIST.replace("greylist", "dnsbl"),
+     '3: filter.0.lists: is empty: give { zone = "zen.spamhaus.org", codes = ["127.0.0.2-11"] }'),
+    (DNSBL.replace("127.0.0.2", "127.0.0.2-"),
+     '6: filter.0.lists.0.codes: \'127.0.0.2-\' is none of "127.0.0.2", "127.0.0.2-11" and "127.0.0.0/24"'),
+    (DNSBL.replace("127.0.0.2", "192.0.2.1"), "6: filter.0.lists.0.codes: '192.0.2.1': answers of lists are within 127.0.0.0/8"),
+    (DNSBL.replace("127.0.0.2", "127.0.0.1"),
+     "6: filter.0.lists.0.codes: '127.0.0.1': with this a list says that it does not answer us; it cannot count"),
+    (DNSBL.replace('"127.0.0.2"', ""),
+     '6: filter.0.lists.0.codes: is empty: give the answers that count, such as "127.0.0.2-11"'),
+    (DNSBL.replace("zone", "zones"), ["6: filter.0.lists.0.zone: is missing",
+     '6: filter.0.lists.0.zones: no such key (did you mean "zone"?)']),
+    (DNSBL.replace("l.example", "l example"), "6: filter.0.lists.0.zone: 'l example' is not a valid domain name"),
+    (DNSBL + "concurrency = 3\n", "7: filter.0.concurrency: has no meaning for dnsbl: leave it out"),
     (FILTER.replace("clamd", "milter") + 'recipient_domain = ["d.example"]\n',
      '7: filter.0.recipient_domain: at MAIL no recipient is known: give stage = "message", too'),
     (FILTER.replace("clamd", "milter") + 'verdicts = { FOUND = "hold" }\n',

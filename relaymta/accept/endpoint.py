@@ -24,11 +24,12 @@ from relaymta.proto.address import comparable, plain
 from relaymta.proto.sasl import Keys
 from relaymta.proto.smtp_server import Offers
 from relaymta.queue import wall_ms
-from relaymta.shm import Limits, Named, Rates
+from relaymta.shm import Limits, Rates
 from relaymta.watch import Watched
 
 if TYPE_CHECKING:
     from relaymta.filter.chain import Chains
+    from relaymta.filter.means import Means
     from relaymta.filter.verify import Verifier
 
 __all__ = ["Endpoint", "check"]
@@ -78,11 +79,11 @@ class Endpoint:
         log: Log,
         tickets: bytes,
         mail_user: Callable[[str], MailUser | None] | None = None,
-        named: Named | None = None,
+        means: "Means | None" = None,
     ) -> None:
-        """`tickets`: TLS session ticket keys (tickets.OCTETS); `mail_user`: as of Logins; `named`: counters of filters. Called on
-        the loop."""
-        self._named = named
+        """`tickets`: TLS session ticket keys (tickets.OCTETS); `mail_user`: as of Logins; `means`: of filters, with their
+        counters. Called on the loop."""
+        self._means = means
         self._loop = asyncio.get_running_loop()
         self.chains: Chains | None = None  # None: there are no filters
         self._mail_user = mail_user
@@ -147,8 +148,8 @@ class Endpoint:
     def _chains(self, config: Config) -> "Chains":
         from relaymta.filter.chain import Chains  # likewise
 
-        assert self._named is not None
-        return Chains(config, self._limits, self._named, self._log, self._loop, self.chains)
+        assert self._means is not None and self._means.named is not None
+        return Chains(config, self._limits, self._means.named, self._log, self._loop, self.chains, self._means)
 
     def end(self) -> None:
         """The worker ends: stop the signing process, leave the filters."""

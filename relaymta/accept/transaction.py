@@ -98,8 +98,8 @@ class IncomingTransaction(Transaction):
         return intake.accept_recipient(self.origin, address, self)
 
     async def asked(self, question: Question) -> bytes | None:
-        """What filters that follow the client say to MAIL, RCPT or DATA: the refusal, or None. Cancelled: no filter is left in the
-        middle of it."""
+        """What filters that follow the client say to a command: the refusal, or None. Cancelled: no filter is left in the middle
+        of it."""
         dialogue, chain, intake = self.dialogue, self.origin.chain, self._admission.intake
         assert dialogue is not None and chain is not None
         self._ident = self._ident or intake.queue.ident()

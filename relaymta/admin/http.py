@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from relaymta import __version__
 from relaymta.control import Refused
 from relaymta.errors import RelayError
-from relaymta.metrics import Cells, FilterTotals, down_families, families, filter_families, row_families
+from relaymta.metrics import Cells, FilterTotals, down_families, families, filter_families, list_families, row_families
 
 __all__ = ["serve_http"]
 
@@ -39,10 +39,12 @@ class _Collector:
         blocks: Callable[[], Iterable[Cells]],
         down: Callable[[], tuple[int, Rows]],
         filters: Callable[[], dict[str, FilterTotals]],
+        zones: Callable[[], dict[str, list[list[int]]]],
     ) -> None:
         self._blocks = blocks
         self._down = down
         self._filters = filters
+        self._zones = zones
         self.sites: Rows = []
         self.quotas: Rows = []
         self.until = 0.0
@@ -53,6 +55,7 @@ class _Collector:
         yield from row_families(self.sites, self.quotas)
         yield from down_families(*self._down())
         yield from filter_families(self._filters())
+        yield from list_families(self._zones())
 
 
 async def serve_http(
@@ -64,12 +67,14 @@ async def serve_http(
     healthy: Callable[[], str],
     down: Callable[[], tuple[int, Rows]] = lambda: (0, []),
     filters: Callable[[], dict[str, FilterTotals]] = dict,
+    zones: Callable[[], dict[str, list[list[int]]]] = dict,
 ) -> web.AppRunner:
     """Serve on host:port until `cleanup()` of the returned runner is called. `blocks()`: the workers' counters; `sites()`: rows
     of the busiest sites; `quotas()`: rows of accounts' quotas; `healthy()`: "" or what is wrong; `down()`: the sites that are
-    down, as `supervisor.outages` counts them; `filters()`: of each configured filter. OSError when the address is in use."""
+    down, as `supervisor.outages` counts them; `filters()`: of each configured filter; `zones()`: the counters of each list
+    in the DNS. OSError when the address is in use."""
     registry = CollectorRegistry(auto_describe=False)
-    collector = _Collector(blocks, down, filters)
+    collector = _Collector(blocks, down, filters, zones)
     registry.register(collector)  # type: ignore[arg-type]
 
     async def metrics(request: web.Request) -> web.Response:

@@ -32,7 +32,7 @@ VERBS = {
     "config": Verb("config", "Check, show or describe the configuration."),
     "dkim": Verb("dkim", "Create, check and rotate DKIM keys."),
     "doctor": Verb("doctor", "Check what other servers see of this one."),
-    "filter": Verb("filter", "The programs that judge mail: their state, and what they say about a message."),
+    "filter": Verb("filter", "What judges mail: its state, and what it says about a message."),
     "mailbox": Verb("mailbox", "Manage users whose mail is kept here."),
     "message": Verb("message", "Inspect one message."),
     "policy": Verb("policy", "Hold or bounce mail for a time, both queued and new mail."),

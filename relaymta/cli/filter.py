@@ -1,11 +1,9 @@
-"""`relaymta filter`: the programs that judge mail."""
+"""`relaymta filter`: what judges mail."""
 
 import ipaddress
 import re
 import sys
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,14 +30,9 @@ from relaymta.errors import ConfigError
 from relaymta.ident import parse_id
 
 if TYPE_CHECKING:
-    import asyncio
-
     from relaymta.config import Config
     from relaymta.config import Filter as Settings
-    from relaymta.filter.chain import Chain, Chains, Outcome
-    from relaymta.filter.guard import Finding
-    from relaymta.filter.judgement import Filter, Mail, NewBody
-    from relaymta.filter.revision import Revision
+    from relaymta.filter.judgement import Filter
 
 __all__ = ["filter", "silent"]
 
@@ -48,14 +41,14 @@ T = TypeVar("T")
 _HEAD = ["filter", "type", "state", "waiting", "asked", "p50", "p99", "failed", "verdicts"]
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 MOST = 64 << 20  # octets of a message to test
-# Exit statuses of `test`.
-DONE, MARKED, REFUSED, FAILED = 0, 1, 2, 75
-_STATUS = {"accept": DONE, "tag": MARKED, "hold": MARKED, "discard": REFUSED, "tempfail": REFUSED, "reject": REFUSED}
+FAILED = 75
+LEARN = ("rspamd", "spamd")
+_SAYS = {"milter": "is", "policy": "is", "dnsbl": "has", "greylist": "is"}  # of others: "finds"
 
 
 @group
 def filter() -> None:
-    """The programs that judge mail: their state, and what they say about a message."""
+    """What judges mail: its state, and what it says about a message."""
 
 
 @filter.command(name="list")
@@ -105,8 +98,9 @@ def check(read: Configuration, as_json: bool) -> None:
         if as_json:
             say_json(row)
         else:
-            says = "is" if row["type"] == "milter" else "finds"
-            say(f"{row['filter']} at {row['address']}: " + (f"{says} {row['found']}" if row["found"] else row["error"]))
+            where = f" at {row['address']}" if row["address"] else ""
+            says = _SAYS.get(row["type"], "finds")
+            say(f"{row['filter']}{where}: " + (f"{says} {row['found']}" if row["found"] else row["error"]))
     if any(row["error"] for row in rows):
         sys.exit(FAILED)
 
@@ -115,32 +109,34 @@ async def _proved(config: "Config") -> list[dict[str, str]]:
     import asyncio
 
     async def prove(settings: "Settings", address: str) -> dict[str, str]:
-        found, error = await _asked(settings, address, config.hostname, lambda one: one.prove())
+        found, error = await _asked(config, settings, address, lambda one: one.prove())
         return {"filter": settings.name, "type": settings.type, "address": address, "found": found or "", "error": error}
 
-    every = [(settings, address) for settings in config.filter for address in settings.address]
+    every = [(settings, address) for settings in config.filter for address in settings.address or [""]]
     return list(await asyncio.gather(*(prove(*one) for one in every)))
 
 
 async def _asked(
-    settings: "Settings", address: str, hostname: str, ask: Callable[["Filter"], Awaitable[T]]
+    config: "Config", settings: "Settings", address: str, ask: Callable[["Filter"], Awaitable[T]]
 ) -> tuple[T | None, str]:
-    """Ask a filter at one of its addresses: the answer; and what is wrong, or ""."""
+    """Ask a filter at one of its addresses (""; it has none): the answer; and what is wrong, or ""."""
     import asyncio
 
+    from relaymta.cli.judged import means
     from relaymta.filter.chain import made
     from relaymta.filter.judgement import FilterFailure
 
-    one = made(settings.model_copy(update={"address": [address]}), hostname)
-    try:
-        async with asyncio.timeout(settings.timeout):
-            return await ask(one), ""
-    except TimeoutError:
-        return None, f"no answer in {lasting(settings.timeout)}"
-    except FilterFailure as failure:
-        return None, str(failure).removeprefix(f"{address}: ")
-    finally:
-        one.close()
+    async with means(config) as given:
+        one = made(settings.model_copy(update={"address": [address] if address else []}), given)
+        try:
+            async with asyncio.timeout(settings.timeout):
+                return await ask(one), ""
+        except TimeoutError:
+            return None, f"no answer in {lasting(settings.timeout)}"
+        except FilterFailure as failure:
+            return None, str(failure).removeprefix(f"{address}: ")
+        finally:
+            one.close()
 
 
 def silent(config: "Config") -> list[str]:
@@ -149,7 +145,7 @@ def silent(config: "Config") -> list[str]:
 
     async def ask() -> list[str]:
         places = [(n, at, one) for n, one in enumerate(config.filter) for at in range(len(one.address))]
-        answers = await asyncio.gather(*(_asked(one, one.address[at], config.hostname, _remark(one)) for _, at, one in places))
+        answers = await asyncio.gather(*(_asked(config, one, one.address[at], _remark(one)) for _, at, one in places))
         return [
             f"filter.{n}.address.{at}: {one.address[at]}: {what or remark}"
             for (n, at, one), (remark, what) in zip(places, answers, strict=True)
@@ -173,7 +169,7 @@ def _remark(settings: "Settings") -> Callable[["Filter"], Awaitable[str]]:
 
 
 @filter.command()
-@click.argument("file", type=GivenPath(path_type=Path, dir_okay=False, allow_dash=True))
+@click.argument("file", required=False, type=GivenPath(path_type=Path, dir_okay=False, allow_dash=True))
 @click.option("--from", "sender", default="", callback=given_sender, metavar="ADDRESS", help="The envelope sender.")
 @click.option("--to", "recipients", multiple=True, callback=given_address, metavar="ADDRESS", help="A recipient; repeatable.")
 @click.option("--client", default="", callback=given, metavar="IP", help="The client's address; default: 192.0.2.1.")
@@ -184,43 +180,33 @@ def _remark(settings: "Settings") -> Callable[["Filter"], Awaitable[str]]:
 @as_json
 @configured
 def test(
-    read: Configuration, file: Path, sender: str, recipients: tuple[str, ...], client: str, helo: str, application: str,
+    read: Configuration, file: Path | None, sender: str, recipients: tuple[str, ...], client: str, helo: str, application: str,
     listener: str, only: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Ask the filters about a message (a file; "-": standard input), and show what would be done with it.
+    """Ask the filters about a message (FILE; "-": standard input), as a client would send it, and show what would be done.
 
-    Nothing is sent, and the relay need not run. Exit status: 0: it is accepted, 1: tagged or held, 2: refused or discarded, 75: a
-    filter has failed."""
+    Without FILE those are asked that judge before the message data: lists in the DNS and policy services. Nothing is sent, and
+    the relay need not run; greylisting, which knows what that has seen, is asked by --only alone. Exit status: 0: it is accepted,
+    1: tagged or held, 2: refused or discarded, 75: a filter has failed."""
+    from relaymta.cli.judged import Judged, Sending, of_envelope
+
     config = _with_filters(read)
-    if only:
-        config = _with_only(config, only)
-    known = [one.name for one in config.filter]
+    config = _with_only(config, only) if only else config
+    asked = [one for one in config.filter if only or one.type != "greylist"]
+    if file is None:
+        asked = [one for one in asked if of_envelope(one)]
+        if not asked:
+            fail(64, "no filter is asked before the message data: give a FILE")
+    data = None if file is None else _BARE_LF.sub(b"\r\n", _text(file))
     address = _ip(client or "192.0.2.1")
-    data = _BARE_LF.sub(b"\r\n", _text(file))
-    with _chains(config) as (loop, chains):
-        at = listener or config.listener[0].address
-        chain = _chain(config, chains, listener, address, application)
-        mail, header = _mail(
-            chain, data, sender, recipients or ("postmaster@" + config.hostname,), address, helo, application, at
-        )
-        revision = _revision(mail)
-        findings = loop.run_until_complete(chain.ask(revision)) if chain is not None else []
-        outcome = chain.outcome(findings, revision) if chain is not None else None
-    changes = _changes(outcome, header, mail, revision)
+    to = recipients or ("recipient@" + config.hostname,)
+    sending = Sending(data, sender, to, address, helo, application, listener)
+    judged = Judged(config.model_copy(update={"filter": asked}), sending)
     if as_json:
-        say_json(_shown(findings, outcome, changes))
+        say_json(judged.row())
     else:
-        _print(findings, outcome, changes, known)
-    sys.exit(_status(findings, outcome))
-
-
-def _status(findings: list["Finding"], outcome: "Outcome | None") -> int:
-    if outcome is None:
-        return DONE
-    decides = max(findings, key=lambda one: one.action, default=None)
-    failed = any(one.word == "failed" and one.guard.settings.enforce for one in findings)
-    refused = decides is not None and decides.word != "failed" and _STATUS[outcome.verdict.word] == REFUSED
-    return FAILED if failed and not refused else _STATUS[outcome.verdict.word]
+        judged.show([one.name for one in config.filter])
+    sys.exit(judged.status())
 
 
 @filter.command()
@@ -237,16 +223,14 @@ def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, 
     was not learned."""
     import asyncio
 
-    from relaymta.filter.chain import made
-
     config = _with_filters(read)
-    learners = [one for one in config.filter if hasattr(made(one), "learn") and only in ("", one.name)]
+    learners = [one for one in config.filter if one.type in LEARN and only in ("", one.name)]
     if not learners:
         fail(64 if only else 78, f"--only: {only} does not learn" if only else "no [[filter]] learns: rspamd and spamd do")
     failed = False
     for message in messages:
         text = _message(read, message)
-        for settings, (done, error) in zip(learners, asyncio.run(_taught(learners, text, what == "spam")), strict=True):
+        for settings, (done, error) in zip(learners, asyncio.run(_taught(config, learners, text, what == "spam")), strict=True):
             row = {"message": message, "filter": settings.name, "done": done or "", "error": error}
             failed = failed or bool(error)
             if as_json:
@@ -257,13 +241,13 @@ def learn(read: Configuration, what: str, messages: tuple[str, ...], only: str, 
         sys.exit(FAILED)
 
 
-async def _taught(learners: "list[Settings]", text: bytes, spam: bool) -> list[tuple[str | None, str]]:
+async def _taught(config: "Config", learners: "list[Settings]", text: bytes, spam: bool) -> list[tuple[str | None, str]]:
     import asyncio
 
     from relaymta.filter.judgement import Text
 
     async def one(settings: "Settings") -> tuple[str | None, str]:
-        return await _asked(settings, settings.address[0], "", lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
+        return await _asked(config, settings, settings.address[0], lambda made: made.learn(Text(text), spam))  # type: ignore[attr-defined]
 
     return list(await asyncio.gather(*map(one, learners)))
 
@@ -313,140 +297,3 @@ def _text(file: Path) -> bytes:
     if len(data) > MOST:
         fail(65, f"{file}: it has more than {MOST >> 20} MB")
     return data
-
-
-@contextmanager
-def _chains(config: "Config") -> Iterator[tuple["asyncio.AbstractEventLoop", "Chains"]]:
-    """The filters as a relay of one worker has them, which logs nothing."""
-    import asyncio
-
-    from relaymta.filter.chain import Chains
-    from relaymta.shm import Shared
-
-    shared, loop = Shared.create(), asyncio.new_event_loop()
-    chains = Chains(config, shared.limits(0, 1), shared.named(0), _Silent(), loop, None)  # type: ignore[arg-type]
-    try:
-        yield loop, chains
-        chains.close()
-        loop.run_until_complete(asyncio.sleep(0))
-    finally:
-        loop.close()
-
-
-class _Silent:
-    """A log that nobody reads."""
-
-    def event(self, name: str, **fields: object) -> None:
-        """As of Log."""
-
-
-def _chain(config: "Config", chains: "Chains", listener: str, address: str, application: str) -> "Chain | None":
-    listeners = {one.address: one for one in config.listener}
-    if listener and listener not in listeners:
-        fail(64, f"--listener: {no_such('listener', listener, listeners)}")
-    at = listeners[listener] if listener else config.listener[0]
-    networks = [ipaddress.ip_network(text) for text in config.relay.networks]
-    trusted = bool(application) or any(ipaddress.ip_address(address) in network for network in networks)
-    return chains.chain_for(at, address, application, trusted)
-
-
-def _mail(
-    chain: "Chain | None",
-    data: bytes,
-    sender: str,
-    recipients: tuple[str, ...],
-    address: str,
-    helo: str,
-    application: str,
-    listener: str,
-) -> tuple["Mail", bytes]:
-    """The message as filters are shown it, without what passes for our tags; and its header as it came."""
-    from relaymta.filter.judgement import Mail, Text
-    from relaymta.proto.edits import without
-    from relaymta.proto.header import header_end
-
-    end = header_end(data)
-    head = without(data[:end], chain.forged) if chain is not None else data[:end]
-    text = Text(head or b"\r\n", data[end:])
-    mail = Mail("test", sender, recipients, address, helo, application, "", text, listener=listener, rewritten=_new_body)
-    return mail, data[:end]
-
-
-def _new_body() -> "NewBody":
-    """It is kept in memory, whatever its size."""
-    from relaymta.accept.rewritten import Rewritten
-    from relaymta.reservation import Reservation
-
-    def nothing(*arguments: object) -> None:
-        raise AssertionError("it is in no file")
-
-    return Rewritten(nothing, MOST, MOST, nothing, Reservation(lambda: None))  # type: ignore[arg-type]
-
-
-def _revision(mail: "Mail") -> "Revision":
-    from relaymta.filter.revision import Revision
-
-    return Revision(mail)
-
-
-def _changes(outcome: "Outcome | None", header: bytes, mail: "Mail", revision: "Revision") -> list[str]:
-    """What would be changed in a message, as lines of a diff: those that go, then those that come; and in its envelope."""
-    if outcome is None or outcome.verdict.word not in ("accept", "tag", "hold"):
-        return []
-    before, after = (text.decode("utf-8", "replace").split("\r\n") for text in (header, revision.above + revision.header))
-    gone, new = Counter(before), Counter(after)
-    gone, new = gone - new, new - gone
-    found = [*(f"- {line}" for line in _of(gone, before)), *(f"+ {line}" for line in _of(new, after))]
-    if revision.body is not None:
-        found.append(f"+ another body, of {revision.body.octets} octets")
-    if revision.sender is not None and revision.sender != mail.sender:
-        found += [f"- sender <{mail.sender}>", f"+ sender <{revision.sender}>"]
-    if revision.recipients is not None:
-        found += [f"- recipient <{one}>" for one in mail.recipients if one not in revision.recipients]
-        found += [f"+ recipient <{one}>" for one in revision.recipients if one not in mail.recipients]
-    return found
-
-
-def _of(counts: Counter[str], lines: list[str]) -> Iterator[str]:
-    """So many of each of these lines, in their order."""
-    for line in lines:
-        if line and counts[line] > 0:
-            counts[line] -= 1
-            yield line
-
-
-def _shown(findings: list["Finding"], outcome: "Outcome | None", changes: list[str]) -> dict[str, Any]:
-    return {
-        "filters": [
-            {
-                "filter": one.guard.name, "verdict": one.word, "action": one.action.word, "score": one.score,
-                "reason": one.reason, "failure": one.failure, "seconds": round(one.seconds, 4),
-            }
-            for one in findings
-        ],
-        "verdict": outcome.verdict.word if outcome is not None else "accept",
-        "reply": outcome.reply.decode().strip() if outcome is not None else "",
-        "held for": outcome.held if outcome is not None else "",
-        "changes": changes,
-    }  # fmt: skip
-
-
-def _print(findings: list["Finding"], outcome: "Outcome | None", changes: list[str], known: list[str]) -> None:
-    rows = []
-    for one in findings:
-        enforced = "" if one.guard.settings.enforce else " (enforce = false)"
-        score = "-" if one.score is None else f"{one.score:g}"
-        why = f"{one.failure}: {one.reason}" if one.failure else one.reason
-        rows.append([one.guard.name, one.word + enforced, one.action.word, score, f"{one.seconds * 1000:.1f} ms", why or "-"])
-    if rows:
-        table("", ["filter", "verdict", "done", "score", "time", "reason"], rows)
-    skipped = [name for name in known if name not in {one.guard.name for one in findings}]
-    if skipped:
-        say(f"not asked, since it does not look at such mail or another one has decided: {', '.join(skipped)}")
-    if outcome is None:
-        say("accepted: no filter looks at mail of this client")
-        return
-    for line in changes:
-        say(line)
-    words = {"accept": "accepted", "tag": "accepted, and tagged", "hold": f"held ({outcome.held})", "discard": "discarded"}
-    say(words.get(outcome.verdict.word) or f"refused: {outcome.reply.decode().strip()}")

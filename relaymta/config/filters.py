@@ -1,4 +1,4 @@
-"""Filters: programs that judge mail on its way in."""
+"""Filters: what judges mail on its way in."""
 
 import re
 from collections.abc import Iterator
@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
+from relaymta.proto.dnsbl import Codes
 
-__all__ = ["Filter", "FiltersTable", "Score", "Words"]
+__all__ = ["BUILT_IN", "DnsList", "Filter", "FiltersTable", "Score", "Words"]
 
 # The words of each type, and what they mean unless a table says otherwise.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -21,11 +22,17 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "milter": {
         "accept": "accept", "discard": "discard", "quarantine": "hold", "tempfail": "tempfail", "reject": "reject",
     },
+    "policy": {"DUNNO": "accept", "DEFER": "tempfail", "REJECT": "reject", "HOLD": "hold", "DISCARD": "discard"},
+    "dnsbl": {"clean": "accept", "listed": "reject"},
+    "greylist": {"known": "accept", "new": "tempfail", "early": "tempfail"},
 }  # fmt: skip
-SCORED = ("rspamd", "spamd")  # types that say how likely it is
-STAGES = ("mail", "message")  # of a milter
-NOT_YET = ("policy", "dnsbl", "greylist", "smtp", "http", "python")
+SCORED = ("rspamd", "spamd", "dnsbl")  # types that say how likely it is
+BUILT_IN = ("dnsbl", "greylist")  # types that are no programs: they have no address, and look at unauthenticated clients alone
+STAGES = {"milter": ("mail", "message"), "policy": ("rcpt", "data", "message")}  # the first is the default
+NOT_YET = ("smtp", "http", "python")
 VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
+
+OF_TYPE = dict.fromkeys(("delay", "retry_window", "known_for", "known_after"), "greylist") | {"lists": "dnsbl"}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")
 _FIELD = re.compile(r"([!-9;-~]+): ?(.*)\Z")
@@ -47,21 +54,51 @@ class Score(Table):
     verdict: Reload[Words] = Field(description="accept, tag, hold, discard, tempfail or reject")
 
 
+class DnsList(Table):
+    """A list of addresses, or of domains, in the DNS (RFC 5782), that type "dnsbl" asks. `[[filter.lists]]`"""
+
+    zone: Reload[str] = Field(description='the name under which it answers, such as "zen.spamhaus.org"')
+    codes: Reload[list[str]] = Field(
+        description='the answers that count: "127.0.0.2", "127.0.0.2-11" or "127.0.0.0/24"; others do not'
+    )
+    score: Reload[float] = Field(1.0, description="what it adds where it lists; below 0: it is a list of good ones")
+    domain: Reload[bool] = Field(
+        False, description="it lists domains: it is asked about those of HELO, of the sender, and of authors (From:)"
+    )
+
+    @field_validator("zone")
+    @classmethod
+    def _is_zone(cls, name: str) -> str:
+        return in_dns(name.removesuffix("."))
+
+    @field_validator("codes")
+    @classmethod
+    def _are_codes(cls, texts: list[str]) -> list[str]:
+        if not texts:
+            raise ValueError('is empty: give the answers that count, such as "127.0.0.2-11"')
+        Codes(texts)
+        return texts
+
+
 class Filter(Table):
-    """A program that judges mail. `[[filter]]`, repeatable; those that apply to a client are asked side by side, but a milter
-    alone, and in this order; the strictest verdict counts: reject, tempfail, hold, discard, tag, accept. docs/filters.md."""
+    """What judges mail: a program, lists in the DNS, greylisting. `[[filter]]`, repeatable; those that apply to a client are
+    asked side by side, but a milter alone, and in this order; the strictest verdict counts: reject, tempfail, hold, discard, tag,
+    accept. docs/filters.md."""
 
     name: Reload[str] = Field(description="its name in log, metrics, replies and on the command line")
-    type: Reload[str] = Field(description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd", "milter"')
+    type: Reload[str] = Field(
+        description='what it speaks: "clamd" (ClamAV), "rspamd" (its normal worker), "spamd", "milter", "policy" (as of '
+        'Postfix); or what the relay itself does: "dnsbl" (lists in the DNS), "greylist"',
+    )  # fmt: skip
     address: Reload[list[SocketAddress]] = Field(
-        description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
+        [], description='"unix:/run/clamav/clamd.ctl" or "127.0.0.1:3310"; of several the first that answers'
     )
-    stage: Reload[Literal["", "mail", "message"]] = Field(
-        "", description='when it is asked. mail: at MAIL, at each RCPT, and about the message: the default of a milter; message: '
-        "behind the final dot, about all of it: that of the others, which have no other",
+    stage: Reload[Literal["", "mail", "rcpt", "data", "message"]] = Field(
+        "", description='when it is asked. milter: "mail" (at MAIL, at each RCPT, and about the message: the default) or '
+        '"message"; policy: "rcpt" (the default), "data" or "message"; the others have no choice',
     )  # fmt: skip
     may: Reload[list[Literal["header", "body", "recipients", "sender"]]] = Field(
-        ["header", "body"], description="milter: what it may change; other changes are left out"
+        ["header", "body"], description="milter, policy: what it may change; other changes are left out"
     )
     clients: Reload[Literal["all", "unauthenticated", "trusted"]] = Field(
         "all", description="whose mail; trusted: of clients that may relay, since they have logged in or by their network"
@@ -73,8 +110,9 @@ class Filter(Table):
         [], description='only messages with a recipient in these domains (".example": below it); empty: all'
     )
     timeout: Reload[Duration] = Field(
-        10, gt=0, le=300, description="for its answer: waiting for a place, connecting and talking, all in all"
-    )
+        10, gt=0, le=300, description="for its answer: waiting for a place, connecting and talking, all in all; of dnsbl: for "
+        "its lists, from the connection on",
+    )  # fmt: skip
     concurrency: Reload[int] = Field(16, ge=1, le=1000, description="messages that it is asked about at once, by all workers")
     max_size: Reload[Size] = Field(50_000_000, gt=0, description="octets of a message above which `oversize` is done")
     oversize: Reload[Literal["skip", "head", "hold", "reject"]] = Field(
@@ -100,6 +138,13 @@ class Filter(Table):
         "", description="rspamd: address of its controller, for `relaymta filter learn`"
     )
     score: Reload[list[Score]] = Field([], description="verdicts by score")
+    lists: Reload[list[DnsList]] = Field([], description="dnsbl: what is asked")
+    delay: Reload[Duration] = Field(300, ge=1, le=86400, description="greylist: how long a sender that is new has to wait")
+    retry_window: Reload[Duration] = Field(86400, ge=60, description="greylist: within what time it has to try again")
+    known_for: Reload[Duration] = Field(36 * 86400, ge=3600, description="greylist: how long who has come through is known")
+    known_after: Reload[int] = Field(
+        5, ge=0, description="greylist: after how many senders that came through their network or domain is known; 0: never"
+    )
 
     @field_validator("name")
     @classmethod
@@ -125,8 +170,8 @@ class Filter(Table):
     @field_validator("stage", mode="before")
     @classmethod
     def _is_stage(cls, word: object) -> object:
-        if word in ("connect", "rcpt", "data", "queued"):
-            raise ValueError(f'"{word}" is not there yet: there are "mail" and "message"')
+        if word in ("connect", "queued"):
+            raise ValueError(f'"{word}" is not there yet: there are "mail", "rcpt", "data" and "message"')
         return word
 
     @field_validator("on_failure", "on_failure_trusted", mode="before")
@@ -137,7 +182,9 @@ class Filter(Table):
         return word
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.address:
+        if self.type in BUILT_IN:
+            yield from self._not_of_ours()
+        elif not self.address:
             yield "address", 'is empty: give "unix:/PATH" or "HOST:PORT"'
         known = DEFAULTS.get(self.type, {})
         for word in self.verdicts.keys() - known.keys():
@@ -151,13 +198,33 @@ class Filter(Table):
         if self.controller and self.type != "rspamd":
             yield "controller", f"{self.type} has none"
 
-        if self.type != "milter":
-            if self.stage == "mail":
-                yield "stage", f"{self.type} is asked about whole messages: leave it out"
-            if self.may != ["header", "body"]:
-                yield "may", f"{self.type} changes nothing but the header: it is for a milter"
-        elif self.stage != "message" and self.recipient_domain:
+        if self.type == "dnsbl" and not self.lists:
+            yield "lists", 'is empty: give { zone = "zen.spamhaus.org", codes = ["127.0.0.2-11"] }'
+        for key, belongs in OF_TYPE.items():
+            if self._is_given(key) and self.type != belongs:
+                yield key, f"is for {belongs}, not for {self.type}"
+
+        stages = STAGES.get(self.type, ())
+        if self.stage and self.stage not in stages and self.stage != "message":
+            there = f"is asked at stage {_listed(stages)}" if stages else "has no choice of that: leave it out"
+            yield "stage", f"{self.type} {there}"
+        if self.type not in STAGES and self.may != ["header", "body"]:
+            yield "may", f"{self.type} changes nothing but the header: it is for a milter or a policy service"
+        if self.type == "milter" and self.stage != "message" and self.recipient_domain:
             yield "recipient_domain", 'at MAIL no recipient is known: give stage = "message", too'
+
+    def _not_of_ours(self) -> Iterator[tuple[str, str]]:
+        """What has no meaning where there is no program."""
+        if self.address:
+            yield "address", f"{self.type} has none: it is no program"
+        if self.clients == "trusted":
+            yield "clients", f"{self.type} looks at unauthenticated clients alone"
+        for key in ("application", "concurrency", "max_size", "oversize", "on_failure", "on_failure_trusted"):
+            if self._is_given(key):
+                yield key, f"has no meaning for {self.type}: leave it out"
+
+    def _is_given(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].get_default())
 
     @property
     def meaning(self) -> dict[str, str]:

@@ -9,19 +9,23 @@ not, costs another nothing.
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from relaymta.config import Config, FiltersTable, Listener
 from relaymta.config import Filter as Settings
+from relaymta.config.filters import BUILT_IN
 from relaymta.filter.dialogue import Dialogue
 from relaymta.filter.guard import Finding, Guard
 from relaymta.filter.judgement import Filter, Mail, Verdict
+from relaymta.filter.means import Means
 from relaymta.filter.revision import Revision
 from relaymta.log import Log
-from relaymta.metrics import FilterCounters, FilterTotals
+from relaymta.metrics import FilterCounters, FilterTotals, ListCounters, index, list_name
 from relaymta.proto import reply
+from relaymta.proto.dnsbl import Codes
 from relaymta.proto.edits import Edit, Insert, spaced, subject_edits
 from relaymta.proto.printable import printable
 from relaymta.shm import Limits, Named
@@ -30,6 +34,7 @@ __all__ = ["Chain", "Chains", "Outcome", "Sender", "made"]
 
 TAGS_MOST = 16384  # octets by which tags let a header grow
 REASON_SHOWN = 200  # characters of a filter's reason in a reply, a field, or the reason of a held message
+DNSBL_SECONDS = 5.0  # for answers of lists, where `timeout` is not given
 CHAINS_KEPT = 1000  # by what decides which filters apply
 
 
@@ -54,8 +59,8 @@ class Sender(NamedTuple):
 
 class Chain:
     """The filters for the mail of one client, in the order of the file. `follows`: one of them follows the client, and needs a
-    `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: the commands that it is asked about; `forged`: names of fields that are removed from mail of clients that may not
-    relay, since they are those of our tags."""
+    `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: about which commands; `forged`: names of
+    fields that are removed from mail of clients that may not relay, since they are those of our tags."""
 
     def __init__(
         self, guards: list[Guard], table: FiltersTable, trusted: bool, log: Log, loop: asyncio.AbstractEventLoop
@@ -146,13 +151,16 @@ class Chain:
                     task.exception()  # one is told of, and asyncio would log the others
         return [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
 
-    def told(self, mail: Mail, one: Finding) -> None:
-        """Log what a filter has said."""
+    def told(self, mail: Mail, one: Finding, recipients: Sequence[str] | None = None) -> None:
+        """Log what a filter has said; of these `recipients`, None: of all there are."""
         changes = len(one.edits) + (one.body is not None)
         if one.envelope is not None:
-            changes += len(one.envelope.added) + len(one.envelope.removed) + (one.envelope.sender is not None)
+            envelope = one.envelope
+            changes += len(envelope.added) + len(envelope.removed)
+            changes += (envelope.sender is not None) + (envelope.only is not None)
         self._log.event(
-            "filtered", id=mail.ident, client=mail.client, sender=mail.sender, recipients=mail.recipients, filter=one.guard.name,
+            "filtered", id=mail.ident, client=mail.client, sender=mail.sender,
+            recipients=mail.recipients if recipients is None else recipients, filter=one.guard.name,
             verdict=one.word, action=one.action.word, score=one.score, seconds=round(one.seconds, 4), changes=changes,
             reason=f"{one.failure}: {one.reason}" if one.failure else one.reason,
         )  # fmt: skip
@@ -208,20 +216,26 @@ class Chains:
     """All configured filters of one worker. Made on any thread; used on the loop from `begin` on."""
 
     def __init__(
-        self, config: Config, limits: Limits, named: Named, log: Log, loop: asyncio.AbstractEventLoop, before: "Chains | None"
-    ) -> None:
+        self, config: Config, limits: Limits, named: Named, log: Log, loop: asyncio.AbstractEventLoop, before: "Chains | None",
+        means: "Means | None" = None,
+    ) -> None:  # fmt: skip
         """`before`: what is in use now: filters that are configured as before go on as they are."""
+        means = (means or Means())._replace(hostname=config.hostname, named=named)
         self._table = config.filters
         self._named = named
         self._log = log
         self._loop = loop
         self._chains: dict[Sender, Chain | None] = {}
+
         known = {} if before is None else {guard.name: guard for guard in before.guards}
-        self.guards: list[Guard] = [
-            known[one.name] if one.name in known and known[one.name].settings == one
-            else Guard(one, made(one, config.hostname), limits, FilterCounters(named.own(), named.row(one.name)), log, loop)
-            for one in config.filter
-        ]  # fmt: skip
+        self.guards: list[Guard] = []
+        for one in config.filter:
+            guard = known.get(one.name)
+            if guard is None or guard.settings != one:
+                counters = FilterCounters(named.own(), named.row(one.name))
+                asked = made(one, means._replace(warn=partial(_warn, log, one.name)))
+                guard = Guard(one, asked, limits, counters, log, loop)
+            self.guards.append(guard)
 
     def begin(self, before: "Chains | None") -> None:
         """Use it from now on, in place of `before`."""
@@ -261,41 +275,89 @@ class Chains:
         return self._chains[sender]
 
 
-def made(settings: Settings, hostname: str = "") -> Filter:
-    """What speaks to a filter of the type that is configured. `hostname`: ours."""
-    return _TYPES[settings.type](settings, hostname)
+def _warn(log: Log, name: str, text: str) -> None:
+    log.event("warning", text=f"filter {name}: {text}")
 
 
-def _clamd(settings: Settings, hostname: str) -> Filter:
+def made(settings: Settings, means: Means) -> Filter:
+    """What speaks to a filter of the type that is configured."""
+    return _TYPES[settings.type](settings, means)
+
+
+def _clamd(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.clamd import Clamd  # where it is configured
 
     return Clamd(settings.address, settings.timeout)
 
 
-def _rspamd(settings: Settings, hostname: str) -> Filter:
+def _rspamd(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.rspamd import Rspamd
 
     return Rspamd(settings.address, settings.timeout, settings.must_work, settings.controller)
 
 
-def _spamd(settings: Settings, hostname: str) -> Filter:
+def _spamd(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.spamd import Spamd
 
     return Spamd(settings.address, settings.timeout)
 
 
-def _milter(settings: Settings, hostname: str) -> Filter:
+def _milter(settings: Settings, means: Means) -> Filter:
     from relaymta.filter.milter import Milter
 
-    return Milter(settings.address, settings.timeout, hostname, settings.stage)
+    return Milter(settings.address, settings.timeout, means.hostname, settings.stage)
 
 
-_TYPES: dict[str, Callable[[Settings, str], Filter]] = {"clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter}
+def _policy(settings: Settings, means: Means) -> Filter:
+    from relaymta.filter.policy import Policy
+
+    return Policy(settings.address, settings.timeout, means.hostname, settings.stage or "rcpt")
+
+
+def _dnsbl(settings: Settings, means: Means) -> Filter:
+    from relaymta.filter.dnsbl import Dnsbl, DnsList
+
+    assert means.resolver is not None
+    lists = [DnsList(one.zone, Codes(one.codes), one.score, one.domain) for one in settings.lists]
+    counted: dict[str, ListCounters] = {}
+    if means.named is not None:
+        own, row = means.named.own(), means.named.row
+        counted = {one.zone: ListCounters(own, row(list_name(one.zone))) for one in lists}
+
+    def count(zone: str, result: str) -> None:
+        if zone in counted:
+            counted[zone].result(result)
+
+    timeout = settings.timeout if "timeout" in settings.model_fields_set else DNSBL_SECONDS
+    return Dnsbl(lists, timeout, means.resolver, count, means.warn)
+
+
+def _greylist(settings: Settings, means: Means) -> Filter:
+    from relaymta.filter.greylist import Greylist, Times, stale
+
+    assert means.resolver is not None and means.triplets is not None
+    times = Times(int(settings.delay), int(settings.retry_window), int(settings.known_for), settings.known_after)
+    counters = means.counters
+
+    def count(word: str) -> None:
+        if counters is not None:
+            counters.add(index("relaymta_greylist_total", word), 1)
+
+    table = means.triplets(lambda first, last, now: stale(times, first, last, now))
+    return Greylist(times, table, means.resolver, count)
+
+
+_TYPES: dict[str, Callable[[Settings, Means], Filter]] = {
+    "clamd": _clamd, "rspamd": _rspamd, "spamd": _spamd, "milter": _milter, "policy": _policy, "dnsbl": _dnsbl,
+    "greylist": _greylist,
+}  # fmt: skip
 
 
 def _is_for(settings: Settings, sender: Sender) -> bool:
     """Whether a filter looks at a client's mail, whoever its recipients are."""
     if settings.clients != "all" and sender.trusted != (settings.clients == "trusted"):
+        return False
+    if settings.type in BUILT_IN and sender.trusted:
         return False
     if settings.listener and sender.listener not in settings.listener:
         return False

@@ -66,7 +66,7 @@ class Dialogue:
             return None
         if instead is not None and refusal.action is Verdict.REJECT:
             refusal = instead._replace(action=Verdict.TEMPFAIL)
-        chain.told(mail, refusal)
+        chain.told(mail, refusal, [*recipients])
         return refusal
 
     async def _put(self, guard: Guard, question: Callable[[FilterSession], Awaitable[Answer]], until: float) -> Finding | None:
@@ -97,7 +97,7 @@ class Dialogue:
         elif decided is not None and decided.action < Verdict.TEMPFAIL:
             found = decided
         else:  # what it has refused are recipients, and they were refused
-            found = Finding(guard, "accept", Verdict.ACCEPT)
+            return noted or Finding(guard, "accept", Verdict.ACCEPT)
         return found if noted is None else found.joined(noted)
 
     def _session(self, guard: Guard) -> FilterSession:

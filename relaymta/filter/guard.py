@@ -68,8 +68,9 @@ class Finding(NamedTuple):
     condition: Condition = ""
 
     def joined(self, before: "Finding") -> "Finding":
-        """With what the same filter has said before, of another part of the same message: the stricter word, all changes."""
-        edits, envelope = [*before.edits, *self.edits], before.envelope
+        """With what the same filter has said before, of another part of the same message: the stricter word, all changes. Of
+        fields that it puts on top the first stays there."""
+        edits, envelope = [*self.edits, *before.edits], before.envelope
         if self.envelope is not None:
             envelope = self.envelope if envelope is None else envelope.joined(self.envelope)
         word = before if before.action > self.action else self
@@ -260,8 +261,8 @@ class Guard:
         if found.edits and "header" not in may:
             found, dropped = found._replace(edits=()), dropped + len(found.edits)
         if envelope is not None and "recipients" not in may:
-            dropped += len(envelope.added) + len(envelope.removed)
-            envelope = envelope._replace(added=(), removed=())
+            dropped += len(envelope.added) + len(envelope.removed) + (envelope.only is not None)
+            envelope = envelope._replace(added=(), removed=(), only=None)
         if envelope is not None and "sender" not in may:
             dropped += envelope.sender is not None
             envelope = envelope._replace(sender=None)

@@ -24,7 +24,7 @@ from relaymta.disk.lock import locked_shard
 from relaymta.disk.shards import shard_numbers
 from relaymta.errors import ConfigError, RelayError, SpoolBusy
 from relaymta.log import Log
-from relaymta.metrics import SITES_SHOWN, FilterTotals
+from relaymta.metrics import SITES_SHOWN, FilterTotals, list_name
 from relaymta.node import keep_secret
 from relaymta.shm import SLOTS, Shared
 from relaymta.sockets import bound, control_socket, notify, reason, remove_socket
@@ -70,7 +70,8 @@ class Supervisor:
         if os.geteuid() == 0:
             others = "" if privileges.roots_alone(spool) else f"; others can write to {spool}, and their links are followed"
             self.log.event("warning", text=f"running as root: set `user` to run as another user{others}")
-        self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots)
+        secret = (spool / "secret").read_bytes()
+        self.machine = Machine(spool / "node", self.shared, workers, self.log, self.slots, secret)
         self.mail = None
         if config.keeps_mail:
             from relaymta.supervisor.mailboxes import MachineMailboxes  # where it is needed: others do without
@@ -194,6 +195,7 @@ class Supervisor:
                 self.slots.health,
                 lambda: self.machine.outages.rows(_smart_sites(self.config)),
                 lambda: {one.name: FilterTotals(self.shared.named().of(one.name)) for one in self.config.filter},
+                lambda: {zone: self.shared.named().of(list_name(zone)) for zone in _zones(self.config)},
             )
         except OSError as error:
             raise ConfigError([f"metrics.listen: {self.config.metrics.listen}: {reason(error)}"]) from None
@@ -236,6 +238,11 @@ async def _run(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
 def serve(config: Config, reload: Callable[[], Config]) -> tuple[int, str]:
     """Run the relay until SIGTERM or SIGINT: (exit status, failure or ""). ConfigError or SpoolBusy before it is ready."""
     return uvloop.run(_run(config, reload))
+
+
+def _zones(config: Config) -> list[str]:
+    """The lists in the DNS that filters ask."""
+    return sorted({one.zone for row in config.filter for one in row.lists})
 
 
 def _smart_sites(config: Config) -> Callable[[str], bool]:

@@ -14,12 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import xxhash
 
 from relaymta.accept.tickets import OCTETS as TICKET_OCTETS
 from relaymta.config import OAuth
 from relaymta.errors import RelayError, StoreError
 from relaymta.log import Log
-from relaymta.node import DEAD, TOKEN, SiteState, SiteStates, Store, check_storable, keep_profiles, keep_rates, kept_rates
+from relaymta.node import (
+    DEAD,
+    TOKEN,
+    SiteState,
+    SiteStates,
+    Store,
+    check_storable,
+    keep_profiles,
+    keep_rates,
+    keep_triplets,
+    kept_rates,
+    kept_triplets,
+)
 from relaymta.route.shaping import shipped_text
 from relaymta.send.oauth import Exchanges
 from relaymta.shm import Shared
@@ -35,9 +48,9 @@ RATES_SECONDS = 60.0  # interval of storing rates and quotas: a crash loses at m
 
 
 class Machine:
-    """`path`: the folder of what is kept across restarts. StoreError when it cannot be opened."""
+    """`path`: the folder of what is kept across restarts; `secret`: the spool's. StoreError when it cannot be opened."""
 
-    def __init__(self, path: Path, shared: Shared, workers: int, log: Log, slots: Slots) -> None:
+    def __init__(self, path: Path, shared: Shared, workers: int, log: Log, slots: Slots, secret: bytes) -> None:
         self._path = path
         self._slots = slots
         self._log = log
@@ -51,8 +64,11 @@ class Machine:
         self.states = SiteStates(self._store.load())
         self.outages = Outages(self.states.of(DEAD))
         self._client_rates = shared.client_rates(workers)
-        self._storing_rates = threading.Lock()  # a thread of the last period may still store them while `stop` does
+        self._storing = threading.Lock()  # a thread of the last period may still store them while `stop` does
         self._client_rates.restore(kept_rates(path))
+        self._triplets = shared.triplets(secret, lambda *times: False)
+        self._triplets.restore(kept_triplets(path))
+        self._triplets_stored = 0  # the hash of what was stored last
         self._record_profiles()
         self._periodic: list[asyncio.Task[None]] = []
 
@@ -64,7 +80,7 @@ class Machine:
     async def stop(self) -> None:
         for task in self._periodic:
             task.cancel()
-        self._store_rates()
+        self._store_counted()
         await self._exchanges.close()
         self._stopping.set()
         if self._writing is not None:
@@ -81,7 +97,7 @@ class Machine:
     async def _store_rates_periodically(self) -> None:
         while True:
             await asyncio.sleep(RATES_SECONDS)
-            await asyncio.to_thread(self._store_rates)
+            await asyncio.to_thread(self._store_counted)
 
     async def _renew_tickets_periodically(self) -> None:
         while True:
@@ -90,11 +106,30 @@ class Machine:
             for _, channel in self._slots.ready():
                 channel.notify("tickets", keys=self.tickets)
 
+    def _store_counted(self) -> None:
+        """Store what workers count and note in shared memory. Blocks."""
+        with self._storing:
+            self._store_rates()
+            self._store_triplets()
+
+    def _store_triplets(self) -> None:
+        """Store what greylisting knows, where there is any: a crash loses what it has learned since."""
+        if not self._triplets.rows_used():
+            return
+        octets = self._triplets.dump()
+        hashed = xxhash.xxh3_64_intdigest(octets)
+        if hashed == self._triplets_stored:
+            return
+        try:
+            keep_triplets(self._path, octets)
+            self._triplets_stored = hashed
+        except OSError as error:
+            self._log.event("warning", text=f"node: {error.strerror}: what greylisting knows is not stored")
+
     def _store_rates(self) -> None:
         """Store the use of quotas and the counts of failed login attempts, which continue after a restart. Blocks."""
         try:
-            with self._storing_rates:
-                keep_rates(self._path, self._client_rates.rows())
+            keep_rates(self._path, self._client_rates.rows())
         except OSError as error:
             self._log.event("warning", text=f"node: {error.strerror}: the use of quotas is not stored")
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from relaymta.config import Config, OAuth
 from relaymta.control import Channel, Refused
 from relaymta.dns import Resolver
 from relaymta.errors import RelayError
+from relaymta.filter.means import Means
 from relaymta.log import USERS, History, Log
 from relaymta.metrics import Counters, index
 from relaymta.node import SiteState, SiteStates
@@ -139,6 +141,7 @@ class Worker:
         self.states = SiteStates(msgspec.convert(states, list[SiteState]))
         self.in_flight = shared.in_flight(slot)
         self.named = shared.named(slot)
+        self.triplets = partial(shared.triplets, (Path(self.config.spool) / "secret").read_bytes())
         self.probed = dict(probed)
         self.log = self._open_log(mail is not None)
         self.routes = RouteTable(self.config)
@@ -180,8 +183,9 @@ class Worker:
         """Accept mail into a queue, and users who read theirs. `descriptors`: the listening sockets."""
         login = self.mail.recipients.login if self.mail is not None else None
         endpoint = Endpoint(
-            self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login, self.named
-        )
+            self.config, self.client_rates, self.limits, self.resolver, self.counters, self.log, tickets, login,
+            Means("", self.resolver, self.counters, self.named, triplets=self.triplets),
+        )  # fmt: skip
         quotas = Quotas(self.client_rates, self.counters)
         self.intake = Intake(self.config, self.routes, taking, endpoint, quotas, self.counters, self.log)
         others: dict[str, Make] = {}

@@ -145,7 +145,7 @@ class Workers:
 @pytest.fixture
 def made(tmp_path):
     log = Log(str(tmp_path / "log"), -1)
-    one = Machine(tmp_path / "node", Shared.create(), 1, log, Workers())  # type: ignore[arg-type]
+    one = Machine(tmp_path / "node", Shared.create(), 1, log, Workers(), b"secret")  # type: ignore[arg-type]
     yield one
     log.close()
 
