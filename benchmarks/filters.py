@@ -4,11 +4,14 @@ Relays with and without filters run side by side, and get the same load (4 kB me
 counts is the CPU of the worker a message. "clamd": every message is shown to a real clamd, which has two signatures; "others":
 a filter for unauthenticated clients is configured, and the mail is that of clients that may relay; "milter": every message is
 shown to a milter (null_milter.c, on libmilter) that answers each of the 25 events, "milter, quiet": to one that answers the last
-alone; both are asked behind the final dot ("message"), or as the dialogue goes ("mail"). The filter's own CPU is told beside it.
+alone; both are asked behind the final dot ("message"), or as the dialogue goes ("mail"). "policy": a policy service is asked
+about each recipient (one, or ten). "greylist": the sender is known; "dnsbl": ten lists, whose answers the resolver has: both, and
+the relay beside them, with mail of clients that may not relay. The filter's own CPU is told beside it.
 """
 
 import argparse
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,17 +25,20 @@ from typing import Any, NamedTuple
 from benchmarks.pairs import WARM_UP, Build
 from benchmarks.run import Load, cpu_seconds
 from tests.support.clamd import clamd
-from tests.support.daemon import wait_for
+from tests.support.daemon import free_port, wait_for
+from tests.support.resolver import nameserver_with
 
+UNTRUSTED = ("relay.networks=[]", 'relay.domains=["d.example"]', "verify.results=false")
 LOADS = {True: 3_000, False: 2_000}  # messages of a burst, with sessions reused or not
 
 
 class Running(NamedTuple):
-    """A filter: its process, and what is configured for it (TOML)."""
+    """A filter: its process (0: it has none), what is configured for it (TOML), and settings of the relay beside it, too."""
 
     pid: int
     keys: str
     address: str
+    settings: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -66,23 +72,76 @@ def _milter(*words: str) -> Iterator[Running]:
             process.wait()
 
 
+SERVICE = """
+import socket, sys, threading
+def serve(sock):
+    said = b""
+    while data := sock.recv(65536):
+        said += data
+        while b"\\n\\n" in said:
+            _, _, said = said.partition(b"\\n\\n")
+            sock.sendall(b"action=DUNNO\\n\\n")
+listening = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=100)
+while True:
+    threading.Thread(target=serve, args=listening.accept()[:1], daemon=True).start()
+"""
+
+
+@contextmanager
+def _policy() -> Iterator[Running]:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", SERVICE, str(port)])
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), what="the policy service")
+        yield Running(process.pid, f'type="policy",address=["127.0.0.1:{port}"]', f"127.0.0.1:{port}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _greylist() -> Iterator[Running]:
+    """Who is new is let pass, so that it is known soon."""
+    with _resolver() as dns:
+        keys = 'type="greylist",delay=1,verdicts={new="accept",early="accept"}'
+        yield Running(0, keys, "", (*UNTRUSTED, dns))
+
+
+@contextmanager
+def _dnsbl() -> Iterator[Running]:
+    lists = ",".join(f'{{zone="l{n}.test",codes=["127.0.0.2"]}}' for n in range(10))
+    with _resolver() as dns:
+        yield Running(0, f'type="dnsbl",lists=[{lists}]', "", (*UNTRUSTED, dns))
+
+
+@contextmanager
+def _resolver() -> Iterator[str]:
+    """The setting of a nameserver that knows no names."""
+    with tempfile.TemporaryDirectory() as folder, nameserver_with(Path(folder), []) as server:
+        yield f'delivery.nameservers=["{server}"]'
+
+
 def measured(filter: Running, keys: str, load: Load, starts: int, pairs: int) -> dict[str, Any]:
     """The CPU a message of a relay with a filter (`keys`: more of its table) and of one without, and of the filter (us)."""
-    filtered = (f'filter=[{{name="one",{filter.keys}{keys}}}]',)
+    filtered = (f'filter=[{{name="one",{filter.keys}{keys}}}]', *filter.settings)
     rows: list[list[float]] = []
     own: list[float] = []
     for start in range(starts):
         with tempfile.TemporaryDirectory() as folder:
             order = ["with", "without"] if start % 2 else ["without", "with"]
-            sides = {name: Build(sys.executable, Path(folder) / name, filtered if name == "with" else ()) for name in order}
+            sides = {
+                name: Build(sys.executable, Path(folder) / name, filtered if name == "with" else filter.settings)
+                for name in order
+            }
             try:
                 for number in range(-WARM_UP, pairs):
                     found = {}
                     for name in order if number % 2 else order[::-1]:
-                        before = cpu_seconds(filter.pid)
+                        before = cpu_seconds(filter.pid) if filter.pid else 0.0
                         found[name] = sides[name].burst(load)
                         if name == "with" and number >= 0:
-                            own.append((cpu_seconds(filter.pid) - before) / load.messages * 1e6)
+                            now = cpu_seconds(filter.pid) if filter.pid else 0.0
+                            own.append((now - before) / load.messages * 1e6)
                     if number >= 0:
                         rows.append([found["with"], found["without"]])
             finally:
@@ -99,6 +158,10 @@ _QUIET = partial(_milter, "quiet")
 CASES: dict[str, tuple[Callable[[], AbstractContextManager[Running]], str]] = {
     "clamd": (_clamd, ""),
     "others": (_clamd, ',clients="unauthenticated"'),
+    "policy": (_policy, ""),
+    "policy, ten recipients": (_policy, ""),
+    "greylist": (_greylist, ""),
+    "dnsbl": (_dnsbl, ""),
     "milter": (_milter, ',stage="message"'),
     "milter, mail": (_milter, ',stage="mail"'),
     "milter, quiet": (_QUIET, ',stage="message"'),
@@ -121,7 +184,8 @@ def main() -> None:
             continue
         with run() as filter:
             for reuse, messages in LOADS.items():
-                load = Load("sessions reused" if reuse else "one connection a message", messages, reuse=reuse)
+                to = 10 if "ten" in what else 1
+                load = Load("sessions reused" if reuse else "one connection a message", messages, reuse=reuse, recipients=to)
                 row = {"what": what} | measured(filter, keys, load, arguments.starts, arguments.pairs)
                 found.append(row)
                 print(

@@ -3,11 +3,12 @@
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar, Protocol, cast
 
 from relaymta.accept.admission import DRAIN_REPLY, Admission
 from relaymta.accept.client import KEPT, STRESS_PATIENCE, ClientConnection
+from relaymta.accept.eager import begin
 from relaymta.accept.line import ASKING, CHECKING, COMMITTING, OUTPUT_SECONDS, SHAKING, SPILLING
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import Flow, IncomingTransaction
@@ -84,7 +85,14 @@ class Connection(ClientConnection[ServerSession]):
         self.waits |= ASKING
         question = session.question
         assert question is not None
-        self.asking = self.admission.spawn(self._asked(session, cast(Asks, session.transaction), question))
+        before, self.eager = self.eager, True
+        try:
+            begin(self._asked(session, cast(Asks, session.transaction), question), self._asks)
+        finally:
+            self.eager = before
+
+    def _asks(self, rest: Coroutine[Any, Any, None]) -> None:
+        self.asking = self.admission.spawn(rest)
 
     async def _asked(self, session: ServerSession, transaction: Asks, question: Question) -> None:
         try:

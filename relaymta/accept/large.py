@@ -18,8 +18,9 @@ ROOM = 65536  # octets reserved before the message data for fields computed from
 
 class Large:
     """A large message while it is received. It is to be signed (`draft`), verified (`look`), or neither. `front`: the fields that
-    this relay adds; `header`: that of the message, where filters may change it, else b"". Called on threads, one at a time:
-    `write` for all message data, then `take_place_of`, `read`, `finish` or `discard`; `piece` at any time between, by several."""
+    this relay adds; `header`: that of the message, where filters may change it (`changes`), else b"". Called on threads, one at a
+    time: `write` for all message data, then `take_place_of`, `read`, `finish` or `discard`; `piece` at any time between, by
+    several."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Large:
         self.draft, self.look = draft, look
         self.header = header
         self._skip = 0  # octets of the header as it was written, where another one is in `front`
-        self._changes = changes
+        self.changes = changes
         self._room = room
         self._make = make
         self.front = front
@@ -46,8 +47,8 @@ class Large:
         """Append pieces of message data. OSError or StoreError: the file cannot be written."""
         digest = self.draft or self.look
         if self._file is None:
-            reserves = digest is not None or self._changes
-            room = 2 * ROOM + self._room if self._changes else ROOM if reserves else 0  # edits.MOST is as much again
+            reserves = digest is not None or self.changes
+            room = 2 * ROOM + self._room if self.changes else ROOM if reserves else 0  # edits.MOST is as much again
             self._file = self._make(room)
             if not reserves:  # no field will be added before ours
                 self._file.write(self.front)

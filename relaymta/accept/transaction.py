@@ -120,6 +120,11 @@ class IncomingTransaction(Transaction):
         if self.dialogue is not None:
             self.dialogue.refused(address, answer)
 
+    def _is_judged(self) -> bool:
+        """Whether filters have something to do with the message: they look at it, or what they have said of its envelope."""
+        chain, dialogue = self.origin.chain, self.dialogue
+        return chain is not None and (chain.looks or dialogue is None or dialogue.has_said)
+
     def _mail(self, text: Text) -> Mail:
         """As filters see it."""
         origin, session = self.origin, self._session
@@ -171,7 +176,7 @@ class IncomingTransaction(Transaction):
             if look is None:
                 return reply.HEADER_TOO_LONG
             look.body.skip(look.end)
-        chain = self.origin.chain
+        chain = self.origin.chain if self._is_judged() else None
         if chain is not None and header_end(start) == len(start):
             return reply.HEADER_TOO_LONG  # it is shown to filters, and may be changed
         front = intake.prepend(ident, self, self.origin, self._session, start[:HEADER_SEEN])
@@ -246,7 +251,7 @@ class IncomingTransaction(Transaction):
             return
         if self.chunked:
             self._end_line(data)
-        if self.origin.chain is not None:
+        if self.origin.chain is not None and self._is_judged():
             self._judge(self._judge_whole(self.origin.chain, front, b"".join(data)))
         elif self._signs():
             application = self.origin.application
@@ -325,9 +330,9 @@ class IncomingTransaction(Transaction):
         assert large is not None
         if error is not None:
             self._stored(store_error(error))
-        elif self.origin.chain is not None and self._abandoned:
+        elif large.changes and self._abandoned:
             self._reject(reply.NOT_FILTERED)
-        elif self.origin.chain is not None:
+        elif large.changes and self.origin.chain is not None:
             self._judge(self._judge_large(self.origin.chain, large))
         elif large.draft is not None:
             endpoint.signer.finish(large.draft, lambda found: self._try(self._large_signed, found))

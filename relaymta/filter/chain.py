@@ -59,7 +59,8 @@ class Sender(NamedTuple):
 
 class Chain:
     """The filters for the mail of one client, in the order of the file. `follows`: one of them follows the client, and needs a
-    `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: about which commands; `forged`: names of
+    `Dialogue`, which `begins` with the connection, or with the first MAIL; `asks`: about which commands; `looks`: one of them is
+    shown messages, or may tag them; else there is nothing to do but what they have said of the envelope; `forged`: names of
     fields that are removed from mail of clients that may not relay, since they are those of our tags."""
 
     def __init__(
@@ -69,6 +70,7 @@ class Chain:
         self.follows = any(guard.follows for guard in guards)
         self.asks = frozenset[str]().union(*(guard.asks for guard in guards))
         self.begins = any(guard.begins for guard in guards)
+        self.looks = any(guard.looks or guard.tags for guard in guards)
         self.forged = frozenset() if trusted else table.tag_names
         self._table = table
         self.trusted = trusted
@@ -89,7 +91,7 @@ class Chain:
         until, findings = self.deadline(), list[Finding]()
         for group in self._groups():
             mail = revision.mail
-            asked = [one for one in group if one.looks_at(mail.recipients) and (one.looks or dialogue is not None)]
+            asked = [one for one in group if one.looks_at(mail.recipients) and (one.looks or _has_said(one, dialogue))]
             if len(asked) != 1:
                 found = await self._side_by_side(asked, mail, dialogue, until)
             else:
@@ -273,6 +275,10 @@ class Chains:
             guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
             self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop) if guards else None
         return self._chains[sender]
+
+
+def _has_said(guard: Guard, dialogue: Dialogue | None) -> bool:
+    return dialogue is not None and dialogue.about(guard)
 
 
 def _warn(log: Log, name: str, text: str) -> None:

@@ -76,7 +76,7 @@ class Dialogue:
             return None
         if session.decided or found.failure:
             self._decided[guard] = found
-        elif found.action < Verdict.TEMPFAIL:
+        elif found.action < Verdict.TEMPFAIL and found.says:
             before, noted = self._noted.get(guard), found._replace(condition="")
             self._noted[guard] = noted if before is None else noted.joined(before)
         return found
@@ -85,6 +85,15 @@ class Dialogue:
         """The relay itself has refused a recipient."""
         for session in self._sessions.values():
             session.refused(address, answer)
+
+    @property
+    def has_said(self) -> bool:
+        """Whether any of them has said something of the envelope that is to be done with the message."""
+        return bool(self._noted or self._decided)
+
+    def about(self, guard: Guard) -> bool:
+        """Whether a filter that is asked about the envelope alone has."""
+        return guard in self._noted or guard in self._decided
 
     async def judge(self, guard: Guard, mail: Mail, trusted: bool, until: float) -> Finding:
         """As of `Guard.ask`, also for a filter that follows nobody; and for one that is asked about the envelope alone: what it

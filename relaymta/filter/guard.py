@@ -80,6 +80,11 @@ class Finding(NamedTuple):
         )  # fmt: skip
 
     @property
+    def says(self) -> bool:
+        """Whether it is more than that there is nothing against the message."""
+        return self.word != "accept" or bool(self.edits or self.envelope or self.body or self.dropped)
+
+    @property
     def is_sure(self) -> bool:
         """Whether nothing that another filter says can change what is done."""
         return self.action is Verdict.REJECT
@@ -87,7 +92,7 @@ class Finding(NamedTuple):
 
 class Guard:
     """See above. `settings`: as configured; `filter`: what speaks to it; `follows`: it is a judgement.Follower, by whose session
-    it is asked; `alone`, `asks`, `begins`, `looks`: as of that."""
+    it is asked; `alone`, `asks`, `begins`, `looks`: as of that; `tags`: it may say so."""
 
     def __init__(
         self,
@@ -101,13 +106,14 @@ class Guard:
         self.settings = settings
         self.name = settings.name
         self.filter = asked
+        self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
+        self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
         self._follower = cast(Follower, asked) if hasattr(asked, "session") else None
         one = self._follower
         self.alone, self.asks = (False, NOTHING) if one is None else (one.alone, one.asks)
         self.begins, self.looks = (False, True) if one is None else (one.begins, one.looks)
+        self.tags = Verdict.TAG in (*self._meaning.values(), *(verdict for _, verdict in self._scores))
         self.follows = one is not None and (one.alone or bool(one.asks))
-        self._meaning = {word: Verdict[verdict.upper()] for word, verdict in settings.meaning.items()}
-        self._scores = sorted((one.at, Verdict[one.verdict.upper()]) for one in settings.score)
         self._places = Places(settings.name, settings.concurrency, limits, loop, self._show)
         self._counters = counters
         self._log = log
@@ -176,6 +182,8 @@ class Guard:
             return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
         if not settings.address:  # it is no program: it has no places, and bounds its own time
             return await self._asked(question, trusted, None, until, session)
+        if asyncio.current_task() is None:  # what has a time-out has to be a task (accept/eager.py)
+            await asyncio.sleep(0)
         began = self._loop.time()
         deadline = min(began + settings.timeout, until)
         if not self._places.take_now():
@@ -197,10 +205,13 @@ class Guard:
         began, settings = self._loop.time(), self.settings
         answer = None
         try:
-            async with asyncio.timeout_at(deadline) as timer:
-                if session is not None:
-                    session.renew = partial(self._renew, timer, until)
+            if deadline is None:
                 answer = await question()
+            else:
+                async with asyncio.timeout_at(deadline) as timer:
+                    if session is not None:
+                        session.renew = partial(self._renew, timer, until)
+                    answer = await question()
             if answer.word == "continue":
                 self._note_answer()
                 return Finding(self, answer.word, Verdict.ACCEPT)

@@ -215,7 +215,7 @@ def test_thousands_of_questions_in_one_segment_do_not_recurse(of):
 
 @pytest.mark.parametrize("verb", ["MAIL", "RCPT"])
 @pytest.mark.parametrize("behind", [b"", b"NOOP\r\n", RCPT + b"DATA\r\n", RCPT + CHUNK, b"QUIT\r\n"], ids=repr)
-@pytest.mark.parametrize("how", ["hangs up", "is reset", "is reset before it is asked", "hangs up before it is asked"])
+@pytest.mark.parametrize("how", ["hangs up", "is reset", "is reset in the same turn", "hangs up in the same turn"])
 def test_the_question_of_a_client_that_goes_is_given_up(of, filters, verb, behind, how):
     of.logs_in = Identity("ann", connections=1)
     made = connected(of)
@@ -228,7 +228,7 @@ def test_the_question_of_a_client_that_goes_is_given_up(of, filters, verb, behin
         filters.say()
         run(of)
         made.data_received(RCPT + behind)
-    if "before" not in how:
+    if "same turn" not in how:
         run(of)
     session, said, asked = made.session, transport.said, len(filters.asked)
     assert session is not None
@@ -242,7 +242,7 @@ def test_the_question_of_a_client_that_goes_is_given_up(of, filters, verb, behin
         transport.closed = True
     run(of)
     assert transport.closed and transport.said == said and not filters.waiting and made.asking is None and not made.waits
-    assert filters.cancelled == ("before" not in how) and len(filters.asked) == asked
+    assert filters.cancelled == 1 and len(filters.asked) == asked
     assert session.transaction is None and session.question is None and session.closing and not of.held() and not of.stored
     assert not [event for event in of.events if "text" in event]
     idle(made)
@@ -452,6 +452,7 @@ class Slow(Filters):
     async def ask(self, question):
         self.asked.append(question)
         self.begun.set()
+        await asyncio.sleep(0)  # what has a time-out has to be a task
         try:
             async with asyncio.timeout(30):
                 await self.answers.wait()
