@@ -117,7 +117,20 @@ class Conversation:
     word that has ended the message, or the session (at C and H); `error`: an answer that made no sense: nothing behind it is
     read; `unshown`: header fields that were too long."""
 
-    __slots__ = ("_buffer", "_needs", "_room", "changes", "due", "error", "last", "skips", "spent", "terms", "unshown")
+    __slots__ = (
+        "_buffer",
+        "_needs",
+        "_room",
+        "_skipped",
+        "changes",
+        "due",
+        "error",
+        "last",
+        "skips",
+        "spent",
+        "terms",
+        "unshown",
+    )
 
     def __init__(self) -> None:
         self.terms: Terms | None = None
@@ -127,6 +140,7 @@ class Conversation:
         self.error: MilterError | None = None
         self.skips = self.spent = False
         self.unshown = 0
+        self._skipped: dict[bytes, list[int]] = {}  # by name, in lower case: the instances that were not shown
         self._room = CHANGES_MOST
         self._buffer = bytearray()
         self._needs = 0  # octets in `_buffer`, until there is anything to be read in it
@@ -154,6 +168,7 @@ class Conversation:
     def mail(self, sender: str, parameters: Sequence[str], macros: Mapping[str, str]) -> bytes:
         """MAIL: a message begins."""
         self.changes, self.last, self.skips, self.unshown, self._room = Changes(), None, False, 0, CHANGES_MOST
+        self._skipped = {}
         return self._told("M", _arguments(sender, parameters), macros)
 
     def rcpt(self, recipient: str, parameters: Sequence[str], macros: Mapping[str, str]) -> bytes:
@@ -172,6 +187,7 @@ class Conversation:
         if not steps & 0x20:
             eaten, nul = not steps & _SPACES, b"\0" in head
             parts: list[bytes] = []
+            hidden: set[int] = set()
             for name, line in shown(head):
                 value = line[line.index(b":", len(name)) + 1 :]
                 if nul or b"\r" in value:
@@ -180,9 +196,12 @@ class Conversation:
                     value = value[1:]
                 octets = len(name) + len(value) + 2
                 if octets > DATA_MOST:
+                    hidden.add(len(parts) // 6 + self.unshown)
                     self.unshown += 1
                 else:
                     parts += ((octets + 1).to_bytes(4), b"L", name, b"\0", value, b"\0")
+            if hidden:
+                self._skipped = _instances(head, hidden)
             if parts:
                 frames.append(b"".join(parts))
             if not steps & 0x80:
@@ -368,6 +387,8 @@ class Conversation:
 
     def _replace(self, data: bytes) -> bool:
         at, (name, value) = _number(data), _texts(data[4:], 2)
+        for skipped in self._skipped.get(name.lower(), ()):  # it counts what it was shown
+            at = max(at, 1) + (skipped <= max(at, 1))
         return self._edit(Change(name, at, self._value(value)))
 
     def _value(self, value: bytes) -> bytes:
@@ -463,6 +484,18 @@ def _arguments(address: str, parameters: Sequence[str]) -> bytes:
 
 def _begin(data: bytes) -> str:
     return f"'{printable(data[:64].decode('utf-8', 'replace'))}'"
+
+
+def _instances(head: bytes, places: set[int]) -> dict[bytes, list[int]]:
+    """Of the fields at these places of a header (from 0 on): by name, in lower case, which instances they are, from 1 on."""
+    counts: dict[bytes, int] = {}
+    found: dict[bytes, list[int]] = {}
+    for place, (written, _) in enumerate(shown(head)):
+        name = written.lower()
+        counts[name] = counts.get(name, 0) + 1
+        if place in places:
+            found.setdefault(name, []).append(counts[name])
+    return found
 
 
 def _lists(data: bytes) -> dict[str, frozenset[str]]:

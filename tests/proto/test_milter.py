@@ -108,6 +108,26 @@ def test_long_fields_are_not_shown_and_long_bodies_in_pieces():
     assert frames(one.helo("x" * 70_000, {})) == [] and "".join(one.due) == "LLNBBB"
 
 
+@pytest.mark.parametrize("at, left", [(0, [1, 3, 4]), (1, [1, 3, 4]), (2, [1, 2, 3]), (3, [1, 2, 3, 4])])
+def test_a_field_that_was_not_shown_is_not_counted_and_not_changed(at, left):
+    """Else a long field in front of a forged one would save that from a filter that removes it."""
+    long = b"y\r\n " * 30_000
+    head = b"".join(b"X-Forged: %d%b\r\n" % (n, long if n in (1, 3) else b"") for n in range(1, 5)) + b"\r\n"
+    one = agreed()
+    one.mail("a@b.example", (), {})
+    one.header(head, {})
+    one.due.clear()
+    one.end({})
+    one.feed(frame(b"m", at.to_bytes(4, "big") + b"x-forged\0\0") + frame(b"c"))
+    assert [int(octets[:1]) for octets in edited(head, one.changes.edits).header.split(b"X-Forged: ")[1:]] == left
+    one.mail("a@b.example", (), {})
+    one.header(b"X-Forged: 1\r\n\r\n", {})
+    one.due.clear()
+    one.end({})
+    one.feed(frame(b"m", (1).to_bytes(4, "big") + b"X-Forged\0\0") + frame(b"c"))
+    assert one.changes.edits[0].instance == 1
+
+
 TEXTS = st.lists(
     st.tuples(st.from_regex(rb"\A[!-9;-~]{1,8}\Z"), st.lists(st.binary(max_size=9), min_size=1, max_size=3)), max_size=5
 )
