@@ -411,6 +411,8 @@ class _Session:
         return _answer_of(mine[-1]) if mine else _CONTINUE
 
     async def _judge(self, mail: Mail) -> Answer:
+        if self._link is not None:
+            self._link.seen = 0  # other filters may have changed the recipients
         link, frames = await self._caught_up(mail)
         talk, told = link.talk, {"i": mail.ident}
         body = _Taken(mail.rewritten)

@@ -1,0 +1,43 @@
+"""Milters that follow a client, in the chain: each knows the message as it is, whatever another has made of it."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from relaymta.filter.judgement import Mail, Text
+from relaymta.filter.revision import Revision
+from relaymta.shm import Shared
+from tests.filter.test_chain import Bench, bench_of
+from tests.filter.test_milter import quiet
+from tests.support.scripted_milter import Script, Scripted, change, frame, scripted
+
+HEAD = b"From: a\r\nSubject: x\r\n\r\n"
+
+
+def mail(*recipients: str) -> Mail:
+    return Mail("ID1", "a@b.example", list(recipients), "192.0.2.1", "h.example", "", "", Text(HEAD, b"text\r\n"))
+
+
+@contextlib.asynccontextmanager
+async def chained(*settings: dict[str, Any]) -> AsyncIterator[tuple[list[Scripted], Bench]]:
+    """Milters with these settings, in this order."""
+    async with quiet(), contextlib.AsyncExitStack() as stack:
+        found = [await stack.enter_async_context(scripted()) for _ in settings]
+        bench = await stack.enter_async_context(bench_of(Shared.create()))
+        rows = [{"type": "milter", "address": [address]} | one for one, (_, address) in zip(settings, found, strict=True)]
+        bench.configure(*rows)
+        yield [server for server, _ in found], bench
+
+
+async def test_recipients_that_one_has_added_the_next_is_told_of_though_it_knows_the_others():
+    async with chained({"stage": "message", "may": ["recipients"]}, {"stage": "mail"}) as ((one, two), bench):
+        changes = [change("-", b"r%d@d.example" % n) for n in range(2)] + [change("+", b"new@d.example")]
+        one.script = Script().at("E", *changes, frame("c"))
+        chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
+        dialogue = chain.dialogue()
+        assert await dialogue.mail(mail()) is None
+        for n, address in enumerate(to):
+            assert await dialogue.rcpt(mail(*to[:n]), address) is None
+        assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
+        assert two.told[0].of("R") == [b"<%b>\0" % address.encode() for address in (*to, "new@d.example")]
+        dialogue.end()
