@@ -53,7 +53,11 @@ class Dialogue:
         for guard in chain.guards:
             if verb not in guard.asks or not (verb == "MAIL" or guard.looks_at(recipients)):
                 continue
-            found = self._decided.get(guard) or await self._put(guard, question, until)
+            found = self._decided.get(guard)
+            if found is None:
+                found = await self._put(guard, question, until)
+                if found is not None and guard not in self._decided and found.action is Verdict.ACCEPT and found.word != "accept":
+                    chain.told(mail, found, [*recipients])  # nothing follows, and what is said of the message will not tell it
             if found is None:
                 continue
             if found.condition == "if rejected":

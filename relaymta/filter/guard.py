@@ -81,8 +81,8 @@ class Finding(NamedTuple):
 
     @property
     def says(self) -> bool:
-        """Whether it is more than that there is nothing against the message."""
-        return self.word != "accept" or bool(self.edits or self.envelope or self.body or self.dropped)
+        """Whether something follows from it."""
+        return self.action is not Verdict.ACCEPT or bool(self.edits or self.envelope or self.body or self.dropped)
 
     @property
     def is_sure(self) -> bool:

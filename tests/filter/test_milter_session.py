@@ -41,3 +41,21 @@ async def test_recipients_that_one_has_added_the_next_is_told_of_though_it_knows
         assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
         assert two.told[0].of("R") == [b"<%b>\0" % address.encode() for address in (*to, "new@d.example")]
         dialogue.end()
+
+
+async def test_what_is_said_of_a_recipient_is_logged_also_where_nothing_follows():
+    """The log is all that is there of a filter that is tried out."""
+    async with chained({"stage": "mail", "enforce": False}) as ((one,), bench):
+        one.script = Script().at("R", frame("r")).at("R", frame("c")).at("R", frame("t"))
+        chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
+        dialogue = chain.dialogue()
+        assert await dialogue.mail(mail()) is None
+        for n, address in enumerate(to):
+            assert await dialogue.rcpt(mail(*to[:n]), address) is None
+        assert [(event["verdict"], event["action"]) for event in bench.of("filtered")] == [
+            ("reject", "accept"),
+            ("tempfail", "accept"),
+        ]
+        assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
+        assert len(bench.of("filtered")) == 3
+        dialogue.end()
