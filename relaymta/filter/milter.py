@@ -59,8 +59,8 @@ class _Client(NamedTuple):
 
 class _Link(asyncio.Protocol):
     """A connection, and what the filter has been told over it: `client`, None: nothing; whether there is a message under way, and
-    of this the recipients `told`, which the first `seen` of the message are; `asked`: those whose answer is due. `aborts`: it
-    still has to be told that a message is over."""
+    of this the recipients `told`, which the first `seen` of the message are; `asked`: those whose answer is due; `refused`: what
+    it has said of some that another connection had let pass. `aborts`: it still has to be told that a message is over."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -71,6 +71,7 @@ class _Link(asyncio.Protocol):
         self.told: set[str] = set()
         self.seen = 0
         self.asked: deque[str] = deque()
+        self.refused: list[tuple[str, Said]] = []
         self.progress: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._events: list[Said | Piece | Progress] = []
@@ -378,6 +379,7 @@ class _Session:
             link.in_message, link.seen = True, 0
             link.told.clear()
             link.asked.clear()
+            link.refused.clear()
             frames.append(talk.mail(mail.sender, mail.parameters, _mail_macros(mail)))
         frames += [self._recipient(link, one, one) for one in mail.recipients[link.seen :] if one not in link.told]
         link.seen = len(mail.recipients)
@@ -403,6 +405,7 @@ class _Session:
             frames.append(self._recipient(link, address, address))
         link.send(frames)
         refused = await self._heard(link, None)
+        link.refused += [one for one in refused if one[0] != address]
         if link.talk.last is not None:
             return self._final(link, link.talk.last)
         if address is None:
@@ -419,7 +422,7 @@ class _Session:
         try:
             frames += [talk.data(told), *talk.header(mail.text.head, told)]
             await self._show(link, frames, mail)
-            refused = await self._heard(link, body)
+            refused = link.refused + await self._heard(link, body)
             last = talk.last
             if last is None:
                 raise FilterFailure("protocol", f"{link.name}: says nothing of the message")

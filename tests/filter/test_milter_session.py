@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
+
 from relaymta.filter.judgement import Mail, Text
 from relaymta.filter.revision import Revision
 from relaymta.shm import Shared
@@ -58,4 +60,30 @@ async def test_what_is_said_of_a_recipient_is_logged_also_where_nothing_follows(
         ]
         assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
         assert len(bench.of("filtered")) == 3
+        dialogue.end()
+
+
+@pytest.mark.parametrize(
+    "act, reply", [(frame("r"), b"550 5.7.1 <r0@d.example>: refused"), (frame("t"), b"451 4.7.1 <r0@d.example>: not")]
+)
+async def test_a_recipient_that_is_refused_when_it_is_told_again_is_not_forgotten(act, reply):
+    """The client has heard that it is accepted: the message is refused."""
+    async with chained({"stage": "mail"}) as ((one,), bench):
+        chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
+        dialogue = chain.dialogue()
+        for _ in range(2):
+            one.script = Script()
+            assert await dialogue.mail(mail()) is None
+            assert await dialogue.rcpt(mail(), to[0]) is None
+            one.script = Script().at("R", act).at("R", frame("c"))
+            await one.end()
+            assert await dialogue.rcpt(mail(*to[:1]), to[1]) is None
+            assert await dialogue.rcpt(mail(*to[:2]), to[2]) is None
+            outcome = await chain.judge(Revision(mail(*to)), dialogue)
+            assert outcome.reply.startswith(reply)
+            dialogue.reset()
+        one.script = Script()
+        assert await dialogue.mail(mail()) is None
+        assert await dialogue.rcpt(mail(), to[0]) is None
+        assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
         dialogue.end()
