@@ -5,8 +5,8 @@ the rest, from DATA on, behind the final dot. It is not waited for in between. W
 connection can be told: where one is lost before the last answer, the message is shown once more, on a new one.
 
 State of a session, all of it changed on the loop, by the one question that is under way, or by `reset` and `close`: `_link`, the
-connection; `_over`, what the filter has said of this client, whatever it sends; `_refused`, recipients of which it is to be told
-that they were refused. What a connection has been told of is in `_Link`.
+connection; `_over`, what the filter has said of this client, whatever it sends; `_refused`, recipients of the message that the
+relay has refused, of which it may want to be told. What a connection has been told of is in `_Link`.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ __all__ = ["Milter"]
 SKIPPED = 5.0  # seconds for which an address that failed is asked only if the others fail, too
 TOGETHER = 65536  # octets in one write
 WAITING = 4  # pieces of a new body that wait to be written, until no more are read
+KEPT = 1000  # recipients that were refused, of which it is told, or known that it was told
 REASON_MOST = 200
 
 _REFUSED_RECIPIENTS: Final = 0x800  # a step (SMFIP_RCPT_REJ): it wants to be told of them
@@ -60,7 +61,8 @@ class _Client(NamedTuple):
 class _Link(asyncio.Protocol):
     """A connection, and what the filter has been told over it: `client`, None: nothing; whether there is a message under way, and
     of this the recipients `told`, which the first `seen` of the message are; `asked`: those whose answer is due; `refused`: what
-    it has said of some that another connection had let pass. `aborts`: it still has to be told that a message is over."""
+    it has said of some that another connection had let pass; `rejects`: of so many it was told that the relay refused them.
+    `aborts`: it still has to be told that a message is over."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,6 +74,7 @@ class _Link(asyncio.Protocol):
         self.seen = 0
         self.asked: deque[str] = deque()
         self.refused: list[tuple[str, Said]] = []
+        self.rejects = 0
         self.progress: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._events: list[Said | Piece | Progress] = []
@@ -308,7 +311,7 @@ class _Session:
     def refused(self, address: str, answer: bytes) -> None:
         """As in judgement.FilterSession."""
         terms = self._link.talk.terms if self._link is not None else None
-        if terms is None or terms.steps & _REFUSED_RECIPIENTS:
+        if (terms is None or terms.steps & _REFUSED_RECIPIENTS) and len(self._refused) < KEPT:
             self._refused.append((address, answer))
 
     def reset(self) -> None:
@@ -376,16 +379,16 @@ class _Session:
             link.aborts = False
             frames.append(talk.abort())
         if not link.in_message:
-            link.in_message, link.seen = True, 0
+            link.in_message, link.seen, link.rejects = True, 0, 0
             link.told.clear()
             link.asked.clear()
             link.refused.clear()
             frames.append(talk.mail(mail.sender, mail.parameters, _mail_macros(mail)))
         frames += [self._recipient(link, one, one) for one in mail.recipients[link.seen :] if one not in link.told]
         link.seen = len(mail.recipients)
-        refused, self._refused = self._refused, []
         if talk.terms is not None and talk.terms.steps & _REFUSED_RECIPIENTS:
-            frames += [self._recipient(link, "", address, answer) for address, answer in refused]
+            frames += [self._recipient(link, "", address, answer) for address, answer in self._refused[link.rejects :]]
+            link.rejects = len(self._refused)
         return link, frames
 
     def _recipient(self, link: _Link, about: str, address: str, refused: bytes = b"") -> bytes:
@@ -402,6 +405,8 @@ class _Session:
         """MAIL, or RCPT of an address."""
         link, frames = await self._caught_up(mail)
         if address is not None:
+            if len(link.told) > len(mail.recipients) + KEPT:  # those that it has refused may be without number
+                link.told.intersection_update(mail.recipients)
             frames.append(self._recipient(link, address, address))
         link.send(frames)
         refused = await self._heard(link, None)

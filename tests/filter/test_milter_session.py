@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from relaymta.filter.judgement import Mail, Text
+from relaymta.filter.milter import KEPT
 from relaymta.filter.revision import Revision
 from relaymta.shm import Shared
 from tests.filter.test_chain import Bench, bench_of
-from tests.filter.test_milter import quiet
-from tests.support.scripted_milter import Script, Scripted, change, frame, scripted
+from tests.filter.test_milter import asking, quiet
+from tests.support.scripted_milter import RCPT_REJ, Script, Scripted, agreed, change, frame, scripted
 
 HEAD = b"From: a\r\nSubject: x\r\n\r\n"
 
@@ -87,3 +88,38 @@ async def test_a_recipient_that_is_refused_when_it_is_told_again_is_not_forgotte
         assert await dialogue.rcpt(mail(), to[0]) is None
         assert (await chain.judge(Revision(mail(*to)), dialogue)).verdict.word == "accept"
         dialogue.end()
+
+
+async def test_recipients_that_the_relay_has_refused_are_told_again_and_not_twice():
+    async with asking(Script(offer=(agreed(steps=RCPT_REJ),), steps=RCPT_REJ)) as (server, ours):
+        session = ours.session()
+        for _ in range(2):
+            await session.mail(mail())
+            for n in range(2):
+                session.refused(f"no{n}@d.example", b"550 5.1.1 no such user\r\n")
+                assert (await session.rcpt(mail(*["r0@d.example"] * n), f"r{n}@d.example")).word == "continue"
+            await server.end()
+            assert (await session.judge(mail("r0@d.example", "r1@d.example"))).word == "accept"
+            session.reset()
+        session.close()
+        every = {b"<%b%d@d.example>\0" % (what, n) for what in (b"no", b"r") for n in range(2)}
+        first, second, third = (told.of("R") for told in server.told)
+        assert set(first) == every and len(first) == 4
+        assert set(second) == every and len(second) == 8 and len(third) == 4
+
+
+async def test_of_recipients_without_number_not_all_are_kept():
+    """A refusal for now costs a client nothing: it may name others for ever."""
+    for steps in (0, RCPT_REJ):
+        async with asking(Script(offer=(agreed(steps=steps),), steps=steps)) as (server, ours):
+            session = ours.session()
+            for n in range(5 * KEPT):
+                session.refused(f"no{n}@d.example", b"452 4.7.1 later\r\n")
+            assert len(session._refused) == KEPT
+            server.script.at("R", frame("t"))
+            for n in range(3 * KEPT):
+                await session.rcpt(mail("r0@d.example"), f"no{n}@d.example")
+            assert session._link is not None and len(session._link.told) <= KEPT + 2
+            answer = await session.judge(mail("r0@d.example"))
+            assert answer.word == "tempfail" and server.told[0].of("R").count(b"<r0@d.example>\0") == 1
+            session.close()
