@@ -88,6 +88,12 @@ class Chain:
 
     async def ask(self, revision: Revision, dialogue: Dialogue | None = None) -> list[Finding]:
         """Ask all filters that apply: what they say, in the order of the file, or up to a refusal that nothing can change."""
+        if dialogue is None and self.follows:
+            dialogue = self.dialogue()
+            try:
+                return await self.ask(revision, dialogue)
+            finally:
+                dialogue.end()
         until, findings = self.deadline(), list[Finding]()
         for group in self._groups():
             mail = revision.mail

@@ -833,19 +833,22 @@ async def test_what_an_insane_filter_costs(on_failure):
         assert outcome.closes == (on_failure == "disconnect") and bool(outcome.held) == (on_failure == "hold")
 
 
-async def test_in_time_by_progress_and_not_beyond_the_budget():
+@pytest.mark.parametrize("follows", [True, False], ids=["a client", "nobody"])
+async def test_in_time_by_progress_and_not_beyond_the_budget(follows):
     async with chained(timeout=0.5) as (server, bench):
         pauses = [asyncio.Event() for _ in range(8)]
         script = Script().at("E", *[act for pause in pauses for act in (Hold(pause), frame("p"))], frame("c"))
         server.script = script
         chain = bench.chain()
-        dialogue, revision = chain.dialogue(), Revision(mail())
+        dialogue, revision = chain.dialogue() if follows else None, Revision(mail())
         task = asyncio.create_task(chain.judge(revision, dialogue))
         for pause in pauses:
             await asyncio.sleep(0.1)
             pause.set()
         assert (await task).verdict.word == "accept"
-        dialogue.end()
+        if dialogue is not None:
+            dialogue.end()
+        await until(lambda: not server.open)
 
 
 class Late:
