@@ -517,7 +517,8 @@ class IncomingTransaction(Transaction):
         def make() -> Large:
             return Large(lambda room: queue.big_body(ident, room), [], changes=True, room=header_octets)
 
-        return Rewritten(make, memory, self.limits.message_size, self._thread, place)
+        most = max(self.limits.message_size - header_octets, 0)
+        return Rewritten(make, memory, most, self._thread, place)
 
     def _move(self, file: BigBody) -> None:
         self._admission.intake.queue.become(file, self._ident)

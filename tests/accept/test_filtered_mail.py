@@ -7,7 +7,7 @@ import pytest
 
 from relaymta.accept.connection import Connection
 from relaymta.filter.chain import Outcome
-from relaymta.filter.judgement import Verdict
+from relaymta.filter.judgement import FilterFailure, Verdict
 from relaymta.filter.revision import Revision
 from relaymta.proto.edits import Append, Insert, without
 from relaymta.proto.header import header_end
@@ -99,3 +99,28 @@ def test_a_client_that_says_something_and_goes_is_noticed(size, behind):
     if made.transport is not None:
         made.connection_lost(None)
     assert not of.held() and all(file.kept != file.discarded for file in of.written)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_new_body_and_the_header_are_no_more_than_a_message_may_be(monkeypatch, beyond):
+    header, most = b"Subject: x\r\n" * 100 + b"\r\n", 65536
+    of = machine(limits={"message_size": most})
+    said: list[str] = []
+
+    async def judge(revision: Revision, dialogue: object) -> Outcome:
+        assert revision.mail.rewritten is not None
+        new = revision.mail.rewritten()
+        try:
+            await new.write(b"x\r\n" * ((most - len(header)) // 3 + beyond))
+            await new.end()
+            said.append("taken")
+        except FilterFailure as failure:
+            said.append(failure.reason)
+        new.discard()
+        return Outcome(Verdict.ACCEPT)
+
+    monkeypatch.setattr(of, "judge", judge)
+    made = connected(of)
+    made.data_received(ENVELOPE + b"BDAT %d LAST\r\n" % len(header) + header)
+    idle(made)
+    assert said == ["protocol" if beyond else "taken"]
