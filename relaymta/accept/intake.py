@@ -208,7 +208,7 @@ class Intake:
     def _spend(self, client: Client, identity: Identity | None, transaction: Transaction) -> bytes | None:
         """Take the units of a recipient, and with the first one those of the message, from rates and quotas: all or, when one is
         used up, none. The reply then, or None."""
-        first = not transaction.recipients
+        first = not transaction.counted  # others may have refused those before
         rates = [("message_rate", client.message_rate)] if first else []
         rates.append(("recipient_rate", client.recipient_rate))
         kinds = () if identity is None else ("messages", "recipients") if first else ("recipients",)
@@ -223,6 +223,7 @@ class Intake:
                 if refused is not None:
                     return refused
             units.keep()
+        transaction.counted = True
         return None
 
     def refused(self, transaction: Transaction, client: Client, helo: str, answer: bytes) -> None:

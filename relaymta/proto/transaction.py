@@ -29,7 +29,7 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "asks", "chunked", "cleared", "data", "eight_bit", "headers", "held", "last_chunk", "limits",
+        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "headers", "held", "last_chunk", "limits",
         "message_id", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
@@ -44,6 +44,7 @@ class Transaction:
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False
+        self.counted = False  # it has taken its unit of the rates and quotas of messages
         self.chunked = False  # by BDAT
         self.last_chunk = False
         self.tail = b""  # the last two octets of message data

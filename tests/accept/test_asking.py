@@ -495,3 +495,15 @@ async def test_a_client_with_a_socket(ends, behind):
         assert not [one for one in gc.get_objects() if isinstance(one, Connection) and one.admission is of]
     finally:
         gc.enable()
+
+
+def test_a_message_counts_once_however_many_of_its_recipients_are_refused():
+    of = machine(limits={"message_rate": "3/h"})
+    with asking(of) as filters:
+        made = begun(of, MAIL + b"".join(b"RCPT TO:<%d@d.example>\r\n" % n for n in range(5)) + CHUNK, filters=filters)
+        for answer in (None, *[REFUSED] * 4, None):
+            filters.say(answer)
+            run(of)
+        idle(made)
+        assert codes(of_client(made).said) == [220, 250, 250, 554, 554, 554, 554, 250, 250]
+        assert of.used["client 127.0.0.1 message_rate"] == 1, of.used
