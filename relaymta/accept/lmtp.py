@@ -48,7 +48,9 @@ class FiledTransaction(IncomingTransaction):
     # Filing
 
     def _finish_file(self, fields: bytes) -> None:
-        self._admission.filing.take(self.size, lambda turn: self._try(self._read, turn))
+        assert self.large is not None
+        octets = max(self.size, self.large.body_octets)  # of a body that a filter has written, too
+        self._admission.filing.take(octets, lambda turn: self._try(self._read, turn))
 
     def _read(self, turn: Reservation) -> None:
         self._turn = turn

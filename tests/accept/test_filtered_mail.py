@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from relaymta.accept.connection import Connection
+from relaymta.accept.large import Large
 from relaymta.filter.chain import Outcome
 from relaymta.filter.judgement import FilterFailure, Verdict
 from relaymta.filter.revision import Revision
@@ -124,3 +125,34 @@ def test_a_new_body_and_the_header_are_no_more_than_a_message_may_be(monkeypatch
     made.data_received(ENVELOPE + b"BDAT %d LAST\r\n" % len(header) + header)
     idle(made)
     assert said == ["protocol" if beyond else "taken"]
+
+
+def test_a_small_message_of_which_filters_make_a_large_one_waits_for_its_turn(monkeypatch):
+    """Of LMTP: such are read into memory one after the other."""
+    of = machine(
+        listener=[{"address": "127.0.0.1:24", "protocol": "lmtp"}], relay={"networks": ["127.0.0.0/8"]},
+        route=[{"name": "here", "protocol": "mailbox", "recipient_domain": ["d.example"]}],
+    )  # fmt: skip
+    monkeypatch.setattr(of, "become", lambda file, ident: None, raising=False)
+    turns: list[int] = []
+    take = of.filing.take
+    monkeypatch.setattr(of.filing, "take", lambda octets, begin: (turns.append(octets), take(octets, begin)))
+    new = b"x\r\n" * BIG
+
+    async def judge(revision: Revision, dialogue: object) -> Outcome:
+        assert revision.mail.rewritten is not None
+        body: Any = revision.mail.rewritten()
+        body.large = Large(lambda room: of.big_body(99, room), [], changes=True)
+        body.large.write([new])
+        revision.rewrite(body)
+        return Outcome(Verdict.ACCEPT)
+
+    monkeypatch.setattr(of, "judge", judge)
+    made = connected(of)
+    made.data_received(ENVELOPE.replace(b"EHLO", b"LHLO").replace(b"<a@d", b"<x@d") + b"BDAT 14 LAST\r\nSubject: x\r\n\r\n")
+    idle(made)
+    ((_, _, filed),) = of.mailboxes
+    assert filed.endswith(b"Subject: x\r\n\r\n" + new) and turns == [len(new)]
+    made.connection_lost(None)
+    idle(made)
+    assert not of.held() and all(file.discarded for file in of.written)
