@@ -413,13 +413,13 @@ class IncomingTransaction(Transaction):
 
     async def _filtered(self, chain: "Chain", results: bytes, header: bytes, shown: Callable[[bytes], Text]) -> "Revision | None":
         """Ask the filters about a message, of which `shown(header)` is what they see. As it is to be; None: it is refused or
-        discarded, and that is answered."""
+        discarded, and that is answered. By LMTP each recipient has a reply: the envelope stays as it is."""
         from relaymta.filter.revision import Revision
 
         given = header
         if chain.forged:
             header = without(header, chain.forged)
-        revision = Revision(self._mail(shown(header or b"\r\n")), results)
+        revision = Revision(self._mail(shown(header or b"\r\n")), results, not self.origin.lmtp)
         try:
             outcome = await chain.judge(revision, self.dialogue)
         except BaseException:
@@ -447,14 +447,13 @@ class IncomingTransaction(Transaction):
         self._admission.loop.call_soon(self._flow.answer, self, answer)
 
     def _revised(self, revision: "Revision", results: bytes, given: bytes) -> None:
-        """What follows from the changes of filters. By LMTP each recipient has a reply: the envelope stays as it was."""
+        """What follows from the changes of filters."""
         if revision.header != given or revision.above != results:
             self._admission.intake.changed(self, revision.above + revision.header)
         if revision.body is not None and revision.body.eight_bit:
             self.eight_bit = True
-        if not self.origin.lmtp:
-            self.sender = self.sender if revision.sender is None else revision.sender
-            self.recipients = self.recipients if revision.recipients is None else revision.recipients
+        self.sender = self.sender if revision.sender is None else revision.sender
+        self.recipients = self.recipients if revision.recipients is None else revision.recipients
 
     async def _store_revised(self, revision: "Revision", front: bytes, body: bytes) -> None:
         """Store a message that filters let pass; `front`: our fields; `body`: its own body, where it is in memory."""

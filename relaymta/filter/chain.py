@@ -131,7 +131,7 @@ class Chain:
         if one.body is not None:
             revision.rewrite(one.body)
         if one.envelope is not None:
-            revision.readdress(one.envelope)
+            dropped += revision.readdress(one.envelope)
         if dropped:
             one.guard.warn(f"{dropped} of its changes to {revision.mail.ident} were not made")
 

@@ -24,10 +24,11 @@ class Revision:
     line; `body`: a new one, None: its own; `sender`, `recipients`: None: as they were. Changed by the chain alone, and only by
     these methods."""
 
-    __slots__ = ("_room", "above", "body", "header", "mail", "recipients", "sender")
+    __slots__ = ("_addressed", "_room", "above", "body", "header", "mail", "recipients", "sender")
 
-    def __init__(self, mail: Mail, results: bytes = b"") -> None:
-        """`results`: the fields with which the text begins that are ours."""
+    def __init__(self, mail: Mail, results: bytes = b"", addressed: bool = True) -> None:
+        """`results`: the fields with which the text begins that are ours; `addressed`: it may have another envelope."""
+        self._addressed = addressed
         self.mail = mail
         self.above = results
         self.header = mail.text.head[len(results) :]
@@ -67,8 +68,10 @@ class Revision:
             self.header += b"\r\n"
         self._show()
 
-    def readdress(self, envelope: NewEnvelope) -> None:
-        """Another envelope."""
+    def readdress(self, envelope: NewEnvelope) -> int:
+        """Another envelope. How many of these changes were dropped."""
+        if not self._addressed:
+            return len(envelope.added) + len(envelope.removed) + (envelope.sender is not None)
         if envelope.sender is not None:
             self.sender = envelope.sender
         if envelope.added or envelope.removed or envelope.only is not None:
@@ -80,6 +83,7 @@ class Revision:
         sender = self.mail.sender if self.sender is None else self.sender
         recipients_now = self.mail.recipients if self.recipients is None else self.recipients
         self.mail = replace(self.mail, sender=sender, recipients=recipients_now)
+        return 0
 
     def discard(self) -> None:
         """It is not stored."""

@@ -8,10 +8,11 @@ import pytest
 from relaymta.accept.connection import Connection
 from relaymta.accept.large import Large
 from relaymta.filter.chain import Outcome
-from relaymta.filter.judgement import FilterFailure, Verdict
+from relaymta.filter.judgement import FilterFailure, NewEnvelope, Verdict
 from relaymta.filter.revision import Revision
 from relaymta.proto.edits import Append, Insert, without
 from relaymta.proto.header import header_end
+from tests.accept.test_asking import LMTP
 from tests.accept.test_transactions import connected, idle
 from tests.support.connection import BIG, Machine, Transport
 
@@ -127,12 +128,24 @@ def test_a_new_body_and_the_header_are_no_more_than_a_message_may_be(monkeypatch
     assert said == ["protocol" if beyond else "taken"]
 
 
+def test_by_lmtp_each_recipient_that_was_accepted_has_the_message_whomever_filters_remove(monkeypatch):
+    of = machine(**LMTP)
+
+    async def judge(revision: Revision, dialogue: object) -> Outcome:
+        dropped = revision.readdress(NewEnvelope(["y@d.example"], ["x@d.example"], "b@b.example"))
+        assert revision.mail.recipients and revision.mail.sender == "a@b"
+        return Outcome(Verdict.ACCEPT if dropped == 3 else Verdict.DISCARD)
+
+    monkeypatch.setattr(of, "judge", judge)
+    made = connected(of)
+    made.data_received(ENVELOPE.replace(b"EHLO", b"LHLO").replace(b"<a@d", b"<x@d") + b"BDAT 14 LAST\r\nSubject: x\r\n\r\n")
+    idle(made)
+    assert [(sender, user) for sender, user, _ in of.mailboxes] == [("a@b", "x")]
+
+
 def test_a_small_message_of_which_filters_make_a_large_one_waits_for_its_turn(monkeypatch):
     """Of LMTP: such are read into memory one after the other."""
-    of = machine(
-        listener=[{"address": "127.0.0.1:24", "protocol": "lmtp"}], relay={"networks": ["127.0.0.0/8"]},
-        route=[{"name": "here", "protocol": "mailbox", "recipient_domain": ["d.example"]}],
-    )  # fmt: skip
+    of = machine(**LMTP)
     monkeypatch.setattr(of, "become", lambda file, ident: None, raising=False)
     turns: list[int] = []
     take = of.filing.take

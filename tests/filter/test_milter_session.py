@@ -123,3 +123,14 @@ async def test_of_recipients_without_number_not_all_are_kept():
             answer = await session.judge(mail("r0@d.example"))
             assert answer.word == "tempfail" and server.told[0].of("R").count(b"<r0@d.example>\0") == 1
             session.close()
+
+
+async def test_where_the_envelope_stays_as_it_is_nothing_is_discarded_for_want_of_recipients():
+    async with chained({"stage": "message", "may": ["recipients", "sender"]}) as ((one,), bench):
+        one.script = Script().at("E", change("-", b"r0@d.example"), change("e", b"<x@y.example>"), frame("c"))
+        chain = bench.chain()
+        for addressed, word in ((True, "discard"), (False, "accept")):
+            revision = Revision(mail("r0@d.example"), addressed=addressed)
+            assert (await chain.judge(revision)).verdict.word == word
+            assert revision.mail.sender == ("x@y.example" if addressed else "a@b.example")
+        assert [event["text"] for event in bench.of("warning")] == ["filter f0: 2 of its changes to ID1 were not made"]
