@@ -163,6 +163,11 @@ class Resolver:
         self._look_at = now() + LOOK_SECONDS
         self._reread = False  # resolv.conf was read again, and `refresh` has not said so
 
+    @property
+    def asking(self) -> int:
+        """How many queries are under way: also those whose callers wait no longer."""
+        return len(self._asking)
+
     async def mx(self, domain: str) -> tuple[list[tuple[int, str]], float]:
         """([(preference, exchange)] of a domain's MX records, unsorted; exchange "" is the null MX (RFC 7505), when they
         expire)."""

@@ -89,7 +89,7 @@ class Chain:
     async def ask(self, revision: Revision, dialogue: Dialogue | None = None) -> list[Finding]:
         """Ask all filters that apply: what they say, in the order of the file, or up to a refusal that nothing can change."""
         if dialogue is None and self.follows:
-            dialogue = self.dialogue()
+            dialogue = self.dialogue(revision.mail.client)
             try:
                 return await self.ask(revision, dialogue)
             finally:

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 __all__ = ["Codes", "Result", "reversed_address"]
 
-_RANGE = re.compile(r"(\d{1,3}\.\d{1,3}\.\d{1,3}\.)(\d{1,3})-(\d{1,3})\Z", re.ASCII)
+_NUMBER = r"(?:0|[1-9][0-9]{0,2})"
+_CODE = re.compile(rf"((?:{_NUMBER}\.){{3}})({_NUMBER})(?:-({_NUMBER})|/([0-9]{{1,2}}))?\Z")
 _LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
 # With these a list says that it does not answer the one who asks (https://www.spamhaus.org/faqs/dnsbl-usage/, RFC 5782 5).
 _REFUSALS = ipaddress.IPv4Network("127.255.255.0/24")
@@ -17,8 +18,8 @@ Kind = Literal["listed", "other", "refused"]
 
 
 class Result(NamedTuple):
-    """What the answers to one question mean. listed: with these `codes`, of those that count; other: none of them does; refused:
-    the list does not answer us, or a resolver lies; `codes` are those answers then."""
+    """What the answers to one question mean. listed: with these `codes`, of those that count, in their order, each once; other:
+    none of them does; refused: the list does not answer us, or a resolver lies; `codes` are those answers then."""
 
     kind: Kind
     codes: Sequence[str]
@@ -26,11 +27,11 @@ class Result(NamedTuple):
 
 def reversed_address(address: str) -> str:
     """An address as it is asked for: its octets, of IPv6 its 32 digits, turned round (RFC 5782 2.1, 2.4). An IPv4 address in one
-    of IPv6 is that one. ValueError: it is no address."""
+    of IPv6 is that one; a zone (RFC 4007 11) is left out. ValueError: it is no address."""
     found = ipaddress.ip_address(address)
-    mapped = getattr(found, "ipv4_mapped", None)
-    digits = (mapped or found).reverse_pointer
-    return digits.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
+    if isinstance(found, ipaddress.IPv6Address):
+        found = found.ipv4_mapped or ipaddress.IPv6Address(int(found))
+    return found.reverse_pointer.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
 
 
 class Codes:
@@ -51,7 +52,7 @@ class Codes:
 
     def match(self, answers: Sequence[str]) -> Result:
         """What the A records of one answer mean."""
-        listed, refused = [], []
+        listed, refused = set(), []
         for text in answers:
             try:
                 code = ipaddress.IPv4Address(text)
@@ -61,21 +62,27 @@ class Codes:
             if code not in _LOOPBACK or code in _REFUSALS or code == _TEST:
                 refused.append(text)
             elif any(first <= code <= last for first, last in self._ranges):
-                listed.append(text)
+                listed.add(code)
         if refused:
             return Result("refused", refused)
-        return Result("listed", listed) if listed else Result("other", ())
+        return Result("listed", list(map(str, sorted(listed)))) if listed else Result("other", ())
 
 
 def _bounds(text: str) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
-    match = _RANGE.match(text)
+    match = _CODE.match(text)
+    if match is None:
+        raise ValueError(f'{text!r} is none of "127.0.0.2", "127.0.0.2-11" and "127.0.0.0/24"')
+    octets, octet, end, length = match.groups()
     try:
-        if match is not None:
-            first, last = (ipaddress.IPv4Address(match[1] + octet) for octet in match.groups()[1:])
-            if first > last:
-                raise ValueError
-            return first, last
-        network = ipaddress.IPv4Network(text)
+        first = ipaddress.IPv4Address(octets + octet)
+        last = ipaddress.IPv4Address(octets + (end or octet))
+        network = ipaddress.IPv4Network((first, int(length or 32)), strict=False)
     except ValueError:
-        raise ValueError(f'{text!r} is none of "127.0.0.2", "127.0.0.2-11" and "127.0.0.0/24"') from None
-    return network.network_address, network.broadcast_address
+        raise ValueError(f"{text!r}: an octet is 255 at most, and a prefix 32 bits") from None
+    if first > last:
+        raise ValueError(f"{text!r}: the range ends before it begins")
+    if length is None:
+        return first, last
+    if network.network_address != first:
+        raise ValueError(f"{text!r}: the network is {network}")
+    return first, network.broadcast_address

@@ -302,6 +302,7 @@ class Machine(Admission):
         return self
 
     follows = begins = False
+    looks = True
 
     async def judge(self, revision: Revision, dialogue: object) -> Outcome:
         """Reads all of it, and does what the header says. The size of what it has seen stands above all other fields."""

@@ -23,8 +23,9 @@ def _answers(port: int) -> bool:
 
 
 @contextmanager
-def nameserver_with(folder: Path, records: list[str]) -> Iterator[str]:
-    """unbound with these records below `test.`; its `host:port`. What is not there does not exist; other names SERVFAIL."""
+def nameserver_with(folder: Path, records: list[str], server: str = "", forwards: dict[str, str] | None = None) -> Iterator[str]:
+    """unbound with these records below `test.`; its `host:port`. What is not there does not exist; other names SERVFAIL.
+    `server`: more lines of the section. `forwards`: zones, outside of `test.`, of other nameservers (`host:port`)."""
     unbound = need("unbound")
     port = free_port()
     config = folder / "unbound.conf"
@@ -32,8 +33,13 @@ def nameserver_with(folder: Path, records: list[str]) -> Iterator[str]:
     data = "\n".join(f"  local-data: {record}" for record in quoted)
     config.write_text(
         f'server:\n  interface: 127.0.0.1@{port}\n  do-daemonize: no\n  chroot: ""\n  username: ""\n  pidfile: ""\n'
-        f'  use-syslog: no\n  access-control: 127.0.0.0/8 allow\n  directory: "{folder}"\n  local-zone: "test." static\n{data}\n'
+        f'  use-syslog: no\n  access-control: 127.0.0.0/8 allow\n  directory: "{folder}"\n  local-zone: "test." static\n'
+        f"{data}\n{server}"
         'forward-zone:\n  name: "."\n  forward-addr: 127.0.0.1@1\n'
+        + "".join(
+            f'forward-zone:\n  name: "{zone}"\n  forward-addr: {address.replace(":", "@")}\n'
+            for zone, address in (forwards or {}).items()
+        )
     )
     process = subprocess.Popen([unbound, "-c", str(config)], stderr=(folder / "unbound.err").open("wb"))
     try:

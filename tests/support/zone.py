@@ -63,8 +63,8 @@ class Zone:
 
 
 class _Protocol(asyncio.DatagramProtocol):
-    def __init__(self, zone: Zone, servfail: bool) -> None:
-        self._zone, self._servfail = zone, servfail
+    def __init__(self, zone: Zone, servfail: bool, seconds: float) -> None:
+        self._zone, self._servfail, self._seconds = zone, servfail, seconds
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -86,7 +86,11 @@ class _Protocol(asyncio.DatagramProtocol):
         for owner, kind, value in found or ():
             end = question.name if owner == name else dns.name.Name([*(one.encode("latin-1") for one in owner.split(".")), b""])
             response.answer.append(dns.rrset.from_text(end, TTL, "IN", kind, _text(kind, value)))
-        self._transport.sendto(response.to_wire(max_size=65535), address)
+        wire = response.to_wire(max_size=65535)
+        if self._seconds:
+            asyncio.get_running_loop().call_later(self._seconds, self._transport.sendto, wire, address)
+        else:
+            self._transport.sendto(wire, address)
 
 
 def _text(kind: str, value: Any) -> str:
@@ -109,10 +113,11 @@ def _octets(octet: int) -> str:
 
 
 @asynccontextmanager
-async def nameserver(zone: Zone, servfail: bool = False) -> AsyncIterator[str]:
-    """A nameserver with a zone; its `host:port`. `servfail`: what the zone does not answer gets SERVFAIL instead of silence."""
+async def nameserver(zone: Zone, servfail: bool = False, seconds: float = 0.0) -> AsyncIterator[str]:
+    """A nameserver with a zone; its `host:port`. `servfail`: what the zone does not answer gets SERVFAIL instead of silence.
+    `seconds`: until it answers."""
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(lambda: _Protocol(zone, servfail), ("127.0.0.1", 0))
+    transport, _ = await loop.create_datagram_endpoint(lambda: _Protocol(zone, servfail, seconds), ("127.0.0.1", 0))
     try:
         yield f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"
     finally:
