@@ -1,5 +1,6 @@
 """Profiles of hypothesis, the event loop, and a refusal to run against stale kernels, a small disk."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
             source = folder / (built.name.partition(".")[0] + suffix)
             if source.exists() and source.stat().st_mtime > built.stat().st_mtime:
                 raise pytest.UsageError(f"{built.name} is older than {source.name}: run `make build`")
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected, some hundred thousand objects, stays until the end: no collection of garbage looks at it again.
+    Many tests ask for one, to see that nothing fails unheard."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:
