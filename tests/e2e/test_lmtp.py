@@ -75,7 +75,7 @@ def codes(replies: list[str]) -> list[str]:
 def test_each_recipient_has_a_reply_of_its_own(tmp_path):
     with Kept(tmp_path, "limits.message_size=3M") as relay:
         create(relay, "alice", "bob")
-        create(relay, "carol", options=("--quota", "1k"))
+        create(relay, "carol", octets=1024)
         large = "Subject: large\r\n\r\n" + "x" * 70 + "\r\n" * 1200
         with relay.client() as client:
             assert codes(client.deliver(SMALL.format("one"), "alice", "nobody", "bob+x")) == [
@@ -115,7 +115,7 @@ def test_each_recipient_has_a_reply_of_its_own(tmp_path):
 def test_users_of_two_workers_and_an_alias_of_both(tmp_path):
     with Kept(tmp_path, workers=2) as relay:
         create(relay, "alice", "bob", "carol", "dave")
-        create(relay, "eve", "fay", options=("--quota", "1k"))
+        create(relay, "eve", "fay", octets=1024)
         relay.cli("mailbox", "alias", "team@local.example", "alice@local.example", "bob@local.example", "alice@local.example")
         relay.cli("mailbox", "alias", "poor@local.example", "eve@local.example", "fay@local.example")
         for number in range(6):  # connections are spread over both workers
@@ -144,7 +144,7 @@ def test_addresses_elsewhere_get_it_by_way_of_the_queue(tmp_path):
         )
         with Kept(tmp_path, tables=routes) as relay:
             create(relay, "alice", "bob")
-            create(relay, "carol", options=("--messages", "1"))
+            create(relay, "carol", messages=1)
             relay.cli("mailbox", "alias", "both@local.example", "alice@local.example", "ann@far.example")
             relay.cli("mailbox", "alias", "away@local.example", "ann@far.example", "ben@far.example")
             relay.cli("mailbox", "alias", "some@local.example", "bob@local.example", "carol@local.example")

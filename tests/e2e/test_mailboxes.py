@@ -91,7 +91,7 @@ def test_an_alias_of_addresses_elsewhere_is_replaced_when_the_message_is_accepte
 def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
     with kept(tmp_path, f"mailboxes.over_quota={over}", "queue.max_age=1h") as relay:
         create(relay, "alice", "bob")
-        create(relay, "carol", options=("--quota", "1k"))
+        relay.cli("mailbox", "create", "--quota", "1k", "carol@local.example")
         everybody = [f"{name}@local.example" for name in ("alice", "carol", "bob")]
         with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
             client.helo()  # without SIZE it is known when it is filed
@@ -113,7 +113,7 @@ def test_a_full_user_hurts_nobody_else(tmp_path, over, event, code):
 def test_a_full_user_is_known_at_rcpt(tmp_path, over, text):
     with kept(tmp_path, f"mailboxes.over_quota={over}", workers=2) as relay:
         create(relay, "alice", "dave")
-        create(relay, "bob", "carol", options=("--quota", "1k"))  # one in each shard
+        create(relay, "bob", "carol", octets=1024)  # one in each shard
         relay.cli("mailbox", "alias", "poor@local.example", "bob@local.example", "carol@local.example")
         relay.cli("mailbox", "alias", "all@local.example", "bob@local.example", "carol@local.example", "alice@local.example")
         for _ in range(4):  # connections are spread over both workers
@@ -205,7 +205,7 @@ def test_what_cannot_be_a_password_is_named_and_not_shown(tmp_path):
 
 def test_a_quota_of_octets_leaves_that_of_messages_alone(tmp_path):
     with kept(tmp_path) as relay:
-        create(relay, "alice", options=("--messages", "2"))
+        relay.cli("mailbox", "create", "--messages", "2", "alice@local.example")
         relay.cli("mailbox", "quota", "alice@local.example", "1G")
         for number in range(2):
             relay.send(f"Subject: {number}\r\n\r\n", "s@x.example", "alice@local.example")
@@ -285,7 +285,7 @@ def test_what_was_filed_of_messages_that_have_ended_is_forgotten(tmp_path):
     """As kills of the queue and the store at the same time leave it: notes that the queue has had no time to remove."""
     with kept(tmp_path, workers=2) as relay:
         create(relay, "alice")
-        create(relay, "carol", options=("--quota", "1k"))
+        create(relay, "carol", octets=1024)
         with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
             client.helo()
             client.sendmail("", ["carol@local.example"], "Subject: x\r\n\r\n" + "x" * 70 + "\r\n" * 600)

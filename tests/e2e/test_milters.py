@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.test_filters import logged
 from tests.support.clamd import EICAR, RealClamd, clamd
-from tests.support.daemon import PATIENCE, Relay, heard, wait_for
+from tests.support.daemon import PATIENCE, Relay, free_port, heard, wait_for
 from tests.support.fake_mx import FakeMx
 from tests.support.milters import (
     Acting,
@@ -39,6 +39,59 @@ MESSAGES = 20  # on one connection, and as many on one each
 def acts() -> Iterator[Acting]:
     with acting() as running:
         yield running
+
+
+class Listening(Relay):
+    """A relay with a listener for each name in `keys`, and on that alone a filter of this name: the milter, with these keys.
+    `peer`: where its mail goes. `port` is that of the listener that was chosen last (`at`)."""
+
+    def __init__(self, folder: Path, peer: FakeMx, address: str, keys: dict[str, tuple[str, ...]]) -> None:
+        super().__init__(folder, f"127.0.0.1:{peer.port}")
+        self.peer = peer
+        self.ports = {name: free_port() for name in keys}
+        self.config = folder / "relay.toml"
+        lines = []
+        for name, more in keys.items():
+            here = f"127.0.0.1:{self.ports[name]}"
+            lines += ["[[listener]]", f'address = "{here}"', "[[filter]]", f'name = "{name}"', 'type = "milter"']
+            lines += [f'address = ["{address}"]', f'listener = ["{here}"]', *more]
+        self.config.write_text("\n".join([*lines, ""]))
+
+    def command(self) -> list[str]:
+        return with_config(super().command(), self.config)
+
+    def at(self, name: str) -> "Listening":
+        """It, at this listener; what was delivered before is forgotten."""
+        self.port = self.ports[name]
+        self.peer.messages.clear()
+        return self
+
+
+def with_config(command: list[str], config: Path) -> list[str]:
+    """A relay's command with this file, which has its listeners."""
+    at = command.index("--listen")
+    return [*command[:at], "--config", str(config), *command[at + 2 :]]
+
+
+MAIL_AND_MESSAGE = {stage: (f'stage = "{stage}"',) for stage in ("mail", "message")}
+ALL = 'may = ["header", "body", "recipients", "sender"]'
+
+
+@pytest.fixture(scope="module")
+def listening(acts: Acting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
+    keys = MAIL_AND_MESSAGE | {f"all-{stage}": (*more, ALL) for stage, more in MAIL_AND_MESSAGE.items()}
+    with (
+        FakeMx({}) as peer,
+        Listening(tmp_path_factory.mktemp("relay"), peer, acts.address, keys | {"nothing": ("may = []",)}) as made,
+    ):
+        yield made
+
+
+@pytest.fixture
+def relay(listening: Listening, acts: Acting) -> Listening:
+    """That of the tests whose milter is `acts`, when the sessions of the test before have ended."""
+    wait_for(lambda: acts.letters().count("C") == acts.letters().count("Q"), what="the end of all sessions")
+    return listening
 
 
 def milter(program: Program | RealClamd, *more: str) -> str:
@@ -77,78 +130,75 @@ def refusal(relay: Relay, message: str | bytes, sender: str = "a@b.example", to:
 
 
 @STAGES
-def test_what_a_milter_is_told(tmp_path, acts, stage):
+def test_what_a_milter_is_told(acts, relay, stage):
     """One connection for a session, one event after the other, the macros with them, and the message as it came."""
     before = len(acts.told())
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, f'stage="{stage}"')) as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port, local_hostname="client.example", timeout=PATIENCE) as client:
-            for n in range(2):
-                client.sendmail("a@b.example", ["c@d.example", "e@f.example"], f"A:x\r\nB: y\r\nC:\tz\r\n\tmore\r\n\r\n{n}\r\n")
-            client.docmd("MAIL FROM:<a@b.example>")
-            client.docmd("RCPT TO:<c@d.example>")
-            client.docmd("RSET")
-            client.sendmail("", ["c@d.example"], text())
-        wait_for(lambda: acts.letters()[before:].endswith("Q"))
-        told = acts.told()[before:]
-        letters = "".join(event[1] for event in told)
-        assert letters == ("CHMRRTNEMRRTNEMRAMRTNEQ" if stage == "mail" else "CHMRRTNEMRRTNEMRTNEQ")
-        assert len({event[0] for event in told}) == 1
-        (_, _, host, address, connected), (_, _, name, _), (_, _, sender, *_, begun), (_, _, recipient, asked) = told[:4]
-        assert (host, address, name) == ("[127.0.0.1]", ["127.0.0.1", 0], "client.example")
-        assert (sender, recipient) == ("<a@b.example>", "<c@d.example>")
-        assert connected["j"] == "relay.example" and connected["{daemon_addr}"] == "127.0.0.1"
-        assert asked["{rcpt_addr}"] == "c@d.example"
-        assert {begun["i"], told[-2][-1]["i"]} <= {event["id"] for event in logged(relay, "queued", 3)}
-        headers = [event[2] for event in told if event[1] == "N"]
-        assert headers[0] == [["A", "x"], ["B", "y"], ["C", "\tz\n\tmore"]]
-        assert [event[2] for event in told if event[1] == "E"] == [3, 3, 7]
+    relay.at(stage)
+    with smtplib.SMTP("127.0.0.1", relay.port, local_hostname="client.example", timeout=PATIENCE) as client:
+        for n in range(2):
+            client.sendmail("a@b.example", ["c@d.example", "e@f.example"], f"A:x\r\nB: y\r\nC:\tz\r\n\tmore\r\n\r\n{n}\r\n")
+        client.docmd("MAIL FROM:<a@b.example>")
+        client.docmd("RCPT TO:<c@d.example>")
+        client.docmd("RSET")
+        client.sendmail("", ["c@d.example"], text())
+    wait_for(lambda: acts.letters()[before:].endswith("Q"))
+    told = acts.told()[before:]
+    letters = "".join(event[1] for event in told)
+    assert letters == ("CHMRRTNEMRRTNEMRAMRTNEQ" if stage == "mail" else "CHMRRTNEMRRTNEMRTNEQ")
+    assert len({event[0] for event in told}) == 1
+    (_, _, host, address, connected), (_, _, name, _), (_, _, sender, *_, begun), (_, _, recipient, asked) = told[:4]
+    assert (host, address, name) == ("[127.0.0.1]", ["127.0.0.1", 0], "client.example")
+    assert (sender, recipient) == ("<a@b.example>", "<c@d.example>")
+    assert connected["j"] == "relay.example" and connected["{daemon_addr}"] == "127.0.0.1"
+    assert asked["{rcpt_addr}"] == "c@d.example"
+    wait_for(lambda: {begun["i"], told[-2][-1]["i"]} <= {event["id"] for event in relay.events("queued")})
+    headers = [event[2] for event in told if event[1] == "N"]
+    assert headers[0] == [["A", "x"], ["B", "y"], ["C", "\tz\n\tmore"]]
+    assert [event[2] for event in told if event[1] == "E"] == [3, 3, 7]
 
 
 @STAGES
-def test_changes_of_header_body_and_envelope(tmp_path, acts, stage):
-    keys = f'stage="{stage}"', 'may=["header","body","recipients","sender"]'
+def test_changes_of_header_body_and_envelope(relay, stage):
     fields = "add X-Last=1", "insert 0 X-First=2", "insert 1 X-Second=3", "change 1 Subject=new", "change 1 From="
     envelope = "to <new@d.example>", "not-to <C@d.example>", "from <changed@b.example>"
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, *keys)) as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
-            to = ["c@d.example", "e@d.example"]
-            client.sendmail("a@b.example", to, text(*fields))
-            wait_for(lambda: len(peer.messages) == 1)
-            client.sendmail("a@b.example", to, text(*envelope))
-            wait_for(lambda: len(peer.messages) == 2)
-            large = ("x" * 900 + "\r\n") * 2000
-            for octets, body in ((2000, "x\r\n"), (3_000_000, "x\r\n"), (2000, large), (3_000_000, large)):
-                client.sendmail("a@b.example", to, text(f"body {octets}", body=body))
-            wait_for(lambda: len(peer.messages) == 6)
-        first, second, *bodies = [(sender, sorted(to), data) for sender, to, data in peer.messages]
-        assert header(first[2]) == [b"X-First: 2", b"X-Second: 3", b"Subject: new", b"X-Last: 1"]
-        assert (second[0], second[1]) == ("changed@b.example", ["e@d.example", "new@d.example"])
-        line, found = b"a line of a new body " * 40 + b"\r\n", [data.partition(b"\r\n\r\n")[2] for _, _, data in bodies]
-        assert all(set(body.splitlines(True)) == {line} for body in found)
-        assert sorted(len(body) for body in found) == [2 * len(line)] * 2 + [47 * (65000 // 841) * len(line)] * 2
-
-
-def test_a_new_body_does_not_become_header(tmp_path, acts):
-    """Also where the message has no empty line, for whose body there is one."""
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts)) as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
-            for octets in (2000, 3_000_000):
-                client.sendmail("a@b.example", ["c@d.example"], f"Subject: x\r\nX-Act: body {octets}\r\n")
-        wait_for(lambda: len(peer.messages) == 2)
-        bodies = [data.partition(b"\r\n\r\n") for _, _, data in peer.messages]
-        assert all(body.startswith(b"a line of a new body") for _, _, body in bodies)
-
-
-def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts):
-    acts_of = "to <new@d.example>", "from <changed@b.example>", "add X-A=1", "body 2000"
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, "may=[]")) as relay:
-        relay.send(text(*acts_of))
+    peer = relay.at(f"all-{stage}").peer
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+        to = ["c@d.example", "e@d.example"]
+        client.sendmail("a@b.example", to, text(*fields))
         wait_for(lambda: len(peer.messages) == 1)
-        sender, to, data = peer.messages[0]
-        assert (
-            (sender, to) == ("a@b.example", ["c@d.example"]) and data.endswith(b"\r\n\r\nhello\r\n") and b"\r\nX-A:" not in data
-        )
-        wait_for(lambda: any("4 of its changes" in event["text"] for event in relay.events("warning")))
+        client.sendmail("a@b.example", to, text(*envelope))
+        wait_for(lambda: len(peer.messages) == 2)
+        large = ("x" * 900 + "\r\n") * 2000
+        for octets, body in ((2000, "x\r\n"), (3_000_000, "x\r\n"), (2000, large), (3_000_000, large)):
+            client.sendmail("a@b.example", to, text(f"body {octets}", body=body))
+        wait_for(lambda: len(peer.messages) == 6)
+    first, second, *bodies = [(sender, sorted(to), data) for sender, to, data in peer.messages]
+    assert header(first[2]) == [b"X-First: 2", b"X-Second: 3", b"Subject: new", b"X-Last: 1"]
+    assert (second[0], second[1]) == ("changed@b.example", ["e@d.example", "new@d.example"])
+    line, found = b"a line of a new body " * 40 + b"\r\n", [data.partition(b"\r\n\r\n")[2] for _, _, data in bodies]
+    assert all(set(body.splitlines(True)) == {line} for body in found)
+    assert sorted(len(body) for body in found) == [2 * len(line)] * 2 + [47 * (65000 // 841) * len(line)] * 2
+
+
+def test_a_new_body_does_not_become_header(relay):
+    """Also where the message has no empty line, for whose body there is one."""
+    peer = relay.at("mail").peer
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+        for octets in (2000, 3_000_000):
+            client.sendmail("a@b.example", ["c@d.example"], f"Subject: x\r\nX-Act: body {octets}\r\n")
+    wait_for(lambda: len(peer.messages) == 2)
+    bodies = [data.partition(b"\r\n\r\n") for _, _, data in peer.messages]
+    assert all(body.startswith(b"a line of a new body") for _, _, body in bodies)
+
+
+def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts, relay):
+    acts_of = "to <new@d.example>", "from <changed@b.example>", "add X-A=1", "body 2000"
+    peer = relay.at("nothing").peer
+    relay.send(text(*acts_of))
+    wait_for(lambda: len(peer.messages) == 1)
+    sender, to, data = peer.messages[0]
+    assert (sender, to) == ("a@b.example", ["c@d.example"]) and data.endswith(b"\r\n\r\nhello\r\n") and b"\r\nX-A:" not in data
+    wait_for(lambda: any("4 of its changes" in event["text"] for event in relay.events("warning")))
     config = configured(tmp_path, acts)
     noted = relay.cli("-c", config, "config", "check", check=False)
     assert "may want to change: recipients, sender, which `may` does not allow" in noted.stdout + noted.stderr, noted
@@ -163,67 +213,67 @@ def test_what_a_milter_may_not_change_is_left_out(tmp_path, acts):
 
 
 @STAGES
-def test_verdicts(tmp_path, acts, stage):
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts, f'stage="{stage}"')) as relay:
-        assert refusal(relay, text("reject")) == (554, b"5.7.1 Refused by one")
-        assert refusal(relay, text("reject own")) == (550, b"5.1.1 100% not reject own")
-        assert refusal(relay, text("tempfail")) == (451, b"4.7.1 Not taken now by one")
-        assert refusal(relay, text(), sender="reject-own@b.example") == (550, b"5.1.1 100% not reject-own@b.example")
-        assert refusal(relay, text(), sender="tempfail@b.example") == (451, b"4.7.1 Not taken now by one")
-        named = b"<reject-own@d.example>: " if stage == "message" else b""
-        refused = (550, b"5.1.1 " + named + b"100% not reject-own@d.example")
-        assert refusal(relay, text(), to="reject-own@d.example") == refused
-        relay.send(text("discard"))
-        relay.send(text(), "discard@b.example")
-        relay.send(text(), "a@b.example", "discard@d.example")
-        relay.send(text("reject"), "accept@b.example")  # its last word was at MAIL
-        relay.send(text("quarantine why not"))
-        relay.send(text("quarantine first", "quarantine second"))
-        assert refusal(relay, text("quarantine why not", "reject own"))[0] == 550
-        wait_for(lambda: len(peer.messages) == 1)
-        held = [json.loads(line) for line in relay.cli("queue", "list", "--held", "--json").stdout.splitlines()]
-        assert sorted(row["held_for"] for row in held) == ["filter one: second", "filter one: why not"]
-        relay.cli("queue", "release", *[row["id"] for row in held])
-        wait_for(lambda: len(peer.messages) == 3)
-        relay.send(text("progress"))
-        wait_for(lambda: len(peer.messages) == 4)
+def test_verdicts(relay, stage):
+    peer, name = relay.at(stage).peer, stage.encode()
+    assert refusal(relay, text("reject")) == (554, b"5.7.1 Refused by " + name)
+    assert refusal(relay, text("reject own")) == (550, b"5.1.1 100% not reject own")
+    assert refusal(relay, text("tempfail")) == (451, b"4.7.1 Not taken now by " + name)
+    assert refusal(relay, text(), sender="reject-own@b.example") == (550, b"5.1.1 100% not reject-own@b.example")
+    assert refusal(relay, text(), sender="tempfail@b.example") == (451, b"4.7.1 Not taken now by " + name)
+    named = b"<reject-own@d.example>: " if stage == "message" else b""
+    refused = (550, b"5.1.1 " + named + b"100% not reject-own@d.example")
+    assert refusal(relay, text(), to="reject-own@d.example") == refused
+    relay.send(text("discard"))
+    relay.send(text(), "discard@b.example")
+    relay.send(text(), "a@b.example", "discard@d.example")
+    relay.send(text("reject"), "accept@b.example")  # its last word was at MAIL
+    relay.send(text("quarantine why not"))
+    relay.send(text("quarantine first", "quarantine second"))
+    assert refusal(relay, text("quarantine why not", "reject own"))[0] == 550
+    wait_for(lambda: len(peer.messages) == 1)
+    held = [json.loads(line) for line in relay.cli("queue", "list", "--held", "--json").stdout.splitlines()]
+    assert sorted(row["held_for"] for row in held) == [f"filter {stage}: second", f"filter {stage}: why not"]
+    relay.cli("queue", "release", *[row["id"] for row in held])
+    wait_for(lambda: len(peer.messages) == 3)
+    relay.send(text("progress"))
+    wait_for(lambda: len(peer.messages) == 4)
 
 
-def test_one_recipient_of_three_is_refused_and_then_all(tmp_path, acts):
+def test_one_recipient_of_three_is_refused_and_then_all(acts, relay):
     before = len(acts.letters())
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts)) as relay:
-        with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
-            refused = client.sendmail("a@b.example", ["c@d.example", "reject-own@d.example", "e@d.example"], text())
-            assert refused == {"reject-own@d.example": (550, b"5.1.1 100% not reject-own@d.example")}
-            client.docmd("MAIL FROM:<a@b.example>")
-            for n in range(3):
-                assert client.docmd(f"RCPT TO:<reject{n}@d.example>")[0] == 554
-            assert client.docmd("DATA")[0] == 554
-            client.docmd("RSET")
-            assert client.sendmail("a@b.example", ["c@d.example"], text()) == {}
-        wait_for(lambda: len(peer.messages) == 2 and acts.letters()[before:].endswith("Q"))
-        assert acts.letters()[before:] == "CHMRRRTNEMRRRAMRTNEQ"
-        assert sorted(peer.messages[0][1]) == ["c@d.example", "e@d.example"]
+    peer = relay.at("mail").peer
+    with smtplib.SMTP("127.0.0.1", relay.port, timeout=PATIENCE) as client:
+        refused = client.sendmail("a@b.example", ["c@d.example", "reject-own@d.example", "e@d.example"], text())
+        assert refused == {"reject-own@d.example": (550, b"5.1.1 100% not reject-own@d.example")}
+        client.docmd("MAIL FROM:<a@b.example>")
+        for n in range(3):
+            assert client.docmd(f"RCPT TO:<reject{n}@d.example>")[0] == 554
+        assert client.docmd("DATA")[0] == 554
+        client.docmd("RSET")
+        assert client.sendmail("a@b.example", ["c@d.example"], text()) == {}
+    wait_for(lambda: len(peer.messages) == 2 and acts.letters()[before:].endswith("Q"))
+    assert acts.letters()[before:] == "CHMRRRTNEMRRRAMRTNEQ"
+    assert sorted(peer.messages[0][1]) == ["c@d.example", "e@d.example"]
 
 
-def test_pipelined_commands_wait_their_turn(tmp_path, acts):
+def test_pipelined_commands_wait_their_turn(relay):
     """In one segment or octet by octet, the replies are the same."""
     commands = (
         b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nRCPT TO:<reject-own@d.example>\r\nRCPT TO:<e@d.example>\r\n"
         b"BDAT 14 LAST\r\nSubject: x\r\n\r\nMAIL FROM:<reject-own@b.example>\r\nRCPT TO:<c@d.example>\r\nQUIT\r\n"
     )
-    with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts)) as relay:
-        for each in (len(commands), 7):
-            with socket.create_connection(("127.0.0.1", relay.port), PATIENCE) as sock:
-                heard(sock, b"220")
-                sock.sendall(b"EHLO x\r\n")
-                heard(sock, b"250 ")
-                for at in range(0, len(commands), each):
-                    sock.sendall(commands[at : at + each])
-                said = heard(sock, b"221")
-                codes = [line[:3] for line in said.split(b"\r\n") if line]
-                assert codes == [b"250", b"250", b"550", b"250", b"250", b"550", b"503", b"221"], said
-        wait_for(lambda: len(peer.messages) == 2)
+    peer = relay.at("mail").peer
+    for each in (len(commands), 7):
+        with socket.create_connection(("127.0.0.1", relay.port), PATIENCE) as sock:
+            heard(sock, b"220")
+            sock.sendall(b"EHLO x\r\n")
+            heard(sock, b"250 ")
+            for at in range(0, len(commands), each):
+                sock.sendall(commands[at : at + each])
+            said = heard(sock, b"221")
+            codes = [line[:3] for line in said.split(b"\r\n") if line]
+            assert codes == [b"250", b"250", b"550", b"250", b"250", b"550", b"503", b"221"], said
+    wait_for(lambda: len(peer.messages) == 2)
 
 
 def test_the_client_that_goes_while_a_milter_is_asked_leaves_nothing(tmp_path):
@@ -322,11 +372,10 @@ def sent_twice(relay: Relay, peer: FakeMx, message: str | bytes, client_address:
     return [data for _, _, data in peer.messages[before:]]
 
 
-@STAGES
-def test_opendkim_signs(tmp_path, stage):
-    with opendkim() as (one, key), FakeMx({}) as peer:
-        with Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(one, f'stage="{stage}"')) as relay:
-            for data in sent_twice(relay, peer, text()):
+def test_opendkim_signs(tmp_path):
+    with opendkim() as (one, key), FakeMx({}) as peer, Listening(tmp_path, peer, one.address, MAIL_AND_MESSAGE) as relay:
+        for stage in MAIL_AND_MESSAGE:
+            for data in sent_twice(relay.at(stage), peer, text()):
                 assert dkim.verify(data, dnsfunc=lambda name, timeout=5: key.record.encode()), data
 
 
@@ -355,20 +404,21 @@ def test_opendmarc_finds_what_opendkim_has_found(tmp_path):
                 assert fields[1].startswith(b"Authentication-Results: opendkim.example; dkim=pass")
 
 
-@STAGES
-def test_clamav_milter_refuses_a_virus_however_it_is_sent(tmp_path, stage):
+def test_clamav_milter_refuses_a_virus_however_it_is_sent(tmp_path):
     encoded = EmailMessage()
     encoded["Subject"] = "files"
     encoded.set_content("see the attachment\n")
     encoded.add_attachment(EICAR, maintype="application", subtype="octet-stream", filename="x.com")
     large = b"Subject: large\r\n\r\n" + b"a line of text that is long enough\r\n" * 150_000 + EICAR + b"\r\n"
+    messages = text(body=EICAR.decode() + "\r\n").encode(), encoded.as_bytes().replace(b"\n", b"\r\n"), large
     with clamd() as scanner, clamav_milter(scanner.address) as one, FakeMx({}) as peer:
-        with Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(one, f'stage="{stage}"')) as relay:
-            for message in (text(body=EICAR.decode() + "\r\n").encode(), encoded.as_bytes().replace(b"\n", b"\r\n"), large):
-                code, answer = refusal(relay, message)
-                assert code == 550 and answer.startswith(b"5.7.1 Virus Eicar-"), answer
-            for data in sent_twice(relay, peer, text()):
-                assert b"\r\nX-Virus-Status: Clean" in data
+        with Listening(tmp_path, peer, one.address, MAIL_AND_MESSAGE) as relay:
+            for stage in MAIL_AND_MESSAGE:
+                for message in messages:
+                    code, answer = refusal(relay.at(stage), message)
+                    assert code == 550 and answer.startswith(b"5.7.1 Virus Eicar-"), answer
+                for data in sent_twice(relay, peer, text()):
+                    assert b"\r\nX-Virus-Status: Clean" in data
 
 
 def test_spamass_milter_refuses_and_marks(tmp_path):
@@ -395,32 +445,33 @@ def test_pyspf_milter_says_what_it_has_found(tmp_path):
             assert b"spf=" in peer.messages[0][2], peer.messages[0][2]
 
 
-@STAGES
-def test_rspamds_proxy_refuses_marks_and_rewrites(tmp_path, stage):
+def test_rspamds_proxy_refuses_marks_and_rewrites(tmp_path):
     with rspamd(proxy=True) as scanner, FakeMx({}) as peer:
-        keys = f'name="one",type="milter",address=["{scanner.milter}"],stage="{stage}",timeout="30s"'
-        with Relay(tmp_path, f"127.0.0.1:{peer.port}", f"filter=[{{{keys}}}]") as relay:
-            assert refusal(relay, text(body=REJECT + "\r\n")) == (554, b"5.7.1 Gtube pattern")
-            for data in sent_twice(relay, peer, text()):
-                assert b"Subject: x\r\n" in data
-            relay.send(text(body=ADD_HEADER + "\r\n"))
-            relay.send(text(body=REWRITE + "\r\n"))
-            wait_for(lambda: len(peer.messages) == 2 * MESSAGES + 2)
-            added, rewritten = (data.partition(b"\r\n\r\n")[0] for _, _, data in peer.messages[-2:])
-            assert b"\r\nX-Spam: Yes" in added
-            assert b"\r\nSubject: *** SPAM *** x" in rewritten and rewritten.count(b"\r\nSubject:") == 1
+        keys = {stage: (*more, 'timeout = "30s"') for stage, more in MAIL_AND_MESSAGE.items()}
+        with Listening(tmp_path, peer, scanner.milter, keys) as relay:
+            for stage in keys:
+                assert refusal(relay.at(stage), text(body=REJECT + "\r\n")) == (554, b"5.7.1 Gtube pattern")
+                for data in sent_twice(relay, peer, text()):
+                    assert b"Subject: x\r\n" in data
+                relay.send(text(body=ADD_HEADER + "\r\n"))
+                relay.send(text(body=REWRITE + "\r\n"))
+                wait_for(lambda: len(peer.messages) == 2 * MESSAGES + 2)
+                added, rewritten = (data.partition(b"\r\n\r\n")[0] for _, _, data in peer.messages[-2:])
+                assert b"\r\nX-Spam: Yes" in added
+                assert b"\r\nSubject: *** SPAM *** x" in rewritten and rewritten.count(b"\r\nSubject:") == 1
 
 
-@pytest.mark.parametrize("lines", [1, 2000], ids=["small", "large"])
-def test_our_signature_is_over_what_a_milter_has_made_of_a_message(tmp_path, acts, lines):
-    """A banner that is added does not break it."""
+def test_our_signature_is_over_what_a_milter_has_made_of_a_message(tmp_path, acts):
+    """A banner that is added does not break it. Of small messages and of large ones."""
     key = DkimKey(tmp_path)
     key.path.chmod(0o600)
     signing = f'dkim=[{{domain="b.example",selector="s",key="{key.path}"}}]'
     with FakeMx({}) as peer, Relay(tmp_path, f"127.0.0.1:{peer.port}", milter(acts), signing) as relay:
-        relay.send(text("body 300000", "add X-Last=1", "change 1 Subject=new", body=("x" * 900 + "\r\n") * lines))
-        relay.send(text("add X-Last=1", body=("x" * 900 + "\r\n") * lines))
-        wait_for(lambda: len(peer.messages) == 2)
+        for lines in (1, 2000):
+            body = ("x" * 900 + "\r\n") * lines
+            relay.send(text("body 300000", "add X-Last=1", "change 1 Subject=new", body=body))
+            relay.send(text("add X-Last=1", body=body))
+        wait_for(lambda: len(peer.messages) == 4)
         for _, _, data in peer.messages:
             assert b"\r\nX-Last: 1\r\n" in data and dkim.verify(data, dnsfunc=lambda name, timeout=5: key.record.encode())
 
@@ -440,9 +491,7 @@ class WithLogin(Relay):
         self.key = said.partition("secret: ")[2].split()[0]
 
     def command(self) -> list[str]:
-        found = super().command()
-        at = found.index("--listen")
-        return [*found[:at], "--config", str(self.config), *found[at + 2 :]]
+        return with_config(super().command(), self.config)
 
 
 def test_opendkim_signs_for_who_has_logged_in(tmp_path):

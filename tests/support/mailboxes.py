@@ -5,14 +5,13 @@ import os
 import random
 import signal
 import smtplib
-import subprocess
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
 import trustme
 
+from relaymta import control
 from relaymta.store.files import MailFiles
 from relaymta.store.shown import shown as store_shown
 from tests.support.daemon import PATIENCE, Relay, free_port, wait_for
@@ -26,9 +25,11 @@ def kept(folder: Path, *settings: str, workers: int = 1, routes: str = LOCAL) ->
     return Relay(folder, None, f"route=[{routes}]", *settings, workers=workers)
 
 
-def create(relay: Relay, *names: str, options: tuple[str, ...] = ()) -> None:
+def create(relay: Relay, *names: str, password: str = "", octets: int = 0, messages: int = 0) -> None:
+    """Create users as `relaymta mailbox create` does, but without a process for it."""
     for name in names:
-        relay.cli("mailbox", "create", *options, f"{name}@local.example")
+        limits = {"octets": octets, "messages": messages}
+        control.ask(relay.spool / "control.sock", "mailbox_create", address=f"{name}@local.example", password=password, **limits)
 
 
 def shown(relay: Relay, name: str) -> dict[str, list[str]]:
@@ -142,11 +143,7 @@ class Readable(Relay):
 
     def user(self, name: str, password: str) -> None:
         """Create a user with a password."""
-        words = ["mailbox", "create", "--password", f"{name}@local.example", "--spool", str(self.spool)]
-        subprocess.run(
-            [sys.executable, "-m", "relaymta", *words],
-            input=password + "\n", text=True, check=True, capture_output=True, timeout=PATIENCE,
-        )  # fmt: skip
+        create(self, name, password=password)
 
     def mail(self, name: str, *subjects: str, text: str = "x") -> None:
         """Send messages to a user, and wait until they are there."""
