@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from relaymta import control
+from tests.support import commands
 
 # Below the ports that the system gives to outgoing connections; each of several test processes has a range of its own.
 _first = 10_000 + 5_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4)
@@ -119,10 +120,10 @@ class Relay:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `relaymta ARGUMENTS --spool ...`."""
-        return subprocess.run(
-            [sys.executable, "-m", "relaymta", *arguments, "--spool", str(self.spool)],
-            capture_output=True, text=True, check=check, timeout=PATIENCE,
-        )  # fmt: skip
+        done = commands.run([*arguments, "--spool", str(self.spool)], PATIENCE)
+        if check:
+            done.check_returncode()
+        return done
 
     def summary(self) -> list[dict[str, Any]]:
         """The output of `queue summary --json`."""
