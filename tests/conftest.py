@@ -3,7 +3,7 @@
 import gc
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"{built.name} is older than {source.name}: run `make build`")
 
 
-def pytest_collection_finish() -> None:
-    """What has been collected, some hundred thousand objects, stays until the end: no collection of garbage looks at it again.
-    Many tests ask for one, to see that nothing fails unheard."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected, some hundred thousand objects, stays until the end: no collection of garbage looks at it, neither now
+    nor when a test asks for one, to see that nothing fails unheard."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:

@@ -171,7 +171,7 @@ def test_what_was_acknowledged_is_there(tmp_path, what):
     with ImapRelay(tmp_path) as relay:
         clients = Clients(relay, 6)
         wait_for(clients.all_at_work)
-        kill_under_load(relay, clients, what, 30 if PROVE else 3)
+        kill_under_load(relay, clients, what, 30 if PROVE else 2)
         clients.check(relay)
         assert sum(client.lost for client in clients.clients) > 0
         verified(relay)

@@ -228,7 +228,7 @@ def test_what_was_acknowledged_is_there_when_processes_are_killed(tmp_path, what
     relay.start()
     create(relay, *users)
     load = Deliveries(relay, users, 4)
-    kill_under_load(relay, load, what, 30 if PROVE else 3)
+    kill_under_load(relay, load, what, 30 if PROVE else 2)
     try:
         wait_for(lambda: len(relay.worker_pids()) == 2, what="both workers")
         found = Counter((name, subject) for name in users for subject in shown(relay, name)["INBOX"])

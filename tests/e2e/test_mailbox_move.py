@@ -163,7 +163,7 @@ def test_a_user_in_use_is_moved(relay):
 
     try:
         with Work(reader.step) as reading, Work(reader.step), Work(fetcher.step) as fetching:
-            for round_ in range(24 if PROVE else 6):
+            for round_ in range(24 if PROVE else 4):
                 more()
                 if round_ % 3 == 0:
                     reading.more(1)

@@ -19,7 +19,7 @@ from tests.support.mailboxes import LOCAL, Load, create, kept, kill_under_load, 
 from tests.support.programs import need
 from tests.support.traced import BEGINS, CALLS, Syncs, moments
 
-ROUNDS = 30 if PROVE else 3  # of kills
+ROUNDS = 30 if PROVE else 2  # of kills
 
 
 def replies(relay: Relay, *recipients: str, sender: str = "s@x.example") -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from relaymta.proto.imap_sort import RUN, base_subject
 from relaymta.proto.imap_thread import Children, Forest, Threads, shown
 from relaymta.proto.mime_thread import REFERENCES_MOST, thread_keys
+from tests.conftest import PROVE
 
 
 def envelope(subject: str, second: int) -> bytes:
@@ -181,7 +182,7 @@ _MESSAGES = st.lists(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500 if PROVE else 400, deadline=None)
 @given(_MESSAGES)
 def test_as_the_naive_reading(messages):
     assert threaded(messages) == "".join(f"({text_of(one)})" for one in oracle(messages))

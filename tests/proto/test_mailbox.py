@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from relaymta.auth.identity import Identity
 from relaymta.proto import mailbox
 from relaymta.proto.mailbox import LONGEST, MOST, Malformed, addresses, authors, domains
+from tests.conftest import PROVE
 from tests.support.programs import need
 
 REFUSED = None
@@ -424,7 +425,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 VALUES = st.one_of(st.lists(st.sampled_from(_PIECES), max_size=9).map(b"".join), mutated())
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000 if PROVE else 600, deadline=None)
 @given(VALUES)
 @example(b'"A,nn, O\r\n\tceo@bank.test" <ann@shop.test>, ceo@bank.test')
 @example(b'"Ann, Oth(x\r\n y)" <ann@shop.test>')

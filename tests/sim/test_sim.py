@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import PROVE
 from tests.sim.world import run
 
-SEEDS = 20_000 if PROVE else 200
+SEEDS = 20_000 if PROVE else 100
 TOGETHER = 100 if PROVE else 25  # seeds of one test
 
 
