@@ -108,6 +108,11 @@ userdb {{
   driver = static
   args = uid=0 gid=0 home=/tmp
 }}
+service anvil {{
+  unix_listener anvil-auth-penalty {{
+    mode = 0
+  }}
+}}
 service auth {{
   unix_listener auth-client {{
     mode = 0600
