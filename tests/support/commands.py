@@ -21,10 +21,10 @@ REQUEST = 1 << 17  # octets: arguments and environment
 _ours: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []  # the parent of commands, once there is one
 
 
-def run(arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.CompletedProcess[str]:
     """As subprocess.run(["python", "-m", "relaymta", *arguments], capture_output=True, text=True, timeout=timeout), but without
     standard input. For threads, too."""
-    request = json.dumps([list(arguments), dict(os.environ), os.getcwd()]).encode()
+    request = json.dumps([[os.fsdecode(one) for one in arguments], dict(os.environ), os.getcwd()]).encode()
     status, ends = os.pipe()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, os.fdopen(status, "rb") as told:
         try:

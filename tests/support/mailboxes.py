@@ -97,7 +97,8 @@ class Load:
 
 
 def kill_under_load(relay: Relay, load: Load, what: str, rounds: int) -> None:
-    """Kill the group of processes (`what` is "group") or one of the workers at random moments while `load` runs; ends it."""
+    """Kill the group of processes (`what` is "group") or one of the workers at random moments while `load` runs; ends it, and
+    waits for the workers."""
     chance = random.Random(what)
     try:
         for _ in range(rounds):
@@ -111,6 +112,7 @@ def kill_under_load(relay: Relay, load: Load, what: str, rounds: int) -> None:
         threading.Event().wait(0.5)
     finally:
         load.end()
+    wait_for(lambda: len(relay.worker_pids()) == relay.workers, what="all workers")
 
 
 class Readable(Relay):
