@@ -98,9 +98,9 @@ class Connection(ClientConnection[ServerSession]):
         try:
             answer = await transaction.asked(question)
         except asyncio.CancelledError as error:
-            if self.asking is not None:  # not by `_stop_asking`: the client still waits for a reply
-                self._answered(session, self._not_asked(error))
-            raise
+            if not self.waits & ASKING:  # by `_stop_asking`
+                return
+            answer = self._not_asked(error)  # the client still waits for a reply
         except Exception as error:  # after an internal error, too, the client gets a reply
             answer = self._not_asked(error)
         self._answered(session, answer)

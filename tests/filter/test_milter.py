@@ -840,7 +840,7 @@ async def test_in_time_by_progress_and_not_beyond_the_budget(follows):
         script = Script().at("E", *[act for pause in pauses for act in (Hold(pause), frame("p"))], frame("c"))
         server.script = script
         chain = bench.chain()
-        dialogue, revision = chain.dialogue() if follows else None, Revision(mail())
+        dialogue, revision = chain.dialogue("192.0.2.1") if follows else None, Revision(mail())
         task = asyncio.create_task(chain.judge(revision, dialogue))
         for pause in pauses:
             await asyncio.sleep(0.1)

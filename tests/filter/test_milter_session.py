@@ -37,7 +37,7 @@ async def test_recipients_that_one_has_added_the_next_is_told_of_though_it_knows
         changes = [change("-", b"r%d@d.example" % n) for n in range(2)] + [change("+", b"new@d.example")]
         one.script = Script().at("E", *changes, frame("c"))
         chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
-        dialogue = chain.dialogue()
+        dialogue = chain.dialogue("192.0.2.1")
         assert await dialogue.mail(mail()) is None
         for n, address in enumerate(to):
             assert await dialogue.rcpt(mail(*to[:n]), address) is None
@@ -51,7 +51,7 @@ async def test_what_is_said_of_a_recipient_is_logged_also_where_nothing_follows(
     async with chained({"stage": "mail", "enforce": False}) as ((one,), bench):
         one.script = Script().at("R", frame("r")).at("R", frame("c")).at("R", frame("t"))
         chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
-        dialogue = chain.dialogue()
+        dialogue = chain.dialogue("192.0.2.1")
         assert await dialogue.mail(mail()) is None
         for n, address in enumerate(to):
             assert await dialogue.rcpt(mail(*to[:n]), address) is None
@@ -71,7 +71,7 @@ async def test_a_recipient_that_is_refused_when_it_is_told_again_is_not_forgotte
     """The client has heard that it is accepted: the message is refused."""
     async with chained({"stage": "mail"}) as ((one,), bench):
         chain, to = bench.chain(), [f"r{n}@d.example" for n in range(3)]
-        dialogue = chain.dialogue()
+        dialogue = chain.dialogue("192.0.2.1")
         for _ in range(2):
             one.script = Script()
             assert await dialogue.mail(mail()) is None
