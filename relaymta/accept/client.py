@@ -219,15 +219,17 @@ class ClientConnection(Line, Generic[S]):
         self.kept = 0
         errors = session.errors
         out = session.receive(data)
-        if session.errors > errors and session.errors > SOFT_ERRORS and not self._trusted():
-            self._tarpit(out)
+        if session.errors > errors and self.is_delayed(session, errors):
+            self.tarpit(out)
         else:
             self.advance(session, out)
 
-    def _trusted(self) -> bool:
-        return self.rights is not None and self.rights.client.trusted
+    def is_delayed(self, session: S, errors: int) -> bool:
+        """Whether the reply to what the client has done now, which had made so many errors before, is delayed."""
+        trusted = self.rights is not None and self.rights.client.trusted
+        return session.errors > errors and session.errors > SOFT_ERRORS and not trusted
 
-    def _tarpit(self, out: bytes) -> None:
+    def tarpit(self, out: bytes) -> None:
         """Delay the reply to a client that made many errors; nothing is read meanwhile."""
         self.waits |= CHECKING
         self.delayed = out

@@ -111,7 +111,12 @@ class Connection(ClientConnection[ServerSession]):
         if self.gone or session.closing:
             return
         self.active_at = self.admission.now()
-        self.more(session, session.answered(answer))
+        errors = session.errors
+        out = session.answered(answer)
+        if self.is_delayed(session, errors):
+            self.tarpit(out)
+        else:
+            self.more(session, out)
 
     def _not_asked(self, error: BaseException) -> bytes:
         """Log why filters could not be asked about a command; the reply to it."""

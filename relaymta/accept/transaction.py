@@ -64,8 +64,8 @@ class IncomingTransaction(Transaction):
     client, None: no filter follows it."""
 
     __slots__ = (
-        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_parameters",
-        "_session", "_units", "_writing",
+        "_abandoned", "_admission", "_completed_at", "_descriptor", "_flow", "_ident", "_judging", "_over", "_session",
+        "_units", "_writing",
         "began_at", "dialogue", "large", "octets", "origin",
     )  # fmt: skip
 
@@ -87,7 +87,6 @@ class IncomingTransaction(Transaction):
         self._judging: asyncio.Task[None] | None = None  # from its verification on, until filters have said what they say
         self._abandoned = False  # the client has hung up meanwhile
         self.dialogue: Dialogue | None = None
-        self._parameters: tuple[str, ...] = ()  # of MAIL, for filters
 
     # Receiving
 
@@ -103,8 +102,6 @@ class IncomingTransaction(Transaction):
         dialogue, chain, intake = self.dialogue, self.origin.chain, self._admission.intake
         assert dialogue is not None and chain is not None
         self._ident = self._ident or intake.queue.ident()
-        if question.verb == "MAIL":
-            self._parameters = question.parameters
         mail = self._mail(Text(b""))
         if question.verb == "RCPT":
             found = await dialogue.rcpt(mail, question.address)
@@ -131,7 +128,8 @@ class IncomingTransaction(Transaction):
         user, mechanism = (origin.identity.name, session.mechanism) if origin.identity is not None else ("", "")
         return Mail(
             format_id(self._ident), self.sender, self.recipients, origin.client.address, session.helo, user, session.tls, text,
-            mechanism=mechanism, listener=origin.listener, parameters=self._parameters, announced=self.announced,
+            mechanism=mechanism, listener=origin.listener, parameters=tuple(self.parameters.split()),
+            announced=self.announced,
             protocol="LMTP" if origin.lmtp else "ESMTP" if session.extended else "SMTP",
             rewritten=partial(self._rewritten, len(text.head)),
         )  # fmt: skip

@@ -30,7 +30,7 @@ class Transaction:
 
     __slots__ = (
         "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "headers", "held", "last_chunk", "limits",
-        "message_id", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
+        "message_id", "parameters", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -38,6 +38,7 @@ class Transaction:
         self.smtputf8 = smtputf8
         self.limits = limits
         self.recipients: list[str] = []
+        self.parameters = ""  # of MAIL, as they came
         self.announced = 0  # octets, by SIZE of MAIL; 0: unknown
         self.asks = NOBODY  # of MAIL, RCPT and DATA: about what others are asked (see Session.answered); set by Host.begin
         self.cleared = False  # the answer to DATA was that it is accepted

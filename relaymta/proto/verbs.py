@@ -94,6 +94,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
         return session.error_if_5xx(begun)
     session.transaction = begun
     begun.announced = size
+    begun.parameters = parameters
     if "MAIL" in begun.asks:
         return session.ask(Question("MAIL", "", tuple(parameters.split())))
     return reply.SENDER_OK

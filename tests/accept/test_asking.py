@@ -368,6 +368,22 @@ def test_a_client_that_does_not_read_is_disconnected_also_while_it_is_asked_abou
     assert transport.closed and filters.cancelled == 1 and not of.held()
 
 
+def test_refusals_of_filters_are_held_back_by_the_tarpit_as_others_are():
+    of = machine(intake={"errors": 100, "tarpit": 5})
+    with asking(of) as filters:
+        made = begun(of, (MAIL * 4) + b"NOOP\r\n", filters=filters)
+        transport = of_client(made)
+        for said in range(3):
+            filters.say(REFUSED)
+            run(of)
+            assert codes(transport.said) == [220, 250] + [554] * (said + 1)
+        filters.say(REFUSED)
+        of.steps.turns.popleft()()
+        assert made.waits and made.delayed == REFUSED and codes(transport.said)[2:] == [554] * 3
+        idle(made)
+        assert codes(transport.said)[2:] == [554] * 4 + [250] and not made.waits
+
+
 def test_replies_that_the_tarpit_holds_back_come_before_the_question():
     of = machine(intake={"errors": 100, "tarpit": 5})
     with asking(of) as filters:
