@@ -15,6 +15,7 @@ SOURCE = '[[source]]\nname = "a"\naddress = "192.0.2.1"\n'
 DKIM = '[[dkim]]\ndomain = "a.example"\nselector = "s"\nkey = "/k"\n'
 ROUTE = '[[route]]\nhosts = ["h"]\n'
 LMTP = L.replace(":25", ":24") + 'protocol = "lmtp"\n'
+TOO_LATE = "who waits for `delay` comes too late, if `retry_window` is not longer: nobody would get through"
 GREYLIST = L + '[[filter]]\nname = "v"\ntype = "greylist"\n'
 DNSBL = L + '[[filter]]\nname = "v"\ntype = "dnsbl"\nlists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n'
 FILTER = L + '[[filter]]\nname = "v"\ntype = "clamd"\naddress = ["unix:/x"]\n'
@@ -246,6 +247,12 @@ TABLES = [
     (DNSBL.replace("zone", "zones"), ["6: filter.0.lists.0.zone: is missing",
      '6: filter.0.lists.0.zones: no such key (did you mean "zone"?)']),
     (DNSBL.replace("l.example", "l example"), "6: filter.0.lists.0.zone: 'l example' is not a valid domain name"),
+    (GREYLIST + 'delay = "1h"\nretry_window = "1h"\n',
+     f"7: filter.0.retry_window: {TOO_LATE}"),
+    (GREYLIST + 'delay = "1d"\n', f"6: filter.0.delay: {TOO_LATE}"),
+    (GREYLIST + 'stage = "message"\n', "6: filter.0.stage: greylist has no choice of that: leave it out"),
+    (DNSBL + 'stage = "message"\n', "7: filter.0.stage: dnsbl has no choice of that: leave it out"),
+    (DNSBL.replace(' }]', ', score = nan }]'), "6: filter.0.lists.0.score: Input should be a finite number (it is nan)"),
     (DNSBL + "concurrency = 3\n", "7: filter.0.concurrency: has no meaning for dnsbl: leave it out"),
     (FILTER.replace("clamd", "milter") + 'recipient_domain = ["d.example"]\n',
      '7: filter.0.recipient_domain: at MAIL no recipient is known: give stage = "message", too'),

@@ -50,7 +50,7 @@ class Score(Table):
     """A verdict from a score on, such as rspamd's; of several tables that of the highest score that is reached. Where there is
     one, it decides in place of the filter's word, but for one that means tempfail. `[[filter.score]]`"""
 
-    at: Reload[float] = Field(description="the score")
+    at: Reload[float] = Field(allow_inf_nan=False, description="the score")
     verdict: Reload[Words] = Field(description="accept, tag, hold, discard, tempfail or reject")
 
 
@@ -61,7 +61,7 @@ class DnsList(Table):
     codes: Reload[list[str]] = Field(
         description='the answers that count: "127.0.0.2", "127.0.0.2-11" or "127.0.0.0/24"; others do not'
     )
-    score: Reload[float] = Field(1.0, description="what it adds where it lists; below 0: it is a list of good ones")
+    score: Reload[float] = Field(1.0, allow_inf_nan=False, description="what it adds where it lists; below 0: it is a list of good ones")
     domain: Reload[bool] = Field(
         False, description="it lists domains: it is asked about those of HELO, of the sender, and of authors (From:)"
     )
@@ -200,12 +200,15 @@ class Filter(Table):
 
         if self.type == "dnsbl" and not self.lists:
             yield "lists", 'is empty: give { zone = "zen.spamhaus.org", codes = ["127.0.0.2-11"] }'
+        if self.retry_window <= self.delay:
+            key = "retry_window" if "retry_window" in self.model_fields_set else "delay"
+            yield key, "who waits for `delay` comes too late, if `retry_window` is not longer: nobody would get through"
         for key, belongs in OF_TYPE.items():
             if self._is_given(key) and self.type != belongs:
                 yield key, f"is for {belongs}, not for {self.type}"
 
         stages = STAGES.get(self.type, ())
-        if self.stage and self.stage not in stages and self.stage != "message":
+        if self.stage and self.stage not in stages and (self.stage != "message" or self.type in BUILT_IN):
             there = f"is asked at stage {_listed(stages)}" if stages else "has no choice of that: leave it out"
             yield "stage", f"{self.type} {there}"
         if self.type not in STAGES and self.may != ["header", "body"]:
