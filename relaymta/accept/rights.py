@@ -124,7 +124,7 @@ class Rights(Host):
         if chains is not None:
             chain = chains.chain_for(self._listener, self.client.address, self.origin.application, self.origin.may_relay)
             self.origin = self.origin._replace(chain=chain)
-            if chain is not None and chain.begins and self.admitted:
+            if chain is not None and chain.begins and self.admitted and self._flow is not None:  # None: it sends no mail
                 self._dialogue = chain.dialogue(self.client.address)
         self.domain = self.origin.domain
 

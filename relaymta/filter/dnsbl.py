@@ -6,6 +6,7 @@ for each name that it asks about, which ends by itself in time, or by `close`; o
 """
 
 import asyncio
+import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -261,9 +262,9 @@ def _said(client: str, row: Row) -> str:
 
 
 def _addresses(client: str) -> list[str]:
-    """What lists of addresses are asked about; nothing for a client whose address its proxy does not know."""
+    """What lists of addresses are asked about; nothing for a client whose address its proxy does not know (0.0.0.0)."""
     try:
-        return [reversed_address(client)]
+        return [] if ipaddress.ip_address(client).is_unspecified else [reversed_address(client)]
     except ValueError:
         return []
 

@@ -13,6 +13,7 @@ import pytest
 from relaymta.accept.client import KEPT
 from relaymta.accept.connection import Connection
 from relaymta.accept.line import OUTPUT_SECONDS
+from relaymta.accept.rights import Rights
 from relaymta.auth.identity import Identity
 from relaymta.metrics import index
 from relaymta.proto import reply
@@ -523,3 +524,29 @@ def test_a_message_counts_once_however_many_of_its_recipients_are_refused():
         idle(made)
         assert codes(of_client(made).said) == [220, 250, 250, 554, 554, 554, 554, 250, 250]
         assert of.used["client 127.0.0.1 message_rate"] == 1, of.used
+
+
+# The dialogue that begins with the connection
+
+
+@pytest.mark.parametrize("reads_mail", [False, True])
+def test_who_comes_to_read_mail_is_not_looked_up(reads_mail):
+    class Follows(Machine):
+        begins, begun, ended = True, 0, 0
+
+        def dialogue(self, client: str) -> "Follows":
+            self.begun += 1
+            return self
+
+        def end(self) -> None:
+            self.ended += 1
+
+    of = Follows(Random(1), filters=True)
+    made = connected(of)
+    assert (of.begun, of.ended) == (1, 0)
+    rights = Rights.admit(of, of.config.listener[0], None if reads_mail else made, of.intake.client("192.0.2.1"))
+    assert isinstance(rights, Rights)
+    rights.log_in(Identity("ann"))
+    rights.end()
+    made.connection_lost(None)
+    assert of.begun == of.ended == (1 if reads_mail else 3)
