@@ -139,6 +139,19 @@ def test_what_each_list_says_is_shown(tmp_path):
         assert found.returncode == 75 and "gone.test does not list 2.0.0.127, which each list does" in found.stdout
 
 
+def test_a_list_that_is_silent_is_named(tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        config = tmp_path / "c.toml"
+        config.write_text(
+            f'hostname = "relay.example"\nspool = "{tmp_path}/other"\n[[listener]]\naddress = "127.0.0.1:2525"\n'
+            f'[delivery]\nnameservers = ["127.0.0.1:{silent.getsockname()[1]}"]\n[[filter]]\nname = "lists"\ntype = "dnsbl"\n'
+            'timeout = 0.1\nlists = [{ zone = "bl.test", codes = ["127.0.0.2-11"] }]\n'
+        )
+        found = Relay(tmp_path, None).cli("filter", "check", "-c", str(config), check=False)
+        assert (found.returncode, found.stdout) == (75, "lists: bl.test does not answer\n")
+
+
 def test_a_score_marks_and_the_mark_is_on_the_message(tmp_path):
     records = ["9.113.0.203.bl.test. A 127.0.0.4"]
     lists = [{"zone": "bl.test", "codes": ["127.0.0.4"], "score": 3}]
