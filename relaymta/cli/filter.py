@@ -129,7 +129,7 @@ async def _asked(
     async with means(config) as given:
         one = made(settings.model_copy(update={"address": [address] if address else []}), given)
         try:
-            async with asyncio.timeout(settings.timeout if address else None):  # else it bounds its own time, and says what is late
+            async with asyncio.timeout(settings.timeout if address else None):  # else it knows itself who is late
                 return await ask(one), ""
         except TimeoutError:
             return None, f"no answer in {lasting(settings.timeout)}"

@@ -61,7 +61,9 @@ class DnsList(Table):
     codes: Reload[list[str]] = Field(
         description='the answers that count: "127.0.0.2", "127.0.0.2-11" or "127.0.0.0/24"; others do not'
     )
-    score: Reload[float] = Field(1.0, allow_inf_nan=False, description="what it adds where it lists; below 0: it is a list of good ones")
+    score: Reload[float] = Field(
+        1.0, allow_inf_nan=False, description="what it adds where it lists; below 0: it is a list of good ones"
+    )
     domain: Reload[bool] = Field(
         False, description="it lists domains: it is asked about those of HELO, of the sender, and of authors (From:)"
     )

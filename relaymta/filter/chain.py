@@ -97,7 +97,7 @@ class Chain:
         until, findings = self.deadline(), list[Finding]()
         for group in self._groups():
             mail = revision.mail
-            asked = [one for one in group if one.looks_at(mail.recipients) and (one.looks or _has_said(one, dialogue))]
+            asked = [one for one in group if self._counts(one, mail, dialogue)]
             if len(asked) != 1:
                 found = await self._side_by_side(asked, mail, dialogue, until)
             else:
@@ -108,6 +108,11 @@ class Chain:
             for one in found:
                 self._apply(one, revision)
         return findings
+
+    @staticmethod
+    def _counts(one: Guard, mail: Mail, dialogue: Dialogue | None) -> bool:
+        """Whether a filter has a word about a message, or has had it before another one has changed the recipients."""
+        return (one.looks and one.looks_at(mail.recipients)) or (dialogue is not None and dialogue.knows(one))
 
     def dialogue(self, client: str) -> Dialogue:
         """For a new client, whose address it is, where one of them follows it."""
@@ -281,10 +286,6 @@ class Chains:
             guards = [guard for guard in self.guards if _is_for(guard.settings, sender)]
             self._chains[sender] = Chain(guards, self._table, trusted, self._log, self._loop) if guards else None
         return self._chains[sender]
-
-
-def _has_said(guard: Guard, dialogue: Dialogue | None) -> bool:
-    return dialogue is not None and dialogue.about(guard)
 
 
 def _warn(log: Log, name: str, text: str) -> None:

@@ -41,7 +41,12 @@ class Dialogue:
         return await self._ask("RCPT", mail, [address], lambda session: session.rcpt(mail, address))
 
     async def data(self, mail: Mail) -> Finding | None:
-        """DATA: what refuses it, or None."""
+        """DATA: what refuses it, or None. Where it was refused before, recipients may have been added since: what was said then
+        does not count."""
+        for guard in self._chain.guards:
+            if "DATA" in guard.asks:
+                self._decided.pop(guard, None)
+                self._noted.pop(guard, None)
         return await self._ask("DATA", mail, mail.recipients, lambda session: session.data(mail))
 
     async def _ask(
@@ -49,13 +54,13 @@ class Dialogue:
     ) -> Finding | None:
         """Ask one after the other, as they may change what they are told of; up to a refusal that holds whatever others say."""
         chain, refusal, instead = self._chain, None, None
-        until = chain.deadline()
+        until, said = chain.deadline(), list[tuple[Finding, bool]]()
         for guard in chain.guards:
             if verb not in guard.asks or not (verb == "MAIL" or guard.looks_at(recipients)):
                 continue
             found = self._decided.get(guard)
             if found is None:
-                found = await self._put(guard, question, until)
+                found = await self._put(guard, question, until, said)
                 if found is not None and guard not in self._decided and found.action is Verdict.ACCEPT and found.word != "accept":
                     chain.told(mail, found, [*recipients])  # nothing follows, and what is said of the message will not tell it
             if found is None:
@@ -67,23 +72,37 @@ class Dialogue:
                 if not found.condition:
                     break
         if refusal is None:
+            self._note(said)
             return None
         if instead is not None and refusal.action is Verdict.REJECT:
             refusal = instead._replace(action=Verdict.TEMPFAIL)
         chain.told(mail, refusal, [*recipients])
         return refusal
 
-    async def _put(self, guard: Guard, question: Callable[[FilterSession], Awaitable[Answer]], until: float) -> Finding | None:
+    async def _put(
+        self, guard: Guard, question: Callable[[FilterSession], Awaitable[Answer]], until: float, said: list[tuple[Finding, bool]]
+    ) -> Finding | None:
+        """Put a question. What of the answer counts for the message only if the command is accepted is added to `said`, with
+        whether the filter is not to be asked any more then."""
         session = self._session(guard)
         found = await guard.put(lambda: question(session), self._chain.trusted, until, session)
         if found is None:
             return None
-        if session.decided or found.failure:
+        if found.failure or (session.decided and guard.looks):
             self._decided[guard] = found
         elif found.action < Verdict.TEMPFAIL and found.says:
-            before, noted = self._noted.get(guard), found._replace(condition="")
-            self._noted[guard] = noted if before is None else noted.joined(before)
+            said.append((found, session.decided))
         return found
+
+    def _note(self, said: Sequence[tuple[Finding, bool]]) -> None:
+        """What filters have said of a command that is accepted counts for the message."""
+        for found, is_decided in said:
+            guard = found.guard
+            if is_decided:
+                self._decided[guard] = found
+            else:
+                before, noted = self._noted.get(guard), found._replace(condition="")
+                self._noted[guard] = noted if before is None else noted.joined(before)
 
     def refused(self, address: str, answer: bytes) -> None:
         """The relay itself has refused a recipient."""
@@ -95,8 +114,8 @@ class Dialogue:
         """Whether any of them has said something of the envelope that is to be done with the message."""
         return bool(self._noted or self._decided)
 
-    def about(self, guard: Guard) -> bool:
-        """Whether a filter that is asked about the envelope alone has."""
+    def knows(self, guard: Guard) -> bool:
+        """Whether a filter has said something that counts for the message, whoever its recipients are by now."""
         return guard in self._noted or guard in self._decided
 
     async def judge(self, guard: Guard, mail: Mail, trusted: bool, until: float) -> Finding:

@@ -160,6 +160,7 @@ async def test_only_the_addresses_of_the_list_are_listed():
         assert (await it.rcpt("2001:db8::26"))[0] == "clean"
         assert await it.rcpt(f"::ffff:{CLIENT}") == ("listed", f"::ffff:{CLIENT} is listed by bl.example (127.0.0.2)", 1.0)
         assert await it.rcpt("unknown") == ("clean", "", 0), "its proxy does not know it"
+        assert await it.rcpt("0.0.0.0") == ("clean", "", 0), "which stands for one that is unknown"
         assert it.counts == {("bl.example", "listed"): 4, ("bl.example", "clean"): 3}
         assert len(it.zone.asked) == 6, "the resolver keeps answers"
 
