@@ -233,10 +233,10 @@ class Intake:
         self._rejected(client, helo, transaction.sender, transaction.recipients, answer)
 
     def not_wanted(self, transaction: Transaction, client: Client, helo: str, recipient: str, answer: bytes) -> None:
-        """Count and log that a filter refuses a recipient ("": the sender)."""
+        """Count and log that a filter refuses a recipient ("": the sender, or, where there are recipients, the message)."""
         if recipient:
             self.counters.add(RECIPIENTS_REFUSED, 1)
-        self._rejected(client, helo, transaction.sender, [recipient] if recipient else [], answer)
+        self._rejected(client, helo, transaction.sender, [recipient] if recipient else transaction.recipients, answer)
 
     def foreign(self, client: Client, helo: str) -> None:
         """Count and log a connection that was closed because the client uses another protocol (HTTP, TLS)."""

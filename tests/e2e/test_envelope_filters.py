@@ -201,6 +201,8 @@ def test_greylisting_by_bdat_refuses_the_chunk(tmp_path):
         smtp.docmd("RCPT TO:<c@d.example>")
         smtp.send(b"BDAT 14 LAST\r\nSubject: x\r\n\r\nNOOP\r\n")
         assert smtp.getreply()[0] == 451 and smtp.getreply()[0] == 250 and smtp.docmd("RCPT TO:<c@d.example>")[0] == 503
+        (event,) = logged(relay, "rejected")
+        assert (event["sender"], event["recipients"], event["reply"][:3]) == ("a@b.example", ["c@d.example"], "451")
 
 
 # Policy services
