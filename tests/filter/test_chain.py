@@ -527,3 +527,14 @@ async def test_a_message_that_several_filters_cannot_read_is_told_of_once(bench)
         told.says = None  # the errors hold the tasks
     gc.collect()
     assert not untold
+
+
+async def test_lists_in_the_dns_look_at_a_message_of_any_size(bench, monkeypatch):
+    one = Told()
+    monkeypatch.setattr(chains_module, "_TYPES", {"dnsbl": lambda settings, means: one})
+    bench.configure({"type": "dnsbl", "address": [], "lists": [{"zone": "l.example", "codes": ["127.0.0.2"]}]})
+    large = mail()
+    large.text.size = 1 << 40
+    one.says = Answer("listed", "it")
+    outcome = await bench.chain().judge(Revision(large))
+    assert outcome.reply == b"554 5.7.1 Refused by f0: it\r\n"
