@@ -188,7 +188,7 @@ class Chain:
             first = first if instead is None else instead._replace(action=Verdict.TEMPFAIL)
         if first.action >= Verdict.TEMPFAIL:
             answer = self.reply(first)
-            return Outcome(first.action, answer, answer.startswith(b"421"))
+            return Outcome(first.action, answer, answer.startswith((b"421", b"521")))
         if first.action is Verdict.DISCARD or not revision.mail.recipients:
             return Outcome(Verdict.DISCARD)
         tag = next((one for one in findings if one.action is Verdict.TAG), None)

@@ -538,3 +538,12 @@ async def test_lists_in_the_dns_look_at_a_message_of_any_size(bench, monkeypatch
     one.says = Answer("listed", "it")
     outcome = await bench.chain().judge(Revision(large))
     assert outcome.reply == b"554 5.7.1 Refused by f0: it\r\n"
+
+
+@pytest.mark.parametrize("code, closes", [(421, True), (521, True), (450, False), (554, False)])
+async def test_a_reply_of_a_filter_that_ends_the_session(bench, code, closes):
+    """RFC 7504 3: as at MAIL, RCPT and DATA."""
+    bench.configure(says("tempfail" if code < 500 else "reject"))
+    bench.told["f0"].says = Answer("OK", reply=b"%d 5.3.2 its own\r\n" % code)
+    outcome = await bench.judge()
+    assert (outcome.reply[:3], outcome.closes) == (b"%d" % code, closes)
