@@ -174,7 +174,14 @@ async def test_no_group_is_known_where_that_is_so_configured():
 
 @pytest.mark.parametrize("to", ["postmaster@d.example", "Abuse@d.example"])
 async def test_who_has_to_be_reachable_is(to):
-    assert await Desk().ask(to=(to, "c@d.example")) == "known"
+    assert await Desk().ask(to=(to,)) == await Desk().ask(to=(to, "postmaster@d.example")) == "known"
+
+
+@pytest.mark.parametrize("to", ["postmaster@d.example", "Abuse@d.example"])
+async def test_nobody_else_is_reached_through_who_has_to_be(to):
+    desk = Desk()
+    assert await desk.ask(to=(to, "c@d.example")) == "new"
+    assert await desk.ask(to=(to, "c@d.example"), after=300) == "known"
 
 
 async def test_a_dns_that_fails_or_is_silent_leaves_the_network(monkeypatch):
