@@ -278,11 +278,16 @@ def _with_filters(read: Configuration) -> "Config":
 
 def _with_only(config: "Config", name: str) -> "Config":
     """The configuration with one filter alone, which looks at all mail."""
+    from relaymta.config.filters import BUILT_IN
+
     known = {one.name: one for one in config.filter}
     if name not in known:
         fail(64, f"--only: {no_such('filter', name, known)}")
     everything = {"clients": "all", "listener": [], "application": [], "networks": [], "recipient_domain": []}
-    return config.model_copy(update={"filter": [known[name].model_copy(update=everything)]})
+    changes: dict[str, object] = {"filter": [known[name].model_copy(update=everything)]}
+    if known[name].type in BUILT_IN:  # it looks at nobody who may relay
+        changes["relay"] = config.relay.model_copy(update={"networks": []})
+    return config.model_copy(update=changes)
 
 
 def _ip(text: str) -> str:

@@ -135,6 +135,12 @@ def test_what_each_list_says_is_shown(tmp_path):
         found = relay.cli("filter", "test", "--client", WELCOME, "--json", "-c", str(config), check=False)
         row = json.loads(found.stdout)
         assert found.returncode == 0 and [one["result"] for one in row["lists"]] == ["clean", "clean"]
+        with config.open("a") as file:
+            file.write('[relay]\nnetworks = ["203.0.113.0/24"]\n')
+        found = relay.cli("filter", "test", "--client", LISTED, "-c", str(config), check=False)
+        assert found.returncode == 0 and "no filter looks at mail of this client" in found.stdout
+        found = relay.cli("filter", "test", "--client", LISTED, "--only", "lists", "-c", str(config), check=False)
+        assert found.returncode == 2 and "is listed by bl.test (127.0.0.4)" in found.stdout
         found = relay.cli("filter", "check", "-c", str(config), check=False)
         assert found.returncode == 75 and "gone.test does not list 2.0.0.127, which each list does" in found.stdout
 
