@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -282,6 +283,8 @@ def test_a_policy_service_that_goes_and_comes_back(tmp_path, ends):
                     service.wait()
                 else:
                     service.send_signal(signal.SIGSTOP)
+                    tasks = Path(f"/proc/{service.pid}/task")  # each of them may still answer
+                    wait_for(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()), what="the signal")
                 for _ in range(4):
                     assert said(smtp)[1:] == ["451 4.7.1 policy does not answer now; try again later"]
                 assert [(event["filter"], event["state"]) for event in logged(relay, "filter")] == [("policy", "down")]
