@@ -31,7 +31,9 @@ def run(arguments: Sequence[str | bytes], timeout: float) -> subprocess.Complete
             socket.send_fds(_parent(), [request], [out.fileno(), err.fileno(), ends])
         finally:
             os.close(ends)
-        if not select.select([told], [], [], timeout)[0]:
+        ended = select.poll()
+        ended.register(told, select.POLLIN)
+        if not ended.poll(timeout * 1000):
             raise subprocess.TimeoutExpired(list(arguments), timeout)
         code = int(told.read() or b"-1")
         texts = []
