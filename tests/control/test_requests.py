@@ -16,6 +16,7 @@ from relaymta.node import BOUNCE, HOLD, SiteState, SiteStates, Store, check_stor
 from relaymta.proto.envelope import QueueName
 from relaymta.queue import Filter, inspect, offline
 from relaymta.send.policies import FIELDS, Policies, filter_of
+from relaymta.shm import Shared
 from relaymta.supervisor.answers import Answers, usage
 from relaymta.supervisor.machine import Machine
 from relaymta.worker.answers import Answers as WorkerAnswers
@@ -217,8 +218,7 @@ async def test_a_state_that_cannot_be_stored_is_not_kept(tmp_path, wrong):
 
     warnings = []
     log = SimpleNamespace(event=lambda name, text: warnings.append(text))
-    shared = SimpleNamespace(client_rates=lambda workers: SimpleNamespace(restore=lambda rows: None, rows=list))
-    machine, now = Machine(tmp_path, shared, 1, log, Slots(), b"secret"), time.time_ns() // 1_000_000
+    machine, now = Machine(tmp_path, Shared.create(), 1, log, Slots(), b"secret"), time.time_ns() // 1_000_000
     good = {"kind": "suspended", "site": "x", "about": "", "since": now, "until": now + 60_000, "by": "operator", "reason": ""}
     check_storable(SiteState(**good))
     with pytest.raises(RelayError, match="cannot be stored"):
