@@ -116,8 +116,9 @@ class Admission:
         self.freed()
 
     def descriptors_used(self) -> int:
-        """The descriptors in use for clients."""
-        return len(self.connections) + self.files
+        """The descriptors in use for clients, and for filters that follow them."""
+        chains = self.endpoint.chains
+        return len(self.connections) + self.files + (chains.open if chains is not None else 0)
 
     def scarce(self) -> None:
         """No descriptor is left for more connections."""

@@ -239,6 +239,7 @@ class Chains:
         self._log = log
         self._loop = loop
         self._chains: dict[Sender, Chain | None] = {}
+        self._gone: list[Guard] = []
 
         known = {} if before is None else {guard.name: guard for guard in before.guards}
         self.guards: list[Guard] = []
@@ -253,11 +254,17 @@ class Chains:
     def begin(self, before: "Chains | None") -> None:
         """Use it from now on, in place of `before`."""
         kept = {id(guard) for guard in self.guards}
-        for guard in [] if before is None else before.guards:
-            if id(guard) not in kept:
-                guard.close()
+        gone = [] if before is None else [guard for guard in before.guards if id(guard) not in kept]
+        for guard in gone:
+            guard.close()
+        self._gone = [guard for guard in ([] if before is None else [*before._gone, *gone]) if guard.open]
         for guard in self.guards:
             guard.begin()
+
+    @property
+    def open(self) -> int:
+        """Descriptors of connections to filters, those that only sessions from before a reload still have among them."""
+        return sum(guard.open for guard in self.guards) + sum(guard.open for guard in self._gone)
 
     def rows(self) -> list[dict[str, Any]]:
         """For operators: of each filter its state for this worker, and what all workers have counted."""

@@ -1,11 +1,11 @@
 """One configured filter, as one worker asks it: within its time, on one of its places, and not at all while it is down.
 
-Circuit: three failures in a row within 10 seconds (no answer, or one that makes no sense), and the filter is *down* for this
-worker: nobody waits for it, what `on_failure` says is done at once. Once a second it is probed; as soon as it answers it is asked
-again.
+Circuit: three failures in a row within 10 seconds, and what their time-outs take (no answer, or one that makes no sense), and the
+filter is *down* for this worker: nobody waits for it, what `on_failure` says is done at once. Once a second it is probed; as soon
+as it answers it is asked again. One that answers probes and no messages is probed ever more seldom.
 
-State, all of it changed on the loop: `_failed_at` and `_down` by `_note_failure` and `_note_answer`; `_probing` by these and
-`close`.
+State, all of it changed on the loop: `_failed_at`, `_relapses` and `_down` by `_note_failure` and `_note_answer`; `_probing` by
+these and `close`.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ __all__ = ["Finding", "Guard"]
 
 EDITS_MOST = 100  # of one filter, where it is asked more than once about a message
 FAILURES, WITHIN = 3, 10.0  # in a row, within so many seconds
-PROBE_EVERY = 1.0  # seconds
+PROBE_EVERY, PROBE_MOST, RELAPSES = 1.0, 30.0, 5  # seconds; twice as many with each relapse, of which so many count
 NOTHING: frozenset[str] = frozenset()
 WARN_EVERY = 10.0  # seconds between two warnings about what a filter says
 
@@ -118,7 +118,8 @@ class Guard:
         self._counters = counters
         self._log = log
         self._loop = loop
-        self._failed_at: deque[float] = deque(maxlen=FAILURES)
+        self._failed_at: deque[tuple[float, bool]] = deque(maxlen=FAILURES)  # with whether the question was the last
+        self._relapses = 0  # how often it was up again without an answer to such a question
         self._down: tuple[float, str] | None = None  # since when (loop time), and why
         self._probing: asyncio.Task[None] | None = None
         self._warn_after = 0.0
@@ -136,6 +137,11 @@ class Guard:
             self._probing.cancel()
         self._down = self._probing = None
         self.filter.close()
+
+    @property
+    def open(self) -> int:
+        """Descriptors that its connections have, as far as they are kept: others are few."""
+        return int(getattr(self.filter, "open", 0))
 
     def state(self) -> dict[str, object]:
         """For operators: whether it is down for this worker, for how many seconds and why, and how many messages wait."""
@@ -164,24 +170,24 @@ class Guard:
                 return self._oversize()
             mail = mail.head(settings.max_size)
         asked = self.filter if session is None else session
-        return await self._put(lambda: asked.judge(mail), trusted, until, session)
+        return await self._put(lambda: asked.judge(mail), trusted, until, session, True)
 
     async def put(
         self, question: Callable[[], Awaitable[Answer]], trusted: bool, until: float, session: FilterSession
     ) -> Finding | None:
         """A question about the envelope; None: it has nothing against it so far."""
-        found = await self._put(question, trusted, until, session)
+        found = await self._put(question, trusted, until, session, not self.looks)
         return None if found.word == "continue" else found
 
     async def _put(
-        self, question: Callable[[], Awaitable[Answer]], trusted: bool, until: float, session: FilterSession | None
+        self, question: Callable[[], Awaitable[Answer]], trusted: bool, until: float, session: FilterSession | None, whole: bool
     ) -> Finding:
-        """Put a question, until a loop time at most, when there is a place for it."""
+        """Put a question, until a loop time at most, when there is a place for it. `whole`: the last one about a message."""
         settings = self.settings
         if self._down is not None:
             return self._failed(trusted, FilterFailure("connect", f"down: {self._down[1]}"), 0.0)
         if not settings.address:  # it is no program: it has no places, and bounds its own time
-            return await self._asked(question, trusted, None, until, session)
+            return await self._asked(question, trusted, None, until, session, whole)
         if asyncio.current_task() is None:  # what has a time-out has to be a task (accept/eager.py)
             await asyncio.sleep(0)
         began = self._loop.time()
@@ -193,13 +199,13 @@ class Guard:
             except TimeoutError:
                 return self._failed(trusted, FilterFailure("timeout", "no place was free in time"), self._loop.time() - began)
         try:
-            return await self._asked(question, trusted, deadline, until, session)
+            return await self._asked(question, trusted, deadline, until, session, whole)
         finally:
             self._places.give()
 
     async def _asked(
         self, question: Callable[[], Awaitable[Answer]], trusted: bool, deadline: float | None, until: float,
-        session: FilterSession | None,
+        session: FilterSession | None, whole: bool,
     ) -> Finding:  # fmt: skip
         """Ask it, now that there is a place."""
         began, settings = self._loop.time(), self.settings
@@ -213,7 +219,7 @@ class Guard:
                         session.renew = partial(self._renew, timer, until)
                     answer = await question()
             if answer.word == "continue":
-                self._note_answer()
+                self._note_answer(whole)
                 return Finding(self, answer.word, Verdict.ACCEPT)
             verdict = self._verdict(answer)
         except TimeoutError:
@@ -225,7 +231,7 @@ class Guard:
         except Exception as error:  # a defect of ours costs no more than the filter's failure
             failure = FilterFailure("protocol", redacted(f"{type(error).__name__}: {error}"))
         else:
-            self._note_answer()
+            self._note_answer(whole)
             seconds = self._loop.time() - began
             self._counters.took(seconds)
             self._counters.verdict(verdict.word)
@@ -235,9 +241,9 @@ class Guard:
         seconds = self._loop.time() - began
         self._counters.took(seconds)
         if failure.reason in ("oversize", "refused"):  # it has answered: crafted messages do not take it from the others
-            self._note_answer()
+            self._note_answer(whole)
         else:
-            self._note_failure(failure)
+            self._note_failure(failure, whole)
         if failure.reason == "oversize" and settings.oversize != "head":
             return self._oversize(seconds)
         return self._failed(trusted, failure, seconds)
@@ -317,17 +323,22 @@ class Guard:
 
     # The circuit
 
-    def _note_answer(self) -> None:
+    def _note_answer(self, whole: bool) -> None:
+        if not whole:  # one that answers at RCPT may be silent about each message
+            self._failed_at = deque([one for one in self._failed_at if one[1]], FAILURES)
+            return
         self._failed_at.clear()
+        self._relapses = 0
         if self._down is not None:  # asked before it went down
             self._up()
 
-    def _note_failure(self, failure: FilterFailure) -> None:
+    def _note_failure(self, failure: FilterFailure, whole: bool) -> None:
         now = self._loop.time()
         if failure.reason == "protocol":
             self.warn(f"an answer that makes no sense: {failure}")
-        self._failed_at.append(now)
-        if self._down is None and len(self._failed_at) == FAILURES and now - self._failed_at[0] <= WITHIN and not self._closed:
+        self._failed_at.append((now, whole))
+        within = WITHIN if failure.reason != "timeout" else WITHIN + (FAILURES - 1) * self.settings.timeout
+        if self._down is None and len(self._failed_at) == FAILURES and now - self._failed_at[0][0] <= within and not self._closed:
             self._down = now, f"{failure.reason}: {failure}"
             self._log.event("filter", filter=self.name, state="down", reason=self._down[1])
             self._probing = self._loop.create_task(self._probe())
@@ -336,7 +347,7 @@ class Guard:
     async def _probe(self) -> None:
         """Until it answers."""
         while self._down is not None:
-            await asyncio.sleep(PROBE_EVERY)
+            await asyncio.sleep(min(PROBE_EVERY * 2**self._relapses, PROBE_MOST))
             try:
                 async with asyncio.timeout(self.settings.timeout):
                     await self.filter.probe()
@@ -346,6 +357,7 @@ class Guard:
             except Exception as error:  # a defect: it stays down, and says why
                 self._down = self._loop.time(), redacted(f"{type(error).__name__}: {error}")
             else:
+                self._relapses = min(self._relapses + 1, RELAPSES)
                 self._up()
 
     def _up(self) -> None:

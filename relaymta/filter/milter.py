@@ -64,8 +64,10 @@ class _Link(asyncio.Protocol):
     it has said of some that another connection had let pass; `rejects`: of so many it was told that the relay refused them.
     `aborts`: it still has to be told that a message is over."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, links: "set[_Link]") -> None:
+        """`links`: those that are open, this one among them then."""
         self.name = name
+        self._links = links
         self.talk = milter.Conversation()
         self.ended = False
         self.client: _Client | None = None
@@ -151,6 +153,7 @@ class _Link(asyncio.Protocol):
     def _fail(self, failure: FilterFailure) -> None:
         if not self.ended:
             self.ended = True
+            self._links.discard(self)
             self._failure = failure
             self._wake()
 
@@ -158,6 +161,8 @@ class _Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         if self.ended:
             self._transport.abort()
+        else:
+            self._links.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.ended:
@@ -214,7 +219,13 @@ class Milter:
             check_address(address)
         self._skipped_until = dict.fromkeys(addresses, 0.0)  # loop time, by address
         self._timeout = timeout
+        self._links: set[_Link] = set()  # that are open
         self.hostname = hostname
+
+    @property
+    def open(self) -> int:
+        """Connections that there are."""
+        return len(self._links)
 
     def session(self, client: str = "") -> "_Session":
         """As in judgement.Follower."""
@@ -258,7 +269,7 @@ class Milter:
         now = asyncio.get_running_loop().time
         began, failures = now(), []
         for address in sorted(self._skipped_until, key=lambda one: self._skipped_until[one] > began):
-            link = _Link(address)
+            link = _Link(address, self._links)
             try:
                 await reach(address, lambda made=link: made, self._timeout)  # type: ignore[misc]
                 link.send([link.talk.negotiate()])

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,6 +317,52 @@ async def test_three_failures_in_a_row_and_it_is_not_asked_until_it_answers(benc
     probed = told.probed
     await asyncio.sleep(0.05)
     assert told.probed == probed  # no more than it takes
+
+
+async def test_a_filter_that_is_silent_goes_down_whatever_its_time_limit_is(bench, monkeypatch):
+    """Case 3: a listener that accepts and never speaks fails three times by its time-out, also one after the other."""
+    monkeypatch.setattr(guard_module, "WITHIN", 0.02)
+    bench.configure({"on_failure": "accept", "timeout": 0.03})
+    bench.told["f0"].says = None
+    for _ in range(3):
+        assert (await bench.judge()).verdict is Verdict.ACCEPT
+    assert [one["state"] for one in bench.of("filter")] == ["down"]
+
+
+async def test_one_that_comes_back_and_fails_at_each_message_is_probed_ever_more_seldom(bench):
+    bench.configure({"on_failure": "accept"})
+    told, guard = bench.told["f0"], bench.chains.guards[0]
+
+    async def falls() -> None:
+        told.says = FilterFailure("protocol", "nonsense")
+        for _ in range(3):
+            await bench.judge()
+        assert guard.state()["up"] is False
+        told.says = Answer("OK")
+        async with asyncio.timeout(PATIENCE):
+            while not guard.state()["up"]:
+                await asyncio.sleep(0.001)
+
+    for relapses in (1, 2, 3):
+        await falls()
+        assert guard._relapses == relapses
+    await bench.judge()
+    assert guard._relapses == 0
+
+
+async def test_answers_at_rcpt_do_not_hide_that_it_fails_at_each_message(bench):
+    bench.configure({"on_failure": "accept"})
+    told, guard = bench.told["f0"], bench.chains.guards[0]
+    told.says = FilterFailure("protocol", "nonsense")
+    session, until = SimpleNamespace(), asyncio.get_running_loop().time() + 5
+
+    async def goes_on() -> Answer:
+        return Answer("continue")
+
+    for _ in range(3):
+        assert await guard.put(goes_on, False, until, session) is None
+        await bench.judge()
+    assert guard.state()["up"] is False
 
 
 async def test_its_own_limit_of_size_is_an_answer_and_does_not_make_it_down(bench):

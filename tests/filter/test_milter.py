@@ -891,3 +891,16 @@ async def test_quarantine_holds_what_is_accepted_and_nothing_that_is_refused():
             outcome = await bench.judge()
             assert outcome.held.startswith(held) and bool(outcome.held) == bool(held) and outcome.reply == reply
             assert outcome.held.isprintable()
+
+
+async def test_the_descriptors_of_its_connections_are_counted():
+    async with asking() as (_, ours):
+        sessions = [ours.session("192.0.2.1") for _ in range(3)]
+        for session in sessions:
+            await session.mail(mail())
+        assert ours.open == 3
+        sessions[0].close()
+        assert ours.open == 2
+        for session in sessions[1:]:
+            session.close()
+        assert ours.open == 0

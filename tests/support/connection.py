@@ -303,6 +303,7 @@ class Machine(Admission):
 
     follows = begins = False
     looks = True
+    open = 0
 
     async def judge(self, revision: Revision, dialogue: object) -> Outcome:
         """Reads all of it, and does what the header says. The size of what it has seen stands above all other fields."""
