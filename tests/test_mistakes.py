@@ -231,6 +231,8 @@ TABLES = [
     (FILTER.replace("clamd", "greylist"), "6: filter.0.address: greylist has none: it is no program"),
     (GREYLIST + 'clients = "trusted"\n', "6: filter.0.clients: greylist looks at unauthenticated clients alone"),
     (GREYLIST + 'on_failure = "hold"\n', "6: filter.0.on_failure: has no meaning for greylist: leave it out"),
+    (FILTER.replace("clamd", "policy") + 'max_size = "1MB"\n',
+     "7: filter.0.max_size: has no meaning for policy, which is not shown the text: leave it out"),
     (GREYLIST + 'delay = "0s"\n', "6: filter.0.delay: Input should be greater than or equal to 1 (it is 0.0)"),
     (GREYLIST + 'lists = [{ zone = "l.example", codes = ["127.0.0.2"] }]\n',
      "6: filter.0.lists: is for dnsbl, not for greylist"),

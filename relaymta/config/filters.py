@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from relaymta.config.values import Address, Duration, Network, Reload, Size, SocketAddress, Table, in_dns, near
 from relaymta.proto.dnsbl import Codes
 
-__all__ = ["BUILT_IN", "DnsList", "Filter", "FiltersTable", "Score", "Words"]
+__all__ = ["BUILT_IN", "WITHOUT_TEXT", "DnsList", "Filter", "FiltersTable", "Score", "Words"]
 
 # The words of each type, and what they mean unless a table says otherwise.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -28,6 +28,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 SCORED = ("rspamd", "spamd", "dnsbl")  # types that say how likely it is
 BUILT_IN = ("dnsbl", "greylist")  # types that are no programs: they have no address, and look at unauthenticated clients alone
+WITHOUT_TEXT = (*BUILT_IN, "policy")  # types that are shown no text, or its header alone, whatever its size
 STAGES = {"milter": ("mail", "message"), "policy": ("rcpt", "data", "message")}  # the first is the default
 NOT_YET = ("smtp", "http", "python")
 VERDICTS = ("accept", "tag", "hold", "discard", "tempfail", "reject")
@@ -205,6 +206,9 @@ class Filter(Table):
         if self.retry_window <= self.delay:
             key = "retry_window" if "retry_window" in self.model_fields_set else "delay"
             yield key, "who waits for `delay` comes too late, if `retry_window` is not longer: nobody would get through"
+        for key in ("max_size", "oversize") if self.type in WITHOUT_TEXT else ():
+            if self._is_given(key):
+                yield key, f"has no meaning for {self.type}, which is not shown the text: leave it out"
         for key, belongs in OF_TYPE.items():
             if self._is_given(key) and self.type != belongs:
                 yield key, f"is for {belongs}, not for {self.type}"
@@ -224,7 +228,7 @@ class Filter(Table):
             yield "address", f"{self.type} has none: it is no program"
         if self.clients == "trusted":
             yield "clients", f"{self.type} looks at unauthenticated clients alone"
-        for key in ("application", "concurrency", "max_size", "oversize", "on_failure", "on_failure_trusted"):
+        for key in ("application", "concurrency", "on_failure", "on_failure_trusted"):
             if self._is_given(key):
                 yield key, f"has no meaning for {self.type}: leave it out"
 

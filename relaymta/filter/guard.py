@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from relaymta.config.filters import WITHOUT_TEXT
 from relaymta.errors import StoreError, redacted
 from relaymta.filter.judgement import (
     Answer,
@@ -165,7 +166,7 @@ class Guard:
         """Ask it about a message, until a loop time at most. `trusted`: the client may relay; `session`: by which it follows the
         client. OSError or StoreError: the message itself cannot be read or written; any other failure is in what is returned."""
         settings = self.settings
-        if mail.text.size > settings.max_size and settings.address:  # what is no program reads no more than the header
+        if mail.text.size > settings.max_size and settings.type not in WITHOUT_TEXT:
             if settings.oversize != "head":
                 return self._oversize()
             mail = mail.head(settings.max_size)

@@ -1,6 +1,7 @@
 """Filters that judge before there is a message, in the running relay: policy services, lists in the DNS, greylisting."""
 
 import json
+import os
 import signal
 import smtplib
 import socket
@@ -183,6 +184,10 @@ def test_greylisting_of_two_workers_and_across_restarts(tmp_path):
             first = replies(relay, "203.0.113.1")
             assert first == ["250 2.1.0 Sender ok", "250 2.1.5 Recipient ok", "451 4.7.1 Greylisted: try again in 1 seconds"]
             wait_for(lambda: replies(relay, "203.0.113.2")[-1].startswith("250 2.0.0"))  # of one network, by either worker
+            assert all(replies(relay, f"203.0.113.{n}")[-1].startswith("250 2.0.0") for n in range(1, 9))
+            pid = relay.worker_pids()[0]
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: len(relay.worker_pids()) == 2 and pid not in relay.worker_pids(), what="another worker")
             assert all(replies(relay, f"203.0.113.{n}")[-1].startswith("250 2.0.0") for n in range(1, 9))
             assert replies(relay, "2001:db8::1")[-1].startswith("451")
             assert replies(relay, to=["postmaster@d.example"])[-1].startswith("250 2.0.0")
