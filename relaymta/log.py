@@ -33,7 +33,20 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopped": ("reason",),
     "reloaded": ("applied", "restart"),
     "warning": ("text",),
-    "queued": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
+    "queued": (
+        "id",
+        "sender",
+        "recipients",
+        "size",
+        "client",
+        "helo",
+        "user",
+        "application",
+        "message_id",
+        "orig_client",
+        "orig_helo",
+        "orig_id",
+    ),
     "received": ("id", "sender", "recipients", "size", "client", "helo", "user", "application", "message_id"),
     "quota_warning": ("user", "filled"),
     "sieve": ("id", "user", "actions", "cause"),
@@ -71,11 +84,15 @@ RENAMED: dict[str, dict[str, str]] = {"bounced": {"notice": "dsn"}}
 # Fields that an event has only got after 0.1: "" where they are not given.
 ADDED = {"message_id", "users", "retrieved", "commands", "program"}
 
+# Fields that are left out where there is nothing to say.
+LEFT_OUT = {"orig_client", "orig_helo", "orig_id"}
+
 
 def _record(name: str, fields: tuple[str, ...]) -> type[msgspec.Struct]:
     """The struct of an event. It is faster to create and encode than a dictionary, and an unknown field is an error."""
     head: list[Any] = [("ts", float), ("worker", int)]
-    tail: list[Any] = [(field, Any, "") if field in ADDED else (field, Any) for field in fields]
+    defaults = dict.fromkeys(ADDED, "") | dict.fromkeys(LEFT_OUT, msgspec.UNSET)
+    tail: list[Any] = [(field, Any, defaults[field]) if field in defaults else (field, Any) for field in fields]
     renamed = RENAMED.get(name, {})
     tail += [(old, Any, None) for old in renamed]
 

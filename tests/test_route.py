@@ -94,8 +94,8 @@ def table(*routes: dict) -> RouteTable:
     return RouteTable(Config.model_validate({"listener": [{"address": "127.0.0.1:25"}], "route": list(routes)}))
 
 
-def mail(*recipients: str, sender: str = "a@b.example", application: str = "") -> Envelope:
-    return Envelope(sender, list(recipients), 1, 0, 0, 0, application=application)
+def mail(*recipients: str, sender: str = "a@b.example", application: str = "", listener: str = "") -> Envelope:
+    return Envelope(sender, list(recipients), 1, 0, 0, 0, application=application, listener=listener)
 
 
 def test_the_first_route_that_matches_is_used():
@@ -137,6 +137,8 @@ def test_idna_domains_are_looked_up_as_a_labels():
         ({"sender_domain": [".xn--bcher-kva.test"]}, mail("x@y", sender="a@ä.bücher.test"), mail("x@y", sender="a@bucher.test")),
         ({"recipient": ["Ä@bücher.test"]}, mail("ä@xn--bcher-kva.test"), mail("a@bücher.test")),
         ({"sender": ["a@xn--bcher-kva.test"]}, mail("x@y", sender="A@bücher.test"), mail("x@y", sender="a@bücher.test.test")),
+        ({"listener": ["127.0.0.1:25"]}, mail("x@y", listener="127.0.0.1:25"), mail("x@y", listener="127.0.0.1:10025")),
+        ({"listener": ["127.0.0.1:25"]}, mail("x@y", listener="127.0.0.1:25"), mail("x@y")),  # a DSN of ours
         ({"application": ["shop"]}, mail("x@y", application="shop"), mail("x@y")),
         ({"min_size": 2}, Envelope("a@b", ["x@y"], 2, 0, 0, 0), mail("x@y")),
         ({"max_size": 1}, mail("x@y"), Envelope("a@b", ["x@y"], 2, 0, 0, 0)),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from relaymta.accept.admission import Admission
 from relaymta.accept.eager import begin
 from relaymta.accept.line import ASKING, BEHIND, CHECKING, COMMITTING, SHAKING, Line
-from relaymta.accept.listening import unread
+from relaymta.accept.listening import in_networks, unread
 from relaymta.accept.origin import Client
 from relaymta.accept.rights import Rights
 from relaymta.accept.transaction import Flow
@@ -159,6 +159,11 @@ class ClientConnection(Line, Generic[S]):
     def enter(self, client: Client, refusal: bytes | None = None, is_client: bool = True) -> bytes | None:
         """Count a new connection (`refusal`: a reply that rejects it anyway). The reply that rejects it, or None. `is_client`:
         see `Admission.enter`."""
+        if self.listener.filtered and refusal is None:
+            if in_networks(client.address, self.listener.networks):
+                client = self.admission.intake.returning(client)
+            else:
+                refusal = reply.FILTERS_ONLY
         admitted = refusal or Rights.admit(self.admission, self.listener, self.flow(), client, is_client)
         if isinstance(admitted, bytes):
             self.count_refused()

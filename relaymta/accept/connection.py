@@ -42,7 +42,7 @@ class Connection(ClientConnection[ServerSession]):
 
     def begin_session(self, rights: Rights, secure: bool) -> ServerSession | None:
         admission = self.admission
-        rights.offers = admission.endpoint.offers(self.listener, rights.client.xclient)
+        rights.offers = admission.endpoint.offers(self.listener, rights.client.xclient, rights.client.xforward)
         if rights.useless:
             self.count_refused()
             self.write(reply.LMTP_CLOSED)

@@ -157,8 +157,8 @@ class Endpoint:
         if self.chains is not None:
             self.chains.close()
 
-    def offers(self, listener: Listener, xclient: bool) -> Offers:
-        """What a new session on a listener may use. `xclient`: the client may use XCLIENT."""
+    def offers(self, listener: Listener, xclient: bool, xforward: bool = False) -> Offers:
+        """What a new session on a listener may use. `xclient`, `xforward`: the client may use these commands."""
         return _offers(
             starttls=listener.tls in ("may", "require") and self.certificates.context is not None,
             tls_needed=listener.tls == "require",
@@ -166,6 +166,7 @@ class Endpoint:
             clear=listener.auth_in_clear,
             login_needed=listener.auth == "require",
             xclient=xclient,
+            xforward=xforward,
             lmtp=listener.protocol == "lmtp",
         )
 

@@ -56,6 +56,8 @@ DMARC = {word: index("relaymta_dmarc_total", word) for word in ("pass", "none", 
 # A local part that a later host could take for a source route: a%b, a!b, "a@b".
 _ROUTED = re.compile("[%!@]")
 _NO_OVERRIDES = PeerNetwork(networks=[])
+TRUSTED_CONNECTIONS = 200  # of one client that may relay, at least
+FILTER_GROWTH = 1 << 20  # octets by which content filters may let a message grow
 UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown
 T = TypeVar("T")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -122,7 +124,16 @@ class Intake:
         found = self.client(peer)
         limits = replace(found.limits, normalize=False, long_lines=False, lenient=False)
         unknown = replace(found, address=UNKNOWN, behind=found.address, limits=limits)
-        return replace(unknown, trusted=False, xclient=False, application="", priority="", domain="")
+        return replace(unknown, trusted=False, xclient=False, xforward=False, application="", priority="", domain="")
+
+    def returning(self, client: Client) -> Client:
+        """The rules for a client of a listener with `filtered`, which is one of its `networks`: it gives back what has been taken
+        before, so that it may relay, was counted, and may have grown."""
+        most = client.limits.message_size + FILTER_GROWTH
+        limits = replace(client.limits, message_size=most, long_lines=True, lenient=True)
+        found = replace(client, limits=limits, trusted=True, connections=max(client.connections, TRUSTED_CONNECTIONS))
+        found = replace(found, connection_rate="", message_rate="", recipient_rate="")
+        return replace(found, xforward=client.xforward or plain_address(client.address).is_loopback)
 
     def _rules(self, address: str) -> Client:
         config = self._config
@@ -138,7 +149,7 @@ class Intake:
             long_lines=_own_or_general(own.long_lines, parsed in self._long_lines or trusted),
             lenient=trusted,
         )
-        connections = _own_or_general(own.connections, max(most, 200) if trusted else most)
+        connections = _own_or_general(own.connections, max(most, TRUSTED_CONNECTIONS) if trusted else most)
         general = config.limits
         return Client(
             str(parsed),
@@ -152,6 +163,7 @@ class Intake:
             _own_or_general(own.connection_rate, general.connection_rate),
             _own_or_general(own.message_rate, general.message_rate),
             _own_or_general(own.recipient_rate, general.recipient_rate),
+            xforward=own.xforward,
             domain=(config.intake.complete_domain or _domain_of_host(self.hostname)) if trusted else "",
             login_domain=config.intake.complete_domain,
             postmaster=config.relay.postmaster,
@@ -368,6 +380,8 @@ class Intake:
             user=origin.identity.name if origin.identity is not None else "",
             message_id=transaction.message_id,
             held_for=held_because(transaction.held) if transaction.held else "",
+            listener=origin.listener,
+            forwarded=transaction.forwarded,
         )
         queue.submit(ident, envelope, data, done)
 

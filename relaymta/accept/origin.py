@@ -35,6 +35,7 @@ class Client:
     domain: str = ""  # completes its addresses without one, "": nothing does; and
     login_domain: str = ""  # those of a user who is logged in
     postmaster: str = ""  # relay.postmaster
+    xforward: bool = False
 
 
 class Origin(NamedTuple):
@@ -45,7 +46,7 @@ class Origin(NamedTuple):
     `postmaster`: the address that this means without a domain, "": it is rejected; `trusted`: Authentication-Results in our name
     are kept, since the client is of our own network and has not logged in, such as a filter that hands back what we have verified
     (RFC 8601 5); `lmtp`: it goes into mailboxes, past the queue; `listener`: its address; `chain`: the filters that look at it,
-    None: none does."""
+    None: none does; `filtered`: a content filter gives it back."""
 
     client: Client
     identity: Identity | None
@@ -61,6 +62,7 @@ class Origin(NamedTuple):
     lmtp: bool
     listener: str
     chain: "Chain | None" = None
+    filtered: bool = False
 
     @classmethod
     def of(cls, client: Client, identity: Identity | None, listener: Listener) -> "Origin":
@@ -83,6 +85,7 @@ class Origin(NamedTuple):
             identity is None and may_relay,
             lmtp,
             listener.address,
+            filtered=listener.filtered,
         )
 
 

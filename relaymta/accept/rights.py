@@ -121,7 +121,7 @@ class Rights(Host):
         self.user = identity.name if identity is not None else ""
         self.origin = Origin.of(self.client, identity, self._listener)
         chains = self._admission.endpoint.chains
-        if chains is not None:
+        if chains is not None and not self._listener.filtered:
             chain = chains.chain_for(self._listener, self.client.address, self.origin.application, self.origin.may_relay)
             self.origin = self.origin._replace(chain=chain)
             if chain is not None and chain.begins and self.admitted and self._flow is not None:  # None: it sends no mail

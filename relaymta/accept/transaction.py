@@ -265,8 +265,9 @@ class IncomingTransaction(Transaction):
             data.append(b"\r\n")
 
     def _signs(self) -> bool:
-        """Whether this client's mail is signed where there is a key for it."""
-        return bool(self._admission.endpoint.signer) and self.origin.may_relay
+        """Whether this client's mail is signed where there is a key for it. What a content filter gives back may be anybody's:
+        ours was signed before."""
+        return bool(self._admission.endpoint.signer) and self.origin.may_relay and not self.origin.filtered
 
     def _signed(self, front: list[bytes], data: list[bytes], found: bytes | Exception) -> None:
         """The DKIM-Signature fields, or the reason why there are none: then the message is rejected, not sent unsigned."""

@@ -101,6 +101,8 @@ class Judged:
         if sending.listener and sending.listener not in listeners:
             fail(64, f"--listener: {no_such('listener', sending.listener, listeners)}")
         at = listeners[sending.listener] if sending.listener else config.listener[0]
+        if at.filtered:
+            return None
         networks = [ipaddress.ip_network(text) for text in config.relay.networks]
         trusted = bool(sending.application) or any(ipaddress.ip_address(sending.client) in network for network in networks)
         return chains.chain_for(at, sending.client, sending.application, trusted)

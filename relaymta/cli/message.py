@@ -42,7 +42,11 @@ def show_message(read: Configuration, ident: str, as_json: bool) -> None:
         return
     say(f"{found['id']}  {found['state']}  {size(found['size'])}  from <{found['sender']}>")
     client = f"{found['client']} ({found['helo']}){_by(found)}"
-    say(f"arrived {when(found['arrived'])} from {client}; queue {', '.join(found['queues'])}")
+    listener = f" on {found['listener']}" if found["listener"] else ""
+    say(f"arrived {when(found['arrived'])} from {client}{listener}; queue {', '.join(found['queues'])}")
+    if found["forwarded"]:
+        said = (f"{name.lower()} {value or 'unknown'}" for name, value in found["forwarded"].items())
+        say(f"by XFORWARD: {', '.join(said)}")
     say(f"attempts {found['attempts']}, next {due(found['next'])}, expires {when(found['expires'])}")
     if found["held_for"]:
         say(f"{found['state']}: {found['held_for']}")
@@ -145,8 +149,16 @@ def _show_history(events: list[dict[str, Any]]) -> None:
         reply = f": {event['reply']}" if event.get("reply") else ""
         where = f" by {event['route']}" if event.get("route") else ""
         peer = f" to {event['peer']}" if event.get("peer") else ""
-        filtered = _filtered(event) if event["event"] == "filtered" else ""
+        filtered = _filtered(event) if event["event"] == "filtered" else _forwarded(event)
         record(f"{when(event['ts']):>10}  {event['event']:<9}  <{who[0]}>{more}{where}{peer}{filtered}{reply}")
+
+
+def _forwarded(event: dict[str, Any]) -> str:
+    """What XFORWARD has said: ` of 192.0.2.1 (mail.example), there 0ABCDEFGHJKMN`; "" where nothing."""
+    if "orig_client" not in event:
+        return ""
+    there = f", there {event['orig_id']}" if event["orig_id"] else ""
+    return f" of {event['orig_client'] or 'unknown'} ({event['orig_helo'] or 'unknown'}){there}"
 
 
 def _filtered(event: dict[str, Any]) -> str:

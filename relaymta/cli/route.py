@@ -30,6 +30,7 @@ def route() -> None:
 @click.option("--from", "sender", default="", metavar="ADDRESS", help="The envelope sender; default: the null sender.")
 @click.option("--to", "recipient", required=True, metavar="ADDRESS", help="The recipient.")
 @click.option("--as", "application", default="", metavar="APP", help="The application of the message.")
+@click.option("--listener", default="", metavar="HOST:PORT", help="The listener that it comes in on.")
 @click.option("--size", default=0, help="The size of the message in octets.")
 @click.option("--attempts", default=0, help="The number of attempts before.")
 @click.option(
@@ -42,8 +43,8 @@ def route() -> None:
 @as_json
 @configured
 def test(
-    read: Configuration, sender: str, recipient: str, application: str, size: int, attempts: int,
-    headers: tuple[str, ...], as_json: bool,
+    read: Configuration, sender: str, recipient: str, application: str, listener: str, size: int,
+    attempts: int, headers: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show which routes match, the hosts, the site and its limits. Queries the DNS, sends no mail, and needs no daemon."""
     sender, recipient = _address("--from", sender), _address("--to", recipient)
@@ -52,7 +53,7 @@ def test(
             fail(64, f'--header {field}: expected "Name: value"')
     config = _config(read)
     try:
-        envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application)
+        envelope = Envelope(sender, [recipient], size, 0, 0, 0, application=application, listener=listener)
         found = asyncio.run(_test(config, envelope, headers, attempts))
     except ConfigError as error:
         fail(78, str(error))

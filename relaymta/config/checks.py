@@ -143,7 +143,11 @@ def never_used(config: "Config") -> Iterator[tuple[int, str]]:
 
 def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
     """What is repeated, and what other keys, or their own values, make ineffective."""
+    listeners = [one.address for one in config.listener]
     for number, route in enumerate(config.route):
+        for address in route.listener:
+            if address not in listeners:
+                yield f"route.{number}.listener", f"there is no [[listener]] {address!r}{near(address, listeners)}"
         for position, _ in repeated([host if "/" in host else repr(parse_hostport(host, 25)) for host in route.hosts]):
             yield f"route.{number}.hosts", f"{route.hosts[position]} is given twice"
         if "ip" in route.model_fields_set and route.hosts and all(map(_is_number, route.hosts)):
@@ -185,10 +189,13 @@ def _without_effect(config: "Config") -> Iterator[tuple[str, str]]:
 def _of_filters(config: "Config") -> Iterator[tuple[str, str]]:
     """What filters do not do, though it looks as if they did."""
     listeners = [one.address for one in config.listener]
+    filtered = {one.address for one in config.listener if one.filtered}
     for number, row in enumerate(config.filter):
         for address in row.listener:
             if address not in listeners:
                 yield f"filter.{number}.listener", f"there is no [[listener]] {address!r}{near(address, listeners)}"
+            elif address in filtered:
+                yield f"filter.{number}.listener", f"no filter looks at mail that comes in on {address} (filtered = true)"
         for _, address in repeated(row.address):
             yield f"filter.{number}.address", f"{address} is given twice"
         behind = [one.name for one in config.filter[number + 1 :] if one.type == "milter" and "dkim" in _called(one)]

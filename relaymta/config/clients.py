@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from relaymta.config.networks import everywhere, widest
 from relaymta.config.values import (
     Address,
     Domain,
@@ -54,6 +55,12 @@ class Listener(Table):
         description="load balancers that send a PROXY header (version 1 or 2); if given, no other client may connect",
     )
     auth_in_clear: Restart[bool] = Field(False, description="offer AUTH without TLS; only on a loopback address")
+    filtered: Restart[bool] = Field(
+        False,
+        description="a content filter gives mail back here by SMTP: no filter looks at it again, it is neither verified nor "
+        "signed; clients in `networks` may relay, and no other client may connect",
+    )
+    networks: Restart[list[Network]] = Field(LOOPBACK, description="the content filter's hosts, with filtered = true")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         host = parse_hostport(self.address)[0]
@@ -63,6 +70,10 @@ class Listener(Table):
             yield "auth", "needs tls, or auth_in_clear on a loopback address: no client could log in"
         if self.protocol == "lmtp":
             yield from self._not_for_lmtp()
+        if self.filtered:
+            yield from self._not_for_filtered()
+        elif self.networks != LOOPBACK:
+            yield "networks", "needs filtered = true: other clients are told apart by relay.networks and [[network]]"
         if self.reads_mail:
             yield from self._not_for_readers()
 
@@ -77,6 +88,17 @@ class Listener(Table):
                 yield key, f'it has no meaning with protocol = "{self.protocol}": users log in there to read mail'
         if self.tls == "off" and not self.auth_in_clear:
             yield "tls", '"off" needs auth_in_clear, on a loopback address: no user could log in'
+
+    def _not_for_filtered(self) -> Iterator[tuple[str, str]]:
+        if self.protocol != "smtp":
+            yield "filtered", f'it has no meaning with protocol = "{self.protocol}": content filters give mail back by SMTP'
+        for key in ("submission", "auth", "proxy"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield key, "it has no meaning with filtered = true: that was done where the mail came in first"
+        if not self.networks:
+            yield "networks", "nobody could give mail back: name the content filter's hosts"
+        elif everywhere(self.networks):
+            yield "networks", f"{widest(self.networks)} may relay past all filters here: name the content filter's hosts only"
 
     def _not_for_lmtp(self) -> Iterator[tuple[str, str]]:
         if parse_hostport(self.address)[1] == 25:
@@ -112,6 +134,9 @@ class PeerNetwork(Table):
     message_rate: Reload[Quota | None] = Field(None, description="rate of messages from one address")
     recipient_rate: Reload[Quota | None] = Field(None, description="rate of recipients from one address")
     xclient: Reload[bool] = Field(False, description="whether they may send XCLIENT to set the client's name and address")
+    xforward: Reload[bool] = Field(
+        False, description="whether they may send XFORWARD to name the client of a message, for the log: content filters"
+    )
 
 
 class Application(Table):

@@ -17,8 +17,8 @@ __all__ = ["Route", "Rule", "SiteTable", "Source", "Staging", "header_condition"
 # Keys that are about the hosts of a route
 _OF_HOSTS = {
     "mx", "hosts", "lookup", "lookup_hosts", "mode", "weights", "tls", "ca_file", "client_certificate", "client_key", "auth",
-    "username", "password_file", "password_env", "oauth", "sources", "ip", "rewrite_sender", "chunking", "connections",
-    "messages_per_connection",
+    "username", "password_file", "password_env", "oauth", "sources", "ip", "rewrite_sender", "chunking", "xforward",
+    "connections", "messages_per_connection",
 }  # fmt: skip
 
 
@@ -38,6 +38,9 @@ class Route(Table):
 
     name: Reload[str] = Field("", description="name in logs, metrics and `queue summary`; default: the first host")
     application: Reload[list[str]] = Field([], description="matches mail of these applications; empty: any")
+    listener: Reload[list[str]] = Field(
+        [], description="matches mail that came in on these listeners, as their address is written; empty: any"
+    )
     sender: Reload[list[str]] = Field([], description='matches these sender addresses, "" the null sender; empty: any')
     sender_domain: Reload[list[str]] = Field([], description='matches these sender domains, ".example" and below; empty: any')
     recipient: Reload[list[str]] = Field([], description="matches these recipient addresses; empty: any")
@@ -98,6 +101,9 @@ class Route(Table):
         "", description='envelope sender to use: an address, or "@domain" to replace the domain; the null sender is not changed'
     )
     chunking: Reload[bool] = Field(True, description="use BDAT with hosts that offer CHUNKING (RFC 3030)")
+    xforward: Reload[bool] = Field(
+        False, description="tell hosts that offer XFORWARD, such as content filters, the client that the message came from"
+    )
     connections: Reload[int] = Field(20, ge=1, le=1000, description="concurrent connections to the site, of all workers together")
     messages_per_connection: Reload[int] = Field(1000, ge=1, description="messages after which a connection is closed")
 
@@ -140,7 +146,8 @@ class Route(Table):
             ("with username it needs an https:// or loopback URL, and lookup_hosts: credentials are sent to these only"),
         )
         others = (
-            self.sender, self.sender_domain, self.recipient, self.header, self.min_size, self.max_size, self.min_attempts,
+            self.listener, self.sender, self.sender_domain, self.recipient, self.header, self.min_size, self.max_size,
+            self.min_attempts,
         )  # fmt: skip
         yield (
             bool(self.mx) and any(others),
@@ -148,6 +155,7 @@ class Route(Table):
             ("can be combined with application and recipient_domain only: MX hosts are known per domain, not per message"),
         )
         yield self.protocol == "lmtp" and not self.hosts, "protocol", '"lmtp" needs hosts'
+        yield self.xforward and not self.hosts, "xforward", "needs hosts: clients are told to configured hosts only"
         if self.is_local:
             for key in sorted(self.model_fields_set & _OF_HOSTS):
                 yield True, key, 'it has no meaning with protocol = "mailbox": the mail is kept here'
@@ -176,7 +184,10 @@ class Route(Table):
     @property
     def conditions(self) -> tuple[str, ...]:
         """Its conditions, to be compared with those of other routes; "" for each that it does not have."""
-        lists = (self.application, self.sender, self.sender_domain, self.recipient, self.recipient_domain, self.mx, self.header)
+        lists = (
+            self.application, self.listener, self.sender, self.sender_domain, self.recipient, self.recipient_domain, self.mx,
+            self.header,
+        )  # fmt: skip
         numbers = (self.min_size, self.max_size, self.min_attempts)
         return (*(repr(sorted(values)) if values else "" for values in lists), *(str(number or "") for number in numbers))
 

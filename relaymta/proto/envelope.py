@@ -111,6 +111,8 @@ class Envelope(msgspec.Struct, array_like=True, gc=False):
     user: str = ""  # the login it was submitted with; "": none
     message_id: str = ""  # the value of its Message-ID, MESSAGE_ID_SHOWN characters at most
     held_for: str = ""  # why it is held (`held_because`); "": it is not, or an older version has held it
+    listener: str = ""  # the address that it came in on, as in the configuration; "": our own, or an older version took it
+    forwarded: dict[str, str] = {}  # what its client has said by XFORWARD of the client that it had it from, by attribute
 
 
 class Onward(NamedTuple):

@@ -51,6 +51,7 @@ NO_POSTMASTER = format_reply(550, "5.1.1", "There is no postmaster without a dom
 NOT_KEPT_HERE = format_reply(550, "5.7.1", "Relaying denied: mail for this domain is not kept here")
 LMTP_DENIED = format_reply(550, "5.7.1", "Your address may not deliver here by LMTP (relay.networks)")
 LMTP_CLOSED = format_reply(554, "5.7.1", "Your address may not deliver here by LMTP (relay.networks); closing")
+FILTERS_ONLY = format_reply(554, "5.7.1", "Your address may not give mail back here (networks of the listener); closing")
 RECIPIENTS_UNKNOWN = format_reply(451, "4.3.0", "The recipient cannot be checked now; try again later")
 TALKING_EARLY = format_reply(554, "5.5.1", "Improper command pipelining (RFC 2920); closing")
 NOT_SMTP = format_reply(421, "4.7.0", "This is an SMTP server, and that was not SMTP; closing")

@@ -9,6 +9,7 @@ A table, since a gap in it would lose or duplicate mail: `verdict` covers every 
     starttls   220         4xx 5xx
     auth       235 334     4xx 5xx      334: the exchange continues
     rset       2xx         -            a peer that keeps the old envelope would add the next one to it
+    xforward   2xx         4xx 5xx      a refusal does no harm: MAIL follows all the same
     mail       2xx         4xx 5xx
     rcpt       2xx         4xx 5xx
     data       354         4xx 5xx      no other code is followed by message data; 2xx accepts nothing
@@ -37,6 +38,7 @@ GOES_ON: Final[dict[str, frozenset[int]]] = {
     "starttls": frozenset({220}),
     "auth": frozenset({235, 334}),
     "rset": _ANY_2XX,
+    "xforward": _ANY_2XX,
     "mail": _ANY_2XX,
     "rcpt": _ANY_2XX,
     "data": frozenset({354}),

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from relaymta._speedups.smtp import Parser
 from relaymta.proto import reply, sasl
 from relaymta.proto.auth_exchange import AuthExchange
-from relaymta.proto.transaction import Limits, Transaction
+from relaymta.proto.transaction import NOTHING_SAID, Limits, Transaction
 
 __all__ = ["ASKED", "CLAIMED", "COMMANDS", "COMPLETE", "DATA", "STORING", "TLS", "Host", "Offers", "Question", "Session"]
 
@@ -36,6 +36,7 @@ class Offers:
     clear: bool = False
     login_needed: bool = False
     xclient: bool = False
+    xforward: bool = False
     lmtp: bool = False
 
 
@@ -96,6 +97,7 @@ class Session:
         "exchange",
         "extended",
         "foreign",
+        "forwarded",
         "helo",
         "host",
         "hostname",
@@ -131,6 +133,7 @@ class Session:
         self.behind = False
         self.closing = False
         self.foreign = False
+        self.forwarded = NOTHING_SAID  # by XFORWARD, about the next transaction
         self.parting = False
         self.helo = ""
         self.extended = False
@@ -305,6 +308,7 @@ class Session:
         """End the transaction under way, if there is one: none of its state remains for the next."""
         self.state = COMMANDS
         self.refusal = b""
+        self.forwarded = NOTHING_SAID
         transaction, self.transaction = self.transaction, None
         if transaction is not None:
             self.returns = True

@@ -6,10 +6,14 @@ written right behind the message data of the one before: one round trip per mess
 
     expected    on success                 refused
     RSET        -                          (out of turn)
+    XFORWARD    -                          -
     MAIL        -                          the reply counts for every recipient
     RCPT        -                          the reply counts for that recipient
     DATA 354    message data, then FINAL   the reply counts for every accepted recipient
     FINAL       accepted: delivered        the reply counts for every accepted recipient
+
+XFORWARD (https://www.postfix.org/XFORWARD_README.html) is said in front of each MAIL to a peer that offers it, where the mail has
+something to say by it: what the peer replies does the mail neither good nor harm.
 
 After a 354 though every recipient was refused, a lone dot is written, so that nothing is sent. `proto/sequence.py` defines which
 replies are success and refusal; any other, a reply to no command, and one that arrives before its command was written are out of
@@ -27,6 +31,7 @@ from collections.abc import Sequence
 
 from relaymta._speedups.dots import Stuffer, stuff
 from relaymta._speedups.replies import Replies
+from relaymta.proto.arguments import xforward
 from relaymta.proto.said import Said, classify
 from relaymta.proto.sequence import GOES_ON, OUT_OF_TURN, verdict
 
@@ -35,7 +40,7 @@ __all__ = [
     "stuff",
 ]  # fmt: skip
 
-RSET, MAIL, RCPT, DATA, FINAL = "rset", "mail", "rcpt", "data", "final"
+RSET, XFORWARD, MAIL, RCPT, DATA, FINAL = "rset", "xforward", "mail", "rcpt", "data", "final"
 LINE_LIMIT = 4096
 LINES_LIMIT = 200
 NO_BDAT = (500, 502)  # replies to BDAT of a peer that does not implement it (RFC 5321 4.2.4)
@@ -43,16 +48,25 @@ SLACK = 1024  # octets by which TLS may enlarge what is not written yet
 
 
 class Features:
-    """The extensions in a peer's reply to EHLO."""
+    """The extensions in a peer's reply to EHLO. `xforward`: the attributes that it takes."""
 
-    __slots__ = ("chunking", "eight_bit", "pipelining", "size", "smtputf8")
+    __slots__ = ("chunking", "eight_bit", "pipelining", "size", "smtputf8", "xforward")
 
-    def __init__(self, pipelining: bool, eight_bit: bool, smtputf8: bool, size: int | None, chunking: bool = False) -> None:
+    def __init__(
+        self,
+        pipelining: bool,
+        eight_bit: bool,
+        smtputf8: bool,
+        size: int | None,
+        chunking: bool = False,
+        xforward: frozenset[str] = frozenset(),
+    ) -> None:
         self.pipelining = pipelining
         self.eight_bit = eight_bit
         self.smtputf8 = smtputf8
         self.size = size  # None: no SIZE; 0: no limit
         self.chunking = chunking and pipelining
+        self.xforward = xforward
 
 
 def features_of(extensions: dict[str, str]) -> Features:
@@ -65,12 +79,13 @@ def features_of(extensions: dict[str, str]) -> Features:
         "smtputf8" in extensions,
         None if size is None else int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0,
         "chunking" in extensions,
+        frozenset(extensions.get("xforward", "").upper().split()),
     )
 
 
 class Mail:
     """One message for one peer. `data`: pieces of message data, not dot-stuffed, or None when the caller streams it; `size`:
-    its octets; `cargo`, `trail`: the caller's own.
+    its octets; `cargo`, `trail`: the caller's own; `forward`: what is said of its client by XFORWARD, by attribute.
 
     `said`: the reply that decides, by recipient index; empty when `all_sent`.
     """
@@ -83,6 +98,7 @@ class Mail:
         "data",
         "data_sent",
         "eight_bit",
+        "forward",
         "reached",
         "recipients",
         "refused_mail",
@@ -108,6 +124,7 @@ class Mail:
     ) -> None:
         self.cargo = cargo
         self.trail: object = None
+        self.forward: dict[str, str] = {}
         self.sender = sender
         self.recipients = recipients
         self.data = data
@@ -192,20 +209,19 @@ class ClientSession:
         mail.refused_mail = None
         mail.reached = ""
         mail.data_sent = False
-        features = self.features
-        options = ""
-        if features.size is not None:
-            options = f" SIZE={mail.size}"
-        if mail.eight_bit and features.eight_bit:
-            options += " BODY=8BITMIME"
-        if mail.smtputf8 and features.smtputf8:
-            options += " SMTPUTF8"
-        lines = [f"MAIL FROM:<{mail.sender}>{options}\r\n"]
-        expected = self._expected
+        features, expected = self.features, self._expected
+        lines = []
         if self.open_envelope:
-            lines.insert(0, "RSET\r\n")
+            lines.append("RSET\r\n")
             expected.append((RSET, None, 0))
         self.open_envelope = True
+        if mail.forward and features.xforward and (said := xforward(mail.forward, features.xforward)):
+            lines.append(f"{said}\r\n")
+            expected.append((XFORWARD, mail, 0))
+            if not features.pipelining:  # MAIL follows the reply
+                self.out.append("".join(lines).encode())
+                return
+        lines.append(self._mail_from(mail))
         expected.append((MAIL, mail, 0))
         if features.pipelining:
             for index, address in asked:
@@ -229,6 +245,17 @@ class ClientSession:
         envelope = "".join(lines).encode()
         self._behind = len(envelope)
         self.out.append(envelope)
+
+    def _mail_from(self, mail: Mail) -> str:
+        features = self.features
+        options = ""
+        if features.size is not None:
+            options = f" SIZE={mail.size}"
+        if mail.eight_bit and features.eight_bit:
+            options += " BODY=8BITMIME"
+        if mail.smtputf8 and features.smtputf8:
+            options += " SMTPUTF8"
+        return f"MAIL FROM:<{mail.sender}>{options}\r\n"
 
     def receive(self, data: bytes, unsent: int = 0) -> None:
         """Take octets from the peer. `out` was written before, except for `unsent` octets that the peer cannot have yet."""
@@ -337,6 +364,11 @@ class ClientSession:
             if not 400 <= code < 600:
                 return
             mail.said[recipient] = Said(code, text, FINAL)
+
+    def _forwarded(self, mail: Mail, index: int, code: int, text: bytes) -> None:
+        if not self.features.pipelining:
+            self.out.append(self._mail_from(mail).encode())
+            self._expected.append((MAIL, mail, 0))
 
     def _mail(self, mail: Mail, index: int, code: int, text: bytes) -> None:
         mail.reached = MAIL
@@ -503,6 +535,7 @@ def _too_many(text: bytes) -> bool:
 
 _STEPS = {
     RSET: ClientSession._confirmed,
+    XFORWARD: ClientSession._forwarded,
     MAIL: ClientSession._mail,
     RCPT: ClientSession._rcpt,
     DATA: ClientSession._data,

@@ -9,6 +9,7 @@ __all__ = ["Limits", "Transaction"]
 # Flags of _speedups.smtp (C integers there).
 BARE_LF, BARE_CR, NUL, EIGHT_BIT, LONG_LINE = 1, 2, 4, 8, 16
 NOBODY: frozenset[str] = frozenset()
+NOTHING_SAID: dict[str, str] = {}  # never changed
 PIECES = 1024  # of message data in memory, until they are joined: each costs more memory than it may hold
 
 
@@ -29,8 +30,8 @@ class Transaction:
     once, whatever ends it: the reply to its message data, RSET, EHLO, STARTTLS, or the end of the session."""
 
     __slots__ = (
-        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "headers", "held", "last_chunk", "limits",
-        "message_id", "parameters", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
+        "announced", "asks", "chunked", "cleared", "counted", "data", "eight_bit", "forwarded", "headers", "held", "last_chunk",
+        "limits", "message_id", "parameters", "recipients", "refusal", "sender", "size", "smtputf8", "tail", "utf8_header",
     )  # fmt: skip
 
     def __init__(self, sender: str, smtputf8: bool, limits: Limits) -> None:
@@ -45,6 +46,7 @@ class Transaction:
         self.data: list[bytes] = []
         self.size = 0
         self.eight_bit = False
+        self.forwarded = NOTHING_SAID  # by XFORWARD; set by the session
         self.counted = False  # it has taken its unit of the rates and quotas of messages
         self.chunked = False  # by BDAT
         self.last_chunk = False

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from relaymta.proto import reply
 from relaymta.proto.address import mail_argument, parse_parameters, rcpt_argument
-from relaymta.proto.arguments import XCLIENT, attributes, hello_name, mail_parameters
+from relaymta.proto.arguments import XCLIENT, XFORWARD, attributes, forwarded, hello_name, mail_parameters
 from relaymta.proto.auth_exchange import AuthExchange
 from relaymta.proto.session import DATA, TLS, Question, Session
 
@@ -52,6 +52,8 @@ def _extended_hello(session: Session, argument: bytes) -> bytes:
         lines.append("STARTTLS")
     if offers.xclient:
         lines.append("XCLIENT " + " ".join(XCLIENT))
+    if offers.xforward:
+        lines.append("XFORWARD " + " ".join(XFORWARD))
     if offers.mechanisms and not host.user and (session.secure or offers.clear):
         lines.append("AUTH " + " ".join(offers.mechanisms))
     return ("250-" + "\r\n250-".join(lines) + "\r\n250 ENHANCEDSTATUSCODES\r\n").encode()
@@ -95,6 +97,7 @@ def _mail(session: Session, argument: bytes) -> bytes:
     session.transaction = begun
     begun.announced = size
     begun.parameters = parameters
+    begun.forwarded = session.forwarded
     if "MAIL" in begun.asks:
         return session.ask(Question("MAIL", "", tuple(parameters.split())))
     return reply.SENDER_OK
@@ -246,6 +249,19 @@ def _xclient(session: Session, argument: bytes) -> bytes:
     return session.greet()
 
 
+def _xforward(session: Session, argument: bytes) -> bytes:
+    """https://www.postfix.org/XFORWARD_README.html: what is said holds for the next transaction; what several commands say is
+    put together."""
+    session.parser.commands()
+    if session.transaction is not None:
+        return session.error(reply.NOT_IN_TRANSACTION)
+    found = forwarded(argument)
+    if found is None:
+        return session.error(reply.BAD_ARGUMENT)
+    session.forwarded = session.forwarded | found
+    return reply.RESET
+
+
 def _auth(session: Session, argument: bytes) -> bytes:
     words, offers = argument.split(), session.host.offers
     refused = None
@@ -284,6 +300,8 @@ def _other(session: Session, argument: bytes) -> bytes:
         return _starttls(session, rest.strip())
     if word.upper() == b"XCLIENT" and session.host.offers.xclient:
         return _xclient(session, rest.strip())
+    if word.upper() == b"XFORWARD" and session.host.offers.xforward:
+        return _xforward(session, rest.strip())
     if OTHERS.match(argument):
         return session.reject_protocol()
     if argument[4:5] == b"\t":  # as Postfix: a tab is as good as a blank

@@ -169,7 +169,7 @@ def message(store: Store, clock: ShardClock, entries: Lifecycle | None, ident: i
         for index, state in store.recipient_states(txn, ident).items():
             found["recipients"][index]["attempts"] = [_attempt(a) for a in state.attempts]
         found["helo"], found["user"] = envelope.helo, envelope.user
-        found["headers"] = envelope.headers
+        found["headers"], found["listener"], found["forwarded"] = envelope.headers, envelope.listener, envelope.forwarded
         return found
 
 

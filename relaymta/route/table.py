@@ -34,12 +34,13 @@ class Asked:
     size: int = 0
     attempts: int = 0
     headers: tuple[str, ...] = ()  # the conditions on header fields that it matches
+    listener: str = ""  # where it came in
 
     @classmethod
     def of(cls, envelope: Envelope, recipient: str, attempts: int) -> "Asked":
         """The properties for one recipient of a message that was tried `attempts` times."""
         sender, met = compared(envelope.sender), tuple(envelope.headers)
-        return cls(envelope.application, sender, compared(recipient), envelope.size, attempts, met)
+        return cls(envelope.application, sender, compared(recipient), envelope.size, attempts, met, envelope.listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,10 @@ Condition = Callable[[Asked], bool]
 def _conditions(route: Route) -> list[tuple[str, Condition]]:
     """The conditions of a route that need only the message, each with its configuration key."""
     senders, recipients = set(map(comparable, route.sender)), set(map(comparable, route.recipient))
-    applications = set(route.application)
+    applications, listeners = set(route.application), set(route.listener)
     table: list[tuple[str, bool, Condition]] = [
         ("application", bool(applications), lambda asked: asked.application in applications),
+        ("listener", bool(listeners), lambda asked: asked.listener in listeners),
         ("sender", bool(senders), lambda asked: asked.sender in senders),
         ("sender_domain", bool(route.sender_domain), lambda asked: domain_matches(domain_of(asked.sender), route.sender_domain)),
         ("recipient", bool(recipients), lambda asked: asked.recipient in recipients),

@@ -267,6 +267,8 @@ def _handed_over(
     if connection is not None and isinstance(connection.context, Context):
         connection.context.remember(connection)
     features.chunking = features.chunking and via.route.chunking and not lmtp
+    if not via.route.xforward:
+        features.xforward = frozenset()
     session = make(ClientSession(features, recipients, lmtp), peer.name)
     client.protocol = None
     client.transport = None

@@ -236,7 +236,7 @@ class Connections:
         refusal = unfit(entry, session.core.features)
         if refusal is None:
             pool.began(self._loop.time())
-            return mail_of(entry, pool.site.route.rewrite_sender)
+            return mail_of(entry, pool.site.route)
         self._tasks.spawn(self.elsewhere.deliver(pool, entry, session.peer, refusal))
         return None
 

@@ -105,7 +105,7 @@ class Elsewhere:
             raise
         if session is not None:
             self._tell(entry, trail)
-            session.send(mail_of(entry, pool.site.route.rewrite_sender, trail))
+            session.send(mail_of(entry, pool.site.route, trail))
         elif trail.results:
             if failure is not None:
                 trail.note(str(failure))

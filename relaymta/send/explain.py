@@ -227,7 +227,13 @@ def _chosen_by(view: View, row: dict[str, Any], recipient: str) -> list[dict[str
     """The routes that were checked for a recipient, and the condition that decided on each."""
     mx = view.site.names if view.site is not None and view.site.hosts is not None else None
     asked = Asked(
-        row["application"], compared(row["sender"]), compared(recipient), row["size"], row["attempts"], tuple(row["headers"])
+        row["application"],
+        compared(row["sender"]),
+        compared(recipient),
+        row["size"],
+        row["attempts"],
+        tuple(row["headers"]),
+        row["listener"],
     )
     return [
         {"route": verdict.route.label, "matches": verdict.matches, "by": verdict.reason}

@@ -1,8 +1,12 @@
 """An entry as a Mail for a peer, and whether the peer can accept it."""
 
-from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER
+import ipaddress
+
+from relaymta.config import Route
+from relaymta.proto.arguments import XFORWARD
+from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Envelope
 from relaymta.proto.smtp_client import Features, Mail
-from relaymta.queue import Entry
+from relaymta.queue import Entry, format_id
 from relaymta.send.trail import Trail
 
 __all__ = ["is_large", "mail_of", "unfit"]
@@ -32,9 +36,10 @@ def unfit(entry: Entry, features: Features) -> tuple[str, str] | None:
     return None
 
 
-def mail_of(entry: Entry, rewrite: str, trail: Trail | None = None) -> Mail:
-    """An entry as a Mail. `rewrite`: the route's `rewrite_sender`: an address or "@domain"; "" for none. `trail`: what the
-    attempt has come to at other hosts: the mail is for the recipients that are left."""
+def mail_of(entry: Entry, route: Route, trail: Trail | None = None) -> Mail:
+    """An entry as a Mail for a host of a route. `trail`: what the attempt has come to at other hosts: the mail is for the
+    recipients that are left."""
+    rewrite = route.rewrite_sender
     envelope = entry.envelope
     sender = envelope.sender
     if rewrite and sender:
@@ -50,4 +55,30 @@ def mail_of(entry: Entry, rewrite: str, trail: Trail | None = None) -> Mail:
         flags & SMTPUTF8 != 0,
     )
     mail.trail = trail
+    if route.xforward:
+        mail.forward = _forward(entry.ident, envelope)
     return mail
+
+
+def _forward(ident: int, envelope: Envelope) -> dict[str, str]:
+    """What XFORWARD says of a message: the client that it came from, as its own client has said by XFORWARD, if it has; else
+    that client itself, and our id."""
+    if envelope.forwarded:
+        known = dict.fromkeys(XFORWARD, "") | envelope.forwarded
+        return known | {"ADDR": _literal(known["ADDR"])}
+    client = envelope.client
+    ours = not client or bool(envelope.user) or ipaddress.ip_address(client).is_loopback
+    return {
+        "NAME": "",
+        "ADDR": _literal(client),
+        "PORT": "",
+        "PROTO": "",
+        "HELO": envelope.helo,
+        "IDENT": format_id(ident),
+        "SOURCE": "LOCAL" if ours else "REMOTE",
+    }
+
+
+def _literal(address: str) -> str:
+    """An address as XFORWARD has it."""
+    return f"IPV6:{address}" if ":" in address else address

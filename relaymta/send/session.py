@@ -12,7 +12,9 @@ __all__ = ["MESSAGE_DATA", "TIMEOUTS", "Link", "Session"]
 
 MESSAGE_DATA = "message data"  # the phase in which a large message is written (RFC 5321 4.5.3.2.5: data block)
 # RFC 5321 4.5.3.2, seconds
-TIMEOUTS = {"rset": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, MESSAGE_DATA: 180.0}
+TIMEOUTS = {
+    "rset": 300.0, "xforward": 300.0, "mail": 300.0, "rcpt": 300.0, "data": 120.0, "final": 600.0, MESSAGE_DATA: 180.0,
+}  # fmt: skip
 GATHER = 32768  # octets above which pieces are written as they are, not joined
 
 

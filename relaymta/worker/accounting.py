@@ -37,6 +37,11 @@ def _shown(code: int, text: bytes) -> str:
     return f"{code} {text.decode('utf-8', 'replace')}".strip() if code else ""
 
 
+def _orig(forwarded: dict[str, str]) -> dict[str, str]:
+    """What XFORWARD has said, as the log has it."""
+    return {f"orig_{field}": forwarded.get(name, "") for field, name in (("client", "ADDR"), ("helo", "HELO"), ("id", "IDENT"))}
+
+
 def _link(entry: Entry, position: int) -> Link:
     """The connection over which the result of one recipient has come."""
     found: Link = entry.route.get(position, NOWHERE) if isinstance(entry.route, dict) else NOWHERE
@@ -68,7 +73,7 @@ class Witness(Events):
         self._log.event(
             "queued", id=format_id(put.ident), sender=envelope.sender, recipients=envelope.recipients, size=envelope.size,
             client=envelope.client, helo=envelope.helo, user=envelope.user, application=envelope.application,
-            message_id=envelope.message_id,
+            message_id=envelope.message_id, **(_orig(envelope.forwarded) if envelope.forwarded else {}),
         )  # fmt: skip
 
     def ended(self, outcome: Outcome) -> None:

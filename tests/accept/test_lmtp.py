@@ -153,7 +153,7 @@ def test_other_clients_get_no_greeting_and_are_counted():
     made = connected(of)
     transport = made.transport
     made.data_received(BEGUN)
-    of.offers = lambda listener, xclient: Offers(lmtp=True)
+    of.offers = lambda listener, xclient, xforward: Offers(lmtp=True)
     other = connected(of)
     first = other.transport
     other.data_received(BEGUN)

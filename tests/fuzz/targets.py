@@ -255,7 +255,7 @@ def connection(data: bytes) -> None:
 
 def _connection_run(options: int, wire: bytes, cuts: list[int], big: int) -> tuple[bytes, list[tuple[str, list[str], bytes]]]:
     relay = {"domains": ["d.example"], "networks": ["127.0.0.0/8"] if options & 1 else []}
-    known = {"networks": ["127.0.0.1/32"], "xclient": True, "normalize": bool(options & 2)}
+    known = {"networks": ["127.0.0.1/32"], "xclient": True, "xforward": True, "normalize": bool(options & 2)}
     rules = {"relay": relay, "network": [known], "accounts": {"answer_after": 0}, "limits": {"message_size": 4 * BIG}}
     machine = Machine(Random(options), bool(options & 4), bool(options & 8), big, **rules)
     machine.logs_in = Identity("ann", connections=1, quotas={"octets": "20000/d"}) if options & 16 else None

@@ -286,8 +286,9 @@ class Machine(Admission):
 
     # As the endpoint.
 
-    def offers(self, listener: Listener, xclient: bool) -> Offers:
-        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient, lmtp=listener.protocol == "lmtp")
+    def offers(self, listener: Listener, xclient: bool, xforward: bool = False) -> Offers:
+        lmtp = listener.protocol == "lmtp"
+        return Offers(starttls=True, mechanisms=("PLAIN",), clear=True, xclient=xclient, xforward=xforward, lmtp=lmtp)
 
     async def login(self, claim: object, address: str, behind: str) -> tuple[Identity | None, bytes]:
         found = self.logs_in if getattr(claim, "password", "") != WRONG else None

@@ -365,6 +365,7 @@ _SESSIONS = {
     "senders": times(b"MAIL FROM:<a@b.test>\r\nRSET\r\n", _EHLO),
     "parameters": times(b"MAIL FROM:<a@b.test>" + b" A=b" * 100 + b"\r\n", _EHLO),
     "XCLIENT": times(b"XCLIENT NAME=" + b"+41" * 100 + b"\r\n", _EHLO),
+    "XFORWARD": times(b"XFORWARD HELO=" + b"+41" * 100 + b" NAME=+20" * 50 + b"\r\n", _EHLO),
     "AUTH": times(b"AUTH PLAIN " + b"AAAA" * 50 + b"\r\n", _EHLO),
     "message data": times(b"x" * 60 + b"\r\n", _ENVELOPE + b"DATA\r\n"),
     "dots": times(b"..\r\n", _ENVELOPE + b"DATA\r\n"),
@@ -378,7 +379,7 @@ _SESSIONS = {
 def _session(normalize: bool) -> Callable[[bytes], None]:
     def talk(wire: bytes) -> None:
         limits = Limits(message_size=1 << 30, recipients=1 << 20, errors=1 << 20, normalize=normalize, long_lines=True)
-        offers = Offers(mechanisms=("PLAIN",), clear=True, xclient=True)
+        offers = Offers(mechanisms=("PLAIN",), clear=True, xclient=True, xforward=True)
         one = ServerSession("relay.test", Host(limits, offers))
         one.greet()
         start = wire.find(b"DATA\r\n") + 6  # nothing may follow that in the same piece
