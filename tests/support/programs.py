@@ -28,6 +28,7 @@ PACKAGES = {
     "s-nail": "s-nail",
     "sieve-test": "dovecot-sieve",
     "clamd": "clamav-daemon",
+    "amavisd": "amavisd-new",
 }
 
 
