@@ -97,10 +97,11 @@ def _from_xtext(value: bytes) -> bytes | None:
 
 
 def _to_xtext(text: str, most: int) -> str:
-    """Text as xtext of `most` octets at most; "[UNAVAILABLE]" for ""."""
+    """The beginning of a text as xtext of `most` octets at most; "[UNAVAILABLE]" for ""."""
     pieces, octets = list[str](), 0
-    for code in text.encode("utf-8", "replace"):
-        piece = chr(code) if 33 <= code <= 126 and code not in b"+=" else f"+{code:02X}"
+    for one in text:
+        codes = one.encode("utf-8", "replace")
+        piece = "".join(chr(code) if 33 <= code <= 126 and code not in b"+=" else f"+{code:02X}" for code in codes)
         octets += len(piece)
         if octets > most:
             break

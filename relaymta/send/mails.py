@@ -1,7 +1,5 @@
 """An entry as a Mail for a peer, and whether the peer can accept it."""
 
-import ipaddress
-
 from relaymta.config import Route
 from relaymta.proto.arguments import XFORWARD
 from relaymta.proto.envelope import EIGHT_BIT, SMTPUTF8, UTF8_HEADER, Envelope
@@ -10,6 +8,8 @@ from relaymta.queue import Entry, format_id
 from relaymta.send.trail import Trail
 
 __all__ = ["is_large", "mail_of", "unfit"]
+
+UNKNOWN = "0.0.0.0"  # the address of a client whose own is unknown (accept/intake.py)
 
 
 def is_large(entry: Entry) -> bool:
@@ -65,12 +65,12 @@ def _forward(ident: int, envelope: Envelope) -> dict[str, str]:
     that client itself, and our id."""
     if envelope.forwarded:
         known = dict.fromkeys(XFORWARD, "") | envelope.forwarded
-        return known | {"ADDR": _literal(known["ADDR"])}
+        return known | {"ADDR": _literal(known["ADDR"]), "IDENT": known["IDENT"] or format_id(ident)}
     client = envelope.client
-    ours = not client or bool(envelope.user) or ipaddress.ip_address(client).is_loopback
+    ours = not client or bool(envelope.user) or client.startswith("127.") or client == "::1"
     return {
         "NAME": "",
-        "ADDR": _literal(client),
+        "ADDR": _literal(client) if client != UNKNOWN else "",
         "PORT": "",
         "PROTO": "",
         "HELO": envelope.helo,

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path
 
+import dkim
 import pytest
 
 from tests.support.amavis import BANNED, amavis
 from tests.support.clamd import EICAR, clamd
 from tests.support.daemon import PATIENCE, Relay, free_port, heard, wait_for
 from tests.support.fake_mx import FakeMx
+from tests.support.milters import DkimKey
 
 TEXT = "From: a@b.example\r\nSubject: hello\r\n\r\nhello\r\n"
 
@@ -118,14 +120,19 @@ def arrived(peer: FakeMx, count: int = 1) -> list[tuple[str, list[str], bytes]]:
 
 
 def test_mail_goes_through_the_filter_once_and_its_client_is_known_behind_it(tmp_path):
-    back = free_port()
-    with FakeMx({}) as peer, Scripted(back) as content, Filtering(tmp_path, peer, content.port, back) as relay:
+    back, key = free_port(), DkimKey(tmp_path)
+    key.path.chmod(0o600)
+    signing = f'dkim=[{{domain="b.example", selector="s", key="{key.path}"}}]'
+    with FakeMx({}) as peer, Scripted(back) as content, Filtering(tmp_path, peer, content.port, back, signing) as relay:
         with smtplib.SMTP("127.0.0.1", relay.port, "my+pc.example", PATIENCE, source_address=("127.0.0.9", 0)) as client:
             for number in range(3):
-                client.sendmail("a@b.example", ["c@d.example", "e@d.example"], f"Subject: {number}\r\n\r\n..x\r\n")
+                client.sendmail(
+                    "a@b.example", ["c@d.example", "e@d.example"], f"From: a@b.example\r\nSubject: {number}\r\n\r\n.x\r\n"
+                )
         assert sorted(len(to) for _, to, _ in arrived(peer, 3)) == [2, 2, 2] and content.times == 3
         _, _, data = peer.messages[0]
-        assert data.count(b"X-Filtered: yes") == 1 and data.count(b"Received:") == 2
+        assert data.count(b"X-Filtered: yes") == 1 and data.count(b"Received:") == 2 and data.endswith(b"\r\n.x\r\n")
+        assert data.count(b"DKIM-Signature:") == 1 and dkim.verify(data, dnsfunc=lambda name, timeout=5: key.record.encode())
         events = queued(relay, 6)
         first = [event for event in events if "orig_id" not in event]
         behind = {event["orig_id"]: event for event in events if "orig_id" in event}
