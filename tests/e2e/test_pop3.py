@@ -276,8 +276,13 @@ def test_getmail(relay, tmp_path, secure):
         + f"arguments = ('-c', 'cat > {tmp_path}/out/new/$$')\n[options]\nread_all = false\ndelete = false\n"
     )
     command = [program, "--getmaildir", str(tmp_path), "--rcfile", str(tmp_path / "rc")]
+    environment = os.environ | {"HOME": str(tmp_path)}
     for _ in range(2):  # the second time it knows them by UIDL
-        found = subprocess.run(command, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+        try:
+            found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired as late:  # what it was waiting for
+            mine = [line for line in relay.log.read_text().splitlines() if name in line]
+            raise AssertionError(f"{late.stdout!r} {late.stderr!r} {mine}") from None
         assert found.returncode == 0, found.stdout + found.stderr
         assert len(list((tmp_path / "out" / "new").iterdir())) == 3
     assert shown(relay, name)["INBOX"] == ["one", "two", "three"]
