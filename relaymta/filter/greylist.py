@@ -87,11 +87,15 @@ class Greylist:
 
     def session(self, client: str) -> FilterSession:
         """As in judgement.Follower."""
-        return _Session(self)
+        return _Session(self, _network(client))
 
     async def judge(self, mail: Mail) -> Answer:
         """As in judgement.Filter: the envelope."""
-        found = await self._found(mail)
+        return await self.of(mail, _network(mail.client))
+
+    async def of(self, mail: Mail, network: str) -> Answer:
+        """As `judge`, of a client in this network."""
+        found = await self._found(mail, network)
         self._count(found.word)
         if not found.left:
             return Answer("known")
@@ -108,13 +112,12 @@ class Greylist:
     def close(self) -> None:
         """As in judgement.Filter."""
 
-    async def _found(self, mail: Mail) -> _Found:
+    async def _found(self, mail: Mail, network: str) -> _Found:
         # One such recipient beside a thousand others lets nobody through: all of them can wait.
         if all(address.partition("@")[0].lower() in _EXEMPT for address in mail.recipients):
             return _Found("known")
         now, sender = int(self._now()), _without_numbers(mail.sender)
         recipients = [compared(address) for address in mail.recipients]
-        network = _network(mail.client)
         found = self._of_group(network, sender, recipients, now)
         if not found.left:
             return found
@@ -202,8 +205,9 @@ class _Session:
 
     decided = False
 
-    def __init__(self, filter: Greylist) -> None:
+    def __init__(self, filter: Greylist, network: str) -> None:
         self._filter = filter
+        self._network = network
         self.renew: Callable[[], None] = lambda: None
 
     async def mail(self, mail: Mail) -> Answer:
@@ -216,7 +220,7 @@ class _Session:
 
     async def data(self, mail: Mail) -> Answer:
         """As in judgement.FilterSession."""
-        return await self._filter.judge(mail)
+        return await self._filter.of(mail, self._network)
 
     async def judge(self, mail: Mail) -> Answer:
         """As `mail`."""
