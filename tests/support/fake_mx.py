@@ -196,11 +196,12 @@ class FakeMx:
             if not self._say(sock, answer):
                 return
             if verb == "DATA" and answer.startswith(b"354"):
-                message = b""
+                lines = list[bytes]()
                 while (line := file.readline()) != b".\r\n":
                     if not line:
                         return
-                    message += line[1:] if line.startswith(b".") else line
+                    lines.append(line[1:] if line.startswith(b".") else line)
+                message = b"".join(lines)
                 if self.lmtp:
                     self.messages.append((sender, recipients, message))
                     for _ in recipients:
