@@ -1,8 +1,9 @@
 """Lists of addresses and of domains in the DNS (proto/dnsbl.py). The address is asked about as soon as the client is there,
 in the background; what the lists say is weighed at RCPT.
 
-State: `paused_until` of a list, set when it refuses us. The answers themselves are the resolver's to keep. A session has one task
-for each name that it asks about, which ends by itself in time, or by `close`; of its answers only those that list are kept.
+State: `paused_until` of a list, set when it refuses us or was silent too often; `silent`, set by each of its answers. The answers
+themselves are the resolver's to keep. A session has one task for each name that it asks about, which ends by itself in time, or
+by `close`; of its answers only those that list are kept.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from relaymta.proto.mailbox import Malformed, authors, domains
 __all__ = ["DnsList", "Dnsbl", "Row"]
 
 PAUSE = 600.0  # seconds for which a list is not asked that refuses us
+SILENT, SILENT_PAUSE = 10, 30.0  # questions in a row without an answer, behind which it is not asked for so many seconds
 SHOWN = 3  # lists in a reason
 AUTHORS = 10  # domains of From: that are looked up
 # Queries of a worker under way, above which no list is asked: c-ares numbers them with 16 bits, and when nearly all are taken it
@@ -32,13 +34,14 @@ Result = Literal["listed", "clean", "refused", "failed", "paused"]
 @dataclass
 class DnsList:
     """A list. `codes`: answers that count; `score`: of what it lists, negative for an allow list; `domain`: it is one of domains,
-    not of addresses; `paused_until`: loop time."""
+    not of addresses; `paused_until`: loop time; `silent`: how many questions in a row it has not answered."""
 
     zone: str
     codes: Codes
     score: float = 1.0
     domain: bool = False
     paused_until: float = 0.0
+    silent: int = 0
 
 
 class Row(NamedTuple):
@@ -128,8 +131,13 @@ class Dnsbl:
         result, answers = await self._answer(one, name)
         if pauses:
             self._count(one.zone, result)
+            if result != "failed":
+                one.silent = 0
             if result == "refused":
-                self._pause(one.zone, name, answers)
+                why = f"answers {', '.join(answers[:SHOWN])} for {name}: it refuses us, or a resolver lies"
+                self._pause(one.zone, PAUSE, why)
+            elif one.silent >= SILENT:
+                self._pause(one.zone, SILENT_PAUSE, f"has not answered {one.silent} questions in a row")
         score = one.score if result == "listed" else 0.0
         return Row(one.zone, name, result, answers, score, loop.time() - began)
 
@@ -144,20 +152,18 @@ class Dnsbl:
         except (NoSuchName, NoData):
             return "clean", ()
         except (DnsFailure, TimeoutError):
+            one.silent += 1
             return "failed", ()
         found = one.codes.match(answers)
         return ("clean", tuple(answers)) if found.kind == "other" else (found.kind, tuple(found.codes))
 
-    def _pause(self, zone: str, name: str, answers: Sequence[str]) -> None:
+    def _pause(self, zone: str, seconds: float, why: str) -> None:
         now = asyncio.get_running_loop().time()
         lists = [one for one in self.lists if one.zone == zone and one.paused_until <= now]
         for one in lists:
-            one.paused_until = now + PAUSE
+            one.paused_until, one.silent = now + seconds, 0
         if lists:  # not one of many answers that were under way when the first of them came
-            self._warn(
-                f"{zone} answers {', '.join(answers[:SHOWN])} for {name}: it refuses us, or a resolver lies; it is not asked "
-                f"for {PAUSE / 60:g} minutes"
-            )
+            self._warn(f"{zone} {why}; it is not asked for {_in_words(seconds)}")
 
 
 class _Session:
@@ -238,6 +244,10 @@ class _Session:
         self.reset()
         for task in self._address:
             task.cancel()
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
 
 
 def _nothing() -> None:

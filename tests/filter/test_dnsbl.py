@@ -3,6 +3,7 @@ over the wire, and a real unbound with ten lists."""
 
 import asyncio
 import gc
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -134,6 +135,22 @@ async def test_a_list_is_asked_again_after_its_pause(monkeypatch):
         zone.address = "127.255.255.254"
         await it.rcpt("192.0.2.4")
         assert len(it.warnings) == 2, "another pause"
+
+
+async def test_nobody_waits_for_a_list_that_stays_silent(monkeypatch):
+    monkeypatch.setattr(dnsbl, "SILENT_PAUSE", 0.05)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        resolver = Resolver([f"127.0.0.1:{silent.getsockname()[1]}"])
+        it = Asked(resolver, (a_list("bl.example"),), 0.01, Zone({}))
+        for n in range(dnsbl.SILENT + 2):
+            assert await it.rcpt(f"192.0.2.{n}") == ("clean", "", 0.0)
+        assert it.counts == {("bl.example", "failed"): dnsbl.SILENT, ("bl.example", "paused"): 2}
+        assert it.warnings == ["bl.example has not answered 10 questions in a row; it is not asked for 0.05 seconds"]
+        await asyncio.sleep(0.06)
+        await it.rcpt("192.0.2.77")
+        assert it.counts["bl.example", "failed"] == dnsbl.SILENT + 1
+        await resolver.close()
 
 
 async def test_one_warning_for_all_answers_that_were_under_way():
